@@ -1,0 +1,209 @@
+"""A checkpoint as one value: metadata, architecture and statistics, to blobs or a folder and back.
+
+The folder holds ``checkpoint.json`` (metadata, architecture, levels, parameters),
+``statistics.safetensors`` and, where measured, ``gates.safetensors``. It is what a recorder makes,
+what ``analyze`` reads, and what a CheckpointReady event points at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy.typing as npt
+from pydantic import ValidationError
+
+from .architecture import PrunedArchitecture
+from .arrays import pack_arrays, unpack_arrays
+from .base import Message
+from .checkpoint import CheckpointMetadata
+from .errors import (
+    ContractError,
+    IdentityMismatch,
+    InvalidField,
+    Malformed,
+    NotFinite,
+    ShapeMismatch,
+    brief,
+)
+from .identity import IdempotencyKey, Level
+from .parameters import AnalysisParameters, PerformanceRequirements
+from .statistics import ChannelImportanceData, GateStatistics
+
+_M = TypeVar("_M", ChannelImportanceData, GateStatistics)
+
+
+class CheckpointDocument(Message):
+    """The part of a bundle that is no array: ``checkpoint.json``."""
+
+    metadata: CheckpointMetadata
+    architecture: PrunedArchitecture
+    levels: tuple[Level, ...] = (Level.CHANNEL,)
+    parameters: AnalysisParameters = AnalysisParameters()
+    requirements: PerformanceRequirements = PerformanceRequirements()
+
+
+@dataclass(frozen=True)
+class CheckpointBundle:
+    """Everything that an analysis reads. ``channels`` and ``gates`` go by group name.
+
+    Raises:
+        IdentityMismatch: if metadata and architecture speak of different networks.
+        ShapeMismatch, InvalidField: if statistics do not fit the architecture, naming the group.
+    """
+
+    metadata: CheckpointMetadata
+    architecture: PrunedArchitecture
+    channels: Mapping[str, ChannelImportanceData]
+    gates: Mapping[str, GateStatistics] = field(default_factory=dict)
+    levels: tuple[Level, ...] = (Level.CHANNEL,)
+    parameters: AnalysisParameters = field(default_factory=AnalysisParameters)
+    requirements: PerformanceRequirements = field(default_factory=PerformanceRequirements)
+
+    def __post_init__(self) -> None:
+        if self.metadata.model_hash != self.architecture.model_hash:
+            raise IdentityMismatch(
+                "metadata.model_hash", self.architecture.model_hash, self.metadata.model_hash
+            )
+        for name, layer, size in self._sizes():
+            if name != layer:
+                raise InvalidField(f"statistics.{name}.layer_name", name, layer)
+            group = self.architecture.group.get(name)
+            if group is None:
+                raise InvalidField(
+                    f"statistics.{name}", "the name of a group of the architecture", name
+                )
+            if group.size != size:
+                raise ShapeMismatch(f"statistics.{name}", f"{group.size} units", size)
+        samples = {gate.projections.shape[0] for gate in self.gates.values()}
+        if len(samples) > 1:
+            raise ShapeMismatch("gates", "the same number of samples in every group", samples)
+
+    def _sizes(self) -> Iterable[tuple[str, str, int]]:
+        for name, data in self.channels.items():
+            yield name, data.layer_name, data.size
+        for name, gate in self.gates.items():
+            yield name, gate.layer_name, gate.projections.shape[1]
+
+    def key(self, level: Level) -> IdempotencyKey:
+        """The key of this checkpoint's decision at ``level``."""
+        m = self.metadata
+        return IdempotencyKey(m.epoch, m.model_hash, m.checkpoint_id, level)
+
+    @property
+    def document(self) -> CheckpointDocument:
+        """What is no array."""
+        return CheckpointDocument(
+            metadata=self.metadata,
+            architecture=self.architecture,
+            levels=self.levels,
+            parameters=self.parameters,
+            requirements=self.requirements,
+        )
+
+    def statistics_blob(self) -> bytes:
+        """Safetensors bytes of all ChannelImportanceData."""
+        return pack_statistics(self.channels.values())
+
+    def gates_blob(self) -> bytes | None:
+        """Safetensors bytes of all GateStatistics, or None where there are none."""
+        return pack_statistics(self.gates.values()) if self.gates else None
+
+    @classmethod
+    def from_blobs(
+        cls,
+        document: CheckpointDocument,
+        statistics: bytes | memoryview,
+        gates: bytes | memoryview | None = None,
+    ) -> CheckpointBundle:
+        """The bundle of a document and its blobs; refuses what does not fit together."""
+        return cls(
+            metadata=document.metadata,
+            architecture=document.architecture,
+            channels=unpack_statistics(ChannelImportanceData, statistics, "statistics"),
+            gates={} if gates is None else unpack_statistics(GateStatistics, gates, "gates"),
+            levels=document.levels,
+            parameters=document.parameters,
+            requirements=document.requirements,
+        )
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the folder, replacing an older bundle in it; returns its path."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "statistics.safetensors").write_bytes(self.statistics_blob())
+        gates = self.gates_blob()
+        if gates is None:
+            (path / "gates.safetensors").unlink(missing_ok=True)
+        else:
+            (path / "gates.safetensors").write_bytes(gates)
+        (path / "checkpoint.json").write_text(self.document.model_dump_json(indent=1))
+        return path
+
+    @classmethod
+    def load(cls, folder: str | Path) -> CheckpointBundle:
+        """Read a folder that :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: if a file of the bundle is not there.
+            ContractError: if one is not what it should be, naming file and field.
+        """
+        path = Path(folder)
+        statistics, gates = path / "statistics.safetensors", path / "gates.safetensors"
+        try:
+            return cls.from_blobs(
+                _read_document(path / "checkpoint.json"),
+                statistics.read_bytes(),
+                gates.read_bytes() if gates.exists() else None,
+            )
+        except ContractError as error:
+            file = {"statistics": statistics, "gates": gates}.get(error.field.partition(".")[0])
+            raise error.inside(str(file or path / "checkpoint.json")) from None
+
+
+def _read_document(path: Path) -> CheckpointDocument:
+    try:
+        return CheckpointDocument.model_validate_json(path.read_bytes(), strict=True)
+    except ValidationError as error:
+        raise first_error(error, "") from None
+
+
+def pack_statistics(items: Iterable[ChannelImportanceData | GateStatistics]) -> bytes:
+    """One blob with tensors ``<layer_name>/<field>``."""
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    for item in items:
+        for name in type(item).model_fields:
+            value = getattr(item, name)
+            if name != "layer_name" and value is not None:
+                arrays[f"{item.layer_name}/{name}"] = value
+    return pack_arrays(arrays)
+
+
+def unpack_statistics(kind: type[_M], data: bytes | memoryview, field_name: str) -> dict[str, _M]:
+    """The statistics of a blob by layer name."""
+    arrays, _ = unpack_arrays(data, field=field_name)
+    by_layer: dict[str, dict[str, Any]] = {}
+    for name, array in arrays.items():
+        layer, slash, part = name.rpartition("/")
+        if not slash or part not in kind.model_fields or part == "layer_name":
+            raise Malformed(f"{field_name}.{name}", f"<layer>/<field of {kind.__name__}>", name)
+        by_layer.setdefault(layer, {"layer_name": layer})[part] = array
+    try:
+        return {layer: kind(**parts) for layer, parts in by_layer.items()}
+    except ValidationError as error:
+        raise first_error(error, field_name) from None
+
+
+def first_error(error: ValidationError, where: str) -> ContractError:
+    """The first complaint of pydantic as one of our named errors."""
+    first = error.errors(include_url=False)[0]
+    path = ".".join(str(part) for part in (where, *first["loc"]) if part != "")
+    if first["type"] == "missing":
+        return InvalidField(path, "this field", "nothing")
+    if first["type"] == "extra_forbidden":
+        return InvalidField(path, "no field of this name", brief(first["input"]))
+    expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    kind = NotFinite if first["type"] == "finite_number" else InvalidField
+    return kind(path, expected, brief(first["input"]))

@@ -1,0 +1,239 @@
+"""What Elesh answers: targets to remove, the figures behind them, and the gates they passed."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from .base import (
+    Count,
+    Epoch,
+    Finite,
+    Fraction,
+    Identifier,
+    Label,
+    Message,
+    ModelHash,
+    Name,
+    NonNegative,
+    Text,
+    WireEnum,
+)
+from .errors import IdentityMismatch, InvalidField
+from .identity import DecisionKey, IdempotencyKey
+
+
+class Phase(WireEnum):
+    """Where a run stands in the progressive safety schedule."""
+
+    PREPARATION = "preparation"
+    CONSERVATIVE = "conservative"
+    MODERATE = "moderate"
+    AGGRESSIVE = "aggressive"
+    VALIDATION = "validation"
+
+
+class Outcome(WireEnum):
+    """The verdict of the safety gates."""
+
+    GO = "go"
+    CONDITIONAL_GO = "conditional_go"
+    NO_GO = "no_go"
+
+
+class Redundancy(Message):
+    """Two units of one group that say the same: one was kept, the other not."""
+
+    kept: Count
+    removed: Count
+    similarity: Finite
+
+
+class HeadRedundancy(Redundancy):
+    """Two heads whose attention patterns are alike."""
+
+
+class SparedUnit(Message):
+    """A unit near the cut that was left alone, and why."""
+
+    index: Count
+    cost: Finite
+    """What it would cost next, on the scale of the target's importance."""
+    reason: Literal[
+        "minimum",
+        "noise",
+        "coupling",
+        "quota",
+        "rounding",
+        "ignored",
+        "redundancy_cost",
+        "representative",
+    ]
+    """``representative``: a redundant unit went in its favour."""
+
+
+class ChannelPruningTarget(Message):
+    """Channels of one group to remove, in current and in original numbering."""
+
+    layer_name: Name
+    channel_indices: tuple[Count, ...] = Field(min_length=1)
+    original_indices: tuple[Count, ...]
+    importance: tuple[Finite, ...]
+    """The score that each was ranked by, in the order of ``channel_indices``; the marginal cost of
+    a joint order is negative where a removal makes up for part of the earlier ones."""
+    redundancy_pairs: tuple[Redundancy, ...] = ()
+    redundancy_threshold: Finite = 0.95
+    channels_before: Count
+    channels_after: Count
+    spared: tuple[SparedUnit, ...] = ()
+
+    @model_validator(mode="after")
+    def _aligned(self) -> Self:
+        units = self.channel_indices
+        if any(a >= b for a, b in pairwise(units)):
+            raise InvalidField("channel_indices", "rising numbers", units)
+        if not len(units) == len(self.original_indices) == len(self.importance):
+            raise InvalidField(
+                "original_indices, importance",
+                f"{len(units)} entries each",
+                (len(self.original_indices), len(self.importance)),
+            )
+        if self.channels_before - len(units) != self.channels_after:
+            raise InvalidField(
+                "channels_after", str(self.channels_before - len(units)), self.channels_after
+            )
+        return self
+
+
+class AttentionHeadTarget(Message):
+    """Heads to remove from one attention layer (section 4.3)."""
+
+    layer_name: Name
+    head_indices: tuple[Count, ...] = Field(min_length=1)
+    original_indices: tuple[Count, ...] = ()
+    redundancy_pairs: tuple[HeadRedundancy, ...] = ()
+    redundancy_threshold: Finite = 0.95
+    head_importance: tuple[Finite, ...] = ()
+    attention_entropy: tuple[NonNegative, ...] = ()
+    heads_before: Count
+    heads_after: Count
+
+
+class LayerPruningTarget(Message):
+    """A layer to replace by its identity path."""
+
+    layer_name: Name
+    importance: NonNegative
+    gradient_flow: NonNegative
+    similarity: Finite
+    skip_potential: Fraction
+    skip_strategy: Literal["identity", "residual", "linear_projection", "conv_projection"]
+    architecture_impact: Fraction
+
+
+class PruningStatistics(Message):
+    """What the decision does to the size of the network, and what it is predicted to cost."""
+
+    scorer: Literal["output_projection", "multi_metric", "magnitude"]
+    parameters_before: Count
+    parameters_after: Count
+    macs_before: Count
+    macs_after: Count
+    channels_before: Count
+    channels_after: Count
+    channels_original: Count
+    quota: Count
+    """Units that the schedule allowed to remove at this checkpoint."""
+    phase_limit: Fraction
+    """Share of the original units that the phase allows to have removed."""
+    cumulative_ratio: Fraction
+    """Share of the original units removed after this decision."""
+    predicted_shift: NonNegative | None = None
+    """Mean square of the predicted movement of the outputs, in squared output units, as a share of
+    their variance along the same directions where known; only for output projections."""
+    predicted_shift_error: NonNegative | None = None
+    """Its standard error from the two halves of the samples."""
+    predicted_loss_rise: Finite | None = None
+    """Second-order prediction of the rise of the loss, in nats a sample, where measured."""
+    samples: Count = 0
+
+
+class GateResult(Message):
+    """One safety gate: what it measured against which limit."""
+
+    name: Name
+    passed: bool
+    measured: Finite | None = None
+    limit: Finite | None = None
+    detail: Text = ""
+
+
+class Fallback(Message):
+    """A rung of the failure table that was taken instead of the full analysis."""
+
+    rung: Name
+    reason: Text
+
+
+class SafetyValidation(Message):
+    """All gates, passed or not, and the verdict."""
+
+    outcome: Outcome
+    phase: Phase
+    gates: tuple[GateResult, ...]
+    confidence: Fraction = 1.0
+    measured: bool = False
+    """Whether the cut was measured on held-out data or only predicted."""
+
+
+class StructuralPruningDecision(Message):
+    """The one decision of a key. The same input gives the same bytes: no clock is in it."""
+
+    contract_of: ClassVar[str] = "Elesh to Emrakul"
+
+    idempotency_key: DecisionKey
+    run_id: Identifier
+    epoch: Epoch
+    model_hash: ModelHash
+    channels: tuple[ChannelPruningTarget, ...] = ()
+    attention_heads: tuple[AttentionHeadTarget, ...] = ()
+    layers: tuple[LayerPruningTarget, ...] = ()
+    statistics: PruningStatistics
+    safety: SafetyValidation
+    approved_for_application: bool
+    rejection_reason: Text = ""
+    fallbacks: tuple[Fallback, ...] = ()
+    ignored: tuple[tuple[Name, Text], ...] = ()
+    """Groups that cannot be pruned, each with the reason."""
+    settings_hash: Label = ""
+    """Which settings decided: the first 16 hex digits of SHA-256 over them."""
+    elesh_version: Label = ""
+
+    @property
+    def key(self) -> IdempotencyKey:
+        """The parsed idempotency key."""
+        return IdempotencyKey.parse(self.idempotency_key)
+
+    @property
+    def units(self) -> dict[str, tuple[int, ...]]:
+        """Units to remove by group, in current numbering: what a Surgeon takes."""
+        return {t.layer_name: t.channel_indices for t in self.channels} | {
+            t.layer_name: t.head_indices for t in self.attention_heads
+        }
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        key = self.key
+        if (key.epoch, key.model_hash) != (self.epoch, self.model_hash):
+            raise IdentityMismatch(
+                "idempotency_key", f"{self.epoch}:{self.model_hash}:...", str(key)
+            )
+        if self.approved_for_application == bool(self.rejection_reason):
+            raise InvalidField(
+                "rejection_reason", "a reason if and only if not approved", self.rejection_reason
+            )
+        if self.approved_for_application and self.safety.outcome is Outcome.NO_GO:
+            raise InvalidField("approved_for_application", "false after a no-go", True)
+        return self

@@ -1,0 +1,149 @@
+"""What is told while and after things happen: telemetry, outcomes, breakers, refusals."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal, TypeVar
+
+from pydantic import AfterValidator, Field
+
+from .base import (
+    Count,
+    Epoch,
+    Finite,
+    Fraction,
+    Identifier,
+    Label,
+    MaybeNaN,
+    Message,
+    ModelHash,
+    Moment,
+    Name,
+    NonNegative,
+    Text,
+)
+from .decisions import GateResult, Outcome
+from .identity import DecisionKey, Level
+
+V = TypeVar("V")
+
+
+def _sorted(items: dict[str, V]) -> dict[str, V]:
+    return dict(sorted(items.items()))  # equal messages are equal bytes
+
+
+Figures = Annotated[dict[Name, MaybeNaN], Field(max_length=64), AfterValidator(_sorted)]
+"""Named figures; NaN means unknown."""
+
+
+class AnalysisMetrics(Message):
+    """Performance of one analysis."""
+
+    duration_seconds: NonNegative
+    channels: Count = 0
+    heads: Count = 0
+    layers: Count = 0
+    peak_memory_bytes: Count = 0
+    input_bytes: Count = 0
+
+
+class TelemetryEvent(Message):
+    """One step of one analysis, by one worker."""
+
+    contract_of: ClassVar[str] = "Elesh to Nissa"
+
+    step: Literal[
+        "received",
+        "fetched",
+        "analysed",
+        "settled",
+        "duplicate",
+        "conflict",
+        "lost",
+        "failed",
+        "dead_letter",
+        "fallback",
+    ]
+    worker_id: Name
+    idempotency_key: Label = ""
+    run_id: Label = ""
+    epoch: Epoch | None = None
+    at: Moment
+    metrics: AnalysisMetrics | None = None
+    figures: Figures = Field(default_factory=dict)
+    detail: Text = ""
+
+
+class BreakerTransition(Message):
+    """A circuit breaker changed its state."""
+
+    contract_of: ClassVar[str] = "Elesh to Nissa"
+
+    run_id: Identifier
+    level: Level
+    before: Literal["closed", "open", "half_open"]
+    after: Literal["closed", "open", "half_open"]
+    failures: Count
+    reason: Text
+    at: Moment
+
+
+class PruningOutcome(Message):
+    """What became of a decision on the trainer's side; feeds the breakers."""
+
+    contract_of: ClassVar[str] = "Kasmina to Elesh"
+
+    idempotency_key: DecisionKey
+    run_id: Identifier
+    epoch: Epoch
+    result: Literal["applied", "rolled_back", "refused", "rejected"]
+    """``rejected``: Elesh did not approve; ``refused``: the trainer did not take it."""
+    accuracy_before: MaybeNaN | None = None
+    accuracy_masked: MaybeNaN | None = None
+    loss_before: MaybeNaN | None = None
+    loss_masked: MaybeNaN | None = None
+    parameters_before: Count = 0
+    parameters_after: Count = 0
+    detail: Text = ""
+
+
+class StructuralValidationResult(Message):
+    """Safety validation of a structural modification."""
+
+    contract_of: ClassVar[str] = "Elesh to Urabrask"
+
+    idempotency_key: DecisionKey
+    outcome: Outcome
+    gates: tuple[GateResult, ...]
+    accuracy_retention: Fraction | None = None
+    gradient_flow_change: Finite | None = None
+
+
+class RecompilationRequest(Message):
+    """The architecture changed physically: compiled forms of it are stale."""
+
+    contract_of: ClassVar[str] = "Kasmina to Tezzeret"
+
+    run_id: Identifier
+    epoch: Epoch
+    idempotency_key: DecisionKey
+    model_hash_before: ModelHash
+    model_hash_after: ModelHash
+
+
+class DeadLetter(Message):
+    """A message that could not be served, with its original bytes and the reason."""
+
+    contract_of: ClassVar[str] = "Elesh to operators"
+
+    stream: Name
+    entry_id: Name
+    error_code: Name
+    field: Text = ""
+    reason: Text
+    deliveries: Count
+    worker_id: Name
+    at: Moment
+    original: Annotated[dict[str, bytes], AfterValidator(_sorted)]
+    """The fields of the stream entry as they were."""
+    idempotency_key: Label = ""
+    traceparent: Label = ""

@@ -1,0 +1,31 @@
+"""How an analysis is to be made, as a coordinator or a trainer may ask for it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from .base import Fraction, Message, Name, NonNegative
+
+Scorer = Literal["auto", "output_projection", "multi_metric", "magnitude"]
+
+
+class AnalysisParameters(Message):
+    """How to analyse; what is not given comes from the worker's settings."""
+
+    scorer: Scorer = "auto"
+    target_ratio: Fraction | None = None
+    """Share of all original units to have removed after this decision; the schedule's limit
+    still holds above it."""
+    ignored_layers: tuple[Name, ...] = ()
+    """Groups and layers to leave alone, by name."""
+    round_to: int = Field(default=1, ge=1, le=1024)
+    """Keep a multiple of this many channels in every group."""
+
+
+class PerformanceRequirements(Message):
+    """What the result must hold to; a decision that cannot is rejected with the reason."""
+
+    max_predicted_loss_rise: NonNegative | None = None
+    min_parameters_removed: Fraction | None = None

@@ -1,0 +1,65 @@
+"""What a coordinator asks for: structural analyses (4.1) and legacy parameter analyses (4.4)."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Annotated, ClassVar, Self
+
+from pydantic import Field, WithJsonSchema, model_validator
+
+from .architecture import PrunedArchitecture
+from .base import Duration, Epoch, Fraction, Identifier, Message, ModelHash, NonNegative
+from .checkpoint import BlobRef, CheckpointMetadata
+from .errors import IdentityMismatch
+from .identity import Level, RequestKey, RequestKeyText
+from .parameters import AnalysisParameters, PerformanceRequirements
+
+Window = Annotated[
+    Duration,
+    Field(gt=timedelta(0), le=timedelta(minutes=5)),
+    WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "maximum": 300}),
+]
+"""The checkpoint window: more than nothing, at most five minutes."""
+
+
+class StructuralAnalysisRequest(Message):
+    """Asks for a decision on a checkpoint whose statistics are at hand (section 4.1)."""
+
+    contract_of: ClassVar[str] = "Emrakul to Elesh"
+
+    request_id: Identifier
+    idempotency_key: RequestKeyText
+    """``<epoch>:<model_hash>:<request_id>``; the decision's key adds the level."""
+    current_architecture: PrunedArchitecture
+    parameters: AnalysisParameters = AnalysisParameters()
+    requirements: PerformanceRequirements = PerformanceRequirements()
+    timeout: Window = timedelta(minutes=5)
+    metadata: CheckpointMetadata
+    """The checkpoint that the statistics belong to."""
+    statistics: BlobRef
+    gates: BlobRef | None = None
+    levels: tuple[Level, ...] = (Level.CHANNEL,)
+
+    @model_validator(mode="after")
+    def _key_is_of_this_request(self) -> Self:
+        key = RequestKey.parse(self.idempotency_key)
+        expected = RequestKey(self.metadata.epoch, self.metadata.model_hash, self.request_id)
+        if key != expected:
+            raise IdentityMismatch("idempotency_key", str(expected), str(key))
+        return self
+
+
+class AnalysisRequest(Message):
+    """Parameter analysis with its thresholds (legacy, preserved)."""
+
+    contract_of: ClassVar[str] = "Emrakul to Elesh"
+
+    request_id: Identifier
+    epoch: Epoch
+    model_hash: ModelHash
+    importance: BlobRef
+    """ImportanceData: one Count-Min sketch a tensor."""
+    marking_threshold: NonNegative = 1e-8
+    confidence_threshold: Fraction = 0.95
+    statistical_samples: int = Field(default=10_000, ge=1)
+    timeout: Window = timedelta(minutes=5)

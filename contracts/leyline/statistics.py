@@ -1,0 +1,111 @@
+"""What the trainer measured at a checkpoint: importance vectors, correlations, gate statistics.
+
+Messages here hold arrays; on the wire they are tensors of a safetensors blob, named
+``<layer_name>/<field>`` (see :mod:`leyline.bundle`). All values are finite: NaN is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import ConfigDict, model_validator
+
+from .arrays import Array, require_finite
+from .base import Message, Name
+from .errors import InvalidField, ShapeMismatch
+
+_LARGEST_COSINE = 1.01  # rounding of float16 included
+
+
+class _ArrayMessage(Message):
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+
+class ChannelImportanceData(_ArrayMessage):
+    """Channel statistics of one coupled group (section 4.2); C channels, each finite.
+
+    ``layer_name`` is the name of the group in the architecture.
+    """
+
+    contract_of: ClassVar[str] = "Kasmina to Elesh"
+
+    layer_name: Name
+    taylor_importance: Array
+    """[C], >= 0: mean over samples and positions of ``|gradient * activation|``."""
+    magnitude_importance: Array
+    """[C], >= 0: L2 norm of all the weights that produce the channel."""
+    activation_frequency: Array
+    """[C], 0 to 1: share of activations with magnitude above 1e-3."""
+    channel_correlations: Array | None = None
+    """[C, C]: cosine similarity of the channels' activations over samples and positions."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        count = self.taylor_importance.shape[0] if self.taylor_importance.ndim else 0
+        for field in ("taylor_importance", "magnitude_importance", "activation_frequency"):
+            values: npt.NDArray[Any] = getattr(self, field)
+            where = f"{self.layer_name}/{field}"
+            _require_shape(where, values, (count,))
+            require_finite(where, values)
+            if values.size and values.min() < 0:
+                raise InvalidField(where, "numbers >= 0", float(values.min()))
+        if self.activation_frequency.size and self.activation_frequency.max() > 1:
+            raise InvalidField(
+                f"{self.layer_name}/activation_frequency",
+                "at most 1",
+                float(self.activation_frequency.max()),
+            )
+        if self.channel_correlations is not None:
+            _require_shape(
+                f"{self.layer_name}/channel_correlations", self.channel_correlations, (count, count)
+            )
+            require_finite(f"{self.layer_name}/channel_correlations", self.channel_correlations)
+            largest = float(np.abs(self.channel_correlations).max(initial=0))
+            if largest > _LARGEST_COSINE:
+                where = f"{self.layer_name}/channel_correlations"
+                raise InvalidField(where, "cosines from -1 to 1", largest)
+        return self
+
+    @property
+    def size(self) -> int:
+        """Number of channels C."""
+        return len(self.taylor_importance)
+
+
+class GateStatistics(_ArrayMessage):
+    """Gate gradients of one group over N calibration samples (ARCHITECTURE, "What we rank by").
+
+    The gate of a unit multiplies everything that the unit sends to its consumers.
+    """
+
+    contract_of: ClassVar[str] = "Kasmina to Elesh"
+
+    layer_name: Name
+    projections: Array
+    """[N, C]: G, the sum over positions of activation times d(v . output)/d(activation), with one
+    seeded Gaussian direction v a sample, centred where outputs are logits."""
+    first_order: Array
+    """[C]: mean over samples of the gate gradient of the true-label loss (signed)."""
+    second_order: Array
+    """[C]: mean over samples of the squared gate gradient of the loss with labels sampled from
+    the model's own predictions (the Fisher diagonal of the gates)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.projections.ndim != 2:
+            raise ShapeMismatch(f"{self.layer_name}/projections", "[N, C]", self.projections.shape)
+        count = self.projections.shape[1]
+        for field in ("first_order", "second_order"):
+            _require_shape(f"{self.layer_name}/{field}", getattr(self, field), (count,))
+        for field in ("projections", "first_order", "second_order"):
+            require_finite(f"{self.layer_name}/{field}", getattr(self, field))
+        return self
+
+
+def _require_shape(field: str, array: npt.NDArray[Any], shape: tuple[int, ...]) -> None:
+    if array.shape != shape:
+        raise ShapeMismatch(field, f"shape {shape}", f"shape {array.shape}")
+    if array.dtype not in (np.float32, np.float16):
+        raise ShapeMismatch(field, "float32 or float16", str(array.dtype))

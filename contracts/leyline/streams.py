@@ -1,0 +1,73 @@
+"""The streams of the bus: which messages each carries and who reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .base import Message
+from .checkpoint import CheckpointReady
+from .decisions import StructuralPruningDecision
+from .events import (
+    BreakerTransition,
+    DeadLetter,
+    PruningOutcome,
+    RecompilationRequest,
+    StructuralValidationResult,
+    TelemetryEvent,
+)
+from .legacy import AnalysisReport, ImportanceData, MaskApplication, PruningMasks
+from .requests import AnalysisRequest, StructuralAnalysisRequest
+
+WORKERS = "elesh-workers"
+"""The consumer group of the analysis workers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A stream by its short name; its key in Redis is ``elesh:{<partition>}:<name>``."""
+
+    name: str
+    messages: tuple[type[Message], ...]
+    description: str
+    group: str = ""
+    """The consumer group whose members share the work; empty: every reader reads all of it."""
+
+    def key(self, partition: str) -> str:
+        """The Redis key; the braces are the hash tag that keeps a partition on one node."""
+        return f"elesh:{{{partition}}}:{self.name}"
+
+
+CHECKPOINTS = Stream(
+    "checkpoints", (CheckpointReady,), "checkpoints that are ready for analysis", WORKERS
+)
+REQUESTS = Stream(
+    "requests",
+    (StructuralAnalysisRequest, AnalysisRequest, ImportanceData),
+    "analyses that a coordinator asks for",
+    WORKERS,
+)
+DECISIONS = Stream(
+    "decisions",
+    (StructuralPruningDecision, PruningMasks, AnalysisReport),
+    "one decision a key",
+)
+OUTCOMES = Stream("outcomes", (PruningOutcome,), "what trainers made of decisions", WORKERS)
+MASKS = Stream("masks", (MaskApplication,), "validated parameter masks for checkpoints")
+TELEMETRY = Stream("telemetry", (TelemetryEvent, BreakerTransition), "what workers do, for Nissa")
+VALIDATION = Stream("validation", (StructuralValidationResult,), "safety results, for Urabrask")
+RECOMPILE = Stream("recompile", (RecompilationRequest,), "changed architectures, for Tezzeret")
+DEAD = Stream("dead", (DeadLetter,), "messages that could not be served")
+
+STREAMS: tuple[Stream, ...] = (
+    CHECKPOINTS,
+    REQUESTS,
+    DECISIONS,
+    OUTCOMES,
+    MASKS,
+    TELEMETRY,
+    VALIDATION,
+    RECOMPILE,
+    DEAD,
+)
+MESSAGES: dict[str, type[Message]] = {m.__name__: m for s in STREAMS for m in s.messages}
+"""Every message type that may stand in an envelope, by name."""

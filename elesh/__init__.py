@@ -1,0 +1,29 @@
+"""Elesh watches neural networks train and says, at checkpoints, which parts can be removed.
+
+As a library: ``from elesh import CheckpointBundle, Settings, analyze``.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from elesh.analysis import analyze
+    from elesh.settings import Settings
+    from leyline import CheckpointBundle
+
+__all__ = ["CheckpointBundle", "Settings", "analyze"]
+
+_HOMES = {
+    "CheckpointBundle": "leyline",
+    "Settings": "elesh.settings",
+    "analyze": "elesh.analysis",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use, so that the command line and the supervisor start without numerics.
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,293 @@
+"""``analyze``: a checkpoint in, a decision out. No I/O, no clock: the same input, the same bytes.
+
+Promises: every gate is listed whether it passed or not; a rejected decision names what rejected it
+and still carries its analysis as telemetry; nothing raises but :class:`leyline.ContractError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from typing import Literal
+
+import numpy as np
+
+from elesh import safety
+from elesh.safety import BreakerStatus
+from elesh.settings import Settings
+from leyline import (
+    CheckpointBundle,
+    Fallback,
+    GateResult,
+    IdempotencyKey,
+    InvalidField,
+    Level,
+    Outcome,
+    PrunedArchitecture,
+    PruningStatistics,
+    SafetyValidation,
+    StructuralPruningDecision,
+)
+
+from .channels import (
+    ChannelPlan,
+    Eligible,
+    Scorer,
+    choose_scorer,
+    eligible_groups,
+    plan_channels,
+)
+from .schedule import Allowance, allowance
+from .scores import single_removal
+
+__all__ = ["analyze"]
+
+_CONFIDENCE: Mapping[Scorer, float] = {
+    "output_projection": 0.9,
+    "multi_metric": 0.6,
+    "magnitude": 0.3,
+}
+"""An order, not a probability: 1 is kept for cuts measured on held-out data; projections predict
+the outputs, the mix only follows them, magnitude hardly does (measured in ARCHITECTURE)."""
+_FALLBACK_DISCOUNT = 0.8
+"""What each rung of the failure table leaves of the confidence."""
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """The figures of one proposed cut, as the gates look at them."""
+
+    units: Mapping[str, Sequence[int]]
+    count: int
+    after: PrunedArchitecture | None
+    """None where the cut does not hold together (the structure gate says why)."""
+    loss_rise: float | None
+    shift: float | None
+    error: float | None
+
+
+def analyze(
+    bundle: CheckpointBundle,
+    settings: Settings | None = None,
+    *,
+    level: Level = Level.CHANNEL,
+    threads: int = 1,
+    breaker: BreakerStatus | None = None,
+    key: IdempotencyKey | None = None,
+    scorer: Literal["output_projection", "multi_metric", "magnitude"] | None = None,
+    fallbacks: Sequence[Fallback] = (),
+) -> StructuralPruningDecision:
+    """Decide what can be removed from the network of ``bundle``.
+
+    Args:
+        bundle: a checkpoint's architecture and statistics.
+        settings: the defaults of the design document if not given.
+        level: which level to decide on.
+        threads: numerical work runs on so many threads; the decision does not depend on it.
+        breaker: the level's circuit breaker; closed if not given.
+        key: the key of the decision; the bundle's own for this level if not given.
+        scorer: overrides the scorer of request and settings, where a fallback asks for another.
+        fallbacks: rungs of the failure table that led here, to be recorded in the decision.
+
+    Raises:
+        InvalidField: if the level is not analysed here, or the request names unknown layers.
+        IdentityMismatch: if the key speaks of another checkpoint.
+    """
+    if level is not Level.CHANNEL:
+        raise InvalidField("level", f"a level that is analysed here: {Level.CHANNEL}", level.value)
+    settings = settings or Settings()
+    allowed = _allowance(bundle, settings)
+    used, taken = choose_scorer(bundle, scorer or _wanted(bundle, settings))
+    eligible, plan = _plan(bundle, settings, used, allowed, threads)
+    cut = _cut(bundle, plan)
+    gates = _gates(bundle, settings, allowed, eligible, plan, cut, breaker or BreakerStatus())
+    outcome = safety.verdict(gates, measured=False)
+    reason = _rejection(gates, cut, allowed, eligible)
+    all_fallbacks = (*fallbacks, *taken)
+    key = key or bundle.key(level)
+    return StructuralPruningDecision(
+        idempotency_key=str(key),
+        run_id=bundle.metadata.run_id,
+        epoch=bundle.metadata.epoch,
+        model_hash=bundle.metadata.model_hash,
+        channels=plan.targets,
+        statistics=_statistics(bundle, allowed, used, cut),
+        safety=SafetyValidation(
+            outcome=outcome,
+            phase=allowed.phase,
+            gates=gates,
+            confidence=_CONFIDENCE[used] * _FALLBACK_DISCOUNT ** len(all_fallbacks),
+        ),
+        approved_for_application=not reason and outcome is not Outcome.NO_GO,
+        rejection_reason=reason,
+        fallbacks=all_fallbacks,
+        ignored=eligible.ignored,
+        settings_hash=settings.analysis_hash,
+        elesh_version=_version(),
+    )
+
+
+@cache
+def _version() -> str:
+    return version("elesh")
+
+
+def _wanted(bundle: CheckpointBundle, settings: Settings) -> str:
+    asked = bundle.parameters.scorer
+    return settings.structured_pruning.channel_analysis.scorer if asked == "auto" else asked
+
+
+def _round_to(bundle: CheckpointBundle, settings: Settings) -> int:
+    asked = bundle.parameters.round_to
+    return settings.structured_pruning.channel_analysis.round_to if asked == 1 else asked
+
+
+def _allowance(bundle: CheckpointBundle, settings: Settings) -> Allowance:
+    channels = settings.structured_pruning.channel_analysis
+    return allowance(
+        bundle.architecture,
+        bundle.metadata.epoch,
+        settings.structured_pruning.safety_schedule,
+        shape=channels.schedule,
+        margin=channels.safety_margin,
+        target=bundle.parameters.target_ratio,
+    )
+
+
+def _plan(
+    bundle: CheckpointBundle, settings: Settings, scorer: Scorer, allowed: Allowance, threads: int
+) -> tuple[Eligible, ChannelPlan]:
+    channels, round_to = settings.structured_pruning.channel_analysis, _round_to(bundle, settings)
+    eligible = eligible_groups(bundle, scorer, channels.min_channels_per_layer, round_to)
+    plan = plan_channels(
+        bundle,
+        channels,
+        eligible.groups,
+        scorer,
+        allowed.quota,
+        allowed.phase,
+        round_to=round_to,
+        threads=threads,
+    )
+    return eligible, plan
+
+
+def _cut(bundle: CheckpointBundle, plan: ChannelPlan) -> _Cut:
+    """What removing the targets leaves, exactly, and what it is predicted to do."""
+    units = {target.layer_name: target.channel_indices for target in plan.targets}
+    sound = safety.structure(bundle.architecture, units).passed
+    prediction = plan.prediction
+    known = prediction is not None and plan.energy > 0
+    return _Cut(
+        units=units,
+        count=sum(map(len, units.values())),
+        after=bundle.architecture.without(units) if sound else None,
+        loss_rise=_loss_rise(bundle, units),
+        shift=prediction.damage / plan.energy if prediction and known else None,
+        error=prediction.error / plan.energy if prediction and known else None,
+    )
+
+
+def _loss_rise(bundle: CheckpointBundle, units: Mapping[str, Sequence[int]]) -> float | None:
+    """The sum of the single removals' second-order predictions: interactions are not in it."""
+    if not units or not all(name in bundle.gates for name in units):
+        return None
+    return float(
+        sum(
+            float(single_removal(bundle.gates[name])[np.asarray(lost)].sum())
+            for name, lost in units.items()
+        )
+    )
+
+
+def _gates(
+    bundle: CheckpointBundle,
+    settings: Settings,
+    allowed: Allowance,
+    eligible: Eligible,
+    plan: ChannelPlan,
+    cut: _Cut,
+    breaker: BreakerStatus,
+) -> tuple[GateResult, ...]:
+    channels, architecture = settings.structured_pruning.channel_analysis, bundle.architecture
+    random = plan.prediction.random / plan.energy if plan.prediction and plan.energy > 0 else None
+    parameters = architecture.parameters
+    smaller = 1 - cut.after.parameters / parameters if cut.after and parameters else 0.0
+    prunable = {g.name for g in architecture.groups if g.level is Level.CHANNEL and g.prunable}
+    measured = prunable & (bundle.gates.keys() | bundle.channels.keys())
+    return (
+        safety.breaker_gate(breaker),
+        safety.phase_gate(allowed.phase),
+        safety.statistics_sound(_samples(bundle), len(measured), len(prunable)),
+        safety.cumulative_limit(allowed.removed, cut.count, allowed.original, allowed.limit),
+        safety.minimum_channels(architecture, cut.units, channels.min_channels_per_layer),
+        safety.structure(architecture, cut.units),
+        safety.gradient_isolation(architecture, cut.units),
+        safety.noise(cut.shift, cut.error, random),
+        safety.predicted_shift(cut.shift, cut.error, channels.max_predicted_shift),
+        safety.requirements(bundle.requirements, cut.loss_rise, smaller),
+    )
+
+
+def _samples(bundle: CheckpointBundle) -> int:
+    """Calibration samples behind the statistics."""
+    counts = [len(gate.projections) for gate in bundle.gates.values()]
+    return counts[0] if counts else bundle.metadata.samples
+
+
+def _rejection(
+    gates: Sequence[GateResult], cut: _Cut, allowed: Allowance, eligible: Eligible
+) -> str:
+    """Why the decision is not approved; empty where it is."""
+    failed = [f"{gate.name}: {_why(gate)}" for gate in gates if not gate.passed]
+    if failed:
+        return "; ".join(failed)[:8192]
+    if cut.count:
+        return ""
+    if not eligible.groups:
+        return "nothing to remove: no group can lose channels (see ignored)"
+    if allowed.quota:
+        return f"nothing to remove: no group can lose a whole multiple within quota {allowed.quota}"
+    return (
+        f"nothing to remove: quota 0 ({allowed.removed} of {allowed.original} original channels "
+        f"are removed, {allowed.share:.2%} may be at this epoch)"
+    )
+
+
+def _why(gate: GateResult) -> str:
+    """What a failed gate says of itself."""
+    figures = (
+        f"{gate.measured:.4g} against {gate.limit:.4g}"
+        if gate.measured is not None and gate.limit is not None
+        else ""
+    )
+    return ", ".join(part for part in (figures, gate.detail) if part)
+
+
+def _statistics(
+    bundle: CheckpointBundle, allowed: Allowance, scorer: Scorer, cut: _Cut
+) -> PruningStatistics:
+    before = bundle.architecture
+    after = cut.after or before
+    groups = [group for group in before.groups if group.level is Level.CHANNEL]
+    present = sum(group.size for group in groups)
+    gone = allowed.removed + cut.count
+    return PruningStatistics(
+        scorer=scorer,
+        parameters_before=before.parameters,
+        parameters_after=after.parameters,
+        macs_before=before.macs,
+        macs_after=after.macs,
+        channels_before=present,
+        channels_after=present - cut.count,
+        channels_original=allowed.original,
+        quota=allowed.quota,
+        phase_limit=allowed.limit,
+        cumulative_ratio=min(1.0, gone / allowed.original) if allowed.original else 0.0,
+        predicted_shift=cut.shift,
+        predicted_shift_error=cut.error,
+        predicted_loss_rise=cut.loss_rise,
+        samples=_samples(bundle),
+    )

@@ -1,0 +1,106 @@
+"""Scores of single units: the document's mix, magnitude, and what one removal alone would cost.
+
+Promises: pure functions of arrays, one value a unit, higher means more important. Sets of units
+are not ranked by these where output projections are there: see :mod:`elesh.analysis.orders`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from elesh.settings import ChannelAnalysis
+from leyline import ChannelImportanceData, GateStatistics, Phase
+
+from .candidates import Doubles
+
+__all__ = [
+    "EARLY",
+    "LATE",
+    "MID",
+    "Weights",
+    "magnitude",
+    "multi_metric",
+    "shares",
+    "single_removal",
+    "weights_at",
+]
+
+
+class Weights(NamedTuple):
+    """How much each metric counts in the mix; they sum to 1."""
+
+    taylor: float
+    magnitude: float
+    frequency: float
+
+
+EARLY = Weights(0.3, 0.5, 0.2)
+MID = Weights(0.5, 0.3, 0.2)
+LATE = Weights(0.6, 0.2, 0.2)
+
+
+def weights_at(phase: Phase, settings: ChannelAnalysis) -> Weights:
+    """The mix of a training phase (FACTS, "Importance").
+
+    Early is the preparation phase, late from the aggressive phase on; in between the configured
+    weights hold, whose default is the document's mid-training mix.
+    """
+    if phase is Phase.PREPARATION:
+        return EARLY
+    if phase in (Phase.AGGRESSIVE, Phase.VALIDATION):
+        return LATE
+    return Weights(settings.taylor_weight, settings.magnitude_weight, settings.frequency_weight)
+
+
+def shares(values: npt.ArrayLike, starts: npt.ArrayLike) -> Doubles:
+    """Values >= 0 as shares of the largest of their group; a group of zeros stays zero.
+
+    The documents leave the normalisation open. Sizes of gradients, weights and feature maps
+    differ from layer to layer, so only shares within a group can be compared across the net; the
+    maximum rather than min-max, which would call the weakest of each group worthless even where
+    all are alike.
+
+    Args:
+        values: [C], groups side by side.
+        starts: [G] where each group begins (no group is empty).
+    """
+    row = np.asarray(values, dtype=np.float64)
+    first = np.asarray(starts, dtype=np.int64)
+    tops = np.repeat(np.maximum.reduceat(row, first), np.diff(first, append=len(row)))
+    return np.asarray(np.divide(row, tops, out=np.zeros_like(row), where=tops > 0))
+
+
+def multi_metric(groups: Sequence[ChannelImportanceData], weights: Weights) -> Doubles:
+    """[C] of all groups side by side: the weighted sum of the three metrics' shares, 0 to 1."""
+    starts = _starts(groups)
+    taylor = shares(np.concatenate([g.taylor_importance for g in groups]), starts)
+    frequency = shares(np.concatenate([g.activation_frequency for g in groups]), starts)
+    return np.asarray(
+        weights.taylor * taylor
+        + weights.magnitude * magnitude(groups)
+        + weights.frequency * frequency
+    )
+
+
+def magnitude(groups: Sequence[ChannelImportanceData]) -> Doubles:
+    """[C] of all groups side by side: magnitudes as shares of the largest of their group."""
+    return shares(np.concatenate([g.magnitude_importance for g in groups]), _starts(groups))
+
+
+def single_removal(gate: GateStatistics) -> Doubles:
+    """[C]: the second-order prediction of the loss's rise when one unit alone is removed, in nats.
+
+    A gate goes from 1 to 0, so the rise is ``-g + h/2``: the gate gradient enters with a minus
+    (ARCHITECTURE, "What we rank by"). For explanations of single units, not for choosing sets.
+    """
+    first = np.asarray(gate.first_order, dtype=np.float64)
+    return np.asarray(-first + 0.5 * np.asarray(gate.second_order, dtype=np.float64))
+
+
+def _starts(groups: Sequence[ChannelImportanceData]) -> npt.NDArray[np.int64]:
+    sizes = np.array([group.size for group in groups], dtype=np.int64)
+    return np.asarray(np.cumsum(sizes) - sizes)

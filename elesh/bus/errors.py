@@ -1,0 +1,26 @@
+"""The one error of the bus itself: it cannot be used now. Wrong data is a ``ContractError``."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["BusUnavailable", "masked"]
+
+_IN_AUTHORITY = re.compile(r"(?<=://)([^/@:]*):.*@")
+_IN_QUERY = re.compile(r"(?<=[?&]password=)[^&]*")
+
+
+def masked(url: str) -> str:
+    """A URL as it may be shown: the password replaced by ``***``."""
+    return _IN_QUERY.sub("***", _IN_AUTHORITY.sub(r"\1:***@", url))
+
+
+class BusUnavailable(Exception):
+    """The bus cannot be reached or cannot serve now; trying again later may help.
+
+    Nothing is known about a command whose answer did not arrive: it may have been carried out.
+    """
+
+    def __init__(self, url: str, reason: object, *, hint: str = "is the server running?") -> None:
+        text = " ".join(str(reason).split()) or type(reason).__name__
+        super().__init__(f"bus at {masked(url)} is unavailable: {text}; {hint}")

@@ -1,0 +1,7 @@
+-- Lengthen the life of a blob that is complete; returns 0 if any part of it is missing.
+-- KEYS: head, chunks... ARGV: head's seconds to live, chunks' seconds to live.
+for _, key in ipairs(KEYS) do
+  if redis.call('EXISTS', key) == 0 then return 0 end
+end
+for i, key in ipairs(KEYS) do redis.call('EXPIRE', key, i == 1 and ARGV[1] or ARGV[2]) end
+return 1

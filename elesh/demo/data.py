@@ -1,0 +1,56 @@
+"""Real handwritten digits: scikit-learn's bundled 1,797 images of 8x8, split by a seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+__all__ = ["Digits", "Split"]
+
+_CALIBRATION = 512
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images [N, 1, 8, 8] in 0..1, float32, and labels [N], int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Training data, validation data for the masks, and held-out data for the report.
+
+    The calibration batch is a part of the training data; held-out data is looked at only to
+    report, never to decide.
+    """
+
+    train: Split
+    validation: Split
+    held_out: Split
+
+    @classmethod
+    def load(cls, seed: int) -> Digits:
+        """70% to train, 10% to validate, 20% held out."""
+        images, labels = load_digits(return_X_y=True)
+        order = np.random.default_rng(seed).permutation(len(labels))
+        x = torch.from_numpy((images[order] / 16).astype(np.float32)).view(-1, 1, 8, 8)
+        y = torch.from_numpy(labels[order].astype(np.int64))
+        a, b = int(0.7 * len(y)), int(0.8 * len(y))
+        return cls(Split(x[:a], y[:a]), Split(x[a:b], y[a:b]), Split(x[b:], y[b:]))
+
+    def calibration(self, batch: int = 256) -> list[tuple[Tensor, Tensor]]:
+        """The first 512 training samples, in batches: the same at every checkpoint."""
+        stop = min(_CALIBRATION, len(self.train))
+        return [
+            (self.train.images[i : i + batch], self.train.labels[i : i + batch])
+            for i in range(0, stop, batch)
+        ]

@@ -1,0 +1,90 @@
+"""Worker processes for the demo: started, waited for, logged to files, and drained at the end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["FleetError", "fleet"]
+
+_START_SECONDS = 60.0
+_STOP_SECONDS = 20.0
+
+
+class FleetError(Exception):
+    """A worker did not start; says which and where its log is."""
+
+
+class WorkerProcess:
+    """One ``elesh worker``, its log in a file."""
+
+    def __init__(self, url: str, settings: Path | None, log: Path, number: int) -> None:
+        command = [sys.executable, "-m", "elesh.cli", "worker"]
+        if settings is not None:
+            command += ["--settings", str(settings)]
+        # The URL may hold a password: the environment is not shown in process lists.
+        environment = os.environ | {"ELESH_REDIS_URL": url}
+        self.log, self.number = log, number
+        self.process = subprocess.Popen(
+            command,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            text=True,
+            start_new_session=True,
+        )
+        self._serving = threading.Event()
+        threading.Thread(target=self._copy_log, daemon=True).start()
+
+    def wait_serving(self) -> None:
+        """Wait until the worker serves.
+
+        Raises:
+            FleetError: if it ends or says nothing for a minute.
+        """
+        if not self._serving.wait(_START_SECONDS) or self.process.poll() is not None:
+            raise FleetError(f"worker {self.number} did not start; its log: {self.log}")
+
+    def _copy_log(self) -> None:
+        assert self.process.stderr is not None
+        with self.log.open("w") as log:
+            for line in self.process.stderr:
+                log.write(line)
+                log.flush()
+                if " serving " in line:
+                    self._serving.set()
+        self._serving.set()  # it ended: wait_serving looks at the exit code
+
+    def stop(self) -> None:
+        """SIGTERM, a moment to drain, then SIGKILL."""
+        self.process.terminate()
+        try:
+            self.process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+@contextmanager
+def fleet(
+    url: str, count: int, settings: Path | None, folder: Path
+) -> Iterator[list[WorkerProcess]]:
+    """``count`` workers that serve; drained when the block ends."""
+    workers = [
+        WorkerProcess(url, settings, folder / f"worker-{number}.log", number)
+        for number in range(1, count + 1)
+    ]
+    try:
+        for worker in workers:
+            worker.wait_serving()
+        yield workers
+    finally:
+        for worker in workers:
+            worker.process.terminate()
+        for worker in workers:
+            worker.stop()

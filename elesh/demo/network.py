@@ -1,0 +1,99 @@
+"""The demo's network: residual convolutions, then attention, small enough for two cores.
+
+All three levels have something to prune: channels of coupled residual streams and of block
+interiors, hidden units of the transformer's feed-forward part, heads, and residual blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["DigitsNet"]
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions beside an identity path (He et al. 2016), or a 1x1 one that strides."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, H, W] to [B, outputs, H/stride, W/stride]."""
+        y = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with separate projections (Vaswani et al. 2017)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, width // heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.output = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, width] to [B, T, width]."""
+        batch, tokens, _ = x.shape
+
+        def split(y: Tensor) -> Tensor:
+            return y.view(batch, tokens, self.heads, self.head_dim).transpose(1, 2)
+
+        scores = split(self.query(x)) @ split(self.key(x)).transpose(-1, -2)
+        weights = (scores / self.head_dim**0.5).softmax(-1)
+        mixed = (weights @ split(self.value(x))).transpose(1, 2)
+        return torch.as_tensor(self.output(mixed.reshape(batch, tokens, -1)))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and feed-forward sublayers, each with an identity path."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, width] to [B, T, width]."""
+        x = x + self.attention(self.norm1(x))
+        return torch.as_tensor(x + self.down(torch.relu(self.up(self.norm2(x)))))
+
+
+class DigitsNet(nn.Module):
+    """8x8 grey images to ten logits."""
+
+    def __init__(self, width: int = 32, heads: int = 4, classes: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(1, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        )
+        self.stage1 = nn.Sequential(ResidualBlock(width, width), ResidualBlock(width, width))
+        self.stage2 = nn.Sequential(
+            ResidualBlock(width, 2 * width, 2), ResidualBlock(2 * width, 2 * width)
+        )
+        self.tokens = nn.Linear(2 * width, width)
+        self.position = nn.Parameter(torch.zeros(1, 16, width))
+        self.transformer = TransformerBlock(width, heads, 2 * width)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 1, 8, 8] to [B, 10]."""
+        x = self.stage2(self.stage1(self.stem(x)))
+        x = self.tokens(x.flatten(2).transpose(1, 2)) + self.position
+        return torch.as_tensor(self.head(self.norm(self.transformer(x)).mean(1)))

@@ -1,0 +1,164 @@
+"""``elesh demo``: server, workers and trainer at once; ``elesh trainer``: the trainer alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from elesh.bus import embedded_server
+from elesh.observe import shutdown_tracing
+from elesh.settings import Settings
+from elesh.trainer import Session
+
+from .fleet import fleet
+from .screen import Screen, report_tables, total_channels
+from .training import Report, Training
+
+__all__ = ["Demo", "run_demo", "run_trainer"]
+
+_CHECKPOINTS = 26
+_CONNECT_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What a run is asked to do."""
+
+    epochs: int | None = None
+    """None: the whole schedule of the settings and four epochs more."""
+    workers: int = 2
+    seed: int = 0
+    url: str = ""
+    settings_file: Path | None = None
+    json_file: Path | None = None
+    every: int | None = None
+    """Epochs between checkpoints; None: about 26 checkpoints in all."""
+    run_id: str = ""
+
+
+def run_demo(demo: Demo, console: Console) -> int:
+    """Everything on this machine: the embedded server unless a URL is given, workers, training."""
+    folder = _folder()
+    settings, settings_file = demo_settings(demo, folder)
+    with _server(demo.url or settings.bus.url, console) as url:
+        console.print(f"starting {demo.workers} workers (logs in {folder})", highlight=False)
+        with fleet(url, demo.workers, settings_file, folder):
+            return _train(demo, settings, url, console)
+
+
+def run_trainer(demo: Demo, console: Console) -> int:
+    """The simulated trainer alone; workers run elsewhere."""
+    settings, _ = demo_settings(demo, _folder())
+    return _train(demo, settings, demo.url or settings.bus.url, console)
+
+
+def demo_settings(demo: Demo, folder: Path) -> tuple[Settings, Path | None]:
+    """The settings of a run, and the file that the workers read.
+
+    Without a file but with ``--epochs``, the schedule is shortened in proportion, so that every
+    phase is passed through.
+    """
+    if demo.settings_file is not None or demo.epochs is None:
+        return Settings.load(demo.settings_file), demo.settings_file
+    lengths = shortened(demo.epochs)
+    path = folder / "settings.yaml"
+    path.write_text(yaml.safe_dump({"elesh": {"structured_pruning": {"safety_schedule": lengths}}}))
+    return Settings.load(path), path
+
+
+def shortened(epochs: int) -> dict[str, int]:
+    """Phase lengths in the document's proportions that end a little before ``epochs``."""
+    names = ("validation_epochs", "conservative_epochs", "moderate_epochs", "aggressive_epochs")
+    return dict.fromkeys(names, max(1, min(30, (epochs - 1) // 4)))
+
+
+def _folder() -> Path:
+    """A folder for logs; kept, since logs are wanted most after a failure."""
+    return Path(tempfile.mkdtemp(prefix="elesh-demo-"))
+
+
+@contextmanager
+def _server(url: str, console: Console) -> Iterator[str]:
+    url = url or os.environ.get("ELESH_REDIS_URL", "")
+    if url:
+        yield url
+        return
+    with embedded_server() as embedded:
+        console.print("embedded server is up", highlight=False)
+        yield embedded
+
+
+def _train(demo: Demo, settings: Settings, url: str, console: Console) -> int:
+    epochs = demo.epochs or settings.structured_pruning.safety_schedule.total_epochs + 4
+    every = demo.every or max(1, epochs // _CHECKPOINTS)
+    run_id = demo.run_id or f"demo-{demo.seed}-{secrets.token_hex(4)}"
+    begun = time.monotonic()
+    with Session(run_id, url, settings) as session:
+        if not session.wait_connected(_CONNECT_SECONDS):
+            console.print("the bus does not answer: training goes on without Elesh")
+        training = Training(session, settings, epochs=epochs, every=every, seed=demo.seed)
+        with Screen(console, epochs) as screen:
+            report = training.run(screen)
+    shutdown_tracing()
+    now = training.surgeon.architecture
+    for table in report_tables(report, training.original, now):
+        console.print(table)
+    console.print(
+        f"run {run_id}: {epochs} epochs in {time.monotonic() - begun:.0f} s", highlight=False
+    )
+    if demo.json_file is not None:
+        figures = report_figures(report, training)
+        demo.json_file.write_text(json.dumps(figures, indent=1) + "\n")
+    return 0
+
+
+def report_figures(report: Report, training: Training) -> dict[str, Any]:
+    """The figures of the tables, for machines."""
+    original, now = training.original, training.surgeon.architecture
+    return {
+        "run_id": training.session.run_id,
+        "epochs": training.epochs,
+        "seed": training.seed,
+        "accuracy_before": report.before.accuracy,
+        "accuracy_after": report.after.accuracy,
+        "loss_before": report.before.loss,
+        "loss_after": report.after.loss,
+        "parameters_before": original.parameters,
+        "parameters_after": now.parameters,
+        "macs_before": original.macs,
+        "macs_after": now.macs,
+        "channels_before": total_channels(original),
+        "channels_after": total_channels(now),
+        "channels_by_group": {
+            group.name: [group.size, now.group[group.name].size] for group in original.groups
+        },
+        "decisions": [
+            {
+                "key": decision.idempotency_key,
+                "epoch": decision.epoch,
+                "level": decision.key.level.value,
+                "approved": decision.approved_for_application,
+                "reason": decision.rejection_reason,
+                "outcome": report.outcomes[decision.idempotency_key].result,
+                "detail": report.outcomes[decision.idempotency_key].detail,
+                "units": {name: list(units) for name, units in decision.units.items()},
+                "accuracy_masked": report.outcomes[decision.idempotency_key].accuracy_masked,
+                "predicted_shift": decision.statistics.predicted_shift,
+            }
+            for decision in report.decisions
+        ],
+        "failed": report.failed,
+        "unanswered": report.unanswered,
+        "missed": report.missed,
+    }

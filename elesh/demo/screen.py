@@ -1,0 +1,173 @@
+"""What people see of a run: progress on a terminal, plain lines elsewhere, tables at the end."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from leyline import PrunedArchitecture, PruningOutcome, StructuralPruningDecision
+
+from .training import EpochFigures, Report
+
+__all__ = ["Screen", "report_tables"]
+
+_COLOURS = {"applied": "green", "rolled_back": "red", "refused": "yellow", "rejected": "dim"}
+
+
+class Screen:
+    """Live progress of a run on ``console``; also its observer."""
+
+    def __init__(self, console: Console, epochs: int) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("[bold]epoch"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TextColumn(
+                "{task.fields[phase]:12}  accuracy {task.fields[accuracy]:6.2%}  "
+                "loss {task.fields[loss]:.3f}  approved {task.fields[approved]} "
+                "rejected {task.fields[rejected]}  channels {task.fields[channels]}"
+            ),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task(
+            "epochs",
+            total=epochs,
+            phase="starting",
+            accuracy=0.0,
+            loss=0.0,
+            approved=0,
+            rejected=0,
+            channels=0,
+        )
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def on_epoch(self, figures: EpochFigures) -> None:
+        """Move the bar; where there is no terminal, one line for each checkpoint."""
+        self._progress.update(
+            self._task,
+            completed=figures.epoch,
+            phase=figures.phase,
+            accuracy=figures.accuracy,
+            loss=figures.loss,
+            approved=figures.approved,
+            rejected=figures.rejected,
+            channels=figures.channels,
+        )
+        if not self._console.is_terminal and figures.checkpoint:
+            self._console.print(
+                f"epoch {figures.epoch:3d}  {figures.phase:12}  accuracy {figures.accuracy:.2%}  "
+                f"loss {figures.loss:.3f}  channels {figures.channels}",
+                highlight=False,
+            )
+
+    def on_decision(self, decision: StructuralPruningDecision, outcome: PruningOutcome) -> None:
+        """One line for what was applied, rolled back or refused; rejected ones are counted."""
+        if outcome.result == "rejected":
+            return
+        units = sum(map(len, decision.units.values()))
+        drop = ""
+        if outcome.accuracy_before is not None and outcome.accuracy_masked is not None:
+            before, masked = outcome.accuracy_before, outcome.accuracy_masked
+            drop = f", validation accuracy {before:.2%} to {masked:.2%}"
+        colour = _COLOURS[outcome.result]
+        self._console.print(
+            f"  [{colour}]{outcome.result:11}[/] epoch {decision.epoch}: {units} units in "
+            f"{len(decision.units)} groups{drop}"
+            + (f" ({outcome.detail})" if outcome.detail else ""),
+            highlight=False,
+        )
+
+
+def report_tables(
+    report: Report, original: PrunedArchitecture, now: PrunedArchitecture
+) -> list[Table]:
+    """The tables that a run ends with."""
+    return [_summary(report, original, now), _by_layer(original, now), _by_outcome(report)]
+
+
+def _summary(report: Report, original: PrunedArchitecture, now: PrunedArchitecture) -> Table:
+    table = Table(title="Held-out data and size", title_justify="left")
+    for name in ("", "before", "after", "change"):
+        table.add_column(name, justify="left" if not name else "right")
+    before, after = report.before, report.after
+    table.add_row(
+        "accuracy",
+        f"{before.accuracy:.2%}",
+        f"{after.accuracy:.2%}",
+        f"{100 * (after.accuracy - before.accuracy):+.2f} points",
+    )
+    table.add_row(
+        "loss", f"{before.loss:.4f}", f"{after.loss:.4f}", f"{after.loss - before.loss:+.4f}"
+    )
+    rows = (
+        ("parameters", original.parameters, now.parameters),
+        ("MACs a sample", original.macs, now.macs),
+        ("channels", total_channels(original), total_channels(now)),
+    )
+    for name, old, new in rows:
+        table.add_row(name, f"{old:,}", f"{new:,}", f"{100 * (new - old) / max(old, 1):+.1f}%")
+    return table
+
+
+def _by_layer(original: PrunedArchitecture, now: PrunedArchitecture) -> Table:
+    table = Table(title="Channels by group of coupled layers", title_justify="left")
+    table.add_column("group")
+    for name in ("before", "after", "removed"):
+        table.add_column(name, justify="right")
+    table.add_column("note")
+    for group in original.groups:
+        size = now.group[group.name].size
+        table.add_row(
+            group.name,
+            str(group.size),
+            str(size),
+            str(group.size - size) if size != group.size else "",
+            "" if group.prunable else f"left alone: {group.reason}",
+        )
+    return table
+
+
+def _by_outcome(report: Report) -> Table:
+    table = Table(title="Decisions by outcome", title_justify="left")
+    table.add_column("outcome")
+    table.add_column("count", justify="right")
+    table.add_column("reason", overflow="fold")
+    counts: Counter[tuple[str, str]] = Counter()
+    for decision in report.decisions:
+        result = report.outcomes[decision.idempotency_key]
+        counts[(result.result, result.detail)] += 1
+    for (outcome, reason), count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        table.add_row(f"[{_COLOURS[outcome]}]{outcome}[/]", str(count), reason)
+    if report.failed:
+        table.add_row("[red]analysis failed[/]", str(len(report.failed)), "see elesh dead list")
+    if report.unanswered:
+        table.add_row(
+            "[yellow]no answer[/]", str(len(report.unanswered)), "no worker answered in time"
+        )
+    if report.missed:
+        table.add_row("[yellow]not published[/]", str(report.missed), "the bus was away")
+    return table
+
+
+def total_channels(architecture: PrunedArchitecture) -> int:
+    """Channels in all prunable groups."""
+    return sum(group.size for group in architecture.groups if group.prunable)

@@ -1,0 +1,226 @@
+"""The simulated trainer's loop: an ordinary training script with a session beside it.
+
+Read :meth:`Training.run` to see all that a training script has to do.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from elesh.analysis import phase_at
+from elesh.settings import Settings
+from elesh.trainer import Evaluation, Recorder, Session, Surgeon
+from leyline import PruningOutcome, StructuralPruningDecision
+
+from .data import Digits, Split
+from .network import DigitsNet
+
+__all__ = ["EpochFigures", "Observer", "Report", "Training"]
+
+_BATCH = 128
+_LEARNING_RATE = 0.1
+
+
+@dataclass(frozen=True)
+class EpochFigures:
+    """Where the run stands after an epoch."""
+
+    epoch: int
+    phase: str
+    loss: float
+    accuracy: float
+    approved: int
+    rejected: int
+    channels: int
+    checkpoint: bool
+    """Whether a checkpoint was published after it."""
+
+
+class Observer(Protocol):
+    """Who is told how a run goes."""
+
+    def on_epoch(self, figures: EpochFigures) -> None:
+        """After every epoch."""
+
+    def on_decision(self, decision: StructuralPruningDecision, outcome: PruningOutcome) -> None:
+        """After every decision that was looked at."""
+
+
+@dataclass
+class Report:
+    """The figures of a run; accuracies are shares of right answers on held-out data."""
+
+    before: Evaluation
+    after: Evaluation
+    decisions: list[StructuralPruningDecision] = field(default_factory=list)
+    outcomes: dict[str, PruningOutcome] = field(default_factory=dict)
+    unanswered: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    missed: int = 0
+
+
+class Training:
+    """Trains a DigitsNet for ``epochs`` epochs under a session.
+
+    Args:
+        epochs: how many; the last learning rate is near zero (cosine).
+        every: epochs between two checkpoints.
+        seed: of weights, data split, batches and statistics.
+    """
+
+    def __init__(
+        self, session: Session, settings: Settings, *, epochs: int, every: int, seed: int
+    ) -> None:
+        torch.manual_seed(seed)
+        self.session, self.settings = session, settings
+        self.epochs, self.every, self.seed = epochs, every, seed
+        self.data = Digits.load(seed)
+        self.model = DigitsNet()
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=_LEARNING_RATE, momentum=0.9, weight_decay=5e-4
+        )
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+        self.recorder = Recorder(self.model, self.data.train.images[:2], seed=seed)
+        self.surgeon = Surgeon(self.model, self.recorder.architecture, optimizer=self.optimizer)
+        self.original = self.surgeon.architecture
+        self._before: Evaluation | None = None
+        self._published: list[str] = []
+        self._report = Report(Evaluation(0, 0), Evaluation(0, 0))
+
+    def run(self, observer: Observer, answer_seconds: float = 10.0) -> Report:
+        """Train, publish checkpoints, apply what is decided; training never waits for Elesh."""
+        self._observer = observer
+        for epoch in range(1, self.epochs + 1):
+            loss = self._train_one_epoch(epoch)
+            self._apply_decisions()
+            if epoch % self.every == 0:
+                self._publish_checkpoint(epoch)
+            observer.on_epoch(self._figures(epoch, loss))
+        self._await_answers(answer_seconds)
+        return self._finish()
+
+    def evaluate(self, split: Split) -> Evaluation:
+        """Accuracy and mean loss on a split, in evaluation mode."""
+        return evaluate(self.model, split)
+
+    def _train_one_epoch(self, epoch: int) -> float:
+        self.model.train()
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
+        train, total = self.data.train, 0.0
+        order = torch.randperm(len(train), generator=generator)
+        for start in range(0, len(train), _BATCH):
+            rows = order[start : start + _BATCH]
+            if len(rows) < 2:
+                continue  # a batch of one has no batch statistics
+            self.optimizer.zero_grad()
+            loss = functional.cross_entropy(self.model(train.images[rows]), train.labels[rows])
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            total += float(loss) * len(rows)
+        self.scheduler.step()
+        return total / len(train)
+
+    def _publish_checkpoint(self, epoch: int) -> None:
+        validation = self.evaluate(self.data.validation)
+        with self.session.checkpoint(epoch):
+            bundle = self.recorder.measure(
+                self.data.calibration(),
+                epoch=epoch,
+                run_id=self.session.run_id,
+                accuracy=validation.accuracy,
+                loss=validation.loss,
+            )
+            if self.session.publish(bundle):
+                self._published.extend(str(bundle.key(level)) for level in bundle.levels)
+
+    def _apply_decisions(self) -> None:
+        for decision in self.session.decisions():
+            if decision.approved_for_application and self._before is None:
+                self._before = self.evaluate(self.data.held_out)
+            outcome = self.session.apply(
+                decision, self.surgeon, lambda: self.evaluate(self.data.validation)
+            )
+            self._report.decisions.append(decision)
+            self._report.outcomes[decision.idempotency_key] = outcome
+            if outcome.result == "applied":
+                self.recorder.architecture = self.surgeon.architecture
+            self._observer.on_decision(decision, outcome)
+
+    def _await_answers(self, seconds: float) -> None:
+        """After training: give the last checkpoints a moment to be answered."""
+        deadline = Deadline(seconds)
+        while self._open_keys() and not deadline.over:
+            self.session.wait(min(0.2, deadline.left))
+            self._apply_decisions()
+
+    def _open_keys(self) -> list[str]:
+        answered = self._report.outcomes.keys() | self.session.failed
+        return [key for key in self._published if key not in answered]
+
+    def _finish(self) -> Report:
+        report = self._report
+        report.after = self.evaluate(self.data.held_out)
+        report.before = self._before or report.after
+        report.unanswered = self._open_keys()
+        report.failed = sorted(self.session.failed)
+        report.missed = self.session.missed
+        return report
+
+    def _figures(self, epoch: int, loss: float) -> EpochFigures:
+        decisions = self._report.decisions
+        approved = sum(d.approved_for_application for d in decisions)
+        schedule = self.settings.structured_pruning.safety_schedule
+        return EpochFigures(
+            epoch=epoch,
+            phase=phase_at(epoch, schedule).value,
+            loss=loss,
+            accuracy=self.evaluate(self.data.held_out).accuracy,
+            approved=approved,
+            rejected=len(decisions) - approved,
+            channels=channels_of(self.surgeon),
+            checkpoint=epoch % self.every == 0,
+        )
+
+    def _rate(self, epoch: int) -> float:
+        return max(0.01, 0.5 * (1 + math.cos(math.pi * epoch / self.epochs)))
+
+
+class Deadline:
+    """Seconds that are left of a span of time."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds left, at least 0."""
+        return max(0.0, self._end - time.monotonic())
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is left."""
+        return self.left == 0
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, split: Split) -> Evaluation:
+    """Accuracy and mean loss of ``model`` on ``split``; the training flag is left as it was."""
+    training = model.training
+    model.eval()
+    logits = model(split.images)
+    loss = float(functional.cross_entropy(logits, split.labels))
+    accuracy = float((logits.argmax(1) == split.labels).float().mean())
+    model.train(training)
+    return Evaluation(accuracy, loss)
+
+
+def channels_of(surgeon: Surgeon) -> int:
+    """Channels left in all prunable groups."""
+    return sum(group.size for group in surgeon.architecture.groups if group.prunable)

@@ -1,0 +1,158 @@
+"""What the command line prints: decisions, replays, breakers and dead letters as rich tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from elesh.analysis import UnitExplanation, explain
+from elesh.bus import BreakerView, Bus, read_letter
+from elesh.replay import Replayed
+from elesh.settings import Settings
+from leyline import (
+    CheckpointBundle,
+    ContractError,
+    DeadLetter,
+    GateResult,
+    StructuralPruningDecision,
+)
+from leyline.streams import DEAD
+
+__all__ = [
+    "breaker_table",
+    "dead_letters",
+    "dead_table",
+    "print_decision",
+    "print_replayed",
+]
+
+_SHOWN_DIFFERENCES = 40
+
+
+def print_decision(
+    console: Console, decision: StructuralPruningDecision, bundle: CheckpointBundle | None = None
+) -> None:
+    """A decision for people: verdict, figures, what goes and why, what was spared, gates."""
+    told = explain(decision, bundle)
+    verdict = "[green]approved[/]" if told.approved else "[yellow]rejected[/]"
+    console.print(f"[bold]{told.key}[/]  {verdict}")
+    if told.reason:
+        console.print(f"  because {escape(told.reason)}", soft_wrap=True)
+    figures = Table(show_header=False, box=None, padding=(0, 2))
+    for name, value in told.figures:
+        figures.add_row(name, escape(value))
+    console.print(figures)
+    if told.units:
+        console.print(_units(told.units))
+    console.print(_gates(told.gates))
+    for name, reason in told.ignored:
+        console.print(f"  left alone: [bold]{escape(name)}[/]: {escape(reason)}", soft_wrap=True)
+    for fallback in told.fallbacks:
+        console.print(f"  [yellow]fallback {escape(fallback.rung)}[/]: {escape(fallback.reason)}")
+
+
+def _units(rows: Iterable[UnitExplanation]) -> Table:
+    table = Table(title="Channels", title_justify="left")
+    numbers = {"channel", "original", "score"}
+    for name in ("group", "channel", "original", "verdict", "score", "reason"):
+        table.add_column(name, justify="right" if name in numbers else "left")
+    for row in rows:
+        table.add_row(
+            escape(row.group),
+            str(row.unit),
+            "" if row.original is None else str(row.original),
+            f"[red]{row.verdict}[/]" if row.verdict == "removed" else row.verdict,
+            f"{row.score:.4g}",
+            escape(row.reason),
+        )
+    return table
+
+
+def _gates(gates: Iterable[GateResult]) -> Table:
+    table = Table(title="Safety gates", title_justify="left")
+    for name in ("gate", "verdict", "measured", "limit", "detail"):
+        table.add_column(name, justify="right" if name in {"measured", "limit"} else "left")
+    for gate in gates:
+        table.add_row(
+            gate.name,
+            "[green]passed[/]" if gate.passed else "[red]failed[/]",
+            "" if gate.measured is None else f"{gate.measured:.4g}",
+            "" if gate.limit is None else f"{gate.limit:.4g}",
+            escape(gate.detail),
+        )
+    return table
+
+
+def print_replayed(console: Console, item: Replayed, settings: Settings, *, diff: bool) -> None:
+    """One line a replayed key; with ``diff`` every field that differs."""
+    if item.error:
+        console.print(
+            f"{item.key}  [red]cannot be replayed[/]: {escape(item.error)}", soft_wrap=True
+        )
+        return
+    if item.recorded is None:
+        console.print(f"{item.key}  [yellow]no decision was recorded[/]")
+        return
+    if item.identical:
+        console.print(f"{item.key}  [green]identical[/]")
+        return
+    console.print(f"{item.key}  [red]differs[/] in {len(item.differences)} fields")
+    if item.recorded.settings_hash != settings.analysis_hash:
+        console.print("  the settings are not those it was decided with")
+    if item.decision and item.recorded.elesh_version != item.decision.elesh_version:
+        console.print(f"  decided by Elesh {item.recorded.elesh_version}")
+    if diff:
+        for path, old, new in item.differences[:_SHOWN_DIFFERENCES]:
+            console.print(
+                f"  {escape(path)}: {escape(str(old))} -> {escape(str(new))}", soft_wrap=True
+            )
+        if len(item.differences) > _SHOWN_DIFFERENCES:
+            console.print(f"  and {len(item.differences) - _SHOWN_DIFFERENCES} more")
+
+
+def breaker_table(views: Sequence[BreakerView]) -> Table:
+    """Breakers with their state."""
+    table = Table("run", "level", "state", "failures", "opened at", "reason")
+    colours = {"open": "red", "half_open": "yellow", "closed": "green"}
+    for view in views:
+        table.add_row(
+            escape(view.run_id),
+            view.level.value,
+            f"[{colours[view.state]}]{view.state}[/]",
+            str(view.failures),
+            str(view.opened_at or "")[:19],
+            escape(view.reason),
+        )
+    return table
+
+
+async def dead_letters(bus: Bus) -> list[tuple[str, DeadLetter | str]]:
+    """All dead letters with their entry ids; one that cannot be read is its error."""
+    found: list[tuple[str, DeadLetter | str]] = []
+    for delivery in await bus.read(DEAD):
+        try:
+            found.append((delivery.entry_id, read_letter(delivery)))
+        except ContractError as error:
+            found.append((delivery.entry_id, str(error)))
+    return found
+
+
+def dead_table(letters: Sequence[tuple[str, DeadLetter | str]]) -> Table:
+    """Dead letters, oldest first."""
+    table = Table("letter", "at", "stream", "class", "deliveries", "reason")
+    for entry_id, letter in letters:
+        if isinstance(letter, str):
+            table.add_row(entry_id, "", "", "unreadable", "", escape(letter))
+        else:
+            table.add_row(
+                entry_id,
+                str(letter.at)[:19],
+                letter.stream,
+                letter.error_code,
+                str(letter.deliveries),
+                escape(letter.reason),
+            )
+    return table

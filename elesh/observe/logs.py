@@ -1,0 +1,83 @@
+"""Logs on standard error: one line an event, ``message key=value ...``, or JSON on request.
+
+Every line carries the id of the trace it belongs to, where there is one. Values that look like
+URLs with a password are masked before anything is written.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from opentelemetry import trace
+
+__all__ = ["get_logger", "setup_logging"]
+
+_PASSWORD = re.compile(r"(\w+://[^:/@\s]*:)[^@\s]+@")
+
+
+class _Formatter(logging.Formatter):
+    def __init__(self, style: Literal["plain", "json"]) -> None:
+        super().__init__()
+        self._json = style == "json"
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, Any] = dict(getattr(record, "fields", {}))
+        context = trace.get_current_span().get_span_context()
+        if context.is_valid:
+            fields["trace_id"] = format(context.trace_id, "032x")
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        message = record.getMessage()
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        if self._json:
+            head = {"at": at, "level": record.levelname.lower(), "message": message}
+            return _masked(json.dumps(head | fields, default=str))
+        tail = "".join(f" {key}={value}" for key, value in fields.items() if key != "trace_id")
+        return _masked(f"{at[11:23]} {record.levelname.lower():7} {message}{tail}")
+
+
+def _masked(text: str) -> str:
+    return _PASSWORD.sub(r"\1***@", text)
+
+
+class Logger:
+    """A logger that takes the figures of an event as keywords."""
+
+    def __init__(self, name: str) -> None:
+        self._logger = logging.getLogger(name)
+
+    def info(self, message: str, **fields: Any) -> None:
+        """Something that operators expect."""
+        self._logger.info(message, extra={"fields": fields})
+
+    def warning(self, message: str, **fields: Any) -> None:
+        """Something that a fallback, a retry or a refusal answered."""
+        self._logger.warning(message, extra={"fields": fields})
+
+    def error(self, message: str, **fields: Any) -> None:
+        """Something that needs a person."""
+        self._logger.error(message, extra={"fields": fields})
+
+    def exception(self, message: str, **fields: Any) -> None:
+        """An error with the traceback of the exception being handled."""
+        self._logger.error(message, extra={"fields": fields}, exc_info=True)
+
+
+def get_logger(name: str) -> Logger:
+    """The logger of a module."""
+    return Logger(name)
+
+
+def setup_logging(style: Literal["plain", "json"] = "plain", level: str = "INFO") -> None:
+    """Send the logs of ``elesh`` to standard error; calling it again replaces the style."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter(style))
+    root = logging.getLogger("elesh")
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    root.propagate = False

@@ -1,0 +1,35 @@
+"""Whether a cut is safe: gates with figures and limits, and the breaker's view. Pure."""
+
+from .breaker import BreakerStatus, breaker_gate, counts_as_failure
+from .gates import (
+    MIN_SAMPLES,
+    cumulative_limit,
+    gradient_isolation,
+    minimum_channels,
+    mixed_owners,
+    noise,
+    phase_gate,
+    predicted_shift,
+    requirements,
+    statistics_sound,
+    structure,
+    verdict,
+)
+
+__all__ = [
+    "MIN_SAMPLES",
+    "BreakerStatus",
+    "breaker_gate",
+    "counts_as_failure",
+    "cumulative_limit",
+    "gradient_isolation",
+    "minimum_channels",
+    "mixed_owners",
+    "noise",
+    "phase_gate",
+    "predicted_shift",
+    "requirements",
+    "statistics_sound",
+    "structure",
+    "verdict",
+]

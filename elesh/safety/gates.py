@@ -1,0 +1,209 @@
+"""The safety gates: each measures one thing against one limit, and all are always listed.
+
+Promises: pure functions of plain figures, no gate looks at another's verdict. A cut is made only
+if every gate passes; one that passed all gates but was predicted rather than measured is a
+conditional go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from leyline import (
+    ContractError,
+    GateResult,
+    Outcome,
+    PerformanceRequirements,
+    Phase,
+    PrunedArchitecture,
+    PruningGroup,
+)
+
+__all__ = [
+    "MIN_SAMPLES",
+    "cumulative_limit",
+    "gradient_isolation",
+    "minimum_channels",
+    "mixed_owners",
+    "noise",
+    "phase_gate",
+    "predicted_shift",
+    "requirements",
+    "statistics_sound",
+    "structure",
+    "verdict",
+]
+
+MIN_SAMPLES = 32
+"""Fewer calibration samples than this rank by chance."""
+
+
+_NOT_JUDGED = "not judged: nothing is cut, or there are no output projections"
+
+
+def verdict(gates: Iterable[GateResult], *, measured: bool) -> Outcome:
+    """No-go if any gate failed; a go only for what was measured on held-out data."""
+    if not all(gate.passed for gate in gates):
+        return Outcome.NO_GO
+    return Outcome.GO if measured else Outcome.CONDITIONAL_GO
+
+
+def phase_gate(phase: Phase) -> GateResult:
+    """Passed in the phases that prune."""
+    idle = {
+        Phase.PREPARATION: "preparation phase: telemetry only",
+        Phase.VALIDATION: "validation phase: monitoring only",
+    }
+    return GateResult(
+        name="phase", passed=phase not in idle, detail=idle.get(phase, f"{phase} phase")
+    )
+
+
+def cumulative_limit(removed: int, cut: int, original: int, limit: float) -> GateResult:
+    """Passed while ``removed`` earlier and ``cut`` now are within the limit, as a share of the
+    original channels. Where nothing is cut, nothing is judged (a limit may have been lowered)."""
+    share = (removed + cut) / original if original else 0.0
+    return GateResult(
+        name="cumulative_limit",
+        passed=not cut or share <= limit,
+        measured=share,
+        limit=limit,
+        detail=f"{removed + cut} of {original} original channels removed after this cut",
+    )
+
+
+def minimum_channels(
+    architecture: PrunedArchitecture, units: Mapping[str, Sequence[int]], minimum: int
+) -> GateResult:
+    """Passed if every group that loses a channel keeps at least ``minimum``."""
+    kept = {
+        name: architecture.group[name].size - len(lost)
+        for name, lost in units.items()
+        if name in architecture.group and lost
+    }
+    short = [f"{name}: {count}" for name, count in sorted(kept.items()) if count < minimum]
+    return GateResult(
+        name="minimum_channels",
+        passed=not short,
+        measured=min(kept.values(), default=None),
+        limit=minimum,
+        detail=", ".join(short[:20]),
+    )
+
+
+def structure(architecture: PrunedArchitecture, units: Mapping[str, Sequence[int]]) -> GateResult:
+    """Passed if the architecture without ``units`` is consistent and still connected.
+
+    Every slice must lie inside its tensor afterwards, every tensor keep at least one index along
+    every dimension, and every group at least one unit: an emptied group is a layer that passes
+    nothing on.
+    """
+    try:
+        after = architecture.without(units)
+    except ContractError as error:
+        return GateResult(name="structure", passed=False, detail=str(error)[:2000])
+    before = architecture.tensor
+    faults = [
+        f"tensor {t.path} would have shape {t.shape}"
+        for t in after.tensors
+        if 0 in t.shape and 0 not in before[t.path].shape
+    ]
+    faults += [
+        f"group {g.name} would be empty"
+        for g in after.groups
+        if not g.size and architecture.group[g.name].size
+    ]
+    return GateResult(
+        name="structure",
+        passed=not faults,
+        measured=len(faults),
+        limit=0,
+        detail="; ".join(faults[:20]),
+    )
+
+
+def mixed_owners(architecture: PrunedArchitecture, group: PruningGroup) -> bool:
+    """Whether the group couples tensors of the host network with those of a seed."""
+    return len({architecture.tensor[part.tensor].owner for part in group.slices}) > 1
+
+
+def gradient_isolation(
+    architecture: PrunedArchitecture, units: Mapping[str, Sequence[int]]
+) -> GateResult:
+    """Passed if no group that is cut couples host and seed tensors (section "Architectural
+    Principles": their gradients never meet, so neither may a cut)."""
+    mixed = [
+        name
+        for name in sorted(units)
+        if units[name] and mixed_owners(architecture, architecture.group[name])
+    ]
+    return GateResult(
+        name="gradient_isolation",
+        passed=not mixed,
+        measured=len(mixed),
+        limit=0,
+        detail=", ".join(mixed[:20]),
+    )
+
+
+def statistics_sound(samples: int, measured: int, prunable: int) -> GateResult:
+    """Passed if there are enough samples, and statistics of any of the ``prunable`` groups.
+
+    That they are finite and belong to this very network is checked where a bundle is read: a
+    bundle that fails there is refused by a named error and never gets here.
+    """
+    return GateResult(
+        name="statistics",
+        passed=samples >= MIN_SAMPLES and (measured > 0 or not prunable),
+        measured=samples,
+        limit=MIN_SAMPLES,
+        detail=f"{samples} samples; {measured} of {prunable} prunable groups have statistics",
+    )
+
+
+def noise(damage: float | None, error: float | None, random: float | None) -> GateResult:
+    """Passed if the cut is told apart from a random one of the same size, beyond its error.
+
+    ``damage`` was predicted on samples that did not choose the cut; unless it lies two standard
+    errors below what a random choice would do on average, the ranking is noise and so is the cut.
+    """
+    if damage is None or error is None or random is None:
+        return GateResult(name="noise", passed=True, detail=_NOT_JUDGED)
+    upper = damage + 2 * error
+    return GateResult(
+        name="noise",
+        passed=upper < random or upper == 0,
+        measured=upper,
+        limit=random,
+        detail="predicted shift plus two standard errors; limit: a random cut's",
+    )
+
+
+def predicted_shift(shift: float | None, error: float | None, limit: float) -> GateResult:
+    """Passed if the outputs are predicted to move little, two standard errors included."""
+    if shift is None:
+        return GateResult(name="predicted_shift", passed=True, limit=limit, detail=_NOT_JUDGED)
+    upper = shift + 2 * (error or 0.0)
+    return GateResult(
+        name="predicted_shift",
+        passed=upper <= limit,
+        measured=upper,
+        limit=limit,
+        detail="share of the outputs' mean square, two standard errors included",
+    )
+
+
+def requirements(
+    asked: PerformanceRequirements, loss_rise: float | None, parameters_removed: float
+) -> GateResult:
+    """Passed if the request's own limits hold; a limit on an unknown figure does not hold."""
+    faults = []
+    rise = asked.max_predicted_loss_rise
+    if rise is not None and loss_rise is None:
+        faults.append("max_predicted_loss_rise: the loss rise is not known without gate statistics")
+    elif rise is not None and loss_rise is not None and loss_rise > rise:
+        faults.append(f"max_predicted_loss_rise: {loss_rise:.4g} over {rise:.4g}")
+    share = asked.min_parameters_removed
+    if share is not None and parameters_removed < share:
+        faults.append(f"min_parameters_removed: {parameters_removed:.4g} below {share:.4g}")
+    return GateResult(name="requirements", passed=not faults, detail="; ".join(faults))

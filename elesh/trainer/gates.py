@@ -1,0 +1,133 @@
+"""Gate gradients: what the outputs would do if everything a unit sends were scaled.
+
+The gate of a unit multiplies what it sends to its consumers, so the derivative with respect to it
+is the sum over positions of activation times gradient, at the consumers' inputs. The meter reads
+it there, sample by sample, by an identity in the autograd graph; no parameter needs a gradient
+and no ``grad`` is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from leyline import GateSite, InvalidField
+
+from .calling import replace_first
+
+Axis = tuple[str, int]
+"""A module's path and the channel axis of its first input."""
+
+
+def axis_of(site: GateSite) -> Axis:
+    """The axis that a gate site lies on; several groups' sites may share one."""
+    return site.module, site.dim
+
+
+class _Gate(torch.autograd.Function):
+    """The identity; going backwards it shows activation and gradient to the reader."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, reader: Callable[..., None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.reader = reader
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        ctx.reader(x, gradient)
+        return gradient, None, None
+
+
+class GateMeter:
+    """Gates on every axis of a model while entered.
+
+    Args:
+        model: the network.
+        axes: where to measure.
+        watch: called with every activation that passes an axis forwards, without gradients.
+    """
+
+    def __init__(
+        self, model: nn.Module, axes: Iterable[Axis], watch: Callable[[Axis, Tensor], None]
+    ) -> None:
+        self._model, self._watch = model, watch
+        self._axes = list(axes)
+        self._handles: list[RemovableHandle] = []
+        self._batch = 0
+        self._absolute = False
+        self._sums: dict[Axis, Tensor] = {}
+        self._absolutes: dict[Axis, Tensor] = {}
+        self._anchor = torch.zeros((), requires_grad=True)
+
+    def __enter__(self) -> GateMeter:
+        for axis in self._axes:
+            module = self._model.get_submodule(axis[0])
+            hook = module.register_forward_pre_hook(self._gate(axis), with_kwargs=True)
+            self._handles.append(hook)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def expect(self, batch: int) -> None:
+        """Say how many samples the next forward pass has."""
+        self._batch = batch
+
+    def backward(
+        self, scalar: Tensor, *, absolute: bool = False, keep: bool = True
+    ) -> tuple[dict[Axis, Tensor], dict[Axis, Tensor]]:
+        """Gate gradients of a scalar that is a sum over samples.
+
+        Args:
+            absolute: also sum up ``|activation * gradient|``.
+            keep: keep the graph for another call.
+
+        Returns:
+            by axis, float32 on the CPU: ``[N, C]`` sums over positions of activation * gradient,
+            and, if asked for, ``[C]`` sums over samples and positions of its magnitude. Axes
+            that the scalar does not depend on are missing.
+        """
+        self._sums, self._absolutes, self._absolute = {}, {}, absolute
+        torch.autograd.grad(scalar, self._anchor, retain_graph=keep, allow_unused=True)
+        return self._sums, self._absolutes
+
+    def _gate(self, axis: Axis) -> Callable[..., Any]:
+        def reader(x: Tensor, gradient: Tensor) -> None:
+            self._read(axis, x, gradient)
+
+        def opened(x: Tensor) -> Tensor:
+            with torch.no_grad():
+                self._watch(axis, x)
+            return _Gate.apply(x, self._anchor, reader)  # type: ignore[no-untyped-call,no-any-return]
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return replace_first(args, kwargs, opened)
+
+        return hook
+
+    def _read(self, axis: Axis, x: Tensor, gradient: Tensor) -> None:
+        product = x.float() * gradient.float()
+        dim = axis[1] % x.ndim
+        rest = [d for d in range(1, x.ndim) if d != dim]
+        sums = product.sum(rest) if rest else product
+        if len(sums) % self._batch:
+            raise InvalidField(
+                f"input of {axis[0]}",
+                f"a first dimension that {self._batch} samples share evenly",
+                tuple(x.shape),
+            )
+        # Where samples were folded into rows (windows, time steps), sample by sample again.
+        sums = sums.reshape(self._batch, -1, x.shape[dim]).sum(1).cpu()
+        self._sums[axis] = self._sums[axis] + sums if axis in self._sums else sums
+        if self._absolute:
+            sizes = product.abs_().sum([0, *rest]).cpu()
+            past = self._absolutes.get(axis)
+            self._absolutes[axis] = sizes if past is None else past + sizes

@@ -1,0 +1,158 @@
+"""What the tensors of a layer have to do with its channels, and its size attributes.
+
+Promises: the one place that knows module types. For every layer it says which axis of which
+tensor shrinks with its inputs and with its outputs, and :func:`refit` sets ``out_channels`` and
+its relatives from the shapes of the tensors after a cut.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from leyline import PrunedArchitecture, ShapeMismatch, TensorDescriptor
+
+AxisOf = tuple[str, int]
+"""An attribute of a module that holds a tensor, and a dimension of it."""
+
+
+@dataclass(frozen=True)
+class ChannelAxes:
+    """The axes of a layer's tensors that go with its channels."""
+
+    outputs: tuple[AxisOf, ...] = ()
+    """Shrink with the output channels (for layers that treat channels one by one: the channels)."""
+    inputs: tuple[AxisOf, ...] = ()
+    """Shrink with the input channels, where those are not the output channels."""
+    site_dim: int | None = None
+    """The channel axis of the layer's input, if the layer mixes channels: a gate site."""
+    produces: bool = False
+    """Whether ``weight`` makes the output channels (convolutions, linear, embedding)."""
+    refusal: str = ""
+    """Why channels that meet this layer cannot be removed."""
+
+
+_CHANNELWISE = (("weight", 0), ("bias", 0), ("running_mean", 0), ("running_var", 0))
+
+
+def channel_axes(module: nn.Module) -> ChannelAxes:
+    """What is known of this module; for a type that is not known, nothing."""
+    if isinstance(module, _ConvNd):
+        return _conv_axes(module)
+    if isinstance(module, nn.Linear):
+        return ChannelAxes((("weight", 0), ("bias", 0)), (("weight", 1),), -1, True)
+    if isinstance(module, nn.Embedding):
+        return ChannelAxes((("weight", 1),), produces=True)
+    if isinstance(module, _NormBase):
+        return ChannelAxes(_CHANNELWISE)
+    if isinstance(module, nn.PReLU):
+        return ChannelAxes((("weight", 0),) if module.num_parameters > 1 else ())
+    return ChannelAxes(refusal=_refusal(module))
+
+
+def _conv_axes(module: _ConvNd) -> ChannelAxes:
+    transposed = isinstance(module, _ConvTransposeNd)
+    if module.groups > 1:
+        if module.groups == module.in_channels == module.out_channels:
+            return ChannelAxes((("weight", 0), ("bias", 0)), produces=True)
+        reason = "a grouped convolution can only lose whole patterns of channels"
+        return ChannelAxes((("weight", 0), ("bias", 0)), produces=True, refusal=reason)
+    out, into = (1, 0) if transposed else (0, 1)
+    return ChannelAxes((("weight", out), ("bias", 0)), (("weight", into),), 1, True)
+
+
+def _refusal(module: nn.Module) -> str:
+    kind = type(module).__name__
+    if isinstance(module, nn.LayerNorm):
+        return "LayerNorm normalises over these channels, so removing one changes all others"
+    if isinstance(module, nn.GroupNorm):
+        return "GroupNorm normalises over groups of these channels, so removing one changes others"
+    if isinstance(module, nn.MultiheadAttention):
+        return "MultiheadAttention splits these channels into heads"
+    if isinstance(module, nn.RNNBase):
+        return f"{kind} is recurrent in these channels"
+    return ""
+
+
+SIZES = (
+    "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features",
+    "num_parameters", "embedding_dim",
+)  # fmt: skip
+"""The attributes that :func:`refit` sets."""
+
+
+def refit(module: nn.Module) -> None:
+    """Set the module's size attributes to what its tensors' shapes say."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, _NormBase):
+        sized = weight if weight is not None else module.running_mean
+        if sized is not None:
+            module.num_features = sized.shape[0]
+    elif not isinstance(weight, Tensor):
+        return
+    elif isinstance(module, _ConvNd):
+        _refit_conv(module, weight)
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = weight.shape[1]
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = weight.numel()
+
+
+def _refit_conv(module: _ConvNd, weight: Tensor) -> None:
+    if module.groups > 1:
+        # Only depthwise convolutions are ever cut among the grouped ones.
+        if module.groups == module.in_channels == module.out_channels:
+            module.groups = module.in_channels = module.out_channels = weight.shape[0]
+    elif isinstance(module, _ConvTransposeNd):
+        module.in_channels, module.out_channels = weight.shape[:2]
+    else:
+        module.out_channels, module.in_channels = weight.shape[:2]
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by ``state_dict`` path, each tensor once."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                tensors[f"{prefix}.{name}" if prefix else name] = buffer
+    return tensors
+
+
+def describe_tensors(model: nn.Module) -> tuple[TensorDescriptor, ...]:
+    """The descriptors of :func:`named_tensors`, in that order."""
+    return tuple(
+        TensorDescriptor(
+            path=path,
+            shape=tuple(tensor.shape),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            kind="parameter" if isinstance(tensor, nn.Parameter) else "buffer",
+        )
+        for path, tensor in named_tensors(model).items()
+    )
+
+
+def require_fit(model: nn.Module, architecture: PrunedArchitecture) -> None:
+    """Refuse an architecture that does not describe this model as it is now.
+
+    Raises:
+        ShapeMismatch: naming the first tensor that is missing, unknown or of another shape.
+    """
+    hint = "was the model changed without its Surgeon, or is the architecture of another model?"
+    found = {path: tuple(tensor.shape) for path, tensor in named_tensors(model).items()}
+    for descriptor in architecture.tensors:
+        shape = found.pop(descriptor.path, None)
+        if shape != descriptor.shape:
+            raise ShapeMismatch(
+                f"model.{descriptor.path}",
+                f"shape {descriptor.shape}",
+                "no such tensor" if shape is None else f"shape {shape}",
+                hint=hint,
+            )
+    for path, shape in found.items():
+        raise ShapeMismatch(f"model.{path}", "no such tensor", f"shape {shape}", hint=hint)

@@ -1,0 +1,150 @@
+"""Proves on the network itself that masking units and cutting them is the same.
+
+Promises: a group stays prunable only if, with other groups, a random half of its units was masked
+and cut on a copy and both gave the same outputs. The copy gets random weights first: with the
+real ones the proof could be empty (residual branches that start at zero, small layer scales).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from leyline import PrunedArchitecture
+
+from .calling import Inputs, call, tensors_in
+from .graph import summary
+from .surgeon import Surgeon
+
+TOLERANCE = 1e-4
+"""Allowed difference, as a share of the largest output (single precision)."""
+
+
+def without_refuted(
+    twin: nn.Module, inputs: Inputs, architecture: PrunedArchitecture
+) -> PrunedArchitecture:
+    """The architecture with every group that fails the proof marked, with a reason.
+
+    Args:
+        twin: a copy of the network in evaluation mode; its weights are overwritten.
+    """
+    _scramble(twin)
+    experiment = _Experiment(twin, inputs, architecture)
+    candidates = [group.name for group in architecture.groups if group.prunable]
+    with torch.no_grad():
+        experiment.admit(candidates)
+    groups = tuple(
+        group.model_copy(update={"prunable": False, "reason": experiment.reasons[group.name]})
+        if group.name in experiment.reasons
+        else group
+        for group in architecture.groups
+    )
+    return architecture.model_copy(update={"groups": groups})
+
+
+class _Experiment:
+    """Groups are admitted one set at a time; what cannot join those admitted is refused."""
+
+    def __init__(self, twin: nn.Module, inputs: Inputs, architecture: PrunedArchitecture) -> None:
+        self._twin, self._inputs = twin, inputs
+        self._surgeon = Surgeon(twin, architecture, restore_points=1)
+        rng = np.random.default_rng(0)
+        self._halves = {
+            group.name: sorted(rng.permutation(group.size)[: max(1, group.size // 2)].tolist())
+            for group in architecture.groups
+        }
+        self._admitted: list[str] = []
+        self._trains = self._runs_in_training()
+        self.reasons: dict[str, str] = {}
+
+    def admit(self, names: Sequence[str]) -> None:
+        """Admit all of ``names`` if they pass together, otherwise find by halving which do not."""
+        if not names:
+            return
+        reason = self._disproof([*self._admitted, *names])
+        if not reason:
+            self._admitted.extend(names)
+        elif len(names) == 1:
+            self.reasons[names[0]] = reason
+        else:
+            middle = len(names) // 2
+            self.admit(names[:middle])
+            self.admit(names[middle:])
+
+    def _disproof(self, names: Sequence[str]) -> str:
+        """Why these groups cannot be removed together; empty if they can."""
+        units = {name: self._halves[name] for name in names}
+        self._surgeon.mask(units)
+        masked = self._outputs()
+        self._surgeon.unmask()
+        self._surgeon.cut(units)
+        try:
+            difference = _difference(masked, self._outputs())
+            if not difference and self._trains:
+                # Branches that only training uses (auxiliary heads) must fit, too.
+                self._train()
+            return difference
+        except Exception as error:  # Whatever the user's network raises is the finding.
+            return (
+                "the network does not run without some of its channels (a size written into the "
+                f"code, or channels reshaped into heads): {summary(error)}"
+            )
+        finally:
+            self._surgeon.undo()
+
+    def _runs_in_training(self) -> bool:
+        try:
+            self._train()
+        except Exception:  # A single sample cannot be normalised over the batch, for example.
+            return False
+        return True
+
+    def _train(self) -> None:
+        """A forward pass in training mode; moves running statistics."""
+        self._twin.train()
+        try:
+            call(self._twin, self._inputs)
+        finally:
+            self._twin.eval()
+
+    def _outputs(self) -> list[Tensor]:
+        torch.manual_seed(0)
+        return [t for t in tensors_in(call(self._twin, self._inputs)) if t.is_floating_point()]
+
+
+def _difference(masked: Sequence[Tensor], cut: Sequence[Tensor]) -> str:
+    if [tensor.shape for tensor in masked] != [tensor.shape for tensor in cut]:
+        return "network output"
+    for a, b in zip(masked, cut, strict=True):
+        scale = a.abs().max().item() if a.numel() else 1.0
+        apart = (a - b).abs().max().item() if a.numel() else 0.0
+        if not (math.isfinite(apart) and apart <= TOLERANCE * scale):
+            return (
+                f"masking and cutting differ (by {apart:.3g} where outputs reach {scale:.3g}): "
+                "something mixes its channels before a layer consumes them"
+            )
+    return ""
+
+
+def _scramble(model: nn.Module) -> None:
+    """Random weights that keep signals at about one, all of them having an effect."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim < 2:
+                drawn = torch.rand(parameter.shape, generator=generator) + 0.5
+            else:
+                fan_in = parameter[0].numel()
+                drawn = torch.randn(parameter.shape, generator=generator) * (2 / fan_in) ** 0.5
+            if parameter.is_floating_point():
+                parameter.copy_(drawn)
+        for module in model.modules():
+            if isinstance(module, _NormBase):
+                for buffer in (module.running_mean, module.running_var):
+                    if buffer is not None:
+                        buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)

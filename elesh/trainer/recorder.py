@@ -1,0 +1,250 @@
+"""Measures a network at a checkpoint: what can be removed, and what each part is worth.
+
+Promises: between measurements nothing is installed in the network, and a measurement leaves it
+as it was (training flags, buffers, gradients, random generators). The same batches and seed
+give the same bundle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from leyline import (
+    ChannelImportanceData,
+    CheckpointBundle,
+    CheckpointMetadata,
+    GateStatistics,
+    InvalidField,
+    NotFinite,
+    PrunedArchitecture,
+    checkpoint_id,
+)
+
+from .calling import Inputs, batch_size, call, device_of, main_output, map_tensors, undisturbed
+from .gates import Axis, GateMeter, axis_of
+from .groups import find_architecture
+from .layers import named_tensors, require_fit
+from .losses import Loss, Sampler, class_axis, cross_entropy, directions, sampled_labels, total
+from .tally import CORRELATED_SAMPLES, AxisTally, GroupTally, magnitudes
+
+
+class Recorder:
+    """Finds the coupled channel groups of a network and measures them.
+
+    One forward and three backward passes a batch, none of them for weights: along a random
+    direction of the outputs (projections), of the loss with the true labels (first order and
+    Taylor), and of the loss with labels drawn from the model's own predictions (second order).
+    Statistics are taken in evaluation mode (normalisations frozen), so samples do not see each
+    other. The first dimension of activations must count samples (or rows that each belong to
+    one sample, in the order of the samples).
+
+    Args:
+        model: the network; must be copyable, as the wiring is traced and proved on a copy.
+        example_inputs: a small batch: a tensor, a sequence (positional) or a mapping (keywords).
+        ignored_layers: names of layers, or of modules holding layers, whose outputs shall stay.
+        loss: from what the model returns and the labels to one loss a sample (or their mean);
+            by default cross-entropy of logits, summed over a sample's positions.
+        sample_labels: from what the model returns to labels drawn from its predictive
+            distribution. Default: from the softmax for the default loss; with a loss of one's
+            own and no sampler the true labels serve (metadata.labels says ``true``).
+        outputs: ``logits`` centres the random directions over the classes; ``values`` does not.
+        seed: of directions and sampled labels. Data-parallel ranks take different ones.
+        architecture: what is known of a network that was cut before (then nothing is traced).
+
+    Raises:
+        InvalidField: if the model cannot be copied, an ignored layer is not there, or ``values``
+            come without a loss.
+        ShapeMismatch: if a given architecture does not describe the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Inputs,
+        *,
+        ignored_layers: Collection[str] = (),
+        loss: Loss | None = None,
+        sample_labels: Sampler | None = None,
+        outputs: Literal["logits", "values"] = "logits",
+        seed: int = 0,
+        architecture: PrunedArchitecture | None = None,
+    ) -> None:
+        if outputs == "values" and loss is None:
+            raise InvalidField("loss", "a loss function where outputs are values", None)
+        self._model = model
+        self._loss, self._sampler = loss or cross_entropy, sample_labels
+        self._samples_labels = loss is None or sample_labels is not None
+        self._centred, self._seed = outputs == "logits", seed
+        if architecture is None:
+            architecture = find_architecture(model, example_inputs, ignored_layers)
+        self.architecture = architecture
+
+    @property
+    def architecture(self) -> PrunedArchitecture:
+        """What the network looks like; set it to the Surgeon's after a cut or its undoing.
+
+        Raises:
+            ShapeMismatch: if it does not describe the model.
+        """
+        return self._architecture
+
+    @architecture.setter
+    def architecture(self, architecture: PrunedArchitecture) -> None:
+        require_fit(self._model, architecture)
+        self._architecture = architecture
+
+    def measure(
+        self,
+        batches: Iterable[tuple[Inputs, Any]],
+        *,
+        epoch: int,
+        run_id: str = "run",
+        step: int = 0,
+        accuracy: float | None = None,
+        loss: float | None = None,
+        note: str = "",
+        max_samples: int | None = None,
+    ) -> CheckpointBundle:
+        """A checkpoint: architecture, statistics of every prunable group, and metadata.
+
+        Args:
+            batches: (inputs, labels) pairs; tensors are moved to the model's device.
+            epoch, run_id, step, accuracy, loss, note: for the metadata (held-out figures).
+            max_samples: stop after so many samples.
+
+        Raises:
+            ShapeMismatch: if the network is not what the architecture says.
+            NotFinite: if outputs or statistics hold NaN or infinity, naming group and field.
+            InvalidField: if there is no sample, or a group's consumers were never called.
+        """
+        require_fit(self._model, self._architecture)
+        measurement = _Measurement(self._architecture)
+        with undisturbed(self._model, self._seed):
+            self._run(measurement, self._limited(batches, max_samples))
+        architecture = self._architecture
+        metadata = CheckpointMetadata(
+            run_id=run_id,
+            checkpoint_id=checkpoint_id(run_id, epoch, architecture.model_hash),
+            epoch=epoch,
+            model_hash=architecture.model_hash,
+            step=step,
+            accuracy=accuracy,
+            loss=loss,
+            samples=measurement.samples,
+            labels="sampled" if self._samples_labels else "true",
+            seed=self._seed,
+            note=note,
+        )
+        channels, gates = measurement.statistics(self._model)
+        return CheckpointBundle(metadata, architecture, channels, gates)
+
+    def _limited(
+        self, batches: Iterable[tuple[Inputs, Any]], limit: int | None
+    ) -> Iterator[tuple[Inputs, Any]]:
+        """Batches on the model's device, up to so many samples."""
+        device, seen = device_of(self._model), 0
+        for inputs, labels in batches:
+            size = batch_size(inputs)
+            left = size if limit is None else min(size, limit - seen)
+            if left <= 0:
+                return
+
+            def taken(tensor: Tensor, size: int = size, left: int = left) -> Tensor:
+                whole = tensor.ndim == 0 or tensor.shape[0] != size
+                return (tensor if whole else tensor[:left]).detach().to(device)
+
+            seen += left
+            yield map_tensors(taken, inputs), map_tensors(taken, labels)
+
+    def _run(self, measurement: _Measurement, batches: Iterable[tuple[Inputs, Any]]) -> None:
+        generator = torch.Generator().manual_seed(self._seed)
+        with GateMeter(self._model, measurement.axes, measurement.watch) as meter:
+            for inputs, labels in batches:
+                samples = batch_size(inputs)
+                meter.expect(samples)
+                measurement.expect(samples)
+                output = call(self._model, inputs)
+                measurement.add(*self._passes(meter, output, labels, generator, samples), samples)
+
+    def _passes(
+        self, meter: GateMeter, output: Any, labels: Any, generator: torch.Generator, samples: int
+    ) -> tuple[Any, Any, Any, Any]:
+        """The three backward passes of a batch."""
+        values = main_output(output).float()
+        if not torch.isfinite(values).all():
+            raise NotFinite(
+                "outputs of the network",
+                "finite numbers",
+                "NaN or infinity",
+                hint=_where_not_finite(self._model),
+            )
+        axis = class_axis(values, labels) if self._centred else None
+        projected = (directions(values.detach(), generator, axis) * values).sum()
+        projections, _ = meter.backward(projected)
+        true, sizes = meter.backward(total(self._loss(output, labels), samples), absolute=True)
+        if not self._samples_labels:
+            drawn = labels
+        elif self._sampler is not None:
+            drawn = self._sampler(output)
+        else:
+            drawn = sampled_labels(output, labels, generator)
+        sampled, _ = meter.backward(total(self._loss(output, drawn), samples), keep=False)
+        return projections, true, sizes, sampled
+
+
+class _Measurement:
+    """The tallies of one measurement."""
+
+    def __init__(self, architecture: PrunedArchitecture) -> None:
+        self.samples, self._batch = 0, 1
+        self._groups = [GroupTally(group) for group in architecture.groups if group.prunable]
+        self._axes: dict[Axis, AxisTally] = {
+            axis_of(site): AxisTally() for tally in self._groups for site in tally.group.sites
+        }
+        self._first: dict[Axis, list[GroupTally]] = {}
+        for tally in self._groups:
+            self._first.setdefault(axis_of(tally.group.sites[0]), []).append(tally)
+
+    @property
+    def axes(self) -> Collection[Axis]:
+        """Where to measure."""
+        return self._axes.keys()
+
+    def expect(self, batch: int) -> None:
+        """Say how many samples the next forward pass has."""
+        self._batch = batch
+
+    def watch(self, axis: Axis, x: Tensor) -> None:
+        """Look at the activations that pass an axis."""
+        self._axes[axis].see(x, axis[1])
+        rows = len(x) * min(self._batch, CORRELATED_SAMPLES - self.samples) // self._batch
+        if rows > 0:
+            for tally in self._first.get(axis, ()):
+                tally.correlate(x[:rows])
+
+    def add(self, projections: Any, true: Any, sizes: Any, sampled: Any, samples: int) -> None:
+        """Take in the sums of a batch."""
+        for tally in self._groups:
+            tally.add(projections, true, sizes, sampled, samples)
+        self.samples += samples
+
+    def statistics(
+        self, model: nn.Module
+    ) -> tuple[dict[str, ChannelImportanceData], dict[str, GateStatistics]]:
+        """The statistics by group."""
+        if not self.samples:
+            raise InvalidField("batches", "at least one sample", 0)
+        norms = magnitudes(model, (tally.group for tally in self._groups))
+        channels = {t.group.name: t.channels(self._axes, norms[t.group.name]) for t in self._groups}
+        return channels, {t.group.name: t.gates(self.samples) for t in self._groups}
+
+
+def _where_not_finite(model: nn.Module) -> str:
+    for path, tensor in named_tensors(model).items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            return f"{path} is not finite"
+    return "all weights are finite: look at the inputs"

@@ -1,0 +1,122 @@
+"""Replacing the content of tensors, and points in time to go back to.
+
+Promises: parameters stay the same objects, so that optimizers keep pointing at them; a restore
+point brings weights, buffers, optimizer state, size attributes and masks back bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leyline import PrunedArchitecture, ShapeMismatch
+
+from .layers import SIZES, named_tensors
+
+Cutter = Callable[[Tensor], Tensor]
+"""What a cut makes of one tensor."""
+
+
+def replace_data(tensor: Tensor, data: Tensor) -> None:
+    """Give a tensor other data of any shape; its ``grad`` is dropped.
+
+    Autograd keeps a node for each parameter while an old graph is alive (for example through a
+    ``loss`` that the training loop still holds) and with it the old shape; it forgets that node
+    only when the type of the data changes, hence the step through another dtype.
+    """
+    if tensor.shape == data.shape:
+        tensor.data.copy_(data)
+        return
+    tensor.grad = None
+    other = torch.float32 if tensor.dtype != torch.float32 else torch.float64
+    tensor.data = torch.empty(0, dtype=other, device=tensor.device)
+    tensor.data = data
+
+
+def cut_state(
+    optimizer: torch.optim.Optimizer, cutters: Mapping[str, Cutter], tensors: Mapping[str, Tensor]
+) -> dict[str, dict[str, Any]]:
+    """The optimizer's state of every tensor that is cut, cut likewise; nothing is changed yet.
+
+    Raises:
+        ShapeMismatch: if an optimizer keeps state of another shape than its parameter (a factored
+            second moment, for example), which cannot be cut along with it.
+    """
+    states: dict[str, dict[str, Any]] = {}
+    for path, cutter in cutters.items():
+        tensor = tensors[path]
+        state = optimizer.state.get(tensor)
+        if not state:
+            continue
+        states[path] = {}
+        for key, value in state.items():
+            follows = isinstance(value, Tensor) and value.ndim > 0
+            if follows and value.shape != tensor.shape:
+                raise ShapeMismatch(
+                    f"optimizer.state.{path}.{key}",
+                    f"the parameter's shape {tuple(tensor.shape)} or a scalar",
+                    f"shape {tuple(value.shape)}",
+                    hint=f"{type(optimizer).__name__} cannot be cut along with its parameters",
+                )
+            states[path][key] = cutter(value) if follows else value
+    return states
+
+
+@dataclass(frozen=True)
+class RestorePoint:
+    """Everything that a cut can change, as it was before."""
+
+    architecture: PrunedArchitecture
+    masked: Mapping[str, frozenset[int]]
+    tensors: tuple[tuple[Tensor, Tensor], ...]
+    states: tuple[tuple[nn.Parameter, dict[str, Any] | None], ...]
+    sizes: tuple[tuple[nn.Module, dict[str, int]], ...]
+
+    @classmethod
+    def take(
+        cls,
+        model: nn.Module,
+        architecture: PrunedArchitecture,
+        masked: Mapping[str, frozenset[int]],
+        optimizer: torch.optim.Optimizer | None,
+    ) -> RestorePoint:
+        """A copy of the present."""
+        tensors = named_tensors(model).values()
+        parameters = [p for p in tensors if isinstance(p, nn.Parameter)] if optimizer else []
+        return cls(
+            architecture,
+            dict(masked),
+            tuple((tensor, tensor.detach().clone()) for tensor in tensors),
+            tuple((p, _copied(optimizer.state.get(p))) for p in parameters) if optimizer else (),
+            tuple(
+                (module, {name: vars(module)[name] for name in SIZES if name in vars(module)})
+                for module in model.modules()
+            ),
+        )
+
+    def bring_back(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Make the copy the present again; gradients, being of another network, are dropped."""
+        for tensor, saved in self.tensors:
+            replace_data(tensor, saved)
+            tensor.grad = None
+        for parameter, state in self.states:
+            assert optimizer is not None
+            if state is None:
+                optimizer.state.pop(parameter, None)
+            else:
+                optimizer.state[parameter] = state
+        for module, sizes in self.sizes:
+            vars(module).update(sizes)
+
+
+def _copied(state: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if not state:
+        return None
+    return {
+        key: value.detach().clone() if isinstance(value, Tensor) else value
+        for key, value in state.items()
+    }

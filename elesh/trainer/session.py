@@ -1,0 +1,337 @@
+"""The session: a training run's line to the bus, kept off the training thread.
+
+Promises: ``publish`` and ``decisions`` never block and never raise because the bus is away; what
+could not be sent is counted in ``missed`` and logged; a checkpoint that was published twice is one
+event. Everything that waits happens in one background thread with its own event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from opentelemetry.trace import SpanKind
+
+from elesh.bus import Bus, BusUnavailable, Delivery, server_url
+from elesh.observe import carrier_of, get_logger, setup_tracing, span, span_from
+from elesh.settings import Settings
+from leyline import (
+    CheckpointBundle,
+    CheckpointReady,
+    ContractError,
+    Message,
+    PruningOutcome,
+    RecompilationRequest,
+    StructuralPruningDecision,
+    TelemetryEvent,
+    read_envelope,
+    stable_hash,
+    unwrap,
+)
+from leyline.streams import CHECKPOINTS, DECISIONS, OUTCOMES, RECOMPILE, TELEMETRY, Stream
+
+from .apply import Evaluation, apply_decision
+from .surgeon import Surgeon
+
+__all__ = ["Session"]
+
+_SOURCE = "kasmina"
+_OUTBOX = 8
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class _Outgoing:
+    stream: Stream
+    message: Message | CheckpointBundle
+    carrier: dict[str, str]
+    run_id: str
+    epoch: int
+    event_id: str
+
+
+class Session:
+    """Publishes a run's checkpoints and receives its decisions.
+
+    Use it as a context manager around the training loop::
+
+        with Session(run_id="my-run") as session:
+            for epoch in range(1, 121):
+                train_one_epoch()
+                for decision in session.decisions():
+                    session.apply(decision, surgeon, evaluate)
+                if epoch % 5 == 0:
+                    session.publish(recorder.measure(batches, epoch=epoch, run_id="my-run"))
+
+    Args:
+        run_id: names the run; decisions of other runs are not seen.
+        url: Redis URL; empty: ``ELESH_REDIS_URL``, else the embedded server.
+        settings: for the bus and the rollback triggers.
+    """
+
+    def __init__(self, run_id: str, url: str = "", settings: Settings | None = None) -> None:
+        self.run_id = run_id
+        self.settings = settings or Settings()
+        self.missed = 0
+        """Messages that could not be queued or sent."""
+        self.failed: set[str] = set()
+        """Keys whose analysis ended in the dead letters."""
+        self._url = url or self.settings.bus.url
+        self._outbox: queue.Queue[_Outgoing] = queue.Queue(_OUTBOX)
+        self._inbox: queue.SimpleQueue[StructuralPruningDecision] = queue.SimpleQueue()
+        self._carriers: dict[str, dict[str, str]] = {}
+        self._arrived = threading.Event()
+        self._connected = threading.Event()
+        self._closing = threading.Event()
+        self._wake: Callable[[], None] = lambda: None
+        self._thread = threading.Thread(target=self._main, name="elesh-session", daemon=True)
+
+    def __enter__(self) -> Self:
+        setup_tracing("elesh-trainer", self.run_id)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Send what is queued, for at most ``timeout`` seconds, and end the thread."""
+        self._closing.set()
+        self._wake()
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            _log.warning("session closed with messages unsent", queued=self._outbox.qsize())
+
+    def wait_connected(self, timeout: float) -> bool:
+        """Wait until the bus answered once. Training does not need this; tools do."""
+        return self._connected.wait(timeout)
+
+    @contextmanager
+    def checkpoint(self, epoch: int) -> Iterator[None]:
+        """The root span of a checkpoint: measure and publish inside, and the trace begins here."""
+        with span("checkpoint", attributes={"elesh.run": self.run_id, "elesh.epoch": epoch}):
+            yield
+
+    def publish(self, bundle: CheckpointBundle) -> bool:
+        """Queue a checkpoint for publishing; False (and counted as missed) if the queue is full."""
+        metadata = bundle.metadata
+        with span(
+            f"send {CHECKPOINTS.name}",
+            kind=SpanKind.PRODUCER,
+            attributes={
+                "messaging.system": "redis",
+                "messaging.operation.type": "send",
+                "messaging.destination.name": CHECKPOINTS.name,
+            },
+        ):
+            event_id = "ev-" + stable_hash(metadata.run_id, metadata.checkpoint_id)
+            return self._queue(CHECKPOINTS, bundle, metadata.epoch, event_id)
+
+    def decisions(self) -> list[StructuralPruningDecision]:
+        """The decisions that have come since the last call; never waits."""
+        self._arrived.clear()
+        found = []
+        while True:
+            try:
+                found.append(self._inbox.get_nowait())
+            except queue.Empty:
+                return found
+
+    def wait(self, timeout: float) -> bool:
+        """Wait until something has come, for tools and tests; training has no need to."""
+        return self._arrived.wait(timeout)
+
+    def apply(
+        self,
+        decision: StructuralPruningDecision,
+        surgeon: Surgeon,
+        evaluate: Callable[[], Evaluation],
+    ) -> PruningOutcome:
+        """Mask, evaluate, cut or take back (see :func:`apply_decision`); publish the outcome."""
+        before = surgeon.architecture.model_hash
+        carrier = self._carriers.pop(decision.idempotency_key, {})
+        with span_from(
+            carrier, "apply decision", attributes={"elesh.key": decision.idempotency_key}
+        ) as current:
+            outcome = apply_decision(
+                decision,
+                surgeon,
+                evaluate,
+                triggers=self.settings.structured_pruning.rollback_triggers,
+            )
+            current.set_attribute("elesh.outcome", outcome.result)
+            with span("outcome", kind=SpanKind.PRODUCER):
+                self.report(outcome)
+            if outcome.result == "applied":
+                self._queue(
+                    RECOMPILE,
+                    RecompilationRequest(
+                        run_id=self.run_id,
+                        epoch=decision.epoch,
+                        idempotency_key=decision.idempotency_key,
+                        model_hash_before=before,
+                        model_hash_after=surgeon.architecture.model_hash,
+                    ),
+                    decision.epoch,
+                )
+        return outcome
+
+    def report(self, outcome: PruningOutcome) -> bool:
+        """Publish what became of a decision."""
+        event_id = "oc-" + stable_hash(outcome.idempotency_key, outcome.run_id, outcome.result)
+        return self._queue(OUTCOMES, outcome, outcome.epoch, event_id)
+
+    def _queue(
+        self, stream: Stream, message: Message | CheckpointBundle, epoch: int, event_id: str = ""
+    ) -> bool:
+        item = _Outgoing(stream, message, carrier_of(), self.run_id, epoch, event_id)
+        try:
+            self._outbox.put_nowait(item)
+        except queue.Full:
+            self.missed += 1
+            _log.warning("not published, queue full", stream=stream.name, epoch=epoch)
+            return False
+        self._wake()
+        return True
+
+    # From here on: the background thread.
+
+    def _main(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except Exception:
+            self.missed += self._outbox.qsize()
+            _log.exception("session ended; training goes on without Elesh")
+
+    async def _serve(self) -> None:
+        loop, woken, closing = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+
+        def rouse() -> None:
+            woken.set()
+            if self._closing.is_set():
+                closing.set()
+
+        def wake() -> None:
+            # The loop may have ended already: then there is nobody to wake.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(rouse)
+
+        self._wake = wake
+        rouse()
+        async with server_url(self._url) as url:
+            settings = self.settings
+            bus = await Bus.connect_when_available(
+                url, settings.bus, settings.breaker, stop=closing
+            )
+            if bus is None:
+                self.missed += self._outbox.qsize()
+                return
+            try:
+                await self._talk(bus, woken, closing)
+            finally:
+                await bus.close()
+
+    async def _talk(self, bus: Bus, woken: asyncio.Event, closing: asyncio.Event) -> None:
+        starts = [
+            (stream, (await bus.follow(stream, last_id="$", block_seconds=0))[0])
+            for stream in (DECISIONS, TELEMETRY)
+        ]
+        listeners = [
+            asyncio.create_task(self._listen(bus, stream, start, closing))
+            for stream, start in starts
+        ]
+        self._connected.set()
+        try:
+            await self._send_all(bus, woken, closing)
+        finally:
+            for task in listeners:
+                task.cancel()
+            await asyncio.gather(*listeners, return_exceptions=True)
+
+    async def _send_all(self, bus: Bus, woken: asyncio.Event, closing: asyncio.Event) -> None:
+        """Send until closing and the outbox is empty."""
+        while not (closing.is_set() and self._outbox.empty()):
+            woken.clear()
+            while not self._outbox.empty():
+                await self._send(bus, self._outbox.get_nowait(), closing)
+            if not closing.is_set():
+                await woken.wait()
+
+    async def _send(self, bus: Bus, item: _Outgoing, closing: asyncio.Event) -> None:
+        while True:
+            try:
+                message = item.message
+                if isinstance(message, CheckpointBundle):
+                    message = await _ready(bus, message)
+                await bus.publish(
+                    item.stream,
+                    message,
+                    source=_SOURCE,
+                    carrier=item.carrier,
+                    run_id=item.run_id,
+                    epoch=item.epoch,
+                    event_id=item.event_id,
+                )
+                return
+            except BusUnavailable as error:
+                _log.warning("bus away, will publish later", reason=str(error))
+                if not await bus.when_available(stop=closing):
+                    self.missed += 1
+                    return
+
+    async def _listen(self, bus: Bus, stream: Stream, last: str, closing: asyncio.Event) -> None:
+        while True:
+            try:
+                last, deliveries = await bus.follow(stream, last_id=last, block_seconds=1.0)
+            except BusUnavailable:
+                await bus.when_available(stop=closing)
+                continue
+            for delivery in deliveries:
+                self._take(delivery)
+
+    def _take(self, delivery: Delivery) -> None:
+        try:
+            envelope = read_envelope(delivery.envelope)
+            if envelope.training_run_id != self.run_id:
+                return
+            message = unwrap(envelope)
+        except ContractError as error:
+            _log.warning(
+                "unreadable message passed over",
+                stream=delivery.stream.name,
+                entry=delivery.entry_id,
+                reason=str(error),
+            )
+            return
+        if isinstance(message, StructuralPruningDecision):
+            self._carriers[message.idempotency_key] = delivery.carrier
+            self._inbox.put(message)
+            self._arrived.set()
+        elif isinstance(message, TelemetryEvent) and message.step == "dead_letter":
+            self.failed.add(message.idempotency_key)
+            self._arrived.set()
+
+
+async def _ready(bus: Bus, bundle: CheckpointBundle) -> CheckpointReady:
+    """Put the blobs and return the event that points at them."""
+    gates = bundle.gates_blob()
+    return CheckpointReady(
+        metadata=bundle.metadata,
+        architecture=bundle.architecture,
+        statistics=await bus.blobs.put(bundle.statistics_blob()),
+        gates=await bus.blobs.put(gates) if gates is not None else None,
+        levels=bundle.levels,
+        parameters=bundle.parameters,
+    )

@@ -1,0 +1,224 @@
+"""Masks units of a network, cuts them out, takes a cut back, and replays earlier cuts.
+
+Promises: a cut is made wholly or not at all; parameters keep their identity and optimizer state
+is cut with them; after :meth:`Surgeon.undo` everything is bit for bit as before the cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from leyline import InvalidField, PrunedArchitecture, PruningGroup, PruningRecord
+
+from .layers import named_tensors, refit, require_fit
+from .masks import Masks
+from .restore import Cutter, RestorePoint, cut_state, replace_data
+
+Units = Mapping[str, Iterable[int]]
+"""Units in current numbering by group name, as in ``decision.units``."""
+
+
+class Surgeon:
+    """The only one who changes the network's structure.
+
+    A mask multiplies by zero what enters the *consumers* of a unit, not what its producer puts
+    out. So nothing is left behind that would have to be folded away when the unit is cut: a bias
+    or a normalisation between producer and consumer may turn a zeroed output into something else,
+    but what the consumer sees of a masked unit is zero, just as after the cut.
+
+    Args:
+        model: the network; its parameters stay the same objects.
+        architecture: what ``Recorder(model, ...)`` found.
+        optimizer: whose state (momentum, moments) is cut along with the parameters.
+        restore_points: how many cuts can be undone; each holds a copy of all weights, buffers and
+            optimizer state.
+
+    Raises:
+        ShapeMismatch: if the architecture does not describe the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        architecture: PrunedArchitecture,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        restore_points: int = 3,
+    ) -> None:
+        require_fit(model, architecture)
+        self._model = model
+        self._architecture = architecture
+        self._optimizer = optimizer
+        self._limit = restore_points
+        self._points: list[RestorePoint] = []
+        self._masks = Masks(model)
+        self._masked: dict[str, frozenset[int]] = {}
+
+    @property
+    def architecture(self) -> PrunedArchitecture:
+        """What the network looks like now (masked units are still in it)."""
+        return self._architecture
+
+    @property
+    def masked(self) -> dict[str, tuple[int, ...]]:
+        """The masked units by group, in current numbering."""
+        # Kept in original numbering, which no cut and no undo can shift.
+        found: dict[str, tuple[int, ...]] = {}
+        for name, originals in self._masked.items():
+            origin = self._architecture.group[name].origin
+            units = tuple(unit for unit, number in enumerate(origin) if number in originals)
+            if units:
+                found[name] = units
+        return found
+
+    @property
+    def can_undo(self) -> int:
+        """How many cuts can be undone now."""
+        return len(self._points)
+
+    def mask(self, units: Units) -> None:
+        """Silence units until :meth:`unmask`, on top of those that are masked already.
+
+        Raises:
+            InvalidField: naming group and unit, if one does not exist or may not be removed.
+        """
+        for name, chosen in self._checked(units).items():
+            origin = self._architecture.group[name].origin
+            before = self._masked.get(name, frozenset())
+            self._masked[name] = before | {origin[unit] for unit in chosen}
+        self._masks.set(self._architecture, self.masked)
+
+    def unmask(self) -> None:
+        """Let every masked unit speak again."""
+        self._masked.clear()
+        self._masks.clear()
+
+    def cut(self, units: Units, *, epoch: int = 0, key: str = "") -> PrunedArchitecture:
+        """Remove units for good; returns the architecture afterwards.
+
+        Args:
+            units: current numbering, by group name.
+            epoch, key: for the history (the decision's idempotency key).
+
+        Raises:
+            InvalidField: naming group and unit, if one does not exist or may not be removed, or
+                if nothing would be left of a group.
+            ShapeMismatch: if the model, or the optimizer's state, is not what the architecture
+                says. Nothing has been changed then.
+        """
+        chosen = self._checked(units)
+        require_fit(self._model, self._architecture)
+        after = self._architecture.without(chosen, epoch=epoch, key=key)
+        tensors = named_tensors(self._model)
+        cutters = _cutters(self._architecture, chosen, tensors)
+        data = {path: cutter(tensors[path].detach()) for path, cutter in cutters.items()}
+        states = cut_state(self._optimizer, cutters, tensors) if self._optimizer else {}
+        if self._limit:
+            self._points = [*self._points, self._point()][-self._limit :]
+        # Everything that can fail is behind us.
+        for path, new in data.items():
+            replace_data(tensors[path], new)
+        for path, state in states.items():
+            self._optimizer.state[tensors[path]] = state  # type: ignore[union-attr]
+        for parameter in self._model.parameters():
+            parameter.grad = None
+        for module in self._model.modules():
+            refit(module)
+        self._architecture = after
+        self._masks.set(after, self.masked)
+        return after
+
+    def undo(self) -> PrunedArchitecture:
+        """Go back to just before the last cut, bit for bit, whatever was trained since.
+
+        Raises:
+            InvalidField: if there is no cut to undo.
+        """
+        if not self._points:
+            raise InvalidField(
+                "undo", f"a cut to undo (the last {self._limit} are kept)", "none left"
+            )
+        point = self._points.pop()
+        point.bring_back(self._optimizer)
+        self._architecture = point.architecture
+        self._masked = dict(point.masked)
+        self._masks.set(self._architecture, self.masked)
+        return self._architecture
+
+    def replay(self, history: Iterable[PruningRecord]) -> PrunedArchitecture:
+        """Make the cuts of a history (``architecture.history``) on this network.
+
+        Meant for a freshly built model: afterwards a ``state_dict`` saved after those cuts loads.
+
+        Raises:
+            InvalidField: if a record names a group or a unit that is not there (any more).
+        """
+        for record in history:
+            group = self._group(record.group)
+            unit_of = {original: unit for unit, original in enumerate(group.origin)}
+            gone = [index for index in record.original_indices if index not in unit_of]
+            if gone:
+                raise InvalidField(
+                    f"history.{record.group}", "original units that are still there", gone
+                )
+            units = [unit_of[index] for index in record.original_indices]
+            self.cut({record.group: units}, epoch=record.epoch, key=record.idempotency_key)
+        return self._architecture
+
+    def _point(self) -> RestorePoint:
+        return RestorePoint.take(self._model, self._architecture, self._masked, self._optimizer)
+
+    def _group(self, name: str) -> PruningGroup:
+        group = self._architecture.group.get(name)
+        if group is None:
+            raise InvalidField("group", f"one of {sorted(self._architecture.group)}", name)
+        return group
+
+    def _checked(self, units: Units) -> dict[str, frozenset[int]]:
+        """The units by group, refused if they are not there or may not go."""
+        checked: dict[str, frozenset[int]] = {}
+        for name, listed in units.items():
+            group, chosen = self._group(name), frozenset(listed)
+            where, outside = f"groups.{name}", sorted(chosen - set(range(group.size)))
+            if outside:
+                raise InvalidField(where, f"units from 0 to {group.size - 1}", outside)
+            if chosen and not group.prunable:
+                raise InvalidField(where, "a prunable group", f"not prunable: {group.reason}")
+            left = group.size - len(chosen)
+            if chosen and (left < 1 or left % group.unit_multiple):
+                expected = f"a multiple of {group.unit_multiple}, at least one, to be left"
+                raise InvalidField(where, expected, f"{left} of {group.size} left")
+            if chosen:
+                checked[name] = chosen
+        return checked
+
+
+def _cutters(
+    architecture: PrunedArchitecture,
+    units: Mapping[str, Collection[int]],
+    tensors: Mapping[str, Tensor],
+) -> dict[str, Cutter]:
+    """For every tensor that shrinks, the function that takes the removed indices out."""
+    gone: dict[str, dict[int, set[int]]] = {}
+    for name, chosen in units.items():
+        for part in architecture.group[name].slices:
+            axes = gone.setdefault(part.tensor, {})
+            axes.setdefault(part.dim, set()).update(part.all_of(chosen))
+
+    def cutter(shape: tuple[int, ...], axes: Mapping[int, set[int]]) -> Cutter:
+        kept = {
+            dim: torch.tensor([i for i in range(shape[dim]) if i not in lost])
+            for dim, lost in axes.items()
+        }
+
+        def cut(tensor: Tensor) -> Tensor:
+            for dim, indices in kept.items():
+                tensor = tensor.index_select(dim, indices.to(tensor.device))
+            return tensor
+
+        return cut
+
+    return {path: cutter(tuple(tensors[path].shape), axes) for path, axes in gone.items()}

@@ -1,0 +1,171 @@
+"""Sums over calibration samples, from which a checkpoint's statistics are made.
+
+Promises: everything but the projections is a sum over samples (projections are rows), so tallies
+of parts of the samples add up to the tally of all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from leyline import (
+    ChannelImportanceData,
+    GateStatistics,
+    InvalidField,
+    PruningGroup,
+)
+from leyline.architecture import Span
+
+from .gates import Axis, axis_of
+from .layers import channel_axes, named_tensors
+
+ACTIVE = 1e-3
+"""Activations of a larger magnitude count as active."""
+CORRELATED_SAMPLES = 512
+"""Samples that correlations are computed from; the cost is quadratic in channels."""
+
+Doubles = npt.NDArray[np.float64]
+Sums = Mapping[Axis, Tensor]
+
+
+def by_unit(values: Tensor, span: Span, size: int) -> Tensor:
+    """``[..., C]`` along an axis to ``[..., size, width]`` by the units that own the indices."""
+    if span.indices is None:
+        chosen = values[..., span.start : span.start + size * span.width]
+    else:
+        chosen = values[..., torch.tensor(span.indices, device=values.device)]
+    return chosen.reshape(*chosen.shape[:-1], size, span.width)
+
+
+@dataclass
+class AxisTally:
+    """How often the channels of one axis were active."""
+
+    elements: int = 0
+    """Activations seen of every channel."""
+    active: Doubles | None = None
+
+    def see(self, x: Tensor, dim: int) -> None:
+        """Count the activations of one call."""
+        rest = [d for d in range(x.ndim) if d != dim % x.ndim]
+        active = (x.abs() > ACTIVE).sum(rest).cpu().double().numpy()
+        self.active = active if self.active is None else self.active + active
+        self.elements += x.numel() // x.shape[dim]
+
+
+@dataclass
+class GroupTally:
+    """The sums of one group; C units."""
+
+    group: PruningGroup
+    projections: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    first: Doubles = field(init=False)
+    second: Doubles = field(init=False)
+    taylor: dict[Axis, Doubles] = field(default_factory=dict)
+    gram: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.first, self.second = np.zeros(self.group.size), np.zeros(self.group.size)
+
+    def gate(self, sums: Sums, samples: int) -> Doubles:
+        """``[N, C]``: the gate gradients of the units, summed over their sites."""
+        total = torch.zeros(samples, self.group.size, dtype=torch.float64)
+        for site in self.group.sites:
+            if axis_of(site) in sums:
+                units = by_unit(sums[axis_of(site)], site, self.group.size)
+                total += units.sum(-1, dtype=torch.float64)
+        return total.numpy()
+
+    def add(self, projections: Sums, true: Sums, sizes: Sums, sampled: Sums, samples: int) -> None:
+        """Take in one batch: sums of the three backward passes."""
+        self.projections.append(self.gate(projections, samples).astype(np.float32))
+        self.first += self.gate(true, samples).sum(0)
+        self.second += np.square(self.gate(sampled, samples)).sum(0)
+        for site in self.group.sites:
+            axis = axis_of(site)
+            if axis in sizes:
+                size = by_unit(sizes[axis].double(), site, self.group.size).sum(-1).numpy()
+                self.taylor[axis] = self.taylor[axis] + size if axis in self.taylor else size
+
+    def correlate(self, x: Tensor) -> None:
+        """Take in activations at the group's first site."""
+        site = self.group.sites[0]
+        rows = by_unit(x.movedim(site.dim, -1).float(), site, self.group.size)
+        rows = rows.transpose(-1, -2).reshape(-1, self.group.size)
+        gram = rows.T @ rows
+        self.gram = gram if self.gram is None else self.gram + gram
+
+    def gates(self, samples: int) -> GateStatistics:
+        """The gate statistics of all samples."""
+        return GateStatistics(
+            layer_name=self.group.name,
+            projections=np.concatenate(self.projections),
+            first_order=_single(self.first / samples),
+            second_order=_single(self.second / samples),
+        )
+
+    def channels(self, axes: Mapping[Axis, AxisTally], magnitude: Doubles) -> ChannelImportanceData:
+        """The importance vectors of all samples."""
+        size = self.group.size
+        taylor, active, elements = np.zeros(size), np.zeros(size), 0
+        for site in self.group.sites:
+            axis = axes[axis_of(site)]
+            if axis.active is None:
+                raise InvalidField(
+                    f"groups.{self.group.name}.sites", "sites that the batches reach", site.module
+                )
+            owned = axis.elements * site.width
+            if axis_of(site) in self.taylor:
+                taylor += self.taylor[axis_of(site)] / owned
+            counts = torch.from_numpy(axis.active)
+            active += by_unit(counts, site, size).sum(-1).numpy()
+            elements += owned
+        return ChannelImportanceData(
+            layer_name=self.group.name,
+            taylor_importance=_single(taylor),
+            magnitude_importance=_single(magnitude),
+            activation_frequency=_single(active / elements),
+            channel_correlations=None if self.gram is None else _cosines(self.gram),
+        )
+
+
+def magnitudes(model: nn.Module, groups: Iterable[PruningGroup]) -> dict[str, Doubles]:
+    """``[C]`` by group: the L2 norm of all the weights that produce each unit."""
+    tensors = named_tensors(model)
+    found: dict[str, Doubles] = {}
+    for group in groups:
+        produced = {
+            (f"{layer}.{attribute}", dim)
+            for layer in group.layers
+            for attribute, dim in channel_axes(model.get_submodule(layer)).outputs
+            if attribute == "weight"
+        }
+        squares = np.zeros(group.size)
+        for part in group.slices:
+            if (part.tensor, part.dim) in produced:
+                weight = tensors[part.tensor].detach().float().square()
+                norms = weight.sum([d for d in range(weight.ndim) if d != part.dim]).cpu().double()
+                squares += by_unit(norms, part, group.size).sum(-1).numpy()
+        found[group.name] = np.sqrt(squares)
+    return found
+
+
+def _cosines(gram: Tensor) -> npt.NDArray[np.float32]:
+    """Cosine similarities from inner products; a silent channel resembles only itself."""
+    inner = gram.cpu().double().numpy()
+    norms = np.sqrt(np.diag(inner))
+    norms[norms == 0] = 1.0
+    cosines: Doubles = inner / np.outer(norms, norms)
+    np.fill_diagonal(cosines, np.where(np.isnan(np.diag(cosines)), np.nan, 1.0))
+    return _single(np.clip(cosines, -1.0, 1.0))
+
+
+def _single(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    return values.astype(np.float32)

@@ -1,0 +1,157 @@
+"""Admission: from the bytes of a stream entry to work items whose input is known to be sound.
+
+Pure but for the clock that it is given. Everything that is wrong with a message is a
+``ContractError`` here, before any blob is fetched or any child is asked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from leyline import (
+    BlobRef,
+    CheckpointDocument,
+    CheckpointReady,
+    IdempotencyKey,
+    IdentityMismatch,
+    InvalidField,
+    Level,
+    Message,
+    PruningOutcome,
+    StructuralAnalysisRequest,
+    UnknownType,
+    read_envelope,
+    unwrap,
+)
+
+__all__ = ["SUPPORTED", "Work", "admit", "fingerprint"]
+
+SUPPORTED = (Level.CHANNEL,)
+"""The levels that this build analyses."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A checkpoint to analyse: its keys (one a level), its document and where its blobs are."""
+
+    keys: tuple[IdempotencyKey, ...]
+    fingerprint: str
+    document: CheckpointDocument
+    statistics: BlobRef
+    gates: BlobRef | None
+    run_id: str
+    window: float
+    """Seconds that the analysis may take."""
+    received: datetime
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the checkpoint."""
+        return self.document.metadata.epoch
+
+    @property
+    def blobs(self) -> dict[str, BlobRef]:
+        """The blobs by the file name that a bundle's folder has for them."""
+        named = {"statistics.safetensors": self.statistics}
+        return named | ({"gates.safetensors": self.gates} if self.gates else {})
+
+
+def admit(data: bytes, *, window: float, now: datetime) -> Work | PruningOutcome:
+    """The work that the envelope ``data`` asks for, or the outcome that it reports.
+
+    Raises:
+        ContractError: naming the field that is wrong, what was expected and what was found.
+    """
+    message = unwrap(read_envelope(data))
+    if isinstance(message, PruningOutcome):
+        return message
+    if isinstance(message, CheckpointReady):
+        return _checkpoint(message, window, now)
+    if isinstance(message, StructuralAnalysisRequest):
+        return _request(message, window, now)
+    raise UnknownType(
+        "envelope.payload_type",
+        "CheckpointReady, StructuralAnalysisRequest or PruningOutcome",
+        type(message).__name__,
+        hint="this worker does not serve it",
+    )
+
+
+def _checkpoint(message: CheckpointReady, window: float, now: datetime) -> Work:
+    metadata = message.metadata
+    document = CheckpointDocument(
+        metadata=metadata,
+        architecture=message.architecture,
+        levels=message.levels,
+        parameters=message.parameters,
+    )
+    key = IdempotencyKey(metadata.epoch, metadata.model_hash, metadata.checkpoint_id, Level.CHANNEL)
+    return _work(message, document, key, window, now)
+
+
+def _request(message: StructuralAnalysisRequest, window: float, now: datetime) -> Work:
+    document = CheckpointDocument(
+        metadata=message.metadata,
+        architecture=message.current_architecture,
+        levels=message.levels,
+        parameters=message.parameters,
+        requirements=message.requirements,
+    )
+    key = IdempotencyKey.parse(f"{message.idempotency_key}:{Level.CHANNEL}")
+    return _work(message, document, key, min(window, message.timeout.total_seconds()), now)
+
+
+def _work(
+    message: CheckpointReady | StructuralAnalysisRequest,
+    document: CheckpointDocument,
+    key: IdempotencyKey,
+    window: float,
+    now: datetime,
+) -> Work:
+    metadata, architecture = document.metadata, document.architecture
+    if metadata.model_hash != architecture.model_hash:
+        raise IdentityMismatch("metadata.model_hash", architecture.model_hash, metadata.model_hash)
+    if not document.levels:
+        raise InvalidField("levels", f"at least one of {', '.join(SUPPORTED)}", document.levels)
+    for level in document.levels:
+        if level not in SUPPORTED:
+            raise InvalidField(
+                "levels",
+                f"any of {', '.join(SUPPORTED)}",
+                level.value,
+                hint="this build does not analyse that level",
+            )
+    return Work(
+        keys=tuple(key.at(level) for level in dict.fromkeys(document.levels)),
+        fingerprint=fingerprint(message),
+        document=document,
+        statistics=message.statistics,
+        gates=message.gates,
+        run_id=metadata.run_id,
+        window=window,
+        received=now,
+    )
+
+
+_VOLATILE = frozenset({"uri", "expires", "created_at", "timeout"})
+
+
+def fingerprint(message: Message) -> str:
+    """SHA-256 over what a message asks for, whoever published it and wherever its blobs lie.
+
+    Blobs count by digest, not by address; times do not count. Two publishers of one checkpoint
+    agree on it; a key that comes again with other content does not.
+    """
+    stripped = _stripped(message.model_dump(mode="json"))
+    return hashlib.sha256(repr(stripped).encode()).hexdigest()
+
+
+def _stripped(value: Any) -> Any:
+    if isinstance(value, dict):
+        return [(key, _stripped(item)) for key, item in value.items() if key not in _VOLATILE]
+    if isinstance(value, list):
+        return [_stripped(item) for item in value]
+    return value

@@ -1,0 +1,108 @@
+"""What the supervisor and its compute child say to each other: length-prefixed msgpack frames.
+
+Only paths, keys and figures go through the pipe; checkpoints lie in a spool folder that the
+supervisor has filled and verified. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import msgpack
+
+from elesh.safety import BreakerStatus
+from leyline import ContractError, Fallback, IdempotencyKey, errors
+
+__all__ = ["Failed", "Job", "Reply", "pack_frame", "unpack_body"]
+
+Override = Literal["", "multi_metric", "magnitude"]
+PREFIX = struct.Struct("<I")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One level of one checkpoint to analyse.
+
+    ``folder`` holds a checkpoint bundle, ``settings`` the worker's settings as JSON.
+    """
+
+    folder: str
+    key: str
+    settings: str
+    breaker_state: str
+    breaker_failures: int
+    breaker_reason: str
+    threads: int = 1
+    scorer: Override = ""
+    """Overrides the scorer where a fallback asks for a simpler one."""
+    fallbacks: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def breaker(self) -> BreakerStatus:
+        """The breaker of this level as the supervisor saw it."""
+        return BreakerStatus(self.breaker_state, self.breaker_failures, self.breaker_reason)  # type: ignore[arg-type]
+
+    @property
+    def taken_fallbacks(self) -> tuple[Fallback, ...]:
+        """The rungs of the failure table that led to this job."""
+        return tuple(Fallback(rung=rung, reason=reason) for rung, reason in self.fallbacks)
+
+    @property
+    def idempotency_key(self) -> IdempotencyKey:
+        """The parsed key."""
+        return IdempotencyKey.parse(self.key)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Why a job gave no decision. ``contract`` tells bad input from a fault of ours."""
+
+    code: str
+    field: str
+    expected: str
+    found: str
+    contract: bool
+
+    @property
+    def error(self) -> ContractError:
+        """The error that the child met, as the contract's class where it is one."""
+        kinds = {
+            kind.code: kind
+            for kind in vars(errors).values()
+            if isinstance(kind, type) and issubclass(kind, ContractError)
+        }
+        return kinds.get(self.code, ContractError)(self.field, self.expected, self.found)
+
+    @property
+    def reason(self) -> str:
+        """One line for logs and dead letters."""
+        return str(self.error) if self.contract else f"{self.field}: {self.found}"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A decision (encoded), or why there is none, with the child's own figures."""
+
+    decision: bytes = b""
+    failed: Failed | None = None
+    seconds: float = 0.0
+    peak_memory: int = 0
+    """Highest resident size of the child so far, in bytes."""
+
+
+def pack_frame(message: Job | Reply) -> bytes:
+    """A frame: four bytes of length, little-endian, and the fields as msgpack."""
+    body: bytes = msgpack.packb(asdict(message))
+    return PREFIX.pack(len(body)) + body
+
+
+def unpack_body(kind: type[Job] | type[Reply], body: bytes) -> Any:
+    """The message of a frame's body."""
+    values = msgpack.unpackb(body)
+    if kind is Job:
+        values["fallbacks"] = tuple((rung, reason) for rung, reason in values["fallbacks"])
+    elif values["failed"] is not None:
+        values["failed"] = Failed(**values["failed"])
+    return kind(**values)

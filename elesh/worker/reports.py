@@ -1,0 +1,168 @@
+"""What a worker tells the world: telemetry events, dead letters, log lines.
+
+Telemetry is advice: if the bus is away for it, the line in the log must do, and the work goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from elesh.bus import Bus, BusUnavailable, Delivery, Settlement
+from elesh.observe import carrier_of, get_logger
+from leyline import (
+    AnalysisMetrics,
+    BreakerTransition,
+    ContractError,
+    DeadLetter,
+    IdempotencyKey,
+    Message,
+    Priority,
+    StructuralPruningDecision,
+    StructuralValidationResult,
+    TelemetryEvent,
+)
+from leyline.streams import TELEMETRY, VALIDATION, Stream
+
+from .admission import Work
+
+__all__ = ["Reports"]
+
+_SOURCE = "elesh"
+_SETTLED = {
+    Settlement.SETTLED: "settled",
+    Settlement.DUPLICATE: "duplicate",
+    Settlement.CONFLICT: "conflict",
+    Settlement.LOST: "lost",
+}
+_log = get_logger(__name__)
+
+
+class Reports:
+    """Publishes what one worker does."""
+
+    def __init__(self, bus: Bus, worker_id: str) -> None:
+        self._bus = bus
+        self._worker_id = worker_id
+
+    async def step(
+        self,
+        step: str,
+        work: Work,
+        *,
+        key: IdempotencyKey | None = None,
+        metrics: AnalysisMetrics | None = None,
+        figures: Mapping[str, float] | None = None,
+        detail: str = "",
+    ) -> None:
+        """One step of one analysis."""
+        values: dict[str, Any] = {
+            "step": step,
+            "worker_id": self._worker_id,
+            "at": datetime.now(UTC),
+            "idempotency_key": str(key or work.keys[0]),
+            "run_id": work.run_id,
+            "epoch": work.epoch,
+            "metrics": metrics,
+            "figures": dict(figures or {}),
+            "detail": detail,
+        }
+        await self._publish(TELEMETRY, TelemetryEvent(**values), work.run_id, work.epoch)
+
+    async def settlement(
+        self, work: Work, decision: StructuralPruningDecision, outcome: Settlement
+    ) -> None:
+        """What became of a decision in the store; a settled one is Urabrask's business too."""
+        verdict = "approved" if decision.approved_for_application else "rejected"
+        _log.info(
+            "decision " + _SETTLED[outcome],
+            key=decision.idempotency_key,
+            verdict=verdict,
+            reason=decision.rejection_reason or "-",
+        )
+        seconds = (datetime.now(UTC) - work.received).total_seconds()
+        await self.step(
+            _SETTLED[outcome],
+            work,
+            key=decision.key,
+            detail=verdict,
+            figures={
+                "seconds": seconds,
+                "approved": float(decision.approved_for_application),
+                "units": float(sum(len(units) for units in decision.units.values())),
+            },
+        )
+        if outcome is Settlement.SETTLED:
+            result = StructuralValidationResult(
+                idempotency_key=decision.idempotency_key,
+                outcome=decision.safety.outcome,
+                gates=decision.safety.gates,
+            )
+            await self._publish(VALIDATION, result, work.run_id, work.epoch)
+
+    async def fallback(self, work: Work, key: str, rung: str, reason: str) -> None:
+        """A rung of the failure table was taken."""
+        _log.warning("fallback", key=key, rung=rung, reason=reason)
+        await self.step("fallback", work, key=IdempotencyKey.parse(key), detail=f"{rung}: {reason}")
+
+    async def transition(self, change: BreakerTransition | None) -> None:
+        """A breaker changed its state; None where it did not."""
+        if change is None:
+            return
+        _log.warning(
+            "breaker",
+            run=change.run_id,
+            level=change.level.value,
+            before=change.before,
+            after=change.after,
+            reason=change.reason,
+        )
+        await self._publish(TELEMETRY, change, change.run_id, None)
+
+    def letter(self, delivery: Delivery, error: ContractError, work: Work | None) -> DeadLetter:
+        """The dead letter of an entry, with its original bytes."""
+        return DeadLetter(
+            stream=delivery.stream.name,
+            entry_id=delivery.entry_id,
+            error_code=error.code,
+            field=error.field[:8192],
+            reason=str(error)[:8192],
+            deliveries=delivery.deliveries,
+            worker_id=self._worker_id,
+            at=datetime.now(UTC),
+            original={
+                name.decode("utf-8", "replace"): value for name, value in delivery.fields.items()
+            },
+            idempotency_key=str(work.keys[0]) if work else "",
+            traceparent=delivery.carrier.get("traceparent", ""),
+        )
+
+    async def buried(self, letter: DeadLetter, work: Work | None) -> None:
+        """An entry went to the dead letters."""
+        event = TelemetryEvent(
+            step="dead_letter",
+            worker_id=self._worker_id,
+            at=letter.at,
+            idempotency_key=letter.idempotency_key,
+            run_id=work.run_id if work else "",
+            epoch=work.epoch if work else None,
+            detail=letter.reason,
+        )
+        await self._publish(TELEMETRY, event, event.run_id, event.epoch)
+
+    async def _publish(
+        self, stream: Stream, message: Message, run_id: str, epoch: int | None
+    ) -> None:
+        try:
+            await self._bus.publish(
+                stream,
+                message,
+                source=_SOURCE,
+                carrier=carrier_of(),
+                priority=Priority.LOW,
+                run_id=run_id,
+                epoch=epoch,
+            )
+        except BusUnavailable as error:
+            _log.warning("telemetry missed", stream=stream.name, reason=str(error))

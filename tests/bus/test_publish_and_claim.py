@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from bus_messages import GROUP, STREAMS, TRACE, claim, end_lease, outcome, publish
+
+from elesh.bus import Bus
+from leyline import Malformed, read_envelope, unwrap
+from leyline.streams import CHECKPOINTS, OUTCOMES, REQUESTS, TELEMETRY
+
+
+def test_a_message_arrives_as_it_was_published_with_its_trace(with_bus):
+    async def scenario(bus: Bus) -> None:
+        entry_id = await bus.publish(
+            OUTCOMES,
+            outcome(3),
+            source="trainer",
+            carrier={**TRACE, "envelope": "no"},
+            run_id="run",
+            epoch=3,
+            correlation_id="c",
+        )
+        [delivery] = await claim(bus)
+        envelope = read_envelope(delivery.envelope)
+        assert delivery.entry_id == entry_id
+        assert delivery.stream == OUTCOMES
+        assert delivery.deliveries == 1
+        assert delivery.carrier == TRACE
+        assert unwrap(envelope) == outcome(3)
+        assert (envelope.source_subsystem, envelope.training_run_id) == ("trainer", "run")
+        assert (envelope.epoch, envelope.correlation_id) == (3, "c")
+
+    with_bus(scenario)
+
+
+def test_the_same_event_published_twice_is_one_entry(with_bus):
+    async def scenario(bus: Bus) -> None:
+        send = [
+            bus.publish(OUTCOMES, outcome(), source="test", event_id="event-1") for _ in range(20)
+        ]
+        assert len(set(await asyncio.gather(*send))) == 1
+        assert len(await bus.read(OUTCOMES)) == 1
+
+    with_bus(scenario)
+
+
+def test_an_event_id_counts_within_its_stream_only_and_events_without_one_are_different(with_bus):
+    async def scenario(bus: Bus) -> None:
+        await bus.publish(OUTCOMES, outcome(), source="test", event_id="event-1")
+        await bus.publish(TELEMETRY, outcome(), source="test", event_id="event-1")
+        await publish(bus, 1, 1)
+        assert len(await bus.read(OUTCOMES)) == 3
+        assert len(await bus.read(TELEMETRY)) == 1
+
+    with_bus(scenario)
+
+
+def test_an_entry_without_an_envelope_is_named_malformed(with_bus):
+    async def scenario(bus: Bus) -> None:
+        await bus._client.xadd(OUTCOMES.key(bus.partition), {"other": "x"})
+        [delivery] = await claim(bus)
+        with pytest.raises(Malformed, match=r"outcomes/.*a field named envelope.*other"):
+            _ = delivery.envelope
+        assert delivery.carrier == {}
+
+    with_bus(scenario)
+
+
+def test_two_consumers_share_the_entries(with_bus):
+    async def scenario(bus: Bus) -> None:
+        await publish(bus, *range(20))
+        taken = await asyncio.gather(*(claim(bus, f"w{n % 2}", 3) for n in range(8)))
+        entries = [delivery.entry_id for part in taken for delivery in part]
+        assert len(entries) == len(set(entries)) == 20
+
+    with_bus(scenario)
+
+
+def test_a_claim_never_hands_out_more_than_asked_for_and_no_stream_starves(with_bus):
+    streams = (CHECKPOINTS, REQUESTS, OUTCOMES)
+
+    async def scenario(bus: Bus) -> None:
+        for stream in streams:
+            for epoch in range(3):
+                await bus.publish(stream, outcome(epoch), source="test")
+        firsts = [await claim(bus, count=1, streams=streams) for _ in range(3)]
+        assert {delivery.stream for [delivery] in firsts} == set(streams)
+        assert len(await claim(bus, count=4, streams=streams)) == 4
+        assert len(await claim(bus, count=9, streams=streams)) == 2
+
+    with_bus(scenario)
+
+
+def test_a_blocked_claim_wakes_for_a_new_entry(with_bus):
+    async def scenario(bus: Bus) -> None:
+        await claim(bus)
+        waiting = asyncio.create_task(
+            bus.claim(GROUP, "w1", (CHECKPOINTS, OUTCOMES), count=1, block_seconds=5)
+        )
+        await bus.publish(OUTCOMES, outcome(), source="test")
+        [delivery] = await waiting
+        assert delivery.stream == OUTCOMES
+
+    with_bus(scenario)
+
+
+def test_an_entry_given_back_is_served_next_as_if_never_delivered(with_bus):
+    async def scenario(bus: Bus) -> None:
+        await publish(bus, 1)
+        [delivery] = await claim(bus, "w1")
+        await bus._release(GROUP, "w1", [delivery])
+        [again] = await bus.reclaim(GROUP, "w2", STREAMS, count=1)
+        assert (again.entry_id, again.deliveries) == (delivery.entry_id, 1)
+
+    with_bus(scenario)
+
+
+@pytest.mark.parametrize("loss", ["flushall", "destroy"])
+def test_a_group_that_vanished_is_made_again_and_reads_from_the_oldest(with_bus, loss):
+    async def scenario(bus: Bus) -> None:
+        await publish(bus, 1)
+        [delivery] = await claim(bus)
+        if loss == "flushall":
+            await bus._client.flushall()
+            await publish(bus, 2)
+        else:
+            await bus._client.xgroup_destroy(OUTCOMES.key(bus.partition), GROUP)
+        assert await bus.renew(GROUP, "w1", [delivery]) == [delivery]
+        assert await bus.reclaim(GROUP, "w1", STREAMS, count=1) == []
+        assert not await bus.acknowledge(GROUP, "w1", delivery)
+        assert len(await claim(bus, count=9)) == 1
+
+    with_bus(scenario)
+
+
+@pytest.mark.parametrize("loss", ["flushall", "destroy"])
+def test_a_claim_survives_that_its_group_vanishes_while_it_waits(with_bus, loss):
+    async def scenario(bus: Bus) -> None:
+        await claim(bus)
+        waiting = asyncio.create_task(bus.claim(GROUP, "w1", STREAMS, count=1, block_seconds=5))
+        while not (await bus._client.info("clients"))["blocked_clients"]:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        if loss == "flushall":
+            await bus._client.flushall()
+        else:
+            await bus._client.xgroup_destroy(OUTCOMES.key(bus.partition), GROUP)
+        await bus.publish(OUTCOMES, outcome(7), source="test")
+        [delivery] = await waiting
+        assert unwrap(read_envelope(delivery.envelope)) == outcome(7)
+
+    with_bus(scenario)
+
+
+def test_following_misses_nothing_between_two_calls(with_bus):
+    async def scenario(bus: Bus) -> None:
+        await publish(bus, 1)
+        last_id, entries = await bus.follow(OUTCOMES, last_id="$", block_seconds=0)
+        assert entries == []
+        expected = await publish(bus, 2, 3)
+        last_id, entries = await bus.follow(OUTCOMES, last_id=last_id, block_seconds=5)
+        assert [entry.entry_id for entry in entries] == expected
+        assert last_id == expected[-1]
+        assert entries[0].deliveries == 0
+        assert len((await bus.follow(OUTCOMES, last_id="0", block_seconds=0))[1]) == 3
+
+    with_bus(scenario)
+
+
+def test_following_a_stream_to_come_begins_with_its_first_entry(with_bus):
+    async def scenario(bus: Bus) -> None:
+        last_id, _ = await bus.follow(OUTCOMES, last_id="$", block_seconds=0)
+        await publish(bus, 1)
+        assert len((await bus.follow(OUTCOMES, last_id=last_id, block_seconds=0))[1]) == 1
+
+    with_bus(scenario)
+
+
+def test_reading_takes_a_range_of_ids(with_bus):
+    async def scenario(bus: Bus) -> None:
+        first, second, _ = await publish(bus, 1, 2, 3)
+        assert [d.entry_id for d in await bus.read(OUTCOMES, count=2)] == [first, second]
+        assert [d.entry_id for d in await bus.read(OUTCOMES, start=second, end=second)] == [second]
+        assert await bus.read(CHECKPOINTS) == []
+
+    with_bus(scenario)
+
+
+def test_pending_tells_what_is_left_to_do(with_bus):
+    async def scenario(bus: Bus) -> None:
+        assert (await bus.pending(GROUP, OUTCOMES)).waiting == 0
+        await publish(bus, 1, 2, 3)
+        assert (await bus.pending(GROUP, OUTCOMES)).waiting == 3
+        first, second = await claim(bus, count=2)
+        state = await bus.pending(GROUP, OUTCOMES)
+        assert (state.pending, state.oldest, state.waiting) == (2, first.entry_id, 1)
+        assert state.consumers == {"w1": 2}
+        for delivery in (first, second):
+            assert await bus.acknowledge(GROUP, "w1", delivery)
+        assert (await bus.pending(GROUP, OUTCOMES)).pending == 0
+
+    with_bus(scenario)
+
+
+def test_a_consumer_with_pending_entries_is_not_forgotten(with_bus):
+    async def scenario(bus: Bus) -> None:
+        await publish(bus, 1)
+        [delivery] = await claim(bus, "w1")
+        await claim(bus, "w2")
+        for consumer in ("w1", "w2"):
+            await bus.leave(GROUP, consumer, (OUTCOMES, CHECKPOINTS))
+        names = await bus._client.xinfo_consumers(OUTCOMES.key(bus.partition), GROUP)
+        assert [consumer["name"] for consumer in names] == [b"w1"]
+        await end_lease(bus, delivery)
+        assert await bus.reclaim(GROUP, "w3", STREAMS, count=1)
+
+    with_bus(scenario)

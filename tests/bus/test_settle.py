@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from bus_messages import (
+    GROUP,
+    STREAMS,
+    TRACE,
+    claim,
+    end_lease,
+    key,
+    letter,
+    outcome,
+    publish,
+    result,
+    take_over,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from redis import Redis
+
+from elesh.bus import Bus, EmbeddedServer, Settlement, read_letter
+from elesh.settings import BusSettings
+from leyline import UnknownType, read_envelope, unwrap
+from leyline.streams import DEAD, DECISIONS, OUTCOMES
+
+SETTLED, DUPLICATE = Settlement.SETTLED, Settlement.DUPLICATE
+CONFLICT, LOST = Settlement.CONFLICT, Settlement.LOST
+
+
+async def pending(bus: Bus) -> int:
+    return (await bus.pending(GROUP, OUTCOMES)).pending
+
+
+def test_settling_stores_publishes_and_acknowledges(with_bus):
+    async def scenario(bus: Bus) -> None:
+        await publish(bus, 1)
+        [delivery] = await claim(bus)
+        assert await bus.record(key(1)) is None
+        results = [result(1), result(2, "two")]
+        assert await bus.settle(GROUP, "w1", delivery, results) == [SETTLED, SETTLED]
+        decisions = await bus.read(DECISIONS)
+        envelopes = [read_envelope(decision.envelope) for decision in decisions]
+        assert [unwrap(envelope) for envelope in envelopes] == [r.message for r in results]
+        assert [decision.carrier for decision in decisions] == [TRACE, TRACE]
+        assert [e.correlation_id for e in envelopes] == [str(key(1)), str(key(2))]
+        assert [(e.training_run_id, e.epoch) for e in envelopes] == [("run", 1), ("run", 2)]
+        record = await bus.record(key(2))
+        assert (record.fingerprint, record.envelope) == ("two", decisions[1].envelope)
+        assert await pending(bus) == 0
+
+    with_bus(scenario)
+
+
+def test_records_live_for_their_time_and_not_for_ever(with_bus):
+    async def scenario(bus: Bus) -> None:
+        await publish(bus, 1)
+        [delivery] = await claim(bus)
+        await bus.settle(GROUP, "w1", delivery, [result(1)])
+        assert 0 < await bus._client.ttl(bus._named("record", str(key(1)))) <= 100
+
+    with_bus(scenario, record_ttl_seconds=100)
+
+
+def test_a_second_settle_of_the_same_key_is_a_duplicate(with_bus):
+    async def scenario(bus: Bus) -> None:
+        await publish(bus, 1, 1)
+        first, second = await claim(bus, count=2)
+        await bus.settle(GROUP, "w1", first, [result(1)])
+        assert await bus.settle(GROUP, "w1", second, [result(1, marked=5)]) == [DUPLICATE]
+        assert len(await bus.read(DECISIONS)) == 1
+        assert await pending(bus) == 0
+
+    with_bus(scenario)
+
+
+def test_the_same_key_for_other_content_is_a_conflict_and_the_first_stays(with_bus):
+    async def scenario(bus: Bus) -> None:
+        await publish(bus, 1, 1)
+        first, second = await claim(bus, count=2)
+        await bus.settle(GROUP, "w1", first, [result(1)])
+        before = await bus.record(key(1))
+        verdicts = await bus.settle(GROUP, "w1", second, [result(1, "other"), result(2)])
+        assert verdicts == [CONFLICT, SETTLED]
+        assert await bus.record(key(1)) == before
+        assert len(await bus.read(DECISIONS)) == 2
+        assert await pending(bus) == 1
+        assert await bus.dead_letter(GROUP, "w1", second, letter(second), {})
+        assert await pending(bus) == 0
+
+    with_bus(scenario)
+
+
+def test_a_worker_that_lost_its_entry_changes_nothing(with_bus):
+    async def scenario(bus: Bus) -> None:
+        await publish(bus, 1)
+        [delivery] = await claim(bus)
+        await take_over(bus, delivery)
+        results = [result(1), result(2)]
+        assert await bus.settle(GROUP, "w1", delivery, results) == [LOST, LOST]
+        assert not await bus.acknowledge(GROUP, "w1", delivery)
+        assert not await bus.dead_letter(GROUP, "w1", delivery, letter(delivery), {})
+        assert await bus.record(key(1)) is None
+        assert await bus.read(DECISIONS) == await bus.read(DEAD) == []
+        assert await pending(bus) == 1
+        assert await bus.settle(GROUP, "w2", delivery, results) == [SETTLED, SETTLED]
+        assert await bus.settle(GROUP, "w2", delivery, results) == [LOST, LOST]
+
+    with_bus(scenario)
+
+
+def test_a_settle_without_results_is_refused(with_bus):
+    async def scenario(bus: Bus) -> None:
+        await publish(bus, 1)
+        [delivery] = await claim(bus)
+        with pytest.raises(ValueError, match="acknowledge"):
+            await bus.settle(GROUP, "w1", delivery, [])
+
+    with_bus(scenario)
+
+
+def test_many_workers_on_the_same_checkpoint_make_one_decision(with_bus, redis_url, partition):
+    """Published ten times over, served by two connections at once, leases lost in between."""
+
+    async def work(bus: Bus, name: str) -> list[Settlement]:
+        verdicts: list[Settlement] = []
+        while found := (await bus.reclaim(GROUP, name, STREAMS, count=1) or await claim(bus, name)):
+            await end_lease(bus, found[0], name)
+            verdicts += await bus.settle(GROUP, name, found[0], [result(1)])
+        return verdicts
+
+    async def scenario(bus: Bus) -> None:
+        other = await Bus.connect(redis_url, BusSettings(partition=partition))
+        await publish(bus, *[1] * 10)
+        buses = [bus, other] * 4
+        work_of_all = await asyncio.gather(*(work(b, f"w{n}") for n, b in enumerate(buses)))
+        verdicts = [verdict for part in work_of_all for verdict in part]
+        assert verdicts.count(SETTLED) == 1
+        assert verdicts.count(DUPLICATE) == 9
+        assert len(await bus.read(DECISIONS)) == 1
+        assert await pending(bus) == 0
+        await other.close()
+
+    with_bus(scenario)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    plan=st.lists(
+        st.lists(
+            st.tuples(st.integers(1, 3), st.sampled_from(["one", "two"])), min_size=1, max_size=4
+        ),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_settling_follows_its_model(redis_url, plan):
+    """Whatever is settled in whatever order: the first content of a key wins, once."""
+
+    async def scenario() -> None:
+        bus = await Bus.connect(redis_url, BusSettings(partition="model"))
+        await bus._client.flushall()
+        await publish(bus, *range(len(plan)))
+        stored: dict[int, str] = {}
+        for delivery, wanted in zip(await claim(bus, count=len(plan)), plan, strict=True):
+            expected = []
+            for epoch, content in wanted:
+                known = stored.get(epoch)
+                stored.setdefault(epoch, content)
+                expected.append(
+                    SETTLED if known is None else DUPLICATE if known == content else CONFLICT
+                )
+            before = await pending(bus)
+            verdicts = await bus.settle(
+                GROUP, "w1", delivery, [result(epoch, content) for epoch, content in wanted]
+            )
+            assert verdicts == expected
+            assert await pending(bus) == before - (CONFLICT not in expected)
+        assert len(await bus.read(DECISIONS)) == len(stored)
+        await bus.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_dead_letter_holds_the_original_bytes_and_acknowledges(with_bus):
+    async def scenario(bus: Bus) -> None:
+        await bus._client.xadd(OUTCOMES.key(bus.partition), {"envelope": b"\xff\x00", "x": b"\x01"})
+        [delivery] = await claim(bus)
+        assert await bus.dead_letter(GROUP, "w1", delivery, letter(delivery), TRACE)
+        [dead] = await bus.read(DEAD)
+        assert read_letter(dead).original == {"envelope": b"\xff\x00", "x": b"\x01"}
+        assert unwrap(read_envelope(dead.envelope)) == letter(delivery).model_copy(
+            update={"at": read_letter(dead).at}
+        )
+        assert dead.carrier == TRACE
+        assert await pending(bus) == 0
+
+    with_bus(scenario)
+
+
+def test_an_oversized_message_keeps_its_bytes_as_a_dead_letter(with_bus):
+    async def scenario(bus: Bus) -> None:
+        huge = bytes(9 << 20)
+        await bus._client.xadd(OUTCOMES.key(bus.partition), {"envelope": huge})
+        [delivery] = await claim(bus)
+        assert await bus.dead_letter(GROUP, "w1", delivery, letter(delivery), {})
+        [dead] = await bus.read(DEAD)
+        assert read_letter(dead).original == {"envelope": huge}
+        assert read_letter(dead).reason == "no good"
+
+    with_bus(scenario)
+
+
+def test_only_dead_letters_are_read_as_such(with_bus):
+    async def scenario(bus: Bus) -> None:
+        await bus.publish(DEAD, outcome(), source="test")
+        [entry] = await bus.read(DEAD)
+        with pytest.raises(UnknownType, match="DeadLetter"):
+            read_letter(entry)
+
+    with_bus(scenario)
+
+
+def test_what_was_settled_survives_that_the_server_is_killed(tmp_path):
+    async def before(url: str) -> None:
+        bus = await Bus.connect(url, BusSettings())
+        await bus._client.config_set("appendfsync", "always")
+        await publish(bus, 1, 2)
+        [first] = await claim(bus)
+        assert await bus.settle(GROUP, "w1", first, [result(1)]) == [SETTLED]
+        await claim(bus)
+        await bus.close()
+
+    async def after(url: str) -> None:
+        bus = await Bus.connect(url, BusSettings())
+        assert len(await bus.read(DECISIONS)) == 1
+        assert (await bus.record(key(1))).fingerprint == "one"
+        state = await bus.pending(GROUP, OUTCOMES)
+        assert (state.pending, state.consumers) == (1, {"w1": 1})
+        await bus.close()
+
+    with EmbeddedServer(tmp_path) as server:
+        asyncio.run(before(server.url))
+        server._process.kill()
+        server._process.wait()
+    with EmbeddedServer(tmp_path) as server:
+        asyncio.run(after(server.url))
+
+
+def test_scripts_lost_by_the_server_are_loaded_again(with_bus, redis_url):
+    async def scenario(bus: Bus) -> None:
+        await publish(bus, 1)
+        with Redis.from_url(redis_url) as client:
+            client.script_flush()
+        await publish(bus, 2)
+        assert len(await bus.read(OUTCOMES)) == 2
+
+    with_bus(scenario)

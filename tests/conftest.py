@@ -1,0 +1,28 @@
+"""Fixtures for everybody: one real server a session, a fresh partition a test."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+from redis import Redis
+
+from elesh.bus import embedded_server
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real server, started for this test session and stopped at its end."""
+    with embedded_server(tmp_path_factory.mktemp("server")) as url:
+        yield url
+
+
+@pytest.fixture
+def partition(redis_url: str) -> Iterator[str]:
+    """A partition that no other test uses; the server is emptied afterwards."""
+    yield f"test-{next(_numbers)}"
+    with Redis.from_url(redis_url) as client:
+        client.flushall()
