@@ -91,7 +91,7 @@ def _blob(name: str, codec: str = "safetensors") -> ll.BlobRef:
     )
 
 
-STATISTICS: tuple[ll.ChannelImportanceData | ll.GateStatistics, ...] = (
+STATISTICS: tuple[ll.ChannelImportanceData, ll.GateStatistics] = (
     ll.ChannelImportanceData(
         layer_name="a",
         taylor_importance=np.array([0.5, 0.25, 0.125], np.float32),

@@ -225,7 +225,7 @@ def test_a_wrong_value_is_blamed_on_where_it_stands(
 
 def test_settings_cannot_be_changed_afterwards() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        Settings().sketch_depth = 3  # type: ignore[misc]
+        Settings().sketch_depth = 3
 
 
 def test_phases_end_where_the_document_says() -> None:

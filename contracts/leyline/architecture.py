@@ -45,9 +45,11 @@ class LayerDescriptor(Message):
 
     name: Name
     kind: Name
+    """For example ``conv2d``, ``linear``, ``batchnorm``."""
     weight: str = ""
     """Path of the tensor that is multiplied, empty where there is none."""
     positions: Count = 0
+    """How often a sample uses the weight: output positions of a convolution, tokens of a linear."""
 
 
 class Span(Message):
@@ -55,8 +57,11 @@ class Span(Message):
     ``start + u * width``, or ``indices[u * width : (u + 1) * width]`` where they are listed."""
 
     start: Count = 0
+    """First index of unit 0, where none are listed."""
     width: int = Field(default=1, ge=1)
+    """Indices a unit owns."""
     indices: tuple[int, ...] | None = None
+    """All indices, unit by unit, where they do not simply follow each other."""
 
     def of(self, unit: int) -> range | tuple[int, ...]:
         """The indices that unit ``unit`` owns."""
@@ -73,6 +78,7 @@ class TensorSlice(Span):
     """The part of a tensor that goes with the units of a group: indices along ``dim``."""
 
     tensor: Name
+    """Path of the tensor."""
     dim: int = Field(ge=0, le=7)
 
 
@@ -84,7 +90,9 @@ class GateSite(Span):
     """
 
     module: Name
+    """Name of the consuming module."""
     dim: int = Field(ge=-8, le=7)
+    """Axis of its first input; negative ones count from the end."""
 
 
 class PruningGroup(Message):
@@ -95,14 +103,20 @@ class PruningGroup(Message):
     """
 
     name: Name
+    """Unique in the architecture."""
     level: Level = Level.CHANNEL
     layers: tuple[str, ...] = ()
     """The layers that produce the units (several where residual additions couple them)."""
     original_size: int = Field(ge=1)
+    """Units before the first cut."""
     origin: tuple[int, ...]
+    """The original number of each unit that is present, rising."""
     slices: tuple[TensorSlice, ...]
+    """Everything that is cut with a unit."""
     sites: tuple[GateSite, ...]
+    """Where a unit is masked and measured."""
     prunable: bool = True
+    """Whether units of it may be removed."""
     reason: Text = ""
     """Why the group is left alone, where it is not prunable."""
     unit_multiple: int = Field(default=1, ge=1)
@@ -121,9 +135,8 @@ class PruningGroup(Message):
     @model_validator(mode="after")
     def _origin_is_sound(self) -> Self:
         rising = all(map(lt, self.origin, self.origin[1:]))
-        if not rising or (
-            self.origin and not 0 <= self.origin[0] <= self.origin[-1] < self.original_size
-        ):
+        inside = not self.origin or 0 <= self.origin[0] <= self.origin[-1] < self.original_size
+        if not (rising and inside):
             raise InvalidField(
                 f"groups.{self.name}.origin",
                 f"rising unit numbers below original_size {self.original_size}",
@@ -137,6 +150,7 @@ class PruningRecord(Message):
 
     epoch: Epoch
     idempotency_key: Name
+    """Of the decision; ``manual`` where there was none."""
     group: Name
     level: Level = Level.CHANNEL
     original_indices: tuple[int, ...]
@@ -146,12 +160,19 @@ class PrunedArchitecture(Message):
     """Architecture descriptor with pruning history."""
 
     model_hash: ModelHash
+    """16 hex digits over tensors and groups: the structure, not the weights."""
     tensors: tuple[TensorDescriptor, ...]
+    """All parameters and buffers, in the order of the ``state_dict``."""
     layers: tuple[LayerDescriptor, ...]
+    """All leaf modules."""
     groups: tuple[PruningGroup, ...]
+    """What can be removed unit by unit."""
     original_parameters: Count
+    """Parameters before the first cut."""
     original_macs: Count
+    """Multiply-accumulates of one sample before the first cut."""
     history: tuple[PruningRecord, ...] = ()
+    """All cuts so far, oldest first."""
 
     @classmethod
     def build(

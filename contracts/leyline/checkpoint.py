@@ -18,10 +18,14 @@ class BlobRef(Message):
     """Claim check of a blob: fetched by ``uri``, at most ``size`` bytes, verified by digest."""
 
     uri: Name
+    """Where the blob is; the scheme must be allowed by the reader."""
     size: int = Field(ge=0, le=MAX_BLOB_BYTES)
+    """Bytes; checked before reading."""
     sha256: Sha256
+    """Digest of the content, in lower-case hex; checked while reading."""
     codec: Literal["safetensors", "msgpack", "raw"] = "safetensors"
     expires: Moment | None = None
+    """From when on the blob may be gone."""
 
 
 class CheckpointMetadata(Message):
@@ -29,18 +33,23 @@ class CheckpointMetadata(Message):
 
     run_id: Identifier
     checkpoint_id: Identifier
+    """Becomes the decision id of the idempotency key."""
     epoch: Epoch
     model_hash: ModelHash
+    """Hash of the architecture (:class:`PrunedArchitecture`)."""
     step: Count = 0
+    """Optimizer steps so far."""
     created_at: Moment | None = None
     accuracy: MaybeNaN | None = None
     """Held-out accuracy that the trainer measured, 0 to 1, if it did."""
     loss: MaybeNaN | None = None
+    """Held-out loss that the trainer measured, in nats a sample, if it did."""
     samples: Count = 0
     """Calibration samples behind the statistics."""
     labels: Literal["sampled", "true", "none"] = "sampled"
     """Where the second-order statistics' labels came from."""
     seed: Count = 0
+    """Seed of the random directions and sampled labels."""
     note: Text = ""
 
 
@@ -56,4 +65,5 @@ class CheckpointReady(Message):
     gates: BlobRef | None = None
     """Safetensors: GateStatistics of every group, where the trainer measured them."""
     levels: tuple[Level, ...] = (Level.CHANNEL,)
+    """What may be removed."""
     parameters: AnalysisParameters = AnalysisParameters()

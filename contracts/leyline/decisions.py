@@ -47,8 +47,10 @@ class Redundancy(Message):
     """Two units of one group that say the same: one was kept, the other not."""
 
     kept: Count
+    """In current numbering."""
     removed: Count
     similarity: Finite
+    """Cosine similarity, up to 1."""
 
 
 class HeadRedundancy(Redundancy):
@@ -59,6 +61,7 @@ class SparedUnit(Message):
     """A unit near the cut that was left alone, and why."""
 
     index: Count
+    """In current numbering."""
     cost: Finite
     """What it would cost next, on the scale of the target's importance."""
     reason: Literal[
@@ -74,35 +77,43 @@ class SparedUnit(Message):
     """``representative``: a redundant unit went in its favour."""
 
 
+def _require_cut(unit: str, indices: tuple[int, ...], before: int, after: int) -> None:
+    """Units to remove are told once, in order, out of those that are there."""
+    if any(a >= b for a, b in pairwise(indices)) or indices[-1] >= before:
+        raise InvalidField(f"{unit}_indices", f"rising numbers below {before}", indices)
+    if before - len(indices) != after:
+        raise InvalidField(f"{unit}s_after", str(before - len(indices)), after)
+
+
 class ChannelPruningTarget(Message):
     """Channels of one group to remove, in current and in original numbering."""
 
     layer_name: Name
+    """Name of the group in the architecture."""
     channel_indices: tuple[Count, ...] = Field(min_length=1)
+    """Channels to remove, rising, in current numbering."""
     original_indices: tuple[Count, ...]
+    """The same in original numbering."""
     importance: tuple[Finite, ...]
     """The score that each was ranked by, in the order of ``channel_indices``; the marginal cost of
     a joint order is negative where a removal makes up for part of the earlier ones."""
     redundancy_pairs: tuple[Redundancy, ...] = ()
     redundancy_threshold: Finite = 0.95
+    """Cosine similarity above which two channels are redundant."""
     channels_before: Count
     channels_after: Count
     spared: tuple[SparedUnit, ...] = ()
+    """Units near the cut that were left alone."""
 
     @model_validator(mode="after")
     def _aligned(self) -> Self:
         units = self.channel_indices
-        if any(a >= b for a, b in pairwise(units)):
-            raise InvalidField("channel_indices", "rising numbers", units)
+        _require_cut("channel", units, self.channels_before, self.channels_after)
         if not len(units) == len(self.original_indices) == len(self.importance):
             raise InvalidField(
                 "original_indices, importance",
                 f"{len(units)} entries each",
                 (len(self.original_indices), len(self.importance)),
-            )
-        if self.channels_before - len(units) != self.channels_after:
-            raise InvalidField(
-                "channels_after", str(self.channels_before - len(units)), self.channels_after
             )
         return self
 
@@ -112,13 +123,26 @@ class AttentionHeadTarget(Message):
 
     layer_name: Name
     head_indices: tuple[Count, ...] = Field(min_length=1)
+    """Heads to remove, rising, in current numbering."""
     original_indices: tuple[Count, ...] = ()
+    """The same in original numbering."""
     redundancy_pairs: tuple[HeadRedundancy, ...] = ()
     redundancy_threshold: Finite = 0.95
+    """Cosine similarity above which two heads are redundant."""
     head_importance: tuple[Finite, ...] = ()
+    """Combined score of every head before the cut."""
     attention_entropy: tuple[NonNegative, ...] = ()
+    """Entropy of the attention pattern of every head before the cut, in nats."""
     heads_before: Count
     heads_after: Count
+
+    @model_validator(mode="after")
+    def _aligned(self) -> Self:
+        _require_cut("head", self.head_indices, self.heads_before, self.heads_after)
+        if self.original_indices and len(self.original_indices) != len(self.head_indices):
+            expected = f"{len(self.head_indices)} entries or none"
+            raise InvalidField("original_indices", expected, len(self.original_indices))
+        return self
 
 
 class LayerPruningTarget(Message):
@@ -126,17 +150,23 @@ class LayerPruningTarget(Message):
 
     layer_name: Name
     importance: NonNegative
+    """Taylor importance of the layer."""
     gradient_flow: NonNegative
+    """Strength of the gradient flow through the layer."""
     similarity: Finite
+    """Cosine similarity of the layer's input and output."""
     skip_potential: Fraction
+    """How well an identity or projection can stand in for it."""
     skip_strategy: Literal["identity", "residual", "linear_projection", "conv_projection"]
     architecture_impact: Fraction
+    """How much the network depends on it; lower is safer."""
 
 
 class PruningStatistics(Message):
     """What the decision does to the size of the network, and what it is predicted to cost."""
 
     scorer: Literal["output_projection", "multi_metric", "magnitude"]
+    """What ranked the units."""
     parameters_before: Count
     parameters_after: Count
     macs_before: Count
@@ -144,6 +174,7 @@ class PruningStatistics(Message):
     channels_before: Count
     channels_after: Count
     channels_original: Count
+    """Units of prunable groups before the first cut."""
     quota: Count
     """Units that the schedule allowed to remove at this checkpoint."""
     phase_limit: Fraction
@@ -158,6 +189,7 @@ class PruningStatistics(Message):
     predicted_loss_rise: Finite | None = None
     """Second-order prediction of the rise of the loss, in nats a sample, where measured."""
     samples: Count = 0
+    """Calibration samples behind the scores."""
 
 
 class GateResult(Message):
@@ -174,6 +206,7 @@ class Fallback(Message):
     """A rung of the failure table that was taken instead of the full analysis."""
 
     rung: Name
+    """Which row of the failure table."""
     reason: Text
 
 
@@ -184,6 +217,7 @@ class SafetyValidation(Message):
     phase: Phase
     gates: tuple[GateResult, ...]
     confidence: Fraction = 1.0
+    """0 to 1; reduced by every fallback."""
     measured: bool = False
     """Whether the cut was measured on held-out data or only predicted."""
 
@@ -194,6 +228,7 @@ class StructuralPruningDecision(Message):
     contract_of: ClassVar[str] = "Elesh to Emrakul"
 
     idempotency_key: DecisionKey
+    """``<epoch>:<model_hash>:<decision_id>:<level>``."""
     run_id: Identifier
     epoch: Epoch
     model_hash: ModelHash
@@ -203,8 +238,11 @@ class StructuralPruningDecision(Message):
     statistics: PruningStatistics
     safety: SafetyValidation
     approved_for_application: bool
+    """Whether the trainer may apply it."""
     rejection_reason: Text = ""
+    """Empty if and only if approved."""
     fallbacks: tuple[Fallback, ...] = ()
+    """Rungs of the failure table that were taken."""
     ignored: tuple[tuple[Name, Text], ...] = ()
     """Groups that cannot be pruned, each with the reason."""
     settings_hash: Label = ""

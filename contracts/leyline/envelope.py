@@ -40,19 +40,30 @@ class EventEnvelope(Message):
     """Who sends what, when, and until when it matters; ``payload`` is the encoded message."""
 
     schema_version: Annotated[int, Field(ge=1)] = 1
+    """Read before anything else; newer ones are refused."""
     event_id: Identifier
+    """The same when the same event is published again."""
     event_type: Name
+    """Type of the message; the same as ``payload_type``."""
     source_subsystem: Name
+    """Who sent it."""
     created_at: Moment
     processing_deadline: Moment | None = None
+    """When an answer no longer matters."""
     ttl: TimeToLive = TTL[Priority.NORMAL]
+    """Seconds from ``created_at`` in which it is worth serving."""
     payload: bytes
+    """The encoded message."""
     payload_type: Name
+    """Name of the message in the catalogue."""
     payload_encoding: Literal["msgpack"] = "msgpack"
     priority: Priority = Priority.NORMAL
     routing_keys: tuple[Name, ...] = ()
     correlation_id: Label = ""
+    """What it answers to."""
     attempts: Count = 0
+    """Earlier attempts of the sender."""
     training_run_id: Label = ""
     epoch: Epoch | None = None
     sequence: Count = 0
+    """Order of the sender's events."""

@@ -39,11 +39,15 @@ class AnalysisMetrics(Message):
     """Performance of one analysis."""
 
     duration_seconds: NonNegative
+    """Wall-clock time of the analysis."""
     channels: Count = 0
+    """Units looked at, by level."""
     heads: Count = 0
     layers: Count = 0
     peak_memory_bytes: Count = 0
+    """Highest resident memory of the compute child."""
     input_bytes: Count = 0
+    """Bytes of blobs read."""
 
 
 class TelemetryEvent(Message):
@@ -65,11 +69,13 @@ class TelemetryEvent(Message):
     ]
     worker_id: Name
     idempotency_key: Label = ""
+    """Of what was worked on, where known."""
     run_id: Label = ""
     epoch: Epoch | None = None
     at: Moment
     metrics: AnalysisMetrics | None = None
     figures: Figures = Field(default_factory=dict)
+    """Named figures of the step; NaN means unknown."""
     detail: Text = ""
 
 
@@ -83,6 +89,7 @@ class BreakerTransition(Message):
     before: Literal["closed", "open", "half_open"]
     after: Literal["closed", "open", "half_open"]
     failures: Count
+    """Consecutive failures counted."""
     reason: Text
     at: Moment
 
@@ -98,9 +105,13 @@ class PruningOutcome(Message):
     result: Literal["applied", "rolled_back", "refused", "rejected"]
     """``rejected``: Elesh did not approve; ``refused``: the trainer did not take it."""
     accuracy_before: MaybeNaN | None = None
+    """Held-out accuracy, 0 to 1."""
     accuracy_masked: MaybeNaN | None = None
+    """The same with the decision's mask on."""
     loss_before: MaybeNaN | None = None
+    """Held-out loss in nats a sample."""
     loss_masked: MaybeNaN | None = None
+    """The same with the decision's mask on."""
     parameters_before: Count = 0
     parameters_after: Count = 0
     detail: Text = ""
@@ -115,7 +126,9 @@ class StructuralValidationResult(Message):
     outcome: Outcome
     gates: tuple[GateResult, ...]
     accuracy_retention: Fraction | None = None
+    """Accuracy after as a share of that before."""
     gradient_flow_change: Finite | None = None
+    """Relative change of the gradient norm."""
 
 
 class RecompilationRequest(Message):
@@ -136,14 +149,22 @@ class DeadLetter(Message):
     contract_of: ClassVar[str] = "Elesh to operators"
 
     stream: Name
+    """The stream that the message stood in, by its short name."""
     entry_id: Name
+    """Its entry there."""
     error_code: Name
+    """Stable name of the class of error, for alerts."""
     field: Text = ""
+    """The offending field, where there is one."""
     reason: Text
+    """The whole error as one line: field, expected, found."""
     deliveries: Count
+    """How often it had been delivered."""
     worker_id: Name
+    """Who gave it up."""
     at: Moment
     original: Annotated[dict[str, bytes], AfterValidator(_sorted)]
     """The fields of the stream entry as they were."""
     idempotency_key: Label = ""
     traceparent: Label = ""
+    """W3C trace context of the message."""

@@ -134,8 +134,10 @@ class ParameterIdentifier(Message):
     """Unique and stable identity of one tensor: its path, shape and dtype."""
 
     path: Name
+    """Name in the ``state_dict``."""
     shape: tuple[Annotated[int, Field(ge=0, lt=2**40)], ...] = Field(max_length=8)
     dtype: Name
+    """For example ``float32``."""
 
     @property
     def identifier(self) -> str:

@@ -23,6 +23,7 @@ class ImportanceData(Message):
     epoch: Epoch
     model_hash: ModelHash
     parameters: tuple[ParameterIdentifier, ...]
+    """The tensors that were tracked, one sketch each."""
     sketch_width: int = Field(ge=1)
     sketch_depth: int = Field(ge=1, le=64)
     sketches: BlobRef
@@ -35,7 +36,9 @@ class ParameterMask(Message):
     parameter: ParameterIdentifier
     kind: MaskKind = "unstructured"
     bits: bytes
+    """One bit for each element in row-major order."""
     marked: Count
+    """Elements to remove."""
     confidence: Fraction
 
     @model_validator(mode="after")
@@ -54,6 +57,7 @@ class PruningMasks(Message):
     idempotency_key: DecisionKey
     masks: tuple[ParameterMask, ...]
     marking_threshold: NonNegative
+    """Below which an element is marked."""
     confidence: Fraction
 
     @model_validator(mode="after")
@@ -71,7 +75,9 @@ class MaskApplication(Message):
 
     idempotency_key: DecisionKey
     masks: BlobRef
+    """Encoded PruningMasks."""
     validated_by: Text = ""
+    """Who validated them."""
 
 
 class AnalysisReport(Message):
@@ -81,7 +87,10 @@ class AnalysisReport(Message):
 
     idempotency_key: DecisionKey
     analysed: Count
+    """Parameters looked at."""
     marked: Count
+    """Parameters marked for removal."""
     error_bound: Finite
+    """Bound of the sketches' overestimation, in units of importance."""
     confidence: Fraction
     recommendations: tuple[Text, ...] = ()

@@ -15,6 +15,7 @@ class AnalysisParameters(Message):
     """How to analyse; what is not given comes from the worker's settings."""
 
     scorer: Scorer = "auto"
+    """Which score ranks; ``auto``: the best that the statistics allow."""
     target_ratio: Fraction | None = None
     """Share of all original units to have removed after this decision; the schedule's limit
     still holds above it."""
@@ -28,4 +29,6 @@ class PerformanceRequirements(Message):
     """What the result must hold to; a decision that cannot is rejected with the reason."""
 
     max_predicted_loss_rise: NonNegative | None = None
+    """In nats a sample."""
     min_parameters_removed: Fraction | None = None
+    """Share of the present parameters."""

@@ -34,11 +34,15 @@ class StructuralAnalysisRequest(Message):
     parameters: AnalysisParameters = AnalysisParameters()
     requirements: PerformanceRequirements = PerformanceRequirements()
     timeout: Window = timedelta(minutes=5)
+    """The checkpoint window in seconds, at most five minutes."""
     metadata: CheckpointMetadata
     """The checkpoint that the statistics belong to."""
     statistics: BlobRef
+    """Safetensors: ChannelImportanceData of every group."""
     gates: BlobRef | None = None
+    """Safetensors: GateStatistics of every group, where measured."""
     levels: tuple[Level, ...] = (Level.CHANNEL,)
+    """What may be removed."""
 
     @model_validator(mode="after")
     def _key_is_of_this_request(self) -> Self:
@@ -60,6 +64,9 @@ class AnalysisRequest(Message):
     importance: BlobRef
     """ImportanceData: one Count-Min sketch a tensor."""
     marking_threshold: NonNegative = 1e-8
+    """Parameters whose importance is surely below it are marked."""
     confidence_threshold: Fraction = 0.95
+    """Masks of less confidence are not made."""
     statistical_samples: int = Field(default=10_000, ge=1)
+    """Samples behind the confidence."""
     timeout: Window = timedelta(minutes=5)

@@ -32,6 +32,7 @@ class ChannelImportanceData(_ArrayMessage):
     contract_of: ClassVar[str] = "Kasmina to Elesh"
 
     layer_name: Name
+    """Name of the group in the architecture."""
     taylor_importance: Array
     """[C], >= 0: mean over samples and positions of ``|gradient * activation|``."""
     magnitude_importance: Array
@@ -83,6 +84,7 @@ class GateStatistics(_ArrayMessage):
     contract_of: ClassVar[str] = "Kasmina to Elesh"
 
     layer_name: Name
+    """Name of the group in the architecture."""
     projections: Array
     """[N, C]: G, the sum over positions of activation times d(v . output)/d(activation), with one
     seeded Gaussian direction v a sample, centred where outputs are logits."""

@@ -20,7 +20,7 @@ from threadpoolctl import ThreadpoolController
 
 from .candidates import Bools, Candidates, Doubles, Floats, Ints
 
-__all__ = ["JointOrder", "Order", "Picks", "StaticOrder", "rounded"]
+__all__ = ["JointOrder", "Order", "Picks", "StaticOrder", "cheapest_first", "rounded"]
 
 _POOL = 1024
 """Units resolved among themselves exactly; a net with no more of them is resolved exactly."""
@@ -62,6 +62,15 @@ def rounded(costs: Doubles) -> Floats:
     bits += 1 << (_DROPPED_BITS - 1)
     bits &= -(1 << _DROPPED_BITS)
     return keys
+
+
+def cheapest_first(costs: Doubles) -> Ints:
+    """The places of ``costs`` from the lowest to the highest, after rounding, ties by index."""
+    bits = (rounded(costs) + np.float32(0)).view(np.int32)  # + 0: minus zero is zero
+    # As integers, negative floats fall where they should rise; with the place in the low half all
+    # keys differ, and numpy's fastest sort, which is not stable, will do.
+    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64)
+    return np.sort((keys << 32) | np.arange(len(keys))) & 0xFFFFFFFF
 
 
 class Order(ABC):
@@ -108,7 +117,7 @@ class StaticOrder(Order):
 
     def pick(self, count: int, among: Bools, ceiling: float = math.inf) -> Picks:
         units = np.flatnonzero(self.free(among) & (self.costs <= ceiling))
-        order = units[np.argsort(rounded(self.costs[units]), kind="stable")]
+        order = units[cheapest_first(self.costs[units])]
         groups = self.candidates.group_of[order]
         chosen = order[_rank_in_group(groups, len(self.room)) < self.room[groups]][: max(count, 0)]
         self._mark(chosen.tolist(), gone=True)
@@ -117,11 +126,12 @@ class StaticOrder(Order):
 
 def _rank_in_group(groups: Ints, count: int) -> Ints:
     """How often each entry of ``groups`` occurred before."""
-    by_group = np.argsort(groups, kind="stable")
+    # Stable sorts of 16-bit numbers are by radix, ten times as fast.
+    by_group = np.argsort(groups.astype(np.uint16 if count < 1 << 16 else np.int64), kind="stable")
     sizes = np.bincount(groups, minlength=count)
     firsts = np.cumsum(sizes) - sizes
     ranks = np.empty(len(groups), dtype=np.int64)
-    ranks[by_group] = np.arange(len(groups)) - firsts[groups[by_group]]
+    ranks[by_group] = np.arange(len(groups)) - np.repeat(firsts, sizes)
     return ranks
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .candidates import Bools
-from .orders import JointOrder, Order, Picks, rounded
+from .orders import JointOrder, Order, Picks, cheapest_first, rounded
 from .redundancy import Pair
 
 __all__ = ["Selection", "select"]
@@ -102,7 +102,7 @@ def _settle_multiples(order: Order, picks: Picks, quota: int, among: Bools) -> f
         back += units[len(units) - count :]
     order.put_back(back)
     picks.drop(back)
-    while block := _cheapest_block(order, quota - len(picks.units), among):
+    while (block := _cheapest_block(order, quota - len(picks.units), among)).units:
         picks.add(block)
         order.take(block.units)
     return frozenset(back)
@@ -118,7 +118,7 @@ def _cheapest_block(order: Order, left: int, among: Bools) -> Picks:
         units = np.flatnonzero(free[span]) + span.start
         if size > min(left, int(order.room[group]), len(units)):
             continue
-        units = units[np.argsort(rounded(order.costs[units]), kind="stable")[:size]]
+        units = units[cheapest_first(order.costs[units])[:size]]
         mean = float(rounded(np.array([order.costs[units].mean()]))[0])
         if mean < best_mean:
             best_mean = mean

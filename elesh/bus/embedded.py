@@ -87,10 +87,10 @@ class EmbeddedServer:
             BusUnavailable: if there is no server for this platform, or it does not start.
         """
         self._make_folder()
-        with _locked(self.folder / "start.lock"), open(self.folder / "alive.lock", "ab") as alive:
+        with open(self.folder / "alive.lock", "ab") as alive:
             deadline = time.monotonic() + _START_SECONDS
             while not _try_lock(alive.fileno()):
-                # A server lives here; it may be one that is just ending.
+                # A server lives here; it may be one that is just beginning or just ending.
                 if self._answers():
                     return self._found()
                 if time.monotonic() > deadline:
@@ -256,14 +256,6 @@ async def server_url(url: str = "") -> AsyncIterator[str]:
         return
     with embedded_server() as started:
         yield started
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock file; waits for whoever holds it."""
-    with open(path, "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -143,7 +143,7 @@ def read_letter(delivery: Delivery) -> DeadLetter:
     if not isinstance(message, DeadLetter):
         raise UnknownType("envelope.payload_type", "DeadLetter", brief(type(message).__name__))
     beside = {
-        name.removeprefix(_ORIGINAL).decode(): value
+        name.removeprefix(_ORIGINAL).decode("utf-8", "replace"): value
         for name, value in delivery.fields.items()
         if name.startswith(_ORIGINAL)
     }

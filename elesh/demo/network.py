@@ -77,7 +77,7 @@ class TransformerBlock(nn.Module):
 class DigitsNet(nn.Module):
     """8x8 grey images to ten logits."""
 
-    def __init__(self, width: int = 32, heads: int = 4, classes: int = 10) -> None:
+    def __init__(self, width: int = 24, heads: int = 4, classes: int = 10) -> None:
         super().__init__()
         self.stem = nn.Sequential(
             nn.Conv2d(1, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()

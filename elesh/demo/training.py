@@ -6,6 +6,7 @@ Read :meth:`Training.run` to see all that a training script has to do.
 from __future__ import annotations
 
 import math
+import os
 import time
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -79,10 +80,13 @@ class Training:
         self, session: Session, settings: Settings, *, epochs: int, every: int, seed: int
     ) -> None:
         torch.manual_seed(seed)
+        # A core is left to the workers: two OpenMP teams on too few cores spin against each other.
+        torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
         self.session, self.settings = session, settings
         self.epochs, self.every, self.seed = epochs, every, seed
         self.data = Digits.load(seed)
         self.model = DigitsNet()
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=_LEARNING_RATE, momentum=0.9, weight_decay=5e-4
         )

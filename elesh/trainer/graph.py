@@ -9,7 +9,7 @@ and layers of which only a part is coupled right.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch_pruning as tp
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from leyline import LayerDescriptor
 
@@ -129,13 +130,14 @@ class _observed:  # noqa: N801 - a context manager, used like a function
     def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
+        paths = {id(p): path for path, p in self._model.named_parameters()}
         for name, positions in self._positions.items():
-            self._layers.extend(_descriptors(name, self._modules[name], positions))
+            self._layers.extend(_descriptors(name, self._modules[name], positions, paths))
 
 
 def _positions(module: nn.Module, inputs: Any, output: Any) -> int:
     """How often the weight was multiplied in this call."""
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+    if isinstance(module, _ConvTransposeNd):
         return tensors_in(inputs)[0].numel() // module.in_channels
     first = tensors_in(output)[0] if tensors_in(output) else None
     width = getattr(module, "out_channels", None) or getattr(module, "out_features", None)
@@ -144,18 +146,24 @@ def _positions(module: nn.Module, inputs: Any, output: Any) -> int:
     return first.numel() // width if first is not None and isinstance(width, int) else 0
 
 
-def _descriptors(name: str, module: nn.Module, positions: int) -> Iterator[LayerDescriptor]:
+def _descriptors(
+    name: str, module: nn.Module, positions: int, paths: Mapping[int, str]
+) -> Iterator[LayerDescriptor]:
+    """One descriptor, or one for each projection of an attention module."""
     kind = type(module).__name__.lower()
+    weight = module._parameters.get("weight")
     if isinstance(module, nn.MultiheadAttention):
         # Its projections are not called as modules; products of queries and keys are not counted.
         for path, parameter in module.named_parameters():
             if parameter.ndim == 2:
-                weight = f"{name}.{path}"
-                yield LayerDescriptor(name=weight, kind=kind, weight=weight, positions=positions)
-    elif (
-        isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and "weight" in module._parameters
-    ):
-        yield LayerDescriptor(name=name, kind=kind, weight=f"{name}.weight", positions=positions)
+                yield LayerDescriptor(
+                    name=f"{name}.{path}",
+                    kind=kind,
+                    weight=paths[id(parameter)],
+                    positions=positions,
+                )
+    elif weight is not None and isinstance(module, (nn.Linear, _ConvNd)):
+        yield LayerDescriptor(name=name, kind=kind, weight=paths[id(weight)], positions=positions)
     else:
         yield LayerDescriptor(name=name, kind=kind)
 

@@ -1,14 +1,14 @@
 """Proves on the network itself that masking units and cutting them is the same.
 
-Promises: a group stays prunable only if, with other groups, a random half of its units was masked
-and cut on a copy and both gave the same outputs. The copy gets random weights first: with the
-real ones the proof could be empty (residual branches that start at zero, small layer scales).
+Promises: a group stays prunable only if, with other groups, random units of it were masked and
+cut on a copy, several times, and both gave the same outputs. The copy gets random weights first:
+with the real ones the proof could be empty (branches that start at zero, small layer scales).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -44,7 +44,8 @@ def without_refuted(
         else group
         for group in architecture.groups
     )
-    return architecture.model_copy(update={"groups": groups})
+    # Not model_copy: it would carry the architecture's cached look-ups along.
+    return PrunedArchitecture.build(architecture.tensors, architecture.layers, groups)
 
 
 class _Experiment:
@@ -54,10 +55,15 @@ class _Experiment:
         self._twin, self._inputs = twin, inputs
         self._surgeon = Surgeon(twin, architecture, restore_points=1)
         rng = np.random.default_rng(0)
-        self._halves = {
-            group.name: sorted(rng.permutation(group.size)[: max(1, group.size // 2)].tolist())
-            for group in architecture.groups
-        }
+        groups = [group for group in architecture.groups if group.prunable]
+        # Numbers at random: equal shares could hide that two groups must stay of equal size. And
+        # all but one: rounding (of halves, for example) forgives small cuts.
+        counts = [{g.name: int(rng.integers(1, g.size)) for g in groups} for _ in range(2)]
+        counts.append({g.name: g.size - 1 for g in groups})
+        self._trials = [
+            {g.name: rng.permutation(g.size)[: count[g.name]].tolist() for g in groups}
+            for count in counts
+        ]
         self._admitted: list[str] = []
         self._trains = self._runs_in_training()
         self.reasons: dict[str, str] = {}
@@ -66,7 +72,9 @@ class _Experiment:
         """Admit all of ``names`` if they pass together, otherwise find by halving which do not."""
         if not names:
             return
-        reason = self._disproof([*self._admitted, *names])
+        together = [*self._admitted, *names]
+        reasons = (self._disproof({name: t[name] for name in together}) for t in self._trials)
+        reason = next((reason for reason in reasons if reason), "")
         if not reason:
             self._admitted.extend(names)
         elif len(names) == 1:
@@ -76,9 +84,8 @@ class _Experiment:
             self.admit(names[:middle])
             self.admit(names[middle:])
 
-    def _disproof(self, names: Sequence[str]) -> str:
-        """Why these groups cannot be removed together; empty if they can."""
-        units = {name: self._halves[name] for name in names}
+    def _disproof(self, units: Mapping[str, Sequence[int]]) -> str:
+        """Why these units cannot be removed together; empty if they can."""
         self._surgeon.mask(units)
         masked = self._outputs()
         self._surgeon.unmask()

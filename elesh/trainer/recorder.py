@@ -155,7 +155,8 @@ class Recorder:
 
             def taken(tensor: Tensor, size: int = size, left: int = left) -> Tensor:
                 whole = tensor.ndim == 0 or tensor.shape[0] != size
-                return (tensor if whole else tensor[:left]).detach().to(device)
+                part = (tensor if whole else tensor[:left]).detach().to(device)
+                return part.clone() if part.is_inference() else part
 
             seen += left
             yield map_tensors(taken, inputs), map_tensors(taken, labels)

@@ -20,11 +20,12 @@ from leyline import (
     IdempotencyKey,
     StructuralPruningDecision,
     decode,
+    encode,
 )
 
 from .admission import Work
 from .compute import ChildDied, ChildTimeout, ComputeChild
-from .protocol import Job, Override, Reply
+from .protocol import DOCUMENT, Job, Override, Reply
 from .reports import Reports
 
 __all__ = ["Analyst"]
@@ -67,7 +68,7 @@ class Analyst:
         with span("fetch blobs", attributes={"elesh.blob_bytes": size}):
             for name, ref in work.blobs.items():
                 await self._bus.blobs.fetch(ref, folder / name)
-        (folder / "checkpoint.json").write_text(work.document.model_dump_json())
+        (folder / DOCUMENT).write_bytes(encode(work.document))
         await self._reports.step("fetched", work, figures={"bytes": size})
 
     async def _decide(

@@ -12,14 +12,15 @@ import signal
 import sys
 import time
 import traceback
+from pathlib import Path
 from typing import BinaryIO
 
 from elesh._process import die_with_parent
 from elesh.analysis import analyze
 from elesh.settings import Settings
-from leyline import CheckpointBundle, ContractError, encode
+from leyline import CheckpointBundle, CheckpointDocument, ContractError, decode, encode
 
-from .protocol import PREFIX, Failed, Job, Reply, pack_frame, unpack_body
+from .protocol import DOCUMENT, PREFIX, Failed, Job, Reply, pack_frame, unpack_body
 
 
 def main() -> None:
@@ -29,6 +30,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a stray print must not tear the frames
+    sink.write(pack_frame(Reply()))  # ready: everything is imported
+    sink.flush()
     while (job := _next_job(source)) is not None:
         sink.write(pack_frame(_answer(job)))
         sink.flush()
@@ -63,7 +66,7 @@ def _answer(job: Job) -> Reply:
 
 
 def _decide(job: Job) -> bytes:
-    bundle = CheckpointBundle.load(job.folder)
+    bundle = _bundle(Path(job.folder))
     key = job.idempotency_key
     return encode(
         analyze(
@@ -76,6 +79,17 @@ def _decide(job: Job) -> bytes:
             scorer=job.scorer or None,
             fallbacks=job.taken_fallbacks,
         )
+    )
+
+
+def _bundle(folder: Path) -> CheckpointBundle:
+    """The checkpoint of the spool folder; the supervisor has verified sizes and digests."""
+    document = decode(CheckpointDocument, (folder / DOCUMENT).read_bytes(), field="checkpoint")
+    gates = folder / "gates.safetensors"
+    return CheckpointBundle.from_blobs(
+        document,
+        (folder / "statistics.safetensors").read_bytes(),
+        gates.read_bytes() if gates.exists() else None,
     )
 
 

@@ -38,7 +38,11 @@ class ComputeChild:
         return self._process.pid if alive and self._process else None
 
     async def start(self) -> None:
-        """Start the child unless it is alive."""
+        """Start the child unless it is alive, and wait until it has loaded its numerics.
+
+        Raises:
+            ChildDied: if it ends before it is ready.
+        """
         if self.pid is None:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -48,6 +52,10 @@ class ComputeChild:
                 stdout=PIPE,
                 start_new_session=True,  # signals of the terminal are the supervisor's
             )
+            try:
+                await self._read()
+            except (asyncio.IncompleteReadError, ConnectionError):
+                raise await self._death() from None
 
     async def run(self, job: Job, *, timeout: float) -> Reply:
         """The child's reply to ``job``, waited for at most ``timeout`` seconds.
@@ -56,16 +64,15 @@ class ComputeChild:
             ChildTimeout: the child took longer and was killed.
             ChildDied: the child ended before it answered.
         """
-        await self.start()
         try:
             async with asyncio.timeout(timeout):
+                await self.start()
                 return await self._exchange(job)
         except TimeoutError:
             await self.kill()
             raise ChildTimeout(f"analysis took longer than {timeout:g} s") from None
         except (asyncio.IncompleteReadError, ConnectionError):
-            code = await self._ended()
-            raise ChildDied(f"compute child ended with {_exit(code)}") from None
+            raise await self._death() from None
         except asyncio.CancelledError:
             await self.kill()
             raise
@@ -79,18 +86,23 @@ class ComputeChild:
 
     async def _exchange(self, job: Job) -> Reply:
         assert self._process is not None
-        reader, writer = self._process.stdout, self._process.stdin
-        assert reader is not None
+        writer = self._process.stdin
         assert writer is not None
         writer.write(pack_frame(job))
         await writer.drain()
+        return await self._read()
+
+    async def _read(self) -> Reply:
+        assert self._process is not None
+        reader = self._process.stdout
+        assert reader is not None
         (length,) = PREFIX.unpack(await reader.readexactly(PREFIX.size))
         reply: Reply = unpack_body(Reply, await reader.readexactly(length))
         return reply
 
-    async def _ended(self) -> int:
+    async def _death(self) -> ChildDied:
         assert self._process is not None
-        return await self._process.wait()
+        return ChildDied(f"compute child ended with {_exit(await self._process.wait())}")
 
 
 def _exit(code: int) -> str:

@@ -19,6 +19,8 @@ __all__ = ["Failed", "Job", "Reply", "pack_frame", "unpack_body"]
 
 Override = Literal["", "multi_metric", "magnitude"]
 PREFIX = struct.Struct("<I")
+DOCUMENT = "document.msgpack"
+"""The file of the spool folder that holds the checkpoint's CheckpointDocument."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import secrets
 import shutil
 import signal
@@ -44,6 +45,7 @@ __all__ = ["GROUP", "Worker", "serve"]
 GROUP = "elesh-workers"
 STREAMS = (CHECKPOINTS, REQUESTS, OUTCOMES)
 _BLOCK_SECONDS = 1.0
+_TRIM_SECONDS = 60.0
 _log = get_logger(__name__)
 
 
@@ -64,6 +66,7 @@ class Worker:
         self._analyst = Analyst(bus, settings, self._reports, self._spool)
         self._draining = asyncio.Event()
         self._held: Delivery | None = None
+        self._next_trim = 0.0
 
     def drain(self) -> None:
         """Claim nothing new, finish what was begun, then end."""
@@ -80,6 +83,8 @@ class Worker:
         finally:
             leases.cancel()
             await self._analyst.stop()
+            with contextlib.suppress(BusUnavailable):
+                await self._bus.leave(GROUP, self.worker_id, STREAMS)
             shutil.rmtree(self._spool, ignore_errors=True)
         _log.info("drained", worker=self.worker_id)
 
@@ -88,11 +93,21 @@ class Worker:
             delivery = await self._claim()
             if delivery is not None:
                 await self._serve(delivery)
+            else:
+                await self._tidy()
         except BusUnavailable as error:
             _log.warning("bus away, waiting", reason=str(error))
             await self._bus.when_available(stop=self._draining)
         finally:
             self._held = None
+
+    async def _tidy(self) -> None:
+        """Now and then, shorten the streams below what every group has done."""
+        now = asyncio.get_running_loop().time()
+        if now >= self._next_trim:
+            # Spread over the fleet: workers that started together do not trim together.
+            self._next_trim = now + _TRIM_SECONDS * random.uniform(0.5, 1.5)
+            await self._bus.trim()
 
     async def _claim(self) -> Delivery | None:
         """An entry whose owner's lease ran out, else a new one, else None after a moment."""

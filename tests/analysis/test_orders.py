@@ -103,9 +103,7 @@ def test_prices_add_up_to_the_damage() -> None:
 def test_the_same_picks_and_prices_for_one_and_four_threads() -> None:
     columns = lognormal_columns(9000, 64, 4)
     groups = candidates((3000,) * 3)
-    one, four = (
-        JointOrder(groups, columns, threads=n).pick(300, everything(9000)) for n in (1, 4)
-    )
+    one, four = (JointOrder(groups, columns, threads=n).pick(300, everything(9000)) for n in (1, 4))
     assert one == four
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import signal
 import stat
@@ -118,15 +119,18 @@ def test_a_server_that_was_killed_is_replaced_with_nothing_lost(tmp_path):
             assert client.get("kept") == b"yes"
 
 
-def test_another_process_under_the_old_number_is_not_taken_for_the_server(tmp_path):
-    with EmbeddedServer(tmp_path / "a") as other:
-        with EmbeddedServer(tmp_path / "b") as gone:
-            pass
+def test_a_server_other_than_the_file_says_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(embedded, "_START_SECONDS", 0.1)
+    folder = tmp_path / "b" / "redis"
+    folder.mkdir(parents=True)
+    with EmbeddedServer(tmp_path / "a") as other, (folder / "alive.lock").open("wb") as alive:
+        fcntl.flock(alive, fcntl.LOCK_EX)
         described = (other.folder / "server.json").read_text()
-        (gone.folder / "server.json").write_text(described.replace(str(other.pid), "1"))
-        with EmbeddedServer(tmp_path / "b") as mine:
-            assert mine.owned
-            assert mine.url != other.url
+        (folder / "server.json").write_text(described.replace(str(other.pid), "1"))
+        with pytest.raises(BusUnavailable, match="holds the folder and does not answer"):
+            EmbeddedServer(tmp_path / "b").start()
+        (folder / "server.json").write_text(described)
+        assert EmbeddedServer(tmp_path / "b").start() == other.url
 
 
 def test_only_the_user_can_read_the_password_and_only_this_machine_can_connect(tmp_path):
@@ -140,6 +144,11 @@ def test_only_the_user_can_read_the_password_and_only_this_machine_can_connect(t
         assert client.config_get("appendfsync")["appendfsync"] == "everysec"
         with pytest.raises(BusUnavailable, match="check user and password"):
             asyncio.run(Bus.connect(server.url.replace(f":{password}@", ""), BusSettings()))
+
+
+def test_an_interrupt_from_the_terminal_does_not_reach_the_server(tmp_path):
+    with EmbeddedServer(tmp_path) as server:
+        assert os.getsid(server.pid) == server.pid != os.getsid(0)
 
 
 def test_a_taken_port_is_tried_again_with_another(tmp_path, redis_url, monkeypatch):

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
-from bus_messages import GROUP, STREAMS, claim, end_lease, publish, take_over
+from bus_messages import GROUP, STREAMS, claim, end_lease, outcome, publish, take_over
 
 from elesh.bus import Bus
+from leyline.streams import OUTCOMES, TELEMETRY
 
 
 def test_only_expired_leases_are_taken_over_and_the_delivery_is_counted(with_bus):
@@ -80,19 +81,37 @@ def test_an_entry_that_was_deleted_under_its_owner_is_not_handed_out(with_bus):
 def test_trimming_spares_what_a_group_still_needs(with_bus):
     async def scenario(bus: Bus) -> None:
         ids = await publish(bus, *range(700))
-        # Work waits for its group, however long the stream.
-        assert (await bus.trim())["outcomes"] == 0
+
+        async def left() -> list[str]:
+            return [delivery.entry_id for delivery in await bus.read(OUTCOMES)]
+
+        assert (await bus.trim())["outcomes"] == 0, "work waits for its group"
         deliveries = await claim(bus, count=500)
-        for delivery in deliveries[:450]:
+        for delivery in deliveries[:250]:
             await bus.acknowledge(GROUP, "w1", delivery)
-        assert (await bus.trim())["outcomes"] > 0
-        left = [delivery.entry_id for delivery in await bus.read(deliveries[0].stream)]
-        assert left == ids[-len(left) :]
-        assert set(ids[450:]) <= set(left)
-        # Another group that has read nothing needs everything that is left.
+        removed = (await bus.trim())["outcomes"]
+        assert 0 < removed <= 250, "250 are pending, 200 were never delivered"
+        assert await left() == ids[removed:]
+        for delivery in deliveries[250:]:
+            await bus.acknowledge(GROUP, "w1", delivery)
+        removed += (await bus.trim())["outcomes"]
+        assert 250 < removed <= 500, "200 were never delivered"
         await bus.claim("auditors", "a1", STREAMS, count=1, block_seconds=0)
-        for delivery in deliveries[450:]:
+        for delivery in await claim(bus, count=200):
             await bus.acknowledge(GROUP, "w1", delivery)
-        assert (await bus.trim())["outcomes"] == 0
+        assert (await bus.trim())["outcomes"] == 0, "another group has only begun"
+        await bus._client.xgroup_destroy(OUTCOMES.key(bus.partition), "auditors")
+        await bus.trim()
+        assert 100 <= len(await left()) < 300, "what was served stays up to the stream's length"
+
+    with_bus(scenario, stream_length=100)
+
+
+def test_streams_that_nobody_works_on_are_capped(with_bus):
+    async def scenario(bus: Bus) -> None:
+        for _ in range(400):
+            await bus.publish(TELEMETRY, outcome(), source="test")
+        assert (await bus.trim())["telemetry"] > 0
+        assert 100 <= len(await bus.read(TELEMETRY)) < 300
 
     with_bus(scenario, stream_length=100)

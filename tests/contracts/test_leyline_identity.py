@@ -137,6 +137,6 @@ def test_identities_are_the_same_in_every_process() -> None:
     ],
 )
 def test_another_path_shape_or_dtype_is_another_identity(other: dict[str, Any]) -> None:
-    one = {"path": "conv1.weight", "shape": (64, 3, 7, 7), "dtype": "float32"}
+    one: dict[str, Any] = {"path": "conv1.weight", "shape": (64, 3, 7, 7), "dtype": "float32"}
     changed = ll.ParameterIdentifier(**one | other)
     assert changed.identifier != ll.ParameterIdentifier(**one).identifier

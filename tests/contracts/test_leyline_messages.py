@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 import leyline as ll
 from contracts import examples
-from leyline import identity, requests
+from leyline import identity
 
 ALL = {**examples.MESSAGES, "EventEnvelope": examples.ENVELOPE}
 PARTS: tuple[type[ll.Message], ...] = (
@@ -55,9 +55,9 @@ def of_type(hint: Any) -> st.SearchStrategy[Any]:
 
 def of_plain(kind: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
     """Values of a plain type with the constraints of its annotation."""
-    low = next((m.ge for m in metadata if isinstance(m, at.Ge)), None)
-    high = next((m.le for m in metadata if isinstance(m, at.Le)), None)
-    top = next((m.lt - 1 for m in metadata if isinstance(m, at.Lt)), high)
+    low: Any = next((m.ge for m in metadata if isinstance(m, at.Ge)), None)
+    high: Any = next((m.le for m in metadata if isinstance(m, at.Le)), None)
+    below: Any = next((m.lt for m in metadata if isinstance(m, at.Lt)), None)
     text = next((m for m in metadata if isinstance(m, StringConstraints)), StringConstraints())
     nan = any(isinstance(m, AllowInfNan) and m.allow_inf_nan for m in metadata)
     origin = get_origin(kind)
@@ -70,7 +70,7 @@ def of_plain(kind: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
     if kind is float:
         return st.floats(low, high, allow_nan=nan, allow_infinity=nan and low is high is None)
     if kind is int:
-        return st.integers(low if low is not None else 0, min(top or 2**63 - 1, 2**63 - 1))
+        return st.integers(low or 0, below - 1 if below else high or 2**62)
     if kind is str and text.pattern:
         return st.from_regex(str(text.pattern).removesuffix("$"), fullmatch=True)
     if kind is str:
@@ -116,6 +116,18 @@ def channel_targets(draw: st.DrawFn) -> ll.ChannelPruningTarget:
 
 
 @st.composite
+def head_targets(draw: st.DrawFn) -> ll.AttentionHeadTarget:
+    heads = sorted(draw(st.sets(st.integers(0, 15), min_size=1, max_size=4)))
+    fixed = {
+        "head_indices": st.just(tuple(heads)),
+        "original_indices": st.sampled_from([(), tuple(heads)]),
+        "heads_before": st.just(16),
+        "heads_after": st.just(16 - len(heads)),
+    }
+    return draw(built(ll.AttentionHeadTarget, **fixed))  # type: ignore[no-any-return]
+
+
+@st.composite
 def masks(draw: st.DrawFn) -> ll.ParameterMask:
     shape = draw(st.lists(st.integers(0, 5), max_size=3).map(tuple))
     size = (math.prod(shape) + 7) // 8
@@ -135,7 +147,6 @@ def decisions(draw: st.DrawFn) -> ll.StructuralPruningDecision:
         "epoch": st.just(key.epoch),
         "model_hash": st.just(key.model_hash),
         "safety": safety,
-        "attention_heads": st.just(()),
         "approved_for_application": st.just(approved),
         "rejection_reason": st.just("") if approved else st.text(min_size=1),
     }
@@ -156,6 +167,7 @@ def analysis_requests(draw: st.DrawFn) -> ll.StructuralAnalysisRequest:
 
 special[ll.PrunedArchitecture] = st.just(examples.ARCHITECTURE)
 special[ll.ChannelPruningTarget] = channel_targets()
+special[ll.AttentionHeadTarget] = head_targets()
 special[ll.ParameterMask] = masks()
 special[ll.PruningMasks] = built(
     ll.PruningMasks,
@@ -331,7 +343,6 @@ def test_a_window_is_more_than_nothing_and_at_most_five_minutes(seconds: object)
     with pytest.raises(ll.ContractError) as caught:
         ll.decode(ll.AnalysisRequest, msgpack.packb(plain | {"timeout": seconds}))
     assert caught.value.field == "AnalysisRequest.timeout"
-    assert requests.Window  # the type whose bounds these are
 
 
 def test_equal_figures_are_equal_bytes_in_whatever_order_they_were_given() -> None:
@@ -366,3 +377,39 @@ def test_errors_stay_one_short_printable_line_whatever_was_found() -> None:
     assert "..." in ll.InvalidField("field", "less", deep).found
     while deep:  # freed level by level: the interpreter's own way recurses
         deep = deep.pop()
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"channel_indices": (1, 0), "original_indices": (2, 0)}, "channel_indices"),
+        ({"channel_indices": (1, 1), "original_indices": (2, 2)}, "channel_indices"),
+        ({"channel_indices": (3,)}, "channel_indices"),
+        ({"channel_indices": ()}, "channel_indices"),
+        ({"channels_after": 3}, "channels_after"),
+        ({"original_indices": ()}, "original_indices, importance"),
+        ({"importance": (0.5, 0.5)}, "original_indices, importance"),
+    ],
+)
+def test_a_target_whose_figures_do_not_fit_is_refused_by_name(
+    changes: dict[str, Any], field: str
+) -> None:
+    decision = examples.MESSAGES["StructuralPruningDecision"]
+    assert isinstance(decision, ll.StructuralPruningDecision)
+    plain = msgpack.unpackb(ll.encode(decision.channels[0])) | changes
+    with pytest.raises(ll.InvalidField) as caught:
+        ll.decode(ll.ChannelPruningTarget, msgpack.packb(plain))
+    assert caught.value.field.removeprefix("ChannelPruningTarget.") == field
+
+
+def test_heads_to_remove_are_told_once_in_order_and_counted() -> None:
+    target = {"layer_name": "a", "head_indices": [0, 2], "heads_before": 4, "heads_after": 2}
+    assert ll.decode(ll.AttentionHeadTarget, msgpack.packb(target)).head_indices == (0, 2)
+    for change in (
+        {"head_indices": [2, 0]},
+        {"head_indices": [0, 4]},
+        {"heads_after": 3},
+        {"original_indices": [1]},
+    ):
+        with pytest.raises(ll.InvalidField):
+            ll.decode(ll.AttentionHeadTarget, msgpack.packb(target | change))

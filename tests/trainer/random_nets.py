@@ -80,9 +80,7 @@ def _apply(operation: str, modules: nn.ModuleList, left: Tensor, right: Tensor) 
 
 
 plans = st.lists(
-    st.tuples(
-        st.sampled_from(OPERATIONS), st.integers(0, 5), st.integers(0, 5), st.integers(2, 6)
-    ),
+    st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 5), st.integers(0, 5), st.integers(2, 6)),
     min_size=1,
     max_size=7,
 )

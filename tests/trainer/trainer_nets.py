@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import random
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from leyline import PrunedArchitecture
 
 
 class Vgg(nn.Module):
@@ -116,7 +121,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, n, d = x.shape
-        q, k, v = (f(x).view(b, n, self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k, v = (
+            f(x).view(b, n, self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v)
+        )
         weights = (q @ k.transpose(-1, -2) / (d // self.heads) ** 0.5).softmax(-1)
         return self.proj((weights @ v).transpose(1, 2).reshape(b, n, d))
 
@@ -176,7 +183,9 @@ class Unet(nn.Module):
         self.enter = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
         self.down = nn.Sequential(nn.Conv2d(8, 12, 3, 2, 1), nn.ReLU())
         self.up = nn.ConvTranspose2d(12, 10, 2, 2)
-        self.merge = nn.Sequential(nn.Conv2d(18, 9, 3, padding=1), nn.InstanceNorm2d(9, affine=True))
+        self.merge = nn.Sequential(
+            nn.Conv2d(18, 9, 3, padding=1), nn.InstanceNorm2d(9, affine=True)
+        )
         self.fc = nn.Linear(9, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -201,8 +210,7 @@ class Gated(nn.Module):
 
 
 NETS: dict[str, type[nn.Module]] = {
-    kind.__name__: kind
-    for kind in (Vgg, ResNet, Dense, Mobile, Vit, Shared, Unet, Gated)
+    kind.__name__: kind for kind in (Vgg, ResNet, Dense, Mobile, Vit, Shared, Unet, Gated)
 }
 
 
@@ -210,8 +218,37 @@ def build(name: str, seed: int = 0) -> nn.Module:
     """The network with seeded weights and running statistics that are not trivial."""
     torch.manual_seed(seed)
     model = NETS[name]()
-    model(torch.randn(16, 3, 16, 16))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+        model(torch.randn(16, 3, 16, 16))
     return model.eval()
+
+
+def units(architecture: PrunedArchitecture, seed: int = 0) -> dict[str, list[int]]:
+    """Some units of every group that may be pruned."""
+    rng = random.Random(seed)
+    return {
+        g.name: sorted(rng.sample(range(g.size), rng.randrange(1, g.size)))
+        for g in architecture.groups
+        if g.prunable
+    }
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Equal to 1e-4 of the largest output."""
+    return a.shape == b.shape and bool((a - b).abs().max() <= 1e-4 * a.abs().max())
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal bit for bit, tensors in dictionaries, lists and tuples included."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    return bool(a == b)
 
 
 def example() -> Tensor:

@@ -39,10 +39,9 @@ end
 
 function operations.failure()
   local first = not KEYS[3] or redis.call('SET', KEYS[3], 1, 'NX', 'PX', keep)
-  -- A probe that fails has failed, however often its message was delivered.
-  if not first and before ~= 'half_open' then return end
   if first then breaker.failures = breaker.failures + 1 end
   breaker.reason, changed = reason, true
+  -- A probe that fails has failed, however often its message was delivered.
   if before == 'half_open' or (before == 'closed' and breaker.failures >= limit) then open() end
 end
 

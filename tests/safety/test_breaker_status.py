@@ -1,0 +1,83 @@
+"""The breaker as decisions see it: complete in its gate, so that a replay meets the same one."""
+
+from __future__ import annotations
+
+import pytest
+
+from elesh.safety import BreakerStatus, breaker_gate, counts_as_failure
+from leyline import (
+    GateResult,
+    Outcome,
+    Phase,
+    PruningStatistics,
+    SafetyValidation,
+    StructuralPruningDecision,
+)
+
+
+def decision(*gates: GateResult) -> StructuralPruningDecision:
+    figures = dict.fromkeys(
+        (
+            "parameters_before",
+            "parameters_after",
+            "macs_before",
+            "macs_after",
+            "channels_before",
+            "channels_after",
+            "channels_original",
+            "quota",
+        ),
+        0,
+    )
+    return StructuralPruningDecision(
+        idempotency_key=f"1:{'0' * 16}:ck:channel",
+        run_id="run",
+        epoch=1,
+        model_hash="0" * 16,
+        statistics=PruningStatistics(
+            scorer="magnitude", phase_limit=0, cumulative_ratio=0, **figures
+        ),
+        safety=SafetyValidation(outcome=Outcome.NO_GO, phase=Phase.MODERATE, gates=gates),
+        approved_for_application=False,
+        rejection_reason="because",
+    )
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        BreakerStatus(),
+        BreakerStatus("open", 3, "a: reason: with colons"),
+        BreakerStatus("half_open", 4, ""),
+    ],
+)
+def test_a_decision_tells_the_breaker_it_was_made_under(status: BreakerStatus) -> None:
+    gate = breaker_gate(status)
+    assert gate.passed is (status.state != "open")
+    assert BreakerStatus.of(decision(gate)) == status
+
+
+def test_a_decision_without_the_gate_was_made_under_a_closed_breaker() -> None:
+    assert BreakerStatus.of(decision()) == BreakerStatus()
+
+
+@pytest.mark.parametrize(
+    ("name", "failure"),
+    [
+        ("statistics", True),
+        ("structure", True),
+        ("gradient_isolation", True),
+        ("minimum_channels", True),
+        ("cumulative_limit", True),
+        ("breaker", False),
+        ("phase", False),
+        ("noise", False),
+        ("predicted_shift", False),
+        ("requirements", False),
+    ],
+)
+def test_broken_analyses_count_as_failures_and_careful_ones_do_not(
+    name: str, failure: bool
+) -> None:
+    assert counts_as_failure(decision(GateResult(name=name, passed=False))) is failure
+    assert not counts_as_failure(decision(GateResult(name=name, passed=True)))

@@ -1,0 +1,68 @@
+"""A small OTLP/HTTP receiver: collects the spans that processes export."""
+
+from __future__ import annotations
+
+import gzip
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+
+class Collector:
+    """Spans by trace id, from whichever process."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.spans: list[tuple[str, Span]] = []
+        self._lock = threading.Lock()
+
+    def take(self, body: bytes) -> None:
+        request = ExportTraceServiceRequest.FromString(body)
+        with self._lock:
+            for group in request.resource_spans:
+                attributes = {a.key: a.value.string_value for a in group.resource.attributes}
+                for scope in group.scope_spans:
+                    self.spans += [(attributes["service.name"], span) for span in scope.spans]
+
+    def traces(self) -> dict[bytes, list[tuple[str, Span]]]:
+        found: dict[bytes, list[tuple[str, Span]]] = {}
+        with self._lock:
+            for service, span in self.spans:
+                found.setdefault(span.trace_id, []).append((service, span))
+        return found
+
+    def attribute(self, span: Span, name: str) -> str:
+        return next((a.value.string_value for a in span.attributes if a.key == name), "")
+
+
+@contextmanager
+def collecting() -> Iterator[Collector]:
+    collector = Collector()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.headers.get("Content-Encoding") == "gzip":
+                body = gzip.decompress(body)
+            collector.take(body)
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    collector.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield collector
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,182 @@
+"""What a test needs to run real worker processes on the real server and to talk to them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import networks
+import psutil
+import yaml
+
+from elesh.bus import Bus, Delivery
+from elesh.settings import BusSettings
+from leyline import (
+    CheckpointBundle,
+    CheckpointReady,
+    Message,
+    StructuralPruningDecision,
+    TelemetryEvent,
+    read_envelope,
+    unwrap,
+)
+from leyline.streams import CHECKPOINTS, DECISIONS, TELEMETRY, Stream
+
+T = TypeVar("T")
+PATIENCE = 60.0
+
+
+class WorkerProcess:
+    """One ``elesh worker``; its log is collected."""
+
+    def __init__(self, url: str, settings: Path, name: str, environment: dict[str, str]) -> None:
+        self.name = name
+        self.log: list[str] = []
+        self._serving = threading.Event()
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "elesh.cli",
+                "worker",
+                "--settings",
+                str(settings),
+                "--name",
+                name,
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"ELESH_REDIS_URL": url, "OMP_NUM_THREADS": "1"} | environment,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.log.append(line)
+            if " serving " in line:
+                self._serving.set()
+
+    def wait_serving(self) -> WorkerProcess:
+        assert self._serving.wait(PATIENCE), "".join(self.log)
+        return self
+
+    @property
+    def child(self) -> psutil.Process:
+        """The compute child."""
+        return psutil.Process(self.process.pid).children()[0]
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send a signal and wait for the end; the exit code."""
+        self.process.send_signal(number)
+        code = self.process.wait(PATIENCE)
+        self._reader.join(PATIENCE)
+        return code
+
+
+class Station:
+    """A partition of the server: publish to it, read from it, run workers on it."""
+
+    def __init__(self, url: str, partition: str, folder: Path) -> None:
+        self.url, self.partition, self.folder = url, partition, folder
+        self.workers: list[WorkerProcess] = []
+
+    def settings_file(self, **sections: dict[str, Any]) -> Path:
+        bus = {"partition": self.partition, "lease_seconds": 2.0} | sections.pop("bus", {})
+        shift = {"channel_analysis": {"max_predicted_shift": 1e9}}
+        values = {"bus": bus, "structured_pruning": shift, **sections}
+        path = self.folder / f"settings-{len(self.workers)}.yaml"
+        path.write_text(yaml.safe_dump({"elesh": values}))
+        return path
+
+    def worker(self, environment: dict[str, str] | None = None, **sections: Any) -> WorkerProcess:
+        """A worker that serves; keywords are sections of its settings."""
+        name = f"w{len(self.workers) + 1}"
+        path = self.settings_file(**sections)
+        worker = WorkerProcess(self.url, path, name, environment or {})
+        self.workers.append(worker)
+        return worker.wait_serving()
+
+    def on_bus(self, action: Callable[[Bus], Awaitable[T]]) -> T:
+        async def run() -> T:
+            bus = await Bus.connect(self.url, BusSettings(partition=self.partition))
+            try:
+                return await action(bus)
+            finally:
+                await bus.close()
+
+        return asyncio.run(run())
+
+    def publish(self, *bundles: CheckpointBundle, times: int = 1) -> list[str]:
+        """Publish checkpoints as a trainer does, each ``times`` times as events of their own."""
+
+        async def action(bus: Bus) -> list[str]:
+            ids = []
+            for bundle in bundles:
+                event = await ready(bus, bundle)
+                ids += [await send(bus, CHECKPOINTS, event) for _ in range(times)]
+            return ids
+
+        return self.on_bus(action)
+
+    def read(self, stream: Stream) -> list[Delivery]:
+        return self.on_bus(lambda bus: bus.read(stream))
+
+    def messages(self, stream: Stream) -> list[Message]:
+        return [unwrap(read_envelope(delivery.envelope)) for delivery in self.read(stream)]
+
+    def decisions(self) -> list[StructuralPruningDecision]:
+        return [m for m in self.messages(DECISIONS) if isinstance(m, StructuralPruningDecision)]
+
+    def telemetry(self, step: str = "") -> list[TelemetryEvent]:
+        events = [m for m in self.messages(TELEMETRY) if isinstance(m, TelemetryEvent)]
+        return [event for event in events if not step or event.step == step]
+
+    def wait_for(self, what: Callable[[], T], reason: str) -> T:
+        """The first true answer of ``what``; polls, since the thing happens in other processes."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            if found := what():
+                return found
+            time.sleep(0.05)
+        logs = "".join(f"--- {w.name}\n{''.join(w.log)}" for w in self.workers)
+        raise AssertionError(f"waited in vain for {reason}\n{logs}")
+
+    def wait_decisions(self, count: int) -> list[StructuralPruningDecision]:
+        def enough() -> list[StructuralPruningDecision]:
+            found = self.decisions()
+            return found if len(found) >= count else []
+
+        return self.wait_for(enough, f"{count} decisions")
+
+
+async def ready(bus: Bus, bundle: CheckpointBundle) -> CheckpointReady:
+    """Put the blobs of a bundle and return its event."""
+    gates = bundle.gates_blob()
+    return CheckpointReady(
+        metadata=bundle.metadata,
+        architecture=bundle.architecture,
+        statistics=await bus.blobs.put(bundle.statistics_blob()),
+        gates=None if gates is None else await bus.blobs.put(gates),
+    )
+
+
+async def send(bus: Bus, stream: Stream, message: Message) -> str:
+    return await bus.publish(stream, message, source="test", run_id="run")
+
+
+def checkpoint(epoch: int = 60, *, seed: int = 0, number: int = 1) -> CheckpointBundle:
+    """A small checkpoint in a phase that prunes; ``number`` makes its key its own."""
+    architecture = networks.chain([40, 48, 32])
+    made = networks.bundle(architecture, epoch=epoch, seed=seed)
+    metadata = made.metadata.model_copy(update={"checkpoint_id": f"ck-{number}"})
+    return CheckpointBundle(metadata, architecture, made.channels, made.gates)

@@ -1,0 +1,124 @@
+"""A checkpoint becomes one decision, whatever is published twice, killed or shared."""
+
+from __future__ import annotations
+
+import signal
+
+from station import Station, checkpoint
+
+from elesh.analysis import analyze
+from elesh.settings import Settings
+from leyline import encode
+from leyline.streams import VALIDATION
+
+
+def test_a_checkpoint_becomes_one_decision_with_telemetry_for_every_step(station: Station) -> None:
+    station.worker()
+    bundle = checkpoint()
+    station.publish(bundle)
+    (decision,) = station.wait_decisions(1)
+    assert decision.idempotency_key == str(bundle.key(decision.key.level))
+    assert decision.approved_for_application
+    station.wait_for(lambda: station.telemetry("settled"), "the last step")
+    assert [event.step for event in station.telemetry()] == [
+        "received", "fetched", "analysed", "settled",
+    ]  # fmt: skip
+    assert len(station.messages(VALIDATION)) == 1
+
+
+def test_the_worker_decides_what_the_library_decides(station: Station) -> None:
+    worker = station.worker()
+    station.publish(checkpoint(seed=5))
+    (decision,) = station.wait_decisions(1)
+    settings = Settings.load(station.folder / "settings-0.yaml")
+    assert encode(analyze(checkpoint(seed=5), settings)) == encode(decision), worker.log
+
+
+def test_the_same_checkpoint_published_five_times_is_decided_once(station: Station) -> None:
+    station.worker()
+    station.worker()
+    station.publish(checkpoint(), times=5)
+    station.publish(checkpoint(number=2))
+    decisions = station.wait_decisions(2)
+    station.wait_for(lambda: len(station.telemetry("duplicate")) == 4, "four duplicates")
+    assert len({d.idempotency_key for d in decisions}) == len(station.decisions()) == 2
+
+
+def test_two_workers_share_the_work(station: Station) -> None:
+    station.worker()
+    station.worker()
+    station.publish(*(checkpoint(number=number) for number in range(30)))
+    station.wait_decisions(30)
+    settled = station.wait_for(
+        lambda: found if len(found := station.telemetry("settled")) >= 30 else [], "all settled"
+    )
+    assert {event.worker_id for event in settled} == {"w1", "w2"}
+
+
+def test_a_worker_killed_in_the_middle_is_finished_by_another(station: Station) -> None:
+    first = station.worker()
+    first.child.suspend()  # the analysis cannot end before the kill
+    station.publish(checkpoint())
+    station.wait_for(lambda: station.telemetry("fetched"), "the analysis to begin")
+    first.end(signal.SIGKILL)
+    station.worker()
+    (decision,) = station.wait_decisions(1)
+    (settled,) = station.wait_for(lambda: station.telemetry("settled"), "the settlement")
+    assert (settled.worker_id, decision.approved_for_application) == ("w2", True)
+
+
+def test_a_lease_outlives_an_analysis_many_times_as_long(station: Station) -> None:
+    first = station.worker(bus={"lease_seconds": 0.5})
+    station.worker(bus={"lease_seconds": 0.5})
+    busy = first.child
+    second_child = station.workers[1].child
+    busy.suspend()
+    second_child.suspend()
+    station.publish(checkpoint())
+    (fetched,) = station.wait_for(lambda: station.telemetry("fetched"), "the analysis to begin")
+    holder = next(w for w in station.workers if w.name == fetched.worker_id)
+    other = next(w for w in station.workers if w is not holder)
+    other.child.resume()
+    # A second checkpoint through the other worker takes longer than the lease of the first:
+    # had the first been up for grabs, the other would have taken it, since leases go first.
+    for number in range(2, 12):
+        station.publish(checkpoint(number=number))
+    station.wait_decisions(10)
+    holder.child.resume()
+    station.wait_decisions(11)
+    assert len(station.telemetry("fetched")) == 11
+    assert not station.telemetry("lost")
+
+
+def test_sigterm_finishes_what_was_begun(station: Station) -> None:
+    worker = station.worker()
+    child = worker.child
+    child.suspend()
+    station.publish(checkpoint())
+    station.wait_for(lambda: station.telemetry("fetched"), "the analysis to begin")
+    worker.process.terminate()
+    child.resume()
+    assert worker.process.wait(60) == 0
+    assert len(station.decisions()) == 1
+    assert any("drained" in line for line in worker.log)
+
+
+def test_a_killed_child_is_replaced_and_the_decision_says_so(station: Station) -> None:
+    worker = station.worker()
+    child = worker.child
+    child.suspend()
+    station.publish(checkpoint())
+    station.wait_for(lambda: station.telemetry("fetched"), "the analysis to begin")
+    child.kill()
+    (decision,) = station.wait_decisions(1)
+    assert [taken.rung for taken in decision.fallbacks] == ["worker_crash"]
+    assert len(station.telemetry("fallback")) == 1
+
+
+def test_an_analysis_over_its_window_falls_back_to_basic_scoring(station: Station) -> None:
+    worker = station.worker(worker={"window_seconds": 5.0})
+    worker.child.suspend()
+    station.publish(checkpoint())
+    (decision,) = station.wait_decisions(1)
+    assert [taken.rung for taken in decision.fallbacks] == ["analysis_timeout"]
+    assert decision.statistics.scorer == "multi_metric"
