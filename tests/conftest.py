@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -15,7 +16,13 @@ _numbers = itertools.count(1)
 
 @pytest.fixture(scope="session")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real server, started for this test session and stopped at its end."""
+    """A real server, started for this test session and stopped at its end.
+
+    ``ELESH_TEST_REDIS_URL`` names another one instead, whose data is lost.
+    """
+    if url := os.environ.get("ELESH_TEST_REDIS_URL"):
+        yield url
+        return
     with embedded_server(tmp_path_factory.mktemp("server")) as url:
         yield url
 

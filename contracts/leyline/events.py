@@ -166,5 +166,5 @@ class DeadLetter(Message):
     original: Annotated[dict[str, bytes], AfterValidator(_sorted)]
     """The fields of the stream entry as they were."""
     idempotency_key: Label = ""
-    traceparent: Label = ""
-    """W3C trace context of the message."""
+    traceparent: Annotated[str, AfterValidator(lambda text: text[:512])] = ""
+    """W3C trace context of the message, cut: a letter is written whatever came."""

@@ -61,6 +61,7 @@ class _Cut:
 
     units: Mapping[str, Sequence[int]]
     count: int
+    structure: GateResult
     after: PrunedArchitecture | None
     """None where the cut does not hold together (the structure gate says why)."""
     loss_rise: float | None
@@ -177,13 +178,14 @@ def _plan(
 def _cut(bundle: CheckpointBundle, plan: ChannelPlan) -> _Cut:
     """What removing the targets leaves, exactly, and what it is predicted to do."""
     units = {target.layer_name: target.channel_indices for target in plan.targets}
-    sound = safety.structure(bundle.architecture, units).passed
+    structure = safety.structure(bundle.architecture, units)
     prediction = plan.prediction
     known = prediction is not None and plan.energy > 0
     return _Cut(
         units=units,
         count=sum(map(len, units.values())),
-        after=bundle.architecture.without(units) if sound else None,
+        structure=structure,
+        after=bundle.architecture.without(units) if structure.passed else None,
         loss_rise=_loss_rise(bundle, units),
         shift=prediction.damage / plan.energy if prediction and known else None,
         error=prediction.error / plan.energy if prediction and known else None,
@@ -223,7 +225,7 @@ def _gates(
         safety.statistics_sound(_samples(bundle), len(measured), len(prunable)),
         safety.cumulative_limit(allowed.removed, cut.count, allowed.original, allowed.limit),
         safety.minimum_channels(architecture, cut.units, channels.min_channels_per_layer),
-        safety.structure(architecture, cut.units),
+        cut.structure,
         safety.gradient_isolation(architecture, cut.units),
         safety.noise(cut.shift, cut.error, random),
         safety.predicted_shift(cut.shift, cut.error, channels.max_predicted_shift),

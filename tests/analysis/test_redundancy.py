@@ -60,6 +60,8 @@ def test_a_chain_gives_up_only_who_is_like_the_kept_one() -> None:
 def test_opposite_and_threshold_similarities_are_not_redundant() -> None:
     matrix = floats([[1, -1, 0.95], [-1, 1, 0], [0.95, 0, 1]])
     assert redundant_pairs(matrix, np.zeros(3), 0.95) == ()
+    at_the_threshold = floats([[1, 0.99, 0.95], [0.99, 1, 0], [0.95, 0, 1]])
+    assert [p.removed for p in redundant_pairs(at_the_threshold, np.zeros(3), 0.95)] == [1]
 
 
 def test_half_precision_matrices_are_read() -> None:

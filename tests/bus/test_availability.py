@@ -8,7 +8,7 @@ import pytest
 from bus_messages import outcome, publish
 
 import elesh.bus.embedded as embedded
-from elesh.bus import Bus, BusUnavailable, EmbeddedServer, masked
+from elesh.bus import Bus, BusUnavailable, EmbeddedServer, embedded_server, masked
 from elesh.bus.embedded import _free_port
 from elesh.settings import BusSettings
 from leyline.streams import OUTCOMES
@@ -39,10 +39,14 @@ def test_a_bus_that_is_away_says_so_in_one_line_without_the_password():
     assert "is the server running?" in text
 
 
-def test_a_wrong_password_and_a_wrong_url_are_named(redis_url):
-    wrong = redis_url.replace(redis_url.split(":")[2].split("@")[0], "wrong")
-    with pytest.raises(BusUnavailable, match="check user and password"):
-        asyncio.run(Bus.connect(wrong, BusSettings()))
+def test_a_wrong_password_and_a_wrong_url_are_named(tmp_path):
+    with (
+        embedded_server(tmp_path) as url,
+        pytest.raises(BusUnavailable, match="check user and password"),
+    ):
+        asyncio.run(
+            Bus.connect(url.replace(f":{urlsplit(url).password}@", ":wrong@"), BusSettings())
+        )
     with pytest.raises(BusUnavailable, match="use redis://host:port/0"):
         asyncio.run(Bus.connect("http://host", BusSettings()))
 

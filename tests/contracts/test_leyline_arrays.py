@@ -161,6 +161,8 @@ def test_hostile_blobs_are_named_errors(name: str) -> None:
 def test_empty_arrays_between_others_are_no_overlap() -> None:
     items = {"b": np.zeros(0, "f4"), "a": np.ones(2, "f4"), "c": np.zeros((3, 0), "f4")}
     assert unpack_arrays(pack_arrays(items))[0].keys() == items.keys()
+    header = {"full": entry([1], [0, 4]), "empty": entry([0], [0, 0])}
+    assert unpack_arrays(blob(header, FOUR))[0].keys() == header.keys()
 
 
 @pytest.mark.parametrize("item", examples.STATISTICS, ids=lambda item: type(item).__name__)

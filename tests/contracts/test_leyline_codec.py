@@ -104,6 +104,12 @@ def test_hostile_msgpack_is_a_named_error(name: str) -> None:
         ll.decode(ll.CheckpointReady, HOSTILE[name])
 
 
+def test_extension_types_are_refused_by_name() -> None:
+    inside = b"\x81\xa3uri" + HOSTILE["an empty extension"]
+    with pytest.raises(ll.Malformed, match="expected no msgpack extension types, found 5"):
+        ll.decode(ll.BlobRef, inside)
+
+
 def test_byte_strings_as_keys_are_refused() -> None:
     with pytest.raises(ll.ContractError):
         ll.decode(ll.BlobRef, msgpack.packb({b"uri": "a", b"size": 1, b"sha256": "0" * 64}))
