@@ -20,6 +20,7 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy -m contracts.generate
 	$(BIN)/python -m contracts.generate --check
 
 contracts: $(READY)

@@ -208,11 +208,16 @@ class PrunedArchitecture(Message):
         )
 
     def computed_hash(self) -> str:
-        """Hash over tensors and groups (names, origins): the structure, not the weights."""
+        """Hash over tensors and groups (origins, wiring): the structure, not the weights."""
         parts = [f"{t.identifier}/{t.kind}/{t.owner}" for t in self.tensors]
         parts += [
             f"{g.name}/{g.level}/{g.original_size}/{','.join(map(str, g.origin))}"
             for g in self.groups
+        ]
+        parts += [
+            f"{part.tensor}/{part.dim}/{part.start}/{part.width}/{part.indices}"
+            for g in self.groups
+            for part in g.slices
         ]
         return stable_hash(*parts)
 

@@ -34,7 +34,7 @@ from leyline import (
     StructuralPruningDecision,
     UnknownDecision,
 )
-from leyline.streams import CHECKPOINTS, OUTCOMES, REQUESTS
+from leyline.streams import CHECKPOINTS, OUTCOMES, REQUESTS, WORKERS
 
 from .admission import Work, admit
 from .analysis import Analyst
@@ -42,7 +42,7 @@ from .reports import Reports
 
 __all__ = ["GROUP", "Worker", "serve"]
 
-GROUP = "elesh-workers"
+GROUP = WORKERS
 STREAMS = (CHECKPOINTS, REQUESTS, OUTCOMES)
 _BLOCK_SECONDS = 1.0
 _TRIM_SECONDS = 60.0
