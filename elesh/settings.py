@@ -64,9 +64,10 @@ class ChannelAnalysis(_Section):
     schedule: Literal["polynomial", "linear", "exponential"] = "polynomial"
     safety_margin: float = Field(default=0.1, ge=0, lt=1)
     round_to: int = Field(default=1, ge=1)
-    max_predicted_shift: float = Field(default=0.1, gt=0)
+    max_predicted_shift: float = Field(default=0.2, gt=0)
     """Highest predicted mean squared movement of the outputs, as a share of their own mean
-    square, that is approved on the prediction alone."""
+    square, that is approved on the prediction alone. Measured on two nets: .1 cost at most .6
+    points of accuracy, .35 cost about one."""
 
     @model_validator(mode="after")
     def _weights_sum_to_one(self) -> Self:

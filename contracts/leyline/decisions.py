@@ -187,7 +187,8 @@ class PruningStatistics(Message):
     predicted_shift_error: NonNegative | None = None
     """Its standard error from the two halves of the samples."""
     predicted_loss_rise: Finite | None = None
-    """Second-order prediction of the rise of the loss, in nats a sample, where measured."""
+    """Sum of the single removals' second-order predictions, in nats a sample, without their
+    interactions: a lower bound in practice, meant for explaining."""
     samples: Count = 0
     """Calibration samples behind the scores."""
 

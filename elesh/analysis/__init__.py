@@ -1,6 +1,6 @@
 """What can be removed, and in which order: pure numerics from a checkpoint to a decision."""
 
-from .analyze import analyze
+from .decide import analyze
 from .explain import Explanation, UnitExplanation, explain
 from .schedule import Allowance, allowance, curve, phase_at
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from elesh.settings import SafetySchedule
-from leyline import Level, Phase, PrunedArchitecture
+from leyline import Level, Phase, PrunedArchitecture, PruningGroup
 
 __all__ = ["Allowance", "allowance", "curve", "phase_at"]
 
@@ -58,6 +58,15 @@ class Allowance:
     """Channels that may go now; 0 outside the pruning phases."""
 
 
+def counted_groups(architecture: PrunedArchitecture) -> list[PruningGroup]:
+    """The groups that shares and quotas count: those that can lose channels at all.
+
+    Counting the others too would let a network of few prunable layers lose more of them than the
+    phase allows.
+    """
+    return [g for g in architecture.groups if g.level is Level.CHANNEL and g.prunable]
+
+
 def allowance(
     architecture: PrunedArchitecture,
     epoch: int,
@@ -69,7 +78,7 @@ def allowance(
 ) -> Allowance:
     """The allowance at ``epoch``; a ``target`` share that was asked for can only lower it."""
     phase = phase_at(epoch, schedule)
-    groups = [group for group in architecture.groups if group.level is Level.CHANNEL]
+    groups = counted_groups(architecture)
     original = sum(group.original_size for group in groups)
     removed = sum(group.removed for group in groups)
     limit, share = _shares(phase, epoch, schedule, shape, margin)

@@ -132,7 +132,8 @@ class Reports:
             worker_id=self._worker_id,
             at=datetime.now(UTC),
             original={
-                name.decode("utf-8", "backslashreplace"): value for name, value in delivery.fields.items()
+                name.decode("utf-8", "backslashreplace"): value
+                for name, value in delivery.fields.items()
             },
             idempotency_key=str(work.keys[0]) if work else "",
             traceparent=delivery.carrier.get("traceparent", ""),

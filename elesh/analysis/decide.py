@@ -39,7 +39,7 @@ from .channels import (
     eligible_groups,
     plan_channels,
 )
-from .schedule import Allowance, allowance
+from .schedule import Allowance, allowance, counted_groups
 from .scores import single_removal
 
 __all__ = ["analyze"]
@@ -273,7 +273,7 @@ def _statistics(
 ) -> PruningStatistics:
     before = bundle.architecture
     after = cut.after or before
-    groups = [group for group in before.groups if group.level is Level.CHANNEL]
+    groups = counted_groups(before)
     present = sum(group.size for group in groups)
     gone = allowed.removed + cut.count
     return PruningStatistics(
