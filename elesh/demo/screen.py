@@ -90,10 +90,11 @@ class Screen:
             drop = f", validation accuracy {before:.2%} to {masked:.2%}"
         colour = _COLOURS[outcome.result]
         self._console.print(
-            f"  [{colour}]{outcome.result:11}[/] epoch {decision.epoch}: {units} units in "
-            f"{len(decision.units)} groups{drop}"
+            f"  [{colour}]{outcome.result:11}[/] epoch {decision.epoch}: {units} channels of "
+            f"{', '.join(decision.units)}{drop}"
             + (f" ({outcome.detail})" if outcome.detail else ""),
             highlight=False,
+            soft_wrap=True,
         )
 
 
@@ -154,7 +155,7 @@ def _by_outcome(report: Report) -> Table:
     counts: Counter[tuple[str, str]] = Counter()
     for decision in report.decisions:
         result = report.outcomes[decision.idempotency_key]
-        counts[(result.result, result.detail)] += 1
+        counts[(result.result, result.detail.partition(" (")[0])] += 1
     for (outcome, reason), count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
         table.add_row(f"[{_COLOURS[outcome]}]{outcome}[/]", str(count), reason)
     if report.failed:

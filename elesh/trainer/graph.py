@@ -103,6 +103,15 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
         self._build_dependency(self.module2node)
         self.relations = Relations()
 
+    def channels(self, node: Any, function: Any) -> int:
+        """How many channels one side of a node can have at most."""
+        pruner = self.get_pruner_of_module(node.module)
+        if isinstance(node.module, nn.Module) and channel_axes(node.module).produces:
+            inward = function == pruner.prune_in_channels
+            count = pruner.get_in_channels if inward else pruner.get_out_channels
+            return int(count(node.module))
+        return self.relations.channels(node)
+
 
 class _observed:  # noqa: N801 - a context manager, used like a function
     """While entered, notes the layers in order of execution with their positions."""
@@ -170,7 +179,7 @@ def _descriptors(
 
 def _units(graph: _Graph, model: nn.Module) -> Iterator[Unit]:
     """Connected components over (port, index)."""
-    elements, edges = _connections(graph)
+    elements, edges, lost = _connections(graph)
     ports = _Ports(graph, model)
     source, target = np.array(edges, dtype=np.int64).reshape(-1, 2).T
     size = len(elements)
@@ -181,25 +190,29 @@ def _units(graph: _Graph, model: nn.Module) -> Iterator[Unit]:
         port = ports.of(node, function)
         if port is not None:
             found[label].setdefault(port, []).append(index)
+    for number in lost:
+        found[labels[number]][_LOST] = [0]
     for unit in found:
         yield {port: tuple(sorted(set(indices))) for port, indices in unit.items()}
 
 
+_LOST = Port("lost", "out", refusal="its channels could not be followed through a reshape")
 _Element = tuple[Any, Any, int]
 """A node of the graph, a pruning function of it (that is: a side), and a channel number."""
 
 
-def _connections(graph: _Graph) -> tuple[list[_Element], list[tuple[int, int]]]:
-    """All channels that can be reached from a producing layer, and which touch each other."""
+def _connections(graph: _Graph) -> tuple[list[_Element], list[tuple[int, int]], set[int]]:
+    """All channels that can be reached from a producing layer, and which touch each other.
+
+    Returns:
+        the channels, pairs of positions in that list, and positions of channels that are
+        connected to one that does not exist.
+    """
     number: dict[_Element, int] = {}
     edges: list[tuple[int, int]] = []
-    queue: list[tuple[Any, Any, list[int]]] = []
+    lost: set[int] = set()
     relations = {node: graph.relations.of(node) for node in graph.module2node.values()}
-    for module, node in graph.module2node.items():
-        if isinstance(module, nn.Module) and channel_axes(module).produces:
-            pruner = graph.get_pruner_of_module(module)
-            channels = list(range(pruner.get_out_channels(module)))
-            queue.append((node, pruner.prune_out_channels, channels))
+    queue = list(_produced(graph))
     for node, function, indices in queue:
         for index in indices:
             number.setdefault((node, function, index), len(number))
@@ -208,17 +221,31 @@ def _connections(graph: _Graph) -> tuple[list[_Element], list[tuple[int, int]]]:
         for dependency, relation, forwards in relations[node]:
             if not dependency.is_triggered_by(function):
                 continue
-            fresh: list[int] = []
+            target, handler, fresh = dependency.target, dependency.handler, []
+            limit = graph.channels(target, handler)
             pairs = relation.forwards(indices) if forwards else relation.backwards(indices)
             for here, there in pairs:
-                element = (dependency.target, dependency.handler, there)
+                source = number[node, function, here]
+                if there >= limit:
+                    lost.add(source)
+                    continue
+                element = (target, handler, there)
                 if element not in number:
                     number[element] = len(number)
                     fresh.append(there)
-                edges.append((number[node, function, here], number[element]))
+                edges.append((source, number[element]))
             if fresh:
-                queue.append((dependency.target, dependency.handler, fresh))
-    return list(number), edges
+                queue.append((target, handler, fresh))
+    return list(number), edges, lost
+
+
+def _produced(graph: _Graph) -> Iterator[tuple[Any, Any, list[int]]]:
+    """The output channels of every producing layer."""
+    for module, node in graph.module2node.items():
+        if isinstance(module, nn.Module) and channel_axes(module).produces:
+            pruner = graph.get_pruner_of_module(module)
+            channels = range(pruner.get_out_channels(module))
+            yield node, pruner.prune_out_channels, list(channels)
 
 
 class _Ports:

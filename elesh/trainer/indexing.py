@@ -81,6 +81,14 @@ class Relations:
             found.append((dependency, self._edge(node, consumer, slots[turn]), True))
         return found
 
+    def channels(self, node: Any) -> int:
+        """How many channels a node can have at most, going by the shapes of what it works on."""
+        # A split and a slice are numbered as their input is.
+        taking = node.type in (OPTYPE.SPLIT, OPTYPE.SLICE) and node.inputs
+        shape = (_input_shape(node) if taking else None) or _shape(node.grad_fn, 0)
+        axis = self._axis(node)
+        return shape[axis] if axis is not None else max(shape, default=0)
+
     def splits_channels(self, node: Any) -> bool:
         """Whether this is a reshape that spreads channels over several axes (heads)."""
         if node.type != OPTYPE.RESHAPE:
@@ -107,7 +115,10 @@ class Relations:
         if axis is None or _dim(function, len(_shape(function, 0))) != axis:
             return 0, None, 1
         if producer.type == OPTYPE.SLICE:
-            return function._saved_start, function._saved_end, function._saved_step
+            size = (_input_shape(producer) or _shape(function, 0))[axis]
+            ends = (_signed(function._saved_start), _signed(function._saved_end))
+            start, stop = (end + size if end < 0 else end for end in ends)
+            return start, stop, function._saved_step
         number = link[1] if link is not None and link[0] is function else 0
         sizes = [meta.shape[axis] for meta in function._input_metadata]
         return sum(sizes[:number]), sum(sizes[: number + 1]), 1
