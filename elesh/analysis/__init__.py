@@ -3,14 +3,27 @@
 from .decide import analyze
 from .explain import Explanation, UnitExplanation, explain
 from .schedule import Allowance, allowance, curve, phase_at
+from .sketch import CountMinSketch, ErrorBound, element_keys
+from .thresholds import SafetyLevel, Stage, adaptive_threshold, stage_at
+from .tracker import ImportanceTracker, Track, channel_metrics
 
 __all__ = [
     "Allowance",
+    "CountMinSketch",
+    "ErrorBound",
     "Explanation",
+    "ImportanceTracker",
+    "SafetyLevel",
+    "Stage",
+    "Track",
     "UnitExplanation",
+    "adaptive_threshold",
     "allowance",
     "analyze",
+    "channel_metrics",
     "curve",
+    "element_keys",
     "explain",
     "phase_at",
+    "stage_at",
 ]

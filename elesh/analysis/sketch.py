@@ -8,8 +8,9 @@ Why it stands beside the exact arrays of :mod:`elesh.analysis.tracker`: channels
 are few, and their history is kept exactly. Single parameters (10^8 and more) are not few. Since an
 estimate is never below the truth, "the estimate is below the marking threshold" proves that the
 true value is, so that masks made from it are one-sided safe: crowded cells hide parameters that
-could go, never the other way round. From about a tenth of a million keys a cell row of 100,000 is
-crowded; :attr:`CountMinSketch.bound` says how far estimates may then be off.
+could go, never the other way round. At 100,000 x 10, log-normal values of 100,000 keys come out
+0.6% too high on average, of 200,000 keys 21%, of a million ten times: :attr:`CountMinSketch.bound`
+says how far off they may be, and under a million keys an exact array is no larger.
 """
 
 from __future__ import annotations

@@ -20,8 +20,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from leyline import ChannelImportanceData, Conflict, InvalidField, Level, Malformed, PruningGroup
-from leyline import ShapeMismatch as WrongShape
+from leyline import (
+    ChannelImportanceData,
+    Conflict,
+    InvalidField,
+    Level,
+    Malformed,
+    PruningGroup,
+    ShapeMismatch,
+)
 from leyline.arrays import pack_arrays, require_finite, unpack_arrays
 
 from .candidates import Doubles, Floats
@@ -124,7 +131,7 @@ class ImportanceTracker:
         if known is None:
             known = History(row.shape[0], row.shape[1], self.history)
         elif known.shape != row.shape:
-            raise WrongShape(_name(key), f"{known.shape[1]} original units", group.original_size)
+            raise ShapeMismatch(_name(key), f"{known.shape[1]} original units", group.original_size)
         try:
             taken = known.add(epoch, row)
         except Conflict as error:
@@ -213,7 +220,7 @@ class ImportanceTracker:
             if mine is None:
                 continue
             if mine.shape != theirs.shape:
-                raise WrongShape(_name(key), f"shape {mine.shape}", f"shape {theirs.shape}")
+                raise ShapeMismatch(_name(key), f"shape {mine.shape}", f"shape {theirs.shape}")
             try:
                 for epoch in theirs.epochs:
                     mine.check(epoch, theirs.row(epoch))
@@ -276,7 +283,7 @@ class ImportanceTracker:
             )
         if known.shape[1] != group.original_size:
             where = f"tracker.{group.level}/{group.name}"
-            raise WrongShape(where, f"{known.shape[1]} original units", group.original_size)
+            raise ShapeMismatch(where, f"{known.shape[1]} original units", group.original_size)
         return known
 
 
@@ -298,7 +305,7 @@ def _row(group: PruningGroup, values: Mapping[str, npt.ArrayLike]) -> Floats:
         wide = np.asarray(values[metric], dtype=np.float64)
         where = f"{group.name}/{metric}"
         if wide.shape != (group.size,):
-            raise WrongShape(where, f"shape {(group.size,)}", f"shape {wide.shape}")
+            raise ShapeMismatch(where, f"shape {(group.size,)}", f"shape {wide.shape}")
         with np.errstate(over="ignore"):
             # Adding 0 makes -0 a 0: what compares as equal must be the same bytes.
             narrow = wide.astype(np.float32) + np.float32(0)
@@ -314,14 +321,14 @@ def _read_history(field: str, level: Level, parts: _Arrays, limit: int) -> Histo
     epochs, values, present = parts["epochs"], parts["values"], parts["present"]
     metrics = len(METRICS[level])
     if values.ndim != 3 or values.dtype != np.float32 or values.shape[1] != metrics:
-        raise WrongShape(f"{field}/values", f"[n, {metrics}, C] float32", _kind(values))
+        raise ShapeMismatch(f"{field}/values", f"[n, {metrics}, C] float32", _kind(values))
     count, _, units = values.shape
     if not 1 <= count <= limit:
-        raise WrongShape(f"{field}/values", f"1 to {limit} checkpoints", count)
+        raise ShapeMismatch(f"{field}/values", f"1 to {limit} checkpoints", count)
     if epochs.shape != (count, 2) or epochs.dtype != np.float32:
-        raise WrongShape(f"{field}/epochs", f"[{count}, 2] float32", _kind(epochs))
+        raise ShapeMismatch(f"{field}/epochs", f"[{count}, 2] float32", _kind(epochs))
     if present.shape != (count, units) or not np.isin(present, (0, 1)).all():
-        raise WrongShape(f"{field}/present", f"[{count}, {units}] of 0 and 1", _kind(present))
+        raise ShapeMismatch(f"{field}/present", f"[{count}, {units}] of 0 and 1", _kind(present))
     require_finite(f"{field}/values", values)
     history = History(metrics, units, limit)
     numbers = _epochs(field, epochs)

@@ -46,6 +46,17 @@ def tensors_in(value: Any) -> list[Tensor]:
     return found
 
 
+def example_copy(inputs: Inputs) -> Any:
+    """Example inputs that no tracing can change, in single precision where they are floats."""
+
+    def copied(tensor: Tensor) -> Tensor:
+        clone = tensor.detach().clone()
+        return clone.float() if clone.is_floating_point() else clone
+
+    with torch.inference_mode(False):
+        return map_tensors(copied, inputs)
+
+
 def batch_size(inputs: Inputs) -> int:
     """Samples in a batch of inputs: the first dimension of its first tensor.
 
@@ -89,6 +100,16 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+def seed_generators(device: torch.device, seed: int) -> None:
+    """Seed the generators of the CPU and of one device.
+
+    Not ``torch.manual_seed``: that seeds those of devices that have nothing to do with the model.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+
+
 @contextlib.contextmanager
 def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
     """Evaluation mode with gradients, seeded; training flags, buffers and generators come back.
@@ -110,7 +131,7 @@ def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
-        torch.manual_seed(seed)
+        seed_generators(device, seed)
         model.eval()
         try:
             yield

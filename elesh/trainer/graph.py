@@ -9,21 +9,20 @@ and layers of which only a part is coupled right.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 import torch_pruning as tp
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from leyline import LayerDescriptor
 
-from .calling import Inputs, batch_size, call, map_tensors, tensors_in
+from .calling import Inputs, batch_size, call, tensors_in
+from .calls import Calls, Link
 from .indexing import Relations
 from .layers import channel_axes
 
@@ -63,15 +62,13 @@ class Wiring:
 
 def trace(model: nn.Module, inputs: Inputs) -> Wiring:
     """Trace a model that may be changed (a copy): parameters must require gradients."""
-    layers: list[LayerDescriptor] = []
+    with Calls(model) as calls:
+        call(model, inputs)
+    layers = calls.layers(batch_size(inputs))
     try:
-        graph = _Graph()
-        graph.build(model, inputs, layers)
-        return Wiring(tuple(layers), tuple(_units(graph, model)))
+        return Wiring(layers, tuple(_units(_Graph(model, inputs), model)))
     except Exception as error:  # The graph of others' code: whatever it raises is a reason.
-        if not layers:
-            raise  # The network itself does not run.
-        return Wiring(tuple(layers), (), f"the dependency graph failed: {summary(error)}")
+        return Wiring(layers, (), f"the dependency graph failed: {summary(error)}")
 
 
 def summary(error: BaseException) -> str:
@@ -86,22 +83,25 @@ def summary(error: BaseException) -> str:
 class _Graph(tp.DependencyGraph):  # type: ignore[misc]
     """The dependency graph without its own maps of channel numbers (see ``indexing``)."""
 
-    def build(self, model: nn.Module, inputs: Inputs, layers: list[LayerDescriptor]) -> None:
-        """Run the model and find its nodes and dependencies; append its layers."""
-
-        def forward(model: nn.Module, inputs: Inputs) -> Any:
-            with _observed(model, batch_size(inputs), layers):
-                return call(model, inputs)
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        super().__init__()
 
         def traced(output: Any) -> list[Tensor]:
-            return [tensor for tensor in tensors_in(output) if tensor.grad_fn is not None]
+            tensors = [tensor for tensor in tensors_in(output) if tensor.grad_fn is not None]
+            self.finals = {tensor.grad_fn for tensor in tensors}
+            return tensors
 
         self.model, self.verbose = model, False
         self._module2name = {module: name for name, module in model.named_modules()}
         self._param_to_name, self.unwrapped_parameters = self._detect_unwrapped_parameters(None)
-        self.module2node = self._trace(model, inputs, forward, output_transform=traced)
+        self.calls = Calls(model)
+        self.module2node = self._trace(model, inputs, self._forward, output_transform=traced)
+        self.relations = Relations(_bridge(self, self.calls))
         self._build_dependency(self.module2node)
-        self.relations = Relations()
+
+    def _forward(self, model: nn.Module, inputs: Inputs) -> Any:
+        with self.calls:
+            return call(model, inputs)
 
     def channels(self, node: Any, function: Any) -> int:
         """How many channels one side of a node can have at most."""
@@ -113,68 +113,36 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
         return self.relations.channels(node)
 
 
-class _observed:  # noqa: N801 - a context manager, used like a function
-    """While entered, notes the layers in order of execution with their positions."""
+def _bridge(graph: _Graph, calls: Calls) -> dict[Any, list[Link]]:
+    """Connect every layer directly to what it was called with.
 
-    def __init__(self, model: nn.Module, batch: int, layers: list[LayerDescriptor]) -> None:
-        self._model, self._batch, self._layers = model, batch, layers
+    Torch-Pruning walks through the operations that a layer consists of (a linear layer of a
+    sequence reshapes, multiplies and reshapes) as if they were the network's own.
 
-    def __enter__(self) -> None:
-        self._positions: dict[str, int] = {}
-        self._modules: dict[str, nn.Module] = {}
-        self._handles = [
-            module.register_forward_hook(self._hook(name))
-            for name, module in self._model.named_modules()
-            if name and any(True for _ in module.parameters(recurse=False))
-        ]
-
-    def _hook(self, name: str) -> Callable[..., None]:
-        def note(module: nn.Module, inputs: Any, output: Any) -> None:
-            used = _positions(module, inputs, output) // self._batch
-            self._positions[name] = self._positions.get(name, 0) + used
-            self._modules[name] = module
-
-        return note
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        paths = {id(p): path for path, p in self._model.named_parameters()}
-        for name, positions in self._positions.items():
-            self._layers.extend(_descriptors(name, self._modules[name], positions, paths))
-
-
-def _positions(module: nn.Module, inputs: Any, output: Any) -> int:
-    """How often the weight was multiplied in this call."""
-    if isinstance(module, _ConvTransposeNd):
-        return tensors_in(inputs)[0].numel() // module.in_channels
-    first = tensors_in(output)[0] if tensors_in(output) else None
-    width = getattr(module, "out_channels", None) or getattr(module, "out_features", None)
-    if isinstance(module, nn.MultiheadAttention):
-        width = module.embed_dim
-    return first.numel() // width if first is not None and isinstance(width, int) else 0
-
-
-def _descriptors(
-    name: str, module: nn.Module, positions: int, paths: Mapping[int, str]
-) -> Iterator[LayerDescriptor]:
-    """One descriptor, or one for each projection of an attention module."""
-    kind = type(module).__name__.lower()
-    weight = module._parameters.get("weight")
-    if isinstance(module, nn.MultiheadAttention):
-        # Its projections are not called as modules; products of queries and keys are not counted.
-        for path, parameter in module.named_parameters():
-            if parameter.ndim == 2:
-                yield LayerDescriptor(
-                    name=f"{name}.{path}",
-                    kind=kind,
-                    weight=paths[id(parameter)],
-                    positions=positions,
-                )
-    elif weight is not None and isinstance(module, (nn.Linear, _ConvNd)):
-        yield LayerDescriptor(name=name, kind=kind, weight=paths[id(weight)], positions=positions)
-    else:
-        yield LayerDescriptor(name=name, kind=kind)
+    Returns:
+        what autograd knows of the inputs, in the order of ``node.inputs``.
+    """
+    nodes = {node.grad_fn: node for node in graph.module2node.values()}
+    made = [one for one in calls.made if one.module in graph.module2node]
+    nodes |= {one.output: graph.module2node[one.module] for one in made}
+    links: dict[Any, list[Link]] = {}
+    for one in made:
+        found = links.setdefault(graph.module2node[one.module], [])
+        found += [link for link in one.inputs if link[0] in nodes]
+    for node, came in links.items():
+        before = [nodes[function] for function, _ in came]
+        inside, queue = set(), list(node.inputs)
+        while queue:
+            inner = queue.pop()
+            if inner not in before and inner not in inside:
+                inside.add(inner)
+                queue.extend(inner.inputs)
+        for producer in {*before, *node.inputs}:
+            producer.outputs = [x for x in producer.outputs if x is not node and x not in inside]
+        node.inputs = before
+        for producer in before:
+            producer.add_output(node)
+    return links
 
 
 def _units(graph: _Graph, model: nn.Module) -> Iterator[Unit]:
@@ -190,6 +158,8 @@ def _units(graph: _Graph, model: nn.Module) -> Iterator[Unit]:
         port = ports.of(node, function)
         if port is not None:
             found[label].setdefault(port, []).append(index)
+        if node.grad_fn in graph.finals and (port is None or port.side == "out"):
+            found[label][_OUTPUT] = [0]
     for number in lost:
         found[labels[number]][_LOST] = [0]
     for unit in found:
@@ -197,6 +167,7 @@ def _units(graph: _Graph, model: nn.Module) -> Iterator[Unit]:
 
 
 _LOST = Port("lost", "out", refusal="its channels could not be followed through a reshape")
+_OUTPUT = Port("output", "out", refusal="network output")
 _Element = tuple[Any, Any, int]
 """A node of the graph, a pruning function of it (that is: a side), and a channel number."""
 
@@ -267,27 +238,15 @@ class _Ports:
     def _make(self, node: Any, function: Any) -> Port | None:
         thing = node.module
         if isinstance(thing, nn.Parameter):
-            dim = node.pruning_dim % thing.ndim
-            return Port(self._parameters[id(thing)], "out", parameter_dim=dim)
+            path, dim = self._parameters[id(thing)], node.pruning_dim % thing.ndim
+            owner = channel_axes(self._graph.model.get_submodule(path.rpartition(".")[0]))
+            return Port(path, "out", parameter_dim=dim, refusal=owner.refusal)
         if self._graph.relations.splits_channels(node):
             return Port(
                 "reshape", "out", refusal="its channels are reshaped into several axes, as heads"
             )
-        if isinstance(thing, tp.ops._OutputOp):
-            return Port("output", "out", refusal="network output")
         if not self._modules.get(thing):  # An operation, or the model itself being one layer.
             return None
         pruner = self._graph.get_pruner_of_module(thing)
         inward = function == pruner.prune_in_channels != pruner.prune_out_channels
         return Port(self._modules[thing], "in" if inward else "out", module=thing)
-
-
-def example_copy(inputs: Inputs) -> Any:
-    """Example inputs that no tracing can change, in single precision where they are floats."""
-
-    def copied(tensor: Tensor) -> Tensor:
-        clone = tensor.detach().clone()
-        return clone.float() if clone.is_floating_point() else clone
-
-    with torch.inference_mode(False):
-        return map_tensors(copied, inputs)

@@ -24,8 +24,8 @@ from leyline import (
     TensorSlice,
 )
 
-from .calling import Inputs, undisturbed
-from .graph import Port, Unit, Wiring, example_copy, summary, trace
+from .calling import Inputs, example_copy, undisturbed
+from .graph import Port, Unit, Wiring, summary, trace
 from .layers import ChannelAxes, channel_axes, describe_tensors, named_tensors
 from .proof import without_refuted
 
@@ -88,9 +88,12 @@ def _plain_arithmetic(model: nn.Module) -> Iterator[None]:
 
 def _groups(wiring: Wiring, model: nn.Module, ignored: Collection[str]) -> tuple[PruningGroup, ...]:
     """Units that touch the same axes make up one group, in order of execution."""
-    units = wiring.units if not wiring.failure else _lone_units(wiring.layers, model)
+    units = [unit for unit in wiring.units if _producers(unit)]
+    followed = {port.name for unit in units for port in _producers(unit)}
+    lone = wiring.failure or "no path leads from it to the network's outputs"
+    units += _lone_units([x for x in wiring.layers if x.name not in followed], model)
     order = {layer.name: number for number, layer in enumerate(wiring.layers)}
-    producing = [(_root(unit, order), unit) for unit in units if _producers(unit)]
+    producing = [(_root(unit, order), unit) for unit in units]
     producing.sort(key=lambda pair: (order[pair[0].name], pair[1][pair[0]]))
     alike: dict[tuple[str, frozenset[tuple[Port, int]]], list[Unit]] = {}
     for root, unit in producing:
@@ -105,7 +108,7 @@ def _groups(wiring: Wiring, model: nn.Module, ignored: Collection[str]) -> tuple
         ports = sorted(
             members[0], key=lambda port: (order.get(port.name, -1), port.name, port.side)
         )
-        reason = wiring.failure or _refusal(ports, ignored, tied)
+        reason = _refusal(ports, ignored, tied) if root_name in followed else lone
         groups[name] = _group(name, ports, members, reason, model)
     return tuple(groups.values())
 
@@ -163,7 +166,7 @@ def _refusal(ports: Sequence[Port], ignored: Collection[str], tied: Collection[i
         if any(id(parameter) in tied for parameter in port.module.parameters(recurse=False)):
             return f"{port.name} shares its weight with another layer"
     if not any(port.side == "in" for port in ports):
-        return "network output (no layer consumes it)"
+        return "no layer consumes it"
     return ""
 
 

@@ -9,13 +9,14 @@ from there: from the sizes along the axis that holds the channels, followed from
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch_pruning.ops import OPTYPE
 
+from .calls import Link
 from .layers import channel_axes
 
 Pairs = list[tuple[int, int]]
@@ -61,7 +62,8 @@ class Relation:
 class Relations:
     """The relations of a dependency graph's edges, one for each of a node's dependencies."""
 
-    def __init__(self) -> None:
+    def __init__(self, links: Mapping[Any, list[Link]]) -> None:
+        self._bridged = links
         self._axes: dict[Any, int | None] = {}
 
     def of(self, node: Any) -> list[tuple[Any, Relation, bool]]:
@@ -97,7 +99,7 @@ class Relations:
         return width is not None and width < 1
 
     def _edge(self, producer: Any, consumer: Any, slot: int) -> Relation:
-        link = _links(consumer)[slot] if slot < len(_links(consumer)) else None
+        link = (self._bridged.get(consumer) or _links(consumer))[slot]
         start, stop, step = self._taken(producer, link)
         width, offset = 1, 0
         if consumer.type == OPTYPE.CONCAT:
@@ -105,9 +107,14 @@ class Relations:
             stop = size if stop is None else stop
         elif consumer.type == OPTYPE.RESHAPE:
             width = max(1, int(self._width(consumer) or 1))
+        elif consumer.type in (OPTYPE.ELEMENTWISE, OPTYPE.EXPAND):
+            passed = (self.channels(producer) if stop is None else stop) - start
+            if (passed == 1) != (self.channels(consumer) == 1):
+                # One for all channels (an attention map, a mean over channels): no coupling.
+                stop = start
         return Relation(start, stop, step, width, offset)
 
-    def _taken(self, producer: Any, link: tuple[Any, int] | None) -> tuple[int, int | None, int]:
+    def _taken(self, producer: Any, link: Link) -> tuple[int, int | None, int]:
         """Which of the producer's channels this consumer gets: (start, stop, step)."""
         if producer.type not in (OPTYPE.SPLIT, OPTYPE.SLICE) or not producer.inputs:
             return 0, None, 1
@@ -119,7 +126,7 @@ class Relations:
             ends = (_signed(function._saved_start), _signed(function._saved_end))
             start, stop = (end + size if end < 0 else end for end in ends)
             return start, stop, function._saved_step
-        number = link[1] if link is not None and link[0] is function else 0
+        number = link[1]
         sizes = [meta.shape[axis] for meta in function._input_metadata]
         return sum(sizes[:number]), sum(sizes[: number + 1]), 1
 
@@ -214,7 +221,7 @@ def _place(before: Sequence[int], axis: int, after: Sequence[int]) -> int | None
     return None
 
 
-def _links(node: Any) -> list[tuple[Any, int]]:
+def _links(node: Any) -> list[Link]:
     """The edges of autograd behind a node's inputs, in the same order."""
     return [node.grad_fn.next_functions[i] for i in _positions(node)]
 

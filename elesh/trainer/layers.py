@@ -66,8 +66,8 @@ def _conv_axes(module: _ConvNd) -> ChannelAxes:
 
 def _refusal(module: nn.Module) -> str:
     kind = type(module).__name__
-    if isinstance(module, nn.LayerNorm):
-        return "LayerNorm normalises over these channels, so removing one changes all others"
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return f"{kind} normalises over these channels, so removing one changes all others"
     if isinstance(module, nn.GroupNorm):
         return "GroupNorm normalises over groups of these channels, so removing one changes others"
     if isinstance(module, nn.MultiheadAttention):

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from leyline import PrunedArchitecture
 
-from .calling import Inputs, call, tensors_in
+from .calling import Inputs, call, device_of, seed_generators, tensors_in
 from .graph import summary
 from .surgeon import Surgeon
 
@@ -120,7 +120,7 @@ class _Experiment:
             self._twin.eval()
 
     def _outputs(self) -> list[Tensor]:
-        torch.manual_seed(0)
+        seed_generators(device_of(self._twin), 0)
         return [t for t in tensors_in(call(self._twin, self._inputs)) if t.is_floating_point()]
 
 

@@ -117,7 +117,10 @@ def test_attention_heads_are_no_channels() -> None:
 
 
 def test_outputs_stay() -> None:
-    assert reason(find(build("Vgg")), "classifier.4").startswith("network output")
+    for name, last in (("Vgg", "classifier.4"), ("Vit", "fc")):
+        assert reason(find(build(name)), last) == "network output"
+    summed = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU())
+    assert reason(find(summed), "0") == "network output"
 
 
 def test_grouped_convolutions_are_refused_on_both_sides() -> None:
@@ -262,6 +265,78 @@ def test_parts_of_a_split_are_followed_in_any_order() -> None:
     halves = {g.sites[0].module: g.slices[0].all_of(range(g.size)) for g in architecture.groups[:2]}
     assert halves == {"a": [0, 1, 2, 3], "b": [4, 5, 6, 7]}
     assert {g.name: g.sites[0].start for g in architecture.groups if g.prunable} == {"b": 0, "a": 6}
+
+
+def test_a_map_that_weighs_all_channels_alike_is_not_coupled_to_them() -> None:
+    class Spatial(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.map = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 1, 3, padding=1)
+            self.two, self.fc = nn.Conv2d(8, 6, 1), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.one(x))
+            x = self.two(x * torch.sigmoid(self.map(x)))
+            return self.fc(torch.relu(x).mean((2, 3)))
+
+    architecture = find(Spatial())
+    assert prunable(architecture) == ["one", "two"]
+    assert architecture.group["one"].size == 8
+    assert reason(architecture, "map") == "no layer consumes it"
+
+
+def test_layers_of_sequences_and_of_volumes_are_followed() -> None:
+    signal = nn.Sequential(nn.Conv1d(4, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    volume = nn.Sequential(nn.Conv3d(2, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    for model, inputs in ((signal, torch.randn(1, 4, 10)), (volume, torch.randn(1, 2, 4, 4, 4))):
+        assert find(model, inputs).group["0"].sites[0].width == 8
+        assert prunable(find(model, inputs)) == ["0"]
+
+
+def test_a_transformer_of_torch_has_its_hidden_units_pruned_and_nothing_else() -> None:
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    model = nn.Sequential(nn.Linear(5, 16), nn.TransformerEncoder(layer, 2), nn.Linear(16, 3))
+    architecture = find(model.eval(), torch.randn(2, 6, 5))
+    assert prunable(architecture) == ["1.layers.0.linear1", "1.layers.1.linear1"]
+    assert "MultiheadAttention" in reason(architecture, "0")
+    projections = 2 * (3 * 16 * 16 + 16 * 16) + 2 * 2 * 16 * 32 + 5 * 16 + 16 * 3
+    assert architecture.macs == 6 * projections
+
+
+def test_other_peoples_operations_are_refused_with_a_reason() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.lstm = nn.Linear(4, 8), nn.LSTM(8, 6, batch_first=True)
+            self.gru, self.fc = nn.GRU(6, 5, batch_first=True), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.gru(self.lstm(torch.relu(self.enter(x)))[0])[0][:, -1])
+
+    assert "recurrent" in reason(find(Recurrent(), torch.randn(2, 7, 4)), "enter")
+    normed = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 1)), nn.Conv2d(8, 2, 1)
+    )
+    assert "parametrised" in reason(find(normed), "0")
+    rms = nn.Sequential(nn.Linear(4, 8), nn.RMSNorm(8), nn.Linear(8, 2))
+    assert "RMSNorm" in reason(find(rms, torch.randn(2, 4)), "0")
+
+
+def test_a_layer_that_does_not_reach_the_outputs_is_listed() -> None:
+    class Detached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.fc = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.one(x))
+            self.seen = self.two(x).detach()
+            return self.fc(x)
+
+    architecture = find(Detached(), torch.randn(2, 4))
+    assert "no path" in reason(architecture, "two")
+    # Cutting what it reads would break it, although no output would show.
+    assert "does not run" in reason(architecture, "one")
 
 
 def test_ignored_layers_and_containers_are_left_alone() -> None:

@@ -1,0 +1,115 @@
+"""Notes which layers a forward pass called, with what and how often."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils.hooks import RemovableHandle
+
+from leyline import LayerDescriptor
+
+from .calling import tensors_in
+
+Link = tuple[Any, int]
+"""A tensor as autograd knows it: the function that made it and the number of its output."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module."""
+
+    name: str
+    module: nn.Module
+    inputs: tuple[Link, ...]
+    """What came in that has a history."""
+    output: Any
+    """The function that made its (first) output; None if it has no history."""
+    positions: int
+    """How often its weight was multiplied, all samples together."""
+
+
+class Calls:
+    """While entered, notes every call of a model's modules, in order."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._handles: list[RemovableHandle] = []
+        self.made: list[Call] = []
+
+    def __enter__(self) -> Calls:
+        self._handles = [
+            module.register_forward_hook(self._note(name), with_kwargs=True)
+            for name, module in self._model.named_modules()
+            if name
+        ]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def layers(self, samples: int) -> tuple[LayerDescriptor, ...]:
+        """Descriptors of the modules with parameters of their own, in order of execution."""
+        positions: dict[str, int] = {}
+        for call in self.made:
+            positions[call.name] = positions.get(call.name, 0) + call.positions
+        modules = dict(self._model.named_modules())
+        paths = {id(p): path for path, p in self._model.named_parameters()}
+        return tuple(
+            descriptor
+            for name, used in positions.items()
+            if any(True for _ in modules[name].parameters(recurse=False))
+            for descriptor in _descriptors(name, modules[name], used // samples, paths)
+        )
+
+    def _note(self, name: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            came = [x for x in tensors_in([*args, *kwargs.values()]) if x.grad_fn is not None]
+            left = tensors_in(output)
+            self.made.append(
+                Call(
+                    name,
+                    module,
+                    tuple((x.grad_fn, x.output_nr) for x in came),
+                    left[0].grad_fn if left else None,
+                    _positions(module, tensors_in([*args, *kwargs.values()]), left),
+                )
+            )
+
+        return note
+
+
+def _positions(module: nn.Module, came: list[Tensor], left: list[Tensor]) -> int:
+    if isinstance(module, _ConvTransposeNd):
+        return came[0].numel() // module.in_channels
+    if isinstance(module, _ConvNd):
+        return left[0].numel() // module.out_channels
+    if isinstance(module, nn.Linear):
+        return left[0].numel() // module.out_features
+    return left[0].numel() // module.embed_dim if isinstance(module, nn.MultiheadAttention) else 0
+
+
+def _descriptors(
+    name: str, module: nn.Module, positions: int, paths: Mapping[int, str]
+) -> Iterator[LayerDescriptor]:
+    """One descriptor, or one for each projection of an attention module."""
+    kind = type(module).__name__.lower()
+    weight = module._parameters.get("weight")
+    if isinstance(module, nn.MultiheadAttention):
+        # Its projections are not called as modules; products of queries and keys are not counted.
+        for path, parameter in module.named_parameters():
+            if parameter.ndim == 2:
+                yield LayerDescriptor(
+                    name=f"{name}.{path}",
+                    kind=kind,
+                    weight=paths[id(parameter)],
+                    positions=positions,
+                )
+    elif weight is not None and isinstance(module, (nn.Linear, _ConvNd)):
+        yield LayerDescriptor(name=name, kind=kind, weight=paths[id(weight)], positions=positions)
+    else:
+        yield LayerDescriptor(name=name, kind=kind)
