@@ -11,6 +11,7 @@ from typing import Annotated, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from elesh.bus import Bus, BusUnavailable, server_url
 from elesh.observe import setup_logging, setup_tracing, shutdown_tracing
@@ -46,44 +47,44 @@ RedisOption = Annotated[
 SettingsOption = Annotated[
     Path | None, typer.Option("--settings", envvar="ELESH_SETTINGS", help="Settings file (YAML).")
 ]
+Epochs = Annotated[
+    int | None, typer.Option(min=1, help="Epochs; default: the whole schedule and four more.")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of data, weights and batches.")]
+Every = Annotated[int | None, typer.Option(min=1, help="Epochs between checkpoints.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures here.")]
 JsonLogs = Annotated[bool, typer.Option("--json-logs", help="Log lines as JSON.")]
 
 
 @app.command()
 def demo(
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Epochs; default: the whole schedule.")
-    ] = None,
+    epochs: Epochs = None,
     workers: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 2,
-    seed: Annotated[int, typer.Option(help="Seed of data, weights and batches.")] = 0,
-    every: Annotated[int | None, typer.Option(min=1, help="Epochs between checkpoints.")] = None,
+    seed: Seed = 0,
+    every: Every = None,
     redis: RedisOption = "",
     settings: SettingsOption = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures here.")
-    ] = None,
+    json_file: JsonFile = None,
+    fail: Annotated[
+        int, typer.Option(min=0, help="Spoil the first N checkpoints, to watch the breaker.")
+    ] = 0,
 ) -> None:
     """Train a real network on real digits under Elesh, from server to tables, on this machine."""
     from elesh.demo import Demo, run_demo  # torch: only where it is needed
 
     setup_logging(level="WARNING")
-    raise typer.Exit(
-        run_demo(Demo(epochs, workers, seed, redis, settings, json_file, every), console)
-    )
+    plan = Demo(epochs, workers, seed, redis, settings, json_file, every, fail=fail)
+    raise typer.Exit(run_demo(plan, console))
 
 
 @app.command()
 def trainer(
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Epochs; default: the whole schedule.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of data, weights and batches.")] = 0,
-    every: Annotated[int | None, typer.Option(min=1, help="Epochs between checkpoints.")] = None,
+    epochs: Epochs = None,
+    seed: Seed = 0,
+    every: Every = None,
     redis: RedisOption = "",
     settings: SettingsOption = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures here.")
-    ] = None,
+    json_file: JsonFile = None,
     run_id: Annotated[str, typer.Option(help="Name of the run; default: a new one.")] = "",
 ) -> None:
     """The simulated trainer alone; workers run elsewhere."""
@@ -258,7 +259,7 @@ def _on_bus(
 
 
 def _fail(reason: str) -> NoReturn:
-    complaints.print(f"[red]error:[/] {reason}", soft_wrap=True)
+    complaints.print(f"[red]error:[/] {escape(reason)}", soft_wrap=True)
     raise typer.Exit(1)
 
 
@@ -267,7 +268,7 @@ def main() -> None:
     try:
         app()
     except (SettingsError, ContractError, BusUnavailable, FileNotFoundError) as error:
-        complaints.print(f"[red]error:[/] {error}", soft_wrap=True, markup=True)
+        complaints.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
         raise SystemExit(1) from None
 
 

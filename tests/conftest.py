@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from redis import Redis
+from station import Station
 
 from elesh.bus import embedded_server
 
@@ -33,3 +35,14 @@ def partition(redis_url: str) -> Iterator[str]:
     yield f"test-{next(_numbers)}"
     with Redis.from_url(redis_url) as client:
         client.flushall()
+
+
+@pytest.fixture
+def station(redis_url: str, partition: str, tmp_path: Path) -> Iterator[Station]:
+    """A fresh partition with worker processes that end with the test."""
+    made = Station(redis_url, partition, tmp_path)
+    yield made
+    for worker in made.workers:
+        if worker.process.poll() is None:
+            worker.process.kill()
+            worker.process.wait()

@@ -38,17 +38,18 @@ class WorkerProcess:
             text=True,
             start_new_session=True,
         )
-        self._serving = threading.Event()
+        self._ready, self._serving = threading.Event(), False
         threading.Thread(target=self._copy_log, daemon=True).start()
 
-    def wait_serving(self) -> None:
-        """Wait until the worker serves.
+    def wait_ready(self) -> bool:
+        """Wait until the worker serves, or says that it waits for the bus; whether it serves.
 
         Raises:
             FleetError: if it ends or says nothing for a minute.
         """
-        if not self._serving.wait(_START_SECONDS) or self.process.poll() is not None:
+        if not self._ready.wait(_START_SECONDS) or self.process.poll() is not None:
             raise FleetError(f"worker {self.number} did not start; its log: {self.log}")
+        return self._serving
 
     def _copy_log(self) -> None:
         assert self.process.stderr is not None
@@ -56,9 +57,10 @@ class WorkerProcess:
             for line in self.process.stderr:
                 log.write(line)
                 log.flush()
-                if " serving " in line:
-                    self._serving.set()
-        self._serving.set()  # it ended: wait_serving looks at the exit code
+                self._serving |= " serving " in line
+                if self._serving or "unavailable" in line:
+                    self._ready.set()
+        self._ready.set()  # it ended: wait_ready looks at the exit code
 
     def stop(self) -> None:
         """SIGTERM, a moment to drain, then SIGKILL."""
@@ -71,18 +73,17 @@ class WorkerProcess:
 
 
 @contextmanager
-def fleet(
-    url: str, count: int, settings: Path | None, folder: Path
-) -> Iterator[list[WorkerProcess]]:
-    """``count`` workers that serve; drained when the block ends."""
+def fleet(url: str, count: int, settings: Path | None, folder: Path) -> Iterator[int]:
+    """``count`` workers, drained when the block ends; yields how many serve already.
+
+    Fewer than all serve only where the bus is away: they wait for it.
+    """
     workers = [
         WorkerProcess(url, settings, folder / f"worker-{number}.log", number)
         for number in range(1, count + 1)
     ]
     try:
-        for worker in workers:
-            worker.wait_serving()
-        yield workers
+        yield sum(worker.wait_ready() for worker in workers)
     finally:
         for worker in workers:
             worker.process.terminate()

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from elesh.bus import embedded_server
+from elesh.bus import embedded_server, masked
 from elesh.observe import shutdown_tracing
 from elesh.settings import Settings
 from elesh.trainer import Session
@@ -28,7 +28,6 @@ from .training import Report, Training
 __all__ = ["Demo", "run_demo", "run_trainer"]
 
 _CHECKPOINTS = 26
-_CONNECT_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,8 @@ class Demo:
     every: int | None = None
     """Epochs between checkpoints; None: about 26 checkpoints in all."""
     run_id: str = ""
+    fail: int = 0
+    """How many checkpoints to publish with spoiled statistics."""
 
 
 def run_demo(demo: Demo, console: Console) -> int:
@@ -53,7 +54,13 @@ def run_demo(demo: Demo, console: Console) -> int:
     settings, settings_file = demo_settings(demo, folder)
     with _server(demo.url or settings.bus.url, console) as url:
         console.print(f"starting {demo.workers} workers (logs in {folder})", highlight=False)
-        with fleet(url, demo.workers, settings_file, folder):
+        with fleet(url, demo.workers, settings_file, folder) as serving:
+            if serving < demo.workers:
+                console.print(
+                    f"the bus at {masked(url)} does not answer: workers and trainer go on trying, "
+                    "training goes on",
+                    highlight=False,
+                )
             return _train(demo, settings, url, console)
 
 
@@ -105,11 +112,13 @@ def _train(demo: Demo, settings: Settings, url: str, console: Console) -> int:
     run_id = demo.run_id or f"demo-{demo.seed}-{secrets.token_hex(4)}"
     begun = time.monotonic()
     with Session(run_id, url, settings) as session:
-        if not session.wait_connected(_CONNECT_SECONDS):
-            console.print("the bus does not answer: training goes on without Elesh")
-        training = Training(session, settings, epochs=epochs, every=every, seed=demo.seed)
+        # Data, network and the proof of its groups take a moment: time to connect.
+        training = Training(
+            session, settings, epochs=epochs, every=every, seed=demo.seed, spoiled=demo.fail
+        )
         with Screen(console, epochs) as screen:
             report = training.run(screen)
+    report.missed = session.missed  # known for good only now: closing sends what it can
     shutdown_tracing()
     now = training.surgeon.architecture
     for table in report_tables(report, training.original, now):

@@ -12,12 +12,12 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from opentelemetry.trace import SpanKind
+from opentelemetry.trace import Span, SpanKind
 
 from elesh.bus import Bus, BusUnavailable, Delivery, server_url
 from elesh.observe import carrier_of, get_logger, setup_tracing, span, span_from
@@ -29,13 +29,23 @@ from leyline import (
     Message,
     PruningOutcome,
     RecompilationRequest,
+    RequestKey,
+    StructuralAnalysisRequest,
     StructuralPruningDecision,
     TelemetryEvent,
     read_envelope,
     stable_hash,
     unwrap,
 )
-from leyline.streams import CHECKPOINTS, DECISIONS, OUTCOMES, RECOMPILE, TELEMETRY, Stream
+from leyline.streams import (
+    CHECKPOINTS,
+    DECISIONS,
+    OUTCOMES,
+    RECOMPILE,
+    REQUESTS,
+    TELEMETRY,
+    Stream,
+)
 
 from .apply import Evaluation, apply_decision
 from .surgeon import Surgeon
@@ -55,6 +65,7 @@ class _Outgoing:
     run_id: str
     epoch: int
     event_id: str
+    request_id: str = ""
 
 
 class Session:
@@ -127,17 +138,19 @@ class Session:
     def publish(self, bundle: CheckpointBundle) -> bool:
         """Queue a checkpoint for publishing; False (and counted as missed) if the queue is full."""
         metadata = bundle.metadata
-        with span(
-            f"send {CHECKPOINTS.name}",
-            kind=SpanKind.PRODUCER,
-            attributes={
-                "messaging.system": "redis",
-                "messaging.operation.type": "send",
-                "messaging.destination.name": CHECKPOINTS.name,
-            },
-        ):
-            event_id = "ev-" + stable_hash(metadata.run_id, metadata.checkpoint_id)
+        event_id = "ev-" + stable_hash(metadata.run_id, metadata.checkpoint_id)
+        with _sending(CHECKPOINTS):
             return self._queue(CHECKPOINTS, bundle, metadata.epoch, event_id)
+
+    def request(self, bundle: CheckpointBundle, request_id: str) -> bool:
+        """Ask for an analysis by name, as a coordinator does (StructuralAnalysisRequest).
+
+        The decision's key holds ``request_id`` where that of a checkpoint holds its own id; the
+        bundle's levels, parameters and requirements are asked for.
+        """
+        event_id = "rq-" + stable_hash(bundle.metadata.run_id, request_id)
+        with _sending(REQUESTS):
+            return self._queue(REQUESTS, bundle, bundle.metadata.epoch, event_id, request_id)
 
     def decisions(self) -> list[StructuralPruningDecision]:
         """The decisions that have come since the last call; never waits."""
@@ -194,9 +207,14 @@ class Session:
         return self._queue(OUTCOMES, outcome, outcome.epoch, event_id)
 
     def _queue(
-        self, stream: Stream, message: Message | CheckpointBundle, epoch: int, event_id: str = ""
+        self,
+        stream: Stream,
+        message: Message | CheckpointBundle,
+        epoch: int,
+        event_id: str = "",
+        request_id: str = "",
     ) -> bool:
-        item = _Outgoing(stream, message, carrier_of(), self.run_id, epoch, event_id)
+        item = _Outgoing(stream, message, carrier_of(), self.run_id, epoch, event_id, request_id)
         try:
             self._outbox.put_nowait(item)
         except queue.Full:
@@ -231,17 +249,26 @@ class Session:
         self._wake = wake
         rouse()
         async with server_url(self._url) as url:
-            settings = self.settings
-            bus = await Bus.connect_when_available(
-                url, settings.bus, settings.breaker, stop=closing
-            )
-            if bus is None:
-                self.missed += self._outbox.qsize()
-                return
-            try:
-                await self._talk(bus, woken, closing)
-            finally:
-                await bus.close()
+            while not (closing.is_set() and self._outbox.empty()):
+                if not await self._connect_and_talk(url, woken, closing):
+                    break
+        self.missed += self._outbox.qsize()
+
+    async def _connect_and_talk(
+        self, url: str, woken: asyncio.Event, closing: asyncio.Event
+    ) -> bool:
+        """One connection's life; False if the session closes before the bus is there."""
+        settings = self.settings
+        bus = await Bus.connect_when_available(url, settings.bus, settings.breaker, stop=closing)
+        if bus is None:
+            return False
+        try:
+            await self._talk(bus, woken, closing)
+        except BusUnavailable as error:
+            _log.warning("bus away, will connect again", reason=str(error))
+        finally:
+            await bus.close()
+        return True
 
     async def _talk(self, bus: Bus, woken: asyncio.Event, closing: asyncio.Event) -> None:
         starts = [
@@ -274,7 +301,7 @@ class Session:
             try:
                 message = item.message
                 if isinstance(message, CheckpointBundle):
-                    message = await _ready(bus, message)
+                    message = await _with_blobs(bus, message, item.request_id)
                 await bus.publish(
                     item.stream,
                     message,
@@ -290,13 +317,18 @@ class Session:
                 if not await bus.when_available(stop=closing):
                     self.missed += 1
                     return
+            except ContractError as error:
+                self.missed += 1
+                _log.error("not publishable", stream=item.stream.name, reason=str(error))
+                return
 
     async def _listen(self, bus: Bus, stream: Stream, last: str, closing: asyncio.Event) -> None:
         while True:
             try:
                 last, deliveries = await bus.follow(stream, last_id=last, block_seconds=1.0)
             except BusUnavailable:
-                await bus.when_available(stop=closing)
+                if not await bus.when_available(stop=closing):
+                    return
                 continue
             for delivery in deliveries:
                 self._take(delivery)
@@ -324,14 +356,43 @@ class Session:
             self._arrived.set()
 
 
-async def _ready(bus: Bus, bundle: CheckpointBundle) -> CheckpointReady:
-    """Put the blobs and return the event that points at them."""
-    gates = bundle.gates_blob()
-    return CheckpointReady(
-        metadata=bundle.metadata,
-        architecture=bundle.architecture,
-        statistics=await bus.blobs.put(bundle.statistics_blob()),
-        gates=await bus.blobs.put(gates) if gates is not None else None,
-        levels=bundle.levels,
+def _sending(stream: Stream) -> AbstractContextManager[Span]:
+    """The span under which a message is queued: what consumers see as its creation."""
+    return span(
+        f"send {stream.name}",
+        kind=SpanKind.PRODUCER,
+        attributes={
+            "messaging.system": "redis",
+            "messaging.operation.type": "send",
+            "messaging.destination.name": stream.name,
+        },
+    )
+
+
+async def _with_blobs(
+    bus: Bus, bundle: CheckpointBundle, request_id: str
+) -> CheckpointReady | StructuralAnalysisRequest:
+    """Put the blobs and return the event or request that points at them."""
+    statistics, gates = await bus.blobs.put(bundle.statistics_blob()), bundle.gates_blob()
+    gates_ref = await bus.blobs.put(gates) if gates is not None else None
+    metadata = bundle.metadata
+    if not request_id:
+        return CheckpointReady(
+            metadata=metadata,
+            architecture=bundle.architecture,
+            statistics=statistics,
+            gates=gates_ref,
+            levels=bundle.levels,
+            parameters=bundle.parameters,
+        )
+    return StructuralAnalysisRequest(
+        request_id=request_id,
+        idempotency_key=str(RequestKey(metadata.epoch, metadata.model_hash, request_id)),
+        current_architecture=bundle.architecture,
         parameters=bundle.parameters,
+        requirements=bundle.requirements,
+        metadata=metadata,
+        statistics=statistics,
+        gates=gates_ref,
+        levels=bundle.levels,
     )
