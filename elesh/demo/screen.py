@@ -84,13 +84,14 @@ class Screen:
         if outcome.result == "rejected":
             return
         units = sum(map(len, decision.units.values()))
+        plural = "1 channel" if units == 1 else f"{units} channels"
         drop = ""
         if outcome.accuracy_before is not None and outcome.accuracy_masked is not None:
             before, masked = outcome.accuracy_before, outcome.accuracy_masked
             drop = f", validation accuracy {before:.2%} to {masked:.2%}"
         colour = _COLOURS[outcome.result]
         self._console.print(
-            f"  [{colour}]{outcome.result:11}[/] epoch {decision.epoch}: {units} channels of "
+            f"  [{colour}]{outcome.result:11}[/] epoch {decision.epoch}: {plural} of "
             f"{', '.join(decision.units)}{drop}"
             + (f" ({outcome.detail})" if outcome.detail else ""),
             highlight=False,

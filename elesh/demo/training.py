@@ -137,7 +137,7 @@ class Training:
             loss = functional.cross_entropy(self.model(train.images[rows]), train.labels[rows])
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
-            total += float(loss) * len(rows)
+            total += float(loss.detach()) * len(rows)
         self.scheduler.step()
         return total / len(train)
 
