@@ -38,7 +38,9 @@ _CONNECT_TIMEOUT = 5.0
 _HEALTH_CHECK = 15
 _LONGEST_PAUSE = 10.0
 # States of a server that pass: no disk, no quorum, no master, loading, resharding.
-_PASSING = ("MISCONF", "NOREPLICAS", "MASTERDOWN", "LOADING", "CLUSTERDOWN", "TRYAGAIN", "BUSY ")
+_PASSING = (
+    "MISCONF", "NOREPLICAS", "MASTERDOWN", "LOADING", "CLUSTERDOWN", "TRYAGAIN", "BUSY ", "DENIED",
+)  # fmt: skip
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 

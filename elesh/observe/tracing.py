@@ -9,6 +9,7 @@ are linked to it instead.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -40,6 +41,8 @@ def setup_tracing(service: str, instance: str) -> bool:
         return True
     name = os.environ.get("OTEL_SERVICE_NAME") or service
     resource = Resource.create({"service.name": name, "service.instance.id": instance})
+    # The exporter would complain at every retry; what is lost is said once a batch, as an error.
+    logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)
     provider = TracerProvider(resource=resource)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     trace.set_tracer_provider(provider)
