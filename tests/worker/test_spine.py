@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 
 from station import Station, checkpoint
 
@@ -79,14 +80,16 @@ def test_a_lease_outlives_an_analysis_many_times_as_long(station: Station) -> No
     holder = next(w for w in station.workers if w.name == fetched.worker_id)
     other = next(w for w in station.workers if w is not holder)
     other.child.resume()
-    # A second checkpoint through the other worker takes longer than the lease of the first:
-    # had the first been up for grabs, the other would have taken it, since leases go first.
-    for number in range(2, 12):
+    # The other worker goes on for eight leases: had the first entry been up for grabs, it would
+    # have taken it, since expired leases go first.
+    begun, number = time.monotonic(), 1
+    while time.monotonic() < begun + 8 * 0.5:
+        number += 1
         station.publish(checkpoint(number=number))
-    station.wait_decisions(10)
+        station.wait_decisions(number - 1)
     holder.child.resume()
-    station.wait_decisions(11)
-    assert len(station.telemetry("fetched")) == 11
+    station.wait_decisions(number)
+    assert len(station.telemetry("fetched")) == number
     assert not station.telemetry("lost")
 
 
