@@ -131,13 +131,12 @@ def analyze(
     from elesh import analyze as decide
     from elesh.explanation import print_decision
 
-    decision = decide(
-        CheckpointBundle.load(folder), settings=Settings.load(settings), threads=threads
-    )
+    bundle = CheckpointBundle.load(folder)
+    decision = decide(bundle, settings=Settings.load(settings), threads=threads)
     if as_json:
         console.print_json(decision.model_dump_json())
     else:
-        print_decision(console, decision)
+        print_decision(console, decision, bundle)
 
 
 @app.command()
@@ -203,14 +202,22 @@ def breaker_show(redis: RedisOption = "", settings: SettingsOption = None) -> No
 
 @breaker.command("reset")
 def breaker_reset(
-    run: Annotated[str, typer.Argument(help="The run.")],
+    run: Annotated[str, typer.Argument(help="The run; without one, every breaker.")] = "",
     level: Annotated[Level, typer.Argument(help="The level.")] = Level.CHANNEL,
     redis: RedisOption = "",
     settings: SettingsOption = None,
 ) -> None:
-    """Close a breaker and forget its failures."""
-    _on_bus(redis, settings, lambda bus, _: bus.breakers.reset(run, level))
-    console.print(f"breaker of {run} at level {level.value}: closed")
+    """Close breakers and forget their failures."""
+
+    async def reset(bus: Bus, _: Settings) -> list[tuple[str, Level]]:
+        known = [(view.run_id, view.level) for view in await bus.breakers.show()]
+        chosen = [(run, level)] if run else known
+        for each in chosen:
+            await bus.breakers.reset(*each)
+        return chosen
+
+    for name, which in _on_bus(redis, settings, reset):
+        console.print(f"breaker of {name} at level {which.value}: closed")
 
 
 @breaker.command("trip")
@@ -267,7 +274,10 @@ def main() -> None:
     """Run the command line; expected errors are one line on standard error and exit code 1."""
     try:
         app()
-    except (SettingsError, ContractError, BusUnavailable, FileNotFoundError) as error:
+    except FileNotFoundError as error:
+        complaints.print(f"[red]error:[/] {error.filename}: there is no such file", soft_wrap=True)
+        raise SystemExit(1) from None
+    except (SettingsError, ContractError, BusUnavailable) as error:
         complaints.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
         raise SystemExit(1) from None
 

@@ -56,8 +56,11 @@ def print_decision(
 
 def _units(rows: Iterable[UnitExplanation]) -> Table:
     table = Table(title="Channels", title_justify="left")
-    numbers = {"channel", "original", "score"}
-    for name in ("group", "channel", "original", "verdict", "score", "reason"):
+    rows = list(rows)
+    numbers = {"channel", "original", "score", "alone"}
+    # What removing the channel alone does to the loss is known only with the bundle at hand.
+    alone = ["alone"] if any(row.single_removal is not None for row in rows) else []
+    for name in ("group", "channel", "original", "verdict", "score", *alone, "reason"):
         table.add_column(name, justify="right" if name in numbers else "left")
     for row in rows:
         table.add_row(
@@ -66,6 +69,7 @@ def _units(rows: Iterable[UnitExplanation]) -> Table:
             "" if row.original is None else str(row.original),
             f"[red]{row.verdict}[/]" if row.verdict == "removed" else row.verdict,
             f"{row.score:.4g}",
+            *([f"{row.single_removal or 0.0:+.3g}"] if alone else []),
             escape(row.reason),
         )
     return table

@@ -126,6 +126,11 @@ def _train(demo: Demo, settings: Settings, url: str, console: Console) -> int:
     console.print(
         f"run {run_id}: {epochs} epochs in {time.monotonic() - begun:.0f} s", highlight=False
     )
+    console.print(
+        f"look closer: elesh replay --run {run_id}, elesh explain KEY",
+        highlight=False,
+        soft_wrap=True,
+    )
     if demo.json_file is not None:
         figures = report_figures(report, training)
         demo.json_file.write_text(json.dumps(figures, indent=1) + "\n")
