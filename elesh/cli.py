@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 from collections.abc import Awaitable, Callable
@@ -15,8 +16,9 @@ from rich.markup import escape
 
 from elesh.bus import Bus, BusUnavailable, server_url
 from elesh.observe import setup_logging, setup_tracing, shutdown_tracing
-from elesh.settings import Settings, SettingsError
+from elesh.settings import Settings, SettingsError, workers_needed
 from leyline import ContractError, Level
+from leyline.streams import STREAMS
 
 __all__ = ["app", "main"]
 
@@ -28,8 +30,10 @@ app = typer.Typer(
 )
 breaker = typer.Typer(no_args_is_help=True, help="Circuit breakers, one a run and level.")
 dead = typer.Typer(no_args_is_help=True, help="Messages that could not be served.")
+config = typer.Typer(no_args_is_help=True, help="Settings: what is in force, and what can be.")
 app.add_typer(breaker, name="breaker")
 app.add_typer(dead, name="dead")
+app.add_typer(config, name="config")
 
 T = TypeVar("T")
 console = Console(highlight=False)
@@ -243,7 +247,54 @@ def dead_list(redis: RedisOption = "", settings: SettingsOption = None) -> None:
 
 
 @app.command()
-def schema() -> None:
+def events(
+    stream: Annotated[str, typer.Option(help="Only this stream, by its short name.")] = "",
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until Ctrl-C.")] = False,
+    redis: RedisOption = "",
+    settings: SettingsOption = None,
+) -> None:
+    """Print what is in the streams, oldest first, one line an event."""
+    from elesh.explanation import event_lines
+
+    known = {each.name: each for each in STREAMS}
+    if stream and stream not in known:
+        _fail(f"--stream {stream}: expected one of {', '.join(known)}")
+    chosen = [known[stream]] if stream else list(STREAMS)
+
+    async def run(bus: Bus, _: Settings) -> None:
+        async for line in event_lines(bus, chosen, follow=follow):
+            console.print(line, soft_wrap=True)
+
+    with contextlib.suppress(KeyboardInterrupt):
+        _on_bus(redis, settings, run)
+
+
+@app.command()
+def plan(
+    parameters: Annotated[int, typer.Argument(min=1, help="Parameters of the network.")],
+    seconds: Annotated[float, typer.Option(help="The checkpoint window.")] = 300.0,
+    levels: Annotated[int, typer.Option(min=1, help="Levels of analysis.")] = 3,
+    rate: Annotated[int, typer.Option(min=1, help="Parameters a second a worker.")] = 500_000,
+) -> None:
+    """Say how many workers a network needs: W >= ceil(P / (R * T * L))."""
+    console.print(f"{workers_needed(parameters, rate, seconds, levels)} workers")
+
+
+@config.command("show")
+def config_show(settings: SettingsOption = None) -> None:
+    """Print every setting in force: file, environment and defaults together."""
+    console.print_json(Settings.load(settings).model_dump_json())
+
+
+@config.command("check")
+def config_check(file: Annotated[Path, typer.Argument(help="A settings file.")]) -> None:
+    """Say whether a settings file can be used; every complaint names line and key."""
+    Settings.load(file)
+    console.print(f"{file}: ok", soft_wrap=True)
+
+
+@config.command("schema")
+def config_schema() -> None:
     """Print the JSON Schema of the settings."""
     console.print_json(json.dumps(Settings.model_json_schema()))
 

@@ -8,6 +8,7 @@ key. Order of precedence: arguments, environment (``ELESH_...``, nested by ``__`
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -27,7 +28,7 @@ from leyline.decisions import Phase
 
 from ._settings_file import SettingsError, explain, read_block
 
-__all__ = ["Settings", "SettingsError"]
+__all__ = ["Settings", "SettingsError", "workers_needed"]
 
 _S = TypeVar("_S", bound=BaseModel)
 
@@ -283,3 +284,15 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(old, dict) and isinstance(value, dict)
         merged[key] = _merged(old, value) if both else value  # type: ignore[arg-type]
     return merged
+
+
+def workers_needed(parameters: int, rate: int, seconds: float, levels: int) -> int:
+    """The design document's scaling formula: W >= ceil(P / (R * T * L)), at least one.
+
+    Args:
+        parameters: P, of the network.
+        rate: R, parameters that a worker analyses in a second.
+        seconds: T, the checkpoint window.
+        levels: L, levels of analysis.
+    """
+    return max(1, math.ceil(parameters / (rate * seconds * levels)))

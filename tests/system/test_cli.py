@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from station import checkpoint
+from redis import Redis
+from station import Station, checkpoint
 from test_demo import elesh
 
 from elesh import analyze
+from leyline.streams import CHECKPOINTS
 
 
 def test_analyze_of_a_saved_checkpoint_prints_the_library_s_decision(tmp_path: Path) -> None:
@@ -52,3 +54,34 @@ def test_breakers_are_tripped_shown_and_reset_by_hand(redis_url: str, partition:
     assert "run-b" in run("show")
     run("reset")
     assert "run-b" not in run("show")
+
+
+def test_the_design_document_s_settings_pass_the_check_and_wrong_ones_name_line_and_key(
+    tmp_path: Path,
+) -> None:
+    design = Path(__file__).parents[1] / "data" / "design.yaml"
+    assert elesh("config", "check", str(design), environment={}).returncode == 0
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("elesh:\n  structured_pruning:\n    safety_schedule:\n      epochs: 3\n")
+    done = elesh("config", "check", str(wrong), environment={})
+    assert done.returncode == 1
+    assert f"{wrong}:4: structured_pruning.safety_schedule.epochs: unknown key" in done.stderr
+
+
+def test_the_plan_is_the_document_s_formula() -> None:
+    assert elesh("plan", "1000000000", environment={}).stdout == "3 workers\n"
+    done = elesh("plan", "1000000000", "--levels", "1", "--seconds", "120", environment={})
+    assert done.stdout == "17 workers\n"
+
+
+def test_events_are_told_in_order_and_unreadable_ones_are_said_to_be(station: Station) -> None:
+    station.publish(checkpoint(epoch=41), checkpoint(epoch=42))
+    with Redis.from_url(station.url) as redis:
+        redis.xadd(CHECKPOINTS.key(station.partition), {"envelope": b"nonsense"})
+    settings = station.settings_file()
+    done = elesh(
+        "events", "--stream", "checkpoints", "--settings", str(settings),
+        environment={"ELESH_REDIS_URL": station.url},
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    assert ["epoch=41" in lines[0], "epoch=42" in lines[1], "unreadable" in lines[2]] == [True] * 3
