@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +31,7 @@ from .gates import Axis, GateMeter, axis_of
 from .groups import find_architecture
 from .layers import named_tensors, require_fit
 from .losses import Loss, Sampler, class_axis, cross_entropy, directions, sampled_labels, total
+from .redistribute import MomentMeter, Moments, consumer_axes
 from .tally import CORRELATED_SAMPLES, AxisTally, GroupTally, magnitudes
 
 
@@ -142,6 +145,48 @@ class Recorder:
         channels, gates = measurement.statistics(self._model)
         return CheckpointBundle(metadata, architecture, channels, gates)
 
+    def moments(
+        self,
+        batches: Iterable[tuple[Inputs, Any]],
+        groups: Collection[str],
+        *,
+        max_samples: int | None = None,
+    ) -> Moments:
+        """Moments of the inputs of the consumers of ``groups``, for ``Surgeon.cut``.
+
+        One forward pass a batch, nothing masked. A consumer of C channels takes C x C doubles, so
+        name only the groups that are cut.
+
+        Raises:
+            InvalidField: if a group is not there, or no sample reaches one of its consumers.
+            ShapeMismatch: if the network is not what the architecture says.
+        """
+        require_fit(self._model, self._architecture)
+        for name in groups:
+            if name not in self._architecture.group:
+                raise InvalidField("groups", f"some of {sorted(self._architecture.group)}", name)
+        meter = MomentMeter(self._model, consumer_axes(self._architecture, groups))
+        with undisturbed(self._model, self._seed), torch.no_grad(), meter:
+            for inputs, _ in self._limited(batches, max_samples):
+                call(self._model, inputs)
+        return meter.moments(self._architecture.model_hash)
+
+    def project(
+        self, batches: Iterable[tuple[Inputs, Any]], *, max_samples: int | None = None
+    ) -> npt.NDArray[np.float64]:
+        """[N]: the outputs along the random directions that :meth:`measure` takes them.
+
+        The difference between now and before earlier cuts, from the same batches and seed, is
+        what those cuts have moved: r in ``cost = mean(G_i^2) - 2 mean(r G_i)``.
+        """
+        generator, rows = torch.Generator().manual_seed(self._seed), []
+        with undisturbed(self._model, self._seed), torch.no_grad():
+            for inputs, labels in self._limited(batches, max_samples):
+                values = main_output(call(self._model, inputs)).float()
+                drawn = directions(values, generator, self._class_axis(values, labels))
+                rows.append((drawn * values).flatten(1).sum(1).double().cpu())
+        return torch.cat(rows).numpy() if rows else np.zeros(0)
+
     def _limited(
         self, batches: Iterable[tuple[Inputs, Any]], limit: int | None
     ) -> Iterator[tuple[Inputs, Any]]:
@@ -162,17 +207,27 @@ class Recorder:
             yield map_tensors(taken, inputs), map_tensors(taken, labels)
 
     def _run(self, measurement: _Measurement, batches: Iterable[tuple[Inputs, Any]]) -> None:
-        generator = torch.Generator().manual_seed(self._seed)
+        # Two streams, so that the directions are those of ``project`` whatever labels are drawn.
+        generators = tuple(torch.Generator().manual_seed(self._seed + i * 2**32) for i in (0, 1))
         with GateMeter(self._model, measurement.axes, measurement.watch) as meter:
             for inputs, labels in batches:
                 samples = batch_size(inputs)
                 meter.expect(samples)
                 measurement.expect(samples)
                 output = call(self._model, inputs)
-                measurement.add(*self._passes(meter, output, labels, generator, samples), samples)
+                sums = self._passes(meter, output, labels, generators, samples)
+                measurement.add(*sums, samples)
+
+    def _class_axis(self, values: Tensor, labels: Any) -> int | None:
+        return class_axis(values, labels) if self._centred else None
 
     def _passes(
-        self, meter: GateMeter, output: Any, labels: Any, generator: torch.Generator, samples: int
+        self,
+        meter: GateMeter,
+        output: Any,
+        labels: Any,
+        generators: tuple[torch.Generator, ...],
+        samples: int,
     ) -> tuple[Any, Any, Any, Any]:
         """The three backward passes of a batch."""
         values = main_output(output).float()
@@ -183,8 +238,8 @@ class Recorder:
                 "NaN or infinity",
                 hint=_where_not_finite(self._model),
             )
-        axis = class_axis(values, labels) if self._centred else None
-        projected = (directions(values.detach(), generator, axis) * values).sum()
+        axis, (for_directions, for_labels) = self._class_axis(values, labels), generators
+        projected = (directions(values.detach(), for_directions, axis) * values).sum()
         projections, _ = meter.backward(projected)
         true, sizes = meter.backward(total(self._loss(output, labels), samples), absolute=True)
         if not self._samples_labels:
@@ -192,7 +247,7 @@ class Recorder:
         elif self._sampler is not None:
             drawn = self._sampler(output)
         else:
-            drawn = sampled_labels(output, labels, generator)
+            drawn = sampled_labels(output, labels, for_labels)
         sampled, _ = meter.backward(total(self._loss(output, drawn), samples), keep=False)
         return projections, true, sizes, sampled
 
