@@ -39,19 +39,17 @@ class Method:
 
 
 class Ours:
-    """Output projections; in rounds with what has been moved since the network was whole."""
+    """Output projections; in rounds with r, what has been moved since the network was whole."""
 
-    def __init__(self, subject: Subject, settings: ChannelAnalysis) -> None:
-        self._settings = settings
+    def __init__(self, subject: Subject, settings: ChannelAnalysis, *, carry: bool = True) -> None:
+        self._settings, self._carry = settings, carry
         self._whole = subject.tools()[0].project(subject.calibration)
 
     def __call__(self, subject: Subject, count: int) -> Units:
         recorder, _ = subject.tools()
         bundle = recorder.measure(subject.calibration, epoch=1)
-        moved = recorder.project(subject.calibration) - self._whole
-        return select_channels(
-            bundle, count, settings=self._settings, moved=moved if moved.any() else None
-        )
+        moved = recorder.project(subject.calibration) - self._whole if self._carry else None
+        return select_channels(bundle, count, settings=self._settings, moved=moved)
 
 
 def multi_metric(settings: ChannelAnalysis) -> Choose:
@@ -67,12 +65,14 @@ def multi_metric(settings: ChannelAnalysis) -> Choose:
 def methods(subject: Subject, minimum: int) -> dict[str, Method]:
     """All rows of the table."""
     settings = ChannelAnalysis(min_channels_per_layer=minimum)
-    ours = Ours(subject, settings)
+    ours, afresh = Ours(subject, settings), Ours(subject, settings, carry=False)
     rows = {
         "ours": Method(ours),
         "ours + redistribution": Method(ours, redistribute=True),
         "ours, in rounds": Method(ours, rounds=True),
         "ours, in rounds + redistribution": Method(ours, rounds=True, redistribute=True),
+        "ours, in rounds, r = 0": Method(afresh, rounds=True),
+        "ours, in rounds, r = 0 + redistribution": Method(afresh, rounds=True, redistribute=True),
         "multi-metric mix": Method(multi_metric(settings)),
     }
 
