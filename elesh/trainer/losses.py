@@ -51,9 +51,12 @@ def sampled_labels(output: Any, labels: Any, generator: torch.Generator) -> Tens
 
 
 def has_margins(logits: Tensor, labels: Any) -> bool:
-    """Whether every sample has one label among at least two classes, so that it has one margin."""
+    """Whether every sample has one label among at least two classes, so that it has one margin.
+
+    Negative labels are those that the cross-entropy ignores.
+    """
     single = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.ndim == 1
-    return single and logits.ndim == 2 and logits.shape[1] > 1
+    return single and logits.ndim == 2 and logits.shape[1] > 1 and bool((labels >= 0).all())
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:

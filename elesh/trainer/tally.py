@@ -70,11 +70,13 @@ class GroupTally:
     first: Doubles = field(init=False)
     second: Doubles = field(init=False)
     taylor: dict[Axis, Doubles] = field(default_factory=dict)
-    rise: Doubles | None = None
+    rise: Doubles = field(init=False)
+    rated: int = 0
+    """Samples that ``rise`` is a sum over."""
     gram: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self.first, self.second = np.zeros(self.group.size), np.zeros(self.group.size)
+        self.first, self.second, self.rise = np.zeros((3, self.group.size))
 
     def gate(self, sums: Sums, samples: int) -> Doubles:
         """``[N, C]``: the gate gradients of the units, summed over their sites."""
@@ -115,7 +117,8 @@ class GroupTally:
         self.first += (wrong * move).sum(0)
         self.second += (wrong * (1 - wrong) * move**2 + wrong * variance).sum(0)
         rise = np.logaddexp(0, m - move) - np.logaddexp(0, m) + expit(m - move) * variance / 2
-        self.rise = rise.sum(0) if self.rise is None else self.rise + rise.sum(0)
+        self.rise += rise.sum(0)
+        self.rated += samples
         self._add_sizes(sizes)
 
     def _add_sizes(self, sizes: Sums) -> None:
@@ -140,7 +143,7 @@ class GroupTally:
             projections=np.concatenate(self.projections),
             first_order=_single(self.first / samples),
             second_order=_single(self.second / samples),
-            removal_rise=None if self.rise is None else _single(self.rise / samples),
+            removal_rise=_single(self.rise / samples) if self.rated == samples else None,
         )
 
     def channels(self, axes: Mapping[Axis, AxisTally], magnitude: Doubles) -> ChannelImportanceData:

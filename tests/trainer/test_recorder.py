@@ -195,6 +195,15 @@ def test_only_single_labels_and_the_default_loss_have_a_predicted_rise() -> None
     assert all(gate.removal_rise is not None for gate in measured(build("Vgg")).gates.values())
 
 
+def test_labels_that_the_loss_ignores_leave_the_second_order() -> None:
+    data = batches(2)
+    data[0][1][:3] = -100
+    recorder = Recorder(build("Vgg"), example())
+    mixed, plain = recorder.measure(data, epoch=1), recorder.measure(data[1:], epoch=1)
+    assert all(gate.removal_rise is None for gate in mixed.gates.values())
+    assert all(gate.removal_rise is not None for gate in plain.gates.values())
+
+
 def test_projected_outputs_move_by_minus_the_columns_of_what_is_cut() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(768, 6), nn.ReLU(), nn.Linear(6, 5)).eval()
     recorder = Recorder(model, example(), seed=5)
