@@ -93,15 +93,21 @@ class GateStatistics(_ArrayMessage):
     second_order: Array
     """[C]: mean over samples of the squared gate gradient of the loss with labels sampled from
     the model's own predictions (the Fisher diagonal of the gates)."""
+    removal_rise: Array | None = None
+    """[C]: mean over samples of the rise of the true-label loss in nats that is predicted for the
+    removal of this unit alone, where the trainer can tell better than to second order."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.projections.ndim != 2:
             raise ShapeMismatch(f"{self.layer_name}/projections", "[N, C]", self.projections.shape)
         count = self.projections.shape[1]
-        for field in ("first_order", "second_order"):
+        rows = ["first_order", "second_order"]
+        if self.removal_rise is not None:
+            rows.append("removal_rise")
+        for field in rows:
             _require_shape(f"{self.layer_name}/{field}", getattr(self, field), (count,))
-        for field in ("projections", "first_order", "second_order"):
+        for field in ("projections", *rows):
             require_finite(f"{self.layer_name}/{field}", getattr(self, field))
         return self
 

@@ -1,5 +1,6 @@
 """What can be removed, and in which order: pure numerics from a checkpoint to a decision."""
 
+from .budget import select_channels
 from .decide import analyze
 from .explain import Explanation, UnitExplanation, explain
 from .schedule import Allowance, allowance, curve, phase_at
@@ -25,5 +26,6 @@ __all__ = [
     "element_keys",
     "explain",
     "phase_at",
+    "select_channels",
     "stage_at",
 ]

@@ -72,11 +72,13 @@ class Candidates:
 
     def by_group(self, units: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """Places in the row as rising unit numbers by group, groups that lose nothing left out."""
-        found: dict[str, list[int]] = {}
-        for place in sorted(units):
-            group = int(self.group_of[place])
-            found.setdefault(self.names[group], []).append(place - int(self.starts[group]))
-        return {name: tuple(numbers) for name, numbers in found.items()}
+        places = np.sort(np.asarray(units, dtype=np.int64))
+        parts = np.split(places, np.searchsorted(places, self.starts[1:-1]))
+        return {
+            name: tuple((part - start).tolist())
+            for name, part, start in zip(self.names, parts, self.starts[:-1], strict=True)
+            if len(part)
+        }
 
 
 def multiple_of(group: PruningGroup, round_to: int) -> int:

@@ -33,7 +33,14 @@ from .redundancy import Pair, redundant_pairs
 from .scores import magnitude, multi_metric, weights_at
 from .selection import Selection, select
 
-__all__ = ["ChannelPlan", "Eligible", "choose_scorer", "eligible_groups", "plan_channels"]
+__all__ = [
+    "ChannelPlan",
+    "Eligible",
+    "Ranking",
+    "choose_scorer",
+    "eligible_groups",
+    "plan_channels",
+]
 
 Scorer = Literal["output_projection", "multi_metric", "magnitude"]
 Reason = Literal["representative", "rounding", "redundancy_cost", "minimum", "quota"]
@@ -138,6 +145,56 @@ def _why_not(
     return "" if group.name in bundle.channels else "no channel statistics"
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """The candidates of some groups with everything that a selection looks at."""
+
+    candidates: Candidates
+    scorer: Scorer
+    projections: Projections | None
+    scores: Doubles
+    redundant: tuple[Pair, ...]
+    threads: int
+
+    @classmethod
+    def of(
+        cls,
+        bundle: CheckpointBundle,
+        settings: ChannelAnalysis,
+        groups: Sequence[PruningGroup],
+        scorer: Scorer,
+        phase: Phase,
+        *,
+        round_to: int = 1,
+        threads: int = 1,
+    ) -> Ranking:
+        """The ranking of ``groups``, of which there is at least one."""
+        candidates = Candidates.of(groups, settings.min_channels_per_layer, round_to)
+        projections = _projections(bundle, candidates)
+        scores = _scores(bundle, candidates, scorer, settings, phase, projections)
+        redundant = _redundant(bundle, candidates, scores, settings.redundancy_threshold)
+        return cls(candidates, scorer, projections, scores, redundant, threads)
+
+    def choose(
+        self, quota: int, columns: Floats | None = None, moved: Doubles | None = None
+    ) -> Selection:
+        """Up to ``quota`` units.
+
+        Args:
+            columns: some samples of the projections; all of them if not given.
+            moved: r at the start, in the order and scale of the columns.
+        """
+        if columns is None and self.projections is not None:
+            columns = self.projections.columns
+
+        def make_order() -> Order:
+            if columns is None or self.scorer != "output_projection":
+                return StaticOrder(self.candidates, self.scores)
+            return JointOrder(self.candidates, columns, moved=moved, threads=self.threads)
+
+        return select(make_order, quota, self.redundant)
+
+
 def plan_channels(
     bundle: CheckpointBundle,
     settings: ChannelAnalysis,
@@ -152,27 +209,19 @@ def plan_channels(
     """Choose up to ``quota`` channels of ``groups`` and predict what removing them does."""
     if not groups or not quota:
         return ChannelPlan()
-    candidates = Candidates.of(groups, settings.min_channels_per_layer, round_to)
-    projections = _projections(bundle, candidates)
-    scores = _scores(bundle, candidates, scorer, settings, phase, projections)
-    redundant = _redundant(bundle, candidates, scores, settings.redundancy_threshold)
-
-    def chosen(columns: Floats | None) -> Selection:
-        def make_order() -> Order:
-            if columns is None or scorer != "output_projection":
-                return StaticOrder(candidates, scores)
-            return JointOrder(candidates, columns, threads=threads)
-
-        return select(make_order, quota, redundant)
-
-    selection = chosen(None if projections is None else projections.columns)
+    ranking = Ranking.of(
+        bundle, settings, groups, scorer, phase, round_to=round_to, threads=threads
+    )
+    candidates, projections = ranking.candidates, ranking.projections
+    selection = ranking.choose(quota)
     scale = projections.unit**2 if projections and scorer == "output_projection" else 1.0
     targets = _targets(groups, candidates, selection, scale, settings.redundancy_threshold)
     if projections is None or not selection.units:
         return ChannelPlan(targets)
 
     def choose(columns: Floats) -> Sequence[int]:
-        return chosen(columns).units if scorer == "output_projection" else selection.units
+        joint = scorer == "output_projection"
+        return ranking.choose(quota, columns).units if joint else selection.units
 
     prediction = predict(projections, candidates, len(selection.units), choose)
     return ChannelPlan(targets, prediction, output_energy(bundle.gates.values()))

@@ -53,6 +53,10 @@ class Projections:
             columns[candidates.span(group)] = (part[order] / np.float64(unit)).T
         return cls(columns, unit)
 
+    def moved(self, row: Doubles) -> Doubles:
+        """``row``, one value a sample in the order of the calibration, like the columns."""
+        return np.concatenate([row[0::2], row[1::2]]) / self.unit
+
     @property
     def halves(self) -> tuple[Floats, Floats]:
         """Views on the even and the odd samples."""

@@ -92,11 +92,14 @@ def magnitude(groups: Sequence[ChannelImportanceData]) -> Doubles:
 
 
 def single_removal(gate: GateStatistics) -> Doubles:
-    """[C]: the second-order prediction of the loss's rise when one unit alone is removed, in nats.
+    """[C]: the predicted rise of the loss when one unit alone is removed, in nats.
 
-    A gate goes from 1 to 0, so the rise is ``-g + h/2``: the gate gradient enters with a minus
-    (ARCHITECTURE, "What we rank by"). For explanations of single units, not for choosing sets.
+    What the trainer predicted, where it did; else to second order: a gate goes from 1 to 0, so the
+    rise is ``-g + h/2``, the gate gradient enters with a minus (ARCHITECTURE, "What we rank by").
+    For explanations of single units, not for choosing sets.
     """
+    if gate.removal_rise is not None:
+        return np.asarray(gate.removal_rise, dtype=np.float64)
     first = np.asarray(gate.first_order, dtype=np.float64)
     return np.asarray(-first + 0.5 * np.asarray(gate.second_order, dtype=np.float64))
 

@@ -10,6 +10,7 @@ from elesh.observe import span
 from elesh.settings import RollbackTriggers
 from leyline import Level, PrunedArchitecture, PruningOutcome, StructuralPruningDecision
 
+from .redistribute import Moments
 from .surgeon import Surgeon
 
 __all__ = ["Evaluation", "apply_decision"]
@@ -31,12 +32,18 @@ def apply_decision(
     evaluate: Callable[[], Evaluation],
     *,
     triggers: RollbackTriggers | None = None,
+    redistribute: Callable[[], Moments] | None = None,
 ) -> PruningOutcome:
     """Mask what the decision names, evaluate, and cut only if accuracy holds.
 
     A decision that was not approved, or that speaks of another architecture than the present one
     (an earlier cut came between), changes nothing. A drop of accuracy beyond the level's trigger
     takes the mask off: the network is then bit for bit what it was.
+
+    Args:
+        redistribute: called just before the cut for the moments that the consumers are re-solved
+            with (``lambda: recorder.moments(batches, decision.units)``). The mask is evaluated
+            without, so what is accepted under it can only get better as far as the moments tell.
 
     Returns:
         The outcome, with accuracy and loss before and under the mask where they were measured.
@@ -62,7 +69,12 @@ def apply_decision(
         reason = f"{fell}, more than {limit:g}"
         return _outcome(decision, now, now, "rolled_back", reason, plain, masked)
     with span("cut"):
-        after = surgeon.cut(decision.units, epoch=decision.epoch, key=decision.idempotency_key)
+        after = surgeon.cut(
+            decision.units,
+            epoch=decision.epoch,
+            key=decision.idempotency_key,
+            redistribute=redistribute() if redistribute else None,
+        )
     return _outcome(decision, now, after, "applied", "", plain, masked)
 
 

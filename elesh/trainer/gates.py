@@ -60,7 +60,7 @@ class GateMeter:
         self._axes = list(axes)
         self._handles: list[RemovableHandle] = []
         self._batch = 0
-        self._absolute = False
+        self._weights: Tensor | None = None
         self._sums: dict[Axis, Tensor] = {}
         self._absolutes: dict[Axis, Tensor] = {}
         self._anchor = torch.zeros((), requires_grad=True)
@@ -82,12 +82,12 @@ class GateMeter:
         self._batch = batch
 
     def backward(
-        self, scalar: Tensor, *, absolute: bool = False, keep: bool = True
+        self, scalar: Tensor, *, absolute: Tensor | None = None, keep: bool = True
     ) -> tuple[dict[Axis, Tensor], dict[Axis, Tensor]]:
         """Gate gradients of a scalar that is a sum over samples.
 
         Args:
-            absolute: also sum up ``|activation * gradient|``.
+            absolute: also sum up ``|activation * gradient|``, with this weight [N] a sample.
             keep: keep the graph for another call.
 
         Returns:
@@ -95,7 +95,7 @@ class GateMeter:
             and, if asked for, ``[C]`` sums over samples and positions of its magnitude. Axes
             that the scalar does not depend on are missing.
         """
-        self._sums, self._absolutes, self._absolute = {}, {}, absolute
+        self._sums, self._absolutes, self._weights = {}, {}, absolute
         torch.autograd.grad(scalar, self._anchor, retain_graph=keep, allow_unused=True)
         return self._sums, self._absolutes
 
@@ -127,7 +127,9 @@ class GateMeter:
         # Where samples were folded into rows (windows, time steps), sample by sample again.
         sums = sums.reshape(self._batch, -1, x.shape[dim]).sum(1).cpu()
         self._sums[axis] = self._sums[axis] + sums if axis in self._sums else sums
-        if self._absolute:
-            sizes = product.abs_().sum([0, *rest]).cpu()
+        if self._weights is not None:
+            sizes = product.abs_().sum(rest) if rest else product.abs_()
+            weights = self._weights.repeat_interleave(len(sizes) // self._batch)
+            sizes = (weights.to(sizes) @ sizes).cpu()
             past = self._absolutes.get(axis)
             self._absolutes[axis] = sizes if past is None else past + sizes

@@ -50,6 +50,32 @@ def sampled_labels(output: Any, labels: Any, generator: torch.Generator) -> Tens
     return drawn.reshape(odds.shape[:-1]).to(logits.device)
 
 
+def has_margins(logits: Tensor, labels: Any) -> bool:
+    """Whether every sample has one label among at least two classes, so that it has one margin.
+
+    Negative labels are those that the cross-entropy ignores.
+    """
+    single = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.ndim == 1
+    return single and logits.ndim == 2 and logits.shape[1] > 1 and bool((labels >= 0).all())
+
+
+def margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """[N]: log of the odds against the label, so that the cross-entropy is ``softplus(margin)``."""
+    label = labels[:, None]
+    rivals = logits.scatter(1, label, -torch.inf)
+    return rivals.logsumexp(1) - logits.gather(1, label)[:, 0]
+
+
+def rival_directions(logits: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    """[N, K] Gaussian, with the covariance of one-hot draws from the softmax of the wrong classes.
+
+    What the outputs move along it has, squared, the mean of the second derivative of the margin.
+    """
+    odds = logits.detach().double().scatter(1, labels[:, None], -torch.inf).softmax(1).cpu()
+    drawn = torch.randn(odds.shape, generator=generator) * odds.sqrt()
+    return (drawn - odds * drawn.sum(1, keepdim=True)).to(logits)
+
+
 def directions(values: Tensor, generator: torch.Generator, centred: int | None = None) -> Tensor:
     """One Gaussian direction for each sample in the space of the outputs, ``values``' shape.
 

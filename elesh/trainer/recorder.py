@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -28,8 +30,20 @@ from .calling import Inputs, batch_size, call, device_of, main_output, map_tenso
 from .gates import Axis, GateMeter, axis_of
 from .groups import find_architecture
 from .layers import named_tensors, require_fit
-from .losses import Loss, Sampler, class_axis, cross_entropy, directions, sampled_labels, total
-from .tally import CORRELATED_SAMPLES, AxisTally, GroupTally, magnitudes
+from .losses import (
+    Loss,
+    Sampler,
+    class_axis,
+    cross_entropy,
+    directions,
+    has_margins,
+    margins,
+    rival_directions,
+    sampled_labels,
+    total,
+)
+from .redistribute import MomentMeter, Moments, consumer_axes
+from .tally import CORRELATED_SAMPLES, AxisTally, GroupTally, Sums, magnitudes
 
 
 class Recorder:
@@ -38,6 +52,9 @@ class Recorder:
     One forward and three backward passes a batch, none of them for weights: along a random
     direction of the outputs (projections), of the loss with the true labels (first order and
     Taylor), and of the loss with labels drawn from the model's own predictions (second order).
+    Where the loss is the default one and a sample has one label, the last two are of the label's
+    margin and of a random direction among its rivals: all the same statistics follow from them,
+    and what a single removal does to the loss beyond second order, too.
     Statistics are taken in evaluation mode (normalisations frozen), so samples do not see each
     other. The first dimension of activations must count samples (or rows that each belong to
     one sample, in the order of the samples).
@@ -142,6 +159,48 @@ class Recorder:
         channels, gates = measurement.statistics(self._model)
         return CheckpointBundle(metadata, architecture, channels, gates)
 
+    def moments(
+        self,
+        batches: Iterable[tuple[Inputs, Any]],
+        groups: Collection[str],
+        *,
+        max_samples: int | None = None,
+    ) -> Moments:
+        """Moments of the inputs of the consumers of ``groups``, for ``Surgeon.cut``.
+
+        One forward pass a batch, nothing masked. A consumer of C channels takes C x C doubles, so
+        name only the groups that are cut.
+
+        Raises:
+            InvalidField: if a group is not there, or no sample reaches one of its consumers.
+            ShapeMismatch: if the network is not what the architecture says.
+        """
+        require_fit(self._model, self._architecture)
+        for name in groups:
+            if name not in self._architecture.group:
+                raise InvalidField("groups", f"some of {sorted(self._architecture.group)}", name)
+        meter = MomentMeter(self._model, consumer_axes(self._architecture, groups))
+        with undisturbed(self._model, self._seed), torch.no_grad(), meter:
+            for inputs, _ in self._limited(batches, max_samples):
+                call(self._model, inputs)
+        return meter.moments(self._architecture.model_hash)
+
+    def project(
+        self, batches: Iterable[tuple[Inputs, Any]], *, max_samples: int | None = None
+    ) -> npt.NDArray[np.float64]:
+        """[N]: the outputs along the random directions that :meth:`measure` takes them.
+
+        The difference between now and before earlier cuts, from the same batches and seed, is
+        what those cuts have moved: r in ``cost = mean(G_i^2) - 2 mean(r G_i)``.
+        """
+        generator, rows = torch.Generator().manual_seed(self._seed), []
+        with undisturbed(self._model, self._seed), torch.no_grad():
+            for inputs, labels in self._limited(batches, max_samples):
+                values = main_output(call(self._model, inputs)).float()
+                drawn = directions(values, generator, self._class_axis(values, labels))
+                rows.append((drawn * values).flatten(1).sum(1).double().cpu())
+        return torch.cat(rows).numpy() if rows else np.zeros(0)
+
     def _limited(
         self, batches: Iterable[tuple[Inputs, Any]], limit: int | None
     ) -> Iterator[tuple[Inputs, Any]]:
@@ -162,20 +221,29 @@ class Recorder:
             yield map_tensors(taken, inputs), map_tensors(taken, labels)
 
     def _run(self, measurement: _Measurement, batches: Iterable[tuple[Inputs, Any]]) -> None:
-        generator = torch.Generator().manual_seed(self._seed)
+        # Two streams, so that the directions are those of ``project`` whatever labels are drawn.
+        generators = tuple(torch.Generator().manual_seed(self._seed + i * 2**32) for i in (0, 1))
         with GateMeter(self._model, measurement.axes, measurement.watch) as meter:
             for inputs, labels in batches:
                 samples = batch_size(inputs)
                 meter.expect(samples)
                 measurement.expect(samples)
                 output = call(self._model, inputs)
-                measurement.add(*self._passes(meter, output, labels, generator, samples), samples)
+                self._passes(meter, measurement, output, labels, generators)
+
+    def _class_axis(self, values: Tensor, labels: Any) -> int | None:
+        return class_axis(values, labels) if self._centred else None
 
     def _passes(
-        self, meter: GateMeter, output: Any, labels: Any, generator: torch.Generator, samples: int
-    ) -> tuple[Any, Any, Any, Any]:
+        self,
+        meter: GateMeter,
+        measurement: _Measurement,
+        output: Any,
+        labels: Any,
+        generators: tuple[torch.Generator, ...],
+    ) -> None:
         """The three backward passes of a batch."""
-        values = main_output(output).float()
+        values, (for_directions, for_labels) = main_output(output).float(), generators
         if not torch.isfinite(values).all():
             raise NotFinite(
                 "outputs of the network",
@@ -183,25 +251,34 @@ class Recorder:
                 "NaN or infinity",
                 hint=_where_not_finite(self._model),
             )
-        axis = class_axis(values, labels) if self._centred else None
-        projected = (directions(values.detach(), generator, axis) * values).sum()
+        axis, samples = self._class_axis(values, labels), measurement.batch
+        projected = (directions(values.detach(), for_directions, axis) * values).sum()
         projections, _ = meter.backward(projected)
-        true, sizes = meter.backward(total(self._loss(output, labels), samples), absolute=True)
+        if self._loss is cross_entropy and self._sampler is None and has_margins(values, labels):
+            odds = margins(values, labels)
+            known = odds.detach()
+            moves, sizes = meter.backward(odds.sum(), absolute=known.sigmoid())
+            toward = rival_directions(values, labels, for_labels)
+            spread, _ = meter.backward((toward * values).sum(), keep=False)
+            measurement.add_margins(projections, moves, sizes, spread, known)
+            return
+        loss = total(self._loss(output, labels), samples)
+        true, sizes = meter.backward(loss, absolute=torch.ones(samples))
         if not self._samples_labels:
             drawn = labels
         elif self._sampler is not None:
             drawn = self._sampler(output)
         else:
-            drawn = sampled_labels(output, labels, generator)
+            drawn = sampled_labels(output, labels, for_labels)
         sampled, _ = meter.backward(total(self._loss(output, drawn), samples), keep=False)
-        return projections, true, sizes, sampled
+        measurement.add(projections, true, sizes, sampled)
 
 
 class _Measurement:
     """The tallies of one measurement."""
 
     def __init__(self, architecture: PrunedArchitecture) -> None:
-        self.samples, self._batch = 0, 1
+        self.samples, self.batch = 0, 1
         self._groups = [GroupTally(group) for group in architecture.groups if group.prunable]
         self._axes: dict[Axis, AxisTally] = {
             axis_of(site): AxisTally() for tally in self._groups for site in tally.group.sites
@@ -217,21 +294,30 @@ class _Measurement:
 
     def expect(self, batch: int) -> None:
         """Say how many samples the next forward pass has."""
-        self._batch = batch
+        self.batch = batch
 
     def watch(self, axis: Axis, x: Tensor) -> None:
         """Look at the activations that pass an axis."""
         self._axes[axis].see(x, axis[1])
-        rows = len(x) * min(self._batch, CORRELATED_SAMPLES - self.samples) // self._batch
+        rows = len(x) * min(self.batch, CORRELATED_SAMPLES - self.samples) // self.batch
         if rows > 0:
             for tally in self._first.get(axis, ()):
                 tally.correlate(x[:rows])
 
-    def add(self, projections: Any, true: Any, sizes: Any, sampled: Any, samples: int) -> None:
+    def add(self, projections: Sums, true: Sums, sizes: Sums, sampled: Sums) -> None:
         """Take in the sums of a batch."""
         for tally in self._groups:
-            tally.add(projections, true, sizes, sampled, samples)
-        self.samples += samples
+            tally.add(projections, true, sizes, sampled, self.batch)
+        self.samples += self.batch
+
+    def add_margins(
+        self, projections: Sums, moves: Sums, sizes: Sums, spread: Sums, margins: Tensor
+    ) -> None:
+        """Take in the sums of a batch whose samples have margins."""
+        known = margins.double().cpu().numpy()
+        for tally in self._groups:
+            tally.add_margins(projections, moves, sizes, spread, known)
+        self.samples += self.batch
 
     def statistics(
         self, model: nn.Module

@@ -48,6 +48,7 @@ from leyline.streams import (
 )
 
 from .apply import Evaluation, apply_decision
+from .redistribute import Moments
 from .surgeon import Surgeon
 
 __all__ = ["Session"]
@@ -171,6 +172,8 @@ class Session:
         decision: StructuralPruningDecision,
         surgeon: Surgeon,
         evaluate: Callable[[], Evaluation],
+        *,
+        redistribute: Callable[[], Moments] | None = None,
     ) -> PruningOutcome:
         """Mask, evaluate, cut or take back (see :func:`apply_decision`); publish the outcome."""
         before = surgeon.architecture.model_hash
@@ -183,6 +186,7 @@ class Session:
                 surgeon,
                 evaluate,
                 triggers=self.settings.structured_pruning.rollback_triggers,
+                redistribute=redistribute,
             )
             current.set_attribute("elesh.outcome", outcome.result)
             with span("outcome", kind=SpanKind.PRODUCER):

@@ -15,6 +15,7 @@ from leyline import InvalidField, PrunedArchitecture, PruningGroup, PruningRecor
 
 from .layers import named_tensors, refit, require_fit
 from .masks import Masks
+from .redistribute import Moments, redistributed
 from .restore import Cutter, RestorePoint, cut_state, replace_data
 
 Units = Mapping[str, Iterable[int]]
@@ -96,25 +97,35 @@ class Surgeon:
         self._masked.clear()
         self._masks.clear()
 
-    def cut(self, units: Units, *, epoch: int = 0, key: str = "") -> PrunedArchitecture:
+    def cut(
+        self, units: Units, *, epoch: int = 0, key: str = "", redistribute: Moments | None = None
+    ) -> PrunedArchitecture:
         """Remove units for good; returns the architecture afterwards.
 
         Args:
             units: current numbering, by group name.
             epoch, key: for the history (the decision's idempotency key).
+            redistribute: moments of the network as it is now, unmasked (``Recorder.moments``).
+                The consumers of the units are then re-solved, so that what the kept channels
+                predict of the removed ones is not lost; without, their weights stay as they are.
 
         Raises:
             InvalidField: naming group and unit, if one does not exist or may not be removed, or
                 if nothing would be left of a group.
             ShapeMismatch: if the model, or the optimizer's state, is not what the architecture
                 says. Nothing has been changed then.
+            IdentityMismatch: if the moments were measured on another structure.
         """
         chosen = self._checked(units)
         require_fit(self._model, self._architecture)
         after = self._architecture.without(chosen, epoch=epoch, key=key)
         tensors = named_tensors(self._model)
         cutters = _cutters(self._architecture, chosen, tensors)
-        data = {path: cutter(tensors[path].detach()) for path, cutter in cutters.items()}
+        data = {}
+        if redistribute is not None:
+            data = redistributed(self._model, self._architecture, chosen, redistribute)
+        for path, cutter in cutters.items():
+            data[path] = cutter(data.get(path, tensors[path].detach()))
         states = cut_state(self._optimizer, cutters, tensors) if self._optimizer else {}
         if self._limit:
             self._points = [*self._points, self._point()][-self._limit :]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.special import expit
 from torch import Tensor, nn
 
 from leyline import (
@@ -69,10 +70,13 @@ class GroupTally:
     first: Doubles = field(init=False)
     second: Doubles = field(init=False)
     taylor: dict[Axis, Doubles] = field(default_factory=dict)
+    rise: Doubles = field(init=False)
+    rated: int = 0
+    """Samples that ``rise`` is a sum over."""
     gram: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self.first, self.second = np.zeros(self.group.size), np.zeros(self.group.size)
+        self.first, self.second, self.rise = np.zeros((3, self.group.size))
 
     def gate(self, sums: Sums, samples: int) -> Doubles:
         """``[N, C]``: the gate gradients of the units, summed over their sites."""
@@ -88,6 +92,36 @@ class GroupTally:
         self.projections.append(self.gate(projections, samples).astype(np.float32))
         self.first += self.gate(true, samples).sum(0)
         self.second += np.square(self.gate(sampled, samples)).sum(0)
+        self._add_sizes(sizes)
+
+    def add_margins(
+        self, projections: Sums, moves: Sums, sizes: Sums, spread: Sums, margins: Doubles
+    ) -> None:
+        """Take in one batch of samples with margins m [N], whose loss is ``softplus(m)``.
+
+        A removal moves the outputs by about minus J, hence the margin to ``m - M + V / 2``: M its
+        gate gradient, V the variance of J over the wrong classes, of which the squared movement
+        along a random direction is an unbiased estimate. Only V enters to first order: squares
+        of Gaussians have too heavy a tail for the softplus.
+
+        Args:
+            moves: sums of the backward pass of the margins.
+            sizes: of the loss, as in :meth:`add`.
+            spread: sums of the backward pass along ``rival_directions``.
+        """
+        samples = len(margins)
+        self.projections.append(self.gate(projections, samples).astype(np.float32))
+        move, variance = self.gate(moves, samples), np.square(self.gate(spread, samples))
+        m = margins[:, None]
+        wrong = expit(m)
+        self.first += (wrong * move).sum(0)
+        self.second += (wrong * (1 - wrong) * move**2 + wrong * variance).sum(0)
+        rise = np.logaddexp(0, m - move) - np.logaddexp(0, m) + expit(m - move) * variance / 2
+        self.rise += rise.sum(0)
+        self.rated += samples
+        self._add_sizes(sizes)
+
+    def _add_sizes(self, sizes: Sums) -> None:
         for site in self.group.sites:
             axis = axis_of(site)
             if axis in sizes:
@@ -109,6 +143,7 @@ class GroupTally:
             projections=np.concatenate(self.projections),
             first_order=_single(self.first / samples),
             second_order=_single(self.second / samples),
+            removal_rise=_single(self.rise / samples) if self.rated == samples else None,
         )
 
     def channels(self, axes: Mapping[Axis, AxisTally], magnitude: Doubles) -> ChannelImportanceData:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from trainer_nets import NETS, batches, build, example, same, units
 
 from elesh.trainer import Recorder, Surgeon
-from elesh.trainer.losses import directions
+from elesh.trainer.losses import directions, margins, rival_directions
 from leyline import (
     CheckpointBundle,
     GateSite,
@@ -148,6 +148,71 @@ def test_sampled_labels_give_the_fisher_diagonal_of_the_models_own_predictions()
     per_class = hidden[0] * (model[2].weight.T @ (odds[:, None] - torch.eye(3)))[:, :].T
     exact = (odds[:, None] * per_class**2).sum(0).detach().numpy()
     assert np.allclose(bundle.gates["0"].second_order, exact, rtol=0.1, atol=1e-6)
+
+
+def test_the_predicted_rise_is_exact_where_the_outputs_are_linear_and_have_two_classes() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+    data = [(3 * x, y % 2) for x, y in batches(3)]
+    bundle = Recorder(model, example()).measure(data, epoch=1)
+    (gate,) = bundle.gates.values()
+    surgeon, losses = Surgeon(model, bundle.architecture), []
+    for masked in [(), *((unit,) for unit in range(6))]:
+        surgeon.unmask()
+        surgeon.mask({gate.layer_name: masked})
+        outputs = torch.cat([model(x).detach() for x, _ in data])
+        losses.append(float(functional.cross_entropy(outputs, torch.cat([y for _, y in data]))))
+    measured_rise = np.array(losses[1:]) - losses[0]
+    assert gate.removal_rise is not None
+    np.testing.assert_allclose(gate.removal_rise, measured_rise, rtol=1e-4, atol=1e-6)
+    second_order = 0.5 * gate.second_order - gate.first_order
+    assert np.abs(second_order - measured_rise).max() > 1e-3
+
+
+def test_margins_are_those_of_the_cross_entropy_even_where_it_vanishes() -> None:
+    logits = torch.tensor([[3.0, 1.0, 0.0], [0.0, 90.0, -20.0], [5.0, -60.0, 7.0]])
+    labels = torch.tensor([0, 1, 1])
+    found = functional.softplus(margins(logits.double(), labels))
+    expected = functional.cross_entropy(logits.double(), labels, reduction="none")
+    torch.testing.assert_close(found, expected)
+    assert found[1] == pytest.approx(math.exp(-90))
+
+
+def test_rival_directions_have_the_covariance_of_draws_from_the_wrong_classes() -> None:
+    logits, labels = torch.tensor([[2.0, 1.0, 0.0, -1.0]]), torch.tensor([1])
+    drawn = rival_directions(
+        logits.expand(200_000, -1), labels.expand(200_000), torch.Generator().manual_seed(0)
+    )
+    odds = torch.tensor([2.0, -torch.inf, 0.0, -1.0]).softmax(0)
+    expected = odds.diag() - torch.outer(odds, odds)
+    assert (drawn[:, 1] == 0).all()
+    torch.testing.assert_close(drawn.T @ drawn / len(drawn), expected, atol=5e-3, rtol=0)
+
+
+def test_only_single_labels_and_the_default_loss_have_a_predicted_rise() -> None:
+    own = measured(build("Vgg"), loss=functional.cross_entropy)
+    assert all(gate.removal_rise is None for gate in own.gates.values())
+    assert all(gate.removal_rise is not None for gate in measured(build("Vgg")).gates.values())
+
+
+def test_labels_that_the_loss_ignores_leave_the_second_order() -> None:
+    data = batches(2)
+    data[0][1][:3] = -100
+    recorder = Recorder(build("Vgg"), example())
+    mixed, plain = recorder.measure(data, epoch=1), recorder.measure(data[1:], epoch=1)
+    assert all(gate.removal_rise is None for gate in mixed.gates.values())
+    assert all(gate.removal_rise is not None for gate in plain.gates.values())
+
+
+def test_projected_outputs_move_by_minus_the_columns_of_what_is_cut() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 6), nn.ReLU(), nn.Linear(6, 5)).eval()
+    recorder = Recorder(model, example(), seed=5)
+    (gate,) = recorder.measure(batches(), epoch=1).gates.values()
+    before = recorder.project(batches())
+    surgeon = Surgeon(model, recorder.architecture)
+    recorder.architecture = surgeon.cut({gate.layer_name: [1, 4]})
+    moved = recorder.project(batches()) - before
+    np.testing.assert_allclose(moved, -gate.projections[:, [1, 4]].sum(1), rtol=1e-3, atol=1e-4)
 
 
 def test_taylor_importance_is_the_documents_formula() -> None:

@@ -1,0 +1,1 @@
+"""Measurements that are no tests: run them as ``python -m benchmarks.<name>``."""

@@ -1,0 +1,1 @@
+"""What several benchmarks share: networks, training, other people's criteria, tables."""
