@@ -15,7 +15,7 @@ from contracts import examples
 from leyline.arrays import pack_arrays
 from leyline.bundle import pack_statistics
 
-CHANNELS, GATES = examples.STATISTICS
+CHANNELS, GATES, LAYERS = examples.STATISTICS
 
 
 def bundle(**changes: Any) -> ll.CheckpointBundle:
