@@ -216,7 +216,7 @@ class PrunedArchitecture(Message):
         )
 
     def computed_hash(self) -> str:
-        """Hash over tensors, groups (origins, wiring) and blocks: the structure, not the weights."""
+        """Hash over tensors, groups (origins, wiring), blocks: the structure, not the weights."""
         parts = [f"{t.identifier}/{t.kind}/{t.owner}" for t in self.tensors]
         parts += [
             f"{g.name}/{g.level}/{g.original_size}/{','.join(map(str, g.origin))}"

@@ -1,8 +1,8 @@
 """A checkpoint as one value: metadata, architecture and statistics, to blobs or a folder and back.
 
 The folder holds ``checkpoint.json`` (metadata, architecture, levels, parameters),
-``statistics.safetensors`` and, where measured, ``gates.safetensors`` and ``layers.safetensors``. It is what a recorder makes,
-what ``analyze`` reads, and what a CheckpointReady event points at.
+``statistics.safetensors`` and, where measured, ``gates.safetensors`` and ``layers.safetensors``. It
+is what a recorder makes, what ``analyze`` reads, and what a CheckpointReady event points at.
 """
 
 from __future__ import annotations
@@ -194,7 +194,8 @@ def _read_document(path: Path) -> CheckpointDocument:
         raise first_error(error, "") from None
 
 
-def pack_statistics(items: Iterable[ChannelImportanceData | GateStatistics | LayerStatistics],
+def pack_statistics(
+    items: Iterable[ChannelImportanceData | GateStatistics | LayerStatistics],
 ) -> bytes:
     """One blob with tensors ``<layer_name>/<field>``."""
     arrays: dict[str, npt.NDArray[Any]] = {}

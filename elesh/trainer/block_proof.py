@@ -47,9 +47,7 @@ def with_blocks(
     return _built(architecture, marked)
 
 
-def _built(
-    architecture: PrunedArchitecture, blocks: tuple[LayerBlock, ...]
-) -> PrunedArchitecture:
+def _built(architecture: PrunedArchitecture, blocks: tuple[LayerBlock, ...]) -> PrunedArchitecture:
     return PrunedArchitecture.build(
         architecture.tensors, architecture.layers, architecture.groups, blocks=blocks
     )

@@ -24,6 +24,7 @@ from leyline import (
     checkpoint_id,
 )
 
+from .branch_meter import BranchMeter
 from .calling import Inputs, batch_size, call, device_of, main_output, map_tensors, undisturbed
 from .gates import Axis, GateMeter, axis_of
 from .groups import find_architecture
@@ -124,7 +125,7 @@ class Recorder:
         require_fit(self._model, self._architecture)
         measurement = _Measurement(self._architecture)
         with undisturbed(self._model, self._seed):
-            self._run(measurement, self._limited(batches, max_samples))
+            branches = self._run(measurement, self._limited(batches, max_samples))
         architecture = self._architecture
         metadata = CheckpointMetadata(
             run_id=run_id,
@@ -140,7 +141,8 @@ class Recorder:
             note=note,
         )
         channels, gates = measurement.statistics(self._model)
-        return CheckpointBundle(metadata, architecture, channels, gates)
+        layers = branches.statistics(measurement.samples)
+        return CheckpointBundle(metadata, architecture, channels, gates, layers=layers)
 
     def _limited(
         self, batches: Iterable[tuple[Inputs, Any]], limit: int | None
@@ -161,18 +163,28 @@ class Recorder:
             seen += left
             yield map_tensors(taken, inputs), map_tensors(taken, labels)
 
-    def _run(self, measurement: _Measurement, batches: Iterable[tuple[Inputs, Any]]) -> None:
+    def _run(self, measurement: _Measurement, batches: Iterable[tuple[Inputs, Any]]) -> BranchMeter:
         generator = torch.Generator().manual_seed(self._seed)
-        with GateMeter(self._model, measurement.axes, measurement.watch) as meter:
+        meter = GateMeter(self._model, measurement.axes, measurement.watch)
+        branches = BranchMeter(self._model, self._architecture.blocks, meter.anchor)
+        with branches, meter:
             for inputs, labels in batches:
                 samples = batch_size(inputs)
-                meter.expect(samples)
-                measurement.expect(samples)
+                for counter in (meter, branches, measurement):
+                    counter.expect(samples)
                 output = call(self._model, inputs)
-                measurement.add(*self._passes(meter, output, labels, generator, samples), samples)
+                passes = self._passes(meter, branches, output, labels, generator, samples)
+                measurement.add(*passes, samples)
+        return branches
 
     def _passes(
-        self, meter: GateMeter, output: Any, labels: Any, generator: torch.Generator, samples: int
+        self,
+        meter: GateMeter,
+        branches: BranchMeter,
+        output: Any,
+        labels: Any,
+        generator: torch.Generator,
+        samples: int,
     ) -> tuple[Any, Any, Any, Any]:
         """The three backward passes of a batch."""
         values = main_output(output).float()
@@ -185,7 +197,9 @@ class Recorder:
             )
         axis = class_axis(values, labels) if self._centred else None
         projected = (directions(values.detach(), generator, axis) * values).sum()
+        branches.reading = "projections"
         projections, _ = meter.backward(projected)
+        branches.reading = "true"
         true, sizes = meter.backward(total(self._loss(output, labels), samples), absolute=True)
         if not self._samples_labels:
             drawn = labels
@@ -193,6 +207,7 @@ class Recorder:
             drawn = self._sampler(output)
         else:
             drawn = sampled_labels(output, labels, generator)
+        branches.reading = "sampled"
         sampled, _ = meter.backward(total(self._loss(output, drawn), samples), keep=False)
         return projections, true, sizes, sampled
 

@@ -172,7 +172,7 @@ class Surgeon:
             ShapeMismatch: if the model is not what the architecture says. Nothing has been
                 changed then.
         """
-        chosen = [self._architecture.block.get(name) for name in dict.fromkeys(names)]
+        names = list(dict.fromkeys(names))
         after = self._architecture.without_layers(names, epoch=epoch, key=key)
         require_fit(self._model, self._architecture)
         if self._limit:
@@ -180,7 +180,8 @@ class Surgeon:
         self._masks.clear()
         self._branch_masks.clear()
         tensors = named_tensors(self._model)
-        put_in(self._model, [stand_in for block in chosen if block for stand_in in block.stand_ins])
+        blocks = [self._architecture.block[name] for name in names]
+        put_in(self._model, [stand_in for block in blocks for stand_in in block.stand_ins])
         gone = tensors.keys() - named_tensors(self._model).keys()
         forget(self._optimizer, [tensors[path] for path in gone])
         for parameter in tensors.values():
