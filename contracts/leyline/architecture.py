@@ -18,7 +18,7 @@ from typing import Literal, Self, TypeVar
 from pydantic import Field, model_validator
 
 from .base import Count, Epoch, Message, ModelHash, Name, Text
-from .blocks import LayerBlock, groups_left, layers_left
+from .blocks import LayerBlock, blocks_left, groups_left, layers_left
 from .errors import IdentityMismatch, InvalidField
 from .identity import Level, ParameterIdentifier, stable_hash
 
@@ -310,10 +310,7 @@ class PrunedArchitecture(Message):
             layers_left(self.layers, chosen),
             groups_left(self.groups, chosen),
             history=self.history + records,
-            blocks=tuple(
-                b.model_copy(update={"removed": True}) if b.name in removed else b
-                for b in self.blocks
-            ),
+            blocks=blocks_left(self.blocks, removed, gone),
             original_parameters=self.original_parameters,
             original_macs=self.original_macs,
         )

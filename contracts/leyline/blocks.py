@@ -84,6 +84,21 @@ def layers_left(
     return tuple(x for x in layers if not any(block.holds(x.name) for block in blocks))
 
 
+def blocks_left(
+    blocks: Collection[LayerBlock], removed: Collection[str], gone: Collection[str]
+) -> tuple[LayerBlock, ...]:
+    """The blocks with the removed ones marked, and those around them without the tensors gone."""
+    left = []
+    for block in blocks:
+        kept = tuple(path for path in block.tensors if path not in gone)
+        if block.name in removed:
+            block = block.model_copy(update={"removed": True})
+        elif not block.removed and kept != block.tensors:
+            block = block.model_copy(update={"tensors": kept})
+        left.append(block)
+    return tuple(left)
+
+
 def groups_left(
     groups: Collection[PruningGroup], blocks: Collection[LayerBlock]
 ) -> tuple[PruningGroup, ...]:
