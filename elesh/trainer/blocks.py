@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from leyline import LayerBlock, PrunedArchitecture, StandIn
+from leyline import LayerBlock, LayerDescriptor, PrunedArchitecture, StandIn
 from leyline.blocks import BlockKind, SkipStrategy, inside
 
 from .branches import Branch, Pass, Trace
@@ -56,13 +56,13 @@ def find_blocks(
     candidates = _disjoint(list(_candidates(Trace(model, inputs), model)))
     candidates = [_respected(candidate, ignored) for candidate in candidates]
     covered = {path for candidate in candidates for path in candidate.tensors}
-    weights = [layer.weight for layer in architecture.layers if layer.weight]
+    order = [layer.name for layer in architecture.layers]
     blocks = [
-        _block(name, candidate, weights)
+        _block(name, candidate, order)
         for name, candidate in zip(_names(candidates), candidates, strict=True)
     ]
     blocks += [
-        _lone(layer.name, layer.weight, model, weights)
+        _lone(layer, model, order)
         for layer in architecture.layers
         if layer.weight and layer.weight not in covered
     ]
@@ -185,7 +185,16 @@ def _kind(model: nn.Module, gone: Iterable[str]) -> BlockKind:
         return "attention"
     if any(isinstance(part, _ConvNd) for part in parts):
         return "conv"
-    return "linear" if any(isinstance(part, nn.Linear) for part in parts) else "other"
+    return "linear" if any(_multiplies(part) for part in parts) else "other"
+
+
+def _multiplies(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.ndim == 2 and not _looks_up(module)
+
+
+def _looks_up(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Embedding, nn.EmbeddingBag))
 
 
 def _disjoint(candidates: Sequence[_Candidate]) -> list[_Candidate]:
@@ -237,12 +246,14 @@ def _around(paths: Sequence[str]) -> str:
     return ".".join(common)
 
 
-def _block(name: str, candidate: _Candidate, weights: Sequence[str]) -> LayerBlock:
-    last = max((weights.index(w) for w in weights if w in candidate.tensors), default=0)
+def _block(name: str, candidate: _Candidate, order: Sequence[str]) -> LayerBlock:
+    gone = [stand_in.module for stand_in in candidate.stand_ins]
+    held = (i for i, layer in enumerate(order) if any(inside(layer, path) for path in gone))
+    last = max(held, default=0)
     return LayerBlock(
         name=name,
         kind=candidate.kind,
-        depth=last / max(1, len(weights) - 1),
+        depth=last / max(1, len(order) - 1),
         strategy=candidate.strategy,
         skip_potential=SKIP_POTENTIAL[candidate.strategy],
         branch=candidate.branch,
@@ -255,19 +266,19 @@ def _block(name: str, candidate: _Candidate, weights: Sequence[str]) -> LayerBlo
     )
 
 
-def _lone(name: str, weight: str, model: nn.Module, weights: Sequence[str]) -> LayerBlock:
+def _lone(layer: LayerDescriptor, model: nn.Module, order: Sequence[str]) -> LayerBlock:
     """A layer with a weight that no residual addition passes by."""
-    module: Any = dict(model.named_modules()).get(name)
+    module: Any = dict(model.named_modules()).get(layer.name)
     conv = isinstance(module, _ConvNd)
     strategy: SkipStrategy = "conv_projection" if conv else "linear_projection"
     kind: BlockKind = "conv" if conv else "linear" if isinstance(module, nn.Linear) else "other"
     return LayerBlock(
-        name=name,
+        name=layer.name,
         kind=kind,
-        depth=weights.index(weight) / max(1, len(weights) - 1),
+        depth=order.index(layer.name) / max(1, len(order) - 1),
         strategy=strategy,
         skip_potential=SKIP_POTENTIAL[strategy],
-        tensors=(weight,),
+        tensors=(layer.weight,),
         prunable=False,
         reason=_NO_ADDITION,
     )

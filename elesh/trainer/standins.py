@@ -24,14 +24,25 @@ Replaced = tuple[str, nn.Module]
 class Bypass(nn.Module):
     """Stands where a module was removed.
 
+    It keeps the module's plain settings (``eps``, ``batch_first``, ...), as others may ask for
+    them; its parameters are None.
+
     Args:
+        module: what it stands for.
         zero: answer with zeros instead of the first input.
         extra_outputs: None-s that follow the answer; 0 for a plain tensor.
     """
 
-    def __init__(self, *, zero: bool, extra_outputs: int = 0) -> None:
+    def __init__(self, module: nn.Module, *, zero: bool, extra_outputs: int = 0) -> None:
         super().__init__()
+        for name, value in vars(module).items():
+            if isinstance(value, (bool, int, float, str)):
+                setattr(self, name, value)
+        for name in module._parameters:
+            self.register_parameter(name, None)
         self.zero, self.extra_outputs = zero, extra_outputs
+        # PyTorch's transformer layers call their parts only while one of them has a hook.
+        self.register_forward_hook(_nothing)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The first tensor among the arguments, or zeros like it."""
@@ -44,13 +55,16 @@ class Bypass(nn.Module):
         return "zero" if self.zero else "identity"
 
 
+def _nothing(module: nn.Module, args: Any, output: Any) -> None:
+    """A hook that does nothing."""
+
+
 def put_in(model: nn.Module, stand_ins: Iterable[StandIn]) -> list[Replaced]:
     """Replace modules by their stand-ins; returns what was replaced, for :func:`put_back`."""
     replaced = []
     for stand_in in stand_ins:
-        bypass = Bypass(zero=stand_in.kind == "zero", extra_outputs=stand_in.extra_outputs)
         module = model.get_submodule(stand_in.module)
-        bypass.train(module.training)
+        bypass = Bypass(module, zero=stand_in.kind == "zero", extra_outputs=stand_in.extra_outputs)
         replaced.append((stand_in.module, module))
         _set(model, stand_in.module, bypass)
     return replaced

@@ -15,7 +15,7 @@ from elesh import analyze
 from elesh.demo.network import DigitsNet
 from elesh.settings import Settings
 from elesh.trainer import Evaluation, Recorder, Surgeon, apply_decision
-from leyline import InvalidField, Level, LayerBlock, PrunedArchitecture
+from leyline import InvalidField, LayerBlock, Level, PrunedArchitecture
 
 
 class Residual(nn.Module):
@@ -103,8 +103,27 @@ class Parallel(nn.Module):
         return self.fc(x.mean(1))
 
 
+class Encoder(nn.Module):
+    """PyTorch's own transformer layers, which have a fast path past their parts."""
+
+    def __init__(self, norm_first: bool = False) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 16, 4, 4)
+        layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True, norm_first=norm_first)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.encoder(self.patch(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+class PreNormEncoder(Encoder):
+    def __init__(self) -> None:
+        super().__init__(norm_first=True)
+
+
 OTHERS: dict[str, type[nn.Module]] = {
-    kind.__name__: kind for kind in (Nested, InPlace, Twice, Parallel)
+    kind.__name__: kind for kind in (Nested, InPlace, Twice, Parallel, Encoder, PreNormEncoder)
 }
 REMOVABLE = {
     "ResNet": ["blocks.0", "blocks.2"],
@@ -113,6 +132,10 @@ REMOVABLE = {
     "Nested": ["net.1.0", "net.1.1.0.body.0", "net.1.1.0.body.1"],
     "InPlace": ["bn"],
     "Parallel": ["attention", "mlp"],
+    "Encoder": [f"encoder.layers.{part}" for part in ("0.self_attn", "0", "1.self_attn", "1")],
+    "PreNormEncoder": [
+        f"encoder.layers.{n}.{part}" for n in (0, 1) for part in ("self_attn", "linear2")
+    ],
     "Twice": [],
 } | {name: [] for name in ("Vgg", "Dense", "Shared", "Unet", "Gated")}
 WITH_LAYERS = [name for name, blocks in REMOVABLE.items() if blocks]
@@ -306,25 +329,16 @@ def test_what_cannot_be_removed_is_refused_by_name_and_nothing_changes() -> None
 # What is measured, against a gate that is really there.
 
 
-class _Gated(nn.Module):
-    """Multiplies a branch by a gate for each sample."""
-
-    def __init__(self, branch: nn.Module, gates: Tensor) -> None:
-        super().__init__()
-        self.branch, self.gates = branch, gates
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        out = self.branch(*args, **kwargs)
-        first = out[0] if isinstance(out, tuple) else out
-        scaled = first * self.gates.view(-1, *[1] * (first.ndim - 1))
-        return (scaled, *out[1:]) if isinstance(out, tuple) else scaled
-
-
 def gated(model: nn.Module, block: LayerBlock, samples: int) -> tuple[nn.Module, Tensor]:
+    """A copy whose branch is multiplied by a gate for each sample."""
     twin, gates = copy.deepcopy(model), torch.ones(samples, requires_grad=True)
-    parent, _, name = block.branch.rpartition(".")
-    holder = twin.get_submodule(parent)
-    setattr(holder, name, _Gated(holder.get_submodule(name), gates))
+
+    def scale(module: nn.Module, args: Any, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        scaled = first * gates.view(-1, *[1] * (first.ndim - 1))
+        return (scaled, *output[1:]) if isinstance(output, tuple) else scaled
+
+    twin.get_submodule(block.branch).register_forward_hook(scale)
     return twin, gates
 
 
