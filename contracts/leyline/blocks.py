@@ -67,9 +67,19 @@ class LayerBlock(Message):
         parts = ",".join(f"{s.module}={s.kind}{s.extra_outputs}" for s in self.stand_ins)
         return f"{self.name}/{self.removed}/{self.branch}/{parts}/{','.join(self.tensors)}"
 
-    def holds(self, module: str) -> bool:
-        """Whether a module is one of the replaced ones or inside one."""
-        return any(inside(module, stand_in.module) for stand_in in self.stand_ins)
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules that are replaced; everything inside them goes, too."""
+        return tuple(stand_in.module for stand_in in self.stand_ins)
+
+
+def inside_any(module: str, outer: Collection[str]) -> bool:
+    """Whether ``module`` is one of ``outer`` or a part of one, by path."""
+    while module:
+        if module in outer:
+            return True
+        module = module.rpartition(".")[0]
+    return False
 
 
 def inside(module: str, outer: str) -> bool:
@@ -81,7 +91,8 @@ def layers_left(
     layers: Collection[LayerDescriptor], blocks: Collection[LayerBlock]
 ) -> tuple[LayerDescriptor, ...]:
     """The leaf layers that are in none of the blocks."""
-    return tuple(x for x in layers if not any(block.holds(x.name) for block in blocks))
+    replaced = {path for block in blocks for path in block.modules}
+    return tuple(x for x in layers if not inside_any(x.name, replaced))
 
 
 def blocks_left(
@@ -104,16 +115,17 @@ def groups_left(
 ) -> tuple[PruningGroup, ...]:
     """The groups without what lay in the blocks; a group that lay wholly in them is gone."""
     gone = {path for block in blocks for path in block.tensors}
+    replaced = {path for block in blocks for path in block.modules}
     left = []
     for group in groups:
         slices = tuple(part for part in group.slices if part.tensor not in gone)
-        sites = tuple(s for s in group.sites if not any(b.holds(s.module) for b in blocks))
+        sites = tuple(s for s in group.sites if not inside_any(s.module, replaced))
         if not slices and group.slices:
             continue
         update = {
             "slices": slices,
             "sites": sites,
-            "layers": tuple(x for x in group.layers if not any(b.holds(x) for b in blocks)),
+            "layers": tuple(x for x in group.layers if not inside_any(x, replaced)),
         }
         if group.sites and not sites and group.prunable:
             update |= {"prunable": False, "reason": "its consumers were removed"}  # type: ignore[dict-item]

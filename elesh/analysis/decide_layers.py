@@ -37,7 +37,9 @@ _FALLBACK_DISCOUNT = 0.8
 class _Cut:
     """The figures of the proposed cut."""
 
-    after: PrunedArchitecture
+    structure: GateResult
+    after: PrunedArchitecture | None
+    """None where the cut does not hold together (the structure gate says why)."""
     loss_rise: float | None
     shift: float | None
     error: float | None
@@ -92,8 +94,10 @@ def _cut(bundle: CheckpointBundle, plan: LayerPlan) -> _Cut:
     rise = sum(float(-x.first_order[0] + 0.5 * x.second_order[0]) for x in data)
     prediction, energy = plan.prediction, plan.energy
     known = prediction is not None and energy > 0
+    structure, after = safety.layer_structure(bundle.architecture, plan.names)
     return _Cut(
-        after=bundle.architecture.without_layers(plan.names),
+        structure=structure,
+        after=after,
         loss_rise=rise if data else None,
         shift=prediction.damage / energy if prediction and known else None,
         error=prediction.error / energy if prediction and known else None,
@@ -111,7 +115,7 @@ def _gates(
 ) -> tuple[GateResult, ...]:
     pruning, architecture = settings.structured_pruning, bundle.architecture
     count, parameters = len(plan.targets), architecture.parameters
-    smaller = 1 - cut.after.parameters / parameters if parameters else 0.0
+    smaller = 1 - cut.after.parameters / parameters if cut.after and parameters else 0.0
     limit = pruning.channel_analysis.max_predicted_shift
     return (
         safety.breaker_gate(breaker),
@@ -121,7 +125,7 @@ def _gates(
             plan.removed, count, plan.original, pruning.layer_analysis.max_layer_removal_ratio
         ),
         safety.minimum_layers(plan.present, count, MIN_LAYERS),
-        safety.layer_structure(architecture, plan.names),
+        cut.structure,
         safety.layer_isolation(architecture, plan.names),
         safety.noise(cut.shift, cut.error, cut.random),
         safety.predicted_shift(cut.shift, cut.error, limit),
@@ -150,13 +154,14 @@ def _statistics(
     bundle: CheckpointBundle, settings: Settings, plan: LayerPlan, cut: _Cut
 ) -> PruningStatistics:
     before, count = bundle.architecture, len(plan.targets)
+    after = cut.after or before
     gone = plan.removed + count
     return PruningStatistics(
         scorer="multi_metric",
         parameters_before=before.parameters,
-        parameters_after=cut.after.parameters,
+        parameters_after=after.parameters,
         macs_before=before.macs,
-        macs_after=cut.after.macs,
+        macs_after=after.macs,
         channels_before=plan.present,
         channels_after=plan.present - count,
         channels_original=plan.original,

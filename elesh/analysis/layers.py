@@ -24,6 +24,7 @@ from leyline import (
     Phase,
     PrunedArchitecture,
 )
+from leyline.blocks import inside_any
 
 from .candidates import Candidates
 from .projections import Prediction, Projections, output_energy, predict
@@ -98,14 +99,13 @@ def plan_layers(bundle: CheckpointBundle, settings: LayerAnalysis, phase: Phase)
         InvalidField: if the request ignores a group or layer that does not exist.
     """
     architecture = bundle.architecture
-    unwanted = _unwanted(bundle)
+    unwanted, impact = _unwanted(bundle), architecture_impact(architecture)
     reasons: dict[str, str] = {}
     fit: list[_Layer] = []
     for block in architecture.blocks:
         reason = _why_not(block, bundle.layers, unwanted, architecture)
         if not reason:
-            impact = architecture_impact(architecture, block)
-            layer = _Layer(block, bundle.layers[block.name], impact)
+            layer = _Layer(block, bundle.layers[block.name], impact[block.name])
             reason = "; ".join(failed_conditions(layer, settings))
             if not reason:
                 fit.append(layer)
@@ -148,15 +148,22 @@ def failed_conditions(layer: _Layer, settings: LayerAnalysis) -> list[str]:
     ]
 
 
-def architecture_impact(architecture: PrunedArchitecture, block: LayerBlock) -> float:
-    """.4 depth + .4 kind + .2 connection density, 0 to 1 (FACTS, "Selection").
+def architecture_impact(architecture: PrunedArchitecture) -> dict[str, float]:
+    """.4 depth + .4 kind + .2 connection density of every block, 0 to 1 (FACTS, "Selection").
 
     The density is the share of the coupled channel groups that run through the layer.
     """
-    own = set(block.tensors)
-    touched = sum(any(part.tensor in own for part in g.slices) for g in architecture.groups)
-    density = touched / len(architecture.groups) if architecture.groups else 0.0
-    return 0.4 * block.depth + 0.4 * _KIND[block.kind] + 0.2 * density
+    groups_of: dict[str, set[str]] = {}
+    for group in architecture.groups:
+        for part in group.slices:
+            groups_of.setdefault(part.tensor, set()).add(group.name)
+    count = max(1, len(architecture.groups))
+    impact = {}
+    for block in architecture.blocks:
+        touched = set[str]().union(*(groups_of.get(path, ()) for path in block.tensors))
+        density = len(touched) / count
+        impact[block.name] = 0.4 * block.depth + 0.4 * _KIND[block.kind] + 0.2 * density
+    return impact
 
 
 def rank(layer: _Layer) -> float:
@@ -185,7 +192,7 @@ def _why_not(
         return "removed before"
     if not block.prunable:
         return block.reason or "not prunable"
-    if named := sorted(x for x in unwanted if x == block.name or block.holds(x)):
+    if named := sorted(x for x in unwanted if x == block.name or inside_any(x, block.modules)):
         return f"ignored by the request: {', '.join(named)}"
     if len({architecture.tensor[path].owner for path in block.tensors}) > 1:
         return "couples host and seed tensors (gradient isolation)"
@@ -243,7 +250,8 @@ def _prediction(
 
 
 def _as_gate(data: LayerStatistics) -> GateStatistics:
-    return GateStatistics(
+    # What LayerStatistics has checked need not be checked again.
+    return GateStatistics.model_construct(
         layer_name=data.layer_name,
         projections=np.asarray(data.projections)[:, None],
         first_order=data.first_order,

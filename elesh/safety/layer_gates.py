@@ -25,13 +25,15 @@ def minimum_layers(present: int, cut: int, minimum: int) -> GateResult:
     )
 
 
-def layer_structure(architecture: PrunedArchitecture, names: Sequence[str]) -> GateResult:
-    """Passed if the architecture without the layers holds together."""
+def layer_structure(
+    architecture: PrunedArchitecture, names: Sequence[str]
+) -> tuple[GateResult, PrunedArchitecture | None]:
+    """Passed if the architecture without the layers holds together; with that architecture."""
     try:
-        architecture.without_layers(names)
+        after = architecture.without_layers(names)
     except ContractError as error:
-        return GateResult(name="structure", passed=False, detail=str(error)[:8192])
-    return GateResult(name="structure", passed=True)
+        return GateResult(name="structure", passed=False, detail=str(error)[:8192]), None
+    return GateResult(name="structure", passed=True), after
 
 
 def layer_isolation(architecture: PrunedArchitecture, names: Sequence[str]) -> GateResult:

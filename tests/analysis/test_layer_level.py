@@ -114,8 +114,9 @@ def test_the_architecture_impact_must_be_below_a_half() -> None:
 )
 def test_the_impact_is_the_documents_formula(kind: str, expected: float) -> None:
     architecture = residual(4, kind=kind, depth=0.5)
-    impact = architecture_impact(architecture, architecture.blocks[0])
-    assert impact == pytest.approx(0.4 * 0.5 + 0.4 * expected + 0.2 * 1 / 4)
+    assert architecture_impact(architecture)["b0"] == pytest.approx(
+        0.4 * 0.5 + 0.4 * expected + 0.2 * 1 / 4
+    )
 
 
 def everything_goes(count: int, **more: Any) -> CheckpointBundle:
