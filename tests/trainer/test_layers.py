@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from typing import Any
 
 import pytest
@@ -49,21 +50,30 @@ class Nested(nn.Module):
         return self.fc(self.net(x).mean((2, 3)))
 
 
-class InPlace(nn.Module):
+class InPlaceBlock(nn.Module):
     """Adds the way torchvision's ResNet does."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv, self.bn = conv(width), nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn(self.conv(x))
+        out += x
+        return self.relu(out)
+
+
+class InPlace(nn.Module):
+    """One such block."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, 6, 3, padding=1)
-        self.conv, self.bn = conv(6), nn.BatchNorm2d(6)
-        self.relu = nn.ReLU(inplace=True)
+        self.stem, self.block = nn.Conv2d(3, 6, 3, padding=1), InPlaceBlock(6)
         self.fc = nn.Linear(6, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        out = self.bn(self.conv(x))
-        out += x
-        return self.fc(self.relu(out).mean((2, 3)))
+        return self.fc(self.block(self.stem(x)).mean((2, 3)))
 
 
 class Twice(nn.Module):
@@ -130,7 +140,7 @@ REMOVABLE = {
     "Mobile": ["project"],
     "Vit": ["blocks.0.attention", "blocks.0.mlp", "blocks.1.attention", "blocks.1.mlp"],
     "Nested": ["net.1.0", "net.1.1.0.body.0", "net.1.1.0.body.1"],
-    "InPlace": ["bn"],
+    "InPlace": ["block"],
     "Parallel": ["attention", "mlp"],
     "Encoder": [f"encoder.layers.{part}" for part in ("0.self_attn", "0", "1.self_attn", "1")],
     "PreNormEncoder": [
@@ -273,12 +283,12 @@ def test_undo_brings_layers_and_optimizer_back_bit_for_bit(
 
 def test_an_optimizer_group_that_loses_all_its_parameters_stays_and_steps() -> None:
     model = made("InPlace")
-    branch = [*model.conv.parameters(), *model.bn.parameters()]
+    branch = list(model.block.parameters())
     others = [p for p in model.parameters() if all(p is not q for q in branch)]
     optimizer = torch.optim.Adam([{"params": branch, "lr": 0.5}, {"params": others}], lr=0.1)
     train(model, optimizer)
     surgeon = Surgeon(model, Recorder(model, example()).architecture, optimizer=optimizer)
-    surgeon.cut_layers(["bn"])
+    surgeon.cut_layers(["block"])
     assert [len(group["params"]) for group in optimizer.param_groups] == [0, len(others)]
     train(model, optimizer)
     surgeon.undo()
@@ -324,6 +334,101 @@ def test_what_cannot_be_removed_is_refused_by_name_and_nothing_changes() -> None
     surgeon.cut_layers(["blocks.0"])
     with pytest.raises(InvalidField, match="removed before"):
         surgeon.cut_layers(["blocks.0"])
+
+
+class PreActivation(nn.Module):
+    """Normalises and activates before each convolution; narrows in between."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(width), nn.Conv2d(width, width // 2, 1)
+        self.bn2, self.conv2 = nn.BatchNorm2d(width // 2), nn.Conv2d(width // 2, width, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(torch.relu(self.bn1(x)))
+        return x + self.conv2(torch.relu(self.bn2(y)))
+
+
+class Inverted(nn.Module):
+    """Widens, a depthwise convolution, dropout, and a projection back; the addition comes first."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.expand = nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.ReLU6())
+        self.depthwise = nn.Conv2d(2 * width, 2 * width, 3, 1, 1, groups=2 * width)
+        self.project = nn.Sequential(nn.Conv2d(2 * width, width, 1), nn.Dropout(0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(self.depthwise(self.expand(x))) + x
+
+
+class GatedInline(nn.Module):
+    """A gated unit whose halves are split in the block's own code."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv2d(width, 2 * width, 1), nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.up(x).chunk(2, 1)
+        return torch.relu(x + self.down(a * torch.sigmoid(b)))
+
+
+def random_net(seed: int) -> nn.Module:
+    """Residual blocks of all kinds, some around others, with plain layers in between."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    width = 8
+
+    def piece(depth: int) -> nn.Module:
+        kinds = [
+            lambda: PreActivation(width),
+            lambda: Inverted(width),
+            lambda: InPlaceBlock(width),
+            lambda: GatedInline(width),
+            lambda: Residual(conv(width), nn.ReLU()),
+            lambda: nn.Sequential(conv(width), nn.ReLU()),
+        ]
+        if depth:
+            kinds.append(lambda: Residual(*[piece(depth - 1) for _ in range(2)], conv(width)))
+        return rng.choice(kinds)()
+
+    body = [piece(2) for _ in range(rng.randrange(3, 6))]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5)]
+    return nn.Sequential(nn.Conv2d(3, width, 3, 1, 1), *body, *head).eval()
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_random_residual_networks_lose_random_layers_as_predicted(seed: int) -> None:
+    model, rng = random_net(seed), random.Random(seed)
+    architecture = Recorder(model, example()).architecture
+    names = removable(architecture)
+    assert all(block.prunable or block.reason for block in architecture.blocks)
+    taken = [path for name in names for path in architecture.block[name].tensors]
+    assert len(set(taken)) == len(taken)
+    chosen = rng.sample(names, rng.randrange(len(names) + 1))
+    surgeon, whole = Surgeon(model, architecture), model(example())
+    surgeon.mask_layers(chosen)
+    masked = model(example())
+    surgeon.unmask()
+    after = surgeon.cut_layers(chosen)
+    assert after == architecture.without_layers(chosen)
+    assert (model(example()) - masked).abs().max() <= 1e-5 * masked.abs().max()
+    fresh = Recorder(model, example()).architecture
+    assert (after.parameters, after.macs) == (fresh.parameters, fresh.macs)
+    surgeon.undo()
+    assert torch.equal(model(example()), whole)
+
+
+def test_a_gated_unit_written_into_its_block_cannot_go_and_says_why() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), GatedInline(8), nn.Flatten(), nn.LazyLinear(5))
+    model(example())
+    (block,) = [
+        b for b in Recorder(model.eval(), example()).architecture.blocks if b.branch == "1.down"
+    ]
+    assert not block.prunable
+    assert "does not run without it" in block.reason
 
 
 # What is measured, against a gate that is really there.
