@@ -91,7 +91,7 @@ def _blob(name: str, codec: str = "safetensors") -> ll.BlobRef:
     )
 
 
-STATISTICS: tuple[ll.ChannelImportanceData, ll.GateStatistics] = (
+STATISTICS: tuple[ll.ChannelImportanceData, ll.GateStatistics, ll.LayerStatistics] = (
     ll.ChannelImportanceData(
         layer_name="a",
         taylor_importance=np.array([0.5, 0.25, 0.125], np.float32),
@@ -106,6 +106,15 @@ STATISTICS: tuple[ll.ChannelImportanceData, ll.GateStatistics] = (
         projections=np.array([[0.5, -0.5, 2.0], [1.0, 0.25, -1.0]], np.float32),
         first_order=np.array([-0.5, 0.0, 0.5], np.float32),
         second_order=np.array([0.25, 0.0, 0.25], np.float32),
+    ),
+    ll.LayerStatistics(
+        layer_name="stage.0",
+        taylor=np.array([0.0005], np.float32),
+        gradient_flow=np.array([0.75], np.float32),
+        similarity=np.array([0.96875], np.float32),
+        projections=np.array([0.5, -0.25], np.float32),
+        first_order=np.array([-0.00025], np.float32),
+        second_order=np.array([0.0625], np.float32),
     ),
 )
 """Each is a blob of its own in the vectors."""

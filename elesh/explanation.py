@@ -19,6 +19,7 @@ from leyline import (
     ContractError,
     DeadLetter,
     GateResult,
+    LayerPruningTarget,
     StructuralPruningDecision,
     read_envelope,
     unwrap,
@@ -58,6 +59,8 @@ def print_decision(
     console.print(figures)
     if told.units:
         console.print(_units(told.units))
+    if told.layers:
+        console.print(_layers(told.layers))
     console.print(_gates(told.gates))
     for name, reason in told.ignored:
         console.print(f"  left alone: [bold]{escape(name)}[/]: {escape(reason)}", soft_wrap=True)
@@ -82,6 +85,22 @@ def _units(rows: Iterable[UnitExplanation]) -> Table:
             f"{row.score:.4g}",
             *([f"{row.single_removal or 0.0:+.3g}"] if alone else []),
             escape(row.reason),
+        )
+    return table
+
+
+def _layers(targets: Iterable[LayerPruningTarget]) -> Table:
+    table = Table(title="Layers", title_justify="left")
+    for name in ("layer", "Taylor", "gradient flow", "similarity", "skip potential", "impact"):
+        table.add_column(name, justify="left" if name == "layer" else "right")
+    for target in targets:
+        table.add_row(
+            escape(target.layer_name),
+            f"{target.importance:.4g}",
+            f"{target.gradient_flow:.4g}",
+            f"{target.similarity:.4g}",
+            f"{target.skip_potential:.4g} ({target.skip_strategy})",
+            f"{target.architecture_impact:.4g}",
         )
     return table
 

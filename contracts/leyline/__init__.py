@@ -15,6 +15,7 @@ from .architecture import (
     TensorSlice,
 )
 from .base import SCHEMA_VERSION, Message, WireEnum
+from .blocks import LayerBlock, StandIn
 from .bundle import CheckpointBundle, CheckpointDocument
 from .checkpoint import BlobRef, CheckpointMetadata, CheckpointReady
 from .codec import decode, encode, read_envelope, unwrap, wrap
@@ -71,7 +72,7 @@ from .identity import (
 from .legacy import AnalysisReport, ImportanceData, MaskApplication, ParameterMask, PruningMasks
 from .parameters import AnalysisParameters, PerformanceRequirements
 from .requests import AnalysisRequest, StructuralAnalysisRequest
-from .statistics import ChannelImportanceData, GateStatistics
+from .statistics import ChannelImportanceData, GateStatistics, LayerStatistics
 from .streams import MESSAGES, STREAMS, Stream
 
 __all__ = [
@@ -103,8 +104,10 @@ __all__ = [
     "IdentityMismatch",
     "ImportanceData",
     "InvalidField",
+    "LayerBlock",
     "LayerDescriptor",
     "LayerPruningTarget",
+    "LayerStatistics",
     "Level",
     "MESSAGES",
     "Malformed",
@@ -134,6 +137,7 @@ __all__ = [
     "ShapeMismatch",
     "Span",
     "SparedUnit",
+    "StandIn",
     "Stream",
     "StructuralAnalysisRequest",
     "StructuralPruningDecision",

@@ -9,15 +9,16 @@ and the trainer cuts by the same slices that the worker counted.
 from __future__ import annotations
 
 import math
+import operator
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from operator import lt
 from typing import Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
 from .base import Count, Epoch, Message, ModelHash, Name, Text
+from .blocks import LayerBlock, blocks_left, groups_left, layers_left
 from .errors import IdentityMismatch, InvalidField
 from .identity import Level, ParameterIdentifier, stable_hash
 
@@ -134,7 +135,7 @@ class PruningGroup(Message):
 
     @model_validator(mode="after")
     def _origin_is_sound(self) -> Self:
-        rising = all(map(lt, self.origin, self.origin[1:]))
+        rising = all(map(operator.lt, self.origin, self.origin[1:]))
         inside = not self.origin or 0 <= self.origin[0] <= self.origin[-1] < self.original_size
         if not (rising and inside):
             raise InvalidField(
@@ -152,6 +153,7 @@ class PruningRecord(Message):
     idempotency_key: Name
     """Of the decision; ``manual`` where there was none."""
     group: Name
+    """The group that lost units, or the block that was removed whole (level ``layer``)."""
     level: Level = Level.CHANNEL
     original_indices: tuple[int, ...]
 
@@ -173,6 +175,9 @@ class PrunedArchitecture(Message):
     """Multiply-accumulates of one sample before the first cut."""
     history: tuple[PruningRecord, ...] = ()
     """All cuts so far, oldest first."""
+    blocks: tuple[LayerBlock, ...] = Field(default=(), exclude_if=operator.not_)
+    """Layers that can be removed whole, and why others cannot; removed ones stay listed. Left out
+    of messages where there are none."""
 
     @classmethod
     def build(
@@ -182,6 +187,7 @@ class PrunedArchitecture(Message):
         groups: tuple[PruningGroup, ...],
         *,
         history: tuple[PruningRecord, ...] = (),
+        blocks: tuple[LayerBlock, ...] = (),
         original_parameters: int | None = None,
         original_macs: int | None = None,
     ) -> PrunedArchitecture:
@@ -194,6 +200,7 @@ class PrunedArchitecture(Message):
             original_parameters=0,
             original_macs=0,
             history=history,
+            blocks=blocks,
         )
         return cls(
             model_hash=draft.computed_hash(),
@@ -201,6 +208,7 @@ class PrunedArchitecture(Message):
             layers=layers,
             groups=groups,
             history=history,
+            blocks=blocks,
             original_parameters=draft.parameters
             if original_parameters is None
             else original_parameters,
@@ -208,7 +216,7 @@ class PrunedArchitecture(Message):
         )
 
     def computed_hash(self) -> str:
-        """Hash over tensors and groups (origins, wiring): the structure, not the weights."""
+        """Hash over tensors, groups (origins, wiring), blocks: the structure, not the weights."""
         parts = [f"{t.identifier}/{t.kind}/{t.owner}" for t in self.tensors]
         parts += [
             f"{g.name}/{g.level}/{g.original_size}/{','.join(map(str, g.origin))}"
@@ -219,6 +227,7 @@ class PrunedArchitecture(Message):
             for g in self.groups
             for part in g.slices
         ]
+        parts += [block.wiring for block in self.blocks]
         return stable_hash(*parts)
 
     @model_validator(mode="after")
@@ -238,6 +247,11 @@ class PrunedArchitecture(Message):
     def group(self) -> Mapping[str, PruningGroup]:
         """Groups by name."""
         return {g.name: g for g in self.groups}
+
+    @cached_property
+    def block(self) -> Mapping[str, LayerBlock]:
+        """Blocks by name."""
+        return {b.name: b for b in self.blocks}
 
     @property
     def parameters(self) -> int:
@@ -265,9 +279,50 @@ class PrunedArchitecture(Message):
             self.layers,
             tuple(_renumbered(g, chosen.get(g.name, frozenset()), gone) for g in self.groups),
             history=self.history + tuple(_record(g, units, epoch, key) for g, units in cuts),
+            blocks=self.blocks,
             original_parameters=self.original_parameters,
             original_macs=self.original_macs,
         )
+
+    def without_layers(
+        self, names: Iterable[str], *, epoch: int = 0, key: str = ""
+    ) -> PrunedArchitecture:
+        """The architecture after removing whole blocks, by name.
+
+        Raises:
+            InvalidField: if a block is unknown, was removed before, or may not be removed.
+        """
+        chosen = [self._block(name) for name in dict.fromkeys(names)]
+        gone = {path for block in chosen for path in block.tensors}
+        removed = {block.name for block in chosen}
+        records = tuple(
+            PruningRecord(
+                epoch=epoch,
+                idempotency_key=key or "manual",
+                group=block.name,
+                level=Level.LAYER,
+                original_indices=(),
+            )
+            for block in chosen
+        )
+        return PrunedArchitecture.build(
+            tuple(t for t in self.tensors if t.path not in gone),
+            layers_left(self.layers, chosen),
+            groups_left(self.groups, chosen),
+            history=self.history + records,
+            blocks=blocks_left(self.blocks, removed, gone),
+            original_parameters=self.original_parameters,
+            original_macs=self.original_macs,
+        )
+
+    def _block(self, name: str) -> LayerBlock:
+        block = self.block.get(name)
+        if block is None:
+            raise InvalidField("block", f"one of {sorted(self.block)}", name)
+        if block.removed or not block.prunable:
+            found = "removed before" if block.removed else f"not prunable: {block.reason}"
+            raise InvalidField(f"blocks.{name}", "a layer that may be removed", found)
+        return block
 
     def _group_with(self, name: str, units: frozenset[int]) -> PruningGroup:
         group = self.group.get(name)
@@ -357,6 +412,11 @@ def _check_references(architecture: PrunedArchitecture) -> None:
     """Names are unique, every tensor that is named exists, every unit lies inside its axes."""
     _require_unique("tensors", [t.path for t in architecture.tensors])
     _require_unique("groups", [g.name for g in architecture.groups])
+    _require_unique("blocks", [b.name for b in architecture.blocks])
+    for block in architecture.blocks:
+        unknown = [path for path in block.tensors if path not in architecture.tensor]
+        if unknown and not block.removed:
+            raise InvalidField(f"blocks.{block.name}.tensors", "paths of tensors", unknown)
     for layer in architecture.layers:
         if layer.weight and layer.weight not in architecture.tensor:
             raise InvalidField(f"layers.{layer.name}.weight", "the path of a tensor", layer.weight)

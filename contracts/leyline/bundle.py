@@ -1,8 +1,8 @@
 """A checkpoint as one value: metadata, architecture and statistics, to blobs or a folder and back.
 
 The folder holds ``checkpoint.json`` (metadata, architecture, levels, parameters),
-``statistics.safetensors`` and, where measured, ``gates.safetensors``. It is what a recorder makes,
-what ``analyze`` reads, and what a CheckpointReady event points at.
+``statistics.safetensors`` and, where measured, ``gates.safetensors`` and ``layers.safetensors``. It
+is what a recorder makes, what ``analyze`` reads, and what a CheckpointReady event points at.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from .errors import (
 )
 from .identity import IdempotencyKey, Level
 from .parameters import AnalysisParameters, PerformanceRequirements
-from .statistics import ChannelImportanceData, GateStatistics
+from .statistics import ChannelImportanceData, GateStatistics, LayerStatistics
 
-_M = TypeVar("_M", ChannelImportanceData, GateStatistics)
+_M = TypeVar("_M", ChannelImportanceData, GateStatistics, LayerStatistics)
 
 
 class CheckpointDocument(Message):
@@ -47,7 +47,8 @@ class CheckpointDocument(Message):
 
 @dataclass(frozen=True)
 class CheckpointBundle:
-    """Everything that an analysis reads. ``channels`` and ``gates`` go by group name.
+    """Everything that an analysis reads. ``channels`` and ``gates`` go by group name,
+    ``layers`` by block name.
 
     Raises:
         IdentityMismatch: if metadata and architecture speak of different networks.
@@ -61,6 +62,7 @@ class CheckpointBundle:
     levels: tuple[Level, ...] = (Level.CHANNEL,)
     parameters: AnalysisParameters = field(default_factory=AnalysisParameters)
     requirements: PerformanceRequirements = field(default_factory=PerformanceRequirements)
+    layers: Mapping[str, LayerStatistics] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.metadata.model_hash != self.architecture.model_hash:
@@ -80,6 +82,19 @@ class CheckpointBundle:
         samples = {gate.projections.shape[0] for gate in self.gates.values()}
         if len(samples) > 1:
             raise ShapeMismatch("gates", "the same number of samples in every group", samples)
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        for name, data in self.layers.items():
+            if name != data.layer_name:
+                raise InvalidField(f"layers.{name}.layer_name", name, data.layer_name)
+            block = self.architecture.block.get(name)
+            if block is None or block.removed:
+                expected = "the name of a block that is present in the architecture"
+                raise InvalidField(f"layers.{name}", expected, name)
+        samples = {len(data.projections) for data in self.layers.values()}
+        if len(samples) > 1:
+            raise ShapeMismatch("layers", "the same number of samples in every block", samples)
 
     def _sizes(self) -> Iterable[tuple[str, str, int]]:
         for name, data in self.channels.items():
@@ -111,12 +126,17 @@ class CheckpointBundle:
         """Safetensors bytes of all GateStatistics, or None where there are none."""
         return pack_statistics(self.gates.values()) if self.gates else None
 
+    def layers_blob(self) -> bytes | None:
+        """Safetensors bytes of all LayerStatistics, or None where there are none."""
+        return pack_statistics(self.layers.values()) if self.layers else None
+
     @classmethod
     def from_blobs(
         cls,
         document: CheckpointDocument,
         statistics: bytes | memoryview,
         gates: bytes | memoryview | None = None,
+        layers: bytes | memoryview | None = None,
     ) -> CheckpointBundle:
         """The bundle of a document and its blobs; refuses what does not fit together."""
         return cls(
@@ -127,6 +147,7 @@ class CheckpointBundle:
             levels=document.levels,
             parameters=document.parameters,
             requirements=document.requirements,
+            layers={} if layers is None else unpack_statistics(LayerStatistics, layers, "layers"),
         )
 
     def save(self, folder: str | Path) -> Path:
@@ -134,11 +155,11 @@ class CheckpointBundle:
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         (path / "statistics.safetensors").write_bytes(self.statistics_blob())
-        gates = self.gates_blob()
-        if gates is None:
-            (path / "gates.safetensors").unlink(missing_ok=True)
-        else:
-            (path / "gates.safetensors").write_bytes(gates)
+        for name, blob in (("gates", self.gates_blob()), ("layers", self.layers_blob())):
+            if blob is None:
+                (path / f"{name}.safetensors").unlink(missing_ok=True)
+            else:
+                (path / f"{name}.safetensors").write_bytes(blob)
         (path / "checkpoint.json").write_text(self.document.model_dump_json(indent=1))
         return path
 
@@ -152,14 +173,17 @@ class CheckpointBundle:
         """
         path = Path(folder)
         statistics, gates = path / "statistics.safetensors", path / "gates.safetensors"
+        layers = path / "layers.safetensors"
         try:
             return cls.from_blobs(
                 _read_document(path / "checkpoint.json"),
                 statistics.read_bytes(),
                 gates.read_bytes() if gates.exists() else None,
+                layers.read_bytes() if layers.exists() else None,
             )
         except ContractError as error:
-            file = {"statistics": statistics, "gates": gates}.get(error.field.partition(".")[0])
+            blobs = {"statistics": statistics, "gates": gates, "layers": layers}
+            file = blobs.get(error.field.partition(".")[0])
             raise error.inside(str(file or path / "checkpoint.json")) from None
 
 
@@ -170,7 +194,9 @@ def _read_document(path: Path) -> CheckpointDocument:
         raise first_error(error, "") from None
 
 
-def pack_statistics(items: Iterable[ChannelImportanceData | GateStatistics]) -> bytes:
+def pack_statistics(
+    items: Iterable[ChannelImportanceData | GateStatistics | LayerStatistics],
+) -> bytes:
     """One blob with tensors ``<layer_name>/<field>``."""
     arrays: dict[str, npt.NDArray[Any]] = {}
     for item in items:

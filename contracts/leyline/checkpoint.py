@@ -64,6 +64,8 @@ class CheckpointReady(Message):
     """Safetensors: ChannelImportanceData of every group."""
     gates: BlobRef | None = None
     """Safetensors: GateStatistics of every group, where the trainer measured them."""
+    layers: BlobRef | None = Field(default=None, exclude_if=lambda ref: ref is None)
+    """Safetensors: LayerStatistics of every block, where measured; left out where not."""
     levels: tuple[Level, ...] = (Level.CHANNEL,)
     """What may be removed."""
     parameters: AnalysisParameters = AnalysisParameters()

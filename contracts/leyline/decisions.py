@@ -174,7 +174,8 @@ class PruningStatistics(Message):
     channels_before: Count
     channels_after: Count
     channels_original: Count
-    """Units of prunable groups before the first cut."""
+    """Units of prunable groups before the first cut; in decisions of the layer level, all three
+    count removable layers."""
     quota: Count
     """Units that the schedule allowed to remove at this checkpoint."""
     phase_limit: Fraction

@@ -41,6 +41,8 @@ class StructuralAnalysisRequest(Message):
     """Safetensors: ChannelImportanceData of every group."""
     gates: BlobRef | None = None
     """Safetensors: GateStatistics of every group, where measured."""
+    layers: BlobRef | None = Field(default=None, exclude_if=lambda ref: ref is None)
+    """Safetensors: LayerStatistics of every block, where measured; left out where not."""
     levels: tuple[Level, ...] = (Level.CHANNEL,)
     """What may be removed."""
 

@@ -112,6 +112,51 @@ class GateStatistics(_ArrayMessage):
         return self
 
 
+class LayerStatistics(_ArrayMessage):
+    """What one block (a removable layer) does, over N calibration samples.
+
+    Its gate multiplies the branch's contribution: ``out = stream + gate * branch``.
+    """
+
+    contract_of: ClassVar[str] = "Kasmina to Elesh"
+
+    layer_name: Name
+    """Name of the block in the architecture."""
+    taylor: Array
+    """[1], >= 0: mean over samples of the magnitude of the gate gradient of the true-label loss."""
+    gradient_flow: Array
+    """[1], 0 to 1: of the norms of the loss's gradient at the stream before and after the block,
+    the smaller as a share of the larger; 1 if the identity path carries all of it."""
+    similarity: Array
+    """[1], -1 to 1: cosine of the stream before and after the block, uncentred, mean over samples
+    and positions (1 - Block Influence of ShortGPT, Men et al. 2024)."""
+    projections: Array
+    """[N]: gate gradients of the random projections, as in GateStatistics."""
+    first_order: Array
+    """[1]: mean over samples of the gate gradient of the true-label loss (signed)."""
+    second_order: Array
+    """[1]: mean over samples of the squared gate gradient of the sampled-label loss."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.projections.ndim != 1:
+            raise ShapeMismatch(f"{self.layer_name}/projections", "[N]", self.projections.shape)
+        require_finite(f"{self.layer_name}/projections", self.projections)
+        for field, low, high in (
+            ("taylor", 0.0, np.inf),
+            ("gradient_flow", 0.0, _LARGEST_COSINE),
+            ("similarity", -_LARGEST_COSINE, _LARGEST_COSINE),
+            ("first_order", -np.inf, np.inf),
+            ("second_order", 0.0, np.inf),
+        ):
+            where, values = f"{self.layer_name}/{field}", getattr(self, field)
+            _require_shape(where, values, (1,))
+            require_finite(where, values)
+            if not low <= values[0] <= high:
+                raise InvalidField(where, f"a number from {low:g} to {high:g}", float(values[0]))
+        return self
+
+
 def _require_shape(field: str, array: npt.NDArray[Any], shape: tuple[int, ...]) -> None:
     if array.shape != shape:
         raise ShapeMismatch(field, f"shape {shape}", f"shape {array.shape}")

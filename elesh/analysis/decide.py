@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import version
 from typing import Literal
 
 import numpy as np
@@ -39,8 +37,10 @@ from .channels import (
     eligible_groups,
     plan_channels,
 )
+from .decide_layers import decide_layers
 from .schedule import Allowance, allowance, counted_groups
 from .scores import single_removal
+from .verdicts import elesh_version, rejection
 
 __all__ = ["analyze"]
 
@@ -89,16 +89,27 @@ def analyze(
         threads: numerical work runs on so many threads; the decision does not depend on it.
         breaker: the level's circuit breaker; closed if not given.
         key: the key of the decision; the bundle's own for this level if not given.
-        scorer: overrides the scorer of request and settings, where a fallback asks for another.
+        scorer: overrides the scorer of request and settings, where a fallback asks for another
+            (channels only).
         fallbacks: rungs of the failure table that led here, to be recorded in the decision.
 
     Raises:
         InvalidField: if the level is not analysed here, or the request names unknown layers.
         IdentityMismatch: if the key speaks of another checkpoint.
     """
-    if level is not Level.CHANNEL:
-        raise InvalidField("level", f"a level that is analysed here: {Level.CHANNEL}", level.value)
     settings = settings or Settings()
+    if level is Level.LAYER:
+        return decide_layers(
+            bundle,
+            settings,
+            breaker=breaker or BreakerStatus(),
+            key=key or bundle.key(level),
+            fallbacks=fallbacks,
+        )
+    if level is not Level.CHANNEL:
+        raise InvalidField(
+            "level", f"a level that is analysed here: {Level.CHANNEL}, {Level.LAYER}", level.value
+        )
     allowed = _allowance(bundle, settings)
     used, taken = choose_scorer(bundle, scorer or _wanted(bundle, settings))
     eligible, plan = _plan(bundle, settings, used, allowed, threads)
@@ -126,13 +137,8 @@ def analyze(
         fallbacks=all_fallbacks,
         ignored=eligible.ignored,
         settings_hash=settings.analysis_hash,
-        elesh_version=_version(),
+        elesh_version=elesh_version(),
     )
-
-
-@cache
-def _version() -> str:
-    return version("elesh")
 
 
 def _wanted(bundle: CheckpointBundle, settings: Settings) -> str:
@@ -243,9 +249,8 @@ def _rejection(
     gates: Sequence[GateResult], cut: _Cut, allowed: Allowance, eligible: Eligible
 ) -> str:
     """Why the decision is not approved; empty where it is."""
-    failed = [f"{gate.name}: {_why(gate)}" for gate in gates if not gate.passed]
-    if failed:
-        return "; ".join(failed)[:8192]
+    if failed := rejection(gates):
+        return failed
     if cut.count:
         return ""
     if not eligible.groups:
@@ -256,16 +261,6 @@ def _rejection(
         f"nothing to remove: quota 0 ({allowed.removed} of {allowed.original} original channels "
         f"are removed, {allowed.share:.2%} may be at this epoch)"
     )
-
-
-def _why(gate: GateResult) -> str:
-    """What a failed gate says of itself."""
-    figures = (
-        f"{gate.measured:.4g} against {gate.limit:.4g}"
-        if gate.measured is not None and gate.limit is not None
-        else ""
-    )
-    return ", ".join(part for part in (figures, gate.detail) if part)
 
 
 def _statistics(

@@ -14,6 +14,8 @@ from leyline import (
     CheckpointBundle,
     Fallback,
     GateResult,
+    LayerPruningTarget,
+    Level,
     StructuralPruningDecision,
 )
 
@@ -65,6 +67,8 @@ class Explanation:
     figures: tuple[tuple[str, str], ...]
     """Name and value of what the decision does and is predicted to cost."""
     units: tuple[UnitExplanation, ...]
+    layers: tuple[LayerPruningTarget, ...]
+    """Whole layers that go, with the figures of the five conditions, cheapest first."""
     gates: tuple[GateResult, ...]
     ignored: tuple[tuple[str, str], ...]
     fallbacks: tuple[Fallback, ...]
@@ -81,6 +85,7 @@ def explain(
         reason=decision.rejection_reason,
         figures=tuple(_figures(decision)),
         units=tuple(rows),
+        layers=decision.layers,
         gates=decision.safety.gates,
         ignored=decision.ignored,
         fallbacks=decision.fallbacks,
@@ -143,16 +148,17 @@ def _row(
 
 def _figures(decision: StructuralPruningDecision) -> Iterator[tuple[str, str]]:
     s, validation = decision.statistics, decision.safety
+    units = "layers" if decision.key.level is Level.LAYER else "channels"
     yield (
         "phase",
-        f"{validation.phase}, up to {s.phase_limit:.1%} of {s.channels_original} channels",
+        f"{validation.phase}, up to {s.phase_limit:.1%} of {s.channels_original} {units}",
     )
     yield "outcome", validation.outcome
     yield "confidence", f"{validation.confidence:.2f}"
     yield "ranked by", f"{s.scorer}, {s.samples} samples"
-    yield "quota", f"{s.quota} channels at this checkpoint"
-    yield "channels", f"{s.channels_before} to {s.channels_after}"
-    yield "removed so far", f"{s.cumulative_ratio:.2%} of the original channels"
+    yield "quota", f"{s.quota} {units} at this checkpoint"
+    yield units, f"{s.channels_before} to {s.channels_after}"
+    yield "removed so far", f"{s.cumulative_ratio:.2%} of the original {units}"
     yield "parameters", f"{s.parameters_before:,} to {s.parameters_after:,}"
     yield "MACs", f"{s.macs_before:,} to {s.macs_after:,}"
     if s.predicted_shift is not None:

@@ -15,6 +15,7 @@ from .gates import (
     structure,
     verdict,
 )
+from .layer_gates import layer_isolation, layer_phase, layer_structure, minimum_layers
 
 __all__ = [
     "MIN_SAMPLES",
@@ -23,7 +24,11 @@ __all__ = [
     "counts_as_failure",
     "cumulative_limit",
     "gradient_isolation",
+    "layer_isolation",
+    "layer_phase",
+    "layer_structure",
     "minimum_channels",
+    "minimum_layers",
     "mixed_owners",
     "noise",
     "phase_gate",

@@ -56,9 +56,11 @@ def apply_decision(
         return _outcome(decision, now, now, "refused", stale)
     with span("evaluate"):
         plain = evaluate()
-    with span("mask"):
-        surgeon.mask(decision.units)
+    layers = [target.layer_name for target in decision.layers]
     try:
+        with span("mask"):
+            surgeon.mask(decision.units)
+            surgeon.mask_layers(layers)
         with span("evaluate masked"):
             masked = evaluate()
     finally:
@@ -69,12 +71,12 @@ def apply_decision(
         reason = f"{fell}, more than {limit:g}"
         return _outcome(decision, now, now, "rolled_back", reason, plain, masked)
     with span("cut"):
-        after = surgeon.cut(
-            decision.units,
-            epoch=decision.epoch,
-            key=decision.idempotency_key,
-            redistribute=redistribute() if redistribute else None,
-        )
+        epoch, key = decision.epoch, decision.idempotency_key
+        if decision.units or not layers:
+            moments = redistribute() if redistribute else None
+            after = surgeon.cut(decision.units, epoch=epoch, key=key, redistribute=moments)
+        if layers:
+            after = surgeon.cut_layers(layers, epoch=epoch, key=key)
     return _outcome(decision, now, after, "applied", "", plain, masked)
 
 

@@ -63,7 +63,8 @@ class GateMeter:
         self._weights: Tensor | None = None
         self._sums: dict[Axis, Tensor] = {}
         self._absolutes: dict[Axis, Tensor] = {}
-        self._anchor = torch.zeros((), requires_grad=True)
+        self.anchor = torch.zeros((), requires_grad=True)
+        """What every backward pass asks the gradient of."""
 
     def __enter__(self) -> GateMeter:
         for axis in self._axes:
@@ -96,7 +97,7 @@ class GateMeter:
             that the scalar does not depend on are missing.
         """
         self._sums, self._absolutes, self._weights = {}, {}, absolute
-        torch.autograd.grad(scalar, self._anchor, retain_graph=keep, allow_unused=True)
+        torch.autograd.grad(scalar, self.anchor, retain_graph=keep, allow_unused=True)
         return self._sums, self._absolutes
 
     def _gate(self, axis: Axis) -> Callable[..., Any]:
@@ -106,7 +107,7 @@ class GateMeter:
         def opened(x: Tensor) -> Tensor:
             with torch.no_grad():
                 self._watch(axis, x)
-            return _Gate.apply(x, self._anchor, reader)  # type: ignore[no-untyped-call,no-any-return]
+            return _Gate.apply(x, self.anchor, reader)  # type: ignore[no-untyped-call,no-any-return]
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return replace_first(args, kwargs, opened)

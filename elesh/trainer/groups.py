@@ -24,6 +24,7 @@ from leyline import (
     TensorSlice,
 )
 
+from .block_proof import with_blocks
 from .calling import Inputs, example_copy, undisturbed
 from .graph import Port, Unit, Wiring, summary, trace
 from .layers import ChannelAxes, channel_axes, describe_tensors, named_tensors
@@ -52,7 +53,8 @@ def find_architecture(
         wiring = trace(twin, inputs)
         groups = _groups(wiring, twin, ignored_layers)
         architecture = PrunedArchitecture.build(describe_tensors(model), wiring.layers, groups)
-        return without_refuted(twin, inputs, architecture)
+        proved = without_refuted(twin, inputs, architecture)
+        return with_blocks(twin, inputs, proved, ignored_layers)
 
 
 def _twin(model: nn.Module) -> nn.Module:

@@ -52,7 +52,7 @@ class _Experiment:
     """Groups are admitted one set at a time; what cannot join those admitted is refused."""
 
     def __init__(self, twin: nn.Module, inputs: Inputs, architecture: PrunedArchitecture) -> None:
-        self._twin, self._inputs = twin, inputs
+        self._trial = Trial(twin, inputs)
         self._surgeon = Surgeon(twin, architecture, restore_points=1)
         rng = np.random.default_rng(0)
         groups = [group for group in architecture.groups if group.prunable]
@@ -65,7 +65,6 @@ class _Experiment:
             for count in counts
         ]
         self._admitted: list[str] = []
-        self._trains = self._runs_in_training()
         self.reasons: dict[str, str] = {}
 
     def admit(self, names: Sequence[str]) -> None:
@@ -87,14 +86,13 @@ class _Experiment:
     def _disproof(self, units: Mapping[str, Sequence[int]]) -> str:
         """Why these units cannot be removed together; empty if they can."""
         self._surgeon.mask(units)
-        masked = self._outputs()
+        masked = self._trial.outputs()
         self._surgeon.unmask()
         self._surgeon.cut(units)
         try:
-            difference = _difference(masked, self._outputs())
-            if not difference and self._trains:
-                # Branches that only training uses (auxiliary heads) must fit, too.
-                self._train()
+            difference = _difference(masked, self._trial.outputs())
+            if not difference:
+                self._trial.train()
             return difference
         except Exception as error:  # Whatever the user's network raises is the finding.
             return (
@@ -104,38 +102,57 @@ class _Experiment:
         finally:
             self._surgeon.undo()
 
-    def _runs_in_training(self) -> bool:
-        try:
-            self._train()
-        except Exception:  # A single sample cannot be normalised over the batch, for example.
-            return False
-        return True
 
-    def _train(self) -> None:
-        """A forward pass in training mode; moves running statistics."""
+class Trial:
+    """A network and example inputs to try changes on."""
+
+    def __init__(self, twin: nn.Module, inputs: Inputs) -> None:
+        self._twin, self._inputs = twin, inputs
+        self._trains = True
+        try:
+            self.train()
+        except Exception:  # A single sample cannot be normalised over the batch, for example.
+            self._trains = False
+
+    def outputs(self) -> list[Tensor]:
+        """All floating-point outputs, the random generators seeded."""
+        seed_generators(device_of(self._twin), 0)
+        return [t for t in tensors_in(call(self._twin, self._inputs)) if t.is_floating_point()]
+
+    def train(self) -> None:
+        """A forward pass in training mode, if it ran at first; moves running statistics.
+
+        Branches that only training uses (auxiliary heads) must fit, too.
+        """
+        if not self._trains:
+            return
         self._twin.train()
         try:
             call(self._twin, self._inputs)
         finally:
             self._twin.eval()
 
-    def _outputs(self) -> list[Tensor]:
-        seed_generators(device_of(self._twin), 0)
-        return [t for t in tensors_in(call(self._twin, self._inputs)) if t.is_floating_point()]
+
+def apart(masked: Sequence[Tensor], cut: Sequence[Tensor]) -> str:
+    """How outputs under a mask and after the cut differ; empty if they do not."""
+    if [tensor.shape for tensor in masked] != [tensor.shape for tensor in cut]:
+        return "the outputs' shapes differ"
+    for a, b in zip(masked, cut, strict=True):
+        scale = a.abs().max().item() if a.numel() else 1.0
+        most = (a - b).abs().max().item() if a.numel() else 0.0
+        if not (math.isfinite(most) and most <= TOLERANCE * scale):
+            return f"by {most:.3g} where outputs reach {scale:.3g}"
+    return ""
 
 
 def _difference(masked: Sequence[Tensor], cut: Sequence[Tensor]) -> str:
     if [tensor.shape for tensor in masked] != [tensor.shape for tensor in cut]:
         return "network output"
-    for a, b in zip(masked, cut, strict=True):
-        scale = a.abs().max().item() if a.numel() else 1.0
-        apart = (a - b).abs().max().item() if a.numel() else 0.0
-        if not (math.isfinite(apart) and apart <= TOLERANCE * scale):
-            return (
-                f"masking and cutting differ (by {apart:.3g} where outputs reach {scale:.3g}): "
-                "something mixes its channels before a layer consumes them"
-            )
-    return ""
+    difference = apart(masked, cut)
+    return difference and (
+        f"masking and cutting differ ({difference}): "
+        "something mixes its channels before a layer consumes them"
+    )
 
 
 def _scramble(model: nn.Module) -> None:

@@ -26,6 +26,7 @@ from leyline import (
     checkpoint_id,
 )
 
+from .branch_meter import BranchMeter
 from .calling import Inputs, batch_size, call, device_of, main_output, map_tensors, undisturbed
 from .gates import Axis, GateMeter, axis_of
 from .groups import find_architecture
@@ -141,7 +142,7 @@ class Recorder:
         require_fit(self._model, self._architecture)
         measurement = _Measurement(self._architecture)
         with undisturbed(self._model, self._seed):
-            self._run(measurement, self._limited(batches, max_samples))
+            branches = self._run(measurement, self._limited(batches, max_samples))
         architecture = self._architecture
         metadata = CheckpointMetadata(
             run_id=run_id,
@@ -157,7 +158,8 @@ class Recorder:
             note=note,
         )
         channels, gates = measurement.statistics(self._model)
-        return CheckpointBundle(metadata, architecture, channels, gates)
+        layers = branches.statistics(measurement.samples)
+        return CheckpointBundle(metadata, architecture, channels, gates, layers=layers)
 
     def moments(
         self,
@@ -220,16 +222,19 @@ class Recorder:
             seen += left
             yield map_tensors(taken, inputs), map_tensors(taken, labels)
 
-    def _run(self, measurement: _Measurement, batches: Iterable[tuple[Inputs, Any]]) -> None:
+    def _run(self, measurement: _Measurement, batches: Iterable[tuple[Inputs, Any]]) -> BranchMeter:
         # Two streams, so that the directions are those of ``project`` whatever labels are drawn.
         generators = tuple(torch.Generator().manual_seed(self._seed + i * 2**32) for i in (0, 1))
-        with GateMeter(self._model, measurement.axes, measurement.watch) as meter:
+        meter = GateMeter(self._model, measurement.axes, measurement.watch)
+        branches = BranchMeter(self._model, self._architecture.blocks, meter.anchor)
+        with branches, meter:
             for inputs, labels in batches:
                 samples = batch_size(inputs)
-                meter.expect(samples)
-                measurement.expect(samples)
+                for counter in (meter, branches, measurement):
+                    counter.expect(samples)
                 output = call(self._model, inputs)
-                self._passes(meter, measurement, output, labels, generators)
+                self._passes(meter, branches, measurement, output, labels, generators)
+        return branches
 
     def _class_axis(self, values: Tensor, labels: Any) -> int | None:
         return class_axis(values, labels) if self._centred else None
@@ -237,6 +242,7 @@ class Recorder:
     def _passes(
         self,
         meter: GateMeter,
+        branches: BranchMeter,
         measurement: _Measurement,
         output: Any,
         labels: Any,
@@ -253,16 +259,20 @@ class Recorder:
             )
         axis, samples = self._class_axis(values, labels), measurement.batch
         projected = (directions(values.detach(), for_directions, axis) * values).sum()
+        branches.read("projections")
         projections, _ = meter.backward(projected)
         if self._loss is cross_entropy and self._sampler is None and has_margins(values, labels):
             odds = margins(values, labels)
             known = odds.detach()
+            branches.read("true", known.sigmoid())
             moves, sizes = meter.backward(odds.sum(), absolute=known.sigmoid())
             toward = rival_directions(values, labels, for_labels)
+            branches.read("sampled", known.sigmoid())
             spread, _ = meter.backward((toward * values).sum(), keep=False)
             measurement.add_margins(projections, moves, sizes, spread, known)
             return
         loss = total(self._loss(output, labels), samples)
+        branches.read("true")
         true, sizes = meter.backward(loss, absolute=torch.ones(samples))
         if not self._samples_labels:
             drawn = labels
@@ -270,6 +280,7 @@ class Recorder:
             drawn = self._sampler(output)
         else:
             drawn = sampled_labels(output, labels, for_labels)
+        branches.read("sampled")
         sampled, _ = meter.backward(total(self._loss(output, drawn), samples), keep=False)
         measurement.add(projections, true, sizes, sampled)
 

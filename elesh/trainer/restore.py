@@ -1,12 +1,12 @@
 """Replacing the content of tensors, and points in time to go back to.
 
 Promises: parameters stay the same objects, so that optimizers keep pointing at them; a restore
-point brings weights, buffers, optimizer state, size attributes and masks back bit for bit.
+point brings modules, weights, buffers, optimizer state, size attributes and masks back bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,18 @@ def cut_state(
     return states
 
 
+def forget(optimizer: torch.optim.Optimizer | None, gone: Iterable[Tensor]) -> None:
+    """Take parameters, and the state kept of them, out of an optimizer."""
+    if optimizer is None:
+        return
+    numbers = {id(tensor) for tensor in gone}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) in numbers:
+                optimizer.state.pop(parameter, None)
+        group["params"] = [p for p in group["params"] if id(p) not in numbers]
+
+
 @dataclass(frozen=True)
 class RestorePoint:
     """Everything that a cut can change, as it was before."""
@@ -75,6 +87,11 @@ class RestorePoint:
     tensors: tuple[tuple[Tensor, Tensor], ...]
     states: tuple[tuple[nn.Parameter, dict[str, Any] | None], ...]
     sizes: tuple[tuple[nn.Module, dict[str, int]], ...]
+    masked_layers: frozenset[str]
+    modules: tuple[tuple[nn.Module, dict[str, nn.Module | None]], ...]
+    """The children of every module: removed layers are replaced there."""
+    trained: tuple[list[Tensor], ...]
+    """The parameters of each of the optimizer's groups."""
 
     @classmethod
     def take(
@@ -82,6 +99,7 @@ class RestorePoint:
         model: nn.Module,
         architecture: PrunedArchitecture,
         masked: Mapping[str, frozenset[int]],
+        masked_layers: frozenset[str],
         optimizer: torch.optim.Optimizer | None,
     ) -> RestorePoint:
         """A copy of the present."""
@@ -96,13 +114,21 @@ class RestorePoint:
                 (module, {name: vars(module)[name] for name in SIZES if name in vars(module)})
                 for module in model.modules()
             ),
+            masked_layers,
+            tuple((module, dict(module._modules)) for module in model.modules()),
+            tuple(list(group["params"]) for group in optimizer.param_groups) if optimizer else (),
         )
 
     def bring_back(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Make the copy the present again; gradients, being of another network, are dropped."""
+        for module, children in self.modules:
+            module._modules.update(children)
         for tensor, saved in self.tensors:
             replace_data(tensor, saved)
             tensor.grad = None
+        for number, parameters in enumerate(self.trained):
+            assert optimizer is not None
+            optimizer.param_groups[number]["params"] = list(parameters)
         for parameter, state in self.states:
             assert optimizer is not None
             if state is None:

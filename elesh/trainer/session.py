@@ -377,8 +377,10 @@ async def _with_blobs(
     bus: Bus, bundle: CheckpointBundle, request_id: str
 ) -> CheckpointReady | StructuralAnalysisRequest:
     """Put the blobs and return the event or request that points at them."""
-    statistics, gates = await bus.blobs.put(bundle.statistics_blob()), bundle.gates_blob()
+    gates, layers = bundle.gates_blob(), bundle.layers_blob()
+    statistics = await bus.blobs.put(bundle.statistics_blob())
     gates_ref = await bus.blobs.put(gates) if gates is not None else None
+    layers_ref = await bus.blobs.put(layers) if layers is not None else None
     metadata = bundle.metadata
     if not request_id:
         return CheckpointReady(
@@ -386,6 +388,7 @@ async def _with_blobs(
             architecture=bundle.architecture,
             statistics=statistics,
             gates=gates_ref,
+            layers=layers_ref,
             levels=bundle.levels,
             parameters=bundle.parameters,
         )
@@ -398,5 +401,6 @@ async def _with_blobs(
         metadata=metadata,
         statistics=statistics,
         gates=gates_ref,
+        layers=layers_ref,
         levels=bundle.levels,
     )

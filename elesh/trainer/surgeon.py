@@ -11,12 +11,13 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from leyline import InvalidField, PrunedArchitecture, PruningGroup, PruningRecord
+from leyline import InvalidField, Level, PrunedArchitecture, PruningGroup, PruningRecord
 
 from .layers import named_tensors, refit, require_fit
 from .masks import Masks
 from .redistribute import Moments, redistributed
-from .restore import Cutter, RestorePoint, cut_state, replace_data
+from .restore import Cutter, RestorePoint, cut_state, forget, replace_data
+from .standins import BranchMasks, put_in
 
 Units = Mapping[str, Iterable[int]]
 """Units in current numbering by group name, as in ``decision.units``."""
@@ -57,6 +58,8 @@ class Surgeon:
         self._points: list[RestorePoint] = []
         self._masks = Masks(model)
         self._masked: dict[str, frozenset[int]] = {}
+        self._branch_masks = BranchMasks(model)
+        self._masked_layers: frozenset[str] = frozenset()
 
     @property
     def architecture(self) -> PrunedArchitecture:
@@ -69,11 +72,18 @@ class Surgeon:
         # Kept in original numbering, which no cut and no undo can shift.
         found: dict[str, tuple[int, ...]] = {}
         for name, originals in self._masked.items():
+            if name not in self._architecture.group:  # It went with a whole layer.
+                continue
             origin = self._architecture.group[name].origin
             units = tuple(unit for unit, number in enumerate(origin) if number in originals)
             if units:
                 found[name] = units
         return found
+
+    @property
+    def masked_layers(self) -> tuple[str, ...]:
+        """The masked blocks, by name."""
+        return tuple(sorted(self._masked_layers))
 
     @property
     def can_undo(self) -> int:
@@ -92,10 +102,24 @@ class Surgeon:
             self._masked[name] = before | {origin[unit] for unit in chosen}
         self._masks.set(self._architecture, self.masked)
 
+    def mask_layers(self, names: Iterable[str]) -> None:
+        """Multiply the branches of whole blocks by zero until :meth:`unmask`, on top of those that
+        are masked already.
+
+        Raises:
+            InvalidField: if a block does not exist (any more) or may not be removed.
+        """
+        chosen = frozenset(names)
+        self._architecture.without_layers(sorted(chosen))  # refuses what cannot go
+        self._masked_layers |= chosen
+        self._set_masks()
+
     def unmask(self) -> None:
-        """Let every masked unit speak again."""
+        """Let every masked unit and layer speak again."""
         self._masked.clear()
         self._masks.clear()
+        self._masked_layers = frozenset()
+        self._branch_masks.clear()
 
     def cut(
         self, units: Units, *, epoch: int = 0, key: str = "", redistribute: Moments | None = None
@@ -142,6 +166,41 @@ class Surgeon:
         self._masks.set(after, self.masked)
         return after
 
+    def cut_layers(
+        self, names: Iterable[str], *, epoch: int = 0, key: str = ""
+    ) -> PrunedArchitecture:
+        """Remove whole blocks for good; returns the architecture afterwards.
+
+        Their modules are replaced by stand-ins without parameters, and the optimizer forgets their
+        parameters and its state of them.
+
+        Args:
+            names: of blocks of the architecture.
+            epoch, key: for the history (the decision's idempotency key).
+
+        Raises:
+            InvalidField: if a block does not exist (any more) or may not be removed.
+            ShapeMismatch: if the model is not what the architecture says. Nothing has been
+                changed then.
+        """
+        names = list(dict.fromkeys(names))
+        after = self._architecture.without_layers(names, epoch=epoch, key=key)
+        require_fit(self._model, self._architecture)
+        if self._limit:
+            self._points = [*self._points, self._point()][-self._limit :]
+        self._masks.clear()
+        self._branch_masks.clear()
+        tensors = named_tensors(self._model)
+        blocks = [self._architecture.block[name] for name in names]
+        put_in(self._model, [stand_in for block in blocks for stand_in in block.stand_ins])
+        gone = tensors.keys() - named_tensors(self._model).keys()
+        forget(self._optimizer, [tensors[path] for path in gone])
+        for parameter in tensors.values():
+            parameter.grad = None
+        self._architecture = after
+        self._set_masks()
+        return after
+
     def undo(self) -> PrunedArchitecture:
         """Go back to just before the last cut, bit for bit, whatever was trained since.
 
@@ -153,10 +212,12 @@ class Surgeon:
                 "undo", f"a cut to undo (the last {self._limit} are kept)", "none left"
             )
         point = self._points.pop()
+        self._masks.clear()
+        self._branch_masks.clear()
         point.bring_back(self._optimizer)
         self._architecture = point.architecture
-        self._masked = dict(point.masked)
-        self._masks.set(self._architecture, self.masked)
+        self._masked, self._masked_layers = dict(point.masked), point.masked_layers
+        self._set_masks()
         return self._architecture
 
     def replay(self, history: Iterable[PruningRecord]) -> PrunedArchitecture:
@@ -168,6 +229,9 @@ class Surgeon:
             InvalidField: if a record names a group or a unit that is not there (any more).
         """
         for record in history:
+            if record.level is Level.LAYER:
+                self.cut_layers([record.group], epoch=record.epoch, key=record.idempotency_key)
+                continue
             group = self._group(record.group)
             unit_of = {original: unit for unit, original in enumerate(group.origin)}
             gone = [index for index in record.original_indices if index not in unit_of]
@@ -180,7 +244,19 @@ class Surgeon:
         return self._architecture
 
     def _point(self) -> RestorePoint:
-        return RestorePoint.take(self._model, self._architecture, self._masked, self._optimizer)
+        return RestorePoint.take(
+            self._model,
+            self._architecture,
+            self._masked,
+            self._masked_layers,
+            self._optimizer,
+        )
+
+    def _set_masks(self) -> None:
+        """Masks of everything that is masked and still there."""
+        self._masks.set(self._architecture, self.masked)
+        blocks = [self._architecture.block[name] for name in self.masked_layers]
+        self._branch_masks.set(block for block in blocks if not block.removed)
 
     def _group(self, name: str) -> PruningGroup:
         group = self._architecture.group.get(name)

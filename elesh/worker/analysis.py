@@ -18,6 +18,7 @@ from leyline import (
     AnalysisFailed,
     AnalysisMetrics,
     IdempotencyKey,
+    Level,
     StructuralPruningDecision,
     decode,
     encode,
@@ -97,7 +98,8 @@ class Analyst:
             key=key,
             metrics=AnalysisMetrics(
                 duration_seconds=reply.seconds,
-                channels=decision.statistics.channels_before,
+                channels=0 if key.level is Level.LAYER else decision.statistics.channels_before,
+                layers=decision.statistics.channels_before if key.level is Level.LAYER else 0,
                 peak_memory_bytes=reply.peak_memory,
                 input_bytes=sum(ref.size for ref in work.blobs.values()),
             ),

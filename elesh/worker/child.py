@@ -85,11 +85,12 @@ def _decide(job: Job) -> bytes:
 def _bundle(folder: Path) -> CheckpointBundle:
     """The checkpoint of the spool folder; the supervisor has verified sizes and digests."""
     document = decode(CheckpointDocument, (folder / DOCUMENT).read_bytes(), field="checkpoint")
-    gates = folder / "gates.safetensors"
+    gates, layers = folder / "gates.safetensors", folder / "layers.safetensors"
     return CheckpointBundle.from_blobs(
         document,
         (folder / "statistics.safetensors").read_bytes(),
         gates.read_bytes() if gates.exists() else None,
+        layers.read_bytes() if layers.exists() else None,
     )
 
 

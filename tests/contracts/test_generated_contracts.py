@@ -70,7 +70,9 @@ def test_golden_bytes_decode_to_the_example_and_it_encodes_to_them(name: str) ->
     assert decoded == MESSAGES[name]
     assert ll.encode(decoded) == data
     plain = msgpack.unpackb(data)
-    assert list(plain) == list(type(MESSAGES[name]).model_fields)
+    fields = type(MESSAGES[name]).model_fields.items()
+    written = [name for name, field in fields if field.exclude_if is None or name in plain]
+    assert list(plain) == written
 
 
 @pytest.mark.parametrize("name", sorted(MESSAGES))
@@ -105,6 +107,7 @@ def test_schemas_are_sound_and_about_the_fields_of_the_type(name: str) -> None:
 
 def test_every_message_has_a_schema() -> None:
     others = {"EventEnvelope", "ChannelImportanceData", "GateStatistics", "CheckpointDocument"}
+    others |= {"LayerStatistics"}
     assert SCHEMAS.keys() == ll.MESSAGES.keys() | others
 
 

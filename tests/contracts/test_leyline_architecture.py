@@ -308,3 +308,119 @@ def test_a_cut_architecture_survives_the_wire(
 ) -> None:
     after = case[0].without(case[1], epoch=3, key="k")
     assert ll.decode(ll.PrunedArchitecture, ll.encode(after)) == after
+
+
+def _layered() -> ll.PrunedArchitecture:
+    """Two convolutions; ``inner`` lies in a block and its hidden group ends there."""
+    tensors = tuple(
+        ll.TensorDescriptor(path=path, shape=shape, dtype="float32")
+        for path, shape in (
+            ("stem.weight", (4, 1)),
+            ("up.weight", (6, 4)),
+            ("down.weight", (4, 6)),
+            ("head.weight", (2, 4)),
+        )
+    )
+    layers = tuple(
+        ll.LayerDescriptor(name=name, kind="linear", weight=f"{name}.weight", positions=3)
+        for name in ("stem", "up", "down", "head")
+    )
+    stream = ll.PruningGroup(
+        name="stem",
+        layers=("stem", "down"),
+        original_size=4,
+        origin=(0, 1, 2, 3),
+        slices=tuple(
+            ll.TensorSlice(tensor=f"{name}.weight", dim=dim)
+            for name, dim in (("stem", 0), ("up", 1), ("down", 0), ("head", 1))
+        ),
+        sites=(ll.GateSite(module="up", dim=-1), ll.GateSite(module="head", dim=-1)),
+    )
+    hidden = ll.PruningGroup(
+        name="up",
+        layers=("up",),
+        original_size=6,
+        origin=(0, 1, 2, 3, 4, 5),
+        slices=(
+            ll.TensorSlice(tensor="up.weight", dim=0),
+            ll.TensorSlice(tensor="down.weight", dim=1),
+        ),
+        sites=(ll.GateSite(module="down", dim=-1),),
+    )
+    block = ll.LayerBlock(
+        name="block",
+        kind="linear",
+        depth=0.5,
+        strategy="residual",
+        skip_potential=0.95,
+        branch="down",
+        entry="up",
+        stand_ins=(
+            ll.StandIn(module="down", kind="zero"),
+            ll.StandIn(module="up", kind="identity"),
+        ),
+        tensors=("up.weight", "down.weight"),
+    )
+    fixed = block.model_copy(
+        update={
+            "name": "fixed",
+            "prunable": False,
+            "reason": "by hand",
+            "tensors": ("stem.weight",),
+        }
+    )
+    return ll.PrunedArchitecture.build(tensors, layers, (stream, hidden), blocks=(block, fixed))
+
+
+def test_removing_a_layer_takes_its_tensors_layers_groups_and_sites_along() -> None:
+    before = _layered()
+    after = before.without_layers(["block"], epoch=7, key="k")
+    assert (before.parameters, after.parameters) == (4 + 24 + 24 + 8, 4 + 8)
+    assert (before.macs, after.macs) == (3 * 60, 3 * 12)
+    assert [t.path for t in after.tensors] == ["stem.weight", "head.weight"]
+    assert [layer.name for layer in after.layers] == ["stem", "head"]
+    (stream,) = after.groups
+    assert stream.layers == ("stem",)
+    assert [part.tensor for part in stream.slices] == ["stem.weight", "head.weight"]
+    assert [site.module for site in stream.sites] == ["head"]
+    assert (after.original_parameters, after.original_macs) == (60, 180)
+    assert after.block["block"].removed
+    (record,) = after.history
+    assert (record.group, record.level, record.epoch, record.original_indices) == (
+        "block",
+        ll.Level.LAYER,
+        7,
+        (),
+    )
+    assert after.model_hash != before.model_hash
+    assert ll.PrunedArchitecture.model_validate_json(after.model_dump_json(), strict=True) == after
+
+
+def test_layers_and_channels_can_be_removed_in_any_order() -> None:
+    one = _layered().without_layers(["block"]).without({"stem": [1]})
+    two = _layered().without({"stem": [1], "up": [0, 5]}).without_layers(["block"])
+    assert (one.tensors, one.layers, one.groups, one.blocks) == (
+        two.tensors,
+        two.layers,
+        two.groups,
+        two.blocks,
+    )
+
+
+@pytest.mark.parametrize(("name", "told"), [("fixed", "by hand"), ("other", "one of")])
+def test_a_layer_that_cannot_go_is_refused_by_name(name: str, told: str) -> None:
+    with pytest.raises(ll.InvalidField, match=told):
+        _layered().without_layers([name])
+    with pytest.raises(ll.InvalidField, match="removed before"):
+        _layered().without_layers(["block"]).without_layers(["block"])
+
+
+def test_blocks_count_in_the_hash_and_are_left_out_where_there_are_none() -> None:
+    with_blocks = _layered()
+    plain = ll.PrunedArchitecture.build(with_blocks.tensors, with_blocks.layers, with_blocks.groups)
+    assert plain.model_hash != with_blocks.model_hash
+    assert "blocks" not in plain.model_dump()
+    assert "blocks" in with_blocks.model_dump()
+    unknown = with_blocks.blocks[0].model_copy(update={"tensors": ("nowhere",)})
+    with pytest.raises(ll.InvalidField, match=r"blocks\.block\.tensors"):
+        ll.PrunedArchitecture.build(plain.tensors, plain.layers, plain.groups, blocks=(unknown,))

@@ -15,7 +15,7 @@ from contracts import examples
 from leyline.arrays import pack_arrays
 from leyline.bundle import pack_statistics
 
-CHANNELS, GATES = examples.STATISTICS
+CHANNELS, GATES, LAYERS = examples.STATISTICS
 
 
 def bundle(**changes: Any) -> ll.CheckpointBundle:
@@ -159,6 +159,66 @@ def test_nan_importance_in_a_blob_is_told_with_layer_field_and_place(tmp_path: P
     file.write_bytes(bytes(data))
     with pytest.raises(ll.NotFinite, match=r"a/taylor_importance\[1\]"):
         ll.CheckpointBundle.load(tmp_path)
+
+
+def layered() -> ll.PrunedArchitecture:
+    """The example with a block around its first convolution."""
+    plain = examples.ARCHITECTURE
+    block = ll.LayerBlock(
+        name="stage.0",
+        kind="conv",
+        depth=0.5,
+        strategy="residual",
+        skip_potential=0.95,
+        branch="a",
+        entry="a",
+        dim=1,
+        stand_ins=(ll.StandIn(module="a", kind="zero"),),
+        tensors=("a.weight", "a_bn.running_mean"),
+    )
+    return ll.PrunedArchitecture.build(
+        plain.tensors, plain.layers, plain.groups, blocks=(block,), history=plain.history
+    )
+
+
+def with_layers(architecture: ll.PrunedArchitecture, **changes: Any) -> ll.CheckpointBundle:
+    metadata = examples.METADATA.model_copy(update={"model_hash": architecture.model_hash})
+    parts = {"layers": {"stage.0": LAYERS}} | changes
+    return bundle(metadata=metadata, architecture=architecture, **parts)
+
+
+def test_layer_statistics_are_saved_and_loaded_and_removed_again(tmp_path: Path) -> None:
+    saved = with_layers(layered())
+    loaded = ll.CheckpointBundle.load(saved.save(tmp_path))
+    assert same(loaded, saved)
+    assert loaded.layers_blob() == saved.layers_blob() is not None
+    bundle().save(tmp_path)
+    assert ll.CheckpointBundle.load(tmp_path).layers == {}
+
+
+def test_layer_statistics_that_fit_no_block_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ll.InvalidField, match=r"layers\.stage\.0"):
+        bundle(layers={"stage.0": LAYERS})
+    with pytest.raises(ll.InvalidField, match=r"layers\.other\.layer_name"):
+        with_layers(layered(), layers={"other": LAYERS})
+    gone = layered().without_layers(["stage.0"])
+    with pytest.raises(ll.InvalidField, match="present in the architecture"):
+        with_layers(gone, channels={}, gates={})
+    folder = with_layers(layered()).save(tmp_path)
+    (folder / "layers.safetensors").write_bytes(b"")
+    with pytest.raises(ll.ContractError, match=r"layers\.safetensors"):
+        ll.CheckpointBundle.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("taylor", -1.0), ("gradient_flow", 1.1), ("similarity", -1.1), ("second_order", -0.1)],
+)
+def test_layer_statistics_out_of_range_are_refused_by_name(field: str, value: float) -> None:
+    with pytest.raises(ll.InvalidField, match=f"stage.0/{field}"):
+        ll.LayerStatistics(**{**LAYERS.model_dump(), field: np.array([value], "f4")})
+    with pytest.raises(ll.ShapeMismatch, match=f"stage.0/{field}"):
+        ll.LayerStatistics(**{**LAYERS.model_dump(), field: np.zeros(2, "f4")})
 
 
 def test_a_layers_name_may_hold_slashes_and_dots() -> None:

@@ -161,12 +161,14 @@ class Station:
 
 async def ready(bus: Bus, bundle: CheckpointBundle) -> CheckpointReady:
     """Put the blobs of a bundle and return its event."""
-    gates = bundle.gates_blob()
+    gates, layers = bundle.gates_blob(), bundle.layers_blob()
     return CheckpointReady(
         metadata=bundle.metadata,
         architecture=bundle.architecture,
         statistics=await bus.blobs.put(bundle.statistics_blob()),
         gates=None if gates is None else await bus.blobs.put(gates),
+        layers=None if layers is None else await bus.blobs.put(layers),
+        levels=bundle.levels,
     )
 
 

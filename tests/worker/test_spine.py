@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import signal
 import time
+from dataclasses import replace
 
+import layer_networks
 from station import Station, checkpoint
 
 from elesh.analysis import analyze
 from elesh.settings import Settings
-from leyline import encode
+from leyline import Level, encode
 from leyline.streams import VALIDATION
 
 
@@ -33,6 +35,19 @@ def test_the_worker_decides_what_the_library_decides(station: Station) -> None:
     (decision,) = station.wait_decisions(1)
     settings = Settings.load(station.folder / "settings-0.yaml")
     assert encode(analyze(checkpoint(seed=5), settings)) == encode(decision), worker.log
+
+
+def test_the_layer_level_is_decided_beside_the_channels(station: Station) -> None:
+    station.worker()
+    bundle = replace(layer_networks.network(), levels=(Level.CHANNEL, Level.LAYER))
+    station.publish(bundle)
+    decisions = {decision.key.level: decision for decision in station.wait_decisions(2)}
+    settings = Settings.load(station.folder / "settings-0.yaml")
+    for level, decision in decisions.items():
+        assert encode(analyze(bundle, settings, level=level)) == encode(decision)
+    assert [target.layer_name for target in decisions[Level.LAYER].layers] == ["b4"]
+    metrics = [event.metrics for event in station.telemetry("analysed")]
+    assert sorted(m.layers for m in metrics if m) == [0, 10]
 
 
 def test_the_same_checkpoint_published_five_times_is_decided_once(station: Station) -> None:

@@ -1,0 +1,259 @@
+"""The layer level: which whole layers can go, and why each other one cannot.
+
+Promises: a layer goes only if all five conditions of the design hold, only in the aggressive phase,
+never more than the allowed share of the original layers, and never so many that fewer than three
+are left; the order of the blocks does not matter. Pure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from elesh.settings import LayerAnalysis
+from leyline import (
+    CheckpointBundle,
+    GateStatistics,
+    InvalidField,
+    LayerBlock,
+    LayerPruningTarget,
+    LayerStatistics,
+    Phase,
+    PrunedArchitecture,
+)
+from leyline.blocks import inside_any
+
+from .candidates import Candidates
+from .projections import Prediction, Projections, output_energy, predict
+
+__all__ = ["LayerPlan", "architecture_impact", "failed_conditions", "plan_layers", "rank"]
+
+MIN_LAYERS = 3
+"""So many removable layers are always left (FACTS, "Selection")."""
+MIN_GRADIENT_FLOW = 0.5
+MAX_IMPACT = 0.5
+_KIND = {"attention": 0.8, "conv": 0.6, "linear": 0.5, "other": 0.3}
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What the layer level proposes; gates and verdict come after it."""
+
+    targets: tuple[LayerPruningTarget, ...]
+    """Cheapest first."""
+    ignored: tuple[tuple[str, str], ...]
+    """Every layer that stays, with the reason, in the architecture's order."""
+    present: int
+    """Removable layers that are there."""
+    original: int
+    """Removable layers of the original network."""
+    measured: int
+    """Removable layers that are there and have statistics."""
+    quota: int
+    prediction: Prediction | None = None
+    energy: float = 0.0
+    """The outputs' mean square along the random directions, estimated from the gates."""
+
+    @property
+    def removed(self) -> int:
+        """Layers removed earlier."""
+        return self.original - self.present
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The layers that go."""
+        return tuple(target.layer_name for target in self.targets)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer with the figures that it is judged by."""
+
+    block: LayerBlock
+    data: LayerStatistics
+    impact: float
+
+    @property
+    def taylor(self) -> float:
+        """Mean magnitude of the gate gradient, in nats."""
+        return float(self.data.taylor[0])
+
+    @property
+    def flow(self) -> float:
+        """Share of the gradient's norm that the identity path carries."""
+        return float(self.data.gradient_flow[0])
+
+    @property
+    def similarity(self) -> float:
+        """Cosine of the layer's input and output."""
+        return float(self.data.similarity[0])
+
+
+def plan_layers(bundle: CheckpointBundle, settings: LayerAnalysis, phase: Phase) -> LayerPlan:
+    """Choose the layers to remove and predict what removing them does.
+
+    Raises:
+        InvalidField: if the request ignores a group or layer that does not exist.
+    """
+    architecture = bundle.architecture
+    unwanted, impact = _unwanted(bundle), architecture_impact(architecture)
+    reasons: dict[str, str] = {}
+    fit: list[_Layer] = []
+    for block in architecture.blocks:
+        reason = _why_not(block, bundle.layers, unwanted, architecture)
+        if not reason:
+            layer = _Layer(block, bundle.layers[block.name], impact[block.name])
+            reason = "; ".join(failed_conditions(layer, settings))
+            if not reason:
+                fit.append(layer)
+        if reason and not block.removed:
+            reasons[block.name] = reason
+    removable = [block for block in architecture.blocks if block.prunable]
+    present = [block for block in removable if not block.removed]
+    quota = _quota(len(removable), len(present), settings, phase, bundle.parameters.target_ratio)
+    order = sorted(fit, key=lambda layer: (rank(layer), layer.block.name))
+    for layer in order[quota:]:
+        reasons[layer.block.name] = _beyond(quota, len(removable), len(present), phase)
+    chosen = order[:quota]
+    prediction, energy = _prediction(bundle, present, [x.block.name for x in chosen])
+    return LayerPlan(
+        targets=tuple(_target(layer) for layer in chosen),
+        ignored=tuple((b.name, reasons[b.name]) for b in architecture.blocks if b.name in reasons),
+        present=len(present),
+        original=len(removable),
+        measured=sum(block.name in bundle.layers for block in present),
+        quota=quota,
+        prediction=prediction,
+        energy=energy,
+    )
+
+
+def failed_conditions(layer: _Layer, settings: LayerAnalysis) -> list[str]:
+    """Which of the five conditions of the design (FACTS, "Selection") do not hold."""
+    skip = layer.block.skip_potential
+    conditions = (
+        ("Taylor importance", layer.taylor, "<", settings.taylor_threshold),
+        ("gradient flow", layer.flow, ">", MIN_GRADIENT_FLOW),
+        ("input/output similarity", layer.similarity, ">", settings.similarity_threshold),
+        ("skip potential", skip, ">", settings.skip_potential_threshold),
+        ("architecture impact", layer.impact, "<", MAX_IMPACT),
+    )
+    return [
+        f"{name} is {value:.4g}, must be {sign} {limit:g}"
+        for name, value, sign, limit in conditions
+        if not (value < limit if sign == "<" else value > limit)
+    ]
+
+
+def architecture_impact(architecture: PrunedArchitecture) -> dict[str, float]:
+    """.4 depth + .4 kind + .2 connection density of every block, 0 to 1 (FACTS, "Selection").
+
+    The density is the share of the coupled channel groups that run through the layer.
+    """
+    groups_of: dict[str, set[str]] = {}
+    for group in architecture.groups:
+        for part in group.slices:
+            groups_of.setdefault(part.tensor, set()).add(group.name)
+    count = max(1, len(architecture.groups))
+    impact = {}
+    for block in architecture.blocks:
+        touched = set[str]().union(*(groups_of.get(path, ()) for path in block.tensors))
+        density = len(touched) / count
+        impact[block.name] = 0.4 * block.depth + 0.4 * _KIND[block.kind] + 0.2 * density
+    return impact
+
+
+def rank(layer: _Layer) -> float:
+    """What orders the layers, cheapest first (FACTS, "Selection")."""
+    skip = layer.block.skip_potential
+    return 0.3 * layer.taylor + 0.3 * (1 - layer.similarity) + 0.2 * (1 - skip) + 0.2 * layer.impact
+
+
+def _unwanted(bundle: CheckpointBundle) -> frozenset[str]:
+    architecture, unwanted = bundle.architecture, frozenset(bundle.parameters.ignored_layers)
+    known = {name for g in architecture.groups for name in (g.name, *g.layers)}
+    known |= {layer.name for layer in architecture.layers} | set(architecture.block)
+    if unknown := sorted(unwanted - known):
+        raise InvalidField("parameters.ignored_layers", "names of groups or layers", unknown)
+    return unwanted
+
+
+def _why_not(
+    block: LayerBlock,
+    measured: Mapping[str, LayerStatistics],
+    unwanted: frozenset[str],
+    architecture: PrunedArchitecture,
+) -> str:
+    """Why a layer is not even judged."""
+    if block.removed:
+        return "removed before"
+    if not block.prunable:
+        return block.reason or "not prunable"
+    if named := sorted(x for x in unwanted if x == block.name or inside_any(x, block.modules)):
+        return f"ignored by the request: {', '.join(named)}"
+    if len({architecture.tensor[path].owner for path in block.tensors}) > 1:
+        return "couples host and seed tensors (gradient isolation)"
+    return "" if block.name in measured else "no layer statistics"
+
+
+def _quota(
+    original: int, present: int, settings: LayerAnalysis, phase: Phase, target: float | None
+) -> int:
+    """Layers that may go now."""
+    if phase is not Phase.AGGRESSIVE:
+        return 0
+    share = settings.max_layer_removal_ratio
+    share = share if target is None else min(share, target)
+    # A product like 0.29 * 100 lies below its true value: a millionth of a layer evens that out.
+    allowed = math.floor(share * original + 1e-6) - (original - present)
+    return max(0, min(allowed, present - MIN_LAYERS))
+
+
+def _beyond(quota: int, original: int, present: int, phase: Phase) -> str:
+    if phase is not Phase.AGGRESSIVE:
+        return f"layers are removed in the aggressive phase only, this is the {phase} phase"
+    return (
+        f"it could go, but the quota is {quota}: {original - present} of {original} original "
+        f"layers are gone, and {MIN_LAYERS} must be left"
+    )
+
+
+def _target(layer: _Layer) -> LayerPruningTarget:
+    return LayerPruningTarget(
+        layer_name=layer.block.name,
+        importance=layer.taylor,
+        gradient_flow=layer.flow,
+        similarity=layer.similarity,
+        skip_potential=layer.block.skip_potential,
+        skip_strategy=layer.block.strategy,
+        architecture_impact=layer.impact,
+    )
+
+
+def _prediction(
+    bundle: CheckpointBundle, present: Sequence[LayerBlock], chosen: Sequence[str]
+) -> tuple[Prediction | None, float]:
+    """The joint shift of the outputs, each layer taken as a group of one unit."""
+    names = sorted(block.name for block in present if block.name in bundle.layers)
+    gates = {name: _as_gate(bundle.layers[name]) for name in names}
+    if not chosen or len(gates[names[0]].projections) < 2:
+        return None, 0.0
+    ones = (1,) * len(names)
+    candidates = Candidates(tuple(names), ones, ones, ones)
+    units = sorted(names.index(name) for name in chosen)
+    projections = Projections.of(gates, candidates)
+    prediction = predict(projections, candidates, len(units), lambda _: units)
+    return prediction, max(output_energy(gates.values()), output_energy(bundle.gates.values()))
+
+
+def _as_gate(data: LayerStatistics) -> GateStatistics:
+    # What LayerStatistics has checked need not be checked again.
+    return GateStatistics.model_construct(
+        layer_name=data.layer_name,
+        projections=np.asarray(data.projections)[:, None],
+        first_order=data.first_order,
+        second_order=data.second_order,
+    )
