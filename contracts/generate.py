@@ -45,7 +45,8 @@ def schema(kind: type[ll.Message]) -> dict[str, Any]:
 def generated() -> dict[str, bytes]:
     """Every generated file's content by its path from the root of the repository."""
     kinds: list[type[ll.Message]] = [*ll.MESSAGES.values(), ll.EventEnvelope]
-    kinds += [ll.ChannelImportanceData, ll.GateStatistics, ll.CheckpointDocument]
+    kinds += [ll.ChannelImportanceData, ll.GateStatistics, ll.HeadImportanceData]
+    kinds += [ll.CheckpointDocument]
     schemas = {kind.__name__: schema(kind) for kind in kinds}
     files = {f"contracts/schemas/{name}.json": _json(value) for name, value in schemas.items()}
     files |= {f"contracts/vectors/{name}": data for name, data in _vectors().items()}
@@ -83,7 +84,9 @@ def _entry(
     }
 
 
-def _tensors(item: ll.ChannelImportanceData | ll.GateStatistics) -> dict[str, Any]:
+def _tensors(
+    item: ll.ChannelImportanceData | ll.GateStatistics | ll.HeadImportanceData,
+) -> dict[str, Any]:
     fields = [name for name in type(item).model_fields if name != "layer_name"]
     return {
         name: {"dtype": str(array.dtype), "shape": list(array.shape), "values": array.tolist()}

@@ -66,7 +66,8 @@ def reference(schemas: Mapping[str, Mapping[str, Any]]) -> str:
     for name in ll.MESSAGES:
         lines += _message(ll.MESSAGES[name])
     lines += ["## Blobs and folders", ""]
-    for kind in (ll.ChannelImportanceData, ll.GateStatistics, ll.CheckpointDocument):
+    blobs = (ll.ChannelImportanceData, ll.GateStatistics, ll.HeadImportanceData)
+    for kind in (*blobs, ll.CheckpointDocument):
         lines += _message(kind)
     lines += ["## Envelope and parts", ""]
     for kind in (ll.EventEnvelope, *parts):

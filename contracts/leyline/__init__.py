@@ -71,7 +71,7 @@ from .identity import (
 from .legacy import AnalysisReport, ImportanceData, MaskApplication, ParameterMask, PruningMasks
 from .parameters import AnalysisParameters, PerformanceRequirements
 from .requests import AnalysisRequest, StructuralAnalysisRequest
-from .statistics import ChannelImportanceData, GateStatistics
+from .statistics import ChannelImportanceData, GateStatistics, HeadImportanceData
 from .streams import MESSAGES, STREAMS, Stream
 
 __all__ = [
@@ -98,6 +98,7 @@ __all__ = [
     "GateResult",
     "GateSite",
     "GateStatistics",
+    "HeadImportanceData",
     "HeadRedundancy",
     "IdempotencyKey",
     "IdentityMismatch",

@@ -1,8 +1,8 @@
 """A checkpoint as one value: metadata, architecture and statistics, to blobs or a folder and back.
 
 The folder holds ``checkpoint.json`` (metadata, architecture, levels, parameters),
-``statistics.safetensors`` and, where measured, ``gates.safetensors``. It is what a recorder makes,
-what ``analyze`` reads, and what a CheckpointReady event points at.
+``statistics.safetensors`` and, where measured, ``gates.safetensors`` and ``heads.safetensors``. It
+is what a recorder makes, what ``analyze`` reads, and what a CheckpointReady event points at.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from .errors import (
 )
 from .identity import IdempotencyKey, Level
 from .parameters import AnalysisParameters, PerformanceRequirements
-from .statistics import ChannelImportanceData, GateStatistics
+from .statistics import ChannelImportanceData, GateStatistics, HeadImportanceData
 
-_M = TypeVar("_M", ChannelImportanceData, GateStatistics)
+_M = TypeVar("_M", ChannelImportanceData, GateStatistics, HeadImportanceData)
 
 
 class CheckpointDocument(Message):
@@ -47,7 +47,8 @@ class CheckpointDocument(Message):
 
 @dataclass(frozen=True)
 class CheckpointBundle:
-    """Everything that an analysis reads. ``channels`` and ``gates`` go by group name.
+    """Everything that an analysis reads. ``channels``, ``gates`` and ``heads``
+    go by group name.
 
     Raises:
         IdentityMismatch: if metadata and architecture speak of different networks.
@@ -61,6 +62,7 @@ class CheckpointBundle:
     levels: tuple[Level, ...] = (Level.CHANNEL,)
     parameters: AnalysisParameters = field(default_factory=AnalysisParameters)
     requirements: PerformanceRequirements = field(default_factory=PerformanceRequirements)
+    heads: Mapping[str, HeadImportanceData] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.metadata.model_hash != self.architecture.model_hash:
@@ -86,6 +88,8 @@ class CheckpointBundle:
             yield name, data.layer_name, data.size
         for name, gate in self.gates.items():
             yield name, gate.layer_name, gate.projections.shape[1]
+        for name, head in self.heads.items():
+            yield name, head.layer_name, head.size
 
     def key(self, level: Level) -> IdempotencyKey:
         """The key of this checkpoint's decision at ``level``."""
@@ -111,12 +115,17 @@ class CheckpointBundle:
         """Safetensors bytes of all GateStatistics, or None where there are none."""
         return pack_statistics(self.gates.values()) if self.gates else None
 
+    def heads_blob(self) -> bytes | None:
+        """Safetensors bytes of all HeadImportanceData, or None where there are none."""
+        return pack_statistics(self.heads.values()) if self.heads else None
+
     @classmethod
     def from_blobs(
         cls,
         document: CheckpointDocument,
         statistics: bytes | memoryview,
         gates: bytes | memoryview | None = None,
+        heads: bytes | memoryview | None = None,
     ) -> CheckpointBundle:
         """The bundle of a document and its blobs; refuses what does not fit together."""
         return cls(
@@ -127,6 +136,7 @@ class CheckpointBundle:
             levels=document.levels,
             parameters=document.parameters,
             requirements=document.requirements,
+            heads={} if heads is None else unpack_statistics(HeadImportanceData, heads, "heads"),
         )
 
     def save(self, folder: str | Path) -> Path:
@@ -134,11 +144,12 @@ class CheckpointBundle:
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         (path / "statistics.safetensors").write_bytes(self.statistics_blob())
-        gates = self.gates_blob()
-        if gates is None:
-            (path / "gates.safetensors").unlink(missing_ok=True)
-        else:
-            (path / "gates.safetensors").write_bytes(gates)
+        for name, blob in (("gates", self.gates_blob()), ("heads", self.heads_blob())):
+            file = path / f"{name}.safetensors"
+            if blob is None:
+                file.unlink(missing_ok=True)
+            else:
+                file.write_bytes(blob)
         (path / "checkpoint.json").write_text(self.document.model_dump_json(indent=1))
         return path
 
@@ -151,15 +162,15 @@ class CheckpointBundle:
             ContractError: if one is not what it should be, naming file and field.
         """
         path = Path(folder)
-        statistics, gates = path / "statistics.safetensors", path / "gates.safetensors"
+        files = {name: path / f"{name}.safetensors" for name in ("statistics", "gates", "heads")}
         try:
             return cls.from_blobs(
                 _read_document(path / "checkpoint.json"),
-                statistics.read_bytes(),
-                gates.read_bytes() if gates.exists() else None,
+                files["statistics"].read_bytes(),
+                *(files[x].read_bytes() if files[x].exists() else None for x in ("gates", "heads")),
             )
         except ContractError as error:
-            file = {"statistics": statistics, "gates": gates}.get(error.field.partition(".")[0])
+            file = files.get(error.field.partition(".")[0])
             raise error.inside(str(file or path / "checkpoint.json")) from None
 
 
@@ -170,7 +181,9 @@ def _read_document(path: Path) -> CheckpointDocument:
         raise first_error(error, "") from None
 
 
-def pack_statistics(items: Iterable[ChannelImportanceData | GateStatistics]) -> bytes:
+def pack_statistics(
+    items: Iterable[ChannelImportanceData | GateStatistics | HeadImportanceData],
+) -> bytes:
     """One blob with tensors ``<layer_name>/<field>``."""
     arrays: dict[str, npt.NDArray[Any]] = {}
     for item in items:

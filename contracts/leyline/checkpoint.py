@@ -64,6 +64,8 @@ class CheckpointReady(Message):
     """Safetensors: ChannelImportanceData of every group."""
     gates: BlobRef | None = None
     """Safetensors: GateStatistics of every group, where the trainer measured them."""
+    heads: BlobRef | None = None
+    """Safetensors: HeadImportanceData of every attention layer, where measured."""
     levels: tuple[Level, ...] = (Level.CHANNEL,)
     """What may be removed."""
     parameters: AnalysisParameters = AnalysisParameters()

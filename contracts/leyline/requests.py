@@ -41,6 +41,8 @@ class StructuralAnalysisRequest(Message):
     """Safetensors: ChannelImportanceData of every group."""
     gates: BlobRef | None = None
     """Safetensors: GateStatistics of every group, where measured."""
+    heads: BlobRef | None = None
+    """Safetensors: HeadImportanceData of every attention layer, where measured."""
     levels: tuple[Level, ...] = (Level.CHANNEL,)
     """What may be removed."""
 

@@ -18,7 +18,9 @@ from leyline import (
     CheckpointBundle,
     CheckpointMetadata,
     GateStatistics,
+    HeadImportanceData,
     InvalidField,
+    Level,
     NotFinite,
     PrunedArchitecture,
     checkpoint_id,
@@ -29,11 +31,12 @@ from .gates import Axis, GateMeter, axis_of
 from .groups import find_architecture
 from .layers import named_tensors, require_fit
 from .losses import Loss, Sampler, class_axis, cross_entropy, directions, sampled_labels, total
+from .patterns import PATTERN_SAMPLES, AttentionWeights, PatternTally
 from .tally import CORRELATED_SAMPLES, AxisTally, GroupTally, magnitudes
 
 
 class Recorder:
-    """Finds the coupled channel groups of a network and measures them.
+    """Finds the coupled channel groups and attention heads of a network and measures them.
 
     One forward and three backward passes a batch, none of them for weights: along a random
     direction of the outputs (projections), of the loss with the true labels (first order and
@@ -139,8 +142,8 @@ class Recorder:
             seed=self._seed,
             note=note,
         )
-        channels, gates = measurement.statistics(self._model)
-        return CheckpointBundle(metadata, architecture, channels, gates)
+        channels, gates, heads = measurement.statistics(self._model)
+        return CheckpointBundle(metadata, architecture, channels, gates, heads=heads)
 
     def _limited(
         self, batches: Iterable[tuple[Inputs, Any]], limit: int | None
@@ -168,7 +171,8 @@ class Recorder:
                 samples = batch_size(inputs)
                 meter.expect(samples)
                 measurement.expect(samples)
-                output = call(self._model, inputs)
+                with measurement.weights:
+                    output = call(self._model, inputs)
                 measurement.add(*self._passes(meter, output, labels, generator, samples), samples)
 
     def _passes(
@@ -207,8 +211,14 @@ class _Measurement:
             axis_of(site): AxisTally() for tally in self._groups for site in tally.group.sites
         }
         self._first: dict[Axis, list[GroupTally]] = {}
+        self._patterns: dict[Axis, PatternTally] = {}
+        self.weights = AttentionWeights()
+        """To be entered while the network runs."""
         for tally in self._groups:
-            self._first.setdefault(axis_of(tally.group.sites[0]), []).append(tally)
+            if tally.group.level is Level.HEAD:
+                self._patterns[tally.first_axis] = PatternTally(tally.group)
+            else:
+                self._first.setdefault(tally.first_axis, []).append(tally)
 
     @property
     def axes(self) -> Collection[Axis]:
@@ -226,6 +236,9 @@ class _Measurement:
         if rows > 0:
             for tally in self._first.get(axis, ()):
                 tally.correlate(x[:rows])
+        if axis in self._patterns:
+            left = min(max(PATTERN_SAMPLES - self.samples, 0), self._batch) / self._batch
+            self._patterns[axis].see(self.weights.take(), x.numel() // x.shape[-1], left)
 
     def add(self, projections: Any, true: Any, sizes: Any, sampled: Any, samples: int) -> None:
         """Take in the sums of a batch."""
@@ -235,13 +248,24 @@ class _Measurement:
 
     def statistics(
         self, model: nn.Module
-    ) -> tuple[dict[str, ChannelImportanceData], dict[str, GateStatistics]]:
-        """The statistics by group."""
+    ) -> tuple[
+        dict[str, ChannelImportanceData], dict[str, GateStatistics], dict[str, HeadImportanceData]
+    ]:
+        """The statistics by group: of channels, of all gates, of heads."""
         if not self.samples:
             raise InvalidField("batches", "at least one sample", 0)
-        norms = magnitudes(model, (tally.group for tally in self._groups))
-        channels = {t.group.name: t.channels(self._axes, norms[t.group.name]) for t in self._groups}
-        return channels, {t.group.name: t.gates(self.samples) for t in self._groups}
+        channel_tallies = [t for t in self._groups if t.group.level is not Level.HEAD]
+        norms = magnitudes(model, (tally.group for tally in channel_tallies))
+        channels = {
+            t.group.name: t.channels(self._axes, norms[t.group.name]) for t in channel_tallies
+        }
+        gates = {t.group.name: t.gates(self.samples) for t in self._groups}
+        heads = {
+            t.group.name: t.heads(self.samples, self._axes, self._patterns[t.first_axis].fields())
+            for t in self._groups
+            if t.group.level is Level.HEAD
+        }
+        return channels, gates, heads
 
 
 def _where_not_finite(model: nn.Module) -> str:

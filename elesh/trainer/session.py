@@ -326,12 +326,13 @@ class Session:
 
 async def _ready(bus: Bus, bundle: CheckpointBundle) -> CheckpointReady:
     """Put the blobs and return the event that points at them."""
-    gates = bundle.gates_blob()
+    gates, heads = bundle.gates_blob(), bundle.heads_blob()
     return CheckpointReady(
         metadata=bundle.metadata,
         architecture=bundle.architecture,
         statistics=await bus.blobs.put(bundle.statistics_blob()),
         gates=await bus.blobs.put(gates) if gates is not None else None,
+        heads=await bus.blobs.put(heads) if heads is not None else None,
         levels=bundle.levels,
         parameters=bundle.parameters,
     )

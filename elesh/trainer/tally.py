@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from leyline import (
     ChannelImportanceData,
+    GateSite,
     GateStatistics,
+    HeadImportanceData,
     InvalidField,
     PruningGroup,
 )
@@ -68,11 +70,18 @@ class GroupTally:
     projections: list[npt.NDArray[np.float32]] = field(default_factory=list)
     first: Doubles = field(init=False)
     second: Doubles = field(init=False)
+    sensitivity: Doubles = field(init=False)
+    """Magnitudes of the gate gradients of the true-label loss."""
     taylor: dict[Axis, Doubles] = field(default_factory=dict)
     gram: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self.first, self.second = np.zeros(self.group.size), np.zeros(self.group.size)
+        self.first, self.second, self.sensitivity = np.zeros((3, self.group.size))
+
+    @property
+    def first_axis(self) -> Axis:
+        """The axis of the group's first site."""
+        return axis_of(self.group.sites[0])
 
     def gate(self, sums: Sums, samples: int) -> Doubles:
         """``[N, C]``: the gate gradients of the units, summed over their sites."""
@@ -86,7 +95,9 @@ class GroupTally:
     def add(self, projections: Sums, true: Sums, sizes: Sums, sampled: Sums, samples: int) -> None:
         """Take in one batch: sums of the three backward passes."""
         self.projections.append(self.gate(projections, samples).astype(np.float32))
-        self.first += self.gate(true, samples).sum(0)
+        gradients = self.gate(true, samples)
+        self.first += gradients.sum(0)
+        self.sensitivity += np.abs(gradients).sum(0)
         self.second += np.square(self.gate(sampled, samples)).sum(0)
         for site in self.group.sites:
             axis = axis_of(site)
@@ -107,8 +118,8 @@ class GroupTally:
         return GateStatistics(
             layer_name=self.group.name,
             projections=np.concatenate(self.projections),
-            first_order=_single(self.first / samples),
-            second_order=_single(self.second / samples),
+            first_order=single(self.first / samples),
+            second_order=single(self.second / samples),
         )
 
     def channels(self, axes: Mapping[Axis, AxisTally], magnitude: Doubles) -> ChannelImportanceData:
@@ -116,24 +127,38 @@ class GroupTally:
         size = self.group.size
         taylor, active, elements = np.zeros(size), np.zeros(size), 0
         for site in self.group.sites:
-            axis = axes[axis_of(site)]
-            if axis.active is None:
-                raise InvalidField(
-                    f"groups.{self.group.name}.sites", "sites that the batches reach", site.module
-                )
+            axis, counted = axes[axis_of(site)], self._reached(axes, site)
             owned = axis.elements * site.width
             if axis_of(site) in self.taylor:
                 taylor += self.taylor[axis_of(site)] / owned
-            counts = torch.from_numpy(axis.active)
-            active += by_unit(counts, site, size).sum(-1).numpy()
+            active += by_unit(torch.from_numpy(counted), site, size).sum(-1).numpy()
             elements += owned
         return ChannelImportanceData(
             layer_name=self.group.name,
-            taylor_importance=_single(taylor),
-            magnitude_importance=_single(magnitude),
-            activation_frequency=_single(active / elements),
-            channel_correlations=None if self.gram is None else _cosines(self.gram),
+            taylor_importance=single(taylor),
+            magnitude_importance=single(magnitude),
+            activation_frequency=single(active / elements),
+            channel_correlations=None if self.gram is None else cosines(self.gram),
         )
+
+    def heads(
+        self, samples: int, axes: Mapping[Axis, AxisTally], patterns: Mapping[str, Any]
+    ) -> HeadImportanceData:
+        """The head statistics of all samples, with the fields of the attention patterns."""
+        self._reached(axes, self.group.sites[0])
+        return HeadImportanceData(
+            layer_name=self.group.name,
+            gradient_sensitivity=single(self.sensitivity / samples),
+            **patterns,
+        )
+
+    def _reached(self, axes: Mapping[Axis, AxisTally], site: GateSite) -> Doubles:
+        """How often each channel at a site was active."""
+        active = axes[axis_of(site)].active
+        if active is None:
+            where = f"groups.{self.group.name}.sites"
+            raise InvalidField(where, "sites that the batches reach", site.module)
+        return active
 
 
 def magnitudes(model: nn.Module, groups: Iterable[PruningGroup]) -> dict[str, Doubles]:
@@ -157,15 +182,15 @@ def magnitudes(model: nn.Module, groups: Iterable[PruningGroup]) -> dict[str, Do
     return found
 
 
-def _cosines(gram: Tensor) -> npt.NDArray[np.float32]:
+def cosines(gram: Tensor) -> npt.NDArray[np.float32]:
     """Cosine similarities from inner products; a silent channel resembles only itself."""
     inner = gram.cpu().double().numpy()
     norms = np.sqrt(np.diag(inner))
     norms[norms == 0] = 1.0
     cosines: Doubles = inner / np.outer(norms, norms)
     np.fill_diagonal(cosines, np.where(np.isnan(np.diag(cosines)), np.nan, 1.0))
-    return _single(np.clip(cosines, -1.0, 1.0))
+    return single(np.clip(cosines, -1.0, 1.0))
 
 
-def _single(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+def single(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     return values.astype(np.float32)

@@ -29,7 +29,7 @@ from leyline import (
 
 __all__ = ["SUPPORTED", "Work", "admit", "fingerprint"]
 
-SUPPORTED = (Level.CHANNEL,)
+SUPPORTED = (Level.CHANNEL, Level.HEAD)
 """The levels that this build analyses."""
 
 
@@ -42,6 +42,7 @@ class Work:
     document: CheckpointDocument
     statistics: BlobRef
     gates: BlobRef | None
+    heads: BlobRef | None
     run_id: str
     window: float
     """Seconds that the analysis may take."""
@@ -55,8 +56,8 @@ class Work:
     @property
     def blobs(self) -> dict[str, BlobRef]:
         """The blobs by the file name that a bundle's folder has for them."""
-        named = {"statistics.safetensors": self.statistics}
-        return named | ({"gates.safetensors": self.gates} if self.gates else {})
+        named = {"statistics": self.statistics, "gates": self.gates, "heads": self.heads}
+        return {f"{name}.safetensors": ref for name, ref in named.items() if ref is not None}
 
 
 def admit(data: bytes, *, window: float, now: datetime) -> Work | PruningOutcome:
@@ -130,6 +131,7 @@ def _work(
         document=document,
         statistics=message.statistics,
         gates=message.gates,
+        heads=message.heads,
         run_id=metadata.run_id,
         window=window,
         received=now,
