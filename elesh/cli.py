@@ -124,6 +124,7 @@ def analyze(
     settings: SettingsOption = None,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the decision as JSON.")] = False,
+    level: Annotated[Level, typer.Option(help="What may be removed.")] = Level.CHANNEL,
 ) -> None:
     """Decide on a saved checkpoint, without any bus."""
     from elesh import CheckpointBundle
@@ -131,7 +132,10 @@ def analyze(
     from elesh.explanation import print_decision
 
     decision = decide(
-        CheckpointBundle.load(folder), settings=Settings.load(settings), threads=threads
+        CheckpointBundle.load(folder),
+        settings=Settings.load(settings),
+        level=level,
+        threads=threads,
     )
     if as_json:
         console.print_json(decision.model_dump_json())

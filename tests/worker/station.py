@@ -161,12 +161,14 @@ class Station:
 
 async def ready(bus: Bus, bundle: CheckpointBundle) -> CheckpointReady:
     """Put the blobs of a bundle and return its event."""
-    gates = bundle.gates_blob()
+    gates, heads = bundle.gates_blob(), bundle.heads_blob()
     return CheckpointReady(
         metadata=bundle.metadata,
         architecture=bundle.architecture,
         statistics=await bus.blobs.put(bundle.statistics_blob()),
         gates=None if gates is None else await bus.blobs.put(gates),
+        heads=None if heads is None else await bus.blobs.put(heads),
+        levels=bundle.levels,
     )
 
 

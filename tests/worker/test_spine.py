@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 
+from head_networks import checkpoint as heads_checkpoint
+from head_networks import transformer
 from station import Station, checkpoint
 
 from elesh.analysis import analyze
 from elesh.settings import Settings
-from leyline import encode
+from leyline import Level, encode
 from leyline.streams import VALIDATION
 
 
@@ -32,6 +35,19 @@ def test_the_worker_decides_what_the_library_decides(station: Station) -> None:
     (decision,) = station.wait_decisions(1)
     settings = Settings.load(station.folder / "settings-0.yaml")
     assert encode(analyze(checkpoint(seed=5), settings)) == encode(decision), worker.log
+
+
+def test_channels_and_heads_of_one_checkpoint_get_a_decision_each(station: Station) -> None:
+    worker = station.worker()
+    whole = heads_checkpoint(transformer(16, 16))
+    both = replace(whole, levels=(Level.CHANNEL, Level.HEAD))
+    station.publish(both)
+    decisions = {d.key.level: d for d in station.wait_decisions(2)}
+    settings = Settings.load(station.folder / "settings-0.yaml")
+    for level in both.levels:
+        assert encode(analyze(both, settings, level=level)) == encode(decisions[level]), worker.log
+    assert decisions[Level.HEAD].approved_for_application
+    assert decisions[Level.HEAD].attention_heads[0].attention_entropy
 
 
 def test_the_same_checkpoint_published_five_times_is_decided_once(station: Station) -> None:
