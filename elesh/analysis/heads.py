@@ -178,13 +178,8 @@ def plan_heads(
         projections=projections,
         threads=threads,
     )
-    threshold = settings.similarity_threshold
-    targets = [
-        _target(bundle, group, candidates, choice, number, scores, threshold)
-        for number, group in enumerate(groups)
-        if group.name in candidates.by_group(choice.selection.units)
-    ]
-    return HeadPlan(tuple(targets), choice.prediction, choice.energy)
+    targets = _targets(bundle, groups, candidates, choice, scores, settings.similarity_threshold)
+    return HeadPlan(targets, choice.prediction, choice.energy)
 
 
 def _redundant(
@@ -202,31 +197,40 @@ def _redundant(
     return tuple(pairs)
 
 
-def _target(
+def _targets(
     bundle: CheckpointBundle,
-    group: PruningGroup,
+    groups: Sequence[PruningGroup],
     candidates: Candidates,
     choice: Choice,
-    number: int,
     scores: Doubles,
     threshold: float,
-) -> AttentionHeadTarget:
-    heads = candidates.by_group(choice.selection.units)[group.name]
-    data, gate = bundle.heads.get(group.name), bundle.gates.get(group.name)
-    importance = scores[candidates.span(number)] if gate is None else single_removal(gate)
-    entropy = () if data is None or data.entropy is None else data.entropy.tolist()
-    return AttentionHeadTarget(
-        layer_name=group.name,
-        head_indices=heads,
-        original_indices=tuple(group.origin[head] for head in heads),
-        redundancy_pairs=tuple(
-            HeadRedundancy(kept=p.kept, removed=p.removed, similarity=p.similarity)
-            for p in pairs_by_group(candidates, choice.selection).get(number, ())
-        ),
-        redundancy_threshold=threshold,
-        head_importance=tuple(importance.tolist()),
-        attention_entropy=tuple(entropy),
-        heads_before=group.size,
-        heads_after=group.size - len(heads),
-        spared=spared_units(candidates, choice.selection, number, choice.scale),
-    )
+) -> tuple[AttentionHeadTarget, ...]:
+    """One target for each attention that loses heads."""
+    selection = choice.selection
+    lost, pairs = candidates.by_group(selection.units), pairs_by_group(candidates, selection)
+    targets = []
+    for number, group in enumerate(groups):
+        heads = lost.get(group.name)
+        if not heads:
+            continue
+        data, gate = bundle.heads.get(group.name), bundle.gates.get(group.name)
+        importance = scores[candidates.span(number)] if gate is None else single_removal(gate)
+        entropy = () if data is None or data.entropy is None else data.entropy.tolist()
+        targets.append(
+            AttentionHeadTarget(
+                layer_name=group.name,
+                head_indices=heads,
+                original_indices=tuple(group.origin[head] for head in heads),
+                redundancy_pairs=tuple(
+                    HeadRedundancy(kept=p.kept, removed=p.removed, similarity=p.similarity)
+                    for p in pairs.get(number, ())
+                ),
+                redundancy_threshold=threshold,
+                head_importance=tuple(importance.tolist()),
+                attention_entropy=tuple(entropy),
+                heads_before=group.size,
+                heads_after=group.size - len(heads),
+                spared=spared_units(candidates, selection, number, choice.scale),
+            )
+        )
+    return tuple(targets)

@@ -18,6 +18,7 @@ from leyline import (
     AnalysisFailed,
     AnalysisMetrics,
     IdempotencyKey,
+    Level,
     StructuralPruningDecision,
     decode,
     encode,
@@ -91,13 +92,15 @@ class Analyst:
             current.set_attribute("elesh.approved", decision.approved_for_application)
             for taken in decision.fallbacks:
                 current.add_event("fallback", {"rung": taken.rung, "reason": taken.reason})
+        units = decision.statistics.channels_before
         await self._reports.step(
             "analysed",
             work,
             key=key,
             metrics=AnalysisMetrics(
                 duration_seconds=reply.seconds,
-                channels=decision.statistics.channels_before,
+                channels=units if key.level is Level.CHANNEL else 0,
+                heads=units if key.level is Level.HEAD else 0,
                 peak_memory_bytes=reply.peak_memory,
                 input_bytes=sum(ref.size for ref in work.blobs.values()),
             ),

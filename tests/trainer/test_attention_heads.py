@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from trainer_nets import build as build_plain
 from trainer_nets import close, example, same
 
-from elesh.trainer import Recorder, Surgeon
+from elesh.analysis import analyze
+from elesh.settings import Settings
+from elesh.trainer import Evaluation, Recorder, Surgeon, apply_decision
 from elesh.trainer.calling import call, main_output
 from elesh.trainer.losses import directions
 from elesh.trainer.multihead import HeadwiseAttention
@@ -316,3 +318,28 @@ def test_patterns_that_cannot_be_seen_are_absent_not_made_up() -> None:
     bundle = Recorder(Vit(Hidden), inputs("own")).measure(batches, epoch=1)
     assert {heads.entropy is None for heads in bundle.heads.values()} == {True}
     assert all(heads.gradient_sensitivity.all() for heads in bundle.heads.values())
+
+
+def test_a_decision_on_heads_is_masked_measured_and_cut() -> None:
+    torch.manual_seed(0)
+    model = Vit(lambda: Own(heads=16, head_dim=2)).eval()
+    x = inputs("own", 64)
+    labels = outputs(model, x).argmax(1)
+    recorder = Recorder(model, inputs("own"))
+    bundle = recorder.measure([(x, labels)], epoch=120)
+    free = Settings(structured_pruning={"channel_analysis": {"max_predicted_shift": 1e9}})
+    decision = analyze(bundle, free, level=Level.HEAD)
+    assert decision.approved_for_application, decision.rejection_reason
+    assert sum(len(target.head_indices) for target in decision.attention_heads) == 5
+    surgeon = Surgeon(model, bundle.architecture)
+    told = Evaluation(accuracy=1.0, loss=0.0)
+    outcome = apply_decision(decision, surgeon, lambda: told)
+    assert outcome.result == "applied"
+    assert outcome.parameters_after == decision.statistics.parameters_after
+    assert outcome.parameters_after == sum(p.numel() for p in model.parameters())
+    recorder.architecture = surgeon.architecture
+    again = recorder.measure([(x, labels)], epoch=121)
+    sizes = {name: heads.size for name, heads in again.heads.items()}
+    assert sizes == {t.layer_name: t.heads_after for t in decision.attention_heads} | {
+        name: size for name, size in sizes.items() if name not in decision.units
+    }
