@@ -117,7 +117,7 @@ class PatternTally:
             return
         queries, keys = weights.shape[-2:]
         patterns = weights.reshape(-1, units, each, queries, keys).float()
-        patterns = patterns[: int(len(patterns) * share)]
+        patterns = patterns[: round(len(patterns) * share)]
         if len(patterns):
             self._add(patterns.transpose(0, 1).reshape(units, -1, keys))
 

@@ -7,6 +7,7 @@ give the same bundle.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Literal
 
@@ -171,7 +172,7 @@ class Recorder:
                 samples = batch_size(inputs)
                 meter.expect(samples)
                 measurement.expect(samples)
-                with measurement.weights:
+                with measurement.watching():
                     output = call(self._model, inputs)
                 measurement.add(*self._passes(meter, output, labels, generator, samples), samples)
 
@@ -212,8 +213,7 @@ class _Measurement:
         }
         self._first: dict[Axis, list[GroupTally]] = {}
         self._patterns: dict[Axis, PatternTally] = {}
-        self.weights = AttentionWeights()
-        """To be entered while the network runs."""
+        self._weights = AttentionWeights()
         for tally in self._groups:
             if tally.group.level is Level.HEAD:
                 self._patterns[tally.first_axis] = PatternTally(tally.group)
@@ -224,6 +224,10 @@ class _Measurement:
     def axes(self) -> Collection[Axis]:
         """Where to measure."""
         return self._axes.keys()
+
+    def watching(self) -> contextlib.AbstractContextManager[Any]:
+        """To be entered while the network runs."""
+        return self._weights if self._patterns else contextlib.nullcontext()
 
     def expect(self, batch: int) -> None:
         """Say how many samples the next forward pass has."""
@@ -238,7 +242,7 @@ class _Measurement:
                 tally.correlate(x[:rows])
         if axis in self._patterns:
             left = min(max(PATTERN_SAMPLES - self.samples, 0), self._batch) / self._batch
-            self._patterns[axis].see(self.weights.take(), x.numel() // x.shape[-1], left)
+            self._patterns[axis].see(self._weights.take(), x.numel() // x.shape[-1], left)
 
     def add(self, projections: Any, true: Any, sizes: Any, sampled: Any, samples: int) -> None:
         """Take in the sums of a batch."""

@@ -268,14 +268,14 @@ def test_patterns_are_told_as_their_definitions_say() -> None:
     assert np.allclose(heads.similarity, cosines, atol=1e-4)
 
 
+def square(output: Any, labels: Tensor) -> Tensor:
+    """A loss for networks that do not classify samples."""
+    return main_output(output).square().flatten(1).mean(1)
+
+
 @pytest.mark.parametrize("name", NETS)
 def test_patterns_are_seen_in_every_kind_of_network(name: str) -> None:
-    loss = None
-    if name in ("encoder", "GPT-2", "Llama"):
-
-        def loss(output: Any, labels: Tensor) -> Tensor:
-            return main_output(output).square().flatten(1).mean(1)
-
+    loss = square if name in ("encoder", "GPT-2", "Llama") else None
     _, bundle = measured(name, loss=loss)
     for group in head_groups(bundle.architecture):
         heads = bundle.heads[group.name]
@@ -305,6 +305,22 @@ def test_the_fused_kernel_shows_the_same_patterns_as_softmax_by_hand() -> None:
         for field in ("entropy", "entropy_bound", "diversity", "similarity"):
             found, expected = getattr(heads, field), getattr(other.heads[name], field)
             assert np.allclose(found, expected, atol=1e-5), field
+
+
+@pytest.mark.parametrize("name", ["BERT", "Llama"])
+def test_the_kernel_that_transformers_picks_shows_what_eager_attention_does(name: str) -> None:
+    found = []
+    for kind in ("eager", "sdpa"):
+        model = build(name)
+        model.set_attn_implementation(kind)  # type: ignore[operator]
+        batches = [(inputs(name, 6), torch.arange(6) % 2)]
+        recorder = Recorder(model, inputs(name), loss=square)
+        found.append(recorder.measure(batches, epoch=1))
+    assert found[0].architecture == found[1].architecture
+    for layer, heads in found[0].heads.items():
+        other = found[1].heads[layer]
+        for field in ("entropy", "entropy_bound", "diversity", "similarity"):
+            assert np.allclose(getattr(heads, field), getattr(other, field), atol=1e-4), field
 
 
 def test_patterns_that_cannot_be_seen_are_absent_not_made_up() -> None:
