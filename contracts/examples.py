@@ -91,7 +91,9 @@ def _blob(name: str, codec: str = "safetensors") -> ll.BlobRef:
     )
 
 
-STATISTICS: tuple[ll.ChannelImportanceData, ll.GateStatistics, ll.LayerStatistics] = (
+STATISTICS: tuple[
+    ll.ChannelImportanceData, ll.GateStatistics, ll.LayerStatistics, ll.HeadImportanceData
+] = (
     ll.ChannelImportanceData(
         layer_name="a",
         taylor_importance=np.array([0.5, 0.25, 0.125], np.float32),
@@ -115,6 +117,14 @@ STATISTICS: tuple[ll.ChannelImportanceData, ll.GateStatistics, ll.LayerStatistic
         projections=np.array([0.5, -0.25], np.float32),
         first_order=np.array([-0.00025], np.float32),
         second_order=np.array([0.0625], np.float32),
+    ),
+    ll.HeadImportanceData(
+        layer_name="a",
+        gradient_sensitivity=np.array([0.5, 0.0, 0.5], np.float32),
+        entropy=np.array([1.5, 0.25, 1.0], np.float32),
+        entropy_bound=np.array([1.75, 1.75, 1.75], np.float32),
+        diversity=np.array([0.125, 0.5, 0.25], np.float32),
+        similarity=np.array([[1.0, 0.25, 0.5], [0.25, 1.0, 0.125], [0.5, 0.125, 1.0]], np.float32),
     ),
 )
 """Each is a blob of its own in the vectors."""

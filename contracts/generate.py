@@ -46,6 +46,7 @@ def generated() -> dict[str, bytes]:
     """Every generated file's content by its path from the root of the repository."""
     kinds: list[type[ll.Message]] = [*ll.MESSAGES.values(), ll.EventEnvelope]
     kinds += [ll.ChannelImportanceData, ll.GateStatistics, ll.LayerStatistics]
+    kinds += [ll.HeadImportanceData]
     kinds += [ll.CheckpointDocument]
     schemas = {kind.__name__: schema(kind) for kind in kinds}
     files = {f"contracts/schemas/{name}.json": _json(value) for name, value in schemas.items()}

@@ -129,6 +129,7 @@ def analyze(
     settings: SettingsOption = None,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the decision as JSON.")] = False,
+    level: Annotated[Level, typer.Option(help="What may be removed.")] = Level.CHANNEL,
 ) -> None:
     """Decide on a saved checkpoint, without any bus."""
     from elesh import CheckpointBundle
@@ -136,7 +137,7 @@ def analyze(
     from elesh.explanation import print_decision
 
     bundle = CheckpointBundle.load(folder)
-    decision = decide(bundle, settings=Settings.load(settings), threads=threads)
+    decision = decide(bundle, settings=Settings.load(settings), level=level, threads=threads)
     if as_json:
         console.print_json(decision.model_dump_json())
     else:

@@ -83,6 +83,7 @@ class AttentionAnalysis(_Section):
     gradient_weight: float = Field(default=0.4, ge=0, le=1)
     similarity_threshold: float = Field(default=0.95, gt=0, le=1)
     min_heads_per_layer: int = Field(default=2, ge=1)
+    safety_margin: float = Field(default=0.15, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _weights_sum_to_one(self) -> Self:

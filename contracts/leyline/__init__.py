@@ -72,7 +72,12 @@ from .identity import (
 from .legacy import AnalysisReport, ImportanceData, MaskApplication, ParameterMask, PruningMasks
 from .parameters import AnalysisParameters, PerformanceRequirements
 from .requests import AnalysisRequest, StructuralAnalysisRequest
-from .statistics import ChannelImportanceData, GateStatistics, LayerStatistics
+from .statistics import (
+    ChannelImportanceData,
+    GateStatistics,
+    HeadImportanceData,
+    LayerStatistics,
+)
 from .streams import MESSAGES, STREAMS, Stream
 
 __all__ = [
@@ -99,6 +104,7 @@ __all__ = [
     "GateResult",
     "GateSite",
     "GateStatistics",
+    "HeadImportanceData",
     "HeadRedundancy",
     "IdempotencyKey",
     "IdentityMismatch",

@@ -1,7 +1,7 @@
 """A checkpoint as one value: metadata, architecture and statistics, to blobs or a folder and back.
 
 The folder holds ``checkpoint.json`` (metadata, architecture, levels, parameters),
-``statistics.safetensors`` and, where measured, ``gates.safetensors`` and ``layers.safetensors``. It
+``statistics.safetensors`` and, where measured, ``gates``, ``layers`` and ``heads.safetensors``. It
 is what a recorder makes, what ``analyze`` reads, and what a CheckpointReady event points at.
 """
 
@@ -30,9 +30,16 @@ from .errors import (
 )
 from .identity import IdempotencyKey, Level
 from .parameters import AnalysisParameters, PerformanceRequirements
-from .statistics import ChannelImportanceData, GateStatistics, LayerStatistics
+from .statistics import (
+    ChannelImportanceData,
+    GateStatistics,
+    HeadImportanceData,
+    LayerStatistics,
+)
 
-_M = TypeVar("_M", ChannelImportanceData, GateStatistics, LayerStatistics)
+_M = TypeVar("_M", ChannelImportanceData, GateStatistics, LayerStatistics, HeadImportanceData)
+_OPTIONAL = ("gates", "layers", "heads")
+"""Blobs that a checkpoint may be without."""
 
 
 class CheckpointDocument(Message):
@@ -47,7 +54,7 @@ class CheckpointDocument(Message):
 
 @dataclass(frozen=True)
 class CheckpointBundle:
-    """Everything that an analysis reads. ``channels`` and ``gates`` go by group name,
+    """Everything that an analysis reads. ``channels``, ``gates`` and ``heads`` go by group name,
     ``layers`` by block name.
 
     Raises:
@@ -63,6 +70,7 @@ class CheckpointBundle:
     parameters: AnalysisParameters = field(default_factory=AnalysisParameters)
     requirements: PerformanceRequirements = field(default_factory=PerformanceRequirements)
     layers: Mapping[str, LayerStatistics] = field(default_factory=dict)
+    heads: Mapping[str, HeadImportanceData] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.metadata.model_hash != self.architecture.model_hash:
@@ -101,6 +109,8 @@ class CheckpointBundle:
             yield name, data.layer_name, data.size
         for name, gate in self.gates.items():
             yield name, gate.layer_name, gate.projections.shape[1]
+        for name, head in self.heads.items():
+            yield name, head.layer_name, head.size
 
     def key(self, level: Level) -> IdempotencyKey:
         """The key of this checkpoint's decision at ``level``."""
@@ -130,6 +140,10 @@ class CheckpointBundle:
         """Safetensors bytes of all LayerStatistics, or None where there are none."""
         return pack_statistics(self.layers.values()) if self.layers else None
 
+    def heads_blob(self) -> bytes | None:
+        """Safetensors bytes of all HeadImportanceData, or None where there are none."""
+        return pack_statistics(self.heads.values()) if self.heads else None
+
     @classmethod
     def from_blobs(
         cls,
@@ -137,6 +151,7 @@ class CheckpointBundle:
         statistics: bytes | memoryview,
         gates: bytes | memoryview | None = None,
         layers: bytes | memoryview | None = None,
+        heads: bytes | memoryview | None = None,
     ) -> CheckpointBundle:
         """The bundle of a document and its blobs; refuses what does not fit together."""
         return cls(
@@ -148,6 +163,7 @@ class CheckpointBundle:
             parameters=document.parameters,
             requirements=document.requirements,
             layers={} if layers is None else unpack_statistics(LayerStatistics, layers, "layers"),
+            heads={} if heads is None else unpack_statistics(HeadImportanceData, heads, "heads"),
         )
 
     def save(self, folder: str | Path) -> Path:
@@ -155,11 +171,13 @@ class CheckpointBundle:
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         (path / "statistics.safetensors").write_bytes(self.statistics_blob())
-        for name, blob in (("gates", self.gates_blob()), ("layers", self.layers_blob())):
+        blobs = (self.gates_blob(), self.layers_blob(), self.heads_blob())
+        for name, blob in zip(_OPTIONAL, blobs, strict=True):
+            file = path / f"{name}.safetensors"
             if blob is None:
-                (path / f"{name}.safetensors").unlink(missing_ok=True)
+                file.unlink(missing_ok=True)
             else:
-                (path / f"{name}.safetensors").write_bytes(blob)
+                file.write_bytes(blob)
         (path / "checkpoint.json").write_text(self.document.model_dump_json(indent=1))
         return path
 
@@ -172,18 +190,15 @@ class CheckpointBundle:
             ContractError: if one is not what it should be, naming file and field.
         """
         path = Path(folder)
-        statistics, gates = path / "statistics.safetensors", path / "gates.safetensors"
-        layers = path / "layers.safetensors"
+        files = {name: path / f"{name}.safetensors" for name in ("statistics", *_OPTIONAL)}
         try:
             return cls.from_blobs(
                 _read_document(path / "checkpoint.json"),
-                statistics.read_bytes(),
-                gates.read_bytes() if gates.exists() else None,
-                layers.read_bytes() if layers.exists() else None,
+                files["statistics"].read_bytes(),
+                *(files[x].read_bytes() if files[x].exists() else None for x in _OPTIONAL),
             )
         except ContractError as error:
-            blobs = {"statistics": statistics, "gates": gates, "layers": layers}
-            file = blobs.get(error.field.partition(".")[0])
+            file = files.get(error.field.partition(".")[0])
             raise error.inside(str(file or path / "checkpoint.json")) from None
 
 
@@ -195,7 +210,7 @@ def _read_document(path: Path) -> CheckpointDocument:
 
 
 def pack_statistics(
-    items: Iterable[ChannelImportanceData | GateStatistics | LayerStatistics],
+    items: Iterable[ChannelImportanceData | GateStatistics | LayerStatistics | HeadImportanceData],
 ) -> bytes:
     """One blob with tensors ``<layer_name>/<field>``."""
     arrays: dict[str, npt.NDArray[Any]] = {}

@@ -130,11 +130,14 @@ class AttentionHeadTarget(Message):
     redundancy_threshold: Finite = 0.95
     """Cosine similarity above which two heads are redundant."""
     head_importance: tuple[Finite, ...] = ()
-    """Combined score of every head before the cut."""
+    """Score of every head before the cut: the predicted rise of the loss if it alone went, in
+    nats, or the combined score where heads were ranked by that."""
     attention_entropy: tuple[NonNegative, ...] = ()
     """Entropy of the attention pattern of every head before the cut, in nats."""
     heads_before: Count
     heads_after: Count
+    spared: tuple[SparedUnit, ...] = ()
+    """Heads near the cut that were left alone."""
 
     @model_validator(mode="after")
     def _aligned(self) -> Self:

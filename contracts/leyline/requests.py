@@ -43,6 +43,9 @@ class StructuralAnalysisRequest(Message):
     """Safetensors: GateStatistics of every group, where measured."""
     layers: BlobRef | None = Field(default=None, exclude_if=lambda ref: ref is None)
     """Safetensors: LayerStatistics of every block, where measured; left out where not."""
+    heads: BlobRef | None = Field(default=None, exclude_if=lambda ref: ref is None)
+    """Safetensors: HeadImportanceData of every attention layer, where measured; left out where
+    not."""
     levels: tuple[Level, ...] = (Level.CHANNEL,)
     """What may be removed."""
 

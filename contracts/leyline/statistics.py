@@ -6,6 +6,7 @@ Messages here hold arrays; on the wire they are tensors of a safetensors blob, n
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -73,6 +74,61 @@ class ChannelImportanceData(_ArrayMessage):
     def size(self) -> int:
         """Number of channels C."""
         return len(self.taylor_importance)
+
+
+class HeadImportanceData(_ArrayMessage):
+    """Head statistics of one attention layer (section 4.3); H units, each finite.
+
+    A unit is a head; where several query heads share keys and values, it is all heads of one
+    key/value head, and its pattern is theirs one after the other. What is made from attention
+    weights is absent where those cannot be seen.
+    """
+
+    contract_of: ClassVar[str] = "Kasmina to Elesh"
+
+    layer_name: Name
+    """Name of the group in the architecture."""
+    gradient_sensitivity: Array
+    """[H], >= 0: mean over samples of the magnitude of the head's gate gradient (Michel 2019)."""
+    entropy: Array | None = None
+    """[H], >= 0: mean over samples and queries of the pattern's entropy, in nats."""
+    entropy_bound: Array | None = None
+    """[H]: the entropy if every key that got any weight had got the same (causal masks count)."""
+    diversity: Array | None = None
+    """[H], 0 to ln 2: mean Jensen-Shannon divergence of the pattern from the other heads', in
+    nats, over samples and queries; 0 where there is no other head."""
+    similarity: Array | None = None
+    """[H, H]: cosine similarity of the patterns over samples, queries and keys."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        count = self.size
+        shapes = {"similarity": (count, count)}
+        for field in PATTERN_FIELDS:
+            if (getattr(self, field) is None) != (self.entropy is None):
+                raise InvalidField(f"{self.layer_name}/{field}", "all or none of the patterns'", "")
+        for field in ("gradient_sensitivity", *PATTERN_FIELDS):
+            values: npt.NDArray[Any] | None = getattr(self, field)
+            if values is None:
+                continue
+            where = f"{self.layer_name}/{field}"
+            _require_shape(where, values, shapes.get(field, (count,)))
+            require_finite(where, values)
+            lowest, highest = _HEAD_LIMITS.get(field, (0.0, math.inf))
+            for found in (values.min(initial=lowest), values.max(initial=lowest)):
+                if not lowest <= found <= highest:
+                    raise InvalidField(where, f"from {lowest} to {highest}", float(found))
+        return self
+
+    @property
+    def size(self) -> int:
+        """Number of units H."""
+        return len(self.gradient_sensitivity) if self.gradient_sensitivity.ndim else 0
+
+
+PATTERN_FIELDS = ("entropy", "entropy_bound", "diversity", "similarity")
+"""What is made from attention weights: all there or none."""
+_HEAD_LIMITS = {"similarity": (-_LARGEST_COSINE, _LARGEST_COSINE), "diversity": (0.0, 0.7)}
 
 
 class GateStatistics(_ArrayMessage):

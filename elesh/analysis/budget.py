@@ -15,7 +15,7 @@ from elesh.settings import ChannelAnalysis
 from leyline import CheckpointBundle, InvalidField, Phase, ShapeMismatch
 
 from .candidates import Doubles
-from .channels import Ranking, choose_scorer, eligible_groups
+from .channels import choose_scorer, eligible_groups, rank_channels
 
 __all__ = ["select_channels"]
 
@@ -52,7 +52,7 @@ def select_channels(
     groups = eligible_groups(bundle, used, minimum, round_to).groups
     if not groups or not count:
         return {}
-    ranking = Ranking.of(
+    ranking = rank_channels(
         bundle, settings, groups, used, Phase.MODERATE, round_to=round_to, threads=threads
     )
     if row is not None and ranking.projections is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -23,35 +22,35 @@ from leyline import (
     Phase,
     PruningGroup,
     Redundancy,
-    SparedUnit,
 )
 
-from .candidates import Candidates, Doubles, Floats, floor_of
-from .orders import JointOrder, Order, StaticOrder
-from .projections import Prediction, Projections, output_energy, predict
+from .candidates import Candidates, Doubles, floor_of
+from .choosing import (
+    Choice,
+    Ranking,
+    Scorer,
+    pairs_by_group,
+    projection_fault,
+    spared_units,
+    usable_projections,
+)
+from .projections import Prediction, Projections
 from .redundancy import Pair, redundant_pairs
 from .scores import magnitude, multi_metric, weights_at
-from .selection import Selection, select
 
 __all__ = [
     "ChannelPlan",
     "Eligible",
-    "Ranking",
     "choose_scorer",
     "eligible_groups",
     "plan_channels",
+    "rank_channels",
 ]
-
-Scorer = Literal["output_projection", "multi_metric", "magnitude"]
-Reason = Literal["representative", "rounding", "redundancy_cost", "minimum", "quota"]
-_MAX_SPARED = 16
-_NEAR = 2.0
-"""A spared unit is near the cut if it costs at most so many times the dearest that went."""
 
 
 @dataclass(frozen=True)
 class Eligible:
-    """The groups that can lose channels, and why each other group cannot."""
+    """The groups that can lose units, and why each other group cannot."""
 
     groups: tuple[PruningGroup, ...]
     ignored: tuple[tuple[str, str], ...]
@@ -77,7 +76,7 @@ def choose_scorer(bundle: CheckpointBundle, wanted: str) -> tuple[Scorer, tuple[
     """
     taken: list[Fallback] = []
     if wanted == "output_projection" or (wanted == "auto" and bundle.gates):
-        fault = _projection_fault(bundle)
+        fault = projection_fault(bundle)
         if not fault:
             return "output_projection", ()
         taken.append(Fallback(rung="gate_failure", reason=f"{fault}: ranked by the vectors"))
@@ -94,19 +93,15 @@ def choose_scorer(bundle: CheckpointBundle, wanted: str) -> tuple[Scorer, tuple[
     return "magnitude", tuple(taken)
 
 
-def _projection_fault(bundle: CheckpointBundle) -> str:
-    projections = [gate.projections for gate in bundle.gates.values()]
-    if not projections:
-        return "no gate statistics"
-    if len(projections[0]) < 2:
-        return "gate statistics of fewer than two samples"
-    return "" if any(g.any() for g in projections) else "all output projections are zero"
-
-
 def eligible_groups(
-    bundle: CheckpointBundle, scorer: Scorer, minimum: int, round_to: int
+    bundle: CheckpointBundle,
+    scorer: Scorer,
+    minimum: int,
+    round_to: int = 1,
+    *,
+    level: Level = Level.CHANNEL,
 ) -> Eligible:
-    """Which channel groups can lose channels.
+    """Which groups of a level can lose units.
 
     Raises:
         InvalidField: if the request ignores a group or layer that does not exist.
@@ -118,12 +113,12 @@ def eligible_groups(
         raise InvalidField("parameters.ignored_layers", "names of groups or layers", unknown)
     groups, ignored = [], []
     for group in architecture.groups:
-        if group.level is not Level.CHANNEL:
+        if group.level is not level:
             continue
         reason = _why_not(bundle, group, scorer, unwanted)
         floor = floor_of(group, minimum, round_to)
         if not reason and group.size <= floor:
-            reason = f"has {group.size} channels, must keep {floor}"
+            reason = f"has {group.size} {level}s, must keep {floor}"
         if reason:
             ignored.append((group.name, reason))
         else:
@@ -142,57 +137,26 @@ def _why_not(
         return "couples host and seed tensors (gradient isolation)"
     if scorer == "output_projection":
         return "" if group.name in bundle.gates else "no gate statistics"
-    return "" if group.name in bundle.channels else "no channel statistics"
+    vectors = bundle.heads if group.level is Level.HEAD else bundle.channels
+    return "" if group.name in vectors else f"no {group.level} statistics"
 
 
-@dataclass(frozen=True)
-class Ranking:
-    """The candidates of some groups with everything that a selection looks at."""
-
-    candidates: Candidates
-    scorer: Scorer
-    projections: Projections | None
-    scores: Doubles
-    redundant: tuple[Pair, ...]
-    threads: int
-
-    @classmethod
-    def of(
-        cls,
-        bundle: CheckpointBundle,
-        settings: ChannelAnalysis,
-        groups: Sequence[PruningGroup],
-        scorer: Scorer,
-        phase: Phase,
-        *,
-        round_to: int = 1,
-        threads: int = 1,
-    ) -> Ranking:
-        """The ranking of ``groups``, of which there is at least one."""
-        candidates = Candidates.of(groups, settings.min_channels_per_layer, round_to)
-        projections = _projections(bundle, candidates)
-        scores = _scores(bundle, candidates, scorer, settings, phase, projections)
-        redundant = _redundant(bundle, candidates, scores, settings.redundancy_threshold)
-        return cls(candidates, scorer, projections, scores, redundant, threads)
-
-    def choose(
-        self, quota: int, columns: Floats | None = None, moved: Doubles | None = None
-    ) -> Selection:
-        """Up to ``quota`` units.
-
-        Args:
-            columns: some samples of the projections; all of them if not given.
-            moved: r at the start, in the order and scale of the columns.
-        """
-        if columns is None and self.projections is not None:
-            columns = self.projections.columns
-
-        def make_order() -> Order:
-            if columns is None or self.scorer != "output_projection":
-                return StaticOrder(self.candidates, self.scores)
-            return JointOrder(self.candidates, columns, moved=moved, threads=self.threads)
-
-        return select(make_order, quota, self.redundant)
+def rank_channels(
+    bundle: CheckpointBundle,
+    settings: ChannelAnalysis,
+    groups: Sequence[PruningGroup],
+    scorer: Scorer,
+    phase: Phase,
+    *,
+    round_to: int = 1,
+    threads: int = 1,
+) -> Ranking:
+    """The ranking of ``groups``, of which there is at least one."""
+    candidates = Candidates.of(groups, settings.min_channels_per_layer, round_to)
+    projections = usable_projections(bundle, candidates)
+    scores = _scores(bundle, candidates, scorer, settings, phase, projections)
+    redundant = _redundant(bundle, candidates, scores, settings.redundancy_threshold)
+    return Ranking(candidates, scorer, projections, scores, redundant, threads)
 
 
 def plan_channels(
@@ -209,29 +173,12 @@ def plan_channels(
     """Choose up to ``quota`` channels of ``groups`` and predict what removing them does."""
     if not groups or not quota:
         return ChannelPlan()
-    ranking = Ranking.of(
+    ranking = rank_channels(
         bundle, settings, groups, scorer, phase, round_to=round_to, threads=threads
     )
-    candidates, projections = ranking.candidates, ranking.projections
-    selection = ranking.choose(quota)
-    scale = projections.unit**2 if projections and scorer == "output_projection" else 1.0
-    targets = _targets(groups, candidates, selection, scale, settings.redundancy_threshold)
-    if projections is None or not selection.units:
-        return ChannelPlan(targets)
-
-    def choose(columns: Floats) -> Sequence[int]:
-        joint = scorer == "output_projection"
-        return ranking.choose(quota, columns).units if joint else selection.units
-
-    prediction = predict(projections, candidates, len(selection.units), choose)
-    return ChannelPlan(targets, prediction, output_energy(bundle.gates.values()))
-
-
-def _projections(bundle: CheckpointBundle, candidates: Candidates) -> Projections | None:
-    """Projections of all candidates, where every one has some that can be used."""
-    if _projection_fault(bundle) or not all(name in bundle.gates for name in candidates.names):
-        return None
-    return Projections.of(bundle.gates, candidates)
+    choice = ranking.decide(bundle, quota)
+    targets = _targets(groups, ranking.candidates, choice, settings.redundancy_threshold)
+    return ChannelPlan(targets, choice.prediction, choice.energy)
 
 
 def _scores(
@@ -268,17 +215,12 @@ def _redundant(
 
 
 def _targets(
-    groups: Sequence[PruningGroup],
-    candidates: Candidates,
-    selection: Selection,
-    scale: float,
-    threshold: float,
+    groups: Sequence[PruningGroup], candidates: Candidates, choice: Choice, threshold: float
 ) -> tuple[ChannelPruningTarget, ...]:
-    """One target for each group that loses channels; costs times ``scale`` in their own unit."""
+    """One target for each group that loses channels; costs in their own unit."""
+    selection, scale = choice.selection, choice.scale
     lost, targets = candidates.by_group(selection.units), []
-    pairs: dict[int, list[Pair]] = {}
-    for pair in selection.pairs:
-        pairs.setdefault(int(candidates.group_of[pair.removed]), []).append(pair)
+    pairs = pairs_by_group(candidates, selection)
     for number, group in enumerate(groups):
         units = lost.get(group.name)
         if not units:
@@ -291,44 +233,13 @@ def _targets(
                 original_indices=tuple(group.origin[unit] for unit in units),
                 importance=tuple(selection.prices[start + unit] * scale for unit in units),
                 redundancy_pairs=tuple(
-                    Redundancy(
-                        kept=p.kept - start, removed=p.removed - start, similarity=p.similarity
-                    )
+                    Redundancy(kept=p.kept, removed=p.removed, similarity=p.similarity)
                     for p in pairs.get(number, ())
                 ),
                 redundancy_threshold=threshold,
                 channels_before=group.size,
                 channels_after=group.size - len(units),
-                spared=_spared(candidates, selection, number, scale),
+                spared=spared_units(candidates, selection, number, scale),
             )
         )
     return tuple(targets)
-
-
-def _spared(
-    candidates: Candidates, selection: Selection, group: int, scale: float
-) -> tuple[SparedUnit, ...]:
-    """The cheapest units of the group that stayed although they were near the cut, with reasons."""
-    order, span = selection.order, candidates.span(group)
-    stayed = np.flatnonzero(~order.taken[span]) + span.start
-    near = stayed[order.costs[stayed] <= _NEAR * max(selection.dearest, 0.0)]
-    near = near[np.argsort(order.costs[near], kind="stable")][:_MAX_SPARED]
-    full = bool(order.room[group] == 0)
-    return tuple(
-        SparedUnit(
-            index=unit - span.start,
-            cost=float(order.costs[unit]) * scale,
-            reason=_reason(selection, unit, full=full),
-        )
-        for unit in sorted(near.tolist())
-    )
-
-
-def _reason(selection: Selection, unit: int, *, full: bool) -> Reason:
-    if unit in selection.kept:
-        return "representative"
-    if unit in selection.given_back:
-        return "rounding"
-    if unit in selection.too_dear:
-        return "redundancy_cost"
-    return "minimum" if full else "quota"

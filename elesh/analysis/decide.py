@@ -6,7 +6,7 @@ and still carries its analysis as telemetry; nothing raises but :class:`leyline.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +16,7 @@ from elesh import safety
 from elesh.safety import BreakerStatus
 from elesh.settings import Settings
 from leyline import (
+    ChannelPruningTarget,
     CheckpointBundle,
     Fallback,
     GateResult,
@@ -32,12 +33,13 @@ from leyline import (
 from .channels import (
     ChannelPlan,
     Eligible,
-    Scorer,
     choose_scorer,
     eligible_groups,
     plan_channels,
 )
+from .choosing import Scorer
 from .decide_layers import decide_layers
+from .heads import HeadPlan, choose_head_scorer, plan_heads
 from .schedule import Allowance, allowance, counted_groups
 from .scores import single_removal
 from .verdicts import elesh_version, rejection
@@ -106,17 +108,17 @@ def analyze(
             key=key or bundle.key(level),
             fallbacks=fallbacks,
         )
-    if level is not Level.CHANNEL:
-        raise InvalidField(
-            "level", f"a level that is analysed here: {Level.CHANNEL}, {Level.LAYER}", level.value
-        )
-    allowed = _allowance(bundle, settings)
-    used, taken = choose_scorer(bundle, scorer or _wanted(bundle, settings))
-    eligible, plan = _plan(bundle, settings, used, allowed, threads)
+    if level not in _PLANNERS:
+        here = ", ".join((*_PLANNERS, Level.LAYER))
+        raise InvalidField("level", f"a level that is analysed here: {here}", level.value)
+    choose_used, make_plan = _PLANNERS[level]
+    allowed = _allowance(bundle, settings, level)
+    used, taken = choose_used(bundle, scorer or _wanted(bundle, settings))
+    eligible, plan = make_plan(bundle, settings, used, allowed, threads)
     cut = _cut(bundle, plan)
-    gates = _gates(bundle, settings, allowed, eligible, plan, cut, breaker or BreakerStatus())
+    gates = _gates(bundle, settings, level, allowed, plan, cut, breaker or BreakerStatus())
     outcome = safety.verdict(gates, measured=False)
-    reason = _rejection(gates, cut, allowed, eligible)
+    reason = _rejection(gates, cut, allowed, eligible, level)
     all_fallbacks = (*fallbacks, *taken)
     key = key or bundle.key(level)
     return StructuralPruningDecision(
@@ -124,8 +126,9 @@ def analyze(
         run_id=bundle.metadata.run_id,
         epoch=bundle.metadata.epoch,
         model_hash=bundle.metadata.model_hash,
-        channels=plan.targets,
-        statistics=_statistics(bundle, allowed, used, cut),
+        channels=plan.targets if isinstance(plan, ChannelPlan) else (),
+        attention_heads=plan.targets if isinstance(plan, HeadPlan) else (),
+        statistics=_statistics(bundle, level, allowed, used, cut),
         safety=SafetyValidation(
             outcome=outcome,
             phase=allowed.phase,
@@ -151,19 +154,25 @@ def _round_to(bundle: CheckpointBundle, settings: Settings) -> int:
     return settings.structured_pruning.channel_analysis.round_to if asked == 1 else asked
 
 
-def _allowance(bundle: CheckpointBundle, settings: Settings) -> Allowance:
-    channels = settings.structured_pruning.channel_analysis
+def _allowance(bundle: CheckpointBundle, settings: Settings, level: Level) -> Allowance:
+    pruning = settings.structured_pruning
+    margin, schedule = pruning.channel_analysis.safety_margin, pruning.safety_schedule
+    if level is Level.HEAD:
+        # Heads come in with the moderate phase (section "Progressive safety schedule").
+        margin = pruning.attention_analysis.safety_margin
+        schedule = schedule.model_copy(update={"conservative_limit": 0.0})
     return allowance(
         bundle.architecture,
         bundle.metadata.epoch,
-        settings.structured_pruning.safety_schedule,
-        shape=channels.schedule,
-        margin=channels.safety_margin,
+        schedule,
+        shape=pruning.channel_analysis.schedule,
+        margin=margin,
         target=bundle.parameters.target_ratio,
+        level=level,
     )
 
 
-def _plan(
+def _plan_channels(
     bundle: CheckpointBundle, settings: Settings, scorer: Scorer, allowed: Allowance, threads: int
 ) -> tuple[Eligible, ChannelPlan]:
     channels, round_to = settings.structured_pruning.channel_analysis, _round_to(bundle, settings)
@@ -181,9 +190,45 @@ def _plan(
     return eligible, plan
 
 
-def _cut(bundle: CheckpointBundle, plan: ChannelPlan) -> _Cut:
+def _plan_heads(
+    bundle: CheckpointBundle, settings: Settings, scorer: Scorer, allowed: Allowance, threads: int
+) -> tuple[Eligible, HeadPlan]:
+    heads = settings.structured_pruning.attention_analysis
+    eligible = eligible_groups(bundle, scorer, heads.min_heads_per_layer, level=Level.HEAD)
+    plan = plan_heads(
+        bundle, heads, eligible.groups, scorer, allowed.quota, allowed.phase, threads=threads
+    )
+    return eligible, plan
+
+
+_Plan = ChannelPlan | HeadPlan
+_ScorerChoice = Callable[[CheckpointBundle, str], tuple[Scorer, tuple[Fallback, ...]]]
+_Planner = Callable[
+    [CheckpointBundle, Settings, Scorer, Allowance, int], tuple[Eligible, ChannelPlan | HeadPlan]
+]
+_PLANNERS: Mapping[Level, tuple[_ScorerChoice, _Planner]] = {
+    Level.CHANNEL: (choose_scorer, _plan_channels),
+    Level.HEAD: (choose_head_scorer, _plan_heads),
+}
+"""What is particular to a level: which scorer, and which targets."""
+
+
+def _minimum(settings: Settings, level: Level) -> int:
+    """The fewest units that a group of this level must keep."""
+    pruning = settings.structured_pruning
+    if level is Level.HEAD:
+        return pruning.attention_analysis.min_heads_per_layer
+    return pruning.channel_analysis.min_channels_per_layer
+
+
+def _cut(bundle: CheckpointBundle, plan: _Plan) -> _Cut:
     """What removing the targets leaves, exactly, and what it is predicted to do."""
-    units = {target.layer_name: target.channel_indices for target in plan.targets}
+    units = {
+        target.layer_name: target.channel_indices
+        if isinstance(target, ChannelPruningTarget)
+        else target.head_indices
+        for target in plan.targets
+    }
     structure = safety.structure(bundle.architecture, units)
     prediction = plan.prediction
     known = prediction is not None and plan.energy > 0
@@ -213,9 +258,9 @@ def _loss_rise(bundle: CheckpointBundle, units: Mapping[str, Sequence[int]]) -> 
 def _gates(
     bundle: CheckpointBundle,
     settings: Settings,
+    level: Level,
     allowed: Allowance,
-    eligible: Eligible,
-    plan: ChannelPlan,
+    plan: _Plan,
     cut: _Cut,
     breaker: BreakerStatus,
 ) -> tuple[GateResult, ...]:
@@ -223,14 +268,14 @@ def _gates(
     random = plan.prediction.random / plan.energy if plan.prediction and plan.energy > 0 else None
     parameters = architecture.parameters
     smaller = 1 - cut.after.parameters / parameters if cut.after and parameters else 0.0
-    prunable = {g.name for g in architecture.groups if g.level is Level.CHANNEL and g.prunable}
-    measured = prunable & (bundle.gates.keys() | bundle.channels.keys())
+    prunable = {g.name for g in counted_groups(architecture, level)}
+    measured = prunable & (bundle.gates.keys() | bundle.channels.keys() | bundle.heads.keys())
     return (
         safety.breaker_gate(breaker),
         safety.phase_gate(allowed.phase),
         safety.statistics_sound(_samples(bundle), len(measured), len(prunable)),
-        safety.cumulative_limit(allowed.removed, cut.count, allowed.original, allowed.limit),
-        safety.minimum_channels(architecture, cut.units, channels.min_channels_per_layer),
+        safety.cumulative_limit(allowed.removed, cut.count, allowed.original, allowed.limit, level),
+        safety.minimum_units(architecture, cut.units, _minimum(settings, level), level),
         cut.structure,
         safety.gradient_isolation(architecture, cut.units),
         safety.noise(cut.shift, cut.error, random),
@@ -246,7 +291,7 @@ def _samples(bundle: CheckpointBundle) -> int:
 
 
 def _rejection(
-    gates: Sequence[GateResult], cut: _Cut, allowed: Allowance, eligible: Eligible
+    gates: Sequence[GateResult], cut: _Cut, allowed: Allowance, eligible: Eligible, level: Level
 ) -> str:
     """Why the decision is not approved; empty where it is."""
     if failed := rejection(gates):
@@ -254,21 +299,21 @@ def _rejection(
     if cut.count:
         return ""
     if not eligible.groups:
-        return "nothing to remove: no group can lose channels (see ignored)"
+        return f"nothing to remove: no group can lose {level}s (see ignored)"
     if allowed.quota:
         return f"nothing to remove: no group can lose a whole multiple within quota {allowed.quota}"
     return (
-        f"nothing to remove: quota 0 ({allowed.removed} of {allowed.original} original channels "
+        f"nothing to remove: quota 0 ({allowed.removed} of {allowed.original} original {level}s "
         f"are removed, {allowed.share:.2%} may be at this epoch)"
     )
 
 
 def _statistics(
-    bundle: CheckpointBundle, allowed: Allowance, scorer: Scorer, cut: _Cut
+    bundle: CheckpointBundle, level: Level, allowed: Allowance, scorer: Scorer, cut: _Cut
 ) -> PruningStatistics:
     before = bundle.architecture
     after = cut.after or before
-    groups = counted_groups(before)
+    groups = counted_groups(before, level)
     present = sum(group.size for group in groups)
     gone = allowed.removed + cut.count
     return PruningStatistics(

@@ -5,17 +5,18 @@ Promises: everything that was asked and not met is a row; the caller only prints
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from leyline import (
+    AttentionHeadTarget,
     ChannelPruningTarget,
     CheckpointBundle,
     Fallback,
     GateResult,
     LayerPruningTarget,
-    Level,
     StructuralPruningDecision,
 )
 
@@ -23,8 +24,10 @@ from .scores import single_removal
 
 __all__ = ["Explanation", "UnitExplanation", "explain"]
 
+_Target = ChannelPruningTarget | AttentionHeadTarget
+
 _REASONS = {
-    "minimum": "the group has reached the channels it must keep",
+    "minimum": "the group has reached the units it must keep",
     "noise": "inside the noise of the samples",
     "coupling": "coupled to units that must stay",
     "quota": "the quota was used up",
@@ -37,7 +40,7 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class UnitExplanation:
-    """One channel that goes or was spared near the cut."""
+    """One channel or head that goes or was spared near the cut."""
 
     group: str
     unit: int
@@ -45,7 +48,8 @@ class UnitExplanation:
     """Its number in the original network, where known."""
     verdict: Literal["removed", "spared"]
     score: float
-    """What it was ranked by: its joint marginal cost, or its mix or magnitude score."""
+    """What it was ranked by: its joint marginal cost, or its mix or magnitude score; for a
+    head that goes, what the decision says of its importance."""
     reason: str
     kept: int | None = None
     """The redundancy partner that stays for it."""
@@ -77,8 +81,9 @@ class Explanation:
 def explain(
     decision: StructuralPruningDecision, bundle: CheckpointBundle | None = None
 ) -> Explanation:
-    """Explain ``decision``; with its ``bundle``, each channel's own statistics as well."""
-    rows = [row for target in decision.channels for row in _rows(target, bundle)]
+    """Explain ``decision``; with its ``bundle``, each unit's own statistics as well."""
+    targets: list[_Target] = [*decision.channels, *decision.attention_heads]
+    rows = [row for target in targets for row in _rows(target, bundle)]
     return Explanation(
         key=decision.idempotency_key,
         approved=decision.approved_for_application,
@@ -92,12 +97,16 @@ def explain(
     )
 
 
-def _rows(
-    target: ChannelPruningTarget, bundle: CheckpointBundle | None
-) -> Iterator[UnitExplanation]:
+def _rows(target: _Target, bundle: CheckpointBundle | None) -> Iterator[UnitExplanation]:
     partners = {pair.removed: pair for pair in target.redundancy_pairs}
-    origins = dict(zip(target.channel_indices, target.original_indices, strict=True))
-    for unit, score in zip(target.channel_indices, target.importance, strict=True):
+    if isinstance(target, ChannelPruningTarget):
+        units, scores = target.channel_indices, target.importance
+    else:
+        units = target.head_indices
+        known = target.head_importance or (math.nan,) * target.heads_before
+        scores = tuple(known[head] for head in units)
+    origins = dict(zip(units, target.original_indices, strict=False))
+    for unit, score in zip(units, scores, strict=True):
         pair = partners.get(unit)
         reason = "lowest cost" if pair is None else f"redundant with {pair.kept}"
         yield _row(
@@ -117,7 +126,7 @@ def _rows(
 
 def _row(
     bundle: CheckpointBundle | None,
-    target: ChannelPruningTarget,
+    target: _Target,
     unit: int,
     verdict: Literal["removed", "spared"],
     score: float,
@@ -147,18 +156,17 @@ def _row(
 
 
 def _figures(decision: StructuralPruningDecision) -> Iterator[tuple[str, str]]:
-    s, validation = decision.statistics, decision.safety
-    units = "layers" if decision.key.level is Level.LAYER else "channels"
+    s, validation, level = decision.statistics, decision.safety, f"{decision.key.level}s"
     yield (
         "phase",
-        f"{validation.phase}, up to {s.phase_limit:.1%} of {s.channels_original} {units}",
+        f"{validation.phase}, up to {s.phase_limit:.1%} of {s.channels_original} {level}",
     )
     yield "outcome", validation.outcome
     yield "confidence", f"{validation.confidence:.2f}"
     yield "ranked by", f"{s.scorer}, {s.samples} samples"
-    yield "quota", f"{s.quota} {units} at this checkpoint"
-    yield units, f"{s.channels_before} to {s.channels_after}"
-    yield "removed so far", f"{s.cumulative_ratio:.2%} of the original {units}"
+    yield "quota", f"{s.quota} {level} at this checkpoint"
+    yield level, f"{s.channels_before} to {s.channels_after}"
+    yield "removed so far", f"{s.cumulative_ratio:.2%} of the original {level}"
     yield "parameters", f"{s.parameters_before:,} to {s.parameters_after:,}"
     yield "MACs", f"{s.macs_before:,} to {s.macs_after:,}"
     if s.predicted_shift is not None:

@@ -58,13 +58,15 @@ class Allowance:
     """Channels that may go now; 0 outside the pruning phases."""
 
 
-def counted_groups(architecture: PrunedArchitecture) -> list[PruningGroup]:
-    """The groups that shares and quotas count: those that can lose channels at all.
+def counted_groups(
+    architecture: PrunedArchitecture, level: Level = Level.CHANNEL
+) -> list[PruningGroup]:
+    """The groups of a level that shares and quotas count: those that can lose units at all.
 
     Counting the others too would let a network of few prunable layers lose more of them than the
     phase allows.
     """
-    return [g for g in architecture.groups if g.level is Level.CHANNEL and g.prunable]
+    return [g for g in architecture.groups if g.level is level and g.prunable]
 
 
 def allowance(
@@ -75,10 +77,11 @@ def allowance(
     shape: Shape = "polynomial",
     margin: float = 0.1,
     target: float | None = None,
+    level: Level = Level.CHANNEL,
 ) -> Allowance:
     """The allowance at ``epoch``; a ``target`` share that was asked for can only lower it."""
     phase = phase_at(epoch, schedule)
-    groups = counted_groups(architecture)
+    groups = counted_groups(architecture, level)
     original = sum(group.original_size for group in groups)
     removed = sum(group.removed for group in groups)
     limit, share = _shares(phase, epoch, schedule, shape, margin)

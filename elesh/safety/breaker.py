@@ -16,7 +16,14 @@ __all__ = ["BreakerStatus", "breaker_gate", "counts_as_failure"]
 State = Literal["closed", "open", "half_open"]
 
 INTEGRITY_GATES = frozenset(
-    {"statistics", "structure", "gradient_isolation", "minimum_channels", "cumulative_limit"}
+    {
+        "statistics",
+        "structure",
+        "gradient_isolation",
+        "minimum_channels",
+        "minimum_heads",
+        "cumulative_limit",
+    }
 )
 """Gates whose failure says that something is broken, not that a careful answer is no."""
 

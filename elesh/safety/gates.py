@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from leyline import (
     ContractError,
     GateResult,
+    Level,
     Outcome,
     PerformanceRequirements,
     Phase,
@@ -23,7 +24,7 @@ __all__ = [
     "MIN_SAMPLES",
     "cumulative_limit",
     "gradient_isolation",
-    "minimum_channels",
+    "minimum_units",
     "mixed_owners",
     "noise",
     "phase_gate",
@@ -59,23 +60,28 @@ def phase_gate(phase: Phase) -> GateResult:
     )
 
 
-def cumulative_limit(removed: int, cut: int, original: int, limit: float) -> GateResult:
+def cumulative_limit(
+    removed: int, cut: int, original: int, limit: float, level: Level = Level.CHANNEL
+) -> GateResult:
     """Passed while ``removed`` earlier and ``cut`` now are within the limit, as a share of the
-    original channels. Where nothing is cut, nothing is judged (a limit may have been lowered)."""
+    original units. Where nothing is cut, nothing is judged (a limit may have been lowered)."""
     share = (removed + cut) / original if original else 0.0
     return GateResult(
         name="cumulative_limit",
         passed=not cut or share <= limit,
         measured=share,
         limit=limit,
-        detail=f"{removed + cut} of {original} original channels removed after this cut",
+        detail=f"{removed + cut} of {original} original {level}s removed after this cut",
     )
 
 
-def minimum_channels(
-    architecture: PrunedArchitecture, units: Mapping[str, Sequence[int]], minimum: int
+def minimum_units(
+    architecture: PrunedArchitecture,
+    units: Mapping[str, Sequence[int]],
+    minimum: int,
+    level: Level = Level.CHANNEL,
 ) -> GateResult:
-    """Passed if every group that loses a channel keeps at least ``minimum``."""
+    """Passed if every group that loses a unit keeps at least ``minimum``."""
     kept = {
         name: architecture.group[name].size - len(lost)
         for name, lost in units.items()
@@ -83,7 +89,7 @@ def minimum_channels(
     }
     short = [f"{name}: {count}" for name, count in sorted(kept.items()) if count < minimum]
     return GateResult(
-        name="minimum_channels",
+        name=f"minimum_{level}s",
         passed=not short,
         measured=min(kept.values(), default=None),
         limit=minimum,

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from leyline import LayerDescriptor
 
 from .calling import tensors_in
+from .layers import is_transposed_linear
 
 Link = tuple[Any, int]
 """A tensor as autograd knows it: the function that made it and the number of its output."""
@@ -90,6 +91,8 @@ def _positions(module: nn.Module, came: list[Tensor], left: list[Tensor]) -> int
         return left[0].numel() // module.out_channels
     if isinstance(module, nn.Linear):
         return left[0].numel() // module.out_features
+    if is_transposed_linear(module):
+        return left[0].numel() // left[0].shape[-1]
     return left[0].numel() // module.embed_dim if isinstance(module, nn.MultiheadAttention) else 0
 
 
@@ -109,7 +112,11 @@ def _descriptors(
                     weight=paths[id(parameter)],
                     positions=positions,
                 )
-    elif weight is not None and isinstance(module, (nn.Linear, _ConvNd)):
+    elif weight is not None and _multiplies(module):
         yield LayerDescriptor(name=name, kind=kind, weight=paths[id(weight)], positions=positions)
     else:
         yield LayerDescriptor(name=name, kind=kind)
+
+
+def _multiplies(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, _ConvNd)) or is_transposed_linear(module)

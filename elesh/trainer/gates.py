@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from leyline import GateSite, InvalidField
 
 from .calling import replace_first
+from .multihead import lend, take_back
 
 Axis = tuple[str, int]
 """A module's path and the channel axis of its first input."""
@@ -59,6 +60,7 @@ class GateMeter:
         self._model, self._watch = model, watch
         self._axes = list(axes)
         self._handles: list[RemovableHandle] = []
+        self._lent: list[nn.Module] = []
         self._batch = 0
         self._weights: Tensor | None = None
         self._sums: dict[Axis, Tensor] = {}
@@ -67,6 +69,7 @@ class GateMeter:
         """What every backward pass asks the gradient of."""
 
     def __enter__(self) -> GateMeter:
+        self._lent = lend(self._model, {path for path, _ in self._axes})
         for axis in self._axes:
             module = self._model.get_submodule(axis[0])
             hook = module.register_forward_pre_hook(self._gate(axis), with_kwargs=True)
@@ -77,6 +80,7 @@ class GateMeter:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        take_back(self._lent)
 
     def expect(self, batch: int) -> None:
         """Say how many samples the next forward pass has."""

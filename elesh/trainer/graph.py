@@ -9,7 +9,7 @@ and layers of which only a part is coupled right.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from leyline import LayerDescriptor
 
+from .attention import Attention, find_attentions
 from .calling import Inputs, batch_size, call, tensors_in
 from .calls import Calls, Link
 from .indexing import Relations
-from .layers import channel_axes
+from .layers import channel_axes, is_transposed_linear
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Wiring:
     """Layers with parameters, in order of execution."""
     units: tuple[Unit, ...]
     """Connected channels, those that some layer produces, in no particular order."""
+    attentions: tuple[Attention, ...] = ()
+    """Attention layers whose heads may be removable."""
     failure: str = ""
     """Why the wiring is not known, where the dependency graph could not be built."""
 
@@ -64,11 +67,12 @@ def trace(model: nn.Module, inputs: Inputs) -> Wiring:
     """Trace a model that may be changed (a copy): parameters must require gradients."""
     with Calls(model) as calls:
         call(model, inputs)
-    layers = calls.layers(batch_size(inputs))
+    layers, attentions = calls.layers(batch_size(inputs)), find_attentions(calls.made)
+    del calls  # and with it the autograd graph of the first pass
     try:
-        return Wiring(layers, tuple(_units(_Graph(model, inputs), model)))
+        return Wiring(layers, tuple(_units(_Graph(model, inputs), model)), attentions)
     except Exception as error:  # The graph of others' code: whatever it raises is a reason.
-        return Wiring(layers, (), f"the dependency graph failed: {summary(error)}")
+        return Wiring(layers, (), attentions, f"the dependency graph failed: {summary(error)}")
 
 
 def summary(error: BaseException) -> str:
@@ -78,6 +82,22 @@ def summary(error: BaseException) -> str:
         if str(error).strip()
         else type(error).__name__
     )
+
+
+class _TransposedLinear(tp.function.BasePruningFunc):  # type: ignore[misc]
+    """Tells torch-pruning how many channels such a layer has; nothing is pruned by it."""
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        raise NotImplementedError
+
+    def prune_in_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        raise NotImplementedError
+
+    def get_out_channels(self, layer: nn.Module) -> int:
+        return int(layer.weight.shape[1])  # type: ignore[index]
+
+    def get_in_channels(self, layer: nn.Module) -> int:
+        return int(layer.weight.shape[0])  # type: ignore[index]
 
 
 class _Graph(tp.DependencyGraph):  # type: ignore[misc]
@@ -92,6 +112,8 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
             return tensors
 
         self.model, self.verbose = model, False
+        for kind in {type(module) for module in model.modules() if is_transposed_linear(module)}:
+            self.register_customized_layer(kind, _TransposedLinear())
         self._module2name = {module: name for name, module in model.named_modules()}
         self._param_to_name, self.unwrapped_parameters = self._detect_unwrapped_parameters(None)
         self.calls = Calls(model)

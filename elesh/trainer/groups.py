@@ -24,6 +24,7 @@ from leyline import (
     TensorSlice,
 )
 
+from .attention import Attention
 from .block_proof import with_blocks
 from .calling import Inputs, example_copy, undisturbed
 from .graph import Port, Unit, Wiring, summary, trace
@@ -51,7 +52,7 @@ def find_architecture(
     inputs = example_copy(example_inputs)
     with undisturbed(twin, seed=0), _plain_arithmetic(twin):
         wiring = trace(twin, inputs)
-        groups = _groups(wiring, twin, ignored_layers)
+        groups = _with_heads(_groups(wiring, twin, ignored_layers), wiring, twin, ignored_layers)
         architecture = PrunedArchitecture.build(describe_tensors(model), wiring.layers, groups)
         proved = without_refuted(twin, inputs, architecture)
         return with_blocks(twin, inputs, proved, ignored_layers)
@@ -113,6 +114,46 @@ def _groups(wiring: Wiring, model: nn.Module, ignored: Collection[str]) -> tuple
         reason = _refusal(ports, ignored, tied) if root_name in followed else lone
         groups[name] = _group(name, ports, members, reason, model)
     return tuple(groups.values())
+
+
+def _with_heads(
+    groups: Sequence[PruningGroup], wiring: Wiring, model: nn.Module, ignored: Collection[str]
+) -> tuple[PruningGroup, ...]:
+    """The channel groups with those inside attentions replaced by groups of heads.
+
+    Queries, keys and values as channels are refused anyway, being reshaped. An attention of a
+    single head (or a single key/value head for all queries), or whose projections are coupled to
+    anything else, is left to the channel groups and their reasons.
+    """
+    kept, heads = list(groups), list[PruningGroup]()
+    tied = _tied_tensors(model)
+    for attention in wiring.attentions:
+        axes = {(path, dim) for path, dim, _ in attention.spans}
+        inside = [g for g in kept if any((part.tensor, part.dim) in axes for part in g.slices)]
+        coupled = any((part.tensor, part.dim) not in axes for g in inside for part in g.slices)
+        if attention.units == 1 or coupled:
+            continue
+        kept = [group for group in kept if group not in inside]
+        names = {group.name for group in (*kept, *heads)}
+        name = attention.name if attention.name not in names else attention.site.module
+        heads.append(attention.group(name, _head_refusal(attention, model, ignored, tied)))
+    return (*kept, *heads)
+
+
+def _head_refusal(
+    attention: Attention, model: nn.Module, ignored: Collection[str], tied: Collection[int]
+) -> str:
+    """Why these heads are left alone, as far as can be told before the proof; else empty."""
+    for layer in attention.layers:
+        if any(layer == name or layer.startswith(f"{name}.") for name in ignored):
+            return "ignored"
+    parameters = dict(model.named_parameters())
+    for path, _, _ in attention.spans:
+        if path not in parameters:
+            return f"{path} is computed (parametrised) or shared with another layer"
+        if id(parameters[path]) in tied:
+            return f"{path} is shared with another layer"
+    return ""
 
 
 def _producers(ports: Iterable[Port]) -> list[Port]:

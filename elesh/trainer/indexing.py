@@ -191,7 +191,10 @@ def _own_axis(node: Any) -> int | None:
         return None
     if isinstance(module, (nn.Linear, nn.Embedding, nn.LayerNorm, nn.MultiheadAttention)):
         return -1
-    return 1 if channel_axes(module).outputs else None
+    axes = channel_axes(module)
+    if axes.site_dim == -1:
+        return -1
+    return 1 if axes.outputs else None
 
 
 def _moved(function: Any, axis: int, before: Sequence[int]) -> int | None:

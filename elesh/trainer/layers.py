@@ -15,6 +15,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from leyline import PrunedArchitecture, ShapeMismatch, TensorDescriptor
 
+from .multihead import settle
+
 AxisOf = tuple[str, int]
 """An attribute of a module that holds a tensor, and a dimension of it."""
 
@@ -44,6 +46,8 @@ def channel_axes(module: nn.Module) -> ChannelAxes:
         return _conv_axes(module)
     if isinstance(module, nn.Linear):
         return ChannelAxes((("weight", 0), ("bias", 0)), (("weight", 1),), -1, True)
+    if is_transposed_linear(module):
+        return ChannelAxes((("weight", 1), ("bias", 0)), (("weight", 0),), -1, True)
     if isinstance(module, nn.Embedding):
         return ChannelAxes((("weight", 1),), produces=True)
     if isinstance(module, _NormBase):
@@ -51,6 +55,12 @@ def channel_axes(module: nn.Module) -> ChannelAxes:
     if isinstance(module, nn.PReLU):
         return ChannelAxes((("weight", 0),) if module.num_parameters > 1 else ())
     return ChannelAxes(refusal=_refusal(module))
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether this is the linear layer of GPT-2 in Transformers, whose weight is [in, out]."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
 def _conv_axes(module: _ConvNd) -> ChannelAxes:
@@ -79,13 +89,14 @@ def _refusal(module: nn.Module) -> str:
 
 SIZES = (
     "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features",
-    "num_parameters", "embedding_dim",
+    "num_parameters", "embedding_dim", "nf", "nx",
 )  # fmt: skip
 """The attributes that :func:`refit` sets."""
 
 
 def refit(module: nn.Module) -> None:
     """Set the module's size attributes to what its tensors' shapes say."""
+    settle(module)
     weight = getattr(module, "weight", None)
     if isinstance(module, _NormBase):
         sized = weight if weight is not None else module.running_mean
@@ -97,6 +108,8 @@ def refit(module: nn.Module) -> None:
         _refit_conv(module, weight)
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
+    elif is_transposed_linear(module):
+        vars(module).update(nx=weight.shape[0], nf=weight.shape[1])
     elif isinstance(module, nn.Embedding):
         module.embedding_dim = weight.shape[1]
     elif isinstance(module, nn.PReLU):

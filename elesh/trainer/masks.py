@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from leyline import PrunedArchitecture
 
 from .calling import replace_first
+from .multihead import lend, take_back
 
 
 class _Mask:
@@ -46,6 +47,7 @@ class Masks:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._handles: list[RemovableHandle] = []
+        self._lent: list[nn.Module] = []
 
     def set(self, architecture: PrunedArchitecture, units: Mapping[str, Collection[int]]) -> None:
         """Silence just these units (current numbering), by group name."""
@@ -54,6 +56,7 @@ class Masks:
         for name, chosen in units.items():
             for site in architecture.group[name].sites:
                 dead.setdefault((site.module, site.dim), set()).update(site.all_of(chosen))
+        self._lent = lend(self._model, {path for (path, _), indices in dead.items() if indices})
         for (path, dim), indices in dead.items():
             if indices:
                 module = self._model.get_submodule(path)
@@ -65,3 +68,4 @@ class Masks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        take_back(self._lent)

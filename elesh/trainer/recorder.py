@@ -7,6 +7,7 @@ give the same bundle.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Literal
 
@@ -20,7 +21,9 @@ from leyline import (
     CheckpointBundle,
     CheckpointMetadata,
     GateStatistics,
+    HeadImportanceData,
     InvalidField,
+    Level,
     NotFinite,
     PrunedArchitecture,
     checkpoint_id,
@@ -43,12 +46,13 @@ from .losses import (
     sampled_labels,
     total,
 )
+from .patterns import PATTERN_SAMPLES, AttentionWeights, PatternTally
 from .redistribute import MomentMeter, Moments, consumer_axes
 from .tally import CORRELATED_SAMPLES, AxisTally, GroupTally, Sums, magnitudes
 
 
 class Recorder:
-    """Finds the coupled channel groups of a network and measures them.
+    """Finds the coupled channel groups and attention heads of a network and measures them.
 
     One forward and three backward passes a batch, none of them for weights: along a random
     direction of the outputs (projections), of the loss with the true labels (first order and
@@ -157,9 +161,9 @@ class Recorder:
             seed=self._seed,
             note=note,
         )
-        channels, gates = measurement.statistics(self._model)
+        channels, gates, heads = measurement.statistics(self._model)
         layers = branches.statistics(measurement.samples)
-        return CheckpointBundle(metadata, architecture, channels, gates, layers=layers)
+        return CheckpointBundle(metadata, architecture, channels, gates, layers=layers, heads=heads)
 
     def moments(
         self,
@@ -232,7 +236,8 @@ class Recorder:
                 samples = batch_size(inputs)
                 for counter in (meter, branches, measurement):
                     counter.expect(samples)
-                output = call(self._model, inputs)
+                with measurement.watching():
+                    output = call(self._model, inputs)
                 self._passes(meter, branches, measurement, output, labels, generators)
         return branches
 
@@ -295,13 +300,22 @@ class _Measurement:
             axis_of(site): AxisTally() for tally in self._groups for site in tally.group.sites
         }
         self._first: dict[Axis, list[GroupTally]] = {}
+        self._patterns: dict[Axis, PatternTally] = {}
+        self._weights = AttentionWeights()
         for tally in self._groups:
-            self._first.setdefault(axis_of(tally.group.sites[0]), []).append(tally)
+            if tally.group.level is Level.HEAD:
+                self._patterns[tally.first_axis] = PatternTally(tally.group)
+            else:
+                self._first.setdefault(tally.first_axis, []).append(tally)
 
     @property
     def axes(self) -> Collection[Axis]:
         """Where to measure."""
         return self._axes.keys()
+
+    def watching(self) -> contextlib.AbstractContextManager[Any]:
+        """To be entered while the network runs."""
+        return self._weights if self._patterns else contextlib.nullcontext()
 
     def expect(self, batch: int) -> None:
         """Say how many samples the next forward pass has."""
@@ -314,6 +328,9 @@ class _Measurement:
         if rows > 0:
             for tally in self._first.get(axis, ()):
                 tally.correlate(x[:rows])
+        if axis in self._patterns:
+            left = min(max(PATTERN_SAMPLES - self.samples, 0), self.batch) / self.batch
+            self._patterns[axis].see(self._weights.take(), x.numel() // x.shape[-1], left)
 
     def add(self, projections: Sums, true: Sums, sizes: Sums, sampled: Sums) -> None:
         """Take in the sums of a batch."""
@@ -332,13 +349,24 @@ class _Measurement:
 
     def statistics(
         self, model: nn.Module
-    ) -> tuple[dict[str, ChannelImportanceData], dict[str, GateStatistics]]:
-        """The statistics by group."""
+    ) -> tuple[
+        dict[str, ChannelImportanceData], dict[str, GateStatistics], dict[str, HeadImportanceData]
+    ]:
+        """The statistics by group: of channels, of all gates, of heads."""
         if not self.samples:
             raise InvalidField("batches", "at least one sample", 0)
-        norms = magnitudes(model, (tally.group for tally in self._groups))
-        channels = {t.group.name: t.channels(self._axes, norms[t.group.name]) for t in self._groups}
-        return channels, {t.group.name: t.gates(self.samples) for t in self._groups}
+        channel_tallies = [t for t in self._groups if t.group.level is not Level.HEAD]
+        norms = magnitudes(model, (tally.group for tally in channel_tallies))
+        channels = {
+            t.group.name: t.channels(self._axes, norms[t.group.name]) for t in channel_tallies
+        }
+        gates = {t.group.name: t.gates(self.samples) for t in self._groups}
+        heads = {
+            t.group.name: t.heads(self.samples, self._axes, self._patterns[t.first_axis].fields())
+            for t in self._groups
+            if t.group.level is Level.HEAD
+        }
+        return channels, gates, heads
 
 
 def _where_not_finite(model: nn.Module) -> str:

@@ -15,7 +15,11 @@ from torch import Tensor, nn
 
 from leyline import PrunedArchitecture, ShapeMismatch
 
+from .headcounts import HEAD_SIZES
 from .layers import SIZES, named_tensors
+from .multihead import settle
+
+_SIZES = (*SIZES, *HEAD_SIZES)
 
 Cutter = Callable[[Tensor], Tensor]
 """What a cut makes of one tensor."""
@@ -86,7 +90,7 @@ class RestorePoint:
     masked: Mapping[str, frozenset[int]]
     tensors: tuple[tuple[Tensor, Tensor], ...]
     states: tuple[tuple[nn.Parameter, dict[str, Any] | None], ...]
-    sizes: tuple[tuple[nn.Module, dict[str, int]], ...]
+    sizes: tuple[tuple[nn.Module, dict[str, Any]], ...]
     masked_layers: frozenset[str]
     modules: tuple[tuple[nn.Module, dict[str, nn.Module | None]], ...]
     """The children of every module: removed layers are replaced there."""
@@ -111,7 +115,7 @@ class RestorePoint:
             tuple((tensor, tensor.detach().clone()) for tensor in tensors),
             tuple((p, _copied(optimizer.state.get(p))) for p in parameters) if optimizer else (),
             tuple(
-                (module, {name: vars(module)[name] for name in SIZES if name in vars(module)})
+                (module, {name: vars(module)[name] for name in _SIZES if name in vars(module)})
                 for module in model.modules()
             ),
             masked_layers,
@@ -137,6 +141,7 @@ class RestorePoint:
                 optimizer.state[parameter] = state
         for module, sizes in self.sizes:
             vars(module).update(sizes)
+            settle(module)
 
 
 def _copied(state: Mapping[str, Any] | None) -> dict[str, Any] | None:

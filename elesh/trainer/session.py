@@ -377,18 +377,20 @@ async def _with_blobs(
     bus: Bus, bundle: CheckpointBundle, request_id: str
 ) -> CheckpointReady | StructuralAnalysisRequest:
     """Put the blobs and return the event or request that points at them."""
-    gates, layers = bundle.gates_blob(), bundle.layers_blob()
     statistics = await bus.blobs.put(bundle.statistics_blob())
-    gates_ref = await bus.blobs.put(gates) if gates is not None else None
-    layers_ref = await bus.blobs.put(layers) if layers is not None else None
+    gates, layers, heads = [
+        None if blob is None else await bus.blobs.put(blob)
+        for blob in (bundle.gates_blob(), bundle.layers_blob(), bundle.heads_blob())
+    ]
     metadata = bundle.metadata
     if not request_id:
         return CheckpointReady(
             metadata=metadata,
             architecture=bundle.architecture,
             statistics=statistics,
-            gates=gates_ref,
-            layers=layers_ref,
+            gates=gates,
+            layers=layers,
+            heads=heads,
             levels=bundle.levels,
             parameters=bundle.parameters,
         )
@@ -400,7 +402,8 @@ async def _with_blobs(
         requirements=bundle.requirements,
         metadata=metadata,
         statistics=statistics,
-        gates=gates_ref,
-        layers=layers_ref,
+        gates=gates,
+        layers=layers,
+        heads=heads,
         levels=bundle.levels,
     )

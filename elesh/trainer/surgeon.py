@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from leyline import InvalidField, Level, PrunedArchitecture, PruningGroup, PruningRecord
 
+from .headcounts import refit_heads
 from .layers import named_tensors, refit, require_fit
 from .masks import Masks
 from .redistribute import Moments, redistributed
@@ -162,6 +163,9 @@ class Surgeon:
             parameter.grad = None
         for module in self._model.modules():
             refit(module)
+        for name in chosen:
+            if after.group[name].level is Level.HEAD:
+                refit_heads(self._model, self._architecture.group[name], after.group[name])
         self._architecture = after
         self._masks.set(after, self.masked)
         return after

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from leyline import (
     ChannelImportanceData,
+    GateSite,
     GateStatistics,
+    HeadImportanceData,
     InvalidField,
     PruningGroup,
 )
@@ -69,6 +71,8 @@ class GroupTally:
     projections: list[npt.NDArray[np.float32]] = field(default_factory=list)
     first: Doubles = field(init=False)
     second: Doubles = field(init=False)
+    sensitivity: Doubles = field(init=False)
+    """Magnitudes of the gate gradients of the true-label loss."""
     taylor: dict[Axis, Doubles] = field(default_factory=dict)
     rise: Doubles = field(init=False)
     rated: int = 0
@@ -76,7 +80,12 @@ class GroupTally:
     gram: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self.first, self.second, self.rise = np.zeros((3, self.group.size))
+        self.first, self.second, self.rise, self.sensitivity = np.zeros((4, self.group.size))
+
+    @property
+    def first_axis(self) -> Axis:
+        """The axis of the group's first site."""
+        return axis_of(self.group.sites[0])
 
     def gate(self, sums: Sums, samples: int) -> Doubles:
         """``[N, C]``: the gate gradients of the units, summed over their sites."""
@@ -90,7 +99,9 @@ class GroupTally:
     def add(self, projections: Sums, true: Sums, sizes: Sums, sampled: Sums, samples: int) -> None:
         """Take in one batch: sums of the three backward passes."""
         self.projections.append(self.gate(projections, samples).astype(np.float32))
-        self.first += self.gate(true, samples).sum(0)
+        gradients = self.gate(true, samples)
+        self.first += gradients.sum(0)
+        self.sensitivity += np.abs(gradients).sum(0)
         self.second += np.square(self.gate(sampled, samples)).sum(0)
         self._add_sizes(sizes)
 
@@ -115,6 +126,7 @@ class GroupTally:
         m = margins[:, None]
         wrong = expit(m)
         self.first += (wrong * move).sum(0)
+        self.sensitivity += (wrong * np.abs(move)).sum(0)
         self.second += (wrong * (1 - wrong) * move**2 + wrong * variance).sum(0)
         rise = np.logaddexp(0, m - move) - np.logaddexp(0, m) + expit(m - move) * variance / 2
         self.rise += rise.sum(0)
@@ -141,9 +153,9 @@ class GroupTally:
         return GateStatistics(
             layer_name=self.group.name,
             projections=np.concatenate(self.projections),
-            first_order=_single(self.first / samples),
-            second_order=_single(self.second / samples),
-            removal_rise=_single(self.rise / samples) if self.rated == samples else None,
+            first_order=single(self.first / samples),
+            second_order=single(self.second / samples),
+            removal_rise=single(self.rise / samples) if self.rated == samples else None,
         )
 
     def channels(self, axes: Mapping[Axis, AxisTally], magnitude: Doubles) -> ChannelImportanceData:
@@ -151,24 +163,38 @@ class GroupTally:
         size = self.group.size
         taylor, active, elements = np.zeros(size), np.zeros(size), 0
         for site in self.group.sites:
-            axis = axes[axis_of(site)]
-            if axis.active is None:
-                raise InvalidField(
-                    f"groups.{self.group.name}.sites", "sites that the batches reach", site.module
-                )
+            axis, counted = axes[axis_of(site)], self._reached(axes, site)
             owned = axis.elements * site.width
             if axis_of(site) in self.taylor:
                 taylor += self.taylor[axis_of(site)] / owned
-            counts = torch.from_numpy(axis.active)
-            active += by_unit(counts, site, size).sum(-1).numpy()
+            active += by_unit(torch.from_numpy(counted), site, size).sum(-1).numpy()
             elements += owned
         return ChannelImportanceData(
             layer_name=self.group.name,
-            taylor_importance=_single(taylor),
-            magnitude_importance=_single(magnitude),
-            activation_frequency=_single(active / elements),
-            channel_correlations=None if self.gram is None else _cosines(self.gram),
+            taylor_importance=single(taylor),
+            magnitude_importance=single(magnitude),
+            activation_frequency=single(active / elements),
+            channel_correlations=None if self.gram is None else cosines(self.gram),
         )
+
+    def heads(
+        self, samples: int, axes: Mapping[Axis, AxisTally], patterns: Mapping[str, Any]
+    ) -> HeadImportanceData:
+        """The head statistics of all samples, with the fields of the attention patterns."""
+        self._reached(axes, self.group.sites[0])
+        return HeadImportanceData(
+            layer_name=self.group.name,
+            gradient_sensitivity=single(self.sensitivity / samples),
+            **patterns,
+        )
+
+    def _reached(self, axes: Mapping[Axis, AxisTally], site: GateSite) -> Doubles:
+        """How often each channel at a site was active."""
+        active = axes[axis_of(site)].active
+        if active is None:
+            where = f"groups.{self.group.name}.sites"
+            raise InvalidField(where, "sites that the batches reach", site.module)
+        return active
 
 
 def magnitudes(model: nn.Module, groups: Iterable[PruningGroup]) -> dict[str, Doubles]:
@@ -192,15 +218,15 @@ def magnitudes(model: nn.Module, groups: Iterable[PruningGroup]) -> dict[str, Do
     return found
 
 
-def _cosines(gram: Tensor) -> npt.NDArray[np.float32]:
+def cosines(gram: Tensor) -> npt.NDArray[np.float32]:
     """Cosine similarities from inner products; a silent channel resembles only itself."""
     inner = gram.cpu().double().numpy()
     norms = np.sqrt(np.diag(inner))
     norms[norms == 0] = 1.0
     cosines: Doubles = inner / np.outer(norms, norms)
     np.fill_diagonal(cosines, np.where(np.isnan(np.diag(cosines)), np.nan, 1.0))
-    return _single(np.clip(cosines, -1.0, 1.0))
+    return single(np.clip(cosines, -1.0, 1.0))
 
 
-def _single(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+def single(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     return values.astype(np.float32)

@@ -29,7 +29,7 @@ from leyline import (
 
 __all__ = ["SUPPORTED", "Work", "admit", "fingerprint"]
 
-SUPPORTED = (Level.CHANNEL, Level.LAYER)
+SUPPORTED = (Level.CHANNEL, Level.HEAD, Level.LAYER)
 """The levels that this build analyses."""
 
 
@@ -43,6 +43,7 @@ class Work:
     statistics: BlobRef
     gates: BlobRef | None
     layers: BlobRef | None
+    heads: BlobRef | None
     run_id: str
     window: float
     """Seconds that the analysis may take."""
@@ -56,7 +57,12 @@ class Work:
     @property
     def blobs(self) -> dict[str, BlobRef]:
         """The blobs by the file name that a bundle's folder has for them."""
-        blobs = {"statistics": self.statistics, "gates": self.gates, "layers": self.layers}
+        blobs = {
+            "statistics": self.statistics,
+            "gates": self.gates,
+            "layers": self.layers,
+            "heads": self.heads,
+        }
         return {f"{name}.safetensors": blob for name, blob in blobs.items() if blob is not None}
 
 
@@ -132,6 +138,7 @@ def _work(
         statistics=message.statistics,
         gates=message.gates,
         layers=message.layers,
+        heads=message.heads,
         run_id=metadata.run_id,
         window=window,
         received=now,

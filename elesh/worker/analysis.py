@@ -92,14 +92,16 @@ class Analyst:
             current.set_attribute("elesh.approved", decision.approved_for_application)
             for taken in decision.fallbacks:
                 current.add_event("fallback", {"rung": taken.rung, "reason": taken.reason})
+        units = decision.statistics.channels_before
         await self._reports.step(
             "analysed",
             work,
             key=key,
             metrics=AnalysisMetrics(
                 duration_seconds=reply.seconds,
-                channels=0 if key.level is Level.LAYER else decision.statistics.channels_before,
-                layers=decision.statistics.channels_before if key.level is Level.LAYER else 0,
+                channels=units if key.level is Level.CHANNEL else 0,
+                heads=units if key.level is Level.HEAD else 0,
+                layers=units if key.level is Level.LAYER else 0,
                 peak_memory_bytes=reply.peak_memory,
                 input_bytes=sum(ref.size for ref in work.blobs.values()),
             ),

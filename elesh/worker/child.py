@@ -85,12 +85,11 @@ def _decide(job: Job) -> bytes:
 def _bundle(folder: Path) -> CheckpointBundle:
     """The checkpoint of the spool folder; the supervisor has verified sizes and digests."""
     document = decode(CheckpointDocument, (folder / DOCUMENT).read_bytes(), field="checkpoint")
-    gates, layers = folder / "gates.safetensors", folder / "layers.safetensors"
+    optional = [folder / f"{name}.safetensors" for name in ("gates", "layers", "heads")]
     return CheckpointBundle.from_blobs(
         document,
         (folder / "statistics.safetensors").read_bytes(),
-        gates.read_bytes() if gates.exists() else None,
-        layers.read_bytes() if layers.exists() else None,
+        *(file.read_bytes() if file.exists() else None for file in optional),
     )
 
 

@@ -378,7 +378,7 @@ def test_nan_is_refused_by_name() -> None:
 
 def test_a_level_that_is_not_analysed_is_refused() -> None:
     with pytest.raises(InvalidField, match="level"):
-        analyze(bundle(chain(SIZES)), level=Level.HEAD)
+        analyze(bundle(chain(SIZES)), level=Level.PARAMETER)
 
 
 def test_a_key_of_another_checkpoint_is_refused() -> None:

@@ -41,7 +41,7 @@ def test_a_group_at_its_minimum_says_so() -> None:
     rows = explain(analyze(checkpoint, settings())).units
     assert [row.verdict for row in rows if row.group == "g0"].count("removed") == 1
     reasons = {row.reason for row in rows if row.group == "g0" and row.verdict == "spared"}
-    assert reasons == {"the group has reached the channels it must keep"}
+    assert reasons == {"the group has reached the units it must keep"}
 
 
 def test_what_was_asked_and_not_met_is_said() -> None:

@@ -246,6 +246,26 @@ def test_gate_statistics_that_do_not_fit_together_are_refused_by_name(
     assert caught.value.field == field
 
 
+@pytest.mark.parametrize(
+    ("changes", "error", "field"),
+    [
+        ({"entropy": None}, ll.InvalidField, "a/entropy_bound"),
+        ({"similarity": np.ones((3, 2), "f4")}, ll.ShapeMismatch, "a/similarity"),
+        ({"similarity": np.full((3, 3), 2, "f4")}, ll.InvalidField, "a/similarity"),
+        ({"diversity": np.full(3, 0.8, "f4")}, ll.InvalidField, "a/diversity"),
+        ({"entropy": np.full(3, -1, "f4")}, ll.InvalidField, "a/entropy"),
+        ({"gradient_sensitivity": np.full(3, np.nan, "f4")}, ll.NotFinite,
+         "a/gradient_sensitivity[0]"),
+    ],
+)  # fmt: skip
+def test_head_statistics_that_are_not_what_they_say_are_refused_by_name(
+    changes: dict[str, Any], error: type[ll.ContractError], field: str
+) -> None:
+    with pytest.raises(error) as caught:
+        ll.HeadImportanceData(**{**examples.STATISTICS[3].model_dump(), **changes})
+    assert caught.value.field == field
+
+
 @pytest.mark.parametrize("name", ["taylor_importance", "a/surprise", "a/layer_name", "/x", ""])
 def test_tensors_of_unknown_names_are_refused_by_name(name: str) -> None:
     data = pack_arrays({name: np.ones(1, "f4")})

@@ -15,7 +15,7 @@ from contracts import examples
 from leyline.arrays import pack_arrays
 from leyline.bundle import pack_statistics
 
-CHANNELS, GATES, LAYERS = examples.STATISTICS
+CHANNELS, GATES, LAYERS, HEADS = examples.STATISTICS
 
 
 def bundle(**changes: Any) -> ll.CheckpointBundle:
@@ -31,13 +31,16 @@ def bundle(**changes: Any) -> ll.CheckpointBundle:
 
 
 def same(one: ll.CheckpointBundle, other: ll.CheckpointBundle) -> bool:
-    blobs = [(b.document, b.statistics_blob(), b.gates_blob()) for b in (one, other)]
+    blobs = [
+        (b.document, b.statistics_blob(), b.gates_blob(), b.heads_blob()) for b in (one, other)
+    ]
     return blobs[0] == blobs[1]
 
 
 @pytest.mark.parametrize("gates", [{"a": GATES}, {}])
-def test_a_saved_bundle_is_loaded_as_it_was(tmp_path: Path, gates: Any) -> None:
-    saved = bundle(gates=gates)
+@pytest.mark.parametrize("heads", [{"a": HEADS}, {}])
+def test_a_saved_bundle_is_loaded_as_it_was(tmp_path: Path, gates: Any, heads: Any) -> None:
+    saved = bundle(gates=gates, heads=heads)
     folder = saved.save(tmp_path / "new" / "checkpoint")
     loaded = ll.CheckpointBundle.load(folder)
     assert same(loaded, saved)
@@ -53,9 +56,10 @@ def test_figures_that_are_unknown_survive_the_folder(tmp_path: Path) -> None:
 
 
 def test_saving_over_an_older_bundle_leaves_nothing_of_it(tmp_path: Path) -> None:
-    bundle().save(tmp_path)
+    bundle(heads={"a": HEADS}).save(tmp_path)
     bundle(gates={}).save(tmp_path)
-    assert ll.CheckpointBundle.load(tmp_path).gates == {}
+    loaded = ll.CheckpointBundle.load(tmp_path)
+    assert (loaded.gates, loaded.heads) == ({}, {})
 
 
 def test_the_key_is_that_of_the_checkpoint() -> None:

@@ -45,8 +45,8 @@ def test_the_cumulative_limit_counts_what_went_before() -> None:
 
 
 def test_a_group_below_the_minimum_is_named() -> None:
-    assert safety.minimum_channels(architecture(), {"a": range(4)}, 16).passed
-    short = safety.minimum_channels(architecture(), {"a": range(5)}, 16)
+    assert safety.minimum_units(architecture(), {"a": range(4)}, 16).passed
+    short = safety.minimum_units(architecture(), {"a": range(5)}, 16)
     assert (short.passed, short.measured, short.detail) == (False, 15, "a: 15")
 
 

@@ -7,6 +7,8 @@ import time
 from dataclasses import replace
 
 import layer_networks
+from head_networks import checkpoint as heads_checkpoint
+from head_networks import transformer
 from station import Station, checkpoint
 
 from elesh.analysis import analyze
@@ -48,6 +50,19 @@ def test_the_layer_level_is_decided_beside_the_channels(station: Station) -> Non
     assert [target.layer_name for target in decisions[Level.LAYER].layers] == ["b4"]
     metrics = [event.metrics for event in station.telemetry("analysed")]
     assert sorted(m.layers for m in metrics if m) == [0, 10]
+
+
+def test_channels_and_heads_of_one_checkpoint_get_a_decision_each(station: Station) -> None:
+    worker = station.worker()
+    whole = heads_checkpoint(transformer(16, 16))
+    both = replace(whole, levels=(Level.CHANNEL, Level.HEAD))
+    station.publish(both)
+    decisions = {d.key.level: d for d in station.wait_decisions(2)}
+    settings = Settings.load(station.folder / "settings-0.yaml")
+    for level in both.levels:
+        assert encode(analyze(both, settings, level=level)) == encode(decisions[level]), worker.log
+    assert decisions[Level.HEAD].approved_for_application
+    assert decisions[Level.HEAD].attention_heads[0].attention_entropy
 
 
 def test_the_same_checkpoint_published_five_times_is_decided_once(station: Station) -> None:

@@ -1,0 +1,155 @@
+"""Choosing units of any level, and predicting what their removal does.
+
+Promises: with output projections units are chosen jointly and judged on samples that did not
+choose them; without, by fixed scores; nothing goes against minimum, multiple or quota.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from leyline import CheckpointBundle, SparedUnit
+
+from .candidates import Candidates, Doubles, Floats
+from .orders import JointOrder, Order, StaticOrder
+from .projections import Prediction, Projections, output_energy, predict
+from .redundancy import Pair
+from .selection import Selection, select
+
+__all__ = [
+    "Choice",
+    "Ranking",
+    "Scorer",
+    "pairs_by_group",
+    "projection_fault",
+    "spared_units",
+    "usable_projections",
+]
+
+Scorer = Literal["output_projection", "multi_metric", "magnitude"]
+Reason = Literal["representative", "rounding", "redundancy_cost", "minimum", "quota"]
+_MAX_SPARED = 16
+_NEAR = 2.0
+"""A spared unit is near the cut if it costs at most so many times the dearest that went."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen, and what it is predicted to do."""
+
+    selection: Selection
+    scale: float
+    """Costs times this are in their own unit."""
+    prediction: Prediction | None
+    """Where output projections of all candidates are there."""
+    energy: float
+    """The outputs' mean square, estimated from the same projections."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The candidates of some groups with everything that a selection looks at."""
+
+    candidates: Candidates
+    scorer: Scorer
+    projections: Projections | None
+    """Of all candidates, where there are any that can be used."""
+    scores: Doubles
+    """[C] the fixed scores; with ``output_projection`` costs are joint instead."""
+    redundant: Sequence[Pair]
+    """Pairs that are considered first."""
+    threads: int = 1
+
+    def choose(
+        self, quota: int, columns: Floats | None = None, moved: Doubles | None = None
+    ) -> Selection:
+        """Up to ``quota`` units.
+
+        Args:
+            columns: some samples of the projections; all of them if not given.
+            moved: r at the start, in the order and scale of the columns.
+        """
+        if columns is None and self.projections is not None:
+            columns = self.projections.columns
+
+        def make_order() -> Order:
+            if columns is None or self.scorer != "output_projection":
+                return StaticOrder(self.candidates, self.scores)
+            return JointOrder(self.candidates, columns, moved=moved, threads=self.threads)
+
+        return select(make_order, quota, self.redundant)
+
+    def decide(self, bundle: CheckpointBundle, quota: int) -> Choice:
+        """Choose up to ``quota`` units and predict what removing them does."""
+        selection, projections = self.choose(quota), self.projections
+        joint = self.scorer == "output_projection"
+        scale = projections.unit**2 if projections and joint else 1.0
+        if projections is None or not selection.units:
+            return Choice(selection, scale, None, 0.0)
+
+        def on_samples(columns: Floats) -> Sequence[int]:
+            return self.choose(quota, columns).units if joint else selection.units
+
+        prediction = predict(projections, self.candidates, len(selection.units), on_samples)
+        return Choice(selection, scale, prediction, output_energy(bundle.gates.values()))
+
+
+def projection_fault(bundle: CheckpointBundle) -> str:
+    """Why output projections cannot be used; empty where they can."""
+    projections = [gate.projections for gate in bundle.gates.values()]
+    if not projections:
+        return "no gate statistics"
+    if len(projections[0]) < 2:
+        return "gate statistics of fewer than two samples"
+    return "" if any(g.any() for g in projections) else "all output projections are zero"
+
+
+def usable_projections(bundle: CheckpointBundle, candidates: Candidates) -> Projections | None:
+    """Projections of all candidates, where every one has some that can be used."""
+    if projection_fault(bundle) or not all(name in bundle.gates for name in candidates.names):
+        return None
+    return Projections.of(bundle.gates, candidates)
+
+
+def pairs_by_group(candidates: Candidates, selection: Selection) -> dict[int, list[Pair]]:
+    """Redundant pairs of the selection by the number of their group, in its own numbering."""
+    found: dict[int, list[Pair]] = {}
+    for pair in selection.pairs:
+        group = int(candidates.group_of[pair.removed])
+        start = int(candidates.starts[group])
+        own = Pair(pair.kept - start, pair.removed - start, pair.similarity)
+        found.setdefault(group, []).append(own)
+    return found
+
+
+def spared_units(
+    candidates: Candidates, selection: Selection, group: int, scale: float
+) -> tuple[SparedUnit, ...]:
+    """The cheapest units of the group that stayed although they were near the cut, with reasons."""
+    order, span = selection.order, candidates.span(group)
+    stayed = np.flatnonzero(~order.taken[span]) + span.start
+    near = stayed[order.costs[stayed] <= _NEAR * max(selection.dearest, 0.0)]
+    near = near[np.argsort(order.costs[near], kind="stable")][:_MAX_SPARED]
+    full = bool(order.room[group] == 0)
+    return tuple(
+        SparedUnit(
+            index=unit - span.start,
+            cost=float(order.costs[unit]) * scale,
+            reason=_reason(selection, unit, full=full),
+        )
+        for unit in sorted(near.tolist())
+    )
+
+
+def _reason(selection: Selection, unit: int, *, full: bool) -> Reason:
+    if unit in selection.kept:
+        return "representative"
+    if unit in selection.given_back:
+        return "rounding"
+    if unit in selection.too_dear:
+        return "redundancy_cost"
+    return "minimum" if full else "quota"

@@ -1,0 +1,147 @@
+"""``nn.MultiheadAttention`` in a form that can lose heads.
+
+Its own forward pass hands weights straight to a fused function: the output projection is never
+called, so nothing can be masked or measured at its input, and the head size is worked out from the
+embedding, so that a head less would make the others wider. :class:`HeadwiseAttention` has the
+same parameters under the same names and computes the same step by step. A module is lent to that
+class while it is masked or measured, and stays in it once heads are gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+__all__ = [
+    "NATIVE",
+    "HeadwiseAttention",
+    "lend",
+    "native_projections",
+    "settle",
+    "take_back",
+]
+
+NATIVE = nn.MultiheadAttention
+
+
+class HeadwiseAttention(nn.MultiheadAttention):
+    """The same attention, computed head by head from the sizes of its tensors."""
+
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        # Transformer layers ask this before they bypass ``forward`` by a fused kernel.
+        return False
+
+    @_qkv_same_embed_dim.setter
+    def _qkv_same_embed_dim(self, value: bool) -> None:
+        pass
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As ``nn.MultiheadAttention.forward``."""
+        batched = query.dim() == 3
+        streams = [x if batched else x.unsqueeze(0) for x in (query, key, value)]
+        if batched and not self.batch_first:
+            streams = [x.transpose(0, 1) for x in streams]
+        q, k, v = (self._split(x) for x in self._project(streams))
+        scores = q @ k.transpose(-1, -2) * self.head_dim**-0.5
+        scores = self._masked(scores, key_padding_mask, attn_mask)
+        weights = functional.softmax(scores, dim=-1)
+        mixed = functional.dropout(weights, self.dropout, self.training) @ v
+        output = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        shown: Tensor | None = None
+        if need_weights:
+            shown = weights.mean(1) if average_attn_weights else weights
+        if not batched:
+            return output.squeeze(0), None if shown is None else shown.squeeze(0)
+        return output if self.batch_first else output.transpose(0, 1), shown
+
+    def _project(self, streams: list[Tensor]) -> list[Tensor]:
+        """[B, T, heads * head_dim] of queries, keys and values."""
+        if self.in_proj_weight is not None:
+            weights = list(self.in_proj_weight.chunk(3))
+        else:
+            weights = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
+        biases: list[Tensor | None] = [None] * 3
+        if self.in_proj_bias is not None:
+            biases = list(self.in_proj_bias.chunk(3))
+        return [
+            functional.linear(x, weight, bias)
+            for x, weight, bias in zip(streams, weights, biases, strict=True)
+        ]
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+    def _masked(self, scores: Tensor, padding: Tensor | None, mask: Tensor | None) -> Tensor:
+        """[B, H, T, S] with what must not be seen at minus infinity."""
+        if mask is not None:
+            # One mask for each sample and head comes as [B * H, T, S], for all of them as [T, S].
+            shaped = mask.view(*scores.shape) if mask.dim() == 3 else mask
+            scores = _hidden(scores, shaped)
+        if padding is not None:
+            scores = _hidden(scores, padding.view(len(scores), 1, 1, -1))
+        return scores
+
+
+def _hidden(scores: Tensor, mask: Tensor) -> Tensor:
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(mask, float("-inf"))
+    return scores + mask
+
+
+def native_projections(module: nn.MultiheadAttention) -> dict[str, tuple[int, ...]]:
+    """Parameters that make queries, keys and values, and where the blocks of heads begin in
+    each; none where extra key tokens are added (their biases have no place in a head)."""
+    if module.bias_k is not None or module.bias_v is not None or module.add_zero_attn:
+        return {}
+    inner = module.num_heads * module.head_dim
+    packed = (0, inner, 2 * inner)
+    found: dict[str, tuple[int, ...]] = {}
+    if module.in_proj_weight is not None:
+        found["in_proj_weight"] = packed
+    else:
+        found |= {f"{part}_proj_weight": (0,) for part in ("q", "k", "v")}
+    if module.in_proj_bias is not None:
+        found["in_proj_bias"] = packed
+    return found
+
+
+def settle(module: nn.Module) -> None:
+    """Set an attention's size attributes and class to what its tensors' shapes say."""
+    if isinstance(module, NATIVE) and type(module) in (NATIVE, HeadwiseAttention):
+        inner = module.out_proj.weight.shape[1]
+        module.num_heads = inner // module.head_dim
+        module.out_proj.in_features = inner
+        module.__class__ = NATIVE if inner == module.embed_dim else HeadwiseAttention
+
+
+def lend(model: nn.Module, sites: Iterable[str]) -> list[nn.Module]:
+    """Lend the plain attentions that own these output projections to the headwise class."""
+    lent: list[nn.Module] = []
+    for path in sites:
+        owner, _, name = path.rpartition(".")
+        module = model.get_submodule(owner)
+        if type(module) is NATIVE and name == "out_proj":
+            module.__class__ = HeadwiseAttention
+            lent.append(module)
+    return lent
+
+
+def take_back(lent: list[nn.Module]) -> None:
+    """Undo :func:`lend`, but for those that have lost heads meanwhile."""
+    for module in lent:
+        settle(module)
+    lent.clear()
