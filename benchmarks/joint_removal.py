@@ -85,6 +85,12 @@ def methods(subject: Subject, minimum: int) -> dict[str, Method]:
     for name in CRITERIA:
         if name != "random":
             rows[f"{name}, in rounds"] = Method(by(name), rounds=True)
+    # How much is the order and how much the redistribution: the best of the others, with it.
+    best = by("Molchanov 2017")
+    rows["Molchanov 2017 + redistribution"] = Method(best, redistribute=True)
+    rows["Molchanov 2017 + redistribution, in rounds"] = Method(
+        best, rounds=True, redistribute=True
+    )
     return rows
 
 
