@@ -273,6 +273,7 @@ def test_undo_brings_layers_and_optimizer_back_bit_for_bit(
         assert [id(p) for p in trained] == [id(p) for p in model.parameters()]
         assert len(used.state) <= len(trained)
         train(model, used)
+    surgeon.unmask()
     assert surgeon.undo() == architecture
     assert surgeon.masked_layers == tuple(REMOVABLE[name][:1])
     surgeon.unmask()
@@ -584,8 +585,12 @@ def test_a_decision_that_costs_accuracy_under_the_mask_is_rolled_back() -> None:
     model = deep()
     recorder = Recorder(model, example())
     decision = analyze(recorder.measure(batches(8), epoch=120), level=Level.LAYER)
-    surgeon, answers = Surgeon(model, recorder.architecture), iter([0.9, 0.8])
-    whole = model(example())
-    outcome = apply_decision(decision, surgeon, lambda: Evaluation(next(answers), 0.1))
-    assert outcome.result == "rolled_back"
+    surgeon, whole = Surgeon(model, recorder.architecture), model(example())
+
+    def evaluate() -> Evaluation:
+        return Evaluation(accuracy=0.8 if surgeon.masked_layers == ("0.2",) else 0.9, loss=0.1)
+
+    outcome = apply_decision(decision, surgeon, evaluate)
+    assert (outcome.result, outcome.accuracy_masked) == ("rolled_back", 0.8)
+    assert surgeon.masked_layers == ()
     assert torch.equal(model(example()), whole)
