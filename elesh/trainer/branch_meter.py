@@ -95,7 +95,6 @@ class BranchMeter:
         self._handles: list[RemovableHandle] = []
         self._streams: dict[str, Tensor] = {}
         self._trained: list[nn.Parameter] = []
-        self._fast: bool | None = None
         self._batch = 0
         self._reading: Reading = "projections"
         self._odds: Tensor | None = None
@@ -106,9 +105,6 @@ class BranchMeter:
             self._trained = [p for p in self._model.parameters() if p.requires_grad]
             for parameter in self._trained:
                 parameter.requires_grad_(False)
-            self._fast = torch.backends.mha.get_fastpath_enabled()
-            # With frozen parameters, PyTorch's transformer layers would not call their parts.
-            torch.backends.mha.set_fastpath_enabled(False)
             for module in self._model.modules():
                 self._handles.append(module.register_forward_hook(self._anchored))
         for tally in self._tallies:
@@ -127,8 +123,6 @@ class BranchMeter:
         self._streams.clear()
         for parameter in self._trained:
             parameter.requires_grad_(True)
-        if self._fast is not None:
-            torch.backends.mha.set_fastpath_enabled(self._fast)
 
     def expect(self, batch: int) -> None:
         """Say how many samples the next forward pass has."""

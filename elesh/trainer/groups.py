@@ -75,18 +75,21 @@ def _twin(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def _plain_arithmetic(model: nn.Module) -> Iterator[None]:
-    """No autocast and no TF32: the proof compares to 1e-4."""
+    """No autocast and no TF32 (the proof compares to 1e-4), no way past a transformer's parts."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32
+    fast = torch.backends.mha.get_fastpath_enabled()
     kinds = {parameter.device.type for parameter in model.parameters()} | {"cpu"}
     with contextlib.ExitStack() as stack:
         for kind in kinds:
             stack.enter_context(torch.autocast(kind, enabled=False))
         cudnn.allow_tf32 = matmul.allow_tf32 = False
+        torch.backends.mha.set_fastpath_enabled(False)
         try:
             yield
         finally:
             cudnn.allow_tf32, matmul.allow_tf32 = before
+            torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _groups(wiring: Wiring, model: nn.Module, ignored: Collection[str]) -> tuple[PruningGroup, ...]:
