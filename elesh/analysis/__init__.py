@@ -3,7 +3,7 @@
 from .budget import select_channels
 from .decide import analyze
 from .explain import Explanation, UnitExplanation, explain
-from .schedule import Allowance, allowance, curve, phase_at
+from .schedule import Allowance, allowance, counted_groups, curve, phase_at
 from .sketch import CountMinSketch, ErrorBound, element_keys
 from .thresholds import SafetyLevel, Stage, adaptive_threshold, stage_at
 from .tracker import ImportanceTracker, Track, channel_metrics
@@ -22,6 +22,7 @@ __all__ = [
     "allowance",
     "analyze",
     "channel_metrics",
+    "counted_groups",
     "curve",
     "element_keys",
     "explain",

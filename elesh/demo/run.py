@@ -20,10 +20,11 @@ from elesh.bus import embedded_server, masked
 from elesh.observe import shutdown_tracing
 from elesh.settings import Settings
 from elesh.trainer import Session
+from leyline import Level
 
 from .fleet import fleet
-from .screen import Screen, report_tables, total_channels
-from .training import Report, Training
+from .screen import Screen, report_tables
+from .training import Report, Training, total_channels
 
 __all__ = ["Demo", "run_demo", "run_trainer"]
 
@@ -155,7 +156,9 @@ def report_figures(report: Report, training: Training) -> dict[str, Any]:
         "channels_before": total_channels(original),
         "channels_after": total_channels(now),
         "channels_by_group": {
-            group.name: [group.size, now.group[group.name].size] for group in original.groups
+            group.name: [group.size, now.group[group.name].size]
+            for group in original.groups
+            if group.level is Level.CHANNEL
         },
         "decisions": [
             {

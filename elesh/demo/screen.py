@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from leyline import PrunedArchitecture, PruningOutcome, StructuralPruningDecision
+from leyline import Level, PrunedArchitecture, PruningOutcome, StructuralPruningDecision
 
-from .training import EpochFigures, Report
+from .training import EpochFigures, Report, total_channels
 
 __all__ = ["Screen", "report_tables"]
 
@@ -137,6 +137,8 @@ def _by_layer(original: PrunedArchitecture, now: PrunedArchitecture) -> Table:
         table.add_column(name, justify="right")
     table.add_column("note")
     for group in original.groups:
+        if group.level is not Level.CHANNEL:
+            continue
         size = now.group[group.name].size
         table.add_row(
             group.name,
@@ -168,8 +170,3 @@ def _by_outcome(report: Report) -> Table:
     if report.missed:
         table.add_row("[yellow]not published[/]", str(report.missed), "the bus was away")
     return table
-
-
-def total_channels(architecture: PrunedArchitecture) -> int:
-    """Channels in all prunable groups."""
-    return sum(group.size for group in architecture.groups if group.prunable)

@@ -15,15 +15,20 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from elesh.analysis import phase_at
+from elesh.analysis import counted_groups, phase_at
 from elesh.settings import Settings
 from elesh.trainer import Evaluation, Recorder, Session, Surgeon
-from leyline import CheckpointBundle, PruningOutcome, StructuralPruningDecision
+from leyline import (
+    CheckpointBundle,
+    PrunedArchitecture,
+    PruningOutcome,
+    StructuralPruningDecision,
+)
 
 from .data import Digits, Split
 from .network import DigitsNet
 
-__all__ = ["EpochFigures", "Observer", "Report", "Training"]
+__all__ = ["EpochFigures", "Observer", "Report", "Training", "total_channels"]
 
 _BATCH = 128
 _LEARNING_RATE = 0.1
@@ -202,7 +207,7 @@ class Training:
             accuracy=self.evaluate(self.data.held_out).accuracy,
             approved=approved,
             rejected=len(decisions) - approved,
-            channels=channels_of(self.surgeon),
+            channels=total_channels(self.surgeon.architecture),
             checkpoint=epoch % self.every == 0,
         )
 
@@ -247,6 +252,6 @@ def evaluate(model: nn.Module, split: Split) -> Evaluation:
     return Evaluation(accuracy, loss)
 
 
-def channels_of(surgeon: Surgeon) -> int:
-    """Channels left in all prunable groups."""
-    return sum(group.size for group in surgeon.architecture.groups if group.prunable)
+def total_channels(architecture: PrunedArchitecture) -> int:
+    """Channels in all groups that can lose some."""
+    return sum(group.size for group in counted_groups(architecture))

@@ -120,10 +120,10 @@ def test_a_server_that_was_killed_is_replaced_with_nothing_lost(tmp_path):
 
 
 def test_a_server_other_than_the_file_says_is_not_used(tmp_path, monkeypatch):
-    monkeypatch.setattr(embedded, "_START_SECONDS", 0.1)
     folder = tmp_path / "b" / "redis"
     folder.mkdir(parents=True)
     with EmbeddedServer(tmp_path / "a") as other, (folder / "alive.lock").open("wb") as alive:
+        monkeypatch.setattr(embedded, "_START_SECONDS", 0.1)
         fcntl.flock(alive, fcntl.LOCK_EX)
         described = (other.folder / "server.json").read_text()
         (folder / "server.json").write_text(described.replace(str(other.pid), "1"))
