@@ -4,16 +4,7 @@ Pure contracts: pydantic, msgpack and numpy; no torch, no redis, no clock but th
 Start reading at :mod:`leyline.streams`, the catalogue of streams and messages.
 """
 
-from .architecture import (
-    GateSite,
-    LayerDescriptor,
-    PrunedArchitecture,
-    PruningGroup,
-    PruningRecord,
-    Span,
-    TensorDescriptor,
-    TensorSlice,
-)
+from .architecture import PrunedArchitecture
 from .base import SCHEMA_VERSION, Message, WireEnum
 from .blocks import LayerBlock, StandIn
 from .bundle import CheckpointBundle, CheckpointDocument
@@ -71,6 +62,15 @@ from .identity import (
 )
 from .legacy import AnalysisReport, ImportanceData, MaskApplication, ParameterMask, PruningMasks
 from .parameters import AnalysisParameters, PerformanceRequirements
+from .parts import (
+    GateSite,
+    LayerDescriptor,
+    PruningGroup,
+    PruningRecord,
+    Span,
+    TensorDescriptor,
+    TensorSlice,
+)
 from .requests import AnalysisRequest, StructuralAnalysisRequest
 from .statistics import (
     ChannelImportanceData,

@@ -8,14 +8,12 @@ exactly without the network, and the trainer cuts by the same list.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from .base import Count, Fraction, Label, Message, Name, Text
-
-if TYPE_CHECKING:
-    from .architecture import LayerDescriptor, PruningGroup
+from .parts import LayerDescriptor, PruningGroup
 
 SkipStrategy = Literal["identity", "residual", "linear_projection", "conv_projection"]
 BlockKind = Literal["attention", "conv", "linear", "other"]

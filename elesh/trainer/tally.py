@@ -24,7 +24,7 @@ from leyline import (
     InvalidField,
     PruningGroup,
 )
-from leyline.architecture import Span
+from leyline.parts import Span
 
 from .gates import Axis, axis_of
 from .layers import channel_axes, named_tensors
