@@ -19,7 +19,7 @@ from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode
+from opentelemetry.trace import Link, Span, SpanKind
 
 __all__ = ["carrier_of", "setup_tracing", "shutdown_tracing", "span", "span_from"]
 
@@ -95,8 +95,3 @@ def carrier_of() -> dict[str, str]:
     fields: dict[str, str] = {}
     propagate.inject(fields)
     return fields
-
-
-def failed(current: Span, reason: str) -> None:
-    """Mark a span as failed without an exception."""
-    current.set_status(Status(StatusCode.ERROR, reason))

@@ -18,7 +18,7 @@ from .blocks import find_blocks
 from .branches import Trace
 from .calling import Inputs
 from .graph import summary
-from .proof import Trial, apart
+from .proof import Admission, Trial, apart
 from .surgeon import Surgeon
 
 
@@ -53,32 +53,17 @@ def _built(architecture: PrunedArchitecture, blocks: tuple[LayerBlock, ...]) -> 
     )
 
 
-class _Experiment:
-    """Blocks are admitted one set at a time; what cannot join those admitted is refused."""
+class _Experiment(Admission):
+    """Admits blocks."""
 
     def __init__(self, twin: nn.Module, inputs: Inputs, architecture: PrunedArchitecture) -> None:
+        super().__init__()
         self._twin, self._inputs, self._architecture = twin, inputs, architecture
         self._surgeon = Surgeon(twin, architecture, restore_points=1)
         self._trial = Trial(twin, inputs)
         self._fed = self._with_gradient()
-        self._admitted: list[str] = []
-        self.reasons: dict[str, str] = {}
 
-    def admit(self, names: Sequence[str]) -> None:
-        """Admit all of ``names`` if they pass together, otherwise find by halving which do not."""
-        if not names:
-            return
-        reason = self._disproof([*self._admitted, *names])
-        if not reason:
-            self._admitted.extend(names)
-        elif len(names) == 1:
-            self.reasons[names[0]] = reason
-        else:
-            middle = len(names) // 2
-            self.admit(names[:middle])
-            self.admit(names[middle:])
-
-    def _disproof(self, names: Sequence[str]) -> str:
+    def disproof(self, names: Sequence[str]) -> str:
         """Why these blocks cannot be removed together; empty if they can."""
         self._surgeon.mask_layers(names)
         try:

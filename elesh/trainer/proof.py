@@ -8,6 +8,7 @@ with the real ones the proof could be empty (branches that start at zero, small 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -48,10 +49,38 @@ def without_refuted(
     return PrunedArchitecture.build(architecture.tensors, architecture.layers, groups)
 
 
-class _Experiment:
-    """Groups are admitted one set at a time; what cannot join those admitted is refused."""
+class Admission(ABC):
+    """Names are admitted one set at a time; what cannot join those admitted is refused."""
+
+    def __init__(self) -> None:
+        self._admitted: list[str] = []
+        self.reasons: dict[str, str] = {}
+        """Why each of those that were refused was."""
+
+    def admit(self, names: Sequence[str]) -> None:
+        """Admit all of ``names`` if they pass together, otherwise find by halving which do not."""
+        if not names:
+            return
+        reason = self.disproof([*self._admitted, *names])
+        if not reason:
+            self._admitted.extend(names)
+        elif len(names) == 1:
+            self.reasons[names[0]] = reason
+        else:
+            middle = len(names) // 2
+            self.admit(names[:middle])
+            self.admit(names[middle:])
+
+    @abstractmethod
+    def disproof(self, names: Sequence[str]) -> str:
+        """Why these cannot be removed together; empty if they can."""
+
+
+class _Experiment(Admission):
+    """Admits groups."""
 
     def __init__(self, twin: nn.Module, inputs: Inputs, architecture: PrunedArchitecture) -> None:
+        super().__init__()
         self._trial = Trial(twin, inputs)
         self._surgeon = Surgeon(twin, architecture, restore_points=1)
         rng = np.random.default_rng(0)
@@ -64,24 +93,11 @@ class _Experiment:
             {g.name: rng.permutation(g.size)[: count[g.name]].tolist() for g in groups}
             for count in counts
         ]
-        self._admitted: list[str] = []
-        self.reasons: dict[str, str] = {}
 
-    def admit(self, names: Sequence[str]) -> None:
-        """Admit all of ``names`` if they pass together, otherwise find by halving which do not."""
-        if not names:
-            return
-        together = [*self._admitted, *names]
-        reasons = (self._disproof({name: t[name] for name in together}) for t in self._trials)
-        reason = next((reason for reason in reasons if reason), "")
-        if not reason:
-            self._admitted.extend(names)
-        elif len(names) == 1:
-            self.reasons[names[0]] = reason
-        else:
-            middle = len(names) // 2
-            self.admit(names[:middle])
-            self.admit(names[middle:])
+    def disproof(self, names: Sequence[str]) -> str:
+        """Why these groups cannot lose units together, in any of the trials."""
+        reasons = (self._disproof({name: t[name] for name in names}) for t in self._trials)
+        return next((reason for reason in reasons if reason), "")
 
     def _disproof(self, units: Mapping[str, Sequence[int]]) -> str:
         """Why these units cannot be removed together; empty if they can."""
