@@ -1,0 +1,5 @@
+"""``python -m elesh.cli``: the same as the command ``elesh``."""
+
+from . import main
+
+main()

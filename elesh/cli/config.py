@@ -1,0 +1,34 @@
+"""``elesh config``: what is in force, whether a file can be used, and what can be set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from elesh.settings import Settings
+
+from .common import SettingsOption, console
+
+config = typer.Typer(no_args_is_help=True, help="Settings: what is in force, and what can be.")
+
+
+@config.command("show")
+def config_show(settings: SettingsOption = None) -> None:
+    """Print every setting in force: file, environment and defaults together."""
+    console.print_json(Settings.load(settings).model_dump_json())
+
+
+@config.command("check")
+def config_check(file: Annotated[Path, typer.Argument(help="A settings file.")]) -> None:
+    """Say whether a settings file can be used; every complaint names line and key."""
+    Settings.load(file)
+    console.print(f"{file}: ok", soft_wrap=True)
+
+
+@config.command("schema")
+def config_schema() -> None:
+    """Print the JSON Schema of the settings."""
+    console.print_json(json.dumps(Settings.model_json_schema()))

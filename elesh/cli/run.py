@@ -1,0 +1,91 @@
+"""Commands that run something: the demo, the simulated trainer, a worker; and how many of them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Annotated
+
+import typer
+
+from elesh.bus import server_url
+from elesh.observe import setup_logging, setup_tracing, shutdown_tracing
+from elesh.settings import Settings, workers_needed
+
+from .common import Epochs, Every, JsonFile, JsonLogs, RedisOption, Seed, SettingsOption, console
+
+app = typer.Typer()
+
+
+@app.command()
+def demo(
+    epochs: Epochs = None,
+    workers: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 2,
+    seed: Seed = 0,
+    every: Every = None,
+    redis: RedisOption = "",
+    settings: SettingsOption = None,
+    json_file: JsonFile = None,
+    fail: Annotated[
+        int, typer.Option(min=0, help="Spoil the first N checkpoints, to watch the breaker.")
+    ] = 0,
+) -> None:
+    """Train a real network on real digits under Elesh, from server to tables, on this machine."""
+    from elesh.demo import Demo, run_demo  # torch: only where it is needed
+
+    setup_logging(level="WARNING")
+    plan = Demo(epochs, workers, seed, redis, settings, json_file, every, fail=fail)
+    raise typer.Exit(run_demo(plan, console))
+
+
+@app.command()
+def trainer(
+    epochs: Epochs = None,
+    seed: Seed = 0,
+    every: Every = None,
+    redis: RedisOption = "",
+    settings: SettingsOption = None,
+    json_file: JsonFile = None,
+    run_id: Annotated[str, typer.Option(help="Name of the run; default: a new one.")] = "",
+) -> None:
+    """The simulated trainer alone; workers run elsewhere."""
+    from elesh.demo import Demo, run_trainer
+
+    setup_logging()
+    plan = Demo(epochs, 0, seed, redis, settings, json_file, every, run_id)
+    raise typer.Exit(run_trainer(plan, console))
+
+
+@app.command()
+def worker(
+    redis: RedisOption = "",
+    settings: SettingsOption = None,
+    name: Annotated[str, typer.Option(help="Name of this worker; default: host and digits.")] = "",
+    json_logs: JsonLogs = False,
+) -> None:
+    """Serve checkpoints until SIGTERM, which drains."""
+    from elesh.worker import serve
+
+    setup_logging("json" if json_logs else "plain")
+    loaded = Settings.load(settings)
+
+    async def run() -> None:
+        async with server_url(redis or loaded.bus.url) as url:
+            await serve(url, loaded, name)
+
+    setup_tracing("elesh-worker", name or f"pid-{os.getpid()}")
+    try:
+        asyncio.run(run())
+    finally:
+        shutdown_tracing()
+
+
+@app.command()
+def plan(
+    parameters: Annotated[int, typer.Argument(min=1, help="Parameters of the network.")],
+    seconds: Annotated[float, typer.Option(help="The checkpoint window.")] = 300.0,
+    levels: Annotated[int, typer.Option(min=1, help="Levels of analysis.")] = 3,
+    rate: Annotated[int, typer.Option(min=1, help="Parameters a second a worker.")] = 500_000,
+) -> None:
+    """Say how many workers a network needs: W >= ceil(P / (R * T * L))."""
+    console.print(f"{workers_needed(parameters, rate, seconds, levels)} workers")

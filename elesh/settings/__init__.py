@@ -1,0 +1,137 @@
+"""Settings: the design document's YAML block, with environment variables over it.
+
+Promises: the document's block loads unchanged (``1GB``, ``1e-8`` and all); every figure has the
+document's default; an unknown key or an impossible value is an error that names file, line and
+key. Order of precedence: arguments, environment (``ELESH_...``, nested by ``__``), file, defaults.
+The sections are in :mod:`.pruning` (the document's) and :mod:`.operation` (ours).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+from pydantic import ByteSize, Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
+from pydantic_settings import SettingsError as UnreadableVariable
+
+from ._base import no_boolean
+from ._file import SettingsError, explain, read_block
+from .operation import BreakerSettings, BusSettings, WorkerSettings
+from .pruning import (
+    AccuracyTarget,
+    AccuracyTargets,
+    AttentionAnalysis,
+    ChannelAnalysis,
+    LayerAnalysis,
+    RollbackTriggers,
+    SafetySchedule,
+    StructuredPruning,
+)
+
+__all__ = [
+    "AccuracyTarget",
+    "AccuracyTargets",
+    "AttentionAnalysis",
+    "BreakerSettings",
+    "BusSettings",
+    "ChannelAnalysis",
+    "LayerAnalysis",
+    "RollbackTriggers",
+    "SafetySchedule",
+    "Settings",
+    "SettingsError",
+    "StructuredPruning",
+    "WorkerSettings",
+    "workers_needed",
+]
+
+_NO_PART_IN_DECISIONS = {
+    "analysis_workers_per_gpu",
+    "layers_per_worker",
+    "analysis_timeout",
+    "analysis_cache_size",
+    "parallel_analysis_threads",
+    "accuracy_targets",
+    "breaker",
+    "bus",
+    "worker",
+}
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. ``Settings.load(path)`` reads a file; ``Settings()`` does not."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        frozen=True,
+        env_prefix="ELESH_",
+        env_nested_delimiter="__",
+        validate_default=True,
+        allow_inf_nan=False,
+    )
+    _types = field_validator("*", mode="before")(no_boolean)
+
+    analysis_workers_per_gpu: int = Field(default=4, ge=1)
+    layers_per_worker: int = Field(default=8, ge=1)
+    sketch_width: int = Field(default=100_000, ge=1)
+    sketch_depth: int = Field(default=10, ge=1)
+    importance_history_epochs: int = Field(default=500, ge=1)
+    structured_pruning: StructuredPruning = StructuredPruning()
+    analysis_timeout: float = Field(default=300.0, gt=0)
+    marking_threshold: float = Field(default=1e-8, ge=0)
+    confidence_threshold: float = Field(default=0.95, ge=0, le=1)
+    analysis_cache_size: ByteSize = Field(default=ByteSize(10**9), ge=0)
+    parallel_analysis_threads: int = Field(default=16, ge=1)
+    statistical_samples: int = Field(default=10_000, ge=1)
+    accuracy_targets: AccuracyTargets = AccuracyTargets()
+    breaker: BreakerSettings = BreakerSettings()
+    bus: BusSettings = BusSettings()
+    worker: WorkerSettings = WorkerSettings()
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, **over: Any) -> Settings:
+        """Settings from a YAML file (top-level key ``elesh``), environment and arguments.
+
+        Raises:
+            SettingsError: naming file, line and key of the first thing that is wrong.
+        """
+        node, values = read_block(Path(path)) if path is not None else (None, {})
+        try:
+            environment = EnvSettingsSource(cls)()
+            return cls(**_merged(_merged(values, environment), over))
+        except UnreadableVariable as error:
+            raise SettingsError(f"environment: {error}: {error.__cause__}") from None
+        except ValidationError as error:
+            layers = {"argument": over, "environment": environment}
+            raise SettingsError(explain(cls, error, layers, path, node)) from None
+
+    @property
+    def analysis_hash(self) -> str:
+        """First 16 hex digits of SHA-256 over everything that can change a decision."""
+        relevant = self.model_dump_json(exclude=_NO_PART_IN_DECISIONS)
+        return hashlib.sha256(relevant.encode()).hexdigest()[:16]
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """``above`` laid over ``below``, section by section."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        merged[key] = _merged(old, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def workers_needed(parameters: int, rate: int, seconds: float, levels: int) -> int:
+    """The design document's scaling formula: W >= ceil(P / (R * T * L)), at least one.
+
+    Args:
+        parameters: P, of the network.
+        rate: R, parameters that a worker analyses in a second.
+        seconds: T, the checkpoint window.
+        levels: L, levels of analysis.
+    """
+    return max(1, math.ceil(parameters / (rate * seconds * levels)))
