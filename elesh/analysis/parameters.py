@@ -70,6 +70,7 @@ def analyze_parameters(
         parameters: the tensors whose elements are in the sketch.
         sketch: the importance of every element, merged over ranks.
         samples: exact importance of :func:`sampled_indices`; may be empty or hold some tensors.
+            Without any, the confidence is 1 - delta, the sketch's own bound.
         threads: chunks are estimated on so many; the result does not depend on it.
 
     Raises:
@@ -83,8 +84,12 @@ def analyze_parameters(
             parameter.identifier: _marked(parameter, sketch, marking.threshold, pool)
             for parameter in parameters
         }
+    found = sum(count for _, count in marked.values())
     checked, right = _validated(parameters, samples, marked, marking.threshold)
-    confidence = _confidence(sketch, checked, right, marking.confidence, sampled=bool(samples))
+    if samples:
+        confidence = _confidence(checked, right, found, marking.confidence)
+    else:
+        confidence = 1.0 - sketch.bound.delta
     confident = confidence >= marking.confidence
     masks = tuple(
         ParameterMask(parameter=parameter, bits=bits.tobytes(), marked=count, confidence=confidence)
@@ -92,7 +97,6 @@ def analyze_parameters(
         for bits, count in [marked[parameter.identifier]]
         if count and confident
     )
-    found = sum(count for _, count in marked.values())
     report = AnalysisReport(
         idempotency_key=str(key),
         analysed=sum(map(elements, parameters)),
@@ -214,19 +218,19 @@ def _validated(
     return checked, right
 
 
-def _confidence(
-    sketch: CountMinSketch, checked: int, right: int, level: float, *, sampled: bool
-) -> float:
-    """How surely a marked element is below the threshold.
+def _confidence(checked: int, right: int, marked: int, level: float) -> float:
+    """How surely a marked element is below the threshold, from ``checked`` of ``marked`` ones.
 
-    With samples: the lower end of the one-sided Clopper-Pearson interval at ``level`` of the share
-    of marked elements that are right. Without: 1 - delta of the sketch, its own bound.
+    The lower end of the one-sided Clopper-Pearson interval at ``level`` of the share that is right;
+    the share itself where every marked element was checked.
     """
-    if not sampled:
-        return 1.0 - sketch.bound.delta
-    if not checked:
+    if not right:
         return 0.0
-    return float(beta.ppf(1 - level, right, checked - right + 1)) if right else 0.0
+    return (
+        right / checked
+        if checked == marked
+        else float(beta.ppf(1 - level, right, checked - right + 1))
+    )
 
 
 def _recommendations(
