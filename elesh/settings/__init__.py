@@ -19,7 +19,7 @@ from pydantic_settings import SettingsError as UnreadableVariable
 
 from ._base import no_boolean
 from ._file import SettingsError, explain, read_block
-from .operation import BreakerSettings, BusSettings, WorkerSettings
+from .operation import BreakerSettings, BusSettings, ObserveSettings, WorkerSettings
 from .pruning import (
     AccuracyTarget,
     AccuracyTargets,
@@ -39,6 +39,7 @@ __all__ = [
     "BusSettings",
     "ChannelAnalysis",
     "LayerAnalysis",
+    "ObserveSettings",
     "RollbackTriggers",
     "SafetySchedule",
     "Settings",
@@ -57,6 +58,7 @@ _NO_PART_IN_DECISIONS = {
     "accuracy_targets",
     "breaker",
     "bus",
+    "observe",
     "worker",
 }
 
@@ -90,6 +92,7 @@ class Settings(BaseSettings):
     breaker: BreakerSettings = BreakerSettings()
     bus: BusSettings = BusSettings()
     worker: WorkerSettings = WorkerSettings()
+    observe: ObserveSettings = ObserveSettings()
 
     @classmethod
     def load(cls, path: str | Path | None = None, **over: Any) -> Settings:

@@ -20,7 +20,7 @@ from typing import Self
 from opentelemetry.trace import Span, SpanKind
 
 from elesh.bus import Bus, BusUnavailable, Delivery, server_url
-from elesh.observe import carrier_of, get_logger, setup_tracing, span, span_from
+from elesh.observe import carrier_of, get_logger, messaging, setup_tracing, span, span_from
 from elesh.settings import Settings
 from leyline import (
     CheckpointBundle,
@@ -106,7 +106,7 @@ class Session:
         self._thread = threading.Thread(target=self._main, name="elesh-session", daemon=True)
 
     def __enter__(self) -> Self:
-        setup_tracing("elesh-trainer", self.run_id)
+        setup_tracing("elesh-trainer", self.run_id, self.settings.observe)
         self._thread.start()
         return self
 
@@ -140,7 +140,7 @@ class Session:
         """Queue a checkpoint for publishing; False (and counted as missed) if the queue is full."""
         metadata = bundle.metadata
         event_id = "ev-" + stable_hash(metadata.run_id, metadata.checkpoint_id)
-        with _sending(CHECKPOINTS):
+        with _creating(CHECKPOINTS):
             return self._queue(CHECKPOINTS, bundle, metadata.epoch, event_id)
 
     def request(self, bundle: CheckpointBundle, request_id: str) -> bool:
@@ -150,7 +150,7 @@ class Session:
         bundle's levels, parameters and requirements are asked for.
         """
         event_id = "rq-" + stable_hash(bundle.metadata.run_id, request_id)
-        with _sending(REQUESTS):
+        with _creating(REQUESTS):
             return self._queue(REQUESTS, bundle, bundle.metadata.epoch, event_id, request_id)
 
     def decisions(self) -> list[StructuralPruningDecision]:
@@ -189,7 +189,7 @@ class Session:
                 redistribute=redistribute,
             )
             current.set_attribute("elesh.outcome", outcome.result)
-            with span("outcome", kind=SpanKind.PRODUCER):
+            with _creating(OUTCOMES):
                 self.report(outcome)
             if outcome.result == "applied":
                 self._queue(
@@ -301,30 +301,37 @@ class Session:
                 await woken.wait()
 
     async def _send(self, bus: Bus, item: _Outgoing, closing: asyncio.Event) -> None:
-        while True:
-            try:
-                message = item.message
-                if isinstance(message, CheckpointBundle):
-                    message = await _with_blobs(bus, message, item.request_id)
-                await bus.publish(
-                    item.stream,
-                    message,
-                    source=_SOURCE,
-                    carrier=item.carrier,
-                    run_id=item.run_id,
-                    epoch=item.epoch,
-                    event_id=item.event_id,
-                )
-                return
-            except BusUnavailable as error:
-                _log.warning("bus away, will publish later", reason=str(error))
+        name = item.stream.name
+        with span_from(
+            item.carrier, f"send {name}", kind=SpanKind.CLIENT, attributes=messaging("send", name)
+        ):
+            while not await self._try_to_send(bus, item):
                 if not await bus.when_available(stop=closing):
                     self.missed += 1
                     return
-            except ContractError as error:
-                self.missed += 1
-                _log.error("not publishable", stream=item.stream.name, reason=str(error))
-                return
+
+    async def _try_to_send(self, bus: Bus, item: _Outgoing) -> bool:
+        """False if the bus is away and it has to be tried again."""
+        try:
+            message = item.message
+            if isinstance(message, CheckpointBundle):
+                message = await _with_blobs(bus, message, item.request_id)
+            await bus.publish(
+                item.stream,
+                message,
+                source=_SOURCE,
+                carrier=item.carrier,
+                run_id=item.run_id,
+                epoch=item.epoch,
+                event_id=item.event_id,
+            )
+        except BusUnavailable as error:
+            _log.warning("bus away, will publish later", reason=str(error))
+            return False
+        except ContractError as error:
+            self.missed += 1
+            _log.error("not publishable", stream=item.stream.name, reason=str(error))
+        return True
 
     async def _listen(self, bus: Bus, stream: Stream, last: str, closing: asyncio.Event) -> None:
         while True:
@@ -360,16 +367,12 @@ class Session:
             self._arrived.set()
 
 
-def _sending(stream: Stream) -> AbstractContextManager[Span]:
-    """The span under which a message is queued: what consumers see as its creation."""
+def _creating(stream: Stream) -> AbstractContextManager[Span]:
+    """The span under which a message is queued: the context that everybody after it continues."""
     return span(
-        f"send {stream.name}",
+        f"create {stream.name}",
         kind=SpanKind.PRODUCER,
-        attributes={
-            "messaging.system": "redis",
-            "messaging.operation.type": "send",
-            "messaging.destination.name": stream.name,
-        },
+        attributes=messaging("create", stream.name),
     )
 
 
