@@ -7,7 +7,7 @@ Start reading at :mod:`leyline.streams`, the catalogue of streams and messages.
 from .architecture import PrunedArchitecture
 from .base import SCHEMA_VERSION, Message, WireEnum
 from .blocks import LayerBlock, StandIn
-from .bundle import CheckpointBundle, CheckpointDocument
+from .bundle import CheckpointBundle, CheckpointDocument, NetworkExport
 from .checkpoint import BlobRef, CheckpointMetadata, CheckpointReady
 from .codec import decode, encode, read_envelope, unwrap, wrap
 from .decisions import (
@@ -28,6 +28,7 @@ from .decisions import (
 from .envelope import EventEnvelope, Priority
 from .errors import (
     AnalysisFailed,
+    BadSignature,
     Conflict,
     ContractError,
     DigestMismatch,
@@ -35,12 +36,15 @@ from .errors import (
     InvalidField,
     Malformed,
     MissingBlob,
+    NotAuthorized,
     NotFinite,
     Poison,
     ShapeMismatch,
     TooLarge,
     UnknownDecision,
     UnknownType,
+    Unreadable,
+    Unsigned,
     UnsupportedVersion,
 )
 from .events import (
@@ -79,6 +83,7 @@ from .statistics import (
     LayerStatistics,
 )
 from .streams import MESSAGES, STREAMS, Stream
+from .verification import Interval, Verification
 
 __all__ = [
     "AnalysisFailed",
@@ -109,6 +114,7 @@ __all__ = [
     "IdempotencyKey",
     "IdentityMismatch",
     "ImportanceData",
+    "Interval",
     "InvalidField",
     "LayerBlock",
     "LayerDescriptor",
@@ -120,6 +126,7 @@ __all__ = [
     "MaskApplication",
     "Message",
     "MissingBlob",
+    "NetworkExport",
     "NotFinite",
     "Outcome",
     "ParameterIdentifier",
@@ -152,9 +159,14 @@ __all__ = [
     "TensorDescriptor",
     "TensorSlice",
     "TooLarge",
+    "BadSignature",
+    "NotAuthorized",
+    "Unreadable",
+    "Unsigned",
     "UnknownDecision",
     "UnknownType",
     "UnsupportedVersion",
+    "Verification",
     "WireEnum",
     "checkpoint_id",
     "decode",

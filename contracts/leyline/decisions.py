@@ -23,6 +23,7 @@ from .base import (
 )
 from .errors import IdentityMismatch, InvalidField
 from .identity import DecisionKey, IdempotencyKey
+from .verification import Verification
 
 
 class Phase(WireEnum):
@@ -225,6 +226,8 @@ class SafetyValidation(Message):
     """0 to 1; reduced by every fallback."""
     measured: bool = False
     """Whether the cut was measured on held-out data or only predicted."""
+    verification: Verification | None = Field(default=None, exclude_if=lambda v: v is None)
+    """What was measured; left out where the cut was only predicted."""
 
 
 class StructuralPruningDecision(Message):

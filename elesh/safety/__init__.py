@@ -16,10 +16,15 @@ from .gates import (
     verdict,
 )
 from .layer_gates import layer_isolation, layer_phase, layer_structure, minimum_layers
+from .verification import Entry, Measured, Proposal, Verifier
 
 __all__ = [
     "MIN_SAMPLES",
     "BreakerStatus",
+    "Entry",
+    "Measured",
+    "Proposal",
+    "Verifier",
     "breaker_gate",
     "counts_as_failure",
     "cumulative_limit",
