@@ -31,6 +31,7 @@ from .pruning import (
     StructuredPruning,
 )
 from .security import SecuritySettings
+from .trainer import TrainerSettings
 
 __all__ = [
     "AccuracyTarget",
@@ -47,6 +48,7 @@ __all__ = [
     "Settings",
     "SettingsError",
     "StructuredPruning",
+    "TrainerSettings",
     "WorkerSettings",
     "workers_needed",
 ]
@@ -62,6 +64,7 @@ _NO_PART_IN_DECISIONS = {
     "breaker",
     "bus",
     "observe",
+    "trainer",
     "worker",
 }
 
@@ -94,6 +97,7 @@ class Settings(BaseSettings):
     accuracy_targets: AccuracyTargets = AccuracyTargets()
     breaker: BreakerSettings = BreakerSettings()
     bus: BusSettings = BusSettings()
+    trainer: TrainerSettings = TrainerSettings()
     worker: WorkerSettings = WorkerSettings()
     security: SecuritySettings = SecuritySettings()
     observe: ObserveSettings = ObserveSettings()
