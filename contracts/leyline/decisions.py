@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from itertools import pairwise
 from typing import ClassVar, Literal, Self
 
@@ -230,6 +231,24 @@ class SafetyValidation(Message):
     """What was measured; left out where the cut was only predicted."""
 
 
+class RolledBackCut(Message):
+    """A cut that the trainer took back, with the evidence that had spoken for it."""
+
+    idempotency_key: DecisionKey
+    """Of the decision that proposed it."""
+    epoch: Epoch
+    """When it was taken back."""
+    units: tuple[tuple[Name, tuple[Count, ...]], ...]
+    """Groups with the units that went, in original numbering; a layer has no units."""
+    scores: tuple[Finite, ...] = ()
+    """The importance of each of them at the time, in that order."""
+    shift: NonNegative | None = None
+    """The predicted shift at the time, where known."""
+    shift_error: NonNegative | None = None
+    detail: Text = ""
+    """What the trainer said."""
+
+
 class StructuralPruningDecision(Message):
     """The one decision of a key. The same input gives the same bytes: no clock is in it."""
 
@@ -253,6 +272,9 @@ class StructuralPruningDecision(Message):
     """Rungs of the failure table that were taken."""
     ignored: tuple[tuple[Name, Text], ...] = ()
     """Groups that cannot be pruned, each with the reason."""
+    rolled_back: tuple[RolledBackCut, ...] = Field(default=(), exclude_if=operator.not_)
+    """Cuts of this run and these levels that were taken back before; what this decision proposes
+    was compared with them."""
     settings_hash: Label = ""
     """Which settings decided: the first 16 hex digits of SHA-256 over them."""
     elesh_version: Label = ""
