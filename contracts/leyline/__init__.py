@@ -8,7 +8,7 @@ from .analysis import LevelAnalysis, PredictedDamage, RankedUnit
 from .architecture import PrunedArchitecture
 from .base import SCHEMA_VERSION, Message, WireEnum
 from .blocks import LayerBlock, StandIn
-from .bundle import CheckpointBundle, CheckpointDocument
+from .bundle import CheckpointBundle, CheckpointDocument, NetworkExport
 from .checkpoint import BlobRef, CheckpointMetadata, CheckpointReady
 from .codec import decode, encode, read_envelope, unwrap, wrap
 from .decisions import (
@@ -81,6 +81,7 @@ from .statistics import (
     LayerStatistics,
 )
 from .streams import MESSAGES, STREAMS, Stream
+from .verification import Interval, Verification
 
 __all__ = [
     "AnalysisFailed",
@@ -111,6 +112,7 @@ __all__ = [
     "IdempotencyKey",
     "IdentityMismatch",
     "ImportanceData",
+    "Interval",
     "InvalidField",
     "LayerBlock",
     "LayerDescriptor",
@@ -124,6 +126,7 @@ __all__ = [
     "MaskApplication",
     "Message",
     "MissingBlob",
+    "NetworkExport",
     "NotFinite",
     "Outcome",
     "ParameterIdentifier",
@@ -161,6 +164,7 @@ __all__ = [
     "UnknownDecision",
     "UnknownType",
     "UnsupportedVersion",
+    "Verification",
     "WireEnum",
     "checkpoint_id",
     "decode",

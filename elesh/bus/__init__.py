@@ -11,8 +11,10 @@ from .core import Bus
 from .embedded import EmbeddedServer, embedded_server, server_url
 from .errors import BusUnavailable, masked
 from .records import Delivery, Pending, Record, Settlement, Settling, read_letter
+from .registry import Backlog, Registry, WorkerState
 
 __all__ = [
+    "Backlog",
     "BlobStore",
     "BreakerStore",
     "BreakerView",
@@ -22,8 +24,10 @@ __all__ = [
     "EmbeddedServer",
     "Pending",
     "Record",
+    "Registry",
     "Settlement",
     "Settling",
+    "WorkerState",
     "embedded_server",
     "masked",
     "read_letter",

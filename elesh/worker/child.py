@@ -18,7 +18,14 @@ from typing import BinaryIO
 from elesh._process import die_with_parent
 from elesh.analysis import analyze_level, join
 from elesh.settings import Settings
-from leyline import CheckpointBundle, CheckpointDocument, ContractError, decode, encode
+from leyline import (
+    CheckpointBundle,
+    CheckpointDocument,
+    ContractError,
+    NetworkExport,
+    decode,
+    encode,
+)
 
 from .protocol import DOCUMENT, PREFIX, Failed, Job, Reply, pack_frame, unpack_body
 
@@ -91,6 +98,7 @@ def _bundle(folder: Path) -> CheckpointBundle:
         document,
         (folder / "statistics.safetensors").read_bytes(),
         *(file.read_bytes() if file.exists() else None for file in optional),
+        network=NetworkExport.load(folder),
     )
 
 
