@@ -30,6 +30,7 @@ from .decisions import (
 from .envelope import EventEnvelope, Priority
 from .errors import (
     AnalysisFailed,
+    BadSignature,
     Conflict,
     ContractError,
     DigestMismatch,
@@ -37,12 +38,15 @@ from .errors import (
     InvalidField,
     Malformed,
     MissingBlob,
+    NotAuthorized,
     NotFinite,
     Poison,
     ShapeMismatch,
     TooLarge,
     UnknownDecision,
     UnknownType,
+    Unreadable,
+    Unsigned,
     UnsupportedVersion,
 )
 from .events import (
@@ -161,6 +165,10 @@ __all__ = [
     "TensorDescriptor",
     "TensorSlice",
     "TooLarge",
+    "BadSignature",
+    "NotAuthorized",
+    "Unreadable",
+    "Unsigned",
     "UnknownDecision",
     "UnknownType",
     "UnsupportedVersion",
