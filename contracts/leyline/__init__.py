@@ -64,6 +64,7 @@ from .identity import (
     ParameterIdentifier,
     RequestKey,
     checkpoint_id,
+    decided_level,
     stable_hash,
 )
 from .legacy import AnalysisReport, ImportanceData, MaskApplication, ParameterMask, PruningMasks
@@ -175,6 +176,7 @@ __all__ = [
     "Verification",
     "WireEnum",
     "checkpoint_id",
+    "decided_level",
     "decode",
     "encode",
     "read_envelope",

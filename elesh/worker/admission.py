@@ -7,7 +7,6 @@ Pure but for the clock that it is given. Everything that is wrong with a message
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -24,6 +23,7 @@ from leyline import (
     PruningOutcome,
     StructuralAnalysisRequest,
     UnknownType,
+    decided_level,
     read_envelope,
     unwrap,
 )
@@ -155,12 +155,6 @@ def _work(
         window=window,
         received=now,
     )
-
-
-def decided_level(levels: Sequence[Level]) -> Level:
-    """The level in the key of the decision on ``levels``."""
-    distinct = dict.fromkeys(levels)
-    return levels[0] if len(distinct) == 1 else Level.JOINT
 
 
 def _network(message: CheckpointReady | StructuralAnalysisRequest) -> tuple[BlobRef, ...]:
