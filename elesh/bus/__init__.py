@@ -10,6 +10,7 @@ from .client import until_available
 from .core import Bus
 from .embedded import EmbeddedServer, embedded_server, server_url
 from .errors import BusUnavailable, masked
+from .history import HistoryStore
 from .records import Delivery, Pending, Record, Settlement, Settling, read_letter
 from .registry import Backlog, Registry, WorkerState
 
@@ -22,6 +23,7 @@ __all__ = [
     "BusUnavailable",
     "Delivery",
     "EmbeddedServer",
+    "HistoryStore",
     "Pending",
     "Record",
     "Registry",

@@ -31,6 +31,7 @@ from leyline.streams import CHECKPOINTS, DEAD, DECISIONS, OUTCOMES, REQUESTS, ST
 from .blobs import BlobStore
 from .breakers import BreakerStore
 from .client import MAX_BLOCK, Client, open_client, until_available
+from .history import HistoryStore
 from .records import Delivery, Pending, Record, Settlement, Settling, deliveries_of, entry_fields
 from .registry import Registry
 from .scripts import Scripts
@@ -64,6 +65,10 @@ class Bus:
         self._lease_ms = max(1, round(settings.lease_seconds * 1000))
         self._cursors: dict[tuple[str, str], str] = {}
         self._first = 0
+
+    def history(self, epochs: int, nbytes: int) -> HistoryStore:
+        """The runs' histories, each within so many epochs and bytes."""
+        return HistoryStore(self._client, self._scripts, self.settings, epochs, nbytes)
 
     @classmethod
     async def connect(

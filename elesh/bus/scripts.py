@@ -35,6 +35,7 @@ class Scripts:
         self._trim = load("trim")
         self._touch = load("touch")
         self._breaker = load("breaker")
+        self._remember = load("remember")
         self._beat = load("beat")
         self._census = load("census")
 
@@ -107,3 +108,10 @@ class Scripts:
         """Five figures a stream; see ``lua/census.lua``."""
         reply: list[list[int]] = await self._census(list(streams), list(groups))
         return reply
+
+    async def remember(
+        self, key: str, epoch: int, blob: bytes, epochs: int, nbytes: int, seconds: int
+    ) -> str:
+        """Keep one epoch of a run's history; see ``lua/remember.lua``."""
+        answer: bytes = await self._remember([key], [epoch, blob, epochs, nbytes, seconds])
+        return answer.decode()

@@ -31,6 +31,7 @@ from .pruning import (
     StructuredPruning,
 )
 from .security import SecuritySettings
+from .trainer import TrainerSettings
 
 __all__ = [
     "AccuracyTarget",
@@ -46,6 +47,7 @@ __all__ = [
     "Settings",
     "SettingsError",
     "StructuredPruning",
+    "TrainerSettings",
     "WorkerSettings",
     "workers_needed",
 ]
@@ -60,6 +62,7 @@ _NO_PART_IN_DECISIONS = {
     "accuracy_targets",
     "breaker",
     "bus",
+    "trainer",
     "worker",
 }
 
@@ -92,6 +95,7 @@ class Settings(BaseSettings):
     accuracy_targets: AccuracyTargets = AccuracyTargets()
     breaker: BreakerSettings = BreakerSettings()
     bus: BusSettings = BusSettings()
+    trainer: TrainerSettings = TrainerSettings()
     worker: WorkerSettings = WorkerSettings()
     security: SecuritySettings = SecuritySettings()
 
