@@ -22,7 +22,7 @@ from pathlib import Path
 from opentelemetry.trace import SpanKind
 
 from elesh.bus import Bus, BusUnavailable, Delivery, Settlement, Settling
-from elesh.observe import carrier_of, get_logger, span, span_from
+from elesh.observe import get_logger, messaging, onward, span, span_from
 from elesh.safety import votes
 from elesh.settings import Settings
 from leyline import (
@@ -123,19 +123,11 @@ class Worker:
 
     async def _serve(self, delivery: Delivery) -> None:
         name = delivery.stream.name
-        attributes: dict[str, str | int] = {
-            "messaging.system": "redis",
-            "messaging.destination.name": name,
-            "messaging.operation.name": "process",
-            "messaging.operation.type": "process",
-            "messaging.message.id": delivery.entry_id,
-            "messaging.consumer.group.name": GROUP,
-            "elesh.deliveries": delivery.deliveries,
-        }
+        attributes = messaging("process", name, entry_id=delivery.entry_id, group=GROUP)
         with span_from(
             delivery.carrier,
             f"process {name}",
-            attributes=attributes,
+            attributes=attributes | {"elesh.deliveries": delivery.deliveries},
             redelivered=delivery.deliveries > 1,
         ):
             try:
@@ -193,17 +185,18 @@ class Worker:
     async def _settle(
         self, delivery: Delivery, work: Work, decisions: list[StructuralPruningDecision]
     ) -> None:
+        name, carrier = delivery.stream.name, onward(delivery.carrier)
         with span(
-            "settle decisions",
+            f"settle {name}",
             kind=SpanKind.CLIENT,
-            attributes={"messaging.operation.type": "settle"},
+            attributes=messaging("settle", name, entry_id=delivery.entry_id, group=GROUP),
         ):
-            carrier = carrier_of()
             settled = await self._bus.settle(
                 GROUP,
                 self.worker_id,
                 delivery,
                 [
+                    # The trainer's own context, not ours: it outlives this worker (decision 0050).
                     Settling(
                         decision.key, work.fingerprint, decision, carrier, work.run_id, work.epoch
                     )
@@ -258,7 +251,9 @@ class Worker:
         self, delivery: Delivery, error: ContractError, work: Work | None = None
     ) -> None:
         letter = self._reports.letter(delivery, error, work)
-        if await self._bus.dead_letter(GROUP, self.worker_id, delivery, letter, carrier_of()):
+        if await self._bus.dead_letter(
+            GROUP, self.worker_id, delivery, letter, onward(delivery.carrier)
+        ):
             _log.warning(
                 "dead letter",
                 stream=delivery.stream.name,
