@@ -152,6 +152,12 @@ class GateStatistics(_ArrayMessage):
     removal_rise: Array | None = None
     """[C]: mean over samples of the rise of the true-label loss in nats that is predicted for the
     removal of this unit alone, where the trainer can tell better than to second order."""
+    moves: Array | None = None
+    """[N, C]: gate gradients of the margins: the removal of a set moves a sample's margin by about
+    minus the sum of its columns. There with ``margins``."""
+    margins: Array | None = None
+    """[N]: log of the odds against each sample's true label, so that its loss is
+    ``softplus(margin)``; the same in every group. Absent where a sample has no single label."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -163,7 +169,14 @@ class GateStatistics(_ArrayMessage):
             rows.append("removal_rise")
         for field in rows:
             _require_shape(f"{self.layer_name}/{field}", getattr(self, field), (count,))
-        for field in ("projections", *rows):
+        checked = ["projections", *rows]
+        if (self.moves is None) != (self.margins is None):
+            raise InvalidField(f"{self.layer_name}/moves", "moves and margins, or neither", "one")
+        if self.moves is not None and self.margins is not None:
+            _require_shape(f"{self.layer_name}/moves", self.moves, self.projections.shape)
+            _require_shape(f"{self.layer_name}/margins", self.margins, (len(self.projections),))
+            checked += ["moves", "margins"]
+        for field in checked:
             require_finite(f"{self.layer_name}/{field}", getattr(self, field))
         return self
 

@@ -105,7 +105,8 @@ class Ranking:
             return self.choose(quota, columns).units if joint else selection.units
 
         prediction = predict(projections, self.candidates, len(selection.units), on_samples)
-        return Choice(selection, scale, prediction, output_energy(bundle.gates.values()))
+        energy = output_energy(bundle.gates.values(), projections.weights)
+        return Choice(selection, scale, prediction, energy)
 
 
 def projection_fault(bundle: CheckpointBundle) -> str:

@@ -66,14 +66,24 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
     return rivals.logsumexp(1) - logits.gather(1, label)[:, 0]
 
 
-def rival_directions(logits: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """[N, K] Gaussian, with the covariance of one-hot draws from the softmax of the wrong classes.
+def rival_directions(
+    logits: Tensor, labels: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Two directions [N, K] that together have the covariance of one-hot draws from the softmax
+    of the wrong classes, which is the second derivative of the margin.
 
-    What the outputs move along it has, squared, the mean of the second derivative of the margin.
+    By the law of total variance: the first is the strongest rival against the mean of the other
+    wrong classes, which is most of it and not random; the second is Gaussian among the others.
+    What the outputs move along them, squared and added up, has the whole as its mean.
     """
     odds = logits.detach().double().scatter(1, labels[:, None], -torch.inf).softmax(1).cpu()
-    drawn = torch.randn(odds.shape, generator=generator) * odds.sqrt()
-    return (drawn - odds * drawn.sum(1, keepdim=True)).to(logits)
+    top, strongest = odds.max(1, keepdim=True)
+    others = odds.scatter(1, strongest, 0.0)
+    others = others / others.sum(1, keepdim=True).clamp_min(torch.finfo(odds.dtype).tiny)
+    contrast = (-others).scatter(1, strongest, 1.0) * (top * (1 - top)).clamp_min(0).sqrt()
+    drawn = torch.randn(odds.shape, generator=generator) * others.sqrt()
+    among = (drawn - others * drawn.sum(1, keepdim=True)) * (1 - top).clamp_min(0).sqrt()
+    return contrast.to(logits), among.to(logits)
 
 
 def directions(values: Tensor, generator: torch.Generator, centred: int | None = None) -> Tensor:

@@ -6,7 +6,7 @@ of parts of the samples add up to the tally of all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,8 @@ ACTIVE = 1e-3
 """Activations of a larger magnitude count as active."""
 CORRELATED_SAMPLES = 512
 """Samples that correlations are computed from; the cost is quadratic in channels."""
+
+_LARGEST = float(np.finfo(np.float16).max)
 
 Doubles = npt.NDArray[np.float64]
 Sums = Mapping[Axis, Tensor]
@@ -75,8 +77,10 @@ class GroupTally:
     """Magnitudes of the gate gradients of the true-label loss."""
     taylor: dict[Axis, Doubles] = field(default_factory=dict)
     rise: Doubles = field(init=False)
+    moves: list[npt.NDArray[np.float16]] = field(default_factory=list)
+    margins: list[npt.NDArray[np.float32]] = field(default_factory=list)
     rated: int = 0
-    """Samples that ``rise`` is a sum over."""
+    """Samples that ``rise`` is a sum over and that ``moves`` and ``margins`` have."""
     gram: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -96,9 +100,13 @@ class GroupTally:
                 total += units.sum(-1, dtype=torch.float64)
         return total.numpy()
 
+    def project(self, projections: Sums, samples: int) -> None:
+        """Take in one batch of projections."""
+        self.projections.append(self.gate(projections, samples).astype(np.float32))
+
     def add(self, projections: Sums, true: Sums, sizes: Sums, sampled: Sums, samples: int) -> None:
         """Take in one batch: sums of the three backward passes."""
-        self.projections.append(self.gate(projections, samples).astype(np.float32))
+        self.project(projections, samples)
         gradients = self.gate(true, samples)
         self.first += gradients.sum(0)
         self.sensitivity += np.abs(gradients).sum(0)
@@ -106,31 +114,36 @@ class GroupTally:
         self._add_sizes(sizes)
 
     def add_margins(
-        self, projections: Sums, moves: Sums, sizes: Sums, spread: Sums, margins: Doubles
+        self, projections: Sums, moves: Sums, sizes: Sums, rivals: Sequence[Sums], margins: Doubles
     ) -> None:
         """Take in one batch of samples with margins m [N], whose loss is ``softplus(m)``.
 
         A removal moves the outputs by about minus J, hence the margin to ``m - M + V / 2``: M its
-        gate gradient, V the variance of J over the wrong classes, of which the squared movement
-        along a random direction is an unbiased estimate. Only V enters to first order: squares
-        of Gaussians have too heavy a tail for the softplus.
+        gate gradient, V the variance of J over the wrong classes. V has a part that is known (the
+        strongest rival against the others) and one of which there is an unbiased estimate; that
+        one enters to first order only: squares of Gaussians have too heavy a tail for the
+        softplus.
 
         Args:
             moves: sums of the backward pass of the margins.
             sizes: of the loss, as in :meth:`add`.
-            spread: sums of the backward pass along ``rival_directions``.
+            rivals: sums of the backward passes along ``rival_directions``.
         """
         samples = len(margins)
-        self.projections.append(self.gate(projections, samples).astype(np.float32))
-        move, variance = self.gate(moves, samples), np.square(self.gate(spread, samples))
+        self.project(projections, samples)
+        move = self.gate(moves, samples)
+        known, estimated = (np.square(self.gate(sums, samples)) for sums in rivals)
         m = margins[:, None]
         wrong = expit(m)
         self.first += (wrong * move).sum(0)
         self.sensitivity += (wrong * np.abs(move)).sum(0)
-        self.second += (wrong * (1 - wrong) * move**2 + wrong * variance).sum(0)
-        rise = np.logaddexp(0, m - move) - np.logaddexp(0, m) + expit(m - move) * variance / 2
+        self.second += (wrong * (1 - wrong) * move**2 + wrong * (known + estimated)).sum(0)
+        after = m - move + known / 2
+        rise = np.logaddexp(0, after) - np.logaddexp(0, m) + expit(after) * estimated / 2
         self.rise += rise.sum(0)
         self.rated += samples
+        self.moves.append(np.clip(move, -_LARGEST, _LARGEST).astype(np.float16))
+        self.margins.append(margins.astype(np.float32))
         self._add_sizes(sizes)
 
     def _add_sizes(self, sizes: Sums) -> None:
@@ -150,12 +163,15 @@ class GroupTally:
 
     def gates(self, samples: int) -> GateStatistics:
         """The gate statistics of all samples."""
+        rated = self.rated == samples
         return GateStatistics(
             layer_name=self.group.name,
             projections=np.concatenate(self.projections),
             first_order=single(self.first / samples),
             second_order=single(self.second / samples),
-            removal_rise=single(self.rise / samples) if self.rated == samples else None,
+            removal_rise=single(self.rise / samples) if rated else None,
+            moves=np.concatenate(self.moves) if rated else None,
+            margins=np.concatenate(self.margins) if rated else None,
         )
 
     def channels(self, axes: Mapping[Axis, AxisTally], magnitude: Doubles) -> ChannelImportanceData:
