@@ -8,7 +8,7 @@ give the same bundle.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -44,7 +44,7 @@ from .losses import (
     directions,
     has_margins,
     margins,
-    rival_directions,
+    rival_direction,
     sampled_labels,
     total,
 )
@@ -60,7 +60,7 @@ class Recorder:
     direction of the outputs (projections), of the loss with the true labels (first order and
     Taylor), and of the loss with labels drawn from the model's own predictions (second order).
     Where the loss is the default one and a sample has one label, the last two are of the label's
-    margin and of two directions among its rivals: all the same statistics follow from them, and
+    margin and of a direction among its rivals: all the same statistics follow from them, and
     what a single removal does to the loss beyond second order, too.
     A last forward and backward pass takes the projections of channels half way to a cut
     (``ahead``): a derivative in the middle of the way says more about its end than one at its
@@ -297,7 +297,7 @@ class Recorder:
         labels: Any,
         generators: tuple[torch.Generator, ...],
     ) -> None:
-        """The three or four backward passes of a batch."""
+        """The three backward passes of a batch."""
         values, (for_directions, for_labels) = main_output(output).float(), generators
         if not torch.isfinite(values).all():
             raise NotFinite(
@@ -315,12 +315,9 @@ class Recorder:
             known = odds.detach()
             branches.read("true", known.sigmoid())
             moves, sizes = meter.backward(odds.sum(), absolute=known.sigmoid())
-            contrast, among = rival_directions(values, labels, for_labels)
+            toward = rival_direction(values, labels)
             branches.read("sampled", known.sigmoid())
-            rivals = [
-                meter.backward((contrast * values).sum())[0],
-                meter.backward((among * values).sum(), keep=False)[0],
-            ]
+            rivals, _ = meter.backward((toward * values).sum(), keep=False)
             measurement.add_margins(projections, moves, sizes, rivals, known)
             return
         loss = total(self._loss(output, labels), samples)
@@ -386,7 +383,7 @@ class _Measurement:
         self.samples += self.batch
 
     def add_margins(
-        self, projections: Sums, moves: Sums, sizes: Sums, rivals: Sequence[Sums], margins: Tensor
+        self, projections: Sums, moves: Sums, sizes: Sums, rivals: Sums, margins: Tensor
     ) -> None:
         """Take in the sums of a batch whose samples have margins."""
         known = margins.double().cpu().numpy()

@@ -6,7 +6,7 @@ of parts of the samples add up to the tally of all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,32 +114,28 @@ class GroupTally:
         self._add_sizes(sizes)
 
     def add_margins(
-        self, projections: Sums, moves: Sums, sizes: Sums, rivals: Sequence[Sums], margins: Doubles
+        self, projections: Sums, moves: Sums, sizes: Sums, rivals: Sums, margins: Doubles
     ) -> None:
         """Take in one batch of samples with margins m [N], whose loss is ``softplus(m)``.
 
         A removal moves the outputs by about minus J, hence the margin to ``m - M + V / 2``: M its
-        gate gradient, V the variance of J over the wrong classes. V has a part that is known (the
-        strongest rival against the others) and one of which there is an unbiased estimate; that
-        one enters to first order only: squares of Gaussians have too heavy a tail for the
-        softplus.
+        gate gradient, V the variance of J over the wrong classes.
 
         Args:
             moves: sums of the backward pass of the margins.
             sizes: of the loss, as in :meth:`add`.
-            rivals: sums of the backward passes along ``rival_directions``.
+            rivals: sums of the backward pass along ``rival_direction``, the square root of V.
         """
         samples = len(margins)
         self.project(projections, samples)
         move = self.gate(moves, samples)
-        known, estimated = (np.square(self.gate(sums, samples)) for sums in rivals)
+        variance = np.square(self.gate(rivals, samples))
         m = margins[:, None]
         wrong = expit(m)
         self.first += (wrong * move).sum(0)
         self.sensitivity += (wrong * np.abs(move)).sum(0)
-        self.second += (wrong * (1 - wrong) * move**2 + wrong * (known + estimated)).sum(0)
-        after = m - move + known / 2
-        rise = np.logaddexp(0, after) - np.logaddexp(0, m) + expit(after) * estimated / 2
+        self.second += (wrong * (1 - wrong) * move**2 + wrong * variance).sum(0)
+        rise = np.logaddexp(0, m - move + variance / 2) - np.logaddexp(0, m)
         self.rise += rise.sum(0)
         self.rated += samples
         self.moves.append(np.clip(move, -_LARGEST, _LARGEST).astype(np.float16))
