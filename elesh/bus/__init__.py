@@ -10,6 +10,7 @@ from .client import until_available
 from .core import Bus
 from .embedded import EmbeddedServer, embedded_server, server_url
 from .errors import BusUnavailable, masked
+from .letters import DeadLetters, Letter, Redriven
 from .records import Delivery, Pending, Record, Settlement, Settling, read_letter
 
 __all__ = [
@@ -18,10 +19,13 @@ __all__ = [
     "BreakerView",
     "Bus",
     "BusUnavailable",
+    "DeadLetters",
     "Delivery",
     "EmbeddedServer",
+    "Letter",
     "Pending",
     "Record",
+    "Redriven",
     "Settlement",
     "Settling",
     "embedded_server",

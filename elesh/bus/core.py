@@ -31,6 +31,7 @@ from leyline.streams import CHECKPOINTS, DEAD, DECISIONS, OUTCOMES, REQUESTS, ST
 from .blobs import BlobStore
 from .breakers import BreakerStore
 from .client import MAX_BLOCK, Client, open_client, until_available
+from .letters import DeadLetters
 from .records import Delivery, Pending, Record, Settlement, Settling, deliveries_of, entry_fields
 from .scripts import Scripts
 from .upkeep import forget_idle_consumers, pending_of
@@ -59,6 +60,7 @@ class Bus:
         self.breakers = BreakerStore(
             client, self._scripts, settings.partition, breaker or BreakerSettings()
         )
+        self.letters = DeadLetters(client, self._scripts, settings.partition)
         self._lease_ms = max(1, round(settings.lease_seconds * 1000))
         self._cursors: dict[tuple[str, str], str] = {}
         self._first = 0
