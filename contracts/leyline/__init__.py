@@ -4,10 +4,11 @@ Pure contracts: pydantic, msgpack and numpy; no torch, no redis, no clock but th
 Start reading at :mod:`leyline.streams`, the catalogue of streams and messages.
 """
 
+from .analysis import LevelAnalysis, PredictedDamage, RankedUnit
 from .architecture import PrunedArchitecture
 from .base import SCHEMA_VERSION, Message, WireEnum
 from .blocks import LayerBlock, StandIn
-from .bundle import CheckpointBundle, CheckpointDocument
+from .bundle import CheckpointBundle, CheckpointDocument, NetworkExport
 from .checkpoint import BlobRef, CheckpointMetadata, CheckpointReady
 from .codec import decode, encode, read_envelope, unwrap, wrap
 from .decisions import (
@@ -17,10 +18,12 @@ from .decisions import (
     GateResult,
     HeadRedundancy,
     LayerPruningTarget,
+    LevelPart,
     Outcome,
     Phase,
     PruningStatistics,
     Redundancy,
+    RolledBackCut,
     SafetyValidation,
     SparedUnit,
     StructuralPruningDecision,
@@ -28,6 +31,7 @@ from .decisions import (
 from .envelope import EventEnvelope, Priority
 from .errors import (
     AnalysisFailed,
+    BadSignature,
     Conflict,
     ContractError,
     DigestMismatch,
@@ -35,12 +39,15 @@ from .errors import (
     InvalidField,
     Malformed,
     MissingBlob,
+    NotAuthorized,
     NotFinite,
     Poison,
     ShapeMismatch,
     TooLarge,
     UnknownDecision,
     UnknownType,
+    Unreadable,
+    Unsigned,
     UnsupportedVersion,
 )
 from .events import (
@@ -59,6 +66,7 @@ from .identity import (
     ParameterIdentifier,
     RequestKey,
     checkpoint_id,
+    decided_level,
     stable_hash,
 )
 from .legacy import AnalysisReport, ImportanceData, MaskApplication, ParameterMask, PruningMasks
@@ -80,6 +88,7 @@ from .statistics import (
     LayerStatistics,
 )
 from .streams import MESSAGES, STREAMS, Stream
+from .verification import Interval, Verification
 
 __all__ = [
     "AnalysisFailed",
@@ -110,17 +119,21 @@ __all__ = [
     "IdempotencyKey",
     "IdentityMismatch",
     "ImportanceData",
+    "Interval",
     "InvalidField",
     "LayerBlock",
     "LayerDescriptor",
     "LayerPruningTarget",
     "LayerStatistics",
     "Level",
+    "LevelAnalysis",
+    "LevelPart",
     "MESSAGES",
     "Malformed",
     "MaskApplication",
     "Message",
     "MissingBlob",
+    "NetworkExport",
     "NotFinite",
     "OperatorAction",
     "Outcome",
@@ -129,6 +142,7 @@ __all__ = [
     "PerformanceRequirements",
     "Phase",
     "Poison",
+    "PredictedDamage",
     "Priority",
     "PrunedArchitecture",
     "PruningGroup",
@@ -136,9 +150,11 @@ __all__ = [
     "PruningOutcome",
     "PruningRecord",
     "PruningStatistics",
+    "RankedUnit",
     "RecompilationRequest",
     "Redundancy",
     "RequestKey",
+    "RolledBackCut",
     "SCHEMA_VERSION",
     "STREAMS",
     "SafetyValidation",
@@ -154,11 +170,17 @@ __all__ = [
     "TensorDescriptor",
     "TensorSlice",
     "TooLarge",
+    "BadSignature",
+    "NotAuthorized",
+    "Unreadable",
+    "Unsigned",
     "UnknownDecision",
     "UnknownType",
     "UnsupportedVersion",
+    "Verification",
     "WireEnum",
     "checkpoint_id",
+    "decided_level",
     "decode",
     "encode",
     "read_envelope",

@@ -10,10 +10,13 @@ from .client import until_available
 from .core import Bus
 from .embedded import EmbeddedServer, embedded_server, server_url
 from .errors import BusUnavailable, masked
+from .history import HistoryStore
 from .letters import DeadLetters, Letter, Redriven
 from .records import Delivery, Pending, Record, Settlement, Settling, read_letter
+from .registry import Backlog, Registry, WorkerState
 
 __all__ = [
+    "Backlog",
     "BlobStore",
     "BreakerStore",
     "BreakerView",
@@ -22,12 +25,15 @@ __all__ = [
     "DeadLetters",
     "Delivery",
     "EmbeddedServer",
+    "HistoryStore",
     "Letter",
     "Pending",
     "Record",
     "Redriven",
+    "Registry",
     "Settlement",
     "Settling",
+    "WorkerState",
     "embedded_server",
     "masked",
     "read_letter",

@@ -37,6 +37,9 @@ class Scripts:
         self._trim = load("trim")
         self._touch = load("touch")
         self._breaker = load("breaker")
+        self._remember = load("remember")
+        self._beat = load("beat")
+        self._census = load("census")
 
     async def publish(self, stream: str, marker: str, seconds: int, fields: Fields) -> str:
         """Append once for each marker; the entry's id, new or known."""
@@ -107,3 +110,21 @@ class Scripts:
         """Run one operation of a circuit breaker; see ``lua/breaker.lua``."""
         reply: list[Any] = await self._breaker(keys, args)
         return reply
+
+    async def beat(
+        self, worker: str, index: str, name: str, milliseconds: int, fields: Fields
+    ) -> None:
+        """Write a worker's hash with its time to live; see ``lua/beat.lua``."""
+        await self._beat([worker, index], [name, milliseconds, *fields])
+
+    async def census(self, streams: Sequence[str], groups: Sequence[str]) -> list[list[int]]:
+        """Five figures a stream; see ``lua/census.lua``."""
+        reply: list[list[int]] = await self._census(list(streams), list(groups))
+        return reply
+
+    async def remember(
+        self, key: str, epoch: int, blob: bytes, epochs: int, nbytes: int, seconds: int
+    ) -> str:
+        """Keep one epoch of a run's history; see ``lua/remember.lua``."""
+        answer: bytes = await self._remember([key], [epoch, blob, epochs, nbytes, seconds])
+        return answer.decode()
