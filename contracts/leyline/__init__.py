@@ -8,6 +8,7 @@ from .analysis import LevelAnalysis, PredictedDamage, RankedUnit
 from .architecture import PrunedArchitecture
 from .base import SCHEMA_VERSION, Message, WireEnum
 from .blocks import LayerBlock, StandIn
+from .budget import Budget, LatencyTable, LayerLatency
 from .bundle import CheckpointBundle, CheckpointDocument, NetworkExport
 from .checkpoint import BlobRef, CheckpointMetadata, CheckpointReady
 from .codec import decode, encode, read_envelope, unwrap, wrap
@@ -99,6 +100,7 @@ __all__ = [
     "AttentionHeadTarget",
     "BlobRef",
     "BreakerTransition",
+    "Budget",
     "ChannelImportanceData",
     "ChannelPruningTarget",
     "CheckpointBundle",
@@ -123,6 +125,8 @@ __all__ = [
     "InvalidField",
     "LayerBlock",
     "LayerDescriptor",
+    "LatencyTable",
+    "LayerLatency",
     "LayerPruningTarget",
     "LayerStatistics",
     "Level",
