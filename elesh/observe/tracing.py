@@ -17,7 +17,7 @@ import atexit
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from opentelemetry import propagate, trace
@@ -36,9 +36,11 @@ from .spanfile import SpanFile
 
 __all__ = [
     "carrier_of",
+    "in_time",
     "is_exported",
     "linked_span",
     "onward",
+    "quiet_exporters",
     "record_span",
     "resource_of",
     "setup_tracing",
@@ -83,8 +85,7 @@ def setup_tracing(service: str, instance: str, settings: ObserveSettings) -> boo
     exporters = _exporters(settings)
     if not exporters:
         return False
-    # The exporter would complain at every retry; what is lost is said once a batch, as an error.
-    logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)
+    quiet_exporters()
     # OTEL_TRACES_SAMPLER goes over our setting; the SDK reads it if no sampler is given.
     given = os.environ.get("OTEL_TRACES_SAMPLER")
     provider = TracerProvider(
@@ -117,10 +118,20 @@ def shutdown_tracing() -> None:
     """Send what is left, for at most three seconds."""
     provider = trace.get_tracer_provider()
     if isinstance(provider, TracerProvider):
-        # The SDK's own timeouts do not hold while an export waits for an answer.
-        ending = threading.Thread(target=provider.shutdown, name="elesh-last-spans", daemon=True)
-        ending.start()
-        ending.join(_END_SECONDS)
+        in_time(provider.shutdown)
+
+
+def in_time(shutdown: Callable[[], object]) -> None:
+    """End a provider, waiting three seconds at most: the SDK's own timeouts do not hold while an
+    export waits for an answer."""
+    ending = threading.Thread(target=shutdown, name="elesh-last-telemetry", daemon=True)
+    ending.start()
+    ending.join(_END_SECONDS)
+
+
+def quiet_exporters() -> None:
+    """They would complain at every retry; what is lost is said once a batch, as an error."""
+    logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)
 
 
 class WholeTrees(SpanProcessor):
