@@ -35,13 +35,14 @@ from elesh.settings import ObserveSettings
 from .spanfile import SpanFile
 
 __all__ = [
+    "Stage",
     "carrier_of",
     "in_time",
     "is_exported",
     "linked_span",
     "onward",
     "quiet_exporters",
-    "record_span",
+    "record_stages",
     "resource_of",
     "setup_tracing",
     "shutdown_tracing",
@@ -50,6 +51,8 @@ __all__ = [
 ]
 
 Attributes = Mapping[str, str | int | float | bool]
+Stage = tuple[str, int, int, int]
+"""Name, place of its parent among the stages (-1: none), begin and end in ns since 1970."""
 _END_SECONDS = 3.0
 _DELAY_MS = 500
 """Spans wait so long for others of their batch; what a killed process had to say is then out."""
@@ -241,14 +244,16 @@ def linked_span(
         yield current
 
 
-def record_span(name: str, begun: int, ended: int, attributes: Attributes | None = None) -> None:
-    """A span under the current one for something that is over, measured elsewhere.
-
-    Args:
-        begun: nanoseconds since 1970, as ``ended``.
-    """
+def record_stages(stages: Sequence[Stage]) -> None:
+    """Spans under the current one for what another process measured, each under its parent."""
     tracer = trace.get_tracer("elesh")
-    tracer.start_span(name, start_time=begun, attributes=dict(attributes or {})).end(ended)
+    made: list[tuple[Context, Span, int]] = []
+    for name, parent, begun, ended in stages:
+        context = made[parent][0] if parent >= 0 else None
+        own = tracer.start_span(name, context=context, start_time=begun)
+        made.append((trace.set_span_in_context(own), own, ended))
+    for _, own, ended in reversed(made):
+        own.end(ended)
 
 
 def _link(context: Context, attributes: Attributes) -> Link:
