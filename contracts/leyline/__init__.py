@@ -5,6 +5,7 @@ Start reading at :mod:`leyline.streams`, the catalogue of streams and messages.
 """
 
 from .architecture import PrunedArchitecture
+from .audit import GENESIS, AuditEntry, AuditEvent
 from .base import SCHEMA_VERSION, Message, WireEnum
 from .blocks import LayerBlock, StandIn
 from .bundle import CheckpointBundle, CheckpointDocument
@@ -87,6 +88,8 @@ __all__ = [
     "AnalysisReport",
     "AnalysisRequest",
     "AttentionHeadTarget",
+    "AuditEntry",
+    "AuditEvent",
     "BlobRef",
     "BreakerTransition",
     "ChannelImportanceData",
@@ -101,6 +104,7 @@ __all__ = [
     "DigestMismatch",
     "EventEnvelope",
     "Fallback",
+    "GENESIS",
     "GateResult",
     "GateSite",
     "GateStatistics",

@@ -4,6 +4,7 @@ Start reading at :mod:`elesh.bus.core`. The server is anybody's Redis 7 or newer
 one of :mod:`elesh.bus.embedded`.
 """
 
+from .audit import AuditHead, AuditLog, audit_envelope
 from .blobs import BlobStore
 from .breakers import BreakerStore, BreakerView
 from .client import until_available
@@ -13,6 +14,8 @@ from .errors import BusUnavailable, masked
 from .records import Delivery, Pending, Record, Settlement, Settling, read_letter
 
 __all__ = [
+    "AuditHead",
+    "AuditLog",
     "BlobStore",
     "BreakerStore",
     "BreakerView",
@@ -24,6 +27,7 @@ __all__ = [
     "Record",
     "Settlement",
     "Settling",
+    "audit_envelope",
     "embedded_server",
     "masked",
     "read_letter",

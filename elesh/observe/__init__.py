@@ -1,14 +1,23 @@
-"""Traces and logs: what happened, to whom, and how long it took."""
+"""Traces, logs and the audit log: what happened, to whom, and how long it took."""
 
+from .audit import Fault, Link, audit_event, line_of, read_line, verify
+from .audit_file import AuditFile
 from .logs import get_logger, setup_logging
 from .tracing import carrier_of, setup_tracing, shutdown_tracing, span, span_from
 
 __all__ = [
+    "AuditFile",
+    "Fault",
+    "Link",
+    "audit_event",
     "carrier_of",
     "get_logger",
+    "line_of",
+    "read_line",
     "setup_logging",
     "setup_tracing",
     "shutdown_tracing",
     "span",
     "span_from",
+    "verify",
 ]
