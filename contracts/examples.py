@@ -303,6 +303,13 @@ def _told() -> list[ll.Message]:
             traceparent=_TRACE,
         ),
         _audited(),
+        ll.OperatorAction(
+            action="drop",
+            subject="1736856000250-0",
+            operator="jo@station-7",
+            at=_AT,
+            reason="sent by mistake",
+        ),
     ]
 
 

@@ -4,11 +4,12 @@ Pure contracts: pydantic, msgpack and numpy; no torch, no redis, no clock but th
 Start reading at :mod:`leyline.streams`, the catalogue of streams and messages.
 """
 
+from .analysis import LevelAnalysis, PredictedDamage, RankedUnit
 from .architecture import PrunedArchitecture
 from .audit import GENESIS, AuditEntry, AuditEvent
 from .base import SCHEMA_VERSION, Message, WireEnum
 from .blocks import LayerBlock, StandIn
-from .bundle import CheckpointBundle, CheckpointDocument
+from .bundle import CheckpointBundle, CheckpointDocument, NetworkExport
 from .checkpoint import BlobRef, CheckpointMetadata, CheckpointReady
 from .codec import decode, encode, read_envelope, unwrap, wrap
 from .decisions import (
@@ -18,10 +19,12 @@ from .decisions import (
     GateResult,
     HeadRedundancy,
     LayerPruningTarget,
+    LevelPart,
     Outcome,
     Phase,
     PruningStatistics,
     Redundancy,
+    RolledBackCut,
     SafetyValidation,
     SparedUnit,
     StructuralPruningDecision,
@@ -29,6 +32,7 @@ from .decisions import (
 from .envelope import EventEnvelope, Priority
 from .errors import (
     AnalysisFailed,
+    BadSignature,
     Conflict,
     ContractError,
     DigestMismatch,
@@ -36,18 +40,22 @@ from .errors import (
     InvalidField,
     Malformed,
     MissingBlob,
+    NotAuthorized,
     NotFinite,
     Poison,
     ShapeMismatch,
     TooLarge,
     UnknownDecision,
     UnknownType,
+    Unreadable,
+    Unsigned,
     UnsupportedVersion,
 )
 from .events import (
     AnalysisMetrics,
     BreakerTransition,
     DeadLetter,
+    OperatorAction,
     PruningOutcome,
     RecompilationRequest,
     StructuralValidationResult,
@@ -59,6 +67,7 @@ from .identity import (
     ParameterIdentifier,
     RequestKey,
     checkpoint_id,
+    decided_level,
     stable_hash,
 )
 from .legacy import AnalysisReport, ImportanceData, MaskApplication, ParameterMask, PruningMasks
@@ -80,6 +89,7 @@ from .statistics import (
     LayerStatistics,
 )
 from .streams import MESSAGES, STREAMS, Stream
+from .verification import Interval, Verification
 
 __all__ = [
     "AnalysisFailed",
@@ -113,24 +123,30 @@ __all__ = [
     "IdempotencyKey",
     "IdentityMismatch",
     "ImportanceData",
+    "Interval",
     "InvalidField",
     "LayerBlock",
     "LayerDescriptor",
     "LayerPruningTarget",
     "LayerStatistics",
     "Level",
+    "LevelAnalysis",
+    "LevelPart",
     "MESSAGES",
     "Malformed",
     "MaskApplication",
     "Message",
     "MissingBlob",
+    "NetworkExport",
     "NotFinite",
+    "OperatorAction",
     "Outcome",
     "ParameterIdentifier",
     "ParameterMask",
     "PerformanceRequirements",
     "Phase",
     "Poison",
+    "PredictedDamage",
     "Priority",
     "PrunedArchitecture",
     "PruningGroup",
@@ -138,9 +154,11 @@ __all__ = [
     "PruningOutcome",
     "PruningRecord",
     "PruningStatistics",
+    "RankedUnit",
     "RecompilationRequest",
     "Redundancy",
     "RequestKey",
+    "RolledBackCut",
     "SCHEMA_VERSION",
     "STREAMS",
     "SafetyValidation",
@@ -156,11 +174,17 @@ __all__ = [
     "TensorDescriptor",
     "TensorSlice",
     "TooLarge",
+    "BadSignature",
+    "NotAuthorized",
+    "Unreadable",
+    "Unsigned",
     "UnknownDecision",
     "UnknownType",
     "UnsupportedVersion",
+    "Verification",
     "WireEnum",
     "checkpoint_id",
+    "decided_level",
     "decode",
     "encode",
     "read_envelope",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from itertools import pairwise
 from typing import ClassVar, Literal, Self
 
@@ -22,7 +23,8 @@ from .base import (
     WireEnum,
 )
 from .errors import IdentityMismatch, InvalidField
-from .identity import DecisionKey, IdempotencyKey
+from .identity import DecisionKey, IdempotencyKey, Level
+from .verification import Verification
 
 
 class Phase(WireEnum):
@@ -73,8 +75,10 @@ class SparedUnit(Message):
         "ignored",
         "redundancy_cost",
         "representative",
+        "verification",
     ]
-    """``representative``: a redundant unit went in its favour."""
+    """``representative``: a redundant unit went in its favour; ``verification``: measured on
+    held-out data, the cut is safe only without it."""
 
 
 def _require_cut(unit: str, indices: tuple[int, ...], before: int, after: int) -> None:
@@ -104,6 +108,11 @@ class ChannelPruningTarget(Message):
     channels_after: Count
     spared: tuple[SparedUnit, ...] = ()
     """Units near the cut that were left alone."""
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """The units to remove, in current numbering."""
+        return self.channel_indices
 
     @model_validator(mode="after")
     def _aligned(self) -> Self:
@@ -138,6 +147,11 @@ class AttentionHeadTarget(Message):
     heads_after: Count
     spared: tuple[SparedUnit, ...] = ()
     """Heads near the cut that were left alone."""
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """The units to remove, in current numbering."""
+        return self.head_indices
 
     @model_validator(mode="after")
     def _aligned(self) -> Self:
@@ -178,7 +192,8 @@ class PruningStatistics(Message):
     channels_after: Count
     channels_original: Count
     """Units of prunable groups before the first cut; in decisions of the layer level, all three
-    count removable layers."""
+    count removable layers. In a joint decision units, quota and shares are those of its first
+    level; sizes and predictions are of the whole cut."""
     quota: Count
     """Units that the schedule allowed to remove at this checkpoint."""
     phase_limit: Fraction
@@ -225,6 +240,39 @@ class SafetyValidation(Message):
     """0 to 1; reduced by every fallback."""
     measured: bool = False
     """Whether the cut was measured on held-out data or only predicted."""
+    verification: Verification | None = Field(default=None, exclude_if=lambda v: v is None)
+    """What was measured; left out where the cut was only predicted."""
+
+
+class LevelPart(Message):
+    """What one level gave to a joint decision."""
+
+    level: Level
+    verdict: Literal["taken", "rejected", "nothing", "missing"]
+    """``taken``: its targets are in the decision; ``nothing``: it had none; ``missing``: it was not
+    analysed (it failed, or missed its deadline)."""
+    reason: Text = ""
+    """Why it was not taken, or what the other levels took from it."""
+    statistics: PruningStatistics | None = None
+    """Of this level by itself; None where it is missing."""
+
+
+class RolledBackCut(Message):
+    """A cut that the trainer took back, with the evidence that had spoken for it."""
+
+    idempotency_key: DecisionKey
+    """Of the decision that proposed it."""
+    epoch: Epoch
+    """When it was taken back."""
+    units: tuple[tuple[Name, tuple[Count, ...]], ...]
+    """Groups with the units that went, in original numbering; a layer has no units."""
+    scores: tuple[Finite, ...] = ()
+    """The importance of each of them at the time, in that order."""
+    shift: NonNegative | None = None
+    """The predicted shift at the time, where known."""
+    shift_error: NonNegative | None = None
+    detail: Text = ""
+    """What the trainer said."""
 
 
 class StructuralPruningDecision(Message):
@@ -250,6 +298,11 @@ class StructuralPruningDecision(Message):
     """Rungs of the failure table that were taken."""
     ignored: tuple[tuple[Name, Text], ...] = ()
     """Groups that cannot be pruned, each with the reason."""
+    levels: tuple[LevelPart, ...] = Field(default=(), exclude_if=operator.not_)
+    """In joint decisions: every level that was asked for, and what became of it."""
+    rolled_back: tuple[RolledBackCut, ...] = Field(default=(), exclude_if=operator.not_)
+    """Cuts of this run and these levels that were taken back before; what this decision proposes
+    was compared with them."""
     settings_hash: Label = ""
     """Which settings decided: the first 16 hex digits of SHA-256 over them."""
     elesh_version: Label = ""
@@ -262,9 +315,16 @@ class StructuralPruningDecision(Message):
     @property
     def units(self) -> dict[str, tuple[int, ...]]:
         """Units to remove by group, in current numbering: what a Surgeon takes."""
-        return {t.layer_name: t.channel_indices for t in self.channels} | {
-            t.layer_name: t.head_indices for t in self.attention_heads
-        }
+        targets: list[ChannelPruningTarget | AttentionHeadTarget]
+        targets = [*self.channels, *self.attention_heads]
+        return {target.layer_name: target.indices for target in targets}
+
+    @property
+    def taken(self) -> tuple[Level, ...]:
+        """The levels whose targets are in it."""
+        if not self.levels:
+            return (self.key.level,)
+        return tuple(part.level for part in self.levels if part.verdict == "taken")
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:

@@ -11,6 +11,7 @@ from .decisions import StructuralPruningDecision
 from .events import (
     BreakerTransition,
     DeadLetter,
+    OperatorAction,
     PruningOutcome,
     RecompilationRequest,
     StructuralValidationResult,
@@ -58,6 +59,7 @@ TELEMETRY = Stream("telemetry", (TelemetryEvent, BreakerTransition), "what worke
 VALIDATION = Stream("validation", (StructuralValidationResult,), "safety results, for Urabrask")
 RECOMPILE = Stream("recompile", (RecompilationRequest,), "changed architectures, for Tezzeret")
 DEAD = Stream("dead", (DeadLetter,), "messages that could not be served")
+OPERATIONS = Stream("operations", (OperatorAction,), "what operators did by hand")
 AUDIT = Stream("audit", (AuditEntry,), "what was decided and done, each entry chained to the last")
 
 STREAMS: tuple[Stream, ...] = (
@@ -70,6 +72,7 @@ STREAMS: tuple[Stream, ...] = (
     VALIDATION,
     RECOMPILE,
     DEAD,
+    OPERATIONS,
     AUDIT,
 )
 MESSAGES: dict[str, type[Message]] = {m.__name__: m for s in STREAMS for m in s.messages}

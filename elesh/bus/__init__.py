@@ -11,23 +11,33 @@ from .client import until_available
 from .core import Bus
 from .embedded import EmbeddedServer, embedded_server, server_url
 from .errors import BusUnavailable, masked
+from .history import HistoryStore
+from .letters import DeadLetters, Letter, Redriven
 from .records import Delivery, Pending, Record, Settlement, Settling, read_letter
+from .registry import Backlog, Registry, WorkerState
 
 __all__ = [
     "AuditHead",
     "AuditLog",
+    "Backlog",
     "BlobStore",
     "BreakerStore",
     "BreakerView",
     "Bus",
     "BusUnavailable",
+    "DeadLetters",
     "Delivery",
     "EmbeddedServer",
+    "HistoryStore",
+    "Letter",
     "Pending",
     "Record",
+    "Redriven",
+    "Registry",
     "Settlement",
     "Settling",
     "audit_envelope",
+    "WorkerState",
     "embedded_server",
     "masked",
     "read_letter",

@@ -1,8 +1,8 @@
 """The audit log on the bus: one hash chain, whoever writes it.
 
 Promises: entries are numbered without gaps and each names the digest of the one before, under any
-number of concurrent writers (a writer that was overtaken changes nothing and tries again). What is
-copied from other streams is copied exactly once: the cursors move in the same step as the chain.
+number of concurrent writers. Everything in it is copied from other streams, exactly once: the
+cursors move in the same step as the chain, and a writer that was overtaken changes nothing.
 The stream is never trimmed.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from leyline import GENESIS, AuditEntry, AuditEvent, EventEnvelope, encode, wrap
-from leyline.streams import AUDIT, DEAD, DECISIONS, OUTCOMES, TELEMETRY, Stream
+from leyline.streams import AUDIT, DEAD, DECISIONS, OPERATIONS, OUTCOMES, TELEMETRY, Stream
 
 from .client import Client
 from .records import Delivery, deliveries_of, entry_fields
@@ -21,7 +21,7 @@ from .scripts import Scripts
 
 __all__ = ["COPIED", "AuditHead", "AuditLog", "audit_envelope"]
 
-COPIED: tuple[Stream, ...] = (DECISIONS, OUTCOMES, TELEMETRY, DEAD)
+COPIED: tuple[Stream, ...] = (DECISIONS, OUTCOMES, TELEMETRY, DEAD, OPERATIONS)
 """The streams whose messages become entries."""
 _BATCH = 100
 _CURSOR = "cursor."
@@ -56,14 +56,6 @@ class AuditLog:
             if name.startswith(_CURSOR)
         }
         return AuditHead(int(texts.get("number", 0)), texts.get("digest", GENESIS), cursors)
-
-    async def append(self, event: AuditEvent) -> AuditEntry:
-        """Write down one event; it waits for nobody and is overtaken a few times at most."""
-        while True:
-            head = await self.head()
-            entries = _chained(head, [event])
-            if await self._extend(head, entries, {}):
-                return entries[0]
 
     async def copy(self, translate: Translate) -> int:
         """Write down what is new in the streams ``COPIED``; the number of entries written.

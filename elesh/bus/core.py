@@ -32,7 +32,10 @@ from .audit import AuditLog
 from .blobs import BlobStore
 from .breakers import BreakerStore
 from .client import MAX_BLOCK, Client, open_client, until_available
+from .history import HistoryStore
+from .letters import DeadLetters
 from .records import Delivery, Pending, Record, Settlement, Settling, deliveries_of, entry_fields
+from .registry import Registry
 from .scripts import Scripts
 from .upkeep import forget_idle_consumers, pending_of
 from .upkeep import last_id as last_id_of
@@ -61,9 +64,15 @@ class Bus:
             client, self._scripts, settings.partition, breaker or BreakerSettings()
         )
         self.audit = AuditLog(client, self._scripts, settings.partition)
+        self.letters = DeadLetters(client, self._scripts, settings.partition)
+        self.registry = Registry(client, self._scripts, settings.partition)
         self._lease_ms = max(1, round(settings.lease_seconds * 1000))
         self._cursors: dict[tuple[str, str], str] = {}
         self._first = 0
+
+    def history(self, epochs: int, nbytes: int) -> HistoryStore:
+        """The runs' histories, each within so many epochs and bytes."""
+        return HistoryStore(self._client, self._scripts, self.settings, epochs, nbytes)
 
     @classmethod
     async def connect(

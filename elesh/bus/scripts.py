@@ -31,11 +31,16 @@ class Scripts:
         self._release = load("release", common)
         self._settle = load("settle", common)
         self._acknowledge = load("acknowledge", common)
+        self._redrive = load("redrive", common)
+        self._drop = load("drop", common)
         self._leave = load("leave")
         self._trim = load("trim")
         self._touch = load("touch")
         self._breaker = load("breaker")
         self._audit = load("audit", common)
+        self._remember = load("remember")
+        self._beat = load("beat")
+        self._census = load("census")
 
     async def publish(self, stream: str, marker: str, seconds: int, fields: Fields) -> str:
         """Append once for each marker; the entry's id, new or known."""
@@ -78,6 +83,17 @@ class Scripts:
         keys = [entry[0], stream] if stream else [entry[0]]
         return bool(await self._acknowledge(keys, [group, consumer, entry[1], *fields]))
 
+    async def redrive(
+        self, keys: Sequence[str], letter: str, fields: Fields, audit: Fields
+    ) -> tuple[str, bool] | None:
+        """Publish a letter's original once: its entry and whether it is new; None: no letter."""
+        reply = await self._redrive(keys, [letter, len(fields), *fields, *audit])
+        return (reply[0].decode(), bool(reply[1])) if reply else None
+
+    async def drop(self, keys: Sequence[str], letter: str, audit: Fields) -> bool:
+        """Delete a letter and append the audit event; False if there is no such letter."""
+        return bool(await self._drop(keys, [letter, *audit]))
+
     async def leave(self, stream: str, group: str, consumer: str) -> bool:
         """Forget a consumer that has nothing pending."""
         return bool(await self._leave([stream], [group, consumer]))
@@ -111,3 +127,21 @@ class Scripts:
         for fields in entries:
             args += [len(fields), *fields]
         return bool(await self._audit(list(keys), args))
+
+    async def beat(
+        self, worker: str, index: str, name: str, milliseconds: int, fields: Fields
+    ) -> None:
+        """Write a worker's hash with its time to live; see ``lua/beat.lua``."""
+        await self._beat([worker, index], [name, milliseconds, *fields])
+
+    async def census(self, streams: Sequence[str], groups: Sequence[str]) -> list[list[int]]:
+        """Five figures a stream; see ``lua/census.lua``."""
+        reply: list[list[int]] = await self._census(list(streams), list(groups))
+        return reply
+
+    async def remember(
+        self, key: str, epoch: int, blob: bytes, epochs: int, nbytes: int, seconds: int
+    ) -> str:
+        """Keep one epoch of a run's history; see ``lua/remember.lua``."""
+        answer: bytes = await self._remember([key], [epoch, blob, epochs, nbytes, seconds])
+        return answer.decode()

@@ -1,9 +1,19 @@
-"""Traces, logs and the audit log: what happened, to whom, and how long it took."""
+"""Traces, metrics, logs, and the audit log: what happened, to whom, how often, how long it took."""
 
 from .audit import Fault, Link, audit_event, line_of, read_line, verify
 from .audit_file import AuditFile
 from .logs import get_logger, setup_logging
-from .tracing import carrier_of, setup_tracing, shutdown_tracing, span, span_from
+from .messaging import messaging
+from .tracing import (
+    carrier_of,
+    linked_span,
+    onward,
+    record_span,
+    setup_tracing,
+    shutdown_tracing,
+    span,
+    span_from,
+)
 
 __all__ = [
     "AuditFile",
@@ -14,6 +24,10 @@ __all__ = [
     "get_logger",
     "line_of",
     "read_line",
+    "linked_span",
+    "messaging",
+    "onward",
+    "record_span",
     "setup_logging",
     "setup_tracing",
     "shutdown_tracing",

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import singledispatch
 
 from leyline import (
     GENESIS,
@@ -20,6 +21,7 @@ from leyline import (
     BreakerTransition,
     DeadLetter,
     Message,
+    OperatorAction,
     PruningOutcome,
     StructuralPruningDecision,
     encode,
@@ -57,17 +59,15 @@ def audit_event(message: Message, *, source: str, at: datetime) -> AuditEvent | 
         source: where it stands, ``<stream>/<entry id>``.
         at: when it was put there.
     """
-    if isinstance(message, StructuralPruningDecision):
-        return _of_decision(message, source, at)
-    if isinstance(message, PruningOutcome):
-        return _of_outcome(message, source, at)
-    if isinstance(message, BreakerTransition):
-        return _of_transition(message, source)
-    if isinstance(message, DeadLetter):
-        return _of_letter(message, source)
+    return _translate(message, source, at)
+
+
+@singledispatch
+def _translate(message: Message, source: str, at: datetime) -> AuditEvent | None:
     return None
 
 
+@_translate.register
 def _of_decision(decision: StructuralPruningDecision, source: str, at: datetime) -> AuditEvent:
     told = decision.statistics
     figures = {
@@ -99,6 +99,7 @@ def _of_decision(decision: StructuralPruningDecision, source: str, at: datetime)
     )
 
 
+@_translate.register
 def _of_outcome(outcome: PruningOutcome, source: str, at: datetime) -> AuditEvent:
     figures = {
         "accuracy_before": outcome.accuracy_before,
@@ -123,7 +124,8 @@ def _of_outcome(outcome: PruningOutcome, source: str, at: datetime) -> AuditEven
     )
 
 
-def _of_transition(change: BreakerTransition, source: str) -> AuditEvent:
+@_translate.register
+def _of_transition(change: BreakerTransition, source: str, at: datetime) -> AuditEvent:
     return AuditEvent(
         kind="breaker",
         action=change.after,
@@ -138,7 +140,8 @@ def _of_transition(change: BreakerTransition, source: str) -> AuditEvent:
     )
 
 
-def _of_letter(letter: DeadLetter, source: str) -> AuditEvent:
+@_translate.register
+def _of_letter(letter: DeadLetter, source: str, at: datetime) -> AuditEvent:
     return AuditEvent(
         kind="dead_letter",
         action=letter.error_code,
@@ -149,6 +152,20 @@ def _of_letter(letter: DeadLetter, source: str) -> AuditEvent:
         source=source,
         digest=_digest(letter),
         figures={"deliveries": float(letter.deliveries)},
+    )
+
+
+@_translate.register
+def _of_action(action: OperatorAction, source: str, at: datetime) -> AuditEvent:
+    return AuditEvent(
+        kind="operator",
+        action=action.action,
+        actor=action.operator or "unknown",
+        at=action.at,
+        subject=action.subject,
+        reason="; ".join(filter(None, (action.reason, action.outcome)))[:8192],
+        source=source,
+        digest=_digest(action),
     )
 
 

@@ -19,7 +19,7 @@ from pydantic_settings import SettingsError as UnreadableVariable
 
 from ._base import no_boolean
 from ._file import SettingsError, explain, read_block
-from .operation import BreakerSettings, BusSettings, WorkerSettings
+from .operation import BreakerSettings, BusSettings, ObserveSettings, WorkerSettings
 from .pruning import (
     AccuracyTarget,
     AccuracyTargets,
@@ -30,6 +30,8 @@ from .pruning import (
     SafetySchedule,
     StructuredPruning,
 )
+from .security import SecuritySettings
+from .trainer import TrainerSettings
 
 __all__ = [
     "AccuracyTarget",
@@ -39,16 +41,20 @@ __all__ = [
     "BusSettings",
     "ChannelAnalysis",
     "LayerAnalysis",
+    "ObserveSettings",
     "RollbackTriggers",
     "SafetySchedule",
+    "SecuritySettings",
     "Settings",
     "SettingsError",
     "StructuredPruning",
+    "TrainerSettings",
     "WorkerSettings",
     "workers_needed",
 ]
 
 _NO_PART_IN_DECISIONS = {
+    "security",
     "analysis_workers_per_gpu",
     "layers_per_worker",
     "analysis_timeout",
@@ -57,6 +63,8 @@ _NO_PART_IN_DECISIONS = {
     "accuracy_targets",
     "breaker",
     "bus",
+    "observe",
+    "trainer",
     "worker",
 }
 
@@ -72,7 +80,7 @@ class Settings(BaseSettings):
         validate_default=True,
         allow_inf_nan=False,
     )
-    _types = field_validator("*", mode="before")(no_boolean)
+    _types = field_validator("*", mode="before")(classmethod(no_boolean))
 
     analysis_workers_per_gpu: int = Field(default=4, ge=1)
     layers_per_worker: int = Field(default=8, ge=1)
@@ -89,7 +97,10 @@ class Settings(BaseSettings):
     accuracy_targets: AccuracyTargets = AccuracyTargets()
     breaker: BreakerSettings = BreakerSettings()
     bus: BusSettings = BusSettings()
+    trainer: TrainerSettings = TrainerSettings()
     worker: WorkerSettings = WorkerSettings()
+    security: SecuritySettings = SecuritySettings()
+    observe: ObserveSettings = ObserveSettings()
 
     @classmethod
     def load(cls, path: str | Path | None = None, **over: Any) -> Settings:

@@ -23,9 +23,11 @@ from leyline import (
     PruningOutcome,
     StructuralAnalysisRequest,
     UnknownType,
+    decided_level,
     read_envelope,
     unwrap,
 )
+from leyline.bundle import NETWORK_FILES
 
 __all__ = ["SUPPORTED", "Work", "admit", "fingerprint"]
 
@@ -35,15 +37,18 @@ SUPPORTED = (Level.CHANNEL, Level.HEAD, Level.LAYER)
 
 @dataclass(frozen=True)
 class Work:
-    """A checkpoint to analyse: its keys (one a level), its document and where its blobs are."""
+    """A checkpoint to analyse: the key of its decision, its document and where its blobs are."""
 
     keys: tuple[IdempotencyKey, ...]
+    """The one key: of the level that is asked for, or ``joint`` for several."""
     fingerprint: str
     document: CheckpointDocument
     statistics: BlobRef
     gates: BlobRef | None
     layers: BlobRef | None
     heads: BlobRef | None
+    network: tuple[BlobRef, ...]
+    """Program, weights and held-out data, where all three are there."""
     run_id: str
     window: float
     """Seconds that the analysis may take."""
@@ -55,6 +60,11 @@ class Work:
         return self.document.metadata.epoch
 
     @property
+    def levels(self) -> tuple[Level, ...]:
+        """The levels that are asked for, each once."""
+        return tuple(dict.fromkeys(self.document.levels))
+
+    @property
     def blobs(self) -> dict[str, BlobRef]:
         """The blobs by the file name that a bundle's folder has for them."""
         blobs = {
@@ -63,7 +73,8 @@ class Work:
             "layers": self.layers,
             "heads": self.heads,
         }
-        return {f"{name}.safetensors": blob for name, blob in blobs.items() if blob is not None}
+        files = {f"{name}.safetensors": blob for name, blob in blobs.items() if blob is not None}
+        return files | dict(zip(NETWORK_FILES.values(), self.network, strict=False))
 
 
 def admit(data: bytes, *, window: float, now: datetime) -> Work | PruningOutcome:
@@ -132,17 +143,28 @@ def _work(
                 hint="this build does not analyse that level",
             )
     return Work(
-        keys=tuple(key.at(level) for level in dict.fromkeys(document.levels)),
+        keys=(key.at(decided_level(document.levels)),),
         fingerprint=fingerprint(message),
         document=document,
         statistics=message.statistics,
         gates=message.gates,
         layers=message.layers,
         heads=message.heads,
+        network=_network(message),
         run_id=metadata.run_id,
         window=window,
         received=now,
     )
+
+
+def _network(message: CheckpointReady | StructuralAnalysisRequest) -> tuple[BlobRef, ...]:
+    """The three blobs of the network, or none of them."""
+    refs = {name: getattr(message, name) for name in NETWORK_FILES}
+    given = tuple(ref for ref in refs.values() if ref is not None)
+    if given and len(given) < len(refs):
+        missing = ", ".join(name for name, ref in refs.items() if ref is None)
+        raise InvalidField("program", "program, weights and held_out together", f"no {missing}")
+    return given
 
 
 _VOLATILE = frozenset({"uri", "expires", "created_at", "timeout"})

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from elesh.bus import Bus, BusUnavailable, Delivery, audit_envelope, read_letter
 from elesh.observe import AuditFile, Link, audit_event, get_logger
-from leyline import AuditEntry, AuditEvent, ContractError, encode, read_envelope, unwrap
+from leyline import AuditEntry, AuditEvent, ContractError, Message, encode, read_envelope, unwrap
 from leyline.streams import AUDIT, DEAD
 
 __all__ = ["audit_links", "keep_audit", "write_audit"]
@@ -102,10 +102,11 @@ def _link(delivery: Delivery) -> Link:
 def _event(delivery: Delivery) -> AuditEvent | None:
     at = datetime.fromtimestamp(int(delivery.entry_id.split("-")[0]) / 1000, UTC)
     try:
-        if delivery.stream is DEAD:
-            message = read_letter(delivery)
-        else:
-            message = unwrap(read_envelope(delivery.envelope))
+        message: Message = (
+            read_letter(delivery)
+            if delivery.stream is DEAD
+            else unwrap(read_envelope(delivery.envelope))
+        )
     except ContractError:
         return None  # refused by whoever serves the stream: then it is a dead letter
     return audit_event(message, source=f"{delivery.stream.name}/{delivery.entry_id}", at=at)

@@ -16,9 +16,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 from elesh._process import die_with_parent
-from elesh.analysis import analyze
+from elesh.analysis import analyze_level, join
 from elesh.settings import Settings
-from leyline import CheckpointBundle, CheckpointDocument, ContractError, decode, encode
+from leyline import (
+    CheckpointBundle,
+    CheckpointDocument,
+    ContractError,
+    NetworkExport,
+    decode,
+    encode,
+)
 
 from .protocol import DOCUMENT, PREFIX, Failed, Job, Reply, pack_frame, unpack_body
 
@@ -66,20 +73,21 @@ def _answer(job: Job) -> Reply:
 
 
 def _decide(job: Job) -> bytes:
-    bundle = _bundle(Path(job.folder))
-    key = job.idempotency_key
-    return encode(
-        analyze(
+    """All levels of the job and their join."""
+    bundle, settings = _bundle(Path(job.folder)), Settings.model_validate_json(job.settings)
+    analyses = [
+        analyze_level(
             bundle,
-            Settings.model_validate_json(job.settings),
-            level=key.level,
-            key=key,
+            settings,
+            level,
+            key=job.idempotency_key.at(level),
             threads=job.threads,
-            breaker=job.breaker,
             scorer=job.scorer or None,
             fallbacks=job.taken_fallbacks,
         )
-    )
+        for level in job.asked_levels
+    ]
+    return encode(join(bundle, analyses, settings, breakers=job.breaker_of))
 
 
 def _bundle(folder: Path) -> CheckpointBundle:
@@ -90,6 +98,7 @@ def _bundle(folder: Path) -> CheckpointBundle:
         document,
         (folder / "statistics.safetensors").read_bytes(),
         *(file.read_bytes() if file.exists() else None for file in optional),
+        network=NetworkExport.load(folder),
     )
 
 
