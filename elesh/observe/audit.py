@@ -213,7 +213,7 @@ def verify(links: Iterable[Link], *, number: int = 0, digest: str = "") -> list[
             problem = f"was changed: entry {entry.number} was chained to another"
             faults.append(Fault(places[entry.number - 1], problem))
         digests[entry.number], places[entry.number] = entry.digest, place
-        expected = max(expected, entry.number) + 1
+        expected = max(expected, entry.number + 1)
     return faults + _at_the_end(digests, expected - 1, number, digest, place)
 
 

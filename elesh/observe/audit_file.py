@@ -45,26 +45,26 @@ class AuditFile:
         with self.path.open("rb") as file:
             return self._last(file.fileno())
 
-    def extend(self, entries: Iterable[AuditEntry]) -> int:
-        """Append the entries that are not in the file yet; the number of lines written.
+    def extend(self, entries: Iterable[AuditEntry]) -> list[AuditEntry]:
+        """Append the entries that are not in the file yet; those that were appended.
 
         Raises:
             ValueError: naming file and entry, if they do not continue the file's chain.
         """
         with self._locked() as descriptor:
             number, digest = self._last(descriptor)
-            lines = []
+            appended = []
             for entry in entries:
                 if entry.number <= number:
                     continue
                 if (entry.number, entry.previous) != (number + 1, digest):
                     raise ValueError(self._discontinued(entry, number))
-                lines.append(line_of(entry))
+                appended.append(entry)
                 number, digest = entry.number, entry.digest
-            if lines:
-                os.write(descriptor, b"".join(lines))
+            if appended:
+                _write(descriptor, b"".join(map(line_of, appended)))
                 os.fsync(descriptor)
-            return len(lines)
+            return appended
 
     def _discontinued(self, entry: AuditEntry, number: int) -> str:
         fault = Fault(
@@ -102,3 +102,8 @@ class AuditFile:
         if link.entry is None:
             raise ValueError(f"{link.place} {link.problem}")
         return link.entry.number, link.entry.digest
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]

@@ -16,17 +16,32 @@ from pathlib import Path
 
 from elesh.bus import Bus, BusUnavailable, Delivery, audit_envelope, read_letter
 from elesh.observe import AuditFile, Link, audit_event, get_logger
+from elesh.settings import AuditSettings
 from leyline import AuditEntry, AuditEvent, ContractError, Message, encode, read_envelope, unwrap
 from leyline.streams import AUDIT, DEAD
 
-__all__ = ["audit_links", "keep_audit", "write_audit"]
+__all__ = ["audit_links", "auditing", "extend_file", "write_audit"]
 
 _BATCH = 500
 _log = get_logger(__name__)
 
 
-async def keep_audit(bus: Bus, seconds: float, file: Path | None = None) -> None:
-    """Write the audit log, about every ``seconds`` seconds, until cancelled."""
+@contextlib.asynccontextmanager
+async def auditing(bus: Bus, settings: AuditSettings) -> AsyncIterator[None]:
+    """Write the audit log meanwhile, and what is left of it at the end."""
+    file = Path(settings.file) if settings.file else None
+    task = asyncio.create_task(_keep(bus, settings.seconds, file))
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        with contextlib.suppress(BusUnavailable):
+            await write_audit(bus, file)
+
+
+async def _keep(bus: Bus, seconds: float, file: Path | None) -> None:
     while True:
         # Spread over the fleet: auditors that started together do not race each other.
         await asyncio.sleep(seconds * random.uniform(0.5, 1.5))
@@ -39,13 +54,18 @@ async def write_audit(bus: Bus, file: Path | None = None) -> int:
     written = await bus.audit.copy(_event)
     if file is not None:
         try:
-            await _extend(bus, AuditFile(file))
+            await extend_file(bus, AuditFile(file))
         except (OSError, ValueError) as error:
             _log.error("audit file not written", reason=str(error))
     return written
 
 
-async def _extend(bus: Bus, file: AuditFile) -> None:
+async def extend_file(bus: Bus, file: AuditFile) -> list[AuditEntry]:
+    """Append to a file what it has not got yet; the entries that this call appended.
+
+    Raises:
+        ValueError: if the file does not belong to this log, or the log cannot be read.
+    """
     last, _ = file.last()
     head = await bus.audit.head()
     if head.number < last:
@@ -53,16 +73,14 @@ async def _extend(bus: Bus, file: AuditFile) -> None:
             f"{file.path}: ends with entry {last}, the log on the bus with entry {head.number}: it "
             "is another one; keep this file and begin a new one"
         )
+    if head.number == last:
+        return []
     entries: list[AuditEntry] = []
     async for link in audit_links(bus, after=last):
         if link.entry is None:
             raise ValueError(f"{link.place} {link.problem}")
         entries.append(link.entry)
-        if len(entries) == _BATCH:
-            await asyncio.to_thread(file.extend, entries)
-            entries = []
-    if entries:
-        await asyncio.to_thread(file.extend, entries)
+    return await asyncio.to_thread(file.extend, entries)
 
 
 async def audit_links(bus: Bus, *, after: int = 0) -> AsyncIterator[Link]:
