@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
-from random_graphs import Tally, check
+from random_cases import Tally, check
 
 
 def main() -> int:

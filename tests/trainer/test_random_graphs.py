@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from random_graphs import check
+from random_cases import check
 
 CASES, SLICES = 240, 4
 
