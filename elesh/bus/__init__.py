@@ -11,6 +11,7 @@ from .core import Bus
 from .embedded import EmbeddedServer, embedded_server, server_url
 from .errors import BusUnavailable, masked
 from .history import HistoryStore
+from .letters import DeadLetters, Letter, Redriven
 from .records import Delivery, Pending, Record, Settlement, Settling, read_letter
 from .registry import Backlog, Registry, WorkerState
 
@@ -21,11 +22,14 @@ __all__ = [
     "BreakerView",
     "Bus",
     "BusUnavailable",
+    "DeadLetters",
     "Delivery",
     "EmbeddedServer",
     "HistoryStore",
+    "Letter",
     "Pending",
     "Record",
+    "Redriven",
     "Registry",
     "Settlement",
     "Settling",
