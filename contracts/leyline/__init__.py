@@ -6,6 +6,7 @@ Start reading at :mod:`leyline.streams`, the catalogue of streams and messages.
 
 from .analysis import LevelAnalysis, PredictedDamage, RankedUnit
 from .architecture import PrunedArchitecture
+from .audit import GENESIS, AuditEntry, AuditEvent
 from .base import SCHEMA_VERSION, Message, WireEnum
 from .blocks import LayerBlock, StandIn
 from .budget import Budget, LatencyTable, LayerLatency
@@ -98,6 +99,8 @@ __all__ = [
     "AnalysisReport",
     "AnalysisRequest",
     "AttentionHeadTarget",
+    "AuditEntry",
+    "AuditEvent",
     "BlobRef",
     "BreakerTransition",
     "Budget",
@@ -113,6 +116,7 @@ __all__ = [
     "DigestMismatch",
     "EventEnvelope",
     "Fallback",
+    "GENESIS",
     "GateResult",
     "GateSite",
     "GateStatistics",
