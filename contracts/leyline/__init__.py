@@ -31,6 +31,7 @@ from .errors import (
     Conflict,
     ContractError,
     DigestMismatch,
+    Expired,
     IdentityMismatch,
     InvalidField,
     Malformed,
@@ -79,13 +80,16 @@ from .statistics import (
     LayerStatistics,
 )
 from .streams import MESSAGES, STREAMS, Stream
+from .work import AnalysisItem, Attempt, ItemResult, JoinItem
 
 __all__ = [
     "AnalysisFailed",
+    "AnalysisItem",
     "AnalysisMetrics",
     "AnalysisParameters",
     "AnalysisReport",
     "AnalysisRequest",
+    "Attempt",
     "AttentionHeadTarget",
     "BlobRef",
     "BreakerTransition",
@@ -100,6 +104,7 @@ __all__ = [
     "DeadLetter",
     "DigestMismatch",
     "EventEnvelope",
+    "Expired",
     "Fallback",
     "GateResult",
     "GateSite",
@@ -110,6 +115,8 @@ __all__ = [
     "IdentityMismatch",
     "ImportanceData",
     "InvalidField",
+    "ItemResult",
+    "JoinItem",
     "LayerBlock",
     "LayerDescriptor",
     "LayerPruningTarget",
