@@ -315,7 +315,8 @@ def _told() -> list[ll.Message]:
 
 
 MESSAGES: dict[str, ll.Message] = {
-    type(message).__name__: message for message in (*_asked(), _decision(), *_masks(), *_shared(), *_told())
+    type(message).__name__: message
+    for message in (*_asked(), _decision(), *_masks(), *_shared(), *_told())
 }
 """An example of every message of the catalogue, by its type's name."""
 

@@ -1,6 +1,7 @@
 """The bus: Redis Streams with leases, one decision a key, blobs by claim check, breakers.
 
-Start reading at :mod:`elesh.bus.core`. The server is anybody's Redis 7 or newer, or the embedded
+Start reading at :mod:`elesh.bus.core`, then :mod:`.groups` (leases), :mod:`.sweeping` and
+:mod:`.plans` (fan-out). The server is anybody's Redis 7 or newer, or the embedded
 one of :mod:`elesh.bus.embedded`.
 """
 
@@ -9,8 +10,10 @@ from .breakers import BreakerStore, BreakerView
 from .client import until_available
 from .core import Bus
 from .embedded import EmbeddedServer, embedded_server, server_url
-from .errors import BusUnavailable, masked
-from .records import Delivery, Pending, Record, Settlement, Settling, read_letter
+from .errors import BusUnavailable, Overloaded, masked
+from .plans import Plan, Planned, Stored
+from .records import Delivery, History, Pending, Record, Settlement, Settling, read_letter
+from .sweeping import Sweep
 
 __all__ = [
     "BlobStore",
@@ -20,10 +23,16 @@ __all__ = [
     "BusUnavailable",
     "Delivery",
     "EmbeddedServer",
+    "History",
+    "Overloaded",
     "Pending",
+    "Plan",
+    "Planned",
     "Record",
     "Settlement",
     "Settling",
+    "Stored",
+    "Sweep",
     "embedded_server",
     "masked",
     "read_letter",
