@@ -4,6 +4,7 @@ Pure contracts: pydantic, msgpack and numpy; no torch, no redis, no clock but th
 Start reading at :mod:`leyline.streams`, the catalogue of streams and messages.
 """
 
+from .analysis import LevelAnalysis, PredictedDamage, RankedUnit
 from .architecture import PrunedArchitecture
 from .base import SCHEMA_VERSION, Message, WireEnum
 from .blocks import LayerBlock, StandIn
@@ -17,6 +18,7 @@ from .decisions import (
     GateResult,
     HeadRedundancy,
     LayerPruningTarget,
+    LevelPart,
     Outcome,
     Phase,
     PruningStatistics,
@@ -122,6 +124,8 @@ __all__ = [
     "LayerPruningTarget",
     "LayerStatistics",
     "Level",
+    "LevelAnalysis",
+    "LevelPart",
     "MESSAGES",
     "Malformed",
     "MaskApplication",
@@ -134,6 +138,7 @@ __all__ = [
     "PerformanceRequirements",
     "Phase",
     "Poison",
+    "PredictedDamage",
     "Priority",
     "PrunedArchitecture",
     "PruningGroup",
@@ -141,6 +146,7 @@ __all__ = [
     "PruningOutcome",
     "PruningRecord",
     "PruningStatistics",
+    "RankedUnit",
     "RecompilationRequest",
     "Redundancy",
     "RequestKey",

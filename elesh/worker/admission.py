@@ -7,6 +7,7 @@ Pure but for the clock that it is given. Everything that is wrong with a message
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -35,9 +36,10 @@ SUPPORTED = (Level.CHANNEL, Level.HEAD, Level.LAYER)
 
 @dataclass(frozen=True)
 class Work:
-    """A checkpoint to analyse: its keys (one a level), its document and where its blobs are."""
+    """A checkpoint to analyse: the key of its decision, its document and where its blobs are."""
 
     keys: tuple[IdempotencyKey, ...]
+    """The one key: of the level that is asked for, or ``joint`` for several."""
     fingerprint: str
     document: CheckpointDocument
     statistics: BlobRef
@@ -53,6 +55,11 @@ class Work:
     def epoch(self) -> int:
         """The epoch of the checkpoint."""
         return self.document.metadata.epoch
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """The levels that are asked for, each once."""
+        return tuple(dict.fromkeys(self.document.levels))
 
     @property
     def blobs(self) -> dict[str, BlobRef]:
@@ -132,7 +139,7 @@ def _work(
                 hint="this build does not analyse that level",
             )
     return Work(
-        keys=tuple(key.at(level) for level in dict.fromkeys(document.levels)),
+        keys=(key.at(decided_level(document.levels)),),
         fingerprint=fingerprint(message),
         document=document,
         statistics=message.statistics,
@@ -143,6 +150,12 @@ def _work(
         window=window,
         received=now,
     )
+
+
+def decided_level(levels: Sequence[Level]) -> Level:
+    """The level in the key of the decision on ``levels``."""
+    distinct = dict.fromkeys(levels)
+    return levels[0] if len(distinct) == 1 else Level.JOINT
 
 
 _VOLATILE = frozenset({"uri", "expires", "created_at", "timeout"})
