@@ -225,18 +225,20 @@ class Bus:
         delivery: Delivery,
         results: Sequence[Settling],
         served: Sequence[str] = (),
+        letter: DeadLetter | None = None,
     ) -> list[Settlement]:
         """Store, publish and acknowledge in one atomic step; what became of each result.
 
         If the consumer no longer owns the entry, all are LOST and nothing changes. If one is in
         CONFLICT, the entry stays pending: make it a dead letter. ``served`` are keys that are
-        deleted with the acknowledgement.
+        deleted, and ``letter`` a dead letter that is published, with the acknowledgement.
         """
         if not results:
             raise ValueError("settle needs a result; acknowledge an entry that has none")
-        keys = [self.groups.entry(delivery)[0], self.keys.stream(DECISIONS)]
+        keys = [self.groups.entry(delivery)[0], *map(self.keys.stream, (DECISIONS, DEAD))]
+        buried = _letter_fields(letter, results[0].carrier) if letter else []
         args: list[str | bytes | int] = [group, consumer, delivery.entry_id]
-        args += [self.settings.record_ttl_seconds, len(results)]
+        args += [self.settings.record_ttl_seconds, len(results), len(buried), *buried]
         for result in results:
             level = result.key.level
             keys += [self.keys.named("record", str(result.key)), self._latest(result.run_id, level)]
@@ -268,11 +270,7 @@ class Bus:
         Original bytes too large for a message travel as fields beside it: read entries of the
         stream with ``read_letter``.
         """
-        try:
-            fields = entry_fields(encode(_enveloped(letter)), carrier)
-        except TooLarge:
-            bare = letter.model_copy(update={"original": {}})
-            fields = entry_fields(encode(_enveloped(bare)), carrier, letter.original)
+        fields = _letter_fields(letter, carrier)
         return await self._scripts.acknowledge(
             [self.groups.entry(delivery)[0], self.keys.stream(DEAD), *served],
             [group, consumer, delivery.entry_id, *fields],
@@ -338,5 +336,14 @@ def _settled(result: Settling) -> Message:
     )
 
 
-def _enveloped(letter: DeadLetter) -> Message:
-    return wrap(letter, source=letter.worker_id, priority=Priority.HIGH)
+def _letter_fields(letter: DeadLetter, carrier: Mapping[str, str]) -> list[str | bytes]:
+    """A dead letter as an entry; original bytes too large for a message stand beside it."""
+
+    def enveloped(letter: DeadLetter) -> bytes:
+        return encode(wrap(letter, source=letter.worker_id, priority=Priority.HIGH))
+
+    try:
+        return entry_fields(enveloped(letter), carrier)
+    except TooLarge:
+        bare = letter.model_copy(update={"original": {}})
+        return entry_fields(enveloped(bare), carrier, letter.original)

@@ -1,9 +1,9 @@
 -- Store, publish and acknowledge in one step what one entry led to.
--- KEYS: the entry's stream, the decisions' stream, for each result its record and the pointer to
--- the latest one of its run, then keys that have served with the entry and are deleted.
--- ARGV: group, consumer, entry id, records' seconds to live, number of results, then for each its
--- key, fingerprint, epoch (-1: the pointer stays), the number of its fields and the fields, the
--- envelope first.
+-- KEYS: the entry's stream, the decisions' stream, the dead letters, for each result its record and
+-- the pointer to the latest one of its run, then keys that have served with the entry and go.
+-- ARGV: group, consumer, entry id, records' seconds to live, number of results, number of fields of
+-- a dead letter that goes along (0: none) and these, then for each result its key, fingerprint,
+-- epoch (-1: the pointer stays), the number of its fields and the fields, the envelope first.
 -- Returns one verdict for each result: settled, duplicate, conflict or lost.
 local source, decisions, results = KEYS[1], KEYS[2], tonumber(ARGV[5])
 local verdicts = {}
@@ -20,9 +20,9 @@ local function point(pointer, key, epoch)
 end
 
 local time = redis.call('TIME')
-local conflict, at = false, 6
+local conflict, at = false, 7 + tonumber(ARGV[6])
 for i = 1, results do
-  local record, pointer = KEYS[1 + 2 * i], KEYS[2 + 2 * i]
+  local record, pointer = KEYS[2 + 2 * i], KEYS[3 + 2 * i]
   local key, fingerprint, epoch, length = ARGV[at], ARGV[at + 1], ARGV[at + 2], tonumber(ARGV[at + 3])
   local stored = redis.call('HGET', record, 'fingerprint')
   if not stored then
@@ -42,7 +42,8 @@ for i = 1, results do
 end
 -- An entry in conflict stays pending: its owner makes it a dead letter.
 if not conflict then
-  for i = 3 + 2 * results, #KEYS do redis.call('DEL', KEYS[i]) end
+  if tonumber(ARGV[6]) > 0 then append(KEYS[3], 7, tonumber(ARGV[6])) end
+  for i = 4 + 2 * results, #KEYS do redis.call('DEL', KEYS[i]) end
   redis.call('XACK', source, ARGV[1], ARGV[3])
 end
 return verdicts
