@@ -8,7 +8,7 @@ from .analysis import LevelAnalysis, PredictedDamage, RankedUnit
 from .architecture import PrunedArchitecture
 from .base import SCHEMA_VERSION, Message, WireEnum
 from .blocks import LayerBlock, StandIn
-from .bundle import CheckpointBundle, CheckpointDocument
+from .bundle import CheckpointBundle, CheckpointDocument, NetworkExport
 from .checkpoint import BlobRef, CheckpointMetadata, CheckpointReady
 from .codec import decode, encode, read_envelope, unwrap, wrap
 from .decisions import (
@@ -30,6 +30,7 @@ from .decisions import (
 from .envelope import EventEnvelope, Priority
 from .errors import (
     AnalysisFailed,
+    BadSignature,
     Conflict,
     ContractError,
     DigestMismatch,
@@ -38,12 +39,15 @@ from .errors import (
     InvalidField,
     Malformed,
     MissingBlob,
+    NotAuthorized,
     NotFinite,
     Poison,
     ShapeMismatch,
     TooLarge,
     UnknownDecision,
     UnknownType,
+    Unreadable,
+    Unsigned,
     UnsupportedVersion,
 )
 from .events import (
@@ -61,6 +65,7 @@ from .identity import (
     ParameterIdentifier,
     RequestKey,
     checkpoint_id,
+    decided_level,
     stable_hash,
 )
 from .legacy import AnalysisReport, ImportanceData, MaskApplication, ParameterMask, PruningMasks
@@ -82,6 +87,7 @@ from .statistics import (
     LayerStatistics,
 )
 from .streams import MESSAGES, STREAMS, Stream
+from .verification import Interval, Verification
 from .work import AnalysisItem, Attempt, ItemResult, JoinItem
 
 __all__ = [
@@ -116,6 +122,7 @@ __all__ = [
     "IdempotencyKey",
     "IdentityMismatch",
     "ImportanceData",
+    "Interval",
     "InvalidField",
     "ItemResult",
     "JoinItem",
@@ -131,6 +138,7 @@ __all__ = [
     "MaskApplication",
     "Message",
     "MissingBlob",
+    "NetworkExport",
     "NotFinite",
     "Outcome",
     "ParameterIdentifier",
@@ -165,11 +173,17 @@ __all__ = [
     "TensorDescriptor",
     "TensorSlice",
     "TooLarge",
+    "BadSignature",
+    "NotAuthorized",
+    "Unreadable",
+    "Unsigned",
     "UnknownDecision",
     "UnknownType",
     "UnsupportedVersion",
+    "Verification",
     "WireEnum",
     "checkpoint_id",
+    "decided_level",
     "decode",
     "encode",
     "read_envelope",

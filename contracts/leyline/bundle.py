@@ -1,8 +1,9 @@
 """A checkpoint as one value: metadata, architecture and statistics, to blobs or a folder and back.
 
 The folder holds ``checkpoint.json`` (metadata, architecture, levels, parameters),
-``statistics.safetensors`` and, where measured, ``gates``, ``layers`` and ``heads.safetensors``. It
-is what a recorder makes, what ``analyze`` reads, and what a CheckpointReady event points at.
+``statistics.safetensors`` and, where measured, ``gates``, ``layers`` and ``heads.safetensors``;
+with the network itself also ``program.msgpack``, ``weights`` and ``held_out.safetensors``. It is
+what a recorder makes, what ``analyze`` reads, and what a CheckpointReady event points at.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from .errors import (
     ShapeMismatch,
     brief,
 )
-from .identity import IdempotencyKey, Level
+from .identity import IdempotencyKey, Level, decided_level
 from .parameters import AnalysisParameters, PerformanceRequirements
 from .statistics import (
     ChannelImportanceData,
@@ -53,6 +54,42 @@ class CheckpointDocument(Message):
 
 
 @dataclass(frozen=True)
+class NetworkExport:
+    """The network itself as three blobs, so that a worker can measure a cut before it says go.
+
+    Opaque here: ``elesh.trainer.export`` writes and ``elesh.verification`` reads them.
+    """
+
+    program: bytes
+    """Msgpack: a graph of operators, without weights; the same for one architecture."""
+    weights: bytes
+    """Safetensors: parameters and buffers by path."""
+    held_out: bytes
+    """Safetensors: inputs and labels."""
+
+    def save(self, folder: Path) -> None:
+        """Write the three files."""
+        for name, file in NETWORK_FILES.items():
+            (folder / file).write_bytes(getattr(self, name))
+
+    @classmethod
+    def load(cls, folder: Path) -> NetworkExport | None:
+        """Read them; None where one of them is not there."""
+        files = [folder / file for file in NETWORK_FILES.values()]
+        if not all(file.exists() for file in files):
+            return None
+        return cls(*(file.read_bytes() for file in files))
+
+
+NETWORK_FILES = {
+    "program": "program.msgpack",
+    "weights": "weights.safetensors",
+    "held_out": "held_out.safetensors",
+}
+"""Where a folder has the blobs of a NetworkExport."""
+
+
+@dataclass(frozen=True)
 class CheckpointBundle:
     """Everything that an analysis reads. ``channels``, ``gates`` and ``heads`` go by group name,
     ``layers`` by block name.
@@ -71,6 +108,8 @@ class CheckpointBundle:
     requirements: PerformanceRequirements = field(default_factory=PerformanceRequirements)
     layers: Mapping[str, LayerStatistics] = field(default_factory=dict)
     heads: Mapping[str, HeadImportanceData] = field(default_factory=dict)
+    network: NetworkExport | None = None
+    """The network itself, where the trainer gave it."""
 
     def __post_init__(self) -> None:
         if self.metadata.model_hash != self.architecture.model_hash:
@@ -118,6 +157,11 @@ class CheckpointBundle:
         return IdempotencyKey(m.epoch, m.model_hash, m.checkpoint_id, level)
 
     @property
+    def decision_key(self) -> IdempotencyKey:
+        """The key of this checkpoint's one decision: of its level, or ``joint`` for several."""
+        return self.key(decided_level(self.levels))
+
+    @property
     def document(self) -> CheckpointDocument:
         """What is no array."""
         return CheckpointDocument(
@@ -152,6 +196,8 @@ class CheckpointBundle:
         gates: bytes | memoryview | None = None,
         layers: bytes | memoryview | None = None,
         heads: bytes | memoryview | None = None,
+        *,
+        network: NetworkExport | None = None,
     ) -> CheckpointBundle:
         """The bundle of a document and its blobs; refuses what does not fit together."""
         return cls(
@@ -164,6 +210,7 @@ class CheckpointBundle:
             requirements=document.requirements,
             layers={} if layers is None else unpack_statistics(LayerStatistics, layers, "layers"),
             heads={} if heads is None else unpack_statistics(HeadImportanceData, heads, "heads"),
+            network=network,
         )
 
     def save(self, folder: str | Path) -> Path:
@@ -178,6 +225,10 @@ class CheckpointBundle:
                 file.unlink(missing_ok=True)
             else:
                 file.write_bytes(blob)
+        for file_name in NETWORK_FILES.values():
+            (path / file_name).unlink(missing_ok=True)
+        if self.network is not None:
+            self.network.save(path)
         (path / "checkpoint.json").write_text(self.document.model_dump_json(indent=1))
         return path
 
@@ -196,6 +247,7 @@ class CheckpointBundle:
                 _read_document(path / "checkpoint.json"),
                 files["statistics"].read_bytes(),
                 *(files[x].read_bytes() if files[x].exists() else None for x in _OPTIONAL),
+                network=NetworkExport.load(path),
             )
         except ContractError as error:
             file = files.get(error.field.partition(".")[0])

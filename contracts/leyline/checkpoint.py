@@ -69,6 +69,12 @@ class CheckpointReady(Message):
     heads: BlobRef | None = Field(default=None, exclude_if=lambda ref: ref is None)
     """Safetensors: HeadImportanceData of every attention layer, where measured; left out where
     not."""
+    program: BlobRef | None = Field(default=None, exclude_if=lambda ref: ref is None)
+    """Msgpack: the network as a graph of operators with gates, so that cuts can be measured."""
+    weights: BlobRef | None = Field(default=None, exclude_if=lambda ref: ref is None)
+    """Safetensors: the parameters and buffers of the program, by path."""
+    held_out: BlobRef | None = Field(default=None, exclude_if=lambda ref: ref is None)
+    """Safetensors: inputs and labels that no statistic was measured on."""
     levels: tuple[Level, ...] = (Level.CHANNEL,)
     """What may be removed."""
     parameters: AnalysisParameters = AnalysisParameters()

@@ -24,6 +24,7 @@ from .base import (
 )
 from .errors import IdentityMismatch, InvalidField
 from .identity import DecisionKey, IdempotencyKey, Level
+from .verification import Verification
 
 
 class Phase(WireEnum):
@@ -239,6 +240,8 @@ class SafetyValidation(Message):
     """0 to 1; reduced by every fallback."""
     measured: bool = False
     """Whether the cut was measured on held-out data or only predicted."""
+    verification: Verification | None = Field(default=None, exclude_if=lambda v: v is None)
+    """What was measured; left out where the cut was only predicted."""
 
 
 class LevelPart(Message):
@@ -291,7 +294,9 @@ class StructuralPruningDecision(Message):
     @property
     def units(self) -> dict[str, tuple[int, ...]]:
         """Units to remove by group, in current numbering: what a Surgeon takes."""
-        return {t.layer_name: t.indices for t in (*self.channels, *self.attention_heads)}
+        targets: list[ChannelPruningTarget | AttentionHeadTarget]
+        targets = [*self.channels, *self.attention_heads]
+        return {target.layer_name: target.indices for target in targets}
 
     @property
     def taken(self) -> tuple[Level, ...]:

@@ -160,3 +160,27 @@ class UnknownDecision(ContractError):
     """An outcome or a tool names a decision that was never published."""
 
     code = "unknown_decision"
+
+
+class Unsigned(ContractError):
+    """A message without a signature where one is required; nothing of it was parsed."""
+
+    code = "unsigned"
+
+
+class BadSignature(ContractError):
+    """A signature that is malformed, of an unknown or expired key, or not of these bytes."""
+
+    code = "bad_signature"
+
+
+class NotAuthorized(ContractError):
+    """A genuine signature by a key that may not speak on this stream."""
+
+    code = "not_authorized"
+
+
+class Unreadable(ContractError):
+    """A sealed blob that none of the keys opens, or that was sealed for another architecture."""
+
+    code = "unreadable"

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Self
 from pydantic import Field, WithJsonSchema, model_validator
 
 from .architecture import PrunedArchitecture
-from .base import Duration, Epoch, Fraction, Identifier, Message, ModelHash, NonNegative
+from .base import Duration, Epoch, Fraction, Identifier, Label, Message, ModelHash, NonNegative
 from .checkpoint import BlobRef, CheckpointMetadata
 from .errors import IdentityMismatch
 from .identity import Level, RequestKey, RequestKeyText
@@ -46,6 +46,12 @@ class StructuralAnalysisRequest(Message):
     heads: BlobRef | None = Field(default=None, exclude_if=lambda ref: ref is None)
     """Safetensors: HeadImportanceData of every attention layer, where measured; left out where
     not."""
+    program: BlobRef | None = Field(default=None, exclude_if=lambda ref: ref is None)
+    """Msgpack: the network as a graph of operators with gates, so that cuts can be measured."""
+    weights: BlobRef | None = Field(default=None, exclude_if=lambda ref: ref is None)
+    """Safetensors: the parameters and buffers of the program, by path."""
+    held_out: BlobRef | None = Field(default=None, exclude_if=lambda ref: ref is None)
+    """Safetensors: inputs and labels that no statistic was measured on."""
     levels: tuple[Level, ...] = (Level.CHANNEL,)
     """What may be removed."""
 
@@ -66,8 +72,12 @@ class AnalysisRequest(Message):
     request_id: Identifier
     epoch: Epoch
     model_hash: ModelHash
+    run_id: Label = Field(default="", exclude_if=lambda name: not name)
+    """The training run that asks, where there is one."""
     importance: BlobRef
-    """ImportanceData: one Count-Min sketch a tensor."""
+    """Encoded ImportanceData."""
+    ranks: tuple[BlobRef, ...] = Field(default=(), exclude_if=lambda refs: not refs)
+    """The same of the other data-parallel ranks; all are merged."""
     marking_threshold: NonNegative = 1e-8
     """Parameters whose importance is surely below it are marked."""
     confidence_threshold: Fraction = 0.95

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from elesh import safety
-from elesh.safety import BreakerStatus, Verify
+from elesh.safety import BreakerStatus, Verifier
 from elesh.settings import Settings
 from leyline import (
     CheckpointBundle,
@@ -50,7 +50,7 @@ def join(
     *,
     breakers: Mapping[Level, BreakerStatus] | None = None,
     missing: Sequence[tuple[Level, str]] = (),
-    verify: Verify | None = None,
+    verify: Verifier | None = None,
 ) -> StructuralPruningDecision:
     """Decide by the analyses of all levels.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TypeVar
 
 from leyline import (
     AttentionHeadTarget,
@@ -26,7 +25,6 @@ __all__ = ["identity_of", "merged", "restricted", "settled"]
 Identity = tuple[str, int]
 _ALIGNED = {"channel_indices", "head_indices", "original_indices", "importance"}
 """Fields of a target that list something for each unit that goes."""
-_Unit = TypeVar("_Unit", ChannelPruningTarget, AttentionHeadTarget)
 
 
 def identity_of(unit: RankedUnit) -> Identity:
@@ -56,23 +54,25 @@ def _heights(order: Sequence[RankedUnit]) -> Iterable[tuple[float, RankedUnit]]:
 
 
 def settled(
-    order: Sequence[RankedUnit], count: int, sizes: dict[str, int], multiples: dict[str, int]
+    units: Sequence[RankedUnit], sizes: Mapping[str, int], multiples: Mapping[str, int]
 ) -> tuple[RankedUnit, ...]:
-    """The first ``count`` units, less the last ones of groups that would not end at their multiple.
+    """The units, less the last ones of groups that would not end at their multiple.
 
     Args:
-        sizes, multiples: of the groups that have one over 1; units of others are left as they are.
+        units: in the order of removal.
+        sizes, multiples: of the groups that lose some.
     """
-    prefix = list(order[:count])
+    by_group: dict[str, list[RankedUnit]] = {}
+    for unit in units:
+        by_group.setdefault(unit.layer_name, []).append(unit)
+    back: set[Identity] = set()
     for name, multiple in multiples.items():
-        taken = [unit for unit in prefix if unit.layer_name == name]
-        kept = sizes[name] - len(taken)
-        back = -kept % multiple if taken else 0
+        taken = by_group.get(name, [])
+        excess = -(sizes[name] - len(taken)) % multiple
         # A group that is no multiple to begin with may not reach the one above: leave it whole.
-        given = taken[len(taken) - back :] if kept + back <= sizes[name] else taken
-        gone = {identity_of(unit) for unit in given}
-        prefix = [unit for unit in prefix if identity_of(unit) not in gone]
-    return tuple(prefix)
+        given = taken[len(taken) - excess :] if excess <= len(taken) else taken
+        back |= {identity_of(unit) for unit in given}
+    return tuple(unit for unit in units if identity_of(unit) not in back)
 
 
 def restricted(
@@ -96,15 +96,19 @@ def restricted(
 
 
 def _with(
-    target: _Unit, places: Sequence[int], costs: Mapping[Identity, float], why: Reason
-) -> _Unit:
+    target: ChannelPruningTarget | AttentionHeadTarget,
+    places: Sequence[int],
+    costs: Mapping[Identity, float],
+    why: Reason,
+) -> Target:
     """The target with the units at ``places`` only; of the others the cheapest are told."""
     kept = [target.indices[place] for place in places]
     back = [
         SparedUnit(index=index, cost=costs[target.layer_name, index], reason=why)
         for index in sorted(set(target.indices) - set(kept))
     ]
-    near = sorted((*back, *target.spared), key=lambda unit: (unit.cost, unit.index))[:MAX_SPARED]
+    near = [*back, *target.spared]
+    near = sorted(near, key=lambda unit: (unit.cost, unit.index))[:MAX_SPARED]
     fields: dict[str, object] = dict(target)
     for name in _ALIGNED & fields.keys():
         listed = getattr(target, name)

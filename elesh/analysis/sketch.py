@@ -186,6 +186,10 @@ class CountMinSketch:
             np.minimum(least, row[self._columns(keys, seed)], out=least)
         return least.astype(np.float64)
 
+    def shares_below(self, value: float) -> tuple[float, ...]:
+        """For each row the share of cells that hold less than ``value``."""
+        return tuple(float(np.count_nonzero(row < value)) / self.width for row in self._cells)
+
     def decay(self, factor: float) -> None:
         """Multiply everything added so far, the total included, by ``factor`` in (0, 1].
 

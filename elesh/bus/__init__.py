@@ -13,9 +13,11 @@ from .embedded import EmbeddedServer, embedded_server, server_url
 from .errors import BusUnavailable, Overloaded, masked
 from .plans import Plan, Planned, Stored
 from .records import Delivery, History, Pending, Record, Settlement, Settling, read_letter
+from .registry import Backlog, Registry, WorkerState
 from .sweeping import Sweep
 
 __all__ = [
+    "Backlog",
     "BlobStore",
     "BreakerStore",
     "BreakerView",
@@ -29,10 +31,12 @@ __all__ = [
     "Plan",
     "Planned",
     "Record",
+    "Registry",
     "Settlement",
     "Settling",
     "Stored",
     "Sweep",
+    "WorkerState",
     "embedded_server",
     "masked",
     "read_letter",

@@ -36,6 +36,7 @@ from .groups import Groups, pairs_of
 from .keys import Keys
 from .plans import PlanStore
 from .records import Delivery, Pending, Record, Settlement, Settling, deliveries_of, entry_fields
+from .registry import Registry
 from .scripts import Scripts
 from .sweeping import Sweeper
 from .upkeep import forget_idle_consumers, pending_of
@@ -75,6 +76,7 @@ class Bus:
         self.breakers = BreakerStore(
             client, self._scripts, settings.partition, breaker or BreakerSettings()
         )
+        self.registry = Registry(client, self._scripts, settings.partition)
 
     @classmethod
     async def connect(

@@ -41,6 +41,8 @@ class Scripts:
         self._trim = load("trim")
         self._touch = load("touch")
         self._breaker = load("breaker")
+        self._beat = load("beat")
+        self._census = load("census")
 
     async def publish(self, keys: Sequence[str], args: Args) -> str | None:
         """Append once for each marker; the entry's id, new or known, None if it was shed."""
@@ -107,4 +109,15 @@ class Scripts:
     async def breaker(self, keys: Sequence[str], args: Args) -> list[Any]:
         """Run one operation of a circuit breaker; see ``lua/breaker.lua``."""
         reply: list[Any] = await self._breaker(keys, args)
+        return reply
+
+    async def beat(
+        self, worker: str, index: str, name: str, milliseconds: int, fields: Args
+    ) -> None:
+        """Write a worker's hash with its time to live; see ``lua/beat.lua``."""
+        await self._beat([worker, index], [name, milliseconds, *fields])
+
+    async def census(self, streams: Sequence[str], groups: Sequence[str]) -> list[list[int]]:
+        """Five figures a stream; see ``lua/census.lua``."""
+        reply: list[list[int]] = await self._census(list(streams), list(groups))
         return reply

@@ -16,14 +16,15 @@ from .gates import (
     structure,
     verdict,
 )
-from .verification import Proposal, Verification, Verify
+from .verification import Entry, Measured, Proposal, Verifier
 
 __all__ = [
     "MIN_SAMPLES",
     "BreakerStatus",
+    "Entry",
+    "Measured",
     "Proposal",
-    "Verification",
-    "Verify",
+    "Verifier",
     "Vote",
     "breaker_gate",
     "cumulative_limit",

@@ -30,6 +30,7 @@ from .pruning import (
     SafetySchedule,
     StructuredPruning,
 )
+from .security import SecuritySettings
 
 __all__ = [
     "AccuracyTarget",
@@ -41,6 +42,7 @@ __all__ = [
     "LayerAnalysis",
     "RollbackTriggers",
     "SafetySchedule",
+    "SecuritySettings",
     "Settings",
     "SettingsError",
     "StructuredPruning",
@@ -49,6 +51,7 @@ __all__ = [
 ]
 
 _NO_PART_IN_DECISIONS = {
+    "security",
     "analysis_workers_per_gpu",
     "layers_per_worker",
     "analysis_timeout",
@@ -72,7 +75,7 @@ class Settings(BaseSettings):
         validate_default=True,
         allow_inf_nan=False,
     )
-    _types = field_validator("*", mode="before")(no_boolean)
+    _types = field_validator("*", mode="before")(classmethod(no_boolean))
 
     analysis_workers_per_gpu: int = Field(default=4, ge=1)
     layers_per_worker: int = Field(default=8, ge=1)
@@ -90,6 +93,7 @@ class Settings(BaseSettings):
     breaker: BreakerSettings = BreakerSettings()
     bus: BusSettings = BusSettings()
     worker: WorkerSettings = WorkerSettings()
+    security: SecuritySettings = SecuritySettings()
 
     @classmethod
     def load(cls, path: str | Path | None = None, **over: Any) -> Settings:

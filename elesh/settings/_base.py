@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 _S = TypeVar("_S", bound=BaseModel)
 
@@ -16,8 +16,10 @@ def require_sum_one(section: _S, *names: str) -> _S:
     return section
 
 
-def no_boolean(value: Any) -> Any:
-    if isinstance(value, bool):
+def no_boolean(section: type[BaseModel], value: Any, info: ValidationInfo) -> Any:
+    """Refuse true and false where a number or a text is asked for (pydantic takes them as 1, 0)."""
+    field = section.model_fields[info.field_name or ""]
+    if isinstance(value, bool) and field.annotation is not bool:
         raise ValueError("a number or a text is expected here, not true or false")
     return value
 
@@ -26,4 +28,4 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
     )
-    _types = field_validator("*", mode="before")(no_boolean)
+    _types = field_validator("*", mode="before")(classmethod(no_boolean))

@@ -37,8 +37,9 @@ def apply_decision(
     """Mask what the decision names, evaluate, and cut only if accuracy holds.
 
     A decision that was not approved, or that speaks of another architecture than the present one
-    (an earlier cut came between), changes nothing. A drop of accuracy beyond the level's trigger
-    takes the mask off: the network is then bit for bit what it was.
+    (an earlier cut came between), changes nothing. A drop of accuracy beyond the trigger
+    (of several levels, the strictest) takes the mask off: the network is then bit for bit what it
+    was.
 
     Args:
         redistribute: called just before the cut for the moments that the consumers are re-solved
@@ -65,7 +66,7 @@ def apply_decision(
             masked = evaluate()
     finally:
         surgeon.unmask()
-    limit = _trigger(decision.key.level, triggers or RollbackTriggers())
+    limit = min(_trigger(level, triggers or RollbackTriggers()) for level in decision.taken)
     if not plain.accuracy - masked.accuracy <= limit:  # NaN rolls back too
         fell = f"accuracy {plain.accuracy:.4f} fell to {masked.accuracy:.4f} under the mask"
         reason = f"{fell}, more than {limit:g}"

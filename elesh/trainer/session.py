@@ -2,71 +2,39 @@
 
 Promises: ``publish`` and ``decisions`` never block and never raise because the bus is away; what
 could not be sent is counted in ``missed`` and logged; a checkpoint that was published twice is one
-event. Everything that waits happens in one background thread with its own event loop.
+event. Everything that waits happens in :mod:`.bus_thread`.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from opentelemetry.trace import Span, SpanKind
 
-from elesh.bus import Bus, BusUnavailable, Delivery, server_url
-from elesh.observe import carrier_of, get_logger, setup_tracing, span, span_from
+from elesh.observe import carrier_of, setup_tracing, span, span_from
 from elesh.settings import Settings
 from leyline import (
     CheckpointBundle,
-    CheckpointReady,
-    ContractError,
     Message,
     PruningOutcome,
     RecompilationRequest,
-    RequestKey,
-    StructuralAnalysisRequest,
     StructuralPruningDecision,
     TelemetryEvent,
-    read_envelope,
     stable_hash,
-    unwrap,
 )
-from leyline.streams import (
-    CHECKPOINTS,
-    DECISIONS,
-    OUTCOMES,
-    RECOMPILE,
-    REQUESTS,
-    TELEMETRY,
-    Stream,
-)
+from leyline.streams import CHECKPOINTS, OUTCOMES, RECOMPILE, REQUESTS, Stream
 
 from .apply import Evaluation, apply_decision
+from .bus_thread import BusThread, Outgoing
 from .redistribute import Moments
 from .surgeon import Surgeon
 
 __all__ = ["Session"]
-
-_SOURCE = "kasmina"
-_OUTBOX = 8
-_log = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class _Outgoing:
-    stream: Stream
-    message: Message | CheckpointBundle
-    carrier: dict[str, str]
-    run_id: str
-    epoch: int
-    event_id: str
-    request_id: str = ""
 
 
 class Session:
@@ -91,23 +59,21 @@ class Session:
     def __init__(self, run_id: str, url: str = "", settings: Settings | None = None) -> None:
         self.run_id = run_id
         self.settings = settings or Settings()
-        self.missed = 0
-        """Messages that could not be queued or sent."""
         self.failed: set[str] = set()
         """Keys whose analysis ended in the dead letters."""
-        self._url = url or self.settings.bus.url
-        self._outbox: queue.Queue[_Outgoing] = queue.Queue(_OUTBOX)
         self._inbox: queue.SimpleQueue[StructuralPruningDecision] = queue.SimpleQueue()
-        self._carriers: dict[str, dict[str, str]] = {}
+        self._carriers: dict[str, Mapping[str, str]] = {}
         self._arrived = threading.Event()
-        self._connected = threading.Event()
-        self._closing = threading.Event()
-        self._wake: Callable[[], None] = lambda: None
-        self._thread = threading.Thread(target=self._main, name="elesh-session", daemon=True)
+        self._bus = BusThread(run_id, url or self.settings.bus.url, self.settings, self._take)
+
+    @property
+    def missed(self) -> int:
+        """Messages that could not be queued or sent."""
+        return self._bus.missed
 
     def __enter__(self) -> Self:
         setup_tracing("elesh-trainer", self.run_id)
-        self._thread.start()
+        self._bus.start()
         return self
 
     def __exit__(
@@ -120,15 +86,11 @@ class Session:
 
     def close(self, timeout: float = 5.0) -> None:
         """Send what is queued, for at most ``timeout`` seconds, and end the thread."""
-        self._closing.set()
-        self._wake()
-        self._thread.join(timeout)
-        if self._thread.is_alive():
-            _log.warning("session closed with messages unsent", queued=self._outbox.qsize())
+        self._bus.close(timeout)
 
     def wait_connected(self, timeout: float) -> bool:
         """Wait until the bus answered once. Training does not need this; tools do."""
-        return self._connected.wait(timeout)
+        return self._bus.connected.wait(timeout)
 
     @contextmanager
     def checkpoint(self, epoch: int) -> Iterator[None]:
@@ -218,141 +180,12 @@ class Session:
         event_id: str = "",
         request_id: str = "",
     ) -> bool:
-        item = _Outgoing(stream, message, carrier_of(), self.run_id, epoch, event_id, request_id)
-        try:
-            self._outbox.put_nowait(item)
-        except queue.Full:
-            self.missed += 1
-            _log.warning("not published, queue full", stream=stream.name, epoch=epoch)
-            return False
-        self._wake()
-        return True
+        return self._bus.send(Outgoing(stream, message, carrier_of(), epoch, event_id, request_id))
 
-    # From here on: the background thread.
-
-    def _main(self) -> None:
-        try:
-            asyncio.run(self._serve())
-        except Exception:
-            self.missed += self._outbox.qsize()
-            _log.exception("session ended; training goes on without Elesh")
-
-    async def _serve(self) -> None:
-        loop, woken, closing = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
-
-        def rouse() -> None:
-            woken.set()
-            if self._closing.is_set():
-                closing.set()
-
-        def wake() -> None:
-            # The loop may have ended already: then there is nobody to wake.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(rouse)
-
-        self._wake = wake
-        rouse()
-        async with server_url(self._url) as url:
-            while not (closing.is_set() and self._outbox.empty()):
-                if not await self._connect_and_talk(url, woken, closing):
-                    break
-        self.missed += self._outbox.qsize()
-
-    async def _connect_and_talk(
-        self, url: str, woken: asyncio.Event, closing: asyncio.Event
-    ) -> bool:
-        """One connection's life; False if the session closes before the bus is there."""
-        settings = self.settings
-        bus = await Bus.connect_when_available(url, settings.bus, settings.breaker, stop=closing)
-        if bus is None:
-            return False
-        try:
-            await self._talk(bus, woken, closing)
-        except BusUnavailable as error:
-            _log.warning("bus away, will connect again", reason=str(error))
-        finally:
-            await bus.close()
-        return True
-
-    async def _talk(self, bus: Bus, woken: asyncio.Event, closing: asyncio.Event) -> None:
-        starts = [
-            (stream, (await bus.follow(stream, last_id="$", block_seconds=0))[0])
-            for stream in (DECISIONS, TELEMETRY)
-        ]
-        listeners = [
-            asyncio.create_task(self._listen(bus, stream, start, closing))
-            for stream, start in starts
-        ]
-        self._connected.set()
-        try:
-            await self._send_all(bus, woken, closing)
-        finally:
-            for task in listeners:
-                task.cancel()
-            await asyncio.gather(*listeners, return_exceptions=True)
-
-    async def _send_all(self, bus: Bus, woken: asyncio.Event, closing: asyncio.Event) -> None:
-        """Send until closing and the outbox is empty."""
-        while not (closing.is_set() and self._outbox.empty()):
-            woken.clear()
-            while not self._outbox.empty():
-                await self._send(bus, self._outbox.get_nowait(), closing)
-            if not closing.is_set():
-                await woken.wait()
-
-    async def _send(self, bus: Bus, item: _Outgoing, closing: asyncio.Event) -> None:
-        while True:
-            try:
-                message = item.message
-                if isinstance(message, CheckpointBundle):
-                    message = await _with_blobs(bus, message, item.request_id)
-                await bus.publish(
-                    item.stream,
-                    message,
-                    source=_SOURCE,
-                    carrier=item.carrier,
-                    run_id=item.run_id,
-                    epoch=item.epoch,
-                    event_id=item.event_id,
-                )
-                return
-            except BusUnavailable as error:
-                _log.warning("bus away, will publish later", reason=str(error))
-                if not await bus.when_available(stop=closing):
-                    self.missed += 1
-                    return
-            except ContractError as error:
-                self.missed += 1
-                _log.error("not publishable", stream=item.stream.name, reason=str(error))
-                return
-
-    async def _listen(self, bus: Bus, stream: Stream, last: str, closing: asyncio.Event) -> None:
-        while True:
-            try:
-                last, deliveries = await bus.follow(stream, last_id=last, block_seconds=1.0)
-            except BusUnavailable:
-                if not await bus.when_available(stop=closing):
-                    return
-                continue
-            for delivery in deliveries:
-                self._take(delivery)
-
-    def _take(self, delivery: Delivery) -> None:
-        try:
-            envelope = read_envelope(delivery.envelope)
-            if envelope.training_run_id != self.run_id:
-                return
-            message = unwrap(envelope)
-        except ContractError as error:
-            _log.warning(
-                "unreadable message passed over",
-                stream=delivery.stream.name,
-                entry=delivery.entry_id,
-                reason=str(error),
-            )
-            return
+    def _take(self, message: Message, carrier: Mapping[str, str]) -> None:
+        """Take in a message of this run; called on the bus's thread."""
         if isinstance(message, StructuralPruningDecision):
-            self._carriers[message.idempotency_key] = delivery.carrier
+            self._carriers[message.idempotency_key] = carrier
             self._inbox.put(message)
             self._arrived.set()
         elif isinstance(message, TelemetryEvent) and message.step == "dead_letter":
@@ -370,40 +203,4 @@ def _sending(stream: Stream) -> AbstractContextManager[Span]:
             "messaging.operation.type": "send",
             "messaging.destination.name": stream.name,
         },
-    )
-
-
-async def _with_blobs(
-    bus: Bus, bundle: CheckpointBundle, request_id: str
-) -> CheckpointReady | StructuralAnalysisRequest:
-    """Put the blobs and return the event or request that points at them."""
-    statistics = await bus.blobs.put(bundle.statistics_blob())
-    gates, layers, heads = [
-        None if blob is None else await bus.blobs.put(blob)
-        for blob in (bundle.gates_blob(), bundle.layers_blob(), bundle.heads_blob())
-    ]
-    metadata = bundle.metadata
-    if not request_id:
-        return CheckpointReady(
-            metadata=metadata,
-            architecture=bundle.architecture,
-            statistics=statistics,
-            gates=gates,
-            layers=layers,
-            heads=heads,
-            levels=bundle.levels,
-            parameters=bundle.parameters,
-        )
-    return StructuralAnalysisRequest(
-        request_id=request_id,
-        idempotency_key=str(RequestKey(metadata.epoch, metadata.model_hash, request_id)),
-        current_architecture=bundle.architecture,
-        parameters=bundle.parameters,
-        requirements=bundle.requirements,
-        metadata=metadata,
-        statistics=statistics,
-        gates=gates,
-        layers=layers,
-        heads=heads,
-        levels=bundle.levels,
     )

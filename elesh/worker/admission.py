@@ -7,7 +7,6 @@ Pure but for the clock that it is given. Everything that is wrong with a message
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -28,9 +27,11 @@ from leyline import (
     PruningOutcome,
     StructuralAnalysisRequest,
     UnknownType,
+    decided_level,
     read_envelope,
     unwrap,
 )
+from leyline.bundle import NETWORK_FILES
 
 __all__ = ["SUPPORTED", "Admitted", "Work", "admit", "fingerprint"]
 
@@ -50,6 +51,8 @@ class Work:
     gates: BlobRef | None
     layers: BlobRef | None
     heads: BlobRef | None
+    network: tuple[BlobRef, ...]
+    """Program, weights and held-out data, where all three are there."""
     run_id: str
     window: float
     """Seconds that the analysis may take."""
@@ -79,7 +82,8 @@ class Work:
             "layers": self.layers,
             "heads": self.heads,
         }
-        return {f"{name}.safetensors": blob for name, blob in blobs.items() if blob is not None}
+        files = {f"{name}.safetensors": blob for name, blob in blobs.items() if blob is not None}
+        return files | dict(zip(NETWORK_FILES.values(), self.network, strict=False))
 
 
 Admitted = Work | PruningOutcome | AnalysisItem | JoinItem
@@ -181,16 +185,21 @@ def _work(
         gates=message.gates,
         layers=message.layers,
         heads=message.heads,
+        network=_network(message),
         run_id=metadata.run_id,
         window=window,
         received=now,
     )
 
 
-def decided_level(levels: Sequence[Level]) -> Level:
-    """The level in the key of the decision on ``levels``."""
-    distinct = dict.fromkeys(levels)
-    return levels[0] if len(distinct) == 1 else Level.JOINT
+def _network(message: CheckpointReady | StructuralAnalysisRequest) -> tuple[BlobRef, ...]:
+    """The three blobs of the network, or none of them."""
+    refs = {name: getattr(message, name) for name in NETWORK_FILES}
+    given = tuple(ref for ref in refs.values() if ref is not None)
+    if given and len(given) < len(refs):
+        missing = ", ".join(name for name, ref in refs.items() if ref is None)
+        raise InvalidField("program", "program, weights and held_out together", f"no {missing}")
+    return given
 
 
 _VOLATILE = frozenset({"uri", "expires", "created_at", "timeout"})

@@ -25,6 +25,7 @@ from leyline import (
     decode,
     encode,
 )
+from leyline.bundle import NETWORK_FILES
 
 from .admission import Work
 from .compute import ChildFailure, ComputeChild
@@ -34,6 +35,7 @@ from .reports import Reports
 
 __all__ = ["Analyst"]
 
+_NETWORK = frozenset(NETWORK_FILES.values())
 R = TypeVar("R", StructuralPruningDecision, LevelAnalysis)
 
 
@@ -80,7 +82,7 @@ class Analyst:
         Raises:
             ContractError: as :meth:`decide` does.
         """
-        await self._fetch(work)
+        await self._fetch(work, network=False)
         return await self._result(LevelAnalysis, work, self._job("level", work, (level,)))
 
     async def join(
@@ -105,17 +107,22 @@ class Analyst:
         finally:
             self._forget()
 
-    async def _fetch(self, work: Work) -> None:
-        if self._fetched == work.fingerprint:
-            return
-        self._forget()
-        self._folder.mkdir(parents=True)
-        size = sum(ref.size for ref in work.blobs.values())
+    async def _fetch(self, work: Work, *, network: bool = True) -> None:
+        """Have the blobs in the spool folder; what is there already is not fetched again."""
+        if self._fetched != work.fingerprint:
+            self._forget()
+            self._folder.mkdir(parents=True)
+            (self._folder / DOCUMENT).write_bytes(encode(work.document))
+            self._fetched = work.fingerprint
+        wanted = {
+            name: ref
+            for name, ref in work.blobs.items()
+            if not (self._folder / name).exists() and (network or name not in _NETWORK)
+        }
+        size = sum(ref.size for ref in wanted.values())
         with span("fetch blobs", attributes={"elesh.blob_bytes": size}):
-            for name, ref in work.blobs.items():
+            for name, ref in wanted.items():
                 await self._bus.blobs.fetch(ref, self._folder / name)
-        (self._folder / DOCUMENT).write_bytes(encode(work.document))
-        self._fetched = work.fingerprint
         await self._reports.step("fetched", work, figures={"bytes": size})
 
     def _forget(self) -> None:

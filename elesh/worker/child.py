@@ -25,6 +25,7 @@ from leyline import (
     ContractError,
     Level,
     LevelAnalysis,
+    NetworkExport,
     StructuralPruningDecision,
     decode,
     encode,
@@ -156,6 +157,7 @@ def _input(job: Job) -> tuple[CheckpointBundle, Settings]:
         scope.narrowed(document, limit),
         (folder / "statistics.safetensors").read_bytes(),
         *(file.read_bytes() if file.exists() else None for file in optional),
+        network=None if scope.vectors_only or job.kind == "level" else NetworkExport.load(folder),
     )
     return bundle, settings
 

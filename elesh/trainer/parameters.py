@@ -1,0 +1,215 @@
+"""The trainer's side of parameter masks (section 4.4): importance kept in a sketch, masks applied.
+
+Promises: a pass leaves the network as it was, ``grad`` included; what the sketch says of an
+element is never below its latest importance, so that masks made from it are safe; ranks of a
+data-parallel run that give the same ``seed`` can be merged; a mask is put only on the tensor that
+it was made for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from elesh.analysis.parameters import allotted, sampled_indices
+from elesh.analysis.sketch import CountMinSketch, element_keys
+from leyline import (
+    IdentityMismatch,
+    InvalidField,
+    NotFinite,
+    ParameterIdentifier,
+    PruningMasks,
+    ShapeMismatch,
+)
+from leyline.arrays import pack_arrays
+
+from .calling import Inputs, batch_size, call, device_of, map_tensors, undisturbed
+from .losses import Loss, cross_entropy, total
+
+__all__ = ["ParameterImportance", "ParameterTracker", "apply_masks", "identifiers"]
+
+
+def identifiers(model: nn.Module) -> tuple[ParameterIdentifier, ...]:
+    """The identities of all trained parameters, in ``named_parameters`` order."""
+    return tuple(
+        ParameterIdentifier(
+            path=path, shape=tuple(p.shape), dtype=str(p.dtype).removeprefix("torch.")
+        )
+        for path, p in model.named_parameters()
+        if p.requires_grad
+    )
+
+
+@dataclass(frozen=True)
+class ParameterImportance:
+    """What a rank exports: the content of an ImportanceData and of its two blobs."""
+
+    parameters: tuple[ParameterIdentifier, ...]
+    sketch: CountMinSketch
+    samples: Mapping[str, npt.NDArray[np.float32]]
+
+    def sketches_blob(self) -> bytes:
+        """Safetensors of the sketch."""
+        return self.sketch.to_bytes()
+
+    def samples_blob(self) -> bytes:
+        """Safetensors of the exact samples, by identifier."""
+        return pack_arrays(dict(self.samples))
+
+
+class ParameterTracker:
+    """Discounted importance of every single parameter: S <- momentum * S + mean |w * dL/dw|.
+
+    The first-order Taylor term of each weight (Molchanov et al. 2017, for single weights), a mean
+    over batches of the batch's own; without the usual (1 - momentum), so that S is at least the
+    latest importance and an element below the threshold is so now, whatever it was before.
+
+    Args:
+        model: the network; its parameters may change shape (then the history starts anew).
+        loss: as for :class:`elesh.trainer.Recorder`; cross-entropy by default.
+        samples: elements whose exact importance is kept beside the sketch to check masks with.
+        momentum: of the discount, 0 to 1; 0 forgets earlier checkpoints.
+        offline: a worker-sized sketch (P / 100 cells a row) instead of the runtime one (P / 1000).
+        seed: of the sketch's hashes; the same on every rank.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        loss: Loss | None = None,
+        samples: int = 10_000,
+        momentum: float = 0.99,
+        offline: bool = True,
+        seed: int = 0,
+    ) -> None:
+        if not 0 <= momentum < 1:
+            raise InvalidField("momentum", "at least 0 and below 1", momentum)
+        self._model, self._loss = model, loss or cross_entropy
+        self._count, self._momentum, self._seed = samples, momentum, seed
+        self._make = CountMinSketch.offline if offline else CountMinSketch.runtime
+        self._start(identifiers(model))
+
+    def _start(self, parameters: tuple[ParameterIdentifier, ...]) -> None:
+        self._parameters = parameters
+        size = sum(int(np.prod(p.shape, dtype=np.int64)) for p in parameters)
+        self._sketch = self._make(size, seed=self._seed)
+        counts = allotted(parameters, self._count)
+        self._places = {
+            p.identifier: sampled_indices(p, counts.get(p.identifier, 0)) for p in parameters
+        }
+        self._exact = {name: np.zeros(len(places)) for name, places in self._places.items()}
+
+    def observe(self, batches: Iterable[tuple[Inputs, Any]]) -> None:
+        """One pass over calibration batches: one forward and one backward pass each.
+
+        Raises:
+            NotFinite: naming the parameter whose importance is not finite; nothing has changed.
+            InvalidField: if there is no batch.
+        """
+        now = identifiers(self._model)
+        if now != self._parameters:
+            self._start(now)
+        means = self._importance(batches)
+        if self._sketch.total:
+            self._decay()
+        for parameter in self._parameters:
+            amounts = means[parameter.path].ravel()
+            keys = element_keys(parameter.identifier, np.arange(len(amounts)))
+            self._sketch.add(keys, amounts)
+            self._exact[parameter.identifier] += amounts[self._places[parameter.identifier]]
+
+    def export(self) -> ParameterImportance:
+        """What is known now; the sketch is a copy."""
+        return ParameterImportance(
+            self._parameters,
+            CountMinSketch.from_bytes(self._sketch.to_bytes()),
+            # Rounded down: what is called exact must not exceed what the sketch holds.
+            {name: _below(values) for name, values in self._exact.items() if len(values)},
+        )
+
+    def _decay(self) -> None:
+        if self._momentum == 0:
+            self._start(self._parameters)
+            return
+        self._sketch.decay(self._momentum)
+        for values in self._exact.values():
+            values *= self._momentum
+
+    def _importance(
+        self, batches: Iterable[tuple[Inputs, Any]]
+    ) -> dict[str, npt.NDArray[np.float64]]:
+        """Mean over batches of |w * dL/dw|, by path."""
+        trained = {path: p for path, p in self._model.named_parameters() if p.requires_grad}
+        sums = {path: torch.zeros_like(p, dtype=torch.float32) for path, p in trained.items()}
+        device, seen = device_of(self._model), 0
+        with undisturbed(self._model, self._seed):
+            for inputs, labels in batches:
+                seen += 1
+                for path, amount in self._of_batch(trained, inputs, labels, device):
+                    sums[path] += amount
+        if not seen:
+            raise InvalidField("batches", "at least one batch", 0)
+        means = {path: value.double().cpu().numpy() / seen for path, value in sums.items()}
+        for path, mean in means.items():
+            if not np.isfinite(mean).all():
+                raise NotFinite(f"importance of {path}", "finite numbers", "NaN or infinity")
+        return means
+
+    def _of_batch(
+        self, trained: Mapping[str, Tensor], inputs: Inputs, labels: Any, device: torch.device
+    ) -> Iterable[tuple[str, Tensor]]:
+        move: Callable[[Tensor], Tensor] = lambda tensor: tensor.to(device)  # noqa: E731
+        output = call(self._model, map_tensors(move, inputs))
+        samples = batch_size(inputs)
+        loss = total(self._loss(output, map_tensors(move, labels)), samples) / samples
+        gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        for (path, weight), gradient in zip(trained.items(), gradients, strict=True):
+            if gradient is not None:
+                yield path, (weight.detach() * gradient).abs().float()
+
+
+def apply_masks(model: nn.Module, masks: PruningMasks, packed: bytes = b"") -> int:
+    """Set every marked parameter to zero, in place; how many there were.
+
+    Args:
+        packed: the content of ``masks.packed`` where the masks travel in a blob.
+
+    Raises:
+        IdentityMismatch: if a mask speaks of a tensor that the model does not have in that shape
+            and dtype. Nothing has changed then.
+        ShapeMismatch: if ``packed`` has not the bytes of all masks.
+    """
+    known = {p.identifier: p.path for p in identifiers(model)}
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    size = sum(mask.size for mask in masks.masks)
+    if masks.packed is not None and len(packed) != size:
+        raise ShapeMismatch("packed", f"{size} bytes", f"{len(packed)} bytes")
+    kept: list[tuple[Tensor, Tensor]] = []
+    start = 0
+    for mask in masks.masks:
+        path = known.get(mask.parameter.identifier)
+        if path is None:
+            found = f"no such tensor: {mask.parameter.path} {mask.parameter.shape}"
+            raise IdentityMismatch("masks.parameter", "a parameter of the model", found)
+        bits = packed[start : start + mask.size] if masks.packed is not None else mask.bits
+        start += mask.size
+        tensor = tensors[path]
+        keep = np.unpackbits(np.frombuffer(bits, np.uint8), count=tensor.numel()).astype(bool)
+        kept.append((tensor, torch.from_numpy(keep).view(tensor.shape)))
+    with torch.no_grad():
+        for tensor, keep_mask in kept:
+            tensor.mul_(keep_mask.to(tensor.device))
+    return sum(int((~keep_mask).sum()) for _, keep_mask in kept)
+
+
+def _below(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    single = values.astype(np.float32)
+    over = single > values
+    return np.where(over, np.nextafter(single, np.float32(0)), single).astype(np.float32)
