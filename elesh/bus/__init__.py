@@ -8,7 +8,7 @@ one of :mod:`elesh.bus.embedded`.
 from .blobs import BlobStore
 from .breakers import BreakerStore, BreakerView
 from .client import until_available
-from .core import Bus
+from .core import SHED_FROM, Bus
 from .embedded import EmbeddedServer, embedded_server, server_url
 from .errors import BusUnavailable, Overloaded, masked
 from .plans import Plan, Planned, Stored
@@ -32,6 +32,7 @@ __all__ = [
     "Planned",
     "Record",
     "Registry",
+    "SHED_FROM",
     "Settlement",
     "Settling",
     "Stored",

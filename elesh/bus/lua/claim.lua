@@ -6,9 +6,11 @@ for i, stream in ipairs(KEYS) do
   if left == 0 then break end
   local reply = redis.call('XREADGROUP', 'GROUP', ARGV[1], ARGV[2], 'COUNT', left,
     'STREAMS', stream, '>')
-  if reply then
-    found[#found + 1] = {i, reply[1][2]}
-    left = left - #reply[1][2]
+  if reply and #reply > 0 then
+    -- One pair of key and entries; fakeredis leaves out the list around it.
+    local entries = type(reply[1]) == 'table' and reply[1][2] or reply[2]
+    found[#found + 1] = {i, entries}
+    left = left - #entries
   end
 end
 return found
