@@ -257,6 +257,24 @@ class LevelPart(Message):
     """Of this level by itself; None where it is missing."""
 
 
+class RolledBackCut(Message):
+    """A cut that the trainer took back, with the evidence that had spoken for it."""
+
+    idempotency_key: DecisionKey
+    """Of the decision that proposed it."""
+    epoch: Epoch
+    """When it was taken back."""
+    units: tuple[tuple[Name, tuple[Count, ...]], ...]
+    """Groups with the units that went, in original numbering; a layer has no units."""
+    scores: tuple[Finite, ...] = ()
+    """The importance of each of them at the time, in that order."""
+    shift: NonNegative | None = None
+    """The predicted shift at the time, where known."""
+    shift_error: NonNegative | None = None
+    detail: Text = ""
+    """What the trainer said."""
+
+
 class StructuralPruningDecision(Message):
     """The one decision of a key. The same input gives the same bytes: no clock is in it."""
 
@@ -282,6 +300,9 @@ class StructuralPruningDecision(Message):
     """Groups that cannot be pruned, each with the reason."""
     levels: tuple[LevelPart, ...] = Field(default=(), exclude_if=operator.not_)
     """In joint decisions: every level that was asked for, and what became of it."""
+    rolled_back: tuple[RolledBackCut, ...] = Field(default=(), exclude_if=operator.not_)
+    """Cuts of this run and these levels that were taken back before; what this decision proposes
+    was compared with them."""
     settings_hash: Label = ""
     """Which settings decided: the first 16 hex digits of SHA-256 over them."""
     elesh_version: Label = ""

@@ -28,6 +28,10 @@ from .work import Attempt
 V = TypeVar("V")
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 def _sorted(items: dict[str, V]) -> dict[str, V]:
     return dict(sorted(items.items()))  # equal messages are equal bytes
 
@@ -109,7 +113,9 @@ class PruningOutcome(Message):
     run_id: Identifier
     epoch: Epoch
     result: Literal["applied", "rolled_back", "refused", "rejected"]
-    """``rejected``: Elesh did not approve; ``refused``: the trainer did not take it."""
+    """``rejected``: Elesh did not approve; ``refused``: the trainer did not take it. A cut that is
+    watched afterwards has two outcomes: ``applied`` at once, then either ``applied`` again with
+    nothing left to watch, or ``rolled_back``."""
     accuracy_before: MaybeNaN | None = None
     """Held-out accuracy, 0 to 1."""
     accuracy_masked: MaybeNaN | None = None
@@ -121,6 +127,16 @@ class PruningOutcome(Message):
     parameters_before: Count = 0
     parameters_after: Count = 0
     detail: Text = ""
+    accuracy_after: MaybeNaN | None = Field(default=None, exclude_if=_is_none)
+    """Held-out accuracy after the cut: just after it, or at the report that ended its watch."""
+    loss_after: MaybeNaN | None = Field(default=None, exclude_if=_is_none)
+    """Held-out loss after the cut, in nats a sample."""
+    watched: Count | None = Field(default=None, exclude_if=_is_none)
+    """Reports of accuracy that the cut must still stand; until 0 it is on probation."""
+    rolled_back_epoch: Epoch | None = Field(default=None, exclude_if=_is_none)
+    """The epoch at which a cut was taken back that had been made before."""
+    undone_with: DecisionKey | None = Field(default=None, exclude_if=_is_none)
+    """The decision whose rollback took this later cut along; it is not to blame itself."""
 
 
 class StructuralValidationResult(Message):
@@ -147,6 +163,29 @@ class RecompilationRequest(Message):
     idempotency_key: DecisionKey
     model_hash_before: ModelHash
     model_hash_after: ModelHash
+    reason: Literal["cut", "rollback"] = Field(default="cut", exclude_if=lambda r: r == "cut")
+    """Why it changed; after a rollback the earlier form is the present one again."""
+    parameters_before: Count | None = Field(default=None, exclude_if=_is_none)
+    parameters_after: Count | None = Field(default=None, exclude_if=_is_none)
+    macs_before: Count | None = Field(default=None, exclude_if=_is_none)
+    """Multiply-accumulates of one sample."""
+    macs_after: Count | None = Field(default=None, exclude_if=_is_none)
+
+
+class OperatorAction(Message):
+    """Something that a person did to the fleet by hand: who, what, why."""
+
+    contract_of: ClassVar[str] = "operators to Elesh"
+
+    action: Literal["redrive", "drop", "breaker_reset", "breaker_trip"]
+    subject: Name
+    """What it was done to: the entry of a dead letter, or ``<run>:<level>`` of a breaker."""
+    operator: Name
+    """Who did it, as far as is known: user and host, or the console."""
+    at: Moment
+    reason: Text = ""
+    outcome: Text = ""
+    """What came of it, for example the entry that a letter was redriven as."""
 
 
 class DeadLetter(Message):

@@ -11,6 +11,8 @@ from .client import until_available
 from .core import SHED_FROM, Bus
 from .embedded import EmbeddedServer, embedded_server, server_url
 from .errors import BusUnavailable, Overloaded, masked
+from .history import HistoryStore
+from .letters import DeadLetters, Letter, Redriven
 from .plans import Plan, Planned, Stored
 from .records import Delivery, History, Pending, Record, Settlement, Settling, read_letter
 from .registry import Backlog, Registry, WorkerState
@@ -23,14 +25,18 @@ __all__ = [
     "BreakerView",
     "Bus",
     "BusUnavailable",
+    "DeadLetters",
     "Delivery",
     "EmbeddedServer",
     "History",
+    "HistoryStore",
+    "Letter",
     "Overloaded",
     "Pending",
     "Plan",
     "Planned",
     "Record",
+    "Redriven",
     "Registry",
     "SHED_FROM",
     "Settlement",

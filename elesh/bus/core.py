@@ -33,7 +33,9 @@ from .breakers import BreakerStore
 from .client import MAX_BLOCK, Client, open_client, until_available
 from .errors import Overloaded
 from .groups import Groups, pairs_of
+from .history import HistoryStore
 from .keys import Keys
+from .letters import DeadLetters
 from .plans import PlanStore
 from .records import Delivery, Pending, Record, Settlement, Settling, deliveries_of, entry_fields
 from .registry import Registry
@@ -76,7 +78,12 @@ class Bus:
         self.breakers = BreakerStore(
             client, self._scripts, settings.partition, breaker or BreakerSettings()
         )
+        self.letters = DeadLetters(client, self._scripts, settings.partition)
         self.registry = Registry(client, self._scripts, settings.partition)
+
+    def history(self, epochs: int, nbytes: int) -> HistoryStore:
+        """The runs' histories, each within so many epochs and bytes."""
+        return HistoryStore(self._client, self._scripts, self.settings, epochs, nbytes)
 
     @classmethod
     async def connect(

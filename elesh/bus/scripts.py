@@ -37,10 +37,13 @@ class Scripts:
         self._plan = load("plan", common)
         self._store = load("store", joining)
         self._overdue = load("overdue", joining)
+        self._redrive = load("redrive", common)
+        self._drop = load("drop", common)
         self._leave = load("leave")
         self._trim = load("trim")
         self._touch = load("touch")
         self._breaker = load("breaker")
+        self._remember = load("remember")
         self._beat = load("beat")
         self._census = load("census")
 
@@ -93,6 +96,17 @@ class Scripts:
         """Queue the join of a plan; False if it was queued before."""
         return bool(await self._overdue(keys, [plan]))
 
+    async def redrive(
+        self, keys: Sequence[str], letter: str, fields: Args, audit: Args
+    ) -> tuple[str, bool] | None:
+        """Publish a letter's original once: its entry and whether it is new; None: no letter."""
+        reply = await self._redrive(keys, [letter, len(fields), *fields, *audit])
+        return (reply[0].decode(), bool(reply[1])) if reply else None
+
+    async def drop(self, keys: Sequence[str], letter: str, audit: Args) -> bool:
+        """Delete a letter and append the audit event; False if there is no such letter."""
+        return bool(await self._drop(keys, [letter, *audit]))
+
     async def leave(self, stream: str, group: str, consumer: str) -> bool:
         """Forget a consumer that has nothing pending."""
         return bool(await self._leave([stream], [group, consumer]))
@@ -121,3 +135,10 @@ class Scripts:
         """Five figures a stream; see ``lua/census.lua``."""
         reply: list[list[int]] = await self._census(list(streams), list(groups))
         return reply
+
+    async def remember(
+        self, key: str, epoch: int, blob: bytes, epochs: int, nbytes: int, seconds: int
+    ) -> str:
+        """Keep one epoch of a run's history; see ``lua/remember.lua``."""
+        answer: bytes = await self._remember([key], [epoch, blob, epochs, nbytes, seconds])
+        return answer.decode()

@@ -19,7 +19,7 @@ from pydantic_settings import SettingsError as UnreadableVariable
 
 from ._base import no_boolean
 from ._file import SettingsError, explain, read_block
-from .operation import BreakerSettings, BusSettings, WorkerSettings
+from .operation import BreakerSettings, BusSettings, ObserveSettings, WorkerSettings
 from .pruning import (
     AccuracyTarget,
     AccuracyTargets,
@@ -31,6 +31,7 @@ from .pruning import (
     StructuredPruning,
 )
 from .security import SecuritySettings
+from .trainer import TrainerSettings
 
 __all__ = [
     "AccuracyTarget",
@@ -40,12 +41,14 @@ __all__ = [
     "BusSettings",
     "ChannelAnalysis",
     "LayerAnalysis",
+    "ObserveSettings",
     "RollbackTriggers",
     "SafetySchedule",
     "SecuritySettings",
     "Settings",
     "SettingsError",
     "StructuredPruning",
+    "TrainerSettings",
     "WorkerSettings",
     "workers_needed",
 ]
@@ -60,6 +63,8 @@ _NO_PART_IN_DECISIONS = {
     "accuracy_targets",
     "breaker",
     "bus",
+    "observe",
+    "trainer",
     "worker",
 }
 
@@ -92,8 +97,10 @@ class Settings(BaseSettings):
     accuracy_targets: AccuracyTargets = AccuracyTargets()
     breaker: BreakerSettings = BreakerSettings()
     bus: BusSettings = BusSettings()
+    trainer: TrainerSettings = TrainerSettings()
     worker: WorkerSettings = WorkerSettings()
     security: SecuritySettings = SecuritySettings()
+    observe: ObserveSettings = ObserveSettings()
 
     @classmethod
     def load(cls, path: str | Path | None = None, **over: Any) -> Settings:

@@ -83,17 +83,14 @@ def forget(optimizer: torch.optim.Optimizer | None, gone: Iterable[Tensor]) -> N
 
 
 @dataclass(frozen=True)
-class RestorePoint:
-    """Everything that a cut can change, as it was before."""
+class Skeleton:
+    """The structure of a network, without the contents of its tensors: which modules are where,
+    their sizes, and which parameters are trained. It holds references only."""
 
     architecture: PrunedArchitecture
-    masked: Mapping[str, frozenset[int]]
-    tensors: tuple[tuple[Tensor, Tensor], ...]
-    states: tuple[tuple[nn.Parameter, dict[str, Any] | None], ...]
-    sizes: tuple[tuple[nn.Module, dict[str, Any]], ...]
-    masked_layers: frozenset[str]
     modules: tuple[tuple[nn.Module, dict[str, nn.Module | None]], ...]
     """The children of every module: removed layers are replaced there."""
+    sizes: tuple[tuple[nn.Module, dict[str, Any]], ...]
     trained: tuple[list[Tensor], ...]
     """The parameters of each of the optimizer's groups."""
 
@@ -102,46 +99,77 @@ class RestorePoint:
         cls,
         model: nn.Module,
         architecture: PrunedArchitecture,
-        masked: Mapping[str, frozenset[int]],
-        masked_layers: frozenset[str],
         optimizer: torch.optim.Optimizer | None,
-    ) -> RestorePoint:
-        """A copy of the present."""
-        tensors = named_tensors(model).values()
-        parameters = [p for p in tensors if isinstance(p, nn.Parameter)] if optimizer else []
+    ) -> Skeleton:
+        """The present structure."""
         return cls(
             architecture,
-            dict(masked),
-            tuple((tensor, tensor.detach().clone()) for tensor in tensors),
-            tuple((p, _copied(optimizer.state.get(p))) for p in parameters) if optimizer else (),
+            tuple((module, dict(module._modules)) for module in model.modules()),
             tuple(
                 (module, {name: vars(module)[name] for name in _SIZES if name in vars(module)})
                 for module in model.modules()
             ),
-            masked_layers,
-            tuple((module, dict(module._modules)) for module in model.modules()),
             tuple(list(group["params"]) for group in optimizer.param_groups) if optimizer else (),
+        )
+
+    def put_in(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Make modules and trained parameters what they were; tensors are to follow."""
+        for module, children in self.modules:
+            module._modules.update(children)
+        for number, parameters in enumerate(self.trained):
+            assert optimizer is not None
+            optimizer.param_groups[number]["params"] = list(parameters)
+
+    def settle(self) -> None:
+        """Set size attributes, once the tensors have their shapes."""
+        for module, sizes in self.sizes:
+            vars(module).update(sizes)
+            settle(module)
+
+
+@dataclass(frozen=True)
+class RestorePoint:
+    """Everything that a cut can change, as it was before."""
+
+    skeleton: Skeleton
+    masked: Mapping[str, frozenset[int]]
+    masked_layers: frozenset[str]
+    tensors: tuple[tuple[Tensor, Tensor], ...]
+    states: tuple[tuple[nn.Parameter, dict[str, Any] | None], ...]
+
+    @classmethod
+    def take(
+        cls,
+        model: nn.Module,
+        skeleton: Skeleton,
+        masked: Mapping[str, frozenset[int]],
+        masked_layers: frozenset[str],
+        optimizer: torch.optim.Optimizer | None,
+    ) -> RestorePoint:
+        """A copy of the present, whose structure is ``skeleton``."""
+        tensors = named_tensors(model).values()
+        parameters = [p for p in tensors if isinstance(p, nn.Parameter)] if optimizer else []
+        return cls(
+            skeleton,
+            dict(masked),
+            masked_layers,
+            tuple((tensor, tensor.detach().clone()) for tensor in tensors),
+            tuple((p, _copied(optimizer.state.get(p))) for p in parameters) if optimizer else (),
         )
 
     def bring_back(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Make the copy the present again; gradients, being of another network, are dropped."""
-        for module, children in self.modules:
-            module._modules.update(children)
+        self.skeleton.put_in(optimizer)
         for tensor, saved in self.tensors:
             replace_data(tensor, saved)
             tensor.grad = None
-        for number, parameters in enumerate(self.trained):
-            assert optimizer is not None
-            optimizer.param_groups[number]["params"] = list(parameters)
         for parameter, state in self.states:
             assert optimizer is not None
             if state is None:
                 optimizer.state.pop(parameter, None)
             else:
                 optimizer.state[parameter] = state
-        for module, sizes in self.sizes:
-            vars(module).update(sizes)
-            settle(module)
+        self.skeleton.settle()
 
 
 def _copied(state: Mapping[str, Any] | None) -> dict[str, Any] | None:

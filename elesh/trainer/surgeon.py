@@ -17,7 +17,7 @@ from .headcounts import refit_heads
 from .layers import named_tensors, refit, require_fit
 from .masks import Masks
 from .redistribute import Moments, redistributed
-from .restore import Cutter, RestorePoint, cut_state, forget, replace_data
+from .restore import Cutter, RestorePoint, Skeleton, cut_state, forget, replace_data
 from .standins import BranchMasks, put_in
 
 Units = Mapping[str, Iterable[int]]
@@ -57,6 +57,7 @@ class Surgeon:
         self._optimizer = optimizer
         self._limit = restore_points
         self._points: list[RestorePoint] = []
+        self._skeletons = [Skeleton.take(model, architecture, optimizer)]
         self._masks = Masks(model)
         self._masked: dict[str, frozenset[int]] = {}
         self._branch_masks = BranchMasks(model)
@@ -66,6 +67,16 @@ class Surgeon:
     def architecture(self) -> PrunedArchitecture:
         """What the network looks like now (masked units are still in it)."""
         return self._architecture
+
+    @property
+    def model(self) -> nn.Module:
+        """The network."""
+        return self._model
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimizer whose state is cut along, if there is one."""
+        return self._optimizer
 
     @property
     def masked(self) -> dict[str, tuple[int, ...]]:
@@ -152,8 +163,7 @@ class Surgeon:
         for path, cutter in cutters.items():
             data[path] = cutter(data.get(path, tensors[path].detach()))
         states = cut_state(self._optimizer, cutters, tensors) if self._optimizer else {}
-        if self._limit:
-            self._points = [*self._points, self._point()][-self._limit :]
+        self._remember()
         # Everything that can fail is behind us.
         for path, new in data.items():
             replace_data(tensors[path], new)
@@ -166,8 +176,7 @@ class Surgeon:
         for name in chosen:
             if after.group[name].level is Level.HEAD:
                 refit_heads(self._model, self._architecture.group[name], after.group[name])
-        self._architecture = after
-        self._masks.set(after, self.masked)
+        self._reach(after)
         return after
 
     def cut_layers(
@@ -190,8 +199,7 @@ class Surgeon:
         names = list(dict.fromkeys(names))
         after = self._architecture.without_layers(names, epoch=epoch, key=key)
         require_fit(self._model, self._architecture)
-        if self._limit:
-            self._points = [*self._points, self._point()][-self._limit :]
+        self._remember()
         self._masks.clear()
         self._branch_masks.clear()
         tensors = named_tensors(self._model)
@@ -201,8 +209,7 @@ class Surgeon:
         forget(self._optimizer, [tensors[path] for path in gone])
         for parameter in tensors.values():
             parameter.grad = None
-        self._architecture = after
-        self._set_masks()
+        self._reach(after)
         return after
 
     def undo(self) -> PrunedArchitecture:
@@ -219,7 +226,7 @@ class Surgeon:
         self._masks.clear()
         self._branch_masks.clear()
         point.bring_back(self._optimizer)
-        self._architecture = point.architecture
+        self._architecture = point.skeleton.architecture
         self._masked, self._masked_layers = dict(point.masked), point.masked_layers
         self._set_masks()
         return self._architecture
@@ -247,14 +254,60 @@ class Surgeon:
             self.cut({record.group: units}, epoch=record.epoch, key=record.idempotency_key)
         return self._architecture
 
-    def _point(self) -> RestorePoint:
-        return RestorePoint.take(
-            self._model,
-            self._architecture,
-            self._masked,
-            self._masked_layers,
-            self._optimizer,
-        )
+    def move_to(self, architecture: PrunedArchitecture) -> None:
+        """Give the network the structure of ``architecture``, back or forth in its history.
+
+        Tensors that must change their shape get new ones **without sound content**: whoever moves
+        puts the contents in afterwards, as restore points do. Masks are taken off, and cuts made
+        before cannot be undone any more.
+
+        Raises:
+            InvalidField: if it does not descend from the network that this surgeon began with.
+        """
+        history = architecture.history
+        known = [
+            (len(skeleton.architecture.history), number)
+            for number, skeleton in enumerate(self._skeletons)
+            if skeleton.architecture.history == history[: len(skeleton.architecture.history)]
+        ]
+        if not known:
+            first = self._skeletons[0].architecture
+            expected = f"a history that begins with the {len(first.history)} cuts made before"
+            raise InvalidField("architecture.history", expected, f"{len(history)} other cuts")
+        self.unmask()
+        skeleton = self._skeletons[max(known)[1]]
+        skeleton.put_in(self._optimizer)
+        tensors = named_tensors(self._model)
+        for descriptor in skeleton.architecture.tensors:
+            tensor = tensors[descriptor.path]
+            if tuple(tensor.shape) != descriptor.shape:
+                replace_data(tensor, tensor.new_zeros(descriptor.shape))
+            tensor.grad = None
+        skeleton.settle()
+        self._architecture = skeleton.architecture
+        if self._optimizer is not None:
+            self._optimizer.state.clear()
+        limit, self._limit = self._limit, 0
+        self.replay(history[len(self._architecture.history) :])
+        self._limit = limit
+        self._points.clear()
+
+    def _remember(self) -> None:
+        """Take a restore point of now, as far as they are asked for."""
+        if self._limit:
+            now = Skeleton.take(self._model, self._architecture, self._optimizer)
+            point = RestorePoint.take(
+                self._model, now, self._masked, self._masked_layers, self._optimizer
+            )
+            self._points = [*self._points, point][-self._limit :]
+
+    def _reach(self, architecture: PrunedArchitecture) -> None:
+        """The network has a new structure now."""
+        self._architecture = architecture
+        history = architecture.history
+        self._skeletons = [s for s in self._skeletons if s.architecture.history != history]
+        self._skeletons.append(Skeleton.take(self._model, architecture, self._optimizer))
+        self._set_masks()
 
     def _set_masks(self) -> None:
         """Masks of everything that is masked and still there."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from opentelemetry.trace import SpanKind
 
 from elesh.bus import Bus, Delivery, Settlement, Settling
-from elesh.observe import carrier_of, get_logger, span
+from elesh.observe import get_logger, messaging, onward, span
 from elesh.safety import votes
 from elesh.settings import Settings
 from leyline import (
@@ -120,7 +120,8 @@ class Clerk:
         served: Sequence[str] = (),
     ) -> None:
         """Move an entry to the dead letters."""
-        letter, carrier = self._reports.letter(delivery, error, work), carrier_of()
+        letter = self._reports.letter(delivery, error, work)
+        carrier = onward(delivery.carrier)
         if await self._bus.dead_letter(WORKERS, self._worker_id, delivery, letter, carrier, served):
             _log.warning(
                 "dead letter",
@@ -164,13 +165,15 @@ class Clerk:
         letter: DeadLetter | None = None,
     ) -> Settlement:
         """Settle a decision; with a dead letter it is a stand-in, which is not remembered."""
-        kind, attributes = SpanKind.CLIENT, {"messaging.operation.type": "settle"}
-        with span("settle decision", kind=kind, attributes=attributes):
+        name, entry_id = delivery.origin
+        attributes = messaging("settle", name, entry_id=entry_id, group=WORKERS)
+        with span(f"settle {name}", kind=SpanKind.CLIENT, attributes=attributes):
+            # The trainer's own context, not ours: it outlives this worker (decision 0050).
             result = Settling(
                 decision.key,
                 work.fingerprint,
                 decision,
-                carrier_of(),
+                onward(delivery.carrier),
                 work.run_id,
                 work.epoch,
                 remember=letter is None,

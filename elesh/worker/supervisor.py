@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from elesh.bus import Bus, BusUnavailable, Delivery
-from elesh.observe import get_logger, span_from
+from elesh.observe import get_logger, messaging, span_from
 from elesh.settings import Settings
 from leyline import AnalysisItem, ContractError, JoinItem, PruningOutcome
 from leyline.streams import CHECKPOINTS, OUTCOMES, REDELIVERIES, REQUESTS, WORK, WORKERS, Stream
@@ -179,13 +179,7 @@ class Worker:
 
     async def _serve(self, delivery: Delivery) -> None:
         name, entry_id = delivery.origin
-        attributes: dict[str, str | int] = {
-            "messaging.system": "redis",
-            "messaging.destination.name": name,
-            "messaging.operation.name": "process",
-            "messaging.operation.type": "process",
-            "messaging.message.id": entry_id,
-            "messaging.consumer.group.name": GROUP,
+        attributes = messaging("process", name, entry_id=entry_id, group=GROUP) | {
             "elesh.deliveries": delivery.deliveries,
             "elesh.crashes": delivery.history.crashes,
             "elesh.exceptions": delivery.history.exceptions,
@@ -194,7 +188,7 @@ class Worker:
         with span_from(
             delivery.carrier,
             f"process {name}",
-            attributes=attributes,
+            attributes=attributes | {"elesh.deliveries": delivery.deliveries},
             redelivered=delivery.deliveries > 1,
         ):
             try:
