@@ -93,11 +93,7 @@ class DeadLetters:
         reply = await self._scripts.redrive(
             (self._key(DEAD), self._marks, self._key(stream), self._key(AUDIT)),
             entry_id,
-            [
-                *_flat(letter.message.original),
-                "redriven",
-                f"{datetime.now(UTC).timestamp() * 1000:.0f}",
-            ],
+            [*_flat(letter.message.original), "redriven", redriven],
             event,
         )
         if reply is None:

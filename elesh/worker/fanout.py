@@ -9,6 +9,7 @@ itself is a dead letter.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from elesh.bus import Bus, Delivery, Plan, Planned, Stored
@@ -89,7 +90,7 @@ class FanOut:
         found = await self._planned(delivery, item.plan)
         if found is None:
             return
-        work, _ = found
+        work = found[0]
         try:
             self._clerk.refuse_poison(delivery)
             result = await self._stored(await self._analyst.analyse(work, item.level))
@@ -107,7 +108,8 @@ class FanOut:
         found = await self._planned(delivery, item.plan)
         if found is None:
             return
-        work, served = found
+        work, plan = found
+        served = self._bus.plans.served_keys(item.plan)
         if await self._clerk.is_decided(delivery, work, served):
             return
         try:
@@ -124,12 +126,12 @@ class FanOut:
                 raise AnalysisFailed(f"analysis of {item.plan}", "at least one level", gaps)
             decision = await self._analyst.join(work, tuple(analyses.values()), missing)
         except ContractError as error:
-            await self._clerk.fail(delivery, work, error, served)
+            await self._clerk.fail(_of_checkpoint(delivery, plan), work, error, served)
             return
         await self._clerk.settle(delivery, work, decision, served)
 
-    async def _planned(self, delivery: Delivery, key: str) -> tuple[Work, tuple[str, str]] | None:
-        """The checkpoint of a plan, and what the plan leaves in Redis.
+    async def _planned(self, delivery: Delivery, key: str) -> tuple[Work, Plan] | None:
+        """The checkpoint of a plan, and the plan.
 
         None if its decision was settled meanwhile: then the entry is acknowledged.
 
@@ -146,7 +148,7 @@ class FanOut:
         work = admit(plan.envelope, window=window, now=now, redriven=now)
         if not isinstance(work, Work):
             raise AnalysisFailed(f"plan {key}", "a checkpoint or a request", type(work).__name__)
-        return work, self._bus.plans.served_keys(key)
+        return work, plan
 
     async def _end_late(self, delivery: Delivery, key: str) -> None:
         if await self._bus.record(IdempotencyKey.parse(key)):
@@ -165,6 +167,14 @@ class FanOut:
 
     async def _analysis(self, result: ItemResult) -> bytes:
         return result.analysis if result.blob is None else await self._bus.blobs.get(result.blob)
+
+
+def _of_checkpoint(delivery: Delivery, plan: Plan) -> Delivery:
+    """The join's entry as the checkpoint that it stands for: what a dead letter keeps of it."""
+    known = {b"envelope": plan.envelope, b"origin": plan.origin.encode()}
+    context = {name.encode(): value.encode() for name, value in plan.carrier.items()}
+    history = {name: value for name, value in delivery.fields.items() if name == b"history"}
+    return replace(delivery, fields=known | context | history)
 
 
 def _gaps(
