@@ -6,6 +6,7 @@ Start reading at :mod:`leyline.streams`, the catalogue of streams and messages.
 
 from .analysis import LevelAnalysis, PredictedDamage, RankedUnit
 from .architecture import PrunedArchitecture
+from .audit import GENESIS, AuditEntry, AuditEvent
 from .base import SCHEMA_VERSION, Message, WireEnum
 from .blocks import LayerBlock, StandIn
 from .bundle import CheckpointBundle, CheckpointDocument, NetworkExport
@@ -101,6 +102,8 @@ __all__ = [
     "AnalysisRequest",
     "Attempt",
     "AttentionHeadTarget",
+    "AuditEntry",
+    "AuditEvent",
     "BlobRef",
     "BreakerTransition",
     "ChannelImportanceData",
@@ -116,6 +119,7 @@ __all__ = [
     "EventEnvelope",
     "Expired",
     "Fallback",
+    "GENESIS",
     "GateResult",
     "GateSite",
     "GateStatistics",

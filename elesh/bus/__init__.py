@@ -5,6 +5,7 @@ Start reading at :mod:`elesh.bus.core`, then :mod:`.groups` (leases), :mod:`.swe
 one of :mod:`elesh.bus.embedded`.
 """
 
+from .audit import AuditHead, AuditLog, audit_envelope
 from .blobs import BlobStore
 from .breakers import BreakerStore, BreakerView
 from .client import until_available
@@ -19,6 +20,8 @@ from .registry import Backlog, Registry, WorkerState
 from .sweeping import Sweep
 
 __all__ = [
+    "AuditHead",
+    "AuditLog",
     "Backlog",
     "BlobStore",
     "BreakerStore",
@@ -43,6 +46,7 @@ __all__ = [
     "Settling",
     "Stored",
     "Sweep",
+    "audit_envelope",
     "WorkerState",
     "embedded_server",
     "masked",

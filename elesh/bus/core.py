@@ -26,8 +26,9 @@ from leyline import (
     stable_hash,
     wrap,
 )
-from leyline.streams import DEAD, DECISIONS, STREAMS, Stream
+from leyline.streams import AUDIT, DEAD, DECISIONS, STREAMS, Stream
 
+from .audit import AuditLog
 from .blobs import BlobStore
 from .breakers import BreakerStore
 from .client import MAX_BLOCK, Client, open_client, until_available
@@ -49,8 +50,10 @@ __all__ = ["SHED_FROM", "Bus"]
 _SOURCE = "elesh"
 _MARKER_SECONDS = 600
 _BATCH = 100
-# Work for groups that may not exist yet: never dropped unread.
+# Work for groups that may not exist yet.
 _WORK = frozenset(stream for stream in STREAMS if stream.group)
+# It and the audit log are never dropped unread.
+_KEPT = _WORK | {AUDIT}
 SHED_FROM = {
     Priority.LOW: 0.5,
     Priority.NORMAL: 0.75,
@@ -78,6 +81,7 @@ class Bus:
         self.breakers = BreakerStore(
             client, self._scripts, settings.partition, breaker or BreakerSettings()
         )
+        self.audit = AuditLog(client, self._scripts, settings.partition)
         self.letters = DeadLetters(client, self._scripts, settings.partition)
         self.registry = Registry(client, self._scripts, settings.partition)
 
@@ -297,6 +301,11 @@ class Bus:
         entries = await self._client.xrange(self.keys.stream(stream), start, end, count)
         return deliveries_of([(stream, entries)], grouped=False)
 
+    async def newest(self, stream: Stream, *, count: int) -> list[Delivery]:
+        """The last ``count`` entries of a stream, newest first."""
+        entries = await self._client.xrevrange(self.keys.stream(stream), "+", "-", count)
+        return deliveries_of([(stream, entries)], grouped=False)
+
     async def follow(
         self, stream: Stream, *, last_id: str, block_seconds: float
     ) -> tuple[str, list[Delivery]]:
@@ -328,7 +337,7 @@ class Bus:
         for stream in STREAMS:
             key = self.keys.stream(stream)
             removed[stream.name] = await self._scripts.trim(
-                key, self.settings.stream_length, cap=stream not in _WORK
+                key, self.settings.stream_length, cap=stream not in _KEPT
             )
             await forget_idle_consumers(self._client, self._scripts, key)
         return removed

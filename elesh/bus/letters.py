@@ -2,7 +2,7 @@
 
 Promises: a letter is redriven once, with its original bytes, in the same atomic step that marks it;
 a second redrive answers with the first one's entry. A letter is dropped in the same step that
-writes the audit event. Nothing here is done by Elesh itself: every change is an operator's.
+says who did it. Nothing here is done by Elesh itself: every change is an operator's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from leyline import ContractError, DeadLetter, InvalidField, OperatorAction, encode, wrap
-from leyline.streams import AUDIT, DEAD, STREAMS, Stream
+from leyline.streams import DEAD, OPERATIONS, STREAMS, Stream
 
 from .client import Client
 from .records import Delivery, deliveries_of, entry_fields, read_letter
@@ -91,7 +91,7 @@ class DeadLetters:
         # Its time to live counts from now: an operator waits for it.
         redriven = f"{datetime.now(UTC).timestamp() * 1000:.0f}"
         reply = await self._scripts.redrive(
-            (self._key(DEAD), self._marks, self._key(stream), self._key(AUDIT)),
+            (self._key(DEAD), self._marks, self._key(stream), self._key(OPERATIONS)),
             entry_id,
             [*_flat(letter.message.original), "redriven", redriven],
             event,
@@ -101,7 +101,7 @@ class DeadLetters:
         return Redriven(stream.name, *reply)
 
     async def drop(self, entry_id: str, operator: str, reason: str = "") -> None:
-        """Delete a letter for good; the audit stream keeps who did it and what it was.
+        """Delete a letter for good; the operations stream keeps who did it and what it was.
 
         Raises:
             InvalidField: if there is no such letter.
@@ -110,7 +110,7 @@ class DeadLetters:
         was = letter.message
         lost = f"{was.stream}/{was.entry_id}: {was.error_code}" if was else "unreadable"
         event = self._event("drop", entry_id, operator, reason, lost)
-        keys = self._key(DEAD), self._marks, self._key(AUDIT)
+        keys = self._key(DEAD), self._marks, self._key(OPERATIONS)
         if not await self._scripts.drop(keys, entry_id, event):
             raise _missing(entry_id)
 

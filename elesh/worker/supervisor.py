@@ -30,6 +30,7 @@ from leyline.streams import CHECKPOINTS, OUTCOMES, REDELIVERIES, REQUESTS, WORK,
 
 from .admission import Work, admit
 from .analysis import Analyst
+from .auditor import auditing
 from .fanout import FanOut
 from .leases import Leases
 from .reports import Reports
@@ -259,14 +260,15 @@ async def serve(url: str, settings: Settings, worker_id: str = "") -> None:
         return
     try:
         worker = Worker(bus, settings, worker_id)
-        running = asyncio.create_task(worker.run())
-        stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
-        worker.drain()
-        try:
-            await asyncio.wait_for(running, settings.worker.drain_seconds)
-        except TimeoutError:
-            _log.warning("drain time over; what was begun is handed over to other workers")
+        async with auditing(bus, settings.audit):
+            running = asyncio.create_task(worker.run())
+            stopping = asyncio.create_task(stop.wait())
+            await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            stopping.cancel()
+            worker.drain()
+            try:
+                await asyncio.wait_for(running, settings.worker.drain_seconds)
+            except TimeoutError:
+                _log.warning("drain time over; what was begun is handed over")
     finally:
         await bus.close()
