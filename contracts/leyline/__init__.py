@@ -37,6 +37,7 @@ from .errors import (
     Conflict,
     ContractError,
     DigestMismatch,
+    Expired,
     IdentityMismatch,
     InvalidField,
     Malformed,
@@ -91,13 +92,16 @@ from .statistics import (
 )
 from .streams import MESSAGES, STREAMS, Stream
 from .verification import Interval, Verification
+from .work import AnalysisItem, Attempt, ItemResult, JoinItem
 
 __all__ = [
     "AnalysisFailed",
+    "AnalysisItem",
     "AnalysisMetrics",
     "AnalysisParameters",
     "AnalysisReport",
     "AnalysisRequest",
+    "Attempt",
     "AttentionHeadTarget",
     "AuditEntry",
     "AuditEvent",
@@ -115,6 +119,7 @@ __all__ = [
     "DeadLetter",
     "DigestMismatch",
     "EventEnvelope",
+    "Expired",
     "Fallback",
     "GENESIS",
     "GateResult",
@@ -127,6 +132,8 @@ __all__ = [
     "ImportanceData",
     "Interval",
     "InvalidField",
+    "ItemResult",
+    "JoinItem",
     "LayerBlock",
     "LayerDescriptor",
     "LatencyTable",
