@@ -255,6 +255,15 @@ def _masks() -> list[ll.Message]:
     ]
 
 
+def _shared() -> list[ll.Message]:
+    """What workers hand each other."""
+    plan = str(KEY.at(ll.Level.JOINT))
+    return [
+        ll.AnalysisItem(plan=plan, level=ll.Level.CHANNEL, shard=1, shards=2),
+        ll.JoinItem(plan=plan),
+    ]
+
+
 def _told() -> list[ll.Message]:
     """What Elesh and the trainer tell others."""
     return [
@@ -302,11 +311,42 @@ def _told() -> list[ll.Message]:
             original={"envelope": b"\x81\xa1", "traceparent": _TRACE.encode()},
             traceparent=_TRACE,
         ),
+        _audited(),
+        ll.OperatorAction(
+            action="drop",
+            subject="1736856000250-0",
+            operator="jo@station-7",
+            at=_AT,
+            reason="sent by mistake",
+        ),
     ]
 
 
+def _audited() -> ll.AuditEntry:
+    decision = _decision()
+    return ll.AuditEntry(
+        number=1,
+        previous=ll.GENESIS,
+        event=ll.AuditEvent(
+            kind="decision",
+            action="approved",
+            actor="elesh",
+            at=_AT,
+            subject=decision.idempotency_key,
+            run_id=METADATA.run_id,
+            epoch=31,
+            source="decisions/1736856000250-0",
+            digest=hashlib.sha256(ll.encode(decision)).hexdigest(),
+            figures={"units": 1.0},
+            gates=decision.safety.gates,
+            fallbacks=decision.fallbacks,
+        ),
+    )
+
+
 MESSAGES: dict[str, ll.Message] = {
-    type(message).__name__: message for message in (*_asked(), _decision(), *_masks(), *_told())
+    type(message).__name__: message
+    for message in (*_asked(), _decision(), *_masks(), *_shared(), *_told())
 }
 """An example of every message of the catalogue, by its type's name."""
 

@@ -6,8 +6,10 @@ Start reading at :mod:`leyline.streams`, the catalogue of streams and messages.
 
 from .analysis import LevelAnalysis, PredictedDamage, RankedUnit
 from .architecture import PrunedArchitecture
+from .audit import GENESIS, AuditEntry, AuditEvent
 from .base import SCHEMA_VERSION, Message, WireEnum
 from .blocks import LayerBlock, StandIn
+from .budget import Budget, LatencyTable, LayerLatency
 from .bundle import CheckpointBundle, CheckpointDocument, NetworkExport
 from .checkpoint import BlobRef, CheckpointMetadata, CheckpointReady
 from .codec import decode, encode, read_envelope, unwrap, wrap
@@ -35,6 +37,7 @@ from .errors import (
     Conflict,
     ContractError,
     DigestMismatch,
+    Expired,
     IdentityMismatch,
     InvalidField,
     Malformed,
@@ -54,6 +57,7 @@ from .events import (
     AnalysisMetrics,
     BreakerTransition,
     DeadLetter,
+    OperatorAction,
     PruningOutcome,
     RecompilationRequest,
     StructuralValidationResult,
@@ -88,16 +92,22 @@ from .statistics import (
 )
 from .streams import MESSAGES, STREAMS, Stream
 from .verification import Interval, Verification
+from .work import AnalysisItem, Attempt, ItemResult, JoinItem
 
 __all__ = [
     "AnalysisFailed",
+    "AnalysisItem",
     "AnalysisMetrics",
     "AnalysisParameters",
     "AnalysisReport",
     "AnalysisRequest",
+    "Attempt",
     "AttentionHeadTarget",
+    "AuditEntry",
+    "AuditEvent",
     "BlobRef",
     "BreakerTransition",
+    "Budget",
     "ChannelImportanceData",
     "ChannelPruningTarget",
     "CheckpointBundle",
@@ -109,7 +119,9 @@ __all__ = [
     "DeadLetter",
     "DigestMismatch",
     "EventEnvelope",
+    "Expired",
     "Fallback",
+    "GENESIS",
     "GateResult",
     "GateSite",
     "GateStatistics",
@@ -120,8 +132,12 @@ __all__ = [
     "ImportanceData",
     "Interval",
     "InvalidField",
+    "ItemResult",
+    "JoinItem",
     "LayerBlock",
     "LayerDescriptor",
+    "LatencyTable",
+    "LayerLatency",
     "LayerPruningTarget",
     "LayerStatistics",
     "Level",
@@ -134,6 +150,7 @@ __all__ = [
     "MissingBlob",
     "NetworkExport",
     "NotFinite",
+    "OperatorAction",
     "Outcome",
     "ParameterIdentifier",
     "ParameterMask",

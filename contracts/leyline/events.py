@@ -23,6 +23,7 @@ from .base import (
 )
 from .decisions import GateResult, Outcome
 from .identity import DecisionKey, Level
+from .work import Attempt
 
 V = TypeVar("V")
 
@@ -70,6 +71,11 @@ class TelemetryEvent(Message):
         "failed",
         "dead_letter",
         "fallback",
+        "planned",
+        "stored",
+        "handed_over",
+        "retried",
+        "reclaimed",
     ]
     worker_id: Name
     idempotency_key: Label = ""
@@ -166,6 +172,22 @@ class RecompilationRequest(Message):
     macs_after: Count | None = Field(default=None, exclude_if=_is_none)
 
 
+class OperatorAction(Message):
+    """Something that a person did to the fleet by hand: who, what, why."""
+
+    contract_of: ClassVar[str] = "operators to Elesh"
+
+    action: Literal["redrive", "drop", "breaker_reset", "breaker_trip"]
+    subject: Name
+    """What it was done to: the entry of a dead letter, or ``<run>:<level>`` of a breaker."""
+    operator: Name
+    """Who did it, as far as is known: user and host, or the console."""
+    at: Moment
+    reason: Text = ""
+    outcome: Text = ""
+    """What came of it, for example the entry that a letter was redriven as."""
+
+
 class DeadLetter(Message):
     """A message that could not be served, with its original bytes and the reason."""
 
@@ -191,3 +213,5 @@ class DeadLetter(Message):
     idempotency_key: Label = ""
     traceparent: Annotated[str, AfterValidator(lambda text: text[:512])] = ""
     """W3C trace context of the message, cut: a letter is written whatever came."""
+    history: tuple[Attempt, ...] = Field(default=(), exclude_if=lambda history: not history)
+    """Earlier deliveries that did not end it, oldest first, at most the last sixteen."""

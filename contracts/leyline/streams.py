@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .audit import AuditEntry
 from .base import Message
 from .checkpoint import CheckpointReady
 from .decisions import StructuralPruningDecision
 from .events import (
     BreakerTransition,
     DeadLetter,
+    OperatorAction,
     PruningOutcome,
     RecompilationRequest,
     StructuralValidationResult,
@@ -17,6 +19,7 @@ from .events import (
 )
 from .legacy import AnalysisReport, ImportanceData, MaskApplication, PruningMasks
 from .requests import AnalysisRequest, StructuralAnalysisRequest
+from .work import AnalysisItem, JoinItem
 
 WORKERS = "elesh-workers"
 """The consumer group of the analysis workers."""
@@ -52,22 +55,35 @@ DECISIONS = Stream(
     "one decision a key",
 )
 OUTCOMES = Stream("outcomes", (PruningOutcome,), "what trainers made of decisions", WORKERS)
+WORK = Stream("work", (AnalysisItem, JoinItem), "parts of checkpoints for any worker", WORKERS)
+REDELIVERIES = Stream(
+    "redeliveries",
+    (*CHECKPOINTS.messages, *REQUESTS.messages, *OUTCOMES.messages, *WORK.messages),
+    "entries of the other work streams that were given back or whose worker died",
+    WORKERS,
+)
 MASKS = Stream("masks", (MaskApplication,), "validated parameter masks for checkpoints")
 TELEMETRY = Stream("telemetry", (TelemetryEvent, BreakerTransition), "what workers do, for Nissa")
 VALIDATION = Stream("validation", (StructuralValidationResult,), "safety results, for Urabrask")
 RECOMPILE = Stream("recompile", (RecompilationRequest,), "changed architectures, for Tezzeret")
 DEAD = Stream("dead", (DeadLetter,), "messages that could not be served")
+OPERATIONS = Stream("operations", (OperatorAction,), "what operators did by hand")
+AUDIT = Stream("audit", (AuditEntry,), "what was decided and done, each entry chained to the last")
 
 STREAMS: tuple[Stream, ...] = (
     CHECKPOINTS,
     REQUESTS,
     DECISIONS,
     OUTCOMES,
+    WORK,
+    REDELIVERIES,
     MASKS,
     TELEMETRY,
     VALIDATION,
     RECOMPILE,
     DEAD,
+    OPERATIONS,
+    AUDIT,
 )
 MESSAGES: dict[str, type[Message]] = {m.__name__: m for s in STREAMS for m in s.messages}
 """Every message type that may stand in an envelope, by name."""

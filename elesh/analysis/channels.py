@@ -33,11 +33,13 @@ from .choosing import (
     usable_projections,
 )
 from .eligible import eligible_groups
+from .fitting import fitted
 from .plans import LevelPlan, empty_plan, ranked_units, wanted_scorer
 from .projections import Projections
 from .redundancy import Pair, redundant_pairs
 from .schedule import allowance
 from .scores import magnitude, multi_metric, weights_at
+from .stages import stage
 
 __all__ = ["choose_scorer", "plan_channels", "rank_channels"]
 
@@ -80,8 +82,9 @@ def rank_channels(
 ) -> Ranking:
     """The ranking of ``groups``, of which there is at least one."""
     candidates = Candidates.of(groups, settings.min_channels_per_layer, round_to)
-    projections = usable_projections(bundle, candidates)
-    scores = _scores(bundle, candidates, scorer, settings, phase, projections)
+    with stage("score"):
+        projections = usable_projections(bundle, candidates)
+        scores = _scores(bundle, candidates, scorer, settings, phase, projections)
     redundant = _redundant(bundle, candidates, scores, settings.redundancy_threshold)
     return Ranking(candidates, scorer, projections, scores, redundant, threads)
 
@@ -120,7 +123,12 @@ def plan_channels(
         round_to=round_to,
         threads=threads,
     )
-    choice = ranking.decide(bundle, allowed.quota)
+    quota = allowed.quota
+    if asked.budget is not None:
+        fit = fitted(bundle, asked.budget, ranking, quota)
+        ranking, quota = fit.ranking, fit.quota
+        plan = replace(plan, budget=fit.use, ignored=plan.ignored + fit.ignored)
+    choice = ranking.decide(bundle, quota)
     return replace(
         plan,
         targets=_targets(
@@ -150,6 +158,7 @@ def _scores(
     return multi_metric(data, weights_at(phase, settings))
 
 
+@stage("redundancy")
 def _redundant(
     bundle: CheckpointBundle, candidates: Candidates, scores: Doubles, threshold: float
 ) -> tuple[Pair, ...]:
