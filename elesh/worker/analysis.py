@@ -128,6 +128,7 @@ class Analyst:
         with span("fetch blobs", attributes={"elesh.blob_bytes": size}):
             for name, ref in wanted.items():
                 await self._bus.blobs.fetch(ref, self._folder / name)
+        self._reports.status.fetched(size)
         await self._reports.step("fetched", work, figures={"bytes": size})
 
     def _forget(self) -> None:
