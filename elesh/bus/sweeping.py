@@ -59,7 +59,7 @@ class Sweeper:
         self._keys = keys
         self._plans = plans
         self._lease = lease_seconds
-        self.interval = lease_seconds / 20
+        self.interval = lease_seconds / 16
         """Seconds between two passes."""
 
     async def sweep(self, group: str, worker: str, streams: Sequence[Stream]) -> Sweep:
