@@ -18,6 +18,7 @@ from typing import BinaryIO
 from elesh._process import die_with_parent
 from elesh.analysis import analyze_level, join
 from elesh.settings import Settings
+from elesh.verification import verifier
 from leyline import (
     CheckpointBundle,
     CheckpointDocument,
@@ -87,7 +88,8 @@ def _decide(job: Job) -> bytes:
         )
         for level in job.asked_levels
     ]
-    return encode(join(bundle, analyses, settings, breakers=job.breaker_of))
+    verify = verifier(bundle, settings)
+    return encode(join(bundle, analyses, settings, breakers=job.breaker_of, verify=verify))
 
 
 def _bundle(folder: Path) -> CheckpointBundle:
