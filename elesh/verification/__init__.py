@@ -30,8 +30,8 @@ def verifier(
     """What measures the cuts of this checkpoint, or says why it cannot.
 
     Args:
-        recorded: the decision that is replayed. Whether time ran out is all that another run could
-            see otherwise, so that is taken from it.
+        recorded: the decision that is replayed. Whether time ran out, or a worker had torch, is
+            what another run could see otherwise, so that is taken from it.
     """
     if bundle.network is None:
         return lambda proposal: predicted_only(proposal, settings)
@@ -40,10 +40,10 @@ def verifier(
         return lambda proposal: predicted_only(proposal, settings, missing)
     seconds = settings.verification.window_share * settings.worker.window_seconds
     if recorded is not None:
-        for taken in recorded.fallbacks:
-            if taken.rung == TIMEOUT:
-                return lambda proposal: predicted_only(proposal, settings, taken)
         seconds = math.inf
+        taken = [f for f in recorded.fallbacks if f.rung in (SKIPPED, TIMEOUT)]
+        if recorded.safety.verification is None and (taken or recorded.approved_for_application):
+            return lambda proposal: predicted_only(proposal, settings, *taken[:1])
     from .verifier import NetworkVerifier
 
     return NetworkVerifier(bundle, settings, seconds)
