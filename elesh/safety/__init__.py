@@ -24,6 +24,7 @@ from .measured_gates import (
     measured_accuracy,
     measured_loss,
     predicted_loss,
+    predicted_only,
 )
 from .search import largest_safe
 from .verification import Entry, Measured, Proposal, Verifier
@@ -52,6 +53,7 @@ __all__ = [
     "noise",
     "phase_gate",
     "predicted_loss",
+    "predicted_only",
     "predicted_shift",
     "requirements",
     "statistics_sound",

@@ -6,9 +6,11 @@ what was not proved is not approved.
 
 from __future__ import annotations
 
-from leyline import GateResult
+from elesh.settings import Settings
+from leyline import Fallback, GateResult
 
 from .paired import ClassDrop
+from .verification import Measured, Proposal
 
 __all__ = [
     "MEASURED_GATES",
@@ -18,6 +20,7 @@ __all__ = [
     "measured_accuracy",
     "measured_loss",
     "predicted_loss",
+    "predicted_only",
 ]
 
 MEASURED_GATES = frozenset(
@@ -94,7 +97,7 @@ def predicted_loss(rise: float | None, factor: float, limit: float) -> GateResul
     """Passed if the predicted loss rise, times what predictions are too low by, is within the
     limit that a measured rise would have to keep. The stricter gate of cuts not measured."""
     if rise is None:
-        detail = "not judged: no statistics tell the loss rise"
+        detail = "not judged: nothing is cut, or no statistics tell the loss rise"
         return GateResult(name="predicted_loss", passed=True, limit=limit, detail=detail)
     return GateResult(
         name="predicted_loss",
@@ -103,3 +106,21 @@ def predicted_loss(rise: float | None, factor: float, limit: float) -> GateResul
         limit=limit,
         detail=f"nothing was measured: predicted rise {rise:.4g} nats a sample, times {factor:g}",
     )
+
+
+def predicted_only(
+    proposal: Proposal, settings: Settings, skipped: Fallback | None = None
+) -> Measured:
+    """What a verifier answers where nothing can be measured: all of the cut, under a stricter gate.
+
+    Args:
+        skipped: why, where the checkpoint did carry its network.
+    """
+    limits = settings.verification
+    levels = frozenset(entry[0] for entry in proposal.order)
+    gate = predicted_loss(
+        proposal.predicted_loss_rise,
+        limits.predicted_loss_factor,
+        limits.limits(levels, proposal.phase).loss_rise,
+    )
+    return Measured(proposal.order, (gate,), skipped=skipped)

@@ -52,7 +52,7 @@ class VerificationSettings(Section):
     bootstrap_samples: int = Field(default=2000, ge=100)
     window_share: float = Field(default=0.5, gt=0, le=1)
     """Share of the checkpoint window that measuring may take; what takes longer is not measured."""
-    predicted_loss_factor: float = Field(default=4.0, ge=1)
+    predicted_loss_factor: float = Field(default=2.0, ge=1)
     """Where nothing could be measured, the predicted loss rise times this must be within the
     limit: predictions add up single removals and are too low for sets."""
 

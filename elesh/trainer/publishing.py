@@ -36,7 +36,9 @@ async def with_blobs(
             heads=heads,
             levels=bundle.levels,
             parameters=bundle.parameters,
-            **network,
+            program=network.get("program"),
+            weights=network.get("weights"),
+            held_out=network.get("held_out"),
         )
     return StructuralAnalysisRequest(
         request_id=request_id,
@@ -50,7 +52,9 @@ async def with_blobs(
         layers=layers,
         heads=heads,
         levels=bundle.levels,
-        **network,
+        program=network.get("program"),
+        weights=network.get("weights"),
+        held_out=network.get("held_out"),
     )
 
 

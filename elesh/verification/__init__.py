@@ -10,11 +10,11 @@ import math
 from importlib.util import find_spec
 
 from elesh import safety
-from elesh.safety import Measured, Proposal, Verifier
+from elesh.safety import Verifier
 from elesh.settings import Settings
 from leyline import CheckpointBundle, Fallback, StructuralPruningDecision
 
-__all__ = ["SKIPPED", "TIMEOUT", "predicted_only", "verifier"]
+__all__ = ["SKIPPED", "TIMEOUT", "verifier"]
 
 SKIPPED = "verification_skipped"
 """The rung of the failure table: program, weights, data or worker do not allow to measure."""
@@ -34,30 +34,16 @@ def verifier(
             what another run could see otherwise, so that is taken from it.
     """
     if bundle.network is None:
-        return lambda proposal: predicted_only(proposal, settings)
+        return lambda proposal: safety.predicted_only(proposal, settings)
     if find_spec("torch") is None or find_spec("safetensors") is None:
         missing = Fallback(rung=SKIPPED, reason="this worker has no torch (elesh[torch])")
-        return lambda proposal: predicted_only(proposal, settings, missing)
+        return lambda proposal: safety.predicted_only(proposal, settings, missing)
     seconds = settings.verification.window_share * settings.worker.window_seconds
     if recorded is not None:
         seconds = math.inf
         taken = [f for f in recorded.fallbacks if f.rung in (SKIPPED, TIMEOUT)]
         if recorded.safety.verification is None and (taken or recorded.approved_for_application):
-            return lambda proposal: predicted_only(proposal, settings, *taken[:1])
+            return lambda proposal: safety.predicted_only(proposal, settings, *taken[:1])
     from .verifier import NetworkVerifier
 
     return NetworkVerifier(bundle, settings, seconds)
-
-
-def predicted_only(
-    proposal: Proposal, settings: Settings, skipped: Fallback | None = None
-) -> Measured:
-    """The answer where nothing was measured: all of the cut, under a stricter gate."""
-    limits = settings.verification
-    levels = frozenset(entry[0] for entry in proposal.order)
-    gate = safety.predicted_loss(
-        proposal.predicted_loss_rise,
-        limits.predicted_loss_factor,
-        limits.limits(levels, proposal.phase).loss_rise,
-    )
-    return Measured(proposal.order, (gate,), skipped=skipped)

@@ -27,7 +27,7 @@ from leyline import (
     Verification,
 )
 
-from . import SKIPPED, TIMEOUT, predicted_only
+from . import SKIPPED, TIMEOUT
 from .confine import confined
 from .measure import Bench, Measurement, TooSlow
 
@@ -67,7 +67,7 @@ class NetworkVerifier:
         finally:
             torch.set_num_threads(threads)
         skipped = Fallback(rung=rung, reason=reason[:8192])
-        return predicted_only(proposal, self._settings, skipped)
+        return safety.predicted_only(proposal, self._settings, skipped)
 
     def _measured(self, proposal: Proposal) -> Measured:
         deadline = time.monotonic() + self._seconds
