@@ -23,7 +23,6 @@ from leyline import (
     LayerDescriptor,
     LayerStatistics,
     Level,
-    Phase,
     PrunedArchitecture,
     PruningGroup,
     StandIn,
@@ -107,8 +106,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=512)
     asked = parser.parse_args()
     bundle, settings = checkpoint(asked.layers, asked.samples), Settings()
-    analysis = settings.structured_pruning.layer_analysis
-    planned = best_of(lambda: plan_layers(bundle, analysis, Phase.AGGRESSIVE))
+    planned = best_of(lambda: plan_layers(bundle, settings))
     decided = best_of(lambda: analyze(bundle, settings, level=Level.LAYER))
     print(f"plan: conditions, order, prediction  {asked.layers / planned:10,.0f} layers/s")
     print(f"decision with all gates              {asked.layers / decided:10,.0f} layers/s")

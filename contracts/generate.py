@@ -47,7 +47,7 @@ def generated() -> dict[str, bytes]:
     kinds: list[type[ll.Message]] = [*ll.MESSAGES.values(), ll.EventEnvelope]
     kinds += [ll.ChannelImportanceData, ll.GateStatistics, ll.LayerStatistics]
     kinds += [ll.HeadImportanceData]
-    kinds += [ll.CheckpointDocument]
+    kinds += [ll.CheckpointDocument, ll.LevelAnalysis]
     schemas = {kind.__name__: schema(kind) for kind in kinds}
     files = {f"contracts/schemas/{name}.json": _json(value) for name, value in schemas.items()}
     files |= {f"contracts/vectors/{name}": data for name, data in _vectors().items()}

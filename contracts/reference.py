@@ -67,7 +67,7 @@ def reference(schemas: Mapping[str, Mapping[str, Any]]) -> str:
         lines += _message(ll.MESSAGES[name])
     lines += ["## Blobs and folders", ""]
     statistics = (ll.ChannelImportanceData, ll.GateStatistics, ll.LayerStatistics)
-    for kind in (*statistics, ll.HeadImportanceData, ll.CheckpointDocument):
+    for kind in (*statistics, ll.HeadImportanceData, ll.CheckpointDocument, ll.LevelAnalysis):
         lines += _message(kind)
     lines += ["## Envelope and parts", ""]
     for kind in (ll.EventEnvelope, *parts):

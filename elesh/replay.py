@@ -22,6 +22,7 @@ from leyline import (
     CheckpointBundle,
     ContractError,
     IdempotencyKey,
+    Level,
     StructuralPruningDecision,
     encode,
     read_envelope,
@@ -103,9 +104,9 @@ async def _replay(bus: Bus, settings: Settings, work: Work, key: IdempotencyKey)
     decision = analyze(
         bundle,
         settings,
-        level=key.level,
+        level=None if key.level is Level.JOINT else key.level,
         key=key,
-        breaker=BreakerStatus.of(recorded) if recorded else None,
+        breakers=BreakerStatus.of(recorded) if recorded else None,
         scorer="multi_metric" if timed_out else None,
         fallbacks=tuple(f for f in fallbacks if f.rung in {"analysis_timeout", "worker_crash"}),
     )

@@ -16,6 +16,14 @@ from elesh.bus import embedded_server
 _numbers = itertools.count(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What processes of this session leave behind goes here, not to the user's own folder."""
+    folder = tmp_path_factory.mktemp("state")
+    os.environ["ELESH_STATE_DIR"] = str(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real server, started for this test session and stopped at its end.

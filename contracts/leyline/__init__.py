@@ -4,6 +4,7 @@ Pure contracts: pydantic, msgpack and numpy; no torch, no redis, no clock but th
 Start reading at :mod:`leyline.streams`, the catalogue of streams and messages.
 """
 
+from .analysis import LevelAnalysis, PredictedDamage, RankedUnit
 from .architecture import PrunedArchitecture
 from .base import SCHEMA_VERSION, Message, WireEnum
 from .blocks import LayerBlock, StandIn
@@ -17,6 +18,7 @@ from .decisions import (
     GateResult,
     HeadRedundancy,
     LayerPruningTarget,
+    LevelPart,
     Outcome,
     Phase,
     PruningStatistics,
@@ -63,6 +65,7 @@ from .identity import (
     ParameterIdentifier,
     RequestKey,
     checkpoint_id,
+    decided_level,
     stable_hash,
 )
 from .legacy import AnalysisReport, ImportanceData, MaskApplication, ParameterMask, PruningMasks
@@ -122,6 +125,8 @@ __all__ = [
     "LayerPruningTarget",
     "LayerStatistics",
     "Level",
+    "LevelAnalysis",
+    "LevelPart",
     "MESSAGES",
     "Malformed",
     "MaskApplication",
@@ -135,6 +140,7 @@ __all__ = [
     "PerformanceRequirements",
     "Phase",
     "Poison",
+    "PredictedDamage",
     "Priority",
     "PrunedArchitecture",
     "PruningGroup",
@@ -142,6 +148,7 @@ __all__ = [
     "PruningOutcome",
     "PruningRecord",
     "PruningStatistics",
+    "RankedUnit",
     "RecompilationRequest",
     "Redundancy",
     "RequestKey",
@@ -171,6 +178,7 @@ __all__ = [
     "Verification",
     "WireEnum",
     "checkpoint_id",
+    "decided_level",
     "decode",
     "encode",
     "read_envelope",

@@ -29,7 +29,7 @@ from .errors import (
     ShapeMismatch,
     brief,
 )
-from .identity import IdempotencyKey, Level
+from .identity import IdempotencyKey, Level, decided_level
 from .parameters import AnalysisParameters, PerformanceRequirements
 from .statistics import (
     ChannelImportanceData,
@@ -155,6 +155,11 @@ class CheckpointBundle:
         """The key of this checkpoint's decision at ``level``."""
         m = self.metadata
         return IdempotencyKey(m.epoch, m.model_hash, m.checkpoint_id, level)
+
+    @property
+    def decision_key(self) -> IdempotencyKey:
+        """The key of this checkpoint's one decision: of its level, or ``joint`` for several."""
+        return self.key(decided_level(self.levels))
 
     @property
     def document(self) -> CheckpointDocument:

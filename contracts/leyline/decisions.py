@@ -23,7 +23,7 @@ from .base import (
     WireEnum,
 )
 from .errors import IdentityMismatch, InvalidField
-from .identity import DecisionKey, IdempotencyKey
+from .identity import DecisionKey, IdempotencyKey, Level
 from .verification import Verification
 
 
@@ -75,8 +75,10 @@ class SparedUnit(Message):
         "ignored",
         "redundancy_cost",
         "representative",
+        "verification",
     ]
-    """``representative``: a redundant unit went in its favour."""
+    """``representative``: a redundant unit went in its favour; ``verification``: measured on
+    held-out data, the cut is safe only without it."""
 
 
 def _require_cut(unit: str, indices: tuple[int, ...], before: int, after: int) -> None:
@@ -106,6 +108,11 @@ class ChannelPruningTarget(Message):
     channels_after: Count
     spared: tuple[SparedUnit, ...] = ()
     """Units near the cut that were left alone."""
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """The units to remove, in current numbering."""
+        return self.channel_indices
 
     @model_validator(mode="after")
     def _aligned(self) -> Self:
@@ -140,6 +147,11 @@ class AttentionHeadTarget(Message):
     heads_after: Count
     spared: tuple[SparedUnit, ...] = ()
     """Heads near the cut that were left alone."""
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """The units to remove, in current numbering."""
+        return self.head_indices
 
     @model_validator(mode="after")
     def _aligned(self) -> Self:
@@ -180,7 +192,8 @@ class PruningStatistics(Message):
     channels_after: Count
     channels_original: Count
     """Units of prunable groups before the first cut; in decisions of the layer level, all three
-    count removable layers."""
+    count removable layers. In a joint decision units, quota and shares are those of its first
+    level; sizes and predictions are of the whole cut."""
     quota: Count
     """Units that the schedule allowed to remove at this checkpoint."""
     phase_limit: Fraction
@@ -231,6 +244,19 @@ class SafetyValidation(Message):
     """What was measured; left out where the cut was only predicted."""
 
 
+class LevelPart(Message):
+    """What one level gave to a joint decision."""
+
+    level: Level
+    verdict: Literal["taken", "rejected", "nothing", "missing"]
+    """``taken``: its targets are in the decision; ``nothing``: it had none; ``missing``: it was not
+    analysed (it failed, or missed its deadline)."""
+    reason: Text = ""
+    """Why it was not taken, or what the other levels took from it."""
+    statistics: PruningStatistics | None = None
+    """Of this level by itself; None where it is missing."""
+
+
 class RolledBackCut(Message):
     """A cut that the trainer took back, with the evidence that had spoken for it."""
 
@@ -272,6 +298,8 @@ class StructuralPruningDecision(Message):
     """Rungs of the failure table that were taken."""
     ignored: tuple[tuple[Name, Text], ...] = ()
     """Groups that cannot be pruned, each with the reason."""
+    levels: tuple[LevelPart, ...] = Field(default=(), exclude_if=operator.not_)
+    """In joint decisions: every level that was asked for, and what became of it."""
     rolled_back: tuple[RolledBackCut, ...] = Field(default=(), exclude_if=operator.not_)
     """Cuts of this run and these levels that were taken back before; what this decision proposes
     was compared with them."""
@@ -287,9 +315,16 @@ class StructuralPruningDecision(Message):
     @property
     def units(self) -> dict[str, tuple[int, ...]]:
         """Units to remove by group, in current numbering: what a Surgeon takes."""
-        return {t.layer_name: t.channel_indices for t in self.channels} | {
-            t.layer_name: t.head_indices for t in self.attention_heads
-        }
+        targets: list[ChannelPruningTarget | AttentionHeadTarget]
+        targets = [*self.channels, *self.attention_heads]
+        return {target.layer_name: target.indices for target in targets}
+
+    @property
+    def taken(self) -> tuple[Level, ...]:
+        """The levels whose targets are in it."""
+        if not self.levels:
+            return (self.key.level,)
+        return tuple(part.level for part in self.levels if part.verdict == "taken")
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:

@@ -30,6 +30,11 @@ class Level(WireEnum):
     """Channels, heads and layers of one checkpoint, decided together."""
 
 
+def decided_level(levels: Sequence[Level]) -> Level:
+    """The level in the key of the one decision on ``levels``: their own, or ``joint``."""
+    return levels[0] if len(set(levels)) == 1 else Level.JOINT
+
+
 _EPOCH = r"0|[1-9][0-9]{0,9}"
 _HASH = r"[0-9a-f]{16}"
 _ID = r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}"

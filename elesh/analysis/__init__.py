@@ -3,6 +3,8 @@
 from .budget import select_channels
 from .decide import analyze
 from .explain import Explanation, UnitExplanation, explain
+from .join import join
+from .levels import analyze_level
 from .schedule import Allowance, allowance, counted_groups, curve, phase_at
 from .sketch import CountMinSketch, ErrorBound, element_keys
 from .thresholds import SafetyLevel, Stage, adaptive_threshold, stage_at
@@ -21,11 +23,13 @@ __all__ = [
     "adaptive_threshold",
     "allowance",
     "analyze",
+    "analyze_level",
     "channel_metrics",
     "counted_groups",
     "curve",
     "element_keys",
     "explain",
+    "join",
     "phase_at",
     "select_channels",
     "stage_at",

@@ -15,7 +15,8 @@ from elesh.settings import ChannelAnalysis
 from leyline import CheckpointBundle, InvalidField, Phase, ShapeMismatch
 
 from .candidates import Doubles
-from .channels import choose_scorer, eligible_groups, rank_channels
+from .channels import choose_scorer, rank_channels
+from .eligible import eligible_groups
 
 __all__ = ["select_channels"]
 

@@ -7,24 +7,22 @@ nothing is chosen twice or against a group's minimum, multiple or the quota.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 
-from elesh.safety import mixed_owners
-from elesh.settings import ChannelAnalysis
+from elesh.settings import ChannelAnalysis, Settings
 from leyline import (
     ChannelPruningTarget,
     CheckpointBundle,
     Fallback,
-    InvalidField,
     Level,
     Phase,
     PruningGroup,
     Redundancy,
 )
 
-from .candidates import Candidates, Doubles, floor_of
+from .candidates import Candidates, Doubles
 from .choosing import (
     Choice,
     Ranking,
@@ -34,37 +32,14 @@ from .choosing import (
     spared_units,
     usable_projections,
 )
-from .projections import Prediction, Projections
+from .eligible import eligible_groups
+from .plans import LevelPlan, empty_plan, ranked_units, wanted_scorer
+from .projections import Projections
 from .redundancy import Pair, redundant_pairs
+from .schedule import allowance
 from .scores import magnitude, multi_metric, weights_at
 
-__all__ = [
-    "ChannelPlan",
-    "Eligible",
-    "choose_scorer",
-    "eligible_groups",
-    "plan_channels",
-    "rank_channels",
-]
-
-
-@dataclass(frozen=True)
-class Eligible:
-    """The groups that can lose units, and why each other group cannot."""
-
-    groups: tuple[PruningGroup, ...]
-    ignored: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True)
-class ChannelPlan:
-    """What the channel level proposes; gates and verdict come after it."""
-
-    targets: tuple[ChannelPruningTarget, ...] = ()
-    prediction: Prediction | None = None
-    """Where output projections of all candidates are there."""
-    energy: float = 0.0
-    """The outputs' mean square, estimated from the same projections."""
+__all__ = ["choose_scorer", "plan_channels", "rank_channels"]
 
 
 def choose_scorer(bundle: CheckpointBundle, wanted: str) -> tuple[Scorer, tuple[Fallback, ...]]:
@@ -93,54 +68,6 @@ def choose_scorer(bundle: CheckpointBundle, wanted: str) -> tuple[Scorer, tuple[
     return "magnitude", tuple(taken)
 
 
-def eligible_groups(
-    bundle: CheckpointBundle,
-    scorer: Scorer,
-    minimum: int,
-    round_to: int = 1,
-    *,
-    level: Level = Level.CHANNEL,
-) -> Eligible:
-    """Which groups of a level can lose units.
-
-    Raises:
-        InvalidField: if the request ignores a group or layer that does not exist.
-    """
-    architecture, unwanted = bundle.architecture, frozenset(bundle.parameters.ignored_layers)
-    known = {name for g in architecture.groups for name in (g.name, *g.layers)}
-    known |= {layer.name for layer in architecture.layers}
-    if unknown := sorted(unwanted - known):
-        raise InvalidField("parameters.ignored_layers", "names of groups or layers", unknown)
-    groups, ignored = [], []
-    for group in architecture.groups:
-        if group.level is not level:
-            continue
-        reason = _why_not(bundle, group, scorer, unwanted)
-        floor = floor_of(group, minimum, round_to)
-        if not reason and group.size <= floor:
-            reason = f"has {group.size} {level}s, must keep {floor}"
-        if reason:
-            ignored.append((group.name, reason))
-        else:
-            groups.append(group)
-    return Eligible(tuple(groups), tuple(ignored))
-
-
-def _why_not(
-    bundle: CheckpointBundle, group: PruningGroup, scorer: Scorer, unwanted: frozenset[str]
-) -> str:
-    if not group.prunable:
-        return group.reason or "not prunable"
-    if named := unwanted.intersection((group.name, *group.layers)):
-        return f"ignored by the request: {', '.join(sorted(named))}"
-    if mixed_owners(bundle.architecture, group):
-        return "couples host and seed tensors (gradient isolation)"
-    if scorer == "output_projection":
-        return "" if group.name in bundle.gates else "no gate statistics"
-    vectors = bundle.heads if group.level is Level.HEAD else bundle.channels
-    return "" if group.name in vectors else f"no {group.level} statistics"
-
-
 def rank_channels(
     bundle: CheckpointBundle,
     settings: ChannelAnalysis,
@@ -160,25 +87,49 @@ def rank_channels(
 
 
 def plan_channels(
-    bundle: CheckpointBundle,
-    settings: ChannelAnalysis,
-    groups: Sequence[PruningGroup],
-    scorer: Scorer,
-    quota: int,
-    phase: Phase,
-    *,
-    round_to: int = 1,
-    threads: int = 1,
-) -> ChannelPlan:
-    """Choose up to ``quota`` channels of ``groups`` and predict what removing them does."""
-    if not groups or not quota:
-        return ChannelPlan()
-    ranking = rank_channels(
-        bundle, settings, groups, scorer, phase, round_to=round_to, threads=threads
+    bundle: CheckpointBundle, settings: Settings, *, scorer: str | None = None, threads: int = 1
+) -> LevelPlan:
+    """Choose the channels to remove and predict what removing them does.
+
+    Raises:
+        InvalidField: if the request ignores a group or layer that does not exist.
+    """
+    pruning = settings.structured_pruning
+    channels, asked = pruning.channel_analysis, bundle.parameters
+    round_to = channels.round_to if asked.round_to == 1 else asked.round_to
+    allowed = allowance(
+        bundle.architecture,
+        bundle.metadata.epoch,
+        pruning.safety_schedule,
+        shape=channels.schedule,
+        margin=channels.safety_margin,
+        target=asked.target_ratio,
     )
-    choice = ranking.decide(bundle, quota)
-    targets = _targets(groups, ranking.candidates, choice, settings.redundancy_threshold)
-    return ChannelPlan(targets, choice.prediction, choice.energy)
+    used = choose_scorer(bundle, scorer or wanted_scorer(bundle, settings))
+    minimum = channels.min_channels_per_layer
+    eligible = eligible_groups(bundle, used[0], minimum, round_to)
+    plan = empty_plan(bundle, Level.CHANNEL, allowed, used, eligible, minimum)
+    if not eligible.groups or not allowed.quota:
+        return plan
+    ranking = rank_channels(
+        bundle,
+        channels,
+        eligible.groups,
+        used[0],
+        allowed.phase,
+        round_to=round_to,
+        threads=threads,
+    )
+    choice = ranking.decide(bundle, allowed.quota)
+    return replace(
+        plan,
+        targets=_targets(
+            eligible.groups, ranking.candidates, choice, channels.redundancy_threshold
+        ),
+        order=ranked_units(Level.CHANNEL, ranking.candidates, choice),
+        prediction=choice.prediction,
+        energy=choice.energy,
+    )
 
 
 def _scores(

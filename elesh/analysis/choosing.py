@@ -21,8 +21,10 @@ from .redundancy import Pair
 from .selection import Selection, select
 
 __all__ = [
+    "MAX_SPARED",
     "Choice",
     "Ranking",
+    "Reason",
     "Scorer",
     "pairs_by_group",
     "projection_fault",
@@ -31,8 +33,16 @@ __all__ = [
 ]
 
 Scorer = Literal["output_projection", "multi_metric", "magnitude"]
-Reason = Literal["representative", "rounding", "redundancy_cost", "minimum", "quota"]
-_MAX_SPARED = 16
+Reason = Literal[
+    "representative",
+    "rounding",
+    "redundancy_cost",
+    "minimum",
+    "quota",
+    "coupling",
+    "verification",
+]
+MAX_SPARED = 16
 _NEAR = 2.0
 """A spared unit is near the cut if it costs at most so many times the dearest that went."""
 
@@ -133,7 +143,7 @@ def spared_units(
     order, span = selection.order, candidates.span(group)
     stayed = np.flatnonzero(~order.taken[span]) + span.start
     near = stayed[order.costs[stayed] <= _NEAR * max(selection.dearest, 0.0)]
-    near = near[np.argsort(order.costs[near], kind="stable")][:_MAX_SPARED]
+    near = near[np.argsort(order.costs[near], kind="stable")][:MAX_SPARED]
     full = bool(order.room[group] == 0)
     return tuple(
         SparedUnit(

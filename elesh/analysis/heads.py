@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from elesh.settings import AttentionAnalysis
+from elesh.settings import AttentionAnalysis, Settings
 from leyline import (
     AttentionHeadTarget,
     CheckpointBundle,
@@ -38,19 +38,21 @@ from .choosing import (
     spared_units,
     usable_projections,
 )
-from .projections import Prediction
+from .eligible import eligible_groups
+from .plans import LevelPlan, empty_plan, ranked_units, wanted_scorer
 from .redundancy import Pair, redundant_pairs
+from .schedule import allowance
 from .scores import shares, single_removal
 
 __all__ = [
     "EARLY",
     "LATE",
-    "HeadPlan",
     "HeadWeights",
     "choose_head_scorer",
     "head_weights_at",
     "multi_factor",
     "plan_heads",
+    "rank_heads",
 ]
 
 
@@ -101,17 +103,6 @@ def multi_factor(data: HeadImportanceData, weights: HeadWeights) -> Doubles:
     )
 
 
-@dataclass(frozen=True)
-class HeadPlan:
-    """What the head level proposes; gates and verdict come after it."""
-
-    targets: tuple[AttentionHeadTarget, ...] = ()
-    prediction: Prediction | None = None
-    """Where output projections of all candidates are there."""
-    energy: float = 0.0
-    """The outputs' mean square, estimated from the same projections."""
-
-
 def choose_head_scorer(
     bundle: CheckpointBundle, wanted: str
 ) -> tuple[Scorer, tuple[Fallback, ...]]:
@@ -148,18 +139,59 @@ def _without_patterns(bundle: CheckpointBundle) -> list[str]:
 
 
 def plan_heads(
+    bundle: CheckpointBundle, settings: Settings, *, scorer: str | None = None, threads: int = 1
+) -> LevelPlan:
+    """Choose the heads to remove and predict what removing them does.
+
+    Raises:
+        InvalidField: if the request ignores a group or layer that does not exist.
+    """
+    pruning = settings.structured_pruning
+    heads = pruning.attention_analysis
+    allowed = allowance(
+        bundle.architecture,
+        bundle.metadata.epoch,
+        # Heads come in with the moderate phase (section "Progressive safety schedule").
+        pruning.safety_schedule.model_copy(update={"conservative_limit": 0.0}),
+        shape=pruning.channel_analysis.schedule,
+        margin=heads.safety_margin,
+        target=bundle.parameters.target_ratio,
+        level=Level.HEAD,
+    )
+    used = choose_head_scorer(bundle, scorer or wanted_scorer(bundle, settings))
+    minimum = heads.min_heads_per_layer
+    eligible = eligible_groups(bundle, used[0], minimum, level=Level.HEAD)
+    plan = empty_plan(bundle, Level.HEAD, allowed, used, eligible, minimum)
+    if not eligible.groups or not allowed.quota:
+        return plan
+    ranking = rank_heads(bundle, heads, eligible.groups, used[0], allowed.phase, threads=threads)
+    choice = ranking.decide(bundle, allowed.quota)
+    return replace(
+        plan,
+        targets=_targets(
+            bundle,
+            eligible.groups,
+            ranking.candidates,
+            choice,
+            ranking.scores,
+            heads.similarity_threshold,
+        ),
+        order=ranked_units(Level.HEAD, ranking.candidates, choice),
+        prediction=choice.prediction,
+        energy=choice.energy,
+    )
+
+
+def rank_heads(
     bundle: CheckpointBundle,
     settings: AttentionAnalysis,
     groups: Sequence[PruningGroup],
     scorer: Scorer,
-    quota: int,
     phase: Phase,
     *,
     threads: int = 1,
-) -> HeadPlan:
-    """Choose up to ``quota`` heads of ``groups`` and predict what removing them does."""
-    if not groups or not quota:
-        return HeadPlan()
+) -> Ranking:
+    """The ranking of ``groups``, of which there is at least one."""
     candidates = Candidates.of(groups, settings.min_heads_per_layer)
     projections = usable_projections(bundle, candidates)
     weights = head_weights_at(phase, settings)
@@ -169,11 +201,7 @@ def plan_heads(
     else:
         scores = np.concatenate([multi_factor(bundle.heads[g.name], weights) for g in groups])
     redundant = _redundant(bundle, candidates, scores, settings.similarity_threshold)
-    choice = Ranking(candidates, scorer, projections, scores, redundant, threads).decide(
-        bundle, quota
-    )
-    targets = _targets(bundle, groups, candidates, choice, scores, settings.similarity_threshold)
-    return HeadPlan(targets, choice.prediction, choice.energy)
+    return Ranking(candidates, scorer, projections, scores, redundant, threads)
 
 
 def _redundant(

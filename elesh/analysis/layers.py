@@ -13,59 +13,36 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from elesh.settings import LayerAnalysis
+from elesh.settings import LayerAnalysis, Settings
 from leyline import (
     CheckpointBundle,
     GateStatistics,
-    InvalidField,
     LayerBlock,
     LayerPruningTarget,
     LayerStatistics,
+    Level,
     Phase,
     PrunedArchitecture,
+    RankedUnit,
 )
 from leyline.blocks import inside_any
 
 from .candidates import Candidates
+from .eligible import unwanted_names
+from .plans import LevelPlan
 from .projections import Prediction, Projections, output_energy, predict
+from .schedule import Allowance, phase_at
 
-__all__ = ["LayerPlan", "architecture_impact", "failed_conditions", "plan_layers", "rank"]
+__all__ = ["architecture_impact", "failed_conditions", "plan_layers", "rank"]
 
 MIN_LAYERS = 3
 """So many removable layers are always left (FACTS, "Selection")."""
 MIN_GRADIENT_FLOW = 0.5
 MAX_IMPACT = 0.5
+_CONFIDENCE = 0.6
+"""As for the document's mix of channels: the five conditions follow the outputs, the projections
+predict them."""
 _KIND = {"attention": 0.8, "conv": 0.6, "linear": 0.5, "other": 0.3}
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """What the layer level proposes; gates and verdict come after it."""
-
-    targets: tuple[LayerPruningTarget, ...]
-    """Cheapest first."""
-    ignored: tuple[tuple[str, str], ...]
-    """Every layer that stays, with the reason, in the architecture's order."""
-    present: int
-    """Removable layers that are there."""
-    original: int
-    """Removable layers of the original network."""
-    measured: int
-    """Removable layers that are there and have statistics."""
-    quota: int
-    prediction: Prediction | None = None
-    energy: float = 0.0
-    """The outputs' mean square along the random directions, estimated from the gates."""
-
-    @property
-    def removed(self) -> int:
-        """Layers removed earlier."""
-        return self.original - self.present
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The layers that go."""
-        return tuple(target.layer_name for target in self.targets)
 
 
 @dataclass(frozen=True)
@@ -92,16 +69,65 @@ class _Layer:
         return float(self.data.similarity[0])
 
 
-def plan_layers(bundle: CheckpointBundle, settings: LayerAnalysis, phase: Phase) -> LayerPlan:
+def plan_layers(
+    bundle: CheckpointBundle, settings: Settings, *, scorer: str | None = None, threads: int = 1
+) -> LevelPlan:
     """Choose the layers to remove and predict what removing them does.
+
+    The five conditions judge layers, whatever ``scorer`` says; there is nothing to thread.
 
     Raises:
         InvalidField: if the request ignores a group or layer that does not exist.
     """
+    pruning, architecture = settings.structured_pruning, bundle.architecture
+    phase = phase_at(bundle.metadata.epoch, pruning.safety_schedule)
+    fit, reasons = _judged(bundle, pruning.layer_analysis)
+    removable = [block for block in architecture.blocks if block.prunable]
+    present = [block for block in removable if not block.removed]
+    allowed = _allowance(
+        len(removable),
+        len(present),
+        phase,
+        pruning.layer_analysis.max_layer_removal_ratio,
+        bundle.parameters.target_ratio,
+    )
+    order = sorted(fit, key=lambda layer: (rank(layer), layer.block.name))
+    chosen = order[: allowed.quota]
+    for layer in order[allowed.quota :]:
+        reasons[layer.block.name] = _beyond(allowed)
+    prediction, energy = _prediction(bundle, present, [layer.block.name for layer in chosen])
+    counts = [len(data.projections) for data in bundle.layers.values()]
+    return LevelPlan(
+        level=Level.LAYER,
+        allowed=allowed,
+        scorer="multi_metric",
+        confidence=_CONFIDENCE,
+        fallbacks=(),
+        ignored=tuple((b.name, reasons[b.name]) for b in architecture.blocks if b.name in reasons),
+        nothing=_nothing(allowed),
+        minimum=MIN_LAYERS,
+        present=len(present),
+        prunable=len(present),
+        measured=sum(block.name in bundle.layers for block in present),
+        samples=counts[0] if counts else bundle.metadata.samples,
+        targets=tuple(_target(layer) for layer in chosen),
+        order=tuple(
+            RankedUnit(level=Level.LAYER, layer_name=layer.block.name, cost=rank(layer))
+            for layer in chosen
+        ),
+        prediction=prediction,
+        energy=energy,
+    )
+
+
+def _judged(
+    bundle: CheckpointBundle, settings: LayerAnalysis
+) -> tuple[list[_Layer], dict[str, str]]:
+    """The layers that meet all five conditions, and why each other one that is there does not."""
     architecture = bundle.architecture
-    unwanted, impact = _unwanted(bundle), architecture_impact(architecture)
-    reasons: dict[str, str] = {}
+    unwanted, impact = unwanted_names(bundle), architecture_impact(architecture)
     fit: list[_Layer] = []
+    reasons: dict[str, str] = {}
     for block in architecture.blocks:
         reason = _why_not(block, bundle.layers, unwanted, architecture)
         if not reason:
@@ -111,24 +137,7 @@ def plan_layers(bundle: CheckpointBundle, settings: LayerAnalysis, phase: Phase)
                 fit.append(layer)
         if reason and not block.removed:
             reasons[block.name] = reason
-    removable = [block for block in architecture.blocks if block.prunable]
-    present = [block for block in removable if not block.removed]
-    quota = _quota(len(removable), len(present), settings, phase, bundle.parameters.target_ratio)
-    order = sorted(fit, key=lambda layer: (rank(layer), layer.block.name))
-    for layer in order[quota:]:
-        reasons[layer.block.name] = _beyond(quota, len(removable), len(present), phase)
-    chosen = order[:quota]
-    prediction, energy = _prediction(bundle, present, [x.block.name for x in chosen])
-    return LayerPlan(
-        targets=tuple(_target(layer) for layer in chosen),
-        ignored=tuple((b.name, reasons[b.name]) for b in architecture.blocks if b.name in reasons),
-        present=len(present),
-        original=len(removable),
-        measured=sum(block.name in bundle.layers for block in present),
-        quota=quota,
-        prediction=prediction,
-        energy=energy,
-    )
+    return fit, reasons
 
 
 def failed_conditions(layer: _Layer, settings: LayerAnalysis) -> list[str]:
@@ -172,15 +181,6 @@ def rank(layer: _Layer) -> float:
     return 0.3 * layer.taylor + 0.3 * (1 - layer.similarity) + 0.2 * (1 - skip) + 0.2 * layer.impact
 
 
-def _unwanted(bundle: CheckpointBundle) -> frozenset[str]:
-    architecture, unwanted = bundle.architecture, frozenset(bundle.parameters.ignored_layers)
-    known = {name for g in architecture.groups for name in (g.name, *g.layers)}
-    known |= {layer.name for layer in architecture.layers} | set(architecture.block)
-    if unknown := sorted(unwanted - known):
-        raise InvalidField("parameters.ignored_layers", "names of groups or layers", unknown)
-    return unwanted
-
-
 def _why_not(
     block: LayerBlock,
     measured: Mapping[str, LayerStatistics],
@@ -199,25 +199,35 @@ def _why_not(
     return "" if block.name in measured else "no layer statistics"
 
 
-def _quota(
-    original: int, present: int, settings: LayerAnalysis, phase: Phase, target: float | None
-) -> int:
-    """Layers that may go now."""
-    if phase is not Phase.AGGRESSIVE:
-        return 0
-    share = settings.max_layer_removal_ratio
-    share = share if target is None else min(share, target)
+def _allowance(
+    original: int, present: int, phase: Phase, limit: float, target: float | None
+) -> Allowance:
+    """The layers that may go now: only in the aggressive phase, and so that enough are left."""
+    share = limit if target is None else min(limit, target)
+    removed = original - present
     # A product like 0.29 * 100 lies below its true value: a millionth of a layer evens that out.
-    allowed = math.floor(share * original + 1e-6) - (original - present)
-    return max(0, min(allowed, present - MIN_LAYERS))
+    quota = min(math.floor(share * original + 1e-6) - removed, present - MIN_LAYERS)
+    active = phase is Phase.AGGRESSIVE
+    return Allowance(phase, limit, share, original, removed, max(0, quota) if active else 0)
 
 
-def _beyond(quota: int, original: int, present: int, phase: Phase) -> str:
-    if phase is not Phase.AGGRESSIVE:
-        return f"layers are removed in the aggressive phase only, this is the {phase} phase"
+def _nothing(allowed: Allowance) -> str:
+    if not allowed.original:
+        return "nothing to remove: no layer of this network can be removed (see ignored)"
+    if not allowed.quota:
+        return (
+            f"nothing to remove: quota 0 ({allowed.removed} of {allowed.original} original layers "
+            f"are removed, {MIN_LAYERS} must be left)"
+        )
+    return "nothing to remove: no layer meets all five conditions (see ignored)"
+
+
+def _beyond(allowed: Allowance) -> str:
+    if allowed.phase is not Phase.AGGRESSIVE:
+        return f"layers are removed in the aggressive phase only, this is the {allowed.phase} phase"
     return (
-        f"it could go, but the quota is {quota}: {original - present} of {original} original "
-        f"layers are gone, and {MIN_LAYERS} must be left"
+        f"it could go, but the quota is {allowed.quota}: {allowed.removed} of {allowed.original} "
+        f"original layers are gone, and {MIN_LAYERS} must be left"
     )
 
 

@@ -1,23 +1,107 @@
-"""What the decisions of all levels say alike: why gates rejected them, and who decided."""
+"""How any decision is put together: verdict and reason follow from the gates, in one place.
+
+Promises: a decision is approved if and only if something goes and every gate that counts passed;
+one that is not says why.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.metadata import version
+from typing import Any
 
-from leyline import GateResult
+from elesh import safety
+from elesh.settings import Settings
+from leyline import (
+    AttentionHeadTarget,
+    ChannelPruningTarget,
+    CheckpointBundle,
+    Fallback,
+    GateResult,
+    IdempotencyKey,
+    LayerPruningTarget,
+    LevelPart,
+    Outcome,
+    Phase,
+    PruningStatistics,
+    SafetyValidation,
+    StructuralPruningDecision,
+)
 
-__all__ = ["elesh_version", "rejection"]
+from .plans import Target
+
+__all__ = ["FALLBACK_DISCOUNT", "by_kind", "decided", "rejection", "targets_of"]
+
+FALLBACK_DISCOUNT = 0.8
+"""What each rung of the failure table leaves of the confidence."""
 
 
-@cache
-def elesh_version() -> str:
-    """The installed version."""
-    return version("elesh")
+def decided(
+    bundle: CheckpointBundle,
+    settings: Settings,
+    key: IdempotencyKey,
+    *,
+    targets: Iterable[Target],
+    statistics: PruningStatistics,
+    phase: Phase,
+    gates: Sequence[GateResult],
+    confidence: float,
+    reason: str = "",
+    counted: Sequence[GateResult] | None = None,
+    fallbacks: tuple[Fallback, ...] = (),
+    ignored: tuple[tuple[str, str], ...] = (),
+    levels: tuple[LevelPart, ...] = (),
+) -> StructuralPruningDecision:
+    """The decision.
+
+    Args:
+        counted: the gates that the verdict rests on; all of ``gates`` if not given.
+        reason: why it is not approved even if they passed; empty if nothing speaks against it.
+    """
+    counted = gates if counted is None else counted
+    outcome = safety.verdict(counted, measured=False)
+    reason = (rejection(counted) or reason)[:8192]
+    return StructuralPruningDecision(
+        idempotency_key=str(key),
+        run_id=bundle.metadata.run_id,
+        epoch=bundle.metadata.epoch,
+        model_hash=bundle.metadata.model_hash,
+        **by_kind(targets),
+        statistics=statistics,
+        safety=SafetyValidation(
+            outcome=outcome, phase=phase, gates=tuple(gates), confidence=confidence
+        ),
+        approved_for_application=not reason and outcome is not Outcome.NO_GO,
+        rejection_reason=reason,
+        fallbacks=fallbacks,
+        ignored=ignored,
+        levels=levels,
+        settings_hash=settings.analysis_hash,
+        elesh_version=_elesh_version(),
+    )
 
 
-def rejection(gates: Sequence[GateResult]) -> str:
+def targets_of(decision: StructuralPruningDecision) -> tuple[Target, ...]:
+    """All targets of a decision: channels, then heads, then layers."""
+    return (*decision.channels, *decision.attention_heads, *decision.layers)
+
+
+def by_kind(targets: Iterable[Target]) -> dict[str, Any]:
+    """Targets by the field of a decision that they belong in."""
+    kinds = {
+        "channels": ChannelPruningTarget,
+        "attention_heads": AttentionHeadTarget,
+        "layers": LayerPruningTarget,
+    }
+    listed = tuple(targets)
+    return {
+        field: tuple(target for target in listed if isinstance(target, kind))
+        for field, kind in kinds.items()
+    }
+
+
+def rejection(gates: Iterable[GateResult]) -> str:
     """Which gates failed and why; empty if none did."""
     return "; ".join(f"{gate.name}: {_why(gate)}" for gate in gates if not gate.passed)[:8192]
 
@@ -30,3 +114,8 @@ def _why(gate: GateResult) -> str:
         else ""
     )
     return ", ".join(part for part in (figures, gate.detail) if part)
+
+
+@cache
+def _elesh_version() -> str:
+    return version("elesh")

@@ -24,11 +24,12 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, Self
 
-import platformdirs
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
+
+from elesh._process import state_folder
 
 from .errors import BusUnavailable
 
@@ -47,12 +48,6 @@ if os.getppid() != int(sys.argv[1]):
     sys.exit(1)
 os.execv(sys.argv[2], [sys.argv[2], "-"])
 """
-
-
-def state_folder() -> Path:
-    """Where the embedded server keeps its state: ``ELESH_STATE_DIR`` or the user's state folder."""
-    chosen = os.environ.get("ELESH_STATE_DIR")
-    return Path(chosen) if chosen else Path(platformdirs.user_state_dir("elesh"))
 
 
 class EmbeddedServer:

@@ -22,7 +22,9 @@ def analyze(
     settings: SettingsOption = None,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the decision as JSON.")] = False,
-    level: Annotated[Level, typer.Option(help="What may be removed.")] = Level.CHANNEL,
+    level: Annotated[
+        Level | None, typer.Option(help="What may be removed; default: what the checkpoint asks.")
+    ] = None,
 ) -> None:
     """Decide on a saved checkpoint, without any bus."""
     from elesh import CheckpointBundle

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from typing import Annotated
 
 import typer
@@ -64,16 +63,16 @@ def worker(
     json_logs: JsonLogs = False,
 ) -> None:
     """Serve checkpoints until SIGTERM, which drains."""
-    from elesh.worker import serve
+    from elesh.worker import serve, worker_name
 
     setup_logging("json" if json_logs else "plain")
-    loaded = Settings.load(settings)
+    loaded, known_as = Settings.load(settings), name or worker_name()
 
     async def run() -> None:
         async with server_url(redis or loaded.bus.url) as url:
-            await serve(url, loaded, name)
+            await serve(url, loaded, known_as)
 
-    setup_tracing("elesh-worker", name or f"pid-{os.getpid()}")
+    setup_tracing("elesh-worker", known_as, loaded.observe)
     try:
         asyncio.run(run())
     finally:

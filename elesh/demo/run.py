@@ -128,7 +128,7 @@ def _train(demo: Demo, settings: Settings, url: str, console: Console) -> int:
         f"run {run_id}: {epochs} epochs in {time.monotonic() - begun:.0f} s", highlight=False
     )
     console.print(
-        f"look closer: elesh replay --run {run_id}, elesh explain KEY",
+        f"look closer: elesh trace {run_id}, elesh explain KEY, elesh replay --run {run_id}",
         highlight=False,
         soft_wrap=True,
     )

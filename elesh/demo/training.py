@@ -160,7 +160,7 @@ class Training:
                 self._to_spoil -= 1
                 bundle = SpoiledBundle(**vars(bundle))
             if self.session.publish(bundle):
-                self._published.extend(str(bundle.key(level)) for level in bundle.levels)
+                self._published.append(str(bundle.decision_key))
 
     def _apply_decisions(self) -> None:
         for decision in self.session.decisions():

@@ -1,60 +1,179 @@
-"""OpenTelemetry spans: one trace from the trainer's checkpoint to the applied decision.
+"""OpenTelemetry spans: one trace from the trainer's checkpoint to the outcome of its decision.
 
-Off unless the standard ``OTEL_EXPORTER_OTLP_ENDPOINT`` (or ``..._TRACES_ENDPOINT``) is set; spans
-leave by OTLP/HTTP from a background thread, so an absent collector slows nothing. The context
-travels as W3C ``traceparent``/``tracestate`` fields of the stream entries. A consumer's span takes
-the creation context as its parent (one trace per decision is what people look for); redeliveries
-are linked to it instead.
+Promises: nothing here waits for a collector: spans leave from background threads, a queue that is
+full drops, and the end of a process waits for at most three seconds. No span is exported whose
+parent in the same process is not: a process's part of a trace leaves as a whole when its first span
+ends, so that what a killed process leaves behind is missing, never torn (docs/decisions/0050).
+
+Spans go by OTLP/HTTP where the standard ``OTEL_EXPORTER_OTLP_ENDPOINT`` (or
+``..._TRACES_ENDPOINT``) says, and into the bounded file that ``elesh trace`` reads
+(:mod:`.spanfile`). The context travels as W3C ``traceparent``/``tracestate`` fields of the stream
+entries, and whoever works on a checkpoint takes the context that the trainer created as the parent.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from opentelemetry import propagate, trace
+from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace import Span as SdkSpan
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 from opentelemetry.trace import Link, Span, SpanKind
 
-__all__ = ["carrier_of", "setup_tracing", "shutdown_tracing", "span", "span_from"]
+from elesh.settings import ObserveSettings
 
-_FLUSH_MS = 3000
+from .spanfile import SpanFile
+
+__all__ = [
+    "carrier_of",
+    "is_exported",
+    "linked_span",
+    "onward",
+    "record_span",
+    "resource_of",
+    "setup_tracing",
+    "shutdown_tracing",
+    "span",
+    "span_from",
+]
+
 Attributes = Mapping[str, str | int | float | bool]
-_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+_END_SECONDS = 3.0
+_DELAY_MS = 500
+"""Spans wait so long for others of their batch; what a killed process had to say is then out."""
+_MAX_TREE = 4096
 
 
-def setup_tracing(service: str, instance: str) -> bool:
-    """Export spans if the standard variables ask for it; returns whether they do.
+def is_exported(signal: str) -> bool:
+    """Whether the standard variables ask for ``signal`` (``TRACES``, ``METRICS``) to leave."""
+    names = ("OTEL_EXPORTER_OTLP_ENDPOINT", f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT")
+    if os.environ.get(f"OTEL_{signal}_EXPORTER", "otlp") == "none" or _is_disabled():
+        return False
+    return any(os.environ.get(name) for name in names)
 
-    A second call in one process changes nothing: the first service keeps its name.
+
+def _is_disabled() -> bool:
+    return os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
+
+
+def resource_of(service: str, instance: str) -> Resource:
+    """Who speaks: ``OTEL_SERVICE_NAME`` and ``OTEL_RESOURCE_ATTRIBUTES`` go over our names."""
+    name = os.environ.get("OTEL_SERVICE_NAME") or service
+    return Resource.create({"service.name": name, "service.instance.id": instance})
+
+
+def setup_tracing(service: str, instance: str, settings: ObserveSettings) -> bool:
+    """Record spans as settings and standard variables ask for; returns whether any are.
+
+    A second call in one process changes nothing: the first service keeps its name, and a provider
+    that the training script has set up itself is used as it is.
     """
-    if not any(os.environ.get(name) for name in _ENDPOINTS):
-        return False
-    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
-        return False
     if isinstance(trace.get_tracer_provider(), TracerProvider):
         return True
-    name = os.environ.get("OTEL_SERVICE_NAME") or service
-    resource = Resource.create({"service.name": name, "service.instance.id": instance})
+    exporters = _exporters(settings)
+    if not exporters:
+        return False
     # The exporter would complain at every retry; what is lost is said once a batch, as an error.
     logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)
-    provider = TracerProvider(resource=resource)
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    # OTEL_TRACES_SAMPLER goes over our setting; the SDK reads it if no sampler is given.
+    given = os.environ.get("OTEL_TRACES_SAMPLER")
+    provider = TracerProvider(
+        sampler=None if given else ParentBasedTraceIdRatio(settings.sample_ratio),
+        resource=resource_of(service, instance),
+        shutdown_on_exit=False,  # it would wait for half a minute
+    )
+    provider.add_span_processor(WholeTrees([_batched(exporter) for exporter in exporters]))
     trace.set_tracer_provider(provider)
+    atexit.register(shutdown_tracing)
     return True
+
+
+def _exporters(settings: ObserveSettings) -> list[SpanExporter]:
+    """The file first: it is quick, and a collector that stalls must not hold it up."""
+    exporters: list[SpanExporter] = []
+    if settings.trace_file_size and settings.sample_ratio and not _is_disabled():
+        exporters.append(SpanFile(limit=settings.trace_file_size))
+    if is_exported("TRACES"):
+        exporters.append(OTLPSpanExporter())
+    return exporters
+
+
+def _batched(exporter: SpanExporter) -> BatchSpanProcessor:
+    delay = None if os.environ.get("OTEL_BSP_SCHEDULE_DELAY") else _DELAY_MS
+    return BatchSpanProcessor(exporter, schedule_delay_millis=delay)
 
 
 def shutdown_tracing() -> None:
     """Send what is left, for at most three seconds."""
     provider = trace.get_tracer_provider()
     if isinstance(provider, TracerProvider):
-        provider.force_flush(_FLUSH_MS)
-        provider.shutdown()
+        # The SDK's own timeouts do not hold while an export waits for an answer.
+        ending = threading.Thread(target=provider.shutdown, name="elesh-last-spans", daemon=True)
+        ending.start()
+        ending.join(_END_SECONDS)
+
+
+class WholeTrees(SpanProcessor):
+    """Holds a process's part of a trace until its first span has ended, then passes it on."""
+
+    def __init__(self, processors: Sequence[SpanProcessor]) -> None:
+        self._processors = processors
+        self._lock = threading.Lock()
+        self._roots: dict[int, int] = {}
+        """The first span of the tree that a live span belongs to, by id."""
+        self._trees: dict[int, list[ReadableSpan]] = {}
+        """What has ended of each tree whose first span lives."""
+
+    def on_start(self, span: SdkSpan, parent_context: Context | None = None) -> None:
+        """A span without a live parent in this process begins a tree."""
+        own, parent = span.get_span_context(), span.parent
+        if own is None:
+            return
+        with self._lock:
+            local = parent is not None and not parent.is_remote
+            root = self._roots.get(parent.span_id) if parent is not None and local else None
+            if root is None:
+                root = own.span_id
+                self._trees[root] = []
+            self._roots[own.span_id] = root
+
+    def on_end(self, span: ReadableSpan) -> None:
+        """Keep the span, or pass its tree on if it was the first; latecomers go at once."""
+        own = span.get_span_context()
+        if own is None:
+            return
+        with self._lock:
+            root = self._roots.pop(own.span_id, own.span_id)
+            tree = self._trees.get(root)
+            if tree is None:
+                tree = []
+            elif root == own.span_id or len(tree) >= _MAX_TREE:
+                del self._trees[root]
+            else:
+                tree.append(span)
+                return
+        for each in (*tree, span):
+            for processor in self._processors:
+                processor.on_end(each)
+
+    def shutdown(self) -> None:
+        """Pass on what is whole; each processor sends what it has."""
+        for processor in self._processors:
+            processor.shutdown()
+
+    def force_flush(self, timeout_millis: int = 30000) -> bool:
+        """Have each processor send what it has."""
+        return all(processor.force_flush(timeout_millis) for processor in self._processors)
 
 
 @contextmanager
@@ -77,17 +196,52 @@ def span_from(
     kind: SpanKind = SpanKind.CONSUMER,
     attributes: Attributes | None = None,
     redelivered: bool = False,
+    start: int | None = None,
 ) -> Iterator[Span]:
-    """A span that continues the trace in ``carrier``; a redelivery also links to its creation."""
+    """A span that continues the trace in ``carrier``; a redelivery also links to its creation.
+
+    Args:
+        start: when it began, in nanoseconds since 1970; now if not given.
+    """
     parent = propagate.extract(dict(carrier))
-    links = []
-    if redelivered:
-        links.append(Link(trace.get_current_span(parent).get_span_context(), {"redelivery": True}))
+    links = [_link(parent, {"elesh.redelivery": True})] if redelivered else []
     tracer = trace.get_tracer("elesh")
     with tracer.start_as_current_span(
-        name, context=parent, kind=kind, attributes=dict(attributes or {}), links=links
+        name,
+        context=parent,
+        kind=kind,
+        attributes=dict(attributes or {}),
+        links=links,
+        start_time=start,
     ) as current:
         yield current
+
+
+@contextmanager
+def linked_span(
+    carrier: Mapping[str, str], name: str, *, attributes: Attributes | None = None
+) -> Iterator[Span]:
+    """A trace of its own that links back to the one in ``carrier``: a replay, a redrive."""
+    link = _link(propagate.extract(dict(carrier)), {"elesh.origin": True})
+    tracer = trace.get_tracer("elesh")
+    with tracer.start_as_current_span(
+        name, context=Context(), attributes=dict(attributes or {}), links=[link]
+    ) as current:
+        yield current
+
+
+def record_span(name: str, begun: int, ended: int, attributes: Attributes | None = None) -> None:
+    """A span under the current one for something that is over, measured elsewhere.
+
+    Args:
+        begun: nanoseconds since 1970, as ``ended``.
+    """
+    tracer = trace.get_tracer("elesh")
+    tracer.start_span(name, start_time=begun, attributes=dict(attributes or {})).end(ended)
+
+
+def _link(context: Context, attributes: Attributes) -> Link:
+    return Link(trace.get_current_span(context).get_span_context(), dict(attributes))
 
 
 def carrier_of() -> dict[str, str]:
@@ -95,3 +249,13 @@ def carrier_of() -> dict[str, str]:
     fields: dict[str, str] = {}
     propagate.inject(fields)
     return fields
+
+
+def onward(carrier: Mapping[str, str]) -> dict[str, str]:
+    """The context that a message came with, for those that follow from it; else the current one.
+
+    It is read and written anew, since nobody has checked what came.
+    """
+    fields: dict[str, str] = {}
+    propagate.inject(fields, propagate.extract(dict(carrier)))
+    return fields or carrier_of()

@@ -1,10 +1,11 @@
 """Whether a cut is safe: gates with figures and limits, and the breaker's view. Pure."""
 
-from .breaker import BreakerStatus, breaker_gate, counts_as_failure
+from .breaker import BreakerStatus, Vote, breaker_gate, votes
 from .gates import (
     MIN_SAMPLES,
     cumulative_limit,
     gradient_isolation,
+    minimum_layers,
     minimum_units,
     mixed_owners,
     noise,
@@ -15,7 +16,6 @@ from .gates import (
     structure,
     verdict,
 )
-from .layer_gates import layer_isolation, layer_phase, layer_structure, minimum_layers
 from .verification import Entry, Measured, Proposal, Verifier
 
 __all__ = [
@@ -25,13 +25,10 @@ __all__ = [
     "Measured",
     "Proposal",
     "Verifier",
+    "Vote",
     "breaker_gate",
-    "counts_as_failure",
     "cumulative_limit",
     "gradient_isolation",
-    "layer_isolation",
-    "layer_phase",
-    "layer_structure",
     "minimum_layers",
     "minimum_units",
     "mixed_owners",
@@ -42,4 +39,5 @@ __all__ = [
     "statistics_sound",
     "structure",
     "verdict",
+    "votes",
 ]

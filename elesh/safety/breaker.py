@@ -6,14 +6,16 @@ decides under the very same breaker.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from leyline import GateResult, StructuralPruningDecision
+from leyline import GateResult, Level, StructuralPruningDecision
 
-__all__ = ["BreakerStatus", "breaker_gate", "counts_as_failure"]
+__all__ = ["BreakerStatus", "Vote", "breaker_gate", "levels_of", "votes"]
 
 State = Literal["closed", "open", "half_open"]
+Vote = Literal["failure", "success", "none"]
 
 INTEGRITY_GATES = frozenset(
     {
@@ -37,13 +39,15 @@ class BreakerStatus:
     reason: str = ""
 
     @classmethod
-    def of(cls, decision: StructuralPruningDecision) -> BreakerStatus:
-        """The breaker under which ``decision`` was made; closed where it has no such gate."""
-        for gate in decision.safety.gates:
-            if gate.name == "breaker":
+    def of(cls, decision: StructuralPruningDecision) -> dict[Level, BreakerStatus]:
+        """The breakers under which ``decision`` was made, by level; closed ones where it has no
+        such gate."""
+        found = {level: cls() for level in levels_of(decision)}
+        for level, gate in _by_level(decision):
+            if gate.name.endswith("breaker"):
                 state, _, reason = gate.detail.partition(": ")
-                return cls(cast(State, state), int(gate.measured or 0), reason)
-        return cls()
+                found[level] = cls(cast(State, state), int(gate.measured or 0), reason)
+        return found
 
 
 def breaker_gate(status: BreakerStatus) -> GateResult:
@@ -56,10 +60,40 @@ def breaker_gate(status: BreakerStatus) -> GateResult:
     )
 
 
-def counts_as_failure(decision: StructuralPruningDecision) -> bool:
-    """Whether a decision is a failure of its level in the breaker's sense.
+def levels_of(decision: StructuralPruningDecision) -> tuple[Level, ...]:
+    """The levels that ``decision`` decides on."""
+    parts = tuple(part.level for part in decision.levels)
+    return parts or (decision.key.level,)
 
-    Broken statistics or a cut that does not hold together are; a careful no (quota, phase, noise,
-    predicted shift, requirements, the open breaker itself) is not.
+
+def votes(decision: StructuralPruningDecision) -> dict[Level, Vote]:
+    """What a decision tells the breaker of each of its levels.
+
+    Broken statistics or a cut that does not hold together are a failure; a careful no (quota,
+    phase, noise, predicted shift, requirements) is a success. What the trainer will report on, an
+    open breaker's own no, and a level that was never analysed say nothing.
     """
-    return any(not g.passed and g.name in INTEGRITY_GATES for g in decision.safety.gates)
+    failed = {level: set[str]() for level in levels_of(decision)}
+    for level, gate in _by_level(decision):
+        if not gate.passed:
+            failed[level].add(gate.name.rpartition(".")[2])
+    silent = {part.level for part in decision.levels if part.verdict == "missing"}
+    if decision.approved_for_application:
+        silent |= set(decision.taken)
+    found: dict[Level, Vote] = {}
+    for level, names in failed.items():
+        if names & INTEGRITY_GATES:
+            found[level] = "failure"
+        else:
+            found[level] = "none" if level in silent or "breaker" in names else "success"
+    return found
+
+
+def _by_level(decision: StructuralPruningDecision) -> Iterator[tuple[Level, GateResult]]:
+    """The gates of single levels; those of a joint cut as a whole are nobody's."""
+    for gate in decision.safety.gates:
+        level, dot, _ = gate.name.partition(".")
+        if not decision.levels:
+            yield decision.key.level, gate
+        elif dot and level in list(Level) and level != Level.JOINT:
+            yield Level(level), gate

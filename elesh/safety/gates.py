@@ -24,6 +24,7 @@ __all__ = [
     "MIN_SAMPLES",
     "cumulative_limit",
     "gradient_isolation",
+    "minimum_layers",
     "minimum_units",
     "mixed_owners",
     "noise",
@@ -49,8 +50,11 @@ def verdict(gates: Iterable[GateResult], *, measured: bool) -> Outcome:
     return Outcome.GO if measured else Outcome.CONDITIONAL_GO
 
 
-def phase_gate(phase: Phase) -> GateResult:
-    """Passed in the phases that prune."""
+def phase_gate(phase: Phase, level: Level = Level.CHANNEL) -> GateResult:
+    """Passed in the phases that prune; whole layers go in the aggressive one only."""
+    if level is Level.LAYER:
+        detail = f"{phase} phase; layers are removed in the aggressive phase only"
+        return GateResult(name="phase", passed=phase is Phase.AGGRESSIVE, detail=detail)
     idle = {
         Phase.PREPARATION: "preparation phase: telemetry only",
         Phase.VALIDATION: "validation phase: monitoring only",
@@ -97,17 +101,32 @@ def minimum_units(
     )
 
 
-def structure(architecture: PrunedArchitecture, units: Mapping[str, Sequence[int]]) -> GateResult:
-    """Passed if the architecture without ``units`` is consistent and still connected.
+def minimum_layers(present: int, cut: int, minimum: int) -> GateResult:
+    """Passed if at least ``minimum`` removable layers are left, or none is cut."""
+    return GateResult(
+        name="minimum_layers",
+        passed=not cut or present - cut >= minimum,
+        measured=present - cut,
+        limit=minimum,
+    )
+
+
+def structure(
+    architecture: PrunedArchitecture,
+    units: Mapping[str, Sequence[int]],
+    layers: Sequence[str] = (),
+) -> tuple[GateResult, PrunedArchitecture | None]:
+    """Passed if the architecture without ``units`` and ``layers`` holds together; with it.
 
     Every slice must lie inside its tensor afterwards, every tensor keep at least one index along
     every dimension, and every group at least one unit: an emptied group is a layer that passes
-    nothing on.
+    nothing on. Where the gate fails there is no architecture.
     """
     try:
-        after = architecture.without(units)
+        after = architecture.without(units) if any(units.values()) else architecture
+        after = after.without_layers(layers) if layers else after
     except ContractError as error:
-        return GateResult(name="structure", passed=False, detail=str(error)[:2000])
+        return GateResult(name="structure", passed=False, detail=str(error)[:2000]), None
     before = architecture.tensor
     faults = [
         f"tensor {t.path} would have shape {t.shape}"
@@ -119,13 +138,14 @@ def structure(architecture: PrunedArchitecture, units: Mapping[str, Sequence[int
         for g in after.groups
         if not g.size and architecture.group[g.name].size
     ]
-    return GateResult(
+    gate = GateResult(
         name="structure",
         passed=not faults,
         measured=len(faults),
         limit=0,
         detail="; ".join(faults[:20]),
     )
+    return gate, None if faults else after
 
 
 def mixed_owners(architecture: PrunedArchitecture, group: PruningGroup) -> bool:
@@ -134,14 +154,21 @@ def mixed_owners(architecture: PrunedArchitecture, group: PruningGroup) -> bool:
 
 
 def gradient_isolation(
-    architecture: PrunedArchitecture, units: Mapping[str, Sequence[int]]
+    architecture: PrunedArchitecture,
+    units: Mapping[str, Sequence[int]],
+    layers: Sequence[str] = (),
 ) -> GateResult:
-    """Passed if no group that is cut couples host and seed tensors (section "Architectural
-    Principles": their gradients never meet, so neither may a cut)."""
+    """Passed if no group and no layer that is cut couples host and seed tensors (section
+    "Architectural Principles": their gradients never meet, so neither may a cut)."""
     mixed = [
         name
         for name in sorted(units)
         if units[name] and mixed_owners(architecture, architecture.group[name])
+    ]
+    mixed += [
+        name
+        for name in layers
+        if len({architecture.tensor[path].owner for path in architecture.block[name].tensors}) > 1
     ]
     return GateResult(
         name="gradient_isolation",

@@ -19,7 +19,7 @@ from pydantic_settings import SettingsError as UnreadableVariable
 
 from ._base import no_boolean
 from ._file import SettingsError, explain, read_block
-from .operation import BreakerSettings, BusSettings, WorkerSettings
+from .operation import BreakerSettings, BusSettings, ObserveSettings, WorkerSettings
 from .pruning import (
     AccuracyTarget,
     AccuracyTargets,
@@ -41,6 +41,7 @@ __all__ = [
     "BusSettings",
     "ChannelAnalysis",
     "LayerAnalysis",
+    "ObserveSettings",
     "RollbackTriggers",
     "SafetySchedule",
     "SecuritySettings",
@@ -62,6 +63,7 @@ _NO_PART_IN_DECISIONS = {
     "accuracy_targets",
     "breaker",
     "bus",
+    "observe",
     "trainer",
     "worker",
 }
@@ -98,6 +100,7 @@ class Settings(BaseSettings):
     trainer: TrainerSettings = TrainerSettings()
     worker: WorkerSettings = WorkerSettings()
     security: SecuritySettings = SecuritySettings()
+    observe: ObserveSettings = ObserveSettings()
 
     @classmethod
     def load(cls, path: str | Path | None = None, **over: Any) -> Settings:

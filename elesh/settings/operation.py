@@ -1,4 +1,4 @@
-"""How the fleet runs: breakers, the bus, workers. No part of the design document's block."""
+"""How the fleet runs and what is seen of it. No part of the design document's block."""
 
 from __future__ import annotations
 
@@ -38,3 +38,17 @@ class WorkerSettings(Section):
     memory_limit: ByteSize = Field(default=ByteSize(4 << 30), ge=1 << 20)
     drain_seconds: float = Field(default=30.0, gt=0)
     threads: int = Field(default=1, ge=1)
+
+
+class ObserveSettings(Section):
+    """What is told of a worker or a trainer: traces, health, heartbeats."""
+
+    sample_ratio: float = Field(default=1.0, ge=0, le=1)
+    """Share of checkpoints that are traced; ``OTEL_TRACES_SAMPLER`` goes over it."""
+    trace_file_size: ByteSize = Field(default=ByteSize(16 << 20), ge=0)
+    """Bytes of each of the two files that ``elesh trace`` reads; 0: none is kept."""
+    heartbeat_seconds: float = Field(default=5.0, gt=0)
+    """Seconds between two entries of a worker in the fleet's register."""
+    health_host: str = "127.0.0.1"
+    health_port: int | None = Field(default=None, ge=0, le=65535)
+    """Port of a worker's health and metrics; 0: any free one; none: not served."""

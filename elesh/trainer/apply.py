@@ -40,8 +40,9 @@ def apply_decision(
     """Mask what the decision names, evaluate, and cut only if accuracy holds; evaluate again.
 
     A decision that was not approved, or that speaks of another architecture than the present one
-    (an earlier cut came between), changes nothing. A drop of accuracy beyond the level's trigger
-    takes the mask off, or the cut back: the network is then bit for bit what it was.
+    (an earlier cut came between), changes nothing. A drop of accuracy beyond the trigger (of
+    several levels, the strictest) takes the mask off, or the cut back: the network is then bit for
+    bit what it was.
 
     Args:
         redistribute: called just before the cut for the moments that the consumers are re-solved

@@ -14,8 +14,10 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from opentelemetry.trace import SpanKind
+
 from elesh.bus import Bus, BusUnavailable, Delivery, server_url
-from elesh.observe import get_logger
+from elesh.observe import get_logger, messaging, span_from
 from elesh.settings import Settings
 from leyline import CheckpointBundle, ContractError, Message, read_envelope, unwrap
 from leyline.streams import DECISIONS, TELEMETRY, Stream
@@ -158,30 +160,37 @@ class BusThread:
                 await woken.wait()
 
     async def _send(self, bus: Bus, item: Outgoing, closing: asyncio.Event) -> None:
-        while True:
-            try:
-                message = item.message
-                if isinstance(message, CheckpointBundle):
-                    message = await with_blobs(bus, message, item.request_id)
-                await bus.publish(
-                    item.stream,
-                    message,
-                    source=_SOURCE,
-                    carrier=item.carrier,
-                    run_id=self._run_id,
-                    epoch=item.epoch,
-                    event_id=item.event_id,
-                )
-                return
-            except BusUnavailable as error:
-                _log.warning("bus away, will publish later", reason=str(error))
+        name = item.stream.name
+        with span_from(
+            item.carrier, f"send {name}", kind=SpanKind.CLIENT, attributes=messaging("send", name)
+        ):
+            while not await self._try_to_send(bus, item):
                 if not await bus.when_available(stop=closing):
                     self.missed += 1
                     return
-            except ContractError as error:
-                self.missed += 1
-                _log.error("not publishable", stream=item.stream.name, reason=str(error))
-                return
+
+    async def _try_to_send(self, bus: Bus, item: Outgoing) -> bool:
+        """False if the bus is away and it has to be tried again."""
+        try:
+            message = item.message
+            if isinstance(message, CheckpointBundle):
+                message = await with_blobs(bus, message, item.request_id)
+            await bus.publish(
+                item.stream,
+                message,
+                source=_SOURCE,
+                carrier=item.carrier,
+                run_id=self._run_id,
+                epoch=item.epoch,
+                event_id=item.event_id,
+            )
+        except BusUnavailable as error:
+            _log.warning("bus away, will publish later", reason=str(error))
+            return False
+        except ContractError as error:
+            self.missed += 1
+            _log.error("not publishable", stream=item.stream.name, reason=str(error))
+        return True
 
     async def _listen(self, bus: Bus, stream: Stream, last: str, closing: asyncio.Event) -> None:
         while True:

@@ -16,7 +16,7 @@ from typing import Self
 
 from opentelemetry.trace import Span, SpanKind
 
-from elesh.observe import carrier_of, setup_tracing, span, span_from
+from elesh.observe import carrier_of, messaging, setup_tracing, span, span_from
 from elesh.settings import Settings
 from leyline import (
     CheckpointBundle,
@@ -72,7 +72,7 @@ class Session:
         return self._bus.missed
 
     def __enter__(self) -> Self:
-        setup_tracing("elesh-trainer", self.run_id)
+        setup_tracing("elesh-trainer", self.run_id, self.settings.observe)
         self._bus.start()
         return self
 
@@ -102,7 +102,7 @@ class Session:
         """Queue a checkpoint for publishing; False (and counted as missed) if the queue is full."""
         metadata = bundle.metadata
         event_id = "ev-" + stable_hash(metadata.run_id, metadata.checkpoint_id)
-        with _sending(CHECKPOINTS):
+        with _creating(CHECKPOINTS):
             return self._queue(CHECKPOINTS, bundle, metadata.epoch, event_id)
 
     def request(self, bundle: CheckpointBundle, request_id: str) -> bool:
@@ -112,7 +112,7 @@ class Session:
         bundle's levels, parameters and requirements are asked for.
         """
         event_id = "rq-" + stable_hash(bundle.metadata.run_id, request_id)
-        with _sending(REQUESTS):
+        with _creating(REQUESTS):
             return self._queue(REQUESTS, bundle, bundle.metadata.epoch, event_id, request_id)
 
     def decisions(self) -> list[StructuralPruningDecision]:
@@ -151,7 +151,7 @@ class Session:
                 redistribute=redistribute,
             )
             current.set_attribute("elesh.outcome", outcome.result)
-            with span("outcome", kind=SpanKind.PRODUCER):
+            with _creating(OUTCOMES):
                 self.report(outcome)
             if outcome.result == "applied":
                 self._queue(
@@ -193,14 +193,10 @@ class Session:
             self._arrived.set()
 
 
-def _sending(stream: Stream) -> AbstractContextManager[Span]:
-    """The span under which a message is queued: what consumers see as its creation."""
+def _creating(stream: Stream) -> AbstractContextManager[Span]:
+    """The span under which a message is queued: the context that everybody after it continues."""
     return span(
-        f"send {stream.name}",
+        f"create {stream.name}",
         kind=SpanKind.PRODUCER,
-        attributes={
-            "messaging.system": "redis",
-            "messaging.operation.type": "send",
-            "messaging.destination.name": stream.name,
-        },
+        attributes=messaging("create", stream.name),
     )

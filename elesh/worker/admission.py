@@ -23,6 +23,7 @@ from leyline import (
     PruningOutcome,
     StructuralAnalysisRequest,
     UnknownType,
+    decided_level,
     read_envelope,
     unwrap,
 )
@@ -36,9 +37,10 @@ SUPPORTED = (Level.CHANNEL, Level.HEAD, Level.LAYER)
 
 @dataclass(frozen=True)
 class Work:
-    """A checkpoint to analyse: its keys (one a level), its document and where its blobs are."""
+    """A checkpoint to analyse: the key of its decision, its document and where its blobs are."""
 
     keys: tuple[IdempotencyKey, ...]
+    """The one key: of the level that is asked for, or ``joint`` for several."""
     fingerprint: str
     document: CheckpointDocument
     statistics: BlobRef
@@ -56,6 +58,11 @@ class Work:
     def epoch(self) -> int:
         """The epoch of the checkpoint."""
         return self.document.metadata.epoch
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """The levels that are asked for, each once."""
+        return tuple(dict.fromkeys(self.document.levels))
 
     @property
     def blobs(self) -> dict[str, BlobRef]:
@@ -136,7 +143,7 @@ def _work(
                 hint="this build does not analyse that level",
             )
     return Work(
-        keys=tuple(key.at(level) for level in dict.fromkeys(document.levels)),
+        keys=(key.at(decided_level(document.levels)),),
         fingerprint=fingerprint(message),
         document=document,
         statistics=message.statistics,

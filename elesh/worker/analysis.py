@@ -75,15 +75,17 @@ class Analyst:
     async def _decide(
         self, work: Work, key: IdempotencyKey, folder: Path
     ) -> StructuralPruningDecision:
-        view = await self._bus.breakers.admit(work.run_id, key.level)
-        state = view.state if view.admitted else "open"
+        levels = work.levels
+        views = [await self._bus.breakers.admit(work.run_id, level) for level in levels]
         job = Job(
             folder=str(folder),
             key=str(key),
             settings=self._settings.model_dump_json(),
-            breaker_state=state,
-            breaker_failures=view.failures,
-            breaker_reason=view.reason,
+            levels=tuple(levels),
+            breakers=tuple(
+                (view.state if view.admitted else "open", view.failures, view.reason)
+                for view in views
+            ),
             threads=self._settings.worker.threads,
         )
         with span(f"analyse {key.level}", attributes={"elesh.key": str(key)}) as current:
@@ -92,16 +94,16 @@ class Analyst:
             current.set_attribute("elesh.approved", decision.approved_for_application)
             for taken in decision.fallbacks:
                 current.add_event("fallback", {"rung": taken.rung, "reason": taken.reason})
-        units = decision.statistics.channels_before
+        units = _units_by_level(decision)
         await self._reports.step(
             "analysed",
             work,
             key=key,
             metrics=AnalysisMetrics(
                 duration_seconds=reply.seconds,
-                channels=units if key.level is Level.CHANNEL else 0,
-                heads=units if key.level is Level.HEAD else 0,
-                layers=units if key.level is Level.LAYER else 0,
+                channels=units.get(Level.CHANNEL, 0),
+                heads=units.get(Level.HEAD, 0),
+                layers=units.get(Level.LAYER, 0),
                 peak_memory_bytes=reply.peak_memory,
                 input_bytes=sum(ref.size for ref in work.blobs.values()),
             ),
@@ -141,3 +143,12 @@ class Analyst:
 
 def _fallen(job: Job, rung: str, reason: str, *, scorer: Override = "") -> Job:
     return replace(job, scorer=scorer, fallbacks=(*job.fallbacks, (rung, reason)))
+
+
+def _units_by_level(decision: StructuralPruningDecision) -> dict[Level, int]:
+    """Units looked at."""
+    if not decision.levels:
+        return {decision.key.level: decision.statistics.channels_before}
+    return {
+        part.level: part.statistics.channels_before for part in decision.levels if part.statistics
+    }

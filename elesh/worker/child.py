@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from elesh._process import die_with_parent
-from elesh.analysis import analyze
+from elesh.analysis import analyze_level, join
 from elesh.settings import Settings
 from leyline import (
     CheckpointBundle,
@@ -73,20 +73,21 @@ def _answer(job: Job) -> Reply:
 
 
 def _decide(job: Job) -> bytes:
-    bundle = _bundle(Path(job.folder))
-    key = job.idempotency_key
-    return encode(
-        analyze(
+    """All levels of the job and their join."""
+    bundle, settings = _bundle(Path(job.folder)), Settings.model_validate_json(job.settings)
+    analyses = [
+        analyze_level(
             bundle,
-            Settings.model_validate_json(job.settings),
-            level=key.level,
-            key=key,
+            settings,
+            level,
+            key=job.idempotency_key.at(level),
             threads=job.threads,
-            breaker=job.breaker,
             scorer=job.scorer or None,
             fallbacks=job.taken_fallbacks,
         )
-    )
+        for level in job.asked_levels
+    ]
+    return encode(join(bundle, analyses, settings, breakers=job.breaker_of))
 
 
 def _bundle(folder: Path) -> CheckpointBundle:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import msgpack
 
 from elesh.safety import BreakerStatus
-from leyline import ContractError, Fallback, IdempotencyKey, errors
+from leyline import ContractError, Fallback, IdempotencyKey, Level, errors
 
 __all__ = ["Failed", "Job", "Reply", "pack_frame", "unpack_body"]
 
@@ -25,7 +25,7 @@ DOCUMENT = "document.msgpack"
 
 @dataclass(frozen=True)
 class Job:
-    """One level of one checkpoint to analyse.
+    """One checkpoint to analyse, at one level or at several that are joined.
 
     ``folder`` holds a checkpoint bundle, ``settings`` the worker's settings as JSON.
     """
@@ -33,18 +33,24 @@ class Job:
     folder: str
     key: str
     settings: str
-    breaker_state: str
-    breaker_failures: int
-    breaker_reason: str
+    levels: tuple[str, ...]
+    breakers: tuple[tuple[str, int, str], ...]
+    """State, failures and reason of each level's breaker, as the supervisor saw them."""
     threads: int = 1
     scorer: Override = ""
     """Overrides the scorer where a fallback asks for a simpler one."""
     fallbacks: tuple[tuple[str, str], ...] = ()
 
     @property
-    def breaker(self) -> BreakerStatus:
-        """The breaker of this level as the supervisor saw it."""
-        return BreakerStatus(self.breaker_state, self.breaker_failures, self.breaker_reason)  # type: ignore[arg-type]
+    def asked_levels(self) -> tuple[Level, ...]:
+        """The levels to analyse."""
+        return tuple(map(Level, self.levels))
+
+    @property
+    def breaker_of(self) -> dict[Level, BreakerStatus]:
+        """The breakers by level."""
+        pairs = zip(self.asked_levels, self.breakers, strict=True)
+        return {level: BreakerStatus(*status) for level, status in pairs}  # type: ignore[arg-type]
 
     @property
     def taken_fallbacks(self) -> tuple[Fallback, ...]:
@@ -104,7 +110,8 @@ def unpack_body(kind: type[Job] | type[Reply], body: bytes) -> Any:
     """The message of a frame's body."""
     values = msgpack.unpackb(body)
     if kind is Job:
-        values["fallbacks"] = tuple((rung, reason) for rung, reason in values["fallbacks"])
+        values |= {name: tuple(map(tuple, values[name])) for name in ("breakers", "fallbacks")}
+        values["levels"] = tuple(values["levels"])
     elif values["failed"] is not None:
         values["failed"] = Failed(**values["failed"])
     return kind(**values)

@@ -22,8 +22,8 @@ from pathlib import Path
 from opentelemetry.trace import SpanKind
 
 from elesh.bus import Bus, BusUnavailable, Delivery, Settlement, Settling
-from elesh.observe import carrier_of, get_logger, span, span_from
-from elesh.safety import counts_as_failure
+from elesh.observe import get_logger, messaging, onward, span, span_from
+from elesh.safety import votes
 from elesh.settings import Settings
 from leyline import (
     Conflict,
@@ -33,6 +33,8 @@ from leyline import (
     PruningOutcome,
     StructuralPruningDecision,
     UnknownDecision,
+    read_envelope,
+    unwrap,
 )
 from leyline.streams import CHECKPOINTS, OUTCOMES, REQUESTS, WORKERS
 
@@ -121,19 +123,11 @@ class Worker:
 
     async def _serve(self, delivery: Delivery) -> None:
         name = delivery.stream.name
-        attributes: dict[str, str | int] = {
-            "messaging.system": "redis",
-            "messaging.destination.name": name,
-            "messaging.operation.name": "process",
-            "messaging.operation.type": "process",
-            "messaging.message.id": delivery.entry_id,
-            "messaging.consumer.group.name": GROUP,
-            "elesh.deliveries": delivery.deliveries,
-        }
+        attributes = messaging("process", name, entry_id=delivery.entry_id, group=GROUP)
         with span_from(
             delivery.carrier,
             f"process {name}",
-            attributes=attributes,
+            attributes=attributes | {"elesh.deliveries": delivery.deliveries},
             redelivered=delivery.deliveries > 1,
         ):
             try:
@@ -191,17 +185,18 @@ class Worker:
     async def _settle(
         self, delivery: Delivery, work: Work, decisions: list[StructuralPruningDecision]
     ) -> None:
+        name, carrier = delivery.stream.name, onward(delivery.carrier)
         with span(
-            "settle decisions",
+            f"settle {name}",
             kind=SpanKind.CLIENT,
-            attributes={"messaging.operation.type": "settle"},
+            attributes=messaging("settle", name, entry_id=delivery.entry_id, group=GROUP),
         ):
-            carrier = carrier_of()
             settled = await self._bus.settle(
                 GROUP,
                 self.worker_id,
                 delivery,
                 [
+                    # The trainer's own context, not ours: it outlives this worker (decision 0050).
                     Settling(
                         decision.key, work.fingerprint, decision, carrier, work.run_id, work.epoch
                     )
@@ -216,41 +211,39 @@ class Worker:
                 await self._count(work, decision)
 
     async def _count(self, work: Work, decision: StructuralPruningDecision) -> None:
-        """Feed the breaker: an approved decision counts only once the trainer reports on it."""
-        level, breakers = decision.key.level, self._bus.breakers
-        if counts_as_failure(decision):
-            change = await breakers.failure(
-                work.run_id, level, decision.rejection_reason, token=decision.idempotency_key
-            )
-        elif decision.approved_for_application or "breaker" in decision.rejection_reason:
-            return
-        else:
-            change = await breakers.success(work.run_id, level)
-        await self._reports.transition(change)
+        """Feed the breakers: an approved level counts only once the trainer reports on it."""
+        breakers = self._bus.breakers
+        for level, vote in votes(decision).items():
+            if vote == "failure":
+                reason, token = decision.rejection_reason or _gap(decision), f"{decision.key}"
+                change = await breakers.failure(work.run_id, level, reason, token=token)
+                await self._reports.transition(change)
+            elif vote == "success":
+                await self._reports.transition(await breakers.success(work.run_id, level))
 
     async def _note_outcome(self, delivery: Delivery, outcome: PruningOutcome) -> None:
         key = IdempotencyKey.parse(outcome.idempotency_key)
-        if await self._bus.record(key) is None:
+        record = await self._bus.record(key)
+        if record is None:
             raise UnknownDecision(
                 "idempotency_key", "the key of a published decision", outcome.idempotency_key
             )
-        breakers, change = self._bus.breakers, None
-        if outcome.result == "rolled_back":
-            change = await breakers.failure(
-                outcome.run_id,
-                key.level,
-                f"rolled back by the trainer: {outcome.detail}",
-                token=str(key),
-            )
-        elif outcome.result == "applied":
-            change = await breakers.success(outcome.run_id, key.level)
+        decision, breakers = unwrap(read_envelope(record.envelope)), self._bus.breakers
+        assert isinstance(decision, StructuralPruningDecision)
+        for level in decision.taken:
+            change = None
+            if outcome.result == "rolled_back":
+                reason = f"rolled back by the trainer: {outcome.detail}"
+                change = await breakers.failure(outcome.run_id, level, reason, token=str(key))
+            elif outcome.result == "applied":
+                change = await breakers.success(outcome.run_id, level)
+            await self._reports.transition(change)
         await self._bus.acknowledge(GROUP, self.worker_id, delivery)
-        await self._reports.transition(change)
 
     async def _note_failure(self, work: Work, delivery: Delivery, reason: str) -> None:
-        for key in work.keys:
+        for level in work.levels:
             change = await self._bus.breakers.failure(
-                work.run_id, key.level, reason, token=f"{delivery.entry_id}:{key}"
+                work.run_id, level, reason, token=f"{delivery.entry_id}:{work.keys[0]}"
             )
             await self._reports.transition(change)
 
@@ -258,7 +251,9 @@ class Worker:
         self, delivery: Delivery, error: ContractError, work: Work | None = None
     ) -> None:
         letter = self._reports.letter(delivery, error, work)
-        if await self._bus.dead_letter(GROUP, self.worker_id, delivery, letter, carrier_of()):
+        if await self._bus.dead_letter(
+            GROUP, self.worker_id, delivery, letter, onward(delivery.carrier)
+        ):
             _log.warning(
                 "dead letter",
                 stream=delivery.stream.name,
@@ -279,6 +274,11 @@ class Worker:
                 if await self._bus.renew(GROUP, self.worker_id, [held]):
                     # Another worker has it now; our settle will be refused as LOST.
                     _log.warning("lease lost", entry=held.entry_id)
+
+
+def _gap(decision: StructuralPruningDecision) -> str:
+    """What kept levels out of an approved joint decision."""
+    return "; ".join(f"{p.level}: {p.reason}" for p in decision.levels if p.verdict == "rejected")
 
 
 def _conflict(key: IdempotencyKey, work: Work) -> Conflict:

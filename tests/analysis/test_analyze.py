@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from networks import bundle, chain, floats, gate, settings, vectors
 
 from elesh import Settings, analyze
-from elesh.safety import BreakerStatus, counts_as_failure
+from elesh.safety import BreakerStatus, votes
 from leyline import (
     AnalysisParameters,
     CheckpointBundle,
@@ -150,27 +150,29 @@ def test_preparation_and_validation_are_rejected_with_their_reason(epoch: int, w
     assert not decision.approved_for_application
     assert words in decision.rejection_reason
     assert decision.channels == ()
-    assert not counts_as_failure(decision)
+    assert votes(decision) == {Level.CHANNEL: "success"}
 
 
 def test_an_open_breaker_rejects_by_name_and_keeps_the_analysis() -> None:
     checkpoint = bundle(chain(SIZES), epoch=120)
     status = BreakerStatus("open", 3, "three analyses failed: disk on fire")
-    decision = analyze(checkpoint, settings(), breaker=status)
+    decision = analyze(checkpoint, settings(), breakers={Level.CHANNEL: status})
     assert not decision.approved_for_application
     assert decision.safety.outcome is Outcome.NO_GO
     assert "breaker" in decision.rejection_reason
     assert "disk on fire" in decision.rejection_reason
     assert decision.channels == analyze(checkpoint, settings()).channels != ()
-    again = analyze(checkpoint, settings(), breaker=BreakerStatus.of(decision))
+    again = analyze(checkpoint, settings(), breakers=BreakerStatus.of(decision))
     assert encode(again) == encode(decision)
 
 
 def test_a_half_open_breaker_lets_its_trial_through() -> None:
     status = BreakerStatus("half_open", 3, "failed before")
-    decision = analyze(bundle(chain(SIZES), epoch=120), settings(), breaker=status)
+    decision = analyze(
+        bundle(chain(SIZES), epoch=120), settings(), breakers={Level.CHANNEL: status}
+    )
     assert decision.approved_for_application
-    assert BreakerStatus.of(decision) == status
+    assert BreakerStatus.of(decision) == {Level.CHANNEL: status}
 
 
 def test_a_quota_of_zero_is_said() -> None:
@@ -305,7 +307,7 @@ def test_a_group_that_couples_host_and_seed_tensors_is_left_alone() -> None:
 def test_too_few_samples_are_a_failure() -> None:
     decision = analyze(bundle(chain(SIZES), epoch=120, samples=16), settings())
     assert "statistics" in decision.rejection_reason
-    assert counts_as_failure(decision)
+    assert votes(decision) == {Level.CHANNEL: "failure"}
 
 
 def test_a_cut_inside_the_noise_is_not_made() -> None:
@@ -323,7 +325,7 @@ def test_a_cut_inside_the_noise_is_not_made() -> None:
     decision = analyze(replace(bundle(architecture, epoch=120), gates=gates), settings())
     assert gate_names(decision, passed=False) == {"noise"}
     assert "noise" in decision.rejection_reason
-    assert not counts_as_failure(decision)
+    assert votes(decision) == {Level.CHANNEL: "success"}
 
 
 def test_a_predicted_shift_over_the_limit_is_not_approved() -> None:
@@ -349,7 +351,7 @@ def test_a_network_without_channel_groups_has_nothing_to_remove() -> None:
     empty = PrunedArchitecture.build(plain.tensors, plain.layers, ())
     decision = analyze(bundle(empty, epoch=120), settings())
     assert "nothing to remove: no group" in decision.rejection_reason
-    assert not counts_as_failure(decision)
+    assert votes(decision) == {Level.CHANNEL: "success"}
 
 
 def test_groups_that_overlap_fail_the_structure_gate() -> None:
@@ -360,7 +362,7 @@ def test_groups_that_overlap_fail_the_structure_gate() -> None:
     decision = analyze(bundle(broken, epoch=120), settings(min_channels_per_layer=1))
     assert set(decision.units) == {"g0", "g1"}
     assert "structure" in gate_names(decision, passed=False)
-    assert counts_as_failure(decision)
+    assert votes(decision) == {Level.CHANNEL: "failure"}
     assert decision.statistics.parameters_after == decision.statistics.parameters_before
 
 

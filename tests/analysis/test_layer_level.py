@@ -255,7 +255,7 @@ def test_a_choice_that_chance_would_match_is_noise() -> None:
 
 
 def test_an_open_breaker_and_unmet_requirements_reject() -> None:
-    broken = decide(network(), breaker=BreakerStatus("open", 3, "three in a row"))
+    broken = decide(network(), breakers={Level.LAYER: BreakerStatus("open", 3, "three in a row")})
     assert "breaker" in broken.rejection_reason
     asked = PerformanceRequirements(min_parameters_removed=0.5)
     assert "min_parameters_removed" in decide(network(requirements=asked)).rejection_reason

@@ -108,7 +108,7 @@ def test_schemas_are_sound_and_about_the_fields_of_the_type(name: str) -> None:
 def test_every_message_has_a_schema() -> None:
     others = {"EventEnvelope", "CheckpointDocument"}
     others |= {"ChannelImportanceData", "GateStatistics", "HeadImportanceData"}
-    others |= {"LayerStatistics"}
+    others |= {"LayerStatistics", "LevelAnalysis"}
     assert SCHEMAS.keys() == ll.MESSAGES.keys() | others
 
 

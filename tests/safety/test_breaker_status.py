@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from elesh.safety import BreakerStatus, breaker_gate, counts_as_failure
+from elesh.safety import BreakerStatus, breaker_gate, votes
 from leyline import (
     GateResult,
+    Level,
     Outcome,
     Phase,
     PruningStatistics,
@@ -54,11 +55,11 @@ def decision(*gates: GateResult) -> StructuralPruningDecision:
 def test_a_decision_tells_the_breaker_it_was_made_under(status: BreakerStatus) -> None:
     gate = breaker_gate(status)
     assert gate.passed is (status.state != "open")
-    assert BreakerStatus.of(decision(gate)) == status
+    assert BreakerStatus.of(decision(gate)) == {Level.CHANNEL: status}
 
 
 def test_a_decision_without_the_gate_was_made_under_a_closed_breaker() -> None:
-    assert BreakerStatus.of(decision()) == BreakerStatus()
+    assert BreakerStatus.of(decision()) == {Level.CHANNEL: BreakerStatus()}
 
 
 @pytest.mark.parametrize(
@@ -79,5 +80,6 @@ def test_a_decision_without_the_gate_was_made_under_a_closed_breaker() -> None:
 def test_broken_analyses_count_as_failures_and_careful_ones_do_not(
     name: str, failure: bool
 ) -> None:
-    assert counts_as_failure(decision(GateResult(name=name, passed=False))) is failure
-    assert not counts_as_failure(decision(GateResult(name=name, passed=True)))
+    (vote,) = votes(decision(GateResult(name=name, passed=False))).values()
+    assert vote == ("failure" if failure else "none" if name == "breaker" else "success")
+    assert votes(decision(GateResult(name=name, passed=True))) == {Level.CHANNEL: "success"}

@@ -51,16 +51,19 @@ def test_a_group_below_the_minimum_is_named() -> None:
 
 
 def test_an_emptied_group_or_tensor_fails_the_structure_gate() -> None:
-    assert safety.structure(architecture(), {"a": range(19)}).passed
-    emptied = safety.structure(architecture(), {"a": range(20)})
+    gate, after = safety.structure(architecture(), {"a": range(19)})
+    assert gate.passed
+    assert after == architecture().without({"a": range(19)})
+    emptied, none = safety.structure(architecture(), {"a": range(20)})
     assert not emptied.passed
+    assert none is None
     assert "a.weight" in emptied.detail
     assert "group a would be empty" in emptied.detail
 
 
 def test_unknown_groups_and_units_fail_the_structure_gate() -> None:
-    assert "nobody" in safety.structure(architecture(), {"nobody": [1]}).detail
-    assert not safety.structure(architecture(), {"a": [20]}).passed
+    assert "nobody" in safety.structure(architecture(), {"nobody": [1]})[0].detail
+    assert not safety.structure(architecture(), {"a": [20]})[0].passed
 
 
 def test_a_cut_through_host_and_seed_fails_gradient_isolation() -> None:

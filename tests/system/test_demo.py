@@ -104,12 +104,23 @@ def test_each_decision_is_one_connected_trace_from_checkpoint_to_outcome(run: Ru
         assert all(span.parent_span_id in ids for _, span in spans if span.parent_span_id)
         names = {span.name for _, span in spans}
         assert {
-            "send checkpoints", "process checkpoints", "fetch blobs", "analyse channel",
-            "settle decisions", "apply decision", "outcome",
+            "create checkpoints", "send checkpoints", "process checkpoints", "fetch blobs",
+            "analyse channel", "settle checkpoints", "apply decision", "create outcomes",
+            "send outcomes", "process outcomes",
         } <= names  # fmt: skip
         assert {service for service, _ in spans} == {"elesh-trainer", "elesh-worker"}
         if decision["outcome"] == "applied":
             assert {"mask", "evaluate masked", "cut"} <= names
+
+
+def test_the_trace_of_a_decision_is_printed_without_a_collector(run: Run) -> None:
+    applied = next(d["key"] for d in run.figures["decisions"] if d["outcome"] == "applied")
+    done = run.elesh("trace", applied)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for name in ("create checkpoints", "analyse channel", "cut", "process outcomes"):
+        assert any(name in line and " ms" in line for line in lines), done.stdout
+    assert run.elesh("trace", "9:no:such:key").returncode == 1
 
 
 def test_a_replay_of_the_whole_run_is_bit_identical(run: Run) -> None:

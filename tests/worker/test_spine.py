@@ -39,30 +39,30 @@ def test_the_worker_decides_what_the_library_decides(station: Station) -> None:
     assert encode(analyze(checkpoint(seed=5), settings)) == encode(decision), worker.log
 
 
-def test_the_layer_level_is_decided_beside_the_channels(station: Station) -> None:
+def test_channels_and_layers_of_one_checkpoint_are_one_decision(station: Station) -> None:
     station.worker()
     bundle = replace(layer_networks.network(), levels=(Level.CHANNEL, Level.LAYER))
     station.publish(bundle)
-    decisions = {decision.key.level: decision for decision in station.wait_decisions(2)}
+    (decision,) = station.wait_decisions(1)
     settings = Settings.load(station.folder / "settings-0.yaml")
-    for level, decision in decisions.items():
-        assert encode(analyze(bundle, settings, level=level)) == encode(decision)
-    assert [target.layer_name for target in decisions[Level.LAYER].layers] == ["b4"]
-    metrics = [event.metrics for event in station.telemetry("analysed")]
-    assert sorted(m.layers for m in metrics if m) == [0, 10]
+    assert encode(analyze(bundle, settings)) == encode(decision)
+    assert decision.key.level is Level.JOINT
+    assert [target.layer_name for target in decision.layers] == ["b4"]
+    (metrics,) = [event.metrics for event in station.telemetry("analysed")]
+    assert metrics.layers == 10
 
 
-def test_channels_and_heads_of_one_checkpoint_get_a_decision_each(station: Station) -> None:
+def test_channels_and_heads_of_one_checkpoint_are_one_decision(station: Station) -> None:
     worker = station.worker()
     whole = heads_checkpoint(transformer(16, 16))
     both = replace(whole, levels=(Level.CHANNEL, Level.HEAD))
     station.publish(both)
-    decisions = {d.key.level: d for d in station.wait_decisions(2)}
+    (decision,) = station.wait_decisions(1)
     settings = Settings.load(station.folder / "settings-0.yaml")
-    for level in both.levels:
-        assert encode(analyze(both, settings, level=level)) == encode(decisions[level]), worker.log
-    assert decisions[Level.HEAD].approved_for_application
-    assert decisions[Level.HEAD].attention_heads[0].attention_entropy
+    assert encode(analyze(both, settings)) == encode(decision), worker.log
+    assert decision.approved_for_application
+    assert decision.attention_heads[0].attention_entropy
+    assert [part.verdict for part in decision.levels] == ["nothing", "taken"]
 
 
 def test_the_same_checkpoint_published_five_times_is_decided_once(station: Station) -> None:

@@ -1,0 +1,302 @@
+"""``join``: the analyses of all levels of a checkpoint become its one decision.
+
+Promises: levels are taken in the order channel, head, layer, each only while the whole cut still
+holds together and moves the outputs little enough; a layer that goes takes its own channels and
+heads out of the cut; a level that is rejected, has nothing, or is missing leaves the others to
+decide, and the decision says so. The same analyses give the same bytes, whoever made them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from elesh import safety
+from elesh.safety import BreakerStatus, Verifier
+from elesh.settings import Settings
+from leyline import (
+    CheckpointBundle,
+    GateResult,
+    InvalidField,
+    LayerPruningTarget,
+    Level,
+    LevelAnalysis,
+    LevelPart,
+    RankedUnit,
+    StructuralPruningDecision,
+)
+
+from .candidates import Doubles
+from .cuts import Cut, Shift
+from .plans import Target
+from .prefixes import identity_of, merged, restricted
+from .verdicts import decided, rejection, targets_of
+from .verified import verified
+
+__all__ = ["join"]
+
+_ORDER = (Level.CHANNEL, Level.HEAD, Level.LAYER)
+"""From the least to the most invasive (section "Production Safety Principles")."""
+_OF_THE_WHOLE = frozenset({"requirements"})
+"""Gates that are judged once, for the whole cut."""
+
+
+def join(
+    bundle: CheckpointBundle,
+    analyses: Sequence[LevelAnalysis],
+    settings: Settings | None = None,
+    *,
+    breakers: Mapping[Level, BreakerStatus] | None = None,
+    missing: Sequence[tuple[Level, str]] = (),
+    verify: Verifier | None = None,
+) -> StructuralPruningDecision:
+    """Decide by the analyses of all levels.
+
+    One level alone gives a decision with that level's key; several, missing ones counted, give one
+    with the key ``...:joint``.
+
+    Args:
+        analyses: one a level, in any order.
+        breakers: of the levels; those not given are closed.
+        missing: levels that were asked for and have no analysis, each with the reason.
+        verify: measures the cut on held-out data, once it has passed the gates.
+
+    Raises:
+        InvalidField: if there is no analysis at all, or two of one level.
+    """
+    settings, breakers = settings or Settings(), breakers or {}
+    levels = [analysis.level for analysis in analyses] + [level for level, _ in missing]
+    if not analyses or len(set(levels)) < len(levels):
+        raise InvalidField("analyses", "one analysis a level, at least one", levels)
+    ordered = sorted(analyses, key=lambda analysis: _ORDER.index(analysis.level))
+    if len(levels) == 1:
+        decision, order = _alone(bundle, ordered[0], settings, breakers), ordered[0].order
+    else:
+        decision, order = _joint(bundle, ordered, settings, breakers, missing)
+    return verified(bundle, decision, order, settings, verify) if verify else decision
+
+
+def _alone(
+    bundle: CheckpointBundle,
+    analysis: LevelAnalysis,
+    settings: Settings,
+    breakers: Mapping[Level, BreakerStatus],
+) -> StructuralPruningDecision:
+    """The level's own decision, under its breaker."""
+    own = analysis.decision
+    status = breakers.get(analysis.level, BreakerStatus())
+    return decided(
+        bundle,
+        settings,
+        own.key,
+        targets=targets_of(own),
+        statistics=own.statistics,
+        phase=own.safety.phase,
+        gates=(safety.breaker_gate(status), *own.safety.gates),
+        confidence=own.safety.confidence,
+        reason="" if targets_of(own) else own.rejection_reason,
+        fallbacks=own.fallbacks,
+        ignored=own.ignored,
+    )
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """The cut of several levels together, without what they take from each other."""
+
+    analyses: tuple[LevelAnalysis, ...]
+    targets: tuple[Target, ...]
+    order: tuple[RankedUnit, ...]
+    cut: Cut
+    shift: Shift
+    gates: tuple[GateResult, ...]
+    """Of the whole: structure, predicted shift, requirements."""
+
+    @classmethod
+    def of(
+        cls, bundle: CheckpointBundle, analyses: Sequence[LevelAnalysis], settings: Settings
+    ) -> _Whole:
+        """The whole of ``analyses``."""
+        targets, order = _resolved(bundle, analyses)
+        cut = Cut.of(bundle, targets)
+        shift = _shift(bundle, analyses, cut)
+        limit = settings.structured_pruning.channel_analysis.max_predicted_shift
+        gates = (
+            cut.structure,
+            safety.predicted_shift(shift.damage, shift.error, limit),
+            safety.requirements(bundle.requirements, cut.loss_rise, cut.parameters_removed),
+        )
+        return cls(tuple(analyses), targets, order, cut, shift, _named(Level.JOINT, gates))
+
+    @property
+    def fault(self) -> str:
+        """Why the levels cannot go together; empty if they can."""
+        return rejection(self.gates[:-1])
+
+
+def _joint(
+    bundle: CheckpointBundle,
+    analyses: Sequence[LevelAnalysis],
+    settings: Settings,
+    breakers: Mapping[Level, BreakerStatus],
+    missing: Sequence[tuple[Level, str]],
+) -> tuple[StructuralPruningDecision, tuple[RankedUnit, ...]]:
+    gates = {a.level: _own_gates(a, breakers.get(a.level, BreakerStatus())) for a in analyses}
+    whole = _Whole.of(bundle, (), settings)
+    refused: dict[Level, tuple[str, str]] = {}
+    for analysis in analyses:
+        if failed := rejection(gates[analysis.level]):
+            refused[analysis.level] = ("rejected", failed)
+        elif not analysis.order:
+            refused[analysis.level] = ("nothing", analysis.decision.rejection_reason)
+        else:
+            larger = _Whole.of(bundle, (*whole.analyses, analysis), settings)
+            if larger.fault:
+                refused[analysis.level] = ("rejected", f"with the levels before: {larger.fault}")
+            else:
+                whole = larger
+    parts = (*(_part(a, refused, whole) for a in analyses), *map(_missing_part, missing))
+    # A decision that is not approved shows what every level found.
+    shown = whole if whole.analyses else _Whole.of(bundle, analyses, settings)
+    taken = [analysis.level for analysis in whole.analyses]
+    first = analyses[0].decision
+    decision = decided(
+        bundle,
+        settings,
+        first.key.at(Level.JOINT),
+        targets=shown.targets,
+        statistics=shown.cut.statistics(_counts(analyses[0], shown), shown.shift),
+        phase=first.safety.phase,
+        gates=(*(gate for a in analyses for gate in gates[a.level]), *shown.gates),
+        counted=(*(gate for level in taken for gate in gates[level]), *whole.gates),
+        confidence=min(a.decision.safety.confidence for a in shown.analyses),
+        reason="" if taken else "; ".join(f"{p.level}: {p.reason}" for p in parts),
+        fallbacks=tuple(dict.fromkeys(f for a in analyses for f in a.decision.fallbacks)),
+        ignored=tuple(dict.fromkeys(pair for a in analyses for pair in a.decision.ignored)),
+        levels=parts,
+    )
+    return decision, shown.order
+
+
+def _own_gates(analysis: LevelAnalysis, status: BreakerStatus) -> tuple[GateResult, ...]:
+    own = (safety.breaker_gate(status), *analysis.decision.safety.gates)
+    return _named(analysis.level, [gate for gate in own if gate.name not in _OF_THE_WHOLE])
+
+
+def _named(level: Level, gates: Sequence[GateResult]) -> tuple[GateResult, ...]:
+    return tuple(gate.model_copy(update={"name": f"{level}.{gate.name}"}) for gate in gates)
+
+
+def _part(
+    analysis: LevelAnalysis, refused: Mapping[Level, tuple[str, str]], whole: _Whole
+) -> LevelPart:
+    verdict, reason = refused.get(analysis.level, ("taken", ""))
+    if verdict == "taken":
+        kept = {(unit.level, *identity_of(unit)) for unit in whole.order}
+        lost = [u for u in analysis.order if (u.level, *identity_of(u)) not in kept]
+        groups = ", ".join(dict.fromkeys(unit.layer_name for unit in lost))
+        reason = f"{len(lost)} of {groups} go with whole layers" if lost else ""
+    return LevelPart.model_validate(
+        {
+            "level": analysis.level,
+            "verdict": verdict,
+            "reason": reason[:8192],
+            "statistics": analysis.decision.statistics,
+        }
+    )
+
+
+def _missing_part(gap: tuple[Level, str]) -> LevelPart:
+    level, reason = gap
+    return LevelPart(level=level, verdict="missing", reason=reason[:8192])
+
+
+def _resolved(
+    bundle: CheckpointBundle, analyses: Sequence[LevelAnalysis]
+) -> tuple[tuple[Target, ...], tuple[RankedUnit, ...]]:
+    """All targets and their order, without the units of groups that go with a whole layer."""
+    targets = [target for analysis in analyses for target in targets_of(analysis.decision)]
+    layers = [t.layer_name for t in targets if isinstance(t, LayerPruningTarget)]
+    order = _ordered(analyses)
+    if not layers:
+        return tuple(targets), order
+    left = bundle.architecture.without_layers(layers).group
+    kept = tuple(
+        unit
+        for unit in order
+        if unit.level is Level.LAYER or (unit.layer_name in left and left[unit.layer_name].prunable)
+    )
+    return restricted(targets, order, kept, "coupling"), kept
+
+
+def _ordered(analyses: Sequence[LevelAnalysis]) -> tuple[RankedUnit, ...]:
+    """Channels and heads together where their costs are of one kind; whole layers last."""
+    units = [a for a in analyses if a.level is not Level.LAYER]
+    scorers = {a.decision.statistics.scorer for a in units}
+    orders = [a.order for a in units]
+    first = (
+        merged(orders)
+        if scorers == {"output_projection"}
+        else tuple(unit for order in orders for unit in order)
+    )
+    return first + tuple(unit for a in analyses if a.level is Level.LAYER for unit in a.order)
+
+
+def _shift(bundle: CheckpointBundle, analyses: Sequence[LevelAnalysis], cut: Cut) -> Shift:
+    """The predicted shift of the whole cut.
+
+    The movement of all units together on all samples, and on top what each level's own prediction,
+    made on samples that did not choose, lies above its movement on all samples: that much does
+    choosing flatter. No level was chosen by the columns of another, so what they do together needs
+    no such correction.
+    """
+    found = [analysis.predicted for analysis in analyses]
+    energy = max((p.energy for p in found if p), default=0.0)
+    if not found or not energy or any(p is None for p in found):
+        return Shift()
+    damage = _mean_square(_moved(bundle, cut.units, cut.layers))
+    error = 0.0
+    for analysis in analyses:
+        predicted, own = analysis.predicted, analysis.decision
+        assert predicted is not None
+        layers = [target.layer_name for target in own.layers]
+        damage += predicted.damage - _mean_square(_moved(bundle, own.units, layers))
+        error += predicted.error**2
+    return Shift(max(damage, 0.0) / energy, float(np.sqrt(error)) / energy)
+
+
+def _mean_square(row: Doubles) -> float:
+    return float(np.mean(row * row)) if len(row) else 0.0
+
+
+def _moved(
+    bundle: CheckpointBundle, units: Mapping[str, Sequence[int]], layers: Sequence[str]
+) -> Doubles:
+    """[N]: by how much removing units and layers moves the outputs, sample by sample."""
+    rows = [
+        bundle.gates[name].projections[:, list(lost)].sum(axis=1, dtype=np.float64)
+        for name, lost in sorted(units.items())
+    ]
+    rows += [np.asarray(bundle.layers[name].projections, np.float64) for name in sorted(layers)]
+    return np.asarray(np.sum(rows, axis=0)) if rows else np.zeros(0)
+
+
+def _counts(analysis: LevelAnalysis, whole: _Whole) -> dict[str, object]:
+    """Units, quota and shares of the first level, as far as the whole cut takes from it."""
+    own = analysis.decision.statistics
+    count = sum(unit.level is analysis.level for unit in whole.order)
+    gone = own.channels_original - own.channels_before + count
+    return {
+        "scorer": own.scorer,
+        "channels_before": own.channels_before,
+        "channels_after": own.channels_before - count,
+        "channels_original": own.channels_original,
+        "quota": own.quota,
+        "phase_limit": own.phase_limit,
+        "cumulative_ratio": min(1.0, gone / own.channels_original)
+        if own.channels_original
+        else 0.0,
+        "samples": own.samples,
+    }

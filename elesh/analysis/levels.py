@@ -1,0 +1,137 @@
+"""``analyze_level``: one level of a checkpoint, planned and judged by its own gates.
+
+Promises: every gate is listed whether it passed or not; what a level would remove is there even
+where a gate says no; all levels have the same gates, in the same order. Breakers and the other
+levels come in when levels are joined (:mod:`.join`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+from elesh import safety
+from elesh.settings import Settings
+from leyline import (
+    CheckpointBundle,
+    Fallback,
+    GateResult,
+    IdempotencyKey,
+    InvalidField,
+    Level,
+    LevelAnalysis,
+    PredictedDamage,
+)
+
+from .channels import plan_channels
+from .cuts import Cut, Shift
+from .heads import plan_heads
+from .layers import plan_layers
+from .plans import LevelPlan
+from .verdicts import FALLBACK_DISCOUNT, decided
+
+__all__ = ["analyze_level"]
+
+_PLANNERS: Mapping[Level, Callable[..., LevelPlan]] = {
+    Level.CHANNEL: plan_channels,
+    Level.HEAD: plan_heads,
+    Level.LAYER: plan_layers,
+}
+
+
+def analyze_level(
+    bundle: CheckpointBundle,
+    settings: Settings | None = None,
+    level: Level = Level.CHANNEL,
+    *,
+    key: IdempotencyKey | None = None,
+    scorer: Literal["output_projection", "multi_metric", "magnitude"] | None = None,
+    fallbacks: Sequence[Fallback] = (),
+    threads: int = 1,
+) -> LevelAnalysis:
+    """Analyse one level of the checkpoint.
+
+    Args:
+        bundle: a checkpoint's architecture and statistics.
+        settings: the defaults of the design document if not given.
+        level: channels, heads or layers.
+        key: of the level's decision; the bundle's own for this level if not given.
+        scorer: overrides the scorer of request and settings, where a fallback asks for another
+            (layers have only one).
+        fallbacks: rungs of the failure table that led here, to be recorded in the decision.
+        threads: numerical work runs on so many threads; the result does not depend on it.
+
+    Raises:
+        InvalidField: if the level is not analysed here, or the request names unknown layers.
+        IdentityMismatch: if the key speaks of another checkpoint.
+    """
+    settings = settings or Settings()
+    if level not in _PLANNERS:
+        here = ", ".join(_PLANNERS)
+        raise InvalidField("level", f"a level that is analysed here: {here}", level.value)
+    plan = _PLANNERS[level](bundle, settings, scorer=scorer, threads=threads)
+    cut, shift = Cut.of(bundle, plan.targets), _shift(plan)
+    taken = (*fallbacks, *plan.fallbacks)
+    decision = decided(
+        bundle,
+        settings,
+        key or bundle.key(level),
+        targets=plan.targets,
+        statistics=cut.statistics(_counts(plan, cut), shift),
+        phase=plan.allowed.phase,
+        gates=_gates(bundle, settings, plan, cut, shift),
+        confidence=plan.confidence * FALLBACK_DISCOUNT ** len(taken),
+        reason="" if plan.targets else plan.nothing,
+        fallbacks=taken,
+        ignored=plan.ignored,
+    )
+    return LevelAnalysis(decision=decision, order=plan.order, predicted=_predicted(plan))
+
+
+def _shift(plan: LevelPlan) -> Shift:
+    prediction, energy = plan.prediction, plan.energy
+    if prediction is None or not energy > 0:
+        return Shift()
+    return Shift(prediction.damage / energy, prediction.error / energy, prediction.random / energy)
+
+
+def _predicted(plan: LevelPlan) -> PredictedDamage | None:
+    prediction, energy = plan.prediction, plan.energy
+    if prediction is None or not energy > 0:
+        return None
+    return PredictedDamage(damage=prediction.damage, error=prediction.error, energy=energy)
+
+
+def _gates(
+    bundle: CheckpointBundle, settings: Settings, plan: LevelPlan, cut: Cut, shift: Shift
+) -> tuple[GateResult, ...]:
+    architecture, allowed, level = bundle.architecture, plan.allowed, plan.level
+    limit = settings.structured_pruning.channel_analysis.max_predicted_shift
+    return (
+        safety.phase_gate(allowed.phase, level),
+        safety.statistics_sound(plan.samples, plan.measured, plan.prunable),
+        safety.cumulative_limit(allowed.removed, cut.count, allowed.original, allowed.limit, level),
+        safety.minimum_layers(plan.present, cut.count, plan.minimum)
+        if level is Level.LAYER
+        else safety.minimum_units(architecture, cut.units, plan.minimum, level),
+        cut.structure,
+        safety.gradient_isolation(architecture, cut.units, cut.layers),
+        safety.noise(shift.damage, shift.error, shift.random),
+        safety.predicted_shift(shift.damage, shift.error, limit),
+        safety.requirements(bundle.requirements, cut.loss_rise, cut.parameters_removed),
+    )
+
+
+def _counts(plan: LevelPlan, cut: Cut) -> dict[str, object]:
+    allowed = plan.allowed
+    gone = allowed.removed + cut.count
+    return {
+        "scorer": plan.scorer,
+        "channels_before": plan.present,
+        "channels_after": plan.present - cut.count,
+        "channels_original": allowed.original,
+        "quota": allowed.quota,
+        "phase_limit": allowed.limit,
+        "cumulative_ratio": min(1.0, gone / allowed.original) if allowed.original else 0.0,
+        "samples": plan.samples,
+    }

@@ -1,0 +1,122 @@
+"""A decision after its cut was measured on the network: what was found safe of it, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from elesh.safety import Entry, Measured, Proposal, Verifier
+from elesh.settings import Settings
+from leyline import (
+    CheckpointBundle,
+    Level,
+    Outcome,
+    PruningGroup,
+    PruningStatistics,
+    RankedUnit,
+    SafetyValidation,
+    StructuralPruningDecision,
+)
+
+from .candidates import multiple_of
+from .cuts import Cut
+from .prefixes import restricted, settled
+from .verdicts import FALLBACK_DISCOUNT, by_kind, rejection, targets_of
+
+__all__ = ["verified"]
+
+
+def verified(
+    bundle: CheckpointBundle,
+    decision: StructuralPruningDecision,
+    order: Sequence[RankedUnit],
+    settings: Settings,
+    verify: Verifier,
+) -> StructuralPruningDecision:
+    """``decision`` as far as ``verify`` measured it to be safe.
+
+    One that is rejected already is not measured. Of groups that would not end at their multiple,
+    the units last taken are given back, too.
+    """
+    if not decision.approved_for_application:
+        return decision
+    answer = verify(
+        Proposal(
+            order=tuple(map(_entry, order)),
+            phase=decision.safety.phase,
+            predicted_loss_rise=decision.statistics.predicted_loss_rise,
+        )
+    )
+    kept = frozenset(answer.kept)
+    if len(kept) < len(order):
+        safe = [unit for unit in order if _entry(unit) in kept]
+        decision = _shortened(bundle, decision, order, safe, settings)
+    return _judged(decision, answer)
+
+
+def _entry(unit: RankedUnit) -> Entry:
+    return unit.level, unit.layer_name, unit.index
+
+
+def _judged(decision: StructuralPruningDecision, answer: Measured) -> StructuralPruningDecision:
+    """The decision with the figures and gates of what was measured."""
+    reason = rejection(answer.gates)
+    if not reason and not targets_of(decision):
+        reason = "verification: no part of the cut was measured as safe"
+    measured, skipped = answer.verification is not None, answer.skipped
+    go = Outcome.GO if measured else Outcome.CONDITIONAL_GO
+    safety = {
+        **dict(decision.safety),
+        "gates": (*decision.safety.gates, *answer.gates),
+        "outcome": Outcome.NO_GO if reason else go,
+        "measured": measured,
+        "verification": answer.verification,
+        "confidence": decision.safety.confidence * (FALLBACK_DISCOUNT if skipped else 1.0),
+    }
+    fields = {
+        **dict(decision),
+        "safety": SafetyValidation.model_validate(safety),
+        "fallbacks": (*decision.fallbacks, skipped) if skipped else decision.fallbacks,
+        "approved_for_application": not reason,
+        "rejection_reason": reason,
+    }
+    return StructuralPruningDecision.model_validate(fields)
+
+
+def _shortened(
+    bundle: CheckpointBundle,
+    decision: StructuralPruningDecision,
+    order: Sequence[RankedUnit],
+    safe: Sequence[RankedUnit],
+    settings: Settings,
+) -> StructuralPruningDecision:
+    """The decision with the units ``safe`` of its cut only."""
+    groups = [bundle.architecture.group[name] for name in decision.units]
+    multiples = {group.name: _multiple(bundle, group, settings) for group in groups}
+    kept = settled(safe, {group.name: group.size for group in groups}, multiples)
+    targets = restricted(targets_of(decision), order, kept, "verification")
+    first = decision.levels[0].level if decision.levels else decision.key.level
+    spared = sum(u.level is first for u in order) - sum(u.level is first for u in kept)
+    statistics = _smaller(decision.statistics, Cut.of(bundle, targets), spared)
+    return decision.model_copy(update={**by_kind(targets), "statistics": statistics})
+
+
+def _smaller(statistics: PruningStatistics, cut: Cut, spared: int) -> PruningStatistics:
+    """The figures of the smaller cut; the shift was predicted for the larger one and stays."""
+    after = cut.after or cut.before
+    present, original = statistics.channels_after + spared, statistics.channels_original
+    update = {
+        "parameters_after": after.parameters,
+        "macs_after": after.macs,
+        "predicted_loss_rise": cut.loss_rise,
+        "channels_after": present,
+        "cumulative_ratio": (original - present) / original if original else 0.0,
+    }
+    return statistics.model_copy(update=update)
+
+
+def _multiple(bundle: CheckpointBundle, group: PruningGroup, settings: Settings) -> int:
+    if group.level is not Level.CHANNEL:
+        return group.unit_multiple
+    asked = bundle.parameters.round_to
+    default = settings.structured_pruning.channel_analysis.round_to
+    return multiple_of(group, default if asked == 1 else asked)

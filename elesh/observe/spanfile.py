@@ -1,0 +1,165 @@
+"""Finished spans in a bounded file of this machine, so that traces can be read without a collector.
+
+Promises: one JSON object a line, whole lines only, whichever processes write; at most two files of
+``limit`` bytes each (the older one is dropped when the newer is full); a folder that cannot be
+written is said once and never fails a span. It holds what this machine recorded: where trainer and
+workers are apart, a collector sees the whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+
+from elesh._process import state_folder
+
+from .logs import get_logger
+
+__all__ = ["RecordedSpan", "SpanFile", "find_trace", "read_spans"]
+
+_NAME, _OLD = "spans.jsonl", "spans.old.jsonl"
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class RecordedSpan:
+    """One finished span."""
+
+    trace: str
+    """32 hex digits."""
+    span: str
+    """16 hex digits."""
+    parent: str
+    """16 hex digits, or empty for the first of the trace."""
+    name: str
+    service: str
+    instance: str
+    start: int
+    """Nanoseconds since 1970."""
+    end: int
+    failed: str = ""
+    """What failed; empty where nothing did."""
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    events: Sequence[Mapping[str, Any]] = ()
+    """``name``, ``at`` (nanoseconds since 1970) and ``attributes`` each."""
+    links: Sequence[str] = ()
+    """Trace ids."""
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return (self.end - self.start) / 1e9
+
+
+class SpanFile(SpanExporter):
+    """Appends spans to the file; see the module's promises.
+
+    Args:
+        limit: bytes of each of the two files.
+        folder: default: ``traces`` in the user's state folder.
+    """
+
+    def __init__(self, limit: int, folder: Path | None = None) -> None:
+        self._limit = limit
+        self._folder = folder or _folder()
+        self._complained = False
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """Append one line a span."""
+        lines = "".join(json.dumps(_values(span), default=str) + "\n" for span in spans)
+        try:
+            self._append(lines.encode())
+        except OSError as error:
+            if not self._complained:
+                _log.warning("traces are not kept", folder=str(self._folder), reason=str(error))
+                self._complained = True
+            return SpanExportResult.FAILURE
+        return SpanExportResult.SUCCESS
+
+    def _append(self, data: bytes) -> None:
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # The lock has a file of its own: the one that is written changes its name.
+        with open(self._folder / "lock", "ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            path = self._folder / _NAME
+            if path.exists() and path.stat().st_size + len(data) > self._limit:
+                path.replace(self._folder / _OLD)
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+            with open(os.open(path, flags, 0o600), "ab") as file:
+                file.write(data)
+
+
+def read_spans(folder: Path | None = None, *, containing: str = "") -> Iterator[RecordedSpan]:
+    """The spans whose line contains a text, oldest first; a torn or foreign line is passed over."""
+    for name in (_OLD, _NAME):
+        path = (folder or _folder()) / name
+        if not path.exists():
+            continue
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if containing in line and (span := _read(line)) is not None:
+                    yield span
+
+
+def find_trace(what: str = "", folder: Path | None = None) -> list[RecordedSpan]:
+    """The spans of one trace, by start: the newest that ``what`` stands in.
+
+    Args:
+        what: a decision's key, a run or a trace id, or any attribute's value; empty: any trace.
+    """
+    found = [span for span in read_spans(folder, containing=what) if _speaks_of(span, what)]
+    if not found:
+        return []
+    newest = max(found, key=lambda span: span.start).trace
+    spans = read_spans(folder, containing=newest)
+    return sorted((s for s in spans if s.trace == newest), key=lambda s: (s.start, -s.end))
+
+
+def _speaks_of(span: RecordedSpan, what: str) -> bool:
+    return not what or span.trace == what or what in map(str, span.attributes.values())
+
+
+def _folder() -> Path:
+    return state_folder() / "traces"
+
+
+def _values(span: ReadableSpan) -> dict[str, Any]:
+    context, resource = span.get_span_context(), span.resource.attributes
+    assert context is not None
+    return {
+        "trace": format(context.trace_id, "032x"),
+        "span": format(context.span_id, "016x"),
+        "parent": format(span.parent.span_id, "016x") if span.parent else "",
+        "name": span.name,
+        "service": str(resource.get("service.name", "")),
+        "instance": str(resource.get("service.instance.id", "")),
+        "start": span.start_time,
+        "end": span.end_time,
+        "failed": "" if span.status.is_ok else (span.status.description or "failed"),
+        "attributes": dict(span.attributes or {}),
+        "events": [
+            {"name": e.name, "at": e.timestamp, "attributes": _brief(e.attributes or {})}
+            for e in span.events
+        ],
+        "links": [format(link.context.trace_id, "032x") for link in span.links],
+    }
+
+
+def _brief(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """An event's attributes without the stack of an exception, which the log has."""
+    return {k: v for k, v in attributes.items() if k != "exception.stacktrace"}
+
+
+def _read(line: str) -> RecordedSpan | None:
+    try:
+        return RecordedSpan(**json.loads(line))
+    except (ValueError, TypeError):
+        return None

@@ -1,0 +1,86 @@
+"""Every reader of untrusted bytes, by name, with sound bytes to begin from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from elesh.analysis import CountMinSketch, ImportanceTracker, element_keys
+from elesh.security import Keyring, seal, unseal
+from elesh.worker.admission import admit
+from leyline import (
+    ChannelImportanceData,
+    GateStatistics,
+    HeadImportanceData,
+    LayerStatistics,
+    Message,
+    encode,
+    read_envelope,
+    unwrap,
+    wrap,
+)
+from leyline.bundle import unpack_statistics
+from leyline.codec import decode
+from leyline.streams import MESSAGES
+
+VECTORS = Path(__file__).parents[2] / "contracts" / "vectors"
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+_KEY, _HASH = bytes(32), "0123456789abcdef"
+
+Reader = Callable[[bytes], object]
+
+
+def _message(data: bytes) -> object:
+    return unwrap(read_envelope(data))
+
+
+def _work(data: bytes) -> object:
+    return admit(data, window=300.0, now=NOW)
+
+
+def _statistics(kind: type[Message]) -> Reader:
+    return lambda data: unpack_statistics(kind, data, "statistics")
+
+
+def _sketch() -> bytes:
+    sketch = CountMinSketch(50, 3)
+    sketch.add(element_keys(_HASH, np.arange(40)), np.ones(40))
+    return sketch.to_bytes()
+
+
+def _enveloped() -> list[bytes]:
+    """Every golden message in an envelope."""
+    return [
+        encode(wrap(decode(kind, (VECTORS / f"{name}.bin").read_bytes()), source="fuzz", now=NOW))
+        for name, kind in MESSAGES.items()
+    ]
+
+
+def readers() -> Mapping[str, tuple[Reader, list[bytes]]]:
+    """Each reader with the sound bytes that mutations start from."""
+    kinds = (ChannelImportanceData, GateStatistics, LayerStatistics, HeadImportanceData)
+    blobs: dict[str, tuple[Reader, list[bytes]]] = {
+        kind.__name__: (
+            _statistics(kind),
+            [(VECTORS / f"{kind.__name__}.safetensors").read_bytes()],
+        )
+        for kind in kinds
+    }
+    enveloped = _enveloped()
+    return blobs | {
+        "message": (_message, enveloped),
+        "work": (_work, enveloped),
+        "sketch": (CountMinSketch.from_bytes, [_sketch()]),
+        "tracker": (ImportanceTracker.from_bytes, [ImportanceTracker(5).to_bytes()]),
+        "sealed": (
+            lambda data: unseal(data, {"k": _KEY}, _HASH),
+            [seal(b"content" * 9, "k", _KEY, _HASH)],
+        ),
+        "signature": (
+            lambda data: Keyring({}).check("decisions", b"envelope", data, NOW),
+            [b"v1:key:c2lnbmF0dXJl"],
+        ),
+    }
