@@ -13,6 +13,7 @@ from .errors import BusUnavailable, masked
 from .history import HistoryStore
 from .records import Delivery, Pending, Record, Settlement, Settling, read_letter
 from .registry import Backlog, Registry, WorkerState
+from .runs import Holder, RunStore
 
 __all__ = [
     "Backlog",
@@ -24,9 +25,11 @@ __all__ = [
     "Delivery",
     "EmbeddedServer",
     "HistoryStore",
+    "Holder",
     "Pending",
     "Record",
     "Registry",
+    "RunStore",
     "Settlement",
     "Settling",
     "WorkerState",

@@ -34,6 +34,7 @@ from .client import MAX_BLOCK, Client, open_client, until_available
 from .history import HistoryStore
 from .records import Delivery, Pending, Record, Settlement, Settling, deliveries_of, entry_fields
 from .registry import Registry
+from .runs import RunStore
 from .scripts import Scripts
 from .upkeep import forget_idle_consumers, pending_of
 from .upkeep import last_id as last_id_of
@@ -62,6 +63,8 @@ class Bus:
             client, self._scripts, settings.partition, breaker or BreakerSettings()
         )
         self.registry = Registry(client, self._scripts, settings.partition)
+        keep = settings.record_ttl_seconds
+        self.runs = RunStore(client, self._scripts, settings.partition, keep)
         self._lease_ms = max(1, round(settings.lease_seconds * 1000))
         self._cursors: dict[tuple[str, str], str] = {}
         self._first = 0

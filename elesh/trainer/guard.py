@@ -20,17 +20,17 @@ from leyline import (
     PrunedArchitecture,
     PruningOutcome,
     StructuralPruningDecision,
-    stable_hash,
 )
 
 from .apply import Evaluation, apply_decision, outcome_of, refusal, trigger_of
 from .journal import Journal, Situation, WatchedCut
 from .points import FolderPoints, MemoryPoints, Points
 from .redistribute import Moments
+from .reporting import event_id_of
 from .snapshot import Snapshot, Tracked
 from .surgeon import Surgeon
 
-__all__ = ["Guard", "event_id_of"]
+__all__ = ["Guard"]
 
 Evaluate = Callable[[], Evaluation]
 _CUT_SHORT = "interrupted: the trainer ended while it was applied"
@@ -62,6 +62,11 @@ class Guard:
     def token(self) -> str:
         """The claim token that the folder keeps; empty without one."""
         return "" if self._folder is None else self._folder.token
+
+    @property
+    def surgeon(self) -> Surgeon | None:
+        """Whose network is guarded; None before the first of :meth:`resume` and :meth:`apply`."""
+        return self._tracked.surgeon if self._tracked else None
 
     @property
     def watched(self) -> tuple[WatchedCut, ...]:
@@ -318,12 +323,6 @@ def _unwritten(
     _log.error("not applied: no restore point", reason=str(error))
     detail = f"no restore point could be written: {error}"
     return outcome_of(decision, now, now, "refused", detail)
-
-
-def event_id_of(outcome: PruningOutcome) -> str:
-    """The identity of an outcome as an event: the same however often it is published."""
-    stage = "" if outcome.watched is None else outcome.watched
-    return "oc-" + stable_hash(outcome.idempotency_key, outcome.run_id, outcome.result, stage)
 
 
 def _by_id(outcomes: Sequence[PruningOutcome]) -> dict[str, object]:
