@@ -302,6 +302,13 @@ def _told() -> list[ll.Message]:
             original={"envelope": b"\x81\xa1", "traceparent": _TRACE.encode()},
             traceparent=_TRACE,
         ),
+        ll.OperatorAction(
+            action="drop",
+            subject="1736856000250-0",
+            operator="jo@station-7",
+            at=_AT,
+            reason="sent by mistake",
+        ),
     ]
 
 

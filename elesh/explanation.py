@@ -2,46 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from elesh.analysis import UnitExplanation, explain
-from elesh.bus import BreakerView, Bus, Delivery, read_letter
+from elesh.bus import BreakerView
 from elesh.replay import Replayed
 from elesh.settings import Settings
 from leyline import (
     CheckpointBundle,
-    CheckpointReady,
-    ContractError,
-    DeadLetter,
     GateResult,
     LayerPruningTarget,
     StructuralPruningDecision,
-    read_envelope,
-    unwrap,
 )
-from leyline.streams import DEAD, Stream
 
 __all__ = [
     "breaker_table",
-    "dead_letters",
-    "dead_table",
-    "event_lines",
     "print_decision",
     "print_replayed",
 ]
 
 _SHOWN_DIFFERENCES = 40
-_TOLD = {
-    "step", "idempotency_key", "run_id", "epoch", "worker_id", "result", "outcome", "detail",
-    "approved_for_application", "rejection_reason", "before", "after", "reason", "error_code",
-    "request_id", "level",
-}  # fmt: skip
-"""Fields that a line about an event shows, where its message has them."""
 
 
 def print_decision(
@@ -160,69 +144,4 @@ def breaker_table(views: Sequence[BreakerView]) -> Table:
             str(view.opened_at or "")[:19],
             escape(view.reason),
         )
-    return table
-
-
-async def dead_letters(bus: Bus) -> list[tuple[str, DeadLetter | str]]:
-    """All dead letters with their entry ids; one that cannot be read is its error."""
-    found: list[tuple[str, DeadLetter | str]] = []
-    for delivery in await bus.read(DEAD):
-        try:
-            found.append((delivery.entry_id, read_letter(delivery)))
-        except ContractError as error:
-            found.append((delivery.entry_id, str(error)))
-    return found
-
-
-async def event_lines(bus: Bus, streams: Sequence[Stream], *, follow: bool) -> AsyncIterator[str]:
-    """The events of streams as lines; in order within a read, going on for ever with ``follow``."""
-    last = {stream.name: "0" for stream in streams}
-    while True:
-        found: list[tuple[str, str]] = []
-        for stream in streams:
-            block = 1.0 / len(streams) if follow else 0.0
-            last[stream.name], deliveries = await bus.follow(
-                stream, last_id=last[stream.name], block_seconds=block
-            )
-            found += [(d.entry_id, _event_line(d)) for d in deliveries]
-        for _, line in sorted(found, key=lambda pair: tuple(map(int, pair[0].split("-")))):
-            yield line
-        if not found and not follow:
-            return
-
-
-def _event_line(delivery: Delivery) -> str:
-    at = datetime.fromtimestamp(int(delivery.entry_id.split("-")[0]) / 1000, UTC)
-    head = f"{at:%H:%M:%S} {delivery.stream.name:11}"
-    try:
-        message = (
-            read_letter(delivery)
-            if delivery.stream is DEAD
-            else unwrap(read_envelope(delivery.envelope))
-        )
-    except ContractError as error:
-        return f"{head} [red]unreadable[/]: {escape(str(error))}"
-    shown = message.model_dump(include=_TOLD, exclude_none=True, mode="json")
-    if isinstance(message, CheckpointReady):
-        metadata = message.metadata
-        shown = {"run_id": metadata.run_id, "epoch": metadata.epoch}
-    told = " ".join(f"{name}={value}" for name, value in shown.items() if value not in ("", []))
-    return f"{head} [bold]{type(message).__name__}[/] {escape(told)}"
-
-
-def dead_table(letters: Sequence[tuple[str, DeadLetter | str]]) -> Table:
-    """Dead letters, oldest first."""
-    table = Table("letter", "at", "stream", "class", "deliveries", "reason")
-    for entry_id, letter in letters:
-        if isinstance(letter, str):
-            table.add_row(entry_id, "", "", "unreadable", "", escape(letter))
-        else:
-            table.add_row(
-                entry_id,
-                str(letter.at)[:19],
-                letter.stream,
-                letter.error_code,
-                str(letter.deliveries),
-                escape(letter.reason),
-            )
     return table

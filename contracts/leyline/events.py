@@ -166,6 +166,22 @@ class RecompilationRequest(Message):
     macs_after: Count | None = Field(default=None, exclude_if=_is_none)
 
 
+class OperatorAction(Message):
+    """Something that a person did to the fleet by hand: who, what, why."""
+
+    contract_of: ClassVar[str] = "operators to Elesh"
+
+    action: Literal["redrive", "drop", "breaker_reset", "breaker_trip"]
+    subject: Name
+    """What it was done to: the entry of a dead letter, or ``<run>:<level>`` of a breaker."""
+    operator: Name
+    """Who did it, as far as is known: user and host, or the console."""
+    at: Moment
+    reason: Text = ""
+    outcome: Text = ""
+    """What came of it, for example the entry that a letter was redriven as."""
+
+
 class DeadLetter(Message):
     """A message that could not be served, with its original bytes and the reason."""
 

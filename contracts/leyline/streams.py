@@ -10,6 +10,7 @@ from .decisions import StructuralPruningDecision
 from .events import (
     BreakerTransition,
     DeadLetter,
+    OperatorAction,
     PruningOutcome,
     RecompilationRequest,
     StructuralValidationResult,
@@ -57,6 +58,7 @@ TELEMETRY = Stream("telemetry", (TelemetryEvent, BreakerTransition), "what worke
 VALIDATION = Stream("validation", (StructuralValidationResult,), "safety results, for Urabrask")
 RECOMPILE = Stream("recompile", (RecompilationRequest,), "changed architectures, for Tezzeret")
 DEAD = Stream("dead", (DeadLetter,), "messages that could not be served")
+AUDIT = Stream("audit", (OperatorAction,), "what operators did by hand")
 
 STREAMS: tuple[Stream, ...] = (
     CHECKPOINTS,
@@ -68,6 +70,7 @@ STREAMS: tuple[Stream, ...] = (
     VALIDATION,
     RECOMPILE,
     DEAD,
+    AUDIT,
 )
 MESSAGES: dict[str, type[Message]] = {m.__name__: m for s in STREAMS for m in s.messages}
 """Every message type that may stand in an envelope, by name."""

@@ -38,6 +38,7 @@ from .projections import Projections
 from .redundancy import Pair, redundant_pairs
 from .schedule import allowance
 from .scores import magnitude, multi_metric, weights_at
+from .stages import stage
 
 __all__ = ["choose_scorer", "plan_channels", "rank_channels"]
 
@@ -80,8 +81,9 @@ def rank_channels(
 ) -> Ranking:
     """The ranking of ``groups``, of which there is at least one."""
     candidates = Candidates.of(groups, settings.min_channels_per_layer, round_to)
-    projections = usable_projections(bundle, candidates)
-    scores = _scores(bundle, candidates, scorer, settings, phase, projections)
+    with stage("score"):
+        projections = usable_projections(bundle, candidates)
+        scores = _scores(bundle, candidates, scorer, settings, phase, projections)
     redundant = _redundant(bundle, candidates, scores, settings.redundancy_threshold)
     return Ranking(candidates, scorer, projections, scores, redundant, threads)
 
@@ -150,6 +152,7 @@ def _scores(
     return multi_metric(data, weights_at(phase, settings))
 
 
+@stage("redundancy")
 def _redundant(
     bundle: CheckpointBundle, candidates: Candidates, scores: Doubles, threshold: float
 ) -> tuple[Pair, ...]:

@@ -19,6 +19,7 @@ from .orders import JointOrder, Order, StaticOrder
 from .projections import Prediction, Projections, output_energy, predict
 from .redundancy import Pair
 from .selection import Selection, select
+from .stages import stage
 
 __all__ = [
     "MAX_SPARED",
@@ -93,6 +94,7 @@ class Ranking:
 
         return select(make_order, quota, self.redundant)
 
+    @stage("select")
     def decide(self, bundle: CheckpointBundle, quota: int) -> Choice:
         """Choose up to ``quota`` units and predict what removing them does."""
         selection, projections = self.choose(quota), self.projections

@@ -43,6 +43,7 @@ from .plans import LevelPlan, empty_plan, ranked_units, wanted_scorer
 from .redundancy import Pair, redundant_pairs
 from .schedule import allowance
 from .scores import shares, single_removal
+from .stages import stage
 
 __all__ = [
     "EARLY",
@@ -193,17 +194,19 @@ def rank_heads(
 ) -> Ranking:
     """The ranking of ``groups``, of which there is at least one."""
     candidates = Candidates.of(groups, settings.min_heads_per_layer)
-    projections = usable_projections(bundle, candidates)
     weights = head_weights_at(phase, settings)
-    if scorer == "output_projection" and projections is not None:
-        columns = projections.columns
-        scores = np.asarray(np.einsum("ij,ij->i", columns, columns, dtype=np.float64))
-    else:
-        scores = np.concatenate([multi_factor(bundle.heads[g.name], weights) for g in groups])
+    with stage("score"):
+        projections = usable_projections(bundle, candidates)
+        if scorer == "output_projection" and projections is not None:
+            columns = projections.columns
+            scores = np.asarray(np.einsum("ij,ij->i", columns, columns, dtype=np.float64))
+        else:
+            scores = np.concatenate([multi_factor(bundle.heads[g.name], weights) for g in groups])
     redundant = _redundant(bundle, candidates, scores, settings.similarity_threshold)
     return Ranking(candidates, scorer, projections, scores, redundant, threads)
 
 
+@stage("redundancy")
 def _redundant(
     bundle: CheckpointBundle, candidates: Candidates, scores: Doubles, threshold: float
 ) -> tuple[Pair, ...]:

@@ -32,6 +32,7 @@ from .candidates import Doubles
 from .cuts import Cut, Shift
 from .plans import Target
 from .prefixes import identity_of, merged, restricted
+from .stages import stage
 from .verdicts import decided, rejection, targets_of
 from .verified import verified
 
@@ -43,6 +44,7 @@ _OF_THE_WHOLE = frozenset({"requirements"})
 """Gates that are judged once, for the whole cut."""
 
 
+@stage("join")
 def join(
     bundle: CheckpointBundle,
     analyses: Sequence[LevelAnalysis],

@@ -32,6 +32,7 @@ from .eligible import unwanted_names
 from .plans import LevelPlan
 from .projections import Prediction, Projections, output_energy, predict
 from .schedule import Allowance, phase_at
+from .stages import stage
 
 __all__ = ["architecture_impact", "failed_conditions", "plan_layers", "rank"]
 
@@ -120,6 +121,7 @@ def plan_layers(
     )
 
 
+@stage("score")
 def _judged(
     bundle: CheckpointBundle, settings: LayerAnalysis
 ) -> tuple[list[_Layer], dict[str, str]]:

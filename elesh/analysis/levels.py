@@ -28,6 +28,7 @@ from .cuts import Cut, Shift
 from .heads import plan_heads
 from .layers import plan_layers
 from .plans import LevelPlan
+from .stages import stage
 from .verdicts import FALLBACK_DISCOUNT, decided
 
 __all__ = ["analyze_level"]
@@ -102,6 +103,7 @@ def _predicted(plan: LevelPlan) -> PredictedDamage | None:
     return PredictedDamage(damage=prediction.damage, error=prediction.error, energy=energy)
 
 
+@stage("gates")
 def _gates(
     bundle: CheckpointBundle, settings: Settings, plan: LevelPlan, cut: Cut, shift: Shift
 ) -> tuple[GateResult, ...]:

@@ -20,6 +20,7 @@ from leyline import (
 from .candidates import multiple_of
 from .cuts import Cut
 from .prefixes import restricted, settled
+from .stages import stage
 from .verdicts import FALLBACK_DISCOUNT, by_kind, rejection, targets_of
 
 __all__ = ["verified"]
@@ -39,13 +40,13 @@ def verified(
     """
     if not decision.approved_for_application:
         return decision
-    answer = verify(
-        Proposal(
-            order=tuple(map(_entry, order)),
-            phase=decision.safety.phase,
-            predicted_loss_rise=decision.statistics.predicted_loss_rise,
-        )
+    proposal = Proposal(
+        order=tuple(map(_entry, order)),
+        phase=decision.safety.phase,
+        predicted_loss_rise=decision.statistics.predicted_loss_rise,
     )
+    with stage("verify"):
+        answer = verify(proposal)
     kept = frozenset(answer.kept)
     if len(kept) < len(order):
         safe = [unit for unit in order if _entry(unit) in kept]

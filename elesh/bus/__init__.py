@@ -11,6 +11,7 @@ from .core import Bus
 from .embedded import EmbeddedServer, embedded_server, server_url
 from .errors import BusUnavailable, masked
 from .history import HistoryStore
+from .letters import DeadLetters, Letter, Redriven
 from .records import Delivery, Pending, Record, Settlement, Settling, read_letter
 from .registry import Backlog, Registry, WorkerState
 from .runs import Holder, RunStore
@@ -22,12 +23,15 @@ __all__ = [
     "BreakerView",
     "Bus",
     "BusUnavailable",
+    "DeadLetters",
     "Delivery",
     "EmbeddedServer",
     "HistoryStore",
     "Holder",
+    "Letter",
     "Pending",
     "Record",
+    "Redriven",
     "Registry",
     "RunStore",
     "Settlement",

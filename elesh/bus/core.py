@@ -32,6 +32,7 @@ from .blobs import BlobStore
 from .breakers import BreakerStore
 from .client import MAX_BLOCK, Client, open_client, until_available
 from .history import HistoryStore
+from .letters import DeadLetters
 from .records import Delivery, Pending, Record, Settlement, Settling, deliveries_of, entry_fields
 from .registry import Registry
 from .runs import RunStore
@@ -62,6 +63,7 @@ class Bus:
         self.breakers = BreakerStore(
             client, self._scripts, settings.partition, breaker or BreakerSettings()
         )
+        self.letters = DeadLetters(client, self._scripts, settings.partition)
         self.registry = Registry(client, self._scripts, settings.partition)
         keep = settings.record_ttl_seconds
         self.runs = RunStore(client, self._scripts, settings.partition, keep)

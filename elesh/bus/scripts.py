@@ -31,6 +31,8 @@ class Scripts:
         self._release = load("release", common)
         self._settle = load("settle", common)
         self._acknowledge = load("acknowledge", common)
+        self._redrive = load("redrive", common)
+        self._drop = load("drop", common)
         self._leave = load("leave")
         self._trim = load("trim")
         self._touch = load("touch")
@@ -80,6 +82,17 @@ class Scripts:
         """Acknowledge an entry and append to ``stream`` if named; False if it is not owned."""
         keys = [entry[0], stream] if stream else [entry[0]]
         return bool(await self._acknowledge(keys, [group, consumer, entry[1], *fields]))
+
+    async def redrive(
+        self, keys: Sequence[str], letter: str, fields: Fields, audit: Fields
+    ) -> tuple[str, bool] | None:
+        """Publish a letter's original once: its entry and whether it is new; None: no letter."""
+        reply = await self._redrive(keys, [letter, len(fields), *fields, *audit])
+        return (reply[0].decode(), bool(reply[1])) if reply else None
+
+    async def drop(self, keys: Sequence[str], letter: str, audit: Fields) -> bool:
+        """Delete a letter and append the audit event; False if there is no such letter."""
+        return bool(await self._drop(keys, [letter, *audit]))
 
     async def leave(self, stream: str, group: str, consumer: str) -> bool:
         """Forget a consumer that has nothing pending."""

@@ -16,8 +16,9 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import secrets
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from opentelemetry import propagate, trace
@@ -27,6 +28,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace import Span as SdkSpan
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 from opentelemetry.trace import Link, Span, SpanKind
 
@@ -35,11 +37,14 @@ from elesh.settings import ObserveSettings
 from .spanfile import SpanFile
 
 __all__ = [
+    "Stage",
     "carrier_of",
+    "in_time",
     "is_exported",
     "linked_span",
     "onward",
-    "record_span",
+    "quiet_exporters",
+    "record_stages",
     "resource_of",
     "setup_tracing",
     "shutdown_tracing",
@@ -48,6 +53,8 @@ __all__ = [
 ]
 
 Attributes = Mapping[str, str | int | float | bool]
+Stage = tuple[str, int, int, int]
+"""Name, place of its parent among the stages (-1: none), begin and end in ns since 1970."""
 _END_SECONDS = 3.0
 _DELAY_MS = 500
 """Spans wait so long for others of their batch; what a killed process had to say is then out."""
@@ -83,19 +90,31 @@ def setup_tracing(service: str, instance: str, settings: ObserveSettings) -> boo
     exporters = _exporters(settings)
     if not exporters:
         return False
-    # The exporter would complain at every retry; what is lost is said once a batch, as an error.
-    logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)
+    quiet_exporters()
     # OTEL_TRACES_SAMPLER goes over our setting; the SDK reads it if no sampler is given.
     given = os.environ.get("OTEL_TRACES_SAMPLER")
     provider = TracerProvider(
         sampler=None if given else ParentBasedTraceIdRatio(settings.sample_ratio),
         resource=resource_of(service, instance),
         shutdown_on_exit=False,  # it would wait for half a minute
+        id_generator=_Ids(),
     )
     provider.add_span_processor(WholeTrees([_batched(exporter) for exporter in exporters]))
     trace.set_tracer_provider(provider)
     atexit.register(shutdown_tracing)
     return True
+
+
+class _Ids(RandomIdGenerator):
+    """Ids from the system: the default takes them from the generator that training seeds."""
+
+    def generate_span_id(self) -> int:
+        """64 bits, not all zero."""
+        return secrets.randbits(64) or 1
+
+    def generate_trace_id(self) -> int:
+        """128 bits, not all zero."""
+        return secrets.randbits(128) or 1
 
 
 def _exporters(settings: ObserveSettings) -> list[SpanExporter]:
@@ -117,10 +136,20 @@ def shutdown_tracing() -> None:
     """Send what is left, for at most three seconds."""
     provider = trace.get_tracer_provider()
     if isinstance(provider, TracerProvider):
-        # The SDK's own timeouts do not hold while an export waits for an answer.
-        ending = threading.Thread(target=provider.shutdown, name="elesh-last-spans", daemon=True)
-        ending.start()
-        ending.join(_END_SECONDS)
+        in_time(provider.shutdown)
+
+
+def in_time(shutdown: Callable[[], object]) -> None:
+    """End a provider, waiting three seconds at most: the SDK's own timeouts do not hold while an
+    export waits for an answer."""
+    ending = threading.Thread(target=shutdown, name="elesh-last-telemetry", daemon=True)
+    ending.start()
+    ending.join(_END_SECONDS)
+
+
+def quiet_exporters() -> None:
+    """They would complain at every retry; what is lost is said once a batch, as an error."""
+    logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)
 
 
 class WholeTrees(SpanProcessor):
@@ -230,14 +259,16 @@ def linked_span(
         yield current
 
 
-def record_span(name: str, begun: int, ended: int, attributes: Attributes | None = None) -> None:
-    """A span under the current one for something that is over, measured elsewhere.
-
-    Args:
-        begun: nanoseconds since 1970, as ``ended``.
-    """
+def record_stages(stages: Sequence[Stage]) -> None:
+    """Spans under the current one for what another process measured, each under its parent."""
     tracer = trace.get_tracer("elesh")
-    tracer.start_span(name, start_time=begun, attributes=dict(attributes or {})).end(ended)
+    made: list[tuple[Context, Span, int]] = []
+    for name, parent, begun, ended in stages:
+        context = made[parent][0] if parent >= 0 else None
+        own = tracer.start_span(name, context=context, start_time=begun)
+        made.append((trace.set_span_in_context(own), own, ended))
+    for _, own, ended in reversed(made):
+        own.end(ended)
 
 
 def _link(context: Context, attributes: Attributes) -> Link:

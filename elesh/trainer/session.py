@@ -87,11 +87,12 @@ class Session:
         self._inbox: queue.SimpleQueue[StructuralPruningDecision] = queue.SimpleQueue()
         self._carriers: dict[str, Mapping[str, str]] = {}
         self._arrived = threading.Event()
-        self._guard, self._folder_refused = self._guarded(restore_dir)
+        self._guard, folder_refused = self._guarded(restore_dir)
         caller = Caller(take=self._take, sent=self._guard.reported)
         token = self._guard.token or secrets.token_hex(8)
         url = url or self.settings.bus.url
         self._bus = BusThread(run_id, url, self.settings, caller, token)
+        self._bus.refused, self._talks = folder_refused, not folder_refused
 
     def _guarded(self, restore_dir: str | Path) -> tuple[Guard, str]:
         if not restore_dir:
@@ -111,7 +112,7 @@ class Session:
     def refused(self) -> str:
         """Why this trainer may not speak for the run: another one does, or has its restore points.
         Training goes on without Elesh then. Empty where it may."""
-        return self._folder_refused or self._bus.refused
+        return self._bus.refused
 
     @property
     def watched(self) -> tuple[str, ...]:
@@ -120,7 +121,7 @@ class Session:
 
     def __enter__(self) -> Self:
         setup_tracing("elesh-trainer", self.run_id, self.settings.observe)
-        if not self._folder_refused:
+        if self._talks:
             self._bus.start()
         return self
 
@@ -134,7 +135,7 @@ class Session:
 
     def close(self, timeout: float = 5.0) -> None:
         """Send what is queued, for at most ``timeout`` seconds, and end the thread."""
-        if not self._folder_refused:
+        if self._talks:
             self._bus.close(timeout)
         self._guard.close()
 

@@ -27,7 +27,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import set_span_in_context
 from rich.console import Console
 
-from elesh.observe import carrier_of, linked_span, onward, record_span, span, span_from
+from elesh.observe import carrier_of, linked_span, onward, record_stages, span, span_from
 from elesh.observe import tracing as tracing_module
 from elesh.observe.spanfile import RecordedSpan, SpanFile, find_trace, read_spans
 from elesh.observe.tracing import WholeTrees, shutdown_tracing
@@ -73,14 +73,14 @@ def test_what_follows_from_a_message_continues_the_context_that_it_came_with(
             assert onward(sent) == sent
             assert onward({}) == carrier_of() != sent
             assert onward({"traceparent": "00-not-a-context"}) == carrier_of()
-            record_span("fetched", 1_000, 2_000, {"bytes": 3})
+            record_stages([("join", -1, 1_000, 9_000), ("gates", 0, 2_000, 3_000)])
         with linked_span(sent, "replay"):
             pass
-    create, fetched, process, replay = exporter.get_finished_spans()
-    for own, parent in ((process, create), (fetched, process)):
+    create, gates, join, process, replay = exporter.get_finished_spans()
+    for own, parent in ((process, create), (join, process), (gates, join)):
         assert own.parent is not None
         assert own.parent.span_id == parent.context.span_id
-    assert (fetched.start_time, fetched.end_time) == (1_000, 2_000)
+    assert (gates.start_time, gates.end_time) == (2_000, 3_000)
     assert process.links[0].context.span_id == create.context.span_id
     assert replay.context.trace_id != create.context.trace_id
     assert replay.links[0].context.trace_id == create.context.trace_id

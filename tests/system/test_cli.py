@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from redis import Redis
-from station import Station, checkpoint
+from station import checkpoint
 from test_demo import elesh
 
 from elesh import analyze
-from leyline.streams import CHECKPOINTS
 
 
 def test_analyze_of_a_saved_checkpoint_prints_the_library_s_decision(tmp_path: Path) -> None:
@@ -72,16 +70,3 @@ def test_the_plan_is_the_document_s_formula() -> None:
     assert elesh("plan", "1000000000", environment={}).stdout == "3 workers\n"
     done = elesh("plan", "1000000000", "--levels", "1", "--seconds", "120", environment={})
     assert done.stdout == "17 workers\n"
-
-
-def test_events_are_told_in_order_and_unreadable_ones_are_said_to_be(station: Station) -> None:
-    station.publish(checkpoint(epoch=41), checkpoint(epoch=42))
-    with Redis.from_url(station.url) as redis:
-        redis.xadd(CHECKPOINTS.key(station.partition), {"envelope": b"nonsense"})
-    settings = station.settings_file()
-    done = elesh(
-        "events", "--stream", "checkpoints", "--settings", str(settings),
-        environment={"ELESH_REDIS_URL": station.url},
-    )  # fmt: skip
-    lines = done.stdout.splitlines()
-    assert ["epoch=41" in lines[0], "epoch=42" in lines[1], "unreadable" in lines[2]] == [True] * 3

@@ -38,7 +38,7 @@ class World:
     ) -> None:
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(7)
-        self.model = build(name).to(memory_format=torch.channels_last)
+        self.model = build("ResNet").to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, [2, 3])
         self.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)

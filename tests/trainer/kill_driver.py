@@ -18,8 +18,9 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ from guarded import World, decide, told, trainer_settings
 from elesh.trainer.guard import Guard
 
 _WRITES = {"fsync", "rename", "replace", "write", "truncate", "mkdir", "open", "flush", "rmdir"}
-_KILLED = 9
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,6 @@ class Scenario:
     name: str
     mode: str
     act: Callable[[Guard, World], object]
-    cut_before: bool
 
 
 def apply(guard: Guard, world: World) -> object:
@@ -52,9 +51,9 @@ def roll_back(guard: Guard, world: World) -> object:
 
 
 SCENARIOS = (
-    Scenario("apply", "immediate", apply, cut_before=True),
-    Scenario("rollback", "immediate", roll_back, cut_before=True),
-    Scenario("progressive", "progressive", roll_back, cut_before=True),
+    Scenario("apply", "immediate", apply),
+    Scenario("rollback", "immediate", roll_back),
+    Scenario("progressive", "progressive", roll_back),
 )
 
 
@@ -76,7 +75,7 @@ def prepare(scenario: Scenario, folder: Path) -> World:
     return world
 
 
-def in_child(action: Callable[[], None]) -> int:
+def in_child(action: Callable[[], object]) -> int:
     """Run an action in a forked process; the signal that ended it, 0 if it came to its end."""
     pid = os.fork()
     if pid == 0:
@@ -147,29 +146,40 @@ def main() -> int:
     parser.add_argument("--moments", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    rng, bad = random.Random(arguments.seed), 0
+    bad = 0
     with tempfile.TemporaryDirectory() as top:
         for number, scenario in enumerate(SCENARIOS):
-            base = Path(top) / scenario.name
-            world = prepare(scenario, base)
-            rehearsal = base.with_suffix(".rehearsal")
-            shutil.copytree(base, rehearsal)
-            count, special, before, after = rehearse(scenario, world, rehearsal)
-            assert before != after
             share = arguments.moments // len(SCENARIOS)
             share += number < arguments.moments % len(SCENARIOS)
-            for i in range(share):
-                moment = rng.choice(special) if i % 2 else rng.randint(1, count)
-                folder = base.with_suffix(f".{i}")
-                shutil.copytree(base, folder)
-                ended = in_child(lambda m=moment: run(scenario, world, folder, kill_at(m)))
-                digest = resumed(scenario, folder)
-                side = {before: "before", after: "after"}.get(digest, "NEITHER")
-                bad += side == "NEITHER" or ended != _KILLED
-                line = {"scenario": scenario.name, "moment": moment, "of": count, "side": side}
-                print(json.dumps(line | {"signal": ended}), flush=True)
-                shutil.rmtree(folder)
+            rng = random.Random(arguments.seed * 10 + number)
+            for line in kills(scenario, Path(top) / scenario.name, share, rng):
+                bad += line["side"] == "NEITHER" or line["signal"] != signal.SIGKILL
+                print(json.dumps(line), flush=True)
     return bool(bad)
+
+
+def kills(
+    scenario: Scenario, base: Path, moments: int, rng: random.Random
+) -> Iterator[dict[str, Any]]:
+    """So many kills of one action, and on which side each left the run."""
+    world = prepare(scenario, base)
+    rehearsal, folder = base.with_suffix(".rehearsal"), base.with_suffix(".killed")
+    shutil.copytree(base, rehearsal)
+    count, special, before, after = rehearse(scenario, world, rehearsal)
+    assert before != after
+    for i in range(moments):
+        moment = rng.choice(special) if i % 2 else rng.randint(1, count)
+        shutil.copytree(base, folder)
+        ended = in_child(partial(run, scenario, world, folder, kill_at(moment)))
+        side = {before: "before", after: "after"}.get(resumed(scenario, folder), "NEITHER")
+        shutil.rmtree(folder)
+        yield {
+            "scenario": scenario.name,
+            "moment": moment,
+            "of": count,
+            "side": side,
+            "signal": ended,
+        }
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from redis.asyncio import Redis
 from station import Station, checkpoint, ready, send
 
 from elesh.bus import Bus, Delivery, read_letter
-from elesh.explanation import dead_letters
 from leyline import (
     CheckpointReady,
     DeadLetter,
@@ -225,8 +224,7 @@ def test_a_dead_letter_holds_the_original_bytes(station: Station) -> None:
     station.worker()
     station.on_bus(lambda bus: garbage(bus, Redis.from_url(station.url)))
     station.wait_for(lambda: station.read(DEAD), "the dead letter")
-    ((_, letter),) = station.on_bus(dead_letters)
-    assert isinstance(letter, DeadLetter)
+    (letter,) = by_reason(station.read(DEAD))
     assert letter.original == {"envelope": b"\xc1 not msgpack"}
 
 
@@ -238,7 +236,6 @@ def test_the_same_key_with_other_content_is_a_conflict_and_never_overwrites(
     (first,) = station.wait_decisions(1)
     station.publish(checkpoint(seed=2))
     station.wait_for(lambda: station.read(DEAD), "the dead letter")
-    ((_, letter),) = station.on_bus(dead_letters)
-    assert isinstance(letter, DeadLetter)
+    (letter,) = by_reason(station.read(DEAD))
     assert letter.error_code == "conflict"
     assert station.decisions() == [first]

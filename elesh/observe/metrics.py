@@ -1,0 +1,119 @@
+"""OpenTelemetry metrics: on ``/metrics`` for Prometheus, and by OTLP/HTTP where asked for.
+
+Promises: every name is listed in docs/observing.md; labels are from small fixed sets (levels,
+gates, rungs, streams), but for runs whose breaker counts failures; until :func:`setup_metrics` is
+called nothing is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from opentelemetry import metrics
+from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
+from opentelemetry.exporter.prometheus import PrometheusMetricReader
+from opentelemetry.metrics import CallbackOptions, Observation
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
+
+from .tracing import in_time, is_exported, quiet_exporters, resource_of
+
+__all__ = [
+    "ANALYSES",
+    "ANALYSIS_SECONDS",
+    "BLOB_BYTES",
+    "DEAD_LETTERS",
+    "DECISIONS",
+    "FALLBACKS",
+    "OUTCOMES",
+    "PROCESS_SECONDS",
+    "Reading",
+    "gauge",
+    "p95",
+    "setup_metrics",
+    "shutdown_metrics",
+]
+
+_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60, 120, 180, 240, 300, 600)
+_meter = metrics.get_meter("elesh")
+
+ANALYSES = _meter.create_counter(
+    "elesh.analyses", description="Analyses that ended; by level and result (completed, failed)."
+)
+ANALYSIS_SECONDS = _meter.create_histogram(
+    "elesh.analysis.duration",
+    unit="s",
+    description="Seconds of an analysis in the compute child; by level.",
+    explicit_bucket_boundaries_advisory=_BUCKETS,
+)
+PROCESS_SECONDS = _meter.create_histogram(
+    "messaging.process.duration",
+    unit="s",
+    description="Seconds from receiving an entry to its end; by stream.",
+    explicit_bucket_boundaries_advisory=_BUCKETS,
+)
+DECISIONS = _meter.create_counter(
+    "elesh.decisions",
+    description="Decisions settled; by level, verdict and reason (the first gate that failed).",
+)
+OUTCOMES = _meter.create_counter(
+    "elesh.outcomes", description="What trainers made of decisions; by level and result."
+)
+FALLBACKS = _meter.create_counter(
+    "elesh.fallbacks", description="Rungs of the failure table that were taken; by rung."
+)
+DEAD_LETTERS = _meter.create_counter(
+    "elesh.dead_letters", description="Messages that could not be served; by code."
+)
+BLOB_BYTES = _meter.create_counter(
+    "elesh.blob.read", unit="By", description="Bytes of blobs fetched."
+)
+
+Reading = tuple[float, Mapping[str, str]]
+"""A figure and its labels."""
+
+
+def gauge(name: str, description: str, read: Callable[[], Iterable[Reading]]) -> None:
+    """A gauge that is read whenever somebody looks; ``read`` must not wait."""
+
+    def observe(_: CallbackOptions) -> Iterable[Observation]:
+        return [Observation(value, labels) for value, labels in read()]
+
+    _meter.create_observable_gauge(name, [observe], description=description)
+
+
+def setup_metrics(service: str, instance: str, *, prometheus: bool) -> bool:
+    """Keep metrics for whoever asks for them; returns whether anybody does.
+
+    A second call in one process changes nothing.
+
+    Args:
+        prometheus: whether ``/metrics`` will be served from here.
+    """
+    if isinstance(metrics.get_meter_provider(), MeterProvider):
+        return True
+    readers: list[MetricReader] = []
+    if prometheus:
+        readers.append(PrometheusMetricReader(scope_info_enabled=False))
+    if is_exported("METRICS"):
+        readers.append(PeriodicExportingMetricReader(OTLPMetricExporter()))
+    if not readers:
+        return False
+    quiet_exporters()
+    resource = resource_of(service, instance)
+    metrics.set_meter_provider(MeterProvider(readers, resource=resource, shutdown_on_exit=False))
+    return True
+
+
+def shutdown_metrics() -> None:
+    """Send what is left, for at most three seconds."""
+    provider = metrics.get_meter_provider()
+    if isinstance(provider, MeterProvider):
+        in_time(provider.shutdown)
+
+
+def p95(values: Sequence[float]) -> float:
+    """The 95th percentile by the nearest rank; 0 of nothing."""
+    if not values:
+        return 0.0
+    return sorted(values)[max(0, -(-len(values) * 95 // 100) - 1)]

@@ -1,0 +1,219 @@
+"""The streams told to people: one line an event, with what happened in plain words.
+
+Promises: every entry of a stream is a line, one that cannot be read says so and why; lines of one
+read are in the order of their times. No Redis in here but the reading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from elesh.bus import Bus, Delivery, read_letter
+from leyline import (
+    BreakerTransition,
+    CheckpointReady,
+    ContractError,
+    DeadLetter,
+    EventEnvelope,
+    Message,
+    OperatorAction,
+    PruningOutcome,
+    RecompilationRequest,
+    StructuralAnalysisRequest,
+    StructuralPruningDecision,
+    StructuralValidationResult,
+    TelemetryEvent,
+    read_envelope,
+    unwrap,
+)
+from leyline.streams import DEAD, Stream
+
+__all__ = ["Told", "tell", "told_events"]
+
+
+@dataclass(frozen=True)
+class Told:
+    """One stream entry for people."""
+
+    at: datetime
+    stream: str
+    entry_id: str
+    kind: str
+    """Type of the message; empty if it cannot be read."""
+    run_id: str = ""
+    epoch: int | None = None
+    key: str = ""
+    what: str = ""
+    """What happened, in a few words."""
+    tone: str = ""
+    """``good``, ``bad``, ``warn`` or empty: how to colour it."""
+    source: str = ""
+    trace: str = ""
+    """The W3C trace id, where one came along."""
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """The entry's place in time."""
+        milliseconds, number = self.entry_id.split("-")
+        return int(milliseconds), int(number)
+
+
+async def told_events(
+    bus: Bus, streams: Sequence[Stream], *, follow: bool, run_id: str = ""
+) -> AsyncIterator[Told]:
+    """The events of streams, in order within a read; with ``follow`` going on for ever."""
+    last = {stream.name: "0" for stream in streams}
+    while True:
+        found: list[Told] = []
+        for stream in streams:
+            block = 1.0 / len(streams) if follow else 0.0
+            last[stream.name], deliveries = await bus.follow(
+                stream, last_id=last[stream.name], block_seconds=block
+            )
+            found += map(tell, deliveries)
+        for event in sorted(found, key=lambda told: told.order):
+            if not run_id or event.run_id == run_id:
+                yield event
+        if not found and not follow:
+            return
+
+
+def tell(delivery: Delivery) -> Told:
+    """What a stream entry says."""
+    stream, entry_id = delivery.stream, delivery.entry_id
+    at = datetime.fromtimestamp(int(entry_id.split("-")[0]) / 1000, UTC)
+    trace = delivery.carrier.get("traceparent", "")[3:35]
+    try:
+        envelope = read_envelope(delivery.envelope)
+        message = read_letter(delivery) if stream is DEAD else unwrap(envelope)
+    except ContractError as error:
+        return Told(at, stream.name, entry_id, "", what=f"unreadable: {error}", tone="bad")
+    what, tone = _WORDS.get(type(message), _other)(message)
+    return Told(
+        at=at,
+        stream=stream.name,
+        entry_id=entry_id,
+        kind=type(message).__name__,
+        run_id=_run(message, envelope),
+        epoch=_epoch(message, envelope),
+        key=_key(message),
+        what=what,
+        tone=tone,
+        source=envelope.source_subsystem,
+        trace=trace,
+    )
+
+
+def _run(message: Message, envelope: EventEnvelope) -> str:
+    metadata = getattr(message, "metadata", None)
+    return (
+        getattr(message, "run_id", "")
+        or getattr(metadata, "run_id", "")
+        or envelope.training_run_id
+    )
+
+
+def _epoch(message: Message, envelope: EventEnvelope) -> int | None:
+    for holder in (message, getattr(message, "metadata", None), envelope):
+        epoch = getattr(holder, "epoch", None)
+        if isinstance(epoch, int):
+            return epoch
+    key = _key(message)
+    return int(key.split(":")[0]) if key else None
+
+
+def _key(message: Message) -> str:
+    found = getattr(message, "idempotency_key", "") or getattr(message, "plan", "")
+    return str(found)
+
+
+def _checkpoint(message: Any) -> tuple[str, str]:
+    metadata = message.metadata
+    parts = [f"checkpoint {metadata.checkpoint_id}", "+".join(message.levels)]
+    if metadata.accuracy is not None:
+        parts.append(f"accuracy {metadata.accuracy:.2%}")
+    return ", ".join(parts), ""
+
+
+def _request(message: Any) -> tuple[str, str]:
+    return f"analysis {message.request_id} asked for, {'+'.join(message.levels)}", ""
+
+
+def _decision(message: Any) -> tuple[str, str]:
+    if not message.approved_for_application:
+        return f"rejected: {message.rejection_reason}", "warn"
+    statistics = message.statistics
+    saved = 1 - statistics.parameters_after / max(1, statistics.parameters_before)
+    units = sum(map(len, message.units.values())) + len(message.layers)
+    return f"approved: {units} units, {saved:.1%} of the parameters", "good"
+
+
+def _outcome(message: Any) -> tuple[str, str]:
+    tone = {"applied": "good", "rolled_back": "bad"}.get(message.result, "warn")
+    parts = [message.result.replace("_", " ")]
+    if message.accuracy_before is not None and message.accuracy_masked is not None:
+        parts.append(f"accuracy {message.accuracy_before:.2%} -> {message.accuracy_masked:.2%}")
+    if message.detail:
+        parts.append(message.detail)
+    return ", ".join(parts), tone
+
+
+def _telemetry(message: Any) -> tuple[str, str]:
+    figures = " ".join(f"{name}={value:g}" for name, value in message.figures.items())
+    if message.metrics is not None:
+        figures = f"{message.metrics.duration_seconds:.2f} s {figures}".strip()
+    parts = [message.step.replace("_", " "), f"by {message.worker_id}", figures, message.detail]
+    bad = {"failed", "dead_letter", "conflict"}
+    tone = "bad" if message.step in bad else "warn" if message.step in {"fallback", "lost"} else ""
+    return ", ".join(part for part in parts if part), tone
+
+
+def _transition(message: Any) -> tuple[str, str]:
+    tone = {"open": "bad", "half_open": "warn", "closed": "good"}[message.after]
+    what = f"breaker of level {message.level}: {message.before} -> {message.after}"
+    return f"{what} ({message.reason})" if message.reason else what, tone
+
+
+def _validation(message: Any) -> tuple[str, str]:
+    failed = [gate.name for gate in message.gates if not gate.passed]
+    listed = f"failed: {', '.join(failed)}" if failed else f"{len(message.gates)} gates passed"
+    return f"{message.outcome.replace('_', ' ')}, {listed}", ""
+
+
+def _recompile(message: Any) -> tuple[str, str]:
+    return f"recompile: {message.model_hash_before} -> {message.model_hash_after}", ""
+
+
+def _letter(message: Any) -> tuple[str, str]:
+    place = f"{message.stream}/{message.entry_id}"
+    return (
+        f"{message.error_code} after {message.deliveries} deliveries of {place}: {message.reason}",
+        "bad",
+    )
+
+
+def _action(message: Any) -> tuple[str, str]:
+    parts = [f"{message.operator}: {message.action.replace('_', ' ')} {message.subject}"]
+    parts += [part for part in (message.outcome, message.reason) if part]
+    return ", ".join(parts), "warn"
+
+
+def _other(message: Message) -> tuple[str, str]:
+    return type(message).__name__, ""
+
+
+_WORDS: dict[type[Message], Callable[[Any], tuple[str, str]]] = {
+    CheckpointReady: _checkpoint,
+    StructuralAnalysisRequest: _request,
+    StructuralPruningDecision: _decision,
+    PruningOutcome: _outcome,
+    TelemetryEvent: _telemetry,
+    BreakerTransition: _transition,
+    StructuralValidationResult: _validation,
+    RecompilationRequest: _recompile,
+    DeadLetter: _letter,
+    OperatorAction: _action,
+}

@@ -1,0 +1,99 @@
+"""The compute child's pulse: whether it computes, waits, or is wedged (docs/decisions/0051).
+
+A thread of the child writes the time twice a second into a small file that the supervisor maps,
+whatever the job does. A beat that is missing has three possible causes, which the kernel tells
+apart: the child is stopped (its state is ``T``), it holds the interpreter lock in a long native
+call (its CPU time grows: it is busy, not wedged), or it does nothing at all.
+
+Promises: neither side waits for the other; where the system has no ``/proc``, only beats count.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+__all__ = ["Finding", "PulseReader", "beat_into"]
+
+_TIME = struct.Struct("<d")
+_BEAT_SECONDS = 0.5
+_SILENT_SECONDS = 4.0
+"""Without a beat for so long, and without CPU time used meanwhile, a child is wedged."""
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def beat_into(path: Path) -> None:
+    """Start the thread of this process that beats until the process ends."""
+    memory = mmap.mmap(os.open(path, os.O_RDWR), _TIME.size)
+
+    def beat() -> None:
+        while True:
+            _TIME.pack_into(memory, 0, time.monotonic())
+            time.sleep(_BEAT_SECONDS)
+
+    # Little of the child's memory allowance goes into this stack.
+    before = threading.stack_size(256 << 10)
+    threading.Thread(target=beat, name="elesh-pulse", daemon=True).start()
+    threading.stack_size(before)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How the child is, and why if it is not well."""
+
+    child: Literal["idle", "busy", "wedged", "dead"]
+    why: str = ""
+
+
+class PulseReader:
+    """The supervisor's finger on the pulse.
+
+    Args:
+        path: the file to beat into; it is made here.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.write_bytes(bytes(_TIME.size))
+        descriptor = os.open(path, os.O_RDONLY)
+        self._memory = mmap.mmap(descriptor, _TIME.size, access=mmap.ACCESS_READ)
+        os.close(descriptor)
+        self._pid, self._moved, self._used = 0, 0.0, 0.0
+
+    def look(self, pid: int | None, *, busy: bool) -> Finding:
+        """How the child ``pid`` is now; call it every second or so."""
+        if pid is None:
+            return Finding("dead", "the compute child ended; the next job starts a fresh one")
+        now = time.monotonic()
+        state, used = _of_process(pid)
+        if pid != self._pid or used > self._used:
+            # A fresh child has its time, too: it must load its numerics before it beats.
+            self._pid, self._moved = pid, now
+        self._used = used
+        (beat,) = _TIME.unpack_from(self._memory)
+        silent = now - beat
+        if silent < _SILENT_SECONDS or (state != "T" and now - self._moved < _SILENT_SECONDS):
+            return Finding("busy" if busy else "idle")
+        if state == "T":
+            return Finding("wedged", f"the compute child (pid {pid}) is stopped by a signal")
+        return Finding(
+            "wedged",
+            f"the compute child (pid {pid}) has neither beaten nor used any CPU time for "
+            f"{now - self._moved:.0f} s",
+        )
+
+
+def _of_process(pid: int) -> tuple[str, float]:
+    """State letter and CPU seconds of a process; nothing known where there is no ``/proc``."""
+    try:
+        # The name may hold spaces and brackets: what counts comes after the last bracket.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "", 0.0
+    return fields[0].upper(), (int(fields[11]) + int(fields[12])) / _TICKS
