@@ -83,25 +83,39 @@ def head_weights_at(phase: Phase, settings: AttentionAnalysis) -> HeadWeights:
     return HeadWeights(settings.entropy_weight, settings.diversity_weight, settings.gradient_weight)
 
 
-def multi_factor(data: HeadImportanceData, weights: HeadWeights) -> Doubles:
-    """[H]: focus, diversity and gradient sensitivity mixed, 0 to 1, higher is more important.
+def multi_factor(groups: Sequence[HeadImportanceData], weights: HeadWeights) -> Doubles:
+    """[C] of all groups side by side: focus, diversity and gradient sensitivity mixed, 0 to 1,
+    higher is more important.
 
     Focus is 1 - entropy / its bound: a head of *low* entropy has specialised (counting high
     entropy as important ranks worse than chance, ARCHITECTURE). Diversity is the Jensen-Shannon
     divergence from the other heads as a share of ln 2, its largest value. Gradients, which are in
-    the loss's units, count as shares of the layer's largest. Without attention weights only they
-    are left.
+    the loss's units, count as shares of the layer's largest. Where attention weights could not be
+    seen, only they are left.
     """
-    gradient = shares(data.gradient_sensitivity, [0])
-    if data.entropy is None or data.entropy_bound is None or data.diversity is None:
-        return gradient
-    bound = data.entropy_bound.astype(np.float64)
-    spread = np.divide(data.entropy, bound, out=np.ones_like(bound), where=bound > 0)
-    return np.asarray(
+    sizes = np.array([data.size for data in groups], dtype=np.int64)
+    gradient = shares(
+        np.concatenate([data.gradient_sensitivity for data in groups]), np.cumsum(sizes) - sizes
+    )
+    seen = [data.entropy is not None and data.diversity is not None for data in groups]
+    entropy, bound, diversity = (_side_by_side(groups, name) for name in _PATTERNS)
+    spread = np.divide(entropy, bound, out=np.ones_like(bound), where=bound > 0)
+    mixed = (
         weights.entropy * np.clip(1 - spread, 0, 1)
-        + weights.diversity * np.clip(data.diversity / math.log(2), 0, 1)
+        + weights.diversity * np.clip(diversity / math.log(2), 0, 1)
         + weights.gradient * gradient
     )
+    return np.where(np.repeat(seen, sizes), mixed, gradient)
+
+
+_PATTERNS = ("entropy", "entropy_bound", "diversity")
+
+
+def _side_by_side(groups: Sequence[HeadImportanceData], name: str) -> Doubles:
+    """[C]: one vector of all groups, zeros where a group has none."""
+    rows = [getattr(data, name) for data in groups]
+    rows = [np.zeros(d.size) if r is None else r for r, d in zip(rows, groups, strict=True)]
+    return np.concatenate(rows).astype(np.float64)
 
 
 def choose_head_scorer(
@@ -201,7 +215,7 @@ def rank_heads(
             columns = projections.columns
             scores = np.asarray(np.einsum("ij,ij->i", columns, columns, dtype=np.float64))
         else:
-            scores = np.concatenate([multi_factor(bundle.heads[g.name], weights) for g in groups])
+            scores = multi_factor([bundle.heads[group.name] for group in groups], weights)
     redundant = _redundant(bundle, candidates, scores, settings.similarity_threshold)
     return Ranking(candidates, scorer, projections, scores, redundant, threads)
 

@@ -44,20 +44,20 @@ def test_the_mix_is_focus_diversity_and_gradients() -> None:
         entropy_bound=floats([2, 2]),
         diversity=floats([0, math.log(2)]),
     )
-    mixed = multi_factor(data, HeadWeights(0.2, 0.3, 0.5))
+    mixed = multi_factor([data], HeadWeights(0.2, 0.3, 0.5))
     assert np.allclose(mixed, [0.2 * 0.75 + 0.5 * 0.25, 0.2 * 0.25 + 0.3 + 0.5])
 
 
 def test_a_focused_head_is_worth_more_than_a_diffuse_one() -> None:
     data = patterns("a", 4, entropy=floats([0.1, 1, 2, 2.7]), diversity=floats([0.1] * 4),
                     gradient_sensitivity=floats([1] * 4))  # fmt: skip
-    assert (np.diff(multi_factor(data, LATE)) < 0).all()
+    assert (np.diff(multi_factor([data], LATE)) < 0).all()
 
 
 def test_a_head_that_sees_one_key_only_is_not_called_focused() -> None:
     data = patterns("a", 2, entropy=floats([0, 0]), entropy_bound=floats([0, 0]),
                     diversity=floats([0, 0]))  # fmt: skip
-    assert np.allclose(multi_factor(data, HeadWeights(1, 0, 0)), 0)
+    assert np.allclose(multi_factor([data], HeadWeights(1, 0, 0)), 0)
 
 
 def test_weights_follow_the_phase() -> None:
@@ -121,12 +121,14 @@ def test_without_gates_the_mix_ranks() -> None:
     one = checkpoint(transformer(8, 8), gates=False)
     decision = analyze(one, settings(), level=Level.HEAD)
     assert decision.statistics.scorer == "multi_metric"
-    scores = np.concatenate([multi_factor(one.heads[f"layer{i}"], LATE) for i in range(2)])
+    scores = multi_factor([one.heads[f"layer{i}"] for i in range(2)], LATE)
     cheapest = sorted(np.argsort(scores)[:2].tolist())
     gone = [8 * int(name[-1]) + head for name, heads in decision.units.items() for head in heads]
     assert sorted(gone) == cheapest
     for target in decision.attention_heads:
-        assert np.allclose(target.head_importance, multi_factor(one.heads[target.layer_name], LATE))
+        assert np.allclose(
+            target.head_importance, multi_factor([one.heads[target.layer_name]], LATE)
+        )
 
 
 def test_of_heads_that_attend_alike_the_best_stays() -> None:
