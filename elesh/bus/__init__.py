@@ -4,6 +4,7 @@ Start reading at :mod:`elesh.bus.core`. The server is anybody's Redis 7 or newer
 one of :mod:`elesh.bus.embedded`.
 """
 
+from .audit import AuditHead, AuditLog, audit_envelope
 from .blobs import BlobStore
 from .breakers import BreakerStore, BreakerView
 from .client import until_available
@@ -17,6 +18,8 @@ from .registry import Backlog, Registry, WorkerState
 from .runs import Holder, RunStore
 
 __all__ = [
+    "AuditHead",
+    "AuditLog",
     "Backlog",
     "BlobStore",
     "BreakerStore",
@@ -36,6 +39,7 @@ __all__ = [
     "RunStore",
     "Settlement",
     "Settling",
+    "audit_envelope",
     "WorkerState",
     "embedded_server",
     "masked",

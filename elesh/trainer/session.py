@@ -11,7 +11,7 @@ from __future__ import annotations
 import queue
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +36,7 @@ from leyline.streams import CHECKPOINTS, OUTCOMES, RECOMPILE, REQUESTS, VALIDATI
 from .apply import Evaluation, outcome_of, trigger_of
 from .bus_thread import BusThread, Caller, Outgoing
 from .guard import Guard
+from .observers import Observers, SessionObserver
 from .points import FolderInUse
 from .redistribute import Moments
 from .reporting import event_id_of, recompilation, validation_of
@@ -70,6 +71,7 @@ class Session:
         settings: for the bus, the rollback triggers and the trainer's section.
         restore_dir: where restore points are kept, in a folder named like the run; empty: in
             memory, so that cuts can be taken back but a process that was killed starts anew.
+        observers: told of checkpoints and outcomes on the training thread (TensorBoardSummaries).
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Session:
         settings: Settings | None = None,
         *,
         restore_dir: str | Path = "",
+        observers: Sequence[SessionObserver] = (),
     ) -> None:
         self.run_id = run_id
         self.settings = settings or Settings()
@@ -87,6 +90,8 @@ class Session:
         self._inbox: queue.SimpleQueue[StructuralPruningDecision] = queue.SimpleQueue()
         self._carriers: dict[str, Mapping[str, str]] = {}
         self._arrived = threading.Event()
+        self._observers = Observers(observers)
+        self._decided: dict[str, StructuralPruningDecision] = {}
         self._guard, folder_refused = self._guarded(restore_dir)
         caller = Caller(take=self._take, sent=self._guard.reported)
         token = self._guard.token or secrets.token_hex(8)
@@ -138,6 +143,7 @@ class Session:
         if self._talks:
             self._bus.close(timeout)
         self._guard.close()
+        self._observers.close()
 
     def wait_connected(self, timeout: float) -> bool:
         """Wait until the bus answered once. Training does not need this; tools do."""
@@ -153,6 +159,7 @@ class Session:
         """Queue a checkpoint for publishing; False (and counted as missed) if the queue is full."""
         metadata = bundle.metadata
         event_id = "ev-" + stable_hash(metadata.run_id, metadata.checkpoint_id)
+        self._observers.on_checkpoint(bundle)
         with _creating(CHECKPOINTS):
             return self._queue(CHECKPOINTS, bundle, metadata.epoch, event_id)
 
@@ -237,6 +244,9 @@ class Session:
             limit = trigger_of(decision, self.settings.structured_pruning.rollback_triggers)
             self._validated(outcome, limit)
             self._changed(outcome, before, surgeon.architecture)
+        if outcome.watched:
+            self._decided[outcome.idempotency_key] = decision
+        self._observers.on_outcome(decision, outcome)
         return outcome
 
     def watch(self, epoch: int, evaluate: Callable[[], Evaluation]) -> list[PruningOutcome]:
@@ -258,6 +268,8 @@ class Session:
             with _creating(OUTCOMES):
                 self.report(outcome)
             self._validated(outcome, limits[outcome.idempotency_key])
+            if decision := self._decided.pop(outcome.idempotency_key, None):
+                self._observers.on_outcome(decision, outcome)
         if outcomes:
             self._changed(outcomes[0], before, surgeon.architecture)
         return outcomes
