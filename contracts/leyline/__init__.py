@@ -36,6 +36,7 @@ from .errors import (
     Conflict,
     ContractError,
     DigestMismatch,
+    Expired,
     IdentityMismatch,
     InvalidField,
     Malformed,
@@ -90,13 +91,16 @@ from .statistics import (
 )
 from .streams import MESSAGES, STREAMS, Stream
 from .verification import Interval, Verification
+from .work import AnalysisItem, Attempt, ItemResult, JoinItem
 
 __all__ = [
     "AnalysisFailed",
+    "AnalysisItem",
     "AnalysisMetrics",
     "AnalysisParameters",
     "AnalysisReport",
     "AnalysisRequest",
+    "Attempt",
     "AttentionHeadTarget",
     "AuditEntry",
     "AuditEvent",
@@ -113,6 +117,7 @@ __all__ = [
     "DeadLetter",
     "DigestMismatch",
     "EventEnvelope",
+    "Expired",
     "Fallback",
     "GENESIS",
     "GateResult",
@@ -125,6 +130,8 @@ __all__ = [
     "ImportanceData",
     "Interval",
     "InvalidField",
+    "ItemResult",
+    "JoinItem",
     "LayerBlock",
     "LayerDescriptor",
     "LayerPruningTarget",

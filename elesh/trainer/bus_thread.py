@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from opentelemetry.trace import SpanKind
 
-from elesh.bus import Bus, BusUnavailable, Delivery, server_url
+from elesh.bus import Bus, BusUnavailable, Delivery, Overloaded, server_url
 from elesh.observe import get_logger, messaging, span_from
 from elesh.settings import Settings
 from leyline import CheckpointBundle, ContractError, Message, read_envelope, unwrap
@@ -246,6 +246,8 @@ class BusThread:
                 self._caller.sent(item.event_id)
             else:
                 self._miss(item, self.refused)
+        except Overloaded as error:
+            self._miss(item, str(error))
         except BusUnavailable as error:
             _log.warning("bus away, will publish later", reason=str(error))
             return False
