@@ -18,6 +18,7 @@ from .letters import DeadLetters, Letter, Redriven
 from .plans import Plan, Planned, Stored
 from .records import Delivery, History, Pending, Record, Settlement, Settling, read_letter
 from .registry import Backlog, Registry, WorkerState
+from .runs import Holder, RunStore
 from .sweeping import Sweep
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "History",
     "Guard",
     "HistoryStore",
+    "Holder",
     "Letter",
     "Overloaded",
     "Pending",
@@ -43,6 +45,7 @@ __all__ = [
     "Record",
     "Redriven",
     "Registry",
+    "RunStore",
     "SHED_FROM",
     "Settlement",
     "Settling",
