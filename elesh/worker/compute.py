@@ -23,6 +23,10 @@ _START_SECONDS = 60.0
 """For a fresh child to load its numerics, beside the time of the job."""
 
 
+CHILD = "elesh.worker.child"
+"""The module that is the child; tests put another one there."""
+
+
 class ChildFailure(Exception):
     """The compute child gave no answer."""
 
@@ -66,7 +70,7 @@ class ComputeChild:
         """
         if self.pid is None:
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "elesh.worker.child", str(self._limit)),
+                *(sys.executable, "-m", CHILD, str(self._limit)),
                 stdin=PIPE,
                 stdout=PIPE,
                 start_new_session=True,  # signals of the terminal are the supervisor's
