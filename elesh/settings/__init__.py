@@ -19,7 +19,14 @@ from pydantic_settings import SettingsError as UnreadableVariable
 
 from ._base import no_boolean
 from ._file import SettingsError, explain, read_block
-from .operation import AuditSettings, BreakerSettings, BusSettings, ObserveSettings, WorkerSettings
+from .operation import (
+    AuditSettings,
+    BreakerSettings,
+    BusSettings,
+    ConsoleSettings,
+    ObserveSettings,
+    WorkerSettings,
+)
 from .pruning import (
     AccuracyTarget,
     AccuracyTargets,
@@ -41,6 +48,7 @@ __all__ = [
     "BreakerSettings",
     "BusSettings",
     "ChannelAnalysis",
+    "ConsoleSettings",
     "LayerAnalysis",
     "ObserveSettings",
     "RollbackTriggers",
@@ -64,6 +72,7 @@ _NO_PART_IN_DECISIONS = {
     "parallel_analysis_threads",
     "accuracy_targets",
     "breaker",
+    "console",
     "bus",
     "observe",
     "trainer",
@@ -103,6 +112,7 @@ class Settings(BaseSettings):
     worker: WorkerSettings = WorkerSettings()
     security: SecuritySettings = SecuritySettings()
     audit: AuditSettings = AuditSettings()
+    console: ConsoleSettings = ConsoleSettings()
     observe: ObserveSettings = ObserveSettings()
 
     @classmethod
