@@ -198,6 +198,9 @@ class Console:
 
     async def logout(self, request: Request) -> Response:
         """End the session."""
+        refused, _ = await self._allowed(request)
+        if refused is not None:
+            return refused
         answer = RedirectResponse("/", 303)
         answer.delete_cookie(COOKIE)
         return answer

@@ -37,9 +37,11 @@ def _figure(value: object) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
 
 
-def _svg(width: int, height: int, label: str, parts: Iterable[Markup], class_: str) -> Markup:
+def _svg(
+    width: int, height: int, label: str, parts: Iterable[Markup], class_: str, role: str = "img"
+) -> Markup:
     box = f"0 0 {width} {height}"
-    return tag("svg", *parts, class_=class_, viewBox=box, role="img", aria_label=label)
+    return tag("svg", *parts, class_=class_, viewBox=box, role=role, aria_label=label)
 
 
 # The time line of a run
@@ -68,7 +70,8 @@ def timeline(run: RunView, width: int, link: Callable[[str], str]) -> Markup:
         *_shares(run, x, lower, width),
         *_epochs(last, x, height, width),
     ]
-    return _svg(width, height, _told(run), parts, "timeline")
+    # A group, not an image: the marks in it are links.
+    return _svg(width, height, _told(run), parts, "timeline", "group")
 
 
 def _told(run: RunView) -> str:
@@ -152,8 +155,10 @@ def _shares(run: RunView, x: _Scale, top: float, width: int) -> Iterable[Markup]
         yield tag("path", class_="area", d=_steps(run.shares, x, y, closed=y(0.0)))
         yield tag("path", class_="share", d=_steps(run.shares, x, y))
         share = run.shares[-1][1]
-        yield tag("text", f"removed {share:.1%}", class_="value", x=width - _RIGHT - 2,
-                  y=y(share) - 7)  # fmt: skip
+        # Inside the area where that is high enough, so that it is clear of the limit's dashes.
+        inside = y(0.0) - y(share) > 22
+        below = y(share) + 17 if inside else y(share) - 8
+        yield tag("text", f"removed {share:.1%}", class_="value", x=width - _RIGHT - 4, y=below)
 
 
 def _steps(
@@ -169,7 +174,7 @@ def _steps(
 
 def _epochs(last: int, x: _Scale, height: int, width: int) -> Iterable[Markup]:
     step = _round_step(last / (width / 110))
-    for epoch in range(0, last + 1, step):
+    for epoch in range(step, last + 1, step):
         yield tag("text", str(epoch), class_="tick middle", x=x(epoch), y=height - 8)
     yield tag("text", "epoch", class_="tick", x=_LEFT - 6, y=height - 8)
 
@@ -207,14 +212,14 @@ def strip(item: Strip, width: int) -> Markup:
                height=rows * (_CELL + _GAP), role="img", aria_label=told)  # fmt: skip
 
 
-def intervals(item: Comparison) -> Markup:
+def intervals(item: Comparison, width: int) -> Markup:
     """Estimates of one quantity under each other, with their intervals, on one scale about zero."""
-    width, row = 560, 30
+    row = 30
     ends = [end for e in item.estimates for end in (e.value, e.low, e.high) if end is not None]
     low, high = min([0.0, *ends]), max([0.0, *ends])
     room = (high - low) * 0.08 or 1e-9
     low, high = low - room, high + room
-    name_width, value_width = 128, 84
+    name_width, value_width = 118, 76
 
     def x(value: float) -> float:
         return name_width + (width - name_width - value_width) * (value - low) / (high - low)
@@ -271,9 +276,11 @@ def _dot(row: UnitRow, low: float, width: float) -> Markup:
                role="img", aria_label=label)  # fmt: skip
 
 
-def gate_bar(measured: float | None, limit: float | None) -> Markup:
-    """How much of a limit was used, where both are positive figures; empty where not."""
+def gate_bar(measured: float | None, limit: float | None, passed: bool) -> Markup:
+    """How much of an upper limit was used; empty where there is none, or it is a lower one."""
     if measured is None or limit is None or limit <= 0 or measured < 0:
+        return Markup("")
+    if passed != (measured <= limit):
         return Markup("")
     share = measured / limit
     used = min(1.0, share / 1.25) * 120

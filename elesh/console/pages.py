@@ -17,7 +17,7 @@ from . import charts
 
 __all__ = ["asset", "render"]
 
-_NONE = "–"  # noqa: RUF001 (the dash that stands for a figure nobody knows)
+_NONE = "\N{EN DASH}"
 _HEX_ROWS = 16
 
 
@@ -39,7 +39,9 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 def points(value: float | None) -> str:
     """A difference of shares, in points of a percent."""
-    return _NONE if value is None or not math.isfinite(value) else f"{100 * value:+.2f}"
+    if value is None or not math.isfinite(value):
+        return _NONE
+    return f"{100 * value:+.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def figure(value: float | None) -> str:

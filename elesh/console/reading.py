@@ -38,6 +38,7 @@ __all__ = ["Evidence", "Fleet", "Reader"]
 _FOLDED = (CHECKPOINTS, REQUESTS, DECISIONS, OUTCOMES, TELEMETRY)
 _AUDITED = 200
 _STATISTICS = ("statistics", "gates", "layers", "heads")
+"""What of a checkpoint a page needs, by the stem of its file."""
 _LARGEST = 256 << 20
 _CACHED = 8
 
@@ -144,7 +145,7 @@ class Reader:
 
     async def _fetch(self, work: Work) -> CheckpointBundle:
         """The statistics alone: program and weights are no business of a page."""
-        blobs = {name: ref for name, ref in work.blobs.items() if name in _STATISTICS}
+        blobs = {name: ref for name, ref in work.blobs.items() if Path(name).stem in _STATISTICS}
         size = sum(ref.size for ref in blobs.values())
         if size > _LARGEST:
             raise TooLarge("statistics", f"at most {_LARGEST} bytes for the console", size)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 import hashlib
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
 from markupsafe import Markup
 
-import elesh
 from elesh.bus import Bus
 from elesh.settings import Settings
 from leyline import IdempotencyKey, InvalidField
@@ -60,6 +60,6 @@ async def report_html(bus: Bus, settings: Settings, run_id: str) -> tuple[str, i
         style=Markup(asset("console.css")),
         script=Markup(script),
         script_hash=f"sha256-{digest}",
-        version=elesh.__version__,
+        version=version("elesh"),
     )
     return text, len(decisions)
