@@ -39,6 +39,7 @@ from .pruning import (
 )
 from .security import SecuritySettings
 from .trainer import TrainerSettings
+from .verification import CutLimits, PhaseLimits, VerificationSettings
 
 __all__ = [
     "AccuracyTarget",
@@ -49,8 +50,10 @@ __all__ = [
     "BusSettings",
     "ChannelAnalysis",
     "ConsoleSettings",
+    "CutLimits",
     "LayerAnalysis",
     "ObserveSettings",
+    "PhaseLimits",
     "RollbackTriggers",
     "SafetySchedule",
     "SecuritySettings",
@@ -59,6 +62,7 @@ __all__ = [
     "StructuredPruning",
     "TrainerSettings",
     "WorkerSettings",
+    "VerificationSettings",
     "workers_needed",
 ]
 
@@ -113,6 +117,7 @@ class Settings(BaseSettings):
     security: SecuritySettings = SecuritySettings()
     audit: AuditSettings = AuditSettings()
     console: ConsoleSettings = ConsoleSettings()
+    verification: VerificationSettings = VerificationSettings()
     observe: ObserveSettings = ObserveSettings()
 
     @classmethod
