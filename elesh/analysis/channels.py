@@ -6,8 +6,7 @@ nothing is chosen twice or against a group's minimum, multiple or the quota.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -33,14 +32,14 @@ from .choosing import (
     usable_projections,
 )
 from .eligible import eligible_groups
-from .plans import LevelPlan, empty_plan, ranked_units, wanted_scorer
+from .plans import LevelPlan, empty_plan, wanted_scorer, with_choice
 from .projections import Projections
 from .redundancy import Pair, redundant_pairs
 from .schedule import allowance
 from .scores import magnitude, multi_metric, weights_at
 from .stages import stage
 
-__all__ = ["choose_scorer", "plan_channels", "rank_channels"]
+__all__ = ["choose_scorer", "plan_channels", "prepare_channels", "rank_channels"]
 
 
 def choose_scorer(bundle: CheckpointBundle, wanted: str) -> tuple[Scorer, tuple[Fallback, ...]]:
@@ -88,10 +87,14 @@ def rank_channels(
     return Ranking(candidates, scorer, projections, scores, redundant, threads)
 
 
-def plan_channels(
-    bundle: CheckpointBundle, settings: Settings, *, scorer: str | None = None, threads: int = 1
+def prepare_channels(
+    bundle: CheckpointBundle,
+    settings: Settings,
+    *,
+    scorer: str | None = None,
+    shard: Collection[str] | None = None,
 ) -> LevelPlan:
-    """Choose the channels to remove and predict what removing them does.
+    """The plan before any channel is chosen: what may go, and by which score.
 
     Raises:
         InvalidField: if the request ignores a group or layer that does not exist.
@@ -109,29 +112,42 @@ def plan_channels(
     )
     used = choose_scorer(bundle, scorer or wanted_scorer(bundle, settings))
     minimum = channels.min_channels_per_layer
-    eligible = eligible_groups(bundle, used[0], minimum, round_to)
-    plan = empty_plan(bundle, Level.CHANNEL, allowed, used, eligible, minimum)
-    if not eligible.groups or not allowed.quota:
+    eligible = eligible_groups(bundle, used[0], minimum, round_to, shard=shard)
+    return empty_plan(bundle, Level.CHANNEL, allowed, used, eligible, minimum, round_to)
+
+
+def plan_channels(
+    bundle: CheckpointBundle,
+    settings: Settings,
+    *,
+    scorer: str | None = None,
+    shard: Collection[str] | None = None,
+    threads: int = 1,
+) -> LevelPlan:
+    """Choose the channels to remove and predict what removing them does.
+
+    Args:
+        shard: groups to choose among; all of them if not given. The quota is the whole level's.
+
+    Raises:
+        InvalidField: if the request ignores a group or layer that does not exist.
+    """
+    plan = prepare_channels(bundle, settings, scorer=scorer, shard=shard)
+    if not plan.groups or not plan.allowed.quota:
         return plan
+    channels = settings.structured_pruning.channel_analysis
     ranking = rank_channels(
         bundle,
         channels,
-        eligible.groups,
-        used[0],
-        allowed.phase,
-        round_to=round_to,
+        plan.groups,
+        plan.scorer,
+        plan.allowed.phase,
+        round_to=plan.round_to,
         threads=threads,
     )
-    choice = ranking.decide(bundle, allowed.quota)
-    return replace(
-        plan,
-        targets=_targets(
-            eligible.groups, ranking.candidates, choice, channels.redundancy_threshold
-        ),
-        order=ranked_units(Level.CHANNEL, ranking.candidates, choice),
-        prediction=choice.prediction,
-        energy=choice.energy,
-    )
+    choice = ranking.decide(bundle, plan.allowed.quota)
+    targets = _targets(plan.groups, ranking.candidates, choice, channels.redundancy_threshold)
+    return with_choice(plan, ranking.candidates, choice, targets)
 
 
 def _scores(

@@ -59,6 +59,8 @@ class Choice:
     """Where output projections of all candidates are there."""
     energy: float
     """The outputs' mean square, estimated from the same projections."""
+    halves: tuple[Selection, ...] = ()
+    """What each half of the samples alone would choose, where costs are joint."""
 
 
 @dataclass(frozen=True)
@@ -103,11 +105,15 @@ class Ranking:
         if projections is None or not selection.units:
             return Choice(selection, scale, None, 0.0)
 
+        halves: list[Selection] = []
+
         def on_samples(columns: Floats) -> Sequence[int]:
-            return self.choose(quota, columns).units if joint else selection.units
+            halves.append(self.choose(quota, columns) if joint else selection)
+            return halves[-1].units
 
         prediction = predict(projections, self.candidates, len(selection.units), on_samples)
-        return Choice(selection, scale, prediction, output_energy(bundle.gates.values()))
+        energy = output_energy(bundle.gates.values())
+        return Choice(selection, scale, prediction, energy, tuple(halves))
 
 
 def projection_fault(bundle: CheckpointBundle) -> str:

@@ -71,7 +71,11 @@ class _Layer:
 
 
 def plan_layers(
-    bundle: CheckpointBundle, settings: Settings, *, scorer: str | None = None, threads: int = 1
+    bundle: CheckpointBundle,
+    settings: Settings,
+    *,
+    scorer: str | None = None,
+    threads: int = 1,
 ) -> LevelPlan:
     """Choose the layers to remove and predict what removing them does.
 
