@@ -302,6 +302,7 @@ def _told() -> list[ll.Message]:
             original={"envelope": b"\x81\xa1", "traceparent": _TRACE.encode()},
             traceparent=_TRACE,
         ),
+        _audited(),
         ll.OperatorAction(
             action="drop",
             subject="1736856000250-0",
@@ -310,6 +311,28 @@ def _told() -> list[ll.Message]:
             reason="sent by mistake",
         ),
     ]
+
+
+def _audited() -> ll.AuditEntry:
+    decision = _decision()
+    return ll.AuditEntry(
+        number=1,
+        previous=ll.GENESIS,
+        event=ll.AuditEvent(
+            kind="decision",
+            action="approved",
+            actor="elesh",
+            at=_AT,
+            subject=decision.idempotency_key,
+            run_id=METADATA.run_id,
+            epoch=31,
+            source="decisions/1736856000250-0",
+            digest=hashlib.sha256(ll.encode(decision)).hexdigest(),
+            figures={"units": 1.0},
+            gates=decision.safety.gates,
+            fallbacks=decision.fallbacks,
+        ),
+    )
 
 
 MESSAGES: dict[str, ll.Message] = {

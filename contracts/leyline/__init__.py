@@ -6,6 +6,7 @@ Start reading at :mod:`leyline.streams`, the catalogue of streams and messages.
 
 from .analysis import LevelAnalysis, PredictedDamage, RankedUnit
 from .architecture import PrunedArchitecture
+from .audit import GENESIS, AuditEntry, AuditEvent
 from .base import SCHEMA_VERSION, Message, WireEnum
 from .blocks import LayerBlock, StandIn
 from .bundle import CheckpointBundle, CheckpointDocument, NetworkExport
@@ -97,6 +98,8 @@ __all__ = [
     "AnalysisReport",
     "AnalysisRequest",
     "AttentionHeadTarget",
+    "AuditEntry",
+    "AuditEvent",
     "BlobRef",
     "BreakerTransition",
     "ChannelImportanceData",
@@ -111,6 +114,7 @@ __all__ = [
     "DigestMismatch",
     "EventEnvelope",
     "Fallback",
+    "GENESIS",
     "GateResult",
     "GateSite",
     "GateStatistics",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .audit import AuditEntry
 from .base import Message
 from .checkpoint import CheckpointReady
 from .decisions import StructuralPruningDecision
@@ -58,7 +59,8 @@ TELEMETRY = Stream("telemetry", (TelemetryEvent, BreakerTransition), "what worke
 VALIDATION = Stream("validation", (StructuralValidationResult,), "safety results, for Urabrask")
 RECOMPILE = Stream("recompile", (RecompilationRequest,), "changed architectures, for Tezzeret")
 DEAD = Stream("dead", (DeadLetter,), "messages that could not be served")
-AUDIT = Stream("audit", (OperatorAction,), "what operators did by hand")
+OPERATIONS = Stream("operations", (OperatorAction,), "what operators did by hand")
+AUDIT = Stream("audit", (AuditEntry,), "what was decided and done, each entry chained to the last")
 
 STREAMS: tuple[Stream, ...] = (
     CHECKPOINTS,
@@ -70,6 +72,7 @@ STREAMS: tuple[Stream, ...] = (
     VALIDATION,
     RECOMPILE,
     DEAD,
+    OPERATIONS,
     AUDIT,
 )
 MESSAGES: dict[str, type[Message]] = {m.__name__: m for s in STREAMS for m in s.messages}

@@ -4,6 +4,7 @@ Start reading at :mod:`elesh.bus.core`. The server is anybody's Redis 7 or newer
 one of :mod:`elesh.bus.embedded`.
 """
 
+from .audit import AuditHead, AuditLog, audit_envelope
 from .blobs import BlobStore
 from .breakers import BreakerStore, BreakerView
 from .client import until_available
@@ -16,6 +17,8 @@ from .records import Delivery, Pending, Record, Settlement, Settling, read_lette
 from .registry import Backlog, Registry, WorkerState
 
 __all__ = [
+    "AuditHead",
+    "AuditLog",
     "Backlog",
     "BlobStore",
     "BreakerStore",
@@ -33,6 +36,7 @@ __all__ = [
     "Registry",
     "Settlement",
     "Settling",
+    "audit_envelope",
     "WorkerState",
     "embedded_server",
     "masked",

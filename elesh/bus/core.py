@@ -26,8 +26,9 @@ from leyline import (
     stable_hash,
     wrap,
 )
-from leyline.streams import CHECKPOINTS, DEAD, DECISIONS, OUTCOMES, REQUESTS, STREAMS, Stream
+from leyline.streams import AUDIT, CHECKPOINTS, DEAD, DECISIONS, OUTCOMES, REQUESTS, STREAMS, Stream
 
+from .audit import AuditLog
 from .blobs import BlobStore
 from .breakers import BreakerStore
 from .client import MAX_BLOCK, Client, open_client, until_available
@@ -44,8 +45,8 @@ __all__ = ["Bus"]
 _SOURCE = "elesh"
 _MARKER_SECONDS = 600
 _BATCH = 100
-# Work for groups that may not exist yet: never dropped unread.
-_WORK = frozenset({CHECKPOINTS, REQUESTS, OUTCOMES})
+# Work for groups that may not exist yet, and the audit log: never dropped unread.
+_KEPT = frozenset({CHECKPOINTS, REQUESTS, OUTCOMES, AUDIT})
 
 
 class Bus:
@@ -62,6 +63,7 @@ class Bus:
         self.breakers = BreakerStore(
             client, self._scripts, settings.partition, breaker or BreakerSettings()
         )
+        self.audit = AuditLog(client, self._scripts, settings.partition)
         self.letters = DeadLetters(client, self._scripts, settings.partition)
         self.registry = Registry(client, self._scripts, settings.partition)
         self._lease_ms = max(1, round(settings.lease_seconds * 1000))
@@ -348,6 +350,11 @@ class Bus:
         entries = await self._client.xrange(self._key(stream), start, end, count)
         return self._deliveries([stream], [(self._key(stream).encode(), entries)], deliveries=0)
 
+    async def newest(self, stream: Stream, *, count: int) -> list[Delivery]:
+        """The last ``count`` entries of a stream, newest first."""
+        entries = await self._client.xrevrange(self._key(stream), "+", "-", count)
+        return self._deliveries([stream], [(self._key(stream).encode(), entries)], deliveries=0)
+
     async def follow(
         self, stream: Stream, *, last_id: str, block_seconds: float
     ) -> tuple[str, list[Delivery]]:
@@ -378,7 +385,7 @@ class Bus:
         for stream in STREAMS:
             key = self._key(stream)
             removed[stream.name] = await self._scripts.trim(
-                key, self.settings.stream_length, cap=stream not in _WORK
+                key, self.settings.stream_length, cap=stream not in _KEPT
             )
             await forget_idle_consumers(self._client, self._scripts, key)
         return removed

@@ -2,7 +2,7 @@
 
 Promises: a letter is redriven once, with its original bytes, in the same atomic step that marks it;
 a second redrive answers with the first one's entry. A letter is dropped in the same step that
-writes the audit event. Nothing here is done by Elesh itself: every change is an operator's.
+says who did it. Nothing here is done by Elesh itself: every change is an operator's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from leyline import ContractError, DeadLetter, InvalidField, OperatorAction, encode, wrap
-from leyline.streams import AUDIT, DEAD, STREAMS, Stream
+from leyline.streams import DEAD, OPERATIONS, STREAMS, Stream
 
 from .client import Client
 from .records import Delivery, deliveries_of, entry_fields, read_letter
@@ -89,7 +89,7 @@ class DeadLetters:
         stream = _served(entry_id, letter.message.stream)
         event = self._event("redrive", entry_id, operator, reason, f"on {stream.name}")
         reply = await self._scripts.redrive(
-            (self._key(DEAD), self._marks, self._key(stream), self._key(AUDIT)),
+            (self._key(DEAD), self._marks, self._key(stream), self._key(OPERATIONS)),
             entry_id,
             list(_flat(letter.message.original)),
             event,
@@ -99,7 +99,7 @@ class DeadLetters:
         return Redriven(stream.name, *reply)
 
     async def drop(self, entry_id: str, operator: str, reason: str = "") -> None:
-        """Delete a letter for good; the audit stream keeps who did it and what it was.
+        """Delete a letter for good; the operations stream keeps who did it and what it was.
 
         Raises:
             InvalidField: if there is no such letter.
@@ -108,7 +108,7 @@ class DeadLetters:
         was = letter.message
         lost = f"{was.stream}/{was.entry_id}: {was.error_code}" if was else "unreadable"
         event = self._event("drop", entry_id, operator, reason, lost)
-        keys = self._key(DEAD), self._marks, self._key(AUDIT)
+        keys = self._key(DEAD), self._marks, self._key(OPERATIONS)
         if not await self._scripts.drop(keys, entry_id, event):
             raise _missing(entry_id)
 

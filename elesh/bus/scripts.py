@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -37,6 +37,7 @@ class Scripts:
         self._trim = load("trim")
         self._touch = load("touch")
         self._breaker = load("breaker")
+        self._audit = load("audit", common)
         self._remember = load("remember")
         self._beat = load("beat")
         self._census = load("census")
@@ -110,6 +111,22 @@ class Scripts:
         """Run one operation of a circuit breaker; see ``lua/breaker.lua``."""
         reply: list[Any] = await self._breaker(keys, args)
         return reply
+
+    async def audit(
+        self,
+        keys: tuple[str, str],
+        expected: str,
+        last: tuple[int, str],
+        cursors: Mapping[str, str],
+        entries: Sequence[Fields],
+    ) -> bool:
+        """Append entries (their fields) to the chain whose head has the ``expected`` digest, and
+        move cursors; False if the head has moved on."""
+        args: list[str | bytes | int] = [expected, *last, len(cursors)]
+        args += [part for pair in cursors.items() for part in pair]
+        for fields in entries:
+            args += [len(fields), *fields]
+        return bool(await self._audit(list(keys), args))
 
     async def beat(
         self, worker: str, index: str, name: str, milliseconds: int, fields: Fields

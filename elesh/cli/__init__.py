@@ -12,7 +12,7 @@ from elesh.bus import BusUnavailable
 from elesh.settings import SettingsError
 from leyline import ContractError
 
-from . import config, dead, decisions, events, observe, operate, run
+from . import audit, config, dead, decisions, events, observe, operate, run
 from .common import complaints
 
 __all__ = ["app", "main"]
@@ -26,6 +26,7 @@ app = typer.Typer(
 for family in (run, decisions, observe, operate, events):
     app.add_typer(family.app)
 app.add_typer(dead.dead, name="dead")
+app.add_typer(audit.audit, name="audit")
 app.add_typer(config.config, name="config")
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import getpass
-import socket
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn, TypeVar
+from typing import Annotated, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -16,8 +13,6 @@ from rich.markup import escape
 
 from elesh.bus import Bus, server_url
 from elesh.settings import Settings
-from leyline import OperatorAction
-from leyline.streams import AUDIT
 
 T = TypeVar("T")
 console = Console(highlight=False)
@@ -57,21 +52,6 @@ def on_bus(redis: str, settings: Path | None, action: Callable[[Bus, Settings], 
                 await bus.close()
 
     return asyncio.run(run())
-
-
-def operator() -> str:
-    """Who sits at this command line, for the audit stream: user and host."""
-    return f"{getpass.getuser()}@{socket.gethostname()}"
-
-
-async def audit(
-    bus: Bus, action: Literal["breaker_reset", "breaker_trip"], subject: str, reason: str = ""
-) -> None:
-    """Write down what an operator did by hand."""
-    event = OperatorAction(
-        action=action, subject=subject, operator=operator(), at=datetime.now(UTC), reason=reason
-    )
-    await bus.publish(AUDIT, event, source="operator")
 
 
 def fail(reason: str) -> NoReturn:

@@ -11,16 +11,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from elesh.bus import Bus, Letter, Redriven
+from elesh.operating import operator
 from elesh.settings import Settings
 from leyline import DeadLetter
 
-from .common import RedisOption, SettingsOption, console, fail, on_bus, operator
+from .common import RedisOption, SettingsOption, console, fail, on_bus
 
 dead = typer.Typer(no_args_is_help=True, help="Messages that could not be served.")
 _SHOWN_BYTES = 64
 
 LetterId = Annotated[str, typer.Argument(help="The letter, as elesh dead list shows it.")]
-Reason = Annotated[str, typer.Option(help="Why; kept in the audit stream.")]
+Reason = Annotated[str, typer.Option(help="Why; kept in the audit log.")]
 
 
 @dead.command("list")
@@ -84,7 +85,7 @@ def dead_drop(
     redis: RedisOption = "",
     settings: SettingsOption = None,
 ) -> None:
-    """Delete letters for good; the audit stream keeps who did it."""
+    """Delete letters for good; the audit log keeps who did it."""
 
     async def drop(bus: Bus, _: Settings) -> None:
         for each in letters:

@@ -7,10 +7,11 @@ from typing import Annotated
 import typer
 
 from elesh.bus import Bus
+from elesh.operating import operator, reset_breaker, trip_breaker
 from elesh.settings import Settings
 from leyline import Level
 
-from .common import RedisOption, SettingsOption, audit, console, on_bus
+from .common import RedisOption, SettingsOption, console, on_bus
 
 app = typer.Typer()
 breaker = typer.Typer(no_args_is_help=True, help="Circuit breakers, one a run and level.")
@@ -39,8 +40,7 @@ def breaker_reset(
         known = [(view.run_id, view.level) for view in await bus.breakers.show()]
         chosen = [(run, level)] if run else known
         for each in chosen:
-            await bus.breakers.reset(*each)
-            await audit(bus, "breaker_reset", ":".join(each))
+            await reset_breaker(bus, *each, operator())
         return chosen
 
     for name, which in on_bus(redis, settings, reset):
@@ -56,10 +56,5 @@ def breaker_trip(
     settings: SettingsOption = None,
 ) -> None:
     """Open a breaker: nothing of this level is approved until it is reset or recovers."""
-
-    async def trip(bus: Bus, _: Settings) -> None:
-        await bus.breakers.trip(run, level, reason)
-        await audit(bus, "breaker_trip", f"{run}:{level}", reason)
-
-    on_bus(redis, settings, trip)
+    on_bus(redis, settings, lambda bus, _: trip_breaker(bus, run, level, operator(), reason))
     console.print(f"breaker of {run} at level {level.value}: open ({reason})")

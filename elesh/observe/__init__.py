@@ -1,5 +1,7 @@
-"""Traces, metrics and logs: what happened, to whom, how often, and how long it took."""
+"""Traces, metrics, logs, and the audit log: what happened, to whom, how often, how long it took."""
 
+from .audit import Fault, Link, audit_event, line_of, read_line, verify
+from .audit_file import AuditFile
 from .logs import get_logger, setup_logging
 from .messaging import messaging
 from .tracing import (
@@ -14,8 +16,14 @@ from .tracing import (
 )
 
 __all__ = [
+    "AuditFile",
+    "Fault",
+    "Link",
+    "audit_event",
     "carrier_of",
     "get_logger",
+    "line_of",
+    "read_line",
     "linked_span",
     "messaging",
     "onward",
@@ -25,4 +33,5 @@ __all__ = [
     "shutdown_tracing",
     "span",
     "span_from",
+    "verify",
 ]

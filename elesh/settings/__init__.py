@@ -19,7 +19,7 @@ from pydantic_settings import SettingsError as UnreadableVariable
 
 from ._base import no_boolean
 from ._file import SettingsError, explain, read_block
-from .operation import BreakerSettings, BusSettings, ObserveSettings, WorkerSettings
+from .operation import AuditSettings, BreakerSettings, BusSettings, ObserveSettings, WorkerSettings
 from .pruning import (
     AccuracyTarget,
     AccuracyTargets,
@@ -37,6 +37,7 @@ __all__ = [
     "AccuracyTarget",
     "AccuracyTargets",
     "AttentionAnalysis",
+    "AuditSettings",
     "BreakerSettings",
     "BusSettings",
     "ChannelAnalysis",
@@ -54,6 +55,7 @@ __all__ = [
 ]
 
 _NO_PART_IN_DECISIONS = {
+    "audit",
     "security",
     "analysis_workers_per_gpu",
     "layers_per_worker",
@@ -100,6 +102,7 @@ class Settings(BaseSettings):
     trainer: TrainerSettings = TrainerSettings()
     worker: WorkerSettings = WorkerSettings()
     security: SecuritySettings = SecuritySettings()
+    audit: AuditSettings = AuditSettings()
     observe: ObserveSettings = ObserveSettings()
 
     @classmethod

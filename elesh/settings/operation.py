@@ -40,6 +40,15 @@ class WorkerSettings(Section):
     threads: int = Field(default=1, ge=1)
 
 
+class AuditSettings(Section):
+    """How the audit log is written; every worker writes it."""
+
+    seconds: float = Field(default=5.0, gt=0)
+    """Seconds between two looks at what is new."""
+    file: str = ""
+    """Append-only file on the worker's host that gets every entry too; empty: none."""
+
+
 class ObserveSettings(Section):
     """What is told of a worker or a trainer: traces, health, heartbeats."""
 

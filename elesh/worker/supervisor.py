@@ -40,6 +40,7 @@ from leyline.streams import CHECKPOINTS, OUTCOMES, REQUESTS, WORKERS
 
 from .admission import Work, admit
 from .analysis import Analyst
+from .auditor import auditing
 from .reports import Reports
 
 __all__ = ["GROUP", "Worker", "serve"]
@@ -301,14 +302,15 @@ async def serve(url: str, settings: Settings, worker_id: str = "") -> None:
         return
     try:
         worker = Worker(bus, settings, worker_id)
-        running = asyncio.create_task(worker.run())
-        stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
-        worker.drain()
-        try:
-            await asyncio.wait_for(running, settings.worker.drain_seconds)
-        except TimeoutError:
-            _log.warning("drain time over; what was begun is left for other workers")
+        async with auditing(bus, settings.audit):
+            running = asyncio.create_task(worker.run())
+            stopping = asyncio.create_task(stop.wait())
+            await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            stopping.cancel()
+            worker.drain()
+            try:
+                await asyncio.wait_for(running, settings.worker.drain_seconds)
+            except TimeoutError:
+                _log.warning("drain time over; what was begun is left for other workers")
     finally:
         await bus.close()

@@ -9,7 +9,7 @@ from bus_messages import GROUP, TRACE, claim, letter, outcome, publish
 
 from elesh.bus import Bus, Letter
 from leyline import InvalidField, OperatorAction, encode, read_envelope, unwrap, wrap
-from leyline.streams import AUDIT, DEAD, OUTCOMES
+from leyline.streams import DEAD, OPERATIONS, OUTCOMES
 
 
 async def bury(bus: Bus, *epochs: int) -> list[Letter]:
@@ -21,7 +21,7 @@ async def bury(bus: Bus, *epochs: int) -> list[Letter]:
 
 
 async def actions(bus: Bus) -> list[OperatorAction]:
-    found = [unwrap(read_envelope(entry.envelope)) for entry in await bus.read(AUDIT)]
+    found = [unwrap(read_envelope(entry.envelope)) for entry in await bus.read(OPERATIONS)]
     assert all(isinstance(action, OperatorAction) for action in found)
     return found  # type: ignore[return-value]
 

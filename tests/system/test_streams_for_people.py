@@ -11,7 +11,7 @@ from redis import Redis
 from station import Station, checkpoint
 from test_demo import elesh
 
-from leyline.streams import AUDIT, CHECKPOINTS, DEAD
+from leyline.streams import CHECKPOINTS, DEAD, OPERATIONS
 
 
 class Line:
@@ -57,7 +57,7 @@ def test_a_letter_is_listed_shown_redriven_once_and_dropped(station: Station, li
     assert [event["what"].split(": ")[1].split()[0] for event in audit] == [
         "redrive", "redrive", "drop",
     ]  # fmt: skip
-    assert len(station.read(AUDIT)) == 3
+    assert len(station.read(OPERATIONS)) == 3
 
 
 def test_events_say_when_whose_and_what_and_can_be_narrowed(station: Station, line: Line) -> None:

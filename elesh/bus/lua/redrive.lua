@@ -1,6 +1,6 @@
 -- Publish a dead letter's original entry again, once: a second call answers with the first's entry.
--- KEYS: dead letters, marks by letter, the original's stream, audit.
--- ARGV: letter's entry id, number of original fields, the fields, the audit event's fields...
+-- KEYS: dead letters, marks by letter, the original's stream, operations.
+-- ARGV: letter's entry id, number of original fields, the fields, the operator's action's fields...
 -- Returns the new entry and 1, the known entry and 0, or an empty list if there is no such letter.
 local letter, length = ARGV[1], tonumber(ARGV[2])
 local known = redis.call('HGET', KEYS[2], letter)

@@ -1,0 +1,18 @@
+-- Append entries to the audit log, if nobody was faster: one chain under any number of writers.
+-- KEYS: stream, head of the chain. ARGV: digest that the head must have (empty: no entry yet),
+-- number and digest of the new last entry, number of cursors, their names and values in turn,
+-- then for each entry the number of its fields and the fields.
+-- Returns 1, or 0 if the head has moved on (then nothing changes).
+if (redis.call('HGET', KEYS[2], 'digest') or '') ~= ARGV[1] then return 0 end
+local at = 5
+for _ = 1, tonumber(ARGV[4]) do
+  redis.call('HSET', KEYS[2], ARGV[at], ARGV[at + 1])
+  at = at + 2
+end
+if at > #ARGV then return 1 end
+while at <= #ARGV do
+  append(KEYS[1], at + 1, tonumber(ARGV[at]))
+  at = at + 1 + tonumber(ARGV[at])
+end
+redis.call('HSET', KEYS[2], 'number', ARGV[2], 'digest', ARGV[3])
+return 1

@@ -1,0 +1,230 @@
+"""The audit log without any server: messages as events, entries as lines, and proof of the chain.
+
+Promises: :func:`verify` names every place where an entry was removed, changed, or moved, and what
+is wrong there. A line of the append-only file is the entry's JSON with its digest as last member;
+every byte of it is covered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from functools import singledispatch
+
+from leyline import (
+    GENESIS,
+    AuditEntry,
+    AuditEvent,
+    BreakerTransition,
+    DeadLetter,
+    Message,
+    OperatorAction,
+    PruningOutcome,
+    StructuralPruningDecision,
+    encode,
+)
+
+__all__ = ["Fault", "Link", "audit_event", "line_of", "read_line", "verify"]
+
+_LINE = re.compile(rb'(?P<body>\{.*),"digest":"(?P<digest>[0-9a-f]{64})"\}\n')
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One place where the chain does not hold."""
+
+    place: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.problem}"
+
+
+@dataclass(frozen=True)
+class Link:
+    """What stands at one place of a stream or a file: an entry, or why there is none."""
+
+    place: str
+    entry: AuditEntry | None
+    problem: str = ""
+
+
+def audit_event(message: Message, *, source: str, at: datetime) -> AuditEvent | None:
+    """What a message of the bus is to the audit log; None for what is no business of it.
+
+    Args:
+        source: where it stands, ``<stream>/<entry id>``.
+        at: when it was put there.
+    """
+    return _translate(message, source, at)
+
+
+@singledispatch
+def _translate(message: Message, source: str, at: datetime) -> AuditEvent | None:
+    return None
+
+
+@_translate.register
+def _of_decision(decision: StructuralPruningDecision, source: str, at: datetime) -> AuditEvent:
+    told = decision.statistics
+    figures = {
+        "channels": sum(len(target.channel_indices) for target in decision.channels),
+        "heads": sum(len(target.head_indices) for target in decision.attention_heads),
+        "layers": len(decision.layers),
+        "parameters_before": told.parameters_before,
+        "parameters_after": told.parameters_after,
+        "cumulative_ratio": told.cumulative_ratio,
+        "phase_limit": told.phase_limit,
+        "confidence": decision.safety.confidence,
+        "predicted_shift": told.predicted_shift,
+        "predicted_loss_rise": told.predicted_loss_rise,
+    }
+    return AuditEvent(
+        kind="decision",
+        action="approved" if decision.approved_for_application else "rejected",
+        actor="elesh",
+        at=at,
+        subject=decision.idempotency_key,
+        run_id=decision.run_id,
+        epoch=decision.epoch,
+        reason=decision.rejection_reason,
+        source=source,
+        digest=_digest(decision),
+        figures={name: float(value) for name, value in figures.items() if value is not None},
+        gates=decision.safety.gates,
+        fallbacks=decision.fallbacks,
+    )
+
+
+@_translate.register
+def _of_outcome(outcome: PruningOutcome, source: str, at: datetime) -> AuditEvent:
+    figures = {
+        "accuracy_before": outcome.accuracy_before,
+        "accuracy_masked": outcome.accuracy_masked,
+        "loss_before": outcome.loss_before,
+        "loss_masked": outcome.loss_masked,
+        "parameters_before": outcome.parameters_before,
+        "parameters_after": outcome.parameters_after,
+    }
+    return AuditEvent(
+        kind="outcome",
+        action=outcome.result,
+        actor=f"trainer of {outcome.run_id}",
+        at=at,
+        subject=outcome.idempotency_key,
+        run_id=outcome.run_id,
+        epoch=outcome.epoch,
+        reason=outcome.detail,
+        source=source,
+        digest=_digest(outcome),
+        figures={name: float(value) for name, value in figures.items() if value is not None},
+    )
+
+
+@_translate.register
+def _of_transition(change: BreakerTransition, source: str, at: datetime) -> AuditEvent:
+    return AuditEvent(
+        kind="breaker",
+        action=change.after,
+        actor="elesh",
+        at=change.at,
+        subject=f"{change.run_id}:{change.level}",
+        run_id=change.run_id,
+        reason=change.reason,
+        source=source,
+        digest=_digest(change),
+        figures={"failures": float(change.failures)},
+    )
+
+
+@_translate.register
+def _of_letter(letter: DeadLetter, source: str, at: datetime) -> AuditEvent:
+    return AuditEvent(
+        kind="dead_letter",
+        action=letter.error_code,
+        actor=letter.worker_id,
+        at=letter.at,
+        subject=f"{letter.stream}/{letter.entry_id}"[:512],
+        reason=letter.reason,
+        source=source,
+        digest=_digest(letter),
+        figures={"deliveries": float(letter.deliveries)},
+    )
+
+
+@_translate.register
+def _of_action(action: OperatorAction, source: str, at: datetime) -> AuditEvent:
+    return AuditEvent(
+        kind="operator",
+        action=action.action,
+        actor=action.operator or "unknown",
+        at=action.at,
+        subject=action.subject,
+        reason="; ".join(filter(None, (action.reason, action.outcome)))[:8192],
+        source=source,
+        digest=_digest(action),
+    )
+
+
+def _digest(message: Message) -> str:
+    return hashlib.sha256(encode(message)).hexdigest()
+
+
+def line_of(entry: AuditEntry) -> bytes:
+    """An entry as a line of the append-only file, its end included."""
+    return entry.text[:-1].encode() + f',"digest":"{entry.digest}"}}\n'.encode()
+
+
+def read_line(line: bytes, place: str) -> Link:
+    """What a line of the file holds; its digest and every byte of it are checked."""
+    found = _LINE.fullmatch(line)
+    if found is None:
+        return Link(place, None, "is no line of an audit log: cut short or overwritten")
+    text = found["body"] + b"}"
+    if hashlib.sha256(text).hexdigest().encode() != found["digest"]:
+        return Link(place, None, "was changed: it does not have the digest that it states")
+    try:
+        return Link(place, AuditEntry.model_validate_json(text))
+    except ValueError as error:
+        return Link(place, None, f"is no audit entry: {error}")
+
+
+def verify(links: Iterable[Link], *, number: int = 0, digest: str = "") -> list[Fault]:
+    """Every fault of a chain that should begin at entry 1 and end at entry ``number``.
+
+    ``number`` 0 says that its end is not known (a file alone): what was cut off there is not seen.
+    """
+    faults: list[Fault] = []
+    digests, places = {0: GENESIS}, {0: "the beginning"}
+    expected, place = 1, places[0]
+    for link in links:
+        entry, place = link.entry, link.place
+        if entry is None:
+            faults.append(Fault(place, link.problem))
+            expected += 1
+            continue
+        if entry.number != expected:
+            faults.append(Fault(place, f"entry {entry.number} where entry {expected} should be"))
+        before = digests.get(entry.number - 1)
+        if before is not None and before != entry.previous:
+            problem = f"was changed: entry {entry.number} was chained to another"
+            faults.append(Fault(places[entry.number - 1], problem))
+        digests[entry.number], places[entry.number] = entry.digest, place
+        expected = max(expected, entry.number + 1)
+    return faults + _at_the_end(digests, expected - 1, number, digest, place)
+
+
+def _at_the_end(
+    digests: dict[int, str], last: int, number: int, digest: str, place: str
+) -> list[Fault]:
+    if number and last < number:
+        gone = f"entry {number} is" if last + 1 == number else f"entries {last + 1} to {number} are"
+        return [Fault(f"after {place}", f"{gone} missing: the chain ends at entry {number}")]
+    if number and digests.get(number, digest) != digest:
+        return [
+            Fault(place, f"entry {number} was changed: it has not the digest of the chain's end")
+        ]
+    return []
