@@ -1,8 +1,8 @@
 # Two images from one file:
-#   docker build --target worker  -t elesh-worker .     the analysis workers: no torch inside
-#   docker build --target trainer -t elesh-trainer .    the simulated trainer
+#   docker build --target worker -t elesh-worker .   workers without torch: decisions are predicted
+#   docker build --target full   -t elesh-full .     workers that measure, the simulated trainer, all
 # PYTORCH_INDEX takes the address of PyTorch's own CPU index (its "Get Started" page shows it);
-# without it the trainer image holds the larger CUDA build.
+# without it the full image holds the larger CUDA build.
 ARG PYTHON_IMAGE=python:3.11-slim
 
 FROM ${PYTHON_IMAGE} AS build
@@ -14,18 +14,17 @@ COPY contracts contracts
 COPY elesh elesh
 RUN /opt/elesh/bin/pip install -c constraints.txt .
 
-FROM build AS build-trainer
+FROM build AS build-full
 ARG PYTORCH_INDEX=""
 RUN PIP_EXTRA_INDEX_URL="${PYTORCH_INDEX}" /opt/elesh/bin/pip install -c constraints.txt '.[demo]'
 
-FROM ${PYTHON_IMAGE} AS worker
-COPY --from=build /opt/elesh /opt/elesh
-ENV PATH=/opt/elesh/bin:$PATH PYTHONUNBUFFERED=1
-USER 10001
+FROM ${PYTHON_IMAGE} AS runtime
+ENV PATH=/opt/elesh/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp
+USER 10001:10001
 CMD ["elesh", "worker"]
 
-FROM ${PYTHON_IMAGE} AS trainer
-COPY --from=build-trainer /opt/elesh /opt/elesh
-ENV PATH=/opt/elesh/bin:$PATH PYTHONUNBUFFERED=1
-USER 10001
-CMD ["elesh", "trainer"]
+FROM runtime AS worker
+COPY --from=build /opt/elesh /opt/elesh
+
+FROM runtime AS full
+COPY --from=build-full /opt/elesh /opt/elesh

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Self
@@ -31,6 +31,7 @@ from leyline.streams import CHECKPOINTS, OUTCOMES, RECOMPILE, REQUESTS, Stream
 
 from .apply import Evaluation, apply_decision
 from .bus_thread import BusThread, Outgoing
+from .observers import Observers, SessionObserver
 from .redistribute import Moments
 from .surgeon import Surgeon
 
@@ -54,9 +55,16 @@ class Session:
         run_id: names the run; decisions of other runs are not seen.
         url: Redis URL; empty: ``ELESH_REDIS_URL``, else the embedded server.
         settings: for the bus and the rollback triggers.
+        observers: told of checkpoints and outcomes on the training thread (TensorBoardSummaries).
     """
 
-    def __init__(self, run_id: str, url: str = "", settings: Settings | None = None) -> None:
+    def __init__(
+        self,
+        run_id: str,
+        url: str = "",
+        settings: Settings | None = None,
+        observers: Sequence[SessionObserver] = (),
+    ) -> None:
         self.run_id = run_id
         self.settings = settings or Settings()
         self.failed: set[str] = set()
@@ -64,6 +72,7 @@ class Session:
         self._inbox: queue.SimpleQueue[StructuralPruningDecision] = queue.SimpleQueue()
         self._carriers: dict[str, Mapping[str, str]] = {}
         self._arrived = threading.Event()
+        self._observers = Observers(observers)
         self._bus = BusThread(run_id, url or self.settings.bus.url, self.settings, self._take)
 
     @property
@@ -87,6 +96,7 @@ class Session:
     def close(self, timeout: float = 5.0) -> None:
         """Send what is queued, for at most ``timeout`` seconds, and end the thread."""
         self._bus.close(timeout)
+        self._observers.close()
 
     def wait_connected(self, timeout: float) -> bool:
         """Wait until the bus answered once. Training does not need this; tools do."""
@@ -102,6 +112,7 @@ class Session:
         """Queue a checkpoint for publishing; False (and counted as missed) if the queue is full."""
         metadata = bundle.metadata
         event_id = "ev-" + stable_hash(metadata.run_id, metadata.checkpoint_id)
+        self._observers.on_checkpoint(bundle)
         with _creating(CHECKPOINTS):
             return self._queue(CHECKPOINTS, bundle, metadata.epoch, event_id)
 
@@ -165,6 +176,7 @@ class Session:
                     ),
                     decision.epoch,
                 )
+        self._observers.on_outcome(decision, outcome)
         return outcome
 
     def report(self, outcome: PruningOutcome) -> bool:
