@@ -26,6 +26,7 @@ from leyline import (
     decode,
     encode,
 )
+from leyline.bundle import map_file
 
 from .protocol import DOCUMENT, PREFIX, Failed, Job, Reply, pack_frame, unpack_body
 
@@ -96,8 +97,8 @@ def _bundle(folder: Path) -> CheckpointBundle:
     optional = [folder / f"{name}.safetensors" for name in ("gates", "layers", "heads")]
     return CheckpointBundle.from_blobs(
         document,
-        (folder / "statistics.safetensors").read_bytes(),
-        *(file.read_bytes() if file.exists() else None for file in optional),
+        map_file(folder / "statistics.safetensors"),
+        *(map_file(file) if file.exists() else None for file in optional),
         network=NetworkExport.load(folder),
     )
 
