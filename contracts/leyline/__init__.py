@@ -26,6 +26,7 @@ from .decisions import (
     Redundancy,
     RolledBackCut,
     SafetyValidation,
+    SparedGroup,
     SparedUnit,
     StructuralPruningDecision,
 )
@@ -164,6 +165,7 @@ __all__ = [
     "SafetyValidation",
     "ShapeMismatch",
     "Span",
+    "SparedGroup",
     "SparedUnit",
     "StandIn",
     "Stream",

@@ -147,7 +147,7 @@ def plan_channels(
     )
     choice = ranking.decide(bundle, plan.allowed.quota)
     targets = _targets(plan.groups, ranking.candidates, choice, channels.redundancy_threshold)
-    return with_choice(plan, ranking.candidates, choice, targets)
+    return with_choice(plan, bundle, ranking.candidates, choice, targets)
 
 
 def _scores(
@@ -202,6 +202,7 @@ def _targets(
                 channel_indices=units,
                 original_indices=tuple(group.origin[unit] for unit in units),
                 importance=tuple(selection.prices[start + unit] * scale for unit in units),
+                errors=choice.errors_of([start + unit for unit in units]),
                 redundancy_pairs=tuple(
                     Redundancy(kept=p.kept, removed=p.removed, similarity=p.similarity)
                     for p in pairs.get(number, ())

@@ -209,7 +209,7 @@ def plan_heads(
     choice = ranking.decide(bundle, plan.allowed.quota)
     threshold = heads.similarity_threshold
     targets = _targets(bundle, plan.groups, ranking.candidates, choice, ranking.scores, threshold)
-    return with_choice(plan, ranking.candidates, choice, targets)
+    return with_choice(plan, bundle, ranking.candidates, choice, targets)
 
 
 def rank_heads(
@@ -267,6 +267,7 @@ def _targets(
         heads = lost.get(group.name)
         if not heads:
             continue
+        start = int(candidates.starts[number])
         data, gate = bundle.heads.get(group.name), bundle.gates.get(group.name)
         importance = scores[candidates.span(number)] if gate is None else single_removal(gate)
         entropy = () if data is None or data.entropy is None else data.entropy.tolist()
@@ -281,6 +282,8 @@ def _targets(
                 ),
                 redundancy_threshold=threshold,
                 head_importance=tuple(importance.tolist()),
+                costs=tuple(selection.prices[start + head] * choice.scale for head in heads),
+                errors=choice.errors_of([start + head for head in heads]),
                 attention_entropy=tuple(entropy),
                 heads_before=group.size,
                 heads_after=group.size - len(heads),

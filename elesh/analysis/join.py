@@ -128,6 +128,7 @@ def _alone(
         reason="" if targets_of(own) else own.rejection_reason,
         fallbacks=own.fallbacks,
         ignored=own.ignored,
+        spared=own.spared,
     )
 
 
@@ -204,6 +205,7 @@ def _joint(
         reason="" if taken else "; ".join(f"{p.level}: {p.reason}" for p in parts),
         fallbacks=tuple(dict.fromkeys(f for a in analyses for f in a.decision.fallbacks)),
         ignored=tuple(dict.fromkeys(pair for a in analyses for pair in a.decision.ignored)),
+        spared=tuple(group for a in analyses for group in a.decision.spared),
         levels=parts,
     )
     return decision, shown.order
@@ -323,6 +325,7 @@ def _counts(analysis: LevelAnalysis, whole: _Whole) -> dict[str, object]:
         "channels_after": own.channels_before - count,
         "channels_original": own.channels_original,
         "quota": own.quota,
+        "shortfall": own.shortfall,
         "phase_limit": own.phase_limit,
         "cumulative_ratio": min(1.0, gone / own.channels_original)
         if own.channels_original

@@ -113,6 +113,7 @@ def judged(
         reason="" if plan.targets else plan.nothing,
         fallbacks=taken,
         ignored=plan.ignored,
+        spared=plan.spared,
     )
     return LevelAnalysis(decision=decision, order=plan.order, predicted=_predicted(plan))
 
@@ -161,6 +162,7 @@ def _counts(plan: LevelPlan, cut: Cut) -> dict[str, object]:
         "channels_after": plan.present - cut.count,
         "channels_original": allowed.original,
         "quota": allowed.quota,
+        "shortfall": plan.shortfall,
         "phase_limit": allowed.limit,
         "cumulative_ratio": min(1.0, gone / allowed.original) if allowed.original else 0.0,
         "samples": plan.samples,

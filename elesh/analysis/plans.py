@@ -19,14 +19,16 @@ from leyline import (
     Level,
     PruningGroup,
     RankedUnit,
+    SparedGroup,
 )
 
 from .candidates import Candidates
-from .choosing import Choice, Scorer
+from .choosing import Choice, Scorer, spared_groups
 from .eligible import Eligible
 from .projections import Prediction
 from .schedule import Allowance, counted_groups
 from .selection import Selection
+from .shortfalls import near_the_cut, short_of_quota, short_of_target, told
 
 __all__ = ["LevelPlan", "Target", "empty_plan", "ranked_units", "wanted_scorer", "with_choice"]
 
@@ -64,6 +66,9 @@ class LevelPlan:
     targets: tuple[Target, ...] = ()
     order: tuple[RankedUnit, ...] = ()
     """The units of the targets, in the order in which they were chosen."""
+    spared: tuple[SparedGroup, ...] = ()
+    shortfall: str = ""
+    """What was asked for or allowed and is not removed."""
     halves: tuple[tuple[RankedUnit, ...], ...] = ()
     """For a shard: the orders that each half of the samples alone would choose."""
     prediction: Prediction | None = None
@@ -106,6 +111,7 @@ def empty_plan(
         samples=counts[0] if counts else bundle.metadata.samples,
         groups=eligible.groups,
         round_to=round_to,
+        shortfall=short_of_target(bundle, level, allowed),
     )
 
 
@@ -121,17 +127,26 @@ def _nothing(level: Level, allowed: Allowance, eligible: Eligible) -> str:
 
 
 def with_choice(
-    plan: LevelPlan, candidates: Candidates, choice: Choice, targets: Sequence[Target]
+    plan: LevelPlan,
+    bundle: CheckpointBundle,
+    candidates: Candidates,
+    choice: Choice,
+    targets: Sequence[Target],
 ) -> LevelPlan:
     """The plan that removes ``targets``, chosen by ``choice``."""
+    selection, scale = choice.selection, choice.scale
 
     def order(selection: Selection) -> tuple[RankedUnit, ...]:
-        return ranked_units(plan.level, candidates, selection.prices, choice.scale)
+        return ranked_units(plan.level, candidates, selection.prices, scale)
 
+    dearest = selection.dearest * scale if plan.scorer == "output_projection" else None
     return replace(
         plan,
         targets=tuple(targets),
-        order=order(choice.selection),
+        order=order(selection),
+        ignored=tuple(near_the_cut(bundle, plan.level, plan.ignored, dearest)),
+        spared=spared_groups(candidates, selection, scale),
+        shortfall=told(plan.shortfall, short_of_quota(plan.allowed.quota, selection, plan.level)),
         halves=tuple(map(order, choice.halves)),
         prediction=choice.prediction,
         energy=choice.energy,

@@ -23,6 +23,7 @@ from .levels import judged
 from .plans import LevelPlan
 from .prefixes import merged, restricted, settled
 from .projections import Prediction, output_energy, predict
+from .shortfalls import near_the_cut, told
 from .verdicts import targets_of
 
 __all__ = ["merge_shards"]
@@ -51,7 +52,6 @@ def merge_shards(
     alike = [s for s in shards if s.decision.statistics.scorer == scorer]
     names = {name for shard in alike for name in shard.shard}
     plan = _PREPARE[shards[0].level](bundle, settings, scorer=scorer, shard=names)
-    plan = replace(plan, ignored=(*plan.ignored, *_left_out(bundle, shards, scorer)))
     sizes = {group.name: group.size for group in plan.groups}
     multiples = {group.name: multiple_of(group, plan.round_to) for group in plan.groups}
 
@@ -68,10 +68,34 @@ def merge_shards(
     )
     halves = [within_quota(half) for half in zip(*(s.halves for s in alike), strict=False)]
     prediction, energy = _prediction(bundle, plan, order, halves)
-    plan = replace(plan, targets=targets, order=order, prediction=prediction, energy=energy)
+    joint = scorer == "output_projection" and order
+    dearest = max(unit.cost for unit in order) if joint else None
+    ignored = near_the_cut(bundle, plan.level, plan.ignored, dearest)
+    plan = replace(
+        plan,
+        ignored=(*ignored, *_left_out(bundle, shards, scorer)),
+        targets=targets,
+        order=order,
+        spared=tuple(group for shard in alike for group in shard.decision.spared),
+        shortfall=_shortfall(plan, shards, len(order)),
+        prediction=prediction,
+        energy=energy,
+    )
     own = set(plan.fallbacks)
     others = dict.fromkeys(f for s in shards for f in s.decision.fallbacks if f not in own)
     return judged(bundle, settings, plan, key=shards[0].decision.key, fallbacks=tuple(others))
+
+
+def _shortfall(plan: LevelPlan, shards: Sequence[LevelAnalysis], count: int) -> str:
+    """How much of the quota is not used; the shards say why."""
+    own = dict.fromkeys(shard.decision.statistics.shortfall for shard in shards)
+    short = plan.allowed.quota - count
+    if len(shards) == 1:
+        return next(iter(own))
+    if not short:
+        return plan.shortfall
+    unused = f"{short} of the {plan.allowed.quota} {plan.level}s that may go stay"
+    return told(plan.shortfall, unused, *(words for words in own if words != plan.shortfall))
 
 
 def _left_out(
