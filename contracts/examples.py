@@ -255,6 +255,15 @@ def _masks() -> list[ll.Message]:
     ]
 
 
+def _shared() -> list[ll.Message]:
+    """What workers hand each other."""
+    plan = str(KEY.at(ll.Level.JOINT))
+    return [
+        ll.AnalysisItem(plan=plan, level=ll.Level.CHANNEL, shard=1, shards=2),
+        ll.JoinItem(plan=plan),
+    ]
+
+
 def _told() -> list[ll.Message]:
     """What Elesh and the trainer tell others."""
     return [
@@ -336,7 +345,8 @@ def _audited() -> ll.AuditEntry:
 
 
 MESSAGES: dict[str, ll.Message] = {
-    type(message).__name__: message for message in (*_asked(), _decision(), *_masks(), *_told())
+    type(message).__name__: message
+    for message in (*_asked(), _decision(), *_masks(), *_shared(), *_told())
 }
 """An example of every message of the catalogue, by its type's name."""
 

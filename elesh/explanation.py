@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -89,7 +89,7 @@ def _targets(targets: Iterable[TargetExplanation]) -> Table:
     return table
 
 
-_FIGURES = {
+_FIGURES: dict[str, Callable[[UnitExplanation], float | None]] = {
     "alone": lambda row: row.single_removal,
     "trend": lambda row: row.trend,
     "stability": lambda row: row.stability,

@@ -9,6 +9,7 @@ from .architecture import PrunedArchitecture
 from .audit import GENESIS, AuditEntry, AuditEvent
 from .base import SCHEMA_VERSION, Message, WireEnum
 from .blocks import LayerBlock, StandIn
+from .budget import Budget, LatencyTable, LayerLatency
 from .bundle import CheckpointBundle, CheckpointDocument, NetworkExport
 from .checkpoint import BlobRef, CheckpointMetadata, CheckpointReady
 from .codec import decode, encode, read_envelope, unwrap, wrap
@@ -37,6 +38,7 @@ from .errors import (
     Conflict,
     ContractError,
     DigestMismatch,
+    Expired,
     IdentityMismatch,
     InvalidField,
     Malformed,
@@ -91,18 +93,22 @@ from .statistics import (
 )
 from .streams import MESSAGES, STREAMS, Stream
 from .verification import Interval, Verification
+from .work import AnalysisItem, Attempt, ItemResult, JoinItem
 
 __all__ = [
     "AnalysisFailed",
+    "AnalysisItem",
     "AnalysisMetrics",
     "AnalysisParameters",
     "AnalysisReport",
     "AnalysisRequest",
+    "Attempt",
     "AttentionHeadTarget",
     "AuditEntry",
     "AuditEvent",
     "BlobRef",
     "BreakerTransition",
+    "Budget",
     "ChannelImportanceData",
     "ChannelPruningTarget",
     "CheckpointBundle",
@@ -114,6 +120,7 @@ __all__ = [
     "DeadLetter",
     "DigestMismatch",
     "EventEnvelope",
+    "Expired",
     "Fallback",
     "GENESIS",
     "GateResult",
@@ -126,8 +133,12 @@ __all__ = [
     "ImportanceData",
     "Interval",
     "InvalidField",
+    "ItemResult",
+    "JoinItem",
     "LayerBlock",
     "LayerDescriptor",
+    "LatencyTable",
+    "LayerLatency",
     "LayerPruningTarget",
     "LayerStatistics",
     "Level",

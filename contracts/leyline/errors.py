@@ -144,6 +144,12 @@ class Poison(ContractError):
     code = "poison"
 
 
+class Expired(ContractError):
+    """A message that came after its deadline or time to live: an answer no longer matters."""
+
+    code = "expired"
+
+
 class AnalysisFailed(ContractError):
     """The analysis of sound input gave no decision, whatever rung of the ladder was tried."""
 

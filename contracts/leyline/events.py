@@ -23,6 +23,7 @@ from .base import (
 )
 from .decisions import GateResult, Outcome
 from .identity import DecisionKey, Level
+from .work import Attempt
 
 V = TypeVar("V")
 
@@ -70,6 +71,11 @@ class TelemetryEvent(Message):
         "failed",
         "dead_letter",
         "fallback",
+        "planned",
+        "stored",
+        "handed_over",
+        "retried",
+        "reclaimed",
     ]
     worker_id: Name
     idempotency_key: Label = ""
@@ -207,3 +213,5 @@ class DeadLetter(Message):
     idempotency_key: Label = ""
     traceparent: Annotated[str, AfterValidator(lambda text: text[:512])] = ""
     """W3C trace context of the message, cut: a letter is written whatever came."""
+    history: tuple[Attempt, ...] = Field(default=(), exclude_if=lambda history: not history)
+    """Earlier deliveries that did not end it, oldest first, at most the last sixteen."""

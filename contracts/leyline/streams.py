@@ -19,6 +19,7 @@ from .events import (
 )
 from .legacy import AnalysisReport, ImportanceData, MaskApplication, PruningMasks
 from .requests import AnalysisRequest, StructuralAnalysisRequest
+from .work import AnalysisItem, JoinItem
 
 WORKERS = "elesh-workers"
 """The consumer group of the analysis workers."""
@@ -54,6 +55,13 @@ DECISIONS = Stream(
     "one decision a key",
 )
 OUTCOMES = Stream("outcomes", (PruningOutcome,), "what trainers made of decisions", WORKERS)
+WORK = Stream("work", (AnalysisItem, JoinItem), "parts of checkpoints for any worker", WORKERS)
+REDELIVERIES = Stream(
+    "redeliveries",
+    (*CHECKPOINTS.messages, *REQUESTS.messages, *OUTCOMES.messages, *WORK.messages),
+    "entries of the other work streams that were given back or whose worker died",
+    WORKERS,
+)
 MASKS = Stream("masks", (MaskApplication,), "validated parameter masks for checkpoints")
 TELEMETRY = Stream("telemetry", (TelemetryEvent, BreakerTransition), "what workers do, for Nissa")
 VALIDATION = Stream("validation", (StructuralValidationResult,), "safety results, for Urabrask")
@@ -67,6 +75,8 @@ STREAMS: tuple[Stream, ...] = (
     REQUESTS,
     DECISIONS,
     OUTCOMES,
+    WORK,
+    REDELIVERIES,
     MASKS,
     TELEMETRY,
     VALIDATION,

@@ -7,6 +7,7 @@ nothing is chosen twice or against a group's minimum, multiple or the quota.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from leyline import (
     ChannelPruningTarget,
     CheckpointBundle,
     Fallback,
+    InvalidField,
     Level,
     Phase,
     PruningGroup,
@@ -32,6 +34,7 @@ from .choosing import (
     usable_projections,
 )
 from .eligible import eligible_groups
+from .fitting import fitted
 from .plans import LevelPlan, empty_plan, wanted_scorer, with_choice
 from .projections import Projections
 from .redundancy import Pair, redundant_pairs
@@ -133,6 +136,8 @@ def plan_channels(
         InvalidField: if the request ignores a group or layer that does not exist.
     """
     plan = prepare_channels(bundle, settings, scorer=scorer, shard=shard)
+    if shard is not None and bundle.parameters.budget is not None:
+        raise InvalidField("shard", "none with a budget: it is fitted over all groups", len(shard))
     if not plan.groups or not plan.allowed.quota:
         return plan
     channels = settings.structured_pruning.channel_analysis
@@ -145,7 +150,12 @@ def plan_channels(
         round_to=plan.round_to,
         threads=threads,
     )
-    choice = ranking.decide(bundle, plan.allowed.quota)
+    quota, budget = plan.allowed.quota, bundle.parameters.budget
+    if budget is not None:
+        fit = fitted(bundle, budget, ranking, quota)
+        ranking, quota = fit.ranking, fit.quota
+        plan = replace(plan, budget=fit.use, ignored=plan.ignored + fit.ignored)
+    choice = ranking.decide(bundle, quota)
     targets = _targets(plan.groups, ranking.candidates, choice, channels.redundancy_threshold)
     return with_choice(plan, bundle, ranking.candidates, choice, targets)
 
@@ -210,7 +220,7 @@ def _targets(
                 redundancy_threshold=threshold,
                 channels_before=group.size,
                 channels_after=group.size - len(units),
-                spared=spared_units(candidates, selection, number, scale),
+                spared=spared_units(candidates, choice, number),
             )
         )
     return tuple(targets)

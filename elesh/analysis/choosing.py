@@ -15,7 +15,7 @@ import numpy as np
 from leyline import CheckpointBundle, SparedGroup, SparedUnit
 
 from .candidates import Candidates, Doubles, Floats
-from .noise import without_noise
+from .noise import price_errors, without_noise
 from .orders import JointOrder, Order, StaticOrder
 from .projections import Prediction, Projections, output_energy, predict
 from .redundancy import Pair
@@ -56,6 +56,8 @@ class Choice:
     """What was chosen, and what it is predicted to do."""
 
     selection: Selection
+    quota: int
+    """So many units might have been chosen."""
     scale: float
     """Costs times this are in their own unit."""
     prediction: Prediction | None
@@ -111,11 +113,12 @@ class Ranking:
         selection, projections = self.choose(quota), self.projections
         joint, errors = self.scorer == "output_projection", dict[int, float]()
         if projections and joint and selection.units:
-            selection, errors = without_noise(selection, projections.columns)
+            selection = without_noise(selection, projections.columns)
+            errors = price_errors(selection, projections.columns)
         count = len(selection.units)
         scale = projections.unit**2 if projections and joint else 1.0
         if projections is None or not selection.units:
-            return Choice(selection, scale, None, 0.0)
+            return Choice(selection, quota, scale, None, 0.0)
 
         halves: list[Selection] = []
 
@@ -125,7 +128,7 @@ class Ranking:
 
         prediction = predict(projections, self.candidates, count, on_samples)
         energy = output_energy(bundle.gates.values())
-        return Choice(selection, scale, prediction, energy, tuple(halves), errors)
+        return Choice(selection, quota, scale, prediction, energy, tuple(halves), errors)
 
 
 def projection_fault(bundle: CheckpointBundle) -> str:
@@ -156,40 +159,42 @@ def pairs_by_group(candidates: Candidates, selection: Selection) -> dict[int, li
     return found
 
 
-def spared_units(
-    candidates: Candidates, selection: Selection, group: int, scale: float
-) -> tuple[SparedUnit, ...]:
+def spared_units(candidates: Candidates, choice: Choice, group: int) -> tuple[SparedUnit, ...]:
     """The cheapest units of the group that stayed although they were near the cut, with reasons."""
+    selection = choice.selection
     order, span = selection.order, candidates.span(group)
     stayed = np.flatnonzero(~order.taken[span]) + span.start
     close = order.costs[stayed] <= _NEAR * max(selection.dearest, 0.0)
     near = stayed[close | np.isin(stayed, list(selection.noise))]
     near = near[np.argsort(order.costs[near], kind="stable")][:MAX_SPARED]
-    full = bool(order.room[group] == 0)
+    left = choice.quota - len(selection.units)
+    usual: Reason = "quota"
+    if order.room[group] == 0:
+        usual = "minimum"
+    elif 0 < left < candidates.multiples[group]:
+        usual = "rounding"
     return tuple(
         SparedUnit(
             index=unit - span.start,
-            cost=float(order.costs[unit]) * scale,
-            reason=_reason(selection, unit, full=full),
+            cost=float(order.costs[unit]) * choice.scale,
+            reason=_reason(selection, unit, usual),
         )
         for unit in sorted(near.tolist())
     )
 
 
-def spared_groups(
-    candidates: Candidates, selection: Selection, scale: float
-) -> tuple[SparedGroup, ...]:
+def spared_groups(candidates: Candidates, choice: Choice) -> tuple[SparedGroup, ...]:
     """The groups that lose nothing although some of their units were near the cut."""
-    losing = set(candidates.group_of[list(selection.units)].tolist())
+    losing = set(candidates.group_of[list(choice.selection.units)].tolist())
     found = (
-        (name, spared_units(candidates, selection, group, scale))
+        (name, spared_units(candidates, choice, group))
         for group, name in enumerate(candidates.names)
         if group not in losing
     )
     return tuple(SparedGroup(layer_name=name, spared=units) for name, units in found if units)
 
 
-def _reason(selection: Selection, unit: int, *, full: bool) -> Reason:
+def _reason(selection: Selection, unit: int, usual: Reason) -> Reason:
     if unit in selection.noise:
         return "noise"
     if unit in selection.kept:
@@ -198,4 +203,4 @@ def _reason(selection: Selection, unit: int, *, full: bool) -> Reason:
         return "rounding"
     if unit in selection.too_dear:
         return "redundancy_cost"
-    return "minimum" if full else "quota"
+    return usual

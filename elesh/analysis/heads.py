@@ -287,7 +287,7 @@ def _targets(
                 attention_entropy=tuple(entropy),
                 heads_before=group.size,
                 heads_after=group.size - len(heads),
-                spared=spared_units(candidates, selection, number, choice.scale),
+                spared=spared_units(candidates, choice, number),
             )
         )
     return tuple(targets)

@@ -30,9 +30,26 @@ from .schedule import Allowance, counted_groups
 from .selection import Selection
 from .shortfalls import near_the_cut, short_of_quota, short_of_target, told
 
-__all__ = ["LevelPlan", "Target", "empty_plan", "ranked_units", "wanted_scorer", "with_choice"]
+__all__ = [
+    "BudgetUse",
+    "LevelPlan",
+    "Target",
+    "empty_plan",
+    "ranked_units",
+    "wanted_scorer",
+    "with_choice",
+]
 
 Target = ChannelPruningTarget | AttentionHeadTarget | LayerPruningTarget
+
+
+@dataclass(frozen=True)
+class BudgetUse:
+    """What is left of a resource after the cut, as shares of what the present network takes."""
+
+    resource: str
+    left: float
+    at_most: float
 
 
 @dataclass(frozen=True)
@@ -75,6 +92,8 @@ class LevelPlan:
     """Where there are output projections of all candidates."""
     energy: float = 0.0
     """The outputs' mean square, estimated from the same projections."""
+    budget: BudgetUse | None = None
+    """How far the cut gets towards a budget, where one was asked for."""
 
 
 _CONFIDENCE = {"output_projection": 0.9, "multi_metric": 0.6, "magnitude": 0.3}
@@ -145,8 +164,8 @@ def with_choice(
         targets=tuple(targets),
         order=order(selection),
         ignored=tuple(near_the_cut(bundle, plan.level, plan.ignored, dearest)),
-        spared=spared_groups(candidates, selection, scale),
-        shortfall=told(plan.shortfall, short_of_quota(plan.allowed.quota, selection, plan.level)),
+        spared=spared_groups(candidates, choice),
+        shortfall=told(plan.shortfall, short_of_quota(choice.quota, selection, plan.level)),
         halves=tuple(map(order, choice.halves)),
         prediction=choice.prediction,
         energy=choice.energy,

@@ -1,6 +1,7 @@
 """The bus: Redis Streams with leases, one decision a key, blobs by claim check, breakers.
 
-Start reading at :mod:`elesh.bus.core`. The server is anybody's Redis 7 or newer, or the embedded
+Start reading at :mod:`elesh.bus.core`, then :mod:`.groups` (leases), :mod:`.sweeping` and
+:mod:`.plans` (fan-out). The server is anybody's Redis 7 or newer, or the embedded
 one of :mod:`elesh.bus.embedded`.
 """
 
@@ -8,13 +9,15 @@ from .audit import AuditHead, AuditLog, audit_envelope
 from .blobs import BlobStore
 from .breakers import BreakerStore, BreakerView
 from .client import until_available
-from .core import Bus
+from .core import SHED_FROM, Bus
 from .embedded import EmbeddedServer, embedded_server, server_url
-from .errors import BusUnavailable, masked
+from .errors import BusUnavailable, Overloaded, masked
 from .history import HistoryStore
 from .letters import DeadLetters, Letter, Redriven
-from .records import Delivery, Pending, Record, Settlement, Settling, read_letter
+from .plans import Plan, Planned, Stored
+from .records import Delivery, History, Pending, Record, Settlement, Settling, read_letter
 from .registry import Backlog, Registry, WorkerState
+from .sweeping import Sweep
 
 __all__ = [
     "AuditHead",
@@ -28,14 +31,21 @@ __all__ = [
     "DeadLetters",
     "Delivery",
     "EmbeddedServer",
+    "History",
     "HistoryStore",
     "Letter",
+    "Overloaded",
     "Pending",
+    "Plan",
+    "Planned",
     "Record",
     "Redriven",
     "Registry",
+    "SHED_FROM",
     "Settlement",
     "Settling",
+    "Stored",
+    "Sweep",
     "audit_envelope",
     "WorkerState",
     "embedded_server",

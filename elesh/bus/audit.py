@@ -16,6 +16,7 @@ from leyline import GENESIS, AuditEntry, AuditEvent, EventEnvelope, encode, wrap
 from leyline.streams import AUDIT, DEAD, DECISIONS, OPERATIONS, OUTCOMES, TELEMETRY, Stream
 
 from .client import Client
+from .groups import pairs_of
 from .records import Delivery, deliveries_of, entry_fields
 from .scripts import Scripts
 
@@ -80,7 +81,8 @@ class AuditLog:
         keys = {stream.key(self._partition): stream for stream in COPIED}
         wanted: Any = {key: head.cursors.get(stream.name, "0") for key, stream in keys.items()}
         reply = await self._client.xread(wanted, _BATCH)
-        found = deliveries_of(reply, {key.encode(): stream for key, stream in keys.items()}, 0)
+        named = [(keys[key.decode()], entries) for key, entries in pairs_of(reply)]
+        found = deliveries_of(named, grouped=False)
         # What happened first is written first; the sort is stable, so a stream keeps its order.
         return sorted(found, key=lambda each: int(each.entry_id.split("-")[0]))
 

@@ -9,16 +9,16 @@ every step that changes anything. Commands of Redis 7.0 only. Every method raise
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Self
-
-from redis.exceptions import ResponseError
 
 from elesh.settings import BreakerSettings, BusSettings
 from leyline import (
     DeadLetter,
     IdempotencyKey,
+    Level,
     Message,
     Priority,
     TooLarge,
@@ -26,27 +26,41 @@ from leyline import (
     stable_hash,
     wrap,
 )
-from leyline.streams import AUDIT, CHECKPOINTS, DEAD, DECISIONS, OUTCOMES, REQUESTS, STREAMS, Stream
+from leyline.streams import AUDIT, DEAD, DECISIONS, STREAMS, Stream
 
 from .audit import AuditLog
 from .blobs import BlobStore
 from .breakers import BreakerStore
 from .client import MAX_BLOCK, Client, open_client, until_available
+from .errors import Overloaded
+from .groups import Groups, pairs_of
 from .history import HistoryStore
+from .keys import Keys
 from .letters import DeadLetters
+from .plans import PlanStore
 from .records import Delivery, Pending, Record, Settlement, Settling, deliveries_of, entry_fields
 from .registry import Registry
 from .scripts import Scripts
+from .sweeping import Sweeper
 from .upkeep import forget_idle_consumers, pending_of
 from .upkeep import last_id as last_id_of
 
-__all__ = ["Bus"]
+__all__ = ["SHED_FROM", "Bus"]
 
 _SOURCE = "elesh"
 _MARKER_SECONDS = 600
 _BATCH = 100
-# Work for groups that may not exist yet, and the audit log: never dropped unread.
-_KEPT = frozenset({CHECKPOINTS, REQUESTS, OUTCOMES, AUDIT})
+# Work for groups that may not exist yet.
+_WORK = frozenset(stream for stream in STREAMS if stream.group)
+# It and the audit log are never dropped unread.
+_KEPT = _WORK | {AUDIT}
+SHED_FROM = {
+    Priority.LOW: 0.5,
+    Priority.NORMAL: 0.75,
+    Priority.HIGH: 0.85,
+    Priority.CRITICAL: 0.95,
+}
+"""Share of ``stream_length`` that may wait before messages of a priority are shed."""
 
 
 class Bus:
@@ -57,8 +71,12 @@ class Bus:
     ) -> None:
         self.settings = settings
         self.partition = settings.partition
+        self.keys = keys = Keys(settings.partition)
         self._client = client
-        self._scripts = Scripts(client)
+        self._scripts = scripts = Scripts(client)
+        self.groups = Groups(client, scripts, keys)
+        self.plans = PlanStore(client, scripts, keys, self.groups, settings.record_ttl_seconds)
+        self.sweeper = Sweeper(scripts, keys, self.plans, settings.lease_seconds)
         self.blobs = BlobStore(client, self._scripts, settings)
         self.breakers = BreakerStore(
             client, self._scripts, settings.partition, breaker or BreakerSettings()
@@ -66,9 +84,6 @@ class Bus:
         self.audit = AuditLog(client, self._scripts, settings.partition)
         self.letters = DeadLetters(client, self._scripts, settings.partition)
         self.registry = Registry(client, self._scripts, settings.partition)
-        self._lease_ms = max(1, round(settings.lease_seconds * 1000))
-        self._cursors: dict[tuple[str, str], str] = {}
-        self._first = 0
 
     def history(self, epochs: int, nbytes: int) -> HistoryStore:
         """The runs' histories, each within so many epochs and bytes."""
@@ -83,7 +98,7 @@ class Bus:
         Raises:
             BusUnavailable: if it does not answer; the message names the URL and the cause.
         """
-        client = open_client(url)
+        client = open_client(url, settings.partition)
         try:
             await client.ping()
         except BaseException:
@@ -134,6 +149,9 @@ class Bus:
 
         Without ``event_id`` each call is an event of its own. With one, the same event is appended
         once within ten minutes, so that a caller may try again after an answer was lost.
+
+        Raises:
+            Overloaded: if so much waits in the stream that a message of this priority is shed.
         """
         envelope = wrap(
             message,
@@ -144,12 +162,26 @@ class Bus:
             epoch=epoch,
             correlation_id=correlation_id,
         )
-        return await self._scripts.publish(
-            self._key(stream),
-            self._named("event", stream.name, envelope.event_id),
-            _MARKER_SECONDS,
-            entry_fields(encode(envelope), carrier or {}),
-        )
+        marker = self.keys.named("event", stream.name, envelope.event_id)
+        limit = self._shed_from(stream, priority)
+        args: list[str | bytes | int] = [_MARKER_SECONDS, limit, stream.group]
+        args += [f"{stream.name}:{priority}", *entry_fields(encode(envelope), carrier or {})]
+        keys = [self.keys.stream(stream), marker, self.keys.named("shed")]
+        entry = await self._scripts.publish(keys, args)
+        if entry is None:
+            raise Overloaded(self._client.url, stream.name, priority, limit)
+        return entry
+
+    def _shed_from(self, stream: Stream, priority: Priority) -> int:
+        """The backlog from which a priority is shed; 0 for what is never shed: emergencies, and
+        streams that nobody works on, which are trimmed instead."""
+        share = SHED_FROM.get(priority, 0.0) if stream in _WORK else 0.0
+        return math.ceil(share * self.settings.stream_length)
+
+    async def shed(self) -> dict[str, int]:
+        """How many messages were shed so far, by ``stream:priority``."""
+        counts: Any = await self._client.hgetall(self.keys.named("shed"))
+        return {name.decode(): int(count) for name, count in sorted(counts.items())}
 
     # Consumers
 
@@ -162,120 +194,26 @@ class Bus:
         count: int,
         block_seconds: float,
     ) -> list[Delivery]:
-        """Up to ``count`` entries that the group has not seen; waits for the first if need be.
+        """Up to ``count`` entries that the group has not seen, those of earlier streams first.
 
-        A group that does not exist (yet, or any more) begins at the oldest entry. At most
-        ``MAX_BLOCK`` seconds are waited, whatever is asked for.
+        Waits for the first if need be, at most ``MAX_BLOCK`` seconds whatever is asked for. A group
+        that does not exist (yet, or any more) begins at the oldest entry.
         """
-        try:
-            return await self._claim(group, consumer, streams, count, block_seconds)
-        except ResponseError as error:
-            if not str(error).startswith(("NOGROUP", "UNBLOCKED")):
-                raise
-        await self._create_group(group, streams)
-        return await self._claim(group, consumer, streams, count, block_seconds)
-
-    async def _claim(
-        self, group: str, consumer: str, streams: Sequence[Stream], count: int, seconds: float
-    ) -> list[Delivery]:
-        # XREADGROUP's COUNT holds for each stream, so they are asked one by one, in turn.
-        self._first = (self._first + 1) % len(streams)
-        claimed: list[Delivery] = []
-        for stream in (*streams[self._first :], *streams[: self._first]):
-            if count > len(claimed):
-                claimed += await self._read_group(group, consumer, [stream], count - len(claimed))
-        if claimed or seconds <= 0:
-            return claimed
-        block = max(1, round(min(seconds, MAX_BLOCK) * 1000))
-        claimed = await self._read_group(group, consumer, streams, 1, block)
-        await self._release(group, consumer, claimed[count:])
-        return claimed[:count]
-
-    async def _read_group(
-        self,
-        group: str,
-        consumer: str,
-        streams: Sequence[Stream],
-        count: int,
-        block: int | None = None,
-    ) -> list[Delivery]:
-        reply = await self._client.xreadgroup(
-            group, consumer, {self._key(stream): ">" for stream in streams}, count, block
+        return await self.groups.claim(
+            group, consumer, streams, count=count, block_seconds=block_seconds
         )
-        return self._deliveries(streams, reply, deliveries=1)
-
-    async def _create_group(self, group: str, streams: Sequence[Stream]) -> None:
-        for stream in streams:
-            try:
-                await self._client.xgroup_create(self._key(stream), group, "0", mkstream=True)
-            except ResponseError as error:
-                if not str(error).startswith("BUSYGROUP"):
-                    raise
-
-    async def reclaim(
-        self, group: str, consumer: str, streams: Sequence[Stream], *, count: int
-    ) -> list[Delivery]:
-        """Up to ``count`` pending entries whose lease ran out, whoever owned them.
-
-        That includes the consumer's own: one that is still at work on such an entry simply goes on.
-        """
-        claimed: list[Delivery] = []
-        for stream in streams:
-            if count > len(claimed):
-                claimed += await self._reclaim(group, consumer, stream, count - len(claimed))
-        return claimed
-
-    async def _reclaim(
-        self, group: str, consumer: str, stream: Stream, count: int
-    ) -> list[Delivery]:
-        key, place = self._key(stream), (group, stream.name)
-        start = self._cursors.pop(place, "-")
-        try:
-            expired: Any = await self._client.xpending_range(
-                key, group, start, "+", count, idle=self._lease_ms
-            )
-        except ResponseError as error:
-            if str(error).startswith("NOGROUP"):
-                return []
-            raise
-        if not expired:
-            return []
-        deliveries = {e["message_id"].decode(): e["times_delivered"] + 1 for e in expired}
-        if len(expired) == count:
-            # The next call goes on from here, so that entries deep down have their turn.
-            self._cursors[place] = f"({list(deliveries)[-1]}"
-        entries: Any = await self._client.xclaim(
-            key, group, consumer, self._lease_ms, list(deliveries)
-        )
-        return [
-            Delivery(stream, entry.decode(), fields, deliveries[entry.decode()])
-            for entry, fields in entries
-            if fields is not None
-        ]
 
     async def renew(
         self, group: str, consumer: str, deliveries: Sequence[Delivery]
     ) -> list[Delivery]:
         """Start the leases anew; the deliveries that are no longer the consumer's."""
-        entries = [self._entry(delivery) for delivery in deliveries]
-        lost = await self._scripts.renew(group, consumer, entries) if entries else []
-        return [deliveries[position] for position in lost]
-
-    async def _release(self, group: str, consumer: str, deliveries: Sequence[Delivery]) -> None:
-        entries = [(self._entry(delivery), delivery.deliveries - 1) for delivery in deliveries]
-        if entries:
-            await self._scripts.release(group, consumer, entries, self._lease_ms)
-
-    async def leave(self, group: str, consumer: str, streams: Sequence[Stream]) -> None:
-        """Have the group forget a consumer that ends; one with pending entries stays known."""
-        for stream in streams:
-            await self._scripts.leave(self._key(stream), group, consumer)
+        return await self.groups.renew(group, consumer, deliveries)
 
     # Results
 
     async def record(self, key: IdempotencyKey) -> Record | None:
         """The decision stored for a key, None if there is none."""
-        stored: Any = await self._client.hgetall(self._named("record", str(key)))
+        stored: Any = await self._client.hgetall(self.keys.named("record", str(key)))
         if not stored:
             return None
         return Record(
@@ -284,41 +222,52 @@ class Bus:
             datetime.fromtimestamp(float(stored[b"decided_at"]), UTC),
         )
 
+    async def latest(self, run_id: str, level: Level, before: int) -> Record | None:
+        """The run's latest good decision of a level, if it is of an epoch before ``before``."""
+        pointer = self._latest(run_id, level)
+        found: Any = await self._client.hmget(pointer, ["epoch", "key"])
+        epoch, key = found
+        if key is None or int(epoch) >= before:
+            return None
+        return await self.record(IdempotencyKey.parse(key.decode()))
+
     async def settle(
-        self, group: str, consumer: str, delivery: Delivery, results: Sequence[Settling]
+        self,
+        group: str,
+        consumer: str,
+        delivery: Delivery,
+        results: Sequence[Settling],
+        served: Sequence[str] = (),
+        letter: DeadLetter | None = None,
     ) -> list[Settlement]:
         """Store, publish and acknowledge in one atomic step; what became of each result.
 
         If the consumer no longer owns the entry, all are LOST and nothing changes. If one is in
-        CONFLICT, the entry stays pending: make it a dead letter.
+        CONFLICT, the entry stays pending: make it a dead letter. ``served`` are keys that are
+        deleted, and ``letter`` a dead letter that is published, with the acknowledgement.
         """
         if not results:
             raise ValueError("settle needs a result; acknowledge an entry that has none")
-        prepared = []
+        keys = [self.groups.entry(delivery)[0], *map(self.keys.stream, (DECISIONS, DEAD))]
+        buried = _letter_fields(letter, results[0].carrier) if letter else []
+        args: list[str | bytes | int] = [group, consumer, delivery.entry_id]
+        args += [self.settings.record_ttl_seconds, len(results), len(buried), *buried]
         for result in results:
-            envelope = wrap(
-                result.message,
-                source=_SOURCE,
-                event_id=f"settled-{stable_hash(str(result.key))}",
-                run_id=result.run_id,
-                epoch=result.epoch,
-                correlation_id=str(result.key),
-            )
-            fields = entry_fields(encode(envelope), result.carrier)
-            prepared.append((self._named("record", str(result.key)), result.fingerprint, fields))
-        verdicts = await self._scripts.settle(
-            group,
-            consumer,
-            self._entry(delivery),
-            self._key(DECISIONS),
-            self.settings.record_ttl_seconds,
-            prepared,
-        )
+            level = result.key.level
+            keys += [self.keys.named("record", str(result.key)), self._latest(result.run_id, level)]
+            fields = entry_fields(encode(_settled(result)), result.carrier)
+            epoch = result.key.epoch if result.remember else -1
+            args += [str(result.key), result.fingerprint, epoch, len(fields), *fields]
+        verdicts = await self._scripts.settle([*keys, *served], args)
         return [Settlement(verdict) for verdict in verdicts]
 
-    async def acknowledge(self, group: str, consumer: str, delivery: Delivery) -> bool:
+    async def acknowledge(
+        self, group: str, consumer: str, delivery: Delivery, served: Sequence[str] = ()
+    ) -> bool:
         """End an entry without a result; False if it is no longer the consumer's."""
-        return await self._scripts.acknowledge(group, consumer, self._entry(delivery))
+        return await self._scripts.acknowledge(
+            [self.groups.entry(delivery)[0], *served], [group, consumer, delivery.entry_id]
+        )
 
     async def dead_letter(
         self,
@@ -327,19 +276,21 @@ class Bus:
         delivery: Delivery,
         letter: DeadLetter,
         carrier: Mapping[str, str],
+        served: Sequence[str] = (),
     ) -> bool:
         """Move an entry to the dead letters; False if it is no longer the consumer's.
 
         Original bytes too large for a message travel as fields beside it: read entries of the
         stream with ``read_letter``.
         """
-        try:
-            fields = entry_fields(encode(_enveloped(letter)), carrier)
-        except TooLarge:
-            bare = letter.model_copy(update={"original": {}})
-            fields = entry_fields(encode(_enveloped(bare)), carrier, letter.original)
-        entry = self._entry(delivery)
-        return await self._scripts.acknowledge(group, consumer, entry, self._key(DEAD), fields)
+        fields = _letter_fields(letter, carrier)
+        return await self._scripts.acknowledge(
+            [self.groups.entry(delivery)[0], self.keys.stream(DEAD), *served],
+            [group, consumer, delivery.entry_id, *fields],
+        )
+
+    def _latest(self, run_id: str, level: Level) -> str:
+        return self.keys.named("latest", run_id, level)
 
     # Readers
 
@@ -347,31 +298,32 @@ class Bus:
         self, stream: Stream, *, start: str = "-", end: str = "+", count: int | None = None
     ) -> list[Delivery]:
         """Entries of a stream from id ``start`` to ``end``, without any group."""
-        entries = await self._client.xrange(self._key(stream), start, end, count)
-        return self._deliveries([stream], [(self._key(stream).encode(), entries)], deliveries=0)
+        entries = await self._client.xrange(self.keys.stream(stream), start, end, count)
+        return deliveries_of([(stream, entries)], grouped=False)
 
     async def newest(self, stream: Stream, *, count: int) -> list[Delivery]:
         """The last ``count`` entries of a stream, newest first."""
-        entries = await self._client.xrevrange(self._key(stream), "+", "-", count)
-        return self._deliveries([stream], [(self._key(stream).encode(), entries)], deliveries=0)
+        entries = await self._client.xrevrange(self.keys.stream(stream), "+", "-", count)
+        return deliveries_of([(stream, entries)], grouped=False)
 
     async def follow(
         self, stream: Stream, *, last_id: str, block_seconds: float
     ) -> tuple[str, list[Delivery]]:
         """Up to 100 entries after ``last_id`` (``"0"`` all, ``"$"`` from now on), and the id to go
         on from; waits up to ``block_seconds`` for the first."""
-        key = self._key(stream)
+        key = self.keys.stream(stream)
         if last_id == "$":
             # A real id, so that nothing is missed between this call and the next.
             last_id = await last_id_of(self._client, key)
         block = round(max(0.0, min(block_seconds, MAX_BLOCK)) * 1000) or None
         reply = await self._client.xread({key: last_id}, _BATCH, block)
-        entries = self._deliveries([stream], reply, deliveries=0)
+        found = [(stream, entries) for _, entries in pairs_of(reply)]
+        entries = deliveries_of(found, grouped=False)
         return (entries[-1].entry_id if entries else last_id), entries
 
     async def pending(self, group: str, stream: Stream) -> Pending:
         """What a group has to do in a stream; all of it, if the group does not exist."""
-        return await pending_of(self._client, self._key(stream), group)
+        return await pending_of(self._client, self.keys.stream(stream), group)
 
     # Housekeeping
 
@@ -383,30 +335,33 @@ class Bus:
         """
         removed = {}
         for stream in STREAMS:
-            key = self._key(stream)
+            key = self.keys.stream(stream)
             removed[stream.name] = await self._scripts.trim(
                 key, self.settings.stream_length, cap=stream not in _KEPT
             )
             await forget_idle_consumers(self._client, self._scripts, key)
         return removed
 
-    # Keys and replies
 
-    def _key(self, stream: Stream) -> str:
-        return stream.key(self.partition)
-
-    def _named(self, *parts: str) -> str:
-        return f"elesh:{{{self.partition}}}:" + ":".join(parts)
-
-    def _entry(self, delivery: Delivery) -> tuple[str, str]:
-        return self._key(delivery.stream), delivery.entry_id
-
-    def _deliveries(
-        self, streams: Sequence[Stream], reply: Any, *, deliveries: int
-    ) -> list[Delivery]:
-        by_key = {self._key(stream).encode(): stream for stream in streams}
-        return deliveries_of(reply, by_key, deliveries)
+def _settled(result: Settling) -> Message:
+    return wrap(
+        result.message,
+        source=_SOURCE,
+        event_id=f"settled-{stable_hash(str(result.key))}",
+        run_id=result.run_id,
+        epoch=result.epoch,
+        correlation_id=str(result.key),
+    )
 
 
-def _enveloped(letter: DeadLetter) -> Message:
-    return wrap(letter, source=letter.worker_id, priority=Priority.HIGH)
+def _letter_fields(letter: DeadLetter, carrier: Mapping[str, str]) -> list[str | bytes]:
+    """A dead letter as an entry; original bytes too large for a message stand beside it."""
+
+    def enveloped(letter: DeadLetter) -> bytes:
+        return encode(wrap(letter, source=letter.worker_id, priority=Priority.HIGH))
+
+    try:
+        return entry_fields(enveloped(letter), carrier)
+    except TooLarge:
+        bare = letter.model_copy(update={"original": {}})
+        return entry_fields(enveloped(bare), carrier, letter.original)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["BusUnavailable", "masked"]
+__all__ = ["BusUnavailable", "Overloaded", "masked"]
 
 _IN_AUTHORITY = re.compile(r"(?<=://)([^/@:]*):.*@")
-_IN_QUERY = re.compile(r"(?<=[?&]password=)[^&]*")
+_IN_QUERY = re.compile(r"([?&]\w*password=)[^&]*")
 
 
 def masked(url: str) -> str:
     """A URL as it may be shown: the password replaced by ``***``."""
-    return _IN_QUERY.sub("***", _IN_AUTHORITY.sub(r"\1:***@", url))
+    return _IN_QUERY.sub(r"\1***", _IN_AUTHORITY.sub(r"\1:***@", url))
 
 
 class BusUnavailable(Exception):
@@ -24,3 +24,14 @@ class BusUnavailable(Exception):
     def __init__(self, url: str, reason: object, *, hint: str = "is the server running?") -> None:
         text = " ".join(str(reason).split()) or type(reason).__name__
         super().__init__(f"bus at {masked(url)} is unavailable: {text}; {hint}")
+
+
+class Overloaded(BusUnavailable):
+    """A message was shed: so much is waiting that its priority has no room."""
+
+    def __init__(self, url: str, stream: str, priority: str, limit: int) -> None:
+        super().__init__(
+            url,
+            f"{stream} has {limit} or more entries waiting, from which priority {priority} is shed",
+            hint="add workers, or raise bus.stream_length",
+        )

@@ -88,10 +88,12 @@ class DeadLetters:
             raise InvalidField(f"letter {entry_id}", "a readable dead letter", letter.error)
         stream = _served(entry_id, letter.message.stream)
         event = self._event("redrive", entry_id, operator, reason, f"on {stream.name}")
+        # Its time to live counts from now: an operator waits for it.
+        redriven = f"{datetime.now(UTC).timestamp() * 1000:.0f}"
         reply = await self._scripts.redrive(
             (self._key(DEAD), self._marks, self._key(stream), self._key(OPERATIONS)),
             entry_id,
-            list(_flat(letter.message.original)),
+            [*_flat(letter.message.original), "redriven", redriven],
             event,
         )
         if reply is None:
@@ -115,7 +117,7 @@ class DeadLetters:
     async def _range(self, start: str, end: str) -> list[Delivery]:
         key = self._key(DEAD)
         entries = await self._client.xrange(key, start, end)
-        return deliveries_of([(key.encode(), entries)], {key.encode(): DEAD}, 0)
+        return deliveries_of([(DEAD, entries)], grouped=False)
 
     def _event(
         self,

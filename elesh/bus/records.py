@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
-from leyline import DeadLetter, IdempotencyKey, Malformed, Message, read_envelope, unwrap
+from pydantic import ValidationError
+
+from leyline import Attempt, DeadLetter, IdempotencyKey, Malformed, Message, read_envelope, unwrap
 from leyline.errors import UnknownType, brief
 from leyline.streams import Stream
 
 __all__ = [
+    "CONTEXT",
     "Delivery",
+    "History",
     "Pending",
     "Record",
     "Settlement",
@@ -24,8 +30,59 @@ __all__ = [
 ]
 
 _ENVELOPE = b"envelope"
-_CONTEXT = ("traceparent", "tracestate")
+CONTEXT = ("traceparent", "tracestate")
+"""Fields of the W3C trace context."""
 _ORIGINAL = b"original."
+_OURS = frozenset({b"origin", b"history", b"redriven"})
+"""Fields that the bus adds to an entry that goes round again."""
+
+
+@dataclass(frozen=True)
+class History:
+    """Earlier deliveries of an entry that did not end it."""
+
+    crashes: int = 0
+    """Leases that ran out."""
+    exceptions: int = 0
+    """Failures that the worker outlived."""
+    handovers: int = 0
+    """Given back by a worker that was drained before it began: no delivery that counts."""
+    attempts: tuple[Attempt, ...] = ()
+    """The last ones, oldest first."""
+
+    @property
+    def counted(self) -> int:
+        """Deliveries that count towards the limit."""
+        return self.crashes + self.exceptions
+
+    def __str__(self) -> str:
+        counts = (
+            (self.crashes, "crash"),
+            (self.exceptions, "exception"),
+            (self.handovers, "handover"),
+        )
+        return ", ".join(f"{count} by {cause}" for count, cause in counts if count)
+
+    @classmethod
+    def read(cls, text: bytes | None) -> History:
+        """The history in an entry's field; a text that is none of ours counts as none."""
+        try:
+            told = json.loads(text or b"{}")
+            attempts = [
+                Attempt(
+                    cause=cause,
+                    worker_id=worker,
+                    at=datetime.fromtimestamp(int(at) / 1000, UTC),
+                    detail=detail,
+                )
+                for cause, worker, at, detail in told.get("attempts", ())
+            ]
+            crashes, exceptions, handovers = (
+                int(told.get(cause, 0)) for cause in ("crash", "exception", "handover")
+            )
+        except (ValueError, TypeError, AttributeError, OverflowError, OSError, ValidationError):
+            return cls()
+        return cls(crashes, exceptions, handovers, tuple(attempts))
 
 
 @dataclass(frozen=True)
@@ -36,7 +93,8 @@ class Delivery:
     entry_id: str
     fields: Mapping[bytes, bytes]
     deliveries: int
-    """How often a group handed it out, 1 for the first time; 0 if it was read without a group."""
+    """How often a worker began it or died with it, 1 for the first time; 0 if it was read without a
+    group. Handovers do not count."""
 
     @property
     def envelope(self) -> bytes:
@@ -51,10 +109,41 @@ class Delivery:
             )
         return self.fields[_ENVELOPE]
 
+    @cached_property
+    def history(self) -> History:
+        """What became of earlier deliveries."""
+        return History.read(self.fields.get(b"history"))
+
+    @property
+    def origin(self) -> tuple[str, str]:
+        """The stream, by its short name, and the entry id under which it was published."""
+        stream, _, entry = self.fields.get(b"origin", b"").decode("utf-8", "replace").partition("/")
+        return (stream, entry) if stream and entry else (self.stream.name, self.entry_id)
+
+    @property
+    def original(self) -> dict[str, bytes]:
+        """The fields as they were published."""
+        return {
+            name.decode("utf-8", "backslashreplace"): value
+            for name, value in self.fields.items()
+            if name not in _OURS
+        }
+
+    @property
+    def redriven(self) -> datetime | None:
+        """When an operator sent it again (field ``redriven``, milliseconds since 1970), else None;
+        its time to live counts from then."""
+        text = self.fields.get(b"redriven", b"")
+        return (
+            datetime.fromtimestamp(int(text) / 1000, UTC)
+            if text.isdigit() and len(text) < 15
+            else None
+        )
+
     @property
     def carrier(self) -> dict[str, str]:
         """The W3C trace context that came along, possibly empty; unchecked."""
-        found = {name: self.fields.get(name.encode()) for name in _CONTEXT}
+        found = {name: self.fields.get(name.encode()) for name in CONTEXT}
         return {name: value.decode("ascii", "replace") for name, value in found.items() if value}
 
 
@@ -69,6 +158,8 @@ class Settling:
     carrier: Mapping[str, str]
     run_id: str = ""
     epoch: int | None = None
+    remember: bool = False
+    """Whether it becomes the run's latest good decision of its level."""
 
 
 class Settlement(StrEnum):
@@ -111,7 +202,7 @@ def entry_fields(
 ) -> list[str | bytes]:
     """The flat list of an entry's fields: the envelope first, then the trace context."""
     fields: list[str | bytes] = [_ENVELOPE, envelope]
-    for name in _CONTEXT:
+    for name in CONTEXT:
         if carrier.get(name):
             fields += [name, carrier[name]]
     for field, value in (original or {}).items():
@@ -119,18 +210,21 @@ def entry_fields(
     return fields
 
 
-def deliveries_of(reply: Any, streams: Mapping[bytes, Stream], deliveries: int) -> list[Delivery]:
-    """The entries of an XREAD reply: a list of pairs (RESP2), or a map whose values redis-py wraps
-    in one more list (RESP3). Entries that were deleted have no fields and are left out."""
-    if isinstance(reply, dict):
-        pairs = [(key, entry) for key, parts in reply.items() for part in parts for entry in part]
-    else:
-        pairs = [(key, entry) for key, entries in reply or () for entry in entries or ()]
-    return [
-        Delivery(streams[key], entry_id.decode(), fields, deliveries)
-        for key, (entry_id, fields) in pairs
-        if fields is not None
-    ]
+def deliveries_of(found: Iterable[tuple[Stream, Any]], *, grouped: bool = True) -> list[Delivery]:
+    """The entries that streams gave. Entries that were deleted have no fields and are left out."""
+    deliveries = []
+    for stream, entries in found:
+        for entry_id, fields in entries or ():
+            if fields:
+                known = _mapping(fields)
+                count = 1 + History.read(known.get(b"history")).counted if grouped else 0
+                deliveries.append(Delivery(stream, entry_id.decode(), known, count))
+    return deliveries
+
+
+def _mapping(fields: Any) -> dict[bytes, bytes]:
+    """An entry's fields, which scripts return as a flat list."""
+    return fields if isinstance(fields, dict) else dict(zip(fields[::2], fields[1::2], strict=True))
 
 
 def read_letter(delivery: Delivery) -> DeadLetter:

@@ -8,10 +8,10 @@ from typing import Any
 
 from .client import Client
 
-__all__ = ["Entry", "Fields", "Scripts"]
+__all__ = ["Args", "Entry", "Scripts"]
 
-Fields = Sequence[str | bytes]
-"""A stream entry's names and values in turn."""
+Args = Sequence[str | bytes | int]
+"""What a script gets besides its keys, in the order that its first lines say."""
 Entry = tuple[str, str]
 """A stream's key and an entry's id."""
 
@@ -22,15 +22,21 @@ class Scripts:
     def __init__(self, client: Client) -> None:
         folder = files(__package__) / "lua"
         common = (folder / "common.lua").read_text()
+        joining = common + (folder / "joining.lua").read_text()
 
         def load(name: str, before: str = "") -> Any:
             return client.register_script(before + (folder / f"{name}.lua").read_text())
 
         self._publish = load("publish", common)
+        self._claim = load("claim")
         self._renew = load("renew", common)
-        self._release = load("release", common)
+        self._requeue = load("requeue", common)
+        self._sweep = load("sweep", common)
         self._settle = load("settle", common)
         self._acknowledge = load("acknowledge", common)
+        self._plan = load("plan", common)
+        self._store = load("store", joining)
+        self._overdue = load("overdue", joining)
         self._redrive = load("redrive", common)
         self._drop = load("drop", common)
         self._leave = load("leave")
@@ -42,10 +48,17 @@ class Scripts:
         self._beat = load("beat")
         self._census = load("census")
 
-    async def publish(self, stream: str, marker: str, seconds: int, fields: Fields) -> str:
-        """Append once for each marker; the entry's id, new or known."""
-        entry: bytes = await self._publish([stream, marker], [seconds, *fields])
-        return entry.decode()
+    async def publish(self, keys: Sequence[str], args: Args) -> str | None:
+        """Append once for each marker; the entry's id, new or known, None if it was shed."""
+        entry: bytes | None = await self._publish(keys, args)
+        return entry.decode() if entry else None
+
+    async def claim(
+        self, streams: Sequence[str], group: str, consumer: str, count: int
+    ) -> list[tuple[int, Any]]:
+        """New entries without waiting: the position of their stream (from 0) and the entries."""
+        found: list[Any] = await self._claim(streams, [group, consumer, count])
+        return [(number - 1, entries) for number, entries in found]
 
     async def renew(self, group: str, consumer: str, entries: Sequence[Entry]) -> list[int]:
         """Renew the leases that are still the consumer's; the positions of the others."""
@@ -53,44 +66,45 @@ class Scripts:
         lost: list[int] = await self._renew([stream for stream, _ in entries], args)
         return [position - 1 for position in lost]
 
-    async def release(
-        self, group: str, consumer: str, entries: Sequence[tuple[Entry, int]], lease: int
-    ) -> None:
-        """Give entries back, with the number of deliveries each shall have counted."""
-        args = [part for (_, entry), deliveries in entries for part in (entry, deliveries)]
-        await self._release([stream for (stream, _), _ in entries], [group, consumer, lease, *args])
+    async def requeue(self, entry: Entry, again: str, delayed: str, args: Args) -> bool:
+        """Give an entry back; False if it is not owned. See ``lua/requeue.lua``."""
+        return bool(await self._requeue([entry[0], again, delayed], args))
 
-    async def settle(
-        self,
-        group: str,
-        consumer: str,
-        entry: Entry,
-        decisions: str,
-        seconds: int,
-        results: Sequence[tuple[str, str, Fields]],
-    ) -> list[str]:
-        """Settle results (record's key, fingerprint, fields); a verdict for each."""
-        args: list[str | bytes | int] = [group, consumer, entry[1], seconds]
-        for _, fingerprint, fields in results:
-            args += [fingerprint, len(fields), *fields]
-        keys = [entry[0], decisions, *(record for record, _, _ in results)]
+    async def sweep(self, keys: Sequence[str], args: Args) -> list[Any]:
+        """One pass of the sweeper; see ``lua/sweep.lua``."""
+        reply: list[Any] = await self._sweep(keys, args)
+        return reply
+
+    async def settle(self, keys: Sequence[str], args: Args) -> list[str]:
+        """Settle an entry's results; a verdict for each. See ``lua/settle.lua``."""
         return [verdict.decode() for verdict in await self._settle(keys, args)]
 
-    async def acknowledge(
-        self, group: str, consumer: str, entry: Entry, stream: str = "", fields: Fields = ()
-    ) -> bool:
-        """Acknowledge an entry and append to ``stream`` if named; False if it is not owned."""
-        keys = [entry[0], stream] if stream else [entry[0]]
-        return bool(await self._acknowledge(keys, [group, consumer, entry[1], *fields]))
+    async def acknowledge(self, keys: Sequence[str], args: Args) -> bool:
+        """Acknowledge an entry, append and delete; False if it is not owned."""
+        return bool(await self._acknowledge(keys, args))
+
+    async def plan(self, keys: Sequence[str], args: Args) -> str:
+        """Make a checkpoint into parts; see ``lua/plan.lua``."""
+        verdict: bytes = await self._plan(keys, args)
+        return verdict.decode()
+
+    async def store(self, keys: Sequence[str], args: Args) -> str:
+        """Store a part's result; see ``lua/store.lua``."""
+        verdict: bytes = await self._store(keys, args)
+        return verdict.decode()
+
+    async def overdue(self, keys: Sequence[str], plan: str) -> bool:
+        """Queue the join of a plan; False if it was queued before."""
+        return bool(await self._overdue(keys, [plan]))
 
     async def redrive(
-        self, keys: Sequence[str], letter: str, fields: Fields, audit: Fields
+        self, keys: Sequence[str], letter: str, fields: Args, audit: Args
     ) -> tuple[str, bool] | None:
         """Publish a letter's original once: its entry and whether it is new; None: no letter."""
         reply = await self._redrive(keys, [letter, len(fields), *fields, *audit])
         return (reply[0].decode(), bool(reply[1])) if reply else None
 
-    async def drop(self, keys: Sequence[str], letter: str, audit: Fields) -> bool:
+    async def drop(self, keys: Sequence[str], letter: str, audit: Args) -> bool:
         """Delete a letter and append the audit event; False if there is no such letter."""
         return bool(await self._drop(keys, [letter, *audit]))
 
@@ -107,7 +121,7 @@ class Scripts:
         """Lengthen a blob's life; False if a part is missing."""
         return bool(await self._touch(keys, [seconds, chunk_seconds]))
 
-    async def breaker(self, keys: Sequence[str], args: Sequence[str | int]) -> list[Any]:
+    async def breaker(self, keys: Sequence[str], args: Args) -> list[Any]:
         """Run one operation of a circuit breaker; see ``lua/breaker.lua``."""
         reply: list[Any] = await self._breaker(keys, args)
         return reply
@@ -118,7 +132,7 @@ class Scripts:
         expected: str,
         last: tuple[int, str],
         cursors: Mapping[str, str],
-        entries: Sequence[Fields],
+        entries: Sequence[Args],
     ) -> bool:
         """Append entries (their fields) to the chain whose head has the ``expected`` digest, and
         move cursors; False if the head has moved on."""
@@ -129,7 +143,7 @@ class Scripts:
         return bool(await self._audit(list(keys), args))
 
     async def beat(
-        self, worker: str, index: str, name: str, milliseconds: int, fields: Fields
+        self, worker: str, index: str, name: str, milliseconds: int, fields: Args
     ) -> None:
         """Write a worker's hash with its time to live; see ``lua/beat.lua``."""
         await self._beat([worker, index], [name, milliseconds, *fields])

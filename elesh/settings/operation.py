@@ -36,6 +36,9 @@ class WorkerSettings(Section):
     window_seconds: float = Field(default=300.0, gt=0)
     """The checkpoint window: an analysis that takes longer is stopped."""
     memory_limit: ByteSize = Field(default=ByteSize(4 << 30), ge=1 << 20)
+    """What the compute child may use, in bytes; over it the analysis falls back to channels."""
+    prefetch: int = Field(default=1, ge=1, le=64)
+    """Entries that a worker holds at once; it serves one at a time."""
     drain_seconds: float = Field(default=30.0, gt=0)
     threads: int = Field(default=1, ge=1)
 

@@ -12,12 +12,16 @@ from datetime import datetime
 from typing import Any
 
 from leyline import (
+    AnalysisItem,
     BlobRef,
     CheckpointDocument,
     CheckpointReady,
+    EventEnvelope,
+    Expired,
     IdempotencyKey,
     IdentityMismatch,
     InvalidField,
+    JoinItem,
     Level,
     Message,
     PruningOutcome,
@@ -29,7 +33,7 @@ from leyline import (
 )
 from leyline.bundle import NETWORK_FILES
 
-__all__ = ["SUPPORTED", "Work", "admit", "fingerprint"]
+__all__ = ["SUPPORTED", "Admitted", "Work", "admit", "fingerprint"]
 
 SUPPORTED = (Level.CHANNEL, Level.HEAD, Level.LAYER)
 """The levels that this build analyses."""
@@ -60,6 +64,11 @@ class Work:
         return self.document.metadata.epoch
 
     @property
+    def key(self) -> IdempotencyKey:
+        """The key of the decision."""
+        return self.keys[0]
+
+    @property
     def levels(self) -> tuple[Level, ...]:
         """The levels that are asked for, each once."""
         return tuple(dict.fromkeys(self.document.levels))
@@ -77,18 +86,30 @@ class Work:
         return files | dict(zip(NETWORK_FILES.values(), self.network, strict=False))
 
 
-def admit(data: bytes, *, window: float, now: datetime) -> Work | PruningOutcome:
-    """The work that the envelope ``data`` asks for, or the outcome that it reports.
+Admitted = Work | PruningOutcome | AnalysisItem | JoinItem
+
+
+def admit(
+    data: bytes, *, window: float, now: datetime, redriven: datetime | None = None
+) -> Admitted:
+    """What the envelope ``data`` asks for or reports.
+
+    Args:
+        window: seconds that an analysis may take.
+        redriven: when an operator sent it again; its time to live counts from then.
 
     Raises:
         ContractError: naming the field that is wrong, what was expected and what was found.
     """
-    message = unwrap(read_envelope(data))
-    if isinstance(message, PruningOutcome):
+    envelope = read_envelope(data)
+    message = unwrap(envelope)
+    if isinstance(message, PruningOutcome | AnalysisItem | JoinItem):
         return message
     if isinstance(message, CheckpointReady):
+        _require_in_time(envelope, now, redriven)
         return _checkpoint(message, window, now)
     if isinstance(message, StructuralAnalysisRequest):
+        _require_in_time(envelope, now, redriven)
         return _request(message, window, now)
     raise UnknownType(
         "envelope.payload_type",
@@ -96,6 +117,20 @@ def admit(data: bytes, *, window: float, now: datetime) -> Work | PruningOutcome
         type(message).__name__,
         hint="this worker does not serve it",
     )
+
+
+def _require_in_time(envelope: EventEnvelope, now: datetime, redriven: datetime | None) -> None:
+    """Refuse what nobody waits for any more; an operator who sends it again does."""
+    ends = (redriven or envelope.created_at) + envelope.ttl
+    if envelope.processing_deadline is not None and redriven is None:
+        ends = min(ends, envelope.processing_deadline)
+    if now > ends:
+        raise Expired(
+            "envelope.ttl",
+            f"to be served until {ends.isoformat(timespec='seconds')}",
+            f"{now.isoformat(timespec='seconds')}",
+            hint="it waited too long; redrive it if its decision still matters",
+        )
 
 
 def _checkpoint(message: CheckpointReady, window: float, now: datetime) -> Work:

@@ -1,15 +1,17 @@
-"""From admitted work to decisions: fetch, ask the child, and the ladder of the failure table.
+"""From admitted work to results: fetch, ask the child, climb the ladder of the failure table.
 
-The rungs that exist, each a field of the decision, a log line and a telemetry event: a timeout is
-answered by basic importance scoring, a crash of the child by a fresh child and one more try. What
-still fails is a named error for the dead letters.
+What still fails after the last rung is a named error. A checkpoint whose parts come one after
+another is fetched once.
 """
 
 from __future__ import annotations
 
+import asyncio
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from elesh.bus import Bus
 from elesh.observe import span
@@ -17,30 +19,41 @@ from elesh.settings import Settings
 from leyline import (
     AnalysisFailed,
     AnalysisMetrics,
-    IdempotencyKey,
     Level,
+    LevelAnalysis,
     StructuralPruningDecision,
     decode,
     encode,
 )
+from leyline.bundle import NETWORK_FILES
 
 from .admission import Work
-from .compute import ChildDied, ChildTimeout, ComputeChild
-from .protocol import DOCUMENT, Job, Override, Reply
+from .compute import ChildFailure, ComputeChild
+from .ladder import rung_for, time_for
+from .protocol import ANALYSES, DOCUMENT, Job, Kind, Reply
 from .reports import Reports
 
 __all__ = ["Analyst"]
 
+_NETWORK = frozenset(NETWORK_FILES.values())
+R = TypeVar("R", StructuralPruningDecision, LevelAnalysis)
+
 
 class Analyst:
-    """Decides admitted work with one compute child."""
+    """Analyses admitted work with one compute child."""
 
     def __init__(self, bus: Bus, settings: Settings, reports: Reports, spool: Path) -> None:
         self._bus = bus
         self._settings = settings
         self._reports = reports
-        self._spool = spool
-        self._child = ComputeChild()
+        self._folder = spool / "checkpoint"
+        self._fetched = ""
+        self._child = ComputeChild(settings.worker.memory_limit)
+
+    @property
+    def begun(self) -> bool:
+        """Whether an analysis is under way in the child."""
+        return self._child.busy
 
     async def start(self) -> None:
         """Have the child ready before the first message."""
@@ -50,105 +63,141 @@ class Analyst:
         """End the child."""
         await self._child.kill()
 
-    async def decide(self, work: Work) -> list[StructuralPruningDecision]:
-        """One decision for each key of ``work``.
+    async def decide(self, work: Work) -> StructuralPruningDecision:
+        """The decision on all levels of ``work``.
 
         Raises:
             ContractError: if blobs or statistics are not sound, or the analysis failed for good.
         """
-        folder = self._spool / "checkpoint"
         try:
-            await self._fetch(work, folder)
-            return [await self._decide(work, key, folder) for key in work.keys]
+            await self._fetch(work)
+            job = await self._under_breakers(self._job("decide", work, work.levels), work)
+            return await self._result(StructuralPruningDecision, work, job)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            self._forget()
 
-    async def _fetch(self, work: Work, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        size = sum(ref.size for ref in work.blobs.values())
+    async def analyse(self, work: Work, level: Level) -> LevelAnalysis:
+        """One level of ``work``, to be joined with the others by :meth:`join`.
+
+        Raises:
+            ContractError: as :meth:`decide` does.
+        """
+        await self._fetch(work, network=False)
+        return await self._result(LevelAnalysis, work, self._job("level", work, (level,)))
+
+    async def join(
+        self, work: Work, analyses: Sequence[bytes], missing: Mapping[Level, str]
+    ) -> StructuralPruningDecision:
+        """The decision on ``work`` by its levels' encoded analyses; those that are ``missing`` come
+        with their reasons.
+
+        Raises:
+            ContractError: as :meth:`decide` does.
+        """
+        try:
+            await self._fetch(work)
+            folder = self._folder / ANALYSES
+            folder.mkdir(exist_ok=True)
+            for number, data in enumerate(analyses):
+                (folder / f"{number}.msgpack").write_bytes(data)
+            job = await self._under_breakers(self._job("join", work, work.levels), work)
+            gaps = tuple((str(level), reason) for level, reason in missing.items())
+            job = replace(job, missing=gaps)
+            return await self._result(StructuralPruningDecision, work, job)
+        finally:
+            self._forget()
+
+    async def _fetch(self, work: Work, *, network: bool = True) -> None:
+        """Have the blobs in the spool folder; what is there already is not fetched again."""
+        if self._fetched != work.fingerprint:
+            self._forget()
+            self._folder.mkdir(parents=True)
+            (self._folder / DOCUMENT).write_bytes(encode(work.document))
+            self._fetched = work.fingerprint
+        wanted = {
+            name: ref
+            for name, ref in work.blobs.items()
+            if not (self._folder / name).exists() and (network or name not in _NETWORK)
+        }
+        size = sum(ref.size for ref in wanted.values())
         with span("fetch blobs", attributes={"elesh.blob_bytes": size}):
-            for name, ref in work.blobs.items():
-                await self._bus.blobs.fetch(ref, folder / name)
-        (folder / DOCUMENT).write_bytes(encode(work.document))
+            for name, ref in wanted.items():
+                await self._bus.blobs.fetch(ref, self._folder / name)
         await self._reports.step("fetched", work, figures={"bytes": size})
 
-    async def _decide(
-        self, work: Work, key: IdempotencyKey, folder: Path
-    ) -> StructuralPruningDecision:
-        levels = work.levels
-        views = [await self._bus.breakers.admit(work.run_id, level) for level in levels]
-        job = Job(
-            folder=str(folder),
-            key=str(key),
+    def _forget(self) -> None:
+        self._fetched = ""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _job(self, kind: Kind, work: Work, levels: Sequence[Level]) -> Job:
+        return Job(
+            kind=kind,
+            folder=str(self._folder),
+            key=str(work.key),
             settings=self._settings.model_dump_json(),
             levels=tuple(levels),
-            breakers=tuple(
-                (view.state if view.admitted else "open", view.failures, view.reason)
-                for view in views
-            ),
             threads=self._settings.worker.threads,
         )
-        with span(f"analyse {key.level}", attributes={"elesh.key": str(key)}) as current:
+
+    async def _under_breakers(self, job: Job, work: Work) -> Job:
+        """The job with the state of its levels' breakers, which admit at most one probe."""
+        views = [await self._bus.breakers.admit(work.run_id, level) for level in job.asked_levels]
+        states = [(v.state if v.admitted else "open", v.failures, v.reason) for v in views]
+        return replace(job, breakers=tuple(states))
+
+    async def _result(self, kind: type[R], work: Work, job: Job) -> R:
+        """What the child answers, however many rungs down."""
+        what = "join" if job.kind == "join" else f"analyse {', '.join(job.levels)}"
+        with span(what, attributes={"elesh.key": job.key}) as current:
             reply = await self._climb(work, job)
-            decision = self._read(reply, job)
+            if reply.failed is not None:
+                raise reply.failed.error
+            result: R = decode(kind, reply.result, field=f"result of {job.key}")
+            decision = result if isinstance(result, StructuralPruningDecision) else result.decision
             current.set_attribute("elesh.approved", decision.approved_for_application)
             for taken in decision.fallbacks:
                 current.add_event("fallback", {"rung": taken.rung, "reason": taken.reason})
-        units = _units_by_level(decision)
-        await self._reports.step(
-            "analysed",
-            work,
-            key=key,
-            metrics=AnalysisMetrics(
-                duration_seconds=reply.seconds,
-                channels=units.get(Level.CHANNEL, 0),
-                heads=units.get(Level.HEAD, 0),
-                layers=units.get(Level.LAYER, 0),
-                peak_memory_bytes=reply.peak_memory,
-                input_bytes=sum(ref.size for ref in work.blobs.values()),
-            ),
-        )
-        return decision
+        await self._reports.analysed(work, decision, _metrics(work, job, decision, reply))
+        return result
 
     async def _climb(self, work: Work, job: Job) -> Reply:
-        """The full analysis, or the next rung of the ladder."""
-        try:
-            return await self._child.run(job, timeout=work.window)
-        except ChildTimeout as error:
-            basic = _fallen(job, "analysis_timeout", str(error), scorer="multi_metric")
-            await self._reports.fallback(work, job.key, *basic.fallbacks[-1])
-            return await self._last_try(basic, work.window)
-        except ChildDied as error:
-            again = _fallen(job, "worker_crash", str(error))
-            await self._reports.fallback(work, job.key, *again.fallbacks[-1])
-            return await self._last_try(again, work.window)
-
-    async def _last_try(self, job: Job, window: float) -> Reply:
-        try:
-            return await self._child.run(job, timeout=window)
-        except (ChildDied, ChildTimeout) as error:
-            raise AnalysisFailed(
-                f"analysis of {job.key}",
-                "a decision",
-                str(error),
-                hint="failed twice; redrive it once the cause is mended",
-            ) from None
-
-    @staticmethod
-    def _read(reply: Reply, job: Job) -> StructuralPruningDecision:
-        if reply.failed is not None:
-            raise reply.failed.error
-        return decode(StructuralPruningDecision, reply.decision, field=f"decision of {job.key}")
+        """The child's answer to ``job``, or to what is left of it on the next rung."""
+        clock = asyncio.get_running_loop().time
+        begun, timeout = clock(), work.window
+        level = job.asked_levels[0] if job.kind == "level" else None
+        while True:
+            try:
+                return await self._child.run(job, timeout=timeout)
+            except ChildFailure as failure:
+                rung = rung_for(failure, job.rungs, level)
+                timeout = time_for(rung, work.window, clock() - begun)
+                if not rung or timeout <= 0:
+                    raise _given_up(job, failure) from None
+                job = replace(job, fallbacks=(*job.fallbacks, (rung, str(failure))))
+                await self._reports.fallback(work, job.key, rung, str(failure))
 
 
-def _fallen(job: Job, rung: str, reason: str, *, scorer: Override = "") -> Job:
-    return replace(job, scorer=scorer, fallbacks=(*job.fallbacks, (rung, reason)))
+def _given_up(job: Job, failure: ChildFailure) -> AnalysisFailed:
+    taken = f" after {', '.join(job.rungs)}" if job.rungs else ""
+    return AnalysisFailed(
+        f"analysis of {job.key} ({', '.join(job.levels)})",
+        "a result within the window",
+        f"{failure}{taken}",
+        hint="no rung of the failure table is left; redrive it once the cause is mended",
+    )
 
 
-def _units_by_level(decision: StructuralPruningDecision) -> dict[Level, int]:
-    """Units looked at."""
-    if not decision.levels:
-        return {decision.key.level: decision.statistics.channels_before}
-    return {
+def _metrics(
+    work: Work, job: Job, decision: StructuralPruningDecision, reply: Reply
+) -> AnalysisMetrics:
+    units = {
         part.level: part.statistics.channels_before for part in decision.levels if part.statistics
-    }
+    } or {decision.key.level: decision.statistics.channels_before}
+    return AnalysisMetrics(
+        duration_seconds=reply.seconds,
+        channels=units.get(Level.CHANNEL, 0),
+        heads=units.get(Level.HEAD, 0),
+        layers=units.get(Level.LAYER, 0),
+        peak_memory_bytes=reply.peak_memory,
+        input_bytes=sum(ref.size for ref in work.blobs.values()),
+    )

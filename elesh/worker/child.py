@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,18 +23,35 @@ from leyline import (
     CheckpointBundle,
     CheckpointDocument,
     ContractError,
+    Level,
+    LevelAnalysis,
     NetworkExport,
+    StructuralPruningDecision,
     decode,
     encode,
 )
 from leyline.bundle import map_file
 
-from .protocol import DOCUMENT, PREFIX, Failed, Job, Reply, pack_frame, unpack_body
+from .ladder import scope_of
+from .memory import limit_data
+from .protocol import (
+    ANALYSES,
+    DOCUMENT,
+    MEMORY_CODE,
+    PREFIX,
+    Failed,
+    Job,
+    Kind,
+    Reply,
+    pack_frame,
+    unpack_body,
+)
 
 
 def main() -> None:
-    """Serve jobs from standard input until it ends."""
+    """Serve jobs from standard input until it ends; the one argument is the memory limit."""
     die_with_parent()
+    limit_data(int(sys.argv[1]))
     # Ctrl-C reaches the whole terminal group: the supervisor decides what becomes of a job.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
@@ -55,11 +73,14 @@ def _next_job(source: BinaryIO) -> Job | None:
 
 def _answer(job: Job) -> Reply:
     begun = time.perf_counter()
-    decision, failed = b"", None
+    result, failed = b"", None
     try:
-        decision = _decide(job)
+        result = _KINDS[job.kind](job)
     except ContractError as error:
         failed = Failed(error.code, error.field, error.expected, error.found, contract=True)
+    except MemoryError as error:
+        told = str(error) or "MemoryError"
+        failed = Failed(MEMORY_CODE, f"analysis of {job.key}", "a result", told, contract=False)
     except Exception as error:
         traceback.print_exc()
         failed = Failed(
@@ -70,37 +91,76 @@ def _answer(job: Job) -> Reply:
             contract=False,
         )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Reply(decision, failed, time.perf_counter() - begun, peak)
+    return Reply(result, failed, time.perf_counter() - begun, peak)
 
 
 def _decide(job: Job) -> bytes:
     """All levels of the job and their join."""
-    bundle, settings = _bundle(Path(job.folder)), Settings.model_validate_json(job.settings)
+    bundle, settings = _input(job)
+    analyses = [_analysis(job, bundle, settings, level) for level in job.asked_levels]
+    return encode(_joined(job, bundle, settings, analyses))
+
+
+def _level(job: Job) -> bytes:
+    """The analysis of the job's one level."""
+    bundle, settings = _input(job)
+    (level,) = job.asked_levels
+    return encode(_analysis(job, bundle, settings, level))
+
+
+def _join(job: Job) -> bytes:
+    """The decision by the analyses that others made."""
+    bundle, settings = _input(job)
     analyses = [
-        analyze_level(
-            bundle,
-            settings,
-            level,
-            key=job.idempotency_key.at(level),
-            threads=job.threads,
-            scorer=job.scorer or None,
-            fallbacks=job.taken_fallbacks,
-        )
-        for level in job.asked_levels
+        decode(LevelAnalysis, path.read_bytes(), field=f"analysis {path.stem}")
+        for path in sorted((Path(job.folder) / ANALYSES).iterdir())
     ]
-    return encode(join(bundle, analyses, settings, breakers=job.breaker_of))
+    decision = _joined(job, bundle, settings, analyses)
+    taken = (*decision.fallbacks, *job.taken_fallbacks)
+    return encode(decision.model_copy(update={"fallbacks": taken}))
 
 
-def _bundle(folder: Path) -> CheckpointBundle:
-    """The checkpoint of the spool folder; the supervisor has verified sizes and digests."""
+_KINDS: dict[Kind, Callable[[Job], bytes]] = {"decide": _decide, "level": _level, "join": _join}
+
+
+def _analysis(
+    job: Job, bundle: CheckpointBundle, settings: Settings, level: Level
+) -> LevelAnalysis:
+    return analyze_level(
+        bundle,
+        settings,
+        level,
+        key=job.idempotency_key.at(level),
+        threads=job.threads,
+        scorer=scope_of(job.rungs).scorer or None,
+        fallbacks=job.taken_fallbacks,
+    )
+
+
+def _joined(
+    job: Job, bundle: CheckpointBundle, settings: Settings, analyses: list[LevelAnalysis]
+) -> StructuralPruningDecision:
+    return join(bundle, analyses, settings, breakers=job.breaker_of, missing=job.missing_levels)
+
+
+def _input(job: Job) -> tuple[CheckpointBundle, Settings]:
+    """The checkpoint of the spool folder, as far as the job's scope goes, and the settings.
+
+    The supervisor has verified sizes and digests.
+    """
+    folder, settings = Path(job.folder), Settings.model_validate_json(job.settings)
+    scope = scope_of(job.rungs)
     document = decode(CheckpointDocument, (folder / DOCUMENT).read_bytes(), field="checkpoint")
-    optional = [folder / f"{name}.safetensors" for name in ("gates", "layers", "heads")]
-    return CheckpointBundle.from_blobs(
-        document,
+    limit = settings.structured_pruning.safety_schedule.conservative_limit
+    names = () if scope.vectors_only else ("gates", "layers", "heads")
+    optional = [folder / f"{name}.safetensors" for name in names]
+    bundle = CheckpointBundle.from_blobs(
+        scope.narrowed(document, limit),
         map_file(folder / "statistics.safetensors"),
         *(map_file(file) if file.exists() else None for file in optional),
-        network=NetworkExport.load(folder),
+        network=None if scope.vectors_only or job.kind == "level" else NetworkExport.load(folder),
     )
+    return bundle, settings
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The supervisor's hold on its compute child: start it, ask it, kill it, start it again.
+"""The supervisor's hold on its compute child: start it, ask it, watch it, kill it, start it again.
 
-Promises: ``run`` answers or raises :class:`ChildDied` or :class:`ChildTimeout` within its time; the
-child is a process of its own, so that a long hold of the interpreter lock in it never delays a
-lease; after a death the next ``run`` finds a fresh child.
+Promises: ``run`` answers or raises a :class:`ChildFailure` within its time; the child is a process
+of its own, so that a long hold of the interpreter lock in it never delays a lease; its memory is
+capped; after a death the next ``run`` finds a fresh child.
 """
 
 from __future__ import annotations
@@ -11,25 +11,46 @@ import asyncio
 import contextlib
 import sys
 from asyncio.subprocess import PIPE, Process
+from collections.abc import Coroutine
 
-from .protocol import PREFIX, Job, Reply, pack_frame, unpack_body
+from .memory import resident
+from .protocol import MEMORY_CODE, PREFIX, Job, Reply, pack_frame, unpack_body
 
-__all__ = ["ChildDied", "ChildTimeout", "ComputeChild"]
+__all__ = ["ChildDied", "ChildFailure", "ChildOverMemory", "ChildTimeout", "ComputeChild"]
+
+_WATCH_SECONDS = 0.1
+_START_SECONDS = 60.0
+"""For a fresh child to load its numerics, beside the time of the job."""
 
 
-class ChildDied(Exception):
-    """The compute child ended in the middle of a job (crash, kill, out of memory)."""
+class ChildFailure(Exception):
+    """The compute child gave no answer."""
 
 
-class ChildTimeout(Exception):
-    """The job took longer than its window; the child was killed."""
+class ChildDied(ChildFailure):
+    """It ended in the middle of a job (crash, kill)."""
+
+
+class ChildTimeout(ChildFailure):
+    """The job took longer than its time; the child was killed."""
+
+
+class ChildOverMemory(ChildFailure):
+    """The job needed more memory than it may; the child was killed."""
 
 
 class ComputeChild:
-    """One child process, one job at a time."""
+    """One child process, one job at a time.
 
-    def __init__(self) -> None:
+    Args:
+        memory_limit: bytes that the child may use.
+    """
+
+    def __init__(self, memory_limit: int) -> None:
+        self._limit = memory_limit
         self._process: Process | None = None
+        self.busy = False
+        """Whether a job is in the child."""
 
     @property
     def pid(self) -> int | None:
@@ -45,9 +66,7 @@ class ComputeChild:
         """
         if self.pid is None:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "elesh.worker.child",
+                *(sys.executable, "-m", "elesh.worker.child", str(self._limit)),
                 stdin=PIPE,
                 stdout=PIPE,
                 start_new_session=True,  # signals of the terminal are the supervisor's
@@ -62,20 +81,29 @@ class ComputeChild:
 
         Raises:
             ChildTimeout: the child took longer and was killed.
+            ChildOverMemory: it used more memory than it may, and was killed.
             ChildDied: the child ended before it answered.
         """
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(_START_SECONDS):
                 await self.start()
-                return await self._exchange(job)
+            self.busy = True
+            async with asyncio.timeout(timeout):
+                reply = await self._watched(self._exchange(job))
         except TimeoutError:
             await self.kill()
-            raise ChildTimeout(f"analysis took longer than {timeout:g} s") from None
+            raise ChildTimeout(f"analysis took longer than {timeout:.3g} s") from None
         except (asyncio.IncompleteReadError, ConnectionError):
             raise await self._death() from None
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, ChildOverMemory):
             await self.kill()
             raise
+        finally:
+            self.busy = False
+        if reply.failed is not None and reply.failed.code == MEMORY_CODE:
+            await self.kill()  # what it managed to allocate is not given back
+            raise ChildOverMemory(f"analysis ran out of its {self._limit} bytes of memory")
+        return reply
 
     async def kill(self) -> None:
         """End the child now; a job in it is lost, which its lease repairs."""
@@ -83,6 +111,19 @@ class ComputeChild:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
             await self._process.wait()
+
+    async def _watched(self, exchange: Coroutine[None, None, Reply]) -> Reply:
+        """The answer, while the child's resident size is looked at."""
+        answer = asyncio.create_task(exchange)
+        try:
+            while not (await asyncio.wait({answer}, timeout=_WATCH_SECONDS))[0]:
+                size = resident(self.pid) if self.pid is not None else None
+                if size is not None and size > self._limit:
+                    raise ChildOverMemory(f"analysis used {size} bytes of at most {self._limit}")
+            return answer.result()
+        finally:
+            answer.cancel()
+            await asyncio.gather(answer, return_exceptions=True)
 
     async def _exchange(self, job: Job) -> Reply:
         assert self._process is not None

@@ -15,36 +15,50 @@ import msgpack
 from elesh.safety import BreakerStatus
 from leyline import ContractError, Fallback, IdempotencyKey, Level, errors
 
-__all__ = ["Failed", "Job", "Reply", "pack_frame", "unpack_body"]
+__all__ = ["MEMORY_CODE", "Failed", "Job", "Kind", "Reply", "pack_frame", "unpack_body"]
 
-Override = Literal["", "multi_metric", "magnitude"]
+Kind = Literal["decide", "level", "join"]
 PREFIX = struct.Struct("<I")
 DOCUMENT = "document.msgpack"
 """The file of the spool folder that holds the checkpoint's CheckpointDocument."""
+ANALYSES = "analyses"
+"""The folder in it that holds the LevelAnalysis of each level, for a join."""
+MEMORY_CODE = "memory"
+"""``Failed.code`` of a job that ran out of memory."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One checkpoint to analyse, at one level or at several that are joined.
+    """What to do with one checkpoint.
 
-    ``folder`` holds a checkpoint bundle, ``settings`` the worker's settings as JSON.
+    ``decide``: analyse all ``levels`` and join them; ``level``: analyse the one level; ``join``:
+    join the analyses that lie beside the checkpoint. ``folder`` holds a checkpoint bundle,
+    ``settings`` the worker's settings as JSON.
     """
 
+    kind: Kind
     folder: str
     key: str
     settings: str
     levels: tuple[str, ...]
-    breakers: tuple[tuple[str, int, str], ...]
+    breakers: tuple[tuple[str, int, str], ...] = ()
     """State, failures and reason of each level's breaker, as the supervisor saw them."""
     threads: int = 1
-    scorer: Override = ""
-    """Overrides the scorer where a fallback asks for a simpler one."""
     fallbacks: tuple[tuple[str, str], ...] = ()
+    """Rungs of the failure table that led to this job, each with its reason; what they change in
+    the analysis is :func:`elesh.worker.ladder.scope_of`."""
+    missing: tuple[tuple[str, str], ...] = ()
+    """Levels that a join has to do without, each with the reason."""
 
     @property
     def asked_levels(self) -> tuple[Level, ...]:
         """The levels to analyse."""
         return tuple(map(Level, self.levels))
+
+    @property
+    def missing_levels(self) -> tuple[tuple[Level, str], ...]:
+        """The levels that are missing, each with the reason."""
+        return tuple((Level(level), reason) for level, reason in self.missing)
 
     @property
     def breaker_of(self) -> dict[Level, BreakerStatus]:
@@ -53,8 +67,13 @@ class Job:
         return {level: BreakerStatus(*status) for level, status in pairs}  # type: ignore[arg-type]
 
     @property
+    def rungs(self) -> tuple[str, ...]:
+        """The names of the rungs that were taken."""
+        return tuple(rung for rung, _ in self.fallbacks)
+
+    @property
     def taken_fallbacks(self) -> tuple[Fallback, ...]:
-        """The rungs of the failure table that led to this job."""
+        """The rungs as a decision has them."""
         return tuple(Fallback(rung=rung, reason=reason) for rung, reason in self.fallbacks)
 
     @property
@@ -91,9 +110,10 @@ class Failed:
 
 @dataclass(frozen=True)
 class Reply:
-    """A decision (encoded), or why there is none, with the child's own figures."""
+    """The encoded result, or why there is none, with the child's own figures."""
 
-    decision: bytes = b""
+    result: bytes = b""
+    """A StructuralPruningDecision, for kind ``level`` a LevelAnalysis."""
     failed: Failed | None = None
     seconds: float = 0.0
     peak_memory: int = 0
@@ -110,7 +130,8 @@ def unpack_body(kind: type[Job] | type[Reply], body: bytes) -> Any:
     """The message of a frame's body."""
     values = msgpack.unpackb(body)
     if kind is Job:
-        values |= {name: tuple(map(tuple, values[name])) for name in ("breakers", "fallbacks")}
+        pairs = ("breakers", "fallbacks", "missing")
+        values |= {name: tuple(map(tuple, values[name])) for name in pairs}
         values["levels"] = tuple(values["levels"])
     elif values["failed"] is not None:
         values["failed"] = Failed(**values["failed"])

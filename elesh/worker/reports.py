@@ -36,6 +36,8 @@ _SETTLED = {
     Settlement.CONFLICT: "conflict",
     Settlement.LOST: "lost",
 }
+_ANALYSIS_RUNGS = frozenset({"safety_failure", "taylor_failure"})
+"""Rows of the failure table that are answered inside the analysis."""
 _log = get_logger(__name__)
 
 
@@ -61,7 +63,7 @@ class Reports:
             "step": step,
             "worker_id": self._worker_id,
             "at": datetime.now(UTC),
-            "idempotency_key": str(key or work.keys[0]),
+            "idempotency_key": str(key or work.key),
             "run_id": work.run_id,
             "epoch": work.epoch,
             "metrics": metrics,
@@ -69,6 +71,27 @@ class Reports:
             "detail": detail,
         }
         await self._publish(TELEMETRY, TelemetryEvent(**values), work.run_id, work.epoch)
+
+    async def analysed(
+        self, work: Work, decision: StructuralPruningDecision, metrics: AnalysisMetrics
+    ) -> None:
+        """The child answered; rungs that the analysis itself took are told, too."""
+        for taken in decision.fallbacks:
+            if taken.rung in _ANALYSIS_RUNGS:
+                await self.fallback(work, str(decision.key), taken.rung, taken.reason)
+        await self.step("analysed", work, key=decision.key, metrics=metrics)
+
+    async def entry(self, step: str, stream: str, entry_id: str, cause: str, detail: str) -> None:
+        """An entry went round again."""
+        where = f"{stream}/{entry_id}"
+        _log.warning(step.replace("_", " "), entry=where, cause=cause, reason=detail)
+        event: dict[str, Any] = {
+            "step": step,
+            "worker_id": self._worker_id,
+            "at": datetime.now(UTC),
+            "detail": f"{where}: {cause}: {detail}"[:8192],
+        }
+        await self._publish(TELEMETRY, TelemetryEvent(**event), "", None)
 
     async def settlement(
         self, work: Work, decision: StructuralPruningDecision, outcome: Settlement
@@ -121,22 +144,21 @@ class Reports:
         await self._publish(TELEMETRY, change, change.run_id, None)
 
     def letter(self, delivery: Delivery, error: ContractError, work: Work | None) -> DeadLetter:
-        """The dead letter of an entry, with its original bytes."""
+        """The dead letter of an entry, with its original bytes and its history."""
+        stream, entry_id = delivery.origin
         return DeadLetter(
-            stream=delivery.stream.name,
-            entry_id=delivery.entry_id,
+            stream=stream,
+            entry_id=entry_id,
             error_code=error.code,
             field=error.field[:8192],
             reason=str(error)[:8192],
             deliveries=delivery.deliveries,
             worker_id=self._worker_id,
             at=datetime.now(UTC),
-            original={
-                name.decode("utf-8", "backslashreplace"): value
-                for name, value in delivery.fields.items()
-            },
-            idempotency_key=str(work.keys[0]) if work else "",
+            original=delivery.original,
+            idempotency_key=str(work.key) if work else "",
             traceparent=delivery.carrier.get("traceparent", ""),
+            history=delivery.history.attempts,
         )
 
     async def buried(self, letter: DeadLetter, work: Work | None) -> None:

@@ -1,9 +1,9 @@
 """The supervisor: claim, admit, run, settle.
 
 Promises: every entry that a worker claims ends settled, as a duplicate, or as a dead letter with
-its original bytes and the reason, or it stays pending for another worker; one decision for each
-key; leases are renewed while the child computes and while draining; SIGTERM finishes what was
-begun; a bus that is away is waited for, with one line in the log.
+its original bytes and the reason, or it goes round again for another worker; one decision for each
+key; leases are renewed while the child computes and while draining; SIGTERM finishes what was begun
+and hands over what was not; a bus that is away is waited for, with one line in the log.
 """
 
 from __future__ import annotations
@@ -16,39 +16,36 @@ import shutil
 import signal
 import socket
 import tempfile
+from collections import deque
+from collections.abc import Coroutine
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from opentelemetry.trace import SpanKind
-
-from elesh.bus import Bus, BusUnavailable, Delivery, Settlement, Settling
-from elesh.observe import get_logger, messaging, onward, span, span_from
-from elesh.safety import votes
+from elesh.bus import Bus, BusUnavailable, Delivery
+from elesh.observe import get_logger, messaging, span_from
 from elesh.settings import Settings
-from leyline import (
-    Conflict,
-    ContractError,
-    IdempotencyKey,
-    Poison,
-    PruningOutcome,
-    StructuralPruningDecision,
-    UnknownDecision,
-    read_envelope,
-    unwrap,
-)
-from leyline.streams import CHECKPOINTS, OUTCOMES, REQUESTS, WORKERS
+from leyline import AnalysisItem, ContractError, JoinItem, PruningOutcome
+from leyline.streams import CHECKPOINTS, OUTCOMES, REDELIVERIES, REQUESTS, WORK, WORKERS, Stream
 
 from .admission import Work, admit
 from .analysis import Analyst
 from .auditor import auditing
+from .fanout import FanOut
+from .leases import Leases
 from .reports import Reports
+from .settlement import Clerk
+from .sweeps import Sweeps
 
-__all__ = ["GROUP", "Worker", "serve"]
+__all__ = ["GROUP", "STREAMS", "Worker", "serve"]
 
 GROUP = WORKERS
-STREAMS = (CHECKPOINTS, REQUESTS, OUTCOMES)
-_BLOCK_SECONDS = 1.0
-_TRIM_SECONDS = 60.0
+STREAMS = (REDELIVERIES, WORK, OUTCOMES, REQUESTS, CHECKPOINTS)
+"""What was begun goes before what is new; outcomes and new work take turns."""
+_BLOCK_SECONDS = 5.0
+_BEGIN_SECONDS = 1.0
+"""What has not begun so long after SIGTERM is handed over."""
+_RETRY_SECONDS, _LONGEST_RETRY = 1.0, 60.0
 _log = get_logger(__name__)
 
 
@@ -67,64 +64,128 @@ class Worker:
         self._reports = Reports(bus, self.worker_id)
         self._spool = Path(tempfile.mkdtemp(prefix="elesh-worker-"))
         self._analyst = Analyst(bus, settings, self._reports, self._spool)
+        self._clerk = Clerk(bus, settings, self.worker_id, self._reports)
+        self._fan_out = FanOut(
+            bus, settings, self.worker_id, self._analyst, self._clerk, self._reports
+        )
+        self._leases = Leases(bus, self.worker_id, STREAMS, self._lost)
+        self._sweeps = Sweeps(bus, self.worker_id, STREAMS, self._reports)
         self._draining = asyncio.Event()
-        self._held: Delivery | None = None
-        self._next_trim = 0.0
+        self._ready: deque[Delivery] = deque()
+        self._serving: tuple[Delivery, asyncio.Task[None]] | None = None
+        self._turn = 0
 
     def drain(self) -> None:
-        """Claim nothing new, finish what was begun, then end."""
+        """Claim nothing new, finish what was begun, hand over what was not, then end."""
         self._draining.set()
 
     async def run(self) -> None:
         """Serve until drained."""
-        leases = asyncio.create_task(self._keep_lease())
+        beside = [
+            asyncio.create_task(keeping) for keeping in (self._leases.keep(), self._sweeps.keep())
+        ]
         try:
             await self._analyst.start()
             _log.info("serving", worker=self.worker_id, group=GROUP)
             while not self._draining.is_set():
                 await self._serve_next()
         finally:
-            leases.cancel()
-            await self._analyst.stop()
-            with contextlib.suppress(BusUnavailable):
-                await self._bus.leave(GROUP, self.worker_id, STREAMS)
+            await self._leave()
+            await _end(*beside)
             shutil.rmtree(self._spool, ignore_errors=True)
         _log.info("drained", worker=self.worker_id)
 
     async def _serve_next(self) -> None:
+        delivery = None
         try:
-            delivery = await self._claim()
+            delivery = await self._next()
             if delivery is not None:
-                await self._serve(delivery)
-            else:
-                await self._tidy()
+                await self._until_served(delivery)
         except BusUnavailable as error:
             _log.warning("bus away, waiting", reason=str(error))
-            await self._bus.when_available(stop=self._draining)
+            if await self._bus.when_available(stop=self._draining) and delivery is not None:
+                # Its result is lost with the connection, but nobody has to wait for the lease.
+                with contextlib.suppress(BusUnavailable):
+                    await self._leases.hand_over(delivery, "the bus was away")
         finally:
-            self._held = None
+            if delivery is not None:
+                self._leases.drop(delivery)
 
-    async def _tidy(self) -> None:
-        """Now and then, shorten the streams below what every group has done."""
-        now = asyncio.get_running_loop().time()
-        if now >= self._next_trim:
-            # Spread over the fleet: workers that started together do not trim together.
-            self._next_trim = now + _TRIM_SECONDS * random.uniform(0.5, 1.5)
-            await self._bus.trim()
+    async def _next(self) -> Delivery | None:
+        """The next entry to serve; None after a while without any, or when draining begins."""
+        if not self._ready:
+            streams, prefetch = self._streams(), self._settings.worker.prefetch
+            claiming = self._leases.claim(streams, prefetch, _BLOCK_SECONDS)
+            self._ready.extend(await self._unless_draining(claiming) or ())
+        if not self._ready or self._draining.is_set():
+            return None
+        return self._ready.popleft()
 
-    async def _claim(self) -> Delivery | None:
-        """An entry whose owner's lease ran out, else a new one, else None after a moment."""
-        found = await self._bus.reclaim(GROUP, self.worker_id, STREAMS, count=1)
-        if not found:
-            found = await self._bus.claim(
-                GROUP, self.worker_id, STREAMS, count=1, block_seconds=_BLOCK_SECONDS
-            )
-        self._held = found[0] if found else None
-        return self._held
+    def _streams(self) -> tuple[Stream, ...]:
+        """The streams in order of preference: the new ones take turns."""
+        self._turn = (self._turn + 1) % 3
+        new = STREAMS[2:]
+        return (*STREAMS[:2], *new[self._turn :], *new[: self._turn])
+
+    async def _unless_draining(
+        self, claiming: Coroutine[Any, Any, list[Delivery]]
+    ) -> list[Delivery] | None:
+        """What is claimed; None if draining begins first (what came meanwhile is handed over)."""
+        task, drain = asyncio.create_task(claiming), asyncio.create_task(self._draining.wait())
+        try:
+            await asyncio.wait({task, drain}, return_when=asyncio.FIRST_COMPLETED)
+            return task.result() if task.done() else None
+        finally:
+            await _end(task, drain)
+
+    async def _until_served(self, delivery: Delivery) -> None:
+        """Serve an entry, unless its lease is lost, or draining begins before the analysis does."""
+        task = asyncio.create_task(self._serve(delivery))
+        drain = asyncio.create_task(self._draining.wait())
+        self._serving = delivery, task
+        try:
+            await asyncio.wait({task, drain}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                await self._hand_over_ready()
+                await asyncio.wait({task}, timeout=_BEGIN_SECONDS)
+            if task.done() or self._analyst.begun:
+                await asyncio.wait({task})
+                if not task.cancelled():
+                    task.result()
+        finally:
+            self._serving = None
+            await _end(task, drain)
+
+    async def _hand_over_ready(self) -> None:
+        """Give back what was claimed ahead."""
+        while self._ready:
+            await self._hand_over(self._ready.popleft())
+
+    async def _hand_over(self, delivery: Delivery) -> None:
+        if await self._leases.hand_over(delivery, "drained before it began"):
+            stream, entry = delivery.origin
+            await self._reports.entry("handed_over", stream, entry, "handover", "draining")
+
+    def _lost(self, delivery: Delivery) -> None:
+        """Another worker has the entry: what this one still does with it is in vain."""
+        if self._serving is not None and self._serving[0] is delivery:
+            self._serving[1].cancel()
+
+    async def _leave(self) -> None:
+        """End the child, hand over whatever is still pending here, leave the group."""
+        await self._analyst.stop()
+        with contextlib.suppress(BusUnavailable):
+            if given := await self._leases.leave():
+                _log.warning("handed over", worker=self.worker_id, entries=given)
 
     async def _serve(self, delivery: Delivery) -> None:
-        name = delivery.stream.name
-        attributes = messaging("process", name, entry_id=delivery.entry_id, group=GROUP)
+        name, entry_id = delivery.origin
+        attributes = messaging("process", name, entry_id=entry_id, group=GROUP) | {
+            "elesh.deliveries": delivery.deliveries,
+            "elesh.crashes": delivery.history.crashes,
+            "elesh.exceptions": delivery.history.exceptions,
+            "elesh.handovers": delivery.history.handovers,
+        }
         with span_from(
             delivery.carrier,
             f"process {name}",
@@ -134,161 +195,58 @@ class Worker:
             try:
                 await self._admit_run_settle(delivery)
             except ContractError as error:
-                await self._bury(delivery, error)
-            except (BusUnavailable, asyncio.CancelledError):
+                await self._clerk.bury(delivery, error)
+            except BusUnavailable:
                 raise
-            except Exception:
-                # Ours, not the message's: it stays pending, and is poison after a few tries.
-                _log.exception("entry left for another try", entry=delivery.entry_id)
+            except Exception as error:
+                # Ours, not the message's: it goes round again, and is poison after a few tries.
+                _log.exception("entry goes round again", entry=f"{name}/{entry_id}")
+                await self._retry(delivery, error)
 
     async def _admit_run_settle(self, delivery: Delivery) -> None:
-        self._refuse_poison(delivery)
-        now = datetime.now(UTC)
-        work = admit(delivery.envelope, window=self._settings.worker.window_seconds, now=now)
-        if isinstance(work, PruningOutcome):
-            await self._note_outcome(delivery, work)
-            return
+        now, window = datetime.now(UTC), self._settings.worker.window_seconds
+        asked = admit(delivery.envelope, window=window, now=now, redriven=delivery.redriven)
+        match asked:
+            case Work():
+                await self._decide(delivery, asked)
+            case AnalysisItem():
+                await self._fan_out.analyse(delivery, asked)
+            case JoinItem():
+                await self._fan_out.join(delivery, asked)
+            case PruningOutcome():
+                self._clerk.refuse_poison(delivery)
+                await self._clerk.note(delivery, asked)
+
+    async def _decide(self, delivery: Delivery, work: Work) -> None:
+        self._clerk.refuse_poison(delivery)
         await self._reports.step("received", work, figures={"deliveries": delivery.deliveries})
-        if await self._is_decided(work):
-            await self._bus.acknowledge(GROUP, self.worker_id, delivery)
-            await self._reports.step("duplicate", work)
-            return
         try:
-            decisions = await self._analyst.decide(work)
+            if await self._clerk.is_decided(delivery, work):
+                return
+            if len(work.levels) > 1:
+                await self._fan_out.plan(delivery, work)
+                return
+            decision = await self._analyst.decide(work)
         except ContractError as error:
-            await self._note_failure(work, delivery, str(error))
-            await self._bury(delivery, error, work)
+            await self._clerk.fail(delivery, work, error)
             return
-        await self._settle(delivery, work, decisions)
+        await self._clerk.settle(delivery, work, decision)
 
-    def _refuse_poison(self, delivery: Delivery) -> None:
-        limit = self._settings.bus.max_deliveries
-        if delivery.deliveries > limit:
-            raise Poison(
-                "deliveries",
-                f"at most {limit} before it is settled",
-                str(delivery.deliveries),
-                hint="it stopped every worker that took it",
-            )
-
-    async def _is_decided(self, work: Work) -> bool:
-        """Whether every key has its decision already.
-
-        Raises:
-            Conflict: if one was decided for other content.
-        """
-        records = [await self._bus.record(key) for key in work.keys]
-        for key, record in zip(work.keys, records, strict=True):
-            if record is not None and record.fingerprint != work.fingerprint:
-                raise _conflict(key, work)
-        return all(record is not None for record in records)
-
-    async def _settle(
-        self, delivery: Delivery, work: Work, decisions: list[StructuralPruningDecision]
-    ) -> None:
-        name, carrier = delivery.stream.name, onward(delivery.carrier)
-        with span(
-            f"settle {name}",
-            kind=SpanKind.CLIENT,
-            attributes=messaging("settle", name, entry_id=delivery.entry_id, group=GROUP),
-        ):
-            settled = await self._bus.settle(
-                GROUP,
-                self.worker_id,
-                delivery,
-                [
-                    # The trainer's own context, not ours: it outlives this worker (decision 0050).
-                    Settling(
-                        decision.key, work.fingerprint, decision, carrier, work.run_id, work.epoch
-                    )
-                    for decision in decisions
-                ],
-            )
-        for decision, outcome in zip(decisions, settled, strict=True):
-            await self._reports.settlement(work, decision, outcome)
-            if outcome is Settlement.CONFLICT:
-                raise _conflict(decision.key, work)
-            if outcome is Settlement.SETTLED:
-                await self._count(work, decision)
-
-    async def _count(self, work: Work, decision: StructuralPruningDecision) -> None:
-        """Feed the breakers: an approved level counts only once the trainer reports on it."""
-        breakers = self._bus.breakers
-        for level, vote in votes(decision).items():
-            if vote == "failure":
-                reason, token = decision.rejection_reason or _gap(decision), f"{decision.key}"
-                change = await breakers.failure(work.run_id, level, reason, token=token)
-                await self._reports.transition(change)
-            elif vote == "success":
-                await self._reports.transition(await breakers.success(work.run_id, level))
-
-    async def _note_outcome(self, delivery: Delivery, outcome: PruningOutcome) -> None:
-        key = IdempotencyKey.parse(outcome.idempotency_key)
-        record = await self._bus.record(key)
-        if record is None:
-            raise UnknownDecision(
-                "idempotency_key", "the key of a published decision", outcome.idempotency_key
-            )
-        decision, breakers = unwrap(read_envelope(record.envelope)), self._bus.breakers
-        assert isinstance(decision, StructuralPruningDecision)
-        for level in decision.taken:
-            change = None
-            if outcome.result == "rolled_back":
-                reason = f"rolled back by the trainer: {outcome.detail}"
-                change = await breakers.failure(outcome.run_id, level, reason, token=str(key))
-            elif outcome.result == "applied":
-                change = await breakers.success(outcome.run_id, level)
-            await self._reports.transition(change)
-        await self._bus.acknowledge(GROUP, self.worker_id, delivery)
-
-    async def _note_failure(self, work: Work, delivery: Delivery, reason: str) -> None:
-        for level in work.levels:
-            change = await self._bus.breakers.failure(
-                work.run_id, level, reason, token=f"{delivery.entry_id}:{work.keys[0]}"
-            )
-            await self._reports.transition(change)
-
-    async def _bury(
-        self, delivery: Delivery, error: ContractError, work: Work | None = None
-    ) -> None:
-        letter = self._reports.letter(delivery, error, work)
-        if await self._bus.dead_letter(
-            GROUP, self.worker_id, delivery, letter, onward(delivery.carrier)
-        ):
-            _log.warning(
-                "dead letter",
-                stream=delivery.stream.name,
-                entry=delivery.entry_id,
-                code=error.code,
-                reason=str(error),
-            )
-            await self._reports.buried(letter, work)
-
-    async def _keep_lease(self) -> None:
-        """Renew the lease of what is held, four times a lease, whatever else goes on."""
-        while True:
-            await asyncio.sleep(self._settings.bus.lease_seconds / 4)
-            held = self._held
-            if held is None:
-                continue
-            with contextlib.suppress(BusUnavailable):
-                if await self._bus.renew(GROUP, self.worker_id, [held]):
-                    # Another worker has it now; our settle will be refused as LOST.
-                    _log.warning("lease lost", entry=held.entry_id)
+    async def _retry(self, delivery: Delivery, error: Exception) -> None:
+        """Send an entry round again after a pause that doubles each time."""
+        pause = _RETRY_SECONDS * 2 ** min(delivery.history.exceptions, 10)
+        pause = min(pause, _LONGEST_RETRY) * random.uniform(0.5, 1.0)
+        reason = f"{type(error).__name__}: {error}"
+        if await self._leases.retry(delivery, reason, pause):
+            stream, entry = delivery.origin
+            await self._reports.entry("retried", stream, entry, "exception", reason)
 
 
-def _gap(decision: StructuralPruningDecision) -> str:
-    """What kept levels out of an approved joint decision."""
-    return "; ".join(f"{p.level}: {p.reason}" for p in decision.levels if p.verdict == "rejected")
-
-
-def _conflict(key: IdempotencyKey, work: Work) -> Conflict:
-    return Conflict(
-        "idempotency_key",
-        f"the content that {key} was decided for",
-        f"content {work.fingerprint[:16]}",
-        hint="give other content another key",
-    )
+async def _end(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel what is not done, and wait for it."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def serve(url: str, settings: Settings, worker_id: str = "") -> None:
@@ -311,6 +269,6 @@ async def serve(url: str, settings: Settings, worker_id: str = "") -> None:
             try:
                 await asyncio.wait_for(running, settings.worker.drain_seconds)
             except TimeoutError:
-                _log.warning("drain time over; what was begun is left for other workers")
+                _log.warning("drain time over; what was begun is handed over")
     finally:
         await bus.close()

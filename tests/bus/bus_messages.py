@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from elesh.bus import Bus, Delivery, Settling
-from leyline import AnalysisReport, DeadLetter, IdempotencyKey, Level, PruningOutcome
-from leyline.streams import OUTCOMES, Stream
+from elesh.bus import Bus, Delivery, Settling, Sweep
+from leyline import AnalysisReport, DeadLetter, IdempotencyKey, Level, Priority, PruningOutcome
+from leyline.streams import OUTCOMES, REDELIVERIES, Stream
 
 GROUP = "workers"
-STREAMS = (OUTCOMES,)
+STREAMS = (REDELIVERIES, OUTCOMES)
 HASH = "0123456789abcdef"
 TRACE = {"traceparent": "00-" + "a" * 32 + "-" + "b" * 16 + "-01"}
 
@@ -45,9 +45,9 @@ def letter(delivery: Delivery) -> DeadLetter:
     )
 
 
-async def publish(bus: Bus, *epochs: int) -> list[str]:
+async def publish(bus: Bus, *epochs: int, priority: Priority = Priority.NORMAL) -> list[str]:
     return [
-        await bus.publish(OUTCOMES, outcome(epoch), source="test", carrier=TRACE)
+        await bus.publish(OUTCOMES, outcome(epoch), source="test", carrier=TRACE, priority=priority)
         for epoch in epochs
     ]
 
@@ -64,7 +64,16 @@ async def end_lease(bus: Bus, delivery: Delivery, owner: str = "w1") -> None:
     await bus._client.xclaim(stream, GROUP, owner, 0, [delivery.entry_id], idle=60_000, justid=True)
 
 
-async def take_over(bus: Bus, delivery: Delivery, by: str = "w2") -> None:
-    """What another worker does once the lease has run out."""
-    await end_lease(bus, delivery)
-    assert await bus.reclaim(GROUP, by, STREAMS, count=1)
+async def sweep(bus: Bus, streams: Sequence[Stream] = STREAMS) -> Sweep:
+    """A pass of a sweeper whose grace is over."""
+    office = {"holder": "sweeper", "since": 0}
+    await bus._client.hset(bus.keys.named("sweeper"), mapping=office)
+    return await bus.sweeper.sweep(GROUP, "sweeper", streams)
+
+
+async def take_over(bus: Bus, delivery: Delivery, by: str = "w2", owner: str = "w1") -> Delivery:
+    """What another worker gets once the lease has run out."""
+    await end_lease(bus, delivery, owner)
+    await sweep(bus)
+    [taken] = await claim(bus, by)
+    return taken

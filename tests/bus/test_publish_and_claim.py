@@ -3,9 +3,9 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from bus_messages import GROUP, STREAMS, TRACE, claim, end_lease, outcome, publish
+from bus_messages import GROUP, STREAMS, TRACE, claim, outcome, publish, sweep, take_over
 
-from elesh.bus import Bus
+from elesh.bus import Bus, History
 from leyline import Malformed, read_envelope, unwrap
 from leyline.streams import CHECKPOINTS, OUTCOMES, REQUESTS, TELEMETRY
 
@@ -82,17 +82,20 @@ def test_two_consumers_share_the_entries(with_bus):
     with_bus(scenario)
 
 
-def test_a_claim_never_hands_out_more_than_asked_for_and_no_stream_starves(with_bus):
+def test_a_claim_never_hands_out_more_than_asked_for_and_serves_earlier_streams_first(with_bus):
     streams = (CHECKPOINTS, REQUESTS, OUTCOMES)
 
     async def scenario(bus: Bus) -> None:
         for stream in streams:
             for epoch in range(3):
                 await bus.publish(stream, outcome(epoch), source="test")
-        firsts = [await claim(bus, count=1, streams=streams) for _ in range(3)]
-        assert {delivery.stream for [delivery] in firsts} == set(streams)
-        assert len(await claim(bus, count=3, streams=streams)) == 3
-        assert len(await claim(bus, count=9, streams=streams)) == 3
+        [first] = await claim(bus, count=1, streams=streams)
+        assert first.stream == CHECKPOINTS
+        turned = (OUTCOMES, CHECKPOINTS, REQUESTS)
+        assert [d.stream for d in await claim(bus, count=4, streams=turned)] == [
+            OUTCOMES, OUTCOMES, OUTCOMES, CHECKPOINTS,
+        ]  # fmt: skip
+        assert len(await claim(bus, count=9, streams=streams)) == 4
 
     with_bus(scenario)
 
@@ -111,33 +114,35 @@ def test_a_blocked_claim_wakes_for_a_new_entry(with_bus):
 
 
 def test_what_arrives_on_two_streams_at_once_is_given_back_over_the_count(with_bus, monkeypatch):
-    read_group = Bus._read_group
-
-    async def late(bus: Bus, group: str, consumer: str, streams, count, block=None):
-        """Sees entries only when it blocks, as if they had all just come."""
-        return await read_group(bus, group, consumer, streams, count, block) if block else []
+    async def empty(*_: object) -> list[object]:
+        """Finds nothing until the waiting read, as if all had come just then."""
+        return []
 
     async def scenario(bus: Bus) -> None:
         await claim(bus, streams=(CHECKPOINTS, OUTCOMES))
         for stream in (CHECKPOINTS, OUTCOMES):
             await bus.publish(stream, outcome(), source="test")
-        monkeypatch.setattr(Bus, "_read_group", late)
+        monkeypatch.setattr(bus._scripts, "claim", empty)
         streams = (CHECKPOINTS, OUTCOMES)
         [first] = await bus.claim(GROUP, "w1", streams, count=1, block_seconds=5)
-        [second] = await bus.reclaim(GROUP, "w2", streams, count=9)
-        assert {first.stream, second.stream} == set(streams)
-        assert second.deliveries == 1
+        monkeypatch.undo()
+        [second] = await claim(bus, "w2")
+        assert {first.stream.name, second.origin[0]} == {"checkpoints", "outcomes"}
+        assert (second.deliveries, second.history) == (1, History())
 
     with_bus(scenario)
 
 
-def test_an_entry_given_back_is_served_next_as_if_never_delivered(with_bus):
+def test_an_idle_consumer_sends_nothing_but_its_waiting_reads(with_bus):
     async def scenario(bus: Bus) -> None:
-        await publish(bus, 1)
-        [delivery] = await claim(bus, "w1")
-        await bus._release(GROUP, "w1", [delivery])
-        [again] = await bus.reclaim(GROUP, "w2", STREAMS, count=1)
-        assert (again.entry_id, again.deliveries) == (delivery.entry_id, 1)
+        await claim(bus)
+        commands = "total_commands_processed"
+        before = (await bus._client.info("stats"))[commands]
+        for _ in range(3):
+            assert not await bus.claim(GROUP, "w1", STREAMS, count=1, block_seconds=0.05)
+        sent = (await bus._client.info("stats"))[commands] - before
+        # The first claim looks before it waits (a script and what it calls); then only reads.
+        assert sent <= 3 + 1 + len(STREAMS) + 1
 
     with_bus(scenario)
 
@@ -153,7 +158,7 @@ def test_a_group_that_vanished_is_made_again_and_reads_from_the_oldest(with_bus,
         else:
             await bus._client.xgroup_destroy(OUTCOMES.key(bus.partition), GROUP)
         assert await bus.renew(GROUP, "w1", [delivery]) == [delivery]
-        assert await bus.reclaim(GROUP, "w1", STREAMS, count=1) == []
+        assert (await sweep(bus)).taken == ()
         assert not await bus.acknowledge(GROUP, "w1", delivery)
         assert len(await claim(bus, count=9)) == 1
 
@@ -247,10 +252,9 @@ def test_a_consumer_with_pending_entries_is_not_forgotten(with_bus):
         [delivery] = await claim(bus, "w1")
         await claim(bus, "w2")
         for consumer in ("w1", "w2"):
-            await bus.leave(GROUP, consumer, (OUTCOMES, CHECKPOINTS))
+            await bus.groups.leave(GROUP, consumer, (OUTCOMES, CHECKPOINTS))
         names = await bus._client.xinfo_consumers(OUTCOMES.key(bus.partition), GROUP)
         assert [consumer["name"] for consumer in names] == [b"w1"]
-        await end_lease(bus, delivery)
-        assert await bus.reclaim(GROUP, "w3", STREAMS, count=1)
+        assert await take_over(bus, delivery, "w3")
 
     with_bus(scenario)

@@ -48,8 +48,9 @@ def test_channels_and_layers_of_one_checkpoint_are_one_decision(station: Station
     assert encode(analyze(bundle, settings)) == encode(decision)
     assert decision.key.level is Level.JOINT
     assert [target.layer_name for target in decision.layers] == ["b4"]
-    (metrics,) = [event.metrics for event in station.telemetry("analysed")]
-    assert metrics.layers == 10
+    analysed = {event.idempotency_key: event.metrics for event in station.telemetry("analysed")}
+    assert analysed.keys() == {str(bundle.key(level)) for level in [*bundle.levels, Level.JOINT]}
+    assert analysed[str(bundle.key(Level.LAYER))].layers == 10
 
 
 def test_channels_and_heads_of_one_checkpoint_are_one_decision(station: Station) -> None:

@@ -1,7 +1,28 @@
 -- Append a message once: a second publish of the same event answers with the first one's entry.
--- KEYS: stream, marker of the event. ARGV: marker's seconds to live, fields...
+-- Where a group's backlog fills its stream, messages of lower priority are shed and counted.
+-- KEYS: stream, marker of the event, counters of what was shed.
+-- ARGV: marker's seconds to live, backlog from which to shed (0: never), group, the counter's name,
+--       fields...
+-- Returns the entry's id, nil if the message was shed.
 local known = redis.call('GET', KEYS[2])
 if known then return known end
-local entry = append(KEYS[1], 2, #ARGV - 1)
+
+-- Entries that the group has not done; those it cannot count are not held against the message.
+local function backlog(stream, name)
+  if redis.call('EXISTS', stream) == 0 then return 0 end
+  for _, flat in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
+    local group = {}
+    for i = 1, #flat, 2 do group[flat[i]] = flat[i + 1] end
+    if group['name'] == name then return (group['lag'] or 0) + group['pending'] end
+  end
+  return redis.call('XLEN', stream)
+end
+
+local limit = tonumber(ARGV[2])
+if limit > 0 and backlog(KEYS[1], ARGV[3]) >= limit then
+  redis.call('HINCRBY', KEYS[3], ARGV[4], 1)
+  return false
+end
+local entry = append(KEYS[1], 5, #ARGV - 4)
 redis.call('SET', KEYS[2], entry, 'EX', ARGV[1])
 return entry

@@ -1,0 +1,54 @@
+-- One pass of the fleet's only sweeper: delayed entries that are due go on, and entries whose lease
+-- ran out go round again for any worker. Whoever finds no sweeper is it, until its lease runs out.
+-- KEYS: sweeper, delayed set, deadlines, redeliveries, then the streams that are swept.
+-- ARGV: worker, the sweeper's lease, its grace, the entries' lease (all in milliseconds), group,
+--       pending entries to look at in each stream, entries to move at most, then the streams' names.
+-- Returns 0 and the milliseconds until there may be no sweeper; or 1, the number of delayed entries
+-- moved, the entries that were taken from their owners (stream, id, owner) and the plans past their
+-- deadline.
+local worker, group, scan, batch = ARGV[1], ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[7])
+local holder = redis.call('HGET', KEYS[1], 'holder')
+if holder and holder ~= worker then return {0, redis.call('PTTL', KEYS[1])} end
+local at = now()
+if not holder then
+  redis.call('HSET', KEYS[1], 'holder', worker, 'since', string.format('%.0f', at))
+end
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+
+local due = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', at, 'LIMIT', 0, batch)
+for _, packed in ipairs(due) do
+  redis.call('XADD', KEYS[4], '*', unpack(cmsgpack.unpack(packed)))
+  redis.call('ZREM', KEYS[2], packed)
+end
+
+local taken = {}
+local function take(stream, name, entry)
+  local id, owner = entry[1], entry[2]
+  local fields = again(stream, name, id, 'crash', owner, 'the lease ran out')
+  if fields then redis.call('XADD', KEYS[4], '*', unpack(fields)) end
+  redis.call('XACK', stream, group, id)
+  taken[#taken + 1] = {name, id, owner}
+end
+
+-- A page of a stream's pending entries, from where the last pass ended: deep ones have their turn.
+local function sweep(stream, name)
+  local cursor = 'cursor:' .. name
+  local start = redis.call('HGET', KEYS[1], cursor) or '-'
+  local pending = redis.pcall('XPENDING', stream, group, start, '+', scan)
+  if pending.err then return end
+  local last = nil
+  for _, entry in ipairs(pending) do
+    if #taken >= batch then break end
+    if entry[3] >= tonumber(ARGV[4]) then take(stream, name, entry) end
+    last = entry[1]
+  end
+  local whole = #pending < scan and (not last or last == pending[#pending][1])
+  if whole then redis.call('HDEL', KEYS[1], cursor)
+  elseif last then redis.call('HSET', KEYS[1], cursor, '(' .. last) end
+end
+
+-- Owners that a silence of the server kept from renewing have the grace to do so.
+if at - redis.call('HGET', KEYS[1], 'since') >= tonumber(ARGV[3]) then
+  for i = 5, #KEYS do sweep(KEYS[i], ARGV[i + 3]) end
+end
+return {1, #due, taken, redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', at, 'LIMIT', 0, batch)}

@@ -1,0 +1,344 @@
+"""The network as blobs, so that a worker can measure a cut on held-out data before it says go.
+
+Promises: the exported graph computes what the network computes in evaluation mode, with gates just
+where the trainer masks; it is made once for an architecture; nothing is pickled; the network is
+left as it was found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.export.graph_signature import InputKind, TensorArgument
+
+from elesh.verification.operators import IGNORED, name_of
+from elesh.verification.program import GateSlot, Node, Program, encoded
+from leyline import ContractError, InvalidField, NetworkExport, PrunedArchitecture
+
+from .calling import Inputs, batch_size, call, device_of, main_output, replace_first, undisturbed
+from .gates import Axis, axis_of
+from .layers import require_fit
+from .multihead import lend, take_back
+from .standins import first_of, with_first
+
+__all__ = ["Exporter", "held_out_blob"]
+
+_EXAMPLES = 2
+"""Samples that are traced; one would be taken for a constant by ``torch.export``."""
+_FIXED = 32
+"""Samples of a program whose network insists on a number (``len(x)`` in its forward pass)."""
+
+
+class Exporter:
+    """Exports a network for verification in workers.
+
+    Args:
+        model: the network, which may lose parts between exports.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._traced: dict[str, _Traced] = {}
+
+    def export(
+        self,
+        architecture: PrunedArchitecture,
+        held_out: tuple[Inputs, Tensor],
+        calibration: Inputs | None = None,
+    ) -> NetworkExport:
+        """Program, weights and held-out data of the network as it is.
+
+        The program is traced once for an architecture (a second or more); weights and data are
+        copied to the processor's memory each time.
+
+        Args:
+            architecture: of the network now.
+            held_out: one batch (inputs, class labels) that the network is not trained on and no
+                statistic is measured on; about a thousand samples prove small drops.
+            calibration: inputs for ranking in rounds; none: the worker does not rank again.
+
+        Raises:
+            ShapeMismatch: if the architecture does not describe the network.
+            InvalidField: if the network cannot be exported, with the reason, or the batch has
+                fewer than two samples. The worker then decides by prediction.
+        """
+        require_fit(self._model, architecture)
+        inputs, labels = held_out
+        if batch_size(inputs) < _EXAMPLES:
+            raise InvalidField("held_out", f"at least {_EXAMPLES} samples", batch_size(inputs))
+        traced = self._traced.get(architecture.model_hash)
+        if traced is None:
+            traced = _trace(self._model, architecture, inputs)
+            self._traced = {architecture.model_hash: traced}
+        # Some buffers are in no state_dict: causal masks, position numbers.
+        buffers = dict(self._model.named_buffers(remove_duplicate=False))
+        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        tensors = {**parameters, **buffers, **traced.constants}
+        weights = {path: _plain(tensors[path]) for path in traced.program.weights.values()}
+        return NetworkExport(
+            program=traced.program.packed(),
+            weights=safetensors.torch.save(weights),
+            held_out=held_out_blob(inputs, labels, calibration),
+        )
+
+
+def held_out_blob(inputs: Inputs, labels: Tensor, calibration: Inputs | None = None) -> bytes:
+    """Safetensors of ``inputs/<name>``, ``labels`` and ``calibration/<name>``; a name is the
+    keyword of a mapping, else the position."""
+    tensors = {f"inputs/{name}": _plain(x) for name, x in _tensors(inputs).items()}
+    tensors["labels"] = _plain(labels)
+    if calibration is not None:
+        tensors |= {f"calibration/{name}": _plain(x) for name, x in _tensors(calibration).items()}
+    return safetensors.torch.save(tensors)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A copy that shares memory with nothing, which safetensors asks for."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _tensors(inputs: Inputs) -> dict[str, Tensor]:
+    """The tensors of a batch of inputs by keyword or position."""
+    if isinstance(inputs, Tensor):
+        return {"0": inputs}
+    items = inputs.items() if isinstance(inputs, Mapping) else enumerate(inputs)
+    return {str(name): value for name, value in items if isinstance(value, Tensor)}
+
+
+def _with_tensors(inputs: Inputs, tensors: Mapping[str, Tensor]) -> Any:
+    """The inputs with other tensors in their places; what is no tensor stays."""
+    if isinstance(inputs, Tensor):
+        return tensors["0"]
+    if isinstance(inputs, Mapping):
+        return {name: tensors.get(str(name), value) for name, value in inputs.items()}
+    return [tensors.get(str(number), value) for number, value in enumerate(inputs)]
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """A network's program, and tensors that its forward pass makes from nothing."""
+
+    program: Program
+    constants: dict[str, Tensor]
+
+
+def _trace(model: nn.Module, architecture: PrunedArchitecture, inputs: Inputs) -> _Traced:
+    """With any number of samples where the network allows it, else with a fixed one."""
+    problem: Exception | None = None
+    with undisturbed(model, 0), torch.no_grad(), _Gated(model, architecture, inputs) as gated:
+        for samples, dynamic in ((_EXAMPLES, True), (_FIXED, False)):
+            try:
+                return _exported(gated, architecture.model_hash, samples, dynamic=dynamic)
+            except ContractError:
+                raise
+            except Exception as error:  # Whatever tracing meets in the user's code is the finding.
+                problem = error
+    told = f"{type(problem).__name__}: {problem}"[:500]
+    hint = "without a program workers decide by prediction, under stricter gates"
+    expected = "a network that torch.export can trace"
+    raise InvalidField("model", expected, told, hint=hint) from problem
+
+
+def _exported(gated: _Gated, model_hash: str, samples: int, *, dynamic: bool) -> _Traced:
+    examples, gates = gated.examples(samples)
+    batch = {0: Dim.DYNAMIC} if dynamic else None
+    exported = torch.export.export(
+        gated,
+        (gates, examples),
+        dynamic_shapes=([batch] * len(gates), dict.fromkeys(examples, batch)),
+        strict=False,
+    )
+    return _read(exported, gated, model_hash, list(examples), None if dynamic else samples)
+
+
+class _Gated(nn.Module):
+    """The network with a gate at every axis and branch, as one module that takes the gates.
+
+    The hooks are on the network only while this is entered.
+    """
+
+    def __init__(self, model: nn.Module, architecture: PrunedArchitecture, inputs: Inputs) -> None:
+        super().__init__()
+        self.model = model
+        self._inputs = inputs
+        groups = [group for group in architecture.groups if group.prunable]
+        axes = dict.fromkeys(axis_of(site) for group in groups for site in group.sites)
+        blocks = [block for block in architecture.blocks if block.prunable and not block.removed]
+        self._axes: list[Axis] = list(axes)
+        self._branches = list(dict.fromkeys(block.branch for block in blocks))
+        self._shapes: dict[int, tuple[int, ...]] = {}
+        self._layout: list[_Layout] = []
+        self._gates: list[Tensor] = []
+        self._handles = contextlib.ExitStack()
+
+    def __enter__(self) -> _Gated:
+        lent = lend(self.model, {path for path, _ in self._axes})
+        self._handles.callback(take_back, lent)
+        for number, (path, _) in enumerate(self._axes):
+            module = self.model.get_submodule(path)
+            hook = self._before(number)
+            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+            self._handles.callback(handle.remove)
+        for number, path in enumerate(self._branches, start=len(self._axes)):
+            module = self.model.get_submodule(path)
+            handle = module.register_forward_hook(self._after(number))
+            self._handles.callback(handle.remove)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._handles.close()
+
+    def examples(self, samples: int) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """So many samples of the inputs, and gates that let everything pass.
+
+        Raises:
+            InvalidField: if a place of a gate was not passed by any signal.
+        """
+        small, large = self._seen(2), self._seen(3)
+        self._layout = [
+            _Layout.of(place, small.get(n, ()), large.get(n, ()), dim)
+            for n, (place, dim) in enumerate(self._places)
+        ]
+        device = device_of(self.model)
+        gates = [torch.ones(samples, layout.size, device=device) for layout in self._layout]
+        return self._inputs_of(samples), gates
+
+    def _seen(self, samples: int) -> dict[int, tuple[int, ...]]:
+        """The shape that passes each place when the network is called with so many samples."""
+        self._shapes = {}
+        call(self.model, _with_tensors(self._inputs, self._inputs_of(samples)))
+        return self._shapes
+
+    def _inputs_of(self, samples: int) -> dict[str, Tensor]:
+        """The first samples, and from the first again where there are not enough."""
+        device, tensors = device_of(self.model), _tensors(self._inputs)
+        rows = torch.arange(samples)
+        return {name: x[rows % len(x)].detach().to(device) for name, x in tensors.items()}
+
+    @property
+    def slots(self) -> list[tuple[str, int | None, int]]:
+        """Module, axis (None: a branch) and width of every gate."""
+        sizes = [layout.size for layout in self._layout]
+        return [(path, dim, size) for (path, dim), size in zip(self._places, sizes, strict=True)]
+
+    @property
+    def _places(self) -> list[tuple[str, int | None]]:
+        return [*self._axes, *((path, None) for path in self._branches)]
+
+    def forward(self, gates: list[Tensor], inputs: dict[str, Tensor]) -> Tensor:
+        """The network's main output under the gates."""
+        self._gates = gates
+        try:
+            return main_output(call(self.model, _with_tensors(self._inputs, inputs)))
+        finally:
+            self._gates = []
+
+    def _before(self, number: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            return replace_first(args, kwargs, lambda x: self._times(number, x))
+
+        return hook
+
+    def _after(self, number: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            return with_first(output, self._times(number, first_of(output)))
+
+        return hook
+
+    def _times(self, number: int, x: Tensor) -> Tensor:
+        if not self._gates:
+            self._shapes[number] = tuple(x.shape)
+            return x
+        layout = self._layout[number]
+        gate = self._gates[number].to(x.dtype)
+        if layout.rows > 1:
+            gate = gate.repeat_interleave(layout.rows, dim=0)
+        shape = [1] * x.ndim
+        shape[layout.samples], shape[layout.units] = -1, layout.size
+        if layout.samples > layout.units:
+            gate = gate.transpose(0, 1)
+        return x * gate.reshape(shape)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where samples and units lie in what passes a gate."""
+
+    samples: int
+    """The dimension that counts samples."""
+    rows: int
+    """Rows a sample takes of it (windows and time steps of a sample lie one after the other)."""
+    units: int
+    """The dimension that counts units; any other than ``samples`` for a branch."""
+    size: int
+    """Units along it, 1 for a branch."""
+
+    @classmethod
+    def of(
+        cls, place: str, two: tuple[int, ...], three: tuple[int, ...], dim: int | None
+    ) -> _Layout:
+        """From the shapes with two and with three samples.
+
+        Raises:
+            InvalidField: if no dimension counts samples.
+        """
+        moved = [d for d, (a, b) in enumerate(zip(two, three, strict=False)) if a != b]
+        if len(moved) != 1 or two[moved[0]] * 3 != three[moved[0]] * 2 or len(two) < 2:
+            expected = "an input with one dimension that counts samples"
+            raise InvalidField(f"at {place}", expected, f"shapes {two} and {three}")
+        (samples,) = moved
+        units = (0 if samples else 1) if dim is None else dim % len(two)
+        return cls(samples, two[samples] // 2, units, 1 if dim is None else two[units])
+
+
+def _read(
+    exported: torch.export.ExportedProgram,
+    gated: _Gated,
+    model_hash: str,
+    names: list[str],
+    batch: int | None,
+) -> _Traced:
+    """The exported graph in the form that workers read.
+
+    Raises:
+        InvalidField: if it holds something that a program may not hold.
+    """
+    weights: dict[str, str] = {}
+    given: list[str] = []
+    constants: dict[str, Tensor] = {}
+    for spec in exported.graph_signature.input_specs:
+        if not isinstance(spec.arg, TensorArgument):
+            raise InvalidField("model", "a network of tensors only", str(spec.arg))
+        if spec.kind is InputKind.USER_INPUT:
+            given.append(spec.arg.name)
+        elif spec.kind is InputKind.CONSTANT_TENSOR:
+            weights[spec.arg.name] = path = f"constant/{spec.target}"
+            constants[path] = exported.constants[str(spec.target)]
+        else:
+            weights[spec.arg.name] = str(spec.target).removeprefix("model.")
+    count = len(gated.slots)
+    slots = [GateSlot(value, *slot) for value, slot in zip(given, gated.slots, strict=False)]
+    inputs = dict(zip(given[count:], names, strict=True))
+    nodes = tuple(_nodes(exported.graph))
+    (output,) = (node for node in exported.graph.nodes if node.op == "output")
+    (result,) = output.args[0]
+    program = Program(model_hash, weights, inputs, tuple(slots), nodes, result.name, batch)
+    return _Traced(program, constants)
+
+
+def _nodes(graph: torch.fx.Graph) -> Iterator[Node]:
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output") or str(node.target) in IGNORED:
+            continue
+        if node.op != "call_function":
+            raise InvalidField("model", "a graph of operators only", f"{node.op} {node.target}")
+        kwargs = {key: encoded(value) for key, value in node.kwargs.items()}
+        args = tuple(encoded(value) for value in node.args)
+        yield Node(node.name, name_of(node.target), args, kwargs)

@@ -1,0 +1,188 @@
+"""Fan-out and join: a checkpoint of several levels as parts that any worker of the fleet takes.
+
+The promises of planning, storing and joining are the bus's (:mod:`elesh.bus.plans`); here is what a
+worker does with a part. A level that fails for good is stored as a failure: the join goes on
+without it, and its reason stands in the decision. Only if no level is there at all, the checkpoint
+itself is a dead letter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+
+from elesh.bus import Bus, Delivery, Plan, Planned, Stored
+from elesh.observe import get_logger
+from elesh.settings import Settings
+from leyline import (
+    AnalysisFailed,
+    AnalysisItem,
+    ContractError,
+    IdempotencyKey,
+    ItemResult,
+    JoinItem,
+    Level,
+    LevelAnalysis,
+    MissingBlob,
+    encode,
+)
+from leyline.streams import WORKERS
+
+from .admission import Work, admit
+from .analysis import Analyst
+from .reports import Reports
+from .settlement import Clerk, conflict
+
+__all__ = ["FanOut"]
+
+_INLINE = 256 << 10
+"""Analyses up to so many bytes stand in the plan's record; larger ones are blobs."""
+_LATE = "no result within the window"
+_log = get_logger(__name__)
+
+
+class FanOut:
+    """One worker's hand in plans."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        settings: Settings,
+        worker_id: str,
+        analyst: Analyst,
+        clerk: Clerk,
+        reports: Reports,
+    ) -> None:
+        self._bus = bus
+        self._settings = settings
+        self._worker_id = worker_id
+        self._analyst = analyst
+        self._clerk = clerk
+        self._reports = reports
+
+    async def plan(self, delivery: Delivery, work: Work) -> None:
+        """Make a checkpoint into parts, one a level.
+
+        Raises:
+            Conflict: if its key was planned for other content.
+        """
+        key = str(work.key)
+        items = [AnalysisItem(plan=key, level=level) for level in work.levels]
+        plan = Plan(
+            key=key,
+            fingerprint=work.fingerprint,
+            envelope=delivery.envelope,
+            carrier=delivery.carrier,
+            items=tuple(item.name for item in items),
+            origin="/".join(delivery.origin),
+        )
+        planned = await self._bus.plans.plan(
+            WORKERS, self._worker_id, delivery, plan, items, window_seconds=work.window
+        )
+        if planned is Planned.CONFLICT:
+            raise conflict(work)
+        step = "planned" if planned is Planned.PLANNED else str(planned)
+        await self._reports.step(step, work, detail=", ".join(plan.items))
+
+    async def analyse(self, delivery: Delivery, item: AnalysisItem) -> None:
+        """Analyse one part and store what became of it."""
+        found = await self._planned(delivery, item.plan)
+        if found is None:
+            return
+        work = found[0]
+        try:
+            self._clerk.refuse_poison(delivery)
+            result = await self._stored(await self._analyst.analyse(work, item.level))
+        except ContractError as error:
+            result = ItemResult(failed=str(error)[:8192])
+            await self._reports.step("failed", work, key=work.key.at(item.level), detail=str(error))
+        stored = await self._bus.plans.store(WORKERS, self._worker_id, delivery, item, result)
+        if stored is Stored.GONE:
+            await self._bus.acknowledge(WORKERS, self._worker_id, delivery)
+        detail = f"{item.name}: {stored}"
+        await self._reports.step("stored", work, key=work.key.at(item.level), detail=detail)
+
+    async def join(self, delivery: Delivery, item: JoinItem) -> None:
+        """Decide by the parts that are there, and name those that are not."""
+        found = await self._planned(delivery, item.plan)
+        if found is None:
+            return
+        work, plan = found
+        served = self._bus.plans.served_keys(item.plan)
+        if await self._clerk.is_decided(delivery, work, served):
+            return
+        try:
+            self._clerk.refuse_poison(delivery)
+            results = await self._bus.plans.results(item.plan)
+            analyses = {
+                level: await self._analysis(results[level])
+                for level in work.levels
+                if level in results and not results[level].failed
+            }
+            missing = _gaps(work, results, analyses)
+            if not analyses:
+                gaps = "; ".join(f"{level}: {reason}" for level, reason in missing.items())
+                raise AnalysisFailed(f"analysis of {item.plan}", "at least one level", gaps)
+            decision = await self._analyst.join(work, tuple(analyses.values()), missing)
+        except ContractError as error:
+            await self._clerk.fail(_of_checkpoint(delivery, plan), work, error, served)
+            return
+        await self._clerk.settle(delivery, work, decision, served)
+
+    async def _planned(self, delivery: Delivery, key: str) -> tuple[Work, Plan] | None:
+        """The checkpoint of a plan, and the plan.
+
+        None if its decision was settled meanwhile: then the entry is acknowledged.
+
+        Raises:
+            MissingBlob: if the plan's time to live is over and nothing was decided.
+        """
+        plan = await self._bus.plans.load(key)
+        if plan is None:
+            await self._end_late(delivery, key)
+            return None
+        window = self._settings.worker.window_seconds
+        now = datetime.now(UTC)
+        # It was admitted when it was planned: from then on the plan's deadline matters.
+        work = admit(plan.envelope, window=window, now=now, redriven=now)
+        if not isinstance(work, Work):
+            raise AnalysisFailed(f"plan {key}", "a checkpoint or a request", type(work).__name__)
+        return work, plan
+
+    async def _end_late(self, delivery: Delivery, key: str) -> None:
+        if await self._bus.record(IdempotencyKey.parse(key)):
+            await self._bus.acknowledge(WORKERS, self._worker_id, delivery)
+            _log.info("part came after the decision", plan=key)
+            return
+        raise MissingBlob(
+            f"plan {key}", "the plan's record", "no such key", hint="publish the checkpoint again"
+        )
+
+    async def _stored(self, analysis: LevelAnalysis) -> ItemResult:
+        data = encode(analysis)
+        if len(data) <= _INLINE:
+            return ItemResult(analysis=data)
+        return ItemResult(blob=await self._bus.blobs.put(data, "msgpack"))
+
+    async def _analysis(self, result: ItemResult) -> bytes:
+        return result.analysis if result.blob is None else await self._bus.blobs.get(result.blob)
+
+
+def _of_checkpoint(delivery: Delivery, plan: Plan) -> Delivery:
+    """The join's entry as the checkpoint that it stands for: what a dead letter keeps of it."""
+    known = {b"envelope": plan.envelope, b"origin": plan.origin.encode()}
+    context = {name.encode(): value.encode() for name, value in plan.carrier.items()}
+    history = {name: value for name, value in delivery.fields.items() if name == b"history"}
+    return replace(delivery, fields=known | context | history)
+
+
+def _gaps(
+    work: Work, results: Mapping[str, ItemResult], analyses: Mapping[Level, bytes]
+) -> dict[Level, str]:
+    """The levels without an analysis, each with the reason."""
+    return {
+        level: results[level].failed if level in results else _LATE
+        for level in work.levels
+        if level not in analyses
+    }

@@ -1,0 +1,91 @@
+"""What a worker holds: claimed, kept by renewed leases, given back when it ends.
+
+Promises: a lease is renewed four times in its length, through a drain and however long the child
+computes, as long as the entry is still this worker's; whoever lost one hears of it at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+
+from elesh.bus import Bus, BusUnavailable, Delivery
+from elesh.observe import get_logger
+from leyline.streams import WORKERS, Stream
+
+__all__ = ["Leases"]
+
+_log = get_logger(__name__)
+
+
+class Leases:
+    """The entries that one worker holds.
+
+    Args:
+        on_lost: called with an entry that another worker has now.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        worker_id: str,
+        streams: Sequence[Stream],
+        on_lost: Callable[[Delivery], None],
+    ) -> None:
+        self._bus = bus
+        self._worker_id = worker_id
+        self._streams = streams
+        self._on_lost = on_lost
+        self._held: list[Delivery] = []
+
+    async def claim(
+        self, streams: Sequence[Stream], count: int, block_seconds: float
+    ) -> list[Delivery]:
+        """Up to ``count`` entries, whose leases are kept from now on."""
+        claimed = await self._bus.claim(
+            WORKERS, self._worker_id, streams, count=count, block_seconds=block_seconds
+        )
+        self._held += claimed
+        return claimed
+
+    def drop(self, delivery: Delivery) -> None:
+        """Forget an entry that was served, lost or given back."""
+        self._held = [held for held in self._held if held is not delivery]
+
+    async def hand_over(self, delivery: Delivery, detail: str) -> bool:
+        """Give an entry back that was not begun; its delivery does not count."""
+        self.drop(delivery)
+        return await self._bus.groups.give_back(
+            WORKERS, self._worker_id, delivery, cause="handover", detail=detail
+        )
+
+    async def retry(self, delivery: Delivery, detail: str, delay_seconds: float) -> bool:
+        """Have an entry served again after a while: this worker failed with it."""
+        return await self._bus.groups.give_back(
+            WORKERS,
+            self._worker_id,
+            delivery,
+            cause="exception",
+            detail=detail,
+            delay_seconds=delay_seconds,
+        )
+
+    async def leave(self) -> int:
+        """Give everything back and leave the group; how many entries it was."""
+        self._held = []
+        given = await self._bus.groups.give_back_all(WORKERS, self._worker_id, self._streams)
+        await self._bus.groups.leave(WORKERS, self._worker_id, self._streams)
+        return given
+
+    async def keep(self) -> None:
+        """Renew what is held until cancelled."""
+        while True:
+            await asyncio.sleep(self._bus.settings.lease_seconds / 4)
+            held = list(self._held)
+            with contextlib.suppress(BusUnavailable):
+                for lost in await self._bus.renew(WORKERS, self._worker_id, held):
+                    if lost in self._held:
+                        _log.warning("lease lost", entry=f"{lost.stream.name}/{lost.entry_id}")
+                        self.drop(lost)
+                        self._on_lost(lost)

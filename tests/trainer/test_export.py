@@ -1,0 +1,168 @@
+"""What is exported computes what the network computes, plain and masked, and is never pickled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attention_nets
+import msgpack
+import pytest
+import safetensors.torch
+import torch
+import trainer_nets
+from torch import Tensor, nn
+
+from elesh.trainer import Recorder, Surgeon
+from elesh.trainer.calling import call, main_output
+from elesh.trainer.export import Exporter
+from elesh.verification.program import Program
+from leyline import ContractError, InvalidField, NetworkExport, PrunedArchitecture
+
+NETS = ["Vgg", "ResNet", "Dense", "Mobile", "Vit", "Shared", "Unet", "Gated"]
+ATTENTION = ["native", "encoder", "BERT", "GPT-2", "Llama"]
+
+
+def run(
+    network: NetworkExport, dead: dict[tuple[str, int | None], list[int]] | None = None
+) -> Tensor:
+    """The exported network's outputs on its own held-out inputs, some gates closed."""
+    program = Program.read(network.program)
+    tensors = safetensors.torch.load(network.held_out)
+    inputs = {k.removeprefix("inputs/"): v for k, v in tensors.items() if k.startswith("inputs/")}
+    count = len(next(iter(inputs.values())))
+    samples = program.batch or count
+    inputs = {name: x[torch.arange(samples) % count] for name, x in inputs.items()}
+    gates = []
+    for slot in program.gates:
+        gate = torch.ones(samples, slot.size)
+        gate[:, (dead or {}).get((slot.module, slot.dim), [])] = 0
+        gates.append(gate)
+    with torch.no_grad():
+        return program.run(safetensors.torch.load(network.weights), inputs, gates)[:count]
+
+
+def closed(
+    architecture: PrunedArchitecture, units: dict[str, Any], layers: list[str]
+) -> dict[tuple[str, int | None], list[int]]:
+    """The gates that a cut closes."""
+    dead: dict[tuple[str, int | None], list[int]] = {}
+    for name, chosen in units.items():
+        for site in architecture.group[name].sites:
+            dead.setdefault((site.module, site.dim), []).extend(site.all_of(chosen))
+    return dead | {(architecture.block[name].branch, None): [0] for name in layers}
+
+
+def check(model: nn.Module, inputs: Any, example: Any) -> None:
+    model.eval()
+    architecture = Recorder(model, example).architecture
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    network = Exporter(model).export(architecture, (inputs, torch.zeros(5, dtype=torch.long)))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    with torch.no_grad():
+        assert torch.allclose(run(network), main_output(call(model, inputs)), atol=1e-5)
+        units = trainer_nets.units(architecture)
+        blocks = [b.name for b in architecture.blocks if b.prunable][-1:]
+        surgeon = Surgeon(model, architecture)
+        surgeon.mask(units)
+        surgeon.mask_layers(blocks)
+        masked = main_output(call(model, inputs))
+        surgeon.unmask()
+    assert units or blocks
+    assert torch.allclose(run(network, closed(architecture, units, blocks)), masked, atol=1e-5)
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_exported_network_is_the_network_plain_and_masked(name: str) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(5, *trainer_nets.example().shape[1:])
+    check(trainer_nets.build(name), inputs, trainer_nets.example())
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_transformers_are_exported_plain_and_masked(name: str) -> None:
+    check(attention_nets.build(name), attention_nets.inputs(name, 5), attention_nets.inputs(name))
+
+
+def test_a_program_is_traced_once_for_an_architecture() -> None:
+    model = trainer_nets.build("Vgg").eval()
+    architecture = Recorder(model, trainer_nets.example()).architecture
+    held_out = (trainer_nets.example(), torch.zeros(len(trainer_nets.example()), dtype=torch.long))
+    exporter = Exporter(model)
+    first = exporter.export(architecture, held_out)
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    model.forward = None  # type: ignore[assignment, method-assign]
+    second = exporter.export(architecture, held_out)
+    assert second.program == first.program
+    assert second.weights != first.weights
+
+
+def test_a_network_that_cannot_be_traced_is_refused_by_name() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) if x.sum() > 0 else self.layer(-x)
+
+    model, inputs = Branching(), torch.randn(4, 4)
+    architecture = Recorder(model, inputs).architecture
+    with pytest.raises(InvalidField, match=r"torch\.export can trace"):
+        Exporter(model).export(architecture, (inputs, torch.zeros(4, dtype=torch.long)))
+    assert not model.layer._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        "aten.from_file.default",
+        "aten.save.default",
+        "os.system",
+        "builtins.eval",
+        "aten.__class__.default",
+        "inductor.resize_storage_bytes_.default",
+        "operator.attrgetter",
+    ],
+)
+def test_a_program_that_names_anything_but_arithmetic_is_refused_unrun(operator: str) -> None:
+    fields = {
+        "format": 1,
+        "model_hash": "0" * 16,
+        "weights": {},
+        "inputs": {"x": "0"},
+        "gates": [],
+        "nodes": [["y", operator, [{"value": "x"}], {}]],
+        "output": "y",
+    }
+    with pytest.raises(InvalidField, match="operator"):
+        Program.read(msgpack.packb(fields))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"output": "nowhere"},
+        {"nodes": [["y", "aten.relu.default", [{"value": "later"}], {}]]},
+        {"nodes": [["y", "aten.relu.default", [{"dtype": "float99"}], {}]]},
+        {"nodes": [["y", "aten.relu.default", [{"value": "x", "more": "x"}], {}]]},
+        {"nodes": [["y"]]},
+        {"nodes": 3},
+        {"gates": [[1]]},
+        {"format": 2},
+    ],
+)
+def test_a_malformed_program_is_a_named_error(change: dict[str, Any]) -> None:
+    fields = {
+        "format": 1,
+        "model_hash": "0" * 16,
+        "weights": {},
+        "inputs": {"x": "0"},
+        "gates": [],
+        "nodes": [["y", "aten.relu.default", [{"value": "x"}], {}]],
+        "output": "y",
+    }
+    assert Program.read(msgpack.packb(fields)).output == "y"
+    with pytest.raises(ContractError, match="program"):
+        Program.read(msgpack.packb(fields | change))
