@@ -6,17 +6,18 @@ choose them; without, by fixed scores; nothing goes against minimum, multiple or
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
-from leyline import CheckpointBundle, SparedUnit
+from leyline import CheckpointBundle, GateStatistics, SparedUnit
 
 from .candidates import Candidates, Doubles, Floats
 from .orders import JointOrder, Order, StaticOrder
 from .projections import Prediction, Projections, output_energy, predict
+from .reconstruction import ReconstructionOrder
 from .redundancy import Pair
 from .selection import Selection, select
 from .stages import stage
@@ -33,7 +34,7 @@ __all__ = [
     "usable_projections",
 ]
 
-Scorer = Literal["output_projection", "multi_metric", "magnitude"]
+Scorer = Literal["output_projection", "reconstruction", "multi_metric", "magnitude"]
 Reason = Literal[
     "representative",
     "rounding",
@@ -74,6 +75,8 @@ class Ranking:
     redundant: Sequence[Pair]
     """Pairs that are considered first."""
     threads: int = 1
+    gates: Mapping[str, GateStatistics] = field(default_factory=dict)
+    """By group, with input moments, for ``reconstruction``."""
 
     def choose(
         self, quota: int, columns: Floats | None = None, moved: Doubles | None = None
@@ -88,6 +91,8 @@ class Ranking:
             columns = self.projections.columns
 
         def make_order() -> Order:
+            if self.scorer == "reconstruction":
+                return ReconstructionOrder(self.candidates, self.gates)
             if columns is None or self.scorer != "output_projection":
                 return StaticOrder(self.candidates, self.scores)
             return JointOrder(self.candidates, columns, moved=moved, threads=self.threads)
@@ -96,7 +101,11 @@ class Ranking:
 
     @stage("select")
     def decide(self, bundle: CheckpointBundle, quota: int) -> Choice:
-        """Choose up to ``quota`` units and predict what removing them does."""
+        """Choose up to ``quota`` units and predict what removing them does.
+
+        With ``reconstruction`` too, that is what their mask does, without any re-solving: the
+        trainer masks first.
+        """
         selection, projections = self.choose(quota), self.projections
         joint = self.scorer == "output_projection"
         scale = projections.unit**2 if projections and joint else 1.0

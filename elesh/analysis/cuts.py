@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from elesh import safety
 from leyline import (
     CheckpointBundle,
@@ -17,7 +15,7 @@ from leyline import (
 )
 
 from .plans import Target
-from .scores import single_removal
+from .scores import set_removal
 
 __all__ = ["Cut", "Shift"]
 
@@ -45,8 +43,8 @@ class Cut:
     after: PrunedArchitecture | None
     """None where the cut does not hold together (the structure gate says why)."""
     loss_rise: float | None
-    """The sum of the single removals' second-order predictions, in nats a sample: interactions
-    are not in it. None where a unit has no gate statistics, or nothing goes."""
+    """What the units are predicted to do together, in nats a sample, and each layer on its own.
+    None where a unit has no gate statistics, or nothing goes."""
 
     @classmethod
     def of(cls, bundle: CheckpointBundle, targets: Iterable[Target]) -> Cut:
@@ -89,10 +87,7 @@ def _loss_rise(
 ) -> float | None:
     if not (units or layers) or not all(name in bundle.gates for name in units):
         return None
-    rises = [
-        float(single_removal(bundle.gates[name])[np.asarray(lost)].sum())
-        for name, lost in units.items()
-    ]
+    rises = [set_removal(bundle.gates, units)]
     data = [bundle.layers[name] for name in sorted(layers)]
     rises += [float(-x.first_order[0] + 0.5 * x.second_order[0]) for x in data]
     return float(sum(rises))
