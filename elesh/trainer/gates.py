@@ -68,6 +68,7 @@ class GateMeter:
         self._lent: list[nn.Module] = []
         self._batch = 0
         self._weights: Tensor | None = None
+        self._look: Callable[[Axis, Tensor, Tensor], None] | None = None
         self._sums: dict[Axis, Tensor] = {}
         self._absolutes: dict[Axis, Tensor] = {}
         self.anchor = torch.zeros((), requires_grad=True)
@@ -92,20 +93,26 @@ class GateMeter:
         self._batch = batch
 
     def backward(
-        self, scalar: Tensor, *, absolute: Tensor | None = None, keep: bool = True
+        self,
+        scalar: Tensor,
+        *,
+        absolute: Tensor | None = None,
+        keep: bool = True,
+        look: Callable[[Axis, Tensor, Tensor], None] | None = None,
     ) -> tuple[dict[Axis, Tensor], dict[Axis, Tensor]]:
         """Gate gradients of a scalar that is a sum over samples.
 
         Args:
             absolute: also sum up ``|activation * gradient|``, with this weight [N] a sample.
             keep: keep the graph for another call.
+            look: called with every axis, its activations and their gradients.
 
         Returns:
             by axis, float32 on the CPU: ``[N, C]`` sums over positions of activation * gradient,
             and, if asked for, ``[C]`` sums over samples and positions of its magnitude. Axes
             that the scalar does not depend on are missing.
         """
-        self._sums, self._absolutes, self._weights = {}, {}, absolute
+        self._sums, self._absolutes, self._weights, self._look = {}, {}, absolute, look
         torch.autograd.grad(scalar, self.anchor, retain_graph=keep, allow_unused=True)
         return self._sums, self._absolutes
 
@@ -127,6 +134,8 @@ class GateMeter:
         return hook
 
     def _read(self, axis: Axis, x: Tensor, gradient: Tensor) -> None:
+        if self._look is not None:
+            self._look(axis, x, gradient)
         product = x.float() * gradient.float()
         dim = axis[1] % x.ndim
         rest = [d for d in range(1, x.ndim) if d != dim]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from leyline import (
+    AnalysisParameters,
     ChannelImportanceData,
     CheckpointBundle,
     CheckpointMetadata,
@@ -49,7 +50,7 @@ from .losses import (
     total,
 )
 from .patterns import PATTERN_SAMPLES, AttentionWeights, PatternTally
-from .redistribute import MomentMeter, Moments, consumer_axes
+from .redistribute import MomentMeter, Moments, consumer_axes, takes_constant
 from .tally import CORRELATED_SAMPLES, AxisTally, GroupTally, Sums, magnitudes
 
 
@@ -136,6 +137,7 @@ class Recorder:
         note: str = "",
         max_samples: int | None = None,
         ahead: float = AHEAD,
+        redistribute: bool = False,
     ) -> CheckpointBundle:
         """A checkpoint: architecture, statistics of every prunable group, and metadata.
 
@@ -148,13 +150,17 @@ class Recorder:
                 network as it is, which saves a forward and a backward pass and the copies of the
                 batches that are kept for them.
 
+            redistribute: also measure the input moments that the order of whoever redistributes
+                needs (``redistribute`` of the parameters, which it sets): two C x C matrices for
+                every consumer of C channels.
+
         Raises:
             ShapeMismatch: if the network is not what the architecture says.
             NotFinite: if outputs or statistics hold NaN or infinity, naming group and field.
             InvalidField: if there is no sample, or a group's consumers were never called.
         """
         require_fit(self._model, self._architecture)
-        measurement = _Measurement(self._architecture)
+        measurement = _Measurement(self._architecture, inputs=redistribute)
         kept: Iterable[tuple[Inputs, Any]] = self._limited(batches, max_samples)
         with undisturbed(self._model, self._seed):
             if ahead:
@@ -177,7 +183,13 @@ class Recorder:
         channels, gates, heads = measurement.statistics(self._model)
         layers = branches.statistics(measurement.samples)
         bundle = CheckpointBundle(
-            metadata, architecture, channels, gates, layers=layers, heads=heads
+            metadata,
+            architecture,
+            channels,
+            gates,
+            parameters=AnalysisParameters(redistribute=redistribute),
+            layers=layers,
+            heads=heads,
         )
         return self._half_way(bundle, kept, ahead) if ahead else bundle
 
@@ -309,7 +321,7 @@ class Recorder:
         axis, samples = self._class_axis(values, labels), measurement.batch
         projected = (directions(values.detach(), for_directions, axis) * values).sum()
         branches.read("projections")
-        projections, _ = meter.backward(projected)
+        projections, _ = meter.backward(projected, look=measurement.look)
         if self._loss is cross_entropy and self._sampler is None and has_margins(values, labels):
             odds = margins(values, labels)
             known = odds.detach()
@@ -337,7 +349,8 @@ class Recorder:
 class _Measurement:
     """The tallies of one measurement."""
 
-    def __init__(self, architecture: PrunedArchitecture) -> None:
+    def __init__(self, architecture: PrunedArchitecture, inputs: bool = False) -> None:
+        self.look = self._enter if inputs else None
         self.samples, self.batch = 0, 1
         self._groups = [GroupTally(group) for group in architecture.groups if group.prunable]
         self._axes: dict[Axis, AxisTally] = {
@@ -376,6 +389,11 @@ class _Measurement:
             left = min(max(PATTERN_SAMPLES - self.samples, 0), self.batch) / self.batch
             self._patterns[axis].see(self._weights.take(), x.numel() // x.shape[-1], left)
 
+    def _enter(self, axis: Axis, x: Tensor, gradient: Tensor) -> None:
+        for tally in self._groups:
+            if tally.group.level is Level.CHANNEL:
+                tally.enter(axis, x, gradient)
+
     def add(self, projections: Sums, true: Sums, sizes: Sums, sampled: Sums) -> None:
         """Take in the sums of a batch."""
         for tally in self._groups:
@@ -404,7 +422,8 @@ class _Measurement:
         channels = {
             t.group.name: t.channels(self._axes, norms[t.group.name]) for t in channel_tallies
         }
-        gates = {t.group.name: t.gates(self.samples) for t in self._groups}
+        constants = {a for a in self._axes if takes_constant(model.get_submodule(a[0]))}
+        gates = {t.group.name: t.gates(self.samples, constants) for t in self._groups}
         heads = {
             t.group.name: t.heads(self.samples, self._axes, self._patterns[t.first_axis].fields())
             for t in self._groups

@@ -6,7 +6,7 @@ of parts of the samples add up to the tally of all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +66,29 @@ class AxisTally:
 
 
 @dataclass
+class InputTally:
+    """Sums over samples and positions of what enters one consumer, and of the slopes there."""
+
+    rows: int = 0
+    first: Doubles | float = 0.0
+    second: Doubles | float = 0.0
+    slopes: Doubles = field(default_factory=lambda: np.zeros(()))
+
+    def see(self, x: Tensor, gradient: Tensor) -> None:
+        """Take in activations and their gradients, [rows, C]."""
+        self.rows += len(x)
+        self.first = self.first + x.sum(0).double().cpu().numpy()
+        self.second = self.second + (x.T @ x).double().cpu().numpy()
+        self.slopes = self.slopes + (gradient.T @ gradient).double().cpu().numpy()
+
+    def moments(self, centred: bool) -> Doubles:
+        """[C, C]: the mean of ``x_i x_j``, less that of the means if ``centred``."""
+        means = np.asarray(self.first) / self.rows
+        second = np.asarray(self.second) / self.rows
+        return second - np.outer(means, means) if centred else second
+
+
+@dataclass
 class GroupTally:
     """The sums of one group; C units."""
 
@@ -82,6 +105,8 @@ class GroupTally:
     rated: int = 0
     """Samples that ``rise`` is a sum over and that ``moves`` and ``margins`` have."""
     gram: Tensor | None = None
+    inputs: dict[int, InputTally] = field(default_factory=dict)
+    """By number of the site, where input moments are measured."""
 
     def __post_init__(self) -> None:
         self.first, self.second, self.rise, self.sensitivity = np.zeros((4, self.group.size))
@@ -157,8 +182,24 @@ class GroupTally:
         gram = rows.T @ rows
         self.gram = gram if self.gram is None else self.gram + gram
 
-    def gates(self, samples: int) -> GateStatistics:
-        """The gate statistics of all samples."""
+    def enter(self, axis: Axis, x: Tensor, gradient: Tensor) -> None:
+        """Take in activations and gradients at an axis, for the input moments."""
+        for number, site in enumerate(self.group.sites):
+            if axis_of(site) == axis:
+                rows = (
+                    by_unit(t.detach().movedim(site.dim, -1).float(), site, self.group.size)
+                    .transpose(-1, -2)
+                    .reshape(-1, self.group.size)
+                    for t in (x, gradient)
+                )
+                self.inputs.setdefault(number, InputTally()).see(*rows)
+
+    def gates(self, samples: int, constants: Collection[Axis] = ()) -> GateStatistics:
+        """The gate statistics of all samples.
+
+        Args:
+            constants: axes whose consumers can take up a constant: input moments are centred.
+        """
         rated = self.rated == samples
         return GateStatistics(
             layer_name=self.group.name,
@@ -168,7 +209,22 @@ class GroupTally:
             removal_rise=single(self.rise / samples) if rated else None,
             moves=np.concatenate(self.moves) if rated else None,
             margins=np.concatenate(self.margins) if rated else None,
+            **self._input_moments(samples, constants),
         )
+
+    def _input_moments(self, samples: int, constants: Collection[Axis]) -> dict[str, Any]:
+        """The input moments of all sites, where they were measured at each."""
+        sites = self.group.sites
+        if not self.inputs or len(self.inputs) < len(sites):
+            return {}
+        inputs = [self.inputs[number] for number in range(len(sites))]
+        centred = [axis_of(site) in constants for site in sites]
+        moments = [x.moments(c) for x, c in zip(inputs, centred, strict=True)]
+        slopes = [x.slopes / samples for x in inputs]
+        return {
+            "input_moments": single(np.stack(moments)),
+            "input_slopes": single(np.stack(slopes)),
+        }
 
     def channels(self, axes: Mapping[Axis, AxisTally], magnitude: Doubles) -> ChannelImportanceData:
         """The importance vectors of all samples."""
