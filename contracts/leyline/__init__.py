@@ -9,6 +9,7 @@ from .architecture import PrunedArchitecture
 from .audit import GENESIS, AuditEntry, AuditEvent
 from .base import SCHEMA_VERSION, Message, WireEnum
 from .blocks import LayerBlock, StandIn
+from .budget import Budget, LatencyTable, LayerLatency
 from .bundle import CheckpointBundle, CheckpointDocument, NetworkExport
 from .checkpoint import BlobRef, CheckpointMetadata, CheckpointReady
 from .codec import decode, encode, read_envelope, unwrap, wrap
@@ -106,6 +107,7 @@ __all__ = [
     "AuditEvent",
     "BlobRef",
     "BreakerTransition",
+    "Budget",
     "ChannelImportanceData",
     "ChannelPruningTarget",
     "CheckpointBundle",
@@ -134,6 +136,8 @@ __all__ = [
     "JoinItem",
     "LayerBlock",
     "LayerDescriptor",
+    "LatencyTable",
+    "LayerLatency",
     "LayerPruningTarget",
     "LayerStatistics",
     "Level",

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from .base import Fraction, Message, Name, NonNegative
+from .budget import Budget
 
 Scorer = Literal["auto", "output_projection", "multi_metric", "magnitude"]
 
@@ -23,6 +24,9 @@ class AnalysisParameters(Message):
     """Groups and layers to leave alone, by name."""
     round_to: int = Field(default=1, ge=1, le=1024)
     """Keep a multiple of this many channels in every group."""
+    budget: Budget | None = Field(default=None, exclude_if=lambda budget: budget is None)
+    """Choose channels so that a resource fits, instead of so many; the schedule's limit still holds
+    above it."""
 
 
 class PerformanceRequirements(Message):

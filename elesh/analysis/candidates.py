@@ -7,8 +7,8 @@ Promises: a unit's place in the row never changes during a selection, and the ro
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -45,6 +45,16 @@ class Candidates:
             sizes=tuple(group.size for group in groups),
             rooms=tuple(max(0, g.size - floor) for g, floor in zip(groups, floors, strict=True)),
             multiples=tuple(multiple_of(group, round_to) for group in groups),
+        )
+
+    def limited(self, rooms: Mapping[str, int]) -> Candidates:
+        """The same candidates where each group may lose at most so many, 0 if not named."""
+        return replace(
+            self,
+            rooms=tuple(
+                min(room, rooms.get(name, 0))
+                for name, room in zip(self.names, self.rooms, strict=True)
+            ),
         )
 
     @property

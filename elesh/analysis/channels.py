@@ -33,6 +33,7 @@ from .choosing import (
     usable_projections,
 )
 from .eligible import eligible_groups
+from .fitting import fitted
 from .plans import LevelPlan, empty_plan, ranked_units, wanted_scorer
 from .projections import Projections
 from .redundancy import Pair, redundant_pairs
@@ -122,7 +123,12 @@ def plan_channels(
         round_to=round_to,
         threads=threads,
     )
-    choice = ranking.decide(bundle, allowed.quota)
+    quota = allowed.quota
+    if asked.budget is not None:
+        fit = fitted(bundle, asked.budget, ranking, quota)
+        ranking, quota = fit.ranking, fit.quota
+        plan = replace(plan, budget=fit.use, ignored=plan.ignored + fit.ignored)
+    choice = ranking.decide(bundle, quota)
     return replace(
         plan,
         targets=_targets(

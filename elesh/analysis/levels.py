@@ -27,7 +27,7 @@ from .channels import plan_channels
 from .cuts import Cut, Shift
 from .heads import plan_heads
 from .layers import plan_layers
-from .plans import LevelPlan
+from .plans import BudgetUse, LevelPlan
 from .stages import stage
 from .verdicts import FALLBACK_DISCOUNT, decided
 
@@ -121,6 +121,19 @@ def _gates(
         safety.noise(shift.damage, shift.error, shift.random),
         safety.predicted_shift(shift.damage, shift.error, limit),
         safety.requirements(bundle.requirements, cut.loss_rise, cut.parameters_removed),
+        *([_budget_gate(plan.budget)] if plan.budget else []),
+    )
+
+
+def _budget_gate(use: BudgetUse) -> GateResult:
+    """Says how far the cut gets; it never rejects: the schedule takes several checkpoints."""
+    reached = "reached" if use.left <= use.at_most else "not reached: quota, minimums or no savings"
+    return GateResult(
+        name="budget",
+        passed=True,
+        measured=use.left,
+        limit=use.at_most,
+        detail=f"share of the present {use.resource} that is left; {reached}",
     )
 
 

@@ -26,9 +26,18 @@ from .eligible import Eligible
 from .projections import Prediction
 from .schedule import Allowance, counted_groups
 
-__all__ = ["LevelPlan", "Target", "empty_plan", "ranked_units", "wanted_scorer"]
+__all__ = ["BudgetUse", "LevelPlan", "Target", "empty_plan", "ranked_units", "wanted_scorer"]
 
 Target = ChannelPruningTarget | AttentionHeadTarget | LayerPruningTarget
+
+
+@dataclass(frozen=True)
+class BudgetUse:
+    """What is left of a resource after the cut, as shares of what the present network takes."""
+
+    resource: str
+    left: float
+    at_most: float
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,8 @@ class LevelPlan:
     """Where there are output projections of all candidates."""
     energy: float = 0.0
     """The outputs' mean square, estimated from the same projections."""
+    budget: BudgetUse | None = None
+    """How far the cut gets towards a budget, where one was asked for."""
 
 
 _CONFIDENCE = {"output_projection": 0.9, "multi_metric": 0.6, "magnitude": 0.3}

@@ -1,8 +1,10 @@
 """The connection to Redis: explicit timeouts, no hidden retries, one error for "not available".
 
 Promises: a command is sent at most once (a retry after a lost answer would publish twice), every
-answer is awaited for at most ``SOCKET_TIMEOUT`` seconds, and whatever keeps the server from serving
-surfaces as :class:`BusUnavailable`. Coming back is :func:`until_available`'s business.
+answer is awaited for at most ``SOCKET_TIMEOUT`` seconds (so a frozen server or a half-open
+connection is noticed), and whatever keeps the server from serving surfaces as
+:class:`BusUnavailable`, after which the next connection goes to whoever is master then. Coming back
+is :func:`until_available`'s business.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import (
+    AskError,
     AuthenticationError,
     ConnectionError,
+    NoPermissionError,
     OutOfMemoryError,
     ReadOnlyError,
     ResponseError,
@@ -27,14 +31,17 @@ from redis.exceptions import (
 )
 
 from .errors import BusUnavailable
+from .locate import open_pool
 
 __all__ = ["MAX_BLOCK", "SOCKET_TIMEOUT", "Client", "open_client", "until_available"]
 
-SOCKET_TIMEOUT = 10.0
-"""Seconds to wait for any answer."""
-MAX_BLOCK = 5.0
+SOCKET_TIMEOUT = 6.0
+"""Seconds to wait for any answer: a server that hangs is noticed after them."""
+MAX_BLOCK = 2.0
 """Seconds a command may block on the server; well below SOCKET_TIMEOUT, since servers overrun."""
-_CONNECT_TIMEOUT = 5.0
+_CONNECT_TIMEOUT = 3.0
+# Over connecting and answering together, whatever the library may be waiting for inside.
+_WATCHDOG = 2 * (_CONNECT_TIMEOUT + SOCKET_TIMEOUT)
 _HEALTH_CHECK = 15
 _LONGEST_PAUSE = 10.0
 # States of a server that pass: no disk, no quorum, no master, loading, resharding.
@@ -53,38 +60,49 @@ class Client(Redis):
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Send one command; see the module's promises."""
         try:
-            return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
+            async with asyncio.timeout(_WATCHDOG):
+                return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
         except AuthenticationError as error:
             raise BusUnavailable(self.url, error, hint="check user and password") from error
         except (ConnectionError, TimeoutError, OSError) as error:
             raise BusUnavailable(self.url, error) from error
-        except (OutOfMemoryError, ReadOnlyError) as error:
-            raise BusUnavailable(self.url, error, hint="see its memory and role") from error
+        except NoPermissionError as error:
+            hint = "give the user its rights, see deploy/redis/users.acl"
+            raise BusUnavailable(self.url, error, hint=hint) from error
+        except OutOfMemoryError as error:
+            raise BusUnavailable(self.url, error, hint="see its memory") from error
+        except (ReadOnlyError, AskError) as error:
+            # Another node is in charge now: the next connection asks which.
+            await self.connection_pool.disconnect()
+            raise BusUnavailable(self.url, error, hint="see its role") from error
         except ResponseError as error:
             if str(error).startswith(_PASSING):
                 raise BusUnavailable(self.url, error, hint="see the server's log") from error
             raise
 
 
-def open_client(url: str) -> Client:
-    """A client of ``url``; nothing is sent yet.
+def open_client(url: str, partition: str = "main") -> Client:
+    """A client of ``url`` for one partition; nothing is sent yet.
 
     Raises:
-        BusUnavailable: if the URL is not one of Redis.
+        BusUnavailable: if the URL is none of a bus (see :mod:`elesh.bus.locate`).
     """
     try:
-        client = Client.from_url(
+        pool = open_pool(
             url,
-            socket_timeout=SOCKET_TIMEOUT,
-            socket_connect_timeout=_CONNECT_TIMEOUT,
-            socket_keepalive=True,
-            health_check_interval=_HEALTH_CHECK,
-            protocol=2,
-            retry=Retry(NoBackoff(), 0),
+            partition,
+            {
+                "socket_timeout": SOCKET_TIMEOUT,
+                "socket_connect_timeout": _CONNECT_TIMEOUT,
+                "socket_keepalive": True,
+                "health_check_interval": _HEALTH_CHECK,
+                "protocol": 2,
+                "retry": Retry(NoBackoff(), 0),
+            },
         )
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise BusUnavailable(url, error, hint="use redis://host:port/0") from None
-    client = cast(Client, client)
+    client = cast(Client, Client.from_pool(pool))
     client.url = url
     return client
 

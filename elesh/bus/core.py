@@ -98,7 +98,7 @@ class Bus:
         Raises:
             BusUnavailable: if it does not answer; the message names the URL and the cause.
         """
-        client = open_client(url)
+        client = open_client(url, settings.partition)
         try:
             await client.ping()
         except BaseException:

@@ -7,12 +7,12 @@ import re
 __all__ = ["BusUnavailable", "Overloaded", "masked"]
 
 _IN_AUTHORITY = re.compile(r"(?<=://)([^/@:]*):.*@")
-_IN_QUERY = re.compile(r"(?<=[?&]password=)[^&]*")
+_IN_QUERY = re.compile(r"([?&]\w*password=)[^&]*")
 
 
 def masked(url: str) -> str:
     """A URL as it may be shown: the password replaced by ``***``."""
-    return _IN_QUERY.sub("***", _IN_AUTHORITY.sub(r"\1:***@", url))
+    return _IN_QUERY.sub(r"\1***", _IN_AUTHORITY.sub(r"\1:***@", url))
 
 
 class BusUnavailable(Exception):

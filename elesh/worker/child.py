@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 from elesh._process import die_with_parent
 from elesh.analysis import analyze_level, join
+from elesh.analysis.stages import observed, stage
 from elesh.settings import Settings
 from leyline import (
     CheckpointBundle,
@@ -45,12 +46,15 @@ from .protocol import (
     pack_frame,
     unpack_body,
 )
+from .pulse import beat_into
+from .stopwatch import Stopwatch
 
 
 def main() -> None:
-    """Serve jobs from standard input until it ends; the one argument is the memory limit."""
+    """Serve jobs from standard input until it ends; arguments: memory limit, file to beat into."""
     die_with_parent()
     limit_data(int(sys.argv[1]))
+    beat_into(Path(sys.argv[2]))
     # Ctrl-C reaches the whole terminal group: the supervisor decides what becomes of a job.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
@@ -71,10 +75,11 @@ def _next_job(source: BinaryIO) -> Job | None:
 
 
 def _answer(job: Job) -> Reply:
-    begun = time.perf_counter()
+    begun, watch = time.perf_counter(), Stopwatch()
     result, failed = b"", None
     try:
-        result = _KINDS[job.kind](job)
+        with observed(watch.stage):
+            result = _KINDS[job.kind](job)
     except ContractError as error:
         failed = Failed(error.code, error.field, error.expected, error.found, contract=True)
     except MemoryError as error:
@@ -90,7 +95,7 @@ def _answer(job: Job) -> Reply:
             contract=False,
         )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Reply(result, failed, time.perf_counter() - begun, peak)
+    return Reply(result, failed, time.perf_counter() - begun, peak, watch.stages)
 
 
 def _decide(job: Job) -> bytes:
@@ -142,6 +147,7 @@ def _joined(
     return join(bundle, analyses, settings, breakers=job.breaker_of, missing=job.missing_levels)
 
 
+@stage("read")
 def _input(job: Job) -> tuple[CheckpointBundle, Settings]:
     """The checkpoint of the spool folder, as far as the job's scope goes, and the settings.
 

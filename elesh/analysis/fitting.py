@@ -1,0 +1,52 @@
+"""Fitting a level's candidates to a budget of a resource, before units are chosen among them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from leyline import Budget, CheckpointBundle
+
+from .choosing import Ranking
+from .knapsack import Curve, fit_budget
+from .plans import BudgetUse
+from .resources import resource_model
+
+__all__ = ["Fitted", "fitted"]
+
+_REACH = 4
+"""Curves are drawn to so many times the quota: dear units may save much."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A ranking whose groups have just the room that the budget gives them."""
+
+    ranking: Ranking
+    quota: int
+    use: BudgetUse
+    ignored: tuple[tuple[str, str], ...]
+    """Groups whose loss would save nothing."""
+
+
+def fitted(bundle: CheckpointBundle, budget: Budget, ranking: Ranking, quota: int) -> Fitted:
+    """How many units each group loses for the budget, within ``quota``.
+
+    Raises:
+        InvalidField: if a latency table is not of this architecture.
+    """
+    candidates = ranking.candidates
+    model = resource_model(bundle.architecture, budget)
+    drawn = ranking.choose(min(sum(candidates.rooms), _REACH * quota))
+    costs: list[list[float]] = [[] for _ in candidates.names]
+    for unit, price in drawn.prices.items():
+        costs[int(candidates.group_of[unit])].append(price)
+    parts = zip(candidates.names, costs, candidates.sizes, candidates.multiples, strict=True)
+    curves = {name: Curve(own, size, multiple) for name, own, size, multiple in parts}
+    present = model.total({})
+    fit = fit_budget(model, curves, budget.at_most * present, units=quota)
+    return Fitted(
+        ranking=replace(ranking, candidates=candidates.limited(fit.lost)),
+        quota=sum(fit.lost.values()),
+        use=BudgetUse(budget.resource, fit.after / present if present else 0.0, budget.at_most),
+        ignored=tuple((name, f"losing units saves no {budget.resource}") for name in fit.idle),
+    )

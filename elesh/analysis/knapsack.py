@@ -1,0 +1,111 @@
+"""A budget of a resource, solved across groups as a knapsack over their removal curves.
+
+Promises: never more units of a group than its room; steps keep the group's multiple; a step that
+saves nothing is never taken (a cut that does not speed anything up is not made); the result is the
+same for the same input. Greedy by damage per saving with look-ahead, which is optimal where curves
+are convex and savings additive, and re-reads savings as groups shrink, since two groups that meet
+in one tensor save less of it after each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from .resources import ResourceModel
+
+__all__ = ["Curve", "Fit", "fit_budget"]
+
+_JUMPS = (1, 2, 4, 8, 16, 32, 64, 128)
+"""Steps looked at, in multiples: latency falls in stairs, one unit alone often saves nothing."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What removing the cheapest units of a group costs, one after another."""
+
+    costs: Sequence[float]
+    """Of each unit in the order of removal; as many as the group has room for."""
+    size: int
+    """Units that are there."""
+    multiple: int = 1
+    """The number that stays is a multiple of this, once any is lost."""
+
+    def counts(self, gone: int) -> Iterator[int]:
+        """How many more may go at once, rising."""
+        first = (self.size - gone) % self.multiple or self.multiple
+        for jump in _JUMPS:
+            count = first + (jump - 1) * self.multiple
+            if gone + count > len(self.costs):
+                return
+            yield count
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How many units each group loses, and how far that gets."""
+
+    lost: Mapping[str, int]
+    before: float
+    after: float
+    """The resource before and after, in its own unit."""
+    idle: tuple[str, ...]
+    """Groups that could lose units but whose loss saves nothing."""
+
+
+def fit_budget(
+    model: ResourceModel, curves: Mapping[str, Curve], target: float, *, units: int | None = None
+) -> Fit:
+    """The cheapest cut that brings the resource down to ``target``, or as near as the room goes.
+
+    Args:
+        curves: of the groups that may lose units, by name.
+        target: of the resource, in its own unit.
+        units: the most units in all (the schedule's quota); None: no limit.
+    """
+    lost: dict[str, int] = {}
+    before = left = model.total({})
+    steps = {name: _best_step(model, name, curve, lost) for name, curve in curves.items()}
+    while left > target:
+        spent = sum(lost.values())
+        room = None if units is None else units - spent
+        name = _cheapest(steps, room)
+        if name is None:
+            break
+        _, count, saved = steps[name]
+        lost[name] = lost.get(name, 0) + count
+        left -= saved
+        for other in model.neighbours(name) & curves.keys():
+            steps[other] = _best_step(model, other, curves[other], lost)
+    idle = tuple(
+        name
+        for name, curve in sorted(curves.items())
+        if curve.costs and steps[name][1] == 0 and lost.get(name, 0) < len(curve.costs)
+    )
+    return Fit(lost, before, model.total(lost), idle)
+
+
+_Step = tuple[float, int, float]
+"""Damage per saving, units, saving; no units where nothing saves."""
+
+
+def _best_step(model: ResourceModel, name: str, curve: Curve, lost: Mapping[str, int]) -> _Step:
+    gone, best = lost.get(name, 0), (float("inf"), 0, 0.0)
+    for count in curve.counts(gone):
+        saved = model.saving(lost, name, count)
+        if saved <= 0:
+            continue
+        # Joint costs may be negative: a removal that makes up for earlier ones is free.
+        damage = max(0.0, sum(curve.costs[gone : gone + count]))
+        if damage / saved < best[0]:
+            best = (damage / saved, count, saved)
+    return best
+
+
+def _cheapest(steps: Mapping[str, _Step], room: int | None) -> str | None:
+    possible = [
+        (ratio, name)
+        for name, (ratio, count, _) in steps.items()
+        if count and (room is None or count <= room)
+    ]
+    return min(possible)[1] if possible else None

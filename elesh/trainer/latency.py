@@ -1,0 +1,210 @@
+"""Measures what a network's layers take on this device at several sizes: a LatencyTable.
+
+Promises: the network is left as it was; every layer is timed on the input that it really gets, in
+turn with the others over several rounds, and its least time counts, so that a busy moment of the
+machine hits no single layer; layers that cannot be resized alone are timed at their own size.
+Normalisations are timed with a rectifier behind them: what is elementwise costs about that.
+"""
+
+from __future__ import annotations
+
+import copy
+import platform
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from leyline import LatencyTable, LayerLatency, PrunedArchitecture
+
+from .calling import Inputs, batch_size, call, device_of, undisturbed
+
+__all__ = ["measure_latency"]
+
+FRACTIONS = (0.25, 0.5, 0.625, 0.75, 0.875, 1.0)
+"""Sizes that are measured, as shares of the present size."""
+_Norms = (nn.BatchNorm1d, nn.BatchNorm2d)
+_Timed = Callable[[], object]
+
+
+def measure_latency(
+    model: nn.Module,
+    inputs: Inputs,
+    architecture: PrunedArchitecture,
+    *,
+    rounds: int = 15,
+    seconds: float = 0.002,
+    fractions: Sequence[float] = FRACTIONS,
+) -> LatencyTable:
+    """The latency table of ``model`` on its device, for batches like ``inputs``.
+
+    Args:
+        architecture: of the model as it is (``Recorder.architecture``).
+        rounds: how often everything is measured; the least counts.
+        seconds: how long each measurement of a round takes, at least.
+    """
+    with undisturbed(model, 0), torch.no_grad():
+        seen = _inputs_of(model, inputs)
+        grids = {
+            layer.name: _grid(model.get_submodule(layer.name), seen[layer.name], fractions)
+            for layer in architecture.layers
+            if layer.name in seen
+        }
+        tasks: dict[tuple[str, int, int], _Timed] = {
+            (name, out, inside): task
+            for name, grid in grids.items()
+            for (out, inside), task in grid.items()
+        }
+        whole = ("", 0, 0)
+        took = _timed({whole: lambda: call(model, inputs), **tasks}, rounds, seconds, model)
+    total = took.pop(whole)
+    layers = [_table(name, grid, took) for name, grid in grids.items()]
+    return _scaled(model, inputs, total, layers)
+
+
+def _inputs_of(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    """The first input of every layer that is timed, by name."""
+    seen: dict[str, Tensor] = {}
+
+    def remember(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if args:
+                seen.setdefault(name, args[0].detach())
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(remember(name))
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear, *_Norms))
+        and module.weight is not None
+    ]
+    try:
+        call(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _grid(
+    module: nn.Module, given: Tensor, fractions: Sequence[float]
+) -> dict[tuple[int, int], _Timed]:
+    """What to time, by the sizes (outputs, inputs) of the weight."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if isinstance(module, _Norms):
+        return {(n, 0): _narrowed(module, given, n) for n in _sizes(len(weight), fractions)}
+    outputs, inside = weight.shape[:2]
+    depthwise = isinstance(module, (nn.Conv1d, nn.Conv2d)) and module.groups > 1
+    if depthwise and (inside != 1 or module.groups != outputs):
+        return {(outputs, inside): lambda: module(given)}  # groups tie the two sizes together
+    return {
+        (out, into): _resized(module, given, out, out if depthwise else into)
+        for out in _sizes(outputs, fractions)
+        for into in ([inside] if depthwise else _sizes(inside, fractions))
+    }
+
+
+def _sizes(size: int, fractions: Sequence[float]) -> list[int]:
+    return sorted({max(1, round(size * fraction)) for fraction in fractions} | {size})
+
+
+def _resized(module: nn.Module, given: Tensor, outputs: int, inside: int) -> _Timed:
+    """A copy of ``module`` with fewer outputs and inputs, called on a part of its input."""
+    small = copy.deepcopy(module)
+    axis = -1 if isinstance(module, nn.Linear) else 1
+    for name in ("weight", "bias"):
+        tensor = getattr(small, name)
+        if tensor is None:
+            continue
+        part = tensor[:outputs, :inside] if name == "weight" else tensor[:outputs]
+        setattr(small, name, nn.Parameter(part.detach().clone(), requires_grad=False))
+    if isinstance(small, (nn.Conv1d, nn.Conv2d)):
+        small.in_channels, small.out_channels = inside, outputs
+        small.groups = inside if small.groups != 1 else 1
+    part = given.narrow(axis, 0, inside).clone()
+    return lambda: small(part)
+
+
+def _narrowed(module: nn.Module, given: Tensor, channels: int) -> _Timed:
+    """A copy of a normalisation with fewer channels, and a rectifier."""
+    small = copy.deepcopy(module)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        tensor = getattr(small, name)
+        if tensor is not None:
+            part = tensor[:channels].detach().clone()
+            kept = nn.Parameter(part, requires_grad=False) if name in ("weight", "bias") else part
+            setattr(small, name, kept)
+    part = given.narrow(1, 0, channels).clone()
+    return lambda: torch.relu(small(part))
+
+
+def _timed(
+    tasks: dict[tuple[str, int, int], _Timed], rounds: int, seconds: float, model: nn.Module
+) -> dict[tuple[str, int, int], float]:
+    """Seconds a call of each task, the least of all rounds."""
+    wait = _waiter(model)
+    counts = {name: _calls_in(task, seconds, wait) for name, task in tasks.items()}
+    best = dict.fromkeys(tasks, float("inf"))
+    for _ in range(rounds):
+        for name, task in tasks.items():
+            begun = time.perf_counter()
+            for _ in range(counts[name]):
+                task()
+            wait()
+            best[name] = min(best[name], (time.perf_counter() - begun) / counts[name])
+    return best
+
+
+def _calls_in(task: _Timed, seconds: float, wait: Callable[[], None]) -> int:
+    task()
+    wait()
+    begun = time.perf_counter()
+    task()
+    wait()
+    return max(1, min(1000, int(seconds / max(1e-7, time.perf_counter() - begun))))
+
+
+def _waiter(model: nn.Module) -> Callable[[], None]:
+    """What waits until the device has done all that it was told."""
+    device = device_of(model)
+    if device.type == "cpu":
+        return lambda: None
+    return lambda: torch.get_device_module(device).synchronize(device)
+
+
+def _table(
+    name: str,
+    grid: dict[tuple[int, int], _Timed],
+    took: dict[tuple[str, int, int], float],
+) -> LayerLatency:
+    outputs = sorted({out for out, _ in grid})
+    inside = sorted({into for _, into in grid})
+    return LayerLatency(
+        layer=name,
+        outputs=tuple(outputs),
+        inputs=tuple(inside) if inside != [0] else (),
+        seconds=tuple(took[name, out, into] for out in outputs for into in inside),
+    )
+
+
+def _scaled(
+    model: nn.Module, inputs: Inputs, total: float, layers: Sequence[LayerLatency]
+) -> LatencyTable:
+    """Layers timed alone pay for their call each: together they take no more than the network."""
+    inside = sum(layer.seconds[-1] for layer in layers)
+    factor = min(1.0, total / inside) if inside else 1.0
+    device = device_of(model)
+    name = platform.processor() or platform.machine()
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return LatencyTable(
+        device=f"{device.type} {name}{threads}",
+        batch=batch_size(inputs),
+        total_seconds=total,
+        layers=tuple(
+            layer.model_copy(update={"seconds": tuple(s * factor for s in layer.seconds)})
+            for layer in layers
+        ),
+    )

@@ -1,0 +1,63 @@
+"""Latency tables: of the network's own layers and sizes, measured without a trace left behind."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from elesh.analysis.resources import resource_model
+from elesh.cli import app
+from elesh.trainer import Recorder
+from elesh.trainer.latency import measure_latency
+from leyline import Budget, LatencyTable
+
+
+class Net(nn.Module):
+    """Plain, depthwise and linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 24, 3, padding=1)
+        self.depth = nn.Conv2d(24, 24, 3, padding=1, groups=24)
+        self.point = nn.Conv2d(24, 32, 1)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.point(torch.relu(self.depth(torch.relu(self.stem(x))))))
+        return torch.as_tensor(self.head(x.mean((2, 3))))
+
+
+def test_a_table_has_every_layer_at_sizes_up_to_its_own_and_leaves_the_network_alone() -> None:
+    model, inputs = Net(), torch.randn(2, 3, 8, 8)
+    recorder, before = Recorder(model, inputs), copy.deepcopy(model.state_dict())
+    table = measure_latency(model, inputs, recorder.architecture, rounds=1, seconds=1e-4)
+    assert {layer.layer for layer in table.layers} == {"stem", "depth", "point", "head"}
+    for layer in table.layers:
+        weight = model.get_submodule(layer.layer).weight
+        assert isinstance(weight, torch.Tensor)
+        assert (layer.outputs[-1], layer.inputs[-1]) == tuple(weight.shape[:2])
+    assert table.batch == 2
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    budget = Budget(resource="latency", at_most=0.8, latency=table)
+    cost = resource_model(recorder.architecture, budget)
+    assert cost.total({}) <= table.total_seconds * 1.001
+
+
+def test_the_command_writes_a_table_that_reads_back(tmp_path: Path) -> None:
+    out = tmp_path / "table.json"
+    arguments = ["profile", f"{__name__}:Net", "--shape", "1,3,8,8", "--rounds", "1"]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert LatencyTable.model_validate_json(out.read_text()).batch == 1
+    assert "stem" in result.output
+
+
+def test_a_target_that_is_none_is_refused_by_name() -> None:
+    result = CliRunner().invoke(app, ["profile", "nowhere:build", "--shape", "1,3"])
+    assert result.exit_code == 1
+    assert "nowhere:build" in result.output
