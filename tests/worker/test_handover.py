@@ -56,9 +56,7 @@ def test_what_has_not_begun_is_handed_over_within_a_second_and_does_not_count(
     station: Station,
 ) -> None:
     station.publish(*(checkpoint(number=number) for number in (1, 2, 3)))
-    first = faulty(
-        station, "hold:4", "always", worker={"prefetch": 3}, bus={"lease_seconds": 30.0}
-    )
+    first = faulty(station, "hold:4", "always", worker={"prefetch": 3}, bus={"lease_seconds": 30.0})
     station.wait_for(lambda: station.telemetry("fetched"), "the first analysis to begin")
     first.process.terminate()
     station.worker(bus={"lease_seconds": 30.0})  # nothing waits for the thirty seconds
