@@ -125,6 +125,17 @@ def test_a_gradient_that_failed_is_answered_by_magnitude_with_less_confidence(
     assert rungs(station) == ["taylor_failure"]
 
 
+def test_a_cut_that_does_not_hold_together_is_rejected_as_a_whole(station: Station) -> None:
+    faulty(station, "structure")
+    station.publish(checkpoint())
+    (decision,) = station.wait_decisions(1)
+    assert [taken.rung for taken in decision.fallbacks] == ["safety_failure"]
+    assert not decision.approved_for_application
+    assert decision.safety.outcome is Outcome.NO_GO
+    assert "structure: it falls apart" in decision.rejection_reason
+    assert rungs(station) == ["safety_failure"]
+
+
 def test_a_level_that_fails_for_good_leaves_the_others_to_decide_and_is_named(
     station: Station,
 ) -> None:

@@ -74,6 +74,20 @@ def _inject(name: str, argument: str, when: str) -> None:
     elesh.analysis.analyze_level = faulty
 
 
+def _break_structure() -> None:
+    """Have every cut fall apart, as the gate of the architecture's integrity sees it."""
+    import elesh.analysis.cuts
+    from leyline import GateResult
+
+    def broken(*_: Any) -> tuple[GateResult, None]:
+        return GateResult(name="structure", passed=False, detail="it falls apart"), None
+
+    elesh.analysis.cuts.safety.structure = broken
+
+
 if "elesh.worker.child" in sys.orig_argv and os.environ.get("ELESH_FAULT"):
     _name, _, _argument = os.environ["ELESH_FAULT"].partition(":")
-    _inject(_name, _argument, os.environ.get("ELESH_FAULT_WHEN", "always"))
+    if _name == "structure":
+        _break_structure()
+    else:
+        _inject(_name, _argument, os.environ.get("ELESH_FAULT_WHEN", "always"))
