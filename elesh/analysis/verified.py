@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from elesh import safety
 from elesh.safety import Entry, Measured, Proposal, Verifier
 from elesh.settings import Settings
 from leyline import (
@@ -20,6 +21,7 @@ from leyline import (
 from .candidates import multiple_of
 from .cuts import Cut
 from .prefixes import restricted, settled
+from .rises import with_rises
 from .stages import stage
 from .verdicts import FALLBACK_DISCOUNT, by_kind, rejection, targets_of
 
@@ -39,7 +41,9 @@ def verified(
     the units last taken are given back, too.
     """
     if not decision.approved_for_application:
-        return decision
+        gates = (*decision.safety.gates, safety.predicted_loss(None, 1.0, 0.0))
+        unmeasured = decision.safety.model_copy(update={"gates": gates})
+        return decision.model_copy(update={"safety": unmeasured})
     proposal = Proposal(
         order=tuple(map(_entry, order)),
         phase=decision.safety.phase,
@@ -58,6 +62,13 @@ def _entry(unit: RankedUnit) -> Entry:
     return unit.level, unit.layer_name, unit.index
 
 
+def _confidence(decision: StructuralPruningDecision, answer: Measured) -> float:
+    """1 is kept for cuts that were measured."""
+    if answer.verification is not None:
+        return 1.0
+    return decision.safety.confidence * (FALLBACK_DISCOUNT if answer.skipped else 1.0)
+
+
 def _judged(decision: StructuralPruningDecision, answer: Measured) -> StructuralPruningDecision:
     """The decision with the figures and gates of what was measured."""
     reason = rejection(answer.gates)
@@ -65,17 +76,17 @@ def _judged(decision: StructuralPruningDecision, answer: Measured) -> Structural
         reason = "verification: no part of the cut was measured as safe"
     measured, skipped = answer.verification is not None, answer.skipped
     go = Outcome.GO if measured else Outcome.CONDITIONAL_GO
-    safety = {
+    validation = {
         **dict(decision.safety),
         "gates": (*decision.safety.gates, *answer.gates),
         "outcome": Outcome.NO_GO if reason else go,
         "measured": measured,
         "verification": answer.verification,
-        "confidence": decision.safety.confidence * (FALLBACK_DISCOUNT if skipped else 1.0),
+        "confidence": _confidence(decision, answer),
     }
     fields = {
         **dict(decision),
-        "safety": SafetyValidation.model_validate(safety),
+        "safety": SafetyValidation.model_validate(validation),
         "fallbacks": (*decision.fallbacks, skipped) if skipped else decision.fallbacks,
         "approved_for_application": not reason,
         "rejection_reason": reason,
@@ -95,6 +106,7 @@ def _shortened(
     multiples = {group.name: _multiple(bundle, group, settings) for group in groups}
     kept = settled(safe, {group.name: group.size for group in groups}, multiples)
     targets = restricted(targets_of(decision), order, kept, "verification")
+    targets = with_rises(bundle, targets)
     first = decision.levels[0].level if decision.levels else decision.key.level
     spared = sum(u.level is first for u in order) - sum(u.level is first for u in kept)
     statistics = _smaller(decision.statistics, Cut.of(bundle, targets), spared)

@@ -19,7 +19,14 @@ from pydantic_settings import SettingsError as UnreadableVariable
 
 from ._base import no_boolean
 from ._file import SettingsError, explain, read_block
-from .operation import AuditSettings, BreakerSettings, BusSettings, ObserveSettings, WorkerSettings
+from .operation import (
+    AuditSettings,
+    BreakerSettings,
+    BusSettings,
+    ConsoleSettings,
+    ObserveSettings,
+    WorkerSettings,
+)
 from .pruning import (
     AccuracyTarget,
     AccuracyTargets,
@@ -32,6 +39,7 @@ from .pruning import (
 )
 from .security import SecuritySettings
 from .trainer import TrainerSettings
+from .verification import CutLimits, PhaseLimits, VerificationSettings
 
 __all__ = [
     "AccuracyTarget",
@@ -41,8 +49,11 @@ __all__ = [
     "BreakerSettings",
     "BusSettings",
     "ChannelAnalysis",
+    "ConsoleSettings",
+    "CutLimits",
     "LayerAnalysis",
     "ObserveSettings",
+    "PhaseLimits",
     "RollbackTriggers",
     "SafetySchedule",
     "SecuritySettings",
@@ -51,12 +62,12 @@ __all__ = [
     "StructuredPruning",
     "TrainerSettings",
     "WorkerSettings",
+    "VerificationSettings",
     "workers_needed",
 ]
 
 _NO_PART_IN_DECISIONS = {
     "audit",
-    "security",
     "analysis_workers_per_gpu",
     "layers_per_worker",
     "analysis_timeout",
@@ -64,6 +75,7 @@ _NO_PART_IN_DECISIONS = {
     "parallel_analysis_threads",
     "accuracy_targets",
     "breaker",
+    "console",
     "bus",
     "observe",
     "trainer",
@@ -101,8 +113,9 @@ class Settings(BaseSettings):
     bus: BusSettings = BusSettings()
     trainer: TrainerSettings = TrainerSettings()
     worker: WorkerSettings = WorkerSettings()
-    security: SecuritySettings = SecuritySettings()
     audit: AuditSettings = AuditSettings()
+    console: ConsoleSettings = ConsoleSettings()
+    verification: VerificationSettings = VerificationSettings()
     observe: ObserveSettings = ObserveSettings()
 
     @classmethod

@@ -20,6 +20,7 @@ from elesh._process import die_with_parent
 from elesh.analysis import analyze_level, join
 from elesh.analysis.stages import observed, stage
 from elesh.settings import Settings
+from elesh.verification import verifier
 from leyline import (
     CheckpointBundle,
     CheckpointDocument,
@@ -31,6 +32,7 @@ from leyline import (
     decode,
     encode,
 )
+from leyline.bundle import map_file
 
 from .ladder import scope_of
 from .memory import limit_data
@@ -144,7 +146,16 @@ def _analysis(
 def _joined(
     job: Job, bundle: CheckpointBundle, settings: Settings, analyses: list[LevelAnalysis]
 ) -> StructuralPruningDecision:
-    return join(bundle, analyses, settings, breakers=job.breaker_of, missing=job.missing_levels)
+    # On a lower rung there is no time or memory for measuring; gates are stricter without it.
+    verify = None if scope_of(job.rungs).scorer else verifier(bundle, settings)
+    return join(
+        bundle,
+        analyses,
+        settings,
+        breakers=job.breaker_of,
+        missing=job.missing_levels,
+        verify=verify,
+    )
 
 
 @stage("read")
@@ -161,8 +172,8 @@ def _input(job: Job) -> tuple[CheckpointBundle, Settings]:
     optional = [folder / f"{name}.safetensors" for name in names]
     bundle = CheckpointBundle.from_blobs(
         scope.narrowed(document, limit),
-        (folder / "statistics.safetensors").read_bytes(),
-        *(file.read_bytes() if file.exists() else None for file in optional),
+        map_file(folder / "statistics.safetensors"),
+        *(map_file(file) if file.exists() else None for file in optional),
         network=None if scope.vectors_only or job.kind == "level" else NetworkExport.load(folder),
     )
     return bundle, settings

@@ -55,7 +55,7 @@ def test_a_sound_checkpoint_is_approved_on_its_prediction() -> None:
     assert count(decision) == decision.statistics.quota == int(0.18 * sum(SIZES))
     assert decision.settings_hash == settings().analysis_hash
     assert decision.elesh_version
-    assert len(decision.safety.gates) == 10
+    assert len(decision.safety.gates) == 11
 
 
 @pytest.mark.parametrize("gates", [True, False])
@@ -278,7 +278,11 @@ def test_ignored_and_unprunable_groups_are_left_alone_and_listed() -> None:
     )
     decision = analyze(checkpoint, settings())
     assert set(decision.units) == {"g2"}
-    assert dict(decision.ignored) == {
+    near = {
+        name: reason for name, reason in decision.ignored if "no more than the dearest" in reason
+    }
+    assert "g0" in near
+    assert {name: reason.partition(";")[0] for name, reason in decision.ignored} == {
         "g0": "ignored by the request: conv0",
         "g1": "has 12 channels, must keep 16",
         "g3": "feeds an unknown op",
