@@ -31,7 +31,6 @@ from leyline import (
     CheckpointReady,
     GateStatistics,
     Priority,
-    StructuralPruningDecision,
     TelemetryEvent,
     read_envelope,
     unwrap,
@@ -89,9 +88,8 @@ async def publish(bus: Bus, bundles: list[CheckpointBundle]) -> None:
         await bus.publish(CHECKPOINTS, event, source="bench", priority=Priority.CRITICAL)
 
 
-async def elapsed(url: str, partition: str, bundles: list[CheckpointBundle], workers: int) -> float:
-    """Seconds from the first analysis that begins to the last decision."""
-    bus = await Bus.connect(url, BusSettings(partition=partition))
+def elapsed(url: str, partition: str, bundles: list[CheckpointBundle], workers: int) -> float:
+    """Seconds that so many workers need, from the first that begins to the last decision."""
     environment = os.environ | {
         "ELESH_REDIS_URL": url,
         "ELESH_BUS__PARTITION": partition,
@@ -107,22 +105,26 @@ async def elapsed(url: str, partition: str, bundles: list[CheckpointBundle], wor
             assert worker.stderr is not None
             while " serving " not in worker.stderr.readline():
                 pass
-        await publish(bus, bundles)
-        while len(await bus.read(DECISIONS)) < len(bundles):
-            await asyncio.sleep(0.05)
-        told = [unwrap(read_envelope(entry.envelope)) for entry in await bus.read(TELEMETRY)]
-        begun = min(m.at for m in told if isinstance(m, TelemetryEvent) and m.step == "received")
-        decided = await bus.read(DECISIONS)
-        made = [unwrap(read_envelope(entry.envelope)) for entry in decided]
-        assert all(isinstance(decision, StructuralPruningDecision) for decision in made)
-        last = max(read_envelope(entry.envelope).created_at for entry in decided)
-        return (last - begun).total_seconds()
+        return asyncio.run(timed(url, partition, bundles))
     finally:
         for worker in fleet:
             worker.terminate()
         for worker in fleet:
             worker.wait()
-        await bus.close()
+
+
+async def timed(url: str, partition: str, bundles: list[CheckpointBundle]) -> float:
+    """Publish, wait for all decisions, and read the time between from what the workers wrote."""
+    bus = await Bus.connect(url, BusSettings(partition=partition))
+    await publish(bus, bundles)
+    last, decided = "0", []
+    while len(decided) < len(bundles):
+        last, more = await bus.follow(DECISIONS, last_id=last, block_seconds=5)
+        decided += [read_envelope(entry.envelope) for entry in more]
+    told = [unwrap(read_envelope(entry.envelope)) for entry in await bus.read(TELEMETRY)]
+    begun = min(m.at for m in told if isinstance(m, TelemetryEvent) and m.step == "received")
+    await bus.close()
+    return (max(envelope.created_at for envelope in decided) - begun).total_seconds()
 
 
 def busy_seconds() -> float:
@@ -147,7 +149,7 @@ def main() -> None:
         for number in range(asked.rounds):
             for workers in best:
                 partition = f"bench-{number}-{workers}"
-                took = asyncio.run(elapsed(url, partition, bundles, workers))
+                took = elapsed(url, partition, bundles, workers)
                 print(f"round {number + 1}, {workers} worker(s): {took:.2f} s")
                 best[workers] = min(best[workers], took)
     cores = os.cpu_count() or 1
