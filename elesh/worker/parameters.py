@@ -1,4 +1,4 @@
-"""The Analysis Executor's place in the worker: an AnalysisRequest becomes PruningMasks (section 4.4).
+"""The Analysis Executor in the worker: an AnalysisRequest becomes PruningMasks (section 4.4).
 
 Promises: as for every other request: one result for its key ``<epoch>:<hash>:<id>:parameter``,
 settled with the acknowledgement; sketches are merged and masks made in the compute child; masks too

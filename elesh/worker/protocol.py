@@ -116,8 +116,8 @@ class Reply:
     """The encoded result, or why there is none, with the child's own figures."""
 
     result: bytes = b""
-    """A StructuralPruningDecision; for kind ``level`` a LevelAnalysis; for ``parameters`` the pair of
-    PruningMasks and AnalysisReport."""
+    """A StructuralPruningDecision; for kind ``level`` a LevelAnalysis; for ``parameters`` the pair
+    of PruningMasks and AnalysisReport."""
     failed: Failed | None = None
     seconds: float = 0.0
     peak_memory: int = 0
