@@ -18,6 +18,7 @@ from elesh.bus import Bus
 from elesh.observe import linked_span
 from elesh.safety import BreakerStatus
 from elesh.settings import Settings
+from elesh.verification import verifier
 from elesh.worker.admission import Work, admit
 from leyline import (
     CheckpointBundle,
@@ -112,6 +113,7 @@ async def _replay(bus: Bus, settings: Settings, work: Work, key: IdempotencyKey)
         breakers=BreakerStatus.of(recorded) if recorded else None,
         scorer="multi_metric" if timed_out else None,
         fallbacks=tuple(f for f in fallbacks if f.rung in {"analysis_timeout", "worker_crash"}),
+        verify=verifier(bundle, settings, recorded),
     )
     differences = tuple(_differences(recorded, decision)) if recorded else ()
     return Replayed(key, decision, recorded, differences)
