@@ -24,6 +24,8 @@ from elesh.settings import WorkerSettings
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 60.0
+PORTS = {"ELESH_OBSERVE__HEALTH_PORT": "8081", "ELESH_CONSOLE__PORT": "8765"}
+"""Where services listen in their containers, by the setting that moves them."""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def natively(command: list[str]) -> list[str]:
         "elesh": str(Path(sys.executable).with_name("elesh")),
         "python3": sys.executable,
     }[command[0]]
-    return [program, *command[1:]]
+    return [program, *(part.replace("0.0.0.0", "127.0.0.1") for part in command[1:])]
 
 
 @contextmanager
@@ -87,8 +89,17 @@ def mapped(environment: dict[str, str], port: int, folder: Path, jaeger: str) ->
             .replace("0.0.0.0", "127.0.0.1")
             .replace("/tmp/elesh", str(folder / "state"))
         )
-    values["ELESH_OBSERVE__HEALTH_PORT"] = str(free_port())
+    for name in PORTS:
+        values[name] = str(free_port())
     return values
+
+
+def is_healthy(service: dict[str, Any], environment: dict[str, str]) -> bool:
+    """What the service's own health check says, on the ports that it has here."""
+    _, *command = service["healthcheck"]["test"]
+    for name, port in PORTS.items():
+        command = [part.replace(port, environment[name]) for part in command]
+    return subprocess.run(natively(command), check=False, stderr=subprocess.DEVNULL).returncode == 0
 
 
 @pytest.mark.timeout(170)
@@ -96,9 +107,8 @@ def test_the_commands_of_the_compose_file_drive_a_checkpoint_through(
     services: dict[str, Any], tmp_path: Path
 ) -> None:
     port = free_port()
-    checked = services["worker"]["healthcheck"]["test"]
     server = [*natively(services["redis"]["command"]), "--port", str(port)]
-    worker, trainer = services["worker"], services["trainer"]
+    worker, trainer, console = services["worker"], services["trainer"], services["console"]
     with (
         running(server, {}, tmp_path),
         Redis(port=port) as redis,
@@ -106,16 +116,14 @@ def test_the_commands_of_the_compose_file_drive_a_checkpoint_through(
     ):
         until(redis.ping, "the server")
         environment = mapped(worker["environment"], port, tmp_path, jaeger.url)
-        healthy = [
-            part.replace("8081", environment["ELESH_OBSERVE__HEALTH_PORT"]) for part in checked[1:]
-        ]
-        trained = mapped(trainer["environment"], port, tmp_path, jaeger.url)
         with (
             running(natively(worker["command"]), environment, tmp_path),
-            running(natively(trainer["command"]), trained, tmp_path),
+            running(natively(trainer["command"]), environment, tmp_path),
+            running(natively(console["command"]), environment, tmp_path),
         ):
             until(lambda: redis.xlen("elesh:{main}:decisions") > 0, "a decision")
-            until(lambda: subprocess.run(healthy, check=False).returncode == 0, "health")
+            for service in (worker, console):
+                until(lambda s=service: is_healthy(s, environment), "health")
             until(lambda: {"elesh-worker", "elesh-trainer"} <= told(jaeger), "the traces")
 
 
@@ -128,7 +136,7 @@ def test_every_service_that_needs_the_bus_waits_until_it_is_healthy(
     services: dict[str, Any],
 ) -> None:
     assert "healthcheck" in services["redis"]
-    for name in ("worker", "trainer"):
+    for name in ("worker", "trainer", "console"):
         assert services[name]["depends_on"]["redis"]["condition"] == "service_healthy"
 
 
@@ -140,7 +148,7 @@ def test_everything_is_hardened_limited_and_stopped_later_than_it_drains(
         assert service["cap_drop"] == ["ALL"], name
         assert service["security_opt"] == ["no-new-privileges:true"], name
         assert "mem_limit" in service, name
-    for name in ("redis", "worker", "prometheus", "grafana"):
+    for name in ("redis", "worker", "console", "prometheus", "grafana"):
         assert "healthcheck" in services[name]
     drain = WorkerSettings().drain_seconds
     assert float(services["worker"]["stop_grace_period"].removesuffix("s")) > drain
