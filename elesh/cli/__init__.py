@@ -12,7 +12,7 @@ from elesh.bus import BusUnavailable
 from elesh.settings import SettingsError
 from leyline import ContractError
 
-from . import audit, config, console, dead, decisions, events, observe, operate, profile, run
+from . import audit, config, console, dead, decisions, events, keys, observe, operate, profile, run
 from .common import complaints
 
 __all__ = ["app", "main"]
@@ -44,6 +44,7 @@ _mount(console.app, _WATCH)
 _mount(operate.app, _OPERATE)
 app.add_typer(dead.dead, name="dead", rich_help_panel=_OPERATE)
 app.add_typer(audit.audit, name="audit", rich_help_panel=_OPERATE)
+app.add_typer(keys.keys, name="keys", rich_help_panel=_OPERATE)
 app.add_typer(config.config, name="config", rich_help_panel=_OPERATE)
 
 
