@@ -213,7 +213,7 @@ class Worker:
             delivery.carrier,
             f"process {name}",
             attributes=attributes,
-            redelivered=delivery.deliveries > 1,
+            redelivered=delivery.deliveries > 1 or delivery.redriven is not None,
         ):
             try:
                 await self._admit_run_settle(delivery)
