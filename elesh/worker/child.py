@@ -35,6 +35,7 @@ from leyline import (
 from leyline.bundle import map_file
 
 from .ladder import scope_of
+from .marking import marked
 from .memory import limit_data
 from .protocol import (
     ANALYSES,
@@ -126,7 +127,12 @@ def _join(job: Job) -> bytes:
     return encode(decision.model_copy(update={"fallbacks": taken}))
 
 
-_KINDS: dict[Kind, Callable[[Job], bytes]] = {"decide": _decide, "level": _level, "join": _join}
+_KINDS: dict[Kind, Callable[[Job], bytes]] = {
+    "decide": _decide,
+    "level": _level,
+    "join": _join,
+    "parameters": marked,
+}
 
 
 def _analysis(
