@@ -73,9 +73,11 @@ class NetworkVerifier:
         bench = Bench(self._network, self._architecture, deadline)
         search = _Search(bench, proposal, self._settings.verification)
         kept = safety.largest_safe(proposal.order, search.is_safe)
-        shown = kept or proposal.order
-        gates, figures = search.verdict(shown)
-        return Measured(kept, gates, search.told(figures, kept))
+        proposed, least = len(proposal.order), self._settings.verification.kept_share
+        ranking = safety.ranking_holds(len(kept), proposed, least)
+        kept = kept if ranking.passed else ()
+        gates, figures = search.verdict(kept or proposal.order)
+        return Measured(kept, (*gates, ranking), search.told(figures, kept))
 
 
 @dataclass(frozen=True)

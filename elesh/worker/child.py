@@ -152,13 +152,15 @@ def _analysis(
 def _joined(
     job: Job, bundle: CheckpointBundle, settings: Settings, analyses: list[LevelAnalysis]
 ) -> StructuralPruningDecision:
+    # On a lower rung there is no time or memory for measuring; gates are stricter without it.
+    verify = None if scope_of(job.rungs).scorer else verifier(bundle, settings)
     return join(
         bundle,
         analyses,
         settings,
         breakers=job.breaker_of,
         missing=job.missing_levels,
-        verify=verifier(bundle, settings),
+        verify=verify,
     )
 
 
