@@ -17,6 +17,7 @@ from elesh.analysis import analyze
 from elesh.bus import Bus
 from elesh.safety import BreakerStatus
 from elesh.settings import Settings
+from elesh.verification import verifier
 from elesh.worker.admission import Work, admit
 from leyline import (
     CheckpointBundle,
@@ -109,6 +110,7 @@ async def _replay(bus: Bus, settings: Settings, work: Work, key: IdempotencyKey)
         breakers=BreakerStatus.of(recorded) if recorded else None,
         scorer="multi_metric" if timed_out else None,
         fallbacks=tuple(f for f in fallbacks if f.rung in {"analysis_timeout", "worker_crash"}),
+        verify=verifier(bundle, settings, recorded),
     )
     differences = tuple(_differences(recorded, decision)) if recorded else ()
     return Replayed(key, decision, recorded, differences)

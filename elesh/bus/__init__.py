@@ -17,6 +17,7 @@ from .letters import DeadLetters, Letter, Redriven
 from .plans import Plan, Planned, Stored
 from .records import Delivery, History, Pending, Record, Settlement, Settling, read_letter
 from .registry import Backlog, Registry, WorkerState
+from .runs import Holder, RunStore
 from .sweeping import Sweep
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "EmbeddedServer",
     "History",
     "HistoryStore",
+    "Holder",
     "Letter",
     "Overloaded",
     "Pending",
@@ -41,6 +43,7 @@ __all__ = [
     "Record",
     "Redriven",
     "Registry",
+    "RunStore",
     "SHED_FROM",
     "Settlement",
     "Settling",

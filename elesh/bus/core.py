@@ -40,6 +40,7 @@ from .letters import DeadLetters
 from .plans import PlanStore
 from .records import Delivery, Pending, Record, Settlement, Settling, deliveries_of, entry_fields
 from .registry import Registry
+from .runs import RunStore
 from .scripts import Scripts
 from .sweeping import Sweeper
 from .upkeep import forget_idle_consumers, pending_of
@@ -84,6 +85,8 @@ class Bus:
         self.audit = AuditLog(client, self._scripts, settings.partition)
         self.letters = DeadLetters(client, self._scripts, settings.partition)
         self.registry = Registry(client, self._scripts, settings.partition)
+        keep = settings.record_ttl_seconds
+        self.runs = RunStore(client, self._scripts, settings.partition, keep)
 
     def history(self, epochs: int, nbytes: int) -> HistoryStore:
         """The runs' histories, each within so many epochs and bytes."""

@@ -19,7 +19,14 @@ from pydantic_settings import SettingsError as UnreadableVariable
 
 from ._base import no_boolean
 from ._file import SettingsError, explain, read_block
-from .operation import AuditSettings, BreakerSettings, BusSettings, ObserveSettings, WorkerSettings
+from .operation import (
+    AuditSettings,
+    BreakerSettings,
+    BusSettings,
+    ConsoleSettings,
+    ObserveSettings,
+    WorkerSettings,
+)
 from .pruning import (
     AccuracyTarget,
     AccuracyTargets,
@@ -32,6 +39,7 @@ from .pruning import (
 )
 from .security import SecuritySettings
 from .trainer import TrainerSettings
+from .verification import CutLimits, PhaseLimits, VerificationSettings
 
 __all__ = [
     "AccuracyTarget",
@@ -41,8 +49,11 @@ __all__ = [
     "BreakerSettings",
     "BusSettings",
     "ChannelAnalysis",
+    "ConsoleSettings",
+    "CutLimits",
     "LayerAnalysis",
     "ObserveSettings",
+    "PhaseLimits",
     "RollbackTriggers",
     "SafetySchedule",
     "SecuritySettings",
@@ -51,6 +62,7 @@ __all__ = [
     "StructuredPruning",
     "TrainerSettings",
     "WorkerSettings",
+    "VerificationSettings",
     "workers_needed",
 ]
 
@@ -64,6 +76,7 @@ _NO_PART_IN_DECISIONS = {
     "parallel_analysis_threads",
     "accuracy_targets",
     "breaker",
+    "console",
     "bus",
     "observe",
     "trainer",
@@ -103,6 +116,8 @@ class Settings(BaseSettings):
     worker: WorkerSettings = WorkerSettings()
     security: SecuritySettings = SecuritySettings()
     audit: AuditSettings = AuditSettings()
+    console: ConsoleSettings = ConsoleSettings()
+    verification: VerificationSettings = VerificationSettings()
     observe: ObserveSettings = ObserveSettings()
 
     @classmethod

@@ -20,6 +20,7 @@ from elesh._process import die_with_parent
 from elesh.analysis import analyze_level, join
 from elesh.analysis.stages import observed, stage
 from elesh.settings import Settings
+from elesh.verification import verifier
 from leyline import (
     CheckpointBundle,
     CheckpointDocument,
@@ -145,7 +146,14 @@ def _analysis(
 def _joined(
     job: Job, bundle: CheckpointBundle, settings: Settings, analyses: list[LevelAnalysis]
 ) -> StructuralPruningDecision:
-    return join(bundle, analyses, settings, breakers=job.breaker_of, missing=job.missing_levels)
+    return join(
+        bundle,
+        analyses,
+        settings,
+        breakers=job.breaker_of,
+        missing=job.missing_levels,
+        verify=verifier(bundle, settings),
+    )
 
 
 @stage("read")
