@@ -82,7 +82,7 @@ class Bus:
             client, scripts, keys, self.groups, guard, settings.record_ttl_seconds
         )
         self.sweeper = Sweeper(scripts, keys, self.plans, settings.lease_seconds)
-        self.blobs = BlobStore(client, self._scripts, settings)
+        self.blobs = BlobStore(client, self._scripts, settings, guard)
         self.breakers = BreakerStore(
             client, self._scripts, settings.partition, breaker or BreakerSettings()
         )

@@ -14,7 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
-from elesh.security import Keyring
+from elesh.security import Keyring, seal, unseal
+from elesh.settings import SettingsError
 from elesh.settings.security import SecuritySettings
 from leyline import Malformed
 from leyline.streams import OPERATIONS, Stream
@@ -30,10 +31,22 @@ class Guard:
 
     Args:
         keyring: None: nothing is signed or checked.
+        blob_key: id of the key that seals blobs; empty: blobs are stored plain.
+
+    Raises:
+        SettingsError: if the keyring has no such HMAC key.
     """
 
-    def __init__(self, keyring: Keyring | None = None) -> None:
+    def __init__(self, keyring: Keyring | None = None, blob_key: str = "") -> None:
         self._keyring = keyring
+        self._blob_keys = keyring.secrets() if keyring else {}
+        if blob_key and blob_key not in self._blob_keys:
+            known = ", ".join(sorted(self._blob_keys)) or "none"
+            raise SettingsError(
+                f"bus.security.blob_key: expected an HMAC key of the keyring ({known}), "
+                f"found {blob_key!r}"
+            )
+        self._blob_key = blob_key
 
     @classmethod
     def of(cls, settings: SecuritySettings) -> Self:
@@ -43,8 +56,9 @@ class Guard:
             SettingsError: if the keyring's file cannot be used.
         """
         if not settings.keyring:
-            return cls()
-        return cls(Keyring.load(Path(settings.keyring), required=settings.require_signatures))
+            return cls(None, settings.blob_key)
+        ring = Keyring.load(Path(settings.keyring), required=settings.require_signatures)
+        return cls(ring, settings.blob_key)
 
     def frame(self, stream: Stream, envelope: bytes) -> bytes:
         """The content of an entry's ``envelope`` field; the plain envelope where nothing signs."""
@@ -66,6 +80,23 @@ class Guard:
     def check_redrive(self, field: bytes, framed: bytes) -> str:
         """As :meth:`check`, for that field: an operator's key, and this very entry."""
         return self._checked(_redrive(framed), field, OPERATIONS.name)
+
+    @property
+    def seals(self) -> bool:
+        """Whether blobs that belong to an architecture are stored sealed."""
+        return bool(self._blob_key)
+
+    def seal(self, data: bytes | memoryview, architecture: str) -> bytes:
+        """A blob's bytes, encrypted for one architecture."""
+        return seal(data, self._blob_key, self._blob_keys[self._blob_key], architecture)
+
+    def unseal(self, data: bytes, architecture: str, field: str) -> bytes:
+        """The content of a sealed blob.
+
+        Raises:
+            Unreadable: if no key here opens it, or it is not what was sealed.
+        """
+        return unseal(data, self._blob_keys, architecture, field=field)
 
     def _framed(self, context: str, content: bytes) -> bytes:
         signature = self._keyring.sign(context, content) if self._keyring else b""

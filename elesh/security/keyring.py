@@ -161,6 +161,10 @@ class Keyring:
         """All keys, in the order of the file."""
         return tuple(self._keys.values())
 
+    def secrets(self) -> dict[str, bytes]:
+        """The secrets of the HMAC keys, by id: what blobs are sealed with."""
+        return {key.id: _secret(key, "secret") for key in self.keys if key.kind == "hmac-sha256"}
+
     def sign(self, stream: str, envelope: bytes) -> bytes:
         """The signature field of an entry of ``stream``; empty where this process does not sign."""
         if not self.sign_with:

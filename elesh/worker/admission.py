@@ -188,7 +188,7 @@ def _work(
                 level.value,
                 hint="this build does not analyse that level",
             )
-    return Work(
+    work = Work(
         keys=(key.at(decided_level(document.levels)),),
         fingerprint=fingerprint(message),
         document=document,
@@ -201,6 +201,10 @@ def _work(
         window=window,
         received=now,
     )
+    for name, ref in work.blobs.items():
+        if ref.sealed not in (None, metadata.model_hash):
+            raise IdentityMismatch(f"{name}.sealed", metadata.model_hash, ref.sealed)
+    return work
 
 
 def _network(message: CheckpointReady | StructuralAnalysisRequest) -> tuple[BlobRef, ...]:

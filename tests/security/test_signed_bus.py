@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,17 @@ from elesh.bus import Bus, unframed
 from elesh.bus.guard import Guard
 from elesh.security import new_key
 from elesh.settings import BusSettings
-from leyline import CheckpointReady, DeadLetter, PruningOutcome, encode, wrap
+from elesh.trainer.publishing import with_blobs
+from leyline import (
+    CheckpointReady,
+    DeadLetter,
+    PruningOutcome,
+    Unreadable,
+    encode,
+    read_envelope,
+    unwrap,
+    wrap,
+)
 from leyline.streams import CHECKPOINTS, DEAD, DECISIONS, OUTCOMES
 
 TRAINER = new_key("ed25519", "trainer")
@@ -48,10 +60,16 @@ def keyrings(tmp_path: Path) -> Callable[[str], str]:
 
 def as_party(station: Station, keyring: str, action: Callable[[Bus], Awaitable[Any]]) -> Any:
     """Run ``action`` on a bus with this keyring."""
-    import asyncio
+    return as_party_with(station, {"keyring": keyring}, action)
+
+
+def as_party_with(
+    station: Station, security: dict[str, str], action: Callable[[Bus], Awaitable[Any]]
+) -> Any:
+    """Run ``action`` on a bus with these settings of security."""
 
     async def run() -> Any:
-        settings = BusSettings(partition=station.partition, security={"keyring": keyring})
+        settings = BusSettings(partition=station.partition, security=security)
         bus = await Bus.connect(station.url, settings)
         try:
             return await action(bus)
@@ -150,8 +168,6 @@ def test_only_an_operator_can_send_an_old_entry_again(
     trainer, operator = keyrings("trainer"), keyrings("operator")
 
     async def expired(bus: Bus) -> bytes:
-        from datetime import UTC, datetime, timedelta
-
         event = await ready(bus, checkpoint())
         long_ago = datetime.now(UTC) - timedelta(days=1)
         framed = bus.guard.frame(CHECKPOINTS, encode(wrap(event, source="test", now=long_ago)))
@@ -181,3 +197,41 @@ def test_only_an_operator_can_send_an_old_entry_again(
 
     as_party(station, operator, redrive)
     station.wait_decisions(1)
+
+
+def test_sealed_checkpoints_are_decided_as_plain_ones_and_unreadable_without_the_key(
+    station: Station, tmp_path: Path
+) -> None:
+    shared = new_key("hmac-sha256", "shared")
+    path = tmp_path / "shared.yaml"
+    path.write_text(yaml.safe_dump({"sign_with": "shared", "keys": [shared]}))
+    sealed = {"keyring": str(path), "blob_key": "shared"}
+
+    async def publish_both(bus: Bus) -> None:
+        for number in (1, 2):
+            bundle = checkpoint(number=number)
+            event = await with_blobs(bus, bundle, "")
+            assert event.statistics.sealed == bundle.metadata.model_hash
+            if number == 2:
+                moved = event.statistics.model_copy(update={"sealed": "f" * 16})
+                event = event.model_copy(update={"statistics": moved})
+            await bus.publish(CHECKPOINTS, event, source="test", run_id="run")
+
+    as_party_with(station, sealed, publish_both)
+    station.worker(bus={"security": sealed})
+    (decision,) = station.wait_decisions(1)
+    assert decision.channels
+    (letter,) = letters(station, 1)
+    assert (letter.error_code, letter.field) == (
+        "identity_mismatch",
+        "statistics.safetensors.sealed",
+    )
+
+    async def read_plain(bus: Bus) -> None:
+        (first, *_) = await bus.read(CHECKPOINTS)
+        event = unwrap(read_envelope(first.envelope))
+        assert isinstance(event, CheckpointReady)
+        with pytest.raises(Unreadable, match="sealed"):
+            await bus.blobs.get(event.statistics)
+
+    station.on_bus(read_plain)
