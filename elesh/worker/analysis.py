@@ -68,6 +68,14 @@ class Analyst:
         """End the child."""
         await self._child.kill()
 
+    async def run(self, job: Job, timeout: float) -> Reply:
+        """One job in the child, without any ladder.
+
+        Raises:
+            ChildFailure: if it gave no reply within ``timeout`` seconds.
+        """
+        return await self._child.run(job, timeout=timeout)
+
     async def decide(self, work: Work) -> StructuralPruningDecision:
         """The decision on all levels of ``work``.
 

@@ -35,6 +35,7 @@ from leyline import (
 from leyline.bundle import map_file
 
 from .ladder import scope_of
+from .marking import marked
 from .memory import limit_data
 from .protocol import (
     ANALYSES,
@@ -126,7 +127,12 @@ def _join(job: Job) -> bytes:
     return encode(decision.model_copy(update={"fallbacks": taken}))
 
 
-_KINDS: dict[Kind, Callable[[Job], bytes]] = {"decide": _decide, "level": _level, "join": _join}
+_KINDS: dict[Kind, Callable[[Job], bytes]] = {
+    "decide": _decide,
+    "level": _level,
+    "join": _join,
+    "parameters": marked,
+}
 
 
 def _analysis(
@@ -146,13 +152,15 @@ def _analysis(
 def _joined(
     job: Job, bundle: CheckpointBundle, settings: Settings, analyses: list[LevelAnalysis]
 ) -> StructuralPruningDecision:
+    # On a lower rung there is no time or memory for measuring; gates are stricter without it.
+    verify = None if scope_of(job.rungs).scorer else verifier(bundle, settings)
     return join(
         bundle,
         analyses,
         settings,
         breakers=job.breaker_of,
         missing=job.missing_levels,
-        verify=verifier(bundle, settings),
+        verify=verify,
     )
 
 

@@ -19,7 +19,7 @@ from .stopwatch import Stage
 
 __all__ = ["MEMORY_CODE", "Failed", "Job", "Kind", "Reply", "pack_frame", "unpack_body"]
 
-Kind = Literal["decide", "level", "join"]
+Kind = Literal["decide", "level", "join", "parameters"]
 PREFIX = struct.Struct("<I")
 DOCUMENT = "document.msgpack"
 """The file of the spool folder that holds the checkpoint's CheckpointDocument."""
@@ -35,7 +35,8 @@ class Job:
 
     ``decide``: analyse all ``levels`` and join them; ``level``: analyse the one level; ``join``:
     join the analyses that lie beside the checkpoint. ``folder`` holds a checkpoint bundle,
-    ``settings`` the worker's settings as JSON.
+    ``settings`` the worker's settings as JSON. ``parameters``: mark single parameters by the
+    importance in ``folder``.
     """
 
     kind: Kind
@@ -115,7 +116,8 @@ class Reply:
     """The encoded result, or why there is none, with the child's own figures."""
 
     result: bytes = b""
-    """A StructuralPruningDecision, for kind ``level`` a LevelAnalysis."""
+    """A StructuralPruningDecision; for kind ``level`` a LevelAnalysis; for ``parameters`` the pair
+    of PruningMasks and AnalysisReport."""
     failed: Failed | None = None
     seconds: float = 0.0
     peak_memory: int = 0
