@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -95,8 +96,7 @@ class Replayed:
 
 async def replay(bus: Bus, settings: Settings, selection: Selection) -> AsyncIterator[Replayed]:
     """Replay every selected event that is still in the streams, in their order."""
-    child = ComputeChild(settings.worker.memory_limit)
-    try:
+    async with _child(settings) as child:
         async for _, work in _events(bus, selection):
             recorded = await recorded_decision(bus, work.key)
             decided_by = await bus.settings_of(recorded.settings_hash) if recorded else None
@@ -108,8 +108,17 @@ async def replay(bus: Bus, settings: Settings, selection: Selection) -> AsyncIte
                     yield Replayed(work.key, None, recorded, error=str(error))
                     continue
                 yield await _replay(child, settings, work, folder, recorded, decided_by)
-    finally:
-        await child.kill()
+
+
+@asynccontextmanager
+async def _child(settings: Settings) -> AsyncIterator[ComputeChild]:
+    """A compute child for the length of the block."""
+    with tempfile.TemporaryDirectory(prefix="elesh-child-") as name:
+        child = ComputeChild(settings.worker.memory_limit, Path(name))
+        try:
+            yield child
+        finally:
+            await child.kill()
 
 
 async def capture(bus: Bus, key: str, path: Path) -> Case | None:
@@ -144,15 +153,12 @@ async def replay_case(path: Path, settings: Settings | None) -> Replayed:
     case = open_case(path)
     work = _admitted(case.envelope)
     chosen = settings or Settings.model_validate(case.settings or {})
-    child = ComputeChild(chosen.worker.memory_limit)
     with tempfile.TemporaryDirectory(prefix="elesh-replay-") as name:
         folder = Path(name)
         take_blobs(path, work.blobs, folder)
         (folder / DOCUMENT).write_bytes(encode(work.document))
-        try:
+        async with _child(chosen) as child:
             return await _replay(child, chosen, work, folder, case.decision, case.settings)
-        finally:
-            await child.kill()
 
 
 async def recorded_decision(bus: Bus, key: IdempotencyKey) -> StructuralPruningDecision | None:
@@ -239,6 +245,7 @@ def _job(
         threads=settings.worker.threads,
         fallbacks=tuple((f.rung, f.reason) for f in fallbacks if f.rung in REPLAYED),
         missing=tuple((str(level), reason) for level, reason in gaps.items()),
+        recorded=encode(recorded) if recorded else b"",
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from elesh.safety import BreakerStatus
+from elesh.safety import BreakerStatus, Verifier
 from elesh.settings import Settings
 from leyline import CheckpointBundle, Fallback, IdempotencyKey, Level, StructuralPruningDecision
 
@@ -29,6 +29,7 @@ def analyze(
     key: IdempotencyKey | None = None,
     scorer: Literal["output_projection", "multi_metric", "magnitude"] | None = None,
     fallbacks: Sequence[Fallback] = (),
+    verify: Verifier | None = None,
 ) -> StructuralPruningDecision:
     """Decide what can be removed from the network of ``bundle``.
 
@@ -41,6 +42,7 @@ def analyze(
         key: the key of the decision; the bundle's own if not given.
         scorer: overrides the scorer of request and settings, where a fallback asks for another.
         fallbacks: rungs of the failure table that led here, to be recorded in the decision.
+        verify: measures the cut on held-out data (``elesh.verification.verifier``).
 
     Raises:
         InvalidField: if a level is not analysed here, or the request names unknown layers.
@@ -59,4 +61,4 @@ def analyze(
         )
         for each in levels
     ]
-    return join(bundle, analyses, settings, breakers=breakers or {})
+    return join(bundle, analyses, settings, breakers=breakers or {}, verify=verify)

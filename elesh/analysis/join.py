@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from elesh import safety
-from elesh.safety import BreakerStatus, Verifier
+from elesh.safety import BreakerStatus, Measured, Proposal, Verifier
 from elesh.settings import Settings
 from leyline import (
     CheckpointBundle,
@@ -63,7 +63,8 @@ def join(
         analyses: one a level, in any order.
         breakers: of the levels; those not given are closed.
         missing: levels that were asked for and have no analysis, each with the reason.
-        verify: measures the cut on held-out data, once it has passed the gates.
+        verify: measures the cut on held-out data, once it has passed the gates; without it a
+            stricter gate looks at the prediction.
 
     Raises:
         InvalidField: if there is no analysis at all, or two of one level.
@@ -77,7 +78,11 @@ def join(
         decision, order = _alone(bundle, ordered[0], settings, breakers), ordered[0].order
     else:
         decision, order = _joint(bundle, ordered, settings, breakers, missing)
-    return verified(bundle, decision, order, settings, verify) if verify else decision
+
+    def predicted(proposal: Proposal) -> Measured:
+        return safety.predicted_only(proposal, settings)
+
+    return verified(bundle, decision, order, settings, verify or predicted)
 
 
 def _alone(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from elesh import safety
 from elesh.safety import Entry, Measured, Proposal, Verifier
 from elesh.settings import Settings
 from leyline import (
@@ -39,7 +40,9 @@ def verified(
     the units last taken are given back, too.
     """
     if not decision.approved_for_application:
-        return decision
+        gates = (*decision.safety.gates, safety.predicted_loss(None, 1.0, 0.0))
+        unmeasured = decision.safety.model_copy(update={"gates": gates})
+        return decision.model_copy(update={"safety": unmeasured})
     proposal = Proposal(
         order=tuple(map(_entry, order)),
         phase=decision.safety.phase,
@@ -58,6 +61,13 @@ def _entry(unit: RankedUnit) -> Entry:
     return unit.level, unit.layer_name, unit.index
 
 
+def _confidence(decision: StructuralPruningDecision, answer: Measured) -> float:
+    """1 is kept for cuts that were measured."""
+    if answer.verification is not None:
+        return 1.0
+    return decision.safety.confidence * (FALLBACK_DISCOUNT if answer.skipped else 1.0)
+
+
 def _judged(decision: StructuralPruningDecision, answer: Measured) -> StructuralPruningDecision:
     """The decision with the figures and gates of what was measured."""
     reason = rejection(answer.gates)
@@ -65,17 +75,17 @@ def _judged(decision: StructuralPruningDecision, answer: Measured) -> Structural
         reason = "verification: no part of the cut was measured as safe"
     measured, skipped = answer.verification is not None, answer.skipped
     go = Outcome.GO if measured else Outcome.CONDITIONAL_GO
-    safety = {
+    validation = {
         **dict(decision.safety),
         "gates": (*decision.safety.gates, *answer.gates),
         "outcome": Outcome.NO_GO if reason else go,
         "measured": measured,
         "verification": answer.verification,
-        "confidence": decision.safety.confidence * (FALLBACK_DISCOUNT if skipped else 1.0),
+        "confidence": _confidence(decision, answer),
     }
     fields = {
         **dict(decision),
-        "safety": SafetyValidation.model_validate(safety),
+        "safety": SafetyValidation.model_validate(validation),
         "fallbacks": (*decision.fallbacks, skipped) if skipped else decision.fallbacks,
         "approved_for_application": not reason,
         "rejection_reason": reason,

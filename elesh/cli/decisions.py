@@ -29,9 +29,12 @@ def analyze(
     from elesh import CheckpointBundle
     from elesh import analyze as decide
     from elesh.explanation import print_decision
+    from elesh.verification import verifier
 
     bundle = CheckpointBundle.load(folder)
-    decision = decide(bundle, settings=Settings.load(settings), level=level, threads=threads)
+    loaded = Settings.load(settings)
+    verify = verifier(bundle, loaded)
+    decision = decide(bundle, settings=loaded, level=level, threads=threads, verify=verify)
     if as_json:
         console.print_json(decision.model_dump_json())
     else:

@@ -2,13 +2,44 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from typing import Annotated
 
 import typer
 
-from .common import console, fail
+from elesh.bus import Bus
+from elesh.settings import Settings
+
+from .common import RedisOption, SettingsOption, console, fail, on_bus
 
 app = typer.Typer()
+
+
+@app.command()
+def status(
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on until Ctrl-C.")] = False,
+    every: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 2.0,
+    redis: RedisOption = "",
+    settings: SettingsOption = None,
+) -> None:
+    """The fleet at a glance: workers, backlog, breakers, dead letters, the last decisions."""
+    from rich.live import Live
+
+    from elesh.overview import overview, overview_of
+
+    async def follow(bus: Bus, _: Settings) -> None:
+        with Live(overview(await overview_of(bus)), console=console, auto_refresh=False) as live:
+            while True:
+                await asyncio.sleep(every)
+                live.update(overview(await overview_of(bus)), refresh=True)
+
+    if not watch:
+        seen = on_bus(redis, settings, lambda bus, _: overview_of(bus))
+        console.print(overview(seen))
+        return
+    with contextlib.suppress(KeyboardInterrupt):
+        on_bus(redis, settings, follow)
 
 
 @app.command()

@@ -6,6 +6,7 @@ from .logs import get_logger, setup_logging
 from .messaging import messaging
 from .tracing import (
     carrier_of,
+    current_span,
     linked_span,
     onward,
     record_stages,
@@ -21,6 +22,7 @@ __all__ = [
     "Link",
     "audit_event",
     "carrier_of",
+    "current_span",
     "get_logger",
     "line_of",
     "read_line",

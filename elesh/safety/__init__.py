@@ -16,9 +16,21 @@ from .gates import (
     structure,
     verdict,
 )
+from .measured_gates import (
+    MEASURED_GATES,
+    accuracy_retention,
+    class_accuracy,
+    gradient_flow,
+    measured_accuracy,
+    measured_loss,
+    predicted_loss,
+    predicted_only,
+)
+from .search import largest_safe
 from .verification import Entry, Measured, Proposal, Verifier
 
 __all__ = [
+    "MEASURED_GATES",
     "MIN_SAMPLES",
     "BreakerStatus",
     "Entry",
@@ -26,14 +38,22 @@ __all__ = [
     "Proposal",
     "Verifier",
     "Vote",
+    "accuracy_retention",
     "breaker_gate",
+    "class_accuracy",
     "cumulative_limit",
+    "gradient_flow",
     "gradient_isolation",
+    "largest_safe",
+    "measured_accuracy",
+    "measured_loss",
     "minimum_layers",
     "minimum_units",
     "mixed_owners",
     "noise",
     "phase_gate",
+    "predicted_loss",
+    "predicted_only",
     "predicted_shift",
     "requirements",
     "statistics_sound",

@@ -12,6 +12,8 @@ from typing import Literal, cast
 
 from leyline import GateResult, Level, StructuralPruningDecision
 
+from .measured_gates import MEASURED_GATES
+
 __all__ = ["BreakerStatus", "Vote", "breaker_gate", "levels_of", "votes"]
 
 State = Literal["closed", "open", "half_open"]
@@ -28,6 +30,8 @@ INTEGRITY_GATES = frozenset(
     }
 )
 """Gates whose failure says that something is broken, not that a careful answer is no."""
+REFUSED = "measured"
+"""Stands for a cut of which no part was measured as safe: its ranking is no good."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ def levels_of(decision: StructuralPruningDecision) -> tuple[Level, ...]:
 def votes(decision: StructuralPruningDecision) -> dict[Level, Vote]:
     """What a decision tells the breaker of each of its levels.
 
-    Broken statistics or a cut that does not hold together are a failure; a careful no (quota,
+    Broken statistics, a cut that does not hold together, and one of which no part was measured as
+    safe are a failure; a careful no (quota,
     phase, noise, predicted shift, requirements) is a success. What the trainer will report on, an
     open breaker's own no, and a level that was never analysed say nothing.
     """
@@ -77,12 +82,15 @@ def votes(decision: StructuralPruningDecision) -> dict[Level, Vote]:
     for level, gate in _by_level(decision):
         if not gate.passed:
             failed[level].add(gate.name.rpartition(".")[2])
+    if any(not gate.passed and gate.name in MEASURED_GATES for gate in decision.safety.gates):
+        for level in decision.taken or levels_of(decision):
+            failed[level].add(REFUSED)
     silent = {part.level for part in decision.levels if part.verdict == "missing"}
     if decision.approved_for_application:
         silent |= set(decision.taken)
     found: dict[Level, Vote] = {}
     for level, names in failed.items():
-        if names & INTEGRITY_GATES:
+        if names & INTEGRITY_GATES or REFUSED in names:
             found[level] = "failure"
         else:
             found[level] = "none" if level in silent or "breaker" in names else "success"

@@ -32,6 +32,7 @@ from .pruning import (
 )
 from .security import SecuritySettings
 from .trainer import TrainerSettings
+from .verification import CutLimits, PhaseLimits, VerificationSettings
 
 __all__ = [
     "AccuracyTarget",
@@ -41,8 +42,10 @@ __all__ = [
     "BreakerSettings",
     "BusSettings",
     "ChannelAnalysis",
+    "CutLimits",
     "LayerAnalysis",
     "ObserveSettings",
+    "PhaseLimits",
     "RollbackTriggers",
     "SafetySchedule",
     "SecuritySettings",
@@ -51,6 +54,7 @@ __all__ = [
     "StructuredPruning",
     "TrainerSettings",
     "WorkerSettings",
+    "VerificationSettings",
     "workers_needed",
 ]
 
@@ -103,6 +107,7 @@ class Settings(BaseSettings):
     worker: WorkerSettings = WorkerSettings()
     security: SecuritySettings = SecuritySettings()
     audit: AuditSettings = AuditSettings()
+    verification: VerificationSettings = VerificationSettings()
     observe: ObserveSettings = ObserveSettings()
 
     @classmethod

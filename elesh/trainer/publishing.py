@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from elesh.bus import Bus
-from leyline import CheckpointBundle, CheckpointReady, RequestKey, StructuralAnalysisRequest
+from leyline import (
+    BlobRef,
+    CheckpointBundle,
+    CheckpointReady,
+    NetworkExport,
+    RequestKey,
+    StructuralAnalysisRequest,
+)
 
 __all__ = ["with_blobs"]
 
@@ -17,6 +24,7 @@ async def with_blobs(
         None if blob is None else await bus.blobs.put(blob)
         for blob in (bundle.gates_blob(), bundle.layers_blob(), bundle.heads_blob())
     ]
+    network = await _network(bus, bundle.network)
     metadata = bundle.metadata
     if not request_id:
         return CheckpointReady(
@@ -28,6 +36,9 @@ async def with_blobs(
             heads=heads,
             levels=bundle.levels,
             parameters=bundle.parameters,
+            program=network.get("program"),
+            weights=network.get("weights"),
+            held_out=network.get("held_out"),
         )
     return StructuralAnalysisRequest(
         request_id=request_id,
@@ -41,4 +52,18 @@ async def with_blobs(
         layers=layers,
         heads=heads,
         levels=bundle.levels,
+        program=network.get("program"),
+        weights=network.get("weights"),
+        held_out=network.get("held_out"),
     )
+
+
+async def _network(bus: Bus, network: NetworkExport | None) -> dict[str, BlobRef]:
+    """Put the blobs of the network, where there is one."""
+    if network is None:
+        return {}
+    return {
+        "program": await bus.blobs.put(network.program, codec="msgpack"),
+        "weights": await bus.blobs.put(network.weights),
+        "held_out": await bus.blobs.put(network.held_out),
+    }

@@ -1,2 +1,49 @@
-"""Measuring cuts on held-out data, in the compute child: needs torch, which nothing above asks for
-before there is a network to measure."""
+"""Measuring cuts on held-out data, in the compute child.
+
+Torch is asked for only where there is a network to measure: a worker without torch decides by
+prediction, and every such decision says so.
+"""
+
+from __future__ import annotations
+
+import math
+from importlib.util import find_spec
+
+from elesh import safety
+from elesh.safety import Verifier
+from elesh.settings import Settings
+from leyline import CheckpointBundle, Fallback, StructuralPruningDecision
+
+__all__ = ["SKIPPED", "TIMEOUT", "verifier"]
+
+SKIPPED = "verification_skipped"
+"""The rung of the failure table: program, weights, data or worker do not allow to measure."""
+TIMEOUT = "verification_timeout"
+"""The rung of the failure table: measuring takes longer than its share of the window."""
+
+
+def verifier(
+    bundle: CheckpointBundle,
+    settings: Settings,
+    recorded: StructuralPruningDecision | None = None,
+) -> Verifier:
+    """What measures the cuts of this checkpoint, or says why it cannot.
+
+    Args:
+        recorded: the decision that is replayed. Whether time ran out, or a worker had torch, is
+            what another run could see otherwise, so that is taken from it.
+    """
+    if bundle.network is None:
+        return lambda proposal: safety.predicted_only(proposal, settings)
+    if find_spec("torch") is None or find_spec("safetensors") is None:
+        missing = Fallback(rung=SKIPPED, reason="this worker has no torch (elesh[torch])")
+        return lambda proposal: safety.predicted_only(proposal, settings, missing)
+    seconds = settings.verification.window_share * settings.worker.window_seconds
+    if recorded is not None:
+        seconds = math.inf
+        taken = [f for f in recorded.fallbacks if f.rung in (SKIPPED, TIMEOUT)]
+        if recorded.safety.verification is None and (taken or recorded.approved_for_application):
+            return lambda proposal: safety.predicted_only(proposal, settings, *taken[:1])
+    from .verifier import NetworkVerifier
+
+    return NetworkVerifier(bundle, settings, seconds)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from elesh.bus import Bus
-from elesh.observe import span
+from elesh.observe import record_stages, span
 from elesh.settings import Settings
 from leyline import (
     AnalysisFailed,
@@ -31,6 +31,7 @@ from .admission import Work
 from .compute import ChildFailure, ComputeChild
 from .ladder import rung_for, time_for
 from .protocol import ANALYSES, DOCUMENT, Job, Kind, Reply
+from .pulse import Finding
 from .reports import Reports
 
 __all__ = ["Analyst"]
@@ -48,12 +49,16 @@ class Analyst:
         self._reports = reports
         self._folder = spool / "checkpoint"
         self._fetched = ""
-        self._child = ComputeChild(settings.worker.memory_limit)
+        self._child = ComputeChild(settings.worker.memory_limit, spool)
 
     @property
     def begun(self) -> bool:
         """Whether an analysis is under way in the child."""
         return self._child.busy
+
+    def look(self) -> Finding:
+        """How the compute child is."""
+        return self._child.look()
 
     async def start(self) -> None:
         """Have the child ready before the first message."""
@@ -123,6 +128,7 @@ class Analyst:
         with span("fetch blobs", attributes={"elesh.blob_bytes": size}):
             for name, ref in wanted.items():
                 await self._bus.blobs.fetch(ref, self._folder / name)
+        self._reports.status.fetched(size)
         await self._reports.step("fetched", work, figures={"bytes": size})
 
     def _forget(self) -> None:
@@ -150,6 +156,7 @@ class Analyst:
         what = "join" if job.kind == "join" else f"analyse {', '.join(job.levels)}"
         with span(what, attributes={"elesh.key": job.key}) as current:
             reply = await self._climb(work, job)
+            record_stages(reply.stages)
             if reply.failed is not None:
                 raise reply.failed.error
             result: R = decode(kind, reply.result, field=f"result of {job.key}")

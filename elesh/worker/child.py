@@ -18,7 +18,9 @@ from typing import BinaryIO
 
 from elesh._process import die_with_parent
 from elesh.analysis import analyze_level, join
+from elesh.analysis.stages import observed, stage
 from elesh.settings import Settings
+from elesh.verification import verifier
 from leyline import (
     CheckpointBundle,
     CheckpointDocument,
@@ -45,12 +47,15 @@ from .protocol import (
     pack_frame,
     unpack_body,
 )
+from .pulse import beat_into
+from .stopwatch import Stopwatch
 
 
 def main() -> None:
-    """Serve jobs from standard input until it ends; the one argument is the memory limit."""
+    """Serve jobs from standard input until it ends; arguments: memory limit, file to beat into."""
     die_with_parent()
     limit_data(int(sys.argv[1]))
+    beat_into(Path(sys.argv[2]))
     # Ctrl-C reaches the whole terminal group: the supervisor decides what becomes of a job.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
@@ -71,10 +76,11 @@ def _next_job(source: BinaryIO) -> Job | None:
 
 
 def _answer(job: Job) -> Reply:
-    begun = time.perf_counter()
+    begun, watch = time.perf_counter(), Stopwatch()
     result, failed = b"", None
     try:
-        result = _KINDS[job.kind](job)
+        with observed(watch.stage):
+            result = _KINDS[job.kind](job)
     except ContractError as error:
         failed = Failed(error.code, error.field, error.expected, error.found, contract=True)
     except MemoryError as error:
@@ -90,7 +96,7 @@ def _answer(job: Job) -> Reply:
             contract=False,
         )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Reply(result, failed, time.perf_counter() - begun, peak)
+    return Reply(result, failed, time.perf_counter() - begun, peak, watch.stages)
 
 
 def _decide(job: Job) -> bytes:
@@ -139,9 +145,19 @@ def _analysis(
 def _joined(
     job: Job, bundle: CheckpointBundle, settings: Settings, analyses: list[LevelAnalysis]
 ) -> StructuralPruningDecision:
-    return join(bundle, analyses, settings, breakers=job.breaker_of, missing=job.missing_levels)
+    kind = StructuralPruningDecision
+    recorded = decode(kind, job.recorded, field="recorded") if job.recorded else None
+    return join(
+        bundle,
+        analyses,
+        settings,
+        breakers=job.breaker_of,
+        missing=job.missing_levels,
+        verify=verifier(bundle, settings, recorded),
+    )
 
 
+@stage("read")
 def _input(job: Job) -> tuple[CheckpointBundle, Settings]:
     """The checkpoint of the spool folder, as far as the job's scope goes, and the settings.
 

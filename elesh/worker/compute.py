@@ -12,9 +12,11 @@ import contextlib
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Coroutine
+from pathlib import Path
 
 from .memory import resident
 from .protocol import MEMORY_CODE, PREFIX, Job, Reply, pack_frame, unpack_body
+from .pulse import Finding, PulseReader
 
 __all__ = ["ChildDied", "ChildFailure", "ChildOverMemory", "ChildTimeout", "ComputeChild"]
 
@@ -48,10 +50,12 @@ class ComputeChild:
 
     Args:
         memory_limit: bytes that the child may use.
+        folder: for the file that it beats into.
     """
 
-    def __init__(self, memory_limit: int) -> None:
+    def __init__(self, memory_limit: int, folder: Path) -> None:
         self._limit = memory_limit
+        self._pulse = PulseReader(folder / "pulse")
         self._process: Process | None = None
         self.busy = False
         """Whether a job is in the child."""
@@ -62,6 +66,10 @@ class ComputeChild:
         alive = self._process is not None and self._process.returncode is None
         return self._process.pid if alive and self._process else None
 
+    def look(self) -> Finding:
+        """How the child is now, from outside; see :mod:`.pulse`."""
+        return self._pulse.look(self.pid, busy=self.busy)
+
     async def start(self) -> None:
         """Start the child unless it is alive, and wait until it has loaded its numerics.
 
@@ -70,7 +78,8 @@ class ComputeChild:
         """
         if self.pid is None:
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", CHILD, str(self._limit)),
+                *(sys.executable, "-m", CHILD),
+                *(str(self._limit), str(self._pulse.path)),
                 stdin=PIPE,
                 stdout=PIPE,
                 start_new_session=True,  # signals of the terminal are the supervisor's

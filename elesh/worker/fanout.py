@@ -96,6 +96,7 @@ class FanOut:
             result = await self._stored(await self._analyst.analyse(work, item.level))
         except ContractError as error:
             result = ItemResult(failed=str(error)[:8192])
+            self._reports.status.gave_up(item.level)
             await self._reports.step("failed", work, key=work.key.at(item.level), detail=str(error))
         stored = await self._bus.plans.store(WORKERS, self._worker_id, delivery, item, result)
         if stored is Stored.GONE:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
-from pathlib import Path
-from typing import Protocol
+from collections.abc import AsyncIterator, Callable
 
 from elesh.bus import Bus, BusUnavailable
 from elesh.observe import get_logger
@@ -20,10 +18,10 @@ from elesh.settings import ObserveSettings
 
 from .gauges import FleetFigures, register_gauges
 from .health import application, listening, serving
-from .pulse import Finding, PulseReader
+from .pulse import Finding
 from .status import Condition, Status
 
-__all__ = ["Monitor", "Watched"]
+__all__ = ["Monitor"]
 
 _LOOK_SECONDS = 1.0
 _LIVES = 3
@@ -31,30 +29,17 @@ _LIVES = 3
 _log = get_logger(__name__)
 
 
-class Watched(Protocol):
-    """The compute child, as far as the monitor looks at it."""
-
-    @property
-    def pid(self) -> int | None:
-        """Its process id while it lives."""
-
-    @property
-    def busy(self) -> bool:
-        """Whether a job is in it."""
-
-
 class Monitor:
     """Watches one worker for as long as :meth:`running` lasts.
 
     Args:
-        pulse: the file that the child beats into.
+        look: how the compute child is, from outside.
     """
 
     def __init__(
-        self, bus: Bus, settings: ObserveSettings, status: Status, child: Watched, pulse: Path
+        self, bus: Bus, settings: ObserveSettings, status: Status, look: Callable[[], Finding]
     ) -> None:
-        self._bus, self._settings, self._status, self._child = bus, settings, status, child
-        self._pulse = PulseReader(pulse)
+        self._bus, self._settings, self._status, self._look = bus, settings, status, look
         self._heard = 0.0
         self._figures = FleetFigures()
 
@@ -90,7 +75,7 @@ class Monitor:
         self._heard = asyncio.get_running_loop().time()
         while True:
             before = self._status.condition
-            after = self._condition(self._pulse.look(self._child.pid, busy=self._child.busy))
+            after = self._condition(self._look())
             self._status.condition = after
             if after.why != before.why and before.why != "starting":
                 tell = _log.info if after.ready else _log.warning

@@ -15,6 +15,8 @@ import msgpack
 from elesh.safety import BreakerStatus
 from leyline import ContractError, Fallback, IdempotencyKey, Level, errors
 
+from .stopwatch import Stage
+
 __all__ = ["MEMORY_CODE", "Failed", "Job", "Kind", "Reply", "pack_frame", "unpack_body"]
 
 Kind = Literal["decide", "level", "join"]
@@ -49,6 +51,9 @@ class Job:
     the analysis is :func:`elesh.worker.ladder.scope_of`."""
     missing: tuple[tuple[str, str], ...] = ()
     """Levels that a join has to do without, each with the reason."""
+    recorded: bytes = b""
+    """In a replay, the encoded decision of then: what chance decided (see
+    :func:`elesh.verification.verifier`) is taken from it."""
 
     @property
     def asked_levels(self) -> tuple[Level, ...]:
@@ -118,6 +123,8 @@ class Reply:
     seconds: float = 0.0
     peak_memory: int = 0
     """Highest resident size of the child so far, in bytes."""
+    stages: tuple[Stage, ...] = ()
+    """What the child measured of its work."""
 
 
 def pack_frame(message: Job | Reply) -> bytes:
@@ -133,6 +140,8 @@ def unpack_body(kind: type[Job] | type[Reply], body: bytes) -> Any:
         pairs = ("breakers", "fallbacks", "missing")
         values |= {name: tuple(map(tuple, values[name])) for name in pairs}
         values["levels"] = tuple(values["levels"])
-    elif values["failed"] is not None:
+        return kind(**values)
+    if values["failed"] is not None:
         values["failed"] = Failed(**values["failed"])
+    values["stages"] = tuple(map(tuple, values["stages"]))
     return kind(**values)

@@ -26,6 +26,7 @@ from leyline import (
 from leyline.streams import TELEMETRY, VALIDATION, Stream
 
 from .admission import Work
+from .status import Status
 
 __all__ = ["Reports"]
 
@@ -47,6 +48,7 @@ class Reports:
     def __init__(self, bus: Bus, worker_id: str) -> None:
         self._bus = bus
         self._worker_id = worker_id
+        self.status = Status(worker_id)
 
     async def step(
         self,
@@ -79,6 +81,9 @@ class Reports:
         for taken in decision.fallbacks:
             if taken.rung in _ANALYSIS_RUNGS:
                 await self.fallback(work, str(decision.key), taken.rung, taken.reason)
+        self.status.analysed(
+            decision.key.level, metrics.duration_seconds, metrics.peak_memory_bytes
+        )
         await self.step("analysed", work, key=decision.key, metrics=metrics)
 
     async def entry(self, step: str, stream: str, entry_id: str, cause: str, detail: str) -> None:
@@ -117,6 +122,7 @@ class Reports:
             },
         )
         if outcome is Settlement.SETTLED:
+            self.status.settled(decision)
             result = StructuralValidationResult(
                 idempotency_key=decision.idempotency_key,
                 outcome=decision.safety.outcome,
@@ -127,6 +133,7 @@ class Reports:
     async def fallback(self, work: Work, key: str, rung: str, reason: str) -> None:
         """A rung of the failure table was taken."""
         _log.warning("fallback", key=key, rung=rung, reason=reason)
+        self.status.fell_back(rung)
         await self.step("fallback", work, key=IdempotencyKey.parse(key), detail=f"{rung}: {reason}")
 
     async def transition(self, change: BreakerTransition | None) -> None:
@@ -163,6 +170,7 @@ class Reports:
 
     async def buried(self, letter: DeadLetter, work: Work | None) -> None:
         """An entry went to the dead letters."""
+        self.status.buried(letter.error_code)
         event = TelemetryEvent(
             step="dead_letter",
             worker_id=self._worker_id,

@@ -102,6 +102,7 @@ class Clerk:
         """A checkpoint that gave no decision is a dead letter; where its data is corrupt, the run's
         previous decision stands in as telemetry."""
         if not isinstance(error, Conflict):
+            self._reports.status.gave_up(work.key.level)
             await self._note_failure(work, delivery, str(error))
         if is_corruption(error) and (previous := await self._previous(work)):
             decision = stand_in(previous, work.document, str(work.key), error)
@@ -146,6 +147,7 @@ class Clerk:
             raise UnknownDecision(
                 "idempotency_key", "the key of a published decision", outcome.idempotency_key
             )
+        self._reports.status.heard(outcome, key.level)
         breakers = self._bus.breakers
         for level in decision.taken:
             change = None

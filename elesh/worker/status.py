@@ -12,6 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Literal
 
 from elesh.bus import WorkerState
@@ -39,7 +40,7 @@ class Status:
     """Counters of one worker since it started."""
 
     worker_id: str
-    version: str = ""
+    version: str = field(default_factory=lambda: version("elesh"))
     clock: Callable[[], float] = time.time
     condition: Condition = field(default_factory=Condition)
     health_url: str = ""
@@ -57,7 +58,7 @@ class Status:
     """Of the last analyses."""
 
     def __post_init__(self) -> None:
-        self.started = self.clock()
+        self.started, self._stream = self.clock(), ""
 
     def serving(self) -> None:
         """It can take work."""
@@ -67,14 +68,18 @@ class Status:
         """It takes no new work."""
         self.doing = "draining"
 
-    def began(self, key: str) -> None:
-        """It works on something."""
-        self.key, self.since = key, self.clock()
+    def began(self, key: str, stream: str) -> None:
+        """It works on an entry of ``stream``."""
+        self.key, self.since, self._stream = key, self.clock(), stream
         if self.doing != "draining":
             self.doing = "busy"
 
     def ended(self) -> None:
         """It has nothing in hand."""
+        if self.key:
+            seconds = self.clock() - self.since
+            labels = {"messaging.system": "redis", "messaging.destination.name": self._stream}
+            metrics.PROCESS_SECONDS.record(seconds, labels)
         self.key, self.since = "", 0.0
         if self.doing == "busy":
             self.doing = "idle"

@@ -16,6 +16,7 @@ import shutil
 import signal
 import socket
 import tempfile
+import time
 from collections import deque
 from collections.abc import Coroutine
 from datetime import UTC, datetime
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from elesh.bus import Bus, BusUnavailable, Delivery
-from elesh.observe import get_logger, messaging, span_from
+from elesh.observe import current_span, get_logger, messaging, span_from
 from elesh.settings import Settings
 from leyline import AnalysisItem, ContractError, JoinItem, PruningOutcome
 from leyline.streams import CHECKPOINTS, OUTCOMES, REDELIVERIES, REQUESTS, WORK, WORKERS, Stream
@@ -33,6 +34,8 @@ from .analysis import Analyst
 from .auditor import auditing
 from .fanout import FanOut
 from .leases import Leases
+from .monitor import Monitor
+from .receipts import record_receipts
 from .reports import Reports
 from .settlement import Clerk
 from .sweeps import Sweeps
@@ -70,6 +73,8 @@ class Worker:
         )
         self._leases = Leases(bus, self.worker_id, STREAMS, self._lost)
         self._sweeps = Sweeps(bus, self.worker_id, STREAMS, self._reports)
+        self._status = self._reports.status
+        self._monitor = Monitor(bus, settings.observe, self._status, self._analyst.look)
         self._draining = asyncio.Event()
         self._ready: deque[Delivery] = deque()
         self._serving: tuple[Delivery, asyncio.Task[None]] | None = None
@@ -77,15 +82,21 @@ class Worker:
 
     def drain(self) -> None:
         """Claim nothing new, finish what was begun, hand over what was not, then end."""
+        self._status.draining()
         self._draining.set()
 
     async def run(self) -> None:
-        """Serve until drained."""
+        """Serve until drained, and say meanwhile how it goes."""
+        async with self._monitor.running():
+            await self._run()
+
+    async def _run(self) -> None:
         beside = [
             asyncio.create_task(keeping) for keeping in (self._leases.keep(), self._sweeps.keep())
         ]
         try:
             await self._analyst.start()
+            self._status.serving()
             _log.info("serving", worker=self.worker_id, group=GROUP)
             while not self._draining.is_set():
                 await self._serve_next()
@@ -108,6 +119,7 @@ class Worker:
                 with contextlib.suppress(BusUnavailable):
                     await self._leases.hand_over(delivery, "the bus was away")
         finally:
+            self._status.ended()
             if delivery is not None:
                 self._leases.drop(delivery)
 
@@ -115,8 +127,11 @@ class Worker:
         """The next entry to serve; None after a while without any, or when draining begins."""
         if not self._ready:
             streams, prefetch = self._streams(), self._settings.worker.prefetch
+            begun = time.time_ns()
             claiming = self._leases.claim(streams, prefetch, _BLOCK_SECONDS)
-            self._ready.extend(await self._unless_draining(claiming) or ())
+            found = await self._unless_draining(claiming) or []
+            record_receipts(found, begun)
+            self._ready.extend(found)
         if not self._ready or self._draining.is_set():
             return None
         return self._ready.popleft()
@@ -189,7 +204,7 @@ class Worker:
         with span_from(
             delivery.carrier,
             f"process {name}",
-            attributes=attributes | {"elesh.deliveries": delivery.deliveries},
+            attributes=attributes,
             redelivered=delivery.deliveries > 1,
         ):
             try:
@@ -206,6 +221,7 @@ class Worker:
     async def _admit_run_settle(self, delivery: Delivery) -> None:
         now, window = datetime.now(UTC), self._settings.worker.window_seconds
         asked = admit(delivery.envelope, window=window, now=now, redriven=delivery.redriven)
+        self._begin(delivery, asked)
         match asked:
             case Work():
                 await self._decide(delivery, asked)
@@ -216,6 +232,14 @@ class Worker:
             case PruningOutcome():
                 self._clerk.refuse_poison(delivery)
                 await self._clerk.note(delivery, asked)
+
+    def _begin(
+        self, delivery: Delivery, asked: Work | AnalysisItem | JoinItem | PruningOutcome
+    ) -> None:
+        """Say what is worked on, in status and span."""
+        key = _key_of(asked)
+        self._status.began(key, delivery.origin[0])
+        current_span().set_attribute("elesh.key", key)
 
     async def _decide(self, delivery: Delivery, work: Work) -> None:
         self._clerk.refuse_poison(delivery)
@@ -240,6 +264,17 @@ class Worker:
         if await self._leases.retry(delivery, reason, pause):
             stream, entry = delivery.origin
             await self._reports.entry("retried", stream, entry, "exception", reason)
+
+
+def _key_of(asked: Work | AnalysisItem | JoinItem | PruningOutcome) -> str:
+    """The key of the decision that something belongs to."""
+    match asked:
+        case Work():
+            return str(asked.key)
+        case AnalysisItem() | JoinItem():
+            return asked.plan
+        case PruningOutcome():
+            return asked.idempotency_key
 
 
 async def _end(*tasks: asyncio.Task[Any]) -> None:

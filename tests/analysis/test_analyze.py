@@ -55,7 +55,7 @@ def test_a_sound_checkpoint_is_approved_on_its_prediction() -> None:
     assert count(decision) == decision.statistics.quota == int(0.18 * sum(SIZES))
     assert decision.settings_hash == settings().analysis_hash
     assert decision.elesh_version
-    assert len(decision.safety.gates) == 10
+    assert len(decision.safety.gates) == 11
 
 
 @pytest.mark.parametrize("gates", [True, False])

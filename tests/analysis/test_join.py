@@ -84,7 +84,8 @@ def test_gates_of_every_level_are_listed_by_name(decision: StructuralPruningDeci
     assert len(names) == len(set(names))
     for level in ALL:
         assert {f"{level}.breaker", f"{level}.phase", f"{level}.noise"} <= set(names)
-    assert names[-3:] == ["joint.structure", "joint.predicted_shift", "joint.requirements"]
+    of_all = ["joint.structure", "joint.predicted_shift", "joint.requirements", "predicted_loss"]
+    assert names[-4:] == of_all
 
 
 def test_one_level_alone_keeps_its_own_key(bundle: CheckpointBundle, settings: Settings) -> None:

@@ -60,7 +60,7 @@ def test_a_layer_that_meets_all_conditions_goes_and_the_figures_are_exact() -> N
     assert s.predicted_shift == pytest.approx(np.mean(p**2) / max(energies), rel=1e-6)
     assert {gate.name for gate in decision.safety.gates} == {
         "breaker", "phase", "statistics", "cumulative_limit", "minimum_layers", "structure",
-        "gradient_isolation", "noise", "predicted_shift", "requirements",
+        "gradient_isolation", "noise", "predicted_shift", "requirements", "predicted_loss",
     }  # fmt: skip
 
 

@@ -27,6 +27,6 @@ def test_an_analysis_tells_its_stages_and_decides_the_same() -> None:
 
     with observed(listen):
         decision = analyze(bundle)
-    assert told == ["score", "redundancy", "select", "gates", "join"]
+    assert told == ["score", "redundancy", "select", "gates", "join", "  verify"]
     assert encode(analyze(bundle)) == encode(decision)
-    assert len(told) == 5
+    assert len(told) == 6

@@ -104,8 +104,8 @@ def gate(name: str, size: int, rng: np.random.Generator, samples: int = 128) -> 
     return GateStatistics(
         layer_name=name,
         projections=projections,
-        first_order=(rng.standard_normal(size) * scale / 100).astype(np.float32),
-        second_order=(scale**2).astype(np.float32),
+        first_order=(rng.standard_normal(size) * scale / 1000).astype(np.float32),
+        second_order=(scale**2 / 100).astype(np.float32),
     )
 
 

@@ -23,12 +23,13 @@ from leyline import (
     CheckpointBundle,
     CheckpointReady,
     Message,
+    PruningOutcome,
     StructuralPruningDecision,
     TelemetryEvent,
     read_envelope,
     unwrap,
 )
-from leyline.streams import CHECKPOINTS, DECISIONS, TELEMETRY, Stream
+from leyline.streams import CHECKPOINTS, DECISIONS, OUTCOMES, TELEMETRY, Stream
 
 T = TypeVar("T")
 PATIENCE = 60.0
@@ -127,6 +128,18 @@ class Station:
             return ids
 
         return self.on_bus(action)
+
+    def report(self, decision: StructuralPruningDecision, result: str) -> None:
+        """Say, as a trainer does, what became of a decision."""
+        outcome = PruningOutcome.model_validate(
+            {
+                "idempotency_key": decision.idempotency_key,
+                "run_id": "run",
+                "epoch": decision.epoch,
+                "result": result,
+            }
+        )
+        self.on_bus(lambda bus: send(bus, OUTCOMES, outcome))
 
     def read(self, stream: Stream) -> list[Delivery]:
         return self.on_bus(lambda bus: bus.read(stream))

@@ -2,46 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import re
-from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import promql_parser
 import pytest
 import yaml
+from deployment import BOARD, DEPLOY, QUERIES, ROOT, RULES
 
 from leyline.streams import STREAMS, WORKERS
 
-ROOT = Path(__file__).parents[2]
-DEPLOY = ROOT / "deploy"
-RULES = [
-    rule
-    for group in yaml.safe_load((DEPLOY / "prometheus/rules.yml").read_text())["groups"]
-    for rule in group["rules"]
-]
-BOARD = json.loads((DEPLOY / "grafana/dashboards/elesh.json").read_text())
-QUERIES = [rule["expr"] for rule in RULES] + [
-    target["expr"] for panel in BOARD["panels"] for target in panel["targets"]
-]
 KUBERNETES = "1.31"
 
 
 def manifests() -> list[dict[str, Any]]:
     files = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
     return [each for file in files for each in yaml.safe_load_all(file.read_text())]
-
-
-def named_metrics() -> set[str]:
-    """Every series that rules and dashboard read, but for those that the rules record."""
-    recorded = {rule["record"] for rule in RULES if "record" in rule}
-    found = {
-        name
-        for query in QUERIES
-        for name in re.findall(r"name: Some\(\s*\"([^\"]+)\"", repr(promql_parser.parse(query)))
-    }
-    return found - recorded
 
 
 @pytest.mark.parametrize("query", QUERIES)

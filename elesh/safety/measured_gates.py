@@ -1,0 +1,126 @@
+"""The gates of what was measured on held-out data, and those that stand in where nothing was.
+
+Pure functions, as in :mod:`.gates`. Drops and rises are compared by their upper confidence bound:
+what was not proved is not approved.
+"""
+
+from __future__ import annotations
+
+from elesh.settings import Settings
+from leyline import Fallback, GateResult
+
+from .paired import ClassDrop
+from .verification import Measured, Proposal
+
+__all__ = [
+    "MEASURED_GATES",
+    "accuracy_retention",
+    "class_accuracy",
+    "gradient_flow",
+    "measured_accuracy",
+    "measured_loss",
+    "predicted_loss",
+    "predicted_only",
+]
+
+MEASURED_GATES = frozenset(
+    {
+        "measured_loss",
+        "measured_accuracy",
+        "accuracy_retention",
+        "class_accuracy",
+        "gradient_flow",
+    }
+)
+
+
+def measured_loss(rise: float, upper: float, limit: float) -> GateResult:
+    """Passed if the held-out loss rises by at most ``limit`` nats a sample, bound included."""
+    return GateResult(
+        name="measured_loss",
+        passed=upper <= limit,
+        measured=upper,
+        limit=limit,
+        detail=f"upper bound of the rise in nats a sample; measured {rise:.4g}",
+    )
+
+
+def measured_accuracy(drop: float, upper: float, limit: float, samples: int) -> GateResult:
+    """Passed if the held-out accuracy falls by at most ``limit``, bound included.
+
+    On few samples the bound cannot get below some 2 / samples, whatever the cut.
+    """
+    return GateResult(
+        name="measured_accuracy",
+        passed=upper <= limit,
+        measured=upper,
+        limit=limit,
+        detail=f"upper bound of the drop; measured {drop:.4g} on {samples} held-out samples",
+    )
+
+
+def accuracy_retention(before: float, after: float, limit: float) -> GateResult:
+    """Passed if at least the share ``limit`` of the accuracy is left."""
+    share = after / before if before > 0 else 1.0
+    return GateResult(
+        name="accuracy_retention",
+        passed=share >= limit,
+        measured=share,
+        limit=limit,
+        detail="accuracy after the cut as a share of that before",
+    )
+
+
+def class_accuracy(worst: ClassDrop, limit: float) -> GateResult:
+    """Passed if no class loses more than ``limit`` of its accuracy, beyond one standard error."""
+    return GateResult(
+        name="class_accuracy",
+        passed=worst.drop - worst.error <= limit,
+        measured=worst.drop - worst.error,
+        limit=limit,
+        detail=f"class {worst.number} loses {worst.drop:.4g}; one standard error less counts",
+    )
+
+
+def gradient_flow(change: float, limit: float) -> GateResult:
+    """Passed if the gradients of the outputs keep their norm in the parameters that stay."""
+    return GateResult(
+        name="gradient_flow",
+        passed=change <= limit,
+        measured=change,
+        limit=limit,
+        detail="relative change of the gradients' norm in the parameters that stay",
+    )
+
+
+def predicted_loss(rise: float | None, factor: float, limit: float) -> GateResult:
+    """Passed if the predicted loss rise, times what predictions are too low by, is within the
+    limit that a measured rise would have to keep. The stricter gate of cuts not measured."""
+    if rise is None:
+        detail = "not judged: nothing is cut, or no statistics tell the loss rise"
+        return GateResult(name="predicted_loss", passed=True, limit=limit, detail=detail)
+    return GateResult(
+        name="predicted_loss",
+        passed=rise * factor <= limit,
+        measured=rise * factor,
+        limit=limit,
+        detail=f"nothing was measured: predicted rise {rise:.4g} nats a sample, times {factor:g}",
+    )
+
+
+def predicted_only(
+    proposal: Proposal, settings: Settings, skipped: Fallback | None = None
+) -> Measured:
+    """What a verifier answers where nothing can be measured: all of the cut, under a stricter gate.
+
+    Args:
+        skipped: why, where the checkpoint did carry its network.
+    """
+    limits = settings.verification
+    levels = frozenset(entry[0] for entry in proposal.order)
+    gate = predicted_loss(
+        proposal.predicted_loss_rise,
+        limits.predicted_loss_factor,
+        limits.limits(levels, proposal.phase).loss_rise,
+    )
+    return Measured(proposal.order, (gate,), skipped=skipped)

@@ -1,0 +1,65 @@
+"""Limits of what is measured before a cut is approved. No part of the design document's block."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from leyline import Level, Phase
+
+from ._base import Section
+
+
+class CutLimits(Section):
+    """What a cut may cost."""
+
+    accuracy_drop: float = Field(ge=0, le=1)
+    loss_rise: float = Field(ge=0)
+    """In nats a sample."""
+
+
+class PhaseLimits(Section):
+    """What a cut of one level may cost in each pruning phase (FACTS, "Selection")."""
+
+    conservative: CutLimits
+    moderate: CutLimits
+    aggressive: CutLimits
+
+    def of(self, phase: Phase) -> CutLimits:
+        """The limits of a phase; in phases that do not prune, the strictest."""
+        found: CutLimits = getattr(self, phase, self.conservative)
+        return found
+
+
+def _limits(*pairs: tuple[float, float]) -> PhaseLimits:
+    cuts = [CutLimits(accuracy_drop=drop, loss_rise=rise) for drop, rise in pairs]
+    return PhaseLimits(conservative=cuts[0], moderate=cuts[1], aggressive=cuts[2])
+
+
+class VerificationSettings(Section):
+    """How cuts are measured on held-out data, and what is allowed where they cannot be."""
+
+    channel: PhaseLimits = _limits((0.02, 0.05), (0.03, 0.08), (0.05, 0.12))
+    head: PhaseLimits = _limits((0.03, 0.08), (0.05, 0.12), (0.08, 0.15))
+    layer: PhaseLimits = _limits((0.05, 0.12), (0.08, 0.15), (0.12, 0.20))
+    accuracy_retention: float = Field(default=0.95, ge=0, le=1)
+    """Accuracy after the cut as a share of the accuracy before it."""
+    class_accuracy_drop: float = Field(default=0.15, ge=0, le=1)
+    """Within any one class of at least ten samples, beyond what sampling explains."""
+    gradient_flow_change: float = Field(default=0.05, ge=0)
+    """Of the norm of the gradients of the outputs, in the parameters that stay."""
+    confidence: float = Field(default=0.95, gt=0, lt=1)
+    """Of the bounds that are compared with the limits, and of the intervals that are told."""
+    bootstrap_samples: int = Field(default=2000, ge=100)
+    window_share: float = Field(default=0.5, gt=0, le=1)
+    """Share of the checkpoint window that measuring may take; what takes longer is not measured."""
+    predicted_loss_factor: float = Field(default=2.0, ge=1)
+    """Where nothing could be measured, the predicted loss rise times this must be within the
+    limit: predictions add up single removals and are too low for sets."""
+
+    def limits(self, levels: frozenset[Level], phase: Phase) -> CutLimits:
+        """The strictest limits of the levels that a cut is made of."""
+        found = [getattr(self, level).of(phase) for level in sorted(levels)]
+        return CutLimits(
+            accuracy_drop=min((limit.accuracy_drop for limit in found), default=0.0),
+            loss_rise=min((limit.loss_rise for limit in found), default=0.0),
+        )

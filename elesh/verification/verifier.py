@@ -1,0 +1,165 @@
+"""The verifier: searches a proposal's largest safe part on the network, and says what it measured.
+
+Promises: never raises for the network's sake; what cannot be measured is told by name and the
+stricter gates of predicted cuts stand in; the same checkpoint and proposal give the same answer,
+unless the window ends first, which is told as well and told again by a replay.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from elesh import safety
+from elesh.safety import Entry, Measured, Proposal
+from elesh.safety.paired import accuracy_drop, class_drop, loss_rise
+from elesh.settings import Settings, VerificationSettings
+from leyline import (
+    CheckpointBundle,
+    ContractError,
+    Fallback,
+    GateResult,
+    Interval,
+    NetworkExport,
+    PrunedArchitecture,
+    Verification,
+)
+
+from . import SKIPPED, TIMEOUT
+from .confine import confined
+from .measure import Bench, Measurement, TooSlow
+
+__all__ = ["NetworkVerifier"]
+
+
+class NetworkVerifier:
+    """Measures proposals on the network that a checkpoint carries.
+
+    Args:
+        bundle: the checkpoint; has a network.
+        settings: of the worker.
+        seconds: how long measuring may take.
+    """
+
+    def __init__(self, bundle: CheckpointBundle, settings: Settings, seconds: float) -> None:
+        assert bundle.network is not None
+        self._network: NetworkExport = bundle.network
+        self._architecture: PrunedArchitecture = bundle.architecture
+        self._settings = settings
+        self._seconds = seconds
+
+    def __call__(self, proposal: Proposal) -> Measured:
+        """The largest safe part of ``proposal``."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # sums must not depend on the machine
+        rung = SKIPPED
+        try:
+            return self._measured(proposal)
+        except TooSlow:
+            rung, reason = TIMEOUT, f"measuring takes longer than {self._seconds:g} s of the window"
+        except ContractError as error:
+            reason = str(error)
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, OSError) as error:
+            # The operators' own complaints: the program is not what it says.
+            reason = f"the program does not run: {type(error).__name__}: {error}"
+        finally:
+            torch.set_num_threads(threads)
+        skipped = Fallback(rung=rung, reason=reason[:8192])
+        return safety.predicted_only(proposal, self._settings, skipped)
+
+    def _measured(self, proposal: Proposal) -> Measured:
+        deadline = time.monotonic() + self._seconds
+        bench = Bench(self._network, self._architecture, deadline)
+        with confined():
+            search = _Search(bench, proposal, self._settings.verification)
+            kept = safety.largest_safe(proposal.order, search.is_safe)
+        shown = kept or proposal.order
+        gates, figures = search.verdict(shown)
+        return Measured(kept, gates, search.told(figures, kept))
+
+
+@dataclass(frozen=True)
+class _Figures:
+    """What masking some entries did."""
+
+    rise: tuple[float, Interval, float]
+    drop: tuple[float, Interval, float]
+    flow: float
+    number: int
+    class_drop: float
+
+
+@dataclass
+class _Search:
+    """Measures parts of one proposal, each once."""
+
+    bench: Bench
+    proposal: Proposal
+    settings: VerificationSettings
+    seen: dict[tuple[Entry, ...], tuple[tuple[GateResult, ...], _Figures]] = field(
+        default_factory=dict
+    )
+
+    def __post_init__(self) -> None:
+        self.before: Measurement = self.bench.measure(())
+
+    def is_safe(self, entries: tuple[Entry, ...]) -> bool:
+        """Whether all gates pass with ``entries`` masked."""
+        return all(gate.passed for gate in self.verdict(entries)[0])
+
+    def verdict(self, entries: tuple[Entry, ...]) -> tuple[tuple[GateResult, ...], _Figures]:
+        """Gates and figures with ``entries`` masked."""
+        key = tuple(sorted(entries))
+        if key not in self.seen:
+            self.seen[key] = self._verdict(key)
+        return self.seen[key]
+
+    def _verdict(self, entries: tuple[Entry, ...]) -> tuple[tuple[GateResult, ...], _Figures]:
+        settings, after = self.settings, self.bench.measure(entries)
+        limits = settings.limits(frozenset(entry[0] for entry in entries), self.proposal.phase)
+        pair = self.before.outcomes, after.outcomes
+        rise = loss_rise(*pair, settings.confidence, settings.bootstrap_samples)
+        drop = accuracy_drop(*pair, settings.confidence, settings.bootstrap_samples)
+        worst = class_drop(*pair)
+        flow = self.bench.flow_change(self.before, after, entries)
+        gates = (
+            safety.measured_loss(rise[0], rise[2], limits.loss_rise),
+            safety.measured_accuracy(drop[0], drop[2], limits.accuracy_drop, self.bench.samples),
+            safety.accuracy_retention(
+                pair[0].accuracy, pair[1].accuracy, settings.accuracy_retention
+            ),
+            safety.class_accuracy(worst, settings.class_accuracy_drop),
+            safety.gradient_flow(flow, settings.gradient_flow_change),
+        )
+        return gates, _Figures(rise, drop, flow, worst.number, worst.drop)
+
+    def told(self, figures: _Figures, kept: tuple[Entry, ...]) -> Verification:
+        """The contract's figures."""
+        left = len(self.proposal.order) - len(kept)
+        stopped = self._failed(self.proposal.order) if left else ""
+        return Verification(
+            samples=self.bench.samples,
+            measurements=len(self.seen),
+            proposed=len(self.proposal.order),
+            kept=len(kept),
+            stopped=stopped,
+            loss_before=self.before.outcomes.loss,
+            predicted_loss_rise=self.proposal.predicted_loss_rise,
+            loss_rise=figures.rise[0],
+            loss_rise_interval=figures.rise[1],
+            accuracy_before=self.before.outcomes.accuracy,
+            accuracy_drop=figures.drop[0],
+            accuracy_drop_interval=figures.drop[1],
+            confidence=self.settings.confidence,
+            class_accuracy_drop=figures.class_drop,
+            worst_class=figures.number,
+            gradient_flow_change=figures.flow,
+        )
+
+    def _failed(self, entries: tuple[Entry, ...]) -> str:
+        """Which gates ``entries`` failed, with figures."""
+        failed = [gate for gate in self.verdict(entries)[0] if not gate.passed]
+        told = [f"{g.name} {g.measured:.4g} against {g.limit:.4g}" for g in failed]
+        return f"all {len(entries)} units: {', '.join(told)}"
