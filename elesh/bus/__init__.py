@@ -12,11 +12,13 @@ from .client import until_available
 from .core import SHED_FROM, Bus
 from .embedded import EmbeddedServer, embedded_server, server_url
 from .errors import BusUnavailable, Overloaded, masked
+from .guard import Guard, unframed
 from .history import HistoryStore
 from .letters import DeadLetters, Letter, Redriven
 from .plans import Plan, Planned, Stored
 from .records import Delivery, History, Pending, Record, Settlement, Settling, read_letter
 from .registry import Backlog, Registry, WorkerState
+from .runs import Holder, RunStore
 from .sweeping import Sweep
 
 __all__ = [
@@ -32,7 +34,9 @@ __all__ = [
     "Delivery",
     "EmbeddedServer",
     "History",
+    "Guard",
     "HistoryStore",
+    "Holder",
     "Letter",
     "Overloaded",
     "Pending",
@@ -41,6 +45,7 @@ __all__ = [
     "Record",
     "Redriven",
     "Registry",
+    "RunStore",
     "SHED_FROM",
     "Settlement",
     "Settling",
@@ -52,5 +57,6 @@ __all__ = [
     "masked",
     "read_letter",
     "server_url",
+    "unframed",
     "until_available",
 ]

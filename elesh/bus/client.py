@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, cast
 
@@ -107,6 +108,15 @@ def open_client(url: str, partition: str = "main") -> Client:
     return client
 
 
+_widening = tenacity.wait_exponential(multiplier=0.25, max=_LONGEST_PAUSE)
+_dice = random.Random()  # of our own: a trainer's generator is not ours to draw from
+
+
+def _pause(state: tenacity.RetryCallState) -> float:
+    """Exponential backoff with full jitter."""
+    return _dice.uniform(0, _widening(state))
+
+
 async def until_available(
     action: Callable[[], Awaitable[T]], *, stop: asyncio.Event | None = None
 ) -> T | None:
@@ -131,7 +141,7 @@ async def until_available(
 
     retrying = tenacity.AsyncRetrying(
         retry=tenacity.retry_if_exception_type(BusUnavailable),
-        wait=tenacity.wait_random_exponential(multiplier=0.25, max=_LONGEST_PAUSE),
+        wait=_pause,
         stop=lambda _state: stop.is_set(),
         sleep=pause,
         before_sleep=tell,

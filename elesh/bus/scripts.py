@@ -46,6 +46,7 @@ class Scripts:
         self._trim = load("trim")
         self._touch = load("touch")
         self._breaker = load("breaker")
+        self._claim_run = load("claim_run")
         self._audit = load("audit", common)
         self._remember = load("remember")
         self._beat = load("beat")
@@ -174,3 +175,10 @@ class Scripts:
         """Keep one epoch of a run's history; see ``lua/remember.lua``."""
         answer: bytes = await self._remember([key], [epoch, blob, epochs, nbytes, seconds])
         return answer.decode()
+
+    async def claim_run(
+        self, claim: str, token: str, who: str, milliseconds: int
+    ) -> list[Any] | None:
+        """Claim a run for a token; None, or its holder and the milliseconds that it has left."""
+        held: list[Any] | None = await self._claim_run([claim], [token, who, milliseconds])
+        return held

@@ -16,6 +16,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace import Span as SdkSpan
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 from opentelemetry.trace import Link, Span, SpanKind
 
@@ -96,11 +98,24 @@ def setup_tracing(service: str, instance: str, settings: ObserveSettings) -> boo
         sampler=None if given else ParentBasedTraceIdRatio(settings.sample_ratio),
         resource=resource_of(service, instance),
         shutdown_on_exit=False,  # it would wait for half a minute
+        id_generator=_Ids(),
     )
     provider.add_span_processor(WholeTrees([_batched(exporter) for exporter in exporters]))
     trace.set_tracer_provider(provider)
     atexit.register(shutdown_tracing)
     return True
+
+
+class _Ids(RandomIdGenerator):
+    """Ids from the system: the default takes them from the generator that training seeds."""
+
+    def generate_span_id(self) -> int:
+        """64 bits, not all zero."""
+        return secrets.randbits(64) or 1
+
+    def generate_trace_id(self) -> int:
+        """128 bits, not all zero."""
+        return secrets.randbits(128) or 1
 
 
 def _exporters(settings: ObserveSettings) -> list[SpanExporter]:

@@ -19,7 +19,14 @@ from pydantic_settings import SettingsError as UnreadableVariable
 
 from ._base import no_boolean
 from ._file import SettingsError, explain, read_block
-from .operation import AuditSettings, BreakerSettings, BusSettings, ObserveSettings, WorkerSettings
+from .operation import (
+    AuditSettings,
+    BreakerSettings,
+    BusSettings,
+    ConsoleSettings,
+    ObserveSettings,
+    WorkerSettings,
+)
 from .pruning import (
     AccuracyTarget,
     AccuracyTargets,
@@ -42,6 +49,7 @@ __all__ = [
     "BreakerSettings",
     "BusSettings",
     "ChannelAnalysis",
+    "ConsoleSettings",
     "CutLimits",
     "LayerAnalysis",
     "ObserveSettings",
@@ -60,7 +68,6 @@ __all__ = [
 
 _NO_PART_IN_DECISIONS = {
     "audit",
-    "security",
     "analysis_workers_per_gpu",
     "layers_per_worker",
     "analysis_timeout",
@@ -68,6 +75,7 @@ _NO_PART_IN_DECISIONS = {
     "parallel_analysis_threads",
     "accuracy_targets",
     "breaker",
+    "console",
     "bus",
     "observe",
     "trainer",
@@ -105,8 +113,8 @@ class Settings(BaseSettings):
     bus: BusSettings = BusSettings()
     trainer: TrainerSettings = TrainerSettings()
     worker: WorkerSettings = WorkerSettings()
-    security: SecuritySettings = SecuritySettings()
     audit: AuditSettings = AuditSettings()
+    console: ConsoleSettings = ConsoleSettings()
     verification: VerificationSettings = VerificationSettings()
     observe: ObserveSettings = ObserveSettings()
 

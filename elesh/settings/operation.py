@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import ByteSize, Field
+from pydantic import ByteSize, Field, SecretStr, field_validator
 
 from ._base import Section
+from .security import SecuritySettings
 
 
 class BreakerSettings(Section):
@@ -26,6 +27,7 @@ class BusSettings(Section):
     record_ttl_seconds: int = Field(default=7 * 86400, ge=60)
     stream_length: int = Field(default=100_000, ge=100)
     max_blob_bytes: ByteSize = Field(default=ByteSize(2 << 30), ge=1)
+    security: SecuritySettings = SecuritySettings()
     blob_folder: str = ""
     """Folder whose files ``file:`` references may name; empty: none."""
 
@@ -41,6 +43,25 @@ class WorkerSettings(Section):
     """Entries that a worker holds at once; it serves one at a time."""
     drain_seconds: float = Field(default=30.0, gt=0)
     threads: int = Field(default=1, ge=1)
+
+
+class ConsoleSettings(Section):
+    """The web console: where it listens, and who may act."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8765, ge=0, le=65535)
+    """0: any free one."""
+    hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
+    """Names that browsers may call it by; others are refused."""
+    token: SecretStr = SecretStr("")
+    """What an operator has to know to act, at least 16 characters; empty: nobody can, all read."""
+
+    @field_validator("token")
+    @classmethod
+    def _long_enough(cls, token: SecretStr) -> SecretStr:
+        if 0 < len(token.get_secret_value()) < 16:
+            raise ValueError("a token of at least 16 characters, or none")
+        return token
 
 
 class AuditSettings(Section):

@@ -1,7 +1,8 @@
 """The thread that talks to the bus for a session, with an event loop of its own.
 
 Promises: handing something over never blocks and never raises because the bus is away; what could
-not be sent is counted in ``missed`` and logged; an entry that the server has is sent once. The
+not be sent is counted in ``missed`` and logged. Only the one trainer that has the run's claim
+speaks and hears; the claim is renewed here and looked at again just before anything is sent. The
 thread ends with :meth:`BusThread.close`, whatever the bus does.
 """
 
@@ -9,14 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import queue
+import socket
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from opentelemetry.trace import SpanKind
 
-from elesh.bus import Bus, BusUnavailable, Delivery, server_url
+from elesh.bus import Bus, BusUnavailable, Delivery, Overloaded, server_url
 from elesh.observe import get_logger, messaging, span_from
 from elesh.settings import Settings
 from leyline import CheckpointBundle, ContractError, Message, read_envelope, unwrap
@@ -24,14 +27,21 @@ from leyline.streams import DECISIONS, TELEMETRY, Stream
 
 from .publishing import with_blobs
 
-__all__ = ["BusThread", "Outgoing"]
+__all__ = ["BusThread", "Caller", "Outgoing"]
 
 _SOURCE = "kasmina"
-_OUTBOX = 8
+_OUTBOX, _BUNDLES = 64, 8
 _log = get_logger(__name__)
 
-Take = Callable[[Message, Mapping[str, str]], None]
-"""Takes in a message of the run with its trace context; called on the bus's thread."""
+
+@dataclass(frozen=True)
+class Caller:
+    """What the thread tells the session; all of it is called on the thread."""
+
+    take: Callable[[Message, Mapping[str, str]], None]
+    """A message of the run has come, with its trace context."""
+    sent: Callable[[str], None]
+    """The event with this id is on the bus."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +62,20 @@ class BusThread:
     Args:
         run_id: messages of other runs are passed over.
         url: Redis URL; empty: ``ELESH_REDIS_URL``, else the embedded server.
-        take: called for every decision and telemetry event of the run.
+        token: claims the run; one that an earlier process of the run had takes its claim over.
     """
 
-    def __init__(self, run_id: str, url: str, settings: Settings, take: Take) -> None:
+    def __init__(
+        self, run_id: str, url: str, settings: Settings, caller: Caller, token: str
+    ) -> None:
         self.missed = 0
+        self.refused = ""
+        """Why the run is not this trainer's; empty while it is, or is not known."""
         self.connected = threading.Event()
-        self._run_id, self._url, self._settings, self._take = run_id, url, settings, take
+        self._run_id, self._url, self._settings, self._caller = run_id, url, settings, caller
+        self._token = token
         self._outbox: queue.Queue[Outgoing] = queue.Queue(_OUTBOX)
+        self._room = threading.BoundedSemaphore(_BUNDLES)  # bundles are large
         self._closing = threading.Event()
         self._wake: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._main, name="elesh-session", daemon=True)
@@ -69,15 +85,27 @@ class BusThread:
         self._thread.start()
 
     def send(self, item: Outgoing) -> bool:
-        """Queue something; False, and counted as missed, if the queue is full."""
+        """Queue something; False, and counted as missed, if the queue is full or the run is not
+        this trainer's."""
+        if self.refused:
+            return self._miss(item, self.refused)
+        large = isinstance(item.message, CheckpointBundle)
+        if large and not self._room.acquire(blocking=False):
+            return self._miss(item, "queue full of checkpoints")
         try:
             self._outbox.put_nowait(item)
         except queue.Full:
-            self.missed += 1
-            _log.warning("not published, queue full", stream=item.stream.name, epoch=item.epoch)
-            return False
+            if large:
+                self._room.release()
+            return self._miss(item, "queue full")
         self._wake()
         return True
+
+    def _next(self) -> Outgoing:
+        item = self._outbox.get_nowait()
+        if isinstance(item.message, CheckpointBundle):
+            self._room.release()
+        return item
 
     def close(self, timeout: float) -> None:
         """Send what is queued, for at most ``timeout`` seconds, and end the thread."""
@@ -86,6 +114,11 @@ class BusThread:
         self._thread.join(timeout)
         if self._thread.is_alive():
             _log.warning("session closed with messages unsent", queued=self._outbox.qsize())
+
+    def _miss(self, item: Outgoing, reason: str) -> bool:
+        self.missed += 1
+        _log.warning("not published", stream=item.stream.name, epoch=item.epoch, reason=reason)
+        return False
 
     # From here on: on the thread.
 
@@ -134,28 +167,64 @@ class BusThread:
         return True
 
     async def _talk(self, bus: Bus, woken: asyncio.Event, closing: asyncio.Event) -> None:
+        await self._claim(bus)
         starts = [
             (stream, (await bus.follow(stream, last_id="$", block_seconds=0))[0])
             for stream in (DECISIONS, TELEMETRY)
         ]
-        listeners = [
+        tasks = [
             asyncio.create_task(self._listen(bus, stream, start, closing))
             for stream, start in starts
         ]
+        tasks.append(asyncio.create_task(self._keep_claim(bus, closing)))
         self.connected.set()
         try:
             await self._send_all(bus, woken, closing)
+            await bus.runs.give_up(self._run_id, self._token)
         finally:
-            for task in listeners:
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*listeners, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _claim(self, bus: Bus) -> bool:
+        """Claim the run, or renew the claim; whether it is ours."""
+        who = f"{socket.gethostname()}:{os.getpid()}"
+        seconds = self._settings.trainer.claim_seconds
+        holder = await bus.runs.claim(self._run_id, self._token, who, seconds)
+        if holder is None:
+            if self.refused:
+                _log.info("run claimed", run=self._run_id)
+            self.refused = ""
+            return True
+        if not self.refused:
+            _log.error(
+                "run refused: another trainer has it; training goes on without Elesh",
+                run=self._run_id,
+                holder=holder.who,
+                seconds=holder.seconds,
+            )
+        self.refused = (
+            f"run {self._run_id} is claimed by {holder.who} for {holder.seconds:.0f} s more, and "
+            "longer if it renews; end it or choose another run id"
+        )
+        return False
+
+    async def _keep_claim(self, bus: Bus, closing: asyncio.Event) -> None:
+        """Renew the claim, four times a lease; one that was refused is asked for again."""
+        while True:
+            await asyncio.sleep(self._settings.trainer.claim_seconds / 4)
+            try:
+                await self._claim(bus)
+            except BusUnavailable:
+                if not await bus.when_available(stop=closing):
+                    return
 
     async def _send_all(self, bus: Bus, woken: asyncio.Event, closing: asyncio.Event) -> None:
         """Send until closing and the outbox is empty."""
         while not (closing.is_set() and self._outbox.empty()):
             woken.clear()
             while not self._outbox.empty():
-                await self._send(bus, self._outbox.get_nowait(), closing)
+                await self._send(bus, self._next(), closing)
             if not closing.is_set():
                 await woken.wait()
 
@@ -166,31 +235,39 @@ class BusThread:
         ):
             while not await self._try_to_send(bus, item):
                 if not await bus.when_available(stop=closing):
-                    self.missed += 1
+                    self._miss(item, "closing while the bus is away")
                     return
 
     async def _try_to_send(self, bus: Bus, item: Outgoing) -> bool:
         """False if the bus is away and it has to be tried again."""
         try:
-            message = item.message
-            if isinstance(message, CheckpointBundle):
-                message = await with_blobs(bus, message, item.request_id)
-            await bus.publish(
-                item.stream,
-                message,
-                source=_SOURCE,
-                carrier=item.carrier,
-                run_id=self._run_id,
-                epoch=item.epoch,
-                event_id=item.event_id,
-            )
+            if await self._claim(bus):
+                await self._publish(bus, item)
+                self._caller.sent(item.event_id)
+            else:
+                self._miss(item, self.refused)
+        except Overloaded as error:
+            self._miss(item, str(error))
         except BusUnavailable as error:
             _log.warning("bus away, will publish later", reason=str(error))
             return False
         except ContractError as error:
-            self.missed += 1
-            _log.error("not publishable", stream=item.stream.name, reason=str(error))
+            self._miss(item, str(error))
         return True
+
+    async def _publish(self, bus: Bus, item: Outgoing) -> None:
+        message = item.message
+        if isinstance(message, CheckpointBundle):
+            message = await with_blobs(bus, message, item.request_id)
+        await bus.publish(
+            item.stream,
+            message,
+            source=_SOURCE,
+            carrier=item.carrier,
+            run_id=self._run_id,
+            epoch=item.epoch,
+            event_id=item.event_id,
+        )
 
     async def _listen(self, bus: Bus, stream: Stream, last: str, closing: asyncio.Event) -> None:
         while True:
@@ -201,13 +278,14 @@ class BusThread:
                     return
                 continue
             for delivery in deliveries:
-                self._hear(delivery)
+                self._hear(bus, delivery)
 
-    def _hear(self, delivery: Delivery) -> None:
+    def _hear(self, bus: Bus, delivery: Delivery) -> None:
         try:
+            delivery.check(bus.guard)
             envelope = read_envelope(delivery.envelope)
-            if envelope.training_run_id == self._run_id:
-                self._take(unwrap(envelope), delivery.carrier)
+            if envelope.training_run_id == self._run_id and not self.refused:
+                self._caller.take(unwrap(envelope), delivery.carrier)
         except ContractError as error:
             _log.warning(
                 "unreadable message passed over",

@@ -231,6 +231,16 @@ class Surgeon:
         self._set_masks()
         return self._architecture
 
+    def undo_to(self, architecture: PrunedArchitecture) -> bool:
+        """Undo cuts until the network is just as this object describes it; False, and nothing is
+        undone, if the restore point for that is not kept."""
+        kept = [point.skeleton.architecture for point in self._points]
+        if self._architecture is not architecture and not any(a is architecture for a in kept):
+            return False
+        while self._architecture is not architecture:
+            self.undo()
+        return True
+
     def replay(self, history: Iterable[PruningRecord]) -> PrunedArchitecture:
         """Make the cuts of a history (``architecture.history``) on this network.
 

@@ -251,7 +251,7 @@ def test_a_decision_is_redistributed_only_when_it_is_cut() -> None:
         assert surgeon.masked == {}
         return asked[-1]
 
-    figures = iter([0.9, 0.5, 0.9, 0.9])
+    figures = iter([0.9, 0.5, 0.9, 0.9, 0.9])
 
     def evaluate() -> Evaluation:
         return Evaluation(next(figures), 1.0)
