@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from leyline import StructuralPruningDecision
 
 __all__ = ["Change", "changes", "moved"]
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """One value that differs: the path to it, what it was, what it is."""
 
     path: str
