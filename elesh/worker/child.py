@@ -152,13 +152,15 @@ def _analysis(
 def _joined(
     job: Job, bundle: CheckpointBundle, settings: Settings, analyses: list[LevelAnalysis]
 ) -> StructuralPruningDecision:
+    kind = StructuralPruningDecision
+    recorded = decode(kind, job.recorded, field="recorded") if job.recorded else None
     return join(
         bundle,
         analyses,
         settings,
         breakers=job.breaker_of,
         missing=job.missing_levels,
-        verify=verifier(bundle, settings),
+        verify=verifier(bundle, settings, recorded),
     )
 
 
