@@ -154,13 +154,16 @@ def _joined(
 ) -> StructuralPruningDecision:
     kind = StructuralPruningDecision
     recorded = decode(kind, job.recorded, field="recorded") if job.recorded else None
+    # On a lower rung there is no time or memory for measuring; gates are stricter without it.
+    measures = not scope_of(job.rungs).scorer
+    verify = verifier(bundle, settings, recorded) if measures else None
     return join(
         bundle,
         analyses,
         settings,
         breakers=job.breaker_of,
         missing=job.missing_levels,
-        verify=verifier(bundle, settings, recorded),
+        verify=verify,
     )
 
 

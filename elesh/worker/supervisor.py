@@ -186,8 +186,12 @@ class Worker:
             await self._reports.entry("handed_over", stream, entry, "handover", "draining")
 
     def _lost(self, delivery: Delivery) -> None:
-        """Another worker has the entry: what this one still does with it is in vain."""
-        if self._serving is not None and self._serving[0] is delivery:
+        """What is computed for an entry that another worker has is in vain.
+
+        Only then: an entry that is not ours any more after its analysis is one that we ended.
+        """
+        if self._serving is not None and self._serving[0] is delivery and self._analyst.begun:
+            _log.warning("lease lost", entry="/".join(delivery.origin))
             self._serving[1].cancel()
 
     async def _leave(self) -> None:
