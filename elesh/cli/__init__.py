@@ -19,6 +19,7 @@ from . import (
     dead,
     decisions,
     events,
+    history,
     keys,
     observe,
     operate,
@@ -52,6 +53,7 @@ _mount(run.app, _RUN)
 _mount(profile.app, _RUN)
 _mount(decisions.app, _DECIDE)
 _mount(replays.app, _DECIDE)
+_mount(history.app, _DECIDE)
 _mount(observe.app, _WATCH)
 _mount(events.app, _WATCH)
 _mount(console.app, _WATCH)

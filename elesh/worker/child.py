@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 from elesh._process import die_with_parent
 from elesh.analysis import analyze_level, join
+from elesh.analysis.memory import measurements_of
 from elesh.analysis.stages import observed, stage
 from elesh.settings import Settings
 from elesh.verification import verifier
@@ -40,6 +41,7 @@ from .memory import limit_data
 from .protocol import (
     ANALYSES,
     DOCUMENT,
+    MEASURED,
     MEMORY_CODE,
     PREFIX,
     Failed,
@@ -138,6 +140,9 @@ _KINDS: dict[Kind, Callable[[Job], bytes]] = {
 def _analysis(
     job: Job, bundle: CheckpointBundle, settings: Settings, level: Level
 ) -> LevelAnalysis:
+    if level is Level.CHANNEL:
+        measured = measurements_of(bundle, settings.importance_history_epochs)
+        (Path(job.folder) / MEASURED).write_bytes(measured.to_bytes())
     return analyze_level(
         bundle,
         settings,

@@ -25,6 +25,9 @@ DOCUMENT = "document.msgpack"
 """The file of the spool folder that holds the checkpoint's CheckpointDocument."""
 ANALYSES = "analyses"
 """The folder in it that holds the LevelAnalysis of each level, for a join."""
+MEASURED = "measured.safetensors"
+"""What the child leaves in it for the run's history (an ImportanceTracker), once channels were
+analysed."""
 MEMORY_CODE = "memory"
 """``Failed.code`` of a job that ran out of memory."""
 
