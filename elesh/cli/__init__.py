@@ -12,7 +12,21 @@ from elesh.bus import BusUnavailable
 from elesh.settings import SettingsError
 from leyline import ContractError
 
-from . import audit, config, console, dead, decisions, events, keys, observe, operate, profile, run
+from . import (
+    audit,
+    config,
+    console,
+    dead,
+    decisions,
+    events,
+    history,
+    keys,
+    observe,
+    operate,
+    profile,
+    replays,
+    run,
+)
 from .common import complaints
 
 __all__ = ["app", "main"]
@@ -38,6 +52,8 @@ def _mount(family: typer.Typer, panel: str) -> None:
 _mount(run.app, _RUN)
 _mount(profile.app, _RUN)
 _mount(decisions.app, _DECIDE)
+_mount(replays.app, _DECIDE)
+_mount(history.app, _DECIDE)
 _mount(observe.app, _WATCH)
 _mount(events.app, _WATCH)
 _mount(console.app, _WATCH)

@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 from elesh._process import die_with_parent
 from elesh.analysis import analyze_level, join
+from elesh.analysis.memory import measurements_of
 from elesh.analysis.stages import observed, stage
 from elesh.settings import Settings
 from elesh.verification import verifier
@@ -40,6 +41,7 @@ from .memory import limit_data
 from .protocol import (
     ANALYSES,
     DOCUMENT,
+    MEASURED,
     MEMORY_CODE,
     PREFIX,
     Failed,
@@ -138,6 +140,9 @@ _KINDS: dict[Kind, Callable[[Job], bytes]] = {
 def _analysis(
     job: Job, bundle: CheckpointBundle, settings: Settings, level: Level
 ) -> LevelAnalysis:
+    if level is Level.CHANNEL:
+        measured = measurements_of(bundle, settings.importance_history_epochs)
+        (Path(job.folder) / MEASURED).write_bytes(measured.to_bytes())
     return analyze_level(
         bundle,
         settings,
@@ -153,8 +158,11 @@ def _analysis(
 def _joined(
     job: Job, bundle: CheckpointBundle, settings: Settings, analyses: list[LevelAnalysis]
 ) -> StructuralPruningDecision:
+    kind = StructuralPruningDecision
+    recorded = decode(kind, job.recorded, field="recorded") if job.recorded else None
     # On a lower rung there is no time or memory for measuring; gates are stricter without it.
-    verify = None if scope_of(job.rungs).scorer else verifier(bundle, settings)
+    measures = not scope_of(job.rungs).scorer
+    verify = verifier(bundle, settings, recorded) if measures else None
     return join(
         bundle,
         analyses,

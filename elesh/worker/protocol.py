@@ -25,6 +25,9 @@ DOCUMENT = "document.msgpack"
 """The file of the spool folder that holds the checkpoint's CheckpointDocument."""
 ANALYSES = "analyses"
 """The folder in it that holds the LevelAnalysis of each level, for a join."""
+MEASURED = "measured.safetensors"
+"""What the child leaves in it for the run's history (an ImportanceTracker), once channels were
+analysed."""
 MEMORY_CODE = "memory"
 """``Failed.code`` of a job that ran out of memory."""
 
@@ -54,6 +57,9 @@ class Job:
     """The groups that a ``level`` job looks at; empty for all."""
     missing: tuple[tuple[str, str], ...] = ()
     """Levels that a join has to do without, each with the reason."""
+    recorded: bytes = b""
+    """In a replay, the encoded decision of then: what chance decided (see
+    :func:`elesh.verification.verifier`) is taken from it."""
 
     @property
     def asked_levels(self) -> tuple[Level, ...]:
