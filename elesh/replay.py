@@ -91,7 +91,7 @@ async def replay(bus: Bus, settings: Settings, selection: Selection) -> AsyncIte
 
 def _work(envelope: bytes, settings: Settings) -> Work | None:
     try:
-        work = admit(envelope, window=settings.worker.window_seconds, now=datetime.now(UTC))
+        work = admit(envelope, window=settings.window_seconds, now=datetime.now(UTC))
     except ContractError:
         return None  # it never was work: it is among the dead letters
     return work if isinstance(work, Work) else None
