@@ -107,6 +107,8 @@ class GroupTally:
     gram: Tensor | None = None
     inputs: dict[int, InputTally] = field(default_factory=dict)
     """By number of the site, where input moments are measured."""
+    gram_rows: int = 0
+    """Samples times positions behind ``gram``."""
 
     def __post_init__(self) -> None:
         self.first, self.second, self.rise, self.sensitivity = np.zeros((4, self.group.size))
@@ -180,6 +182,7 @@ class GroupTally:
         rows = by_unit(x.movedim(site.dim, -1).float(), site, self.group.size)
         rows = rows.transpose(-1, -2).reshape(-1, self.group.size)
         gram = rows.T @ rows
+        self.gram_rows += len(rows)
         self.gram = gram if self.gram is None else self.gram + gram
 
     def enter(self, axis: Axis, x: Tensor, gradient: Tensor) -> None:
@@ -243,7 +246,11 @@ class GroupTally:
             magnitude_importance=single(magnitude),
             activation_frequency=single(active / elements),
             channel_correlations=None if self.gram is None else cosines(self.gram),
+            mean_square=None if self.gram is None else self._mean_square(self.gram),
         )
+
+    def _mean_square(self, gram: Tensor) -> npt.NDArray[np.float32]:
+        return single(gram.diagonal().cpu().double().numpy() / self.gram_rows)
 
     def heads(
         self, samples: int, axes: Mapping[Axis, AxisTally], patterns: Mapping[str, Any]
