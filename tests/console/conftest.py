@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from console_server import TOKEN, Site, serving_console
@@ -15,6 +14,7 @@ from redis import Redis
 
 from elesh.bus import embedded_server
 from elesh.settings import BusSettings, ConsoleSettings, Settings
+from leyline import StructuralPruningDecision, read_envelope, unwrap
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,6 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]:
             )
             with Redis.from_url(url) as client:
                 [(_, fields)] = client.xrange("elesh:{main}:decisions", count=1)
-            from leyline import StructuralPruningDecision, read_envelope, unwrap
-
             decision = unwrap(read_envelope(fields[b"envelope"]))
             assert isinstance(decision, StructuralPruningDecision)
             yield Recorded(url, decision.run_id)
@@ -60,11 +58,3 @@ def site(redis_url: str, partition: str) -> Iterator[Site]:
     settings = Settings(bus=BusSettings(partition=partition), console=ConsoleSettings(token=TOKEN))
     with serving_console(redis_url, settings) as made:
         yield made
-
-
-@pytest.fixture(scope="session")
-def shots() -> Path:
-    """Where the screenshots go; kept between runs, to be looked at."""
-    folder = Path(os.environ.get("ELESH_SHOTS", "build/screenshots"))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
