@@ -15,6 +15,7 @@ from typing import Any
 
 from elesh.analysis import analyze
 from elesh.bus import Bus
+from elesh.observe import linked_span
 from elesh.safety import BreakerStatus
 from elesh.settings import Settings
 from elesh.verification import verifier
@@ -83,7 +84,9 @@ async def replay(bus: Bus, settings: Settings, selection: Selection) -> AsyncIte
             for key in work.keys:
                 if key not in done and (not selection.key or str(key) == selection.key):
                     done.add(key)
-                    yield await _replay(bus, settings, work, key)
+                    with linked_span(delivery.carrier, "replay", {"elesh.replayed": str(key)}):
+                        replayed = await _replay(bus, settings, work, key)
+                    yield replayed
 
 
 def _work(envelope: bytes, settings: Settings) -> Work | None:

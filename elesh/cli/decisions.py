@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from elesh.bus import Bus
+from elesh.observe import setup_tracing
 from elesh.settings import Settings
 from leyline import Level
 
@@ -81,6 +82,7 @@ def replay(
     from elesh.replay import replay as replay_events
 
     async def run_all(bus: Bus, loaded: Settings) -> tuple[int, int]:
+        setup_tracing("elesh-replay", run or key or "all", loaded.observe)
         total = same = 0
         async for item in replay_events(bus, loaded, Selection(key, run, epoch)):
             print_replayed(console, item, loaded, diff=diff)

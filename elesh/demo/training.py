@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from elesh.analysis import counted_groups, phase_at
+from elesh.observe import span
 from elesh.settings import Settings
 from elesh.trainer import Evaluation, Recorder, Session, Surgeon
 from leyline import (
@@ -149,13 +150,14 @@ class Training:
     def _publish_checkpoint(self, epoch: int) -> None:
         validation = self.evaluate(self.data.validation)
         with self.session.checkpoint(epoch):
-            bundle = self.recorder.measure(
-                self.data.calibration(),
-                epoch=epoch,
-                run_id=self.session.run_id,
-                accuracy=validation.accuracy,
-                loss=validation.loss,
-            )
+            with span("measure"):
+                bundle = self.recorder.measure(
+                    self.data.calibration(),
+                    epoch=epoch,
+                    run_id=self.session.run_id,
+                    accuracy=validation.accuracy,
+                    loss=validation.loss,
+                )
             if self._to_spoil:
                 self._to_spoil -= 1
                 bundle = SpoiledBundle(**vars(bundle))

@@ -1,6 +1,6 @@
 """Whether a cut is safe: gates with figures and limits, and the breaker's view. Pure."""
 
-from .breaker import BreakerStatus, Vote, breaker_gate, votes
+from .breaker import ARCHITECTURE_GATES, BreakerStatus, Vote, breaker_gate, votes
 from .gates import (
     MIN_SAMPLES,
     cumulative_limit,
@@ -30,6 +30,7 @@ from .search import largest_safe
 from .verification import Entry, Measured, Proposal, Verifier
 
 __all__ = [
+    "ARCHITECTURE_GATES",
     "MEASURED_GATES",
     "MIN_SAMPLES",
     "BreakerStatus",

@@ -14,16 +14,16 @@ from leyline import GateResult, Level, StructuralPruningDecision
 
 from .measured_gates import MEASURED_GATES
 
-__all__ = ["BreakerStatus", "Vote", "breaker_gate", "levels_of", "votes"]
+__all__ = ["ARCHITECTURE_GATES", "BreakerStatus", "Vote", "breaker_gate", "levels_of", "votes"]
 
 State = Literal["closed", "open", "half_open"]
 Vote = Literal["failure", "success", "none"]
 
-INTEGRITY_GATES = frozenset(
+ARCHITECTURE_GATES = frozenset({"structure", "gradient_isolation"})
+"""Gates whose failure says that the network would not hold together: all is rejected then."""
+INTEGRITY_GATES = ARCHITECTURE_GATES | frozenset(
     {
         "statistics",
-        "structure",
-        "gradient_isolation",
         "minimum_channels",
         "minimum_heads",
         "cumulative_limit",

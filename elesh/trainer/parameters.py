@@ -8,7 +8,7 @@ it was made for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,20 +19,27 @@ from torch import Tensor, nn
 
 from elesh.analysis.parameters import allotted, sampled_indices
 from elesh.analysis.sketch import CountMinSketch, element_keys
+from elesh.bus import Bus
+from elesh.settings import Settings
 from leyline import (
+    AnalysisRequest,
     IdentityMismatch,
+    ImportanceData,
     InvalidField,
     NotFinite,
     ParameterIdentifier,
     PruningMasks,
     ShapeMismatch,
+    encode,
+    stable_hash,
 )
 from leyline.arrays import pack_arrays
+from leyline.streams import REQUESTS
 
 from .calling import Inputs, batch_size, call, device_of, map_tensors, undisturbed
 from .losses import Loss, cross_entropy, total
 
-__all__ = ["ParameterImportance", "ParameterTracker", "apply_masks", "identifiers"]
+__all__ = ["ParameterImportance", "ParameterTracker", "apply_masks", "ask_for_masks", "identifiers"]
 
 
 def identifiers(model: nn.Module) -> tuple[ParameterIdentifier, ...]:
@@ -173,6 +180,62 @@ class ParameterTracker:
         for (path, weight), gradient in zip(trained.items(), gradients, strict=True):
             if gradient is not None:
                 yield path, (weight.detach() * gradient).abs().float()
+
+
+async def ask_for_masks(
+    bus: Bus,
+    ranks: Sequence[ParameterImportance],
+    *,
+    request_id: str,
+    epoch: int,
+    model_hash: str,
+    run_id: str = "",
+    settings: Settings | None = None,
+) -> AnalysisRequest:
+    """Put every rank's importance and publish the request for masks; returns it.
+
+    Thresholds are those of the settings (``marking_threshold``, ``confidence_threshold``).
+
+    Raises:
+        InvalidField: if there is no rank.
+    """
+    if not ranks:
+        raise InvalidField("ranks", "the importance of at least one rank", 0)
+    settings = settings or Settings()
+    first, *others = [
+        await bus.blobs.put(encode(await _put(bus, rank, epoch, model_hash)), "msgpack")
+        for rank in ranks
+    ]
+    request = AnalysisRequest(
+        request_id=request_id,
+        epoch=epoch,
+        model_hash=model_hash,
+        run_id=run_id,
+        importance=first,
+        ranks=tuple(others),
+        marking_threshold=settings.marking_threshold,
+        confidence_threshold=settings.confidence_threshold,
+        statistical_samples=settings.statistical_samples,
+    )
+    event_id = f"masks-{stable_hash(run_id, epoch, model_hash, request_id)}"
+    await bus.publish(
+        REQUESTS, request, source="emrakul", run_id=run_id, epoch=epoch, event_id=event_id
+    )
+    return request
+
+
+async def _put(bus: Bus, rank: ParameterImportance, epoch: int, model_hash: str) -> ImportanceData:
+    return ImportanceData(
+        epoch=epoch,
+        model_hash=model_hash,
+        parameters=rank.parameters,
+        sketch_width=rank.sketch.width,
+        sketch_depth=rank.sketch.depth,
+        sketches=await bus.blobs.put(rank.sketches_blob(), architecture=model_hash),
+        samples=await bus.blobs.put(rank.samples_blob(), architecture=model_hash)
+        if rank.samples
+        else None,
+    )
 
 
 def apply_masks(model: nn.Module, masks: PruningMasks, packed: bytes = b"") -> int:

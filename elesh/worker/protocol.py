@@ -19,12 +19,15 @@ from .stopwatch import Stage
 
 __all__ = ["MEMORY_CODE", "Failed", "Job", "Kind", "Reply", "pack_frame", "unpack_body"]
 
-Kind = Literal["decide", "level", "join"]
+Kind = Literal["decide", "level", "join", "parameters"]
 PREFIX = struct.Struct("<I")
 DOCUMENT = "document.msgpack"
 """The file of the spool folder that holds the checkpoint's CheckpointDocument."""
 ANALYSES = "analyses"
 """The folder in it that holds the LevelAnalysis of each level, for a join."""
+MEASURED = "measured.safetensors"
+"""What the child leaves in it for the run's history (an ImportanceTracker), once channels were
+analysed."""
 MEMORY_CODE = "memory"
 """``Failed.code`` of a job that ran out of memory."""
 
@@ -35,7 +38,8 @@ class Job:
 
     ``decide``: analyse all ``levels`` and join them; ``level``: analyse the one level; ``join``:
     join the analyses that lie beside the checkpoint. ``folder`` holds a checkpoint bundle,
-    ``settings`` the worker's settings as JSON.
+    ``settings`` the worker's settings as JSON. ``parameters``: mark single parameters by the
+    importance in ``folder``.
     """
 
     kind: Kind
@@ -115,7 +119,8 @@ class Reply:
     """The encoded result, or why there is none, with the child's own figures."""
 
     result: bytes = b""
-    """A StructuralPruningDecision, for kind ``level`` a LevelAnalysis."""
+    """A StructuralPruningDecision; for kind ``level`` a LevelAnalysis; for ``parameters`` the pair
+    of PruningMasks and AnalysisReport."""
     failed: Failed | None = None
     seconds: float = 0.0
     peak_memory: int = 0
