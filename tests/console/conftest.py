@@ -16,6 +16,8 @@ from elesh.bus import embedded_server
 from elesh.settings import BusSettings, ConsoleSettings, Settings
 from leyline import StructuralPruningDecision, read_envelope, unwrap
 
+_DEMO = "demo --epochs 12 --every 1 --workers 1 --fail 1 --console"
+
 
 @dataclass(frozen=True)
 class Recorded:
@@ -23,6 +25,8 @@ class Recorded:
 
     url: str
     run_id: str
+    output: str
+    """What the demo printed."""
 
 
 @pytest.fixture(scope="session")
@@ -32,19 +36,31 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]:
     os.environ["ELESH_STATE_DIR"] = str(home)  # spans are looked for where the demo keeps them
     try:
         with embedded_server(tmp_path_factory.mktemp("recorded")) as url:
-            command = ["demo", "--epochs", "12", "--every", "1", "--workers", "1", "--fail", "1"]
-            subprocess.run(
+            command = [
+                "demo",
+                "--epochs",
+                "12",
+                "--every",
+                "1",
+                "--workers",
+                "1",
+                "--fail",
+                "1",
+                "--console",
+            ]
+            done = subprocess.run(
                 [sys.executable, "-m", "elesh.cli", *command],
-                env=os.environ | {"ELESH_REDIS_URL": url},
+                env=os.environ | {"ELESH_REDIS_URL": url, "ELESH_CONSOLE__PORT": "0"},
                 check=True,
-                stdout=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                text=True,
                 timeout=150,
             )
             with Redis.from_url(url) as client:
                 [(_, fields)] = client.xrange("elesh:{main}:decisions", count=1)
             decision = unwrap(read_envelope(fields[b"envelope"]))
             assert isinstance(decision, StructuralPruningDecision)
-            yield Recorded(url, decision.run_id)
+            yield Recorded(url, decision.run_id, done.stdout)
     finally:
         if before is None:
             del os.environ["ELESH_STATE_DIR"]

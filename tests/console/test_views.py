@@ -209,3 +209,7 @@ def test_figures_nobody_knows_are_dashes():
     assert points(-0.0056) == "\N{MINUS SIGN}0.56"
     assert (ago(90), ago(150), ago(7300), ago(200000)) == ("90 s", "2 min", "2 h", "2 d")
     assert hexdump(b"ab\x00" * 100).endswith("and 44 bytes more")
+
+
+def test_the_demo_serves_a_console_beside_it(recorded):
+    assert re.search(r"console on http://127\.0\.0\.1:[0-9]+", recorded.output)
