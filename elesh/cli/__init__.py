@@ -24,6 +24,7 @@ from . import (
     observe,
     operate,
     profile,
+    replays,
     run,
 )
 from .common import complaints
@@ -51,6 +52,7 @@ def _mount(family: typer.Typer, panel: str) -> None:
 _mount(run.app, _RUN)
 _mount(profile.app, _RUN)
 _mount(decisions.app, _DECIDE)
+_mount(replays.app, _DECIDE)
 _mount(history.app, _DECIDE)
 _mount(observe.app, _WATCH)
 _mount(events.app, _WATCH)

@@ -25,6 +25,7 @@ from .measured_gates import (
     measured_loss,
     predicted_loss,
     predicted_only,
+    ranking_holds,
 )
 from .search import largest_safe
 from .verification import Entry, Measured, Proposal, Verifier
@@ -55,6 +56,7 @@ __all__ = [
     "phase_gate",
     "predicted_loss",
     "predicted_only",
+    "ranking_holds",
     "predicted_shift",
     "requirements",
     "statistics_sound",

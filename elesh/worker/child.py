@@ -157,8 +157,11 @@ def _analysis(
 def _joined(
     job: Job, bundle: CheckpointBundle, settings: Settings, analyses: list[LevelAnalysis]
 ) -> StructuralPruningDecision:
+    kind = StructuralPruningDecision
+    recorded = decode(kind, job.recorded, field="recorded") if job.recorded else None
     # On a lower rung there is no time or memory for measuring; gates are stricter without it.
-    verify = None if scope_of(job.rungs).scorer else verifier(bundle, settings)
+    measures = not scope_of(job.rungs).scorer
+    verify = verifier(bundle, settings, recorded) if measures else None
     return join(
         bundle,
         analyses,

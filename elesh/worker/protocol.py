@@ -55,6 +55,9 @@ class Job:
     the analysis is :func:`elesh.worker.ladder.scope_of`."""
     missing: tuple[tuple[str, str], ...] = ()
     """Levels that a join has to do without, each with the reason."""
+    recorded: bytes = b""
+    """In a replay, the encoded decision of then: what chance decided (see
+    :func:`elesh.verification.verifier`) is taken from it."""
 
     @property
     def asked_levels(self) -> tuple[Level, ...]:
