@@ -151,7 +151,7 @@ class Reader:
         return self._admitted(found_again[0]) if found_again else None
 
     def _admitted(self, delivery: Delivery) -> Work | None:
-        window = self._settings.worker.window_seconds
+        window = self._settings.window_seconds
         try:
             work = admit(delivery.envelope, window=window, now=datetime.now(UTC))
         except ContractError:

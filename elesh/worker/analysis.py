@@ -154,7 +154,7 @@ class Analyst:
             key=str(work.key),
             settings=self._settings.model_dump_json(),
             levels=tuple(levels),
-            threads=self._settings.worker.threads,
+            threads=self._settings.threads,
         )
 
     async def _under_breakers(self, job: Job, work: Work) -> Job:

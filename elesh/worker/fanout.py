@@ -143,7 +143,7 @@ class FanOut:
         if plan is None:
             await self._end_late(delivery, key)
             return None
-        window = self._settings.worker.window_seconds
+        window = self._settings.window_seconds
         now = datetime.now(UTC)
         # It was admitted when it was planned: from then on the plan's deadline matters.
         work = admit(unframed(plan.envelope), window=window, now=now, redriven=now)

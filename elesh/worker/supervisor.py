@@ -228,7 +228,7 @@ class Worker:
 
     async def _admit_run_settle(self, delivery: Delivery) -> None:
         delivery.check(self._bus.guard)
-        now, window = datetime.now(UTC), self._settings.worker.window_seconds
+        now, window = datetime.now(UTC), self._settings.window_seconds
         asked = admit(
             delivery.envelope,
             window=window,
