@@ -116,6 +116,10 @@ class Status:
         self.fallbacks += 1
         metrics.FALLBACKS.add(1, {"rung": rung})
 
+    def redelivered(self, cause: str) -> None:
+        """An entry went round again."""
+        metrics.REDELIVERIES.add(1, {"cause": cause})
+
     def buried(self, code: str) -> None:
         """An entry went to the dead letters."""
         self.dead_letters += 1
