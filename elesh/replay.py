@@ -15,7 +15,7 @@ from typing import Any
 
 from elesh.analysis import analyze
 from elesh.bus import Bus
-from elesh.safety import BreakerStatus
+from elesh.safety import BreakerStatus, refuse_rolled_back
 from elesh.settings import Settings
 from elesh.verification import verifier
 from elesh.worker.admission import Work, admit
@@ -112,6 +112,7 @@ async def _replay(bus: Bus, settings: Settings, work: Work, key: IdempotencyKey)
         fallbacks=tuple(f for f in fallbacks if f.rung in {"analysis_timeout", "worker_crash"}),
         verify=verifier(bundle, settings, recorded),
     )
+    decision = refuse_rolled_back(decision, recorded.rolled_back if recorded else ())
     differences = tuple(_differences(recorded, decision)) if recorded else ()
     return Replayed(key, decision, recorded, differences)
 
