@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from elesh.analysis import UnitExplanation, explain
+from elesh.analysis import TargetExplanation, UnitExplanation, explain
 from elesh.bus import BreakerView
 from elesh.replay import Replayed
 from elesh.settings import Settings
@@ -16,6 +16,7 @@ from leyline import (
     CheckpointBundle,
     GateResult,
     LayerPruningTarget,
+    LevelPart,
     StructuralPruningDecision,
 )
 
@@ -25,7 +26,7 @@ __all__ = [
     "print_replayed",
 ]
 
-_SHOWN_DIFFERENCES = 40
+_SHOWN_DIFFERENCES, _SHOWN_UNITS = 40, 300
 
 
 def print_decision(
@@ -41,10 +42,17 @@ def print_decision(
     for name, value in told.figures:
         figures.add_row(name, escape(value))
     console.print(figures)
-    if told.units:
-        console.print(_units(told.units))
-    if told.layers:
-        console.print(_layers(told.layers))
+    for title, table in (
+        ("Levels", _levels(told.levels)),
+        ("What goes", _targets(told.targets)),
+        ("Units", _units(told.units[:_SHOWN_UNITS])),
+        ("Layers", _layers(told.layers)),
+    ):
+        if table.row_count:
+            table.title, table.title_justify = title, "left"
+            console.print(table)
+    if len(told.units) > _SHOWN_UNITS:
+        console.print(f"  and {len(told.units) - _SHOWN_UNITS} units more (analyze --json has all)")
     console.print(_gates(told.gates))
     for name, reason in told.ignored:
         console.print(f"  left alone: [bold]{escape(name)}[/]: {escape(reason)}", soft_wrap=True)
@@ -52,31 +60,71 @@ def print_decision(
         console.print(f"  [yellow]fallback {escape(fallback.rung)}[/]: {escape(fallback.reason)}")
 
 
-def _units(rows: Iterable[UnitExplanation]) -> Table:
-    table = Table(title="Channels", title_justify="left")
-    rows = list(rows)
-    numbers = {"channel", "original", "score", "alone"}
-    # What removing the channel alone does to the loss is known only with the bundle at hand.
-    alone = ["alone"] if any(row.single_removal is not None for row in rows) else []
-    for name in ("group", "channel", "original", "verdict", "score", *alone, "reason"):
-        table.add_column(name, justify="right" if name in numbers else "left")
+def _table(**columns: bool) -> Table:
+    """A table with these columns; True: numbers, to the right."""
+    table = Table()
+    for name, number in columns.items():
+        table.add_column(name.replace("_", " "), justify="right" if number else "left")
+    return table
+
+
+def _levels(parts: Iterable[LevelPart]) -> Table:
+    table = _table(level=False, verdict=False, quota=True, shift=True, reason=False)
+    for part in parts:
+        s = part.statistics
+        colour = "green" if part.verdict == "taken" else "yellow"
+        shift = "" if s is None or s.predicted_shift is None else f"{s.predicted_shift:.3g}"
+        verdict = f"[{colour}]{part.verdict}[/]"
+        table.add_row(part.level, verdict, str(s.quota) if s else "", shift, escape(part.reason))
+    return table
+
+
+def _targets(targets: Iterable[TargetExplanation]) -> Table:
+    table = _table(group=False, level=False, before=True, after=True, predicted_loss_rise=True)
+    for target in targets:
+        rise, error = target.loss_rise, target.loss_rise_error
+        told = "" if rise is None else f"{rise:+.3g}" + (f" ± {error:.1g}" if error else "")
+        counts = (str(target.before), str(target.after))
+        table.add_row(escape(target.name), target.level, *counts, told)
+    return table
+
+
+_FIGURES: dict[str, Callable[[UnitExplanation], float | None]] = {
+    "alone": lambda row: row.single_removal,
+    "trend": lambda row: row.trend,
+    "stability": lambda row: row.stability,
+}
+"""Figures of a unit that are known only with the bundle, or the run's history, at hand."""
+
+
+def _units(rows: Sequence[UnitExplanation]) -> Table:
+    known = [name for name, of in _FIGURES.items() if any(of(row) is not None for row in rows)]
+    numbers = dict.fromkeys(("unit", "original"), True)
+    table = _table(
+        group=False,
+        **numbers,
+        verdict=False,
+        score=True,
+        **dict.fromkeys(known, True),
+        reason=False,
+    )
     for row in rows:
+        figures = [_FIGURES[name](row) for name in known]
         table.add_row(
             escape(row.group),
             str(row.unit),
             "" if row.original is None else str(row.original),
             f"[red]{row.verdict}[/]" if row.verdict == "removed" else row.verdict,
-            f"{row.score:.4g}",
-            *([f"{row.single_removal or 0.0:+.3g}"] if alone else []),
+            f"{row.score:.3g}" + ("" if row.error is None else f" ± {row.error:.1g}"),
+            *("" if figure is None else f"{figure:+.3g}" for figure in figures),
             escape(row.reason),
         )
     return table
 
 
 def _layers(targets: Iterable[LayerPruningTarget]) -> Table:
-    table = Table(title="Layers", title_justify="left")
-    for name in ("layer", "Taylor", "gradient flow", "similarity", "skip potential", "impact"):
-        table.add_column(name, justify="left" if name == "layer" else "right")
+    names = ("Taylor", "gradient_flow", "similarity", "skip_potential", "impact")
+    table = _table(layer=False, **dict.fromkeys(names, True))
     for target in targets:
         table.add_row(
             escape(target.layer_name),

@@ -27,6 +27,7 @@ from .decisions import (
     Redundancy,
     RolledBackCut,
     SafetyValidation,
+    SparedGroup,
     SparedUnit,
     StructuralPruningDecision,
 )
@@ -175,6 +176,7 @@ __all__ = [
     "SafetyValidation",
     "ShapeMismatch",
     "Span",
+    "SparedGroup",
     "SparedUnit",
     "StandIn",
     "Stream",

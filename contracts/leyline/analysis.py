@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from typing import ClassVar, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from .base import Count, Finite, Message, Name, NonNegative
 from .decisions import StructuralPruningDecision
@@ -47,6 +48,12 @@ class LevelAnalysis(Message):
     """The units of the cut as they were chosen: redundant ones first, then the cheapest. So a
     prefix of the cut is a cut, too."""
 
+    shard: tuple[Name, ...] = Field(default=(), exclude_if=operator.not_)
+    """The groups that were looked at, where those were not all of the level. Its order goes as
+    far as the whole level's quota: how much of it is cut is known when the shards are joined."""
+    halves: tuple[tuple[RankedUnit, ...], ...] = Field(default=(), exclude_if=operator.not_)
+    """Of a shard: the orders that the even and the odd samples alone would choose; what one half
+    chooses is judged on the other when the shards are joined."""
     predicted: PredictedDamage | None = None
     """Where there are output projections of all candidates."""
 

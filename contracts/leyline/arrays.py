@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -48,22 +48,31 @@ def pack_arrays(
         ShapeMismatch: for any other dtype or more than four dimensions.
         NotFinite: if an array holds NaN or infinity.
     """
+    return b"".join(array_chunks(arrays, metadata))
+
+
+def array_chunks(
+    arrays: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str] | None = None
+) -> Iterator[bytes]:
+    """The bytes of :func:`pack_arrays` piece by piece: the header, then one array after another."""
     header: dict[str, Any] = {}
     if metadata:
         header["__metadata__"] = dict(sorted(metadata.items()))
-    chunks, offset = [], 0
+    offset = 0
     plain = {name: _little_endian(name, array) for name, array in arrays.items()}
-    for name, array in sorted(plain.items(), key=lambda item: (-item[1].itemsize, item[0])):
+    ordered = sorted(plain.items(), key=lambda item: (-item[1].itemsize, item[0]))
+    for name, array in ordered:
         header[name] = {
             "dtype": _CODES[array.dtype],
             "shape": list(array.shape),
             "data_offsets": [offset, offset + array.nbytes],
         }
-        chunks.append(array.tobytes())
         offset += array.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return b"".join([struct.pack("<Q", len(text)), text, *chunks])
+    yield struct.pack("<Q", len(text)) + text
+    for _, array in ordered:
+        yield array.tobytes()
 
 
 def _little_endian(name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -8,6 +8,7 @@ what a recorder makes, what ``analyze`` reads, and what a CheckpointReady event 
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from pydantic import ValidationError
 
 from .architecture import PrunedArchitecture
-from .arrays import pack_arrays, unpack_arrays
+from .arrays import array_chunks, pack_arrays, unpack_arrays
 from .base import Message
 from .checkpoint import CheckpointMetadata
 from .errors import (
@@ -217,14 +218,18 @@ class CheckpointBundle:
         """Write the folder, replacing an older bundle in it; returns its path."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        (path / "statistics.safetensors").write_bytes(self.statistics_blob())
-        blobs = (self.gates_blob(), self.layers_blob(), self.heads_blob())
-        for name, blob in zip(_OPTIONAL, blobs, strict=True):
+        statistics: dict[str, Mapping[str, Any]] = {
+            "statistics": self.channels,
+            "gates": self.gates,
+            "layers": self.layers,
+            "heads": self.heads,
+        }
+        for name, items in statistics.items():
             file = path / f"{name}.safetensors"
-            if blob is None:
-                file.unlink(missing_ok=True)
+            if items or name not in _OPTIONAL:
+                _write(file, array_chunks(_tensors(items.values())))
             else:
-                file.write_bytes(blob)
+                file.unlink(missing_ok=True)
         for file_name in NETWORK_FILES.values():
             (path / file_name).unlink(missing_ok=True)
         if self.network is not None:
@@ -234,7 +239,7 @@ class CheckpointBundle:
 
     @classmethod
     def load(cls, folder: str | Path) -> CheckpointBundle:
-        """Read a folder that :meth:`save` wrote.
+        """Read a folder that :meth:`save` wrote. Arrays are read from disk as they are used.
 
         Raises:
             FileNotFoundError: if a file of the bundle is not there.
@@ -245,8 +250,8 @@ class CheckpointBundle:
         try:
             return cls.from_blobs(
                 _read_document(path / "checkpoint.json"),
-                files["statistics"].read_bytes(),
-                *(files[x].read_bytes() if files[x].exists() else None for x in _OPTIONAL),
+                map_file(files["statistics"]),
+                *(map_file(files[x]) if files[x].exists() else None for x in _OPTIONAL),
                 network=NetworkExport.load(path),
             )
         except ContractError as error:
@@ -261,17 +266,42 @@ def _read_document(path: Path) -> CheckpointDocument:
         raise first_error(error, "") from None
 
 
-def pack_statistics(
-    items: Iterable[ChannelImportanceData | GateStatistics | LayerStatistics | HeadImportanceData],
-) -> bytes:
+def map_file(path: Path) -> memoryview:
+    """A file's bytes without reading them: pages come from disk when they are looked at.
+
+    The file may be unlinked or replaced meanwhile, but must not be shortened in place.
+    """
+    with path.open("rb") as file:
+        if not path.stat().st_size:
+            return memoryview(b"")
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _write(path: Path, chunks: Iterable[bytes]) -> None:
+    """Replace a file: whoever has the older one mapped keeps it as it was."""
+    new = path.with_name(f"{path.name}.new")
+    with new.open("wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+    new.replace(path)
+
+
+_Statistics = ChannelImportanceData | GateStatistics | LayerStatistics | HeadImportanceData
+
+
+def pack_statistics(items: Iterable[_Statistics]) -> bytes:
     """One blob with tensors ``<layer_name>/<field>``."""
+    return pack_arrays(_tensors(items))
+
+
+def _tensors(items: Iterable[_Statistics]) -> dict[str, npt.NDArray[Any]]:
     arrays: dict[str, npt.NDArray[Any]] = {}
     for item in items:
         for name in type(item).model_fields:
             value = getattr(item, name)
             if name != "layer_name" and value is not None:
                 arrays[f"{item.layer_name}/{name}"] = value
-    return pack_arrays(arrays)
+    return arrays
 
 
 def unpack_statistics(kind: type[_M], data: bytes | memoryview, field_name: str) -> dict[str, _M]:

@@ -81,6 +81,13 @@ class SparedUnit(Message):
     held-out data, the cut is safe only without it."""
 
 
+class SparedGroup(Message):
+    """A group that loses nothing although some of its units were near the cut."""
+
+    layer_name: Name
+    spared: tuple[SparedUnit, ...] = Field(min_length=1)
+
+
 def _require_cut(unit: str, indices: tuple[int, ...], before: int, after: int) -> None:
     """Units to remove are told once, in order, out of those that are there."""
     if any(a >= b for a, b in pairwise(indices)) or indices[-1] >= before:
@@ -101,6 +108,15 @@ class ChannelPruningTarget(Message):
     importance: tuple[Finite, ...]
     """The score that each was ranked by, in the order of ``channel_indices``; the marginal cost of
     a joint order is negative where a removal makes up for part of the earlier ones."""
+    errors: tuple[NonNegative, ...] = Field(default=(), exclude_if=operator.not_)
+    """Standard error of each importance, from the two halves of the samples; left out where
+    units were not ranked by output projections."""
+    predicted_loss_rise: Finite | None = Field(default=None, exclude_if=lambda rise: rise is None)
+    """Of removing these channels alone, in nats a sample, where gate statistics tell."""
+    predicted_loss_rise_error: NonNegative | None = Field(
+        default=None, exclude_if=lambda error: error is None
+    )
+    """Its standard error over the samples, where known."""
     redundancy_pairs: tuple[Redundancy, ...] = ()
     redundancy_threshold: Finite = 0.95
     """Cosine similarity above which two channels are redundant."""
@@ -141,6 +157,16 @@ class AttentionHeadTarget(Message):
     head_importance: tuple[Finite, ...] = ()
     """Score of every head before the cut: the predicted rise of the loss if it alone went, in
     nats, or the combined score where heads were ranked by that."""
+    costs: tuple[Finite, ...] = Field(default=(), exclude_if=operator.not_)
+    """What each head that goes was ranked by, in the order of ``head_indices``."""
+    errors: tuple[NonNegative, ...] = Field(default=(), exclude_if=operator.not_)
+    """Standard error of each cost; left out where heads were not ranked by output projections."""
+    predicted_loss_rise: Finite | None = Field(default=None, exclude_if=lambda rise: rise is None)
+    """Of removing these heads alone, in nats a sample, where gate statistics tell."""
+    predicted_loss_rise_error: NonNegative | None = Field(
+        default=None, exclude_if=lambda error: error is None
+    )
+    """Its standard error over the samples, where known."""
     attention_entropy: tuple[NonNegative, ...] = ()
     """Entropy of the attention pattern of every head before the cut, in nats."""
     heads_before: Count
@@ -177,6 +203,8 @@ class LayerPruningTarget(Message):
     skip_strategy: Literal["identity", "residual", "linear_projection", "conv_projection"]
     architecture_impact: Fraction
     """How much the network depends on it; lower is safer."""
+    predicted_loss_rise: Finite | None = Field(default=None, exclude_if=lambda rise: rise is None)
+    """Of removing this layer alone, in nats a sample."""
 
 
 class PruningStatistics(Message):
@@ -196,6 +224,8 @@ class PruningStatistics(Message):
     level; sizes and predictions are of the whole cut."""
     quota: Count
     """Units that the schedule allowed to remove at this checkpoint."""
+    shortfall: Text = Field(default="", exclude_if=operator.not_)
+    """What was asked for or allowed and is not removed: how much, and why."""
     phase_limit: Fraction
     """Share of the original units that the phase allows to have removed."""
     cumulative_ratio: Fraction
@@ -298,6 +328,8 @@ class StructuralPruningDecision(Message):
     """Rungs of the failure table that were taken."""
     ignored: tuple[tuple[Name, Text], ...] = ()
     """Groups that cannot be pruned, each with the reason."""
+    spared: tuple[SparedGroup, ...] = Field(default=(), exclude_if=operator.not_)
+    """Groups that lose nothing although some of their units were near the cut, with reasons."""
     levels: tuple[LevelPart, ...] = Field(default=(), exclude_if=operator.not_)
     """In joint decisions: every level that was asked for, and what became of it."""
     rolled_back: tuple[RolledBackCut, ...] = Field(default=(), exclude_if=operator.not_)

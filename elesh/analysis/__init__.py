@@ -2,7 +2,7 @@
 
 from .budget import select_channels
 from .decide import analyze
-from .explain import Explanation, UnitExplanation, explain
+from .explain import Explanation, TargetExplanation, UnitExplanation, explain
 from .join import join
 from .levels import analyze_level
 from .schedule import Allowance, allowance, counted_groups, curve, phase_at
@@ -18,6 +18,7 @@ __all__ = [
     "ImportanceTracker",
     "SafetyLevel",
     "Stage",
+    "TargetExplanation",
     "Track",
     "UnitExplanation",
     "adaptive_threshold",

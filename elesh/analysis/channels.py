@@ -6,7 +6,7 @@ nothing is chosen twice or against a group's minimum, multiple or the quota.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +16,7 @@ from leyline import (
     ChannelPruningTarget,
     CheckpointBundle,
     Fallback,
+    InvalidField,
     Level,
     Phase,
     PruningGroup,
@@ -34,14 +35,14 @@ from .choosing import (
 )
 from .eligible import eligible_groups
 from .fitting import fitted
-from .plans import LevelPlan, empty_plan, ranked_units, wanted_scorer
+from .plans import LevelPlan, empty_plan, wanted_scorer, with_choice
 from .projections import Projections
 from .redundancy import Pair, redundant_pairs
 from .schedule import allowance
 from .scores import magnitude, multi_metric, weights_at
 from .stages import stage
 
-__all__ = ["choose_scorer", "plan_channels", "rank_channels"]
+__all__ = ["choose_scorer", "plan_channels", "prepare_channels", "rank_channels"]
 
 
 def choose_scorer(bundle: CheckpointBundle, wanted: str) -> tuple[Scorer, tuple[Fallback, ...]]:
@@ -89,10 +90,14 @@ def rank_channels(
     return Ranking(candidates, scorer, projections, scores, redundant, threads)
 
 
-def plan_channels(
-    bundle: CheckpointBundle, settings: Settings, *, scorer: str | None = None, threads: int = 1
+def prepare_channels(
+    bundle: CheckpointBundle,
+    settings: Settings,
+    *,
+    scorer: str | None = None,
+    shard: Collection[str] | None = None,
 ) -> LevelPlan:
-    """Choose the channels to remove and predict what removing them does.
+    """The plan before any channel is chosen: what may go, and by which score.
 
     Raises:
         InvalidField: if the request ignores a group or layer that does not exist.
@@ -110,34 +115,49 @@ def plan_channels(
     )
     used = choose_scorer(bundle, scorer or wanted_scorer(bundle, settings))
     minimum = channels.min_channels_per_layer
-    eligible = eligible_groups(bundle, used[0], minimum, round_to)
-    plan = empty_plan(bundle, Level.CHANNEL, allowed, used, eligible, minimum)
-    if not eligible.groups or not allowed.quota:
+    eligible = eligible_groups(bundle, used[0], minimum, round_to, shard=shard)
+    return empty_plan(bundle, Level.CHANNEL, allowed, used, eligible, minimum, round_to)
+
+
+def plan_channels(
+    bundle: CheckpointBundle,
+    settings: Settings,
+    *,
+    scorer: str | None = None,
+    shard: Collection[str] | None = None,
+    threads: int = 1,
+) -> LevelPlan:
+    """Choose the channels to remove and predict what removing them does.
+
+    Args:
+        shard: groups to choose among; all of them if not given. The quota is the whole level's.
+
+    Raises:
+        InvalidField: if the request ignores a group or layer that does not exist.
+    """
+    plan = prepare_channels(bundle, settings, scorer=scorer, shard=shard)
+    if shard is not None and bundle.parameters.budget is not None:
+        raise InvalidField("shard", "none with a budget: it is fitted over all groups", len(shard))
+    if not plan.groups or not plan.allowed.quota:
         return plan
+    channels = settings.structured_pruning.channel_analysis
     ranking = rank_channels(
         bundle,
         channels,
-        eligible.groups,
-        used[0],
-        allowed.phase,
-        round_to=round_to,
+        plan.groups,
+        plan.scorer,
+        plan.allowed.phase,
+        round_to=plan.round_to,
         threads=threads,
     )
-    quota = allowed.quota
-    if asked.budget is not None:
-        fit = fitted(bundle, asked.budget, ranking, quota)
+    quota, budget = plan.allowed.quota, bundle.parameters.budget
+    if budget is not None:
+        fit = fitted(bundle, budget, ranking, quota)
         ranking, quota = fit.ranking, fit.quota
         plan = replace(plan, budget=fit.use, ignored=plan.ignored + fit.ignored)
     choice = ranking.decide(bundle, quota)
-    return replace(
-        plan,
-        targets=_targets(
-            eligible.groups, ranking.candidates, choice, channels.redundancy_threshold
-        ),
-        order=ranked_units(Level.CHANNEL, ranking.candidates, choice),
-        prediction=choice.prediction,
-        energy=choice.energy,
-    )
+    targets = _targets(plan.groups, ranking.candidates, choice, channels.redundancy_threshold)
+    return with_choice(plan, bundle, ranking.candidates, choice, targets)
 
 
 def _scores(
@@ -192,6 +212,7 @@ def _targets(
                 channel_indices=units,
                 original_indices=tuple(group.origin[unit] for unit in units),
                 importance=tuple(selection.prices[start + unit] * scale for unit in units),
+                errors=choice.errors_of([start + unit for unit in units]),
                 redundancy_pairs=tuple(
                     Redundancy(kept=p.kept, removed=p.removed, similarity=p.similarity)
                     for p in pairs.get(number, ())
@@ -199,7 +220,7 @@ def _targets(
                 redundancy_threshold=threshold,
                 channels_before=group.size,
                 channels_after=group.size - len(units),
-                spared=spared_units(candidates, selection, number, scale),
+                spared=spared_units(candidates, choice, number),
             )
         )
     return tuple(targets)

@@ -6,15 +6,16 @@ choose them; without, by fixed scores; nothing goes against minimum, multiple or
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
-from leyline import CheckpointBundle, SparedUnit
+from leyline import CheckpointBundle, SparedGroup, SparedUnit
 
 from .candidates import Candidates, Doubles, Floats
+from .noise import price_errors, without_noise
 from .orders import JointOrder, Order, StaticOrder
 from .projections import Prediction, Projections, output_energy, predict
 from .redundancy import Pair
@@ -29,6 +30,7 @@ __all__ = [
     "Scorer",
     "pairs_by_group",
     "projection_fault",
+    "spared_groups",
     "spared_units",
     "usable_projections",
 ]
@@ -40,6 +42,7 @@ Reason = Literal[
     "redundancy_cost",
     "minimum",
     "quota",
+    "noise",
     "coupling",
     "verification",
 ]
@@ -53,12 +56,22 @@ class Choice:
     """What was chosen, and what it is predicted to do."""
 
     selection: Selection
+    quota: int
+    """So many units might have been chosen."""
     scale: float
     """Costs times this are in their own unit."""
     prediction: Prediction | None
     """Where output projections of all candidates are there."""
     energy: float
     """The outputs' mean square, estimated from the same projections."""
+    halves: tuple[Selection, ...] = ()
+    """What each half of the samples alone would choose, where costs are joint."""
+    errors: Mapping[int, float] = field(default_factory=dict)
+    """Standard errors of the prices, where costs are joint."""
+
+    def errors_of(self, units: Sequence[int]) -> tuple[float, ...]:
+        """The standard errors of these places' prices, in their own unit; none if not known."""
+        return tuple(self.errors[unit] * self.scale for unit in units) if self.errors else ()
 
 
 @dataclass(frozen=True)
@@ -98,16 +111,24 @@ class Ranking:
     def decide(self, bundle: CheckpointBundle, quota: int) -> Choice:
         """Choose up to ``quota`` units and predict what removing them does."""
         selection, projections = self.choose(quota), self.projections
-        joint = self.scorer == "output_projection"
+        joint, errors = self.scorer == "output_projection", dict[int, float]()
+        if projections and joint and selection.units:
+            selection = without_noise(selection, projections.columns)
+            errors = price_errors(selection, projections.columns)
+        count = len(selection.units)
         scale = projections.unit**2 if projections and joint else 1.0
         if projections is None or not selection.units:
-            return Choice(selection, scale, None, 0.0)
+            return Choice(selection, quota, scale, None, 0.0)
+
+        halves: list[Selection] = []
 
         def on_samples(columns: Floats) -> Sequence[int]:
-            return self.choose(quota, columns).units if joint else selection.units
+            halves.append(self.choose(count, columns) if joint else selection)
+            return halves[-1].units
 
-        prediction = predict(projections, self.candidates, len(selection.units), on_samples)
-        return Choice(selection, scale, prediction, output_energy(bundle.gates.values()))
+        prediction = predict(projections, self.candidates, count, on_samples)
+        energy = output_energy(bundle.gates.values())
+        return Choice(selection, quota, scale, prediction, energy, tuple(halves), errors)
 
 
 def projection_fault(bundle: CheckpointBundle) -> str:
@@ -138,30 +159,48 @@ def pairs_by_group(candidates: Candidates, selection: Selection) -> dict[int, li
     return found
 
 
-def spared_units(
-    candidates: Candidates, selection: Selection, group: int, scale: float
-) -> tuple[SparedUnit, ...]:
+def spared_units(candidates: Candidates, choice: Choice, group: int) -> tuple[SparedUnit, ...]:
     """The cheapest units of the group that stayed although they were near the cut, with reasons."""
+    selection = choice.selection
     order, span = selection.order, candidates.span(group)
     stayed = np.flatnonzero(~order.taken[span]) + span.start
-    near = stayed[order.costs[stayed] <= _NEAR * max(selection.dearest, 0.0)]
+    close = order.costs[stayed] <= _NEAR * max(selection.dearest, 0.0)
+    near = stayed[close | np.isin(stayed, list(selection.noise))]
     near = near[np.argsort(order.costs[near], kind="stable")][:MAX_SPARED]
-    full = bool(order.room[group] == 0)
+    left = choice.quota - len(selection.units)
+    usual: Reason = "quota"
+    if order.room[group] == 0:
+        usual = "minimum"
+    elif 0 < left < candidates.multiples[group]:
+        usual = "rounding"
     return tuple(
         SparedUnit(
             index=unit - span.start,
-            cost=float(order.costs[unit]) * scale,
-            reason=_reason(selection, unit, full=full),
+            cost=float(order.costs[unit]) * choice.scale,
+            reason=_reason(selection, unit, usual),
         )
         for unit in sorted(near.tolist())
     )
 
 
-def _reason(selection: Selection, unit: int, *, full: bool) -> Reason:
+def spared_groups(candidates: Candidates, choice: Choice) -> tuple[SparedGroup, ...]:
+    """The groups that lose nothing although some of their units were near the cut."""
+    losing = set(candidates.group_of[list(choice.selection.units)].tolist())
+    found = (
+        (name, spared_units(candidates, choice, group))
+        for group, name in enumerate(candidates.names)
+        if group not in losing
+    )
+    return tuple(SparedGroup(layer_name=name, spared=units) for name, units in found if units)
+
+
+def _reason(selection: Selection, unit: int, usual: Reason) -> Reason:
+    if unit in selection.noise:
+        return "noise"
     if unit in selection.kept:
         return "representative"
     if unit in selection.given_back:
         return "rounding"
     if unit in selection.too_dear:
         return "redundancy_cost"
-    return "minimum" if full else "quota"
+    return usual

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from elesh import safety
 from leyline import (
     CheckpointBundle,
@@ -17,7 +15,7 @@ from leyline import (
 )
 
 from .plans import Target
-from .scores import single_removal
+from .rises import loss_rise
 
 __all__ = ["Cut", "Shift"]
 
@@ -55,8 +53,10 @@ class Cut:
         units = {t.layer_name: t.indices for t in targets if not isinstance(t, LayerPruningTarget)}
         layers = tuple(t.layer_name for t in targets if isinstance(t, LayerPruningTarget))
         structure, after = safety.structure(bundle.architecture, units, layers)
-        rise = _loss_rise(bundle, units, layers)
-        return cls(units, layers, structure, bundle.architecture, after, rise)
+        rise = loss_rise(bundle, units, layers)
+        return cls(
+            units, layers, structure, bundle.architecture, after, rise.mean if rise else None
+        )
 
     @property
     def count(self) -> int:
@@ -82,17 +82,3 @@ class Cut:
             "predicted_loss_rise": self.loss_rise,
         }
         return PruningStatistics.model_validate({**counts, **figures})
-
-
-def _loss_rise(
-    bundle: CheckpointBundle, units: Mapping[str, Sequence[int]], layers: Sequence[str]
-) -> float | None:
-    if not (units or layers) or not all(name in bundle.gates for name in units):
-        return None
-    rises = [
-        float(single_removal(bundle.gates[name])[np.asarray(lost)].sum())
-        for name, lost in units.items()
-    ]
-    data = [bundle.layers[name] for name in sorted(layers)]
-    rises += [float(-x.first_order[0] + 0.5 * x.second_order[0]) for x in data]
-    return float(sum(rises))

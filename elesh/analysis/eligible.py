@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from elesh.safety import mixed_owners
@@ -27,8 +28,9 @@ def eligible_groups(
     round_to: int = 1,
     *,
     level: Level = Level.CHANNEL,
+    shard: Collection[str] | None = None,
 ) -> Eligible:
-    """Which groups of a level can lose units.
+    """Which groups of a level can lose units; with a ``shard``, of these groups only.
 
     Raises:
         InvalidField: if the request ignores a group or layer that does not exist.
@@ -36,7 +38,7 @@ def eligible_groups(
     unwanted = unwanted_names(bundle)
     groups, ignored = [], []
     for group in bundle.architecture.groups:
-        if group.level is not level:
+        if group.level is not level or (shard is not None and group.name not in shard):
             continue
         reason = _why_not(bundle, group, scorer, unwanted)
         floor = floor_of(group, minimum, round_to)

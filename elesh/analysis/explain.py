@@ -6,8 +6,8 @@ Promises: everything that was asked and not met is a row; the caller only prints
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from leyline import (
@@ -17,24 +17,29 @@ from leyline import (
     Fallback,
     GateResult,
     LayerPruningTarget,
+    Level,
+    LevelPart,
+    SparedGroup,
     StructuralPruningDecision,
 )
 
 from .scores import single_removal
+from .tracker import ImportanceTracker, Track
 
-__all__ = ["Explanation", "UnitExplanation", "explain"]
+__all__ = ["Explanation", "TargetExplanation", "UnitExplanation", "explain"]
 
 _Target = ChannelPruningTarget | AttentionHeadTarget
 
 _REASONS = {
     "minimum": "the group has reached the units it must keep",
     "noise": "inside the noise of the samples",
-    "coupling": "coupled to units that must stay",
+    "coupling": "goes with a whole layer, or is coupled to what stays",
     "quota": "the quota was used up",
-    "rounding": "given back so that the group ends at its multiple",
+    "rounding": "kept so that the group ends at its multiple",
     "ignored": "ignored by the request",
     "redundancy_cost": "redundant, but removing it would cost more than the dearest that went",
     "representative": "kept for a redundant one that went",
+    "verification": "measured on held-out data, the cut is safe only without it",
 }
 
 
@@ -59,6 +64,27 @@ class UnitExplanation:
     taylor: float | None = None
     magnitude: float | None = None
     frequency: float | None = None
+    error: float | None = None
+    """Standard error of the score, where units were ranked by output projections."""
+    trend: float | None = None
+    """Change of its main metric a checkpoint, as a share of its moving average, where a history
+    is at hand."""
+    stability: float | None = None
+    """1 / (1 + variance) of the same metric as a share of its moving average: 1 never moves."""
+
+
+@dataclass(frozen=True)
+class TargetExplanation:
+    """One group or layer that loses something."""
+
+    name: str
+    level: Level
+    before: int
+    after: int
+    loss_rise: float | None
+    """Predicted rise of the loss if it alone lost that much, in nats a sample."""
+    loss_rise_error: float | None
+    """Its standard error."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +102,23 @@ class Explanation:
     gates: tuple[GateResult, ...]
     ignored: tuple[tuple[str, str], ...]
     fallbacks: tuple[Fallback, ...]
+    targets: tuple[TargetExplanation, ...] = ()
+    levels: tuple[LevelPart, ...] = ()
+    """Of a joint decision: what became of each level."""
 
 
 def explain(
-    decision: StructuralPruningDecision, bundle: CheckpointBundle | None = None
+    decision: StructuralPruningDecision,
+    bundle: CheckpointBundle | None = None,
+    tracker: ImportanceTracker | None = None,
 ) -> Explanation:
-    """Explain ``decision``; with its ``bundle``, each unit's own statistics as well."""
+    """Explain ``decision``; with its ``bundle`` each unit's own statistics, with a ``tracker`` of
+    the run (and the bundle, whose architecture numbers the units) its trend and stability."""
     targets: list[_Target] = [*decision.channels, *decision.attention_heads]
     rows = [row for target in targets for row in _rows(target, bundle)]
+    rows += [row for group in decision.spared for row in _spared_rows(group, bundle)]
+    if tracker is not None and bundle is not None:
+        rows = _with_history(rows, bundle, tracker)
     return Explanation(
         key=decision.idempotency_key,
         approved=decision.approved_for_application,
@@ -94,60 +129,79 @@ def explain(
         gates=decision.safety.gates,
         ignored=decision.ignored,
         fallbacks=decision.fallbacks,
+        targets=tuple(map(_told, (*targets, *decision.layers))),
+        levels=decision.levels,
+    )
+
+
+def _told(target: _Target | LayerPruningTarget) -> TargetExplanation:
+    if isinstance(target, LayerPruningTarget):
+        rise = target.predicted_loss_rise
+        return TargetExplanation(target.layer_name, Level.LAYER, 1, 0, rise, None)
+    channels = isinstance(target, ChannelPruningTarget)
+    before = (
+        target.channels_before if isinstance(target, ChannelPruningTarget) else target.heads_before
+    )
+    return TargetExplanation(
+        target.layer_name,
+        Level.CHANNEL if channels else Level.HEAD,
+        before,
+        before - len(target.indices),
+        target.predicted_loss_rise,
+        target.predicted_loss_rise_error,
     )
 
 
 def _rows(target: _Target, bundle: CheckpointBundle | None) -> Iterator[UnitExplanation]:
     partners = {pair.removed: pair for pair in target.redundancy_pairs}
-    if isinstance(target, ChannelPruningTarget):
-        units, scores = target.channel_indices, target.importance
-    else:
-        units = target.head_indices
-        known = target.head_importance or (math.nan,) * target.heads_before
-        scores = tuple(known[head] for head in units)
+    scores = target.importance if isinstance(target, ChannelPruningTarget) else _head_scores(target)
+    units = target.indices
     origins = dict(zip(units, target.original_indices, strict=False))
+    errors = dict(zip(units, target.errors, strict=False))
     for unit, score in zip(units, scores, strict=True):
         pair = partners.get(unit)
-        reason = "lowest cost" if pair is None else f"redundant with {pair.kept}"
-        yield _row(
-            bundle,
-            target,
-            unit,
-            "removed",
-            score,
-            reason,
-            origins.get(unit),
-            None if pair is None else pair.kept,
-            None if pair is None else pair.similarity,
-        )
+        row = _row(bundle, target.layer_name, unit, "removed", score, "lowest cost")
+        if pair is not None:
+            like = f"redundant with {pair.kept} (similarity {pair.similarity:.2f})"
+            row = replace(row, reason=like, kept=pair.kept, similarity=pair.similarity)
+        yield replace(row, original=origins.get(unit, row.original), error=errors.get(unit))
+    yield from _spared_rows(target, bundle)
+
+
+def _head_scores(target: AttentionHeadTarget) -> tuple[float, ...]:
+    """What the heads that go were ranked by; older decisions tell their importance only."""
+    if target.costs:
+        return target.costs
+    known = target.head_importance or (math.nan,) * target.heads_before
+    return tuple(known[head] for head in target.head_indices)
+
+
+def _spared_rows(
+    target: _Target | SparedGroup, bundle: CheckpointBundle | None
+) -> Iterator[UnitExplanation]:
     for spared in target.spared:
-        yield _row(bundle, target, spared.index, "spared", spared.cost, _REASONS[spared.reason])
+        reason = _REASONS[spared.reason]
+        yield _row(bundle, target.layer_name, spared.index, "spared", spared.cost, reason)
 
 
 def _row(
     bundle: CheckpointBundle | None,
-    target: _Target,
+    name: str,
     unit: int,
     verdict: Literal["removed", "spared"],
     score: float,
     reason: str,
-    original: int | None = None,
-    kept: int | None = None,
-    similarity: float | None = None,
 ) -> UnitExplanation:
-    name = target.layer_name
     data = bundle.channels.get(name) if bundle else None
     gate = bundle.gates.get(name) if bundle else None
     group = bundle.architecture.group.get(name) if bundle else None
     return UnitExplanation(
         group=name,
         unit=unit,
-        original=group.origin[unit] if original is None and group else original,
+        original=group.origin[unit] if group else None,
         verdict=verdict,
         score=score,
         reason=reason,
-        kept=kept,
-        similarity=similarity,
         single_removal=float(single_removal(gate)[unit]) if gate else None,
         taylor=float(data.taylor_importance[unit]) if data else None,
         magnitude=float(data.magnitude_importance[unit]) if data else None,
@@ -155,8 +209,33 @@ def _row(
     )
 
 
+_MAIN_METRIC = {Level.CHANNEL: "taylor", Level.HEAD: "gradient"}
+
+
+def _with_history(
+    rows: Sequence[UnitExplanation], bundle: CheckpointBundle, tracker: ImportanceTracker
+) -> list[UnitExplanation]:
+    """The rows with trend and stability of every unit that the tracker knows."""
+    tracks: dict[str, Track] = {}
+    for name in {row.group for row in rows}:
+        group = bundle.architecture.group[name]
+        if tracker.epochs(group):
+            tracks[name] = tracker.track(group)[_MAIN_METRIC[group.level]]
+    return [_moving(row, tracks[row.group]) if row.group in tracks else row for row in rows]
+
+
+def _moving(row: UnitExplanation, track: Track) -> UnitExplanation:
+    average = float(track.ema[row.unit])
+    if not average > 0:  # never measured, or always zero
+        return row
+    variance = float(track.variance[row.unit]) / average**2
+    trend = float(track.trend[row.unit]) / average
+    return replace(row, trend=trend, stability=1 / (1 + variance))
+
+
 def _figures(decision: StructuralPruningDecision) -> Iterator[tuple[str, str]]:
-    s, validation, level = decision.statistics, decision.safety, f"{decision.key.level}s"
+    s, validation = decision.statistics, decision.safety
+    level = f"{decision.levels[0].level if decision.levels else decision.key.level}s"
     yield (
         "phase",
         f"{validation.phase}, up to {s.phase_limit:.1%} of {s.channels_original} {level}",
@@ -165,6 +244,8 @@ def _figures(decision: StructuralPruningDecision) -> Iterator[tuple[str, str]]:
     yield "confidence", f"{validation.confidence:.2f}"
     yield "ranked by", f"{s.scorer}, {s.samples} samples"
     yield "quota", f"{s.quota} {level} at this checkpoint"
+    if s.shortfall:
+        yield "not met", s.shortfall
     yield level, f"{s.channels_before} to {s.channels_after}"
     yield "removed so far", f"{s.cumulative_ratio:.2%} of the original {level}"
     yield "parameters", f"{s.parameters_before:,} to {s.parameters_after:,}"

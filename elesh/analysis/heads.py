@@ -10,8 +10,7 @@ Promises: what was asked for and cannot be had is said (fallbacks, ignored group
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -39,7 +38,7 @@ from .choosing import (
     usable_projections,
 )
 from .eligible import eligible_groups
-from .plans import LevelPlan, empty_plan, ranked_units, wanted_scorer
+from .plans import LevelPlan, empty_plan, wanted_scorer, with_choice
 from .redundancy import Pair, redundant_pairs
 from .schedule import allowance
 from .scores import shares, single_removal
@@ -53,6 +52,7 @@ __all__ = [
     "head_weights_at",
     "multi_factor",
     "plan_heads",
+    "prepare_heads",
     "rank_heads",
 ]
 
@@ -153,10 +153,14 @@ def _without_patterns(bundle: CheckpointBundle) -> list[str]:
     return [group.name for group in groups if group.name not in known]
 
 
-def plan_heads(
-    bundle: CheckpointBundle, settings: Settings, *, scorer: str | None = None, threads: int = 1
+def prepare_heads(
+    bundle: CheckpointBundle,
+    settings: Settings,
+    *,
+    scorer: str | None = None,
+    shard: Collection[str] | None = None,
 ) -> LevelPlan:
-    """Choose the heads to remove and predict what removing them does.
+    """The plan before any head is chosen: what may go, and by which score.
 
     Raises:
         InvalidField: if the request ignores a group or layer that does not exist.
@@ -175,26 +179,37 @@ def plan_heads(
     )
     used = choose_head_scorer(bundle, scorer or wanted_scorer(bundle, settings))
     minimum = heads.min_heads_per_layer
-    eligible = eligible_groups(bundle, used[0], minimum, level=Level.HEAD)
-    plan = empty_plan(bundle, Level.HEAD, allowed, used, eligible, minimum)
-    if not eligible.groups or not allowed.quota:
+    eligible = eligible_groups(bundle, used[0], minimum, level=Level.HEAD, shard=shard)
+    return empty_plan(bundle, Level.HEAD, allowed, used, eligible, minimum)
+
+
+def plan_heads(
+    bundle: CheckpointBundle,
+    settings: Settings,
+    *,
+    scorer: str | None = None,
+    shard: Collection[str] | None = None,
+    threads: int = 1,
+) -> LevelPlan:
+    """Choose the heads to remove and predict what removing them does.
+
+    Args:
+        shard: groups to choose among; all of them if not given. The quota is the whole level's.
+
+    Raises:
+        InvalidField: if the request ignores a group or layer that does not exist.
+    """
+    plan = prepare_heads(bundle, settings, scorer=scorer, shard=shard)
+    if not plan.groups or not plan.allowed.quota:
         return plan
-    ranking = rank_heads(bundle, heads, eligible.groups, used[0], allowed.phase, threads=threads)
-    choice = ranking.decide(bundle, allowed.quota)
-    return replace(
-        plan,
-        targets=_targets(
-            bundle,
-            eligible.groups,
-            ranking.candidates,
-            choice,
-            ranking.scores,
-            heads.similarity_threshold,
-        ),
-        order=ranked_units(Level.HEAD, ranking.candidates, choice),
-        prediction=choice.prediction,
-        energy=choice.energy,
+    heads = settings.structured_pruning.attention_analysis
+    ranking = rank_heads(
+        bundle, heads, plan.groups, plan.scorer, plan.allowed.phase, threads=threads
     )
+    choice = ranking.decide(bundle, plan.allowed.quota)
+    threshold = heads.similarity_threshold
+    targets = _targets(bundle, plan.groups, ranking.candidates, choice, ranking.scores, threshold)
+    return with_choice(plan, bundle, ranking.candidates, choice, targets)
 
 
 def rank_heads(
@@ -252,6 +267,7 @@ def _targets(
         heads = lost.get(group.name)
         if not heads:
             continue
+        start = int(candidates.starts[number])
         data, gate = bundle.heads.get(group.name), bundle.gates.get(group.name)
         importance = scores[candidates.span(number)] if gate is None else single_removal(gate)
         entropy = () if data is None or data.entropy is None else data.entropy.tolist()
@@ -266,10 +282,12 @@ def _targets(
                 ),
                 redundancy_threshold=threshold,
                 head_importance=tuple(importance.tolist()),
+                costs=tuple(selection.prices[start + head] * choice.scale for head in heads),
+                errors=choice.errors_of([start + head for head in heads]),
                 attention_entropy=tuple(entropy),
                 heads_before=group.size,
                 heads_after=group.size - len(heads),
-                spared=spared_units(candidates, selection, number, choice.scale),
+                spared=spared_units(candidates, choice, number),
             )
         )
     return tuple(targets)

@@ -32,6 +32,7 @@ from .candidates import Doubles
 from .cuts import Cut, Shift
 from .plans import Target
 from .prefixes import identity_of, merged, restricted
+from .shards import merge_shards
 from .stages import stage
 from .verdicts import decided, rejection, targets_of
 from .verified import verified
@@ -60,20 +61,18 @@ def join(
     with the key ``...:joint``.
 
     Args:
-        analyses: one a level, in any order.
+        analyses: one a level, or its shards, in any order.
         breakers: of the levels; those not given are closed.
         missing: levels that were asked for and have no analysis, each with the reason.
         verify: measures the cut on held-out data, once it has passed the gates; without it a
             stricter gate looks at the prediction.
 
     Raises:
-        InvalidField: if there is no analysis at all, or two of one level.
+        InvalidField: if there is no analysis at all, or two of one level that are no shards of it.
     """
     settings, breakers = settings or Settings(), breakers or {}
-    levels = [analysis.level for analysis in analyses] + [level for level, _ in missing]
-    if not analyses or len(set(levels)) < len(levels):
-        raise InvalidField("analyses", "one analysis a level, at least one", levels)
-    ordered = sorted(analyses, key=lambda analysis: _ORDER.index(analysis.level))
+    ordered = _levels(bundle, settings, analyses, missing)
+    levels = [analysis.level for analysis in ordered] + [level for level, _ in missing]
     if len(levels) == 1:
         decision, order = _alone(bundle, ordered[0], settings, breakers), ordered[0].order
     else:
@@ -83,6 +82,34 @@ def join(
         return safety.predicted_only(proposal, settings)
 
     return verified(bundle, decision, order, settings, verify or predicted)
+
+
+def _levels(
+    bundle: CheckpointBundle,
+    settings: Settings,
+    analyses: Sequence[LevelAnalysis],
+    missing: Sequence[tuple[Level, str]],
+) -> list[LevelAnalysis]:
+    """One analysis a level, in the order in which levels are taken; shards are merged."""
+    by_level: dict[Level, list[LevelAnalysis]] = {}
+    for analysis in analyses:
+        by_level.setdefault(analysis.level, []).append(analysis)
+    twice = [
+        level
+        for level, found in by_level.items()
+        if len(found) > 1 and not all(a.shard for a in found)
+    ]
+    twice += [level for level, _ in missing if level in by_level]
+    if not by_level or twice:
+        found = [analysis.level for analysis in analyses]
+        raise InvalidField("analyses", "one analysis a level (or its shards), at least one", found)
+    return [
+        merge_shards(bundle, settings, sorted(by_level[level], key=lambda a: a.shard))
+        if by_level[level][0].shard
+        else by_level[level][0]
+        for level in _ORDER
+        if level in by_level
+    ]
 
 
 def _alone(
@@ -106,6 +133,7 @@ def _alone(
         reason="" if targets_of(own) else own.rejection_reason,
         fallbacks=own.fallbacks,
         ignored=own.ignored,
+        spared=own.spared,
     )
 
 
@@ -182,6 +210,7 @@ def _joint(
         reason="" if taken else "; ".join(f"{p.level}: {p.reason}" for p in parts),
         fallbacks=tuple(dict.fromkeys(f for a in analyses for f in a.decision.fallbacks)),
         ignored=tuple(dict.fromkeys(pair for a in analyses for pair in a.decision.ignored)),
+        spared=tuple(group for a in analyses for group in a.decision.spared),
         levels=parts,
     )
     return decision, shown.order
@@ -301,6 +330,7 @@ def _counts(analysis: LevelAnalysis, whole: _Whole) -> dict[str, object]:
         "channels_after": own.channels_before - count,
         "channels_original": own.channels_original,
         "quota": own.quota,
+        "shortfall": own.shortfall,
         "phase_limit": own.phase_limit,
         "cumulative_ratio": min(1.0, gone / own.channels_original)
         if own.channels_original

@@ -32,6 +32,7 @@ from .eligible import unwanted_names
 from .plans import LevelPlan
 from .projections import Prediction, Projections, output_energy, predict
 from .schedule import Allowance, phase_at
+from .shortfalls import short_of_target, told
 from .stages import stage
 
 __all__ = ["architecture_impact", "failed_conditions", "plan_layers", "rank"]
@@ -71,7 +72,11 @@ class _Layer:
 
 
 def plan_layers(
-    bundle: CheckpointBundle, settings: Settings, *, scorer: str | None = None, threads: int = 1
+    bundle: CheckpointBundle,
+    settings: Settings,
+    *,
+    scorer: str | None = None,
+    threads: int = 1,
 ) -> LevelPlan:
     """Choose the layers to remove and predict what removing them does.
 
@@ -106,6 +111,7 @@ def plan_layers(
         fallbacks=(),
         ignored=tuple((b.name, reasons[b.name]) for b in architecture.blocks if b.name in reasons),
         nothing=_nothing(allowed),
+        shortfall=told(short_of_target(bundle, Level.LAYER, allowed), _short(allowed, len(chosen))),
         minimum=MIN_LAYERS,
         present=len(present),
         prunable=len(present),
@@ -222,6 +228,14 @@ def _nothing(allowed: Allowance) -> str:
             f"are removed, {MIN_LAYERS} must be left)"
         )
     return "nothing to remove: no layer meets all five conditions (see ignored)"
+
+
+def _short(allowed: Allowance, count: int) -> str:
+    short = allowed.quota - count
+    if not short:
+        return ""
+    may_go = f"{short} of the {allowed.quota} layers that may go stay"
+    return f"{may_go}: no other meets all five conditions"
 
 
 def _beyond(allowed: Allowance) -> str:

@@ -7,7 +7,7 @@ levels come in when levels are joined (:mod:`.join`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
 from elesh import safety
@@ -31,7 +31,7 @@ from .plans import BudgetUse, LevelPlan
 from .stages import stage
 from .verdicts import FALLBACK_DISCOUNT, decided
 
-__all__ = ["analyze_level"]
+__all__ = ["analyze_level", "judged"]
 
 _PLANNERS: Mapping[Level, Callable[..., LevelPlan]] = {
     Level.CHANNEL: plan_channels,
@@ -48,6 +48,7 @@ def analyze_level(
     key: IdempotencyKey | None = None,
     scorer: Literal["output_projection", "multi_metric", "magnitude"] | None = None,
     fallbacks: Sequence[Fallback] = (),
+    shard: Collection[str] | None = None,
     threads: int = 1,
 ) -> LevelAnalysis:
     """Analyse one level of the checkpoint.
@@ -60,23 +61,50 @@ def analyze_level(
         scorer: overrides the scorer of request and settings, where a fallback asks for another
             (layers have only one).
         fallbacks: rungs of the failure table that led here, to be recorded in the decision.
+        shard: names of the level's groups to look at, where others look at the rest; shards are
+            joined by :func:`join` under one quota. Not at the layer level.
         threads: numerical work runs on so many threads; the result does not depend on it.
 
     Raises:
-        InvalidField: if the level is not analysed here, or the request names unknown layers.
+        InvalidField: if the level is not analysed here, or request or shard name what is not
+            there.
         IdentityMismatch: if the key speaks of another checkpoint.
     """
     settings = settings or Settings()
     if level not in _PLANNERS:
         here = ", ".join(_PLANNERS)
         raise InvalidField("level", f"a level that is analysed here: {here}", level.value)
-    plan = _PLANNERS[level](bundle, settings, scorer=scorer, threads=threads)
+    names = {} if shard is None else {"shard": _checked(bundle, level, shard)}
+    plan = _PLANNERS[level](bundle, settings, scorer=scorer, threads=threads, **names)
+    analysis = judged(bundle, settings, plan, key=key, fallbacks=fallbacks)
+    return analysis.model_copy(update={**names, "halves": plan.halves}) if names else analysis
+
+
+def _checked(bundle: CheckpointBundle, level: Level, shard: Collection[str]) -> tuple[str, ...]:
+    """The shard's groups, each once, in the architecture's order."""
+    if level is Level.LAYER:
+        raise InvalidField("shard", "none at the layer level: it is analysed whole", sorted(shard))
+    known = [group.name for group in bundle.architecture.groups if group.level is level]
+    if not shard or set(shard) - set(known):
+        raise InvalidField("shard", f"groups of the {level} level, at least one", sorted(shard))
+    return tuple(name for name in known if name in set(shard))
+
+
+def judged(
+    bundle: CheckpointBundle,
+    settings: Settings,
+    plan: LevelPlan,
+    *,
+    key: IdempotencyKey | None = None,
+    fallbacks: Sequence[Fallback] = (),
+) -> LevelAnalysis:
+    """A plan with its figures, gates and verdict."""
     cut, shift = Cut.of(bundle, plan.targets), _shift(plan)
     taken = (*fallbacks, *plan.fallbacks)
     decision = decided(
         bundle,
         settings,
-        key or bundle.key(level),
+        key or bundle.key(plan.level),
         targets=plan.targets,
         statistics=cut.statistics(_counts(plan, cut), shift),
         phase=plan.allowed.phase,
@@ -85,6 +113,7 @@ def analyze_level(
         reason="" if plan.targets else plan.nothing,
         fallbacks=taken,
         ignored=plan.ignored,
+        spared=plan.spared,
     )
     return LevelAnalysis(decision=decision, order=plan.order, predicted=_predicted(plan))
 
@@ -146,6 +175,7 @@ def _counts(plan: LevelPlan, cut: Cut) -> dict[str, object]:
         "channels_after": plan.present - cut.count,
         "channels_original": allowed.original,
         "quota": allowed.quota,
+        "shortfall": plan.shortfall,
         "phase_limit": allowed.limit,
         "cumulative_ratio": min(1.0, gone / allowed.original) if allowed.original else 0.0,
         "samples": plan.samples,

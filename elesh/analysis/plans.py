@@ -7,7 +7,7 @@ and the verdict come after it and are the same for all levels (:mod:`.levels`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from elesh.settings import Settings
 from leyline import (
@@ -17,16 +17,28 @@ from leyline import (
     Fallback,
     LayerPruningTarget,
     Level,
+    PruningGroup,
     RankedUnit,
+    SparedGroup,
 )
 
 from .candidates import Candidates
-from .choosing import Choice, Scorer
+from .choosing import Choice, Scorer, spared_groups
 from .eligible import Eligible
 from .projections import Prediction
 from .schedule import Allowance, counted_groups
+from .selection import Selection
+from .shortfalls import near_the_cut, short_of_quota, short_of_target, told
 
-__all__ = ["BudgetUse", "LevelPlan", "Target", "empty_plan", "ranked_units", "wanted_scorer"]
+__all__ = [
+    "BudgetUse",
+    "LevelPlan",
+    "Target",
+    "empty_plan",
+    "ranked_units",
+    "wanted_scorer",
+    "with_choice",
+]
 
 Target = ChannelPruningTarget | AttentionHeadTarget | LayerPruningTarget
 
@@ -65,9 +77,17 @@ class LevelPlan:
     """How many of these have statistics."""
     samples: int
     """Calibration samples behind the statistics."""
+    groups: tuple[PruningGroup, ...] = ()
+    """Those that can lose units, at the levels that have groups."""
+    round_to: int = 1
     targets: tuple[Target, ...] = ()
     order: tuple[RankedUnit, ...] = ()
     """The units of the targets, in the order in which they were chosen."""
+    spared: tuple[SparedGroup, ...] = ()
+    shortfall: str = ""
+    """What was asked for or allowed and is not removed."""
+    halves: tuple[tuple[RankedUnit, ...], ...] = ()
+    """For a shard: the orders that each half of the samples alone would choose."""
     prediction: Prediction | None = None
     """Where there are output projections of all candidates."""
     energy: float = 0.0
@@ -88,6 +108,7 @@ def empty_plan(
     scorer: tuple[Scorer, tuple[Fallback, ...]],
     eligible: Eligible,
     minimum: int,
+    round_to: int = 1,
 ) -> LevelPlan:
     """The plan of a level whose groups lose units one by one, before any is chosen."""
     used, fallbacks = scorer
@@ -107,6 +128,9 @@ def empty_plan(
         prunable=len(groups),
         measured=sum(group.name in known for group in groups),
         samples=counts[0] if counts else bundle.metadata.samples,
+        groups=eligible.groups,
+        round_to=round_to,
+        shortfall=short_of_target(bundle, level, allowed),
     )
 
 
@@ -121,9 +145,37 @@ def _nothing(level: Level, allowed: Allowance, eligible: Eligible) -> str:
     )
 
 
-def ranked_units(level: Level, candidates: Candidates, choice: Choice) -> tuple[RankedUnit, ...]:
-    """The chosen units as they were taken, each with its price in the targets' own unit."""
-    prices, scale = choice.selection.prices, choice.scale
+def with_choice(
+    plan: LevelPlan,
+    bundle: CheckpointBundle,
+    candidates: Candidates,
+    choice: Choice,
+    targets: Sequence[Target],
+) -> LevelPlan:
+    """The plan that removes ``targets``, chosen by ``choice``."""
+    selection, scale = choice.selection, choice.scale
+
+    def order(selection: Selection) -> tuple[RankedUnit, ...]:
+        return ranked_units(plan.level, candidates, selection.prices, scale)
+
+    dearest = selection.dearest * scale if plan.scorer == "output_projection" else None
+    return replace(
+        plan,
+        targets=tuple(targets),
+        order=order(selection),
+        ignored=tuple(near_the_cut(bundle, plan.level, plan.ignored, dearest)),
+        spared=spared_groups(candidates, choice),
+        shortfall=told(plan.shortfall, short_of_quota(choice.quota, selection, plan.level)),
+        halves=tuple(map(order, choice.halves)),
+        prediction=choice.prediction,
+        energy=choice.energy,
+    )
+
+
+def ranked_units(
+    level: Level, candidates: Candidates, prices: dict[int, float], scale: float
+) -> tuple[RankedUnit, ...]:
+    """Units as they were taken, each with its price in the targets' own unit."""
     return tuple(
         RankedUnit(
             level=level,

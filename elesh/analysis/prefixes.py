@@ -23,7 +23,7 @@ from .plans import Target
 __all__ = ["identity_of", "merged", "restricted", "settled"]
 
 Identity = tuple[str, int]
-_ALIGNED = {"channel_indices", "head_indices", "original_indices", "importance"}
+_ALIGNED = {"channel_indices", "head_indices", "original_indices", "importance", "costs", "errors"}
 """Fields of a target that list something for each unit that goes."""
 
 

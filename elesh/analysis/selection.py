@@ -36,6 +36,8 @@ class Selection:
     """Redundant units that the plain order would not have paid for."""
     given_back: frozenset[int] = frozenset()
     """Units that were given back so that a group ends at its multiple."""
+    noise: frozenset[int] = frozenset()
+    """Units that were given back because they lie inside the noise (:mod:`.noise`)."""
 
     @property
     def dearest(self) -> float:

@@ -26,10 +26,12 @@ from leyline import (
     Phase,
     PruningStatistics,
     SafetyValidation,
+    SparedGroup,
     StructuralPruningDecision,
 )
 
 from .plans import Target
+from .rises import with_rises
 
 __all__ = ["FALLBACK_DISCOUNT", "by_kind", "decided", "rejection", "targets_of"]
 
@@ -51,6 +53,7 @@ def decided(
     counted: Sequence[GateResult] | None = None,
     fallbacks: tuple[Fallback, ...] = (),
     ignored: tuple[tuple[str, str], ...] = (),
+    spared: tuple[SparedGroup, ...] = (),
     levels: tuple[LevelPart, ...] = (),
 ) -> StructuralPruningDecision:
     """The decision.
@@ -67,7 +70,7 @@ def decided(
         run_id=bundle.metadata.run_id,
         epoch=bundle.metadata.epoch,
         model_hash=bundle.metadata.model_hash,
-        **by_kind(targets),
+        **by_kind(with_rises(bundle, targets)),
         statistics=statistics,
         safety=SafetyValidation(
             outcome=outcome, phase=phase, gates=tuple(gates), confidence=confidence
@@ -76,6 +79,7 @@ def decided(
         rejection_reason=reason,
         fallbacks=fallbacks,
         ignored=ignored,
+        spared=spared,
         levels=levels,
         settings_hash=settings.analysis_hash,
         elesh_version=_elesh_version(),

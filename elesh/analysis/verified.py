@@ -21,6 +21,7 @@ from leyline import (
 from .candidates import multiple_of
 from .cuts import Cut
 from .prefixes import restricted, settled
+from .rises import with_rises
 from .stages import stage
 from .verdicts import FALLBACK_DISCOUNT, by_kind, rejection, targets_of
 
@@ -105,6 +106,7 @@ def _shortened(
     multiples = {group.name: _multiple(bundle, group, settings) for group in groups}
     kept = settled(safe, {group.name: group.size for group in groups}, multiples)
     targets = restricted(targets_of(decision), order, kept, "verification")
+    targets = with_rises(bundle, targets)
     first = decision.levels[0].level if decision.levels else decision.key.level
     spared = sum(u.level is first for u in order) - sum(u.level is first for u in kept)
     statistics = _smaller(decision.statistics, Cut.of(bundle, targets), spared)

@@ -12,7 +12,7 @@ from elesh.bus import BusUnavailable
 from elesh.settings import SettingsError
 from leyline import ContractError
 
-from . import audit, config, dead, decisions, events, observe, operate, profile, run
+from . import audit, config, console, dead, decisions, events, observe, operate, profile, run
 from .common import complaints
 
 __all__ = ["app", "main"]
@@ -23,7 +23,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Elesh says, at checkpoints of a training run, which parts of the network can be removed.",
 )
-for family in (run, decisions, observe, operate, events, profile):
+for family in (run, decisions, observe, operate, events, console, profile):
     app.add_typer(family.app)
 app.add_typer(dead.dead, name="dead")
 app.add_typer(audit.audit, name="audit")

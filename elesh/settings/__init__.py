@@ -19,7 +19,14 @@ from pydantic_settings import SettingsError as UnreadableVariable
 
 from ._base import no_boolean
 from ._file import SettingsError, explain, read_block
-from .operation import AuditSettings, BreakerSettings, BusSettings, ObserveSettings, WorkerSettings
+from .operation import (
+    AuditSettings,
+    BreakerSettings,
+    BusSettings,
+    ConsoleSettings,
+    ObserveSettings,
+    WorkerSettings,
+)
 from .pruning import (
     AccuracyTarget,
     AccuracyTargets,
@@ -42,6 +49,7 @@ __all__ = [
     "BreakerSettings",
     "BusSettings",
     "ChannelAnalysis",
+    "ConsoleSettings",
     "CutLimits",
     "LayerAnalysis",
     "ObserveSettings",
@@ -68,6 +76,7 @@ _NO_PART_IN_DECISIONS = {
     "parallel_analysis_threads",
     "accuracy_targets",
     "breaker",
+    "console",
     "bus",
     "observe",
     "trainer",
@@ -107,6 +116,7 @@ class Settings(BaseSettings):
     worker: WorkerSettings = WorkerSettings()
     security: SecuritySettings = SecuritySettings()
     audit: AuditSettings = AuditSettings()
+    console: ConsoleSettings = ConsoleSettings()
     verification: VerificationSettings = VerificationSettings()
     observe: ObserveSettings = ObserveSettings()
 

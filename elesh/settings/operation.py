@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import ByteSize, Field
+from pydantic import ByteSize, Field, SecretStr, field_validator
 
 from ._base import Section
 
@@ -41,6 +41,25 @@ class WorkerSettings(Section):
     """Entries that a worker holds at once; it serves one at a time."""
     drain_seconds: float = Field(default=30.0, gt=0)
     threads: int = Field(default=1, ge=1)
+
+
+class ConsoleSettings(Section):
+    """The web console: where it listens, and who may act."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8765, ge=0, le=65535)
+    """0: any free one."""
+    hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
+    """Names that browsers may call it by; others are refused."""
+    token: SecretStr = SecretStr("")
+    """What an operator has to know to act, at least 16 characters; empty: nobody can, all read."""
+
+    @field_validator("token")
+    @classmethod
+    def _long_enough(cls, token: SecretStr) -> SecretStr:
+        if 0 < len(token.get_secret_value()) < 16:
+            raise ValueError("a token of at least 16 characters, or none")
+        return token
 
 
 class AuditSettings(Section):

@@ -32,6 +32,7 @@ from leyline import (
     decode,
     encode,
 )
+from leyline.bundle import map_file
 
 from .ladder import scope_of
 from .memory import limit_data
@@ -169,8 +170,8 @@ def _input(job: Job) -> tuple[CheckpointBundle, Settings]:
     optional = [folder / f"{name}.safetensors" for name in names]
     bundle = CheckpointBundle.from_blobs(
         scope.narrowed(document, limit),
-        (folder / "statistics.safetensors").read_bytes(),
-        *(file.read_bytes() if file.exists() else None for file in optional),
+        map_file(folder / "statistics.safetensors"),
+        *(map_file(file) if file.exists() else None for file in optional),
         network=None if scope.vectors_only or job.kind == "level" else NetworkExport.load(folder),
     )
     return bundle, settings

@@ -25,6 +25,10 @@ _START_SECONDS = 60.0
 """For a fresh child to load its numerics, beside the time of the job."""
 
 
+CHILD = "elesh.worker.child"
+"""The module that is the child; tests put another one there."""
+
+
 class ChildFailure(Exception):
     """The compute child gave no answer."""
 
@@ -74,7 +78,7 @@ class ComputeChild:
         """
         if self.pid is None:
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "elesh.worker.child"),
+                *(sys.executable, "-m", CHILD),
                 *(str(self._limit), str(self._pulse.path)),
                 stdin=PIPE,
                 stdout=PIPE,

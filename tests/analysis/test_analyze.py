@@ -278,7 +278,11 @@ def test_ignored_and_unprunable_groups_are_left_alone_and_listed() -> None:
     )
     decision = analyze(checkpoint, settings())
     assert set(decision.units) == {"g2"}
-    assert dict(decision.ignored) == {
+    near = {
+        name: reason for name, reason in decision.ignored if "no more than the dearest" in reason
+    }
+    assert "g0" in near
+    assert {name: reason.partition(";")[0] for name, reason in decision.ignored} == {
         "g0": "ignored by the request: conv0",
         "g1": "has 12 channels, must keep 16",
         "g3": "feeds an unknown op",

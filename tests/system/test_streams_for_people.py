@@ -53,7 +53,7 @@ def test_a_letter_is_listed_shown_redriven_once_and_dropped(station: Station, li
     assert "published again" in line("dead", "redrive", "--all", "--code", "malformed")
     line("dead", "drop", letter, "--reason", "nonsense")
     assert "expected the entry of a dead letter" in line("dead", "show", letter, code=1)
-    audit = line.objects("events", "--stream", "audit")
+    audit = line.objects("events", "--stream", "operations")
     assert [event["what"].split(": ")[1].split()[0] for event in audit] == [
         "redrive", "redrive", "drop",
     ]  # fmt: skip

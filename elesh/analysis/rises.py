@@ -1,0 +1,61 @@
+"""The predicted rise of the loss when units or layers go, from gate gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from leyline import CheckpointBundle, LayerPruningTarget
+
+from .plans import Target
+from .scores import single_removal
+
+__all__ = ["Rise", "loss_rise", "with_rises"]
+
+
+@dataclass(frozen=True)
+class Rise:
+    """In nats a sample."""
+
+    mean: float
+    error: float | None = None
+    """Standard error over the samples, where known."""
+
+
+def loss_rise(
+    bundle: CheckpointBundle, units: Mapping[str, Sequence[int]], layers: Sequence[str] = ()
+) -> Rise | None:
+    """The sum of the single removals' second-order predictions: interactions are not in it.
+
+    None where a unit or layer has no gate statistics, or nothing goes.
+    """
+    known = all(name in bundle.gates for name in units)
+    known = known and all(name in bundle.layers for name in layers)
+    if not known or not (units or layers):
+        return None
+    rises = [
+        float(single_removal(bundle.gates[name])[np.asarray(lost)].sum())
+        for name, lost in units.items()
+    ]
+    data = [bundle.layers[name] for name in sorted(layers)]
+    rises += [float(-x.first_order[0] + 0.5 * x.second_order[0]) for x in data]
+    return Rise(float(sum(rises)))
+
+
+def with_rises(bundle: CheckpointBundle, targets: Iterable[Target]) -> tuple[Target, ...]:
+    """The targets, each with what removing it alone is predicted to do."""
+    return tuple(_with_rise(bundle, target) for target in targets)
+
+
+def _with_rise(bundle: CheckpointBundle, target: Target) -> Target:
+    if isinstance(target, LayerPruningTarget):
+        rise = loss_rise(bundle, {}, [target.layer_name])
+        return target.model_copy(update={"predicted_loss_rise": rise.mean if rise else None})
+    rise = loss_rise(bundle, {target.layer_name: target.indices})
+    update = {
+        "predicted_loss_rise": rise.mean if rise else None,
+        "predicted_loss_rise_error": rise.error if rise else None,
+    }
+    return target.model_copy(update=update)

@@ -1,0 +1,266 @@
+"""A decision's page as plain data: the verdict, the cut, what spoke for it, and what came of it.
+
+Promises: pure functions of what was recorded; every target and every unit that was spared near the
+cut has its reason; what is no longer there is said, never guessed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from elesh.analysis import Explanation, UnitExplanation, explain
+from leyline import (
+    CheckpointBundle,
+    GateResult,
+    IdempotencyKey,
+    PruningOutcome,
+    StructuralPruningDecision,
+)
+
+from .reading import Evidence
+
+__all__ = [
+    "HEATS", "Cell", "Comparison", "DecisionView", "Estimate", "GateRow", "Strip", "UnitRow",
+    "decision_view",
+]  # fmt: skip
+
+HEATS = 9
+"""Steps of the heat scale."""
+Doubles = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One figure of a quantity by one party, with its interval where it has one."""
+
+    who: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A quantity as predicted and as measured."""
+
+    quantity: str
+    percent: bool
+    estimates: tuple[Estimate, ...]
+
+
+@dataclass(frozen=True)
+class GateRow:
+    """One safety gate."""
+
+    name: str
+    passed: bool
+    measured: float | None
+    limit: float | None
+    detail: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One unit of a strip."""
+
+    unit: int
+    heat: int
+    """0 (least important of the network) to HEATS - 1."""
+    state: str
+    """``kept``, ``removed`` or ``spared``."""
+    title: str
+
+
+@dataclass(frozen=True)
+class Strip:
+    """The units of one group, least important first."""
+
+    group: str
+    level: str
+    cells: tuple[Cell, ...]
+    removed: int
+    after: int
+    """Units that stay."""
+
+
+@dataclass(frozen=True)
+class UnitRow:
+    """A unit that goes or was spared, with what it alone would cost."""
+
+    told: UnitExplanation
+    alone: float | None
+    """Mean square by which the outputs move if it alone goes, in squared output units."""
+    error: float | None
+    """Half the difference between the two halves of the samples."""
+
+
+@dataclass(frozen=True)
+class DecisionView:
+    """All that a decision's page shows."""
+
+    decision: StructuralPruningDecision
+    key: IdempotencyKey
+    result: str
+    """What became of it: a result of the trainer, or ``approved`` or ``rejected``."""
+    told: Explanation
+    comparisons: tuple[Comparison, ...]
+    gates: tuple[GateRow, ...]
+    strips: tuple[Strip, ...]
+    units: tuple[UnitRow, ...]
+    outcomes: tuple[PruningOutcome, ...]
+    missing: str
+    """Why the statistics are not there; empty where they are."""
+
+
+def decision_view(evidence: Evidence, outcomes: Sequence[PruningOutcome] = ()) -> DecisionView:
+    """The page's data; ``outcomes`` are what the trainer said, oldest first."""
+    decision, bundle = evidence.decision, evidence.bundle
+    told = explain(decision, bundle)
+    verdict = "approved" if decision.approved_for_application else "rejected"
+    return DecisionView(
+        decision=decision,
+        key=decision.key,
+        result=outcomes[-1].result if outcomes else verdict,
+        told=told,
+        comparisons=tuple(_comparisons(decision, outcomes)),
+        gates=tuple(_gate(gate) for gate in decision.safety.gates),
+        strips=tuple(_strips(told, bundle)) if bundle else (),
+        units=tuple(_units(told, bundle)),
+        outcomes=tuple(outcomes),
+        missing=evidence.missing,
+    )
+
+
+def _gate(gate: GateResult) -> GateRow:
+    return GateRow(gate.name, gate.passed, gate.measured, gate.limit, gate.detail)
+
+
+def _comparisons(
+    decision: StructuralPruningDecision, outcomes: Sequence[PruningOutcome]
+) -> Iterator[Comparison]:
+    """Loss and accuracy as predicted, as measured in the worker, as measured by the trainer."""
+    loss, accuracy = list(_loss(decision, outcomes)), list(_accuracy(decision, outcomes))
+    if loss:
+        yield Comparison("rise of the loss, nats a sample", False, tuple(loss))
+    if accuracy:
+        yield Comparison("drop of the accuracy, points", True, tuple(accuracy))
+    shift, error = (
+        decision.statistics.predicted_shift,
+        decision.statistics.predicted_shift_error,
+    )
+    if shift is not None:
+        low, high = (None, None) if error is None else (max(0.0, shift - error), shift + error)
+        estimate = Estimate("predicted", shift, low, high)
+        yield Comparison("shift of the outputs, share of their mean square", False, (estimate,))
+
+
+def _loss(
+    decision: StructuralPruningDecision, outcomes: Sequence[PruningOutcome]
+) -> Iterator[Estimate]:
+    measured = decision.safety.verification
+    predicted = decision.statistics.predicted_loss_rise
+    if measured and measured.predicted_loss_rise is not None:
+        predicted = measured.predicted_loss_rise
+    if predicted is not None:
+        yield Estimate("predicted", predicted)
+    if measured:
+        yield Estimate("worker, held out", measured.loss_rise, *measured.loss_rise_interval)
+    for outcome in outcomes[:1]:
+        yield from _difference("trainer, masked", outcome.loss_before, outcome.loss_masked)
+
+
+def _accuracy(
+    decision: StructuralPruningDecision, outcomes: Sequence[PruningOutcome]
+) -> Iterator[Estimate]:
+    measured = decision.safety.verification
+    if measured:
+        if measured.predicted_accuracy_drop is not None:
+            yield Estimate("predicted", measured.predicted_accuracy_drop)
+        interval = measured.accuracy_drop_interval
+        yield Estimate("worker, held out", measured.accuracy_drop, *interval)
+    for outcome in outcomes[:1]:
+        before, masked = outcome.accuracy_before, outcome.accuracy_masked
+        yield from _difference("trainer, masked", masked, before)
+
+
+def _difference(who: str, before: float | None, after: float | None) -> Iterator[Estimate]:
+    if before is not None and after is not None and math.isfinite(after - before):
+        yield Estimate(who, after - before)
+
+
+def _strips(told: Explanation, bundle: CheckpointBundle) -> Iterator[Strip]:
+    """One strip for each group with importance, on a scale that all of them share."""
+    scores = {group.name: _importance(bundle, group.name) for group in bundle.architecture.groups}
+    known = {name: values for name, (values, _) in scores.items() if values is not None}
+    heats = _heats(known)
+    states = {(row.group, row.unit): row for row in told.units}
+    for group in bundle.architecture.groups:
+        values = known.get(group.name)
+        if values is None or not group.prunable:
+            continue
+        cells = []
+        for unit in np.argsort(values, kind="stable").tolist():
+            row = states.get((group.name, unit))
+            state = row.verdict if row else "kept"
+            title = f"{group.level} {unit}: importance {values[unit]:.3g}, {state}"
+            title += f" ({row.reason})" if row else ""
+            cells.append(Cell(unit, int(heats[group.name][unit]), state, title))
+        removed = sum(cell.state == "removed" for cell in cells)
+        yield Strip(group.name, group.level.value, tuple(cells), removed, group.size - removed)
+
+
+def _importance(bundle: CheckpointBundle, name: str) -> tuple[Doubles | None, Doubles | None]:
+    """What each unit alone would cost, with its half-split error; shapes [units].
+
+    From the output projections where they are there, else the Taylor scores, without an error.
+    """
+    gate = bundle.gates.get(name)
+    if gate is not None and gate.projections.size:
+        squares = np.square(np.asarray(gate.projections, np.float64))
+        middle = len(squares) // 2
+        if middle == 0:
+            return squares.mean(0), None
+        first, second = squares[:middle].mean(0), squares[middle:].mean(0)
+        return squares.mean(0), np.abs(first - second) / 2
+    data = bundle.channels.get(name)
+    if data is not None:
+        return np.asarray(data.taylor_importance, np.float64), None
+    heads = bundle.heads.get(name)
+    if heads is not None:
+        return np.asarray(heads.gradient_sensitivity, np.float64), None
+    return None, None
+
+
+def _heats(known: dict[str, Doubles]) -> dict[str, npt.NDArray[np.int64]]:
+    """Steps 0 to HEATS - 1 on one logarithmic scale over the whole network."""
+    positive = np.concatenate([v[v > 0] for v in known.values()] or [np.zeros(0)])
+    if not positive.size:
+        return {name: np.zeros(len(values), np.int64) for name, values in known.items()}
+    low, high = np.log(np.quantile(positive, 0.02)), np.log(positive.max())
+    width = max(high - low, 1e-12)
+    return {
+        name: np.clip(
+            np.floor((np.log(np.maximum(values, 1e-300)) - low) / width * HEATS), 0, HEATS - 1
+        ).astype(np.int64)
+        for name, values in known.items()
+    }
+
+
+def _units(told: Explanation, bundle: CheckpointBundle | None) -> Iterator[UnitRow]:
+    """Rows by group: what goes, then what was spared, each by rising score."""
+    scores = {
+        name: _importance(bundle, name) if bundle else (None, None)
+        for name in {row.group for row in told.units}
+    }
+    for row in sorted(told.units, key=lambda r: (r.group, r.verdict, r.score, r.unit)):
+        values, errors = scores[row.group]
+        yield UnitRow(
+            row,
+            None if values is None else float(values[row.unit]),
+            None if errors is None else float(errors[row.unit]),
+        )

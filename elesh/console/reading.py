@@ -1,0 +1,165 @@
+"""Reading from the bus for the console: the history goes on from where it was, the rest is asked.
+
+Promises: reads only; a message that cannot be read is passed over (it is among the dead letters).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections import OrderedDict
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from elesh.bus import Backlog, BreakerView, Bus, Delivery, Letter, WorkerState
+from elesh.observe import Link
+from elesh.observe.spanfile import RecordedSpan, find_trace
+from elesh.replay import recorded_decision
+from elesh.settings import Settings
+from elesh.worker.admission import Work, admit
+from elesh.worker.auditor import audit_links
+from leyline import (
+    CheckpointBundle,
+    ContractError,
+    IdempotencyKey,
+    Message,
+    StructuralPruningDecision,
+    TooLarge,
+    read_envelope,
+    unwrap,
+)
+from leyline.streams import CHECKPOINTS, DECISIONS, OUTCOMES, REQUESTS, TELEMETRY
+
+from .history import History
+
+__all__ = ["Evidence", "Fleet", "Reader"]
+
+_FOLDED = (CHECKPOINTS, REQUESTS, DECISIONS, OUTCOMES, TELEMETRY)
+_AUDITED = 200
+_STATISTICS = ("statistics", "gates", "layers", "heads")
+"""What of a checkpoint a page needs, by the stem of its file."""
+_LARGEST = 256 << 20
+_CACHED = 8
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """How the fleet stands at one moment."""
+
+    at: datetime
+    workers: tuple[WorkerState, ...]
+    backlog: dict[str, Backlog]
+    breakers: tuple[BreakerView, ...]
+    letters: tuple[Letter, ...]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is still there of one decision."""
+
+    decision: StructuralPruningDecision
+    bundle: CheckpointBundle | None
+    missing: str
+    """Why the checkpoint's statistics are not there; empty where they are."""
+    spans: tuple[RecordedSpan, ...]
+
+
+class Reader:
+    """Reads one partition; its history grows with every :meth:`refresh`."""
+
+    def __init__(self, bus: Bus, settings: Settings) -> None:
+        self.bus = bus
+        self.history = History()
+        self._settings = settings
+        self._last = dict.fromkeys((stream.name for stream in _FOLDED), "0")
+        self._reading = asyncio.Lock()
+        self._bundles: OrderedDict[IdempotencyKey, CheckpointBundle] = OrderedDict()
+
+    async def refresh(self) -> History:
+        """The history up to now."""
+        async with self._reading:
+            for stream in _FOLDED:
+                while True:
+                    last, found = await self.bus.follow(
+                        stream, last_id=self._last[stream.name], block_seconds=0
+                    )
+                    if not found:
+                        break
+                    self._last[stream.name] = last
+                    self.history.take(read for each in found if (read := _read(each)))
+        return self.history
+
+    async def fleet(self) -> Fleet:
+        """Workers, streams, breakers and dead letters now."""
+        registry = self.bus.registry
+        return Fleet(
+            datetime.now(UTC),
+            tuple(await registry.workers()),
+            await registry.backlog(),
+            tuple(await self.bus.breakers.show()),
+            tuple(await self.bus.letters.all()),
+        )
+
+    async def evidence(self, key: IdempotencyKey) -> Evidence | None:
+        """A decision with its checkpoint's statistics and its trace; None if there is none."""
+        decision = await recorded_decision(self.bus, key)
+        if decision is None:
+            return None
+        bundle, missing = await self._bundle(key)
+        spans = await asyncio.to_thread(find_trace, str(key))
+        return Evidence(decision, bundle, missing, tuple(spans))
+
+    async def audited(self) -> list[Link]:
+        """The newest entries of the audit log, oldest first."""
+        head = await self.bus.audit.head()
+        after = max(0, head.number - _AUDITED)
+        return [link async for link in audit_links(self.bus, after=after)]
+
+    async def _bundle(self, key: IdempotencyKey) -> tuple[CheckpointBundle | None, str]:
+        """The statistics of a decision's checkpoint, else why they are not there."""
+        if key not in self._bundles:
+            work = await self._work(key)
+            if work is None:
+                return None, "the checkpoint's event is no longer in its stream"
+            try:
+                self._bundles[key] = await self._fetch(work)
+            except ContractError as error:
+                return None, str(error)
+        self._bundles.move_to_end(key)
+        while len(self._bundles) > _CACHED:
+            self._bundles.popitem(last=False)
+        return self._bundles[key], ""
+
+    async def _work(self, key: IdempotencyKey) -> Work | None:
+        window, now = self._settings.worker.window_seconds, datetime.now(UTC)
+        for stream in (CHECKPOINTS, REQUESTS):
+            for delivery in reversed(await self.bus.read(stream)):
+                try:
+                    work = admit(delivery.envelope, window=window, now=now)
+                except ContractError:
+                    continue  # it is among the dead letters
+                if isinstance(work, Work) and key in work.keys:
+                    return work
+        return None
+
+    async def _fetch(self, work: Work) -> CheckpointBundle:
+        """The statistics alone: program and weights are no business of a page."""
+        blobs = {name: ref for name, ref in work.blobs.items() if Path(name).stem in _STATISTICS}
+        size = sum(ref.size for ref in blobs.values())
+        if size > _LARGEST:
+            raise TooLarge("statistics", f"at most {_LARGEST} bytes for the console", size)
+        with tempfile.TemporaryDirectory(prefix="elesh-console-") as name:
+            folder = Path(name)
+            for file, ref in blobs.items():
+                await self.bus.blobs.fetch(ref, folder / file)
+            (folder / "checkpoint.json").write_text(work.document.model_dump_json())
+            return await asyncio.to_thread(CheckpointBundle.load, folder)
+
+
+def _read(delivery: Delivery) -> tuple[Message, datetime] | None:
+    try:
+        envelope = read_envelope(delivery.envelope)
+        return unwrap(envelope), envelope.created_at
+    except ContractError:
+        return None

@@ -1,0 +1,145 @@
+"""The audit: what the streams must say after any faults. Pure: facts in, violations out.
+
+Every acknowledged checkpoint is in its stream; every checkpoint has one decision or is a dead
+letter; no key has two decisions or a conflict; poison is among the dead letters; nothing is
+pending; no lease was taken from a worker that was alive and connected; and how soon the work of a
+killed worker went on elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from leyline import DeadLetter, TelemetryEvent
+
+from .faults import Fault, Kind
+
+__all__ = ["Facts", "Report", "audit"]
+
+_BEGUN = frozenset({"received", "fetched"})
+_ENDED = frozenset(
+    {"settled", "duplicate", "dead_letter", "stored", "planned", "handed_over", "lost"}
+)
+_TO_ALL = frozenset({Kind.RESTART_SERVER, Kind.FREEZE_SERVER, Kind.STALL})
+_SLACK = 1.0
+"""Seconds by which clocks of the log and of telemetry may differ in order."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything that the streams, the producers and the driver say."""
+
+    acknowledged: frozenset[str]
+    """Event ids that the server said it has."""
+    checkpoints: dict[str, str]
+    """Key of the decision that each event in the stream asks for, by event id."""
+    decisions: Sequence[str]
+    """Keys of the published decisions."""
+    records: frozenset[str]
+    """Keys that have a record."""
+    letters: Sequence[DeadLetter]
+    telemetry: Sequence[TelemetryEvent]
+    poison: frozenset[str]
+    """Entries of the checkpoints' stream that are poison."""
+    pending: int
+    faults: Sequence[Fault]
+    lease: float
+
+
+@dataclass
+class Report:
+    """Figures and violations."""
+
+    violations: dict[str, list[str]] = field(default_factory=dict)
+    recoveries: list[float] = field(default_factory=list)
+    """Seconds from a worker's kill until its work ran elsewhere."""
+
+    def require(self, name: str, offenders: Iterable[str]) -> None:
+        """Note what breaks the promise ``name``."""
+        self.violations[name] = sorted(offenders)
+
+    @property
+    def clean(self) -> bool:
+        """Whether every promise was kept."""
+        return not any(self.violations.values())
+
+    @property
+    def p99(self) -> float | None:
+        """99th percentile of the recoveries, in seconds; None without any."""
+        if not self.recoveries:
+            return None
+        ordered = sorted(self.recoveries)
+        return ordered[min(len(ordered) - 1, round(0.99 * (len(ordered) - 1)))]
+
+
+def audit(facts: Facts) -> Report:
+    """Hold the facts to the promises."""
+    report = Report()
+    dead = {letter.idempotency_key for letter in facts.letters}
+    decided = Counter(facts.decisions)
+    keys = set(facts.checkpoints.values())
+    buried = {letter.entry_id for letter in facts.letters}
+    report.require("lost events", facts.acknowledged - facts.checkpoints.keys())
+    report.require("lost keys", keys - decided.keys() - dead)
+    report.require("lost poison", facts.poison - buried)
+    report.require("duplicate decisions", (key for key, n in decided.items() if n > 1))
+    report.require("decisions without record", decided.keys() - facts.records)
+    report.require("conflicts", _conflicts(facts))
+    report.require("decided unasked", decided.keys() - keys)
+    report.require("left pending", ["entries"] * facts.pending)
+    report.require("live leases stolen", _stolen(facts))
+    report.recoveries = list(_recoveries(facts))
+    return report
+
+
+def _conflicts(facts: Facts) -> Iterable[str]:
+    yield from (x.idempotency_key for x in facts.letters if x.error_code == "conflict")
+    yield from (e.idempotency_key for e in facts.telemetry if e.step == "conflict")
+
+
+def _stolen(facts: Facts) -> Iterable[str]:
+    """Entries that were taken from an owner whom no fault had kept from renewing."""
+    for event in facts.telemetry:
+        if event.step != "reclaimed":
+            continue
+        owner, at = event.detail.split("of ")[-1].split()[0], event.at.timestamp()
+        if not any(_excuses(fault, owner, at, facts.lease) for fault in facts.faults):
+            yield f"{event.detail} at {event.at:%H:%M:%S.%f} by {event.worker_id}"
+
+
+def _excuses(fault: Fault, owner: str, at: float, lease: float) -> bool:
+    """Whether a fault may have kept ``owner`` from renewing a lease that was over at ``at``."""
+    if fault.begun > at + _SLACK:
+        return False
+    if fault.kind in _TO_ALL:
+        return fault.ended > at - 2 * lease - _SLACK
+    if fault.target != owner:
+        return False
+    if fault.kind in (Kind.KILL_WORKER, Kind.DRAIN_WORKER):
+        return True
+    return fault.kind is Kind.FREEZE_WORKER and fault.ended > at - lease - _SLACK
+
+
+def _recoveries(facts: Facts) -> Iterable[float]:
+    """For what each killed worker had begun and not ended: when another began it."""
+    events = sorted((e for e in facts.telemetry if e.idempotency_key), key=lambda event: event.at)
+    for fault in facts.faults:
+        if fault.kind is not Kind.KILL_WORKER:
+            continue
+        held: dict[str, bool] = {}
+        for event in events:
+            if event.worker_id == fault.target:
+                held[event.idempotency_key] = event.step not in _ENDED
+        for key in (key for key, open_ in held.items() if open_):
+            later = (
+                event.at.timestamp() - fault.begun
+                for event in events
+                if event.idempotency_key == key
+                and event.worker_id != fault.target
+                and event.step in _BEGUN
+                and event.at.timestamp() > fault.begun
+            )
+            if (first := next(later, None)) is not None:
+                yield first

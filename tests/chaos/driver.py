@@ -1,0 +1,345 @@
+"""Runs the fleet, breaks it by schedule, heals it, waits for quiet, and collects the facts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import psutil
+import yaml
+from redis import Redis
+from redis.exceptions import RedisError
+from servers import Server
+
+from elesh.bus import Bus, read_letter
+from elesh.settings import BusSettings
+from elesh.worker.admission import Work, admit
+from leyline import StructuralPruningDecision, TelemetryEvent, read_envelope, unwrap
+from leyline.errors import ContractError
+from leyline.streams import CHECKPOINTS, DEAD, DECISIONS, STREAMS, TELEMETRY
+
+from .audit import Facts
+from .faults import Fault, Kind, schedule
+from .proxy import Proxy
+
+__all__ = ["Chaos", "Plan"]
+
+_PARTITION = "chaos"
+_ROOT = Path(__file__).parents[2]
+_RESTART_SECONDS = 0.5
+"""What a process supervisor waits before it starts a dead process again."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How large, how long, how rough."""
+
+    seed: int
+    seconds: float
+    folder: Path
+    workers: int = 3
+    producers: int = 2
+    lease: float = 15.0
+    fault_pause: float = 4.0
+    """Mean seconds between faults."""
+    producer_pause: float = 1.0
+    mutation: str = ""
+    tell: Callable[[str], None] = print
+
+
+@dataclass
+class _Member:
+    """One process of the fleet, and how to start it again under another name."""
+
+    start: Callable[[str], subprocess.Popen[bytes]]
+    prefix: str
+    births: int = 0
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.prefix}-{self.births}"
+
+    def born(self) -> None:
+        self.births += 1
+        self.process = self.start(self.name)
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+
+@dataclass
+class Chaos:
+    """One run."""
+
+    plan: Plan
+    faults: list[Fault] = field(default_factory=list)
+    poison: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._server = Server(self.plan.folder / "server")
+        self._proxy = Proxy(self._server.port)
+        self._workers = [_Member(self._worker, f"w{n}") for n in range(self.plan.workers)]
+        self._producers = [_Member(self._producer, f"p{n}") for n in range(self.plan.producers)]
+        self._over = asyncio.Event()
+
+    async def run(self) -> Facts:
+        """The whole run; the facts at its end."""
+        await asyncio.to_thread(self._server.start)
+        await self._proxy.start()
+        self._settings().write_text(yaml.safe_dump({"elesh": self._sections()}))
+        nursing = asyncio.create_task(self._nurse())
+        try:
+            await self._until(self._all_serve, 60, "the workers to serve")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.plan.seconds):
+                    await self._break()
+            await self._heal()
+            self.plan.tell("healed, waiting for what is left to be done")
+            await self._until(self._quiet, 8 * self.plan.lease + 60, "quiet")
+            return await self._facts()
+        finally:
+            self._over.set()
+            await nursing
+            self._end()
+            await self._proxy.close()
+            self._server.kill()
+
+    # The fleet
+
+    def _sections(self) -> dict[str, dict[str, object]]:
+        # A message that meets many faults is not poison: it may be delivered more often.
+        bus = {"partition": _PARTITION, "lease_seconds": self.plan.lease, "max_deliveries": 12,
+               "stream_length": 10_000_000}  # fmt: skip
+        return {"bus": bus, "breaker": {"failures": 10_000}}
+
+    def _settings(self) -> Path:
+        return self.plan.folder / "settings.yaml"
+
+    @property
+    def _url(self) -> str:
+        return f"redis://127.0.0.1:{self._proxy.port}/0"
+
+    def _worker(self, name: str) -> subprocess.Popen[bytes]:
+        more = ["--mutate", self.plan.mutation] if self.plan.mutation else []
+        arguments = ["--settings", str(self._settings()), *more]
+        return self._process("tests.chaos.worker", name, *arguments)
+
+    def _producer(self, name: str) -> subprocess.Popen[bytes]:
+        plan = self.plan
+        return self._process(
+            "tests.chaos.producer", name, "--partition", _PARTITION, "--seed", str(plan.seed),
+            "--acknowledged", str(plan.folder / f"{name}.events"),
+            "--pause", str(plan.producer_pause), "--slow", str(1.3 * plan.lease),
+        )  # fmt: skip
+
+    def _process(self, module: str, name: str, *arguments: str) -> subprocess.Popen[bytes]:
+        inherited = os.environ.get("PYTHONPATH", "")
+        paths = [inherited, str(_ROOT), str(_ROOT / "tests" / "support")]
+        with (self.plan.folder / f"{name}.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", module, "--url", self._url, "--name", name, *arguments],
+                cwd=_ROOT, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+
+    async def _nurse(self) -> None:
+        """Start again what has ended, as whatever runs a fleet does."""
+        while not self._over.is_set():
+            for member in (*self._workers, *self._producers):
+                if not member.alive and not self._over.is_set():
+                    member.born()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._over.wait(), _RESTART_SECONDS)
+
+    def _end(self) -> None:
+        for member in (*self._workers, *self._producers):
+            if member.alive and member.process is not None:
+                member.process.send_signal(signal.SIGCONT)
+                member.process.kill()
+                member.process.wait()
+
+    async def _until(
+        self, condition: Callable[[], Awaitable[bool]], seconds: float, what: str
+    ) -> bool:
+        """Whether the condition came true in time; what did not is left to the audit."""
+        deadline = time.monotonic() + seconds
+        while not await condition():
+            if time.monotonic() > deadline:
+                self.plan.tell(f"waited {seconds:.0f} s in vain for {what}")
+                return False
+            await asyncio.sleep(0.25)
+        return True
+
+    async def _all_serve(self) -> bool:
+        logs = [self.plan.folder / f"{worker.name}.log" for worker in self._workers]
+        return all(log.exists() and b" serving" in log.read_bytes() for log in logs)
+
+    # Faults
+
+    async def _break(self) -> None:
+        """Faults by the schedule, one after the other, for ever."""
+        for pause, kind, chance in schedule(self.plan.seed, self.plan.fault_pause):
+            await asyncio.sleep(pause)
+            begun = time.time()
+            target = await self._FAULTS[kind](self, chance)
+            self.faults.append(Fault(kind, target, begun, time.time()))
+            self.plan.tell(f"{kind} {target}".rstrip())
+
+    def _pick(self, members: list[_Member], chance: random.Random) -> _Member:
+        alive = [member for member in members if member.alive]
+        return chance.choice(alive or members)
+
+    async def _kill_worker(self, chance: random.Random) -> str:
+        member = self._pick(self._workers, chance)
+        assert member.process is not None
+        member.process.kill()
+        return member.name
+
+    async def _kill_child(self, chance: random.Random) -> str:
+        member = self._pick(self._workers, chance)
+        assert member.process is not None
+        with contextlib.suppress(psutil.NoSuchProcess, IndexError):
+            psutil.Process(member.process.pid).children()[0].kill()
+        return member.name
+
+    async def _kill_producer(self, chance: random.Random) -> str:
+        member = self._pick(self._producers, chance)
+        assert member.process is not None
+        member.process.kill()
+        return member.name
+
+    async def _drain_worker(self, chance: random.Random) -> str:
+        member = self._pick(self._workers, chance)
+        assert member.process is not None
+        member.process.terminate()
+        return member.name
+
+    async def _freeze_worker(self, chance: random.Random) -> str:
+        member = self._pick(self._workers, chance)
+        assert member.process is not None
+        member.process.send_signal(signal.SIGSTOP)
+        await asyncio.sleep(self.plan.lease * chance.uniform(0.2, 1.6))
+        member.process.send_signal(signal.SIGCONT)
+        return member.name
+
+    async def _restart_server(self, chance: random.Random) -> str:
+        self._server.kill()
+        await asyncio.sleep(chance.uniform(0, 0.2 * self.plan.lease))
+        await asyncio.to_thread(self._server.start)
+        return ""
+
+    async def _freeze_server(self, chance: random.Random) -> str:
+        self._server.freeze()
+        await asyncio.sleep(self.plan.lease * chance.uniform(0.2, 0.7))
+        self._server.thaw()
+        return ""
+
+    async def _cut(self, chance: random.Random) -> str:
+        return f"({self._proxy.cut()})"
+
+    async def _stall(self, chance: random.Random) -> str:
+        await self._proxy.stall(self.plan.lease * chance.uniform(0.2, 0.7))
+        return ""
+
+    async def _poison(self, chance: random.Random) -> str:
+        fields = {"envelope": chance.randbytes(chance.randrange(200))}
+        with self._server.client() as redis:
+            entry = redis.xadd(CHECKPOINTS.key(_PARTITION), fields)
+        self.poison.add(entry.decode())
+        return entry.decode()
+
+    _FAULTS: ClassVar[dict[Kind, Callable[[Chaos, random.Random], Awaitable[str]]]] = {
+        Kind.KILL_WORKER: _kill_worker, Kind.KILL_CHILD: _kill_child,
+        Kind.KILL_PRODUCER: _kill_producer, Kind.DRAIN_WORKER: _drain_worker,
+        Kind.FREEZE_WORKER: _freeze_worker, Kind.RESTART_SERVER: _restart_server,
+        Kind.FREEZE_SERVER: _freeze_server, Kind.CUT: _cut, Kind.STALL: _stall,
+        Kind.POISON: _poison,
+    }  # fmt: skip
+
+    # The end
+
+    async def _heal(self) -> None:
+        """No more messages, everything goes on."""
+        producers, self._producers = self._producers, []
+        for member in (*producers, *self._workers):
+            if member.process is not None and member.alive:
+                member.process.send_signal(signal.SIGCONT)
+        for member in producers:
+            if member.process is not None:
+                member.process.kill()
+                member.process.wait()
+        self._proxy._flowing.set()
+        if self._server.process is None or self._server.process.poll() is not None:
+            await asyncio.to_thread(self._server.start)
+        self._server.thaw()
+
+    async def _quiet(self) -> bool:
+        """Whether nothing is pending, waiting or delayed."""
+        try:
+            with self._server.client() as redis:
+                return _left(redis) == 0
+        except RedisError:
+            return False
+
+    async def _facts(self) -> Facts:
+        bus = await Bus.connect(
+            self._server.url, BusSettings(partition=_PARTITION, max_blob_bytes=1 << 30)
+        )
+        checkpoints = dict(filter(None, [_asked(d.fields) for d in await bus.read(CHECKPOINTS)]))
+        decisions = [unwrap(read_envelope(d.envelope)) for d in await bus.read(DECISIONS)]
+        telemetry = [unwrap(read_envelope(d.envelope)) for d in await bus.read(TELEMETRY)]
+        keys = [d.idempotency_key for d in decisions if isinstance(d, StructuralPruningDecision)]
+        letters = [read_letter(d) for d in await bus.read(DEAD)]
+        with self._server.client() as redis:
+            prefix = f"elesh:{{{_PARTITION}}}:record:"
+            found = redis.scan_iter(match=f"elesh:{{{_PARTITION}}}:record:*", count=1000)
+            records = frozenset(name.decode().removeprefix(prefix) for name in found)
+            left = _left(redis)
+        await bus.close()
+        acknowledged = [f.read_text().split() for f in self.plan.folder.glob("*.events")]
+        return Facts(
+            acknowledged=frozenset(event for events in acknowledged for event in events),
+            checkpoints=checkpoints,
+            decisions=keys,
+            records=records,
+            letters=letters,
+            telemetry=[event for event in telemetry if isinstance(event, TelemetryEvent)],
+            poison=frozenset(self.poison),
+            pending=left,
+            faults=self.faults,
+            lease=self.plan.lease,
+        )
+
+
+def _left(redis: Redis) -> int:
+    """Entries that a group has still to do, and entries that are delayed."""
+    left = redis.zcard(f"elesh:{{{_PARTITION}}}:delayed")
+    for stream in STREAMS:
+        if not stream.group or not redis.exists(stream.key(_PARTITION)):
+            continue
+        for group in redis.xinfo_groups(stream.key(_PARTITION)):
+            lag = group.get("lag")
+            left += group["pending"] + (redis.xlen(stream.key(_PARTITION)) if lag is None else lag)
+    return int(left)
+
+
+def _asked(fields: dict[bytes, bytes]) -> tuple[str, str] | None:
+    """Event id and key of a checkpoint's entry; None for poison."""
+    try:
+        envelope = read_envelope(fields.get(b"envelope", b""))
+        work = admit(fields[b"envelope"], window=300, now=envelope.created_at)
+    except ContractError:
+        return None
+    return (envelope.event_id, str(work.key)) if isinstance(work, Work) else None

@@ -1,0 +1,70 @@
+"""A real short run, recorded once: the pages are tested on it, not on invented figures."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from console_server import TOKEN, Site, serving_console
+from redis import Redis
+
+from elesh.bus import embedded_server
+from elesh.settings import BusSettings, ConsoleSettings, Settings
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A server on which ``elesh demo`` has run, with one checkpoint spoiled."""
+
+    url: str
+    run_id: str
+
+
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]:
+    home = tmp_path_factory.mktemp("home")
+    before = os.environ.get("ELESH_STATE_DIR")
+    os.environ["ELESH_STATE_DIR"] = str(home)  # spans are looked for where the demo keeps them
+    try:
+        with embedded_server(tmp_path_factory.mktemp("recorded")) as url:
+            command = ["demo", "--epochs", "12", "--every", "1", "--workers", "1", "--fail", "1"]
+            subprocess.run(
+                [sys.executable, "-m", "elesh.cli", *command],
+                env=os.environ | {"ELESH_REDIS_URL": url},
+                check=True,
+                stdout=subprocess.DEVNULL,
+                timeout=150,
+            )
+            with Redis.from_url(url) as client:
+                [(_, fields)] = client.xrange("elesh:{main}:decisions", count=1)
+            from leyline import StructuralPruningDecision, read_envelope, unwrap
+
+            decision = unwrap(read_envelope(fields[b"envelope"]))
+            assert isinstance(decision, StructuralPruningDecision)
+            yield Recorded(url, decision.run_id)
+    finally:
+        if before is None:
+            del os.environ["ELESH_STATE_DIR"]
+        else:
+            os.environ["ELESH_STATE_DIR"] = before
+
+
+@pytest.fixture
+def site(redis_url: str, partition: str) -> Iterator[Site]:
+    """A console of the test's own partition, with a token."""
+    settings = Settings(bus=BusSettings(partition=partition), console=ConsoleSettings(token=TOKEN))
+    with serving_console(redis_url, settings) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def shots() -> Path:
+    """Where the screenshots go; kept between runs, to be looked at."""
+    folder = Path(os.environ.get("ELESH_SHOTS", "build/screenshots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,210 @@
+"""Anybody reads; only who knows the token acts, from a form of ours, and it is written down."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from console_server import TOKEN, Site, serving_console
+
+from contracts import examples
+from elesh.bus import Bus
+from elesh.console.guard import COOKIE, Guard
+from elesh.settings import BusSettings, ConsoleSettings, Settings, SettingsError
+from elesh.worker.auditor import audit_links, write_audit
+from leyline import DeadLetter, Level, PruningOutcome
+from leyline.streams import CHECKPOINTS, DEAD, DECISIONS, OPERATIONS, OUTCOMES
+
+PAGES = ("/", "/fleet", "/dead", "/audit")
+ACTIONS = ("/breakers/trip", "/breakers/reset", "/dead/redrive", "/dead/drop")
+TRIP = {"run": "digits-7", "level": "channel", "reason": "looks wrong"}
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'"
+
+
+@pytest.fixture
+def on_bus(redis_url: str, partition: str) -> Callable[[Callable[[Bus], Awaitable[Any]]], Any]:
+    def run(action: Callable[[Bus], Awaitable[Any]]) -> Any:
+        async def connected() -> Any:
+            bus = await Bus.connect(redis_url, BusSettings(partition=partition))
+            try:
+                return await action(bus)
+            finally:
+                await bus.close()
+
+        return asyncio.run(connected())
+
+    return run
+
+
+def state(on_bus: Any) -> str:
+    return str(on_bus(lambda bus: bus.breakers.view("digits-7", Level.CHANNEL)).state)
+
+
+def test_without_the_token_nothing_is_changed(site: Site, on_bus):
+    for path in (*ACTIONS, "/decisions/1:0123456789abcdef:x:channel/replay"):
+        answer = site.post(path, TRIP | {"letter": "1-0"})
+        assert answer.status == 403, path
+        assert "needs the token" in answer.text
+    assert state(on_bus) == "closed"
+    assert on_bus(lambda bus: bus.read(OPERATIONS)) == []
+
+
+def test_a_wrong_token_opens_no_session(site: Site, on_bus):
+    assert site.sign_in("correct horse batterx").status == 403
+    assert site.cookie == ""
+    site.cookie = f"{COOKIE}=0123.4567"
+    assert site.post("/breakers/trip", TRIP | {"proof": "89"}).status == 403
+    assert state(on_bus) == "closed"
+
+
+def test_a_form_of_another_session_or_none_is_refused(site: Site, on_bus):
+    site.sign_in()
+    other = site.proof()
+    site.sign_in()
+    for proof in ("", "0" * 64, other):
+        assert site.post("/breakers/trip", TRIP | {"proof": proof}).status == 403
+    assert state(on_bus) == "closed"
+
+
+def test_an_operator_trips_and_resets_and_it_is_in_the_audit_log(site: Site, on_bus):
+    site.sign_in()
+    answer = site.post("/breakers/trip", TRIP | {"proof": site.proof()})
+    assert answer.status == 303
+    assert state(on_bus) == "open"
+    assert "looks wrong" in site.get("/fleet").text
+    site.post("/breakers/reset", TRIP | {"proof": site.proof(), "reason": ""})
+    assert state(on_bus) == "closed"
+
+    async def told(bus: Bus) -> list[tuple[str, str, str]]:
+        await write_audit(bus)
+        entries = [link.entry.event async for link in audit_links(bus) if link.entry]
+        return [(e.action, e.actor, e.reason) for e in entries if e.kind == "operator"]
+
+    assert on_bus(told) == [
+        ("breaker_trip", "console@127.0.0.1", "looks wrong; closed to open"),
+        ("breaker_reset", "console@127.0.0.1", "open to closed"),
+    ]
+    assert "breaker trip" in site.get("/audit").text
+
+
+def test_a_bearer_needs_no_session(site: Site, on_bus):
+    assert site.post("/breakers/trip", TRIP, Authorization="Bearer nonsense").status == 403
+    assert site.post("/breakers/trip", TRIP, Authorization=f"Bearer {TOKEN}").status == 303
+    assert state(on_bus) == "open"
+
+
+def test_a_letter_is_redriven_and_dropped(site: Site, on_bus):
+    async def bury(bus: Bus) -> str:
+        letter = examples.MESSAGES["DeadLetter"]
+        return await bus.publish(DEAD, letter, source="elesh")
+
+    letter = on_bus(bury)
+    site.sign_in()
+    proof = site.proof("/dead")
+    site.post("/dead/redrive", {"letter": letter, "proof": proof})
+    [entry] = on_bus(lambda bus: bus.read(CHECKPOINTS))
+    assert "redriven as" in site.get("/dead").text
+    assert entry.entry_id in site.get("/dead").text
+    site.post("/dead/drop", {"letter": letter, "proof": proof})
+    assert "There is none" in site.get("/dead").text
+    assert site.post("/dead/drop", {"letter": letter, "proof": proof}).status == 400
+
+
+def test_a_spoiled_form_is_refused_by_name(site: Site):
+    site.sign_in()
+    proof = site.proof()
+    answer = site.post("/breakers/trip", {"proof": proof, "run": "digits-7"})
+    assert (answer.status, "level" in answer.text) == (400, True)
+    level = site.post("/breakers/trip", TRIP | {"proof": proof, "level": "nonsense"})
+    assert level.status == 400
+    assert site.post("/breakers/trip", {"proof": proof, "reason": "x" * 9000}).status == 403
+
+
+def test_signing_in_leads_to_no_other_site(site: Site):
+    for back in ("//evil.example", "https://evil.example", "/\\evil.example"):
+        answer = site.post("/login", {"token": TOKEN, "back": back})
+        assert (answer.status, answer.headers["location"]) == (303, "/")
+    cookie = answer.headers["set-cookie"]
+    assert "HttpOnly" in cookie
+    assert "samesite=strict" in cookie.lower()
+
+
+def test_every_page_allows_its_own_assets_only_and_is_not_kept(site: Site):
+    for path in (*PAGES, "/static/console.css", "/runs/none", "/decisions/nonsense"):
+        headers = site.get(path).headers
+        assert "default-src 'none'" in headers["content-security-policy"], path
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["cache-control"] == "no-store"
+    assert site.get("/runs/none").status == 404
+    assert site.get("/decisions/nonsense").status == 400
+    assert site.get("/static/../app.py").status == 404
+
+
+def test_a_page_that_did_not_change_is_not_sent_again(site: Site):
+    first = site.get("/fleet")
+    again = site.get("/fleet", If_None_Match=first.headers["etag"])
+    assert (again.status, again.text) == (304, "")
+
+
+def test_another_host_name_is_refused(site: Site):
+    assert site.get("/", Host="evil.example").status == 400
+
+
+def test_text_from_the_bus_is_text(site: Site, on_bus):
+    async def publish(bus: Bus) -> None:
+        letter = examples.MESSAGES["DeadLetter"]
+        assert isinstance(letter, DeadLetter)
+        spoiled = {"reason": HOSTILE, "field": HOSTILE, "worker_id": HOSTILE, "error_code": HOSTILE}
+        spoiled |= {"original": {HOSTILE: HOSTILE.encode()}}
+        await bus.publish(DEAD, letter.model_copy(update=spoiled), source="x")
+        await bus.publish(CHECKPOINTS, examples.MESSAGES["CheckpointReady"], source="x")
+        decision = examples.MESSAGES["StructuralPruningDecision"]
+        spoiled = {"rejection_reason": HOSTILE, "approved_for_application": False}
+        await bus.publish(DECISIONS, decision.model_copy(update=spoiled), source="x")
+        outcome = examples.MESSAGES["PruningOutcome"]
+        assert isinstance(outcome, PruningOutcome)
+        await bus.publish(OUTCOMES, outcome.model_copy(update={"detail": HOSTILE}), source="x")
+        await bus.breakers.trip("digits-7", Level.CHANNEL, HOSTILE)
+        await write_audit(bus)
+
+    on_bus(publish)
+    for path in (*PAGES, "/runs/digits-7"):
+        text = site.get(path).text
+        assert "alert(1)" in text, path
+        assert "<script>alert" not in text, path
+        assert "<img src=x" not in text, path
+
+
+def test_a_bus_that_is_away_is_said_and_waited_for(partition: str):
+    settings = Settings(bus=BusSettings(partition=partition))
+    with serving_console("redis://127.0.0.1:1/0", settings) as site:
+        answer = site.get("/")
+        assert answer.status == 503
+        assert "127.0.0.1:1" in answer.text
+        assert site.get("/live").text == "ok"
+
+
+def test_without_a_token_nobody_can_act(redis_url: str, partition: str):
+    with serving_console(redis_url, Settings(bus=BusSettings(partition=partition))) as site:
+        assert "Read only" in site.get("/").text
+        assert site.sign_in("").status == 403
+        assert site.post("/breakers/trip", TRIP, Authorization="Bearer ").status == 403
+
+
+def test_sessions_end_with_the_token_and_hold_for_one_token_only():
+    one, two = Guard("a" * 20), Guard("b" * 20)
+    cookie = one.session()
+    assert one.holds(cookie)
+    assert not two.holds(cookie)
+    assert not one.holds(cookie[:-1] + ("0" if cookie[-1] != "0" else "1"))
+    assert one.proves(cookie, one.proof(cookie))
+    assert not one.proves(one.session(), one.proof(cookie))
+    assert not Guard("").holds(Guard("").session())
+    assert not Guard("").knows("")
+
+
+def test_a_short_token_is_an_error_of_the_settings():
+    with pytest.raises((SettingsError, ValueError), match="at least 16 characters"):
+        ConsoleSettings(token="short")

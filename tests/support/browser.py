@@ -1,0 +1,85 @@
+"""A headless Chromium for tests of pages: at a width, in dark or light, with axe-core."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from selenium.webdriver import Chrome, ChromeOptions
+from selenium.webdriver.chrome.service import Service
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or ""
+DRIVER = shutil.which("chromedriver") or ""
+MISSING = "" if CHROMIUM and DRIVER else "no chromium with chromedriver on this machine"
+"""Why there is no browser; empty where there is one."""
+
+_FLAGS = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--disable-dev-shm-usage", "--hide-scrollbars", "--force-device-scale-factor=1",
+)  # fmt: skip
+Theme = Literal["light", "dark"]
+
+
+class Browser(Chrome):
+    """Chromium with what the tests ask of a page."""
+
+    def show(self, url: str, *, width: int, theme: Theme, height: int = 900) -> None:
+        """Open a page at a width in a colour scheme that the reader prefers."""
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        feature = {"name": "prefers-color-scheme", "value": theme}
+        self.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+        self.get(url)
+
+    def picture(self, path: Path) -> Path:
+        """The whole page as a PNG."""
+        import base64
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shot = self.execute_cdp_cmd(
+            "Page.captureScreenshot", {"format": "png", "captureBeyondViewport": True}
+        )
+        path.write_bytes(base64.b64decode(shot["data"]))
+        return path
+
+    def serious_faults(self) -> list[str]:
+        """What axe-core finds serious or critical, a line each."""
+        self.execute_script((files("axe_core_python") / "axe.min.js").read_text())
+        found: dict[str, Any] = self.execute_async_script(
+            "const done = arguments[arguments.length - 1]; axe.run(document).then(done);"
+        )
+        return [
+            f"{rule['id']} ({rule['impact']}): {node['html'][:120]} {node['failureSummary'][:200]}"
+            for rule in found["violations"]
+            if rule["impact"] in ("serious", "critical")
+            for node in rule["nodes"]
+        ]
+
+    def too_wide(self) -> int:
+        """By how many pixels the page is wider than the window."""
+        script = "return document.documentElement.scrollWidth - window.innerWidth"
+        return int(self.execute_script(script))
+
+    def complaints(self) -> list[str]:
+        """What the page logged as errors, refused by the policy or not found."""
+        return [entry["message"] for entry in self.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+@contextmanager
+def browsing(profile: Path) -> Iterator[Browser]:
+    """A browser with an empty profile."""
+    options = ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*_FLAGS, f"--user-data-dir={profile}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = Browser(options=options, service=Service(DRIVER))
+    try:
+        yield browser
+    finally:
+        browser.quit()
