@@ -26,6 +26,9 @@ class BlobRef(Message):
     codec: Literal["safetensors", "msgpack", "raw"] = "safetensors"
     expires: Moment | None = None
     """From when on the blob may be gone."""
+    sealed: ModelHash | None = Field(default=None, exclude_if=lambda hash: hash is None)
+    """The architecture that it is encrypted for, where it is; size and digest are of the sealed
+    bytes."""
 
 
 class CheckpointMetadata(Message):

@@ -12,6 +12,7 @@ from .client import until_available
 from .core import SHED_FROM, Bus
 from .embedded import EmbeddedServer, embedded_server, server_url
 from .errors import BusUnavailable, Overloaded, masked
+from .guard import Guard, unframed
 from .history import HistoryStore
 from .letters import DeadLetters, Letter, Redriven
 from .plans import Plan, Planned, Stored
@@ -33,6 +34,7 @@ __all__ = [
     "Delivery",
     "EmbeddedServer",
     "History",
+    "Guard",
     "HistoryStore",
     "Holder",
     "Letter",
@@ -55,5 +57,6 @@ __all__ = [
     "masked",
     "read_letter",
     "server_url",
+    "unframed",
     "until_available",
 ]

@@ -17,6 +17,7 @@ from leyline.streams import AUDIT, DEAD, DECISIONS, OPERATIONS, OUTCOMES, TELEME
 
 from .client import Client
 from .groups import pairs_of
+from .guard import Guard
 from .records import Delivery, deliveries_of, entry_fields
 from .scripts import Scripts
 
@@ -41,9 +42,10 @@ class AuditHead:
 class AuditLog:
     """The audit log of a partition."""
 
-    def __init__(self, client: Client, scripts: Scripts, partition: str) -> None:
+    def __init__(self, client: Client, scripts: Scripts, guard: Guard, partition: str) -> None:
         self._client = client
         self._scripts = scripts
+        self._guard = guard
         self._partition = partition
         self._keys = (AUDIT.key(partition), f"elesh:{{{partition}}}:audit-head")
 
@@ -95,8 +97,11 @@ class AuditLog:
             "" if head.number == 0 else head.digest,
             (last.number, last.digest) if last else (head.number, head.digest),
             {_CURSOR + name: value for name, value in cursors.items()},
-            [entry_fields(encode(audit_envelope(entry)), {}) for entry in entries],
+            [self._fields(entry) for entry in entries],
         )
+
+    def _fields(self, entry: AuditEntry) -> list[str | bytes]:
+        return entry_fields(self._guard.frame(AUDIT, encode(audit_envelope(entry))), {})
 
 
 def audit_envelope(entry: AuditEntry) -> EventEnvelope:

@@ -25,6 +25,7 @@ from elesh.settings import BusSettings
 from leyline import BlobRef, DigestMismatch, InvalidField, MissingBlob, TooLarge
 
 from .client import Client
+from .guard import Guard
 from .scripts import Scripts
 
 __all__ = ["CHUNK", "BlobStore"]
@@ -38,8 +39,11 @@ _CHUNK_GRACE = 300
 class BlobStore:
     """The blobs of a partition."""
 
-    def __init__(self, client: Client, scripts: Scripts, settings: BusSettings) -> None:
+    def __init__(
+        self, client: Client, scripts: Scripts, settings: BusSettings, guard: Guard
+    ) -> None:
         self._client = client
+        self._guard = guard
         self._scripts = scripts
         self._prefix = f"elesh:{{{settings.partition}}}:blob"
         self._ttl = settings.blob_ttl_seconds
@@ -50,12 +54,21 @@ class BlobStore:
         self,
         data: bytes | memoryview,
         codec: Literal["safetensors", "msgpack", "raw"] = "safetensors",
+        *,
+        architecture: str = "",
     ) -> BlobRef:
         """Store bytes; the same content again only lives longer.
+
+        Args:
+            architecture: fingerprint of the network that they are about; with a ``blob_key`` they
+                are stored sealed for it.
 
         Raises:
             TooLarge: over ``max_blob_bytes``.
         """
+        sealed = architecture if self._guard.seals and architecture else None
+        if sealed is not None:
+            data = await asyncio.to_thread(self._guard.seal, data, sealed)
         view = memoryview(data).cast("B")
         self._require_size("blob", view.nbytes)
         digest = await asyncio.to_thread(lambda: hashlib.sha256(view).hexdigest())
@@ -68,7 +81,12 @@ class BlobStore:
                 await self._client.set(key, piece, ex=lives[1])
             await self._client.set(keys[0], view.nbytes, ex=lives[0])
         return BlobRef(
-            uri=f"redis:{digest}", size=view.nbytes, sha256=digest, codec=codec, expires=expires
+            uri=f"redis:{digest}",
+            size=view.nbytes,
+            sha256=digest,
+            codec=codec,
+            expires=expires,
+            sealed=sealed,
         )
 
     async def fetch(self, ref: BlobRef, path: Path) -> None:
@@ -83,6 +101,8 @@ class BlobStore:
                 async with aclosing(self._verified(ref)) as pieces:
                     async for piece in pieces:
                         await asyncio.to_thread(file.write, piece)
+            if ref.sealed is not None:
+                await asyncio.to_thread(self._unseal_file, ref, partial)
             partial.replace(path)
         except BaseException:
             partial.unlink(missing_ok=True)
@@ -96,9 +116,17 @@ class BlobStore:
             DigestMismatch: if size or content are not what ``ref`` promises.
             TooLarge: if ``ref`` promises more than ``max_blob_bytes``; nothing is read then.
             InvalidField: if the URI is none that this store may read.
+            Unreadable: if it is sealed and no key here opens it for its architecture.
         """
         async with aclosing(self._verified(ref)) as pieces:
-            return b"".join([piece async for piece in pieces])
+            data = b"".join([piece async for piece in pieces])
+        return data if ref.sealed is None else self._unsealed(ref, data)
+
+    def _unsealed(self, ref: BlobRef, data: bytes) -> bytes:
+        return self._guard.unseal(data, ref.sealed or "", f"blob {ref.uri}")
+
+    def _unseal_file(self, ref: BlobRef, path: Path) -> None:
+        path.write_bytes(self._unsealed(ref, path.read_bytes()))
 
     def _require_size(self, field: str, size: int) -> None:
         if size > self._limit:

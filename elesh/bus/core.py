@@ -34,6 +34,7 @@ from .breakers import BreakerStore
 from .client import MAX_BLOCK, Client, open_client, until_available
 from .errors import Overloaded
 from .groups import Groups, pairs_of
+from .guard import Guard, unframed
 from .history import HistoryStore
 from .keys import Keys
 from .letters import DeadLetters
@@ -75,15 +76,18 @@ class Bus:
         self.keys = keys = Keys(settings.partition)
         self._client = client
         self._scripts = scripts = Scripts(client)
+        self.guard = guard = Guard.of(settings.security)
         self.groups = Groups(client, scripts, keys)
-        self.plans = PlanStore(client, scripts, keys, self.groups, settings.record_ttl_seconds)
+        self.plans = PlanStore(
+            client, scripts, keys, self.groups, guard, settings.record_ttl_seconds
+        )
         self.sweeper = Sweeper(scripts, keys, self.plans, settings.lease_seconds)
-        self.blobs = BlobStore(client, self._scripts, settings)
+        self.blobs = BlobStore(client, self._scripts, settings, guard)
         self.breakers = BreakerStore(
             client, self._scripts, settings.partition, breaker or BreakerSettings()
         )
-        self.audit = AuditLog(client, self._scripts, settings.partition)
-        self.letters = DeadLetters(client, self._scripts, settings.partition)
+        self.audit = AuditLog(client, self._scripts, guard, settings.partition)
+        self.letters = DeadLetters(client, self._scripts, guard, settings.partition)
         self.registry = Registry(client, self._scripts, settings.partition)
         keep = settings.record_ttl_seconds
         self.runs = RunStore(client, self._scripts, settings.partition, keep)
@@ -165,10 +169,11 @@ class Bus:
             epoch=epoch,
             correlation_id=correlation_id,
         )
+        framed = self.guard.frame(stream, encode(envelope))
         marker = self.keys.named("event", stream.name, envelope.event_id)
         limit = self._shed_from(stream, priority)
         args: list[str | bytes | int] = [_MARKER_SECONDS, limit, stream.group]
-        args += [f"{stream.name}:{priority}", *entry_fields(encode(envelope), carrier or {})]
+        args += [f"{stream.name}:{priority}", *entry_fields(framed, carrier or {})]
         keys = [self.keys.stream(stream), marker, self.keys.named("shed")]
         entry = await self._scripts.publish(keys, args)
         if entry is None:
@@ -221,7 +226,7 @@ class Bus:
             return None
         return Record(
             stored[b"fingerprint"].decode(),
-            stored[b"envelope"],
+            unframed(stored[b"envelope"]),
             datetime.fromtimestamp(float(stored[b"decided_at"]), UTC),
         )
 
@@ -252,13 +257,14 @@ class Bus:
         if not results:
             raise ValueError("settle needs a result; acknowledge an entry that has none")
         keys = [self.groups.entry(delivery)[0], *map(self.keys.stream, (DECISIONS, DEAD))]
-        buried = _letter_fields(letter, results[0].carrier) if letter else []
+        buried = self._letter_fields(letter, results[0].carrier) if letter else []
         args: list[str | bytes | int] = [group, consumer, delivery.entry_id]
         args += [self.settings.record_ttl_seconds, len(results), len(buried), *buried]
         for result in results:
             level = result.key.level
             keys += [self.keys.named("record", str(result.key)), self._latest(result.run_id, level)]
-            fields = entry_fields(encode(_settled(result)), result.carrier)
+            framed = self.guard.frame(DECISIONS, encode(_settled(result)))
+            fields = entry_fields(framed, result.carrier)
             epoch = result.key.epoch if result.remember else -1
             args += [str(result.key), result.fingerprint, epoch, len(fields), *fields]
         verdicts = await self._scripts.settle([*keys, *served], args)
@@ -286,11 +292,24 @@ class Bus:
         Original bytes too large for a message travel as fields beside it: read entries of the
         stream with ``read_letter``.
         """
-        fields = _letter_fields(letter, carrier)
+        fields = self._letter_fields(letter, carrier)
         return await self._scripts.acknowledge(
             [self.groups.entry(delivery)[0], self.keys.stream(DEAD), *served],
             [group, consumer, delivery.entry_id, *fields],
         )
+
+    def _letter_fields(self, letter: DeadLetter, carrier: Mapping[str, str]) -> list[str | bytes]:
+        """A dead letter as an entry; original bytes too large for a message stand beside it."""
+
+        def enveloped(letter: DeadLetter) -> bytes:
+            envelope = wrap(letter, source=letter.worker_id, priority=Priority.HIGH)
+            return self.guard.frame(DEAD, encode(envelope))
+
+        try:
+            return entry_fields(enveloped(letter), carrier)
+        except TooLarge:
+            bare = letter.model_copy(update={"original": {}})
+            return entry_fields(enveloped(bare), carrier, letter.original)
 
     def _latest(self, run_id: str, level: Level) -> str:
         return self.keys.named("latest", run_id, level)
@@ -355,16 +374,3 @@ def _settled(result: Settling) -> Message:
         epoch=result.epoch,
         correlation_id=str(result.key),
     )
-
-
-def _letter_fields(letter: DeadLetter, carrier: Mapping[str, str]) -> list[str | bytes]:
-    """A dead letter as an entry; original bytes too large for a message stand beside it."""
-
-    def enveloped(letter: DeadLetter) -> bytes:
-        return encode(wrap(letter, source=letter.worker_id, priority=Priority.HIGH))
-
-    try:
-        return entry_fields(enveloped(letter), carrier)
-    except TooLarge:
-        bare = letter.model_copy(update={"original": {}})
-        return entry_fields(enveloped(bare), carrier, letter.original)

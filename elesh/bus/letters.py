@@ -17,6 +17,7 @@ from leyline import ContractError, DeadLetter, InvalidField, OperatorAction, enc
 from leyline.streams import DEAD, OPERATIONS, STREAMS, Stream
 
 from .client import Client
+from .guard import Guard
 from .records import Delivery, deliveries_of, entry_fields, read_letter
 from .scripts import Scripts
 
@@ -50,9 +51,10 @@ class Redriven:
 class DeadLetters:
     """The dead letters of a partition."""
 
-    def __init__(self, client: Client, scripts: Scripts, partition: str) -> None:
+    def __init__(self, client: Client, scripts: Scripts, guard: Guard, partition: str) -> None:
         self._client = client
         self._scripts = scripts
+        self._guard = guard
         self._partition = partition
         self._marks = f"elesh:{{{partition}}}:redriven"
 
@@ -89,11 +91,13 @@ class DeadLetters:
         stream = _served(entry_id, letter.message.stream)
         event = self._event("redrive", entry_id, operator, reason, f"on {stream.name}")
         # Its time to live counts from now: an operator waits for it.
-        redriven = f"{datetime.now(UTC).timestamp() * 1000:.0f}"
+        at = f"{datetime.now(UTC).timestamp() * 1000:.0f}"
+        original = letter.message.original
+        redriven = self._guard.frame_redrive(at, original.get("envelope", b""))
         reply = await self._scripts.redrive(
             (self._key(DEAD), self._marks, self._key(stream), self._key(OPERATIONS)),
             entry_id,
-            [*_flat(letter.message.original), "redriven", redriven],
+            [*_flat(original), "redriven", redriven],
             event,
         )
         if reply is None:
@@ -135,7 +139,8 @@ class DeadLetters:
             reason=reason,
             outcome=outcome,
         )
-        return entry_fields(encode(wrap(message, source="operator")), {})
+        envelope = encode(wrap(message, source="operator"))
+        return entry_fields(self._guard.frame(OPERATIONS, envelope), {})
 
     def _key(self, stream: Stream) -> str:
         return stream.key(self._partition)

@@ -18,6 +18,7 @@ from leyline.streams import WORK
 
 from .client import Client
 from .groups import Groups
+from .guard import Guard
 from .keys import Keys
 from .records import CONTEXT, Delivery, entry_fields
 from .scripts import Scripts
@@ -57,7 +58,7 @@ class Plan:
     key: str
     fingerprint: str
     envelope: bytes
-    """The checkpoint's, as it came."""
+    """The checkpoint's, as it came, in its frame."""
     carrier: Mapping[str, str]
     items: tuple[str, ...]
     """Names of all parts."""
@@ -69,12 +70,19 @@ class PlanStore:
     """The plans of a partition."""
 
     def __init__(
-        self, client: Client, scripts: Scripts, keys: Keys, groups: Groups, seconds: int
+        self,
+        client: Client,
+        scripts: Scripts,
+        keys: Keys,
+        groups: Groups,
+        guard: Guard,
+        seconds: int,
     ) -> None:
         self._client = client
         self._scripts = scripts
         self._keys = keys
         self._groups = groups
+        self._guard = guard
         self._seconds = seconds
         self._shared = [keys.stream(WORK), keys.named("deadlines")]
 
@@ -89,7 +97,7 @@ class PlanStore:
         window_seconds: float,
     ) -> Planned:
         """Make the checkpoint of ``delivery`` into parts; they have ``window_seconds`` for all."""
-        join = encode(self._wrapped(JoinItem(plan=plan.key), plan.key, "join"))
+        join = self._framed(JoinItem(plan=plan.key), plan.key, "join")
         fields: list[str | bytes | int] = [
             *("envelope", plan.envelope, "join", join, "total", len(items)),
             *("items", " ".join(plan.items), "origin", plan.origin),
@@ -99,8 +107,7 @@ class PlanStore:
         args += [plan.fingerprint, self._seconds, round(window_seconds * 1000)]
         args += [len(fields), *fields]
         for item in items:
-            message = encode(self._wrapped(item, plan.key, item.name))
-            entry = entry_fields(message, plan.carrier)
+            entry = entry_fields(self._framed(item, plan.key, item.name), plan.carrier)
             args += [len(entry), *entry]
         keys = [self._groups.entry(delivery)[0], self._plan(plan.key), *self._shared]
         return Planned(await self._scripts.plan(keys, args))
@@ -156,7 +163,7 @@ class PlanStore:
     def _results(self, key: str) -> str:
         return self._keys.named("results", key)
 
-    @staticmethod
-    def _wrapped(message: Message, key: str, name: str) -> Message:
+    def _framed(self, message: Message, key: str, name: str) -> bytes:
         event_id = f"work-{stable_hash(key, name)}"
-        return wrap(message, source=_SOURCE, event_id=event_id, correlation_id=key)
+        envelope = wrap(message, source=_SOURCE, event_id=event_id, correlation_id=key)
+        return self._guard.frame(WORK, encode(envelope))

@@ -14,7 +14,9 @@ from pydantic import ValidationError
 
 from leyline import Attempt, DeadLetter, IdempotencyKey, Malformed, Message, read_envelope, unwrap
 from leyline.errors import UnknownType, brief
-from leyline.streams import Stream
+from leyline.streams import STREAMS, Stream
+
+from .guard import Guard, unframed
 
 __all__ = [
     "CONTEXT",
@@ -30,10 +32,12 @@ __all__ = [
 ]
 
 _ENVELOPE = b"envelope"
+_BY_NAME = {stream.name: stream for stream in STREAMS}
 CONTEXT = ("traceparent", "tracestate")
 """Fields of the W3C trace context."""
 _ORIGINAL = b"original."
-_OURS = frozenset({b"origin", b"history", b"redriven"})
+_REDRIVEN = b"redriven"
+_OURS = frozenset({b"origin", b"history", _REDRIVEN})
 """Fields that the bus adds to an entry that goes round again."""
 
 
@@ -98,7 +102,16 @@ class Delivery:
 
     @property
     def envelope(self) -> bytes:
-        """The encoded EventEnvelope.
+        """The encoded EventEnvelope, out of its frame; whether it is genuine, :meth:`check` says.
+
+        Raises:
+            Malformed: if the entry has no such field.
+        """
+        return unframed(self.framed)
+
+    @property
+    def framed(self) -> bytes:
+        """The field as it is: the envelope, in the frame of its signature if it is signed.
 
         Raises:
             Malformed: if the entry has no such field.
@@ -108,6 +121,17 @@ class Delivery:
                 f"{self.stream.name}/{self.entry_id}", "a field named envelope", sorted(self.fields)
             )
         return self.fields[_ENVELOPE]
+
+    def check(self, guard: Guard) -> None:
+        """Look at the signatures, before anything is parsed.
+
+        Raises:
+            Unsigned, BadSignature, NotAuthorized: if the entry, or an operator's word that it was
+                sent again, is not by a key that may say so.
+        """
+        guard.check(self.published_on, self.framed)
+        if _REDRIVEN in self.fields:
+            guard.check_redrive(self.fields[_REDRIVEN], self.framed)
 
     @cached_property
     def history(self) -> History:
@@ -119,6 +143,11 @@ class Delivery:
         """The stream, by its short name, and the entry id under which it was published."""
         stream, _, entry = self.fields.get(b"origin", b"").decode("utf-8", "replace").partition("/")
         return (stream, entry) if stream and entry else (self.stream.name, self.entry_id)
+
+    @property
+    def published_on(self) -> Stream:
+        """The stream that it was published on; it may have gone round since."""
+        return _BY_NAME.get(self.origin[0], self.stream)
 
     @property
     def original(self) -> dict[str, bytes]:
@@ -133,7 +162,7 @@ class Delivery:
     def redriven(self) -> datetime | None:
         """When an operator sent it again (field ``redriven``, milliseconds since 1970), else None;
         its time to live counts from then."""
-        text = self.fields.get(b"redriven", b"")
+        text = unframed(self.fields.get(_REDRIVEN, b""))
         return (
             datetime.fromtimestamp(int(text) / 1000, UTC)
             if text.isdigit() and len(text) < 15

@@ -12,7 +12,7 @@ from elesh.bus import BusUnavailable
 from elesh.settings import SettingsError
 from leyline import ContractError
 
-from . import audit, config, console, dead, decisions, events, observe, operate, profile, run
+from . import audit, config, console, dead, decisions, events, keys, observe, operate, profile, run
 from .common import complaints
 
 __all__ = ["app", "main"]
@@ -27,6 +27,7 @@ for family in (run, decisions, observe, operate, events, console, profile):
     app.add_typer(family.app)
 app.add_typer(dead.dead, name="dead")
 app.add_typer(audit.audit, name="audit")
+app.add_typer(keys.keys, name="keys")
 app.add_typer(config.config, name="config")
 
 

@@ -129,7 +129,7 @@ class Keyring:
             raise SettingsError(f"keyring: sign_with: expected one of {able}, found {sign_with!r}")
         for key in keys.values():
             _require_variables(key)
-        self._keys, self._sign_with, self.required = dict(keys), sign_with, required
+        self._keys, self.sign_with, self.required = dict(keys), sign_with, required
 
     @classmethod
     def load(cls, path: Path, *, required: bool = True) -> Self:
@@ -156,16 +156,36 @@ class Keyring:
         except SettingsError as error:
             raise SettingsError(f"{path}: {error}") from None
 
+    @property
+    def keys(self) -> tuple[Key, ...]:
+        """All keys, in the order of the file."""
+        return tuple(self._keys.values())
+
+    def secrets(self) -> dict[str, bytes]:
+        """The secrets of the HMAC keys, by id: what blobs are sealed with."""
+        return {key.id: _secret(key, "secret") for key in self.keys if key.kind == "hmac-sha256"}
+
     def sign(self, stream: str, envelope: bytes) -> bytes:
         """The signature field of an entry of ``stream``; empty where this process does not sign."""
-        if not self._sign_with:
+        if not self.sign_with:
             return b""
-        key = self._keys[self._sign_with]
+        key = self._keys[self.sign_with]
         signature = base64.b64encode(key.sign(_signed(stream, envelope)))
         return b":".join((_VERSION, key.id.encode(), signature))
 
-    def check(self, stream: str, envelope: bytes, signature: bytes | None, now: datetime) -> str:
+    def check(
+        self,
+        stream: str,
+        envelope: bytes,
+        signature: bytes | None,
+        now: datetime,
+        *,
+        may: str = "",
+    ) -> str:
         """The id of the key that signed an entry; empty for an unsigned one where that is allowed.
+
+        Args:
+            may: the stream that the key must be allowed to speak on, where it is not ``stream``.
 
         Raises:
             Unsigned: if there is no signature and one is required.
@@ -181,8 +201,8 @@ class Keyring:
             raise BadSignature("signature", f"a key that is valid at {now:%F %T}Z", key.id)
         if not key.verifies(raw, _signed(stream, envelope)):
             raise BadSignature("signature", f"a signature of these bytes by {key.id}", "another")
-        if not key.may & {"*", stream}:
-            raise NotAuthorized("signature", f"a key that may speak on {stream}", key.id)
+        if not key.may & {"*", may or stream}:
+            raise NotAuthorized("signature", f"a key that may speak on {may or stream}", key.id)
         return key.id
 
     def _parsed(self, signature: bytes) -> tuple[Key, bytes]:

@@ -68,7 +68,6 @@ __all__ = [
 
 _NO_PART_IN_DECISIONS = {
     "audit",
-    "security",
     "analysis_workers_per_gpu",
     "layers_per_worker",
     "analysis_timeout",
@@ -114,7 +113,6 @@ class Settings(BaseSettings):
     bus: BusSettings = BusSettings()
     trainer: TrainerSettings = TrainerSettings()
     worker: WorkerSettings = WorkerSettings()
-    security: SecuritySettings = SecuritySettings()
     audit: AuditSettings = AuditSettings()
     console: ConsoleSettings = ConsoleSettings()
     verification: VerificationSettings = VerificationSettings()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import ByteSize, Field, SecretStr, field_validator
 
 from ._base import Section
+from .security import SecuritySettings
 
 
 class BreakerSettings(Section):
@@ -26,6 +27,7 @@ class BusSettings(Section):
     record_ttl_seconds: int = Field(default=7 * 86400, ge=60)
     stream_length: int = Field(default=100_000, ge=100)
     max_blob_bytes: ByteSize = Field(default=ByteSize(2 << 30), ge=1)
+    security: SecuritySettings = SecuritySettings()
     blob_folder: str = ""
     """Folder whose files ``file:`` references may name; empty: none."""
 

@@ -278,10 +278,11 @@ class BusThread:
                     return
                 continue
             for delivery in deliveries:
-                self._hear(delivery)
+                self._hear(bus, delivery)
 
-    def _hear(self, delivery: Delivery) -> None:
+    def _hear(self, bus: Bus, delivery: Delivery) -> None:
         try:
+            delivery.check(bus.guard)
             envelope = read_envelope(delivery.envelope)
             if envelope.training_run_id == self._run_id and not self.refused:
                 self._caller.take(unwrap(envelope), delivery.carrier)

@@ -19,12 +19,13 @@ async def with_blobs(
     bus: Bus, bundle: CheckpointBundle, request_id: str
 ) -> CheckpointReady | StructuralAnalysisRequest:
     """Put the blobs and return the event or request that points at them."""
-    statistics = await bus.blobs.put(bundle.statistics_blob())
+    architecture = bundle.architecture.model_hash
+    statistics = await bus.blobs.put(bundle.statistics_blob(), architecture=architecture)
     gates, layers, heads = [
-        None if blob is None else await bus.blobs.put(blob)
+        None if blob is None else await bus.blobs.put(blob, architecture=architecture)
         for blob in (bundle.gates_blob(), bundle.layers_blob(), bundle.heads_blob())
     ]
-    network = await _network(bus, bundle.network)
+    network = await _network(bus, bundle.network, architecture)
     metadata = bundle.metadata
     if not request_id:
         return CheckpointReady(
@@ -58,12 +59,14 @@ async def with_blobs(
     )
 
 
-async def _network(bus: Bus, network: NetworkExport | None) -> dict[str, BlobRef]:
+async def _network(
+    bus: Bus, network: NetworkExport | None, architecture: str
+) -> dict[str, BlobRef]:
     """Put the blobs of the network, where there is one."""
     if network is None:
         return {}
     return {
-        "program": await bus.blobs.put(network.program, codec="msgpack"),
-        "weights": await bus.blobs.put(network.weights),
-        "held_out": await bus.blobs.put(network.held_out),
+        "program": await bus.blobs.put(network.program, codec="msgpack", architecture=architecture),
+        "weights": await bus.blobs.put(network.weights, architecture=architecture),
+        "held_out": await bus.blobs.put(network.held_out, architecture=architecture),
     }

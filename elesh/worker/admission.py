@@ -32,6 +32,7 @@ from leyline import (
     unwrap,
 )
 from leyline.bundle import NETWORK_FILES
+from leyline.streams import Stream
 
 __all__ = ["SUPPORTED", "Admitted", "Work", "admit", "fingerprint"]
 
@@ -90,19 +91,29 @@ Admitted = Work | PruningOutcome | AnalysisItem | JoinItem
 
 
 def admit(
-    data: bytes, *, window: float, now: datetime, redriven: datetime | None = None
+    data: bytes,
+    *,
+    window: float,
+    now: datetime,
+    redriven: datetime | None = None,
+    stream: Stream | None = None,
 ) -> Admitted:
     """What the envelope ``data`` asks for or reports.
 
     Args:
         window: seconds that an analysis may take.
         redriven: when an operator sent it again; its time to live counts from then.
+        stream: where it was published, if that is to be one for messages of its type: who may
+            speak on one stream may not speak for another.
 
     Raises:
         ContractError: naming the field that is wrong, what was expected and what was found.
     """
     envelope = read_envelope(data)
     message = unwrap(envelope)
+    if stream is not None and type(message) not in stream.messages:
+        expected = ", ".join(kind.__name__ for kind in stream.messages)
+        raise UnknownType(f"message on {stream.name}", expected, type(message).__name__)
     if isinstance(message, PruningOutcome | AnalysisItem | JoinItem):
         return message
     if isinstance(message, CheckpointReady):
@@ -177,7 +188,7 @@ def _work(
                 level.value,
                 hint="this build does not analyse that level",
             )
-    return Work(
+    work = Work(
         keys=(key.at(decided_level(document.levels)),),
         fingerprint=fingerprint(message),
         document=document,
@@ -190,6 +201,10 @@ def _work(
         window=window,
         received=now,
     )
+    for name, ref in work.blobs.items():
+        if ref.sealed not in (None, metadata.model_hash):
+            raise IdentityMismatch(f"{name}.sealed", metadata.model_hash, ref.sealed)
+    return work
 
 
 def _network(message: CheckpointReady | StructuralAnalysisRequest) -> tuple[BlobRef, ...]:

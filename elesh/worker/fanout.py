@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from elesh.bus import Bus, Delivery, Plan, Planned, Stored
+from elesh.bus import Bus, Delivery, Plan, Planned, Stored, unframed
 from elesh.observe import get_logger
 from elesh.settings import Settings
 from leyline import (
@@ -72,7 +72,7 @@ class FanOut:
         plan = Plan(
             key=key,
             fingerprint=work.fingerprint,
-            envelope=delivery.envelope,
+            envelope=delivery.framed,
             carrier=delivery.carrier,
             items=tuple(item.name for item in items),
             origin="/".join(delivery.origin),
@@ -146,7 +146,7 @@ class FanOut:
         window = self._settings.worker.window_seconds
         now = datetime.now(UTC)
         # It was admitted when it was planned: from then on the plan's deadline matters.
-        work = admit(plan.envelope, window=window, now=now, redriven=now)
+        work = admit(unframed(plan.envelope), window=window, now=now, redriven=now)
         if not isinstance(work, Work):
             raise AnalysisFailed(f"plan {key}", "a checkpoint or a request", type(work).__name__)
         return work, plan

@@ -219,8 +219,15 @@ class Worker:
                 await self._retry(delivery, error)
 
     async def _admit_run_settle(self, delivery: Delivery) -> None:
+        delivery.check(self._bus.guard)
         now, window = datetime.now(UTC), self._settings.worker.window_seconds
-        asked = admit(delivery.envelope, window=window, now=now, redriven=delivery.redriven)
+        asked = admit(
+            delivery.envelope,
+            window=window,
+            now=now,
+            redriven=delivery.redriven,
+            stream=delivery.published_on,
+        )
         self._begin(delivery, asked)
         match asked:
             case Work():
