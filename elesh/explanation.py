@@ -1,4 +1,4 @@
-"""What the command line prints: decisions, replays, breakers and dead letters as rich tables."""
+"""What the command line prints: decisions and breakers as rich tables."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from rich.table import Table
 
 from elesh.analysis import TargetExplanation, UnitExplanation, explain
 from elesh.bus import BreakerView
-from elesh.replay import Replayed
-from elesh.settings import Settings
 from leyline import (
     CheckpointBundle,
     GateResult,
@@ -23,10 +21,9 @@ from leyline import (
 __all__ = [
     "breaker_table",
     "print_decision",
-    "print_replayed",
 ]
 
-_SHOWN_DIFFERENCES, _SHOWN_UNITS = 40, 300
+_SHOWN_UNITS = 300
 
 
 def print_decision(
@@ -150,33 +147,6 @@ def _gates(gates: Iterable[GateResult]) -> Table:
             escape(gate.detail),
         )
     return table
-
-
-def print_replayed(console: Console, item: Replayed, settings: Settings, *, diff: bool) -> None:
-    """One line a replayed key; with ``diff`` every field that differs."""
-    if item.error:
-        console.print(
-            f"{item.key}  [red]cannot be replayed[/]: {escape(item.error)}", soft_wrap=True
-        )
-        return
-    if item.recorded is None:
-        console.print(f"{item.key}  [yellow]no decision was recorded[/]")
-        return
-    if item.identical:
-        console.print(f"{item.key}  [green]identical[/]")
-        return
-    console.print(f"{item.key}  [red]differs[/] in {len(item.differences)} fields")
-    if item.recorded.settings_hash != settings.analysis_hash:
-        console.print("  the settings are not those it was decided with")
-    if item.decision and item.recorded.elesh_version != item.decision.elesh_version:
-        console.print(f"  decided by Elesh {item.recorded.elesh_version}")
-    if diff:
-        for path, old, new in item.differences[:_SHOWN_DIFFERENCES]:
-            console.print(
-                f"  {escape(path)}: {escape(str(old))} -> {escape(str(new))}", soft_wrap=True
-            )
-        if len(item.differences) > _SHOWN_DIFFERENCES:
-            console.print(f"  and {len(item.differences) - _SHOWN_DIFFERENCES} more")
 
 
 def breaker_table(views: Sequence[BreakerView]) -> Table:

@@ -1,37 +1,46 @@
 """Replay: run the analysis of a recorded event again, publish nothing, compare with the record.
 
-The same code and settings give the same bytes. Where they do not, the differing fields are named,
-and whether settings or version changed since.
+Promises: the same code and settings give the same bytes; where they do not, the settings that
+changed are named, and what the decision does differently. The analysis runs in a compute child, as
+it did then: whatever a checkpoint carries is met behind the same walls. Levels that were missing
+and rungs of the failure table that were taken are those of the record. Only what happened to one
+level of several (say a timeout of the heads alone) is replayed for all of them.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from elesh.analysis import analyze
-from elesh.bus import Bus
+from elesh.bus import Bus, Delivery
+from elesh.capture import Case, open_case, save_case, take_blobs, versions
+from elesh.differences import Change, changes, moved
+from elesh.observe import linked_span
 from elesh.safety import BreakerStatus, refuse_rolled_back
 from elesh.settings import Settings
-from elesh.verification import verifier
 from elesh.worker.admission import Work, admit
+from elesh.worker.compute import ChildFailure, ComputeChild
+from elesh.worker.ladder import CORRUPTION, REPLAYED
+from elesh.worker.protocol import DOCUMENT, Job
 from leyline import (
-    CheckpointBundle,
     ContractError,
     IdempotencyKey,
     Level,
     StructuralPruningDecision,
+    decode,
     encode,
     read_envelope,
     unwrap,
 )
 from leyline.streams import CHECKPOINTS, REQUESTS
 
-__all__ = ["Replayed", "Selection", "replay"]
+__all__ = ["Replayed", "Selection", "capture", "recorded_decision", "replay", "replay_case"]
 
 
 @dataclass(frozen=True)
@@ -45,9 +54,9 @@ class Selection:
     def takes(self, work: Work) -> bool:
         """Whether ``work`` is selected."""
         return (
-            (not self.key or self.key in map(str, work.keys))
-            and (not self.run_id or work.run_id == self.run_id)
-            and (self.epoch is None or work.epoch == self.epoch)
+            self.key in ("", str(work.key))
+            and self.run_id in ("", work.run_id)
+            and self.epoch in (None, work.epoch)
         )
 
 
@@ -58,9 +67,17 @@ class Replayed:
     key: IdempotencyKey
     decision: StructuralPruningDecision | None
     recorded: StructuralPruningDecision | None
-    differences: tuple[tuple[str, Any, Any], ...] = ()
-    """Path of the field, recorded value, value now."""
+    settings: tuple[Change, ...] | None = ()
+    """Settings that are not those that decided; None if these are not known any more."""
     error: str = ""
+    """Why there is no decision now."""
+    differences: tuple[Change, ...] = field(init=False, default=())
+    """Every field of the decision that differs."""
+
+    def __post_init__(self) -> None:
+        if self.decision is not None and self.recorded is not None:
+            before, after = (d.model_dump(mode="json") for d in (self.recorded, self.decision))
+            object.__setattr__(self, "differences", tuple(changes(before, after)))
 
     @property
     def identical(self) -> bool:
@@ -71,50 +88,85 @@ class Replayed:
             and encode(self.decision) == encode(self.recorded)
         )
 
+    @property
+    def moved(self) -> list[str]:
+        """What the decision does differently, in words."""
+        both = self.decision is not None and self.recorded is not None
+        return moved(self.recorded, self.decision) if both else []  # type: ignore[arg-type]
+
 
 async def replay(bus: Bus, settings: Settings, selection: Selection) -> AsyncIterator[Replayed]:
     """Replay every selected event that is still in the streams, in their order."""
-    done: set[IdempotencyKey] = set()
-    for stream in (CHECKPOINTS, REQUESTS):
-        for delivery in await bus.read(stream):
-            work = _work(delivery.envelope, settings)
-            if work is None or not selection.takes(work):
-                continue
-            for key in work.keys:
-                if key not in done and (not selection.key or str(key) == selection.key):
-                    done.add(key)
-                    yield await _replay(bus, settings, work, key)
+    async with _child(settings) as child:
+        async for delivery, work in _events(bus, selection):
+            with linked_span(delivery.carrier, "replay", {"elesh.replayed": str(work.key)}):
+                replayed = await _replay_recorded(bus, child, settings, work)
+            yield replayed
 
 
-def _work(envelope: bytes, settings: Settings) -> Work | None:
-    try:
-        work = admit(envelope, window=settings.worker.window_seconds, now=datetime.now(UTC))
-    except ContractError:
-        return None  # it never was work: it is among the dead letters
-    return work if isinstance(work, Work) else None
+async def _replay_recorded(
+    bus: Bus, child: ComputeChild, settings: Settings, work: Work
+) -> Replayed:
+    recorded = await recorded_decision(bus, work.key)
+    decided_by = await bus.settings_of(recorded.settings_hash) if recorded else None
+    with tempfile.TemporaryDirectory(prefix="elesh-replay-") as name:
+        folder = Path(name)
+        try:
+            await _fetch(bus, work, folder)
+        except ContractError as error:
+            return Replayed(work.key, None, recorded, error=str(error))
+        return await _replay(child, settings, work, folder, recorded, decided_by)
 
 
-async def _replay(bus: Bus, settings: Settings, work: Work, key: IdempotencyKey) -> Replayed:
-    recorded = await recorded_decision(bus, key)
-    try:
-        bundle = await fetch_bundle(bus, work)
-    except ContractError as error:
-        return Replayed(key, None, recorded, error=str(error))
-    fallbacks = recorded.fallbacks if recorded else ()
-    timed_out = any(taken.rung == "analysis_timeout" for taken in fallbacks)
-    decision = analyze(
-        bundle,
-        settings,
-        level=None if key.level is Level.JOINT else key.level,
-        key=key,
-        breakers=BreakerStatus.of(recorded) if recorded else None,
-        scorer="multi_metric" if timed_out else None,
-        fallbacks=tuple(f for f in fallbacks if f.rung in {"analysis_timeout", "worker_crash"}),
-        verify=verifier(bundle, settings, recorded),
-    )
-    decision = refuse_rolled_back(decision, recorded.rolled_back if recorded else ())
-    differences = tuple(_differences(recorded, decision)) if recorded else ()
-    return Replayed(key, decision, recorded, differences)
+@asynccontextmanager
+async def _child(settings: Settings) -> AsyncIterator[ComputeChild]:
+    """A compute child for the length of the block."""
+    with tempfile.TemporaryDirectory(prefix="elesh-child-") as name:
+        child = ComputeChild(settings.worker.memory_limit, Path(name))
+        try:
+            yield child
+        finally:
+            await child.kill()
+
+
+async def capture(bus: Bus, key: str, path: Path) -> Case | None:
+    """Write the event of ``key`` with all that belongs to it; None if it is not in the streams.
+
+    Raises:
+        MissingBlob: if one of its blobs has expired since.
+    """
+    async for delivery, work in _events(bus, Selection(key)):
+        decision = await recorded_decision(bus, work.key)
+        case = Case(
+            stream=delivery.stream.name,
+            entry_id=delivery.entry_id,
+            envelope=delivery.envelope,
+            decision=decision,
+            settings=await bus.settings_of(decision.settings_hash) if decision else None,
+            versions=versions(),
+        )
+        with tempfile.TemporaryDirectory(prefix="elesh-capture-") as name:
+            await _fetch(bus, work, Path(name), document=False)
+            save_case(path, case, Path(name))
+        return case
+    return None
+
+
+async def replay_case(path: Path, settings: Settings | None) -> Replayed:
+    """Replay a captured case; without ``settings`` by those that decided it.
+
+    Raises:
+        ContractError: if the file or what is in it is not sound.
+    """
+    case = open_case(path)
+    work = _admitted(case.envelope)
+    chosen = settings or Settings.model_validate(case.settings or {})
+    with tempfile.TemporaryDirectory(prefix="elesh-replay-") as name:
+        folder = Path(name)
+        take_blobs(path, work.blobs, folder)
+        (folder / DOCUMENT).write_bytes(encode(work.document))
+        async with _child(chosen) as child:
+            return await _replay(child, chosen, work, folder, case.decision, case.settings)
 
 
 async def recorded_decision(bus: Bus, key: IdempotencyKey) -> StructuralPruningDecision | None:
@@ -126,34 +178,87 @@ async def recorded_decision(bus: Bus, key: IdempotencyKey) -> StructuralPruningD
     return message if isinstance(message, StructuralPruningDecision) else None
 
 
-async def fetch_bundle(bus: Bus, work: Work) -> CheckpointBundle:
-    """The checkpoint that ``work`` points at.
-
-    Raises:
-        MissingBlob: if a blob has expired since.
-    """
-    with tempfile.TemporaryDirectory(prefix="elesh-replay-") as name:
-        folder = Path(name)
-        for file, ref in work.blobs.items():
-            await bus.blobs.fetch(ref, folder / file)
-        (folder / "checkpoint.json").write_text(work.document.model_dump_json())
-        return CheckpointBundle.load(folder)
-
-
-def _differences(
-    recorded: StructuralPruningDecision, now: StructuralPruningDecision
-) -> list[tuple[str, Any, Any]]:
-    found: list[tuple[str, Any, Any]] = []
-    _compare("", recorded.model_dump(mode="json"), now.model_dump(mode="json"), found)
-    return found
+async def _events(bus: Bus, selection: Selection) -> AsyncIterator[tuple[Delivery, Work]]:
+    """The selected events, each key once; what never was work is among the dead letters."""
+    done: set[IdempotencyKey] = set()
+    for stream in (CHECKPOINTS, REQUESTS):
+        for delivery in await bus.read(stream):
+            try:
+                work = _admitted(delivery.envelope)
+            except ContractError:
+                continue
+            if work.key not in done and selection.takes(work):
+                done.add(work.key)
+                yield delivery, work
 
 
-def _compare(path: str, old: Any, new: Any, found: list[tuple[str, Any, Any]]) -> None:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            _compare(f"{path}.{key}".lstrip("."), old.get(key), new.get(key), found)
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for index, (a, b) in enumerate(zip(old, new, strict=True)):
-            _compare(f"{path}[{index}]", a, b, found)
-    elif old != new:
-        found.append((path, old, new))
+def _admitted(envelope: bytes) -> Work:
+    """The work of an envelope, however old it is."""
+    now = datetime.now(UTC)
+    work = admit(envelope, window=Settings().window_seconds, now=now, redriven=now)
+    if not isinstance(work, Work):
+        raise ContractError("event", "a checkpoint or a request", type(work).__name__)
+    return work
+
+
+async def _fetch(bus: Bus, work: Work, folder: Path, *, document: bool = True) -> None:
+    for name, ref in work.blobs.items():
+        await bus.blobs.fetch(ref, folder / name)
+    if document:
+        (folder / DOCUMENT).write_bytes(encode(work.document))
+
+
+async def _replay(
+    child: ComputeChild,
+    settings: Settings,
+    work: Work,
+    folder: Path,
+    recorded: StructuralPruningDecision | None,
+    decided_by: dict[str, Any] | None,
+) -> Replayed:
+    changed: tuple[Change, ...] | None = None
+    if decided_by is not None:
+        changed = tuple(changes(decided_by, json.loads(settings.analysis_json)))
+    elif recorded is None or recorded.settings_hash == settings.analysis_hash:
+        changed = ()
+    if recorded and any(taken.rung == CORRUPTION for taken in recorded.fallbacks):
+        error = "its data was corrupt, and an earlier decision stands in"
+        return Replayed(work.key, None, recorded, changed, error)
+    try:
+        reply = await child.run(_job(settings, work, folder, recorded), timeout=2 * work.window)
+        if reply.failed is not None:
+            raise reply.failed.error
+        decision = decode(StructuralPruningDecision, reply.result, field=f"result of {work.key}")
+    except (ContractError, ChildFailure) as error:
+        return Replayed(work.key, None, recorded, changed, str(error))
+    decision = refuse_rolled_back(decision, recorded.rolled_back if recorded else ())
+    return Replayed(work.key, decision, recorded, changed)
+
+
+def _job(
+    settings: Settings, work: Work, folder: Path, recorded: StructuralPruningDecision | None
+) -> Job:
+    """What the child is asked, as it was then: the same gaps, breakers and rungs."""
+    gaps = _gaps(recorded)
+    levels = tuple(level for level in work.levels if level not in gaps)
+    breakers = BreakerStatus.of(recorded) if recorded else {}
+    states = [breakers.get(level, BreakerStatus()) for level in levels]
+    fallbacks = recorded.fallbacks if recorded else ()
+    return Job(
+        kind="decide",
+        folder=str(folder),
+        key=str(work.key),
+        settings=settings.model_dump_json(),
+        levels=levels,
+        breakers=tuple((each.state, each.failures, each.reason) for each in states),
+        threads=settings.threads,
+        fallbacks=tuple((f.rung, f.reason) for f in fallbacks if f.rung in REPLAYED),
+        missing=tuple((str(level), reason) for level, reason in gaps.items()),
+        recorded=encode(recorded) if recorded else b"",
+    )
+
+
+def _gaps(recorded: StructuralPruningDecision | None) -> dict[Level, str]:
+    """The levels that the recorded decision had to do without, each with the reason."""
+    parts = recorded.levels if recorded else ()
+    return {part.level: part.reason for part in parts if part.verdict == "missing"}

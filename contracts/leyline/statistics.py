@@ -42,11 +42,17 @@ class ChannelImportanceData(_ArrayMessage):
     """[C], 0 to 1: share of activations with magnitude above 1e-3."""
     channel_correlations: Array | None = None
     """[C, C]: cosine similarity of the channels' activations over samples and positions."""
+    mean_square: Array | None = None
+    """[C], >= 0: mean square of the same activations. With it, the correlations that data-parallel
+    ranks measured merge exactly."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         count = self.taylor_importance.shape[0] if self.taylor_importance.ndim else 0
-        for field in ("taylor_importance", "magnitude_importance", "activation_frequency"):
+        vectors = ["taylor_importance", "magnitude_importance", "activation_frequency"]
+        if self.mean_square is not None:
+            vectors.append("mean_square")
+        for field in vectors:
             values: npt.NDArray[Any] = getattr(self, field)
             where = f"{self.layer_name}/{field}"
             _require_shape(where, values, (count,))

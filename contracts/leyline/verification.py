@@ -27,7 +27,7 @@ class Verification(Message):
     """The network with and without the cut, on the same held-out samples.
 
     Rises and drops are positive where the cut does harm. They are of the cut that is decided (the
-    kept units), not of the one that was proposed.
+    kept units); where none was kept, of the whole that was proposed and refused.
     """
 
     samples: Count
@@ -49,8 +49,6 @@ class Verification(Message):
     loss_rise_interval: Interval
     """Paired bootstrap over the samples: of the mean rise, at ``confidence``."""
     accuracy_before: Fraction
-    predicted_accuracy_drop: Finite | None = None
-    """As predicted from the checkpoint's statistics, 0 to 1, where they tell."""
     accuracy_drop: Finite
     """Measured, -1 to 1."""
     accuracy_drop_interval: Interval

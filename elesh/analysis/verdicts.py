@@ -37,6 +37,7 @@ __all__ = ["FALLBACK_DISCOUNT", "by_kind", "decided", "rejection", "targets_of"]
 
 FALLBACK_DISCOUNT = 0.8
 """What each rung of the failure table leaves of the confidence."""
+_SAFETY_FAILURE = "safety_failure"
 
 
 def decided(
@@ -62,7 +63,12 @@ def decided(
         counted: the gates that the verdict rests on; all of ``gates`` if not given.
         reason: why it is not approved even if they passed; empty if nothing speaks against it.
     """
-    counted = gates if counted is None else counted
+    counted, broken = gates if counted is None else counted, _broken(gates)
+    if broken:
+        # A row of the failure table: nothing of a cut that does not hold together is applied.
+        counted = tuple(dict.fromkeys((*counted, *broken)))
+        if not any(taken.rung == _SAFETY_FAILURE for taken in fallbacks):
+            fallbacks += (Fallback(rung=_SAFETY_FAILURE, reason=rejection(broken)),)
     outcome = safety.verdict(counted, measured=False)
     reason = (rejection(counted) or reason)[:8192]
     return StructuralPruningDecision(
@@ -83,6 +89,15 @@ def decided(
         levels=levels,
         settings_hash=settings.analysis_hash,
         elesh_version=_elesh_version(),
+    )
+
+
+def _broken(gates: Iterable[GateResult]) -> tuple[GateResult, ...]:
+    """The gates of the architecture's integrity that failed, of whichever level."""
+    return tuple(
+        gate
+        for gate in gates
+        if not gate.passed and gate.name.rpartition(".")[2] in safety.ARCHITECTURE_GATES
     )
 
 

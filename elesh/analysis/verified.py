@@ -74,14 +74,18 @@ def _judged(decision: StructuralPruningDecision, answer: Measured) -> Structural
     reason = rejection(answer.gates)
     if not reason and not targets_of(decision):
         reason = "verification: no part of the cut was measured as safe"
-    measured, skipped = answer.verification is not None, answer.skipped
+    found, skipped = answer.verification, answer.skipped
+    measured = found is not None
+    if found is not None and found.kept:
+        rise = decision.statistics.predicted_loss_rise  # of what was kept
+        found = found.model_copy(update={"predicted_loss_rise": rise})
     go = Outcome.GO if measured else Outcome.CONDITIONAL_GO
     validation = {
         **dict(decision.safety),
         "gates": (*decision.safety.gates, *answer.gates),
         "outcome": Outcome.NO_GO if reason else go,
         "measured": measured,
-        "verification": answer.verification,
+        "verification": found,
         "confidence": _confidence(decision, answer),
     }
     fields = {

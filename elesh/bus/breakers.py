@@ -8,6 +8,7 @@ often its message is delivered.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, cast
@@ -16,6 +17,7 @@ from elesh.settings import BreakerSettings
 from leyline import BreakerTransition, Level
 
 from .client import Client
+from .errors import BusUnavailable
 from .scripts import Scripts
 
 __all__ = ["BreakerStore", "BreakerView", "State"]
@@ -91,9 +93,13 @@ class BreakerStore:
         names = sorted(name.decode() for name in members)
         views = []
         for run_id, _, level in (name.rpartition(":") for name in names):
-            view = await self.view(run_id, Level(level))
+            view = (await self._run("look", run_id, Level(level)))[0]
             if view.state != "closed" or view.failures:
                 views.append(view)
+            else:
+                # It expired: its name is forgotten, too, by who may.
+                with contextlib.suppress(BusUnavailable):
+                    await self.view(run_id, Level(level))
         return views
 
     async def _run(
@@ -104,7 +110,8 @@ class BreakerStore:
         if token:
             keys.append(f"{self._prefix}-failure:{name}:{token}")
         args: list[str | int] = [operation, name, reason[:_MAX_REASON], *self._limits]
-        reply = await self._scripts.breaker(keys, args)
+        run = self._scripts.look if operation == "look" else self._scripts.breaker
+        reply = await run(keys, args)
         before, after = (cast(State, state.decode()) for state in reply[:2])
         failures, kept_reason, opened = reply[2], reply[3].decode(), reply[4]
         view = BreakerView(

@@ -9,6 +9,7 @@ every step that changes anything. Commands of Redis 7.0 only. Every method raise
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -64,6 +65,8 @@ SHED_FROM = {
 }
 """Share of ``stream_length`` that may wait before messages of a priority are shed."""
 
+_REMEMBER_SECONDS = 3600
+
 
 class Bus:
     """One connection to the bus, for one partition; safe to use from many tasks of one loop."""
@@ -89,6 +92,7 @@ class Bus:
         self.audit = AuditLog(client, self._scripts, guard, settings.partition)
         self.letters = DeadLetters(client, self._scripts, guard, settings.partition)
         self.registry = Registry(client, self._scripts, settings.partition)
+        self._remembered: dict[str, float] = {}
         keep = settings.record_ttl_seconds
         self.runs = RunStore(client, self._scripts, settings.partition, keep)
 
@@ -269,6 +273,23 @@ class Bus:
             args += [str(result.key), result.fingerprint, epoch, len(fields), *fields]
         verdicts = await self._scripts.settle([*keys, *served], args)
         return [Settlement(verdict) for verdict in verdicts]
+
+    async def remember_settings(self, settings_hash: str, text: str) -> None:
+        """Keep the settings (JSON) that decisions name by their hash, as long as their records.
+
+        Written once an hour at most: call it with every decision.
+        """
+        now = asyncio.get_running_loop().time()
+        if now < self._remembered.get(settings_hash, 0.0):
+            return
+        seconds = self.settings.record_ttl_seconds + _REMEMBER_SECONDS
+        await self._client.set(self.keys.named("settings", settings_hash), text, ex=seconds)
+        self._remembered[settings_hash] = now + _REMEMBER_SECONDS
+
+    async def settings_of(self, settings_hash: str) -> dict[str, Any] | None:
+        """The settings that decided, without what has no part in decisions; None if unknown."""
+        stored: Any = await self._client.get(self.keys.named("settings", settings_hash))
+        return dict(json.loads(stored)) if stored else None
 
     async def acknowledge(
         self, group: str, consumer: str, delivery: Delivery, served: Sequence[str] = ()

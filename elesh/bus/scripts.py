@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+from redis.exceptions import NoScriptError
+
 from .client import Client
 
 __all__ = ["Args", "Entry", "Scripts"]
@@ -20,6 +22,7 @@ class Scripts:
     """The scripts as one client runs them (by digest; loaded again where the server lost them)."""
 
     def __init__(self, client: Client) -> None:
+        self._client = client
         folder = files(__package__) / "lua"
         common = (folder / "common.lua").read_text()
         joining = common + (folder / "joining.lua").read_text()
@@ -127,6 +130,18 @@ class Scripts:
         reply: list[Any] = await self._breaker(keys, args)
         return reply
 
+    async def look(self, keys: Sequence[str], args: Sequence[str | int]) -> list[Any]:
+        """The same for a circuit breaker that is only looked at."""
+        reply: list[Any] = await self._reading(self._breaker, keys, args)
+        return reply
+
+    async def _reading(self, script: Any, keys: Sequence[str], args: Sequence[str | int]) -> Any:
+        """Run a script that changes nothing, for which the right to read its keys is enough."""
+        try:
+            return await self._client.evalsha_ro(script.sha, len(keys), *keys, *args)
+        except NoScriptError:
+            return await self._client.eval_ro(script.script, len(keys), *keys, *args)
+
     async def audit(
         self,
         keys: tuple[str, str],
@@ -151,7 +166,7 @@ class Scripts:
 
     async def census(self, streams: Sequence[str], groups: Sequence[str]) -> list[list[int]]:
         """Five figures a stream; see ``lua/census.lua``."""
-        reply: list[list[int]] = await self._census(list(streams), list(groups))
+        reply: list[list[int]] = await self._reading(self._census, streams, groups)
         return reply
 
     async def remember(

@@ -12,7 +12,21 @@ from elesh.bus import BusUnavailable
 from elesh.settings import SettingsError
 from leyline import ContractError
 
-from . import audit, config, console, dead, decisions, events, keys, observe, operate, profile, run
+from . import (
+    audit,
+    config,
+    console,
+    dead,
+    decisions,
+    events,
+    history,
+    keys,
+    observe,
+    operate,
+    profile,
+    replays,
+    run,
+)
 from .common import complaints
 
 __all__ = ["app", "main"]
@@ -23,12 +37,31 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Elesh says, at checkpoints of a training run, which parts of the network can be removed.",
 )
-for family in (run, decisions, observe, operate, events, console, profile):
-    app.add_typer(family.app)
-app.add_typer(dead.dead, name="dead")
-app.add_typer(audit.audit, name="audit")
-app.add_typer(keys.keys, name="keys")
-app.add_typer(config.config, name="config")
+_RUN, _DECIDE, _WATCH, _OPERATE = "Run", "Decide and explain", "Watch", "Operate"
+
+
+def _mount(family: typer.Typer, panel: str) -> None:
+    """Add a family's commands and groups, under one heading of the help."""
+    for command in family.registered_commands:
+        command.rich_help_panel = panel
+    for group in family.registered_groups:
+        group.rich_help_panel = panel
+    app.add_typer(family)
+
+
+_mount(run.app, _RUN)
+_mount(profile.app, _RUN)
+_mount(decisions.app, _DECIDE)
+_mount(replays.app, _DECIDE)
+_mount(history.app, _DECIDE)
+_mount(observe.app, _WATCH)
+_mount(events.app, _WATCH)
+_mount(console.app, _WATCH)
+_mount(operate.app, _OPERATE)
+app.add_typer(dead.dead, name="dead", rich_help_panel=_OPERATE)
+app.add_typer(audit.audit, name="audit", rich_help_panel=_OPERATE)
+app.add_typer(keys.keys, name="keys", rich_help_panel=_OPERATE)
+app.add_typer(config.config, name="config", rich_help_panel=_OPERATE)
 
 
 def main() -> None:

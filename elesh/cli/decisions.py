@@ -1,4 +1,4 @@
-"""Commands about decisions: make one from a folder, explain one, replay recorded ones."""
+"""Commands about decisions: make one from a folder, explain one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from elesh.bus import Bus
 from elesh.settings import Settings
 from leyline import Level
 
@@ -62,33 +61,3 @@ def explain(
     if decision is None:
         fail(f"{what}: no decision is recorded for this key")
     print_decision(console, decision)
-
-
-@app.command()
-def replay(
-    key: Annotated[
-        str, typer.Argument(help="Key of a decision; empty: all that is selected.")
-    ] = "",
-    run: Annotated[str, typer.Option(help="Only this run.")] = "",
-    epoch: Annotated[int | None, typer.Option(help="Only this epoch.")] = None,
-    diff: Annotated[bool, typer.Option("--diff", help="Show every field that differs.")] = False,
-    redis: RedisOption = "",
-    settings: SettingsOption = None,
-) -> None:
-    """Analyse recorded events again, publish nothing, and compare with what was decided."""
-    from elesh.explanation import print_replayed
-    from elesh.replay import Selection
-    from elesh.replay import replay as replay_events
-
-    async def run_all(bus: Bus, loaded: Settings) -> tuple[int, int]:
-        total = same = 0
-        async for item in replay_events(bus, loaded, Selection(key, run, epoch)):
-            print_replayed(console, item, loaded, diff=diff)
-            total, same = total + 1, same + item.identical
-        return total, same
-
-    total, same = on_bus(redis, settings, run_all)
-    if not total:
-        fail("nothing was selected that is still in the streams")
-    console.print(f"{same} of {total} bit-identical")
-    raise typer.Exit(0 if same == total else 1)

@@ -82,9 +82,22 @@ def worker(
 @app.command()
 def plan(
     parameters: Annotated[int, typer.Argument(min=1, help="Parameters of the network.")],
-    seconds: Annotated[float, typer.Option(help="The checkpoint window.")] = 300.0,
+    seconds: Annotated[
+        float | None, typer.Option(help="The checkpoint window; default: the settings'.")
+    ] = None,
     levels: Annotated[int, typer.Option(min=1, help="Levels of analysis.")] = 3,
     rate: Annotated[int, typer.Option(min=1, help="Parameters a second a worker.")] = 500_000,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs that train: so many workers each.")] = 0,
+    settings: SettingsOption = None,
 ) -> None:
     """Say how many workers a network needs: W >= ceil(P / (R * T * L))."""
-    console.print(f"{workers_needed(parameters, rate, seconds, levels)} workers")
+    loaded = Settings.load(settings)
+    window = loaded.window_seconds if seconds is None else seconds
+    needed = workers_needed(parameters, rate, window, levels)
+    wanted = max(needed, gpus * loaded.analysis_workers_per_gpu)
+    console.print(f"{wanted} worker{'s' if wanted > 1 else ''}")
+    if wanted > needed:
+        each = loaded.analysis_workers_per_gpu
+        console.print(
+            f"{needed} by size; {each} for each of {gpus} GPUs (analysis_workers_per_gpu)"
+        )

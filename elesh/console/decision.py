@@ -169,7 +169,8 @@ def _loss(
     if predicted is not None:
         yield Estimate("predicted", predicted)
     if measured:
-        yield Estimate("worker, held out", measured.loss_rise, *measured.loss_rise_interval)
+        interval = measured.loss_rise_interval
+        yield Estimate("worker, held out", measured.loss_rise, interval.low, interval.high)
     for outcome in outcomes[:1]:
         yield from _difference("trainer, masked", outcome.loss_before, outcome.loss_masked)
 
@@ -179,10 +180,8 @@ def _accuracy(
 ) -> Iterator[Estimate]:
     measured = decision.safety.verification
     if measured:
-        if measured.predicted_accuracy_drop is not None:
-            yield Estimate("predicted", measured.predicted_accuracy_drop)
         interval = measured.accuracy_drop_interval
-        yield Estimate("worker, held out", measured.accuracy_drop, *interval)
+        yield Estimate("worker, held out", measured.accuracy_drop, interval.low, interval.high)
     for outcome in outcomes[:1]:
         before, masked = outcome.accuracy_before, outcome.accuracy_masked
         yield from _difference("trainer, masked", masked, before)

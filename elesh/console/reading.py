@@ -132,7 +132,7 @@ class Reader:
         return self._bundles[key], ""
 
     async def _work(self, key: IdempotencyKey) -> Work | None:
-        window, now = self._settings.worker.window_seconds, datetime.now(UTC)
+        window, now = self._settings.window_seconds, datetime.now(UTC)
         for stream in (CHECKPOINTS, REQUESTS):
             for delivery in reversed(await self.bus.read(stream)):
                 try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -27,25 +28,27 @@ class Split:
 
 @dataclass(frozen=True)
 class Digits:
-    """Training data, validation data for the masks, and held-out data for the report.
+    """Training data, data for workers to measure cuts on, validation data for the trainer's own
+    check, and held-out data for the report.
 
     The calibration batch is a part of the training data; held-out data is looked at only to
     report, never to decide.
     """
 
     train: Split
+    proof: Split
     validation: Split
     held_out: Split
 
     @classmethod
     def load(cls, seed: int) -> Digits:
-        """70% to train, 10% to validate, 20% held out."""
+        """60% to train, 12.5% for workers, 12.5% to validate, 15% held out."""
         images, labels = load_digits(return_X_y=True)
         order = np.random.default_rng(seed).permutation(len(labels))
         x = torch.from_numpy((images[order] / 16).astype(np.float32)).view(-1, 1, 8, 8)
         y = torch.from_numpy(labels[order].astype(np.int64))
-        a, b = int(0.7 * len(y)), int(0.8 * len(y))
-        return cls(Split(x[:a], y[:a]), Split(x[a:b], y[a:b]), Split(x[b:], y[b:]))
+        ends = [int(share * len(y)) for share in (0, 0.6, 0.725, 0.85, 1)]
+        return cls(*(Split(x[a:b], y[a:b]) for a, b in pairwise(ends)))
 
     def calibration(self, batch: int = 256) -> list[tuple[Tensor, Tensor]]:
         """The first 512 training samples, in batches: the same at every checkpoint."""

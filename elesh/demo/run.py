@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +175,7 @@ def report_figures(report: Report, training: Training) -> dict[str, Any]:
             }
             for decision in report.decisions
         ],
+        "cuts": [{**asdict(cut), "inside": cut.inside} for cut in report.cuts],
         "failed": report.failed,
         "unanswered": report.unanswered,
         "missed": report.missed,

@@ -105,7 +105,12 @@ def report_tables(
     report: Report, original: PrunedArchitecture, now: PrunedArchitecture
 ) -> list[Table]:
     """The tables that a run ends with."""
-    return [_summary(report, original, now), _by_layer(original, now), _by_outcome(report)]
+    return [
+        _summary(report, original, now),
+        _by_layer(original, now),
+        _by_decision(report),
+        _by_outcome(report),
+    ]
 
 
 def _summary(report: Report, original: PrunedArchitecture, now: PrunedArchitecture) -> Table:
@@ -150,6 +155,34 @@ def _by_layer(original: PrunedArchitecture, now: PrunedArchitecture) -> Table:
             "" if group.prunable else f"left alone: {group.reason}",
         )
     return table
+
+
+def _by_decision(report: Report) -> Table:
+    """What every cut was predicted to cost, and what worker and trainer measured."""
+    table = Table(title="Cuts: predicted and measured", title_justify="left")
+    table.add_column("epoch", justify="right")
+    table.add_column("units", justify="right")
+    for name in ("predicted\nloss rise", "measured\nby worker", "measured\nby trainer"):
+        table.add_column(name, justify="right")
+    for name in ("accuracy\ndrop", "on other\nsamples", "measured\nby trainer"):
+        table.add_column(name, justify="right")
+    for cut in report.cuts:
+        table.add_row(
+            str(cut.epoch),
+            f"{cut.kept} of {cut.proposed}",
+            _figure(cut.predicted_loss_rise, ".4f"),
+            f"{cut.worker_loss_rise:.4f}",
+            _figure(cut.trainer_loss_rise, ".4f"),
+            f"{cut.worker_accuracy_drop:.2%}",
+            f"{cut.low:.2%} to {cut.high:.2%}",
+            _figure(cut.trainer_accuracy_drop, ".2%")
+            + ("" if cut.inside else " [yellow]outside[/]"),
+        )
+    return table
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def _by_outcome(report: Report) -> Table:

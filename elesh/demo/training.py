@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -16,10 +16,13 @@ from torch import nn
 from torch.nn import functional
 
 from elesh.analysis import counted_groups, phase_at
-from elesh.settings import Settings
+from elesh.observe import span
+from elesh.settings import SafetySchedule, Settings
 from elesh.trainer import Evaluation, Recorder, Session, Surgeon
+from elesh.trainer.export import Exporter
 from leyline import (
     CheckpointBundle,
+    Phase,
     PrunedArchitecture,
     PruningOutcome,
     StructuralPruningDecision,
@@ -32,6 +35,8 @@ __all__ = ["EpochFigures", "Observer", "Report", "Training", "total_channels"]
 
 _BATCH = 128
 _LEARNING_RATE = 0.1
+_PRUNING = (Phase.CONSERVATIVE, Phase.MODERATE, Phase.AGGRESSIVE)
+"""In the other phases nothing is cut, so nothing has to be measured."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,55 @@ class Observer(Protocol):
         """After every decision that was looked at."""
 
 
+@dataclass(frozen=True)
+class Cut:
+    """What one cut was predicted to cost, and what worker and trainer measured under its mask.
+
+    The two measure on samples of their own, and the trainer some epochs later.
+    """
+
+    epoch: int
+    proposed: int
+    kept: int
+    predicted_loss_rise: float | None
+    worker_loss_rise: float
+    trainer_loss_rise: float | None
+    worker_accuracy_drop: float
+    low: float
+    """Of the worker's interval for the drop on as many other samples."""
+    high: float
+    trainer_accuracy_drop: float | None
+
+    @property
+    def inside(self) -> bool:
+        """Whether the trainer's drop lies in the worker's interval, as far as it measured one."""
+        drop = self.trainer_accuracy_drop
+        return drop is None or self.low - 1e-9 <= drop <= self.high + 1e-9
+
+    @classmethod
+    def of(cls, decision: StructuralPruningDecision, outcome: PruningOutcome) -> Cut | None:
+        """The cut of a decision, where a worker measured it and let some of it pass."""
+        found = decision.safety.verification
+        if found is None or not found.kept:
+            return None
+        return cls(
+            epoch=decision.epoch,
+            proposed=found.proposed,
+            kept=found.kept,
+            predicted_loss_rise=found.predicted_loss_rise,
+            worker_loss_rise=found.loss_rise,
+            trainer_loss_rise=_difference(outcome.loss_masked, outcome.loss_before),
+            worker_accuracy_drop=found.accuracy_drop,
+            low=found.accuracy_drop_interval.low,
+            high=found.accuracy_drop_interval.high,
+            trainer_accuracy_drop=_difference(outcome.accuracy_before, outcome.accuracy_masked),
+        )
+
+
+def _difference(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
 @dataclass
 class Report:
     """The figures of a run; accuracies are shares of right answers on held-out data."""
@@ -70,6 +124,12 @@ class Report:
     unanswered: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     missed: int = 0
+
+    @property
+    def cuts(self) -> list[Cut]:
+        """The cuts that workers measured, in the order of their decisions."""
+        found = [Cut.of(d, self.outcomes[d.idempotency_key]) for d in self.decisions]
+        return [cut for cut in found if cut is not None]
 
 
 class Training:
@@ -113,6 +173,7 @@ class Training:
             optimizer=self.optimizer,
             restore_points=0,  # the session keeps them
         )
+        self.exporter = Exporter(self.model)
         self.original = self.surgeon.architecture
         self._before: Evaluation | None = None
         self._published: list[str] = []
@@ -156,13 +217,21 @@ class Training:
     def _publish_checkpoint(self, epoch: int) -> None:
         validation = self.evaluate(self.data.validation)
         with self.session.checkpoint(epoch):
-            bundle = self.recorder.measure(
-                self.data.calibration(),
-                epoch=epoch,
-                run_id=self.session.run_id,
-                accuracy=validation.accuracy,
-                loss=validation.loss,
-            )
+            with span("measure"):
+                bundle = self.recorder.measure(
+                    self.data.calibration(),
+                    epoch=epoch,
+                    run_id=self.session.run_id,
+                    accuracy=validation.accuracy,
+                    loss=validation.loss,
+                )
+            if phase_at(epoch, self._schedule) in _PRUNING:
+                proof = self.data.proof
+                with span("export"):
+                    network = self.exporter.export(
+                        bundle.architecture, (proof.images, proof.labels)
+                    )
+                bundle = replace(bundle, network=network)
             if self._to_spoil:
                 self._to_spoil -= 1
                 bundle = SpoiledBundle(**vars(bundle))
@@ -215,10 +284,9 @@ class Training:
     def _figures(self, epoch: int, loss: float) -> EpochFigures:
         decisions = self._report.decisions
         approved = sum(d.approved_for_application for d in decisions)
-        schedule = self.settings.structured_pruning.safety_schedule
         return EpochFigures(
             epoch=epoch,
-            phase=phase_at(epoch, schedule).value,
+            phase=phase_at(epoch, self._schedule).value,
             loss=loss,
             accuracy=self.evaluate(self.data.held_out).accuracy,
             approved=approved,
@@ -226,6 +294,10 @@ class Training:
             channels=total_channels(self.surgeon.architecture),
             checkpoint=epoch % self.every == 0,
         )
+
+    @property
+    def _schedule(self) -> SafetySchedule:
+        return self.settings.structured_pruning.safety_schedule
 
     def _rate(self, epoch: int) -> float:
         return max(0.01, 0.5 * (1 + math.cos(math.pi * epoch / self.epochs)))

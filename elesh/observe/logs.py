@@ -37,7 +37,10 @@ class _Formatter(logging.Formatter):
         if self._json:
             head = {"at": at, "level": record.levelname.lower(), "message": message}
             return _masked(json.dumps(head | fields, default=str))
-        tail = "".join(f" {key}={value}" for key, value in fields.items() if key != "trace_id")
+        if context.is_valid:
+            # Enough for elesh trace to find it.
+            fields["trace"] = fields.pop("trace_id")[:8]
+        tail = "".join(f" {key}={value}" for key, value in fields.items())
         return _masked(f"{at[11:23]} {record.levelname.lower():7} {message}{tail}")
 
 

@@ -77,7 +77,7 @@ def gauge(name: str, description: str, read: Callable[[], Iterable[Reading]]) ->
     """A gauge that is read whenever somebody looks; ``read`` must not wait."""
 
     def observe(_: CallbackOptions) -> Iterable[Observation]:
-        return [Observation(value, labels) for value, labels in read()]
+        return [Observation(float(value), labels) for value, labels in read()]
 
     _meter.create_observable_gauge(name, [observe], description=description)
 

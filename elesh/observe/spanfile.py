@@ -25,6 +25,7 @@ from .logs import get_logger
 
 __all__ = ["RecordedSpan", "SpanFile", "find_trace", "read_spans"]
 
+_LEAST_OF_ID = 8
 _NAME, _OLD = "spans.jsonl", "spans.old.jsonl"
 _log = get_logger(__name__)
 
@@ -113,18 +114,25 @@ def find_trace(what: str = "", folder: Path | None = None) -> list[RecordedSpan]
     """The spans of one trace, by start: the newest that ``what`` stands in.
 
     Args:
-        what: a decision's key, a run or a trace id, or any attribute's value; empty: any trace.
+        what: a decision's key, a run, a trace id or its first eight digits at least, or any
+            attribute's value; empty: any trace.
     """
     found = [span for span in read_spans(folder, containing=what) if _speaks_of(span, what)]
     if not found:
         return []
-    newest = max(found, key=lambda span: span.start).trace
+    newest = max(found, key=lambda span: (_is_of(span, what), span.start)).trace
     spans = read_spans(folder, containing=newest)
     return sorted((s for s in spans if s.trace == newest), key=lambda s: (s.start, -s.end))
 
 
 def _speaks_of(span: RecordedSpan, what: str) -> bool:
-    return not what or span.trace == what or what in map(str, span.attributes.values())
+    is_trace = len(what) >= _LEAST_OF_ID and span.trace.startswith(what)
+    return not what or is_trace or what in map(str, span.attributes.values())
+
+
+def _is_of(span: RecordedSpan, what: str) -> bool:
+    """Whether it is the key's own trace, and not one that only speaks of it, as a replay's."""
+    return span.attributes.get("elesh.key") == what
 
 
 def _folder() -> Path:

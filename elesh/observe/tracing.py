@@ -254,7 +254,7 @@ def span_from(
 
 @contextmanager
 def linked_span(
-    carrier: Mapping[str, str], name: str, *, attributes: Attributes | None = None
+    carrier: Mapping[str, str], name: str, attributes: Attributes | None = None
 ) -> Iterator[Span]:
     """A trace of its own that links back to the one in ``carrier``: a replay, a redrive."""
     link = _link(propagate.extract(dict(carrier)), {"elesh.origin": True})

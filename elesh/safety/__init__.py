@@ -1,6 +1,6 @@
 """Whether a cut is safe: gates with figures and limits, and the breaker's view. Pure."""
 
-from .breaker import BreakerStatus, Vote, breaker_gate, vote_of, votes
+from .breaker import ARCHITECTURE_GATES, BreakerStatus, Vote, breaker_gate, vote_of, votes
 from .gates import (
     MIN_SAMPLES,
     cumulative_limit,
@@ -25,12 +25,14 @@ from .measured_gates import (
     measured_loss,
     predicted_loss,
     predicted_only,
+    ranking_holds,
 )
 from .rolled_back import fingerprint_of, refuse_rolled_back, rolled_back_cut
 from .search import largest_safe
 from .verification import Entry, Measured, Proposal, Verifier
 
 __all__ = [
+    "ARCHITECTURE_GATES",
     "MEASURED_GATES",
     "MIN_SAMPLES",
     "BreakerStatus",
@@ -56,6 +58,7 @@ __all__ = [
     "phase_gate",
     "predicted_loss",
     "predicted_only",
+    "ranking_holds",
     "predicted_shift",
     "refuse_rolled_back",
     "requirements",

@@ -15,16 +15,24 @@ from leyline import GateResult, Level, PruningOutcome, StructuralPruningDecision
 from .measured_gates import MEASURED_GATES
 from .rolled_back import ROLLED_BACK
 
-__all__ = ["BreakerStatus", "Vote", "breaker_gate", "levels_of", "vote_of", "votes"]
+__all__ = [
+    "ARCHITECTURE_GATES",
+    "BreakerStatus",
+    "Vote",
+    "breaker_gate",
+    "levels_of",
+    "vote_of",
+    "votes",
+]
 
 State = Literal["closed", "open", "half_open"]
 Vote = Literal["failure", "success", "none"]
 
-INTEGRITY_GATES = frozenset(
+ARCHITECTURE_GATES = frozenset({"structure", "gradient_isolation"})
+"""Gates whose failure says that the network would not hold together: all is rejected then."""
+INTEGRITY_GATES = ARCHITECTURE_GATES | frozenset(
     {
         "statistics",
-        "structure",
-        "gradient_isolation",
         "minimum_channels",
         "minimum_heads",
         "cumulative_limit",

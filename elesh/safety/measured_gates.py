@@ -21,6 +21,7 @@ __all__ = [
     "measured_loss",
     "predicted_loss",
     "predicted_only",
+    "ranking_holds",
 ]
 
 MEASURED_GATES = frozenset(
@@ -30,6 +31,7 @@ MEASURED_GATES = frozenset(
         "accuracy_retention",
         "class_accuracy",
         "gradient_flow",
+        "ranking",
     }
 )
 
@@ -90,6 +92,21 @@ def gradient_flow(change: float, limit: float) -> GateResult:
         measured=change,
         limit=limit,
         detail="relative change of the gradients' norm in the parameters that stay",
+    )
+
+
+def ranking_holds(kept: int, proposed: int, limit: float) -> GateResult:
+    """Passed if at least the share ``limit`` of what the ranking proposed was measured as safe.
+
+    A ranking that is wrong about most of its units may be wrong about the others on other samples.
+    """
+    share = kept / proposed if proposed else 1.0
+    return GateResult(
+        name="ranking",
+        passed=share >= limit,
+        measured=share,
+        limit=limit,
+        detail=f"{kept} of {proposed} proposed units were measured as safe",
     )
 
 

@@ -118,7 +118,8 @@ def class_drop(before: Outcomes, after: Outcomes) -> ClassDrop:
 
 def _interval(values: Doubles, confidence: float) -> Interval:
     tail = (1 - confidence) / 2
-    low, high = np.quantile(values, (tail, 1 - tail))
+    low = np.quantile(values, tail, method="lower")
+    high = np.quantile(values, 1 - tail, method="higher")
     return Interval(low=float(low), high=float(high))
 
 

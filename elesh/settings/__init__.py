@@ -136,10 +136,24 @@ class Settings(BaseSettings):
             raise SettingsError(explain(cls, error, layers, path, node)) from None
 
     @property
+    def window_seconds(self) -> float:
+        """The checkpoint window: the document's ``analysis_timeout``, or the worker's if less."""
+        return min(self.worker.window_seconds, self.analysis_timeout)
+
+    @property
+    def threads(self) -> int:
+        """Threads of one analysis: the worker's, up to ``parallel_analysis_threads``."""
+        return min(self.worker.threads, self.parallel_analysis_threads)
+
+    @property
+    def analysis_json(self) -> str:
+        """Everything that can change a decision, as JSON."""
+        return self.model_dump_json(exclude=_NO_PART_IN_DECISIONS)
+
+    @property
     def analysis_hash(self) -> str:
-        """First 16 hex digits of SHA-256 over everything that can change a decision."""
-        relevant = self.model_dump_json(exclude=_NO_PART_IN_DECISIONS)
-        return hashlib.sha256(relevant.encode()).hexdigest()[:16]
+        """First 16 hex digits of SHA-256 over :attr:`analysis_json`."""
+        return hashlib.sha256(self.analysis_json.encode()).hexdigest()[:16]
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

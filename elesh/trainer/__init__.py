@@ -5,9 +5,18 @@ training thread, ``Surgeon`` masks, cuts and undoes.
 """
 
 from .apply import Evaluation, apply_decision
+from .ranks import merge_ranks
 from .recorder import Recorder
 from .redistribute import Moments
 from .session import Session
 from .surgeon import Surgeon
 
-__all__ = ["Evaluation", "Moments", "Recorder", "Session", "Surgeon", "apply_decision"]
+__all__ = [
+    "Evaluation",
+    "Moments",
+    "Recorder",
+    "Session",
+    "Surgeon",
+    "apply_decision",
+    "merge_ranks",
+]

@@ -8,7 +8,7 @@ it was made for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,20 +19,27 @@ from torch import Tensor, nn
 
 from elesh.analysis.parameters import allotted, sampled_indices
 from elesh.analysis.sketch import CountMinSketch, element_keys
+from elesh.bus import Bus
+from elesh.settings import Settings
 from leyline import (
+    AnalysisRequest,
     IdentityMismatch,
+    ImportanceData,
     InvalidField,
     NotFinite,
     ParameterIdentifier,
     PruningMasks,
     ShapeMismatch,
+    encode,
+    stable_hash,
 )
 from leyline.arrays import pack_arrays
+from leyline.streams import REQUESTS
 
 from .calling import Inputs, batch_size, call, device_of, map_tensors, undisturbed
 from .losses import Loss, cross_entropy, total
 
-__all__ = ["ParameterImportance", "ParameterTracker", "apply_masks", "identifiers"]
+__all__ = ["ParameterImportance", "ParameterTracker", "apply_masks", "ask_for_masks", "identifiers"]
 
 
 def identifiers(model: nn.Module) -> tuple[ParameterIdentifier, ...]:
@@ -73,9 +80,10 @@ class ParameterTracker:
     Args:
         model: the network; its parameters may change shape (then the history starts anew).
         loss: as for :class:`elesh.trainer.Recorder`; cross-entropy by default.
-        samples: elements whose exact importance is kept beside the sketch to check masks with.
+        settings: the sketch has ``sketch_depth`` rows of ``sketch_width`` cells, or of a hundredth
+            of the parameters if that is more; ``statistical_samples`` elements are kept exactly
+            beside it, to check masks with.
         momentum: of the discount, 0 to 1; 0 forgets earlier checkpoints.
-        offline: a worker-sized sketch (P / 100 cells a row) instead of the runtime one (P / 1000).
         seed: of the sketch's hashes; the same on every rank.
     """
 
@@ -84,23 +92,22 @@ class ParameterTracker:
         model: nn.Module,
         *,
         loss: Loss | None = None,
-        samples: int = 10_000,
+        settings: Settings | None = None,
         momentum: float = 0.99,
-        offline: bool = True,
         seed: int = 0,
     ) -> None:
         if not 0 <= momentum < 1:
             raise InvalidField("momentum", "at least 0 and below 1", momentum)
         self._model, self._loss = model, loss or cross_entropy
-        self._count, self._momentum, self._seed = samples, momentum, seed
-        self._make = CountMinSketch.offline if offline else CountMinSketch.runtime
+        self._settings, self._momentum, self._seed = settings or Settings(), momentum, seed
         self._start(identifiers(model))
 
     def _start(self, parameters: tuple[ParameterIdentifier, ...]) -> None:
         self._parameters = parameters
         size = sum(int(np.prod(p.shape, dtype=np.int64)) for p in parameters)
-        self._sketch = self._make(size, seed=self._seed)
-        counts = allotted(parameters, self._count)
+        width, depth = self._settings.sketch_width, self._settings.sketch_depth
+        self._sketch = CountMinSketch.sized(size, width, depth, seed=self._seed)
+        counts = allotted(parameters, self._settings.statistical_samples)
         self._places = {
             p.identifier: sampled_indices(p, counts.get(p.identifier, 0)) for p in parameters
         }
@@ -173,6 +180,62 @@ class ParameterTracker:
         for (path, weight), gradient in zip(trained.items(), gradients, strict=True):
             if gradient is not None:
                 yield path, (weight.detach() * gradient).abs().float()
+
+
+async def ask_for_masks(
+    bus: Bus,
+    ranks: Sequence[ParameterImportance],
+    *,
+    request_id: str,
+    epoch: int,
+    model_hash: str,
+    run_id: str = "",
+    settings: Settings | None = None,
+) -> AnalysisRequest:
+    """Put every rank's importance and publish the request for masks; returns it.
+
+    Thresholds are those of the settings (``marking_threshold``, ``confidence_threshold``).
+
+    Raises:
+        InvalidField: if there is no rank.
+    """
+    if not ranks:
+        raise InvalidField("ranks", "the importance of at least one rank", 0)
+    settings = settings or Settings()
+    first, *others = [
+        await bus.blobs.put(encode(await _put(bus, rank, epoch, model_hash)), "msgpack")
+        for rank in ranks
+    ]
+    request = AnalysisRequest(
+        request_id=request_id,
+        epoch=epoch,
+        model_hash=model_hash,
+        run_id=run_id,
+        importance=first,
+        ranks=tuple(others),
+        marking_threshold=settings.marking_threshold,
+        confidence_threshold=settings.confidence_threshold,
+        statistical_samples=settings.statistical_samples,
+    )
+    event_id = f"masks-{stable_hash(run_id, epoch, model_hash, request_id)}"
+    await bus.publish(
+        REQUESTS, request, source="emrakul", run_id=run_id, epoch=epoch, event_id=event_id
+    )
+    return request
+
+
+async def _put(bus: Bus, rank: ParameterImportance, epoch: int, model_hash: str) -> ImportanceData:
+    return ImportanceData(
+        epoch=epoch,
+        model_hash=model_hash,
+        parameters=rank.parameters,
+        sketch_width=rank.sketch.width,
+        sketch_depth=rank.sketch.depth,
+        sketches=await bus.blobs.put(rank.sketches_blob(), architecture=model_hash),
+        samples=await bus.blobs.put(rank.samples_blob(), architecture=model_hash)
+        if rank.samples
+        else None,
+    )
 
 
 def apply_masks(model: nn.Module, masks: PruningMasks, packed: bytes = b"") -> int:

@@ -78,6 +78,8 @@ class GroupTally:
     rated: int = 0
     """Samples that ``rise`` is a sum over."""
     gram: Tensor | None = None
+    gram_rows: int = 0
+    """Samples times positions behind ``gram``."""
 
     def __post_init__(self) -> None:
         self.first, self.second, self.rise, self.sensitivity = np.zeros((4, self.group.size))
@@ -146,6 +148,7 @@ class GroupTally:
         rows = by_unit(x.movedim(site.dim, -1).float(), site, self.group.size)
         rows = rows.transpose(-1, -2).reshape(-1, self.group.size)
         gram = rows.T @ rows
+        self.gram_rows += len(rows)
         self.gram = gram if self.gram is None else self.gram + gram
 
     def gates(self, samples: int) -> GateStatistics:
@@ -175,7 +178,11 @@ class GroupTally:
             magnitude_importance=single(magnitude),
             activation_frequency=single(active / elements),
             channel_correlations=None if self.gram is None else cosines(self.gram),
+            mean_square=None if self.gram is None else self._mean_square(self.gram),
         )
+
+    def _mean_square(self, gram: Tensor) -> npt.NDArray[np.float32]:
+        return single(gram.diagonal().cpu().double().numpy() / self.gram_rows)
 
     def heads(
         self, samples: int, axes: Mapping[Axis, AxisTally], patterns: Mapping[str, Any]

@@ -30,6 +30,7 @@ from leyline import (
     ShapeMismatch,
 )
 
+from .confine import confined
 from .program import GateSlot, Program
 
 __all__ = ["Bench", "Measurement", "TooSlow"]
@@ -41,6 +42,15 @@ _FLOW_SAMPLES = 256
 _IGNORED_LABEL = -100
 """As in PyTorch's cross-entropy: positions that have no label."""
 _SEED = 1
+
+
+def _load_what_is_lazy() -> None:
+    """PyTorch opens some of its files at first use, which it could not while confined."""
+    x = torch.ones(1, 2, requires_grad=True)
+    functional.cross_entropy(x, torch.zeros(1, dtype=torch.long)).backward()  # type: ignore[no-untyped-call]
+
+
+_load_what_is_lazy()
 
 
 class TooSlow(Exception):
@@ -95,13 +105,15 @@ class Bench:
             NotFinite, ShapeMismatch: if its outputs are not finite or fit no labels.
         """
         mask = self._mask(entries)
-        with torch.no_grad():
-            parts = [
-                _judged(self._run(mask, rows), self._labels[rows], int(rows[0]))
-                for rows in self._portions(self.samples)
-            ]
+        with confined():
+            with torch.no_grad():
+                parts = [
+                    _judged(self._run(mask, rows), self._labels[rows], int(rows[0]))
+                    for rows in self._portions(self.samples)
+                ]
+            gradients = self._gradients(mask)
         outcomes = Outcomes(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
-        return Measurement(outcomes, self._gradients(mask))
+        return Measurement(outcomes, gradients)
 
     def flow_change(
         self, before: Measurement, after: Measurement, entries: Sequence[Entry]

@@ -28,7 +28,6 @@ from leyline import (
 )
 
 from . import SKIPPED, TIMEOUT
-from .confine import confined
 from .measure import Bench, Measurement, TooSlow
 
 __all__ = ["NetworkVerifier"]
@@ -72,12 +71,13 @@ class NetworkVerifier:
     def _measured(self, proposal: Proposal) -> Measured:
         deadline = time.monotonic() + self._seconds
         bench = Bench(self._network, self._architecture, deadline)
-        with confined():
-            search = _Search(bench, proposal, self._settings.verification)
-            kept = safety.largest_safe(proposal.order, search.is_safe)
-        shown = kept or proposal.order
-        gates, figures = search.verdict(shown)
-        return Measured(kept, gates, search.told(figures, kept))
+        search = _Search(bench, proposal, self._settings.verification)
+        kept = safety.largest_safe(proposal.order, search.is_safe)
+        proposed, least = len(proposal.order), self._settings.verification.kept_share
+        ranking = safety.ranking_holds(len(kept), proposed, least)
+        kept = kept if ranking.passed else ()
+        gates, figures = search.verdict(kept or proposal.order)
+        return Measured(kept, (*gates, ranking), search.told(figures, kept))
 
 
 @dataclass(frozen=True)

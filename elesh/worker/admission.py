@@ -13,6 +13,7 @@ from typing import Any
 
 from leyline import (
     AnalysisItem,
+    AnalysisRequest,
     BlobRef,
     CheckpointDocument,
     CheckpointReady,
@@ -34,7 +35,7 @@ from leyline import (
 from leyline.bundle import NETWORK_FILES
 from leyline.streams import Stream
 
-__all__ = ["SUPPORTED", "Admitted", "Work", "admit", "fingerprint"]
+__all__ = ["Admitted", "SUPPORTED", "Work", "admit", "fingerprint"]
 
 SUPPORTED = (Level.CHANNEL, Level.HEAD, Level.LAYER)
 """The levels that this build analyses."""
@@ -87,7 +88,7 @@ class Work:
         return files | dict(zip(NETWORK_FILES.values(), self.network, strict=False))
 
 
-Admitted = Work | PruningOutcome | AnalysisItem | JoinItem
+Admitted = Work | AnalysisRequest | PruningOutcome | AnalysisItem | JoinItem
 
 
 def admit(
@@ -122,9 +123,12 @@ def admit(
     if isinstance(message, StructuralAnalysisRequest):
         _require_in_time(envelope, now, redriven)
         return _request(message, window, now)
+    if isinstance(message, AnalysisRequest):
+        _require_in_time(envelope, now, redriven)
+        return message
     raise UnknownType(
         "envelope.payload_type",
-        "CheckpointReady, StructuralAnalysisRequest or PruningOutcome",
+        "CheckpointReady, StructuralAnalysisRequest, AnalysisRequest or PruningOutcome",
         type(message).__name__,
         hint="this worker does not serve it",
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from elesh.bus import Bus
-from elesh.observe import record_stages, span
+from elesh.observe import get_logger, record_stages, span
 from elesh.safety import refuse_rolled_back
 from elesh.settings import Settings
 from leyline import (
@@ -31,12 +31,13 @@ from leyline.bundle import NETWORK_FILES
 from .admission import Work
 from .compute import ChildFailure, ComputeChild
 from .ladder import rung_for, time_for
-from .protocol import ANALYSES, DOCUMENT, Job, Kind, Reply
+from .protocol import ANALYSES, DOCUMENT, MEASURED, Job, Kind, Reply
 from .pulse import Finding
 from .reports import Reports
 
 __all__ = ["Analyst"]
 
+_log = get_logger(__name__)
 _NETWORK = frozenset(NETWORK_FILES.values())
 R = TypeVar("R", StructuralPruningDecision, LevelAnalysis)
 
@@ -50,6 +51,9 @@ class Analyst:
         self._reports = reports
         self._folder = spool / "checkpoint"
         self._fetched = ""
+        self._history = bus.history(
+            settings.importance_history_epochs, int(settings.analysis_cache_size)
+        )
         self._child = ComputeChild(settings.worker.memory_limit, spool)
 
     @property
@@ -69,6 +73,14 @@ class Analyst:
         """End the child."""
         await self._child.kill()
 
+    async def run(self, job: Job, timeout: float) -> Reply:
+        """One job in the child, without any ladder.
+
+        Raises:
+            ChildFailure: if it gave no reply within ``timeout`` seconds.
+        """
+        return await self._child.run(job, timeout=timeout)
+
     async def decide(self, work: Work) -> StructuralPruningDecision:
         """The decision on all levels of ``work``.
 
@@ -82,14 +94,17 @@ class Analyst:
         finally:
             self._forget()
 
-    async def analyse(self, work: Work, level: Level) -> LevelAnalysis:
-        """One level of ``work``, to be joined with the others by :meth:`join`.
+    async def analyse(
+        self, work: Work, level: Level, groups: tuple[str, ...] = ()
+    ) -> LevelAnalysis:
+        """One level of ``work``, or some ``groups`` of it, to be joined by :meth:`join`.
 
         Raises:
             ContractError: as :meth:`decide` does.
         """
         await self._fetch(work, network=False)
-        return await self._result(LevelAnalysis, work, self._job("level", work, (level,)))
+        job = replace(self._job("level", work, (level,)), shard=groups)
+        return await self._result(LevelAnalysis, work, job)
 
     async def join(
         self, work: Work, analyses: Sequence[bytes], missing: Mapping[Level, str]
@@ -150,7 +165,7 @@ class Analyst:
             key=str(work.key),
             settings=self._settings.model_dump_json(),
             levels=tuple(levels),
-            threads=self._settings.worker.threads,
+            threads=self._settings.threads,
         )
 
     async def _under_breakers(self, job: Job, work: Work) -> Job:
@@ -173,7 +188,20 @@ class Analyst:
             for taken in decision.fallbacks:
                 current.add_event("fallback", {"rung": taken.rung, "reason": taken.reason})
         await self._reports.analysed(work, decision, _metrics(work, job, decision, reply))
+        await self._remember(work)
         return result
+
+    async def _remember(self, work: Work) -> None:
+        """Keep what was measured in the run's history; losing it costs history, nothing else."""
+        path = self._folder / MEASURED
+        if not path.exists():
+            return
+        kept = await self._history.remember(
+            work.run_id, work.epoch, await asyncio.to_thread(path.read_bytes)
+        )
+        path.unlink()
+        if kept == "conflict":
+            _log.warning("epoch measured twice, the first stays", run=work.run_id, epoch=work.epoch)
 
     async def _climb(self, work: Work, job: Job) -> Reply:
         """The child's answer to ``job``, or to what is left of it on the next rung."""

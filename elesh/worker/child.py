@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 from elesh._process import die_with_parent
 from elesh.analysis import analyze_level, join
+from elesh.analysis.memory import measurements_of
 from elesh.analysis.stages import observed, stage
 from elesh.settings import Settings
 from elesh.verification import verifier
@@ -35,10 +36,12 @@ from leyline import (
 from leyline.bundle import map_file
 
 from .ladder import scope_of
+from .marking import marked
 from .memory import limit_data
 from .protocol import (
     ANALYSES,
     DOCUMENT,
+    MEASURED,
     MEMORY_CODE,
     PREFIX,
     Failed,
@@ -126,12 +129,20 @@ def _join(job: Job) -> bytes:
     return encode(decision.model_copy(update={"fallbacks": taken}))
 
 
-_KINDS: dict[Kind, Callable[[Job], bytes]] = {"decide": _decide, "level": _level, "join": _join}
+_KINDS: dict[Kind, Callable[[Job], bytes]] = {
+    "decide": _decide,
+    "level": _level,
+    "join": _join,
+    "parameters": marked,
+}
 
 
 def _analysis(
     job: Job, bundle: CheckpointBundle, settings: Settings, level: Level
 ) -> LevelAnalysis:
+    if level is Level.CHANNEL:
+        measured = measurements_of(bundle, settings.importance_history_epochs)
+        (Path(job.folder) / MEASURED).write_bytes(measured.to_bytes())
     return analyze_level(
         bundle,
         settings,
@@ -140,19 +151,25 @@ def _analysis(
         threads=job.threads,
         scorer=scope_of(job.rungs).scorer or None,
         fallbacks=job.taken_fallbacks,
+        shard=job.shard or None,
     )
 
 
 def _joined(
     job: Job, bundle: CheckpointBundle, settings: Settings, analyses: list[LevelAnalysis]
 ) -> StructuralPruningDecision:
+    kind = StructuralPruningDecision
+    recorded = decode(kind, job.recorded, field="recorded") if job.recorded else None
+    # On a lower rung there is no time or memory for measuring; gates are stricter without it.
+    measures = not scope_of(job.rungs).scorer
+    verify = verifier(bundle, settings, recorded) if measures else None
     return join(
         bundle,
         analyses,
         settings,
         breakers=job.breaker_of,
         missing=job.missing_levels,
-        verify=verifier(bundle, settings),
+        verify=verify,
     )
 
 

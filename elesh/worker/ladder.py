@@ -39,7 +39,16 @@ from leyline import (
 
 from .compute import ChildDied, ChildFailure, ChildOverMemory, ChildTimeout
 
-__all__ = ["CORRUPTION", "Scope", "is_corruption", "rung_for", "scope_of", "stand_in", "time_for"]
+__all__ = [
+    "CORRUPTION",
+    "REPLAYED",
+    "Scope",
+    "is_corruption",
+    "rung_for",
+    "scope_of",
+    "stand_in",
+    "time_for",
+]
 
 Scorer = Literal["", "multi_metric", "magnitude"]
 
@@ -53,6 +62,8 @@ _RUNGS: Mapping[type[ChildFailure], str] = {
     ChildDied: CRASH,
     ChildOverMemory: MEMORY,
 }
+REPLAYED = frozenset(_RUNGS.values())
+"""The rungs that a replay takes from the record; the analysis takes the others by itself."""
 _CORRUPT = (DigestMismatch, Malformed, NotFinite, ShapeMismatch)
 _EXTRA = 0.25
 """Basic scoring after a timeout may take this share of the window, on top of it."""

@@ -11,19 +11,17 @@ import contextlib
 from collections.abc import Callable, Sequence
 
 from elesh.bus import Bus, BusUnavailable, Delivery
-from elesh.observe import get_logger
 from leyline.streams import WORKERS, Stream
 
 __all__ = ["Leases"]
-
-_log = get_logger(__name__)
 
 
 class Leases:
     """The entries that one worker holds.
 
     Args:
-        on_lost: called with an entry that another worker has now.
+        on_lost: called with an entry that is not this worker's any more: another one has it, or it
+            was ended while the renewal was under way.
     """
 
     def __init__(
@@ -86,6 +84,4 @@ class Leases:
             with contextlib.suppress(BusUnavailable):
                 for lost in await self._bus.renew(WORKERS, self._worker_id, held):
                     if lost in self._held:
-                        _log.warning("lease lost", entry=f"{lost.stream.name}/{lost.entry_id}")
-                        self.drop(lost)
                         self._on_lost(lost)

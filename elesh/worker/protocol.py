@@ -19,12 +19,15 @@ from .stopwatch import Stage
 
 __all__ = ["MEMORY_CODE", "Failed", "Job", "Kind", "Reply", "pack_frame", "unpack_body"]
 
-Kind = Literal["decide", "level", "join"]
+Kind = Literal["decide", "level", "join", "parameters"]
 PREFIX = struct.Struct("<I")
 DOCUMENT = "document.msgpack"
 """The file of the spool folder that holds the checkpoint's CheckpointDocument."""
 ANALYSES = "analyses"
 """The folder in it that holds the LevelAnalysis of each level, for a join."""
+MEASURED = "measured.safetensors"
+"""What the child leaves in it for the run's history (an ImportanceTracker), once channels were
+analysed."""
 MEMORY_CODE = "memory"
 """``Failed.code`` of a job that ran out of memory."""
 
@@ -35,7 +38,8 @@ class Job:
 
     ``decide``: analyse all ``levels`` and join them; ``level``: analyse the one level; ``join``:
     join the analyses that lie beside the checkpoint. ``folder`` holds a checkpoint bundle,
-    ``settings`` the worker's settings as JSON.
+    ``settings`` the worker's settings as JSON. ``parameters``: mark single parameters by the
+    importance in ``folder``.
     """
 
     kind: Kind
@@ -49,8 +53,13 @@ class Job:
     fallbacks: tuple[tuple[str, str], ...] = ()
     """Rungs of the failure table that led to this job, each with its reason; what they change in
     the analysis is :func:`elesh.worker.ladder.scope_of`."""
+    shard: tuple[str, ...] = ()
+    """The groups that a ``level`` job looks at; empty for all."""
     missing: tuple[tuple[str, str], ...] = ()
     """Levels that a join has to do without, each with the reason."""
+    recorded: bytes = b""
+    """In a replay, the encoded decision of then: what chance decided (see
+    :func:`elesh.verification.verifier`) is taken from it."""
 
     @property
     def asked_levels(self) -> tuple[Level, ...]:
@@ -115,7 +124,8 @@ class Reply:
     """The encoded result, or why there is none, with the child's own figures."""
 
     result: bytes = b""
-    """A StructuralPruningDecision, for kind ``level`` a LevelAnalysis."""
+    """A StructuralPruningDecision; for kind ``level`` a LevelAnalysis; for ``parameters`` the pair
+    of PruningMasks and AnalysisReport."""
     failed: Failed | None = None
     seconds: float = 0.0
     peak_memory: int = 0
@@ -136,7 +146,7 @@ def unpack_body(kind: type[Job] | type[Reply], body: bytes) -> Any:
     if kind is Job:
         pairs = ("breakers", "fallbacks", "missing")
         values |= {name: tuple(map(tuple, values[name])) for name in pairs}
-        values["levels"] = tuple(values["levels"])
+        values |= {name: tuple(values[name]) for name in ("levels", "shard")}
         return kind(**values)
     if values["failed"] is not None:
         values["failed"] = Failed(**values["failed"])

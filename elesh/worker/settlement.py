@@ -42,6 +42,7 @@ class Clerk:
 
     def __init__(self, bus: Bus, settings: Settings, worker_id: str, reports: Reports) -> None:
         self._bus = bus
+        self._settings = settings
         self._limit = settings.bus.max_deliveries
         self._worker_id = worker_id
         self._reports = reports
@@ -183,6 +184,9 @@ class Clerk:
                 work.run_id,
                 work.epoch,
                 remember=letter is None,
+            )
+            await self._bus.remember_settings(
+                self._settings.analysis_hash, self._settings.analysis_json
             )
             (settled,) = await self._bus.settle(
                 WORKERS, self._worker_id, delivery, [result], served, letter

@@ -26,18 +26,20 @@ from typing import Any
 from elesh.bus import Bus, BusUnavailable, Delivery
 from elesh.observe import current_span, get_logger, messaging, span_from
 from elesh.settings import Settings
-from leyline import AnalysisItem, ContractError, JoinItem, PruningOutcome
+from leyline import AnalysisItem, AnalysisRequest, ContractError, JoinItem, PruningOutcome
 from leyline.streams import CHECKPOINTS, OUTCOMES, REDELIVERIES, REQUESTS, WORK, WORKERS, Stream
 
-from .admission import Work, admit
+from .admission import Admitted, Work, admit
 from .analysis import Analyst
 from .auditor import auditing
 from .fanout import FanOut
 from .leases import Leases
 from .monitor import Monitor
+from .parameters import ParameterExecutor, parameter_key
 from .receipts import record_receipts
 from .reports import Reports
 from .settlement import Clerk
+from .shards import parts_of
 from .sweeps import Sweeps
 
 __all__ = ["GROUP", "STREAMS", "Worker", "serve"]
@@ -70,6 +72,9 @@ class Worker:
         self._clerk = Clerk(bus, settings, self.worker_id, self._reports)
         self._fan_out = FanOut(
             bus, settings, self.worker_id, self._analyst, self._clerk, self._reports
+        )
+        self._parameters = ParameterExecutor(
+            bus, settings, self.worker_id, self._analyst, self._spool
         )
         self._leases = Leases(bus, self.worker_id, STREAMS, self._lost)
         self._sweeps = Sweeps(bus, self.worker_id, STREAMS, self._reports)
@@ -182,8 +187,12 @@ class Worker:
             await self._reports.entry("handed_over", stream, entry, "handover", "draining")
 
     def _lost(self, delivery: Delivery) -> None:
-        """Another worker has the entry: what this one still does with it is in vain."""
-        if self._serving is not None and self._serving[0] is delivery:
+        """What is computed for an entry that another worker has is in vain.
+
+        Only then: an entry that is not ours any more after its analysis is one that we ended.
+        """
+        if self._serving is not None and self._serving[0] is delivery and self._analyst.begun:
+            _log.warning("lease lost", entry="/".join(delivery.origin))
             self._serving[1].cancel()
 
     async def _leave(self) -> None:
@@ -205,7 +214,7 @@ class Worker:
             delivery.carrier,
             f"process {name}",
             attributes=attributes,
-            redelivered=delivery.deliveries > 1,
+            redelivered=delivery.deliveries > 1 or delivery.redriven is not None,
         ):
             try:
                 await self._admit_run_settle(delivery)
@@ -220,7 +229,7 @@ class Worker:
 
     async def _admit_run_settle(self, delivery: Delivery) -> None:
         delivery.check(self._bus.guard)
-        now, window = datetime.now(UTC), self._settings.worker.window_seconds
+        now, window = datetime.now(UTC), self._settings.window_seconds
         asked = admit(
             delivery.envelope,
             window=window,
@@ -236,13 +245,14 @@ class Worker:
                 await self._fan_out.analyse(delivery, asked)
             case JoinItem():
                 await self._fan_out.join(delivery, asked)
+            case AnalysisRequest():
+                self._clerk.refuse_poison(delivery)
+                await self._parameters.serve(delivery, asked)
             case PruningOutcome():
                 self._clerk.refuse_poison(delivery)
                 await self._clerk.note(delivery, asked)
 
-    def _begin(
-        self, delivery: Delivery, asked: Work | AnalysisItem | JoinItem | PruningOutcome
-    ) -> None:
+    def _begin(self, delivery: Delivery, asked: Admitted) -> None:
         """Say what is worked on, in status and span."""
         key = _key_of(asked)
         self._status.began(key, delivery.origin[0])
@@ -254,8 +264,8 @@ class Worker:
         try:
             if await self._clerk.is_decided(delivery, work):
                 return
-            if len(work.levels) > 1:
-                await self._fan_out.plan(delivery, work)
+            if len(parts := parts_of(work, self._settings)) > 1:
+                await self._fan_out.plan(delivery, work, parts)
                 return
             decision = await self._analyst.decide(work)
         except ContractError as error:
@@ -273,13 +283,15 @@ class Worker:
             await self._reports.entry("retried", stream, entry, "exception", reason)
 
 
-def _key_of(asked: Work | AnalysisItem | JoinItem | PruningOutcome) -> str:
+def _key_of(asked: Admitted) -> str:
     """The key of the decision that something belongs to."""
     match asked:
         case Work():
             return str(asked.key)
         case AnalysisItem() | JoinItem():
             return asked.plan
+        case AnalysisRequest():
+            return str(parameter_key(asked))
         case PruningOutcome():
             return asked.idempotency_key
 

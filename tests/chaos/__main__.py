@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-from .audit import Facts, Report, audit
+from .audit import Facts, Report, audit, p99
 from .driver import Chaos, Plan
 
 
@@ -22,7 +22,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--workers", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--lease", type=float, default=15.0, help="seconds; the default is Elesh's")
     parser.add_argument("--pause", type=float, default=4.0, help="mean seconds between faults")
     parser.add_argument("--every", type=float, default=1.0, help="seconds between checkpoints")
@@ -70,7 +70,8 @@ def _figures(facts: Facts, report: Report) -> dict[str, object]:
         "faults": Counter(str(fault.kind) for fault in facts.faults),
         "steps": steps,
         "recoveries": len(report.recoveries),
-        "recovery_p99_seconds": report.p99,
+        "offered_again_p99_seconds": p99(report.offers),
+        "running_again_p99_seconds": p99(report.recoveries),
         "violations": report.violations,
     }
 

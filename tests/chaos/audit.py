@@ -54,7 +54,9 @@ class Report:
 
     violations: dict[str, list[str]] = field(default_factory=dict)
     recoveries: list[float] = field(default_factory=list)
-    """Seconds from a worker's kill until its work ran elsewhere."""
+    """Seconds from a worker's kill until its work ran elsewhere; a free worker is part of it."""
+    offers: list[float] = field(default_factory=list)
+    """Seconds from a worker's kill until its entries were taken from it, for any worker."""
 
     def require(self, name: str, offenders: Iterable[str]) -> None:
         """Note what breaks the promise ``name``."""
@@ -65,13 +67,11 @@ class Report:
         """Whether every promise was kept."""
         return not any(self.violations.values())
 
-    @property
-    def p99(self) -> float | None:
-        """99th percentile of the recoveries, in seconds; None without any."""
-        if not self.recoveries:
-            return None
-        ordered = sorted(self.recoveries)
-        return ordered[min(len(ordered) - 1, round(0.99 * (len(ordered) - 1)))]
+
+def p99(seconds: Sequence[float]) -> float | None:
+    """The 99th percentile, the nearest rank; None of nothing."""
+    ordered = sorted(seconds)
+    return ordered[round(0.99 * (len(ordered) - 1))] if ordered else None
 
 
 def audit(facts: Facts) -> Report:
@@ -91,6 +91,7 @@ def audit(facts: Facts) -> Report:
     report.require("left pending", ["entries"] * facts.pending)
     report.require("live leases stolen", _stolen(facts))
     report.recoveries = list(_recoveries(facts))
+    report.offers = list(_offers(facts))
     return report
 
 
@@ -104,9 +105,14 @@ def _stolen(facts: Facts) -> Iterable[str]:
     for event in facts.telemetry:
         if event.step != "reclaimed":
             continue
-        owner, at = event.detail.split("of ")[-1].split()[0], event.at.timestamp()
+        owner, at = _owner(event), event.at.timestamp()
         if not any(_excuses(fault, owner, at, facts.lease) for fault in facts.faults):
             yield f"{event.detail} at {event.at:%H:%M:%S.%f} by {event.worker_id}"
+
+
+def _owner(event: TelemetryEvent) -> str:
+    """From whom an entry was taken."""
+    return event.detail.split("of ")[-1].split()[0]
 
 
 def _excuses(fault: Fault, owner: str, at: float, lease: float) -> bool:
@@ -143,3 +149,10 @@ def _recoveries(facts: Facts) -> Iterable[float]:
             )
             if (first := next(later, None)) is not None:
                 yield first
+
+
+def _offers(facts: Facts) -> Iterable[float]:
+    killed = {f.target: f.begun for f in facts.faults if f.kind is Kind.KILL_WORKER}
+    for event in facts.telemetry:
+        if event.step == "reclaimed" and _owner(event) in killed:
+            yield event.at.timestamp() - killed[_owner(event)]

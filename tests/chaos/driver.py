@@ -47,7 +47,7 @@ class Plan:
     seed: int
     seconds: float
     folder: Path
-    workers: int = 3
+    workers: int = 4
     producers: int = 2
     lease: float = 15.0
     fault_pause: float = 4.0
@@ -102,9 +102,7 @@ class Chaos:
         nursing = asyncio.create_task(self._nurse())
         try:
             await self._until(self._all_serve, 60, "the workers to serve")
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self.plan.seconds):
-                    await self._break()
+            await self._break(time.monotonic() + self.plan.seconds)
             await self._heal()
             self.plan.tell("healed, waiting for what is left to be done")
             await self._until(self._quiet, 8 * self.plan.lease + 60, "quiet")
@@ -188,10 +186,12 @@ class Chaos:
 
     # Faults
 
-    async def _break(self) -> None:
-        """Faults by the schedule, one after the other, for ever."""
+    async def _break(self, deadline: float) -> None:
+        """Faults by the schedule, one after the other; the last one is seen to its end."""
         for pause, kind, chance in schedule(self.plan.seed, self.plan.fault_pause):
-            await asyncio.sleep(pause)
+            await asyncio.sleep(min(pause, max(0.0, deadline - time.monotonic())))
+            if time.monotonic() >= deadline:
+                return
             begun = time.time()
             target = await self._FAULTS[kind](self, chance)
             self.faults.append(Fault(kind, target, begun, time.time()))

@@ -41,7 +41,9 @@ async def _publish(options: argparse.Namespace) -> None:
     with Path(options.acknowledged).open("a") as notes:  # noqa: ASYNC230 - a line now and then
         for number in count():
             bundle = joint if chance.random() < 0.2 else single
-            note = chance.choices(["", f"sleep {options.slow}", "die", "raise"], [92, 5, 2, 1])[0]
+            note = chance.choices(["", f"sleep {options.slow}", "die", "raise"], [960, 15, 15, 10])[
+                0
+            ]
             made = _named(bundle, f"{options.name}-{number}", note)
             for copy in range(2 if chance.random() < 0.1 else 1):
                 event_id = f"{options.name}-{number}-{copy}"

@@ -1,4 +1,4 @@
-"""A small OTLP/HTTP receiver: collects the spans that processes export."""
+"""A small OTLP/HTTP receiver: collects the spans and metrics that processes export."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
+    ExportMetricsServiceRequest,
+)
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
@@ -18,9 +21,27 @@ class Collector:
     def __init__(self) -> None:
         self.url = ""
         self.spans: list[tuple[str, Span]] = []
+        self.metrics: set[str] = set()
+        """Names of all metrics that came."""
         self._lock = threading.Lock()
 
-    def take(self, body: bytes) -> None:
+    def take(self, path: str, body: bytes) -> None:
+        if path == "/v1/metrics":
+            self._take_metrics(ExportMetricsServiceRequest.FromString(body))
+        else:
+            assert path == "/v1/traces", path
+            self._take_spans(body)
+
+    def _take_metrics(self, request: ExportMetricsServiceRequest) -> None:
+        with self._lock:
+            self.metrics |= {
+                metric.name
+                for group in request.resource_metrics
+                for scope in group.scope_metrics
+                for metric in scope.metrics
+            }
+
+    def _take_spans(self, body: bytes) -> None:
         request = ExportTraceServiceRequest.FromString(body)
         with self._lock:
             for group in request.resource_spans:
@@ -48,7 +69,7 @@ def collecting() -> Iterator[Collector]:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             if self.headers.get("Content-Encoding") == "gzip":
                 body = gzip.decompress(body)
-            collector.take(body)
+            collector.take(self.path, body)
             self.send_response(200)
             self.send_header("Content-Length", "0")
             self.end_headers()

@@ -85,10 +85,9 @@ class Server:
         with Redis(port=self.port, socket_timeout=5) as client:
             try:
                 return bool(client.ping())
-            except ResponseError as error:
-                return "NOAUTH" in str(error) or "Authentication" in str(error)
-            except (ConnectionError, TimeoutError) as error:
-                return "Authentication required" in str(error)
+            except (ResponseError, ConnectionError, TimeoutError) as error:
+                # One that asks for a password answers, too.
+                return "auth" in str(error).lower()
 
     def _tls_ports(self) -> Sequence[int]:
         arguments = self._arguments

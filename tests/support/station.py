@@ -172,6 +172,13 @@ class Station:
         return self.wait_for(enough, f"{count} decisions")
 
 
+def faulty(station: Station, fault: str, when: str = "full", **sections: Any) -> WorkerProcess:
+    """A worker whose compute child has a fault: see ``faults/sitecustomize.py``."""
+    faults = str(Path(__file__).parent / "faults")
+    environment = {"PYTHONPATH": faults, "ELESH_FAULT": fault, "ELESH_FAULT_WHEN": when}
+    return station.worker(environment, **sections)
+
+
 async def ready(bus: Bus, bundle: CheckpointBundle) -> CheckpointReady:
     """Put the blobs of a bundle and return its event."""
     gates, layers, heads = bundle.gates_blob(), bundle.layers_blob(), bundle.heads_blob()

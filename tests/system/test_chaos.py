@@ -77,7 +77,7 @@ CLEAN = Facts(
 def test_what_a_killed_worker_held_is_timed_until_it_runs_elsewhere() -> None:
     report = audit(CLEAN)
     assert report.clean
-    assert report.recoveries == [15.5]
+    assert (report.recoveries, report.offers) == ([15.5], [14.0])
 
 
 @pytest.mark.parametrize(

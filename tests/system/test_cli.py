@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
-from station import checkpoint
+from station import Station, checkpoint
 from test_demo import elesh
 
 from elesh import analyze
@@ -70,3 +73,48 @@ def test_the_plan_is_the_document_s_formula() -> None:
     assert elesh("plan", "1000000000", environment={}).stdout == "3 workers\n"
     done = elesh("plan", "1000000000", "--levels", "1", "--seconds", "120", environment={})
     assert done.stdout == "17 workers\n"
+
+
+def test_the_help_has_every_command_under_a_heading() -> None:
+    done = elesh("--help", environment={"COLUMNS": "200"})
+    for heading in ("Run", "Decide and explain", "Watch", "Operate"):
+        assert f"─ {heading} ─" in done.stdout
+    assert "─ Commands ─" not in done.stdout
+
+
+def test_the_shell_completes_commands() -> None:
+    program = str(Path(sys.executable).with_name("elesh"))
+    asked = {"_ELESH_COMPLETE": "complete_bash", "COMP_WORDS": "elesh st", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        [program], env=os.environ | asked, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["status"]
+    shown = subprocess.run(
+        [program, "--show-completion", "bash"], capture_output=True, text=True, check=False
+    )
+    assert "complete" in shown.stdout
+
+
+def test_status_shows_workers_backlog_and_the_last_decisions(station: Station) -> None:
+    environment = {"ELESH_REDIS_URL": station.url, "ELESH_BUS__PARTITION": station.partition}
+    nobody = elesh("status", environment=environment)
+    assert "no worker is alive" in nobody.stdout
+    worker = station.worker(observe={"heartbeat_seconds": 0.5})
+    station.publish(checkpoint())
+    (decision,) = station.wait_decisions(1)
+    station.wait_for(
+        lambda: [
+            w for w in station.on_bus(lambda bus: bus.registry.workers()) if w.ready and w.completed
+        ],
+        "the register",
+    )
+    shown = elesh("status", environment=environment | {"COLUMNS": "200"}).stdout
+    assert "Workers: 1 of 1 ready" in shown
+    for text in (worker.name, "checkpoints", decision.idempotency_key, "approved"):
+        assert text in shown
+
+
+def test_plan_counts_workers_by_gpu_where_that_is_more() -> None:
+    done = elesh("plan", "1000", "--gpus", "2", environment={"ELESH_ANALYSIS_WORKERS_PER_GPU": "3"})
+    assert done.stdout.splitlines()[0] == "6 workers"
+    assert elesh("plan", "1000", environment={}).stdout == "1 worker\n"

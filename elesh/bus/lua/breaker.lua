@@ -23,6 +23,10 @@ end
 
 local operations = {}
 
+function operations.look()
+  -- For who may read and not write.
+end
+
 function operations.view()
   -- What expired is forgotten by name, too.
   changed = not stored[1]

@@ -1,0 +1,97 @@
+"""``elesh history``: how the importance of a run's channels moved over its checkpoints."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.table import Table
+
+from elesh.analysis import Track
+from elesh.analysis.candidates import Doubles
+from elesh.analysis.memory import TrackerCache
+from elesh.bus import Bus
+from elesh.settings import Settings
+from leyline import CheckpointReady, ContractError, PruningGroup, read_envelope, unwrap
+from leyline.streams import CHECKPOINTS
+
+from .common import RedisOption, SettingsOption, console, fail, on_bus
+
+app = typer.Typer()
+
+
+@app.command()
+def history(
+    run: Annotated[str, typer.Argument(help="The training run.")],
+    group: Annotated[str, typer.Option(help="Every channel of this group.")] = "",
+    redis: RedisOption = "",
+    settings: SettingsOption = None,
+) -> None:
+    """Show trend and stability of a run's channels, from the measurements that workers kept."""
+    tracks = on_bus(redis, settings, lambda bus, loaded: _tracks(bus, loaded, run))
+    if not tracks:
+        fail(f"{run}: no history is kept of this run, or its checkpoints have left the stream")
+    if group and group not in tracks:
+        fail(f"--group {group}: expected one of {', '.join(tracks)}")
+    console.print(_of_group(group, tracks[group]) if group else _of_groups(tracks))
+
+
+async def _tracks(bus: Bus, settings: Settings, run: str) -> dict[str, Track]:
+    """The Taylor importance of the run's channels, by group."""
+    nbytes = int(settings.analysis_cache_size)
+    store = bus.history(settings.importance_history_epochs, nbytes)
+    epochs = await store.epochs(run)
+    cache = TrackerCache(nbytes, settings.importance_history_epochs)
+    tracker = cache.take(run, await store.recall(run, epochs))
+    groups = await _groups(bus, run)
+    return {g.name: tracker.track(g)["taylor"] for g in groups if tracker.epochs(g)}
+
+
+async def _groups(bus: Bus, run: str) -> tuple[PruningGroup, ...]:
+    """The groups of the run's newest checkpoint that is still in the stream."""
+    for delivery in reversed(await bus.read(CHECKPOINTS)):
+        try:
+            message = unwrap(read_envelope(delivery.envelope))
+        except ContractError:
+            continue  # it is among the dead letters
+        if isinstance(message, CheckpointReady) and message.metadata.run_id == run:
+            return message.architecture.groups
+    return ()
+
+
+def _of_groups(tracks: dict[str, Track]) -> Table:
+    table = Table(
+        "group", "channels", "checkpoints", "rising", "falling", "steadiest", "least steady"
+    )
+    for name, track in tracks.items():
+        steady = 1 / (1 + _relative(track.variance, track.ema**2))
+        table.add_row(
+            name,
+            str(len(track.ema)),
+            str(int(track.count.max())),
+            str(int((track.trend > 0).sum())),
+            str(int((track.trend < 0).sum())),
+            f"{np.nanmin(steady):.2f} to {np.nanmax(steady):.2f}",
+        )
+    return table
+
+
+def _of_group(name: str, track: Track) -> Table:
+    table = Table("channel", "latest", "average", "trend a checkpoint", "stability", title=name)
+    trend = _relative(track.trend, track.ema)
+    steady = 1 / (1 + _relative(track.variance, track.ema**2))
+    for unit in np.argsort(track.ema):
+        table.add_row(
+            str(unit),
+            f"{track.latest[unit]:.3g}",
+            f"{track.ema[unit]:.3g}",
+            f"{trend[unit]:+.1%}",
+            f"{steady[unit]:.2f}",
+        )
+    return table
+
+
+def _relative(values: Doubles, scale: Doubles) -> Doubles:
+    """Values as shares of a scale; 0 where the scale is 0."""
+    return np.asarray(np.divide(values, scale, out=np.zeros_like(values), where=scale > 0))

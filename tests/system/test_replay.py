@@ -1,0 +1,190 @@
+"""Replay: the same bytes again, what changed where not, and a case taken home in one file."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from head_networks import checkpoint as heads_checkpoint
+from head_networks import transformer
+from station import Station, checkpoint, ready, send
+from test_demo import elesh
+
+from elesh.bus import Bus
+from elesh.capture import Case, open_case
+from elesh.replay import Replayed, Selection, capture, replay, replay_case
+from elesh.settings import Settings
+from leyline import CheckpointBundle, ContractError, Level
+from leyline.streams import CHECKPOINTS, DEAD, STREAMS
+
+
+def replayed(station: Station, settings: Settings, selection: Selection) -> list[Replayed]:
+    async def run(bus: Bus) -> list[Replayed]:
+        return [item async for item in replay(bus, settings, selection)]
+
+    return station.on_bus(run)
+
+
+def captured(station: Station, key: str, file: Path) -> Case | None:
+    return station.on_bus(lambda bus: capture(bus, key, file))
+
+
+def joint() -> CheckpointBundle:
+    return replace(heads_checkpoint(transformer(16, 16)), levels=(Level.CHANNEL, Level.HEAD))
+
+
+@pytest.fixture(scope="module")
+def past(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Station:
+    """A station whose worker made a single and a joint decision and is gone."""
+    station = Station(redis_url, "past", tmp_path_factory.mktemp("past"))
+    worker = station.worker()
+    try:
+        station.publish(checkpoint(), joint())
+        station.wait_decisions(2)
+    finally:
+        worker.end()
+    return station
+
+
+@pytest.fixture(scope="module")
+def decided(past: Station) -> Settings:
+    """The settings that decided."""
+    return Settings.load(past.folder / "settings-0.yaml")
+
+
+def test_a_run_is_replayed_bit_by_bit_and_nothing_is_published(
+    past: Station, decided: Settings
+) -> None:
+    before = [len(past.read(stream)) for stream in STREAMS]
+    items = replayed(past, decided, Selection())
+    assert {item.key.level for item in items} == {Level.CHANNEL, Level.JOINT}
+    for item in items:
+        assert (item.identical, item.differences, item.settings) == (True, (), ()), item.moved
+    assert [len(past.read(stream)) for stream in STREAMS] == before
+    done = elesh(
+        "replay", "--diff", "--settings", str(past.folder / "settings-0.yaml"),
+        environment={"ELESH_REDIS_URL": past.url},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "2 of 2 bit-identical")
+    assert len(done.stdout.splitlines()) == 3
+
+
+def test_a_changed_setting_is_named_with_what_it_moved(past: Station, decided: Settings) -> None:
+    channels = decided.structured_pruning.channel_analysis.model_copy(
+        update={"min_channels_per_layer": 40}
+    )
+    pruning = decided.structured_pruning.model_copy(update={"channel_analysis": channels})
+    changed = decided.model_copy(update={"structured_pruning": pruning})
+    (item,) = replayed(past, changed, Selection(epoch=60, key=str(keys(past)[Level.CHANNEL])))
+    assert not item.identical
+    assert [str(change) for change in item.settings or ()] == [
+        "structured_pruning.channel_analysis.min_channels_per_layer: 16 -> 40"
+    ]
+    assert any("no longer" in line for line in item.moved), item.moved
+    assert any(change.path == "settings_hash" for change in item.differences)
+
+
+def keys(past: Station) -> dict[Level, object]:
+    return {decision.key.level: decision.key for decision in past.decisions()}
+
+
+def test_a_case_is_captured_with_all_that_decided_it_and_replayed_from_its_file(
+    past: Station, decided: Settings, tmp_path: Path
+) -> None:
+    for decision in past.decisions():
+        file = tmp_path / f"{decision.key.level}.zip"
+        case = captured(past, decision.idempotency_key, file)
+        assert case is not None
+        assert open_case(file) == case
+        assert case.decision == decision
+        assert case.settings == json.loads(decided.analysis_json)
+        assert case.versions["numpy"] == np.__version__
+        item = asyncio.run(replay_case(file, None))
+        assert (item.identical, item.error) == (True, ""), item.moved
+    assert captured(past, "60:0123456789abcdef:none:channel", tmp_path / "none.zip") is None
+    done = elesh("replay", "--from", str(file), environment={"ELESH_REDIS_URL": "redis://nowhere"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "identical" in done.stdout
+
+
+def rewritten(source: Path, target: Path, name: str, data: bytes, **how: int) -> None:
+    """A copy of a case with one member replaced, or with one more."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for entry in old.namelist():
+            if entry != name:
+                new.writestr(entry, old.read(entry))
+        if data:
+            new.writestr(name, data, **how)
+
+
+BLOB = "blobs/statistics.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (lambda a, b: b.write_bytes(b"nonsense"), "expected a file that elesh capture wrote"),
+        (lambda a, b: b.write_bytes(a.read_bytes()[:-30]), "expected"),
+        (lambda a, b: rewritten(a, b, BLOB, b"x" * 10), "bytes with sha256"),
+        (lambda a, b: rewritten(a, b, BLOB, b"x" * (1 << 24)), "at most"),
+        (lambda a, b: rewritten(a, b, BLOB, b""), "a member of that name"),
+        (lambda a, b: rewritten(a, b, "event.msgpack", b"\0" * 9999, compress_type=8), "stored"),
+        (lambda a, b: rewritten(a, b, "event.msgpack", b"\xc1"), "envelope"),
+        (lambda a, b: rewritten(a, b, "manifest.json", b"[" * 10_000), "JSON"),
+        (lambda a, b: rewritten(a, b, "manifest.json", b'{"format": 99}'), "format"),
+        (lambda a, b: many(b), "at most 64 members"),
+    ],
+)
+def test_a_spoiled_file_is_refused_by_name(
+    case_file: Path, tmp_path: Path, spoil: Callable[[Path, Path], None], named: str
+) -> None:
+    target = tmp_path / "spoiled.zip"
+    spoil(case_file, target)
+    with pytest.raises(ContractError, match=named) as caught:
+        asyncio.run(replay_case(target, None))
+    assert "spoiled.zip" in str(caught.value) or "envelope" in str(caught.value)
+
+
+def many(target: Path) -> None:
+    with zipfile.ZipFile(target, "w") as archive:
+        for number in range(65):
+            archive.writestr(str(number), b"")
+
+
+@pytest.fixture(scope="module")
+def case_file(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A captured event without a decision: no worker is needed."""
+    folder = tmp_path_factory.mktemp("case")
+    station = Station(redis_url, "case", folder)
+    station.publish(checkpoint(number=5))
+    bundle = checkpoint(number=5)
+    key = f"60:{bundle.metadata.model_hash}:ck-5:channel"
+    assert captured(station, key, folder / "case.zip") is not None
+    return folder / "case.zip"
+
+
+# Last: this one empties the server.
+
+
+def test_a_case_that_failed_can_be_taken_home_too(station: Station, tmp_path: Path) -> None:
+    async def publish_spoiled(bus: Bus) -> None:
+        event = await ready(bus, checkpoint())
+        nonsense = await bus.blobs.put(b"nonsense")
+        await send(bus, CHECKPOINTS, event.model_copy(update={"statistics": nonsense}))
+
+    station.worker()
+    station.on_bus(publish_spoiled)
+    station.wait_for(lambda: station.read(DEAD), "the dead letter")
+    (letter,) = station.on_bus(lambda bus: bus.letters.all())
+    assert letter.message is not None
+    case = captured(station, letter.message.idempotency_key, tmp_path / "case.zip")
+    assert case is not None
+    item = asyncio.run(replay_case(tmp_path / "case.zip", None))
+    assert item.decision is None
+    assert item.error in letter.message.reason

@@ -1,0 +1,121 @@
+"""A checkpoint of several levels over the fleet: one decision, whoever dies when."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import replace
+
+import layer_networks
+import pytest
+from station import Station, checkpoint, faulty
+
+from elesh.analysis import analyze
+from elesh.settings import Settings
+from leyline import CheckpointBundle, Level, encode, read_envelope, unwrap
+from leyline.streams import DEAD, WORK
+
+LEVELS = (Level.CHANNEL, Level.LAYER)
+
+
+def two_levels(number: int = 1) -> CheckpointBundle:
+    bundle = layer_networks.network()
+    # Runs of their own, so that no breaker counts one's failures in another's decision.
+    own = {"checkpoint_id": f"ck-{number}", "run_id": f"run-{number}"}
+    metadata = bundle.metadata.model_copy(update=own)
+    return replace(bundle, metadata=metadata, levels=LEVELS)
+
+
+def decided_alone(station: Station, bundle: CheckpointBundle) -> bytes:
+    return encode(analyze(bundle, Settings.load(station.folder / "settings-0.yaml")))
+
+
+def test_parts_go_to_whoever_is_free_and_the_decision_is_that_of_one_process(
+    station: Station,
+) -> None:
+    for _ in range(2):
+        station.worker()
+    station.publish(*(two_levels(number) for number in range(6)))
+    decisions = station.wait_decisions(6)
+    for decision in decisions:
+        number = int(decision.key.decision_id.removeprefix("ck-"))
+        assert encode(decision) == decided_alone(station, two_levels(number))
+    stored = station.telemetry("stored")
+    assert len(stored) == 12
+    assert {event.worker_id for event in stored} == {"w1", "w2"}
+    parts = [unwrap(read_envelope(delivery.envelope)) for delivery in station.read(WORK)]
+    assert len(parts) == 6 * 3, "two parts and one join each"
+
+
+def test_a_level_with_large_statistics_is_split_by_groups_of_layers_and_joined_under_one_quota(
+    station: Station,
+) -> None:
+    for _ in range(2):
+        station.worker(layers_per_worker=1, worker={"shard_bytes": 1})
+    bundle = checkpoint()
+    station.publish(bundle)
+    (decision,) = station.wait_decisions(1)
+    parts = {event.detail.partition(":")[0] for event in station.telemetry("stored")}
+    assert parts == {"channel.0", "channel.1", "channel.2"}
+    whole = analyze(bundle, Settings.load(station.folder / "settings-0.yaml"))
+    assert decision.key == whole.key
+    assert decision.approved_for_application
+    removed = sum(len(units) for units in decision.units.values())
+    assert 0 < removed <= decision.statistics.quota == whole.statistics.quota
+    assert set(decision.units) <= {group.name for group in bundle.architecture.groups}
+
+
+def test_a_shard_that_fails_leaves_its_groups_alone_and_the_others_decide(
+    station: Station,
+) -> None:
+    faulty(station, "raise:lost", "shard:g1", layers_per_worker=1, worker={"shard_bytes": 1})
+    station.publish(checkpoint())
+    (decision,) = station.wait_decisions(1)
+    assert "g1" not in decision.units
+    assert "g1" in dict(decision.ignored), "and the decision says so"
+    assert decision.units
+
+
+def test_the_same_checkpoint_published_at_once_by_many_is_planned_once(station: Station) -> None:
+    for _ in range(2):
+        station.worker()
+    station.publish(two_levels(), times=5)
+    station.wait_decisions(1)
+    station.wait_for(lambda: len(station.telemetry("duplicate")) == 4, "the duplicates to be known")
+    assert len(station.decisions()) == 1
+    assert len(station.telemetry("planned")) == 1
+    assert len(station.read(WORK)) == 3
+
+
+def test_a_worker_killed_with_a_part_loses_nothing_and_the_join_comes_once(
+    station: Station,
+) -> None:
+    dying = faulty(station, "hold:60", "level:layer")
+    station.publish(two_levels())
+
+    def begun() -> bool:
+        """Whether the layer's part is with the child: its channels are stored."""
+        return bool(station.telemetry("stored")) and len(station.telemetry("fetched")) >= 2
+
+    station.wait_for(begun, "the part to begin")
+    dying.end(signal.SIGKILL)
+    station.worker()
+    (decision,) = station.wait_decisions(1)
+    assert encode(decision) == decided_alone(station, two_levels())
+    assert len(station.decisions()) == 1
+    assert not station.read(DEAD)
+
+
+@pytest.mark.timeout(120)
+def test_a_level_that_misses_the_deadline_is_named_and_the_others_decide(
+    station: Station,
+) -> None:
+    window = 3.0
+    for _ in range(2):
+        faulty(station, "hold:60", "level:layer", worker={"window_seconds": window})
+    station.publish(two_levels())
+    (decision,) = station.wait_decisions(1)
+    parts = {part.level: part for part in decision.levels}
+    assert parts[Level.LAYER].verdict == "missing"
+    assert parts[Level.LAYER].reason == "no result within the window"
+    assert parts[Level.CHANNEL].verdict != "missing"
+    assert not station.read(DEAD)
