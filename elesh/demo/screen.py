@@ -87,6 +87,8 @@ class Screen:
         if outcome.accuracy_before is not None and outcome.accuracy_masked is not None:
             before, masked = outcome.accuracy_before, outcome.accuracy_masked
             drop = f", validation accuracy {before:.2%} to {masked:.2%}"
+        if outcome.rolled_back_epoch is not None:
+            drop += f", after the cut {outcome.accuracy_after or 0:.2%}"
         colour = _COLOURS[outcome.result]
         self._console.print(
             f"  [{colour}]{outcome.result:11}[/] epoch {decision.epoch}: "
