@@ -28,12 +28,17 @@ def demo(
     fail: Annotated[
         int, typer.Option(min=0, help="Spoil the first N checkpoints, to watch the breaker.")
     ] = 0,
+    with_console: Annotated[
+        bool, typer.Option("--console", help="Serve the web console beside it.")
+    ] = False,
 ) -> None:
     """Train a real network on real digits under Elesh, from server to tables, on this machine."""
     from elesh.demo import Demo, run_demo  # torch: only where it is needed
 
     setup_logging(level="WARNING")
-    plan = Demo(epochs, workers, seed, redis, settings, json_file, every, fail=fail)
+    plan = Demo(
+        epochs, workers, seed, redis, settings, json_file, every, fail=fail, console=with_console
+    )
     raise typer.Exit(run_demo(plan, console))
 
 
