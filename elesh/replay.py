@@ -195,7 +195,7 @@ async def _events(bus: Bus, selection: Selection) -> AsyncIterator[tuple[Deliver
 def _admitted(envelope: bytes) -> Work:
     """The work of an envelope, however old it is."""
     now = datetime.now(UTC)
-    work = admit(envelope, window=Settings().worker.window_seconds, now=now, redriven=now)
+    work = admit(envelope, window=Settings().window_seconds, now=now, redriven=now)
     if not isinstance(work, Work):
         raise ContractError("event", "a checkpoint or a request", type(work).__name__)
     return work
@@ -250,7 +250,7 @@ def _job(
         settings=settings.model_dump_json(),
         levels=levels,
         breakers=tuple((each.state, each.failures, each.reason) for each in states),
-        threads=settings.worker.threads,
+        threads=settings.threads,
         fallbacks=tuple((f.rung, f.reason) for f in fallbacks if f.rung in REPLAYED),
         missing=tuple((str(level), reason) for level, reason in gaps.items()),
         recorded=encode(recorded) if recorded else b"",

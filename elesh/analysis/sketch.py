@@ -122,21 +122,24 @@ class CountMinSketch:
 
         Over 1.25 * 10^9 parameters the limit holds the width; :attr:`bound` tells what that costs.
         """
-        return cls._sized(parameters, 100_000, 100, max(10, math.ceil(math.log(1 / 0.0001))), seed)
+        depth = max(10, math.ceil(math.log(1 / 0.0001)))
+        return cls.sized(parameters, 100_000, depth, seed=seed)
 
     @classmethod
     def runtime(cls, parameters: int, *, seed: int = 0) -> CountMinSketch:
         """A trainer's sketch: width max(10000, P / 1000), depth 7, at most 500 MB."""
-        return cls._sized(parameters, 10_000, 1000, max(7, math.ceil(math.log(1 / 0.001))), seed)
+        depth = max(7, math.ceil(math.log(1 / 0.001)))
+        return cls.sized(parameters, 10_000, depth, share=1000, seed=seed)
 
     @classmethod
-    def _sized(
-        cls, parameters: int, least: int, share: int, depth: int, seed: int
+    def sized(
+        cls, parameters: int, width: int, depth: int, *, share: int = 100, seed: int = 0
     ) -> CountMinSketch:
+        """A sketch of ``width`` cells a row, or P / ``share`` if that is more; at most 500 MB."""
         if parameters < 0:
             raise InvalidField("parameters", "a number >= 0", parameters)
-        width = max(least, -(-parameters // share))
-        return cls(min(width, MAX_BYTES // (4 * depth)), depth, seed=seed)
+        wide = max(width, -(-parameters // share))
+        return cls(min(wide, MAX_BYTES // (4 * depth)), depth, seed=seed)
 
     @property
     def nbytes(self) -> int:

@@ -28,12 +28,17 @@ def demo(
     fail: Annotated[
         int, typer.Option(min=0, help="Spoil the first N checkpoints, to watch the breaker.")
     ] = 0,
+    with_console: Annotated[
+        bool, typer.Option("--console", help="Serve the web console beside it.")
+    ] = False,
 ) -> None:
     """Train a real network on real digits under Elesh, from server to tables, on this machine."""
     from elesh.demo import Demo, run_demo  # torch: only where it is needed
 
     setup_logging(level="WARNING")
-    plan = Demo(epochs, workers, seed, redis, settings, json_file, every, fail=fail)
+    plan = Demo(
+        epochs, workers, seed, redis, settings, json_file, every, fail=fail, console=with_console
+    )
     raise typer.Exit(run_demo(plan, console))
 
 
@@ -82,9 +87,22 @@ def worker(
 @app.command()
 def plan(
     parameters: Annotated[int, typer.Argument(min=1, help="Parameters of the network.")],
-    seconds: Annotated[float, typer.Option(help="The checkpoint window.")] = 300.0,
+    seconds: Annotated[
+        float | None, typer.Option(help="The checkpoint window; default: the settings'.")
+    ] = None,
     levels: Annotated[int, typer.Option(min=1, help="Levels of analysis.")] = 3,
     rate: Annotated[int, typer.Option(min=1, help="Parameters a second a worker.")] = 500_000,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs that train: so many workers each.")] = 0,
+    settings: SettingsOption = None,
 ) -> None:
     """Say how many workers a network needs: W >= ceil(P / (R * T * L))."""
-    console.print(f"{workers_needed(parameters, rate, seconds, levels)} workers")
+    loaded = Settings.load(settings)
+    window = loaded.window_seconds if seconds is None else seconds
+    needed = workers_needed(parameters, rate, window, levels)
+    wanted = max(needed, gpus * loaded.analysis_workers_per_gpu)
+    console.print(f"{wanted} worker{'s' if wanted > 1 else ''}")
+    if wanted > needed:
+        each = loaded.analysis_workers_per_gpu
+        console.print(
+            f"{needed} by size; {each} for each of {gpus} GPUs (analysis_workers_per_gpu)"
+        )

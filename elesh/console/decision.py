@@ -86,6 +86,9 @@ class Strip:
     removed: int
     after: int
     """Units that stay."""
+    loss_rise: float | None = None
+    """Predicted rise of the loss if the group alone lost that much, in nats a sample."""
+    loss_rise_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -198,6 +201,7 @@ def _strips(told: Explanation, bundle: CheckpointBundle) -> Iterator[Strip]:
     known = {name: values for name, (values, _) in scores.items() if values is not None}
     heats = _heats(known)
     states = {(row.group, row.unit): row for row in told.units}
+    targets = {target.name: target for target in told.targets}
     for group in bundle.architecture.groups:
         values = known.get(group.name)
         if values is None or not group.prunable:
@@ -210,7 +214,16 @@ def _strips(told: Explanation, bundle: CheckpointBundle) -> Iterator[Strip]:
             title += f" ({row.reason})" if row else ""
             cells.append(Cell(unit, int(heats[group.name][unit]), state, title))
         removed = sum(cell.state == "removed" for cell in cells)
-        yield Strip(group.name, group.level.value, tuple(cells), removed, group.size - removed)
+        target = targets.get(group.name)
+        yield Strip(
+            group.name,
+            group.level.value,
+            tuple(cells),
+            removed,
+            group.size - removed,
+            target.loss_rise if target else None,
+            target.loss_rise_error if target else None,
+        )
 
 
 def _importance(bundle: CheckpointBundle, name: str) -> tuple[Doubles | None, Doubles | None]:

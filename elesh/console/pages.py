@@ -49,6 +49,13 @@ def figure(value: float | None) -> str:
     return _NONE if value is None or not math.isfinite(value) else f"{value:.4g}"
 
 
+def signed(value: float | None) -> str:
+    """Three significant digits with the sign."""
+    if value is None or not math.isfinite(value):
+        return _NONE
+    return f"{value:+.3g}".replace("-", "\N{MINUS SIGN}")
+
+
 def number(value: int | None) -> str:
     """A count with thousands apart."""
     return _NONE if value is None else f"{value:,}"
@@ -103,7 +110,7 @@ _environment = Environment(
 )
 _environment.filters.update(
     ago=ago, clock=clock, figure=figure, hexdump=hexdump, mebibytes=mebibytes, number=number,
-    percent=percent, points=points, words=words,
+    percent=percent, points=points, signed=signed, words=words,
 )  # fmt: skip
 _environment.globals.update(
     dots=charts.dots, gate_bar=charts.gate_bar, intervals=charts.intervals, strip=charts.strip,

@@ -29,7 +29,7 @@ from leyline import (
     read_envelope,
     unwrap,
 )
-from leyline.streams import CHECKPOINTS, DECISIONS, OUTCOMES, REQUESTS, TELEMETRY
+from leyline.streams import CHECKPOINTS, DECISIONS, OUTCOMES, REQUESTS, TELEMETRY, Stream
 
 from .history import History
 
@@ -41,6 +41,7 @@ _STATISTICS = ("statistics", "gates", "layers", "heads")
 """What of a checkpoint a page needs, by the stem of its file."""
 _LARGEST = 256 << 20
 _CACHED = 8
+_PLACES = 10_000
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class Reader:
         self._settings = settings
         self._last = dict.fromkeys((stream.name for stream in _FOLDED), "0")
         self._reading = asyncio.Lock()
+        self._places: dict[IdempotencyKey, tuple[Stream, str]] = {}
+        self._looked_at: dict[str, str] = {}
         self._bundles: OrderedDict[IdempotencyKey, CheckpointBundle] = OrderedDict()
 
     async def refresh(self) -> History:
@@ -132,16 +135,28 @@ class Reader:
         return self._bundles[key], ""
 
     async def _work(self, key: IdempotencyKey) -> Work | None:
-        window, now = self._settings.worker.window_seconds, datetime.now(UTC)
+        """The checkpoint that a decision was made for; each event is looked at once."""
         for stream in (CHECKPOINTS, REQUESTS):
-            for delivery in reversed(await self.bus.read(stream)):
-                try:
-                    work = admit(delivery.envelope, window=window, now=now)
-                except ContractError:
-                    continue  # it is among the dead letters
-                if isinstance(work, Work) and key in work.keys:
-                    return work
-        return None
+            start = self._looked_at.get(stream.name, "-")
+            for delivery in await self.bus.read(stream, start=start):
+                self._looked_at[stream.name] = f"({delivery.entry_id}"
+                for found in work.keys if (work := self._admitted(delivery)) else ():
+                    self._places[found] = (stream, delivery.entry_id)
+        while len(self._places) > _PLACES:
+            del self._places[next(iter(self._places))]
+        if key not in self._places:
+            return None
+        stream, entry = self._places[key]
+        found_again = await self.bus.read(stream, start=entry, end=entry)
+        return self._admitted(found_again[0]) if found_again else None
+
+    def _admitted(self, delivery: Delivery) -> Work | None:
+        window = self._settings.window_seconds
+        try:
+            work = admit(delivery.envelope, window=window, now=datetime.now(UTC))
+        except ContractError:
+            return None  # it is among the dead letters
+        return work if isinstance(work, Work) else None
 
     async def _fetch(self, work: Work) -> CheckpointBundle:
         """The statistics alone: program and weights are no business of a page."""

@@ -22,6 +22,7 @@ from elesh.settings import Settings
 from elesh.trainer import Session
 from leyline import Level
 
+from .beside import console_beside
 from .fleet import fleet
 from .screen import Screen, report_tables
 from .training import Report, Training, total_channels
@@ -47,13 +48,18 @@ class Demo:
     run_id: str = ""
     fail: int = 0
     """How many checkpoints to publish with spoiled statistics."""
+    console: bool = False
+    """Whether a web console is served beside it."""
 
 
 def run_demo(demo: Demo, console: Console) -> int:
     """Everything on this machine: the embedded server unless a URL is given, workers, training."""
     folder = _folder()
     settings, settings_file = demo_settings(demo, folder)
-    with _server(demo.url or settings.bus.url, console) as url:
+    with (
+        _server(demo.url or settings.bus.url, console) as url,
+        console_beside(url, settings_file, console, wanted=demo.console),
+    ):
         console.print(f"starting {demo.workers} workers (logs in {folder})", highlight=False)
         with fleet(url, demo.workers, settings_file, folder) as serving:
             if serving < demo.workers:
@@ -62,7 +68,8 @@ def run_demo(demo: Demo, console: Console) -> int:
                     "training goes on",
                     highlight=False,
                 )
-            return _train(demo, settings, url, console)
+            code = _train(demo, settings, url, console)
+    return code
 
 
 def run_trainer(demo: Demo, console: Console) -> int:

@@ -136,6 +136,16 @@ class Settings(BaseSettings):
             raise SettingsError(explain(cls, error, layers, path, node)) from None
 
     @property
+    def window_seconds(self) -> float:
+        """The checkpoint window: the document's ``analysis_timeout``, or the worker's if less."""
+        return min(self.worker.window_seconds, self.analysis_timeout)
+
+    @property
+    def threads(self) -> int:
+        """Threads of one analysis: the worker's, up to ``parallel_analysis_threads``."""
+        return min(self.worker.threads, self.parallel_analysis_threads)
+
+    @property
     def analysis_json(self) -> str:
         """Everything that can change a decision, as JSON."""
         return self.model_dump_json(exclude=_NO_PART_IN_DECISIONS)

@@ -39,6 +39,8 @@ class WorkerSettings(Section):
     """The checkpoint window: an analysis that takes longer is stopped."""
     memory_limit: ByteSize = Field(default=ByteSize(4 << 30), ge=1 << 20)
     """What the compute child may use, in bytes; over it the analysis falls back to channels."""
+    shard_bytes: ByteSize = Field(default=ByteSize(1 << 30), ge=1)
+    """A level whose statistics are larger is split by ``layers_per_worker`` groups."""
     prefetch: int = Field(default=1, ge=1, le=64)
     """Entries that a worker holds at once; it serves one at a time."""
     drain_seconds: float = Field(default=30.0, gt=0)

@@ -80,9 +80,10 @@ class ParameterTracker:
     Args:
         model: the network; its parameters may change shape (then the history starts anew).
         loss: as for :class:`elesh.trainer.Recorder`; cross-entropy by default.
-        samples: elements whose exact importance is kept beside the sketch to check masks with.
+        settings: the sketch has ``sketch_depth`` rows of ``sketch_width`` cells, or of a hundredth
+            of the parameters if that is more; ``statistical_samples`` elements are kept exactly
+            beside it, to check masks with.
         momentum: of the discount, 0 to 1; 0 forgets earlier checkpoints.
-        offline: a worker-sized sketch (P / 100 cells a row) instead of the runtime one (P / 1000).
         seed: of the sketch's hashes; the same on every rank.
     """
 
@@ -91,23 +92,22 @@ class ParameterTracker:
         model: nn.Module,
         *,
         loss: Loss | None = None,
-        samples: int = 10_000,
+        settings: Settings | None = None,
         momentum: float = 0.99,
-        offline: bool = True,
         seed: int = 0,
     ) -> None:
         if not 0 <= momentum < 1:
             raise InvalidField("momentum", "at least 0 and below 1", momentum)
         self._model, self._loss = model, loss or cross_entropy
-        self._count, self._momentum, self._seed = samples, momentum, seed
-        self._make = CountMinSketch.offline if offline else CountMinSketch.runtime
+        self._settings, self._momentum, self._seed = settings or Settings(), momentum, seed
         self._start(identifiers(model))
 
     def _start(self, parameters: tuple[ParameterIdentifier, ...]) -> None:
         self._parameters = parameters
         size = sum(int(np.prod(p.shape, dtype=np.int64)) for p in parameters)
-        self._sketch = self._make(size, seed=self._seed)
-        counts = allotted(parameters, self._count)
+        width, depth = self._settings.sketch_width, self._settings.sketch_depth
+        self._sketch = CountMinSketch.sized(size, width, depth, seed=self._seed)
+        counts = allotted(parameters, self._settings.statistical_samples)
         self._places = {
             p.identifier: sampled_indices(p, counts.get(p.identifier, 0)) for p in parameters
         }

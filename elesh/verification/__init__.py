@@ -38,7 +38,7 @@ def verifier(
     if find_spec("torch") is None or find_spec("safetensors") is None:
         missing = Fallback(rung=SKIPPED, reason="this worker has no torch (elesh[torch])")
         return lambda proposal: safety.predicted_only(proposal, settings, missing)
-    seconds = settings.verification.window_share * settings.worker.window_seconds
+    seconds = settings.verification.window_share * settings.window_seconds
     if recorded is not None:
         seconds = math.inf
         taken = [f for f in recorded.fallbacks if f.rung in (SKIPPED, TIMEOUT)]

@@ -93,14 +93,17 @@ class Analyst:
         finally:
             self._forget()
 
-    async def analyse(self, work: Work, level: Level) -> LevelAnalysis:
-        """One level of ``work``, to be joined with the others by :meth:`join`.
+    async def analyse(
+        self, work: Work, level: Level, groups: tuple[str, ...] = ()
+    ) -> LevelAnalysis:
+        """One level of ``work``, or some ``groups`` of it, to be joined by :meth:`join`.
 
         Raises:
             ContractError: as :meth:`decide` does.
         """
         await self._fetch(work, network=False)
-        return await self._result(LevelAnalysis, work, self._job("level", work, (level,)))
+        job = replace(self._job("level", work, (level,)), shard=groups)
+        return await self._result(LevelAnalysis, work, job)
 
     async def join(
         self, work: Work, analyses: Sequence[bytes], missing: Mapping[Level, str]
@@ -154,7 +157,7 @@ class Analyst:
             key=str(work.key),
             settings=self._settings.model_dump_json(),
             levels=tuple(levels),
-            threads=self._settings.worker.threads,
+            threads=self._settings.threads,
         )
 
     async def _under_breakers(self, job: Job, work: Work) -> Job:

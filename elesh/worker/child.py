@@ -151,6 +151,7 @@ def _analysis(
         threads=job.threads,
         scorer=scope_of(job.rungs).scorer or None,
         fallbacks=job.taken_fallbacks,
+        shard=job.shard or None,
     )
 
 

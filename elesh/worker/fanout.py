@@ -1,4 +1,4 @@
-"""Fan-out and join: a checkpoint of several levels as parts that any worker of the fleet takes.
+"""Fan-out and join: a checkpoint as parts that any worker of the fleet takes.
 
 The promises of planning, storing and joining are the bus's (:mod:`elesh.bus.plans`); here is what a
 worker does with a part. A level that fails for good is stored as a failure: the join goes on
@@ -8,7 +8,7 @@ itself is a dead letter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -33,6 +33,7 @@ from .admission import Work, admit
 from .analysis import Analyst
 from .reports import Reports
 from .settlement import Clerk, conflict
+from .shards import groups_of, level_of
 
 __all__ = ["FanOut"]
 
@@ -61,16 +62,14 @@ class FanOut:
         self._clerk = clerk
         self._reports = reports
 
-    async def plan(self, delivery: Delivery, work: Work) -> None:
-        """Make a checkpoint into parts, one a level.
+    async def plan(self, delivery: Delivery, work: Work, items: Sequence[AnalysisItem]) -> None:
+        """Make a checkpoint into parts.
 
         Raises:
             Conflict: if its key was planned for other content.
         """
-        key = str(work.key)
-        items = [AnalysisItem(plan=key, level=level) for level in work.levels]
         plan = Plan(
-            key=key,
+            key=str(work.key),
             fingerprint=work.fingerprint,
             envelope=delivery.framed,
             carrier=delivery.carrier,
@@ -93,7 +92,8 @@ class FanOut:
         work = found[0]
         try:
             self._clerk.refuse_poison(delivery)
-            result = await self._stored(await self._analyst.analyse(work, item.level))
+            groups = groups_of(work.document.architecture, item)
+            result = await self._stored(await self._analyst.analyse(work, item.level, groups))
         except ContractError as error:
             result = ItemResult(failed=str(error)[:8192])
             self._reports.status.gave_up(item.level)
@@ -117,11 +117,11 @@ class FanOut:
             self._clerk.refuse_poison(delivery)
             results = await self._bus.plans.results(item.plan)
             analyses = {
-                level: await self._analysis(results[level])
-                for level in work.levels
-                if level in results and not results[level].failed
+                part: await self._analysis(results[part])
+                for part in plan.items
+                if part in results and not results[part].failed
             }
-            missing = _gaps(work, results, analyses)
+            missing = _gaps(plan, results)
             if not analyses:
                 gaps = "; ".join(f"{level}: {reason}" for level, reason in missing.items())
                 raise AnalysisFailed(f"analysis of {item.plan}", "at least one level", gaps)
@@ -143,7 +143,7 @@ class FanOut:
         if plan is None:
             await self._end_late(delivery, key)
             return None
-        window = self._settings.worker.window_seconds
+        window = self._settings.window_seconds
         now = datetime.now(UTC)
         # It was admitted when it was planned: from then on the plan's deadline matters.
         work = admit(unframed(plan.envelope), window=window, now=now, redriven=now)
@@ -178,12 +178,19 @@ def _of_checkpoint(delivery: Delivery, plan: Plan) -> Delivery:
     return replace(delivery, fields=known | context | history)
 
 
-def _gaps(
-    work: Work, results: Mapping[str, ItemResult], analyses: Mapping[Level, bytes]
-) -> dict[Level, str]:
-    """The levels without an analysis, each with the reason."""
+def _gaps(plan: Plan, results: Mapping[str, ItemResult]) -> dict[Level, str]:
+    """The levels without any analysis, each with the reason; those of single shards are logged."""
+    reasons: dict[Level, list[str]] = {level_of(part): [] for part in plan.items}
+    there = set()
+    for part in plan.items:
+        reason = results[part].failed if part in results else _LATE
+        if reason:
+            _log.warning("joined without", plan=plan.key, part=part, reason=reason)
+            reasons[level_of(part)].append(reason)
+        else:
+            there.add(level_of(part))
     return {
-        level: results[level].failed if level in results else _LATE
-        for level in work.levels
-        if level not in analyses
+        level: "; ".join(dict.fromkeys(found))[:8192]
+        for level, found in reasons.items()
+        if level not in there
     }

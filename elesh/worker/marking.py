@@ -15,7 +15,6 @@ import numpy as np
 from elesh.analysis import CountMinSketch
 from elesh.analysis.candidates import Doubles
 from elesh.analysis.parameters import Marking, analyze_parameters
-from elesh.settings import Settings
 from leyline import (
     AnalysisRequest,
     BlobRef,
@@ -64,13 +63,12 @@ def marked(job: Job) -> bytes:
     Raises:
         ContractError: if ranks do not belong together or a blob is not what it should be.
     """
-    folder, settings = Path(job.folder), Settings.model_validate_json(job.settings)
+    folder = Path(job.folder)
     request = decode(AnalysisRequest, (folder / REQUEST).read_bytes(), field="request")
     parameters, sketch, samples = _merged(folder, 1 + len(request.ranks))
     asked = Marking(request.marking_threshold, request.confidence_threshold)
-    threads = min(settings.parallel_analysis_threads, job.threads)
     masks, report = analyze_parameters(
-        job.idempotency_key, parameters, sketch, samples, asked, threads=threads
+        job.idempotency_key, parameters, sketch, samples, asked, threads=job.threads
     )
     return bytes(msgpack.packb([encode(_packed(masks, folder)), encode(report)]))
 

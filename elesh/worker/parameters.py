@@ -109,9 +109,9 @@ class ParameterExecutor:
             key=str(key),
             settings=self._settings.model_dump_json(),
             levels=(Level.PARAMETER,),
-            threads=self._settings.worker.threads,
+            threads=self._settings.threads,
         )
-        window = min(self._settings.worker.window_seconds, request.timeout.total_seconds())
+        window = min(self._settings.window_seconds, request.timeout.total_seconds())
         try:
             reply = await self._analyst.run(job, window)
         except ChildFailure as failure:

@@ -53,6 +53,8 @@ class Job:
     fallbacks: tuple[tuple[str, str], ...] = ()
     """Rungs of the failure table that led to this job, each with its reason; what they change in
     the analysis is :func:`elesh.worker.ladder.scope_of`."""
+    shard: tuple[str, ...] = ()
+    """The groups that a ``level`` job looks at; empty for all."""
     missing: tuple[tuple[str, str], ...] = ()
     """Levels that a join has to do without, each with the reason."""
     recorded: bytes = b""
@@ -144,7 +146,7 @@ def unpack_body(kind: type[Job] | type[Reply], body: bytes) -> Any:
     if kind is Job:
         pairs = ("breakers", "fallbacks", "missing")
         values |= {name: tuple(map(tuple, values[name])) for name in pairs}
-        values["levels"] = tuple(values["levels"])
+        values |= {name: tuple(values[name]) for name in ("levels", "shard")}
         return kind(**values)
     if values["failed"] is not None:
         values["failed"] = Failed(**values["failed"])

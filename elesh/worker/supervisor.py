@@ -39,6 +39,7 @@ from .parameters import ParameterExecutor, parameter_key
 from .receipts import record_receipts
 from .reports import Reports
 from .settlement import Clerk
+from .shards import parts_of
 from .sweeps import Sweeps
 
 __all__ = ["GROUP", "STREAMS", "Worker", "serve"]
@@ -228,7 +229,7 @@ class Worker:
 
     async def _admit_run_settle(self, delivery: Delivery) -> None:
         delivery.check(self._bus.guard)
-        now, window = datetime.now(UTC), self._settings.worker.window_seconds
+        now, window = datetime.now(UTC), self._settings.window_seconds
         asked = admit(
             delivery.envelope,
             window=window,
@@ -263,8 +264,8 @@ class Worker:
         try:
             if await self._clerk.is_decided(delivery, work):
                 return
-            if len(work.levels) > 1:
-                await self._fan_out.plan(delivery, work)
+            if len(parts := parts_of(work, self._settings)) > 1:
+                await self._fan_out.plan(delivery, work, parts)
                 return
             decision = await self._analyst.decide(work)
         except ContractError as error:

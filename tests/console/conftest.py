@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from console_server import TOKEN, Site, serving_console
@@ -15,6 +14,9 @@ from redis import Redis
 
 from elesh.bus import embedded_server
 from elesh.settings import BusSettings, ConsoleSettings, Settings
+from leyline import StructuralPruningDecision, read_envelope, unwrap
+
+_DEMO = "demo --epochs 12 --every 1 --workers 1 --fail 1 --console"
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Recorded:
 
     url: str
     run_id: str
+    output: str
+    """What the demo printed."""
 
 
 @pytest.fixture(scope="session")
@@ -32,21 +36,31 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]:
     os.environ["ELESH_STATE_DIR"] = str(home)  # spans are looked for where the demo keeps them
     try:
         with embedded_server(tmp_path_factory.mktemp("recorded")) as url:
-            command = ["demo", "--epochs", "12", "--every", "1", "--workers", "1", "--fail", "1"]
-            subprocess.run(
+            command = [
+                "demo",
+                "--epochs",
+                "12",
+                "--every",
+                "1",
+                "--workers",
+                "1",
+                "--fail",
+                "1",
+                "--console",
+            ]
+            done = subprocess.run(
                 [sys.executable, "-m", "elesh.cli", *command],
-                env=os.environ | {"ELESH_REDIS_URL": url},
+                env=os.environ | {"ELESH_REDIS_URL": url, "ELESH_CONSOLE__PORT": "0"},
                 check=True,
-                stdout=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                text=True,
                 timeout=150,
             )
             with Redis.from_url(url) as client:
                 [(_, fields)] = client.xrange("elesh:{main}:decisions", count=1)
-            from leyline import StructuralPruningDecision, read_envelope, unwrap
-
             decision = unwrap(read_envelope(fields[b"envelope"]))
             assert isinstance(decision, StructuralPruningDecision)
-            yield Recorded(url, decision.run_id)
+            yield Recorded(url, decision.run_id, done.stdout)
     finally:
         if before is None:
             del os.environ["ELESH_STATE_DIR"]
@@ -60,11 +74,3 @@ def site(redis_url: str, partition: str) -> Iterator[Site]:
     settings = Settings(bus=BusSettings(partition=partition), console=ConsoleSettings(token=TOKEN))
     with serving_console(redis_url, settings) as made:
         yield made
-
-
-@pytest.fixture(scope="session")
-def shots() -> Path:
-    """Where the screenshots go; kept between runs, to be looked at."""
-    folder = Path(os.environ.get("ELESH_SHOTS", "build/screenshots"))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -47,11 +47,17 @@ class Browser(Chrome):
         path.write_bytes(base64.b64decode(shot["data"]))
         return path
 
-    def serious_faults(self) -> list[str]:
-        """What axe-core finds serious or critical, a line each."""
+    def serious_faults(
+        self, within: Sequence[str] = ("html",), without: Sequence[str] = ()
+    ) -> list[str]:
+        """What axe-core finds serious or critical, a line each; both are CSS selectors."""
         self.execute_script((files("axe_core_python") / "axe.min.js").read_text())
         found: dict[str, Any] = self.execute_async_script(
-            "const done = arguments[arguments.length - 1]; axe.run(document).then(done);"
+            "const [within, without, done] = arguments;"
+            "const each = (selectors) => selectors.map((one) => [one]);"
+            "axe.run({include: each(within), exclude: each(without)}).then(done);",
+            list(within),
+            list(without),
         )
         return [
             f"{rule['id']} ({rule['impact']}): {node['html'][:120]} {node['failureSummary'][:200]}"

@@ -112,3 +112,9 @@ def test_status_shows_workers_backlog_and_the_last_decisions(station: Station) -
     assert "Workers: 1 of 1 ready" in shown
     for text in (worker.name, "checkpoints", decision.idempotency_key, "approved"):
         assert text in shown
+
+
+def test_plan_counts_workers_by_gpu_where_that_is_more() -> None:
+    done = elesh("plan", "1000", "--gpus", "2", environment={"ELESH_ANALYSIS_WORKERS_PER_GPU": "3"})
+    assert done.stdout.splitlines()[0] == "6 workers"
+    assert elesh("plan", "1000", environment={}).stdout == "1 worker\n"

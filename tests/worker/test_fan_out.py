@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import layer_networks
 import pytest
-from station import Station, faulty
+from station import Station, checkpoint, faulty
 
 from elesh.analysis import analyze
 from elesh.settings import Settings
@@ -44,6 +44,35 @@ def test_parts_go_to_whoever_is_free_and_the_decision_is_that_of_one_process(
     assert {event.worker_id for event in stored} == {"w1", "w2"}
     parts = [unwrap(read_envelope(delivery.envelope)) for delivery in station.read(WORK)]
     assert len(parts) == 6 * 3, "two parts and one join each"
+
+
+def test_a_level_with_large_statistics_is_split_by_groups_of_layers_and_joined_under_one_quota(
+    station: Station,
+) -> None:
+    for _ in range(2):
+        station.worker(layers_per_worker=1, worker={"shard_bytes": 1})
+    bundle = checkpoint()
+    station.publish(bundle)
+    (decision,) = station.wait_decisions(1)
+    parts = {event.detail.partition(":")[0] for event in station.telemetry("stored")}
+    assert parts == {"channel.0", "channel.1", "channel.2"}
+    whole = analyze(bundle, Settings.load(station.folder / "settings-0.yaml"))
+    assert decision.key == whole.key
+    assert decision.approved_for_application
+    removed = sum(len(units) for units in decision.units.values())
+    assert 0 < removed <= decision.statistics.quota == whole.statistics.quota
+    assert set(decision.units) <= {group.name for group in bundle.architecture.groups}
+
+
+def test_a_shard_that_fails_leaves_its_groups_alone_and_the_others_decide(
+    station: Station,
+) -> None:
+    faulty(station, "raise:lost", "shard:g1", layers_per_worker=1, worker={"shard_bytes": 1})
+    station.publish(checkpoint())
+    (decision,) = station.wait_decisions(1)
+    assert "g1" not in decision.units
+    assert "g1" in dict(decision.ignored), "and the decision says so"
+    assert decision.units
 
 
 def test_the_same_checkpoint_published_at_once_by_many_is_planned_once(station: Station) -> None:

@@ -1,8 +1,8 @@
 """Faults inside the real compute child, by environment variables; only tests put it on its path.
 
 ``ELESH_FAULT`` says what happens when a level is analysed, ``ELESH_FAULT_WHEN`` when: ``always``,
-``full`` (not on a lower rung of the ladder), ``level:<level>``, or ``once:<file>`` (the file marks
-that it has happened).
+``full`` (not on a lower rung of the ladder), ``level:<level>``, ``shard:<group>``, or
+``once:<file>`` (the file marks that it has happened).
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ def _due(when: str, level: str, keywords: dict[str, Any]) -> bool:
         Path(argument).touch()
     if kind == "full":
         return not keywords.get("fallbacks")
+    if kind == "shard":
+        return argument in (keywords.get("shard") or ())
     return kind != "level" or argument == level
 
 

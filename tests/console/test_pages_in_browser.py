@@ -1,0 +1,172 @@
+"""The pages in a real browser, on a real run: readable, accessible, live, and in need of nothing.
+
+The screenshots go to ``build/screenshots`` (or ``ELESH_SHOTS``), to be looked at.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser import MISSING, Browser, browsing
+from console_server import TOKEN, Site, serving_console
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+
+from contracts import examples
+from elesh.bus import Bus
+from elesh.console import write_report
+from elesh.demo.run import shortened
+from elesh.settings import BusSettings, ConsoleSettings, Settings
+from leyline.streams import DEAD
+
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+WIDTHS = (1280, 390)
+THEMES = ("light", "dark")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browsing(tmp_path_factory.mktemp("profile")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def live(recorded) -> Iterator[Site]:
+    # The settings that the demo wrote for its workers: a replay asks for the same.
+    schedule = {"structured_pruning": {"safety_schedule": shortened(12)}}
+    settings = Settings(console=ConsoleSettings(token=TOKEN), **schedule)
+    with serving_console(recorded.url, settings) as site:
+        yield site
+
+
+@pytest.fixture(scope="module")
+def shots() -> Path:
+    return Path(os.environ.get("ELESH_SHOTS", "build/screenshots")).resolve()
+
+
+def decision(browser: Browser, live: Site) -> str:
+    """The page of a decision that was applied."""
+    browser.show(f"{live.url}/", width=1280, theme="light")
+    marks = browser.find_elements(By.CSS_SELECTOR, ".wide a:has(.mark.applied)")
+    assert marks, "the run has an applied decision on its time line"
+    return live.url + str(marks[-1].get_dom_attribute("href"))
+
+
+@pytest.mark.parametrize("page", ["overview", "run", "decision", "fleet", "dead", "audit"])
+def test_a_page_is_readable_at_any_width_in_any_light(browser, live, recorded, shots, page):
+    paths = {"overview": "/", "run": f"/runs/{recorded.run_id}"}
+    for width in WIDTHS:
+        for theme in THEMES:
+            url = decision(browser, live) if page == "decision" else None
+            url = url or live.url + paths.get(page, f"/{page}")
+            browser.show(url, width=width, theme=theme)
+            browser.picture(shots / f"{page}-{width}-{theme}.png")
+            # A strip has hundreds of squares: they are looked at once.
+            without = () if (width, theme) == (1280, "light") else (".strip", ".dots")
+            assert browser.serious_faults(without=without) == [], (page, width, theme)
+            assert browser.too_wide() <= 0, (page, width, theme)
+            assert browser.complaints() == [], (page, width, theme)
+
+
+def test_a_decision_shows_its_evidence(browser, live):
+    browser.show(decision(browser, live), width=1280, theme="light")
+    text = browser.find_element(By.ID, "main").text
+    for told in ("Predicted and measured", "trainer, masked", "✓ passed", "✕ removed"):
+        assert told in text, told
+    crosses = browser.find_elements(By.CSS_SELECTOR, ".wide .strip .cross")
+    removed = browser.find_elements(By.CSS_SELECTOR, "tr.removed")
+    assert len(crosses) == len(removed) > 0
+    assert browser.find_elements(By.CSS_SELECTOR, ".dots .whisker"), "error bars"
+    assert browser.find_elements(By.CSS_SELECTOR, ".span .bar"), "the trace"
+
+
+def test_an_operator_signs_in_replays_and_the_bytes_are_the_same(browser, live):
+    browser.show(decision(browser, live), width=1280, theme="dark")
+    browser.find_element(By.ID, "token").send_keys(TOKEN + Keys.ENTER)
+    wait = WebDriverWait(browser, 60)
+    button = wait.until(lambda b: b.find_element(By.XPATH, "//button[contains(., 'Analyse')]"))
+    button.click()
+    wait.until(lambda b: b.current_url.endswith("/replay#replay-title"))
+    assert "Bit-identical" in browser.find_element(By.ID, "main").text
+    browser.delete_all_cookies()
+
+
+def test_it_is_used_by_keyboard(browser, live):
+    browser.show(f"{live.url}/", width=1280, theme="light")
+    ActionChains(browser).send_keys(Keys.TAB).perform()
+    assert browser.switch_to.active_element.text == "Skip to content"
+    reached = []
+    for _ in range(60):
+        ActionChains(browser).send_keys(Keys.TAB).perform()
+        focused = browser.switch_to.active_element
+        reached.append(focused.get_attribute("aria-label") or focused.text or focused.tag_name)
+    for wanted in ("Fleet", "Dead letters", "Audit", "Dark"):
+        assert wanted in reached, wanted
+    assert any("applied" in each for each in reached), "marks on the time line"
+
+
+def test_the_theme_is_switched_and_kept(browser, live):
+    browser.show(f"{live.url}/", width=1280, theme="light")
+    ground = "return getComputedStyle(document.body).backgroundColor"
+    light = browser.execute_script(ground)
+    browser.find_element(By.ID, "theme").send_keys(Keys.ENTER)
+    dark = browser.execute_script(ground)
+    assert dark != light
+    browser.get(f"{live.url}/fleet")
+    assert browser.execute_script(ground) == dark
+    browser.execute_script("localStorage.clear()")
+
+
+def test_a_page_stays_current_without_losing_what_is_open(browser, live, recorded):
+    browser.show(f"{live.url}/dead", width=1280, theme="light")
+    WebDriverWait(browser, 20).until(lambda b: b.find_element(By.ID, "live").text == "live")
+    browser.find_element(By.TAG_NAME, "summary").click()
+    before = len(browser.find_elements(By.CSS_SELECTOR, ".letter"))
+
+    async def bury() -> None:
+        bus = await Bus.connect(recorded.url, BusSettings())
+        letter = await bus.publish(DEAD, examples.MESSAGES["DeadLetter"], source="test")
+        page = WebDriverWait(browser, 20)
+        count = before + 1
+        await asyncio.to_thread(
+            page.until, lambda b: len(b.find_elements(By.CSS_SELECTOR, ".letter")) == count
+        )
+        await bus.letters.drop(letter, "test")
+        await bus.close()
+
+    asyncio.run(bury())
+    assert browser.find_elements(By.CSS_SELECTOR, "details[open]"), "what was opened stays open"
+
+
+def test_a_report_is_one_file_that_works_from_disk(browser, recorded, shots, tmp_path):
+    path = tmp_path / "report.html"
+
+    async def write() -> int:
+        settings = Settings()
+        bus = await Bus.connect(recorded.url, settings.bus)
+        try:
+            return await write_report(bus, settings, recorded.run_id, path)
+        finally:
+            await bus.close()
+
+    assert asyncio.run(write()) >= 10
+    text = path.read_text()
+    assert "http://" not in text.replace("http://www.w3.org", "")
+    assert "https://" not in text
+    assert 'src="' not in text
+    for theme in THEMES:
+        browser.show(path.as_uri(), width=1280, theme=theme)
+        browser.picture(shots / f"report-1280-{theme}.png")
+        assert browser.complaints() == []
+        # The decisions in it are the parts that the decision's page was tested with.
+        assert browser.serious_faults(within=("header", ".tiles", ".chart", "footer")) == []
+    asked = "return performance.getEntriesByType('resource').length"
+    assert browser.execute_script(asked) == 0
+    browser.find_element(By.CSS_SELECTOR, ".wide a:has(.mark.applied)").click()
+    assert "#d-" in browser.current_url

@@ -1,0 +1,215 @@
+"""What the pages show is what was recorded: pure views, on a real run and on what can go wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from contracts import examples
+from elesh.bus import Backlog, BreakerView, Bus, Letter, WorkerState
+from elesh.console.charts import dots, gate_bar, intervals, strip, timeline
+from elesh.console.decision import HEATS, Comparison, DecisionView, Estimate, decision_view
+from elesh.console.history import History
+from elesh.console.overview import overview, run_view
+from elesh.console.pages import ago, hexdump, percent, points
+from elesh.console.reading import Fleet, Reader
+from elesh.settings import Settings
+from leyline import IdempotencyKey, Level, Message
+
+NOW = datetime(2025, 1, 14, 12, tzinfo=UTC)
+
+
+def on_recorded(recorded: Any, action: Any) -> Any:
+    async def run() -> Any:
+        settings = Settings()
+        bus = await Bus.connect(recorded.url, settings.bus)
+        try:
+            return await action(Reader(bus, settings))
+        finally:
+            await bus.close()
+
+    return asyncio.run(run())
+
+
+@pytest.fixture(scope="module")
+def history(recorded) -> History:
+    return on_recorded(recorded, lambda reader: reader.refresh())
+
+
+@pytest.fixture(scope="module")
+def applied(recorded, history) -> DecisionView:
+    """The page of the decision that removed most."""
+    run = history.runs[recorded.run_id]
+    largest = max(run.decisions.values(), key=lambda decided: decided.units)
+
+    async def read(reader: Reader) -> DecisionView:
+        evidence = await reader.evidence(IdempotencyKey.parse(largest.key))
+        assert evidence is not None
+        return decision_view(evidence, run.outcomes[largest.key])
+
+    return on_recorded(recorded, read)
+
+
+def fleet(**parts: Any) -> Fleet:
+    ready = WorkerState(worker_id="w1", ready=True)
+    whole = {"workers": (ready,), "backlog": {}, "breakers": (), "letters": ()} | parts
+    return Fleet(at=NOW, **whole)
+
+
+def told(history: History, **parts: Any) -> list[tuple[str, str]]:
+    return [(each.tone, each.what) for each in overview(history, fleet(**parts)).problems]
+
+
+def messages() -> list[tuple[Message, datetime]]:
+    names = ("CheckpointReady", "StructuralPruningDecision", "PruningOutcome", "BreakerTransition")
+    return [(examples.MESSAGES[name], NOW) for name in names]
+
+
+def test_a_run_is_what_its_trainer_published_and_reported(recorded, history):
+    view = run_view(history.runs[recorded.run_id], datetime.now(UTC))
+    assert view.epoch == 12
+    assert [epoch for epoch, _ in view.accuracies] == list(range(1, 13))
+    assert view.phase == "validation"
+    assert [band.phase for band in view.bands] == [
+        "preparation", "conservative", "moderate", "aggressive", "validation",
+    ]  # fmt: skip
+    shares = [share for _, share in view.shares]
+    assert shares == sorted(shares)
+    assert 0 < shares[-1] <= max(band.limit for band in view.bands)
+    assert dict(view.results)["applied"] == sum(m.result == "applied" for m in view.marks) > 0
+    assert len(view.rows) == len(view.marks) == sum(count for _, count in view.results)
+    assert all(row.reason for row in view.rows if row.result == "rejected")
+
+
+def test_pieces_of_a_history_make_the_same_history():
+    whole, pieces = History(), History()
+    whole.take(messages())
+    for each in messages():
+        pieces.take([each])
+    assert whole.runs == pieces.runs
+    assert list(whole.transitions) == list(pieces.transitions)
+
+
+def test_a_history_forgets_the_oldest_runs_first():
+    history, ready = History(), examples.MESSAGES["CheckpointReady"]
+    for number in range(60):
+        metadata = ready.metadata.model_copy(update={"run_id": f"run-{number}"})
+        renamed = ready.model_copy(update={"metadata": metadata})
+        history.take([(renamed, NOW + timedelta(seconds=number))])
+    assert [run.run_id for run in history.recent()] == [f"run-{n}" for n in range(59, 9, -1)]
+
+
+def test_nothing_is_said_where_nothing_is_broken():
+    assert told(History()) == []
+
+
+def test_what_is_broken_is_said():
+    breaker = BreakerView("r", Level.CHANNEL, "open", 3, "boom", NOW, admitted=False)
+    assert told(History(), breakers=(breaker,)) == [
+        ("bad", "Breaker of r at level channel is open")
+    ]
+    assert told(History(), workers=()) == [("bad", "No worker is alive")]
+    wedged = WorkerState(worker_id="w2", ready=False, why="the child is wedged")
+    assert told(History(), workers=(wedged,)) == [("warn", "Worker w2 is not ready")]
+    letter = Letter("1-0", None, "unreadable")
+    again = Letter("2-0", None, "unreadable", redriven_as="3-0")
+    assert told(History(), letters=(letter, again)) == [("warn", "1 dead letter")]
+    late = Backlog(5, 5, 0, 300.0, None)
+    assert told(History(), backlog={"checkpoints": late}) == [
+        ("warn", "checkpoints: the oldest entry has waited 300 s")
+    ]
+    history = History()
+    outcome = examples.MESSAGES["PruningOutcome"].model_copy(update={"result": "rolled_back"})
+    history.take([*messages()[:2], (outcome, NOW)])
+    assert told(history) == [("warn", "digits-7: 1 rolled back")]
+
+
+def test_every_target_and_spared_unit_has_a_row_a_reason_and_an_error_bar(applied):
+    decision = applied.decision
+    removed = {(name, unit) for name, units in decision.units.items() for unit in units}
+    rows = {(row.told.group, row.told.unit) for row in applied.units}
+    groups = [*decision.channels, *decision.attention_heads, *decision.spared]
+    spared = {(group.layer_name, unit.index) for group in groups for unit in group.spared}
+    assert rows == removed | spared
+    assert removed
+    assert all(row.told.reason for row in applied.units)
+    assert all(row.alone is not None and row.error is not None for row in applied.units)
+
+
+def test_a_strip_shows_every_unit_of_a_group_once_and_the_removed_ones(applied):
+    removed = {strip.group: strip.removed for strip in applied.strips}
+    units = applied.decision.units
+    assert {name: len(units.get(name, ())) for name in removed} == removed
+    for item in applied.strips:
+        assert sorted(cell.unit for cell in item.cells) == list(range(len(item.cells)))
+        assert {cell.heat for cell in item.cells} <= set(range(HEATS))
+        heats = [cell.heat for cell in item.cells]
+        assert heats == sorted(heats), "least important first"
+        assert len(re.findall('<rect class="h', strip(item, 400))) == len(item.cells)
+
+
+def test_predicted_stands_beside_measured(applied):
+    whos = {c.quantity.split(",")[0]: [e.who for e in c.estimates] for c in applied.comparisons}
+    assert "trainer, masked" in whos["drop of the accuracy"]
+    assert "predicted" in whos["rise of the loss"]
+    outcome = applied.outcomes[0]
+    [measured] = [
+        estimate.value
+        for comparison in applied.comparisons
+        for estimate in comparison.estimates
+        if comparison.percent and estimate.who == "trainer, masked"
+    ]
+    assert measured == pytest.approx(outcome.accuracy_before - outcome.accuracy_masked)
+
+
+def test_a_decision_whose_statistics_are_gone_says_so(recorded, applied, redis_url):
+    from elesh.console.reading import Evidence
+
+    view = decision_view(Evidence(applied.decision, None, "expired", ()))
+    assert (view.strips, view.missing) == ((), "expired")
+    assert len(view.units) == len(applied.units)
+    assert view.result == "approved"
+
+
+def test_charts_escape_what_they_are_given(history, recorded):
+    run = run_view(history.runs[recorded.run_id], NOW)
+    hostile = '"><script>'
+    item = Comparison(hostile, False, (Estimate(hostile, 1.0, 0.5, 2.0),))
+    assert "<script>" not in intervals(item, 300)
+    from dataclasses import replace
+
+    marks = tuple(replace(mark, title=hostile) for mark in run.marks)
+    assert "<script>" not in timeline(replace(run, run_id=hostile, marks=marks), 400, str)
+
+
+def test_a_chart_of_nothing_is_no_error():
+    history = History()
+    history.take(messages()[1:2])
+    assert "no accuracy was published" in timeline(
+        run_view(history.runs["digits-7"], NOW), 400, str
+    )
+    assert dots([]) == []
+    flat = Comparison("q", False, (Estimate("predicted", 0.0),))
+    assert "+0" in intervals(flat, 300)
+
+
+def test_a_bar_is_drawn_for_upper_limits_only():
+    assert "80% of the limit" in gate_bar(0.08, 0.1, True)
+    assert "150% of the limit" in gate_bar(0.15, 0.1, False)
+    assert gate_bar(512, 32, True) == ""
+    assert gate_bar(None, 32, True) == ""
+
+
+def test_figures_nobody_knows_are_dashes():
+    assert {percent(None), percent(float("nan")), points(None), ago(None)} == {"\N{EN DASH}"}
+    assert points(-0.0056) == "\N{MINUS SIGN}0.56"
+    assert (ago(90), ago(150), ago(7300), ago(200000)) == ("90 s", "2 min", "2 h", "2 d")
+    assert hexdump(b"ab\x00" * 100).endswith("and 44 bytes more")
+
+
+def test_the_demo_serves_a_console_beside_it(recorded):
+    assert re.search(r"console on http://127\.0\.0\.1:[0-9]+", recorded.output)
