@@ -60,6 +60,14 @@ class Status:
     def __post_init__(self) -> None:
         self.started, self._stream = self.clock(), ""
 
+    def announce(self) -> None:
+        """Begin the counters that rates are taken of: the first event must find them at zero."""
+        for level in Level:
+            for result in ("completed", "failed"):
+                metrics.ANALYSES.add(0, {"level": level.value, "result": result})
+            for result in ("applied", "rolled_back"):
+                metrics.OUTCOMES.add(0, {"level": level.value, "result": result})
+
     def serving(self) -> None:
         """It can take work."""
         self.doing = "idle"
