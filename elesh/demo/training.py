@@ -22,6 +22,7 @@ from elesh.trainer import Evaluation, Recorder, Session, Surgeon
 from elesh.trainer.export import Exporter
 from leyline import (
     CheckpointBundle,
+    Level,
     Phase,
     PrunedArchitecture,
     PruningOutcome,
@@ -35,6 +36,7 @@ __all__ = ["EpochFigures", "Observer", "Report", "Training", "total_channels"]
 
 _BATCH = 128
 _LEARNING_RATE = 0.1
+_LEVELS = (Level.CHANNEL, Level.HEAD, Level.LAYER)
 _PRUNING = (Phase.CONSERVATIVE, Phase.MODERATE, Phase.AGGRESSIVE)
 """In the other phases nothing is cut, so nothing has to be measured."""
 
@@ -225,6 +227,7 @@ class Training:
                     accuracy=validation.accuracy,
                     loss=validation.loss,
                 )
+            bundle = replace(bundle, levels=_LEVELS)
             if phase_at(epoch, self._schedule) in _PRUNING:
                 proof = self.data.proof
                 with span("export"):
