@@ -181,8 +181,10 @@ class Console:
         if refused is not None:
             return refused
         key = IdempotencyKey.parse(request.path_params["key"])
-        # In a thread with a bus of its own: pages go on being served while it computes.
-        replayed = await asyncio.to_thread(asyncio.run, _replayed(self._url, self._settings, key))
+        bus = (await self._reading()).bus
+        # The numerics run in a compute child: other pages go on being served.
+        found = [item async for item in replay(bus, self._settings, Selection(str(key)))]
+        replayed = found[0] if found else None
         return await self.decision(request, replayed)
 
     async def login(self, request: Request) -> Response:
@@ -316,16 +318,6 @@ def _safe(page: Page) -> Page:
         return HTMLResponse(body, status, _HEADERS)
 
     return served
-
-
-async def _replayed(url: str, settings: Settings, key: IdempotencyKey) -> Replayed | None:
-    bus = await Bus.connect(url, settings.bus, settings.breaker)
-    try:
-        async for item in replay(bus, settings, Selection(str(key))):
-            return item
-        return None
-    finally:
-        await bus.close()
 
 
 async def _form(request: Request) -> dict[str, str]:
