@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache
 
+import numpy as np
 import torch
 from sklearn.datasets import load_breast_cancer
 from torch import Tensor, nn
@@ -96,3 +97,19 @@ def settings(**verification: object) -> Settings:
             "verification": verification,
         }
     )
+
+
+def inverted(trained: Trained, epoch: int) -> CheckpointBundle:
+    """Statistics of a scorer that takes the most important for the least: the ordinary seam, so
+    that nothing but measuring can notice."""
+    channels = {
+        name: data.model_copy(
+            update={
+                field: (getattr(data, field).max() - getattr(data, field)).astype(np.float32)
+                for field in ("taylor_importance", "magnitude_importance", "activation_frequency")
+            }
+            | {"channel_correlations": None}
+        )
+        for name, data in trained.bundle.channels.items()
+    }
+    return replace(trained.at(epoch), channels=channels, gates={})

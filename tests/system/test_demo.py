@@ -74,6 +74,16 @@ def test_a_demo_run_approves_and_applies_decisions_and_shrinks_the_network(run: 
     assert {"key", "level", "approved", "reason"} <= figures["decisions"][0].keys()
 
 
+def test_every_cut_was_measured_by_a_worker_and_by_the_trainer(run: Run) -> None:
+    approved = [d for d in run.figures["decisions"] if d["approved"]]
+    assert len(run.figures["cuts"]) == len(approved) > 0
+    applied = [cut for cut in run.figures["cuts"] if cut["trainer_accuracy_drop"] is not None]
+    assert applied
+    assert all(cut["low"] <= cut["worker_accuracy_drop"] <= cut["high"] for cut in applied)
+    assert all(cut["predicted_loss_rise"] is not None for cut in applied)
+    assert "Cuts: predicted and measured" in run.output
+
+
 def test_every_checkpoint_of_the_run_is_answered_once(run: Run) -> None:
     keys = [d["key"] for d in run.figures["decisions"]]
     assert len(keys) == len(set(keys)) == run.figures["epochs"]
@@ -105,8 +115,8 @@ def test_each_decision_is_one_connected_trace_from_checkpoint_to_outcome(run: Ru
         names = {span.name for _, span in spans}
         assert {
             "create checkpoints", "send checkpoints", "process checkpoints", "fetch blobs",
-            "analyse channel", "settle checkpoints", "apply decision", "create outcomes",
-            "send outcomes", "process outcomes",
+            "analyse channel", "analyse head", "analyse layer", "settle work", "apply decision",
+            "create outcomes", "send outcomes", "process outcomes",
         } <= names  # fmt: skip
         assert {service for service, _ in spans} == {"elesh-trainer", "elesh-worker"}
         if decision["outcome"] == "applied":

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import msgpack
-import numpy as np
 import proved_networks
 import pytest
 import safetensors.torch
 import torch
-from proved_networks import Trained
+from proved_networks import Trained, inverted
 
 from elesh import safety
 from elesh.analysis import analyze
@@ -101,22 +100,6 @@ def test_the_same_checkpoint_gives_the_same_bytes(trained: Trained) -> None:
     assert encode(decide(bundle)) == encode(first)
     assert encode(decide(bundle, recorded=first)) == encode(first)
     assert torch.get_num_threads() == threads
-
-
-def inverted(trained: Trained, epoch: int) -> CheckpointBundle:
-    """Statistics of a scorer that takes the most important for the least: the ordinary seam, so
-    that nothing but measuring can notice."""
-    channels = {
-        name: data.model_copy(
-            update={
-                field: (getattr(data, field).max() - getattr(data, field)).astype(np.float32)
-                for field in ("taylor_importance", "magnitude_importance", "activation_frequency")
-            }
-            | {"channel_correlations": None}
-        )
-        for name, data in trained.bundle.channels.items()
-    }
-    return replace(trained.at(epoch), channels=channels, gates={})
 
 
 @pytest.mark.parametrize("epoch", [45, 85, 119])

@@ -1,0 +1,53 @@
+"""Measured in the compute child of a real worker: refusals open the breaker, training goes on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import proved_networks
+from proved_networks import inverted
+from station import Station
+
+from elesh.trainer import Session
+from leyline import BreakerTransition, CheckpointBundle, StructuralPruningDecision
+from leyline.streams import TELEMETRY
+
+SECTIONS = {"structured_pruning": {"channel_analysis": {"min_channels_per_layer": 4}}}
+
+
+def numbered(bundle: CheckpointBundle, number: int) -> CheckpointBundle:
+    metadata = bundle.metadata.model_copy(update={"checkpoint_id": f"ck-{number}"})
+    return replace(bundle, metadata=metadata)
+
+
+def answers(station: Station, bundles: list[CheckpointBundle]) -> list[StructuralPruningDecision]:
+    """What a training session gets for these checkpoints, one after the other."""
+    got: list[StructuralPruningDecision] = []
+    settings = proved_networks.settings()
+    bus = settings.bus.model_copy(update={"partition": station.partition})
+    settings = settings.model_copy(update={"bus": bus})
+    with Session("proved", station.url, settings) as session:
+        for number, bundle in enumerate(bundles):
+            session.publish(numbered(bundle, number))
+            while len(got) <= number:
+                assert session.wait(60), "no answer"
+                got += session.decisions()
+        assert session.missed == 0
+    return got
+
+
+def test_three_refused_rankings_open_the_breaker_and_training_goes_on(station: Station) -> None:
+    station.worker(**SECTIONS)
+    trained = proved_networks.convolutions()
+    before = trained.accuracy
+    bad, good = inverted(trained, 119), trained.at(119)
+    decisions = answers(station, [good, bad, bad, bad, good])
+    assert decisions[0].approved_for_application
+    assert decisions[0].safety.measured
+    assert all("ranking" in decision.rejection_reason for decision in decisions[1:4])
+    assert not any(decision.units for decision in decisions[1:4])
+    assert not decisions[4].approved_for_application
+    assert "breaker" in decisions[4].rejection_reason
+    (change,) = [m for m in station.messages(TELEMETRY) if isinstance(m, BreakerTransition)]
+    assert (change.before, change.after) == ("closed", "open")
+    assert trained.accuracy == before
