@@ -101,6 +101,7 @@ async def side_by_side(url: str, count: int, rounds: int, python: str, batch: in
                     else await asyncio.to_thread(peer, python, name, url, count)
                 )
                 best[name] = max(best[name], rate)
+                print(f"{name}: {rate:.0f}", file=sys.stderr, flush=True)
         await redis.flushall()
     for name, rate in best.items():
         print(f"{name:14}{rate:9.0f} messages/s   elesh {best['elesh'] / rate:5.2f} times")
