@@ -26,22 +26,23 @@ class Count:
 
     def __init__(self, whole: int) -> None:
         self.whole, self.done, self.begun = whole, 0, 0.0
-        self.seconds: float | None = None
+        self.seconds = self.cpu = 0.0
         self.over = threading.Event()
 
     def one(self) -> None:
         """A job was served."""
         if not self.done:
-            self.begun = time.perf_counter()
+            self.begun, self.cpu = time.perf_counter(), time.process_time()
         self.done += 1
         if self.done == self.whole:
             self.seconds = time.perf_counter() - self.begun
+            self.cpu = time.process_time() - self.cpu
             self.over.set()
 
     async def wait(self) -> NoReturn:
         """Wait for the last one, print the figures, and end the process, whatever still runs."""
         await asyncio.to_thread(self.over.wait)
-        print(json.dumps({"seconds": self.seconds, "done": self.done}), flush=True)
+        print(json.dumps({"seconds": self.seconds, "cpu": self.cpu}), flush=True)
         os._exit(0)
 
 
