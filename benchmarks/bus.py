@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 from redis.asyncio import Redis
@@ -136,6 +138,8 @@ async def blob(url: str) -> None:
         assert len(await bus.blobs.get(ref)) == BLOB
         ours = min(ours, time.perf_counter() - begun)
     await redis.delete("whole")
+    rate, share = BLOB / ours / 1e6, plain / ours
+    print(f"blob: {rate:.0f} MB/s fetched and verified, {share:.2f} of GETRANGE")
     alone, meanwhile = await _pings(url, ref, 0), await _pings(url, ref, 3)
     print(f"blob: another client's PING p99 {meanwhile:.1f} ms meanwhile, {alone:.1f} ms without")
     rss = await asyncio.to_thread(_memory, url, ref)
@@ -199,14 +203,18 @@ async def idle(url: str, seconds: float) -> None:
     assert worker.stderr is not None
     while b" serving " not in await worker.stderr.readline():
         pass
-    async with Redis.from_url(url) as redis:
-        await asyncio.sleep(5)
-        before = (await redis.info("stats"))["total_commands_processed"]
-        await asyncio.sleep(seconds)
-        after = (await redis.info("stats"))["total_commands_processed"]
+    await asyncio.sleep(5)
+    sent: Counter[str] = Counter()
+    async with Redis.from_url(url) as redis, redis.monitor() as monitor:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while True:
+                    command = await monitor.next_command()
+                    if command["client_type"] != "lua":  # what scripts call is no traffic
+                        sent[command["command"].split()[0].upper()] += 1
     worker.terminate()
     await worker.wait()
-    print(f"idle worker: {(after - before - 1) / seconds:.2f} commands/s")
+    print(f"idle worker: {sent.total() / seconds:.2f} commands/s, {dict(sent)} in {seconds:g} s")
 
 
 def main() -> None:
