@@ -1,11 +1,11 @@
-"""Test accuracy after removing a share of all channels, without fine-tuning.
+"""Test accuracy after removing a share of all units, without fine-tuning.
 
-    python -m benchmarks.joint_removal --nets resnet,concat,vgg --seeds 0 1 2
+    python -m benchmarks.joint_removal --nets resnet,concat,vgg,vit,vit-heads --seeds 0 1 2 3 4
 
-Every order sees the same calibration samples (all training images) and the same minimum of
-channels a group. "In rounds": a twentieth of the channels at a time is cut, then everything is
-measured again; the rows of the others are re-ranked as often. With redistribution the consumers
-are re-solved at every cut.
+``vit`` counts the hidden units of the feed-forward parts, ``vit-heads`` the attention heads. Every
+order sees the same calibration samples (training images) and the same minimum of units a group. "In
+rounds": a twentieth of the units at a time is cut, then everything is measured again; the rows of
+the others are re-ranked as often. With redistribution the consumers are re-solved at every cut.
 """
 
 from __future__ import annotations
@@ -21,96 +21,140 @@ from benchmarks.common.criteria import CRITERIA, lowest
 from benchmarks.common.report import arguments, bars, show, write
 from benchmarks.common.subjects import Subject
 from elesh.analysis import select_channels
-from elesh.settings import ChannelAnalysis
+from elesh.analysis.heads import rank_heads
+from elesh.settings import AttentionAnalysis, ChannelAnalysis
+from leyline import CheckpointBundle, Level, Phase
 
 SHARES = (0.05, 0.10, 0.20, 0.30, 0.40)
 STEP = 0.05
 Units = Mapping[str, Sequence[int]]
-Choose = Callable[[Subject, int], Units]
+Order = Callable[[int], Units]
+"""From a number of units to the units that go first."""
+Rank = Callable[[Subject], Order]
 
 
 @dataclass(frozen=True)
 class Method:
-    """How channels are chosen and cut."""
+    """How units are ranked and cut."""
 
-    choose: Choose
+    rank: Rank
     rounds: bool = False
     redistribute: bool = False
 
 
 class Ours:
-    """Output projections; in rounds with r, what has been moved since the network was whole."""
+    """The analysis' own order; in rounds with r, what has moved since the network was whole.
 
-    def __init__(self, subject: Subject, settings: ChannelAnalysis, *, carry: bool = True) -> None:
-        self._settings, self._carry = settings, carry
-        self._whole = subject.tools()[0].project(subject.calibration)
+    Args:
+        redistribute: rank for whoever redistributes.
+        scorer: another scorer instead of the default.
+        ahead: the share of units that the projections look ahead to; in rounds a round.
+    """
 
-    def __call__(self, subject: Subject, count: int) -> Units:
+    def __init__(
+        self,
+        subject: Subject,
+        minimum: int,
+        *,
+        redistribute: bool = False,
+        rounds: bool = False,
+        scorer: Any = "auto",
+    ) -> None:
+        self._minimum, self._scorer = minimum, scorer
+        self._redistribute, self._ahead = redistribute, STEP if rounds else 0.2
+        self._joint = not redistribute and scorer == "auto"
+        carried = rounds and self._joint
+        self._whole = subject.tools()[0].project(subject.calibration) if carried else None
+
+    def __call__(self, subject: Subject) -> Order:
         recorder, _ = subject.tools()
-        bundle = recorder.measure(subject.calibration, epoch=1)
-        moved = recorder.project(subject.calibration) - self._whole if self._carry else None
-        return select_channels(bundle, count, settings=self._settings, moved=moved)
+        bundle = recorder.measure(
+            subject.calibration,
+            epoch=1,
+            ahead=self._ahead if self._joint else 0,
+            redistribute=self._redistribute,
+        )
+        moved = None
+        if self._whole is not None:
+            moved = recorder.project(subject.calibration) - self._whole
+        if subject.level is Level.HEAD:
+            return lambda count: self._heads(bundle, count, moved)
+        settings = ChannelAnalysis(min_channels_per_layer=self._minimum)
+        return lambda count: select_channels(
+            bundle, count, settings=settings, scorer=self._scorer, moved=moved
+        )
+
+    def _heads(self, bundle: CheckpointBundle, count: int, moved: Any) -> Units:
+        groups = [g for g in bundle.architecture.groups if g.prunable and g.level is Level.HEAD]
+        settings = AttentionAnalysis(min_heads_per_layer=self._minimum)
+        scorer = "output_projection" if self._joint else "multi_metric"
+        ranking = rank_heads(bundle, settings, groups, scorer, Phase.MODERATE)
+        row = (
+            ranking.projections.moved(moved) if moved is not None and ranking.projections else None
+        )
+        return ranking.candidates.by_group(ranking.choose(count, moved=row).units)
 
 
-def multi_metric(settings: ChannelAnalysis) -> Choose:
-    """The design document's mix."""
+def by_criterion(name: str, minimum: int) -> Rank:
+    """Somebody else's scores."""
 
-    def choose(subject: Subject, count: int) -> Units:
-        bundle = subject.tools()[0].measure(subject.calibration, epoch=1)
-        return select_channels(bundle, count, settings=settings, scorer="multi_metric")
+    def rank(subject: Subject) -> Order:
+        scores = CRITERIA[name](subject)
+        return lambda count: lowest(subject.groups, scores, count, minimum)
 
-    return choose
+    return rank
 
 
 def methods(subject: Subject, minimum: int) -> dict[str, Method]:
     """All rows of the table."""
-    settings = ChannelAnalysis(min_channels_per_layer=minimum)
-    ours, afresh = Ours(subject, settings), Ours(subject, settings, carry=False)
+    heads = subject.level is Level.HEAD
     rows = {
-        "ours": Method(ours),
-        "ours + redistribution": Method(ours, redistribute=True),
-        "ours, in rounds": Method(ours, rounds=True),
-        "ours, in rounds + redistribution": Method(ours, rounds=True, redistribute=True),
-        "ours, in rounds, r = 0": Method(afresh, rounds=True),
-        "ours, in rounds, r = 0 + redistribution": Method(afresh, rounds=True, redistribute=True),
-        "multi-metric mix": Method(multi_metric(settings)),
+        "ours": Method(Ours(subject, minimum)),
+        "ours, in rounds": Method(Ours(subject, minimum, rounds=True), rounds=True),
     }
-
-    def by(criterion: str) -> Choose:
-        score = CRITERIA[criterion]
-        return lambda now, count: lowest(now.architecture, score(now), count, minimum)
-
-    rows |= {name: Method(by(name)) for name in CRITERIA}
-    rows["multi-metric mix, in rounds"] = Method(multi_metric(settings), rounds=True)
-    for name in CRITERIA:
-        if name != "random":
-            rows[f"{name}, in rounds"] = Method(by(name), rounds=True)
+    for plain, method in list(rows.items()):
+        # Input moments are of channels; heads keep their order and are only re-solved.
+        rank = method.rank if heads else Ours(subject, minimum, redistribute=True)
+        rows[f"{plain} + redistribution"] = Method(rank, method.rounds, redistribute=True)
+    mix = Ours(subject, minimum, scorer="multi_metric")
+    others: dict[str, Rank] = {"the document's mix": mix}
+    others |= {name: by_criterion(name, minimum) for name in CRITERIA}
+    if heads:
+        others = {name: rank for name, rank in others.items() if not name.startswith("torch-")}
+    rows |= {name: Method(rank) for name, rank in others.items()}
+    rows |= {
+        f"{name}, in rounds": Method(rank, rounds=True)
+        for name, rank in others.items()
+        if name != "random"
+    }
     # How much is the order and how much the redistribution: the best of the others, with it.
-    best = by("Molchanov 2017")
-    rows["Molchanov 2017 + redistribution"] = Method(best, redistribute=True)
-    rows["Molchanov 2017 + redistribution, in rounds"] = Method(
-        best, rounds=True, redistribute=True
-    )
+    best = by_criterion("Molchanov 2017", minimum)
+    for rounds in (False, True):
+        name = "Molchanov 2017, in rounds" if rounds else "Molchanov 2017"
+        rows[f"{name} + redistribution"] = Method(best, rounds, redistribute=True)
     return rows
 
 
-def cut(subject: Subject, method: Method, count: int) -> Subject:
-    """The subject without ``count`` more channels (its network is changed)."""
-    units = method.choose(subject, count)
+def cut(subject: Subject, units: Units, redistribute: bool) -> Subject:
+    """The subject without these units (its network is changed)."""
     recorder, surgeon = subject.tools()
-    moments = recorder.moments(subject.calibration, units) if method.redistribute else None
+    moments = recorder.moments(subject.calibration, units) if redistribute else None
     return replace(subject, architecture=surgeon.cut(units, redistribute=moments))
 
 
 def accuracies(subject: Subject, method: Method) -> list[float]:
     """Test accuracy at every share."""
-    total = subject.channels
+    total = subject.units
     if not method.rounds:
-        return [cut(subject.copy(), method, round(s * total)).accuracy() for s in SHARES]
+        order = method.rank(subject)
+        chosen = [order(round(share * total)) for share in SHARES]
+        return [cut(subject.copy(), units, method.redistribute).accuracy() for units in chosen]
     now, gone, found = subject.copy(), 0, []
     for number in range(1, round(SHARES[-1] / STEP) + 1):
         target = round(number * STEP * total)
-        now, gone = cut(now, method, target - gone), target
+        if target > gone:
+            now = cut(now, method.rank(now)(target - gone), method.redistribute)
+        gone = target
         if any(abs(number * STEP - share) < 1e-9 for share in SHARES):
             found.append(now.accuracy())
     return found
@@ -118,29 +162,31 @@ def accuracies(subject: Subject, method: Method) -> list[float]:
 
 def main() -> None:
     """Measure and print, net by net."""
-    parser = arguments(__doc__.splitlines()[0], ("resnet", "concat", "vgg"))
-    parser.add_argument("--minimum", type=int, default=4, help="channels every group keeps")
+    parser = arguments(__doc__.splitlines()[0], ("resnet", "concat", "vgg", "vit", "vit-heads"))
+    parser.add_argument("--minimum", type=int, help="units every group keeps: 4 channels, 1 head")
+    parser.add_argument("--samples", type=int, help="calibration samples; all of the training set")
     parser.add_argument("--only", default="", help="only rows whose name contains this")
     asked = parser.parse_args()
     figures: dict[str, Any] = {}
     for net in asked.nets:
         rows: dict[str, list[list[float]]] = {}
-        before, channels, begun = [], 0, time.perf_counter()
+        before, units, begun = [], 0, time.process_time()
         for seed in asked.seeds:
-            subject = Subject.trained(net, seed, asked.epochs, asked.cache)
+            subject = Subject.trained(net, seed, asked.epochs, asked.cache, asked.samples)
+            minimum = asked.minimum or (1 if subject.level is Level.HEAD else 4)
             before.append(subject.accuracy())
-            channels = subject.channels
-            for name, method in methods(subject, asked.minimum).items():
+            units = subject.units
+            for name, method in methods(subject, minimum).items():
                 if asked.only in name:
                     rows.setdefault(name, []).append(accuracies(subject, method))
-        figures[net] = {"before": before, "channels": channels, "shares": SHARES, "rows": rows}
-        title = f"{net}: {channels} channels, {len(asked.seeds)} seeds, before {bars(before)}"
+            figures[net] = {"before": before, "units": units, "shares": SHARES, "rows": rows}
+            write(asked.json, figures)
+        title = f"{net}: {units} units, {len(asked.seeds)} seeds, before {bars(before)}"
         show(
-            f"{title} ({time.perf_counter() - begun:.0f} s)",
+            f"{title} ({time.process_time() - begun:.0f} s of CPU)",
             ["order", *(f"{share:.0%}" for share in SHARES)],
             [[name, *map(bars, np.transpose(found).tolist())] for name, found in rows.items()],
         )
-        write(asked.json, figures)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How well the single-removal score orders channels, against removing them one by one.
 
-    python -m benchmarks.ranking --nets resnet,concat,vgg --seeds 0 1 2
+    python -m benchmarks.ranking --nets resnet,concat,vgg,vit-heads --seeds 0 1 2
 
 Kendall tau within each layer, averaged over layers, between ``single_removal`` (from one
 calibration pass) and the loss measured with that one channel masked. "Half split" is the measured
@@ -22,8 +22,11 @@ from scipy.stats import kendalltau
 from benchmarks.common.criteria import CRITERIA
 from benchmarks.common.report import arguments, bars, show, write
 from benchmarks.common.subjects import Batches, Subject, per_sample_loss
+from elesh.analysis.heads import LATE as HEADS_LATE
+from elesh.analysis.heads import multi_factor
 from elesh.analysis.scores import MID, magnitude, multi_metric, single_removal
 from elesh.trainer import Surgeon
+from leyline import Level
 
 Values = npt.NDArray[np.float64]
 ByGroup = Mapping[str, Values]
@@ -33,9 +36,7 @@ def measured_rise(subject: Subject, batches: Batches) -> ByGroup:
     """[C, N] by group: how much each sample's loss rises when one channel is masked."""
     plain = per_sample_loss(subject.model, batches)
     surgeon, found = Surgeon(subject.model, subject.architecture), {}
-    for group in subject.architecture.groups:
-        if not group.prunable:
-            continue
+    for group in subject.groups:
         rows = []
         for unit in range(group.size):
             surgeon.mask({group.name: [unit]})
@@ -65,12 +66,16 @@ def mean(rise: ByGroup, part: slice = slice(None)) -> ByGroup:
 
 def our_scores(subject: Subject) -> dict[str, ByGroup]:
     """The scores that come with a checkpoint, by name."""
-    bundle = subject.tools()[0].measure(subject.calibration, epoch=1)
-    names = list(bundle.gates)
+    bundle = subject.tools()[0].measure(subject.calibration, epoch=1, ahead=0)
+    names = [group.name for group in subject.groups]
+    singles = {name: single_removal(bundle.gates[name]) for name in names}
+    if subject.level is Level.HEAD:
+        heads = {name: multi_factor(bundle.heads[name], HEADS_LATE) for name in names}
+        return {"single removal (ours)": singles, "multi-metric mix": heads}
     data = [bundle.channels[name] for name in names]
     ends = np.cumsum([group.size for group in data])[:-1]
     return {
-        "single removal (ours)": {name: single_removal(bundle.gates[name]) for name in names},
+        "single removal (ours)": singles,
         "multi-metric mix": dict(zip(names, np.split(multi_metric(data, MID), ends), strict=True)),
         "magnitude": dict(zip(names, np.split(magnitude(data), ends), strict=True)),
     }
@@ -83,6 +88,7 @@ def taus(subject: Subject) -> dict[str, dict[str, float]]:
     scores = our_scores(subject) | {
         name: CRITERIA[name](subject)
         for name in ("Molchanov 2019", "Molchanov 2017", "torch-pruning Taylor")
+        if subject.level is Level.CHANNEL or not name.startswith("torch-")
     }
     ceilings = {
         "same data": tau(mean(same, slice(0, None, 2)), mean(same, slice(1, None, 2))),
@@ -98,7 +104,7 @@ def taus(subject: Subject) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     """Measure and print, net by net."""
-    parser = arguments(__doc__.splitlines()[0], ("resnet", "concat", "vgg"))
+    parser = arguments(__doc__.splitlines()[0], ("resnet", "concat", "vgg", "vit-heads"))
     parser.add_argument("--samples", type=int, default=512, help="calibration samples")
     asked = parser.parse_args()
     figures: dict[str, Any] = {}

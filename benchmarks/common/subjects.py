@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from elesh.demo.data import Digits
 from elesh.trainer import Recorder, Surgeon
-from leyline import PrunedArchitecture
+from leyline import Level, PrunedArchitecture, PruningGroup
 
 from .nets import NETS
 
@@ -23,6 +23,12 @@ __all__ = ["Batches", "Subject", "per_sample_loss"]
 
 Batches = list[tuple[Tensor, Tensor]]
 _BATCH = 256
+HEADS = "-heads"
+"""A net's name with this at its end: the same network, its attention heads the units."""
+_PEAK_RATE = {"vit": 3e-3}
+"""Of the learning rate, where not 5e-3."""
+_PATIENCE = {"vit": 4}
+"""How many times the epochs a net is trained for."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,8 @@ class Subject:
     calibration: Batches
     """Training samples."""
     test: Batches
+    level: Level = Level.CHANNEL
+    """Of the units."""
 
     @classmethod
     def trained(
@@ -44,12 +52,14 @@ class Subject:
         """The network of this seed; ``samples``: how many to calibrate on, all if not given."""
         data = Digits.load(seed)
         torch.manual_seed(seed)
-        model = NETS[net]()
-        file = cache / f"{net}-{seed}-{epochs}.pt"
+        kind = net.removesuffix(HEADS)
+        model = NETS[kind]()
+        file = cache / f"{kind}-{seed}-{epochs}.pt"
         if file.exists():
             model.load_state_dict(torch.load(file, weights_only=True))
         else:
-            _train(model, data.train.images, data.train.labels, epochs)
+            rate, patience = _PEAK_RATE.get(kind, 5e-3), _PATIENCE.get(kind, 1)
+            _train(model, data.train.images, data.train.labels, epochs * patience, rate)
             cache.mkdir(parents=True, exist_ok=True)
             torch.save(model.state_dict(), file)
         model.eval()
@@ -63,12 +73,19 @@ class Subject:
             Recorder(model, data.train.images[:2]).architecture,
             _batches(data.train.images[:count], data.train.labels[:count]),
             _batches(test_x, test_y),
+            Level.HEAD if net.endswith(HEADS) else Level.CHANNEL,
         )
 
     @property
-    def channels(self) -> int:
-        """Channels that can be removed."""
-        return sum(group.size for group in self.architecture.groups if group.prunable)
+    def groups(self) -> list[PruningGroup]:
+        """The groups that can lose units of this subject's level."""
+        groups = self.architecture.groups
+        return [group for group in groups if group.prunable and group.level is self.level]
+
+    @property
+    def units(self) -> int:
+        """Units that can be removed."""
+        return sum(group.size for group in self.groups)
 
     def copy(self) -> Subject:
         """The same with a network of its own, to be cut."""
@@ -99,12 +116,12 @@ def _batches(images: Tensor, labels: Tensor) -> Batches:
     return list(zip(images.split(_BATCH), labels.split(_BATCH), strict=True))
 
 
-def _train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None:
+def _train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, rate: float) -> None:
     """Adam, one cycle, images shifted by up to one pixel."""
     batch = 64
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-4)
     steps = epochs * (len(images) // batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     model.train()
     for _ in range(epochs):
         order = torch.randperm(len(images))[: len(images) // batch * batch]

@@ -210,7 +210,7 @@ class LayerPruningTarget(Message):
 class PruningStatistics(Message):
     """What the decision does to the size of the network, and what it is predicted to cost."""
 
-    scorer: Literal["output_projection", "multi_metric", "magnitude"]
+    scorer: Literal["output_projection", "reconstruction", "multi_metric", "magnitude"]
     """What ranked the units."""
     parameters_before: Count
     parameters_after: Count

@@ -9,7 +9,7 @@ from pydantic import Field
 from .base import Fraction, Message, Name, NonNegative
 from .budget import Budget
 
-Scorer = Literal["auto", "output_projection", "multi_metric", "magnitude"]
+Scorer = Literal["auto", "output_projection", "reconstruction", "multi_metric", "magnitude"]
 
 
 class AnalysisParameters(Message):
@@ -22,6 +22,9 @@ class AnalysisParameters(Message):
     still holds above it."""
     ignored_layers: tuple[Name, ...] = ()
     """Groups and layers to leave alone, by name."""
+    redistribute: bool = Field(default=False, exclude_if=lambda asked: not asked)
+    """The trainer will re-solve the consumers of what is cut: ``auto`` then ranks channels by what
+    the kept ones cannot make up for (``reconstruction``)."""
     round_to: int = Field(default=1, ge=1, le=1024)
     """Keep a multiple of this many channels in every group."""
     budget: Budget | None = Field(default=None, exclude_if=lambda budget: budget is None)

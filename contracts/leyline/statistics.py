@@ -158,6 +158,19 @@ class GateStatistics(_ArrayMessage):
     removal_rise: Array | None = None
     """[C]: mean over samples of the rise of the true-label loss in nats that is predicted for the
     removal of this unit alone, where the trainer can tell better than to second order."""
+    moves: Array | None = None
+    """[N, C]: gate gradients of the margins: the removal of a set moves a sample's margin by about
+    minus the sum of its columns. There with ``margins``."""
+    margins: Array | None = None
+    """[N]: log of the odds against each sample's true label, so that its loss is
+    ``softplus(margin)``; the same in every group. Absent where a sample has no single label."""
+    input_moments: Array | None = None
+    """[S, C, C]: at each of the group's S sites, the second moments of what enters there, means
+    over samples and positions; centred where the consumer can take up a constant. Only measured
+    for whoever redistributes, with ``input_slopes``."""
+    input_slopes: Array | None = None
+    """[S, C, C]: second moments of d(v . output)/d(activation) there, summed over positions, means
+    over samples."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -169,7 +182,23 @@ class GateStatistics(_ArrayMessage):
             rows.append("removal_rise")
         for field in rows:
             _require_shape(f"{self.layer_name}/{field}", getattr(self, field), (count,))
-        for field in ("projections", *rows):
+        checked = ["projections", *rows]
+        if (self.moves is None) != (self.margins is None):
+            raise InvalidField(f"{self.layer_name}/moves", "moves and margins, or neither", "one")
+        if self.moves is not None and self.margins is not None:
+            _require_shape(f"{self.layer_name}/moves", self.moves, self.projections.shape)
+            _require_shape(f"{self.layer_name}/margins", self.margins, (len(self.projections),))
+            checked += ["moves", "margins"]
+        if (self.input_moments is None) != (self.input_slopes is None):
+            where = f"{self.layer_name}/input_slopes"
+            raise InvalidField(where, "input moments and slopes, or neither", "one")
+        for field in ("input_moments", "input_slopes"):
+            squares: npt.NDArray[Any] | None = getattr(self, field)
+            if squares is not None:
+                sites = squares.shape[0] if squares.ndim else 0
+                _require_shape(f"{self.layer_name}/{field}", squares, (sites, count, count))
+                checked.append(field)
+        for field in checked:
             require_finite(f"{self.layer_name}/{field}", getattr(self, field))
         return self
 

@@ -26,7 +26,9 @@ def select_channels(
     count: int,
     *,
     settings: ChannelAnalysis | None = None,
-    scorer: Literal["auto", "output_projection", "multi_metric", "magnitude"] = "auto",
+    scorer: Literal[
+        "auto", "output_projection", "reconstruction", "multi_metric", "magnitude"
+    ] = "auto",
     moved: npt.ArrayLike | None = None,
     threads: int = 1,
 ) -> dict[str, tuple[int, ...]]:
@@ -47,7 +49,8 @@ def select_channels(
     if count < 0:
         raise InvalidField("count", "a number >= 0", count)
     settings = settings or ChannelAnalysis()
-    used, _ = choose_scorer(bundle, scorer)
+    asked = settings.redistribute or bundle.parameters.redistribute
+    used, _ = choose_scorer(bundle, scorer, redistribute=asked)
     row = None if moved is None else _checked(moved, bundle, used)
     minimum, round_to = settings.min_channels_per_layer, settings.round_to
     groups = eligible_groups(bundle, used, minimum, round_to).groups

@@ -16,6 +16,7 @@ from leyline import (
     ChannelPruningTarget,
     CheckpointBundle,
     Fallback,
+    GateStatistics,
     InvalidField,
     Level,
     Phase,
@@ -37,6 +38,7 @@ from .eligible import eligible_groups
 from .fitting import fitted
 from .plans import LevelPlan, empty_plan, wanted_scorer, with_choice
 from .projections import Projections
+from .reconstruction import reconstruction_fault
 from .redundancy import Pair, redundant_pairs
 from .schedule import allowance
 from .scores import magnitude, multi_metric, weights_at
@@ -45,18 +47,27 @@ from .stages import stage
 __all__ = ["choose_scorer", "plan_channels", "prepare_channels", "rank_channels"]
 
 
-def choose_scorer(bundle: CheckpointBundle, wanted: str) -> tuple[Scorer, tuple[Fallback, ...]]:
-    """The scorer that the statistics allow: ``auto`` takes projections where they are there.
+def choose_scorer(
+    bundle: CheckpointBundle, wanted: str, *, redistribute: bool = False
+) -> tuple[Scorer, tuple[Fallback, ...]]:
+    """The scorer that the statistics allow: ``auto`` takes projections where they are there, and
+    ``reconstruction`` with its input moments where the caller redistributes.
 
     Each step down from what was wanted is a recorded fallback: ``gate_failure`` where projections
     are missing or all zero, ``taylor_failure`` where all Taylor importances are zero (the
     gradient computation failed; NaN never gets this far).
     """
     taken: list[Fallback] = []
+    if wanted == "reconstruction" or (wanted == "auto" and redistribute):
+        fault = reconstruction_fault(channel_gates(bundle))
+        if not fault:
+            return "reconstruction", ()
+        taken.append(Fallback(rung="moments_failure", reason=f"{fault}: ranked without"))
+        wanted = "auto"
     if wanted == "output_projection" or (wanted == "auto" and bundle.gates):
         fault = projection_fault(bundle)
         if not fault:
-            return "output_projection", ()
+            return "output_projection", tuple(taken)
         taken.append(Fallback(rung="gate_failure", reason=f"{fault}: ranked by the vectors"))
     if wanted == "magnitude":
         return "magnitude", ()
@@ -69,6 +80,12 @@ def choose_scorer(bundle: CheckpointBundle, wanted: str) -> tuple[Scorer, tuple[
             )
         )
     return "magnitude", tuple(taken)
+
+
+def channel_gates(bundle: CheckpointBundle) -> dict[str, GateStatistics]:
+    """The gate statistics of channels, by group."""
+    groups = bundle.architecture.group
+    return {n: gate for n, gate in bundle.gates.items() if groups[n].level is Level.CHANNEL}
 
 
 def rank_channels(
@@ -86,6 +103,8 @@ def rank_channels(
     with stage("score"):
         projections = usable_projections(bundle, candidates)
         scores = _scores(bundle, candidates, scorer, settings, phase, projections)
+    if scorer == "reconstruction":  # What is alike is predicted: no pairs are needed.
+        return Ranking(candidates, scorer, projections, scores, (), threads, bundle.gates)
     redundant = _redundant(bundle, candidates, scores, settings.redundancy_threshold)
     return Ranking(candidates, scorer, projections, scores, redundant, threads)
 
@@ -113,7 +132,11 @@ def prepare_channels(
         margin=channels.safety_margin,
         target=asked.target_ratio,
     )
-    used = choose_scorer(bundle, scorer or wanted_scorer(bundle, settings))
+    used = choose_scorer(
+        bundle,
+        scorer or wanted_scorer(bundle, settings),
+        redistribute=asked.redistribute or channels.redistribute,
+    )
     minimum = channels.min_channels_per_layer
     eligible = eligible_groups(bundle, used[0], minimum, round_to, shard=shard)
     return empty_plan(bundle, Level.CHANNEL, allowed, used, eligible, minimum, round_to)
@@ -169,7 +192,7 @@ def _scores(
     projections: Projections | None,
 ) -> Doubles:
     """[C]: what each unit is worth alone; with projections, the mean square of its own column."""
-    if scorer == "output_projection" and projections is not None:
+    if scorer in ("output_projection", "reconstruction") and projections is not None:
         columns = projections.columns
         return np.asarray(np.einsum("ij,ij->i", columns, columns, dtype=np.float64))
     data = [bundle.channels[name] for name in candidates.names]

@@ -12,12 +12,13 @@ from typing import Literal
 
 import numpy as np
 
-from leyline import CheckpointBundle, SparedGroup, SparedUnit
+from leyline import CheckpointBundle, GateStatistics, SparedGroup, SparedUnit
 
 from .candidates import Candidates, Doubles, Floats
 from .noise import price_errors, without_noise
 from .orders import JointOrder, Order, StaticOrder
 from .projections import Prediction, Projections, output_energy, predict
+from .reconstruction import ReconstructionOrder
 from .redundancy import Pair
 from .selection import Selection, select
 from .stages import stage
@@ -35,7 +36,7 @@ __all__ = [
     "usable_projections",
 ]
 
-Scorer = Literal["output_projection", "multi_metric", "magnitude"]
+Scorer = Literal["output_projection", "reconstruction", "multi_metric", "magnitude"]
 Reason = Literal[
     "representative",
     "rounding",
@@ -87,6 +88,8 @@ class Ranking:
     redundant: Sequence[Pair]
     """Pairs that are considered first."""
     threads: int = 1
+    gates: Mapping[str, GateStatistics] = field(default_factory=dict)
+    """By group, with input moments, for ``reconstruction``."""
 
     def choose(
         self, quota: int, columns: Floats | None = None, moved: Doubles | None = None
@@ -101,6 +104,8 @@ class Ranking:
             columns = self.projections.columns
 
         def make_order() -> Order:
+            if self.scorer == "reconstruction":
+                return ReconstructionOrder(self.candidates, self.gates)
             if columns is None or self.scorer != "output_projection":
                 return StaticOrder(self.candidates, self.scores)
             return JointOrder(self.candidates, columns, moved=moved, threads=self.threads)
@@ -109,7 +114,11 @@ class Ranking:
 
     @stage("select")
     def decide(self, bundle: CheckpointBundle, quota: int) -> Choice:
-        """Choose up to ``quota`` units and predict what removing them does."""
+        """Choose up to ``quota`` units and predict what removing them does.
+
+        With ``reconstruction`` too, that is what their mask does, without any re-solving: the
+        trainer masks first.
+        """
         selection, projections = self.choose(quota), self.projections
         joint, errors = self.scorer == "output_projection", dict[int, float]()
         if projections and joint and selection.units:
@@ -127,7 +136,7 @@ class Ranking:
             return halves[-1].units
 
         prediction = predict(projections, self.candidates, count, on_samples)
-        energy = output_energy(bundle.gates.values())
+        energy = output_energy(bundle.gates.values(), projections.weights)
         return Choice(selection, quota, scale, prediction, energy, tuple(halves), errors)
 
 

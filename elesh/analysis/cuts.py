@@ -43,8 +43,8 @@ class Cut:
     after: PrunedArchitecture | None
     """None where the cut does not hold together (the structure gate says why)."""
     loss_rise: float | None
-    """The sum of the single removals' second-order predictions, in nats a sample: interactions
-    are not in it. None where a unit has no gate statistics, or nothing goes."""
+    """What the units are predicted to do together, in nats a sample, and each layer on its own.
+    None where a unit has no gate statistics, or nothing goes."""
 
     @classmethod
     def of(cls, bundle: CheckpointBundle, targets: Iterable[Target]) -> Cut:

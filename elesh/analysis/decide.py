@@ -27,7 +27,8 @@ def analyze(
     threads: int = 1,
     breakers: Mapping[Level, BreakerStatus] | None = None,
     key: IdempotencyKey | None = None,
-    scorer: Literal["output_projection", "multi_metric", "magnitude"] | None = None,
+    scorer: Literal["output_projection", "reconstruction", "multi_metric", "magnitude"]
+    | None = None,
     fallbacks: Sequence[Fallback] = (),
     verify: Verifier | None = None,
 ) -> StructuralPruningDecision:

@@ -254,4 +254,4 @@ def _figures(decision: StructuralPruningDecision) -> Iterator[tuple[str, str]]:
         error = f" ± {s.predicted_shift_error:.2g}" if s.predicted_shift_error is not None else ""
         yield "predicted shift", f"{s.predicted_shift:.3g}{error} of the outputs' mean square"
     if s.predicted_loss_rise is not None:
-        yield "predicted loss rise", f"{s.predicted_loss_rise:+.4g} nats a sample (one by one)"
+        yield "predicted loss rise", f"{s.predicted_loss_rise:+.4g} nats a sample"

@@ -46,7 +46,8 @@ def analyze_level(
     level: Level = Level.CHANNEL,
     *,
     key: IdempotencyKey | None = None,
-    scorer: Literal["output_projection", "multi_metric", "magnitude"] | None = None,
+    scorer: Literal["output_projection", "reconstruction", "multi_metric", "magnitude"]
+    | None = None,
     fallbacks: Sequence[Fallback] = (),
     shard: Collection[str] | None = None,
     threads: int = 1,

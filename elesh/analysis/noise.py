@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .candidates import Candidates, Doubles, Floats, Ints
+from .orders import TRUST
 from .selection import Selection
 
 __all__ = ["Bars", "error_bars", "price_errors", "without_noise"]
@@ -49,7 +50,7 @@ def error_bars(columns: Floats, units: Sequence[int], *, alone: bool = False) ->
         part = slice(start, min(start + _BLOCK, len(units)))
         taken = columns[list(units[part])].astype(np.float64)
         before = moved + np.cumsum(taken, axis=0) - taken
-        values = taken * taken if alone else taken * (taken + 2 * before)
+        values = taken * taken if alone else taken * (taken + 2 * TRUST * before)
         moved = before[-1] + taken[-1]
         costs[part] = values.mean(axis=1)
         scatter = values.std(axis=1) / math.sqrt(samples)

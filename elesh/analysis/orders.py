@@ -29,6 +29,8 @@ _STEP = 32
 _BLOCK = 4096
 """Units a GEMV works on at a time; fixed, so that results do not depend on the thread count."""
 _DROPPED_BITS = 8
+TRUST = 0.5
+"""How much of the cross terms between units is believed by default (decision 0020)."""
 
 
 @dataclass
@@ -139,8 +141,10 @@ class JointOrder(Order):
     """Output projections: what a unit costs depends on all that went before it.
 
     Removing a set S moves the outputs, along each sample's direction, by about the sum of its
-    columns; the damage is ``mean((r - sum over S of G)^2)``, so the next cost of i is
+    columns; the damage is ``mean((r - sum over S of G)^2)``, so the next cost of i would be
     ``mean(G_i^2) - 2 mean(r G_i)`` with r what is left after S (ARCHITECTURE, "What we rank by").
+    Columns are derivatives, and units go for good: that two movements cancel is less certain than
+    that each of them happens. So the second term counts by ``trust`` only.
 
     Exact one-at-a-time greedy reads all of G for every unit taken. Here the 1024 cheapest units
     are resolved among themselves exactly, by their Gram matrix, and after 32 of them all costs are
@@ -154,6 +158,7 @@ class JointOrder(Order):
         columns: [C, N] float32, G transposed: one row a unit, one column a sample.
         moved: [N] r at the start: what earlier cuts have moved already; zero if not given.
         threads: blocks of the products run on so many threads.
+        trust: how much of the cross terms is believed, 0 to 1.
     """
 
     def __init__(
@@ -163,12 +168,14 @@ class JointOrder(Order):
         *,
         moved: Doubles | None = None,
         threads: int = 1,
+        trust: float = TRUST,
     ) -> None:
         samples = columns.shape[1]
         self._energy: Doubles = np.einsum("ij,ij->i", columns, columns, dtype=np.float64) / samples
         super().__init__(candidates, self._energy.copy())
         self._columns = columns
         self._threads = threads
+        self._trust = trust
         self._blas = ThreadpoolController()
         self._left = np.zeros(samples) if moved is None else np.array(moved, dtype=np.float64)
         if moved is not None:
@@ -200,7 +207,7 @@ class JointOrder(Order):
         self._move(units, 1.0)
 
     def _resolve(self, pool: Ints, count: int, ceiling: float, whole: bool) -> Picks:
-        """The exact greedy among the units of ``pool``; ``whole``: no others are free."""
+        """The greedy among the units of ``pool``; ``whole``: no others are free."""
         picks = Picks()
         if not len(pool):
             return picks
@@ -225,7 +232,7 @@ class JointOrder(Order):
     def _gram(self, pool: Ints) -> Floats:
         """[P, P] float32: by how much taking one unit of the pool raises the cost of another."""
         left = self._columns[pool]
-        right = left * np.float32(2 / left.shape[1])
+        right = left * np.float32(2 * self._trust / left.shape[1])
         out = np.empty((len(pool), len(pool)), np.float32)
 
         def block(part: slice) -> None:
@@ -241,7 +248,7 @@ class JointOrder(Order):
             self._measure()
 
     def _measure(self) -> None:
-        right = (self._left * (2 / len(self._left))).astype(np.float32)
+        right = (self._left * (2 * self._trust / len(self._left))).astype(np.float32)
 
         def block(part: slice) -> None:
             self.costs[part] = self._energy[part] - self._columns[part] @ right

@@ -96,7 +96,12 @@ class LevelPlan:
     """How far the cut gets towards a budget, where one was asked for."""
 
 
-_CONFIDENCE = {"output_projection": 0.9, "multi_metric": 0.6, "magnitude": 0.3}
+_CONFIDENCE = {
+    "output_projection": 0.9,
+    "reconstruction": 0.9,
+    "multi_metric": 0.6,
+    "magnitude": 0.3,
+}
 """An order, not a probability: 1 is kept for cuts measured on held-out data; projections predict
 the outputs, the mix only follows them, magnitude hardly does (measured in ARCHITECTURE)."""
 

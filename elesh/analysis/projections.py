@@ -18,11 +18,13 @@ from leyline import GateStatistics
 
 from .candidates import Candidates, Doubles, Floats
 
-__all__ = ["Prediction", "Projections", "predict"]
+__all__ = ["Prediction", "Projections", "output_energy", "predict", "sample_weights"]
 
 
 _BLOCK = 1024
 """Columns copied at a time."""
+_DOUBT = 0.5
+"""Margins well below this share of the median margin all count alike."""
 
 
 @dataclass(frozen=True)
@@ -31,37 +33,56 @@ class Projections:
 
     Even samples come first, then the odd ones: each half is a contiguous part of every row.
     Values are scaled by a power of two (exact) to a mean square near 1, so that no product of
-    float32 overflows or vanishes whatever the units of the outputs are.
+    float32 overflows or vanishes whatever the units of the outputs are. Where margins are known,
+    samples count by :func:`sample_weights`.
     """
 
     columns: Floats
     """[C, N] float32."""
     unit: float
-    """``columns * unit`` is G."""
+    """``columns * unit`` is G, sample by sample times its weight."""
+    weights: Doubles
+    """[N] of the samples, in the order of the calibration."""
 
     @classmethod
     def of(cls, gates: Mapping[str, GateStatistics], candidates: Candidates) -> Projections:
         """The matrix of the candidates' gates; every group must be in ``gates``."""
         parts = [gates[name].projections for name in candidates.names]
         samples = parts[0].shape[0]
+        weights = sample_weights(gates[candidates.names[0]])
         order = np.r_[0:samples:2, 1:samples:2]
         total = sum(float(np.einsum("ij,ij->", p, p, dtype=np.float64)) for p in parts)
         mean_square = total / max(1, candidates.count * samples)
         unit = 2.0 ** round(math.log2(mean_square) / 2) if mean_square > 0 else 1.0
         columns = np.empty((candidates.count, samples), np.float32)
         for group, part in enumerate(parts):
-            columns[candidates.span(group)] = (part[order] / np.float64(unit)).T
-        return cls(columns, unit)
+            columns[candidates.span(group)] = (part * (weights / unit)[:, None])[order].T
+        return cls(columns, unit, weights)
 
     def moved(self, row: Doubles) -> Doubles:
         """``row``, one value a sample in the order of the calibration, like the columns."""
-        return np.concatenate([row[0::2], row[1::2]]) / self.unit
+        weighted = row * self.weights
+        return np.concatenate([weighted[0::2], weighted[1::2]]) / self.unit
 
     @property
     def halves(self) -> tuple[Floats, Floats]:
         """Views on the even and the odd samples."""
         middle = (self.columns.shape[1] + 1) // 2
         return self.columns[:, :middle], self.columns[:, middle:]
+
+
+def sample_weights(gate: GateStatistics) -> Doubles:
+    """[N]: how much each sample's movement counts, 1 in the mean square.
+
+    What a movement of the outputs does depends on how far the sample is from another class: by
+    its margin m, ``1 / sqrt(m^2 + (median |m| / 2)^2)``; the second term keeps a few doubtful
+    samples from deciding alone. All ones where margins are not known.
+    """
+    if gate.margins is None:
+        return np.ones(len(gate.projections))
+    margins = np.asarray(gate.margins, dtype=np.float64)
+    weights = 1 / np.sqrt(margins**2 + max(_DOUBT * float(np.median(np.abs(margins))), 1e-6) ** 2)
+    return np.asarray(weights / np.sqrt(np.mean(weights**2)))
 
 
 @dataclass(frozen=True)
@@ -136,12 +157,17 @@ def _random_damage(columns: Floats, candidates: Candidates, count: int) -> float
     return float(share**2 * whole + share * (1 - share) * spread)
 
 
-def output_energy(gates: Iterable[GateStatistics]) -> float:
+def output_energy(gates: Iterable[GateStatistics], weights: Doubles | None = None) -> float:
     """An estimate of the outputs' mean square along the same directions, from G alone.
+
+    Args:
+        weights: [N] of the samples; all ones if not given.
 
     In a piecewise linear network the columns of a complete cut add up to the output without its
     biases (Euler's theorem); a group on a branch adds up to what the branch contributes. The
     largest group sum is therefore the best estimate at hand.
     """
     sums: list[npt.NDArray[Any]] = [g.projections.sum(axis=1, dtype=np.float64) for g in gates]
+    if weights is not None:
+        sums = [total * weights for total in sums]
     return max((float(np.mean(total * total)) for total in sums), default=0.0)

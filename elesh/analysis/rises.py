@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from leyline import CheckpointBundle, LayerPruningTarget
 
 from .plans import Target
-from .scores import single_removal
+from .scores import set_removal
 
 __all__ = ["Rise", "loss_rise", "with_rises"]
 
@@ -27,7 +25,7 @@ class Rise:
 def loss_rise(
     bundle: CheckpointBundle, units: Mapping[str, Sequence[int]], layers: Sequence[str] = ()
 ) -> Rise | None:
-    """The sum of the single removals' second-order predictions: interactions are not in it.
+    """What the units do together (:func:`set_removal`), and each layer on its own besides.
 
     None where a unit or layer has no gate statistics, or nothing goes.
     """
@@ -35,13 +33,10 @@ def loss_rise(
     known = known and all(name in bundle.layers for name in layers)
     if not known or not (units or layers):
         return None
-    rises = [
-        float(single_removal(bundle.gates[name])[np.asarray(lost)].sum())
-        for name, lost in units.items()
-    ]
+    together, error = set_removal(bundle.gates, units)
     data = [bundle.layers[name] for name in sorted(layers)]
-    rises += [float(-x.first_order[0] + 0.5 * x.second_order[0]) for x in data]
-    return Rise(float(sum(rises)))
+    alone = sum(float(-x.first_order[0] + 0.5 * x.second_order[0]) for x in data)
+    return Rise(together + alone, None if layers else error)
 
 
 def with_rises(bundle: CheckpointBundle, targets: Iterable[Target]) -> tuple[Target, ...]:

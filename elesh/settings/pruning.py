@@ -19,7 +19,11 @@ class ChannelAnalysis(Section):
     frequency_weight: float = Field(default=0.2, ge=0, le=1)
     redundancy_threshold: float = Field(default=0.95, gt=0, le=1)
     min_channels_per_layer: int = Field(default=16, ge=1)
-    scorer: Literal["auto", "output_projection", "multi_metric", "magnitude"] = "auto"
+    scorer: Literal["auto", "output_projection", "reconstruction", "multi_metric", "magnitude"] = (
+        "auto"
+    )
+    redistribute: bool = False
+    """Cuts are followed by re-solving the consumers: ``auto`` ranks for that."""
     schedule: Literal["polynomial", "linear", "exponential"] = "polynomial"
     safety_margin: float = Field(default=0.1, ge=0, lt=1)
     round_to: int = Field(default=1, ge=1)

@@ -8,7 +8,7 @@ and no ``grad`` is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,17 +52,23 @@ class GateMeter:
         model: the network.
         axes: where to measure.
         watch: called with every activation that passes an axis forwards, without gradients.
+        halved: by axis, indices whose gates stand at one half instead of 1.
     """
 
     def __init__(
-        self, model: nn.Module, axes: Iterable[Axis], watch: Callable[[Axis, Tensor], None]
+        self,
+        model: nn.Module,
+        axes: Iterable[Axis],
+        watch: Callable[[Axis, Tensor], None],
+        halved: Mapping[Axis, Sequence[int]] | None = None,
     ) -> None:
-        self._model, self._watch = model, watch
+        self._model, self._watch, self._halved = model, watch, halved or {}
         self._axes = list(axes)
         self._handles: list[RemovableHandle] = []
         self._lent: list[nn.Module] = []
         self._batch = 0
         self._weights: Tensor | None = None
+        self._look: Callable[[Axis, Tensor, Tensor], None] | None = None
         self._sums: dict[Axis, Tensor] = {}
         self._absolutes: dict[Axis, Tensor] = {}
         self.anchor = torch.zeros((), requires_grad=True)
@@ -87,31 +93,40 @@ class GateMeter:
         self._batch = batch
 
     def backward(
-        self, scalar: Tensor, *, absolute: Tensor | None = None, keep: bool = True
+        self,
+        scalar: Tensor,
+        *,
+        absolute: Tensor | None = None,
+        keep: bool = True,
+        look: Callable[[Axis, Tensor, Tensor], None] | None = None,
     ) -> tuple[dict[Axis, Tensor], dict[Axis, Tensor]]:
         """Gate gradients of a scalar that is a sum over samples.
 
         Args:
             absolute: also sum up ``|activation * gradient|``, with this weight [N] a sample.
             keep: keep the graph for another call.
+            look: called with every axis, its activations and their gradients.
 
         Returns:
             by axis, float32 on the CPU: ``[N, C]`` sums over positions of activation * gradient,
             and, if asked for, ``[C]`` sums over samples and positions of its magnitude. Axes
             that the scalar does not depend on are missing.
         """
-        self._sums, self._absolutes, self._weights = {}, {}, absolute
+        self._sums, self._absolutes, self._weights, self._look = {}, {}, absolute, look
         torch.autograd.grad(scalar, self.anchor, retain_graph=keep, allow_unused=True)
         return self._sums, self._absolutes
 
     def _gate(self, axis: Axis) -> Callable[..., Any]:
+        halved = self._halved.get(axis)
+
         def reader(x: Tensor, gradient: Tensor) -> None:
             self._read(axis, x, gradient)
 
         def opened(x: Tensor) -> Tensor:
             with torch.no_grad():
                 self._watch(axis, x)
-            return _Gate.apply(x, self.anchor, reader)  # type: ignore[no-untyped-call,no-any-return]
+            passed: Tensor = _Gate.apply(x, self.anchor, reader)  # type: ignore[no-untyped-call]
+            return passed if halved is None else passed * _levels(halved, passed, axis[1])
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return replace_first(args, kwargs, opened)
@@ -119,6 +134,8 @@ class GateMeter:
         return hook
 
     def _read(self, axis: Axis, x: Tensor, gradient: Tensor) -> None:
+        if self._look is not None:
+            self._look(axis, x, gradient)
         product = x.float() * gradient.float()
         dim = axis[1] % x.ndim
         rest = [d for d in range(1, x.ndim) if d != dim]
@@ -131,6 +148,8 @@ class GateMeter:
             )
         # Where samples were folded into rows (windows, time steps), sample by sample again.
         sums = sums.reshape(self._batch, -1, x.shape[dim]).sum(1).cpu()
+        if axis in self._halved:  # The gradient came through the gate: it has the level in it.
+            sums[:, list(self._halved[axis])] *= 2
         self._sums[axis] = self._sums[axis] + sums if axis in self._sums else sums
         if self._weights is not None:
             sizes = product.abs_().sum(rest) if rest else product.abs_()
@@ -138,3 +157,12 @@ class GateMeter:
             sizes = (weights.to(sizes) @ sizes).cpu()
             past = self._absolutes.get(axis)
             self._absolutes[axis] = sizes if past is None else past + sizes
+
+
+def _levels(halved: Sequence[int], x: Tensor, dim: int) -> Tensor:
+    """What multiplies ``x`` along ``dim``: one half at some indices, else 1."""
+    levels = torch.ones(x.shape[dim], dtype=x.dtype)
+    levels[list(halved)] = 0.5
+    shape = [1] * x.ndim
+    shape[dim] = -1
+    return levels.view(shape).to(x.device)

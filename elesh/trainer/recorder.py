@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from leyline import (
+    AnalysisParameters,
     ChannelImportanceData,
     CheckpointBundle,
     CheckpointMetadata,
@@ -33,6 +35,7 @@ from .branch_meter import BranchMeter
 from .calling import Inputs, batch_size, call, device_of, main_output, map_tensors, undisturbed
 from .gates import Axis, GateMeter, axis_of
 from .groups import find_architecture
+from .halfway import AHEAD, first_to_go, indices_of
 from .layers import named_tensors, require_fit
 from .losses import (
     Loss,
@@ -42,12 +45,12 @@ from .losses import (
     directions,
     has_margins,
     margins,
-    rival_directions,
+    rival_direction,
     sampled_labels,
     total,
 )
 from .patterns import PATTERN_SAMPLES, AttentionWeights, PatternTally
-from .redistribute import MomentMeter, Moments, consumer_axes
+from .redistribute import MomentMeter, Moments, consumer_axes, takes_constant
 from .tally import CORRELATED_SAMPLES, AxisTally, GroupTally, Sums, magnitudes
 
 
@@ -58,8 +61,11 @@ class Recorder:
     direction of the outputs (projections), of the loss with the true labels (first order and
     Taylor), and of the loss with labels drawn from the model's own predictions (second order).
     Where the loss is the default one and a sample has one label, the last two are of the label's
-    margin and of a random direction among its rivals: all the same statistics follow from them,
-    and what a single removal does to the loss beyond second order, too.
+    margin and of a direction among its rivals: all the same statistics follow from them, and
+    what a single removal does to the loss beyond second order, too.
+    A last forward and backward pass takes the projections of channels half way to a cut
+    (``ahead``): a derivative in the middle of the way says more about its end than one at its
+    beginning.
     Statistics are taken in evaluation mode (normalisations frozen), so samples do not see each
     other. The first dimension of activations must count samples (or rows that each belong to
     one sample, in the order of the samples).
@@ -130,6 +136,8 @@ class Recorder:
         loss: float | None = None,
         note: str = "",
         max_samples: int | None = None,
+        ahead: float = AHEAD,
+        redistribute: bool = False,
     ) -> CheckpointBundle:
         """A checkpoint: architecture, statistics of every prunable group, and metadata.
 
@@ -137,6 +145,14 @@ class Recorder:
             batches: (inputs, labels) pairs; tensors are moved to the model's device.
             epoch, run_id, step, accuracy, loss, note: for the metadata (held-out figures).
             max_samples: stop after so many samples.
+            ahead: the share of all channels whose cut the projections look ahead to: they are
+                taken with the gates of that many channels, the first to go, at one half. 0: at the
+                network as it is, which saves a forward and a backward pass and the copies of the
+                batches that are kept for them.
+
+            redistribute: also measure the input moments that the order of whoever redistributes
+                needs (``redistribute`` of the parameters, which it sets): two C x C matrices for
+                every consumer of C channels.
 
         Raises:
             ShapeMismatch: if the network is not what the architecture says.
@@ -144,9 +160,12 @@ class Recorder:
             InvalidField: if there is no sample, or a group's consumers were never called.
         """
         require_fit(self._model, self._architecture)
-        measurement = _Measurement(self._architecture)
+        measurement = _Measurement(self._architecture, inputs=redistribute)
+        kept: Iterable[tuple[Inputs, Any]] = self._limited(batches, max_samples)
         with undisturbed(self._model, self._seed):
-            branches = self._run(measurement, self._limited(batches, max_samples))
+            if ahead:
+                kept = list(kept)
+            branches = self._run(measurement, kept)
         architecture = self._architecture
         metadata = CheckpointMetadata(
             run_id=run_id,
@@ -163,7 +182,44 @@ class Recorder:
         )
         channels, gates, heads = measurement.statistics(self._model)
         layers = branches.statistics(measurement.samples)
-        return CheckpointBundle(metadata, architecture, channels, gates, layers=layers, heads=heads)
+        bundle = CheckpointBundle(
+            metadata,
+            architecture,
+            channels,
+            gates,
+            parameters=AnalysisParameters(redistribute=redistribute),
+            layers=layers,
+            heads=heads,
+        )
+        return self._half_way(bundle, kept, ahead) if ahead else bundle
+
+    def _half_way(
+        self, bundle: CheckpointBundle, batches: Iterable[tuple[Inputs, Any]], share: float
+    ) -> CheckpointBundle:
+        """The bundle with projections of channels half way to a cut of this share of them."""
+        groups = [g for g in self._architecture.groups if g.prunable and g.level is Level.CHANNEL]
+        units = first_to_go(bundle, groups, share)
+        if not units:
+            return bundle
+        tallies, halved = [GroupTally(group) for group in groups], indices_of(groups, units)
+        generator = torch.Generator().manual_seed(self._seed)
+        axes = {axis_of(site): None for group in groups for site in group.sites}
+        with (
+            undisturbed(self._model, self._seed),
+            GateMeter(self._model, axes, lambda axis, x: None, halved) as meter,
+        ):
+            for inputs, labels in batches:
+                meter.expect(batch_size(inputs))
+                values = main_output(call(self._model, inputs)).float()
+                drawn = directions(values.detach(), generator, self._class_axis(values, labels))
+                sums, _ = meter.backward((drawn * values).sum(), keep=False)
+                for tally in tallies:
+                    tally.project(sums, batch_size(inputs))
+        gates = dict(bundle.gates)
+        for tally in tallies:
+            rows = {"projections": np.concatenate(tally.projections)}
+            gates[tally.group.name] = gates[tally.group.name].model_copy(update=rows)
+        return replace(bundle, gates=gates)
 
     def moments(
         self,
@@ -265,16 +321,16 @@ class Recorder:
         axis, samples = self._class_axis(values, labels), measurement.batch
         projected = (directions(values.detach(), for_directions, axis) * values).sum()
         branches.read("projections")
-        projections, _ = meter.backward(projected)
+        projections, _ = meter.backward(projected, look=measurement.look)
         if self._loss is cross_entropy and self._sampler is None and has_margins(values, labels):
             odds = margins(values, labels)
             known = odds.detach()
             branches.read("true", known.sigmoid())
             moves, sizes = meter.backward(odds.sum(), absolute=known.sigmoid())
-            toward = rival_directions(values, labels, for_labels)
+            toward = rival_direction(values, labels)
             branches.read("sampled", known.sigmoid())
-            spread, _ = meter.backward((toward * values).sum(), keep=False)
-            measurement.add_margins(projections, moves, sizes, spread, known)
+            rivals, _ = meter.backward((toward * values).sum(), keep=False)
+            measurement.add_margins(projections, moves, sizes, rivals, known)
             return
         loss = total(self._loss(output, labels), samples)
         branches.read("true")
@@ -293,7 +349,8 @@ class Recorder:
 class _Measurement:
     """The tallies of one measurement."""
 
-    def __init__(self, architecture: PrunedArchitecture) -> None:
+    def __init__(self, architecture: PrunedArchitecture, inputs: bool = False) -> None:
+        self.look = self._enter if inputs else None
         self.samples, self.batch = 0, 1
         self._groups = [GroupTally(group) for group in architecture.groups if group.prunable]
         self._axes: dict[Axis, AxisTally] = {
@@ -332,6 +389,11 @@ class _Measurement:
             left = min(max(PATTERN_SAMPLES - self.samples, 0), self.batch) / self.batch
             self._patterns[axis].see(self._weights.take(), x.numel() // x.shape[-1], left)
 
+    def _enter(self, axis: Axis, x: Tensor, gradient: Tensor) -> None:
+        for tally in self._groups:
+            if tally.group.level is Level.CHANNEL:
+                tally.enter(axis, x, gradient)
+
     def add(self, projections: Sums, true: Sums, sizes: Sums, sampled: Sums) -> None:
         """Take in the sums of a batch."""
         for tally in self._groups:
@@ -339,12 +401,12 @@ class _Measurement:
         self.samples += self.batch
 
     def add_margins(
-        self, projections: Sums, moves: Sums, sizes: Sums, spread: Sums, margins: Tensor
+        self, projections: Sums, moves: Sums, sizes: Sums, rivals: Sums, margins: Tensor
     ) -> None:
         """Take in the sums of a batch whose samples have margins."""
         known = margins.double().cpu().numpy()
         for tally in self._groups:
-            tally.add_margins(projections, moves, sizes, spread, known)
+            tally.add_margins(projections, moves, sizes, rivals, known)
         self.samples += self.batch
 
     def statistics(
@@ -360,7 +422,8 @@ class _Measurement:
         channels = {
             t.group.name: t.channels(self._axes, norms[t.group.name]) for t in channel_tallies
         }
-        gates = {t.group.name: t.gates(self.samples) for t in self._groups}
+        constants = {a for a in self._axes if takes_constant(model.get_submodule(a[0]))}
+        gates = {t.group.name: t.gates(self.samples, constants) for t in self._groups}
         heads = {
             t.group.name: t.heads(self.samples, self._axes, self._patterns[t.first_axis].fields())
             for t in self._groups

@@ -144,7 +144,7 @@ def redistributed(
             raise InvalidField("moments", f"moments of the inputs of {axis[0]}", "none")
         module = model.get_submodule(axis[0])
         solved = predict_lost(
-            moments.means[axis], moments.squares[axis], indices, _takes_constant(module), ridge
+            moments.means[axis], moments.squares[axis], indices, takes_constant(module), ridge
         )
         for attribute, value in _resolved(module, solved).items():
             path = f"{axis[0]}.{attribute}"
@@ -190,7 +190,7 @@ def predict_lost(
     return Predictor(gone, kept, coefficients, offset if constant else torch.zeros_like(offset))
 
 
-def _takes_constant(module: nn.Module) -> bool:
+def takes_constant(module: nn.Module) -> bool:
     """Whether a constant input of this consumer is the same as a larger bias, everywhere."""
     if getattr(module, "bias", None) is None or isinstance(module, _ConvTransposeNd):
         return False

@@ -6,7 +6,7 @@ of parts of the samples add up to the tally of all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,8 @@ ACTIVE = 1e-3
 """Activations of a larger magnitude count as active."""
 CORRELATED_SAMPLES = 512
 """Samples that correlations are computed from; the cost is quadratic in channels."""
+
+_LARGEST = float(np.finfo(np.float16).max)
 
 Doubles = npt.NDArray[np.float64]
 Sums = Mapping[Axis, Tensor]
@@ -64,6 +66,29 @@ class AxisTally:
 
 
 @dataclass
+class InputTally:
+    """Sums over samples and positions of what enters one consumer, and of the slopes there."""
+
+    rows: int = 0
+    first: Doubles | float = 0.0
+    second: Doubles | float = 0.0
+    slopes: Doubles = field(default_factory=lambda: np.zeros(()))
+
+    def see(self, x: Tensor, gradient: Tensor) -> None:
+        """Take in activations and their gradients, [rows, C]."""
+        self.rows += len(x)
+        self.first = self.first + x.sum(0).double().cpu().numpy()
+        self.second = self.second + (x.T @ x).double().cpu().numpy()
+        self.slopes = self.slopes + (gradient.T @ gradient).double().cpu().numpy()
+
+    def moments(self, centred: bool) -> Doubles:
+        """[C, C]: the mean of ``x_i x_j``, less that of the means if ``centred``."""
+        means = np.asarray(self.first) / self.rows
+        second = np.asarray(self.second) / self.rows
+        return second - np.outer(means, means) if centred else second
+
+
+@dataclass
 class GroupTally:
     """The sums of one group; C units."""
 
@@ -75,9 +100,13 @@ class GroupTally:
     """Magnitudes of the gate gradients of the true-label loss."""
     taylor: dict[Axis, Doubles] = field(default_factory=dict)
     rise: Doubles = field(init=False)
+    moves: list[npt.NDArray[np.float16]] = field(default_factory=list)
+    margins: list[npt.NDArray[np.float32]] = field(default_factory=list)
     rated: int = 0
-    """Samples that ``rise`` is a sum over."""
+    """Samples that ``rise`` is a sum over and that ``moves`` and ``margins`` have."""
     gram: Tensor | None = None
+    inputs: dict[int, InputTally] = field(default_factory=dict)
+    """By number of the site, where input moments are measured."""
     gram_rows: int = 0
     """Samples times positions behind ``gram``."""
 
@@ -98,9 +127,13 @@ class GroupTally:
                 total += units.sum(-1, dtype=torch.float64)
         return total.numpy()
 
+    def project(self, projections: Sums, samples: int) -> None:
+        """Take in one batch of projections."""
+        self.projections.append(self.gate(projections, samples).astype(np.float32))
+
     def add(self, projections: Sums, true: Sums, sizes: Sums, sampled: Sums, samples: int) -> None:
         """Take in one batch: sums of the three backward passes."""
-        self.projections.append(self.gate(projections, samples).astype(np.float32))
+        self.project(projections, samples)
         gradients = self.gate(true, samples)
         self.first += gradients.sum(0)
         self.sensitivity += np.abs(gradients).sum(0)
@@ -108,31 +141,32 @@ class GroupTally:
         self._add_sizes(sizes)
 
     def add_margins(
-        self, projections: Sums, moves: Sums, sizes: Sums, spread: Sums, margins: Doubles
+        self, projections: Sums, moves: Sums, sizes: Sums, rivals: Sums, margins: Doubles
     ) -> None:
         """Take in one batch of samples with margins m [N], whose loss is ``softplus(m)``.
 
         A removal moves the outputs by about minus J, hence the margin to ``m - M + V / 2``: M its
-        gate gradient, V the variance of J over the wrong classes, of which the squared movement
-        along a random direction is an unbiased estimate. Only V enters to first order: squares
-        of Gaussians have too heavy a tail for the softplus.
+        gate gradient, V the variance of J over the wrong classes.
 
         Args:
             moves: sums of the backward pass of the margins.
             sizes: of the loss, as in :meth:`add`.
-            spread: sums of the backward pass along ``rival_directions``.
+            rivals: sums of the backward pass along ``rival_direction``, the square root of V.
         """
         samples = len(margins)
-        self.projections.append(self.gate(projections, samples).astype(np.float32))
-        move, variance = self.gate(moves, samples), np.square(self.gate(spread, samples))
+        self.project(projections, samples)
+        move = self.gate(moves, samples)
+        variance = np.square(self.gate(rivals, samples))
         m = margins[:, None]
         wrong = expit(m)
         self.first += (wrong * move).sum(0)
         self.sensitivity += (wrong * np.abs(move)).sum(0)
         self.second += (wrong * (1 - wrong) * move**2 + wrong * variance).sum(0)
-        rise = np.logaddexp(0, m - move) - np.logaddexp(0, m) + expit(m - move) * variance / 2
+        rise = np.logaddexp(0, m - move + variance / 2) - np.logaddexp(0, m)
         self.rise += rise.sum(0)
         self.rated += samples
+        self.moves.append(np.clip(move, -_LARGEST, _LARGEST).astype(np.float16))
+        self.margins.append(margins.astype(np.float32))
         self._add_sizes(sizes)
 
     def _add_sizes(self, sizes: Sums) -> None:
@@ -151,15 +185,49 @@ class GroupTally:
         self.gram_rows += len(rows)
         self.gram = gram if self.gram is None else self.gram + gram
 
-    def gates(self, samples: int) -> GateStatistics:
-        """The gate statistics of all samples."""
+    def enter(self, axis: Axis, x: Tensor, gradient: Tensor) -> None:
+        """Take in activations and gradients at an axis, for the input moments."""
+        for number, site in enumerate(self.group.sites):
+            if axis_of(site) == axis:
+                rows = (
+                    by_unit(t.detach().movedim(site.dim, -1).float(), site, self.group.size)
+                    .transpose(-1, -2)
+                    .reshape(-1, self.group.size)
+                    for t in (x, gradient)
+                )
+                self.inputs.setdefault(number, InputTally()).see(*rows)
+
+    def gates(self, samples: int, constants: Collection[Axis] = ()) -> GateStatistics:
+        """The gate statistics of all samples.
+
+        Args:
+            constants: axes whose consumers can take up a constant: input moments are centred.
+        """
+        rated = self.rated == samples
         return GateStatistics(
             layer_name=self.group.name,
             projections=np.concatenate(self.projections),
             first_order=single(self.first / samples),
             second_order=single(self.second / samples),
-            removal_rise=single(self.rise / samples) if self.rated == samples else None,
+            removal_rise=single(self.rise / samples) if rated else None,
+            moves=np.concatenate(self.moves) if rated else None,
+            margins=np.concatenate(self.margins) if rated else None,
+            **self._input_moments(samples, constants),
         )
+
+    def _input_moments(self, samples: int, constants: Collection[Axis]) -> dict[str, Any]:
+        """The input moments of all sites, where they were measured at each."""
+        sites = self.group.sites
+        if not self.inputs or len(self.inputs) < len(sites):
+            return {}
+        inputs = [self.inputs[number] for number in range(len(sites))]
+        centred = [axis_of(site) in constants for site in sites]
+        moments = [x.moments(c) for x, c in zip(inputs, centred, strict=True)]
+        slopes = [x.slopes / samples for x in inputs]
+        return {
+            "input_moments": single(np.stack(moments)),
+            "input_slopes": single(np.stack(slopes)),
+        }
 
     def channels(self, axes: Mapping[Axis, AxisTally], magnitude: Doubles) -> ChannelImportanceData:
         """The importance vectors of all samples."""

@@ -67,7 +67,7 @@ def test_a_small_net_is_resolved_exactly(
     groups = candidates(tuple(sizes), rooms)
     columns = lognormal_columns(groups.count, samples, seed)
     count = int(share * groups.count)
-    picks = JointOrder(groups, columns).pick(count, everything(groups.count))
+    picks = JointOrder(groups, columns, trust=1.0).pick(count, everything(groups.count))
     wanted = exact_greedy(columns, count, groups)
     assert len(picks.units) == len(wanted)
     if picks.units != wanted:  # only costs that are alike to 16 bits may be taken the other way
@@ -81,14 +81,14 @@ def test_a_large_net_with_sizes_like_a_trained_one_comes_within_two_percent_of_e
 ) -> None:
     columns = lognormal_columns(3000, 128, seed)
     groups = candidates((500,) * 6)
-    ours = JointOrder(groups, columns).pick(500, everything(3000)).units
+    ours = JointOrder(groups, columns, trust=1.0).pick(500, everything(3000)).units
     assert damage(columns, ours) <= 1.02 * damage(columns, exact_greedy(columns, 500, groups))
 
 
 def test_a_large_net_of_pure_noise_comes_within_a_hundredth_of_the_additive_damage() -> None:
     columns = np.random.default_rng(0).standard_normal((3000, 128)).astype(np.float32)
     groups = candidates((500,) * 6)
-    ours = damage(columns, JointOrder(groups, columns).pick(500, everything(3000)).units)
+    ours = damage(columns, JointOrder(groups, columns, trust=1.0).pick(500, everything(3000)).units)
     exact = damage(columns, exact_greedy(columns, 500, groups))
     additive = float(np.sort((columns.astype(np.float64) ** 2).mean(axis=1))[:500].sum())
     assert ours - exact <= 0.01 * additive
@@ -96,7 +96,7 @@ def test_a_large_net_of_pure_noise_comes_within_a_hundredth_of_the_additive_dama
 
 def test_prices_add_up_to_the_damage() -> None:
     columns = lognormal_columns(2000, 64, 3)
-    picks = JointOrder(candidates((1000, 1000)), columns).pick(400, everything(2000))
+    picks = JointOrder(candidates((1000, 1000)), columns, trust=1.0).pick(400, everything(2000))
     assert sum(picks.prices) == pytest.approx(damage(columns, picks.units), rel=1e-4)
 
 
@@ -131,7 +131,7 @@ def test_units_that_make_up_for_each_other_go_together() -> None:
     columns = rng.standard_normal((6, 50)).astype(np.float32)
     columns[4] = -columns[1] * np.float32(0.9)
     columns[1] *= np.float32(0.8)
-    picks = JointOrder(candidates((6,)), columns).pick(2, everything(6))
+    picks = JointOrder(candidates((6,)), columns, trust=1.0).pick(2, everything(6))
     assert sorted(picks.units) == [1, 4]
     assert picks.prices[1] < 0
 
@@ -139,10 +139,19 @@ def test_units_that_make_up_for_each_other_go_together() -> None:
 def test_what_earlier_cuts_moved_counts() -> None:
     columns = np.eye(3, 8, dtype=np.float32)
     moved = -2.0 * np.eye(3, 8)[1]
-    start = JointOrder(candidates((3,)), columns, moved=moved)
+    start = JointOrder(candidates((3,)), columns, moved=moved, trust=1.0)
     assert start.costs == pytest.approx([1 / 8, 5 / 8, 1 / 8])
     helped = JointOrder(candidates((3,)), columns, moved=-moved)
     assert helped.pick(1, everything(3)).units == [1]
+
+
+def test_cross_terms_count_as_much_as_they_are_trusted() -> None:
+    columns = lognormal_columns(60, 64, 9)
+    for trust in (0.0, 0.25, 1.0):
+        picks = JointOrder(candidates((60,)), columns, trust=trust).pick(20, everything(60))
+        alone = float((columns[picks.units].astype(np.float64) ** 2).mean(axis=1).sum())
+        joint = damage(columns, picks.units)
+        assert sum(picks.prices) == pytest.approx(trust * joint + (1 - trust) * alone, rel=1e-4)
 
 
 def test_putting_units_back_restores_the_costs() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,13 @@ from torch.nn import functional
 from trainer_nets import NETS, batches, build, example, same, units
 
 from elesh.trainer import Recorder, Surgeon
-from elesh.trainer.losses import directions, margins, rival_directions
+from elesh.trainer.halfway import first_to_go
+from elesh.trainer.losses import directions, margins, rival_direction
 from leyline import (
     CheckpointBundle,
     GateSite,
     InvalidField,
+    Level,
     NotFinite,
     ShapeMismatch,
     checkpoint_id,
@@ -55,11 +57,35 @@ def gated(
     return outputs
 
 
+def keep_halved(model: nn.Module, sites: tuple[GateSite, ...], units: Collection[int]) -> None:
+    """Multiply what these units send by one half from now on."""
+
+    def halve(site: GateSite) -> Callable[..., tuple[Tensor]]:
+        def scaled(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+            x = args[0].movedim(site.dim, -1).clone()
+            x[..., site.all_of(units)] *= 0.5
+            return (x.movedim(-1, site.dim),)
+
+        return scaled
+
+    for site in sites:
+        model.get_submodule(site.module).register_forward_pre_hook(halve(site))
+
+
+@pytest.mark.parametrize("ahead", [0, 0.4], ids=["here", "half way"])
 @pytest.mark.parametrize("name", SITES)
-def test_projections_are_the_derivatives_of_random_projections_of_the_outputs(name: str) -> None:
+def test_projections_are_the_derivatives_of_random_projections_of_the_outputs(
+    name: str, ahead: float
+) -> None:
     model = build(name)
-    bundle = measured(model, count=1, seed=5)
+    recorder = Recorder(model, example(), seed=5)
+    bundle = recorder.measure(batches(1), epoch=3, ahead=ahead)
     exact = copy.deepcopy(model).double()
+    groups = [g for g in bundle.architecture.groups if g.prunable and g.level is Level.CHANNEL]
+    here = recorder.measure(batches(1), epoch=3, ahead=0)
+    halved = first_to_go(here, groups, ahead)
+    for group in groups:
+        keep_halved(exact, group.sites, halved.get(group.name, ()))
     x, step = batches(1)[0][0].double(), 1e-5
     v = directions(model(batches(1)[0][0]), torch.Generator().manual_seed(5), 1).double()
     assert torch.allclose(v.sum(1), torch.zeros(6).double(), atol=1e-5)
@@ -71,6 +97,8 @@ def test_projections_are_the_derivatives_of_random_projections_of_the_outputs(na
             up = gated(exact, group.sites, unit, 1 + step, x)
             down = gated(exact, group.sites, unit, 1 - step, x)
             numerical = (v * (up - down)).sum(1).numpy() / (2 * step)
+            if unit in halved.get(group.name, ()):
+                numerical *= 2  # Its gate moved by half a step.
             assert np.allclose(G[:, unit], numerical, rtol=1e-3, atol=1e-4 * np.abs(G).max())
 
 
@@ -178,15 +206,23 @@ def test_margins_are_those_of_the_cross_entropy_even_where_it_vanishes() -> None
     assert found[1] == pytest.approx(math.exp(-90))
 
 
-def test_rival_directions_have_the_covariance_of_draws_from_the_wrong_classes() -> None:
-    logits, labels = torch.tensor([[2.0, 1.0, 0.0, -1.0]]), torch.tensor([1])
-    drawn = rival_directions(
-        logits.expand(200_000, -1), labels.expand(200_000), torch.Generator().manual_seed(0)
-    )
-    odds = torch.tensor([2.0, -torch.inf, 0.0, -1.0]).softmax(0)
-    expected = odds.diag() - torch.outer(odds, odds)
-    assert (drawn[:, 1] == 0).all()
-    torch.testing.assert_close(drawn.T @ drawn / len(drawn), expected, atol=5e-3, rtol=0)
+def test_the_rival_direction_has_the_variance_of_draws_from_the_wrong_classes() -> None:
+    logits, labels = torch.tensor([[2.0, 1.0, 0.0, -1.0, 0.5]]).double(), torch.tensor([1])
+    odds = torch.tensor([2.0, -torch.inf, 0.0, -1.0, 0.5]).double().softmax(0)
+    covariance = odds.diag() - torch.outer(odds, odds)
+    found = rival_direction(logits, labels)[0]
+    assert found[1] == 0
+    assert abs(found.sum()) < 1e-12
+    assert found.square().sum().item() == pytest.approx(covariance.trace().item())
+    # Two wrong classes leave one difference: there it is exact for every movement.
+    three = rival_direction(logits[:, :3], labels)[0]
+    odds = torch.tensor([2.0, -torch.inf, 0.0]).double().softmax(0)
+    torch.testing.assert_close(torch.outer(three, three), odds.diag() - torch.outer(odds, odds))
+
+
+def test_two_classes_have_one_rival_and_no_variance() -> None:
+    logits, labels = torch.tensor([[2.0, 1.0], [0.0, 90.0]]), torch.tensor([1, 1])
+    assert (rival_direction(logits, labels) == 0).all()
 
 
 def test_only_single_labels_and_the_default_loss_have_a_predicted_rise() -> None:
