@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from elesh.analysis import TargetExplanation, UnitExplanation, explain
+from elesh.analysis import ImportanceTracker, TargetExplanation, UnitExplanation, explain
 from elesh.bus import BreakerView
 from leyline import (
     CheckpointBundle,
@@ -27,10 +27,13 @@ _SHOWN_UNITS = 300
 
 
 def print_decision(
-    console: Console, decision: StructuralPruningDecision, bundle: CheckpointBundle | None = None
+    console: Console,
+    decision: StructuralPruningDecision,
+    bundle: CheckpointBundle | None = None,
+    tracker: ImportanceTracker | None = None,
 ) -> None:
     """A decision for people: verdict, figures, what goes and why, what was spared, gates."""
-    told = explain(decision, bundle)
+    told = explain(decision, bundle, tracker)
     verdict = "[green]approved[/]" if told.approved else "[yellow]rejected[/]"
     console.print(f"[bold]{told.key}[/]  {verdict}")
     if told.reason:

@@ -22,7 +22,7 @@ from elesh.bus import Bus, Delivery
 from elesh.capture import Case, open_case, save_case, take_blobs, versions
 from elesh.differences import Change, changes, moved
 from elesh.observe import linked_span
-from elesh.safety import BreakerStatus
+from elesh.safety import BreakerStatus, refuse_rolled_back
 from elesh.settings import Settings
 from elesh.worker.admission import Work, admit
 from elesh.worker.compute import ChildFailure, ComputeChild
@@ -231,6 +231,7 @@ async def _replay(
         decision = decode(StructuralPruningDecision, reply.result, field=f"result of {work.key}")
     except (ContractError, ChildFailure) as error:
         return Replayed(work.key, None, recorded, changed, str(error))
+    decision = refuse_rolled_back(decision, recorded.rolled_back if recorded else ())
     return Replayed(work.key, decision, recorded, changed)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from elesh.settings import Settings
 from leyline import Level
@@ -53,11 +54,13 @@ def explain(
     if Path(what).is_dir():
         analyze(Path(what), settings, threads=1)
         return
-    from elesh.replay import recorded_decision
+    from elesh.evidence import evidence_of
     from leyline import IdempotencyKey
 
     key = IdempotencyKey.parse(what)
-    decision = on_bus(redis, settings, lambda bus, _: recorded_decision(bus, key))
-    if decision is None:
+    found = on_bus(redis, settings, lambda bus, loaded: evidence_of(bus, loaded, key))
+    if found is None:
         fail(f"{what}: no decision is recorded for this key")
-    print_decision(console, decision)
+    print_decision(console, found.decision, found.bundle, found.tracker)
+    if found.missing:
+        console.print(f"  without the checkpoint's own figures: {escape(found.missing)}")

@@ -83,20 +83,31 @@ class Screen:
         """One line for what was applied, rolled back or refused; rejected ones are counted."""
         if outcome.result == "rejected":
             return
-        units = sum(map(len, decision.units.values()))
-        plural = "1 channel" if units == 1 else f"{units} channels"
         drop = ""
         if outcome.accuracy_before is not None and outcome.accuracy_masked is not None:
             before, masked = outcome.accuracy_before, outcome.accuracy_masked
             drop = f", validation accuracy {before:.2%} to {masked:.2%}"
+        if outcome.rolled_back_epoch is not None:
+            drop += f", after the cut {outcome.accuracy_after or 0:.2%}"
         colour = _COLOURS[outcome.result]
         self._console.print(
-            f"  [{colour}]{outcome.result:11}[/] epoch {decision.epoch}: {plural} of "
-            f"{', '.join(decision.units)}{drop}"
-            + (f" ({outcome.detail})" if outcome.detail else ""),
+            f"  [{colour}]{outcome.result:11}[/] epoch {decision.epoch}: "
+            f"{_what_goes(decision)}{drop}" + (f" ({outcome.detail})" if outcome.detail else ""),
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _what_goes(decision: StructuralPruningDecision) -> str:
+    """For example: 7 channels of stem, blocks.0; 1 head of attention; layer blocks.1."""
+    parts = []
+    for name, targets in (("channel", decision.channels), ("head", decision.attention_heads)):
+        count = sum(len(target.indices) for target in targets)
+        if count:
+            groups = ", ".join(target.layer_name for target in targets)
+            parts.append(f"{count} {name}{'s' * (count > 1)} of {groups}")
+    parts += [f"layer {target.layer_name}" for target in decision.layers]
+    return "; ".join(parts)
 
 
 def report_tables(

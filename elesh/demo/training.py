@@ -22,6 +22,7 @@ from elesh.trainer import Evaluation, Recorder, Session, Surgeon
 from elesh.trainer.export import Exporter
 from leyline import (
     CheckpointBundle,
+    Level,
     Phase,
     PrunedArchitecture,
     PruningOutcome,
@@ -35,6 +36,7 @@ __all__ = ["EpochFigures", "Observer", "Report", "Training", "total_channels"]
 
 _BATCH = 128
 _LEARNING_RATE = 0.1
+_LEVELS = (Level.CHANNEL, Level.HEAD, Level.LAYER)
 _PRUNING = (Phase.CONSERVATIVE, Phase.MODERATE, Phase.AGGRESSIVE)
 """In the other phases nothing is cut, so nothing has to be measured."""
 
@@ -167,7 +169,12 @@ class Training:
         )
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
         self.recorder = Recorder(self.model, self.data.train.images[:2], seed=seed)
-        self.surgeon = Surgeon(self.model, self.recorder.architecture, optimizer=self.optimizer)
+        self.surgeon = Surgeon(
+            self.model,
+            self.recorder.architecture,
+            optimizer=self.optimizer,
+            restore_points=0,  # the session keeps them
+        )
         self.exporter = Exporter(self.model)
         self.original = self.surgeon.architecture
         self._before: Evaluation | None = None
@@ -177,8 +184,10 @@ class Training:
     def run(self, observer: Observer, answer_seconds: float = 10.0) -> Report:
         """Train, publish checkpoints, apply what is decided; training never waits for Elesh."""
         self._observer = observer
-        for epoch in range(1, self.epochs + 1):
+        done = self.session.resume(self.surgeon, scheduler=self.scheduler)
+        for epoch in range(done + 1, self.epochs + 1):
             loss = self._train_one_epoch(epoch)
+            self._watch(epoch)
             self._apply_decisions()
             if epoch % self.every == 0:
                 self._publish_checkpoint(epoch)
@@ -218,6 +227,7 @@ class Training:
                     accuracy=validation.accuracy,
                     loss=validation.loss,
                 )
+            bundle = replace(bundle, levels=_LEVELS)
             if phase_at(epoch, self._schedule) in _PRUNING:
                 proof = self.data.proof
                 with span("export"):
@@ -230,6 +240,15 @@ class Training:
                 bundle = SpoiledBundle(**vars(bundle))
             if self.session.publish(bundle):
                 self._published.append(str(bundle.decision_key))
+
+    def _watch(self, epoch: int) -> None:
+        """Cuts of the last epochs stand this one's accuracy, or are rolled back."""
+        decided = {decision.idempotency_key: decision for decision in self._report.decisions}
+        for outcome in self.session.watch(epoch, lambda: self.evaluate(self.data.validation)):
+            self._report.outcomes[outcome.idempotency_key] = outcome
+            if outcome.result == "rolled_back":
+                self.recorder.architecture = self.surgeon.architecture
+                self._observer.on_decision(decided[outcome.idempotency_key], outcome)
 
     def _apply_decisions(self) -> None:
         for decision in self.session.decisions():

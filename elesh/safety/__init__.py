@@ -1,6 +1,6 @@
 """Whether a cut is safe: gates with figures and limits, and the breaker's view. Pure."""
 
-from .breaker import ARCHITECTURE_GATES, BreakerStatus, Vote, breaker_gate, votes
+from .breaker import ARCHITECTURE_GATES, BreakerStatus, Vote, breaker_gate, vote_of, votes
 from .gates import (
     MIN_SAMPLES,
     cumulative_limit,
@@ -27,6 +27,7 @@ from .measured_gates import (
     predicted_only,
     ranking_holds,
 )
+from .rolled_back import fingerprint_of, refuse_rolled_back, rolled_back_cut
 from .search import largest_safe
 from .verification import Entry, Measured, Proposal, Verifier
 
@@ -44,6 +45,7 @@ __all__ = [
     "breaker_gate",
     "class_accuracy",
     "cumulative_limit",
+    "fingerprint_of",
     "gradient_flow",
     "gradient_isolation",
     "largest_safe",
@@ -58,9 +60,12 @@ __all__ = [
     "predicted_only",
     "ranking_holds",
     "predicted_shift",
+    "refuse_rolled_back",
     "requirements",
+    "rolled_back_cut",
     "statistics_sound",
     "structure",
     "verdict",
+    "vote_of",
     "votes",
 ]

@@ -10,11 +10,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from leyline import GateResult, Level, StructuralPruningDecision
+from leyline import GateResult, Level, PruningOutcome, StructuralPruningDecision
 
 from .measured_gates import MEASURED_GATES
+from .rolled_back import ROLLED_BACK
 
-__all__ = ["ARCHITECTURE_GATES", "BreakerStatus", "Vote", "breaker_gate", "levels_of", "votes"]
+__all__ = [
+    "ARCHITECTURE_GATES",
+    "BreakerStatus",
+    "Vote",
+    "breaker_gate",
+    "levels_of",
+    "vote_of",
+    "votes",
+]
 
 State = Literal["closed", "open", "half_open"]
 Vote = Literal["failure", "success", "none"]
@@ -74,9 +83,9 @@ def votes(decision: StructuralPruningDecision) -> dict[Level, Vote]:
     """What a decision tells the breaker of each of its levels.
 
     Broken statistics, a cut that does not hold together, and one of which no part was measured as
-    safe are a failure; a careful no (quota,
-    phase, noise, predicted shift, requirements) is a success. What the trainer will report on, an
-    open breaker's own no, and a level that was never analysed say nothing.
+    safe are a failure; a careful no (quota, phase, noise, predicted shift, requirements) is a
+    success. What the trainer will report on or has rolled back before, an open breaker's own no,
+    and a level that was never analysed say nothing.
     """
     failed = {level: set[str]() for level in levels_of(decision)}
     for level, gate in _by_level(decision):
@@ -88,6 +97,8 @@ def votes(decision: StructuralPruningDecision) -> dict[Level, Vote]:
     silent = {part.level for part in decision.levels if part.verdict == "missing"}
     if decision.approved_for_application:
         silent |= set(decision.taken)
+    if any(not gate.passed and gate.name == ROLLED_BACK for gate in decision.safety.gates):
+        silent |= set(levels_of(decision))  # the rollbacks before it must not be forgotten
     found: dict[Level, Vote] = {}
     for level, names in failed.items():
         if names & INTEGRITY_GATES or REFUSED in names:
@@ -95,6 +106,17 @@ def votes(decision: StructuralPruningDecision) -> dict[Level, Vote]:
         else:
             found[level] = "none" if level in silent or "breaker" in names else "success"
     return found
+
+
+def vote_of(outcome: PruningOutcome) -> Vote:
+    """What a trainer's outcome tells the breakers of the levels that it cut.
+
+    A rollback is a failure, unless the cut only went along with an earlier one; a cut that was made
+    is a success once nothing is left of its watch.
+    """
+    if outcome.result == "rolled_back":
+        return "none" if outcome.undone_with else "failure"
+    return "success" if outcome.result == "applied" and not outcome.watched else "none"
 
 
 def _by_level(decision: StructuralPruningDecision) -> Iterator[tuple[Level, GateResult]]:

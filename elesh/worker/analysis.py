@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from elesh.bus import Bus
 from elesh.observe import get_logger, record_stages, span
+from elesh.safety import refuse_rolled_back
 from elesh.settings import Settings
 from leyline import (
     AnalysisFailed,
@@ -89,7 +90,7 @@ class Analyst:
         try:
             await self._fetch(work)
             job = await self._under_breakers(self._job("decide", work, work.levels), work)
-            return await self._result(StructuralPruningDecision, work, job)
+            return await self._new(work, await self._result(StructuralPruningDecision, work, job))
         finally:
             self._forget()
 
@@ -123,9 +124,16 @@ class Analyst:
             job = await self._under_breakers(self._job("join", work, work.levels), work)
             gaps = tuple((str(level), reason) for level, reason in missing.items())
             job = replace(job, missing=gaps)
-            return await self._result(StructuralPruningDecision, work, job)
+            return await self._new(work, await self._result(StructuralPruningDecision, work, job))
         finally:
             self._forget()
+
+    async def _new(
+        self, work: Work, decision: StructuralPruningDecision
+    ) -> StructuralPruningDecision:
+        """The decision, refused if it proposes what the run's trainer took back before."""
+        cuts = await self._bus.runs.taken_back(work.run_id)
+        return refuse_rolled_back(decision, cuts)
 
     async def _fetch(self, work: Work, *, network: bool = True) -> None:
         """Have the blobs in the spool folder; what is there already is not fetched again."""

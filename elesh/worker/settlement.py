@@ -12,7 +12,7 @@ from opentelemetry.trace import SpanKind
 
 from elesh.bus import Bus, Delivery, Settlement, Settling
 from elesh.observe import get_logger, messaging, onward, span
-from elesh.safety import votes
+from elesh.safety import fingerprint_of, rolled_back_cut, vote_of, votes
 from elesh.settings import Settings
 from leyline import (
     Conflict,
@@ -135,7 +135,8 @@ class Clerk:
             await self._reports.buried(letter, work)
 
     async def note(self, delivery: Delivery, outcome: PruningOutcome) -> None:
-        """Tell the breakers what a trainer made of a decision.
+        """Tell the breakers what a trainer made of a decision, and remember a cut that it took
+        back.
 
         Raises:
             UnknownDecision: if that decision was never published.
@@ -148,15 +149,18 @@ class Clerk:
                 "idempotency_key", "the key of a published decision", outcome.idempotency_key
             )
         self._reports.status.heard(outcome, key.level)
-        breakers = self._bus.breakers
+        breakers, vote = self._bus.breakers, vote_of(outcome)
         for level in decision.taken:
             change = None
-            if outcome.result == "rolled_back":
+            if vote == "failure":
                 reason = f"rolled back by the trainer: {outcome.detail}"
                 change = await breakers.failure(outcome.run_id, level, reason, token=str(key))
-            elif outcome.result == "applied":
+            elif vote == "success":
                 change = await breakers.success(outcome.run_id, level)
             await self._reports.transition(change)
+        if vote == "failure":
+            cut = rolled_back_cut(decision, outcome)
+            await self._bus.runs.took_back(outcome.run_id, {fingerprint_of(cut): cut})
         await self._bus.acknowledge(WORKERS, self._worker_id, delivery)
 
     async def _settle(

@@ -122,7 +122,9 @@ class Status:
         metrics.DEAD_LETTERS.add(1, {"code": code})
 
     def heard(self, outcome: PruningOutcome, level: Level) -> None:
-        """A trainer told what it made of a decision."""
+        """A trainer told what it made of a decision; of a cut on probation only the end counts."""
+        if outcome.watched:
+            return
         self.outcomes[level.value, outcome.result] += 1
         metrics.OUTCOMES.add(1, {"level": level.value, "result": outcome.result})
 

@@ -115,8 +115,8 @@ def test_each_decision_is_one_connected_trace_from_checkpoint_to_outcome(run: Ru
         names = {span.name for _, span in spans}
         assert {
             "create checkpoints", "send checkpoints", "process checkpoints", "fetch blobs",
-            "analyse channel", "settle checkpoints", "apply decision", "create outcomes",
-            "send outcomes", "process outcomes",
+            "analyse channel", "analyse head", "analyse layer", "settle work", "apply decision",
+            "create outcomes", "send outcomes", "process outcomes",
         } <= names  # fmt: skip
         assert {service for service, _ in spans} == {"elesh-trainer", "elesh-worker"}
         if decision["outcome"] == "applied":

@@ -1,0 +1,147 @@
+"""Cuts that a trainer took back are not proposed again before their evidence has changed.
+
+Promises: pure. The cuts that a decision was compared with are written into it, so that a replay
+decides by the very same. A decision that contains such a cut, for the same evidence, is refused and
+names it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from leyline import (
+    AttentionHeadTarget,
+    ChannelPruningTarget,
+    GateResult,
+    LayerPruningTarget,
+    Outcome,
+    PruningOutcome,
+    RolledBackCut,
+    StructuralPruningDecision,
+    stable_hash,
+)
+
+__all__ = ["ROLLED_BACK", "fingerprint_of", "refuse_rolled_back", "rolled_back_cut"]
+
+ROLLED_BACK = "rolled_back"
+"""The name of the gate."""
+_TOLERANCE = 0.1
+"""Scores that moved by less than this share of the largest are the same evidence: between two
+checkpoints of a trained network they hardly move more, and a cut that failed is likely to again."""
+
+Target = ChannelPruningTarget | AttentionHeadTarget | LayerPruningTarget
+Unit = tuple[str, int]
+"""A group and a unit of it in original numbering; a layer is the one unit -1 of its name."""
+
+
+def rolled_back_cut(decision: StructuralPruningDecision, outcome: PruningOutcome) -> RolledBackCut:
+    """What is remembered of a decision whose cut (or mask) the trainer took back."""
+    scores = _scores(decision)
+    groups: dict[str, list[int]] = {}
+    for name, unit in scores:
+        groups.setdefault(name, []).append(unit)
+    layer = (-1,)
+    return RolledBackCut(
+        idempotency_key=decision.idempotency_key,
+        epoch=outcome.epoch if outcome.rolled_back_epoch is None else outcome.rolled_back_epoch,
+        units=tuple(
+            (name, () if tuple(units) == layer else tuple(units)) for name, units in groups.items()
+        ),
+        scores=tuple(scores.values()),
+        shift=decision.statistics.predicted_shift,
+        shift_error=decision.statistics.predicted_shift_error,
+        detail=outcome.detail,
+    )
+
+
+def fingerprint_of(cut: RolledBackCut) -> str:
+    """The identity of a set of units, whoever proposed it."""
+    return stable_hash(*(f"{name}/{units}" for name, units in sorted(cut.units)))
+
+
+def refuse_rolled_back(
+    decision: StructuralPruningDecision, cuts: Sequence[RolledBackCut]
+) -> StructuralPruningDecision:
+    """The decision with the gate ``rolled_back`` and the cuts that it was compared with.
+
+    It is as it was where the run has no such cuts. The gate fails where all units of one are
+    proposed again and neither the predicted shift (of just the same set: beyond two standard
+    errors) nor any of the units' scores (by more than a tenth of the largest) has changed.
+    """
+    if not cuts:
+        return decision
+    proposed = _scores(decision)
+    again = [cut for cut in cuts if _is_proposed(cut, proposed, decision)]
+    detail = "; ".join(
+        f"{cut.idempotency_key} was rolled back at epoch {cut.epoch} ({cut.detail or 'no reason'}) "
+        "and its evidence has not changed"
+        for cut in again
+    )
+    gate = GateResult(
+        name=ROLLED_BACK,
+        passed=not again,
+        measured=len(again),
+        limit=0,
+        detail=(detail or f"{len(cuts)} cuts that were rolled back, none of them proposed again")[
+            :8192
+        ],
+    )
+    safety = decision.safety.model_copy(update={"gates": (*decision.safety.gates, gate)})
+    changes = {"safety": safety, "rolled_back": tuple(cuts)}
+    if again:
+        reasons = [decision.rejection_reason, f"{ROLLED_BACK}: {detail}"]
+        changes |= {
+            "safety": safety.model_copy(update={"outcome": Outcome.NO_GO}),
+            "approved_for_application": False,
+            "rejection_reason": "; ".join(filter(None, reasons))[:8192],
+        }
+    return decision.model_copy(update=changes)
+
+
+def _scores(decision: StructuralPruningDecision) -> dict[Unit, float]:
+    """The units that a decision removes, each with the score that spoke for it."""
+    targets: tuple[Target, ...] = (
+        *decision.channels,
+        *decision.attention_heads,
+        *decision.layers,
+    )
+    found = {unit: score for target in targets for unit, score in _scores_of(target).items()}
+    return dict(sorted(found.items()))
+
+
+def _scores_of(target: Target) -> Mapping[Unit, float]:
+    name = target.layer_name
+    if isinstance(target, LayerPruningTarget):
+        return {(name, -1): target.importance}
+    if isinstance(target, ChannelPruningTarget):
+        scores: Iterable[float] = target.importance
+    else:
+        every = target.head_importance
+        scores = [every[head] if head < len(every) else 0.0 for head in target.head_indices]
+    originals = target.original_indices or target.indices
+    return {(name, unit): score for unit, score in zip(originals, scores, strict=True)}
+
+
+def _is_proposed(
+    cut: RolledBackCut, proposed: Mapping[Unit, float], decision: StructuralPruningDecision
+) -> bool:
+    """Whether all units of a cut are proposed again for the same evidence."""
+    units = [(name, unit) for name, units in cut.units for unit in (units or (-1,))]
+    if not all(unit in proposed for unit in units):
+        return False
+    if len(units) == len(proposed) and _shift_changed(cut, decision):
+        return False
+    largest = max(map(abs, cut.scores), default=0.0)
+    moved = (
+        abs(proposed[unit] - score) > _TOLERANCE * largest
+        for unit, score in zip(units, cut.scores, strict=False)
+    )
+    return not any(moved)
+
+
+def _shift_changed(cut: RolledBackCut, decision: StructuralPruningDecision) -> bool:
+    now, error = decision.statistics.predicted_shift, decision.statistics.predicted_shift_error
+    if now is None or cut.shift is None:
+        return False
+    return abs(now - cut.shift) > 2 * math.hypot(error or 0.0, cut.shift_error or 0.0)

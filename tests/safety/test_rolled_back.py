@@ -1,0 +1,114 @@
+"""A cut that was taken back is refused while its evidence stands, and only then."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import networks
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elesh.analysis import analyze
+from elesh.safety import fingerprint_of, refuse_rolled_back, rolled_back_cut
+from elesh.settings import Settings
+from leyline import (
+    Outcome,
+    PruningOutcome,
+    RolledBackCut,
+    StructuralPruningDecision,
+    decode,
+    encode,
+)
+
+SETTINGS = Settings(structured_pruning={"channel_analysis": {"max_predicted_shift": 1e9}})
+
+
+def decision(seed: int = 0, epoch: int = 60) -> StructuralPruningDecision:
+    bundle = networks.bundle(networks.chain([40, 48, 32]), epoch=epoch, seed=seed)
+    made = analyze(bundle, SETTINGS)
+    assert made.approved_for_application, made.rejection_reason
+    return made
+
+
+def taken_back(of: StructuralPruningDecision, **changes: Any) -> RolledBackCut:
+    outcome = PruningOutcome(
+        idempotency_key=of.idempotency_key,
+        run_id="run",
+        epoch=of.epoch,
+        result="rolled_back",
+        rolled_back_epoch=62,
+        detail="accuracy fell",
+    )
+    return rolled_back_cut(of, outcome).model_copy(update=changes)
+
+
+def rescored(of: StructuralPruningDecision, factor: float) -> StructuralPruningDecision:
+    """The same cut with one of its scores changed, and its shift with it."""
+    first, *others = of.channels
+    importance = (first.importance[0] * factor, *first.importance[1:])
+    first = first.model_copy(update={"importance": importance})
+    return of.model_copy(update={"channels": (first, *others)})
+
+
+def test_the_same_cut_for_the_same_evidence_is_refused_and_names_what_happened() -> None:
+    made = decision()
+    refused = refuse_rolled_back(made, [taken_back(made)])
+    assert not refused.approved_for_application
+    assert refused.safety.outcome is Outcome.NO_GO
+    assert made.idempotency_key in refused.rejection_reason
+    assert "epoch 62 (accuracy fell)" in refused.rejection_reason
+    assert refused.channels == made.channels, "the analysis goes on as telemetry"
+
+
+def test_a_cut_that_contains_it_is_refused_too() -> None:
+    made = decision()
+    part = made.model_copy(update={"channels": made.channels[:1]})
+    assert len(made.channels) > 1
+    assert not refuse_rolled_back(made, [taken_back(part)]).approved_for_application
+
+
+def test_a_part_of_it_is_another_cut() -> None:
+    made = decision()
+    part = made.model_copy(update={"channels": made.channels[:1]})
+    passed = refuse_rolled_back(part, [taken_back(made)])
+    assert passed.approved_for_application
+    assert passed.safety.gates[-1].name == "rolled_back"
+
+
+def test_changed_evidence_opens_it_again() -> None:
+    made = decision()
+    shift = made.statistics.predicted_shift
+    assert shift is not None
+    other = taken_back(made, shift=shift * 9 + 1)
+    assert refuse_rolled_back(made, [other]).approved_for_application
+    largest = max(abs(s) for t in made.channels for s in t.importance)
+    first = made.channels[0].importance[0]
+    moved = rescored(made, 1 + largest / abs(first))
+    assert refuse_rolled_back(moved, [taken_back(made)]).approved_for_application
+
+
+def test_a_run_without_such_cuts_has_the_same_bytes_as_ever() -> None:
+    made = decision()
+    assert refuse_rolled_back(made, []) is made
+
+
+def test_a_replay_decides_by_what_the_decision_was_compared_with() -> None:
+    made = decision()
+    refused = refuse_rolled_back(made, [taken_back(made)])
+    read = decode(StructuralPruningDecision, encode(refused))
+    assert encode(refuse_rolled_back(made, read.rolled_back)) == encode(refused)
+
+
+@given(st.permutations(["a", "b", "c"]))
+def test_the_fingerprint_does_not_depend_on_the_order_of_groups(names: list[str]) -> None:
+    units = {"a": (1, 2), "b": (0,), "c": ()}
+    key = decision_key()
+    cut = RolledBackCut(idempotency_key=key, epoch=1, units=[(n, units[n]) for n in names])
+    straight = RolledBackCut(idempotency_key=key, epoch=9, units=sorted(units.items()))
+    assert fingerprint_of(cut) == fingerprint_of(straight)
+    other = RolledBackCut(idempotency_key=key, epoch=1, units=[("a", (1, 2))])
+    assert fingerprint_of(cut) != fingerprint_of(other)
+
+
+def decision_key() -> str:
+    return "60:0123456789abcdef:ck-1:channel"
