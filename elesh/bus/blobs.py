@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import io
 import os
 import stat
 from collections.abc import AsyncGenerator
@@ -118,8 +119,12 @@ class BlobStore:
             InvalidField: if the URI is none that this store may read.
             Unreadable: if it is sealed and no key here opens it for its architecture.
         """
+        # Grows in place and is handed out as it is: the blob is in memory once.
+        buffer = io.BytesIO()
         async with aclosing(self._verified(ref)) as pieces:
-            data = b"".join([piece async for piece in pieces])
+            async for piece in pieces:
+                buffer.write(piece)
+        data = buffer.getvalue()
         return data if ref.sealed is None else self._unsealed(ref, data)
 
     def _unsealed(self, ref: BlobRef, data: bytes) -> bytes:
@@ -136,13 +141,19 @@ class BlobStore:
         """The pieces of a blob; raises at the first piece, or after the last, that is wrong."""
         self._require_size(f"blob {ref.uri}", ref.size)
         digest, size = hashlib.sha256(), 0
+        hashing: asyncio.Task[None] | None = None
         async with aclosing(self._pieces(ref)) as pieces:
             async for piece in pieces:
                 size += len(piece)
                 if size > ref.size:
                     break
-                await asyncio.to_thread(digest.update, piece)
+                if hashing is not None:
+                    await hashing
+                # While the next piece is on its way.
+                hashing = asyncio.create_task(asyncio.to_thread(digest.update, piece))
                 yield piece
+        if hashing is not None:
+            await hashing
         if size != ref.size:
             raise _wrong_size(ref, size)
         if digest.hexdigest() != ref.sha256:

@@ -1,16 +1,23 @@
-"""Worker processes for the demo: started, waited for, logged to files, and drained at the end."""
+"""Worker processes for demo and examples: started, waited for, logged to files, drained."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-__all__ = ["FleetError", "fleet"]
+import yaml
+
+from elesh.bus import embedded_server
+from elesh.settings import Settings
+
+__all__ = ["FleetError", "fleet", "local_fleet"]
 
 _START_SECONDS = 60.0
 _STOP_SECONDS = 20.0
@@ -89,3 +96,24 @@ def fleet(url: str, count: int, settings: Path | None, folder: Path) -> Iterator
             worker.process.terminate()
         for worker in workers:
             worker.stop()
+
+
+@contextmanager
+def local_fleet(
+    block: Mapping[str, Any] | None = None, workers: int = 1
+) -> Iterator[tuple[str, Settings]]:
+    """A server and workers for one script, gone with the block: for examples and first trials.
+
+    Args:
+        block: settings as under the key ``elesh`` of a settings file.
+
+    Yields:
+        The server's URL and the settings, for a Session.
+    """
+    with tempfile.TemporaryDirectory(prefix="elesh-fleet-") as name:
+        folder = Path(name)
+        file = folder / "settings.yaml"
+        file.write_text(yaml.safe_dump({"elesh": dict(block or {})}))
+        settings = Settings.load(file)
+        with embedded_server(folder / "server") as url, fleet(url, workers, file, folder):
+            yield url, settings

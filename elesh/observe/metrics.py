@@ -27,6 +27,7 @@ __all__ = [
     "FALLBACKS",
     "OUTCOMES",
     "PROCESS_SECONDS",
+    "REDELIVERIES",
     "Reading",
     "gauge",
     "p95",
@@ -64,6 +65,10 @@ FALLBACKS = _meter.create_counter(
 )
 DEAD_LETTERS = _meter.create_counter(
     "elesh.dead_letters", description="Messages that could not be served; by code."
+)
+REDELIVERIES = _meter.create_counter(
+    "elesh.redeliveries",
+    description="Entries that went round again; by cause (crash, exception, handover).",
 )
 BLOB_BYTES = _meter.create_counter(
     "elesh.blob.read", unit="By", description="Bytes of blobs fetched."

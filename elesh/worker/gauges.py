@@ -65,16 +65,18 @@ _OF_STREAM: Mapping[str, tuple[str, Callable[[Backlog], float | None]]] = {
 
 @dataclass
 class FleetFigures:
-    """What the bus said last of its streams and breakers."""
+    """What the bus said last of its streams, breakers and shed messages."""
 
     backlog: Mapping[str, Backlog] = field(default_factory=dict)
     breakers: list[BreakerView] = field(default_factory=list)
+    shed: Mapping[str, int] = field(default_factory=dict)
 
     async def refresh(self, bus: Bus) -> None:
         """Ask again; the old figures stay if the bus is away."""
         with contextlib.suppress(BusUnavailable):
             self.backlog = await bus.registry.backlog()
             self.breakers = await bus.breakers.show()
+            self.shed = await bus.shed()
 
     def of_streams(self, read: Callable[[Backlog], float | None]) -> list[Reading]:
         """A figure of every stream that has a group, and of the dead letters."""
@@ -90,6 +92,14 @@ class FleetFigures:
         return [
             (_STATES[view.state], {"run": view.run_id, "level": view.level.value})
             for view in self.breakers
+        ]
+
+    def of_shed(self) -> list[Reading]:
+        """Messages that were shed so far, by stream and priority."""
+        parts = [(name.partition(":"), count) for name, count in self.shed.items()]
+        return [
+            (count, {"stream": stream, "priority": priority})
+            for (stream, _, priority), count in parts
         ]
 
 
@@ -110,6 +120,11 @@ def register_gauges(status: Status, figures: FleetFigures) -> None:
         "multi_level_accuracy",
         "By level, the share of approved cuts that the trainer's own check confirmed.",
         lambda: [(share, {"level": level}) for level, share in status.confirmed().items()],
+    )
+    gauge(
+        "elesh.shed",
+        "Messages that found no room, since the partition began; by stream and priority.",
+        figures.of_shed,
     )
     gauge(
         "elesh.breaker.state",

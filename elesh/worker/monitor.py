@@ -54,6 +54,7 @@ class Monitor:
             port = self._settings.health_port
             if setup_metrics("elesh-worker", self._status.worker_id, prometheus=port is not None):
                 register_gauges(self._status, self._figures)
+                self._status.announce()
             if port is not None:
                 app = application(self._status, self._refresh)
                 listener = listening(self._settings.health_host, port)

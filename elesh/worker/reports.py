@@ -77,9 +77,12 @@ class Reports:
     async def analysed(
         self, work: Work, decision: StructuralPruningDecision, metrics: AnalysisMetrics
     ) -> None:
-        """The child answered; rungs that the analysis itself took are told, too."""
+        """The child answered; rungs that the analysis itself took are told, too.
+
+        A joint decision repeats those of its levels, which were told when they were analysed.
+        """
         for taken in decision.fallbacks:
-            if taken.rung in _ANALYSIS_RUNGS:
+            if taken.rung in _ANALYSIS_RUNGS and not decision.levels:
                 await self.fallback(work, str(decision.key), taken.rung, taken.reason)
         self.status.analysed(
             decision.key.level, metrics.duration_seconds, metrics.peak_memory_bytes
@@ -89,6 +92,7 @@ class Reports:
     async def entry(self, step: str, stream: str, entry_id: str, cause: str, detail: str) -> None:
         """An entry went round again."""
         where = f"{stream}/{entry_id}"
+        self.status.redelivered(cause)
         _log.warning(step.replace("_", " "), entry=where, cause=cause, reason=detail)
         event: dict[str, Any] = {
             "step": step,

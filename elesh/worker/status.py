@@ -60,6 +60,14 @@ class Status:
     def __post_init__(self) -> None:
         self.started, self._stream = self.clock(), ""
 
+    def announce(self) -> None:
+        """Begin the counters that rates are taken of: the first event must find them at zero."""
+        for level in Level:
+            for result in ("completed", "failed"):
+                metrics.ANALYSES.add(0, {"level": level.value, "result": result})
+            for result in ("applied", "rolled_back"):
+                metrics.OUTCOMES.add(0, {"level": level.value, "result": result})
+
     def serving(self) -> None:
         """It can take work."""
         self.doing = "idle"
@@ -115,6 +123,10 @@ class Status:
         """A rung of the failure table was taken."""
         self.fallbacks += 1
         metrics.FALLBACKS.add(1, {"rung": rung})
+
+    def redelivered(self, cause: str) -> None:
+        """An entry went round again."""
+        metrics.REDELIVERIES.add(1, {"cause": cause})
 
     def buried(self, code: str) -> None:
         """An entry went to the dead letters."""

@@ -201,6 +201,8 @@ class Worker:
         with contextlib.suppress(BusUnavailable):
             if given := await self._leases.leave():
                 _log.warning("handed over", worker=self.worker_id, entries=given)
+                for _ in range(given):
+                    self._status.redelivered("handover")
 
     async def _serve(self, delivery: Delivery) -> None:
         name, entry_id = delivery.origin

@@ -16,6 +16,7 @@ from station import Station, checkpoint, faulty, ready
 from elesh.bus import Bus, read_letter
 from elesh.settings import Settings
 from elesh.worker import Worker
+from elesh.worker.gauges import FleetFigures
 from leyline import EventEnvelope, encode, wrap
 from leyline.streams import CHECKPOINTS, DEAD
 
@@ -180,3 +181,11 @@ def test_a_checkpoint_after_its_time_is_a_named_dead_letter_that_can_be_redriven
     station.on_bus(lambda bus: bus.letters.redrive(dead.entry_id, "jo", "still wanted"))
     (decision,) = station.wait_decisions(1)
     assert decision.approved_for_application, worker.log
+
+
+def test_what_was_shed_is_a_gauge_by_stream_and_priority() -> None:
+    figures = FleetFigures(shed={"checkpoints:low": 3, "requests:normal": 1})
+    assert figures.of_shed() == [
+        (3, {"stream": "checkpoints", "priority": "low"}),
+        (1, {"stream": "requests", "priority": "normal"}),
+    ]

@@ -1,0 +1,143 @@
+"""What is done after every epoch, whichever framework trains: watch, apply, measure, publish."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elesh.analysis import phase_at
+from elesh.observe import get_logger
+from elesh.trainer.apply import Evaluation
+from elesh.trainer.calling import Inputs, call, device_of, main_output, map_tensors
+from elesh.trainer.export import Exporter
+from elesh.trainer.recorder import Recorder
+from elesh.trainer.session import Session
+from elesh.trainer.snapshot import Stateful
+from elesh.trainer.surgeon import Surgeon
+from leyline import ContractError, InvalidField, Level, NetworkExport, Phase
+
+__all__ = ["Batches", "EveryEpoch", "classification"]
+
+_UNCUT = (Phase.PREPARATION, Phase.VALIDATION)
+_log = get_logger(__name__)
+Batches = Sequence[tuple[Inputs, Any]]
+"""(inputs, labels) pairs; inputs are a tensor, a sequence (positional) or a mapping (keywords)."""
+
+
+class EveryEpoch:
+    """The session's part of a training loop.
+
+    Args:
+        session: open while training lasts.
+        calibration: what the network is measured on, about 500 samples of the training data.
+        validation: what masks and cuts are judged on; never training data.
+        held_out: one batch (inputs, class labels) that workers measure cuts on before they say go,
+            of neither training nor validation data; the network is published with it while
+            something may be cut. Without it, workers decide by prediction.
+        evaluate: how, if not by accuracy and cross-entropy of logits.
+        every: epochs between two checkpoints.
+        levels: what may be removed.
+        ignored_layers: whose outputs shall stay (see :class:`Recorder`).
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        calibration: Batches,
+        validation: Batches,
+        *,
+        held_out: tuple[Inputs, Tensor] | None = None,
+        evaluate: Callable[[nn.Module, Batches], Evaluation] | None = None,
+        every: int = 5,
+        levels: Sequence[Level] = (Level.CHANNEL,),
+        ignored_layers: Sequence[str] = (),
+    ) -> None:
+        self.session, self.every, self.levels = session, every, tuple(levels)
+        self.surgeon: Surgeon | None = None
+        """Set by :meth:`begin`; its architecture is what the network looks like."""
+        self._calibration, self._validation, self._held_out = calibration, validation, held_out
+        self._evaluate = evaluate or classification
+        self._ignored = ignored_layers
+
+    def begin(
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        processes: int = 1,
+        scheduler: Stateful | None = None,
+    ) -> int:
+        """Look at the network and go back to where an earlier process of the run stood; the epoch
+        of that, 0 for a new run.
+
+        Raises:
+            InvalidField: if several processes train: they would be cut differently.
+        """
+        if processes > 1:
+            hint = "train in one process, or decide on rank 0 and cut alike on every rank"
+            raise InvalidField("processes", "one training process", processes, hint=hint)
+        example = map_tensors(lambda x: x[:2].to(device_of(network)), self._calibration[0][0])
+        self._network, self._exporter = network, Exporter(network)
+        self._recorder = Recorder(network, example, ignored_layers=self._ignored)
+        self.surgeon = Surgeon(
+            network, self._recorder.architecture, optimizer=optimizer, restore_points=0
+        )
+        return self.session.resume(self.surgeon, scheduler=scheduler)
+
+    def end_epoch(self, epoch: int) -> None:
+        """After an epoch (counted from 1) has been trained."""
+        assert self.surgeon is not None, "begin comes first"
+        self.session.watch(epoch, self.evaluate)
+        for decision in self.session.decisions():
+            self.session.apply(decision, self.surgeon, self.evaluate)
+        if epoch % self.every == 0:
+            self._checkpoint(epoch)
+
+    def evaluate(self) -> Evaluation:
+        """How well the network does now; its training flags are left as they are."""
+        flags = [(module, module.training) for module in self._network.modules()]
+        self._network.eval()
+        try:
+            return self._evaluate(self._network, self._validation)
+        finally:
+            for module, training in flags:
+                module.training = training
+
+    def _checkpoint(self, epoch: int) -> None:
+        assert self.surgeon is not None
+        self._recorder.architecture = self.surgeon.architecture
+        with self.session.checkpoint(epoch):
+            bundle = self._recorder.measure(
+                self._calibration, epoch=epoch, run_id=self.session.run_id
+            )
+            network = self._export(epoch)
+            self.session.publish(replace(bundle, levels=self.levels, network=network))
+
+    def _export(self, epoch: int) -> NetworkExport | None:
+        """The network for workers to measure on, in the phases that cut."""
+        assert self.surgeon is not None
+        schedule = self.session.settings.structured_pruning.safety_schedule
+        if self._held_out is None or phase_at(epoch, schedule) in _UNCUT:
+            return None
+        try:
+            return self._exporter.export(self.surgeon.architecture, self._held_out)
+        except ContractError as error:
+            _log.warning("network not published; workers decide by prediction", reason=str(error))
+            return None
+
+
+@torch.no_grad()
+def classification(network: nn.Module, batches: Iterable[tuple[Inputs, Any]]) -> Evaluation:
+    """Accuracy and mean cross-entropy of a network that returns logits [N, classes]."""
+    device, right, loss, count = device_of(network), 0, 0.0, 0
+    for inputs, labels in batches:
+        logits = main_output(call(network, map_tensors(lambda x: x.to(device), inputs))).float()
+        labels = labels.to(device)
+        loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
+        right += int((logits.argmax(1) == labels).sum())
+        count += len(labels)
+    return Evaluation(right / max(count, 1), loss / max(count, 1))

@@ -1,0 +1,37 @@
+"""Every example runs as its first lines say, alone, and cuts something."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("[0-9]*.py"))
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_runs_and_ends_smaller(example: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "ELESH_REDIS_URL"}
+    done = subprocess.run(
+        [sys.executable, str(example)],
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    sizes = re.search(r"parameters (\d+) -> (\d+), accuracy ([\d.]+)", done.stdout)
+    assert sizes, done.stdout
+    before, after, accuracy = int(sizes[1]), int(sizes[2]), float(sizes[3])
+    assert after < before, done.stdout + done.stderr
+    assert accuracy > 0.5
+
+
+def test_there_are_examples_and_they_are_numbered() -> None:
+    assert [path.name[:2] for path in EXAMPLES] == [f"{n:02d}" for n in range(1, len(EXAMPLES) + 1)]
+    assert len(EXAMPLES) >= 3
