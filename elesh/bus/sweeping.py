@@ -2,9 +2,9 @@
 
 Promises: at most one sweeper at a time; one that dies is replaced when its own lease runs out, a
 fifth of an entry's lease later. A pass moves delayed entries that are due, sends entries round
-again whose owner's lease ran out, and queues the join of plans past their deadline. A new sweeper
-first gives owners the time of one and a half renewals, so that a silence of the server, in which
-nobody could renew, costs nobody a live lease.
+again whose owner's lease ran out, and queues the join of plans past their deadline. After a
+silence of the server, in which nobody could renew, owners first have the time of one and a half
+renewals, so that it costs nobody a live lease; the death of a sweeper alone is no silence.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ class Sweeper:
     async def sweep(self, group: str, worker: str, streams: Sequence[Stream]) -> Sweep:
         """Make one pass over ``streams``, if ``worker`` is or can become the sweeper."""
         lease = self._lease * 1000
-        keys = [self._keys.named(name) for name in ("sweeper", "delayed", "deadlines")]
+        keys = [self._keys.named(name) for name in ("sweeper", "delayed", "deadlines", "pulse")]
         keys += [self._keys.stream(stream) for stream in (REDELIVERIES, *streams)]
-        times = [max(1, round(lease * share)) for share in (0.2, 0.375, 1.0)]
+        times = [max(1, round(lease * share)) for share in (0.2, 0.375, 1.0, 0.3)]
         names = [stream.name for stream in streams]
         held, *reply = await self._scripts.sweep(
             keys, [worker, *times, group, _SCAN, _BATCH, *names]

@@ -48,6 +48,8 @@ RULES: Mapping[str, Rule] = {
     "first_order": "mean",
     "second_order": "mean",
     "removal_rise": "mean",
+    "input_moments": "mean",
+    "input_slopes": "mean",
     "taylor": "mean",
     "gradient_flow": "mean",
     "similarity": "mean",

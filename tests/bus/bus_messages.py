@@ -66,8 +66,10 @@ async def end_lease(bus: Bus, delivery: Delivery, owner: str = "w1") -> None:
 
 async def sweep(bus: Bus, streams: Sequence[Stream] = STREAMS) -> Sweep:
     """A pass of a sweeper whose grace is over."""
-    office = {"holder": "sweeper", "since": 0}
-    await bus._client.hset(bus.keys.named("sweeper"), mapping=office)
+    seconds, _ = await bus._client.time()
+    pulse = {"at": 1000 * seconds, "since": 0}
+    await bus._client.hset(bus.keys.named("pulse"), mapping=pulse)
+    await bus._client.hset(bus.keys.named("sweeper"), "holder", "sweeper")
     return await bus.sweeper.sweep(GROUP, "sweeper", streams)
 
 

@@ -114,17 +114,33 @@ def test_there_is_one_sweeper_and_a_dead_one_is_replaced(with_bus):
     async def scenario(bus: Bus) -> None:
         await publish(bus, 1)
         await end_lease(bus, (await claim(bus))[0])
-        assert (await bus.sweeper.sweep(GROUP, "s1", STREAMS)).held
+        first = await bus.sweeper.sweep(GROUP, "s1", STREAMS)
+        assert (first.held, first.taken) == (True, ()), "after a silence owners have time to renew"
         refused = await bus.sweeper.sweep(GROUP, "s2", STREAMS)
         assert not refused.held
         assert refused.wait_seconds <= 0.2
         await bus._client.pexpire(bus.keys.named("sweeper"), 1)
-        found = await waited(lambda: bus.sweeper.sweep(GROUP, "s2", STREAMS), "held")
-        assert found.taken == (), "a new sweeper gives owners time to renew"
+        await waited(lambda: bus.sweeper.sweep(GROUP, "s2", STREAMS), "held")
         await waited(lambda: bus.sweeper.sweep(GROUP, "s2", STREAMS), "taken")
         assert len(await claim(bus, "w2")) == 1
 
     with_bus(scenario, lease_seconds=1.0)
+
+
+@pytest.mark.parametrize(("silence", "taken"), [(200, 1), (2000, 0)])
+def test_a_new_sweeper_takes_over_at_once_unless_nobody_could_renew(with_bus, silence, taken):
+    """The death of a sweeper is no silence of the server: others went on calling."""
+
+    async def scenario(bus: Bus) -> None:
+        await publish(bus, 1)
+        await end_lease(bus, (await claim(bus))[0])
+        seconds, micros = await bus._client.time()
+        pulse = {"at": 1000 * seconds + micros // 1000 - silence, "since": 0}
+        await bus._client.hset(bus.keys.named("pulse"), mapping=pulse)
+        found = await bus.sweeper.sweep(GROUP, "s2", STREAMS)
+        assert (found.held, len(found.taken)) == (True, taken)
+
+    with_bus(scenario, lease_seconds=2.0)
 
 
 def test_an_entry_that_was_deleted_under_its_owner_is_not_handed_out(with_bus):

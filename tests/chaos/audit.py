@@ -54,7 +54,8 @@ class Report:
 
     violations: dict[str, list[str]] = field(default_factory=dict)
     recoveries: list[float] = field(default_factory=list)
-    """Seconds from a worker's kill until its work ran elsewhere; a free worker is part of it."""
+    """Seconds from a worker's kill until its work ran elsewhere; a free worker is part of it. Here
+    and below only where the server answered all the time: nobody can take over through it else."""
     offers: list[float] = field(default_factory=list)
     """Seconds from a worker's kill until its entries were taken from it, for any worker."""
 
@@ -147,12 +148,22 @@ def _recoveries(facts: Facts) -> Iterable[float]:
                 and event.step in _BEGUN
                 and event.at.timestamp() > fault.begun
             )
-            if (first := next(later, None)) is not None:
+            if (first := next(later, None)) is not None and _undisturbed(facts, fault, first):
                 yield first
 
 
+def _undisturbed(facts: Facts, kill: Fault, seconds: float) -> bool:
+    """Whether the server could be reached from a kill on for so long."""
+    until = kill.begun + seconds
+    silences = (f for f in facts.faults if f.kind in _TO_ALL)
+    return not any(f.begun < until and f.ended > kill.begun for f in silences)
+
+
 def _offers(facts: Facts) -> Iterable[float]:
-    killed = {f.target: f.begun for f in facts.faults if f.kind is Kind.KILL_WORKER}
+    killed = {f.target: f for f in facts.faults if f.kind is Kind.KILL_WORKER}
     for event in facts.telemetry:
-        if event.step == "reclaimed" and _owner(event) in killed:
-            yield event.at.timestamp() - killed[_owner(event)]
+        if event.step == "reclaimed" and (kill := killed.get(_owner(event))):
+            seconds = event.at.timestamp() - kill.begun
+            # What was taken before the kill was lost to an earlier freeze.
+            if seconds > 0 and _undisturbed(facts, kill, seconds):
+                yield seconds

@@ -1,23 +1,29 @@
 -- One pass of the fleet's only sweeper: delayed entries that are due go on, and entries whose lease
 -- ran out go round again for any worker. Whoever finds no sweeper is it, until its lease runs out.
--- KEYS: sweeper, delayed set, deadlines, redeliveries, then the streams that are swept.
--- ARGV: worker, the sweeper's lease, its grace, the entries' lease (all in milliseconds), group,
---       pending entries to look at in each stream, entries to move at most, then the streams' names.
+-- KEYS: sweeper, delayed set, deadlines, pulse, redeliveries, then the streams that are swept.
+-- ARGV: worker, the sweeper's lease, the grace after a silence, the entries' lease, how long nobody
+--       may have called for it to be a silence (all in milliseconds), group, pending entries to look
+--       at in each stream, entries to move at most, then the streams' names.
 -- Returns 0 and the milliseconds until there may be no sweeper; or 1, the number of delayed entries
 -- moved, the entries that were taken from their owners (stream, id, owner) and the plans past their
 -- deadline.
-local worker, group, scan, batch = ARGV[1], ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[7])
+local worker, group, scan, batch = ARGV[1], ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8])
+local at = now()
+-- Every caller, the sweeper or not, is a sign that the server could be reached all the while.
+local pulse = redis.call('HMGET', KEYS[4], 'at', 'since')
+local since = tonumber(pulse[2])
+if not since or at - tonumber(pulse[1]) > tonumber(ARGV[5]) then since = at end
+redis.call('HSET', KEYS[4], 'at', string.format('%.0f', at), 'since', string.format('%.0f', since))
+redis.call('PEXPIRE', KEYS[4], 10 * ARGV[4])
+
 local holder = redis.call('HGET', KEYS[1], 'holder')
 if holder and holder ~= worker then return {0, redis.call('PTTL', KEYS[1])} end
-local at = now()
-if not holder then
-  redis.call('HSET', KEYS[1], 'holder', worker, 'since', string.format('%.0f', at))
-end
+if not holder then redis.call('HSET', KEYS[1], 'holder', worker) end
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 
 local due = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', at, 'LIMIT', 0, batch)
 for _, packed in ipairs(due) do
-  redis.call('XADD', KEYS[4], '*', unpack(cmsgpack.unpack(packed)))
+  redis.call('XADD', KEYS[5], '*', unpack(cmsgpack.unpack(packed)))
   redis.call('ZREM', KEYS[2], packed)
 end
 
@@ -25,7 +31,7 @@ local taken = {}
 local function take(stream, name, entry)
   local id, owner = entry[1], entry[2]
   local fields = again(stream, name, id, 'crash', owner, 'the lease ran out')
-  if fields then redis.call('XADD', KEYS[4], '*', unpack(fields)) end
+  if fields then redis.call('XADD', KEYS[5], '*', unpack(fields)) end
   redis.call('XACK', stream, group, id)
   taken[#taken + 1] = {name, id, owner}
 end
@@ -48,7 +54,7 @@ local function sweep(stream, name)
 end
 
 -- Owners that a silence of the server kept from renewing have the grace to do so.
-if at - redis.call('HGET', KEYS[1], 'since') >= tonumber(ARGV[3]) then
-  for i = 5, #KEYS do sweep(KEYS[i], ARGV[i + 3]) end
+if at - since >= tonumber(ARGV[3]) then
+  for i = 6, #KEYS do sweep(KEYS[i], ARGV[i + 3]) end
 end
 return {1, #due, taken, redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', at, 'LIMIT', 0, batch)}
