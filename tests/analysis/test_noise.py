@@ -12,8 +12,6 @@ from elesh import analyze
 from elesh.analysis import ImportanceTracker, channel_metrics, explain
 from elesh.analysis.candidates import Floats
 from elesh.analysis.noise import error_bars
-from elesh.analysis.orders import TRUST
-from elesh.analysis.scores import set_removal
 from leyline import AnalysisParameters, CheckpointBundle, GateStatistics
 
 
@@ -42,12 +40,13 @@ def network(sizes: dict[int, float], noise: float, samples: int = 128) -> Checkp
 def test_error_bars_are_those_of_the_marginal_costs() -> None:
     rng = np.random.default_rng(1)
     columns: Floats = rng.standard_normal((6, 50)).astype(np.float32)
-    bars = error_bars(columns, [4, 0, 2])
-    moved = np.zeros(50)
+    bars = error_bars(columns, [4, 0, 2], trust=1.0)
+    moved, before = np.zeros(50), 0.0
     for place, unit in enumerate([4, 0, 2]):
-        x = columns[unit].astype(float)
-        assert bars.costs[place] == pytest.approx(np.mean(x * x + 2 * TRUST * moved * x))
-        moved = moved + x
+        moved = moved + columns[unit]
+        now = float(np.mean(moved**2))
+        assert bars.costs[place] == pytest.approx(now - before)
+        before = now
     x = columns[4].astype(float) ** 2
     expected = max(x.std() / np.sqrt(50), abs(x[:25].mean() - x[25:].mean()) / 2)
     assert bars.errors[0] == pytest.approx(expected)
@@ -122,29 +121,3 @@ def test_a_history_adds_trend_and_stability_to_every_unit() -> None:
     row = rows[0]
     track = tracker.track(checkpoint.architecture.group[row.group])["taylor"]
     assert row.trend == pytest.approx(track.trend[row.unit] / track.ema[row.unit])
-
-
-def test_the_predicted_rise_of_a_set_goes_by_the_margins_with_an_error_bar() -> None:
-    rng = np.random.default_rng(2)
-    checkpoint = bundle(chain((32, 48)), epoch=120)
-    margins = rng.normal(-3, 2, 128).astype(np.float32)
-    gates = {
-        name: gate.model_copy(
-            update={
-                "moves": (0.3 * rng.standard_normal(gate.projections.shape)).astype(np.float32),
-                "margins": margins,
-            }
-        )
-        for name, gate in checkpoint.gates.items()
-    }
-    known = replace(checkpoint, gates=gates)
-    decision = analyze(known, settings())
-    whole, error = set_removal(gates, decision.units)
-    assert error is not None
-    assert decision.statistics.predicted_loss_rise == pytest.approx(whole)
-    target = decision.channels[0]
-    alone, own_error = set_removal(gates, {target.layer_name: target.indices})
-    assert target.predicted_loss_rise == pytest.approx(alone)
-    assert target.predicted_loss_rise_error == pytest.approx(own_error)
-    row = next(t for t in explain(decision).targets if t.name == target.layer_name)
-    assert row.loss_rise_error == target.predicted_loss_rise_error
