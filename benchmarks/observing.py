@@ -93,12 +93,21 @@ async def publish(url: str, partition: str, count: int) -> None:
     await bus.close()
 
 
-async def times(url: str, partition: str) -> list[float]:
-    """When each decision was published, in seconds."""
+async def decided(
+    url: str, partition: str, count: int, supervisor: psutil.Process
+) -> tuple[list[float], float]:
+    """When each decision was published, in seconds, and the supervisor's CPU time since the first
+    batch of them, in seconds a decision."""
     bus = await Bus.connect(url, BusSettings(partition=partition))
-    entries = await bus.read(DECISIONS)
+    times: list[float] = []
+    last, begun, before = "0", 0, 0.0
+    while len(times) < count:
+        last, entries = await bus.follow(DECISIONS, last_id=last, block_seconds=5.0)
+        times += [int(entry.entry_id.partition("-")[0]) / 1000 for entry in entries]
+        if entries and not begun:
+            begun, before = len(times), cpu_seconds(supervisor)
     await bus.close()
-    return [int(entry.entry_id.partition("-")[0]) / 1000 for entry in entries]
+    return times, (cpu_seconds(supervisor) - before) / max(1, count - begun)
 
 
 def measured(
@@ -124,16 +133,10 @@ def measured(
             stderr=subprocess.DEVNULL,
         )
         supervisor = psutil.Process(worker.pid)
-        begun = 0, 0.0
-        while len(found := asyncio.run(times(url, partition))) < count:
-            if worker.poll() is not None:
-                raise SystemExit("the worker ended")
-            if found and not begun[0]:
-                begun = len(found), cpu_seconds(supervisor)
-        used = cpu_seconds(supervisor) - begun[1]
+        found, used = asyncio.run(decided(url, partition, count, supervisor))
         worker.terminate()
         worker.wait()
-    return (count - 1) / (found[-1] - found[0]), 1000 * used / (count - begun[0])
+    return (count - 1) / (found[-1] - found[0]), 1000 * used
 
 
 def cpu_seconds(process: psutil.Process) -> float:

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from datetime import timedelta
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 
@@ -24,21 +26,24 @@ class Count:
 
     def __init__(self, whole: int) -> None:
         self.whole, self.done, self.begun = whole, 0, 0.0
-        self.seconds: float | None = None
+        self.seconds = self.cpu = 0.0
         self.over = threading.Event()
 
     def one(self) -> None:
         """A job was served."""
         if not self.done:
-            self.begun = time.perf_counter()
+            self.begun, self.cpu = time.perf_counter(), time.process_time()
         self.done += 1
         if self.done == self.whole:
             self.seconds = time.perf_counter() - self.begun
+            self.cpu = time.process_time() - self.cpu
             self.over.set()
 
-    async def wait(self) -> None:
-        """Wait for the last one."""
+    async def wait(self) -> NoReturn:
+        """Wait for the last one, print the figures, and end the process, whatever still runs."""
         await asyncio.to_thread(self.over.wait)
+        print(json.dumps({"seconds": self.seconds, "cpu": self.cpu}), flush=True)
+        os._exit(0)
 
 
 async def faststream(url: str, count: Count) -> None:
@@ -74,13 +79,14 @@ async def pydocket(url: str, count: Count) -> None:
         fast = timedelta(milliseconds=1)
         async with Worker(docket, concurrency=32, minimum_check_interval=fast) as worker:
             await worker.run_until_finished()
+            await count.wait()
 
 
 async def taskiq(url: str, count: Count) -> None:
     from taskiq.api import run_receiver_task
     from taskiq_redis import RedisStreamBroker
 
-    broker = RedisStreamBroker(url)
+    broker = RedisStreamBroker(url, consumer_id="0")
 
     @broker.task
     async def job() -> None:
@@ -91,9 +97,7 @@ async def taskiq(url: str, count: Count) -> None:
     for _ in range(count.whole):
         await job.kiq()
     serving = asyncio.create_task(run_receiver_task(broker))
-    await count.wait()
-    serving.cancel()
-    await asyncio.gather(serving, return_exceptions=True)
+    await asyncio.gather(serving, count.wait())
 
 
 async def arq(url: str, count: Count) -> None:
@@ -114,9 +118,7 @@ async def arq(url: str, count: Count) -> None:
         functions, redis_settings=settings, handle_signals=False, poll_delay=0.01, max_jobs=32
     )
     serving = asyncio.create_task(worker.async_run())
-    await count.wait()
-    serving.cancel()
-    await asyncio.gather(serving, return_exceptions=True)
+    await asyncio.gather(serving, count.wait())
 
 
 async def dramatiq(url: str, count: Count) -> None:
@@ -137,10 +139,9 @@ async def dramatiq(url: str, count: Count) -> None:
     worker = library.Worker(broker, worker_threads=8)
     worker.start()
     await count.wait()
-    worker.stop()
 
 
-PEERS: dict[str, Callable[[str, Count], object]] = {
+PEERS: dict[str, Callable[[str, Count], Coroutine[Any, Any, None]]] = {
     "faststream": faststream,
     "pydocket": pydocket,
     "taskiq-redis": taskiq,
@@ -153,8 +154,7 @@ def main() -> None:
     """Run one peer."""
     name, url, whole = sys.argv[1], sys.argv[2], int(sys.argv[3])
     count = Count(whole)
-    asyncio.run(PEERS[name](url, count))  # type: ignore[arg-type]
-    print(json.dumps({"seconds": count.seconds, "done": count.done}), flush=True)
+    asyncio.run(PEERS[name](url, count))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class AuditLog:
         self._scripts = scripts
         self._guard = guard
         self._partition = partition
-        self._keys = (AUDIT.key(partition), f"elesh:{{{partition}}}:audit-head")
+        self._keys = (AUDIT.key(partition), f"elesh:{{{partition}}}:audit:head")
 
     async def head(self) -> AuditHead:
         """Where the chain ends now."""

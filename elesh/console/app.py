@@ -38,6 +38,7 @@ from .reading import Reader
 __all__ = ["console_app", "serve_console"]
 
 _LONGEST_FORM = 8192
+_SHORTEST_TOKEN = 16
 _POLICY = (
     "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -60,7 +61,7 @@ class Console:
     def __init__(self, url: str, settings: Settings) -> None:
         self._url = url
         self._settings = settings
-        self._guard = Guard(settings.console.token.get_secret_value())
+        self._guard = Guard(_token(settings))
         self._reader: Reader | None = None
 
     def routes(self) -> list[Route]:
@@ -181,8 +182,10 @@ class Console:
         if refused is not None:
             return refused
         key = IdempotencyKey.parse(request.path_params["key"])
-        # In a thread with a bus of its own: pages go on being served while it computes.
-        replayed = await asyncio.to_thread(asyncio.run, _replayed(self._url, self._settings, key))
+        bus = (await self._reading()).bus
+        # The numerics run in a compute child: other pages go on being served.
+        found = [item async for item in replay(bus, self._settings, Selection(str(key)))]
+        replayed = found[0] if found else None
         return await self.decision(request, replayed)
 
     async def login(self, request: Request) -> Response:
@@ -264,7 +267,11 @@ class Console:
 
 
 def console_app(url: str, settings: Settings) -> Starlette:
-    """The console of the bus at ``url`` as an ASGI application."""
+    """The console of the bus at ``url`` as an ASGI application.
+
+    Raises:
+        SettingsError: if the token is too short to keep anybody out.
+    """
     console = Console(url, settings)
     return Starlette(
         routes=console.routes(),
@@ -289,6 +296,16 @@ async def serve_console(
         )
         ready(f"http://{name}:{bound[1]}")
         await uvicorn.Server(config).serve(sockets=[listener])
+
+
+def _token(settings: Settings) -> str:
+    token = settings.console.token.get_secret_value()
+    if 0 < len(token) < _SHORTEST_TOKEN:
+        raise SettingsError(
+            f"console.token: expected at least {_SHORTEST_TOKEN} characters or none, found "
+            f"{len(token)}"
+        )
+    return token
 
 
 def _listening(host: str, port: int) -> socket.socket:
@@ -316,16 +333,6 @@ def _safe(page: Page) -> Page:
         return HTMLResponse(body, status, _HEADERS)
 
     return served
-
-
-async def _replayed(url: str, settings: Settings, key: IdempotencyKey) -> Replayed | None:
-    bus = await Bus.connect(url, settings.bus, settings.breaker)
-    try:
-        async for item in replay(bus, settings, Selection(str(key))):
-            return item
-        return None
-    finally:
-        await bus.close()
 
 
 async def _form(request: Request) -> dict[str, str]:

@@ -155,9 +155,8 @@ def _shares(run: RunView, x: _Scale, top: float, width: int) -> Iterable[Markup]
         yield tag("path", class_="area", d=_steps(run.shares, x, y, closed=y(0.0)))
         yield tag("path", class_="share", d=_steps(run.shares, x, y))
         share = run.shares[-1][1]
-        # Inside the area where that is high enough, so that it is clear of the limit's dashes.
-        inside = y(0.0) - y(share) > 22
-        below = y(share) + 17 if inside else y(share) - 8
+        # At the foot of the area where that is high enough: clear of the steps and the limits.
+        below = y(0.0) - 7 if y(0.0) - y(share) > 24 else y(share) - 8
         yield tag("text", f"removed {share:.1%}", class_="value", x=width - _RIGHT - 4, y=below)
 
 

@@ -14,14 +14,15 @@ from elesh.observe import AuditFile, verify
 from elesh.operating import reset_breaker, trip_breaker
 from elesh.settings import BusSettings
 from elesh.worker.auditor import audit_links, extend_file, write_audit
-from leyline import Level, PruningOutcome
+from leyline import Level, Priority, PruningOutcome
 from leyline.streams import AUDIT, DECISIONS, OUTCOMES, TELEMETRY
 
 
 async def outcomes(bus: Bus, count: int) -> None:
     message = examples.MESSAGES["PruningOutcome"]
     for _ in range(count):
-        await bus.publish(OUTCOMES, message, source="kasmina")
+        # Never shed, however much waits.
+        await bus.publish(OUTCOMES, message, source="kasmina", priority=Priority.EMERGENCY)
 
 
 async def faults(bus: Bus) -> list[str]:

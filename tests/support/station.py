@@ -154,9 +154,9 @@ class Station:
         events = [m for m in self.messages(TELEMETRY) if isinstance(m, TelemetryEvent)]
         return [event for event in events if not step or event.step == step]
 
-    def wait_for(self, what: Callable[[], T], reason: str) -> T:
+    def wait_for(self, what: Callable[[], T], reason: str, patience: float = PATIENCE) -> T:
         """The first true answer of ``what``; polls, since the thing happens in other processes."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
             if found := what():
                 return found

@@ -4,8 +4,8 @@
 exit code is 1 if any resumed state is neither that of before nor that of after, bit for bit.
 
 A moment is an event of the interpreter (a call or a return, of Python or C functions) in the middle
-of the action, counted in a rehearsal. Half are drawn from all of them, half from those of our own
-files and of the system calls that write.
+of the action, counted in a rehearsal. A third each is drawn from all of them, from those of our own
+files, and from the system calls that write.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -101,33 +101,39 @@ def run(scenario: Scenario, world: World, folder: Path, profile: Any) -> None:
         sys.setprofile(None)
 
 
-def rehearse(scenario: Scenario, world: World, folder: Path) -> tuple[int, list[int], str, str]:
-    """Number of events, those of special interest, and the states before and after."""
+def rehearse(
+    scenario: Scenario, world: World, folder: Path
+) -> tuple[list[Sequence[int]], str, str]:
+    """The moments to draw from (all, ours, writes), and the states before and after."""
     seen = {"count": 0}
-    special: list[int] = []
+    ours: list[int] = []
+    writes: list[int] = []
 
     def profile(frame: Any, event: str, argument: Any) -> None:
         seen["count"] += 1
-        named = event.startswith("c_") and getattr(argument, "__name__", "") in _WRITES
-        if named or "/elesh/trainer/" in frame.f_code.co_filename:
-            special.append(seen["count"])
+        if event.startswith("c_") and getattr(argument, "__name__", "") in _WRITES:
+            writes.append(seen["count"])
+        if "/elesh/trainer/" in frame.f_code.co_filename:
+            ours.append(seen["count"])
 
-    before = resumed(scenario, folder)
+    before = resumed(scenario, folder)[0]
     run(scenario, world, folder, profile)
-    return seen["count"], special, before, world.digest()
+    return [range(1, seen["count"] + 1), ours, writes], before, world.digest()
 
 
-def resumed(scenario: Scenario, folder: Path) -> str:
-    """The state in which a fresh process goes on; resuming twice must not change it."""
+def resumed(scenario: Scenario, folder: Path) -> tuple[str, set[str]]:
+    """The state in which a fresh process goes on (resuming twice must not change it), and what it
+    reports of the second decision."""
     digests = set()
     for _ in range(2):
         world = World(architecture=ORIGINAL)
         guard = open_guard(scenario, folder)
         guard.resume(world.tracked)
         digests.add(world.digest())
+        told = {o.result for o in guard.unreported if ":ck-2:" in o.idempotency_key}
         guard.close()
     assert len(digests) == 1
-    return digests.pop()
+    return digests.pop(), told
 
 
 def kill_at(moment: int) -> Callable[[Any, str, Any], None]:
@@ -165,18 +171,21 @@ def kills(
     world = prepare(scenario, base)
     rehearsal, folder = base.with_suffix(".rehearsal"), base.with_suffix(".killed")
     shutil.copytree(base, rehearsal)
-    count, special, before, after = rehearse(scenario, world, rehearsal)
+    drawn, before, after = rehearse(scenario, world, rehearsal)
     assert before != after
     for i in range(moments):
-        moment = rng.choice(special) if i % 2 else rng.randint(1, count)
+        moment = rng.choice(drawn[i % len(drawn)])
         shutil.copytree(base, folder)
         ended = in_child(partial(run, scenario, world, folder, kill_at(moment)))
-        side = {before: "before", after: "after"}.get(resumed(scenario, folder), "NEITHER")
+        digest, told = resumed(scenario, folder)
+        side = {before: "before", after: "after"}.get(digest, "NEITHER")
+        if "applied" in told and side == "before":
+            side = "NEITHER"  # others would believe in a cut that is not there
         shutil.rmtree(folder)
         yield {
             "scenario": scenario.name,
             "moment": moment,
-            "of": count,
+            "of": len(drawn[0]),
             "side": side,
             "signal": ended,
         }
