@@ -236,8 +236,8 @@ class PruningStatistics(Message):
     predicted_shift_error: NonNegative | None = None
     """Its standard error from the two halves of the samples."""
     predicted_loss_rise: Finite | None = None
-    """Sum of the single removals' second-order predictions, in nats a sample, without their
-    interactions: a lower bound in practice, meant for explaining."""
+    """In nats a sample: what the units are predicted to do together where margins are known, else
+    the sum of the single removals, which is far too low for sets. Meant for explaining."""
     samples: Count = 0
     """Calibration samples behind the scores."""
 

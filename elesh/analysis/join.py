@@ -32,6 +32,7 @@ from .candidates import Doubles
 from .cuts import Cut, Shift
 from .plans import Target
 from .prefixes import identity_of, merged, restricted
+from .projections import sample_weights
 from .shards import merge_shards
 from .stages import stage
 from .verdicts import decided, rejection, targets_of
@@ -310,13 +311,18 @@ def _mean_square(row: Doubles) -> float:
 def _moved(
     bundle: CheckpointBundle, units: Mapping[str, Sequence[int]], layers: Sequence[str]
 ) -> Doubles:
-    """[N]: by how much removing units and layers moves the outputs, sample by sample."""
+    """[N]: by how much removing units and layers moves the outputs, sample by sample, weighted
+    as where units are chosen."""
     rows = [
         bundle.gates[name].projections[:, list(lost)].sum(axis=1, dtype=np.float64)
         for name, lost in sorted(units.items())
     ]
     rows += [np.asarray(bundle.layers[name].projections, np.float64) for name in sorted(layers)]
-    return np.asarray(np.sum(rows, axis=0)) if rows else np.zeros(0)
+    if not rows:
+        return np.zeros(0)
+    gate = next(iter(bundle.gates.values()), None)
+    weights = np.ones(1) if gate is None or not units else sample_weights(gate)
+    return np.asarray(np.sum(rows, axis=0) * weights)
 
 
 def _counts(analysis: LevelAnalysis, whole: _Whole) -> dict[str, object]:

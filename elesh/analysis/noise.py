@@ -36,12 +36,15 @@ class Bars:
     two halves of the samples, whichever is larger."""
 
 
-def error_bars(columns: Floats, units: Sequence[int], *, alone: bool = False) -> Bars:
+def error_bars(
+    columns: Floats, units: Sequence[int], *, alone: bool = False, trust: float = TRUST
+) -> Bars:
     """The costs of ``units`` in this order, or of each alone, with their error bars.
 
     Args:
         columns: [C, N], the even samples first (see :class:`Projections`).
         units: places in the row of candidates.
+        trust: how much of the cross terms counts, as in :class:`JointOrder`.
     """
     samples = columns.shape[1]
     middle, moved = (samples + 1) // 2, np.zeros(samples)
@@ -50,7 +53,7 @@ def error_bars(columns: Floats, units: Sequence[int], *, alone: bool = False) ->
         part = slice(start, min(start + _BLOCK, len(units)))
         taken = columns[list(units[part])].astype(np.float64)
         before = moved + np.cumsum(taken, axis=0) - taken
-        values = taken * taken if alone else taken * (taken + 2 * TRUST * before)
+        values = taken * taken if alone else taken * (taken + 2 * trust * before)
         moved = before[-1] + taken[-1]
         costs[part] = values.mean(axis=1)
         scatter = values.std(axis=1) / math.sqrt(samples)

@@ -137,4 +137,4 @@ def _prediction(
         return sorted(starts[unit.layer_name] + unit.index for unit in next(chosen))
 
     prediction = predict(projections, candidates, len(order), choose)
-    return prediction, output_energy(bundle.gates.values())
+    return prediction, output_energy(bundle.gates.values(), projections.weights)

@@ -45,11 +45,11 @@ RULES: Mapping[str, Rule] = {
     "projections": "rows",
     "moves": "rows",
     "margins": "rows",
+    "input_moments": "mean",
+    "input_slopes": "mean",
     "first_order": "mean",
     "second_order": "mean",
     "removal_rise": "mean",
-    "input_moments": "mean",
-    "input_slopes": "mean",
     "taylor": "mean",
     "gradient_flow": "mean",
     "similarity": "mean",
@@ -59,7 +59,8 @@ RULES: Mapping[str, Rule] = {
     "diversity": "mean",
 }
 """How each field of the statistics is merged: means by samples, rows one after another, what is
-the same on all ranks, and correlations by the inner products that they stand for."""
+the same on all ranks, and correlations by the inner products that they stand for. Centred input
+moments lose by that what the ranks' means differ by."""
 
 
 def merge_ranks(bundles: Sequence[CheckpointBundle]) -> CheckpointBundle:

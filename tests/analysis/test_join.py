@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import joint_networks
+import numpy as np
 import pytest
 
 from elesh import analyze
@@ -208,3 +209,19 @@ def test_a_verified_decision_holds_what_was_measured_as_safe(
     assert s.channels_before - s.channels_after == channels
     if not count:
         assert decision.safety.outcome is Outcome.NO_GO
+
+
+def test_channels_alone_are_predicted_alike_with_and_without_a_join() -> None:
+    settings, plain = joint_networks.settings(), joint_networks.checkpoint()
+    margins = np.random.default_rng(1).normal(-3, 2, joint_networks.SAMPLES).astype(np.float32)
+    gates = {
+        name: gate.model_copy(update={"margins": margins, "moves": gate.projections})
+        for name, gate in plain.gates.items()
+    }
+    bundle = replace(plain, gates=gates)
+    alone = analyze_level(bundle, settings, Level.CHANNEL)
+    gone = [(Level.HEAD, "late"), (Level.LAYER, "late")]
+    s = join(bundle, [alone], settings, missing=gone).statistics
+    own = alone.decision.statistics
+    assert s.predicted_shift == pytest.approx(own.predicted_shift)
+    assert s.predicted_shift_error == pytest.approx(own.predicted_shift_error)

@@ -140,3 +140,14 @@ def test_what_is_no_shard_is_refused_by_name() -> None:
     data = {"g0": vectors("g0", SIZES[0], np.random.default_rng(0))}
     poor = replace(checkpoint, channels=data, gates={})
     assert analyze_level(poor, free, shard=["g1"]).decision.units == {}
+
+
+def test_one_shard_is_no_shard_where_samples_count_by_their_margins() -> None:
+    checkpoint, free = network(), settings()
+    margins = np.random.default_rng(1).normal(-3, 2, 128).astype(np.float32)
+    gates = {
+        name: gate.model_copy(update={"margins": margins, "moves": gate.projections})
+        for name, gate in checkpoint.gates.items()
+    }
+    known = replace(checkpoint, gates=gates)
+    assert encode(sharded(known, [NAMES], free)) == encode(analyze(known, free))

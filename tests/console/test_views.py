@@ -44,7 +44,8 @@ def history(recorded) -> History:
 def applied(recorded, history) -> DecisionView:
     """The page of the decision that removed most."""
     run = history.runs[recorded.run_id]
-    largest = max(run.decisions.values(), key=lambda decided: decided.units)
+    taken = [key for key, told in run.outcomes.items() if told[0].result == "applied"]
+    largest = max((run.decisions[key] for key in taken), key=lambda decided: decided.units)
 
     async def read(reader: Reader) -> DecisionView:
         evidence = await reader.evidence(IdempotencyKey.parse(largest.key))
