@@ -234,7 +234,7 @@ class Session:
         before = surgeon.architecture
         if self.refused:
             return outcome_of(decision, before, before, "refused", self.refused)
-        carrier = self._carriers.pop(decision.idempotency_key, {})
+        carrier = self._carriers.get(decision.idempotency_key, {})
         attributes = {"elesh.key": decision.idempotency_key}
         with span_from(carrier, "apply decision", attributes=attributes) as current:
             outcome = self._guard.apply(decision, surgeon, evaluate, redistribute=redistribute)
@@ -246,6 +246,8 @@ class Session:
             self._changed(outcome, before, surgeon.architecture)
         if outcome.watched:
             self._decided[outcome.idempotency_key] = decision
+        else:
+            self._carriers.pop(outcome.idempotency_key, None)
         self._observers.on_outcome(decision, outcome)
         return outcome
 
@@ -265,7 +267,12 @@ class Session:
         before = surgeon.architecture
         outcomes = self._guard.watch(epoch, evaluate)
         for outcome in outcomes:
-            with _creating(OUTCOMES):
+            key = outcome.idempotency_key
+            # The end of the same story: it goes on in the trace of its checkpoint.
+            with (
+                span_from(self._carriers.pop(key, {}), "watched", attributes={"elesh.key": key}),
+                _creating(OUTCOMES),
+            ):
                 self.report(outcome)
             self._validated(outcome, limits[outcome.idempotency_key])
             if decision := self._decided.pop(outcome.idempotency_key, None):
