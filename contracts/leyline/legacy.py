@@ -107,8 +107,9 @@ class PruningMasks(Message):
     @model_validator(mode="after")
     def _bits_are_somewhere(self) -> Self:
         for number, mask in enumerate(self.masks):
-            if (self.packed is None) != (len(mask.bits) == mask.size):
-                where = "none, they are packed" if self.packed else f"{mask.size} bytes"
+            size = mask.size if self.packed is None else 0
+            if len(mask.bits) != size:
+                where = "none, they are packed" if self.packed else f"{size} bytes"
                 raise InvalidField(f"masks[{number}].bits", where, f"{len(mask.bits)} bytes")
         return self
 
