@@ -32,10 +32,18 @@ def redis_binary() -> str | None:
     return os.environ.get("ELESH_TEST_REDIS_SERVER") or shutil.which("redis-server")
 
 
+_CLUSTER_OFFSET = 10_000
+"""A node of a cluster talks to the others on a port so much higher."""
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that is free now, and whose cluster port exists."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port + _CLUSTER_OFFSET < 1 << 16:
+            return port
 
 
 class Server:
