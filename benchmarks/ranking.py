@@ -70,7 +70,7 @@ def our_scores(subject: Subject) -> dict[str, ByGroup]:
     names = [group.name for group in subject.groups]
     singles = {name: single_removal(bundle.gates[name]) for name in names}
     if subject.level is Level.HEAD:
-        heads = {name: multi_factor(bundle.heads[name], HEADS_LATE) for name in names}
+        heads = {name: multi_factor([bundle.heads[name]], HEADS_LATE) for name in names}
         return {"single removal (ours)": singles, "multi-metric mix": heads}
     data = [bundle.channels[name] for name in names]
     ends = np.cumsum([group.size for group in data])[:-1]

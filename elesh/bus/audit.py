@@ -47,6 +47,7 @@ class AuditLog:
         self._scripts = scripts
         self._guard = guard
         self._partition = partition
+        self._seen: AuditHead | None = None
         self._keys = (AUDIT.key(partition), f"elesh:{{{partition}}}:audit:head")
 
     async def head(self) -> AuditHead:
@@ -66,9 +67,12 @@ class AuditLog:
         ``translate`` says what a message is worth: None is passed over. If another writer is at
         it, this one leaves it to them.
         """
+        # Mostly there is nothing new: then one read is enough to know.
+        if self._seen is not None and not await self._unread(self._seen):
+            return 0
         written = 0
         while True:
-            head = await self.head()
+            self._seen = head = await self.head()
             found = await self._unread(head)
             if not found:
                 return written

@@ -32,7 +32,7 @@ class Sweeps:
         self._worker_id = worker_id
         self._streams = streams
         self._reports = reports
-        self._next_trim = 0.0
+        self._next_trim: float | None = None
 
     async def keep(self) -> None:
         """Offer, and sweep whenever it is this worker's turn, until cancelled."""
@@ -59,6 +59,9 @@ class Sweeps:
     async def _trim(self) -> None:
         """Now and then, shorten the streams below what every group has done."""
         now = asyncio.get_running_loop().time()
-        if now >= self._next_trim:
+        if self._next_trim is None:
+            # Not at once: a fleet that restarts has better things to ask.
+            self._next_trim = now + _TRIM_SECONDS * random.uniform(0.5, 1.0)
+        elif now >= self._next_trim:
             self._next_trim = now + _TRIM_SECONDS
             await self._bus.trim()

@@ -89,8 +89,14 @@ def test_the_shell_completes_commands() -> None:
         [program], env=os.environ | asked, capture_output=True, text=True, check=False
     )
     assert done.stdout.split() == ["status"]
+    # Typer asks which shell it runs in; here it is told, since there may be none above a test.
+    told = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     shown = subprocess.run(
-        [program, "--show-completion", "bash"], capture_output=True, text=True, check=False
+        [program, "--show-completion", "bash"],
+        env=os.environ | told,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert "complete" in shown.stdout
 

@@ -63,7 +63,7 @@ def test_the_event_file_holds_scalars_and_histograms_of_a_run(
 def test_a_session_tells_its_observers(bundle: CheckpointBundle, tmp_path: Path) -> None:
     summaries = TensorBoardSummaries(tmp_path)
     # A bus that is away: training, and its summaries, go on.
-    with Session("run", "redis://127.0.0.1:1/0", Settings(), [summaries]) as session:
+    with Session("run", "redis://127.0.0.1:1/0", Settings(), observers=[summaries]) as session:
         session.publish(bundle)
         session.close(0.1)
     tags = {value.tag for event in events(tmp_path) for value in event.summary.value}
