@@ -1,4 +1,4 @@
-"""Commands of one turn share a round trip, and each is answered, fails and is given up for itself."""
+"""Commands of one turn share a trip; each is answered, fails and is given up for itself."""
 
 from __future__ import annotations
 
