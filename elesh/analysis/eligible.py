@@ -58,6 +58,8 @@ def unwanted_names(bundle: CheckpointBundle) -> frozenset[str]:
         InvalidField: if one of them does not exist.
     """
     architecture, unwanted = bundle.architecture, frozenset(bundle.parameters.ignored_layers)
+    if not unwanted:
+        return unwanted
     known = {name for g in architecture.groups for name in (g.name, *g.layers)}
     known |= {layer.name for layer in architecture.layers} | set(architecture.block)
     if unknown := sorted(unwanted - known):
