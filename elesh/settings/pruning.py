@@ -124,16 +124,38 @@ class AccuracyTarget(Section):
     target: float
 
 
-class AccuracyTargets(Section):
-    """The document's accuracy targets."""
+class RankingTarget(AccuracyTarget):
+    """Of the order of single channels against the loss with each one masked."""
 
-    channel_importance_ranking: AccuracyTarget = AccuracyTarget(metric="kendall_tau", target=0.90)
-    attention_redundancy_detection: AccuracyTarget = AccuracyTarget(
-        metric="cosine_similarity_precision", target=0.95
-    )
-    layer_skip_potential: AccuracyTarget = AccuracyTarget(
-        metric="gradient_flow_preservation", target=0.85
-    )
-    structured_pruning_accuracy: AccuracyTarget = AccuracyTarget(
-        metric="MAPE_vs_Taylor", target=0.03
-    )
+    metric: Literal["kendall_tau", "spearman", "top_20_precision"] = "kendall_tau"
+    target: float = Field(default=0.90, ge=-1, le=1)
+
+
+class RedundancyTarget(AccuracyTarget):
+    """Of the pairs called redundant, the share of which one can stand in for the other."""
+
+    metric: Literal["cosine_similarity_precision"] = "cosine_similarity_precision"
+    target: float = Field(default=0.95, ge=0, le=1)
+
+
+class FlowTarget(AccuracyTarget):
+    """Of the gradient flow, the share that is left with the first layers skipped."""
+
+    metric: Literal["gradient_flow_preservation"] = "gradient_flow_preservation"
+    target: float = Field(default=0.85, ge=0, le=1)
+
+
+class EstimationTarget(AccuracyTarget):
+    """The error of importance read from a sketch, as a share; lower is better."""
+
+    metric: Literal["MAPE_vs_Taylor"] = "MAPE_vs_Taylor"
+    target: float = Field(default=0.03, ge=0)
+
+
+class AccuracyTargets(Section):
+    """What ``elesh validate`` measures a checkpoint against."""
+
+    channel_importance_ranking: RankingTarget = RankingTarget()
+    attention_redundancy_detection: RedundancyTarget = RedundancyTarget()
+    layer_skip_potential: FlowTarget = FlowTarget()
+    structured_pruning_accuracy: EstimationTarget = EstimationTarget()
