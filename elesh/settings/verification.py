@@ -13,16 +13,20 @@ class CutLimits(Section):
     """What a cut may cost."""
 
     accuracy_drop: float = Field(ge=0, le=1)
+    """Of the accuracy on held-out data."""
     loss_rise: float = Field(ge=0)
-    """In nats a sample."""
+    """Of the loss on held-out data, in nats a sample."""
 
 
 class PhaseLimits(Section):
     """What a cut of one level may cost in each pruning phase (FACTS, "Selection")."""
 
     conservative: CutLimits
+    """In the conservative phase, and in phases that do not prune."""
     moderate: CutLimits
+    """In the moderate phase."""
     aggressive: CutLimits
+    """In the aggressive phase."""
 
     def of(self, phase: Phase) -> CutLimits:
         """The limits of a phase; in phases that do not prune, the strictest."""
@@ -39,8 +43,11 @@ class VerificationSettings(Section):
     """How cuts are measured on held-out data, and what is allowed where they cannot be."""
 
     channel: PhaseLimits = _limits((0.02, 0.05), (0.03, 0.08), (0.05, 0.12))
+    """What a cut of channels may cost."""
     head: PhaseLimits = _limits((0.03, 0.08), (0.05, 0.12), (0.08, 0.15))
+    """What a cut of heads may cost."""
     layer: PhaseLimits = _limits((0.05, 0.12), (0.08, 0.15), (0.12, 0.20))
+    """What a cut of layers may cost."""
     accuracy_retention: float = Field(default=0.95, ge=0, le=1)
     """Accuracy after the cut as a share of the accuracy before it."""
     class_accuracy_drop: float = Field(default=0.15, ge=0, le=1)
