@@ -105,7 +105,9 @@ class Settings(BaseSettings):
     """Cells a row of the Count-Min sketch of single parameters, at least a hundredth of them."""
     sketch_depth: int = Field(default=10, ge=1)
     """Rows of the same sketch."""
-    importance_history_epochs: int = Field(default=500, ge=1)
+    importance_history_epochs: int = Field(
+        default=500, ge=1, json_schema_extra={"unit": "checkpoints"}
+    )
     """Checkpoints of a run whose importance is kept, for trends and stability."""
     structured_pruning: StructuredPruning = StructuredPruning()
     """Channels, heads, layers, the schedule and the rollback triggers."""

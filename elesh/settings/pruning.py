@@ -74,8 +74,8 @@ class AttentionAnalysis(Section):
 class LayerAnalysis(Section):
     """When a whole layer may go."""
 
-    taylor_threshold: float = Field(default=0.001, ge=0)
-    """A layer goes only if its importance is lower, in nats a sample."""
+    taylor_threshold: float = Field(default=0.001, ge=0, json_schema_extra={"unit": "nats"})
+    """A layer goes only if its Taylor importance a sample is lower."""
     similarity_threshold: float = Field(default=0.95, gt=0, le=1)
     """A layer goes only if the cosine of its input and output is higher."""
     skip_potential_threshold: float = Field(default=0.8, ge=0, le=1)
