@@ -87,16 +87,15 @@ def attention(seed: int = 0, **copied: tuple[int, int]) -> CheckpointBundle:
     """A checkpoint of a network whose head 1 has copies of head 0's projections."""
     torch.manual_seed(seed)
     model = DigitsNet().eval()
+    heads = model.transformer.attention
     for name, (source, target) in copied.items():
-        layer, size = getattr(model.transformer.attention, name), model.transformer.attention
-        rows = [
-            slice(head * size.head_dim, (head + 1) * size.head_dim) for head in (source, target)
-        ]
+        layer = getattr(heads, name)
         with torch.no_grad():
             for tensor in (layer.weight, layer.bias):
-                tensor[rows[1]] = tensor[rows[0]]
+                rows = tensor.unflatten(0, (heads.heads, heads.head_dim))
+                rows[target] = rows[source]
     with torch.no_grad():  # patterns far from uniform, or all heads are alike
-        for layer in (model.transformer.attention.query, model.transformer.attention.key):
+        for layer in (heads.query, heads.key):
             layer.weight.mul_(8)
     x, y = torch.randn(128, 1, 8, 8), torch.arange(128) % 10
     recorder = Recorder(model, x[:4])
