@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from leyline import Level, Phase
@@ -41,6 +43,9 @@ class VerificationSettings(Section):
     channel: PhaseLimits = _limits((0.02, 0.05), (0.03, 0.08), (0.05, 0.12))
     head: PhaseLimits = _limits((0.03, 0.08), (0.05, 0.12), (0.08, 0.15))
     layer: PhaseLimits = _limits((0.05, 0.12), (0.08, 0.15), (0.12, 0.20))
+    programs: Literal["signed", "authenticated", "any"] = "authenticated"
+    """Whose networks are run: those on a bus where every message must be signed; also those on a
+    bus that asks for a password, as the embedded one does; or anybody's."""
     accuracy_retention: float = Field(default=0.95, ge=0, le=1)
     """Accuracy after the cut as a share of the accuracy before it."""
     class_accuracy_drop: float = Field(default=0.15, ge=0, le=1)
