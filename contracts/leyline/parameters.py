@@ -9,13 +9,18 @@ from pydantic import Field
 from .base import Fraction, Message, Name, NonNegative
 from .budget import Budget
 
-Scorer = Literal["auto", "output_projection", "reconstruction", "multi_metric", "magnitude"]
+Scorer = Literal["output_projection", "reconstruction", "fisher", "multi_metric", "magnitude"]
+"""What units can be ranked by."""
+WantedScorer = Literal[
+    "auto", "output_projection", "reconstruction", "fisher", "multi_metric", "magnitude"
+]
+"""What can be asked for; ``auto``: the best that the statistics allow."""
 
 
 class AnalysisParameters(Message):
     """How to analyse; what is not given comes from the worker's settings."""
 
-    scorer: Scorer = "auto"
+    scorer: WantedScorer = "auto"
     """Which score ranks; ``auto``: the best that the statistics allow."""
     target_ratio: Fraction | None = None
     """Share of all original units to have removed after this decision; the schedule's limit

@@ -29,6 +29,7 @@ from .choosing import (
     Choice,
     Ranking,
     Scorer,
+    fisher_fault,
     pairs_by_group,
     projection_fault,
     spared_units,
@@ -41,7 +42,7 @@ from .projections import Projections
 from .reconstruction import reconstruction_fault
 from .redundancy import Pair, redundant_pairs
 from .schedule import allowance
-from .scores import magnitude, multi_metric, weights_at
+from .scores import fisher, magnitude, multi_metric, weights_at
 from .stages import stage
 
 __all__ = ["choose_scorer", "plan_channels", "prepare_channels", "rank_channels"]
@@ -64,6 +65,11 @@ def choose_scorer(
             return "reconstruction", ()
         taken.append(Fallback(rung="moments_failure", reason=f"{fault}: ranked without"))
         wanted = "auto"
+    if wanted == "fisher":
+        fault = fisher_fault(bundle, Level.CHANNEL)
+        if not fault:
+            return "fisher", ()
+        taken.append(Fallback(rung="gate_failure", reason=f"{fault}: ranked by the vectors"))
     if wanted == "output_projection" or (wanted == "auto" and bundle.gates):
         fault = projection_fault(bundle)
         if not fault:
@@ -195,6 +201,8 @@ def _scores(
     if scorer in ("output_projection", "reconstruction") and projections is not None:
         columns = projections.columns
         return np.asarray(np.einsum("ij,ij->i", columns, columns, dtype=np.float64))
+    if scorer == "fisher":
+        return fisher([bundle.gates[name] for name in candidates.names])
     data = [bundle.channels[name] for name in candidates.names]
     if scorer == "magnitude":
         return magnitude(data)

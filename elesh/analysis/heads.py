@@ -32,6 +32,7 @@ from .choosing import (
     Choice,
     Ranking,
     Scorer,
+    fisher_fault,
     pairs_by_group,
     projection_fault,
     spared_units,
@@ -41,7 +42,7 @@ from .eligible import eligible_groups
 from .plans import LevelPlan, empty_plan, wanted_scorer, with_choice
 from .redundancy import Pair, redundant_pairs
 from .schedule import allowance
-from .scores import shares, single_removal
+from .scores import fisher, shares, single_removal
 from .stages import stage
 
 __all__ = [
@@ -132,6 +133,12 @@ def choose_head_scorer(
     if blind:
         reason = f"no attention weights could be seen in {', '.join(blind)}"[:2000]
         taken.append(Fallback(rung="no_attention_patterns", reason=reason))
+    if wanted == "fisher":
+        fault = fisher_fault(bundle, Level.HEAD)
+        if not fault:
+            return "fisher", tuple(taken)
+        reason = f"{fault}: ranked by entropy, diversity and gradients"
+        taken.append(Fallback(rung="gate_failure", reason=reason))
     if wanted == "output_projection" or (wanted == "auto" and bundle.gates):
         fault = projection_fault(bundle)
         if not fault:
@@ -229,6 +236,8 @@ def rank_heads(
         if scorer == "output_projection" and projections is not None:
             columns = projections.columns
             scores = np.asarray(np.einsum("ij,ij->i", columns, columns, dtype=np.float64))
+        elif scorer == "fisher":
+            scores = fisher([bundle.gates[group.name] for group in groups])
         else:
             scores = multi_factor([bundle.heads[group.name] for group in groups], weights)
     redundant = _redundant(bundle, candidates, scores, settings.similarity_threshold)

@@ -275,7 +275,7 @@ def _ordered(analyses: Sequence[LevelAnalysis]) -> tuple[RankedUnit, ...]:
     orders = [a.order for a in units]
     first = (
         merged(orders)
-        if scorers == {"output_projection"}
+        if scorers in ({"output_projection"}, {"fisher"})
         else tuple(unit for order in orders for unit in order)
     )
     return first + tuple(unit for a in analyses if a.level is Level.LAYER for unit in a.order)

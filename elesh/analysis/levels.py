@@ -8,7 +8,6 @@ levels come in when levels are joined (:mod:`.join`).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Literal
 
 from elesh import safety
 from elesh.settings import Settings
@@ -24,6 +23,7 @@ from leyline import (
 )
 
 from .channels import plan_channels
+from .choosing import Scorer
 from .cuts import Cut, Shift
 from .heads import plan_heads
 from .layers import plan_layers
@@ -46,8 +46,7 @@ def analyze_level(
     level: Level = Level.CHANNEL,
     *,
     key: IdempotencyKey | None = None,
-    scorer: Literal["output_projection", "reconstruction", "multi_metric", "magnitude"]
-    | None = None,
+    scorer: Scorer | None = None,
     fallbacks: Sequence[Fallback] = (),
     shard: Collection[str] | None = None,
     threads: int = 1,

@@ -110,6 +110,26 @@ def test_one_pass_moves_a_bounded_number_and_the_next_ones_the_rest(with_bus, mo
     with_bus(scenario)
 
 
+def test_the_next_pass_comes_when_the_first_lease_runs_out_and_not_a_period_later(with_bus):
+    async def scenario(bus: Bus) -> None:
+        assert (await sweep(bus)).wait_seconds == bus.sweeper.interval
+        await publish(bus, 1, 2)
+        live, dying = await claim(bus, count=2)
+        assert (await sweep(bus)).wait_seconds == bus.sweeper.interval, "all are fresh"
+        left = 0.2
+        idle = round(1000 * (bus.settings.lease_seconds - left))
+        stream = dying.stream.key(bus.partition)
+        await bus._client.xclaim(stream, GROUP, "w1", 0, [dying.entry_id], idle=idle, justid=True)
+        found = await sweep(bus)
+        assert (found.taken, found.wait_seconds <= left + 0.001) == ((), True)
+        await bus.renew(GROUP, "w1", [live])
+        await asyncio.sleep(found.wait_seconds)
+        [taken] = (await sweep(bus)).taken
+        assert taken.entry_id == dying.entry_id
+
+    with_bus(scenario)
+
+
 def test_there_is_one_sweeper_and_a_dead_one_is_replaced(with_bus):
     async def scenario(bus: Bus) -> None:
         await publish(bus, 1)
