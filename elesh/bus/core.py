@@ -131,6 +131,11 @@ class Bus:
         """Connect, waiting as long as it takes; None if ``stop`` is set first."""
         return await until_available(lambda: cls.connect(url, settings, breaker), stop=stop)
 
+    @property
+    def asks_password(self) -> bool:
+        """Whether one has to be known to come here: this connection names one."""
+        return bool(self._client.connection_pool.connection_kwargs.get("password"))
+
     async def when_available(self, *, stop: asyncio.Event | None = None) -> bool:
         """Wait until the server answers again; False if ``stop`` is set first."""
         return await until_available(self.ping, stop=stop) is not None
