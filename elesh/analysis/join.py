@@ -215,7 +215,7 @@ def _joint(
         gates=(*(gate for a in analyses for gate in gates[a.level]), *shown.gates),
         counted=(*(gate for level in taken for gate in gates[level]), *whole.gates),
         confidence=min(a.decision.safety.confidence for a in shown.analyses),
-        reason="" if taken else "; ".join(f"{p.level}: {p.reason}" for p in parts),
+        reason="" if taken else "; ".join(map(_why_not, parts)),
         fallbacks=tuple(dict.fromkeys(f for a in analyses for f in a.decision.fallbacks)),
         ignored=tuple(dict.fromkeys(pair for a in analyses for pair in a.decision.ignored)),
         spared=tuple(group for a in analyses for group in a.decision.spared),
@@ -254,6 +254,12 @@ def _part(
             "statistics": analysis.decision.statistics,
         }
     )
+
+
+def _why_not(part: LevelPart) -> str:
+    """Why a level takes nothing; where that is a gate, its name says of which level."""
+    named = part.reason.startswith(f"{part.level}.")
+    return part.reason if named else f"{part.level}: {part.reason}"
 
 
 def _missing_part(gap: tuple[Level, str]) -> LevelPart:
