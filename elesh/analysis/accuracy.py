@@ -23,7 +23,7 @@ from .heads import prepare_heads, rank_heads
 from .plans import wanted_scorer
 from .redundancy import Pair
 from .schedule import phase_at
-from .scores import magnitude, multi_metric, single_removal, weights_at
+from .scores import fisher, magnitude, multi_metric, single_removal, weights_at
 from .sketch import CountMinSketch, element_keys
 
 __all__ = [
@@ -93,6 +93,9 @@ def ranking_scores(bundle: CheckpointBundle, settings: Settings) -> tuple[Scorer
     if scorer in ("output_projection", "reconstruction"):
         gates = bundle.gates
         return scorer, {g.name: single_removal(gates[g.name]) for g in groups if g.name in gates}
+    if scorer == "fisher":
+        gates = bundle.gates
+        return scorer, {g.name: fisher([gates[g.name]]) for g in groups if g.name in gates}
     data = {group.name: bundle.channels[group.name] for group in groups}
     data = {name: each for name, each in data.items() if each.size}
     if scorer == "magnitude":

@@ -76,7 +76,7 @@ def _why_not(
         return f"ignored by the request: {', '.join(sorted(named))}"
     if mixed_owners(bundle.architecture, group):
         return "couples host and seed tensors (gradient isolation)"
-    if scorer in ("output_projection", "reconstruction"):
+    if scorer in ("output_projection", "reconstruction", "fisher"):
         return "" if group.name in bundle.gates else "no gate statistics"
     vectors = bundle.heads if group.level is Level.HEAD else bundle.channels
     return "" if group.name in vectors else f"no {group.level} statistics"

@@ -23,6 +23,7 @@ __all__ = [
     "LATE",
     "MID",
     "Weights",
+    "fisher",
     "magnitude",
     "multi_metric",
     "set_removal",
@@ -102,6 +103,21 @@ def single_removal(gate: GateStatistics) -> Doubles:
         return np.asarray(gate.removal_rise, dtype=np.float64)
     first = np.asarray(gate.first_order, dtype=np.float64)
     return np.asarray(-first + 0.5 * np.asarray(gate.second_order, dtype=np.float64))
+
+
+def fisher(gates: Sequence[GateStatistics]) -> Doubles:
+    """[C] of all groups side by side: half the Fisher information of each unit's gate, in nats.
+
+    ``E[(dL/dgate)^2] / 2`` with labels sampled from the model's own predictions: to second order
+    the rise of the loss where training has converged, as the expected gradient is zero there and
+    the Fisher information is the Hessian (Theis et al. 2018, "Faster gaze prediction with dense
+    networks and Fisher pruning", section 3.2). The gate of a coupled group multiplies all of its
+    members, so gradients are summed over them before they are squared (Liu et al. 2021, "Group
+    Fisher pruning for practical network compression"). Those papers take the true labels, which
+    makes it the empirical Fisher; sampled ones do not vanish with the training loss.
+    """
+    rows = [np.asarray(gate.second_order, dtype=np.float64) for gate in gates]
+    return 0.5 * np.concatenate(rows)
 
 
 def set_removal(

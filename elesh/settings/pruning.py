@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from leyline.decisions import Phase
+from leyline.parameters import WantedScorer
 
 from ._base import Section, require_sum_one
 
@@ -26,9 +27,7 @@ class ChannelAnalysis(Section):
     considered first."""
     min_channels_per_layer: int = Field(default=16, ge=1)
     """So many channels every group keeps."""
-    scorer: Literal["auto", "output_projection", "reconstruction", "multi_metric", "magnitude"] = (
-        "auto"
-    )
+    scorer: WantedScorer = "auto"
     """What channels and heads are ranked by; ``auto``: the best that a checkpoint's statistics
     allow. A request that names one goes over it."""
     redistribute: bool = False

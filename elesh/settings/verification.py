@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -50,6 +50,9 @@ class VerificationSettings(Section):
     """What a cut of heads may cost."""
     layer: PhaseLimits = _limits((0.05, 0.12), (0.08, 0.15), (0.12, 0.20))
     """What a cut of layers may cost."""
+    programs: Literal["signed", "authenticated", "any"] = "authenticated"
+    """Whose networks are run: those on a bus where every message must be signed; also those on a
+    bus that asks for a password, as the embedded one does; or anybody's."""
     accuracy_retention: float = Field(default=0.95, ge=0, le=1)
     """Accuracy after the cut as a share of the accuracy before it."""
     class_accuracy_drop: float = Field(default=0.15, ge=0, le=1)

@@ -54,6 +54,7 @@ class Analyst:
         self._history = bus.history(
             settings.importance_history_epochs, int(settings.analysis_cache_size)
         )
+        self._untrusted = _untrusted(bus, settings)
         self._child = ComputeChild(settings.worker.memory_limit, spool)
 
     @property
@@ -137,6 +138,7 @@ class Analyst:
 
     async def _fetch(self, work: Work, *, network: bool = True) -> None:
         """Have the blobs in the spool folder; what is there already is not fetched again."""
+        network = network and not self._untrusted
         if self._fetched != work.fingerprint:
             self._forget()
             self._folder.mkdir(parents=True)
@@ -166,6 +168,7 @@ class Analyst:
             settings=self._settings.model_dump_json(),
             levels=tuple(levels),
             threads=self._settings.threads,
+            unmeasured=self._untrusted if work.network else "",
         )
 
     async def _under_breakers(self, job: Job, work: Work) -> Job:
@@ -218,6 +221,22 @@ class Analyst:
                     raise _given_up(job, failure) from None
                 job = replace(job, fallbacks=(*job.fallbacks, (rung, str(failure))))
                 await self._reports.fallback(work, job.key, rung, str(failure))
+
+
+def _untrusted(bus: Bus, settings: Settings) -> str:
+    """Why networks that come over this bus are not run; empty if they are."""
+    allowed = {
+        "signed": bus.guard.requires_signatures,
+        "authenticated": bus.guard.requires_signatures or bus.asks_password,
+        "any": True,
+    }
+    programs = settings.verification.programs
+    if allowed[programs]:
+        return ""
+    return (
+        f"verification.programs: {programs}, and anybody may write on this bus unsigned: name a "
+        "keyring (bus.security.keyring) or give the server a password"
+    )
 
 
 def _given_up(job: Job, failure: ChildFailure) -> AnalysisFailed:
