@@ -60,8 +60,8 @@ class Sweeper:
         self._keys = keys
         self._plans = plans
         self._lease = lease_seconds
-        self.interval = lease_seconds / 16
-        """Seconds between two passes, if no lease runs out before."""
+        self.interval = lease_seconds / 12
+        """Seconds between two passes, if nothing that the last one saw is due before."""
 
     async def sweep(self, group: str, worker: str, streams: Sequence[Stream]) -> Sweep:
         """Make one pass over ``streams``, if ``worker`` is or can become the sweeper."""

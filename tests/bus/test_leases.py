@@ -330,6 +330,22 @@ def test_trimming_spares_what_a_group_still_needs(with_bus):
     with_bus(scenario, stream_length=100)
 
 
+def test_consumers_that_fell_silent_are_forgotten_unless_they_hold_something(with_bus, monkeypatch):
+    monkeypatch.setattr("elesh.bus.core._SILENCE_MS", 50)
+
+    async def scenario(bus: Bus) -> None:
+        await publish(bus, 1)
+        await claim(bus, "holder")
+        await claim(bus, "idler")
+        await asyncio.sleep(0.06)
+        await claim(bus, "lively")
+        await bus.trim()
+        found = await bus._client.xinfo_consumers(OUTCOMES.key(bus.partition), GROUP)
+        assert {consumer["name"] for consumer in found} == {b"holder", b"lively"}
+
+    with_bus(scenario)
+
+
 def test_streams_that_nobody_works_on_are_capped(with_bus):
     async def scenario(bus: Bus) -> None:
         for _ in range(400):

@@ -6,7 +6,7 @@
 --       at in each stream, entries to move at most, then the streams' names.
 -- Returns 0 and the milliseconds until there may be no sweeper; or 1, the number of delayed entries
 -- moved, the entries that were taken from their owners (stream, id, owner), the plans past their
--- deadline, and the milliseconds until the first lease may run out of those that were looked at.
+-- deadline, and the milliseconds until the first of all that was looked at may be due.
 local worker, group, scan, batch = ARGV[1], ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8])
 local at = now()
 -- Every caller, the sweeper or not, is a sign that the server could be reached all the while.
@@ -59,4 +59,9 @@ if at - since >= tonumber(ARGV[3]) then
   for i = 6, #KEYS do sweep(KEYS[i], ARGV[i + 3]) end
 end
 local overdue = redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', at, 'LIMIT', 0, batch)
+for i = 2, 3 do
+  local first = redis.call('ZRANGEBYSCORE', KEYS[i], string.format('(%.0f', at), '+inf',
+    'WITHSCORES', 'LIMIT', 0, 1)
+  if first[2] then soonest = math.min(soonest, tonumber(first[2]) - at) end
+end
 return {1, #due, taken, overdue, soonest}
