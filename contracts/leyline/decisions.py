@@ -72,6 +72,7 @@ class SparedUnit(Message):
         "noise",
         "coupling",
         "quota",
+        "budget",
         "rounding",
         "ignored",
         "redundancy_cost",

@@ -33,8 +33,8 @@ class AnalysisParameters(Message):
     round_to: int = Field(default=1, ge=1, le=1024)
     """Keep a multiple of this many channels in every group."""
     budget: Budget | None = Field(default=None, exclude_if=lambda budget: budget is None)
-    """Choose channels so that a resource fits, instead of so many; the schedule's limit still holds
-    above it."""
+    """Choose channels and heads so that a resource fits, instead of so many; the schedule's limit
+    still holds above it."""
 
 
 class PerformanceRequirements(Message):

@@ -17,7 +17,6 @@ from leyline import (
     CheckpointBundle,
     Fallback,
     GateStatistics,
-    InvalidField,
     Level,
     Phase,
     PruningGroup,
@@ -36,7 +35,7 @@ from .choosing import (
     usable_projections,
 )
 from .eligible import eligible_groups
-from .fitting import fitted
+from .fitting import fitted, refuse_shard
 from .plans import LevelPlan, empty_plan, wanted_scorer, with_choice
 from .projections import Projections
 from .reconstruction import reconstruction_fault
@@ -165,8 +164,7 @@ def plan_channels(
         InvalidField: if the request ignores a group or layer that does not exist.
     """
     plan = prepare_channels(bundle, settings, scorer=scorer, shard=shard)
-    if shard is not None and bundle.parameters.budget is not None:
-        raise InvalidField("shard", "none with a budget: it is fitted over all groups", len(shard))
+    refuse_shard(bundle, shard)
     if not plan.groups or not plan.allowed.quota:
         return plan
     channels = settings.structured_pruning.channel_analysis

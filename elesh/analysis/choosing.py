@@ -44,6 +44,7 @@ Reason = Literal[
     "redundancy_cost",
     "minimum",
     "quota",
+    "budget",
     "noise",
     "coupling",
     "verification",

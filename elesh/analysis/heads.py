@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +40,7 @@ from .choosing import (
     usable_projections,
 )
 from .eligible import eligible_groups
+from .fitting import fitted, refuse_shard
 from .plans import LevelPlan, empty_plan, wanted_scorer, with_choice
 from .redundancy import Pair, redundant_pairs
 from .schedule import allowance
@@ -207,13 +209,19 @@ def plan_heads(
         InvalidField: if the request ignores a group or layer that does not exist.
     """
     plan = prepare_heads(bundle, settings, scorer=scorer, shard=shard)
+    refuse_shard(bundle, shard)
     if not plan.groups or not plan.allowed.quota:
         return plan
     heads = settings.structured_pruning.attention_analysis
     ranking = rank_heads(
         bundle, heads, plan.groups, plan.scorer, plan.allowed.phase, threads=threads
     )
-    choice = ranking.decide(bundle, plan.allowed.quota)
+    quota, budget = plan.allowed.quota, bundle.parameters.budget
+    if budget is not None:
+        fit = fitted(bundle, budget, ranking, quota)
+        ranking, quota = fit.ranking, fit.quota
+        plan = replace(plan, budget=fit.use, ignored=plan.ignored + fit.ignored)
+    choice = ranking.decide(bundle, quota)
     threshold = heads.similarity_threshold
     targets = _targets(bundle, plan.groups, ranking.candidates, choice, ranking.scores, threshold)
     return with_choice(plan, bundle, ranking.candidates, choice, targets)

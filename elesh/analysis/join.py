@@ -30,8 +30,10 @@ from leyline import (
 
 from .candidates import Doubles
 from .cuts import Cut, Shift
+from .joint_budget import Fitting, fitting
+from .levels import budget_gate
 from .plans import Target
-from .prefixes import identity_of, merged, restricted
+from .prefixes import Identity, identity_of, merged, restricted
 from .projections import sample_weights
 from .shards import merge_shards
 from .stages import stage
@@ -148,23 +150,28 @@ class _Whole:
     cut: Cut
     shift: Shift
     gates: tuple[GateResult, ...]
-    """Of the whole: structure, predicted shift, requirements."""
+    """Of the whole: structure, predicted shift, budget, requirements."""
+    needless: frozenset[Identity]
+    """Units that the budget is met without."""
 
     @classmethod
     def of(
         cls, bundle: CheckpointBundle, analyses: Sequence[LevelAnalysis], settings: Settings
     ) -> _Whole:
         """The whole of ``analyses``."""
-        targets, order = _resolved(bundle, analyses)
+        fit = _resolved(bundle, analyses, settings)
+        targets, order = fit.targets, fit.order
         cut = Cut.of(bundle, targets)
         shift = _shift(bundle, analyses, cut)
         limit = settings.structured_pruning.channel_analysis.max_predicted_shift
         gates = (
             cut.structure,
             safety.predicted_shift(shift.damage, shift.error, limit),
+            *([budget_gate(fit.use)] if fit.use else []),
             safety.requirements(bundle.requirements, cut.loss_rise, cut.parameters_removed),
         )
-        return cls(tuple(analyses), targets, order, cut, shift, _named(Level.JOINT, gates))
+        named = _named(Level.JOINT, gates)
+        return cls(tuple(analyses), targets, order, cut, shift, named, fit.spared)
 
     @property
     def fault(self) -> str:
@@ -233,8 +240,12 @@ def _part(
     if verdict == "taken":
         kept = {(unit.level, *identity_of(unit)) for unit in whole.order}
         lost = [u for u in analysis.order if (u.level, *identity_of(u)) not in kept]
-        groups = ", ".join(dict.fromkeys(unit.layer_name for unit in lost))
-        reason = f"{len(lost)} of {groups} go with whole layers" if lost else ""
+        coupled = [u for u in lost if identity_of(u) not in whole.needless]
+        groups = ", ".join(dict.fromkeys(unit.layer_name for unit in coupled))
+        told = [f"{len(coupled)} of {groups} go with whole layers"] if coupled else []
+        if needless := len(lost) - len(coupled):
+            told.append(f"{needless} stay: the budget is met without them")
+        reason = "; ".join(told)
     return LevelPart.model_validate(
         {
             "level": analysis.level,
@@ -257,9 +268,25 @@ def _missing_part(gap: tuple[Level, str]) -> LevelPart:
 
 
 def _resolved(
+    bundle: CheckpointBundle, analyses: Sequence[LevelAnalysis], settings: Settings
+) -> Fitting:
+    """All targets and their order, without the units of groups that go with a whole layer and
+    those that a budget is met without."""
+    channels = settings.structured_pruning.channel_analysis
+    round_to = bundle.parameters.round_to
+    targets, order = _uncoupled(bundle, analyses)
+    return fitting(
+        bundle,
+        targets,
+        order,
+        round_to=channels.round_to if round_to == 1 else round_to,
+        comparable=_comparable(analyses),
+    )
+
+
+def _uncoupled(
     bundle: CheckpointBundle, analyses: Sequence[LevelAnalysis]
 ) -> tuple[tuple[Target, ...], tuple[RankedUnit, ...]]:
-    """All targets and their order, without the units of groups that go with a whole layer."""
     targets = [target for analysis in analyses for target in targets_of(analysis.decision)]
     layers = [t.layer_name for t in targets if isinstance(t, LayerPruningTarget)]
     order = _ordered(analyses)
@@ -276,15 +303,20 @@ def _resolved(
 
 def _ordered(analyses: Sequence[LevelAnalysis]) -> tuple[RankedUnit, ...]:
     """Channels and heads together where their costs are of one kind; whole layers last."""
-    units = [a for a in analyses if a.level is not Level.LAYER]
-    scorers = {a.decision.statistics.scorer for a in units}
-    orders = [a.order for a in units]
+    orders = [a.order for a in analyses if a.level is not Level.LAYER]
     first = (
         merged(orders)
-        if scorers in ({"output_projection"}, {"fisher"})
+        if _comparable(analyses)
         else tuple(unit for order in orders for unit in order)
     )
     return first + tuple(unit for a in analyses if a.level is Level.LAYER for unit in a.order)
+
+
+def _comparable(analyses: Sequence[LevelAnalysis]) -> bool:
+    """Whether channels and heads have costs of one kind."""
+    units = (a for a in analyses if a.level is not Level.LAYER)
+    scorers = {a.decision.statistics.scorer for a in units}
+    return scorers in ({"output_projection"}, {"fisher"})
 
 
 def _shift(bundle: CheckpointBundle, analyses: Sequence[LevelAnalysis], cut: Cut) -> Shift:

@@ -17,6 +17,7 @@ from elesh.settings import LayerAnalysis, Settings
 from leyline import (
     CheckpointBundle,
     GateStatistics,
+    InvalidField,
     LayerBlock,
     LayerPruningTarget,
     LayerStatistics,
@@ -83,9 +84,14 @@ def plan_layers(
     The five conditions judge layers, whatever ``scorer`` says; there is nothing to thread.
 
     Raises:
-        InvalidField: if the request ignores a group or layer that does not exist.
+        InvalidField: if the request ignores a group or layer that does not exist, or has a budget
+            for layers alone.
     """
     pruning, architecture = settings.structured_pruning, bundle.architecture
+    if bundle.parameters.budget is not None and bundle.levels == (Level.LAYER,):
+        expected = "a level that can be fitted to it (channel or head)"
+        hint = "whole layers go by their five conditions; ask for channels or heads as well"
+        raise InvalidField("parameters.budget", expected, "layer alone", hint=hint)
     phase = phase_at(bundle.metadata.epoch, pruning.safety_schedule)
     fit, reasons = _judged(bundle, pruning.layer_analysis)
     removable = [block for block in architecture.blocks if block.prunable]

@@ -31,7 +31,7 @@ from .plans import BudgetUse, LevelPlan
 from .stages import stage
 from .verdicts import FALLBACK_DISCOUNT, decided
 
-__all__ = ["analyze_level", "judged"]
+__all__ = ["analyze_level", "budget_gate", "judged"]
 
 _PLANNERS: Mapping[Level, Callable[..., LevelPlan]] = {
     Level.CHANNEL: plan_channels,
@@ -150,11 +150,11 @@ def _gates(
         safety.noise(shift.damage, shift.error, shift.random),
         safety.predicted_shift(shift.damage, shift.error, limit),
         safety.requirements(bundle.requirements, cut.loss_rise, cut.parameters_removed),
-        *([_budget_gate(plan.budget)] if plan.budget else []),
+        *([budget_gate(plan.budget)] if plan.budget else []),
     )
 
 
-def _budget_gate(use: BudgetUse) -> GateResult:
+def budget_gate(use: BudgetUse) -> GateResult:
     """Says how far the cut gets; it never rejects: the schedule takes several checkpoints."""
     reached = "reached" if use.left <= use.at_most else "not reached: quota, minimums or no savings"
     return GateResult(
