@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import nn
 
 from elesh.analysis import CountMinSketch, ImportanceTracker, element_keys
 from elesh.security import Keyring, seal, unseal
+from elesh.trainer import Recorder
+from elesh.trainer.export import Exporter
+from elesh.verification.program import Program
 from elesh.worker.admission import admit
 from leyline import (
     ChannelImportanceData,
@@ -17,6 +23,7 @@ from leyline import (
     HeadImportanceData,
     LayerStatistics,
     Message,
+    NetworkExport,
     encode,
     read_envelope,
     unwrap,
@@ -51,6 +58,16 @@ def _sketch() -> bytes:
     return sketch.to_bytes()
 
 
+@cache
+def _network() -> NetworkExport:
+    """A small network as a checkpoint carries it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 3)).eval()
+    inputs = torch.randn(64, 6)
+    architecture = Recorder(model, inputs[:2]).architecture
+    return Exporter(model).export(architecture, (inputs, torch.arange(64) % 3))
+
+
 def _enveloped() -> list[bytes]:
     """Every golden message in an envelope."""
     return [
@@ -71,6 +88,7 @@ def readers() -> Mapping[str, tuple[Reader, list[bytes]]]:
     }
     enveloped = _enveloped()
     return blobs | {
+        "program": (Program.read, [_network().program]),
         "message": (_message, enveloped),
         "work": (_work, enveloped),
         "sketch": (CountMinSketch.from_bytes, [_sketch()]),
