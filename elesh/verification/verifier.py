@@ -29,6 +29,7 @@ from leyline import (
 
 from . import SKIPPED, TIMEOUT
 from .measure import Bench, Measurement, TooSlow
+from .program import DOES_NOT_RUN
 
 __all__ = ["NetworkVerifier"]
 
@@ -60,7 +61,7 @@ class NetworkVerifier:
             rung, reason = TIMEOUT, f"measuring takes longer than {self._seconds:g} s of the window"
         except ContractError as error:
             reason = str(error)
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, OSError) as error:
+        except DOES_NOT_RUN as error:
             # The operators' own complaints: the program is not what it says.
             reason = f"the program does not run: {type(error).__name__}: {error}"
         finally:

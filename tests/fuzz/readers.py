@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -19,11 +20,11 @@ from elesh.verification.program import Program
 from elesh.worker.admission import admit
 from leyline import (
     ChannelImportanceData,
+    CheckpointBundle,
     GateStatistics,
     HeadImportanceData,
     LayerStatistics,
     Message,
-    NetworkExport,
     encode,
     read_envelope,
     unwrap,
@@ -59,13 +60,20 @@ def _sketch() -> bytes:
 
 
 @cache
-def _network() -> NetworkExport:
-    """A small network as a checkpoint carries it."""
+def checkpoint() -> CheckpointBundle:
+    """A small checkpoint that carries its network, in a phase that prunes."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 3)).eval()
-    inputs = torch.randn(64, 6)
-    architecture = Recorder(model, inputs[:2]).architecture
-    return Exporter(model).export(architecture, (inputs, torch.arange(64) % 3))
+    model = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 3)).eval()
+    inputs, labels = torch.randn(64, 6), torch.arange(64) % 3
+    recorder = Recorder(model, inputs[:2])
+    bundle = recorder.measure([(inputs, labels)], epoch=60, run_id="run")
+    return replace(bundle, network=Exporter(model).export(recorder.architecture, (inputs, labels)))
+
+
+def _program() -> bytes:
+    network = checkpoint().network
+    assert network is not None
+    return network.program
 
 
 def _enveloped() -> list[bytes]:
@@ -88,7 +96,7 @@ def readers() -> Mapping[str, tuple[Reader, list[bytes]]]:
     }
     enveloped = _enveloped()
     return blobs | {
-        "program": (Program.read, [_network().program]),
+        "program": (Program.read, [_program()]),
         "message": (_message, enveloped),
         "work": (_work, enveloped),
         "sketch": (CountMinSketch.from_bytes, [_sketch()]),
