@@ -210,8 +210,8 @@ class LayerPruningTarget(Message):
 class PruningStatistics(Message):
     """What the decision does to the size of the network, and what it is predicted to cost."""
 
-    scorer: Literal["output_projection", "reconstruction", "multi_metric", "magnitude"]
-    """What ranked the units."""
+    scorer: Literal["output_projection", "reconstruction", "multi_metric", "magnitude", "margins"]
+    """What ranked the units; ``margins``: in rounds, on the masked network."""
     parameters_before: Count
     parameters_after: Count
     macs_before: Count

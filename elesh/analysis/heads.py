@@ -30,6 +30,7 @@ from leyline import (
 from .candidates import Candidates, Doubles
 from .choosing import (
     Choice,
+    Decide,
     Ranking,
     Scorer,
     pairs_by_group,
@@ -190,11 +191,13 @@ def plan_heads(
     scorer: str | None = None,
     shard: Collection[str] | None = None,
     threads: int = 1,
+    decide: Decide = Ranking.decide,
 ) -> LevelPlan:
     """Choose the heads to remove and predict what removing them does.
 
     Args:
         shard: groups to choose among; all of them if not given. The quota is the whole level's.
+        decide: what chooses, once everything is ranked.
 
     Raises:
         InvalidField: if the request ignores a group or layer that does not exist.
@@ -206,7 +209,7 @@ def plan_heads(
     ranking = rank_heads(
         bundle, heads, plan.groups, plan.scorer, plan.allowed.phase, threads=threads
     )
-    choice = ranking.decide(bundle, plan.allowed.quota)
+    choice = decide(ranking, bundle, plan.allowed.quota)
     threshold = heads.similarity_threshold
     targets = _targets(bundle, plan.groups, ranking.candidates, choice, ranking.scores, threshold)
     return with_choice(plan, bundle, ranking.candidates, choice, targets)

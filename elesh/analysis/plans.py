@@ -101,6 +101,7 @@ _CONFIDENCE = {
     "reconstruction": 0.9,
     "multi_metric": 0.6,
     "magnitude": 0.3,
+    "margins": 0.9,
 }
 """An order, not a probability: 1 is kept for cuts measured on held-out data; projections predict
 the outputs, the mix only follows them, magnitude hardly does (measured in ARCHITECTURE)."""
@@ -159,6 +160,7 @@ def with_choice(
 ) -> LevelPlan:
     """The plan that removes ``targets``, chosen by ``choice``."""
     selection, scale = choice.selection, choice.scale
+    plan = replace(plan, scorer=choice.scorer or plan.scorer)
 
     def order(selection: Selection) -> tuple[RankedUnit, ...]:
         return ranked_units(plan.level, candidates, selection.prices, scale)

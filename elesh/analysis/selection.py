@@ -16,7 +16,7 @@ from .candidates import Bools
 from .orders import JointOrder, Order, Picks, cheapest_first, rounded
 from .redundancy import Pair
 
-__all__ = ["Selection", "select"]
+__all__ = ["Selection", "select", "settle_multiples"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def select(
     kept = frozenset(pair.kept for pair in redundant if pair.removed in gone)
     everything[list(kept)] = False
     picks.add(order.pick(quota - len(gone), everything))
-    given_back = _settle_multiples(order, picks, quota, everything)
+    given_back = settle_multiples(order, picks, quota, everything)
     final = frozenset(picks.units)
     pairs = tuple(p for p in redundant if p.removed in final and p.kept not in final)
     return Selection(
@@ -87,8 +87,15 @@ def select(
     )
 
 
-def _settle_multiples(order: Order, picks: Picks, quota: int, among: Bools) -> frozenset[int]:
-    """Give back what breaks a multiple, then spend what is left of the quota on whole blocks."""
+def settle_multiples(order: Order, picks: Picks, quota: int, among: Bools) -> frozenset[int]:
+    """Give back what breaks a multiple, then spend what is left of the quota on whole blocks.
+
+    Args:
+        order: has taken the picks; what it had withheld before ends at its multiples.
+
+    Returns:
+        What was given back.
+    """
     candidates = order.candidates
     if max(candidates.multiples, default=1) == 1:
         return frozenset()
@@ -97,7 +104,7 @@ def _settle_multiples(order: Order, picks: Picks, quota: int, among: Bools) -> f
         by_group.setdefault(int(candidates.group_of[unit]), []).append(unit)
     back: list[int] = []
     for group, units in by_group.items():
-        kept = candidates.sizes[group] - len(units)
+        kept = _present(order, group)
         excess = -kept % candidates.multiples[group]
         # A group that is no multiple to begin with may not reach the one above: leave it whole.
         count = excess if kept + excess <= candidates.sizes[group] else len(units)

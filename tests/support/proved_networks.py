@@ -85,7 +85,7 @@ def _trained(
     recorder = Recorder(model, x[:4])
     bundle = recorder.measure([(x[train], y[train])], epoch=119, run_id="proved")
     held_out = (x[held], y[held])
-    network = Exporter(model).export(recorder.architecture, held_out)
+    network = Exporter(model).export(recorder.architecture, held_out, x[train])
     return Trained(model, replace(bundle, network=network), (x[rest], y[rest]), held_out)
 
 
