@@ -28,7 +28,7 @@ from leyline import CheckpointBundle, StructuralPruningDecision
 
 SHARES = (0.2, 0.3, 0.4)
 SAMPLES = 512
-ROUNDS = {"at once": 1, "2 rounds": 2, "4 rounds": 4, "8 rounds": 8}
+ROUNDS = {"at once": 1, "4 rounds": 4, "8 rounds": 8}
 
 
 def settings(share: float, rounds: int, *, limited: bool) -> Settings:
