@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check contracts clean
+.PHONY: demo test check contracts reference clean
 
 demo: $(READY)
 	$(BIN)/elesh demo
@@ -20,11 +20,15 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy -m contracts.generate
+	$(BIN)/mypy -m contracts.generate -m docs.generate
 	$(BIN)/python -m contracts.generate --check
+	$(BIN)/python -m docs.generate --check
 
 contracts: $(READY)
 	$(BIN)/python -m contracts.generate
+
+reference: $(READY)
+	$(BIN)/python -m docs.generate
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Elesh needs Python 3.11 or newer; set PYTHON=...")'

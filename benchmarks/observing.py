@@ -6,8 +6,8 @@ One worker serves checkpoints that are all there before it starts, once for each
 round, in turn; the rate is taken from the times at which the decisions stand in the stream. The
 conditions: nothing is recorded; spans go into the file; a collector that answers; one that is
 absent (the port is closed), refuses (503), or stalls (takes the request and never answers). Rates
-are medians over the rounds, and of their ratios to the first condition of the same round; CPU time
-is the supervisor's, all its threads, without its start.
+are medians over the rounds, and of their ratios to two conditions of the same round: nothing, and a
+collector that answers; CPU time is the supervisor's, all its threads, without its start.
 """
 
 from __future__ import annotations
@@ -164,18 +164,22 @@ def main() -> None:
                 used[condition].append(cpu)
     table = Table(title=f"{chosen.decisions} decisions a run, {chosen.rounds} rounds")
     table.add_column("collector")
-    for title in ("decisions/s", "of 'nothing'", "supervisor ms/decision", "of 'nothing'"):
-        table.add_column(title, justify="right")
+    for figure in ("decisions/s", "supervisor ms/decision"):
+        for title in (figure, "of 'nothing'", "of 'answers'"):
+            table.add_column(title, justify="right")
     for condition in _CONDITIONS:
         table.add_row(condition, *_against(rates, condition), *_against(used, condition))
     Console().print(table)
 
 
-def _against(figures: dict[str, list[float]], condition: str) -> tuple[str, str]:
-    """The median, and the median of the ratios to the first condition of the same round."""
-    own, first = figures[condition], figures["nothing"]
-    ratios = [a / b for a, b in zip(own, first, strict=True)]
-    return f"{statistics.median(own):.2f}", f"{statistics.median(ratios):.3f}"
+def _against(figures: dict[str, list[float]], condition: str) -> list[str]:
+    """The median, and the medians of the ratios to both bases in the same round."""
+    own = figures[condition]
+    told = [f"{statistics.median(own):.2f}"]
+    for base in ("nothing", "answers"):
+        ratios = [a / b for a, b in zip(own, figures[base], strict=True)]
+        told.append(f"{statistics.median(ratios):.3f}")
+    return told
 
 
 if __name__ == "__main__":

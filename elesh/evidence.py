@@ -55,8 +55,8 @@ async def _work(bus: Bus, settings: Settings, key: IdempotencyKey) -> Work | Non
     for stream in (CHECKPOINTS, REQUESTS):
         for delivery in await bus.read(stream):
             try:
-                window, now = settings.worker.window_seconds, datetime.now(UTC)
-                work = admit(delivery.envelope, window=window, now=now)
+                window, now = settings.window_seconds, datetime.now(UTC)
+                work = admit(delivery.envelope, window=window, now=now, redriven=now)
             except ContractError:
                 continue  # it is among the dead letters
             if isinstance(work, Work) and key in work.keys:

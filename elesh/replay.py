@@ -40,7 +40,15 @@ from leyline import (
 )
 from leyline.streams import CHECKPOINTS, REQUESTS
 
-__all__ = ["Replayed", "Selection", "capture", "recorded_decision", "replay", "replay_case"]
+__all__ = [
+    "Replayed",
+    "Selection",
+    "capture",
+    "count_selected",
+    "recorded_decision",
+    "replay",
+    "replay_case",
+]
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,11 @@ async def replay(bus: Bus, settings: Settings, selection: Selection) -> AsyncIte
             with linked_span(delivery.carrier, "replay", {"elesh.replayed": str(work.key)}):
                 replayed = await _replay_recorded(bus, child, settings, work)
             yield replayed
+
+
+async def count_selected(bus: Bus, selection: Selection) -> int:
+    """How many events :func:`replay` would take."""
+    return len([work async for _, work in _events(bus, selection)])
 
 
 async def _replay_recorded(

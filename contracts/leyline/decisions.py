@@ -24,6 +24,7 @@ from .base import (
 )
 from .errors import IdentityMismatch, InvalidField
 from .identity import DecisionKey, IdempotencyKey, Level
+from .parameters import Scorer
 from .verification import Verification
 
 
@@ -71,6 +72,7 @@ class SparedUnit(Message):
         "noise",
         "coupling",
         "quota",
+        "budget",
         "rounding",
         "ignored",
         "redundancy_cost",
@@ -210,7 +212,7 @@ class LayerPruningTarget(Message):
 class PruningStatistics(Message):
     """What the decision does to the size of the network, and what it is predicted to cost."""
 
-    scorer: Literal["output_projection", "reconstruction", "multi_metric", "magnitude", "margins"]
+    scorer: Scorer
     """What ranked the units; ``margins``: in rounds, on the masked network."""
     parameters_before: Count
     parameters_after: Count

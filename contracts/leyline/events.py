@@ -76,6 +76,7 @@ class TelemetryEvent(Message):
         "handed_over",
         "retried",
         "reclaimed",
+        "validated",
     ]
     worker_id: Name
     idempotency_key: Label = ""

@@ -9,13 +9,20 @@ from pydantic import Field
 from .base import Fraction, Message, Name, NonNegative
 from .budget import Budget
 
-Scorer = Literal["auto", "output_projection", "reconstruction", "multi_metric", "magnitude"]
+Scorer = Literal[
+    "output_projection", "reconstruction", "fisher", "multi_metric", "magnitude", "margins"
+]
+"""What units can be ranked by; ``margins``: in rounds, where the checkpoint carries its network."""
+WantedScorer = Literal[
+    "auto", "output_projection", "reconstruction", "fisher", "multi_metric", "magnitude"
+]
+"""What can be asked for; ``auto``: the best that the statistics allow."""
 
 
 class AnalysisParameters(Message):
     """How to analyse; what is not given comes from the worker's settings."""
 
-    scorer: Scorer = "auto"
+    scorer: WantedScorer = "auto"
     """Which score ranks; ``auto``: the best that the statistics allow."""
     target_ratio: Fraction | None = None
     """Share of all original units to have removed after this decision; the schedule's limit
@@ -28,8 +35,8 @@ class AnalysisParameters(Message):
     round_to: int = Field(default=1, ge=1, le=1024)
     """Keep a multiple of this many channels in every group."""
     budget: Budget | None = Field(default=None, exclude_if=lambda budget: budget is None)
-    """Choose channels so that a resource fits, instead of so many; the schedule's limit still holds
-    above it."""
+    """Choose channels and heads so that a resource fits, instead of so many; the schedule's limit
+    still holds above it."""
 
 
 class PerformanceRequirements(Message):

@@ -158,6 +158,9 @@ class GateStatistics(_ArrayMessage):
     removal_rise: Array | None = None
     """[C]: mean over samples of the rise of the true-label loss in nats that is predicted for the
     removal of this unit alone, where the trainer can tell better than to second order."""
+    removal_error: Array | None = None
+    """[C]: standard error of ``removal_rise`` over the samples. Only there where units were masked
+    one at a time: on the samples nearest to the border the rise is then measured, not predicted."""
     moves: Array | None = None
     """[N, C]: gate gradients of the margins: the removal of a set moves a sample's margin by about
     minus the sum of its columns. There with ``margins``."""
@@ -180,6 +183,11 @@ class GateStatistics(_ArrayMessage):
         rows = ["first_order", "second_order"]
         if self.removal_rise is not None:
             rows.append("removal_rise")
+        if self.removal_error is not None:
+            rows.append("removal_error")
+            if self.removal_rise is None:
+                where = f"{self.layer_name}/removal_rise"
+                raise InvalidField(where, "a rise where its error is given", None)
         for field in rows:
             _require_shape(f"{self.layer_name}/{field}", getattr(self, field), (count,))
         checked = ["projections", *rows]

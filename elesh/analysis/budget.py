@@ -6,13 +6,12 @@ tools. ``analyze`` is the way for everybody else.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import numpy.typing as npt
 
 from elesh.settings import ChannelAnalysis
 from leyline import CheckpointBundle, InvalidField, Phase, ShapeMismatch
+from leyline.parameters import WantedScorer
 
 from .candidates import Doubles
 from .channels import choose_scorer, rank_channels
@@ -26,9 +25,7 @@ def select_channels(
     count: int,
     *,
     settings: ChannelAnalysis | None = None,
-    scorer: Literal[
-        "auto", "output_projection", "reconstruction", "multi_metric", "magnitude"
-    ] = "auto",
+    scorer: WantedScorer = "auto",
     moved: npt.ArrayLike | None = None,
     threads: int = 1,
 ) -> dict[str, tuple[int, ...]]:
@@ -61,7 +58,7 @@ def select_channels(
     )
     if row is not None and ranking.projections is not None:
         row = ranking.projections.moved(row)
-    return ranking.candidates.by_group(ranking.choose(count, moved=row).units)
+    return ranking.candidates.by_group(ranking.choose(count, moved=row).picks.units)
 
 
 def _checked(moved: npt.ArrayLike, bundle: CheckpointBundle, scorer: str) -> Doubles:

@@ -80,14 +80,15 @@ class Candidates:
         """A row of C values by the names of the groups."""
         return {name: row[self.span(g)] for g, name in enumerate(self.names)}
 
-    def by_group(self, units: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    def by_group(self, units: Sequence[int] | Ints) -> dict[str, tuple[int, ...]]:
         """Places in the row as rising unit numbers by group, groups that lose nothing left out."""
         places = np.sort(np.asarray(units, dtype=np.int64))
-        parts = np.split(places, np.searchsorted(places, self.starts[1:-1]))
+        own = (places - self.starts[self.group_of[places]]).tolist()
+        ends = np.searchsorted(places, self.starts).tolist()
         return {
-            name: tuple((part - start).tolist())
-            for name, part, start in zip(self.names, parts, self.starts[:-1], strict=True)
-            if len(part)
+            name: tuple(own[start:end])
+            for name, start, end in zip(self.names, ends[:-1], ends[1:], strict=True)
+            if start < end
         }
 
 

@@ -17,7 +17,6 @@ from leyline import (
     CheckpointBundle,
     Fallback,
     GateStatistics,
-    InvalidField,
     Level,
     Phase,
     PruningGroup,
@@ -30,19 +29,20 @@ from .choosing import (
     Decide,
     Ranking,
     Scorer,
+    fisher_fault,
     pairs_by_group,
     projection_fault,
     spared_units,
     usable_projections,
 )
 from .eligible import eligible_groups
-from .fitting import fitted
+from .fitting import fitted, refuse_shard
 from .plans import LevelPlan, empty_plan, wanted_scorer, with_choice
 from .projections import Projections
 from .reconstruction import reconstruction_fault
 from .redundancy import Pair, redundant_pairs
 from .schedule import allowance
-from .scores import magnitude, multi_metric, weights_at
+from .scores import fisher, magnitude, multi_metric, weights_at
 from .stages import stage
 
 __all__ = ["choose_scorer", "plan_channels", "prepare_channels", "rank_channels"]
@@ -65,6 +65,11 @@ def choose_scorer(
             return "reconstruction", ()
         taken.append(Fallback(rung="moments_failure", reason=f"{fault}: ranked without"))
         wanted = "auto"
+    if wanted == "fisher":
+        fault = fisher_fault(bundle, Level.CHANNEL)
+        if not fault:
+            return "fisher", ()
+        taken.append(Fallback(rung="gate_failure", reason=f"{fault}: ranked by the vectors"))
     if wanted == "output_projection" or (wanted == "auto" and bundle.gates):
         fault = projection_fault(bundle)
         if not fault:
@@ -162,8 +167,7 @@ def plan_channels(
         InvalidField: if the request ignores a group or layer that does not exist.
     """
     plan = prepare_channels(bundle, settings, scorer=scorer, shard=shard)
-    if shard is not None and bundle.parameters.budget is not None:
-        raise InvalidField("shard", "none with a budget: it is fitted over all groups", len(shard))
+    refuse_shard(bundle, shard)
     if not plan.groups or not plan.allowed.quota:
         return plan
     channels = settings.structured_pruning.channel_analysis
@@ -198,6 +202,8 @@ def _scores(
     if scorer in ("output_projection", "reconstruction") and projections is not None:
         columns = projections.columns
         return np.asarray(np.einsum("ij,ij->i", columns, columns, dtype=np.float64))
+    if scorer == "fisher":
+        return fisher([bundle.gates[name] for name in candidates.names])
     data = [bundle.channels[name] for name in candidates.names]
     if scorer == "magnitude":
         return magnitude(data)

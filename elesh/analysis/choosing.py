@@ -12,7 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from leyline import CheckpointBundle, GateStatistics, SparedGroup, SparedUnit
+from leyline import CheckpointBundle, GateStatistics, Level, SparedGroup, SparedUnit
+from leyline.parameters import Scorer
 
 from .candidates import Candidates, Doubles, Floats
 from .noise import price_errors, without_noise
@@ -30,6 +31,7 @@ __all__ = [
     "Ranking",
     "Reason",
     "Scorer",
+    "fisher_fault",
     "pairs_by_group",
     "projection_fault",
     "spared_groups",
@@ -37,13 +39,13 @@ __all__ = [
     "usable_projections",
 ]
 
-Scorer = Literal["output_projection", "reconstruction", "multi_metric", "magnitude", "margins"]
 Reason = Literal[
     "representative",
     "rounding",
     "redundancy_cost",
     "minimum",
     "quota",
+    "budget",
     "noise",
     "coupling",
     "verification",
@@ -155,6 +157,16 @@ def projection_fault(bundle: CheckpointBundle) -> str:
     if len(projections[0]) < 2:
         return "gate statistics of fewer than two samples"
     return "" if any(g.any() for g in projections) else "all output projections are zero"
+
+
+def fisher_fault(bundle: CheckpointBundle, level: Level) -> str:
+    """Why units of a level cannot be ranked by Fisher information; empty where they can."""
+    groups = bundle.architecture.groups
+    names = [group.name for group in groups if group.level is level and group.prunable]
+    found = [bundle.gates[name].second_order for name in names if name in bundle.gates]
+    if not found:
+        return "no gate statistics"
+    return "" if any(row.any() for row in found) else "all squared gate gradients are zero"
 
 
 def usable_projections(bundle: CheckpointBundle, candidates: Candidates) -> Projections | None:

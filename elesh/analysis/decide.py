@@ -7,12 +7,12 @@ and still carries its analysis as telemetry; nothing raises but :class:`leyline.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 from elesh.safety import BreakerStatus, Verifier
 from elesh.settings import Settings
 from leyline import CheckpointBundle, Fallback, IdempotencyKey, Level, StructuralPruningDecision
 
+from .choosing import Scorer
 from .join import join
 from .levels import analyze_level
 
@@ -27,8 +27,7 @@ def analyze(
     threads: int = 1,
     breakers: Mapping[Level, BreakerStatus] | None = None,
     key: IdempotencyKey | None = None,
-    scorer: Literal["output_projection", "reconstruction", "multi_metric", "magnitude"]
-    | None = None,
+    scorer: Scorer | None = None,
     fallbacks: Sequence[Fallback] = (),
     verify: Verifier | None = None,
 ) -> StructuralPruningDecision:

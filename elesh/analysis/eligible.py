@@ -58,6 +58,8 @@ def unwanted_names(bundle: CheckpointBundle) -> frozenset[str]:
         InvalidField: if one of them does not exist.
     """
     architecture, unwanted = bundle.architecture, frozenset(bundle.parameters.ignored_layers)
+    if not unwanted:
+        return unwanted
     known = {name for g in architecture.groups for name in (g.name, *g.layers)}
     known |= {layer.name for layer in architecture.layers} | set(architecture.block)
     if unknown := sorted(unwanted - known):
@@ -74,7 +76,7 @@ def _why_not(
         return f"ignored by the request: {', '.join(sorted(named))}"
     if mixed_owners(bundle.architecture, group):
         return "couples host and seed tensors (gradient isolation)"
-    if scorer in ("output_projection", "reconstruction"):
+    if scorer in ("output_projection", "reconstruction", "fisher"):
         return "" if group.name in bundle.gates else "no gate statistics"
     vectors = bundle.heads if group.level is Level.HEAD else bundle.channels
     return "" if group.name in vectors else f"no {group.level} statistics"

@@ -35,6 +35,7 @@ _REASONS = {
     "noise": "inside the noise of the samples",
     "coupling": "goes with a whole layer, or is coupled to what stays",
     "quota": "the quota was used up",
+    "budget": "the budget is met without it",
     "rounding": "kept so that the group ends at its multiple",
     "ignored": "ignored by the request",
     "redundancy_cost": "redundant, but removing it would cost more than the dearest that went",

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from leyline import Budget, CheckpointBundle
+from leyline import Budget, CheckpointBundle, InvalidField
 
 from .choosing import Ranking
 from .knapsack import Curve, fit_budget
 from .plans import BudgetUse
 from .resources import resource_model
 
-__all__ = ["Fitted", "fitted"]
+__all__ = ["Fitted", "fitted", "refuse_shard"]
 
 _REACH = 4
 """Curves are drawn to so many times the quota: dear units may save much."""
@@ -50,3 +51,9 @@ def fitted(bundle: CheckpointBundle, budget: Budget, ranking: Ranking, quota: in
         use=BudgetUse(budget.resource, fit.after / present if present else 0.0, budget.at_most),
         ignored=tuple((name, f"losing units saves no {budget.resource}") for name in fit.idle),
     )
+
+
+def refuse_shard(bundle: CheckpointBundle, shard: Collection[str] | None) -> None:
+    """Raise an InvalidField for a shard of a level that has a budget to fit."""
+    if shard is not None and bundle.parameters.budget is not None:
+        raise InvalidField("shard", "none with a budget: it is fitted over all groups", len(shard))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -33,16 +34,18 @@ from .choosing import (
     Decide,
     Ranking,
     Scorer,
+    fisher_fault,
     pairs_by_group,
     projection_fault,
     spared_units,
     usable_projections,
 )
 from .eligible import eligible_groups
+from .fitting import fitted, refuse_shard
 from .plans import LevelPlan, empty_plan, wanted_scorer, with_choice
 from .redundancy import Pair, redundant_pairs
 from .schedule import allowance
-from .scores import shares, single_removal
+from .scores import fisher, shares, single_removal
 from .stages import stage
 
 __all__ = [
@@ -133,6 +136,12 @@ def choose_head_scorer(
     if blind:
         reason = f"no attention weights could be seen in {', '.join(blind)}"[:2000]
         taken.append(Fallback(rung="no_attention_patterns", reason=reason))
+    if wanted == "fisher":
+        fault = fisher_fault(bundle, Level.HEAD)
+        if not fault:
+            return "fisher", tuple(taken)
+        reason = f"{fault}: ranked by entropy, diversity and gradients"
+        taken.append(Fallback(rung="gate_failure", reason=reason))
     if wanted == "output_projection" or (wanted == "auto" and bundle.gates):
         fault = projection_fault(bundle)
         if not fault:
@@ -203,13 +212,19 @@ def plan_heads(
         InvalidField: if the request ignores a group or layer that does not exist.
     """
     plan = prepare_heads(bundle, settings, scorer=scorer, shard=shard)
+    refuse_shard(bundle, shard)
     if not plan.groups or not plan.allowed.quota:
         return plan
     heads = settings.structured_pruning.attention_analysis
     ranking = rank_heads(
         bundle, heads, plan.groups, plan.scorer, plan.allowed.phase, threads=threads
     )
-    choice = decide(ranking, bundle, plan.allowed.quota)
+    quota, budget = plan.allowed.quota, bundle.parameters.budget
+    if budget is not None:
+        fit = fitted(bundle, budget, ranking, quota)
+        ranking, quota = fit.ranking, fit.quota
+        plan = replace(plan, budget=fit.use, ignored=plan.ignored + fit.ignored)
+    choice = decide(ranking, bundle, quota)
     threshold = heads.similarity_threshold
     targets = _targets(bundle, plan.groups, ranking.candidates, choice, ranking.scores, threshold)
     return with_choice(plan, bundle, ranking.candidates, choice, targets)
@@ -232,6 +247,8 @@ def rank_heads(
         if scorer == "output_projection" and projections is not None:
             columns = projections.columns
             scores = np.asarray(np.einsum("ij,ij->i", columns, columns, dtype=np.float64))
+        elif scorer == "fisher":
+            scores = fisher([bundle.gates[group.name] for group in groups])
         else:
             scores = multi_factor([bundle.heads[group.name] for group in groups], weights)
     redundant = _redundant(bundle, candidates, scores, settings.similarity_threshold)

@@ -30,8 +30,10 @@ from leyline import (
 
 from .candidates import Doubles
 from .cuts import Cut, Shift
+from .joint_budget import Fitting, fitting
+from .levels import budget_gate
 from .plans import Target
-from .prefixes import identity_of, merged, restricted
+from .prefixes import Identity, identity_of, merged, restricted
 from .projections import sample_weights
 from .rounds import in_rounds
 from .shards import merge_shards
@@ -43,7 +45,7 @@ __all__ = ["join"]
 
 _ORDER = (Level.CHANNEL, Level.HEAD, Level.LAYER)
 """From the least to the most invasive (section "Production Safety Principles")."""
-_JOINT_COSTS = frozenset({"output_projection", "margins"})
+_JOINT_COSTS = frozenset({"output_projection", "fisher", "margins"})
 """Scorers whose costs are of one kind whatever the level."""
 _OF_THE_WHOLE = frozenset({"requirements"})
 """Gates that are judged once, for the whole cut."""
@@ -178,23 +180,28 @@ class _Whole:
     cut: Cut
     shift: Shift
     gates: tuple[GateResult, ...]
-    """Of the whole: structure, predicted shift, requirements."""
+    """Of the whole: structure, predicted shift, budget, requirements."""
+    needless: frozenset[Identity]
+    """Units that the budget is met without."""
 
     @classmethod
     def of(
         cls, bundle: CheckpointBundle, analyses: Sequence[LevelAnalysis], settings: Settings
     ) -> _Whole:
         """The whole of ``analyses``."""
-        targets, order = _resolved(bundle, analyses)
+        fit = _resolved(bundle, analyses, settings)
+        targets, order = fit.targets, fit.order
         cut = Cut.of(bundle, targets)
         shift = _shift(bundle, analyses, cut)
         limit = settings.structured_pruning.channel_analysis.max_predicted_shift
         gates = (
             cut.structure,
             safety.predicted_shift(shift.damage, shift.error, limit),
+            *([budget_gate(fit.use)] if fit.use else []),
             safety.requirements(bundle.requirements, cut.loss_rise, cut.parameters_removed),
         )
-        return cls(tuple(analyses), targets, order, cut, shift, _named(Level.JOINT, gates))
+        named = _named(Level.JOINT, gates)
+        return cls(tuple(analyses), targets, order, cut, shift, named, fit.spared)
 
     @property
     def fault(self) -> str:
@@ -238,7 +245,7 @@ def _joint(
         gates=(*(gate for a in analyses for gate in gates[a.level]), *shown.gates),
         counted=(*(gate for level in taken for gate in gates[level]), *whole.gates),
         confidence=min(a.decision.safety.confidence for a in shown.analyses),
-        reason="" if taken else "; ".join(f"{p.level}: {p.reason}" for p in parts),
+        reason="" if taken else "; ".join(map(_why_not, parts)),
         fallbacks=tuple(dict.fromkeys(f for a in analyses for f in a.decision.fallbacks)),
         ignored=tuple(dict.fromkeys(pair for a in analyses for pair in a.decision.ignored)),
         spared=tuple(group for a in analyses for group in a.decision.spared),
@@ -263,8 +270,12 @@ def _part(
     if verdict == "taken":
         kept = {(unit.level, *identity_of(unit)) for unit in whole.order}
         lost = [u for u in analysis.order if (u.level, *identity_of(u)) not in kept]
-        groups = ", ".join(dict.fromkeys(unit.layer_name for unit in lost))
-        reason = f"{len(lost)} of {groups} go with whole layers" if lost else ""
+        coupled = [u for u in lost if identity_of(u) not in whole.needless]
+        groups = ", ".join(dict.fromkeys(unit.layer_name for unit in coupled))
+        told = [f"{len(coupled)} of {groups} go with whole layers"] if coupled else []
+        if needless := len(lost) - len(coupled):
+            told.append(f"{needless} stay: the budget is met without them")
+        reason = "; ".join(told)
     return LevelPart.model_validate(
         {
             "level": analysis.level,
@@ -275,15 +286,37 @@ def _part(
     )
 
 
+def _why_not(part: LevelPart) -> str:
+    """Why a level takes nothing; where that is a gate, its name says of which level."""
+    named = part.reason.startswith(f"{part.level}.")
+    return part.reason if named else f"{part.level}: {part.reason}"
+
+
 def _missing_part(gap: tuple[Level, str]) -> LevelPart:
     level, reason = gap
     return LevelPart(level=level, verdict="missing", reason=reason[:8192])
 
 
 def _resolved(
+    bundle: CheckpointBundle, analyses: Sequence[LevelAnalysis], settings: Settings
+) -> Fitting:
+    """All targets and their order, without the units of groups that go with a whole layer and
+    those that a budget is met without."""
+    channels = settings.structured_pruning.channel_analysis
+    round_to = bundle.parameters.round_to
+    targets, order = _uncoupled(bundle, analyses)
+    return fitting(
+        bundle,
+        targets,
+        order,
+        round_to=channels.round_to if round_to == 1 else round_to,
+        comparable=_comparable(analyses),
+    )
+
+
+def _uncoupled(
     bundle: CheckpointBundle, analyses: Sequence[LevelAnalysis]
 ) -> tuple[tuple[Target, ...], tuple[RankedUnit, ...]]:
-    """All targets and their order, without the units of groups that go with a whole layer."""
     targets = [target for analysis in analyses for target in targets_of(analysis.decision)]
     layers = [t.layer_name for t in targets if isinstance(t, LayerPruningTarget)]
     order = _ordered(analyses)
@@ -300,15 +333,20 @@ def _resolved(
 
 def _ordered(analyses: Sequence[LevelAnalysis]) -> tuple[RankedUnit, ...]:
     """Channels and heads together where their costs are of one kind; whole layers last."""
-    units = [a for a in analyses if a.level is not Level.LAYER]
-    scorers = {a.decision.statistics.scorer for a in units}
-    orders = [a.order for a in units]
+    orders = [a.order for a in analyses if a.level is not Level.LAYER]
     first = (
         merged(orders)
-        if len(scorers) == 1 and scorers <= _JOINT_COSTS
+        if _comparable(analyses)
         else tuple(unit for order in orders for unit in order)
     )
     return first + tuple(unit for a in analyses if a.level is Level.LAYER for unit in a.order)
+
+
+def _comparable(analyses: Sequence[LevelAnalysis]) -> bool:
+    """Whether channels and heads have costs of one kind."""
+    units = (a for a in analyses if a.level is not Level.LAYER)
+    scorers = {a.decision.statistics.scorer for a in units}
+    return len(scorers) == 1 and scorers <= _JOINT_COSTS
 
 
 def _shift(bundle: CheckpointBundle, analyses: Sequence[LevelAnalysis], cut: Cut) -> Shift:

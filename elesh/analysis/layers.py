@@ -17,6 +17,7 @@ from elesh.settings import LayerAnalysis, Settings
 from leyline import (
     CheckpointBundle,
     GateStatistics,
+    InvalidField,
     LayerBlock,
     LayerPruningTarget,
     LayerStatistics,
@@ -35,7 +36,7 @@ from .schedule import Allowance, phase_at
 from .shortfalls import short_of_target, told
 from .stages import stage
 
-__all__ = ["architecture_impact", "failed_conditions", "plan_layers", "rank"]
+__all__ = ["architecture_impact", "failed_conditions", "first_to_go", "plan_layers", "rank"]
 
 MIN_LAYERS = 3
 """So many removable layers are always left (FACTS, "Selection")."""
@@ -83,9 +84,14 @@ def plan_layers(
     The five conditions judge layers, whatever ``scorer`` says; there is nothing to thread.
 
     Raises:
-        InvalidField: if the request ignores a group or layer that does not exist.
+        InvalidField: if the request ignores a group or layer that does not exist, or has a budget
+            for layers alone.
     """
     pruning, architecture = settings.structured_pruning, bundle.architecture
+    if bundle.parameters.budget is not None and bundle.levels == (Level.LAYER,):
+        expected = "a level that can be fitted to it (channel or head)"
+        hint = "whole layers go by their five conditions; ask for channels or heads as well"
+        raise InvalidField("parameters.budget", expected, "layer alone", hint=hint)
     phase = phase_at(bundle.metadata.epoch, pruning.safety_schedule)
     fit, reasons = _judged(bundle, pruning.layer_analysis)
     removable = [block for block in architecture.blocks if block.prunable]
@@ -187,6 +193,21 @@ def rank(layer: _Layer) -> float:
     """What orders the layers, cheapest first (FACTS, "Selection")."""
     skip = layer.block.skip_potential
     return 0.3 * layer.taylor + 0.3 * (1 - layer.similarity) + 0.2 * (1 - skip) + 0.2 * layer.impact
+
+
+def first_to_go(bundle: CheckpointBundle, settings: LayerAnalysis) -> tuple[str, ...]:
+    """The layers that could be skipped (by the threshold), cheapest first: as many as the settings
+    allow to remove, at least one, whatever the other conditions, phase and quota say."""
+    unwanted, impact = unwanted_names(bundle), architecture_impact(bundle.architecture)
+    known = [
+        _Layer(block, bundle.layers[block.name], impact[block.name])
+        for block in bundle.architecture.blocks
+        if not _why_not(block, bundle.layers, unwanted, bundle.architecture)
+    ]
+    fit = [x for x in known if x.block.skip_potential > settings.skip_potential_threshold]
+    most = max(1, math.floor(settings.max_layer_removal_ratio * len(known) + 1e-6))
+    order = sorted(fit, key=lambda layer: (rank(layer), layer.block.name))
+    return tuple(layer.block.name for layer in order[:most])
 
 
 def _why_not(

@@ -8,7 +8,6 @@ levels come in when levels are joined (:mod:`.join`).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Literal
 
 from elesh import safety
 from elesh.settings import Settings
@@ -24,6 +23,7 @@ from leyline import (
 )
 
 from .channels import plan_channels
+from .choosing import Scorer
 from .cuts import Cut, Shift
 from .heads import plan_heads
 from .layers import plan_layers
@@ -31,7 +31,7 @@ from .plans import BudgetUse, LevelPlan
 from .stages import stage
 from .verdicts import FALLBACK_DISCOUNT, decided
 
-__all__ = ["analyze_level", "judged"]
+__all__ = ["analyze_level", "budget_gate", "judged"]
 
 _PLANNERS: Mapping[Level, Callable[..., LevelPlan]] = {
     Level.CHANNEL: plan_channels,
@@ -46,8 +46,7 @@ def analyze_level(
     level: Level = Level.CHANNEL,
     *,
     key: IdempotencyKey | None = None,
-    scorer: Literal["output_projection", "reconstruction", "multi_metric", "magnitude"]
-    | None = None,
+    scorer: Scorer | None = None,
     fallbacks: Sequence[Fallback] = (),
     shard: Collection[str] | None = None,
     threads: int = 1,
@@ -151,11 +150,11 @@ def _gates(
         safety.noise(shift.damage, shift.error, shift.random),
         safety.predicted_shift(shift.damage, shift.error, limit),
         safety.requirements(bundle.requirements, cut.loss_rise, cut.parameters_removed),
-        *([_budget_gate(plan.budget)] if plan.budget else []),
+        *([budget_gate(plan.budget)] if plan.budget else []),
     )
 
 
-def _budget_gate(use: BudgetUse) -> GateResult:
+def budget_gate(use: BudgetUse) -> GateResult:
     """Says how far the cut gets; it never rejects: the schedule takes several checkpoints."""
     reached = "reached" if use.left <= use.at_most else "not reached: quota, minimums or no savings"
     return GateResult(

@@ -9,13 +9,13 @@ flips, and it counts from where the masked network really is (docs/decisions/006
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 
 from .candidates import Bools, Candidates, Doubles, Floats, Ints
-from .orders import Order, Picks, rounded
+from .orders import Order, Picks, Units, rounded
 
 __all__ = ["MarginOrder"]
 
@@ -47,7 +47,7 @@ class MarginOrder(Order):
         candidates: Candidates,
         moves: Mapping[str, npt.NDArray[np.float32]],
         margins: Floats,
-        gone: Sequence[int] = (),
+        gone: Units = (),
     ) -> None:
         rows = np.concatenate([moves[name] for name in candidates.names], axis=1)
         self._columns: Floats = np.ascontiguousarray(rows.T, dtype=np.float32)
@@ -67,17 +67,17 @@ class MarginOrder(Order):
                 pool = np.sort(pool[np.argpartition(keys, _POOL - 1)[:_POOL]])
             step = self._resolve(pool, left if whole else min(left, _STEP), ceiling)
             self._measure()
-            picks.add(step)
-            if not step.units or whole:
+            picks = picks.then(step)
+            if not len(step.units) or whole:
                 break
         return picks
 
-    def take(self, units: Sequence[int]) -> None:
+    def take(self, units: Units) -> None:
         super().take(units)
         self._move(units, -1.0)
         self._measure()
 
-    def put_back(self, units: Sequence[int]) -> None:
+    def put_back(self, units: Units) -> None:
         super().put_back(units)
         self._move(units, 1.0)
         self._measure()
@@ -91,7 +91,7 @@ class MarginOrder(Order):
 
     def _resolve(self, pool: Ints, count: int, ceiling: float) -> Picks:
         """The greedy among the units of ``pool``, one at a time."""
-        picks, groups = Picks(), self.candidates.group_of[pool]
+        units, prices, groups = list[int](), list[float](), self.candidates.group_of[pool]
         columns, left = self._columns[pool], np.ones(len(pool), dtype=np.bool_)
         for _ in range(min(count, len(pool))):
             open_ = left & (self.room[groups] > 0)
@@ -104,13 +104,14 @@ class MarginOrder(Order):
                 break
             unit = int(pool[best])
             self.errors[unit] = float(_errors(self._rises(columns[best : best + 1]))[0])
-            picks.add(Picks([unit], [float(costs[best])]))
+            units.append(unit)
+            prices.append(float(costs[best]))
             left[best] = False
             self._mark([unit], gone=True)
             self._move([unit], -1.0)
-        return picks
+        return Picks(np.array(units, dtype=np.int64), np.array(prices, dtype=np.float64))
 
-    def _move(self, units: Sequence[int], sign: float) -> None:
+    def _move(self, units: Units, sign: float) -> None:
         if len(units):
             self._margins += sign * self._columns[list(units)].sum(axis=0, dtype=np.float64)
 

@@ -64,7 +64,7 @@ def error_bars(
 
 def price_errors(selection: Selection, columns: Floats) -> dict[int, float]:
     """The standard errors of what the units cost when they were taken."""
-    units = list(selection.prices)
+    units = selection.picks.units.tolist()
     return dict(zip(units, error_bars(columns, units).errors.tolist(), strict=True))
 
 
@@ -74,7 +74,7 @@ def without_noise(selection: Selection, columns: Floats) -> Selection:
     Groups that would no longer end at their multiple give back the units they lost last, too.
     What is given back is not replaced: whatever would follow costs more still.
     """
-    units = np.array(list(selection.prices), dtype=np.int64)
+    units = selection.picks.units
     bars = error_bars(columns, units.tolist(), alone=True)
     candidates = selection.order.candidates
     limit = _typical(columns, candidates)
@@ -88,8 +88,7 @@ def without_noise(selection: Selection, columns: Floats) -> Selection:
     pairs = tuple(pair for pair in selection.pairs if pair.removed not in gone)
     return replace(
         selection,
-        units=tuple(unit for unit in selection.units if unit not in gone),
-        prices={unit: price for unit, price in selection.prices.items() if unit not in gone},
+        picks=selection.picks.without(gone),
         pairs=pairs,
         kept=frozenset(pair.kept for pair in pairs),
         given_back=selection.given_back | back,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -29,32 +29,33 @@ _STEP = 32
 _BLOCK = 4096
 """Units a GEMV works on at a time; fixed, so that results do not depend on the thread count."""
 _DROPPED_BITS = 8
+Units = Sequence[int] | Ints
+"""Places in the row of candidates."""
 TRUST = 0.5
 """How much of the cross terms between units is believed by default (decision 0020)."""
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Picks:
     """Units in the order they were taken, with what each cost at that moment."""
 
-    units: list[int] = field(default_factory=list)
-    prices: list[float] = field(default_factory=list)
+    units: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    prices: Doubles = field(default_factory=lambda: np.zeros(0))
 
-    def add(self, other: Picks) -> None:
-        """Append later picks."""
-        self.units += other.units
-        self.prices += other.prices
+    def then(self, later: Picks) -> Picks:
+        """These picks and the later ones."""
+        units = np.concatenate([self.units, later.units])
+        return Picks(units, np.concatenate([self.prices, later.prices]))
 
-    def drop(self, units: Sequence[int]) -> None:
-        """Forget some of the picks."""
-        gone = frozenset(units)
-        kept = [pair for pair in zip(self.units, self.prices, strict=True) if pair[0] not in gone]
-        self.units, self.prices = [unit for unit, _ in kept], [price for _, price in kept]
+    def without(self, units: Collection[int]) -> Picks:
+        """The picks but these, in the same order."""
+        kept = ~np.isin(self.units, list(units))
+        return Picks(self.units[kept], self.prices[kept])
 
     @property
     def dearest(self) -> float:
         """The highest price paid; minus infinity where nothing was taken."""
-        return max(self.prices, default=-math.inf)
+        return float(self.prices.max(initial=-math.inf))
 
 
 def rounded(costs: Doubles) -> Floats:
@@ -66,13 +67,19 @@ def rounded(costs: Doubles) -> Floats:
     return keys
 
 
-def cheapest_first(costs: Doubles) -> Ints:
-    """The places of ``costs`` from the lowest to the highest, after rounding, ties by index."""
+def cheapest_first(costs: Doubles, count: int | None = None) -> Ints:
+    """The places of the ``count`` lowest costs, rising, after rounding, ties by index.
+
+    All places if no count is given.
+    """
     bits = (rounded(costs) + np.float32(0)).view(np.int32)  # + 0: minus zero is zero
     # As integers, negative floats fall where they should rise; with the place in the low half all
     # keys differ, and numpy's fastest sort, which is not stable, will do.
     keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64)
-    return np.sort((keys << 32) | np.arange(len(keys))) & 0xFFFFFFFF
+    keys = (keys << 32) | np.arange(len(keys))
+    if count is not None and count < len(keys):
+        keys = np.partition(keys, count)[:count]
+    return np.sort(keys) & 0xFFFFFFFF
 
 
 class Order(ABC):
@@ -94,15 +101,15 @@ class Order(ABC):
     def pick(self, count: int, among: Bools, ceiling: float = math.inf) -> Picks:
         """Take up to ``count`` of the units ``among``, cheapest first, none above ``ceiling``."""
 
-    def take(self, units: Sequence[int]) -> None:
+    def take(self, units: Units) -> None:
         """Take these units, whatever they cost."""
         self._mark(units, gone=True)
 
-    def put_back(self, units: Sequence[int]) -> None:
+    def put_back(self, units: Units) -> None:
         """Undo having taken these units."""
         self._mark(units, gone=False)
 
-    def withhold(self, units: Sequence[int]) -> None:
+    def withhold(self, units: Units) -> None:
         """Count these units as gone already: nothing that costs are measured from has them."""
         self._mark(units, gone=True)
 
@@ -111,7 +118,7 @@ class Order(ABC):
         free: Bools = among & ~self.taken & (self.room > 0)[self.candidates.group_of]
         return free
 
-    def _mark(self, units: Sequence[int], *, gone: bool) -> None:
+    def _mark(self, units: Units, *, gone: bool) -> None:
         places = np.asarray(units, dtype=np.int64)
         self.taken[places] = gone
         change = np.bincount(self.candidates.group_of[places], minlength=len(self.room))
@@ -122,12 +129,16 @@ class StaticOrder(Order):
     """Fixed scores [C]: what one unit costs does not depend on the others."""
 
     def pick(self, count: int, among: Bools, ceiling: float = math.inf) -> Picks:
+        count = max(count, 0)
         units = np.flatnonzero(self.free(among) & (self.costs <= ceiling))
-        order = units[cheapest_first(self.costs[units])]
-        groups = self.candidates.group_of[order]
-        chosen = order[_rank_in_group(groups, len(self.room)) < self.room[groups]][: max(count, 0)]
-        self._mark(chosen.tolist(), gone=True)
-        return Picks(chosen.tolist(), self.costs[chosen].tolist())
+        chosen = units[cheapest_first(self.costs[units], count)]
+        lost = np.bincount(self.candidates.group_of[chosen], minlength=len(self.room))
+        if (lost > self.room).any():  # Only now does the order of all units matter.
+            order = units[cheapest_first(self.costs[units])]
+            groups = self.candidates.group_of[order]
+            chosen = order[_rank_in_group(groups, len(self.room)) < self.room[groups]][:count]
+        self._mark(chosen, gone=True)
+        return Picks(chosen, self.costs[chosen])
 
 
 def _rank_in_group(groups: Ints, count: int) -> Ints:
@@ -197,24 +208,25 @@ class JointOrder(Order):
             step = self._resolve(pool, left if whole else min(left, _STEP), ceiling, whole)
             self._mark(step.units, gone=True)
             self._move(step.units, -1.0)
-            picks.add(step)
-            if not step.units or whole:
+            picks = picks.then(step)
+            if not len(step.units) or whole:
                 break
         return picks
 
-    def take(self, units: Sequence[int]) -> None:
+    def take(self, units: Units) -> None:
         super().take(units)
         self._move(units, -1.0)
 
-    def put_back(self, units: Sequence[int]) -> None:
+    def put_back(self, units: Units) -> None:
         super().put_back(units)
         self._move(units, 1.0)
 
     def _resolve(self, pool: Ints, count: int, ceiling: float, whole: bool) -> Picks:
         """The greedy among the units of ``pool``; ``whole``: no others are free."""
-        picks = Picks()
         if not len(pool):
-            return picks
+            return Picks()
+        taken: list[int] = []
+        prices: list[float] = []
         costs = self.costs[pool].copy()
         edge = math.inf if whole else float(costs.max())
         gram, groups = self._gram(pool), self.candidates.group_of[pool]
@@ -224,14 +236,14 @@ class JointOrder(Order):
             price = float(costs[best])
             if price == math.inf or price > ceiling or price > edge:
                 break
-            picks.units.append(int(pool[best]))
-            picks.prices.append(price)
+            taken.append(best)
+            prices.append(price)
             costs += gram[best]
             costs[best] = math.inf
             room[groups[best]] -= 1
             if not room[groups[best]]:
                 costs[groups == groups[best]] = math.inf
-        return picks
+        return Picks(pool[taken], np.array(prices))
 
     def _gram(self, pool: Ints) -> Floats:
         """[P, P] float32: by how much taking one unit of the pool raises the cost of another."""
@@ -245,10 +257,10 @@ class JointOrder(Order):
         self._each_block(block, len(pool), _POOL // 4)
         return out
 
-    def _move(self, units: Sequence[int], sign: float) -> None:
+    def _move(self, units: Units, sign: float) -> None:
         """Add the columns of ``units`` to r, with ``sign``, and measure all costs afresh."""
         if len(units):
-            self._left += sign * self._columns[list(units)].sum(axis=0, dtype=np.float64)
+            self._left += sign * self._columns[np.asarray(units)].sum(axis=0, dtype=np.float64)
             self._measure()
 
     def _measure(self) -> None:

@@ -99,6 +99,7 @@ class LevelPlan:
 _CONFIDENCE = {
     "output_projection": 0.9,
     "reconstruction": 0.9,
+    "fisher": 0.75,
     "multi_metric": 0.6,
     "magnitude": 0.3,
     "margins": 0.9,

@@ -20,7 +20,7 @@ from leyline import (
 from .choosing import MAX_SPARED, Reason
 from .plans import Target
 
-__all__ = ["identity_of", "merged", "restricted", "settled"]
+__all__ = ["Identity", "identity_of", "merged", "restricted", "settled"]
 
 Identity = tuple[str, int]
 _ALIGNED = {"channel_indices", "head_indices", "original_indices", "importance", "costs", "errors"}

@@ -18,11 +18,12 @@ from leyline import GateStatistics
 
 from .candidates import Candidates, Doubles, Floats
 
-__all__ = ["Prediction", "Projections", "output_energy", "predict", "sample_weights"]
+__all__ = ["Prediction", "Projections", "mask_gains", "output_energy", "predict", "sample_weights"]
 
 
 _BLOCK = 1024
 """Columns copied at a time."""
+_FLOOR = 0.25
 _DOUBT = 0.5
 """Margins well below this share of the median margin all count alike."""
 
@@ -34,13 +35,14 @@ class Projections:
     Even samples come first, then the odd ones: each half is a contiguous part of every row.
     Values are scaled by a power of two (exact) to a mean square near 1, so that no product of
     float32 overflows or vanishes whatever the units of the outputs are. Where margins are known,
-    samples count by :func:`sample_weights`.
+    samples count by :func:`sample_weights`; where units were masked one at a time, columns count
+    by :func:`mask_gains`.
     """
 
     columns: Floats
     """[C, N] float32."""
     unit: float
-    """``columns * unit`` is G, sample by sample times its weight."""
+    """``columns * unit`` is G, sample by sample times its weight, unit by unit times its gain."""
     weights: Doubles
     """[N] of the samples, in the order of the calibration."""
 
@@ -57,6 +59,10 @@ class Projections:
         columns = np.empty((candidates.count, samples), np.float32)
         for group, part in enumerate(parts):
             columns[candidates.span(group)] = (part * (weights / unit)[:, None])[order].T
+        if all(gates[name].removal_error is not None for name in candidates.names):
+            gains = mask_gains(gates, weights)
+            for group, name in enumerate(candidates.names):
+                columns[candidates.span(group)] *= gains[name][:, None].astype(np.float32)
         return cls(columns, unit, weights)
 
     def moved(self, row: Doubles) -> Doubles:
@@ -83,6 +89,36 @@ def sample_weights(gate: GateStatistics) -> Doubles:
     margins = np.asarray(gate.margins, dtype=np.float64)
     weights = 1 / np.sqrt(margins**2 + max(_DOUBT * float(np.median(np.abs(margins))), 1e-6) ** 2)
     return np.asarray(weights / np.sqrt(np.mean(weights**2)))
+
+
+def mask_gains(gates: Mapping[str, GateStatistics], weights: Doubles) -> dict[str, Doubles]:
+    """[C] by group: what columns are multiplied by so that a unit alone costs what its mask did.
+
+    The square of a column says how far the outputs move, not how much that hurts; of units that
+    were masked one at a time (attention heads) the latter is known. Their rises of the loss share
+    out the sum of all their squares, so that costs keep their unit; none counts less than
+    ``_FLOOR`` of the mean rise. Ones where no rise is above zero.
+
+    Args:
+        weights: [N] of the samples.
+    """
+    masked = {name: gate for name, gate in gates.items() if gate.removal_error is not None}
+    squares = {
+        name: np.einsum("nc,n->c", np.square(gate.projections, dtype=np.float64), weights**2)
+        for name, gate in masked.items()
+    }
+    rises = {name: np.asarray(gate.removal_rise, np.float64) for name, gate in masked.items()}
+    mean = float(np.concatenate(list(rises.values())).mean())
+    if mean <= 0:
+        return {name: np.ones(len(row)) for name, row in rises.items()}
+    floored = {name: np.maximum(row, _FLOOR * mean) for name, row in rises.items()}
+    scale = sum(row.sum() for row in squares.values()) / sum(row.sum() for row in floored.values())
+    return {
+        name: np.sqrt(
+            np.divide(scale * row, squares[name], out=np.zeros_like(row), where=squares[name] > 0)
+        )
+        for name, row in floored.items()
+    }
 
 
 @dataclass(frozen=True)

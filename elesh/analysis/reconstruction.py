@@ -16,7 +16,7 @@ each step is a rank-one downdate of the inverse and touches one group only.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ import numpy.typing as npt
 from leyline import GateStatistics
 
 from .candidates import Bools, Candidates, Doubles
-from .orders import Order, Picks, rounded
+from .orders import Order, Picks, Units, rounded
 
 __all__ = ["ReconstructionOrder", "reconstruction_fault"]
 
@@ -97,19 +97,20 @@ class ReconstructionOrder(Order):
             self._begin(group)
 
     def pick(self, count: int, among: Bools, ceiling: float = math.inf) -> Picks:
-        picks = Picks()
-        while len(picks.units) < count:
+        taken: list[int] = []
+        prices: list[float] = []
+        while len(taken) < count:
             open_ = np.where(self.free(among), self.costs, math.inf)
             best = int(rounded(open_).argmin())
             price = float(open_[best])
             if price == math.inf or price > ceiling:
                 break
-            picks.units.append(best)
-            picks.prices.append(price)
+            taken.append(best)
+            prices.append(price)
             self.take([best])
-        return picks
+        return Picks(np.array(taken, dtype=np.int64), np.array(prices))
 
-    def take(self, units: Sequence[int]) -> None:
+    def take(self, units: Units) -> None:
         super().take(units)
         for unit in units:
             group = int(self.candidates.group_of[unit])
@@ -117,7 +118,7 @@ class ReconstructionOrder(Order):
         for group in {int(self.candidates.group_of[unit]) for unit in units}:
             self._price(group)
 
-    def put_back(self, units: Sequence[int]) -> None:
+    def put_back(self, units: Units) -> None:
         super().put_back(units)
         for group in {int(self.candidates.group_of[unit]) for unit in units}:
             self._begin(group)

@@ -26,7 +26,7 @@ from .margins import MarginOrder
 from .orders import Order, Picks, StaticOrder
 from .plans import LevelPlan
 from .projections import output_energy, predict
-from .selection import Selection, settle_multiples
+from .selection import Selection, settled
 from .stages import stage
 from .verdicts import rejection
 
@@ -157,12 +157,10 @@ class _InRounds:
                 continue
             order = self._round(candidates, taken, target)
             self.count += 1
-        units, projections = taken.picks.units, ranking.projections
+        units, projections = taken.picks.units.tolist(), ranking.projections
         selection = Selection(
-            order=order,
-            units=tuple(sorted(units)),
-            prices=dict(zip(units, taken.picks.prices, strict=True)),
-            pairs=(),
+            order,
+            taken.picks,
             given_back=frozenset(taken.given_back - set(units)),
             noise=_cheapest(order, taken.noise, quota - len(units)),
         )
@@ -181,19 +179,20 @@ class _InRounds:
     def _round(self, candidates: Candidates, taken: _Taken, target: int) -> MarginOrder:
         """Take more units, ``target`` in all: their costs are derivatives half way to their cut,
         which are exact to second order (docs/decisions/0020)."""
-        gone = taken.picks.units
+        gone = taken.picks.units.tolist()
         masked = self._entries(candidates, gone)
         now = self._measured(masked)
         first = MarginOrder(candidates, now.moves, now.margins, gone)
-        ahead = first.pick(target - len(gone), _quiet(first)[0]).units
+        ahead = first.pick(target - len(gone), _quiet(first)[0]).units.tolist()
         half = self._measured(masked, self._entries(candidates, ahead))
         order = MarginOrder(candidates, half.moves, now.margins, gone)
         quiet, noise = _quiet(order)
         picks = order.pick(target - len(gone), quiet)
-        taken.given_back |= settle_multiples(order, picks, target - len(gone), quiet)
+        picks, given_back = settled(order, picks, target - len(gone), quiet)
+        taken.given_back |= given_back
         taken.noise = noise
-        taken.errors |= {unit: order.errors.get(unit, 0.0) for unit in picks.units}
-        taken.picks.add(picks)
+        taken.errors |= {unit: order.errors.get(unit, 0.0) for unit in picks.units.tolist()}
+        taken.picks = taken.picks.then(picks)
         return order
 
     def _measured(self, masked: Sequence[Entry], halved: Sequence[Entry] = ()) -> Moves:

@@ -23,6 +23,7 @@ __all__ = [
     "LATE",
     "MID",
     "Weights",
+    "fisher",
     "magnitude",
     "multi_metric",
     "set_removal",
@@ -71,26 +72,24 @@ def shares(values: npt.ArrayLike, starts: npt.ArrayLike) -> Doubles:
         starts: [G] where each group begins (no group is empty).
     """
     row = np.asarray(values, dtype=np.float64)
-    first = np.asarray(starts, dtype=np.int64)
-    tops = np.repeat(np.maximum.reduceat(row, first), np.diff(first, append=len(row)))
-    return np.asarray(np.divide(row, tops, out=np.zeros_like(row), where=tops > 0))
+    ends = np.append(starts, len(row))
+    tops = np.maximum.reduceat(row, ends[:-1])
+    tops[tops == 0] = 1
+    return np.asarray(row / np.repeat(tops, ends[1:] - ends[:-1]))
 
 
 def multi_metric(groups: Sequence[ChannelImportanceData], weights: Weights) -> Doubles:
     """[C] of all groups side by side: the weighted sum of the three metrics' shares, 0 to 1."""
     starts = _starts(groups)
-    taylor = shares(np.concatenate([g.taylor_importance for g in groups]), starts)
-    frequency = shares(np.concatenate([g.activation_frequency for g in groups]), starts)
-    return np.asarray(
-        weights.taylor * taylor
-        + weights.magnitude * magnitude(groups)
-        + weights.frequency * frequency
-    )
+    mixed = weights.taylor * shares(_side_by_side(groups, "taylor_importance"), starts)
+    mixed += weights.magnitude * shares(_side_by_side(groups, "magnitude_importance"), starts)
+    mixed += weights.frequency * shares(_side_by_side(groups, "activation_frequency"), starts)
+    return np.asarray(mixed)
 
 
 def magnitude(groups: Sequence[ChannelImportanceData]) -> Doubles:
     """[C] of all groups side by side: magnitudes as shares of the largest of their group."""
-    return shares(np.concatenate([g.magnitude_importance for g in groups]), _starts(groups))
+    return shares(_side_by_side(groups, "magnitude_importance"), _starts(groups))
 
 
 def single_removal(gate: GateStatistics) -> Doubles:
@@ -104,6 +103,21 @@ def single_removal(gate: GateStatistics) -> Doubles:
         return np.asarray(gate.removal_rise, dtype=np.float64)
     first = np.asarray(gate.first_order, dtype=np.float64)
     return np.asarray(-first + 0.5 * np.asarray(gate.second_order, dtype=np.float64))
+
+
+def fisher(gates: Sequence[GateStatistics]) -> Doubles:
+    """[C] of all groups side by side: half the Fisher information of each unit's gate, in nats.
+
+    ``E[(dL/dgate)^2] / 2`` with labels sampled from the model's own predictions: to second order
+    the rise of the loss where training has converged, as the expected gradient is zero there and
+    the Fisher information is the Hessian (Theis et al. 2018, "Faster gaze prediction with dense
+    networks and Fisher pruning", section 3.2). The gate of a coupled group multiplies all of its
+    members, so gradients are summed over them before they are squared (Liu et al. 2021, "Group
+    Fisher pruning for practical network compression"). Those papers take the true labels, which
+    makes it the empirical Fisher; sampled ones do not vanish with the training loss.
+    """
+    rows = [np.asarray(gate.second_order, dtype=np.float64) for gate in gates]
+    return 0.5 * np.concatenate(rows)
 
 
 def set_removal(
@@ -135,6 +149,10 @@ def set_removal(
     rises = np.logaddexp(0, m - together) - before + (alone - apart)
     rise, error = float(rises.mean()), float(rises.std()) / math.sqrt(len(m))
     return (math.log1p(rise), error / (1 + rise)) if rise > 0 else (rise, error)
+
+
+def _side_by_side(groups: Sequence[ChannelImportanceData], metric: str) -> npt.NDArray[np.float32]:
+    return np.concatenate([getattr(group, metric) for group in groups])
 
 
 def _starts(groups: Sequence[ChannelImportanceData]) -> npt.NDArray[np.int64]:

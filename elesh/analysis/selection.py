@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from .candidates import Bools
 from .orders import JointOrder, Order, Picks, cheapest_first, rounded
 from .redundancy import Pair
 
-__all__ = ["Selection", "select", "settle_multiples"]
+__all__ = ["Selection", "select", "settled"]
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,9 @@ class Selection:
 
     order: Order
     """The order after the last pick: its costs are those of the units that stayed."""
-    units: tuple[int, ...]
-    prices: dict[int, float]
-    """What each unit cost when it was taken."""
-    pairs: tuple[Pair, ...]
+    picks: Picks
+    """The units that go, as they were taken."""
+    pairs: tuple[Pair, ...] = ()
     """Redundant units that went, each with the one that was kept for it."""
     kept: frozenset[int] = frozenset()
     """Units that stayed because redundant ones went in their favour."""
@@ -39,10 +39,20 @@ class Selection:
     noise: frozenset[int] = frozenset()
     """Units that were given back because they lie inside the noise (:mod:`.noise`)."""
 
+    @cached_property
+    def units(self) -> tuple[int, ...]:
+        """The units that go, rising."""
+        return tuple(np.sort(self.picks.units).tolist())
+
+    @cached_property
+    def prices(self) -> dict[int, float]:
+        """What each unit cost when it was taken, in that order."""
+        return dict(zip(self.picks.units.tolist(), self.picks.prices.tolist(), strict=True))
+
     @property
     def dearest(self) -> float:
         """The highest price paid; 0 where nothing was taken."""
-        return max(self.prices.values(), default=0.0)
+        return self.picks.dearest if len(self.picks.units) else 0.0
 
 
 def select(
@@ -59,27 +69,21 @@ def select(
         make_order: a fresh order; called twice where redundant units have joint costs.
         redundant: pairs (kept, removed) of places, every unit removed at most once and never both.
     """
-    order = make_order()
-    everything = np.ones(order.candidates.count, dtype=np.bool_)
-    ceiling = math.inf
-    if redundant and isinstance(order, JointOrder):
-        ceiling = order.pick(quota, everything).dearest
-        order = make_order()
-    among = ~everything
-    among[[pair.removed for pair in redundant]] = True
-    picks = order.pick(quota, among, ceiling)
-    too_dear = frozenset(np.flatnonzero(order.free(among) & (order.costs > ceiling)).tolist())
-    gone = frozenset(picks.units)
-    kept = frozenset(pair.kept for pair in redundant if pair.removed in gone)
-    everything[list(kept)] = False
-    picks.add(order.pick(quota - len(gone), everything))
-    given_back = settle_multiples(order, picks, quota, everything)
-    final = frozenset(picks.units)
+    order, picks, too_dear = make_order(), Picks(), frozenset[int]()
+    among = np.ones(order.candidates.count, dtype=np.bool_)
+    if redundant:
+        order, picks, too_dear = _redundant_first(order, make_order, quota, redundant)
+        gone = frozenset(picks.units.tolist())
+        among[[pair.kept for pair in redundant if pair.removed in gone]] = False
+    picks = picks.then(order.pick(quota - len(picks.units), among))
+    picks, given_back = settled(order, picks, quota, among)
+    if not (redundant or given_back):
+        return Selection(order, picks)
+    final = frozenset(picks.units.tolist())
     pairs = tuple(p for p in redundant if p.removed in final and p.kept not in final)
     return Selection(
-        order=order,
-        units=tuple(sorted(final)),
-        prices=dict(zip(picks.units, picks.prices, strict=True)),
+        order,
+        picks,
         pairs=pairs,
         kept=frozenset(pair.kept for pair in pairs),
         too_dear=too_dear - final,
@@ -87,20 +91,34 @@ def select(
     )
 
 
-def settle_multiples(order: Order, picks: Picks, quota: int, among: Bools) -> frozenset[int]:
+def _redundant_first(
+    order: Order, make_order: Callable[[], Order], quota: int, redundant: Sequence[Pair]
+) -> tuple[Order, Picks, frozenset[int]]:
+    """The order after the redundant units, which of them went, and which were too dear."""
+    removed, ceiling = np.zeros(order.candidates.count, dtype=np.bool_), math.inf
+    removed[[pair.removed for pair in redundant]] = True
+    if isinstance(order, JointOrder):
+        ceiling = order.pick(quota, np.ones_like(removed)).dearest
+        order = make_order()
+    picks = order.pick(quota, removed, ceiling)
+    too_dear = np.flatnonzero(order.free(removed) & (order.costs > ceiling))
+    return order, picks, frozenset(too_dear.tolist())
+
+
+def settled(order: Order, picks: Picks, quota: int, among: Bools) -> tuple[Picks, frozenset[int]]:
     """Give back what breaks a multiple, then spend what is left of the quota on whole blocks.
 
     Args:
-        order: has taken the picks; what it had withheld before ends at its multiples.
+        order: has taken the picks; what was withheld from it before ends at its multiples.
 
     Returns:
-        What was given back.
+        the picks at last, and what was given back.
     """
     candidates = order.candidates
     if max(candidates.multiples, default=1) == 1:
-        return frozenset()
+        return picks, frozenset()
     by_group: dict[int, list[int]] = {}
-    for unit in picks.units:
+    for unit in picks.units.tolist():
         by_group.setdefault(int(candidates.group_of[unit]), []).append(unit)
     back: list[int] = []
     for group, units in by_group.items():
@@ -110,11 +128,11 @@ def settle_multiples(order: Order, picks: Picks, quota: int, among: Bools) -> fr
         count = excess if kept + excess <= candidates.sizes[group] else len(units)
         back += units[len(units) - count :]
     order.put_back(back)
-    picks.drop(back)
-    while (block := _cheapest_block(order, quota - len(picks.units), among)).units:
-        picks.add(block)
+    picks = picks.without(back)
+    while len((block := _cheapest_block(order, quota - len(picks.units), among)).units):
+        picks = picks.then(block)
         order.take(block.units)
-    return frozenset(back)
+    return picks, frozenset(back)
 
 
 def _cheapest_block(order: Order, left: int, among: Bools) -> Picks:
@@ -127,11 +145,11 @@ def _cheapest_block(order: Order, left: int, among: Bools) -> Picks:
         units = np.flatnonzero(free[span]) + span.start
         if size > min(left, int(order.room[group]), len(units)):
             continue
-        units = units[cheapest_first(order.costs[units])[:size]]
+        units = units[cheapest_first(order.costs[units], size)]
         mean = float(rounded(np.array([order.costs[units].mean()]))[0])
         if mean < best_mean:
             best_mean = mean
-            best = Picks(units.tolist(), order.costs[units].tolist())
+            best = Picks(units, order.costs[units])
     return best
 
 

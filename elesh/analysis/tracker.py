@@ -207,14 +207,14 @@ class ImportanceTracker:
         )
 
     def merge(self, other: ImportanceTracker) -> None:
-        """Take everything that ``other`` has observed, as if it had been observed here.
+        """Take everything that ``other`` holds, as if it had been observed here.
+
+        The other may keep another number of checkpoints (the setting was changed while the run
+        went on); the newest of them stay, as many as this one keeps.
 
         Raises:
-            InvalidField: if the other keeps another number of checkpoints.
             Conflict, ShapeMismatch: if they disagree on an epoch or a group; nothing was changed.
         """
-        if other.history != self.history:
-            raise InvalidField("tracker.history", str(self.history), other.history)
         for key, theirs in other._groups.items():
             mine = self._groups.get(key)
             if mine is None:

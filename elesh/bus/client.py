@@ -32,6 +32,7 @@ from redis.exceptions import (
 )
 
 from .errors import BusUnavailable
+from .gathering import Gathering
 from .locate import open_pool
 
 __all__ = ["MAX_BLOCK", "SOCKET_TIMEOUT", "Client", "open_client", "until_available"]
@@ -49,6 +50,8 @@ _LONGEST_PAUSE = 10.0
 _PASSING = (
     "MISCONF", "NOREPLICAS", "MASTERDOWN", "LOADING", "CLUSTERDOWN", "TRYAGAIN", "BUSY ", "DENIED",
 )  # fmt: skip
+# Short ones that never block: those of one turn of the loop share a round trip.
+_GATHERED = frozenset({"EVALSHA", "EVALSHA_RO", "SCRIPT LOAD", "HGETALL", "HMGET"})
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -57,10 +60,13 @@ class Client(Redis):
     """A Redis client of one URL that says :class:`BusUnavailable` when the server cannot serve."""
 
     url: str = ""
+    _gathering: Gathering
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Send one command; see the module's promises."""
         try:
+            if args[0] in _GATHERED:
+                return await self._gathering.send(args, options)
             async with asyncio.timeout(_WATCHDOG):
                 return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
         except AuthenticationError as error:
@@ -105,6 +111,7 @@ def open_client(url: str, partition: str = "main") -> Client:
         raise BusUnavailable(url, error, hint="use redis://host:port/0") from None
     client = cast(Client, Client.from_pool(pool))
     client.url = url
+    client._gathering = Gathering(client, _WATCHDOG)
     return client
 
 

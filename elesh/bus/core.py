@@ -45,8 +45,8 @@ from .registry import Registry
 from .runs import RunStore
 from .scripts import Scripts
 from .sweeping import Sweeper
-from .upkeep import forget_idle_consumers, pending_of
 from .upkeep import last_id as last_id_of
+from .upkeep import pending_of
 
 __all__ = ["SHED_FROM", "Bus"]
 
@@ -66,6 +66,8 @@ SHED_FROM = {
 """Share of ``stream_length`` that may wait before messages of a priority are shed."""
 
 _REMEMBER_SECONDS = 3600
+_SILENCE_MS = 3_600_000
+"""After which a consumer with nothing pending is forgotten."""
 
 
 class Bus:
@@ -128,6 +130,11 @@ class Bus:
     ) -> Self | None:
         """Connect, waiting as long as it takes; None if ``stop`` is set first."""
         return await until_available(lambda: cls.connect(url, settings, breaker), stop=stop)
+
+    @property
+    def asks_password(self) -> bool:
+        """Whether one has to be known to come here: this connection names one."""
+        return bool(self._client.connection_pool.connection_kwargs.get("password"))
 
     async def when_available(self, *, stop: asyncio.Event | None = None) -> bool:
         """Wait until the server answers again; False if ``stop`` is set first."""
@@ -376,14 +383,13 @@ class Bus:
         What a group still needs stays, and work streams wait for their group. Consumers that have
         been silent for an hour with nothing pending are forgotten.
         """
-        removed = {}
-        for stream in STREAMS:
-            key = self.keys.stream(stream)
-            removed[stream.name] = await self._scripts.trim(
-                key, self.settings.stream_length, cap=stream not in _KEPT
-            )
-            await forget_idle_consumers(self._client, self._scripts, key)
-        return removed
+        removed = await self._scripts.tidy(
+            [self.keys.stream(stream) for stream in STREAMS],
+            self.settings.stream_length,
+            _SILENCE_MS,
+            [stream not in _KEPT for stream in STREAMS],
+        )
+        return {stream.name: count for stream, count in zip(STREAMS, removed, strict=True)}
 
 
 def _settled(result: Settling) -> Message:

@@ -82,6 +82,11 @@ class Guard:
         return self._checked(_redrive(framed), field, OPERATIONS.name)
 
     @property
+    def requires_signatures(self) -> bool:
+        """Whether nothing comes in that no key of the keyring has signed."""
+        return self._keyring is not None and self._keyring.required
+
+    @property
     def seals(self) -> bool:
         """Whether blobs that belong to an architecture are stored sealed."""
         return bool(self._blob_key)

@@ -43,7 +43,7 @@ class Scripts:
         self._redrive = load("redrive", common)
         self._drop = load("drop", common)
         self._leave = load("leave")
-        self._trim = load("trim")
+        self._tidy = load("tidy")
         self._touch = load("touch")
         self._breaker = load("breaker")
         self._claim_run = load("claim_run")
@@ -116,9 +116,11 @@ class Scripts:
         """Forget a consumer that has nothing pending."""
         return bool(await self._leave([stream], [group, consumer]))
 
-    async def trim(self, stream: str, length: int, *, cap: bool) -> int:
-        """Shorten a stream; the number of entries removed."""
-        removed: int = await self._trim([stream], [length, int(cap)])
+    async def tidy(
+        self, streams: Sequence[str], length: int, silence: int, capped: Sequence[bool]
+    ) -> list[int]:
+        """Shorten streams and forget silent consumers; the number of entries removed of each."""
+        removed: list[int] = await self._tidy(streams, [length, silence, *map(int, capped)])
         return removed
 
     async def touch(self, keys: Sequence[str], seconds: int, chunk_seconds: int) -> bool:

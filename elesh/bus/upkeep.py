@@ -1,4 +1,4 @@
-"""What operators and the janitor ask of a stream: how much is pending, and to shorten it."""
+"""What operators ask of a stream: how much is pending, and where it ends."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ from redis.exceptions import ResponseError
 
 from .client import Client
 from .records import Pending
-from .scripts import Scripts
 
-__all__ = ["forget_idle_consumers", "last_id", "pending_of"]
-
-_IDLE_MS = 3_600_000
+__all__ = ["last_id", "pending_of"]
 
 
 def _is_absent(error: ResponseError) -> bool:
@@ -49,18 +46,3 @@ async def pending_of(client: Client, key: str, group: str) -> Pending:
     return Pending(
         summary["pending"], oldest.decode() if oldest else None, consumers, known.get("lag")
     )
-
-
-async def forget_idle_consumers(client: Client, scripts: Scripts, key: str) -> None:
-    """Forget the consumers of a stream that have been silent for an hour with nothing pending."""
-    try:
-        groups: Any = await client.xinfo_groups(key)
-        for group in groups:
-            consumers: Any = await client.xinfo_consumers(key, group["name"])
-            for consumer in consumers:
-                if consumer["idle"] > _IDLE_MS and not consumer["pending"]:
-                    names = group["name"].decode(), consumer["name"].decode()
-                    await scripts.leave(key, *names)
-    except ResponseError as error:
-        if not _is_absent(error):
-            raise

@@ -26,6 +26,7 @@ from . import (
     profile,
     replays,
     run,
+    validate,
 )
 from .common import complaints
 
@@ -54,6 +55,7 @@ _mount(profile.app, _RUN)
 _mount(decisions.app, _DECIDE)
 _mount(replays.app, _DECIDE)
 _mount(history.app, _DECIDE)
+_mount(validate.app, _DECIDE)
 _mount(observe.app, _WATCH)
 _mount(events.app, _WATCH)
 _mount(console.app, _WATCH)

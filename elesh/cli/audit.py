@@ -17,7 +17,7 @@ from elesh.observe import AuditFile, Fault, Link, line_of, verify
 from elesh.settings import Settings
 from leyline import AuditEntry
 
-from .common import RedisOption, SettingsOption, console, fail, on_bus
+from .common import RedisOption, SettingsOption, console, fail, on_bus, working
 
 audit = typer.Typer(no_args_is_help=True, help="The audit log: a chain of what was done.")
 
@@ -66,7 +66,8 @@ def audit_verify(
             faults += verify(written) + _differences(links, written)
         return head.number, faults
 
-    number, faults = on_bus(redis, settings, prove)
+    with working("reading the log"):
+        number, faults = on_bus(redis, settings, prove)
     for fault in faults:
         console.print(f"[red]{escape(str(fault))}[/]", soft_wrap=True)
     if faults:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from elesh.bus import Bus, server_url
 from elesh.settings import Settings
@@ -52,6 +54,22 @@ def on_bus(redis: str, settings: Path | None, action: Callable[[Bus, Settings], 
                 await bus.close()
 
     return asyncio.run(run())
+
+
+def working(what: str) -> AbstractContextManager[object]:
+    """Says on a terminal that something is being done; nothing elsewhere."""
+    return complaints.status(what)
+
+
+@contextmanager
+def counting(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal for ``total`` things that each print a line; the block calls what it is
+    given after each. Elsewhere the lines are enough."""
+    columns = TextColumn(what), MofNCompleteColumn(), BarColumn(24), TimeRemainingColumn()
+    bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+    task = bar.add_task(what, total=total)
+    with bar:
+        yield lambda: bar.advance(task)
 
 
 def fail(reason: str) -> NoReturn:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from elesh.settings import Settings
+from elesh.settings.advice import advisory
 
 from .common import SettingsOption, console
 
@@ -23,9 +25,14 @@ def config_show(settings: SettingsOption = None) -> None:
 
 @config.command("check")
 def config_check(file: Annotated[Path, typer.Argument(help="A settings file.")]) -> None:
-    """Say whether a settings file can be used; every complaint names line and key."""
-    Settings.load(file)
+    """Say whether a settings file can be used; every complaint names line and key.
+
+    Keys that change nothing as the others stand are advisory, and told by name.
+    """
+    settings = Settings.load(file)
     console.print(f"{file}: ok", soft_wrap=True)
+    for key, reason in advisory(settings):
+        console.print(f"{file}: advisory: {key}: {escape(reason)}", soft_wrap=True)
 
 
 @config.command("schema")

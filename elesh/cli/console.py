@@ -11,7 +11,7 @@ import typer
 from elesh.bus import server_url
 from elesh.settings import Settings
 
-from .common import RedisOption, SettingsOption, console, on_bus
+from .common import RedisOption, SettingsOption, console, on_bus, working
 
 app = typer.Typer()
 
@@ -54,5 +54,6 @@ def report(
     from elesh.console import write_report
 
     path = file or Path(f"{run}.html")
-    count = on_bus(redis, settings, lambda bus, loaded: write_report(bus, loaded, run, path))
+    with working("writing the report"):
+        count = on_bus(redis, settings, lambda bus, loaded: write_report(bus, loaded, run, path))
     console.print(f"{path}: {count} decisions, {path.stat().st_size / 2**20:.1f} MiB")

@@ -11,7 +11,7 @@ from rich.markup import escape
 from elesh.settings import Settings
 from leyline import Level
 
-from .common import RedisOption, SettingsOption, console, fail, on_bus
+from .common import RedisOption, SettingsOption, console, fail, on_bus, working
 
 app = typer.Typer()
 
@@ -35,7 +35,8 @@ def analyze(
     bundle = CheckpointBundle.load(folder)
     loaded = Settings.load(settings)
     verify = verifier(bundle, loaded)
-    decision = decide(bundle, settings=loaded, level=level, threads=threads, verify=verify)
+    with working("analysing"):
+        decision = decide(bundle, settings=loaded, level=level, threads=threads, verify=verify)
     if as_json:
         console.print_json(decision.model_dump_json())
     else:

@@ -12,12 +12,12 @@ from rich.markup import escape
 from elesh.bus import Bus
 from elesh.capture import open_case, versions
 from elesh.observe import setup_tracing
-from elesh.replay import Replayed, Selection, replay_case
+from elesh.replay import Replayed, Selection, count_selected, replay_case
 from elesh.replay import capture as capture_case
 from elesh.replay import replay as replay_events
 from elesh.settings import Settings
 
-from .common import RedisOption, SettingsOption, console, fail, on_bus
+from .common import RedisOption, SettingsOption, console, counting, fail, on_bus, working
 
 app = typer.Typer()
 _SHOWN = 40
@@ -46,10 +46,13 @@ def replay(
 
     async def run_all(bus: Bus, loaded: Settings) -> tuple[int, int]:
         setup_tracing("elesh-replay", run or key or "all", loaded.observe)
-        total = same = 0
-        async for item in replay_events(bus, loaded, Selection(key, run, epoch)):
-            print_replayed(item, diff=diff)
-            total, same = total + 1, same + item.identical
+        selection = Selection(key, run, epoch)
+        total, same = await count_selected(bus, selection), 0
+        with counting("replayed", total) as advance:
+            async for item in replay_events(bus, loaded, selection):
+                print_replayed(item, diff=diff)
+                same += item.identical
+                advance()
         return total, same
 
     total, same = on_bus(redis, settings, run_all)
@@ -61,7 +64,8 @@ def replay(
 
 def _replay_file(source: Path, settings: Path | None, diff: bool) -> None:
     chosen = Settings.load(settings) if settings is not None else None
-    item = asyncio.run(replay_case(source, chosen))
+    with working("replaying"):
+        item = asyncio.run(replay_case(source, chosen))
     print_replayed(item, diff=diff)
     now = versions()
     for name, then in open_case(source).versions.items():

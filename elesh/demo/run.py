@@ -68,14 +68,14 @@ def run_demo(demo: Demo, console: Console) -> int:
                     "training goes on",
                     highlight=False,
                 )
-            code = _train(demo, settings, url, console)
+            code = _train(demo, settings, settings_file, url, console)
     return code
 
 
 def run_trainer(demo: Demo, console: Console) -> int:
     """The simulated trainer alone; workers run elsewhere."""
-    settings, _ = demo_settings(demo, _folder())
-    return _train(demo, settings, demo.url or settings.bus.url, console)
+    settings, settings_file = demo_settings(demo, _folder())
+    return _train(demo, settings, settings_file, demo.url or settings.bus.url, console)
 
 
 def demo_settings(demo: Demo, folder: Path) -> tuple[Settings, Path | None]:
@@ -114,7 +114,9 @@ def _server(url: str, console: Console) -> Iterator[str]:
         yield embedded
 
 
-def _train(demo: Demo, settings: Settings, url: str, console: Console) -> int:
+def _train(
+    demo: Demo, settings: Settings, settings_file: Path | None, url: str, console: Console
+) -> int:
     epochs = demo.epochs or settings.structured_pruning.safety_schedule.total_epochs + 4
     every = demo.every or max(1, epochs // _CHECKPOINTS)
     run_id = demo.run_id or f"demo-{demo.seed}-{secrets.token_hex(4)}"
@@ -134,8 +136,10 @@ def _train(demo: Demo, settings: Settings, url: str, console: Console) -> int:
     console.print(
         f"run {run_id}: {epochs} epochs in {time.monotonic() - begun:.0f} s", highlight=False
     )
+    with_settings = f" --settings {settings_file}" if settings_file else ""
     console.print(
-        f"look closer: elesh trace {run_id}, elesh explain KEY, elesh replay --run {run_id}",
+        f"look closer: elesh trace {run_id}, elesh explain KEY, "
+        f"elesh replay --run {run_id}{with_settings}",
         highlight=False,
         soft_wrap=True,
     )

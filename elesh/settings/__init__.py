@@ -93,30 +93,55 @@ class Settings(BaseSettings):
         env_nested_delimiter="__",
         validate_default=True,
         allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
     _types = field_validator("*", mode="before")(classmethod(no_boolean))
 
     analysis_workers_per_gpu: int = Field(default=4, ge=1)
+    """Workers that ``elesh plan --gpus`` advises for each GPU that trains."""
     layers_per_worker: int = Field(default=8, ge=1)
+    """Groups that one part of a level has where the level is split (``worker.shard_bytes``)."""
     sketch_width: int = Field(default=100_000, ge=1)
+    """Cells a row of the Count-Min sketch of single parameters, at least a hundredth of them."""
     sketch_depth: int = Field(default=10, ge=1)
-    importance_history_epochs: int = Field(default=500, ge=1)
+    """Rows of the same sketch."""
+    importance_history_epochs: int = Field(
+        default=500, ge=1, json_schema_extra={"unit": "checkpoints"}
+    )
+    """Checkpoints of a run whose importance is kept, for trends and stability."""
     structured_pruning: StructuredPruning = StructuredPruning()
-    analysis_timeout: float = Field(default=300.0, gt=0)
+    """Channels, heads, layers, the schedule and the rollback triggers."""
+    analysis_timeout: float = Field(default=300.0, gt=0, json_schema_extra={"unit": "s"})
+    """The checkpoint window: an analysis that takes longer is stopped, and answered by a lower rung
+    of the failure table."""
     marking_threshold: float = Field(default=1e-8, ge=0)
+    """Single parameters whose importance is surely below it are masked."""
     confidence_threshold: float = Field(default=0.95, ge=0, le=1)
+    """Masks of single parameters of less confidence are not made."""
     analysis_cache_size: ByteSize = Field(default=ByteSize(10**9), ge=0)
+    """Of the importance history: kept of one run in Redis, and of all runs in a worker's memory."""
     parallel_analysis_threads: int = Field(default=16, ge=1)
+    """The most threads of one analysis; a worker uses ``worker.threads`` up to it."""
     statistical_samples: int = Field(default=10_000, ge=1)
+    """Single parameters whose exact importance masks are checked against."""
     accuracy_targets: AccuracyTargets = AccuracyTargets()
+    """What ``elesh validate`` measures a checkpoint against."""
     breaker: BreakerSettings = BreakerSettings()
+    """Circuit breakers."""
     bus: BusSettings = BusSettings()
+    """Redis."""
     trainer: TrainerSettings = TrainerSettings()
+    """The training script's side."""
     worker: WorkerSettings = WorkerSettings()
+    """One worker's limits."""
     audit: AuditSettings = AuditSettings()
+    """The audit log."""
     console: ConsoleSettings = ConsoleSettings()
+    """The web console."""
     verification: VerificationSettings = VerificationSettings()
+    """What is measured before a cut is approved."""
     observe: ObserveSettings = ObserveSettings()
+    """Traces, health and metrics."""
 
     @classmethod
     def load(cls, path: str | Path | None = None, **over: Any) -> Settings:
@@ -138,7 +163,7 @@ class Settings(BaseSettings):
     @property
     def window_seconds(self) -> float:
         """The checkpoint window: the document's ``analysis_timeout``, or the worker's if less."""
-        return min(self.worker.window_seconds, self.analysis_timeout)
+        return min(self.worker.window_seconds or self.analysis_timeout, self.analysis_timeout)
 
     @property
     def threads(self) -> int:

@@ -26,6 +26,10 @@ def no_boolean(section: type[BaseModel], value: Any, info: ValidationInfo) -> An
 
 class Section(BaseModel):
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
     _types = field_validator("*", mode="before")(classmethod(no_boolean))

@@ -12,7 +12,9 @@ class BreakerSettings(Section):
     """When a level's circuit breaker opens and how it recovers."""
 
     failures: int = Field(default=3, ge=1)
+    """So many in a row (of the analysis, of a safety gate, or a rollback) open it."""
     recovery_seconds: float = Field(default=30.0, gt=0)
+    """After so long one probe in the fleet may try again."""
 
 
 class BusSettings(Section):
@@ -21,13 +23,21 @@ class BusSettings(Section):
     url: str = ""
     """Redis URL; empty: the embedded server."""
     partition: str = Field(default="main", pattern=r"^[A-Za-z0-9_\-]{1,32}$")
+    """Trainers and workers meet in one; all its keys have it in their name."""
     lease_seconds: float = Field(default=15.0, gt=0)
+    """How long an entry stays with a worker that is not heard of any more."""
     max_deliveries: int = Field(default=4, ge=1)
+    """An entry that was delivered more often without an end becomes a dead letter."""
     blob_ttl_seconds: int = Field(default=7200, ge=60)
+    """How long blobs (statistics, networks, masks) are kept."""
     record_ttl_seconds: int = Field(default=7 * 86400, ge=60)
+    """How long the record of a decision is kept, and with it the promise of one decision a key."""
     stream_length: int = Field(default=100_000, ge=100)
+    """Entries a stream may hold; low priorities find no room before it is full."""
     max_blob_bytes: ByteSize = Field(default=ByteSize(2 << 30), ge=1)
+    """Larger blobs are refused before they are read."""
     security: SecuritySettings = SecuritySettings()
+    """Who is believed, and how blobs are stored."""
     blob_folder: str = ""
     """Folder whose files ``file:`` references may name; empty: none."""
 
@@ -35,8 +45,9 @@ class BusSettings(Section):
 class WorkerSettings(Section):
     """Limits of one worker."""
 
-    window_seconds: float = Field(default=300.0, gt=0)
-    """The checkpoint window: an analysis that takes longer is stopped."""
+    window_seconds: float | None = Field(default=None, gt=0)
+    """The checkpoint window: an analysis that takes longer is stopped. None, or more than
+    ``analysis_timeout``: that."""
     memory_limit: ByteSize = Field(default=ByteSize(4 << 30), ge=1 << 20)
     """What the compute child may use, in bytes; over it the analysis falls back to channels."""
     shard_bytes: ByteSize = Field(default=ByteSize(1 << 30), ge=1)
@@ -44,15 +55,19 @@ class WorkerSettings(Section):
     prefetch: int = Field(default=1, ge=1, le=64)
     """Entries that a worker holds at once; it serves one at a time."""
     drain_seconds: float = Field(default=30.0, gt=0)
+    """How long a worker that is told to end may go on with what it has begun."""
     threads: int = Field(default=1, ge=1)
+    """Threads of one analysis, at most ``parallel_analysis_threads``; the result does not depend on
+    them."""
 
 
 class ConsoleSettings(Section):
     """The web console: where it listens, and who may act."""
 
     host: str = "127.0.0.1"
+    """Address that it listens on."""
     port: int = Field(default=8765, ge=0, le=65535)
-    """0: any free one."""
+    """Port that it listens on; 0: any free one."""
     hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
     """Names that browsers may call it by; others are refused."""
     token: SecretStr = SecretStr("")
@@ -78,5 +93,6 @@ class ObserveSettings(Section):
     heartbeat_seconds: float = Field(default=5.0, gt=0)
     """Seconds between two entries of a worker in the fleet's register."""
     health_host: str = "127.0.0.1"
+    """Address that a worker's health and metrics are served on."""
     health_port: int | None = Field(default=None, ge=0, le=65535)
     """Port of a worker's health and metrics; 0: any free one; none: not served."""

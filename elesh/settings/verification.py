@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Any, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
 
 from leyline import Level, Phase
 
@@ -13,16 +15,20 @@ class CutLimits(Section):
     """What a cut may cost."""
 
     accuracy_drop: float = Field(ge=0, le=1)
-    loss_rise: float = Field(ge=0)
-    """In nats a sample."""
+    """Of the accuracy on held-out data."""
+    loss_rise: float = Field(ge=0, json_schema_extra={"unit": "nats"})
+    """Of the loss on held-out data, a sample."""
 
 
 class PhaseLimits(Section):
     """What a cut of one level may cost in each pruning phase (FACTS, "Selection")."""
 
     conservative: CutLimits
+    """In the conservative phase, and in phases that do not prune."""
     moderate: CutLimits
+    """In the moderate phase."""
     aggressive: CutLimits
+    """In the aggressive phase."""
 
     def of(self, phase: Phase) -> CutLimits:
         """The limits of a phase; in phases that do not prune, the strictest."""
@@ -39,8 +45,14 @@ class VerificationSettings(Section):
     """How cuts are measured on held-out data, and what is allowed where they cannot be."""
 
     channel: PhaseLimits = _limits((0.02, 0.05), (0.03, 0.08), (0.05, 0.12))
+    """What a cut of channels may cost."""
     head: PhaseLimits = _limits((0.03, 0.08), (0.05, 0.12), (0.08, 0.15))
+    """What a cut of heads may cost."""
     layer: PhaseLimits = _limits((0.05, 0.12), (0.08, 0.15), (0.12, 0.20))
+    """What a cut of layers may cost."""
+    programs: Literal["signed", "authenticated", "any"] = "authenticated"
+    """Whose networks are run: those on a bus where every message must be signed; also those on a
+    bus that asks for a password, as the embedded one does; or anybody's."""
     accuracy_retention: float = Field(default=0.95, ge=0, le=1)
     """Accuracy after the cut as a share of the accuracy before it."""
     class_accuracy_drop: float = Field(default=0.15, ge=0, le=1)
@@ -53,6 +65,7 @@ class VerificationSettings(Section):
     confidence: float = Field(default=0.95, gt=0, lt=1)
     """Of the bounds that are compared with the limits, and of the intervals that are told."""
     bootstrap_samples: int = Field(default=2000, ge=100)
+    """Draws behind each of them."""
     rounds: int = Field(default=4, ge=1, le=64)
     """In so many rounds a cut is chosen where the checkpoint carries its network: after each, what
     the rest costs is measured again on the masked network. 1: once, from the statistics."""
@@ -64,6 +77,18 @@ class VerificationSettings(Section):
     predicted_loss_factor: float = Field(default=2.0, ge=1)
     """Where nothing could be measured, the predicted loss rise times this must be within the
     limit: predictions add up single removals and are too low for sets."""
+
+    @field_validator("channel", "head", "layer", mode="before")
+    @classmethod
+    def _over_defaults(cls, limits: Any, info: ValidationInfo) -> Any:
+        """What is given of a level's limits, over the level's own defaults."""
+        if not isinstance(limits, dict):
+            return limits
+        whole = cls.model_fields[info.field_name or ""].default.model_dump()
+        for phase, given in limits.items():
+            both = isinstance(given, dict) and isinstance(whole.get(phase), dict)
+            whole[phase] = whole[phase] | given if both else given
+        return whole
 
     def limits(self, levels: frozenset[Level], phase: Phase) -> CutLimits:
         """The strictest limits of the levels that a cut is made of."""

@@ -8,6 +8,7 @@ it was made for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,14 @@ from leyline.streams import REQUESTS
 from .calling import Inputs, batch_size, call, device_of, map_tensors, undisturbed
 from .losses import Loss, cross_entropy, total
 
-__all__ = ["ParameterImportance", "ParameterTracker", "apply_masks", "ask_for_masks", "identifiers"]
+__all__ = [
+    "ParameterImportance",
+    "ParameterTracker",
+    "apply_masks",
+    "ask_for_masks",
+    "identifiers",
+    "kept_elements",
+]
 
 
 def identifiers(model: nn.Module) -> tuple[ParameterIdentifier, ...]:
@@ -241,20 +249,32 @@ async def _put(bus: Bus, rank: ParameterImportance, epoch: int, model_hash: str)
 def apply_masks(model: nn.Module, masks: PruningMasks, packed: bytes = b"") -> int:
     """Set every marked parameter to zero, in place; how many there were.
 
+    Arguments and errors are those of :func:`kept_elements`.
+    """
+    tensors, marked = dict(model.named_parameters()), 0
+    with torch.no_grad():
+        for path, keep in kept_elements(model, masks, packed).items():
+            tensors[path].mul_(keep.to(tensors[path].device))
+            marked += int((~keep).sum())
+    return marked
+
+
+def kept_elements(model: nn.Module, masks: PruningMasks, packed: bytes = b"") -> dict[str, Tensor]:
+    """By path of a masked parameter, a bool tensor of its shape: which elements stay.
+
     Args:
         packed: the content of ``masks.packed`` where the masks travel in a blob.
 
     Raises:
         IdentityMismatch: if a mask speaks of a tensor that the model does not have in that shape
-            and dtype. Nothing has changed then.
+            and dtype.
         ShapeMismatch: if ``packed`` has not the bytes of all masks.
     """
     known = {p.identifier: p.path for p in identifiers(model)}
-    tensors: dict[str, Tensor] = dict(model.named_parameters())
     size = sum(mask.size for mask in masks.masks)
     if masks.packed is not None and len(packed) != size:
         raise ShapeMismatch("packed", f"{size} bytes", f"{len(packed)} bytes")
-    kept: list[tuple[Tensor, Tensor]] = []
+    kept: dict[str, Tensor] = {}
     start = 0
     for mask in masks.masks:
         path = known.get(mask.parameter.identifier)
@@ -263,13 +283,10 @@ def apply_masks(model: nn.Module, masks: PruningMasks, packed: bytes = b"") -> i
             raise IdentityMismatch("masks.parameter", "a parameter of the model", found)
         bits = packed[start : start + mask.size] if masks.packed is not None else mask.bits
         start += mask.size
-        tensor = tensors[path]
-        keep = np.unpackbits(np.frombuffer(bits, np.uint8), count=tensor.numel()).astype(bool)
-        kept.append((tensor, torch.from_numpy(keep).view(tensor.shape)))
-    with torch.no_grad():
-        for tensor, keep_mask in kept:
-            tensor.mul_(keep_mask.to(tensor.device))
-    return sum(int((~keep_mask).sum()) for _, keep_mask in kept)
+        shape = mask.parameter.shape
+        keep = np.unpackbits(np.frombuffer(bits, np.uint8), count=math.prod(shape)).astype(bool)
+        kept[path] = torch.from_numpy(keep).view(shape)
+    return kept
 
 
 def _below(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:

@@ -34,7 +34,7 @@ __all__ = ["RULES", "merge_ranks"]
 
 _Array = npt.NDArray[Any]
 _M = TypeVar("_M", ChannelImportanceData, GateStatistics, LayerStatistics, HeadImportanceData)
-Rule = Literal["mean", "rows", "same", "correlations", "mean_square"]
+Rule = Literal["mean", "error", "rows", "same", "correlations", "mean_square"]
 
 RULES: Mapping[str, Rule] = {
     "taylor_importance": "mean",
@@ -50,6 +50,7 @@ RULES: Mapping[str, Rule] = {
     "first_order": "mean",
     "second_order": "mean",
     "removal_rise": "mean",
+    "removal_error": "error",
     "taylor": "mean",
     "gradient_flow": "mean",
     "similarity": "mean",
@@ -58,9 +59,9 @@ RULES: Mapping[str, Rule] = {
     "entropy_bound": "mean",
     "diversity": "mean",
 }
-"""How each field of the statistics is merged: means by samples, rows one after another, what is
-the same on all ranks, and correlations by the inner products that they stand for. Centred input
-moments lose by that what the ranks' means differ by."""
+"""How each field of the statistics is merged: means by samples, their errors, rows one after
+another, what is the same on all ranks, and correlations by the inner products that they stand
+for. Centred input moments lose by that what the ranks' means differ by."""
 
 
 def merge_ranks(bundles: Sequence[CheckpointBundle]) -> CheckpointBundle:
@@ -123,6 +124,13 @@ def _mean(values: Sequence[_Array], samples: Sequence[int], _: Sequence[Any]) ->
     return np.asarray(total / max(sum(samples), 1)).astype(np.float32)
 
 
+def _error(values: Sequence[_Array], samples: Sequence[int], _: Sequence[Any]) -> _Array:
+    """The standard error of a mean, from those of its parts."""
+    weighted = zip(values, samples, strict=True)
+    total = sum(np.square(value.astype(np.float64) * count) for value, count in weighted)
+    return np.asarray(np.sqrt(total) / max(sum(samples), 1)).astype(np.float32)
+
+
 def _rows(values: Sequence[_Array], samples: Sequence[int], _: Sequence[Any]) -> _Array:
     return np.concatenate(values)
 
@@ -163,6 +171,7 @@ def _correlations(values: Sequence[_Array], samples: Sequence[int], items: Seque
 
 _MERGE: Mapping[Rule, Callable[[Sequence[_Array], Sequence[int], Sequence[Any]], _Array]] = {
     "mean": _mean,
+    "error": _error,
     "rows": _rows,
     "same": _same,
     "correlations": _correlations,

@@ -7,7 +7,6 @@ give the same bundle.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
@@ -19,11 +18,8 @@ from torch import Tensor, nn
 
 from leyline import (
     AnalysisParameters,
-    ChannelImportanceData,
     CheckpointBundle,
     CheckpointMetadata,
-    GateStatistics,
-    HeadImportanceData,
     InvalidField,
     Level,
     NotFinite,
@@ -31,9 +27,10 @@ from leyline import (
     checkpoint_id,
 )
 
+from .ablation import Batches
 from .branch_meter import BranchMeter
 from .calling import Inputs, batch_size, call, device_of, main_output, map_tensors, undisturbed
-from .gates import Axis, GateMeter, axis_of
+from .gates import GateMeter, axis_of
 from .groups import find_architecture
 from .halfway import AHEAD, first_to_go, indices_of
 from .layers import named_tensors, require_fit
@@ -49,9 +46,9 @@ from .losses import (
     sampled_labels,
     total,
 )
-from .patterns import PATTERN_SAMPLES, AttentionWeights, PatternTally
-from .redistribute import MomentMeter, Moments, consumer_axes, takes_constant
-from .tally import CORRELATED_SAMPLES, AxisTally, GroupTally, Sums, magnitudes
+from .measurement import Measurement
+from .redistribute import MomentMeter, Moments, consumer_axes
+from .tally import GroupTally
 
 
 class Recorder:
@@ -65,7 +62,8 @@ class Recorder:
     what a single removal does to the loss beyond second order, too.
     A last forward and backward pass takes the projections of channels half way to a cut
     (``ahead``): a derivative in the middle of the way says more about its end than one at its
-    beginning.
+    beginning. Heads are few, and derivatives say least of them: each is masked in turn on the
+    samples where that matters most.
     Statistics are taken in evaluation mode (normalisations frozen), so samples do not see each
     other. The first dimension of activations must count samples (or rows that each belong to
     one sample, in the order of the samples).
@@ -147,8 +145,7 @@ class Recorder:
             max_samples: stop after so many samples.
             ahead: the share of all channels whose cut the projections look ahead to: they are
                 taken with the gates of that many channels, the first to go, at one half. 0: at the
-                network as it is, which saves a forward and a backward pass and the copies of the
-                batches that are kept for them.
+                network as it is, which saves a forward and a backward pass.
 
             redistribute: also measure the input moments that the order of whoever redistributes
                 needs (``redistribute`` of the parameters, which it sets): two C x C matrices for
@@ -160,13 +157,13 @@ class Recorder:
             InvalidField: if there is no sample, or a group's consumers were never called.
         """
         require_fit(self._model, self._architecture)
-        measurement = _Measurement(self._architecture, inputs=redistribute)
-        kept: Iterable[tuple[Inputs, Any]] = self._limited(batches, max_samples)
-        with undisturbed(self._model, self._seed):
-            if ahead:
-                kept = list(kept)
-            branches = self._run(measurement, kept)
+        measurement = Measurement(self._architecture, inputs=redistribute)
+        kept: Batches = ()
         architecture = self._architecture
+        with undisturbed(self._model, self._seed):
+            kept = list(self._limited(batches, max_samples))
+            branches = self._run(measurement, kept)
+            measurement.ablate(self._model, architecture, kept)
         metadata = CheckpointMetadata(
             run_id=run_id,
             checkpoint_id=checkpoint_id(run_id, epoch, architecture.model_hash),
@@ -194,7 +191,7 @@ class Recorder:
         return self._half_way(bundle, kept, ahead) if ahead else bundle
 
     def _half_way(
-        self, bundle: CheckpointBundle, batches: Iterable[tuple[Inputs, Any]], share: float
+        self, bundle: CheckpointBundle, batches: Batches, share: float
     ) -> CheckpointBundle:
         """The bundle with projections of channels half way to a cut of this share of them."""
         groups = [g for g in self._architecture.groups if g.prunable and g.level is Level.CHANNEL]
@@ -282,7 +279,7 @@ class Recorder:
             seen += left
             yield map_tensors(taken, inputs), map_tensors(taken, labels)
 
-    def _run(self, measurement: _Measurement, batches: Iterable[tuple[Inputs, Any]]) -> BranchMeter:
+    def _run(self, measurement: Measurement, batches: Iterable[tuple[Inputs, Any]]) -> BranchMeter:
         # Two streams, so that the directions are those of ``project`` whatever labels are drawn.
         generators = tuple(torch.Generator().manual_seed(self._seed + i * 2**32) for i in (0, 1))
         meter = GateMeter(self._model, measurement.axes, measurement.watch)
@@ -304,7 +301,7 @@ class Recorder:
         self,
         meter: GateMeter,
         branches: BranchMeter,
-        measurement: _Measurement,
+        measurement: Measurement,
         output: Any,
         labels: Any,
         generators: tuple[torch.Generator, ...],
@@ -344,92 +341,6 @@ class Recorder:
         branches.read("sampled")
         sampled, _ = meter.backward(total(self._loss(output, drawn), samples), keep=False)
         measurement.add(projections, true, sizes, sampled)
-
-
-class _Measurement:
-    """The tallies of one measurement."""
-
-    def __init__(self, architecture: PrunedArchitecture, inputs: bool = False) -> None:
-        self.look = self._enter if inputs else None
-        self.samples, self.batch = 0, 1
-        self._groups = [GroupTally(group) for group in architecture.groups if group.prunable]
-        self._axes: dict[Axis, AxisTally] = {
-            axis_of(site): AxisTally() for tally in self._groups for site in tally.group.sites
-        }
-        self._first: dict[Axis, list[GroupTally]] = {}
-        self._patterns: dict[Axis, PatternTally] = {}
-        self._weights = AttentionWeights()
-        for tally in self._groups:
-            if tally.group.level is Level.HEAD:
-                self._patterns[tally.first_axis] = PatternTally(tally.group)
-            else:
-                self._first.setdefault(tally.first_axis, []).append(tally)
-
-    @property
-    def axes(self) -> Collection[Axis]:
-        """Where to measure."""
-        return self._axes.keys()
-
-    def watching(self) -> contextlib.AbstractContextManager[Any]:
-        """To be entered while the network runs."""
-        return self._weights if self._patterns else contextlib.nullcontext()
-
-    def expect(self, batch: int) -> None:
-        """Say how many samples the next forward pass has."""
-        self.batch = batch
-
-    def watch(self, axis: Axis, x: Tensor) -> None:
-        """Look at the activations that pass an axis."""
-        self._axes[axis].see(x, axis[1])
-        rows = len(x) * min(self.batch, CORRELATED_SAMPLES - self.samples) // self.batch
-        if rows > 0:
-            for tally in self._first.get(axis, ()):
-                tally.correlate(x[:rows])
-        if axis in self._patterns:
-            left = min(max(PATTERN_SAMPLES - self.samples, 0), self.batch) / self.batch
-            self._patterns[axis].see(self._weights.take(), x.numel() // x.shape[-1], left)
-
-    def _enter(self, axis: Axis, x: Tensor, gradient: Tensor) -> None:
-        for tally in self._groups:
-            if tally.group.level is Level.CHANNEL:
-                tally.enter(axis, x, gradient)
-
-    def add(self, projections: Sums, true: Sums, sizes: Sums, sampled: Sums) -> None:
-        """Take in the sums of a batch."""
-        for tally in self._groups:
-            tally.add(projections, true, sizes, sampled, self.batch)
-        self.samples += self.batch
-
-    def add_margins(
-        self, projections: Sums, moves: Sums, sizes: Sums, rivals: Sums, margins: Tensor
-    ) -> None:
-        """Take in the sums of a batch whose samples have margins."""
-        known = margins.double().cpu().numpy()
-        for tally in self._groups:
-            tally.add_margins(projections, moves, sizes, rivals, known)
-        self.samples += self.batch
-
-    def statistics(
-        self, model: nn.Module
-    ) -> tuple[
-        dict[str, ChannelImportanceData], dict[str, GateStatistics], dict[str, HeadImportanceData]
-    ]:
-        """The statistics by group: of channels, of all gates, of heads."""
-        if not self.samples:
-            raise InvalidField("batches", "at least one sample", 0)
-        channel_tallies = [t for t in self._groups if t.group.level is not Level.HEAD]
-        norms = magnitudes(model, (tally.group for tally in channel_tallies))
-        channels = {
-            t.group.name: t.channels(self._axes, norms[t.group.name]) for t in channel_tallies
-        }
-        constants = {a for a in self._axes if takes_constant(model.get_submodule(a[0]))}
-        gates = {t.group.name: t.gates(self.samples, constants) for t in self._groups}
-        heads = {
-            t.group.name: t.heads(self.samples, self._axes, self._patterns[t.first_axis].fields())
-            for t in self._groups
-            if t.group.level is Level.HEAD
-        }
-        return channels, gates, heads
 
 
 def _where_not_finite(model: nn.Module) -> str:

@@ -6,6 +6,7 @@ of parts of the samples add up to the tally of all of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from leyline import (
     GateStatistics,
     HeadImportanceData,
     InvalidField,
+    Level,
     PruningGroup,
 )
 from leyline.parts import Span
@@ -102,6 +104,10 @@ class GroupTally:
     rise: Doubles = field(init=False)
     moves: list[npt.NDArray[np.float16]] = field(default_factory=list)
     margins: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    rises: list[Doubles] = field(default_factory=list)
+    """Of heads, the rows that ``rise`` is the sum of, so that some can be measured better."""
+    rise_error: Doubles | None = None
+    """Standard errors of the mean rise, where units were masked."""
     rated: int = 0
     """Samples that ``rise`` is a sum over and that ``moves`` and ``margins`` have."""
     gram: Tensor | None = None
@@ -164,10 +170,24 @@ class GroupTally:
         self.second += (wrong * (1 - wrong) * move**2 + wrong * variance).sum(0)
         rise = np.logaddexp(0, m - move + variance / 2) - np.logaddexp(0, m)
         self.rise += rise.sum(0)
+        if self.group.level is Level.HEAD:
+            self.rises.append(rise)
         self.rated += samples
         self.moves.append(np.clip(move, -_LARGEST, _LARGEST).astype(np.float16))
         self.margins.append(margins.astype(np.float32))
         self._add_sizes(sizes)
+
+    @property
+    def margins_of_all(self) -> Doubles:
+        """[N]: the margins of all samples."""
+        return np.concatenate(self.margins).astype(np.float64)
+
+    def measured(self, rows: npt.NDArray[np.int64], rises: Doubles) -> None:
+        """Take measured rises [n, C] of the samples ``rows`` [n] in place of the predicted."""
+        all_rises = np.concatenate(self.rises)
+        all_rises[rows] = rises
+        self.rise = all_rises.sum(0)
+        self.rise_error = all_rises.std(0) / math.sqrt(len(all_rises))
 
     def _add_sizes(self, sizes: Sums) -> None:
         for site in self.group.sites:
@@ -210,6 +230,7 @@ class GroupTally:
             first_order=single(self.first / samples),
             second_order=single(self.second / samples),
             removal_rise=single(self.rise / samples) if rated else None,
+            removal_error=None if self.rise_error is None else single(self.rise_error),
             moves=np.concatenate(self.moves) if rated else None,
             margins=np.concatenate(self.margins) if rated else None,
             **self._input_moments(samples, constants),

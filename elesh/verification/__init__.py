@@ -30,13 +30,18 @@ def verifier(
     bundle: CheckpointBundle,
     settings: Settings,
     recorded: StructuralPruningDecision | None = None,
+    refused: str = "",
 ) -> Verifier:
     """What measures the cuts of this checkpoint, or says why it cannot.
 
     Args:
         recorded: the decision that is replayed. Whether time ran out, or a worker had torch, is
             what another run could see otherwise, so that is taken from it.
+        refused: why the checkpoint's network is not to be run, if it is not.
     """
+    if refused:
+        untrusted = Fallback(rung=SKIPPED, reason=refused)
+        return lambda proposal: safety.predicted_only(proposal, settings, untrusted)
     if bundle.network is None:
         return lambda proposal: safety.predicted_only(proposal, settings)
     if find_spec("torch") is None or find_spec("safetensors") is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,16 +116,32 @@ class Bench:
             TooSlow: when the deadline has passed.
             NotFinite, ShapeMismatch: if its outputs are not finite or fit no labels.
         """
-        mask = self.gates(entries)
+        outcomes = self.outcomes(entries)
         with confined():
-            with torch.no_grad():
-                parts = [
-                    _judged(self.run(self._inputs, rows, mask)[0], self._labels[rows], int(rows[0]))
-                    for rows in self.portions(self.samples)
-                ]
-            gradients = self._gradients(mask)
-        outcomes = Outcomes(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
-        return Measurement(outcomes, gradients)
+            return Measurement(outcomes, self._gradients(self.gates(entries)))
+
+    def outcomes(self, entries: Sequence[Entry]) -> Outcomes:
+        """The same without the gradients: a third of the time."""
+        mask = self.gates(entries)
+        with confined(), torch.no_grad():
+            parts = [
+                _judged(self.run(self._inputs, rows, mask)[0], self._labels[rows], int(rows[0]))
+                for rows in self.portions(self.samples)
+            ]
+        return Outcomes(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+    def products(self, site: GateSite, indices: Sequence[int], rows: Tensor) -> Tensor:
+        """[K, K] float64: products of what passes some indices of a site's axis, summed over the
+        samples ``rows`` and positions, nothing masked."""
+        name = self._program.gated(self._program.gates[self.slot(site)])
+        total = torch.zeros(len(indices), len(indices), dtype=torch.float64)
+        with confined(), torch.no_grad():
+            for part in torch.split(rows, self._program.batch or _PORTION):
+                seen = {name: torch.zeros(0)}
+                self.run(self._inputs, part, self.gates(()), seen)
+                flat = seen[name].movedim(site.dim, -1).flatten(0, -2)[:, list(indices)].double()
+                total += flat.T @ flat
+        return total
 
     def flow_change(
         self, before: Measurement, after: Measurement, entries: Sequence[Entry]
@@ -182,7 +198,11 @@ class Bench:
             yield torch.arange(start, min(start + size, samples))
 
     def run(
-        self, inputs: Mapping[str, Tensor], rows: Tensor, mask: Sequence[Tensor]
+        self,
+        inputs: Mapping[str, Tensor],
+        rows: Tensor,
+        mask: Sequence[Tensor],
+        watched: MutableMapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Outputs of some samples, in single precision, and the gates they went through: for every
         slot [samples or more, size], what is beyond the samples only fills up."""
@@ -193,7 +213,7 @@ class Bench:
         gates = [gate.expand(len(rows), -1) for gate in mask]
         if torch.is_grad_enabled():
             gates = [gate.clone().requires_grad_() for gate in gates]
-        outputs = self._program.run(self._weights, taken, gates)
+        outputs = self._program.run(self._weights, taken, gates, watched)
         if len(outputs) != len(rows):
             raise ShapeMismatch("program.output", f"{len(rows)} samples", tuple(outputs.shape))
         return outputs[:count].float(), gates

@@ -12,7 +12,7 @@ and the gradient with respect to gates is the statistic that units are ranked by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,6 +137,7 @@ class Program:
         weights: Mapping[str, Tensor],
         inputs: Mapping[str, Tensor],
         gates: Sequence[Tensor],
+        watched: MutableMapping[str, Tensor] | None = None,
     ) -> Tensor:
         """The network's outputs.
 
@@ -144,6 +145,7 @@ class Program:
             weights: tensors by path.
             inputs: tensors by name, N samples along their first dimension.
             gates: [N, size] for every slot, in their order.
+            watched: names of values, which are filled in.
         """
         values: dict[str, Any] = {name: weights[path] for name, path in self.weights.items()}
         values |= {name: inputs[key] for name, key in self.inputs.items()}
@@ -153,12 +155,28 @@ class Program:
             args = [decoded(value, values) for value in node.args]
             kwargs = {key: decoded(value, values) for key, value in node.kwargs.items()}
             values[node.name] = function(*args, **kwargs)
+            if watched is not None and node.name in watched:
+                watched[node.name] = values[node.name]
             for name in last.get(number, ()):
                 del values[name]
         output = values[self.output]
         if not isinstance(output, Tensor) or not output.is_floating_point():
             raise InvalidField("program.output", "a floating-point tensor", type(output).__name__)
         return output
+
+    def gated(self, slot: GateSlot) -> str:
+        """The name of the value that the gate of a slot has multiplied.
+
+        Raises:
+            InvalidField: if nothing is multiplied by it.
+        """
+        gate = {slot.value}  # and the forms that it is brought into first
+        for node in self.nodes:
+            if gate.intersection(_names_in(node)):
+                if node.operator == "aten.mul.Tensor":
+                    return node.name
+                gate.add(node.name)
+        raise InvalidField(f"program.{slot.value}", "a gate that multiplies a value", slot.module)
 
     @property
     def _calls(self) -> Iterator[tuple[Node, Callable[..., Any]]]:

@@ -162,7 +162,7 @@ def _joined(
     recorded = decode(kind, job.recorded, field="recorded") if job.recorded else None
     # On a lower rung there is no time or memory for measuring; gates are stricter without it.
     measures = not scope_of(job.rungs).scorer
-    verify = verifier(bundle, settings, recorded) if measures else None
+    verify = verifier(bundle, settings, recorded, job.unmeasured) if measures else None
     return join(
         bundle,
         analyses,

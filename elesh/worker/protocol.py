@@ -57,6 +57,8 @@ class Job:
     """The groups that a ``level`` job looks at; empty for all."""
     missing: tuple[tuple[str, str], ...] = ()
     """Levels that a join has to do without, each with the reason."""
+    unmeasured: str = ""
+    """Why the network that the checkpoint names is not run; empty: it may be."""
     recorded: bytes = b""
     """In a replay, the encoded decision of then: what chance decided (see
     :func:`elesh.verification.verifier`) is taken from it."""

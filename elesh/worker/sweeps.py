@@ -40,20 +40,21 @@ class Sweeps:
             try:
                 wait = await self._pass()
             except BusUnavailable:
-                wait = self._bus.settings.lease_seconds / 4
-            # Jitter: workers that started together do not ask together.
-            await asyncio.sleep(wait * random.uniform(0.75, 1.25))
+                wait = _apart(self._bus.settings.lease_seconds / 4)
+            await asyncio.sleep(wait)
 
     async def _pass(self) -> float:
+        """Offer; seconds until the next time."""
         sweep = await self._bus.sweeper.sweep(WORKERS, self._worker_id, self._streams)
         for taken in sweep.taken:
-            await self._reports.entry(
+            self._reports.entry(
                 "reclaimed", taken.stream, taken.entry_id, "crash", f"of {taken.owner}"
             )
         for plan in sweep.overdue:
             _log.warning("deadline over, joining what is there", key=plan)
-        if sweep.held:
-            await self._trim()
+        if not sweep.held:
+            return _apart(sweep.wait_seconds)
+        await self._trim()
         return sweep.wait_seconds
 
     async def _trim(self) -> None:
@@ -65,3 +66,8 @@ class Sweeps:
         elif now >= self._next_trim:
             self._next_trim = now + _TRIM_SECONDS
             await self._bus.trim()
+
+
+def _apart(seconds: float) -> float:
+    """Jitter: workers that started together do not ask together."""
+    return seconds * random.uniform(1.0, 1.25)

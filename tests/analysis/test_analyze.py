@@ -97,7 +97,7 @@ def architectures(draw: st.DrawFn) -> PrunedArchitecture:
     seed=st.integers(0, 10**6),
     minimum=st.integers(1, 20),
     round_to=st.sampled_from([1, 1, 8]),
-    scorer=st.sampled_from(["auto", "multi_metric", "magnitude"]),
+    scorer=st.sampled_from(["auto", "fisher", "multi_metric", "magnitude"]),
 )
 def test_every_decision_leaves_a_consistent_architecture_within_all_limits(
     architecture: PrunedArchitecture,
@@ -225,6 +225,37 @@ def test_zero_projections_fall_back_to_the_vectors() -> None:
     decision = analyze(replace(checkpoint, gates=gates), settings())
     assert decision.statistics.scorer == "multi_metric"
     assert [fallback.rung for fallback in decision.fallbacks] == ["gate_failure"]
+
+
+def test_fisher_information_ranks_where_it_is_asked_for_and_the_decision_says_so() -> None:
+    asked = AnalysisParameters(scorer="fisher")
+    checkpoint = bundle(chain(SIZES), epoch=120, parameters=asked)
+    decision = analyze(checkpoint, settings(redundancy_threshold=1.0))
+    assert (decision.statistics.scorer, decision.fallbacks) == ("fisher", ())
+    assert decision.units == analyze(bundle(chain(SIZES), epoch=120), by_setting("fisher")).units
+    dearest = max(cost for target in decision.channels for cost in target.importance)
+    for target in decision.channels:
+        halves = checkpoint.gates[target.layer_name].second_order / 2
+        assert target.importance == pytest.approx(halves[list(target.channel_indices)])
+        stays = np.delete(halves, target.channel_indices)
+        if target.channels_after > 16:
+            assert stays.min() >= dearest * (1 - 1e-4), "nothing cheaper stays"
+
+
+def by_setting(scorer: str) -> Settings:
+    return settings(redundancy_threshold=1.0, scorer=scorer)
+
+
+def test_without_squared_gradients_fisher_information_falls_back_to_the_vectors() -> None:
+    for gates in (False, True):
+        checkpoint = bundle(chain(SIZES), epoch=120, gates=gates)
+        blank = {
+            name: gate.model_copy(update={"second_order": np.zeros_like(gate.second_order)})
+            for name, gate in checkpoint.gates.items()
+        }
+        decision = analyze(replace(checkpoint, gates=blank), by_setting("fisher"))
+        assert decision.statistics.scorer == "multi_metric"
+        assert [fallback.rung for fallback in decision.fallbacks] == ["gate_failure"]
 
 
 def test_a_caller_may_ask_for_a_simpler_scorer_and_record_why() -> None:

@@ -17,6 +17,7 @@ CASES = {
     "output_projection": {"scorer": "output_projection"},
     "multi_metric": {"scorer": "multi_metric"},
     "magnitude": {"scorer": "magnitude"},
+    "fisher": {"scorer": "fisher"},
     "rounded_to_four": {"scorer": "output_projection", "round_to": 4},
 }
 

@@ -172,6 +172,15 @@ def test_scorers_that_heads_do_not_have_fall_back_and_say_so() -> None:
     assert decision.statistics.scorer == "multi_metric"
 
 
+def test_heads_go_by_fisher_information_where_it_is_asked_for() -> None:
+    one = checkpoint(transformer(16), scorer="fisher")
+    decision = analyze(one, settings(), level=Level.HEAD)
+    assert (decision.statistics.scorer, decision.fallbacks) == ("fisher", ())
+    order = np.argsort(one.gates["layer0"].second_order)
+    (target,) = decision.attention_heads
+    assert set(target.head_indices) == set(order[: len(target.head_indices)].tolist())
+
+
 def test_a_head_decision_explains_itself() -> None:
     one = checkpoint(transformer(16, 16))
     decision = analyze(one, settings(), level=Level.HEAD)

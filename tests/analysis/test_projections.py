@@ -8,7 +8,13 @@ from networks import floats, gate
 
 from elesh.analysis.candidates import Candidates
 from elesh.analysis.orders import JointOrder
-from elesh.analysis.projections import Projections, damage, output_energy, predict
+from elesh.analysis.projections import (
+    Projections,
+    damage,
+    mask_gains,
+    output_energy,
+    predict,
+)
 from leyline import GateStatistics
 
 
@@ -27,7 +33,7 @@ def candidates(count: int) -> Candidates:
 
 def choose(count: int, columns: np.ndarray) -> list[int]:
     order = JointOrder(candidates(len(columns)), columns)
-    return order.pick(count, np.ones(len(columns), dtype=np.bool_)).units
+    return order.pick(count, np.ones(len(columns), dtype=np.bool_)).units.tolist()
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-25, 1e15])
@@ -79,3 +85,53 @@ def test_the_output_energy_of_a_linear_network_is_that_of_its_outputs() -> None:
     branch = gate("branch", 4, rng, samples=500)
     small = branch.model_copy(update={"projections": branch.projections / np.float32(1000)})
     assert output_energy([*gates_of(whole).values(), small]) == pytest.approx(true, rel=1e-4)
+
+
+def masked(name: str, columns: np.ndarray, rises: list[float]) -> GateStatistics:
+    """A group whose units were masked one at a time, with what that did to the loss."""
+    zero = np.zeros(len(rises), np.float32)
+    return GateStatistics(
+        layer_name=name,
+        projections=floats(columns),
+        first_order=zero,
+        second_order=zero,
+        removal_rise=floats(np.array(rises)),
+        removal_error=floats(np.full(len(rises), 0.01)),
+    )
+
+
+def test_where_units_were_masked_each_alone_costs_in_proportion_to_its_rise() -> None:
+    rng = np.random.default_rng(6)
+    rises = {"g": [0.1, 0.4, 0.2], "h": [0.8, -0.3]}
+    gates = {n: masked(n, rng.standard_normal((50, len(r))), r) for n, r in rises.items()}
+    both = Candidates(("g", "h"), (3, 2), (3, 2), (1, 1))
+    projections = Projections.of(gates, both)
+    costs = np.square(projections.columns.astype(np.float64)).sum(axis=1) * projections.unit**2
+    floor = 0.25 * np.mean([0.1, 0.4, 0.2, 0.8, -0.3])
+    shares = np.array([0.1, 0.4, 0.2, 0.8, floor])
+    assert costs == pytest.approx(costs.sum() * shares / shares.sum(), rel=1e-5)
+    whole = sum(np.square(gate.projections, dtype=np.float64).sum() for gate in gates.values())
+    assert costs.sum() == pytest.approx(whole, rel=1e-5)
+    # A shard that looks at one group gives its units the same costs.
+    alone = Projections.of(gates, Candidates(("h",), (2,), (2,), (1,)))
+    shard = np.square(alone.columns.astype(np.float64)).sum(axis=1) * alone.unit**2
+    assert shard == pytest.approx(costs[3:], rel=1e-5)
+
+
+def test_units_that_were_not_masked_keep_their_columns() -> None:
+    columns = np.random.default_rng(7).standard_normal((20, 3))
+    gates = {"g": masked("g", columns, [0.1, 0.2, 0.9])}
+    gates["g"] = gates["g"].model_copy(update={"removal_error": None})
+    projections = Projections.of(gates, candidates(3))
+    restored = np.sort(projections.columns.astype(np.float64) * projections.unit, axis=1)
+    np.testing.assert_allclose(restored, np.sort(columns.T, axis=1), rtol=1e-6)
+
+
+def test_no_rise_above_zero_changes_nothing_and_a_silent_unit_stays_silent() -> None:
+    columns = np.random.default_rng(8).standard_normal((20, 2))
+    falling = {"g": masked("g", columns, [-0.1, -0.2])}
+    assert mask_gains(falling, np.ones(20))["g"].tolist() == [1.0, 1.0]
+    columns[:, 0] = 0
+    silent = mask_gains({"g": masked("g", columns, [0.1, 0.2])}, np.ones(20))["g"]
+    assert silent[0] == 0
+    assert np.isfinite(silent).all()

@@ -238,12 +238,21 @@ def test_a_merge_that_conflicts_changes_nothing() -> None:
     with pytest.raises(Conflict, match="channel/b: epoch 1"):
         left.merge(right)
     assert left.to_bytes() == before
-    with pytest.raises(InvalidField, match="history"):
-        left.merge(ImportanceTracker(3))
     resized = ImportanceTracker()
     resized.observe(2, group("b", 5), measured(group("b", 5), 0))
     with pytest.raises(ShapeMismatch, match="channel/b"):
         left.merge(resized)
+
+
+def test_a_tracker_that_keeps_more_or_fewer_merges_and_the_newest_stay() -> None:
+    of = group()
+    for kept, others in ((3, 500), (500, 3)):
+        mine, theirs = ImportanceTracker(kept), ImportanceTracker(others)
+        for epoch in range(1, 6):
+            theirs.observe(epoch, of, measured(of, epoch))
+        mine.merge(theirs)
+        assert mine.epochs(of) == (3, 4, 5)
+        assert mine.history == kept
 
 
 def test_values_that_compare_as_equal_are_the_same_measurement() -> None:

@@ -110,6 +110,26 @@ def test_one_pass_moves_a_bounded_number_and_the_next_ones_the_rest(with_bus, mo
     with_bus(scenario)
 
 
+def test_the_next_pass_comes_when_the_first_lease_runs_out_and_not_a_period_later(with_bus):
+    async def scenario(bus: Bus) -> None:
+        assert (await sweep(bus)).wait_seconds == bus.sweeper.interval
+        await publish(bus, 1, 2)
+        live, dying = await claim(bus, count=2)
+        assert (await sweep(bus)).wait_seconds == bus.sweeper.interval, "all are fresh"
+        left = 0.2
+        idle = round(1000 * (bus.settings.lease_seconds - left))
+        stream = dying.stream.key(bus.partition)
+        await bus._client.xclaim(stream, GROUP, "w1", 0, [dying.entry_id], idle=idle, justid=True)
+        found = await sweep(bus)
+        assert (found.taken, found.wait_seconds <= left + 0.001) == ((), True)
+        await bus.renew(GROUP, "w1", [live])
+        await asyncio.sleep(found.wait_seconds)
+        [taken] = (await sweep(bus)).taken
+        assert taken.entry_id == dying.entry_id
+
+    with_bus(scenario)
+
+
 def test_there_is_one_sweeper_and_a_dead_one_is_replaced(with_bus):
     async def scenario(bus: Bus) -> None:
         await publish(bus, 1)
@@ -308,6 +328,22 @@ def test_trimming_spares_what_a_group_still_needs(with_bus):
         assert 100 <= len(await left()) < 300, "what was served stays up to the stream's length"
 
     with_bus(scenario, stream_length=100)
+
+
+def test_consumers_that_fell_silent_are_forgotten_unless_they_hold_something(with_bus, monkeypatch):
+    monkeypatch.setattr("elesh.bus.core._SILENCE_MS", 50)
+
+    async def scenario(bus: Bus) -> None:
+        await publish(bus, 1)
+        await claim(bus, "holder")
+        await claim(bus, "idler")
+        await asyncio.sleep(0.06)
+        await claim(bus, "lively")
+        await bus.trim()
+        found = await bus._client.xinfo_consumers(OUTCOMES.key(bus.partition), GROUP)
+        assert {consumer["name"] for consumer in found} == {b"holder", b"lively"}
+
+    with_bus(scenario)
 
 
 def test_streams_that_nobody_works_on_are_capped(with_bus):

@@ -49,6 +49,13 @@ def test_acknowledging_before_storing_is_found_by_the_audit(tmp_path: Path) -> N
     assert figures["violations"]["lost keys"], figures
 
 
+@pytest.mark.slow
+def test_forgetting_what_was_decided_is_found_by_the_audit(tmp_path: Path) -> None:
+    code, figures = chaos(tmp_path, "--seed", "3", "--mutate", "forget-records")
+    assert code == 1
+    assert figures["violations"]["duplicate decisions"], figures
+
+
 def told(step: str, worker: str, key: str, second: float, detail: str = "") -> TelemetryEvent:
     at = NOW + timedelta(seconds=second)
     values = {"step": step, "worker_id": worker, "idempotency_key": key, "at": at}

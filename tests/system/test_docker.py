@@ -12,11 +12,13 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 300.0
+SERVICES = ("redis", "worker", "trainer", "console", "prometheus")
 pytestmark = [
     pytest.mark.skipif(not os.environ.get("ELESH_TEST_DOCKER"), reason="ELESH_TEST_DOCKER=1"),
     pytest.mark.timeout(3600),
@@ -47,7 +49,7 @@ def until(condition: Callable[[], bool], reason: str) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def up() -> Iterator[None]:
-    compose("up", "-d", "--build", "--scale", "worker=2", "redis", "worker", "trainer")
+    compose("up", "-d", "--build", "--scale", "worker=2", *SERVICES)
     yield
     compose("down", "-v", "--timeout", "60", check=False)
 
@@ -58,19 +60,34 @@ def test_a_checkpoint_goes_through_and_every_container_is_healthy() -> None:
         return int(length) >= 3
 
     until(decided, "three decisions")
-    for service, count in (("redis", 1), ("worker", 2)):
-        states = [each["State"]["Health"]["Status"] for each in containers(service)]  # type: ignore[index]
-        assert len(states) == count
+    checked = {"redis": 1, "worker": 2, "console": 1, "prometheus": 1}
+    for service, count in checked.items():
+        assert len(containers(service)) == count
     until(
         lambda: all(
             each["State"]["Health"]["Status"] == "healthy"  # type: ignore[index]
-            for service in ("redis", "worker")
+            for service in checked
             for each in containers(service)
         ),
         "all containers to be healthy",
     )
     shown = compose("exec", "-T", "worker", "elesh", "status")
     assert "Workers: 2 of 2 ready" in shown
+
+
+def test_the_console_shows_the_run() -> None:
+    with urlopen("http://127.0.0.1:8765/", timeout=10) as page:
+        assert "demo-" in page.read().decode()
+
+
+def test_prometheus_scrapes_every_worker() -> None:
+    def scraped() -> bool:
+        address = "http://127.0.0.1:9090/api/v1/query?query=sum(elesh_ready)"
+        with urlopen(address, timeout=10) as answer:
+            result = json.load(answer)["data"]["result"]
+        return bool(result) and result[0]["value"][1] == "2"
+
+    until(scraped, "both workers to be scraped")
 
 
 def test_workers_are_not_root_and_cannot_write_where_they_live() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import proved_networks
+import pytest
 from proved_networks import inverted
+from servers import Server
 from station import Station
 
 from elesh.trainer import Session
@@ -34,6 +37,35 @@ def answers(station: Station, bundles: list[CheckpointBundle]) -> list[Structura
                 got += session.decisions()
         assert session.missed == 0
     return got
+
+
+def test_a_program_that_nobody_signed_is_not_run_where_signatures_are_asked_for(
+    station: Station,
+) -> None:
+    station.worker(**SECTIONS, verification={"programs": "signed"})
+    trained = proved_networks.convolutions()
+    (decision,) = answers(station, [trained.at(119)])
+    (fallback,) = decision.fallbacks
+    assert fallback.rung == "verification_skipped"
+    assert "bus.security.keyring" in fallback.reason
+    assert not decision.safety.measured
+
+
+@pytest.mark.parametrize(("programs", "measured"), [("authenticated", False), ("any", True)])
+def test_a_program_on_a_bus_without_a_password_is_run_only_if_anybodys_is(
+    programs: str, measured: bool, tmp_path: Path
+) -> None:
+    server = Server(tmp_path / "server").start()
+    station = Station(server.url, "open", tmp_path)
+    try:
+        station.worker(**SECTIONS, verification={"programs": programs})
+        (decision,) = answers(station, [proved_networks.convolutions().at(119)])
+        assert decision.safety.measured is measured
+        assert bool(decision.fallbacks) is not measured
+    finally:
+        for worker in station.workers:
+            worker.end()
+        server.kill()
 
 
 def test_three_refused_rankings_open_the_breaker_and_training_goes_on(station: Station) -> None:

@@ -5,8 +5,8 @@
 --       may have called for it to be a silence (all in milliseconds), group, pending entries to look
 --       at in each stream, entries to move at most, then the streams' names.
 -- Returns 0 and the milliseconds until there may be no sweeper; or 1, the number of delayed entries
--- moved, the entries that were taken from their owners (stream, id, owner) and the plans past their
--- deadline.
+-- moved, the entries that were taken from their owners (stream, id, owner), the plans past their
+-- deadline, and the milliseconds until the first of all that was looked at may be due.
 local worker, group, scan, batch = ARGV[1], ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8])
 local at = now()
 -- Every caller, the sweeper or not, is a sign that the server could be reached all the while.
@@ -27,7 +27,7 @@ for _, packed in ipairs(due) do
   redis.call('ZREM', KEYS[2], packed)
 end
 
-local taken = {}
+local taken, soonest = {}, tonumber(ARGV[4])
 local function take(stream, name, entry)
   local id, owner = entry[1], entry[2]
   local fields = again(stream, name, id, 'crash', owner, 'the lease ran out')
@@ -45,7 +45,8 @@ local function sweep(stream, name)
   local last = nil
   for _, entry in ipairs(pending) do
     if #taken >= batch then break end
-    if entry[3] >= tonumber(ARGV[4]) then take(stream, name, entry) end
+    local left = tonumber(ARGV[4]) - entry[3]
+    if left <= 0 then take(stream, name, entry) else soonest = math.min(soonest, left) end
     last = entry[1]
   end
   local whole = #pending < scan and (not last or last == pending[#pending][1])
@@ -57,4 +58,10 @@ end
 if at - since >= tonumber(ARGV[3]) then
   for i = 6, #KEYS do sweep(KEYS[i], ARGV[i + 3]) end
 end
-return {1, #due, taken, redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', at, 'LIMIT', 0, batch)}
+local overdue = redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', at, 'LIMIT', 0, batch)
+for i = 2, 3 do
+  local first = redis.call('ZRANGEBYSCORE', KEYS[i], string.format('(%.0f', at), '+inf',
+    'WITHSCORES', 'LIMIT', 0, 1)
+  if first[2] then soonest = math.min(soonest, tonumber(first[2]) - at) end
+end
+return {1, #due, taken, overdue, soonest}

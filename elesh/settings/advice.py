@@ -1,0 +1,39 @@
+"""Settings that are given and change nothing as the others stand, for ``elesh config check``.
+
+Promises: whatever is given and not named acts. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from . import Settings
+
+__all__ = ["advisory"]
+
+
+def advisory(settings: Settings) -> tuple[tuple[str, str], ...]:
+    """Keys that file, environment or arguments give and nothing depends on, with the reason."""
+    return tuple((key, reason) for key, reason in _found(settings) if _given(settings, key))
+
+
+def _found(settings: Settings) -> Iterator[tuple[str, str]]:
+    worker, limit = settings.worker, settings.analysis_timeout
+    yield "analysis_workers_per_gpu", "starts no worker: elesh plan --gpus counts with it"
+    if worker.threads <= settings.parallel_analysis_threads:
+        used = f"a worker uses worker.threads, which is {worker.threads}"
+        yield "parallel_analysis_threads", f"is the most that may be used: {used}"
+    if worker.window_seconds is not None and worker.window_seconds > limit:
+        yield "worker.window_seconds", f"is more than analysis_timeout, which is {limit:g}"
+    if not settings.bus.security.keyring:
+        yield "bus.security.require_signatures", "nothing is checked without bus.security.keyring"
+
+
+def _given(settings: Settings, key: str) -> bool:
+    section, *rest = key.split(".")
+    holder = settings
+    for name in rest:
+        if section not in holder.model_fields_set:
+            return False
+        holder, section = getattr(holder, section), name
+    return section in holder.model_fields_set

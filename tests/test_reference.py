@@ -1,0 +1,73 @@
+"""The pages of settings and commands are what the code says, and every key is on them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from docs.generate import commands, settings
+from elesh.cli import app
+from elesh.settings import Settings
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def keys(default: BaseModel, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    found: dict[tuple[str, ...], Any] = {}
+    for name in type(default).model_fields:
+        value = getattr(default, name)
+        inner = keys(value, (*path, name)) if isinstance(value, BaseModel) else {}
+        found |= inner or {(*path, name): (type(default).model_fields[name], value)}
+    return found
+
+
+def test_the_pages_are_current() -> None:
+    for name, text in (("settings.md", settings()), ("cli.md", commands())):
+        assert (DOCS / name).read_text() == text, f"docs/{name}: run python -m docs.generate"
+
+
+def test_every_key_is_on_the_page_and_says_what_it_does() -> None:
+    page = settings()
+    for path, (field, _) in keys(Settings()).items():
+        assert field.description, f"{'.'.join(path)}: has no docstring"
+        assert f"`{path[-1]}`<br>`ELESH_{'__'.join(path).upper()}`" in page
+
+
+def test_every_key_can_be_set_alone_by_its_environment_variable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in [name for name in os.environ if name.upper().startswith("ELESH_")]:
+        monkeypatch.delenv(name)
+    for path, (_, value) in keys(Settings()).items():
+        if value is None or path[-1] == "token":
+            continue
+        text = json.dumps(value) if isinstance(value, tuple) else str(value)
+        with monkeypatch.context() as one:
+            one.setenv(f"ELESH_{'__'.join(path).upper()}", text)
+            loaded = Settings.load()
+        assert loaded == Settings(), ".".join(path)
+
+
+def test_one_limit_of_a_phase_can_be_changed_alone() -> None:
+    limits = {"head": {"moderate": {"accuracy_drop": 0.01}}}
+    changed = Settings.load(verification=limits).verification
+    assert changed.head.moderate.accuracy_drop == 0.01
+    assert changed.head.moderate.loss_rise == Settings().verification.head.moderate.loss_rise
+    assert changed.head.aggressive == Settings().verification.head.aggressive
+    assert changed.channel == Settings().verification.channel
+
+
+def test_every_command_is_on_the_page() -> None:
+    page = commands()
+    for group in app.registered_groups:
+        prefix = f"{group.name} " if group.name else ""
+        assert group.typer_instance is not None
+        for command in group.typer_instance.registered_commands:
+            assert command.callback is not None
+            name = command.name or command.callback.__name__
+            assert f"## `elesh {prefix}{name}`" in page
