@@ -213,7 +213,7 @@ class PruningStatistics(Message):
     """What the decision does to the size of the network, and what it is predicted to cost."""
 
     scorer: Scorer
-    """What ranked the units."""
+    """What ranked the units; ``margins``: in rounds, on the masked network."""
     parameters_before: Count
     parameters_after: Count
     macs_before: Count

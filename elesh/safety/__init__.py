@@ -29,7 +29,7 @@ from .measured_gates import (
 )
 from .rolled_back import fingerprint_of, refuse_rolled_back, rolled_back_cut
 from .search import largest_safe
-from .verification import Entry, Measured, Proposal, Verifier
+from .verification import Entry, Measured, Moves, Proposal, Remeasuring, Verifier
 
 __all__ = [
     "ARCHITECTURE_GATES",
@@ -38,7 +38,9 @@ __all__ = [
     "BreakerStatus",
     "Entry",
     "Measured",
+    "Moves",
     "Proposal",
+    "Remeasuring",
     "Verifier",
     "Vote",
     "accuracy_retention",

@@ -39,6 +39,16 @@ _SETTLED = {
 }
 _ANALYSIS_RUNGS = frozenset({"safety_failure", "taylor_failure"})
 """Rows of the failure table that are answered inside the analysis."""
+_JOIN_RUNGS = frozenset(
+    {
+        "verification_skipped",
+        "verification_timeout",
+        "rounds_skipped",
+        "rounds_timeout",
+        "rounds_refused",
+    }
+)
+"""Those that only the join of all levels can take."""
 _log = get_logger(__name__)
 
 
@@ -83,7 +93,8 @@ class Reports:
         A joint decision repeats those of its levels, which were told when they were analysed.
         """
         for taken in decision.fallbacks:
-            if taken.rung in _ANALYSIS_RUNGS and not decision.levels:
+            own = taken.rung in _ANALYSIS_RUNGS and not decision.levels
+            if own or taken.rung in _JOIN_RUNGS:
                 self.fallback(work, str(decision.key), taken.rung, taken.reason)
         self.status.analysed(
             decision.key.level, metrics.duration_seconds, metrics.peak_memory_bytes
