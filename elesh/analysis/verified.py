@@ -24,7 +24,7 @@ from .cuts import Cut
 from .prefixes import restricted, settled
 from .rises import with_rises
 from .stages import stage
-from .verdicts import FALLBACK_DISCOUNT, by_kind, rejection, targets_of
+from .verdicts import FALLBACK_DISCOUNT, by_kind, targets_of
 
 __all__ = ["Verified", "verified"]
 
@@ -85,7 +85,7 @@ def _confidence(decision: StructuralPruningDecision, answer: Measured) -> float:
 
 def _judged(decision: StructuralPruningDecision, answer: Measured) -> StructuralPruningDecision:
     """The decision with the figures and gates of what was measured."""
-    reason = rejection(answer.gates)
+    reason = safety.rejection(answer.gates)
     if not reason and not targets_of(decision):
         reason = "verification: no part of the cut was measured as safe"
     found, skipped = answer.verification, answer.skipped
