@@ -9,8 +9,10 @@ from pydantic import Field
 from .base import Fraction, Message, Name, NonNegative
 from .budget import Budget
 
-Scorer = Literal["output_projection", "reconstruction", "fisher", "multi_metric", "magnitude"]
-"""What units can be ranked by."""
+Scorer = Literal[
+    "output_projection", "reconstruction", "fisher", "multi_metric", "magnitude", "margins"
+]
+"""What units can be ranked by; ``margins``: in rounds, where the checkpoint carries its network."""
 WantedScorer = Literal[
     "auto", "output_projection", "reconstruction", "fisher", "multi_metric", "magnitude"
 ]

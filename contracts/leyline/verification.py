@@ -64,4 +64,5 @@ class Verification(Message):
     """By which share the norm of the gradients of the outputs changed, in the parameters that
     stay."""
     rounds: Count = 1
-    """How often the ranking was measured again on the masked network; 1: not again."""
+    """In how many rounds the units were chosen, each on the network masked so far; 1: at once, from
+    the statistics. Their costs are then marginal rises of the loss in nats."""

@@ -6,7 +6,7 @@ choose them; without, by fixed scores; nothing goes against minimum, multiple or
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -27,6 +27,7 @@ from .stages import stage
 __all__ = [
     "MAX_SPARED",
     "Choice",
+    "Decide",
     "Ranking",
     "Reason",
     "Scorer",
@@ -71,6 +72,8 @@ class Choice:
     """What each half of the samples alone would choose, where costs are joint."""
     errors: Mapping[int, float] = field(default_factory=dict)
     """Standard errors of the prices, where costs are joint."""
+    scorer: Scorer | None = None
+    """By what it was chosen, if not as the ranking says."""
 
     def errors_of(self, units: Sequence[int]) -> tuple[float, ...]:
         """The standard errors of these places' prices, in their own unit; none if not known."""
@@ -140,6 +143,10 @@ class Ranking:
         prediction = predict(projections, self.candidates, count, on_samples)
         energy = output_energy(bundle.gates.values(), projections.weights)
         return Choice(selection, quota, scale, prediction, energy, tuple(halves), errors)
+
+
+Decide = Callable[[Ranking, CheckpointBundle, int], Choice]
+"""From a ranking, its checkpoint and a quota to what goes; :meth:`Ranking.decide` is one."""
 
 
 def projection_fault(bundle: CheckpointBundle) -> str:

@@ -31,6 +31,7 @@ from leyline import (
 from .candidates import Candidates, Doubles
 from .choosing import (
     Choice,
+    Decide,
     Ranking,
     Scorer,
     fisher_fault,
@@ -199,11 +200,13 @@ def plan_heads(
     scorer: str | None = None,
     shard: Collection[str] | None = None,
     threads: int = 1,
+    decide: Decide = Ranking.decide,
 ) -> LevelPlan:
     """Choose the heads to remove and predict what removing them does.
 
     Args:
         shard: groups to choose among; all of them if not given. The quota is the whole level's.
+        decide: what chooses, once everything is ranked.
 
     Raises:
         InvalidField: if the request ignores a group or layer that does not exist.
@@ -221,7 +224,7 @@ def plan_heads(
         fit = fitted(bundle, budget, ranking, quota)
         ranking, quota = fit.ranking, fit.quota
         plan = replace(plan, budget=fit.use, ignored=plan.ignored + fit.ignored)
-    choice = ranking.decide(bundle, quota)
+    choice = decide(ranking, bundle, quota)
     threshold = heads.similarity_threshold
     targets = _targets(bundle, plan.groups, ranking.candidates, choice, ranking.scores, threshold)
     return with_choice(plan, bundle, ranking.candidates, choice, targets)

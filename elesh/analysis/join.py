@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from elesh import safety
-from elesh.safety import BreakerStatus, Measured, Proposal, Verifier
+from elesh.safety import BreakerStatus, Measured, Proposal, Remeasuring, Verifier
 from elesh.settings import Settings
 from leyline import (
     CheckpointBundle,
@@ -35,15 +35,18 @@ from .levels import budget_gate
 from .plans import Target
 from .prefixes import Identity, identity_of, merged, restricted
 from .projections import sample_weights
+from .rounds import in_rounds
 from .shards import merge_shards
 from .stages import stage
-from .verdicts import decided, rejection, targets_of
-from .verified import verified
+from .verdicts import decided, targets_of
+from .verified import Verified, verified
 
 __all__ = ["join"]
 
 _ORDER = (Level.CHANNEL, Level.HEAD, Level.LAYER)
 """From the least to the most invasive (section "Production Safety Principles")."""
+_JOINT_COSTS = frozenset({"output_projection", "fisher", "margins"})
+"""Scorers whose costs are of one kind whatever the level."""
 _OF_THE_WHOLE = frozenset({"requirements"})
 """Gates that are judged once, for the whole cut."""
 
@@ -75,16 +78,43 @@ def join(
     """
     settings, breakers = settings or Settings(), breakers or {}
     ordered = _levels(bundle, settings, analyses, missing)
-    levels = [analysis.level for analysis in ordered] + [level for level, _ in missing]
-    if len(levels) == 1:
-        decision, order = _alone(bundle, ordered[0], settings, breakers), ordered[0].order
-    else:
-        decision, order = _joint(bundle, ordered, settings, breakers, missing)
 
     def predicted(proposal: Proposal) -> Measured:
         return safety.predicted_only(proposal, settings)
 
-    return verified(bundle, decision, order, settings, verify or predicted)
+    def decide(ordered: Sequence[LevelAnalysis], rounds: int = 1) -> Verified:
+        decision, order = _decided(bundle, ordered, settings, breakers, missing)
+        return verified(bundle, decision, order, settings, verify or predicted, rounds)
+
+    if isinstance(verify, Remeasuring):
+        found = in_rounds(bundle, settings, ordered, verify, breakers, _looked_at(analyses))
+        best = decide([each.analysis for each in found], max(each.count for each in found))
+        if not best.skipped:
+            return best.decision
+        # What cannot be measured in the end is decided as if there were no network.
+    return decide(ordered).decision
+
+
+def _decided(
+    bundle: CheckpointBundle,
+    ordered: Sequence[LevelAnalysis],
+    settings: Settings,
+    breakers: Mapping[Level, BreakerStatus],
+    missing: Sequence[tuple[Level, str]],
+) -> tuple[StructuralPruningDecision, tuple[RankedUnit, ...]]:
+    """The decision before anything is measured, and the order of its units."""
+    if len(ordered) + len(missing) == 1:
+        return _alone(bundle, ordered[0], settings, breakers), ordered[0].order
+    return _joint(bundle, ordered, settings, breakers, missing)
+
+
+def _looked_at(analyses: Sequence[LevelAnalysis]) -> dict[Level, set[str]]:
+    """By level that came in shards: the groups that these looked at and ranked by projections."""
+    names: dict[Level, set[str]] = {}
+    for analysis in analyses:
+        if analysis.shard and analysis.decision.statistics.scorer == "output_projection":
+            names.setdefault(analysis.level, set()).update(analysis.shard)
+    return names
 
 
 def _levels(
@@ -176,7 +206,7 @@ class _Whole:
     @property
     def fault(self) -> str:
         """Why the levels cannot go together; empty if they can."""
-        return rejection(self.gates[:-1])
+        return safety.rejection(self.gates[:-1])
 
 
 def _joint(
@@ -190,7 +220,7 @@ def _joint(
     whole = _Whole.of(bundle, (), settings)
     refused: dict[Level, tuple[str, str]] = {}
     for analysis in analyses:
-        if failed := rejection(gates[analysis.level]):
+        if failed := safety.rejection(gates[analysis.level]):
             refused[analysis.level] = ("rejected", failed)
         elif not analysis.order:
             refused[analysis.level] = ("nothing", analysis.decision.rejection_reason)
@@ -316,7 +346,7 @@ def _comparable(analyses: Sequence[LevelAnalysis]) -> bool:
     """Whether channels and heads have costs of one kind."""
     units = (a for a in analyses if a.level is not Level.LAYER)
     scorers = {a.decision.statistics.scorer for a in units}
-    return scorers in ({"output_projection"}, {"fisher"})
+    return len(scorers) == 1 and scorers <= _JOINT_COSTS
 
 
 def _shift(bundle: CheckpointBundle, analyses: Sequence[LevelAnalysis], cut: Cut) -> Shift:

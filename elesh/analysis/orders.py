@@ -109,6 +109,10 @@ class Order(ABC):
         """Undo having taken these units."""
         self._mark(units, gone=False)
 
+    def withhold(self, units: Units) -> None:
+        """Count these units as gone already: nothing that costs are measured from has them."""
+        self._mark(units, gone=True)
+
     def free(self, among: Bools) -> Bools:
         """[C]: which units can be taken now."""
         free: Bools = among & ~self.taken & (self.room > 0)[self.candidates.group_of]

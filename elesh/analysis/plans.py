@@ -102,6 +102,7 @@ _CONFIDENCE = {
     "fisher": 0.75,
     "multi_metric": 0.6,
     "magnitude": 0.3,
+    "margins": 0.9,
 }
 """An order, not a probability: 1 is kept for cuts measured on held-out data; projections predict
 the outputs, the mix only follows them, magnitude hardly does (measured in ARCHITECTURE)."""
@@ -160,6 +161,7 @@ def with_choice(
 ) -> LevelPlan:
     """The plan that removes ``targets``, chosen by ``choice``."""
     selection, scale = choice.selection, choice.scale
+    plan = replace(plan, scorer=choice.scorer or plan.scorer)
 
     def order(selection: Selection) -> tuple[RankedUnit, ...]:
         return ranked_units(plan.level, candidates, selection.prices, scale)

@@ -17,7 +17,7 @@ from .candidates import Bools
 from .orders import JointOrder, Order, Picks, cheapest_first, rounded
 from .redundancy import Pair
 
-__all__ = ["Selection", "select"]
+__all__ = ["Selection", "select", "settled"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def select(
         gone = frozenset(picks.units.tolist())
         among[[pair.kept for pair in redundant if pair.removed in gone]] = False
     picks = picks.then(order.pick(quota - len(picks.units), among))
-    picks, given_back = _settled(order, picks, quota, among)
+    picks, given_back = settled(order, picks, quota, among)
     if not (redundant or given_back):
         return Selection(order, picks)
     final = frozenset(picks.units.tolist())
@@ -105,8 +105,11 @@ def _redundant_first(
     return order, picks, frozenset(too_dear.tolist())
 
 
-def _settled(order: Order, picks: Picks, quota: int, among: Bools) -> tuple[Picks, frozenset[int]]:
+def settled(order: Order, picks: Picks, quota: int, among: Bools) -> tuple[Picks, frozenset[int]]:
     """Give back what breaks a multiple, then spend what is left of the quota on whole blocks.
+
+    Args:
+        order: has taken the picks; what was withheld from it before ends at its multiples.
 
     Returns:
         the picks at last, and what was given back.
@@ -119,7 +122,7 @@ def _settled(order: Order, picks: Picks, quota: int, among: Bools) -> tuple[Pick
         by_group.setdefault(int(candidates.group_of[unit]), []).append(unit)
     back: list[int] = []
     for group, units in by_group.items():
-        kept = candidates.sizes[group] - len(units)
+        kept = _present(order, group)
         excess = -kept % candidates.multiples[group]
         # A group that is no multiple to begin with may not reach the one above: leave it whole.
         count = excess if kept + excess <= candidates.sizes[group] else len(units)

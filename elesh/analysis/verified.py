@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from elesh import safety
 from elesh.safety import Entry, Measured, Proposal, Verifier
@@ -23,9 +24,17 @@ from .cuts import Cut
 from .prefixes import restricted, settled
 from .rises import with_rises
 from .stages import stage
-from .verdicts import FALLBACK_DISCOUNT, by_kind, rejection, targets_of
+from .verdicts import FALLBACK_DISCOUNT, by_kind, targets_of
 
-__all__ = ["verified"]
+__all__ = ["Verified", "verified"]
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A decision, and whether its cut should have been measured and could not be."""
+
+    decision: StructuralPruningDecision
+    skipped: bool = False
 
 
 def verified(
@@ -34,20 +43,25 @@ def verified(
     order: Sequence[RankedUnit],
     settings: Settings,
     verify: Verifier,
-) -> StructuralPruningDecision:
+    rounds: int = 1,
+) -> Verified:
     """``decision`` as far as ``verify`` measured it to be safe.
 
     One that is rejected already is not measured. Of groups that would not end at their multiple,
     the units last taken are given back, too.
+
+    Args:
+        rounds: in how many the order was chosen.
     """
     if not decision.approved_for_application:
         gates = (*decision.safety.gates, safety.predicted_loss(None, 1.0, 0.0))
         unmeasured = decision.safety.model_copy(update={"gates": gates})
-        return decision.model_copy(update={"safety": unmeasured})
+        return Verified(decision.model_copy(update={"safety": unmeasured}))
     proposal = Proposal(
         order=tuple(map(_entry, order)),
         phase=decision.safety.phase,
         predicted_loss_rise=decision.statistics.predicted_loss_rise,
+        rounds=rounds,
     )
     with stage("verify"):
         answer = verify(proposal)
@@ -55,7 +69,7 @@ def verified(
     if len(kept) < len(order):
         safe = [unit for unit in order if _entry(unit) in kept]
         decision = _shortened(bundle, decision, order, safe, settings)
-    return _judged(decision, answer)
+    return Verified(_judged(decision, answer), answer.skipped is not None)
 
 
 def _entry(unit: RankedUnit) -> Entry:
@@ -71,7 +85,7 @@ def _confidence(decision: StructuralPruningDecision, answer: Measured) -> float:
 
 def _judged(decision: StructuralPruningDecision, answer: Measured) -> StructuralPruningDecision:
     """The decision with the figures and gates of what was measured."""
-    reason = rejection(answer.gates)
+    reason = safety.rejection(answer.gates)
     if not reason and not targets_of(decision):
         reason = "verification: no part of the cut was measured as safe"
     found, skipped = answer.verification, answer.skipped

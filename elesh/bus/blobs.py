@@ -33,6 +33,8 @@ __all__ = ["CHUNK", "BlobStore"]
 
 CHUNK = 4 << 20
 """Bytes in one piece."""
+_READ = 1 << 20
+"""Bytes that one command reads: others on the server wait for no more than that."""
 # A head never outlives its chunks, so that a blob is seen whole or not at all.
 _CHUNK_GRACE = 300
 
@@ -179,10 +181,11 @@ class BlobStore:
         if int(size) != ref.size:
             raise _wrong_size(ref, int(size))
         for number, chunk in enumerate(chunks):
-            piece: Any = await self._client.get(chunk)
-            if piece is None:
-                raise _missing(ref, f"piece {number} of {len(chunks)} is gone")
-            yield piece
+            for start in range(0, min(CHUNK, ref.size - number * CHUNK), _READ):
+                piece: Any = await self._client.getrange(chunk, start, start + _READ - 1)
+                if not piece:
+                    raise _missing(ref, f"piece {number} of {len(chunks)} is gone")
+                yield piece
 
     async def _file_pieces(self, ref: BlobRef, place: str) -> AsyncGenerator[bytes, None]:
         with _opened(ref, self._allowed(ref, place)) as file:

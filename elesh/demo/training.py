@@ -19,7 +19,7 @@ from elesh.analysis import counted_groups, phase_at
 from elesh.observe import span
 from elesh.settings import SafetySchedule, Settings
 from elesh.trainer import Evaluation, Recorder, Session, Surgeon
-from elesh.trainer.export import Exporter
+from elesh.trainer.export import Exporter, calibration_inputs
 from leyline import (
     CheckpointBundle,
     Level,
@@ -232,7 +232,9 @@ class Training:
                 proof = self.data.proof
                 with span("export"):
                     network = self.exporter.export(
-                        bundle.architecture, (proof.images, proof.labels)
+                        bundle.architecture,
+                        (proof.images, proof.labels),
+                        calibration_inputs(self.data.calibration()),
                     )
                 bundle = replace(bundle, network=network)
             if self._to_spoil:

@@ -1,6 +1,6 @@
 """Whether a cut is safe: gates with figures and limits, and the breaker's view. Pure."""
 
-from .breaker import ARCHITECTURE_GATES, BreakerStatus, Vote, breaker_gate, vote_of, votes
+from .breaker import ARCHITECTURE_GATES, BreakerStatus, Vote, breaker_gate, grounds, vote_of, votes
 from .gates import (
     MIN_SAMPLES,
     cumulative_limit,
@@ -11,6 +11,7 @@ from .gates import (
     noise,
     phase_gate,
     predicted_shift,
+    rejection,
     requirements,
     statistics_sound,
     structure,
@@ -29,7 +30,7 @@ from .measured_gates import (
 )
 from .rolled_back import fingerprint_of, refuse_rolled_back, rolled_back_cut
 from .search import largest_safe
-from .verification import Entry, Measured, Proposal, Verifier
+from .verification import Entry, Measured, Moves, Proposal, Remeasuring, Verifier
 
 __all__ = [
     "ARCHITECTURE_GATES",
@@ -38,7 +39,9 @@ __all__ = [
     "BreakerStatus",
     "Entry",
     "Measured",
+    "Moves",
     "Proposal",
+    "Remeasuring",
     "Verifier",
     "Vote",
     "accuracy_retention",
@@ -48,6 +51,7 @@ __all__ = [
     "fingerprint_of",
     "gradient_flow",
     "gradient_isolation",
+    "grounds",
     "largest_safe",
     "measured_accuracy",
     "measured_loss",
@@ -61,6 +65,7 @@ __all__ = [
     "ranking_holds",
     "predicted_shift",
     "refuse_rolled_back",
+    "rejection",
     "requirements",
     "rolled_back_cut",
     "statistics_sound",

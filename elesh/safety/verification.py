@@ -6,12 +6,16 @@ A joint decision calls a :class:`Verifier` where it has one. The one that exists
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
 
 from leyline import Fallback, GateResult, Level, Phase, Verification
 
-__all__ = ["Entry", "Measured", "Proposal", "Verifier"]
+__all__ = ["Entry", "Measured", "Moves", "Proposal", "Remeasuring", "Verifier"]
 
 Entry = tuple[Level, str, int]
 """One unit: its level, the group's (or layer's) name, its number in it (0 for a layer)."""
@@ -27,6 +31,8 @@ class Proposal:
     """Which limits hold."""
     predicted_loss_rise: float | None = None
     """Of the whole cut, in nats a sample, where the statistics tell."""
+    rounds: int = 1
+    """In how many rounds it was chosen on the masked network; 1: once, from the statistics."""
 
 
 @dataclass(frozen=True)
@@ -48,4 +54,28 @@ class Verifier(Protocol):
 
     def __call__(self, proposal: Proposal) -> Measured:
         """Never raises for the network's sake: what cannot be measured is ``skipped``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Moves:
+    """How far a masked network is from other answers, on N calibration rows.
+
+    A row is a sample, or one position of it where a sample has many answers; the same rows at every
+    mask. The answer is that of the whole network, so no labels are needed.
+    """
+
+    margins: npt.NDArray[np.float32]
+    """[N]: log of the odds against the whole network's answer."""
+    moves: Mapping[str, npt.NDArray[np.float32]]
+    """By group [N, size]: derivatives of the margins with respect to its units' gates."""
+
+
+@runtime_checkable
+class Remeasuring(Protocol):
+    """A verifier that can measure gate gradients again on a masked network."""
+
+    def remeasure(self, masked: Sequence[Entry], halved: Sequence[Entry] = ()) -> Moves | Fallback:
+        """With ``masked`` gone and the gates of ``halved`` at one half; or why that cannot be
+        measured, which then holds for every mask."""
         ...

@@ -66,6 +66,12 @@ class VerificationSettings(Section):
     """Of the bounds that are compared with the limits, and of the intervals that are told."""
     bootstrap_samples: int = Field(default=2000, ge=100)
     """Draws behind each of them."""
+    rounds: int = Field(default=4, ge=1, le=64)
+    """In so many rounds a cut is chosen where the checkpoint carries its network: after each, what
+    the rest costs is measured again on the masked network. 1: once, from the statistics."""
+    rounds_from: float = Field(default=0.05, ge=0, le=1)
+    """The share of a level's present units that a proposal must exceed to be cut in rounds: small
+    cuts are chosen as well at once (docs/decisions/0060)."""
     window_share: float = Field(default=0.5, gt=0, le=1)
     """Share of the checkpoint window that measuring may take; what takes longer is not measured."""
     predicted_loss_factor: float = Field(default=2.0, ge=1)

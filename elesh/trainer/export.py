@@ -8,7 +8,7 @@ left as it was found.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from .layers import require_fit
 from .multihead import lend, take_back
 from .standins import first_of, with_first
 
-__all__ = ["Exporter", "held_out_blob"]
+__all__ = ["Exporter", "calibration_inputs", "held_out_blob"]
 
 _EXAMPLES = 2
 """Samples that are traced; one would be taken for a constant by ``torch.export``."""
@@ -62,7 +62,9 @@ class Exporter:
             architecture: of the network now.
             held_out: one batch (inputs, class labels) that the network is not trained on and no
                 statistic is measured on; about a thousand samples prove small drops.
-            calibration: inputs for ranking in rounds; none: the worker does not rank again.
+            calibration: inputs for choosing in rounds, such as :func:`calibration_inputs`; some of
+                those that statistics are measured on will do, held-out ones must not be among
+                them. None: the worker chooses at once, from the statistics.
 
         Raises:
             ShapeMismatch: if the architecture does not describe the network.
@@ -87,6 +89,41 @@ class Exporter:
             weights=safetensors.torch.save(weights),
             held_out=held_out_blob(inputs, labels, calibration),
         )
+
+
+def calibration_inputs(
+    batches: Iterable[tuple[Inputs, Any]], samples: int = 512, nbytes: int = 16_000_000
+) -> Inputs | None:
+    """The first inputs of some (inputs, labels) pairs as one batch, for :meth:`Exporter.export`.
+
+    Args:
+        samples: at most so many; about 256 are enough (docs/decisions/0060).
+        nbytes: as many fewer as make no more bytes than this.
+
+    Returns:
+        None where there are none. Batches of another shape than the first (sequences of another
+        length) are left out.
+    """
+    parts: list[Inputs] = []
+    taken = 0
+    for inputs, _ in batches:
+        if parts and _layout_of(inputs) != _layout_of(parts[0]):
+            continue
+        size = batch_size(inputs)
+        each = sum(x.nbytes for x in _tensors(inputs).values()) / max(size, 1)
+        left = min(samples - taken, size, int(nbytes / max(each, 1)) - taken)
+        if left <= 0:
+            break
+        parts.append(_with_tensors(inputs, {n: x[:left] for n, x in _tensors(inputs).items()}))
+        taken += left
+    if not parts:
+        return None
+    columns = [_tensors(part) for part in parts]
+    return _with_tensors(parts[0], {n: torch.cat([c[n] for c in columns]) for n in columns[0]})  # type: ignore[no-any-return]
+
+
+def _layout_of(inputs: Inputs) -> list[tuple[str, tuple[int, ...]]]:
+    return [(name, tuple(x.shape[1:])) for name, x in _tensors(inputs).items()]
 
 
 def held_out_blob(inputs: Inputs, labels: Tensor, calibration: Inputs | None = None) -> bytes:

@@ -14,12 +14,16 @@ from elesh.safety import Verifier
 from elesh.settings import Settings
 from leyline import CheckpointBundle, Fallback, StructuralPruningDecision
 
-__all__ = ["SKIPPED", "TIMEOUT", "verifier"]
+__all__ = ["ROUNDS_SKIPPED", "ROUNDS_TIMEOUT", "SKIPPED", "TIMEOUT", "verifier"]
 
 SKIPPED = "verification_skipped"
 """The rung of the failure table: program, weights, data or worker do not allow to measure."""
 TIMEOUT = "verification_timeout"
 """The rung of the failure table: measuring takes longer than its share of the window."""
+ROUNDS_SKIPPED = "rounds_skipped"
+"""The rung of the failure table: measured at once, not in rounds; there is no calibration data."""
+ROUNDS_TIMEOUT = "rounds_timeout"
+"""The rung of the failure table: rounds take longer than half of what measuring may take."""
 
 
 def verifier(
@@ -51,4 +55,10 @@ def verifier(
             return lambda proposal: safety.predicted_only(proposal, settings, *taken[:1])
     from .verifier import NetworkVerifier
 
-    return NetworkVerifier(bundle, settings, seconds)
+    return NetworkVerifier(bundle, settings, seconds, _hurried(recorded))
+
+
+def _hurried(recorded: StructuralPruningDecision | None) -> Fallback | None:
+    """What a recorded decision says of rounds that took too long."""
+    taken = recorded.fallbacks if recorded else ()
+    return next((fallback for fallback in taken if fallback.rung == ROUNDS_TIMEOUT), None)

@@ -27,7 +27,8 @@ from elesh.safety import Entry
 from elesh.settings import Settings
 from leyline import CheckpointBundle, Level, NetworkExport, PruningGroup
 
-from .measure import MIN_SAMPLES, Bench
+from .measure import Bench
+from .reading import MIN_SAMPLES
 
 __all__ = ["Told", "gradient_flow_check", "ranking_check", "redundancy_check", "replaceability"]
 
@@ -41,7 +42,7 @@ def open_bench(bundle: CheckpointBundle, network: NetworkExport) -> Bench:
     Raises:
         ContractError: naming what is wrong with program, weights or samples.
     """
-    return Bench(network, bundle.architecture, math.inf)
+    return Bench(network, bundle.architecture)
 
 
 def ranking_check(

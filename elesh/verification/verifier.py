@@ -8,12 +8,15 @@ unless the window ends first, which is told as well and told again by a replay.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeVar
 
 import torch
 
 from elesh import safety
-from elesh.safety import Entry, Measured, Proposal
+from elesh.safety import Entry, Measured, Moves, Proposal
 from elesh.safety.paired import accuracy_drop, class_drop, loss_rise
 from elesh.settings import Settings, VerificationSettings
 from leyline import (
@@ -22,15 +25,21 @@ from leyline import (
     Fallback,
     GateResult,
     Interval,
+    InvalidField,
     NetworkExport,
     PrunedArchitecture,
     Verification,
 )
 
-from . import SKIPPED, TIMEOUT
+from . import ROUNDS_SKIPPED, ROUNDS_TIMEOUT, SKIPPED, TIMEOUT
+from .margins import MarginMeter
 from .measure import Bench, Measurement, TooSlow
+from .program import DOES_NOT_RUN
 
 __all__ = ["NetworkVerifier"]
+
+_SHARE_OF_ROUNDS = 0.5
+T = TypeVar("T")
 
 
 class NetworkVerifier:
@@ -39,39 +48,100 @@ class NetworkVerifier:
     Args:
         bundle: the checkpoint; has a network.
         settings: of the worker.
-        seconds: how long measuring may take.
+        seconds: how long measuring may take, from its first figure on; rounds half of it.
+        hurried: in a replay, that rounds took too long then.
     """
 
-    def __init__(self, bundle: CheckpointBundle, settings: Settings, seconds: float) -> None:
+    def __init__(
+        self,
+        bundle: CheckpointBundle,
+        settings: Settings,
+        seconds: float,
+        hurried: Fallback | None = None,
+    ) -> None:
         assert bundle.network is not None
         self._network: NetworkExport = bundle.network
         self._architecture: PrunedArchitecture = bundle.architecture
         self._settings = settings
         self._seconds = seconds
+        self._hurried = hurried
+        self._begun: float | None = None
+        self._remeasured = 0
 
     def __call__(self, proposal: Proposal) -> Measured:
         """The largest safe part of ``proposal``."""
+        found = self._tried(
+            lambda: self._measured(proposal),
+            Fallback(rung=TIMEOUT, reason=self._too_slow("measuring", self._seconds)),
+            SKIPPED,
+        )
+        if isinstance(found, Fallback):
+            return safety.predicted_only(proposal, self._settings, found)
+        return found
+
+    def remeasure(self, masked: Sequence[Entry], halved: Sequence[Entry] = ()) -> Moves | Fallback:
+        """Margins, and what every unit moves them by, with parts masked."""
+        if self._hurried is not None:
+            return self._hurried
+        seconds = _SHARE_OF_ROUNDS * self._seconds
+        found = self._tried(
+            lambda: self._moves(masked, halved),
+            Fallback(rung=ROUNDS_TIMEOUT, reason=self._too_slow("choosing in rounds", seconds)),
+            ROUNDS_SKIPPED,
+        )
+        # What led nowhere is not counted: a replay that is told so does not even begin.
+        self._remeasured = 0 if isinstance(found, Fallback) else self._remeasured + 1
+        return found
+
+    def _tried(self, work: Callable[[], T], too_slow: Fallback, otherwise: str) -> T | Fallback:
+        """What ``work`` returns, or why it cannot be done."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # sums must not depend on the machine
-        rung = SKIPPED
+        self._begun = time.monotonic() if self._begun is None else self._begun
         try:
-            return self._measured(proposal)
+            return work()
         except TooSlow:
-            rung, reason = TIMEOUT, f"measuring takes longer than {self._seconds:g} s of the window"
+            return too_slow
         except ContractError as error:
             reason = str(error)
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, OSError) as error:
+        except DOES_NOT_RUN as error:
             # The operators' own complaints: the program is not what it says.
             reason = f"the program does not run: {type(error).__name__}: {error}"
         finally:
             torch.set_num_threads(threads)
-        skipped = Fallback(rung=rung, reason=reason[:8192])
-        return safety.predicted_only(proposal, self._settings, skipped)
+        return Fallback(rung=otherwise, reason=reason[:8192])
+
+    @staticmethod
+    def _too_slow(what: str, seconds: float) -> str:
+        return f"{what} takes longer than {seconds:g} s of the window"
+
+    def _until(self, share: float) -> Bench:
+        """The network; measuring stops when this share of the time has passed."""
+        assert self._begun is not None
+        bench = self._bench
+        bench.deadline = self._begun + share * self._seconds
+        return bench
+
+    @cached_property
+    def _bench(self) -> Bench:
+        return Bench(self._network, self._architecture)
+
+    @cached_property
+    def _meter(self) -> MarginMeter:
+        inputs = self._bench.calibration()
+        if not inputs:
+            hint = "Exporter.export(..., calibration=inputs)"
+            raise InvalidField(
+                "held_out.calibration", "inputs to measure again on", "none", hint=hint
+            )
+        return MarginMeter(self._bench, self._architecture, inputs)
+
+    def _moves(self, masked: Sequence[Entry], halved: Sequence[Entry]) -> Moves:
+        self._until(_SHARE_OF_ROUNDS)
+        return self._meter(masked, halved)
 
     def _measured(self, proposal: Proposal) -> Measured:
-        deadline = time.monotonic() + self._seconds
-        bench = Bench(self._network, self._architecture, deadline)
-        search = _Search(bench, proposal, self._settings.verification)
+        search = _Search(self._until(1), proposal, self._settings.verification, self._remeasured)
         kept = safety.largest_safe(proposal.order, search.is_safe)
         proposed, least = len(proposal.order), self._settings.verification.kept_share
         ranking = safety.ranking_holds(len(kept), proposed, least)
@@ -98,6 +168,8 @@ class _Search:
     bench: Bench
     proposal: Proposal
     settings: VerificationSettings
+    remeasured: int
+    """How often the network was measured while its units were chosen."""
     seen: dict[tuple[Entry, ...], tuple[tuple[GateResult, ...], _Figures]] = field(
         default_factory=dict
     )
@@ -141,7 +213,7 @@ class _Search:
         stopped = self._failed(self.proposal.order) if left else ""
         return Verification(
             samples=self.bench.samples,
-            measurements=len(self.seen),
+            measurements=self.remeasured + len(self.seen),
             proposed=len(self.proposal.order),
             kept=len(kept),
             stopped=stopped,
@@ -156,6 +228,7 @@ class _Search:
             class_accuracy_drop=figures.class_drop,
             worst_class=figures.number,
             gradient_flow_change=figures.flow,
+            rounds=self.proposal.rounds,
         )
 
     def _failed(self, entries: tuple[Entry, ...]) -> str:

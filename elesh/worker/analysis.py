@@ -56,6 +56,7 @@ class Analyst:
         )
         self._untrusted = _untrusted(bus, settings)
         self._child = ComputeChild(settings.worker.memory_limit, spool)
+        self._keeping: asyncio.Task[None] | None = None
 
     @property
     def begun(self) -> bool:
@@ -67,11 +68,15 @@ class Analyst:
         return self._child.look()
 
     async def start(self) -> None:
-        """Have the child ready before the first message."""
+        """Have the child ready before the first message, and a fresh one whenever it dies."""
         await self._child.start()
+        self._keeping = asyncio.create_task(self._child.keep())
 
     async def stop(self) -> None:
         """End the child."""
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.gather(self._keeping, return_exceptions=True)
         await self._child.kill()
 
     async def run(self, job: Job, timeout: float) -> Reply:
@@ -154,7 +159,7 @@ class Analyst:
             for name, ref in wanted.items():
                 await self._bus.blobs.fetch(ref, self._folder / name)
         self._reports.status.fetched(size)
-        await self._reports.step("fetched", work, figures={"bytes": size})
+        self._reports.step("fetched", work, figures={"bytes": size})
 
     def _forget(self) -> None:
         self._fetched = ""
@@ -173,7 +178,8 @@ class Analyst:
 
     async def _under_breakers(self, job: Job, work: Work) -> Job:
         """The job with the state of its levels' breakers, which admit at most one probe."""
-        views = [await self._bus.breakers.admit(work.run_id, level) for level in job.asked_levels]
+        admit = self._bus.breakers.admit
+        views = await asyncio.gather(*(admit(work.run_id, level) for level in job.asked_levels))
         states = [(v.state if v.admitted else "open", v.failures, v.reason) for v in views]
         return replace(job, breakers=tuple(states))
 
@@ -190,7 +196,7 @@ class Analyst:
             current.set_attribute("elesh.approved", decision.approved_for_application)
             for taken in decision.fallbacks:
                 current.add_event("fallback", {"rung": taken.rung, "reason": taken.reason})
-        await self._reports.analysed(work, decision, _metrics(work, job, decision, reply))
+        self._reports.analysed(work, decision, _metrics(work, job, decision, reply))
         await self._remember(work)
         return result
 
@@ -220,7 +226,7 @@ class Analyst:
                 if not rung or timeout <= 0:
                     raise _given_up(job, failure) from None
                 job = replace(job, fallbacks=(*job.fallbacks, (rung, str(failure))))
-                await self._reports.fallback(work, job.key, rung, str(failure))
+                self._reports.fallback(work, job.key, rung, str(failure))
 
 
 def _untrusted(bus: Bus, settings: Settings) -> str:

@@ -2,7 +2,7 @@
 
 Promises: ``run`` answers or raises a :class:`ChildFailure` within its time; the child is a process
 of its own, so that a long hold of the interpreter lock in it never delays a lease; its memory is
-capped; after a death the next ``run`` finds a fresh child.
+capped; a child that dies is replaced at once (:meth:`ComputeChild.keep`), or by the next ``run``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import Coroutine
 from pathlib import Path
 
+from elesh.observe import get_logger
+
 from .memory import resident
 from .protocol import MEMORY_CODE, PREFIX, Job, Reply, pack_frame, unpack_body
 from .pulse import Finding, PulseReader
@@ -21,9 +23,10 @@ from .pulse import Finding, PulseReader
 __all__ = ["ChildDied", "ChildFailure", "ChildOverMemory", "ChildTimeout", "ComputeChild"]
 
 _WATCH_SECONDS = 0.1
+_AGAIN_SECONDS, _LONGEST_PAUSE = 1.0, 60.0
 _START_SECONDS = 60.0
 """For a fresh child to load its numerics, beside the time of the job."""
-
+_log = get_logger(__name__)
 
 CHILD = "elesh.worker.child"
 """The module that is the child; tests put another one there."""
@@ -57,6 +60,7 @@ class ComputeChild:
         self._limit = memory_limit
         self._pulse = PulseReader(folder / "pulse")
         self._process: Process | None = None
+        self._turn = asyncio.Lock()
         self.busy = False
         """Whether a job is in the child."""
 
@@ -75,7 +79,30 @@ class ComputeChild:
 
         Raises:
             ChildDied: if it ends before it is ready.
+            ChildTimeout: if it is not ready in a minute.
         """
+        async with self._turn:
+            await self._start()
+
+    async def keep(self) -> None:
+        """Have a fresh child whenever one has died, until cancelled; :meth:`start` it first.
+
+        Waits for the end of the process, so that a living one costs nothing. One that dies in a job
+        is replaced once the job has heard of it; one that cannot start is tried ever more rarely.
+        """
+        pause = _AGAIN_SECONDS
+        while True:
+            assert self._process is not None
+            await self._process.wait()
+            try:
+                await self.start()
+                pause = _AGAIN_SECONDS
+            except (ChildFailure, OSError) as error:
+                _log.warning("compute child does not start", reason=str(error))
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+
+    async def _start(self) -> None:
         if self.pid is None:
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", CHILD),
@@ -85,7 +112,11 @@ class ComputeChild:
                 start_new_session=True,  # signals of the terminal are the supervisor's
             )
             try:
-                await self._read()
+                async with asyncio.timeout(_START_SECONDS):
+                    await self._read()
+            except TimeoutError:
+                await self.kill()
+                raise ChildTimeout(f"compute child not ready in {_START_SECONDS:g} s") from None
             except (asyncio.IncompleteReadError, ConnectionError):
                 raise await self._death() from None
 
@@ -97,9 +128,12 @@ class ComputeChild:
             ChildOverMemory: it used more memory than it may, and was killed.
             ChildDied: the child ended before it answered.
         """
+        async with self._turn:
+            return await self._run(job, timeout)
+
+    async def _run(self, job: Job, timeout: float) -> Reply:
         try:
-            async with asyncio.timeout(_START_SECONDS):
-                await self.start()
+            await self._start()
             self.busy = True
             async with asyncio.timeout(timeout):
                 reply = await self._watched(self._exchange(job))

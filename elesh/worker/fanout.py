@@ -82,7 +82,7 @@ class FanOut:
         if planned is Planned.CONFLICT:
             raise conflict(work)
         step = "planned" if planned is Planned.PLANNED else str(planned)
-        await self._reports.step(step, work, detail=", ".join(plan.items))
+        self._reports.step(step, work, detail=", ".join(plan.items))
 
     async def analyse(self, delivery: Delivery, item: AnalysisItem) -> None:
         """Analyse one part and store what became of it."""
@@ -97,12 +97,12 @@ class FanOut:
         except ContractError as error:
             result = ItemResult(failed=str(error)[:8192])
             self._reports.status.gave_up(item.level)
-            await self._reports.step("failed", work, key=work.key.at(item.level), detail=str(error))
+            self._reports.step("failed", work, key=work.key.at(item.level), detail=str(error))
         stored = await self._bus.plans.store(WORKERS, self._worker_id, delivery, item, result)
         if stored is Stored.GONE:
             await self._bus.acknowledge(WORKERS, self._worker_id, delivery)
         detail = f"{item.name}: {stored}"
-        await self._reports.step("stored", work, key=work.key.at(item.level), detail=detail)
+        self._reports.step("stored", work, key=work.key.at(item.level), detail=detail)
 
     async def join(self, delivery: Delivery, item: JoinItem) -> None:
         """Decide by the parts that are there, and name those that are not."""

@@ -69,7 +69,7 @@ class PulseReader:
     def look(self, pid: int | None, *, busy: bool) -> Finding:
         """How the child ``pid`` is now; call it every second or so."""
         if pid is None:
-            return Finding("dead", "the compute child ended; the next job starts a fresh one")
+            return Finding("dead", "the compute child ended; a fresh one is being started")
         now = time.monotonic()
         state, used = _of_process(pid)
         if pid != self._pid or used > self._used:

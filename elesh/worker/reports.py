@@ -1,6 +1,6 @@
 """What a worker tells the world: telemetry events, dead letters, log lines.
 
-Telemetry is advice: if the bus is away for it, the line in the log must do, and the work goes on.
+Telemetry is advice: it leaves by the :class:`~elesh.worker.outbox.Outbox`, and nobody waits for it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from leyline import (
     ContractError,
     DeadLetter,
     IdempotencyKey,
-    Message,
     Priority,
     StructuralPruningDecision,
     StructuralValidationResult,
     TelemetryEvent,
 )
-from leyline.streams import TELEMETRY, VALIDATION, Stream
+from leyline.streams import TELEMETRY, VALIDATION
 
 from .admission import Work
+from .outbox import Outbox
 from .status import Status
 
 __all__ = ["Reports"]
@@ -39,6 +39,16 @@ _SETTLED = {
 }
 _ANALYSIS_RUNGS = frozenset({"safety_failure", "taylor_failure"})
 """Rows of the failure table that are answered inside the analysis."""
+_JOIN_RUNGS = frozenset(
+    {
+        "verification_skipped",
+        "verification_timeout",
+        "rounds_skipped",
+        "rounds_timeout",
+        "rounds_refused",
+    }
+)
+"""Those that only the join of all levels can take."""
 _log = get_logger(__name__)
 
 
@@ -49,8 +59,9 @@ class Reports:
         self._bus = bus
         self._worker_id = worker_id
         self.status = Status(worker_id)
+        self.outbox = Outbox(bus)
 
-    async def step(
+    def step(
         self,
         step: str,
         work: Work,
@@ -72,9 +83,9 @@ class Reports:
             "figures": dict(figures or {}),
             "detail": detail,
         }
-        await self._publish(TELEMETRY, TelemetryEvent(**values), work.run_id, work.epoch)
+        self.outbox.put(TELEMETRY, TelemetryEvent(**values), work.run_id, work.epoch)
 
-    async def analysed(
+    def analysed(
         self, work: Work, decision: StructuralPruningDecision, metrics: AnalysisMetrics
     ) -> None:
         """The child answered; rungs that the analysis itself took are told, too.
@@ -82,14 +93,15 @@ class Reports:
         A joint decision repeats those of its levels, which were told when they were analysed.
         """
         for taken in decision.fallbacks:
-            if taken.rung in _ANALYSIS_RUNGS and not decision.levels:
-                await self.fallback(work, str(decision.key), taken.rung, taken.reason)
+            own = taken.rung in _ANALYSIS_RUNGS and not decision.levels
+            if own or taken.rung in _JOIN_RUNGS:
+                self.fallback(work, str(decision.key), taken.rung, taken.reason)
         self.status.analysed(
             decision.key.level, metrics.duration_seconds, metrics.peak_memory_bytes
         )
-        await self.step("analysed", work, key=decision.key, metrics=metrics)
+        self.step("analysed", work, key=decision.key, metrics=metrics)
 
-    async def entry(self, step: str, stream: str, entry_id: str, cause: str, detail: str) -> None:
+    def entry(self, step: str, stream: str, entry_id: str, cause: str, detail: str) -> None:
         """An entry went round again."""
         where = f"{stream}/{entry_id}"
         self.status.redelivered(cause)
@@ -100,9 +112,9 @@ class Reports:
             "at": datetime.now(UTC),
             "detail": f"{where}: {cause}: {detail}"[:8192],
         }
-        await self._publish(TELEMETRY, TelemetryEvent(**event), "", None)
+        self.outbox.put(TELEMETRY, TelemetryEvent(**event), "", None)
 
-    async def settlement(
+    def settlement(
         self, work: Work, decision: StructuralPruningDecision, outcome: Settlement
     ) -> None:
         """What became of a decision in the store; a settled one is Urabrask's business too."""
@@ -114,7 +126,7 @@ class Reports:
             reason=decision.rejection_reason or "-",
         )
         seconds = (datetime.now(UTC) - work.received).total_seconds()
-        await self.step(
+        self.step(
             _SETTLED[outcome],
             work,
             key=decision.key,
@@ -132,13 +144,13 @@ class Reports:
                 outcome=decision.safety.outcome,
                 gates=decision.safety.gates,
             )
-            await self._publish(VALIDATION, result, work.run_id, work.epoch)
+            self.outbox.put(VALIDATION, result, work.run_id, work.epoch)
 
-    async def fallback(self, work: Work, key: str, rung: str, reason: str) -> None:
+    def fallback(self, work: Work, key: str, rung: str, reason: str) -> None:
         """A rung of the failure table was taken."""
         _log.warning("fallback", key=key, rung=rung, reason=reason)
         self.status.fell_back(rung)
-        await self.step("fallback", work, key=IdempotencyKey.parse(key), detail=f"{rung}: {reason}")
+        self.step("fallback", work, key=IdempotencyKey.parse(key), detail=f"{rung}: {reason}")
 
     async def transition(self, change: BreakerTransition | None) -> None:
         """A breaker changed its state; None where it did not."""
@@ -152,7 +164,18 @@ class Reports:
             after=change.after,
             reason=change.reason,
         )
-        await self._publish(TELEMETRY, change, change.run_id, None)
+        try:
+            # Awaited: the audit log has it from here.
+            await self._bus.publish(
+                TELEMETRY,
+                change,
+                source=_SOURCE,
+                carrier=carrier_of(),
+                priority=Priority.LOW,
+                run_id=change.run_id,
+            )
+        except BusUnavailable as error:
+            _log.warning("transition missed", reason=str(error))
 
     def letter(self, delivery: Delivery, error: ContractError, work: Work | None) -> DeadLetter:
         """The dead letter of an entry, with its original bytes and its history."""
@@ -172,7 +195,7 @@ class Reports:
             history=delivery.history.attempts,
         )
 
-    async def buried(self, letter: DeadLetter, work: Work | None) -> None:
+    def buried(self, letter: DeadLetter, work: Work | None) -> None:
         """An entry went to the dead letters."""
         self.status.buried(letter.error_code)
         event = TelemetryEvent(
@@ -184,20 +207,4 @@ class Reports:
             epoch=work.epoch if work else None,
             detail=letter.reason,
         )
-        await self._publish(TELEMETRY, event, event.run_id, event.epoch)
-
-    async def _publish(
-        self, stream: Stream, message: Message, run_id: str, epoch: int | None
-    ) -> None:
-        try:
-            await self._bus.publish(
-                stream,
-                message,
-                source=_SOURCE,
-                carrier=carrier_of(),
-                priority=Priority.LOW,
-                run_id=run_id,
-                epoch=epoch,
-            )
-        except BusUnavailable as error:
-            _log.warning("telemetry missed", stream=stream.name, reason=str(error))
+        self.outbox.put(TELEMETRY, event, event.run_id, event.epoch)

@@ -12,7 +12,7 @@ from opentelemetry.trace import SpanKind
 
 from elesh.bus import Bus, Delivery, Settlement, Settling
 from elesh.observe import get_logger, messaging, onward, span
-from elesh.safety import fingerprint_of, rolled_back_cut, vote_of, votes
+from elesh.safety import fingerprint_of, grounds, rolled_back_cut, vote_of, votes
 from elesh.settings import Settings
 from leyline import (
     Conflict,
@@ -73,7 +73,7 @@ class Clerk:
         if record.fingerprint != work.fingerprint:
             raise conflict(work)
         await self._bus.acknowledge(WORKERS, self._worker_id, delivery, served)
-        await self._reports.step("duplicate", work)
+        self._reports.step("duplicate", work)
         return True
 
     async def settle(
@@ -107,10 +107,10 @@ class Clerk:
         if is_corruption(error) and (previous := await self._previous(work)):
             decision = stand_in(previous, work.document, str(work.key), error)
             reason = decision.fallbacks[-1].reason
-            await self._reports.fallback(work, str(work.key), CORRUPTION, reason)
+            self._reports.fallback(work, str(work.key), CORRUPTION, reason)
             letter = self._reports.letter(delivery, error, work)
             await self._settle(delivery, work, decision, served, letter)
-            await self._reports.buried(letter, work)
+            self._reports.buried(letter, work)
             return
         await self.bury(delivery, error, work, served)
 
@@ -132,7 +132,7 @@ class Clerk:
                 code=error.code,
                 reason=str(error),
             )
-            await self._reports.buried(letter, work)
+            self._reports.buried(letter, work)
 
     async def note(self, delivery: Delivery, outcome: PruningOutcome) -> None:
         """Tell the breakers what a trainer made of a decision, and remember a cut that it took
@@ -191,7 +191,7 @@ class Clerk:
             (settled,) = await self._bus.settle(
                 WORKERS, self._worker_id, delivery, [result], served, letter
             )
-        await self._reports.settlement(work, decision, settled)
+        self._reports.settlement(work, decision, settled)
         if settled is Settlement.CONFLICT:
             raise conflict(work)
         return settled
@@ -207,7 +207,7 @@ class Clerk:
         breakers = self._bus.breakers
         for level, vote in votes(decision).items():
             if vote == "failure":
-                reason, token = decision.rejection_reason or _gap(decision), str(decision.key)
+                reason, token = grounds(decision, level), str(decision.key)
                 change = await breakers.failure(work.run_id, level, reason, token=token)
                 await self._reports.transition(change)
             elif vote == "success":
@@ -230,8 +230,3 @@ def conflict(work: Work) -> Conflict:
         f"content {work.fingerprint[:16]}",
         hint="give other content another key",
     )
-
-
-def _gap(decision: StructuralPruningDecision) -> str:
-    """What kept levels out of an approved joint decision."""
-    return "; ".join(f"{p.level}: {p.reason}" for p in decision.levels if p.verdict == "rejected")

@@ -92,7 +92,7 @@ class Worker:
 
     async def run(self) -> None:
         """Serve until drained, and say meanwhile how it goes."""
-        async with self._monitor.running():
+        async with self._monitor.running(), self._reports.outbox.open():
             await self._run()
 
     async def _run(self) -> None:
@@ -184,7 +184,7 @@ class Worker:
     async def _hand_over(self, delivery: Delivery) -> None:
         if await self._leases.hand_over(delivery, "drained before it began"):
             stream, entry = delivery.origin
-            await self._reports.entry("handed_over", stream, entry, "handover", "draining")
+            self._reports.entry("handed_over", stream, entry, "handover", "draining")
 
     def _lost(self, delivery: Delivery) -> None:
         """What is computed for an entry that another worker has is in vain.
@@ -262,7 +262,7 @@ class Worker:
 
     async def _decide(self, delivery: Delivery, work: Work) -> None:
         self._clerk.refuse_poison(delivery)
-        await self._reports.step("received", work, figures={"deliveries": delivery.deliveries})
+        self._reports.step("received", work, figures={"deliveries": delivery.deliveries})
         try:
             if await self._clerk.is_decided(delivery, work):
                 return
@@ -282,7 +282,7 @@ class Worker:
         reason = f"{type(error).__name__}: {error}"
         if await self._leases.retry(delivery, reason, pause):
             stream, entry = delivery.origin
-            await self._reports.entry("retried", stream, entry, "exception", reason)
+            self._reports.entry("retried", stream, entry, "exception", reason)
 
 
 def _key_of(asked: Admitted) -> str:

@@ -47,7 +47,7 @@ class Sweeps:
         """Offer; seconds until the next time."""
         sweep = await self._bus.sweeper.sweep(WORKERS, self._worker_id, self._streams)
         for taken in sweep.taken:
-            await self._reports.entry(
+            self._reports.entry(
                 "reclaimed", taken.stream, taken.entry_id, "crash", f"of {taken.owner}"
             )
         for plan in sweep.overdue:

@@ -1,5 +1,6 @@
-"""Small networks that were really trained, on data that are not the demo's, as checkpoints that
-carry their network: a perceptron on breast cancer figures and convolutions on drawn stripes."""
+"""Small networks that were really trained, mostly on data that are not the demo's, as checkpoints
+that carry their network: a perceptron on breast cancer figures, convolutions on drawn stripes, and
+others on the demo's digits."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from functools import cache
 
 import numpy as np
 import torch
-from sklearn.datasets import load_breast_cancer
+from sklearn.datasets import load_breast_cancer, load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -70,6 +71,22 @@ def convolutions(seed: int = 0) -> Trained:
     return _trained(model, x.unsqueeze(1), y, epochs=4, shares=(0.5, 0.3, 0.2))
 
 
+@cache
+def digits(seed: int = 0) -> Trained:
+    """Plain convolutions on drawn digits: much of it can go, but not just any of it."""
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels)
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((1, 16), (16, 32), (32, 32)):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
+    layers.insert(6, nn.MaxPool2d(2))
+    model = nn.Sequential(
+        *layers, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 48), nn.ReLU(), nn.Linear(48, 10)
+    )
+    return _trained(model, x.view(-1, 1, 8, 8), y, epochs=12, shares=(0.5, 0.2, 0.3))
+
+
 def _trained(
     model: nn.Module, x: Tensor, y: Tensor, *, epochs: int, shares: tuple[float, float, float]
 ) -> Trained:
@@ -85,7 +102,7 @@ def _trained(
     recorder = Recorder(model, x[:4])
     bundle = recorder.measure([(x[train], y[train])], epoch=119, run_id="proved")
     held_out = (x[held], y[held])
-    network = Exporter(model).export(recorder.architecture, held_out)
+    network = Exporter(model).export(recorder.architecture, held_out, x[train])
     return Trained(model, replace(bundle, network=network), (x[rest], y[rest]), held_out)
 
 

@@ -89,6 +89,25 @@ def test_a_wedged_child_turns_readiness_red_and_nothing_is_lost(station: Station
     assert page["metrics"]["analysis_duration_p95"] > 0
 
 
+def test_an_idle_child_that_dies_is_replaced_without_any_work(station: Station) -> None:
+    worker = station.worker(**HEALTH)
+    pages = Pages(worker)
+    when(station, lambda: pages.ready()[0] == 200, "readiness")
+    first = worker.child
+    first.kill()
+    first.wait(10)
+
+    def replaced() -> bool:
+        found = psutil.Process(worker.process.pid).children()
+        return bool(found) and found[0].pid != first.pid
+
+    when(station, replaced, "a fresh child")
+    when(station, lambda: pages.ready()[0] == 200, "readiness again")
+    station.publish(checkpoint())
+    (decision,) = station.wait_decisions(1)
+    assert decision.fallbacks == (), "no job was in the one that died"
+
+
 def test_every_metric_of_rules_and_dashboard_is_exposed(station: Station) -> None:
     worker = station.worker(**HEALTH)
     pages = Pages(worker)

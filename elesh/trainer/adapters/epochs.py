@@ -13,7 +13,7 @@ from elesh.analysis import phase_at
 from elesh.observe import get_logger
 from elesh.trainer.apply import Evaluation
 from elesh.trainer.calling import Inputs, call, device_of, main_output, map_tensors
-from elesh.trainer.export import Exporter
+from elesh.trainer.export import Exporter, calibration_inputs
 from elesh.trainer.recorder import Recorder
 from elesh.trainer.session import Session
 from elesh.trainer.snapshot import Stateful
@@ -124,7 +124,9 @@ class EveryEpoch:
         if self._held_out is None or phase_at(epoch, schedule) in _UNCUT:
             return None
         try:
-            return self._exporter.export(self.surgeon.architecture, self._held_out)
+            return self._exporter.export(
+                self.surgeon.architecture, self._held_out, calibration_inputs(self._calibration)
+            )
         except ContractError as error:
             _log.warning("network not published; workers decide by prediction", reason=str(error))
             return None
