@@ -22,7 +22,7 @@ from elesh.bus import Bus, Delivery
 from elesh.capture import Case, open_case, save_case, take_blobs, versions
 from elesh.differences import Change, changes, moved
 from elesh.observe import linked_span
-from elesh.safety import BreakerStatus, refuse_rolled_back
+from elesh.safety import BreakerStatus
 from elesh.settings import Settings
 from elesh.worker.admission import Work, admit
 from elesh.worker.compute import ChildFailure, ComputeChild
@@ -244,7 +244,6 @@ async def _replay(
         decision = decode(StructuralPruningDecision, reply.result, field=f"result of {work.key}")
     except (ContractError, ChildFailure) as error:
         return Replayed(work.key, None, recorded, changed, str(error))
-    decision = refuse_rolled_back(decision, recorded.rolled_back if recorded else ())
     return Replayed(work.key, decision, recorded, changed)
 
 
@@ -267,6 +266,7 @@ def _job(
         threads=settings.threads,
         fallbacks=tuple((f.rung, f.reason) for f in fallbacks if f.rung in REPLAYED),
         missing=tuple((str(level), reason) for level, reason in gaps.items()),
+        taken_back=tuple(map(encode, recorded.rolled_back)) if recorded else (),
         recorded=encode(recorded) if recorded else b"",
     )
 

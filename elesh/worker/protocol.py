@@ -59,6 +59,8 @@ class Job:
     """Levels that a join has to do without, each with the reason."""
     unmeasured: str = ""
     """Why the network that the checkpoint names is not run; empty: it may be."""
+    taken_back: tuple[bytes, ...] = ()
+    """The run's cuts that its trainer rolled back, encoded, for a join or a decision."""
     recorded: bytes = b""
     """In a replay, the encoded decision of then: what chance decided (see
     :func:`elesh.verification.verifier`) is taken from it."""
@@ -148,7 +150,7 @@ def unpack_body(kind: type[Job] | type[Reply], body: bytes) -> Any:
     if kind is Job:
         pairs = ("breakers", "fallbacks", "missing")
         values |= {name: tuple(map(tuple, values[name])) for name in pairs}
-        values |= {name: tuple(values[name]) for name in ("levels", "shard")}
+        values |= {name: tuple(values[name]) for name in ("levels", "shard", "taken_back")}
         return kind(**values)
     if values["failed"] is not None:
         values["failed"] = Failed(**values["failed"])
