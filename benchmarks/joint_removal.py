@@ -87,7 +87,7 @@ class Ours:
     def _heads(self, bundle: CheckpointBundle, count: int, moved: Any) -> Units:
         groups = [g for g in bundle.architecture.groups if g.prunable and g.level is Level.HEAD]
         settings = AttentionAnalysis(min_heads_per_layer=self._minimum)
-        scorer = "output_projection" if self._joint else "multi_metric"
+        scorer = "output_projection" if self._joint else self._scorer
         ranking = rank_heads(bundle, settings, groups, scorer, Phase.MODERATE)
         row = (
             ranking.projections.moved(moved) if moved is not None and ranking.projections else None
@@ -117,7 +117,8 @@ def methods(subject: Subject, minimum: int) -> dict[str, Method]:
         rank = method.rank if heads else Ours(subject, minimum, redistribute=True)
         rows[f"{plain} + redistribution"] = Method(rank, method.rounds, redistribute=True)
     mix = Ours(subject, minimum, scorer="multi_metric")
-    others: dict[str, Rank] = {"the document's mix": mix}
+    fisher = Ours(subject, minimum, scorer="fisher")
+    others: dict[str, Rank] = {"the document's mix": mix, "Fisher of the gates": fisher}
     others |= {name: by_criterion(name, minimum) for name in CRITERIA}
     if heads:
         others = {name: rank for name, rank in others.items() if not name.startswith("torch-")}

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -138,6 +139,7 @@ def _text(text: str | None) -> str:
     return re.sub(r":(?:class|func|mod|meth):`\.?([^`]+)`", r"`\1`", first).replace("``", "`")
 
 
+@cache
 def commands() -> str:
     """The page of every command, as Typer writes it."""
     program = [sys.executable, "-m", "typer", "elesh.cli", "utils", "docs", "--name", "elesh"]

@@ -2,15 +2,16 @@
 
 Promises: the same code and settings give the same bytes; where they do not, the settings that
 changed are named, and what the decision does differently. The analysis runs in a compute child, as
-it did then: whatever a checkpoint carries is met behind the same walls. Levels that were missing
-and rungs of the failure table that were taken are those of the record. Only what happened to one
-level of several (say a timeout of the heads alone) is replayed for all of them.
+it did then: whatever a checkpoint carries is met behind the same walls. What chance decided is
+taken from the record: levels that were missing, shards, rungs of the failure table of each part,
+and the earlier decision that stands in for corrupt data.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from elesh.safety import BreakerStatus
 from elesh.settings import Settings
 from elesh.worker.admission import Work, admit
 from elesh.worker.compute import ChildFailure, ComputeChild
-from elesh.worker.ladder import CORRUPTION, REPLAYED
+from elesh.worker.ladder import REPLAYED, is_corruption, stand_in
 from elesh.worker.protocol import DOCUMENT, Job
 from leyline import (
     ContractError,
@@ -103,6 +104,24 @@ class Replayed:
         return moved(self.recorded, self.decision) if both else []  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class _Then:
+    """What is known of a decision's making."""
+
+    recorded: StructuralPruningDecision | None
+    previous: StructuralPruningDecision | None
+    """The decision that stands in."""
+    decided_by: dict[str, Any] | None
+    """Its settings."""
+
+    def changed(self, settings: Settings) -> tuple[Change, ...] | None:
+        """The settings that are others now; None if those of then are not known."""
+        if self.decided_by is not None:
+            return tuple(changes(self.decided_by, json.loads(settings.analysis_json)))
+        known = self.recorded is None or self.recorded.settings_hash == settings.analysis_hash
+        return () if known else None
+
+
 async def replay(bus: Bus, settings: Settings, selection: Selection) -> AsyncIterator[Replayed]:
     """Replay every selected event that is still in the streams, in their order."""
     async with _child(settings) as child:
@@ -122,13 +141,16 @@ async def _replay_recorded(
 ) -> Replayed:
     recorded = await recorded_decision(bus, work.key)
     decided_by = await bus.settings_of(recorded.settings_hash) if recorded else None
+    before = recorded.stands_in if recorded else None
+    previous = await recorded_decision(bus, IdempotencyKey.parse(before)) if before else None
     with tempfile.TemporaryDirectory(prefix="elesh-replay-") as name:
         folder = Path(name)
+        then = _Then(recorded, previous, decided_by)
         try:
             await _fetch(bus, work, folder)
         except ContractError as error:
-            return Replayed(work.key, None, recorded, error=str(error))
-        return await _replay(child, settings, work, folder, recorded, decided_by)
+            return _stood_in(work, then, error, then.changed(settings))
+        return await _replay(child, settings, work, folder, then)
 
 
 @asynccontextmanager
@@ -179,7 +201,8 @@ async def replay_case(path: Path, settings: Settings | None) -> Replayed:
         take_blobs(path, work.blobs, folder)
         (folder / DOCUMENT).write_bytes(encode(work.document))
         async with _child(chosen) as child:
-            return await _replay(child, chosen, work, folder, case.decision, case.settings)
+            then = _Then(case.decision, None, case.settings)
+            return await _replay(child, chosen, work, folder, then)
 
 
 async def recorded_decision(bus: Bus, key: IdempotencyKey) -> StructuralPruningDecision | None:
@@ -222,29 +245,34 @@ async def _fetch(bus: Bus, work: Work, folder: Path, *, document: bool = True) -
 
 
 async def _replay(
-    child: ComputeChild,
-    settings: Settings,
-    work: Work,
-    folder: Path,
-    recorded: StructuralPruningDecision | None,
-    decided_by: dict[str, Any] | None,
+    child: ComputeChild, settings: Settings, work: Work, folder: Path, then: _Then
 ) -> Replayed:
-    changed: tuple[Change, ...] | None = None
-    if decided_by is not None:
-        changed = tuple(changes(decided_by, json.loads(settings.analysis_json)))
-    elif recorded is None or recorded.settings_hash == settings.analysis_hash:
-        changed = ()
-    if recorded and any(taken.rung == CORRUPTION for taken in recorded.fallbacks):
-        error = "its data was corrupt, and an earlier decision stands in"
-        return Replayed(work.key, None, recorded, changed, error)
+    changed, recorded = then.changed(settings), then.recorded
+    job = _job(settings, work, folder, recorded)
     try:
-        reply = await child.run(_job(settings, work, folder, recorded), timeout=2 * work.window)
+        reply = await child.run(job, timeout=2 * work.window * max(1, len(job.parts)))
         if reply.failed is not None:
             raise reply.failed.error
         decision = decode(StructuralPruningDecision, reply.result, field=f"result of {work.key}")
-    except (ContractError, ChildFailure) as error:
+    except ContractError as error:
+        return _stood_in(work, then, error, changed)
+    except ChildFailure as error:
         return Replayed(work.key, None, recorded, changed, str(error))
     return Replayed(work.key, decision, recorded, changed)
+
+
+def _stood_in(
+    work: Work, then: _Then, error: ContractError, changed: tuple[Change, ...] | None
+) -> Replayed:
+    """The earlier decision again, if it stood in then and the data is still corrupt."""
+    before = then.recorded.stands_in if then.recorded else None
+    if before is None or not is_corruption(error):
+        return Replayed(work.key, None, then.recorded, changed, str(error))
+    if then.previous is None:
+        gone = f"{before} stands in, and its record is not here: {error}"
+        return Replayed(work.key, None, then.recorded, changed, gone)
+    decision = stand_in(then.previous, work.document, str(work.key), error)
+    return Replayed(work.key, decision, then.recorded, changed)
 
 
 def _job(
@@ -255,20 +283,28 @@ def _job(
     levels = tuple(level for level in work.levels if level not in gaps)
     breakers = BreakerStatus.of(recorded) if recorded else {}
     states = [breakers.get(level, BreakerStatus()) for level in levels]
-    fallbacks = recorded.fallbacks if recorded else ()
+    parts = recorded.parts if recorded else ()
     return Job(
-        kind="decide",
+        kind="again" if parts else "decide",
         folder=str(folder),
         key=str(work.key),
         settings=settings.model_dump_json(),
         levels=levels,
         breakers=tuple((each.state, each.failures, each.reason) for each in states),
         threads=settings.threads,
-        fallbacks=tuple((f.rung, f.reason) for f in fallbacks if f.rung in REPLAYED),
+        parts=tuple(map(encode, parts)),
+        fallbacks=_rungs(recorded) if recorded else (),
         missing=tuple((str(level), reason) for level, reason in gaps.items()),
         taken_back=tuple(map(encode, recorded.rolled_back)) if recorded else (),
         recorded=encode(recorded) if recorded else b"",
     )
+
+
+def _rungs(recorded: StructuralPruningDecision) -> tuple[tuple[str, str], ...]:
+    """The rungs that were taken for the whole decision, or for joining its parts."""
+    of_parts = dict.fromkeys(taken for part in recorded.parts for taken in part.fallbacks)
+    left = Counter(recorded.fallbacks) - Counter(of_parts.keys())
+    return tuple((taken.rung, taken.reason) for taken in left.elements() if taken.rung in REPLAYED)
 
 
 def _gaps(recorded: StructuralPruningDecision | None) -> dict[Level, str]:

@@ -56,6 +56,7 @@ def _measured(
         network, reason = None, _WITHOUT_TORCH
     if network is not None:
         from elesh.verification import accuracy
+        from elesh.verification.program import DOES_NOT_RUN
 
         try:
             bench = accuracy.open_bench(bundle, network)
@@ -66,8 +67,7 @@ def _measured(
             )
         except ContractError as error:
             reason = str(error)
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
-            # As in the verifier: the operators' own complaints.
+        except DOES_NOT_RUN as error:
             reason = f"the program does not run: {type(error).__name__}: {error}"
     targets: AccuracyTargets = settings.accuracy_targets
     return tuple(not_measured(name, getattr(targets, name), reason) for name in _NEED_THE_NETWORK)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,13 @@ def test_every_key_is_on_the_page_and_says_what_it_does() -> None:
     for path, (field, _) in keys(Settings()).items():
         assert field.description, f"{'.'.join(path)}: has no docstring"
         assert f"`{path[-1]}`<br>`ELESH_{'__'.join(path).upper()}`" in page
+
+
+def test_every_key_is_read_by_some_code() -> None:
+    """A key that nothing looks at does nothing (a look in vain is for other tests to find)."""
+    code = "\n".join(path.read_text() for path in (DOCS.parent / "elesh").rglob("*.py"))
+    for path in keys(Settings()):
+        assert re.search(rf"\.{path[-1]}\b(?!\()", code), f"{'.'.join(path)} is read nowhere"
 
 
 def test_every_key_can_be_set_alone_by_its_environment_variable(

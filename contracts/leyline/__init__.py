@@ -14,6 +14,7 @@ from .bundle import CheckpointBundle, CheckpointDocument, NetworkExport
 from .checkpoint import BlobRef, CheckpointMetadata, CheckpointReady
 from .codec import decode, encode, read_envelope, unwrap, wrap
 from .decisions import (
+    AnalysedPart,
     AttentionHeadTarget,
     ChannelPruningTarget,
     Fallback,
@@ -143,6 +144,7 @@ __all__ = [
     "LayerStatistics",
     "Level",
     "LevelAnalysis",
+    "AnalysedPart",
     "LevelPart",
     "MESSAGES",
     "Malformed",

@@ -291,6 +291,17 @@ class LevelPart(Message):
     """Of this level by itself; None where it is missing."""
 
 
+class AnalysedPart(Message):
+    """One part of a checkpoint that was analysed by itself, and how: a replay does the same."""
+
+    level: Level
+    groups: tuple[Name, ...] = ()
+    """The groups that it looked at; empty for all of the level."""
+    fallbacks: tuple[Fallback, ...] = ()
+    """Rungs that failures of the compute child led to; those that an analysis takes by itself
+    follow from its data."""
+
+
 class RolledBackCut(Message):
     """A cut that the trainer took back, with the evidence that had spoken for it."""
 
@@ -336,6 +347,11 @@ class StructuralPruningDecision(Message):
     """Groups that lose nothing although some of their units were near the cut, with reasons."""
     levels: tuple[LevelPart, ...] = Field(default=(), exclude_if=operator.not_)
     """In joint decisions: every level that was asked for, and what became of it."""
+    parts: tuple[AnalysedPart, ...] = Field(default=(), exclude_if=operator.not_)
+    """What it was joined from, where a level was split or rungs were taken on the way; otherwise
+    left out: every level was analysed as a whole."""
+    stands_in: DecisionKey | None = Field(default=None, exclude_if=lambda v: v is None)
+    """The earlier decision whose analysis stands in, where this checkpoint's data was corrupt."""
     rolled_back: tuple[RolledBackCut, ...] = Field(default=(), exclude_if=operator.not_)
     """Cuts of this run and these levels that were taken back before; what this decision proposes
     was compared with them."""

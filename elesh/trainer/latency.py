@@ -3,7 +3,9 @@
 Promises: the network is left as it was; every layer is timed on the input that it really gets, in
 turn with the others over several rounds, and its least time counts, so that a busy moment of the
 machine hits no single layer; layers that cannot be resized alone are timed at their own size.
-Normalisations are timed with a rectifier behind them: what is elementwise costs about that.
+Normalisations are timed with a rectifier behind them. What surrounds the layers (activations,
+additions, attention, memory that is not in the cache any more) is the rest of the whole network's
+time; smaller copies of the network tell how much of it goes with the layers' outputs.
 """
 
 from __future__ import annotations
@@ -11,19 +13,24 @@ from __future__ import annotations
 import copy
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from leyline import LatencyTable, LayerLatency, PrunedArchitecture
+from elesh.analysis.resources import resource_model
+from leyline import Budget, LatencyTable, LayerLatency, PrunedArchitecture
 
 from .calling import Inputs, batch_size, call, device_of, undisturbed
+from .surgeon import Surgeon
 
-__all__ = ["measure_latency"]
+__all__ = ["measure_latency", "with_surroundings"]
 
 FRACTIONS = (0.25, 0.5, 0.625, 0.75, 0.875, 1.0)
 """Sizes that are measured, as shares of the present size."""
+WHOLES = (0.4, 0.7)
+"""Shares of all units that smaller copies of the whole network keep."""
 _Norms = (nn.BatchNorm1d, nn.BatchNorm2d)
 _Timed = Callable[[], object]
 
@@ -56,11 +63,38 @@ def measure_latency(
             for name, grid in grids.items()
             for (out, inside), task in grid.items()
         }
-        whole = ("", 0, 0)
-        took = _timed({whole: lambda: call(model, inputs), **tasks}, rounds, seconds, model)
-    total = took.pop(whole)
+        smaller = [_smaller(architecture, share) for share in WHOLES]
+        wholes = [model, *(_cut(model, architecture, lost) for lost in smaller)]
+        for number, each in enumerate(wholes):
+            tasks["", number, 0] = _called(each, inputs)
+        took = _timed(tasks, rounds, seconds, model)
+    totals = [took.pop(("", number, 0)) for number in range(len(wholes))]
     layers = [_table(name, grid, took) for name, grid in grids.items()]
-    return _scaled(model, inputs, total, layers)
+    alone = _scaled(model, inputs, totals[0], layers)
+    return with_surroundings(alone, architecture, smaller, totals)
+
+
+def _smaller(architecture: PrunedArchitecture, share: float) -> dict[str, list[int]]:
+    """The units of every group that go where about ``share`` of them stay."""
+    lost = {}
+    for group in architecture.groups:
+        multiple = group.unit_multiple
+        kept = max(multiple, round(group.size * share / multiple) * multiple)
+        if group.prunable and kept < group.size:
+            lost[group.name] = list(range(kept, group.size))
+    return lost
+
+
+def _cut(
+    model: nn.Module, architecture: PrunedArchitecture, lost: Mapping[str, Sequence[int]]
+) -> nn.Module:
+    small = copy.deepcopy(model)
+    Surgeon(small, architecture, restore_points=0).cut(lost)
+    return small
+
+
+def _called(model: nn.Module, inputs: Inputs) -> _Timed:
+    return lambda: call(model, inputs)
 
 
 def _inputs_of(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
@@ -208,3 +242,52 @@ def _scaled(
             for layer in layers
         ),
     )
+
+
+def with_surroundings(
+    table: LatencyTable,
+    architecture: PrunedArchitecture,
+    smaller: Sequence[Mapping[str, Sequence[int]]],
+    totals: Sequence[float],
+) -> LatencyTable:
+    """The table with each layer's share of what surrounds the layers.
+
+    Args:
+        smaller: the units that each smaller copy of the network has lost.
+        totals: seconds of the network and of each copy.
+    """
+    if not table.layers:
+        return table
+    budget = Budget(resource="latency", at_most=1.0, latency=table)
+    model = resource_model(architecture, budget)
+    sizes, rests = [], []
+    for lost, total in zip([{}, *smaller], totals, strict=True):
+        inside = model.total({name: len(units) for name, units in lost.items()}) - model.fixed
+        sizes.append(_elements(architecture.without(lost) if lost else architecture))
+        rests.append(max(0.0, total - inside))
+    slope = _slope(sizes, rests)
+    positions = {layer.name: layer.positions for layer in architecture.layers if layer.weight}
+    layers = tuple(_surrounded(row, slope * positions.get(row.layer, 0)) for row in table.layers)
+    return table.model_copy(update={"layers": layers})
+
+
+def _elements(architecture: PrunedArchitecture) -> int:
+    """Outputs of all layers that multiply a weight, a sample."""
+    shapes = {path: tensor.shape for path, tensor in architecture.tensor.items()}
+    return sum(x.positions * shapes[x.weight][0] for x in architecture.layers if x.weight)
+
+
+def _slope(sizes: Sequence[float], rests: Sequence[float]) -> float:
+    """Seconds an element by least squares; none are negative, and no more than there are."""
+    x, y = np.asarray(sizes, np.float64), np.asarray(rests, np.float64)
+    spread = float(np.sum((x - x.mean()) ** 2))
+    if not spread:
+        return 0.0
+    slope = float(np.sum((x - x.mean()) * (y - y.mean()))) / spread
+    return min(max(slope, 0.0), float(y[0] / x[0]))
+
+
+def _surrounded(row: LayerLatency, each: float) -> LayerLatency:
+    """The row with so many seconds more an output."""
+    more = np.repeat(np.asarray(row.outputs, np.float64) * each, len(row.inputs) or 1)
+    return row.model_copy(update={"seconds": tuple((np.asarray(row.seconds) + more).tolist())})

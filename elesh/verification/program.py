@@ -14,19 +14,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgpack
 import torch
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
 from torch import Tensor
 
 from leyline import InvalidField, Malformed, TooLarge
+from leyline.bundle import first_error
+from leyline.parts import MAX_AXIS
 
 from .operators import resolve
 
-__all__ = ["FORMAT", "GateSlot", "Node", "Program", "decoded", "encoded"]
+__all__ = ["DOES_NOT_RUN", "FORMAT", "GateSlot", "Node", "Program", "decoded", "encoded"]
 
 FORMAT = 1
+DOES_NOT_RUN = (
+    *(RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError),
+    *(ArithmeticError, AssertionError, OSError),
+)
+"""What operators complain with where a program is not what it says."""
 _MAX_NODES = 200_000
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -35,12 +43,13 @@ _DTYPES = {
         *(torch.int8, torch.int16, torch.int32, torch.int64, torch.complex64, torch.complex128),
     )
 }
-_FORMATS = (torch.contiguous_format, torch.preserve_format, torch.channels_last)
+Size = Annotated[StrictInt, Field(ge=1, le=MAX_AXIS)]
+_MEMORY_FORMATS = (torch.contiguous_format, torch.preserve_format, torch.channels_last)
 _CONSTANTS: Mapping[str, Mapping[str, Any]] = {
     "dtype": _DTYPES,
     "device": {"cpu": torch.device("cpu")},
     "layout": {str(torch.strided): torch.strided},
-    "memory_format": {str(value): value for value in _FORMATS},
+    "memory_format": {str(value): value for value in _MEMORY_FORMATS},
 }
 """What a tagged argument can stand for, beside a value."""
 
@@ -66,6 +75,21 @@ class Node:
     operator: str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+
+
+class _Document(BaseModel):
+    """A program's bytes once they are msgpack: every field of its type, nothing else in it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[1]
+    model_hash: StrictStr
+    weights: dict[StrictStr, StrictStr]
+    inputs: dict[StrictStr, StrictStr]
+    gates: list[tuple[StrictStr, StrictStr, StrictInt | None, Size]]
+    nodes: list[tuple[StrictStr, StrictStr, tuple[Any, ...], dict[StrictStr, Any]]]
+    output: StrictStr
+    batch: Size | None = None
 
 
 @dataclass(frozen=True)
@@ -108,20 +132,22 @@ class Program:
             Malformed, InvalidField, TooLarge: naming what is wrong with it.
         """
         try:
-            fields = msgpack.unpackb(data, strict_map_key=True)
-            if fields.pop("format") != FORMAT:
-                raise ValueError(f"format {FORMAT}")
-            fields["gates"] = tuple(GateSlot(*gate) for gate in fields["gates"])
-            fields["nodes"] = tuple(Node(*node) for node in fields["nodes"])
-            program = cls(**fields)
-        except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException) as error:
+            fields = _Document.model_validate(msgpack.unpackb(data, strict_map_key=True))
+        except ValidationError as error:
+            raise first_error(error, "program") from None
+        except (ValueError, RecursionError, msgpack.UnpackException) as error:
             raise Malformed("program", "a program of this format", str(error)[:200]) from None
+        if len(fields.nodes) > _MAX_NODES:
+            raise TooLarge("program.nodes", f"at most {_MAX_NODES}", len(fields.nodes))
+        parts = dict(fields)
+        del parts["format"]
+        parts["gates"] = tuple(GateSlot(*gate) for gate in fields.gates)
+        parts["nodes"] = tuple(Node(*node) for node in fields.nodes)
+        program = cls(**parts)
         program._check()
         return program
 
     def _check(self) -> None:
-        if len(self.nodes) > _MAX_NODES:
-            raise TooLarge("program.nodes", f"at most {_MAX_NODES}", len(self.nodes))
         known = {*self.weights, *self.inputs, *(gate.value for gate in self.gates)}
         for node in self.nodes:
             resolve(node.operator)

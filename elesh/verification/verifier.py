@@ -34,6 +34,7 @@ from leyline import (
 from . import ROUNDS_SKIPPED, ROUNDS_TIMEOUT, SKIPPED, TIMEOUT
 from .margins import MarginMeter
 from .measure import Bench, Measurement, TooSlow
+from .program import DOES_NOT_RUN
 
 __all__ = ["NetworkVerifier"]
 
@@ -103,7 +104,7 @@ class NetworkVerifier:
             return too_slow
         except ContractError as error:
             reason = str(error)
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, OSError) as error:
+        except DOES_NOT_RUN as error:
             # The operators' own complaints: the program is not what it says.
             reason = f"the program does not run: {type(error).__name__}: {error}"
         finally:

@@ -13,8 +13,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from elesh._process import die_with_parent
 from elesh.analysis import analyze_level, join
@@ -23,6 +24,7 @@ from elesh.analysis.stages import observed, stage
 from elesh.settings import Settings
 from elesh.verification import verifier
 from leyline import (
+    AnalysedPart,
     CheckpointBundle,
     CheckpointDocument,
     ContractError,
@@ -36,7 +38,7 @@ from leyline import (
 )
 from leyline.bundle import map_file
 
-from .ladder import scope_of
+from .ladder import REPLAYED, scope_of
 from .marking import marked
 from .memory import limit_data
 from .protocol import (
@@ -120,20 +122,46 @@ def _level(job: Job) -> bytes:
 
 def _join(job: Job) -> bytes:
     """The decision by the analyses that others made."""
-    bundle, settings = _input(job)
     analyses = [
         decode(LevelAnalysis, path.read_bytes(), field=f"analysis {path.stem}")
         for path in sorted((Path(job.folder) / ANALYSES).iterdir())
     ]
+    return encode(_of_parts(job, analyses))
+
+
+def _again(job: Job) -> bytes:
+    """The same by analyses that are made here, one after the other, as they were then."""
+    analyses = []
+    for data in job.parts:
+        part = decode(AnalysedPart, data, field="part")
+        rungs = tuple((taken.rung, taken.reason) for taken in part.fallbacks)
+        own = replace(job, levels=(part.level.value,), shard=part.groups, fallbacks=rungs)
+        bundle, settings = _input(replace(own, kind="level"))
+        analyses.append(_analysis(own, bundle, settings, part.level))
+    return encode(_of_parts(job, analyses))
+
+
+def _of_parts(job: Job, analyses: list[LevelAnalysis]) -> StructuralPruningDecision:
+    """The join, which says what it was made of wherever the levels alone do not tell."""
+    bundle, settings = _input(job)
     decision = _joined(job, bundle, settings, analyses)
-    taken = (*decision.fallbacks, *job.taken_fallbacks)
-    return encode(decision.model_copy(update={"fallbacks": taken}))
+    update: dict[str, Any] = {"fallbacks": (*decision.fallbacks, *job.taken_fallbacks)}
+    parts = tuple(_part(each) for each in sorted(analyses, key=lambda a: (a.level, a.shard)))
+    if job.fallbacks or any(part.groups or part.fallbacks for part in parts):
+        update["parts"] = parts
+    return decision.model_copy(update=update)
+
+
+def _part(analysis: LevelAnalysis) -> AnalysedPart:
+    taken = tuple(f for f in analysis.decision.fallbacks if f.rung in REPLAYED)
+    return AnalysedPart(level=analysis.level, groups=analysis.shard, fallbacks=taken)
 
 
 _KINDS: dict[Kind, Callable[[Job], bytes]] = {
     "decide": _decide,
     "level": _level,
     "join": _join,
+    "again": _again,
     "parameters": marked,
 }
 

@@ -143,6 +143,7 @@ def stand_in(
             "model_hash": current.metadata.model_hash,
             "approved_for_application": False,
             "rejection_reason": f"data: {reason}"[:8192],
+            "stands_in": previous.idempotency_key,
             "fallbacks": (*previous.fallbacks, Fallback(rung=CORRUPTION, reason=reason)),
             "safety": SafetyValidation(
                 outcome=Outcome.NO_GO,

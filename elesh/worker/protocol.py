@@ -19,7 +19,7 @@ from .stopwatch import Stage
 
 __all__ = ["MEMORY_CODE", "Failed", "Job", "Kind", "Reply", "pack_frame", "unpack_body"]
 
-Kind = Literal["decide", "level", "join", "parameters"]
+Kind = Literal["decide", "level", "join", "again", "parameters"]
 PREFIX = struct.Struct("<I")
 DOCUMENT = "document.msgpack"
 """The file of the spool folder that holds the checkpoint's CheckpointDocument."""
@@ -37,9 +37,9 @@ class Job:
     """What to do with one checkpoint.
 
     ``decide``: analyse all ``levels`` and join them; ``level``: analyse the one level; ``join``:
-    join the analyses that lie beside the checkpoint. ``folder`` holds a checkpoint bundle,
-    ``settings`` the worker's settings as JSON. ``parameters``: mark single parameters by the
-    importance in ``folder``.
+    join the analyses that lie beside the checkpoint; ``again``: analyse the ``parts`` and join
+    them, as was done before; ``parameters``: mark single parameters. ``folder`` holds a checkpoint
+    bundle, for ``parameters`` their importance; ``settings`` the worker's settings as JSON.
     """
 
     kind: Kind
@@ -61,6 +61,8 @@ class Job:
     """Why the network that the checkpoint names is not run; empty: it may be."""
     taken_back: tuple[bytes, ...] = ()
     """The run's cuts that its trainer rolled back, encoded, for a join or a decision."""
+    parts: tuple[bytes, ...] = ()
+    """What an ``again`` job joins: encoded AnalysedParts."""
     recorded: bytes = b""
     """In a replay, the encoded decision of then: what chance decided (see
     :func:`elesh.verification.verifier`) is taken from it."""
@@ -150,7 +152,8 @@ def unpack_body(kind: type[Job] | type[Reply], body: bytes) -> Any:
     if kind is Job:
         pairs = ("breakers", "fallbacks", "missing")
         values |= {name: tuple(map(tuple, values[name])) for name in pairs}
-        values |= {name: tuple(values[name]) for name in ("levels", "shard", "taken_back")}
+        plain = ("levels", "shard", "taken_back", "parts")
+        values |= {name: tuple(values[name]) for name in plain}
         return kind(**values)
     if values["failed"] is not None:
         values["failed"] = Failed(**values["failed"])

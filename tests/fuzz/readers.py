@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import nn
 
 from elesh.analysis import CountMinSketch, ImportanceTracker, element_keys
 from elesh.security import Keyring, seal, unseal
+from elesh.trainer import Recorder
+from elesh.trainer.export import Exporter
+from elesh.verification.program import Program
 from elesh.worker.admission import admit
 from leyline import (
     ChannelImportanceData,
+    CheckpointBundle,
     GateStatistics,
     HeadImportanceData,
     LayerStatistics,
@@ -51,6 +59,23 @@ def _sketch() -> bytes:
     return sketch.to_bytes()
 
 
+@cache
+def checkpoint() -> CheckpointBundle:
+    """A small checkpoint that carries its network, in a phase that prunes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 3)).eval()
+    inputs, labels = torch.randn(64, 6), torch.arange(64) % 3
+    recorder = Recorder(model, inputs[:2])
+    bundle = recorder.measure([(inputs, labels)], epoch=60, run_id="run")
+    return replace(bundle, network=Exporter(model).export(recorder.architecture, (inputs, labels)))
+
+
+def _program() -> bytes:
+    network = checkpoint().network
+    assert network is not None
+    return network.program
+
+
 def _enveloped() -> list[bytes]:
     """Every golden message in an envelope."""
     return [
@@ -71,6 +96,7 @@ def readers() -> Mapping[str, tuple[Reader, list[bytes]]]:
     }
     enveloped = _enveloped()
     return blobs | {
+        "program": (Program.read, [_program()]),
         "message": (_message, enveloped),
         "work": (_work, enveloped),
         "sketch": (CountMinSketch.from_bytes, [_sketch()]),

@@ -21,12 +21,13 @@ from typing import Any
 import psutil
 import yaml
 from redis.asyncio import Redis
-from station import WorkerProcess, checkpoint, ready
+from station import WorkerProcess, ready
 
 from elesh.bus import Bus, Delivery, read_letter
 from elesh.settings import BusSettings
 from elesh.worker.admission import Work, admit
 from leyline import AnalysisRequest, ContractError, encode, read_envelope, unwrap, wrap
+from leyline.bundle import NETWORK_FILES
 from leyline.codec import decode
 from leyline.streams import (
     CHECKPOINTS,
@@ -42,7 +43,7 @@ from leyline.streams import (
 )
 
 from .mutate import HOSTILE, mutated
-from .readers import VECTORS
+from .readers import VECTORS, checkpoint
 
 __all__ = ["Found", "besiege"]
 
@@ -133,7 +134,15 @@ class _Siege:
     async def prepare(self) -> None:
         """Sound blobs and messages that mutations start from."""
         self._bundle = checkpoint()
-        self._blobs = [self._bundle.statistics_blob(), self._bundle.gates_blob() or b""]
+        network = self._bundle.network
+        assert network is not None
+        self._blobs = {
+            "statistics": self._bundle.statistics_blob(),
+            "gates": self._bundle.gates_blob() or b"",
+            "program": network.program,
+            "weights": network.weights,
+            "held_out": network.held_out,
+        }
         self._messages = [
             decode(kind, (VECTORS / f"{name}.bin").read_bytes()) for name, kind in MESSAGES.items()
         ]
@@ -187,13 +196,15 @@ class _Siege:
         metadata = self._bundle.metadata
         name = {"checkpoint_id": f"ck-{next(self._numbers)}"}
         bundle = replace(self._bundle, metadata=metadata.model_copy(update=name))
-        return await ready(self._bus, bundle)
+        event = await ready(self._bus, bundle)
+        network = {n: await self._bus.blobs.put(self._blobs[n]) for n in NETWORK_FILES}
+        return event.model_copy(update=network)
 
     async def _with_blob(self) -> Any:
-        """A sound event whose statistics or gates are hostile."""
-        event, which = await self._sound(), self._chance.randrange(2)
+        """A sound event whose statistics, network or held-out data are hostile."""
+        event, which = await self._sound(), self._chance.choice(list(self._blobs))
         blob = await self._bus.blobs.put(mutated(self._blobs[which], self._chance))
-        changed = event.model_copy(update={("statistics", "gates")[which]: blob})
+        changed = event.model_copy(update={which: blob})
         return wrap(changed, source="fuzz")
 
     async def _until_ended(self) -> None:

@@ -8,12 +8,13 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from head_networks import checkpoint as heads_checkpoint
 from head_networks import transformer
-from station import Station, checkpoint, ready, send
+from station import Station, checkpoint, faulty, ready, send
 from test_demo import elesh
 
 from elesh.bus import Bus
@@ -167,6 +168,54 @@ def case_file(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     key = f"60:{bundle.metadata.model_hash}:ck-5:channel"
     assert captured(station, key, folder / "case.zip") is not None
     return folder / "case.zip"
+
+
+@pytest.mark.parametrize(
+    ("fault", "split", "bundle"),
+    [
+        ("exit", {"layers_per_worker": 1, "worker": {"shard_bytes": 1}}, checkpoint()),
+        ("memory:9000000000", {}, joint()),
+    ],
+)
+def test_shards_and_the_rungs_of_single_parts_are_replayed_as_they_were(
+    station: Station, tmp_path: Path, fault: str, split: dict[str, Any], bundle: CheckpointBundle
+) -> None:
+    """The child fails in the first part alone: the other parts took no rung."""
+    faulty(station, fault, f"once:{tmp_path / 'failed'}", **split)
+    station.publish(bundle)
+    (decision,) = station.wait_decisions(1)
+    assert len(decision.parts) > 1
+    assert len([part for part in decision.parts if part.fallbacks]) == 1
+    settings = Settings.load(station.folder / "settings-0.yaml")
+    (item,) = replayed(station, settings, Selection())
+    assert (item.identical, item.error) == (True, ""), item.differences
+    captured(station, decision.idempotency_key, tmp_path / "case.zip")
+    assert asyncio.run(replay_case(tmp_path / "case.zip", None)).identical
+
+
+def test_a_decision_that_stood_in_for_corrupt_data_is_replayed_or_says_what_is_gone(
+    station: Station, tmp_path: Path
+) -> None:
+    station.worker()
+    station.publish(checkpoint(60))
+    (first,) = station.wait_decisions(1)
+
+    async def publish_spoiled(bus: Bus) -> None:
+        bundle = checkpoint(61, number=2)
+        event = await ready(bus, bundle)
+        short = await bus.blobs.put(bytes(bundle.statistics_blob())[:-30])
+        await send(bus, CHECKPOINTS, event.model_copy(update={"statistics": short}))
+
+    station.on_bus(publish_spoiled)
+    _, stand_in = station.wait_decisions(2)
+    assert stand_in.stands_in == first.idempotency_key
+    settings = Settings.load(station.folder / "settings-0.yaml")
+    items = replayed(station, settings, Selection())
+    assert [(item.identical, item.error) for item in items] == [(True, "")] * 2
+    captured(station, stand_in.idempotency_key, tmp_path / "case.zip")
+    item = asyncio.run(replay_case(tmp_path / "case.zip", None))
+    assert item.decision is None
+    assert f"{first.idempotency_key} stands in, and its record is not here" in item.error
 
 
 # Last: this one empties the server.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 from typer.testing import CliRunner
@@ -12,8 +13,8 @@ from typer.testing import CliRunner
 from elesh.analysis.resources import resource_model
 from elesh.cli import app
 from elesh.trainer import Recorder
-from elesh.trainer.latency import measure_latency
-from leyline import Budget, LatencyTable
+from elesh.trainer.latency import measure_latency, with_surroundings
+from leyline import Budget, LatencyTable, LayerLatency
 
 
 class Net(nn.Module):
@@ -46,6 +47,39 @@ def test_a_table_has_every_layer_at_sizes_up_to_its_own_and_leaves_the_network_a
     budget = Budget(resource="latency", at_most=0.8, latency=table)
     cost = resource_model(recorder.architecture, budget)
     assert cost.total({}) <= table.total_seconds * 1.001
+
+
+def test_what_surrounds_the_layers_goes_with_their_outputs_as_smaller_networks_tell() -> None:
+    """Totals that are a constant, the layers, and so much an output, are told apart exactly."""
+    architecture = Recorder(Net(), torch.randn(2, 3, 8, 8)).architecture
+    each, fixed, batch_seconds = 1e-6, 5e-4, 1e-3
+    rows = tuple(
+        LayerLatency(layer=name, outputs=(size,), seconds=(batch_seconds,))
+        for name, size in (("stem", 24), ("depth", 24), ("point", 32), ("head", 5))
+    )
+    smaller = [{"point": range(16, 32)}, {"point": range(8, 32), "stem": range(12, 24)}]
+    smaller = [{name: list(units) for name, units in lost.items()} for lost in smaller]
+    assert all(name in architecture.group for lost in smaller for name in lost)
+
+    def total(lost: dict[str, list[int]]) -> float:
+        after = architecture.without(lost) if lost else architecture
+        outputs = sum(
+            layer.positions * after.tensor[layer.weight].shape[0]
+            for layer in after.layers
+            if layer.weight
+        )
+        return fixed + 4 * batch_seconds + each * outputs
+
+    totals = [total(lost) for lost in ({}, *smaller)]
+    table = LatencyTable(device="test", batch=2, total_seconds=totals[0], layers=rows)
+    found = with_surroundings(table, architecture, smaller, totals)
+    point = next(layer for layer in found.layers if layer.layer == "point")
+    assert point.seconds[0] == pytest.approx(batch_seconds + each * 32 * 64)
+    model = resource_model(architecture, Budget(resource="latency", at_most=1, latency=found))
+    assert model.fixed == pytest.approx(fixed, rel=1e-6)
+    # Where the rest does not grow with the outputs, nothing is added.
+    flat = with_surroundings(table, architecture, smaller, [totals[0]] * 3)
+    assert flat.layers == rows
 
 
 def test_the_command_writes_a_table_that_reads_back(tmp_path: Path) -> None:
