@@ -40,7 +40,7 @@ from .rounds import in_rounds
 from .shards import merge_shards
 from .shortened import without_taken_back
 from .stages import stage
-from .verdicts import decided, rejection, targets_of
+from .verdicts import decided, targets_of
 from .verified import Verified, verified
 
 __all__ = ["join"]
@@ -215,7 +215,7 @@ class _Whole:
     @property
     def fault(self) -> str:
         """Why the levels cannot go together; empty if they can."""
-        return rejection(self.gates[:-1])
+        return safety.rejection(self.gates[:-1])
 
 
 def _joint(
@@ -229,7 +229,7 @@ def _joint(
     whole = _Whole.of(bundle, (), settings)
     refused: dict[Level, tuple[str, str]] = {}
     for analysis in analyses:
-        if failed := rejection(gates[analysis.level]):
+        if failed := safety.rejection(gates[analysis.level]):
             refused[analysis.level] = ("rejected", failed)
         elif not analysis.order:
             refused[analysis.level] = ("nothing", analysis.decision.rejection_reason)

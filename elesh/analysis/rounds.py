@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from elesh.safety import BreakerStatus, Entry, Moves, Remeasuring, breaker_gate
+from elesh.safety import BreakerStatus, Entry, Moves, Remeasuring, breaker_gate, rejection
 from elesh.settings import Settings, VerificationSettings
 from leyline import CheckpointBundle, Fallback, Level, LevelAnalysis
 
@@ -28,7 +28,6 @@ from .plans import LevelPlan
 from .projections import output_energy, predict
 from .selection import Selection, settled
 from .stages import stage
-from .verdicts import rejection
 
 __all__ = ["REFUSED", "Rounds", "in_rounds"]
 

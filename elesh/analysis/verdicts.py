@@ -33,7 +33,7 @@ from leyline import (
 from .plans import Target
 from .rises import with_rises
 
-__all__ = ["FALLBACK_DISCOUNT", "by_kind", "decided", "rejection", "targets_of"]
+__all__ = ["FALLBACK_DISCOUNT", "by_kind", "decided", "targets_of"]
 
 FALLBACK_DISCOUNT = 0.8
 """What each rung of the failure table leaves of the confidence."""
@@ -68,9 +68,9 @@ def decided(
         # A row of the failure table: nothing of a cut that does not hold together is applied.
         counted = tuple(dict.fromkeys((*counted, *broken)))
         if not any(taken.rung == _SAFETY_FAILURE for taken in fallbacks):
-            fallbacks += (Fallback(rung=_SAFETY_FAILURE, reason=rejection(broken)),)
+            fallbacks += (Fallback(rung=_SAFETY_FAILURE, reason=safety.rejection(broken)),)
     outcome = safety.verdict(counted, measured=False)
-    reason = (rejection(counted) or reason)[:8192]
+    reason = (safety.rejection(counted) or reason)[:8192]
     return StructuralPruningDecision(
         idempotency_key=str(key),
         run_id=bundle.metadata.run_id,
@@ -118,21 +118,6 @@ def by_kind(targets: Iterable[Target]) -> dict[str, Any]:
         field: tuple(target for target in listed if isinstance(target, kind))
         for field, kind in kinds.items()
     }
-
-
-def rejection(gates: Iterable[GateResult]) -> str:
-    """Which gates failed and why; empty if none did."""
-    return "; ".join(f"{gate.name}: {_why(gate)}" for gate in gates if not gate.passed)[:8192]
-
-
-def _why(gate: GateResult) -> str:
-    """What a failed gate says of itself."""
-    figures = (
-        f"{gate.measured:.4g} against {gate.limit:.4g}"
-        if gate.measured is not None and gate.limit is not None
-        else ""
-    )
-    return ", ".join(part for part in (figures, gate.detail) if part)
 
 
 @cache

@@ -18,7 +18,7 @@ from leyline import (
 
 from .shortened import shortened
 from .stages import stage
-from .verdicts import FALLBACK_DISCOUNT, rejection, targets_of
+from .verdicts import FALLBACK_DISCOUNT, targets_of
 
 __all__ = ["Verified", "verified"]
 
@@ -79,7 +79,7 @@ def _confidence(decision: StructuralPruningDecision, answer: Measured) -> float:
 
 def _judged(decision: StructuralPruningDecision, answer: Measured) -> StructuralPruningDecision:
     """The decision with the figures and gates of what was measured."""
-    reason = rejection(answer.gates)
+    reason = safety.rejection(answer.gates)
     if not reason and not targets_of(decision):
         reason = "verification: no part of the cut was measured as safe"
     found, skipped = answer.verification, answer.skipped

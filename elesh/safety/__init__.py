@@ -1,6 +1,6 @@
 """Whether a cut is safe: gates with figures and limits, and the breaker's view. Pure."""
 
-from .breaker import ARCHITECTURE_GATES, BreakerStatus, Vote, breaker_gate, vote_of, votes
+from .breaker import ARCHITECTURE_GATES, BreakerStatus, Vote, breaker_gate, grounds, vote_of, votes
 from .gates import (
     MIN_SAMPLES,
     cumulative_limit,
@@ -11,6 +11,7 @@ from .gates import (
     noise,
     phase_gate,
     predicted_shift,
+    rejection,
     requirements,
     statistics_sound,
     structure,
@@ -50,6 +51,7 @@ __all__ = [
     "fingerprint_of",
     "gradient_flow",
     "gradient_isolation",
+    "grounds",
     "largest_safe",
     "measured_accuracy",
     "measured_loss",
@@ -64,6 +66,7 @@ __all__ = [
     "predicted_shift",
     "proposed_again",
     "refuse_rolled_back",
+    "rejection",
     "requirements",
     "rolled_back_cut",
     "statistics_sound",

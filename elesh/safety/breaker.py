@@ -12,6 +12,7 @@ from typing import Literal, cast
 
 from leyline import GateResult, Level, PruningOutcome, StructuralPruningDecision
 
+from .gates import rejection
 from .measured_gates import MEASURED_GATES
 from .rolled_back import ROLLED_BACK
 
@@ -20,6 +21,7 @@ __all__ = [
     "BreakerStatus",
     "Vote",
     "breaker_gate",
+    "grounds",
     "levels_of",
     "vote_of",
     "votes",
@@ -106,6 +108,16 @@ def votes(decision: StructuralPruningDecision) -> dict[Level, Vote]:
         else:
             found[level] = "none" if level in silent or "breaker" in names else "success"
     return found
+
+
+def grounds(decision: StructuralPruningDecision, level: Level) -> str:
+    """Why a decision speaks against a level; empty if nothing does.
+
+    An open breaker's own no is no ground: its reason would be wrapped into the next one.
+    """
+    gates = [gate for of, gate in _by_level(decision) if of is level]
+    gates += [g for g in decision.safety.gates if g.name in MEASURED_GATES and g not in gates]
+    return rejection(gate for gate in gates if not gate.name.endswith("breaker"))
 
 
 def vote_of(outcome: PruningOutcome) -> Vote:

@@ -30,6 +30,7 @@ __all__ = [
     "noise",
     "phase_gate",
     "predicted_shift",
+    "rejection",
     "requirements",
     "statistics_sound",
     "structure",
@@ -240,3 +241,18 @@ def requirements(
     if share is not None and parameters_removed < share:
         faults.append(f"min_parameters_removed: {parameters_removed:.4g} below {share:.4g}")
     return GateResult(name="requirements", passed=not faults, detail="; ".join(faults))
+
+
+def rejection(gates: Iterable[GateResult]) -> str:
+    """Which gates failed and why; empty if none did."""
+    return "; ".join(f"{gate.name}: {_why(gate)}" for gate in gates if not gate.passed)[:8192]
+
+
+def _why(gate: GateResult) -> str:
+    """What a failed gate says of itself."""
+    figures = (
+        f"{gate.measured:.4g} against {gate.limit:.4g}"
+        if gate.measured is not None and gate.limit is not None
+        else ""
+    )
+    return ", ".join(part for part in (figures, gate.detail) if part)

@@ -12,7 +12,7 @@ from opentelemetry.trace import SpanKind
 
 from elesh.bus import Bus, Delivery, Settlement, Settling
 from elesh.observe import get_logger, messaging, onward, span
-from elesh.safety import fingerprint_of, rolled_back_cut, vote_of, votes
+from elesh.safety import fingerprint_of, grounds, rolled_back_cut, vote_of, votes
 from elesh.settings import Settings
 from leyline import (
     Conflict,
@@ -207,7 +207,7 @@ class Clerk:
         breakers = self._bus.breakers
         for level, vote in votes(decision).items():
             if vote == "failure":
-                reason, token = decision.rejection_reason or _gap(decision), str(decision.key)
+                reason, token = grounds(decision, level), str(decision.key)
                 change = await breakers.failure(work.run_id, level, reason, token=token)
                 await self._reports.transition(change)
             elif vote == "success":
@@ -230,8 +230,3 @@ def conflict(work: Work) -> Conflict:
         f"content {work.fingerprint[:16]}",
         hint="give other content another key",
     )
-
-
-def _gap(decision: StructuralPruningDecision) -> str:
-    """What kept levels out of an approved joint decision."""
-    return "; ".join(f"{p.level}: {p.reason}" for p in decision.levels if p.verdict == "rejected")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from elesh.safety import BreakerStatus, breaker_gate, votes
+from elesh.safety import BreakerStatus, breaker_gate, grounds, votes
 from leyline import (
     GateResult,
     Level,
@@ -83,3 +83,13 @@ def test_broken_analyses_count_as_failures_and_careful_ones_do_not(
     (vote,) = votes(decision(GateResult(name=name, passed=False))).values()
     assert vote == ("failure" if failure else "none" if name == "breaker" else "success")
     assert votes(decision(GateResult(name=name, passed=True))) == {Level.CHANNEL: "success"}
+
+
+def test_a_failure_under_an_open_breaker_is_told_by_its_own_grounds_alone() -> None:
+    """Else every further failure would wrap the reasons before it."""
+    status = BreakerStatus("open", 3, "statistics: a NaN")
+    failed = GateResult(name="statistics", passed=False, detail="a NaN again")
+    made = decision(breaker_gate(status), failed)
+    assert votes(made) == {Level.CHANNEL: "failure"}
+    assert grounds(made, Level.CHANNEL) == "statistics: a NaN again"
+    assert grounds(decision(breaker_gate(status)), Level.CHANNEL) == ""
