@@ -31,6 +31,7 @@ from leyline import (
     Level,
     LevelAnalysis,
     NetworkExport,
+    RolledBackCut,
     StructuralPruningDecision,
     decode,
     encode,
@@ -198,6 +199,7 @@ def _joined(
         breakers=job.breaker_of,
         missing=job.missing_levels,
         verify=verify,
+        taken_back=[decode(RolledBackCut, cut, field="rolled back") for cut in job.taken_back],
     )
 
 
