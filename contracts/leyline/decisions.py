@@ -78,9 +78,11 @@ class SparedUnit(Message):
         "redundancy_cost",
         "representative",
         "verification",
+        "rolled_back",
     ]
     """``representative``: a redundant unit went in its favour; ``verification``: measured on
-    held-out data, the cut is safe only without it."""
+    held-out data, the cut is safe only without it; ``rolled_back``: of a set that the trainer took
+    back before, for the same evidence."""
 
 
 class SparedGroup(Message):

@@ -41,6 +41,7 @@ _REASONS = {
     "redundancy_cost": "redundant, but removing it would cost more than the dearest that went",
     "representative": "kept for a redundant one that went",
     "verification": "measured on held-out data, the cut is safe only without it",
+    "rolled_back": "of a set that the trainer took back before, for the same evidence",
 }
 
 
