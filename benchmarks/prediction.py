@@ -4,7 +4,8 @@
 
 Random sets of 2, 5, 10 and 20% of the channels and sets that orders choose (ours, Molchanov 2017
 and 2019, from 5 to 35%), masked, on the calibration samples that the prediction is made from and
-on test samples. Pearson correlation of predicted with measured nats, over all sets of a network.
+on test samples. Pearson correlation of predicted with measured nats, over all sets of a network;
+"largest" are random sets of 20% alone, which differ only in who is in them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from elesh.trainer import Surgeon
 from leyline import CheckpointBundle
 
 Units = Mapping[str, Sequence[int]]
-RANDOM, DRAWS = (0.02, 0.05, 0.10, 0.20), 12
+RANDOM, DRAWS = (0.02, 0.05, 0.10, 0.20), 25
 CHOSEN = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35)
 
 
@@ -75,7 +76,12 @@ def correlations(subject: Subject) -> dict[str, dict[str, float]]:
 
     rows: dict[str, dict[str, float]] = {}
     start = len(kinds["random"])
-    parts = {"random": slice(0, start), "chosen": slice(start, None), "both": slice(None)}
+    parts = {
+        "random": slice(0, start),
+        "random, largest": slice(start - DRAWS, start),
+        "chosen": slice(start, None),
+        "both": slice(None),
+    }
     for name, predict in {
         "together (ours)": lambda units: set_removal(bundle.gates, units)[0],
         "sum of single removals": alone,

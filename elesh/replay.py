@@ -23,7 +23,7 @@ from elesh.bus import Bus, Delivery
 from elesh.capture import Case, open_case, save_case, take_blobs, versions
 from elesh.differences import Change, changes, moved
 from elesh.observe import linked_span
-from elesh.safety import BreakerStatus, refuse_rolled_back
+from elesh.safety import BreakerStatus
 from elesh.settings import Settings
 from elesh.worker.admission import Work, admit
 from elesh.worker.compute import ChildFailure, ComputeChild
@@ -258,7 +258,6 @@ async def _replay(
         return _stood_in(work, then, error, changed)
     except ChildFailure as error:
         return Replayed(work.key, None, recorded, changed, str(error))
-    decision = refuse_rolled_back(decision, recorded.rolled_back if recorded else ())
     return Replayed(work.key, decision, recorded, changed)
 
 
@@ -296,6 +295,7 @@ def _job(
         parts=tuple(map(encode, parts)),
         fallbacks=_rungs(recorded) if recorded else (),
         missing=tuple((str(level), reason) for level, reason in gaps.items()),
+        taken_back=tuple(map(encode, recorded.rolled_back)) if recorded else (),
         recorded=encode(recorded) if recorded else b"",
     )
 

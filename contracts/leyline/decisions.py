@@ -78,9 +78,11 @@ class SparedUnit(Message):
         "redundancy_cost",
         "representative",
         "verification",
+        "rolled_back",
     ]
     """``representative``: a redundant unit went in its favour; ``verification``: measured on
-    held-out data, the cut is safe only without it."""
+    held-out data, the cut is safe only without it; ``rolled_back``: of a set that the trainer took
+    back before, for the same evidence."""
 
 
 class SparedGroup(Message):
@@ -207,6 +209,10 @@ class LayerPruningTarget(Message):
     """How much the network depends on it; lower is safer."""
     predicted_loss_rise: Finite | None = Field(default=None, exclude_if=lambda rise: rise is None)
     """Of removing this layer alone, in nats a sample."""
+    predicted_loss_rise_error: NonNegative | None = Field(
+        default=None, exclude_if=lambda error: error is None
+    )
+    """Its standard error over the samples, where known."""
 
 
 class PruningStatistics(Message):

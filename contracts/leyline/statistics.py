@@ -235,19 +235,31 @@ class LayerStatistics(_ArrayMessage):
     """[1]: mean over samples of the gate gradient of the true-label loss (signed)."""
     second_order: Array
     """[1]: mean over samples of the squared gate gradient of the sampled-label loss."""
+    removal_rise: Array | None = None
+    """[1]: mean over samples of the rise of the true-label loss in nats that is predicted for the
+    removal of this block alone. There with ``removal_error``, where samples have margins."""
+    removal_error: Array | None = None
+    """[1], >= 0: its standard error over the samples."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.projections.ndim != 1:
             raise ShapeMismatch(f"{self.layer_name}/projections", "[N]", self.projections.shape)
         require_finite(f"{self.layer_name}/projections", self.projections)
+        if (self.removal_rise is None) != (self.removal_error is None):
+            where = f"{self.layer_name}/removal_error"
+            raise InvalidField(where, "a rise and its error, or neither", "one")
         for field, low, high in (
             ("taylor", 0.0, np.inf),
             ("gradient_flow", 0.0, _LARGEST_COSINE),
             ("similarity", -_LARGEST_COSINE, _LARGEST_COSINE),
             ("first_order", -np.inf, np.inf),
             ("second_order", 0.0, np.inf),
+            ("removal_rise", -np.inf, np.inf),
+            ("removal_error", 0.0, np.inf),
         ):
+            if field.startswith("removal") and getattr(self, field) is None:
+                continue
             where, values = f"{self.layer_name}/{field}", getattr(self, field)
             _require_shape(where, values, (1,))
             require_finite(where, values)

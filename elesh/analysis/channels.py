@@ -7,9 +7,6 @@ nothing is chosen twice or against a group's minimum, multiple or the quota.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
-
-import numpy as np
 
 from elesh.settings import ChannelAnalysis, Settings
 from leyline import (
@@ -36,11 +33,12 @@ from .choosing import (
     usable_projections,
 )
 from .eligible import eligible_groups
-from .fitting import fitted, refuse_shard
-from .plans import LevelPlan, empty_plan, wanted_scorer, with_choice
+from .fitting import refuse_shard
+from .planning import planned
+from .plans import LevelPlan, empty_plan, wanted_scorer
 from .projections import Projections
 from .reconstruction import reconstruction_fault
-from .redundancy import Pair, redundant_pairs
+from .redundancy import pairs_of_groups
 from .schedule import allowance
 from .scores import fisher, magnitude, multi_metric, weights_at
 from .stages import stage
@@ -111,7 +109,8 @@ def rank_channels(
         scores = _scores(bundle, candidates, scorer, settings, phase, projections)
     if scorer == "reconstruction":  # What is alike is predicted: no pairs are needed.
         return Ranking(candidates, scorer, projections, scores, (), threads, bundle.gates)
-    redundant = _redundant(bundle, candidates, scores, settings.redundancy_threshold)
+    matrices = {name: data.channel_correlations for name, data in bundle.channels.items()}
+    redundant = pairs_of_groups(candidates, matrices, scores, settings.redundancy_threshold)
     return Ranking(candidates, scorer, projections, scores, redundant, threads)
 
 
@@ -168,26 +167,23 @@ def plan_channels(
     """
     plan = prepare_channels(bundle, settings, scorer=scorer, shard=shard)
     refuse_shard(bundle, shard)
-    if not plan.groups or not plan.allowed.quota:
-        return plan
     channels = settings.structured_pruning.channel_analysis
-    ranking = rank_channels(
-        bundle,
-        channels,
-        plan.groups,
-        plan.scorer,
-        plan.allowed.phase,
-        round_to=plan.round_to,
-        threads=threads,
-    )
-    quota, budget = plan.allowed.quota, bundle.parameters.budget
-    if budget is not None:
-        fit = fitted(bundle, budget, ranking, quota)
-        ranking, quota = fit.ranking, fit.quota
-        plan = replace(plan, budget=fit.use, ignored=plan.ignored + fit.ignored)
-    choice = decide(ranking, bundle, quota)
-    targets = _targets(plan.groups, ranking.candidates, choice, channels.redundancy_threshold)
-    return with_choice(plan, bundle, ranking.candidates, choice, targets)
+
+    def rank() -> Ranking:
+        return rank_channels(
+            bundle,
+            channels,
+            plan.groups,
+            plan.scorer,
+            plan.allowed.phase,
+            round_to=plan.round_to,
+            threads=threads,
+        )
+
+    def targets(ranking: Ranking, choice: Choice) -> tuple[ChannelPruningTarget, ...]:
+        return _targets(plan.groups, ranking.candidates, choice, channels.redundancy_threshold)
+
+    return planned(bundle, plan, rank, decide, targets)
 
 
 def _scores(
@@ -200,30 +196,13 @@ def _scores(
 ) -> Doubles:
     """[C]: what each unit is worth alone; with projections, the mean square of its own column."""
     if scorer in ("output_projection", "reconstruction") and projections is not None:
-        columns = projections.columns
-        return np.asarray(np.einsum("ij,ij->i", columns, columns, dtype=np.float64))
+        return projections.energies
     if scorer == "fisher":
         return fisher([bundle.gates[name] for name in candidates.names])
     data = [bundle.channels[name] for name in candidates.names]
     if scorer == "magnitude":
         return magnitude(data)
     return multi_metric(data, weights_at(phase, settings))
-
-
-@stage("redundancy")
-def _redundant(
-    bundle: CheckpointBundle, candidates: Candidates, scores: Doubles, threshold: float
-) -> tuple[Pair, ...]:
-    """Redundant pairs of all candidates, as places in the row."""
-    pairs: list[Pair] = []
-    for group, name in enumerate(candidates.names):
-        data = bundle.channels.get(name)
-        if data is None or data.channel_correlations is None:
-            continue
-        span = candidates.span(group)
-        found = redundant_pairs(data.channel_correlations, scores[span], threshold)
-        pairs += [Pair(p.kept + span.start, p.removed + span.start, p.similarity) for p in found]
-    return tuple(pairs)
 
 
 def _targets(

@@ -49,6 +49,7 @@ Reason = Literal[
     "noise",
     "coupling",
     "verification",
+    "rolled_back",
 ]
 MAX_SPARED = 16
 _NEAR = 2.0

@@ -10,7 +10,14 @@ from collections.abc import Mapping, Sequence
 
 from elesh.safety import BreakerStatus, Verifier
 from elesh.settings import Settings
-from leyline import CheckpointBundle, Fallback, IdempotencyKey, Level, StructuralPruningDecision
+from leyline import (
+    CheckpointBundle,
+    Fallback,
+    IdempotencyKey,
+    Level,
+    RolledBackCut,
+    StructuralPruningDecision,
+)
 
 from .choosing import Scorer
 from .join import join
@@ -30,6 +37,7 @@ def analyze(
     scorer: Scorer | None = None,
     fallbacks: Sequence[Fallback] = (),
     verify: Verifier | None = None,
+    taken_back: Sequence[RolledBackCut] = (),
 ) -> StructuralPruningDecision:
     """Decide what can be removed from the network of ``bundle``.
 
@@ -43,6 +51,7 @@ def analyze(
         scorer: overrides the scorer of request and settings, where a fallback asks for another.
         fallbacks: rungs of the failure table that led here, to be recorded in the decision.
         verify: measures the cut on held-out data (``elesh.verification.verifier``).
+        taken_back: cuts of the run that its trainer rolled back; they are not proposed again.
 
     Raises:
         InvalidField: if a level is not analysed here, or the request names unknown layers.
@@ -61,4 +70,11 @@ def analyze(
         )
         for each in levels
     ]
-    return join(bundle, analyses, settings, breakers=breakers or {}, verify=verify)
+    return join(
+        bundle,
+        analyses,
+        settings,
+        breakers=breakers or {},
+        verify=verify,
+        taken_back=taken_back,
+    )

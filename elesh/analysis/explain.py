@@ -41,6 +41,7 @@ _REASONS = {
     "redundancy_cost": "redundant, but removing it would cost more than the dearest that went",
     "representative": "kept for a redundant one that went",
     "verification": "measured on held-out data, the cut is safe only without it",
+    "rolled_back": "of a set that the trainer took back before, for the same evidence",
 }
 
 
@@ -137,8 +138,8 @@ def explain(
 
 def _told(target: _Target | LayerPruningTarget) -> TargetExplanation:
     if isinstance(target, LayerPruningTarget):
-        rise = target.predicted_loss_rise
-        return TargetExplanation(target.layer_name, Level.LAYER, 1, 0, rise, None)
+        rise, error = target.predicted_loss_rise, target.predicted_loss_rise_error
+        return TargetExplanation(target.layer_name, Level.LAYER, 1, 0, rise, error)
     channels = isinstance(target, ChannelPruningTarget)
     before = (
         target.channels_before if isinstance(target, ChannelPruningTarget) else target.heads_before

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -41,9 +40,10 @@ from .choosing import (
     usable_projections,
 )
 from .eligible import eligible_groups
-from .fitting import fitted, refuse_shard
-from .plans import LevelPlan, empty_plan, wanted_scorer, with_choice
-from .redundancy import Pair, redundant_pairs
+from .fitting import refuse_shard
+from .planning import planned
+from .plans import LevelPlan, empty_plan, wanted_scorer
+from .redundancy import pairs_of_groups
 from .schedule import allowance
 from .scores import fisher, shares, single_removal
 from .stages import stage
@@ -213,21 +213,16 @@ def plan_heads(
     """
     plan = prepare_heads(bundle, settings, scorer=scorer, shard=shard)
     refuse_shard(bundle, shard)
-    if not plan.groups or not plan.allowed.quota:
-        return plan
     heads = settings.structured_pruning.attention_analysis
-    ranking = rank_heads(
-        bundle, heads, plan.groups, plan.scorer, plan.allowed.phase, threads=threads
-    )
-    quota, budget = plan.allowed.quota, bundle.parameters.budget
-    if budget is not None:
-        fit = fitted(bundle, budget, ranking, quota)
-        ranking, quota = fit.ranking, fit.quota
-        plan = replace(plan, budget=fit.use, ignored=plan.ignored + fit.ignored)
-    choice = decide(ranking, bundle, quota)
-    threshold = heads.similarity_threshold
-    targets = _targets(bundle, plan.groups, ranking.candidates, choice, ranking.scores, threshold)
-    return with_choice(plan, bundle, ranking.candidates, choice, targets)
+
+    def rank() -> Ranking:
+        phase = plan.allowed.phase
+        return rank_heads(bundle, heads, plan.groups, plan.scorer, phase, threads=threads)
+
+    def targets(ranking: Ranking, choice: Choice) -> tuple[AttentionHeadTarget, ...]:
+        return _targets(bundle, plan.groups, ranking, choice, heads.similarity_threshold)
+
+    return planned(bundle, plan, rank, decide, targets)
 
 
 def rank_heads(
@@ -245,42 +240,25 @@ def rank_heads(
     with stage("score"):
         projections = usable_projections(bundle, candidates)
         if scorer == "output_projection" and projections is not None:
-            columns = projections.columns
-            scores = np.asarray(np.einsum("ij,ij->i", columns, columns, dtype=np.float64))
+            scores = projections.energies
         elif scorer == "fisher":
             scores = fisher([bundle.gates[group.name] for group in groups])
         else:
             scores = multi_factor([bundle.heads[group.name] for group in groups], weights)
-    redundant = _redundant(bundle, candidates, scores, settings.similarity_threshold)
+    matrices = {name: data.similarity for name, data in bundle.heads.items()}
+    redundant = pairs_of_groups(candidates, matrices, scores, settings.similarity_threshold)
     return Ranking(candidates, scorer, projections, scores, redundant, threads)
-
-
-@stage("redundancy")
-def _redundant(
-    bundle: CheckpointBundle, candidates: Candidates, scores: Doubles, threshold: float
-) -> tuple[Pair, ...]:
-    """Heads of one layer whose attention patterns are alike, as places in the row."""
-    pairs: list[Pair] = []
-    for group, name in enumerate(candidates.names):
-        data = bundle.heads.get(name)
-        if data is None or data.similarity is None:
-            continue
-        span = candidates.span(group)
-        found = redundant_pairs(data.similarity, scores[span], threshold)
-        pairs += [Pair(p.kept + span.start, p.removed + span.start, p.similarity) for p in found]
-    return tuple(pairs)
 
 
 def _targets(
     bundle: CheckpointBundle,
     groups: Sequence[PruningGroup],
-    candidates: Candidates,
+    ranking: Ranking,
     choice: Choice,
-    scores: Doubles,
     threshold: float,
 ) -> tuple[AttentionHeadTarget, ...]:
     """One target for each attention that loses heads."""
-    selection = choice.selection
+    candidates, selection = ranking.candidates, choice.selection
     lost, pairs = candidates.by_group(selection.units), pairs_by_group(candidates, selection)
     targets = []
     for number, group in enumerate(groups):
@@ -289,7 +267,7 @@ def _targets(
             continue
         start = int(candidates.starts[number])
         data, gate = bundle.heads.get(group.name), bundle.gates.get(group.name)
-        importance = scores[candidates.span(number)] if gate is None else single_removal(gate)
+        alone = ranking.scores[candidates.span(number)] if gate is None else single_removal(gate)
         entropy = () if data is None or data.entropy is None else data.entropy.tolist()
         targets.append(
             AttentionHeadTarget(
@@ -301,7 +279,7 @@ def _targets(
                     for p in pairs.get(number, ())
                 ),
                 redundancy_threshold=threshold,
-                head_importance=tuple(importance.tolist()),
+                head_importance=tuple(alone.tolist()),
                 costs=tuple(selection.prices[start + head] * choice.scale for head in heads),
                 errors=choice.errors_of([start + head for head in heads]),
                 attention_entropy=tuple(entropy),

@@ -9,7 +9,7 @@ decide, and the decision says so. The same analyses give the same bytes, whoever
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from leyline import (
     LevelAnalysis,
     LevelPart,
     RankedUnit,
+    RolledBackCut,
     StructuralPruningDecision,
 )
 
@@ -37,6 +38,7 @@ from .prefixes import Identity, identity_of, merged, restricted
 from .projections import sample_weights
 from .rounds import in_rounds
 from .shards import merge_shards
+from .shortened import without_taken_back
 from .stages import stage
 from .verdicts import decided, targets_of
 from .verified import Verified, verified
@@ -60,6 +62,7 @@ def join(
     breakers: Mapping[Level, BreakerStatus] | None = None,
     missing: Sequence[tuple[Level, str]] = (),
     verify: Verifier | None = None,
+    taken_back: Sequence[RolledBackCut] = (),
 ) -> StructuralPruningDecision:
     """Decide by the analyses of all levels.
 
@@ -72,6 +75,8 @@ def join(
         missing: levels that were asked for and have no analysis, each with the reason.
         verify: measures the cut on held-out data, once it has passed the gates; without it a
             stricter gate looks at the prediction.
+        taken_back: cuts of the run that its trainer rolled back: spared, or refused where nothing
+            else is left (docs/decisions/0061).
 
     Raises:
         InvalidField: if there is no analysis at all, or two of one level that are no shards of it.
@@ -84,7 +89,11 @@ def join(
 
     def decide(ordered: Sequence[LevelAnalysis], rounds: int = 1) -> Verified:
         decision, order = _decided(bundle, ordered, settings, breakers, missing)
-        return verified(bundle, decision, order, settings, verify or predicted, rounds)
+        again = safety.proposed_again(decision, taken_back)
+        decision, order = without_taken_back(bundle, decision, order, again, settings)
+        found = verified(bundle, decision, order, settings, verify or predicted, rounds)
+        told = safety.refuse_rolled_back(found.decision, taken_back, again)
+        return replace(found, decision=told)
 
     if isinstance(verify, Remeasuring):
         found = in_rounds(bundle, settings, ordered, verify, breakers, _looked_at(analyses))

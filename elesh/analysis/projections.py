@@ -65,6 +65,11 @@ class Projections:
                 columns[candidates.span(group)] *= gains[name][:, None].astype(np.float32)
         return cls(columns, unit, weights)
 
+    @property
+    def energies(self) -> Doubles:
+        """[C]: the sum of squares of each column."""
+        return np.asarray(np.einsum("ij,ij->i", self.columns, self.columns, dtype=np.float64))
+
     def moved(self, row: Doubles) -> Doubles:
         """``row``, one value a sample in the order of the calibration, like the columns."""
         weighted = row * self.weights

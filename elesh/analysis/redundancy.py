@@ -7,13 +7,15 @@ and a chain of neighbours would give up channels that are like nobody who stays.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from .candidates import Bools, Doubles, Floats
+from .candidates import Bools, Candidates, Doubles, Floats
+from .stages import stage
 
-__all__ = ["Pair", "redundant_pairs"]
+__all__ = ["Pair", "pairs_of_groups", "redundant_pairs"]
 
 _ROWS = 64
 """Rows read at a time: a block of a 2048 x 2048 matrix stays in the cache."""
@@ -55,6 +57,26 @@ def redundant_pairs(correlations: Floats, scores: Doubles, threshold: float) -> 
             waiting[removed] = False
             pairs.append(Pair(int(kept), int(removed), float(row[removed])))
     return tuple(sorted(pairs, key=lambda pair: pair.removed))
+
+
+@stage("redundancy")
+def pairs_of_groups(
+    candidates: Candidates, matrices: Mapping[str, Floats | None], scores: Doubles, threshold: float
+) -> tuple[Pair, ...]:
+    """The redundant pairs within each group, as places in the row of candidates.
+
+    Args:
+        matrices: [C, C] similarities by group, where known.
+        scores: [C] of all candidates.
+    """
+    pairs: list[Pair] = []
+    for group, name in enumerate(candidates.names):
+        matrix, span = matrices.get(name), candidates.span(group)
+        if matrix is not None:
+            start = span.start
+            found = redundant_pairs(matrix, scores[span], threshold)
+            pairs += [Pair(p.kept + start, p.removed + start, p.similarity) for p in found]
+    return tuple(pairs)
 
 
 def _with_partner(correlations: Floats, limit: np.float32) -> Bools:

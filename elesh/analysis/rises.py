@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from leyline import CheckpointBundle, LayerPruningTarget
+from leyline import CheckpointBundle, LayerPruningTarget, LayerStatistics
 
 from .plans import Target
 from .scores import set_removal
@@ -33,10 +34,19 @@ def loss_rise(
     known = known and all(name in bundle.layers for name in layers)
     if not known or not (units or layers):
         return None
-    together, error = set_removal(bundle.gates, units)
-    data = [bundle.layers[name] for name in sorted(layers)]
-    alone = sum(float(-x.first_order[0] + 0.5 * x.second_order[0]) for x in data)
-    return Rise(together + alone, None if layers else error)
+    parts = [_of_layer(bundle.layers[name]) for name in sorted(layers)]
+    if units:
+        parts.append(Rise(*set_removal(bundle.gates, units)))
+    errors = [part.error for part in parts if part.error is not None]
+    known = len(errors) == len(parts)
+    return Rise(sum(part.mean for part in parts), math.hypot(*errors) if known else None)
+
+
+def _of_layer(data: LayerStatistics) -> Rise:
+    """What the trainer predicted, where it did; else to second order, as for units."""
+    if data.removal_rise is None or data.removal_error is None:
+        return Rise(float(-data.first_order[0] + 0.5 * data.second_order[0]))
+    return Rise(float(data.removal_rise[0]), float(data.removal_error[0]))
 
 
 def with_rises(bundle: CheckpointBundle, targets: Iterable[Target]) -> tuple[Target, ...]:
@@ -47,8 +57,8 @@ def with_rises(bundle: CheckpointBundle, targets: Iterable[Target]) -> tuple[Tar
 def _with_rise(bundle: CheckpointBundle, target: Target) -> Target:
     if isinstance(target, LayerPruningTarget):
         rise = loss_rise(bundle, {}, [target.layer_name])
-        return target.model_copy(update={"predicted_loss_rise": rise.mean if rise else None})
-    rise = loss_rise(bundle, {target.layer_name: target.indices})
+    else:
+        rise = loss_rise(bundle, {target.layer_name: target.indices})
     update = {
         "predicted_loss_rise": rise.mean if rise else None,
         "predicted_loss_rise_error": rise.error if rise else None,

@@ -10,21 +10,15 @@ from elesh.safety import Entry, Measured, Proposal, Verifier
 from elesh.settings import Settings
 from leyline import (
     CheckpointBundle,
-    Level,
     Outcome,
-    PruningGroup,
-    PruningStatistics,
     RankedUnit,
     SafetyValidation,
     StructuralPruningDecision,
 )
 
-from .candidates import multiple_of
-from .cuts import Cut
-from .prefixes import restricted, settled
-from .rises import with_rises
+from .shortened import shortened
 from .stages import stage
-from .verdicts import FALLBACK_DISCOUNT, by_kind, targets_of
+from .verdicts import FALLBACK_DISCOUNT, targets_of
 
 __all__ = ["Verified", "verified"]
 
@@ -68,7 +62,7 @@ def verified(
     kept = frozenset(answer.kept)
     if len(kept) < len(order):
         safe = [unit for unit in order if _entry(unit) in kept]
-        decision = _shortened(bundle, decision, order, safe, settings)
+        decision, _ = shortened(bundle, decision, order, safe, settings, "verification")
     return Verified(_judged(decision, answer), answer.skipped is not None)
 
 
@@ -110,44 +104,3 @@ def _judged(decision: StructuralPruningDecision, answer: Measured) -> Structural
         "rejection_reason": reason,
     }
     return StructuralPruningDecision.model_validate(fields)
-
-
-def _shortened(
-    bundle: CheckpointBundle,
-    decision: StructuralPruningDecision,
-    order: Sequence[RankedUnit],
-    safe: Sequence[RankedUnit],
-    settings: Settings,
-) -> StructuralPruningDecision:
-    """The decision with the units ``safe`` of its cut only."""
-    groups = [bundle.architecture.group[name] for name in decision.units]
-    multiples = {group.name: _multiple(bundle, group, settings) for group in groups}
-    kept = settled(safe, {group.name: group.size for group in groups}, multiples)
-    targets = restricted(targets_of(decision), order, kept, "verification")
-    targets = with_rises(bundle, targets)
-    first = decision.levels[0].level if decision.levels else decision.key.level
-    spared = sum(u.level is first for u in order) - sum(u.level is first for u in kept)
-    statistics = _smaller(decision.statistics, Cut.of(bundle, targets), spared)
-    return decision.model_copy(update={**by_kind(targets), "statistics": statistics})
-
-
-def _smaller(statistics: PruningStatistics, cut: Cut, spared: int) -> PruningStatistics:
-    """The figures of the smaller cut; the shift was predicted for the larger one and stays."""
-    after = cut.after or cut.before
-    present, original = statistics.channels_after + spared, statistics.channels_original
-    update = {
-        "parameters_after": after.parameters,
-        "macs_after": after.macs,
-        "predicted_loss_rise": cut.loss_rise,
-        "channels_after": present,
-        "cumulative_ratio": (original - present) / original if original else 0.0,
-    }
-    return statistics.model_copy(update=update)
-
-
-def _multiple(bundle: CheckpointBundle, group: PruningGroup, settings: Settings) -> int:
-    if group.level is not Level.CHANNEL:
-        return group.unit_multiple
-    asked = bundle.parameters.round_to
-    default = settings.structured_pruning.channel_analysis.round_to
-    return multiple_of(group, default if asked == 1 else asked)

@@ -28,7 +28,7 @@ from .measured_gates import (
     predicted_only,
     ranking_holds,
 )
-from .rolled_back import fingerprint_of, refuse_rolled_back, rolled_back_cut
+from .rolled_back import fingerprint_of, proposed_again, refuse_rolled_back, rolled_back_cut
 from .search import largest_safe
 from .verification import Entry, Measured, Moves, Proposal, Remeasuring, Verifier
 
@@ -64,6 +64,7 @@ __all__ = [
     "predicted_only",
     "ranking_holds",
     "predicted_shift",
+    "proposed_again",
     "refuse_rolled_back",
     "rejection",
     "requirements",

@@ -22,7 +22,14 @@ from leyline import (
     stable_hash,
 )
 
-__all__ = ["ROLLED_BACK", "fingerprint_of", "refuse_rolled_back", "rolled_back_cut"]
+__all__ = [
+    "ROLLED_BACK",
+    "fingerprint_of",
+    "proposed_again",
+    "refuse_rolled_back",
+    "rolled_back_cut",
+    "units_of",
+]
 
 ROLLED_BACK = "rolled_back"
 """The name of the gate."""
@@ -60,32 +67,46 @@ def fingerprint_of(cut: RolledBackCut) -> str:
     return stable_hash(*(f"{name}/{units}" for name, units in sorted(cut.units)))
 
 
-def refuse_rolled_back(
+def units_of(cut: RolledBackCut) -> list[Unit]:
+    """The units of a cut, group by group."""
+    return [(name, unit) for name, units in cut.units for unit in (units or (-1,))]
+
+
+def proposed_again(
     decision: StructuralPruningDecision, cuts: Sequence[RolledBackCut]
+) -> tuple[RolledBackCut, ...]:
+    """The cuts of which all units are proposed again, while neither the predicted shift (of just
+    the same set: beyond two standard errors) nor any of the units' scores (by more than a tenth of
+    the largest) has changed."""
+    proposed = _scores(decision)
+    return tuple(cut for cut in cuts if _is_proposed(cut, proposed, decision))
+
+
+def refuse_rolled_back(
+    decision: StructuralPruningDecision,
+    cuts: Sequence[RolledBackCut],
+    spared: Sequence[RolledBackCut] = (),
 ) -> StructuralPruningDecision:
     """The decision with the gate ``rolled_back`` and the cuts that it was compared with.
 
-    It is as it was where the run has no such cuts. The gate fails where all units of one are
-    proposed again and neither the predicted shift (of just the same set: beyond two standard
-    errors) nor any of the units' scores (by more than a tenth of the largest) has changed.
+    It is as it was where the run has no such cuts. The gate fails where any of them is proposed
+    again (:func:`proposed_again`).
+
+    Args:
+        spared: those that were taken out of what was proposed first.
     """
     if not cuts:
         return decision
-    proposed = _scores(decision)
-    again = [cut for cut in cuts if _is_proposed(cut, proposed, decision)]
-    detail = "; ".join(
-        f"{cut.idempotency_key} was rolled back at epoch {cut.epoch} ({cut.detail or 'no reason'}) "
-        "and its evidence has not changed"
-        for cut in again
-    )
+    again = proposed_again(decision, cuts)
+    none = f"{len(cuts)} cuts that were rolled back, none of them proposed again"
+    out = "; ".join(f"{_told(cut)}: its units are spared" for cut in spared)
+    detail = "; ".join(f"{_told(cut)}" for cut in again) or out or none
     gate = GateResult(
         name=ROLLED_BACK,
         passed=not again,
         measured=len(again),
         limit=0,
-        detail=(detail or f"{len(cuts)} cuts that were rolled back, none of them proposed again")[
-            :8192
-        ],
+        detail=detail[:8192],
     )
     safety = decision.safety.model_copy(update={"gates": (*decision.safety.gates, gate)})
     changes = {"safety": safety, "rolled_back": tuple(cuts)}
@@ -97,6 +118,14 @@ def refuse_rolled_back(
             "rejection_reason": "; ".join(filter(None, reasons))[:8192],
         }
     return decision.model_copy(update=changes)
+
+
+def _told(cut: RolledBackCut) -> str:
+    reason = cut.detail or "no reason"
+    return (
+        f"{cut.idempotency_key} was rolled back at epoch {cut.epoch} ({reason}) "
+        "and its evidence has not changed"
+    )
 
 
 def _scores(decision: StructuralPruningDecision) -> dict[Unit, float]:
@@ -127,7 +156,7 @@ def _is_proposed(
     cut: RolledBackCut, proposed: Mapping[Unit, float], decision: StructuralPruningDecision
 ) -> bool:
     """Whether all units of a cut are proposed again for the same evidence."""
-    units = [(name, unit) for name, units in cut.units for unit in (units or (-1,))]
+    units = units_of(cut)
     if not all(unit in proposed for unit in units):
         return False
     if len(units) == len(proposed) and _shift_changed(cut, decision):

@@ -8,6 +8,7 @@ everything but the projections is a sum over samples; hooks are installed only w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.special import expit
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -42,10 +44,15 @@ class _Tally:
     after: float = 0.0
     cosines: float = 0.0
     positions: int = 0
+    moves: Sums = field(default_factory=lambda: np.zeros(0))
+    """[N] of the present batch: the gate gradients of its margins."""
+    rises: list[Sums] = field(default_factory=list)
+    """Of the samples' losses, as predicted for the removal of the block alone."""
 
-    def read(self, reading: Reading, gates: Sums, odds: Sums | None) -> None:
-        """Take in the gate gradients of one batch, ``[N]``; with ``odds`` they are of margins
+    def read(self, reading: Reading, gates: Sums, margins: Sums | None) -> None:
+        """Take in the gate gradients of one batch, ``[N]``; with ``margins`` they are of these
         (see :meth:`GroupTally.add_margins`), else of the loss."""
+        odds = None if margins is None else expit(margins)
         if reading == "projections":
             self.projections.append(gates)
         elif reading == "true":
@@ -54,9 +61,13 @@ class _Tally:
             self.size += float(np.abs(slopes).sum())
             if odds is not None:
                 self.second += float((odds * (1 - odds) * gates**2).sum())
+                self.moves = gates
         else:
             squares = np.square(gates)
             self.second += float((squares if odds is None else odds * squares).sum())
+            if margins is not None:
+                after = np.logaddexp(0, margins - self.moves + squares / 2)
+                self.rises.append(after - np.logaddexp(0, margins))
 
     def statistics(self, samples: int) -> LayerStatistics:
         """The block's statistics over all samples.
@@ -77,7 +88,16 @@ class _Tally:
             projections=projections.astype(np.float32),
             first_order=_single(self.first / samples),
             second_order=_single(self.second / samples),
+            **self._rise(samples),
         )
+
+    def _rise(self, samples: int) -> dict[str, npt.NDArray[np.float32]]:
+        """The predicted rise and its standard error, where all samples have margins."""
+        rises = np.concatenate([np.zeros(0), *self.rises])
+        if len(rises) != samples:
+            return {}
+        error = float(rises.std()) / math.sqrt(samples)
+        return {"removal_rise": _single(float(rises.mean())), "removal_error": _single(error)}
 
 
 class BranchMeter:
@@ -97,7 +117,7 @@ class BranchMeter:
         self._trained: list[nn.Parameter] = []
         self._batch = 0
         self._reading: Reading = "projections"
-        self._odds: Tensor | None = None
+        self._margins: Tensor | None = None
 
     def __enter__(self) -> BranchMeter:
         if self._tallies:
@@ -128,15 +148,14 @@ class BranchMeter:
         """Say how many samples the next forward pass has."""
         self._batch = batch
 
-    def read(self, reading: Reading, odds: Tensor | None = None) -> None:
+    def read(self, reading: Reading, margins: Tensor | None = None) -> None:
         """Say what the next backward pass is of.
 
         Args:
             reading: of which scalar.
-            odds: ``[N]`` probabilities of being wrong, where the pass is of margins and not of
-                the loss ``softplus(margin)``, whose slope they are.
+            margins: ``[N]``, where the pass is of them and not of the loss ``softplus(margin)``.
         """
-        self._reading, self._odds = reading, odds
+        self._reading, self._margins = reading, margins
 
     def statistics(self, samples: int) -> dict[str, LayerStatistics]:
         """The statistics by block."""
@@ -164,7 +183,7 @@ class BranchMeter:
     def _energy(self, gradient: Tensor) -> float:
         """Squared norm of the loss's gradient, where that of the margins comes in."""
         rows = gradient.float().reshape(self._batch, -1).square().sum(1, dtype=torch.float64)
-        slopes = 1.0 if self._odds is None else self._odds.to(rows).square()
+        slopes = 1.0 if self._margins is None else self._margins.sigmoid().to(rows).square()
         return float((rows * slopes).sum())
 
     def _leave(self, tally: _Tally) -> Callable[..., Any]:
@@ -197,8 +216,8 @@ class BranchMeter:
     def _after(self, tally: _Tally, contribution: Tensor, gradient: Tensor) -> None:
         gradient = gradient.float()
         gates = (contribution.float() * gradient).reshape(self._batch, -1).sum(1).cpu()
-        odds = None if self._odds is None else self._odds.double().cpu().numpy()
-        tally.read(self._reading, gates.double().numpy(), odds)
+        margins = None if self._margins is None else self._margins.double().cpu().numpy()
+        tally.read(self._reading, gates.double().numpy(), margins)
         if self._reading == "true":
             tally.after += self._energy(gradient)
 

@@ -51,6 +51,8 @@ class HeadwiseAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As ``nn.MultiheadAttention.forward``."""
+        if query.is_nested:
+            return self._of_ragged(query), None
         batched = query.dim() == 3
         streams = [x if batched else x.unsqueeze(0) for x in (query, key, value)]
         if batched and not self.batch_first:
@@ -67,6 +69,16 @@ class HeadwiseAttention(nn.MultiheadAttention):
         if not batched:
             return output.squeeze(0), None if shown is None else shown.squeeze(0)
         return output if self.batch_first else output.transpose(0, 1), shown
+
+    def _of_ragged(self, x: Tensor) -> Tensor:
+        """Self-attention of sequences without padding, as ``nn.TransformerEncoder`` packs them
+        where no gradient is wanted: it looks at its first layer only before it does."""
+        padded, lengths = x.to_padded_tensor(0.0), [len(row) for row in x.unbind()]
+        places = torch.arange(padded.shape[1], device=padded.device)
+        padding = places >= torch.tensor(lengths, device=padded.device)[:, None]
+        output, _ = self.forward(padded, padded, padded, padding, need_weights=False)
+        rows = [row[:length] for row, length in zip(output, lengths, strict=True)]
+        return torch.nested.as_nested_tensor(rows)
 
     def _project(self, streams: list[Tensor]) -> list[Tensor]:
         """[B, T, heads * head_dim] of queries, keys and values."""

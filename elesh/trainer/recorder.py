@@ -322,10 +322,10 @@ class Recorder:
         if self._loss is cross_entropy and self._sampler is None and has_margins(values, labels):
             odds = margins(values, labels)
             known = odds.detach()
-            branches.read("true", known.sigmoid())
+            branches.read("true", known)
             moves, sizes = meter.backward(odds.sum(), absolute=known.sigmoid())
             toward = rival_direction(values, labels)
-            branches.read("sampled", known.sigmoid())
+            branches.read("sampled", known)
             rivals, _ = meter.backward((toward * values).sum(), keep=False)
             measurement.add_margins(projections, moves, sizes, rivals, known)
             return

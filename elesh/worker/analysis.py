@@ -15,7 +15,6 @@ from typing import TypeVar
 
 from elesh.bus import Bus
 from elesh.observe import get_logger, record_stages, span
-from elesh.safety import refuse_rolled_back
 from elesh.settings import Settings
 from leyline import (
     AnalysisFailed,
@@ -55,7 +54,8 @@ class Analyst:
             settings.importance_history_epochs, int(settings.analysis_cache_size)
         )
         self._untrusted = _untrusted(bus, settings)
-        self._child = ComputeChild(settings.worker.memory_limit, spool)
+        preload = settings.worker.preload and not self._untrusted
+        self._child = ComputeChild(settings.worker.memory_limit, spool, preload=preload)
         self._keeping: asyncio.Task[None] | None = None
 
     @property
@@ -95,8 +95,8 @@ class Analyst:
         """
         try:
             await self._fetch(work)
-            job = await self._under_breakers(self._job("decide", work, work.levels), work)
-            return await self._new(work, await self._result(StructuralPruningDecision, work, job))
+            job = await self._with_run(self._job("decide", work, work.levels), work)
+            return await self._result(StructuralPruningDecision, work, job)
         finally:
             self._forget()
 
@@ -127,19 +127,12 @@ class Analyst:
             folder.mkdir(exist_ok=True)
             for number, data in enumerate(analyses):
                 (folder / f"{number}.msgpack").write_bytes(data)
-            job = await self._under_breakers(self._job("join", work, work.levels), work)
+            job = await self._with_run(self._job("join", work, work.levels), work)
             gaps = tuple((str(level), reason) for level, reason in missing.items())
             job = replace(job, missing=gaps)
-            return await self._new(work, await self._result(StructuralPruningDecision, work, job))
+            return await self._result(StructuralPruningDecision, work, job)
         finally:
             self._forget()
-
-    async def _new(
-        self, work: Work, decision: StructuralPruningDecision
-    ) -> StructuralPruningDecision:
-        """The decision, refused if it proposes what the run's trainer took back before."""
-        cuts = await self._bus.runs.taken_back(work.run_id)
-        return refuse_rolled_back(decision, cuts)
 
     async def _fetch(self, work: Work, *, network: bool = True) -> None:
         """Have the blobs in the spool folder; what is there already is not fetched again."""
@@ -176,12 +169,14 @@ class Analyst:
             unmeasured=self._untrusted if work.network else "",
         )
 
-    async def _under_breakers(self, job: Job, work: Work) -> Job:
-        """The job with the state of its levels' breakers, which admit at most one probe."""
+    async def _with_run(self, job: Job, work: Work) -> Job:
+        """The job with the state of its levels' breakers, which admit at most one probe, and with
+        what the run's trainer took back before."""
         admit = self._bus.breakers.admit
         views = await asyncio.gather(*(admit(work.run_id, level) for level in job.asked_levels))
         states = [(v.state if v.admitted else "open", v.failures, v.reason) for v in views]
-        return replace(job, breakers=tuple(states))
+        cuts = await self._bus.runs.taken_back(work.run_id)
+        return replace(job, breakers=tuple(states), taken_back=tuple(map(encode, cuts)))
 
     async def _result(self, kind: type[R], work: Work, job: Job) -> R:
         """What the child answers, however many rungs down."""

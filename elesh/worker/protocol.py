@@ -21,6 +21,8 @@ __all__ = ["MEMORY_CODE", "Failed", "Job", "Kind", "Reply", "pack_frame", "unpac
 
 Kind = Literal["decide", "level", "join", "again", "parameters"]
 PREFIX = struct.Struct("<I")
+PRELOAD = "preload"
+"""The child's argument that asks it to load torch before the first job."""
 DOCUMENT = "document.msgpack"
 """The file of the spool folder that holds the checkpoint's CheckpointDocument."""
 ANALYSES = "analyses"
@@ -59,6 +61,8 @@ class Job:
     """Levels that a join has to do without, each with the reason."""
     unmeasured: str = ""
     """Why the network that the checkpoint names is not run; empty: it may be."""
+    taken_back: tuple[bytes, ...] = ()
+    """The run's cuts that its trainer rolled back, encoded, for a join or a decision."""
     parts: tuple[bytes, ...] = ()
     """What an ``again`` job joins: encoded AnalysedParts."""
     recorded: bytes = b""
@@ -150,7 +154,8 @@ def unpack_body(kind: type[Job] | type[Reply], body: bytes) -> Any:
     if kind is Job:
         pairs = ("breakers", "fallbacks", "missing")
         values |= {name: tuple(map(tuple, values[name])) for name in pairs}
-        values |= {name: tuple(values[name]) for name in ("levels", "shard", "parts")}
+        plain = ("levels", "shard", "taken_back", "parts")
+        values |= {name: tuple(values[name]) for name in plain}
         return kind(**values)
     if values["failed"] is not None:
         values["failed"] = Failed(**values["failed"])

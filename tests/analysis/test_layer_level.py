@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from layer_networks import bundle, figures, network, residual
 
 from elesh import Settings, analyze
+from elesh.analysis import explain
 from elesh.analysis.layers import architecture_impact
+from elesh.analysis.rises import loss_rise
 from elesh.safety import BreakerStatus
 from leyline import (
     AnalysisParameters,
@@ -288,3 +290,26 @@ def test_the_same_bundle_gives_the_same_bytes_also_after_a_round_trip(tmp_path: 
     again = CheckpointBundle.load(checkpoint.save(tmp_path))
     assert again.architecture == checkpoint.architecture
     assert encode(decide(again)) == encode(decide(checkpoint))
+
+
+def test_a_layers_loss_rise_has_the_error_bar_that_was_measured() -> None:
+    told = figures("b4", 0.01, removal_rise=0.0003, removal_error=0.00004)
+    others = [figures(f"b{i}", taylor=0.5) for i in range(10) if i != 4]
+    decision = analyze(bundle(residual(10), [told, *others]), level=Level.LAYER)
+    (target,) = decision.layers
+    assert target.predicted_loss_rise == pytest.approx(0.0003)
+    assert target.predicted_loss_rise_error == pytest.approx(0.00004)
+    (row,) = explain(decision).targets
+    assert row.loss_rise_error == target.predicted_loss_rise_error
+    without = analyze(bundle(residual(10), [figures("b4", 0.01), *others]), level=Level.LAYER)
+    assert without.layers[0].predicted_loss_rise == pytest.approx(-0.0001 + 0.0002)
+    assert without.layers[0].predicted_loss_rise_error is None
+
+
+def test_the_errors_of_layers_that_go_together_add_in_squares() -> None:
+    errors = {"b2": 0.003, "b4": 0.004}
+    data = [figures(name, 0.01, removal_rise=0.1, removal_error=e) for name, e in errors.items()]
+    rise = loss_rise(bundle(residual(10), data), {}, list(errors))
+    assert rise is not None
+    assert rise.mean == pytest.approx(0.2)
+    assert rise.error == pytest.approx(0.005)

@@ -67,6 +67,51 @@ def test_a_cut_that_contains_it_is_refused_too() -> None:
     assert not refuse_rolled_back(made, [taken_back(part)]).approved_for_application
 
 
+def test_a_larger_cut_spares_the_set_and_goes_on_with_the_rest() -> None:
+    bundle = networks.bundle(networks.chain([40, 48, 32]), epoch=60)
+    made = analyze(bundle, SETTINGS)
+    part = made.model_copy(update={"channels": made.channels[:1]})
+    cut = taken_back(part)
+    left = analyze(bundle, SETTINGS, taken_back=[cut])
+    assert left.approved_for_application
+    gone = {name: set(units) for name, units in cut.units}
+    for target in left.channels:
+        assert not gone.get(target.layer_name, set()) & set(target.original_indices)
+    assert left.channels == made.channels[1:]
+    gate = left.safety.gates[-1]
+    assert gate.name == "rolled_back"
+    assert gate.passed
+    assert f"{made.idempotency_key} was rolled back at epoch 62" in gate.detail
+    assert left.statistics.channels_after > made.statistics.channels_after
+    assert left.rolled_back == (cut,)
+
+
+def test_spared_units_of_a_group_that_still_loses_some_are_named() -> None:
+    bundle = networks.bundle(networks.chain([40, 48, 32]), epoch=60)
+    made = analyze(bundle, SETTINGS)
+    target = next(t for t in made.channels if len(t.channel_indices) > 1)
+    first = target.channel_indices[0]
+    cut = taken_back(made).model_copy(
+        update={
+            "units": ((target.layer_name, (target.original_indices[0],)),),
+            "scores": (target.importance[0],),
+        }
+    )
+    left = analyze(bundle, SETTINGS, taken_back=[cut])
+    (same,) = [t for t in left.channels if t.layer_name == target.layer_name]
+    assert first not in same.channel_indices
+    assert (first, "rolled_back") in {(unit.index, unit.reason) for unit in same.spared}
+
+
+def test_nothing_but_the_same_set_is_refused_whole() -> None:
+    bundle = networks.bundle(networks.chain([40, 48, 32]), epoch=60)
+    made = analyze(bundle, SETTINGS)
+    refused = analyze(bundle, SETTINGS, taken_back=[taken_back(made)])
+    assert not refused.approved_for_application
+    assert refused.channels == made.channels
+    assert encode(refused) == encode(refuse_rolled_back(made, [taken_back(made)]))
+
+
 def test_a_part_of_it_is_another_cut() -> None:
     made = decision()
     part = made.model_copy(update={"channels": made.channels[:1]})

@@ -449,6 +449,25 @@ def test_a_padded_encoder_is_traced_and_measured() -> None:
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("how", ["masked", "cut"])
+def test_a_padded_encoder_without_heads_computes_the_same_with_and_without_gradients(
+    layer: int, how: str
+) -> None:
+    torch.manual_seed(0)
+    model, padding = Padded().eval(), torch.zeros(4, 7, dtype=torch.bool)
+    padding[1, 5:], padding[3, 2:] = True, True
+    inputs = {"x": torch.randn(4, 7, 6), "padding": padding}
+    surgeon = Surgeon(model, Recorder(model, inputs).architecture)
+    plain = model(**inputs)
+    (surgeon.mask if how == "masked" else surgeon.cut)({f"encoder.layers.{layer}.self_attn": [0]})
+    expected = model(**inputs)
+    with torch.no_grad():  # Here PyTorch leaves out the padding, layer by layer.
+        assert close(model(**inputs), expected)
+    assert not close(expected, plain)
+
+
 def test_a_gated_unit_written_into_its_block_cannot_go_and_says_why() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 1), GatedInline(8), nn.Flatten(), nn.LazyLinear(5))
@@ -491,6 +510,52 @@ def test_gate_gradients_are_those_of_a_real_gate(name: str) -> None:
         scale = expected.abs().max().item()
         assert measured.first_order[0] == pytest.approx(expected.mean().item(), abs=1e-4 * scale)
         assert measured.taylor[0] == pytest.approx(expected.abs().mean().item(), rel=1e-3)
+
+
+class LastIsABlock(nn.Module):
+    """Nothing but a linear head follows the block: the outputs are linear in its gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.block = Residual(conv(6), nn.ReLU(), conv(6))
+        self.fc = nn.Linear(6, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.block(torch.relu(self.stem(x))).mean((2, 3)))
+
+
+def test_a_layers_predicted_rise_is_exact_where_outputs_are_linear_and_have_two_classes() -> None:
+    torch.manual_seed(1)
+    model = LastIsABlock().eval()
+    with torch.no_grad():
+        model.fc.weight.copy_(2 * torch.randn(2, 6))  # beyond where two orders hold
+    data = [(5 * x, y % 2) for x, y in batches()]
+    bundle = Recorder(model, example()).measure(data, epoch=1)
+
+    def losses() -> Tensor:
+        with torch.no_grad():
+            found = [nn.functional.cross_entropy(model(x), y, reduction="none") for x, y in data]
+        return torch.cat(found).double()
+
+    plain, surgeon = losses(), Surgeon(model, bundle.architecture)
+    surgeon.mask_layers(["block"])
+    rises = losses() - plain
+    measured = bundle.layers["block"]
+    assert measured.removal_rise is not None
+    assert measured.removal_error is not None
+    assert measured.removal_rise[0] == pytest.approx(rises.mean().item(), rel=1e-4)
+    error = rises.std(correction=0).item() / len(rises) ** 0.5
+    assert measured.removal_error[0] == pytest.approx(error, rel=1e-4)
+    second_order = 0.5 * measured.second_order[0] - measured.first_order[0]
+    assert abs(second_order - rises.mean().item()) > 1e-3
+
+
+def test_layers_have_no_predicted_rise_where_samples_have_no_margins() -> None:
+    recorder = Recorder(made("ResNet"), example(), loss=nn.functional.cross_entropy)
+    layers = recorder.measure(batches(1), epoch=1).layers.values()
+    assert [data.removal_rise for data in layers] == [None, None]
+    assert [data.removal_error for data in layers] == [None, None]
 
 
 def test_similarity_and_gradient_flow_are_those_of_the_stream() -> None:
