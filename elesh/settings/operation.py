@@ -50,6 +50,9 @@ class WorkerSettings(Section):
     ``analysis_timeout``: that."""
     memory_limit: ByteSize = Field(default=ByteSize(4 << 30), ge=1 << 20)
     """What the compute child may use, in bytes; over it the analysis falls back to channels."""
+    preload: bool = True
+    """Whether the compute child loads torch, where it is installed, as soon as it has started:
+    some 185 MB of idle memory, for a second or more of the first window in which it measures."""
     shard_bytes: ByteSize = Field(default=ByteSize(1 << 30), ge=1)
     """A level whose statistics are larger is split by ``layers_per_worker`` groups."""
     prefetch: int = Field(default=1, ge=1, le=64)

@@ -7,6 +7,7 @@ prediction, and every such decision says so.
 from __future__ import annotations
 
 import math
+from importlib import import_module
 from importlib.util import find_spec
 
 from elesh import safety
@@ -14,7 +15,7 @@ from elesh.safety import Verifier
 from elesh.settings import Settings
 from leyline import CheckpointBundle, Fallback, StructuralPruningDecision
 
-__all__ = ["ROUNDS_SKIPPED", "ROUNDS_TIMEOUT", "SKIPPED", "TIMEOUT", "verifier"]
+__all__ = ["ROUNDS_SKIPPED", "ROUNDS_TIMEOUT", "SKIPPED", "TIMEOUT", "preload", "verifier"]
 
 SKIPPED = "verification_skipped"
 """The rung of the failure table: program, weights, data or worker do not allow to measure."""
@@ -44,7 +45,7 @@ def verifier(
         return lambda proposal: safety.predicted_only(proposal, settings, untrusted)
     if bundle.network is None:
         return lambda proposal: safety.predicted_only(proposal, settings)
-    if find_spec("torch") is None or find_spec("safetensors") is None:
+    if not _has_torch():
         missing = Fallback(rung=SKIPPED, reason="this worker has no torch (elesh[torch])")
         return lambda proposal: safety.predicted_only(proposal, settings, missing)
     seconds = settings.verification.window_share * settings.window_seconds
@@ -53,9 +54,19 @@ def verifier(
         taken = [f for f in recorded.fallbacks if f.rung in (SKIPPED, TIMEOUT)]
         if recorded.safety.verification is None and (taken or recorded.approved_for_application):
             return lambda proposal: safety.predicted_only(proposal, settings, *taken[:1])
-    from .verifier import NetworkVerifier
+    from .network import NetworkVerifier
 
     return NetworkVerifier(bundle, settings, seconds, _hurried(recorded))
+
+
+def preload() -> None:
+    """Load torch now, if it is here, and not in the first window in which something is measured."""
+    if _has_torch():
+        import_module(".network", __name__)
+
+
+def _has_torch() -> bool:
+    return find_spec("torch") is not None and find_spec("safetensors") is not None
 
 
 def _hurried(recorded: StructuralPruningDecision | None) -> Fallback | None:

@@ -54,7 +54,8 @@ class Analyst:
             settings.importance_history_epochs, int(settings.analysis_cache_size)
         )
         self._untrusted = _untrusted(bus, settings)
-        self._child = ComputeChild(settings.worker.memory_limit, spool)
+        preload = settings.worker.preload and not self._untrusted
+        self._child = ComputeChild(settings.worker.memory_limit, spool, preload=preload)
         self._keeping: asyncio.Task[None] | None = None
 
     @property

@@ -22,7 +22,7 @@ from elesh.analysis import analyze_level, join
 from elesh.analysis.memory import measurements_of
 from elesh.analysis.stages import observed, stage
 from elesh.settings import Settings
-from elesh.verification import verifier
+from elesh.verification import preload, verifier
 from leyline import (
     AnalysedPart,
     CheckpointBundle,
@@ -47,6 +47,7 @@ from .protocol import (
     MEASURED,
     MEMORY_CODE,
     PREFIX,
+    PRELOAD,
     Failed,
     Job,
     Kind,
@@ -59,7 +60,10 @@ from .stopwatch import Stopwatch
 
 
 def main() -> None:
-    """Serve jobs from standard input until it ends; arguments: memory limit, file to beat into."""
+    """Serve jobs from standard input until it ends.
+
+    Arguments: memory limit, file to beat into, and ``preload`` to load torch before the first job.
+    """
     die_with_parent()
     limit_data(int(sys.argv[1]))
     beat_into(Path(sys.argv[2]))
@@ -69,9 +73,18 @@ def main() -> None:
     os.dup2(2, 1)  # a stray print must not tear the frames
     sink.write(pack_frame(Reply()))  # ready: everything is imported
     sink.flush()
+    if sys.argv[3:] == [PRELOAD]:
+        _load_torch()
     while (job := _next_job(source)) is not None:
         sink.write(pack_frame(_answer(job)))
         sink.flush()
+
+
+def _load_torch() -> None:
+    try:
+        preload()
+    except Exception:  # The first job that measures meets it again, and its answer says so.
+        traceback.print_exc()
 
 
 def _next_job(source: BinaryIO) -> Job | None:

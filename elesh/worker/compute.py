@@ -17,7 +17,7 @@ from pathlib import Path
 from elesh.observe import get_logger
 
 from .memory import resident
-from .protocol import MEMORY_CODE, PREFIX, Job, Reply, pack_frame, unpack_body
+from .protocol import MEMORY_CODE, PREFIX, PRELOAD, Job, Reply, pack_frame, unpack_body
 from .pulse import Finding, PulseReader
 
 __all__ = ["ChildDied", "ChildFailure", "ChildOverMemory", "ChildTimeout", "ComputeChild"]
@@ -54,10 +54,12 @@ class ComputeChild:
     Args:
         memory_limit: bytes that the child may use.
         folder: for the file that it beats into.
+        preload: have it load torch, where that is installed, before its first job.
     """
 
-    def __init__(self, memory_limit: int, folder: Path) -> None:
+    def __init__(self, memory_limit: int, folder: Path, *, preload: bool = False) -> None:
         self._limit = memory_limit
+        self._arguments = [PRELOAD] if preload else []
         self._pulse = PulseReader(folder / "pulse")
         self._process: Process | None = None
         self._turn = asyncio.Lock()
@@ -106,7 +108,7 @@ class ComputeChild:
         if self.pid is None:
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", CHILD),
-                *(str(self._limit), str(self._pulse.path)),
+                *(str(self._limit), str(self._pulse.path), *self._arguments),
                 stdin=PIPE,
                 stdout=PIPE,
                 start_new_session=True,  # signals of the terminal are the supervisor's

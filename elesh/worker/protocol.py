@@ -21,6 +21,8 @@ __all__ = ["MEMORY_CODE", "Failed", "Job", "Kind", "Reply", "pack_frame", "unpac
 
 Kind = Literal["decide", "level", "join", "again", "parameters"]
 PREFIX = struct.Struct("<I")
+PRELOAD = "preload"
+"""The child's argument that asks it to load torch before the first job."""
 DOCUMENT = "document.msgpack"
 """The file of the spool folder that holds the checkpoint's CheckpointDocument."""
 ANALYSES = "analyses"

@@ -94,7 +94,9 @@ class Station:
     def settings_file(self, **sections: dict[str, Any]) -> Path:
         bus = {"partition": self.partition, "lease_seconds": 2.0} | sections.pop("bus", {})
         shift = {"channel_analysis": {"max_predicted_shift": 1e9}}
-        values = {"bus": bus, "structured_pruning": shift, **sections}
+        # Most tests measure nothing: their workers need no torch, and many of them start.
+        worker = {"preload": False} | sections.pop("worker", {})
+        values = {"bus": bus, "worker": worker, "structured_pruning": shift, **sections}
         path = self.folder / f"settings-{len(self.workers)}.yaml"
         path.write_text(yaml.safe_dump({"elesh": values}))
         return path

@@ -134,7 +134,7 @@ def test_rounds_that_take_too_long_are_named_and_replayed_as_they_were(
 ) -> None:
     bundle = proved_networks.digits().bundle
     with monkeypatch.context() as patched:
-        patched.setattr("elesh.verification.verifier._SHARE_OF_ROUNDS", 1e-12)
+        patched.setattr("elesh.verification.network._SHARE_OF_ROUNDS", 1e-12)
         decision = decide(bundle)
     (taken,) = decision.fallbacks
     assert taken.rung == ROUNDS_TIMEOUT

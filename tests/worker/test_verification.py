@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from servers import Server
 from station import Station
 
 from elesh.trainer import Session
+from elesh.worker.compute import ComputeChild
+from elesh.worker.protocol import Job
 from leyline import BreakerTransition, CheckpointBundle, StructuralPruningDecision
 from leyline.streams import TELEMETRY
 
@@ -83,3 +86,23 @@ def test_three_refused_rankings_open_the_breaker_and_training_goes_on(station: S
     (change,) = [m for m in station.messages(TELEMETRY) if isinstance(m, BreakerTransition)]
     assert (change.before, change.after) == ("closed", "open")
     assert trained.accuracy == before
+
+
+@pytest.mark.parametrize("preload", [True, False])
+def test_torch_is_loaded_before_the_first_job_if_it_is_to_be(tmp_path: Path, preload: bool) -> None:
+    def has_torch(pid: int) -> bool:
+        return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+
+    async def loaded() -> bool:
+        child = ComputeChild(1 << 32, tmp_path, preload=preload)
+        await child.start()
+        try:
+            assert child.pid is not None
+            # What it answers to a job that it cannot do comes after whatever it does first.
+            job = Job(kind="level", folder=str(tmp_path), key="none", settings="{}", levels=())
+            assert (await child.run(job, timeout=60)).failed is not None
+            return has_torch(child.pid)
+        finally:
+            await child.kill()
+
+    assert asyncio.run(loaded()) is preload
