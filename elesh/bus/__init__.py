@@ -11,7 +11,7 @@ from .breakers import BreakerStore, BreakerView
 from .client import until_available
 from .core import SHED_FROM, Bus
 from .embedded import EmbeddedServer, embedded_server, server_url
-from .errors import BusUnavailable, Overloaded, masked
+from .errors import BusUnavailable, Overloaded, RunClaimed, masked
 from .guard import Guard, unframed
 from .history import HistoryStore
 from .letters import DeadLetters, Letter, Redriven
@@ -39,6 +39,7 @@ __all__ = [
     "Holder",
     "Letter",
     "Overloaded",
+    "RunClaimed",
     "Pending",
     "Plan",
     "Planned",

@@ -32,7 +32,7 @@ from redis.exceptions import (
 )
 
 from .errors import BusUnavailable
-from .gathering import Gathering
+from .gathering import ALONE, Gathering
 from .locate import open_pool
 
 __all__ = ["MAX_BLOCK", "SOCKET_TIMEOUT", "Client", "open_client", "until_available"]
@@ -66,7 +66,9 @@ class Client(Redis):
         """Send one command; see the module's promises."""
         try:
             if args[0] in _GATHERED:
-                return await self._gathering.send(args, options)
+                answer = await self._gathering.send(args, options)
+                if answer is not ALONE:
+                    return answer
             async with asyncio.timeout(_WATCHDOG):
                 return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
         except AuthenticationError as error:

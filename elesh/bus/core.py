@@ -33,7 +33,7 @@ from .audit import AuditLog
 from .blobs import BlobStore
 from .breakers import BreakerStore
 from .client import MAX_BLOCK, Client, open_client, until_available
-from .errors import Overloaded
+from .errors import Overloaded, RunClaimed
 from .groups import Groups, pairs_of
 from .guard import Guard, unframed
 from .history import HistoryStore
@@ -162,14 +162,17 @@ class Bus:
         epoch: int | None = None,
         correlation_id: str = "",
         event_id: str = "",
+        token: str = "",
     ) -> str:
         """Append a message and return its entry id.
 
         Without ``event_id`` each call is an event of its own. With one, the same event is appended
-        once within ten minutes, so that a caller may try again after an answer was lost.
+        once within ten minutes, so that a caller may try again after an answer was lost. With the
+        ``token`` of a claim, whether the run is another's is looked at in the same step.
 
         Raises:
             Overloaded: if so much waits in the stream that a message of this priority is shed.
+            RunClaimed: if the run is claimed by another token.
         """
         envelope = wrap(
             message,
@@ -184,12 +187,15 @@ class Bus:
         marker = self.keys.named("event", stream.name, envelope.event_id)
         limit = self._shed_from(stream, priority)
         args: list[str | bytes | int] = [_MARKER_SECONDS, limit, stream.group]
-        args += [f"{stream.name}:{priority}", *entry_fields(framed, carrier or {})]
+        args += [f"{stream.name}:{priority}", token, *entry_fields(framed, carrier or {})]
         keys = [self.keys.stream(stream), marker, self.keys.named("shed")]
-        entry = await self._scripts.publish(keys, args)
-        if entry is None:
+        keys += [self.runs.claim_key(run_id)] if token else []
+        verdict, value = await self._scripts.publish(keys, args)
+        if verdict == "shed":
             raise Overloaded(self._client.url, stream.name, priority, limit)
-        return entry
+        if verdict == "claimed":
+            raise RunClaimed(self._client.url, run_id, value)
+        return value
 
     def _shed_from(self, stream: Stream, priority: Priority) -> int:
         """The backlog from which a priority is shed; 0 for what is never shed: emergencies, and

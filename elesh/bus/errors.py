@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["BusUnavailable", "Overloaded", "masked"]
+__all__ = ["BusUnavailable", "Overloaded", "RunClaimed", "masked"]
 
 _IN_AUTHORITY = re.compile(r"(?<=://)([^/@:]*):.*@")
 _IN_QUERY = re.compile(r"([?&]\w*password=)[^&]*")
@@ -35,3 +35,11 @@ class Overloaded(BusUnavailable):
             f"{stream} has {limit} or more entries waiting, from which priority {priority} is shed",
             hint="add workers, or raise bus.stream_length",
         )
+
+
+class RunClaimed(BusUnavailable):
+    """A message was refused: another trainer has the run."""
+
+    def __init__(self, url: str, run_id: str, who: str) -> None:
+        hint = "end that one, or choose another run id"
+        super().__init__(url, f"run {run_id} is claimed by {who}", hint=hint)

@@ -14,7 +14,10 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-__all__ = ["Gathering"]
+__all__ = ["ALONE", "Gathering"]
+
+ALONE = object()
+"""The answer to a command that had no company: it is better sent without a pipeline."""
 
 _MOST = 128
 """Commands of one round trip: the first is not to wait long for the last."""
@@ -34,7 +37,8 @@ class Gathering:
         self._sending: set[asyncio.Task[None]] = set()
 
     async def send(self, args: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
-        """The answer to a command, which goes with whatever else is asked in this turn."""
+        """The answer to a command, which goes with whatever else is asked in this turn; ``ALONE``,
+        and nothing was sent, if nothing else is."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Any] = loop.create_future()
         if not self._asked:
@@ -44,6 +48,9 @@ class Gathering:
 
     def _flush(self) -> None:
         asked, self._asked = self._asked, []
+        if len(asked) == 1:
+            _answer(asked[0][2], ALONE)
+            return
         for start in range(0, len(asked), _MOST):
             sending = asyncio.create_task(self._exchange(asked[start : start + _MOST]))
             self._sending.add(sending)
@@ -59,9 +66,13 @@ class Gathering:
         except Exception as error:
             answers = [error] * len(asked)
         for (_, _, future), answer in zip(asked, answers, strict=True):
-            if future.done():  # its task was cancelled
-                continue
-            if isinstance(answer, Exception):
-                future.set_exception(answer)
-            else:
-                future.set_result(answer)
+            _answer(future, answer)
+
+
+def _answer(future: asyncio.Future[Any], answer: Any) -> None:
+    if future.done():  # its task was cancelled
+        return
+    if isinstance(answer, Exception):
+        future.set_exception(answer)
+    else:
+        future.set_result(answer)

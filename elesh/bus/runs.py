@@ -45,12 +45,12 @@ class RunStore:
     async def claim(self, run_id: str, token: str, who: str, seconds: float) -> Holder | None:
         """Claim a run, or renew the claim of the same token; None, or who has it instead."""
         milliseconds = max(1, round(seconds * 1000))
-        held = await self._scripts.claim_run(self._claim(run_id), token, who, milliseconds)
+        held = await self._scripts.claim_run(self.claim_key(run_id), token, who, milliseconds)
         return Holder(held[0].decode(), max(0, held[1]) / 1000) if held else None
 
     async def give_up(self, run_id: str, token: str) -> None:
         """End a claim of one's own."""
-        await self._scripts.claim_run(self._claim(run_id), token, "", 0)
+        await self._scripts.claim_run(self.claim_key(run_id), token, "", 0)
 
     async def took_back(self, run_id: str, cuts: Mapping[str, RolledBackCut]) -> None:
         """Remember cuts that a trainer took back, by the fingerprints of their units."""
@@ -83,7 +83,8 @@ class RunStore:
     def _would_be(self, run_id: str) -> str:
         return f"{self._prefix}:would-be:{run_id}"
 
-    def _claim(self, run_id: str) -> str:
+    def claim_key(self, run_id: str) -> str:
+        """Where the claim of a run is."""
         return f"{self._prefix}:claim:{run_id}"
 
     def _cuts(self, run_id: str) -> str:

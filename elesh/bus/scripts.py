@@ -52,10 +52,11 @@ class Scripts:
         self._beat = load("beat")
         self._census = load("census")
 
-    async def publish(self, keys: Sequence[str], args: Args) -> str | None:
-        """Append once for each marker; the entry's id, new or known, None if it was shed."""
-        entry: bytes | None = await self._publish(keys, args)
-        return entry.decode() if entry else None
+    async def publish(self, keys: Sequence[str], args: Args) -> tuple[str, str]:
+        """Append once for each marker: what became of it, and the entry's id; see
+        ``lua/publish.lua``."""
+        verdict, value = await self._publish(keys, args)
+        return verdict.decode(), value.decode()
 
     async def claim(
         self, streams: Sequence[str], group: str, consumer: str, count: int

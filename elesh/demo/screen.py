@@ -6,6 +6,7 @@ from collections import Counter
 from types import TracebackType
 from typing import Self
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -168,25 +169,29 @@ def _by_layer(original: PrunedArchitecture, now: PrunedArchitecture) -> Table:
 
 def _by_decision(report: Report) -> Table:
     """What every cut was predicted to cost, and what worker and trainer measured."""
-    table = Table(title="Cuts: predicted and measured", title_justify="left")
+    title = "Cuts: loss rise and accuracy drop, predicted and measured"
+    table = Table(title=title, title_justify="left", box=SIMPLE)
+    table.padding = (0, 1, 0, 0)  # so that 80 columns are enough
     table.add_column("epoch", justify="right")
-    table.add_column("units", justify="right")
-    for name in ("predicted\nloss rise", "measured\nby worker", "measured\nby trainer"):
+    table.add_column("units\nkept", justify="right")
+    for name in ("rise:\npredicted", "\nworker", "\ntrainer"):
         table.add_column(name, justify="right")
-    for name in ("accuracy\ndrop", "on other\nsamples", "measured\nby trainer"):
+    for name in ("drop:\nworker", "on other\nsamples", "\ntrainer"):
         table.add_column(name, justify="right")
     for cut in report.cuts:
+        drop = _figure(cut.trainer_accuracy_drop, ".2%")
         table.add_row(
             str(cut.epoch),
-            f"{cut.kept} of {cut.proposed}",
+            f"{cut.kept}/{cut.proposed}",
             _figure(cut.predicted_loss_rise, ".4f"),
             f"{cut.worker_loss_rise:.4f}",
             _figure(cut.trainer_loss_rise, ".4f"),
             f"{cut.worker_accuracy_drop:.2%}",
-            f"{cut.low:.2%} to {cut.high:.2%}",
-            _figure(cut.trainer_accuracy_drop, ".2%")
-            + ("" if cut.inside else " [yellow]outside[/]"),
+            f"{100 * cut.low:.1f}..{cut.high:.1%}",
+            drop if cut.inside else f"[yellow]{drop}![/]",
         )
+    if not all(cut.inside for cut in report.cuts):
+        table.caption = "!: outside the interval that the worker stated for other samples"
     return table
 
 

@@ -2,7 +2,7 @@
 
 Promises: handing something over never blocks and never raises because the bus is away; what could
 not be sent is counted in ``missed`` and logged. Only the one trainer that has the run's claim
-speaks and hears; the claim is renewed here and looked at again just before anything is sent. The
+speaks and hears; the claim is renewed here, and the server looks at it with everything sent. The
 thread ends with :meth:`BusThread.close`, whatever the bus does.
 """
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from opentelemetry.trace import SpanKind
 
-from elesh.bus import Bus, BusUnavailable, Delivery, Overloaded, server_url
+from elesh.bus import Bus, BusUnavailable, Delivery, Overloaded, RunClaimed, server_url
 from elesh.observe import get_logger, messaging, span_from
 from elesh.settings import Settings
 from leyline import CheckpointBundle, ContractError, Message, read_envelope, unwrap
@@ -246,6 +246,9 @@ class BusThread:
                 self._caller.sent(item.event_id)
             else:
                 self._miss(item, self.refused)
+        except RunClaimed:
+            await self._claim(bus)  # says who has it
+            self._miss(item, self.refused or "another trainer had the run")
         except Overloaded as error:
             self._miss(item, str(error))
         except BusUnavailable as error:
@@ -267,6 +270,7 @@ class BusThread:
             run_id=self._run_id,
             epoch=item.epoch,
             event_id=item.event_id,
+            token=self._token,
         )
 
     async def _listen(self, bus: Bus, stream: Stream, last: str, closing: asyncio.Event) -> None:

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from bus_messages import GROUP, STREAMS, TRACE, claim, outcome, publish, sweep, take_over
 
-from elesh.bus import Bus, History
+from elesh.bus import Bus, History, RunClaimed
 from leyline import Malformed, read_envelope, unwrap
 from leyline.streams import CHECKPOINTS, OUTCOMES, REQUESTS, TELEMETRY
 
@@ -256,5 +256,23 @@ def test_a_consumer_with_pending_entries_is_not_forgotten(with_bus):
         names = await bus._client.xinfo_consumers(OUTCOMES.key(bus.partition), GROUP)
         assert [consumer["name"] for consumer in names] == [b"w1"]
         assert await take_over(bus, delivery, "w3")
+
+    with_bus(scenario)
+
+
+def test_a_token_s_publish_is_refused_where_another_has_the_run_and_only_there(with_bus):
+    async def scenario(bus: Bus) -> None:
+        async def send(token: str, event_id: str) -> str:
+            return await bus.publish(
+                OUTCOMES, outcome(), source="test", run_id="run", token=token, event_id=event_id
+            )
+
+        first = await send("mine", "free")
+        await bus.runs.claim("run", "mine", "here:1", 60)
+        await send("mine", "ours")
+        with pytest.raises(RunClaimed, match="run run is claimed by here:1"):
+            await send("other", "theirs")
+        assert await send("other", "free") == first, "it is there already"
+        assert len(await bus.read(OUTCOMES)) == 2
 
     with_bus(scenario)

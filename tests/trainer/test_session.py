@@ -18,6 +18,7 @@ from station import Station, checkpoint
 from trainer_nets import same
 
 from elesh.bus import BreakerView, Bus, Settling
+from elesh.bus.runs import RunStore
 from elesh.settings import Settings
 from elesh.trainer import Evaluation, Session
 from elesh.trainer.points import FolderPoints
@@ -129,6 +130,23 @@ def test_a_trainer_that_lost_its_claim_publishes_nothing_more(station: Station) 
         station.on_bus(lambda bus: bus.runs.claim("run", "other", "elsewhere:1", 60))
         session.publish(checkpoint())
     assert "elsewhere:1" in session.refused
+    assert session.missed == 1
+    assert station.messages(CHECKPOINTS) == []
+
+
+def test_a_trainer_that_pauses_between_renewal_and_publish_is_refused_by_the_server(
+    station: Station, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def renewed(*_: object) -> None:
+        """Just now, as it believes."""
+
+    with Session("run", station.url, settings_of(station, claim_seconds=3600)) as session:
+        assert session.wait_connected(60)
+        monkeypatch.setattr(RunStore, "claim", renewed)
+        with Redis.from_url(station.url) as client:
+            claim = {"token": "other", "who": "elsewhere:1"}
+            client.hset(f"elesh:{{{station.partition}}}:claim:run", mapping=claim)
+        session.publish(checkpoint())
     assert session.missed == 1
     assert station.messages(CHECKPOINTS) == []
 
