@@ -59,10 +59,15 @@ class Probe:
     """What has to change in the same section with it (weights must sum to 1)."""
 
 
-def decision(settings: Settings, bundle: CheckpointBundle, level: Level) -> dict[str, Any]:
-    """A decision without the hash of its settings, which would differ anyhow."""
+def decision(settings: Settings, bundle: CheckpointBundle, level: Level) -> Any:
+    """What a decision does and why: never the limits that it repeats from its settings."""
     decided = analyze(bundle, settings, level=level)
-    return decided.model_dump(exclude={"settings_hash"})
+    targets = [*decided.channels, *decided.attention_heads]
+    pairs = [(t.layer_name, p.kept, p.removed) for t in targets for p in t.redundancy_pairs]
+    scores = [t.importance for t in decided.channels]
+    scores += [t.head_importance for t in decided.attention_heads]
+    layers = [target.layer_name for target in decided.layers]
+    return decided.units, layers, scores, pairs, decided.approved_for_application
 
 
 def channels(epoch: int = 60, **vectors: bool) -> Seen:

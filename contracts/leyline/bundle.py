@@ -28,6 +28,7 @@ from .errors import (
     Malformed,
     NotFinite,
     ShapeMismatch,
+    UnsupportedVersion,
     brief,
 )
 from .identity import IdempotencyKey, Level, decided_level
@@ -310,8 +311,12 @@ def unpack_statistics(kind: type[_M], data: bytes | memoryview, field_name: str)
     by_layer: dict[str, dict[str, Any]] = {}
     for name, array in arrays.items():
         layer, slash, part = name.rpartition("/")
-        if not slash or part not in kind.model_fields or part == "layer_name":
-            raise Malformed(f"{field_name}.{name}", f"<layer>/<field of {kind.__name__}>", name)
+        expected = f"<layer>/<field of {kind.__name__}>"
+        if not slash or part == "layer_name":
+            raise Malformed(f"{field_name}.{name}", expected, name)
+        if part not in kind.model_fields:
+            hint = "a newer trainer's, perhaps: upgrade the workers, then redrive it"
+            raise UnsupportedVersion(f"{field_name}.{name}", expected, name, hint=hint)
         by_layer.setdefault(layer, {"layer_name": layer})[part] = array
     try:
         return {layer: kind(**parts) for layer, parts in by_layer.items()}

@@ -28,7 +28,7 @@ def profile(
     import torch
 
     from elesh.trainer import Recorder
-    from elesh.trainer.latency import measure_latency
+    from elesh.trainer.latency import channel_step, measure_latency
 
     torch.set_num_threads(threads)
     model = _built(target)
@@ -44,6 +44,8 @@ def profile(
         )
     console.print(shown)
     console.print(f"{table.total_seconds * 1e6:.1f} microseconds in all; table in {out}")
+    step = channel_step(inputs.device)
+    console.print(f"this device computes {step} channels at once: round_to: {step} wastes none")
 
 
 def _built(target: str) -> Any:

@@ -3,6 +3,8 @@
 Promises: the network is left as it was; every layer is timed on the input that it really gets, in
 turn with the others over several rounds, and its least time counts, so that a busy moment of the
 machine hits no single layer; layers that cannot be resized alone are timed at their own size.
+Devices compute so many channels at once, and one more costs a whole step: outputs and inputs are
+timed at both sides of such steps, so that the table has the stairs and not a line through them.
 Normalisations are timed with a rectifier behind them. What surrounds the layers (activations,
 additions, attention, memory that is not in the cache any more) is the rest of the whole network's
 time; smaller copies of the network tell how much of it goes with the layers' outputs.
@@ -11,6 +13,7 @@ time; smaller copies of the network tell how much of it goes with the layers' ou
 from __future__ import annotations
 
 import copy
+import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,19 +23,33 @@ import torch
 from torch import Tensor, nn
 
 from elesh.analysis.resources import resource_model
-from leyline import Budget, LatencyTable, LayerLatency, PrunedArchitecture
+from leyline import Budget, LatencyTable, LayerLatency, Level, PrunedArchitecture
 
 from .calling import Inputs, batch_size, call, device_of, undisturbed
 from .surgeon import Surgeon
 
-__all__ = ["measure_latency", "with_surroundings"]
+__all__ = ["channel_step", "measure_latency", "with_surroundings"]
 
 FRACTIONS = (0.25, 0.5, 0.625, 0.75, 0.875, 1.0)
 """Sizes that are measured, as shares of the present size."""
+_VECTOR_BYTES = {"AVX512": 64, "AVX2": 32}
 WHOLES = (0.4, 0.7)
 """Shares of all units that smaller copies of the whole network keep."""
+CHANCES = 10
 _Norms = (nn.BatchNorm1d, nn.BatchNorm2d)
 _Timed = Callable[[], object]
+
+
+def channel_step(device: torch.device, dtype: torch.dtype = torch.float32) -> int:
+    """How many channels the device computes at once: their number is best a multiple of it.
+
+    A vector register on processors; on CUDA the 16 bytes that tensor cores ask rows to be aligned
+    to (NVIDIA, "Matrix multiplication background user's guide").
+    """
+    wide = 16
+    if device.type == "cpu":
+        wide = _VECTOR_BYTES.get(torch.backends.cpu.get_cpu_capability(), 16)
+    return max(1, wide // dtype.itemsize)
 
 
 def measure_latency(
@@ -63,7 +80,8 @@ def measure_latency(
             for name, grid in grids.items()
             for (out, inside), task in grid.items()
         }
-        smaller = [_smaller(architecture, share) for share in WHOLES]
+        step = channel_step(device_of(model))
+        smaller = [_smaller(architecture, share, step) for share in WHOLES]
         wholes = [model, *(_cut(model, architecture, lost) for lost in smaller)]
         for number, each in enumerate(wholes):
             tasks["", number, 0] = _called(each, inputs)
@@ -74,11 +92,13 @@ def measure_latency(
     return with_surroundings(alone, architecture, smaller, totals)
 
 
-def _smaller(architecture: PrunedArchitecture, share: float) -> dict[str, list[int]]:
-    """The units of every group that go where about ``share`` of them stay."""
+def _smaller(architecture: PrunedArchitecture, share: float, step: int) -> dict[str, list[int]]:
+    """The units of every group that go where about ``share`` of them stay, in whole steps."""
     lost = {}
     for group in architecture.groups:
         multiple = group.unit_multiple
+        if group.level is Level.CHANNEL and group.size > math.lcm(multiple, step):
+            multiple = math.lcm(multiple, step)
         kept = max(multiple, round(group.size * share / multiple) * multiple)
         if group.prunable and kept < group.size:
             lost[group.name] = list(range(kept, group.size))
@@ -128,21 +148,24 @@ def _grid(
     """What to time, by the sizes (outputs, inputs) of the weight."""
     weight = module.weight
     assert isinstance(weight, Tensor)
+    step = channel_step(weight.device, weight.dtype)
     if isinstance(module, _Norms):
-        return {(n, 0): _narrowed(module, given, n) for n in _sizes(len(weight), fractions)}
+        return {(n, 0): _narrowed(module, given, n) for n in _stairs(len(weight), fractions, step)}
     outputs, inside = weight.shape[:2]
     depthwise = isinstance(module, (nn.Conv1d, nn.Conv2d)) and module.groups > 1
     if depthwise and (inside != 1 or module.groups != outputs):
         return {(outputs, inside): lambda: module(given)}  # groups tie the two sizes together
     return {
         (out, into): _resized(module, given, out, out if depthwise else into)
-        for out in _sizes(outputs, fractions)
-        for into in ([inside] if depthwise else _sizes(inside, fractions))
+        for out in _stairs(outputs, fractions, step)
+        for into in ([inside] if depthwise else _stairs(inside, fractions, step))
     }
 
 
-def _sizes(size: int, fractions: Sequence[float]) -> list[int]:
-    return sorted({max(1, round(size * fraction)) for fraction in fractions} | {size})
+def _stairs(size: int, fractions: Sequence[float], step: int) -> list[int]:
+    """The size, about these shares of it in whole steps, and where the next step begins."""
+    edges = {max(1, round(size * fraction / step)) * step for fraction in fractions}
+    return sorted({size, *(n for edge in edges for n in (edge, edge + 1) if n < size)})
 
 
 def _resized(module: nn.Module, given: Tensor, outputs: int, inside: int) -> _Timed:
@@ -178,17 +201,21 @@ def _narrowed(module: nn.Module, given: Tensor, channels: int) -> _Timed:
 def _timed(
     tasks: dict[tuple[str, int, int], _Timed], rounds: int, seconds: float, model: nn.Module
 ) -> dict[tuple[str, int, int], float]:
-    """Seconds a call of each task, the least of all rounds."""
+    """Seconds a call of each task, the least of all rounds.
+
+    Whole networks have several chances a round: longer calls are disturbed more often.
+    """
     wait = _waiter(model)
     counts = {name: _calls_in(task, seconds, wait) for name, task in tasks.items()}
     best = dict.fromkeys(tasks, float("inf"))
     for _ in range(rounds):
         for name, task in tasks.items():
-            begun = time.perf_counter()
-            for _ in range(counts[name]):
-                task()
-            wait()
-            best[name] = min(best[name], (time.perf_counter() - begun) / counts[name])
+            for _ in range(1 if name[0] else CHANCES):
+                begun = time.perf_counter()
+                for _ in range(counts[name]):
+                    task()
+                wait()
+                best[name] = min(best[name], (time.perf_counter() - begun) / counts[name])
     return best
 
 

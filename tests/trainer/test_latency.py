@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from elesh.analysis.resources import resource_model
 from elesh.cli import app
 from elesh.trainer import Recorder
-from elesh.trainer.latency import measure_latency, with_surroundings
+from elesh.trainer.latency import channel_step, measure_latency, with_surroundings
 from leyline import Budget, LatencyTable, LayerLatency
 
 
@@ -82,6 +82,21 @@ def test_what_surrounds_the_layers_goes_with_their_outputs_as_smaller_networks_t
     assert flat.layers == rows
 
 
+def test_sizes_are_timed_at_both_sides_of_the_devices_steps() -> None:
+    model = nn.Sequential(nn.Linear(100, 70), nn.ReLU(), nn.Linear(70, 9))
+    inputs = torch.randn(4, 100)
+    recorder, step = Recorder(model, inputs), channel_step(torch.device("cpu"))
+    assert step * 4 in (16, 32, 64), "bytes of a vector register"
+    assert channel_step(torch.device("cuda"), torch.float16) == 8
+    table = measure_latency(model, inputs, recorder.architecture, rounds=1, seconds=1e-5)
+    first = next(layer for layer in table.layers if layer.layer == "0")
+    for sizes, size in ((first.outputs, 70), (first.inputs, 100)):
+        edges = [n for n in sizes if n % step == 0 and n < size]
+        assert edges
+        assert all(n + 1 in sizes for n in edges)
+        assert sizes[-1] == size
+
+
 def test_the_command_writes_a_table_that_reads_back(tmp_path: Path) -> None:
     out = tmp_path / "table.json"
     arguments = ["profile", f"{__name__}:Net", "--shape", "1,3,8,8", "--rounds", "1"]
@@ -89,6 +104,7 @@ def test_the_command_writes_a_table_that_reads_back(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert LatencyTable.model_validate_json(out.read_text()).batch == 1
     assert "stem" in result.output
+    assert f"round_to: {channel_step(torch.device('cpu'))} wastes none" in result.output
 
 
 def test_a_target_that_is_none_is_refused_by_name() -> None:
