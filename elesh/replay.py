@@ -296,6 +296,7 @@ def _job(
         fallbacks=_rungs(recorded) if recorded else (),
         missing=tuple((str(level), reason) for level, reason in gaps.items()),
         taken_back=tuple(map(encode, recorded.rolled_back)) if recorded else (),
+        loss_factor=encode(recorded.loss_factor) if recorded and recorded.loss_factor else b"",
         recorded=encode(recorded) if recorded else b"",
     )
 

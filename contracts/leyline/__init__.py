@@ -22,6 +22,7 @@ from .decisions import (
     HeadRedundancy,
     LayerPruningTarget,
     LevelPart,
+    LossFactor,
     Outcome,
     Phase,
     PruningStatistics,
@@ -31,6 +32,7 @@ from .decisions import (
     SparedGroup,
     SparedUnit,
     StructuralPruningDecision,
+    WouldBeCut,
 )
 from .envelope import EventEnvelope, Priority
 from .errors import (
@@ -146,6 +148,8 @@ __all__ = [
     "LevelAnalysis",
     "AnalysedPart",
     "LevelPart",
+    "LossFactor",
+    "WouldBeCut",
     "MESSAGES",
     "Malformed",
     "MaskApplication",

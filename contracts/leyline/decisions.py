@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from itertools import pairwise
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -324,6 +324,27 @@ class RolledBackCut(Message):
     """What the trainer said."""
 
 
+class WouldBeCut(Message):
+    """A cut that is not proposed: measured in the preparation phase, beside what was predicted."""
+
+    units: Count
+    """Channels that were masked."""
+    predicted: Finite
+    """Predicted loss rise in nats a sample."""
+    measured: Finite
+    """Measured on the held-out samples, in nats a sample."""
+
+
+class LossFactor(Message):
+    """What a predicted loss rise is multiplied by in this run, where nothing can be measured."""
+
+    version: int = Field(default=1, ge=1)
+    """Of the rule that makes it from measurements."""
+    factor: Annotated[Finite, Field(ge=1)]
+    measurements: Count
+    """Would-be cuts of the run's preparation phase that it was calibrated from."""
+
+
 class StructuralPruningDecision(Message):
     """The one decision of a key. The same input gives the same bytes: no clock is in it."""
 
@@ -359,6 +380,11 @@ class StructuralPruningDecision(Message):
     rolled_back: tuple[RolledBackCut, ...] = Field(default=(), exclude_if=operator.not_)
     """Cuts of this run and these levels that were taken back before; what this decision proposes
     was compared with them."""
+    would_be: tuple[WouldBeCut, ...] = Field(default=(), exclude_if=operator.not_)
+    """In the preparation phase, where the checkpoint carries its network: cuts that were measured
+    to calibrate predictions."""
+    loss_factor: LossFactor | None = Field(default=None, exclude_if=lambda v: v is None)
+    """The run's own factor, where it was calibrated; None: the setting's default."""
     settings_hash: Label = ""
     """Which settings decided: the first 16 hex digits of SHA-256 over them."""
     elesh_version: Label = ""

@@ -15,6 +15,7 @@ from leyline import (
     Fallback,
     IdempotencyKey,
     Level,
+    LossFactor,
     RolledBackCut,
     StructuralPruningDecision,
 )
@@ -38,6 +39,7 @@ def analyze(
     fallbacks: Sequence[Fallback] = (),
     verify: Verifier | None = None,
     taken_back: Sequence[RolledBackCut] = (),
+    loss_factor: LossFactor | None = None,
 ) -> StructuralPruningDecision:
     """Decide what can be removed from the network of ``bundle``.
 
@@ -52,6 +54,7 @@ def analyze(
         fallbacks: rungs of the failure table that led here, to be recorded in the decision.
         verify: measures the cut on held-out data (``elesh.verification.verifier``).
         taken_back: cuts of the run that its trainer rolled back; they are not proposed again.
+        loss_factor: of the run, where its predictions were calibrated.
 
     Raises:
         InvalidField: if a level is not analysed here, or the request names unknown layers.
@@ -77,4 +80,5 @@ def analyze(
         breakers=breakers or {},
         verify=verify,
         taken_back=taken_back,
+        loss_factor=loss_factor,
     )

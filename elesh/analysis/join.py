@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from elesh import safety
-from elesh.safety import BreakerStatus, Measured, Proposal, Remeasuring, Verifier
+from elesh.safety import BreakerStatus, Measured, Probing, Proposal, Remeasuring, Verifier
 from elesh.settings import Settings
 from leyline import (
     CheckpointBundle,
@@ -24,6 +24,8 @@ from leyline import (
     Level,
     LevelAnalysis,
     LevelPart,
+    LossFactor,
+    Phase,
     RankedUnit,
     RolledBackCut,
     StructuralPruningDecision,
@@ -42,6 +44,7 @@ from .shortened import without_taken_back
 from .stages import stage
 from .verdicts import decided, targets_of
 from .verified import Verified, verified
+from .would_be import would_be
 
 __all__ = ["join"]
 
@@ -63,6 +66,7 @@ def join(
     missing: Sequence[tuple[Level, str]] = (),
     verify: Verifier | None = None,
     taken_back: Sequence[RolledBackCut] = (),
+    loss_factor: LossFactor | None = None,
 ) -> StructuralPruningDecision:
     """Decide by the analyses of all levels.
 
@@ -77,6 +81,8 @@ def join(
             stricter gate looks at the prediction.
         taken_back: cuts of the run that its trainer rolled back: spared, or refused where nothing
             else is left (docs/decisions/0061).
+        loss_factor: what predictions of this run are multiplied by where nothing is measured; the
+            setting's default if not given (docs/decisions/0062).
 
     Raises:
         InvalidField: if there is no analysis at all, or two of one level that are no shards of it.
@@ -91,6 +97,7 @@ def join(
         decision, order = _decided(bundle, ordered, settings, breakers, missing)
         again = safety.proposed_again(decision, taken_back)
         decision, order = without_taken_back(bundle, decision, order, again, settings)
+        decision = decision.model_copy(update={"loss_factor": loss_factor})
         found = verified(bundle, decision, order, settings, verify or predicted, rounds)
         told = safety.refuse_rolled_back(found.decision, taken_back, again)
         return replace(found, decision=told)
@@ -99,9 +106,27 @@ def join(
         found = in_rounds(bundle, settings, ordered, verify, breakers, _looked_at(analyses))
         best = decide([each.analysis for each in found], max(each.count for each in found))
         if not best.skipped:
-            return best.decision
+            return _with_would_be(bundle, best.decision, settings, verify)
         # What cannot be measured in the end is decided as if there were no network.
-    return decide(ordered).decision
+    return _with_would_be(bundle, decide(ordered).decision, settings, verify)
+
+
+def _with_would_be(
+    bundle: CheckpointBundle,
+    decision: StructuralPruningDecision,
+    settings: Settings,
+    verify: Verifier | None,
+) -> StructuralPruningDecision:
+    """In the preparation phase the decision with cuts that were measured to calibrate by."""
+    wanted = settings.verification.calibration_measurements > 0
+    if decision.safety.phase is not Phase.PREPARATION or not wanted:
+        return decision
+    if not isinstance(verify, Probing):
+        return decision
+    found = would_be(bundle, settings, verify)
+    skipped = (found.skipped,) if found.skipped else ()
+    update = {"would_be": found.cuts, "fallbacks": (*decision.fallbacks, *skipped)}
+    return decision.model_copy(update=update)
 
 
 def _decided(

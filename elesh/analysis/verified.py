@@ -56,6 +56,7 @@ def verified(
         phase=decision.safety.phase,
         predicted_loss_rise=decision.statistics.predicted_loss_rise,
         rounds=rounds,
+        loss_factor=decision.loss_factor,
     )
     with stage("verify"):
         answer = verify(proposal)

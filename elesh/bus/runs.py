@@ -1,4 +1,5 @@
-"""What the fleet knows of a training run: who speaks for it, and which of its cuts were taken back.
+"""What the fleet knows of a training run: who speaks for it, which of its cuts were taken back, and
+how far its predictions were off.
 
 Promises: a claim is taken, renewed and given up in one atomic step by the server's clock, and that
 of a holder that is gone ends with its lease; a cut that was taken back is kept as long as decisions
@@ -7,11 +8,13 @@ are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from leyline import RolledBackCut, decode, encode
+import msgpack
+
+from leyline import RolledBackCut, WouldBeCut, decode, encode
 
 from .client import Client
 from .scripts import Scripts
@@ -61,6 +64,24 @@ class RunStore:
         stored: Any = await self._client.hgetall(self._cuts(run_id))
         cuts = [decode(RolledBackCut, value, field="rolled back") for value in stored.values()]
         return sorted(cuts, key=lambda cut: (cut.epoch, cut.idempotency_key))
+
+    async def measured_would_be(self, run_id: str, key: str, cuts: Sequence[WouldBeCut]) -> None:
+        """Remember what the decision ``key`` measured to calibrate by."""
+        name = self._would_be(run_id)
+        await self._client.hset(name, key, msgpack.packb([encode(cut) for cut in cuts]))
+        await self._client.expire(name, self._keep)
+
+    async def would_be(self, run_id: str) -> list[WouldBeCut]:
+        """All would-be cuts of a run that were measured, in a fixed order."""
+        stored: Any = await self._client.hgetall(self._would_be(run_id))
+        return [
+            decode(WouldBeCut, cut, field="would-be cut")
+            for _, cuts in sorted(stored.items())
+            for cut in msgpack.unpackb(cuts)
+        ]
+
+    def _would_be(self, run_id: str) -> str:
+        return f"{self._prefix}:would-be:{run_id}"
 
     def claim_key(self, run_id: str) -> str:
         """Where the claim of a run is."""

@@ -19,11 +19,10 @@ from elesh.analysis import counted_groups, phase_at
 from elesh.observe import span
 from elesh.settings import SafetySchedule, Settings
 from elesh.trainer import Evaluation, Recorder, Session, Surgeon
-from elesh.trainer.export import Exporter, calibration_inputs
+from elesh.trainer.export import Exporter, calibration_inputs, is_worth_exporting
 from leyline import (
     CheckpointBundle,
     Level,
-    Phase,
     PrunedArchitecture,
     PruningOutcome,
     StructuralPruningDecision,
@@ -37,8 +36,6 @@ __all__ = ["EpochFigures", "Observer", "Report", "Training", "total_channels"]
 _BATCH = 128
 _LEARNING_RATE = 0.1
 _LEVELS = (Level.CHANNEL, Level.HEAD, Level.LAYER)
-_PRUNING = (Phase.CONSERVATIVE, Phase.MODERATE, Phase.AGGRESSIVE)
-"""In the other phases nothing is cut, so nothing has to be measured."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +225,7 @@ class Training:
                     loss=validation.loss,
                 )
             bundle = replace(bundle, levels=_LEVELS)
-            if phase_at(epoch, self._schedule) in _PRUNING:
+            if is_worth_exporting(epoch, self._schedule):
                 proof = self.data.proof
                 with span("export"):
                     network = self.exporter.export(

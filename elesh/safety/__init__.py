@@ -1,6 +1,7 @@
 """Whether a cut is safe: gates with figures and limits, and the breaker's view. Pure."""
 
 from .breaker import ARCHITECTURE_GATES, BreakerStatus, Vote, breaker_gate, grounds, vote_of, votes
+from .calibration import calibrated
 from .gates import (
     MIN_SAMPLES,
     cumulative_limit,
@@ -30,7 +31,7 @@ from .measured_gates import (
 )
 from .rolled_back import fingerprint_of, proposed_again, refuse_rolled_back, rolled_back_cut
 from .search import largest_safe
-from .verification import Entry, Measured, Moves, Proposal, Remeasuring, Verifier
+from .verification import Entry, Measured, Moves, Probing, Proposal, Remeasuring, Verifier
 
 __all__ = [
     "ARCHITECTURE_GATES",
@@ -40,12 +41,14 @@ __all__ = [
     "Entry",
     "Measured",
     "Moves",
+    "Probing",
     "Proposal",
     "Remeasuring",
     "Verifier",
     "Vote",
     "accuracy_retention",
     "breaker_gate",
+    "calibrated",
     "class_accuracy",
     "cumulative_limit",
     "fingerprint_of",

@@ -110,9 +110,15 @@ def ranking_holds(kept: int, proposed: int, limit: float) -> GateResult:
     )
 
 
-def predicted_loss(rise: float | None, factor: float, limit: float) -> GateResult:
+def predicted_loss(
+    rise: float | None, factor: float, limit: float, source: str = "default"
+) -> GateResult:
     """Passed if the predicted loss rise, times what predictions are too low by, is within the
-    limit that a measured rise would have to keep. The stricter gate of cuts not measured."""
+    limit that a measured rise would have to keep. The stricter gate of cuts not measured.
+
+    Args:
+        source: where the factor comes from.
+    """
     if rise is None:
         detail = "not judged: nothing is cut, or no statistics tell the loss rise"
         return GateResult(name="predicted_loss", passed=True, limit=limit, detail=detail)
@@ -121,7 +127,8 @@ def predicted_loss(rise: float | None, factor: float, limit: float) -> GateResul
         passed=rise * factor <= limit,
         measured=rise * factor,
         limit=limit,
-        detail=f"nothing was measured: predicted rise {rise:.4g} nats a sample, times {factor:g}",
+        detail=f"nothing was measured: predicted rise {rise:.4g} nats a sample, times {factor:g} "
+        f"({source})",
     )
 
 
@@ -134,10 +141,11 @@ def predicted_only(
         skipped: why, where the checkpoint did carry its network.
     """
     limits = settings.verification
-    levels = frozenset(entry[0] for entry in proposal.order)
+    levels, own = frozenset(entry[0] for entry in proposal.order), proposal.loss_factor
     gate = predicted_loss(
         proposal.predicted_loss_rise,
-        limits.predicted_loss_factor,
+        own.factor if own else limits.predicted_loss_factor,
         limits.limits(levels, proposal.phase).loss_rise,
+        f"calibrated from {own.measurements} cuts of this run" if own else "default",
     )
     return Measured(proposal.order, (gate,), skipped=skipped)

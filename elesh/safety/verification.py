@@ -13,9 +13,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from leyline import Fallback, GateResult, Level, Phase, Verification
+from leyline import Fallback, GateResult, Level, LossFactor, Phase, Verification
 
-__all__ = ["Entry", "Measured", "Moves", "Proposal", "Remeasuring", "Verifier"]
+__all__ = ["Entry", "Measured", "Moves", "Probing", "Proposal", "Remeasuring", "Verifier"]
 
 Entry = tuple[Level, str, int]
 """One unit: its level, the group's (or layer's) name, its number in it (0 for a layer)."""
@@ -33,6 +33,8 @@ class Proposal:
     """Of the whole cut, in nats a sample, where the statistics tell."""
     rounds: int = 1
     """In how many rounds it was chosen on the masked network; 1: once, from the statistics."""
+    loss_factor: LossFactor | None = None
+    """What this run's predictions are multiplied by, where it was calibrated."""
 
 
 @dataclass(frozen=True)
@@ -78,4 +80,13 @@ class Remeasuring(Protocol):
     def remeasure(self, masked: Sequence[Entry], halved: Sequence[Entry] = ()) -> Moves | Fallback:
         """With ``masked`` gone and the gates of ``halved`` at one half; or why that cannot be
         measured, which then holds for every mask."""
+        ...
+
+
+@runtime_checkable
+class Probing(Protocol):
+    """A verifier that can say what masking some units does to the loss, without any gate."""
+
+    def loss_rise(self, entries: Sequence[Entry]) -> float | Fallback:
+        """In nats a held-out sample; or why it cannot be measured, which holds for every mask."""
         ...

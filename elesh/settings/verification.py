@@ -90,6 +90,10 @@ class VerificationSettings(Section):
             whole[phase] = whole[phase] | given if both else given
         return whole
 
+    calibration_measurements: int = Field(default=6, ge=0)
+    """So many would-be cuts must have been measured in a run's preparation phase before what they
+    say of its predictions replaces ``predicted_loss_factor``; 0: nothing is measured for that."""
+
     def limits(self, levels: frozenset[Level], phase: Phase) -> CutLimits:
         """The strictest limits of the levels that a cut is made of."""
         found = [getattr(self, level).of(phase) for level in sorted(levels)]

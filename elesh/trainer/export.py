@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.export.graph_signature import InputKind, TensorArgument
 
+from elesh.analysis import phase_at
+from elesh.settings import SafetySchedule
 from elesh.verification.operators import IGNORED, name_of
 from elesh.verification.program import GateSlot, Node, Program, encoded
-from leyline import ContractError, InvalidField, NetworkExport, PrunedArchitecture
+from leyline import ContractError, InvalidField, NetworkExport, Phase, PrunedArchitecture
 
 from .calling import Inputs, batch_size, call, device_of, main_output, replace_first, undisturbed
 from .gates import Axis, axis_of
@@ -28,7 +30,7 @@ from .layers import require_fit
 from .multihead import lend, take_back
 from .standins import first_of, with_first
 
-__all__ = ["Exporter", "calibration_inputs", "held_out_blob"]
+__all__ = ["Exporter", "calibration_inputs", "held_out_blob", "is_worth_exporting"]
 
 _EXAMPLES = 2
 """Samples that are traced; one would be taken for a constant by ``torch.export``."""
@@ -124,6 +126,15 @@ def calibration_inputs(
 
 def _layout_of(inputs: Inputs) -> list[tuple[str, tuple[int, ...]]]:
     return [(name, tuple(x.shape[1:])) for name, x in _tensors(inputs).items()]
+
+
+def is_worth_exporting(epoch: int, schedule: SafetySchedule) -> bool:
+    """Whether workers have a use for the network at this epoch: to measure what they propose, and
+    in the last third of the preparation phase to see how far their predictions are off."""
+    phase = phase_at(epoch, schedule)
+    if phase is Phase.PREPARATION:
+        return 3 * epoch > 2 * schedule.validation_epochs
+    return phase is not Phase.VALIDATION
 
 
 def held_out_blob(inputs: Inputs, labels: Tensor, calibration: Inputs | None = None) -> bytes:

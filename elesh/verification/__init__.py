@@ -7,15 +7,25 @@ prediction, and every such decision says so.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 
 from elesh import safety
-from elesh.safety import Verifier
+from elesh.safety import Entry, Measured, Proposal, Verifier
 from elesh.settings import Settings
 from leyline import CheckpointBundle, Fallback, StructuralPruningDecision
 
-__all__ = ["ROUNDS_SKIPPED", "ROUNDS_TIMEOUT", "SKIPPED", "TIMEOUT", "preload", "verifier"]
+__all__ = [
+    "CALIBRATION_SKIPPED",
+    "ROUNDS_SKIPPED",
+    "ROUNDS_TIMEOUT",
+    "SKIPPED",
+    "TIMEOUT",
+    "preload",
+    "verifier",
+]
 
 SKIPPED = "verification_skipped"
 """The rung of the failure table: program, weights, data or worker do not allow to measure."""
@@ -25,6 +35,23 @@ ROUNDS_SKIPPED = "rounds_skipped"
 """The rung of the failure table: measured at once, not in rounds; there is no calibration data."""
 ROUNDS_TIMEOUT = "rounds_timeout"
 """The rung of the failure table: rounds take longer than half of what measuring may take."""
+
+CALIBRATION_SKIPPED = "calibration_skipped"
+"""The rung of the failure table: no would-be cut is measured in the preparation phase."""
+
+
+@dataclass(frozen=True)
+class _Predicts:
+    """Decides by prediction where the checkpoint carries a network that is not measured."""
+
+    settings: Settings
+    skipped: Fallback
+
+    def __call__(self, proposal: Proposal) -> Measured:
+        return safety.predicted_only(proposal, self.settings, self.skipped)
+
+    def loss_rise(self, entries: Sequence[Entry]) -> Fallback:
+        return Fallback(rung=CALIBRATION_SKIPPED, reason=self.skipped.reason)
 
 
 def verifier(
@@ -41,13 +68,12 @@ def verifier(
         refused: why the checkpoint's network is not to be run, if it is not.
     """
     if refused:
-        untrusted = Fallback(rung=SKIPPED, reason=refused)
-        return lambda proposal: safety.predicted_only(proposal, settings, untrusted)
+        return _Predicts(settings, Fallback(rung=SKIPPED, reason=refused))
     if bundle.network is None:
         return lambda proposal: safety.predicted_only(proposal, settings)
     if not _has_torch():
         missing = Fallback(rung=SKIPPED, reason="this worker has no torch (elesh[torch])")
-        return lambda proposal: safety.predicted_only(proposal, settings, missing)
+        return _Predicts(settings, missing)
     seconds = settings.verification.window_share * settings.window_seconds
     if recorded is not None:
         seconds = math.inf
@@ -56,7 +82,7 @@ def verifier(
             return lambda proposal: safety.predicted_only(proposal, settings, *taken[:1])
     from .network import NetworkVerifier
 
-    return NetworkVerifier(bundle, settings, seconds, _hurried(recorded))
+    return NetworkVerifier(bundle, settings, seconds, _met(recorded))
 
 
 def preload() -> None:
@@ -69,7 +95,7 @@ def _has_torch() -> bool:
     return find_spec("torch") is not None and find_spec("safetensors") is not None
 
 
-def _hurried(recorded: StructuralPruningDecision | None) -> Fallback | None:
-    """What a recorded decision says of rounds that took too long."""
+def _met(recorded: StructuralPruningDecision | None) -> dict[str, Fallback]:
+    """By rung, what a recorded decision met that another run might not."""
     taken = recorded.fallbacks if recorded else ()
-    return next((fallback for fallback in taken if fallback.rung == ROUNDS_TIMEOUT), None)
+    return {f.rung: f for f in taken if f.rung in (ROUNDS_TIMEOUT, CALIBRATION_SKIPPED)}

@@ -8,7 +8,7 @@ unless the window ends first, which is told as well and told again by a replay.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar
@@ -17,7 +17,7 @@ import torch
 
 from elesh import safety
 from elesh.safety import Entry, Measured, Moves, Proposal
-from elesh.safety.paired import accuracy_drop, class_drop, loss_rise
+from elesh.safety.paired import Outcomes, accuracy_drop, class_drop, loss_rise
 from elesh.settings import Settings, VerificationSettings
 from leyline import (
     CheckpointBundle,
@@ -31,7 +31,7 @@ from leyline import (
     Verification,
 )
 
-from . import ROUNDS_SKIPPED, ROUNDS_TIMEOUT, SKIPPED, TIMEOUT
+from . import CALIBRATION_SKIPPED, ROUNDS_SKIPPED, ROUNDS_TIMEOUT, SKIPPED, TIMEOUT
 from .margins import MarginMeter
 from .measure import Bench, Measurement, TooSlow
 from .program import DOES_NOT_RUN
@@ -49,7 +49,7 @@ class NetworkVerifier:
         bundle: the checkpoint; has a network.
         settings: of the worker.
         seconds: how long measuring may take, from its first figure on; rounds half of it.
-        hurried: in a replay, that rounds took too long then.
+        met: in a replay, by rung, what chance had refused then.
     """
 
     def __init__(
@@ -57,14 +57,14 @@ class NetworkVerifier:
         bundle: CheckpointBundle,
         settings: Settings,
         seconds: float,
-        hurried: Fallback | None = None,
+        met: Mapping[str, Fallback] | None = None,
     ) -> None:
         assert bundle.network is not None
         self._network: NetworkExport = bundle.network
         self._architecture: PrunedArchitecture = bundle.architecture
         self._settings = settings
         self._seconds = seconds
-        self._hurried = hurried
+        self._met = met or {}
         self._begun: float | None = None
         self._remeasured = 0
 
@@ -81,8 +81,8 @@ class NetworkVerifier:
 
     def remeasure(self, masked: Sequence[Entry], halved: Sequence[Entry] = ()) -> Moves | Fallback:
         """Margins, and what every unit moves them by, with parts masked."""
-        if self._hurried is not None:
-            return self._hurried
+        if ROUNDS_TIMEOUT in self._met:
+            return self._met[ROUNDS_TIMEOUT]
         seconds = _SHARE_OF_ROUNDS * self._seconds
         found = self._tried(
             lambda: self._moves(masked, halved),
@@ -92,6 +92,17 @@ class NetworkVerifier:
         # What led nowhere is not counted: a replay that is told so does not even begin.
         self._remeasured = 0 if isinstance(found, Fallback) else self._remeasured + 1
         return found
+
+    def loss_rise(self, entries: Sequence[Entry]) -> float | Fallback:
+        """What masking ``entries`` does to the loss, in nats a held-out sample."""
+        if CALIBRATION_SKIPPED in self._met:
+            return self._met[CALIBRATION_SKIPPED]
+        slow = self._too_slow("measuring would-be cuts", self._seconds)
+        return self._tried(
+            lambda: self._until(1).outcomes(entries).loss - self._whole.loss,
+            Fallback(rung=CALIBRATION_SKIPPED, reason=slow),
+            CALIBRATION_SKIPPED,
+        )
 
     def _tried(self, work: Callable[[], T], too_slow: Fallback, otherwise: str) -> T | Fallback:
         """What ``work`` returns, or why it cannot be done."""
@@ -125,6 +136,10 @@ class NetworkVerifier:
     @cached_property
     def _bench(self) -> Bench:
         return Bench(self._network, self._architecture)
+
+    @cached_property
+    def _whole(self) -> Outcomes:
+        return self._bench.outcomes(())
 
     @cached_property
     def _meter(self) -> MarginMeter:

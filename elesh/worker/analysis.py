@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from elesh.bus import Bus
 from elesh.observe import get_logger, record_stages, span
+from elesh.safety import calibrated
 from elesh.settings import Settings
 from leyline import (
     AnalysisFailed,
@@ -170,13 +171,20 @@ class Analyst:
         )
 
     async def _with_run(self, job: Job, work: Work) -> Job:
-        """The job with the state of its levels' breakers, which admit at most one probe, and with
-        what the run's trainer took back before."""
+        """The job with the state of its levels' breakers, which admit at most one probe, with what
+        the run's trainer took back before, and how far its predictions were off."""
         admit = self._bus.breakers.admit
         views = await asyncio.gather(*(admit(work.run_id, level) for level in job.asked_levels))
         states = [(v.state if v.admitted else "open", v.failures, v.reason) for v in views]
         cuts = await self._bus.runs.taken_back(work.run_id)
-        return replace(job, breakers=tuple(states), taken_back=tuple(map(encode, cuts)))
+        would_be = await self._bus.runs.would_be(work.run_id)
+        factor = calibrated(would_be, self._settings.verification)
+        return replace(
+            job,
+            breakers=tuple(states),
+            taken_back=tuple(map(encode, cuts)),
+            loss_factor=encode(factor) if factor else b"",
+        )
 
     async def _result(self, kind: type[R], work: Work, job: Job) -> R:
         """What the child answers, however many rungs down."""

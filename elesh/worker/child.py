@@ -30,6 +30,7 @@ from leyline import (
     ContractError,
     Level,
     LevelAnalysis,
+    LossFactor,
     NetworkExport,
     RolledBackCut,
     StructuralPruningDecision,
@@ -213,6 +214,9 @@ def _joined(
         missing=job.missing_levels,
         verify=verify,
         taken_back=[decode(RolledBackCut, cut, field="rolled back") for cut in job.taken_back],
+        loss_factor=decode(LossFactor, job.loss_factor, field="loss factor")
+        if job.loss_factor
+        else None,
     )
 
 

@@ -63,6 +63,8 @@ class Job:
     """Why the network that the checkpoint names is not run; empty: it may be."""
     taken_back: tuple[bytes, ...] = ()
     """The run's cuts that its trainer rolled back, encoded, for a join or a decision."""
+    loss_factor: bytes = b""
+    """The run's LossFactor, encoded, where its predictions were calibrated."""
     parts: tuple[bytes, ...] = ()
     """What an ``again`` job joins: encoded AnalysedParts."""
     recorded: bytes = b""

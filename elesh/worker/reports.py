@@ -46,6 +46,7 @@ _JOIN_RUNGS = frozenset(
         "rounds_skipped",
         "rounds_timeout",
         "rounds_refused",
+        "calibration_skipped",
     }
 )
 """Those that only the join of all levels can take."""

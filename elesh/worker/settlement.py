@@ -91,6 +91,9 @@ class Clerk:
         settled = await self._settle(delivery, work, decision, served)
         if settled is Settlement.SETTLED:
             await self._count(work, decision)
+            if decision.would_be:
+                key, cuts = str(decision.key), decision.would_be
+                await self._bus.runs.measured_would_be(work.run_id, key, cuts)
 
     async def fail(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from proved_networks import inverted
 from servers import Server
 from station import Station
 
+from elesh.replay import Replayed, Selection, replay
+from elesh.settings import Settings
 from elesh.trainer import Session
 from elesh.worker.compute import ComputeChild
 from elesh.worker.protocol import Job
@@ -106,3 +109,24 @@ def test_torch_is_loaded_before_the_first_job_if_it_is_to_be(tmp_path: Path, pre
             await child.kill()
 
     assert asyncio.run(loaded()) is preload
+
+
+def test_a_run_is_calibrated_by_what_its_preparation_measured(station: Station) -> None:
+    station.worker(**SECTIONS)
+    trained = proved_networks.digits()
+    later = replace(trained.at(45), network=None)
+    decisions = answers(station, [trained.at(25), later, trained.at(30), later])
+    first, early, _, calibrated = decisions
+    assert len(first.would_be) == 4
+    assert early.loss_factor is None, "so few measurements are too few"
+    assert calibrated.loss_factor is not None
+    assert calibrated.loss_factor.measurements >= 6
+    gate = next(g for g in calibrated.safety.gates if g.name == "predicted_loss")
+    assert "cuts of this run)" in gate.detail
+    settings = Settings.load(station.settings_file(**SECTIONS))
+    replayed = station.on_bus(lambda bus: all_of(replay(bus, settings, Selection())))
+    assert [each.identical for each in replayed] == [True] * 4
+
+
+async def all_of(found: AsyncIterator[Replayed]) -> list[Replayed]:
+    return [each async for each in found]

@@ -9,20 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elesh.analysis import phase_at
 from elesh.observe import get_logger
 from elesh.trainer.apply import Evaluation
 from elesh.trainer.calling import Inputs, call, device_of, main_output, map_tensors
-from elesh.trainer.export import Exporter, calibration_inputs
+from elesh.trainer.export import Exporter, calibration_inputs, is_worth_exporting
 from elesh.trainer.recorder import Recorder
 from elesh.trainer.session import Session
 from elesh.trainer.snapshot import Stateful
 from elesh.trainer.surgeon import Surgeon
-from leyline import ContractError, InvalidField, Level, NetworkExport, Phase
+from leyline import ContractError, InvalidField, Level, NetworkExport
 
 __all__ = ["Batches", "EveryEpoch", "classification"]
 
-_UNCUT = (Phase.PREPARATION, Phase.VALIDATION)
 _log = get_logger(__name__)
 Batches = Sequence[tuple[Inputs, Any]]
 """(inputs, labels) pairs; inputs are a tensor, a sequence (positional) or a mapping (keywords)."""
@@ -118,10 +116,10 @@ class EveryEpoch:
             self.session.publish(replace(bundle, levels=self.levels, network=network))
 
     def _export(self, epoch: int) -> NetworkExport | None:
-        """The network for workers to measure on, in the phases that cut."""
+        """The network for workers to measure on, where they have a use for it."""
         assert self.surgeon is not None
         schedule = self.session.settings.structured_pruning.safety_schedule
-        if self._held_out is None or phase_at(epoch, schedule) in _UNCUT:
+        if self._held_out is None or not is_worth_exporting(epoch, schedule):
             return None
         try:
             return self._exporter.export(
