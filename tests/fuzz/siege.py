@@ -81,6 +81,8 @@ class _Entry:
     stream: Stream
     fields: dict[bytes, bytes]
     at: datetime
+    sound: bool = False
+    """Nothing about it is hostile: it must be decided."""
 
 
 async def besiege(url: str, partition: str, folder: Path, count: int, seed: int) -> Found:
@@ -172,8 +174,9 @@ class _Siege:
             message = await self._sound()
         name = type(message).__name__
         envelope = encode(wrap(message, source="fuzz", now=now))
-        if draw >= 0.13:
-            envelope = mutated(envelope, self._chance)
+        if draw < 0.13:
+            return _Entry(CHECKPOINTS, {b"envelope": envelope}, now, sound=True)
+        envelope = mutated(envelope, self._chance)
         stream = self._carried_by.get(name, CHECKPOINTS)
         if self._chance.random() < 0.2:
             stream = self._chance.choice(SERVED)
@@ -246,7 +249,10 @@ class _Siege:
         letters = await self._new_letters()
         for place, entry in entries.items():
             if place in letters:
-                self.found.ends[letters.pop(place)] += 1
+                code = letters.pop(place)
+                self.found.ends[code] += 1
+                if entry.sound:
+                    self.found.violations.append(f"{'/'.join(place)}: sound, but {code}")
             else:
                 self.found.ends[await self._good_end(place, entry)] += 1
         await self._look_at_telemetry()
