@@ -9,7 +9,7 @@ from .audit import AuditHead, AuditLog, audit_envelope
 from .blobs import BlobStore
 from .breakers import BreakerStore, BreakerView
 from .client import until_available
-from .core import SHED_FROM, Bus
+from .core import Bus
 from .embedded import EmbeddedServer, embedded_server, server_url
 from .errors import BusUnavailable, Overloaded, RunClaimed, masked
 from .guard import Guard, unframed
@@ -19,6 +19,7 @@ from .plans import Plan, Planned, Stored
 from .records import Delivery, History, Pending, Record, Settlement, Settling, read_letter
 from .registry import Backlog, Registry, WorkerState
 from .runs import Holder, RunStore
+from .shedding import SHED_FROM
 from .sweeping import Sweep
 
 __all__ = [

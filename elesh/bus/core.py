@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Self
@@ -44,27 +43,18 @@ from .records import Delivery, Pending, Record, Settlement, Settling, deliveries
 from .registry import Registry
 from .runs import RunStore
 from .scripts import Scripts
+from .shedding import WORK, shed_from
 from .sweeping import Sweeper
 from .upkeep import last_id as last_id_of
 from .upkeep import pending_of
 
-__all__ = ["SHED_FROM", "Bus"]
+__all__ = ["Bus"]
 
 _SOURCE = "elesh"
 _MARKER_SECONDS = 600
 _BATCH = 100
-# Work for groups that may not exist yet.
-_WORK = frozenset(stream for stream in STREAMS if stream.group)
-# It and the audit log are never dropped unread.
-_KEPT = _WORK | {AUDIT}
-SHED_FROM = {
-    Priority.LOW: 0.5,
-    Priority.NORMAL: 0.75,
-    Priority.HIGH: 0.85,
-    Priority.CRITICAL: 0.95,
-}
-"""Share of ``stream_length`` that may wait before messages of a priority are shed."""
-
+# Work for groups that may not exist yet, and the audit log, are never dropped unread.
+_KEPT = WORK | {AUDIT}
 _REMEMBER_SECONDS = 3600
 _SILENCE_MS = 3_600_000
 """After which a consumer with nothing pending is forgotten."""
@@ -185,7 +175,7 @@ class Bus:
         )
         framed = self.guard.frame(stream, encode(envelope))
         marker = self.keys.named("event", stream.name, envelope.event_id)
-        limit = self._shed_from(stream, priority)
+        limit = shed_from(stream, priority, self.settings.stream_length)
         args: list[str | bytes | int] = [_MARKER_SECONDS, limit, stream.group]
         args += [f"{stream.name}:{priority}", token, *entry_fields(framed, carrier or {})]
         keys = [self.keys.stream(stream), marker, self.keys.named("shed")]
@@ -196,12 +186,6 @@ class Bus:
         if verdict == "claimed":
             raise RunClaimed(self._client.url, run_id, value)
         return value
-
-    def _shed_from(self, stream: Stream, priority: Priority) -> int:
-        """The backlog from which a priority is shed; 0 for what is never shed: emergencies, and
-        streams that nobody works on, which are trimmed instead."""
-        share = SHED_FROM.get(priority, 0.0) if stream in _WORK else 0.0
-        return math.ceil(share * self.settings.stream_length)
 
     async def shed(self) -> dict[str, int]:
         """How many messages were shed so far, by ``stream:priority``."""
