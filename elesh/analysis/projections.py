@@ -23,6 +23,8 @@ __all__ = ["Prediction", "Projections", "mask_gains", "output_energy", "predict"
 
 _BLOCK = 1024
 """Columns copied at a time."""
+_MASKED = 0.25
+"""How much a rise measured under a unit's mask counts beside its column (decision 0065)."""
 _FLOOR = 0.25
 _DOUBT = 0.5
 """Margins well below this share of the median margin all count alike."""
@@ -97,12 +99,13 @@ def sample_weights(gate: GateStatistics) -> Doubles:
 
 
 def mask_gains(gates: Mapping[str, GateStatistics], weights: Doubles) -> dict[str, Doubles]:
-    """[C] by group: what columns are multiplied by so that a unit alone costs what its mask did.
+    """[C] by group: what columns are multiplied by where units were masked one at a time.
 
     The square of a column says how far the outputs move, not how much that hurts; of units that
-    were masked one at a time (attention heads) the latter is known. Their rises of the loss share
-    out the sum of all their squares, so that costs keep their unit; none counts less than
-    ``_FLOOR`` of the mean rise. Ones where no rise is above zero.
+    were masked (attention heads) the latter is known, for each alone. A unit's cost becomes the
+    geometric mean of both, the rise of the loss counting ``_MASKED``, with the sum of all squares
+    as it was, so that costs keep their unit. No rise counts less than ``_FLOOR`` of their mean.
+    Ones where that is not above zero.
 
     Args:
         weights: [N] of the samples.
@@ -116,13 +119,17 @@ def mask_gains(gates: Mapping[str, GateStatistics], weights: Doubles) -> dict[st
     mean = float(np.concatenate(list(rises.values())).mean())
     if mean <= 0:
         return {name: np.ones(len(row)) for name, row in rises.items()}
-    floored = {name: np.maximum(row, _FLOOR * mean) for name, row in rises.items()}
-    scale = sum(row.sum() for row in squares.values()) / sum(row.sum() for row in floored.values())
+    costs = {
+        name: squares[name] ** (1 - _MASKED) * np.maximum(row, _FLOOR * mean) ** _MASKED
+        for name, row in rises.items()
+    }
+    total = sum(row.sum() for row in costs.values())
+    scale = sum(row.sum() for row in squares.values()) / total if total > 0 else 1.0
     return {
         name: np.sqrt(
             np.divide(scale * row, squares[name], out=np.zeros_like(row), where=squares[name] > 0)
         )
-        for name, row in floored.items()
+        for name, row in costs.items()
     }
 
 

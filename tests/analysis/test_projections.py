@@ -100,7 +100,7 @@ def masked(name: str, columns: np.ndarray, rises: list[float]) -> GateStatistics
     )
 
 
-def test_where_units_were_masked_each_alone_costs_in_proportion_to_its_rise() -> None:
+def test_where_units_were_masked_a_cost_is_the_mean_of_its_column_and_its_rise() -> None:
     rng = np.random.default_rng(6)
     rises = {"g": [0.1, 0.4, 0.2], "h": [0.8, -0.3]}
     gates = {n: masked(n, rng.standard_normal((50, len(r))), r) for n, r in rises.items()}
@@ -108,7 +108,8 @@ def test_where_units_were_masked_each_alone_costs_in_proportion_to_its_rise() ->
     projections = Projections.of(gates, both)
     costs = np.square(projections.columns.astype(np.float64)).sum(axis=1) * projections.unit**2
     floor = 0.25 * np.mean([0.1, 0.4, 0.2, 0.8, -0.3])
-    shares = np.array([0.1, 0.4, 0.2, 0.8, floor])
+    squares = np.concatenate([np.square(g.projections).sum(axis=0) for g in gates.values()])
+    shares = squares**0.75 * np.array([0.1, 0.4, 0.2, 0.8, floor]) ** 0.25
     assert costs == pytest.approx(costs.sum() * shares / shares.sum(), rel=1e-5)
     whole = sum(np.square(gate.projections, dtype=np.float64).sum() for gate in gates.values())
     assert costs.sum() == pytest.approx(whole, rel=1e-5)

@@ -1,6 +1,6 @@
 """Small networks that were really trained, mostly on data that are not the demo's, as checkpoints
-that carry their network: a perceptron on breast cancer figures, convolutions on drawn stripes, and
-others on the demo's digits."""
+that carry their network: perceptrons on figures of tumours and wines, convolutions on drawn
+stripes, and others on the demo's digits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cache
 
 import numpy as np
 import torch
-from sklearn.datasets import load_breast_cancer, load_digits
+from sklearn.datasets import load_breast_cancer, load_digits, load_wine
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -53,6 +53,19 @@ def perceptron(seed: int = 0) -> Trained:
         nn.Linear(30, 48), nn.ReLU(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 2)
     )
     return _trained(model, x, y, epochs=30, shares=(0.35, 0.45, 0.2))
+
+
+@cache
+def wine(seed: int = 0) -> Trained:
+    """The same on 13 figures of 178 wines of three growers."""
+    figures, labels = load_wine(return_X_y=True)
+    x, y = torch.tensor(figures, dtype=torch.float32), torch.tensor(labels)
+    x = (x - x.mean(0)) / x.std(0)
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Linear(13, 48), nn.ReLU(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 3)
+    )
+    return _trained(model, x, y, epochs=40, shares=(0.35, 0.4, 0.25))
 
 
 @cache

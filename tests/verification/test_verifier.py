@@ -46,7 +46,7 @@ def masked_accuracy(trained: Trained, decision: StructuralPruningDecision) -> fl
         surgeon.unmask()
 
 
-@pytest.fixture(params=["perceptron", "convolutions"])
+@pytest.fixture(params=["perceptron", "wine", "convolutions"])
 def trained(request: pytest.FixtureRequest) -> Trained:
     make: Callable[[], Trained] = getattr(proved_networks, request.param)
     return make()
