@@ -96,8 +96,8 @@ async def stored(bus: Bus, bundle: CheckpointBundle) -> CheckpointReady:
 async def quiet(url: str) -> None:
     """Wait until the server has rewritten its file, which takes a core for itself."""
     async with Redis.from_url(url) as server:
-        while (await server.info("persistence"))["aof_rewrite_in_progress"]:
-            await asyncio.sleep(0.2)  # noqa: ASYNC110, the server tells nobody
+        while (await server.info("persistence"))["aof_rewrite_in_progress"]:  # noqa: ASYNC110
+            await asyncio.sleep(0.2)
 
 
 def elapsed(
