@@ -26,7 +26,8 @@ from elesh.observe import linked_span
 from elesh.safety import BreakerStatus
 from elesh.settings import Settings
 from elesh.worker.admission import Work, admit
-from elesh.worker.compute import ChildFailure, ComputeChild
+from elesh.worker.compute import ComputeChild
+from elesh.worker.failures import ChildFailure
 from elesh.worker.ladder import REPLAYED, is_corruption, stand_in
 from elesh.worker.protocol import DOCUMENT, Job
 from leyline import (

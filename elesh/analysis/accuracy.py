@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import stats
 
 from elesh.settings import AccuracyTarget, Settings
 from leyline import CheckpointBundle, Level, PruningGroup, stable_hash
@@ -159,6 +158,8 @@ def agreement(metric: str, estimated: ByGroup, measured: ByGroup) -> float | Non
 def _agreement(metric: str, left: Doubles, right: Doubles) -> float:
     if len(left) < 2 or np.ptp(left) == 0 or np.ptp(right) == 0:
         return float("nan")
+    from scipy import stats  # a second to load, for which only a validation is to wait
+
     if metric == "kendall_tau":
         return float(stats.kendalltau(left, right).statistic)
     if metric == "spearman":

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import beta
 
 from leyline import (
     AnalysisReport,
@@ -224,13 +223,12 @@ def _confidence(checked: int, right: int, marked: int, level: float) -> float:
     The lower end of the one-sided Clopper-Pearson interval at ``level`` of the share that is right;
     the share itself where every marked element was checked.
     """
-    if not right:
-        return 0.0
-    return (
-        right / checked
-        if checked == marked
-        else float(beta.ppf(1 - level, right, checked - right + 1))
-    )
+    if not right or checked == marked:
+        return right / checked if checked else 0.0
+    # Loaded here: it costs every start of a compute child a second, and few jobs mark parameters.
+    from scipy.special import betaincinv
+
+    return float(betaincinv(right, checked - right + 1, 1 - level))
 
 
 def _recommendations(

@@ -29,7 +29,8 @@ from leyline import (
 from leyline.bundle import NETWORK_FILES
 
 from .admission import Work
-from .compute import ChildFailure, ComputeChild
+from .compute import ComputeChild
+from .failures import ChildFailure
 from .ladder import rung_for, time_for
 from .protocol import ANALYSES, DOCUMENT, MEASURED, Job, Kind, Reply
 from .pulse import Finding

@@ -16,11 +16,12 @@ from pathlib import Path
 
 from elesh.observe import get_logger
 
+from .failures import ChildDied, ChildFailure, ChildOverMemory, ChildTimeout
 from .memory import resident
 from .protocol import MEMORY_CODE, PREFIX, PRELOAD, Job, Reply, pack_frame, unpack_body
 from .pulse import Finding, PulseReader
 
-__all__ = ["ChildDied", "ChildFailure", "ChildOverMemory", "ChildTimeout", "ComputeChild"]
+__all__ = ["ComputeChild"]
 
 _WATCH_SECONDS = 0.1
 _AGAIN_SECONDS, _LONGEST_PAUSE = 1.0, 60.0
@@ -30,22 +31,6 @@ _log = get_logger(__name__)
 
 CHILD = "elesh.worker.child"
 """The module that is the child; tests put another one there."""
-
-
-class ChildFailure(Exception):
-    """The compute child gave no answer."""
-
-
-class ChildDied(ChildFailure):
-    """It ended in the middle of a job (crash, kill)."""
-
-
-class ChildTimeout(ChildFailure):
-    """The job took longer than its time; the child was killed."""
-
-
-class ChildOverMemory(ChildFailure):
-    """The job needed more memory than it may; the child was killed."""
 
 
 class ComputeChild:

@@ -37,7 +37,7 @@ from leyline import (
     StructuralPruningDecision,
 )
 
-from .compute import ChildDied, ChildFailure, ChildOverMemory, ChildTimeout
+from .failures import ChildDied, ChildFailure, ChildOverMemory, ChildTimeout
 
 __all__ = [
     "CORRUPTION",

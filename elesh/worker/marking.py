@@ -6,7 +6,6 @@ The supervisor has verified sizes and digests; what the blobs say is checked her
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgpack
@@ -30,31 +29,12 @@ from leyline.arrays import require_finite, unpack_arrays
 from leyline.bundle import map_file
 
 from .protocol import Job
+from .rank_files import MASKS, REQUEST, rank_files
 
-__all__ = ["MASKS", "REQUEST", "marked", "rank_files"]
+__all__ = ["marked"]
 
-REQUEST = "request.msgpack"
-MASKS = "masks.bin"
 _INLINE = 4 << 20
 """Bytes of masks that still go into a message."""
-
-
-@dataclass(frozen=True)
-class RankFiles:
-    """Where one rank's importance lies in the spool folder."""
-
-    importance: Path
-    sketches: Path
-    samples: Path
-
-
-def rank_files(folder: Path, number: int) -> RankFiles:
-    """The files of rank ``number``."""
-    return RankFiles(
-        folder / f"importance-{number}.msgpack",
-        folder / f"sketches-{number}.safetensors",
-        folder / f"samples-{number}.safetensors",
-    )
 
 
 def marked(job: Job) -> bytes:

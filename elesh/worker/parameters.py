@@ -36,9 +36,9 @@ from leyline.streams import DECISIONS, WORKERS
 
 from .admission import fingerprint
 from .analysis import Analyst
-from .compute import ChildFailure
-from .marking import MASKS, REQUEST, rank_files
+from .failures import ChildFailure
 from .protocol import Job
+from .rank_files import MASKS, REQUEST, rank_files
 
 __all__ = ["ParameterExecutor", "parameter_key"]
 
