@@ -22,7 +22,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=6)
     parser.add_argument("--lease", type=float, default=15.0, help="seconds; the default is Elesh's")
     parser.add_argument("--pause", type=float, default=4.0, help="mean seconds between faults")
     parser.add_argument("--every", type=float, default=1.0, help="seconds between checkpoints")
@@ -71,7 +71,8 @@ def _figures(facts: Facts, report: Report) -> dict[str, object]:
         "steps": steps,
         "recoveries": len(report.recoveries),
         "offered_again_p99_seconds": p99(report.offers),
-        "running_again_p99_seconds": p99(report.recoveries),
+        "running_again_p99_seconds": p99(report.unattended),
+        "with_the_wait_for_a_free_worker": p99(report.recoveries),
         "violations": report.violations,
     }
 

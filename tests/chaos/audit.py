@@ -3,7 +3,7 @@
 Every acknowledged checkpoint is in its stream; every checkpoint has one decision or is a dead
 letter; no key has two decisions or a conflict; poison is among the dead letters; nothing is
 pending; no lease was taken from a worker that was alive and connected; and how soon the work of a
-killed worker went on elsewhere.
+killed worker went on elsewhere, with and without the time in which every other one was at work.
 """
 
 from __future__ import annotations
@@ -15,13 +15,10 @@ from dataclasses import dataclass, field
 from leyline import DeadLetter, TelemetryEvent
 
 from .faults import Fault, Kind
+from .idle import BEGUN, ENDED, Life, checkpoint_of, idle_seconds
 
 __all__ = ["Facts", "Report", "audit"]
 
-_BEGUN = frozenset({"received", "fetched"})
-_ENDED = frozenset(
-    {"settled", "duplicate", "dead_letter", "stored", "planned", "handed_over", "lost"}
-)
 _TO_ALL = frozenset({Kind.RESTART_SERVER, Kind.FREEZE_SERVER, Kind.STALL})
 _SLACK = 1.0
 """Seconds by which clocks of the log and of telemetry may differ in order."""
@@ -46,6 +43,8 @@ class Facts:
     pending: int
     faults: Sequence[Fault]
     lease: float
+    lives: Sequence[Life] = ()
+    """When which worker served."""
 
 
 @dataclass
@@ -54,8 +53,10 @@ class Report:
 
     violations: dict[str, list[str]] = field(default_factory=dict)
     recoveries: list[float] = field(default_factory=list)
-    """Seconds from a worker's kill until its work ran elsewhere; a free worker is part of it. Here
-    and below only where the server answered all the time: nobody can take over through it else."""
+    """Seconds from a worker's kill until its work ran elsewhere. Here and below only where the
+    server answered all the time: nobody can take over through it else."""
+    unattended: list[float] = field(default_factory=list)
+    """The same without the time after the lease in which no worker had a free hand."""
     offers: list[float] = field(default_factory=list)
     """Seconds from a worker's kill until its entries were taken from it, for any worker."""
 
@@ -91,7 +92,9 @@ def audit(facts: Facts) -> Report:
     report.require("decided unasked", decided.keys() - keys)
     report.require("left pending", ["entries"] * facts.pending)
     report.require("live leases stolen", _stolen(facts))
-    report.recoveries = list(_recoveries(facts))
+    for kill, seconds in _recoveries(facts):
+        report.recoveries.append(seconds)
+        report.unattended.append(_unattended(facts, kill, seconds))
     report.offers = list(_offers(facts))
     return report
 
@@ -129,8 +132,8 @@ def _excuses(fault: Fault, owner: str, at: float, lease: float) -> bool:
     return fault.kind is Kind.FREEZE_WORKER and fault.ended > at - lease - _SLACK
 
 
-def _recoveries(facts: Facts) -> Iterable[float]:
-    """For what each killed worker had begun and not ended: when another began it."""
+def _recoveries(facts: Facts) -> Iterable[tuple[Fault, float]]:
+    """For what each killed worker had begun and not ended: how long until another began it."""
     events = sorted((e for e in facts.telemetry if e.idempotency_key), key=lambda event: event.at)
     for fault in facts.faults:
         if fault.kind is not Kind.KILL_WORKER:
@@ -138,18 +141,26 @@ def _recoveries(facts: Facts) -> Iterable[float]:
         held: dict[str, bool] = {}
         for event in events:
             if event.worker_id == fault.target:
-                held[event.idempotency_key] = event.step not in _ENDED
-        for key in (key for key, open_ in held.items() if open_):
+                held[checkpoint_of(event)] = event.step not in ENDED
+        for checkpoint in (name for name, open_ in held.items() if open_):
             later = (
                 event.at.timestamp() - fault.begun
                 for event in events
-                if event.idempotency_key == key
+                if checkpoint_of(event) == checkpoint
                 and event.worker_id != fault.target
-                and event.step in _BEGUN
+                and event.step in BEGUN
                 and event.at.timestamp() > fault.begun
             )
             if (first := next(later, None)) is not None and _undisturbed(facts, fault, first):
-                yield first
+                yield fault, first
+
+
+def _unattended(facts: Facts, kill: Fault, seconds: float) -> float:
+    """Of the time from a kill until the work ran elsewhere, the lease and what came after it while
+    somebody could have taken it."""
+    lease = min(seconds, facts.lease)
+    late = kill.begun + lease, kill.begun + seconds
+    return lease + idle_seconds(facts.lives, facts.faults, facts.telemetry, late)
 
 
 def _undisturbed(facts: Facts, kill: Fault, seconds: float) -> bool:

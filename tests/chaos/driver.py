@@ -26,10 +26,11 @@ from elesh.settings import BusSettings
 from elesh.worker.admission import Work, admit
 from leyline import StructuralPruningDecision, TelemetryEvent, read_envelope, unwrap
 from leyline.errors import ContractError
-from leyline.streams import CHECKPOINTS, DEAD, DECISIONS, STREAMS, TELEMETRY
+from leyline.streams import CHECKPOINTS, DEAD, DECISIONS, STREAMS, TELEMETRY, WORKERS
 
 from .audit import Facts
 from .faults import Fault, Kind, schedule
+from .idle import Life
 from .proxy import Proxy
 
 __all__ = ["Chaos", "Plan"]
@@ -38,6 +39,8 @@ _PARTITION = "chaos"
 _ROOT = Path(__file__).parents[2]
 _RESTART_SECONDS = 0.5
 """What a process supervisor waits before it starts a dead process again."""
+_CATCH_SECONDS = 2.0
+"""So long a kill waits for a worker at work: an analysis of theirs takes some 50 ms."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class Plan:
     seed: int
     seconds: float
     folder: Path
-    workers: int = 4
+    workers: int = 6
+    """So many that seldom all are in long analyses at once."""
     producers: int = 2
     lease: float = 15.0
     fault_pause: float = 4.0
@@ -65,6 +69,7 @@ class _Member:
     prefix: str
     births: int = 0
     process: subprocess.Popen[bytes] | None = None
+    serves_since: float | None = None
 
     @property
     def name(self) -> str:
@@ -72,6 +77,7 @@ class _Member:
 
     def born(self) -> None:
         self.births += 1
+        self.serves_since = None
         self.process = self.start(self.name)
 
     @property
@@ -86,6 +92,7 @@ class Chaos:
     plan: Plan
     faults: list[Fault] = field(default_factory=list)
     poison: set[str] = field(default_factory=set)
+    lives: list[Life] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._server = Server(self.plan.folder / "server")
@@ -157,7 +164,11 @@ class Chaos:
         while not self._over.is_set():
             for member in (*self._workers, *self._producers):
                 if not member.alive and not self._over.is_set():
+                    self._note_life(member)
                     member.born()
+            for worker in self._workers:
+                if worker.serves_since is None and self._serves(worker):
+                    worker.serves_since = time.time()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._over.wait(), _RESTART_SECONDS)
 
@@ -181,8 +192,15 @@ class Chaos:
         return True
 
     async def _all_serve(self) -> bool:
-        logs = [self.plan.folder / f"{worker.name}.log" for worker in self._workers]
-        return all(log.exists() and b" serving" in log.read_bytes() for log in logs)
+        return all(map(self._serves, self._workers))
+
+    def _serves(self, worker: _Member) -> bool:
+        log = self.plan.folder / f"{worker.name}.log"
+        return log.exists() and b" serving" in log.read_bytes()
+
+    def _note_life(self, member: _Member) -> None:
+        if member.serves_since is not None:
+            self.lives.append(Life(member.name, member.serves_since, time.time()))
 
     # Faults
 
@@ -202,10 +220,21 @@ class Chaos:
         return chance.choice(alive or members)
 
     async def _kill_worker(self, chance: random.Random) -> str:
-        member = self._pick(self._workers, chance)
+        """One that has something in hand, if one has within a while: the others lose nothing."""
+        holders = await asyncio.to_thread(self._caught)
+        holding = [member for member in self._workers if member.name in holders]
+        member = self._pick(holding or self._workers, chance)
         assert member.process is not None
         member.process.kill()
         return member.name
+
+    def _caught(self) -> set[str]:
+        """Workers at work, waited for a while."""
+        deadline = time.monotonic() + _CATCH_SECONDS
+        with self._server.client() as redis:
+            while not (holders := _holders(redis)) and time.monotonic() < deadline:
+                time.sleep(0.005)
+        return holders
 
     async def _kill_child(self, chance: random.Random) -> str:
         member = self._pick(self._workers, chance)
@@ -294,6 +323,8 @@ class Chaos:
             return False
 
     async def _facts(self) -> Facts:
+        for worker in self._workers:
+            self._note_life(worker)
         bus = await Bus.connect(
             self._server.url, BusSettings(partition=_PARTITION, max_blob_bytes=1 << 30)
         )
@@ -320,7 +351,19 @@ class Chaos:
             pending=left,
             faults=self.faults,
             lease=self.plan.lease,
+            lives=self.lives,
         )
+
+
+def _holders(redis: Redis) -> set[str]:
+    """The workers that have claimed something and not ended it."""
+    return {
+        consumer["name"].decode()
+        for stream in STREAMS
+        if stream.group == WORKERS and redis.exists(stream.key(_PARTITION))
+        for consumer in redis.xinfo_consumers(stream.key(_PARTITION), WORKERS)
+        if consumer["pending"]
+    }
 
 
 def _left(redis: Redis) -> int:

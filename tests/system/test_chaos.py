@@ -15,6 +15,7 @@ import pytest
 from leyline import TelemetryEvent
 from tests.chaos.audit import Facts, audit
 from tests.chaos.faults import Fault, Kind
+from tests.chaos.idle import Life
 
 ROOT = Path(__file__).parents[2]
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -69,10 +70,10 @@ CLEAN = Facts(
     records=frozenset({"k1", "k2"}),
     letters=[],
     telemetry=[
-        told("received", "w1", "k1", 0),
+        told("received", "w1", "1:h:k1:channel", 0),
         told("reclaimed", "w2", "", 16, "checkpoints/1-1: crash: of w1"),
-        told("received", "w2", "k1", 17.5),
-        told("settled", "w2", "k1", 18),
+        told("received", "w2", "1:h:k1:channel", 17.5),
+        told("settled", "w2", "1:h:k1:channel", 18),
     ],
     poison=frozenset(),
     pending=0,
@@ -85,6 +86,32 @@ def test_what_a_killed_worker_held_is_timed_until_it_runs_elsewhere() -> None:
     report = audit(CLEAN)
     assert report.clean
     assert (report.recoveries, report.offers) == ([15.5], [14.0])
+
+
+WAITED = [
+    told("received", "w1", "1:h:k1:channel", 0),
+    told("received", "w2", "1:h:k9:channel", 1),
+    told("settled", "w2", "1:h:k9:channel", 30),
+    told("received", "w2", "1:h:k1:channel", 32),
+]
+
+
+def test_while_every_worker_is_at_work_nobody_is_late() -> None:
+    start, kill = NOW.timestamp(), CLEAN.faults[0]
+    lives = [Life("w1", start - 9, start + 2), Life("w2", start - 9, start + 99)]
+    report = audit(replace(CLEAN, lives=lives, telemetry=WAITED))
+    assert report.recoveries == [32 - 2]
+    assert report.unattended == [pytest.approx(15 + 1.9)], "a moment belongs to the entry before"
+    frozen = Fault(Kind.FREEZE_WORKER, "w2", start + 30, start + 32)
+    report = audit(replace(CLEAN, lives=lives, telemetry=WAITED, faults=[kill, frozen]))
+    assert report.unattended == [pytest.approx(15)]
+
+
+def test_a_worker_with_free_hands_makes_the_others_delay_count() -> None:
+    start = NOW.timestamp()
+    lives = [Life("w2", start - 9, start + 99), Life("w3", start + 20, start + 99)]
+    report = audit(replace(CLEAN, lives=lives, telemetry=WAITED))
+    assert report.unattended == [pytest.approx(15 + 12)], "w3 could have taken it from second 20"
 
 
 @pytest.mark.parametrize(
