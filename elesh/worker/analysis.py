@@ -218,11 +218,13 @@ class Analyst:
     async def _with_run(self, job: Job, work: Work) -> Job:
         """The job with the state of its levels' breakers, which admit at most one probe, with what
         the run's trainer took back before, and how far its predictions were off."""
-        admit = self._bus.breakers.admit
-        views = await asyncio.gather(*(admit(work.run_id, level) for level in job.asked_levels))
+        run, runs, admit = work.run_id, self._bus.runs, self._bus.breakers.admit
+        views, cuts, would_be = await asyncio.gather(
+            asyncio.gather(*(admit(run, level) for level in job.asked_levels)),
+            runs.taken_back(run),
+            runs.would_be(run),
+        )
         states = [(v.state if v.admitted else "open", v.failures, v.reason) for v in views]
-        cuts = await self._bus.runs.taken_back(work.run_id)
-        would_be = await self._bus.runs.would_be(work.run_id)
         factor = calibrated(would_be, self._settings.verification)
         return replace(
             job,
