@@ -64,10 +64,11 @@ class Analyst:
         preload = settings.worker.preload and not self._untrusted
         self._child = ComputeChild(settings.worker.memory_limit, spool, preload=preload)
         self._keeping: asyncio.Task[None] | None = None
-        self._turns = Turns()
         self._waiting: set[str] = set()
         self._doing = ""
         self.pace = Pace(settings.worker.prefetch)
+        self.turns = Turns(lambda: self.pace.long)
+        """Of the child, and of whatever else comes in turn."""
 
     def begun(self, key: str) -> bool:
         """Whether the analysis of ``key`` is under way in the child."""
@@ -109,7 +110,7 @@ class Analyst:
         self._waiting.add(job.key)
         async with contextlib.AsyncExitStack() as stack:
             try:
-                await stack.enter_async_context(self._turns.of("child"))
+                await stack.enter_async_context(self.turns.of("child"))
             finally:
                 self._waiting.discard(job.key)
             self._doing = job.key

@@ -45,7 +45,7 @@ from .reports import Reports
 from .settlement import Clerk
 from .shards import parts_of
 from .sweeps import Sweeps
-from .turns import LONG_SECONDS, Busy, Turns
+from .turns import LONG_SECONDS, Busy
 
 __all__ = ["GROUP", "STREAMS", "Worker", "serve"]
 
@@ -102,7 +102,7 @@ class Worker:
         self._draining = asyncio.Event()
         self._in_hand: set[_InHand] = set()
         self._moved = asyncio.Event()
-        self._order = Turns()
+        self._order = self._analyst.turns
         self._returning: asyncio.Task[bool] | None = None
         self._turn = 0
 

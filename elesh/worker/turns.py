@@ -1,7 +1,8 @@
 """Who goes first, and how much a worker takes in hand.
 
-Promises: turns are taken in the order in which they were asked for; whoever would wait for one
-longer than a second is told so (:class:`Busy`), and leaves its entry to the rest of the fleet; a
+Promises: turns are taken in the order in which they were asked for; whoever waits for one longer
+than a second, because an analysis takes long, is told so (:class:`Busy`), and leaves its entry to
+the rest of the fleet; a
 worker has as many entries in hand as it can analyse in a quarter of a second, and at least one.
 """
 
@@ -27,9 +28,14 @@ class Busy(Exception):
 
 
 class Turns:
-    """Turns by name: those of one name come one after another, the others do not wait."""
+    """Turns by name: those of one name come one after another, the others do not wait.
 
-    def __init__(self) -> None:
+    Args:
+        long: whether an analysis is under way that takes long; else waiting is worth its while.
+    """
+
+    def __init__(self, long: Callable[[], bool]) -> None:
+        self._long = long
         # A turn that nobody has or waits for is forgotten.
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
@@ -38,18 +44,29 @@ class Turns:
         """Have the turn of ``name``.
 
         Raises:
-            Busy: if it is not free within a second.
+            Busy: if it is not free within a second because an analysis takes long.
         """
         lock = self._locks.setdefault(name, asyncio.Lock())
-        try:
-            async with asyncio.timeout(PATIENCE_SECONDS):
-                await lock.acquire()
-        except TimeoutError:
-            raise Busy(f"what came before it takes more than {PATIENCE_SECONDS:g} s") from None
+        if lock.locked():
+            await self._wait(lock)
+        else:
+            await lock.acquire()
         try:
             yield
         finally:
             lock.release()
+
+    async def _wait(self, lock: asyncio.Lock) -> None:
+        """Have the lock, without losing the place in its queue between looks."""
+        acquiring = asyncio.create_task(lock.acquire())
+        try:
+            while not (await asyncio.wait({acquiring}, timeout=PATIENCE_SECONDS))[0]:
+                if self._long():
+                    raise Busy(f"what came before it takes more than {PATIENCE_SECONDS:g} s")
+        except BaseException:
+            if not acquiring.cancel():  # it came at the last moment
+                lock.release()
+            raise
 
 
 class Pace:

@@ -303,7 +303,7 @@ def test_turns_of_one_name_come_in_order_and_others_do_not_wait() -> None:
             await asyncio.sleep(0)
 
     async def scenario() -> None:
-        order = Turns()
+        order = Turns(lambda: False)
         async with order.of("a"):
             waiting = [asyncio.create_task(take(order, "a", n)) for n in range(3)]
             await take(order, "b", 0)
@@ -313,17 +313,48 @@ def test_turns_of_one_name_come_in_order_and_others_do_not_wait() -> None:
     assert came == ["b0", "a0", "a1", "a2"]
 
 
-def test_who_would_wait_long_for_a_turn_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_who_waits_for_a_long_analysis_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "PATIENCE_SECONDS", 0.01)
+    long, came = True, []
+
+    async def take(order: Turns) -> None:
+        async with order.of("a"):
+            came.append(1)
 
     async def scenario() -> None:
-        order = Turns()
+        nonlocal long
+        order = Turns(lambda: long)
         async with order.of("a"):
             with pytest.raises(Busy, match="more than"):
-                async with order.of("a"):
-                    pass
-        async with order.of("a"):
-            pass
+                await take(order)
+            long = False
+            waiting = asyncio.create_task(take(order))
+            await asyncio.wait({waiting}, timeout=0.1)
+            assert not waiting.done()
+        await waiting
+
+    asyncio.run(scenario())
+    assert came == [1]
+
+
+def test_a_turn_that_is_waited_for_no_more_is_free() -> None:
+    async def scenario() -> None:
+        order = Turns(lambda: False)
+
+        async def take() -> None:
+            async with order.of("a"):
+                pass
+
+        for late in (False, True):
+            async with order.of("a"):
+                waiting = asyncio.create_task(take())
+                await asyncio.wait({waiting}, timeout=0.01)
+                if not late:
+                    waiting.cancel()
+            waiting.cancel()  # late: the turn has come to it, and it has not heard of it
+            await asyncio.wait({waiting})
+            async with asyncio.timeout(5):
+                await take()
 
     asyncio.run(scenario())
 
