@@ -9,6 +9,9 @@ from leyline import StructuralPruningDecision
 
 __all__ = ["Change", "changes", "moved"]
 
+_SHOWN = 160
+"""Characters of a value that are shown of a difference."""
+
 
 class Change(NamedTuple):
     """One value that differs: the path to it, what it was, what it is."""
@@ -18,11 +21,21 @@ class Change(NamedTuple):
     after: Any
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.before} -> {self.after}"
+        return f"{self.path}: {_brief(self.before)} -> {_brief(self.after)}"
 
 
 def changes(before: Any, after: Any, path: str = "") -> Iterator[Change]:
-    """Every difference of two JSON-like values; lists of other length are one difference."""
+    """Every difference of two JSON-like values. Lists of things with names (gates, targets) are
+    compared name by name; others of other length are one difference."""
+    named_before, named_after = _by_name(before), _by_name(after)
+    if named_before is not None and named_after is not None:
+        old, new = list(named_before), list(named_after)
+        if old != new and set(old) == set(new):
+            yield Change(f"{path} (order)", old, new)
+        for name in named_before | named_after:
+            inside = f"{path}[{name}]"
+            yield from changes(named_before.get(name), named_after.get(name), inside)
+        return
     if isinstance(before, dict) and isinstance(after, dict):
         for name in sorted(before.keys() | after.keys()):
             inside = f"{path}.{name}" if path else str(name)
@@ -32,6 +45,24 @@ def changes(before: Any, after: Any, path: str = "") -> Iterator[Change]:
             yield from changes(old, new, f"{path}[{index}]")
     elif before != after:
         yield Change(path, before, after)
+
+
+def _by_name(value: Any) -> dict[str, Any] | None:
+    """The members of a list by their names, in its order; None if not all have one of their own."""
+    if not isinstance(value, list):
+        return None
+    named = {
+        str(item.get("name", item.get("layer_name"))): item
+        for item in value
+        if isinstance(item, dict) and ("name" in item or "layer_name" in item)
+    }
+    return named if len(named) == len(value) else None
+
+
+def _brief(value: Any) -> str:
+    """A value on one line of which the start is enough to see what it is."""
+    text = "none" if value is None else str(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 4]} ..."
 
 
 def moved(before: StructuralPruningDecision, after: StructuralPruningDecision) -> list[str]:

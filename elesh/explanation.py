@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
 
 from rich.console import Console
 from rich.markup import escape
@@ -10,6 +11,7 @@ from rich.table import Table
 
 from elesh.analysis import ImportanceTracker, TargetExplanation, UnitExplanation, explain
 from elesh.bus import BreakerView
+from elesh.tables import compact
 from leyline import (
     CheckpointBundle,
     GateResult,
@@ -42,34 +44,22 @@ def print_decision(
     for name, value in told.figures:
         figures.add_row(name, escape(value))
     console.print(figures)
-    for title, table in (
-        ("Levels", _levels(told.levels)),
-        ("What goes", _targets(told.targets)),
-        ("Units", _units(told.units[:_SHOWN_UNITS])),
-        ("Layers", _layers(told.layers)),
-    ):
+    units = _units(told.units[:_SHOWN_UNITS])
+    for table in (_levels(told.levels), _targets(told.targets), *units, _layers(told.layers)):
         if table.row_count:
-            table.title, table.title_justify = title, "left"
-            console.print(table)
+            console.print("", table, sep="\n")
     if len(told.units) > _SHOWN_UNITS:
         console.print(f"  and {len(told.units) - _SHOWN_UNITS} units more (analyze --json has all)")
-    console.print(_gates(told.gates))
+    console.print("", _gates(told.gates), "", sep="\n")
     for name, reason in told.ignored:
         console.print(f"  left alone: [bold]{escape(name)}[/]: {escape(reason)}", soft_wrap=True)
     for fallback in told.fallbacks:
         console.print(f"  [yellow]fallback {escape(fallback.rung)}[/]: {escape(fallback.reason)}")
 
 
-def _table(**columns: bool) -> Table:
-    """A table with these columns; True: numbers, to the right."""
-    table = Table()
-    for name, number in columns.items():
-        table.add_column(name.replace("_", " "), justify="right" if number else "left")
-    return table
-
-
 def _levels(parts: Iterable[LevelPart]) -> Table:
-    table = _table(level=False, verdict=False, quota=True, shift=True, reason=False)
+    names = ("level", "verdict", "quota", "shift", "reason")
+    table = compact(*names, figures=("quota", "shift"), title="Levels")
     for part in parts:
         s = part.statistics
         colour = "green" if part.verdict == "taken" else "yellow"
@@ -80,7 +70,8 @@ def _levels(parts: Iterable[LevelPart]) -> Table:
 
 
 def _targets(targets: Iterable[TargetExplanation]) -> Table:
-    table = _table(group=False, level=False, before=True, after=True, predicted_loss_rise=True)
+    figures = ("before", "after", "predicted loss rise")
+    table = compact("group", "level", *figures, figures=figures, title="What goes")
     for target in targets:
         rise, error = target.loss_rise, target.loss_rise_error
         told = "" if rise is None else f"{rise:+.3g}" + (f" ± {error:.1g}" if error else "")
@@ -97,34 +88,29 @@ _FIGURES: dict[str, Callable[[UnitExplanation], float | None]] = {
 """Figures of a unit that are known only with the bundle, or the run's history, at hand."""
 
 
-def _units(rows: Sequence[UnitExplanation]) -> Table:
+def _units(rows: Sequence[UnitExplanation]) -> Iterator[Table]:
+    """A table for each group, so that long names of groups leave room for the figures."""
     known = [name for name, of in _FIGURES.items() if any(of(row) is not None for row in rows)]
-    numbers = dict.fromkeys(("unit", "original"), True)
-    table = _table(
-        group=False,
-        **numbers,
-        verdict=False,
-        score=True,
-        **dict.fromkeys(known, True),
-        reason=False,
-    )
-    for row in rows:
-        figures = [_FIGURES[name](row) for name in known]
-        table.add_row(
-            escape(row.group),
-            str(row.unit),
-            "" if row.original is None else str(row.original),
-            f"[red]{row.verdict}[/]" if row.verdict == "removed" else row.verdict,
-            f"{row.score:.3g}" + ("" if row.error is None else f" ± {row.error:.1g}"),
-            *("" if figure is None else f"{figure:+.3g}" for figure in figures),
-            escape(row.reason),
-        )
-    return table
+    numbers = ("unit", "was", "score", *known)
+    for group, units in groupby(rows, lambda row: row.group):
+        columns = ("unit", "was", "verdict", "score", *known, "reason")
+        table = compact(*columns, figures=numbers, title=f"Units of {escape(group)}")
+        for row in units:
+            figures = [_FIGURES[name](row) for name in known]
+            table.add_row(
+                str(row.unit),
+                "" if row.original is None else str(row.original),
+                f"[red]{row.verdict}[/]" if row.verdict == "removed" else row.verdict,
+                f"{row.score:.3g}" + ("" if row.error is None else f" ± {row.error:.1g}"),
+                *("" if figure is None else f"{figure:+.3g}" for figure in figures),
+                escape(row.reason),
+            )
+        yield table
 
 
 def _layers(targets: Iterable[LayerPruningTarget]) -> Table:
-    names = ("Taylor", "gradient_flow", "similarity", "skip_potential", "impact")
-    table = _table(layer=False, **dict.fromkeys(names, True))
+    figures = ("Taylor", "gradient flow", "similarity", "skip potential", "impact")
+    table = compact("layer", *figures, figures=figures, title="Layers")
     for target in targets:
         table.add_row(
             escape(target.layer_name),
@@ -138,9 +124,8 @@ def _layers(targets: Iterable[LayerPruningTarget]) -> Table:
 
 
 def _gates(gates: Iterable[GateResult]) -> Table:
-    table = Table(title="Safety gates", title_justify="left")
-    for name in ("gate", "verdict", "measured", "limit", "detail"):
-        table.add_column(name, justify="right" if name in {"measured", "limit"} else "left")
+    names = ("gate", "verdict", "measured", "limit", "detail")
+    table = compact(*names, figures=("measured", "limit"), whole=("gate",), title="Safety gates")
     for gate in gates:
         table.add_row(
             gate.name,
@@ -154,7 +139,8 @@ def _gates(gates: Iterable[GateResult]) -> Table:
 
 def breaker_table(views: Sequence[BreakerView]) -> Table:
     """Breakers with their state."""
-    table = Table("run", "level", "state", "failures", "opened at", "reason")
+    names = ("run", "level", "state", "failures", "opened at", "reason")
+    table = compact(*names, figures=("failures",))
     colours = {"open": "red", "half_open": "yellow", "closed": "green"}
     for view in views:
         table.add_row(

@@ -15,7 +15,10 @@ from elesh.bus import Bus
 from leyline import BreakerTransition, Level, OperatorAction
 from leyline.streams import OPERATIONS, TELEMETRY
 
-__all__ = ["operator", "reset_breaker", "trip_breaker"]
+__all__ = ["BREAKERS", "operator", "reset_breaker", "trip_breaker"]
+
+BREAKERS = (Level.CHANNEL, Level.HEAD, Level.LAYER)
+"""The levels that have a breaker: decisions of several levels ask that of each."""
 
 
 def operator() -> str:

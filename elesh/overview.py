@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -12,6 +13,7 @@ from rich.text import Text
 
 from elesh.bus import Backlog, BreakerView, Bus, WorkerState, read_letter
 from elesh.bus.records import Delivery
+from elesh.tables import compact
 from leyline import (
     ContractError,
     DeadLetter,
@@ -41,6 +43,28 @@ class Overview:
     """The last ones, newest first."""
     letters: Sequence[DeadLetter]
     """The last ones, newest first."""
+
+    def facts(self) -> dict[str, Any]:
+        """The same for machines."""
+        return {
+            "workers": [worker.model_dump(mode="json") for worker in self.workers],
+            "streams": {name: asdict(backlog) for name, backlog in self.backlog.items()},
+            "breakers": [asdict(view) for view in self.breakers],
+            "dead_letters": [
+                letter.model_dump(mode="json", exclude={"original"}) for letter in self.letters
+            ],
+            "decisions": [
+                {
+                    "key": decision.idempotency_key,
+                    "run": decision.run_id,
+                    "approved": decision.approved_for_application,
+                    "units": {name: list(units) for name, units in decision.units.items()},
+                    "layers": [target.layer_name for target in decision.layers],
+                    "reason": decision.rejection_reason,
+                }
+                for decision in self.decisions
+            ],
+        }
 
 
 async def overview_of(bus: Bus) -> Overview:
@@ -75,22 +99,14 @@ def _letters(deliveries: Sequence[Delivery]) -> Iterator[DeadLetter]:
 
 def overview(seen: Overview) -> RenderableType:
     """The overview for a terminal."""
-    parts: list[RenderableType] = [_workers(seen), _streams(seen)]
+    parts: list[RenderableType] = [_workers(seen), "", _streams(seen)]
     if seen.breakers:
-        parts.append(_breakers(seen))
+        parts += ["", _breakers(seen)]
     if seen.letters:
-        parts.append(_dead(seen))
+        parts += ["", *_dead(seen)]
     if seen.decisions:
-        parts.append(_last(seen))
+        parts += ["", *_last(seen)]
     return Group(*parts)
-
-
-def _table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:
-    table = Table(title=title, title_justify="left", header_style="dim", expand=False)
-    for name in columns:
-        justify = "right" if name in right else "left"
-        table.add_column(name, justify=justify, overflow="fold", no_wrap=name in right)  # type: ignore[arg-type]
-    return table
 
 
 def _workers(seen: Overview) -> RenderableType:
@@ -98,31 +114,31 @@ def _workers(seen: Overview) -> RenderableType:
         return Text("no worker is alive; start one with: elesh worker", style="yellow")
     ready = sum(worker.ready for worker in seen.workers)
     figures = ("for", "done", "failed", "p95", "memory", "heard")
-    table = _table(
-        f"Workers: {ready} of {len(seen.workers)} ready",
-        *("worker", "does", "child", "with", *figures),
-        right=figures,
+    table = compact(
+        *("worker", "does", "child", *figures, "with"),
+        figures=figures,
+        whole=("worker", "does", "child"),
+        title=f"Workers: {ready} of {len(seen.workers)} ready",
     )
     for each in seen.workers:
-        with_what = each.key if each.ready or each.key else ""
         table.add_row(
             each.worker_id,
             Text(each.doing, style=_COLOURS.get(each.doing, "")),
             Text(each.child, style=_CHILD.get(each.child, "")),
-            Text(with_what) if not each.why else Text(each.why, style="red"),
             _age(seen.at - each.since) if each.since else "",
             str(each.completed),
             Text(str(each.failed), style="red" if each.failed else ""),
             f"{each.duration_p95:.2f} s" if each.completed else "",
             f"{each.peak_memory_bytes / 2**20:.0f} MB" if each.peak_memory_bytes else "",
             _age(seen.at - each.heard_at),
+            Text(each.why, style="red") if each.why else Text(each.key),
         )
     return table
 
 
 def _streams(seen: Overview) -> Table:
     figures = ("entries", "waiting", "pending", "oldest", "lease")
-    table = _table("Streams", "stream", *figures, right=figures)
+    table = compact("stream", *figures, figures=figures, title="Streams")
     for stream in STREAMS:
         backlog = seen.backlog[stream.name]
         if not stream.group and not backlog.length:
@@ -140,7 +156,8 @@ def _streams(seen: Overview) -> Table:
 
 
 def _breakers(seen: Overview) -> Table:
-    table = _table("Breakers", "run", "level", "state", "failures", "reason", right=("failures",))
+    names = ("run", "level", "state", "failures", "reason")
+    table = compact(*names, figures=("failures",), title="Breakers")
     for view in seen.breakers:
         colour = {"open": "red", "half_open": "yellow"}.get(view.state, "")
         state = Text(view.state.replace("_", " "), style=colour)
@@ -148,28 +165,29 @@ def _breakers(seen: Overview) -> Table:
     return table
 
 
-def _dead(seen: Overview) -> Table:
+def _dead(seen: Overview) -> Iterator[Text]:
     total = seen.backlog[DEAD.name].length
-    table = _table(f"Dead letters: the last of {total:,}", "when", "stream", "code", "reason")
+    yield Text(f"Dead letters: the last of {total:,}", style="bold")
     for letter in seen.letters:
         age = _age(seen.at - letter.at.timestamp())
-        table.add_row(age, letter.stream, letter.error_code, letter.reason)
-    return table
+        yield Text.assemble((letter.error_code, "red"), f"  from {letter.stream}, {age} ago")
+        yield _brief(letter.reason)
 
 
-def _last(seen: Overview) -> Table:
-    table = _table("Last decisions", "key", "run", "verdict", "cut", "why", right=("cut",))
+def _last(seen: Overview) -> Iterator[Text]:
+    yield Text("Last decisions", style="bold")
     for decision in seen.decisions:
-        approved = decision.approved_for_application
-        units = sum(map(len, decision.units.values())) + len(decision.layers)
-        table.add_row(
-            decision.idempotency_key,
-            decision.run_id,
-            Text("approved" if approved else "rejected", style="green" if approved else "yellow"),
-            str(units) if approved else "",
-            decision.rejection_reason,
-        )
-    return table
+        verdict, reason = ("rejected", "yellow"), decision.rejection_reason
+        if decision.approved_for_application:
+            units = sum(map(len, decision.units.values())) + len(decision.layers)
+            verdict = (f"approved, {units} units", "green")
+        yield Text.assemble(f"{decision.idempotency_key}  ", verdict)
+        yield _brief(f"of {decision.run_id}" + (f": {reason}" if reason else ""))
+
+
+def _brief(text: str) -> Text:
+    """One line, as far as it fits: ``elesh explain`` and ``elesh dead show`` have all of it."""
+    return Text(f"  {text}", no_wrap=True, overflow="ellipsis")
 
 
 def _age(seconds: float) -> str:

@@ -1,11 +1,12 @@
 """The streams told to people: one line an event, with what happened in plain words.
 
-Promises: every entry of a stream is a line, one that cannot be read says so and why; lines of one
-read are in the order of their times. No Redis in here but the reading.
+Promises: every entry of a stream is a line, one that cannot be read says so and why; lines are
+in the order of their times. No Redis in here but the reading.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -64,20 +65,28 @@ class Told:
 async def told_events(
     bus: Bus, streams: Sequence[Stream], *, follow: bool, run_id: str = ""
 ) -> AsyncIterator[Told]:
-    """The events of streams, in order within a read; with ``follow`` going on for ever."""
-    last = {stream.name: "0" for stream in streams}
+    """The events of streams in the order of their times; with ``follow`` going on for ever, where
+    an event that comes later than another one is told after it."""
+    last = dict.fromkeys(streams, "0")
+    told = False
     while True:
-        found: list[Told] = []
-        for stream in streams:
-            block = 1.0 / len(streams) if follow else 0.0
-            last[stream.name], deliveries = await bus.follow(
-                stream, last_id=last[stream.name], block_seconds=block
-            )
-            found += map(tell, deliveries)
-        for event in sorted(found, key=lambda told: told.order):
-            if not run_id or event.run_id == run_id:
-                yield event
-        if not found and not follow:
+        waiting: dict[Stream, deque[Told]] = {stream: deque() for stream in streams}
+        block = 1.0 / len(streams) if follow and not told else 0.0
+        told = False
+        while waiting:
+            for stream in [stream for stream, events in waiting.items() if not events]:
+                last[stream], deliveries = await bus.follow(
+                    stream, last_id=last[stream], block_seconds=block
+                )
+                waiting[stream].extend(map(tell, deliveries))
+                if not deliveries:
+                    del waiting[stream]  # read to its end, for this round
+            if waiting:
+                event = min(waiting.values(), key=lambda events: events[0].order).popleft()
+                told = True
+                if not run_id or event.run_id == run_id:
+                    yield event
+        if not told and not follow:
             return
 
 

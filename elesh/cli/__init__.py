@@ -38,6 +38,11 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Elesh says, at checkpoints of a training run, which parts of the network can be removed.",
 )
+_REASONS: dict[type[OSError], str] = {
+    FileNotFoundError: "there is no such file or folder",
+    FileExistsError: "there is such a file already",
+    NotADirectoryError: "expected a folder",
+}
 _RUN, _DECIDE, _WATCH, _OPERATE = "Run", "Decide and explain", "Watch", "Operate"
 
 
@@ -70,9 +75,12 @@ def main() -> None:
     """Run the command line; expected errors are one line on standard error and exit code 1."""
     try:
         app()
-    except FileNotFoundError as error:
-        complaints.print(f"[red]error:[/] {error.filename}: there is no such file", soft_wrap=True)
-        raise SystemExit(1) from None
     except (SettingsError, ContractError, BusUnavailable) as error:
         complaints.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
+        raise SystemExit(1) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        reason = _REASONS.get(type(error), (error.strerror or "").lower())
+        complaints.print(f"[red]error:[/] {escape(f'{error.filename}: {reason}')}", soft_wrap=True)
         raise SystemExit(1) from None

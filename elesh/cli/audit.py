@@ -7,7 +7,7 @@ import contextlib
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 from rich.markup import escape
@@ -15,28 +15,29 @@ from rich.markup import escape
 from elesh.bus import Bus
 from elesh.observe import AuditFile, Fault, Link, line_of, verify
 from elesh.settings import Settings
-from leyline import AuditEntry
+from leyline import AuditEntry, AuditEvent
 
-from .common import RedisOption, SettingsOption, console, fail, on_bus, working
+from .common import JsonLines, RedisOption, SettingsOption, console, fail, on_bus, working
 
 audit = typer.Typer(no_args_is_help=True, help="The audit log: a chain of what was done.")
 
 FileOption = Annotated[Path | None, typer.Option("--file", help="An audit file beside the bus.")]
 _FOLLOW_SECONDS = 1.0
+KINDS: tuple[str, ...] = get_args(AuditEvent.model_fields["kind"].annotation)
 
 
 @audit.command("show")
 def audit_show(
     run: Annotated[str, typer.Option(help="Only this run.")] = "",
-    kind: Annotated[
-        str, typer.Option(help="Only decision, outcome, breaker, dead_letter or operator.")
-    ] = "",
+    kind: Annotated[str, typer.Option(help=f"Only entries of this kind: {', '.join(KINDS)}.")] = "",
     last: Annotated[int, typer.Option(min=1, help="At most so many, the newest.")] = 50,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    as_json: JsonLines = False,
     redis: RedisOption = "",
     settings: SettingsOption = None,
 ) -> None:
     """Print entries, oldest first: when, who, what, to what, why."""
+    if kind not in ("", *KINDS):
+        fail(f"--kind {kind}: expected one of {', '.join(KINDS)}")
     chosen = [
         link.entry
         for link in on_bus(redis, settings, _links)

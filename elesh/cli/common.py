@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -17,8 +18,17 @@ from elesh.bus import Bus, server_url
 from elesh.settings import Settings
 
 T = TypeVar("T")
-console = Console(highlight=False)
-complaints = Console(stderr=True, highlight=False)
+# Without emoji: a text such as nets:x:build is meant as it stands.
+console = Console(highlight=False, emoji=False)
+complaints = Console(stderr=True, highlight=False, emoji=False)
+
+
+def _in_a_folder(file: Path | None) -> Path | None:
+    """A file that a run writes at its end: what is wrong with its folder is said before it."""
+    if file is not None and not file.parent.is_dir():
+        raise typer.BadParameter(f"{file.parent}: there is no such folder")
+    return file
+
 
 RedisOption = Annotated[
     str,
@@ -37,7 +47,12 @@ Epochs = Annotated[
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of data, weights and batches.")]
 Every = Annotated[int | None, typer.Option(min=1, help="Epochs between checkpoints.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures here.")]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", callback=_in_a_folder, help="Write the figures here."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
+JsonLines = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
 JsonLogs = Annotated[bool, typer.Option("--json-logs", help="Log lines as JSON.")]
 
 
@@ -54,6 +69,15 @@ def on_bus(redis: str, settings: Path | None, action: Callable[[Bus, Settings], 
                 await bus.close()
 
     return asyncio.run(run())
+
+
+def print_json(value: object, *, line: bool = False) -> None:
+    """A value as JSON, coloured on a terminal; with ``line`` on one line, as scripts read it."""
+    text = json.dumps(value, default=str)
+    if line:
+        typer.echo(text)
+    else:
+        console.print_json(text)
 
 
 def working(what: str) -> AbstractContextManager[object]:

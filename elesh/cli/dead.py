@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from elesh.bus import Bus, Letter, Redriven
 from elesh.operating import operator
 from elesh.settings import Settings
 from leyline import DeadLetter
 
-from .common import RedisOption, SettingsOption, console, fail, on_bus
+from .common import (
+    AsJson,
+    JsonLines,
+    RedisOption,
+    SettingsOption,
+    console,
+    fail,
+    on_bus,
+    print_json,
+)
 
 dead = typer.Typer(no_args_is_help=True, help="Messages that could not be served.")
 _SHOWN_BYTES = 64
@@ -28,21 +35,33 @@ Reason = Annotated[str, typer.Option(help="Why; kept in the audit log.")]
 def dead_list(
     redis: RedisOption = "",
     settings: SettingsOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    as_json: JsonLines = False,
 ) -> None:
     """Every dead letter: where it stood, the class of error, and the reason."""
     letters = on_bus(redis, settings, lambda bus, _: bus.letters.all())
     if as_json:
         for letter in letters:
-            console.print_json(json.dumps(_facts(letter)), indent=None)
+            print_json(_facts(letter), line=True)
         return
-    console.print(dead_table(letters) if letters else "no dead letters")
+    for letter in letters:
+        for line in brief_lines(letter):
+            console.print(line, soft_wrap=True)
+    if not letters:
+        console.print("no dead letters")
 
 
 @dead.command("show")
-def dead_show(letter: LetterId, redis: RedisOption = "", settings: SettingsOption = None) -> None:
+def dead_show(
+    letter: LetterId,
+    as_json: AsJson = False,
+    redis: RedisOption = "",
+    settings: SettingsOption = None,
+) -> None:
     """One letter whole: reason, every delivery, trace, and the original's bytes."""
     shown = on_bus(redis, settings, lambda bus, _: bus.letters.get(letter))
+    if as_json:
+        print_json(_facts(shown))
+        return
     for line in letter_lines(shown):
         console.print(line, soft_wrap=True)
 
@@ -95,24 +114,24 @@ def dead_drop(
     console.print(f"dropped {len(letters)}")
 
 
-def dead_table(letters: Sequence[Letter]) -> Table:
-    """Dead letters, oldest first."""
-    table = Table("letter", "at", "stream", "class", "deliveries", "redriven", "reason")
-    for letter in letters:
-        message, again = letter.message, letter.redriven_as
-        if message is None:
-            table.add_row(letter.entry_id, "", "", "unreadable", "", again, escape(letter.error))
-            continue
-        table.add_row(
-            letter.entry_id,
-            f"{message.at:%Y-%m-%d %H:%M:%S}",
-            message.stream,
-            message.error_code,
-            str(message.deliveries),
-            again,
-            escape(message.reason),
-        )
-    return table
+def brief_lines(letter: Letter) -> Iterator[str]:
+    """A letter in two lines of markup: what and where, then the reason."""
+    message = letter.message
+    if message is None:
+        yield f"[bold]{letter.entry_id}[/]  [red]unreadable[/]"
+        yield f"  {escape(letter.error)}"
+        return
+    parts = [
+        f"[bold]{letter.entry_id}[/]",
+        f"[red]{escape(message.error_code)}[/]",
+        f"from {message.stream}",
+        f"{message.at:%Y-%m-%d %H:%M:%S}",
+        f"{message.deliveries} deliver{'y' if message.deliveries == 1 else 'ies'}",
+    ]
+    if letter.redriven_as:
+        parts.append(f"redriven as {letter.redriven_as}")
+    yield "  ".join(parts)
+    yield f"  {escape(message.reason)}"
 
 
 def letter_lines(letter: Letter) -> Iterator[str]:

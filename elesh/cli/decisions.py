@@ -11,7 +11,7 @@ from rich.markup import escape
 from elesh.settings import Settings
 from leyline import Level
 
-from .common import RedisOption, SettingsOption, console, fail, on_bus, working
+from .common import AsJson, RedisOption, SettingsOption, console, fail, on_bus, print_json, working
 
 app = typer.Typer()
 
@@ -21,7 +21,7 @@ def analyze(
     folder: Annotated[Path, typer.Argument(help="A checkpoint bundle that a Recorder saved.")],
     settings: SettingsOption = None,
     threads: Annotated[int, typer.Option(min=1)] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the decision as JSON.")] = False,
+    as_json: AsJson = False,
     level: Annotated[
         Level | None, typer.Option(help="What may be removed; default: what the checkpoint asks.")
     ] = None,
@@ -38,7 +38,7 @@ def analyze(
     with working("analysing"):
         decision = decide(bundle, settings=loaded, level=level, threads=threads, verify=verify)
     if as_json:
-        console.print_json(decision.model_dump_json())
+        print_json(decision.model_dump(mode="json"))
     else:
         print_decision(console, decision, bundle)
 
@@ -46,6 +46,7 @@ def analyze(
 @app.command()
 def explain(
     what: Annotated[str, typer.Argument(help="The key of a decision, or a bundle's folder.")],
+    as_json: AsJson = False,
     redis: RedisOption = "",
     settings: SettingsOption = None,
 ) -> None:
@@ -53,7 +54,7 @@ def explain(
     from elesh.explanation import print_decision
 
     if Path(what).is_dir():
-        analyze(Path(what), settings, threads=1)
+        analyze(Path(what), settings, as_json=as_json)
         return
     from elesh.evidence import evidence_of
     from leyline import IdempotencyKey
@@ -62,6 +63,9 @@ def explain(
     found = on_bus(redis, settings, lambda bus, loaded: evidence_of(bus, loaded, key))
     if found is None:
         fail(f"{what}: no decision is recorded for this key")
+    if as_json:
+        print_json(found.decision.model_dump(mode="json"))
+        return
     print_decision(console, found.decision, found.bundle, found.tracker)
     if found.missing:
         console.print(f"  without the checkpoint's own figures: {escape(found.missing)}")

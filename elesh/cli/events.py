@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from dataclasses import asdict
 from typing import Annotated
 
@@ -15,7 +14,7 @@ from elesh.settings import Settings
 from elesh.telling import Told, told_events
 from leyline.streams import STREAMS
 
-from .common import RedisOption, SettingsOption, console, fail, on_bus
+from .common import JsonLines, RedisOption, SettingsOption, console, fail, on_bus, print_json
 
 app = typer.Typer()
 _COLOURS = {"good": "green", "warn": "yellow", "bad": "red", "": "default"}
@@ -28,7 +27,7 @@ def events(
     ] = None,
     run: Annotated[str, typer.Option(help="Only events of this run.")] = "",
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until Ctrl-C.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    as_json: JsonLines = False,
     redis: RedisOption = "",
     settings: SettingsOption = None,
 ) -> None:
@@ -42,7 +41,7 @@ def events(
     async def tell_all(bus: Bus, _: Settings) -> None:
         async for event in told_events(bus, chosen, follow=follow, run_id=run):
             if as_json:
-                typer.echo(json.dumps(asdict(event), default=str))
+                print_json(asdict(event), line=True)
             else:
                 console.print(event_line(event), soft_wrap=True)
 

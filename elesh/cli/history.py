@@ -13,10 +13,11 @@ from elesh.analysis.candidates import Doubles
 from elesh.analysis.memory import TrackerCache
 from elesh.bus import Bus
 from elesh.settings import Settings
+from elesh.tables import compact
 from leyline import CheckpointReady, ContractError, PruningGroup, read_envelope, unwrap
 from leyline.streams import CHECKPOINTS
 
-from .common import RedisOption, SettingsOption, console, fail, on_bus
+from .common import AsJson, RedisOption, SettingsOption, console, fail, on_bus, print_json
 
 app = typer.Typer()
 
@@ -25,6 +26,7 @@ app = typer.Typer()
 def history(
     run: Annotated[str, typer.Argument(help="The training run.")],
     group: Annotated[str, typer.Option(help="Every channel of this group.")] = "",
+    as_json: AsJson = False,
     redis: RedisOption = "",
     settings: SettingsOption = None,
 ) -> None:
@@ -34,6 +36,9 @@ def history(
         fail(f"{run}: no history is kept of this run, or its checkpoints have left the stream")
     if group and group not in tracks:
         fail(f"--group {group}: expected one of {', '.join(tracks)}")
+    if as_json:
+        print_json({name: _facts(tracks[name]) for name in ([group] if group else tracks)})
+        return
     console.print(_of_group(group, tracks[group]) if group else _of_groups(tracks))
 
 
@@ -60,10 +65,19 @@ async def _groups(bus: Bus, run: str) -> tuple[PruningGroup, ...]:
     return ()
 
 
+def _facts(track: Track) -> dict[str, list[float]]:
+    """Of each channel, as :func:`_of_group` prints it."""
+    return {
+        "latest": track.latest.tolist(),
+        "average": track.ema.tolist(),
+        "trend": _relative(track.trend, track.ema).tolist(),
+        "stability": (1 / (1 + _relative(track.variance, track.ema**2))).tolist(),
+    }
+
+
 def _of_groups(tracks: dict[str, Track]) -> Table:
-    table = Table(
-        "group", "channels", "checkpoints", "rising", "falling", "steadiest", "least steady"
-    )
+    figures = ("channels", "checkpoints", "rising", "falling", "stability")
+    table = compact("group", *figures, figures=figures)
     for name, track in tracks.items():
         steady = 1 / (1 + _relative(track.variance, track.ema**2))
         table.add_row(
@@ -72,13 +86,14 @@ def _of_groups(tracks: dict[str, Track]) -> Table:
             str(int(track.count.max())),
             str(int((track.trend > 0).sum())),
             str(int((track.trend < 0).sum())),
-            f"{np.nanmin(steady):.2f} to {np.nanmax(steady):.2f}",
+            f"{np.nanmin(steady):.2f}..{np.nanmax(steady):.2f}",
         )
     return table
 
 
 def _of_group(name: str, track: Track) -> Table:
-    table = Table("channel", "latest", "average", "trend a checkpoint", "stability", title=name)
+    figures = ("channel", "latest", "average", "trend a checkpoint", "stability")
+    table = compact(*figures, figures=figures, title=name)
     trend = _relative(track.trend, track.ema)
     steady = 1 / (1 + _relative(track.variance, track.ema**2))
     for unit in np.argsort(track.ema):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -9,9 +10,9 @@ from typing import Annotated
 import typer
 import yaml
 
-from elesh.security import Keyring, new_key
+from elesh.security import KEY_ID, Keyring, new_key
 
-from .common import console
+from .common import console, fail
 
 keys = typer.Typer(no_args_is_help=True, help="Keys that sign what goes over the bus.")
 
@@ -31,6 +32,8 @@ def keys_new(
     ] = Kind.ED25519,
 ) -> None:
     """Print a fresh key as an entry of a keyring file; its secret is shown this once."""
+    if not re.fullmatch(KEY_ID, name):
+        fail(f"{name or 'an empty name'}: expected letters, digits, _, . and -, at most 64")
     entry = new_key("ed25519" if kind is Kind.ED25519 else "hmac-sha256", name)
     console.print(yaml.safe_dump([entry], sort_keys=False), end="", markup=False, soft_wrap=True)
 

@@ -11,7 +11,16 @@ import typer
 from elesh.bus import Bus
 from elesh.settings import Settings
 
-from .common import RedisOption, SettingsOption, console, fail, on_bus
+from .common import (
+    AsJson,
+    JsonLines,
+    RedisOption,
+    SettingsOption,
+    console,
+    fail,
+    on_bus,
+    print_json,
+)
 
 app = typer.Typer()
 
@@ -20,6 +29,7 @@ app = typer.Typer()
 def status(
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on until Ctrl-C.")] = False,
     every: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 2.0,
+    as_json: AsJson = False,
     redis: RedisOption = "",
     settings: SettingsOption = None,
 ) -> None:
@@ -27,6 +37,9 @@ def status(
     from rich.live import Live
 
     from elesh.overview import overview, overview_of
+
+    if watch and as_json:
+        fail("--watch draws on a terminal: --json is one look")
 
     async def follow(bus: Bus, _: Settings) -> None:
         with Live(overview(await overview_of(bus)), console=console, auto_refresh=False) as live:
@@ -36,7 +49,7 @@ def status(
 
     if not watch:
         seen = on_bus(redis, settings, lambda bus, _: overview_of(bus))
-        console.print(overview(seen))
+        print_json(seen.facts()) if as_json else console.print(overview(seen))
         return
     with contextlib.suppress(KeyboardInterrupt):
         on_bus(redis, settings, follow)
@@ -47,10 +60,9 @@ def trace(
     what: Annotated[
         str, typer.Argument(help="Key of a decision, a run, or a trace id; empty: the newest.")
     ] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a span.")] = False,
+    as_json: JsonLines = False,
 ) -> None:
     """Print the waterfall of a checkpoint's trace, from what this machine recorded of it."""
-    import json
     from dataclasses import asdict
 
     from elesh.observe.spanfile import find_trace
@@ -58,9 +70,9 @@ def trace(
 
     spans = find_trace(what)
     if not spans:
-        fail(f"{what or 'trace'}: nothing is recorded here (a collector may have it: see README)")
+        fail(f"{what or 'trace'}: nothing is recorded here; a collector may have it")
     if as_json:
         for span in spans:
-            typer.echo(json.dumps(asdict(span)))
+            print_json(asdict(span), line=True)
     else:
         print_trace(console, spans)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+
+from elesh.tables import compact
 
 from .common import console, fail
 
@@ -37,7 +39,8 @@ def profile(
     with console.status("measuring"):
         table = measure_latency(model, inputs, recorder.architecture, rounds=rounds)
     out.write_text(table.model_dump_json(indent=1))
-    shown = Table("layer", "microseconds", "at the smallest size", title=table.device)
+    figures = ("microseconds", "at the smallest size")
+    shown = compact("layer", *figures, figures=figures, title=table.device)
     for layer in sorted(table.layers, key=lambda layer: -layer.seconds[-1])[:20]:
         shown.add_row(
             layer.layer, f"{layer.seconds[-1] * 1e6:.1f}", f"{layer.seconds[0] * 1e6:.1f}"
@@ -50,6 +53,7 @@ def profile(
 
 def _built(target: str) -> Any:
     module, _, name = target.partition(":")
+    sys.path.insert(0, str(Path.cwd()))  # a program's own folder stands there, not the caller's
     try:
         return getattr(importlib.import_module(module), name)()
     except (ImportError, AttributeError, TypeError, ValueError) as error:

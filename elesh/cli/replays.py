@@ -12,12 +12,23 @@ from rich.markup import escape
 from elesh.bus import Bus
 from elesh.capture import open_case, versions
 from elesh.observe import setup_tracing
+from elesh.observe.spanfile import REPLAYS
 from elesh.replay import Replayed, Selection, count_selected, replay_case
 from elesh.replay import capture as capture_case
 from elesh.replay import replay as replay_events
 from elesh.settings import Settings
 
-from .common import RedisOption, SettingsOption, console, counting, fail, on_bus, working
+from .common import (
+    JsonLines,
+    RedisOption,
+    SettingsOption,
+    console,
+    counting,
+    fail,
+    on_bus,
+    print_json,
+    working,
+)
 
 app = typer.Typer()
 _SHOWN = 40
@@ -37,20 +48,21 @@ def replay(
             "--from", help="A file of elesh capture; its settings, unless others are given."
         ),
     ] = None,
+    as_json: JsonLines = False,
     redis: RedisOption = "",
     settings: SettingsOption = None,
 ) -> None:
     """Analyse recorded events again, publish nothing, and compare with what was decided."""
     if source is not None:
-        _replay_file(source, settings, diff)
+        _replay_file(source, settings, diff, as_json)
 
     async def run_all(bus: Bus, loaded: Settings) -> tuple[int, int]:
-        setup_tracing("elesh-replay", run or key or "all", loaded.observe)
+        setup_tracing(REPLAYS, run or key or "all", loaded.observe)
         selection = Selection(key, run, epoch)
         total, same = await count_selected(bus, selection), 0
         with counting("replayed", total) as advance:
             async for item in replay_events(bus, loaded, selection):
-                print_replayed(item, diff=diff)
+                _print(item, diff, as_json)
                 same += item.identical
                 advance()
         return total, same
@@ -58,17 +70,18 @@ def replay(
     total, same = on_bus(redis, settings, run_all)
     if not total:
         fail("nothing was selected that is still in the streams")
-    console.print(f"{same} of {total} bit-identical")
+    if not as_json:
+        console.print(f"{same} of {total} bit-identical")
     raise typer.Exit(0 if same == total else 1)
 
 
-def _replay_file(source: Path, settings: Path | None, diff: bool) -> None:
+def _replay_file(source: Path, settings: Path | None, diff: bool, as_json: bool) -> None:
     chosen = Settings.load(settings) if settings is not None else None
     with working("replaying"):
         item = asyncio.run(replay_case(source, chosen))
-    print_replayed(item, diff=diff)
+    _print(item, diff, as_json)
     now = versions()
-    for name, then in open_case(source).versions.items():
+    for name, then in {} if as_json else open_case(source).versions.items():
         if now.get(name) != then:
             console.print(f"  captured with {name} {then}, here {now.get(name, 'not installed')}")
     raise typer.Exit(0 if item.identical else 1)
@@ -87,6 +100,22 @@ def capture(
         fail(f"{key}: no event of this key is in the streams")
     what = "with its decision" if case.decision else "no decision is recorded"
     console.print(f"{file}: {file.stat().st_size} bytes, {what}; elesh replay --from {file}")
+
+
+def _print(item: Replayed, diff: bool, as_json: bool) -> None:
+    if not as_json:
+        print_replayed(item, diff=diff)
+        return
+    changed = None if item.settings is None else [change._asdict() for change in item.settings]
+    facts = {
+        "key": str(item.key),
+        "identical": item.identical,
+        "error": item.error,
+        "settings": changed,
+        "moved": item.moved,
+        "differences": [change._asdict() for change in item.differences],
+    }
+    print_json(facts, line=True)
 
 
 def print_replayed(item: Replayed, *, diff: bool) -> None:

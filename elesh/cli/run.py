@@ -88,7 +88,7 @@ def worker(
 def plan(
     parameters: Annotated[int, typer.Argument(min=1, help="Parameters of the network.")],
     seconds: Annotated[
-        float | None, typer.Option(help="The checkpoint window; default: the settings'.")
+        float | None, typer.Option(min=1e-3, help="The checkpoint window; default: the settings'.")
     ] = None,
     levels: Annotated[int, typer.Option(min=1, help="Levels of analysis.")] = 3,
     rate: Annotated[int, typer.Option(min=1, help="Parameters a second a worker.")] = 500_000,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 from rich.progress import Progress
-from rich.table import Table
 
 from elesh.settings import Settings
+from elesh.tables import compact
 
-from .common import RedisOption, SettingsOption, complaints, console, on_bus
+from .common import AsJson, RedisOption, SettingsOption, complaints, console, on_bus, print_json
 
 if TYPE_CHECKING:
     from elesh.analysis.accuracy import AccuracyCheck
@@ -31,7 +30,7 @@ def validate(
     units: Annotated[
         int, typer.Option(min=2, help="Channels of a group that are masked one by one, at most.")
     ] = 64,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
+    as_json: AsJson = False,
     redis: RedisOption = "",
 ) -> None:
     """Measure how accurate the importance of a saved checkpoint is; exit code 1 if a target is
@@ -51,7 +50,7 @@ def validate(
             told=lambda done, total: progress.update(task, completed=done, total=total),
         )
     if as_json:
-        console.print_json(json.dumps([asdict(c) | {"verdict": c.verdict} for c in checks]))
+        print_json([asdict(c) | {"verdict": c.verdict} for c in checks])
     else:
         _show(checks)
     if redis or loaded.bus.url:
@@ -67,10 +66,8 @@ def _show(checks: Sequence[AccuracyCheck]) -> None:
         for c in checks
     ]
     if console.is_terminal:
-        table = Table("target", "metric")
-        for column in ("measured", "wanted", "half split"):
-            table.add_column(column, justify="right")
-        table.add_column("verdict")
+        numbers = ("measured", "wanted", "half split")
+        table = compact("target", "metric", *numbers, "verdict", figures=numbers)
         for *cells, verdict in rows:
             table.add_row(*cells, f"[{_COLOURS[verdict]}]{verdict}[/]")
         console.print(table)

@@ -24,7 +24,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from elesh.bus import Bus, BusUnavailable
-from elesh.operating import reset_breaker, trip_breaker
+from elesh.operating import BREAKERS, reset_breaker, trip_breaker
 from elesh.replay import Replayed, Selection, replay
 from elesh.settings import Settings, SettingsError
 from leyline import ContractError, IdempotencyKey, Level
@@ -138,7 +138,7 @@ class Console:
         changes = list(reversed(history.transitions))
         return self._page(request, "fleet.html", fleet=await reader.fleet(), changes=changes,
                           runs=[run.run_id for run in history.recent()],
-                          levels=[level.value for level in Level])  # fmt: skip
+                          levels=[level.value for level in BREAKERS])  # fmt: skip
 
     async def dead(self, request: Request) -> Response:
         """Dead letters, newest first."""

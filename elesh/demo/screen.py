@@ -173,7 +173,8 @@ def _by_decision(report: Report) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE)
     table.padding = (0, 1, 0, 0)  # so that 80 columns are enough
     table.add_column("epoch", justify="right")
-    table.add_column("units\nkept", justify="right")
+    table.add_column("level", overflow="fold")
+    table.add_column("cut of\nproposed", justify="right")
     for name in ("rise:\npredicted", "\nworker", "\ntrainer"):
         table.add_column(name, justify="right")
     for name in ("drop:\nworker", "on other\nsamples", "\ntrainer"):
@@ -182,6 +183,7 @@ def _by_decision(report: Report) -> Table:
         drop = _figure(cut.trainer_accuracy_drop, ".2%")
         table.add_row(
             str(cut.epoch),
+            ", ".join(cut.levels),
             f"{cut.kept}/{cut.proposed}",
             _figure(cut.predicted_loss_rise, ".4f"),
             f"{cut.worker_loss_rise:.4f}",
@@ -207,7 +209,7 @@ def _by_outcome(report: Report) -> Table:
     counts: Counter[tuple[str, str]] = Counter()
     for decision in report.decisions:
         result = report.outcomes[decision.idempotency_key]
-        counts[(result.result, result.detail.partition(" (")[0])] += 1
+        counts[(result.result, _in_short(result.detail))] += 1
     for (outcome, reason), count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
         table.add_row(f"[{_COLOURS[outcome]}]{outcome}[/]", str(count), reason)
     if report.failed:
@@ -219,3 +221,10 @@ def _by_outcome(report: Report) -> Table:
     if report.missed:
         table.add_row("[yellow]not published[/]", str(report.missed), "the bus was away")
     return table
+
+
+def _in_short(detail: str) -> str:
+    """A reason without what is another one at every decision: figures and hashes."""
+    if detail.startswith("stale:"):
+        return "stale: another cut came first"
+    return detail.partition(" (")[0]

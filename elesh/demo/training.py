@@ -71,6 +71,8 @@ class Cut:
     """
 
     epoch: int
+    levels: tuple[Level, ...]
+    """Those that lose something."""
     proposed: int
     kept: int
     predicted_loss_rise: float | None
@@ -96,6 +98,7 @@ class Cut:
             return None
         return cls(
             epoch=decision.epoch,
+            levels=_levels_of(decision),
             proposed=found.proposed,
             kept=found.kept,
             predicted_loss_rise=found.predicted_loss_rise,
@@ -106,6 +109,11 @@ class Cut:
             high=found.accuracy_drop_interval.high,
             trainer_accuracy_drop=_difference(outcome.accuracy_before, outcome.accuracy_masked),
         )
+
+
+def _levels_of(decision: StructuralPruningDecision) -> tuple[Level, ...]:
+    loses = (decision.channels, decision.attention_heads, decision.layers)
+    return tuple(level for level, targets in zip(_LEVELS, loses, strict=True) if targets)
 
 
 def _difference(a: float | None, b: float | None) -> float | None:

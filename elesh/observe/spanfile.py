@@ -23,8 +23,10 @@ from elesh._process import state_folder
 
 from .logs import get_logger
 
-__all__ = ["RecordedSpan", "SpanFile", "find_trace", "read_spans"]
+__all__ = ["REPLAYS", "RecordedSpan", "SpanFile", "find_trace", "read_spans"]
 
+REPLAYS = "elesh-replay"
+"""The service that replays are recorded under."""
 _LEAST_OF_ID = 8
 _NAME, _OLD = "spans.jsonl", "spans.old.jsonl"
 _log = get_logger(__name__)
@@ -111,7 +113,8 @@ def read_spans(folder: Path | None = None, *, containing: str = "") -> Iterator[
 
 
 def find_trace(what: str = "", folder: Path | None = None) -> list[RecordedSpan]:
-    """The spans of one trace, by start: the newest that ``what`` stands in.
+    """The spans of one trace, by start: the newest that ``what`` stands in, a replay's only where
+    there is no other.
 
     Args:
         what: a decision's key, a run, a trace id or its first eight digits at least, or any
@@ -120,7 +123,12 @@ def find_trace(what: str = "", folder: Path | None = None) -> list[RecordedSpan]
     found = [span for span in read_spans(folder, containing=what) if _speaks_of(span, what)]
     if not found:
         return []
-    newest = max(found, key=lambda span: (_is_of(span, what), span.start)).trace
+    begun: dict[str, int] = {}
+    for span in found:
+        begun[span.trace] = min(span.start, begun.get(span.trace, span.start))
+    newest = max(
+        found, key=lambda span: (_is_of(span, what), not _is_replay(span), begun[span.trace])
+    ).trace
     spans = read_spans(folder, containing=newest)
     return sorted((s for s in spans if s.trace == newest), key=lambda s: (s.start, -s.end))
 
@@ -133,6 +141,10 @@ def _speaks_of(span: RecordedSpan, what: str) -> bool:
 def _is_of(span: RecordedSpan, what: str) -> bool:
     """Whether it is the key's own trace, and not one that only speaks of it, as a replay's."""
     return span.attributes.get("elesh.key") == what
+
+
+def _is_replay(span: RecordedSpan) -> bool:
+    return span.service == REPLAYS
 
 
 def _folder() -> Path:

@@ -4,7 +4,7 @@
 :mod:`.sealing` encrypts blobs for one architecture. Neither knows Redis; the bus calls them.
 """
 
-from .keyring import Key, Keyring, new_key
+from .keyring import KEY_ID, Key, Keyring, new_key
 from .sealing import is_sealed, seal, unseal
 
-__all__ = ["Key", "Keyring", "is_sealed", "new_key", "seal", "unseal"]
+__all__ = ["KEY_ID", "Key", "Keyring", "is_sealed", "new_key", "seal", "unseal"]

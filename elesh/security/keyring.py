@@ -37,7 +37,10 @@ from elesh.settings import SettingsError
 from leyline import BadSignature, NotAuthorized, Unsigned
 from leyline.errors import brief
 
-__all__ = ["Key", "Keyring", "new_key"]
+__all__ = ["KEY_ID", "Key", "Keyring", "new_key"]
+
+KEY_ID = r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$"
+"""What a key may be called."""
 
 _VERSION = b"v1"
 _DOMAIN = b"elesh-bus-v1"
@@ -49,7 +52,7 @@ class Key(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$")
+    id: str = Field(pattern=KEY_ID)
     kind: Literal["hmac-sha256", "ed25519"]
     secret: SecretStr | None = None
     """HMAC: the shared secret."""
