@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from leyline import CheckpointBundle, LayerPruningTarget, LayerStatistics
 
 from .plans import Target
-from .scores import set_removal
+from .sets import set_removal
 
 __all__ = ["Rise", "loss_rise", "with_rises"]
 

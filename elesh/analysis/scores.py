@@ -1,13 +1,13 @@
 """Scores of single units: the document's mix, magnitude, and what one removal alone would cost.
 
 Promises: pure functions of arrays, one value a unit, higher means more important. Sets of units
-are not ranked by these where output projections are there: see :mod:`elesh.analysis.orders`.
+are not ranked by these where output projections are there: see :mod:`elesh.analysis.orders`;
+what a set costs: :mod:`elesh.analysis.sets`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +26,6 @@ __all__ = [
     "fisher",
     "magnitude",
     "multi_metric",
-    "set_removal",
     "shares",
     "single_removal",
     "weights_at",
@@ -118,37 +117,6 @@ def fisher(gates: Sequence[GateStatistics]) -> Doubles:
     """
     rows = [np.asarray(gate.second_order, dtype=np.float64) for gate in gates]
     return 0.5 * np.concatenate(rows)
-
-
-def set_removal(
-    gates: Mapping[str, GateStatistics], units: Mapping[str, Sequence[int]]
-) -> tuple[float, float | None]:
-    """The predicted rise of the loss in nats a sample when all these units are removed together.
-
-    Where margins m are known, they move together: ``softplus(m - M) - softplus(m)``, M the sum of
-    the units' moves, and what single removals predict beyond their own move is added. Derivatives
-    promise too much of large cuts, as what runs through two removed units is counted twice; a
-    measured rise grows about like the logarithm (decision 0022), so that is what is returned of a
-    rise. Without margins: the sum of the single removals, far too low for sets.
-
-    Returns:
-        the rise, and its standard error over the samples where margins are known.
-    """
-    chosen = [(gates[name], np.asarray(lost, dtype=np.int64)) for name, lost in units.items()]
-    alone = sum(float(single_removal(gate)[lost].sum()) for gate, lost in chosen)
-    margins = chosen[0][0].margins if chosen else None
-    if margins is None or any(gate.moves is None for gate, _ in chosen):
-        return alone, None
-    m = np.asarray(margins, dtype=np.float64)
-    before, together, apart = np.logaddexp(0, m), np.zeros(len(m)), 0.0
-    for gate, lost in chosen:
-        moves = np.asarray(gate.moves, dtype=np.float64)[:, lost]
-        together += moves.sum(axis=1)
-        own = np.logaddexp(0, m[:, None] - moves) - before[:, None]
-        apart += float(own.mean(axis=0).sum())
-    rises = np.logaddexp(0, m - together) - before + (alone - apart)
-    rise, error = float(rises.mean()), float(rises.std()) / math.sqrt(len(m))
-    return (math.log1p(rise), error / (1 + rise)) if rise > 0 else (rise, error)
 
 
 def _side_by_side(groups: Sequence[ChannelImportanceData], metric: str) -> npt.NDArray[np.float32]:

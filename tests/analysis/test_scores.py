@@ -13,7 +13,6 @@ from elesh.analysis.scores import (
     Weights,
     magnitude,
     multi_metric,
-    set_removal,
     shares,
     single_removal,
     weights_at,
@@ -90,50 +89,3 @@ def test_the_single_removal_score_is_the_rise_of_a_quadratic_loss() -> None:
         second_order=floats([curvature]),
     )
     assert single_removal(gate)[0] == pytest.approx(loss(0) - loss(1))
-
-
-def with_margins(seed: int, units: int, samples: int = 64) -> GateStatistics:
-    rng = np.random.default_rng(seed)
-    moves = rng.standard_normal((samples, units)).astype(np.float16)
-    margins = (-3 + rng.standard_normal(samples)).astype(np.float32)
-    own = np.logaddexp(0, margins[:, None] - moves.astype(float))
-    return GateStatistics(
-        layer_name=f"g{seed}",
-        projections=np.ones((samples, units), np.float32),
-        first_order=np.zeros(units, np.float32),
-        second_order=np.zeros(units, np.float32),
-        removal_rise=floats((own - np.logaddexp(0, margins)[:, None]).mean(0) + 0.25),
-        moves=moves,
-        margins=margins,
-    )
-
-
-def test_margins_of_a_set_move_together_and_a_rise_grows_like_the_logarithm() -> None:
-    first, second = with_margins(1, 4), with_margins(2, 3)
-    second = second.model_copy(update={"margins": first.margins})
-    assert first.moves is not None
-    assert second.moves is not None
-    assert first.margins is not None
-    rise, error = set_removal({"a": first, "b": second}, {"a": [0, 2], "b": [1]})
-    moved = first.moves[:, [0, 2]].astype(float).sum(1) + second.moves[:, 1]
-    margins = first.margins.astype(float)
-    rises = np.logaddexp(0, margins - moved) - np.logaddexp(0, margins)
-    beyond = sum(
-        float(gate.removal_rise[u] if gate.removal_rise is not None else 0)
-        - float(np.mean(np.logaddexp(0, margins - gate.moves[:, u]) - np.logaddexp(0, margins)))
-        for gate, u in ((first, 0), (first, 2), (second, 1))
-        if gate.moves is not None
-    )
-    assert rise == pytest.approx(np.log1p(rises.mean() + beyond), rel=1e-4)
-    assert error == pytest.approx(rises.std() / 8 / (1 + rises.mean() + beyond), rel=1e-4)
-
-
-def test_a_set_of_one_is_a_single_removal_and_without_margins_a_set_is_their_sum() -> None:
-    gate = with_margins(3, 5)
-    assert gate.removal_rise is not None
-    alone, _ = set_removal({"a": gate}, {"a": [3]})
-    assert alone == pytest.approx(np.log1p(float(gate.removal_rise[3])), rel=1e-4)
-    plain = gate.model_copy(update={"moves": None, "margins": None})
-    rise, error = set_removal({"a": plain}, {"a": [0, 3]})
-    assert rise == pytest.approx(float(gate.removal_rise[[0, 3]].sum()), rel=1e-6)
-    assert error is None
