@@ -25,9 +25,9 @@ Batches = list[tuple[Tensor, Tensor]]
 _BATCH = 256
 HEADS = "-heads"
 """A net's name with this at its end: the same network, its attention heads the units."""
-_PEAK_RATE = {"vit": 3e-3}
+_PEAK_RATE = {"vit": 3e-3, "vit-deep": 3e-3}
 """Of the learning rate, where not 5e-3."""
-_PATIENCE = {"vit": 4}
+_PATIENCE = {"vit": 4, "vit-deep": 8}
 """How many times the epochs a net is trained for."""
 
 
