@@ -1,165 +1,31 @@
-"""Whole layers: what counts as one, mask is cut, counts are exact, undo is too, and the figures."""
+"""Whole layers: what counts as one, mask is cut, counts are exact, and undo is too."""
 
 from __future__ import annotations
 
 import copy
 import random
-from typing import Any
 
 import pytest
 import torch
+from layer_nets import (
+    REMOVABLE,
+    WITH_LAYERS,
+    GatedInline,
+    Residual,
+    conv,
+    made,
+    random_net,
+    removable,
+)
 from test_surgeon import OPTIMIZERS, everything, train
 from torch import Tensor, nn
-from trainer_nets import NETS, Vit, batches, build, close, example, same
+from trainer_nets import batches, close, example, same
 
 from elesh import analyze
 from elesh.demo.network import DigitsNet
 from elesh.settings import Settings
 from elesh.trainer import Evaluation, Recorder, Surgeon, apply_decision
-from leyline import InvalidField, LayerBlock, Level, PrunedArchitecture
-
-
-class Residual(nn.Module):
-    """``x + body(x)`` for any body."""
-
-    def __init__(self, *body: nn.Module) -> None:
-        super().__init__()
-        self.body = nn.Sequential(*body)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
-
-
-def conv(width: int) -> nn.Conv2d:
-    return nn.Conv2d(width, width, 3, padding=1)
-
-
-class Nested(nn.Module):
-    """Residual blocks in Sequentials, one around two others."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        inner = [Residual(conv(6), nn.ReLU(), conv(6)) for _ in range(2)]
-        self.net = nn.Sequential(
-            nn.Sequential(nn.Conv2d(3, 6, 3, padding=1)),
-            nn.Sequential(Residual(conv(6)), nn.Sequential(Residual(*inner, conv(6)))),
-        )
-        self.fc = nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.net(x).mean((2, 3)))
-
-
-class InPlaceBlock(nn.Module):
-    """Adds the way torchvision's ResNet does."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv, self.bn = conv(width), nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.bn(self.conv(x))
-        out += x
-        return self.relu(out)
-
-
-class InPlace(nn.Module):
-    """One such block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.block = nn.Conv2d(3, 6, 3, padding=1), InPlaceBlock(6)
-        self.fc = nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.block(self.stem(x)).mean((2, 3)))
-
-
-class Twice(nn.Module):
-    """One branch used twice, and one scaled by a bare parameter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.again, self.scaled = nn.Conv2d(3, 6, 3, padding=1), conv(6), conv(6)
-        self.gamma = nn.Parameter(torch.ones(6, 1, 1))
-        self.fc = nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = x + self.again(x)
-        x = torch.relu(x + self.again(x))
-        x = x + self.gamma * self.scaled(x)
-        return self.fc(x.mean((2, 3)))
-
-
-class Parallel(nn.Module):
-    """Attention and feed-forward side by side; torch's attention returns a tuple."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patch = nn.Conv2d(3, 16, 4, 4)
-        self.norm = nn.LayerNorm(16)
-        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
-        self.norm2 = nn.LayerNorm(16)
-        self.mlp = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16))
-        self.fc = nn.Linear(16, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.patch(x).flatten(2).transpose(1, 2)
-        y = self.norm(x)
-        x = x + self.attention(y, y, y, need_weights=False)[0]
-        x = x + self.mlp(self.norm2(x))
-        return self.fc(x.mean(1))
-
-
-class Encoder(nn.Module):
-    """PyTorch's own transformer layers, which have a fast path past their parts."""
-
-    def __init__(self, norm_first: bool = False) -> None:
-        super().__init__()
-        self.patch = nn.Conv2d(3, 16, 4, 4)
-        layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True, norm_first=norm_first)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.fc = nn.Linear(16, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.encoder(self.patch(x).flatten(2).transpose(1, 2)).mean(1))
-
-
-class PreNormEncoder(Encoder):
-    def __init__(self) -> None:
-        super().__init__(norm_first=True)
-
-
-OTHERS: dict[str, type[nn.Module]] = {
-    kind.__name__: kind for kind in (Nested, InPlace, Twice, Parallel, Encoder, PreNormEncoder)
-}
-REMOVABLE = {
-    "ResNet": ["blocks.0", "blocks.2"],
-    "Mobile": ["project"],
-    "Vit": ["blocks.0.attention", "blocks.0.mlp", "blocks.1.attention", "blocks.1.mlp"],
-    "Nested": ["net.1.0", "net.1.1.0.body.0", "net.1.1.0.body.1"],
-    "InPlace": ["block"],
-    "Parallel": ["attention", "mlp"],
-    "Encoder": [f"encoder.layers.{part}" for part in ("0.self_attn", "0", "1.self_attn", "1")],
-    "PreNormEncoder": [
-        f"encoder.layers.{n}.{part}" for n in (0, 1) for part in ("self_attn", "linear2")
-    ],
-    "Twice": [],
-} | {name: [] for name in ("Vgg", "Dense", "Shared", "Unet", "Gated")}
-WITH_LAYERS = [name for name, blocks in REMOVABLE.items() if blocks]
-
-
-def made(name: str, seed: int = 0) -> nn.Module:
-    if name in NETS:
-        return build(name, seed)
-    torch.manual_seed(seed)
-    return OTHERS[name]().eval()
-
-
-def removable(architecture: PrunedArchitecture) -> list[str]:
-    return [block.name for block in architecture.blocks if block.prunable and not block.removed]
+from leyline import InvalidField, Level, PrunedArchitecture
 
 
 def operate(
@@ -339,68 +205,6 @@ def test_what_cannot_be_removed_is_refused_by_name_and_nothing_changes() -> None
         surgeon.cut_layers(["blocks.0"])
 
 
-class PreActivation(nn.Module):
-    """Normalises and activates before each convolution; narrows in between."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(width), nn.Conv2d(width, width // 2, 1)
-        self.bn2, self.conv2 = nn.BatchNorm2d(width // 2), nn.Conv2d(width // 2, width, 3, 1, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(torch.relu(self.bn1(x)))
-        return x + self.conv2(torch.relu(self.bn2(y)))
-
-
-class Inverted(nn.Module):
-    """Widens, a depthwise convolution, dropout, and a projection back; the addition comes first."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.expand = nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.ReLU6())
-        self.depthwise = nn.Conv2d(2 * width, 2 * width, 3, 1, 1, groups=2 * width)
-        self.project = nn.Sequential(nn.Conv2d(2 * width, width, 1), nn.Dropout(0.1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.project(self.depthwise(self.expand(x))) + x
-
-
-class GatedInline(nn.Module):
-    """A gated unit whose halves are split in the block's own code."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.up, self.down = nn.Conv2d(width, 2 * width, 1), nn.Conv2d(width, width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        a, b = self.up(x).chunk(2, 1)
-        return torch.relu(x + self.down(a * torch.sigmoid(b)))
-
-
-def random_net(seed: int) -> nn.Module:
-    """Residual blocks of all kinds, some around others, with plain layers in between."""
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
-    width = 8
-
-    def piece(depth: int) -> nn.Module:
-        kinds = [
-            lambda: PreActivation(width),
-            lambda: Inverted(width),
-            lambda: InPlaceBlock(width),
-            lambda: GatedInline(width),
-            lambda: Residual(conv(width), nn.ReLU()),
-            lambda: nn.Sequential(conv(width), nn.ReLU()),
-        ]
-        if depth:
-            kinds.append(lambda: Residual(*[piece(depth - 1) for _ in range(2)], conv(width)))
-        return rng.choice(kinds)()
-
-    body = [piece(2) for _ in range(rng.randrange(3, 6))]
-    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5)]
-    return nn.Sequential(nn.Conv2d(3, width, 3, 1, 1), *body, *head).eval()
-
-
 @pytest.mark.parametrize("seed", range(16))
 def test_random_residual_networks_lose_random_layers_as_predicted(seed: int) -> None:
     model, rng = random_net(seed), random.Random(seed)
@@ -480,136 +284,6 @@ def test_a_gated_unit_written_into_its_block_cannot_go_and_says_why() -> None:
 
 
 # What is measured, against a gate that is really there.
-
-
-def gated(model: nn.Module, block: LayerBlock, samples: int) -> tuple[nn.Module, Tensor]:
-    """A copy whose branch is multiplied by a gate for each sample."""
-    twin, gates = copy.deepcopy(model), torch.ones(samples, requires_grad=True)
-
-    def scale(module: nn.Module, args: Any, output: Any) -> Any:
-        first = output[0] if isinstance(output, tuple) else output
-        scaled = first * gates.view(-1, *[1] * (first.ndim - 1))
-        return (scaled, *output[1:]) if isinstance(output, tuple) else scaled
-
-    twin.get_submodule(block.branch).register_forward_hook(scale)
-    return twin, gates
-
-
-@pytest.mark.parametrize("name", WITH_LAYERS)
-def test_gate_gradients_are_those_of_a_real_gate(name: str) -> None:
-    model = made(name)
-    recorder = Recorder(model, example())
-    bundle = recorder.measure(batches(1), epoch=1)
-    ((inputs, labels),) = batches(1)
-    assert list(bundle.layers) == REMOVABLE[name]
-    for block in REMOVABLE[name]:
-        twin, gates = gated(model, recorder.architecture.block[block], len(inputs))
-        loss = nn.functional.cross_entropy(twin(inputs), labels, reduction="sum")
-        (expected,) = torch.autograd.grad(loss, gates)
-        measured = bundle.layers[block]
-        scale = expected.abs().max().item()
-        assert measured.first_order[0] == pytest.approx(expected.mean().item(), abs=1e-4 * scale)
-        assert measured.taylor[0] == pytest.approx(expected.abs().mean().item(), rel=1e-3)
-
-
-class LastIsABlock(nn.Module):
-    """Nothing but a linear head follows the block: the outputs are linear in its gate."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 6, 3, padding=1)
-        self.block = Residual(conv(6), nn.ReLU(), conv(6))
-        self.fc = nn.Linear(6, 2, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.block(torch.relu(self.stem(x))).mean((2, 3)))
-
-
-def test_a_layers_predicted_rise_is_exact_where_outputs_are_linear_and_have_two_classes() -> None:
-    torch.manual_seed(1)
-    model = LastIsABlock().eval()
-    with torch.no_grad():
-        model.fc.weight.copy_(2 * torch.randn(2, 6))  # beyond where two orders hold
-    data = [(5 * x, y % 2) for x, y in batches()]
-    bundle = Recorder(model, example()).measure(data, epoch=1)
-
-    def losses() -> Tensor:
-        with torch.no_grad():
-            found = [nn.functional.cross_entropy(model(x), y, reduction="none") for x, y in data]
-        return torch.cat(found).double()
-
-    plain, surgeon = losses(), Surgeon(model, bundle.architecture)
-    surgeon.mask_layers(["block"])
-    rises = losses() - plain
-    measured = bundle.layers["block"]
-    assert measured.removal_rise is not None
-    assert measured.removal_error is not None
-    assert measured.removal_rise[0] == pytest.approx(rises.mean().item(), rel=1e-4)
-    error = rises.std(correction=0).item() / len(rises) ** 0.5
-    assert measured.removal_error[0] == pytest.approx(error, rel=1e-4)
-    second_order = 0.5 * measured.second_order[0] - measured.first_order[0]
-    assert abs(second_order - rises.mean().item()) > 1e-3
-
-
-def test_layers_have_no_predicted_rise_where_samples_have_no_margins() -> None:
-    recorder = Recorder(made("ResNet"), example(), loss=nn.functional.cross_entropy)
-    layers = recorder.measure(batches(1), epoch=1).layers.values()
-    assert [data.removal_rise for data in layers] == [None, None]
-    assert [data.removal_error for data in layers] == [None, None]
-
-
-def test_similarity_and_gradient_flow_are_those_of_the_stream() -> None:
-    model = made("Vit")
-    recorder = Recorder(model, example())
-    bundle = recorder.measure(batches(1), epoch=1)
-    ((inputs, labels),) = batches(1)
-    assert isinstance(model, Vit)
-    x = model.patch(inputs).flatten(2).transpose(1, 2)
-    x = torch.cat([model.cls.expand(len(x), -1, -1), x], 1) + model.pos
-    streams = [x]
-    for block in model.blocks:
-        streams.append(streams[-1] + block.attention(block.norm1(streams[-1])))
-        streams.append(streams[-1] + block.mlp(block.norm2(streams[-1])))
-    logits = model.fc(model.norm(streams[-1])[:, 0])
-    loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-    norms = [gradient.norm() for gradient in torch.autograd.grad(loss, streams)]
-    for number, block_name in enumerate(REMOVABLE["Vit"]):
-        before, after = streams[number], streams[number + 1]
-        cosine = nn.functional.cosine_similarity(before, after, dim=-1).mean().item()
-        low, high = sorted((norms[number].item(), norms[number + 1].item()))
-        measured = bundle.layers[block_name]
-        assert measured.similarity[0] == pytest.approx(cosine, abs=1e-5)
-        assert measured.gradient_flow[0] == pytest.approx(low / high, rel=1e-4)
-
-
-@pytest.mark.parametrize("name", ["ResNet", "Vit", "InPlace"])
-def test_measuring_leaves_no_hook_and_no_frozen_parameter(name: str) -> None:
-    model = made(name)
-    frozen = next(model.parameters()).requires_grad_(False)
-    recorder = Recorder(model, example())
-    recorder.measure(batches(1), epoch=1)
-    with pytest.raises(RuntimeError):
-        recorder.measure([(torch.zeros(2, 7), torch.zeros(2))], epoch=1)
-    for module in model.modules():
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
-    assert [p.requires_grad for p in model.parameters()] == [
-        p is not frozen for p in model.parameters()
-    ]
-
-
-def test_projections_do_not_depend_on_how_samples_are_batched() -> None:
-    model = made("Vit")
-    recorder = Recorder(model, example())
-    whole = [(torch.cat([x for x, _ in batches()]), torch.cat([y for _, y in batches()]))]
-    one, two = recorder.measure(batches(), epoch=1), recorder.measure(whole, epoch=1)
-    for block in REMOVABLE["Vit"]:
-        a, b = one.layers[block], two.layers[block]
-        for field in ("taylor", "gradient_flow", "similarity", "first_order"):
-            assert getattr(a, field)[0] == pytest.approx(getattr(b, field)[0], rel=1e-3, abs=1e-5)
-
-
-# From measurement to removal.
 
 
 def deep() -> nn.Module:

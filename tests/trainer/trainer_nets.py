@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from leyline import PrunedArchitecture
+from elesh.trainer import Recorder
+from leyline import CheckpointBundle, GateSite, PrunedArchitecture
 
 
 class Vgg(nn.Module):
@@ -261,3 +263,24 @@ def batches(count: int = 2, size: int = 6, seed: int = 3) -> list[tuple[Tensor, 
         (torch.randn(size, 3, 16, 16, generator=g), torch.randint(0, 5, (size,), generator=g))
         for _ in range(count)
     ]
+
+
+def measured(model: nn.Module, count: int = 2, **options: Any) -> CheckpointBundle:
+    """What a recorder measures of the first ``count`` batches."""
+    return Recorder(model, example(), **options).measure(batches(count), epoch=3)
+
+
+def activations(model: nn.Module, sites: tuple[GateSite, ...], x: Tensor) -> Iterator[Any]:
+    """The outputs; then, twice, the inputs of the sites' modules."""
+    found: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        found.append(args[0].clone())  # Modules that share an input get one each.
+        return (found[-1],)
+
+    handles = [model.get_submodule(s.module).register_forward_pre_hook(hook) for s in sites]
+    yield model(x)
+    for handle in handles:
+        handle.remove()
+    yield found
+    yield found
