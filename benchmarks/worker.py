@@ -1,11 +1,13 @@
 """What a whole worker spends on a checkpoint beside its analysis.
 
-    python -m benchmarks.worker --checkpoints 500 --rounds 3
+    python -m benchmarks.worker --checkpoints 500 --runs 64 --rounds 3
 
-The real worker on an embedded server, in this process, with an analysis that answers at once what
-was decided before: the rest is as ever, claim, signature, schema, admission, lease, log, telemetry,
-metrics, breaker, settlement. ``benchmarks.bus`` has the bus alone beside its peers, which do none
-of this. The fastest round counts, since others use this machine, too.
+The real worker on an embedded server, in this process, with a compute child that answers at once
+what was decided before: the rest is as ever, claim, signature, schema, admission, lease, blobs, the
+run's state, log, telemetry, metrics, breaker, settlement. Checkpoints of one run are served one
+after the other, those of different runs side by side: with ``--runs 1`` entry by entry.
+``benchmarks.bus`` has the bus alone beside its peers, which do none of this. The fastest round
+counts, since others use this machine, too.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ from elesh import analyze
 from elesh.bus import Bus, embedded_server
 from elesh.settings import BusSettings, Settings
 from elesh.worker import Worker
-from elesh.worker.admission import Work
-from elesh.worker.analysis import Analyst
-from leyline import CheckpointReady, Priority, StructuralPruningDecision
+from elesh.worker.compute import ComputeChild
+from elesh.worker.protocol import Job, Reply
+from leyline import CheckpointReady, Priority, encode
 from leyline.streams import CHECKPOINTS, DECISIONS
 
 from .fleet import checkpoint
@@ -32,7 +34,7 @@ from .fleet import checkpoint
 _WIDTH = 256
 
 
-async def served(url: str, partition: str, count: int) -> tuple[float, float]:
+async def served(url: str, partition: str, count: int, runs: int) -> tuple[float, float]:
     """Checkpoints a second from the first decision to the last, and those a CPU second."""
     settings = Settings(bus=BusSettings(partition=partition))
     bus = await Bus.connect(url, settings.bus)
@@ -40,16 +42,17 @@ async def served(url: str, partition: str, count: int) -> tuple[float, float]:
     decision = analyze(bundle, settings=settings)
     statistics = await bus.blobs.put(bundle.statistics_blob())
     for number in range(count + 1):
-        named = bundle.metadata.model_copy(update={"checkpoint_id": f"ck-{number}"})
+        names = {"checkpoint_id": f"ck-{number}", "run_id": f"run-{number % runs}"}
+        named = bundle.metadata.model_copy(update=names)
         event = CheckpointReady(
             metadata=named, architecture=bundle.architecture, statistics=statistics
         )
         await bus.publish(CHECKPOINTS, event, source="bench", priority=Priority.EMERGENCY)
 
-    async def known(_: Analyst, work: Work) -> StructuralPruningDecision:
-        return decision.model_copy(update={"idempotency_key": str(work.key)})
+    async def known(_: ComputeChild, job: Job, *, timeout: float) -> Reply:
+        return Reply(encode(decision.model_copy(update={"idempotency_key": job.key})))
 
-    with patch.object(Analyst, "decide", known):
+    with patch.object(ComputeChild, "run", known):
         worker = Worker(bus, settings, "w1")
         running = asyncio.create_task(worker.run())
         last, decided = "0", 0
@@ -70,12 +73,13 @@ def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoints", type=int, default=500)
+    parser.add_argument("--runs", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder, embedded_server(Path(folder)) as url:
         rounds = [
-            asyncio.run(served(url, f"bench-{number}", asked.checkpoints))
+            asyncio.run(served(url, f"bench-{number}", asked.checkpoints, asked.runs))
             for number in range(asked.rounds)
         ]
     wall, cpu = (max(rates) for rates in zip(*rounds, strict=True))

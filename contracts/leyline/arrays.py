@@ -124,10 +124,11 @@ def _header(view: memoryview, field: str) -> tuple[dict[str, Any], memoryview]:
     if len(view) < 8:
         raise Malformed(field, "a safetensors blob of at least 8 bytes", f"{len(view)} bytes")
     (length,) = struct.unpack("<Q", view[:8])
-    if length > MAX_HEADER_BYTES:
-        raise TooLarge(f"{field}.header", f"at most {MAX_HEADER_BYTES} bytes", length)
+    # A length that the blob cannot hold is no large header: these are other bytes, or cut short.
     if length > len(view) - 8:
         raise Malformed(f"{field}.header", f"{length} bytes", f"{len(view) - 8} bytes (truncated)")
+    if length > MAX_HEADER_BYTES:
+        raise TooLarge(f"{field}.header", f"at most {MAX_HEADER_BYTES} bytes", length)
     try:
         text = str(view[8 : 8 + length], "utf-8")
         header = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, field))

@@ -317,6 +317,9 @@ class RolledBackCut(Message):
     """Groups with the units that went, in original numbering; a layer has no units."""
     scores: tuple[Finite, ...] = ()
     """The importance of each of them at the time, in that order."""
+    scorers: tuple[tuple[Level, Scorer], ...] = Field(default=(), exclude_if=operator.not_)
+    """What ranked the units of each level: only scores of the same one are compared. Empty: not
+    known."""
     shift: NonNegative | None = None
     """The predicted shift at the time, where known."""
     shift_error: NonNegative | None = None

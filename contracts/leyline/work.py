@@ -6,6 +6,7 @@ the plan's record, not in every part.
 
 from __future__ import annotations
 
+import operator
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -52,6 +53,8 @@ class ItemResult(Message):
     """Claim check of the same, where it is large."""
     failed: Text = ""
     """Why there is none: the join goes on without and names the gap."""
+    code: Label = Field(default="", exclude_if=operator.not_)
+    """The class of that error."""
     fallbacks: tuple[Fallback, ...] = ()
     """Rungs of the failure table that were taken on the way to no analysis."""
 

@@ -109,7 +109,8 @@ class PlanStore:
         for item in items:
             entry = entry_fields(self._framed(item, plan.key, item.name), plan.carrier)
             args += [len(entry), *entry]
-        keys = [self._groups.entry(delivery)[0], self._plan(plan.key), *self._shared]
+        known = [self._plan(plan.key), self._keys.named("record", plan.key)]
+        keys = [self._groups.entry(delivery)[0], *known, *self._shared]
         return Planned(await self._scripts.plan(keys, args))
 
     async def load(self, key: str) -> Plan | None:

@@ -8,19 +8,22 @@ names it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from leyline import (
     AttentionHeadTarget,
     ChannelPruningTarget,
     GateResult,
     LayerPruningTarget,
+    Level,
     Outcome,
     PruningOutcome,
     RolledBackCut,
     StructuralPruningDecision,
     stable_hash,
 )
+from leyline.parameters import Scorer
 
 __all__ = [
     "ROLLED_BACK",
@@ -42,6 +45,13 @@ Unit = tuple[str, int]
 """A group and a unit of it in original numbering; a layer is the one unit -1 of its name."""
 
 
+class _Score(NamedTuple):
+    """What spoke for a unit, and the level whose scorer said so."""
+
+    value: float
+    level: Level
+
+
 def rolled_back_cut(decision: StructuralPruningDecision, outcome: PruningOutcome) -> RolledBackCut:
     """What is remembered of a decision whose cut (or mask) the trainer took back."""
     scores = _scores(decision)
@@ -55,7 +65,8 @@ def rolled_back_cut(decision: StructuralPruningDecision, outcome: PruningOutcome
         units=tuple(
             (name, () if tuple(units) == layer else tuple(units)) for name, units in groups.items()
         ),
-        scores=tuple(scores.values()),
+        scores=tuple(score.value for score in scores.values()),
+        scorers=tuple(_scorers(decision).items()),
         shift=decision.statistics.predicted_shift,
         shift_error=decision.statistics.predicted_shift_error,
         detail=outcome.detail,
@@ -77,7 +88,7 @@ def proposed_again(
 ) -> tuple[RolledBackCut, ...]:
     """The cuts of which all units are proposed again, while neither the predicted shift (of just
     the same set: beyond two standard errors) nor any of the units' scores (by more than a tenth of
-    the largest) has changed."""
+    the largest) has changed. Scores of another scorer are no evidence of a change."""
     proposed = _scores(decision)
     return tuple(cut for cut in cuts if _is_proposed(cut, proposed, decision))
 
@@ -128,7 +139,14 @@ def _told(cut: RolledBackCut) -> str:
     )
 
 
-def _scores(decision: StructuralPruningDecision) -> dict[Unit, float]:
+def _scorers(decision: StructuralPruningDecision) -> dict[Level, Scorer]:
+    """What ranked the units of each level."""
+    if not decision.levels:
+        return {decision.key.level: decision.statistics.scorer}
+    return {part.level: part.statistics.scorer for part in decision.levels if part.statistics}
+
+
+def _scores(decision: StructuralPruningDecision) -> dict[Unit, _Score]:
     """The units that a decision removes, each with the score that spoke for it."""
     targets: tuple[Target, ...] = (
         *decision.channels,
@@ -139,21 +157,22 @@ def _scores(decision: StructuralPruningDecision) -> dict[Unit, float]:
     return dict(sorted(found.items()))
 
 
-def _scores_of(target: Target) -> Mapping[Unit, float]:
+def _scores_of(target: Target) -> Mapping[Unit, _Score]:
     name = target.layer_name
     if isinstance(target, LayerPruningTarget):
-        return {(name, -1): target.importance}
+        return {(name, -1): _Score(target.importance, Level.LAYER)}
     if isinstance(target, ChannelPruningTarget):
-        scores: Iterable[float] = target.importance
+        level, scores = Level.CHANNEL, list(target.importance)
     else:
-        every = target.head_importance
+        level, every = Level.HEAD, target.head_importance
         scores = [every[head] if head < len(every) else 0.0 for head in target.head_indices]
     originals = target.original_indices or target.indices
-    return {(name, unit): score for unit, score in zip(originals, scores, strict=True)}
+    values = zip(originals, scores, strict=True)
+    return {(name, unit): _Score(score, level) for unit, score in values}
 
 
 def _is_proposed(
-    cut: RolledBackCut, proposed: Mapping[Unit, float], decision: StructuralPruningDecision
+    cut: RolledBackCut, proposed: Mapping[Unit, _Score], decision: StructuralPruningDecision
 ) -> bool:
     """Whether all units of a cut are proposed again for the same evidence."""
     units = units_of(cut)
@@ -161,12 +180,25 @@ def _is_proposed(
         return False
     if len(units) == len(proposed) and _shift_changed(cut, decision):
         return False
-    largest = max(map(abs, cut.scores), default=0.0)
-    moved = (
-        abs(proposed[unit] - score) > _TOLERANCE * largest
-        for unit, score in zip(units, cut.scores, strict=False)
-    )
-    return not any(moved)
+    then, now = dict(cut.scorers), _scorers(decision)
+    largest = _largest(cut, units, proposed)
+    for unit, score in zip(units, cut.scores, strict=False):
+        value, level = proposed[unit]
+        alike = then.get(level, now.get(level)) == now.get(level)
+        if alike and abs(value - score) > _TOLERANCE * largest[level]:
+            return False
+    return True
+
+
+def _largest(
+    cut: RolledBackCut, units: Sequence[Unit], proposed: Mapping[Unit, _Score]
+) -> dict[Level, float]:
+    """By level the largest of a cut's scores: every level has a scale of its own."""
+    largest: dict[Level, float] = {}
+    for unit, score in zip(units, cut.scores, strict=False):
+        level = proposed[unit].level
+        largest[level] = max(largest.get(level, 0.0), abs(score))
+    return largest
 
 
 def _shift_changed(cut: RolledBackCut, decision: StructuralPruningDecision) -> bool:

@@ -1,14 +1,17 @@
 """From admitted work to results: fetch, ask the child, climb the ladder of the failure table.
 
-What still fails after the last rung is a named error. A checkpoint whose parts come one after
-another is fetched once.
+What still fails after the last rung is a named error. Several entries may be here at once, each of
+a key of its own: their blobs are fetched side by side, the child takes one after the other. A
+checkpoint whose parts come one after another is fetched once.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -35,6 +38,7 @@ from .ladder import rung_for, time_for
 from .protocol import ANALYSES, DOCUMENT, MEASURED, Job, Kind, Reply
 from .pulse import Finding
 from .reports import Reports
+from .turns import Pace, Turns
 
 __all__ = ["Analyst"]
 
@@ -50,8 +54,9 @@ class Analyst:
         self._bus = bus
         self._settings = settings
         self._reports = reports
-        self._folder = spool / "checkpoint"
-        self._fetched = ""
+        self._spool = spool / "checkpoints"
+        self._used: Counter[Path] = Counter()
+        self._settings_json = settings.model_dump_json()
         self._history = bus.history(
             settings.importance_history_epochs, int(settings.analysis_cache_size)
         )
@@ -59,11 +64,19 @@ class Analyst:
         preload = settings.worker.preload and not self._untrusted
         self._child = ComputeChild(settings.worker.memory_limit, spool, preload=preload)
         self._keeping: asyncio.Task[None] | None = None
+        self._waiting: set[str] = set()
+        self._doing = ""
+        self.pace = Pace(settings.worker.prefetch)
+        self.turns = Turns(lambda: self.pace.long)
+        """Of the child, and of whatever else comes in turn."""
 
-    @property
-    def begun(self) -> bool:
-        """Whether an analysis is under way in the child."""
-        return self._child.busy
+    def begun(self, key: str) -> bool:
+        """Whether the analysis of ``key`` is under way in the child."""
+        return bool(key) and self._doing == key
+
+    def waits(self, key: str) -> bool:
+        """Whether the analysis of ``key`` waits for the child."""
+        return key in self._waiting
 
     def look(self) -> Finding:
         """How the compute child is."""
@@ -86,21 +99,35 @@ class Analyst:
 
         Raises:
             ChildFailure: if it gave no reply within ``timeout`` seconds.
+            Busy: if another job in it takes long.
         """
-        return await self._child.run(job, timeout=timeout)
+        async with self._turn(job):
+            return await self._child.run(job, timeout=timeout)
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, job: Job) -> AsyncIterator[None]:
+        """Have the child for one analysis, on however many rungs."""
+        self._waiting.add(job.key)
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(self.turns.of("child"))
+            finally:
+                self._waiting.discard(job.key)
+            self._doing = job.key
+            stack.callback(setattr, self, "_doing", "")
+            stack.enter_context(self.pace.analysing())
+            yield
 
     async def decide(self, work: Work) -> StructuralPruningDecision:
         """The decision on all levels of ``work``.
 
         Raises:
             ContractError: if blobs or statistics are not sound, or the analysis failed for good.
+            Busy: if another analysis takes long here.
         """
-        try:
-            await self._fetch(work)
-            job = await self._with_run(self._job("decide", work, work.levels), work)
+        async with self._fetched(work) as folder:
+            job = await self._with_run(self._job("decide", work, work.levels, folder), work)
             return await self._result(StructuralPruningDecision, work, job)
-        finally:
-            self._forget()
 
     async def analyse(
         self, work: Work, level: Level, groups: tuple[str, ...] = ()
@@ -110,9 +137,9 @@ class Analyst:
         Raises:
             ContractError: as :meth:`decide` does.
         """
-        await self._fetch(work, network=False)
-        job = replace(self._job("level", work, (level,)), shard=groups)
-        return await self._result(LevelAnalysis, work, job)
+        async with self._fetched(work, network=False, keep=True) as folder:
+            job = replace(self._job("level", work, (level,), folder), shard=groups)
+            return await self._result(LevelAnalysis, work, job)
 
     async def join(
         self, work: Work, analyses: Sequence[bytes], missing: Mapping[Level, str]
@@ -123,49 +150,67 @@ class Analyst:
         Raises:
             ContractError: as :meth:`decide` does.
         """
-        try:
-            await self._fetch(work)
-            folder = self._folder / ANALYSES
-            folder.mkdir(exist_ok=True)
+        async with self._fetched(work) as folder:
+            parts = folder / ANALYSES
+            parts.mkdir(exist_ok=True)
             for number, data in enumerate(analyses):
-                (folder / f"{number}.msgpack").write_bytes(data)
-            job = await self._with_run(self._job("join", work, work.levels), work)
+                (parts / f"{number}.msgpack").write_bytes(data)
+            job = await self._with_run(self._job("join", work, work.levels, folder), work)
             gaps = tuple((str(level), reason) for level, reason in missing.items())
             job = replace(job, missing=gaps)
             return await self._result(StructuralPruningDecision, work, job)
-        finally:
-            self._forget()
 
-    async def _fetch(self, work: Work, *, network: bool = True) -> None:
-        """Have the blobs in the spool folder; what is there already is not fetched again."""
-        network = network and not self._untrusted
-        if self._fetched != work.fingerprint:
-            self._forget()
-            self._folder.mkdir(parents=True)
-            (self._folder / DOCUMENT).write_bytes(encode(work.document))
-            self._fetched = work.fingerprint
+    @contextlib.asynccontextmanager
+    async def _fetched(
+        self, work: Work, *, network: bool = True, keep: bool = False
+    ) -> AsyncIterator[Path]:
+        """The folder with the document and the blobs of ``work``.
+
+        Args:
+            network: with the blobs of the network, where networks are run at all.
+            keep: leave it for the next part, until another checkpoint is fetched.
+        """
+        folder = self._spool / work.fingerprint[:32]
+        for other in [
+            known for known, users in self._used.items() if known != folder and not users
+        ]:
+            self._forget(other)
+        self._used[folder] += 1
+        try:
+            await self._fetch(work, folder, network=network and not self._untrusted)
+            yield folder
+        finally:
+            self._used[folder] -= 1
+            if not keep:
+                self._forget(folder)
+
+    async def _fetch(self, work: Work, folder: Path, *, network: bool) -> None:
+        """Have the blobs in the folder; what is there already is not fetched again."""
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            (folder / DOCUMENT).write_bytes(encode(work.document))
         wanted = {
             name: ref
             for name, ref in work.blobs.items()
-            if not (self._folder / name).exists() and (network or name not in _NETWORK)
+            if not (folder / name).exists() and (network or name not in _NETWORK)
         }
         size = sum(ref.size for ref in wanted.values())
         with span("fetch blobs", attributes={"elesh.blob_bytes": size}):
             for name, ref in wanted.items():
-                await self._bus.blobs.fetch(ref, self._folder / name)
+                await self._bus.blobs.fetch(ref, folder / name)
         self._reports.status.fetched(size)
         self._reports.step("fetched", work, figures={"bytes": size})
 
-    def _forget(self) -> None:
-        self._fetched = ""
-        shutil.rmtree(self._folder, ignore_errors=True)
+    def _forget(self, folder: Path) -> None:
+        self._used.pop(folder, None)
+        shutil.rmtree(folder, ignore_errors=True)
 
-    def _job(self, kind: Kind, work: Work, levels: Sequence[Level]) -> Job:
+    def _job(self, kind: Kind, work: Work, levels: Sequence[Level], folder: Path) -> Job:
         return Job(
             kind=kind,
-            folder=str(self._folder),
+            folder=str(folder),
             key=str(work.key),
-            settings=self._settings.model_dump_json(),
+            settings=self._settings_json,
             levels=tuple(levels),
             threads=self._settings.threads,
             unmeasured=self._untrusted if work.network else "",
@@ -174,11 +219,13 @@ class Analyst:
     async def _with_run(self, job: Job, work: Work) -> Job:
         """The job with the state of its levels' breakers, which admit at most one probe, with what
         the run's trainer took back before, and how far its predictions were off."""
-        admit = self._bus.breakers.admit
-        views = await asyncio.gather(*(admit(work.run_id, level) for level in job.asked_levels))
+        run, runs, admit = work.run_id, self._bus.runs, self._bus.breakers.admit
+        views, cuts, would_be = await asyncio.gather(
+            asyncio.gather(*(admit(run, level) for level in job.asked_levels)),
+            runs.taken_back(run),
+            runs.would_be(run),
+        )
         states = [(v.state if v.admitted else "open", v.failures, v.reason) for v in views]
-        cuts = await self._bus.runs.taken_back(work.run_id)
-        would_be = await self._bus.runs.would_be(work.run_id)
         factor = calibrated(would_be, self._settings.verification)
         return replace(
             job,
@@ -191,7 +238,8 @@ class Analyst:
         """What the child answers, however many rungs down."""
         what = "join" if job.kind == "join" else f"analyse {', '.join(job.levels)}"
         with span(what, attributes={"elesh.key": job.key}) as current:
-            reply = await self._climb(work, job)
+            async with self._turn(job):
+                reply = await self._climb(work, job)
             record_stages(reply.stages)
             if reply.failed is not None:
                 raise reply.failed.error
@@ -201,12 +249,11 @@ class Analyst:
             for taken in decision.fallbacks:
                 current.add_event("fallback", {"rung": taken.rung, "reason": taken.reason})
         self._reports.analysed(work, decision, _metrics(work, job, decision, reply))
-        await self._remember(work)
+        await self._remember(work, Path(job.folder) / MEASURED)
         return result
 
-    async def _remember(self, work: Work) -> None:
+    async def _remember(self, work: Work, path: Path) -> None:
         """Keep what was measured in the run's history; losing it costs history, nothing else."""
-        path = self._folder / MEASURED
         if not path.exists():
             return
         kept = await self._history.remember(

@@ -31,6 +31,7 @@ from leyline.streams import WORKERS
 
 from .admission import Work, admit
 from .analysis import Analyst
+from .ladder import CORRUPT
 from .reports import Reports
 from .settlement import Clerk, conflict
 from .shards import groups_of, level_of
@@ -95,7 +96,7 @@ class FanOut:
             groups = groups_of(work.document.architecture, item)
             result = await self._stored(await self._analyst.analyse(work, item.level, groups))
         except ContractError as error:
-            result = ItemResult(failed=str(error)[:8192])
+            result = ItemResult(failed=str(error)[:8192], code=error.code)
             self._reports.status.gave_up(item.level)
             self._reports.step("failed", work, key=work.key.at(item.level), detail=str(error))
         stored = await self._bus.plans.store(WORKERS, self._worker_id, delivery, item, result)
@@ -123,8 +124,7 @@ class FanOut:
             }
             missing = _gaps(plan, results)
             if not analyses:
-                gaps = "; ".join(f"{level}: {reason}" for level, reason in missing.items())
-                raise AnalysisFailed(f"analysis of {item.plan}", "at least one level", gaps)
+                raise _nothing(plan, results, missing)
             decision = await self._analyst.join(work, tuple(analyses.values()), missing)
         except ContractError as error:
             await self._clerk.fail(_of_checkpoint(delivery, plan), work, error, served)
@@ -176,6 +176,18 @@ def _of_checkpoint(delivery: Delivery, plan: Plan) -> Delivery:
     context = {name.encode(): value.encode() for name, value in plan.carrier.items()}
     history = {name: value for name, value in delivery.fields.items() if name == b"history"}
     return replace(delivery, fields=known | context | history)
+
+
+def _nothing(
+    plan: Plan, results: Mapping[str, ItemResult], missing: Mapping[Level, str]
+) -> ContractError:
+    """Why no level has an analysis: the data, if it is corrupt for all of them."""
+    gaps = "; ".join(f"{level}: {reason}" for level, reason in missing.items())
+    codes = {results[part].code if part in results else "" for part in plan.items}
+    for kind in CORRUPT:
+        if kind.code in codes and codes <= {each.code for each in CORRUPT}:
+            return kind(f"analysis of {plan.key}", "sound data of at least one level", gaps)
+    return AnalysisFailed(f"analysis of {plan.key}", "at least one level", gaps)
 
 
 def _gaps(plan: Plan, results: Mapping[str, ItemResult]) -> dict[Level, str]:

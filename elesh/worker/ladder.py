@@ -64,7 +64,8 @@ _RUNGS: Mapping[type[ChildFailure], str] = {
 }
 REPLAYED = frozenset(_RUNGS.values())
 """The rungs that a replay takes from the record; the analysis takes the others by itself."""
-_CORRUPT = (DigestMismatch, Malformed, NotFinite, ShapeMismatch)
+CORRUPT: tuple[type[ContractError], ...] = (DigestMismatch, Malformed, NotFinite, ShapeMismatch)
+"""What says that a checkpoint's data is broken."""
 _EXTRA = 0.25
 """Basic scoring after a timeout may take this share of the window, on top of it."""
 
@@ -122,7 +123,7 @@ def time_for(rung: str, window: float, elapsed: float) -> float:
 
 def is_corruption(error: ContractError) -> bool:
     """Whether ``error`` says that the checkpoint's data is broken (and not, say, gone)."""
-    return isinstance(error, _CORRUPT)
+    return isinstance(error, CORRUPT)
 
 
 def stand_in(

@@ -61,7 +61,7 @@ class ParameterExecutor:
         self._settings = settings
         self._worker_id = worker_id
         self._analyst = analyst
-        self._folder = spool / "parameters"
+        self._spool = spool / "parameters"
 
     async def serve(self, delivery: Delivery, request: AnalysisRequest) -> None:
         """Fetch, merge, mark, report, settle.
@@ -77,35 +77,36 @@ class ParameterExecutor:
             _require_same(key, content, record.fingerprint)
             await self._bus.acknowledge(WORKERS, self._worker_id, delivery)
             return
+        folder = self._spool / content[:32]
         try:
             with span("mark parameters", attributes={"elesh.key": str(key)}):
-                await self._fetch(request)
-                masks, report = await self._marked(key, request)
+                await self._fetch(request, folder)
+                masks, report = await self._marked(key, request, folder)
             await self._publish(delivery, request, report)
             await self._settle(delivery, request, key, content, masks)
         finally:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
-    async def _fetch(self, request: AnalysisRequest) -> None:
+    async def _fetch(self, request: AnalysisRequest, folder: Path) -> None:
         """Have every rank's importance in the spool folder, its blobs verified."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / REQUEST).write_bytes(encode(request))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / REQUEST).write_bytes(encode(request))
         for number, ref in enumerate((request.importance, *request.ranks)):
             data = await self._bus.blobs.get(ref)
             importance = decode(ImportanceData, data, field=f"importance of rank {number}")
             _require_of(request, importance, number)
-            files = rank_files(self._folder, number)
+            files = rank_files(folder, number)
             files.importance.write_bytes(data)
             await self._bus.blobs.fetch(importance.sketches, files.sketches)
             if importance.samples is not None:
                 await self._bus.blobs.fetch(importance.samples, files.samples)
 
     async def _marked(
-        self, key: IdempotencyKey, request: AnalysisRequest
+        self, key: IdempotencyKey, request: AnalysisRequest, folder: Path
     ) -> tuple[PruningMasks, AnalysisReport]:
         job = Job(
             kind="parameters",
-            folder=str(self._folder),
+            folder=str(folder),
             key=str(key),
             settings=self._settings.model_dump_json(),
             levels=(Level.PARAMETER,),
@@ -123,7 +124,7 @@ class ParameterExecutor:
         parts: Sequence[bytes] = msgpack.unpackb(reply.result)
         masks = decode(PruningMasks, parts[0], field=f"masks of {key}")
         if masks.packed is not None:
-            blob = await self._put(self._folder / MASKS)
+            blob = await self._put(folder / MASKS)
             masks = masks.model_copy(update={"packed": blob})
         return masks, decode(AnalysisReport, parts[1], field=f"report of {key}")
 

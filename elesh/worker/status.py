@@ -45,8 +45,6 @@ class Status:
     condition: Condition = field(default_factory=Condition)
     health_url: str = ""
     doing: Doing = "starting"
-    key: str = ""
-    since: float = 0.0
     completed: int = 0
     failed: int = 0
     fallbacks: int = 0
@@ -58,7 +56,8 @@ class Status:
     """Of the last analyses."""
 
     def __post_init__(self) -> None:
-        self.started, self._stream = self.clock(), ""
+        self.started = self.clock()
+        self._in_hand: dict[tuple[str, str], tuple[str, float]] = {}
 
     def announce(self) -> None:
         """Begin the counters that rates are taken of: the first event must find them at zero."""
@@ -76,21 +75,25 @@ class Status:
         """It takes no new work."""
         self.doing = "draining"
 
-    def began(self, key: str, stream: str) -> None:
-        """It works on an entry of ``stream``."""
-        self.key, self.since, self._stream = key, self.clock(), stream
+    def began(self, key: str, origin: tuple[str, str]) -> None:
+        """It works on an entry, which belongs to the decision of ``key``."""
+        self._in_hand[origin] = key, self.clock()
         if self.doing != "draining":
             self.doing = "busy"
 
-    def ended(self) -> None:
-        """It has nothing in hand."""
-        if self.key:
-            seconds = self.clock() - self.since
-            labels = {"messaging.system": "redis", "messaging.destination.name": self._stream}
-            metrics.PROCESS_SECONDS.record(seconds, labels)
-        self.key, self.since = "", 0.0
-        if self.doing == "busy":
+    def ended(self, origin: tuple[str, str]) -> None:
+        """It has nothing to do with an entry any more."""
+        _, since = self._in_hand.pop(origin, ("", None))
+        if since is not None:
+            labels = {"messaging.system": "redis", "messaging.destination.name": origin[0]}
+            metrics.PROCESS_SECONDS.record(self.clock() - since, labels)
+        if self.doing == "busy" and not self._in_hand:
             self.doing = "idle"
+
+    @property
+    def longest(self) -> tuple[str, float]:
+        """What it has in hand for the longest time: the key of its decision, and since when."""
+        return next(iter(self._in_hand.values()), ("", 0.0))
 
     def fetched(self, size: int) -> None:
         """Blobs were read."""
@@ -163,6 +166,7 @@ class Status:
 
     def state(self) -> WorkerState:
         """What the register and the health page say of it."""
+        key, since = self.longest
         return WorkerState(
             worker_id=self.worker_id,
             host=socket.gethostname(),
@@ -173,8 +177,8 @@ class Status:
             child=self.condition.child,
             ready=self.condition.ready,
             why=self.condition.why,
-            key=self.key,
-            since=self.since,
+            key=key,
+            since=since,
             health_url=self.health_url,
             completed=self.completed,
             failed=self.failed,

@@ -1,5 +1,9 @@
 """The supervisor: claim, admit, run, settle.
 
+Several entries may be in hand at once, each in a task of its own; the compute child takes one
+analysis after the other. How many it is worth to have in hand, and who waits for whom, is in
+:mod:`.turns`.
+
 Promises: every entry that a worker claims ends settled, as a duplicate, or as a dead letter with
 its original bytes and the reason, or it goes round again for another worker; one decision for each
 key; leases are renewed while the child computes and while draining; SIGTERM finishes what was begun
@@ -17,8 +21,8 @@ import signal
 import socket
 import tempfile
 import time
-from collections import deque
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -41,6 +45,7 @@ from .reports import Reports
 from .settlement import Clerk
 from .shards import parts_of
 from .sweeps import Sweeps
+from .turns import LONG_SECONDS, Busy
 
 __all__ = ["GROUP", "STREAMS", "Worker", "serve"]
 
@@ -48,8 +53,12 @@ GROUP = WORKERS
 STREAMS = (REDELIVERIES, WORK, OUTCOMES, REQUESTS, CHECKPOINTS)
 """What was begun goes before what is new; outcomes and new work take turns."""
 _BLOCK_SECONDS = 5.0
+_MANY = 16
+"""Outcomes that are taken at once beside a long analysis."""
 _BEGIN_SECONDS = 1.0
 """What has not begun so long after SIGTERM is handed over."""
+_LOOK_SECONDS = 1.0
+"""Between looks for trainers' outcomes while a long analysis is under way."""
 _RETRY_SECONDS, _LONGEST_RETRY = 1.0, 60.0
 _log = get_logger(__name__)
 
@@ -59,8 +68,18 @@ def worker_name() -> str:
     return f"{socket.gethostname()}-{secrets.token_hex(4)}"
 
 
+@dataclass(eq=False)
+class _InHand:
+    """An entry that is being served."""
+
+    delivery: Delivery
+    key: str = ""
+    """Of the decision that it belongs to, once it is admitted."""
+    task: asyncio.Task[None] = field(init=False)
+
+
 class Worker:
-    """One worker of the fleet: serves one entry at a time until :meth:`drain` is called."""
+    """One worker of the fleet: serves entries until :meth:`drain` is called."""
 
     def __init__(self, bus: Bus, settings: Settings, worker_id: str = "") -> None:
         self.worker_id = worker_id or worker_name()
@@ -81,14 +100,17 @@ class Worker:
         self._status = self._reports.status
         self._monitor = Monitor(bus, settings.observe, self._status, self._analyst.look)
         self._draining = asyncio.Event()
-        self._ready: deque[Delivery] = deque()
-        self._serving: tuple[Delivery, asyncio.Task[None]] | None = None
+        self._in_hand: set[_InHand] = set()
+        self._moved = asyncio.Event()
+        self._order = self._analyst.turns
+        self._returning: asyncio.Task[bool] | None = None
         self._turn = 0
 
     def drain(self) -> None:
         """Claim nothing new, finish what was begun, hand over what was not, then end."""
         self._status.draining()
         self._draining.set()
+        self._moved.set()
 
     async def run(self) -> None:
         """Serve until drained, and say meanwhile how it goes."""
@@ -104,42 +126,46 @@ class Worker:
             self._status.serving()
             _log.info("serving", worker=self.worker_id, group=GROUP)
             while not self._draining.is_set():
-                await self._serve_next()
+                await self._take()
+            await self._finish()
         finally:
+            await _end(*(held.task for held in self._in_hand))
             await self._leave()
             await _end(*beside)
             shutil.rmtree(self._spool, ignore_errors=True)
         _log.info("drained", worker=self.worker_id)
 
-    async def _serve_next(self) -> None:
-        delivery = None
+    async def _take(self) -> None:
+        """Take in hand what there is room for, or wait until there is."""
+        room = self._analyst.pace.at_once - len(self._in_hand)
         try:
-            delivery = await self._next()
-            if delivery is not None:
-                await self._until_served(delivery)
+            if self._analyst.pace.long:
+                # Nothing that needs the child, which others may have free.
+                await self._claim((OUTCOMES,), _MANY, 0)
+                await self._until_moved(_LOOK_SECONDS)
+            elif room > len(self._in_hand) or not self._in_hand:
+                await self._claim(self._streams(), max(1, room), _BLOCK_SECONDS)
+            else:
+                await self._until_moved(LONG_SECONDS)
         except BusUnavailable as error:
-            _log.warning("bus away, waiting", reason=str(error))
-            if await self._bus.when_available(stop=self._draining) and delivery is not None:
-                # Its result is lost with the connection, but nobody has to wait for the lease.
-                with contextlib.suppress(BusUnavailable):
-                    await self._leases.hand_over(delivery, "the bus was away")
-        finally:
-            self._status.ended()
-            if delivery is not None:
-                self._leases.drop(delivery)
+            await self._until_back(error)
 
-    async def _next(self) -> Delivery | None:
-        """The next entry to serve; None after a while without any, or when draining begins."""
-        if not self._ready:
-            streams, prefetch = self._streams(), self._settings.worker.prefetch
-            begun = time.time_ns()
-            claiming = self._leases.claim(streams, prefetch, _BLOCK_SECONDS)
-            found = await self._unless_draining(claiming) or []
-            record_receipts(found, begun)
-            self._ready.extend(found)
-        if not self._ready or self._draining.is_set():
-            return None
-        return self._ready.popleft()
+    async def _claim(self, streams: tuple[Stream, ...], count: int, seconds: float) -> None:
+        """Claim up to ``count`` entries and begin to serve them; wait for the first so long."""
+        begun = time.time_ns()
+        claiming = self._leases.claim(streams, count, seconds)
+        found = await self._unless_draining(claiming) or []
+        record_receipts(found, begun)
+        for held in map(_InHand, found):
+            self._in_hand.add(held)
+            held.task = asyncio.create_task(self._serve(held))
+
+    async def _until_moved(self, seconds: float) -> None:
+        """Wait until an entry ends or draining begins, at most so long."""
+        self._moved.clear()
+        if not self._draining.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._moved.wait(), seconds)
 
     def _streams(self) -> tuple[Stream, ...]:
         """The streams in order of preference: the new ones take turns."""
@@ -158,42 +184,40 @@ class Worker:
         finally:
             await _end(task, drain)
 
-    async def _until_served(self, delivery: Delivery) -> None:
-        """Serve an entry, unless its lease is lost, or draining begins before the analysis does."""
-        task = asyncio.create_task(self._serve(delivery))
-        drain = asyncio.create_task(self._draining.wait())
-        self._serving = delivery, task
-        try:
-            await asyncio.wait({task, drain}, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                await self._hand_over_ready()
-                await asyncio.wait({task}, timeout=_BEGIN_SECONDS)
-            if task.done() or self._analyst.begun:
-                await asyncio.wait({task})
-                if not task.cancelled():
-                    task.result()
-        finally:
-            self._serving = None
-            await _end(task, drain)
+    async def _until_back(self, error: BusUnavailable) -> bool:
+        """Wait until the bus is back, all tasks together; False if draining begins first."""
+        if self._returning is None or self._returning.done():
+            _log.warning("bus away, waiting", reason=str(error))
+            waiting = self._bus.when_available(stop=self._draining)
+            self._returning = asyncio.create_task(waiting)
+        return await asyncio.shield(self._returning)
 
-    async def _hand_over_ready(self) -> None:
-        """Give back what was claimed ahead."""
-        while self._ready:
-            await self._hand_over(self._ready.popleft())
+    async def _finish(self) -> None:
+        """End what was begun; what has not begun within a second is handed over."""
+        if tasks := [held.task for held in self._in_hand]:
+            await asyncio.wait(tasks, timeout=_BEGIN_SECONDS)
+        for held in list(self._in_hand):
+            if not self._analyst.begun(held.key):
+                await _end(held.task)
+                with contextlib.suppress(BusUnavailable):
+                    await self._hand_over(held.delivery, "draining", "drained before it began")
+        await asyncio.gather(*(held.task for held in self._in_hand), return_exceptions=True)
 
-    async def _hand_over(self, delivery: Delivery) -> None:
-        if await self._leases.hand_over(delivery, "drained before it began"):
+    async def _hand_over(self, delivery: Delivery, why: str, detail: str) -> None:
+        if await self._leases.hand_over(delivery, detail):
             stream, entry = delivery.origin
-            self._reports.entry("handed_over", stream, entry, "handover", "draining")
+            self._reports.entry("handed_over", stream, entry, "handover", why)
 
     def _lost(self, delivery: Delivery) -> None:
         """What is computed for an entry that another worker has is in vain.
 
         Only then: an entry that is not ours any more after its analysis is one that we ended.
         """
-        if self._serving is not None and self._serving[0] is delivery and self._analyst.begun:
-            _log.warning("lease lost", entry="/".join(delivery.origin))
-            self._serving[1].cancel()
+        for held in self._in_hand:
+            in_vain = self._analyst.begun(held.key) or self._analyst.waits(held.key)
+            if held.delivery is delivery and in_vain:
+                _log.warning("lease lost", entry="/".join(delivery.origin))
+                held.task.cancel()
 
     async def _leave(self) -> None:
         """End the child, hand over whatever is still pending here, leave the group."""
@@ -204,7 +228,26 @@ class Worker:
                 for _ in range(given):
                     self._status.redelivered("handover")
 
-    async def _serve(self, delivery: Delivery) -> None:
+    async def _serve(self, held: _InHand) -> None:
+        """One entry from its claim to its end, whatever that is."""
+        delivery = held.delivery
+        try:
+            await self._traced(held)
+        except BusUnavailable as error:
+            if await self._until_back(error):
+                # Its result is lost with the connection, but nobody has to wait for the lease.
+                with contextlib.suppress(BusUnavailable):
+                    await self._leases.hand_over(delivery, "the bus was away")
+        except Exception:
+            _log.exception("entry is left to its lease", entry="/".join(delivery.origin))
+        finally:
+            self._status.ended(delivery.origin)
+            self._leases.drop(delivery)
+            self._in_hand.discard(held)
+            self._moved.set()
+
+    async def _traced(self, held: _InHand) -> None:
+        delivery = held.delivery
         name, entry_id = delivery.origin
         attributes = messaging("process", name, entry_id=entry_id, group=GROUP) | {
             "elesh.deliveries": delivery.deliveries,
@@ -219,17 +262,20 @@ class Worker:
             redelivered=delivery.deliveries > 1 or delivery.redriven is not None,
         ):
             try:
-                await self._admit_run_settle(delivery)
+                await self._admit_run_settle(held)
             except ContractError as error:
                 await self._clerk.bury(delivery, error)
             except BusUnavailable:
                 raise
+            except Busy as busy:
+                await self._hand_over(delivery, "busy", str(busy))
             except Exception as error:
                 # Ours, not the message's: it goes round again, and is poison after a few tries.
                 _log.exception("entry goes round again", entry=f"{name}/{entry_id}")
                 await self._retry(delivery, error)
 
-    async def _admit_run_settle(self, delivery: Delivery) -> None:
+    async def _admit_run_settle(self, held: _InHand) -> None:
+        delivery = held.delivery
         delivery.check(self._bus.guard)
         now, window = datetime.now(UTC), self._settings.window_seconds
         asked = admit(
@@ -239,7 +285,29 @@ class Worker:
             redriven=delivery.redriven,
             stream=delivery.published_on,
         )
-        self._begin(delivery, asked)
+        held.key = _key_of(asked)
+        self._status.began(held.key, delivery.origin)
+        current_span().set_attribute("elesh.key", held.key)
+        async with self._in_order(asked, held.key):
+            await self._run_settle(delivery, asked)
+
+    @contextlib.asynccontextmanager
+    async def _in_order(self, asked: Admitted, key: str) -> AsyncIterator[None]:
+        """Serve a run's checkpoints in their order, after the outcomes that came before them, and
+        nothing twice at once."""
+        async with contextlib.AsyncExitStack() as stack:
+            match asked:
+                case Work():
+                    await stack.enter_async_context(self._order.of(f"run {asked.run_id}"))
+                    async with self._order.of(f"outcomes of {asked.run_id}"):
+                        pass
+                case PruningOutcome():
+                    await stack.enter_async_context(self._order.of(f"outcomes of {asked.run_id}"))
+                case _:
+                    await stack.enter_async_context(self._order.of(key))
+            yield
+
+    async def _run_settle(self, delivery: Delivery, asked: Admitted) -> None:
         match asked:
             case Work():
                 await self._decide(delivery, asked)
@@ -253,12 +321,6 @@ class Worker:
             case PruningOutcome():
                 self._clerk.refuse_poison(delivery)
                 await self._clerk.note(delivery, asked)
-
-    def _begin(self, delivery: Delivery, asked: Admitted) -> None:
-        """Say what is worked on, in status and span."""
-        key = _key_of(asked)
-        self._status.began(key, delivery.origin[0])
-        current_span().set_attribute("elesh.key", key)
 
     async def _decide(self, delivery: Delivery, work: Work) -> None:
         self._clerk.refuse_poison(delivery)

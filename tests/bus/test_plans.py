@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 from bus_messages import (
     GROUP,
@@ -53,6 +54,21 @@ async def begun(bus: Bus) -> list[Delivery]:
     [delivery] = await claim(bus)
     assert await planned(bus, delivery) == Planned.PLANNED
     return await claim(bus, count=9, streams=BOTH)
+
+
+def test_a_checkpoint_that_was_decided_meanwhile_is_not_planned_again(with_bus):
+    async def scenario(bus: Bus) -> None:
+        await publish(bus, 1)
+        await publish(bus, 2)
+        first, late = await claim(bus, count=2)
+        settled = replace(result(1, "one"), key=key(1, Level.JOINT))
+        assert await bus.settle(GROUP, "w1", first, [settled]) == [Settlement.SETTLED]
+        assert await planned(bus, late, "other") == Planned.CONFLICT
+        assert await planned(bus, late) == Planned.DUPLICATE
+        assert await claim(bus, count=9, streams=BOTH) == []
+        assert (await bus.pending(GROUP, OUTCOMES)).pending == 0
+
+    with_bus(scenario)
 
 
 def test_planning_publishes_the_parts_with_the_trace_and_acknowledges_the_checkpoint(with_bus):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from bus_messages import (
@@ -105,6 +106,22 @@ def test_a_worker_that_lost_its_entry_changes_nothing(with_bus):
         assert await bus.read(DECISIONS) == await bus.read(DEAD) == []
         assert await bus.settle(GROUP, "w2", taken, results) == [SETTLED, SETTLED]
         assert await bus.settle(GROUP, "w2", taken, results) == [LOST, LOST]
+
+    with_bus(scenario)
+
+
+def test_the_latest_decision_of_a_run_is_of_its_newest_epoch_whatever_comes_late(with_bus):
+    async def scenario(bus: Bus) -> None:
+        for epoch in (5, 3):
+            await publish(bus, epoch)
+            [delivery] = await claim(bus)
+            good = replace(result(epoch, str(epoch)), remember=True)
+            await bus.settle(GROUP, "w1", delivery, [good])
+        level = key(5).level
+        newest = await bus.latest("run", level, before=9)
+        assert newest is not None
+        assert newest.fingerprint == "5"
+        assert await bus.latest("run", level, before=5) is None
 
     with_bus(scenario)
 

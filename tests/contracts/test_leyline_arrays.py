@@ -158,6 +158,16 @@ def test_hostile_blobs_are_named_errors(name: str) -> None:
     assert str(caught.value).isprintable()
 
 
+def test_random_bytes_are_malformed_and_only_a_header_that_is_there_is_too_large() -> None:
+    """What is corrupt has a stand-in; what is too large has none."""
+    for seed in range(20):
+        with pytest.raises(ll.Malformed):
+            unpack_arrays(random.Random(seed).randbytes(1000), field="statistics")
+    length = arrays.MAX_HEADER_BYTES + 1
+    with pytest.raises(ll.TooLarge, match="header"):
+        unpack_arrays(struct.pack("<Q", length) + b" " * length, field="statistics")
+
+
 def test_empty_arrays_between_others_are_no_overlap() -> None:
     items = {"b": np.zeros(0, "f4"), "a": np.ones(2, "f4"), "c": np.zeros((3, 0), "f4")}
     assert unpack_arrays(pack_arrays(items))[0].keys() == items.keys()

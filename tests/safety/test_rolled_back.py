@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import joint_networks
 import networks
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from elesh.analysis import analyze
 from elesh.safety import fingerprint_of, refuse_rolled_back, rolled_back_cut
 from elesh.settings import Settings
 from leyline import (
+    Level,
     Outcome,
     PruningOutcome,
     RolledBackCut,
@@ -130,6 +132,35 @@ def test_changed_evidence_opens_it_again() -> None:
     first = made.channels[0].importance[0]
     moved = rescored(made, 1 + largest / abs(first))
     assert refuse_rolled_back(moved, [taken_back(made)]).approved_for_application
+
+
+def test_scores_of_another_scorer_are_no_changed_evidence() -> None:
+    made = decision()
+    cut = taken_back(made)
+    assert cut.scorers == ((Level.CHANNEL, "output_projection"),)
+    largest = max(abs(s) for t in made.channels for s in t.importance)
+    moved = rescored(made, 1 + largest / abs(made.channels[0].importance[0]))
+    assert refuse_rolled_back(moved, [cut]).approved_for_application
+    other = cut.model_copy(update={"scorers": ((Level.CHANNEL, "margins"),)})
+    assert not refuse_rolled_back(moved, [other]).approved_for_application
+    unknown = cut.model_copy(update={"scorers": ()})
+    assert refuse_rolled_back(moved, [unknown]).approved_for_application, "as older builds did"
+
+
+def test_scores_are_compared_on_the_scale_of_their_own_level() -> None:
+    made = analyze(joint_networks.checkpoint(), joint_networks.settings())
+    assert made.channels
+    assert made.attention_heads
+    cut = taken_back(made)
+    assert {level for level, _ in cut.scorers} == {Level.CHANNEL, Level.HEAD, Level.LAYER}
+    heads = {target.layer_name for target in made.attention_heads}
+    units = [name for name, own in cut.units for _ in own or (-1,)]
+    small = [
+        score * (1e-6 if name in heads else 1)
+        for name, score in zip(units, cut.scores, strict=True)
+    ]
+    again = cut.model_copy(update={"scores": tuple(small), "shift": None})
+    assert refuse_rolled_back(made, [again]).approved_for_application, "heads' scores have moved"
 
 
 def test_a_run_without_such_cuts_has_the_same_bytes_as_ever() -> None:

@@ -60,4 +60,7 @@ def test_the_same_content_is_the_same_bytes_and_other_content_another_nonce() ->
     header = len(b"ELS1") + 1 + len(b"k")
     one, two = seal(b"a", "k", KEY, HASH), seal(b"b", "k", KEY, HASH)
     assert one[header : header + 8] != two[header : header + 8]
+    # A nonce that serves twice under one key with other bound data gives the key of the tags away.
+    elsewhere = seal(b"a", "k", KEY, "0" * len(HASH))
+    assert one[header : header + 8] != elsewhere[header : header + 8]
     assert b"statistics" not in seal(b"statistics", "k", KEY, HASH)

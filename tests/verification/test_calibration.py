@@ -123,6 +123,14 @@ def test_predictions_that_are_too_low_make_the_gate_stricter() -> None:
         assert factor.factor == pytest.approx(expected)
 
 
+def test_nine_of_ten_measured_rises_lie_below_the_prediction_times_the_factor() -> None:
+    ratios = [1.0 + number / 10 for number in range(11)]
+    found = [WouldBeCut(units=9, predicted=0.01, measured=0.01 * ratio) for ratio in ratios]
+    factor = calibrated(found, VerificationSettings())
+    assert factor is not None
+    assert factor.factor == pytest.approx(1.9)
+
+
 def test_the_gate_of_predicted_cuts_states_where_its_factor_comes_from() -> None:
     bundle = replace(proved_networks.digits().at(80), network=None)
     own = LossFactor(factor=1.25, measurements=7)

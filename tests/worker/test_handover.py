@@ -59,25 +59,6 @@ def test_a_child_that_holds_the_interpreter_lock_through_a_drain_runs_once(
     assert time.monotonic() - begun > HOLD
 
 
-def test_what_has_not_begun_is_handed_over_within_a_second_and_does_not_count(
-    station: Station,
-) -> None:
-    station.publish(*(checkpoint(number=number) for number in (1, 2, 3)))
-    first = faulty(station, "hold:4", "always", worker={"prefetch": 3}, bus={"lease_seconds": 30.0})
-    station.wait_for(lambda: station.telemetry("fetched"), "the first analysis to begin")
-    first.process.terminate()
-    station.worker(bus={"lease_seconds": 30.0})  # nothing waits for the thirty seconds
-    assert first.process.wait(60) == 0
-    decisions = station.wait_decisions(3)
-    assert len({d.idempotency_key for d in decisions}) == 3
-    settled = station.wait_for(
-        lambda: found if len(found := station.telemetry("settled")) == 3 else [], "all settled"
-    )
-    assert sorted(event.worker_id for event in settled) == ["w1", "w2", "w2"]
-    assert {event.figures["deliveries"] for event in station.telemetry("received")} == {1.0}
-    assert len(station.telemetry("handed_over")) == 2
-
-
 def test_a_kill_is_counted_as_a_crash_and_taken_over_within_a_lease(station: Station) -> None:
     first = station.worker(bus={"lease_seconds": 2.0})
     station.worker(bus={"lease_seconds": 2.0})

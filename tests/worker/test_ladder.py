@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,6 +83,15 @@ async def with_nan(bus: Bus, bundle: CheckpointBundle) -> None:
     await send(bus, CHECKPOINTS, event.model_copy(update={"statistics": blob, "gates": None}))
 
 
+async def with_noise(bus: Bus, bundle: CheckpointBundle) -> None:
+    """Publish the checkpoint with random bytes for its statistics of every level."""
+    event = await ready(bus, bundle)
+    blob = await bus.blobs.put(random.Random(0).randbytes(4096))
+    layers = blob if event.layers else None
+    noise = {"statistics": blob, "gates": None, "layers": layers}
+    await send(bus, CHECKPOINTS, event.model_copy(update=noise))
+
+
 def test_corrupt_data_is_answered_by_the_previous_analysis_as_telemetry_only(
     station: Station,
 ) -> None:
@@ -102,10 +112,33 @@ def test_corrupt_data_is_answered_by_the_previous_analysis_as_telemetry_only(
     assert rungs(station) == ["data_corruption"]
     (dead,) = station.wait_for(lambda: station.read(DEAD), "the dead letter")
     assert read_letter(dead).error_code == "not_finite", "and the bytes are kept"
-    # A stand-in is no good analysis: the next one stands on the first again.
+    # A stand-in is no good analysis: the next ones stand on the first again.
     station.on_bus(lambda bus: with_nan(bus, checkpoint(epoch=62, number=3)))
     third = station.wait_decisions(3)[2]
     assert first.idempotency_key in third.fallbacks[0].reason
+    station.on_bus(lambda bus: with_noise(bus, checkpoint(epoch=63, number=4)))
+    fourth = station.wait_decisions(4)[3]
+    assert first.idempotency_key in fourth.fallbacks[0].reason
+
+
+def test_data_that_is_corrupt_for_every_level_has_a_stand_in_too(station: Station) -> None:
+    station.worker()
+
+    def at(epoch: int, number: int) -> CheckpointBundle:
+        bundle = layer_networks.network()
+        names = {"epoch": epoch, "checkpoint_id": f"ck-{number}"}
+        metadata = bundle.metadata.model_copy(update=names)
+        return replace(bundle, metadata=metadata, levels=(Level.CHANNEL, Level.LAYER))
+
+    station.publish(at(100, 1))
+    (first,) = station.wait_decisions(1)
+    station.on_bus(lambda bus: with_noise(bus, at(101, 2)))
+    second = station.wait_decisions(2)[1]
+    assert (second.key.level, second.stands_in) == (Level.JOINT, first.idempotency_key)
+    assert second.fallbacks[-1].rung == "data_corruption"
+    assert not second.approved_for_application
+    (dead,) = station.wait_for(lambda: station.read(DEAD), "the dead letter")
+    assert read_letter(dead).error_code == "malformed"
 
 
 def test_a_gradient_that_failed_is_answered_by_magnitude_with_less_confidence(
