@@ -171,9 +171,9 @@ def _by_decision(report: Report) -> Table:
     """What every cut was predicted to cost, and what worker and trainer measured."""
     title = "Cuts: loss rise and accuracy drop, predicted and measured"
     table = Table(title=title, title_justify="left", box=SIMPLE)
-    table.padding = (0, 1, 0, 0)  # so that 80 columns are enough
+    table.padding, table.show_edge = 0, False  # so that 80 columns are enough
     table.add_column("epoch", justify="right")
-    table.add_column("level", overflow="fold")
+    table.add_column("level", max_width=8)  # one a line
     table.add_column("cut of\nproposed", justify="right")
     for name in ("rise:\npredicted", "\nworker", "\ntrainer"):
         table.add_column(name, justify="right")

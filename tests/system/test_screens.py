@@ -176,14 +176,14 @@ def test_a_diff_names_gates_and_targets_and_shortens_long_values() -> None:
     assert list(changes({"gates": []}, {"gates": [1]})) != []
 
 
-def test_the_demo_s_cuts_tell_their_level() -> None:
+def test_the_demo_s_cuts_tell_their_level_and_lose_nothing_in_80_columns() -> None:
     decision = analyze(checkpoint())
     assert decision.approved_for_application
     measured = {
         "samples": 10, "measurements": 1, "proposed": 5, "kept": 3, "loss_before": 1.0,
         "loss_rise": 0.0, "loss_rise_interval": {"low": 0.0, "high": 0.0},
-        "accuracy_before": 1.0, "accuracy_drop": 0.0,
-        "accuracy_drop_interval": {"low": 0.0, "high": 0.0}, "confidence": 0.95,
+        "accuracy_before": 1.0, "accuracy_drop": 0.0045,
+        "accuracy_drop_interval": {"low": -0.131, "high": 0.128}, "confidence": 0.95,
         "class_accuracy_drop": 0.0, "worst_class": 0, "gradient_flow_change": 0.0,
     }  # fmt: skip
 
@@ -200,6 +200,9 @@ def test_the_demo_s_cuts_tell_their_level() -> None:
     text = drawn(*report_tables(report, architecture, architecture))
     row = next(line.split() for line in text.splitlines() if "3/5" in line)
     assert row[:3] == [str(decision.epoch), "channel", "3/5"]
+    assert "-13.1..12.8%" in row, "80 columns are enough"
+    cuts = text[text.index("Cuts: loss rise") :]
+    assert "…" not in cuts
 
 
 WRONG = [
