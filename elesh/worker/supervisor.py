@@ -137,14 +137,15 @@ class Worker:
 
     async def _take(self) -> None:
         """Take in hand what there is room for, or wait until there is."""
+        self._moved.clear()
         room = self._analyst.pace.at_once - len(self._in_hand)
         try:
             if self._analyst.pace.long:
                 # Nothing that needs the child, which others may have free.
                 await self._claim((OUTCOMES,), _MANY, 0)
                 await self._until_moved(_LOOK_SECONDS)
-            elif room > len(self._in_hand) or not self._in_hand:
-                await self._claim(self._streams(), max(1, room), _BLOCK_SECONDS)
+            elif room > len(self._in_hand):
+                await self._claim(self._streams(), room, _BLOCK_SECONDS)
             else:
                 await self._until_moved(LONG_SECONDS)
         except BusUnavailable as error:
@@ -162,10 +163,8 @@ class Worker:
 
     async def _until_moved(self, seconds: float) -> None:
         """Wait until an entry ends or draining begins, at most so long."""
-        self._moved.clear()
-        if not self._draining.is_set():
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._moved.wait(), seconds)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._moved.wait(), seconds)
 
     def _streams(self) -> tuple[Stream, ...]:
         """The streams in order of preference: the new ones take turns."""
@@ -295,16 +294,10 @@ class Worker:
     async def _in_order(self, asked: Admitted, key: str) -> AsyncIterator[None]:
         """Serve a run's checkpoints in their order, after the outcomes that came before them, and
         nothing twice at once."""
-        async with contextlib.AsyncExitStack() as stack:
-            match asked:
-                case Work():
-                    await stack.enter_async_context(self._order.of(f"run {asked.run_id}"))
-                    async with self._order.of(f"outcomes of {asked.run_id}"):
-                        pass
-                case PruningOutcome():
-                    await stack.enter_async_context(self._order.of(f"outcomes of {asked.run_id}"))
-                case _:
-                    await stack.enter_async_context(self._order.of(key))
+        async with self._order.of(_turn_of(asked, key)):
+            if isinstance(asked, Work):
+                async with self._order.of(_outcomes_of(asked.run_id)):
+                    pass
             yield
 
     async def _run_settle(self, delivery: Delivery, asked: Admitted) -> None:
@@ -358,6 +351,21 @@ def _key_of(asked: Admitted) -> str:
             return str(parameter_key(asked))
         case PruningOutcome():
             return asked.idempotency_key
+
+
+def _turn_of(asked: Admitted, key: str) -> str:
+    """Whose turn something waits for: of its run, of the run's outcomes, or of its key."""
+    match asked:
+        case Work():
+            return f"run {asked.run_id}"
+        case PruningOutcome():
+            return _outcomes_of(asked.run_id)
+        case _:
+            return key
+
+
+def _outcomes_of(run_id: str) -> str:
+    return f"outcomes of {run_id}"
 
 
 async def _end(*tasks: asyncio.Task[Any]) -> None:

@@ -2,8 +2,8 @@
 
 Promises: turns are taken in the order in which they were asked for; whoever waits for one longer
 than a second, because an analysis takes long, is told so (:class:`Busy`), and leaves its entry to
-the rest of the fleet; a
-worker has as many entries in hand as it can analyse in a quarter of a second, and at least one.
+the rest of the fleet; a worker has as many entries in hand as it can analyse in a quarter of a
+second, and at least one.
 """
 
 from __future__ import annotations

@@ -71,8 +71,8 @@ def _figures(facts: Facts, report: Report) -> dict[str, object]:
         "steps": steps,
         "recoveries": len(report.recoveries),
         "offered_again_p99_seconds": p99(report.offers),
-        "running_again_p99_seconds": p99(report.unattended),
-        "with_the_wait_for_a_free_worker": p99(report.recoveries),
+        "running_again_p99_seconds": p99(report.recoveries),
+        "of_which_somebody_had_a_free_hand": p99(report.unattended),
         "violations": report.violations,
     }
 
