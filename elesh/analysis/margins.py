@@ -14,24 +14,18 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from .candidates import Bools, Candidates, Doubles, Floats, Ints
-from .orders import Order, Picks, Units, rounded
+from .candidates import Candidates, Doubles, Floats, Ints
+from .orders import Picks, PooledOrder, Units, rounded
 
 __all__ = ["MarginOrder"]
 
-_POOL = 1024
-"""Units among which the cheapest is found exactly; a net with no more of them is ranked exactly."""
-_STEP = 32
-"""Units taken from a pool before all costs are measured afresh."""
 _BLOCK = 1024
 
 
-class MarginOrder(Order):
+class MarginOrder(PooledOrder):
     """Units by what their going does to the margins of N rows.
 
-    Exact one at a time among at most 1024 units; of more, the 1024 cheapest are resolved among
-    themselves and all costs measured afresh after 32 of them, as in :class:`JointOrder`. Products
-    are float32, means float64.
+    Products are float32, means float64.
 
     Args:
         moves: [N, size] by group: derivatives of the margins with respect to the units' gates.
@@ -57,21 +51,6 @@ class MarginOrder(Order):
         self.withhold(gone)
         self._measure()
 
-    def pick(self, count: int, among: Bools, ceiling: float = math.inf) -> Picks:
-        picks = Picks()
-        while (left := count - len(picks.units)) > 0:
-            pool = np.flatnonzero(self.free(among))
-            whole = len(pool) <= _POOL
-            if not whole:
-                keys = rounded(self.costs[pool])
-                pool = np.sort(pool[np.argpartition(keys, _POOL - 1)[:_POOL]])
-            step = self._resolve(pool, left if whole else min(left, _STEP), ceiling)
-            self._measure()
-            picks = picks.then(step)
-            if not len(step.units) or whole:
-                break
-        return picks
-
     def take(self, units: Units) -> None:
         super().take(units)
         self._move(units, -1.0)
@@ -90,7 +69,6 @@ class MarginOrder(Order):
         return self.costs.copy(), errors
 
     def _resolve(self, pool: Ints, count: int, ceiling: float) -> Picks:
-        """The greedy among the units of ``pool``, one at a time."""
         units, prices, groups = list[int](), list[float](), self.candidates.group_of[pool]
         columns, left = self._columns[pool], np.ones(len(pool), dtype=np.bool_)
         for _ in range(min(count, len(pool))):
@@ -109,6 +87,7 @@ class MarginOrder(Order):
             left[best] = False
             self._mark([unit], gone=True)
             self._move([unit], -1.0)
+        self._measure()
         return Picks(np.array(units, dtype=np.int64), np.array(prices, dtype=np.float64))
 
     def _move(self, units: Units, sign: float) -> None:

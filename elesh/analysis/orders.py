@@ -20,7 +20,15 @@ from threadpoolctl import ThreadpoolController
 
 from .candidates import Bools, Candidates, Doubles, Floats, Ints
 
-__all__ = ["JointOrder", "Order", "Picks", "StaticOrder", "cheapest_first", "rounded"]
+__all__ = [
+    "JointOrder",
+    "Order",
+    "Picks",
+    "PooledOrder",
+    "StaticOrder",
+    "cheapest_first",
+    "rounded",
+]
 
 _POOL = 1024
 """Units resolved among themselves exactly; a net with no more of them is resolved exactly."""
@@ -152,7 +160,35 @@ def _rank_in_group(groups: Ints, count: int) -> Ints:
     return ranks
 
 
-class JointOrder(Order):
+class PooledOrder(Order):
+    """Costs that depend on all that went before, too dear to measure afresh after every unit.
+
+    The 1024 cheapest units are resolved among themselves exactly, and after 32 of them all costs
+    are measured afresh. With at most 1024 units the order is exact; beyond, a unit outside the
+    pool that became the cheapest within those 32 picks waits for the next pool.
+    """
+
+    def pick(self, count: int, among: Bools, ceiling: float = math.inf) -> Picks:
+        picks = Picks()
+        while (left := count - len(picks.units)) > 0:
+            pool = np.flatnonzero(self.free(among))
+            whole, limit = len(pool) <= _POOL, ceiling
+            if not whole:
+                keys = rounded(self.costs[pool])
+                pool = np.sort(pool[np.argpartition(keys, _POOL - 1)[:_POOL]])
+                limit = min(ceiling, float(self.costs[pool].max()))  # Beyond, others are cheaper.
+            step = self._resolve(pool, left if whole else min(left, _STEP), limit)
+            picks = picks.then(step)
+            if not len(step.units) or whole:
+                break
+        return picks
+
+    @abstractmethod
+    def _resolve(self, pool: Ints, count: int, ceiling: float) -> Picks:
+        """Take up to ``count`` units of the pool, each time the cheapest; costs are fresh then."""
+
+
+class JointOrder(PooledOrder):
     """Output projections: what a unit costs depends on all that went before it.
 
     Removing a set S moves the outputs, along each sample's direction, by about the sum of its
@@ -161,13 +197,10 @@ class JointOrder(Order):
     Columns are derivatives, and units go for good: that two movements cancel is less certain than
     that each of them happens. So the second term counts by ``trust`` only.
 
-    Exact one-at-a-time greedy reads all of G for every unit taken. Here the 1024 cheapest units
-    are resolved among themselves exactly, by their Gram matrix, and after 32 of them all costs are
-    measured afresh from r: one GEMM and one pass over G for 32 units. With at most 1024 units the
-    order is exact; beyond, a unit outside the pool that became the cheapest within those 32 picks
-    waits for the next pool. Products are float32 (relative error some 1e-6 of the columns'
-    lengths); r and the costs are float64. Extra memory: the 1024 x 1024 Gram matrix and the pool's
-    columns.
+    Exact one-at-a-time greedy reads all of G for every unit taken. A pool is resolved by its Gram
+    matrix, and all costs are measured afresh from r: one GEMM and one pass over G for 32 units.
+    Products are float32 (relative error some 1e-6 of the columns' lengths); r and the costs are
+    float64. Extra memory: the 1024 x 1024 Gram matrix and the pool's columns.
 
     Args:
         columns: [C, N] float32, G transposed: one row a unit, one column a sample.
@@ -196,23 +229,6 @@ class JointOrder(Order):
         if moved is not None:
             self._measure()
 
-    def pick(self, count: int, among: Bools, ceiling: float = math.inf) -> Picks:
-        picks = Picks()
-        while (left := count - len(picks.units)) > 0:
-            free = np.flatnonzero(self.free(among))
-            pool = free
-            if len(free) > _POOL:
-                keys = rounded(self.costs[free])
-                pool = np.sort(free[np.argpartition(keys, _POOL - 1)[:_POOL]])
-            whole = len(pool) == len(free)
-            step = self._resolve(pool, left if whole else min(left, _STEP), ceiling, whole)
-            self._mark(step.units, gone=True)
-            self._move(step.units, -1.0)
-            picks = picks.then(step)
-            if not len(step.units) or whole:
-                break
-        return picks
-
     def take(self, units: Units) -> None:
         super().take(units)
         self._move(units, -1.0)
@@ -221,20 +237,18 @@ class JointOrder(Order):
         super().put_back(units)
         self._move(units, 1.0)
 
-    def _resolve(self, pool: Ints, count: int, ceiling: float, whole: bool) -> Picks:
-        """The greedy among the units of ``pool``; ``whole``: no others are free."""
+    def _resolve(self, pool: Ints, count: int, ceiling: float) -> Picks:
         if not len(pool):
             return Picks()
         taken: list[int] = []
         prices: list[float] = []
         costs = self.costs[pool].copy()
-        edge = math.inf if whole else float(costs.max())
         gram, groups = self._gram(pool), self.candidates.group_of[pool]
         room = self.room.copy()
         for _ in range(count):
             best = int(rounded(costs).argmin())
             price = float(costs[best])
-            if price == math.inf or price > ceiling or price > edge:
+            if price == math.inf or price > ceiling:
                 break
             taken.append(best)
             prices.append(price)
@@ -243,6 +257,7 @@ class JointOrder(Order):
             room[groups[best]] -= 1
             if not room[groups[best]]:
                 costs[groups == groups[best]] = math.inf
+        self.take(pool[taken])
         return Picks(pool[taken], np.array(prices))
 
     def _gram(self, pool: Ints) -> Floats:
