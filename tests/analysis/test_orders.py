@@ -175,6 +175,28 @@ def test_no_pick_is_dearer_than_the_ceiling() -> None:
     assert under.dearest <= ceiling
 
 
+def test_units_outside_the_pool_go_first_once_they_are_cheaper_than_all_that_it_began_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(orders, "_POOL", 4)
+    monkeypatch.setattr(orders, "_STEP", 3)
+    alike = np.tile(np.eye(8)[0], (4, 1))
+    columns = np.concatenate([alike, 1.02 * np.eye(8)[1:4]]).astype(np.float32)
+    order = JointOrder(candidates((7,)), columns, trust=1.0)
+    assert order.pick(4, everything(7)).units.tolist() == [0, 4, 5, 6]
+
+
+def test_a_unit_outside_the_pool_that_others_make_up_for_is_found_after_a_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(orders, "_POOL", 4)
+    monkeypatch.setattr(orders, "_STEP", 2)
+    opposite = -0.8 * (np.eye(8)[:1] + np.eye(8)[1:2])
+    columns = np.concatenate([np.eye(8)[:4], opposite]).astype(np.float32)
+    order = JointOrder(candidates((5,)), columns, trust=1.0)
+    assert order.pick(3, everything(5)).units.tolist() == [0, 1, 4]
+
+
 def test_pools_smaller_than_the_net_still_respect_rooms(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(orders, "_POOL", 16)
     monkeypatch.setattr(orders, "_STEP", 4)
