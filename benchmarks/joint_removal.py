@@ -28,7 +28,7 @@ from benchmarks.common.ratios import paired_ratio
 from benchmarks.common.report import arguments, bars, show, write
 from benchmarks.common.subjects import Batches, Subject, per_sample_loss
 from elesh.analysis import select_channels
-from elesh.analysis.heads import rank_heads
+from elesh.analysis.heads import choose_head_scorer, rank_heads
 from elesh.settings import AttentionAnalysis, ChannelAnalysis
 from elesh.trainer.masks import Masks
 from leyline import CheckpointBundle, Level, Phase
@@ -101,7 +101,7 @@ class Ours:
     def _heads(self, bundle: CheckpointBundle, count: int, moved: Any) -> Units:
         groups = [g for g in bundle.architecture.groups if g.prunable and g.level is Level.HEAD]
         settings = AttentionAnalysis(min_heads_per_layer=self._minimum)
-        scorer = "output_projection" if self._joint else self._scorer
+        scorer, _ = choose_head_scorer(bundle, self._scorer, redistribute=self._redistribute)
         ranking = rank_heads(bundle, settings, groups, scorer, Phase.MODERATE)
         row = (
             ranking.projections.moved(moved) if moved is not None and ranking.projections else None
@@ -167,8 +167,7 @@ def methods(subject: Subject, minimum: int) -> dict[str, Method]:
         "ours, in rounds": Method(Ours(subject, minimum, rounds=True), rounds=True),
     }
     for plain, method in list(rows.items()):
-        # Input moments are of channels; heads keep their order and are only re-solved.
-        rank = method.rank if heads else Ours(subject, minimum, redistribute=True)
+        rank = Ours(subject, minimum, redistribute=True)
         rows[f"{plain} + redistribution"] = Method(rank, method.rounds, redistribute=True)
     mix = Ours(subject, minimum, scorer="multi_metric")
     fisher = Ours(subject, minimum, scorer="fisher")

@@ -168,12 +168,17 @@ class GateStatistics(_ArrayMessage):
     """[N]: log of the odds against each sample's true label, so that its loss is
     ``softplus(margin)``; the same in every group. Absent where a sample has no single label."""
     input_moments: Array | None = None
-    """[S, C, C]: at each of the group's S sites, the second moments of what enters there, means
-    over samples and positions; centred where the consumer can take up a constant. Only measured
-    for whoever redistributes, with ``input_slopes``."""
+    """[S, W, W]: at each of the group's S sites, the second moments of what enters there about
+    ``input_means``, means over samples and positions. W is C; for heads C times the width of a
+    head, unit after unit. Only measured for whoever redistributes, with the next three."""
+    input_means: Array | None = None
+    """[S, W]: the means there, where the consumer can take up a constant; else zeros."""
+    sample_moments: Array | None = None
+    """[S, W]: second moments about ``input_means`` of the means over a sample's positions: how much
+    of an input's moment is the same at all of them."""
     input_slopes: Array | None = None
-    """[S, C, C]: second moments of d(v . output)/d(activation) there, summed over positions, means
-    over samples."""
+    """[S, 2, W, W]: second moments of d(v . output)/d(activation) there, means over samples: of its
+    sum over a sample's positions, and, summed over positions, of its deviation from their mean."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -197,18 +202,36 @@ class GateStatistics(_ArrayMessage):
             _require_shape(f"{self.layer_name}/moves", self.moves, self.projections.shape)
             _require_shape(f"{self.layer_name}/margins", self.margins, (len(self.projections),))
             checked += ["moves", "margins"]
-        if (self.input_moments is None) != (self.input_slopes is None):
-            where = f"{self.layer_name}/input_slopes"
-            raise InvalidField(where, "input moments and slopes, or neither", "one")
-        for field in ("input_moments", "input_slopes"):
-            squares: npt.NDArray[Any] | None = getattr(self, field)
-            if squares is not None:
-                sites = squares.shape[0] if squares.ndim else 0
-                _require_shape(f"{self.layer_name}/{field}", squares, (sites, count, count))
-                checked.append(field)
+        checked += self._check_inputs(count)
         for field in checked:
             require_finite(f"{self.layer_name}/{field}", getattr(self, field))
         return self
+
+    def _check_inputs(self, count: int) -> list[str]:
+        """The fields of the input moments that are there, of the right shapes."""
+        given = [field for field in INPUT_FIELDS if getattr(self, field) is not None]
+        if given and len(given) < len(INPUT_FIELDS):
+            missing = next(field for field in INPUT_FIELDS if field not in given)
+            where = f"{self.layer_name}/{missing}"
+            raise InvalidField(where, f"all of {', '.join(INPUT_FIELDS)}, or none", "some of them")
+        if self.input_means is not None:
+            means = self.input_means
+            if means.ndim != 2 or not means.shape[1] or means.shape[1] % count:
+                where = f"{self.layer_name}/input_means"
+                raise ShapeMismatch(where, f"[S, a multiple of {count}]", means.shape)
+            sites, width = means.shape
+            shapes = {
+                "input_moments": (sites, width, width),
+                "sample_moments": (sites, width),
+                "input_slopes": (sites, 2, width, width),
+            }
+            for field, shape in shapes.items():
+                _require_shape(f"{self.layer_name}/{field}", getattr(self, field), shape)
+        return given
+
+
+INPUT_FIELDS = ("input_moments", "input_means", "sample_moments", "input_slopes")
+"""What is measured for whoever redistributes: all there or none."""
 
 
 class LayerStatistics(_ArrayMessage):

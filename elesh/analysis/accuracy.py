@@ -19,7 +19,7 @@ from .candidates import Doubles
 from .channels import choose_scorer, prepare_channels, rank_channels
 from .choosing import Ranking, Scorer
 from .heads import prepare_heads, rank_heads
-from .plans import wanted_scorer
+from .plans import redistributes, wanted_scorer
 from .redundancy import Pair
 from .schedule import phase_at
 from .scores import fisher, magnitude, multi_metric, single_removal, weights_at
@@ -85,9 +85,8 @@ def ranking_scores(bundle: CheckpointBundle, settings: Settings) -> tuple[Scorer
     jointly, which no list of single scores can be compared with.
     """
     channels = settings.structured_pruning.channel_analysis
-    redistribute = bundle.parameters.redistribute or channels.redistribute
     wanted = wanted_scorer(bundle, settings)
-    scorer, _ = choose_scorer(bundle, wanted, redistribute=redistribute)
+    scorer, _ = choose_scorer(bundle, wanted, redistribute=redistributes(bundle, settings))
     groups = [group for group in bundle.architecture.groups if _is_channel(group)]
     if scorer in ("output_projection", "reconstruction"):
         gates = bundle.gates

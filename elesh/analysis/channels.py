@@ -13,7 +13,6 @@ from leyline import (
     ChannelPruningTarget,
     CheckpointBundle,
     Fallback,
-    GateStatistics,
     Level,
     Phase,
     PruningGroup,
@@ -27,6 +26,7 @@ from .choosing import (
     Ranking,
     Scorer,
     fisher_fault,
+    gates_of,
     pairs_by_group,
     projection_fault,
     spared_units,
@@ -35,7 +35,7 @@ from .choosing import (
 from .eligible import eligible_groups
 from .fitting import refuse_shard
 from .planning import planned
-from .plans import LevelPlan, empty_plan, wanted_scorer
+from .plans import LevelPlan, empty_plan, redistributes, wanted_scorer
 from .projections import Projections
 from .reconstruction import reconstruction_fault
 from .redundancy import pairs_of_groups
@@ -58,7 +58,7 @@ def choose_scorer(
     """
     taken: list[Fallback] = []
     if wanted == "reconstruction" or (wanted == "auto" and redistribute):
-        fault = reconstruction_fault(channel_gates(bundle))
+        fault = reconstruction_fault(gates_of(bundle, Level.CHANNEL))
         if not fault:
             return "reconstruction", ()
         taken.append(Fallback(rung="moments_failure", reason=f"{fault}: ranked without"))
@@ -84,12 +84,6 @@ def choose_scorer(
             )
         )
     return "magnitude", tuple(taken)
-
-
-def channel_gates(bundle: CheckpointBundle) -> dict[str, GateStatistics]:
-    """The gate statistics of channels, by group."""
-    groups = bundle.architecture.group
-    return {n: gate for n, gate in bundle.gates.items() if groups[n].level is Level.CHANNEL}
 
 
 def rank_channels(
@@ -140,7 +134,7 @@ def prepare_channels(
     used = choose_scorer(
         bundle,
         scorer or wanted_scorer(bundle, settings),
-        redistribute=asked.redistribute or channels.redistribute,
+        redistribute=redistributes(bundle, settings),
     )
     minimum = channels.min_channels_per_layer
     eligible = eligible_groups(bundle, used[0], minimum, round_to, shard=shard)

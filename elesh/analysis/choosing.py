@@ -32,6 +32,7 @@ __all__ = [
     "Reason",
     "Scorer",
     "fisher_fault",
+    "gates_of",
     "pairs_by_group",
     "projection_fault",
     "spared_groups",
@@ -148,6 +149,12 @@ class Ranking:
 
 Decide = Callable[[Ranking, CheckpointBundle, int], Choice]
 """From a ranking, its checkpoint and a quota to what goes; :meth:`Ranking.decide` is one."""
+
+
+def gates_of(bundle: CheckpointBundle, level: Level) -> dict[str, GateStatistics]:
+    """The gate statistics of a level, by group."""
+    groups = bundle.architecture.group
+    return {name: gate for name, gate in bundle.gates.items() if groups[name].level is level}
 
 
 def projection_fault(bundle: CheckpointBundle) -> str:

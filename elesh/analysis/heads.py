@@ -1,7 +1,8 @@
 """The head level: how heads are scored, which go, and why the others stay.
 
 With gate statistics heads go in the joint order of their output projections, like channels: the
-gate of a head scales what it sends to the output projection. Without, by the document's
+gate of a head scales what it sends to the output projection. Where the caller redistributes, they
+go by what the kept heads cannot make up for. Without such statistics, by the document's
 multi-factor score. Heads whose attention patterns are alike are considered first.
 
 Promises: what was asked for and cannot be had is said (fallbacks, ignored groups, spared units).
@@ -34,6 +35,7 @@ from .choosing import (
     Ranking,
     Scorer,
     fisher_fault,
+    gates_of,
     pairs_by_group,
     projection_fault,
     spared_units,
@@ -42,7 +44,8 @@ from .choosing import (
 from .eligible import eligible_groups
 from .fitting import refuse_shard
 from .planning import planned
-from .plans import LevelPlan, empty_plan, wanted_scorer
+from .plans import LevelPlan, empty_plan, redistributes, wanted_scorer
+from .reconstruction import reconstruction_fault
 from .redundancy import pairs_of_groups
 from .schedule import allowance
 from .scores import fisher, shares, single_removal
@@ -123,19 +126,27 @@ def _side_by_side(groups: Sequence[HeadImportanceData], name: str) -> Doubles:
 
 
 def choose_head_scorer(
-    bundle: CheckpointBundle, wanted: str
+    bundle: CheckpointBundle, wanted: str, *, redistribute: bool = False
 ) -> tuple[Scorer, tuple[Fallback, ...]]:
-    """The scorer that the statistics allow; each step down is a recorded fallback.
+    """The scorer that the statistics allow: ``auto`` takes projections where they are there, and
+    ``reconstruction`` with its input moments where the caller redistributes.
 
-    Besides those of the channel level: ``no_attention_patterns`` where attention weights could
-    not be seen (redundancy is not judged there, the mix is gradients alone), and
-    ``no_head_magnitude``, as heads are not ranked by magnitude.
+    Each step down is a recorded fallback. Besides those of the channel level:
+    ``no_attention_patterns`` where attention weights could not be seen (redundancy is not judged
+    there, the mix is gradients alone), and ``no_head_magnitude``, as heads are not ranked by
+    magnitude.
     """
     taken: list[Fallback] = []
     blind = _without_patterns(bundle)
     if blind:
         reason = f"no attention weights could be seen in {', '.join(blind)}"[:2000]
         taken.append(Fallback(rung="no_attention_patterns", reason=reason))
+    if wanted == "reconstruction" or (wanted == "auto" and redistribute):
+        fault = reconstruction_fault(gates_of(bundle, Level.HEAD))
+        if not fault:
+            return "reconstruction", tuple(taken)
+        taken.append(Fallback(rung="moments_failure", reason=f"{fault}: ranked without"))
+        wanted = "auto"
     if wanted == "fisher":
         fault = fisher_fault(bundle, Level.HEAD)
         if not fault:
@@ -187,7 +198,11 @@ def prepare_heads(
         target=bundle.parameters.target_ratio,
         level=Level.HEAD,
     )
-    used = choose_head_scorer(bundle, scorer or wanted_scorer(bundle, settings))
+    used = choose_head_scorer(
+        bundle,
+        scorer or wanted_scorer(bundle, settings),
+        redistribute=redistributes(bundle, settings),
+    )
     minimum = heads.min_heads_per_layer
     eligible = eligible_groups(bundle, used[0], minimum, level=Level.HEAD, shard=shard)
     return empty_plan(bundle, Level.HEAD, allowed, used, eligible, minimum)
@@ -239,12 +254,14 @@ def rank_heads(
     weights = head_weights_at(phase, settings)
     with stage("score"):
         projections = usable_projections(bundle, candidates)
-        if scorer == "output_projection" and projections is not None:
+        if scorer in ("output_projection", "reconstruction") and projections is not None:
             scores = projections.energies
         elif scorer == "fisher":
             scores = fisher([bundle.gates[group.name] for group in groups])
         else:
             scores = multi_factor([bundle.heads[group.name] for group in groups], weights)
+    if scorer == "reconstruction":  # What is alike is predicted: no pairs are needed.
+        return Ranking(candidates, scorer, projections, scores, (), threads, bundle.gates)
     matrices = {name: data.similarity for name, data in bundle.heads.items()}
     redundant = pairs_of_groups(candidates, matrices, scores, settings.similarity_threshold)
     return Ranking(candidates, scorer, projections, scores, redundant, threads)

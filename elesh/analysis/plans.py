@@ -36,6 +36,7 @@ __all__ = [
     "Target",
     "empty_plan",
     "ranked_units",
+    "redistributes",
     "wanted_scorer",
     "with_choice",
 ]
@@ -207,3 +208,10 @@ def wanted_scorer(bundle: CheckpointBundle, settings: Settings) -> str:
     """The scorer that request or settings ask for; the request wins unless it says ``auto``."""
     asked = bundle.parameters.scorer
     return settings.structured_pruning.channel_analysis.scorer if asked == "auto" else asked
+
+
+def redistributes(bundle: CheckpointBundle, settings: Settings) -> bool:
+    """Whether request or settings say that the consumers of a cut are re-solved."""
+    return (
+        bundle.parameters.redistribute or settings.structured_pruning.channel_analysis.redistribute
+    )

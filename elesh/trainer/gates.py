@@ -134,8 +134,6 @@ class GateMeter:
         return hook
 
     def _read(self, axis: Axis, x: Tensor, gradient: Tensor) -> None:
-        if self._look is not None:
-            self._look(axis, x, gradient)
         product = x.float() * gradient.float()
         dim = axis[1] % x.ndim
         rest = [d for d in range(1, x.ndim) if d != dim]
@@ -146,6 +144,8 @@ class GateMeter:
                 f"a first dimension that {self._batch} samples share evenly",
                 tuple(x.shape),
             )
+        if self._look is not None:
+            self._look(axis, x, gradient)
         # Where samples were folded into rows (windows, time steps), sample by sample again.
         sums = sums.reshape(self._batch, -1, x.shape[dim]).sum(1).cpu()
         if axis in self._halved:  # The gradient came through the gate: it has the level in it.

@@ -71,8 +71,7 @@ class Measurement:
 
     def _enter(self, axis: Axis, x: Tensor, gradient: Tensor) -> None:
         for tally in self._groups:
-            if tally.group.level is Level.CHANNEL:
-                tally.enter(axis, x, gradient)
+            tally.enter(axis, x, gradient, self.batch)
 
     def add(self, projections: Sums, true: Sums, sizes: Sums, sampled: Sums) -> None:
         """Take in the sums of a batch."""

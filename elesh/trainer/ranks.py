@@ -34,7 +34,7 @@ __all__ = ["RULES", "merge_ranks"]
 
 _Array = npt.NDArray[Any]
 _M = TypeVar("_M", ChannelImportanceData, GateStatistics, LayerStatistics, HeadImportanceData)
-Rule = Literal["mean", "error", "rows", "same", "correlations", "mean_square"]
+Rule = Literal["mean", "error", "rows", "same", "correlations", "mean_square", "moments"]
 
 RULES: Mapping[str, Rule] = {
     "taylor_importance": "mean",
@@ -45,7 +45,9 @@ RULES: Mapping[str, Rule] = {
     "projections": "rows",
     "moves": "rows",
     "margins": "rows",
-    "input_moments": "mean",
+    "input_moments": "moments",
+    "input_means": "mean",
+    "sample_moments": "moments",
     "input_slopes": "mean",
     "first_order": "mean",
     "second_order": "mean",
@@ -60,8 +62,8 @@ RULES: Mapping[str, Rule] = {
     "diversity": "mean",
 }
 """How each field of the statistics is merged: means by samples, their errors, rows one after
-another, what is the same on all ranks, and correlations by the inner products that they stand
-for. Centred input moments lose by that what the ranks' means differ by."""
+another, what is the same on all ranks, correlations by the inner products that they stand for, and
+moments with what the ranks' means differ by."""
 
 
 def merge_ranks(bundles: Sequence[CheckpointBundle]) -> CheckpointBundle:
@@ -169,6 +171,18 @@ def _correlations(values: Sequence[_Array], samples: Sequence[int], items: Seque
     return np.asarray(np.clip(cosines, -1.0, 1.0), dtype=np.float32)
 
 
+def _moments(values: Sequence[_Array], samples: Sequence[int], items: Sequence[Any]) -> _Array:
+    """Second moments about the merged means, of full matrices or of diagonals."""
+    means = [np.asarray(item.input_means, dtype=np.float64) for item in items]
+    middle = np.average(means, axis=0, weights=samples)
+    about = []
+    for value, mean in zip(values, means, strict=True):
+        far = mean - middle
+        spread = far**2 if value.ndim == far.ndim else far[:, :, None] * far[:, None, :]
+        about.append(value + spread)
+    return _mean(about, samples, items)
+
+
 _MERGE: Mapping[Rule, Callable[[Sequence[_Array], Sequence[int], Sequence[Any]], _Array]] = {
     "mean": _mean,
     "error": _error,
@@ -176,4 +190,5 @@ _MERGE: Mapping[Rule, Callable[[Sequence[_Array], Sequence[int], Sequence[Any]],
     "same": _same,
     "correlations": _correlations,
     "mean_square": _mean_square,
+    "moments": _moments,
 }

@@ -73,21 +73,49 @@ class InputTally:
 
     rows: int = 0
     first: Doubles | float = 0.0
-    second: Doubles | float = 0.0
-    slopes: Doubles = field(default_factory=lambda: np.zeros(()))
+    second: Doubles = field(default_factory=lambda: np.zeros(()))
+    steady: Doubles | float = 0.0
+    """Squares of the means over a sample's positions, as often as it has positions."""
+    summed: Doubles = field(default_factory=lambda: np.zeros(()))
+    """Of the slopes' sums over a sample's positions."""
+    left: Doubles = field(default_factory=lambda: np.zeros(()))
+    """Of their deviations from the mean over the positions."""
 
     def see(self, x: Tensor, gradient: Tensor) -> None:
-        """Take in activations and their gradients, [rows, C]."""
-        self.rows += len(x)
-        self.first = self.first + x.sum(0).double().cpu().numpy()
-        self.second = self.second + (x.T @ x).double().cpu().numpy()
-        self.slopes = self.slopes + (gradient.T @ gradient).double().cpu().numpy()
+        """Take in activations and their gradients, [samples, positions, W]."""
+        positions = x.shape[1]
+        self.rows += len(x) * positions
+        self.first = self.first + _doubles(x.sum((0, 1)))
+        self.second = self.second + _squares(x)
+        self.steady = self.steady + positions * _doubles(x.mean(1).square().sum(0))
+        summed = _squares(gradient.sum(1))
+        self.summed = self.summed + summed
+        self.left = self.left + _squares(gradient) - summed / positions
 
-    def moments(self, centred: bool) -> Doubles:
-        """[C, C]: the mean of ``x_i x_j``, less that of the means if ``centred``."""
-        means = np.asarray(self.first) / self.rows
-        second = np.asarray(self.second) / self.rows
-        return second - np.outer(means, means) if centred else second
+    def fields(self, samples: int, centred: bool) -> dict[str, Doubles]:
+        """The fields of one site: ``input_moments`` and so on.
+
+        Args:
+            centred: the consumer can take up a constant.
+        """
+        means = np.asarray(self.first) / self.rows * centred
+        return {
+            "input_moments": self.second / self.rows - np.outer(means, means),
+            "input_means": means,
+            "sample_moments": np.asarray(self.steady) / self.rows - means**2,
+            "input_slopes": np.stack([self.summed, self.left]) / samples,
+        }
+
+
+def _doubles(values: Tensor) -> Doubles:
+    found: Doubles = values.double().cpu().numpy()
+    return found
+
+
+def _squares(values: Tensor) -> Doubles:
+    """[W, W]: sums of products over all but the last dimension."""
+    rows = values.reshape(-1, values.shape[-1])
+    return _doubles(rows.T @ rows)
 
 
 @dataclass
@@ -205,23 +233,31 @@ class GroupTally:
         self.gram_rows += len(rows)
         self.gram = gram if self.gram is None else self.gram + gram
 
-    def enter(self, axis: Axis, x: Tensor, gradient: Tensor) -> None:
-        """Take in activations and gradients at an axis, for the input moments."""
+    def enter(self, axis: Axis, x: Tensor, gradient: Tensor, samples: int) -> None:
+        """Take in activations and gradients at an axis, for the input moments.
+
+        What channels have several of (a map that is flattened) counts as positions; the elements
+        of a head are inputs of their own.
+        """
         for number, site in enumerate(self.group.sites):
-            if axis_of(site) == axis:
-                rows = (
-                    by_unit(t.detach().movedim(site.dim, -1).float(), site, self.group.size)
-                    .transpose(-1, -2)
-                    .reshape(-1, self.group.size)
-                    for t in (x, gradient)
+            if axis_of(site) != axis:
+                continue
+            seen = []
+            for values in (x, gradient):
+                units = by_unit(
+                    values.detach().movedim(site.dim, -1).float(), site, self.group.size
                 )
-                self.inputs.setdefault(number, InputTally()).see(*rows)
+                if self.group.level is Level.CHANNEL:
+                    seen.append(units.transpose(-1, -2).reshape(samples, -1, self.group.size))
+                else:
+                    seen.append(units.reshape(samples, -1, self.group.size * site.width))
+            self.inputs.setdefault(number, InputTally()).see(*seen)
 
     def gates(self, samples: int, constants: Collection[Axis] = ()) -> GateStatistics:
         """The gate statistics of all samples.
 
         Args:
-            constants: axes whose consumers can take up a constant: input moments are centred.
+            constants: axes whose consumers can take up a constant: input moments are about means.
         """
         rated = self.rated == samples
         return GateStatistics(
@@ -241,14 +277,11 @@ class GroupTally:
         sites = self.group.sites
         if not self.inputs or len(self.inputs) < len(sites):
             return {}
-        inputs = [self.inputs[number] for number in range(len(sites))]
-        centred = [axis_of(site) in constants for site in sites]
-        moments = [x.moments(c) for x, c in zip(inputs, centred, strict=True)]
-        slopes = [x.slopes / samples for x in inputs]
-        return {
-            "input_moments": single(np.stack(moments)),
-            "input_slopes": single(np.stack(slopes)),
-        }
+        found = [
+            self.inputs[number].fields(samples, axis_of(site) in constants)
+            for number, site in enumerate(sites)
+        ]
+        return {name: single(np.stack([site[name] for site in found])) for name in found[0]}
 
     def channels(self, axes: Mapping[Axis, AxisTally], magnitude: Doubles) -> ChannelImportanceData:
         """The importance vectors of all samples."""

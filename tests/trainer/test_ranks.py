@@ -48,7 +48,7 @@ def data() -> tuple[Tensor, Tensor]:
 
 
 def measured(recorder: Recorder, data: tuple[Tensor, Tensor], part: slice) -> CheckpointBundle:
-    return recorder.measure([(data[0][part], data[1][part])], epoch=3)
+    return recorder.measure([(data[0][part], data[1][part])], epoch=3, redistribute=True)
 
 
 def agree(ours: Any, theirs: Any, name: str) -> None:
@@ -59,7 +59,7 @@ def agree(ours: Any, theirs: Any, name: str) -> None:
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-5 * largest, err_msg=name)
 
 
-_DRAWN = {"projections"}
+_DRAWN = {"projections", "input_slopes"}
 """Random directions are each rank's own."""
 
 
@@ -78,6 +78,11 @@ def test_any_split_over_ranks_merges_to_what_one_rank_measures(
     for name, gate in whole.gates.items():
         for field in set(type(gate).model_fields) - {"layer_name"} - _DRAWN:
             agree(merged.gates[name], gate, field)
+        assert gate.input_means is not None
+        slopes = [rank.gates[name].input_slopes for rank in ranks]
+        counts = np.diff(edges) / SAMPLES
+        mean = sum(c * s for c, s in zip(counts, slopes, strict=True))
+        np.testing.assert_allclose(merged.gates[name].input_slopes, mean, rtol=1e-4, atol=1e-7)
         rows = np.concatenate([rank.gates[name].projections for rank in ranks])
         assert np.array_equal(merged.gates[name].projections, rows)
     for name, layer in whole.layers.items():
