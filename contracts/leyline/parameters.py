@@ -30,8 +30,8 @@ class AnalysisParameters(Message):
     ignored_layers: tuple[Name, ...] = ()
     """Groups and layers to leave alone, by name."""
     redistribute: bool = Field(default=False, exclude_if=lambda asked: not asked)
-    """The trainer will re-solve the consumers of what is cut: ``auto`` then ranks channels by what
-    the kept ones cannot make up for (``reconstruction``)."""
+    """The trainer will re-solve the consumers of what is cut: ``auto`` then ranks channels
+    and heads by what the kept ones cannot make up for (``reconstruction``)."""
     round_to: int = Field(default=1, ge=1, le=1024)
     """Keep a multiple of this many channels in every group."""
     budget: Budget | None = Field(default=None, exclude_if=lambda budget: budget is None)

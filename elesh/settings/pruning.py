@@ -31,7 +31,7 @@ class ChannelAnalysis(Section):
     """What channels and heads are ranked by; ``auto``: the best that a checkpoint's statistics
     allow. A request that names one goes over it."""
     redistribute: bool = False
-    """Cuts are followed by re-solving the consumers: ``auto`` ranks for that."""
+    """Cuts are followed by re-solving the consumers: ``auto`` ranks channels and heads for that."""
     schedule: Literal["polynomial", "linear", "exponential"] = "polynomial"
     """How the share that may be removed rises within a phase, for channels and heads."""
     safety_margin: float = Field(default=0.1, ge=0, lt=1)

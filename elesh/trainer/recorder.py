@@ -148,7 +148,7 @@ class Recorder:
                 network as it is, which saves a forward and a backward pass.
 
             redistribute: also measure the input moments that the order of whoever redistributes
-                needs (``redistribute`` of the parameters, which it sets): two C x C matrices for
+                needs (``redistribute`` of the parameters, which it sets): three C x C matrices for
                 every consumer of C channels.
 
         Raises:

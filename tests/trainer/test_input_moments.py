@@ -8,13 +8,16 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from attention_nets import TOKENS, WIDTH, Own
+from attention_nets import NETS as FAMILIES
+from attention_nets import TOKENS, WIDTH, Own, build, inputs
 from torch import Tensor, nn
 
 from elesh.analysis.candidates import Candidates
+from elesh.analysis.heads import choose_head_scorer
 from elesh.analysis.reconstruction import ReconstructionOrder
 from elesh.trainer import Recorder, Surgeon
-from leyline import CheckpointBundle, GateStatistics
+from elesh.trainer.calling import main_output
+from leyline import CheckpointBundle, GateStatistics, Level
 
 SAMPLES = 2048
 
@@ -55,7 +58,11 @@ class Mixed(nn.Module):
 
 
 CONSUMERS = {"heads": "attention.out", "maps": "second", "units": "leave"}
-NETS = {"heads": (Attended, (TOKENS, WIDTH)), "maps": (Convolved, (2, 6, 6)), "units": (Mixed, (6,))}
+NETS = {
+    "heads": (Attended, (TOKENS, WIDTH)),
+    "maps": (Convolved, (2, 6, 6)),
+    "units": (Mixed, (6,)),
+}
 
 
 def measured(
@@ -141,3 +148,23 @@ def test_slopes_that_are_the_same_at_all_positions_are_all_in_the_sum(kind: str)
     summed, left = gate_of(kind, bundle).input_slopes[0]
     assert np.abs(left).max() < 1e-4 * np.abs(summed).max()
     assert np.abs(summed).max() > 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_heads_of_every_family_are_measured_element_by_element(name: str) -> None:
+    model, samples = build(name), 6
+    recorder = Recorder(
+        model, inputs(name), loss=lambda output, _: main_output(output).square().flatten(1).mean(1)
+    )
+    batches = [(inputs(name, samples), torch.arange(samples) % 2)]
+    bundle = recorder.measure(batches, epoch=1, redistribute=True)
+    heads = [g for g in bundle.architecture.groups if g.prunable and g.level is Level.HEAD]
+    assert heads
+    for group in heads:
+        (site,), gate = group.sites, bundle.gates[group.name]
+        assert gate.input_means is not None
+        assert gate.input_means.shape == (1, group.size * site.width)
+        assert site.width > 1
+    scorer, fallbacks = choose_head_scorer(bundle, "auto", redistribute=True)
+    assert scorer == "reconstruction"
+    assert "moments_failure" not in [taken.rung for taken in fallbacks]
