@@ -181,7 +181,8 @@ def usable_projections(bundle: CheckpointBundle, candidates: Candidates) -> Proj
     """Projections of all candidates, where every one has some that can be used."""
     if projection_fault(bundle) or not all(name in bundle.gates for name in candidates.names):
         return None
-    return Projections.of(bundle.gates, candidates)
+    level = bundle.architecture.group[candidates.names[0]].level
+    return Projections.of(gates_of(bundle, level), candidates)
 
 
 def pairs_by_group(candidates: Candidates, selection: Selection) -> dict[int, list[Pair]]:

@@ -18,13 +18,15 @@ from leyline import GateStatistics
 
 from .candidates import Candidates, Doubles, Floats
 
-__all__ = ["Prediction", "Projections", "mask_gains", "output_energy", "predict", "sample_weights"]
+__all__ = ["Prediction", "Projections", "gains_of", "output_energy", "predict", "sample_weights"]
 
 
 _BLOCK = 1024
 """Columns copied at a time."""
 _MASKED = 0.25
 """How much a rise measured under a unit's mask counts beside its column (decision 0065)."""
+_FISHER = 0.15
+"""How much the Fisher information of a unit's gate counts beside its column (decision 0086)."""
 _FLOOR = 0.25
 _DOUBT = 0.5
 """Margins well below this share of the median margin all count alike."""
@@ -37,8 +39,7 @@ class Projections:
     Even samples come first, then the odd ones: each half is a contiguous part of every row.
     Values are scaled by a power of two (exact) to a mean square near 1, so that no product of
     float32 overflows or vanishes whatever the units of the outputs are. Where margins are known,
-    samples count by :func:`sample_weights`; where units were masked one at a time, columns count
-    by :func:`mask_gains`.
+    samples count by :func:`sample_weights`, and columns by :func:`gains_of`.
     """
 
     columns: Floats
@@ -47,10 +48,17 @@ class Projections:
     """``columns * unit`` is G, sample by sample times its weight, unit by unit times its gain."""
     weights: Doubles
     """[N] of the samples, in the order of the calibration."""
+    gains: Doubles
+    """[C] what columns are multiplied by, for choosing; predictions are made without."""
 
     @classmethod
     def of(cls, gates: Mapping[str, GateStatistics], candidates: Candidates) -> Projections:
-        """The matrix of the candidates' gates; every group must be in ``gates``."""
+        """The matrix of the candidates' gates.
+
+        Args:
+            gates: of all groups of their level, every candidate's among them: gains are shares
+                of the whole, so that shards agree.
+        """
         parts = [gates[name].projections for name in candidates.names]
         samples = parts[0].shape[0]
         weights = sample_weights(gates[candidates.names[0]])
@@ -61,11 +69,10 @@ class Projections:
         columns = np.empty((candidates.count, samples), np.float32)
         for group, part in enumerate(parts):
             columns[candidates.span(group)] = (part * (weights / unit)[:, None])[order].T
-        if all(gates[name].removal_error is not None for name in candidates.names):
-            gains = mask_gains(gates, weights)
-            for group, name in enumerate(candidates.names):
-                columns[candidates.span(group)] *= gains[name][:, None].astype(np.float32)
-        return cls(columns, unit, weights)
+        known = gains_of(gates, weights)
+        gains = np.concatenate([known[name] for name in candidates.names])
+        columns *= gains[:, None].astype(np.float32)
+        return cls(columns, unit, weights, gains)
 
     @property
     def energies(self) -> Doubles:
@@ -98,36 +105,42 @@ def sample_weights(gate: GateStatistics) -> Doubles:
     return np.asarray(weights / np.sqrt(np.mean(weights**2)))
 
 
-def mask_gains(gates: Mapping[str, GateStatistics], weights: Doubles) -> dict[str, Doubles]:
-    """[C] by group: what columns are multiplied by where units were masked one at a time.
+def gains_of(gates: Mapping[str, GateStatistics], weights: Doubles) -> dict[str, Doubles]:
+    """[C] by group: what columns are multiplied by when units are chosen.
 
-    The square of a column says how far the outputs move, not how much that hurts; of units that
-    were masked (attention heads) the latter is known, for each alone. A unit's cost becomes the
-    geometric mean of both, the rise of the loss counting ``_MASKED``, with the sum of all squares
-    as it was, so that costs keep their unit. No rise counts less than ``_FLOOR`` of their mean.
-    Ones where that is not above zero.
+    The square of a column says how far the outputs move, not how much that hurts. What does say
+    so, for each unit alone, is the rise of the loss under its mask where units were masked
+    (attention heads), else the Fisher information of its gate. A unit's cost becomes the geometric
+    mean of both, the latter counting ``_MASKED`` or ``_FISHER``, with the sum of all squares as it
+    was, so that costs keep their unit. Nothing counts less than ``_FLOOR`` of the mean in it. Ones
+    where that mean is not above zero.
 
     Args:
+        gates: of one level; masked, or taken for not masked, all together.
         weights: [N] of the samples.
     """
-    masked = {name: gate for name, gate in gates.items() if gate.removal_error is not None}
+    masked = all(gate.removal_error is not None for gate in gates.values())
+    share = _MASKED if masked else _FISHER
+    harm = {
+        name: np.asarray(gate.removal_rise if masked else gate.second_order, dtype=np.float64)
+        for name, gate in gates.items()
+    }
+    mean = float(np.concatenate(list(harm.values())).mean())
+    if not mean > 0:
+        return {name: np.ones(len(row)) for name, row in harm.items()}
     squares = {
         name: np.einsum("nc,n->c", np.square(gate.projections, dtype=np.float64), weights**2)
-        for name, gate in masked.items()
+        for name, gate in gates.items()
     }
-    rises = {name: np.asarray(gate.removal_rise, np.float64) for name, gate in masked.items()}
-    mean = float(np.concatenate(list(rises.values())).mean())
-    if mean <= 0:
-        return {name: np.ones(len(row)) for name, row in rises.items()}
     costs = {
-        name: squares[name] ** (1 - _MASKED) * np.maximum(row, _FLOOR * mean) ** _MASKED
-        for name, row in rises.items()
+        name: squares[name] ** (1 - share) * np.maximum(row, _FLOOR * mean) ** share
+        for name, row in harm.items()
     }
-    total = sum(row.sum() for row in costs.values())
-    scale = sum(row.sum() for row in squares.values()) / total if total > 0 else 1.0
+    total = sum(float(row.sum()) for row in costs.values())
+    scale = sum(float(row.sum()) for row in squares.values()) / total if total > 0 else 1.0
     return {
         name: np.sqrt(
-            np.divide(scale * row, squares[name], out=np.zeros_like(row), where=squares[name] > 0)
+            np.divide(scale * row, squares[name], out=np.ones_like(row), where=squares[name] > 0)
         )
         for name, row in costs.items()
     }
@@ -146,16 +159,20 @@ class Prediction:
     """What a random cut of as many units among the same candidates would do on average."""
 
 
-def damage(columns: Floats, units: Sequence[int]) -> float:
-    """``mean((sum of the units' columns)^2)`` over the samples, in float64."""
-    return float(np.mean(_squares(columns, units)))
+def damage(columns: Floats, units: Sequence[int], gains: Doubles | None = None) -> float:
+    """``mean((sum of the units' columns)^2)`` over the samples, in float64; without the gains."""
+    return float(np.mean(_squares(columns, units, gains)))
 
 
-def _squares(columns: Floats, units: Sequence[int]) -> Doubles:
-    """[N]: ``(sum of the units' columns)^2``."""
+def _squares(columns: Floats, units: Sequence[int], gains: Doubles | None = None) -> Doubles:
+    """[N]: ``(sum of the units' columns)^2``, each column divided by its gain."""
     moved: Doubles = np.zeros(columns.shape[1])
     for start in range(0, len(units), _BLOCK):
-        moved += columns[list(units[start : start + _BLOCK])].sum(axis=0, dtype=np.float64)
+        part = list(units[start : start + _BLOCK])
+        if gains is None:
+            moved += columns[part].sum(axis=0, dtype=np.float64)
+        else:
+            moved += (1 / gains[part]) @ columns[part]
     return moved * moved
 
 
@@ -177,30 +194,35 @@ def predict(
     """
     even, odd = projections.halves
     scale = projections.unit**2
-    held_out = [_squares(odd, choose(even)) * scale, _squares(even, choose(odd)) * scale]
+    gains = projections.gains
+    held_out = [
+        _squares(odd, choose(even), gains) * scale,
+        _squares(even, choose(odd), gains) * scale,
+    ]
     first, second = (float(squares.mean()) for squares in held_out)
     scatter = math.sqrt(sum(float(squares.var()) / len(squares) for squares in held_out)) / 2
     return Prediction(
         damage=(first + second) / 2,
         error=max(scatter, abs(first - second) / 2),
-        random=_random_damage(projections.columns, candidates, count) * scale,
+        random=_random_damage(projections, candidates, count) * scale,
     )
 
 
-def _random_damage(columns: Floats, candidates: Candidates, count: int) -> float:
+def _random_damage(projections: Projections, candidates: Candidates, count: int) -> float:
     """Expected damage of ``count`` units drawn at random from groups with room.
 
     For k of n columns: f^2 (sum s)^2 + f (1 - f) n / (n - 1) (sum of squares - s^2 / n), with
     f = k / n and s the sum of all columns, averaged over the samples.
     """
+    columns, gains = projections.columns, projections.gains
     rooms = np.array(candidates.rooms)[candidates.group_of]
     rows = np.flatnonzero(rooms > 0)
     total = len(rows)
     if total < 2 or not count:
-        return damage(columns, rows.tolist()) if count else 0.0
+        return damage(columns, rows.tolist(), gains) if count else 0.0
     share = count / total
-    whole = damage(columns, rows.tolist())
-    energy = np.einsum("ij,ij->i", columns, columns, dtype=np.float64)[rows].sum()
+    whole = damage(columns, rows.tolist(), gains)
+    energy = float((projections.energies / gains**2)[rows].sum())
     spread = (energy / columns.shape[1] - whole / total) * total / (total - 1)
     return float(share**2 * whole + share * (1 - share) * spread)
 

@@ -1,6 +1,7 @@
 """Golden rankings: fixed inputs give the recorded picks, so that no change of order goes unseen.
 
-To renew after an intended change: ``python tests/analysis/test_golden_rankings.py``.
+To renew after an intended change:
+``PYTHONPATH=tests/support python tests/analysis/test_golden_rankings.py``.
 """
 
 from __future__ import annotations

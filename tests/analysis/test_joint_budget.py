@@ -56,12 +56,12 @@ def test_heads_alone_keep_to_a_budget(resource: str) -> None:
 @pytest.mark.parametrize("gates", [True, False], ids=["one kind of costs", "two kinds"])
 def test_channels_and_heads_share_one_budget(gates: bool) -> None:
     more = {} if gates else {"gates": {}}
-    bundle, decision = asked(Budget(resource="parameters", at_most=0.93), BOTH, **more)
+    bundle, decision = asked(Budget(resource="parameters", at_most=0.9), BOTH, **more)
     free = analyze(joint_networks.checkpoint(levels=BOTH, **more), joint_networks.settings())
     assert decision.approved_for_application, decision.rejection_reason
     before = bundle.architecture.parameters
     after = bundle.architecture.without(decision.units).parameters
-    assert after <= 0.93 * before < after + _dearest_unit(), "met, and not by a unit too many"
+    assert after <= 0.9 * before < after + _dearest_unit(), "met, and not by a unit too many"
     assert gate_of(decision, "joint.budget").measured == after / before
     assert decision.statistics.parameters_after == after
     for name, units in decision.units.items():

@@ -11,7 +11,7 @@ from elesh.analysis.orders import JointOrder
 from elesh.analysis.projections import (
     Projections,
     damage,
-    mask_gains,
+    gains_of,
     output_energy,
     predict,
 )
@@ -119,20 +119,40 @@ def test_where_units_were_masked_a_cost_is_the_mean_of_its_column_and_its_rise()
     assert shard == pytest.approx(costs[3:], rel=1e-5)
 
 
-def test_units_that_were_not_masked_keep_their_columns() -> None:
+def test_units_that_were_not_masked_count_by_their_fisher_information_a_little() -> None:
     columns = np.random.default_rng(7).standard_normal((20, 3))
     gates = {"g": masked("g", columns, [0.1, 0.2, 0.9])}
-    gates["g"] = gates["g"].model_copy(update={"removal_error": None})
+    fisher = np.array([1.0, 4.0, 0.01])
+    gates["g"] = gates["g"].model_copy(
+        update={"removal_error": None, "second_order": floats(fisher)}
+    )
     projections = Projections.of(gates, candidates(3))
-    restored = np.sort(projections.columns.astype(np.float64) * projections.unit, axis=1)
-    np.testing.assert_allclose(restored, np.sort(columns.T, axis=1), rtol=1e-6)
+    squares = np.square(columns).sum(axis=0)
+    shares = squares**0.85 * np.maximum(fisher, 0.25 * fisher.mean()) ** 0.15
+    costs = np.square(projections.columns.astype(np.float64)).sum(axis=1) * projections.unit**2
+    assert costs == pytest.approx(squares.sum() * shares / shares.sum(), rel=1e-5)
+
+
+def test_predictions_know_nothing_of_gains() -> None:
+    """What a set is predicted to move is what its columns say, however they counted."""
+    rng = np.random.default_rng(9)
+    gates = {"g": masked("g", rng.standard_normal((40, 8)), rng.uniform(0.1, 2, 8).tolist())}
+    plain = {"g": gates["g"].model_copy(update={"removal_error": None})}  # Fisher is all zeros.
+    found = [
+        predict(Projections.of(each, candidates(8)), candidates(8), 3, lambda _: [1, 4, 6])
+        for each in (gates, plain)
+    ]
+    assert Projections.of(plain, candidates(8)).gains.tolist() == [1.0] * 8
+    assert found[0].damage == pytest.approx(found[1].damage, rel=1e-5)
+    assert found[0].error == pytest.approx(found[1].error, rel=1e-5)
+    assert found[0].random == pytest.approx(found[1].random, rel=1e-5)
 
 
 def test_no_rise_above_zero_changes_nothing_and_a_silent_unit_stays_silent() -> None:
     columns = np.random.default_rng(8).standard_normal((20, 2))
     falling = {"g": masked("g", columns, [-0.1, -0.2])}
-    assert mask_gains(falling, np.ones(20))["g"].tolist() == [1.0, 1.0]
+    assert gains_of(falling, np.ones(20))["g"].tolist() == [1.0, 1.0]
     columns[:, 0] = 0
-    silent = mask_gains({"g": masked("g", columns, [0.1, 0.2])}, np.ones(20))["g"]
-    assert silent[0] == 0
+    silent = gains_of({"g": masked("g", columns, [0.1, 0.2])}, np.ones(20))["g"]
+    assert silent[0] == 1, "it has nothing to be multiplied"
     assert np.isfinite(silent).all()
