@@ -10,8 +10,10 @@ from networks import bundle, chain, settings, vectors
 
 from elesh import analyze
 from elesh.analysis import ImportanceTracker, channel_metrics, explain
-from elesh.analysis.candidates import Floats
-from elesh.analysis.noise import error_bars
+from elesh.analysis.candidates import Candidates, Floats
+from elesh.analysis.noise import error_bars, without_noise
+from elesh.analysis.orders import JointOrder
+from elesh.analysis.selection import select
 from leyline import AnalysisParameters, CheckpointBundle, GateStatistics
 
 
@@ -50,6 +52,24 @@ def test_error_bars_are_those_of_the_marginal_costs() -> None:
     x = columns[4].astype(float) ** 2
     expected = max(x.std() / np.sqrt(50), abs(x[:25].mean() - x[25:].mean()) / 2)
     assert bars.errors[0] == pytest.approx(expected)
+
+
+def test_halves_of_the_samples_that_disagree_widen_the_bars() -> None:
+    columns: Floats = np.repeat(np.float32([[1.0, 3.0]]), 25, axis=1).reshape(1, 50)
+    bars = error_bars(columns, [0])
+    assert bars.costs[0] == pytest.approx(5)
+    assert bars.errors[0] == pytest.approx(4), "the scatter alone would say .57"
+
+
+def test_groups_that_can_lose_nothing_have_no_say_in_what_is_typical() -> None:
+    rng = np.random.default_rng(3)
+    columns: Floats = rng.choice([-1, 1], (8, 64)).astype(np.float32)
+    columns[4:] *= 100
+    candidates = Candidates(("a", "full"), (4, 4), (3, 0), (1, 1))
+    selection = select(lambda: JointOrder(candidates, columns), 3, ())
+    assert len(selection.units) == 3
+    left = without_noise(selection, columns)
+    assert (left.units, len(left.noise)) == ((), 3)
 
 
 def test_where_units_cannot_be_told_apart_none_goes() -> None:

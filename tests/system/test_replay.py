@@ -18,7 +18,7 @@ from station import Station, checkpoint, faulty, ready, send
 from test_demo import elesh
 
 from elesh.bus import Bus
-from elesh.capture import Case, open_case
+from elesh.capture import Case, open_case, save_case
 from elesh.replay import Replayed, Selection, capture, replay, replay_case
 from elesh.settings import Settings
 from leyline import CheckpointBundle, ContractError, Level
@@ -150,6 +150,18 @@ def test_a_spoiled_file_is_refused_by_name(
     with pytest.raises(ContractError, match=named) as caught:
         asyncio.run(replay_case(target, None))
     assert "spoiled.zip" in str(caught.value) or "envelope" in str(caught.value)
+
+
+def test_a_capture_that_fails_leaves_nothing_behind_and_the_old_file_as_it_was(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "case.zip"
+    file.write_bytes(b"before")
+    case = Case(stream="checkpoints", entry_id="1-0", envelope=b"x", decision=None, settings=None)
+    with pytest.raises(FileNotFoundError):
+        save_case(file, case, tmp_path / "no such folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["case.zip"]
+    assert file.read_bytes() == b"before"
 
 
 def many(target: Path) -> None:
