@@ -75,8 +75,9 @@ def with_held_out(trained: Trained, **changed: Any) -> CheckpointBundle:
     return replace(trained.bundle, network=replace(network, held_out=held_out))
 
 
-def test_at_40_percent_rounds_lose_less_than_one_choice() -> None:
-    """Without fine-tuning, on unseen data, three seeds (a third to a half was measured)."""
+def test_at_40_percent_rounds_lose_less_than_one_choice_does() -> None:
+    """Without fine-tuning, on unseen data, three seeds: less than half of the .16 that one choice
+    lost before decision 0086, and less than it loses since."""
     once, rounds = 0.0, 0.0
     for seed in (0, 1, 2):
         trained = proved_networks.digits(seed)
@@ -88,8 +89,8 @@ def test_at_40_percent_rounds_lose_less_than_one_choice() -> None:
         rounds += lost(trained, chosen)
         once += lost(trained, decide(trained.bundle, rounds=1))
         assert found.kept == found.proposed == round(0.4 * 128)
-    assert once > 0.05
-    assert rounds < 0.75 * once
+    assert rounds < 0.16 / 2
+    assert rounds < once
 
 
 def test_the_same_checkpoint_gives_the_same_bytes_and_so_does_its_replay() -> None:
