@@ -22,7 +22,7 @@ import leyline as ll
 from contracts import examples
 from contracts.asyncapi import asyncapi
 from contracts.reference import reference
-from leyline.bundle import pack_statistics
+from leyline.network.bundle import pack_statistics
 
 __all__ = ["generated", "main", "schema"]
 

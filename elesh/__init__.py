@@ -9,9 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from elesh.analysis import analyze
-    from elesh.settings import Settings
     from leyline import CheckpointBundle
+
+    from .analysis import analyze
+    from .settings import Settings
 
 __all__ = ["CheckpointBundle", "Settings", "analyze"]
 

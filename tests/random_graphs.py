@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent / "support"))
+sys.path.extend(str(Path(__file__).parent / "support" / name) for name in ("", "nets"))
 
 from random_cases import Tally, check
 

@@ -27,14 +27,14 @@ from torch import nn
 from typer.testing import CliRunner
 
 from elesh.analysis import ImportanceTracker, analyze
-from elesh.analysis.memory import TrackerCache, measurements_of
-from elesh.analysis.parameters import Marking, analyze_parameters
+from elesh.analysis.importance.tracker_cache import TrackerCache, measurements_of
+from elesh.analysis.sketch.parameter_masks import Marking, analyze_parameters
+from elesh.bus.admission import Work
 from elesh.cli import app
+from elesh.operate.validate import validate
 from elesh.settings import Settings, SettingsError
-from elesh.trainer.apply import Evaluation, apply_decision
-from elesh.trainer.parameters import ParameterTracker, ask_for_masks
-from elesh.validation import validate
-from elesh.worker.admission import Work
+from elesh.trainer.session.apply import Evaluation, apply_decision
+from elesh.trainer.weight_masks import ParameterTracker, ask_for_masks
 from elesh.worker.shards import parts_of
 from leyline import (
     AnalysisRequest,

@@ -14,14 +14,13 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from benchmarks.common.subjects import Subject
 from elesh.analysis.candidates import Candidates
-from elesh.analysis.orders import StaticOrder
-from elesh.analysis.selection import select
-from elesh.trainer.gates import GateMeter, axis_of
-from elesh.trainer.tally import GroupTally
+from elesh.analysis.selection.removal_order import StaticOrder
+from elesh.analysis.selection.select import select
+from elesh.trainer.calibration.accumulators import GroupTally
+from elesh.trainer.network.gates import GateMeter, axis_of
 from leyline import PruningGroup
-
-from .subjects import Subject
 
 __all__ = ["CRITERIA", "Scores", "lowest"]
 

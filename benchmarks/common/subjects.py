@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks.common.nets import NETS
 from elesh.demo.data import Digits
 from elesh.trainer import Recorder, Surgeon
 from leyline import Level, PrunedArchitecture, PruningGroup
-
-from .nets import NETS
 
 __all__ = ["Batches", "Subject", "per_sample_loss"]
 

@@ -4,16 +4,11 @@ Pure contracts: pydantic, msgpack and numpy; no torch, no redis, no clock but th
 Start reading at :mod:`leyline.streams`, the catalogue of streams and messages.
 """
 
-from .analysis import LevelAnalysis, PredictedDamage, RankedUnit
-from .architecture import PrunedArchitecture
-from .audit import GENESIS, AuditEntry, AuditEvent
-from .base import SCHEMA_VERSION, Message, WireEnum
-from .blocks import LayerBlock, StandIn
-from .budget import Budget, LatencyTable, LayerLatency
-from .bundle import CheckpointBundle, CheckpointDocument, NetworkExport
-from .checkpoint import BlobRef, CheckpointMetadata, CheckpointReady
-from .codec import decode, encode, read_envelope, unwrap, wrap
-from .decisions import (
+from leyline.messages.analysis import LevelAnalysis, PredictedDamage, RankedUnit
+from leyline.messages.audit import GENESIS, AuditEntry, AuditEvent
+from leyline.messages.budget import Budget, LatencyTable, LayerLatency
+from leyline.messages.checkpoint import BlobRef, CheckpointMetadata, CheckpointReady
+from leyline.messages.decisions import (
     AnalysedPart,
     AttentionHeadTarget,
     ChannelPruningTarget,
@@ -34,6 +29,47 @@ from .decisions import (
     StructuralPruningDecision,
     WouldBeCut,
 )
+from leyline.messages.events import (
+    AnalysisMetrics,
+    BreakerTransition,
+    DeadLetter,
+    OperatorAction,
+    PruningOutcome,
+    RecompilationRequest,
+    StructuralValidationResult,
+    TelemetryEvent,
+)
+from leyline.messages.legacy import (
+    AnalysisReport,
+    ImportanceData,
+    MaskApplication,
+    ParameterMask,
+    PruningMasks,
+)
+from leyline.messages.parameters import AnalysisParameters, PerformanceRequirements
+from leyline.messages.requests import AnalysisRequest, StructuralAnalysisRequest
+from leyline.messages.verification import Interval, Verification
+from leyline.network.architecture import PrunedArchitecture
+from leyline.network.blocks import LayerBlock, StandIn
+from leyline.network.bundle import CheckpointBundle, CheckpointDocument, NetworkExport
+from leyline.network.parts import (
+    GateSite,
+    LayerDescriptor,
+    PruningGroup,
+    PruningRecord,
+    Span,
+    TensorDescriptor,
+    TensorSlice,
+)
+from leyline.network.statistics import (
+    ChannelImportanceData,
+    GateStatistics,
+    HeadImportanceData,
+    LayerStatistics,
+)
+
+from .base import SCHEMA_VERSION, Message, WireEnum
+from .codec import decode, encode, read_envelope, unwrap, wrap
 from .envelope import EventEnvelope, Priority
 from .errors import (
     AnalysisFailed,
@@ -57,16 +93,6 @@ from .errors import (
     Unsigned,
     UnsupportedVersion,
 )
-from .events import (
-    AnalysisMetrics,
-    BreakerTransition,
-    DeadLetter,
-    OperatorAction,
-    PruningOutcome,
-    RecompilationRequest,
-    StructuralValidationResult,
-    TelemetryEvent,
-)
 from .identity import (
     IdempotencyKey,
     Level,
@@ -76,26 +102,7 @@ from .identity import (
     decided_level,
     stable_hash,
 )
-from .legacy import AnalysisReport, ImportanceData, MaskApplication, ParameterMask, PruningMasks
-from .parameters import AnalysisParameters, PerformanceRequirements
-from .parts import (
-    GateSite,
-    LayerDescriptor,
-    PruningGroup,
-    PruningRecord,
-    Span,
-    TensorDescriptor,
-    TensorSlice,
-)
-from .requests import AnalysisRequest, StructuralAnalysisRequest
-from .statistics import (
-    ChannelImportanceData,
-    GateStatistics,
-    HeadImportanceData,
-    LayerStatistics,
-)
 from .streams import MESSAGES, STREAMS, Stream
-from .verification import Interval, Verification
 from .work import AnalysisItem, Attempt, ItemResult, JoinItem
 
 __all__ = [

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import msgpack
 from pydantic import ValidationError
 
+from leyline.network.bundle import first_error
+
 from .base import SCHEMA_VERSION, Message
-from .bundle import first_error
 from .envelope import TTL, EventEnvelope, Priority
 from .errors import ContractError, Malformed, TooLarge, UnknownType, UnsupportedVersion
 from .streams import MESSAGES

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .audit import AuditEntry
-from .base import Message
-from .checkpoint import CheckpointReady
-from .decisions import StructuralPruningDecision
-from .events import (
+from leyline.messages.audit import AuditEntry
+from leyline.messages.checkpoint import CheckpointReady
+from leyline.messages.decisions import StructuralPruningDecision
+from leyline.messages.events import (
     BreakerTransition,
     DeadLetter,
     OperatorAction,
@@ -17,8 +16,10 @@ from .events import (
     StructuralValidationResult,
     TelemetryEvent,
 )
-from .legacy import AnalysisReport, ImportanceData, MaskApplication, PruningMasks
-from .requests import AnalysisRequest, StructuralAnalysisRequest
+from leyline.messages.legacy import AnalysisReport, ImportanceData, MaskApplication, PruningMasks
+from leyline.messages.requests import AnalysisRequest, StructuralAnalysisRequest
+
+from .base import Message
 from .work import AnalysisItem, JoinItem
 
 WORKERS = "elesh-workers"

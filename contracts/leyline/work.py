@@ -11,9 +11,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from leyline.messages.checkpoint import BlobRef
+from leyline.messages.decisions import Fallback
+
 from .base import Label, Message, Moment, Name, Text
-from .checkpoint import BlobRef
-from .decisions import Fallback
 from .identity import DecisionKey, Level
 
 

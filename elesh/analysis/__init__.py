@@ -1,14 +1,14 @@
 """What can be removed, and in which order: pure numerics from a checkpoint to a decision."""
 
-from .budget import select_channels
-from .decide import analyze
-from .explain import Explanation, TargetExplanation, UnitExplanation, explain
-from .join import join
-from .levels import analyze_level
-from .schedule import Allowance, allowance, counted_groups, curve, phase_at
-from .sketch import CountMinSketch, ErrorBound, element_keys
-from .thresholds import SafetyLevel, Stage, adaptive_threshold, stage_at
-from .tracker import ImportanceTracker, Track, channel_metrics
+from elesh.analysis.decision.decide import analyze
+from elesh.analysis.decision.explain import Explanation, TargetExplanation, UnitExplanation, explain
+from elesh.analysis.decision.join import join
+from elesh.analysis.importance.tracker import ImportanceTracker, Track, channel_metrics
+from elesh.analysis.levels.analyze_level import analyze_level
+from elesh.analysis.levels.select_channels import select_channels
+from elesh.analysis.selection.schedule import Allowance, allowance, counted_groups, curve, phase_at
+from elesh.analysis.selection.thresholds import SafetyLevel, Stage, adaptive_threshold, stage_at
+from elesh.analysis.sketch.count_min import CountMinSketch, ErrorBound, element_keys
 
 __all__ = [
     "Allowance",

@@ -12,18 +12,24 @@ from typing import Literal
 
 import numpy as np
 
+from elesh.analysis.importance.redundancy import Pair
+from elesh.analysis.importance.scores import (
+    fisher,
+    magnitude,
+    multi_metric,
+    single_removal,
+    weights_at,
+)
+from elesh.analysis.levels.channels import choose_scorer, prepare_channels, rank_channels
+from elesh.analysis.levels.heads import prepare_heads, rank_heads
+from elesh.analysis.pruning_set.plans import redistributes, wanted_scorer
+from elesh.analysis.selection.choose import Ranking, Scorer
+from elesh.analysis.selection.schedule import phase_at
+from elesh.analysis.sketch.count_min import CountMinSketch, element_keys
 from elesh.settings import AccuracyTarget, Settings
 from leyline import CheckpointBundle, Level, PruningGroup, stable_hash
 
 from .candidates import Doubles
-from .channels import choose_scorer, prepare_channels, rank_channels
-from .choosing import Ranking, Scorer
-from .heads import prepare_heads, rank_heads
-from .plans import redistributes, wanted_scorer
-from .redundancy import Pair
-from .schedule import phase_at
-from .scores import fisher, magnitude, multi_metric, single_removal, weights_at
-from .sketch import CountMinSketch, element_keys
 
 __all__ = [
     "AccuracyCheck",

@@ -2,25 +2,34 @@
 
 Start reading at :mod:`elesh.bus.core`, then :mod:`.groups` (leases), :mod:`.sweeping` and
 :mod:`.plans` (fan-out). The server is anybody's Redis 7 or newer, or the embedded
-one of :mod:`elesh.bus.embedded`.
+one of :mod:`elesh.bus.server.embedded`.
 """
 
-from .audit import AuditHead, AuditLog, audit_envelope
-from .blobs import BlobStore
-from .breakers import BreakerStore, BreakerView
-from .client import until_available
+from elesh.bus.server.client import until_available
+from elesh.bus.server.embedded import EmbeddedServer, embedded_server, server_url
+from elesh.bus.state.audit import AuditHead, AuditLog, audit_envelope
+from elesh.bus.state.blobs import BlobStore
+from elesh.bus.state.breakers import BreakerStore, BreakerView
+from elesh.bus.state.history import HistoryStore
+from elesh.bus.state.registry import Backlog, Registry, WorkerState
+from elesh.bus.state.runs import Holder, RunStore
+from elesh.bus.streams.dead_letters import DeadLetters, Letter, Redriven
+from elesh.bus.streams.fan_out import Plan, Planned, Stored
+from elesh.bus.streams.reaping import Sweep
+from elesh.bus.streams.records import (
+    Delivery,
+    History,
+    Pending,
+    Record,
+    Settlement,
+    Settling,
+    read_letter,
+)
+from elesh.bus.streams.shedding import SHED_FROM
+
 from .core import Bus
-from .embedded import EmbeddedServer, embedded_server, server_url
 from .errors import BusUnavailable, Overloaded, RunClaimed, masked
 from .guard import Guard, unframed
-from .history import HistoryStore
-from .letters import DeadLetters, Letter, Redriven
-from .plans import Plan, Planned, Stored
-from .records import Delivery, History, Pending, Record, Settlement, Settling, read_letter
-from .registry import Backlog, Registry, WorkerState
-from .runs import Holder, RunStore
-from .shedding import SHED_FROM
-from .sweeping import Sweep
 
 __all__ = [
     "AuditHead",

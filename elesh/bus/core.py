@@ -14,6 +14,29 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Self
 
+from elesh.bus.server.client import MAX_BLOCK, Client, open_client, until_available
+from elesh.bus.state.audit import AuditLog
+from elesh.bus.state.blobs import BlobStore
+from elesh.bus.state.breakers import BreakerStore
+from elesh.bus.state.history import HistoryStore
+from elesh.bus.state.registry import Registry
+from elesh.bus.state.runs import RunStore
+from elesh.bus.streams.backlog import last_id as last_id_of
+from elesh.bus.streams.backlog import pending_of
+from elesh.bus.streams.consumer_groups import Groups, pairs_of
+from elesh.bus.streams.dead_letters import DeadLetters
+from elesh.bus.streams.fan_out import PlanStore
+from elesh.bus.streams.reaping import Sweeper
+from elesh.bus.streams.records import (
+    Delivery,
+    Pending,
+    Record,
+    Settlement,
+    Settling,
+    deliveries_of,
+    entry_fields,
+)
+from elesh.bus.streams.shedding import WORK, shed_from
 from elesh.settings import BreakerSettings, BusSettings
 from leyline import (
     DeadLetter,
@@ -28,25 +51,10 @@ from leyline import (
 )
 from leyline.streams import AUDIT, DEAD, DECISIONS, STREAMS, Stream
 
-from .audit import AuditLog
-from .blobs import BlobStore
-from .breakers import BreakerStore
-from .client import MAX_BLOCK, Client, open_client, until_available
 from .errors import Overloaded, RunClaimed
-from .groups import Groups, pairs_of
 from .guard import Guard, unframed
-from .history import HistoryStore
 from .keys import Keys
-from .letters import DeadLetters
-from .plans import PlanStore
-from .records import Delivery, Pending, Record, Settlement, Settling, deliveries_of, entry_fields
-from .registry import Registry
-from .runs import RunStore
 from .scripts import Scripts
-from .shedding import WORK, shed_from
-from .sweeping import Sweeper
-from .upkeep import last_id as last_id_of
-from .upkeep import pending_of
 
 __all__ = ["Bus"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from redis.exceptions import NoScriptError
 
-from .client import Client
+from elesh.bus.server.client import Client
 
 __all__ = ["Args", "Entry", "Scripts"]
 

@@ -12,23 +12,9 @@ from elesh.bus import BusUnavailable
 from elesh.settings import SettingsError
 from leyline import ContractError
 
-from . import (
-    audit,
-    config,
-    console,
-    dead,
-    decisions,
-    events,
-    history,
-    keys,
-    observe,
-    operate,
-    profile,
-    replays,
-    run,
-    validate,
-)
+from . import config, decisions, history, keys, profile, replays, run, validate
 from .common import complaints
+from .operator import audit, console, dead, events, observe, operate
 
 __all__ = ["app", "main"]
 

@@ -29,8 +29,8 @@ def analyze(
     """Decide on a saved checkpoint, without any bus."""
     from elesh import CheckpointBundle
     from elesh import analyze as decide
-    from elesh.explanation import print_decision
-    from elesh.verification import verifier
+    from elesh.operate.explain import print_decision
+    from elesh.program import verifier
 
     bundle = CheckpointBundle.load(folder)
     loaded = Settings.load(settings)
@@ -51,12 +51,12 @@ def explain(
     settings: SettingsOption = None,
 ) -> None:
     """Say why a decision is as it is: targets, scores, partners, what was spared, gates."""
-    from elesh.explanation import print_decision
+    from elesh.operate.explain import print_decision
 
     if Path(what).is_dir():
         analyze(Path(what), settings, as_json=as_json)
         return
-    from elesh.evidence import evidence_of
+    from elesh.operate.decision_context import evidence_of
     from leyline import IdempotencyKey
 
     key = IdempotencyKey.parse(what)

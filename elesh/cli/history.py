@@ -10,10 +10,10 @@ from rich.table import Table
 
 from elesh.analysis import Track
 from elesh.analysis.candidates import Doubles
-from elesh.analysis.memory import TrackerCache
+from elesh.analysis.importance.tracker_cache import TrackerCache
 from elesh.bus import Bus
+from elesh.operate.tables import compact
 from elesh.settings import Settings
-from elesh.tables import compact
 from leyline import CheckpointReady, ContractError, PruningGroup, read_envelope, unwrap
 from leyline.streams import CHECKPOINTS
 

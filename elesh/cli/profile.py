@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from elesh.tables import compact
+from elesh.operate.tables import compact
 
 from .common import console, fail
 

@@ -10,12 +10,12 @@ import typer
 from rich.markup import escape
 
 from elesh.bus import Bus
-from elesh.capture import open_case, versions
 from elesh.observe import setup_tracing
 from elesh.observe.spanfile import REPLAYS
-from elesh.replay import Replayed, Selection, count_selected, replay_case
-from elesh.replay import capture as capture_case
-from elesh.replay import replay as replay_events
+from elesh.operate.capture import open_case, versions
+from elesh.operate.replay import Replayed, Selection, count_selected, replay_case
+from elesh.operate.replay import capture as capture_case
+from elesh.operate.replay import replay as replay_events
 from elesh.settings import Settings
 
 from .common import (

@@ -11,8 +11,8 @@ import typer
 from rich.markup import escape
 from rich.progress import Progress
 
+from elesh.operate.tables import compact
 from elesh.settings import Settings
-from elesh.tables import compact
 
 from .common import AsJson, RedisOption, SettingsOption, complaints, console, on_bus, print_json
 
@@ -35,9 +35,9 @@ def validate(
 ) -> None:
     """Measure how accurate the importance of a saved checkpoint is; exit code 1 if a target is
     missed. With a server the figures are published as telemetry of the run."""
-    from elesh.operating import operator
-    from elesh.validation import publish_checks
-    from elesh.validation import validate as check
+    from elesh.operate.actions import operator
+    from elesh.operate.validate import publish_checks
+    from elesh.operate.validate import validate as check
     from leyline import CheckpointBundle
 
     bundle, loaded = CheckpointBundle.load(folder), Settings.load(settings)

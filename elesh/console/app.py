@@ -24,8 +24,8 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from elesh.bus import Bus, BusUnavailable
-from elesh.operating import BREAKERS, reset_breaker, trip_breaker
-from elesh.replay import Replayed, Selection, replay
+from elesh.operate.actions import BREAKERS, reset_breaker, trip_breaker
+from elesh.operate.replay import Replayed, Selection, replay
 from elesh.settings import Settings, SettingsError
 from leyline import ContractError, IdempotencyKey, Level
 

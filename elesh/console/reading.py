@@ -13,12 +13,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from elesh.bus import Backlog, BreakerView, Bus, Delivery, Letter, WorkerState
+from elesh.bus.admission import Work, admit
 from elesh.observe import Link
 from elesh.observe.spanfile import RecordedSpan, find_trace
-from elesh.replay import recorded_decision
+from elesh.operate.replay import recorded_decision
 from elesh.settings import Settings
-from elesh.worker.admission import Work, admit
-from elesh.worker.auditor import audit_links
+from elesh.worker.telemetry.auditor import audit_links
 from leyline import (
     CheckpointBundle,
     ContractError,

@@ -23,7 +23,7 @@ from leyline import (
     StructuralPruningDecision,
     stable_hash,
 )
-from leyline.parameters import Scorer
+from leyline.messages.parameters import Scorer
 
 __all__ = [
     "ROLLED_BACK",

@@ -1,7 +1,7 @@
 """What a decision asks of those who can run the network, and what they answer. Types only.
 
 A joint decision calls a :class:`Verifier` where it has one. The one that exists is in
-``elesh.verification`` and needs torch; nothing here does.
+``elesh.program`` and needs torch; nothing here does.
 """
 
 from __future__ import annotations

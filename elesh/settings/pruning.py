@@ -6,8 +6,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from leyline.decisions import Phase
-from leyline.parameters import WantedScorer
+from leyline.messages.decisions import Phase
+from leyline.messages.parameters import WantedScorer
 
 from ._base import Section, require_sum_one
 

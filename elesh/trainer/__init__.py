@@ -4,12 +4,12 @@
 training thread, ``Surgeon`` masks, cuts and undoes.
 """
 
-from .apply import Evaluation, apply_decision
-from .ranks import merge_ranks
-from .recorder import Recorder
-from .redistribute import Moments
-from .session import Session
-from .surgeon import Surgeon
+from elesh.trainer.calibration.ranks import merge_ranks
+from elesh.trainer.calibration.recorder import Recorder
+from elesh.trainer.session.apply import Evaluation, apply_decision
+from elesh.trainer.session.session import Session
+from elesh.trainer.surgery.reconstruction import Moments
+from elesh.trainer.surgery.surgeon import Surgeon
 
 __all__ = [
     "Evaluation",

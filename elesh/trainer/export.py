@@ -19,16 +19,23 @@ from torch.export import Dim
 from torch.export.graph_signature import InputKind, TensorArgument
 
 from elesh.analysis import phase_at
+from elesh.program.operators import IGNORED, name_of
+from elesh.program.program import GateSlot, Node, Program, encoded
 from elesh.settings import SafetySchedule
-from elesh.verification.operators import IGNORED, name_of
-from elesh.verification.program import GateSlot, Node, Program, encoded
+from elesh.trainer.network.calling import (
+    Inputs,
+    batch_size,
+    call,
+    device_of,
+    main_output,
+    replace_first,
+    undisturbed,
+)
+from elesh.trainer.network.gates import Axis, axis_of
+from elesh.trainer.network.layers import require_fit
+from elesh.trainer.network.multihead import lend, take_back
+from elesh.trainer.surgery.bypass import first_of, with_first
 from leyline import ContractError, InvalidField, NetworkExport, Phase, PrunedArchitecture
-
-from .calling import Inputs, batch_size, call, device_of, main_output, replace_first, undisturbed
-from .gates import Axis, axis_of
-from .layers import require_fit
-from .multihead import lend, take_back
-from .standins import first_of, with_first
 
 __all__ = ["Exporter", "calibration_inputs", "held_out_blob", "is_worth_exporting"]
 

@@ -22,11 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from elesh.analysis.resources import resource_model
+from elesh.analysis.budgets.resources import resource_model
+from elesh.trainer.network.calling import Inputs, batch_size, call, device_of, undisturbed
+from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import Budget, LatencyTable, LayerLatency, Level, PrunedArchitecture
-
-from .calling import Inputs, batch_size, call, device_of, undisturbed
-from .surgeon import Surgeon
 
 __all__ = ["channel_step", "measure_latency", "with_surroundings"]
 

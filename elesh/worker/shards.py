@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 
+from elesh.bus.admission import Work
 from elesh.settings import Settings
 from leyline import AnalysisItem, Level, PrunedArchitecture
-
-from .admission import Work
 
 __all__ = ["groups_of", "level_of", "parts_of"]
 

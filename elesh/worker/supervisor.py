@@ -28,24 +28,24 @@ from pathlib import Path
 from typing import Any
 
 from elesh.bus import Bus, BusUnavailable, Delivery
+from elesh.bus.admission import Admitted, Work, admit
 from elesh.observe import current_span, get_logger, messaging, span_from
 from elesh.settings import Settings
+from elesh.worker.telemetry.auditor import auditing
+from elesh.worker.telemetry.monitor import Monitor
+from elesh.worker.telemetry.receive_spans import record_receipts
+from elesh.worker.telemetry.reports import Reports
 from leyline import AnalysisItem, AnalysisRequest, ContractError, JoinItem, PruningOutcome
 from leyline.streams import CHECKPOINTS, OUTCOMES, REDELIVERIES, REQUESTS, WORK, WORKERS, Stream
 
-from .admission import Admitted, Work, admit
-from .analysis import Analyst
-from .auditor import auditing
-from .fanout import FanOut
+from .executor import Analyst
+from .fan_out import FanOut
+from .in_flight import LONG_SECONDS, Busy
 from .leases import Leases
-from .monitor import Monitor
-from .parameters import ParameterExecutor, parameter_key
-from .receipts import record_receipts
-from .reports import Reports
-from .settlement import Clerk
+from .parameter_executor import ParameterExecutor, parameter_key
+from .reaping import Sweeps
+from .result_handler import Clerk
 from .shards import parts_of
-from .sweeps import Sweeps
-from .turns import LONG_SECONDS, Busy
 
 __all__ = ["GROUP", "STREAMS", "Worker", "serve"]
 

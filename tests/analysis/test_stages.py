@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import networks
 
 from elesh.analysis import analyze
-from elesh.analysis.stages import observed
+from elesh.analysis.spans import observed
 from leyline import encode
 
 

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+sys.path.extend(str(Path(__file__).parents[1] / "support" / name) for name in ("", "nets"))
 
 from .audit import Facts, Report, audit, p99
 from .driver import Chaos, Plan

@@ -10,7 +10,7 @@ import os
 import time
 from typing import Any
 
-from elesh.worker import child
+from elesh.worker.compute import child
 from leyline import CheckpointBundle
 
 _read = child._input

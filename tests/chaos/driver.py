@@ -22,8 +22,8 @@ from redis.exceptions import RedisError
 from servers import Server
 
 from elesh.bus import Bus, read_letter
+from elesh.bus.admission import Work, admit
 from elesh.settings import BusSettings
-from elesh.worker.admission import Work, admit
 from leyline import StructuralPruningDecision, TelemetryEvent, read_envelope, unwrap
 from leyline.errors import ContractError
 from leyline.streams import CHECKPOINTS, DEAD, DECISIONS, STREAMS, TELEMETRY, WORKERS
@@ -151,7 +151,8 @@ class Chaos:
 
     def _process(self, module: str, name: str, *arguments: str) -> subprocess.Popen[bytes]:
         inherited = os.environ.get("PYTHONPATH", "")
-        paths = [inherited, str(_ROOT), str(_ROOT / "tests" / "support")]
+        support = _ROOT / "tests" / "support"
+        paths = [inherited, str(_ROOT), str(support), str(support / "nets")]
         with (self.plan.folder / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", module, "--url", self._url, "--name", name, *arguments],

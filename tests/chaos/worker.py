@@ -16,7 +16,8 @@ from elesh.bus.core import Bus
 from elesh.bus.scripts import Scripts
 from elesh.observe import setup_logging
 from elesh.settings import Settings
-from elesh.worker import compute, serve
+from elesh.worker import serve
+from elesh.worker.compute import process as compute
 
 _WINDOW = 0.5
 """Seconds between acknowledging and storing in the mutant."""

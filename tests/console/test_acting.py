@@ -14,7 +14,7 @@ from elesh.bus import Bus
 from elesh.console.app import console_app
 from elesh.console.guard import COOKIE, Guard
 from elesh.settings import BusSettings, ConsoleSettings, Settings, SettingsError
-from elesh.worker.auditor import audit_links, write_audit
+from elesh.worker.telemetry.auditor import audit_links, write_audit
 from leyline import DeadLetter, Level, PruningOutcome
 from leyline.streams import CHECKPOINTS, DEAD, DECISIONS, OPERATIONS, OUTCOMES
 

@@ -17,7 +17,7 @@ from referencing import Registry, Resource
 
 import leyline as ll
 from contracts import examples, generate
-from leyline.bundle import pack_statistics, unpack_statistics
+from leyline.network.bundle import pack_statistics, unpack_statistics
 
 CONTRACTS = Path(generate.__file__).parent
 VECTORS = CONTRACTS / "vectors"

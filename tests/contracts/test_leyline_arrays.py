@@ -19,7 +19,7 @@ import leyline as ll
 from contracts import examples
 from leyline import arrays
 from leyline.arrays import pack_arrays, unpack_arrays
-from leyline.bundle import pack_statistics, unpack_statistics
+from leyline.network.bundle import pack_statistics, unpack_statistics
 
 Arrays = dict[str, npt.NDArray[Any]]
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(

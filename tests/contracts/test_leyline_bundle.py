@@ -13,7 +13,7 @@ import pytest
 import leyline as ll
 from contracts import examples
 from leyline.arrays import pack_arrays
-from leyline.bundle import pack_statistics
+from leyline.network.bundle import pack_statistics
 
 CHANNELS, GATES, LAYERS, HEADS = examples.STATISTICS
 

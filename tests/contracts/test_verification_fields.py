@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import pytest
 
 from contracts.examples import ARCHITECTURE, MESSAGES, METADATA
-from elesh.worker.admission import Work, admit
+from elesh.bus.admission import Work, admit
 from leyline import (
     CheckpointBundle,
     CheckpointReady,

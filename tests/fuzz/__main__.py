@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .run import fuzz
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+sys.path.extend(str(Path(__file__).parents[1] / "support" / name) for name in ("", "nets"))
 
 
 def main() -> int:

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from elesh.analysis import CountMinSketch, ImportanceTracker, element_keys
+from elesh.bus.admission import admit
+from elesh.program.program import Program
 from elesh.security import Keyring, seal, unseal
 from elesh.trainer import Recorder
 from elesh.trainer.export import Exporter
-from elesh.verification.program import Program
-from elesh.worker.admission import admit
 from leyline import (
     ChannelImportanceData,
     CheckpointBundle,
@@ -30,8 +30,8 @@ from leyline import (
     unwrap,
     wrap,
 )
-from leyline.bundle import unpack_statistics
 from leyline.codec import decode
+from leyline.network.bundle import unpack_statistics
 from leyline.streams import MESSAGES
 
 VECTORS = Path(__file__).parents[2] / "contracts" / "vectors"

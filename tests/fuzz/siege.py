@@ -24,11 +24,11 @@ from redis.asyncio import Redis
 from station import WorkerProcess, ready
 
 from elesh.bus import Bus, Delivery, read_letter
+from elesh.bus.admission import Work, admit
 from elesh.settings import BusSettings
-from elesh.worker.admission import Work, admit
 from leyline import AnalysisRequest, ContractError, encode, read_envelope, unwrap, wrap
-from leyline.bundle import NETWORK_FILES
 from leyline.codec import decode
+from leyline.network.bundle import NETWORK_FILES
 from leyline.streams import (
     CHECKPOINTS,
     DEAD,

@@ -18,8 +18,8 @@ from station import Station, checkpoint, faulty, ready, send
 from test_demo import elesh
 
 from elesh.bus import Bus
-from elesh.capture import Case, open_case, save_case
-from elesh.replay import Replayed, Selection, capture, replay, replay_case
+from elesh.operate.capture import Case, open_case, save_case
+from elesh.operate.replay import Replayed, Selection, capture, replay, replay_case
 from elesh.settings import Settings
 from leyline import CheckpointBundle, ContractError, Level
 from leyline.streams import CHECKPOINTS, DEAD, STREAMS

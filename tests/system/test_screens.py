@@ -23,10 +23,10 @@ from elesh.bus import Bus
 from elesh.cli import main
 from elesh.demo.screen import report_tables
 from elesh.demo.training import Cut, Report
-from elesh.differences import changes
-from elesh.explanation import print_decision
-from elesh.overview import overview, overview_of
-from elesh.telling import told_events
+from elesh.operate.diff import changes
+from elesh.operate.events import told_events
+from elesh.operate.explain import print_decision
+from elesh.operate.fleet_status import overview, overview_of
 from elesh.trainer import Evaluation
 from leyline import DeadLetter, Level, PruningOutcome, TelemetryEvent, Verification
 from leyline.streams import DEAD, OUTCOMES, STREAMS, TELEMETRY

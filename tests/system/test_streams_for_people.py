@@ -78,7 +78,7 @@ def test_events_say_when_whose_and_what_and_can_be_narrowed(station: Station, li
 def test_every_message_of_the_catalogue_can_be_told(tmp_path: Path) -> None:
     from contracts import examples
     from elesh.bus import Delivery
-    from elesh.telling import tell
+    from elesh.operate.events import tell
     from leyline import encode, wrap
     from leyline.streams import STREAMS
 

@@ -12,10 +12,10 @@ import torch
 import trainer_nets
 from torch import Tensor, nn
 
+from elesh.program.program import Program
 from elesh.trainer import Recorder, Surgeon
-from elesh.trainer.calling import call, main_output
 from elesh.trainer.export import Exporter
-from elesh.verification.program import Program
+from elesh.trainer.network.calling import call, main_output
 from leyline import ContractError, InvalidField, NetworkExport, PrunedArchitecture
 
 NETS = ["Vgg", "ResNet", "Dense", "Mobile", "Vit", "Shared", "Unet", "Gated"]

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from elesh.analysis import CountMinSketch, element_keys
-from elesh.analysis.parameters import Marking, analyze_parameters
-from elesh.trainer.parameters import ParameterTracker, apply_masks, identifiers
+from elesh.analysis.sketch.parameter_masks import Marking, analyze_parameters
+from elesh.trainer.weight_masks import ParameterTracker, apply_masks, identifiers
 from leyline import BlobRef, IdempotencyKey, IdentityMismatch, Level, NotFinite, PruningMasks
 
 KEY = IdempotencyKey(1, "0" * 16, "rq", Level.PARAMETER)

@@ -16,8 +16,8 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_to_dense_cutlass,
 )
 
-from elesh.trainer.parameters import ParameterTracker, apply_masks, kept_elements
-from elesh.trainer.sparse import as_semi_structured, as_sparse, two_of_four
+from elesh.trainer.sparse_masks import as_semi_structured, as_sparse, two_of_four
+from elesh.trainer.weight_masks import ParameterTracker, apply_masks, kept_elements
 from leyline import BlobRef, InvalidField, ShapeMismatch
 
 

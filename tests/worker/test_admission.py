@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from contracts.examples import MESSAGES
-from elesh.worker.admission import Work, admit
+from elesh.bus.admission import Work, admit
 from leyline import Expired, Message, StructuralAnalysisRequest, encode, wrap
 
 NOW = datetime(2025, 1, 14, 12, tzinfo=UTC)

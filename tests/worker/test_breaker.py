@@ -9,13 +9,7 @@ from station import Station, checkpoint
 from test_bad_input import put_nan, with_statistics
 
 from elesh.bus import Bus
-from leyline import (
-    BreakerTransition,
-    Level,
-    Outcome,
-    PruningOutcome,
-    StructuralPruningDecision,
-)
+from leyline import BreakerTransition, Level, Outcome, PruningOutcome, StructuralPruningDecision
 from leyline.streams import DEAD, OUTCOMES, TELEMETRY, WORKERS
 
 

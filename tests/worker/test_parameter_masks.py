@@ -10,10 +10,10 @@ from station import Station
 from torch import nn
 
 from elesh.bus import Bus
-from elesh.trainer.parameters import ParameterTracker, apply_masks, ask_for_masks
-from elesh.worker import marking
+from elesh.trainer.weight_masks import ParameterTracker, apply_masks, ask_for_masks
+from elesh.worker.compute import parameter_masks as marking
 from leyline import AnalysisReport, AnalysisRequest, DeadLetter, PruningMasks, decode
-from leyline.legacy import ImportanceData
+from leyline.messages.legacy import ImportanceData
 from leyline.streams import DEAD, DECISIONS, REQUESTS
 
 HASH = "0123456789abcdef"

@@ -13,11 +13,11 @@ from proved_networks import inverted
 from servers import Server
 from station import Station
 
-from elesh.replay import Replayed, Selection, replay
+from elesh.operate.replay import Replayed, Selection, replay
 from elesh.settings import Settings
 from elesh.trainer import Session
-from elesh.worker.compute import ComputeChild
-from elesh.worker.protocol import Job
+from elesh.worker.compute.frames import Job
+from elesh.worker.compute.process import ComputeChild
 from leyline import BreakerTransition, CheckpointBundle, StructuralPruningDecision
 from leyline.streams import TELEMETRY
 

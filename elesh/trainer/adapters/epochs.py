@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from elesh.observe import get_logger
-from elesh.trainer.apply import Evaluation
-from elesh.trainer.calling import Inputs, call, device_of, main_output, map_tensors
+from elesh.trainer.calibration.recorder import Recorder
 from elesh.trainer.export import Exporter, calibration_inputs, is_worth_exporting
-from elesh.trainer.recorder import Recorder
-from elesh.trainer.session import Session
-from elesh.trainer.snapshot import Stateful
-from elesh.trainer.surgeon import Surgeon
+from elesh.trainer.network.calling import Inputs, call, device_of, main_output, map_tensors
+from elesh.trainer.session.apply import Evaluation
+from elesh.trainer.session.session import Session
+from elesh.trainer.session.snapshot import Stateful
+from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import ContractError, InvalidField, Level, NetworkExport
 
 __all__ = ["Batches", "EveryEpoch", "classification"]

@@ -78,16 +78,16 @@ def _inject(name: str, argument: str, when: str) -> None:
 
 def _break_structure() -> None:
     """Have every cut fall apart, as the gate of the architecture's integrity sees it."""
-    import elesh.analysis.cuts
+    import elesh.analysis.pruning_set.effects
     from leyline import GateResult
 
     def broken(*_: Any) -> tuple[GateResult, None]:
         return GateResult(name="structure", passed=False, detail="it falls apart"), None
 
-    elesh.analysis.cuts.safety.structure = broken
+    elesh.analysis.pruning_set.effects.safety.structure = broken
 
 
-if "elesh.worker.child" in sys.orig_argv and os.environ.get("ELESH_FAULT"):
+if "elesh.worker.compute.child" in sys.orig_argv and os.environ.get("ELESH_FAULT"):
     _name, _, _argument = os.environ["ELESH_FAULT"].partition(":")
     if _name == "structure":
         _break_structure()

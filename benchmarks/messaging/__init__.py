@@ -1,0 +1,1 @@
+"""Benchmarks of the bus, the worker around it, and observing."""

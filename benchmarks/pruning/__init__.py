@@ -1,0 +1,1 @@
+"""Benchmarks of the method: what is kept after cuts, and how well that is predicted."""

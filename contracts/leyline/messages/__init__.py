@@ -1,0 +1,1 @@
+"""The messages of the bus: events, requests, decisions, outcomes, audit entries."""

@@ -1,0 +1,154 @@
+"""The parts of an architecture: tensors, layers, and groups of units that can be removed.
+
+A :class:`PruningGroup` names, for every unit, the slices of all tensors that go with it and the
+places where its signal enters its consumers. Plain descriptions; what a removal does to them is
+computed in :mod:`leyline.network.architecture`.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from leyline.base import Count, Epoch, Message, Name, Text
+from leyline.errors import InvalidField
+from leyline.identity import Level, ParameterIdentifier
+
+Owner = Literal["host", "seed"]
+MAX_AXIS = 1 << 24
+"""The longest axis whose parts may be removed: a cut lists its indices one by one."""
+
+
+class TensorDescriptor(ParameterIdentifier):
+    """One parameter or buffer of the network, in ``state_dict`` naming."""
+
+    kind: Literal["parameter", "buffer"] = "parameter"
+    owner: Owner = "host"
+    """Host network or a seed grafted onto it (the gradient isolation invariant)."""
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+class LayerDescriptor(Message):
+    """One leaf module: its weight is used ``positions`` times a sample, so that its
+    multiply-accumulates are ``weight elements * positions``."""
+
+    name: Name
+    kind: Name
+    """For example ``conv2d``, ``linear``, ``batchnorm``."""
+    weight: str = ""
+    """Path of the tensor that is multiplied, empty where there is none."""
+    positions: Count = 0
+    """How often a sample uses the weight: output positions of a convolution, tokens of a linear."""
+
+
+class Span(Message):
+    """Where the units of a group lie along one axis: unit ``u`` owns the ``width`` indices from
+    ``start + u * width``, or ``indices[u * width : (u + 1) * width]`` where they are listed."""
+
+    start: Count = 0
+    """First index of unit 0, where none are listed."""
+    width: int = Field(default=1, ge=1)
+    """Indices a unit owns."""
+    indices: tuple[int, ...] | None = None
+    """All indices, unit by unit, where they do not simply follow each other."""
+
+    def of(self, unit: int) -> range | tuple[int, ...]:
+        """The indices that unit ``unit`` owns."""
+        if self.indices is not None:
+            return self.indices[unit * self.width : (unit + 1) * self.width]
+        return range(self.start + unit * self.width, self.start + (unit + 1) * self.width)
+
+    def all_of(self, units: Iterable[int]) -> list[int]:
+        """The indices of several units, in the order of the units."""
+        return [index for unit in units for index in self.of(unit)]
+
+
+class TensorSlice(Span):
+    """The part of a tensor that goes with the units of a group: indices along ``dim``."""
+
+    tensor: Name
+    """Path of the tensor."""
+    dim: int = Field(ge=0, le=7)
+
+
+class GateSite(Span):
+    """Where a unit's signal enters its consumer: axis ``dim`` of the module's first input.
+
+    A mask is applied here, and gate gradients are measured here: everything behind this point
+    behaves as if the unit had been cut.
+    """
+
+    module: Name
+    """Name of the consuming module."""
+    dim: int = Field(ge=-8, le=7)
+    """Axis of its first input; negative ones count from the end."""
+
+
+class PruningGroup(Message):
+    """Units that can be removed one by one, each with all the tensor slices coupled to it.
+
+    ``origin[u]`` is the number that unit ``u`` had in the original network, so that what was cut
+    can always be told in original numbering.
+    """
+
+    name: Name
+    """Unique in the architecture."""
+    level: Level = Level.CHANNEL
+    layers: tuple[str, ...] = ()
+    """The layers that produce the units (several where residual additions couple them)."""
+    original_size: int = Field(ge=1)
+    """Units before the first cut."""
+    origin: tuple[int, ...]
+    """The original number of each unit that is present, rising."""
+    slices: tuple[TensorSlice, ...]
+    """Everything that is cut with a unit."""
+    sites: tuple[GateSite, ...]
+    """Where a unit is masked and measured."""
+    prunable: bool = True
+    """Whether units of it may be removed."""
+    reason: Text = ""
+    """Why the group is left alone, where it is not prunable."""
+    unit_multiple: int = Field(default=1, ge=1)
+    """The number of units kept must be a multiple of this (grouped convolutions)."""
+
+    @property
+    def size(self) -> int:
+        """Units present now."""
+        return len(self.origin)
+
+    @property
+    def removed(self) -> int:
+        """Units removed since the original network."""
+        return self.original_size - self.size
+
+    @model_validator(mode="after")
+    def _origin_is_sound(self) -> Self:
+        rising = all(map(operator.lt, self.origin, self.origin[1:]))
+        inside = not self.origin or 0 <= self.origin[0] <= self.origin[-1] < self.original_size
+        if not (rising and inside):
+            raise InvalidField(
+                f"groups.{self.name}.origin",
+                f"rising unit numbers below original_size {self.original_size}",
+                self.origin,
+            )
+        return self
+
+
+class PruningRecord(Message):
+    """One removal in the history of an architecture, in original numbering."""
+
+    epoch: Epoch
+    idempotency_key: Name
+    """Of the decision; ``manual`` where there was none."""
+    group: Name
+    """The group that lost units, or the block that was removed whole (level ``layer``)."""
+    level: Level = Level.CHANNEL
+    original_indices: tuple[int, ...]

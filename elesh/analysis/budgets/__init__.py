@@ -1,0 +1,1 @@
+"""Budgets of MACs, parameters, memory and latency, solved as one knapsack."""

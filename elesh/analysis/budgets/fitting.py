@@ -1,0 +1,59 @@
+"""Fitting a level's candidates to a budget of a resource, before units are chosen among them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+from elesh.analysis.pruning_set.plans import BudgetUse
+from elesh.analysis.selection.choose import Ranking
+from leyline import Budget, CheckpointBundle, InvalidField
+
+from .knapsack import Curve, fit_budget
+from .resources import resource_model
+
+__all__ = ["Fitted", "fitted", "refuse_shard"]
+
+_REACH = 4
+"""Curves are drawn to so many times the quota: dear units may save much."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A ranking whose groups have just the room that the budget gives them."""
+
+    ranking: Ranking
+    quota: int
+    use: BudgetUse
+    ignored: tuple[tuple[str, str], ...]
+    """Groups whose loss would save nothing."""
+
+
+def fitted(bundle: CheckpointBundle, budget: Budget, ranking: Ranking, quota: int) -> Fitted:
+    """How many units each group loses for the budget, within ``quota``.
+
+    Raises:
+        InvalidField: if a latency table is not of this architecture.
+    """
+    candidates = ranking.candidates
+    model = resource_model(bundle.architecture, budget)
+    drawn = ranking.choose(min(sum(candidates.rooms), _REACH * quota))
+    costs: list[list[float]] = [[] for _ in candidates.names]
+    for unit, price in drawn.prices.items():
+        costs[int(candidates.group_of[unit])].append(price)
+    parts = zip(candidates.names, costs, candidates.sizes, candidates.multiples, strict=True)
+    curves = {name: Curve(own, size, multiple) for name, own, size, multiple in parts}
+    present = model.total({})
+    fit = fit_budget(model, curves, budget.at_most * present, units=quota)
+    return Fitted(
+        ranking=replace(ranking, candidates=candidates.limited(fit.lost)),
+        quota=sum(fit.lost.values()),
+        use=BudgetUse(budget.resource, fit.after / present if present else 0.0, budget.at_most),
+        ignored=tuple((name, f"losing units saves no {budget.resource}") for name in fit.idle),
+    )
+
+
+def refuse_shard(bundle: CheckpointBundle, shard: Collection[str] | None) -> None:
+    """Raise an InvalidField for a shard of a level that has a budget to fit."""
+    if shard is not None and bundle.parameters.budget is not None:
+        raise InvalidField("shard", "none with a budget: it is fitted over all groups", len(shard))

@@ -1,0 +1,1 @@
+"""One decision a checkpoint: levels joined, verified on data, shortened, explained."""

@@ -1,0 +1,176 @@
+"""The cut of several levels together: what goes, in which order, and what it does as a whole.
+
+Promises: a layer that goes takes its own channels and heads out of the cut; channels and heads are
+merged into one order where their costs are of one kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from elesh import safety
+from elesh.analysis.budgets.joint import Fitting, fitting
+from elesh.analysis.candidates import Doubles
+from elesh.analysis.importance.output_projections import sample_weights
+from elesh.analysis.levels.analyze_level import budget_gate
+from elesh.analysis.pruning_set.effects import Cut, Shift
+from elesh.analysis.pruning_set.plans import Target
+from elesh.analysis.pruning_set.subsets import Identity, merged, restricted
+from elesh.analysis.pruning_set.verdicts import targets_of
+from elesh.settings import Settings
+from leyline import (
+    CheckpointBundle,
+    GateResult,
+    LayerPruningTarget,
+    Level,
+    LevelAnalysis,
+    RankedUnit,
+)
+
+__all__ = ["Whole", "named"]
+
+_JOINT_COSTS = frozenset({"output_projection", "fisher", "margins"})
+"""Scorers whose costs are of one kind whatever the level."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The cut of several levels together, without what they take from each other."""
+
+    analyses: tuple[LevelAnalysis, ...]
+    targets: tuple[Target, ...]
+    order: tuple[RankedUnit, ...]
+    cut: Cut
+    shift: Shift
+    gates: tuple[GateResult, ...]
+    """Of the whole: structure, predicted shift, budget, requirements."""
+    needless: frozenset[Identity]
+    """Units that the budget is met without."""
+
+    @classmethod
+    def of(
+        cls, bundle: CheckpointBundle, analyses: Sequence[LevelAnalysis], settings: Settings
+    ) -> Whole:
+        """The whole of ``analyses``."""
+        fit = _resolved(bundle, analyses, settings)
+        targets, order = fit.targets, fit.order
+        cut = Cut.of(bundle, targets)
+        shift = _shift(bundle, analyses, cut)
+        limit = settings.structured_pruning.channel_analysis.max_predicted_shift
+        gates = (
+            cut.structure,
+            safety.predicted_shift(shift.damage, shift.error, limit),
+            *([budget_gate(fit.use)] if fit.use else []),
+            safety.requirements(bundle.requirements, cut.loss_rise, cut.parameters_removed),
+        )
+        told = named(Level.JOINT, gates)
+        return cls(tuple(analyses), targets, order, cut, shift, told, fit.spared)
+
+    @property
+    def fault(self) -> str:
+        """Why the levels cannot go together; empty if they can."""
+        return safety.rejection(self.gates[:-1])
+
+
+def named(level: Level, gates: Sequence[GateResult]) -> tuple[GateResult, ...]:
+    """The gates with the level before their names."""
+    return tuple(gate.model_copy(update={"name": f"{level}.{gate.name}"}) for gate in gates)
+
+
+def _resolved(
+    bundle: CheckpointBundle, analyses: Sequence[LevelAnalysis], settings: Settings
+) -> Fitting:
+    """All targets and their order, without the units of groups that go with a whole layer and
+    those that a budget is met without."""
+    channels = settings.structured_pruning.channel_analysis
+    round_to = bundle.parameters.round_to
+    targets, order = _uncoupled(bundle, analyses)
+    return fitting(
+        bundle,
+        targets,
+        order,
+        round_to=channels.round_to if round_to == 1 else round_to,
+        comparable=_comparable(analyses),
+    )
+
+
+def _uncoupled(
+    bundle: CheckpointBundle, analyses: Sequence[LevelAnalysis]
+) -> tuple[tuple[Target, ...], tuple[RankedUnit, ...]]:
+    targets = [target for analysis in analyses for target in targets_of(analysis.decision)]
+    layers = [t.layer_name for t in targets if isinstance(t, LayerPruningTarget)]
+    order = _ordered(analyses)
+    if not layers:
+        return tuple(targets), order
+    left = bundle.architecture.without_layers(layers).group
+    kept = tuple(
+        unit
+        for unit in order
+        if unit.level is Level.LAYER or (unit.layer_name in left and left[unit.layer_name].prunable)
+    )
+    return restricted(targets, order, kept, "coupling"), kept
+
+
+def _ordered(analyses: Sequence[LevelAnalysis]) -> tuple[RankedUnit, ...]:
+    """Channels and heads together where their costs are of one kind; whole layers last."""
+    orders = [a.order for a in analyses if a.level is not Level.LAYER]
+    first = (
+        merged(orders)
+        if _comparable(analyses)
+        else tuple(unit for order in orders for unit in order)
+    )
+    return first + tuple(unit for a in analyses if a.level is Level.LAYER for unit in a.order)
+
+
+def _comparable(analyses: Sequence[LevelAnalysis]) -> bool:
+    """Whether channels and heads have costs of one kind."""
+    units = (a for a in analyses if a.level is not Level.LAYER)
+    scorers = {a.decision.statistics.scorer for a in units}
+    return len(scorers) == 1 and scorers <= _JOINT_COSTS
+
+
+def _shift(bundle: CheckpointBundle, analyses: Sequence[LevelAnalysis], cut: Cut) -> Shift:
+    """The predicted shift of the whole cut.
+
+    The movement of all units together on all samples, and on top what each level's own prediction,
+    made on samples that did not choose, lies above its movement on all samples: that much does
+    choosing flatter. No level was chosen by the columns of another, so what they do together needs
+    no such correction.
+    """
+    found = [analysis.predicted for analysis in analyses]
+    energy = max((p.energy for p in found if p), default=0.0)
+    if not found or not energy or any(p is None for p in found):
+        return Shift()
+    damage = _mean_square(_moved(bundle, cut.units, cut.layers))
+    error = 0.0
+    for analysis in analyses:
+        predicted, own = analysis.predicted, analysis.decision
+        assert predicted is not None
+        layers = [target.layer_name for target in own.layers]
+        damage += predicted.damage - _mean_square(_moved(bundle, own.units, layers))
+        error += predicted.error**2
+    return Shift(max(damage, 0.0) / energy, float(np.sqrt(error)) / energy)
+
+
+def _mean_square(row: Doubles) -> float:
+    return float(np.mean(row * row)) if len(row) else 0.0
+
+
+def _moved(
+    bundle: CheckpointBundle, units: Mapping[str, Sequence[int]], layers: Sequence[str]
+) -> Doubles:
+    """[N]: by how much removing units and layers moves the outputs, sample by sample, weighted
+    as where units are chosen."""
+    rows = [
+        bundle.gates[name].projections[:, list(lost)].sum(axis=1, dtype=np.float64)
+        for name, lost in sorted(units.items())
+    ]
+    rows += [np.asarray(bundle.layers[name].projections, np.float64) for name in sorted(layers)]
+    if not rows:
+        return np.zeros(0)
+    gate = next(iter(bundle.gates.values()), None)
+    weights = np.ones(1) if gate is None or not units else sample_weights(gate)
+    return np.asarray(np.sum(rows, axis=0) * weights)

@@ -1,0 +1,1 @@
+"""What a unit is worth: scores, output projections, redundancy, history."""

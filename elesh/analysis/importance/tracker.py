@@ -1,0 +1,354 @@
+"""ImportanceTracker: how the importance of channels, heads and layers moves over checkpoints.
+
+Promises: the state is a function of the set of measurements that were observed, those of the
+newest 500 epochs of every group: late, repeated and reordered ones give the same bytes. An epoch
+that comes again with other values is a named error and changes nothing; one older than a full
+history is dropped. Units go by their original numbers, so that history survives pruning.
+
+Everything here is exact: units are few (10^3 to 10^6), so every value is kept, in dense arrays of
+float32, with sums in float64. Single parameters are not few: for them there is
+:mod:`elesh.analysis.sketch.count_min`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from elesh.analysis.candidates import Doubles, Floats
+from elesh.analysis.sketch.count_min import require_format
+from leyline import (
+    ChannelImportanceData,
+    Conflict,
+    InvalidField,
+    Level,
+    Malformed,
+    PruningGroup,
+    ShapeMismatch,
+)
+from leyline.arrays import pack_arrays, require_finite, unpack_arrays
+
+from .measurements import Counts, History
+
+__all__ = ["METRICS", "MOMENTUM", "WINDOW", "ImportanceTracker", "Track", "channel_metrics"]
+
+METRICS: Mapping[Level, tuple[str, ...]] = {
+    Level.CHANNEL: ("taylor", "magnitude", "frequency"),
+    Level.HEAD: ("entropy", "diversity", "gradient"),
+    Level.LAYER: ("taylor", "gradient_flow", "similarity"),
+}
+"""What is tracked of a unit of each level, in the order of the rows."""
+MOMENTUM = 0.99
+WINDOW = 50
+"""Checkpoints that trend and variance look back."""
+_FORMAT, _VERSION = "elesh.importance-tracker", "1"
+_MAX_EPOCH = 10**10
+_SPLIT = 1 << 20
+"""Epochs cross as two float32 numbers, exactly: the multiples of this and the rest."""
+
+_Key = tuple[Level, str]
+_Arrays = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Track:
+    """One metric of a group's units; arrays [C] in the group's current numbering.
+
+    A unit that was never measured has count 0 and NaN everywhere else.
+    """
+
+    count: Counts
+    """Checkpoints in the history at which the unit was there."""
+    latest: Doubles
+    """Its newest value."""
+    ema: Doubles
+    """Exponential moving average, momentum 0.99 a checkpoint, debiased, over the history."""
+    trend: Doubles
+    """Slope of the linear regression over its newest 50 checkpoints, a checkpoint; 0 for one."""
+    variance: Doubles
+    """Population variance over the same window."""
+
+    @property
+    def stability(self) -> Doubles:
+        """1 / (1 + variance), 0 to 1 (FACTS, "Importance").
+
+        It means something only for metrics on a scale near 1, such as shares of the largest of
+        the group: for values of 1e-5 it is 1 whatever they do.
+        """
+        return np.asarray(1 / (1 + self.variance))
+
+
+def channel_metrics(data: ChannelImportanceData) -> dict[str, Floats]:
+    """The tracked metrics of a channel group's statistics."""
+    return {
+        "taylor": data.taylor_importance,
+        "magnitude": data.magnitude_importance,
+        "frequency": data.activation_frequency,
+    }
+
+
+class ImportanceTracker:
+    """Histories of the metrics of :data:`METRICS` by level and group.
+
+    Memory: at most ``12 * history`` bytes a unit (three metrics of float32).
+
+    Args:
+        history: checkpoints kept a group (``importance_history_epochs`` of the settings).
+    """
+
+    def __init__(self, history: int = 500) -> None:
+        if history < 1:
+            raise InvalidField("tracker.history", "at least 1 checkpoint", history)
+        self.history = history
+        self._groups: dict[_Key, History] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return sum(group.nbytes for group in self._groups.values())
+
+    def observe(self, epoch: int, group: PruningGroup, values: Mapping[str, npt.ArrayLike]) -> bool:
+        """Take the measurements of a group at an epoch; returns whether the state changed.
+
+        Args:
+            group: as it is at this epoch; only name, level, ``origin`` and ``original_size`` count.
+            values: every metric of the group's level, [C] each, in current numbering, finite.
+
+        Raises:
+            Conflict: if the epoch was observed with other values or other units.
+            InvalidField, ShapeMismatch, NotFinite: naming the group and metric that is wrong.
+        """
+        if not 0 <= epoch < _MAX_EPOCH:
+            raise InvalidField("epoch", f"from 0 to {_MAX_EPOCH - 1}", epoch)
+        row = _row(group, values)
+        key = (group.level, group.name)
+        known = self._groups.get(key)
+        if known is None:
+            known = History(row.shape[0], row.shape[1], self.history)
+        elif known.shape != row.shape:
+            raise ShapeMismatch(_name(key), f"{known.shape[1]} original units", group.original_size)
+        try:
+            taken = known.add(epoch, row)
+        except Conflict as error:
+            raise error.inside(_name(key)) from None
+        self._groups[key] = known
+        return taken
+
+    def epochs(self, group: PruningGroup) -> tuple[int, ...]:
+        """The epochs in a group's history, rising; empty for a group that was never observed."""
+        known = self._groups.get((group.level, group.name))
+        return known.epochs if known is not None else ()
+
+    def track(self, group: PruningGroup) -> dict[str, Track]:
+        """What is known of a group's units, by metric.
+
+        Raises:
+            InvalidField: if the group was never observed.
+        """
+        known, units = self._known(group), list(group.origin)
+        count, ema, recent = known.counts()[units], known.ema(MOMENTUM), known.recent(WINDOW)
+        return {
+            metric: Track(
+                count=count,
+                latest=recent.latest[m, units],
+                ema=ema[m, units],
+                trend=recent.slope[m, units],
+                variance=recent.variance[m, units],
+            )
+            for m, metric in enumerate(METRICS[group.level])
+        }
+
+    def values(self, group: PruningGroup, metric: str) -> tuple[tuple[int, ...], Floats]:
+        """The epochs of a group's history and the values [epochs, C] of a metric, NaN where a unit
+        was not there.
+
+        Raises:
+            InvalidField: if the group was never observed or its level has no such metric.
+        """
+        known, units = self._known(group), list(group.origin)
+        names = METRICS[group.level]
+        if metric not in names:
+            raise InvalidField("metric", f"one of {', '.join(names)}", metric)
+        return known.epochs, np.stack([row[names.index(metric), units] for row in known.rows()])
+
+    def previous(self, group: PruningGroup, epoch: int) -> tuple[int, dict[str, Floats]] | None:
+        """The newest checkpoint before ``epoch`` that measured all of the group's units, and its
+        values by metric: the fallback where a checkpoint's own are lost. None if there is none."""
+        units = list(group.origin)
+        for before in reversed(self.epochs(group)):
+            row = self._known(group).row(before)[:, units]
+            if before < epoch and not np.isnan(row).any():
+                return before, dict(zip(METRICS[group.level], row, strict=True))
+        return None
+
+    def smoothed(self, group: PruningGroup) -> ChannelImportanceData:
+        """The moving averages of a channel group in the form of one checkpoint's statistics, for
+        :func:`elesh.analysis.importance.scores.multi_metric` with the weights of the phase.
+
+        Raises:
+            InvalidField: if it is no channel group, or a unit of it was never measured.
+        """
+        if group.level is not Level.CHANNEL:
+            raise InvalidField(f"{group.name}.level", "a channel group", str(group.level))
+        tracks = self.track(group)
+        if not tracks["taylor"].count.all():
+            unseen = [group.origin[u] for u in np.flatnonzero(tracks["taylor"].count == 0)]
+            raise InvalidField(f"tracker.{group.name}", "history of every unit", unseen)
+        return ChannelImportanceData(
+            layer_name=group.name,
+            taylor_importance=tracks["taylor"].ema.astype(np.float32),
+            magnitude_importance=tracks["magnitude"].ema.astype(np.float32),
+            activation_frequency=tracks["frequency"].ema.astype(np.float32),
+        )
+
+    def merge(self, other: ImportanceTracker) -> None:
+        """Take everything that ``other`` holds, as if it had been observed here.
+
+        The other may keep another number of checkpoints (the setting was changed while the run
+        went on); the newest of them stay, as many as this one keeps.
+
+        Raises:
+            Conflict, ShapeMismatch: if they disagree on an epoch or a group; nothing was changed.
+        """
+        for key, theirs in other._groups.items():
+            mine = self._groups.get(key)
+            if mine is None:
+                continue
+            if mine.shape != theirs.shape:
+                raise ShapeMismatch(_name(key), f"shape {mine.shape}", f"shape {theirs.shape}")
+            try:
+                for epoch in theirs.epochs:
+                    mine.check(epoch, theirs.row(epoch))
+            except Conflict as error:
+                raise error.inside(_name(key)) from None
+        for key, theirs in other._groups.items():
+            mine = self._groups.setdefault(key, History(*theirs.shape, self.history))
+            for epoch in theirs.epochs:
+                mine.add(epoch, theirs.row(epoch))
+
+    def to_bytes(self) -> bytes:
+        """Safetensors, the same bytes for the same state.
+
+        For each group ``<level>/<name>/``: ``epochs`` [n, 2] float32, ``values`` [n, M, C] float32
+        by rising epoch and original unit, ``present`` [n, C] float16 (1 where the unit was there;
+        values are 0 elsewhere).
+        """
+        arrays: _Arrays = {}
+        for key, group in self._groups.items():
+            rows = np.stack(list(group.rows()))
+            absent = np.isnan(rows)
+            rows[absent] = 0
+            arrays[f"{_name(key)}/epochs"] = np.array(
+                [divmod(epoch, _SPLIT) for epoch in group.epochs], np.float32
+            )
+            arrays[f"{_name(key)}/values"] = rows
+            arrays[f"{_name(key)}/present"] = (~absent[:, 0]).astype(np.float16)
+        metadata = {"format": _FORMAT, "version": _VERSION, "history": str(self.history)}
+        return pack_arrays(arrays, metadata)
+
+    @classmethod
+    def from_bytes(cls, data: bytes | memoryview, *, field: str = "tracker") -> ImportanceTracker:
+        """The tracker that :meth:`to_bytes` wrote.
+
+        Raises:
+            ContractError: naming the tensor of the blob that is not what it should be.
+        """
+        arrays, metadata = unpack_arrays(data, field=field)
+        require_format(metadata, _FORMAT, _VERSION, field)
+        limit = metadata.get("history", "")
+        if not (limit.isascii() and limit.isdigit() and len(limit) < 10):
+            raise Malformed(f"{field}.__metadata__.history", "a number of checkpoints", limit)
+        tracker = cls(int(limit))
+        by_group: dict[_Key, _Arrays] = {}
+        for name, array in arrays.items():
+            level, _, rest = name.partition("/")
+            group, _, part = rest.rpartition("/")
+            if level not in METRICS or not group or part not in ("epochs", "values", "present"):
+                raise Malformed(f"{field}.{name}", "<level>/<group>/<epochs|values|present>", name)
+            by_group.setdefault((Level(level), group), {})[part] = array
+        for key, parts in by_group.items():
+            tracker._groups[key] = _read_history(f"{field}.{_name(key)}", key[0], parts, int(limit))
+        return tracker
+
+    def _known(self, group: PruningGroup) -> History:
+        known = self._groups.get((group.level, group.name))
+        if known is None:
+            raise InvalidField(
+                f"tracker.{group.level}/{group.name}", "a group that was observed", ""
+            )
+        if known.shape[1] != group.original_size:
+            where = f"tracker.{group.level}/{group.name}"
+            raise ShapeMismatch(where, f"{known.shape[1]} original units", group.original_size)
+        return known
+
+
+def _name(key: _Key) -> str:
+    return f"{key[0]}/{key[1]}"
+
+
+def _row(group: PruningGroup, values: Mapping[str, npt.ArrayLike]) -> Floats:
+    """[M, original size] float32: the values in original numbering, NaN for units that are gone."""
+    metrics = METRICS.get(group.level)
+    if metrics is None:
+        levels = ", ".join(METRICS)
+        raise InvalidField(f"{group.name}.level", f"one of {levels}", str(group.level))
+    if set(values) != set(metrics):
+        raise InvalidField(f"{group.name}.values", f"the metrics {', '.join(metrics)}", [*values])
+    row = np.full((len(metrics), group.original_size), np.nan, np.float32)
+    units = list(group.origin)
+    for m, metric in enumerate(metrics):
+        wide = np.asarray(values[metric], dtype=np.float64)
+        where = f"{group.name}/{metric}"
+        if wide.shape != (group.size,):
+            raise ShapeMismatch(where, f"shape {(group.size,)}", f"shape {wide.shape}")
+        with np.errstate(over="ignore"):
+            # Adding 0 makes -0 a 0: what compares as equal must be the same bytes.
+            narrow = wide.astype(np.float32) + np.float32(0)
+        require_finite(where, narrow)
+        row[m, units] = narrow
+    return row
+
+
+def _read_history(field: str, level: Level, parts: _Arrays, limit: int) -> History:
+    """The history of one group of a blob."""
+    if parts.keys() != {"epochs", "values", "present"}:
+        raise Malformed(field, "epochs, values and present", sorted(parts))
+    epochs, values, present = parts["epochs"], parts["values"], parts["present"]
+    metrics = len(METRICS[level])
+    if values.ndim != 3 or values.dtype != np.float32 or values.shape[1] != metrics:
+        raise ShapeMismatch(f"{field}/values", f"[n, {metrics}, C] float32", _kind(values))
+    count, _, units = values.shape
+    if not 1 <= count <= limit:
+        raise ShapeMismatch(f"{field}/values", f"1 to {limit} checkpoints", count)
+    if epochs.shape != (count, 2) or epochs.dtype != np.float32:
+        raise ShapeMismatch(f"{field}/epochs", f"[{count}, 2] float32", _kind(epochs))
+    if present.shape != (count, units) or not np.isin(present, (0, 1)).all():
+        raise ShapeMismatch(f"{field}/present", f"[{count}, {units}] of 0 and 1", _kind(present))
+    require_finite(f"{field}/values", values)
+    history = History(metrics, units, limit)
+    numbers = _epochs(field, epochs)
+    rows = np.where(present[:, None, :] == 1, values + np.float32(0), np.float32(np.nan))
+    for epoch, row in zip(numbers, rows, strict=True):
+        history.add(epoch, row)
+    return history
+
+
+def _epochs(field: str, parts: npt.NDArray[Any]) -> list[int]:
+    """The rising epochs of a blob."""
+    require_finite(f"{field}/epochs", parts)
+    whole = (parts == np.floor(parts)) & (parts >= 0) & (parts < _SPLIT)
+    if not whole.all():
+        raise InvalidField(f"{field}/epochs", f"whole numbers below {_SPLIT}", parts[~whole][0])
+    numbers = [int(high) * _SPLIT + int(low) for high, low in parts]
+    if any(a >= b for a, b in pairwise(numbers)) or numbers[-1] >= _MAX_EPOCH:
+        raise InvalidField(f"{field}/epochs", f"rising epochs below {_MAX_EPOCH}", numbers)
+    return numbers
+
+
+def _kind(array: npt.NDArray[Any]) -> str:
+    return f"{array.shape} {array.dtype}"

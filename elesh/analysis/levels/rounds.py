@@ -1,0 +1,234 @@
+"""Choosing in rounds: a part is masked, the rest measured again on the masked network, and so on.
+
+Promises: what is chosen keeps to the plan's quota, minimums and multiples and goes through the same
+gates as a choice made at once; where rounds cannot be made, the choice made at once stays and the
+decision says why. The same measurements give the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from elesh.analysis.candidates import Bools, Candidates
+from elesh.analysis.importance.output_projections import output_energy, predict
+from elesh.analysis.pruning_set.plans import LevelPlan
+from elesh.analysis.selection.choose import Choice, Ranking
+from elesh.analysis.selection.logit_gap_order import MarginOrder
+from elesh.analysis.selection.removal_order import Order, Picks, StaticOrder
+from elesh.analysis.selection.select import Selection, settled
+from elesh.analysis.spans import stage
+from elesh.safety import BreakerStatus, Entry, Moves, Remeasuring, breaker_gate, rejection
+from elesh.settings import Settings, VerificationSettings
+from leyline import CheckpointBundle, Fallback, Level, LevelAnalysis
+
+from .analyze_level import judged
+from .channels import plan_channels
+from .heads import plan_heads
+
+__all__ = ["REFUSED", "Rounds", "in_rounds"]
+
+REFUSED = "rounds_refused"
+"""The rung of the failure table: what rounds chose does not pass the gates, or is nothing."""
+_PLAN: Mapping[Level, Callable[..., LevelPlan]] = {
+    Level.CHANNEL: plan_channels,
+    Level.HEAD: plan_heads,
+}
+_FORETOLD = frozenset({"predicted_shift", "noise"})
+"""Gates that another choice of as many units may pass."""
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """An analysis, and in how many rounds it chose; 1: at once, from the statistics."""
+
+    analysis: LevelAnalysis
+    count: int = 1
+
+
+@stage("rounds")
+def in_rounds(
+    bundle: CheckpointBundle,
+    settings: Settings,
+    analyses: Sequence[LevelAnalysis],
+    network: Remeasuring,
+    breakers: Mapping[Level, BreakerStatus],
+    groups: Mapping[Level, Collection[str]],
+) -> list[Rounds]:
+    """The analyses, with the units of those that propose enough to be worth it chosen in rounds.
+
+    Either all of these are, or, where the network cannot be measured again, none.
+
+    Args:
+        network: of the checkpoint.
+        breakers: of the levels; nothing is measured for one that is open.
+        groups: by level, those to choose among, where not all were looked at.
+    """
+    worth = [
+        _is_worth(analysis, settings.verification)
+        and breaker_gate(breakers.get(analysis.level, BreakerStatus())).passed
+        for analysis in analyses
+    ]
+    try:
+        return [
+            _again(bundle, settings, each, network, groups.get(each.level))
+            if is_worth
+            else Rounds(each)
+            for each, is_worth in zip(analyses, worth, strict=True)
+        ]
+    except _NotMeasured as stopped:
+        return [
+            Rounds(_told(each, stopped.fallback) if is_worth else each)
+            for each, is_worth in zip(analyses, worth, strict=True)
+        ]
+
+
+def _again(
+    bundle: CheckpointBundle,
+    settings: Settings,
+    analysis: LevelAnalysis,
+    network: Remeasuring,
+    groups: Collection[str] | None,
+) -> Rounds:
+    choosing = _InRounds(analysis.level, network, settings.verification.rounds)
+    plan = _PLAN[analysis.level](
+        bundle, settings, scorer="output_projection", shard=groups, decide=choosing.decide
+    )
+    fallbacks = analysis.decision.fallbacks
+    others = tuple(taken for taken in fallbacks if taken not in plan.fallbacks)
+    found = judged(bundle, settings, plan, key=analysis.decision.key, fallbacks=others)
+    refusal = rejection(found.decision.safety.gates) or ("" if found.order else plan.nothing)
+    if refusal:
+        return Rounds(_told(analysis, Fallback(rung=REFUSED, reason=refusal)))
+    return Rounds(found, choosing.count)
+
+
+def _is_worth(analysis: LevelAnalysis, settings: VerificationSettings) -> bool:
+    """Whether its proposal is chosen in rounds: jointly ranked, large enough, and not refused for
+    what no other choice could mend."""
+    decision = analysis.decision
+    present, count = decision.statistics.channels_before, len(analysis.order)
+    failed = {gate.name for gate in decision.safety.gates if not gate.passed}
+    return (
+        analysis.level in _PLAN
+        and settings.rounds > 1
+        and decision.statistics.scorer == "output_projection"
+        and count > 1
+        and count > settings.rounds_from * present
+        and failed <= _FORETOLD
+    )
+
+
+def _told(analysis: LevelAnalysis, fallback: Fallback) -> LevelAnalysis:
+    decision = analysis.decision
+    told = decision.model_copy(update={"fallbacks": (*decision.fallbacks, fallback)})
+    return analysis.model_copy(update={"decision": told})
+
+
+class _NotMeasured(Exception):
+    """The network cannot be measured again."""
+
+    def __init__(self, fallback: Fallback) -> None:
+        super().__init__(fallback.reason)
+        self.fallback = fallback
+
+
+@dataclass
+class _InRounds:
+    """Chooses as much as it is asked for, a part in every round."""
+
+    level: Level
+    network: Remeasuring
+    rounds: int
+    count: int = field(default=0, init=False)
+    """How many rounds were made."""
+
+    def decide(self, ranking: Ranking, bundle: CheckpointBundle, quota: int) -> Choice:
+        """Up to ``quota`` units (a :data:`elesh.analysis.selection.choose.Decide`)."""
+        candidates, taken = ranking.candidates, _Taken()
+        order: Order = StaticOrder(candidates, ranking.scores)
+        for number in range(1, self.rounds + 1):
+            target = math.ceil(quota * number / self.rounds)
+            if target <= len(taken.picks.units):
+                continue
+            order = self._round(candidates, taken, target)
+            self.count += 1
+        units, projections = taken.picks.units.tolist(), ranking.projections
+        selection = Selection(
+            order,
+            taken.picks,
+            given_back=frozenset(taken.given_back - set(units)),
+            noise=_cheapest(order, taken.noise, quota - len(units)),
+        )
+        if projections is None or not units:
+            return Choice(selection, quota, 1.0, None, 0.0, scorer="margins")
+        return Choice(
+            selection,
+            quota,
+            scale=1.0,
+            prediction=predict(projections, candidates, len(units), lambda _: units),
+            energy=output_energy(bundle.gates.values(), projections.weights),
+            errors=taken.errors,
+            scorer="margins",
+        )
+
+    def _round(self, candidates: Candidates, taken: _Taken, target: int) -> MarginOrder:
+        """Take more units, ``target`` in all: their costs are derivatives half way to their cut,
+        which are exact to second order (docs/decisions/0020)."""
+        gone = taken.picks.units.tolist()
+        masked = self._entries(candidates, gone)
+        now = self._measured(masked)
+        first = MarginOrder(candidates, now.moves, now.margins, gone)
+        ahead = first.pick(target - len(gone), _quiet(first)[0]).units.tolist()
+        half = self._measured(masked, self._entries(candidates, ahead))
+        order = MarginOrder(candidates, half.moves, now.margins, gone)
+        quiet, noise = _quiet(order)
+        picks = order.pick(target - len(gone), quiet)
+        picks, given_back = settled(order, picks, target - len(gone), quiet)
+        taken.given_back |= given_back
+        taken.noise = noise
+        taken.errors |= {unit: order.errors.get(unit, 0.0) for unit in picks.units.tolist()}
+        taken.picks = taken.picks.then(picks)
+        return order
+
+    def _measured(self, masked: Sequence[Entry], halved: Sequence[Entry] = ()) -> Moves:
+        found = self.network.remeasure(masked, halved)
+        if isinstance(found, Fallback):
+            raise _NotMeasured(found)
+        return found
+
+    def _entries(self, candidates: Candidates, units: Sequence[int]) -> list[Entry]:
+        lost = candidates.by_group(units)
+        return [(self.level, name, unit) for name, own in lost.items() for unit in own]
+
+
+@dataclass
+class _Taken:
+    """What all rounds took so far."""
+
+    picks: Picks = field(default_factory=Picks)
+    errors: dict[int, float] = field(default_factory=dict)
+    given_back: set[int] = field(default_factory=set)
+    noise: set[int] = field(default_factory=set)
+    """Units that the last round found inside the noise."""
+
+
+def _cheapest(order: Order, units: Collection[int], count: int) -> frozenset[int]:
+    ranked = sorted(units, key=lambda unit: (order.costs[unit], unit))
+    return frozenset(ranked[: max(count, 0)])
+
+
+def _quiet(order: MarginOrder) -> tuple[Bools, set[int]]:
+    """[C] the units that are told from one taken at random, and the free ones that are not.
+
+    The rule of :mod:`.noise`: what a unit costs alone, two standard errors included, must be less
+    than what a unit does on average.
+    """
+    everything = np.ones(order.candidates.count, dtype=np.bool_)
+    free, (costs, errors) = order.free(everything), order.alone()
+    limit = float(costs[free].mean()) if free.any() else 0.0
+    noisy = free & (costs + 2 * errors >= limit) & (limit > 0)
+    return ~noisy, set(np.flatnonzero(noisy).tolist())

@@ -1,0 +1,140 @@
+"""Shards of one level become its analysis: removal curves merged under the one quota.
+
+Each shard has ranked its own groups as far as the whole quota, seeing nothing of the others. Here
+the orders are merged, cheapest first, and cut off at the quota; what is taken from one shard no
+longer depends on what another gives up (docs/decisions/0026-shards.md says what that costs). The
+cut is judged as ever: what one half of the samples chooses, in every shard, is judged on the other.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from elesh.analysis.candidates import Candidates, Floats, multiple_of
+from elesh.analysis.importance.output_projections import Prediction, output_energy, predict
+from elesh.analysis.pruning_set.plans import LevelPlan
+from elesh.analysis.pruning_set.subsets import merged, restricted, settled
+from elesh.analysis.pruning_set.verdicts import targets_of
+from elesh.analysis.selection.choose import usable_projections
+from elesh.analysis.selection.shortfalls import near_the_cut, told
+from elesh.settings import Settings
+from leyline import CheckpointBundle, InvalidField, Level, LevelAnalysis, RankedUnit
+
+from .analyze_level import judged
+from .channels import prepare_channels
+from .heads import prepare_heads
+
+__all__ = ["merge_shards"]
+
+_PREPARE: Mapping[Level, Callable[..., LevelPlan]] = {
+    Level.CHANNEL: prepare_channels,
+    Level.HEAD: prepare_heads,
+}
+
+
+def merge_shards(
+    bundle: CheckpointBundle, settings: Settings, shards: Sequence[LevelAnalysis]
+) -> LevelAnalysis:
+    """The analysis of a level from its shards.
+
+    Groups that no shard looked at, and shards that had to rank by another score than most (their
+    costs cannot be compared), lose nothing: they are told as ignored.
+
+    Raises:
+        InvalidField: if two shards looked at one group.
+    """
+    looked_at = [name for shard in shards for name in shard.shard]
+    if len(set(looked_at)) < len(looked_at):
+        raise InvalidField("analyses", "shards that have no group in common", sorted(looked_at))
+    scorer = _usual_scorer(shards)
+    alike = [s for s in shards if s.decision.statistics.scorer == scorer]
+    names = {name for shard in alike for name in shard.shard}
+    plan = _PREPARE[shards[0].level](bundle, settings, scorer=scorer, shard=names)
+    sizes = {group.name: group.size for group in plan.groups}
+    multiples = {group.name: multiple_of(group, plan.round_to) for group in plan.groups}
+
+    def within_quota(orders: Sequence[Sequence[RankedUnit]]) -> tuple[RankedUnit, ...]:
+        return settled(merged(orders)[: plan.allowed.quota], sizes, multiples)
+
+    orders = [shard.order for shard in alike]
+    order = within_quota(orders)
+    targets = restricted(
+        [target for shard in alike for target in targets_of(shard.decision)],
+        [unit for one in orders for unit in one],
+        order,
+        "quota",
+    )
+    halves = [within_quota(half) for half in zip(*(s.halves for s in alike), strict=False)]
+    prediction, energy = _prediction(bundle, plan, order, halves)
+    joint = scorer == "output_projection" and order
+    dearest = max(unit.cost for unit in order) if joint else None
+    ignored = near_the_cut(bundle, plan.level, plan.ignored, dearest)
+    plan = replace(
+        plan,
+        ignored=(*ignored, *_left_out(bundle, shards, scorer)),
+        targets=targets,
+        order=order,
+        spared=tuple(group for shard in alike for group in shard.decision.spared),
+        shortfall=_shortfall(plan, shards, len(order)),
+        prediction=prediction,
+        energy=energy,
+    )
+    own = set(plan.fallbacks)
+    others = dict.fromkeys(f for s in shards for f in s.decision.fallbacks if f not in own)
+    return judged(bundle, settings, plan, key=shards[0].decision.key, fallbacks=tuple(others))
+
+
+def _shortfall(plan: LevelPlan, shards: Sequence[LevelAnalysis], count: int) -> str:
+    """How much of the quota is not used; the shards say why."""
+    own = dict.fromkeys(shard.decision.statistics.shortfall for shard in shards)
+    short = plan.allowed.quota - count
+    if len(shards) == 1:
+        return next(iter(own))
+    if not short:
+        return plan.shortfall
+    unused = f"{short} of the {plan.allowed.quota} {plan.level}s that may go stay"
+    return told(plan.shortfall, unused, *(words for words in own if words != plan.shortfall))
+
+
+def _left_out(
+    bundle: CheckpointBundle, shards: Sequence[LevelAnalysis], scorer: str
+) -> Iterator[tuple[str, str]]:
+    """The groups that cannot be compared with the others, each with the reason."""
+    scorer_of = {n: s.decision.statistics.scorer for s in shards for n in s.shard}
+    for group in bundle.architecture.groups:
+        if group.level is not shards[0].level:
+            continue
+        other = scorer_of.get(group.name)
+        if other is None:
+            yield group.name, "no shard looked at it: its analysis is missing"
+        elif other != scorer:
+            yield group.name, f"its shard was ranked by {other}, the others by {scorer}"
+
+
+def _usual_scorer(shards: Sequence[LevelAnalysis]) -> str:
+    """What ranked most groups."""
+    counts = Counter(s.decision.statistics.scorer for s in shards for _ in s.shard)
+    return max(sorted(counts), key=lambda scorer: counts[scorer])
+
+
+def _prediction(
+    bundle: CheckpointBundle,
+    plan: LevelPlan,
+    order: Sequence[RankedUnit],
+    halves: Sequence[Sequence[RankedUnit]],
+) -> tuple[Prediction | None, float]:
+    """What the cut does, judged on samples that did not choose it (see :func:`predict`)."""
+    candidates = Candidates.of(plan.groups, plan.minimum, plan.round_to)
+    projections = usable_projections(bundle, candidates) if order else None
+    if projections is None:
+        return None, 0.0
+    starts = dict(zip(candidates.names, candidates.starts.tolist(), strict=False))
+    chosen = iter(halves or (order, order))
+
+    def choose(_: Floats) -> list[int]:
+        return sorted(starts[unit.layer_name] + unit.index for unit in next(chosen))
+
+    prediction = predict(projections, candidates, len(order), choose)
+    return prediction, output_energy(bundle.gates.values(), projections.weights)

@@ -1,0 +1,84 @@
+"""A cut of any levels with its exact consequences, and the figures that are predicted for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from elesh import safety
+from leyline import (
+    CheckpointBundle,
+    GateResult,
+    LayerPruningTarget,
+    PrunedArchitecture,
+    PruningStatistics,
+)
+
+from .loss_increase import loss_rise
+from .plans import Target
+
+__all__ = ["Cut", "Shift"]
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Predicted mean square of the outputs' movement, as a share of their own mean square."""
+
+    damage: float | None = None
+    """None where there are no output projections."""
+    error: float | None = None
+    """Standard error of ``damage``."""
+    random: float | None = None
+    """What a random cut of the same size would do."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What goes, and what is left."""
+
+    units: Mapping[str, Sequence[int]]
+    layers: tuple[str, ...]
+    structure: GateResult
+    before: PrunedArchitecture
+    after: PrunedArchitecture | None
+    """None where the cut does not hold together (the structure gate says why)."""
+    loss_rise: float | None
+    """What the units are predicted to do together, in nats a sample, and each layer on its own.
+    None where a unit has no gate statistics, or nothing goes."""
+
+    @classmethod
+    def of(cls, bundle: CheckpointBundle, targets: Iterable[Target]) -> Cut:
+        """The cut that removes ``targets``."""
+        targets = tuple(targets)
+        units = {t.layer_name: t.indices for t in targets if not isinstance(t, LayerPruningTarget)}
+        layers = tuple(t.layer_name for t in targets if isinstance(t, LayerPruningTarget))
+        structure, after = safety.structure(bundle.architecture, units, layers)
+        rise = loss_rise(bundle, units, layers)
+        return cls(
+            units, layers, structure, bundle.architecture, after, rise.mean if rise else None
+        )
+
+    @property
+    def count(self) -> int:
+        """Units and layers that go."""
+        return sum(map(len, self.units.values())) + len(self.layers)
+
+    @property
+    def parameters_removed(self) -> float:
+        """Share of the present parameters."""
+        parameters = self.before.parameters
+        return 1 - self.after.parameters / parameters if self.after and parameters else 0.0
+
+    def statistics(self, counts: Mapping[str, object], shift: Shift) -> PruningStatistics:
+        """Sizes and predictions of this cut, with ``counts`` for the other fields."""
+        before, after = self.before, self.after or self.before
+        figures = {
+            "parameters_before": before.parameters,
+            "parameters_after": after.parameters,
+            "macs_before": before.macs,
+            "macs_after": after.macs,
+            "predicted_shift": shift.damage,
+            "predicted_shift_error": shift.error,
+            "predicted_loss_rise": self.loss_rise,
+        }
+        return PruningStatistics.model_validate({**counts, **figures})

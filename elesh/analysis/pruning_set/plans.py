@@ -1,0 +1,216 @@
+"""What a level proposes, in one shape for channels, heads and layers.
+
+A planner of a level takes a bundle and settings and returns a :class:`LevelPlan`; gates, figures
+and the verdict come after it and are the same for all levels (:mod:`.levels`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from elesh.analysis.candidates import Candidates
+from elesh.analysis.importance.output_projections import Prediction
+from elesh.analysis.selection.choose import Choice, Scorer, spared_groups
+from elesh.analysis.selection.eligible import Eligible
+from elesh.analysis.selection.schedule import Allowance, counted_groups
+from elesh.analysis.selection.select import Selection
+from elesh.analysis.selection.shortfalls import near_the_cut, short_of_quota, short_of_target, told
+from elesh.settings import Settings
+from leyline import (
+    AttentionHeadTarget,
+    ChannelPruningTarget,
+    CheckpointBundle,
+    Fallback,
+    LayerPruningTarget,
+    Level,
+    PruningGroup,
+    RankedUnit,
+    SparedGroup,
+)
+
+__all__ = [
+    "BudgetUse",
+    "LevelPlan",
+    "Target",
+    "empty_plan",
+    "ranked_units",
+    "redistributes",
+    "wanted_scorer",
+    "with_choice",
+]
+
+Target = ChannelPruningTarget | AttentionHeadTarget | LayerPruningTarget
+
+
+@dataclass(frozen=True)
+class BudgetUse:
+    """What is left of a resource after the cut, as shares of what the present network takes."""
+
+    resource: str
+    left: float
+    at_most: float
+
+
+@dataclass(frozen=True)
+class LevelPlan:
+    """The cut that a level proposes, and what the gates have to know about it."""
+
+    level: Level
+    allowed: Allowance
+    scorer: Scorer
+    confidence: float
+    """Before fallbacks are counted."""
+    fallbacks: tuple[Fallback, ...]
+    """Steps down that the statistics forced."""
+    ignored: tuple[tuple[str, str], ...]
+    """Groups or layers that lose nothing, each with the reason."""
+    nothing: str
+    """Why nothing is removed, where nothing is."""
+    minimum: int
+    """Units that each group must keep; layers that the network must keep."""
+    present: int
+    """Units that are there and count."""
+    prunable: int
+    """Groups or layers that can lose something."""
+    measured: int
+    """How many of these have statistics."""
+    samples: int
+    """Calibration samples behind the statistics."""
+    groups: tuple[PruningGroup, ...] = ()
+    """Those that can lose units, at the levels that have groups."""
+    round_to: int = 1
+    targets: tuple[Target, ...] = ()
+    order: tuple[RankedUnit, ...] = ()
+    """The units of the targets, in the order in which they were chosen."""
+    spared: tuple[SparedGroup, ...] = ()
+    shortfall: str = ""
+    """What was asked for or allowed and is not removed."""
+    halves: tuple[tuple[RankedUnit, ...], ...] = ()
+    """For a shard: the orders that each half of the samples alone would choose."""
+    prediction: Prediction | None = None
+    """Where there are output projections of all candidates."""
+    energy: float = 0.0
+    """The outputs' mean square, estimated from the same projections."""
+    budget: BudgetUse | None = None
+    """How far the cut gets towards a budget, where one was asked for."""
+
+
+_CONFIDENCE = {
+    "output_projection": 0.9,
+    "reconstruction": 0.9,
+    "fisher": 0.75,
+    "multi_metric": 0.6,
+    "magnitude": 0.3,
+    "margins": 0.9,
+}
+"""An order, not a probability: 1 is kept for cuts measured on held-out data; projections predict
+the outputs, the mix only follows them, magnitude hardly does (measured in ARCHITECTURE)."""
+
+
+def empty_plan(
+    bundle: CheckpointBundle,
+    level: Level,
+    allowed: Allowance,
+    scorer: tuple[Scorer, tuple[Fallback, ...]],
+    eligible: Eligible,
+    minimum: int,
+    round_to: int = 1,
+) -> LevelPlan:
+    """The plan of a level whose groups lose units one by one, before any is chosen."""
+    used, fallbacks = scorer
+    groups = counted_groups(bundle.architecture, level)
+    known = bundle.gates.keys() | bundle.channels.keys() | bundle.heads.keys()
+    counts = [len(gate.projections) for gate in bundle.gates.values()]
+    return LevelPlan(
+        level=level,
+        allowed=allowed,
+        scorer=used,
+        confidence=_CONFIDENCE[used],
+        fallbacks=fallbacks,
+        ignored=eligible.ignored,
+        nothing=_nothing(level, allowed, eligible),
+        minimum=minimum,
+        present=sum(group.size for group in groups),
+        prunable=len(groups),
+        measured=sum(group.name in known for group in groups),
+        samples=counts[0] if counts else bundle.metadata.samples,
+        groups=eligible.groups,
+        round_to=round_to,
+        shortfall=short_of_target(bundle, level, allowed),
+    )
+
+
+def _nothing(level: Level, allowed: Allowance, eligible: Eligible) -> str:
+    if not eligible.groups:
+        return f"nothing to remove: no group can lose {level}s (see ignored)"
+    if allowed.quota:
+        return f"nothing to remove: no group can lose a whole multiple within quota {allowed.quota}"
+    return (
+        f"nothing to remove: quota 0 ({allowed.removed} of {allowed.original} original {level}s "
+        f"are removed, {allowed.share:.2%} may be at this epoch)"
+    )
+
+
+def with_choice(
+    plan: LevelPlan,
+    bundle: CheckpointBundle,
+    candidates: Candidates,
+    choice: Choice,
+    targets: Sequence[Target],
+) -> LevelPlan:
+    """The plan that removes ``targets``, chosen by ``choice``."""
+    selection, scale = choice.selection, choice.scale
+    plan = replace(plan, scorer=choice.scorer or plan.scorer)
+
+    def order(selection: Selection) -> tuple[RankedUnit, ...]:
+        return ranked_units(plan.level, candidates, selection.prices, scale)
+
+    dearest = selection.dearest * scale if plan.scorer == "output_projection" else None
+    return replace(
+        plan,
+        targets=tuple(targets),
+        order=order(selection),
+        ignored=tuple(near_the_cut(bundle, plan.level, plan.ignored, dearest)),
+        spared=spared_groups(candidates, choice),
+        shortfall=told(plan.shortfall, short_of_quota(choice.quota, selection, plan.level)),
+        halves=tuple(map(order, choice.halves)),
+        prediction=choice.prediction,
+        energy=choice.energy,
+    )
+
+
+def ranked_units(
+    level: Level, candidates: Candidates, prices: dict[int, float], scale: float
+) -> tuple[RankedUnit, ...]:
+    """Units as they were taken, each with its price in the targets' own unit."""
+    return tuple(
+        RankedUnit(
+            level=level,
+            layer_name=candidates.names[group],
+            index=unit - start,
+            cost=price * scale,
+        )
+        for (unit, price), group, start in _places(candidates, prices)
+    )
+
+
+def _places(
+    candidates: Candidates, prices: dict[int, float]
+) -> Sequence[tuple[tuple[int, float], int, int]]:
+    groups = candidates.group_of[list(prices)].tolist()
+    starts = candidates.starts[groups].tolist()
+    return list(zip(prices.items(), groups, starts, strict=True))
+
+
+def wanted_scorer(bundle: CheckpointBundle, settings: Settings) -> str:
+    """The scorer that request or settings ask for; the request wins unless it says ``auto``."""
+    asked = bundle.parameters.scorer
+    return settings.structured_pruning.channel_analysis.scorer if asked == "auto" else asked
+
+
+def redistributes(bundle: CheckpointBundle, settings: Settings) -> bool:
+    """Whether request or settings say that the consumers of a cut are re-solved."""
+    return (
+        bundle.parameters.redistribute or settings.structured_pruning.channel_analysis.redistribute
+    )

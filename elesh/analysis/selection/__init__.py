@@ -1,0 +1,1 @@
+"""Which units go, and in which order: removal orders, noise, schedule, limits."""

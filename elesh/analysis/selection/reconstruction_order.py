@@ -1,0 +1,189 @@
+"""The order under redistribution: what goes is what the units that stay can make up for.
+
+Where the consumers of a cut are re-solved, a removed unit is not lost but predicted, and only
+the residual of the prediction moves the outputs. With A the second moments of what enters a
+consumer and D those of the outputs' derivatives there, removing a set R of a group costs about
+``tr(A_{R|K} D_RR)``: A_{R|K} is the residual's covariance given the kept channels K (the Schur
+complement), and residual and derivative are taken for independent (as in K-FAC, Martens and
+Grosse 2015). One more unit i costs ``D~_ii / (A_KK^-1)_ii``, where D~ is D of the network after
+the re-solving so far (optimal brain surgeon, Hassibi and Stork 1993, with outputs instead of the
+loss).
+
+Heads own several inputs each, so ``i`` is a block there, and costs are traces. Positions of one
+sample are not independent of each other: see :func:`residual_slopes`.
+
+Promises: float64; the prices of a set add up to its cost; a unit's cost is never below zero;
+each step is a downdate of the inverse of a unit's rank and touches one group only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from elesh.analysis.candidates import Bools, Candidates, Doubles
+from leyline import GateStatistics
+
+from .removal_order import Order, Picks, Units, rounded
+
+__all__ = ["ReconstructionOrder", "reconstruction_fault", "residual_slopes"]
+
+RIDGE = 1e-4
+"""As a share of the mean second moment: what the trainer's re-solving uses."""
+
+
+def reconstruction_fault(gates: Mapping[str, GateStatistics]) -> str:
+    """Why there is no order under redistribution; empty where there is."""
+    if not gates:
+        return "no gate statistics"
+    without = sorted(name for name, gate in gates.items() if gate.input_moments is None)
+    return f"no input moments of {', '.join(without[:3])}" if without else ""
+
+
+@dataclass
+class _Consumer:
+    """What enters one consumer from the units of a group, and what it does there.
+
+    A unit of width w owns w inputs that lie side by side; W = C w.
+    """
+
+    inverse: Doubles
+    """[W, W]: of the second moments of the kept units; rows of removed ones are zero."""
+    slopes: Doubles
+    """[W, W]: second moments of the derivatives at the kept units, after the re-solving so far."""
+    width: int = 1
+
+    @classmethod
+    def of(cls, moments: npt.ArrayLike, slopes: npt.ArrayLike, width: int = 1) -> _Consumer:
+        inner = np.array(moments, dtype=np.float64)
+        strength = RIDGE * float(inner.diagonal().mean())
+        if not strength > 0:  # Silent units: nothing is lost with them.
+            return cls(np.eye(len(inner)), np.zeros_like(inner), width)
+        inner[np.diag_indices(len(inner))] += strength
+        inverse: Doubles = np.asarray(np.linalg.inv(inner), dtype=np.float64)
+        return cls(inverse, np.array(slopes, dtype=np.float64), width)
+
+    @property
+    def costs(self) -> Doubles:
+        """[C]: of removing one more unit; of removed ones 0."""
+        precision, slopes = self._blocks(self.inverse), self._blocks(self.slopes)
+        gone = ~precision.any((1, 2))
+        precision[gone] = np.eye(self.width)
+        found = np.einsum("cij,cji->c", np.linalg.inv(precision), slopes)
+        return np.maximum(np.where(gone, 0.0, found), 0.0)
+
+    def remove(self, unit: int) -> None:
+        """Predict ``unit`` from the kept ones from now on."""
+        own = slice(unit * self.width, (unit + 1) * self.width)
+        rows = self.inverse[own].copy()
+        shares = -np.linalg.solve(rows[:, own], rows).T
+        self.inverse += shares @ rows
+        self.inverse[own] = self.inverse[:, own] = 0.0
+        shares[own] = 0.0
+        slope = self.slopes[own].copy()
+        both = shares @ (slope + 0.5 * slope[:, own] @ shares.T)
+        self.slopes += both + both.T
+        self.slopes[own] = self.slopes[:, own] = 0.0
+
+    def _blocks(self, matrix: Doubles) -> Doubles:
+        """[C, w, w]: what every unit has to do with itself."""
+        width, count = self.width, len(matrix) // self.width
+        cut = matrix.reshape(count, width, count, width)
+        return cut[np.arange(count), :, np.arange(count)].copy()
+
+
+def _consumers(gate: GateStatistics) -> list[_Consumer]:
+    """What every site of the group feeds."""
+    inputs, steady, slopes = gate.input_moments, gate.sample_moments, gate.input_slopes
+    if inputs is None or steady is None or slopes is None:
+        raise ValueError(f"no input moments of {gate.layer_name}")
+    units = gate.projections.shape[1]
+    return [
+        _Consumer.of(moments, residual_slopes(moments, *own), len(moments) // units)
+        for moments, *own in zip(inputs, steady, slopes, strict=True)
+    ]
+
+
+def residual_slopes(
+    moments: npt.ArrayLike, sample_moments: npt.ArrayLike, slopes: npt.ArrayLike
+) -> Doubles:
+    """[W, W]: what the residuals at one consumer are weighed with.
+
+    A residual moves the outputs by the sum over positions of slope times residual. What is the
+    same at all positions of a sample meets the slopes' sum; what differs meets their deviations
+    from the mean. How much of a residual is the same is not known before it is known what goes:
+    taken for the share of the input itself.
+
+    Args:
+        moments: [W, W] second moments of the inputs.
+        sample_moments: [W] of their means over a sample's positions.
+        slopes: [2, W, W] second moments of the slopes' sums, and of their deviations.
+    """
+    whole = np.asarray(moments, dtype=np.float64).diagonal()
+    steady = np.asarray(sample_moments, dtype=np.float64)
+    same = np.divide(steady, whole, out=np.ones_like(whole), where=whole > 0).clip(0.0, 1.0)
+    summed, left = np.asarray(slopes, dtype=np.float64)
+    weighed: Doubles = summed * np.sqrt(np.outer(same, same))
+    weighed += left * np.sqrt(np.outer(1 - same, 1 - same))
+    return weighed
+
+
+class ReconstructionOrder(Order):
+    """Costs are of the residuals; those of a group change with every unit that it loses.
+
+    Args:
+        gates: with input moments, of every candidate's group.
+    """
+
+    def __init__(self, candidates: Candidates, gates: Mapping[str, GateStatistics]) -> None:
+        super().__init__(candidates, np.zeros(candidates.count))
+        self._gates = [gates[name] for name in candidates.names]
+        self._consumers: list[list[_Consumer]] = [[] for _ in candidates.names]
+        for group in range(len(candidates.names)):
+            self._begin(group)
+
+    def pick(self, count: int, among: Bools, ceiling: float = math.inf) -> Picks:
+        taken: list[int] = []
+        prices: list[float] = []
+        while len(taken) < count:
+            open_ = np.where(self.free(among), self.costs, math.inf)
+            best = int(rounded(open_).argmin())
+            price = float(open_[best])
+            if price == math.inf or price > ceiling:
+                break
+            taken.append(best)
+            prices.append(price)
+            self.take([best])
+        return Picks(np.array(taken, dtype=np.int64), np.array(prices))
+
+    def take(self, units: Units) -> None:
+        super().take(units)
+        for unit in units:
+            group = int(self.candidates.group_of[unit])
+            self._lose(group, unit - int(self.candidates.starts[group]))
+        for group in {int(self.candidates.group_of[unit]) for unit in units}:
+            self._price(group)
+
+    def put_back(self, units: Units) -> None:
+        super().put_back(units)
+        for group in {int(self.candidates.group_of[unit]) for unit in units}:
+            self._begin(group)
+
+    def _begin(self, group: int) -> None:
+        """The group with all its units, less those that are taken."""
+        self._consumers[group] = _consumers(self._gates[group])
+        for unit in np.flatnonzero(self.taken[self.candidates.span(group)]).tolist():
+            self._lose(group, unit)
+        self._price(group)
+
+    def _lose(self, group: int, unit: int) -> None:
+        for consumer in self._consumers[group]:
+            consumer.remove(unit)
+
+    def _price(self, group: int) -> None:
+        costs = sum(consumer.costs for consumer in self._consumers[group])
+        self.costs[self.candidates.span(group)] = costs

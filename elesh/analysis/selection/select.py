@@ -1,0 +1,158 @@
+"""Which units go: redundant ones first, then the cheapest, within quota, minimum and multiples.
+
+Promises: at most ``quota`` units, no group below its minimum, every group that loses anything
+ends at its multiple, and the unit that a redundant one was removed in favour of stays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from elesh.analysis.candidates import Bools
+from elesh.analysis.importance.redundancy import Pair
+
+from .removal_order import JointOrder, Order, Picks, cheapest_first, rounded
+
+__all__ = ["Selection", "select", "settled"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What :func:`select` chose; units are places in the candidates' row."""
+
+    order: Order
+    """The order after the last pick: its costs are those of the units that stayed."""
+    picks: Picks
+    """The units that go, as they were taken."""
+    pairs: tuple[Pair, ...] = ()
+    """Redundant units that went, each with the one that was kept for it."""
+    kept: frozenset[int] = frozenset()
+    """Units that stayed because redundant ones went in their favour."""
+    too_dear: frozenset[int] = frozenset()
+    """Redundant units that the plain order would not have paid for."""
+    given_back: frozenset[int] = frozenset()
+    """Units that were given back so that a group ends at its multiple."""
+    noise: frozenset[int] = frozenset()
+    """Units that were given back because they lie inside the noise (:mod:`.noise`)."""
+
+    @cached_property
+    def units(self) -> tuple[int, ...]:
+        """The units that go, rising."""
+        return tuple(np.sort(self.picks.units).tolist())
+
+    @cached_property
+    def prices(self) -> dict[int, float]:
+        """What each unit cost when it was taken, in that order."""
+        return dict(zip(self.picks.units.tolist(), self.picks.prices.tolist(), strict=True))
+
+    @property
+    def dearest(self) -> float:
+        """The highest price paid; 0 where nothing was taken."""
+        return self.picks.dearest if len(self.picks.units) else 0.0
+
+
+def select(
+    make_order: Callable[[], Order], quota: int, redundant: Sequence[Pair] = ()
+) -> Selection:
+    """Choose up to ``quota`` units.
+
+    Redundant units are considered first. Where costs are joint, a redundant unit goes only while
+    it costs at most what the plain order would pay for its most expensive unit within the quota:
+    likeness of activations says nothing about what a unit does to the output. Then the cheapest
+    units follow, without those in whose favour a redundant one went.
+
+    Args:
+        make_order: a fresh order; called twice where redundant units have joint costs.
+        redundant: pairs (kept, removed) of places, every unit removed at most once and never both.
+    """
+    order, picks, too_dear = make_order(), Picks(), frozenset[int]()
+    among = np.ones(order.candidates.count, dtype=np.bool_)
+    if redundant:
+        order, picks, too_dear = _redundant_first(order, make_order, quota, redundant)
+        gone = frozenset(picks.units.tolist())
+        among[[pair.kept for pair in redundant if pair.removed in gone]] = False
+    picks = picks.then(order.pick(quota - len(picks.units), among))
+    picks, given_back = settled(order, picks, quota, among)
+    if not (redundant or given_back):
+        return Selection(order, picks)
+    final = frozenset(picks.units.tolist())
+    pairs = tuple(p for p in redundant if p.removed in final and p.kept not in final)
+    return Selection(
+        order,
+        picks,
+        pairs=pairs,
+        kept=frozenset(pair.kept for pair in pairs),
+        too_dear=too_dear - final,
+        given_back=given_back - final,
+    )
+
+
+def _redundant_first(
+    order: Order, make_order: Callable[[], Order], quota: int, redundant: Sequence[Pair]
+) -> tuple[Order, Picks, frozenset[int]]:
+    """The order after the redundant units, which of them went, and which were too dear."""
+    removed, ceiling = np.zeros(order.candidates.count, dtype=np.bool_), math.inf
+    removed[[pair.removed for pair in redundant]] = True
+    if isinstance(order, JointOrder):
+        ceiling = order.pick(quota, np.ones_like(removed)).dearest
+        order = make_order()
+    picks = order.pick(quota, removed, ceiling)
+    too_dear = np.flatnonzero(order.free(removed) & (order.costs > ceiling))
+    return order, picks, frozenset(too_dear.tolist())
+
+
+def settled(order: Order, picks: Picks, quota: int, among: Bools) -> tuple[Picks, frozenset[int]]:
+    """Give back what breaks a multiple, then spend what is left of the quota on whole blocks.
+
+    Args:
+        order: has taken the picks; what was withheld from it before ends at its multiples.
+
+    Returns:
+        the picks at last, and what was given back.
+    """
+    candidates = order.candidates
+    if max(candidates.multiples, default=1) == 1:
+        return picks, frozenset()
+    by_group: dict[int, list[int]] = {}
+    for unit in picks.units.tolist():
+        by_group.setdefault(int(candidates.group_of[unit]), []).append(unit)
+    back: list[int] = []
+    for group, units in by_group.items():
+        kept = _present(order, group)
+        excess = -kept % candidates.multiples[group]
+        # A group that is no multiple to begin with may not reach the one above: leave it whole.
+        count = excess if kept + excess <= candidates.sizes[group] else len(units)
+        back += units[len(units) - count :]
+    order.put_back(back)
+    picks = picks.without(back)
+    while len((block := _cheapest_block(order, quota - len(picks.units), among)).units):
+        picks = picks.then(block)
+        order.take(block.units)
+    return picks, frozenset(back)
+
+
+def _cheapest_block(order: Order, left: int, among: Bools) -> Picks:
+    """The units that bring one group to its next multiple at the lowest cost a unit."""
+    candidates, best, best_mean = order.candidates, Picks(), math.inf
+    free = order.free(among)
+    for group, multiple in enumerate(candidates.multiples):
+        span = candidates.span(group)
+        size = _present(order, group) % multiple or multiple
+        units = np.flatnonzero(free[span]) + span.start
+        if size > min(left, int(order.room[group]), len(units)):
+            continue
+        units = units[cheapest_first(order.costs[units], size)]
+        mean = float(rounded(np.array([order.costs[units].mean()]))[0])
+        if mean < best_mean:
+            best_mean = mean
+            best = Picks(units, order.costs[units])
+    return best
+
+
+def _present(order: Order, group: int) -> int:
+    return int(np.count_nonzero(~order.taken[order.candidates.span(group)]))

@@ -1,0 +1,1 @@
+"""Count-Min sketches: importance of single parameters in bounded memory, and masks made from it."""

@@ -1,0 +1,1 @@
+"""The connection to the server: where it is, the bundled one, shared round trips."""

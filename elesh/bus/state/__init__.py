@@ -1,0 +1,1 @@
+"""State beside the streams: blobs, breakers, runs, registry, audit log."""

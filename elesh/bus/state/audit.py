@@ -1,0 +1,129 @@
+"""The audit log on the bus: one hash chain, whoever writes it.
+
+Promises: entries are numbered without gaps and each names the digest of the one before, under any
+number of concurrent writers. Everything in it is copied from other streams, exactly once: the
+cursors move in the same step as the chain, and a writer that was overtaken changes nothing.
+The stream is never trimmed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from elesh.bus.guard import Guard
+from elesh.bus.scripts import Scripts
+from elesh.bus.server.client import Client
+from elesh.bus.streams.consumer_groups import pairs_of
+from elesh.bus.streams.records import Delivery, deliveries_of, entry_fields
+from leyline import GENESIS, AuditEntry, AuditEvent, EventEnvelope, encode, wrap
+from leyline.streams import AUDIT, DEAD, DECISIONS, OPERATIONS, OUTCOMES, TELEMETRY, Stream
+
+__all__ = ["COPIED", "AuditHead", "AuditLog", "audit_envelope"]
+
+COPIED: tuple[Stream, ...] = (DECISIONS, OUTCOMES, TELEMETRY, DEAD, OPERATIONS)
+"""The streams whose messages become entries."""
+_BATCH = 100
+_CURSOR = "cursor."
+Translate = Callable[[Delivery], AuditEvent | None]
+
+
+@dataclass(frozen=True)
+class AuditHead:
+    """Where the chain ends: the last entry's number and digest, and how far streams are copied."""
+
+    number: int = 0
+    digest: str = GENESIS
+    cursors: Mapping[str, str] = field(default_factory=dict)
+
+
+class AuditLog:
+    """The audit log of a partition."""
+
+    def __init__(self, client: Client, scripts: Scripts, guard: Guard, partition: str) -> None:
+        self._client = client
+        self._scripts = scripts
+        self._guard = guard
+        self._partition = partition
+        self._seen: AuditHead | None = None
+        self._keys = (AUDIT.key(partition), f"elesh:{{{partition}}}:audit:head")
+
+    async def head(self) -> AuditHead:
+        """Where the chain ends now."""
+        stored: Any = await self._client.hgetall(self._keys[1])
+        texts = {name.decode(): value.decode() for name, value in stored.items()}
+        cursors = {
+            name.removeprefix(_CURSOR): value
+            for name, value in texts.items()
+            if name.startswith(_CURSOR)
+        }
+        return AuditHead(int(texts.get("number", 0)), texts.get("digest", GENESIS), cursors)
+
+    async def copy(self, translate: Translate) -> int:
+        """Write down what is new in the streams ``COPIED``; the number of entries written.
+
+        ``translate`` says what a message is worth: None is passed over. If another writer is at
+        it, this one leaves it to them.
+        """
+        # Mostly there is nothing new: then one read is enough to know.
+        if self._seen is not None and not await self._unread(self._seen):
+            return 0
+        written = 0
+        while True:
+            self._seen = head = await self.head()
+            found = await self._unread(head)
+            if not found:
+                return written
+            events = [event for each in found if (event := translate(each)) is not None]
+            entries = _chained(head, events)
+            cursors = {each.stream.name: each.entry_id for each in found}
+            if not await self._extend(head, entries, cursors):
+                return written
+            written += len(entries)
+
+    async def _unread(self, head: AuditHead) -> list[Delivery]:
+        keys = {stream.key(self._partition): stream for stream in COPIED}
+        wanted: Any = {key: head.cursors.get(stream.name, "0") for key, stream in keys.items()}
+        reply = await self._client.xread(wanted, _BATCH)
+        named = [(keys[key.decode()], entries) for key, entries in pairs_of(reply)]
+        found = deliveries_of(named, grouped=False)
+        # What happened first is written first; the sort is stable, so a stream keeps its order.
+        return sorted(found, key=lambda each: int(each.entry_id.split("-")[0]))
+
+    async def _extend(
+        self, head: AuditHead, entries: Sequence[AuditEntry], cursors: Mapping[str, str]
+    ) -> bool:
+        last = entries[-1] if entries else None
+        return await self._scripts.audit(
+            self._keys,
+            "" if head.number == 0 else head.digest,
+            (last.number, last.digest) if last else (head.number, head.digest),
+            {_CURSOR + name: value for name, value in cursors.items()},
+            [self._fields(entry) for entry in entries],
+        )
+
+    def _fields(self, entry: AuditEntry) -> list[str | bytes]:
+        return entry_fields(self._guard.frame(AUDIT, encode(audit_envelope(entry))), {})
+
+
+def audit_envelope(entry: AuditEntry) -> EventEnvelope:
+    """The envelope that an entry stands in; the entry alone decides every byte of it."""
+    event = entry.event
+    return wrap(
+        entry,
+        source="elesh",
+        event_id=f"audit-{entry.number}",
+        run_id=event.run_id,
+        epoch=event.epoch,
+        now=event.at,
+    )
+
+
+def _chained(head: AuditHead, events: Sequence[AuditEvent]) -> list[AuditEntry]:
+    entries: list[AuditEntry] = []
+    number, digest = head.number, head.digest
+    for event in events:
+        entries.append(AuditEntry(number=number + 1, previous=digest, event=event))
+        number, digest = number + 1, entries[-1].digest
+    return entries

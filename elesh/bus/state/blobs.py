@@ -1,0 +1,242 @@
+"""Blobs by claim check: the bytes travel in pieces, the message carries a :class:`BlobRef`.
+
+Promises: a blob's size is checked before anything is read and its digest while it is read; what
+does not keep its reference's promise never reaches the caller, and no half file is left behind.
+Whoever holds a reference can only read what the scheme's own rule allows:
+
+- ``redis:<sha256>``: pieces of 4 MB in the partition, content addressed, with a time to live
+  (one large string would stop every other client while it is copied);
+- ``file:<path>``: a file inside ``BusSettings.blob_folder``, and only there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import os
+import stat
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from elesh.bus.guard import Guard
+from elesh.bus.scripts import Scripts
+from elesh.bus.server.client import Client
+from elesh.settings import BusSettings
+from leyline import BlobRef, DigestMismatch, InvalidField, MissingBlob, TooLarge
+
+__all__ = ["CHUNK", "BlobStore"]
+
+CHUNK = 4 << 20
+"""Bytes in one piece."""
+_READ = 1 << 20
+"""Bytes that one command reads: others on the server wait for no more than that."""
+# A head never outlives its chunks, so that a blob is seen whole or not at all.
+_CHUNK_GRACE = 300
+
+
+class BlobStore:
+    """The blobs of a partition."""
+
+    def __init__(
+        self, client: Client, scripts: Scripts, settings: BusSettings, guard: Guard
+    ) -> None:
+        self._client = client
+        self._guard = guard
+        self._scripts = scripts
+        self._prefix = f"elesh:{{{settings.partition}}}:blob"
+        self._ttl = settings.blob_ttl_seconds
+        self._limit = int(settings.max_blob_bytes)
+        self._folder = settings.blob_folder
+
+    async def put(
+        self,
+        data: bytes | memoryview,
+        codec: Literal["safetensors", "msgpack", "raw"] = "safetensors",
+        *,
+        architecture: str = "",
+    ) -> BlobRef:
+        """Store bytes; the same content again only lives longer.
+
+        Args:
+            architecture: fingerprint of the network that they are about; with a ``blob_key`` they
+                are stored sealed for it.
+
+        Raises:
+            TooLarge: over ``max_blob_bytes``.
+        """
+        sealed = architecture if self._guard.seals and architecture else None
+        if sealed is not None:
+            data = await asyncio.to_thread(self._guard.seal, data, sealed)
+        view = memoryview(data).cast("B")
+        self._require_size("blob", view.nbytes)
+        digest = await asyncio.to_thread(lambda: hashlib.sha256(view).hexdigest())
+        keys = self._keys(digest, view.nbytes)
+        expires = datetime.now(UTC) + timedelta(seconds=self._ttl)
+        lives = (self._ttl, self._ttl + _CHUNK_GRACE)
+        if not await self._scripts.touch(keys, *lives):
+            for number, key in enumerate(keys[1:]):
+                piece = view[number * CHUNK : (number + 1) * CHUNK]
+                await self._client.set(key, piece, ex=lives[1])
+            await self._client.set(keys[0], view.nbytes, ex=lives[0])
+        return BlobRef(
+            uri=f"redis:{digest}",
+            size=view.nbytes,
+            sha256=digest,
+            codec=codec,
+            expires=expires,
+            sealed=sealed,
+        )
+
+    async def fetch(self, ref: BlobRef, path: Path) -> None:
+        """Copy a blob into a new file, piece by piece; ``path`` appears only once it is whole.
+
+        Raises:
+            MissingBlob, DigestMismatch, TooLarge: as :meth:`get`.
+        """
+        partial = path.with_name(path.name + ".partial")
+        try:
+            with partial.open("wb") as file:
+                async with aclosing(self._verified(ref)) as pieces:
+                    async for piece in pieces:
+                        await asyncio.to_thread(file.write, piece)
+            if ref.sealed is not None:
+                await asyncio.to_thread(self._unseal_file, ref, partial)
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+    async def get(self, ref: BlobRef) -> bytes:
+        """The bytes of a blob.
+
+        Raises:
+            MissingBlob: if it expired, was never put, or lacks a piece.
+            DigestMismatch: if size or content are not what ``ref`` promises.
+            TooLarge: if ``ref`` promises more than ``max_blob_bytes``; nothing is read then.
+            InvalidField: if the URI is none that this store may read.
+            Unreadable: if it is sealed and no key here opens it for its architecture.
+        """
+        # Grows in place and is handed out as it is: the blob is in memory once.
+        buffer = io.BytesIO()
+        async with aclosing(self._verified(ref)) as pieces:
+            async for piece in pieces:
+                buffer.write(piece)
+        data = buffer.getvalue()
+        return data if ref.sealed is None else self._unsealed(ref, data)
+
+    def _unsealed(self, ref: BlobRef, data: bytes) -> bytes:
+        return self._guard.unseal(data, ref.sealed or "", f"blob {ref.uri}")
+
+    def _unseal_file(self, ref: BlobRef, path: Path) -> None:
+        path.write_bytes(self._unsealed(ref, path.read_bytes()))
+
+    def _require_size(self, field: str, size: int) -> None:
+        if size > self._limit:
+            raise TooLarge(field, f"at most max_blob_bytes = {self._limit} bytes", f"{size} bytes")
+
+    async def _verified(self, ref: BlobRef) -> AsyncGenerator[bytes, None]:
+        """The pieces of a blob; raises at the first piece, or after the last, that is wrong."""
+        self._require_size(f"blob {ref.uri}", ref.size)
+        digest, size = hashlib.sha256(), 0
+        hashing: asyncio.Task[None] | None = None
+        async with aclosing(self._pieces(ref)) as pieces:
+            async for piece in pieces:
+                size += len(piece)
+                if size > ref.size:
+                    break
+                if hashing is not None:
+                    await hashing
+                # While the next piece is on its way.
+                hashing = asyncio.create_task(asyncio.to_thread(digest.update, piece))
+                yield piece
+        if hashing is not None:
+            await hashing
+        if size != ref.size:
+            raise _wrong_size(ref, size)
+        if digest.hexdigest() != ref.sha256:
+            raise DigestMismatch(f"blob {ref.uri}", f"sha256 {ref.sha256}", digest.hexdigest())
+
+    def _pieces(self, ref: BlobRef) -> AsyncGenerator[bytes, None]:
+        """Where a URI's scheme decides who reads it."""
+        scheme, _, place = ref.uri.partition(":")
+        match scheme:
+            case "redis":
+                return self._redis_pieces(ref, place)
+            case "file":
+                return self._file_pieces(ref, place)
+        raise InvalidField("blob.uri", "a URI of scheme redis or file", ref.uri)
+
+    async def _redis_pieces(self, ref: BlobRef, digest: str) -> AsyncGenerator[bytes, None]:
+        if digest != ref.sha256:
+            raise InvalidField("blob.uri", f"redis:{ref.sha256}, as its sha256 says", ref.uri)
+        head, *chunks = self._keys(digest, ref.size)
+        size = await self._client.get(head)
+        if size is None:
+            raise _missing(ref, "no such key")
+        if int(size) != ref.size:
+            raise _wrong_size(ref, int(size))
+        for number, chunk in enumerate(chunks):
+            for start in range(0, min(CHUNK, ref.size - number * CHUNK), _READ):
+                piece: Any = await self._client.getrange(chunk, start, start + _READ - 1)
+                if not piece:
+                    raise _missing(ref, f"piece {number} of {len(chunks)} is gone")
+                yield piece
+
+    async def _file_pieces(self, ref: BlobRef, place: str) -> AsyncGenerator[bytes, None]:
+        with _opened(ref, self._allowed(ref, place)) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != ref.size:
+                raise _wrong_size(ref, size)
+            while piece := await asyncio.to_thread(file.read, CHUNK):
+                yield piece
+
+    def _allowed(self, ref: BlobRef, place: str) -> Path:
+        if not self._folder:
+            raise InvalidField(
+                "blob.uri",
+                "no file: URI, since bus.blob_folder is not set",
+                ref.uri,
+                hint="set bus.blob_folder to the folder that is shared with the trainer",
+            )
+        root = Path(self._folder).resolve()
+        try:
+            path = (root / place.removeprefix("//")).resolve()
+        except (OSError, ValueError, RuntimeError):
+            raise InvalidField("blob.uri", "a path", ref.uri) from None
+        if not path.is_relative_to(root):
+            raise InvalidField("blob.uri", f"a path inside bus.blob_folder {root}", ref.uri)
+        return path
+
+    def _keys(self, digest: str, size: int) -> list[str]:
+        """The head's key, then those of the chunks."""
+        head = f"{self._prefix}:{digest}"
+        return [head, *(f"{head}:{number}" for number in range(-(-size // CHUNK)))]
+
+
+def _opened(ref: BlobRef, path: Path) -> BinaryIO:
+    """A file for reading; a folder is none, and a pipe must not hold whoever opens it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:
+        raise _missing(ref, error.strerror or str(error)) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _missing(ref, "not a regular file")
+    return open(descriptor, "rb")
+
+
+def _missing(ref: BlobRef, found: str) -> MissingBlob:
+    return MissingBlob(
+        f"blob {ref.uri}",
+        f"{ref.size} bytes",
+        found,
+        hint="it expired or was never stored; publish the checkpoint again",
+    )
+
+
+def _wrong_size(ref: BlobRef, size: int) -> DigestMismatch:
+    return DigestMismatch(f"blob {ref.uri}", f"{ref.size} bytes", f"{size} bytes")

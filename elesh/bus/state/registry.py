@@ -1,0 +1,134 @@
+"""The fleet's register: every worker writes what it does, everybody may read it.
+
+Promises: one hash a worker, ``elesh:{partition}:worker:<id>``, written in one step and gone when
+the worker has not been heard of for its time to live; ages are by the server's clock. Nothing is
+decided from it: it is there to be looked at (``elesh status``, the console, metrics).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from elesh.bus.scripts import Scripts
+from elesh.bus.server.client import Client
+from leyline.streams import STREAMS, Stream
+
+__all__ = ["Backlog", "Registry", "WorkerState"]
+
+Doing = Literal["starting", "idle", "busy", "draining"]
+ChildState = Literal["starting", "idle", "busy", "wedged", "dead"]
+
+
+class WorkerState(BaseModel):
+    """A worker as it last described itself; times are seconds since 1970."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")  # a newer worker may say more
+
+    worker_id: str
+    host: str = ""
+    pid: int = 0
+    version: str = ""
+    started_at: float = 0.0
+    heard_at: float = 0.0
+    """When the server heard of it last, by the server's clock."""
+    doing: Doing = "starting"
+    child: ChildState = "starting"
+    """The compute child: ``wedged`` if it neither answers nor computes."""
+    ready: bool = False
+    why: str = ""
+    """Why it is not ready; empty where it is."""
+    key: str = ""
+    """What it works on."""
+    since: float = 0.0
+    """When it began that."""
+    health_url: str = ""
+    """Where its health and metrics are served; empty: nowhere."""
+    completed: int = 0
+    """Analyses that ended in a decision, since it started."""
+    failed: int = 0
+    """Analyses that ended in the dead letters."""
+    fallbacks: int = 0
+    dead_letters: int = 0
+    duration_p95: float = 0.0
+    """95th percentile of the last analyses' seconds."""
+    peak_memory_bytes: int = 0
+    """Highest resident size of its compute child."""
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """What a stream holds, and what its group has still to do."""
+
+    length: int
+    waiting: int | None
+    """Never delivered to the group (its lag); None where the server cannot tell."""
+    pending: int
+    """Delivered and not yet acknowledged."""
+    oldest_seconds: float | None
+    """Age of the oldest entry that is not done; None if all are."""
+    lease_seconds: float | None
+    """The longest time since the lease of a pending entry was renewed."""
+
+
+class Registry:
+    """The register of a partition."""
+
+    def __init__(self, client: Client, scripts: Scripts, partition: str) -> None:
+        self._client = client
+        self._scripts = scripts
+        self._partition = partition
+        self._prefix = f"elesh:{{{partition}}}:worker"
+        self._index = f"{self._prefix}s"
+
+    async def beat(self, state: WorkerState, *, seconds: float) -> None:
+        """Write a worker's state; it is forgotten ``seconds`` after the last time."""
+        values = state.model_dump(exclude={"heard_at"})
+        fields = [str(part) for pair in values.items() for part in pair]
+        await self._scripts.beat(
+            self._key(state.worker_id), self._index, state.worker_id, round(seconds * 1000), fields
+        )
+
+    async def forget(self, worker_id: str) -> None:
+        """A worker ended in order."""
+        await self._client.zrem(self._index, worker_id)
+        await self._client.delete(self._key(worker_id))
+
+    async def workers(self) -> list[WorkerState]:
+        """The workers that are alive, by name."""
+        names: Any = await self._client.zrange(self._index, 0, -1)
+        stored = [await self._hash(name.decode()) for name in sorted(names)]
+        return [state for values in stored if (state := _read(values)) is not None]
+
+    async def backlog(self, streams: Sequence[Stream] = STREAMS) -> dict[str, Backlog]:
+        """The figures of each stream, by its short name; one command whatever their number."""
+        keys = [stream.key(self._partition) for stream in streams]
+        found = await self._scripts.census(keys, [stream.group for stream in streams])
+        return {
+            stream.name: Backlog(
+                length, None if lag < 0 else lag, pending, _seconds(oldest), _seconds(lease)
+            )
+            for stream, (length, lag, pending, oldest, lease) in zip(streams, found, strict=True)
+        }
+
+    def _key(self, worker_id: str) -> str:
+        return f"{self._prefix}:{worker_id}"
+
+    async def _hash(self, worker_id: str) -> dict[bytes, bytes]:
+        stored: Any = await self._client.hgetall(self._key(worker_id))
+        return dict(stored)
+
+
+def _read(values: dict[bytes, bytes]) -> WorkerState | None:
+    """The state in a hash; None for one that just expired or is nobody's that we know."""
+    try:
+        return WorkerState(**{name.decode(): value.decode() for name, value in values.items()})  # type: ignore[arg-type]
+    except (ValidationError, UnicodeDecodeError):
+        return None
+
+
+def _seconds(milliseconds: int) -> float | None:
+    return None if milliseconds < 0 else milliseconds / 1000

@@ -1,0 +1,90 @@
+"""What the fleet knows of a training run: who speaks for it, which of its cuts were taken back, and
+how far its predictions were off.
+
+Promises: a claim is taken, renewed and given up in one atomic step by the server's clock, and that
+of a holder that is gone ends with its lease; a cut that was taken back is kept as long as decisions
+are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+
+from elesh.bus.scripts import Scripts
+from elesh.bus.server.client import Client
+from leyline import RolledBackCut, WouldBeCut, decode, encode
+
+__all__ = ["Holder", "RunStore"]
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The trainer that has a run."""
+
+    who: str
+    seconds: float
+    """Until its claim ends, unless it is renewed."""
+
+
+class RunStore:
+    """The runs of a partition.
+
+    Args:
+        keep: seconds that cuts which were taken back are remembered.
+    """
+
+    def __init__(self, client: Client, scripts: Scripts, partition: str, keep: int) -> None:
+        self._client, self._scripts, self._keep = client, scripts, keep
+        self._prefix = f"elesh:{{{partition}}}"
+
+    async def claim(self, run_id: str, token: str, who: str, seconds: float) -> Holder | None:
+        """Claim a run, or renew the claim of the same token; None, or who has it instead."""
+        milliseconds = max(1, round(seconds * 1000))
+        held = await self._scripts.claim_run(self.claim_key(run_id), token, who, milliseconds)
+        return Holder(held[0].decode(), max(0, held[1]) / 1000) if held else None
+
+    async def give_up(self, run_id: str, token: str) -> None:
+        """End a claim of one's own."""
+        await self._scripts.claim_run(self.claim_key(run_id), token, "", 0)
+
+    async def took_back(self, run_id: str, cuts: Mapping[str, RolledBackCut]) -> None:
+        """Remember cuts that a trainer took back, by the fingerprints of their units."""
+        key = self._cuts(run_id)
+        for name, cut in cuts.items():
+            await self._client.hset(key, name, encode(cut))
+        await self._client.expire(key, self._keep)
+
+    async def taken_back(self, run_id: str) -> list[RolledBackCut]:
+        """The cuts of a run that were taken back, in a fixed order."""
+        stored: Any = await self._client.hgetall(self._cuts(run_id))
+        cuts = [decode(RolledBackCut, value, field="rolled back") for value in stored.values()]
+        return sorted(cuts, key=lambda cut: (cut.epoch, cut.idempotency_key))
+
+    async def measured_would_be(self, run_id: str, key: str, cuts: Sequence[WouldBeCut]) -> None:
+        """Remember what the decision ``key`` measured to calibrate by."""
+        name = self._would_be(run_id)
+        await self._client.hset(name, key, msgpack.packb([encode(cut) for cut in cuts]))
+        await self._client.expire(name, self._keep)
+
+    async def would_be(self, run_id: str) -> list[WouldBeCut]:
+        """All would-be cuts of a run that were measured, in a fixed order."""
+        stored: Any = await self._client.hgetall(self._would_be(run_id))
+        return [
+            decode(WouldBeCut, cut, field="would-be cut")
+            for _, cuts in sorted(stored.items())
+            for cut in msgpack.unpackb(cuts)
+        ]
+
+    def _would_be(self, run_id: str) -> str:
+        return f"{self._prefix}:would-be:{run_id}"
+
+    def claim_key(self, run_id: str) -> str:
+        """Where the claim of a run is."""
+        return f"{self._prefix}:claim:{run_id}"
+
+    def _cuts(self, run_id: str) -> str:
+        return f"{self._prefix}:rolled-back:{run_id}"

@@ -1,0 +1,1 @@
+"""Entries of streams: consumer groups, leases, reaping, fan-out, dead letters."""

@@ -1,0 +1,165 @@
+"""Consumer groups: entries are claimed, kept by renewing their leases, and given back.
+
+Promises: an entry belongs to whoever claimed it until its lease runs out; giving back and taking
+over are one atomic step that leaves the entry's history with it. The sweep that takes over is
+:mod:`elesh.bus.streams.reaping`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from redis.exceptions import ResponseError
+
+from elesh.bus.keys import Keys
+from elesh.bus.scripts import Entry, Scripts
+from elesh.bus.server.client import MAX_BLOCK, Client
+from leyline.streams import REDELIVERIES, Stream
+
+from .records import Delivery, deliveries_of
+
+__all__ = ["Cause", "Groups"]
+
+Cause = Literal["", "exception", "handover"]
+"""Why an entry is given back; empty for one that was claimed by accident and leaves no trace."""
+_BATCH = 100
+
+
+class Groups:
+    """What consumers of a partition do with stream entries."""
+
+    def __init__(self, client: Client, scripts: Scripts, keys: Keys) -> None:
+        self._client = client
+        self._scripts = scripts
+        self._keys = keys
+        self._idle: set[str] = set()
+
+    async def claim(
+        self,
+        group: str,
+        consumer: str,
+        streams: Sequence[Stream],
+        *,
+        count: int,
+        block_seconds: float,
+    ) -> list[Delivery]:
+        """Up to ``count`` entries that the group has not seen, those of earlier streams first;
+        waits for the first if need be."""
+        try:
+            return await self._claim(group, consumer, streams, count, block_seconds)
+        except ResponseError as error:
+            if not str(error).startswith(("NOGROUP", "UNBLOCKED")) and "NOGROUP" not in str(error):
+                raise
+        await self._create(group, streams)
+        return await self._claim(group, consumer, streams, count, block_seconds)
+
+    async def _claim(
+        self, group: str, consumer: str, streams: Sequence[Stream], count: int, seconds: float
+    ) -> list[Delivery]:
+        # Whoever has just waited in vain need not look before waiting again.
+        if consumer not in self._idle or seconds <= 0:
+            reply = await self._scripts.claim(
+                [self._keys.stream(stream) for stream in streams], group, consumer, count
+            )
+            claimed = deliveries_of([(streams[number], entries) for number, entries in reply])
+            if claimed or seconds <= 0:
+                return claimed
+        claimed = await self._wait(group, consumer, streams, seconds)
+        if claimed:
+            self._idle.discard(consumer)
+        else:
+            self._idle.add(consumer)
+        # A waiting read has its count for each stream: what came at once on two is given back.
+        for surplus in claimed[count:]:
+            await self.give_back(group, consumer, surplus)
+        return claimed[:count]
+
+    async def _wait(
+        self, group: str, consumer: str, streams: Sequence[Stream], seconds: float
+    ) -> list[Delivery]:
+        by_key = {self._keys.stream(stream): stream for stream in streams}
+        block = max(1, round(min(seconds, MAX_BLOCK) * 1000))
+        reply: Any = await self._client.xreadgroup(
+            group, consumer, dict.fromkeys(by_key, ">"), 1, block
+        )
+        return deliveries_of([(by_key[key.decode()], entries) for key, entries in pairs_of(reply)])
+
+    async def _create(self, group: str, streams: Sequence[Stream]) -> None:
+        for stream in streams:
+            try:
+                await self._client.xgroup_create(
+                    self._keys.stream(stream), group, "0", mkstream=True
+                )
+            except ResponseError as error:
+                if not str(error).startswith("BUSYGROUP"):
+                    raise
+
+    async def renew(
+        self, group: str, consumer: str, deliveries: Sequence[Delivery]
+    ) -> list[Delivery]:
+        """Start the leases anew; the deliveries that are no longer the consumer's."""
+        entries = [self.entry(delivery) for delivery in deliveries]
+        lost = await self._scripts.renew(group, consumer, entries) if entries else []
+        return [deliveries[position] for position in lost]
+
+    async def give_back(
+        self,
+        group: str,
+        consumer: str,
+        delivery: Delivery,
+        *,
+        cause: Cause = "",
+        detail: str = "",
+        delay_seconds: float = 0.0,
+    ) -> bool:
+        """Send an entry round again; False if it is no longer the consumer's.
+
+        It becomes an entry of the redeliveries with its history: for any worker, at once or,
+        through the delayed set, after ``delay_seconds``.
+        """
+        args: list[str | int] = [group, consumer, delivery.entry_id, delivery.stream.name]
+        args += [cause, consumer, detail[:512], round(delay_seconds * 1000)]
+        return await self._scripts.requeue(
+            self.entry(delivery),
+            self._keys.stream(REDELIVERIES),
+            self._keys.named("delayed"),
+            args,
+        )
+
+    async def give_back_all(self, group: str, consumer: str, streams: Sequence[Stream]) -> int:
+        """Hand over whatever is pending with a consumer that ends; how many entries it was.
+
+        That finds also what the server handed out while the consumer stopped listening.
+        """
+        given = 0
+        for stream in streams:
+            try:
+                pending: Any = await self._client.xpending_range(
+                    self._keys.stream(stream), group, "-", "+", _BATCH, consumer
+                )
+            except ResponseError as error:
+                if "NOGROUP" in str(error):
+                    continue
+                raise
+            for entry in pending:
+                left = Delivery(stream, entry["message_id"].decode(), {}, 0)
+                given += await self.give_back(group, consumer, left, cause="handover")
+        return given
+
+    async def leave(self, group: str, consumer: str, streams: Sequence[Stream]) -> None:
+        """Have the group forget a consumer that ends; one with pending entries stays known."""
+        for stream in streams:
+            await self._scripts.leave(self._keys.stream(stream), group, consumer)
+
+    def entry(self, delivery: Delivery) -> Entry:
+        """A delivery as scripts name it."""
+        return self._keys.stream(delivery.stream), delivery.entry_id
+
+
+def pairs_of(reply: Any) -> list[tuple[bytes, Any]]:
+    """Key and entries of an XREAD reply: a list of pairs (RESP2), or a map whose values redis-py
+    wraps in one more list (RESP3)."""
+    if isinstance(reply, dict):
+        return [(key, part) for key, parts in reply.items() for part in parts]
+    return [(key, entries) for key, entries in reply or ()]

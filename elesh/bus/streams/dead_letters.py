@@ -1,0 +1,171 @@
+"""Dead letters for operators: list them, publish their originals again, drop them.
+
+Promises: a letter is redriven once, with its original bytes, in the same atomic step that marks it;
+a second redrive answers with the first one's entry. A letter is dropped in the same step that
+says who did it. Nothing here is done by Elesh itself: every change is an operator's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from elesh.bus.guard import Guard
+from elesh.bus.scripts import Scripts
+from elesh.bus.server.client import Client
+from leyline import ContractError, DeadLetter, InvalidField, OperatorAction, encode, wrap
+from leyline.streams import DEAD, OPERATIONS, STREAMS, Stream
+
+from .records import Delivery, deliveries_of, entry_fields, read_letter
+
+__all__ = ["DeadLetters", "Letter", "Redriven"]
+
+_ENTRY = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
+
+
+@dataclass(frozen=True)
+class Letter:
+    """One entry of the dead letters' stream."""
+
+    entry_id: str
+    message: DeadLetter | None
+    """None if the entry cannot be read; ``error`` then says why."""
+    error: str = ""
+    redriven_as: str = ""
+    """The entry that the original was published again as; empty if it was not."""
+
+
+@dataclass(frozen=True)
+class Redriven:
+    """Where a letter's original stands now."""
+
+    stream: str
+    entry_id: str
+    again: bool
+    """False if the letter had been redriven before: nothing was published this time."""
+
+
+class DeadLetters:
+    """The dead letters of a partition."""
+
+    def __init__(self, client: Client, scripts: Scripts, guard: Guard, partition: str) -> None:
+        self._client = client
+        self._scripts = scripts
+        self._guard = guard
+        self._partition = partition
+        self._marks = f"elesh:{{{partition}}}:redriven"
+
+    async def all(self) -> list[Letter]:
+        """Every letter, oldest first."""
+        entries = await self._range("-", "+")
+        marks: Any = await self._client.hgetall(self._marks)
+        return [_letter(entry, marks.get(entry.entry_id.encode(), b"")) for entry in entries]
+
+    async def get(self, entry_id: str) -> Letter:
+        """One letter.
+
+        Raises:
+            InvalidField: if there is no such letter (any more).
+        """
+        if not _ENTRY.fullmatch(entry_id):
+            raise InvalidField("letter", "an entry id such as 1736856000250-0", entry_id)
+        entries = await self._range(entry_id, entry_id)
+        if not entries:
+            raise _missing(entry_id)
+        mark: Any = await self._client.hget(self._marks, entry_id)
+        return _letter(entries[0], mark or b"")
+
+    async def redrive(self, entry_id: str, operator: str, reason: str = "") -> Redriven:
+        """Publish a letter's original entry again on the stream that it stood in.
+
+        Raises:
+            InvalidField: if there is no such letter, it cannot be read, or it names no stream that
+                workers serve.
+        """
+        letter = await self.get(entry_id)
+        if letter.message is None:
+            raise InvalidField(f"letter {entry_id}", "a readable dead letter", letter.error)
+        stream = _served(entry_id, letter.message.stream)
+        event = self._event("redrive", entry_id, operator, reason, f"on {stream.name}")
+        # Its time to live counts from now: an operator waits for it.
+        at = f"{datetime.now(UTC).timestamp() * 1000:.0f}"
+        original = letter.message.original
+        redriven = self._guard.frame_redrive(at, original.get("envelope", b""))
+        reply = await self._scripts.redrive(
+            (self._key(DEAD), self._marks, self._key(stream), self._key(OPERATIONS)),
+            entry_id,
+            [*_flat(original), "redriven", redriven],
+            event,
+        )
+        if reply is None:
+            raise _missing(entry_id)
+        return Redriven(stream.name, *reply)
+
+    async def drop(self, entry_id: str, operator: str, reason: str = "") -> None:
+        """Delete a letter for good; the operations stream keeps who did it and what it was.
+
+        Raises:
+            InvalidField: if there is no such letter.
+        """
+        letter = await self.get(entry_id)
+        was = letter.message
+        lost = f"{was.stream}/{was.entry_id}: {was.error_code}" if was else "unreadable"
+        event = self._event("drop", entry_id, operator, reason, lost)
+        keys = self._key(DEAD), self._marks, self._key(OPERATIONS)
+        if not await self._scripts.drop(keys, entry_id, event):
+            raise _missing(entry_id)
+
+    async def _range(self, start: str, end: str) -> list[Delivery]:
+        key = self._key(DEAD)
+        entries = await self._client.xrange(key, start, end)
+        return deliveries_of([(DEAD, entries)], grouped=False)
+
+    def _event(
+        self,
+        action: Literal["redrive", "drop"],
+        subject: str,
+        operator: str,
+        reason: str,
+        outcome: str,
+    ) -> list[str | bytes]:
+        message = OperatorAction(
+            action=action,
+            subject=subject,
+            operator=operator,
+            at=datetime.now(UTC),
+            reason=reason,
+            outcome=outcome,
+        )
+        envelope = encode(wrap(message, source="operator"))
+        return entry_fields(self._guard.frame(OPERATIONS, envelope), {})
+
+    def _key(self, stream: Stream) -> str:
+        return stream.key(self._partition)
+
+
+def _letter(entry: Delivery, mark: bytes) -> Letter:
+    try:
+        return Letter(entry.entry_id, read_letter(entry), redriven_as=mark.decode())
+    except ContractError as error:
+        return Letter(entry.entry_id, None, str(error), mark.decode())
+
+
+def _served(entry_id: str, name: str) -> Stream:
+    served = {stream.name: stream for stream in STREAMS if stream.group}
+    if name not in served:
+        raise InvalidField(f"letter {entry_id}: stream", f"one of {', '.join(served)}", name)
+    return served[name]
+
+
+def _flat(original: dict[str, bytes]) -> Iterator[str | bytes]:
+    for name, value in original.items():
+        yield from (name, value)
+
+
+def _missing(entry_id: str) -> InvalidField:
+    return InvalidField(
+        "letter", "the entry of a dead letter", entry_id, hint="see elesh dead list"
+    )

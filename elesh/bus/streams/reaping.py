@@ -1,0 +1,87 @@
+"""The sweep: one worker of the fleet, whoever it is, keeps time for all of them.
+
+Promises: at most one sweeper at a time; one that dies is replaced when its own lease runs out, an
+eighth of an entry's lease later. A pass moves delayed entries that are due, sends entries round
+again whose owner's lease ran out, and queues the join of plans past their deadline; the next one
+comes no later than the first lease runs out, so that nobody waits for a period, too. After a
+silence of the server, in which nobody could renew, owners first have the time of one and a half
+renewals, so that it costs nobody a live lease; the death of a sweeper alone is no silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from elesh.bus.keys import Keys
+from elesh.bus.scripts import Scripts
+from leyline.streams import REDELIVERIES, Stream
+
+from .fan_out import PlanStore
+
+__all__ = ["Sweep", "Sweeper", "Taken"]
+
+_SCAN = 1000
+"""Pending entries of a stream that one pass looks at."""
+_BATCH = 100
+"""Entries that one pass moves."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """An entry that was taken from its owner."""
+
+    stream: str
+    entry_id: str
+    owner: str
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What one pass did; ``held`` is False if another worker is the sweeper."""
+
+    held: bool
+    wait_seconds: float
+    """How long to wait before the next call."""
+    resumed: int = 0
+    """Delayed entries that went on."""
+    taken: tuple[Taken, ...] = ()
+    overdue: tuple[str, ...] = ()
+    """Keys of plans whose join was queued by their deadline."""
+
+
+class Sweeper:
+    """The sweeper's office, as one connection sees it."""
+
+    def __init__(
+        self, scripts: Scripts, keys: Keys, plans: PlanStore, lease_seconds: float
+    ) -> None:
+        self._scripts = scripts
+        self._keys = keys
+        self._plans = plans
+        self._lease = lease_seconds
+        self.interval = lease_seconds / 12
+        """Seconds between two passes, if nothing that the last one saw is due before."""
+
+    async def sweep(self, group: str, worker: str, streams: Sequence[Stream]) -> Sweep:
+        """Make one pass over ``streams``, if ``worker`` is or can become the sweeper."""
+        lease = self._lease * 1000
+        keys = [self._keys.named(name) for name in ("sweeper", "delayed", "deadlines", "pulse")]
+        keys += [self._keys.stream(stream) for stream in (REDELIVERIES, *streams)]
+        times = [max(1, round(lease * share)) for share in (0.125, 0.375, 1.0, 0.3)]
+        names = [stream.name for stream in streams]
+        held, *reply = await self._scripts.sweep(
+            keys, [worker, *times, group, _SCAN, _BATCH, *names]
+        )
+        if not held:
+            return Sweep(False, max(reply[0] / 1000, self.interval))
+        resumed, taken, overdue, soonest = reply
+        late = [key.decode() for key in overdue]
+        joined = tuple([key for key in late if await self._plans.join_overdue(key)])
+        return Sweep(
+            True,
+            min(self.interval, (soonest + 1) / 1000),
+            resumed,
+            tuple(Taken(*(part.decode() for part in entry)) for entry in taken),
+            joined,
+        )

@@ -1,0 +1,272 @@
+"""What the bus hands out and takes in: deliveries, settlements, records. No Redis in here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from functools import cached_property
+from typing import Any
+
+from pydantic import ValidationError
+
+from elesh.bus.guard import Guard, unframed
+from leyline import Attempt, DeadLetter, IdempotencyKey, Malformed, Message, read_envelope, unwrap
+from leyline.errors import UnknownType, brief
+from leyline.streams import STREAMS, Stream
+
+__all__ = [
+    "CONTEXT",
+    "Delivery",
+    "History",
+    "Pending",
+    "Record",
+    "Settlement",
+    "Settling",
+    "deliveries_of",
+    "entry_fields",
+    "read_letter",
+]
+
+_ENVELOPE = b"envelope"
+_BY_NAME = {stream.name: stream for stream in STREAMS}
+CONTEXT = ("traceparent", "tracestate")
+"""Fields of the W3C trace context."""
+_ORIGINAL = b"original."
+_REDRIVEN = b"redriven"
+_OURS = frozenset({b"origin", b"history", _REDRIVEN})
+"""Fields that the bus adds to an entry that goes round again."""
+
+
+@dataclass(frozen=True)
+class History:
+    """Earlier deliveries of an entry that did not end it."""
+
+    crashes: int = 0
+    """Leases that ran out."""
+    exceptions: int = 0
+    """Failures that the worker outlived."""
+    handovers: int = 0
+    """Given back by a worker that was drained before it began: no delivery that counts."""
+    attempts: tuple[Attempt, ...] = ()
+    """The last ones, oldest first."""
+
+    @property
+    def counted(self) -> int:
+        """Deliveries that count towards the limit."""
+        return self.crashes + self.exceptions
+
+    def __str__(self) -> str:
+        counts = (
+            (self.crashes, "crash"),
+            (self.exceptions, "exception"),
+            (self.handovers, "handover"),
+        )
+        return ", ".join(f"{count} by {cause}" for count, cause in counts if count)
+
+    @classmethod
+    def read(cls, text: bytes | None) -> History:
+        """The history in an entry's field; a text that is none of ours counts as none."""
+        try:
+            told = json.loads(text or b"{}")
+            attempts = [
+                Attempt(
+                    cause=cause,
+                    worker_id=worker,
+                    at=datetime.fromtimestamp(int(at) / 1000, UTC),
+                    detail=detail,
+                )
+                for cause, worker, at, detail in told.get("attempts", ())
+            ]
+            crashes, exceptions, handovers = (
+                int(told.get(cause, 0)) for cause in ("crash", "exception", "handover")
+            )
+        except (ValueError, TypeError, AttributeError, OverflowError, OSError, ValidationError):
+            return cls()
+        return cls(crashes, exceptions, handovers, tuple(attempts))
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """One stream entry as a consumer got it; its bytes are nobody's promise yet."""
+
+    stream: Stream
+    entry_id: str
+    fields: Mapping[bytes, bytes]
+    deliveries: int
+    """How often a worker began it or died with it, 1 for the first time; 0 if it was read without a
+    group. Handovers do not count."""
+
+    @property
+    def envelope(self) -> bytes:
+        """The encoded EventEnvelope, out of its frame; whether it is genuine, :meth:`check` says.
+
+        Raises:
+            Malformed: if the entry has no such field.
+        """
+        return unframed(self.framed)
+
+    @property
+    def framed(self) -> bytes:
+        """The field as it is: the envelope, in the frame of its signature if it is signed.
+
+        Raises:
+            Malformed: if the entry has no such field.
+        """
+        if _ENVELOPE not in self.fields:
+            raise Malformed(
+                f"{self.stream.name}/{self.entry_id}", "a field named envelope", sorted(self.fields)
+            )
+        return self.fields[_ENVELOPE]
+
+    def check(self, guard: Guard) -> None:
+        """Look at the signatures, before anything is parsed.
+
+        Raises:
+            Unsigned, BadSignature, NotAuthorized: if the entry, or an operator's word that it was
+                sent again, is not by a key that may say so.
+        """
+        guard.check(self.published_on, self.framed)
+        if _REDRIVEN in self.fields:
+            guard.check_redrive(self.fields[_REDRIVEN], self.framed)
+
+    @cached_property
+    def history(self) -> History:
+        """What became of earlier deliveries."""
+        return History.read(self.fields.get(b"history"))
+
+    @property
+    def origin(self) -> tuple[str, str]:
+        """The stream, by its short name, and the entry id under which it was published."""
+        stream, _, entry = self.fields.get(b"origin", b"").decode("utf-8", "replace").partition("/")
+        return (stream, entry) if stream and entry else (self.stream.name, self.entry_id)
+
+    @property
+    def published_on(self) -> Stream:
+        """The stream that it was published on; it may have gone round since."""
+        return _BY_NAME.get(self.origin[0], self.stream)
+
+    @property
+    def original(self) -> dict[str, bytes]:
+        """The fields as they were published."""
+        return {
+            name.decode("utf-8", "backslashreplace"): value
+            for name, value in self.fields.items()
+            if name not in _OURS
+        }
+
+    @property
+    def redriven(self) -> datetime | None:
+        """When an operator sent it again (field ``redriven``, milliseconds since 1970), else None;
+        its time to live counts from then."""
+        text = unframed(self.fields.get(_REDRIVEN, b""))
+        return (
+            datetime.fromtimestamp(int(text) / 1000, UTC)
+            if text.isdigit() and len(text) < 15
+            else None
+        )
+
+    @property
+    def carrier(self) -> dict[str, str]:
+        """The W3C trace context that came along, possibly empty; unchecked."""
+        found = {name: self.fields.get(name.encode()) for name in CONTEXT}
+        return {name: value.decode("ascii", "replace") for name, value in found.items() if value}
+
+
+@dataclass(frozen=True)
+class Settling:
+    """One result to settle: the message is published once for its key, ever."""
+
+    key: IdempotencyKey
+    fingerprint: str
+    """Digest of the content that the decision was made for, not of the decision."""
+    message: Message
+    carrier: Mapping[str, str]
+    run_id: str = ""
+    epoch: int | None = None
+    remember: bool = False
+    """Whether it becomes the run's latest good decision of its level."""
+
+
+class Settlement(StrEnum):
+    """What became of a result."""
+
+    SETTLED = "settled"
+    DUPLICATE = "duplicate"
+    """The key has its decision already, for the same content."""
+    CONFLICT = "conflict"
+    """The key has its decision already, for other content; that one stays."""
+    LOST = "lost"
+    """The entry is no longer the consumer's; nothing was changed."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """The decision stored for a key."""
+
+    fingerprint: str
+    envelope: bytes
+    decided_at: datetime
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What a group has to do in one stream."""
+
+    pending: int
+    """Delivered and not yet acknowledged."""
+    oldest: str | None
+    """Entry id of the oldest of these."""
+    consumers: Mapping[str, int]
+    """Pending entries by consumer."""
+    waiting: int | None
+    """Never delivered yet; None where the server cannot tell."""
+
+
+def entry_fields(
+    envelope: bytes, carrier: Mapping[str, str], original: Mapping[str, bytes] | None = None
+) -> list[str | bytes]:
+    """The flat list of an entry's fields: the envelope first, then the trace context."""
+    fields: list[str | bytes] = [_ENVELOPE, envelope]
+    for name in CONTEXT:
+        if carrier.get(name):
+            fields += [name, carrier[name]]
+    for field, value in (original or {}).items():
+        fields += [_ORIGINAL + field.encode(), value]
+    return fields
+
+
+def deliveries_of(found: Iterable[tuple[Stream, Any]], *, grouped: bool = True) -> list[Delivery]:
+    """The entries that streams gave. Entries that were deleted have no fields and are left out."""
+    deliveries = []
+    for stream, entries in found:
+        for entry_id, fields in entries or ():
+            if fields:
+                known = _mapping(fields)
+                count = 1 + History.read(known.get(b"history")).counted if grouped else 0
+                deliveries.append(Delivery(stream, entry_id.decode(), known, count))
+    return deliveries
+
+
+def _mapping(fields: Any) -> dict[bytes, bytes]:
+    """An entry's fields, which scripts return as a flat list."""
+    return fields if isinstance(fields, dict) else dict(zip(fields[::2], fields[1::2], strict=True))
+
+
+def read_letter(delivery: Delivery) -> DeadLetter:
+    """The dead letter of an entry, with its original bytes wherever they were put.
+
+    Raises:
+        ContractError: if the entry is not a dead letter.
+    """
+    message = unwrap(read_envelope(delivery.envelope))
+    if not isinstance(message, DeadLetter):
+        raise UnknownType("envelope.payload_type", "DeadLetter", brief(type(message).__name__))
+    beside = {
+        name.removeprefix(_ORIGINAL).decode("utf-8", "replace"): value
+        for name, value in delivery.fields.items()
+        if name.startswith(_ORIGINAL)
+    }
+    return message.model_copy(update={"original": beside}) if beside else message

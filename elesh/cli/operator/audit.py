@@ -1,0 +1,149 @@
+"""``elesh audit``: what was decided and done, whether nobody touched the log, and copies of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+from rich.markup import escape
+
+from elesh.bus import Bus
+from elesh.cli.common import JsonLines, RedisOption, SettingsOption, console, fail, on_bus, working
+from elesh.observe import AuditFile, Fault, Link, line_of, verify
+from elesh.settings import Settings
+from leyline import AuditEntry, AuditEvent
+
+audit = typer.Typer(no_args_is_help=True, help="The audit log: a chain of what was done.")
+
+FileOption = Annotated[Path | None, typer.Option("--file", help="An audit file beside the bus.")]
+_FOLLOW_SECONDS = 1.0
+KINDS: tuple[str, ...] = get_args(AuditEvent.model_fields["kind"].annotation)
+
+
+@audit.command("show")
+def audit_show(
+    run: Annotated[str, typer.Option(help="Only this run.")] = "",
+    kind: Annotated[str, typer.Option(help=f"Only entries of this kind: {', '.join(KINDS)}.")] = "",
+    last: Annotated[int, typer.Option(min=1, help="At most so many, the newest.")] = 50,
+    as_json: JsonLines = False,
+    redis: RedisOption = "",
+    settings: SettingsOption = None,
+) -> None:
+    """Print entries, oldest first: when, who, what, to what, why."""
+    if kind not in ("", *KINDS):
+        fail(f"--kind {kind}: expected one of {', '.join(KINDS)}")
+    chosen = [
+        link.entry
+        for link in on_bus(redis, settings, _links)
+        if link.entry is not None
+        and run in ("", link.entry.event.run_id)
+        and kind in ("", link.entry.event.kind)
+    ]
+    for entry in chosen[-last:]:
+        if as_json:
+            typer.echo(line_of(entry).decode(), nl=False)
+        else:
+            console.print(_shown(entry), soft_wrap=True)
+
+
+@audit.command("verify")
+def audit_verify(
+    file: FileOption = None, redis: RedisOption = "", settings: SettingsOption = None
+) -> None:
+    """Prove the chain on the bus, and a file against it; exit code 1 and every fault's place."""
+
+    async def prove(bus: Bus, _: Settings) -> tuple[int, list[Fault]]:
+        head = await bus.audit.head()
+        links = await _links(bus, _)
+        faults = verify(links, number=head.number, digest=head.digest)
+        if file is not None:
+            written = list(AuditFile(file).links())
+            faults += verify(written) + _differences(links, written)
+        return head.number, faults
+
+    with working("reading the log"):
+        number, faults = on_bus(redis, settings, prove)
+    for fault in faults:
+        console.print(f"[red]{escape(str(fault))}[/]", soft_wrap=True)
+    if faults:
+        fail(f"the audit log does not hold: {len(faults)} places")
+    console.print(f"{number} entries, one chain, nothing missing or changed")
+
+
+@audit.command("export")
+def audit_export(
+    file: Annotated[str, typer.Argument(help="A new file, or - for standard output.")] = "-",
+    redis: RedisOption = "",
+    settings: SettingsOption = None,
+) -> None:
+    """Copy the whole log, one JSON line an entry, as the append-only file has it."""
+    links = on_bus(redis, settings, _links)
+    lines = b"".join(line_of(link.entry) for link in links if link.entry is not None)
+    for link in links:
+        if link.entry is None:
+            fail(f"{link.place} {link.problem}: see elesh audit verify")
+    if file == "-":
+        sys.stdout.buffer.write(lines)
+        return
+    with Path(file).open("xb") as out:
+        out.write(lines)
+    console.print(f"{len(links)} entries in {file}")
+
+
+@audit.command("follow")
+def audit_follow(
+    file: Annotated[Path, typer.Option("--file", help="The append-only file.")],
+    redis: RedisOption = "",
+    settings: SettingsOption = None,
+) -> None:
+    """Append the log to a file as it grows, until Ctrl-C; several may write one file."""
+    from elesh.worker.telemetry.auditor import extend_file, write_audit
+
+    async def run(bus: Bus, _: Settings) -> None:
+        while True:
+            await write_audit(bus)
+            for entry in await extend_file(bus, AuditFile(file)):
+                console.print(_shown(entry), soft_wrap=True)
+            await asyncio.sleep(_FOLLOW_SECONDS)
+
+    with contextlib.suppress(KeyboardInterrupt):
+        on_bus(redis, settings, run)
+
+
+async def _links(bus: Bus, _: Settings) -> list[Link]:
+    from elesh.worker.telemetry.auditor import audit_links
+
+    return [link async for link in audit_links(bus)]
+
+
+def _differences(links: list[Link], written: list[Link]) -> list[Fault]:
+    """Where a file says something else than the bus."""
+    known = {link.entry.number: link.entry for link in links if link.entry is not None}
+    return [
+        Fault(link.place, f"entry {link.entry.number} is another one than on the bus")
+        for link in written
+        if link.entry is not None and known.get(link.entry.number, link.entry) != link.entry
+    ]
+
+
+def _shown(entry: AuditEntry) -> str:
+    event = entry.event
+    at: datetime = event.at
+    failed = [gate.name for gate in event.gates if not gate.passed]
+    parts = [
+        f"{entry.number:6}  {at:%Y-%m-%d %H:%M:%S}",
+        f"{event.kind:11}  [bold]{escape(event.action)}[/]",
+        escape(event.subject),
+        f"by {escape(event.actor)}",
+    ]
+    if event.reason:
+        parts.append(escape(event.reason))
+    if event.gates:
+        gates = f"{len(event.gates)} gates"
+        parts.append(gates + (f", failed: {escape(', '.join(failed))}" if failed else " passed"))
+    return "  ".join(parts)

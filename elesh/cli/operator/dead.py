@@ -1,0 +1,183 @@
+"""``elesh dead``: messages that could not be served, looked at, published again, or dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from elesh.bus import Bus, Letter, Redriven
+from elesh.cli.common import (
+    AsJson,
+    JsonLines,
+    RedisOption,
+    SettingsOption,
+    console,
+    fail,
+    on_bus,
+    print_json,
+)
+from elesh.operate.actions import operator
+from elesh.settings import Settings
+from leyline import DeadLetter
+
+dead = typer.Typer(no_args_is_help=True, help="Messages that could not be served.")
+_SHOWN_BYTES = 64
+
+LetterId = Annotated[str, typer.Argument(help="The letter, as elesh dead list shows it.")]
+Reason = Annotated[str, typer.Option(help="Why; kept in the audit log.")]
+
+
+@dead.command("list")
+def dead_list(
+    redis: RedisOption = "",
+    settings: SettingsOption = None,
+    as_json: JsonLines = False,
+) -> None:
+    """Every dead letter: where it stood, the class of error, and the reason."""
+    letters = on_bus(redis, settings, lambda bus, _: bus.letters.all())
+    if as_json:
+        for letter in letters:
+            print_json(_facts(letter), line=True)
+        return
+    for letter in letters:
+        for line in brief_lines(letter):
+            console.print(line, soft_wrap=True)
+    if not letters:
+        console.print("no dead letters")
+
+
+@dead.command("show")
+def dead_show(
+    letter: LetterId,
+    as_json: AsJson = False,
+    redis: RedisOption = "",
+    settings: SettingsOption = None,
+) -> None:
+    """One letter whole: reason, every delivery, trace, and the original's bytes."""
+    shown = on_bus(redis, settings, lambda bus, _: bus.letters.get(letter))
+    if as_json:
+        print_json(_facts(shown))
+        return
+    for line in letter_lines(shown):
+        console.print(line, soft_wrap=True)
+
+
+@dead.command("redrive")
+def dead_redrive(
+    letters: Annotated[list[str] | None, typer.Argument(help="Letters; or --all.")] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every letter not yet redriven.")
+    ] = False,
+    code: Annotated[str, typer.Option(help="With --all: only of this class of error.")] = "",
+    reason: Reason = "",
+    redis: RedisOption = "",
+    settings: SettingsOption = None,
+) -> None:
+    """Publish the original again on its stream, once a letter; run it twice without harm."""
+    if bool(letters) == everything:
+        fail("name letters, or give --all")
+
+    async def redrive(bus: Bus, _: Settings) -> list[tuple[str, Redriven]]:
+        chosen = letters or [
+            found.entry_id
+            for found in await bus.letters.all()
+            if found.message and not found.redriven_as and code in ("", found.message.error_code)
+        ]
+        return [(each, await bus.letters.redrive(each, operator(), reason)) for each in chosen]
+
+    done = on_bus(redis, settings, redrive)
+    for entry_id, where in done:
+        how = "published again" if where.again else "had been redriven already"
+        console.print(f"{entry_id}  {how}: {where.stream}/{where.entry_id}")
+    if not done:
+        console.print("nothing to redrive")
+
+
+@dead.command("drop")
+def dead_drop(
+    letters: Annotated[list[str], typer.Argument(help="Letters to delete for good.")],
+    reason: Reason = "",
+    redis: RedisOption = "",
+    settings: SettingsOption = None,
+) -> None:
+    """Delete letters for good; the audit log keeps who did it."""
+
+    async def drop(bus: Bus, _: Settings) -> None:
+        for each in letters:
+            await bus.letters.drop(each, operator(), reason)
+
+    on_bus(redis, settings, drop)
+    console.print(f"dropped {len(letters)}")
+
+
+def brief_lines(letter: Letter) -> Iterator[str]:
+    """A letter in two lines of markup: what and where, then the reason."""
+    message = letter.message
+    if message is None:
+        yield f"[bold]{letter.entry_id}[/]  [red]unreadable[/]"
+        yield f"  {escape(letter.error)}"
+        return
+    parts = [
+        f"[bold]{letter.entry_id}[/]",
+        f"[red]{escape(message.error_code)}[/]",
+        f"from {message.stream}",
+        f"{message.at:%Y-%m-%d %H:%M:%S}",
+        f"{message.deliveries} deliver{'y' if message.deliveries == 1 else 'ies'}",
+    ]
+    if letter.redriven_as:
+        parts.append(f"redriven as {letter.redriven_as}")
+    yield "  ".join(parts)
+    yield f"  {escape(message.reason)}"
+
+
+def letter_lines(letter: Letter) -> Iterator[str]:
+    """Everything that is known about a letter, as lines of markup."""
+    message = letter.message
+    if message is None:
+        yield f"[bold]{letter.entry_id}[/]  [red]unreadable[/]: {escape(letter.error)}"
+        return
+    yield f"[bold]{letter.entry_id}[/]  [red]{escape(message.error_code)}[/]"
+    yield f"  {escape(message.reason)}"
+    facts = {
+        "stood in": f"{message.stream}/{message.entry_id}",
+        "key": message.idempotency_key,
+        "field": message.field,
+        "given up": f"{message.at:%Y-%m-%d %H:%M:%S} UTC by {message.worker_id}",
+        "deliveries": str(message.deliveries),
+        "trace": message.traceparent,
+        "redriven as": letter.redriven_as,
+    }
+    for name, value in facts.items():
+        if value:
+            yield f"  {name:12} {escape(value)}"
+    yield from _history(message)
+    for name, original in message.original.items():
+        brief = escape(_brief(original))
+        yield f"  original field [bold]{escape(name)}[/], {len(original)} bytes: {brief}"
+
+
+def _history(message: DeadLetter) -> Iterator[str]:
+    for number, attempt in enumerate(getattr(message, "history", ()), 1):
+        detail = f": {attempt.detail}" if attempt.detail else ""
+        yield (
+            f"  attempt {number}    {attempt.at:%H:%M:%S} {escape(attempt.worker_id)} "
+            f"{attempt.cause}{escape(detail)}"
+        )
+
+
+def _brief(value: bytes) -> str:
+    shown = value[:_SHOWN_BYTES]
+    text = (
+        shown.decode("ascii")
+        if shown.isascii() and shown.decode().isprintable()
+        else shown.hex(" ")
+    )
+    return text + (" ..." if len(value) > _SHOWN_BYTES else "")
+
+
+def _facts(letter: Letter) -> dict[str, object]:
+    known = letter.message.model_dump(mode="json") if letter.message else {"error": letter.error}
+    return {"letter": letter.entry_id, "redriven_as": letter.redriven_as, **known}

@@ -1,0 +1,1 @@
+"""What happened, read once for cli and console: status, events, replay, capture, explain."""

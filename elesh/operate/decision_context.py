@@ -1,0 +1,86 @@
+"""What a recorded decision rested on, as far as it is still there: checkpoint and history.
+
+For people who ask why. A checkpoint whose blobs have expired, or a run without a history, leaves
+the explanation with what the decision says of itself.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from elesh.analysis import ImportanceTracker
+from elesh.analysis.importance.tracker_cache import TrackerCache
+from elesh.bus import Bus
+from elesh.bus.admission import Work, admit
+from elesh.settings import Settings
+from leyline import CheckpointBundle, ContractError, IdempotencyKey, StructuralPruningDecision
+from leyline.streams import CHECKPOINTS, REQUESTS
+
+from .replay import recorded_decision
+
+__all__ = ["Evidence", "evidence_of"]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A decision and what is left of its input."""
+
+    decision: StructuralPruningDecision
+    bundle: CheckpointBundle | None
+    tracker: ImportanceTracker | None
+    """Of the run's checkpoints up to the decision's own."""
+    missing: str = ""
+    """Why there is no bundle."""
+
+
+async def evidence_of(bus: Bus, settings: Settings, key: IdempotencyKey) -> Evidence | None:
+    """The evidence of the decision that was published for ``key``; None if there is none."""
+    decision = await recorded_decision(bus, key)
+    if decision is None:
+        return None
+    tracker = await _history(bus, settings, decision.run_id, decision.epoch)
+    work = await _work(bus, settings, key)
+    if work is None:
+        return Evidence(decision, None, tracker, "its event has left the stream")
+    try:
+        return Evidence(decision, await _bundle(bus, work), tracker)
+    except ContractError as error:
+        return Evidence(decision, None, tracker, str(error))
+
+
+async def _work(bus: Bus, settings: Settings, key: IdempotencyKey) -> Work | None:
+    """The event that asked for the decision, if it is still in a stream."""
+    for stream in (CHECKPOINTS, REQUESTS):
+        for delivery in await bus.read(stream):
+            try:
+                window, now = settings.window_seconds, datetime.now(UTC)
+                work = admit(delivery.envelope, window=window, now=now, redriven=now)
+            except ContractError:
+                continue  # it is among the dead letters
+            if isinstance(work, Work) and key in work.keys:
+                return work
+    return None
+
+
+async def _bundle(bus: Bus, work: Work) -> CheckpointBundle:
+    """The checkpoint that ``work`` points at."""
+    with tempfile.TemporaryDirectory(prefix="elesh-evidence-") as name:
+        folder = Path(name)
+        for file, ref in work.blobs.items():
+            await bus.blobs.fetch(ref, folder / file)
+        (folder / "checkpoint.json").write_text(work.document.model_dump_json())
+        return CheckpointBundle.load(folder)
+
+
+async def _history(
+    bus: Bus, settings: Settings, run_id: str, until: int
+) -> ImportanceTracker | None:
+    nbytes, kept = int(settings.analysis_cache_size), settings.importance_history_epochs
+    store = bus.history(kept, nbytes)
+    epochs = [epoch for epoch in await store.epochs(run_id) if epoch <= until]
+    if not epochs:
+        return None
+    return TrackerCache(nbytes, kept).take(run_id, await store.recall(run_id, epochs))

@@ -1,0 +1,155 @@
+"""What the command line prints: decisions and breakers as rich tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from elesh.analysis import ImportanceTracker, TargetExplanation, UnitExplanation, explain
+from elesh.bus import BreakerView
+from leyline import (
+    CheckpointBundle,
+    GateResult,
+    LayerPruningTarget,
+    LevelPart,
+    StructuralPruningDecision,
+)
+
+from .tables import compact
+
+__all__ = [
+    "breaker_table",
+    "print_decision",
+]
+
+_SHOWN_UNITS = 300
+
+
+def print_decision(
+    console: Console,
+    decision: StructuralPruningDecision,
+    bundle: CheckpointBundle | None = None,
+    tracker: ImportanceTracker | None = None,
+) -> None:
+    """A decision for people: verdict, figures, what goes and why, what was spared, gates."""
+    told = explain(decision, bundle, tracker)
+    verdict = "[green]approved[/]" if told.approved else "[yellow]rejected[/]"
+    console.print(f"[bold]{told.key}[/]  {verdict}")
+    if told.reason:
+        console.print(f"  because {escape(told.reason)}", soft_wrap=True)
+    figures = Table(show_header=False, box=None, padding=(0, 2))
+    for name, value in told.figures:
+        figures.add_row(name, escape(value))
+    console.print(figures)
+    units = _units(told.units[:_SHOWN_UNITS])
+    for table in (_levels(told.levels), _targets(told.targets), *units, _layers(told.layers)):
+        if table.row_count:
+            console.print("", table, sep="\n")
+    if len(told.units) > _SHOWN_UNITS:
+        console.print(f"  and {len(told.units) - _SHOWN_UNITS} units more (analyze --json has all)")
+    console.print("", _gates(told.gates), "", sep="\n")
+    for name, reason in told.ignored:
+        console.print(f"  left alone: [bold]{escape(name)}[/]: {escape(reason)}", soft_wrap=True)
+    for fallback in told.fallbacks:
+        console.print(f"  [yellow]fallback {escape(fallback.rung)}[/]: {escape(fallback.reason)}")
+
+
+def _levels(parts: Iterable[LevelPart]) -> Table:
+    names = ("level", "verdict", "quota", "shift", "reason")
+    table = compact(*names, figures=("quota", "shift"), title="Levels")
+    for part in parts:
+        s = part.statistics
+        colour = "green" if part.verdict == "taken" else "yellow"
+        shift = "" if s is None or s.predicted_shift is None else f"{s.predicted_shift:.3g}"
+        verdict = f"[{colour}]{part.verdict}[/]"
+        table.add_row(part.level, verdict, str(s.quota) if s else "", shift, escape(part.reason))
+    return table
+
+
+def _targets(targets: Iterable[TargetExplanation]) -> Table:
+    figures = ("before", "after", "predicted loss rise")
+    table = compact("group", "level", *figures, figures=figures, title="What goes")
+    for target in targets:
+        rise, error = target.loss_rise, target.loss_rise_error
+        told = "" if rise is None else f"{rise:+.3g}" + (f" ± {error:.1g}" if error else "")
+        counts = (str(target.before), str(target.after))
+        table.add_row(escape(target.name), target.level, *counts, told)
+    return table
+
+
+_FIGURES: dict[str, Callable[[UnitExplanation], float | None]] = {
+    "alone": lambda row: row.single_removal,
+    "trend": lambda row: row.trend,
+    "stability": lambda row: row.stability,
+}
+"""Figures of a unit that are known only with the bundle, or the run's history, at hand."""
+
+
+def _units(rows: Sequence[UnitExplanation]) -> Iterator[Table]:
+    """A table for each group, so that long names of groups leave room for the figures."""
+    known = [name for name, of in _FIGURES.items() if any(of(row) is not None for row in rows)]
+    numbers = ("unit", "was", "score", *known)
+    for group, units in groupby(rows, lambda row: row.group):
+        columns = ("unit", "was", "verdict", "score", *known, "reason")
+        table = compact(*columns, figures=numbers, title=f"Units of {escape(group)}")
+        for row in units:
+            figures = [_FIGURES[name](row) for name in known]
+            table.add_row(
+                str(row.unit),
+                "" if row.original is None else str(row.original),
+                f"[red]{row.verdict}[/]" if row.verdict == "removed" else row.verdict,
+                f"{row.score:.3g}" + ("" if row.error is None else f" ± {row.error:.1g}"),
+                *("" if figure is None else f"{figure:+.3g}" for figure in figures),
+                escape(row.reason),
+            )
+        yield table
+
+
+def _layers(targets: Iterable[LayerPruningTarget]) -> Table:
+    figures = ("Taylor", "gradient flow", "similarity", "skip potential", "impact")
+    table = compact("layer", *figures, figures=figures, title="Layers")
+    for target in targets:
+        table.add_row(
+            escape(target.layer_name),
+            f"{target.importance:.4g}",
+            f"{target.gradient_flow:.4g}",
+            f"{target.similarity:.4g}",
+            f"{target.skip_potential:.4g} ({target.skip_strategy})",
+            f"{target.architecture_impact:.4g}",
+        )
+    return table
+
+
+def _gates(gates: Iterable[GateResult]) -> Table:
+    names = ("gate", "verdict", "measured", "limit", "detail")
+    table = compact(*names, figures=("measured", "limit"), whole=("gate",), title="Safety gates")
+    for gate in gates:
+        table.add_row(
+            gate.name,
+            "[green]passed[/]" if gate.passed else "[red]failed[/]",
+            "" if gate.measured is None else f"{gate.measured:.4g}",
+            "" if gate.limit is None else f"{gate.limit:.4g}",
+            escape(gate.detail),
+        )
+    return table
+
+
+def breaker_table(views: Sequence[BreakerView]) -> Table:
+    """Breakers with their state."""
+    names = ("run", "level", "state", "failures", "opened at", "reason")
+    table = compact(*names, figures=("failures",))
+    colours = {"open": "red", "half_open": "yellow", "closed": "green"}
+    for view in views:
+        table.add_row(
+            escape(view.run_id),
+            view.level.value,
+            f"[{colours[view.state]}]{view.state}[/]",
+            str(view.failures),
+            str(view.opened_at or "")[:19],
+            escape(view.reason),
+        )
+    return table

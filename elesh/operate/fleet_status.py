@@ -1,0 +1,192 @@
+"""The fleet at a glance: who works, what waits, what is switched off, what was decided last."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from elesh.bus import Backlog, BreakerView, Bus, WorkerState, read_letter
+from elesh.bus.streams.records import Delivery
+from leyline import ContractError, DeadLetter, StructuralPruningDecision, read_envelope, unwrap
+from leyline.streams import DEAD, DECISIONS, STREAMS
+
+from .tables import compact
+
+__all__ = ["Overview", "overview", "overview_of"]
+
+_LAST = 5
+_COLOURS = {"idle": "green", "busy": "cyan", "draining": "yellow", "starting": "yellow"}
+_CHILD = {"wedged": "red", "dead": "red"}
+
+
+@dataclass(frozen=True)
+class Overview:
+    """What the bus knew at one moment."""
+
+    at: float
+    """Seconds since 1970."""
+    workers: Sequence[WorkerState]
+    backlog: Mapping[str, Backlog]
+    breakers: Sequence[BreakerView]
+    decisions: Sequence[StructuralPruningDecision]
+    """The last ones, newest first."""
+    letters: Sequence[DeadLetter]
+    """The last ones, newest first."""
+
+    def facts(self) -> dict[str, Any]:
+        """The same for machines."""
+        return {
+            "workers": [worker.model_dump(mode="json") for worker in self.workers],
+            "streams": {name: asdict(backlog) for name, backlog in self.backlog.items()},
+            "breakers": [asdict(view) for view in self.breakers],
+            "dead_letters": [
+                letter.model_dump(mode="json", exclude={"original"}) for letter in self.letters
+            ],
+            "decisions": [
+                {
+                    "key": decision.idempotency_key,
+                    "run": decision.run_id,
+                    "approved": decision.approved_for_application,
+                    "units": {name: list(units) for name, units in decision.units.items()},
+                    "layers": [target.layer_name for target in decision.layers],
+                    "reason": decision.rejection_reason,
+                }
+                for decision in self.decisions
+            ],
+        }
+
+
+async def overview_of(bus: Bus) -> Overview:
+    """Ask the bus; a handful of commands whatever the size of the fleet's backlog."""
+    return Overview(
+        at=time.time(),
+        workers=await bus.registry.workers(),
+        backlog=await bus.registry.backlog(),
+        breakers=await bus.breakers.show(),
+        decisions=[*_decisions(await bus.newest(DECISIONS, count=_LAST))],
+        letters=[*_letters(await bus.newest(DEAD, count=_LAST))],
+    )
+
+
+def _decisions(deliveries: Sequence[Delivery]) -> Iterator[StructuralPruningDecision]:
+    for delivery in deliveries:
+        try:
+            message = unwrap(read_envelope(delivery.envelope))
+        except ContractError:
+            continue  # nobody's decision: it cannot be shown as one
+        if isinstance(message, StructuralPruningDecision):
+            yield message
+
+
+def _letters(deliveries: Sequence[Delivery]) -> Iterator[DeadLetter]:
+    for delivery in deliveries:
+        try:
+            yield read_letter(delivery)
+        except ContractError:
+            continue
+
+
+def overview(seen: Overview) -> RenderableType:
+    """The overview for a terminal."""
+    parts: list[RenderableType] = [_workers(seen), "", _streams(seen)]
+    if seen.breakers:
+        parts += ["", _breakers(seen)]
+    if seen.letters:
+        parts += ["", *_dead(seen)]
+    if seen.decisions:
+        parts += ["", *_last(seen)]
+    return Group(*parts)
+
+
+def _workers(seen: Overview) -> RenderableType:
+    if not seen.workers:
+        return Text("no worker is alive; start one with: elesh worker", style="yellow")
+    ready = sum(worker.ready for worker in seen.workers)
+    figures = ("for", "done", "failed", "p95", "memory", "heard")
+    table = compact(
+        *("worker", "does", "child", *figures, "with"),
+        figures=figures,
+        whole=("worker", "does", "child"),
+        title=f"Workers: {ready} of {len(seen.workers)} ready",
+    )
+    for each in seen.workers:
+        table.add_row(
+            each.worker_id,
+            Text(each.doing, style=_COLOURS.get(each.doing, "")),
+            Text(each.child, style=_CHILD.get(each.child, "")),
+            _age(seen.at - each.since) if each.since else "",
+            str(each.completed),
+            Text(str(each.failed), style="red" if each.failed else ""),
+            f"{each.duration_p95:.2f} s" if each.completed else "",
+            f"{each.peak_memory_bytes / 2**20:.0f} MB" if each.peak_memory_bytes else "",
+            _age(seen.at - each.heard_at),
+            Text(each.why, style="red") if each.why else Text(each.key),
+        )
+    return table
+
+
+def _streams(seen: Overview) -> Table:
+    figures = ("entries", "waiting", "pending", "oldest", "lease")
+    table = compact("stream", *figures, figures=figures, title="Streams")
+    for stream in STREAMS:
+        backlog = seen.backlog[stream.name]
+        if not stream.group and not backlog.length:
+            continue
+        grouped = bool(stream.group)
+        table.add_row(
+            stream.name,
+            f"{backlog.length:,}",
+            ("?" if backlog.waiting is None else f"{backlog.waiting:,}") if grouped else "",
+            f"{backlog.pending:,}" if grouped else "",
+            _age(backlog.oldest_seconds) if backlog.oldest_seconds is not None else "",
+            _age(backlog.lease_seconds) if backlog.lease_seconds is not None else "",
+        )
+    return table
+
+
+def _breakers(seen: Overview) -> Table:
+    names = ("run", "level", "state", "failures", "reason")
+    table = compact(*names, figures=("failures",), title="Breakers")
+    for view in seen.breakers:
+        colour = {"open": "red", "half_open": "yellow"}.get(view.state, "")
+        state = Text(view.state.replace("_", " "), style=colour)
+        table.add_row(view.run_id, view.level.value, state, str(view.failures), view.reason)
+    return table
+
+
+def _dead(seen: Overview) -> Iterator[Text]:
+    total = seen.backlog[DEAD.name].length
+    yield Text(f"Dead letters: the last of {total:,}", style="bold")
+    for letter in seen.letters:
+        age = _age(seen.at - letter.at.timestamp())
+        yield Text.assemble((letter.error_code, "red"), f"  from {letter.stream}, {age} ago")
+        yield _brief(letter.reason)
+
+
+def _last(seen: Overview) -> Iterator[Text]:
+    yield Text("Last decisions", style="bold")
+    for decision in seen.decisions:
+        verdict, reason = ("rejected", "yellow"), decision.rejection_reason
+        if decision.approved_for_application:
+            units = sum(map(len, decision.units.values())) + len(decision.layers)
+            verdict = (f"approved, {units} units", "green")
+        yield Text.assemble(f"{decision.idempotency_key}  ", verdict)
+        yield _brief(f"of {decision.run_id}" + (f": {reason}" if reason else ""))
+
+
+def _brief(text: str) -> Text:
+    """One line, as far as it fits: ``elesh explain`` and ``elesh dead show`` have all of it."""
+    return Text(f"  {text}", no_wrap=True, overflow="ellipsis")
+
+
+def _age(seconds: float) -> str:
+    seconds = max(0.0, seconds)
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"

@@ -1,0 +1,283 @@
+"""The exported network on its held-out samples: how well it does with some parts masked.
+
+Everything that is wrong with program, weights or samples is a named error before the first cut is
+measured. The same parts masked give the same figures: one thread, fixed portions, seeded
+directions.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from elesh.safety import Entry
+from elesh.safety.paired import Outcomes
+from leyline import (
+    GateSite,
+    InvalidField,
+    Level,
+    NetworkExport,
+    NotFinite,
+    PrunedArchitecture,
+    ShapeMismatch,
+)
+
+from .program import Program
+from .reading import IGNORED_LABEL, read_calibration, read_held_out, read_weights, require_gates
+from .sandbox import confined
+
+__all__ = ["Bench", "Measurement", "TooSlow"]
+
+_PORTION = 256
+_FLOW_SAMPLES = 256
+"""Samples whose gradients are followed: the norm needs no more."""
+_SEED = 1
+
+
+def _load_what_is_lazy() -> None:
+    """PyTorch opens some of its files at first use, which it could not while confined."""
+    x = torch.ones(1, 2, requires_grad=True)
+    functional.cross_entropy(x, torch.zeros(1, dtype=torch.long)).backward()  # type: ignore[no-untyped-call]
+
+
+_load_what_is_lazy()
+
+
+class TooSlow(Exception):
+    """Measuring would take longer than the window allows."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How the network does with some parts masked."""
+
+    outcomes: Outcomes
+    gradients: Mapping[str, Tensor]
+    """Of the outputs along seeded directions, by parameter."""
+
+
+class Bench:
+    """One checkpoint's network with its held-out samples.
+
+    Args:
+        network: the blobs of the checkpoint.
+        architecture: what the blobs claim to be.
+
+    Attributes:
+        deadline: by ``time.monotonic``; measuring stops with :class:`TooSlow` there.
+
+    Raises:
+        ContractError: naming what is wrong with program, weights or held-out samples.
+    """
+
+    def __init__(self, network: NetworkExport, architecture: PrunedArchitecture) -> None:
+        self._architecture, self.deadline = architecture, math.inf
+        self._network = network
+        self._program = Program.read(network.program)
+        if self._program.model_hash != architecture.model_hash:
+            raise InvalidField(
+                "program.model_hash", architecture.model_hash, self._program.model_hash
+            )
+        self._weights = read_weights(network.weights, self._program, architecture)
+        self._inputs, self._labels = read_held_out(network.held_out, self._program)
+        self._slot = {(slot.module, slot.dim): n for n, slot in enumerate(self._program.gates)}
+        require_gates(self._program.gates, architecture)
+
+    @property
+    def samples(self) -> int:
+        """Held-out samples."""
+        return len(self._labels)
+
+    def calibration(self) -> dict[str, Tensor]:
+        """Inputs by name that no cut is judged on; empty if the checkpoint carries none.
+
+        Raises:
+            ContractError: if they are not sound.
+        """
+        return read_calibration(self._network.held_out, self._program)
+
+    def measure(self, entries: Sequence[Entry]) -> Measurement:
+        """The network with the units and layers of ``entries`` masked.
+
+        Raises:
+            TooSlow: when the deadline has passed.
+            NotFinite, ShapeMismatch: if its outputs are not finite or fit no labels.
+        """
+        outcomes = self.outcomes(entries)
+        with confined():
+            return Measurement(outcomes, self._gradients(self.gates(entries)))
+
+    def outcomes(self, entries: Sequence[Entry]) -> Outcomes:
+        """The same without the gradients: a third of the time."""
+        mask = self.gates(entries)
+        with confined(), torch.no_grad():
+            parts = [
+                _judged(self.run(self._inputs, rows, mask)[0], self._labels[rows], int(rows[0]))
+                for rows in self.portions(self.samples)
+            ]
+        return Outcomes(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+    def products(self, site: GateSite, indices: Sequence[int], rows: Tensor) -> Tensor:
+        """[K, K] float64: products of what passes some indices of a site's axis, summed over the
+        samples ``rows`` and positions, nothing masked."""
+        name = self._program.gated(self._program.gates[self.slot(site)])
+        total = torch.zeros(len(indices), len(indices), dtype=torch.float64)
+        with confined(), torch.no_grad():
+            for part in torch.split(rows, self._program.batch or _PORTION):
+                seen = {name: torch.zeros(0)}
+                self.run(self._inputs, part, self.gates(()), seen)
+                flat = seen[name].movedim(site.dim, -1).flatten(0, -2)[:, list(indices)].double()
+                total += flat.T @ flat
+        return total
+
+    def flow_change(
+        self, before: Measurement, after: Measurement, entries: Sequence[Entry]
+    ) -> float:
+        """By which share the norm of the gradients changed, in the parameters that stay."""
+        gone = self._tensors_gone(entries)
+        squares = [0.0, 0.0]
+        for path, whole in before.gradients.items():
+            for number, gradient in enumerate((whole, after.gradients[path])):
+                left = gradient.clone()
+                for dim, indices in gone.get(path, ()):
+                    left = left * 0 if dim is None else left.index_fill(dim, indices, 0)
+                squares[number] += float(left.double().square().sum())
+        return abs((squares[1] / squares[0]) ** 0.5 - 1) if squares[0] > 0 else 0.0
+
+    def _tensors_gone(self, entries: Sequence[Entry]) -> dict[str, list[tuple[int | None, Tensor]]]:
+        """By parameter, the indices along a dimension that go, or None for all of it."""
+        gone: dict[str, list[tuple[int | None, Tensor]]] = {}
+        for level, name, unit in entries:
+            if level is Level.LAYER:
+                for path in self._architecture.block[name].tensors:
+                    gone.setdefault(path, []).append((None, torch.zeros(0)))
+                continue
+            for part in self._architecture.group[name].slices:
+                indices = torch.tensor(list(part.of(unit)))
+                gone.setdefault(part.tensor, []).append((part.dim, indices))
+        return gone
+
+    def gates(self, masked: Sequence[Entry], halved: Sequence[Entry] = ()) -> list[Tensor]:
+        """[size] for every gate: zeros where parts are masked, one half where ``halved``."""
+        gates = [torch.ones(slot.size) for slot in self._program.gates]
+        for entries, value in ((halved, 0.5), (masked, 0.0)):
+            for level, name, unit in entries:
+                if level is Level.LAYER:
+                    gates[self._slot[self._architecture.block[name].branch, None]][:] = value
+                    continue
+                for site in self._architecture.group[name].sites:
+                    gates[self.slot(site)][list(site.of(unit))] = value
+        return gates
+
+    def slot(self, site: GateSite) -> int:
+        """The number of the gate that a site lies on."""
+        return self._slot[site.module, site.dim]
+
+    def class_axis(self, outputs: Tensor) -> int:
+        """Where the classes lie in ``outputs`` of any number of samples."""
+        return _class_axis(outputs, (len(outputs), *self._labels.shape[1:]))
+
+    def portions(self, samples: int) -> Iterator[Tensor]:
+        size = self._program.batch or _PORTION
+        for start in range(0, samples, size):
+            if time.monotonic() > self.deadline:
+                raise TooSlow
+            yield torch.arange(start, min(start + size, samples))
+
+    def run(
+        self,
+        inputs: Mapping[str, Tensor],
+        rows: Tensor,
+        mask: Sequence[Tensor],
+        watched: MutableMapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Outputs of some samples, in single precision, and the gates they went through: for every
+        slot [samples or more, size], what is beyond the samples only fills up."""
+        count = len(rows)
+        if self._program.batch:  # it takes just so many: fill up from the first again
+            rows = rows[torch.arange(self._program.batch) % count]
+        taken = {name: x[rows] for name, x in inputs.items()}
+        gates = [gate.expand(len(rows), -1) for gate in mask]
+        if torch.is_grad_enabled():
+            gates = [gate.clone().requires_grad_() for gate in gates]
+        outputs = self._program.run(self._weights, taken, gates, watched)
+        if len(outputs) != len(rows):
+            raise ShapeMismatch("program.output", f"{len(rows)} samples", tuple(outputs.shape))
+        return outputs[:count].float(), gates
+
+    def _gradients(self, mask: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Gradients of seeded random projections of the outputs, summed over samples.
+
+        Directions of different samples are independent, so the expected square of the sum is the
+        sum over samples of the squared gradients.
+        """
+        paths = [path for path in self._trained if path in self._weights]
+        totals = {path: torch.zeros_like(self._weights[path]) for path in paths}
+        generator = torch.Generator().manual_seed(_SEED)
+        leaves = [self._weights[path].requires_grad_() for path in paths]
+        try:
+            for rows in self.portions(min(self.samples, _FLOW_SAMPLES)):
+                outputs, _ = self.run(self._inputs, rows, mask)
+                directions = torch.randn(outputs.shape, generator=generator)
+                found = torch.autograd.grad((outputs * directions).sum(), leaves, allow_unused=True)
+                for path, gradient in zip(paths, found, strict=True):
+                    if gradient is not None:
+                        totals[path] += gradient
+        finally:
+            for leaf in leaves:
+                leaf.requires_grad_(False)
+        return totals
+
+    @property
+    def _trained(self) -> list[str]:
+        """Paths of the parameters that can have gradients."""
+        floats = ("float16", "bfloat16", "float32", "float64")
+        return [
+            t.path
+            for t in self._architecture.tensors
+            if t.kind == "parameter" and t.dtype in floats
+        ]
+
+
+def _judged(
+    outputs: Tensor, labels: Tensor, first: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Losses, hits, labels and sample numbers of a portion that begins with sample ``first``."""
+    if not torch.isfinite(outputs).all():
+        raise NotFinite("outputs on the held-out samples", "finite numbers", "NaN or infinity")
+    logits = outputs.movedim(_class_axis(outputs, labels.shape), -1)
+    classes = logits.shape[-1]
+    logits, flat = logits.reshape(-1, classes), labels.reshape(-1)
+    known = flat != IGNORED_LABEL
+    if known.any() and not 0 <= int(flat[known].min()) <= int(flat[known].max()) < classes:
+        found = f"{int(flat[known].min())} to {int(flat[known].max())}"
+        raise InvalidField("held_out.labels", f"classes from 0 to {classes - 1}", found)
+    losses = functional.cross_entropy(logits, flat, reduction="none", ignore_index=IGNORED_LABEL)
+    sample = torch.arange(len(labels)).repeat_interleave(flat.numel() // len(labels))
+    return (
+        losses.double().reshape(len(labels), -1).sum(1).numpy(),
+        (logits.argmax(-1) == flat)[known].numpy(),
+        flat[known].numpy(),
+        (sample[known] + first).numpy(),
+    )
+
+
+def _class_axis(outputs: Tensor, labels: Sequence[int]) -> int:
+    """Where the classes lie: the axis without which outputs have the ``labels``' shape."""
+    shape = list(outputs.shape)
+    for axis in (1, outputs.ndim - 1):
+        if 0 < axis < outputs.ndim and shape[:axis] + shape[axis + 1 :] == list(labels):
+            return axis
+    raise ShapeMismatch(
+        "held_out.labels",
+        f"the shape of the outputs {tuple(outputs.shape)} without their classes",
+        tuple(labels),
+        hint="only class labels can be verified",
+    )

@@ -1,0 +1,253 @@
+"""The verifier: searches a proposal's largest safe part on the network, and says what it measured.
+
+Promises: never raises for the network's sake; what cannot be measured is told by name and the
+stricter gates of predicted cuts stand in; the same checkpoint and proposal give the same answer,
+unless the window ends first, which is told as well and told again by a replay.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeVar
+
+import torch
+
+from elesh import safety
+from elesh.safety import Entry, Measured, Moves, Proposal
+from elesh.safety.paired import Outcomes, accuracy_drop, class_drop, loss_rise
+from elesh.settings import Settings, VerificationSettings
+from leyline import (
+    CheckpointBundle,
+    ContractError,
+    Fallback,
+    GateResult,
+    Interval,
+    InvalidField,
+    NetworkExport,
+    PrunedArchitecture,
+    Verification,
+)
+
+from . import CALIBRATION_SKIPPED, ROUNDS_SKIPPED, ROUNDS_TIMEOUT, SKIPPED, TIMEOUT
+from .logit_gaps import MarginMeter
+from .measure import Bench, Measurement, TooSlow
+from .program import DOES_NOT_RUN
+
+__all__ = ["NetworkVerifier"]
+
+_SHARE_OF_ROUNDS = 0.5
+T = TypeVar("T")
+
+
+class NetworkVerifier:
+    """Measures proposals on the network that a checkpoint carries.
+
+    Args:
+        bundle: the checkpoint; has a network.
+        settings: of the worker.
+        seconds: how long measuring may take, from its first figure on; rounds half of it.
+        met: in a replay, by rung, what chance had refused then.
+    """
+
+    def __init__(
+        self,
+        bundle: CheckpointBundle,
+        settings: Settings,
+        seconds: float,
+        met: Mapping[str, Fallback] | None = None,
+    ) -> None:
+        assert bundle.network is not None
+        self._network: NetworkExport = bundle.network
+        self._architecture: PrunedArchitecture = bundle.architecture
+        self._settings = settings
+        self._seconds = seconds
+        self._met = met or {}
+        self._begun: float | None = None
+        self._remeasured = 0
+
+    def __call__(self, proposal: Proposal) -> Measured:
+        """The largest safe part of ``proposal``."""
+        found = self._tried(
+            lambda: self._measured(proposal),
+            Fallback(rung=TIMEOUT, reason=self._too_slow("measuring", self._seconds)),
+            SKIPPED,
+        )
+        if isinstance(found, Fallback):
+            return safety.predicted_only(proposal, self._settings, found)
+        return found
+
+    def remeasure(self, masked: Sequence[Entry], halved: Sequence[Entry] = ()) -> Moves | Fallback:
+        """Margins, and what every unit moves them by, with parts masked."""
+        if ROUNDS_TIMEOUT in self._met:
+            return self._met[ROUNDS_TIMEOUT]
+        seconds = _SHARE_OF_ROUNDS * self._seconds
+        found = self._tried(
+            lambda: self._moves(masked, halved),
+            Fallback(rung=ROUNDS_TIMEOUT, reason=self._too_slow("choosing in rounds", seconds)),
+            ROUNDS_SKIPPED,
+        )
+        # What led nowhere is not counted: a replay that is told so does not even begin.
+        self._remeasured = 0 if isinstance(found, Fallback) else self._remeasured + 1
+        return found
+
+    def loss_rise(self, entries: Sequence[Entry]) -> float | Fallback:
+        """What masking ``entries`` does to the loss, in nats a held-out sample."""
+        if CALIBRATION_SKIPPED in self._met:
+            return self._met[CALIBRATION_SKIPPED]
+        slow = self._too_slow("measuring would-be cuts", self._seconds)
+        return self._tried(
+            lambda: self._until(1).outcomes(entries).loss - self._whole.loss,
+            Fallback(rung=CALIBRATION_SKIPPED, reason=slow),
+            CALIBRATION_SKIPPED,
+        )
+
+    def _tried(self, work: Callable[[], T], too_slow: Fallback, otherwise: str) -> T | Fallback:
+        """What ``work`` returns, or why it cannot be done."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # sums must not depend on the machine
+        self._begun = time.monotonic() if self._begun is None else self._begun
+        try:
+            return work()
+        except TooSlow:
+            return too_slow
+        except ContractError as error:
+            reason = str(error)
+        except DOES_NOT_RUN as error:
+            # The operators' own complaints: the program is not what it says.
+            reason = f"the program does not run: {type(error).__name__}: {error}"
+        finally:
+            torch.set_num_threads(threads)
+        return Fallback(rung=otherwise, reason=reason[:8192])
+
+    @staticmethod
+    def _too_slow(what: str, seconds: float) -> str:
+        return f"{what} takes longer than {seconds:g} s of the window"
+
+    def _until(self, share: float) -> Bench:
+        """The network; measuring stops when this share of the time has passed."""
+        assert self._begun is not None
+        bench = self._bench
+        bench.deadline = self._begun + share * self._seconds
+        return bench
+
+    @cached_property
+    def _bench(self) -> Bench:
+        return Bench(self._network, self._architecture)
+
+    @cached_property
+    def _whole(self) -> Outcomes:
+        return self._bench.outcomes(())
+
+    @cached_property
+    def _meter(self) -> MarginMeter:
+        inputs = self._bench.calibration()
+        if not inputs:
+            hint = "Exporter.export(..., calibration=inputs)"
+            raise InvalidField(
+                "held_out.calibration", "inputs to measure again on", "none", hint=hint
+            )
+        return MarginMeter(self._bench, self._architecture, inputs)
+
+    def _moves(self, masked: Sequence[Entry], halved: Sequence[Entry]) -> Moves:
+        self._until(_SHARE_OF_ROUNDS)
+        return self._meter(masked, halved)
+
+    def _measured(self, proposal: Proposal) -> Measured:
+        search = _Search(self._until(1), proposal, self._settings.verification, self._remeasured)
+        kept = safety.largest_safe(proposal.order, search.is_safe)
+        proposed, least = len(proposal.order), self._settings.verification.kept_share
+        ranking = safety.ranking_holds(len(kept), proposed, least)
+        kept = kept if ranking.passed else ()
+        gates, figures = search.verdict(kept or proposal.order)
+        return Measured(kept, (*gates, ranking), search.told(figures, kept))
+
+
+@dataclass(frozen=True)
+class _Figures:
+    """What masking some entries did."""
+
+    rise: tuple[float, Interval, float]
+    drop: tuple[float, Interval, float]
+    flow: float
+    number: int
+    class_drop: float
+
+
+@dataclass
+class _Search:
+    """Measures parts of one proposal, each once."""
+
+    bench: Bench
+    proposal: Proposal
+    settings: VerificationSettings
+    remeasured: int
+    """How often the network was measured while its units were chosen."""
+    seen: dict[tuple[Entry, ...], tuple[tuple[GateResult, ...], _Figures]] = field(
+        default_factory=dict
+    )
+
+    def __post_init__(self) -> None:
+        self.before: Measurement = self.bench.measure(())
+
+    def is_safe(self, entries: tuple[Entry, ...]) -> bool:
+        """Whether all gates pass with ``entries`` masked."""
+        return all(gate.passed for gate in self.verdict(entries)[0])
+
+    def verdict(self, entries: tuple[Entry, ...]) -> tuple[tuple[GateResult, ...], _Figures]:
+        """Gates and figures with ``entries`` masked."""
+        key = tuple(sorted(entries))
+        if key not in self.seen:
+            self.seen[key] = self._verdict(key)
+        return self.seen[key]
+
+    def _verdict(self, entries: tuple[Entry, ...]) -> tuple[tuple[GateResult, ...], _Figures]:
+        settings, after = self.settings, self.bench.measure(entries)
+        limits = settings.limits(frozenset(entry[0] for entry in entries), self.proposal.phase)
+        pair = self.before.outcomes, after.outcomes
+        rise = loss_rise(*pair, settings.confidence, settings.bootstrap_samples)
+        drop = accuracy_drop(*pair, settings.confidence, settings.bootstrap_samples)
+        worst = class_drop(*pair)
+        flow = self.bench.flow_change(self.before, after, entries)
+        gates = (
+            safety.measured_loss(rise[0], rise[2], limits.loss_rise),
+            safety.measured_accuracy(drop[0], drop[2], limits.accuracy_drop, self.bench.samples),
+            safety.accuracy_retention(
+                pair[0].accuracy, pair[1].accuracy, settings.accuracy_retention
+            ),
+            safety.class_accuracy(worst, settings.class_accuracy_drop),
+            safety.gradient_flow(flow, settings.gradient_flow_change),
+        )
+        return gates, _Figures(rise, drop, flow, worst.number, worst.drop)
+
+    def told(self, figures: _Figures, kept: tuple[Entry, ...]) -> Verification:
+        """The contract's figures."""
+        left = len(self.proposal.order) - len(kept)
+        stopped = self._failed(self.proposal.order) if left else ""
+        return Verification(
+            samples=self.bench.samples,
+            measurements=self.remeasured + len(self.seen),
+            proposed=len(self.proposal.order),
+            kept=len(kept),
+            stopped=stopped,
+            loss_before=self.before.outcomes.loss,
+            predicted_loss_rise=self.proposal.predicted_loss_rise,
+            loss_rise=figures.rise[0],
+            loss_rise_interval=figures.rise[1],
+            accuracy_before=self.before.outcomes.accuracy,
+            accuracy_drop=figures.drop[0],
+            accuracy_drop_interval=figures.drop[1],
+            confidence=self.settings.confidence,
+            class_accuracy_drop=figures.class_drop,
+            worst_class=figures.number,
+            gradient_flow_change=figures.flow,
+            rounds=self.proposal.rounds,
+        )
+
+    def _failed(self, entries: tuple[Entry, ...]) -> str:
+        """Which gates ``entries`` failed, with figures."""
+        failed = [gate for gate in self.verdict(entries)[0] if not gate.passed]
+        told = [f"{g.name} {g.measured:.4g} against {g.limit:.4g}" for g in failed]
+        return f"all {len(entries)} units: {', '.join(told)}"

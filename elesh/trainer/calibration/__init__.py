@@ -1,0 +1,1 @@
+"""One pass over calibration samples: accumulators, losses, gates, and the bundle made from them."""

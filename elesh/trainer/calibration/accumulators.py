@@ -1,0 +1,360 @@
+"""Sums over calibration samples, from which a checkpoint's statistics are made.
+
+Promises: everything but the projections is a sum over samples (projections are rows), so tallies
+of parts of the samples add up to the tally of all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.special import expit
+from torch import Tensor, nn
+
+from elesh.trainer.network.gates import Axis, axis_of
+from elesh.trainer.network.layers import channel_axes, named_tensors
+from leyline import (
+    ChannelImportanceData,
+    GateSite,
+    GateStatistics,
+    HeadImportanceData,
+    InvalidField,
+    Level,
+    PruningGroup,
+)
+from leyline.network.parts import Span
+
+ACTIVE = 1e-3
+"""Activations of a larger magnitude count as active."""
+CORRELATED_SAMPLES = 512
+"""Samples that correlations are computed from; the cost is quadratic in channels."""
+
+_LARGEST = float(np.finfo(np.float16).max)
+
+Doubles = npt.NDArray[np.float64]
+Sums = Mapping[Axis, Tensor]
+
+
+def by_unit(values: Tensor, span: Span, size: int) -> Tensor:
+    """``[..., C]`` along an axis to ``[..., size, width]`` by the units that own the indices."""
+    if span.indices is None:
+        chosen = values[..., span.start : span.start + size * span.width]
+    else:
+        chosen = values[..., torch.tensor(span.indices, device=values.device)]
+    return chosen.reshape(*chosen.shape[:-1], size, span.width)
+
+
+@dataclass
+class AxisTally:
+    """How often the channels of one axis were active."""
+
+    elements: int = 0
+    """Activations seen of every channel."""
+    active: Doubles | None = None
+
+    def see(self, x: Tensor, dim: int) -> None:
+        """Count the activations of one call."""
+        rest = [d for d in range(x.ndim) if d != dim % x.ndim]
+        active = (x.abs() > ACTIVE).sum(rest).cpu().double().numpy()
+        self.active = active if self.active is None else self.active + active
+        self.elements += x.numel() // x.shape[dim]
+
+
+@dataclass
+class InputTally:
+    """Sums over samples and positions of what enters one consumer, and of the slopes there."""
+
+    rows: int = 0
+    first: Doubles | float = 0.0
+    second: Doubles = field(default_factory=lambda: np.zeros(()))
+    steady: Doubles | float = 0.0
+    """Squares of the means over a sample's positions, as often as it has positions."""
+    summed: Doubles = field(default_factory=lambda: np.zeros(()))
+    """Of the slopes' sums over a sample's positions."""
+    left: Doubles = field(default_factory=lambda: np.zeros(()))
+    """Of their deviations from the mean over the positions."""
+
+    def see(self, x: Tensor, gradient: Tensor) -> None:
+        """Take in activations and their gradients, [samples, positions, W]."""
+        positions = x.shape[1]
+        self.rows += len(x) * positions
+        self.first = self.first + _doubles(x.sum((0, 1)))
+        self.second = self.second + _squares(x)
+        self.steady = self.steady + positions * _doubles(x.mean(1).square().sum(0))
+        summed = _squares(gradient.sum(1))
+        self.summed = self.summed + summed
+        self.left = self.left + _squares(gradient) - summed / positions
+
+    def fields(self, samples: int, centred: bool) -> dict[str, Doubles]:
+        """The fields of one site: ``input_moments`` and so on.
+
+        Args:
+            centred: the consumer can take up a constant.
+        """
+        means = np.asarray(self.first) / self.rows * centred
+        return {
+            "input_moments": self.second / self.rows - np.outer(means, means),
+            "input_means": means,
+            "sample_moments": np.asarray(self.steady) / self.rows - means**2,
+            "input_slopes": np.stack([self.summed, self.left]) / samples,
+        }
+
+
+def _doubles(values: Tensor) -> Doubles:
+    found: Doubles = values.double().cpu().numpy()
+    return found
+
+
+def _squares(values: Tensor) -> Doubles:
+    """[W, W]: sums of products over all but the last dimension."""
+    rows = values.reshape(-1, values.shape[-1])
+    return _doubles(rows.T @ rows)
+
+
+@dataclass
+class GroupTally:
+    """The sums of one group; C units."""
+
+    group: PruningGroup
+    projections: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    first: Doubles = field(init=False)
+    second: Doubles = field(init=False)
+    sensitivity: Doubles = field(init=False)
+    """Magnitudes of the gate gradients of the true-label loss."""
+    taylor: dict[Axis, Doubles] = field(default_factory=dict)
+    rise: Doubles = field(init=False)
+    moves: list[npt.NDArray[np.float16]] = field(default_factory=list)
+    margins: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    rises: list[Doubles] = field(default_factory=list)
+    """Of heads, the rows that ``rise`` is the sum of, so that some can be measured better."""
+    rise_error: Doubles | None = None
+    """Standard errors of the mean rise, where units were masked."""
+    rated: int = 0
+    """Samples that ``rise`` is a sum over and that ``moves`` and ``margins`` have."""
+    gram: Tensor | None = None
+    inputs: dict[int, InputTally] = field(default_factory=dict)
+    """By number of the site, where input moments are measured."""
+    gram_rows: int = 0
+    """Samples times positions behind ``gram``."""
+
+    def __post_init__(self) -> None:
+        self.first, self.second, self.rise, self.sensitivity = np.zeros((4, self.group.size))
+
+    @property
+    def first_axis(self) -> Axis:
+        """The axis of the group's first site."""
+        return axis_of(self.group.sites[0])
+
+    def gate(self, sums: Sums, samples: int) -> Doubles:
+        """``[N, C]``: the gate gradients of the units, summed over their sites."""
+        total = torch.zeros(samples, self.group.size, dtype=torch.float64)
+        for site in self.group.sites:
+            if axis_of(site) in sums:
+                units = by_unit(sums[axis_of(site)], site, self.group.size)
+                total += units.sum(-1, dtype=torch.float64)
+        return total.numpy()
+
+    def project(self, projections: Sums, samples: int) -> None:
+        """Take in one batch of projections."""
+        self.projections.append(self.gate(projections, samples).astype(np.float32))
+
+    def add(self, projections: Sums, true: Sums, sizes: Sums, sampled: Sums, samples: int) -> None:
+        """Take in one batch: sums of the three backward passes."""
+        self.project(projections, samples)
+        gradients = self.gate(true, samples)
+        self.first += gradients.sum(0)
+        self.sensitivity += np.abs(gradients).sum(0)
+        self.second += np.square(self.gate(sampled, samples)).sum(0)
+        self._add_sizes(sizes)
+
+    def add_margins(
+        self, projections: Sums, moves: Sums, sizes: Sums, rivals: Sums, margins: Doubles
+    ) -> None:
+        """Take in one batch of samples with margins m [N], whose loss is ``softplus(m)``.
+
+        A removal moves the outputs by about minus J, hence the margin to ``m - M + V / 2``: M its
+        gate gradient, V the variance of J over the wrong classes.
+
+        Args:
+            moves: sums of the backward pass of the margins.
+            sizes: of the loss, as in :meth:`add`.
+            rivals: sums of the backward pass along ``rival_direction``, the square root of V.
+        """
+        samples = len(margins)
+        self.project(projections, samples)
+        move = self.gate(moves, samples)
+        variance = np.square(self.gate(rivals, samples))
+        m = margins[:, None]
+        wrong = expit(m)
+        self.first += (wrong * move).sum(0)
+        self.sensitivity += (wrong * np.abs(move)).sum(0)
+        self.second += (wrong * (1 - wrong) * move**2 + wrong * variance).sum(0)
+        rise = np.logaddexp(0, m - move + variance / 2) - np.logaddexp(0, m)
+        self.rise += rise.sum(0)
+        if self.group.level is Level.HEAD:
+            self.rises.append(rise)
+        self.rated += samples
+        self.moves.append(np.clip(move, -_LARGEST, _LARGEST).astype(np.float16))
+        self.margins.append(margins.astype(np.float32))
+        self._add_sizes(sizes)
+
+    @property
+    def margins_of_all(self) -> Doubles:
+        """[N]: the margins of all samples."""
+        return np.concatenate(self.margins).astype(np.float64)
+
+    def measured(self, rows: npt.NDArray[np.int64], rises: Doubles) -> None:
+        """Take measured rises [n, C] of the samples ``rows`` [n] in place of the predicted."""
+        all_rises = np.concatenate(self.rises)
+        all_rises[rows] = rises
+        self.rise = all_rises.sum(0)
+        self.rise_error = all_rises.std(0) / math.sqrt(len(all_rises))
+
+    def _add_sizes(self, sizes: Sums) -> None:
+        for site in self.group.sites:
+            axis = axis_of(site)
+            if axis in sizes:
+                size = by_unit(sizes[axis].double(), site, self.group.size).sum(-1).numpy()
+                self.taylor[axis] = self.taylor[axis] + size if axis in self.taylor else size
+
+    def correlate(self, x: Tensor) -> None:
+        """Take in activations at the group's first site."""
+        site = self.group.sites[0]
+        rows = by_unit(x.movedim(site.dim, -1).float(), site, self.group.size)
+        rows = rows.transpose(-1, -2).reshape(-1, self.group.size)
+        gram = rows.T @ rows
+        self.gram_rows += len(rows)
+        self.gram = gram if self.gram is None else self.gram + gram
+
+    def enter(self, axis: Axis, x: Tensor, gradient: Tensor, samples: int) -> None:
+        """Take in activations and gradients at an axis, for the input moments.
+
+        What channels have several of (a map that is flattened) counts as positions; the elements
+        of a head are inputs of their own.
+        """
+        for number, site in enumerate(self.group.sites):
+            if axis_of(site) != axis:
+                continue
+            seen = []
+            for values in (x, gradient):
+                units = by_unit(
+                    values.detach().movedim(site.dim, -1).float(), site, self.group.size
+                )
+                if self.group.level is Level.CHANNEL:
+                    seen.append(units.transpose(-1, -2).reshape(samples, -1, self.group.size))
+                else:
+                    seen.append(units.reshape(samples, -1, self.group.size * site.width))
+            self.inputs.setdefault(number, InputTally()).see(*seen)
+
+    def gates(self, samples: int, constants: Collection[Axis] = ()) -> GateStatistics:
+        """The gate statistics of all samples.
+
+        Args:
+            constants: axes whose consumers can take up a constant: input moments are about means.
+        """
+        rated = self.rated == samples
+        return GateStatistics(
+            layer_name=self.group.name,
+            projections=np.concatenate(self.projections),
+            first_order=single(self.first / samples),
+            second_order=single(self.second / samples),
+            removal_rise=single(self.rise / samples) if rated else None,
+            removal_error=None if self.rise_error is None else single(self.rise_error),
+            moves=np.concatenate(self.moves) if rated else None,
+            margins=np.concatenate(self.margins) if rated else None,
+            **self._input_moments(samples, constants),
+        )
+
+    def _input_moments(self, samples: int, constants: Collection[Axis]) -> dict[str, Any]:
+        """The input moments of all sites, where they were measured at each."""
+        sites = self.group.sites
+        if not self.inputs or len(self.inputs) < len(sites):
+            return {}
+        found = [
+            self.inputs[number].fields(samples, axis_of(site) in constants)
+            for number, site in enumerate(sites)
+        ]
+        return {name: single(np.stack([site[name] for site in found])) for name in found[0]}
+
+    def channels(self, axes: Mapping[Axis, AxisTally], magnitude: Doubles) -> ChannelImportanceData:
+        """The importance vectors of all samples."""
+        size = self.group.size
+        taylor, active, elements = np.zeros(size), np.zeros(size), 0
+        for site in self.group.sites:
+            axis, counted = axes[axis_of(site)], self._reached(axes, site)
+            owned = axis.elements * site.width
+            if axis_of(site) in self.taylor:
+                taylor += self.taylor[axis_of(site)] / owned
+            active += by_unit(torch.from_numpy(counted), site, size).sum(-1).numpy()
+            elements += owned
+        return ChannelImportanceData(
+            layer_name=self.group.name,
+            taylor_importance=single(taylor),
+            magnitude_importance=single(magnitude),
+            activation_frequency=single(active / elements),
+            channel_correlations=None if self.gram is None else cosines(self.gram),
+            mean_square=None if self.gram is None else self._mean_square(self.gram),
+        )
+
+    def _mean_square(self, gram: Tensor) -> npt.NDArray[np.float32]:
+        return single(gram.diagonal().cpu().double().numpy() / self.gram_rows)
+
+    def heads(
+        self, samples: int, axes: Mapping[Axis, AxisTally], patterns: Mapping[str, Any]
+    ) -> HeadImportanceData:
+        """The head statistics of all samples, with the fields of the attention patterns."""
+        self._reached(axes, self.group.sites[0])
+        return HeadImportanceData(
+            layer_name=self.group.name,
+            gradient_sensitivity=single(self.sensitivity / samples),
+            **patterns,
+        )
+
+    def _reached(self, axes: Mapping[Axis, AxisTally], site: GateSite) -> Doubles:
+        """How often each channel at a site was active."""
+        active = axes[axis_of(site)].active
+        if active is None:
+            where = f"groups.{self.group.name}.sites"
+            raise InvalidField(where, "sites that the batches reach", site.module)
+        return active
+
+
+def magnitudes(model: nn.Module, groups: Iterable[PruningGroup]) -> dict[str, Doubles]:
+    """``[C]`` by group: the L2 norm of all the weights that produce each unit."""
+    tensors = named_tensors(model)
+    found: dict[str, Doubles] = {}
+    for group in groups:
+        produced = {
+            (f"{layer}.{attribute}", dim)
+            for layer in group.layers
+            for attribute, dim in channel_axes(model.get_submodule(layer)).outputs
+            if attribute == "weight"
+        }
+        squares = np.zeros(group.size)
+        for part in group.slices:
+            if (part.tensor, part.dim) in produced:
+                weight = tensors[part.tensor].detach().float().square()
+                norms = weight.sum([d for d in range(weight.ndim) if d != part.dim]).cpu().double()
+                squares += by_unit(norms, part, group.size).sum(-1).numpy()
+        found[group.name] = np.sqrt(squares)
+    return found
+
+
+def cosines(gram: Tensor) -> npt.NDArray[np.float32]:
+    """Cosine similarities from inner products; a silent channel resembles only itself."""
+    inner = gram.cpu().double().numpy()
+    norms = np.sqrt(np.diag(inner))
+    norms[norms == 0] = 1.0
+    cosines: Doubles = inner / np.outer(norms, norms)
+    np.fill_diagonal(cosines, np.where(np.isnan(np.diag(cosines)), np.nan, 1.0))
+    return single(np.clip(cosines, -1.0, 1.0))
+
+
+def single(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    return values.astype(np.float32)

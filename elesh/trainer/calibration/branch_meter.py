@@ -1,0 +1,231 @@
+"""Measures whole layers along with a checkpoint: gates of branches, similarity, gradient flow.
+
+The gate of a branch multiplies its contribution: out = stream + gate * branch. Its gradient is the
+sum over positions of contribution times gradient there; the stream's gradient before the branch is
+that of its tensor, the one after it the contribution's (an addition passes gradients on). Promises:
+everything but the projections is a sum over samples; hooks are installed only while entered.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.special import expit
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from elesh.trainer.network.calling import tensors_in
+from elesh.trainer.surgery.bypass import first_of, with_first
+from leyline import InvalidField, LayerBlock, LayerStatistics, ShapeMismatch
+
+Reading = Literal["projections", "true", "sampled"]
+"""Which backward pass is under way: along random directions, or of the loss with which labels."""
+Sums = npt.NDArray[np.float64]
+
+
+@dataclass
+class _Tally:
+    """The sums of one block."""
+
+    block: LayerBlock
+    projections: list[Sums] = field(default_factory=list)
+    first: float = 0.0
+    size: float = 0.0
+    second: float = 0.0
+    before: float = 0.0
+    """Squared norm of the true-label loss's gradient at the stream before the branch."""
+    after: float = 0.0
+    cosines: float = 0.0
+    positions: int = 0
+    moves: Sums = field(default_factory=lambda: np.zeros(0))
+    """[N] of the present batch: the gate gradients of its margins."""
+    rises: list[Sums] = field(default_factory=list)
+    """Of the samples' losses, as predicted for the removal of the block alone."""
+
+    def read(self, reading: Reading, gates: Sums, margins: Sums | None) -> None:
+        """Take in the gate gradients of one batch, ``[N]``; with ``margins`` they are of these
+        (see :meth:`GroupTally.add_margins`), else of the loss."""
+        odds = None if margins is None else expit(margins)
+        if reading == "projections":
+            self.projections.append(gates)
+        elif reading == "true":
+            slopes = gates if odds is None else odds * gates
+            self.first += float(slopes.sum())
+            self.size += float(np.abs(slopes).sum())
+            if odds is not None:
+                self.second += float((odds * (1 - odds) * gates**2).sum())
+                self.moves = gates
+        else:
+            squares = np.square(gates)
+            self.second += float((squares if odds is None else odds * squares).sum())
+            if margins is not None:
+                after = np.logaddexp(0, margins - self.moves + squares / 2)
+                self.rises.append(after - np.logaddexp(0, margins))
+
+    def statistics(self, samples: int) -> LayerStatistics:
+        """The block's statistics over all samples.
+
+        Raises:
+            InvalidField: if the batches never reached the branch.
+        """
+        if not self.positions:
+            where = f"blocks.{self.block.name}.branch"
+            raise InvalidField(where, "a module that the batches reach", self.block.branch)
+        low, high = sorted((self.before, self.after))
+        projections = np.concatenate(self.projections) if self.projections else np.zeros(samples)
+        return LayerStatistics(
+            layer_name=self.block.name,
+            taylor=_single(self.size / samples),
+            gradient_flow=_single((low / high) ** 0.5 if high > 0 else 0.0),
+            similarity=_single(float(np.clip(self.cosines / self.positions, -1, 1))),
+            projections=projections.astype(np.float32),
+            first_order=_single(self.first / samples),
+            second_order=_single(self.second / samples),
+            **self._rise(samples),
+        )
+
+    def _rise(self, samples: int) -> dict[str, npt.NDArray[np.float32]]:
+        """The predicted rise and its standard error, where all samples have margins."""
+        rises = np.concatenate([np.zeros(0), *self.rises])
+        if len(rises) != samples:
+            return {}
+        error = float(rises.std()) / math.sqrt(samples)
+        return {"removal_rise": _single(float(rises.mean())), "removal_error": _single(error)}
+
+
+class BranchMeter:
+    """Reads the branches of blocks while entered; enter it before other hooks are installed.
+
+    Args:
+        model: the network.
+        blocks: what to measure.
+        anchor: a scalar zero that requires a gradient, and that every backward pass asks for.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Iterable[LayerBlock], anchor: Tensor) -> None:
+        self._model, self._anchor = model, anchor
+        self._tallies = [_Tally(block) for block in blocks if block.prunable and not block.removed]
+        self._handles: list[RemovableHandle] = []
+        self._streams: dict[str, Tensor] = {}
+        self._trained: list[nn.Parameter] = []
+        self._batch = 0
+        self._reading: Reading = "projections"
+        self._margins: Tensor | None = None
+
+    def __enter__(self) -> BranchMeter:
+        if self._tallies:
+            # Only what leads back to the anchor is run through backwards: let that be everything.
+            self._trained = [p for p in self._model.parameters() if p.requires_grad]
+            for parameter in self._trained:
+                parameter.requires_grad_(False)
+            for module in self._model.modules():
+                self._handles.append(module.register_forward_hook(self._anchored))
+        for tally in self._tallies:
+            entry = self._model.get_submodule(tally.block.entry)
+            branch = self._model.get_submodule(tally.block.branch)
+            self._handles += [
+                entry.register_forward_pre_hook(self._enter(tally), with_kwargs=True),
+                branch.register_forward_hook(self._leave(tally)),
+            ]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._streams.clear()
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
+
+    def expect(self, batch: int) -> None:
+        """Say how many samples the next forward pass has."""
+        self._batch = batch
+
+    def read(self, reading: Reading, margins: Tensor | None = None) -> None:
+        """Say what the next backward pass is of.
+
+        Args:
+            reading: of which scalar.
+            margins: ``[N]``, where the pass is of them and not of the loss ``softplus(margin)``.
+        """
+        self._reading, self._margins = reading, margins
+
+    def statistics(self, samples: int) -> dict[str, LayerStatistics]:
+        """The statistics by block."""
+        return {tally.block.name: tally.statistics(samples) for tally in self._tallies}
+
+    def _anchored(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Give activations a history from the first layer on."""
+        first = first_of(output)
+        if isinstance(first, Tensor) and first.is_floating_point() and not first.requires_grad:
+            return with_first(output, first + self._anchor.to(first.device, first.dtype))
+        return output
+
+    def _enter(self, tally: _Tally) -> Callable[..., None]:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            stream = tensors_in([*args, *kwargs.values()])[0]
+            self._streams[tally.block.name] = stream
+            _on_gradient(stream, lambda gradient: self._before(tally, gradient))
+
+        return enter
+
+    def _before(self, tally: _Tally, gradient: Tensor) -> None:
+        if self._reading == "true":
+            tally.before += self._energy(gradient)
+
+    def _energy(self, gradient: Tensor) -> float:
+        """Squared norm of the loss's gradient, where that of the margins comes in."""
+        rows = gradient.float().reshape(self._batch, -1).square().sum(1, dtype=torch.float64)
+        slopes = 1.0 if self._margins is None else self._margins.sigmoid().to(rows).square()
+        return float((rows * slopes).sum())
+
+    def _leave(self, tally: _Tally) -> Callable[..., Any]:
+        def leave(module: nn.Module, args: Any, output: Any) -> Any:
+            kept = first_of(output)
+            # Whoever adds in place shall not change what is kept.
+            passed = kept.clone()
+            with torch.no_grad():
+                self._compare(tally, self._streams.pop(tally.block.name, None), kept)
+            kept = kept.detach()
+            _on_gradient(passed, lambda gradient: self._after(tally, kept, gradient))
+            return with_first(output, passed)
+
+        return leave
+
+    def _compare(self, tally: _Tally, stream: Tensor | None, contribution: Tensor) -> None:
+        """Cosines of the stream before and after, position by position."""
+        if stream is None or stream.shape != contribution.shape:
+            raise ShapeMismatch(
+                f"blocks.{tally.block.name}.entry",
+                f"the stream in the shape of its branch {tuple(contribution.shape)}",
+                "not called before the branch" if stream is None else tuple(stream.shape),
+            )
+        before = stream.float()
+        dim = tally.block.dim % before.ndim
+        cosines = torch.cosine_similarity(before, before + contribution.float(), dim=dim)
+        tally.cosines += float(cosines.sum(dtype=torch.float64))
+        tally.positions += cosines.numel()
+
+    def _after(self, tally: _Tally, contribution: Tensor, gradient: Tensor) -> None:
+        gradient = gradient.float()
+        gates = (contribution.float() * gradient).reshape(self._batch, -1).sum(1).cpu()
+        margins = None if self._margins is None else self._margins.double().cpu().numpy()
+        tally.read(self._reading, gates.double().numpy(), margins)
+        if self._reading == "true":
+            tally.after += self._energy(gradient)
+
+
+def _on_gradient(tensor: Tensor, read: Callable[[Tensor], None]) -> None:
+    """Have the whole gradient of a tensor read, once in each backward pass."""
+    if tensor.requires_grad:
+        tensor.register_hook(read)  # type: ignore[no-untyped-call]
+
+
+def _single(value: float) -> npt.NDArray[np.float32]:
+    return np.array([value], np.float32)

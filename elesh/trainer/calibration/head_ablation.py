@@ -1,0 +1,98 @@
+"""What attention heads are worth, measured: each is masked in turn where that matters most.
+
+Promises: masking costs no more than ``PASSES`` forward passes over all samples, or one
+sample a head; afterwards no mask is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from elesh.trainer.network.calling import Inputs, batch_size, call, main_output, map_tensors
+from elesh.trainer.surgery.masks import Masks
+from leyline import PrunedArchitecture, PruningGroup
+
+from .losses import margins
+
+__all__ = ["PASSES", "Batches", "masked_rises", "most_doubtful"]
+
+PASSES = 1
+"""What masking all heads one at a time may cost together, in forward passes over all samples."""
+Batches = Sequence[tuple[Inputs, Any]]
+"""Inputs and labels."""
+Doubles = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+def most_doubtful(known: Doubles, heads: int) -> Ints:
+    """The samples of the smallest margins, rising, as many as can be afforded for each head.
+
+    That is where a movement of the outputs changes the loss in a way that no derivative tells;
+    far from the border the loss is flat or a straight line.
+
+    Args:
+        known: [N] the samples' margins.
+    """
+    count = min(len(known), max(1, PASSES * len(known) // heads))
+    return np.sort(np.argsort(np.abs(known), kind="stable")[:count])
+
+
+def masked_rises(
+    model: nn.Module,
+    architecture: PrunedArchitecture,
+    groups: Sequence[PruningGroup],
+    batches: Batches,
+    rows: Ints,
+) -> dict[str, Doubles]:
+    """[n, H] by group: by how much the loss of each sample rises when a head is masked, in nats.
+
+    Args:
+        batches: with one label a sample.
+        rows: [n] numbers of the samples, counted through all batches.
+    """
+    parts = _parts(batches, rows)
+    plain = _losses(model, parts)
+    masks, found = Masks(model), {}
+    try:
+        for group in groups:
+            columns = []
+            for head in range(group.size):
+                masks.set(architecture, {group.name: [head]})
+                columns.append(_losses(model, parts) - plain)
+            found[group.name] = np.stack(columns, axis=1)
+    finally:
+        masks.clear()
+    return found
+
+
+def _parts(batches: Batches, rows: Ints) -> list[tuple[Inputs, Any]]:
+    """The batches, reduced to the samples ``rows``."""
+    parts, start = [], 0
+    for inputs, labels in batches:
+        size = batch_size(inputs)
+        own = torch.from_numpy(rows[(rows >= start) & (rows < start + size)] - start)
+        start += size
+
+        def taken(tensor: Tensor, own: Tensor = own, size: int = size) -> Tensor:
+            whole = tensor.ndim == 0 or tensor.shape[0] != size
+            return tensor if whole else tensor[own.to(tensor.device)]
+
+        if len(own):
+            parts.append((map_tensors(taken, inputs), map_tensors(taken, labels)))
+    return parts
+
+
+def _losses(model: nn.Module, batches: Batches) -> Doubles:
+    """[n]: the cross-entropy of every sample."""
+    found = [np.zeros(0)]
+    with torch.no_grad():
+        for inputs, labels in batches:
+            odds = margins(main_output(call(model, inputs)).float(), labels)
+            found.append(np.logaddexp(0, odds.double().cpu().numpy()))
+    return np.concatenate(found)

@@ -1,0 +1,96 @@
+"""What the backward passes start from: random directions, the loss, sampled labels, margins.
+
+All are sums over samples, so that a gradient at one sample's activation is that sample's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from elesh.trainer.network.calling import main_output
+
+Loss = Callable[[Any, Any], Tensor]
+"""From what the network returned and the labels: a loss for each sample, or their mean."""
+Sampler = Callable[[Any], Any]
+"""From what the network returned: labels drawn from its own predictive distribution."""
+
+
+def class_axis(logits: Tensor, labels: Any) -> int:
+    """Where the classes are: the last axis, or axis 1 where the labels' shape says so."""
+    if logits.ndim > 2 and isinstance(labels, Tensor):
+        shape = logits.shape
+        if labels.shape == shape[:1] + shape[2:] and labels.shape != shape[:-1]:
+            return 1
+    return logits.ndim - 1
+
+
+def total(loss: Tensor, samples: int) -> Tensor:
+    """The sum of a loss over samples, from one loss a sample or from their mean."""
+    return loss.sum() if loss.ndim else loss * samples
+
+
+def cross_entropy(output: Any, labels: Any) -> Tensor:
+    """Of logits; summed over samples and, for sequences and images, over their positions."""
+    logits = main_output(output).float()
+    classes = class_axis(logits, labels)
+    return functional.cross_entropy(logits.movedim(classes, 1), labels, reduction="sum").reshape(1)
+
+
+def sampled_labels(output: Any, labels: Any, generator: torch.Generator) -> Tensor:
+    """Labels drawn from the softmax of the logits, shaped like ``labels``."""
+    logits = main_output(output).detach().float()
+    classes = class_axis(logits, labels)
+    odds = logits.movedim(classes, -1).softmax(-1).cpu()
+    drawn = torch.multinomial(odds.reshape(-1, odds.shape[-1]), 1, generator=generator)
+    return drawn.reshape(odds.shape[:-1]).to(logits.device)
+
+
+def has_margins(logits: Tensor, labels: Any) -> bool:
+    """Whether every sample has one label among at least two classes, so that it has one margin.
+
+    Negative labels are those that the cross-entropy ignores.
+    """
+    single = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.ndim == 1
+    return single and logits.ndim == 2 and logits.shape[1] > 1 and bool((labels >= 0).all())
+
+
+def margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """[N]: log of the odds against the label, so that the cross-entropy is ``softplus(margin)``."""
+    label = labels[:, None]
+    rivals = logits.scatter(1, label, -torch.inf)
+    return rivals.logsumexp(1) - logits.gather(1, label)[:, 0]
+
+
+def rival_direction(logits: Tensor, labels: Tensor) -> Tensor:
+    """[N, K]: the movement along it, squared, estimates the second derivative of the margin.
+
+    That is the variance of the movement among the wrong classes, by the odds q of their softmax.
+    The direction sets the strongest rival a against the mean of the others, whose share of the
+    variance is q_a (1 - q_a) (law of total variance). It is scaled up to the whole, which is exact
+    in the mean where movements along all differences of classes are alike. One pass then does for
+    all, and unlike a random direction it adds no noise.
+    """
+    odds = logits.detach().double().scatter(1, labels[:, None], -torch.inf).softmax(1)
+    top, rival = odds.max(1, keepdim=True)
+    others = odds.scatter(1, rival, 0.0)
+    rest = others.sum(1, keepdim=True)
+    others = others / rest.clamp_min(torch.finfo(odds.dtype).tiny)
+    whole = top * rest + rest - (rest * others).square().sum(1, keepdim=True)  # 1 - sum of q^2
+    scale = (whole / (1 + others.square().sum(1, keepdim=True))).clamp_min(0).sqrt()
+    return ((-others).scatter(1, rival, 1.0) * scale).to(logits)
+
+
+def directions(values: Tensor, generator: torch.Generator, centred: int | None = None) -> Tensor:
+    """One Gaussian direction for each sample in the space of the outputs, ``values``' shape.
+
+    Centred over axis ``centred`` (logits: a constant added to all changes nothing), if given.
+    """
+    drawn = torch.randn(values.shape, generator=generator)
+    if centred is not None and values.shape[centred] > 1:
+        drawn -= drawn.mean(centred, keepdim=True)
+    return drawn.to(values.device)

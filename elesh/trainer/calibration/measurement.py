@@ -1,0 +1,121 @@
+"""The sums of one measurement over all groups of a network, and the statistics made from them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection
+from typing import Any
+
+from torch import Tensor, nn
+
+from elesh.trainer.network.gates import Axis, axis_of
+from elesh.trainer.surgery.reconstruction import takes_constant
+from leyline import (
+    ChannelImportanceData,
+    GateStatistics,
+    HeadImportanceData,
+    InvalidField,
+    Level,
+    PrunedArchitecture,
+)
+
+from .accumulators import CORRELATED_SAMPLES, AxisTally, GroupTally, Sums, magnitudes
+from .attention_patterns import PATTERN_SAMPLES, AttentionWeights, PatternTally
+from .head_ablation import Batches, masked_rises, most_doubtful
+
+__all__ = ["Measurement"]
+
+
+class Measurement:
+    """The tallies of one measurement."""
+
+    def __init__(self, architecture: PrunedArchitecture, inputs: bool = False) -> None:
+        self.look = self._enter if inputs else None
+        self.samples, self.batch = 0, 1
+        self._groups = [GroupTally(group) for group in architecture.groups if group.prunable]
+        self._axes: dict[Axis, AxisTally] = {
+            axis_of(site): AxisTally() for tally in self._groups for site in tally.group.sites
+        }
+        self._first: dict[Axis, list[GroupTally]] = {}
+        self._patterns: dict[Axis, PatternTally] = {}
+        self._weights = AttentionWeights()
+        for tally in self._groups:
+            if tally.group.level is Level.HEAD:
+                self._patterns[tally.first_axis] = PatternTally(tally.group)
+            else:
+                self._first.setdefault(tally.first_axis, []).append(tally)
+
+    @property
+    def axes(self) -> Collection[Axis]:
+        """Where to measure."""
+        return self._axes.keys()
+
+    def watching(self) -> contextlib.AbstractContextManager[Any]:
+        """To be entered while the network runs."""
+        return self._weights if self._patterns else contextlib.nullcontext()
+
+    def expect(self, batch: int) -> None:
+        """Say how many samples the next forward pass has."""
+        self.batch = batch
+
+    def watch(self, axis: Axis, x: Tensor) -> None:
+        """Look at the activations that pass an axis."""
+        self._axes[axis].see(x, axis[1])
+        rows = len(x) * min(self.batch, CORRELATED_SAMPLES - self.samples) // self.batch
+        if rows > 0:
+            for tally in self._first.get(axis, ()):
+                tally.correlate(x[:rows])
+        if axis in self._patterns:
+            left = min(max(PATTERN_SAMPLES - self.samples, 0), self.batch) / self.batch
+            self._patterns[axis].see(self._weights.take(), x.numel() // x.shape[-1], left)
+
+    def _enter(self, axis: Axis, x: Tensor, gradient: Tensor) -> None:
+        for tally in self._groups:
+            tally.enter(axis, x, gradient, self.batch)
+
+    def add(self, projections: Sums, true: Sums, sizes: Sums, sampled: Sums) -> None:
+        """Take in the sums of a batch."""
+        for tally in self._groups:
+            tally.add(projections, true, sizes, sampled, self.batch)
+        self.samples += self.batch
+
+    def add_margins(
+        self, projections: Sums, moves: Sums, sizes: Sums, rivals: Sums, margins: Tensor
+    ) -> None:
+        """Take in the sums of a batch whose samples have margins."""
+        known = margins.double().cpu().numpy()
+        for tally in self._groups:
+            tally.add_margins(projections, moves, sizes, rivals, known)
+        self.samples += self.batch
+
+    def ablate(self, model: nn.Module, architecture: PrunedArchitecture, batches: Batches) -> None:
+        """Mask heads one at a time and measure what that does, where samples have margins."""
+        heads = [t for t in self._groups if t.group.level is Level.HEAD]
+        if not heads or heads[0].rated != self.samples:
+            return
+        rows = most_doubtful(heads[0].margins_of_all, sum(t.group.size for t in heads))
+        rises = masked_rises(model, architecture, [t.group for t in heads], batches, rows)
+        for tally in heads:
+            tally.measured(rows, rises[tally.group.name])
+
+    def statistics(
+        self, model: nn.Module
+    ) -> tuple[
+        dict[str, ChannelImportanceData], dict[str, GateStatistics], dict[str, HeadImportanceData]
+    ]:
+        """The statistics by group: of channels, of all gates, of heads."""
+        if not self.samples:
+            raise InvalidField("batches", "at least one sample", 0)
+        channel_tallies = [t for t in self._groups if t.group.level is not Level.HEAD]
+        norms = magnitudes(model, (tally.group for tally in channel_tallies))
+        channels = {
+            t.group.name: t.channels(self._axes, norms[t.group.name]) for t in channel_tallies
+        }
+        constants = {a for a in self._axes if takes_constant(model.get_submodule(a[0]))}
+        gates = {t.group.name: t.gates(self.samples, constants) for t in self._groups}
+        heads = {
+            t.group.name: t.heads(self.samples, self._axes, self._patterns[t.first_axis].fields())
+            for t in self._groups
+            if t.group.level is Level.HEAD
+        }
+        return channels, gates, heads

@@ -1,0 +1,358 @@
+"""Measures a network at a checkpoint: what can be removed, and what each part is worth.
+
+Promises: between measurements nothing is installed in the network, and a measurement leaves it
+as it was (training flags, buffers, gradients, random generators). The same batches and seed
+give the same bundle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from elesh.trainer.graph.groups import find_architecture
+from elesh.trainer.network.calling import (
+    Inputs,
+    batch_size,
+    call,
+    device_of,
+    main_output,
+    map_tensors,
+    undisturbed,
+)
+from elesh.trainer.network.gates import GateMeter, axis_of
+from elesh.trainer.network.layers import named_tensors, require_fit
+from elesh.trainer.surgery.reconstruction import MomentMeter, Moments, consumer_axes
+from leyline import (
+    AnalysisParameters,
+    CheckpointBundle,
+    CheckpointMetadata,
+    InvalidField,
+    Level,
+    NotFinite,
+    PrunedArchitecture,
+    checkpoint_id,
+)
+
+from .accumulators import GroupTally
+from .branch_meter import BranchMeter
+from .head_ablation import Batches
+from .losses import (
+    Loss,
+    Sampler,
+    class_axis,
+    cross_entropy,
+    directions,
+    has_margins,
+    margins,
+    rival_direction,
+    sampled_labels,
+    total,
+)
+from .measurement import Measurement
+from .midpoint import AHEAD, first_to_go, indices_of
+
+
+class Recorder:
+    """Finds the coupled channel groups and attention heads of a network and measures them.
+
+    One forward and three backward passes a batch, none of them for weights: along a random
+    direction of the outputs (projections), of the loss with the true labels (first order and
+    Taylor), and of the loss with labels drawn from the model's own predictions (second order).
+    Where the loss is the default one and a sample has one label, the last two are of the label's
+    margin and of a direction among its rivals: all the same statistics follow from them, and
+    what a single removal does to the loss beyond second order, too.
+    A last forward and backward pass takes the projections of channels half way to a cut
+    (``ahead``): a derivative in the middle of the way says more about its end than one at its
+    beginning. Heads are few, and derivatives say least of them: each is masked in turn on the
+    samples where that matters most.
+    Statistics are taken in evaluation mode (normalisations frozen), so samples do not see each
+    other. The first dimension of activations must count samples (or rows that each belong to
+    one sample, in the order of the samples).
+
+    Args:
+        model: the network; must be copyable, as the wiring is traced and proved on a copy.
+        example_inputs: a small batch: a tensor, a sequence (positional) or a mapping (keywords).
+        ignored_layers: names of layers, or of modules holding layers, whose outputs shall stay.
+        loss: from what the model returns and the labels to one loss a sample (or their mean);
+            by default cross-entropy of logits, summed over a sample's positions.
+        sample_labels: from what the model returns to labels drawn from its predictive
+            distribution. Default: from the softmax for the default loss; with a loss of one's
+            own and no sampler the true labels serve (metadata.labels says ``true``).
+        outputs: ``logits`` centres the random directions over the classes; ``values`` does not.
+        seed: of directions and sampled labels. Data-parallel ranks take different ones.
+        architecture: what is known of a network that was cut before (then nothing is traced).
+
+    Raises:
+        InvalidField: if the model cannot be copied, an ignored layer is not there, or ``values``
+            come without a loss.
+        ShapeMismatch: if a given architecture does not describe the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Inputs,
+        *,
+        ignored_layers: Collection[str] = (),
+        loss: Loss | None = None,
+        sample_labels: Sampler | None = None,
+        outputs: Literal["logits", "values"] = "logits",
+        seed: int = 0,
+        architecture: PrunedArchitecture | None = None,
+    ) -> None:
+        if outputs == "values" and loss is None:
+            raise InvalidField("loss", "a loss function where outputs are values", None)
+        self._model = model
+        self._loss, self._sampler = loss or cross_entropy, sample_labels
+        self._samples_labels = loss is None or sample_labels is not None
+        self._centred, self._seed = outputs == "logits", seed
+        if architecture is None:
+            architecture = find_architecture(model, example_inputs, ignored_layers)
+        self.architecture = architecture
+
+    @property
+    def architecture(self) -> PrunedArchitecture:
+        """What the network looks like; set it to the Surgeon's after a cut or its undoing.
+
+        Raises:
+            ShapeMismatch: if it does not describe the model.
+        """
+        return self._architecture
+
+    @architecture.setter
+    def architecture(self, architecture: PrunedArchitecture) -> None:
+        require_fit(self._model, architecture)
+        self._architecture = architecture
+
+    def measure(
+        self,
+        batches: Iterable[tuple[Inputs, Any]],
+        *,
+        epoch: int,
+        run_id: str = "run",
+        step: int = 0,
+        accuracy: float | None = None,
+        loss: float | None = None,
+        note: str = "",
+        max_samples: int | None = None,
+        ahead: float = AHEAD,
+        redistribute: bool = False,
+    ) -> CheckpointBundle:
+        """A checkpoint: architecture, statistics of every prunable group, and metadata.
+
+        Args:
+            batches: (inputs, labels) pairs; tensors are moved to the model's device.
+            epoch, run_id, step, accuracy, loss, note: for the metadata (held-out figures).
+            max_samples: stop after so many samples.
+            ahead: the share of all channels whose cut the projections look ahead to: they are
+                taken with the gates of that many channels, the first to go, at one half. 0: at the
+                network as it is, which saves a forward and a backward pass.
+
+            redistribute: also measure the input moments that the order of whoever redistributes
+                needs (``redistribute`` of the parameters, which it sets): three C x C matrices for
+                every consumer of C channels.
+
+        Raises:
+            ShapeMismatch: if the network is not what the architecture says.
+            NotFinite: if outputs or statistics hold NaN or infinity, naming group and field.
+            InvalidField: if there is no sample, or a group's consumers were never called.
+        """
+        require_fit(self._model, self._architecture)
+        measurement = Measurement(self._architecture, inputs=redistribute)
+        kept: Batches = ()
+        architecture = self._architecture
+        with undisturbed(self._model, self._seed):
+            kept = list(self._limited(batches, max_samples))
+            branches = self._run(measurement, kept)
+            measurement.ablate(self._model, architecture, kept)
+        metadata = CheckpointMetadata(
+            run_id=run_id,
+            checkpoint_id=checkpoint_id(run_id, epoch, architecture.model_hash),
+            epoch=epoch,
+            model_hash=architecture.model_hash,
+            step=step,
+            accuracy=accuracy,
+            loss=loss,
+            samples=measurement.samples,
+            labels="sampled" if self._samples_labels else "true",
+            seed=self._seed,
+            note=note,
+        )
+        channels, gates, heads = measurement.statistics(self._model)
+        layers = branches.statistics(measurement.samples)
+        bundle = CheckpointBundle(
+            metadata,
+            architecture,
+            channels,
+            gates,
+            parameters=AnalysisParameters(redistribute=redistribute),
+            layers=layers,
+            heads=heads,
+        )
+        return self._half_way(bundle, kept, ahead) if ahead else bundle
+
+    def _half_way(
+        self, bundle: CheckpointBundle, batches: Batches, share: float
+    ) -> CheckpointBundle:
+        """The bundle with projections of channels half way to a cut of this share of them."""
+        groups = [g for g in self._architecture.groups if g.prunable and g.level is Level.CHANNEL]
+        units = first_to_go(bundle, groups, share)
+        if not units:
+            return bundle
+        tallies, halved = [GroupTally(group) for group in groups], indices_of(groups, units)
+        generator = torch.Generator().manual_seed(self._seed)
+        axes = {axis_of(site): None for group in groups for site in group.sites}
+        with (
+            undisturbed(self._model, self._seed),
+            GateMeter(self._model, axes, lambda axis, x: None, halved) as meter,
+        ):
+            for inputs, labels in batches:
+                meter.expect(batch_size(inputs))
+                values = main_output(call(self._model, inputs)).float()
+                drawn = directions(values.detach(), generator, self._class_axis(values, labels))
+                sums, _ = meter.backward((drawn * values).sum(), keep=False)
+                for tally in tallies:
+                    tally.project(sums, batch_size(inputs))
+        gates = dict(bundle.gates)
+        for tally in tallies:
+            rows = {"projections": np.concatenate(tally.projections)}
+            gates[tally.group.name] = gates[tally.group.name].model_copy(update=rows)
+        return replace(bundle, gates=gates)
+
+    def moments(
+        self,
+        batches: Iterable[tuple[Inputs, Any]],
+        groups: Collection[str],
+        *,
+        max_samples: int | None = None,
+    ) -> Moments:
+        """Moments of the inputs of the consumers of ``groups``, for ``Surgeon.cut``.
+
+        One forward pass a batch, nothing masked. A consumer of C channels takes C x C doubles, so
+        name only the groups that are cut.
+
+        Raises:
+            InvalidField: if a group is not there, or no sample reaches one of its consumers.
+            ShapeMismatch: if the network is not what the architecture says.
+        """
+        require_fit(self._model, self._architecture)
+        for name in groups:
+            if name not in self._architecture.group:
+                raise InvalidField("groups", f"some of {sorted(self._architecture.group)}", name)
+        meter = MomentMeter(self._model, consumer_axes(self._architecture, groups))
+        with undisturbed(self._model, self._seed), torch.no_grad(), meter:
+            for inputs, _ in self._limited(batches, max_samples):
+                call(self._model, inputs)
+        return meter.moments(self._architecture.model_hash)
+
+    def project(
+        self, batches: Iterable[tuple[Inputs, Any]], *, max_samples: int | None = None
+    ) -> npt.NDArray[np.float64]:
+        """[N]: the outputs along the random directions that :meth:`measure` takes them.
+
+        The difference between now and before earlier cuts, from the same batches and seed, is
+        what those cuts have moved: r in ``cost = mean(G_i^2) - 2 mean(r G_i)``.
+        """
+        generator, rows = torch.Generator().manual_seed(self._seed), []
+        with undisturbed(self._model, self._seed), torch.no_grad():
+            for inputs, labels in self._limited(batches, max_samples):
+                values = main_output(call(self._model, inputs)).float()
+                drawn = directions(values, generator, self._class_axis(values, labels))
+                rows.append((drawn * values).flatten(1).sum(1).double().cpu())
+        return torch.cat(rows).numpy() if rows else np.zeros(0)
+
+    def _limited(
+        self, batches: Iterable[tuple[Inputs, Any]], limit: int | None
+    ) -> Iterator[tuple[Inputs, Any]]:
+        """Batches on the model's device, up to so many samples."""
+        device, seen = device_of(self._model), 0
+        for inputs, labels in batches:
+            size = batch_size(inputs)
+            left = size if limit is None else min(size, limit - seen)
+            if left <= 0:
+                return
+
+            def taken(tensor: Tensor, size: int = size, left: int = left) -> Tensor:
+                whole = tensor.ndim == 0 or tensor.shape[0] != size
+                part = (tensor if whole else tensor[:left]).detach().to(device)
+                return part.clone() if part.is_inference() else part
+
+            seen += left
+            yield map_tensors(taken, inputs), map_tensors(taken, labels)
+
+    def _run(self, measurement: Measurement, batches: Iterable[tuple[Inputs, Any]]) -> BranchMeter:
+        # Two streams, so that the directions are those of ``project`` whatever labels are drawn.
+        generators = tuple(torch.Generator().manual_seed(self._seed + i * 2**32) for i in (0, 1))
+        meter = GateMeter(self._model, measurement.axes, measurement.watch)
+        branches = BranchMeter(self._model, self._architecture.blocks, meter.anchor)
+        with branches, meter:
+            for inputs, labels in batches:
+                samples = batch_size(inputs)
+                for counter in (meter, branches, measurement):
+                    counter.expect(samples)
+                with measurement.watching():
+                    output = call(self._model, inputs)
+                self._passes(meter, branches, measurement, output, labels, generators)
+        return branches
+
+    def _class_axis(self, values: Tensor, labels: Any) -> int | None:
+        return class_axis(values, labels) if self._centred else None
+
+    def _passes(
+        self,
+        meter: GateMeter,
+        branches: BranchMeter,
+        measurement: Measurement,
+        output: Any,
+        labels: Any,
+        generators: tuple[torch.Generator, ...],
+    ) -> None:
+        """The three backward passes of a batch."""
+        values, (for_directions, for_labels) = main_output(output).float(), generators
+        if not torch.isfinite(values).all():
+            raise NotFinite(
+                "outputs of the network",
+                "finite numbers",
+                "NaN or infinity",
+                hint=_where_not_finite(self._model),
+            )
+        axis, samples = self._class_axis(values, labels), measurement.batch
+        projected = (directions(values.detach(), for_directions, axis) * values).sum()
+        branches.read("projections")
+        projections, _ = meter.backward(projected, look=measurement.look)
+        if self._loss is cross_entropy and self._sampler is None and has_margins(values, labels):
+            odds = margins(values, labels)
+            known = odds.detach()
+            branches.read("true", known)
+            moves, sizes = meter.backward(odds.sum(), absolute=known.sigmoid())
+            toward = rival_direction(values, labels)
+            branches.read("sampled", known)
+            rivals, _ = meter.backward((toward * values).sum(), keep=False)
+            measurement.add_margins(projections, moves, sizes, rivals, known)
+            return
+        loss = total(self._loss(output, labels), samples)
+        branches.read("true")
+        true, sizes = meter.backward(loss, absolute=torch.ones(samples))
+        if not self._samples_labels:
+            drawn = labels
+        elif self._sampler is not None:
+            drawn = self._sampler(output)
+        else:
+            drawn = sampled_labels(output, labels, for_labels)
+        branches.read("sampled")
+        sampled, _ = meter.backward(total(self._loss(output, drawn), samples), keep=False)
+        measurement.add(projections, true, sizes, sampled)
+
+
+def _where_not_finite(model: nn.Module) -> str:
+    for path, tensor in named_tensors(model).items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            return f"{path} is not finite"
+    return "all weights are finite: look at the inputs"

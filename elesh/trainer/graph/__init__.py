@@ -1,0 +1,1 @@
+"""What can be removed: dependency graph, groups, attention, residual blocks, proofs."""

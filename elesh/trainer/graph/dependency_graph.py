@@ -1,0 +1,274 @@
+"""Which channels of which layers belong together: the wiring of a network, traced once.
+
+Torch-Pruning's dependency graph says which operation passes channels on to which, and
+:mod:`.indexing` how their numbers change on the way. We follow single channels through it: all
+(layer, side, index) that are connected make up one removable unit. Following channels one by one,
+not whole layers, is what gets gated units (``a, b = x.chunk(2)``), channels that are used twice
+and layers of which only a part is coupled right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch_pruning as tp
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor, nn
+
+from elesh.trainer.network.calling import Inputs, batch_size, call, tensors_in
+from elesh.trainer.network.calls import Calls, Link
+from elesh.trainer.network.layers import channel_axes, is_transposed_linear
+from leyline import LayerDescriptor
+
+from .attention import Attention, find_attentions
+from .indexing import Relations
+
+
+@dataclass(frozen=True)
+class Port:
+    """One side of a node of the graph: the channels that enter or leave it.
+
+    ``module`` is None for an operation without channels of its own (addition, activation, ...).
+    """
+
+    name: str
+    side: str
+    """``in`` or ``out``; ``out`` also for what treats channels one by one."""
+    module: nn.Module | None = None
+    parameter_dim: int | None = None
+    """For a bare parameter: the axis that holds the channels."""
+    refusal: str = ""
+    """Why channels that come here cannot be removed, where the operation itself forbids it."""
+
+
+Unit = dict[Port, tuple[int, ...]]
+"""The channels that are connected: rising indices by port."""
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """What the tracing found."""
+
+    layers: tuple[LayerDescriptor, ...]
+    """Layers with parameters, in order of execution."""
+    units: tuple[Unit, ...]
+    """Connected channels, those that some layer produces, in no particular order."""
+    attentions: tuple[Attention, ...] = ()
+    """Attention layers whose heads may be removable."""
+    failure: str = ""
+    """Why the wiring is not known, where the dependency graph could not be built."""
+
+
+def trace(model: nn.Module, inputs: Inputs) -> Wiring:
+    """Trace a model that may be changed (a copy): parameters must require gradients."""
+    with Calls(model) as calls:
+        call(model, inputs)
+    layers, attentions = calls.layers(batch_size(inputs)), find_attentions(calls.made)
+    del calls  # and with it the autograd graph of the first pass
+    try:
+        return Wiring(layers, tuple(_units(_Graph(model, inputs), model)), attentions)
+    except Exception as error:  # The graph of others' code: whatever it raises is a reason.
+        return Wiring(layers, (), attentions, f"the dependency graph failed: {summary(error)}")
+
+
+def summary(error: BaseException) -> str:
+    """An exception in one line."""
+    return (
+        f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        if str(error).strip()
+        else type(error).__name__
+    )
+
+
+class _TransposedLinear(tp.function.BasePruningFunc):  # type: ignore[misc]
+    """Tells torch-pruning how many channels such a layer has; nothing is pruned by it."""
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        raise NotImplementedError
+
+    def prune_in_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        raise NotImplementedError
+
+    def get_out_channels(self, layer: nn.Module) -> int:
+        return int(layer.weight.shape[1])  # type: ignore[index]
+
+    def get_in_channels(self, layer: nn.Module) -> int:
+        return int(layer.weight.shape[0])  # type: ignore[index]
+
+
+class _Graph(tp.DependencyGraph):  # type: ignore[misc]
+    """The dependency graph without its own maps of channel numbers (see ``indexing``)."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        super().__init__()
+
+        def traced(output: Any) -> list[Tensor]:
+            tensors = [tensor for tensor in tensors_in(output) if tensor.grad_fn is not None]
+            self.finals = {tensor.grad_fn for tensor in tensors}
+            return tensors
+
+        self.model, self.verbose = model, False
+        for kind in {type(module) for module in model.modules() if is_transposed_linear(module)}:
+            self.register_customized_layer(kind, _TransposedLinear())
+        self._module2name = {module: name for name, module in model.named_modules()}
+        self._param_to_name, self.unwrapped_parameters = self._detect_unwrapped_parameters(None)
+        self.calls = Calls(model)
+        self.module2node = self._trace(model, inputs, self._forward, output_transform=traced)
+        self.relations = Relations(_bridge(self, self.calls))
+        self._build_dependency(self.module2node)
+
+    def _forward(self, model: nn.Module, inputs: Inputs) -> Any:
+        with self.calls:
+            return call(model, inputs)
+
+    def channels(self, node: Any, function: Any) -> int:
+        """How many channels one side of a node can have at most."""
+        pruner = self.get_pruner_of_module(node.module)
+        if isinstance(node.module, nn.Module) and channel_axes(node.module).produces:
+            inward = function == pruner.prune_in_channels
+            count = pruner.get_in_channels if inward else pruner.get_out_channels
+            return int(count(node.module))
+        return self.relations.channels(node)
+
+
+def _bridge(graph: _Graph, calls: Calls) -> dict[Any, list[Link]]:
+    """Connect every layer directly to what it was called with.
+
+    Torch-Pruning walks through the operations that a layer consists of (a linear layer of a
+    sequence reshapes, multiplies and reshapes) as if they were the network's own.
+
+    Returns:
+        what autograd knows of the inputs, in the order of ``node.inputs``.
+    """
+    nodes = {node.grad_fn: node for node in graph.module2node.values()}
+    made = [one for one in calls.made if one.module in graph.module2node]
+    nodes |= {one.output: graph.module2node[one.module] for one in made}
+    links: dict[Any, list[Link]] = {}
+    for one in made:
+        found = links.setdefault(graph.module2node[one.module], [])
+        found += [link for link in one.inputs if link[0] in nodes]
+    for node, came in links.items():
+        before = [nodes[function] for function, _ in came]
+        inside, queue = set(), list(node.inputs)
+        while queue:
+            inner = queue.pop()
+            if inner not in before and inner not in inside:
+                inside.add(inner)
+                queue.extend(inner.inputs)
+        for producer in {*before, *node.inputs}:
+            producer.outputs = [x for x in producer.outputs if x is not node and x not in inside]
+        node.inputs = before
+        for producer in before:
+            producer.add_output(node)
+    return links
+
+
+def _units(graph: _Graph, model: nn.Module) -> Iterator[Unit]:
+    """Connected components over (port, index)."""
+    elements, edges, lost = _connections(graph)
+    ports = _Ports(graph, model)
+    source, target = np.array(edges, dtype=np.int64).reshape(-1, 2).T
+    size = len(elements)
+    matrix = coo_matrix((np.ones(len(source), dtype=np.int8), (source, target)), (size, size))
+    count, labels = connected_components(matrix, directed=False)
+    found: list[dict[Port, list[int]]] = [{} for _ in range(count)]
+    for (node, function, index), label in zip(elements, labels, strict=True):
+        port = ports.of(node, function)
+        if port is not None:
+            found[label].setdefault(port, []).append(index)
+        if node.grad_fn in graph.finals and (port is None or port.side == "out"):
+            found[label][_OUTPUT] = [0]
+    for number in lost:
+        found[labels[number]][_LOST] = [0]
+    for unit in found:
+        yield {port: tuple(sorted(set(indices))) for port, indices in unit.items()}
+
+
+_LOST = Port("lost", "out", refusal="its channels could not be followed through a reshape")
+_OUTPUT = Port("output", "out", refusal="network output")
+_Element = tuple[Any, Any, int]
+"""A node of the graph, a pruning function of it (that is: a side), and a channel number."""
+
+
+def _connections(graph: _Graph) -> tuple[list[_Element], list[tuple[int, int]], set[int]]:
+    """All channels that can be reached from a producing layer, and which touch each other.
+
+    Returns:
+        the channels, pairs of positions in that list, and positions of channels that are
+        connected to one that does not exist.
+    """
+    number: dict[_Element, int] = {}
+    edges: list[tuple[int, int]] = []
+    lost: set[int] = set()
+    relations = {node: graph.relations.of(node) for node in graph.module2node.values()}
+    queue = list(_produced(graph))
+    for node, function, indices in queue:
+        for index in indices:
+            number.setdefault((node, function, index), len(number))
+    while queue:
+        node, function, indices = queue.pop()
+        for dependency, relation, forwards in relations[node]:
+            if not dependency.is_triggered_by(function):
+                continue
+            target, handler, fresh = dependency.target, dependency.handler, []
+            limit = graph.channels(target, handler)
+            pairs = relation.forwards(indices) if forwards else relation.backwards(indices)
+            for here, there in pairs:
+                source = number[node, function, here]
+                if there >= limit:
+                    lost.add(source)
+                    continue
+                element = (target, handler, there)
+                if element not in number:
+                    number[element] = len(number)
+                    fresh.append(there)
+                edges.append((source, number[element]))
+            if fresh:
+                queue.append((target, handler, fresh))
+    return list(number), edges, lost
+
+
+def _produced(graph: _Graph) -> Iterator[tuple[Any, Any, list[int]]]:
+    """The output channels of every producing layer."""
+    for module, node in graph.module2node.items():
+        if isinstance(module, nn.Module) and channel_axes(module).produces:
+            pruner = graph.get_pruner_of_module(module)
+            channels = range(pruner.get_out_channels(module))
+            yield node, pruner.prune_out_channels, list(channels)
+
+
+class _Ports:
+    """Nodes and pruning functions of the graph as ports, each made once."""
+
+    def __init__(self, graph: _Graph, model: nn.Module) -> None:
+        self._graph = graph
+        self._modules = {module: name for name, module in model.named_modules()}
+        self._parameters = {id(p): name for name, p in model.named_parameters()}
+        self._made: dict[tuple[Any, Any], Port | None] = {}
+
+    def of(self, node: Any, function: Any) -> Port | None:
+        """The port; None for operations that only pass channels on."""
+        key = (node, function)
+        if key not in self._made:
+            self._made[key] = self._make(node, function)
+        return self._made[key]
+
+    def _make(self, node: Any, function: Any) -> Port | None:
+        thing = node.module
+        if isinstance(thing, nn.Parameter):
+            path, dim = self._parameters[id(thing)], node.pruning_dim % thing.ndim
+            owner = channel_axes(self._graph.model.get_submodule(path.rpartition(".")[0]))
+            return Port(path, "out", parameter_dim=dim, refusal=owner.refusal)
+        if self._graph.relations.splits_channels(node):
+            return Port(
+                "reshape", "out", refusal="its channels are reshaped into several axes, as heads"
+            )
+        if not self._modules.get(thing):  # An operation, or the model itself being one layer.
+            return None
+        pruner = self._graph.get_pruner_of_module(thing)
+        inward = function == pruner.prune_in_channels != pruner.prune_out_channels
+        return Port(self._modules[thing], "in" if inward else "out", module=thing)

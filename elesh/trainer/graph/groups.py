@@ -1,0 +1,269 @@
+"""From wiring to the groups of a :class:`leyline.PrunedArchitecture`.
+
+Promises: the model is not touched (a copy is traced); every convolution, linear and embedding
+layer is in a group; a group that is not proved to be removable says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from elesh.trainer.network.calling import Inputs, example_copy, undisturbed
+from elesh.trainer.network.layers import ChannelAxes, channel_axes, describe_tensors, named_tensors
+from leyline import (
+    GateSite,
+    InvalidField,
+    LayerDescriptor,
+    PrunedArchitecture,
+    PruningGroup,
+    Span,
+    TensorSlice,
+)
+
+from .attention import Attention
+from .block_proof import with_blocks
+from .dependency_graph import Port, Unit, Wiring, summary, trace
+from .unit_proof import without_refuted
+
+
+def find_architecture(
+    model: nn.Module, example_inputs: Inputs, ignored_layers: Collection[str] = ()
+) -> PrunedArchitecture:
+    """The architecture of a network that has not been cut yet.
+
+    Args:
+        model: not changed; it must be possible to copy it (``copy.deepcopy``).
+        example_inputs: a small batch; positions (MACs) are counted from its shapes.
+        ignored_layers: layers, or modules with layers in them, whose outputs shall stay.
+
+    Raises:
+        InvalidField: if an ignored layer is not there or the model cannot be copied.
+    """
+    for name in ignored_layers:
+        if name not in dict(model.named_modules()):
+            raise InvalidField("ignored_layers", "the name of a module of the model", name)
+    twin = _twin(model)
+    inputs = example_copy(example_inputs)
+    with undisturbed(twin, seed=0), _plain_arithmetic(twin):
+        wiring = trace(twin, inputs)
+        groups = _with_heads(_groups(wiring, twin, ignored_layers), wiring, twin, ignored_layers)
+        architecture = PrunedArchitecture.build(describe_tensors(model), wiring.layers, groups)
+        proved = without_refuted(twin, inputs, architecture)
+        return with_blocks(twin, inputs, proved, ignored_layers)
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy to be traced and cut: single precision, every parameter with gradients."""
+    try:
+        with torch.inference_mode(False):
+            twin = copy.deepcopy(model).float()
+    except Exception as error:
+        raise InvalidField(
+            "model", "a model that copy.deepcopy can copy", summary(error)
+        ) from error
+    for parameter in twin.parameters():
+        parameter.grad = None
+        parameter.requires_grad_(parameter.is_floating_point())
+    return twin
+
+
+@contextlib.contextmanager
+def _plain_arithmetic(model: nn.Module) -> Iterator[None]:
+    """No autocast and no TF32 (the proof compares to 1e-4), no way past a transformer's parts."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    fast = torch.backends.mha.get_fastpath_enabled()
+    kinds = {parameter.device.type for parameter in model.parameters()} | {"cpu"}
+    with contextlib.ExitStack() as stack:
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        cudnn.allow_tf32 = matmul.allow_tf32 = False
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            cudnn.allow_tf32, matmul.allow_tf32 = before
+            torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _groups(wiring: Wiring, model: nn.Module, ignored: Collection[str]) -> tuple[PruningGroup, ...]:
+    """Units that touch the same axes make up one group, in order of execution."""
+    units = [unit for unit in wiring.units if _producers(unit)]
+    followed = {port.name for unit in units for port in _producers(unit)}
+    lone = wiring.failure or "no path leads from it to the network's outputs"
+    units += _lone_units([x for x in wiring.layers if x.name not in followed], model)
+    order = {layer.name: number for number, layer in enumerate(wiring.layers)}
+    producing = [(_root(unit, order), unit) for unit in units]
+    producing.sort(key=lambda pair: (order[pair[0].name], pair[1][pair[0]]))
+    alike: dict[tuple[str, frozenset[tuple[Port, int]]], list[Unit]] = {}
+    for root, unit in producing:
+        signature = frozenset((port, len(indices)) for port, indices in unit.items())
+        alike.setdefault((root.name, signature), []).append(unit)
+    tied = _tied_tensors(model)
+    groups: dict[str, PruningGroup] = {}
+    for (root_name, _), members in alike.items():
+        name, number = root_name, 2
+        while name in groups:
+            name, number = f"{root_name}#{number}", number + 1
+        ports = sorted(
+            members[0], key=lambda port: (order.get(port.name, -1), port.name, port.side)
+        )
+        reason = _refusal(ports, ignored, tied) if root_name in followed else lone
+        groups[name] = _group(name, ports, members, reason, model)
+    return tuple(groups.values())
+
+
+def _with_heads(
+    groups: Sequence[PruningGroup], wiring: Wiring, model: nn.Module, ignored: Collection[str]
+) -> tuple[PruningGroup, ...]:
+    """The channel groups with those inside attentions replaced by groups of heads.
+
+    Queries, keys and values as channels are refused anyway, being reshaped. An attention of a
+    single head (or a single key/value head for all queries), or whose projections are coupled to
+    anything else, is left to the channel groups and their reasons.
+    """
+    kept, heads = list(groups), list[PruningGroup]()
+    tied = _tied_tensors(model)
+    for attention in wiring.attentions:
+        axes = {(path, dim) for path, dim, _ in attention.spans}
+        inside = [g for g in kept if any((part.tensor, part.dim) in axes for part in g.slices)]
+        coupled = any((part.tensor, part.dim) not in axes for g in inside for part in g.slices)
+        if attention.units == 1 or coupled:
+            continue
+        kept = [group for group in kept if group not in inside]
+        names = {group.name for group in (*kept, *heads)}
+        name = attention.name if attention.name not in names else attention.site.module
+        heads.append(attention.group(name, _head_refusal(attention, model, ignored, tied)))
+    return (*kept, *heads)
+
+
+def _head_refusal(
+    attention: Attention, model: nn.Module, ignored: Collection[str], tied: Collection[int]
+) -> str:
+    """Why these heads are left alone, as far as can be told before the proof; else empty."""
+    for layer in attention.layers:
+        if any(layer == name or layer.startswith(f"{name}.") for name in ignored):
+            return "ignored"
+    parameters = dict(model.named_parameters())
+    for path, _, _ in attention.spans:
+        if path not in parameters:
+            return f"{path} is computed (parametrised) or shared with another layer"
+        if id(parameters[path]) in tied:
+            return f"{path} is shared with another layer"
+    return ""
+
+
+def _producers(ports: Iterable[Port]) -> list[Port]:
+    return [
+        port
+        for port in ports
+        if port.side == "out" and port.module is not None and channel_axes(port.module).produces
+    ]
+
+
+def _root(unit: Unit, order: Mapping[str, int]) -> Port:
+    """The producing layer that is executed first."""
+    return min(_producers(unit), key=lambda port: order[port.name])
+
+
+def _lone_units(layers: Iterable[LayerDescriptor], model: nn.Module) -> Iterator[Unit]:
+    """Every output channel of every layer by itself, where the wiring is not known."""
+    modules = dict(model.named_modules())
+    for layer in layers:
+        module = modules.get(layer.name)
+        axes = channel_axes(module) if module is not None else ChannelAxes()
+        if axes.produces:
+            attribute, dim = axes.outputs[0]
+            port = Port(layer.name, "out", module)
+            for index in range(getattr(module, attribute).shape[dim]):
+                yield {port: (index,)}
+
+
+def _tied_tensors(model: nn.Module) -> frozenset[int]:
+    """The ids of parameters that several modules hold."""
+    holders = Counter(
+        id(parameter) for module in model.modules() for parameter in module._parameters.values()
+    )
+    return frozenset(key for key, count in holders.items() if count > 1)
+
+
+def _refusal(ports: Sequence[Port], ignored: Collection[str], tied: Collection[int]) -> str:
+    """Why these channels are left alone, as far as their layers' types tell; else empty."""
+    for port in _producers(ports):
+        if any(port.name == name or port.name.startswith(f"{name}.") for name in ignored):
+            return "ignored"
+    for port in ports:
+        if port.refusal:
+            return port.refusal
+    for port in ports:
+        if port.module is None:
+            continue
+        axes = channel_axes(port.module)
+        if axes.refusal:
+            return f"{axes.refusal} ({port.name})"
+        if axes.produces and "weight" not in port.module._parameters:
+            return f"the weight of {port.name} is computed (parametrised)"
+        if any(id(parameter) in tied for parameter in port.module.parameters(recurse=False)):
+            return f"{port.name} shares its weight with another layer"
+    if not any(port.side == "in" for port in ports):
+        return "no layer consumes it"
+    return ""
+
+
+def _group(
+    name: str, ports: Sequence[Port], units: Sequence[Unit], reason: str, model: nn.Module
+) -> PruningGroup:
+    tensors = named_tensors(model)
+    slices: list[TensorSlice] = []
+    sites: list[GateSite] = []
+    for port in ports:
+        span = _span([unit[port] for unit in units])
+        for path, dim in _tensor_axes(port):
+            if path not in tensors:
+                continue
+            if tensors[path].shape[dim] > max(span.all_of(range(len(units)))):
+                slices.append(TensorSlice(tensor=path, dim=dim, **dict(span)))
+            else:
+                reason = reason or f"its channels could not be followed to {port.name}"
+        if port.side == "in" and port.module is not None:
+            dim_of_input = channel_axes(port.module).site_dim
+            if dim_of_input is not None:
+                sites.append(GateSite(module=port.name, dim=dim_of_input, **dict(span)))
+    if len(units) == 1:
+        reason = reason or "it has a single unit"
+    return PruningGroup(
+        name=name,
+        layers=tuple(port.name for port in _producers(ports)),
+        original_size=len(units),
+        origin=tuple(range(len(units))),
+        slices=tuple(slices),
+        sites=tuple(sites),
+        prunable=not reason,
+        reason=reason,
+    )
+
+
+def _tensor_axes(port: Port) -> list[tuple[str, int]]:
+    """State-dict paths and dimensions that shrink with the channels of a port."""
+    if port.parameter_dim is not None:
+        return [(port.name, port.parameter_dim)]
+    if port.module is None:
+        return []
+    axes = channel_axes(port.module)
+    pairs = axes.inputs if port.side == "in" else axes.outputs
+    return [(f"{port.name}.{attribute}", dim) for attribute, dim in pairs]
+
+
+def _span(units: Sequence[tuple[int, ...]]) -> Span:
+    """The span of indices listed by unit, all of the same width; compact where regular."""
+    listed = tuple(index for unit in units for index in unit)
+    width, start = len(units[0]), listed[0]
+    if listed == tuple(range(start, start + len(listed))):
+        return Span(start=start, width=width)
+    return Span(width=width, indices=listed)

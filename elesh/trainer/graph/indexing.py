@@ -1,0 +1,260 @@
+"""How channel numbers change along an edge of the dependency graph.
+
+Torch-Pruning infers these maps from neighbouring layers and gives up, or errs, where a
+concatenation or a split is flattened, split parts are used in another order than they were made,
+or a constant is concatenated. Autograd knows the shapes of everything it ran, so we take the maps
+from there: from the sizes along the axis that holds the channels, followed from layer to layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch_pruning.ops import OPTYPE
+
+from elesh.trainer.network.calls import Link
+from elesh.trainer.network.layers import channel_axes
+
+Pairs = list[tuple[int, int]]
+"""(channel at the source of a dependency, channel at its target)."""
+
+
+@dataclass(frozen=True)
+class Relation:
+    """Producer channel ``p`` is consumer channels ``(p - start) / step * width + offset + 0...``
+
+    Only ``start <= p < stop`` get through.
+    """
+
+    start: int = 0
+    stop: int | None = None
+    step: int = 1
+    width: int = 1
+    offset: int = 0
+
+    def forwards(self, channels: Sequence[int]) -> Pairs:
+        """Pairs (producer's, consumer's) of the producer's channels."""
+        return [
+            (p, (p - self.start) // self.step * self.width + self.offset + extra)
+            for p in channels
+            if self._passes(p)
+            for extra in range(self.width)
+        ]
+
+    def backwards(self, channels: Sequence[int]) -> Pairs:
+        """Pairs (consumer's, producer's) of the consumer's channels."""
+        pairs = [
+            (c, (c - self.offset) // self.width * self.step + self.start)
+            for c in channels
+            if c >= self.offset
+        ]
+        return [(c, p) for c, p in pairs if self._passes(p)]
+
+    def _passes(self, p: int) -> bool:
+        inside = p >= self.start and (self.stop is None or p < self.stop)
+        return inside and (p - self.start) % self.step == 0
+
+
+class Relations:
+    """The relations of a dependency graph's edges, one for each of a node's dependencies."""
+
+    def __init__(self, links: Mapping[Any, list[Link]]) -> None:
+        self._bridged = links
+        self._axes: dict[Any, int | None] = {}
+
+    def of(self, node: Any) -> list[tuple[Any, Relation, bool]]:
+        """``(dependency, relation, forwards)`` of a node: to its inputs, then to its outputs."""
+        inward = len(node.inputs)
+        found = [
+            (dependency, self._edge(producer, node, slot), False)
+            for slot, (dependency, producer) in enumerate(
+                zip(node.dependencies[:inward], node.inputs, strict=True)
+            )
+        ]
+        used: dict[int, int] = {}
+        for dependency, consumer in zip(node.dependencies[inward:], node.outputs, strict=True):
+            slots = [slot for slot, x in enumerate(consumer.inputs) if x is node]
+            turn = used.get(id(consumer), 0)
+            used[id(consumer)] = turn + 1
+            found.append((dependency, self._edge(node, consumer, slots[turn]), True))
+        return found
+
+    def channels(self, node: Any) -> int:
+        """How many channels a node can have at most, going by the shapes of what it works on."""
+        # A split and a slice are numbered as their input is.
+        taking = node.type in (OPTYPE.SPLIT, OPTYPE.SLICE) and node.inputs
+        shape = (_input_shape(node) if taking else None) or _shape(node.grad_fn, 0)
+        axis = self._axis(node)
+        return shape[axis] if axis is not None else max(shape, default=0)
+
+    def splits_channels(self, node: Any) -> bool:
+        """Whether this is a reshape that spreads channels over several axes (heads)."""
+        if node.type != OPTYPE.RESHAPE:
+            return False
+        width = self._width(node)
+        return width is not None and width < 1
+
+    def _edge(self, producer: Any, consumer: Any, slot: int) -> Relation:
+        link = (self._bridged.get(consumer) or _links(consumer))[slot]
+        start, stop, step = self._taken(producer, link)
+        width, offset = 1, 0
+        if consumer.type == OPTYPE.CONCAT:
+            offset, size = self._window(consumer, slot)
+            stop = size if stop is None else stop
+        elif consumer.type == OPTYPE.RESHAPE:
+            width = max(1, int(self._width(consumer) or 1))
+        elif consumer.type in (OPTYPE.ELEMENTWISE, OPTYPE.EXPAND):
+            passed = (self.channels(producer) if stop is None else stop) - start
+            if (passed == 1) != (self.channels(consumer) == 1):
+                # One for all channels (an attention map, a mean over channels): no coupling.
+                stop = start
+        return Relation(start, stop, step, width, offset)
+
+    def _taken(self, producer: Any, link: Link) -> tuple[int, int | None, int]:
+        """Which of the producer's channels this consumer gets: (start, stop, step)."""
+        if producer.type not in (OPTYPE.SPLIT, OPTYPE.SLICE) or not producer.inputs:
+            return 0, None, 1
+        function, axis = producer.grad_fn, self._axis(producer)
+        if axis is None or _dim(function, len(_shape(function, 0))) != axis:
+            return 0, None, 1
+        if producer.type == OPTYPE.SLICE:
+            size = (_input_shape(producer) or _shape(function, 0))[axis]
+            ends = (_signed(function._saved_start), _signed(function._saved_end))
+            start, stop = (end + size if end < 0 else end for end in ends)
+            return start, stop, function._saved_step
+        number = link[1]
+        sizes = [meta.shape[axis] for meta in function._input_metadata]
+        return sum(sizes[:number]), sum(sizes[: number + 1]), 1
+
+    def _window(self, node: Any, slot: int) -> tuple[int, int | None]:
+        """Where a concatenation puts the channels of one of its inputs, and how many they are."""
+        function, axis = node.grad_fn, self._axis(node)
+        shape = _shape(function, 0)
+        if axis is None or _dim(function, len(shape)) != axis:
+            return 0, None
+        parts = function.next_functions
+        sizes = [0 if part is None else _shape(part, number)[axis] for part, number in parts]
+        unknown = [i for i, (part, _) in enumerate(parts) if part is None]
+        if len(unknown) == 1:  # One constant, or the network's own input.
+            sizes[unknown[0]] = shape[axis] - sum(sizes)
+        place = _positions(node)[slot]
+        return sum(sizes[:place]), sizes[place]
+
+    def _width(self, node: Any) -> float | None:
+        """Channels after a reshape for each channel before it; below 1 where they are split."""
+        before, axis = _input_shape(node), self._input_axis(node)
+        if before is None or axis is None:
+            return None
+        after = _shape(node.grad_fn, 0)
+        place = _place(before, axis, after)
+        return None if place is None else after[place] / before[axis]
+
+    def _axis(self, node: Any) -> int | None:
+        """The axis that holds the channels of a node's (first) output; None if not known."""
+        # Depth first without recursion: networks are deeper than Python's stack.
+        stack, opened = [node], set()
+        while stack:
+            top = stack[-1]
+            needed = [] if top in opened or _own_axis(top) is not None else top.inputs
+            missing = [producer for producer in needed if producer not in self._axes]
+            opened.add(top)
+            if missing:
+                stack.extend(missing)
+            else:
+                self._axes.setdefault(stack.pop(), self._compute(top))
+        return self._axes[node]
+
+    def _input_axis(self, node: Any) -> int | None:
+        axes = [self._axis(producer) for producer in node.inputs]
+        return next((axis for axis in axes if axis is not None), None)
+
+    def _compute(self, node: Any) -> int | None:
+        own = _own_axis(node)
+        if own is not None:
+            return own % len(_shape(node.grad_fn, 0))
+        axes = [self._axes.get(producer) for producer in node.inputs]
+        axis = next((axis for axis in axes if axis is not None), None)
+        before = _input_shape(node)
+        if axis is None or before is None:
+            return None
+        return _moved(node.grad_fn, axis, before)
+
+
+def _own_axis(node: Any) -> int | None:
+    """The channel axis of what a layer puts out."""
+    module = node.module
+    if not isinstance(module, nn.Module):
+        return None
+    if isinstance(module, (nn.Linear, nn.Embedding, nn.LayerNorm, nn.MultiheadAttention)):
+        return -1
+    axes = channel_axes(module)
+    if axes.site_dim == -1:
+        return -1
+    return 1 if axes.outputs else None
+
+
+def _moved(function: Any, axis: int, before: Sequence[int]) -> int | None:
+    """Where an operation puts the channel axis of its input."""
+    after, name = _shape(function, 0), function.name()
+    if name.startswith("Permute"):
+        order = [_signed(dim) % len(before) for dim in function._saved_dims]
+        return order.index(axis)
+    if name.startswith("Transpose"):
+        one, two = (_signed(d) % len(before) for d in (function._saved_dim0, function._saved_dim1))
+        return {one: two, two: one}.get(axis, axis)
+    if "View" in name or "Reshape" in name:
+        return _place(before, axis, after)
+    if len(after) < len(before):
+        gone = len(before) - len(after)
+        # Reduced or selected axes: those behind the channels do not move them.
+        return axis if after[: axis + 1] == before[: axis + 1] else max(axis - gone, 0)
+    return axis
+
+
+def _place(before: Sequence[int], axis: int, after: Sequence[int]) -> int | None:
+    """The axis of ``after`` that begins where ``axis`` of ``before`` does."""
+    outer = math.prod(before[:axis])
+    for place, size in enumerate(after):
+        if math.prod(after[:place]) == outer and size > 1:
+            return place
+    return None
+
+
+def _links(node: Any) -> list[Link]:
+    """The edges of autograd behind a node's inputs, in the same order."""
+    return [node.grad_fn.next_functions[i] for i in _positions(node)]
+
+
+def _positions(node: Any) -> list[int]:
+    """Which of the arguments of a node's function are its inputs."""
+    functions = {id(producer.grad_fn) for producer in node.inputs}
+    return [
+        i
+        for i, (part, _) in enumerate(node.grad_fn.next_functions)
+        if part is not None and (id(part) in functions or "AccumulateGrad" not in part.name())
+    ]
+
+
+def _input_shape(node: Any) -> Sequence[int] | None:
+    links = _links(node)
+    return _shape(*links[0]) if links else None
+
+
+def _shape(function: Any, number: int) -> Sequence[int]:
+    """The shape of a function's output."""
+    if hasattr(function, "variable"):
+        return list(function.variable.shape)
+    return list(function._input_metadata[number].shape)
+
+
+def _dim(function: Any, ndim: int) -> int:
+    return _signed(function._saved_dim) % ndim
+
+
+def _signed(dim: int) -> int:
+    """Autograd shows negative dimensions as unsigned numbers."""
+    return dim - 2**64 if dim >= 2**63 else dim

@@ -1,0 +1,1 @@
+"""How a network is called, which layers it has, and where gates of its units sit."""

@@ -1,0 +1,1 @@
+"""A training run on the bus: session, bus thread, restore points, journal, monitoring window."""

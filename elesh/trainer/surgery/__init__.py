@@ -1,0 +1,1 @@
+"""Changing a network: masks, cuts, bypass modules, weight reconstruction, undo."""

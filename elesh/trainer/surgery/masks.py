@@ -1,0 +1,70 @@
+"""Masks at gate sites: what a removed unit sent to its consumers is multiplied by zero.
+
+Promises: nothing is added to the ``state_dict``; a mask follows its input to any device and
+dtype; after :meth:`Masks.clear` no hook is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from elesh.trainer.network.calling import replace_first
+from elesh.trainer.network.multihead import lend, take_back
+from leyline import PrunedArchitecture
+
+
+class _Mask:
+    """A forward pre-hook that multiplies axis ``dim`` of the module's first input."""
+
+    def __init__(self, dim: int, dead: Collection[int]) -> None:
+        self.dim = dim
+        self.dead = sorted(dead)
+        self._factors: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return replace_first(args, kwargs, self._masked)
+
+    def _masked(self, x: Tensor) -> Tensor:
+        factors, size = self._factors, x.shape[self.dim]
+        if factors is None or (factors.device, factors.dtype) != (x.device, x.dtype):
+            factors = torch.ones(size, device=x.device, dtype=x.dtype)
+            factors[self.dead] = 0
+            self._factors = factors
+        shape = [1] * x.ndim
+        shape[self.dim] = size
+        return x * factors.view(shape)
+
+
+class Masks:
+    """The masks of one model, set all at once from the units that are to be silent."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._handles: list[RemovableHandle] = []
+        self._lent: list[nn.Module] = []
+
+    def set(self, architecture: PrunedArchitecture, units: Mapping[str, Collection[int]]) -> None:
+        """Silence just these units (current numbering), by group name."""
+        self.clear()
+        dead: dict[tuple[str, int], set[int]] = {}
+        for name, chosen in units.items():
+            for site in architecture.group[name].sites:
+                dead.setdefault((site.module, site.dim), set()).update(site.all_of(chosen))
+        self._lent = lend(self._model, {path for (path, _), indices in dead.items() if indices})
+        for (path, dim), indices in dead.items():
+            if indices:
+                module = self._model.get_submodule(path)
+                hook = module.register_forward_pre_hook(_Mask(dim, indices), with_kwargs=True)
+                self._handles.append(hook)
+
+    def clear(self) -> None:
+        """Take every mask off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        take_back(self._lent)

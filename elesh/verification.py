@@ -1,0 +1,7 @@
+"""The former name of :mod:`elesh.program`; it goes with the next version."""
+
+from __future__ import annotations
+
+from elesh.program import verifier
+
+__all__ = ["verifier"]

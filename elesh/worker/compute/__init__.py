@@ -1,0 +1,1 @@
+"""The compute child: started, watched, killed; the frames that it is spoken to by."""

@@ -1,0 +1,245 @@
+"""``python -m elesh.worker.compute.child``: reads jobs, analyses, writes decisions.
+
+It touches neither the bus nor the network, takes its checkpoints from the spool folder, and may be
+killed at any moment: nothing that matters lives only here.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from elesh._process import die_with_parent
+from elesh.analysis import analyze_level, join
+from elesh.analysis.importance.tracker_cache import measurements_of
+from elesh.analysis.spans import observed, stage
+from elesh.program import preload, verifier
+from elesh.settings import Settings
+from elesh.worker.fallback_chain import REPLAYED, scope_of
+from leyline import (
+    AnalysedPart,
+    CheckpointBundle,
+    CheckpointDocument,
+    ContractError,
+    Level,
+    LevelAnalysis,
+    LossFactor,
+    NetworkExport,
+    RolledBackCut,
+    StructuralPruningDecision,
+    decode,
+    encode,
+)
+from leyline.network.bundle import map_file
+
+from .frames import (
+    ANALYSES,
+    DOCUMENT,
+    MEASURED,
+    MEMORY_CODE,
+    PREFIX,
+    PRELOAD,
+    Failed,
+    Job,
+    Kind,
+    Reply,
+    pack_frame,
+    unpack_body,
+)
+from .heartbeat import beat_into
+from .memory import limit_data
+from .parameter_masks import marked
+from .spans import Stopwatch
+
+
+def main() -> None:
+    """Serve jobs from standard input until it ends.
+
+    Arguments: memory limit, file to beat into, and ``preload`` to load torch before the first job.
+    """
+    die_with_parent()
+    limit_data(int(sys.argv[1]))
+    beat_into(Path(sys.argv[2]))
+    # Ctrl-C reaches the whole terminal group: the supervisor decides what becomes of a job.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # a stray print must not tear the frames
+    sink.write(pack_frame(Reply()))  # ready: everything is imported
+    sink.flush()
+    if sys.argv[3:] == [PRELOAD]:
+        _load_torch()
+    while (job := _next_job(source)) is not None:
+        sink.write(pack_frame(_answer(job)))
+        sink.flush()
+
+
+def _load_torch() -> None:
+    try:
+        preload()
+    except Exception:  # The first job that measures meets it again, and its answer says so.
+        traceback.print_exc()
+
+
+def _next_job(source: BinaryIO) -> Job | None:
+    prefix = source.read(PREFIX.size)
+    if len(prefix) < PREFIX.size:
+        return None
+    job: Job = unpack_body(Job, source.read(*PREFIX.unpack(prefix)))
+    return job
+
+
+def _answer(job: Job) -> Reply:
+    begun, watch = time.perf_counter(), Stopwatch()
+    result, failed = b"", None
+    try:
+        with observed(watch.stage):
+            result = _KINDS[job.kind](job)
+    except ContractError as error:
+        failed = Failed(error.code, error.field, error.expected, error.found, contract=True)
+    except MemoryError as error:
+        told = str(error) or "MemoryError"
+        failed = Failed(MEMORY_CODE, f"analysis of {job.key}", "a result", told, contract=False)
+    except Exception as error:
+        traceback.print_exc()
+        failed = Failed(
+            "analysis_failed",
+            f"analysis of {job.key}",
+            "a decision",
+            f"{type(error).__name__}: {error}",
+            contract=False,
+        )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Reply(result, failed, time.perf_counter() - begun, peak, watch.stages)
+
+
+def _decide(job: Job) -> bytes:
+    """All levels of the job and their join."""
+    bundle, settings = _input(job)
+    analyses = [_analysis(job, bundle, settings, level) for level in job.asked_levels]
+    return encode(_joined(job, bundle, settings, analyses))
+
+
+def _level(job: Job) -> bytes:
+    """The analysis of the job's one level."""
+    bundle, settings = _input(job)
+    (level,) = job.asked_levels
+    return encode(_analysis(job, bundle, settings, level))
+
+
+def _join(job: Job) -> bytes:
+    """The decision by the analyses that others made."""
+    analyses = [
+        decode(LevelAnalysis, path.read_bytes(), field=f"analysis {path.stem}")
+        for path in sorted((Path(job.folder) / ANALYSES).iterdir())
+    ]
+    return encode(_of_parts(job, analyses))
+
+
+def _again(job: Job) -> bytes:
+    """The same by analyses that are made here, one after the other, as they were then."""
+    analyses = []
+    for data in job.parts:
+        part = decode(AnalysedPart, data, field="part")
+        rungs = tuple((taken.rung, taken.reason) for taken in part.fallbacks)
+        own = replace(job, levels=(part.level.value,), shard=part.groups, fallbacks=rungs)
+        bundle, settings = _input(replace(own, kind="level"))
+        analyses.append(_analysis(own, bundle, settings, part.level))
+    return encode(_of_parts(job, analyses))
+
+
+def _of_parts(job: Job, analyses: list[LevelAnalysis]) -> StructuralPruningDecision:
+    """The join, which says what it was made of wherever the levels alone do not tell."""
+    bundle, settings = _input(job)
+    decision = _joined(job, bundle, settings, analyses)
+    update: dict[str, Any] = {"fallbacks": (*decision.fallbacks, *job.taken_fallbacks)}
+    parts = tuple(_part(each) for each in sorted(analyses, key=lambda a: (a.level, a.shard)))
+    if job.fallbacks or any(part.groups or part.fallbacks for part in parts):
+        update["parts"] = parts
+    return decision.model_copy(update=update)
+
+
+def _part(analysis: LevelAnalysis) -> AnalysedPart:
+    taken = tuple(f for f in analysis.decision.fallbacks if f.rung in REPLAYED)
+    return AnalysedPart(level=analysis.level, groups=analysis.shard, fallbacks=taken)
+
+
+_KINDS: dict[Kind, Callable[[Job], bytes]] = {
+    "decide": _decide,
+    "level": _level,
+    "join": _join,
+    "again": _again,
+    "parameters": marked,
+}
+
+
+def _analysis(
+    job: Job, bundle: CheckpointBundle, settings: Settings, level: Level
+) -> LevelAnalysis:
+    if level is Level.CHANNEL:
+        measured = measurements_of(bundle, settings.importance_history_epochs)
+        (Path(job.folder) / MEASURED).write_bytes(measured.to_bytes())
+    return analyze_level(
+        bundle,
+        settings,
+        level,
+        key=job.idempotency_key.at(level),
+        threads=job.threads,
+        scorer=scope_of(job.rungs).scorer or None,
+        fallbacks=job.taken_fallbacks,
+        shard=job.shard or None,
+    )
+
+
+def _joined(
+    job: Job, bundle: CheckpointBundle, settings: Settings, analyses: list[LevelAnalysis]
+) -> StructuralPruningDecision:
+    kind = StructuralPruningDecision
+    recorded = decode(kind, job.recorded, field="recorded") if job.recorded else None
+    # On a lower rung there is no time or memory for measuring; gates are stricter without it.
+    measures = not scope_of(job.rungs).scorer
+    verify = verifier(bundle, settings, recorded, job.unmeasured) if measures else None
+    return join(
+        bundle,
+        analyses,
+        settings,
+        breakers=job.breaker_of,
+        missing=job.missing_levels,
+        verify=verify,
+        taken_back=[decode(RolledBackCut, cut, field="rolled back") for cut in job.taken_back],
+        loss_factor=decode(LossFactor, job.loss_factor, field="loss factor")
+        if job.loss_factor
+        else None,
+    )
+
+
+@stage("read")
+def _input(job: Job) -> tuple[CheckpointBundle, Settings]:
+    """The checkpoint of the spool folder, as far as the job's scope goes, and the settings.
+
+    The supervisor has verified sizes and digests.
+    """
+    folder, settings = Path(job.folder), Settings.model_validate_json(job.settings)
+    scope = scope_of(job.rungs)
+    document = decode(CheckpointDocument, (folder / DOCUMENT).read_bytes(), field="checkpoint")
+    limit = settings.structured_pruning.safety_schedule.conservative_limit
+    names = () if scope.vectors_only else ("gates", "layers", "heads")
+    optional = [folder / f"{name}.safetensors" for name in names]
+    bundle = CheckpointBundle.from_blobs(
+        scope.narrowed(document, limit),
+        map_file(folder / "statistics.safetensors"),
+        *(map_file(file) if file.exists() else None for file in optional),
+        network=None if scope.vectors_only or job.kind == "level" else NetworkExport.load(folder),
+    )
+    return bundle, settings
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""From admitted work to results: fetch, ask the child, climb the ladder of the failure table.
+
+What still fails after the last rung is a named error. Several entries may be here at once, each of
+a key of its own: their blobs are fetched side by side, the child takes one after the other. A
+checkpoint whose parts come one after another is fetched once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from elesh.bus import Bus
+from elesh.bus.admission import Work
+from elesh.observe import get_logger, record_stages, span
+from elesh.safety import calibrated
+from elesh.settings import Settings
+from elesh.worker.compute.failures import ChildFailure
+from elesh.worker.compute.frames import ANALYSES, DOCUMENT, MEASURED, Job, Kind, Reply
+from elesh.worker.compute.heartbeat import Finding
+from elesh.worker.compute.process import ComputeChild
+from elesh.worker.telemetry.reports import Reports
+from leyline import (
+    AnalysisFailed,
+    AnalysisMetrics,
+    Level,
+    LevelAnalysis,
+    StructuralPruningDecision,
+    decode,
+    encode,
+)
+from leyline.network.bundle import NETWORK_FILES
+
+from .fallback_chain import rung_for, time_for
+from .in_flight import Pace, Turns
+
+__all__ = ["Analyst"]
+
+_log = get_logger(__name__)
+_NETWORK = frozenset(NETWORK_FILES.values())
+R = TypeVar("R", StructuralPruningDecision, LevelAnalysis)
+
+
+class Analyst:
+    """Analyses admitted work with one compute child."""
+
+    def __init__(self, bus: Bus, settings: Settings, reports: Reports, spool: Path) -> None:
+        self._bus = bus
+        self._settings = settings
+        self._reports = reports
+        self._spool = spool / "checkpoints"
+        self._used: Counter[Path] = Counter()
+        self._settings_json = settings.model_dump_json()
+        self._history = bus.history(
+            settings.importance_history_epochs, int(settings.analysis_cache_size)
+        )
+        self._untrusted = _untrusted(bus, settings)
+        preload = settings.worker.preload and not self._untrusted
+        self._child = ComputeChild(settings.worker.memory_limit, spool, preload=preload)
+        self._keeping: asyncio.Task[None] | None = None
+        self._waiting: set[str] = set()
+        self._doing = ""
+        self.pace = Pace(settings.worker.prefetch)
+        self.turns = Turns(lambda: self.pace.long)
+        """Of the child, and of whatever else comes in turn."""
+
+    def begun(self, key: str) -> bool:
+        """Whether the analysis of ``key`` is under way in the child."""
+        return bool(key) and self._doing == key
+
+    def waits(self, key: str) -> bool:
+        """Whether the analysis of ``key`` waits for the child."""
+        return key in self._waiting
+
+    def look(self) -> Finding:
+        """How the compute child is."""
+        return self._child.look()
+
+    async def start(self) -> None:
+        """Have the child ready before the first message, and a fresh one whenever it dies."""
+        await self._child.start()
+        self._keeping = asyncio.create_task(self._child.keep())
+
+    async def stop(self) -> None:
+        """End the child."""
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.gather(self._keeping, return_exceptions=True)
+        await self._child.kill()
+
+    async def run(self, job: Job, timeout: float) -> Reply:
+        """One job in the child, without any ladder.
+
+        Raises:
+            ChildFailure: if it gave no reply within ``timeout`` seconds.
+            Busy: if another job in it takes long.
+        """
+        async with self._turn(job):
+            return await self._child.run(job, timeout=timeout)
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, job: Job) -> AsyncIterator[None]:
+        """Have the child for one analysis, on however many rungs."""
+        self._waiting.add(job.key)
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(self.turns.of("child"))
+            finally:
+                self._waiting.discard(job.key)
+            self._doing = job.key
+            stack.callback(setattr, self, "_doing", "")
+            stack.enter_context(self.pace.analysing())
+            yield
+
+    async def decide(self, work: Work) -> StructuralPruningDecision:
+        """The decision on all levels of ``work``.
+
+        Raises:
+            ContractError: if blobs or statistics are not sound, or the analysis failed for good.
+            Busy: if another analysis takes long here.
+        """
+        async with self._fetched(work) as folder:
+            job = await self._with_run(self._job("decide", work, work.levels, folder), work)
+            return await self._result(StructuralPruningDecision, work, job)
+
+    async def analyse(
+        self, work: Work, level: Level, groups: tuple[str, ...] = ()
+    ) -> LevelAnalysis:
+        """One level of ``work``, or some ``groups`` of it, to be joined by :meth:`join`.
+
+        Raises:
+            ContractError: as :meth:`decide` does.
+        """
+        async with self._fetched(work, network=False, keep=True) as folder:
+            job = replace(self._job("level", work, (level,), folder), shard=groups)
+            return await self._result(LevelAnalysis, work, job)
+
+    async def join(
+        self, work: Work, analyses: Sequence[bytes], missing: Mapping[Level, str]
+    ) -> StructuralPruningDecision:
+        """The decision on ``work`` by its levels' encoded analyses; those that are ``missing`` come
+        with their reasons.
+
+        Raises:
+            ContractError: as :meth:`decide` does.
+        """
+        async with self._fetched(work) as folder:
+            parts = folder / ANALYSES
+            parts.mkdir(exist_ok=True)
+            for number, data in enumerate(analyses):
+                (parts / f"{number}.msgpack").write_bytes(data)
+            job = await self._with_run(self._job("join", work, work.levels, folder), work)
+            gaps = tuple((str(level), reason) for level, reason in missing.items())
+            job = replace(job, missing=gaps)
+            return await self._result(StructuralPruningDecision, work, job)
+
+    @contextlib.asynccontextmanager
+    async def _fetched(
+        self, work: Work, *, network: bool = True, keep: bool = False
+    ) -> AsyncIterator[Path]:
+        """The folder with the document and the blobs of ``work``.
+
+        Args:
+            network: with the blobs of the network, where networks are run at all.
+            keep: leave it for the next part, until another checkpoint is fetched.
+        """
+        folder = self._spool / work.fingerprint[:32]
+        for other in [
+            known for known, users in self._used.items() if known != folder and not users
+        ]:
+            self._forget(other)
+        self._used[folder] += 1
+        try:
+            await self._fetch(work, folder, network=network and not self._untrusted)
+            yield folder
+        finally:
+            self._used[folder] -= 1
+            if not keep:
+                self._forget(folder)
+
+    async def _fetch(self, work: Work, folder: Path, *, network: bool) -> None:
+        """Have the blobs in the folder; what is there already is not fetched again."""
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            (folder / DOCUMENT).write_bytes(encode(work.document))
+        wanted = {
+            name: ref
+            for name, ref in work.blobs.items()
+            if not (folder / name).exists() and (network or name not in _NETWORK)
+        }
+        size = sum(ref.size for ref in wanted.values())
+        with span("fetch blobs", attributes={"elesh.blob_bytes": size}):
+            for name, ref in wanted.items():
+                await self._bus.blobs.fetch(ref, folder / name)
+        self._reports.status.fetched(size)
+        self._reports.step("fetched", work, figures={"bytes": size})
+
+    def _forget(self, folder: Path) -> None:
+        self._used.pop(folder, None)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _job(self, kind: Kind, work: Work, levels: Sequence[Level], folder: Path) -> Job:
+        return Job(
+            kind=kind,
+            folder=str(folder),
+            key=str(work.key),
+            settings=self._settings_json,
+            levels=tuple(levels),
+            threads=self._settings.threads,
+            unmeasured=self._untrusted if work.network else "",
+        )
+
+    async def _with_run(self, job: Job, work: Work) -> Job:
+        """The job with the state of its levels' breakers, which admit at most one probe, with what
+        the run's trainer took back before, and how far its predictions were off."""
+        run, runs, admit = work.run_id, self._bus.runs, self._bus.breakers.admit
+        views, cuts, would_be = await asyncio.gather(
+            asyncio.gather(*(admit(run, level) for level in job.asked_levels)),
+            runs.taken_back(run),
+            runs.would_be(run),
+        )
+        states = [(v.state if v.admitted else "open", v.failures, v.reason) for v in views]
+        factor = calibrated(would_be, self._settings.verification)
+        return replace(
+            job,
+            breakers=tuple(states),
+            taken_back=tuple(map(encode, cuts)),
+            loss_factor=encode(factor) if factor else b"",
+        )
+
+    async def _result(self, kind: type[R], work: Work, job: Job) -> R:
+        """What the child answers, however many rungs down."""
+        what = "join" if job.kind == "join" else f"analyse {', '.join(job.levels)}"
+        with span(what, attributes={"elesh.key": job.key}) as current:
+            async with self._turn(job):
+                reply = await self._climb(work, job)
+            record_stages(reply.stages)
+            if reply.failed is not None:
+                raise reply.failed.error
+            result: R = decode(kind, reply.result, field=f"result of {job.key}")
+            decision = result if isinstance(result, StructuralPruningDecision) else result.decision
+            current.set_attribute("elesh.approved", decision.approved_for_application)
+            for taken in decision.fallbacks:
+                current.add_event("fallback", {"rung": taken.rung, "reason": taken.reason})
+        self._reports.analysed(work, decision, _metrics(work, job, decision, reply))
+        await self._remember(work, Path(job.folder) / MEASURED)
+        return result
+
+    async def _remember(self, work: Work, path: Path) -> None:
+        """Keep what was measured in the run's history; losing it costs history, nothing else."""
+        if not path.exists():
+            return
+        kept = await self._history.remember(
+            work.run_id, work.epoch, await asyncio.to_thread(path.read_bytes)
+        )
+        path.unlink()
+        if kept == "conflict":
+            _log.warning("epoch measured twice, the first stays", run=work.run_id, epoch=work.epoch)
+
+    async def _climb(self, work: Work, job: Job) -> Reply:
+        """The child's answer to ``job``, or to what is left of it on the next rung."""
+        clock = asyncio.get_running_loop().time
+        begun, timeout = clock(), work.window
+        level = job.asked_levels[0] if job.kind == "level" else None
+        while True:
+            try:
+                return await self._child.run(job, timeout=timeout)
+            except ChildFailure as failure:
+                rung = rung_for(failure, job.rungs, level)
+                timeout = time_for(rung, work.window, clock() - begun)
+                if not rung or timeout <= 0:
+                    raise _given_up(job, failure) from None
+                job = replace(job, fallbacks=(*job.fallbacks, (rung, str(failure))))
+                self._reports.fallback(work, job.key, rung, str(failure))
+
+
+def _untrusted(bus: Bus, settings: Settings) -> str:
+    """Why networks that come over this bus are not run; empty if they are."""
+    allowed = {
+        "signed": bus.guard.requires_signatures,
+        "authenticated": bus.guard.requires_signatures or bus.asks_password,
+        "any": True,
+    }
+    programs = settings.verification.programs
+    if allowed[programs]:
+        return ""
+    return (
+        f"verification.programs: {programs}, and anybody may write on this bus unsigned: name a "
+        "keyring (bus.security.keyring) or give the server a password"
+    )
+
+
+def _given_up(job: Job, failure: ChildFailure) -> AnalysisFailed:
+    taken = f" after {', '.join(job.rungs)}" if job.rungs else ""
+    return AnalysisFailed(
+        f"analysis of {job.key} ({', '.join(job.levels)})",
+        "a result within the window",
+        f"{failure}{taken}",
+        hint="no rung of the failure table is left; redrive it once the cause is mended",
+    )
+
+
+def _metrics(
+    work: Work, job: Job, decision: StructuralPruningDecision, reply: Reply
+) -> AnalysisMetrics:
+    units = {
+        part.level: part.statistics.channels_before for part in decision.levels if part.statistics
+    } or {decision.key.level: decision.statistics.channels_before}
+    return AnalysisMetrics(
+        duration_seconds=reply.seconds,
+        channels=units.get(Level.CHANNEL, 0),
+        heads=units.get(Level.HEAD, 0),
+        layers=units.get(Level.LAYER, 0),
+        peak_memory_bytes=reply.peak_memory,
+        input_bytes=sum(ref.size for ref in work.blobs.values()),
+    )

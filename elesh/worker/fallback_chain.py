@@ -1,0 +1,155 @@
+"""The failure table of the design document as a ladder: which rung answers which failure.
+
+Pure. A rung that was taken is a :class:`leyline.Fallback` of the decision, and what it changes in
+an analysis follows from its name alone (:func:`scope_of`), so that a replay of the decision takes
+the same one.
+
+========================  =====================================================================
+rung                      what it does
+========================  =====================================================================
+``analysis_timeout``      basic importance scoring: the three vectors, no joint order
+``worker_crash``          a fresh child and the same analysis, in what is left of the window
+``memory_overflow``       channels only, from the vectors alone, within the conservative limit
+``data_corruption``       the run's previous decision stands in, as telemetry, never approved
+``safety_failure``        the cut does not hold together: all of it is rejected (in the analysis)
+``taylor_failure``        ranked by magnitude, with less confidence (in the analysis)
+========================  =====================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from elesh.worker.compute.failures import ChildDied, ChildFailure, ChildOverMemory, ChildTimeout
+from leyline import (
+    CheckpointDocument,
+    ContractError,
+    DigestMismatch,
+    Fallback,
+    GateResult,
+    Level,
+    Malformed,
+    NotFinite,
+    Outcome,
+    SafetyValidation,
+    ShapeMismatch,
+    StructuralPruningDecision,
+)
+
+__all__ = [
+    "CORRUPTION",
+    "REPLAYED",
+    "Scope",
+    "is_corruption",
+    "rung_for",
+    "scope_of",
+    "stand_in",
+    "time_for",
+]
+
+Scorer = Literal["", "multi_metric", "magnitude"]
+
+TIMEOUT = "analysis_timeout"
+CRASH = "worker_crash"
+MEMORY = "memory_overflow"
+CORRUPTION = "data_corruption"
+
+_RUNGS: Mapping[type[ChildFailure], str] = {
+    ChildTimeout: TIMEOUT,
+    ChildDied: CRASH,
+    ChildOverMemory: MEMORY,
+}
+REPLAYED = frozenset(_RUNGS.values())
+"""The rungs that a replay takes from the record; the analysis takes the others by itself."""
+CORRUPT: tuple[type[ContractError], ...] = (DigestMismatch, Malformed, NotFinite, ShapeMismatch)
+"""What says that a checkpoint's data is broken."""
+_EXTRA = 0.25
+"""Basic scoring after a timeout may take this share of the window, on top of it."""
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What is left of an analysis after the rungs that were taken."""
+
+    scorer: Scorer = ""
+    """Overrides the scorer of request and settings."""
+    vectors_only: bool = False
+    """Whether only the three vectors are loaded, and only channels analysed."""
+    conservative: bool = False
+    """Whether the cut stays within the conservative phase's limit."""
+
+    def narrowed(self, document: CheckpointDocument, limit: float) -> CheckpointDocument:
+        """The checkpoint's document with the conservative ``limit``, if there is one."""
+        if not self.conservative:
+            return document
+        asked = document.parameters.target_ratio
+        target = limit if asked is None else min(asked, limit)
+        parameters = document.parameters.model_copy(update={"target_ratio": target})
+        return document.model_copy(update={"parameters": parameters})
+
+
+def scope_of(rungs: Iterable[str]) -> Scope:
+    """The scope that the named rungs leave."""
+    taken = set(rungs)
+    over_memory = MEMORY in taken
+    return Scope(
+        scorer="multi_metric" if over_memory or TIMEOUT in taken else "",
+        vectors_only=over_memory,
+        conservative=over_memory,
+    )
+
+
+def rung_for(failure: ChildFailure, taken: Iterable[str], level: Level | None) -> str:
+    """The rung that answers ``failure``; empty if there is none left.
+
+    Each is taken once. There is none for a head or layer level that does not fit into memory: what
+    remains of it then are the channels, which have an analysis of their own.
+    """
+    rung = _RUNGS[type(failure)]
+    if rung in set(taken):
+        return ""
+    if rung == MEMORY and level not in (None, Level.CHANNEL):
+        return ""
+    return rung
+
+
+def time_for(rung: str, window: float, elapsed: float) -> float:
+    """Seconds that the next try may take; at most zero if the window does not allow one."""
+    return window * _EXTRA if rung == TIMEOUT else window - elapsed
+
+
+def is_corruption(error: ContractError) -> bool:
+    """Whether ``error`` says that the checkpoint's data is broken (and not, say, gone)."""
+    return isinstance(error, CORRUPT)
+
+
+def stand_in(
+    previous: StructuralPruningDecision, current: CheckpointDocument, key: str, error: ContractError
+) -> StructuralPruningDecision:
+    """The previous checkpoint's analysis under the key of one whose data is corrupt.
+
+    It is telemetry: the gate ``data`` fails, so it is never approved, whatever architecture it
+    speaks of (targets are in the numbering of ``previous``, which the reason names).
+    """
+    reason = f"the analysis of {previous.idempotency_key} stands in: {error}"[:8192]
+    gate = GateResult(name="data", passed=False, detail=reason)
+    return previous.model_copy(
+        update={
+            "idempotency_key": key,
+            "run_id": current.metadata.run_id,
+            "epoch": current.metadata.epoch,
+            "model_hash": current.metadata.model_hash,
+            "approved_for_application": False,
+            "rejection_reason": f"data: {reason}"[:8192],
+            "stands_in": previous.idempotency_key,
+            "fallbacks": (*previous.fallbacks, Fallback(rung=CORRUPTION, reason=reason)),
+            "safety": SafetyValidation(
+                outcome=Outcome.NO_GO,
+                phase=previous.safety.phase,
+                gates=(*previous.safety.gates, gate),
+                confidence=0.0,
+            ),
+        }
+    )

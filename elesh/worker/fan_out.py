@@ -1,0 +1,208 @@
+"""Fan-out and join: a checkpoint as parts that any worker of the fleet takes.
+
+The promises of planning, storing and joining are the bus's (:mod:`elesh.bus.streams.fan_out`); here
+is what a worker does with a part. A level that fails for good is stored as a failure: the join goes
+on without it, and its reason stands in the decision. Only if no level is there at all, the
+checkpoint itself is a dead letter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+
+from elesh.bus import Bus, Delivery, Plan, Planned, Stored, unframed
+from elesh.bus.admission import Work, admit
+from elesh.observe import get_logger
+from elesh.settings import Settings
+from elesh.worker.telemetry.reports import Reports
+from leyline import (
+    AnalysisFailed,
+    AnalysisItem,
+    ContractError,
+    IdempotencyKey,
+    ItemResult,
+    JoinItem,
+    Level,
+    LevelAnalysis,
+    MissingBlob,
+    encode,
+)
+from leyline.streams import WORKERS
+
+from .executor import Analyst
+from .fallback_chain import CORRUPT
+from .result_handler import Clerk, conflict
+from .shards import groups_of, level_of
+
+__all__ = ["FanOut"]
+
+_INLINE = 256 << 10
+"""Analyses up to so many bytes stand in the plan's record; larger ones are blobs."""
+_LATE = "no result within the window"
+_log = get_logger(__name__)
+
+
+class FanOut:
+    """One worker's hand in plans."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        settings: Settings,
+        worker_id: str,
+        analyst: Analyst,
+        clerk: Clerk,
+        reports: Reports,
+    ) -> None:
+        self._bus = bus
+        self._settings = settings
+        self._worker_id = worker_id
+        self._analyst = analyst
+        self._clerk = clerk
+        self._reports = reports
+
+    async def plan(self, delivery: Delivery, work: Work, items: Sequence[AnalysisItem]) -> None:
+        """Make a checkpoint into parts.
+
+        Raises:
+            Conflict: if its key was planned for other content.
+        """
+        plan = Plan(
+            key=str(work.key),
+            fingerprint=work.fingerprint,
+            envelope=delivery.framed,
+            carrier=delivery.carrier,
+            items=tuple(item.name for item in items),
+            origin="/".join(delivery.origin),
+        )
+        planned = await self._bus.plans.plan(
+            WORKERS, self._worker_id, delivery, plan, items, window_seconds=work.window
+        )
+        if planned is Planned.CONFLICT:
+            raise conflict(work)
+        step = "planned" if planned is Planned.PLANNED else str(planned)
+        self._reports.step(step, work, detail=", ".join(plan.items))
+
+    async def analyse(self, delivery: Delivery, item: AnalysisItem) -> None:
+        """Analyse one part and store what became of it."""
+        found = await self._planned(delivery, item.plan)
+        if found is None:
+            return
+        work = found[0]
+        try:
+            self._clerk.refuse_poison(delivery)
+            groups = groups_of(work.document.architecture, item)
+            result = await self._stored(await self._analyst.analyse(work, item.level, groups))
+        except ContractError as error:
+            result = ItemResult(failed=str(error)[:8192], code=error.code)
+            self._reports.status.gave_up(item.level)
+            self._reports.step("failed", work, key=work.key.at(item.level), detail=str(error))
+        stored = await self._bus.plans.store(WORKERS, self._worker_id, delivery, item, result)
+        if stored is Stored.GONE:
+            await self._bus.acknowledge(WORKERS, self._worker_id, delivery)
+        detail = f"{item.name}: {stored}"
+        self._reports.step("stored", work, key=work.key.at(item.level), detail=detail)
+
+    async def join(self, delivery: Delivery, item: JoinItem) -> None:
+        """Decide by the parts that are there, and name those that are not."""
+        found = await self._planned(delivery, item.plan)
+        if found is None:
+            return
+        work, plan = found
+        served = self._bus.plans.served_keys(item.plan)
+        if await self._clerk.is_decided(delivery, work, served):
+            return
+        try:
+            self._clerk.refuse_poison(delivery)
+            results = await self._bus.plans.results(item.plan)
+            analyses = {
+                part: await self._analysis(results[part])
+                for part in plan.items
+                if part in results and not results[part].failed
+            }
+            missing = _gaps(plan, results)
+            if not analyses:
+                raise _nothing(plan, results, missing)
+            decision = await self._analyst.join(work, tuple(analyses.values()), missing)
+        except ContractError as error:
+            await self._clerk.fail(_of_checkpoint(delivery, plan), work, error, served)
+            return
+        await self._clerk.settle(delivery, work, decision, served)
+
+    async def _planned(self, delivery: Delivery, key: str) -> tuple[Work, Plan] | None:
+        """The checkpoint of a plan, and the plan.
+
+        None if its decision was settled meanwhile: then the entry is acknowledged.
+
+        Raises:
+            MissingBlob: if the plan's time to live is over and nothing was decided.
+        """
+        plan = await self._bus.plans.load(key)
+        if plan is None:
+            await self._end_late(delivery, key)
+            return None
+        window = self._settings.window_seconds
+        now = datetime.now(UTC)
+        # It was admitted when it was planned: from then on the plan's deadline matters.
+        work = admit(unframed(plan.envelope), window=window, now=now, redriven=now)
+        if not isinstance(work, Work):
+            raise AnalysisFailed(f"plan {key}", "a checkpoint or a request", type(work).__name__)
+        return work, plan
+
+    async def _end_late(self, delivery: Delivery, key: str) -> None:
+        if await self._bus.record(IdempotencyKey.parse(key)):
+            await self._bus.acknowledge(WORKERS, self._worker_id, delivery)
+            _log.info("part came after the decision", plan=key)
+            return
+        raise MissingBlob(
+            f"plan {key}", "the plan's record", "no such key", hint="publish the checkpoint again"
+        )
+
+    async def _stored(self, analysis: LevelAnalysis) -> ItemResult:
+        data = encode(analysis)
+        if len(data) <= _INLINE:
+            return ItemResult(analysis=data)
+        return ItemResult(blob=await self._bus.blobs.put(data, "msgpack"))
+
+    async def _analysis(self, result: ItemResult) -> bytes:
+        return result.analysis if result.blob is None else await self._bus.blobs.get(result.blob)
+
+
+def _of_checkpoint(delivery: Delivery, plan: Plan) -> Delivery:
+    """The join's entry as the checkpoint that it stands for: what a dead letter keeps of it."""
+    known = {b"envelope": plan.envelope, b"origin": plan.origin.encode()}
+    context = {name.encode(): value.encode() for name, value in plan.carrier.items()}
+    history = {name: value for name, value in delivery.fields.items() if name == b"history"}
+    return replace(delivery, fields=known | context | history)
+
+
+def _nothing(
+    plan: Plan, results: Mapping[str, ItemResult], missing: Mapping[Level, str]
+) -> ContractError:
+    """Why no level has an analysis: the data, if it is corrupt for all of them."""
+    gaps = "; ".join(f"{level}: {reason}" for level, reason in missing.items())
+    codes = {results[part].code if part in results else "" for part in plan.items}
+    for kind in CORRUPT:
+        if kind.code in codes and codes <= {each.code for each in CORRUPT}:
+            return kind(f"analysis of {plan.key}", "sound data of at least one level", gaps)
+    return AnalysisFailed(f"analysis of {plan.key}", "at least one level", gaps)
+
+
+def _gaps(plan: Plan, results: Mapping[str, ItemResult]) -> dict[Level, str]:
+    """The levels without any analysis, each with the reason; those of single shards are logged."""
+    reasons: dict[Level, list[str]] = {level_of(part): [] for part in plan.items}
+    there = set()
+    for part in plan.items:
+        reason = results[part].failed if part in results else _LATE
+        if reason:
+            _log.warning("joined without", plan=plan.key, part=part, reason=reason)
+            reasons[level_of(part)].append(reason)
+        else:
+            there.add(level_of(part))
+    return {
+        level: "; ".join(dict.fromkeys(found))[:8192]
+        for level, found in reasons.items()
+        if level not in there
+    }

@@ -1,0 +1,187 @@
+"""The Analysis Executor in the worker: an AnalysisRequest becomes PruningMasks (section 4.4).
+
+Promises: as for every other request: one result for its key ``<epoch>:<hash>:<id>:parameter``,
+settled with the acknowledgement; sketches are merged and masks made in the compute child; masks too
+large for a message travel as a blob. The AnalysisReport is published before the masks are settled,
+as one event however often the request is delivered.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgpack
+
+from elesh.bus import Bus, Delivery, Settlement, Settling
+from elesh.bus.admission import fingerprint
+from elesh.observe import get_logger, onward, span
+from elesh.settings import Settings
+from elesh.worker.compute.failures import ChildFailure
+from elesh.worker.compute.frames import Job
+from elesh.worker.compute.rank_files import MASKS, REQUEST, rank_files
+from leyline import (
+    AnalysisFailed,
+    AnalysisReport,
+    AnalysisRequest,
+    BlobRef,
+    Conflict,
+    IdempotencyKey,
+    IdentityMismatch,
+    ImportanceData,
+    Level,
+    PruningMasks,
+    decode,
+    encode,
+    stable_hash,
+)
+from leyline.streams import DECISIONS, WORKERS
+
+from .executor import Analyst
+
+__all__ = ["ParameterExecutor", "parameter_key"]
+
+_SOURCE = "elesh"
+_log = get_logger(__name__)
+
+
+def parameter_key(request: AnalysisRequest) -> IdempotencyKey:
+    """The key of the masks that answer a request."""
+    return IdempotencyKey(request.epoch, request.model_hash, request.request_id, Level.PARAMETER)
+
+
+class ParameterExecutor:
+    """Serves parameter analyses with the worker's compute child."""
+
+    def __init__(
+        self, bus: Bus, settings: Settings, worker_id: str, analyst: Analyst, spool: Path
+    ) -> None:
+        self._bus = bus
+        self._settings = settings
+        self._worker_id = worker_id
+        self._analyst = analyst
+        self._spool = spool / "parameters"
+
+    async def serve(self, delivery: Delivery, request: AnalysisRequest) -> None:
+        """Fetch, merge, mark, report, settle.
+
+        Raises:
+            ContractError: if request, importance or sketches are not sound, or the child failed.
+            Conflict: if the key was settled for other content.
+        """
+        key = parameter_key(request)
+        content = fingerprint(request)
+        record = await self._bus.record(key)
+        if record is not None:
+            _require_same(key, content, record.fingerprint)
+            await self._bus.acknowledge(WORKERS, self._worker_id, delivery)
+            return
+        folder = self._spool / content[:32]
+        try:
+            with span("mark parameters", attributes={"elesh.key": str(key)}):
+                await self._fetch(request, folder)
+                masks, report = await self._marked(key, request, folder)
+            await self._publish(delivery, request, report)
+            await self._settle(delivery, request, key, content, masks)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    async def _fetch(self, request: AnalysisRequest, folder: Path) -> None:
+        """Have every rank's importance in the spool folder, its blobs verified."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / REQUEST).write_bytes(encode(request))
+        for number, ref in enumerate((request.importance, *request.ranks)):
+            data = await self._bus.blobs.get(ref)
+            importance = decode(ImportanceData, data, field=f"importance of rank {number}")
+            _require_of(request, importance, number)
+            files = rank_files(folder, number)
+            files.importance.write_bytes(data)
+            await self._bus.blobs.fetch(importance.sketches, files.sketches)
+            if importance.samples is not None:
+                await self._bus.blobs.fetch(importance.samples, files.samples)
+
+    async def _marked(
+        self, key: IdempotencyKey, request: AnalysisRequest, folder: Path
+    ) -> tuple[PruningMasks, AnalysisReport]:
+        job = Job(
+            kind="parameters",
+            folder=str(folder),
+            key=str(key),
+            settings=self._settings.model_dump_json(),
+            levels=(Level.PARAMETER,),
+            threads=self._settings.threads,
+        )
+        window = min(self._settings.window_seconds, request.timeout.total_seconds())
+        try:
+            reply = await self._analyst.run(job, window)
+        except ChildFailure as failure:
+            raise AnalysisFailed(
+                f"analysis of {key}", "masks within the window", str(failure)
+            ) from None
+        if reply.failed is not None:
+            raise reply.failed.error
+        parts: Sequence[bytes] = msgpack.unpackb(reply.result)
+        masks = decode(PruningMasks, parts[0], field=f"masks of {key}")
+        if masks.packed is not None:
+            blob = await self._put(folder / MASKS)
+            masks = masks.model_copy(update={"packed": blob})
+        return masks, decode(AnalysisReport, parts[1], field=f"report of {key}")
+
+    async def _put(self, path: Path) -> BlobRef:
+        return await self._bus.blobs.put(path.read_bytes(), "raw")
+
+    async def _publish(
+        self, delivery: Delivery, request: AnalysisRequest, report: AnalysisReport
+    ) -> None:
+        await self._bus.publish(
+            DECISIONS,
+            report,
+            source=_SOURCE,
+            carrier=onward(delivery.carrier),
+            run_id=request.run_id,
+            epoch=request.epoch,
+            event_id=f"report-{stable_hash(report.idempotency_key)}",
+        )
+
+    async def _settle(
+        self,
+        delivery: Delivery,
+        request: AnalysisRequest,
+        key: IdempotencyKey,
+        content: str,
+        masks: PruningMasks,
+    ) -> None:
+        result = Settling(
+            key, content, masks, onward(delivery.carrier), request.run_id, request.epoch
+        )
+        (settled,) = await self._bus.settle(WORKERS, self._worker_id, delivery, [result])
+        marked = sum(mask.marked for mask in masks.masks)
+        _log.info(f"masks {settled}", key=str(key), marked=marked, confidence=masks.confidence)
+        if settled is Settlement.CONFLICT:
+            raise _conflict(key, content)
+
+
+def _require_of(request: AnalysisRequest, importance: ImportanceData, number: int) -> None:
+    """The importance is of the request's checkpoint."""
+    asked = (request.epoch, request.model_hash)
+    if (importance.epoch, importance.model_hash) != asked:
+        raise IdentityMismatch(
+            f"importance of rank {number}",
+            f"epoch {request.epoch}, model {request.model_hash}",
+            f"epoch {importance.epoch}, model {importance.model_hash}",
+        )
+
+
+def _require_same(key: IdempotencyKey, content: str, stored: str) -> None:
+    if stored != content:
+        raise _conflict(key, content)
+
+
+def _conflict(key: IdempotencyKey, content: str) -> Conflict:
+    return Conflict(
+        "idempotency_key",
+        f"the content that {key} was decided for",
+        f"content {content[:16]}",
+        hint="give other content another key",
+    )

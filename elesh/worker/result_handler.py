@@ -1,0 +1,235 @@
+"""How an entry ends: settled once for its key, as an outcome noted, or in the dead letters.
+
+Promises: whatever is settled, counted or buried is so in one step that checks the ownership of its
+entry; breakers hear of decisions and of trainers' outcomes once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from opentelemetry.trace import SpanKind
+
+from elesh.bus import Bus, Delivery, Settlement, Settling
+from elesh.bus.admission import Work
+from elesh.observe import get_logger, messaging, onward, span
+from elesh.safety import fingerprint_of, grounds, rolled_back_cut, vote_of, votes
+from elesh.settings import Settings
+from elesh.worker.telemetry.reports import Reports
+from leyline import (
+    Conflict,
+    ContractError,
+    DeadLetter,
+    IdempotencyKey,
+    Poison,
+    PruningOutcome,
+    StructuralPruningDecision,
+    UnknownDecision,
+    read_envelope,
+    unwrap,
+)
+from leyline.streams import WORKERS
+
+from .fallback_chain import CORRUPTION, is_corruption, stand_in
+
+__all__ = ["Clerk"]
+
+_log = get_logger(__name__)
+
+
+class Clerk:
+    """Ends the entries that one worker holds."""
+
+    def __init__(self, bus: Bus, settings: Settings, worker_id: str, reports: Reports) -> None:
+        self._bus = bus
+        self._settings = settings
+        self._limit = settings.bus.max_deliveries
+        self._worker_id = worker_id
+        self._reports = reports
+
+    def refuse_poison(self, delivery: Delivery) -> None:
+        """Let nobody begin what stopped every worker that took it.
+
+        Raises:
+            Poison: if it was delivered more often than ``max_deliveries``; handovers do not count.
+        """
+        if delivery.deliveries > self._limit:
+            raise Poison(
+                "deliveries",
+                f"at most {self._limit} before it is settled",
+                f"{delivery.deliveries} (ended {delivery.history})",
+                hint="it stopped every worker that took it",
+            )
+
+    async def is_decided(self, delivery: Delivery, work: Work, served: Sequence[str] = ()) -> bool:
+        """Whether the key has its decision already; then the entry is acknowledged.
+
+        Raises:
+            Conflict: if it was decided for other content.
+        """
+        record = await self._bus.record(work.key)
+        if record is None:
+            return False
+        if record.fingerprint != work.fingerprint:
+            raise conflict(work)
+        await self._bus.acknowledge(WORKERS, self._worker_id, delivery, served)
+        self._reports.step("duplicate", work)
+        return True
+
+    async def settle(
+        self,
+        delivery: Delivery,
+        work: Work,
+        decision: StructuralPruningDecision,
+        served: Sequence[str] = (),
+    ) -> None:
+        """Store, publish and acknowledge; ``served`` are keys that go with the entry.
+
+        Raises:
+            Conflict: if the key was decided for other content meanwhile.
+        """
+        settled = await self._settle(delivery, work, decision, served)
+        if settled is Settlement.SETTLED:
+            await self._count(work, decision)
+            if decision.would_be:
+                key, cuts = str(decision.key), decision.would_be
+                await self._bus.runs.measured_would_be(work.run_id, key, cuts)
+
+    async def fail(
+        self,
+        delivery: Delivery,
+        work: Work,
+        error: ContractError,
+        served: Sequence[str] = (),
+    ) -> None:
+        """A checkpoint that gave no decision is a dead letter; where its data is corrupt, the run's
+        previous decision stands in as telemetry."""
+        if not isinstance(error, Conflict):
+            self._reports.status.gave_up(work.key.level)
+            await self._note_failure(work, delivery, str(error))
+        if is_corruption(error) and (previous := await self._previous(work)):
+            decision = stand_in(previous, work.document, str(work.key), error)
+            reason = decision.fallbacks[-1].reason
+            self._reports.fallback(work, str(work.key), CORRUPTION, reason)
+            letter = self._reports.letter(delivery, error, work)
+            await self._settle(delivery, work, decision, served, letter)
+            self._reports.buried(letter, work)
+            return
+        await self.bury(delivery, error, work, served)
+
+    async def bury(
+        self,
+        delivery: Delivery,
+        error: ContractError,
+        work: Work | None = None,
+        served: Sequence[str] = (),
+    ) -> None:
+        """Move an entry to the dead letters."""
+        letter = self._reports.letter(delivery, error, work)
+        carrier = onward(delivery.carrier)
+        if await self._bus.dead_letter(WORKERS, self._worker_id, delivery, letter, carrier, served):
+            _log.warning(
+                "dead letter",
+                stream=letter.stream,
+                entry=letter.entry_id,
+                code=error.code,
+                reason=str(error),
+            )
+            self._reports.buried(letter, work)
+
+    async def note(self, delivery: Delivery, outcome: PruningOutcome) -> None:
+        """Tell the breakers what a trainer made of a decision, and remember a cut that it took
+        back.
+
+        Raises:
+            UnknownDecision: if that decision was never published.
+        """
+        key = IdempotencyKey.parse(outcome.idempotency_key)
+        record = await self._bus.record(key)
+        decision = unwrap(read_envelope(record.envelope)) if record else None
+        if not isinstance(decision, StructuralPruningDecision):
+            raise UnknownDecision(
+                "idempotency_key", "the key of a published decision", outcome.idempotency_key
+            )
+        self._reports.status.heard(outcome, key.level)
+        breakers, vote = self._bus.breakers, vote_of(outcome)
+        for level in decision.taken:
+            change = None
+            if vote == "failure":
+                reason = f"rolled back by the trainer: {outcome.detail}"
+                change = await breakers.failure(outcome.run_id, level, reason, token=str(key))
+            elif vote == "success":
+                change = await breakers.success(outcome.run_id, level)
+            await self._reports.transition(change)
+        if vote == "failure":
+            cut = rolled_back_cut(decision, outcome)
+            await self._bus.runs.took_back(outcome.run_id, {fingerprint_of(cut): cut})
+        await self._bus.acknowledge(WORKERS, self._worker_id, delivery)
+
+    async def _settle(
+        self,
+        delivery: Delivery,
+        work: Work,
+        decision: StructuralPruningDecision,
+        served: Sequence[str],
+        letter: DeadLetter | None = None,
+    ) -> Settlement:
+        """Settle a decision; with a dead letter it is a stand-in, which is not remembered."""
+        name, entry_id = delivery.origin
+        attributes = messaging("settle", name, entry_id=entry_id, group=WORKERS)
+        with span(f"settle {name}", kind=SpanKind.CLIENT, attributes=attributes):
+            # The trainer's own context, not ours: it outlives this worker (decision 0050).
+            result = Settling(
+                decision.key,
+                work.fingerprint,
+                decision,
+                onward(delivery.carrier),
+                work.run_id,
+                work.epoch,
+                remember=letter is None,
+            )
+            await self._bus.remember_settings(
+                self._settings.analysis_hash, self._settings.analysis_json
+            )
+            (settled,) = await self._bus.settle(
+                WORKERS, self._worker_id, delivery, [result], served, letter
+            )
+        self._reports.settlement(work, decision, settled)
+        if settled is Settlement.CONFLICT:
+            raise conflict(work)
+        return settled
+
+    async def _previous(self, work: Work) -> StructuralPruningDecision | None:
+        """The run's latest good decision of this level, of an earlier epoch."""
+        record = await self._bus.latest(work.run_id, work.key.level, before=work.epoch)
+        decision = unwrap(read_envelope(record.envelope)) if record else None
+        return decision if isinstance(decision, StructuralPruningDecision) else None
+
+    async def _count(self, work: Work, decision: StructuralPruningDecision) -> None:
+        """Feed the breakers: an approved level counts only once the trainer reports on it."""
+        breakers = self._bus.breakers
+        for level, vote in votes(decision).items():
+            if vote == "failure":
+                reason, token = grounds(decision, level), str(decision.key)
+                change = await breakers.failure(work.run_id, level, reason, token=token)
+                await self._reports.transition(change)
+            elif vote == "success":
+                await self._reports.transition(await breakers.success(work.run_id, level))
+
+    async def _note_failure(self, work: Work, delivery: Delivery, reason: str) -> None:
+        origin = "/".join(delivery.origin)
+        for level in work.levels:
+            change = await self._bus.breakers.failure(
+                work.run_id, level, reason, token=f"{origin}:{work.key}"
+            )
+            await self._reports.transition(change)
+
+
+def conflict(work: Work) -> Conflict:
+    """The key of ``work`` belongs to other content."""
+    return Conflict(
+        "idempotency_key",
+        f"the content that {work.key} was decided for",
+        f"content {work.fingerprint[:16]}",
+        hint="give other content another key",
+    )

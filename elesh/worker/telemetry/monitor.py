@@ -1,0 +1,110 @@
+"""The monitor of one worker: looks at its child and its bus, and tells whoever asks how it is.
+
+Promises: readiness turns red, with the reason, within ten seconds of a child that is wedged or dead
+and of a bus that does not answer; nothing here can hold up the worker or fail it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+from elesh.bus import Bus, BusUnavailable
+from elesh.observe import get_logger
+from elesh.observe.metrics import setup_metrics, shutdown_metrics
+from elesh.observe.tracing import is_exported
+from elesh.settings import ObserveSettings
+from elesh.worker.compute.heartbeat import Finding
+
+from .gauges import FleetFigures, register_gauges
+from .health import application, listening, serving
+from .status import Condition, Status
+
+__all__ = ["Monitor"]
+
+_LOOK_SECONDS = 1.0
+_LIVES = 3
+"""A worker is forgotten when it has missed so many heartbeats."""
+_log = get_logger(__name__)
+
+
+class Monitor:
+    """Watches one worker for as long as :meth:`running` lasts.
+
+    Args:
+        look: how the compute child is, from outside.
+    """
+
+    def __init__(
+        self, bus: Bus, settings: ObserveSettings, status: Status, look: Callable[[], Finding]
+    ) -> None:
+        self._bus, self._settings, self._status, self._look = bus, settings, status, look
+        self._heard = 0.0
+        self._figures = FleetFigures()
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Watch, beat and serve until the block ends; then the register forgets the worker.
+
+        Raises:
+            SettingsError: if the port of ``observe.health_port`` cannot be had.
+        """
+        async with contextlib.AsyncExitStack() as stack:
+            port = self._settings.health_port
+            if setup_metrics("elesh-worker", self._status.worker_id, prometheus=port is not None):
+                register_gauges(self._status, self._figures)
+                self._status.announce()
+            if port is not None:
+                app = application(self._status, self._refresh)
+                listener = listening(self._settings.health_host, port)
+                self._status.health_url = await stack.enter_async_context(serving(app, listener))
+                _log.info("health", url=self._status.health_url)
+            tasks = [asyncio.create_task(each()) for each in (self._watch, self._beat)]
+            try:
+                yield
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                with contextlib.suppress(BusUnavailable):
+                    await self._bus.registry.forget(self._status.worker_id)
+                await asyncio.to_thread(shutdown_metrics)
+
+    async def _watch(self) -> None:
+        """Once a second: how are child and bus?"""
+        self._heard = asyncio.get_running_loop().time()
+        while True:
+            before = self._status.condition
+            after = self._condition(self._look())
+            self._status.condition = after
+            if after.why != before.why and before.why != "starting":
+                tell = _log.info if after.ready else _log.warning
+                tell("ready" if after.ready else "not ready", why=after.why or "-")
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    def _condition(self, found: Finding) -> Condition:
+        if self._status.doing == "starting":
+            return Condition("starting", False, "starting")
+        if self._status.doing == "draining":
+            return Condition(found.child, False, "draining")
+        if found.why:
+            return Condition(found.child, False, found.why)
+        silent = asyncio.get_running_loop().time() - self._heard
+        if silent > self._settings.heartbeat_seconds + _LOOK_SECONDS:
+            return Condition(found.child, False, f"the bus has not answered for {silent:.0f} s")
+        return Condition(found.child, True, "")
+
+    async def _beat(self) -> None:
+        """Every heartbeat: tell the register."""
+        seconds = self._settings.heartbeat_seconds
+        while True:
+            with contextlib.suppress(BusUnavailable):
+                await self._bus.registry.beat(self._status.state(), seconds=_LIVES * seconds)
+                self._heard = asyncio.get_running_loop().time()
+                if is_exported("METRICS"):
+                    await self._refresh()
+            await asyncio.sleep(seconds)
+
+    async def _refresh(self) -> None:
+        await self._figures.refresh(self._bus)

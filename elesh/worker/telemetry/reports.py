@@ -1,0 +1,211 @@
+"""What a worker tells the world: telemetry events, dead letters, log lines.
+
+Telemetry is advice: it leaves by the :class:`~.buffer.Outbox`, and nobody waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from elesh.bus import Bus, BusUnavailable, Delivery, Settlement
+from elesh.bus.admission import Work
+from elesh.observe import carrier_of, get_logger
+from leyline import (
+    AnalysisMetrics,
+    BreakerTransition,
+    ContractError,
+    DeadLetter,
+    IdempotencyKey,
+    Priority,
+    StructuralPruningDecision,
+    StructuralValidationResult,
+    TelemetryEvent,
+)
+from leyline.streams import TELEMETRY, VALIDATION
+
+from .buffer import Outbox
+from .status import Status
+
+__all__ = ["Reports"]
+
+_SOURCE = "elesh"
+_SETTLED = {
+    Settlement.SETTLED: "settled",
+    Settlement.DUPLICATE: "duplicate",
+    Settlement.CONFLICT: "conflict",
+    Settlement.LOST: "lost",
+}
+_ANALYSIS_RUNGS = frozenset({"safety_failure", "taylor_failure"})
+"""Rows of the failure table that are answered inside the analysis."""
+_JOIN_RUNGS = frozenset(
+    {
+        "verification_skipped",
+        "verification_timeout",
+        "rounds_skipped",
+        "rounds_timeout",
+        "rounds_refused",
+        "calibration_skipped",
+    }
+)
+"""Those that only the join of all levels can take."""
+_log = get_logger(__name__)
+
+
+class Reports:
+    """Publishes what one worker does."""
+
+    def __init__(self, bus: Bus, worker_id: str) -> None:
+        self._bus = bus
+        self._worker_id = worker_id
+        self.status = Status(worker_id)
+        self.outbox = Outbox(bus)
+
+    def step(
+        self,
+        step: str,
+        work: Work,
+        *,
+        key: IdempotencyKey | None = None,
+        metrics: AnalysisMetrics | None = None,
+        figures: Mapping[str, float] | None = None,
+        detail: str = "",
+    ) -> None:
+        """One step of one analysis."""
+        values: dict[str, Any] = {
+            "step": step,
+            "worker_id": self._worker_id,
+            "at": datetime.now(UTC),
+            "idempotency_key": str(key or work.key),
+            "run_id": work.run_id,
+            "epoch": work.epoch,
+            "metrics": metrics,
+            "figures": dict(figures or {}),
+            "detail": detail,
+        }
+        self.outbox.put(TELEMETRY, TelemetryEvent(**values), work.run_id, work.epoch)
+
+    def analysed(
+        self, work: Work, decision: StructuralPruningDecision, metrics: AnalysisMetrics
+    ) -> None:
+        """The child answered; rungs that the analysis itself took are told, too.
+
+        A joint decision repeats those of its levels, which were told when they were analysed.
+        """
+        for taken in decision.fallbacks:
+            own = taken.rung in _ANALYSIS_RUNGS and not decision.levels
+            if own or taken.rung in _JOIN_RUNGS:
+                self.fallback(work, str(decision.key), taken.rung, taken.reason)
+        self.status.analysed(
+            decision.key.level, metrics.duration_seconds, metrics.peak_memory_bytes
+        )
+        self.step("analysed", work, key=decision.key, metrics=metrics)
+
+    def entry(self, step: str, stream: str, entry_id: str, cause: str, detail: str) -> None:
+        """An entry went round again."""
+        where = f"{stream}/{entry_id}"
+        self.status.redelivered(cause)
+        _log.warning(step.replace("_", " "), entry=where, cause=cause, reason=detail)
+        event: dict[str, Any] = {
+            "step": step,
+            "worker_id": self._worker_id,
+            "at": datetime.now(UTC),
+            "detail": f"{where}: {cause}: {detail}"[:8192],
+        }
+        self.outbox.put(TELEMETRY, TelemetryEvent(**event), "", None)
+
+    def settlement(
+        self, work: Work, decision: StructuralPruningDecision, outcome: Settlement
+    ) -> None:
+        """What became of a decision in the store; a settled one is Urabrask's business too."""
+        verdict = "approved" if decision.approved_for_application else "rejected"
+        _log.info(
+            "decision " + _SETTLED[outcome],
+            key=decision.idempotency_key,
+            verdict=verdict,
+            reason=decision.rejection_reason or "-",
+        )
+        seconds = (datetime.now(UTC) - work.received).total_seconds()
+        self.step(
+            _SETTLED[outcome],
+            work,
+            key=decision.key,
+            detail=verdict,
+            figures={
+                "seconds": seconds,
+                "approved": float(decision.approved_for_application),
+                "units": float(sum(len(units) for units in decision.units.values())),
+            },
+        )
+        if outcome is Settlement.SETTLED:
+            self.status.settled(decision)
+            result = StructuralValidationResult(
+                idempotency_key=decision.idempotency_key,
+                outcome=decision.safety.outcome,
+                gates=decision.safety.gates,
+            )
+            self.outbox.put(VALIDATION, result, work.run_id, work.epoch)
+
+    def fallback(self, work: Work, key: str, rung: str, reason: str) -> None:
+        """A rung of the failure table was taken."""
+        _log.warning("fallback", key=key, rung=rung, reason=reason)
+        self.status.fell_back(rung)
+        self.step("fallback", work, key=IdempotencyKey.parse(key), detail=f"{rung}: {reason}")
+
+    async def transition(self, change: BreakerTransition | None) -> None:
+        """A breaker changed its state; None where it did not."""
+        if change is None:
+            return
+        _log.warning(
+            "breaker",
+            run=change.run_id,
+            level=change.level.value,
+            before=change.before,
+            after=change.after,
+            reason=change.reason,
+        )
+        try:
+            # Awaited: the audit log has it from here.
+            await self._bus.publish(
+                TELEMETRY,
+                change,
+                source=_SOURCE,
+                carrier=carrier_of(),
+                priority=Priority.LOW,
+                run_id=change.run_id,
+            )
+        except BusUnavailable as error:
+            _log.warning("transition missed", reason=str(error))
+
+    def letter(self, delivery: Delivery, error: ContractError, work: Work | None) -> DeadLetter:
+        """The dead letter of an entry, with its original bytes and its history."""
+        stream, entry_id = delivery.origin
+        return DeadLetter(
+            stream=stream,
+            entry_id=entry_id,
+            error_code=error.code,
+            field=error.field[:8192],
+            reason=str(error)[:8192],
+            deliveries=delivery.deliveries,
+            worker_id=self._worker_id,
+            at=datetime.now(UTC),
+            original=delivery.original,
+            idempotency_key=str(work.key) if work else "",
+            traceparent=delivery.carrier.get("traceparent", ""),
+            history=delivery.history.attempts,
+        )
+
+    def buried(self, letter: DeadLetter, work: Work | None) -> None:
+        """An entry went to the dead letters."""
+        self.status.buried(letter.error_code)
+        event = TelemetryEvent(
+            step="dead_letter",
+            worker_id=self._worker_id,
+            at=letter.at,
+            idempotency_key=letter.idempotency_key,
+            run_id=work.run_id if work else "",
+            epoch=work.epoch if work else None,
+            detail=letter.reason,
+        )
+        self.outbox.put(TELEMETRY, event, event.run_id, event.epoch)

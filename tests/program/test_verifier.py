@@ -1,0 +1,265 @@
+"""No cut is approved that was not measured on held-out data; what cannot be measured says why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import msgpack
+import proved_networks
+import pytest
+import safetensors.torch
+import torch
+from proved_networks import Trained, inverted
+
+from elesh import safety
+from elesh.analysis import analyze
+from elesh.program import SKIPPED, TIMEOUT, verifier
+from elesh.safety import BreakerStatus, Proposal
+from elesh.trainer import Surgeon
+from leyline import (
+    CheckpointBundle,
+    Level,
+    NetworkExport,
+    Outcome,
+    Phase,
+    StructuralPruningDecision,
+    encode,
+)
+
+SETTINGS = proved_networks.settings()
+MEASURED = safety.MEASURED_GATES
+
+
+def decide(
+    bundle: CheckpointBundle, recorded: StructuralPruningDecision | None = None
+) -> StructuralPruningDecision:
+    return analyze(bundle, SETTINGS, verify=verifier(bundle, SETTINGS, recorded))
+
+
+def masked_accuracy(trained: Trained, decision: StructuralPruningDecision) -> float:
+    surgeon = Surgeon(trained.model, trained.bundle.architecture)
+    surgeon.mask(decision.units)
+    try:
+        return trained.accuracy
+    finally:
+        surgeon.unmask()
+
+
+@pytest.fixture(params=["perceptron", "wine", "convolutions"])
+def trained(request: pytest.FixtureRequest) -> Trained:
+    make: Callable[[], Trained] = getattr(proved_networks, request.param)
+    return make()
+
+
+def test_an_approved_cut_of_a_fifth_keeps_95_percent_of_the_accuracy_on_unseen_data(
+    trained: Trained,
+) -> None:
+    """Without fine-tuning, at the end of the aggressive phase; or less is approved, and why."""
+    before, decision = trained.accuracy, decide(trained.at(119))
+    found = decision.safety.verification
+    assert found is not None, (decision.rejection_reason, decision.fallbacks)
+    assert before > 0.85
+    if not decision.approved_for_application:
+        assert any(g.name in MEASURED and not g.passed for g in decision.safety.gates)
+        assert found.kept == 0
+        return
+    assert masked_accuracy(trained, decision) >= 0.95 * before
+    assert found.kept == sum(map(len, decision.units.values())) > 0
+    assert (found.kept < found.proposed) == bool(found.stopped)
+    assert decision.safety.outcome is Outcome.GO
+
+
+def test_figures_of_a_measured_decision_are_those_of_the_masked_network(trained: Trained) -> None:
+    decision = decide(trained.at(80))
+    found = decision.safety.verification
+    assert found is not None
+    x, y = trained.held_out
+    surgeon, losses, hits = Surgeon(trained.model, trained.bundle.architecture), [], []
+    assert decision.units
+    for units in ({}, decision.units):
+        surgeon.mask(units)
+        with torch.no_grad():
+            logits = trained.model(x)
+        losses.append(float(torch.nn.functional.cross_entropy(logits, y)))
+        hits.append(float((logits.argmax(1) == y).float().mean()))
+    surgeon.unmask()
+    assert found.loss_before == pytest.approx(losses[0], abs=1e-5)
+    assert found.loss_rise == pytest.approx(losses[1] - losses[0], abs=1e-5)
+    assert found.accuracy_drop == pytest.approx(hits[0] - hits[1], abs=1e-6)
+    assert found.loss_rise_interval.low <= found.loss_rise <= found.loss_rise_interval.high
+    assert {gate.name for gate in decision.safety.gates} >= MEASURED
+    assert decision.safety.measured
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(trained: Trained) -> None:
+    bundle = trained.at(119)
+    first = decide(bundle)
+    threads = torch.get_num_threads()
+    torch.manual_seed(99)
+    assert encode(decide(bundle)) == encode(first)
+    assert encode(decide(bundle, recorded=first)) == encode(first)
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("epoch", [45, 85, 119])
+@pytest.mark.parametrize("network", ["perceptron", "convolutions"])
+def test_an_inverted_ranking_never_costs_more_than_the_limit(network: str, epoch: int) -> None:
+    trained = getattr(proved_networks, network)()
+    bundle = inverted(trained, epoch)
+    decision = decide(bundle)
+    assert decision.safety.verification is not None
+    limit = SETTINGS.verification.channel.of(decision.safety.phase).accuracy_drop
+    assert trained.accuracy - masked_accuracy(trained, decision) <= limit
+
+
+def test_a_ranking_that_is_mostly_wrong_is_refused_whole_and_counts_against_its_level() -> None:
+    trained = proved_networks.convolutions()
+    bundle = inverted(trained, 119)
+    unmeasured = analyze(bundle, SETTINGS)
+    assert unmeasured.approved_for_application, "nothing but measuring notices"
+    assert masked_accuracy(trained, unmeasured) < trained.accuracy - 0.3
+    decision = decide(bundle)
+    assert "ranking" in decision.rejection_reason
+    assert not decision.units
+    assert safety.votes(decision) == {Level.CHANNEL: "failure"}
+    assert decide(trained.at(119)).approved_for_application
+
+
+def test_a_cut_of_which_no_part_is_safe_is_refused_and_counts_against_its_level() -> None:
+    trained = proved_networks.convolutions()
+    bundle = trained.at(119)
+    strict = SETTINGS.verification.model_copy(update={"gradient_flow_change": 0.0})
+    settings = SETTINGS.model_copy(update={"verification": strict})
+    decision = analyze(bundle, settings, verify=verifier(bundle, settings))
+    assert not decision.approved_for_application
+    assert decision.safety.outcome is Outcome.NO_GO
+    assert "gradient_flow" in decision.rejection_reason
+    assert not decision.units
+    assert safety.votes(decision) == {Level.CHANNEL: "failure"}
+
+
+def test_an_open_breaker_is_not_measured_against() -> None:
+    bundle = proved_networks.perceptron().at(119)
+    decision = analyze(
+        bundle,
+        SETTINGS,
+        breakers={Level.CHANNEL: BreakerStatus("open", 3, "test")},
+        verify=verifier(bundle, SETTINGS),
+    )
+    assert not decision.approved_for_application
+    assert decision.safety.verification is None
+
+
+def spoiled(kind: str, network: NetworkExport) -> NetworkExport:
+    held_out = safetensors.torch.load(network.held_out)
+    weights = safetensors.torch.load(network.weights)
+    program = msgpack.unpackb(network.program)
+    if kind == "no program":
+        return replace(network, program=b"\x93\x01")
+    if kind == "pickle":
+        return replace(network, program=b"\x80\x04cos\nsystem\n(S'x'\ntR.")
+    if kind == "another architecture":
+        return replace(network, program=msgpack.packb(program | {"model_hash": "0" * 16}))
+    if kind == "other operators":
+        nodes = [[node[0], "aten.relu.default", [{"value": program["output"]}], {}]
+                 for node in program["nodes"]]  # fmt: skip
+        return replace(network, program=msgpack.packb(program | {"nodes": nodes}))
+    if kind == "wrong shapes":
+        nodes = program["nodes"]
+        nodes[-1][1:] = ["aten.reshape.default", [{"value": nodes[-2][0]}, [7, 11, 13]], {}]
+        return replace(network, program=msgpack.packb(program | {"nodes": nodes}))
+    if kind == "no weights":
+        weights.pop(next(iter(weights)))
+        return replace(network, weights=safetensors.torch.save(weights))
+    if kind == "other weights":
+        name = next(iter(weights))
+        weights[name] = weights[name][1:].contiguous()
+        return replace(network, weights=safetensors.torch.save(weights))
+    if kind == "NaN weights":
+        name = next(iter(weights))
+        weights[name].view(-1)[0] = torch.nan
+        return replace(network, weights=safetensors.torch.save(weights))
+    if kind == "no labels":
+        held_out.pop("labels")
+    elif kind == "one class":
+        held_out["labels"] = torch.zeros_like(held_out["labels"])
+    elif kind == "NaN":
+        held_out["inputs/0"].view(-1)[5] = torch.nan
+    elif kind == "labels outside":
+        held_out["labels"][0] = 99
+    elif kind == "few samples":
+        held_out = {name: value[:8].contiguous() for name, value in held_out.items()}
+    elif kind == "no inputs":
+        held_out.pop("inputs/0")
+    elif kind == "half labels":
+        held_out["labels"] = held_out["labels"][::2].contiguous()
+    elif kind == "not safetensors":
+        return replace(network, held_out=b"junk")
+    return replace(network, held_out=safetensors.torch.save(held_out))
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        ("no program", "program"),
+        ("pickle", "program"),
+        ("another architecture", "program.model_hash"),
+        ("other operators", "program"),
+        ("wrong shapes", "program does not run"),
+        ("no weights", "weights."),
+        ("other weights", "weights."),
+        ("NaN weights", "weights."),
+        ("no labels", "held_out.labels"),
+        ("one class", "held_out.labels: expected at least two classes"),
+        ("NaN", "held_out.inputs/0"),
+        ("labels outside", "held_out.labels: expected classes"),
+        ("few samples", "held_out.labels"),
+        ("no inputs", "held_out.inputs/0"),
+        ("half labels", "held_out.inputs/0"),
+        ("not safetensors", "held_out"),
+    ],
+)
+def test_what_cannot_be_measured_is_named_and_the_stricter_gate_stands_in(
+    kind: str, named: str
+) -> None:
+    trained = proved_networks.perceptron()
+    network = trained.bundle.network
+    assert network is not None
+    decision = decide(replace(trained.at(70), network=spoiled(kind, network)))
+    (skipped,) = [taken for taken in decision.fallbacks if taken.rung == SKIPPED]
+    assert named in skipped.reason
+    assert decision.safety.verification is None
+    assert not decision.safety.measured
+    assert "predicted_loss" in {gate.name for gate in decision.safety.gates}
+    assert decision.safety.outcome is not Outcome.GO
+
+
+def test_too_slow_for_the_window_is_named_and_replayed_as_it_was() -> None:
+    bundle = proved_networks.perceptron().at(70)
+    hurried = SETTINGS.model_copy(
+        update={"worker": SETTINGS.worker.model_copy(update={"window_seconds": 1e-9})}
+    )
+    decision = analyze(bundle, hurried, verify=verifier(bundle, hurried))
+    (taken,) = decision.fallbacks
+    assert taken.rung == TIMEOUT
+    again = analyze(bundle, SETTINGS, verify=verifier(bundle, SETTINGS, recorded=decision))
+    assert again.fallbacks == decision.fallbacks
+    assert again.safety == decision.safety
+
+
+def test_a_worker_without_torch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("elesh.program.find_spec", lambda name: None)
+    decision = decide(proved_networks.perceptron().at(70))
+    (taken,) = decision.fallbacks
+    assert "no torch" in taken.reason
+    assert decision.safety.outcome is not Outcome.GO
+
+
+def test_a_predicted_rise_that_measuring_might_allow_is_refused_unmeasured() -> None:
+    order = ((Level.CHANNEL, "a", 0),)
+    limit = SETTINGS.verification.channel.conservative.loss_rise
+    for rise, passes in ((limit / 2, True), (limit * 0.51, False)):
+        proposal = Proposal(order, Phase.CONSERVATIVE, predicted_loss_rise=rise)
+        (gate,) = safety.predicted_only(proposal, SETTINGS).gates
+        assert gate.passed is passes

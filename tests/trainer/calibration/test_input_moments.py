@@ -1,0 +1,170 @@
+"""What is measured for whoever redistributes is what a cut with redistribution then does."""
+
+from __future__ import annotations
+
+import copy
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from attention_nets import NETS as FAMILIES
+from attention_nets import TOKENS, WIDTH, Own, build, inputs
+from torch import Tensor, nn
+
+from elesh.analysis.candidates import Candidates
+from elesh.analysis.levels.heads import choose_head_scorer
+from elesh.analysis.selection.reconstruction_order import ReconstructionOrder
+from elesh.trainer import Recorder, Surgeon
+from elesh.trainer.network.calling import main_output
+from leyline import CheckpointBundle, GateStatistics, Level
+
+SAMPLES = 2048
+
+
+class Attended(nn.Module):
+    """Attention, the mean over tokens, and a linear readout: heads act on the outputs linearly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.attention = nn.Linear(WIDTH, WIDTH), Own()
+        self.leave = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(self.attention(self.enter(x)).mean(1))
+
+
+class Convolved(nn.Module):
+    """A convolution whose consumer is 1 x 1, then the mean over positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 8, 3), nn.Conv2d(8, 6, 1)
+        self.leave = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(self.second(torch.relu(self.first(x))).mean((2, 3)))
+
+
+class Mixed(nn.Module):
+    """Hidden units that a linear layer reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.leave = nn.Linear(6, 10), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(torch.relu(self.first(x)))
+
+
+CONSUMERS = {"heads": "attention.out", "maps": "second", "units": "leave"}
+NETS = {
+    "heads": (Attended, (TOKENS, WIDTH)),
+    "maps": (Convolved, (2, 6, 6)),
+    "units": (Mixed, (6,)),
+}
+
+
+def measured(
+    kind: str, *, constant: bool = False
+) -> tuple[nn.Module, list[tuple[Tensor, Tensor]], CheckpointBundle]:
+    net, shape = NETS[kind]
+    torch.manual_seed(3)
+    model = net().eval()
+    x = torch.randn(SAMPLES, *shape)
+    if constant:
+        x = (x[:, :1] if kind == "heads" else x[:, :, :1, :1]).expand(SAMPLES, *shape)
+    else:  # A sample's positions have something in common.
+        x = x + 0.3 * torch.randn(SAMPLES, *[1] * len(shape))
+    batches = [(x, torch.randint(0, 3, (SAMPLES,)))]
+    recorder = Recorder(model, x[:2])
+    return model, batches, recorder.measure(batches, epoch=1, ahead=0, redistribute=True)
+
+
+def gate_of(kind: str, bundle: CheckpointBundle) -> GateStatistics:
+    """Of the group that the kind's consumer reads."""
+    groups = bundle.architecture.groups
+    (name,) = [g.name for g in groups if g.sites and g.sites[0].module == CONSUMERS[kind]]
+    return bundle.gates[name]
+
+
+def moved(
+    model: nn.Module, x: Tensor, bundle: CheckpointBundle, units: dict[str, list[int]]
+) -> float:
+    """Mean over samples of the squared movement of the centred outputs after such a cut."""
+    cut = copy.deepcopy(model)
+    recorder = Recorder(cut, x[:2], architecture=bundle.architecture)
+    batches = [(x, torch.zeros(len(x), dtype=torch.long))]
+    Surgeon(cut, bundle.architecture).cut(units, redistribute=recorder.moments(batches, units))
+    with torch.no_grad():
+        change = cut(x) - model(x)
+    return float((change - change.mean(1, keepdim=True)).square().sum(1).mean())
+
+
+@pytest.mark.parametrize(("kind", "constant"), [("units", False), ("heads", True), ("maps", True)])
+def test_what_is_predicted_for_a_set_is_what_its_cut_moves(kind: str, constant: bool) -> None:
+    """Exact where slopes are the same for all samples, and inputs at all positions: but for the
+    drawn directions and the ridge."""
+    model, batches, bundle = measured(kind, constant=constant)
+    gate = gate_of(kind, bundle)
+    units = gate.projections.shape[1]
+    name = gate.layer_name
+    candidates = Candidates(names=(name,), sizes=(units,), rooms=(units,), multiples=(1,))
+    predicted, found = [], []
+    for chosen in list(combinations(range(units), 2))[:12]:
+        order = ReconstructionOrder(candidates, {name: gate})
+        first = float(order.costs[chosen[0]])
+        order.take(chosen[:1])
+        predicted.append(first + float(order.costs[chosen[1]]))
+        found.append(moved(model, batches[0][0], bundle, {name: list(chosen)}))
+    np.testing.assert_allclose(predicted, found, rtol=0.2)
+
+
+@pytest.mark.parametrize("kind", NETS)
+def test_moments_are_those_of_the_consumers_inputs(kind: str) -> None:
+    model, batches, bundle = measured(kind)
+    gate, seen = gate_of(kind, bundle), list[Tensor]()
+    handle = model.get_submodule(CONSUMERS[kind]).register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].detach())
+    )
+    with torch.no_grad():
+        model(batches[0][0])
+    handle.remove()
+    x = seen[0].movedim(1, -1) if kind == "maps" else seen[0]
+    rows = x.reshape(SAMPLES, -1, x.shape[-1]).double()
+    # The attention's projection has no bias that could take up a constant.
+    means = rows.mean((0, 1)) * (kind != "heads")
+    left = (rows - means).reshape(-1, rows.shape[-1])
+    close = {"rtol": 1e-3, "atol": 1e-4}
+    np.testing.assert_allclose(gate.input_means[0], means, **close)
+    np.testing.assert_allclose(gate.input_moments[0], left.T @ left / len(left), **close)
+    steady = (rows.mean(1) - means).square().mean(0)
+    np.testing.assert_allclose(gate.sample_moments[0], steady, **close)
+
+
+@pytest.mark.parametrize("kind", ["heads", "maps"])
+def test_slopes_that_are_the_same_at_all_positions_are_all_in_the_sum(kind: str) -> None:
+    _, _, bundle = measured(kind)
+    summed, left = gate_of(kind, bundle).input_slopes[0]
+    assert np.abs(left).max() < 1e-4 * np.abs(summed).max()
+    assert np.abs(summed).max() > 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_heads_of_every_family_are_measured_element_by_element(name: str) -> None:
+    model, samples = build(name), 6
+    recorder = Recorder(
+        model, inputs(name), loss=lambda output, _: main_output(output).square().flatten(1).mean(1)
+    )
+    batches = [(inputs(name, samples), torch.arange(samples) % 2)]
+    bundle = recorder.measure(batches, epoch=1, redistribute=True)
+    heads = [g for g in bundle.architecture.groups if g.prunable and g.level is Level.HEAD]
+    assert heads
+    for group in heads:
+        (site,), gate = group.sites, bundle.gates[group.name]
+        assert gate.input_means is not None
+        assert gate.input_means.shape == (1, group.size * site.width)
+        assert site.width > 1
+    scorer, fallbacks = choose_head_scorer(bundle, "auto", redistribute=True)
+    assert scorer == "reconstruction"
+    assert "moments_failure" not in [taken.rung for taken in fallbacks]

@@ -1,0 +1,250 @@
+"""The session: off the training thread, never in its way, and its requests are answered."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+import networks
+import numpy as np
+import pytest
+import torch
+from guarded import World, decide, told
+from redis import Redis
+from station import Station, checkpoint
+from trainer_nets import same
+
+from elesh.bus import BreakerView, Bus, Settling
+from elesh.bus.state.runs import RunStore
+from elesh.settings import Settings
+from elesh.trainer import Evaluation, Session
+from elesh.trainer.session.restore_points import FolderPoints
+from leyline import (
+    CheckpointReady,
+    IdempotencyKey,
+    Level,
+    Outcome,
+    StructuralAnalysisRequest,
+    StructuralPruningDecision,
+)
+from leyline.streams import CHECKPOINTS, MASKS, RECOMPILE, REQUESTS, VALIDATION
+
+
+def settings_of(station: Station, **trainer: Any) -> Settings:
+    return Settings.load(station.settings_file(), trainer=trainer)
+
+
+def test_a_published_checkpoint_is_decided_and_comes_back_to_its_run(station: Station) -> None:
+    station.worker()
+    with Session("run", station.url, settings_of(station)) as session:
+        session.publish(checkpoint())
+        assert session.wait(60)
+        (decision,) = session.decisions()
+    assert decision.idempotency_key == str(checkpoint().key(Level.CHANNEL))
+    assert session.missed == 0
+
+
+def test_a_request_is_answered_under_its_own_id(station: Station) -> None:
+    station.worker()
+    with Session("run", station.url, settings_of(station)) as session:
+        session.request(checkpoint(), "rq-7")
+        assert session.wait(60)
+        (decision,) = session.decisions()
+    hash_ = checkpoint().architecture.model_hash
+    assert decision.key == IdempotencyKey(60, hash_, "rq-7", Level.CHANNEL)
+    (message,) = station.messages(REQUESTS)
+    assert isinstance(message, StructuralAnalysisRequest)
+
+
+def test_decisions_of_other_runs_are_not_seen(station: Station) -> None:
+    station.worker()
+    with Session("another-run", station.url, settings_of(station)) as session:
+        assert session.wait_connected(60)
+        station.publish(checkpoint())
+        station.wait_decisions(1)
+        mine = checkpoint(number=2)
+        metadata = mine.metadata.model_copy(update={"run_id": "another-run"})
+        session.publish(networks.bundle(mine.architecture, metadata=metadata))
+        assert session.wait(60)
+        assert [d.run_id for d in session.decisions()] == ["another-run"]
+
+
+def test_the_same_bundle_published_twice_is_one_event(station: Station) -> None:
+    with Session("run", station.url, settings_of(station)) as session:
+        session.publish(checkpoint())
+        session.publish(checkpoint())
+    messages = station.messages(CHECKPOINTS)
+    assert [type(m) for m in messages] == [CheckpointReady]
+
+
+def test_publishing_never_waits_when_the_bus_is_away_and_the_miss_is_counted() -> None:
+    with Session("run", "redis://127.0.0.1:1/0") as session:
+        queued = [session.publish(checkpoint(number=n)) for n in range(12)]
+    assert queued == [True] * 8 + [False] * 4
+    assert session.missed == 12
+
+
+def test_a_second_trainer_of_a_run_is_refused_by_name_and_goes_on_without_elesh(
+    station: Station,
+) -> None:
+    settings = settings_of(station)
+    with Session("run", station.url, settings) as first:
+        assert first.wait_connected(60)
+        with Session("run", station.url, settings) as second:
+            assert second.wait_connected(60)
+            assert f":{os.getpid()}" in second.refused
+            assert "another run id" in second.refused
+            assert not second.publish(checkpoint())
+            assert second.missed == 1
+            world = World()
+            outcome = second.apply(decide(world.original), world.surgeon, told(0.9))
+            assert (outcome.result, outcome.detail) == ("refused", second.refused)
+        assert first.publish(checkpoint())
+    assert len(station.messages(CHECKPOINTS)) == 1
+    with Session("run", station.url, settings) as third:
+        assert third.wait_connected(60)
+        assert third.refused == "", "a trainer that has ended gives its claim up"
+
+
+def test_the_claim_of_a_trainer_that_is_gone_ends_with_its_lease(station: Station) -> None:
+    station.on_bus(lambda bus: bus.runs.claim("run", "dead", "elsewhere:1", 0.6))
+    settings = settings_of(station, claim_seconds=0.8)
+    with Session("run", station.url, settings) as session:
+        assert session.wait_connected(60)
+        assert "elsewhere:1" in session.refused
+        station.wait_for(lambda: not session.refused, "the claim to end")
+        assert session.publish(checkpoint())
+    assert len(station.messages(CHECKPOINTS)) == 1
+
+
+def test_a_trainer_that_lost_its_claim_publishes_nothing_more(station: Station) -> None:
+    settings = settings_of(station, claim_seconds=3600)
+    with Session("run", station.url, settings) as session:
+        assert session.wait_connected(60)
+        # As after a long pause of the process: the lease ran out, and another took the run.
+        with Redis.from_url(station.url) as client:
+            client.delete(f"elesh:{{{station.partition}}}:claim:run")
+        station.on_bus(lambda bus: bus.runs.claim("run", "other", "elsewhere:1", 60))
+        session.publish(checkpoint())
+    assert "elsewhere:1" in session.refused
+    assert session.missed == 1
+    assert station.messages(CHECKPOINTS) == []
+
+
+def test_a_trainer_that_pauses_between_renewal_and_publish_is_refused_by_the_server(
+    station: Station, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def renewed(*_: object) -> None:
+        """Just now, as it believes."""
+
+    with Session("run", station.url, settings_of(station, claim_seconds=3600)) as session:
+        assert session.wait_connected(60)
+        monkeypatch.setattr(RunStore, "claim", renewed)
+        with Redis.from_url(station.url) as client:
+            claim = {"token": "other", "who": "elsewhere:1"}
+            client.hset(f"elesh:{{{station.partition}}}:claim:run", mapping=claim)
+        session.publish(checkpoint())
+    assert session.missed == 1
+    assert station.messages(CHECKPOINTS) == []
+
+
+def test_a_killed_trainer_takes_its_claim_over_at_once_by_its_restore_folder(
+    station: Station, tmp_path: Path
+) -> None:
+    settings = settings_of(station, claim_seconds=3600)
+    session = Session("run", station.url, settings, restore_dir=tmp_path)
+    token = FolderPoints(tmp_path / "elsewhere").token
+    assert (tmp_path / "run" / "claim").read_text() != token
+    token = (tmp_path / "run" / "claim").read_text()
+    station.on_bus(lambda bus: bus.runs.claim("run", token, "killed:1", 3600))
+    with session:
+        assert session.wait_connected(60)
+        assert session.refused == ""
+
+
+def test_a_folder_in_use_refuses_the_run_and_training_goes_on(tmp_path: Path) -> None:
+    with Session("run", "redis://127.0.0.1:1/0", restore_dir=tmp_path):  # noqa: SIM117
+        with Session("run", "redis://127.0.0.1:1/0", restore_dir=tmp_path) as second:
+            assert "in use" in second.refused
+            assert second.resume(World().surgeon) == 0
+            assert not second.publish(checkpoint())
+
+
+def test_labels_that_are_shuffled_after_a_cut_roll_it_back_and_everybody_is_told(
+    station: Station,
+) -> None:
+    station.worker()
+    settings = settings_of(station)
+    labels = torch.randint(0, 5, (200,), generator=torch.Generator().manual_seed(1))
+    world, truth = World(), labels.clone()
+
+    def evaluate() -> Evaluation:
+        return Evaluation(float((labels == truth).float().mean()), 0.1)
+
+    with Session("run", station.url, settings) as session:
+        session.resume(world.surgeon, **world.parts)
+        world.train()
+        before = world.digest()
+        decision = decide(world.original)
+        station.on_bus(lambda bus: settle(bus, decision))
+        outcome = session.apply(decision, world.surgeon, evaluate)
+        assert (outcome.result, outcome.watched) == ("applied", 3)
+        cut = world.surgeon.architecture
+        world.train()
+        assert session.watch(61, evaluate) == []
+        labels = labels[torch.randperm(200, generator=torch.Generator().manual_seed(2))]
+        world.train()
+        (outcome,) = session.watch(62, evaluate)
+        assert (outcome.result, outcome.rolled_back_epoch) == ("rolled_back", 62)
+        assert world.digest() == before
+    view = station.wait_for(lambda: failures_of(station), "the breaker to count it")
+    assert "within the watch" in view.reason
+    applied, rolled_back = station.messages(RECOMPILE)
+    assert (applied.reason, rolled_back.reason) == ("cut", "rollback")
+    assert applied.model_hash_after == rolled_back.model_hash_before == cut.model_hash
+    assert applied.parameters_after == rolled_back.parameters_before == cut.parameters
+    good, bad = station.messages(VALIDATION)
+    assert (good.outcome, good.accuracy_retention) == (Outcome.GO, 1.0)
+    assert bad.outcome is Outcome.NO_GO
+    assert bad.accuracy_retention == outcome.accuracy_after
+
+
+def failures_of(station: Station) -> BreakerView | None:
+    view = station.on_bus(lambda bus: bus.breakers.view("run", Level.CHANNEL))
+    return view if view.failures else None
+
+
+async def settle(bus: Bus, decision: StructuralPruningDecision) -> None:
+    """Store a decision as if a worker had made it."""
+    await bus.publish(MASKS, decision, source="test")
+    (delivery,) = await bus.claim("makers", "maker", [MASKS], count=1, block_seconds=0)
+    result = Settling(decision.key, "fp", decision, {}, "run", decision.epoch)
+    await bus.settle("makers", "maker", delivery, [result])
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_training_draws_the_same_random_numbers_with_a_session_as_without(
+    station: Station, there: bool
+) -> None:
+    url = station.url if there else "redis://127.0.0.1:1/0"
+    world = World()
+    before = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].tolist()
+    with Session("run", url, settings_of(station)) as session:
+        assert session.wait_connected(60 if there else 0.6) is there
+        session.resume(world.surgeon)
+        with session.checkpoint(1):
+            session.publish(checkpoint())
+        session.watch(1, told(0.9))
+        session.apply(decide(world.original), world.surgeon, lambda: Evaluation(0.9, 0.1))
+    after = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].tolist()
+    assert same(before, after)
+
+
+def test_no_thread_is_left_behind() -> None:
+    before = set(threading.enumerate())
+    with Session("run", "redis://127.0.0.1:1/0"):
+        pass
+    assert set(threading.enumerate()) <= before

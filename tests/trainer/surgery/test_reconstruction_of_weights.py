@@ -1,0 +1,267 @@
+"""Redistribution keeps what the kept channels predict, and nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from trainer_nets import NETS, batches, build, close, example, same, units
+
+from elesh.analysis import analyze
+from elesh.settings import Settings
+from elesh.trainer import Evaluation, Moments, Recorder, Surgeon, apply_decision
+from elesh.trainer.surgery.reconstruction import predict_lost
+from leyline import IdentityMismatch, InvalidField
+
+CONSUMERS = {
+    "conv": lambda: nn.Conv2d(6, 4, 3, padding=1),
+    "strided": lambda: nn.Conv2d(6, 4, 3, 2, bias=False),
+    "dilated": lambda: nn.Conv2d(6, 4, (1, 3), dilation=2, padding="same"),
+    "transposed": lambda: nn.ConvTranspose2d(6, 4, 3, 2, 1),
+    "pointwise": lambda: nn.Conv2d(6, 4, 1),
+}
+
+
+class Duplicated(nn.Module):
+    """Channel 3 of the first layer is twice channel 1, whoever consumes it."""
+
+    def __init__(self, consumer: nn.Module) -> None:
+        super().__init__()
+        self.first, self.consumer = nn.Conv2d(3, 6, 3, padding=1), consumer
+        self.fc = nn.Linear(4, 5)
+        with torch.no_grad():
+            self.first.weight[3] = 2 * self.first.weight[1]
+            self.first.bias[3] = 2 * self.first.bias[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.consumer(torch.relu(self.first(x))).mean((2, 3)))
+
+
+class Flattened(nn.Module):
+    """The same in front of a linear layer that owns four inputs of every channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3, padding=1)
+        self.fc = nn.Linear(24, 5)
+        with torch.no_grad():
+            self.first.weight[3] = 2 * self.first.weight[1]
+            self.first.bias[3] = 2 * self.first.bias[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.adaptive_avg_pool2d(torch.relu(self.first(x)), 2)
+        return self.fc(x.flatten(1))
+
+
+def cut(model: nn.Module, lost: dict[str, list[int]], *, redistribute: bool) -> Tensor:
+    """The outputs of a copy after the cut."""
+    twin = copy.deepcopy(model)
+    recorder = Recorder(twin, example())
+    surgeon = Surgeon(twin, recorder.architecture)
+    surgeon.cut(lost, redistribute=recorder.moments(batches(30), lost) if redistribute else None)
+    return twin(example())
+
+
+@pytest.mark.parametrize("kind", [*CONSUMERS, "flatten"])
+def test_a_scaled_copy_is_not_missed(kind: str) -> None:
+    torch.manual_seed(0)
+    model = Flattened() if kind == "flatten" else Duplicated(CONSUMERS[kind]())
+    model.eval()
+    whole = model(example())
+    assert not close(cut(model, {"first": [3]}, redistribute=False), whole)
+    assert close(cut(model, {"first": [3]}, redistribute=True), whole)
+    # The other one of the pair serves as well.
+    assert close(cut(model, {"first": [1]}, redistribute=True), whole)
+
+
+def test_a_constant_channel_becomes_a_bias() -> None:
+    torch.manual_seed(0)
+    model = Duplicated(nn.Conv2d(6, 4, 3)).eval()
+    with torch.no_grad():
+        model.first.weight[2] = 0
+        model.first.bias[2] = 3
+    assert close(cut(model, {"first": [2]}, redistribute=True), model(example()))
+
+
+def test_a_constant_is_left_alone_where_zeros_are_padded() -> None:
+    torch.manual_seed(0)
+    model = Duplicated(nn.Conv2d(6, 4, 3, padding=1)).eval()
+    recorder = Recorder(model, example())
+    bias = model.consumer.bias.detach().clone()
+    moments = recorder.moments(batches(), ["first"])
+    Surgeon(model, recorder.architecture).cut({"first": [2]}, redistribute=moments)
+    assert torch.equal(model.consumer.bias, bias)
+
+
+@examples(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    channels=st.integers(2, 12),
+    rank=st.integers(1, 12),
+    share=st.floats(0, 1),
+    constant=st.booleans(),
+    ridge=st.sampled_from([1e-6, 1e-4, 1e-1]),
+)
+def test_predicted_inputs_are_never_worse_than_zeros(
+    seed: int, channels: int, rank: int, share: float, constant: bool, ridge: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal((40, rank)) @ rng.standard_normal((rank, channels))
+    x = torch.from_numpy(rows + rng.standard_normal(channels))
+    lost = rng.permutation(channels)[: max(1, int(share * channels))].tolist()
+    solved = predict_lost(x.mean(0), x.T @ x / len(x), lost, constant, ridge)
+    predicted = x[:, solved.kept] @ solved.coefficients.T + solved.constant
+    left = x[:, solved.lost]
+    assert (left - predicted).square().sum() <= left.square().sum() * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_every_network_runs_on_with_the_same_counts(name: str) -> None:
+    model, plain = build(name), build(name)
+    recorder = Recorder(model, example())
+    architecture = recorder.architecture
+    chosen = units(architecture)
+    moments = recorder.moments(batches(), chosen)
+    after = Surgeon(model, architecture).cut(chosen, redistribute=moments)
+    assert after.parameters == sum(p.numel() for p in model.parameters())
+    assert after == Surgeon(plain, architecture).cut(chosen)
+    assert torch.isfinite(model(example())).all()
+    changed = [
+        not torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True)
+    ]
+    assert any(changed)
+
+
+@pytest.mark.parametrize("name", ["Vgg", "ResNet", "Dense", "Unet"])
+def test_the_inputs_of_the_first_consumer_are_nearer_to_what_they_were(name: str) -> None:
+    model = build(name)
+    architecture = Recorder(model, example()).architecture
+    group = next(g for g in architecture.groups if g.prunable and len(g.sites) == 1)
+    consumer = group.sites[0].module
+    data = torch.cat([x for x, _ in batches()])
+
+    def output(net: nn.Module) -> Tensor:
+        seen: list[Tensor] = []
+        handle = net.get_submodule(consumer).register_forward_hook(
+            lambda module, args, out: seen.append(out.detach())
+        )
+        net(data)
+        handle.remove()
+        return seen[0]
+
+    errors = []
+    for redistribute in (False, True):
+        twin = copy.deepcopy(model)
+        recorder = Recorder(twin, example(), architecture=architecture)
+        lost = {group.name: [0, 2]}
+        moments = recorder.moments(batches(), lost) if redistribute else None
+        Surgeon(twin, architecture).cut(lost, redistribute=moments)
+        errors.append(float((output(twin) - output(model)).square().mean()))
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("name", ["Vgg", "ResNet", "Unet"])
+def test_undo_is_exact_and_moments_of_the_optimizer_are_cut_as_without(name: str) -> None:
+    states = []
+    for redistribute in (False, True):
+        model = build(name)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        model(example()).square().sum().backward()
+        optimizer.step()
+        recorder = Recorder(model, example())
+        surgeon = Surgeon(model, recorder.architecture, optimizer=optimizer)
+        before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+        identities = [id(p) for p in model.parameters()]
+        chosen = units(recorder.architecture)
+        moments = recorder.moments(batches(), chosen) if redistribute else None
+        surgeon.cut(chosen, redistribute=moments)
+        assert [id(p) for p in model.parameters()] == identities
+        states.append(copy.deepcopy(optimizer.state_dict()["state"]))
+        surgeon.undo()
+        assert same(before, (dict(model.state_dict()), optimizer.state_dict()["state"]))
+    assert same(*states)
+
+
+def test_measuring_moments_leaves_the_network_as_it_was() -> None:
+    model = build("ResNet").train()
+    recorder = Recorder(model, example())
+    before = copy.deepcopy(model.state_dict())
+    recorder.moments(batches(), [g.name for g in recorder.architecture.groups])
+    assert same(before, dict(model.state_dict()))
+    assert model.training
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_moments_of_another_structure_are_refused_and_nothing_is_changed() -> None:
+    model = build("Vgg")
+    recorder = Recorder(model, example())
+    surgeon = Surgeon(model, recorder.architecture)
+    name = recorder.architecture.groups[0].name
+    old = recorder.moments(batches(), [name])
+    surgeon.cut({name: [0]})
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(IdentityMismatch):
+        surgeon.cut({name: [0]}, redistribute=old)
+    assert same(before, dict(model.state_dict()))
+    surgeon.undo()
+    partial = Moments(old.model_hash, {}, {})
+    with pytest.raises(InvalidField, match="moments"):
+        surgeon.cut({name: [0]}, redistribute=partial)
+
+
+def test_moments_of_an_unknown_group_or_of_no_samples_are_refused() -> None:
+    recorder = Recorder(build("Vgg"), example())
+    with pytest.raises(InvalidField, match="nowhere"):
+        recorder.moments(batches(), ["nowhere"])
+    with pytest.raises(InvalidField, match="reach"):
+        recorder.moments([], [recorder.architecture.groups[0].name])
+
+
+def test_moments_are_averages_over_all_batches() -> None:
+    recorder = Recorder(build("ResNet"), example())
+    names = [g.name for g in recorder.architecture.groups if g.prunable]
+    data = batches(3)
+    whole = [(torch.cat([x for x, _ in data]), torch.cat([y for _, y in data]))]
+    parts, once = recorder.moments(data, names), recorder.moments(whole, names)
+    for axis in once.squares:
+        torch.testing.assert_close(parts.squares[axis], once.squares[axis], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(parts.means[axis], once.means[axis], rtol=1e-4, atol=1e-6)
+
+
+def test_a_decision_is_redistributed_only_when_it_is_cut() -> None:
+    model = build("Vgg")
+    recorder = Recorder(model, example())
+    surgeon = Surgeon(model, recorder.architecture)
+    options = {"min_channels_per_layer": 2, "max_predicted_shift": 1e9}
+    decision = analyze(
+        recorder.measure(batches(), epoch=120),
+        Settings(structured_pruning={"channel_analysis": options}),
+    ).model_copy(update={"approved_for_application": True, "rejection_reason": ""})
+    assert decision.units
+    asked: list[Moments] = []
+
+    def moments() -> Moments:
+        asked.append(recorder.moments(batches(), decision.units))
+        assert surgeon.masked == {}
+        return asked[-1]
+
+    figures = iter([0.9, 0.5, 0.9, 0.9, 0.9])
+
+    def evaluate() -> Evaluation:
+        return Evaluation(next(figures), 1.0)
+
+    before = copy.deepcopy(model.state_dict())
+    outcome = apply_decision(decision, surgeon, evaluate, redistribute=moments)
+    assert (outcome.result, asked) == ("rolled_back", [])
+    assert same(before, dict(model.state_dict()))
+    plain = copy.deepcopy(model)
+    outcome = apply_decision(decision, surgeon, evaluate, redistribute=moments)
+    assert (outcome.result, len(asked)) == ("applied", 1)
+    Surgeon(plain, recorder.architecture).cut(decision.units)
+    assert not same(dict(plain.state_dict()), dict(model.state_dict()))
