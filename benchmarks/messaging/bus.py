@@ -6,8 +6,8 @@ One server for all, the peers (``benchmarks/constraints-peers.txt``) in an envir
 each serving the same number of no-op jobs in one process; they take turns, and the fastest round of
 each counts, since others use this machine, too. Elesh's no-op goes the worker's way: claimed, its
 envelope checked, settled with fence and idempotency record, the decision published. That has
-neither telemetry nor spans nor an analysis in it, as the peers have none. ``settle`` alone, beside
-bare redis-py, is ``benchmarks.messaging.settle``; two workers beside one are
+neither telemetry nor spans nor an analysis in it, as the peers have none. ``commit`` alone, beside
+bare redis-py, is ``benchmarks.messaging.commit``; two workers beside one are
 ``benchmarks.messaging.fleet``.
 """
 
@@ -27,7 +27,7 @@ from pathlib import Path
 
 from redis.asyncio import Redis
 
-from elesh.bus import Bus, Delivery, Settlement, Settling, embedded_server
+from elesh.bus import Bus, Commit, CommitOutcome, Delivery, embedded_server
 from elesh.bus.state.blobs import CHUNK
 from elesh.settings import BusSettings
 from leyline import (
@@ -76,10 +76,10 @@ async def _no_op(bus: Bus, delivery: Delivery) -> None:
     report = AnalysisReport(
         idempotency_key=str(key), analysed=0, marked=0, error_bound=0.0, confidence=1.0
     )
-    settling = Settling(key, "f", report, delivery.carrier)
-    settled = await bus.settle(GROUP, NAME, delivery, [settling])
-    if settled != [Settlement.SETTLED]:
-        raise AssertionError(settled)
+    committing = Commit(key, "f", report, delivery.carrier)
+    committed = await bus.commit(GROUP, NAME, delivery, [committing])
+    if committed != [CommitOutcome.COMMITTED]:
+        raise AssertionError(committed)
 
 
 def _key(number: int) -> IdempotencyKey:

@@ -93,15 +93,15 @@ def leave_one_out(model: nn.Module, bundle: CheckpointBundle, x: Tensor, y: Tens
         with torch.no_grad():
             return functional.cross_entropy(model(x), y, reduction="none").double().numpy()
 
-    plain, rises = losses(), {}
+    plain, loss_increases = losses(), {}
     for group in head_groups(bundle):
         rows = []
         for head in range(group.size):
             surgeon.mask({group.name: [head]})
             rows.append(losses() - plain)
             surgeon.unmask()
-        rises[group.name] = np.stack(rows)
-    return rises
+        loss_increases[group.name] = np.stack(rows)
+    return loss_increases
 
 
 def head_groups(bundle: CheckpointBundle) -> list[PruningGroup]:
@@ -114,8 +114,8 @@ def tau(scores: Mapping[str, np.ndarray], truth: Truth) -> float:
 
 
 def ceiling(truth: Truth) -> float:
-    even = {name: rises[:, ::2].mean(1) for name, rises in truth.items()}
-    return tau(even, {name: rises[:, 1::2] for name, rises in truth.items()})
+    even = {name: loss_increases[:, ::2].mean(1) for name, loss_increases in truth.items()}
+    return tau(even, {name: loss_increases[:, 1::2] for name, loss_increases in truth.items()})
 
 
 def high_entropy(bundle: CheckpointBundle, name: str) -> np.ndarray:

@@ -249,7 +249,7 @@ def judged(unit: str, share: float, lost: Mapping[str, Sequence[float]]) -> list
 def print_tables(net: str, figures: Mapping[str, Any], seconds: float) -> None:
     """Accuracies, rises of the test loss, and the ratio at 20%."""
     before, whole, rows = figures["before"], figures["loss before"], figures["rows"]
-    rises = {
+    loss_increases = {
         name: np.array(losses) - np.array(whole)[:, None]
         for name, losses in figures["losses"].items()
     }
@@ -263,7 +263,7 @@ def print_tables(net: str, figures: Mapping[str, Any], seconds: float) -> None:
     show(
         f"{net}: rise of the test loss, nats, before {bars(whole)}",
         shares,
-        [[name, *map(bars, found.T.tolist())] for name, found in rises.items()],
+        [[name, *map(bars, found.T.tolist())] for name, found in loss_increases.items()],
     )
     if "ours" not in rows or not rivals(rows):
         return
@@ -277,7 +277,7 @@ def print_tables(net: str, figures: Mapping[str, Any], seconds: float) -> None:
                 share,
                 {name: by[:, SHARES.index(share)].tolist() for name, by in lost.items()},
             )
-            for unit, lost in (("accuracy", losses), ("test loss", rises))
+            for unit, lost in (("accuracy", losses), ("test loss", loss_increases))
             for share in _JUDGED
         ],
     )

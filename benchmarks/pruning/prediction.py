@@ -61,13 +61,13 @@ def chosen_sets(subject: Subject, bundle: CheckpointBundle) -> list[Units]:
 
 def measured(subject: Subject, sets: Sequence[Units], batches: Batches) -> Doubles:
     """[S, N]: the rise of each sample's loss with each set masked, in nats."""
-    surgeon, rises = Surgeon(subject.model, subject.architecture), []
+    surgeon, loss_increases = Surgeon(subject.model, subject.architecture), []
     plain = per_sample_loss(subject.model, batches)
     for units in sets:
         surgeon.mask(units)
-        rises.append((per_sample_loss(subject.model, batches) - plain).numpy())
+        loss_increases.append((per_sample_loss(subject.model, batches) - plain).numpy())
         surgeon.unmask()
-    return np.array(rises)
+    return np.array(loss_increases)
 
 
 def correlations(subject: Subject) -> dict[str, dict[str, float]]:

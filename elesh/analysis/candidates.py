@@ -31,7 +31,7 @@ class Candidates:
 
     names: tuple[str, ...]
     sizes: tuple[int, ...]
-    rooms: tuple[int, ...]
+    capacities: tuple[int, ...]
     """How many units each group may lose, at most."""
     multiples: tuple[int, ...]
     """The number kept must be a multiple of this wherever a group loses anything."""
@@ -43,17 +43,19 @@ class Candidates:
         return cls(
             names=tuple(group.name for group in groups),
             sizes=tuple(group.size for group in groups),
-            rooms=tuple(max(0, g.size - floor) for g, floor in zip(groups, floors, strict=True)),
+            capacities=tuple(
+                max(0, g.size - floor) for g, floor in zip(groups, floors, strict=True)
+            ),
             multiples=tuple(multiple_of(group, round_to) for group in groups),
         )
 
-    def limited(self, rooms: Mapping[str, int]) -> Candidates:
+    def limited(self, capacities: Mapping[str, int]) -> Candidates:
         """The same candidates where each group may lose at most so many, 0 if not named."""
         return replace(
             self,
-            rooms=tuple(
-                min(room, rooms.get(name, 0))
-                for name, room in zip(self.names, self.rooms, strict=True)
+            capacities=tuple(
+                min(capacity, capacities.get(name, 0))
+                for name, capacity in zip(self.names, self.capacities, strict=True)
             ),
         )
 

@@ -1,6 +1,6 @@
 """The bus: Redis Streams with leases, one decision a key, blobs by claim check, breakers.
 
-Start reading at :mod:`elesh.bus.core`, then :mod:`.groups` (leases), :mod:`.sweeping` and
+Start reading at :mod:`elesh.bus.core`, then :mod:`.groups` (leases), :mod:`.reaping` and
 :mod:`.plans` (fan-out). The server is anybody's Redis 7 or newer, or the embedded
 one of :mod:`elesh.bus.server.embedded`.
 """
@@ -13,17 +13,17 @@ from elesh.bus.state.breakers import BreakerStore, BreakerView
 from elesh.bus.state.history import HistoryStore
 from elesh.bus.state.registry import Backlog, Registry, WorkerState
 from elesh.bus.state.runs import Holder, RunStore
-from elesh.bus.streams.dead_letters import DeadLetters, Letter, Redriven
+from elesh.bus.streams.dead_letters import DeadLetterEntry, DeadLetters, Redriven
 from elesh.bus.streams.fan_out import Plan, Planned, Stored
-from elesh.bus.streams.reaping import Sweep
+from elesh.bus.streams.reaping import Reap
 from elesh.bus.streams.records import (
+    Commit,
+    CommitOutcome,
     Delivery,
     History,
     Pending,
     Record,
-    Settlement,
-    Settling,
-    read_letter,
+    read_dead_letter,
 )
 from elesh.bus.streams.shedding import SHED_FROM
 
@@ -47,7 +47,7 @@ __all__ = [
     "Guard",
     "HistoryStore",
     "Holder",
-    "Letter",
+    "DeadLetterEntry",
     "Overloaded",
     "RunClaimed",
     "Pending",
@@ -58,15 +58,15 @@ __all__ = [
     "Registry",
     "RunStore",
     "SHED_FROM",
-    "Settlement",
-    "Settling",
+    "CommitOutcome",
+    "Commit",
     "Stored",
-    "Sweep",
+    "Reap",
     "audit_envelope",
     "WorkerState",
     "embedded_server",
     "masked",
-    "read_letter",
+    "read_dead_letter",
     "server_url",
     "unframed",
     "until_available",

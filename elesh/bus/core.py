@@ -28,11 +28,11 @@ from elesh.bus.streams.dead_letters import DeadLetters
 from elesh.bus.streams.fan_out import PlanStore
 from elesh.bus.streams.reaping import Sweeper
 from elesh.bus.streams.records import (
+    Commit,
+    CommitOutcome,
     Delivery,
     Pending,
     Record,
-    Settlement,
-    Settling,
     deliveries_of,
     entry_fields,
 )
@@ -90,7 +90,7 @@ class Bus:
             client, self._scripts, settings.partition, breaker or BreakerSettings()
         )
         self.audit = AuditLog(client, self._scripts, guard, settings.partition)
-        self.letters = DeadLetters(client, self._scripts, guard, settings.partition)
+        self.dead_letters = DeadLetters(client, self._scripts, guard, settings.partition)
         self.registry = Registry(client, self._scripts, settings.partition)
         self._remembered: dict[str, float] = {}
         keep = settings.record_ttl_seconds
@@ -248,36 +248,38 @@ class Bus:
             return None
         return await self.record(IdempotencyKey.parse(key.decode()))
 
-    async def settle(
+    async def commit(
         self,
         group: str,
         consumer: str,
         delivery: Delivery,
-        results: Sequence[Settling],
+        results: Sequence[Commit],
         served: Sequence[str] = (),
-        letter: DeadLetter | None = None,
-    ) -> list[Settlement]:
+        dead_letter: DeadLetter | None = None,
+    ) -> list[CommitOutcome]:
         """Store, publish and acknowledge in one atomic step; what became of each result.
 
         If the consumer no longer owns the entry, all are LOST and nothing changes. If one is in
         CONFLICT, the entry stays pending: make it a dead letter. ``served`` are keys that are
-        deleted, and ``letter`` a dead letter that is published, with the acknowledgement.
+        deleted, and ``dead_letter`` a dead letter that is published, with the acknowledgement.
         """
         if not results:
             raise ValueError("settle needs a result; acknowledge an entry that has none")
         keys = [self.groups.entry(delivery)[0], *map(self.keys.stream, (DECISIONS, DEAD))]
-        buried = self._letter_fields(letter, results[0].carrier) if letter else []
+        dead_lettered = (
+            self._dead_letter_fields(dead_letter, results[0].carrier) if dead_letter else []
+        )
         args: list[str | bytes | int] = [group, consumer, delivery.entry_id]
-        args += [self.settings.record_ttl_seconds, len(results), len(buried), *buried]
+        args += [self.settings.record_ttl_seconds, len(results), len(dead_lettered), *dead_lettered]
         for result in results:
             level = result.key.level
             keys += [self.keys.named("record", str(result.key)), self._latest(result.run_id, level)]
-            framed = self.guard.frame(DECISIONS, encode(_settled(result)))
+            framed = self.guard.frame(DECISIONS, encode(_committed(result)))
             fields = entry_fields(framed, result.carrier)
             epoch = result.key.epoch if result.remember else -1
             args += [str(result.key), result.fingerprint, epoch, len(fields), *fields]
-        verdicts = await self._scripts.settle([*keys, *served], args)
-        return [Settlement(verdict) for verdict in verdicts]
+        verdicts = await self._scripts.commit([*keys, *served], args)
+        return [CommitOutcome(verdict) for verdict in verdicts]
 
     async def remember_settings(self, settings_hash: str, text: str) -> None:
         """Keep the settings (JSON) that decisions name by their hash, as long as their records.
@@ -309,33 +311,35 @@ class Bus:
         group: str,
         consumer: str,
         delivery: Delivery,
-        letter: DeadLetter,
+        dead_letter: DeadLetter,
         carrier: Mapping[str, str],
         served: Sequence[str] = (),
     ) -> bool:
         """Move an entry to the dead letters; False if it is no longer the consumer's.
 
         Original bytes too large for a message travel as fields beside it: read entries of the
-        stream with ``read_letter``.
+        stream with ``read_dead_letter``.
         """
-        fields = self._letter_fields(letter, carrier)
+        fields = self._dead_letter_fields(dead_letter, carrier)
         return await self._scripts.acknowledge(
             [self.groups.entry(delivery)[0], self.keys.stream(DEAD), *served],
             [group, consumer, delivery.entry_id, *fields],
         )
 
-    def _letter_fields(self, letter: DeadLetter, carrier: Mapping[str, str]) -> list[str | bytes]:
+    def _dead_letter_fields(
+        self, dead_letter: DeadLetter, carrier: Mapping[str, str]
+    ) -> list[str | bytes]:
         """A dead letter as an entry; original bytes too large for a message stand beside it."""
 
-        def enveloped(letter: DeadLetter) -> bytes:
-            envelope = wrap(letter, source=letter.worker_id, priority=Priority.HIGH)
+        def enveloped(dead_letter: DeadLetter) -> bytes:
+            envelope = wrap(dead_letter, source=dead_letter.worker_id, priority=Priority.HIGH)
             return self.guard.frame(DEAD, encode(envelope))
 
         try:
-            return entry_fields(enveloped(letter), carrier)
+            return entry_fields(enveloped(dead_letter), carrier)
         except TooLarge:
-            bare = letter.model_copy(update={"original": {}})
-            return entry_fields(enveloped(bare), carrier, letter.original)
+            bare = dead_letter.model_copy(update={"original": {}})
+            return entry_fields(enveloped(bare), carrier, dead_letter.original)
 
     def _latest(self, run_id: str, level: Level) -> str:
         return self.keys.named("latest", run_id, level)
@@ -390,7 +394,7 @@ class Bus:
         return {stream.name: count for stream, count in zip(STREAMS, removed, strict=True)}
 
 
-def _settled(result: Settling) -> Message:
+def _committed(result: Commit) -> Message:
     return wrap(
         result.message,
         source=_SOURCE,

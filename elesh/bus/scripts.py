@@ -34,8 +34,8 @@ class Scripts:
         self._claim = load("claim")
         self._renew = load("renew", common)
         self._requeue = load("requeue", common)
-        self._sweep = load("sweep", common)
-        self._settle = load("settle", common)
+        self._reap = load("reap", common)
+        self._commit = load("commit", common)
         self._acknowledge = load("acknowledge", common)
         self._plan = load("plan", common)
         self._store = load("store", joining)
@@ -49,8 +49,8 @@ class Scripts:
         self._claim_run = load("claim_run")
         self._audit = load("audit", common)
         self._remember = load("remember")
-        self._beat = load("beat")
-        self._census = load("census")
+        self._heartbeat = load("heartbeat")
+        self._backlog_statistics = load("backlog_statistics")
 
     async def publish(self, keys: Sequence[str], args: Args) -> tuple[str, str]:
         """Append once for each marker: what became of it, and the entry's id; see
@@ -75,14 +75,14 @@ class Scripts:
         """Give an entry back; False if it is not owned. See ``lua/requeue.lua``."""
         return bool(await self._requeue([entry[0], again, delayed], args))
 
-    async def sweep(self, keys: Sequence[str], args: Args) -> list[Any]:
-        """One pass of the sweeper; see ``lua/sweep.lua``."""
-        reply: list[Any] = await self._sweep(keys, args)
+    async def reap(self, keys: Sequence[str], args: Args) -> list[Any]:
+        """One pass of the sweeper; see ``lua/reap.lua``."""
+        reply: list[Any] = await self._reap(keys, args)
         return reply
 
-    async def settle(self, keys: Sequence[str], args: Args) -> list[str]:
-        """Settle an entry's results; a verdict for each. See ``lua/settle.lua``."""
-        return [verdict.decode() for verdict in await self._settle(keys, args)]
+    async def commit(self, keys: Sequence[str], args: Args) -> list[str]:
+        """Settle an entry's results; a verdict for each. See ``lua/commit.lua``."""
+        return [verdict.decode() for verdict in await self._commit(keys, args)]
 
     async def acknowledge(self, keys: Sequence[str], args: Args) -> bool:
         """Acknowledge an entry, append and delete; False if it is not owned."""
@@ -103,15 +103,15 @@ class Scripts:
         return bool(await self._overdue(keys, [plan]))
 
     async def redrive(
-        self, keys: Sequence[str], letter: str, fields: Args, audit: Args
+        self, keys: Sequence[str], dead_letter: str, fields: Args, audit: Args
     ) -> tuple[str, bool] | None:
         """Publish a letter's original once: its entry and whether it is new; None: no letter."""
-        reply = await self._redrive(keys, [letter, len(fields), *fields, *audit])
+        reply = await self._redrive(keys, [dead_letter, len(fields), *fields, *audit])
         return (reply[0].decode(), bool(reply[1])) if reply else None
 
-    async def drop(self, keys: Sequence[str], letter: str, audit: Args) -> bool:
+    async def drop(self, keys: Sequence[str], dead_letter: str, audit: Args) -> bool:
         """Delete a letter and append the audit event; False if there is no such letter."""
-        return bool(await self._drop(keys, [letter, *audit]))
+        return bool(await self._drop(keys, [dead_letter, *audit]))
 
     async def leave(self, stream: str, group: str, consumer: str) -> bool:
         """Forget a consumer that has nothing pending."""
@@ -161,15 +161,17 @@ class Scripts:
             args += [len(fields), *fields]
         return bool(await self._audit(list(keys), args))
 
-    async def beat(
+    async def heartbeat(
         self, worker: str, index: str, name: str, milliseconds: int, fields: Args
     ) -> None:
-        """Write a worker's hash with its time to live; see ``lua/beat.lua``."""
-        await self._beat([worker, index], [name, milliseconds, *fields])
+        """Write a worker's hash with its time to live; see ``lua/heartbeat.lua``."""
+        await self._heartbeat([worker, index], [name, milliseconds, *fields])
 
-    async def census(self, streams: Sequence[str], groups: Sequence[str]) -> list[list[int]]:
-        """Five figures a stream; see ``lua/census.lua``."""
-        reply: list[list[int]] = await self._reading(self._census, streams, groups)
+    async def backlog_statistics(
+        self, streams: Sequence[str], groups: Sequence[str]
+    ) -> list[list[int]]:
+        """Five figures a stream; see ``lua/backlog_statistics.lua``."""
+        reply: list[list[int]] = await self._reading(self._backlog_statistics, streams, groups)
         return reply
 
     async def remember(

@@ -56,11 +56,11 @@ def explain(
     if Path(what).is_dir():
         analyze(Path(what), settings, as_json=as_json)
         return
-    from elesh.operate.decision_context import evidence_of
+    from elesh.operate.decision_context import decision_context
     from leyline import IdempotencyKey
 
     key = IdempotencyKey.parse(what)
-    found = on_bus(redis, settings, lambda bus, loaded: evidence_of(bus, loaded, key))
+    found = on_bus(redis, settings, lambda bus, loaded: decision_context(bus, loaded, key))
     if found is None:
         fail(f"{what}: no decision is recorded for this key")
     if as_json:

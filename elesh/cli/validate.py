@@ -41,13 +41,13 @@ def validate(
     from leyline import CheckpointBundle
 
     bundle, loaded = CheckpointBundle.load(folder), Settings.load(settings)
-    with Progress(console=complaints, transient=True) as progress:
-        task = progress.add_task("masking channels", total=None)
+    with Progress(console=complaints, transient=True) as bar:
+        task = bar.add_task("masking channels", total=None)
         checks = check(
             bundle,
             loaded,
             units=units,
-            told=lambda done, total: progress.update(task, completed=done, total=total),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     if as_json:
         print_json([asdict(c) | {"verdict": c.verdict} for c in checks])

@@ -121,14 +121,14 @@ class Console:
         """One decision: why it is as it is, and what came of it."""
         reader = await self._reading()
         key = IdempotencyKey.parse(request.path_params["key"])
-        evidence = await reader.evidence(key)
-        if evidence is None:
+        context = await reader.context(key)
+        if context is None:
             return self._missing(request, f"no decision is recorded for {key}")
         history = await reader.refresh()
-        run = history.runs.get(evidence.decision.run_id)
-        view = decision_view(evidence, run.outcomes.get(str(key), []) if run else [])
+        run = history.runs.get(context.decision.run_id)
+        view = decision_view(context, run.outcomes.get(str(key), []) if run else [])
         return self._page(
-            request, "decision.html", view=view, spans=evidence.spans, replayed=replayed
+            request, "decision.html", view=view, spans=context.spans, replayed=replayed
         )
 
     async def fleet(self, request: Request) -> Response:
@@ -142,8 +142,8 @@ class Console:
 
     async def dead(self, request: Request) -> Response:
         """Dead letters, newest first."""
-        letters = await (await self._reading()).bus.letters.all()
-        return self._page(request, "dead.html", letters=letters[::-1])
+        dead_letters = await (await self._reading()).bus.dead_letters.all()
+        return self._page(request, "dead.html", dead_letters=dead_letters[::-1])
 
     async def audit(self, request: Request) -> Response:
         """The newest entries of the audit log, newest first."""
@@ -166,14 +166,16 @@ class Console:
 
     async def redrive(self, form: dict[str, str], by: str) -> str:
         """Publish a letter's original again."""
-        await (await self._reading()).bus.letters.redrive(
+        await (await self._reading()).bus.dead_letters.redrive(
             form["letter"], by, form.get("reason", "")
         )
         return "/dead"
 
     async def drop(self, form: dict[str, str], by: str) -> str:
         """Delete a letter."""
-        await (await self._reading()).bus.letters.drop(form["letter"], by, form.get("reason", ""))
+        await (await self._reading()).bus.dead_letters.drop(
+            form["letter"], by, form.get("reason", "")
+        )
         return "/dead"
 
     async def replay(self, request: Request) -> Response:

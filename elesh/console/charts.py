@@ -87,9 +87,9 @@ def _phases(bands: Sequence[Band], x: _Scale, bottom: float) -> Iterable[Markup]
         start, end = x(band.start), x(band.end)
         yield tag("rect", class_=f"band b{index % 2}", x=start, y=0, width=max(1.0, end - start),
                   height=bottom)  # fmt: skip
-        room = int((end - start - 8) / 6.6)
-        if room >= 4:
-            name = band.phase if len(band.phase) <= room else band.phase[: room - 1] + "…"
+        capacity = int((end - start - 8) / 6.6)
+        if capacity >= 4:
+            name = band.phase if len(band.phase) <= capacity else band.phase[: capacity - 1] + "…"
             yield tag("text", name, class_="phase", x=start + 5, y=15)
 
 
@@ -216,8 +216,8 @@ def intervals(item: Comparison, width: int) -> Markup:
     row = 30
     ends = [end for e in item.estimates for end in (e.value, e.low, e.high) if end is not None]
     low, high = min([0.0, *ends]), max([0.0, *ends])
-    room = (high - low) * 0.08 or 1e-9
-    low, high = low - room, high + room
+    capacity = (high - low) * 0.08 or 1e-9
+    low, high = low - capacity, high + capacity
     name_width, value_width = 118, 76
 
     def x(value: float) -> float:

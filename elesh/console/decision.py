@@ -22,7 +22,7 @@ from leyline import (
     StructuralPruningDecision,
 )
 
-from .reading import Evidence
+from .reading import DecisionContext
 
 __all__ = [
     "HEATS", "Cell", "Comparison", "DecisionView", "Estimate", "GateRow", "Strip", "UnitRow",
@@ -120,9 +120,11 @@ class DecisionView:
     """Why the statistics are not there; empty where they are."""
 
 
-def decision_view(evidence: Evidence, outcomes: Sequence[PruningOutcome] = ()) -> DecisionView:
+def decision_view(
+    context: DecisionContext, outcomes: Sequence[PruningOutcome] = ()
+) -> DecisionView:
     """The page's data; ``outcomes`` are what the trainer said, oldest first."""
-    decision, bundle = evidence.decision, evidence.bundle
+    decision, bundle = context.decision, context.bundle
     told = explain(decision, bundle)
     verdict = "approved" if decision.approved_for_application else "rejected"
     return DecisionView(
@@ -135,7 +137,7 @@ def decision_view(evidence: Evidence, outcomes: Sequence[PruningOutcome] = ()) -
         strips=tuple(_strips(told, bundle)) if bundle else (),
         units=tuple(_units(told, bundle)),
         outcomes=tuple(outcomes),
-        missing=evidence.missing,
+        missing=context.missing,
     )
 
 

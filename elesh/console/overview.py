@@ -215,11 +215,13 @@ def _problems(fleet: Fleet, runs: tuple[RunView, ...]) -> Iterator[Problem]:
     for worker in fleet.workers:
         if not worker.ready:
             yield Problem("warn", f"Worker {worker.worker_id} is not ready", worker.why, "/fleet")
-    open_letters = [letter for letter in fleet.letters if not letter.redriven_as]
-    if open_letters:
-        count = len(open_letters)
+    open_dead_letters = [
+        dead_letter for dead_letter in fleet.dead_letters if not dead_letter.redriven_as
+    ]
+    if open_dead_letters:
+        count = len(open_dead_letters)
         plural = "1 dead letter" if count == 1 else f"{count} dead letters"
-        newest = open_letters[-1]
+        newest = open_dead_letters[-1]
         reason = newest.message.reason if newest.message else newest.error
         yield Problem("warn", plural, f"newest: {reason}", "/dead")
     for name, backlog in fleet.backlog.items():

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from elesh.bus import Backlog, BreakerView, Bus, Delivery, Letter, WorkerState
+from elesh.bus import Backlog, BreakerView, Bus, DeadLetterEntry, Delivery, WorkerState
 from elesh.bus.admission import Work, admit
 from elesh.observe import Link
 from elesh.observe.spanfile import RecordedSpan, find_trace
@@ -33,7 +33,7 @@ from leyline.streams import CHECKPOINTS, DECISIONS, OUTCOMES, REQUESTS, TELEMETR
 
 from .history import History
 
-__all__ = ["Evidence", "Fleet", "Reader"]
+__all__ = ["DecisionContext", "Fleet", "Reader"]
 
 _FOLDED = (CHECKPOINTS, REQUESTS, DECISIONS, OUTCOMES, TELEMETRY)
 _AUDITED = 200
@@ -52,11 +52,11 @@ class Fleet:
     workers: tuple[WorkerState, ...]
     backlog: dict[str, Backlog]
     breakers: tuple[BreakerView, ...]
-    letters: tuple[Letter, ...]
+    dead_letters: tuple[DeadLetterEntry, ...]
 
 
 @dataclass(frozen=True)
-class Evidence:
+class DecisionContext:
     """What is still there of one decision."""
 
     decision: StructuralPruningDecision
@@ -101,17 +101,17 @@ class Reader:
             tuple(await registry.workers()),
             await registry.backlog(),
             tuple(await self.bus.breakers.show()),
-            tuple(await self.bus.letters.all()),
+            tuple(await self.bus.dead_letters.all()),
         )
 
-    async def evidence(self, key: IdempotencyKey) -> Evidence | None:
+    async def context(self, key: IdempotencyKey) -> DecisionContext | None:
         """A decision with its checkpoint's statistics and its trace; None if there is none."""
         decision = await recorded_decision(self.bus, key)
         if decision is None:
             return None
         bundle, missing = await self._bundle(key)
         spans = await asyncio.to_thread(find_trace, str(key))
-        return Evidence(decision, bundle, missing, tuple(spans))
+        return DecisionContext(decision, bundle, missing, tuple(spans))
 
     async def audited(self) -> list[Link]:
         """The newest entries of the audit log, oldest first."""

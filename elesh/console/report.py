@@ -44,10 +44,10 @@ async def report_html(bus: Bus, settings: Settings, run_id: str) -> tuple[str, i
     view, now = run_view(run, datetime.now(UTC)), datetime.now(UTC)
     decisions = []
     for mark in view.marks:
-        evidence = await reader.evidence(IdempotencyKey.parse(mark.key))
-        if evidence is not None:
-            told = decision_view(evidence, run.outcomes.get(mark.key, []))
-            decisions.append((told, evidence.spans))
+        context = await reader.context(IdempotencyKey.parse(mark.key))
+        if context is not None:
+            told = decision_view(context, run.outcomes.get(mark.key, []))
+            decisions.append((told, context.spans))
     script = asset("console.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     text = render(

@@ -141,17 +141,17 @@ def _of_transition(change: BreakerTransition, source: str, at: datetime) -> Audi
 
 
 @_translate.register
-def _of_letter(letter: DeadLetter, source: str, at: datetime) -> AuditEvent:
+def _of_dead_letter(dead_letter: DeadLetter, source: str, at: datetime) -> AuditEvent:
     return AuditEvent(
         kind="dead_letter",
-        action=letter.error_code,
-        actor=letter.worker_id,
-        at=letter.at,
-        subject=f"{letter.stream}/{letter.entry_id}"[:512],
-        reason=letter.reason,
+        action=dead_letter.error_code,
+        actor=dead_letter.worker_id,
+        at=dead_letter.at,
+        subject=f"{dead_letter.stream}/{dead_letter.entry_id}"[:512],
+        reason=dead_letter.reason,
         source=source,
-        digest=_digest(letter),
-        figures={"deliveries": float(letter.deliveries)},
+        digest=_digest(dead_letter),
+        figures={"deliveries": float(dead_letter.deliveries)},
     )
 
 

@@ -45,7 +45,7 @@ __all__ = [
     "linked_span",
     "onward",
     "quiet_exporters",
-    "record_stages",
+    "record_spans",
     "resource_of",
     "setup_tracing",
     "shutdown_tracing",
@@ -265,7 +265,7 @@ def linked_span(
         yield current
 
 
-def record_stages(stages: Sequence[Stage]) -> None:
+def record_spans(stages: Sequence[Stage]) -> None:
     """Spans under the current one for what another process measured, each under its parent."""
     tracer = trace.get_tracer("elesh")
     made: list[tuple[Context, Span, int]] = []

@@ -21,11 +21,11 @@ from leyline.streams import CHECKPOINTS, REQUESTS
 
 from .replay import recorded_decision
 
-__all__ = ["Evidence", "evidence_of"]
+__all__ = ["DecisionContext", "decision_context"]
 
 
 @dataclass(frozen=True)
-class Evidence:
+class DecisionContext:
     """A decision and what is left of its input."""
 
     decision: StructuralPruningDecision
@@ -36,7 +36,9 @@ class Evidence:
     """Why there is no bundle."""
 
 
-async def evidence_of(bus: Bus, settings: Settings, key: IdempotencyKey) -> Evidence | None:
+async def decision_context(
+    bus: Bus, settings: Settings, key: IdempotencyKey
+) -> DecisionContext | None:
     """The evidence of the decision that was published for ``key``; None if there is none."""
     decision = await recorded_decision(bus, key)
     if decision is None:
@@ -44,11 +46,11 @@ async def evidence_of(bus: Bus, settings: Settings, key: IdempotencyKey) -> Evid
     tracker = await _history(bus, settings, decision.run_id, decision.epoch)
     work = await _work(bus, settings, key)
     if work is None:
-        return Evidence(decision, None, tracker, "its event has left the stream")
+        return DecisionContext(decision, None, tracker, "its event has left the stream")
     try:
-        return Evidence(decision, await _bundle(bus, work), tracker)
+        return DecisionContext(decision, await _bundle(bus, work), tracker)
     except ContractError as error:
-        return Evidence(decision, None, tracker, str(error))
+        return DecisionContext(decision, None, tracker, str(error))
 
 
 async def _work(bus: Bus, settings: Settings, key: IdempotencyKey) -> Work | None:

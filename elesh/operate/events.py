@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from elesh.bus import Bus, Delivery, read_letter
+from elesh.bus import Bus, Delivery, read_dead_letter
 from leyline import (
     BreakerTransition,
     CheckpointReady,
@@ -32,11 +32,11 @@ from leyline import (
 )
 from leyline.streams import DEAD, Stream
 
-__all__ = ["Told", "tell", "told_events"]
+__all__ = ["FormattedEvent", "tell", "formatted_events"]
 
 
 @dataclass(frozen=True)
-class Told:
+class FormattedEvent:
     """One stream entry for people."""
 
     at: datetime
@@ -62,15 +62,15 @@ class Told:
         return int(milliseconds), int(number)
 
 
-async def told_events(
+async def formatted_events(
     bus: Bus, streams: Sequence[Stream], *, follow: bool, run_id: str = ""
-) -> AsyncIterator[Told]:
+) -> AsyncIterator[FormattedEvent]:
     """The events of streams in the order of their times; with ``follow`` going on for ever, where
     an event that comes later than another one is told after it."""
     last = dict.fromkeys(streams, "0")
     told = False
     while True:
-        waiting: dict[Stream, deque[Told]] = {stream: deque() for stream in streams}
+        waiting: dict[Stream, deque[FormattedEvent]] = {stream: deque() for stream in streams}
         block = 1.0 / len(streams) if follow and not told else 0.0
         told = False
         while waiting:
@@ -90,18 +90,20 @@ async def told_events(
             return
 
 
-def tell(delivery: Delivery) -> Told:
+def tell(delivery: Delivery) -> FormattedEvent:
     """What a stream entry says."""
     stream, entry_id = delivery.stream, delivery.entry_id
     at = datetime.fromtimestamp(int(entry_id.split("-")[0]) / 1000, UTC)
     trace = delivery.carrier.get("traceparent", "")[3:35]
     try:
         envelope = read_envelope(delivery.envelope)
-        message = read_letter(delivery) if stream is DEAD else unwrap(envelope)
+        message = read_dead_letter(delivery) if stream is DEAD else unwrap(envelope)
     except ContractError as error:
-        return Told(at, stream.name, entry_id, "", what=f"unreadable: {error}", tone="bad")
+        return FormattedEvent(
+            at, stream.name, entry_id, "", what=f"unreadable: {error}", tone="bad"
+        )
     what, tone = _WORDS.get(type(message), _other)(message)
-    return Told(
+    return FormattedEvent(
         at=at,
         stream=stream.name,
         entry_id=entry_id,
@@ -196,7 +198,7 @@ def _recompile(message: Any) -> tuple[str, str]:
     return f"recompile: {message.model_hash_before} -> {message.model_hash_after}", ""
 
 
-def _letter(message: Any) -> tuple[str, str]:
+def _dead_letter(message: Any) -> tuple[str, str]:
     place = f"{message.stream}/{message.entry_id}"
     return (
         f"{message.error_code} after {message.deliveries} deliveries of {place}: {message.reason}",
@@ -223,6 +225,6 @@ _WORDS: dict[type[Message], Callable[[Any], tuple[str, str]]] = {
     BreakerTransition: _transition,
     StructuralValidationResult: _validation,
     RecompilationRequest: _recompile,
-    DeadLetter: _letter,
+    DeadLetter: _dead_letter,
     OperatorAction: _action,
 }

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from elesh.bus import Backlog, BreakerView, Bus, WorkerState, read_letter
+from elesh.bus import Backlog, BreakerView, Bus, WorkerState, read_dead_letter
 from elesh.bus.streams.records import Delivery
 from leyline import ContractError, DeadLetter, StructuralPruningDecision, read_envelope, unwrap
 from leyline.streams import DEAD, DECISIONS, STREAMS
@@ -36,7 +36,7 @@ class Overview:
     breakers: Sequence[BreakerView]
     decisions: Sequence[StructuralPruningDecision]
     """The last ones, newest first."""
-    letters: Sequence[DeadLetter]
+    dead_letters: Sequence[DeadLetter]
     """The last ones, newest first."""
 
     def facts(self) -> dict[str, Any]:
@@ -46,7 +46,8 @@ class Overview:
             "streams": {name: asdict(backlog) for name, backlog in self.backlog.items()},
             "breakers": [asdict(view) for view in self.breakers],
             "dead_letters": [
-                letter.model_dump(mode="json", exclude={"original"}) for letter in self.letters
+                dead_letter.model_dump(mode="json", exclude={"original"})
+                for dead_letter in self.dead_letters
             ],
             "decisions": [
                 {
@@ -70,7 +71,7 @@ async def overview_of(bus: Bus) -> Overview:
         backlog=await bus.registry.backlog(),
         breakers=await bus.breakers.show(),
         decisions=[*_decisions(await bus.newest(DECISIONS, count=_LAST))],
-        letters=[*_letters(await bus.newest(DEAD, count=_LAST))],
+        dead_letters=[*_dead_letters(await bus.newest(DEAD, count=_LAST))],
     )
 
 
@@ -84,10 +85,10 @@ def _decisions(deliveries: Sequence[Delivery]) -> Iterator[StructuralPruningDeci
             yield message
 
 
-def _letters(deliveries: Sequence[Delivery]) -> Iterator[DeadLetter]:
+def _dead_letters(deliveries: Sequence[Delivery]) -> Iterator[DeadLetter]:
     for delivery in deliveries:
         try:
-            yield read_letter(delivery)
+            yield read_dead_letter(delivery)
         except ContractError:
             continue
 
@@ -97,7 +98,7 @@ def overview(seen: Overview) -> RenderableType:
     parts: list[RenderableType] = [_workers(seen), "", _streams(seen)]
     if seen.breakers:
         parts += ["", _breakers(seen)]
-    if seen.letters:
+    if seen.dead_letters:
         parts += ["", *_dead(seen)]
     if seen.decisions:
         parts += ["", *_last(seen)]
@@ -163,10 +164,12 @@ def _breakers(seen: Overview) -> Table:
 def _dead(seen: Overview) -> Iterator[Text]:
     total = seen.backlog[DEAD.name].length
     yield Text(f"Dead letters: the last of {total:,}", style="bold")
-    for letter in seen.letters:
-        age = _age(seen.at - letter.at.timestamp())
-        yield Text.assemble((letter.error_code, "red"), f"  from {letter.stream}, {age} ago")
-        yield _brief(letter.reason)
+    for dead_letter in seen.dead_letters:
+        age = _age(seen.at - dead_letter.at.timestamp())
+        yield Text.assemble(
+            (dead_letter.error_code, "red"), f"  from {dead_letter.stream}, {age} ago"
+        )
+        yield _brief(dead_letter.reason)
 
 
 def _last(seen: Overview) -> Iterator[Text]:

@@ -37,19 +37,19 @@ def validate(
     settings: Settings,
     *,
     units: int = UNITS,
-    told: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[AccuracyCheck, ...]:
     """Check the importance of a checkpoint against what its network does on held-out samples.
 
     Args:
         units: at most so many channels of a group are masked one by one.
-        told: is called with how many of how many are done.
+        progress: is called with how many of how many are done.
     """
-    return (*_measured(bundle, settings, units, told), _estimation(bundle, settings))
+    return (*_measured(bundle, settings, units, progress), _estimation(bundle, settings))
 
 
 def _measured(
-    bundle: CheckpointBundle, settings: Settings, units: int, told: Callable[[int, int], None]
+    bundle: CheckpointBundle, settings: Settings, units: int, progress: Callable[[int, int], None]
 ) -> tuple[AccuracyCheck, ...]:
     network, reason = bundle.network, _WITHOUT_NETWORK
     if network is not None and (find_spec("torch") is None or find_spec("safetensors") is None):
@@ -61,7 +61,7 @@ def _measured(
         try:
             bench = accuracy.open_bench(bundle, network)
             return (
-                accuracy.ranking_check(bench, bundle, settings, units, told),
+                accuracy.ranking_check(bench, bundle, settings, units, progress),
                 accuracy.redundancy_check(bench, bundle, settings),
                 accuracy.gradient_flow_check(bench, network, bundle, settings),
             )

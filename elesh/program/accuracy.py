@@ -30,9 +30,15 @@ from leyline import CheckpointBundle, Level, NetworkExport, PruningGroup
 from .measure import Bench
 from .reading import MIN_SAMPLES
 
-__all__ = ["Told", "gradient_flow_check", "ranking_check", "redundancy_check", "replaceability"]
+__all__ = [
+    "Progress",
+    "gradient_flow_check",
+    "ranking_check",
+    "redundancy_check",
+    "replaceability",
+]
 
-Told = Callable[[int, int], None]
+Progress = Callable[[int, int], None]
 """Is told how many of how many measurements are done."""
 
 
@@ -46,7 +52,7 @@ def open_bench(bundle: CheckpointBundle, network: NetworkExport) -> Bench:
 
 
 def ranking_check(
-    bench: Bench, bundle: CheckpointBundle, settings: Settings, most: int, told: Told
+    bench: Bench, bundle: CheckpointBundle, settings: Settings, most: int, progress: Progress
 ) -> AccuracyCheck:
     """The scorer's order of single channels against the loss with each one masked.
 
@@ -59,13 +65,13 @@ def ranking_check(
     if not scores:
         return not_measured(name, wanted, "no channel of this network can be removed")
     chosen = {group: _spread(len(row), most) for group, row in scores.items()}
-    rises = _rises(bench, chosen, told)
+    loss_increases = _loss_increases(bench, chosen, progress)
     value = agreement(
         wanted.metric,
         {group: scores[group][units] for group, units in chosen.items()},
-        _means(rises, slice(None)),
+        _means(loss_increases, slice(None)),
     )
-    halves = _means(rises, slice(0, None, 2)), _means(rises, slice(1, None, 2))
+    halves = _means(loss_increases, slice(0, None, 2)), _means(loss_increases, slice(1, None, 2))
     count = sum(map(len, chosen.values()))
     detail = (
         f"{count} channels in {len(chosen)} groups, ranked by {scorer}, against the loss with each "
@@ -83,7 +89,9 @@ def _spread(size: int, most: int) -> list[int]:
     return sorted({round(place) for place in places.tolist()})
 
 
-def _rises(bench: Bench, chosen: Mapping[str, Sequence[int]], told: Told) -> ByGroup:
+def _loss_increases(
+    bench: Bench, chosen: Mapping[str, Sequence[int]], progress: Progress
+) -> ByGroup:
     """[K, N] by group: how much each sample's loss rises with one unit masked."""
     plain, rows = bench.outcomes(()).losses, dict[str, list[np.ndarray]]()
     total, done = sum(map(len, chosen.values())), 0
@@ -91,12 +99,12 @@ def _rises(bench: Bench, chosen: Mapping[str, Sequence[int]], told: Told) -> ByG
         for unit in units:
             masked = bench.outcomes([(Level.CHANNEL, group, unit)]).losses
             rows.setdefault(group, []).append(masked - plain)
-            told(done := done + 1, total)
+            progress(done := done + 1, total)
     return {group: np.stack(each) for group, each in rows.items()}
 
 
-def _means(rises: ByGroup, part: slice) -> ByGroup:
-    return {group: row[:, part].mean(axis=1) for group, row in rises.items()}
+def _means(loss_increases: ByGroup, part: slice) -> ByGroup:
+    return {group: row[:, part].mean(axis=1) for group, row in loss_increases.items()}
 
 
 def redundancy_check(bench: Bench, bundle: CheckpointBundle, settings: Settings) -> AccuracyCheck:

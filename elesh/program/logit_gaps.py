@@ -20,7 +20,7 @@ from leyline import NotFinite, PrunedArchitecture, PruningGroup
 from .measure import Bench
 from .sandbox import confined
 
-__all__ = ["MarginMeter"]
+__all__ = ["LogitGapMeter"]
 
 _SEED = 2
 _SAMPLES = 512
@@ -31,7 +31,7 @@ _POSITIONS = 4
 Floats = npt.NDArray[np.float32]
 
 
-class MarginMeter:
+class LogitGapMeter:
     """Measures one checkpoint's network under masks.
 
     Args:
@@ -75,7 +75,7 @@ class MarginMeter:
         logits, gates = self._logits(rows, mask)
         places, answers = self._places[rows], self._answers[rows]
         chosen = logits.gather(1, places[:, :, None].expand(-1, -1, logits.shape[2]))
-        odds = _margins(chosen, answers)
+        odds = _logit_gaps(chosen, answers)
         if not torch.isfinite(odds).all():
             raise NotFinite("outputs on calibration samples", "finite margins", "NaN or infinity")
         found, last = [], odds.shape[1] - 1
@@ -111,7 +111,7 @@ def _answers(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor
     return places, logits.argmax(2).gather(1, places)
 
 
-def _margins(logits: Tensor, answers: Tensor) -> Tensor:
+def _logit_gaps(logits: Tensor, answers: Tensor) -> Tensor:
     """[samples, P]: log of the odds against the answers, from [samples, P, classes]."""
     rivals = logits.scatter(2, answers[:, :, None], -torch.inf).logsumexp(2)
     return rivals - logits.gather(2, answers[:, :, None])[:, :, 0]

@@ -32,7 +32,7 @@ from leyline import (
 )
 
 from . import CALIBRATION_SKIPPED, ROUNDS_SKIPPED, ROUNDS_TIMEOUT, SKIPPED, TIMEOUT
-from .logit_gaps import MarginMeter
+from .logit_gaps import LogitGapMeter
 from .measure import Bench, Measurement, TooSlow
 from .program import DOES_NOT_RUN
 
@@ -142,14 +142,14 @@ class NetworkVerifier:
         return self._bench.outcomes(())
 
     @cached_property
-    def _meter(self) -> MarginMeter:
+    def _meter(self) -> LogitGapMeter:
         inputs = self._bench.calibration()
         if not inputs:
             hint = "Exporter.export(..., calibration=inputs)"
             raise InvalidField(
                 "held_out.calibration", "inputs to measure again on", "none", hint=hint
             )
-        return MarginMeter(self._bench, self._architecture, inputs)
+        return LogitGapMeter(self._bench, self._architecture, inputs)
 
     def _moves(self, masked: Sequence[Entry], halved: Sequence[Entry]) -> Moves:
         self._until(_SHARE_OF_ROUNDS)

@@ -56,15 +56,18 @@ def loss_rise(
 ) -> tuple[float, Interval, float]:
     """Mean rise of the loss, its interval and its one-sided upper bound, by paired bootstrap over
     samples (Efron and Tibshirani 1993, chapter 16)."""
-    rises = after.losses - before.losses
+    loss_increases = after.losses - before.losses
     rng = np.random.default_rng(_SEED)
     means = np.concatenate(
         [
-            rng.multinomial(len(rises), np.full(len(rises), 1 / len(rises)), size=100) @ rises
+            rng.multinomial(
+                len(loss_increases), np.full(len(loss_increases), 1 / len(loss_increases)), size=100
+            )
+            @ loss_increases
             for _ in range(-(-draws // 100))
         ]
-    ) / len(rises)
-    return float(rises.mean()), _interval(means, confidence), _upper(means, confidence)
+    ) / len(loss_increases)
+    return float(loss_increases.mean()), _interval(means, confidence), _upper(means, confidence)
 
 
 def accuracy_drop(

@@ -28,12 +28,12 @@ from elesh.trainer.network.calling import (
     call,
     device_of,
     main_output,
+    preserve_state,
     replace_first,
-    undisturbed,
 )
 from elesh.trainer.network.gates import Axis, axis_of
 from elesh.trainer.network.layers import require_fit
-from elesh.trainer.network.multihead import lend, take_back
+from elesh.trainer.network.multihead import patched, take_back
 from elesh.trainer.surgery.bypass import first_of, with_first
 from leyline import ContractError, InvalidField, NetworkExport, Phase, PrunedArchitecture
 
@@ -187,7 +187,7 @@ class _Traced:
 def _trace(model: nn.Module, architecture: PrunedArchitecture, inputs: Inputs) -> _Traced:
     """With any number of samples where the network allows it, else with a fixed one."""
     problem: Exception | None = None
-    with undisturbed(model, 0), torch.no_grad(), _Gated(model, architecture, inputs) as gated:
+    with preserve_state(model, 0), torch.no_grad(), _Gated(model, architecture, inputs) as gated:
         for samples, dynamic in ((_EXAMPLES, True), (_FIXED, False)):
             try:
                 return _exported(gated, architecture.model_hash, samples, dynamic=dynamic)
@@ -234,7 +234,7 @@ class _Gated(nn.Module):
         self._handles = contextlib.ExitStack()
 
     def __enter__(self) -> _Gated:
-        lent = lend(self.model, {path for path, _ in self._axes})
+        lent = patched(self.model, {path for path, _ in self._axes})
         self._handles.callback(take_back, lent)
         for number, (path, _) in enumerate(self._axes):
             module = self.model.get_submodule(path)

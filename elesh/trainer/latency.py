@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from elesh.analysis.budgets.resources import resource_model
-from elesh.trainer.network.calling import Inputs, batch_size, call, device_of, undisturbed
+from elesh.trainer.network.calling import Inputs, batch_size, call, device_of, preserve_state
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import Budget, LatencyTable, LayerLatency, Level, PrunedArchitecture
 
@@ -67,7 +67,7 @@ def measure_latency(
         rounds: how often everything is measured; the least counts.
         seconds: how long each measurement of a round takes, at least.
     """
-    with undisturbed(model, 0), torch.no_grad():
+    with preserve_state(model, 0), torch.no_grad():
         seen = _inputs_of(model, inputs)
         grids = {
             layer.name: _grid(model.get_submodule(layer.name), seen[layer.name], fractions)

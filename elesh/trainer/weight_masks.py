@@ -29,7 +29,7 @@ from elesh.trainer.network.calling import (
     call,
     device_of,
     map_tensors,
-    undisturbed,
+    preserve_state,
 )
 from leyline import (
     AnalysisRequest,
@@ -170,7 +170,7 @@ class ParameterTracker:
         trained = {path: p for path, p in self._model.named_parameters() if p.requires_grad}
         sums = {path: torch.zeros_like(p, dtype=torch.float32) for path, p in trained.items()}
         device, seen = device_of(self._model), 0
-        with undisturbed(self._model, self._seed):
+        with preserve_state(self._model, self._seed):
             for inputs, labels in batches:
                 seen += 1
                 for path, amount in self._of_batch(trained, inputs, labels, device):

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from elesh.bus import Bus
 from elesh.bus.admission import Work
-from elesh.observe import get_logger, record_stages, span
+from elesh.observe import get_logger, record_spans, span
 from elesh.safety import calibrated
 from elesh.settings import Settings
 from elesh.worker.compute.failures import ChildFailure
@@ -37,17 +37,17 @@ from leyline import (
 )
 from leyline.network.bundle import NETWORK_FILES
 
-from .fallback_chain import rung_for, time_for
-from .in_flight import Pace, Turns
+from .fallback_chain import fallback_for, time_for
+from .in_flight import InFlightLimit, KeyedLocks
 
-__all__ = ["Analyst"]
+__all__ = ["AnalysisExecutor"]
 
 _log = get_logger(__name__)
 _NETWORK = frozenset(NETWORK_FILES.values())
 R = TypeVar("R", StructuralPruningDecision, LevelAnalysis)
 
 
-class Analyst:
+class AnalysisExecutor:
     """Analyses admitted work with one compute child."""
 
     def __init__(self, bus: Bus, settings: Settings, reports: Reports, spool: Path) -> None:
@@ -66,8 +66,8 @@ class Analyst:
         self._keeping: asyncio.Task[None] | None = None
         self._waiting: set[str] = set()
         self._doing = ""
-        self.pace = Pace(settings.worker.prefetch)
-        self.turns = Turns(lambda: self.pace.long)
+        self.in_flight_limit = InFlightLimit(settings.worker.prefetch)
+        self.keyed_locks = KeyedLocks(lambda: self.in_flight_limit.long)
         """Of the child, and of whatever else comes in turn."""
 
     def begun(self, key: str) -> bool:
@@ -110,12 +110,12 @@ class Analyst:
         self._waiting.add(job.key)
         async with contextlib.AsyncExitStack() as stack:
             try:
-                await stack.enter_async_context(self.turns.of("child"))
+                await stack.enter_async_context(self.keyed_locks.of("child"))
             finally:
                 self._waiting.discard(job.key)
             self._doing = job.key
             stack.callback(setattr, self, "_doing", "")
-            stack.enter_context(self.pace.analysing())
+            stack.enter_context(self.in_flight_limit.analysing())
             yield
 
     async def decide(self, work: Work) -> StructuralPruningDecision:
@@ -240,7 +240,7 @@ class Analyst:
         with span(what, attributes={"elesh.key": job.key}) as current:
             async with self._turn(job):
                 reply = await self._climb(work, job)
-            record_stages(reply.stages)
+            record_spans(reply.stages)
             if reply.failed is not None:
                 raise reply.failed.error
             result: R = decode(kind, reply.result, field=f"result of {job.key}")
@@ -272,7 +272,7 @@ class Analyst:
             try:
                 return await self._child.run(job, timeout=timeout)
             except ChildFailure as failure:
-                rung = rung_for(failure, job.rungs, level)
+                rung = fallback_for(failure, job.rungs, level)
                 timeout = time_for(rung, work.window, clock() - begun)
                 if not rung or timeout <= 0:
                     raise _given_up(job, failure) from None

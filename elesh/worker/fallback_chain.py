@@ -43,7 +43,7 @@ __all__ = [
     "REPLAYED",
     "Scope",
     "is_corruption",
-    "rung_for",
+    "fallback_for",
     "scope_of",
     "stand_in",
     "time_for",
@@ -56,12 +56,12 @@ CRASH = "worker_crash"
 MEMORY = "memory_overflow"
 CORRUPTION = "data_corruption"
 
-_RUNGS: Mapping[type[ChildFailure], str] = {
+_FALLBACKS: Mapping[type[ChildFailure], str] = {
     ChildTimeout: TIMEOUT,
     ChildDied: CRASH,
     ChildOverMemory: MEMORY,
 }
-REPLAYED = frozenset(_RUNGS.values())
+REPLAYED = frozenset(_FALLBACKS.values())
 """The rungs that a replay takes from the record; the analysis takes the others by itself."""
 CORRUPT: tuple[type[ContractError], ...] = (DigestMismatch, Malformed, NotFinite, ShapeMismatch)
 """What says that a checkpoint's data is broken."""
@@ -101,13 +101,13 @@ def scope_of(rungs: Iterable[str]) -> Scope:
     )
 
 
-def rung_for(failure: ChildFailure, taken: Iterable[str], level: Level | None) -> str:
+def fallback_for(failure: ChildFailure, taken: Iterable[str], level: Level | None) -> str:
     """The rung that answers ``failure``; empty if there is none left.
 
     Each is taken once. There is none for a head or layer level that does not fit into memory: what
     remains of it then are the channels, which have an analysis of their own.
     """
-    rung = _RUNGS[type(failure)]
+    rung = _FALLBACKS[type(failure)]
     if rung in set(taken):
         return ""
     if rung == MEMORY and level not in (None, Level.CHANNEL):

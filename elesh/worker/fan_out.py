@@ -31,9 +31,9 @@ from leyline import (
 )
 from leyline.streams import WORKERS
 
-from .executor import Analyst
+from .executor import AnalysisExecutor
 from .fallback_chain import CORRUPT
-from .result_handler import Clerk, conflict
+from .result_handler import ResultHandler, conflict
 from .shards import groups_of, level_of
 
 __all__ = ["FanOut"]
@@ -52,15 +52,15 @@ class FanOut:
         bus: Bus,
         settings: Settings,
         worker_id: str,
-        analyst: Analyst,
-        clerk: Clerk,
+        executor: AnalysisExecutor,
+        result_handler: ResultHandler,
         reports: Reports,
     ) -> None:
         self._bus = bus
         self._settings = settings
         self._worker_id = worker_id
-        self._analyst = analyst
-        self._clerk = clerk
+        self._executor = executor
+        self._result_handler = result_handler
         self._reports = reports
 
     async def plan(self, delivery: Delivery, work: Work, items: Sequence[AnalysisItem]) -> None:
@@ -92,9 +92,9 @@ class FanOut:
             return
         work = found[0]
         try:
-            self._clerk.refuse_poison(delivery)
+            self._result_handler.refuse_poison(delivery)
             groups = groups_of(work.document.architecture, item)
-            result = await self._stored(await self._analyst.analyse(work, item.level, groups))
+            result = await self._stored(await self._executor.analyse(work, item.level, groups))
         except ContractError as error:
             result = ItemResult(failed=str(error)[:8192], code=error.code)
             self._reports.status.gave_up(item.level)
@@ -112,10 +112,10 @@ class FanOut:
             return
         work, plan = found
         served = self._bus.plans.served_keys(item.plan)
-        if await self._clerk.is_decided(delivery, work, served):
+        if await self._result_handler.is_decided(delivery, work, served):
             return
         try:
-            self._clerk.refuse_poison(delivery)
+            self._result_handler.refuse_poison(delivery)
             results = await self._bus.plans.results(item.plan)
             analyses = {
                 part: await self._analysis(results[part])
@@ -125,11 +125,11 @@ class FanOut:
             missing = _gaps(plan, results)
             if not analyses:
                 raise _nothing(plan, results, missing)
-            decision = await self._analyst.join(work, tuple(analyses.values()), missing)
+            decision = await self._executor.join(work, tuple(analyses.values()), missing)
         except ContractError as error:
-            await self._clerk.fail(_of_checkpoint(delivery, plan), work, error, served)
+            await self._result_handler.fail(_of_checkpoint(delivery, plan), work, error, served)
             return
-        await self._clerk.settle(delivery, work, decision, served)
+        await self._result_handler.commit(delivery, work, decision, served)
 
     async def _planned(self, delivery: Delivery, key: str) -> tuple[Work, Plan] | None:
         """The checkpoint of a plan, and the plan.

@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from weakref import WeakValueDictionary
 
-__all__ = ["LONG_SECONDS", "Busy", "Pace", "Turns"]
+__all__ = ["LONG_SECONDS", "Busy", "InFlightLimit", "KeyedLocks"]
 
 PATIENCE_SECONDS = 1.0
 LONG_SECONDS = 0.25
@@ -27,7 +27,7 @@ class Busy(Exception):
     """What went before takes long: another worker may be sooner."""
 
 
-class Turns:
+class KeyedLocks:
     """Turns by name: those of one name come one after another, the others do not wait.
 
     Args:
@@ -69,7 +69,7 @@ class Turns:
             raise
 
 
-class Pace:
+class InFlightLimit:
     """How long analyses take here, and so how many entries are worth having in hand.
 
     Args:

@@ -51,16 +51,16 @@ class Leases:
         """Forget an entry that was served, lost or given back."""
         self._held = [held for held in self._held if held is not delivery]
 
-    async def hand_over(self, delivery: Delivery, detail: str) -> bool:
+    async def release(self, delivery: Delivery, detail: str) -> bool:
         """Give an entry back that was not begun; its delivery does not count."""
         self.drop(delivery)
-        return await self._bus.groups.give_back(
+        return await self._bus.groups.requeue(
             WORKERS, self._worker_id, delivery, cause="handover", detail=detail
         )
 
     async def retry(self, delivery: Delivery, detail: str, delay_seconds: float) -> bool:
         """Have an entry served again after a while: this worker failed with it."""
-        return await self._bus.groups.give_back(
+        return await self._bus.groups.requeue(
             WORKERS,
             self._worker_id,
             delivery,
@@ -72,7 +72,7 @@ class Leases:
     async def leave(self) -> int:
         """Give everything back and leave the group; how many entries it was."""
         self._held = []
-        given = await self._bus.groups.give_back_all(WORKERS, self._worker_id, self._streams)
+        given = await self._bus.groups.requeue_all(WORKERS, self._worker_id, self._streams)
         await self._bus.groups.leave(WORKERS, self._worker_id, self._streams)
         return given
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgpack
 
-from elesh.bus import Bus, Delivery, Settlement, Settling
+from elesh.bus import Bus, Commit, CommitOutcome, Delivery
 from elesh.bus.admission import fingerprint
 from elesh.observe import get_logger, onward, span
 from elesh.settings import Settings
@@ -38,7 +38,7 @@ from leyline import (
 )
 from leyline.streams import DECISIONS, WORKERS
 
-from .executor import Analyst
+from .executor import AnalysisExecutor
 
 __all__ = ["ParameterExecutor", "parameter_key"]
 
@@ -55,12 +55,12 @@ class ParameterExecutor:
     """Serves parameter analyses with the worker's compute child."""
 
     def __init__(
-        self, bus: Bus, settings: Settings, worker_id: str, analyst: Analyst, spool: Path
+        self, bus: Bus, settings: Settings, worker_id: str, executor: AnalysisExecutor, spool: Path
     ) -> None:
         self._bus = bus
         self._settings = settings
         self._worker_id = worker_id
-        self._analyst = analyst
+        self._executor = executor
         self._spool = spool / "parameters"
 
     async def serve(self, delivery: Delivery, request: AnalysisRequest) -> None:
@@ -83,7 +83,7 @@ class ParameterExecutor:
                 await self._fetch(request, folder)
                 masks, report = await self._marked(key, request, folder)
             await self._publish(delivery, request, report)
-            await self._settle(delivery, request, key, content, masks)
+            await self._commit(delivery, request, key, content, masks)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -114,7 +114,7 @@ class ParameterExecutor:
         )
         window = min(self._settings.window_seconds, request.timeout.total_seconds())
         try:
-            reply = await self._analyst.run(job, window)
+            reply = await self._executor.run(job, window)
         except ChildFailure as failure:
             raise AnalysisFailed(
                 f"analysis of {key}", "masks within the window", str(failure)
@@ -144,7 +144,7 @@ class ParameterExecutor:
             event_id=f"report-{stable_hash(report.idempotency_key)}",
         )
 
-    async def _settle(
+    async def _commit(
         self,
         delivery: Delivery,
         request: AnalysisRequest,
@@ -152,13 +152,13 @@ class ParameterExecutor:
         content: str,
         masks: PruningMasks,
     ) -> None:
-        result = Settling(
+        result = Commit(
             key, content, masks, onward(delivery.carrier), request.run_id, request.epoch
         )
-        (settled,) = await self._bus.settle(WORKERS, self._worker_id, delivery, [result])
+        (committed,) = await self._bus.commit(WORKERS, self._worker_id, delivery, [result])
         marked = sum(mask.marked for mask in masks.masks)
-        _log.info(f"masks {settled}", key=str(key), marked=marked, confidence=masks.confidence)
-        if settled is Settlement.CONFLICT:
+        _log.info(f"masks {committed}", key=str(key), marked=marked, confidence=masks.confidence)
+        if committed is CommitOutcome.CONFLICT:
             raise _conflict(key, content)
 
 

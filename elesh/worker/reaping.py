@@ -15,13 +15,13 @@ from elesh.observe import get_logger
 from elesh.worker.telemetry.reports import Reports
 from leyline.streams import WORKERS, Stream
 
-__all__ = ["Sweeps"]
+__all__ = ["ReapingLoop"]
 
 _TRIM_SECONDS = 60.0
 _log = get_logger(__name__)
 
 
-class Sweeps:
+class ReapingLoop:
     """One worker's offer to sweep."""
 
     def __init__(
@@ -44,17 +44,17 @@ class Sweeps:
 
     async def _pass(self) -> float:
         """Offer; seconds until the next time."""
-        sweep = await self._bus.sweeper.sweep(WORKERS, self._worker_id, self._streams)
-        for taken in sweep.taken:
+        reap = await self._bus.sweeper.reap(WORKERS, self._worker_id, self._streams)
+        for taken in reap.taken:
             self._reports.entry(
                 "reclaimed", taken.stream, taken.entry_id, "crash", f"of {taken.owner}"
             )
-        for plan in sweep.overdue:
+        for plan in reap.overdue:
             _log.warning("deadline over, joining what is there", key=plan)
-        if not sweep.held:
-            return _apart(sweep.wait_seconds)
+        if not reap.held:
+            return _apart(reap.wait_seconds)
         await self._trim()
-        return sweep.wait_seconds
+        return reap.wait_seconds
 
     async def _trim(self) -> None:
         """Now and then, shorten the streams below what every group has done."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from opentelemetry.trace import SpanKind
 
-from elesh.bus import Bus, Delivery, Settlement, Settling
+from elesh.bus import Bus, Commit, CommitOutcome, Delivery
 from elesh.bus.admission import Work
 from elesh.observe import get_logger, messaging, onward, span
 from elesh.safety import fingerprint_of, grounds, rolled_back_cut, vote_of, votes
@@ -32,12 +32,12 @@ from leyline.streams import WORKERS
 
 from .fallback_chain import CORRUPTION, is_corruption, stand_in
 
-__all__ = ["Clerk"]
+__all__ = ["ResultHandler"]
 
 _log = get_logger(__name__)
 
 
-class Clerk:
+class ResultHandler:
     """Ends the entries that one worker holds."""
 
     def __init__(self, bus: Bus, settings: Settings, worker_id: str, reports: Reports) -> None:
@@ -76,7 +76,7 @@ class Clerk:
         self._reports.step("duplicate", work)
         return True
 
-    async def settle(
+    async def commit(
         self,
         delivery: Delivery,
         work: Work,
@@ -88,12 +88,12 @@ class Clerk:
         Raises:
             Conflict: if the key was decided for other content meanwhile.
         """
-        settled = await self._settle(delivery, work, decision, served)
-        if settled is Settlement.SETTLED:
+        committed = await self._commit(delivery, work, decision, served)
+        if committed is CommitOutcome.COMMITTED:
             await self._count(work, decision)
             if decision.would_be:
                 key, cuts = str(decision.key), decision.would_be
-                await self._bus.runs.measured_would_be(work.run_id, key, cuts)
+                await self._bus.runs.measured_calibration_probe(work.run_id, key, cuts)
 
     async def fail(
         self,
@@ -111,13 +111,13 @@ class Clerk:
             decision = stand_in(previous, work.document, str(work.key), error)
             reason = decision.fallbacks[-1].reason
             self._reports.fallback(work, str(work.key), CORRUPTION, reason)
-            letter = self._reports.letter(delivery, error, work)
-            await self._settle(delivery, work, decision, served, letter)
-            self._reports.buried(letter, work)
+            dead_letter = self._reports.dead_letter(delivery, error, work)
+            await self._commit(delivery, work, decision, served, dead_letter)
+            self._reports.dead_lettered(dead_letter, work)
             return
-        await self.bury(delivery, error, work, served)
+        await self.dead_letter(delivery, error, work, served)
 
-    async def bury(
+    async def dead_letter(
         self,
         delivery: Delivery,
         error: ContractError,
@@ -125,17 +125,19 @@ class Clerk:
         served: Sequence[str] = (),
     ) -> None:
         """Move an entry to the dead letters."""
-        letter = self._reports.letter(delivery, error, work)
+        dead_letter = self._reports.dead_letter(delivery, error, work)
         carrier = onward(delivery.carrier)
-        if await self._bus.dead_letter(WORKERS, self._worker_id, delivery, letter, carrier, served):
+        if await self._bus.dead_letter(
+            WORKERS, self._worker_id, delivery, dead_letter, carrier, served
+        ):
             _log.warning(
                 "dead letter",
-                stream=letter.stream,
-                entry=letter.entry_id,
+                stream=dead_letter.stream,
+                entry=dead_letter.entry_id,
                 code=error.code,
                 reason=str(error),
             )
-            self._reports.buried(letter, work)
+            self._reports.dead_lettered(dead_letter, work)
 
     async def note(self, delivery: Delivery, outcome: PruningOutcome) -> None:
         """Tell the breakers what a trainer made of a decision, and remember a cut that it took
@@ -166,38 +168,38 @@ class Clerk:
             await self._bus.runs.took_back(outcome.run_id, {fingerprint_of(cut): cut})
         await self._bus.acknowledge(WORKERS, self._worker_id, delivery)
 
-    async def _settle(
+    async def _commit(
         self,
         delivery: Delivery,
         work: Work,
         decision: StructuralPruningDecision,
         served: Sequence[str],
-        letter: DeadLetter | None = None,
-    ) -> Settlement:
+        dead_letter: DeadLetter | None = None,
+    ) -> CommitOutcome:
         """Settle a decision; with a dead letter it is a stand-in, which is not remembered."""
         name, entry_id = delivery.origin
         attributes = messaging("settle", name, entry_id=entry_id, group=WORKERS)
         with span(f"settle {name}", kind=SpanKind.CLIENT, attributes=attributes):
             # The trainer's own context, not ours: it outlives this worker (decision 0050).
-            result = Settling(
+            result = Commit(
                 decision.key,
                 work.fingerprint,
                 decision,
                 onward(delivery.carrier),
                 work.run_id,
                 work.epoch,
-                remember=letter is None,
+                remember=dead_letter is None,
             )
             await self._bus.remember_settings(
                 self._settings.analysis_hash, self._settings.analysis_json
             )
-            (settled,) = await self._bus.settle(
-                WORKERS, self._worker_id, delivery, [result], served, letter
+            (committed,) = await self._bus.commit(
+                WORKERS, self._worker_id, delivery, [result], served, dead_letter
             )
-        self._reports.settlement(work, decision, settled)
-        if settled is Settlement.CONFLICT:
+        self._reports.commit_outcome(work, decision, committed)
+        if committed is CommitOutcome.CONFLICT:
             raise conflict(work)
-        return settled
+        return committed
 
     async def _previous(self, work: Work) -> StructuralPruningDecision | None:
         """The run's latest good decision of this level, of an earlier epoch."""

@@ -2,7 +2,7 @@
 
 Several entries may be in hand at once, each in a task of its own; the compute child takes one
 analysis after the other. How many it is worth to have in hand, and who waits for whom, is in
-:mod:`.turns`.
+:mod:`.in_flight`.
 
 Promises: every entry that a worker claims ends settled, as a duplicate, or as a dead letter with
 its original bytes and the reason, or it goes round again for another worker; one decision for each
@@ -38,13 +38,13 @@ from elesh.worker.telemetry.reports import Reports
 from leyline import AnalysisItem, AnalysisRequest, ContractError, JoinItem, PruningOutcome
 from leyline.streams import CHECKPOINTS, OUTCOMES, REDELIVERIES, REQUESTS, WORK, WORKERS, Stream
 
-from .executor import Analyst
+from .executor import AnalysisExecutor
 from .fan_out import FanOut
 from .in_flight import LONG_SECONDS, Busy
 from .leases import Leases
 from .parameter_executor import ParameterExecutor, parameter_key
-from .reaping import Sweeps
-from .result_handler import Clerk
+from .reaping import ReapingLoop
+from .result_handler import ResultHandler
 from .shards import parts_of
 
 __all__ = ["GROUP", "STREAMS", "Worker", "serve"]
@@ -57,7 +57,7 @@ _MANY = 16
 """Outcomes that are taken at once beside a long analysis."""
 _BEGIN_SECONDS = 1.0
 """What has not begun so long after SIGTERM is handed over."""
-_LOOK_SECONDS = 1.0
+_PROBE_SECONDS = 1.0
 """Between looks for trainers' outcomes while a long analysis is under way."""
 _RETRY_SECONDS, _LONGEST_RETRY = 1.0, 60.0
 _log = get_logger(__name__)
@@ -69,7 +69,7 @@ def worker_name() -> str:
 
 
 @dataclass(eq=False)
-class _InHand:
+class _InFlight:
     """An entry that is being served."""
 
     delivery: Delivery
@@ -87,22 +87,22 @@ class Worker:
         self._settings = settings
         self._reports = Reports(bus, self.worker_id)
         self._spool = Path(tempfile.mkdtemp(prefix="elesh-worker-"))
-        self._analyst = Analyst(bus, settings, self._reports, self._spool)
-        self._clerk = Clerk(bus, settings, self.worker_id, self._reports)
+        self._executor = AnalysisExecutor(bus, settings, self._reports, self._spool)
+        self._result_handler = ResultHandler(bus, settings, self.worker_id, self._reports)
         self._fan_out = FanOut(
-            bus, settings, self.worker_id, self._analyst, self._clerk, self._reports
+            bus, settings, self.worker_id, self._executor, self._result_handler, self._reports
         )
         self._parameters = ParameterExecutor(
-            bus, settings, self.worker_id, self._analyst, self._spool
+            bus, settings, self.worker_id, self._executor, self._spool
         )
         self._leases = Leases(bus, self.worker_id, STREAMS, self._lost)
-        self._sweeps = Sweeps(bus, self.worker_id, STREAMS, self._reports)
+        self._reaping = ReapingLoop(bus, self.worker_id, STREAMS, self._reports)
         self._status = self._reports.status
-        self._monitor = Monitor(bus, settings.observe, self._status, self._analyst.look)
+        self._monitor = Monitor(bus, settings.observe, self._status, self._executor.look)
         self._draining = asyncio.Event()
-        self._in_hand: set[_InHand] = set()
+        self._in_flight: set[_InFlight] = set()
         self._moved = asyncio.Event()
-        self._order = self._analyst.turns
+        self._order = self._executor.keyed_locks
         self._returning: asyncio.Task[bool] | None = None
         self._turn = 0
 
@@ -114,22 +114,22 @@ class Worker:
 
     async def run(self) -> None:
         """Serve until drained, and say meanwhile how it goes."""
-        async with self._monitor.running(), self._reports.outbox.open():
+        async with self._monitor.running(), self._reports.telemetry_buffer.open():
             await self._run()
 
     async def _run(self) -> None:
         beside = [
-            asyncio.create_task(keeping) for keeping in (self._leases.keep(), self._sweeps.keep())
+            asyncio.create_task(keeping) for keeping in (self._leases.keep(), self._reaping.keep())
         ]
         try:
-            await self._analyst.start()
+            await self._executor.start()
             self._status.serving()
             _log.info("serving", worker=self.worker_id, group=GROUP)
             while not self._draining.is_set():
                 await self._take()
             await self._finish()
         finally:
-            await _end(*(held.task for held in self._in_hand))
+            await _end(*(held.task for held in self._in_flight))
             await self._leave()
             await _end(*beside)
             shutil.rmtree(self._spool, ignore_errors=True)
@@ -138,14 +138,14 @@ class Worker:
     async def _take(self) -> None:
         """Take in hand what there is room for, or wait until there is."""
         self._moved.clear()
-        room = self._analyst.pace.at_once - len(self._in_hand)
+        capacity = self._executor.in_flight_limit.at_once - len(self._in_flight)
         try:
-            if self._analyst.pace.long:
+            if self._executor.in_flight_limit.long:
                 # Nothing that needs the child, which others may have free.
                 await self._claim((OUTCOMES,), _MANY, 0)
-                await self._until_moved(_LOOK_SECONDS)
-            elif room > len(self._in_hand):
-                await self._claim(self._streams(), room, _BLOCK_SECONDS)
+                await self._until_moved(_PROBE_SECONDS)
+            elif capacity > len(self._in_flight):
+                await self._claim(self._streams(), capacity, _BLOCK_SECONDS)
             else:
                 await self._until_moved(LONG_SECONDS)
         except BusUnavailable as error:
@@ -157,8 +157,8 @@ class Worker:
         claiming = self._leases.claim(streams, count, seconds)
         found = await self._unless_draining(claiming) or []
         record_receipts(found, begun)
-        for held in map(_InHand, found):
-            self._in_hand.add(held)
+        for held in map(_InFlight, found):
+            self._in_flight.add(held)
             held.task = asyncio.create_task(self._serve(held))
 
     async def _until_moved(self, seconds: float) -> None:
@@ -193,17 +193,17 @@ class Worker:
 
     async def _finish(self) -> None:
         """End what was begun; what has not begun within a second is handed over."""
-        if tasks := [held.task for held in self._in_hand]:
+        if tasks := [held.task for held in self._in_flight]:
             await asyncio.wait(tasks, timeout=_BEGIN_SECONDS)
-        for held in list(self._in_hand):
-            if not self._analyst.begun(held.key):
+        for held in list(self._in_flight):
+            if not self._executor.begun(held.key):
                 await _end(held.task)
                 with contextlib.suppress(BusUnavailable):
-                    await self._hand_over(held.delivery, "draining", "drained before it began")
-        await asyncio.gather(*(held.task for held in self._in_hand), return_exceptions=True)
+                    await self._release(held.delivery, "draining", "drained before it began")
+        await asyncio.gather(*(held.task for held in self._in_flight), return_exceptions=True)
 
-    async def _hand_over(self, delivery: Delivery, why: str, detail: str) -> None:
-        if await self._leases.hand_over(delivery, detail):
+    async def _release(self, delivery: Delivery, why: str, detail: str) -> None:
+        if await self._leases.release(delivery, detail):
             stream, entry = delivery.origin
             self._reports.entry("handed_over", stream, entry, "handover", why)
 
@@ -212,22 +212,22 @@ class Worker:
 
         Only then: an entry that is not ours any more after its analysis is one that we ended.
         """
-        for held in self._in_hand:
-            in_vain = self._analyst.begun(held.key) or self._analyst.waits(held.key)
+        for held in self._in_flight:
+            in_vain = self._executor.begun(held.key) or self._executor.waits(held.key)
             if held.delivery is delivery and in_vain:
                 _log.warning("lease lost", entry="/".join(delivery.origin))
                 held.task.cancel()
 
     async def _leave(self) -> None:
         """End the child, hand over whatever is still pending here, leave the group."""
-        await self._analyst.stop()
+        await self._executor.stop()
         with contextlib.suppress(BusUnavailable):
             if given := await self._leases.leave():
                 _log.warning("handed over", worker=self.worker_id, entries=given)
                 for _ in range(given):
                     self._status.redelivered("handover")
 
-    async def _serve(self, held: _InHand) -> None:
+    async def _serve(self, held: _InFlight) -> None:
         """One entry from its claim to its end, whatever that is."""
         delivery = held.delivery
         try:
@@ -236,16 +236,16 @@ class Worker:
             if await self._until_back(error):
                 # Its result is lost with the connection, but nobody has to wait for the lease.
                 with contextlib.suppress(BusUnavailable):
-                    await self._leases.hand_over(delivery, "the bus was away")
+                    await self._leases.release(delivery, "the bus was away")
         except Exception:
             _log.exception("entry is left to its lease", entry="/".join(delivery.origin))
         finally:
             self._status.ended(delivery.origin)
             self._leases.drop(delivery)
-            self._in_hand.discard(held)
+            self._in_flight.discard(held)
             self._moved.set()
 
-    async def _traced(self, held: _InHand) -> None:
+    async def _traced(self, held: _InFlight) -> None:
         delivery = held.delivery
         name, entry_id = delivery.origin
         attributes = messaging("process", name, entry_id=entry_id, group=GROUP) | {
@@ -261,19 +261,19 @@ class Worker:
             redelivered=delivery.deliveries > 1 or delivery.redriven is not None,
         ):
             try:
-                await self._admit_run_settle(held)
+                await self._admit_run_commit(held)
             except ContractError as error:
-                await self._clerk.bury(delivery, error)
+                await self._result_handler.dead_letter(delivery, error)
             except BusUnavailable:
                 raise
             except Busy as busy:
-                await self._hand_over(delivery, "busy", str(busy))
+                await self._release(delivery, "busy", str(busy))
             except Exception as error:
                 # Ours, not the message's: it goes round again, and is poison after a few tries.
                 _log.exception("entry goes round again", entry=f"{name}/{entry_id}")
                 await self._retry(delivery, error)
 
-    async def _admit_run_settle(self, held: _InHand) -> None:
+    async def _admit_run_commit(self, held: _InFlight) -> None:
         delivery = held.delivery
         delivery.check(self._bus.guard)
         now, window = datetime.now(UTC), self._settings.window_seconds
@@ -288,19 +288,19 @@ class Worker:
         self._status.began(held.key, delivery.origin)
         current_span().set_attribute("elesh.key", held.key)
         async with self._in_order(asked, held.key):
-            await self._run_settle(delivery, asked)
+            await self._run_commit(delivery, asked)
 
     @contextlib.asynccontextmanager
     async def _in_order(self, asked: Admitted, key: str) -> AsyncIterator[None]:
         """Serve a run's checkpoints in their order, after the outcomes that came before them, and
         nothing twice at once."""
-        async with self._order.of(_turn_of(asked, key)):
+        async with self._order.of(_lock_key_of(asked, key)):
             if isinstance(asked, Work):
                 async with self._order.of(_outcomes_of(asked.run_id)):
                     pass
             yield
 
-    async def _run_settle(self, delivery: Delivery, asked: Admitted) -> None:
+    async def _run_commit(self, delivery: Delivery, asked: Admitted) -> None:
         match asked:
             case Work():
                 await self._decide(delivery, asked)
@@ -309,26 +309,26 @@ class Worker:
             case JoinItem():
                 await self._fan_out.join(delivery, asked)
             case AnalysisRequest():
-                self._clerk.refuse_poison(delivery)
+                self._result_handler.refuse_poison(delivery)
                 await self._parameters.serve(delivery, asked)
             case PruningOutcome():
-                self._clerk.refuse_poison(delivery)
-                await self._clerk.note(delivery, asked)
+                self._result_handler.refuse_poison(delivery)
+                await self._result_handler.note(delivery, asked)
 
     async def _decide(self, delivery: Delivery, work: Work) -> None:
-        self._clerk.refuse_poison(delivery)
+        self._result_handler.refuse_poison(delivery)
         self._reports.step("received", work, figures={"deliveries": delivery.deliveries})
         try:
-            if await self._clerk.is_decided(delivery, work):
+            if await self._result_handler.is_decided(delivery, work):
                 return
             if len(parts := parts_of(work, self._settings)) > 1:
                 await self._fan_out.plan(delivery, work, parts)
                 return
-            decision = await self._analyst.decide(work)
+            decision = await self._executor.decide(work)
         except ContractError as error:
-            await self._clerk.fail(delivery, work, error)
+            await self._result_handler.fail(delivery, work, error)
             return
-        await self._clerk.settle(delivery, work, decision)
+        await self._result_handler.commit(delivery, work, decision)
 
     async def _retry(self, delivery: Delivery, error: Exception) -> None:
         """Send an entry round again after a pause that doubles each time."""
@@ -353,7 +353,7 @@ def _key_of(asked: Admitted) -> str:
             return asked.idempotency_key
 
 
-def _turn_of(asked: Admitted, key: str) -> str:
+def _lock_key_of(asked: Admitted, key: str) -> str:
     """Whose turn something waits for: of its run, of the run's outcomes, or of its key."""
     match asked:
         case Work():

@@ -17,7 +17,7 @@ def test_the_minimum_is_raised_to_the_next_common_multiple(
 ) -> None:
     group = chain((40,), multiples=(multiple,)).groups[0]
     assert floor_of(group, minimum, round_to) == floor
-    assert Candidates.of([group], minimum, round_to).rooms == (40 - floor,)
+    assert Candidates.of([group], minimum, round_to).capacities == (40 - floor,)
 
 
 def test_places_in_the_row_are_told_by_group_in_rising_order() -> None:

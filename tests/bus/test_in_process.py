@@ -12,7 +12,7 @@ import pytest
 from bus_messages import outcome
 from fakeredis import FakeAsyncRedis
 
-from elesh.bus import Bus, Settlement, Settling
+from elesh.bus import Bus, Commit, CommitOutcome
 from elesh.settings import BusSettings
 from leyline import IdempotencyKey, Level, read_envelope, unwrap
 from leyline.streams import DECISIONS, OUTCOMES
@@ -25,13 +25,13 @@ def test_publish_claim_and_settle_work_on_a_server_of_pure_python():
         await bus.publish(OUTCOMES, outcome(), source="test", event_id="once")
         (delivery,) = await bus.claim("g", "c", (OUTCOMES,), count=5, block_seconds=0)
         key = IdempotencyKey(1, "0" * 16, "ck-1", Level.CHANNEL)
-        result = Settling(key, "f" * 64, outcome(), {})
-        settled = await bus.settle("g", "c", delivery, [result])
+        result = Commit(key, "f" * 64, outcome(), {})
+        committed = await bus.commit("g", "c", delivery, [result])
         again = await bus.claim("g", "c", (OUTCOMES,), count=5, block_seconds=0)
-        return settled, again, await bus.read(DECISIONS)
+        return committed, again, await bus.read(DECISIONS)
 
-    settled, again, published = asyncio.run(scenario())
-    assert settled == [Settlement.SETTLED]
+    committed, again, published = asyncio.run(scenario())
+    assert committed == [CommitOutcome.COMMITTED]
     assert again == []
     assert [unwrap(read_envelope(d.envelope)) for d in published] == [outcome()]
 

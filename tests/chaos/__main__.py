@@ -66,7 +66,7 @@ def _figures(facts: Facts, report: Report) -> dict[str, object]:
         "events": len(facts.checkpoints),
         "keys": len(set(facts.checkpoints.values())),
         "decisions": len(facts.decisions),
-        "dead_letters": Counter(letter.error_code for letter in facts.letters),
+        "dead_letters": Counter(dead_letter.error_code for dead_letter in facts.dead_letters),
         "faults": Counter(str(fault.kind) for fault in facts.faults),
         "steps": steps,
         "recoveries": len(report.recoveries),

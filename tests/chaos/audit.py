@@ -36,7 +36,7 @@ class Facts:
     """Keys of the published decisions."""
     records: frozenset[str]
     """Keys that have a record."""
-    letters: Sequence[DeadLetter]
+    dead_letters: Sequence[DeadLetter]
     telemetry: Sequence[TelemetryEvent]
     poison: frozenset[str]
     """Entries of the checkpoints' stream that are poison."""
@@ -79,13 +79,13 @@ def p99(seconds: Sequence[float]) -> float | None:
 def audit(facts: Facts) -> Report:
     """Hold the facts to the promises."""
     report = Report()
-    dead = {letter.idempotency_key for letter in facts.letters}
+    dead = {dead_letter.idempotency_key for dead_letter in facts.dead_letters}
     decided = Counter(facts.decisions)
     keys = set(facts.checkpoints.values())
-    buried = {letter.entry_id for letter in facts.letters}
+    dead_lettered = {dead_letter.entry_id for dead_letter in facts.dead_letters}
     report.require("lost events", facts.acknowledged - facts.checkpoints.keys())
     report.require("lost keys", keys - decided.keys() - dead)
-    report.require("lost poison", facts.poison - buried)
+    report.require("lost poison", facts.poison - dead_lettered)
     report.require("duplicate decisions", (key for key, n in decided.items() if n > 1))
     report.require("decisions without record", decided.keys() - facts.records)
     report.require("conflicts", _conflicts(facts))
@@ -100,7 +100,7 @@ def audit(facts: Facts) -> Report:
 
 
 def _conflicts(facts: Facts) -> Iterable[str]:
-    yield from (x.idempotency_key for x in facts.letters if x.error_code == "conflict")
+    yield from (x.idempotency_key for x in facts.dead_letters if x.error_code == "conflict")
     yield from (e.idempotency_key for e in facts.telemetry if e.step == "conflict")
 
 

@@ -21,7 +21,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 from servers import Server
 
-from elesh.bus import Bus, read_letter
+from elesh.bus import Bus, read_dead_letter
 from elesh.bus.admission import Work, admit
 from elesh.settings import BusSettings
 from leyline import StructuralPruningDecision, TelemetryEvent, read_envelope, unwrap
@@ -333,7 +333,7 @@ class Chaos:
         decisions = [unwrap(read_envelope(d.envelope)) for d in await bus.read(DECISIONS)]
         telemetry = [unwrap(read_envelope(d.envelope)) for d in await bus.read(TELEMETRY)]
         keys = [d.idempotency_key for d in decisions if isinstance(d, StructuralPruningDecision)]
-        letters = [read_letter(d) for d in await bus.read(DEAD)]
+        dead_letters = [read_dead_letter(d) for d in await bus.read(DEAD)]
         with self._server.client() as redis:
             prefix = f"elesh:{{{_PARTITION}}}:record:"
             found = redis.scan_iter(match=f"elesh:{{{_PARTITION}}}:record:*", count=1000)
@@ -346,7 +346,7 @@ class Chaos:
             checkpoints=checkpoints,
             decisions=keys,
             records=records,
-            letters=letters,
+            dead_letters=dead_letters,
             telemetry=[event for event in telemetry if isinstance(event, TelemetryEvent)],
             poison=frozenset(self.poison),
             pending=left,

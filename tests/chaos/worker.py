@@ -38,33 +38,33 @@ def main() -> None:
 
 
 def _patched(old: str, new: str) -> None:
-    """Have ``settle.lua`` run with one line replaced."""
+    """Have ``commit.lua`` run with one line replaced."""
     make = Scripts.__init__
 
     def init(self: Scripts, client: Any) -> None:
         make(self, client)
-        text: str = self._settle.script
-        assert text.count(old) == 1, f"settle.lua has no single {old!r} any more"
-        self._settle = client.register_script(text.replace(old, new))
+        text: str = self._commit.script
+        assert text.count(old) == 1, f"commit.lua has no single {old!r} any more"
+        self._commit = client.register_script(text.replace(old, new))
 
     Scripts.__init__ = init  # type: ignore[method-assign]
 
 
 def _acknowledge_first() -> None:
     _patched("if not owned(source, ARGV[1], ARGV[2], ARGV[3]) then", "if false then")
-    settle, renew = Bus.settle, Bus.renew
+    commit, renew = Bus.commit, Bus.renew
     ended: set[str] = set()
 
     async def early(self: Bus, group: str, consumer: str, delivery: Any, *more: Any) -> Any:
         ended.add(delivery.entry_id)
         await self.acknowledge(group, consumer, delivery)
         await asyncio.sleep(_WINDOW)
-        return await settle(self, group, consumer, delivery, *more)
+        return await commit(self, group, consumer, delivery, *more)
 
     async def unaware(self: Bus, group: str, consumer: str, held: Sequence[Any]) -> Any:
         return await renew(self, group, consumer, [d for d in held if d.entry_id not in ended])
 
-    Bus.settle, Bus.renew = early, unaware  # type: ignore[method-assign]
+    Bus.commit, Bus.renew = early, unaware  # type: ignore[method-assign]
 
 
 def _forget_records() -> None:

@@ -97,20 +97,20 @@ def test_a_bearer_needs_no_session(site: Site, on_bus):
 
 
 def test_a_letter_is_redriven_and_dropped(site: Site, on_bus):
-    async def bury(bus: Bus) -> str:
-        letter = examples.MESSAGES["DeadLetter"]
-        return await bus.publish(DEAD, letter, source="elesh")
+    async def dead_letter(bus: Bus) -> str:
+        dead_letter = examples.MESSAGES["DeadLetter"]
+        return await bus.publish(DEAD, dead_letter, source="elesh")
 
-    letter = on_bus(bury)
+    dead_letter = on_bus(dead_letter)
     site.sign_in()
     proof = site.proof("/dead")
-    site.post("/dead/redrive", {"letter": letter, "proof": proof})
+    site.post("/dead/redrive", {"letter": dead_letter, "proof": proof})
     [entry] = on_bus(lambda bus: bus.read(CHECKPOINTS))
     assert "redriven as" in site.get("/dead").text
     assert entry.entry_id in site.get("/dead").text
-    site.post("/dead/drop", {"letter": letter, "proof": proof})
+    site.post("/dead/drop", {"letter": dead_letter, "proof": proof})
     assert "There is none" in site.get("/dead").text
-    assert site.post("/dead/drop", {"letter": letter, "proof": proof}).status == 400
+    assert site.post("/dead/drop", {"letter": dead_letter, "proof": proof}).status == 400
 
 
 def test_a_spoiled_form_is_refused_by_name(site: Site):
@@ -155,11 +155,11 @@ def test_another_host_name_is_refused(site: Site):
 
 def test_text_from_the_bus_is_text(site: Site, on_bus):
     async def publish(bus: Bus) -> None:
-        letter = examples.MESSAGES["DeadLetter"]
-        assert isinstance(letter, DeadLetter)
+        dead_letter = examples.MESSAGES["DeadLetter"]
+        assert isinstance(dead_letter, DeadLetter)
         spoiled = {"reason": HOSTILE, "field": HOSTILE, "worker_id": HOSTILE, "error_code": HOSTILE}
         spoiled |= {"original": {HOSTILE: HOSTILE.encode()}}
-        await bus.publish(DEAD, letter.model_copy(update=spoiled), source="x")
+        await bus.publish(DEAD, dead_letter.model_copy(update=spoiled), source="x")
         await bus.publish(CHECKPOINTS, examples.MESSAGES["CheckpointReady"], source="x")
         decision = examples.MESSAGES["StructuralPruningDecision"]
         spoiled = {"rejection_reason": HOSTILE, "approved_for_application": False}

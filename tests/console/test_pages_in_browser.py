@@ -135,18 +135,18 @@ def test_a_page_stays_current_without_losing_what_is_open(browser, live, recorde
     browser.find_element(By.TAG_NAME, "summary").click()
     before = len(browser.find_elements(By.CSS_SELECTOR, ".letter"))
 
-    async def bury() -> None:
+    async def dead_letter() -> None:
         bus = await Bus.connect(recorded.url, BusSettings())
-        letter = await bus.publish(DEAD, examples.MESSAGES["DeadLetter"], source="test")
+        dead_letter = await bus.publish(DEAD, examples.MESSAGES["DeadLetter"], source="test")
         page = WebDriverWait(browser, 20)
         count = before + 1
         await asyncio.to_thread(
             page.until, lambda b: len(b.find_elements(By.CSS_SELECTOR, ".letter")) == count
         )
-        await bus.letters.drop(letter, "test")
+        await bus.dead_letters.drop(dead_letter, "test")
         await bus.close()
 
-    asyncio.run(bury())
+    asyncio.run(dead_letter())
     assert browser.find_elements(By.CSS_SELECTOR, "details[open]"), "what was opened stays open"
 
 

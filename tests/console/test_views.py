@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from contracts import examples
-from elesh.bus import Backlog, BreakerView, Bus, Letter, WorkerState
+from elesh.bus import Backlog, BreakerView, Bus, DeadLetterEntry, WorkerState
 from elesh.console.charts import dots, gate_bar, intervals, strip, timeline
 from elesh.console.decision import HEATS, Comparison, DecisionView, Estimate, decision_view
 from elesh.console.history import History
@@ -48,9 +48,9 @@ def applied(recorded, history) -> DecisionView:
     largest = max((run.decisions[key] for key in taken), key=lambda decided: decided.units)
 
     async def read(reader: Reader) -> DecisionView:
-        evidence = await reader.evidence(IdempotencyKey.parse(largest.key))
-        assert evidence is not None
-        return decision_view(evidence, run.outcomes[largest.key])
+        context = await reader.context(IdempotencyKey.parse(largest.key))
+        assert context is not None
+        return decision_view(context, run.outcomes[largest.key])
 
     return on_recorded(recorded, read)
 
@@ -116,9 +116,9 @@ def test_what_is_broken_is_said():
     assert told(History(), workers=()) == [("bad", "No worker is alive")]
     wedged = WorkerState(worker_id="w2", ready=False, why="the child is wedged")
     assert told(History(), workers=(wedged,)) == [("warn", "Worker w2 is not ready")]
-    letter = Letter("1-0", None, "unreadable")
-    again = Letter("2-0", None, "unreadable", redriven_as="3-0")
-    assert told(History(), letters=(letter, again)) == [("warn", "1 dead letter")]
+    dead_letter = DeadLetterEntry("1-0", None, "unreadable")
+    again = DeadLetterEntry("2-0", None, "unreadable", redriven_as="3-0")
+    assert told(History(), dead_letters=(dead_letter, again)) == [("warn", "1 dead letter")]
     late = Backlog(5, 5, 0, 300.0, None)
     assert told(History(), backlog={"checkpoints": late}) == [
         ("warn", "checkpoints: the oldest entry has waited 300 s")
@@ -168,9 +168,9 @@ def test_predicted_stands_beside_measured(applied):
 
 
 def test_a_decision_whose_statistics_are_gone_says_so(recorded, applied, redis_url):
-    from elesh.console.reading import Evidence
+    from elesh.console.reading import DecisionContext
 
-    view = decision_view(Evidence(applied.decision, None, "expired", ()))
+    view = decision_view(DecisionContext(applied.decision, None, "expired", ()))
     assert (view.strips, view.missing) == ((), "expired")
     assert len(view.units) == len(applied.units)
     assert view.result == "approved"

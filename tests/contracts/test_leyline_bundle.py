@@ -234,5 +234,5 @@ def test_a_layers_name_may_hold_slashes_and_dots() -> None:
             for name in ("taylor_importance", "magnitude_importance", "activation_frequency")
         }
     )
-    read = ll.bundle.unpack_statistics(ll.ChannelImportanceData, data, "statistics")
+    read = ll.network.bundle.unpack_statistics(ll.ChannelImportanceData, data, "statistics")
     assert list(read) == ["block/1.conv"]

@@ -118,8 +118,10 @@ def test_byte_strings_as_keys_are_refused() -> None:
 def test_a_message_over_the_limit_is_refused_before_it_is_parsed_and_never_sent() -> None:
     with pytest.raises(ll.TooLarge, match="8388608"):
         ll.read_envelope(b"\xc0" * (codec.MAX_MESSAGE_BYTES + 1))
-    letter = examples.MESSAGES["DeadLetter"].model_dump()
-    large = ll.DeadLetter(**letter | {"original": {"envelope": bytes(codec.MAX_MESSAGE_BYTES)}})
+    dead_letter = examples.MESSAGES["DeadLetter"].model_dump()
+    large = ll.DeadLetter(
+        **dead_letter | {"original": {"envelope": bytes(codec.MAX_MESSAGE_BYTES)}}
+    )
     with pytest.raises(ll.TooLarge):
         ll.encode(large)
 

@@ -459,8 +459,8 @@ def test_heads_to_remove_are_told_once_in_order_and_counted() -> None:
 
 
 def test_a_dead_letter_is_written_whatever_trace_context_and_fields_came() -> None:
-    letter = examples.MESSAGES["DeadLetter"].model_dump()
+    dead_letter = examples.MESSAGES["DeadLetter"].model_dump()
     original = {f"{i}" * 600: b"" for i in range(100)}
-    written = ll.DeadLetter(**letter | {"traceparent": "x" * 10**6, "original": original})
+    written = ll.DeadLetter(**dead_letter | {"traceparent": "x" * 10**6, "original": original})
     assert ll.decode(ll.DeadLetter, ll.encode(written)) == written
     assert written.traceparent == "x" * 512

@@ -85,9 +85,9 @@ def test_each_role_can_do_its_work(server: Server, tmp_path: Path) -> None:
         await bus.runs.give_up("run", "token")
 
     async def operator(bus: Bus) -> None:
-        (letter,) = await bus.letters.all()
-        assert (await bus.letters.redrive(letter.entry_id, "jo")).again
-        await bus.letters.drop(letter.entry_id, "jo")
+        (dead_letter,) = await bus.dead_letters.all()
+        assert (await bus.dead_letters.redrive(dead_letter.entry_id, "jo")).again
+        await bus.dead_letters.drop(dead_letter.entry_id, "jo")
         await bus.breakers.trip("run", Level.CHANNEL, "by hand")
         await bus.breakers.reset("run", Level.CHANNEL)
         now = datetime.now(UTC)
@@ -99,7 +99,7 @@ def test_each_role_can_do_its_work(server: Server, tmp_path: Path) -> None:
             await bus.read(stream, count=1)
         assert await bus.registry.workers()
         assert await bus.registry.backlog()
-        await bus.letters.all()
+        await bus.dead_letters.all()
         await bus.breakers.show()
         with pytest.raises(BusUnavailable, match=r"users\.acl"):
             await bus.breakers.trip("run", Level.CHANNEL, "not allowed")

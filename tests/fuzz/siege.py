@@ -23,7 +23,7 @@ import yaml
 from redis.asyncio import Redis
 from station import WorkerProcess, ready
 
-from elesh.bus import Bus, Delivery, read_letter
+from elesh.bus import Bus, Delivery, read_dead_letter
 from elesh.bus.admission import Work, admit
 from elesh.settings import BusSettings
 from leyline import AnalysisRequest, ContractError, encode, read_envelope, unwrap, wrap
@@ -246,10 +246,10 @@ class _Siege:
             self.found.violations.append("a process is gone")
 
     async def _audit(self, entries: dict[tuple[str, str], _Entry]) -> None:
-        letters = await self._new_letters()
+        dead_letters = await self._new_letters()
         for place, entry in entries.items():
-            if place in letters:
-                code = letters.pop(place)
+            if place in dead_letters:
+                code = dead_letters.pop(place)
                 self.found.ends[code] += 1
                 if entry.sound:
                     self.found.violations.append(f"{'/'.join(place)}: sound, but {code}")
@@ -268,11 +268,17 @@ class _Siege:
         """The codes of new dead letters by stream and entry of what they are about."""
         found = {}
         for delivery in await self._new(DEAD):
-            letter = read_letter(delivery)
-            if not letter.reason or not letter.reason.isprintable() or not letter.original:
-                self.found.violations.append(f"a letter without reason or bytes: {letter}"[:300])
-            found[letter.stream, letter.entry_id] = letter.error_code
-            self._buried.add(letter.idempotency_key)
+            dead_letter = read_dead_letter(delivery)
+            if (
+                not dead_letter.reason
+                or not dead_letter.reason.isprintable()
+                or not dead_letter.original
+            ):
+                self.found.violations.append(
+                    f"a letter without reason or bytes: {dead_letter}"[:300]
+                )
+            found[dead_letter.stream, dead_letter.entry_id] = dead_letter.error_code
+            self._buried.add(dead_letter.idempotency_key)
         return found
 
     async def _good_end(self, place: tuple[str, str], entry: _Entry) -> str:

@@ -27,7 +27,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import set_span_in_context
 from rich.console import Console
 
-from elesh.observe import carrier_of, linked_span, onward, record_stages, span, span_from
+from elesh.observe import carrier_of, linked_span, onward, record_spans, span, span_from
 from elesh.observe import tracing as tracing_module
 from elesh.observe.spanfile import RecordedSpan, SpanFile, find_trace, read_spans
 from elesh.observe.tracing import WholeTrees, shutdown_tracing
@@ -73,7 +73,7 @@ def test_what_follows_from_a_message_continues_the_context_that_it_came_with(
             assert onward(sent) == sent
             assert onward({}) == carrier_of() != sent
             assert onward({"traceparent": "00-not-a-context"}) == carrier_of()
-            record_stages([("join", -1, 1_000, 9_000), ("gates", 0, 2_000, 3_000)])
+            record_spans([("join", -1, 1_000, 9_000), ("gates", 0, 2_000, 3_000)])
         with linked_span(sent, "replay"):
             pass
     create, gates, join, process, replay = exporter.get_finished_spans()

@@ -175,6 +175,8 @@ def test_only_some_channels_of_a_wide_group_are_masked() -> None:
     seen: list[tuple[int, int]] = []
     trained = proved_networks.perceptron()
     groups = [g for g in trained.bundle.architecture.groups if g.level is Level.CHANNEL]
-    validate(trained.bundle, SETTINGS, units=5, told=lambda done, total: seen.append((done, total)))
+    validate(
+        trained.bundle, SETTINGS, units=5, progress=lambda done, total: seen.append((done, total))
+    )
     total = 5 * sum(group.prunable for group in groups)
     assert seen == [(done, total) for done in range(1, total + 1)]

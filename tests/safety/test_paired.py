@@ -19,8 +19,8 @@ def drawn(rng: np.random.Generator, count: int, lost: float, won: float) -> tupl
     kind = rng.random(count)
     after = np.where(right, kind >= lost, kind < won)
     losses = rng.exponential(0.3, count)
-    rises = rng.normal(0.02, 0.1, count)
-    return outcomes(losses, right), outcomes(losses + rises, after)
+    loss_increases = rng.normal(0.02, 0.1, count)
+    return outcomes(losses, right), outcomes(losses + loss_increases, after)
 
 
 def test_the_interval_holds_the_next_samples_drop_and_the_mean_rise() -> None:

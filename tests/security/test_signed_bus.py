@@ -85,7 +85,7 @@ async def publish(bus: Bus, number: int = 1) -> CheckpointReady:
     return event
 
 
-def letters(station: Station, count: int) -> list[DeadLetter]:
+def dead_letters(station: Station, count: int) -> list[DeadLetter]:
     def found() -> list[DeadLetter]:
         dead = [m for m in station.messages(DEAD) if isinstance(m, DeadLetter)]
         return dead if len(dead) >= count else []
@@ -135,12 +135,12 @@ def test_what_is_unsigned_forged_or_out_of_place_is_refused_before_it_is_parsed(
             await redis.xadd(OUTCOMES.key(station.partition), {"envelope": signed})
 
     station.on_bus(send)
-    found = letters(station, 5)
-    assert sorted(letter.error_code for letter in found) == sorted(
+    found = dead_letters(station, 5)
+    assert sorted(dead_letter.error_code for dead_letter in found) == sorted(
         [*hostile, "bad_signature"]  # a genuine entry on another stream than it was signed for
     )
     assert station.decisions() == []
-    originals = {letter.original["envelope"] for letter in found}
+    originals = {dead_letter.original["envelope"] for dead_letter in found}
     assert originals == {content for _, content in hostile.values()} | {signed}
 
 
@@ -156,9 +156,9 @@ def test_a_message_of_another_kind_than_its_stream_carries_is_refused(
         await bus.publish(CHECKPOINTS, outcome, source="test")
 
     as_party(station, keyrings("trainer"), outcome_as_checkpoint)
-    (letter,) = letters(station, 1)
-    assert letter.error_code == "unknown_type"
-    assert "checkpoints" in letter.reason
+    (dead_letter,) = dead_letters(station, 1)
+    assert dead_letter.error_code == "unknown_type"
+    assert "checkpoints" in dead_letter.reason
 
 
 def test_only_an_operator_can_send_an_old_entry_again(
@@ -176,8 +176,8 @@ def test_only_an_operator_can_send_an_old_entry_again(
         return bytes(framed)
 
     framed = as_party(station, trainer, expired)
-    (letter,) = letters(station, 1)
-    assert letter.error_code == "expired"
+    (dead_letter,) = dead_letters(station, 1)
+    assert dead_letter.error_code == "expired"
 
     async def replayed(bus: Bus) -> None:
         word = bus.guard.frame_redrive("1893456000000", framed)
@@ -187,13 +187,13 @@ def test_only_an_operator_can_send_an_old_entry_again(
                 await redis.xadd(CHECKPOINTS.key(station.partition), fields)
 
     as_party(station, trainer, replayed)
-    codes = {letter.error_code for letter in letters(station, 3)}
+    codes = {dead_letter.error_code for dead_letter in dead_letters(station, 3)}
     assert codes == {"expired", "unsigned", "not_authorized"}
     assert station.decisions() == []
 
     async def redrive(bus: Bus) -> None:
-        first = (await bus.letters.all())[0]
-        await bus.letters.redrive(first.entry_id, "op")
+        first = (await bus.dead_letters.all())[0]
+        await bus.dead_letters.redrive(first.entry_id, "op")
 
     as_party(station, operator, redrive)
     station.wait_decisions(1)
@@ -221,8 +221,8 @@ def test_sealed_checkpoints_are_decided_as_plain_ones_and_unreadable_without_the
     station.worker(bus={"security": sealed})
     (decision,) = station.wait_decisions(1)
     assert decision.channels
-    (letter,) = letters(station, 1)
-    assert (letter.error_code, letter.field) == (
+    (dead_letter,) = dead_letters(station, 1)
+    assert (dead_letter.error_code, dead_letter.field) == (
         "identity_mismatch",
         "statistics.safetensors.sealed",
     )

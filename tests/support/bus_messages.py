@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from elesh.bus import Bus, Delivery, Settling, Sweep
+from elesh.bus import Bus, Commit, Delivery, Reap
 from leyline import AnalysisReport, DeadLetter, IdempotencyKey, Level, Priority, PruningOutcome
 from leyline.streams import OUTCOMES, REDELIVERIES, Stream
 
@@ -25,14 +25,14 @@ def outcome(epoch: int = 1) -> PruningOutcome:
     )
 
 
-def result(epoch: int = 1, fingerprint: str = "one", marked: int = 0) -> Settling:
+def result(epoch: int = 1, fingerprint: str = "one", marked: int = 0) -> Commit:
     report = AnalysisReport(
         idempotency_key=str(key(epoch)), analysed=9, marked=marked, error_bound=0.0, confidence=1.0
     )
-    return Settling(key(epoch), fingerprint, report, TRACE, "run", epoch)
+    return Commit(key(epoch), fingerprint, report, TRACE, "run", epoch)
 
 
-def letter(delivery: Delivery) -> DeadLetter:
+def dead_letter(delivery: Delivery) -> DeadLetter:
     return DeadLetter(
         stream=delivery.stream.name,
         entry_id=delivery.entry_id,
@@ -64,18 +64,18 @@ async def end_lease(bus: Bus, delivery: Delivery, owner: str = "w1") -> None:
     await bus._client.xclaim(stream, GROUP, owner, 0, [delivery.entry_id], idle=60_000, justid=True)
 
 
-async def sweep(bus: Bus, streams: Sequence[Stream] = STREAMS) -> Sweep:
+async def reap(bus: Bus, streams: Sequence[Stream] = STREAMS) -> Reap:
     """A pass of a sweeper whose grace is over."""
     seconds, _ = await bus._client.time()
-    pulse = {"at": 1000 * seconds, "since": 0}
-    await bus._client.hset(bus.keys.named("pulse"), mapping=pulse)
+    heartbeat = {"at": 1000 * seconds, "since": 0}
+    await bus._client.hset(bus.keys.named("pulse"), mapping=heartbeat)
     await bus._client.hset(bus.keys.named("sweeper"), "holder", "sweeper")
-    return await bus.sweeper.sweep(GROUP, "sweeper", streams)
+    return await bus.sweeper.reap(GROUP, "sweeper", streams)
 
 
 async def take_over(bus: Bus, delivery: Delivery, by: str = "w2", owner: str = "w1") -> Delivery:
     """What another worker gets once the lease has run out."""
     await end_lease(bus, delivery, owner)
-    await sweep(bus)
+    await reap(bus)
     [taken] = await claim(bus, by)
     return taken

@@ -68,7 +68,7 @@ CLEAN = Facts(
     checkpoints={"e1": "k1", "e2": "k2"},
     decisions=["k1", "k2"],
     records=frozenset({"k1", "k2"}),
-    letters=[],
+    dead_letters=[],
     telemetry=[
         told("received", "w1", "1:h:k1:channel", 0),
         told("reclaimed", "w2", "", 16, "checkpoints/1-1: crash: of w1"),

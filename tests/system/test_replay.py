@@ -242,10 +242,10 @@ def test_a_case_that_failed_can_be_taken_home_too(station: Station, tmp_path: Pa
     station.worker()
     station.on_bus(publish_spoiled)
     station.wait_for(lambda: station.read(DEAD), "the dead letter")
-    (letter,) = station.on_bus(lambda bus: bus.letters.all())
-    assert letter.message is not None
-    case = captured(station, letter.message.idempotency_key, tmp_path / "case.zip")
+    (dead_letter,) = station.on_bus(lambda bus: bus.dead_letters.all())
+    assert dead_letter.message is not None
+    case = captured(station, dead_letter.message.idempotency_key, tmp_path / "case.zip")
     assert case is not None
     item = asyncio.run(replay_case(tmp_path / "case.zip", None))
     assert item.decision is None
-    assert item.error in letter.message.reason
+    assert item.error in dead_letter.message.reason

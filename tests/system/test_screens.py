@@ -24,7 +24,7 @@ from elesh.cli import main
 from elesh.demo.screen import report_tables
 from elesh.demo.training import Cut, Report
 from elesh.operate.diff import changes
-from elesh.operate.events import told_events
+from elesh.operate.events import formatted_events
 from elesh.operate.explain import print_decision
 from elesh.operate.fleet_status import overview, overview_of
 from elesh.trainer import Evaluation
@@ -75,7 +75,7 @@ def drawn(*what: RenderableType, width: int = 80) -> str:
 REASON = "statistics.stem/taylor_importance: expected shape (64,), found shape (63,), " * 3
 
 
-def letter() -> DeadLetter:
+def dead_letter() -> DeadLetter:
     return DeadLetter.model_validate(
         {
             "stream": "checkpoints",
@@ -90,8 +90,8 @@ def letter() -> DeadLetter:
     )
 
 
-async def bury(bus: Bus) -> str:
-    return await bus.publish(DEAD, letter(), source="test")
+async def published_dead_letter(bus: Bus) -> str:
+    return await bus.publish(DEAD, dead_letter(), source="test")
 
 
 @pytest.mark.parametrize("width", [80, 140])
@@ -100,7 +100,9 @@ def test_nothing_that_people_copy_is_cut_off_in_the_fleet_s_overview(
 ) -> None:
     decision = analyze(checkpoint())
     seen = station.on_bus(overview_of)
-    text = drawn(overview(replace(seen, decisions=[decision], letters=[letter()])), width=width)
+    text = drawn(
+        overview(replace(seen, decisions=[decision], dead_letters=[dead_letter()])), width=width
+    )
     for whole in (decision.idempotency_key, "shape_mismatch", "redeliveries", decision.run_id):
         assert whole in text
     assert max(map(len, text.splitlines())) <= width
@@ -108,7 +110,7 @@ def test_nothing_that_people_copy_is_cut_off_in_the_fleet_s_overview(
 
 
 def test_dead_letters_are_listed_whole(station: Station, call: Call) -> None:
-    entry = station.on_bus(bury)
+    entry = station.on_bus(published_dead_letter)
     listed = call("dead", "list").out
     assert entry in listed
     assert REASON.strip() in listed
@@ -143,7 +145,7 @@ def test_events_are_told_in_the_order_of_their_times_however_many_there_are(
             stream = OUTCOMES if number % 110 == 0 else TELEMETRY
             message = outcome() if stream is OUTCOMES else event()
             sent.append((stream.name, await bus.publish(stream, message, source="test")))
-        told = [e async for e in told_events(bus, list(STREAMS), follow=False)]
+        told = [e async for e in formatted_events(bus, list(STREAMS), follow=False)]
         assert sorted((e.stream, e.entry_id) for e in told) == sorted(sent)
         return [e.order for e in told]
 

@@ -42,17 +42,17 @@ def test_a_letter_is_listed_shown_redriven_once_and_dropped(station: Station, li
         redis.xadd(CHECKPOINTS.key(station.partition), {"envelope": b"\xc1 nonsense"})
     station.wait_for(lambda: station.read(DEAD), "the dead letter")
     (facts,) = line.objects("dead", "list")
-    letter = facts["letter"]
+    dead_letter = facts["letter"]
     assert "malformed" in line("dead", "list")
-    shown = line("dead", "show", letter)
+    shown = line("dead", "show", dead_letter)
     assert "checkpoints/" in shown
     assert "c1 20 6e 6f" in shown, "the original's bytes"
-    assert "published again" in line("dead", "redrive", letter, "--reason", "try")
+    assert "published again" in line("dead", "redrive", dead_letter, "--reason", "try")
     station.wait_for(lambda: len(station.read(DEAD)) == 2, "the original to fail again")
-    assert "had been redriven already" in line("dead", "redrive", letter)
+    assert "had been redriven already" in line("dead", "redrive", dead_letter)
     assert "published again" in line("dead", "redrive", "--all", "--code", "malformed")
-    line("dead", "drop", letter, "--reason", "nonsense")
-    assert "expected the entry of a dead letter" in line("dead", "show", letter, code=1)
+    line("dead", "drop", dead_letter, "--reason", "nonsense")
+    assert "expected the entry of a dead letter" in line("dead", "show", dead_letter, code=1)
     audit = line.objects("events", "--stream", "operations")
     assert [event["what"].split(": ")[1].split()[0] for event in audit] == [
         "redrive", "redrive", "drop",

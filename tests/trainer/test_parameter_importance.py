@@ -125,7 +125,7 @@ def test_a_mask_for_another_tensor_is_refused_and_nothing_changes() -> None:
 
 
 def test_packed_masks_do_the_same_as_inline_ones() -> None:
-    model, twin = network(), network()
+    model, copied = network(), network()
     tracker = ParameterTracker(model)
     tracker.observe(batches())
     masks = masks_of(tracker)
@@ -138,5 +138,5 @@ def test_packed_masks_do_the_same_as_inline_ones() -> None:
         confidence=masks.confidence,
         packed=reference,
     )
-    assert apply_masks(model, masks) == apply_masks(twin, bare, packed)
-    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+    assert apply_masks(model, masks) == apply_masks(copied, bare, packed)
+    assert all(map(torch.equal, model.parameters(), copied.parameters()))

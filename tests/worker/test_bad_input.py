@@ -11,7 +11,7 @@ import pytest
 from redis.asyncio import Redis
 from station import Station, checkpoint, ready, send
 
-from elesh.bus import Bus, Delivery, read_letter
+from elesh.bus import Bus, Delivery, read_dead_letter
 from leyline import (
     CheckpointReady,
     DeadLetter,
@@ -203,29 +203,34 @@ def test_every_kind_of_bad_input_is_a_dead_letter_and_the_next_message_is_served
     station.publish(checkpoint(number=99))
     (decision,) = station.wait_decisions(1)
     assert decision.key.decision_id == "ck-99"
-    letters = station.wait_for(
+    dead_letters = station.wait_for(
         lambda: found if len(found := station.read(DEAD)) >= len(CASES) else [], "all dead letters"
     )
-    read = by_reason(letters)
+    read = by_reason(dead_letters)
     assert len(read) == len(CASES)
     for name, (_, code, part) in CASES.items():
-        fitting = [letter for letter in read if part in letter.reason]
-        assert fitting, f"{name}: no letter says {part}: {[letter.reason for letter in read]}"
-        assert not code or code in {letter.error_code for letter in fitting}, name
-        assert all("expected" in letter.reason and "found" in letter.reason for letter in fitting)
+        fitting = [dead_letter for dead_letter in read if part in dead_letter.reason]
+        assert fitting, (
+            f"{name}: no letter says {part}: {[dead_letter.reason for dead_letter in read]}"
+        )
+        assert not code or code in {dead_letter.error_code for dead_letter in fitting}, name
+        assert all(
+            "expected" in dead_letter.reason and "found" in dead_letter.reason
+            for dead_letter in fitting
+        )
     assert worker.process.poll() is None
 
 
 def by_reason(deliveries: list[Delivery]) -> list[DeadLetter]:
-    return [read_letter(delivery) for delivery in deliveries]
+    return [read_dead_letter(delivery) for delivery in deliveries]
 
 
 def test_a_dead_letter_holds_the_original_bytes(station: Station) -> None:
     station.worker()
     station.on_bus(lambda bus: garbage(bus, Redis.from_url(station.url)))
     station.wait_for(lambda: station.read(DEAD), "the dead letter")
-    (letter,) = by_reason(station.read(DEAD))
-    assert letter.original == {"envelope": b"\xc1 not msgpack"}
+    (dead_letter,) = by_reason(station.read(DEAD))
+    assert dead_letter.original == {"envelope": b"\xc1 not msgpack"}
 
 
 def test_the_same_key_with_other_content_is_a_conflict_and_never_overwrites(
@@ -236,6 +241,6 @@ def test_the_same_key_with_other_content_is_a_conflict_and_never_overwrites(
     (first,) = station.wait_decisions(1)
     station.publish(checkpoint(seed=2))
     station.wait_for(lambda: station.read(DEAD), "the dead letter")
-    (letter,) = by_reason(station.read(DEAD))
-    assert letter.error_code == "conflict"
+    (dead_letter,) = by_reason(station.read(DEAD))
+    assert dead_letter.error_code == "conflict"
     assert station.decisions() == [first]

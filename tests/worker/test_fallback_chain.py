@@ -12,7 +12,7 @@ import pytest
 from station import Station, checkpoint, faulty, ready, send
 from test_bad_input import pack_unchecked, put_nan
 
-from elesh.bus import Bus, read_letter
+from elesh.bus import Bus, read_dead_letter
 from leyline import CheckpointBundle, Level, Outcome
 from leyline.arrays import unpack_arrays
 from leyline.streams import CHECKPOINTS, DEAD
@@ -51,9 +51,9 @@ def test_a_child_that_crashes_each_time_is_a_dead_letter_and_the_worker_lives(
     worker = faulty(station, "exit", "always")
     station.publish(checkpoint())
     (dead,) = station.wait_for(lambda: station.read(DEAD), "the dead letter")
-    letter = read_letter(dead)
-    assert (letter.error_code, letter.deliveries) == ("analysis_failed", 1)
-    assert "exit code 3 after worker_crash" in letter.reason
+    dead_letter = read_dead_letter(dead)
+    assert (dead_letter.error_code, dead_letter.deliveries) == ("analysis_failed", 1)
+    assert "exit code 3 after worker_crash" in dead_letter.reason
     assert worker.process.poll() is None
 
 
@@ -111,7 +111,7 @@ def test_corrupt_data_is_answered_by_the_previous_analysis_as_telemetry_only(
     assert second.rejection_reason.startswith("data: ")
     assert rungs(station) == ["data_corruption"]
     (dead,) = station.wait_for(lambda: station.read(DEAD), "the dead letter")
-    assert read_letter(dead).error_code == "not_finite", "and the bytes are kept"
+    assert read_dead_letter(dead).error_code == "not_finite", "and the bytes are kept"
     # A stand-in is no good analysis: the next ones stand on the first again.
     station.on_bus(lambda bus: with_nan(bus, checkpoint(epoch=62, number=3)))
     third = station.wait_decisions(3)[2]
@@ -138,7 +138,7 @@ def test_data_that_is_corrupt_for_every_level_has_a_stand_in_too(station: Statio
     assert second.fallbacks[-1].rung == "data_corruption"
     assert not second.approved_for_application
     (dead,) = station.wait_for(lambda: station.read(DEAD), "the dead letter")
-    assert read_letter(dead).error_code == "malformed"
+    assert read_dead_letter(dead).error_code == "malformed"
 
 
 def test_a_gradient_that_failed_is_answered_by_magnitude_with_less_confidence(
@@ -191,8 +191,8 @@ def test_a_checkpoint_all_of_whose_levels_fail_is_a_dead_letter_with_its_own_byt
     bundle = replace(layer_networks.network(), levels=(Level.CHANNEL, Level.LAYER))
     station.publish(bundle)
     (dead,) = station.wait_for(lambda: station.read(DEAD), "the dead letter")
-    letter, (published,) = read_letter(dead), station.read(CHECKPOINTS)
-    assert (letter.stream, letter.entry_id) == ("checkpoints", published.entry_id)
-    assert letter.original == published.original
-    assert "nothing works" in letter.reason
+    dead_letter, (published,) = read_dead_letter(dead), station.read(CHECKPOINTS)
+    assert (dead_letter.stream, dead_letter.entry_id) == ("checkpoints", published.entry_id)
+    assert dead_letter.original == published.original
+    assert "nothing works" in dead_letter.reason
     assert not station.decisions()

@@ -15,7 +15,7 @@ from redis import Redis
 from servers import Server
 from station import Station, checkpoint, faulty, ready
 
-from elesh.bus import Bus, read_letter
+from elesh.bus import Bus, read_dead_letter
 from elesh.settings import Settings
 from elesh.worker import Worker
 from elesh.worker.telemetry.gauges import FleetFigures
@@ -51,9 +51,9 @@ def test_a_child_that_holds_the_interpreter_lock_through_a_drain_runs_once(
     assert time.monotonic() < begun + HOLD - 6 * LEASE, "too slow a machine to show anything"
     assert holding.process.wait(2 * HOLD + 60) == 0
     first = str(checkpoint().key(checkpoint().levels[0]))
-    settled = [e.worker_id for e in station.telemetry("settled") if e.idempotency_key == first]
+    committed = [e.worker_id for e in station.telemetry("settled") if e.idempotency_key == first]
     fetched = [e.worker_id for e in station.telemetry("fetched") if e.idempotency_key == first]
-    assert (settled, fetched) == (["w1"], ["w1"])
+    assert (committed, fetched) == (["w1"], ["w1"])
     assert not station.telemetry("lost")
     assert not station.telemetry("reclaimed")
     assert time.monotonic() - begun > HOLD
@@ -109,12 +109,12 @@ def test_an_idle_fleet_sends_at_most_two_commands_a_second_for_each_worker(
     """
     server = Server(tmp_path / "server").start()
     station = Station(server.url, "idle", tmp_path)
-    beat, seconds, sent = 5.0, 6.0, []
+    heartbeat, seconds, sent = 5.0, 6.0, []
     try:
         for _ in range(2):
             station.worker(bus={"lease_seconds": 15.0})
         with server.client() as redis, redis.monitor() as monitor:
-            begins = time.monotonic() + beat
+            begins = time.monotonic() + heartbeat
             while (now := time.monotonic()) < begins + seconds:
                 command = monitor.next_command()
                 if now > begins and command["client_type"] != "lua":  # those come from scripts
@@ -137,14 +137,14 @@ def test_our_own_failure_goes_round_again_after_a_pause_and_is_counted_apart(
     async def scenario() -> None:
         bus = await Bus.connect(station.url, settings.bus)
         worker = Worker(bus, settings, "w1")
-        decide = worker._analyst.decide
+        decide = worker._executor.decide
 
         async def failing(work: Any) -> Any:
             if next(fails, False):
                 raise RuntimeError("ours")
             return await decide(work)
 
-        monkeypatch.setattr(worker._analyst, "decide", failing)
+        monkeypatch.setattr(worker._executor, "decide", failing)
         running = asyncio.create_task(worker.run())
         await asyncio.to_thread(station.publish, checkpoint())
         await asyncio.to_thread(station.wait_decisions, 1)
@@ -173,11 +173,11 @@ def test_a_checkpoint_after_its_time_is_a_named_dead_letter_that_can_be_redriven
 
     station.on_bus(publish_late)
     (dead,) = station.wait_for(lambda: station.read(DEAD), "the dead letter")
-    letter = read_letter(dead)
-    assert letter.error_code == "expired"
-    assert "redrive it if its decision still matters" in letter.reason
+    dead_letter = read_dead_letter(dead)
+    assert dead_letter.error_code == "expired"
+    assert "redrive it if its decision still matters" in dead_letter.reason
     assert not station.telemetry("fetched"), "it is not analysed"
-    station.on_bus(lambda bus: bus.letters.redrive(dead.entry_id, "jo", "still wanted"))
+    station.on_bus(lambda bus: bus.dead_letters.redrive(dead.entry_id, "jo", "still wanted"))
     (decision,) = station.wait_decisions(1)
     assert decision.approved_for_application, worker.log
 

@@ -18,10 +18,10 @@ from elesh import analyze
 from elesh.bus import Bus
 from elesh.settings import Settings
 from elesh.worker import Worker
-from elesh.worker import in_flight as turns
+from elesh.worker import in_flight as keyed_locks
 from elesh.worker.compute.frames import Job, Reply
 from elesh.worker.compute.process import ComputeChild
-from elesh.worker.in_flight import Busy, Pace, Turns
+from elesh.worker.in_flight import Busy, InFlightLimit, KeyedLocks
 from leyline import CheckpointBundle, PruningOutcome, TelemetryEvent, encode, read_envelope, unwrap
 from leyline.streams import CHECKPOINTS, OUTCOMES, TELEMETRY, WORKERS
 
@@ -73,9 +73,9 @@ class Hall:
     def worker(self, *, light: bool) -> Child:
         """A worker, and its child; ``light``: analyses have been quick so far."""
         worker, child = Worker(self.bus, self.settings, f"w{len(self.workers) + 1}"), Child()
-        worker._analyst._child.run = child.run  # type: ignore[method-assign]
+        worker._executor._child.run = child.run  # type: ignore[method-assign]
         if light:
-            with worker._analyst.pace.analysing():
+            with worker._executor.in_flight_limit.analysing():
                 pass
         self.workers.append(worker)
         self.children.append(child)
@@ -148,8 +148,8 @@ def test_checkpoints_of_other_runs_are_fetched_while_one_is_analysed(station: St
             await hall.told("fetched", 5)
             await hall.begun(child, 1)
             child.free.set()
-            settled = await hall.told("settled", 5)
-            assert sorted(event.idempotency_key for event in settled) == sorted(keys)
+            committed = await hall.told("settled", 5)
+            assert sorted(event.idempotency_key for event in committed) == sorted(keys)
             assert sorted(child.began) == sorted(keys)
 
     asyncio.run(scenario())
@@ -226,8 +226,8 @@ def test_what_waits_behind_a_long_analysis_is_left_to_a_free_worker(station: Sta
             assert child.began == keys[:1]
             other = hall.worker(light=True)
             other.free.set()
-            (settled,) = await hall.told("settled", 1)
-            assert (settled.worker_id, settled.idempotency_key) == ("w2", keys[1])
+            (committed,) = await hall.told("settled", 1)
+            assert (committed.worker_id, committed.idempotency_key) == ("w2", keys[1])
             received = await hall.telemetry("received")
             assert {event.figures["deliveries"] for event in received} == {1.0}, "none counts"
 
@@ -237,7 +237,7 @@ def test_what_waits_behind_a_long_analysis_is_left_to_a_free_worker(station: Sta
 def test_a_drain_ends_what_was_begun_and_hands_over_the_rest(
     station: Station, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turns, "PATIENCE_SECONDS", 60.0)
+    monkeypatch.setattr(keyed_locks, "PATIENCE_SECONDS", 60.0)
     hall = Hall(station)
 
     async def scenario() -> None:
@@ -248,11 +248,11 @@ def test_a_drain_ends_what_was_begun_and_hands_over_the_rest(
             hall.workers[0].drain()
             other = hall.worker(light=False)
             other.free.set()
-            settled = await hall.told("settled", 2)  # nothing waits for the thirty seconds
-            assert {event.worker_id for event in settled} == {"w2"}
+            committed = await hall.told("settled", 2)  # nothing waits for the thirty seconds
+            assert {event.worker_id for event in committed} == {"w2"}
             child.free.set()
-            settled = await hall.told("settled", 3)
-            assert (settled[2].worker_id, settled[2].idempotency_key) == ("w1", keys[0])
+            committed = await hall.told("settled", 3)
+            assert (committed[2].worker_id, committed[2].idempotency_key) == ("w1", keys[0])
             received = await hall.telemetry("received")
             assert {event.figures["deliveries"] for event in received} == {1.0}
             assert len(await hall.telemetry("handed_over")) == 2
@@ -285,11 +285,11 @@ def test_a_lost_lease_ends_the_one_analysis_only(station: Station) -> None:
             await hall.told("fetched", 2)
             await hall.begun(child, 1)
             (worker,) = hall.workers
-            (first,) = (held for held in worker._in_hand if held.key == keys[0])
+            (first,) = (held for held in worker._in_flight if held.key == keys[0])
             worker._lost(first.delivery)
             child.free.set()
-            (settled,) = await hall.told("settled", 1)
-            assert settled.idempotency_key == keys[1]
+            (committed,) = await hall.told("settled", 1)
+            assert committed.idempotency_key == keys[1]
             assert child.began == keys
 
     asyncio.run(scenario())
@@ -298,13 +298,13 @@ def test_a_lost_lease_ends_the_one_analysis_only(station: Station) -> None:
 def test_turns_of_one_name_come_in_order_and_others_do_not_wait() -> None:
     came: list[str] = []
 
-    async def take(order: Turns, name: str, number: int) -> None:
+    async def take(order: KeyedLocks, name: str, number: int) -> None:
         async with order.of(name):
             came.append(f"{name}{number}")
             await asyncio.sleep(0)
 
     async def scenario() -> None:
-        order = Turns(lambda: False)
+        order = KeyedLocks(lambda: False)
         async with order.of("a"):
             waiting = [asyncio.create_task(take(order, "a", n)) for n in range(3)]
             await take(order, "b", 0)
@@ -315,16 +315,16 @@ def test_turns_of_one_name_come_in_order_and_others_do_not_wait() -> None:
 
 
 def test_only_who_waits_for_a_long_analysis_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(keyed_locks, "PATIENCE_SECONDS", 0.01)
     long, came = True, []
 
-    async def take(order: Turns) -> None:
+    async def take(order: KeyedLocks) -> None:
         async with order.of("a"):
             came.append(1)
 
     async def scenario() -> None:
         nonlocal long
-        order = Turns(lambda: long)
+        order = KeyedLocks(lambda: long)
         async with order.of("a"):
             with pytest.raises(Busy, match="more than"):
                 await take(order)
@@ -340,7 +340,7 @@ def test_only_who_waits_for_a_long_analysis_is_told(monkeypatch: pytest.MonkeyPa
 
 def test_a_turn_that_is_waited_for_no_more_is_free() -> None:
     async def scenario() -> None:
-        order = Turns(lambda: False)
+        order = KeyedLocks(lambda: False)
 
         async def take() -> None:
             async with order.of("a"):
@@ -362,24 +362,24 @@ def test_a_turn_that_is_waited_for_no_more_is_free() -> None:
 
 def test_a_worker_has_as_much_in_hand_as_a_quarter_of_a_second_takes() -> None:
     now = 0.0
-    pace = Pace(32, clock=lambda: now)
-    assert pace.at_once == 1, "nothing is known yet"
+    in_flight_limit = InFlightLimit(32, clock=lambda: now)
+    assert in_flight_limit.at_once == 1, "nothing is known yet"
 
     def analyse(seconds: float) -> None:
         nonlocal now
-        with pace.analysing():
+        with in_flight_limit.analysing():
             now += seconds
 
     analyse(0.025)
-    assert pace.at_once == 10
+    assert in_flight_limit.at_once == 10
     for _ in range(60):
         analyse(0.001)
-    assert pace.at_once == 32
+    assert in_flight_limit.at_once == 32
     analyse(20.0)
-    assert pace.at_once == 1
-    with pace.analysing():
+    assert in_flight_limit.at_once == 1
+    with in_flight_limit.analysing():
         now += 0.2
-        assert not pace.long
+        assert not in_flight_limit.long
         now += 0.1
-        assert pace.long
-    assert not pace.long
+        assert in_flight_limit.long
+    assert not in_flight_limit.long

@@ -100,11 +100,11 @@ def test_importance_of_another_checkpoint_is_a_dead_letter(station: Station) -> 
         await bus.publish(REQUESTS, changed, source="test")
 
     station.on_bus(other)
-    letters = station.wait_for(
+    dead_letters = station.wait_for(
         lambda: [m for m in station.messages(DEAD) if isinstance(m, DeadLetter)], "a dead letter"
     )
-    assert letters[0].error_code == "identity_mismatch"
-    assert "importance of rank 0" in letters[0].field
+    assert dead_letters[0].error_code == "identity_mismatch"
+    assert "importance of rank 0" in dead_letters[0].field
 
 
 def test_masks_too_large_for_a_message_travel_as_a_blob(

@@ -101,8 +101,8 @@ def test_a_worker_killed_in_the_middle_is_finished_by_another(station: Station) 
     first.end(signal.SIGKILL)
     station.worker()
     (decision,) = station.wait_decisions(1)
-    (settled,) = station.wait_for(lambda: station.telemetry("settled"), "the settlement")
-    assert (settled.worker_id, decision.approved_for_application) == ("w2", True)
+    (committed,) = station.wait_for(lambda: station.telemetry("settled"), "the settlement")
+    assert (committed.worker_id, decision.approved_for_application) == ("w2", True)
 
 
 def test_a_lease_outlives_an_analysis_many_times_as_long(station: Station) -> None:

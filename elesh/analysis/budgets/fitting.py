@@ -37,10 +37,10 @@ def fitted(bundle: CheckpointBundle, budget: Budget, ranking: Ranking, quota: in
     """
     candidates = ranking.candidates
     model = resource_model(bundle.architecture, budget)
-    drawn = ranking.choose(min(sum(candidates.rooms), _REACH * quota))
+    drawn = ranking.choose(min(sum(candidates.capacities), _REACH * quota))
     costs: list[list[float]] = [[] for _ in candidates.names]
-    for unit, price in drawn.prices.items():
-        costs[int(candidates.group_of[unit])].append(price)
+    for unit, marginal_cost in drawn.marginal_costs.items():
+        costs[int(candidates.group_of[unit])].append(marginal_cost)
     parts = zip(candidates.names, costs, candidates.sizes, candidates.multiples, strict=True)
     curves = {name: Curve(own, size, multiple) for name, own, size, multiple in parts}
     present = model.total({})

@@ -108,11 +108,11 @@ def _of_what_is_left(budget: Budget, left: PrunedArchitecture) -> Budget:
 
 def _first(order: Sequence[RankedUnit], lost: Mapping[str, int]) -> tuple[RankedUnit, ...]:
     """Of each group the first units, as many as it loses; and all layers."""
-    room, kept = dict(lost), []
+    capacity, kept = dict(lost), []
     for unit in order:
         if unit.level is Level.LAYER:
             kept.append(unit)
-        elif room.get(unit.layer_name, 0):
-            room[unit.layer_name] -= 1
+        elif capacity.get(unit.layer_name, 0):
+            capacity[unit.layer_name] -= 1
             kept.append(unit)
     return tuple(kept)

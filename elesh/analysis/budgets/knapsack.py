@@ -68,8 +68,8 @@ def fit_budget(
     steps = {name: _best_step(model, name, curve, lost) for name, curve in curves.items()}
     while left > target:
         spent = sum(lost.values())
-        room = None if units is None else units - spent
-        name = _cheapest(steps, room)
+        capacity = None if units is None else units - spent
+        name = _cheapest(steps, capacity)
         if name is None:
             break
         _, count, saved = steps[name]
@@ -102,10 +102,10 @@ def _best_step(model: ResourceModel, name: str, curve: Curve, lost: Mapping[str,
     return best
 
 
-def _cheapest(steps: Mapping[str, _Step], room: int | None) -> str | None:
+def _cheapest(steps: Mapping[str, _Step], capacity: int | None) -> str | None:
     possible = [
         (ratio, name)
         for name, (ratio, count, _) in steps.items()
-        if count and (room is None or count <= room)
+        if count and (capacity is None or count <= capacity)
     ]
     return min(possible)[1] if possible else None

@@ -12,14 +12,14 @@ from elesh.safety import Probing
 from elesh.settings import Settings
 from leyline import CheckpointBundle, Fallback, InvalidField, Level, WouldBeCut
 
-__all__ = ["WouldBe", "would_be"]
+__all__ = ["CalibrationProbe", "would_be"]
 
 _TIMES = (0.5, 1.0, 1.5, 2.0)
 """Of the share that the aggressive phase may remove."""
 
 
 @dataclass(frozen=True)
-class WouldBe:
+class CalibrationProbe:
     """What was measured; or why nothing was."""
 
     cuts: tuple[WouldBeCut, ...] = ()
@@ -27,7 +27,7 @@ class WouldBe:
 
 
 @stage("calibrate")
-def would_be(bundle: CheckpointBundle, settings: Settings, network: Probing) -> WouldBe:
+def would_be(bundle: CheckpointBundle, settings: Settings, network: Probing) -> CalibrationProbe:
     """The first channels to go, up to twice as many as may be removed in all, predicted and
     measured. (Small cuts of a network that still trains cost too little to compare.)
 
@@ -44,9 +44,9 @@ def would_be(bundle: CheckpointBundle, settings: Settings, network: Probing) -> 
         entries = [(Level.CHANNEL, name, unit) for name, own in units.items() for unit in own]
         measured = network.loss_rise(entries)
         if isinstance(measured, Fallback):
-            return WouldBe(skipped=measured)
+            return CalibrationProbe(skipped=measured)
         found.append(WouldBeCut(units=len(entries), predicted=predicted.mean, measured=measured))
-    return WouldBe(tuple(found))
+    return CalibrationProbe(tuple(found))
 
 
 def _first(bundle: CheckpointBundle, settings: Settings, count: int) -> dict[str, tuple[int, ...]]:

@@ -34,7 +34,7 @@ from leyline import (
 )
 
 from .calibration_probe import would_be
-from .joint_set import Whole, named
+from .joint_set import JointSet, named
 from .shortened import without_taken_back
 from .verified import Verified, verified
 
@@ -96,12 +96,12 @@ def join(
         found = in_rounds(bundle, settings, ordered, verify, breakers, _looked_at(analyses))
         best = decide([each.analysis for each in found], max(each.count for each in found))
         if not best.skipped:
-            return _with_would_be(bundle, best.decision, settings, verify)
+            return _with_calibration_probe(bundle, best.decision, settings, verify)
         # What cannot be measured in the end is decided as if there were no network.
-    return _with_would_be(bundle, decide(ordered).decision, settings, verify)
+    return _with_calibration_probe(bundle, decide(ordered).decision, settings, verify)
 
 
-def _with_would_be(
+def _with_calibration_probe(
     bundle: CheckpointBundle,
     decision: StructuralPruningDecision,
     settings: Settings,
@@ -202,7 +202,7 @@ def _joint(
     missing: Sequence[tuple[Level, str]],
 ) -> tuple[StructuralPruningDecision, tuple[RankedUnit, ...]]:
     gates = {a.level: _own_gates(a, breakers.get(a.level, BreakerStatus())) for a in analyses}
-    whole = Whole.of(bundle, (), settings)
+    whole = JointSet.of(bundle, (), settings)
     refused: dict[Level, tuple[str, str]] = {}
     for analysis in analyses:
         if failed := safety.rejection(gates[analysis.level]):
@@ -210,14 +210,14 @@ def _joint(
         elif not analysis.order:
             refused[analysis.level] = ("nothing", analysis.decision.rejection_reason)
         else:
-            larger = Whole.of(bundle, (*whole.analyses, analysis), settings)
+            larger = JointSet.of(bundle, (*whole.analyses, analysis), settings)
             if larger.fault:
                 refused[analysis.level] = ("rejected", f"with the levels before: {larger.fault}")
             else:
                 whole = larger
     parts = (*(_part(a, refused, whole) for a in analyses), *map(_missing_part, missing))
     # A decision that is not approved shows what every level found.
-    shown = whole if whole.analyses else Whole.of(bundle, analyses, settings)
+    shown = whole if whole.analyses else JointSet.of(bundle, analyses, settings)
     taken = [analysis.level for analysis in whole.analyses]
     first = analyses[0].decision
     decision = decided(
@@ -245,7 +245,7 @@ def _own_gates(analysis: LevelAnalysis, status: BreakerStatus) -> tuple[GateResu
 
 
 def _part(
-    analysis: LevelAnalysis, refused: Mapping[Level, tuple[str, str]], whole: Whole
+    analysis: LevelAnalysis, refused: Mapping[Level, tuple[str, str]], whole: JointSet
 ) -> LevelPart:
     verdict, reason = refused.get(analysis.level, ("taken", ""))
     if verdict == "taken":
@@ -278,7 +278,7 @@ def _missing_part(gap: tuple[Level, str]) -> LevelPart:
     return LevelPart(level=level, verdict="missing", reason=reason[:8192])
 
 
-def _counts(analysis: LevelAnalysis, whole: Whole) -> dict[str, object]:
+def _counts(analysis: LevelAnalysis, whole: JointSet) -> dict[str, object]:
     """Units, quota and shares of the first level, as far as the whole cut takes from it."""
     own = analysis.decision.statistics
     count = sum(unit.level is analysis.level for unit in whole.order)

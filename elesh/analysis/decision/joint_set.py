@@ -30,14 +30,14 @@ from leyline import (
     RankedUnit,
 )
 
-__all__ = ["Whole", "named"]
+__all__ = ["JointSet", "named"]
 
 _JOINT_COSTS = frozenset({"output_projection", "fisher", "margins"})
 """Scorers whose costs are of one kind whatever the level."""
 
 
 @dataclass(frozen=True)
-class Whole:
+class JointSet:
     """The cut of several levels together, without what they take from each other."""
 
     analyses: tuple[LevelAnalysis, ...]
@@ -53,7 +53,7 @@ class Whole:
     @classmethod
     def of(
         cls, bundle: CheckpointBundle, analyses: Sequence[LevelAnalysis], settings: Settings
-    ) -> Whole:
+    ) -> JointSet:
         """The whole of ``analyses``."""
         fit = _resolved(bundle, analyses, settings)
         targets, order = fit.targets, fit.order

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from elesh.analysis.candidates import multiple_of
 from elesh.analysis.pruning_set.effects import Cut
-from elesh.analysis.pruning_set.loss_increase import with_rises
-from elesh.analysis.pruning_set.subsets import restricted, settled
+from elesh.analysis.pruning_set.loss_increase import with_loss_increases
+from elesh.analysis.pruning_set.subsets import restricted, rounded_to_multiples
 from elesh.analysis.pruning_set.verdicts import by_kind, targets_of
 from elesh.analysis.selection.choose import Reason
 from elesh.safety.rolled_back import units_of
@@ -71,9 +71,9 @@ def shortened(
     """
     groups = [bundle.architecture.group[name] for name in decision.units]
     multiples = {group.name: _multiple(bundle, group, settings) for group in groups}
-    kept = settled(safe, {group.name: group.size for group in groups}, multiples)
+    kept = rounded_to_multiples(safe, {group.name: group.size for group in groups}, multiples)
     targets = restricted(targets_of(decision), order, kept, why)
-    targets = with_rises(bundle, targets)
+    targets = with_loss_increases(bundle, targets)
     first = decision.levels[0].level if decision.levels else decision.key.level
     spared = sum(u.level is first for u in order) - sum(u.level is first for u in kept)
     statistics = _smaller(decision.statistics, Cut.of(bundle, targets), spared)

@@ -203,19 +203,19 @@ def predict(
     return Prediction(
         damage=(first + second) / 2,
         error=max(scatter, abs(first - second) / 2),
-        random=_random_damage(projections, candidates, count) * scale,
+        random=_random_output_error(projections, candidates, count) * scale,
     )
 
 
-def _random_damage(projections: Projections, candidates: Candidates, count: int) -> float:
+def _random_output_error(projections: Projections, candidates: Candidates, count: int) -> float:
     """Expected damage of ``count`` units drawn at random from groups with room.
 
     For k of n columns: f^2 (sum s)^2 + f (1 - f) n / (n - 1) (sum of squares - s^2 / n), with
     f = k / n and s the sum of all columns, averaged over the samples.
     """
     columns, gains = projections.columns, projections.gains
-    rooms = np.array(candidates.rooms)[candidates.group_of]
-    rows = np.flatnonzero(rooms > 0)
+    capacities = np.array(candidates.capacities)[candidates.group_of]
+    rows = np.flatnonzero(capacities > 0)
     total = len(rows)
     if total < 2 or not count:
         return damage(columns, rows.tolist(), gains) if count else 0.0

@@ -216,7 +216,7 @@ def _targets(
                 layer_name=group.name,
                 channel_indices=units,
                 original_indices=tuple(group.origin[unit] for unit in units),
-                importance=tuple(selection.prices[start + unit] * scale for unit in units),
+                importance=tuple(selection.marginal_costs[start + unit] * scale for unit in units),
                 errors=choice.errors_of([start + unit for unit in units]),
                 redundancy_pairs=tuple(
                     Redundancy(kept=p.kept, removed=p.removed, similarity=p.similarity)

@@ -297,7 +297,9 @@ def _targets(
                 ),
                 redundancy_threshold=threshold,
                 head_importance=tuple(alone.tolist()),
-                costs=tuple(selection.prices[start + head] * choice.scale for head in heads),
+                costs=tuple(
+                    selection.marginal_costs[start + head] * choice.scale for head in heads
+                ),
                 errors=choice.errors_of([start + head for head in heads]),
                 attention_entropy=tuple(entropy),
                 heads_before=group.size,

@@ -17,9 +17,9 @@ from elesh.analysis.candidates import Bools, Candidates
 from elesh.analysis.importance.output_projections import output_energy, predict
 from elesh.analysis.pruning_set.plans import LevelPlan
 from elesh.analysis.selection.choose import Choice, Ranking
-from elesh.analysis.selection.logit_gap_order import MarginOrder
-from elesh.analysis.selection.removal_order import Order, Picks, StaticOrder
-from elesh.analysis.selection.select import Selection, settled
+from elesh.analysis.selection.logit_gap_order import LogitGapOrder
+from elesh.analysis.selection.removal_order import Order, RemovalOrder, StaticOrder
+from elesh.analysis.selection.select import Selection, rounded_to_multiples
 from elesh.analysis.spans import stage
 from elesh.safety import BreakerStatus, Entry, Moves, Remeasuring, breaker_gate, rejection
 from elesh.settings import Settings, VerificationSettings
@@ -152,14 +152,14 @@ class _InRounds:
         order: Order = StaticOrder(candidates, ranking.scores)
         for number in range(1, self.rounds + 1):
             target = math.ceil(quota * number / self.rounds)
-            if target <= len(taken.picks.units):
+            if target <= len(taken.removal_order.units):
                 continue
             order = self._round(candidates, taken, target)
             self.count += 1
-        units, projections = taken.picks.units.tolist(), ranking.projections
+        units, projections = taken.removal_order.units.tolist(), ranking.projections
         selection = Selection(
             order,
-            taken.picks,
+            taken.removal_order,
             given_back=frozenset(taken.given_back - set(units)),
             noise=_cheapest(order, taken.noise, quota - len(units)),
         )
@@ -175,23 +175,25 @@ class _InRounds:
             scorer="margins",
         )
 
-    def _round(self, candidates: Candidates, taken: _Taken, target: int) -> MarginOrder:
+    def _round(self, candidates: Candidates, taken: _Taken, target: int) -> LogitGapOrder:
         """Take more units, ``target`` in all: their costs are derivatives half way to their cut,
         which are exact to second order (docs/decisions/0020)."""
-        gone = taken.picks.units.tolist()
+        gone = taken.removal_order.units.tolist()
         masked = self._entries(candidates, gone)
         now = self._measured(masked)
-        first = MarginOrder(candidates, now.moves, now.margins, gone)
+        first = LogitGapOrder(candidates, now.moves, now.margins, gone)
         ahead = first.pick(target - len(gone), _quiet(first)[0]).units.tolist()
         half = self._measured(masked, self._entries(candidates, ahead))
-        order = MarginOrder(candidates, half.moves, now.margins, gone)
+        order = LogitGapOrder(candidates, half.moves, now.margins, gone)
         quiet, noise = _quiet(order)
-        picks = order.pick(target - len(gone), quiet)
-        picks, given_back = settled(order, picks, target - len(gone), quiet)
+        removal_order = order.pick(target - len(gone), quiet)
+        removal_order, given_back = rounded_to_multiples(
+            order, removal_order, target - len(gone), quiet
+        )
         taken.given_back |= given_back
         taken.noise = noise
-        taken.errors |= {unit: order.errors.get(unit, 0.0) for unit in picks.units.tolist()}
-        taken.picks = taken.picks.then(picks)
+        taken.errors |= {unit: order.errors.get(unit, 0.0) for unit in removal_order.units.tolist()}
+        taken.removal_order = taken.removal_order.then(removal_order)
         return order
 
     def _measured(self, masked: Sequence[Entry], halved: Sequence[Entry] = ()) -> Moves:
@@ -209,7 +211,7 @@ class _InRounds:
 class _Taken:
     """What all rounds took so far."""
 
-    picks: Picks = field(default_factory=Picks)
+    removal_order: RemovalOrder = field(default_factory=RemovalOrder)
     errors: dict[int, float] = field(default_factory=dict)
     given_back: set[int] = field(default_factory=set)
     noise: set[int] = field(default_factory=set)
@@ -221,7 +223,7 @@ def _cheapest(order: Order, units: Collection[int], count: int) -> frozenset[int
     return frozenset(ranked[: max(count, 0)])
 
 
-def _quiet(order: MarginOrder) -> tuple[Bools, set[int]]:
+def _quiet(order: LogitGapOrder) -> tuple[Bools, set[int]]:
     """[C] the units that are told from one taken at random, and the free ones that are not.
 
     The rule of :mod:`.noise`: what a unit costs alone, two standard errors included, must be less

@@ -58,7 +58,7 @@ def select_channels(
     )
     if row is not None and ranking.projections is not None:
         row = ranking.projections.moved(row)
-    return ranking.candidates.by_group(ranking.choose(count, moved=row).picks.units)
+    return ranking.candidates.by_group(ranking.choose(count, moved=row).removal_order.units)
 
 
 def _checked(moved: npt.ArrayLike, bundle: CheckpointBundle, scorer: str) -> Doubles:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from elesh.analysis.candidates import Candidates, Floats, multiple_of
 from elesh.analysis.importance.output_projections import Prediction, output_energy, predict
 from elesh.analysis.pruning_set.plans import LevelPlan
-from elesh.analysis.pruning_set.subsets import merged, restricted, settled
+from elesh.analysis.pruning_set.subsets import merged, restricted, rounded_to_multiples
 from elesh.analysis.pruning_set.verdicts import targets_of
 from elesh.analysis.selection.choose import usable_projections
 from elesh.analysis.selection.shortfalls import near_the_cut, told
@@ -56,7 +56,7 @@ def merge_shards(
     multiples = {group.name: multiple_of(group, plan.round_to) for group in plan.groups}
 
     def within_quota(orders: Sequence[Sequence[RankedUnit]]) -> tuple[RankedUnit, ...]:
-        return settled(merged(orders)[: plan.allowed.quota], sizes, multiples)
+        return rounded_to_multiples(merged(orders)[: plan.allowed.quota], sizes, multiples)
 
     orders = [shard.order for shard in alike]
     order = within_quota(orders)
@@ -69,8 +69,8 @@ def merge_shards(
     halves = [within_quota(half) for half in zip(*(s.halves for s in alike), strict=False)]
     prediction, energy = _prediction(bundle, plan, order, halves)
     joint = scorer == "output_projection" and order
-    dearest = max(unit.cost for unit in order) if joint else None
-    ignored = near_the_cut(bundle, plan.level, plan.ignored, dearest)
+    max_cost = max(unit.cost for unit in order) if joint else None
+    ignored = near_the_cut(bundle, plan.level, plan.ignored, max_cost)
     plan = replace(
         plan,
         ignored=(*ignored, *_left_out(bundle, shards, scorer)),

@@ -11,11 +11,11 @@ from leyline import CheckpointBundle, LayerPruningTarget, LayerStatistics
 from .plans import Target
 from .sets import set_removal
 
-__all__ = ["Rise", "loss_rise", "with_rises"]
+__all__ = ["LossIncrease", "loss_rise", "with_loss_increases"]
 
 
 @dataclass(frozen=True)
-class Rise:
+class LossIncrease:
     """In nats a sample."""
 
     mean: float
@@ -25,7 +25,7 @@ class Rise:
 
 def loss_rise(
     bundle: CheckpointBundle, units: Mapping[str, Sequence[int]], layers: Sequence[str] = ()
-) -> Rise | None:
+) -> LossIncrease | None:
     """What the units do together (:func:`set_removal`), and each layer on its own besides.
 
     None where a unit or layer has no gate statistics, or nothing goes.
@@ -36,25 +36,25 @@ def loss_rise(
         return None
     parts = [_of_layer(bundle.layers[name]) for name in sorted(layers)]
     if units:
-        parts.append(Rise(*set_removal(bundle.gates, units)))
+        parts.append(LossIncrease(*set_removal(bundle.gates, units)))
     errors = [part.error for part in parts if part.error is not None]
     known = len(errors) == len(parts)
-    return Rise(sum(part.mean for part in parts), math.hypot(*errors) if known else None)
+    return LossIncrease(sum(part.mean for part in parts), math.hypot(*errors) if known else None)
 
 
-def _of_layer(data: LayerStatistics) -> Rise:
+def _of_layer(data: LayerStatistics) -> LossIncrease:
     """What the trainer predicted, where it did; else to second order, as for units."""
     if data.removal_rise is None or data.removal_error is None:
-        return Rise(float(-data.first_order[0] + 0.5 * data.second_order[0]))
-    return Rise(float(data.removal_rise[0]), float(data.removal_error[0]))
+        return LossIncrease(float(-data.first_order[0] + 0.5 * data.second_order[0]))
+    return LossIncrease(float(data.removal_rise[0]), float(data.removal_error[0]))
 
 
-def with_rises(bundle: CheckpointBundle, targets: Iterable[Target]) -> tuple[Target, ...]:
+def with_loss_increases(bundle: CheckpointBundle, targets: Iterable[Target]) -> tuple[Target, ...]:
     """The targets, each with what removing it alone is predicted to do."""
-    return tuple(_with_rise(bundle, target) for target in targets)
+    return tuple(_with_loss_increase(bundle, target) for target in targets)
 
 
-def _with_rise(bundle: CheckpointBundle, target: Target) -> Target:
+def _with_loss_increase(bundle: CheckpointBundle, target: Target) -> Target:
     if isinstance(target, LayerPruningTarget):
         rise = loss_rise(bundle, {}, [target.layer_name])
     else:

@@ -164,14 +164,14 @@ def with_choice(
     plan = replace(plan, scorer=choice.scorer or plan.scorer)
 
     def order(selection: Selection) -> tuple[RankedUnit, ...]:
-        return ranked_units(plan.level, candidates, selection.prices, scale)
+        return ranked_units(plan.level, candidates, selection.marginal_costs, scale)
 
-    dearest = selection.dearest * scale if plan.scorer == "output_projection" else None
+    max_cost = selection.max_cost * scale if plan.scorer == "output_projection" else None
     return replace(
         plan,
         targets=tuple(targets),
         order=order(selection),
-        ignored=tuple(near_the_cut(bundle, plan.level, plan.ignored, dearest)),
+        ignored=tuple(near_the_cut(bundle, plan.level, plan.ignored, max_cost)),
         spared=spared_groups(candidates, choice),
         shortfall=told(plan.shortfall, short_of_quota(choice.quota, selection, plan.level)),
         halves=tuple(map(order, choice.halves)),
@@ -181,7 +181,7 @@ def with_choice(
 
 
 def ranked_units(
-    level: Level, candidates: Candidates, prices: dict[int, float], scale: float
+    level: Level, candidates: Candidates, marginal_costs: dict[int, float], scale: float
 ) -> tuple[RankedUnit, ...]:
     """Units as they were taken, each with its price in the targets' own unit."""
     return tuple(
@@ -189,18 +189,18 @@ def ranked_units(
             level=level,
             layer_name=candidates.names[group],
             index=unit - start,
-            cost=price * scale,
+            cost=marginal_cost * scale,
         )
-        for (unit, price), group, start in _places(candidates, prices)
+        for (unit, marginal_cost), group, start in _places(candidates, marginal_costs)
     )
 
 
 def _places(
-    candidates: Candidates, prices: dict[int, float]
+    candidates: Candidates, marginal_costs: dict[int, float]
 ) -> Sequence[tuple[tuple[int, float], int, int]]:
-    groups = candidates.group_of[list(prices)].tolist()
+    groups = candidates.group_of[list(marginal_costs)].tolist()
     starts = candidates.starts[groups].tolist()
-    return list(zip(prices.items(), groups, starts, strict=True))
+    return list(zip(marginal_costs.items(), groups, starts, strict=True))
 
 
 def wanted_scorer(bundle: CheckpointBundle, settings: Settings) -> str:

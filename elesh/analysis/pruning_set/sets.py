@@ -27,7 +27,8 @@ def set_removal(
     """The predicted rise of the loss in nats a sample when all these units are removed together.
 
     Where margins are known, the units' moves are added up sample by sample and what their sum does
-    to the margins is bent as networks bend it (:func:`_rises`, docs/decisions/0084). What is known
+    to the margins is bent as networks bend it (:func:`_loss_increases`, docs/decisions/0084). What
+    is known
     of single removals beyond that is added: of units that were masked all of it, of others the
     mean, which is the whole of it where one unit goes. Without margins: the sum of the single
     removals, far too low for sets.
@@ -39,7 +40,7 @@ def set_removal(
     alone = [single_removal(gate)[lost] for gate, lost in chosen]
     margins = chosen[0][0].margins if chosen else None
     if margins is None or any(gate.moves is None for gate, _ in chosen):
-        return float(sum(rises.sum() for rises in alone)), None
+        return float(sum(loss_increases.sum() for loss_increases in alone)), None
     m = np.asarray(margins, dtype=np.float64)
     shift, unsure = np.zeros((2, len(m), 1))
     masked, beyond = 0.0, [np.zeros(0)]
@@ -47,16 +48,20 @@ def set_removal(
         moves = np.asarray(gate.moves, dtype=np.float64)[:, lost]
         shift += moves.sum(axis=1, keepdims=True)
         if gate.removal_error is not None:
-            masked += float((told - _rises(m, moves, np.zeros_like(moves)).mean(axis=0)).sum())
+            masked += float(
+                (told - _loss_increases(m, moves, np.zeros_like(moves)).mean(axis=0)).sum()
+            )
         else:
             unsure += moves.sum(axis=1, keepdims=True)
-            beyond.append(told - _rises(m, moves, moves).mean(axis=0))
+            beyond.append(told - _loss_increases(m, moves, moves).mean(axis=0))
     gaps = np.concatenate(beyond)
-    rises = _rises(m, shift, unsure) + masked + (float(gaps.mean()) if len(gaps) else 0.0)
-    return float(rises.mean()), float(rises.std()) / math.sqrt(len(m))
+    loss_increases = (
+        _loss_increases(m, shift, unsure) + masked + (float(gaps.mean()) if len(gaps) else 0.0)
+    )
+    return float(loss_increases.mean()), float(loss_increases.std()) / math.sqrt(len(m))
 
 
-def _rises(margins: Doubles, shifts: Doubles, unsure: Doubles) -> Doubles:
+def _loss_increases(margins: Doubles, shifts: Doubles, unsure: Doubles) -> Doubles:
     """[N, S]: the rise of each sample's loss for each of S shifts of its margin.
 
     - A margin is moved less the further all of them are: what derivatives promise is lost twice
@@ -80,5 +85,7 @@ def _rises(margins: Doubles, shifts: Doubles, unsure: Doubles) -> Doubles:
     spread = left * np.sqrt(np.einsum("ns,ns->s", scatter, scatter) / len(margins))
     lift = _RIVALS * (np.hypot(_RIVALS, spread) - _RIVALS)
     before = margins[:, None]
-    rises: Doubles = np.logaddexp(0, before - left * shifts + lift) - np.logaddexp(0, before)
-    return rises
+    loss_increases: Doubles = np.logaddexp(0, before - left * shifts + lift) - np.logaddexp(
+        0, before
+    )
+    return loss_increases

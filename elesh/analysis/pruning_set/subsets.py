@@ -20,7 +20,7 @@ from leyline import (
 
 from .plans import Target
 
-__all__ = ["Identity", "identity_of", "merged", "restricted", "settled"]
+__all__ = ["Identity", "identity_of", "merged", "restricted", "rounded_to_multiples"]
 
 Identity = tuple[str, int]
 _ALIGNED = {"channel_indices", "head_indices", "original_indices", "importance", "costs", "errors"}
@@ -53,7 +53,7 @@ def _heights(order: Sequence[RankedUnit]) -> Iterable[tuple[float, RankedUnit]]:
         yield highest, unit
 
 
-def settled(
+def rounded_to_multiples(
     units: Sequence[RankedUnit], sizes: Mapping[str, int], multiples: Mapping[str, int]
 ) -> tuple[RankedUnit, ...]:
     """The units, less the last ones of groups that would not end at their multiple.

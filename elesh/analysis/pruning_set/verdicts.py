@@ -30,7 +30,7 @@ from leyline import (
     StructuralPruningDecision,
 )
 
-from .loss_increase import with_rises
+from .loss_increase import with_loss_increases
 from .plans import Target
 
 __all__ = ["FALLBACK_DISCOUNT", "by_kind", "decided", "targets_of"]
@@ -76,7 +76,7 @@ def decided(
         run_id=bundle.metadata.run_id,
         epoch=bundle.metadata.epoch,
         model_hash=bundle.metadata.model_hash,
-        **by_kind(with_rises(bundle, targets)),
+        **by_kind(with_loss_increases(bundle, targets)),
         statistics=statistics,
         safety=SafetyValidation(
             outcome=outcome, phase=phase, gates=tuple(gates), confidence=confidence

@@ -24,7 +24,7 @@ from elesh.analysis.spans import stage
 from leyline import CheckpointBundle, GateStatistics, Level, SparedGroup, SparedUnit
 from leyline.messages.parameters import Scorer
 
-from .noise import price_errors, without_noise
+from .noise import marginal_cost_errors, without_noise
 from .reconstruction_order import ReconstructionOrder
 from .removal_order import JointOrder, Order, StaticOrder
 from .select import Selection, select
@@ -135,7 +135,7 @@ class Ranking:
         joint, errors = self.scorer == "output_projection", dict[int, float]()
         if projections and joint and selection.units:
             selection = without_noise(selection, projections.columns)
-            errors = price_errors(selection, projections.columns)
+            errors = marginal_cost_errors(selection, projections.columns)
         count = len(selection.units)
         scale = projections.unit**2 if projections and joint else 1.0
         if projections is None or not selection.units:
@@ -206,12 +206,12 @@ def spared_units(candidates: Candidates, choice: Choice, group: int) -> tuple[Sp
     selection = choice.selection
     order, span = selection.order, candidates.span(group)
     stayed = np.flatnonzero(~order.taken[span]) + span.start
-    close = order.costs[stayed] <= _NEAR * max(selection.dearest, 0.0)
+    close = order.costs[stayed] <= _NEAR * max(selection.max_cost, 0.0)
     near = stayed[close | np.isin(stayed, list(selection.noise))]
     near = near[np.argsort(order.costs[near], kind="stable")][:MAX_SPARED]
     left = choice.quota - len(selection.units)
     usual: Reason = "quota"
-    if order.room[group] == 0:
+    if order.capacity[group] == 0:
         usual = "minimum"
     elif 0 < left < candidates.multiples[group]:
         usual = "rounding"

@@ -16,14 +16,14 @@ import numpy.typing as npt
 
 from elesh.analysis.candidates import Candidates, Doubles, Floats, Ints
 
-from .removal_order import Picks, PooledOrder, Units, rounded
+from .removal_order import PooledOrder, RemovalOrder, Units, rounded
 
-__all__ = ["MarginOrder"]
+__all__ = ["LogitGapOrder"]
 
 _BLOCK = 1024
 
 
-class MarginOrder(PooledOrder):
+class LogitGapOrder(PooledOrder):
     """Units by what their going does to the margins of N rows.
 
     Products are float32, means float64.
@@ -46,7 +46,7 @@ class MarginOrder(PooledOrder):
     ) -> None:
         rows = np.concatenate([moves[name] for name in candidates.names], axis=1)
         self._columns: Floats = np.ascontiguousarray(rows.T, dtype=np.float32)
-        self._margins = np.array(margins, dtype=np.float64)
+        self._logit_gaps = np.array(margins, dtype=np.float64)
         self.errors: dict[int, float] = {}
         super().__init__(candidates, np.zeros(candidates.count))
         self.withhold(gone)
@@ -66,44 +66,46 @@ class MarginOrder(PooledOrder):
         """[C] what each unit costs next, and the standard error of that."""
         errors = np.zeros(self.candidates.count)
         for part in self._parts():
-            errors[part] = _errors(self._rises(self._columns[part]))
+            errors[part] = _errors(self._loss_increases(self._columns[part]))
         return self.costs.copy(), errors
 
-    def _resolve(self, pool: Ints, count: int, ceiling: float) -> Picks:
-        units, prices, groups = list[int](), list[float](), self.candidates.group_of[pool]
+    def _resolve(self, pool: Ints, count: int, ceiling: float) -> RemovalOrder:
+        units, marginal_costs, groups = list[int](), list[float](), self.candidates.group_of[pool]
         columns, left = self._columns[pool], np.ones(len(pool), dtype=np.bool_)
         for _ in range(min(count, len(pool))):
-            open_ = left & (self.room[groups] > 0)
+            open_ = left & (self.capacity[groups] > 0)
             if not open_.any():
                 break
             costs = np.full(len(pool), math.inf)
-            costs[open_] = _means(self._rises(columns[open_]))
+            costs[open_] = _means(self._loss_increases(columns[open_]))
             best = int(rounded(costs).argmin())
             if costs[best] > ceiling:
                 break
             unit = int(pool[best])
-            self.errors[unit] = float(_errors(self._rises(columns[best : best + 1]))[0])
+            self.errors[unit] = float(_errors(self._loss_increases(columns[best : best + 1]))[0])
             units.append(unit)
-            prices.append(float(costs[best]))
+            marginal_costs.append(float(costs[best]))
             left[best] = False
             self._mark([unit], gone=True)
             self._move([unit], -1.0)
         self._measure()
-        return Picks(np.array(units, dtype=np.int64), np.array(prices, dtype=np.float64))
+        return RemovalOrder(
+            np.array(units, dtype=np.int64), np.array(marginal_costs, dtype=np.float64)
+        )
 
     def _move(self, units: Units, sign: float) -> None:
         if len(units):
-            self._margins += sign * self._columns[list(units)].sum(axis=0, dtype=np.float64)
+            self._logit_gaps += sign * self._columns[list(units)].sum(axis=0, dtype=np.float64)
 
     def _measure(self) -> None:
         for part in self._parts():
-            self.costs[part] = _means(self._rises(self._columns[part]))
+            self.costs[part] = _means(self._loss_increases(self._columns[part]))
 
-    def _rises(self, columns: Floats) -> Floats:
+    def _loss_increases(self, columns: Floats) -> Floats:
         """[c, N]: by how much each unit's going raises the loss of each row, in nats."""
-        now = self._margins.astype(np.float32)
-        rises: Floats = _loss(now - columns) - _loss(now)
-        return rises
+        now = self._logit_gaps.astype(np.float32)
+        loss_increases: Floats = _loss(now - columns) - _loss(now)
+        return loss_increases
 
     def _parts(self) -> list[slice]:
         return [slice(at, at + _BLOCK) for at in range(0, self.candidates.count, _BLOCK)]
@@ -114,12 +116,14 @@ def _loss(margins: Floats) -> Floats:
     return loss
 
 
-def _means(rises: Floats) -> Doubles:
-    means: Doubles = rises.mean(axis=1, dtype=np.float64)
+def _means(loss_increases: Floats) -> Doubles:
+    means: Doubles = loss_increases.mean(axis=1, dtype=np.float64)
     return means
 
 
-def _errors(rises: Floats) -> Doubles:
+def _errors(loss_increases: Floats) -> Doubles:
     """From the scatter of the rows."""
-    errors: Doubles = rises.std(axis=1, dtype=np.float64) / math.sqrt(rises.shape[1])
+    errors: Doubles = loss_increases.std(axis=1, dtype=np.float64) / math.sqrt(
+        loss_increases.shape[1]
+    )
     return errors

@@ -17,10 +17,10 @@ import numpy as np
 
 from elesh.analysis.candidates import Candidates, Doubles, Floats, Ints
 
-from .removal_order import TRUST
+from .removal_order import SHRINKAGE
 from .select import Selection
 
-__all__ = ["Bars", "error_bars", "price_errors", "without_noise"]
+__all__ = ["Bars", "error_bars", "marginal_cost_errors", "without_noise"]
 
 _BLOCK = 1024
 """Units whose samples are looked at together."""
@@ -38,7 +38,7 @@ class Bars:
 
 
 def error_bars(
-    columns: Floats, units: Sequence[int], *, alone: bool = False, trust: float = TRUST
+    columns: Floats, units: Sequence[int], *, alone: bool = False, shrinkage: float = SHRINKAGE
 ) -> Bars:
     """The costs of ``units`` in this order, or of each alone, with their error bars.
 
@@ -54,7 +54,7 @@ def error_bars(
         part = slice(start, min(start + _BLOCK, len(units)))
         taken = columns[list(units[part])].astype(np.float64)
         before = moved + np.cumsum(taken, axis=0) - taken
-        values = taken * taken if alone else taken * (taken + 2 * trust * before)
+        values = taken * taken if alone else taken * (taken + 2 * shrinkage * before)
         moved = before[-1] + taken[-1]
         costs[part] = values.mean(axis=1)
         scatter = values.std(axis=1) / math.sqrt(samples)
@@ -63,9 +63,9 @@ def error_bars(
     return Bars(costs, errors)
 
 
-def price_errors(selection: Selection, columns: Floats) -> dict[int, float]:
+def marginal_cost_errors(selection: Selection, columns: Floats) -> dict[int, float]:
     """The standard errors of what the units cost when they were taken."""
-    units = selection.picks.units.tolist()
+    units = selection.removal_order.units.tolist()
     return dict(zip(units, error_bars(columns, units).errors.tolist(), strict=True))
 
 
@@ -75,7 +75,7 @@ def without_noise(selection: Selection, columns: Floats) -> Selection:
     Groups that would no longer end at their multiple give back the units they lost last, too.
     What is given back is not replaced: whatever would follow costs more still.
     """
-    units = selection.picks.units
+    units = selection.removal_order.units
     bars = error_bars(columns, units.tolist(), alone=True)
     candidates = selection.order.candidates
     limit = _typical(columns, candidates)
@@ -89,7 +89,7 @@ def without_noise(selection: Selection, columns: Floats) -> Selection:
     pairs = tuple(pair for pair in selection.pairs if pair.removed not in gone)
     return replace(
         selection,
-        picks=selection.picks.without(gone),
+        removal_order=selection.removal_order.without(gone),
         pairs=pairs,
         kept=frozenset(pair.kept for pair in pairs),
         given_back=selection.given_back | back,
@@ -99,8 +99,8 @@ def without_noise(selection: Selection, columns: Floats) -> Selection:
 
 def _typical(columns: Floats, candidates: Candidates) -> float:
     """What a unit taken at random from the groups with room would cost alone."""
-    rooms = np.array(candidates.rooms)[candidates.group_of] > 0
-    energy = np.einsum("ij,ij->i", columns, columns, dtype=np.float64)[rooms]
+    capacities = np.array(candidates.capacities)[candidates.group_of] > 0
+    energy = np.einsum("ij,ij->i", columns, columns, dtype=np.float64)[capacities]
     return float(energy.mean()) / columns.shape[1] if len(energy) else 0.0
 
 

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from elesh.analysis.candidates import Bools, Candidates, Doubles
 from leyline import GateStatistics
 
-from .removal_order import Order, Picks, Units, rounded
+from .removal_order import Order, RemovalOrder, Units, rounded
 
 __all__ = ["ReconstructionOrder", "reconstruction_fault", "residual_slopes"]
 
@@ -146,19 +146,19 @@ class ReconstructionOrder(Order):
         for group in range(len(candidates.names)):
             self._begin(group)
 
-    def pick(self, count: int, among: Bools, ceiling: float = math.inf) -> Picks:
+    def pick(self, count: int, among: Bools, ceiling: float = math.inf) -> RemovalOrder:
         taken: list[int] = []
-        prices: list[float] = []
+        marginal_costs: list[float] = []
         while len(taken) < count:
             open_ = np.where(self.free(among), self.costs, math.inf)
             best = int(rounded(open_).argmin())
-            price = float(open_[best])
-            if price == math.inf or price > ceiling:
+            marginal_cost = float(open_[best])
+            if marginal_cost == math.inf or marginal_cost > ceiling:
                 break
             taken.append(best)
-            prices.append(price)
+            marginal_costs.append(marginal_cost)
             self.take([best])
-        return Picks(np.array(taken, dtype=np.int64), np.array(prices))
+        return RemovalOrder(np.array(taken, dtype=np.int64), np.array(marginal_costs))
 
     def take(self, units: Units) -> None:
         super().take(units)
@@ -166,7 +166,7 @@ class ReconstructionOrder(Order):
             group = int(self.candidates.group_of[unit])
             self._lose(group, unit - int(self.candidates.starts[group]))
         for group in {int(self.candidates.group_of[unit]) for unit in units}:
-            self._price(group)
+            self._marginal_cost(group)
 
     def put_back(self, units: Units) -> None:
         super().put_back(units)
@@ -178,12 +178,12 @@ class ReconstructionOrder(Order):
         self._consumers[group] = _consumers(self._gates[group])
         for unit in np.flatnonzero(self.taken[self.candidates.span(group)]).tolist():
             self._lose(group, unit)
-        self._price(group)
+        self._marginal_cost(group)
 
     def _lose(self, group: int, unit: int) -> None:
         for consumer in self._consumers[group]:
             consumer.remove(unit)
 
-    def _price(self, group: int) -> None:
+    def _marginal_cost(self, group: int) -> None:
         costs = sum(consumer.costs for consumer in self._consumers[group])
         self.costs[self.candidates.span(group)] = costs

@@ -23,7 +23,7 @@ from elesh.analysis.candidates import Bools, Candidates, Doubles, Floats, Ints
 __all__ = [
     "JointOrder",
     "Order",
-    "Picks",
+    "RemovalOrder",
     "PooledOrder",
     "StaticOrder",
     "cheapest_first",
@@ -39,31 +39,31 @@ _BLOCK = 4096
 _DROPPED_BITS = 8
 Units = Sequence[int] | Ints
 """Places in the row of candidates."""
-TRUST = 0.5
+SHRINKAGE = 0.5
 """How much of the cross terms between units is believed by default (decision 0020)."""
 
 
 @dataclass(frozen=True, eq=False)
-class Picks:
+class RemovalOrder:
     """Units in the order they were taken, with what each cost at that moment."""
 
     units: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
-    prices: Doubles = field(default_factory=lambda: np.zeros(0))
+    marginal_costs: Doubles = field(default_factory=lambda: np.zeros(0))
 
-    def then(self, later: Picks) -> Picks:
+    def then(self, later: RemovalOrder) -> RemovalOrder:
         """These picks and the later ones."""
         units = np.concatenate([self.units, later.units])
-        return Picks(units, np.concatenate([self.prices, later.prices]))
+        return RemovalOrder(units, np.concatenate([self.marginal_costs, later.marginal_costs]))
 
-    def without(self, units: Collection[int]) -> Picks:
+    def without(self, units: Collection[int]) -> RemovalOrder:
         """The picks but these, in the same order."""
         kept = ~np.isin(self.units, list(units))
-        return Picks(self.units[kept], self.prices[kept])
+        return RemovalOrder(self.units[kept], self.marginal_costs[kept])
 
     @property
-    def dearest(self) -> float:
+    def max_cost(self) -> float:
         """The highest price paid; minus infinity where nothing was taken."""
-        return float(self.prices.max(initial=-math.inf))
+        return float(self.marginal_costs.max(initial=-math.inf))
 
 
 def rounded(costs: Doubles) -> Floats:
@@ -103,10 +103,10 @@ class Order(ABC):
         self.candidates = candidates
         self.costs = costs
         self.taken = np.zeros(candidates.count, dtype=np.bool_)
-        self.room = np.array(candidates.rooms, dtype=np.int64)
+        self.capacity = np.array(candidates.capacities, dtype=np.int64)
 
     @abstractmethod
-    def pick(self, count: int, among: Bools, ceiling: float = math.inf) -> Picks:
+    def pick(self, count: int, among: Bools, ceiling: float = math.inf) -> RemovalOrder:
         """Take up to ``count`` of the units ``among``, cheapest first, none above ``ceiling``."""
 
     def take(self, units: Units) -> None:
@@ -123,30 +123,32 @@ class Order(ABC):
 
     def free(self, among: Bools) -> Bools:
         """[C]: which units can be taken now."""
-        free: Bools = among & ~self.taken & (self.room > 0)[self.candidates.group_of]
+        free: Bools = among & ~self.taken & (self.capacity > 0)[self.candidates.group_of]
         return free
 
     def _mark(self, units: Units, *, gone: bool) -> None:
         places = np.asarray(units, dtype=np.int64)
         self.taken[places] = gone
-        change = np.bincount(self.candidates.group_of[places], minlength=len(self.room))
-        self.room += -change if gone else change
+        change = np.bincount(self.candidates.group_of[places], minlength=len(self.capacity))
+        self.capacity += -change if gone else change
 
 
 class StaticOrder(Order):
     """Fixed scores [C]: what one unit costs does not depend on the others."""
 
-    def pick(self, count: int, among: Bools, ceiling: float = math.inf) -> Picks:
+    def pick(self, count: int, among: Bools, ceiling: float = math.inf) -> RemovalOrder:
         count = max(count, 0)
         units = np.flatnonzero(self.free(among) & (self.costs <= ceiling))
         chosen = units[cheapest_first(self.costs[units], count)]
-        lost = np.bincount(self.candidates.group_of[chosen], minlength=len(self.room))
-        if (lost > self.room).any():  # Only now does the order of all units matter.
+        lost = np.bincount(self.candidates.group_of[chosen], minlength=len(self.capacity))
+        if (lost > self.capacity).any():  # Only now does the order of all units matter.
             order = units[cheapest_first(self.costs[units])]
             groups = self.candidates.group_of[order]
-            chosen = order[_rank_in_group(groups, len(self.room)) < self.room[groups]][:count]
+            chosen = order[_rank_in_group(groups, len(self.capacity)) < self.capacity[groups]][
+                :count
+            ]
         self._mark(chosen, gone=True)
-        return Picks(chosen, self.costs[chosen])
+        return RemovalOrder(chosen, self.costs[chosen])
 
 
 def _rank_in_group(groups: Ints, count: int) -> Ints:
@@ -168,9 +170,9 @@ class PooledOrder(Order):
     pool that became the cheapest within those 32 picks waits for the next pool.
     """
 
-    def pick(self, count: int, among: Bools, ceiling: float = math.inf) -> Picks:
-        picks = Picks()
-        while (left := count - len(picks.units)) > 0:
+    def pick(self, count: int, among: Bools, ceiling: float = math.inf) -> RemovalOrder:
+        removal_order = RemovalOrder()
+        while (left := count - len(removal_order.units)) > 0:
             pool = np.flatnonzero(self.free(among))
             whole, limit = len(pool) <= _POOL, ceiling
             if not whole:
@@ -178,13 +180,13 @@ class PooledOrder(Order):
                 pool = np.sort(pool[np.argpartition(keys, _POOL - 1)[:_POOL]])
                 limit = min(ceiling, float(self.costs[pool].max()))  # Beyond, others are cheaper.
             step = self._resolve(pool, left if whole else min(left, _STEP), limit)
-            picks = picks.then(step)
+            removal_order = removal_order.then(step)
             if not len(step.units) or whole:
                 break
-        return picks
+        return removal_order
 
     @abstractmethod
-    def _resolve(self, pool: Ints, count: int, ceiling: float) -> Picks:
+    def _resolve(self, pool: Ints, count: int, ceiling: float) -> RemovalOrder:
         """Take up to ``count`` units of the pool, each time the cheapest; costs are fresh then."""
 
 
@@ -195,7 +197,7 @@ class JointOrder(PooledOrder):
     columns; the damage is ``mean((r - sum over S of G)^2)``, so the next cost of i would be
     ``mean(G_i^2) - 2 mean(r G_i)`` with r what is left after S (ARCHITECTURE, "What we rank by").
     Columns are derivatives, and units go for good: that two movements cancel is less certain than
-    that each of them happens. So the second term counts by ``trust`` only.
+    that each of them happens. So the second term counts by ``shrinkage`` only.
 
     Exact one-at-a-time greedy reads all of G for every unit taken. A pool is resolved by its Gram
     matrix, and all costs are measured afresh from r: one GEMM and one pass over G for 32 units.
@@ -216,14 +218,16 @@ class JointOrder(PooledOrder):
         *,
         moved: Doubles | None = None,
         threads: int = 1,
-        trust: float = TRUST,
+        shrinkage: float = SHRINKAGE,
     ) -> None:
         samples = columns.shape[1]
-        self._energy: Doubles = np.einsum("ij,ij->i", columns, columns, dtype=np.float64) / samples
-        super().__init__(candidates, self._energy.copy())
+        self._output_energy: Doubles = (
+            np.einsum("ij,ij->i", columns, columns, dtype=np.float64) / samples
+        )
+        super().__init__(candidates, self._output_energy.copy())
         self._columns = columns
         self._threads = threads
-        self._trust = trust
+        self._shrinkage = shrinkage
         self._blas = ThreadpoolController()
         self._left = np.zeros(samples) if moved is None else np.array(moved, dtype=np.float64)
         if moved is not None:
@@ -237,33 +241,33 @@ class JointOrder(PooledOrder):
         super().put_back(units)
         self._move(units, 1.0)
 
-    def _resolve(self, pool: Ints, count: int, ceiling: float) -> Picks:
+    def _resolve(self, pool: Ints, count: int, ceiling: float) -> RemovalOrder:
         if not len(pool):
-            return Picks()
+            return RemovalOrder()
         taken: list[int] = []
-        prices: list[float] = []
+        marginal_costs: list[float] = []
         costs = self.costs[pool].copy()
         gram, groups = self._gram(pool), self.candidates.group_of[pool]
-        room = self.room.copy()
+        capacity = self.capacity.copy()
         for _ in range(count):
             best = int(rounded(costs).argmin())
-            price = float(costs[best])
-            if price == math.inf or price > ceiling:
+            marginal_cost = float(costs[best])
+            if marginal_cost == math.inf or marginal_cost > ceiling:
                 break
             taken.append(best)
-            prices.append(price)
+            marginal_costs.append(marginal_cost)
             costs += gram[best]
             costs[best] = math.inf
-            room[groups[best]] -= 1
-            if not room[groups[best]]:
+            capacity[groups[best]] -= 1
+            if not capacity[groups[best]]:
                 costs[groups == groups[best]] = math.inf
         self.take(pool[taken])
-        return Picks(pool[taken], np.array(prices))
+        return RemovalOrder(pool[taken], np.array(marginal_costs))
 
     def _gram(self, pool: Ints) -> Floats:
         """[P, P] float32: by how much taking one unit of the pool raises the cost of another."""
         left = self._columns[pool]
-        right = left * np.float32(2 * self._trust / left.shape[1])
+        right = left * np.float32(2 * self._shrinkage / left.shape[1])
         out = np.empty((len(pool), len(pool)), np.float32)
 
         def block(part: slice) -> None:
@@ -279,10 +283,10 @@ class JointOrder(PooledOrder):
             self._measure()
 
     def _measure(self) -> None:
-        right = (self._left * (2 * self._trust / len(self._left))).astype(np.float32)
+        right = (self._left * (2 * self._shrinkage / len(self._left))).astype(np.float32)
 
         def block(part: slice) -> None:
-            self.costs[part] = self._energy[part] - self._columns[part] @ right
+            self.costs[part] = self._output_energy[part] - self._columns[part] @ right
 
         self._each_block(block, len(self._columns), _BLOCK)
 

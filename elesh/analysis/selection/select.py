@@ -16,9 +16,9 @@ import numpy as np
 from elesh.analysis.candidates import Bools
 from elesh.analysis.importance.redundancy import Pair
 
-from .removal_order import JointOrder, Order, Picks, cheapest_first, rounded
+from .removal_order import JointOrder, Order, RemovalOrder, cheapest_first, rounded
 
-__all__ = ["Selection", "select", "settled"]
+__all__ = ["Selection", "select", "rounded_to_multiples"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Selection:
 
     order: Order
     """The order after the last pick: its costs are those of the units that stayed."""
-    picks: Picks
+    removal_order: RemovalOrder
     """The units that go, as they were taken."""
     pairs: tuple[Pair, ...] = ()
     """Redundant units that went, each with the one that was kept for it."""
@@ -43,17 +43,23 @@ class Selection:
     @cached_property
     def units(self) -> tuple[int, ...]:
         """The units that go, rising."""
-        return tuple(np.sort(self.picks.units).tolist())
+        return tuple(np.sort(self.removal_order.units).tolist())
 
     @cached_property
-    def prices(self) -> dict[int, float]:
+    def marginal_costs(self) -> dict[int, float]:
         """What each unit cost when it was taken, in that order."""
-        return dict(zip(self.picks.units.tolist(), self.picks.prices.tolist(), strict=True))
+        return dict(
+            zip(
+                self.removal_order.units.tolist(),
+                self.removal_order.marginal_costs.tolist(),
+                strict=True,
+            )
+        )
 
     @property
-    def dearest(self) -> float:
+    def max_cost(self) -> float:
         """The highest price paid; 0 where nothing was taken."""
-        return self.picks.dearest if len(self.picks.units) else 0.0
+        return self.removal_order.max_cost if len(self.removal_order.units) else 0.0
 
 
 def select(
@@ -70,21 +76,21 @@ def select(
         make_order: a fresh order; called twice where redundant units have joint costs.
         redundant: pairs (kept, removed) of places, every unit removed at most once and never both.
     """
-    order, picks, too_dear = make_order(), Picks(), frozenset[int]()
+    order, removal_order, too_dear = make_order(), RemovalOrder(), frozenset[int]()
     among = np.ones(order.candidates.count, dtype=np.bool_)
     if redundant:
-        order, picks, too_dear = _redundant_first(order, make_order, quota, redundant)
-        gone = frozenset(picks.units.tolist())
+        order, removal_order, too_dear = _redundant_first(order, make_order, quota, redundant)
+        gone = frozenset(removal_order.units.tolist())
         among[[pair.kept for pair in redundant if pair.removed in gone]] = False
-    picks = picks.then(order.pick(quota - len(picks.units), among))
-    picks, given_back = settled(order, picks, quota, among)
+    removal_order = removal_order.then(order.pick(quota - len(removal_order.units), among))
+    removal_order, given_back = rounded_to_multiples(order, removal_order, quota, among)
     if not (redundant or given_back):
-        return Selection(order, picks)
-    final = frozenset(picks.units.tolist())
+        return Selection(order, removal_order)
+    final = frozenset(removal_order.units.tolist())
     pairs = tuple(p for p in redundant if p.removed in final and p.kept not in final)
     return Selection(
         order,
-        picks,
+        removal_order,
         pairs=pairs,
         kept=frozenset(pair.kept for pair in pairs),
         too_dear=too_dear - final,
@@ -94,19 +100,21 @@ def select(
 
 def _redundant_first(
     order: Order, make_order: Callable[[], Order], quota: int, redundant: Sequence[Pair]
-) -> tuple[Order, Picks, frozenset[int]]:
+) -> tuple[Order, RemovalOrder, frozenset[int]]:
     """The order after the redundant units, which of them went, and which were too dear."""
     removed, ceiling = np.zeros(order.candidates.count, dtype=np.bool_), math.inf
     removed[[pair.removed for pair in redundant]] = True
     if isinstance(order, JointOrder):
-        ceiling = order.pick(quota, np.ones_like(removed)).dearest
+        ceiling = order.pick(quota, np.ones_like(removed)).max_cost
         order = make_order()
-    picks = order.pick(quota, removed, ceiling)
+    removal_order = order.pick(quota, removed, ceiling)
     too_dear = np.flatnonzero(order.free(removed) & (order.costs > ceiling))
-    return order, picks, frozenset(too_dear.tolist())
+    return order, removal_order, frozenset(too_dear.tolist())
 
 
-def settled(order: Order, picks: Picks, quota: int, among: Bools) -> tuple[Picks, frozenset[int]]:
+def rounded_to_multiples(
+    order: Order, removal_order: RemovalOrder, quota: int, among: Bools
+) -> tuple[RemovalOrder, frozenset[int]]:
     """Give back what breaks a multiple, then spend what is left of the quota on whole blocks.
 
     Args:
@@ -117,9 +125,9 @@ def settled(order: Order, picks: Picks, quota: int, among: Bools) -> tuple[Picks
     """
     candidates = order.candidates
     if max(candidates.multiples, default=1) == 1:
-        return picks, frozenset()
+        return removal_order, frozenset()
     by_group: dict[int, list[int]] = {}
-    for unit in picks.units.tolist():
+    for unit in removal_order.units.tolist():
         by_group.setdefault(int(candidates.group_of[unit]), []).append(unit)
     back: list[int] = []
     for group, units in by_group.items():
@@ -129,28 +137,28 @@ def settled(order: Order, picks: Picks, quota: int, among: Bools) -> tuple[Picks
         count = excess if kept + excess <= candidates.sizes[group] else len(units)
         back += units[len(units) - count :]
     order.put_back(back)
-    picks = picks.without(back)
-    while len((block := _cheapest_block(order, quota - len(picks.units), among)).units):
-        picks = picks.then(block)
+    removal_order = removal_order.without(back)
+    while len((block := _cheapest_block(order, quota - len(removal_order.units), among)).units):
+        removal_order = removal_order.then(block)
         order.take(block.units)
-    return picks, frozenset(back)
+    return removal_order, frozenset(back)
 
 
-def _cheapest_block(order: Order, left: int, among: Bools) -> Picks:
+def _cheapest_block(order: Order, left: int, among: Bools) -> RemovalOrder:
     """The units that bring one group to its next multiple at the lowest cost a unit."""
-    candidates, best, best_mean = order.candidates, Picks(), math.inf
+    candidates, best, best_mean = order.candidates, RemovalOrder(), math.inf
     free = order.free(among)
     for group, multiple in enumerate(candidates.multiples):
         span = candidates.span(group)
         size = _present(order, group) % multiple or multiple
         units = np.flatnonzero(free[span]) + span.start
-        if size > min(left, int(order.room[group]), len(units)):
+        if size > min(left, int(order.capacity[group]), len(units)):
             continue
         units = units[cheapest_first(order.costs[units], size)]
         mean = float(rounded(np.array([order.costs[units].mean()]))[0])
         if mean < best_mean:
             best_mean = mean
-            best = Picks(units, order.costs[units])
+            best = RemovalOrder(units, order.costs[units])
     return best
 
 

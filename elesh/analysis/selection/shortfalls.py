@@ -44,7 +44,7 @@ def near_the_cut(
     bundle: CheckpointBundle,
     level: Level,
     ignored: Iterable[tuple[str, str]],
-    dearest: float | None,
+    max_cost: float | None,
 ) -> Iterator[tuple[str, str]]:
     """The ignored groups; where they were measured, how many of their units would have gone.
 
@@ -54,11 +54,11 @@ def near_the_cut(
     """
     for name, reason in ignored:
         gate = bundle.gates.get(name)
-        if gate is None or dearest is None:
+        if gate is None or max_cost is None:
             yield name, reason
             continue
         energy = np.einsum("ij,ij->j", gate.projections, gate.projections, dtype=np.float64)
-        near = int(np.count_nonzero(energy / len(gate.projections) <= dearest))
+        near = int(np.count_nonzero(energy / len(gate.projections) <= max_cost))
         words = f"; {near} of its {level}s would cost no more than the dearest that goes"
         yield name, reason + (words if near else "")
 

@@ -62,7 +62,7 @@ def adaptive_threshold(
     stage: Stage,
     level: SafetyLevel,
     *,
-    room: int | None = None,
+    capacity: int | None = None,
 ) -> float:
     """The score strictly below which units may be marked.
 
@@ -87,11 +87,11 @@ def adaptive_threshold(
     require_finite("scores", row)
     if not 0 <= sparsity <= 1:
         raise InvalidField("sparsity", "a share from 0 to 1", sparsity)
-    if room is not None and room < 0:
-        raise InvalidField("room", "a number >= 0", room)
+    if capacity is not None and capacity < 0:
+        raise InvalidField("room", "a number >= 0", capacity)
     statistical = float(row.mean() - 2 * row.std())
     blended = 0.3 * BASE[stage][level] + 0.4 * float(np.quantile(row, sparsity)) + 0.3 * statistical
     threshold = max(blended, FLOOR)
-    if room is None or room >= row.size:
+    if capacity is None or capacity >= row.size:
         return threshold
-    return min(threshold, float(np.partition(row, room)[room]))
+    return min(threshold, float(np.partition(row, capacity)[capacity]))

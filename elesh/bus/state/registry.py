@@ -84,11 +84,11 @@ class Registry:
         self._prefix = f"elesh:{{{partition}}}:worker"
         self._index = f"{self._prefix}s"
 
-    async def beat(self, state: WorkerState, *, seconds: float) -> None:
+    async def heartbeat(self, state: WorkerState, *, seconds: float) -> None:
         """Write a worker's state; it is forgotten ``seconds`` after the last time."""
         values = state.model_dump(exclude={"heard_at"})
         fields = [str(part) for pair in values.items() for part in pair]
-        await self._scripts.beat(
+        await self._scripts.heartbeat(
             self._key(state.worker_id), self._index, state.worker_id, round(seconds * 1000), fields
         )
 
@@ -106,7 +106,7 @@ class Registry:
     async def backlog(self, streams: Sequence[Stream] = STREAMS) -> dict[str, Backlog]:
         """The figures of each stream, by its short name; one command whatever their number."""
         keys = [stream.key(self._partition) for stream in streams]
-        found = await self._scripts.census(keys, [stream.group for stream in streams])
+        found = await self._scripts.backlog_statistics(keys, [stream.group for stream in streams])
         return {
             stream.name: Backlog(
                 length, None if lag < 0 else lag, pending, _seconds(oldest), _seconds(lease)

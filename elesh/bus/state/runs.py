@@ -64,22 +64,24 @@ class RunStore:
         cuts = [decode(RolledBackCut, value, field="rolled back") for value in stored.values()]
         return sorted(cuts, key=lambda cut: (cut.epoch, cut.idempotency_key))
 
-    async def measured_would_be(self, run_id: str, key: str, cuts: Sequence[WouldBeCut]) -> None:
+    async def measured_calibration_probe(
+        self, run_id: str, key: str, cuts: Sequence[WouldBeCut]
+    ) -> None:
         """Remember what the decision ``key`` measured to calibrate by."""
-        name = self._would_be(run_id)
+        name = self._calibration_probe(run_id)
         await self._client.hset(name, key, msgpack.packb([encode(cut) for cut in cuts]))
         await self._client.expire(name, self._keep)
 
     async def would_be(self, run_id: str) -> list[WouldBeCut]:
         """All would-be cuts of a run that were measured, in a fixed order."""
-        stored: Any = await self._client.hgetall(self._would_be(run_id))
+        stored: Any = await self._client.hgetall(self._calibration_probe(run_id))
         return [
             decode(WouldBeCut, cut, field="would-be cut")
             for _, cuts in sorted(stored.items())
             for cut in msgpack.unpackb(cuts)
         ]
 
-    def _would_be(self, run_id: str) -> str:
+    def _calibration_probe(self, run_id: str) -> str:
         return f"{self._prefix}:would-be:{run_id}"
 
     def claim_key(self, run_id: str) -> str:

@@ -72,7 +72,7 @@ class Groups:
             self._idle.add(consumer)
         # A waiting read has its count for each stream: what came at once on two is given back.
         for surplus in claimed[count:]:
-            await self.give_back(group, consumer, surplus)
+            await self.requeue(group, consumer, surplus)
         return claimed[:count]
 
     async def _wait(
@@ -103,7 +103,7 @@ class Groups:
         lost = await self._scripts.renew(group, consumer, entries) if entries else []
         return [deliveries[position] for position in lost]
 
-    async def give_back(
+    async def requeue(
         self,
         group: str,
         consumer: str,
@@ -127,7 +127,7 @@ class Groups:
             args,
         )
 
-    async def give_back_all(self, group: str, consumer: str, streams: Sequence[Stream]) -> int:
+    async def requeue_all(self, group: str, consumer: str, streams: Sequence[Stream]) -> int:
         """Hand over whatever is pending with a consumer that ends; how many entries it was.
 
         That finds also what the server handed out while the consumer stopped listening.
@@ -144,7 +144,7 @@ class Groups:
                 raise
             for entry in pending:
                 left = Delivery(stream, entry["message_id"].decode(), {}, 0)
-                given += await self.give_back(group, consumer, left, cause="handover")
+                given += await self.requeue(group, consumer, left, cause="handover")
         return given
 
     async def leave(self, group: str, consumer: str, streams: Sequence[Stream]) -> None:

@@ -19,15 +19,15 @@ from elesh.bus.server.client import Client
 from leyline import ContractError, DeadLetter, InvalidField, OperatorAction, encode, wrap
 from leyline.streams import DEAD, OPERATIONS, STREAMS, Stream
 
-from .records import Delivery, deliveries_of, entry_fields, read_letter
+from .records import Delivery, deliveries_of, entry_fields, read_dead_letter
 
-__all__ = ["DeadLetters", "Letter", "Redriven"]
+__all__ = ["DeadLetters", "DeadLetterEntry", "Redriven"]
 
 _ENTRY = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
 
 
 @dataclass(frozen=True)
-class Letter:
+class DeadLetterEntry:
     """One entry of the dead letters' stream."""
 
     entry_id: str
@@ -58,13 +58,13 @@ class DeadLetters:
         self._partition = partition
         self._marks = f"elesh:{{{partition}}}:redriven"
 
-    async def all(self) -> list[Letter]:
+    async def all(self) -> list[DeadLetterEntry]:
         """Every letter, oldest first."""
         entries = await self._range("-", "+")
         marks: Any = await self._client.hgetall(self._marks)
-        return [_letter(entry, marks.get(entry.entry_id.encode(), b"")) for entry in entries]
+        return [_dead_letter(entry, marks.get(entry.entry_id.encode(), b"")) for entry in entries]
 
-    async def get(self, entry_id: str) -> Letter:
+    async def get(self, entry_id: str) -> DeadLetterEntry:
         """One letter.
 
         Raises:
@@ -76,7 +76,7 @@ class DeadLetters:
         if not entries:
             raise _missing(entry_id)
         mark: Any = await self._client.hget(self._marks, entry_id)
-        return _letter(entries[0], mark or b"")
+        return _dead_letter(entries[0], mark or b"")
 
     async def redrive(self, entry_id: str, operator: str, reason: str = "") -> Redriven:
         """Publish a letter's original entry again on the stream that it stood in.
@@ -85,14 +85,14 @@ class DeadLetters:
             InvalidField: if there is no such letter, it cannot be read, or it names no stream that
                 workers serve.
         """
-        letter = await self.get(entry_id)
-        if letter.message is None:
-            raise InvalidField(f"letter {entry_id}", "a readable dead letter", letter.error)
-        stream = _served(entry_id, letter.message.stream)
+        dead_letter = await self.get(entry_id)
+        if dead_letter.message is None:
+            raise InvalidField(f"letter {entry_id}", "a readable dead letter", dead_letter.error)
+        stream = _served(entry_id, dead_letter.message.stream)
         event = self._event("redrive", entry_id, operator, reason, f"on {stream.name}")
         # Its time to live counts from now: an operator waits for it.
         at = f"{datetime.now(UTC).timestamp() * 1000:.0f}"
-        original = letter.message.original
+        original = dead_letter.message.original
         redriven = self._guard.frame_redrive(at, original.get("envelope", b""))
         reply = await self._scripts.redrive(
             (self._key(DEAD), self._marks, self._key(stream), self._key(OPERATIONS)),
@@ -110,8 +110,8 @@ class DeadLetters:
         Raises:
             InvalidField: if there is no such letter.
         """
-        letter = await self.get(entry_id)
-        was = letter.message
+        dead_letter = await self.get(entry_id)
+        was = dead_letter.message
         lost = f"{was.stream}/{was.entry_id}: {was.error_code}" if was else "unreadable"
         event = self._event("drop", entry_id, operator, reason, lost)
         keys = self._key(DEAD), self._marks, self._key(OPERATIONS)
@@ -146,11 +146,11 @@ class DeadLetters:
         return stream.key(self._partition)
 
 
-def _letter(entry: Delivery, mark: bytes) -> Letter:
+def _dead_letter(entry: Delivery, mark: bytes) -> DeadLetterEntry:
     try:
-        return Letter(entry.entry_id, read_letter(entry), redriven_as=mark.decode())
+        return DeadLetterEntry(entry.entry_id, read_dead_letter(entry), redriven_as=mark.decode())
     except ContractError as error:
-        return Letter(entry.entry_id, None, str(error), mark.decode())
+        return DeadLetterEntry(entry.entry_id, None, str(error), mark.decode())
 
 
 def _served(entry_id: str, name: str) -> Stream:

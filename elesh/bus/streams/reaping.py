@@ -19,7 +19,7 @@ from leyline.streams import REDELIVERIES, Stream
 
 from .fan_out import PlanStore
 
-__all__ = ["Sweep", "Sweeper", "Taken"]
+__all__ = ["Reap", "Sweeper", "Taken"]
 
 _SCAN = 1000
 """Pending entries of a stream that one pass looks at."""
@@ -37,7 +37,7 @@ class Taken:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Reap:
     """What one pass did; ``held`` is False if another worker is the sweeper."""
 
     held: bool
@@ -63,22 +63,22 @@ class Sweeper:
         self.interval = lease_seconds / 12
         """Seconds between two passes, if nothing that the last one saw is due before."""
 
-    async def sweep(self, group: str, worker: str, streams: Sequence[Stream]) -> Sweep:
+    async def reap(self, group: str, worker: str, streams: Sequence[Stream]) -> Reap:
         """Make one pass over ``streams``, if ``worker`` is or can become the sweeper."""
         lease = self._lease * 1000
         keys = [self._keys.named(name) for name in ("sweeper", "delayed", "deadlines", "pulse")]
         keys += [self._keys.stream(stream) for stream in (REDELIVERIES, *streams)]
         times = [max(1, round(lease * share)) for share in (0.125, 0.375, 1.0, 0.3)]
         names = [stream.name for stream in streams]
-        held, *reply = await self._scripts.sweep(
+        held, *reply = await self._scripts.reap(
             keys, [worker, *times, group, _SCAN, _BATCH, *names]
         )
         if not held:
-            return Sweep(False, max(reply[0] / 1000, self.interval))
+            return Reap(False, max(reply[0] / 1000, self.interval))
         resumed, taken, overdue, soonest = reply
         late = [key.decode() for key in overdue]
         joined = tuple([key for key in late if await self._plans.join_overdue(key)])
-        return Sweep(
+        return Reap(
             True,
             min(self.interval, (soonest + 1) / 1000),
             resumed,

@@ -23,11 +23,11 @@ __all__ = [
     "History",
     "Pending",
     "Record",
-    "Settlement",
-    "Settling",
+    "CommitOutcome",
+    "Commit",
     "deliveries_of",
     "entry_fields",
-    "read_letter",
+    "read_dead_letter",
 ]
 
 _ENVELOPE = b"envelope"
@@ -176,7 +176,7 @@ class Delivery:
 
 
 @dataclass(frozen=True)
-class Settling:
+class Commit:
     """One result to settle: the message is published once for its key, ever."""
 
     key: IdempotencyKey
@@ -190,10 +190,10 @@ class Settling:
     """Whether it becomes the run's latest good decision of its level."""
 
 
-class Settlement(StrEnum):
+class CommitOutcome(StrEnum):
     """What became of a result."""
 
-    SETTLED = "settled"
+    COMMITTED = "settled"
     DUPLICATE = "duplicate"
     """The key has its decision already, for the same content."""
     CONFLICT = "conflict"
@@ -255,7 +255,7 @@ def _mapping(fields: Any) -> dict[bytes, bytes]:
     return fields if isinstance(fields, dict) else dict(zip(fields[::2], fields[1::2], strict=True))
 
 
-def read_letter(delivery: Delivery) -> DeadLetter:
+def read_dead_letter(delivery: Delivery) -> DeadLetter:
     """The dead letter of an entry, with its original bytes wherever they were put.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from elesh.bus import Bus, Letter, Redriven
+from elesh.bus import Bus, DeadLetterEntry, Redriven
 from elesh.cli.common import (
     AsJson,
     JsonLines,
@@ -26,7 +26,7 @@ from leyline import DeadLetter
 dead = typer.Typer(no_args_is_help=True, help="Messages that could not be served.")
 _SHOWN_BYTES = 64
 
-LetterId = Annotated[str, typer.Argument(help="The letter, as elesh dead list shows it.")]
+DeadLetterId = Annotated[str, typer.Argument(help="The letter, as elesh dead list shows it.")]
 Reason = Annotated[str, typer.Option(help="Why; kept in the audit log.")]
 
 
@@ -37,37 +37,37 @@ def dead_list(
     as_json: JsonLines = False,
 ) -> None:
     """Every dead letter: where it stood, the class of error, and the reason."""
-    letters = on_bus(redis, settings, lambda bus, _: bus.letters.all())
+    dead_letters = on_bus(redis, settings, lambda bus, _: bus.dead_letters.all())
     if as_json:
-        for letter in letters:
-            print_json(_facts(letter), line=True)
+        for dead_letter in dead_letters:
+            print_json(_facts(dead_letter), line=True)
         return
-    for letter in letters:
-        for line in brief_lines(letter):
+    for dead_letter in dead_letters:
+        for line in brief_lines(dead_letter):
             console.print(line, soft_wrap=True)
-    if not letters:
+    if not dead_letters:
         console.print("no dead letters")
 
 
 @dead.command("show")
 def dead_show(
-    letter: LetterId,
+    dead_letter: DeadLetterId,
     as_json: AsJson = False,
     redis: RedisOption = "",
     settings: SettingsOption = None,
 ) -> None:
     """One letter whole: reason, every delivery, trace, and the original's bytes."""
-    shown = on_bus(redis, settings, lambda bus, _: bus.letters.get(letter))
+    shown = on_bus(redis, settings, lambda bus, _: bus.dead_letters.get(dead_letter))
     if as_json:
         print_json(_facts(shown))
         return
-    for line in letter_lines(shown):
+    for line in dead_letter_lines(shown):
         console.print(line, soft_wrap=True)
 
 
 @dead.command("redrive")
 def dead_redrive(
-    letters: Annotated[list[str] | None, typer.Argument(help="Letters; or --all.")] = None,
+    dead_letters: Annotated[list[str] | None, typer.Argument(help="Letters; or --all.")] = None,
     everything: Annotated[
         bool, typer.Option("--all", help="Every letter not yet redriven.")
     ] = False,
@@ -77,16 +77,16 @@ def dead_redrive(
     settings: SettingsOption = None,
 ) -> None:
     """Publish the original again on its stream, once a letter; run it twice without harm."""
-    if bool(letters) == everything:
+    if bool(dead_letters) == everything:
         fail("name letters, or give --all")
 
     async def redrive(bus: Bus, _: Settings) -> list[tuple[str, Redriven]]:
-        chosen = letters or [
+        chosen = dead_letters or [
             found.entry_id
-            for found in await bus.letters.all()
+            for found in await bus.dead_letters.all()
             if found.message and not found.redriven_as and code in ("", found.message.error_code)
         ]
-        return [(each, await bus.letters.redrive(each, operator(), reason)) for each in chosen]
+        return [(each, await bus.dead_letters.redrive(each, operator(), reason)) for each in chosen]
 
     done = on_bus(redis, settings, redrive)
     for entry_id, where in done:
@@ -98,7 +98,7 @@ def dead_redrive(
 
 @dead.command("drop")
 def dead_drop(
-    letters: Annotated[list[str], typer.Argument(help="Letters to delete for good.")],
+    dead_letters: Annotated[list[str], typer.Argument(help="Letters to delete for good.")],
     reason: Reason = "",
     redis: RedisOption = "",
     settings: SettingsOption = None,
@@ -106,40 +106,40 @@ def dead_drop(
     """Delete letters for good; the audit log keeps who did it."""
 
     async def drop(bus: Bus, _: Settings) -> None:
-        for each in letters:
-            await bus.letters.drop(each, operator(), reason)
+        for each in dead_letters:
+            await bus.dead_letters.drop(each, operator(), reason)
 
     on_bus(redis, settings, drop)
-    console.print(f"dropped {len(letters)}")
+    console.print(f"dropped {len(dead_letters)}")
 
 
-def brief_lines(letter: Letter) -> Iterator[str]:
+def brief_lines(dead_letter: DeadLetterEntry) -> Iterator[str]:
     """A letter in two lines of markup: what and where, then the reason."""
-    message = letter.message
+    message = dead_letter.message
     if message is None:
-        yield f"[bold]{letter.entry_id}[/]  [red]unreadable[/]"
-        yield f"  {escape(letter.error)}"
+        yield f"[bold]{dead_letter.entry_id}[/]  [red]unreadable[/]"
+        yield f"  {escape(dead_letter.error)}"
         return
     parts = [
-        f"[bold]{letter.entry_id}[/]",
+        f"[bold]{dead_letter.entry_id}[/]",
         f"[red]{escape(message.error_code)}[/]",
         f"from {message.stream}",
         f"{message.at:%Y-%m-%d %H:%M:%S}",
         f"{message.deliveries} deliver{'y' if message.deliveries == 1 else 'ies'}",
     ]
-    if letter.redriven_as:
-        parts.append(f"redriven as {letter.redriven_as}")
+    if dead_letter.redriven_as:
+        parts.append(f"redriven as {dead_letter.redriven_as}")
     yield "  ".join(parts)
     yield f"  {escape(message.reason)}"
 
 
-def letter_lines(letter: Letter) -> Iterator[str]:
+def dead_letter_lines(dead_letter: DeadLetterEntry) -> Iterator[str]:
     """Everything that is known about a letter, as lines of markup."""
-    message = letter.message
+    message = dead_letter.message
     if message is None:
-        yield f"[bold]{letter.entry_id}[/]  [red]unreadable[/]: {escape(letter.error)}"
+        yield f"[bold]{dead_letter.entry_id}[/]  [red]unreadable[/]: {escape(dead_letter.error)}"
         return
-    yield f"[bold]{letter.entry_id}[/]  [red]{escape(message.error_code)}[/]"
+    yield f"[bold]{dead_letter.entry_id}[/]  [red]{escape(message.error_code)}[/]"
     yield f"  {escape(message.reason)}"
     facts = {
         "stood in": f"{message.stream}/{message.entry_id}",
@@ -148,7 +148,7 @@ def letter_lines(letter: Letter) -> Iterator[str]:
         "given up": f"{message.at:%Y-%m-%d %H:%M:%S} UTC by {message.worker_id}",
         "deliveries": str(message.deliveries),
         "trace": message.traceparent,
-        "redriven as": letter.redriven_as,
+        "redriven as": dead_letter.redriven_as,
     }
     for name, value in facts.items():
         if value:
@@ -178,6 +178,10 @@ def _brief(value: bytes) -> str:
     return text + (" ..." if len(value) > _SHOWN_BYTES else "")
 
 
-def _facts(letter: Letter) -> dict[str, object]:
-    known = letter.message.model_dump(mode="json") if letter.message else {"error": letter.error}
-    return {"letter": letter.entry_id, "redriven_as": letter.redriven_as, **known}
+def _facts(dead_letter: DeadLetterEntry) -> dict[str, object]:
+    known = (
+        dead_letter.message.model_dump(mode="json")
+        if dead_letter.message
+        else {"error": dead_letter.error}
+    )
+    return {"letter": dead_letter.entry_id, "redriven_as": dead_letter.redriven_as, **known}

@@ -19,7 +19,7 @@ from elesh.cli.common import (
     on_bus,
     print_json,
 )
-from elesh.operate.events import Told, told_events
+from elesh.operate.events import FormattedEvent, formatted_events
 from elesh.settings import Settings
 from leyline.streams import STREAMS
 
@@ -45,18 +45,18 @@ def events(
             fail(f"--stream {name}: expected one of {', '.join(known)}")
     chosen = [known[name] for name in stream] if stream else list(STREAMS)
 
-    async def tell_all(bus: Bus, _: Settings) -> None:
-        async for event in told_events(bus, chosen, follow=follow, run_id=run):
+    async def format_all(bus: Bus, _: Settings) -> None:
+        async for event in formatted_events(bus, chosen, follow=follow, run_id=run):
             if as_json:
                 print_json(asdict(event), line=True)
             else:
                 console.print(event_line(event), soft_wrap=True)
 
     with contextlib.suppress(KeyboardInterrupt):
-        on_bus(redis, settings, tell_all)
+        on_bus(redis, settings, format_all)
 
 
-def event_line(event: Told) -> str:
+def event_line(event: FormattedEvent) -> str:
     """Time, stream, run, epoch, what happened, key: columns while they are short."""
     colour = _COLOURS[event.tone]
     epoch = "" if event.epoch is None else str(event.epoch)

@@ -131,7 +131,7 @@ class GroupTally:
     rise: Doubles = field(init=False)
     moves: list[npt.NDArray[np.float16]] = field(default_factory=list)
     margins: list[npt.NDArray[np.float32]] = field(default_factory=list)
-    rises: list[Doubles] = field(default_factory=list)
+    loss_increases: list[Doubles] = field(default_factory=list)
     """Of heads, the rows that ``rise`` is the sum of, so that some can be measured better."""
     rise_error: Doubles | None = None
     """Standard errors of the mean rise, where units were masked."""
@@ -173,7 +173,7 @@ class GroupTally:
         self.second += np.square(self.gate(sampled, samples)).sum(0)
         self._add_sizes(sizes)
 
-    def add_margins(
+    def add_logit_gaps(
         self, projections: Sums, moves: Sums, sizes: Sums, rivals: Sums, margins: Doubles
     ) -> None:
         """Take in one batch of samples with margins m [N], whose loss is ``softplus(m)``.
@@ -198,23 +198,23 @@ class GroupTally:
         rise = np.logaddexp(0, m - move + variance / 2) - np.logaddexp(0, m)
         self.rise += rise.sum(0)
         if self.group.level is Level.HEAD:
-            self.rises.append(rise)
+            self.loss_increases.append(rise)
         self.rated += samples
         self.moves.append(np.clip(move, -_LARGEST, _LARGEST).astype(np.float16))
         self.margins.append(margins.astype(np.float32))
         self._add_sizes(sizes)
 
     @property
-    def margins_of_all(self) -> Doubles:
+    def logit_gaps_of_all(self) -> Doubles:
         """[N]: the margins of all samples."""
         return np.concatenate(self.margins).astype(np.float64)
 
-    def measured(self, rows: npt.NDArray[np.int64], rises: Doubles) -> None:
+    def measured(self, rows: npt.NDArray[np.int64], loss_increases: Doubles) -> None:
         """Take measured rises [n, C] of the samples ``rows`` [n] in place of the predicted."""
-        all_rises = np.concatenate(self.rises)
-        all_rises[rows] = rises
-        self.rise = all_rises.sum(0)
-        self.rise_error = all_rises.std(0) / math.sqrt(len(all_rises))
+        all_loss_increases = np.concatenate(self.loss_increases)
+        all_loss_increases[rows] = loss_increases
+        self.rise = all_loss_increases.sum(0)
+        self.rise_error = all_loss_increases.std(0) / math.sqrt(len(all_loss_increases))
 
     def _add_sizes(self, sizes: Sums) -> None:
         for site in self.group.sites:

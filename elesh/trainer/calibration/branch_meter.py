@@ -45,12 +45,12 @@ class _Tally:
     positions: int = 0
     moves: Sums = field(default_factory=lambda: np.zeros(0))
     """[N] of the present batch: the gate gradients of its margins."""
-    rises: list[Sums] = field(default_factory=list)
+    loss_increases: list[Sums] = field(default_factory=list)
     """Of the samples' losses, as predicted for the removal of the block alone."""
 
     def read(self, reading: Reading, gates: Sums, margins: Sums | None) -> None:
         """Take in the gate gradients of one batch, ``[N]``; with ``margins`` they are of these
-        (see :meth:`GroupTally.add_margins`), else of the loss."""
+        (see :meth:`GroupTally.add_logit_gaps`), else of the loss."""
         odds = None if margins is None else expit(margins)
         if reading == "projections":
             self.projections.append(gates)
@@ -66,7 +66,7 @@ class _Tally:
             self.second += float((squares if odds is None else odds * squares).sum())
             if margins is not None:
                 after = np.logaddexp(0, margins - self.moves + squares / 2)
-                self.rises.append(after - np.logaddexp(0, margins))
+                self.loss_increases.append(after - np.logaddexp(0, margins))
 
     def statistics(self, samples: int) -> LayerStatistics:
         """The block's statistics over all samples.
@@ -92,11 +92,14 @@ class _Tally:
 
     def _rise(self, samples: int) -> dict[str, npt.NDArray[np.float32]]:
         """The predicted rise and its standard error, where all samples have margins."""
-        rises = np.concatenate([np.zeros(0), *self.rises])
-        if len(rises) != samples:
+        loss_increases = np.concatenate([np.zeros(0), *self.loss_increases])
+        if len(loss_increases) != samples:
             return {}
-        error = float(rises.std()) / math.sqrt(samples)
-        return {"removal_rise": _single(float(rises.mean())), "removal_error": _single(error)}
+        error = float(loss_increases.std()) / math.sqrt(samples)
+        return {
+            "removal_rise": _single(float(loss_increases.mean())),
+            "removal_error": _single(error),
+        }
 
 
 class BranchMeter:
@@ -116,7 +119,7 @@ class BranchMeter:
         self._trained: list[nn.Parameter] = []
         self._batch = 0
         self._reading: Reading = "projections"
-        self._margins: Tensor | None = None
+        self._logit_gaps: Tensor | None = None
 
     def __enter__(self) -> BranchMeter:
         if self._tallies:
@@ -154,7 +157,7 @@ class BranchMeter:
             reading: of which scalar.
             margins: ``[N]``, where the pass is of them and not of the loss ``softplus(margin)``.
         """
-        self._reading, self._margins = reading, margins
+        self._reading, self._logit_gaps = reading, margins
 
     def statistics(self, samples: int) -> dict[str, LayerStatistics]:
         """The statistics by block."""
@@ -177,12 +180,12 @@ class BranchMeter:
 
     def _before(self, tally: _Tally, gradient: Tensor) -> None:
         if self._reading == "true":
-            tally.before += self._energy(gradient)
+            tally.before += self._output_energy(gradient)
 
-    def _energy(self, gradient: Tensor) -> float:
+    def _output_energy(self, gradient: Tensor) -> float:
         """Squared norm of the loss's gradient, where that of the margins comes in."""
         rows = gradient.float().reshape(self._batch, -1).square().sum(1, dtype=torch.float64)
-        slopes = 1.0 if self._margins is None else self._margins.sigmoid().to(rows).square()
+        slopes = 1.0 if self._logit_gaps is None else self._logit_gaps.sigmoid().to(rows).square()
         return float((rows * slopes).sum())
 
     def _leave(self, tally: _Tally) -> Callable[..., Any]:
@@ -215,10 +218,10 @@ class BranchMeter:
     def _after(self, tally: _Tally, contribution: Tensor, gradient: Tensor) -> None:
         gradient = gradient.float()
         gates = (contribution.float() * gradient).reshape(self._batch, -1).sum(1).cpu()
-        margins = None if self._margins is None else self._margins.double().cpu().numpy()
+        margins = None if self._logit_gaps is None else self._logit_gaps.double().cpu().numpy()
         tally.read(self._reading, gates.double().numpy(), margins)
         if self._reading == "true":
-            tally.after += self._energy(gradient)
+            tally.after += self._output_energy(gradient)
 
 
 def _on_gradient(tensor: Tensor, read: Callable[[Tensor], None]) -> None:

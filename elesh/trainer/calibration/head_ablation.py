@@ -20,7 +20,7 @@ from leyline import PrunedArchitecture, PruningGroup
 
 from .losses import margins
 
-__all__ = ["PASSES", "Batches", "masked_rises", "most_doubtful"]
+__all__ = ["PASSES", "Batches", "masked_loss_increases", "most_doubtful"]
 
 PASSES = 1
 """What masking all heads one at a time may cost together, in forward passes over all samples."""
@@ -43,7 +43,7 @@ def most_doubtful(known: Doubles, heads: int) -> Ints:
     return np.sort(np.argsort(np.abs(known), kind="stable")[:count])
 
 
-def masked_rises(
+def masked_loss_increases(
     model: nn.Module,
     architecture: PrunedArchitecture,
     groups: Sequence[PruningGroup],

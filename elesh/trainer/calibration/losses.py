@@ -50,7 +50,7 @@ def sampled_labels(output: Any, labels: Any, generator: torch.Generator) -> Tens
     return drawn.reshape(odds.shape[:-1]).to(logits.device)
 
 
-def has_margins(logits: Tensor, labels: Any) -> bool:
+def has_logit_gaps(logits: Tensor, labels: Any) -> bool:
     """Whether every sample has one label among at least two classes, so that it has one margin.
 
     Negative labels are those that the cross-entropy ignores.

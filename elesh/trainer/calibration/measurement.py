@@ -21,7 +21,7 @@ from leyline import (
 
 from .accumulators import CORRELATED_SAMPLES, AxisTally, GroupTally, Sums, magnitudes
 from .attention_patterns import PATTERN_SAMPLES, AttentionWeights, PatternTally
-from .head_ablation import Batches, masked_rises, most_doubtful
+from .head_ablation import Batches, masked_loss_increases, most_doubtful
 
 __all__ = ["Measurement"]
 
@@ -79,13 +79,13 @@ class Measurement:
             tally.add(projections, true, sizes, sampled, self.batch)
         self.samples += self.batch
 
-    def add_margins(
+    def add_logit_gaps(
         self, projections: Sums, moves: Sums, sizes: Sums, rivals: Sums, margins: Tensor
     ) -> None:
         """Take in the sums of a batch whose samples have margins."""
         known = margins.double().cpu().numpy()
         for tally in self._groups:
-            tally.add_margins(projections, moves, sizes, rivals, known)
+            tally.add_logit_gaps(projections, moves, sizes, rivals, known)
         self.samples += self.batch
 
     def ablate(self, model: nn.Module, architecture: PrunedArchitecture, batches: Batches) -> None:
@@ -93,10 +93,12 @@ class Measurement:
         heads = [t for t in self._groups if t.group.level is Level.HEAD]
         if not heads or heads[0].rated != self.samples:
             return
-        rows = most_doubtful(heads[0].margins_of_all, sum(t.group.size for t in heads))
-        rises = masked_rises(model, architecture, [t.group for t in heads], batches, rows)
+        rows = most_doubtful(heads[0].logit_gaps_of_all, sum(t.group.size for t in heads))
+        loss_increases = masked_loss_increases(
+            model, architecture, [t.group for t in heads], batches, rows
+        )
         for tally in heads:
-            tally.measured(rows, rises[tally.group.name])
+            tally.measured(rows, loss_increases[tally.group.name])
 
     def statistics(
         self, model: nn.Module

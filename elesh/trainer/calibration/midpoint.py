@@ -13,9 +13,9 @@ from elesh.settings import ChannelAnalysis
 from elesh.trainer.network.gates import Axis, axis_of
 from leyline import CheckpointBundle, PruningGroup
 
-__all__ = ["AHEAD", "first_to_go", "indices_of"]
+__all__ = ["LOOK_AHEAD", "first_to_go", "indices_of"]
 
-AHEAD = 0.2
+LOOK_AHEAD = 0.2
 """The share of channels that the design document's schedule removes in the end."""
 
 

@@ -24,7 +24,7 @@ from elesh.trainer.network.calling import (
     device_of,
     main_output,
     map_tensors,
-    undisturbed,
+    preserve_state,
 )
 from elesh.trainer.network.gates import GateMeter, axis_of
 from elesh.trainer.network.layers import named_tensors, require_fit
@@ -49,14 +49,14 @@ from .losses import (
     class_axis,
     cross_entropy,
     directions,
-    has_margins,
+    has_logit_gaps,
     margins,
     rival_direction,
     sampled_labels,
     total,
 )
 from .measurement import Measurement
-from .midpoint import AHEAD, first_to_go, indices_of
+from .midpoint import LOOK_AHEAD, first_to_go, indices_of
 
 
 class Recorder:
@@ -142,7 +142,7 @@ class Recorder:
         loss: float | None = None,
         note: str = "",
         max_samples: int | None = None,
-        ahead: float = AHEAD,
+        ahead: float = LOOK_AHEAD,
         redistribute: bool = False,
     ) -> CheckpointBundle:
         """A checkpoint: architecture, statistics of every prunable group, and metadata.
@@ -168,7 +168,7 @@ class Recorder:
         measurement = Measurement(self._architecture, inputs=redistribute)
         kept: Batches = ()
         architecture = self._architecture
-        with undisturbed(self._model, self._seed):
+        with preserve_state(self._model, self._seed):
             kept = list(self._limited(batches, max_samples))
             branches = self._run(measurement, kept)
             measurement.ablate(self._model, architecture, kept)
@@ -196,9 +196,9 @@ class Recorder:
             layers=layers,
             heads=heads,
         )
-        return self._half_way(bundle, kept, ahead) if ahead else bundle
+        return self._midpoint(bundle, kept, ahead) if ahead else bundle
 
-    def _half_way(
+    def _midpoint(
         self, bundle: CheckpointBundle, batches: Batches, share: float
     ) -> CheckpointBundle:
         """The bundle with projections of channels half way to a cut of this share of them."""
@@ -210,7 +210,7 @@ class Recorder:
         generator = torch.Generator().manual_seed(self._seed)
         axes = {axis_of(site): None for group in groups for site in group.sites}
         with (
-            undisturbed(self._model, self._seed),
+            preserve_state(self._model, self._seed),
             GateMeter(self._model, axes, lambda axis, x: None, halved) as meter,
         ):
             for inputs, labels in batches:
@@ -247,7 +247,7 @@ class Recorder:
             if name not in self._architecture.group:
                 raise InvalidField("groups", f"some of {sorted(self._architecture.group)}", name)
         meter = MomentMeter(self._model, consumer_axes(self._architecture, groups))
-        with undisturbed(self._model, self._seed), torch.no_grad(), meter:
+        with preserve_state(self._model, self._seed), torch.no_grad(), meter:
             for inputs, _ in self._limited(batches, max_samples):
                 call(self._model, inputs)
         return meter.moments(self._architecture.model_hash)
@@ -261,7 +261,7 @@ class Recorder:
         what those cuts have moved: r in ``cost = mean(G_i^2) - 2 mean(r G_i)``.
         """
         generator, rows = torch.Generator().manual_seed(self._seed), []
-        with undisturbed(self._model, self._seed), torch.no_grad():
+        with preserve_state(self._model, self._seed), torch.no_grad():
             for inputs, labels in self._limited(batches, max_samples):
                 values = main_output(call(self._model, inputs)).float()
                 drawn = directions(values, generator, self._class_axis(values, labels))
@@ -327,7 +327,7 @@ class Recorder:
         projected = (directions(values.detach(), for_directions, axis) * values).sum()
         branches.read("projections")
         projections, _ = meter.backward(projected, look=measurement.look)
-        if self._loss is cross_entropy and self._sampler is None and has_margins(values, labels):
+        if self._loss is cross_entropy and self._sampler is None and has_logit_gaps(values, labels):
             odds = margins(values, labels)
             known = odds.detach()
             branches.read("true", known)
@@ -335,7 +335,7 @@ class Recorder:
             toward = rival_direction(values, labels)
             branches.read("sampled", known)
             rivals, _ = meter.backward((toward * values).sum(), keep=False)
-            measurement.add_margins(projections, moves, sizes, rivals, known)
+            measurement.add_logit_gaps(projections, moves, sizes, rivals, known)
             return
         loss = total(self._loss(output, labels), samples)
         branches.read("true")

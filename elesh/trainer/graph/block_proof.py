@@ -23,7 +23,7 @@ from .unit_proof import Admission, Trial, apart
 
 
 def with_blocks(
-    twin: nn.Module, inputs: Inputs, architecture: PrunedArchitecture, ignored: Collection[str]
+    copied: nn.Module, inputs: Inputs, architecture: PrunedArchitecture, ignored: Collection[str]
 ) -> PrunedArchitecture:
     """The architecture with its blocks, those that fail the proof marked with a reason.
 
@@ -31,11 +31,11 @@ def with_blocks(
         twin: a copy of the network in evaluation mode with random weights that all have an effect.
         ignored: modules that must stay.
     """
-    blocks = find_blocks(twin, inputs, architecture, ignored)
+    blocks = find_blocks(copied, inputs, architecture, ignored)
     if not blocks:
         return architecture
     drafted = _built(architecture, blocks)
-    experiment = _Experiment(twin, inputs, drafted)
+    experiment = _Experiment(copied, inputs, drafted)
     experiment.admit([block.name for block in blocks if block.prunable])
     reasons = experiment.reasons
     marked = tuple(
@@ -56,11 +56,11 @@ def _built(architecture: PrunedArchitecture, blocks: tuple[LayerBlock, ...]) -> 
 class _Experiment(Admission):
     """Admits blocks."""
 
-    def __init__(self, twin: nn.Module, inputs: Inputs, architecture: PrunedArchitecture) -> None:
+    def __init__(self, copied: nn.Module, inputs: Inputs, architecture: PrunedArchitecture) -> None:
         super().__init__()
-        self._twin, self._inputs, self._architecture = twin, inputs, architecture
-        self._surgeon = Surgeon(twin, architecture, restore_points=1)
-        self._trial = Trial(twin, inputs)
+        self._copied, self._inputs, self._architecture = copied, inputs, architecture
+        self._surgeon = Surgeon(copied, architecture, restore_points=1)
+        self._trial = Trial(copied, inputs)
         self._fed = self._with_gradient()
 
     def disproof(self, names: Sequence[str]) -> str:
@@ -86,11 +86,11 @@ class _Experiment(Admission):
             return self._trial.outputs()
 
     def _with_gradient(self) -> set[str]:
-        reached = Trace(self._twin, self._inputs).parameters()
-        return {path for path, p in self._twin.named_parameters() if id(p) in reached}
+        reached = Trace(self._copied, self._inputs).parameters()
+        return {path for path, p in self._copied.named_parameters() if id(p) in reached}
 
     def _starved(self) -> str:
         """Which parameters that are left get no gradient any more."""
-        left = {path for path, _ in self._twin.named_parameters()}
+        left = {path for path, _ in self._copied.named_parameters()}
         starved = sorted((self._fed & left) - self._with_gradient())
         return f"without it no gradient reaches {', '.join(starved[:5])}" if starved else ""

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from elesh.trainer.network.calling import Inputs, example_copy, undisturbed
+from elesh.trainer.network.calling import Inputs, example_copy, preserve_state
 from elesh.trainer.network.layers import ChannelAxes, channel_axes, describe_tensors, named_tensors
 from leyline import (
     GateSite,
@@ -48,29 +48,31 @@ def find_architecture(
     for name in ignored_layers:
         if name not in dict(model.named_modules()):
             raise InvalidField("ignored_layers", "the name of a module of the model", name)
-    twin = _twin(model)
+    copied = _copied(model)
     inputs = example_copy(example_inputs)
-    with undisturbed(twin, seed=0), _plain_arithmetic(twin):
-        wiring = trace(twin, inputs)
-        groups = _with_heads(_groups(wiring, twin, ignored_layers), wiring, twin, ignored_layers)
+    with preserve_state(copied, seed=0), _plain_arithmetic(copied):
+        wiring = trace(copied, inputs)
+        groups = _with_heads(
+            _groups(wiring, copied, ignored_layers), wiring, copied, ignored_layers
+        )
         architecture = PrunedArchitecture.build(describe_tensors(model), wiring.layers, groups)
-        proved = without_refuted(twin, inputs, architecture)
-        return with_blocks(twin, inputs, proved, ignored_layers)
+        proved = without_refuted(copied, inputs, architecture)
+        return with_blocks(copied, inputs, proved, ignored_layers)
 
 
-def _twin(model: nn.Module) -> nn.Module:
+def _copied(model: nn.Module) -> nn.Module:
     """A copy to be traced and cut: single precision, every parameter with gradients."""
     try:
         with torch.inference_mode(False):
-            twin = copy.deepcopy(model).float()
+            copied = copy.deepcopy(model).float()
     except Exception as error:
         raise InvalidField(
             "model", "a model that copy.deepcopy can copy", summary(error)
         ) from error
-    for parameter in twin.parameters():
+    for parameter in copied.parameters():
         parameter.grad = None
         parameter.requires_grad_(parameter.is_floating_point())
-    return twin
+    return copied
 
 
 @contextlib.contextmanager

@@ -27,15 +27,15 @@ TOLERANCE = 1e-4
 
 
 def without_refuted(
-    twin: nn.Module, inputs: Inputs, architecture: PrunedArchitecture
+    copied: nn.Module, inputs: Inputs, architecture: PrunedArchitecture
 ) -> PrunedArchitecture:
     """The architecture with every group that fails the proof marked, with a reason.
 
     Args:
         twin: a copy of the network in evaluation mode; its weights are overwritten.
     """
-    _scramble(twin)
-    experiment = _Experiment(twin, inputs, architecture)
+    _scramble(copied)
+    experiment = _Experiment(copied, inputs, architecture)
     candidates = [group.name for group in architecture.groups if group.prunable]
     with torch.no_grad():
         experiment.admit(candidates)
@@ -79,10 +79,10 @@ class Admission(ABC):
 class _Experiment(Admission):
     """Admits groups."""
 
-    def __init__(self, twin: nn.Module, inputs: Inputs, architecture: PrunedArchitecture) -> None:
+    def __init__(self, copied: nn.Module, inputs: Inputs, architecture: PrunedArchitecture) -> None:
         super().__init__()
-        self._trial = Trial(twin, inputs)
-        self._surgeon = Surgeon(twin, architecture, restore_points=1)
+        self._trial = Trial(copied, inputs)
+        self._surgeon = Surgeon(copied, architecture, restore_points=1)
         rng = np.random.default_rng(0)
         groups = [group for group in architecture.groups if group.prunable]
         # Numbers at random: equal shares could hide that two groups must stay of equal size. And
@@ -122,8 +122,8 @@ class _Experiment(Admission):
 class Trial:
     """A network and example inputs to try changes on."""
 
-    def __init__(self, twin: nn.Module, inputs: Inputs) -> None:
-        self._twin, self._inputs = twin, inputs
+    def __init__(self, copied: nn.Module, inputs: Inputs) -> None:
+        self._copied, self._inputs = copied, inputs
         self._trains = True
         try:
             self.train()
@@ -132,8 +132,8 @@ class Trial:
 
     def outputs(self) -> list[Tensor]:
         """All floating-point outputs, the random generators seeded."""
-        seed_generators(device_of(self._twin), 0)
-        return [t for t in tensors_in(call(self._twin, self._inputs)) if t.is_floating_point()]
+        seed_generators(device_of(self._copied), 0)
+        return [t for t in tensors_in(call(self._copied, self._inputs)) if t.is_floating_point()]
 
     def train(self) -> None:
         """A forward pass in training mode, if it ran at first; moves running statistics.
@@ -142,11 +142,11 @@ class Trial:
         """
         if not self._trains:
             return
-        self._twin.train()
+        self._copied.train()
         try:
-            call(self._twin, self._inputs)
+            call(self._copied, self._inputs)
         finally:
-            self._twin.eval()
+            self._copied.eval()
 
 
 def apart(masked: Sequence[Tensor], cut: Sequence[Tensor]) -> str:

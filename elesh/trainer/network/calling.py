@@ -1,7 +1,7 @@
 """How a network is called, whatever its inputs and outputs look like, and left as it was found.
 
 Promises: inputs may be a tensor, a sequence (positional) or a mapping (keywords); after
-:func:`undisturbed` nothing that a caller can see of the model or the random generators differs.
+:func:`preserve_state` nothing that a caller can see of the model or the random generators differs.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def seed_generators(device: torch.device, seed: int) -> None:
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
+def preserve_state(model: nn.Module, seed: int) -> Iterator[None]:
     """Evaluation mode with gradients, seeded; training flags, buffers and generators come back.
 
     Gradients are on even inside a caller's ``no_grad`` or ``inference_mode``; parameters' ``grad``

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from leyline import GateSite, InvalidField
 
 from .calling import replace_first
-from .multihead import lend, take_back
+from .multihead import patched, take_back
 
 Axis = tuple[str, int]
 """A module's path and the channel axis of its first input."""
@@ -75,7 +75,7 @@ class GateMeter:
         """What every backward pass asks the gradient of."""
 
     def __enter__(self) -> GateMeter:
-        self._lent = lend(self._model, {path for path, _ in self._axes})
+        self._lent = patched(self._model, {path for path, _ in self._axes})
         for axis in self._axes:
             module = self._model.get_submodule(axis[0])
             hook = module.register_forward_pre_hook(self._gate(axis), with_kwargs=True)

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from leyline import PrunedArchitecture, ShapeMismatch, TensorDescriptor
 
-from .multihead import settle
+from .multihead import commit
 
 AxisOf = tuple[str, int]
 """An attribute of a module that holds a tensor, and a dimension of it."""
@@ -96,7 +96,7 @@ SIZES = (
 
 def refit(module: nn.Module) -> None:
     """Set the module's size attributes to what its tensors' shapes say."""
-    settle(module)
+    commit(module)
     weight = getattr(module, "weight", None)
     if isinstance(module, _NormBase):
         sized = weight if weight is not None else module.running_mean

@@ -18,9 +18,9 @@ from torch.nn import functional
 __all__ = [
     "NATIVE",
     "HeadwiseAttention",
-    "lend",
+    "patched",
     "native_projections",
-    "settle",
+    "commit",
     "take_back",
 ]
 
@@ -131,7 +131,7 @@ def native_projections(module: nn.MultiheadAttention) -> dict[str, tuple[int, ..
     return found
 
 
-def settle(module: nn.Module) -> None:
+def commit(module: nn.Module) -> None:
     """Set an attention's size attributes and class to what its tensors' shapes say."""
     if isinstance(module, NATIVE) and type(module) in (NATIVE, HeadwiseAttention):
         inner = module.out_proj.weight.shape[1]
@@ -140,7 +140,7 @@ def settle(module: nn.Module) -> None:
         module.__class__ = NATIVE if inner == module.embed_dim else HeadwiseAttention
 
 
-def lend(model: nn.Module, sites: Iterable[str]) -> list[nn.Module]:
+def patched(model: nn.Module, sites: Iterable[str]) -> list[nn.Module]:
     """Lend the plain attentions that own these output projections to the headwise class."""
     lent: list[nn.Module] = []
     for path in sites:
@@ -153,7 +153,7 @@ def lend(model: nn.Module, sites: Iterable[str]) -> list[nn.Module]:
 
 
 def take_back(lent: list[nn.Module]) -> None:
-    """Undo :func:`lend`, but for those that have lost heads meanwhile."""
+    """Undo :func:`patched`, but for those that have lost heads meanwhile."""
     for module in lent:
-        settle(module)
+        commit(module)
     lent.clear()

@@ -75,7 +75,7 @@ class BusThread:
         self._run_id, self._url, self._settings, self._caller = run_id, url, settings, caller
         self._token = token
         self._outbox: queue.Queue[Outgoing] = queue.Queue(_OUTBOX)
-        self._room = threading.BoundedSemaphore(_BUNDLES)  # bundles are large
+        self._capacity = threading.BoundedSemaphore(_BUNDLES)  # bundles are large
         self._closing = threading.Event()
         self._wake: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._main, name="elesh-session", daemon=True)
@@ -90,13 +90,13 @@ class BusThread:
         if self.refused:
             return self._miss(item, self.refused)
         large = isinstance(item.message, CheckpointBundle)
-        if large and not self._room.acquire(blocking=False):
+        if large and not self._capacity.acquire(blocking=False):
             return self._miss(item, "queue full of checkpoints")
         try:
             self._outbox.put_nowait(item)
         except queue.Full:
             if large:
-                self._room.release()
+                self._capacity.release()
             return self._miss(item, "queue full")
         self._wake()
         return True
@@ -104,7 +104,7 @@ class BusThread:
     def _next(self) -> Outgoing:
         item = self._outbox.get_nowait()
         if isinstance(item.message, CheckpointBundle):
-            self._room.release()
+            self._capacity.release()
         return item
 
     def close(self, timeout: float) -> None:

@@ -25,7 +25,7 @@ from leyline import (
 )
 
 from .apply import Evaluation, apply_decision, outcome_of, refusal, trigger_of
-from .journal import Journal, Situation, WatchedCut
+from .journal import Journal, MonitoredCut, Situation
 from .reporting import event_id_of
 from .restore_points import FolderPoints, MemoryPoints, Points
 from .snapshot import Snapshot, Tracked
@@ -69,7 +69,7 @@ class Guard:
         return self._tracked.surgeon if self._tracked else None
 
     @property
-    def watched(self) -> tuple[WatchedCut, ...]:
+    def watched(self) -> tuple[MonitoredCut, ...]:
         """The cuts on probation, oldest first."""
         return self._journal.situation.watched
 
@@ -190,7 +190,7 @@ class Guard:
             return outcome
         reports = self._limits.watch_epochs
         outcome = outcome.model_copy(update={"watched": reports})
-        cut = WatchedCut(outcome, before, trigger_of(decision, self._triggers), reports)
+        cut = MonitoredCut(outcome, before, trigger_of(decision, self._triggers), reports)
         point = self._points.put(Snapshot.take(tracked))
         self._done("apply", point, [outcome], [*self.watched, cut] if reports else self.watched)
         return outcome
@@ -239,7 +239,7 @@ class Guard:
     def _roll_back(
         self,
         tracked: Tracked,
-        failed: Sequence[WatchedCut],
+        failed: Sequence[MonitoredCut],
         now: Evaluation,
         evaluate: Evaluate,
     ) -> list[PruningOutcome]:
@@ -294,7 +294,7 @@ class Guard:
         what: str,
         point: int,
         outcomes: Sequence[PruningOutcome],
-        watched: Sequence[WatchedCut],
+        watched: Sequence[MonitoredCut],
     ) -> None:
         """The commit: from this line on, ``point`` is the present."""
         self._journal.write(
@@ -329,7 +329,7 @@ def _by_id(outcomes: Sequence[PruningOutcome]) -> dict[str, object]:
     return {event_id_of(outcome): outcome.model_dump(mode="json") for outcome in outcomes}
 
 
-def _undone(cut: WatchedCut, cause: WatchedCut, now: Evaluation, epoch: int) -> PruningOutcome:
+def _undone(cut: MonitoredCut, cause: MonitoredCut, now: Evaluation, epoch: int) -> PruningOutcome:
     """The outcome of a cut that is taken back at ``epoch``, because of itself or an earlier one."""
     before = cut.outcome.accuracy_before
     detail = f"accuracy {before:.4f} fell to {now.accuracy:.4f} within the watch, "

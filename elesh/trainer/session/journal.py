@@ -19,13 +19,13 @@ from leyline import PruningOutcome
 
 from .restore_points import write_durably
 
-__all__ = ["Journal", "Situation", "WatchedCut"]
+__all__ = ["Journal", "Situation", "MonitoredCut"]
 
 Line = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class WatchedCut:
+class MonitoredCut:
     """A cut on probation."""
 
     outcome: PruningOutcome
@@ -52,7 +52,7 @@ class WatchedCut:
         return vars(self) | {"outcome": self.outcome.model_dump(mode="json")}
 
     @classmethod
-    def of_line(cls, line: Line) -> WatchedCut:
+    def of_line(cls, line: Line) -> MonitoredCut:
         """From the journal."""
         return cls(**{**line, "outcome": PruningOutcome.model_validate(line["outcome"])})
 
@@ -68,7 +68,7 @@ class Situation:
     begun: Line | None = None
     """What was begun and not done: ``begin`` is ``apply`` or ``rollback``, ``goal`` the point to
     go back to, ``pending`` the outcomes if it is cut short."""
-    watched: tuple[WatchedCut, ...] = ()
+    watched: tuple[MonitoredCut, ...] = ()
     """Cuts on probation, oldest first."""
     unreported: Mapping[str, Line] = field(default_factory=dict)
     """Outcomes that the bus does not have yet, by event id."""
@@ -89,7 +89,7 @@ class Situation:
         if "done" in line:
             now = replace(now, begun=None)
         if "watched" in line:
-            cuts = tuple(WatchedCut.of_line(cut) for cut in line["watched"])
+            cuts = tuple(MonitoredCut.of_line(cut) for cut in line["watched"])
             now = replace(now, watched=cuts)
         fresh = {**now.unreported, **line.get("outcomes", {})}
         if "reported" in line:
@@ -98,7 +98,7 @@ class Situation:
 
 
 def _whole(line: Line) -> Situation:
-    cuts = tuple(WatchedCut.of_line(cut) for cut in line["watched"])
+    cuts = tuple(MonitoredCut.of_line(cut) for cut in line["watched"])
     return Situation(**{**line, "watched": cuts})
 
 

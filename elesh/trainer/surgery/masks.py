@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from elesh.trainer.network.calling import replace_first
-from elesh.trainer.network.multihead import lend, take_back
+from elesh.trainer.network.multihead import patched, take_back
 from leyline import PrunedArchitecture
 
 
@@ -55,7 +55,7 @@ class Masks:
         for name, chosen in units.items():
             for site in architecture.group[name].sites:
                 dead.setdefault((site.module, site.dim), set()).update(site.all_of(chosen))
-        self._lent = lend(self._model, {path for (path, _), indices in dead.items() if indices})
+        self._lent = patched(self._model, {path for (path, _), indices in dead.items() if indices})
         for (path, dim), indices in dead.items():
             if indices:
                 module = self._model.get_submodule(path)

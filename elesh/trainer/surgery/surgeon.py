@@ -293,7 +293,7 @@ class Surgeon:
             if tuple(tensor.shape) != descriptor.shape:
                 replace_data(tensor, tensor.new_zeros(descriptor.shape))
             tensor.grad = None
-        skeleton.settle()
+        skeleton.commit()
         self._architecture = skeleton.architecture
         if self._optimizer is not None:
             self._optimizer.state.clear()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from elesh.trainer.network.headcounts import HEAD_SIZES
 from elesh.trainer.network.layers import SIZES, named_tensors
-from elesh.trainer.network.multihead import settle
+from elesh.trainer.network.multihead import commit
 from leyline import PrunedArchitecture, ShapeMismatch
 
 _SIZES = (*SIZES, *HEAD_SIZES)
@@ -119,11 +119,11 @@ class Skeleton:
             assert optimizer is not None
             optimizer.param_groups[number]["params"] = list(parameters)
 
-    def settle(self) -> None:
+    def commit(self) -> None:
         """Set size attributes, once the tensors have their shapes."""
         for module, sizes in self.sizes:
             vars(module).update(sizes)
-            settle(module)
+            commit(module)
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class RestorePoint:
                 optimizer.state.pop(parameter, None)
             else:
                 optimizer.state[parameter] = state
-        self.skeleton.settle()
+        self.skeleton.commit()
 
 
 def _copied(state: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -54,7 +54,7 @@ from .frames import (
     pack_frame,
     unpack_body,
 )
-from .heartbeat import beat_into
+from .heartbeat import heartbeat_into
 from .memory import limit_data
 from .parameter_masks import marked
 from .spans import Stopwatch
@@ -67,7 +67,7 @@ def main() -> None:
     """
     die_with_parent()
     limit_data(int(sys.argv[1]))
-    beat_into(Path(sys.argv[2]))
+    heartbeat_into(Path(sys.argv[2]))
     # Ctrl-C reaches the whole terminal group: the supervisor decides what becomes of a job.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")

@@ -19,27 +19,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["Finding", "PulseReader", "beat_into"]
+__all__ = ["Finding", "HeartbeatReader", "heartbeat_into"]
 
 _TIME = struct.Struct("<d")
-_BEAT_SECONDS = 0.5
+_HEARTBEAT_SECONDS = 0.5
 _SILENT_SECONDS = 4.0
 """Without a beat for so long, and without CPU time used meanwhile, a child is wedged."""
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
-def beat_into(path: Path) -> None:
+def heartbeat_into(path: Path) -> None:
     """Start the thread of this process that beats until the process ends."""
     memory = mmap.mmap(os.open(path, os.O_RDWR), _TIME.size)
 
-    def beat() -> None:
+    def heartbeat() -> None:
         while True:
             _TIME.pack_into(memory, 0, time.monotonic())
-            time.sleep(_BEAT_SECONDS)
+            time.sleep(_HEARTBEAT_SECONDS)
 
     # Little of the child's memory allowance goes into this stack.
     before = threading.stack_size(256 << 10)
-    threading.Thread(target=beat, name="elesh-pulse", daemon=True).start()
+    threading.Thread(target=heartbeat, name="elesh-pulse", daemon=True).start()
     threading.stack_size(before)
 
 
@@ -51,7 +51,7 @@ class Finding:
     why: str = ""
 
 
-class PulseReader:
+class HeartbeatReader:
     """The supervisor's finger on the pulse.
 
     Args:
@@ -76,8 +76,8 @@ class PulseReader:
             # A fresh child has its time, too: it must load its numerics before it beats.
             self._pid, self._moved = pid, now
         self._used = used
-        (beat,) = _TIME.unpack_from(self._memory)
-        silent = now - beat
+        (heartbeat,) = _TIME.unpack_from(self._memory)
+        silent = now - heartbeat
         if silent < _SILENT_SECONDS or (state != "T" and now - self._moved < _SILENT_SECONDS):
             return Finding("busy" if busy else "idle")
         if state == "T":

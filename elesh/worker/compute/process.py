@@ -18,7 +18,7 @@ from elesh.observe import get_logger
 
 from .failures import ChildDied, ChildFailure, ChildOverMemory, ChildTimeout
 from .frames import MEMORY_CODE, PREFIX, PRELOAD, Job, Reply, pack_frame, unpack_body
-from .heartbeat import Finding, PulseReader
+from .heartbeat import Finding, HeartbeatReader
 from .memory import resident
 
 __all__ = ["ComputeChild"]
@@ -45,7 +45,7 @@ class ComputeChild:
     def __init__(self, memory_limit: int, folder: Path, *, preload: bool = False) -> None:
         self._limit = memory_limit
         self._arguments = [PRELOAD] if preload else []
-        self._pulse = PulseReader(folder / "pulse")
+        self._heartbeat = HeartbeatReader(folder / "pulse")
         self._process: Process | None = None
         self._turn = asyncio.Lock()
         self.busy = False
@@ -58,8 +58,8 @@ class ComputeChild:
         return self._process.pid if alive and self._process else None
 
     def look(self) -> Finding:
-        """How the child is now, from outside; see :mod:`.pulse`."""
-        return self._pulse.look(self.pid, busy=self.busy)
+        """How the child is now, from outside; see :mod:`.heartbeat`."""
+        return self._heartbeat.look(self.pid, busy=self.busy)
 
     async def start(self) -> None:
         """Start the child unless it is alive, and wait until it has loaded its numerics.
@@ -93,7 +93,7 @@ class ComputeChild:
         if self.pid is None:
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", CHILD),
-                *(str(self._limit), str(self._pulse.path), *self._arguments),
+                *(str(self._limit), str(self._heartbeat.path), *self._arguments),
                 stdin=PIPE,
                 stdout=PIPE,
                 start_new_session=True,  # signals of the terminal are the supervisor's
@@ -123,7 +123,7 @@ class ComputeChild:
             await self._start()
             self.busy = True
             async with asyncio.timeout(timeout):
-                reply = await self._watched(self._exchange(job))
+                reply = await self._monitored(self._exchange(job))
         except TimeoutError:
             await self.kill()
             raise ChildTimeout(f"analysis took longer than {timeout:.3g} s") from None
@@ -146,7 +146,7 @@ class ComputeChild:
                 self._process.kill()
             await self._process.wait()
 
-    async def _watched(self, exchange: Coroutine[None, None, Reply]) -> Reply:
+    async def _monitored(self, exchange: Coroutine[None, None, Reply]) -> Reply:
         """The answer, while the child's resident size is looked at."""
         answer = asyncio.create_task(exchange)
         try:

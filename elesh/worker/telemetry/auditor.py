@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from elesh.bus import Bus, BusUnavailable, Delivery, audit_envelope, read_letter
+from elesh.bus import Bus, BusUnavailable, Delivery, audit_envelope, read_dead_letter
 from elesh.observe import AuditFile, Link, audit_event, get_logger
 from elesh.settings import AuditSettings
 from leyline import AuditEntry, AuditEvent, ContractError, Message, encode, read_envelope, unwrap
@@ -121,7 +121,7 @@ def _event(delivery: Delivery) -> AuditEvent | None:
     at = datetime.fromtimestamp(int(delivery.entry_id.split("-")[0]) / 1000, UTC)
     try:
         message: Message = (
-            read_letter(delivery)
+            read_dead_letter(delivery)
             if delivery.stream is DEAD
             else unwrap(read_envelope(delivery.envelope))
         )

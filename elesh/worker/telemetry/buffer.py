@@ -18,7 +18,7 @@ from elesh.observe import carrier_of, get_logger
 from leyline import Message, Priority
 from leyline.streams import Stream
 
-__all__ = ["Outbox"]
+__all__ = ["TelemetryBuffer"]
 
 _SOURCE = "elesh"
 _MOST = 1000
@@ -37,7 +37,7 @@ class _Event:
     about: dict[str, Any]
 
 
-class Outbox:
+class TelemetryBuffer:
     """Publishes what one worker tells the world."""
 
     def __init__(self, bus: Bus) -> None:

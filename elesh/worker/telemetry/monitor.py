@@ -23,7 +23,7 @@ from .status import Condition, Status
 
 __all__ = ["Monitor"]
 
-_LOOK_SECONDS = 1.0
+_PROBE_SECONDS = 1.0
 _LIVES = 3
 """A worker is forgotten when it has missed so many heartbeats."""
 _log = get_logger(__name__)
@@ -60,7 +60,7 @@ class Monitor:
                 listener = listening(self._settings.health_host, port)
                 self._status.health_url = await stack.enter_async_context(serving(app, listener))
                 _log.info("health", url=self._status.health_url)
-            tasks = [asyncio.create_task(each()) for each in (self._watch, self._beat)]
+            tasks = [asyncio.create_task(each()) for each in (self._watch, self._heartbeat)]
             try:
                 yield
             finally:
@@ -81,7 +81,7 @@ class Monitor:
             if after.why != before.why and before.why != "starting":
                 tell = _log.info if after.ready else _log.warning
                 tell("ready" if after.ready else "not ready", why=after.why or "-")
-            await asyncio.sleep(_LOOK_SECONDS)
+            await asyncio.sleep(_PROBE_SECONDS)
 
     def _condition(self, found: Finding) -> Condition:
         if self._status.doing == "starting":
@@ -91,16 +91,16 @@ class Monitor:
         if found.why:
             return Condition(found.child, False, found.why)
         silent = asyncio.get_running_loop().time() - self._heard
-        if silent > self._settings.heartbeat_seconds + _LOOK_SECONDS:
+        if silent > self._settings.heartbeat_seconds + _PROBE_SECONDS:
             return Condition(found.child, False, f"the bus has not answered for {silent:.0f} s")
         return Condition(found.child, True, "")
 
-    async def _beat(self) -> None:
+    async def _heartbeat(self) -> None:
         """Every heartbeat: tell the register."""
         seconds = self._settings.heartbeat_seconds
         while True:
             with contextlib.suppress(BusUnavailable):
-                await self._bus.registry.beat(self._status.state(), seconds=_LIVES * seconds)
+                await self._bus.registry.heartbeat(self._status.state(), seconds=_LIVES * seconds)
                 self._heard = asyncio.get_running_loop().time()
                 if is_exported("METRICS"):
                     await self._refresh()

@@ -1,6 +1,6 @@
 """What a worker tells the world: telemetry events, dead letters, log lines.
 
-Telemetry is advice: it leaves by the :class:`~.buffer.Outbox`, and nobody waits for it.
+Telemetry is advice: it leaves by the :class:`~.buffer.TelemetryBuffer`, and nobody waits for it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from elesh.bus import Bus, BusUnavailable, Delivery, Settlement
+from elesh.bus import Bus, BusUnavailable, CommitOutcome, Delivery
 from elesh.bus.admission import Work
 from elesh.observe import carrier_of, get_logger
 from leyline import (
@@ -25,21 +25,21 @@ from leyline import (
 )
 from leyline.streams import TELEMETRY, VALIDATION
 
-from .buffer import Outbox
+from .buffer import TelemetryBuffer
 from .status import Status
 
 __all__ = ["Reports"]
 
 _SOURCE = "elesh"
-_SETTLED = {
-    Settlement.SETTLED: "settled",
-    Settlement.DUPLICATE: "duplicate",
-    Settlement.CONFLICT: "conflict",
-    Settlement.LOST: "lost",
+_COMMITTED = {
+    CommitOutcome.COMMITTED: "settled",
+    CommitOutcome.DUPLICATE: "duplicate",
+    CommitOutcome.CONFLICT: "conflict",
+    CommitOutcome.LOST: "lost",
 }
-_ANALYSIS_RUNGS = frozenset({"safety_failure", "taylor_failure"})
+_ANALYSIS_FALLBACKS = frozenset({"safety_failure", "taylor_failure"})
 """Rows of the failure table that are answered inside the analysis."""
-_JOIN_RUNGS = frozenset(
+_JOIN_FALLBACKS = frozenset(
     {
         "verification_skipped",
         "verification_timeout",
@@ -60,7 +60,7 @@ class Reports:
         self._bus = bus
         self._worker_id = worker_id
         self.status = Status(worker_id)
-        self.outbox = Outbox(bus)
+        self.telemetry_buffer = TelemetryBuffer(bus)
 
     def step(
         self,
@@ -84,7 +84,7 @@ class Reports:
             "figures": dict(figures or {}),
             "detail": detail,
         }
-        self.outbox.put(TELEMETRY, TelemetryEvent(**values), work.run_id, work.epoch)
+        self.telemetry_buffer.put(TELEMETRY, TelemetryEvent(**values), work.run_id, work.epoch)
 
     def analysed(
         self, work: Work, decision: StructuralPruningDecision, metrics: AnalysisMetrics
@@ -94,8 +94,8 @@ class Reports:
         A joint decision repeats those of its levels, which were told when they were analysed.
         """
         for taken in decision.fallbacks:
-            own = taken.rung in _ANALYSIS_RUNGS and not decision.levels
-            if own or taken.rung in _JOIN_RUNGS:
+            own = taken.rung in _ANALYSIS_FALLBACKS and not decision.levels
+            if own or taken.rung in _JOIN_FALLBACKS:
                 self.fallback(work, str(decision.key), taken.rung, taken.reason)
         self.status.analysed(
             decision.key.level, metrics.duration_seconds, metrics.peak_memory_bytes
@@ -113,22 +113,22 @@ class Reports:
             "at": datetime.now(UTC),
             "detail": f"{where}: {cause}: {detail}"[:8192],
         }
-        self.outbox.put(TELEMETRY, TelemetryEvent(**event), "", None)
+        self.telemetry_buffer.put(TELEMETRY, TelemetryEvent(**event), "", None)
 
-    def settlement(
-        self, work: Work, decision: StructuralPruningDecision, outcome: Settlement
+    def commit_outcome(
+        self, work: Work, decision: StructuralPruningDecision, outcome: CommitOutcome
     ) -> None:
         """What became of a decision in the store; a settled one is Urabrask's business too."""
         verdict = "approved" if decision.approved_for_application else "rejected"
         _log.info(
-            "decision " + _SETTLED[outcome],
+            "decision " + _COMMITTED[outcome],
             key=decision.idempotency_key,
             verdict=verdict,
             reason=decision.rejection_reason or "-",
         )
         seconds = (datetime.now(UTC) - work.received).total_seconds()
         self.step(
-            _SETTLED[outcome],
+            _COMMITTED[outcome],
             work,
             key=decision.key,
             detail=verdict,
@@ -138,14 +138,14 @@ class Reports:
                 "units": float(sum(len(units) for units in decision.units.values())),
             },
         )
-        if outcome is Settlement.SETTLED:
-            self.status.settled(decision)
+        if outcome is CommitOutcome.COMMITTED:
+            self.status.committed(decision)
             result = StructuralValidationResult(
                 idempotency_key=decision.idempotency_key,
                 outcome=decision.safety.outcome,
                 gates=decision.safety.gates,
             )
-            self.outbox.put(VALIDATION, result, work.run_id, work.epoch)
+            self.telemetry_buffer.put(VALIDATION, result, work.run_id, work.epoch)
 
     def fallback(self, work: Work, key: str, rung: str, reason: str) -> None:
         """A rung of the failure table was taken."""
@@ -178,7 +178,9 @@ class Reports:
         except BusUnavailable as error:
             _log.warning("transition missed", reason=str(error))
 
-    def letter(self, delivery: Delivery, error: ContractError, work: Work | None) -> DeadLetter:
+    def dead_letter(
+        self, delivery: Delivery, error: ContractError, work: Work | None
+    ) -> DeadLetter:
         """The dead letter of an entry, with its original bytes and its history."""
         stream, entry_id = delivery.origin
         return DeadLetter(
@@ -196,16 +198,16 @@ class Reports:
             history=delivery.history.attempts,
         )
 
-    def buried(self, letter: DeadLetter, work: Work | None) -> None:
+    def dead_lettered(self, dead_letter: DeadLetter, work: Work | None) -> None:
         """An entry went to the dead letters."""
-        self.status.buried(letter.error_code)
+        self.status.dead_lettered(dead_letter.error_code)
         event = TelemetryEvent(
             step="dead_letter",
             worker_id=self._worker_id,
-            at=letter.at,
-            idempotency_key=letter.idempotency_key,
+            at=dead_letter.at,
+            idempotency_key=dead_letter.idempotency_key,
             run_id=work.run_id if work else "",
             epoch=work.epoch if work else None,
-            detail=letter.reason,
+            detail=dead_letter.reason,
         )
-        self.outbox.put(TELEMETRY, event, event.run_id, event.epoch)
+        self.telemetry_buffer.put(TELEMETRY, event, event.run_id, event.epoch)

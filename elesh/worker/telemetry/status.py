@@ -57,7 +57,7 @@ class Status:
 
     def __post_init__(self) -> None:
         self.started = self.clock()
-        self._in_hand: dict[tuple[str, str], tuple[str, float]] = {}
+        self._in_flight: dict[tuple[str, str], tuple[str, float]] = {}
 
     def announce(self) -> None:
         """Begin the counters that rates are taken of: the first event must find them at zero."""
@@ -77,23 +77,23 @@ class Status:
 
     def began(self, key: str, origin: tuple[str, str]) -> None:
         """It works on an entry, which belongs to the decision of ``key``."""
-        self._in_hand[origin] = key, self.clock()
+        self._in_flight[origin] = key, self.clock()
         if self.doing != "draining":
             self.doing = "busy"
 
     def ended(self, origin: tuple[str, str]) -> None:
         """It has nothing to do with an entry any more."""
-        _, since = self._in_hand.pop(origin, ("", None))
+        _, since = self._in_flight.pop(origin, ("", None))
         if since is not None:
             labels = {"messaging.system": "redis", "messaging.destination.name": origin[0]}
             metrics.PROCESS_SECONDS.record(self.clock() - since, labels)
-        if self.doing == "busy" and not self._in_hand:
+        if self.doing == "busy" and not self._in_flight:
             self.doing = "idle"
 
     @property
     def longest(self) -> tuple[str, float]:
         """What it has in hand for the longest time: the key of its decision, and since when."""
-        return next(iter(self._in_hand.values()), ("", 0.0))
+        return next(iter(self._in_flight.values()), ("", 0.0))
 
     def fetched(self, size: int) -> None:
         """Blobs were read."""
@@ -112,7 +112,7 @@ class Status:
         self.failed += 1
         metrics.ANALYSES.add(1, {"level": level.value, "result": "failed"})
 
-    def settled(self, decision: StructuralPruningDecision) -> None:
+    def committed(self, decision: StructuralPruningDecision) -> None:
         """A decision was published."""
         approved = decision.approved_for_application
         labels = {
@@ -131,7 +131,7 @@ class Status:
         """An entry went round again."""
         metrics.REDELIVERIES.add(1, {"cause": cause})
 
-    def buried(self, code: str) -> None:
+    def dead_lettered(self, code: str) -> None:
         """An entry went to the dead letters."""
         self.dead_letters += 1
         metrics.DEAD_LETTERS.add(1, {"code": code})

@@ -233,13 +233,13 @@ def test_fisher_information_ranks_where_it_is_asked_for_and_the_decision_says_so
     decision = analyze(checkpoint, settings(redundancy_threshold=1.0))
     assert (decision.statistics.scorer, decision.fallbacks) == ("fisher", ())
     assert decision.units == analyze(bundle(chain(SIZES), epoch=120), by_setting("fisher")).units
-    dearest = max(cost for target in decision.channels for cost in target.importance)
+    max_cost = max(cost for target in decision.channels for cost in target.importance)
     for target in decision.channels:
         halves = checkpoint.gates[target.layer_name].second_order / 2
         assert target.importance == pytest.approx(halves[list(target.channel_indices)])
         stays = np.delete(halves, target.channel_indices)
         if target.channels_after > 16:
-            assert stays.min() >= dearest * (1 - 1e-4), "nothing cheaper stays"
+            assert stays.min() >= max_cost * (1 - 1e-4), "nothing cheaper stays"
 
 
 def by_setting(scorer: str) -> Settings:

@@ -87,23 +87,23 @@ def test_the_output_energy_of_a_linear_network_is_that_of_its_outputs() -> None:
     assert output_energy([*gates_of(whole).values(), small]) == pytest.approx(true, rel=1e-4)
 
 
-def masked(name: str, columns: np.ndarray, rises: list[float]) -> GateStatistics:
+def masked(name: str, columns: np.ndarray, loss_increases: list[float]) -> GateStatistics:
     """A group whose units were masked one at a time, with what that did to the loss."""
-    zero = np.zeros(len(rises), np.float32)
+    zero = np.zeros(len(loss_increases), np.float32)
     return GateStatistics(
         layer_name=name,
         projections=floats(columns),
         first_order=zero,
         second_order=zero,
-        removal_rise=floats(np.array(rises)),
-        removal_error=floats(np.full(len(rises), 0.01)),
+        removal_rise=floats(np.array(loss_increases)),
+        removal_error=floats(np.full(len(loss_increases), 0.01)),
     )
 
 
 def test_where_units_were_masked_a_cost_is_the_mean_of_its_column_and_its_rise() -> None:
     rng = np.random.default_rng(6)
-    rises = {"g": [0.1, 0.4, 0.2], "h": [0.8, -0.3]}
-    gates = {n: masked(n, rng.standard_normal((50, len(r))), r) for n, r in rises.items()}
+    loss_increases = {"g": [0.1, 0.4, 0.2], "h": [0.8, -0.3]}
+    gates = {n: masked(n, rng.standard_normal((50, len(r))), r) for n, r in loss_increases.items()}
     both = Candidates(("g", "h"), (3, 2), (3, 2), (1, 1))
     projections = Projections.of(gates, both)
     costs = np.square(projections.columns.astype(np.float64)).sum(axis=1) * projections.unit**2

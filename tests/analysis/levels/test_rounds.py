@@ -17,7 +17,7 @@ from networks import settings as free_settings
 
 from elesh.analysis import analyze, explain
 from elesh.analysis.candidates import Candidates
-from elesh.analysis.selection.logit_gap_order import MarginOrder
+from elesh.analysis.selection.logit_gap_order import LogitGapOrder
 from elesh.safety import Entry, Measured, Moves, Proposal
 from elesh.settings import Settings
 from leyline import (
@@ -227,13 +227,13 @@ def test_prices_by_margins_add_up_to_what_all_of_them_cost() -> None:
     candidates = Candidates(("a", "b"), (700, 900), (600, 800), (1, 1))
     moves = {n: rng.normal(0, 0.05, (ROWS, s)).astype("f4") for n, s in (("a", 700), ("b", 900))}
     margins = rng.normal(-2, 2, ROWS).astype("f4")
-    order = MarginOrder(candidates, moves, margins, gone=(3, 5))
-    picks = order.pick(300, np.ones(candidates.count, dtype=np.bool_))
-    assert len(set(picks.units)) == 300
-    assert not {3, 5} & set(picks.units)
+    order = LogitGapOrder(candidates, moves, margins, gone=(3, 5))
+    removal_order = order.pick(300, np.ones(candidates.count, dtype=np.bool_))
+    assert len(set(removal_order.units)) == 300
+    assert not {3, 5} & set(removal_order.units)
     row = np.concatenate([moves["a"], moves["b"]], 1).astype(float)
-    after = margins - row[:, picks.units].sum(1)
+    after = margins - row[:, removal_order.units].sum(1)
     rise = (np.logaddexp(0, after) - np.logaddexp(0, margins.astype(float))).mean()
-    assert sum(picks.prices) == pytest.approx(rise, abs=1e-4)
+    assert sum(removal_order.marginal_costs) == pytest.approx(rise, abs=1e-4)
     chance = margins - row[:, rng.permutation(candidates.count)[:300]].sum(1)
     assert rise < (np.logaddexp(0, chance) - np.logaddexp(0, margins.astype(float))).mean()

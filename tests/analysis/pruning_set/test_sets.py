@@ -13,7 +13,7 @@ from leyline import GateStatistics
 
 
 def gate(
-    moves: np.ndarray, margins: np.ndarray, rises: list[float], *, masked: bool = False
+    moves: np.ndarray, margins: np.ndarray, loss_increases: list[float], *, masked: bool = False
 ) -> GateStatistics:
     count = moves.shape[1]
     return GateStatistics(
@@ -21,7 +21,7 @@ def gate(
         projections=np.ones(moves.shape, np.float32),
         first_order=np.zeros(count, np.float32),
         second_order=np.zeros(count, np.float32),
-        removal_rise=floats(rises),
+        removal_rise=floats(loss_increases),
         removal_error=np.zeros(count, np.float32) if masked else None,
         moves=moves.astype(np.float16),
         margins=margins.astype(np.float32),

@@ -7,7 +7,7 @@ from itertools import groupby
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elesh.analysis.pruning_set.subsets import merged, restricted, settled
+from elesh.analysis.pruning_set.subsets import merged, restricted, rounded_to_multiples
 from leyline import ChannelPruningTarget, Level, RankedUnit, Redundancy, SparedUnit
 
 
@@ -52,7 +52,7 @@ def test_what_is_left_of_every_group_ends_at_its_multiple_or_loses_nothing(
         units.append(unit(f"g{group}", counts[group]))
         counts[group] += 1
     size_of = {f"g{i}": size for i, size in enumerate(sizes)}
-    kept = settled(units, size_of, dict.fromkeys(size_of, multiple))
+    kept = rounded_to_multiples(units, size_of, dict.fromkeys(size_of, multiple))
     assert [u for u in units if u in kept] == list(kept)
     for name, own in groupby(sorted(kept, key=lambda u: u.layer_name), lambda u: u.layer_name):
         lost = list(own)

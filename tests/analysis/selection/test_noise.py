@@ -42,7 +42,7 @@ def network(sizes: dict[int, float], noise: float, samples: int = 128) -> Checkp
 def test_error_bars_are_those_of_the_marginal_costs() -> None:
     rng = np.random.default_rng(1)
     columns: Floats = rng.standard_normal((6, 50)).astype(np.float32)
-    bars = error_bars(columns, [4, 0, 2], trust=1.0)
+    bars = error_bars(columns, [4, 0, 2], shrinkage=1.0)
     moved, before = np.zeros(50), 0.0
     for place, unit in enumerate([4, 0, 2]):
         moved = moved + columns[unit]

@@ -81,7 +81,7 @@ def cost_of(gate: GateStatistics, lost: list[int]) -> float:
 
 
 def single(units: int) -> Candidates:
-    return Candidates(names=("a",), sizes=(units,), rooms=(units - 1,), multiples=(1,))
+    return Candidates(names=("a",), sizes=(units,), capacities=(units - 1,), multiples=(1,))
 
 
 def everything(count: int) -> np.ndarray:
@@ -94,11 +94,13 @@ def test_prices_add_up_to_the_cost_of_the_set(
     seed: int, units: int, sites: int, width: int, data: st.DataObject
 ) -> None:
     found = gate("a", seed, units, sites, width=width)
-    picks = ReconstructionOrder(single(units), {"a": found}).pick(
+    removal_order = ReconstructionOrder(single(units), {"a": found}).pick(
         data.draw(st.integers(1, units - 1)), everything(units)
     )
-    assert sum(picks.prices) == pytest.approx(cost_of(found, picks.units), rel=1e-6)
-    assert min(picks.prices) >= 0
+    assert sum(removal_order.marginal_costs) == pytest.approx(
+        cost_of(found, removal_order.units), rel=1e-6
+    )
+    assert min(removal_order.marginal_costs) >= 0
 
 
 @pytest.mark.parametrize(("seed", "width"), [(0, 1), (1, 1), (2, 1), (3, 2), (4, 4)])
@@ -123,15 +125,15 @@ def test_a_unit_that_the_others_predict_goes_first_however_much_it_does() -> Non
             "input_slopes": np.float32([np.diag(np.r_[50.0, np.ones(7), 50.0])] * 2)[None],
         }
     )
-    picks = ReconstructionOrder(single(9), {"a": found}).pick(2, everything(9))
-    assert picks.units[0] in (0, 8)
-    assert picks.prices[0] < 0.05
-    assert picks.units[1] not in (0, 8)
+    removal_order = ReconstructionOrder(single(9), {"a": found}).pick(2, everything(9))
+    assert removal_order.units[0] in (0, 8)
+    assert removal_order.marginal_costs[0] < 0.05
+    assert removal_order.units[1] not in (0, 8)
 
 
 def test_putting_units_back_restores_the_costs() -> None:
     gates = {"a": gate("a", 3, 7, sites=2), "b": gate("b", 4, 5, width=3)}
-    candidates = Candidates(names=("a", "b"), sizes=(7, 5), rooms=(6, 4), multiples=(1, 1))
+    candidates = Candidates(names=("a", "b"), sizes=(7, 5), capacities=(6, 4), multiples=(1, 1))
     order = ReconstructionOrder(candidates, gates)
     before = order.costs.copy()
     first = order.pick(3, everything(12)).units

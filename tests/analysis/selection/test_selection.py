@@ -22,11 +22,11 @@ def cases(draw: st.DrawFn) -> tuple[Candidates, int, int, bool]:
     sizes = draw(st.lists(st.integers(1, 24), min_size=1, max_size=5))
     multiples = tuple(draw(st.sampled_from([1, 1, 2, 4, 8])) for _ in sizes)
     minimum = draw(st.integers(1, 12))
-    rooms = tuple(
+    capacities = tuple(
         max(0, size - -(-minimum // m) * m) for size, m in zip(sizes, multiples, strict=True)
     )
     names = tuple(f"g{i}" for i in range(len(sizes)))
-    candidates = Candidates(names, tuple(sizes), rooms, multiples)
+    candidates = Candidates(names, tuple(sizes), capacities, multiples)
     return candidates, draw(st.integers(0, 60)), draw(st.integers(0, 10**6)), draw(st.booleans())
 
 
@@ -50,16 +50,16 @@ def test_quota_minimum_and_multiples_hold(case: tuple[Candidates, int, int, bool
     selection = select(order, quota, pairs)
     assert len(selection.units) <= quota
     assert sorted(set(selection.units)) == list(selection.units)
-    assert set(selection.prices) == set(selection.units)
+    assert set(selection.marginal_costs) == set(selection.units)
     assert not set(selection.kept) & set(selection.units)
     lost = np.bincount(candidates.group_of[list(selection.units)], minlength=len(candidates.sizes))
-    for size, room, multiple, gone in zip(
-        candidates.sizes, candidates.rooms, candidates.multiples, lost, strict=True
+    for size, capacity, multiple, gone in zip(
+        candidates.sizes, candidates.capacities, candidates.multiples, lost, strict=True
     ):
-        assert gone <= room
+        assert gone <= capacity
         assert not gone or (size - gone) % multiple == 0
     if max(candidates.multiples) == 1 and not pairs:
-        assert len(selection.units) == min(quota, sum(candidates.rooms))
+        assert len(selection.units) == min(quota, sum(candidates.capacities))
 
 
 def test_redundant_units_go_before_cheaper_ones_and_their_partners_stay() -> None:

@@ -50,22 +50,24 @@ def test_the_threshold_never_falls_below_the_floor() -> None:
 
 @given(SCORES, st.floats(0, 1), st.integers(0, 60))
 def test_never_more_units_lie_below_than_there_is_room_for(
-    scores: list[float], sparsity: float, room: int
+    scores: list[float], sparsity: float, capacity: int
 ) -> None:
     free = adaptive_threshold(scores, sparsity, Stage.LATE, SafetyLevel.AGGRESSIVE)
-    held = adaptive_threshold(scores, sparsity, Stage.LATE, SafetyLevel.AGGRESSIVE, room=room)
+    held = adaptive_threshold(
+        scores, sparsity, Stage.LATE, SafetyLevel.AGGRESSIVE, capacity=capacity
+    )
     below = int((np.array(scores) < held).sum())
-    assert below <= room
+    assert below <= capacity
     assert held <= free
-    if int((np.array(scores) < free).sum()) <= room:
+    if int((np.array(scores) < free).sum()) <= capacity:
         assert below == int((np.array(scores) < free).sum()), "room that suffices changes nothing"
 
 
 def test_room_that_is_short_is_used_up() -> None:
     scores = [0.5, 0.1, 0.4, 0.2, 0.3]
     held = [
-        adaptive_threshold(scores, 1, Stage.LATE, SafetyLevel.AGGRESSIVE, room=room)
-        for room in (0, 1, 2)
+        adaptive_threshold(scores, 1, Stage.LATE, SafetyLevel.AGGRESSIVE, capacity=capacity)
+        for capacity in (0, 1, 2)
     ]
     assert held == [0.1, 0.2, pytest.approx(0.2651, abs=1e-4)], "two lie below the free threshold"
 
@@ -95,4 +97,4 @@ def test_scores_and_shares_out_of_range_are_refused_by_name() -> None:
         with pytest.raises(InvalidField, match="sparsity"):
             adaptive_threshold([0.1], sparsity, Stage.MID, level)
     with pytest.raises(InvalidField, match="room"):
-        adaptive_threshold([0.1], 0.1, Stage.MID, level, room=-1)
+        adaptive_threshold([0.1], 0.1, Stage.MID, level, capacity=-1)

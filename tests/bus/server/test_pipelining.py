@@ -10,7 +10,7 @@ from bus_messages import GROUP, claim, publish, result
 from redis.exceptions import ResponseError
 from servers import Server
 
-from elesh.bus import Bus, BusUnavailable, Settlement
+from elesh.bus import Bus, BusUnavailable, CommitOutcome
 from elesh.bus.server.client import open_client
 from elesh.settings import BusSettings
 
@@ -25,14 +25,14 @@ def test_results_that_are_settled_side_by_side_need_one_connection(tmp_path: Pat
         deliveries = await claim(bus, count=20)
         await bus.acknowledge(GROUP, "w1", deliveries[19])
         results = [result(min(number, 17)) for number in range(20)]
-        settled = await asyncio.gather(
+        committed = await asyncio.gather(
             *(
-                bus.settle(GROUP, "w1", delivery, [settling])
-                for delivery, settling in zip(deliveries, results, strict=True)
+                bus.commit(GROUP, "w1", delivery, [committing])
+                for delivery, committing in zip(deliveries, results, strict=True)
             )
         )
-        expected = [Settlement.SETTLED] * 18 + [Settlement.DUPLICATE, Settlement.LOST]
-        assert settled == [[verdict] for verdict in expected]
+        expected = [CommitOutcome.COMMITTED] * 18 + [CommitOutcome.DUPLICATE, CommitOutcome.LOST]
+        assert committed == [[verdict] for verdict in expected]
         assert len(await bus._client.client_list()) == 1
         await bus.close()
 

@@ -19,14 +19,14 @@ STATE = WorkerState(
 
 def test_a_worker_is_there_while_it_is_heard_of_and_gone_afterwards(with_bus: Any) -> None:
     async def scenario(bus: Bus) -> None:
-        await bus.registry.beat(STATE, seconds=60)
-        await bus.registry.beat(STATE.model_copy(update={"worker_id": "w0"}), seconds=60)
+        await bus.registry.heartbeat(STATE, seconds=60)
+        await bus.registry.heartbeat(STATE.model_copy(update={"worker_id": "w0"}), seconds=60)
         first, second = await bus.registry.workers()
         assert (first.worker_id, second.worker_id) == ("w0", "w1")
         assert second.heard_at > 1e9
         assert second == STATE.model_copy(update={"heard_at": second.heard_at})
         await bus.registry.forget("w0")
-        await bus.registry.beat(STATE, seconds=0.001)
+        await bus.registry.heartbeat(STATE, seconds=0.001)
         while await bus.registry.workers():
             pass
 
@@ -35,8 +35,8 @@ def test_a_worker_is_there_while_it_is_heard_of_and_gone_afterwards(with_bus: An
 
 def test_a_beat_that_says_less_leaves_nothing_of_the_one_before(with_bus: Any) -> None:
     async def scenario(bus: Bus) -> None:
-        await bus.registry.beat(STATE, seconds=60)
-        await bus.registry.beat(WorkerState(worker_id="w1"), seconds=60)
+        await bus.registry.heartbeat(STATE, seconds=60)
+        await bus.registry.heartbeat(WorkerState(worker_id="w1"), seconds=60)
         (state,) = await bus.registry.workers()
         assert (state.key, state.doing, state.ready) == ("", "starting", False)
 

@@ -35,7 +35,7 @@ def test_a_run_s_cuts_are_no_other_run_s(with_bus) -> None:
     async def story(bus):
         await bus.runs.took_back("run", {"print": cut(9)})
         assert await bus.runs.taken_back("other") == []
-        await bus.runs.measured_would_be("run", "key", [MEASURED])
+        await bus.runs.measured_calibration_probe("run", "key", [MEASURED])
         assert await bus.runs.would_be("other") == []
 
     with_bus(story)
@@ -46,9 +46,9 @@ def test_would_be_cuts_are_kept_by_decision_and_once(with_bus) -> None:
     second = WouldBeCut(units=2, predicted=0.3, measured=0.4)
 
     async def story(bus):
-        await bus.runs.measured_would_be("run", "b", [second])
+        await bus.runs.measured_calibration_probe("run", "b", [second])
         for _ in range(2):
-            await bus.runs.measured_would_be("run", "a", [first, first])
+            await bus.runs.measured_calibration_probe("run", "a", [first, first])
         assert await bus.runs.would_be("run") == [first, first, second]
 
     with_bus(story)
@@ -59,7 +59,7 @@ def test_what_is_known_of_a_run_is_kept_as_long_as_decisions_and_not_for_ever(
 ) -> None:
     async def story(bus):
         await bus.runs.took_back("run", {"print": cut(9)})
-        await bus.runs.measured_would_be("run", "key", [MEASURED])
+        await bus.runs.measured_calibration_probe("run", "key", [MEASURED])
         return bus.settings.record_ttl_seconds
 
     keep = with_bus(story)

@@ -8,26 +8,26 @@ from bus_messages import (
     GROUP,
     TRACE,
     claim,
+    dead_letter,
     end_lease,
     key,
-    letter,
     outcome,
     publish,
+    reap,
     result,
-    sweep,
     take_over,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from redis import Redis
 
-from elesh.bus import Bus, EmbeddedServer, Settlement, read_letter
+from elesh.bus import Bus, CommitOutcome, EmbeddedServer, read_dead_letter
 from elesh.settings import BusSettings
 from leyline import UnknownType, read_envelope, unwrap
 from leyline.streams import DEAD, DECISIONS, OUTCOMES
 
-SETTLED, DUPLICATE = Settlement.SETTLED, Settlement.DUPLICATE
-CONFLICT, LOST = Settlement.CONFLICT, Settlement.LOST
+COMMITTED, DUPLICATE = CommitOutcome.COMMITTED, CommitOutcome.DUPLICATE
+CONFLICT, LOST = CommitOutcome.CONFLICT, CommitOutcome.LOST
 
 
 async def pending(bus: Bus) -> int:
@@ -40,7 +40,7 @@ def test_settling_stores_publishes_and_acknowledges(with_bus):
         [delivery] = await claim(bus)
         assert await bus.record(key(1)) is None
         results = [result(1), result(2, "two")]
-        assert await bus.settle(GROUP, "w1", delivery, results) == [SETTLED, SETTLED]
+        assert await bus.commit(GROUP, "w1", delivery, results) == [COMMITTED, COMMITTED]
         decisions = await bus.read(DECISIONS)
         envelopes = [read_envelope(decision.envelope) for decision in decisions]
         assert [unwrap(envelope) for envelope in envelopes] == [r.message for r in results]
@@ -58,7 +58,7 @@ def test_records_live_for_their_time_and_not_for_ever(with_bus):
     async def scenario(bus: Bus) -> None:
         await publish(bus, 1)
         [delivery] = await claim(bus)
-        await bus.settle(GROUP, "w1", delivery, [result(1)])
+        await bus.commit(GROUP, "w1", delivery, [result(1)])
         assert 0 < await bus._client.ttl(bus.keys.named("record", str(key(1)))) <= 100
 
     with_bus(scenario, record_ttl_seconds=100)
@@ -68,8 +68,8 @@ def test_a_second_settle_of_the_same_key_is_a_duplicate(with_bus):
     async def scenario(bus: Bus) -> None:
         await publish(bus, 1, 1)
         first, second = await claim(bus, count=2)
-        await bus.settle(GROUP, "w1", first, [result(1)])
-        assert await bus.settle(GROUP, "w1", second, [result(1, marked=5)]) == [DUPLICATE]
+        await bus.commit(GROUP, "w1", first, [result(1)])
+        assert await bus.commit(GROUP, "w1", second, [result(1, marked=5)]) == [DUPLICATE]
         assert len(await bus.read(DECISIONS)) == 1
         assert await pending(bus) == 0
 
@@ -80,14 +80,14 @@ def test_the_same_key_for_other_content_is_a_conflict_and_the_first_stays(with_b
     async def scenario(bus: Bus) -> None:
         await publish(bus, 1, 1)
         first, second = await claim(bus, count=2)
-        await bus.settle(GROUP, "w1", first, [result(1)])
+        await bus.commit(GROUP, "w1", first, [result(1)])
         before = await bus.record(key(1))
-        verdicts = await bus.settle(GROUP, "w1", second, [result(1, "other"), result(2)])
-        assert verdicts == [CONFLICT, SETTLED]
+        verdicts = await bus.commit(GROUP, "w1", second, [result(1, "other"), result(2)])
+        assert verdicts == [CONFLICT, COMMITTED]
         assert await bus.record(key(1)) == before
         assert len(await bus.read(DECISIONS)) == 2
         assert await pending(bus) == 1
-        assert await bus.dead_letter(GROUP, "w1", second, letter(second), {})
+        assert await bus.dead_letter(GROUP, "w1", second, dead_letter(second), {})
         assert await pending(bus) == 0
 
     with_bus(scenario)
@@ -99,13 +99,13 @@ def test_a_worker_that_lost_its_entry_changes_nothing(with_bus):
         [delivery] = await claim(bus)
         taken = await take_over(bus, delivery)
         results = [result(1), result(2)]
-        assert await bus.settle(GROUP, "w1", delivery, results) == [LOST, LOST]
+        assert await bus.commit(GROUP, "w1", delivery, results) == [LOST, LOST]
         assert not await bus.acknowledge(GROUP, "w1", delivery)
-        assert not await bus.dead_letter(GROUP, "w1", delivery, letter(delivery), {})
+        assert not await bus.dead_letter(GROUP, "w1", delivery, dead_letter(delivery), {})
         assert await bus.record(key(1)) is None
         assert await bus.read(DECISIONS) == await bus.read(DEAD) == []
-        assert await bus.settle(GROUP, "w2", taken, results) == [SETTLED, SETTLED]
-        assert await bus.settle(GROUP, "w2", taken, results) == [LOST, LOST]
+        assert await bus.commit(GROUP, "w2", taken, results) == [COMMITTED, COMMITTED]
+        assert await bus.commit(GROUP, "w2", taken, results) == [LOST, LOST]
 
     with_bus(scenario)
 
@@ -116,7 +116,7 @@ def test_the_latest_decision_of_a_run_is_of_its_newest_epoch_whatever_comes_late
             await publish(bus, epoch)
             [delivery] = await claim(bus)
             good = replace(result(epoch, str(epoch)), remember=True)
-            await bus.settle(GROUP, "w1", delivery, [good])
+            await bus.commit(GROUP, "w1", delivery, [good])
         level = key(5).level
         newest = await bus.latest("run", level, before=9)
         assert newest is not None
@@ -131,7 +131,7 @@ def test_a_settle_without_results_is_refused(with_bus):
         await publish(bus, 1)
         [delivery] = await claim(bus)
         with pytest.raises(ValueError, match="acknowledge"):
-            await bus.settle(GROUP, "w1", delivery, [])
+            await bus.commit(GROUP, "w1", delivery, [])
 
     with_bus(scenario)
 
@@ -139,14 +139,14 @@ def test_a_settle_without_results_is_refused(with_bus):
 def test_many_workers_on_the_same_checkpoint_make_one_decision(with_bus, redis_url, partition):
     """Published ten times over, served by two connections at once, leases lost in between."""
 
-    async def work(bus: Bus, name: str) -> list[Settlement]:
-        verdicts: list[Settlement] = []
+    async def work(bus: Bus, name: str) -> list[CommitOutcome]:
+        verdicts: list[CommitOutcome] = []
         for number in range(20):
             for delivery in await claim(bus, name):
                 if number % 3 == 0:
                     await end_lease(bus, delivery, name)
-                    await sweep(bus)
-                verdicts += await bus.settle(GROUP, name, delivery, [result(1)])
+                    await reap(bus)
+                verdicts += await bus.commit(GROUP, name, delivery, [result(1)])
         return verdicts
 
     async def scenario(bus: Bus) -> None:
@@ -155,7 +155,7 @@ def test_many_workers_on_the_same_checkpoint_make_one_decision(with_bus, redis_u
         buses = [bus, other] * 4
         work_of_all = await asyncio.gather(*(work(b, f"w{n}") for n, b in enumerate(buses)))
         verdicts = [verdict for part in work_of_all for verdict in part]
-        assert verdicts.count(SETTLED) == 1
+        assert verdicts.count(COMMITTED) == 1
         assert verdicts.count(DUPLICATE) == 9
         assert len(await bus.read(DECISIONS)) == 1
         assert await pending(bus) == 0
@@ -188,10 +188,10 @@ def test_settling_follows_its_model(redis_url, plan):
                 known = stored.get(epoch)
                 stored.setdefault(epoch, content)
                 expected.append(
-                    SETTLED if known is None else DUPLICATE if known == content else CONFLICT
+                    COMMITTED if known is None else DUPLICATE if known == content else CONFLICT
                 )
             before = await pending(bus)
-            verdicts = await bus.settle(
+            verdicts = await bus.commit(
                 GROUP, "w1", delivery, [result(epoch, content) for epoch, content in wanted]
             )
             assert verdicts == expected
@@ -206,11 +206,11 @@ def test_a_dead_letter_holds_the_original_bytes_and_acknowledges(with_bus):
     async def scenario(bus: Bus) -> None:
         await bus._client.xadd(OUTCOMES.key(bus.partition), {"envelope": b"\xff\x00", "x": b"\x01"})
         [delivery] = await claim(bus)
-        assert await bus.dead_letter(GROUP, "w1", delivery, letter(delivery), TRACE)
+        assert await bus.dead_letter(GROUP, "w1", delivery, dead_letter(delivery), TRACE)
         [dead] = await bus.read(DEAD)
-        assert read_letter(dead).original == {"envelope": b"\xff\x00", "x": b"\x01"}
-        assert unwrap(read_envelope(dead.envelope)) == letter(delivery).model_copy(
-            update={"at": read_letter(dead).at}
+        assert read_dead_letter(dead).original == {"envelope": b"\xff\x00", "x": b"\x01"}
+        assert unwrap(read_envelope(dead.envelope)) == dead_letter(delivery).model_copy(
+            update={"at": read_dead_letter(dead).at}
         )
         assert dead.carrier == TRACE
         assert await pending(bus) == 0
@@ -223,10 +223,10 @@ def test_an_oversized_message_keeps_its_bytes_as_a_dead_letter(with_bus):
         huge = bytes(9 << 20)
         await bus._client.xadd(OUTCOMES.key(bus.partition), {"envelope": huge})
         [delivery] = await claim(bus)
-        assert await bus.dead_letter(GROUP, "w1", delivery, letter(delivery), {})
+        assert await bus.dead_letter(GROUP, "w1", delivery, dead_letter(delivery), {})
         [dead] = await bus.read(DEAD)
-        assert read_letter(dead).original == {"envelope": huge}
-        assert read_letter(dead).reason == "no good"
+        assert read_dead_letter(dead).original == {"envelope": huge}
+        assert read_dead_letter(dead).reason == "no good"
 
     with_bus(scenario)
 
@@ -236,7 +236,7 @@ def test_only_dead_letters_are_read_as_such(with_bus):
         await bus.publish(DEAD, outcome(), source="test")
         [entry] = await bus.read(DEAD)
         with pytest.raises(UnknownType, match="DeadLetter"):
-            read_letter(entry)
+            read_dead_letter(entry)
 
     with_bus(scenario)
 
@@ -247,7 +247,7 @@ def test_what_was_settled_survives_that_the_server_is_killed(tmp_path):
         await bus._client.config_set("appendfsync", "always")
         await publish(bus, 1, 2)
         [first] = await claim(bus)
-        assert await bus.settle(GROUP, "w1", first, [result(1)]) == [SETTLED]
+        assert await bus.commit(GROUP, "w1", first, [result(1)]) == [COMMITTED]
         await claim(bus)
         await bus.close()
 

@@ -10,17 +10,17 @@ from bus_messages import (
     STREAMS,
     TRACE,
     claim,
+    dead_letter,
     end_lease,
     key,
-    letter,
     publish,
+    reap,
     result,
-    sweep,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elesh.bus import Bus, Delivery, Plan, Planned, Settlement, Stored
+from elesh.bus import Bus, CommitOutcome, Delivery, Plan, Planned, Stored
 from elesh.settings import BusSettings
 from leyline import AnalysisItem, ItemResult, JoinItem, Level, Message, read_envelope, unwrap
 from leyline.streams import DEAD, OUTCOMES, REDELIVERIES, WORK
@@ -61,8 +61,8 @@ def test_a_checkpoint_that_was_decided_meanwhile_is_not_planned_again(with_bus):
         await publish(bus, 1)
         await publish(bus, 2)
         first, late = await claim(bus, count=2)
-        settled = replace(result(1, "one"), key=key(1, Level.JOINT))
-        assert await bus.settle(GROUP, "w1", first, [settled]) == [Settlement.SETTLED]
+        committed = replace(result(1, "one"), key=key(1, Level.JOINT))
+        assert await bus.commit(GROUP, "w1", first, [committed]) == [CommitOutcome.COMMITTED]
         assert await planned(bus, late, "other") == Planned.CONFLICT
         assert await planned(bus, late) == Planned.DUPLICATE
         assert await claim(bus, count=9, streams=BOTH) == []
@@ -103,7 +103,7 @@ def test_a_worker_that_lost_the_checkpoint_plans_nothing(with_bus):
         await publish(bus, 1)
         [delivery] = await claim(bus)
         await end_lease(bus, delivery)
-        await sweep(bus)
+        await reap(bus)
         assert await planned(bus, delivery) == Planned.LOST
         assert await bus.plans.load(KEY) is None
         assert await bus.read(WORK) == []
@@ -131,7 +131,7 @@ def test_a_part_has_one_result_the_first_one(with_bus):
     async def scenario(bus: Bus) -> None:
         part, *_ = await begun(bus)
         await end_lease(bus, part)
-        await sweep(bus, (WORK,))
+        await reap(bus, (WORK,))
         [again] = await claim(bus, "w2", streams=BOTH)
         assert await store(bus, part, text="late") == Stored.LOST
         assert await bus.plans.results(KEY) == {}
@@ -154,8 +154,8 @@ def test_the_deadline_queues_the_join_with_what_is_there(with_bus):
         first, second, third = await claim(bus, count=3, streams=BOTH)
         assert await store(bus, first) == Stored.STORED
         await bus._client.zadd(bus.keys.named("deadlines"), {KEY: 1})
-        assert (await sweep(bus)).overdue == (KEY,)
-        assert (await sweep(bus)).overdue == ()
+        assert (await reap(bus)).overdue == (KEY,)
+        assert (await reap(bus)).overdue == ()
         [join] = await claim(bus, count=9, streams=BOTH)
         assert message(join) == JoinItem(plan=KEY)
         for late in (second, third):
@@ -170,8 +170,10 @@ def test_what_a_plan_leaves_goes_with_its_decision(with_bus):
         parts = await begun(bus)
         for part in parts[:2]:
             await store(bus, part)
-        [settled] = await bus.settle(GROUP, "w1", parts[2], [result(1)], bus.plans.served_keys(KEY))
-        assert settled is Settlement.SETTLED
+        [committed] = await bus.commit(
+            GROUP, "w1", parts[2], [result(1)], bus.plans.served_keys(KEY)
+        )
+        assert committed is CommitOutcome.COMMITTED
         assert await bus.plans.load(KEY) is None
         assert await bus.plans.results(KEY) == {}
 
@@ -183,7 +185,7 @@ def test_a_part_without_its_plan_stays_with_its_owner(with_bus):
         part, *_ = await begun(bus)
         await bus._client.delete(*bus.plans.served_keys(KEY))
         assert await store(bus, part) == Stored.GONE
-        assert await bus.dead_letter(GROUP, "w1", part, letter(part), {})
+        assert await bus.dead_letter(GROUP, "w1", part, dead_letter(part), {})
         assert len(await bus.read(DEAD)) == 1
 
     with_bus(scenario)
@@ -216,7 +218,7 @@ def test_whatever_is_lost_or_delivered_again_there_is_one_join(redis_url, steps)
                 continue
             if lose:
                 await end_lease(bus, held[name])
-                await sweep(bus, BOTH)
+                await reap(bus, BOTH)
                 [held[name]] = await claim(bus, streams=BOTH)
             else:
                 joins += await store(bus, held[name]) == Stored.COMPLETED

@@ -11,17 +11,17 @@ from bus_messages import (
     end_lease,
     outcome,
     publish,
-    sweep,
+    reap,
     take_over,
 )
 
-from elesh.bus import Bus, Delivery, History, Sweep
+from elesh.bus import Bus, Delivery, History, Reap
 from elesh.settings import BusSettings
 from leyline import Priority
 from leyline.streams import OUTCOMES, REDELIVERIES, TELEMETRY
 
 
-async def waited(call: Callable[[], Awaitable[Sweep]], what: str) -> Sweep:
+async def waited(call: Callable[[], Awaitable[Reap]], what: str) -> Reap:
     """The first pass that has ``what``: its time is the server's, so only asking again helps."""
     while True:
         found = await call()
@@ -34,9 +34,9 @@ def test_only_expired_leases_are_taken_over_and_the_delivery_is_counted(with_bus
     async def scenario(bus: Bus) -> None:
         await publish(bus, 1, 2)
         first, second = await claim(bus, count=2)
-        assert (await sweep(bus)).taken == ()
+        assert (await reap(bus)).taken == ()
         await end_lease(bus, second)
-        [taken] = (await sweep(bus)).taken
+        [taken] = (await reap(bus)).taken
         assert (taken.stream, taken.entry_id, taken.owner) == ("outcomes", second.entry_id, "w1")
         [again] = await claim(bus, "w2", count=9)
         assert (again.envelope, again.carrier) == (second.envelope, second.carrier)
@@ -57,7 +57,7 @@ def test_a_renewal_is_not_a_delivery_and_keeps_the_entry_from_others(with_bus):
         for _ in range(3):
             await end_lease(bus, delivery)
             assert await bus.renew(GROUP, "w1", [delivery]) == []
-            assert (await sweep(bus)).taken == ()
+            assert (await reap(bus)).taken == ()
         assert (await take_over(bus, delivery)).deliveries == 2
 
     with_bus(scenario)
@@ -85,9 +85,9 @@ def test_a_sweep_goes_on_where_the_last_one_ended(with_bus, monkeypatch):
         await publish(bus, *range(5))
         deliveries = await claim(bus, count=5)
         await end_lease(bus, deliveries[4])
-        assert [len((await sweep(bus)).taken) for _ in range(3)] == [0, 0, 1]
+        assert [len((await reap(bus)).taken) for _ in range(3)] == [0, 0, 1]
         await end_lease(bus, deliveries[0])
-        [taken] = (await sweep(bus)).taken
+        [taken] = (await reap(bus)).taken
         assert taken.entry_id == deliveries[0].entry_id, "and begins again at the start"
 
     with_bus(scenario)
@@ -100,9 +100,9 @@ def test_one_pass_moves_a_bounded_number_and_the_next_ones_the_rest(with_bus, mo
         ids = await publish(bus, *range(5))
         for delivery in await claim(bus, count=5):
             await end_lease(bus, delivery)
-        await sweep(bus)
+        await reap(bus)
         for _ in range(3):
-            await bus.sweeper.sweep(GROUP, "sweeper", STREAMS)
+            await bus.sweeper.reap(GROUP, "sweeper", STREAMS)
         again = await claim(bus, "w2", count=9)
         assert sorted(delivery.origin[1] for delivery in again) == sorted(ids)
         assert (await bus.pending(GROUP, OUTCOMES)).pending == 0
@@ -112,19 +112,19 @@ def test_one_pass_moves_a_bounded_number_and_the_next_ones_the_rest(with_bus, mo
 
 def test_the_next_pass_comes_when_the_first_lease_runs_out_and_not_a_period_later(with_bus):
     async def scenario(bus: Bus) -> None:
-        assert (await sweep(bus)).wait_seconds == bus.sweeper.interval
+        assert (await reap(bus)).wait_seconds == bus.sweeper.interval
         await publish(bus, 1, 2)
         live, dying = await claim(bus, count=2)
-        assert (await sweep(bus)).wait_seconds == bus.sweeper.interval, "all are fresh"
+        assert (await reap(bus)).wait_seconds == bus.sweeper.interval, "all are fresh"
         left = 0.2
         idle = round(1000 * (bus.settings.lease_seconds - left))
         stream = dying.stream.key(bus.partition)
         await bus._client.xclaim(stream, GROUP, "w1", 0, [dying.entry_id], idle=idle, justid=True)
-        found = await sweep(bus)
+        found = await reap(bus)
         assert (found.taken, found.wait_seconds <= left + 0.001) == ((), True)
         await bus.renew(GROUP, "w1", [live])
         await asyncio.sleep(found.wait_seconds)
-        [taken] = (await sweep(bus)).taken
+        [taken] = (await reap(bus)).taken
         assert taken.entry_id == dying.entry_id
 
     with_bus(scenario)
@@ -134,14 +134,14 @@ def test_there_is_one_sweeper_and_a_dead_one_is_replaced(with_bus):
     async def scenario(bus: Bus) -> None:
         await publish(bus, 1)
         await end_lease(bus, (await claim(bus))[0])
-        first = await bus.sweeper.sweep(GROUP, "s1", STREAMS)
+        first = await bus.sweeper.reap(GROUP, "s1", STREAMS)
         assert (first.held, first.taken) == (True, ()), "after a silence owners have time to renew"
-        refused = await bus.sweeper.sweep(GROUP, "s2", STREAMS)
+        refused = await bus.sweeper.reap(GROUP, "s2", STREAMS)
         assert not refused.held
         assert refused.wait_seconds <= 0.2
         await bus._client.pexpire(bus.keys.named("sweeper"), 1)
-        await waited(lambda: bus.sweeper.sweep(GROUP, "s2", STREAMS), "held")
-        await waited(lambda: bus.sweeper.sweep(GROUP, "s2", STREAMS), "taken")
+        await waited(lambda: bus.sweeper.reap(GROUP, "s2", STREAMS), "held")
+        await waited(lambda: bus.sweeper.reap(GROUP, "s2", STREAMS), "taken")
         assert len(await claim(bus, "w2")) == 1
 
     with_bus(scenario, lease_seconds=1.0)
@@ -155,9 +155,9 @@ def test_a_new_sweeper_takes_over_at_once_unless_nobody_could_renew(with_bus, si
         await publish(bus, 1)
         await end_lease(bus, (await claim(bus))[0])
         seconds, micros = await bus._client.time()
-        pulse = {"at": 1000 * seconds + micros // 1000 - silence, "since": 0}
-        await bus._client.hset(bus.keys.named("pulse"), mapping=pulse)
-        found = await bus.sweeper.sweep(GROUP, "s2", STREAMS)
+        heartbeat = {"at": 1000 * seconds + micros // 1000 - silence, "since": 0}
+        await bus._client.hset(bus.keys.named("pulse"), mapping=heartbeat)
+        found = await bus.sweeper.reap(GROUP, "s2", STREAMS)
         assert (found.held, len(found.taken)) == (True, taken)
 
     with_bus(scenario, lease_seconds=2.0)
@@ -169,7 +169,7 @@ def test_an_entry_that_was_deleted_under_its_owner_is_not_handed_out(with_bus):
         [delivery] = await claim(bus)
         await bus._client.xdel(delivery.stream.key(bus.partition), delivery.entry_id)
         await end_lease(bus, delivery)
-        await sweep(bus)
+        await reap(bus)
         assert await claim(bus, "w2") == []
         assert (await bus.pending(GROUP, OUTCOMES)).pending == 0
 
@@ -182,7 +182,7 @@ def test_crashes_exceptions_and_handovers_are_counted_apart(with_bus):
         [delivery] = await claim(bus)
         delivery = await take_over(bus, delivery, "w1")
         for cause in ("handover", "exception", "handover"):
-            assert await bus.groups.give_back(GROUP, "w1", delivery, cause=cause, detail="why")
+            assert await bus.groups.requeue(GROUP, "w1", delivery, cause=cause, detail="why")
             [delivery] = await claim(bus)
         history = delivery.history
         assert (history.crashes, history.exceptions, history.handovers) == (1, 1, 2)
@@ -199,7 +199,7 @@ def test_only_the_last_attempts_are_told_but_all_are_counted(with_bus):
         await publish(bus, 1)
         for _ in range(20):
             [delivery] = await claim(bus)
-            await bus.groups.give_back(GROUP, "w1", delivery, cause="handover")
+            await bus.groups.requeue(GROUP, "w1", delivery, cause="handover")
         [delivery] = await claim(bus)
         assert delivery.history.handovers == 20
         assert len(delivery.history.attempts) == 16
@@ -229,8 +229,8 @@ def test_a_worker_that_lost_its_entry_cannot_give_it_back(with_bus):
         await publish(bus, 1)
         [delivery] = await claim(bus)
         taken = await take_over(bus, delivery)
-        assert not await bus.groups.give_back(GROUP, "w1", delivery, cause="exception")
-        assert not await bus.groups.give_back(GROUP, "w1", taken, cause="exception")
+        assert not await bus.groups.requeue(GROUP, "w1", delivery, cause="exception")
+        assert not await bus.groups.requeue(GROUP, "w1", taken, cause="exception")
         assert await claim(bus, "w3") == []
 
     with_bus(scenario)
@@ -246,15 +246,15 @@ def test_a_delayed_entry_waits_outside_the_streams_until_it_is_due(with_bus):
         await publish(bus, 1)
         [delivery] = await claim(bus)
         later = {"cause": "exception", "detail": "later", "delay_seconds": 60}
-        assert await bus.groups.give_back(GROUP, "w1", delivery, **later)
+        assert await bus.groups.requeue(GROUP, "w1", delivery, **later)
         assert (await bus.pending(GROUP, OUTCOMES)).pending == 0
-        assert (await sweep(bus)).resumed == 0
+        assert (await reap(bus)).resumed == 0
         assert await claim(bus) == []
         await due(bus)
-        assert (await sweep(bus)).resumed == 1
+        assert (await reap(bus)).resumed == 1
         [again] = await claim(bus)
         assert (again.envelope, again.deliveries) == (delivery.envelope, 2)
-        assert (await sweep(bus)).resumed == 0, "moved, not copied"
+        assert (await reap(bus)).resumed == 0, "moved, not copied"
 
     with_bus(scenario)
 
@@ -264,7 +264,7 @@ def test_a_consumer_that_leaves_hands_over_all_that_it_has(with_bus):
         ids = await publish(bus, 1, 2, 3)
         first, *_ = await claim(bus, count=3)
         await bus.acknowledge(GROUP, "w1", first)
-        assert await bus.groups.give_back_all(GROUP, "w1", STREAMS) == 2
+        assert await bus.groups.requeue_all(GROUP, "w1", STREAMS) == 2
         again = await claim(bus, "w2", count=9)
         assert [delivery.origin[1] for delivery in again] == ids[1:]
         assert [delivery.deliveries for delivery in again] == [1, 1]
@@ -282,7 +282,7 @@ def test_no_entry_is_lost_or_doubled_while_two_sweepers_and_many_workers_race(
                     await end_lease(bus, delivery, name)
                 elif await bus.acknowledge(GROUP, name, delivery):
                     done.append(delivery.origin[1])
-            await sweep(bus)
+            await reap(bus)
 
     async def scenario(bus: Bus) -> None:
         other = await Bus.connect(redis_url, BusSettings(partition=partition))
@@ -290,9 +290,9 @@ def test_no_entry_is_lost_or_doubled_while_two_sweepers_and_many_workers_race(
         done: list[str] = []
         await asyncio.gather(*(work(b, f"w{n}", done) for n, b in enumerate([bus, other] * 3)))
         left: list[Delivery] = []
-        await bus.groups.give_back_all(GROUP, "w0", STREAMS)
+        await bus.groups.requeue_all(GROUP, "w0", STREAMS)
         for n in range(1, 6):
-            await bus.groups.give_back_all(GROUP, f"w{n}", STREAMS)
+            await bus.groups.requeue_all(GROUP, f"w{n}", STREAMS)
         left += await claim(bus, "last", 99)
         origins = [*done, *(delivery.origin[1] for delivery in left)]
         assert sorted(origins) == sorted(ids)

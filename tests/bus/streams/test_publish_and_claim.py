@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from bus_messages import GROUP, STREAMS, TRACE, claim, outcome, publish, sweep, take_over
+from bus_messages import GROUP, STREAMS, TRACE, claim, outcome, publish, reap, take_over
 
 from elesh.bus import Bus, History, RunClaimed
 from leyline import Malformed, read_envelope, unwrap
@@ -158,7 +158,7 @@ def test_a_group_that_vanished_is_made_again_and_reads_from_the_oldest(with_bus,
         else:
             await bus._client.xgroup_destroy(OUTCOMES.key(bus.partition), GROUP)
         assert await bus.renew(GROUP, "w1", [delivery]) == [delivery]
-        assert (await sweep(bus)).taken == ()
+        assert (await reap(bus)).taken == ()
         assert not await bus.acknowledge(GROUP, "w1", delivery)
         assert len(await claim(bus, count=9)) == 1
 

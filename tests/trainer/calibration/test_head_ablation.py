@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from elesh.trainer import Recorder, Surgeon, merge_ranks
-from elesh.trainer.calibration.head_ablation import PASSES, masked_rises, most_doubtful
+from elesh.trainer.calibration.head_ablation import PASSES, masked_loss_increases, most_doubtful
 from elesh.trainer.network.calling import Inputs, call, main_output
 from leyline import CheckpointBundle, Level, PruningGroup
 
@@ -44,15 +44,15 @@ def test_a_masked_heads_rise_is_that_of_the_surgeons_mask(name: str) -> None:
     model, data = build(name), data_for(name)
     recorder = Recorder(model, inputs(name))
     groups, rows = heads_of(recorder), np.array([0, 7, 9, 12, 23])
-    found = masked_rises(model, recorder.architecture, groups, data, rows)
+    found = masked_loss_increases(model, recorder.architecture, groups, data, rows)
     surgeon, plain = Surgeon(model, recorder.architecture), losses(model, data)
     for group in groups:
         for head in range(group.size):
             surgeon.mask({group.name: [head]})
-            rises = losses(model, data) - plain
+            loss_increases = losses(model, data) - plain
             surgeon.unmask()
-            assert found[group.name][:, head] == pytest.approx(rises[rows], abs=1e-5)
-            assert np.abs(rises).max() > 1e-4
+            assert found[group.name][:, head] == pytest.approx(loss_increases[rows], abs=1e-5)
+            assert np.abs(loss_increases).max() > 1e-4
 
 
 def test_where_every_sample_is_masked_the_rise_is_measured_and_not_predicted(
@@ -69,10 +69,10 @@ def test_where_every_sample_is_masked_the_rise_is_measured_and_not_predicted(
         assert gate.removal_error is not None
         for head in range(group.size):
             surgeon.mask({group.name: [head]})
-            rises = losses(model, data) - plain
+            loss_increases = losses(model, data) - plain
             surgeon.unmask()
-            assert gate.removal_rise[head] == pytest.approx(rises.mean(), abs=1e-6)
-            error = rises.std() / np.sqrt(SAMPLES)
+            assert gate.removal_rise[head] == pytest.approx(loss_increases.mean(), abs=1e-6)
+            error = loss_increases.std() / np.sqrt(SAMPLES)
             assert gate.removal_error[head] == pytest.approx(error, rel=1e-3)
 
 

@@ -109,7 +109,7 @@ def test_what_is_predicted_for_a_set_is_what_its_cut_moves(kind: str, constant: 
     gate = gate_of(kind, bundle)
     units = gate.projections.shape[1]
     name = gate.layer_name
-    candidates = Candidates(names=(name,), sizes=(units,), rooms=(units,), multiples=(1,))
+    candidates = Candidates(names=(name,), sizes=(units,), capacities=(units,), multiples=(1,))
     predicted, found = [], []
     for chosen in list(combinations(range(units), 2))[:12]:
         order = ReconstructionOrder(candidates, {name: gate})

@@ -23,15 +23,15 @@ from leyline import LayerBlock
 
 def gated(model: nn.Module, block: LayerBlock, samples: int) -> tuple[nn.Module, Tensor]:
     """A copy whose branch is multiplied by a gate for each sample."""
-    twin, gates = copy.deepcopy(model), torch.ones(samples, requires_grad=True)
+    copied, gates = copy.deepcopy(model), torch.ones(samples, requires_grad=True)
 
     def scale(module: nn.Module, args: Any, output: Any) -> Any:
         first = output[0] if isinstance(output, tuple) else output
         scaled = first * gates.view(-1, *[1] * (first.ndim - 1))
         return (scaled, *output[1:]) if isinstance(output, tuple) else scaled
 
-    twin.get_submodule(block.branch).register_forward_hook(scale)
-    return twin, gates
+    copied.get_submodule(block.branch).register_forward_hook(scale)
+    return copied, gates
 
 
 @pytest.mark.parametrize("name", WITH_LAYERS)
@@ -42,8 +42,8 @@ def test_gate_gradients_are_those_of_a_real_gate(name: str) -> None:
     ((inputs, labels),) = batches(1)
     assert list(bundle.layers) == REMOVABLE[name]
     for block in REMOVABLE[name]:
-        twin, gates = gated(model, recorder.architecture.block[block], len(inputs))
-        loss = nn.functional.cross_entropy(twin(inputs), labels, reduction="sum")
+        copied, gates = gated(model, recorder.architecture.block[block], len(inputs))
+        loss = nn.functional.cross_entropy(copied(inputs), labels, reduction="sum")
         (expected,) = torch.autograd.grad(loss, gates)
         measured = bundle.layers[block]
         scale = expected.abs().max().item()
@@ -79,15 +79,15 @@ def test_a_layers_predicted_rise_is_exact_where_outputs_are_linear_and_have_two_
 
     plain, surgeon = losses(), Surgeon(model, bundle.architecture)
     surgeon.mask_layers(["block"])
-    rises = losses() - plain
+    loss_increases = losses() - plain
     measured = bundle.layers["block"]
     assert measured.removal_rise is not None
     assert measured.removal_error is not None
-    assert measured.removal_rise[0] == pytest.approx(rises.mean().item(), rel=1e-4)
-    error = rises.std(correction=0).item() / len(rises) ** 0.5
+    assert measured.removal_rise[0] == pytest.approx(loss_increases.mean().item(), rel=1e-4)
+    error = loss_increases.std(correction=0).item() / len(loss_increases) ** 0.5
     assert measured.removal_error[0] == pytest.approx(error, rel=1e-4)
     second_order = 0.5 * measured.second_order[0] - measured.first_order[0]
-    assert abs(second_order - rises.mean().item()) > 1e-3
+    assert abs(second_order - loss_increases.mean().item()) > 1e-3
 
 
 def test_layers_have_no_predicted_rise_where_samples_have_no_margins() -> None:

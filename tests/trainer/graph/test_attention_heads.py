@@ -196,12 +196,12 @@ def test_headwise_attention_computes_what_multihead_attention_does() -> None:
         {"key_padding_mask": torch.rand(len(x), 6) > 0.8},
     ):
         expected = model.first(query, query, query, **options)
-        twin = copy.deepcopy(model.first)
-        twin.__class__ = HeadwiseAttention
-        found = twin(query, query, query, **options)
+        copied = copy.deepcopy(model.first)
+        copied.__class__ = HeadwiseAttention
+        found = copied(query, query, query, **options)
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b)
-    single = twin(query[0], query[0], query[0])
+    single = copied(query[0], query[0], query[0])
     torch.testing.assert_close(single, model.first(query[0], query[0], query[0]))
 
 
@@ -297,10 +297,10 @@ def test_the_fused_kernel_shows_the_same_patterns_as_softmax_by_hand() -> None:
             return self.proj((weights @ v).transpose(1, 2).flatten(2))
 
     model, bundle = measured("fused")
-    twin = Vit(ByHand)
-    twin.load_state_dict(model.state_dict())
+    copied = Vit(ByHand)
+    copied.load_state_dict(model.state_dict())
     batches = [(inputs("fused", 6), torch.arange(6) % 3)]
-    other = Recorder(twin, inputs("fused")).measure(batches, epoch=1)
+    other = Recorder(copied, inputs("fused")).measure(batches, epoch=1)
     for name, heads in bundle.heads.items():
         for field in ("entropy", "entropy_bound", "diversity", "similarity"):
             found, expected = getattr(heads, field), getattr(other.heads[name], field)

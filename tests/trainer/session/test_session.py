@@ -17,7 +17,7 @@ from redis import Redis
 from station import Station, checkpoint
 from trainer_nets import same
 
-from elesh.bus import BreakerView, Bus, Settling
+from elesh.bus import BreakerView, Bus, Commit
 from elesh.bus.state.runs import RunStore
 from elesh.settings import Settings
 from elesh.trainer import Evaluation, Session
@@ -189,7 +189,7 @@ def test_labels_that_are_shuffled_after_a_cut_roll_it_back_and_everybody_is_told
         world.train()
         before = world.digest()
         decision = decide(world.original)
-        station.on_bus(lambda bus: settle(bus, decision))
+        station.on_bus(lambda bus: commit(bus, decision))
         outcome = session.apply(decision, world.surgeon, evaluate)
         assert (outcome.result, outcome.watched) == ("applied", 3)
         cut = world.surgeon.architecture
@@ -217,12 +217,12 @@ def failures_of(station: Station) -> BreakerView | None:
     return view if view.failures else None
 
 
-async def settle(bus: Bus, decision: StructuralPruningDecision) -> None:
+async def commit(bus: Bus, decision: StructuralPruningDecision) -> None:
     """Store a decision as if a worker had made it."""
     await bus.publish(MASKS, decision, source="test")
     (delivery,) = await bus.claim("makers", "maker", [MASKS], count=1, block_seconds=0)
-    result = Settling(decision.key, "fp", decision, {}, "run", decision.epoch)
-    await bus.settle("makers", "maker", delivery, [result])
+    result = Commit(decision.key, "fp", decision, {}, "run", decision.epoch)
+    await bus.commit("makers", "maker", delivery, [result])
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -61,11 +61,11 @@ class Flattened(nn.Module):
 
 def cut(model: nn.Module, lost: dict[str, list[int]], *, redistribute: bool) -> Tensor:
     """The outputs of a copy after the cut."""
-    twin = copy.deepcopy(model)
-    recorder = Recorder(twin, example())
-    surgeon = Surgeon(twin, recorder.architecture)
+    copied = copy.deepcopy(model)
+    recorder = Recorder(copied, example())
+    surgeon = Surgeon(copied, recorder.architecture)
     surgeon.cut(lost, redistribute=recorder.moments(batches(30), lost) if redistribute else None)
-    return twin(example())
+    return copied(example())
 
 
 @pytest.mark.parametrize("kind", [*CONSUMERS, "flatten"])
@@ -157,12 +157,12 @@ def test_the_inputs_of_the_first_consumer_are_nearer_to_what_they_were(name: str
 
     errors = []
     for redistribute in (False, True):
-        twin = copy.deepcopy(model)
-        recorder = Recorder(twin, example(), architecture=architecture)
+        copied = copy.deepcopy(model)
+        recorder = Recorder(copied, example(), architecture=architecture)
         lost = {group.name: [0, 2]}
         moments = recorder.moments(batches(), lost) if redistribute else None
-        Surgeon(twin, architecture).cut(lost, redistribute=moments)
-        errors.append(float((output(twin) - output(model)).square().mean()))
+        Surgeon(copied, architecture).cut(lost, redistribute=moments)
+        errors.append(float((output(copied) - output(model)).square().mean()))
     assert errors[1] < errors[0]
 
 

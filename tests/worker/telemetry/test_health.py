@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from station import Station, WorkerProcess, checkpoint
 
 from elesh.bus import WorkerState
-from elesh.worker.compute.heartbeat import PulseReader
+from elesh.worker.compute.heartbeat import HeartbeatReader
 
 HEALTH = {"observe": {"health_port": 0, "heartbeat_seconds": 0.5}}
 
@@ -169,26 +169,26 @@ def test_a_child_that_holds_the_interpreter_lock_is_busy_and_not_wedged(
     doing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("elesh.worker.compute.heartbeat._SILENT_SECONDS", 1.0)
-    pulse = PulseReader(tmp_path / "pulse")
+    heartbeat = HeartbeatReader(tmp_path / "pulse")
     child = psutil.Popen(
-        [sys.executable, "-c", HOLD_LOCK, str(pulse.path), doing],
+        [sys.executable, "-c", HOLD_LOCK, str(heartbeat.path), doing],
         stdin=-1, stdout=-1,
     )  # fmt: skip
     try:
         assert child.stdout.readline() == b"up\n"
-        pulse.look(child.pid, busy=True)
+        heartbeat.look(child.pid, busy=True)
         begun = child.cpu_times().user
         while doing == "compute" and child.cpu_times().user < begun + 1.5:
-            assert pulse.look(child.pid, busy=True).child == "busy"
+            assert heartbeat.look(child.pid, busy=True).child == "busy"
         child.send_signal(signal.SIGSTOP)
         deadline = time.monotonic() + 20
-        while pulse.look(child.pid, busy=True).child != "wedged":
+        while heartbeat.look(child.pid, busy=True).child != "wedged":
             assert time.monotonic() < deadline
-        assert "stopped" in pulse.look(child.pid, busy=True).why
+        assert "stopped" in heartbeat.look(child.pid, busy=True).why
     finally:
         child.kill()
         child.wait()
-    assert pulse.look(None, busy=False).child == "dead"
+    assert heartbeat.look(None, busy=False).child == "dead"
 
 
 def test_metrics_leave_by_otlp_too(station: Station) -> None:

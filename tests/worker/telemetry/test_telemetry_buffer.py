@@ -11,7 +11,7 @@ from servers import Server
 
 from elesh.bus import Bus
 from elesh.settings import BusSettings
-from elesh.worker.telemetry.buffer import Outbox
+from elesh.worker.telemetry.buffer import TelemetryBuffer
 from leyline import TelemetryEvent, read_envelope, unwrap
 from leyline.streams import TELEMETRY
 
@@ -30,10 +30,10 @@ def test_events_leave_in_order_and_what_is_left_leaves_at_the_end(
 ) -> None:
     async def scenario() -> None:
         bus = await Bus.connect(redis_url, BusSettings(partition=partition))
-        outbox = Outbox(bus)
-        async with outbox.open():
+        telemetry_buffer = TelemetryBuffer(bus)
+        async with telemetry_buffer.open():
             for number in range(250):
-                outbox.put(TELEMETRY, event(number), "run", 1)
+                telemetry_buffer.put(TELEMETRY, event(number), "run", 1)
                 if number == 120:
                     await asyncio.sleep(0.01)
         assert await told(bus) == [str(number) for number in range(250)]
@@ -49,11 +49,11 @@ def test_what_does_not_fit_or_finds_no_bus_is_counted_in_the_log(
 
     async def scenario() -> None:
         bus = await Bus.connect(server.url, BusSettings())
-        outbox = Outbox(bus)
+        telemetry_buffer = TelemetryBuffer(bus)
         for number in range(1005):
-            outbox.put(TELEMETRY, event(number), "run", 1)
+            telemetry_buffer.put(TELEMETRY, event(number), "run", 1)
         server.kill()
-        async with asyncio.timeout(10), outbox.open():
+        async with asyncio.timeout(10), telemetry_buffer.open():
             pass
         await bus.close()
 

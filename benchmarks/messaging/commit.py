@@ -1,11 +1,11 @@
 """What a fenced, idempotent settle costs beside the bare commands that it replaces.
 
-    python -m benchmarks.messaging.settle --messages 2000 --rounds 5
+    python -m benchmarks.messaging.commit --messages 2000 --rounds 5
 
 Per message, on the same embedded server and in turns: ``bare`` is redis-py (asyncio) with
 XREADGROUP COUNT 1, XADD of the same bytes and XACK, which can lose, double and steal; ``elesh`` is
-``claim`` and ``settle``: ownership checked, one decision a key, record stored, the message wrapped
-and encoded. ``raw settle`` leaves our encoding out, to tell the price of the scripts from that of
+``claim`` and ``commit``: ownership checked, one decision a key, record stored, the message wrapped
+and encoded. ``raw commit`` leaves our encoding out, to tell the price of the scripts from that of
 the contract. The fastest round of each counts, since others use this machine, too.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from redis.asyncio import Redis
 
-from elesh.bus import Bus, Settlement, Settling, embedded_server
+from elesh.bus import Bus, Commit, CommitOutcome, embedded_server
 from elesh.settings import BusSettings
 from leyline import AnalysisReport, IdempotencyKey, Level, encode, wrap
 from leyline.streams import DECISIONS, OUTCOMES
@@ -53,9 +53,9 @@ async def elesh(bus: Bus, base: int, count: int) -> None:
         (delivery,) = await bus.claim(GROUP, NAME, (OUTCOMES,), count=1, block_seconds=0)
         message = report(number)
         key = IdempotencyKey.parse(message.idempotency_key)
-        settled = await bus.settle(GROUP, NAME, delivery, [Settling(key, "f", message, {})])
-        if settled != [Settlement.SETTLED]:
-            raise AssertionError(settled)
+        committed = await bus.commit(GROUP, NAME, delivery, [Commit(key, "f", message, {})])
+        if committed != [CommitOutcome.COMMITTED]:
+            raise AssertionError(committed)
 
 
 async def raw_settle(bus: Bus, base: int, count: int) -> None:
@@ -68,7 +68,7 @@ async def raw_settle(bus: Bus, base: int, count: int) -> None:
         ((_, ((entry, _),)),) = await scripts.claim([source], GROUP, NAME, 1)
         record = keys.named("record", f"bench-{number}")
         args = [GROUP, NAME, entry, 3600, 1, 0, "k", "f", -1, 2, "envelope", body]
-        await scripts.settle([source, target, dead, record, latest], args)
+        await scripts.commit([source, target, dead, record, latest], args)
 
 
 async def measure(url: str, count: int, rounds: int) -> dict[str, float]:

@@ -1,0 +1,19 @@
+"""Cases captured with earlier versions replay bit for bit, with the settings that decided then."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_demo import elesh
+
+CAPTURES = sorted((Path(__file__).parents[1] / "data" / "captures").glob("*.zip"))
+
+
+@pytest.mark.parametrize("case", CAPTURES, ids=lambda path: path.stem)
+def test_a_case_of_an_earlier_version_replays_bit_for_bit(case: Path) -> None:
+    answer = elesh("replay", "--from", str(case), "--json")
+    assert answer.returncode == 0, answer.stderr
+    (replayed,) = map(json.loads, answer.stdout.splitlines())
+    assert replayed["verdict"] == "identical", replayed
