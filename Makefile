@@ -1,6 +1,7 @@
 # Two commands do everything on a machine that has Python 3.11+ and make:
 #   make demo   sets up .venv, then trains a real network under Elesh
-#   make test   sets up .venv, then runs every test
+#   make test   sets up .venv, then runs the quick tests in parallel
+# `make test-all` runs every test but the soak tests, `make soak` those.
 # On Linux without a GPU, see "Installing" in README.md for PyTorch's smaller CPU build.
 
 PYTHON ?= python3
@@ -8,16 +9,30 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check contracts reference clean
+.PHONY: demo test test-all soak check contracts reference clean
 
 demo: $(READY)
 	$(BIN)/elesh demo
 
+# One file's tests stay in one process; each process computes with one thread.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
+
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow and not soak"
+
+test-all: $(READY)
+	$(PYTEST) -m "not soak"
+
+soak: $(READY)
+	$(BIN)/python -m pytest -m soak --timeout 3600
+	$(BIN)/python -m tests.chaos --seed 1 --minutes 10
+	$(BIN)/python tests/support/kill_driver.py --moments 200 --seed 1
+	$(BIN)/python -m tests.fuzz --count 100000 --seed 1
+	$(BIN)/python -m tests.random_graphs --count 2000 --seed 1
 
 check: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy -m contracts.generate -m docs.generate

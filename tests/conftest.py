@@ -1,9 +1,13 @@
-"""Fixtures for everybody: one real server a session, a fresh partition a test."""
+"""Fixtures for everybody: one real server a test process, a fresh partition a test."""
 
 from __future__ import annotations
 
-import itertools
 import os
+
+# Test processes run side by side: each computes with one thread, unless the caller says otherwise.
+os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +32,7 @@ def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real server, started for this test session and stopped at its end.
 
-    ``ELESH_TEST_REDIS_URL`` names another one instead, whose data is lost.
+    ``ELESH_TEST_REDIS_URL`` names another one instead; its other partitions are left alone.
     """
     if url := os.environ.get("ELESH_TEST_REDIS_URL"):
         yield url
@@ -39,10 +43,12 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def partition(redis_url: str) -> Iterator[str]:
-    """A partition that no other test uses; the server is emptied afterwards."""
-    yield f"test-{next(_numbers)}"
+    """A partition that no other test of any process uses; its keys are deleted afterwards."""
+    name = f"test-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}-{next(_numbers)}"
+    yield name
     with Redis.from_url(redis_url) as client:
-        client.flushall()
+        if keys := list(client.scan_iter(f"elesh:{{{name}}}*", 1000)):
+            client.unlink(*keys)
 
 
 @pytest.fixture

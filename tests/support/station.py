@@ -177,7 +177,8 @@ class Station:
 def faulty(station: Station, fault: str, when: str = "full", **sections: Any) -> WorkerProcess:
     """A worker whose compute child has a fault: see ``faults/sitecustomize.py``."""
     faults = str(Path(__file__).parent / "faults")
-    environment = {"PYTHONPATH": faults, "ELESH_FAULT": fault, "ELESH_FAULT_WHEN": when}
+    paths = os.pathsep.join(filter(None, (faults, os.environ.get("PYTHONPATH"))))
+    environment = {"PYTHONPATH": paths, "ELESH_FAULT": fault, "ELESH_FAULT_WHEN": when}
     return station.worker(environment, **sections)
 
 
