@@ -12,14 +12,17 @@ if TYPE_CHECKING:
     from leyline import CheckpointBundle
 
     from .analysis import analyze
+    from .pruning import load, save
     from .settings import Settings
 
-__all__ = ["CheckpointBundle", "Settings", "analyze"]
+__all__ = ["CheckpointBundle", "Settings", "analyze", "load", "save"]
 
 _HOMES = {
     "CheckpointBundle": "leyline",
     "Settings": "elesh.settings",
     "analyze": "elesh.analysis",
+    "load": "elesh.pruning",
+    "save": "elesh.pruning",
 }
 
 

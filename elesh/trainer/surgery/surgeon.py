@@ -16,6 +16,7 @@ from elesh.trainer.network.layers import named_tensors, refit, require_fit
 from leyline import InvalidField, Level, PrunedArchitecture, PruningGroup, PruningRecord
 
 from .bypass import BranchMasks, put_in
+from .lineage import present, remember, steps
 from .masks import Masks
 from .reconstruction import Moments, redistributed
 from .tensors import Cutter, RestorePoint, Skeleton, cut_state, forget, replace_data
@@ -62,6 +63,7 @@ class Surgeon:
         self._masked: dict[str, frozenset[int]] = {}
         self._branch_masks = BranchMasks(model)
         self._masked_layers: frozenset[str] = frozenset()
+        remember(model, architecture)
 
     @property
     def architecture(self) -> PrunedArchitecture:
@@ -227,6 +229,7 @@ class Surgeon:
         self._branch_masks.clear()
         point.bring_back(self._optimizer)
         self._architecture = point.skeleton.architecture
+        remember(self._model, self._architecture)
         self._masked, self._masked_layers = dict(point.masked), point.masked_layers
         self._set_masks()
         return self._architecture
@@ -249,19 +252,12 @@ class Surgeon:
         Raises:
             InvalidField: if a record names a group or a unit that is not there (any more).
         """
-        for record in history:
-            if record.level is Level.LAYER:
-                self.cut_layers([record.group], epoch=record.epoch, key=record.idempotency_key)
-                continue
-            group = self._group(record.group)
-            unit_of = {original: unit for unit, original in enumerate(group.origin)}
-            gone = [index for index in record.original_indices if index not in unit_of]
-            if gone:
-                raise InvalidField(
-                    f"history.{record.group}", "original units that are still there", gone
-                )
-            units = [unit_of[index] for index in record.original_indices]
-            self.cut({record.group: units}, epoch=record.epoch, key=record.idempotency_key)
+        for step in steps(history):
+            if step.layers:
+                self.cut_layers(step.layers, epoch=step.epoch, key=step.key)
+            else:
+                units = present(self._architecture, step)
+                self.cut(units, epoch=step.epoch, key=step.key)
         return self._architecture
 
     def move_to(self, architecture: PrunedArchitecture) -> None:
@@ -295,6 +291,7 @@ class Surgeon:
             tensor.grad = None
         skeleton.commit()
         self._architecture = skeleton.architecture
+        remember(self._model, self._architecture)
         if self._optimizer is not None:
             self._optimizer.state.clear()
         limit, self._limit = self._limit, 0
@@ -314,6 +311,7 @@ class Surgeon:
     def _reach(self, architecture: PrunedArchitecture) -> None:
         """The network has a new structure now."""
         self._architecture = architecture
+        remember(self._model, architecture)
         history = architecture.history
         self._skeletons = [s for s in self._skeletons if s.architecture.history != history]
         self._skeletons.append(Skeleton.take(self._model, architecture, self._optimizer))

@@ -1,0 +1,131 @@
+"""What a network was before its first cut, and what it is now: remembered on the network itself.
+
+Promises: the record goes along with copies and pickles of the network and is in no ``state_dict``;
+the cuts between the two can be made again, in order, on descriptors alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Self
+
+from torch import nn
+
+from leyline import InvalidField, Level, PrunedArchitecture, PruningRecord
+
+__all__ = ["Lineage", "Step", "lineage_of", "remember", "replayed", "steps"]
+
+_ATTRIBUTE = "_elesh_lineage"
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """The two ends of a network's cuts."""
+
+    original: PrunedArchitecture
+    """Before the first cut."""
+    now: PrunedArchitecture
+    """After the last one; its history leads from one to the other."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # nothing in it ever changes
+
+
+def lineage_of(model: nn.Module) -> Lineage | None:
+    """What is remembered of this network; None where nothing ever cut it."""
+    found = vars(model).get(_ATTRIBUTE)
+    return found if isinstance(found, Lineage) else None
+
+
+def remember(
+    model: nn.Module, now: PrunedArchitecture, original: PrunedArchitecture | None = None
+) -> None:
+    """Note what the network is now.
+
+    Args:
+        original: what it was before its first cut, where that is not remembered already. Where
+            nobody knows, nothing is remembered.
+    """
+    known = lineage_of(model)
+    if original is None:
+        original = _original(known, now)
+    if original is None:
+        vars(model).pop(_ATTRIBUTE, None)
+    else:
+        vars(model)[_ATTRIBUTE] = Lineage(original, now)
+
+
+def _original(known: Lineage | None, now: PrunedArchitecture) -> PrunedArchitecture | None:
+    if not now.history:
+        same = known is not None and known.original.model_hash == now.model_hash
+        return known.original if known is not None and same else now
+    if known is None:
+        return None
+    pairs = zip(known.now.history, now.history, strict=False)
+    return known.original if all(a == b for a, b in pairs) else None
+
+
+@dataclass(frozen=True)
+class Step:
+    """Cuts that were made together: of one decision and one kind."""
+
+    epoch: int
+    key: str
+    units: dict[str, tuple[int, ...]]
+    """Original numbers by group; empty where layers go."""
+    layers: tuple[str, ...] = ()
+
+
+def steps(history: Iterable[PruningRecord]) -> Iterator[Step]:
+    """A history as the calls that made it, oldest first."""
+
+    def together(record: PruningRecord) -> tuple[int, str, bool]:
+        return record.epoch, record.idempotency_key, record.level is Level.LAYER
+
+    for (epoch, key, whole), records in groupby(history, together):
+        if whole:
+            yield Step(epoch, key, {}, tuple(record.group for record in records))
+            continue
+        units: dict[str, tuple[int, ...]] = {}
+        for record in records:
+            if record.group in units:  # it lost units twice under one name
+                yield Step(epoch, key, units)
+                units = {}
+            units[record.group] = record.original_indices
+        yield Step(epoch, key, units)
+
+
+def present(architecture: PrunedArchitecture, step: Step) -> dict[str, list[int]]:
+    """The units of a step in the present numbering.
+
+    Raises:
+        InvalidField: if a group or a unit is not there (any more).
+    """
+    found: dict[str, list[int]] = {}
+    for name, originals in step.units.items():
+        group = architecture.group.get(name)
+        if group is None:
+            raise InvalidField("group", f"one of {sorted(architecture.group)}", name)
+        unit_of = {original: unit for unit, original in enumerate(group.origin)}
+        gone = [index for index in originals if index not in unit_of]
+        if gone:
+            raise InvalidField(f"history.{name}", "original units that are still there", gone)
+        found[name] = [unit_of[index] for index in originals]
+    return found
+
+
+def replayed(original: PrunedArchitecture, history: Iterable[PruningRecord]) -> PrunedArchitecture:
+    """The architecture after a history of cuts, without any network.
+
+    Raises:
+        InvalidField: if a record names what is not there (any more).
+    """
+    now = original
+    for step in steps(history):
+        if step.layers:
+            now = now.without_layers(step.layers, epoch=step.epoch, key=step.key)
+        else:
+            now = now.without(present(now, step), epoch=step.epoch, key=step.key)
+    return now
