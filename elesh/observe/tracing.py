@@ -3,7 +3,7 @@
 Promises: nothing here waits for a collector: spans leave from background threads, a queue that is
 full drops, and the end of a process waits for at most three seconds. No span is exported whose
 parent in the same process is not: a process's part of a trace leaves as a whole when its first span
-ends, so that what a killed process leaves behind is missing, never torn (docs/decisions/0050).
+ends, so that what a killed process leaves behind is missing, never torn (decision 0050).
 
 Spans go by OTLP/HTTP where the standard ``OTEL_EXPORTER_OTLP_ENDPOINT`` (or
 ``..._TRACES_ENDPOINT``) says, and into the bounded file that ``elesh trace`` reads

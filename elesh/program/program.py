@@ -2,7 +2,7 @@
 
 ``torch.export.load`` is not used: it falls back to unrestricted pickle where tensors do not load
 otherwise, and hands size expressions of the file to ``sympify``, which evaluates Python. A program
-here is msgpack of names, numbers and lists (see docs/decisions/0030), its weights are safetensors.
+here is msgpack of names, numbers and lists (see decision 0030), its weights are safetensors.
 
 A program computes ``outputs = f(weights, inputs, gates)``. There is one gate for every place where
 removable units enter a consumer (an axis) and for every branch that can be removed whole; each is

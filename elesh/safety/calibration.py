@@ -2,7 +2,7 @@
 
 Pure. In the preparation phase nothing is cut, but where a checkpoint carries its network, cuts that
 might be proposed later are predicted and measured. Where nothing can be measured later, their ratio
-says how much too low a prediction may be (docs/decisions/0062).
+says how much too low a prediction may be (decision 0062).
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class VerificationSettings(Section):
     """Within any one class of at least ten samples, beyond what sampling explains."""
     gradient_flow_change: float = Field(default=0.15, ge=0)
     """Of the norm of the gradients of the outputs, in the parameters that stay: the document's
-    target for gradient flow is to keep 85% (docs/decisions/0031)."""
+    target for gradient flow is to keep 85% (decision 0031)."""
     kept_share: float = Field(default=0.5, ge=0, le=1)
     """Of the units that a ranking proposed, so many must be safe; else none of it is believed."""
     confidence: float = Field(default=0.95, gt=0, lt=1)
@@ -71,7 +71,7 @@ class VerificationSettings(Section):
     the rest costs is measured again on the masked network. 1: once, from the statistics."""
     rounds_from: float = Field(default=0.05, ge=0, le=1)
     """The share of a level's present units that a proposal must exceed to be cut in rounds: small
-    cuts are chosen as well at once (docs/decisions/0060)."""
+    cuts are chosen as well at once (decision 0060)."""
     window_share: float = Field(default=0.5, gt=0, le=1)
     """Share of the checkpoint window that measuring may take; what takes longer is not measured."""
     predicted_loss_factor: float = Field(default=2.0, ge=1)

@@ -106,7 +106,7 @@ def calibration_inputs(
     """The first inputs of some (inputs, labels) pairs as one batch, for :meth:`Exporter.export`.
 
     Args:
-        samples: at most so many; about 256 are enough (docs/decisions/0060).
+        samples: at most so many; about 256 are enough (decision 0060).
         nbytes: as many fewer as make no more bytes than this.
 
     Returns:

@@ -1,7 +1,7 @@
 """Into which parts a checkpoint is made: one a level, and more where a level is large.
 
 Pure. A level is split only where its statistics are large, since what one shard takes no longer
-depends on what another gives up (docs/decisions/0026-shards.md). The layer level is never split.
+depends on what another gives up (decision 0026). The layer level is never split.
 """
 
 from __future__ import annotations

@@ -70,9 +70,9 @@ def join(
         verify: measures the cut on held-out data, once it has passed the gates; without it a
             stricter gate looks at the prediction.
         taken_back: cuts of the run that its trainer rolled back: spared, or refused where nothing
-            else is left (docs/decisions/0061).
+            else is left (decision 0061).
         loss_factor: what predictions of this run are multiplied by where nothing is measured; the
-            setting's default if not given (docs/decisions/0062).
+            setting's default if not given (decision 0062).
 
     Raises:
         InvalidField: if there is no analysis at all, or two of one level that are no shards of it.

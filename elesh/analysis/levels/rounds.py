@@ -177,7 +177,7 @@ class _InRounds:
 
     def _round(self, candidates: Candidates, taken: _Taken, target: int) -> LogitGapOrder:
         """Take more units, ``target`` in all: their costs are derivatives half way to their cut,
-        which are exact to second order (docs/decisions/0020)."""
+        which are exact to second order (decision 0020)."""
         gone = taken.removal_order.units.tolist()
         masked = self._entries(candidates, gone)
         now = self._measured(masked)

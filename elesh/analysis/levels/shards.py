@@ -2,7 +2,7 @@
 
 Each shard has ranked its own groups as far as the whole quota, seeing nothing of the others. Here
 the orders are merged, cheapest first, and cut off at the quota; what is taken from one shard no
-longer depends on what another gives up (docs/decisions/0026-shards.md says what that costs). The
+longer depends on what another gives up (decision 0026 says what that costs). The
 cut is judged as ever: what one half of the samples chooses, in every shard, is judged on the other.
 """
 

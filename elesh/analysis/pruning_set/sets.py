@@ -27,7 +27,7 @@ def set_removal(
     """The predicted rise of the loss in nats a sample when all these units are removed together.
 
     Where margins are known, the units' moves are added up sample by sample and what their sum does
-    to the margins is bent as networks bend it (:func:`_loss_increases`, docs/decisions/0084). What
+    to the margins is bent as networks bend it (:func:`_loss_increases`, decision 0084). What
     is known
     of single removals beyond that is added: of units that were masked all of it, of others the
     mean, which is the whole of it where one unit goes. Without margins: the sum of the single

@@ -3,7 +3,7 @@
 A row's margin m is the log of the odds against the whole network's answer. Taking a unit moves it
 by minus the unit's derivative; the cost is by how much the mean of ``softplus(m)`` rises, which is
 the cross-entropy against that answer in nats. Unlike a squared movement it tells when an answer
-flips, and it counts from where the masked network really is (docs/decisions/0060).
+flips, and it counts from where the masked network really is (decision 0060).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The compute child's pulse: whether it computes, waits, or is wedged (docs/decisions/0051).
+"""The compute child's pulse: whether it computes, waits, or is wedged (decision 0051).
 
 A thread of the child writes the time twice a second into a small file that the supervisor maps,
 whatever the job does. A beat that is missing has three possible causes, which the kernel tells

@@ -1,0 +1,1 @@
+"""How much code a reader meets: one checkpoint traced through all three processes."""
