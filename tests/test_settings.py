@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -266,3 +267,23 @@ def test_the_hash_changes_with_what_can_change_a_decision(change: dict[str, Any]
 )
 def test_the_hash_does_not_change_with_how_and_where_it_is_computed(change: dict[str, Any]) -> None:
     assert Settings.load(**change).analysis_hash == Settings().analysis_hash
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "bus: {url: [redis://w:s3cr3t@h:1/0]}",
+        "bus: {urll: 'redis://w:s3/c:r3t@h:1/0?ssl_password=s3cr3t'}",
+        "bus: redis://w:s3cr3t@h:1/0",
+        "console: {token: [s3cr3t]}",
+        "console: {tokn: s3cr3t}",
+    ],
+)
+def test_a_complaint_does_not_show_the_secret_that_it_complains_about(
+    content: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"elesh: {{{content}}}")
+    with pytest.raises(SettingsError) as refused:
+        Settings.load(file)
+    assert not re.search("s3|r3t", str(refused.value))

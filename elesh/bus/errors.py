@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import re
+from elesh.settings.masking import masked
 
 __all__ = ["BusUnavailable", "Overloaded", "RunClaimed", "masked"]
-
-_IN_AUTHORITY = re.compile(r"(?<=://)([^/@:]*):.*@")
-_IN_QUERY = re.compile(r"([?&]\w*password=)[^&]*")
-
-
-def masked(url: str) -> str:
-    """A URL as it may be shown: the password replaced by ``***``."""
-    return _IN_QUERY.sub(r"\1***", _IN_AUTHORITY.sub(r"\1:***@", url))
 
 
 class BusUnavailable(Exception):

@@ -6,9 +6,9 @@ Each module of this package holds one family of commands; here they become one p
 from __future__ import annotations
 
 import typer
-from rich.markup import escape
 
 from elesh.bus import BusUnavailable
+from elesh.observe.terminal import escape
 from elesh.settings import SettingsError
 from leyline import ContractError
 

@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from elesh.bus import Bus, server_url
+from elesh.observe.terminal import Terminal, escape
 from elesh.settings import Settings
 
 T = TypeVar("T")
 # Without emoji: a text such as nets:x:build is meant as it stands.
-console = Console(highlight=False, emoji=False)
-complaints = Console(stderr=True, highlight=False, emoji=False)
+console = Terminal(highlight=False, emoji=False)
+complaints = Terminal(stderr=True, highlight=False, emoji=False)
 
 
 def _in_a_folder(file: Path | None) -> Path | None:

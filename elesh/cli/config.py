@@ -7,20 +7,21 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
+from elesh.observe.terminal import escape
 from elesh.settings import Settings
 from elesh.settings.advice import advisory
+from elesh.settings.masking import masked_values
 
-from .common import SettingsOption, console
+from .common import SettingsOption, console, print_json
 
 config = typer.Typer(no_args_is_help=True, help="Settings: what is in force, and what can be.")
 
 
 @config.command("show")
 def config_show(settings: SettingsOption = None) -> None:
-    """Print every setting in force: file, environment and defaults together."""
-    console.print_json(Settings.load(settings).model_dump_json())
+    """Print every setting in force: file, environment and defaults together; secrets masked."""
+    print_json(masked_values(Settings.load(settings).model_dump(mode="json")))
 
 
 @config.command("check")

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
+from elesh.observe.terminal import escape
 from elesh.settings import Settings
 from leyline import Level
 

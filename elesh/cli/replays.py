@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from elesh.bus import Bus
 from elesh.observe import setup_tracing
 from elesh.observe.spanfile import REPLAYS
+from elesh.observe.terminal import escape
 from elesh.operate.capture import open_case, versions
 from elesh.operate.replay import Replayed, Selection, count_selected, replay_case
 from elesh.operate.replay import capture as capture_case

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.progress import Progress
 
+from elesh.observe.terminal import escape
 from elesh.operate.tables import compact
 from elesh.settings import Settings
 

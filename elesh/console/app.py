@@ -61,7 +61,7 @@ class Console:
     def __init__(self, url: str, settings: Settings) -> None:
         self._url = url
         self._settings = settings
-        self._guard = Guard(_token(settings))
+        self._guard = Guard(_token(settings), settings.console.session_seconds)
         self._reader: Reader | None = None
 
     def routes(self) -> list[Route]:
@@ -193,11 +193,12 @@ class Console:
     async def login(self, request: Request) -> Response:
         """Begin a session with the token."""
         form = await _form(request)
-        if not self._guard.knows(form.get("token", "")):
-            await asyncio.sleep(0.5)  # guessing is slow; right answers are not
-            return self._refused(request, "that is not the token of this console")
+        if (refused := await self._stranger(request, form.get("token", ""))) is not None:
+            return refused
+        self._guard.end(request.cookies.get(COOKIE, ""))
         answer = RedirectResponse(_local(form.get("back", "/")), 303)
-        answer.set_cookie(COOKIE, self._guard.session(), max_age=12 * 3600, httponly=True,
+        seconds = round(self._settings.console.session_seconds)
+        answer.set_cookie(COOKIE, self._guard.session(), max_age=seconds, httponly=True,
                           samesite="strict", secure=request.url.scheme == "https")  # fmt: skip
         return answer
 
@@ -206,6 +207,7 @@ class Console:
         refused, _ = await self._allowed(request)
         if refused is not None:
             return refused
+        self._guard.end(request.cookies.get(COOKIE, ""))
         answer = RedirectResponse("/", 303)
         answer.delete_cookie(COOKIE)
         return answer
@@ -217,7 +219,7 @@ class Console:
             refused, form = await self._allowed(request)
             if refused is not None:
                 return refused
-            operator = f"console@{request.client.host if request.client else 'unknown'}"
+            operator = f"console@{_address(request)}"
             try:
                 return RedirectResponse(await act(form, operator), 303)
             except (KeyError, ValueError) as error:
@@ -227,12 +229,25 @@ class Console:
 
         return _safe(page)
 
+    async def _stranger(self, request: Request, token: str) -> Response | None:
+        """How a token that is not this console's is refused; None for the right one."""
+        address = _address(request)
+        if (seconds := self._guard.waits(address)) > 0:
+            text = f"too many wrong tokens from {address}: wait {seconds:.0f} s"
+            answer = self._refused(request, text, 429)
+            answer.headers["Retry-After"] = f"{seconds + 1:.0f}"
+            return answer
+        if self._guard.knows(token, address):
+            return None
+        await asyncio.sleep(0.5)  # guessing is slow; right answers are not
+        return self._refused(request, "that is not the token of this console: acting needs it")
+
     async def _allowed(self, request: Request) -> tuple[Response | None, dict[str, str]]:
         """The form of a request that may act, else how it is refused."""
         form = await _form(request)
         kind, _, token = request.headers.get("authorization", "").partition(" ")
-        if kind.lower() == "bearer" and self._guard.knows(token):
-            return None, form
+        if kind.lower() == "bearer":
+            return await self._stranger(request, token), form
         cookie = request.cookies.get(COOKIE, "")
         if self._guard.proves(cookie, form.get("proof", "")):
             return None, form
@@ -346,6 +361,11 @@ async def _form(request: Request) -> dict[str, str]:
             return {}
     fields = parse_qs(body.decode("utf-8", "replace"), keep_blank_values=True)
     return {name: values[0] for name, values in fields.items()}
+
+
+def _address(request: Request) -> str:
+    """Who asks."""
+    return request.client.host if request.client else "unknown"
 
 
 def _local(path: str) -> str:

@@ -12,6 +12,9 @@ from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from elesh.observe.printable import printable
 
 from . import charts
 
@@ -101,9 +104,17 @@ def hexdump(data: bytes) -> str:
     return "\n".join(rows)
 
 
+def _shown(value: object) -> object:
+    """A value of a page; control characters of a text are shown as their numbers."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return printable(value, lines=True)
+    return value
+
+
 _environment = Environment(
     loader=PackageLoader(__package__, "templates"),
     autoescape=True,
+    finalize=_shown,
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,

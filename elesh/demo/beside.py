@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
+
+from elesh.observe.terminal import escape
 
 __all__ = ["console_beside"]
 

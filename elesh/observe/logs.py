@@ -1,23 +1,25 @@
 """Logs on standard error: one line an event, ``message key=value ...``, or JSON on request.
 
 Every line carries the id of the trace it belongs to, where there is one. Values that look like
-URLs with a password are masked before anything is written.
+URLs with a password are masked before anything is written, and control characters are written as
+their numbers: a text from the bus can neither begin a line of its own nor steer a terminal.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 from opentelemetry import trace
 
-__all__ = ["get_logger", "setup_logging"]
+from elesh.settings.masking import masked_line
 
-_PASSWORD = re.compile(r"(\w+://[^:/@\s]*:)[^@\s]+@")
+from .printable import printable
+
+__all__ = ["get_logger", "setup_logging"]
 
 
 class _Formatter(logging.Formatter):
@@ -32,20 +34,20 @@ class _Formatter(logging.Formatter):
             fields["trace_id"] = format(context.trace_id, "032x")
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         message = record.getMessage()
-        if record.exc_info:
-            fields["exception"] = self.formatException(record.exc_info)
+        failed = self.formatException(record.exc_info) if record.exc_info else ""
+        if failed and self._json:
+            fields["exception"] = failed
         if self._json:
             head = {"at": at, "level": record.levelname.lower(), "message": message}
-            return _masked(json.dumps(head | fields, default=str))
+            return masked_line(json.dumps(head | fields, default=str))
         if context.is_valid:
             # Enough for elesh trace to find it.
             fields["trace"] = fields.pop("trace_id")[:8]
         tail = "".join(f" {key}={value}" for key, value in fields.items())
-        return _masked(f"{at[11:23]} {record.levelname.lower():7} {message}{tail}")
-
-
-def _masked(text: str) -> str:
-    return _PASSWORD.sub(r"\1***@", text)
+        line = printable(f"{at[11:23]} {record.levelname.lower():7} {message}{tail}")
+        if failed:
+            line = f"{line} exception={printable(failed, lines=True)}"
+        return masked_line(line)
 
 
 class Logger:

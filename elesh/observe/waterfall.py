@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .printable import printable
 from .spanfile import RecordedSpan
+from .terminal import escape
 
 __all__ = ["print_trace", "tree_rows"]
 
@@ -57,23 +59,23 @@ def print_trace(console: Console, spans: Sequence[RecordedSpan]) -> None:
     for guide, span in tree_rows(spans):
         colour = "red" if span.failed else colours[span.service, span.instance]
         table.add_row(
-            Text.assemble((guide, "dim"), (span.name, colour)),
+            Text.assemble((guide, "dim"), (printable(span.name), colour)),
             _time((span.start - begun) / 1e9),
             _time(span.seconds),
             Text(_bar(span, begun, ended, width), style=colour),
         )
         inside = guide.replace("├─ ", "│  ").replace("└─ ", "   ")
         for note in _notes(span):
-            table.add_row(Text.assemble((inside, "dim"), (f"   {note}", "red")))
+            table.add_row(Text.assemble((inside, "dim"), (f"   {printable(note)}", "red")))
     console.print(table)
     for (service, instance), colour in colours.items():
-        console.print(Text.assemble(("■ ", colour), f"{service} {instance}"))
+        console.print(Text.assemble(("■ ", colour), printable(f"{service} {instance}")))
 
 
 def _print_head(console: Console, spans: Sequence[RecordedSpan], seconds: float) -> None:
     console.print(f"trace {spans[0].trace}: {len(spans)} spans in {_time(seconds)}")
     for name in _SHOWN:
-        values = {str(s.attributes[name]) for s in spans if name in s.attributes}
+        values = {escape(s.attributes[name]) for s in spans if name in s.attributes}
         if values:
             console.print(f"{name.removeprefix('elesh.')} {', '.join(sorted(values))}", style="dim")
 

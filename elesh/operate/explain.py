@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from elesh.analysis import ImportanceTracker, TargetExplanation, UnitExplanation, explain
 from elesh.bus import BreakerView
+from elesh.observe.terminal import escape
 from leyline import (
     CheckpointBundle,
     GateResult,
@@ -129,7 +129,7 @@ def _gates(gates: Iterable[GateResult]) -> Table:
     table = compact(*names, figures=("measured", "limit"), whole=("gate",), title="Safety gates")
     for gate in gates:
         table.add_row(
-            gate.name,
+            escape(gate.name),
             "[green]passed[/]" if gate.passed else "[red]failed[/]",
             "" if gate.measured is None else f"{gate.measured:.4g}",
             "" if gate.limit is None else f"{gate.limit:.4g}",

@@ -13,6 +13,8 @@ from rich.text import Text
 
 from elesh.bus import Backlog, BreakerView, Bus, WorkerState, read_dead_letter
 from elesh.bus.streams.records import Delivery
+from elesh.observe.printable import printable
+from elesh.observe.terminal import escape
 from leyline import ContractError, DeadLetter, StructuralPruningDecision, read_envelope, unwrap
 from leyline.streams import DEAD, DECISIONS, STREAMS
 
@@ -118,7 +120,7 @@ def _workers(seen: Overview) -> RenderableType:
     )
     for each in seen.workers:
         table.add_row(
-            each.worker_id,
+            escape(each.worker_id),
             Text(each.doing, style=_COLOURS.get(each.doing, "")),
             Text(each.child, style=_CHILD.get(each.child, "")),
             _age(seen.at - each.since) if each.since else "",
@@ -127,7 +129,7 @@ def _workers(seen: Overview) -> RenderableType:
             f"{each.duration_p95:.2f} s" if each.completed else "",
             f"{each.peak_memory_bytes / 2**20:.0f} MB" if each.peak_memory_bytes else "",
             _age(seen.at - each.heard_at),
-            Text(each.why, style="red") if each.why else Text(each.key),
+            Text(printable(each.why), style="red") if each.why else Text(printable(each.key)),
         )
     return table
 
@@ -157,7 +159,9 @@ def _breakers(seen: Overview) -> Table:
     for view in seen.breakers:
         colour = {"open": "red", "half_open": "yellow"}.get(view.state, "")
         state = Text(view.state.replace("_", " "), style=colour)
-        table.add_row(view.run_id, view.level.value, state, str(view.failures), view.reason)
+        table.add_row(
+            escape(view.run_id), view.level.value, state, str(view.failures), escape(view.reason)
+        )
     return table
 
 
@@ -166,9 +170,8 @@ def _dead(seen: Overview) -> Iterator[Text]:
     yield Text(f"Dead letters: the last of {total:,}", style="bold")
     for dead_letter in seen.dead_letters:
         age = _age(seen.at - dead_letter.at.timestamp())
-        yield Text.assemble(
-            (dead_letter.error_code, "red"), f"  from {dead_letter.stream}, {age} ago"
-        )
+        code, place = printable(dead_letter.error_code), printable(dead_letter.stream)
+        yield Text.assemble((code, "red"), f"  from {place}, {age} ago")
         yield _brief(dead_letter.reason)
 
 
@@ -179,13 +182,13 @@ def _last(seen: Overview) -> Iterator[Text]:
         if decision.approved_for_application:
             units = sum(map(len, decision.units.values())) + len(decision.layers)
             verdict = (f"approved, {units} units", "green")
-        yield Text.assemble(f"{decision.idempotency_key}  ", verdict)
+        yield Text.assemble(f"{printable(decision.idempotency_key)}  ", verdict)
         yield _brief(f"of {decision.run_id}" + (f": {reason}" if reason else ""))
 
 
 def _brief(text: str) -> Text:
     """One line, as far as it fits: ``elesh explain`` and ``elesh dead show`` have all of it."""
-    return Text(f"  {text}", no_wrap=True, overflow="ellipsis")
+    return Text(f"  {printable(text)}", no_wrap=True, overflow="ellipsis")
 
 
 def _age(seconds: float) -> str:

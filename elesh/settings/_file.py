@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from .masking import masked_repr
+
 
 class SettingsError(Exception):
     """A settings file or variable that cannot be used; says where, what and what to do."""
@@ -95,10 +97,13 @@ def explain(
         source = f"{path}:{line}" if line else next(iter(layers))
         source = next((name for name, values in layers.items() if _has(values, place)), source)
         text = item["msg"].removeprefix("Value error, ")
+        near = _suggestion(kind, place) if item["type"] == "extra_forbidden" else ""
         if item["type"] == "extra_forbidden":
-            text = "unknown key" + _suggestion(kind, place)
+            text = f"unknown key{near}"
         key = ".".join(map(str, place))
-        lines.append(f"{source}: {key}: {text}, found {item.get('input')!r}")
+        # A misspelt secret is one, too: the suggestion counts as the name.
+        found = masked_repr(item.get("input"), f"{place[-1] if place else ''} {near}")
+        lines.append(f"{source}: {key}: {text}, found {found}")
     return "\n".join(lines)
 
 

@@ -76,6 +76,8 @@ class ConsoleSettings(Section):
     """Names that browsers may call it by; others are refused."""
     token: SecretStr = SecretStr("")
     """What an operator has to know to act, at least 16 characters; empty: nobody can, all read."""
+    session_seconds: float = Field(default=8 * 3600.0, gt=0)
+    """How long an operator who signed in stays signed in."""
 
 
 class AuditSettings(Section):

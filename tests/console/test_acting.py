@@ -194,16 +194,56 @@ def test_without_a_token_nobody_can_act(redis_url: str, partition: str):
         assert site.post("/breakers/trip", TRIP, Authorization="Bearer ").status == 403
 
 
-def test_sessions_end_with_the_token_and_hold_for_one_token_only():
-    one, two = Guard("a" * 20), Guard("b" * 20)
-    cookie = one.session()
-    assert one.holds(cookie)
-    assert not two.holds(cookie)
-    assert not one.holds(cookie[:-1] + ("0" if cookie[-1] != "0" else "1"))
-    assert one.proves(cookie, one.proof(cookie))
-    assert not one.proves(one.session(), one.proof(cookie))
+def test_a_session_ends_at_logout_and_after_its_time_whoever_kept_the_cookie():
+    now = [0.0]
+    guard = Guard("a" * 20, seconds=10, clock=lambda: now[0])
+    cookie, other = guard.session(), guard.session()
+    assert guard.holds(cookie)
+    assert guard.proves(cookie, guard.proof(cookie))
+    assert not guard.proves(other, guard.proof(cookie))
+    assert not Guard("a" * 20).holds(cookie), "another process knows nothing of it"
+    guard.end(cookie)
+    assert not guard.proves(cookie, guard.proof(cookie))
+    now[0] = 9.9
+    assert guard.holds(other)
+    now[0] = 10
+    assert not guard.holds(other)
     assert not Guard("").holds(Guard("").session())
     assert not Guard("").knows("")
+
+
+def test_whoever_guesses_has_to_wait_even_with_the_right_token():
+    now = [0.0]
+    guard = Guard("a" * 20, clock=lambda: now[0])
+    for number in range(5):
+        now[0] = float(number)
+        assert not guard.knows(f"{number}", "here")
+    assert guard.waits("here") == 56
+    assert not guard.knows("a" * 20, "here")
+    assert guard.knows("a" * 20, "elsewhere")
+    now[0] = 60.5
+    assert guard.knows("a" * 20, "here")
+    assert guard.waits("here") == 0
+
+
+def test_a_cookie_that_was_kept_is_worth_nothing_after_logout(site: Site, on_bus):
+    site.sign_in()
+    proof = site.proof()
+    assert site.post("/logout", {"proof": proof}).status == 303
+    assert site.post("/breakers/trip", TRIP | {"proof": proof}).status == 403
+    assert state(on_bus) == "closed"
+
+
+def test_guessing_by_login_and_bearer_is_refused_after_a_few_times(site: Site, on_bus):
+    statuses = [site.sign_in(f"guess number {number:08}").status for number in range(3)]
+    for number in range(3):
+        guess = f"Bearer guess {number}"
+        statuses.append(site.post("/breakers/trip", TRIP, Authorization=guess).status)
+    assert statuses == [403, 403, 403, 403, 403, 429]
+    answer = site.post("/breakers/trip", TRIP, Authorization=f"Bearer {TOKEN}")
+    assert answer.status == 429
+    assert 0 < int(answer.headers["retry-after"]) <= 61
+    assert state(on_bus) == "closed"
 
 
 def test_a_short_token_is_an_error_of_the_settings():

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Annotated, get_args
 
 import typer
-from rich.markup import escape
 
 from elesh.bus import Bus
 from elesh.cli.common import JsonLines, RedisOption, SettingsOption, console, fail, on_bus, working
 from elesh.observe import AuditFile, Fault, Link, line_of, verify
+from elesh.observe.printable import printable
+from elesh.observe.terminal import escape
 from elesh.settings import Settings
 from leyline import AuditEntry, AuditEvent
 
@@ -46,7 +47,7 @@ def audit_show(
     ]
     for entry in chosen[-last:]:
         if as_json:
-            typer.echo(line_of(entry).decode(), nl=False)
+            typer.echo(printable(line_of(entry).decode(), lines=True), nl=False)
         else:
             console.print(_shown(entry), soft_wrap=True)
 
@@ -88,6 +89,8 @@ def audit_export(
         if link.entry is None:
             fail(f"{link.place} {link.problem}: see elesh audit verify")
     if file == "-":
+        if sys.stdout.isatty():
+            lines = printable(lines.decode(), lines=True).encode()
         sys.stdout.buffer.write(lines)
         return
     with Path(file).open("xb") as out:

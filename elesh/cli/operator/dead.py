@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from elesh.bus import Bus, DeadLetterEntry, Redriven
 from elesh.cli.common import (
@@ -19,6 +18,7 @@ from elesh.cli.common import (
     on_bus,
     print_json,
 )
+from elesh.observe.terminal import escape
 from elesh.operate.actions import operator
 from elesh.settings import Settings
 from leyline import DeadLetter
@@ -123,12 +123,12 @@ def brief_lines(dead_letter: DeadLetterEntry) -> Iterator[str]:
     parts = [
         f"[bold]{dead_letter.entry_id}[/]",
         f"[red]{escape(message.error_code)}[/]",
-        f"from {message.stream}",
+        f"from {escape(message.stream)}",
         f"{message.at:%Y-%m-%d %H:%M:%S}",
         f"{message.deliveries} deliver{'y' if message.deliveries == 1 else 'ies'}",
     ]
     if dead_letter.redriven_as:
-        parts.append(f"redriven as {dead_letter.redriven_as}")
+        parts.append(f"redriven as {escape(dead_letter.redriven_as)}")
     yield "  ".join(parts)
     yield f"  {escape(message.reason)}"
 

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from elesh.bus import Bus
 from elesh.cli.common import (
@@ -19,6 +18,7 @@ from elesh.cli.common import (
     on_bus,
     print_json,
 )
+from elesh.observe.terminal import escape
 from elesh.operate.events import FormattedEvent, formatted_events
 from elesh.settings import Settings
 from leyline.streams import STREAMS
@@ -61,6 +61,6 @@ def event_line(event: FormattedEvent) -> str:
     colour = _COLOURS[event.tone]
     epoch = "" if event.epoch is None else str(event.epoch)
     what = f"[{colour}]{escape(event.what)}[/]"
-    key = f"  [dim]{event.key}[/]" if event.key else ""
+    key = f"  [dim]{escape(event.key)}[/]" if event.key else ""
     head = f"[dim]{event.at:%H:%M:%S}.{event.at.microsecond // 1000:03}[/] {event.stream:11}"
     return f"{head} {escape(event.run_id):10} {epoch:>4}  {what}{key}"

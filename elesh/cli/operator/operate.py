@@ -6,7 +6,6 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from elesh.bus import Bus
 from elesh.cli.common import (
@@ -18,6 +17,7 @@ from elesh.cli.common import (
     on_bus,
     print_json,
 )
+from elesh.observe.terminal import escape
 from elesh.operate.actions import BREAKERS, operator, reset_breaker, trip_breaker
 from elesh.settings import Settings
 from leyline import Level
