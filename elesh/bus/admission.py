@@ -1,22 +1,29 @@
-"""Admission: from the bytes of a stream entry to work items whose input is known to be sound.
+"""Admission: from a stream entry to a message that may be acted on, for whoever listens.
 
-Pure but for the clock that it is given. Everything that is wrong with a message is a
-``ContractError`` here, before any blob is fetched or any child is asked.
+Trainers, workers, the console, the audit log and replay all judge by :func:`hear`: the signature
+and the signer's right to speak on that stream, the kind of the message against the stream, and that
+envelope, key and body speak of the same run, epoch and architecture. Whoever acts on a message asks
+for its time to live, too, by the server's clock.
+
+Promises: pure but for the clock that it is given. Everything that is wrong with a message is a
+``ContractError`` here, before any blob is fetched, any child is asked or any network touched.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
+from elesh.bus.streams.records import Delivery, read_dead_letter
 from leyline import (
     AnalysisItem,
     AnalysisRequest,
     BlobRef,
     CheckpointDocument,
     CheckpointReady,
+    DeadLetter,
     EventEnvelope,
     Expired,
     IdempotencyKey,
@@ -27,15 +34,29 @@ from leyline import (
     Message,
     PruningOutcome,
     StructuralAnalysisRequest,
+    StructuralPruningDecision,
     UnknownType,
     decided_level,
     read_envelope,
     unwrap,
 )
+from leyline.errors import brief
 from leyline.network.bundle import NETWORK_FILES
 from leyline.streams import Stream
 
-__all__ = ["Admitted", "SUPPORTED", "Work", "admit", "fingerprint"]
+from .guard import Guard
+
+__all__ = [
+    "SUPPORTED",
+    "Admitted",
+    "Heard",
+    "Work",
+    "admit",
+    "fingerprint",
+    "hear",
+    "read",
+    "require_in_time",
+]
 
 SUPPORTED = (Level.CHANNEL, Level.HEAD, Level.LAYER)
 """The levels that this build analyses."""
@@ -91,51 +112,63 @@ class Work:
 Admitted = Work | AnalysisRequest | PruningOutcome | AnalysisItem | JoinItem
 
 
-def admit(
-    data: bytes,
-    *,
-    window: float,
-    now: datetime,
-    redriven: datetime | None = None,
-    stream: Stream | None = None,
-) -> Admitted:
-    """What the envelope ``data`` asks for or reports.
+@dataclass(frozen=True)
+class Heard:
+    """A message, who signed it and what it travelled in."""
 
-    Args:
-        window: seconds that an analysis may take.
-        redriven: when an operator sent it again; its time to live counts from then.
-        stream: where it was published, if that is to be one for messages of its type: who may
-            speak on one stream may not speak for another.
+    message: Message
+    envelope: EventEnvelope
+    signer: str = ""
+    """Id of the key that signed it; empty where nobody has to."""
+
+    @property
+    def run_id(self) -> str:
+        """The run that it speaks of, by its body where that names one."""
+        return _run_of(self.message) or self.envelope.training_run_id
+
+
+def hear(delivery: Delivery, guard: Guard) -> Heard:
+    """What a stream entry says, once it is known who says so and that it belongs there.
 
     Raises:
-        ContractError: naming the field that is wrong, what was expected and what was found.
+        Unsigned, BadSignature, NotAuthorized: if nobody whom ``guard`` believes may say that here.
+        UnknownType: if messages of its kind do not stand in this stream.
+        IdentityMismatch: if envelope, key and body do not speak of the same.
+        ContractError: if it cannot be read.
+    """
+    signer = delivery.check(guard)
+    return replace(read(delivery.envelope, delivery.published_on, beside=delivery), signer=signer)
+
+
+def read(data: bytes, stream: Stream | None = None, *, beside: Delivery | None = None) -> Heard:
+    """As :func:`hear`, of an envelope that was kept: whoever kept it knows who signed.
+
+    Args:
+        stream: where it was published, if that is known.
+        beside: the entry whose fields may hold what was too large for the envelope.
     """
     envelope = read_envelope(data)
-    message = unwrap(envelope)
-    if stream is not None and type(message) not in stream.messages:
+    if stream is not None and envelope.payload_type not in {k.__name__ for k in stream.messages}:
         expected = ", ".join(kind.__name__ for kind in stream.messages)
-        raise UnknownType(f"message on {stream.name}", expected, type(message).__name__)
-    if isinstance(message, PruningOutcome | AnalysisItem | JoinItem):
-        return message
-    if isinstance(message, CheckpointReady):
-        _require_in_time(envelope, now, redriven)
-        return _checkpoint(message, window, now)
-    if isinstance(message, StructuralAnalysisRequest):
-        _require_in_time(envelope, now, redriven)
-        return _request(message, window, now)
-    if isinstance(message, AnalysisRequest):
-        _require_in_time(envelope, now, redriven)
-        return message
-    raise UnknownType(
-        "envelope.payload_type",
-        "CheckpointReady, StructuralAnalysisRequest, AnalysisRequest or PruningOutcome",
-        type(message).__name__,
-        hint="this worker does not serve it",
-    )
+        raise UnknownType(f"message on {stream.name}", expected, brief(envelope.payload_type))
+    message = unwrap(envelope)
+    if isinstance(message, DeadLetter) and beside is not None:
+        message = read_dead_letter(beside)
+    _require_agreement(envelope, message)
+    return Heard(message, envelope)
 
 
-def _require_in_time(envelope: EventEnvelope, now: datetime, redriven: datetime | None) -> None:
-    """Refuse what nobody waits for any more; an operator who sends it again does."""
+def require_in_time(heard: Heard, now: datetime, redriven: datetime | None = None) -> None:
+    """Refuse what nobody waits for any more; an operator who sends it again does.
+
+    Args:
+        now: by the server's clock.
+        redriven: when an operator sent it again; its time to live counts from then.
+
+    Raises:
+        Expired: if its time to live or its deadline is over.
+    """
+    envelope = heard.envelope
     ends = (redriven or envelope.created_at) + envelope.ttl
     if envelope.processing_deadline is not None and redriven is None:
         ends = min(ends, envelope.processing_deadline)
@@ -146,6 +179,71 @@ def _require_in_time(envelope: EventEnvelope, now: datetime, redriven: datetime 
             f"{now.isoformat(timespec='seconds')}",
             hint="it waited too long; redrive it if its decision still matters",
         )
+
+
+def admit(
+    heard: Heard, *, window: float, now: datetime, redriven: datetime | None = None
+) -> Admitted:
+    """What a worker is asked for or told.
+
+    An outcome, and a part of what was admitted before, is served however late it comes.
+
+    Args:
+        window: seconds that an analysis may take.
+        now: by the server's clock.
+        redriven: as :func:`require_in_time`.
+
+    Raises:
+        ContractError: naming the field that is wrong, what was expected and what was found.
+    """
+    message = heard.message
+    if isinstance(message, PruningOutcome | AnalysisItem | JoinItem):
+        return message
+    if isinstance(message, CheckpointReady):
+        require_in_time(heard, now, redriven)
+        return _checkpoint(message, window, now)
+    if isinstance(message, StructuralAnalysisRequest):
+        require_in_time(heard, now, redriven)
+        return _request(message, window, now)
+    if isinstance(message, AnalysisRequest):
+        require_in_time(heard, now, redriven)
+        return message
+    raise UnknownType(
+        "envelope.payload_type",
+        "CheckpointReady, StructuralAnalysisRequest, AnalysisRequest or PruningOutcome",
+        type(message).__name__,
+        hint="this worker does not serve it",
+    )
+
+
+def _require_agreement(envelope: EventEnvelope, message: Message) -> None:
+    """Envelope, key and body speak of the same run, epoch and architecture: whoever looks at one
+    of them acts on all."""
+    run, epoch = _run_of(message), _epoch_of(message)
+    if run and envelope.training_run_id not in ("", run):
+        raise IdentityMismatch("envelope.training_run_id", brief(run), envelope.training_run_id)
+    if epoch is not None and envelope.epoch not in (None, epoch):
+        raise IdentityMismatch("envelope.epoch", f"{epoch}", f"{envelope.epoch}")
+    if isinstance(message, StructuralPruningDecision):
+        key = message.key
+        named = (message.epoch, message.model_hash)
+        if (key.epoch, key.model_hash) != named:
+            expected = f"a key of epoch {message.epoch} and architecture {message.model_hash}"
+            raise IdentityMismatch("idempotency_key", expected, str(key))
+
+
+def _run_of(message: Message) -> str:
+    """The run that a message's body names; empty where it names none."""
+    metadata = getattr(message, "metadata", None)
+    return str(getattr(message, "run_id", "") or getattr(metadata, "run_id", "") or "")
+
+
+def _epoch_of(message: Message) -> int | None:
+    """The epoch that a message's body names."""
+    for holder in (message, getattr(message, "metadata", None)):
+        if isinstance(epoch := getattr(holder, "epoch", None), int):
+            return epoch
+    return None
 
 
 def _checkpoint(message: CheckpointReady, window: float, now: datetime) -> Work:

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any, Self
 
 from elesh.bus.server.client import MAX_BLOCK, Client, open_client, until_available
+from elesh.bus.server.clock import ServerClock
 from elesh.bus.state.audit import AuditLog
 from elesh.bus.state.blobs import BlobStore
 from elesh.bus.state.breakers import BreakerStore
@@ -40,12 +41,15 @@ from elesh.bus.streams.shedding import WORK, shed_from
 from elesh.settings import BreakerSettings, BusSettings
 from leyline import (
     DeadLetter,
+    EventEnvelope,
     IdempotencyKey,
+    IdentityMismatch,
     Level,
     Message,
     Priority,
     TooLarge,
     encode,
+    read_envelope,
     stable_hash,
     wrap,
 )
@@ -61,9 +65,10 @@ __all__ = ["Bus"]
 _SOURCE = "elesh"
 _MARKER_SECONDS = 600
 _BATCH = 100
-# Work for groups that may not exist yet, and the audit log, are never dropped unread.
-_KEPT = WORK | {AUDIT}
+# Nobody may shorten the audit log. Work for groups that may not exist yet is not dropped unread.
+_TRIMMED = tuple(stream for stream in STREAMS if stream is not AUDIT)
 _REMEMBER_SECONDS = 3600
+_TOLD = b"outcome:"
 _SILENCE_MS = 3_600_000
 """After which a consumer with nothing pending is forgotten."""
 
@@ -79,26 +84,34 @@ class Bus:
         self.keys = keys = Keys(settings.partition)
         self._client = client
         self._scripts = scripts = Scripts(client)
-        self.guard = guard = Guard.of(settings.security)
+        self.guard = guard = Guard.of(settings.security, settings.partition)
+        self.clock = ServerClock(client)
         self.groups = Groups(client, scripts, keys)
         self.plans = PlanStore(
-            client, scripts, keys, self.groups, guard, settings.record_ttl_seconds
+            client, scripts, keys, self.groups, guard, self.clock, settings.record_ttl_seconds
         )
         self.sweeper = Sweeper(scripts, keys, self.plans, settings.lease_seconds)
         self.blobs = BlobStore(client, self._scripts, settings, guard)
         self.breakers = BreakerStore(
-            client, self._scripts, settings.partition, breaker or BreakerSettings()
+            client,
+            self._scripts,
+            guard,
+            self.clock,
+            settings.partition,
+            breaker or BreakerSettings(),
         )
         self.audit = AuditLog(client, self._scripts, guard, settings.partition)
-        self.dead_letters = DeadLetters(client, self._scripts, guard, settings.partition)
+        self.dead_letters = DeadLetters(
+            client, self._scripts, guard, self.clock, settings.partition
+        )
         self.registry = Registry(client, self._scripts, settings.partition)
         self._remembered: dict[str, float] = {}
         keep = settings.record_ttl_seconds
-        self.runs = RunStore(client, self._scripts, settings.partition, keep)
+        self.runs = RunStore(client, self._scripts, guard, settings.partition, keep)
 
     def history(self, epochs: int, nbytes: int) -> HistoryStore:
         """The runs' histories, each within so many epochs and bytes."""
-        return HistoryStore(self._client, self._scripts, self.settings, epochs, nbytes)
+        return HistoryStore(self._client, self._scripts, self.guard, self.settings, epochs, nbytes)
 
     @classmethod
     async def connect(
@@ -180,6 +193,7 @@ class Bus:
             run_id=run_id,
             epoch=epoch,
             correlation_id=correlation_id,
+            now=await self.clock.now(),
         )
         framed = self.guard.frame(stream, encode(envelope))
         marker = self.keys.named("event", stream.name, envelope.event_id)
@@ -229,15 +243,33 @@ class Bus:
     # Results
 
     async def record(self, key: IdempotencyKey) -> Record | None:
-        """The decision stored for a key, None if there is none."""
+        """The decision stored for a key, None if there is none.
+
+        Raises:
+            Unsigned, BadSignature, NotAuthorized: if it is not by a key that may decide.
+            IdentityMismatch: if it is the decision of another key.
+        """
         stored: Any = await self._client.hgetall(self.keys.named("record", str(key)))
-        if not stored:
+        if b"envelope" not in stored:
             return None
+        self.guard.check(DECISIONS, stored[b"envelope"])
+        envelope = unframed(stored[b"envelope"])
+        if (found := read_envelope(envelope).correlation_id) != str(key):
+            raise IdentityMismatch(f"record of {key}", str(key), found)
+        told = (name for name in stored if name.startswith(_TOLD))
         return Record(
             stored[b"fingerprint"].decode(),
-            unframed(stored[b"envelope"]),
+            envelope,
             datetime.fromtimestamp(float(stored[b"decided_at"]), UTC),
+            frozenset(name.removeprefix(_TOLD).decode() for name in told),
         )
+
+    async def record_outcome(self, key: IdempotencyKey, event_id: str) -> None:
+        """Keep that an outcome of a decision was taken in, for as long as the decision's record."""
+        name = self.keys.named("record", str(key))
+        await self._client.hset(name, _TOLD.decode() + event_id, "1")
+        # Its record may have ended at this very moment.
+        await self._client.expire(name, self.settings.record_ttl_seconds, nx=True)
 
     async def latest(self, run_id: str, level: Level, before: int) -> Record | None:
         """The run's latest good decision of a level, if it is of an epoch before ``before``."""
@@ -265,6 +297,7 @@ class Bus:
         """
         if not results:
             raise ValueError("settle needs a result; acknowledge an entry that has none")
+        now = await self.clock.now()
         keys = [self.groups.entry(delivery)[0], *map(self.keys.stream, (DECISIONS, DEAD))]
         dead_lettered = (
             self._dead_letter_fields(dead_letter, results[0].carrier) if dead_letter else []
@@ -274,7 +307,7 @@ class Bus:
         for result in results:
             level = result.key.level
             keys += [self.keys.named("record", str(result.key)), self._latest(result.run_id, level)]
-            framed = self.guard.frame(DECISIONS, encode(_committed(result)))
+            framed = self.guard.frame(DECISIONS, encode(_committed(result, now)))
             fields = entry_fields(framed, result.carrier)
             epoch = result.key.epoch if result.remember else -1
             args += [str(result.key), result.fingerprint, epoch, len(fields), *fields]
@@ -332,7 +365,12 @@ class Bus:
         """A dead letter as an entry; original bytes too large for a message stand beside it."""
 
         def enveloped(dead_letter: DeadLetter) -> bytes:
-            envelope = wrap(dead_letter, source=dead_letter.worker_id, priority=Priority.HIGH)
+            envelope = wrap(
+                dead_letter,
+                source=dead_letter.worker_id,
+                priority=Priority.HIGH,
+                now=self.clock.latest(),
+            )
             return self.guard.frame(DEAD, encode(envelope))
 
         try:
@@ -386,15 +424,15 @@ class Bus:
         been silent for an hour with nothing pending are forgotten.
         """
         removed = await self._scripts.tidy(
-            [self.keys.stream(stream) for stream in STREAMS],
+            [self.keys.stream(stream) for stream in _TRIMMED],
             self.settings.stream_length,
             _SILENCE_MS,
-            [stream not in _KEPT for stream in STREAMS],
+            [stream not in WORK for stream in _TRIMMED],
         )
-        return {stream.name: count for stream, count in zip(STREAMS, removed, strict=True)}
+        return {stream.name: count for stream, count in zip(_TRIMMED, removed, strict=True)}
 
 
-def _committed(result: Commit) -> Message:
+def _committed(result: Commit, now: datetime) -> EventEnvelope:
     return wrap(
         result.message,
         source=_SOURCE,
@@ -402,4 +440,5 @@ def _committed(result: Commit) -> Message:
         run_id=result.run_id,
         epoch=result.epoch,
         correlation_id=str(result.key),
+        now=now,
     )

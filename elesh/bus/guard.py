@@ -1,15 +1,18 @@
-"""What stands between the bus and those who may write to it: signed entries, sealed blobs.
+"""What stands between the bus and those who may write to it: signed entries, signed state, sealed
+blobs.
 
-Promises: with a keyring, everything that this process publishes is signed, and nothing that comes
-is parsed before its signature was checked; without one, entries are plain. A signed envelope is a
-frame: a byte that begins no msgpack value, the signature, then the envelope's own bytes, so that
-scripts, records and dead letters carry it like any other.
+Promises: with a keyring, everything that this process publishes or keeps on the bus to decide from
+is signed, for the place where it stands, and nothing that comes is parsed before its signature was
+checked; without one, all of it is plain. What is signed is a frame: a byte that begins no msgpack
+value, the signature, then the content's own bytes, so that scripts, records and dead letters carry
+it like any other.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
@@ -18,7 +21,7 @@ from elesh.security import Keyring, seal, unseal
 from elesh.settings import SettingsError
 from elesh.settings.security import SecuritySettings
 from leyline import Malformed
-from leyline.streams import OPERATIONS, Stream
+from leyline.streams import DECISIONS, OPERATIONS, Stream
 
 __all__ = ["Guard", "unframed"]
 
@@ -27,18 +30,22 @@ _LENGTH = struct.Struct(">H")
 
 
 class Guard:
-    """Signs what goes out and checks what comes in.
+    """Signs what goes out and checks what comes in, for one partition.
 
     Args:
         keyring: None: nothing is signed or checked.
         blob_key: id of the key that seals blobs; empty: blobs are stored plain.
+        partition: part of every place that is signed for.
 
     Raises:
         SettingsError: if the keyring has no such HMAC key.
     """
 
-    def __init__(self, keyring: Keyring | None = None, blob_key: str = "") -> None:
+    def __init__(
+        self, keyring: Keyring | None = None, blob_key: str = "", partition: str = "main"
+    ) -> None:
         self._keyring = keyring
+        self._partition = partition
         self._blob_keys = keyring.secrets() if keyring else {}
         if blob_key and blob_key not in self._blob_keys:
             known = ", ".join(sorted(self._blob_keys)) or "none"
@@ -49,20 +56,22 @@ class Guard:
         self._blob_key = blob_key
 
     @classmethod
-    def of(cls, settings: SecuritySettings) -> Self:
+    def of(cls, settings: SecuritySettings, partition: str = "main") -> Self:
         """The guard that the settings ask for.
 
         Raises:
             SettingsError: if the keyring's file cannot be used.
         """
         if not settings.keyring:
-            return cls(None, settings.blob_key)
+            return cls(None, settings.blob_key, partition)
         ring = Keyring.load(Path(settings.keyring), required=settings.require_signatures)
-        return cls(ring, settings.blob_key)
+        return cls(ring, settings.blob_key, partition)
+
+    # Entries
 
     def frame(self, stream: Stream, envelope: bytes) -> bytes:
         """The content of an entry's ``envelope`` field; the plain envelope where nothing signs."""
-        return self._framed(stream.name, envelope)
+        return self._framed(stream.key(self._partition), envelope)
 
     def check(self, stream: Stream, framed: bytes) -> str:
         """The id of the key that signed an entry; empty where entries may be unsigned.
@@ -71,15 +80,37 @@ class Guard:
             Unsigned, BadSignature, NotAuthorized: as :meth:`Keyring.check`.
             Malformed: if the frame is cut short.
         """
-        return self._checked(stream.name, framed, stream.name)
+        return self._checked(stream.key(self._partition), framed, (stream.name,))[0]
 
     def frame_redrive(self, at: str, framed: bytes) -> bytes:
         """The content of the field that says when an operator sent ``framed`` again."""
-        return self._framed(_redrive(framed), at.encode())
+        return self._framed(self._redrive(framed), at.encode())
 
     def check_redrive(self, field: bytes, framed: bytes) -> str:
         """As :meth:`check`, for that field: an operator's key, and this very entry."""
-        return self._checked(_redrive(framed), field, OPERATIONS.name)
+        return self._checked(self._redrive(framed), field, (OPERATIONS.name,))[0]
+
+    # State
+
+    def frame_state(self, place: str, content: bytes) -> bytes:
+        """Something that a decision will be built from, as it is kept at ``place``: a Redis key,
+        with the field's name where it is a hash."""
+        return self._framed(place, content)
+
+    def state(self, place: str, framed: bytes, *, may: Collection[Stream] = (DECISIONS,)) -> bytes:
+        """What is kept at ``place``, by a key that may do what is built from it: decide.
+
+        Raises:
+            Unsigned, BadSignature, NotAuthorized, Malformed: as :meth:`check`.
+        """
+        return self._checked(place, framed, [stream.name for stream in may])[1]
+
+    # Blobs
+
+    @property
+    def signs(self) -> bool:
+        """Whether what this process publishes is signed."""
+        return self._keyring is not None and bool(self._keyring.sign_with)
 
     @property
     def requires_signatures(self) -> bool:
@@ -103,21 +134,27 @@ class Guard:
         """
         return unseal(data, self._blob_keys, architecture, field=field)
 
-    def _framed(self, context: str, content: bytes) -> bytes:
-        signature = self._keyring.sign(context, content) if self._keyring else b""
+    def _framed(self, place: str, content: bytes) -> bytes:
+        signature = self._keyring.sign(place, content) if self._keyring else b""
         if not signature:
             return content
         return _MAGIC + _LENGTH.pack(len(signature)) + signature + content
 
-    def _checked(self, context: str, framed: bytes, stream: str) -> str:
-        if self._keyring is None:
-            return ""
+    def _checked(self, place: str, framed: bytes, may: Collection[str]) -> tuple[str, bytes]:
+        """The signer, empty where there need be none, and the content."""
         signature, content = _parts(framed)
-        return self._keyring.check(context, content, signature, datetime.now(UTC), may=stream)
+        if self._keyring is None:
+            return "", content
+        return self._keyring.check(place, content, signature, datetime.now(UTC), may=may), content
+
+    def _redrive(self, framed: bytes) -> str:
+        """What a redrive's signature stands for: this entry and no other."""
+        digest = hashlib.sha256(framed).hexdigest()
+        return f"{OPERATIONS.key(self._partition)}:redrive:{digest}"
 
 
 def unframed(framed: bytes) -> bytes:
-    """The envelope in a frame, unchecked; plain envelopes are their own.
+    """The content of a frame, unchecked; what is plain is its own.
 
     Raises:
         Malformed: if the frame is cut short.
@@ -136,8 +173,3 @@ def _parts(framed: bytes) -> tuple[bytes, bytes]:
     if len(framed) < end:
         raise Malformed("envelope", f"a signature of {end - start} bytes", "less")
     return framed[start:end], framed[end:]
-
-
-def _redrive(framed: bytes) -> str:
-    """What a redrive's signature stands for: this entry and no other."""
-    return f"redrive:{hashlib.sha256(framed).hexdigest()}"

@@ -128,15 +128,10 @@ class Scripts:
         """Lengthen a blob's life; False if a part is missing."""
         return bool(await self._touch(keys, [seconds, chunk_seconds]))
 
-    async def breaker(self, keys: Sequence[str], args: Args) -> list[Any]:
-        """Run one operation of a circuit breaker; see ``lua/breaker.lua``."""
-        reply: list[Any] = await self._breaker(keys, args)
-        return reply
-
-    async def look(self, keys: Sequence[str], args: Sequence[str | int]) -> list[Any]:
-        """The same for a circuit breaker that is only looked at."""
-        reply: list[Any] = await self._reading(self._breaker, keys, args)
-        return reply
+    async def breaker(self, keys: Sequence[str], args: Args) -> bool:
+        """Replace a circuit breaker's state; False if another was faster. See
+        ``lua/breaker.lua``."""
+        return bool(await self._breaker(keys, args))
 
     async def _reading(self, script: Any, keys: Sequence[str], args: Sequence[str | int]) -> Any:
         """Run a script that changes nothing, for which the right to read its keys is enough."""

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from elesh.bus import Backlog, BreakerView, Bus, DeadLetterEntry, Delivery, WorkerState
-from elesh.bus.admission import Work, admit
+from elesh.bus.admission import Work, admit, hear
 from elesh.observe import Link
 from elesh.observe.spanfile import RecordedSpan, find_trace
 from elesh.operate.replay import recorded_decision
@@ -26,8 +26,6 @@ from leyline import (
     Message,
     StructuralPruningDecision,
     TooLarge,
-    read_envelope,
-    unwrap,
 )
 from leyline.streams import CHECKPOINTS, DECISIONS, OUTCOMES, REQUESTS, TELEMETRY, Stream
 
@@ -90,7 +88,7 @@ class Reader:
                     if not found:
                         break
                     self._last[stream.name] = last
-                    self.history.take(read for each in found if (read := _read(each)))
+                    self.history.take(said for each in found if (said := self._read(each)))
         return self.history
 
     async def fleet(self) -> Fleet:
@@ -150,10 +148,19 @@ class Reader:
         found_again = await self.bus.read(stream, start=entry, end=entry)
         return self._admitted(found_again[0]) if found_again else None
 
+    def _read(self, delivery: Delivery) -> tuple[Message, datetime] | None:
+        """What an entry says, and when; None for one that nobody is to believe."""
+        try:
+            heard = hear(delivery, self.bus.guard)
+            return heard.message, heard.envelope.created_at
+        except ContractError:
+            return None
+
     def _admitted(self, delivery: Delivery) -> Work | None:
         window = self._settings.window_seconds
         try:
-            work = admit(delivery.envelope, window=window, now=datetime.now(UTC))
+            now = datetime.now(UTC)
+            work = admit(hear(delivery, self.bus.guard), window=window, now=now, redriven=now)
         except ContractError:
             return None  # it is among the dead letters
         return work if isinstance(work, Work) else None
@@ -170,11 +177,3 @@ class Reader:
                 await self.bus.blobs.fetch(ref, folder / file)
             (folder / "checkpoint.json").write_text(work.document.model_dump_json())
             return await asyncio.to_thread(CheckpointBundle.load, folder)
-
-
-def _read(delivery: Delivery) -> tuple[Message, datetime] | None:
-    try:
-        envelope = read_envelope(delivery.envelope)
-        return unwrap(envelope), envelope.created_at
-    except ContractError:
-        return None

@@ -14,7 +14,7 @@ from pathlib import Path
 from elesh.analysis import ImportanceTracker
 from elesh.analysis.importance.tracker_cache import TrackerCache
 from elesh.bus import Bus
-from elesh.bus.admission import Work, admit
+from elesh.bus.admission import Work, admit, hear
 from elesh.settings import Settings
 from leyline import CheckpointBundle, ContractError, IdempotencyKey, StructuralPruningDecision
 from leyline.streams import CHECKPOINTS, REQUESTS
@@ -59,7 +59,7 @@ async def _work(bus: Bus, settings: Settings, key: IdempotencyKey) -> Work | Non
         for delivery in await bus.read(stream):
             try:
                 window, now = settings.window_seconds, datetime.now(UTC)
-                work = admit(delivery.envelope, window=window, now=now, redriven=now)
+                work = admit(hear(delivery, bus.guard), window=window, now=now, redriven=now)
             except ContractError:
                 continue  # it is among the dead letters
             if isinstance(work, Work) and key in work.keys:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from elesh.bus import Bus, Delivery
-from elesh.bus.admission import Work, admit
+from elesh.bus.admission import Heard, Work, admit, hear, read
 from elesh.observe import linked_span
 from elesh.safety import BreakerStatus
 from elesh.settings import Settings
@@ -35,8 +35,6 @@ from leyline import (
     StructuralPruningDecision,
     decode,
     encode,
-    read_envelope,
-    unwrap,
 )
 from leyline.streams import CHECKPOINTS, REQUESTS
 
@@ -196,7 +194,7 @@ async def replay_case(path: Path, settings: Settings | None) -> Replayed:
         ContractError: if the file or what is in it is not sound.
     """
     case = open_case(path)
-    work = _admitted(case.envelope)
+    work = _admitted(read(case.envelope))
     chosen = settings or Settings.model_validate(case.settings or {})
     with tempfile.TemporaryDirectory(prefix="elesh-replay-") as name:
         folder = Path(name)
@@ -212,7 +210,7 @@ async def recorded_decision(bus: Bus, key: IdempotencyKey) -> StructuralPruningD
     record = await bus.record(key)
     if record is None:
         return None
-    message = unwrap(read_envelope(record.envelope))
+    message = read(record.envelope).message
     return message if isinstance(message, StructuralPruningDecision) else None
 
 
@@ -222,7 +220,7 @@ async def _events(bus: Bus, selection: Selection) -> AsyncIterator[tuple[Deliver
     for stream in (CHECKPOINTS, REQUESTS):
         for delivery in await bus.read(stream):
             try:
-                work = _admitted(delivery.envelope)
+                work = _admitted(hear(delivery, bus.guard))
             except ContractError:
                 continue
             if work.key not in done and selection.takes(work):
@@ -230,10 +228,10 @@ async def _events(bus: Bus, selection: Selection) -> AsyncIterator[tuple[Deliver
                 yield delivery, work
 
 
-def _admitted(envelope: bytes) -> Work:
-    """The work of an envelope, however old it is."""
+def _admitted(heard: Heard) -> Work:
+    """The work of an event, however old it is."""
     now = datetime.now(UTC)
-    work = admit(envelope, window=Settings().window_seconds, now=now, redriven=now)
+    work = admit(heard, window=Settings().window_seconds, now=now, redriven=now)
     if not isinstance(work, Work):
         raise ContractError("event", "a checkpoint or a request", type(work).__name__)
     return work

@@ -1,15 +1,16 @@
 """The keyring: signs stream entries and checks them, before anything of them is parsed.
 
-Promises: a signature covers the stream's name and every byte of the envelope, so that an entry can
-neither be changed nor moved to another stream; a key may speak only on the streams that its entry
-names; a key that was rotated out is still believed until ``not_after``, but no longer signs;
-comparisons take constant time; no secret is in any ``repr`` or error.
+Promises: a signature covers the place where something stands (partition and stream, or the key of
+a piece of state) and every byte of it, so that it can neither be changed nor moved; a key may speak
+only on the streams that its entry names; a key that was rotated out is still believed until
+``not_after``, but no longer signs; comparisons take constant time; no secret is in any ``repr`` or
+error.
 
 The file (YAML)::
 
     sign_with: worker-2025
     keys:
-      - {id: worker-2025, kind: hmac-sha256, secret_env: WORKER_KEY, may: [decisions, telemetry]}
+      - {id: worker-2025, kind: hmac-sha256, secret_env: WORKER_KEY, may: [decisions, work, ...]}
       - {id: worker-2024, kind: hmac-sha256, secret: q8Zk..., not_after: 2026-01-31T00:00:00Z}
       - {id: trainer, kind: ed25519, public: 7Vt1..., may: [checkpoints, outcomes]}
 
@@ -23,7 +24,7 @@ import base64
 import hmac
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Literal, Self
@@ -42,8 +43,8 @@ __all__ = ["KEY_ID", "Key", "Keyring", "new_key"]
 KEY_ID = r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$"
 """What a key may be called."""
 
-_VERSION = b"v1"
-_DOMAIN = b"elesh-bus-v1"
+_VERSION = b"v2"
+_DOMAIN = b"elesh-bus-v2"
 _SIZE = 32
 
 
@@ -168,32 +169,35 @@ class Keyring:
         """The secrets of the HMAC keys, by id: what blobs are sealed with."""
         return {key.id: _secret(key, "secret") for key in self.keys if key.kind == "hmac-sha256"}
 
-    def sign(self, stream: str, envelope: bytes) -> bytes:
-        """The signature field of an entry of ``stream``; empty where this process does not sign."""
+    def sign(self, place: str, content: bytes) -> bytes:
+        """The signature of what stands at ``place``; empty where this process does not sign."""
         if not self.sign_with:
             return b""
         key = self._keys[self.sign_with]
-        signature = base64.b64encode(key.sign(_signed(stream, envelope)))
+        signature = base64.b64encode(key.sign(_signed(place, content)))
         return b":".join((_VERSION, key.id.encode(), signature))
 
     def check(
         self,
-        stream: str,
-        envelope: bytes,
+        place: str,
+        content: bytes,
         signature: bytes | None,
         now: datetime,
         *,
-        may: str = "",
+        may: Collection[str] = (),
     ) -> str:
-        """The id of the key that signed an entry; empty for an unsigned one where that is allowed.
+        """The id of the key that signed what stands at ``place``; empty where nobody did and that
+        is allowed.
 
         Args:
-            may: the stream that the key must be allowed to speak on, where it is not ``stream``.
+            may: streams, by short name; the key must be allowed to speak on one of them. By
+                default the place itself.
 
         Raises:
             Unsigned: if there is no signature and one is required.
-            BadSignature: if it is malformed, of an unknown or expired key, or not of these bytes.
-            NotAuthorized: if its key may not speak on this stream.
+            BadSignature: if it is malformed, of an unknown or expired key, not of these bytes, or
+                not of this place.
+            NotAuthorized: if its key may speak on none of the streams.
         """
         if not signature:
             if self.required:
@@ -202,16 +206,19 @@ class Keyring:
         key, raw = self._parsed(signature)
         if key.not_after is not None and now > key.not_after:
             raise BadSignature("signature", f"a key that is valid at {now:%F %T}Z", key.id)
-        if not key.verifies(raw, _signed(stream, envelope)):
-            raise BadSignature("signature", f"a signature of these bytes by {key.id}", "another")
-        if not key.may & {"*", may or stream}:
-            raise NotAuthorized("signature", f"a key that may speak on {may or stream}", key.id)
+        if not key.verifies(raw, _signed(place, content)):
+            wanted = f"a signature of these bytes at this place by {key.id}"
+            raise BadSignature("signature", wanted, "another")
+        named = may or (place,)
+        if not key.may & {"*", *named}:
+            wanted = f"a key that may speak on {' or '.join(sorted(named))}"
+            raise NotAuthorized("signature", wanted, key.id)
         return key.id
 
     def _parsed(self, signature: bytes) -> tuple[Key, bytes]:
         parts = signature.split(b":") if len(signature) <= 256 else []
         if len(parts) != 3 or parts[0] != _VERSION:
-            raise BadSignature("signature", "v1:<key id>:<base64>", brief(signature))
+            raise BadSignature("signature", "v2:<key id>:<base64>", brief(signature))
         key = self._keys.get(parts[1].decode("ascii", "replace"))
         if key is None:
             raise BadSignature("signature", "a key of the keyring", brief(parts[1]))
@@ -241,9 +248,10 @@ def new_key(kind: Literal["hmac-sha256", "ed25519"], identity: str) -> dict[str,
     }
 
 
-def _signed(stream: str, envelope: bytes) -> bytes:
-    """What a signature covers: no two pairs of stream and envelope give the same bytes."""
-    return b"\0".join((_DOMAIN, stream.encode(), envelope))
+def _signed(place: str, content: bytes) -> bytes:
+    """What a signature covers: no two pairs of place and content give the same bytes."""
+    named = place.encode()
+    return b"\0".join((_DOMAIN, b"%d" % len(named), named, content))
 
 
 def _require_variables(key: Key) -> None:

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 
-from elesh.bus import Bus, Delivery, Plan, Planned, Stored, unframed
-from elesh.bus.admission import Work, admit
+from elesh.bus import Bus, Delivery, Plan, Planned, Stored
+from elesh.bus.admission import Work, admit, hear
 from elesh.observe import get_logger
 from elesh.settings import Settings
 from elesh.worker.telemetry.reports import Reports
@@ -22,6 +21,7 @@ from leyline import (
     AnalysisItem,
     ContractError,
     IdempotencyKey,
+    IdentityMismatch,
     ItemResult,
     JoinItem,
     Level,
@@ -41,6 +41,8 @@ __all__ = ["FanOut"]
 _INLINE = 256 << 10
 """Analyses up to so many bytes stand in the plan's record; larger ones are blobs."""
 _LATE = "no result within the window"
+_TOLERANCE = 1.0
+"""Seconds by which two workers may take the server's time differently."""
 _log = get_logger(__name__)
 
 
@@ -90,7 +92,7 @@ class FanOut:
         found = await self._planned(delivery, item.plan)
         if found is None:
             return
-        work = found[0]
+        work, plan = found
         try:
             self._result_handler.refuse_poison(delivery)
             groups = groups_of(work.document.architecture, item)
@@ -99,7 +101,7 @@ class FanOut:
             result = ItemResult(failed=str(error)[:8192], code=error.code)
             self._reports.status.gave_up(item.level)
             self._reports.step("failed", work, key=work.key.at(item.level), detail=str(error))
-        stored = await self._bus.plans.store(WORKERS, self._worker_id, delivery, item, result)
+        stored = await self._bus.plans.store(WORKERS, self._worker_id, delivery, plan, item, result)
         if stored is Stored.GONE:
             await self._bus.acknowledge(WORKERS, self._worker_id, delivery)
         detail = f"{item.name}: {stored}"
@@ -116,7 +118,9 @@ class FanOut:
             return
         try:
             self._result_handler.refuse_poison(delivery)
-            results = await self._bus.plans.results(item.plan)
+            results = await self._bus.plans.results(plan)
+            if len(results) < len(plan.items) and await self._early(delivery, plan):
+                return
             analyses = {
                 part: await self._analysis(results[part])
                 for part in plan.items
@@ -144,12 +148,25 @@ class FanOut:
             await self._end_late(delivery, key)
             return None
         window = self._settings.window_seconds
-        now = datetime.now(UTC)
+        now = await self._bus.clock.now()
         # It was admitted when it was planned: from then on the plan's deadline matters.
-        work = admit(unframed(plan.envelope), window=window, now=now, redriven=now)
+        heard = hear(_of_checkpoint(delivery, plan), self._bus.guard)
+        work = admit(heard, window=window, now=now, redriven=now)
         if not isinstance(work, Work):
             raise AnalysisFailed(f"plan {key}", "a checkpoint or a request", type(work).__name__)
+        if (str(work.key), work.fingerprint) != (plan.key, plan.fingerprint):
+            raise IdentityMismatch(f"plan {key}", "the checkpoint that was planned", str(work.key))
         return work, plan
+
+    async def _early(self, delivery: Delivery, plan: Plan) -> bool:
+        """Whether a join has come before its parts and before its time; then it comes again when
+        that is over."""
+        left = (plan.deadline - await self._bus.clock.now()).total_seconds()
+        if left <= _TOLERANCE:
+            return False
+        _log.warning("join came too early, waits for its deadline", plan=plan.key, seconds=left)
+        await self._bus.groups.requeue(WORKERS, self._worker_id, delivery, delay_seconds=left)
+        return True
 
     async def _end_late(self, delivery: Delivery, key: str) -> None:
         if await self._bus.record(IdempotencyKey.parse(key)):
@@ -172,10 +189,11 @@ class FanOut:
 
 def _of_checkpoint(delivery: Delivery, plan: Plan) -> Delivery:
     """The join's entry as the checkpoint that it stands for: what a dead letter keeps of it."""
-    known = {b"envelope": plan.envelope, b"origin": plan.origin.encode()}
+    known = {b"envelope": plan.envelope}
+    stream, _, entry = plan.origin.partition("/")
     context = {name.encode(): value.encode() for name, value in plan.carrier.items()}
     history = {name: value for name, value in delivery.fields.items() if name == b"history"}
-    return replace(delivery, fields=known | context | history)
+    return replace(delivery, fields=known | context | history, stands_for=(stream, entry))
 
 
 def _nothing(

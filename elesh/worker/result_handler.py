@@ -11,23 +11,27 @@ from collections.abc import Sequence
 from opentelemetry.trace import SpanKind
 
 from elesh.bus import Bus, Commit, CommitOutcome, Delivery
-from elesh.bus.admission import Work
+from elesh.bus.admission import Work, read
 from elesh.observe import get_logger, messaging, onward, span
 from elesh.safety import fingerprint_of, grounds, rolled_back_cut, vote_of, votes
 from elesh.settings import Settings
 from elesh.worker.telemetry.reports import Reports
 from leyline import (
+    BadSignature,
     Conflict,
     ContractError,
     DeadLetter,
     IdempotencyKey,
+    IdentityMismatch,
+    NotAuthorized,
     Poison,
     PruningOutcome,
     StructuralPruningDecision,
     UnknownDecision,
+    Unsigned,
     read_envelope,
-    unwrap,
 )
+from leyline.errors import brief
 from leyline.streams import WORKERS
 
 from .fallback_chain import CORRUPTION, is_corruption, stand_in
@@ -104,7 +108,7 @@ class ResultHandler:
     ) -> None:
         """A checkpoint that gave no decision is a dead letter; where its data is corrupt, the run's
         previous decision stands in as telemetry."""
-        if not isinstance(error, Conflict):
+        if not isinstance(error, Conflict | Unsigned | BadSignature | NotAuthorized):
             self._reports.status.gave_up(work.key.level)
             await self._note_failure(work, delivery, str(error))
         if is_corruption(error) and (previous := await self._previous(work)):
@@ -139,33 +143,41 @@ class ResultHandler:
             )
             self._reports.dead_lettered(dead_letter, work)
 
-    async def note(self, delivery: Delivery, outcome: PruningOutcome) -> None:
+    async def note(self, delivery: Delivery, outcome: PruningOutcome, event_id: str) -> None:
         """Tell the breakers what a trainer made of a decision, and remember a cut that it took
-        back.
+        back; once for each event, however often it comes.
 
         Raises:
             UnknownDecision: if that decision was never published.
+            IdentityMismatch: if it was made for another run.
         """
         key = IdempotencyKey.parse(outcome.idempotency_key)
         record = await self._bus.record(key)
-        decision = unwrap(read_envelope(record.envelope)) if record else None
-        if not isinstance(decision, StructuralPruningDecision):
+        decision = read(record.envelope).message if record else None
+        if record is None or not isinstance(decision, StructuralPruningDecision):
             raise UnknownDecision(
                 "idempotency_key", "the key of a published decision", outcome.idempotency_key
             )
+        if decision.run_id != outcome.run_id:
+            raise IdentityMismatch("run_id", brief(decision.run_id), brief(outcome.run_id))
+        if event_id in record.told:
+            await self._bus.acknowledge(WORKERS, self._worker_id, delivery)
+            return
+        token = f"{event_id}:{key}"
         self._reports.status.heard(outcome, key.level)
         breakers, vote = self._bus.breakers, vote_of(outcome)
         for level in decision.taken:
             change = None
             if vote == "failure":
                 reason = f"rolled back by the trainer: {outcome.detail}"
-                change = await breakers.failure(outcome.run_id, level, reason, token=str(key))
+                change = await breakers.failure(outcome.run_id, level, reason, token=token)
             elif vote == "success":
                 change = await breakers.success(outcome.run_id, level)
             await self._reports.transition(change)
         if vote == "failure":
             cut = rolled_back_cut(decision, outcome)
             await self._bus.runs.took_back(outcome.run_id, {fingerprint_of(cut): cut})
+        await self._bus.record_outcome(key, event_id)
         await self._bus.acknowledge(WORKERS, self._worker_id, delivery)
 
     async def _commit(
@@ -204,8 +216,10 @@ class ResultHandler:
     async def _previous(self, work: Work) -> StructuralPruningDecision | None:
         """The run's latest good decision of this level, of an earlier epoch."""
         record = await self._bus.latest(work.run_id, work.key.level, before=work.epoch)
-        decision = unwrap(read_envelope(record.envelope)) if record else None
-        return decision if isinstance(decision, StructuralPruningDecision) else None
+        decision = read(record.envelope).message if record else None
+        if not isinstance(decision, StructuralPruningDecision) or decision.run_id != work.run_id:
+            return None
+        return decision
 
     async def _count(self, work: Work, decision: StructuralPruningDecision) -> None:
         """Feed the breakers: an approved level counts only once the trainer reports on it."""
@@ -219,11 +233,10 @@ class ResultHandler:
                 await self._reports.transition(await breakers.success(work.run_id, level))
 
     async def _note_failure(self, work: Work, delivery: Delivery, reason: str) -> None:
-        origin = "/".join(delivery.origin)
+        event_id = read_envelope(delivery.envelope).event_id
+        token = f"{event_id}:{delivery.redriven or ''}:{work.key}"
         for level in work.levels:
-            change = await self._bus.breakers.failure(
-                work.run_id, level, reason, token=f"{origin}:{work.key}"
-            )
+            change = await self._bus.breakers.failure(work.run_id, level, reason, token=token)
             await self._reports.transition(change)
 
 

@@ -23,12 +23,11 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from elesh.bus import Bus, BusUnavailable, Delivery
-from elesh.bus.admission import Admitted, Work, admit
+from elesh.bus.admission import Admitted, Heard, Work, admit, hear
 from elesh.observe import current_span, get_logger, messaging, span_from
 from elesh.settings import Settings
 from elesh.worker.telemetry.auditor import auditing
@@ -275,20 +274,14 @@ class Worker:
 
     async def _admit_run_commit(self, held: _InFlight) -> None:
         delivery = held.delivery
-        delivery.check(self._bus.guard)
-        now, window = datetime.now(UTC), self._settings.window_seconds
-        asked = admit(
-            delivery.envelope,
-            window=window,
-            now=now,
-            redriven=delivery.redriven,
-            stream=delivery.published_on,
-        )
+        heard = hear(delivery, self._bus.guard)
+        now, window = await self._bus.clock.now(), self._settings.window_seconds
+        asked = admit(heard, window=window, now=now, redriven=delivery.redriven)
         held.key = _key_of(asked)
         self._status.began(held.key, delivery.origin)
         current_span().set_attribute("elesh.key", held.key)
         async with self._in_order(asked, held.key):
-            await self._run_commit(delivery, asked)
+            await self._run_commit(delivery, asked, heard)
 
     @contextlib.asynccontextmanager
     async def _in_order(self, asked: Admitted, key: str) -> AsyncIterator[None]:
@@ -300,7 +293,7 @@ class Worker:
                     pass
             yield
 
-    async def _run_commit(self, delivery: Delivery, asked: Admitted) -> None:
+    async def _run_commit(self, delivery: Delivery, asked: Admitted, heard: Heard) -> None:
         match asked:
             case Work():
                 await self._decide(delivery, asked)
@@ -313,7 +306,7 @@ class Worker:
                 await self._parameters.serve(delivery, asked)
             case PruningOutcome():
                 self._result_handler.refuse_poison(delivery)
-                await self._result_handler.note(delivery, asked)
+                await self._result_handler.note(delivery, asked, heard.envelope.event_id)
 
     async def _decide(self, delivery: Delivery, work: Work) -> None:
         self._result_handler.refuse_poison(delivery)

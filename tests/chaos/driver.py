@@ -22,7 +22,7 @@ from redis.exceptions import RedisError
 from servers import Server
 
 from elesh.bus import Bus, read_dead_letter
-from elesh.bus.admission import Work, admit
+from elesh.bus.admission import Work, admit, read
 from elesh.settings import BusSettings
 from leyline import StructuralPruningDecision, TelemetryEvent, read_envelope, unwrap
 from leyline.errors import ContractError
@@ -383,7 +383,7 @@ def _asked(fields: dict[bytes, bytes]) -> tuple[str, str] | None:
     """Event id and key of a checkpoint's entry; None for poison."""
     try:
         envelope = read_envelope(fields.get(b"envelope", b""))
-        work = admit(fields[b"envelope"], window=300, now=envelope.created_at)
+        work = admit(read(fields[b"envelope"]), window=300, now=envelope.created_at)
     except ContractError:
         return None
     return (envelope.event_id, str(work.key)) if isinstance(work, Work) else None

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from elesh.analysis import CountMinSketch, ImportanceTracker, element_keys
-from elesh.bus.admission import admit
+from elesh.bus.admission import admit, read
 from elesh.program.program import Program
 from elesh.security import Keyring, seal, unseal
 from elesh.trainer import Recorder
@@ -46,7 +46,7 @@ def _message(data: bytes) -> object:
 
 
 def _work(data: bytes) -> object:
-    return admit(data, window=300.0, now=NOW)
+    return admit(read(data), window=300.0, now=NOW)
 
 
 def _statistics(kind: type[Message]) -> Reader:

@@ -23,8 +23,8 @@ import yaml
 from redis.asyncio import Redis
 from station import WorkerProcess, ready
 
-from elesh.bus import Bus, Delivery, read_dead_letter
-from elesh.bus.admission import Work, admit
+from elesh.bus import Bus, Delivery, Guard, read_dead_letter
+from elesh.bus.admission import Work, admit, hear
 from elesh.settings import BusSettings
 from leyline import AnalysisRequest, ContractError, encode, read_envelope, unwrap, wrap
 from leyline.codec import decode
@@ -285,13 +285,8 @@ class _Siege:
         """How an entry ended that is no dead letter; it must be sound."""
         delivery = Delivery(entry.stream, place[1], entry.fields, 1)
         try:
-            asked = admit(
-                delivery.envelope,
-                window=_WINDOW,
-                now=entry.at,
-                redriven=delivery.redriven,
-                stream=delivery.published_on,
-            )
+            heard = hear(delivery, Guard())
+            asked = admit(heard, window=_WINDOW, now=entry.at, redriven=delivery.redriven)
         except ContractError as error:
             self.found.violations.append(f"{'/'.join(place)}: no letter, but {error}"[:300])
             return "lost"

@@ -101,7 +101,8 @@ def test_signed_work_is_decided_and_the_decision_is_signed(
     station.wait_decisions(1)
     (delivery,) = station.read(DECISIONS)
     settings = BusSettings(security={"keyring": keyrings("trainer")}).security
-    assert Guard.of(settings).check(DECISIONS, delivery.framed) == "worker"
+    guard = Guard.of(settings, station.partition)
+    assert guard.check(DECISIONS, delivery.framed) == "worker"
     assert unframed(delivery.framed) == delivery.envelope != delivery.framed
 
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from contracts.examples import MESSAGES
-from elesh.bus.admission import Work, admit
+from elesh.bus.admission import Work, admit, read
 from leyline import Expired, Message, StructuralAnalysisRequest, encode, wrap
 
 NOW = datetime(2025, 1, 14, 12, tzinfo=UTC)
@@ -25,7 +25,7 @@ def admitted(
 ) -> Work:
     """What is admitted at that time of a message of ``NOW`` that lives for ten minutes."""
     envelope = wrap(message, source="test", now=NOW, ttl=10 * MINUTE, deadline=deadline)
-    work = admit(encode(envelope), window=window, now=at, redriven=redriven)
+    work = admit(read(encode(envelope)), window=window, now=at, redriven=redriven)
     assert isinstance(work, Work)
     return work
 

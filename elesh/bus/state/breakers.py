@@ -1,23 +1,32 @@
 """Circuit breakers, one a run and level, shared by the whole fleet.
 
-Promises: every operation is one atomic step by the server's clock. The n-th consecutive failure
-opens; after the recovery time exactly one caller gets a probe, whose outcome closes or opens again;
-a prober that died is replaced when its lease is over. A failure with a token counts once, however
-often its message is delivered.
+Promises: every change is one atomic step, by the server's clock, made from the state that is there:
+where another caller was faster it is made again. The n-th consecutive failure opens; after the
+recovery time exactly one caller gets a probe, whose outcome closes or opens again; a prober that
+died is replaced when its lease is over. A failure with a token counts once, however often its
+message is delivered. The state is signed like the decisions that depend on it: one that nobody who
+may decide has written counts as open, until an operator resets it.
 """
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, Literal, cast
+from typing import Any, Literal
+
+import msgpack
 
 from elesh.bus.errors import BusUnavailable
+from elesh.bus.guard import Guard
 from elesh.bus.scripts import Scripts
 from elesh.bus.server.client import Client
+from elesh.bus.server.clock import ServerClock
 from elesh.settings import BreakerSettings
-from leyline import BreakerTransition, Level
+from leyline import BreakerTransition, ContractError, Level
+from leyline.streams import DECISIONS, OPERATIONS
 
 __all__ = ["BreakerStore", "BreakerView", "State"]
 
@@ -25,6 +34,8 @@ State = Literal["closed", "open", "half_open"]
 _PROBE_MS = 60_000
 _KEEP_MS = 7 * 86_400_000
 _MAX_REASON = 1024
+_COUNTED = 64
+"""Failures whose tokens are remembered."""
 
 
 @dataclass(frozen=True)
@@ -44,47 +55,136 @@ class BreakerView:
     """Whether the caller has the one probe of a half-open breaker."""
 
 
+@dataclass(frozen=True)
+class Circuit:
+    """A breaker's state; times in milliseconds since 1970 by the server's clock."""
+
+    state: State = "closed"
+    failures: int = 0
+    reason: str = ""
+    opened_at: int = 0
+    probe_until: int = 0
+    counted: tuple[str, ...] = ()
+    """Digests of the tokens of the last failures."""
+
+    def opened(self, now: int) -> Circuit:
+        """It as it opens."""
+        return replace(self, state="open", opened_at=now, probe_until=0)
+
+    def closed(self) -> Circuit:
+        """It as it closes; which failures were counted is not forgotten."""
+        return Circuit(counted=self.counted)
+
+    def probed(self, now: int, recovery: int) -> Circuit:
+        """It as it gives out a probe, if it may."""
+        rested = self.state == "open" and now >= self.opened_at + recovery
+        deserted = self.state == "half_open" and now >= self.probe_until
+        if rested or deserted:
+            return replace(self, state="half_open", probe_until=now + _PROBE_MS)
+        return self
+
+    def failed(self, now: int, limit: int, reason: str, token: str) -> Circuit:
+        """It after a failure; a known token does not count again."""
+        name = hashlib.sha256(token.encode()).hexdigest()[:16] if token else ""
+        known = bool(name) and name in self.counted
+        counted = (*self.counted, name)[-_COUNTED:] if name and not known else self.counted
+        failures = self.failures + (not known)
+        failed = replace(self, failures=failures, reason=reason, counted=counted)
+        # A probe that fails has failed, however often its message was delivered.
+        if self.state == "half_open" or (self.state == "closed" and failures >= limit):
+            return failed.opened(now)
+        return failed
+
+    def succeeded(self) -> Circuit:
+        """It after a success; work that was admitted before it opened says nothing of recovery."""
+        return self if self.state == "open" else self.closed()
+
+    def encode(self) -> bytes:
+        """Its bytes; none for one that has nothing to remember."""
+        values = list(vars(self).values())
+        data: bytes = msgpack.packb(values) if self != Circuit() else b""
+        return data
+
+    @classmethod
+    def decode(cls, data: bytes) -> Circuit:
+        """Of its bytes.
+
+        Raises:
+            ValueError, TypeError: if they are none.
+        """
+        state, failures, reason, opened_at, probe_until, counted = msgpack.unpackb(data)
+        return cls(state, failures, reason, opened_at, probe_until, tuple(counted))
+
+
+Step = Callable[[Circuit, int], Circuit]
+
+
 class BreakerStore:
     """The breakers of a partition."""
 
     def __init__(
-        self, client: Client, scripts: Scripts, partition: str, settings: BreakerSettings
+        self,
+        client: Client,
+        scripts: Scripts,
+        guard: Guard,
+        clock: ServerClock,
+        partition: str,
+        settings: BreakerSettings,
     ) -> None:
         self._client = client
         self._scripts = scripts
+        self._guard = guard
+        self._clock = clock
         self._prefix = f"elesh:{{{partition}}}:breaker"
         self._index = f"elesh:{{{partition}}}:breakers"
-        recovery = max(1, round(settings.recovery_seconds * 1000))
-        self._limits = (settings.failures, recovery, _PROBE_MS, _KEEP_MS + 2 * recovery)
+        self._failures = settings.failures
+        self._recovery = max(1, round(settings.recovery_seconds * 1000))
+        self._keep = _KEEP_MS + 2 * self._recovery
 
     async def view(self, run_id: str, level: Level) -> BreakerView:
         """The breaker as it stands; nothing is admitted."""
-        return (await self._run("view", run_id, level))[0]
+        _, circuit = await self._read(run_id, level)
+        return _view(run_id, level, circuit)
 
     async def admit(self, run_id: str, level: Level) -> BreakerView:
         """Ask to go ahead; ``admitted`` is the answer, ``probe`` if it is the one trial.
 
         Whoever is admitted reports :meth:`success` or :meth:`failure`.
         """
-        return (await self._run("admit", run_id, level))[0]
+        before, after, _ = await self._change(
+            run_id, level, lambda now_is, now: now_is.probed(now, self._recovery)
+        )
+        view = _view(run_id, level, after)
+        probe = before != after
+        return replace(view, admitted=view.admitted or probe, probe=probe)
 
     async def failure(
         self, run_id: str, level: Level, reason: str, *, token: str = ""
     ) -> BreakerTransition | None:
         """Count a failure, once for each token; the transition, if the state changed."""
-        return (await self._run("failure", run_id, level, reason, token))[1]
+        reason = reason[:_MAX_REASON]
+        return await self._transition(
+            run_id,
+            level,
+            lambda now_is, now: now_is.failed(now, self._failures, reason, token),
+            reason,
+        )
 
     async def success(self, run_id: str, level: Level) -> BreakerTransition | None:
         """Forget the failures so far and close after a probe; an open breaker stays open."""
-        return (await self._run("success", run_id, level))[1]
+        return await self._transition(run_id, level, lambda now_is, _: now_is.succeeded())
 
     async def reset(self, run_id: str, level: Level) -> BreakerTransition | None:
         """Close by hand."""
-        return (await self._run("reset", run_id, level, "reset by an operator"))[1]
+        reason = "reset by an operator"
+        return await self._transition(run_id, level, lambda now_is, _: now_is.closed(), reason)
 
     async def trip(self, run_id: str, level: Level, reason: str) -> BreakerTransition | None:
         """Open by hand; it recovers like any other."""
-        return (await self._run("trip", run_id, level, reason))[1]
+        reason = reason[:_MAX_REASON]
+        return await self._transition(
+            run_id, level, lambda now_is, now: replace(now_is, reason=reason).opened(now), reason
+        )
 
     async def show(self) -> list[BreakerView]:
         """Every breaker that is not closed or has failures, by run and level."""
@@ -92,48 +192,80 @@ class BreakerStore:
         names = sorted(name.decode() for name in members)
         views = []
         for run_id, _, level in (name.rpartition(":") for name in names):
-            view = (await self._run("look", run_id, Level(level)))[0]
+            if level not in list(Level):
+                continue  # somebody else wrote that
+            stored, circuit = await self._read(run_id, Level(level))
+            view = _view(run_id, Level(level), circuit)
             if view.state != "closed" or view.failures:
                 views.append(view)
-            else:
+            elif not stored:
                 # It expired: its name is forgotten, too, by who may.
                 with contextlib.suppress(BusUnavailable):
-                    await self.view(run_id, Level(level))
+                    await self._write(run_id, Level(level), b"", Circuit())
         return views
 
-    async def _run(
-        self, operation: str, run_id: str, level: Level, reason: str = "", token: str = ""
-    ) -> tuple[BreakerView, BreakerTransition | None]:
-        name = f"{run_id}:{level}"
-        keys = [f"{self._prefix}:{name}", self._index]
-        if token:
-            keys.append(f"{self._prefix}-failure:{name}:{token}")
-        args: list[str | int] = [operation, name, reason[:_MAX_REASON], *self._limits]
-        run = self._scripts.look if operation == "look" else self._scripts.breaker
-        reply = await run(keys, args)
-        before, after = (cast(State, state.decode()) for state in reply[:2])
-        failures, kept_reason, opened = reply[2], reply[3].decode(), reply[4]
-        view = BreakerView(
-            run_id,
-            level,
-            after,
-            failures,
-            kept_reason,
-            _time(opened) if opened else None,
-            admitted=bool(reply[6]),
-            probe=bool(reply[7]),
-        )
-        if before == after:
-            return view, None
-        return view, BreakerTransition(
+    async def _transition(
+        self, run_id: str, level: Level, step: Step, reason: str = ""
+    ) -> BreakerTransition | None:
+        before, after, now = await self._change(run_id, level, step)
+        if before.state == after.state:
+            return None
+        return BreakerTransition(
             run_id=run_id,
             level=level,
-            before=before,
-            after=after,
-            failures=failures,
-            reason=reason[:_MAX_REASON] or kept_reason,
-            at=_time(reply[5]),
+            before=before.state,
+            after=after.state,
+            failures=after.failures,
+            reason=reason or after.reason,
+            at=_time(now),
         )
+
+    async def _change(self, run_id: str, level: Level, step: Step) -> tuple[Circuit, Circuit, int]:
+        """The circuit before and after a step, and the time; nothing is written where nothing
+        changes."""
+        while True:
+            stored, before = await self._read(run_id, level)
+            now = round((await self._clock.now()).timestamp() * 1000)
+            after = step(before, now)
+            if after == before or await self._write(run_id, level, stored, after):
+                return before, after, now
+
+    async def _read(self, run_id: str, level: Level) -> tuple[bytes, Circuit]:
+        """The breaker's stored bytes, and what they say."""
+        key = self._key(run_id, level)
+        found: Any = await self._client.hmget(key, ["signed"])
+        stored: bytes = found[0] or b""
+        if not stored:
+            return stored, Circuit()
+        try:
+            data = self._guard.state(key, stored, may=(DECISIONS, OPERATIONS))
+            return stored, Circuit.decode(data)
+        except (ContractError, ValueError, TypeError) as error:
+            return stored, Circuit(state="open", reason=f"its state is not to be believed: {error}")
+
+    async def _write(self, run_id: str, level: Level, stored: bytes, circuit: Circuit) -> bool:
+        key, data = self._key(run_id, level), circuit.encode()
+        signed = self._guard.frame_state(key, data) if data else b""
+        listed = circuit.state != "closed" or circuit.failures > 0
+        name = f"{run_id}:{level}"
+        return await self._scripts.breaker(
+            [key, self._index], [stored, signed, name, int(listed), self._keep]
+        )
+
+    def _key(self, run_id: str, level: Level) -> str:
+        return f"{self._prefix}:{run_id}:{level}"
+
+
+def _view(run_id: str, level: Level, circuit: Circuit) -> BreakerView:
+    return BreakerView(
+        run_id,
+        level,
+        circuit.state,
+        circuit.failures,
+        circuit.reason,
+        _time(circuit.opened_at) if circuit.opened_at else None,
+        admitted=circuit.state == "closed",
+    )
 
 
 def _time(milliseconds: int) -> datetime:

@@ -3,22 +3,26 @@ how far its predictions were off.
 
 Promises: a claim is taken, renewed and given up in one atomic step by the server's clock, and that
 of a holder that is gone ends with its lease; a cut that was taken back is kept as long as decisions
-are.
+are. Both are signed like the decisions that are made from them.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgpack
 
+from elesh.bus.guard import Guard
 from elesh.bus.scripts import Scripts
 from elesh.bus.server.client import Client
-from leyline import RolledBackCut, WouldBeCut, decode, encode
+from leyline import ContractError, RolledBackCut, WouldBeCut, decode, encode
 
 __all__ = ["Holder", "RunStore"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,10 @@ class RunStore:
         keep: seconds that cuts which were taken back are remembered.
     """
 
-    def __init__(self, client: Client, scripts: Scripts, partition: str, keep: int) -> None:
-        self._client, self._scripts, self._keep = client, scripts, keep
+    def __init__(
+        self, client: Client, scripts: Scripts, guard: Guard, partition: str, keep: int
+    ) -> None:
+        self._client, self._scripts, self._guard, self._keep = client, scripts, guard, keep
         self._prefix = f"elesh:{{{partition}}}"
 
     async def claim(self, run_id: str, token: str, who: str, seconds: float) -> Holder | None:
@@ -55,13 +61,15 @@ class RunStore:
         """Remember cuts that a trainer took back, by the fingerprints of their units."""
         key = self._cuts(run_id)
         for name, cut in cuts.items():
-            await self._client.hset(key, name, encode(cut))
+            await self._client.hset(
+                key, name, self._guard.frame_state(_place(key, name), encode(cut))
+            )
         await self._client.expire(key, self._keep)
 
     async def taken_back(self, run_id: str) -> list[RolledBackCut]:
         """The cuts of a run that were taken back, in a fixed order."""
-        stored: Any = await self._client.hgetall(self._cuts(run_id))
-        cuts = [decode(RolledBackCut, value, field="rolled back") for value in stored.values()]
+        found = await self._believed(self._cuts(run_id))
+        cuts = [decode(RolledBackCut, value, field="rolled back") for value in found]
         return sorted(cuts, key=lambda cut: (cut.epoch, cut.idempotency_key))
 
     async def measured_calibration_probe(
@@ -69,17 +77,30 @@ class RunStore:
     ) -> None:
         """Remember what the decision ``key`` measured to calibrate by."""
         name = self._calibration_probe(run_id)
-        await self._client.hset(name, key, msgpack.packb([encode(cut) for cut in cuts]))
+        data = msgpack.packb([encode(cut) for cut in cuts])
+        await self._client.hset(name, key, self._guard.frame_state(_place(name, key), data))
         await self._client.expire(name, self._keep)
 
     async def would_be(self, run_id: str) -> list[WouldBeCut]:
         """All would-be cuts of a run that were measured, in a fixed order."""
-        stored: Any = await self._client.hgetall(self._calibration_probe(run_id))
+        found = await self._believed(self._calibration_probe(run_id))
         return [
             decode(WouldBeCut, cut, field="would-be cut")
-            for _, cuts in sorted(stored.items())
+            for cuts in found
             for cut in msgpack.unpackb(cuts)
         ]
+
+    async def _believed(self, key: str) -> list[bytes]:
+        """The values of a hash in the order of their names, without those that nobody who may
+        decide has written: they count as absent, and are named in the log."""
+        stored: Any = await self._client.hgetall(key)
+        found = []
+        for name, framed in sorted(stored.items()):
+            try:
+                found.append(self._guard.state(_place(key, name.decode(errors="replace")), framed))
+            except ContractError as error:
+                _log.warning("state passed over: %s: %s", key, error)
+        return found
 
     def _calibration_probe(self, run_id: str) -> str:
         return f"{self._prefix}:would-be:{run_id}"
@@ -90,3 +111,8 @@ class RunStore:
 
     def _cuts(self, run_id: str) -> str:
         return f"{self._prefix}:rolled-back:{run_id}"
+
+
+def _place(key: str, name: str) -> str:
+    """Where a field of a hash stands, for its signature."""
+    return f"{key}#{name}"

@@ -16,10 +16,11 @@ from typing import Any, Literal
 from elesh.bus.guard import Guard
 from elesh.bus.scripts import Scripts
 from elesh.bus.server.client import Client
+from elesh.bus.server.clock import ServerClock
 from leyline import ContractError, DeadLetter, InvalidField, OperatorAction, encode, wrap
 from leyline.streams import DEAD, OPERATIONS, STREAMS, Stream
 
-from .records import Delivery, deliveries_of, entry_fields, read_dead_letter
+from .records import BUS_FIELDS, Delivery, deliveries_of, entry_fields, read_dead_letter
 
 __all__ = ["DeadLetters", "DeadLetterEntry", "Redriven"]
 
@@ -51,10 +52,18 @@ class Redriven:
 class DeadLetters:
     """The dead letters of a partition."""
 
-    def __init__(self, client: Client, scripts: Scripts, guard: Guard, partition: str) -> None:
+    def __init__(
+        self,
+        client: Client,
+        scripts: Scripts,
+        guard: Guard,
+        clock: ServerClock,
+        partition: str,
+    ) -> None:
         self._client = client
         self._scripts = scripts
         self._guard = guard
+        self._clock = clock
         self._partition = partition
         self._marks = f"elesh:{{{partition}}}:redriven"
 
@@ -62,7 +71,7 @@ class DeadLetters:
         """Every letter, oldest first."""
         entries = await self._range("-", "+")
         marks: Any = await self._client.hgetall(self._marks)
-        return [_dead_letter(entry, marks.get(entry.entry_id.encode(), b"")) for entry in entries]
+        return [self._entry(entry, marks.get(entry.entry_id.encode(), b"")) for entry in entries]
 
     async def get(self, entry_id: str) -> DeadLetterEntry:
         """One letter.
@@ -76,7 +85,7 @@ class DeadLetters:
         if not entries:
             raise _missing(entry_id)
         mark: Any = await self._client.hget(self._marks, entry_id)
-        return _dead_letter(entries[0], mark or b"")
+        return self._entry(entries[0], mark or b"")
 
     async def redrive(self, entry_id: str, operator: str, reason: str = "") -> Redriven:
         """Publish a letter's original entry again on the stream that it stood in.
@@ -91,7 +100,7 @@ class DeadLetters:
         stream = _served(entry_id, dead_letter.message.stream)
         event = self._event("redrive", entry_id, operator, reason, f"on {stream.name}")
         # Its time to live counts from now: an operator waits for it.
-        at = f"{datetime.now(UTC).timestamp() * 1000:.0f}"
+        at = f"{(await self._clock.now()).timestamp() * 1000:.0f}"
         original = dead_letter.message.original
         redriven = self._guard.frame_redrive(at, original.get("envelope", b""))
         reply = await self._scripts.redrive(
@@ -139,18 +148,21 @@ class DeadLetters:
             reason=reason,
             outcome=outcome,
         )
-        envelope = encode(wrap(message, source="operator"))
+        envelope = encode(wrap(message, source="operator", now=self._clock.latest()))
         return entry_fields(self._guard.frame(OPERATIONS, envelope), {})
+
+    def _entry(self, entry: Delivery, mark: bytes) -> DeadLetterEntry:
+        """A letter; one that is not signed by whoever may write it cannot be read."""
+        try:
+            entry.check(self._guard)
+            return DeadLetterEntry(
+                entry.entry_id, read_dead_letter(entry), redriven_as=mark.decode()
+            )
+        except ContractError as error:
+            return DeadLetterEntry(entry.entry_id, None, str(error), mark.decode())
 
     def _key(self, stream: Stream) -> str:
         return stream.key(self._partition)
-
-
-def _dead_letter(entry: Delivery, mark: bytes) -> DeadLetterEntry:
-    try:
-        return DeadLetterEntry(entry.entry_id, read_dead_letter(entry), redriven_as=mark.decode())
-    except ContractError as error:
-        return DeadLetterEntry(entry.entry_id, None, str(error), mark.decode())
 
 
 def _served(entry_id: str, name: str) -> Stream:
@@ -162,7 +174,8 @@ def _served(entry_id: str, name: str) -> Stream:
 
 def _flat(original: dict[str, bytes]) -> Iterator[str | bytes]:
     for name, value in original.items():
-        yield from (name, value)
+        if name.encode() not in BUS_FIELDS:
+            yield from (name, value)
 
 
 def _missing(entry_id: str) -> InvalidField:

@@ -9,15 +9,31 @@ leaves in Redis goes when its decision is settled, else with its time to live.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any
+
+import msgpack
 
 from elesh.bus.guard import Guard
 from elesh.bus.keys import Keys
 from elesh.bus.scripts import Scripts
 from elesh.bus.server.client import Client
-from leyline import AnalysisItem, ItemResult, JoinItem, Message, decode, encode, stable_hash, wrap
+from elesh.bus.server.clock import ServerClock
+from leyline import (
+    AnalysisItem,
+    IdentityMismatch,
+    ItemResult,
+    JoinItem,
+    Malformed,
+    Message,
+    decode,
+    encode,
+    stable_hash,
+    wrap,
+)
+from leyline.errors import brief
 from leyline.streams import WORK
 
 from .consumer_groups import Groups
@@ -26,6 +42,7 @@ from .records import CONTEXT, Delivery, entry_fields
 __all__ = ["Plan", "PlanStore", "Planned", "Stored"]
 
 _SOURCE = "elesh"
+_LONG_AGO = datetime.fromtimestamp(0, UTC)
 
 
 class Planned(StrEnum):
@@ -64,6 +81,16 @@ class Plan:
     """Names of all parts."""
     origin: str = ""
     """Stream and entry that the checkpoint stood in."""
+    deadline: datetime = _LONG_AGO
+    """When it is joined whatever parts are there, by the server's clock."""
+
+    @property
+    def facts(self) -> bytes:
+        """What of it is under the signature of the worker that made it; the checkpoint is under
+        its trainer's."""
+        at = round(self.deadline.timestamp() * 1000)
+        facts: bytes = msgpack.packb([self.key, self.fingerprint, self.items, self.origin, at])
+        return facts
 
 
 class PlanStore:
@@ -76,6 +103,7 @@ class PlanStore:
         keys: Keys,
         groups: Groups,
         guard: Guard,
+        clock: ServerClock,
         seconds: int,
     ) -> None:
         self._client = client
@@ -83,6 +111,7 @@ class PlanStore:
         self._keys = keys
         self._groups = groups
         self._guard = guard
+        self._clock = clock
         self._seconds = seconds
         self._shared = [keys.stream(WORK), keys.named("deadlines")]
 
@@ -97,10 +126,13 @@ class PlanStore:
         window_seconds: float,
     ) -> Planned:
         """Make the checkpoint of ``delivery`` into parts; they have ``window_seconds`` for all."""
+        now = await self._clock.now()
+        plan = replace(plan, deadline=now + timedelta(seconds=window_seconds))
         join = self._framed(JoinItem(plan=plan.key), plan.key, "join")
+        signed = self._guard.frame_state(self._plan(plan.key), plan.facts)
         fields: list[str | bytes | int] = [
             *("envelope", plan.envelope, "join", join, "total", len(items)),
-            *("items", " ".join(plan.items), "origin", plan.origin),
+            *("items", " ".join(plan.items), "origin", plan.origin, "facts", signed),
             *(part for name in CONTEXT for part in (name, plan.carrier.get(name, ""))),
         ]
         args: list[str | bytes | int] = [group, consumer, delivery.entry_id, plan.key]
@@ -114,41 +146,69 @@ class PlanStore:
         return Planned(await self._scripts.plan(keys, args))
 
     async def load(self, key: str) -> Plan | None:
-        """The plan of a key; None if it was joined and settled, or never made."""
+        """The plan of a key; None if it was joined and settled, or never made.
+
+        Raises:
+            Unsigned, BadSignature, NotAuthorized: if it was not made by a key that may decide.
+            Malformed: if it is none.
+        """
         stored: Any = await self._client.hgetall(self._plan(key))
         if b"envelope" not in stored:
             return None
-        text = {name: stored.get(name.encode(), b"").decode() for name in (*CONTEXT, "origin")}
-        return Plan(
-            key=key,
-            fingerprint=stored[b"fingerprint"].decode(),
-            envelope=stored[b"envelope"],
-            carrier={name: text[name] for name in CONTEXT if text[name]},
-            items=tuple(stored[b"items"].decode().split()),
-            origin=text["origin"],
-        )
+        facts = self._guard.state(self._plan(key), stored.get(b"facts", b""))
+        carrier = {name: stored.get(name.encode(), b"").decode() for name in CONTEXT}
+        try:
+            named, fingerprint, items, origin, at = msgpack.unpackb(facts)
+            plan = Plan(
+                key=named,
+                fingerprint=fingerprint,
+                envelope=stored[b"envelope"],
+                carrier={name: value for name, value in carrier.items() if value},
+                items=tuple(items),
+                origin=origin,
+                deadline=datetime.fromtimestamp(at / 1000, UTC),
+            )
+        except (ValueError, TypeError, OverflowError, msgpack.UnpackException):
+            raise Malformed(f"plan {key}", "the facts of a plan", brief(facts)) from None
+        if plan.key != key:
+            raise IdentityMismatch(f"plan {key}", key, brief(plan.key))
+        return plan
 
     async def store(
         self,
         group: str,
         consumer: str,
         delivery: Delivery,
+        plan: Plan,
         item: AnalysisItem,
         result: ItemResult,
     ) -> Stored:
         """Store a part's result and acknowledge its entry."""
+        signed = self._guard.frame_state(self._result(plan, item.name), encode(result))
         keys = [self._groups.entry(delivery)[0], self._plan(item.plan), self._results(item.plan)]
         args: list[str | bytes | int] = [group, consumer, delivery.entry_id]
-        args += [item.plan, item.name, encode(result)]
+        args += [item.plan, item.name, signed]
         return Stored(await self._scripts.store([*keys, *self._shared], args))
 
-    async def results(self, key: str) -> dict[str, ItemResult]:
-        """The results that are there, by the name of their part."""
-        stored: Any = await self._client.hgetall(self._results(key))
-        return {
-            name.decode(): decode(ItemResult, result, field=f"result {name.decode()} of {key}")
-            for name, result in sorted(stored.items())
-        }
+    async def results(self, plan: Plan) -> dict[str, ItemResult]:
+        """The results that are there, by the name of their part.
+
+        Raises:
+            Unsigned, BadSignature, NotAuthorized: if one is not by a key that may decide, for this
+                part of this content.
+        """
+        stored: Any = await self._client.hmget(self._results(plan.key), list(plan.items))
+        results = {}
+        for name, framed in zip(plan.items, stored, strict=True):
+            if framed is not None:
+                data = self._guard.state(self._result(plan, name), framed)
+                results[name] = decode(ItemResult, data, field=f"result {name} of {plan.key}")
+        return results
+
+    def _result(self, plan: Plan, part: str) -> str:
+        """Where a part's result stands, for its signature: the same key may come again with other
+        content."""
+        return f"{self._results(plan.key)}#{part}#{plan.fingerprint}"
 
     async def join_overdue(self, key: str) -> bool:
         """Queue the join of a plan past its deadline; False if it was queued before."""
@@ -166,5 +226,11 @@ class PlanStore:
 
     def _framed(self, message: Message, key: str, name: str) -> bytes:
         event_id = f"work-{stable_hash(key, name)}"
-        envelope = wrap(message, source=_SOURCE, event_id=event_id, correlation_id=key)
+        envelope = wrap(
+            message,
+            source=_SOURCE,
+            event_id=event_id,
+            correlation_id=key,
+            now=self._clock.latest(),
+        )
         return self._guard.frame(WORK, encode(envelope))

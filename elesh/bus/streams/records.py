@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,11 +14,21 @@ from typing import Any
 from pydantic import ValidationError
 
 from elesh.bus.guard import Guard, unframed
-from leyline import Attempt, DeadLetter, IdempotencyKey, Malformed, Message, read_envelope, unwrap
+from leyline import (
+    Attempt,
+    DeadLetter,
+    IdempotencyKey,
+    InvalidField,
+    Malformed,
+    Message,
+    read_envelope,
+    unwrap,
+)
 from leyline.errors import UnknownType, brief
-from leyline.streams import STREAMS, Stream
+from leyline.streams import REDELIVERIES, STREAMS, Stream
 
 __all__ = [
+    "BUS_FIELDS",
     "CONTEXT",
     "Delivery",
     "History",
@@ -32,11 +43,14 @@ __all__ = [
 
 _ENVELOPE = b"envelope"
 _BY_NAME = {stream.name: stream for stream in STREAMS}
+_ROUND = {stream.name for stream in STREAMS if stream.group and stream is not REDELIVERIES}
+"""Streams whose entries may go round again."""
 CONTEXT = ("traceparent", "tracestate")
 """Fields of the W3C trace context."""
 _ORIGINAL = b"original."
 _REDRIVEN = b"redriven"
-_OURS = frozenset({b"origin", b"history", _REDRIVEN})
+_ENTRY_ID = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
+BUS_FIELDS = frozenset({b"origin", b"history", _REDRIVEN})
 """Fields that the bus adds to an entry that goes round again."""
 
 
@@ -81,7 +95,7 @@ class History:
                 for cause, worker, at, detail in told.get("attempts", ())
             ]
             crashes, exceptions, handovers = (
-                int(told.get(cause, 0)) for cause in ("crash", "exception", "handover")
+                max(0, int(told.get(cause, 0))) for cause in ("crash", "exception", "handover")
             )
         except (ValueError, TypeError, AttributeError, OverflowError, OSError, ValidationError):
             return cls()
@@ -98,6 +112,9 @@ class Delivery:
     deliveries: int
     """How often a worker began it or died with it, 1 for the first time; 0 if it was read without a
     group. Handovers do not count."""
+    stands_for: tuple[str, str] | None = None
+    """The stream, by its short name, and the entry that it stands for, as a join does for its
+    checkpoint."""
 
     @property
     def envelope(self) -> bytes:
@@ -121,16 +138,22 @@ class Delivery:
             )
         return self.fields[_ENVELOPE]
 
-    def check(self, guard: Guard) -> None:
-        """Look at the signatures, before anything is parsed.
+    def check(self, guard: Guard) -> str:
+        """Look at the signatures, before anything is parsed; the id of the key that signed, empty
+        where nobody has to.
 
         Raises:
             Unsigned, BadSignature, NotAuthorized: if the entry, or an operator's word that it was
                 sent again, is not by a key that may say so.
+            InvalidField: if it goes round again and does not say where it was published.
         """
-        guard.check(self.published_on, self.framed)
+        if self.stream is REDELIVERIES and self.published_on is REDELIVERIES:
+            wanted = "stream and entry that it was published as"
+            raise InvalidField("origin", wanted, self.fields.get(b"origin", b"none"))
+        signer = guard.check(self.published_on, self.framed)
         if _REDRIVEN in self.fields:
             guard.check_redrive(self.fields[_REDRIVEN], self.framed)
+        return signer
 
     @cached_property
     def history(self) -> History:
@@ -139,9 +162,18 @@ class Delivery:
 
     @property
     def origin(self) -> tuple[str, str]:
-        """The stream, by its short name, and the entry id under which it was published."""
-        stream, _, entry = self.fields.get(b"origin", b"").decode("utf-8", "replace").partition("/")
-        return (stream, entry) if stream and entry else (self.stream.name, self.entry_id)
+        """The stream, by its short name, and the entry id under which it was published.
+
+        Only an entry that goes round again stood somewhere else first, in a stream of work.
+        """
+        if self.stands_for is not None:
+            return self.stands_for
+        if self.stream is REDELIVERIES:
+            told = self.fields.get(b"origin", b"").decode("utf-8", "replace")
+            stream, _, entry = told.partition("/")
+            if stream in _ROUND and _ENTRY_ID.fullmatch(entry):
+                return stream, entry
+        return self.stream.name, self.entry_id
 
     @property
     def published_on(self) -> Stream:
@@ -154,7 +186,7 @@ class Delivery:
         return {
             name.decode("utf-8", "backslashreplace"): value
             for name, value in self.fields.items()
-            if name not in _OURS
+            if name not in BUS_FIELDS
         }
 
     @property
@@ -209,6 +241,8 @@ class Record:
     fingerprint: str
     envelope: bytes
     decided_at: datetime
+    told: frozenset[str] = frozenset()
+    """Event ids of the outcomes that were recorded for it."""
 
 
 @dataclass(frozen=True)

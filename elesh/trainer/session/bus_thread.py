@@ -16,13 +16,15 @@ import socket
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 
 from opentelemetry.trace import SpanKind
 
 from elesh.bus import Bus, BusUnavailable, Delivery, Overloaded, RunClaimed, server_url
+from elesh.bus.admission import hear, require_in_time
 from elesh.observe import get_logger, messaging, span_from
 from elesh.settings import Settings
-from leyline import CheckpointBundle, ContractError, Message, read_envelope, unwrap
+from leyline import CheckpointBundle, ContractError, Message
 from leyline.streams import DECISIONS, TELEMETRY, Stream
 
 from .publishing import with_blobs
@@ -276,23 +278,25 @@ class BusThread:
     async def _listen(self, bus: Bus, stream: Stream, last: str, closing: asyncio.Event) -> None:
         while True:
             try:
+                now = await bus.clock.now()
                 last, deliveries = await bus.follow(stream, last_id=last, block_seconds=1.0)
             except BusUnavailable:
                 if not await bus.when_available(stop=closing):
                     return
                 continue
             for delivery in deliveries:
-                self._hear(bus, delivery)
+                self._hear(bus, delivery, now)
 
-    def _hear(self, bus: Bus, delivery: Delivery) -> None:
+    def _hear(self, bus: Bus, delivery: Delivery, now: datetime) -> None:
+        """Take in what may be said here, is said in time, and is said to this run."""
         try:
-            delivery.check(bus.guard)
-            envelope = read_envelope(delivery.envelope)
-            if envelope.training_run_id == self._run_id and not self.refused:
-                self._caller.take(unwrap(envelope), delivery.carrier)
+            heard = hear(delivery, bus.guard)
+            if heard.run_id == self._run_id and not self.refused:
+                require_in_time(heard, now)
+                self._caller.take(heard.message, delivery.carrier)
         except ContractError as error:
             _log.warning(
-                "unreadable message passed over",
+                "message passed over",
                 stream=delivery.stream.name,
                 entry=delivery.entry_id,
                 reason=str(error),

@@ -73,6 +73,10 @@ class Guard:
         """The cuts on probation, oldest first."""
         return self._journal.situation.watched
 
+    def tried(self, key: str) -> bool:
+        """Whether a decision was applied before in the life of the run, whatever came of it."""
+        return key in self._journal.situation.tried
+
     @property
     def unreported(self) -> list[PruningOutcome]:
         """Outcomes that are not known to be on the bus."""

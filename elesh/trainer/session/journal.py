@@ -72,6 +72,8 @@ class Situation:
     """Cuts on probation, oldest first."""
     unreported: Mapping[str, Line] = field(default_factory=dict)
     """Outcomes that the bus does not have yet, by event id."""
+    tried: tuple[str, ...] = ()
+    """Keys of the decisions that were ever begun to be applied, oldest first."""
 
     def as_line(self) -> Line:
         """For the journal."""
@@ -84,6 +86,9 @@ class Situation:
         now = self
         if "begin" in line:
             now = replace(now, begun=line)
+        if line.get("begin") == "apply":
+            keys = [outcome["idempotency_key"] for outcome in line["pending"]]
+            now = replace(now, tried=(*now.tried, *keys))
         if "point" in line:
             now = replace(now, point=line["point"], epoch=line["epoch"])
         if "done" in line:
@@ -99,7 +104,7 @@ class Situation:
 
 def _whole(line: Line) -> Situation:
     cuts = tuple(MonitoredCut.of_line(cut) for cut in line["watched"])
-    return Situation(**{**line, "watched": cuts})
+    return Situation(**{**line, "watched": cuts, "tried": tuple(line.get("tried", ()))})
 
 
 class Journal:

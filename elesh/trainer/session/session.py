@@ -91,6 +91,7 @@ class Session:
         self._carriers: dict[str, Mapping[str, str]] = {}
         self._arrived = threading.Event()
         self._observers = Observers(observers)
+        self._heard: set[str] = set()
         self._decided: dict[str, StructuralPruningDecision] = {}
         self._guard, folder_refused = self._guarded(restore_dir)
         caller = Caller(take=self._take, sent=self._guard.reported)
@@ -232,8 +233,9 @@ class Session:
         the outcome. A cut that was made stays on probation for ``trainer.watch_epochs`` calls of
         :meth:`watch`."""
         before = surgeon.architecture
-        if self.refused:
-            return outcome_of(decision, before, before, "refused", self.refused)
+        if why := self.refused or self._strange(decision):
+            _log.warning("decision refused", key=decision.idempotency_key, reason=why)
+            return outcome_of(decision, before, before, "refused", why)
         carrier = self._carriers.get(decision.idempotency_key, {})
         attributes = {"elesh.key": decision.idempotency_key}
         with span_from(carrier, "apply decision", attributes=attributes) as current:
@@ -250,6 +252,20 @@ class Session:
             self._carriers.pop(outcome.idempotency_key, None)
         self._observers.on_outcome(decision, outcome)
         return outcome
+
+    def _strange(self, decision: StructuralPruningDecision) -> str:
+        """Why a decision is none of this run's, or not any more; empty for one that may be applied.
+
+        Nothing is said of it on the bus: what became of it there, or elsewhere, stays true.
+        """
+        key = decision.key
+        if decision.run_id != self.run_id:
+            return f"it was made for run {decision.run_id}, this is {self.run_id}"
+        if (key.epoch, key.model_hash) != (decision.epoch, decision.model_hash):
+            return f"its key {key} is of another epoch or architecture than its body"
+        if self._guard.tried(decision.idempotency_key):
+            return "it was applied before; a decision is applied once in the life of a run"
+        return ""
 
     def watch(self, epoch: int, evaluate: Callable[[], Evaluation]) -> list[PruningOutcome]:
         """Report an epoch's accuracy: cuts on probation stand it, or are rolled back.
@@ -310,6 +326,10 @@ class Session:
     def _take(self, message: Message, carrier: Mapping[str, str]) -> None:
         """Take in a message of this run; called on the bus's thread."""
         if isinstance(message, StructuralPruningDecision):
+            if message.idempotency_key in self._heard:
+                _log.warning("decision came again, passed over", key=message.idempotency_key)
+                return
+            self._heard.add(message.idempotency_key)
             self._carriers[message.idempotency_key] = carrier
             self._inbox.put(message)
             self._arrived.set()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -20,8 +21,9 @@ async def fail(bus: Bus, times: int = 3, reason: str = "boom") -> None:
 
 async def rewind(bus: Bus, field: str, seconds: float = 61) -> None:
     """Make it look as if the breaker had opened, or its probe had begun, that long ago."""
-    key = f"elesh:{{{bus.partition}}}:breaker:run:channel"
-    await bus._client.hincrby(key, field, -int(seconds * 1000))
+    stored, circuit = await bus.breakers._read("run", CHANNEL)
+    earlier = replace(circuit, **{field: getattr(circuit, field) - int(seconds * 1000)})
+    assert await bus.breakers._write("run", CHANNEL, stored, earlier)
 
 
 async def half_open(bus: Bus) -> None:

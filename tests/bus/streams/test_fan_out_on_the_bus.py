@@ -28,6 +28,7 @@ from leyline.streams import DEAD, OUTCOMES, REDELIVERIES, WORK
 KEY = str(key(1, Level.JOINT))
 ITEMS = [AnalysisItem(plan=KEY, level=level) for level in (Level.CHANNEL, Level.HEAD, Level.LAYER)]
 BOTH = (REDELIVERIES, WORK)
+PLAN = Plan(KEY, "one", b"", TRACE, tuple(item.name for item in ITEMS), "outcomes/1-0")
 
 
 def message(delivery: Delivery) -> Message:
@@ -37,15 +38,14 @@ def message(delivery: Delivery) -> Message:
 async def planned(
     bus: Bus, delivery: Delivery, fingerprint: str = "one", window: float = 60, by: str = "w1"
 ) -> Planned:
-    names = tuple(item.name for item in ITEMS)
-    plan = Plan(KEY, fingerprint, delivery.envelope, TRACE, names, "outcomes/1-0")
+    plan = replace(PLAN, fingerprint=fingerprint, envelope=delivery.envelope)
     return await bus.plans.plan(GROUP, by, delivery, plan, ITEMS, window_seconds=window)
 
 
 async def store(bus: Bus, delivery: Delivery, by: str = "w1", text: str = "x") -> Stored:
     item = message(delivery)
     assert isinstance(item, AnalysisItem)
-    return await bus.plans.store(GROUP, by, delivery, item, ItemResult(failed=text))
+    return await bus.plans.store(GROUP, by, delivery, PLAN, item, ItemResult(failed=text))
 
 
 async def begun(bus: Bus) -> list[Delivery]:
@@ -121,7 +121,7 @@ def test_the_part_that_completes_the_set_queues_the_one_join(with_bus):
         [join] = await claim(bus, count=9, streams=BOTH)
         assert message(join) == JoinItem(plan=KEY)
         assert join.carrier == TRACE
-        assert sorted(await bus.plans.results(KEY)) == ["channel", "head", "layer"]
+        assert sorted(await bus.plans.results(PLAN)) == ["channel", "head", "layer"]
         assert await bus._client.zcard(bus.keys.named("deadlines")) == 0
 
     with_bus(scenario)
@@ -134,14 +134,14 @@ def test_a_part_has_one_result_the_first_one(with_bus):
         await reap(bus, (WORK,))
         [again] = await claim(bus, "w2", streams=BOTH)
         assert await store(bus, part, text="late") == Stored.LOST
-        assert await bus.plans.results(KEY) == {}
+        assert await bus.plans.results(PLAN) == {}
         assert await store(bus, again, "w2", "first") == Stored.STORED
         item = message(again)
         await bus._client.xadd(WORK.key(bus.partition), {"envelope": again.envelope})
         [copy] = await claim(bus, streams=BOTH)
         assert message(copy) == item
         assert await store(bus, copy, text="second") == Stored.DUPLICATE
-        assert (await bus.plans.results(KEY))["channel"].failed == "first"
+        assert (await bus.plans.results(PLAN))["channel"].failed == "first"
 
     with_bus(scenario)
 
@@ -175,7 +175,7 @@ def test_what_a_plan_leaves_goes_with_its_decision(with_bus):
         )
         assert committed is CommitOutcome.COMMITTED
         assert await bus.plans.load(KEY) is None
-        assert await bus.plans.results(KEY) == {}
+        assert await bus.plans.results(PLAN) == {}
 
     with_bus(scenario)
 
