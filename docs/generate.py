@@ -1,8 +1,9 @@
-"""Writes the reference pages of settings and commands: ``python -m docs.generate [--check]``.
+"""Writes the reference pages and the pictures of the code: ``python -m docs.generate [--check]``.
 
-``docs/settings.md`` from ``elesh/settings`` and ``docs/cli.md`` from ``elesh/cli``; both depend on
-the code alone. With ``--check`` nothing is written: it ends with 1 and names every page that is
-not what it would write.
+``docs/settings.md`` from ``elesh/settings``, ``docs/cli.md`` from ``elesh/cli``, the pictures of
+``docs/architecture.md`` from the packages and ``docs/pictures.py``; all depend on the code
+alone. With ``--check`` nothing is written: it ends with 1 and names every page that is not what
+it would write.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ByteSize, SecretStr
 from pydantic.fields import FieldInfo
 
+from docs import pictures
 from elesh.settings import Settings
 
 __all__ = ["commands", "main", "settings"]
@@ -153,6 +155,8 @@ def commands() -> str:
 def _pages() -> Iterator[tuple[Path, str]]:
     yield _ROOT / "settings.md", settings()
     yield _ROOT / "cli.md", commands()
+    yield _ROOT / "rooms.svg", pictures.rooms()
+    yield _ROOT / "checkpoint.svg", pictures.checkpoint()
 
 
 def main(arguments: list[str] | None = None) -> int:
