@@ -10,7 +10,12 @@ from elesh.observe import span
 from elesh.settings import RollbackTriggers
 from elesh.trainer.surgery.reconstruction import Moments
 from elesh.trainer.surgery.surgeon import Surgeon
-from leyline import PrunedArchitecture, PruningOutcome, StructuralPruningDecision
+from leyline import (
+    ContractError,
+    PrunedArchitecture,
+    PruningOutcome,
+    StructuralPruningDecision,
+)
 
 __all__ = ["Evaluation", "apply_decision", "outcome_of", "refusal", "trigger_of"]
 
@@ -41,7 +46,8 @@ def apply_decision(
     A decision that was not approved, or that speaks of another architecture than the present one
     (an earlier cut came between), changes nothing. A drop of accuracy beyond the trigger (of
     several levels, the strictest) takes the mask off, or the cut back: the network is then bit for
-    bit what it was.
+    bit what it was. What the surgeon refuses (an optimizer or an average of the network that it was
+    not given, state that cannot be kept) is the outcome ``refused`` with the reason.
 
     Args:
         redistribute: called just before the cut for the moments that the consumers are re-solved
@@ -57,10 +63,16 @@ def apply_decision(
     refused = refusal(decision, surgeon.architecture)
     if refused is not None:
         return refused
+    if blocked := surgeon.blocked():
+        now = surgeon.architecture
+        return outcome_of(decision, now, now, "refused", blocked)
     before, limit = surgeon.architecture, trigger_of(decision, triggers or RollbackTriggers())
     with span("evaluate"):
         plain = evaluate()
-    masked = _evaluate_masked(decision, surgeon, evaluate)
+    try:
+        masked = _evaluate_masked(decision, surgeon, evaluate)
+    except ContractError as error:
+        return outcome_of(decision, before, before, "refused", str(error), plain)
     if not plain.accuracy - masked.accuracy <= limit:  # NaN rolls back too
         reason = _fell(plain, masked, limit, "under the mask")
         return outcome_of(decision, before, before, "rolled_back", reason, plain, masked)
@@ -70,6 +82,9 @@ def apply_decision(
             _cut(decision, surgeon, moments)
         with span("evaluate cut"):
             after = evaluate()
+    except ContractError as error:
+        _back(surgeon, before, take_back)
+        return outcome_of(decision, before, before, "refused", str(error), plain, masked)
     except BaseException:
         _back(surgeon, before, take_back)
         raise
@@ -77,7 +92,8 @@ def apply_decision(
         reason = _fell(plain, after, limit, "after the cut")
         return outcome_of(decision, before, before, "rolled_back", reason, plain, masked, after)
     now = surgeon.architecture
-    return outcome_of(decision, before, now, "applied", "", plain, masked, after)
+    said = "; ".join(surgeon.notes)
+    return outcome_of(decision, before, now, "applied", said, plain, masked, after)
 
 
 def refusal(decision: StructuralPruningDecision, now: PrunedArchitecture) -> PruningOutcome | None:

@@ -157,8 +157,11 @@ class Guard:
         refused = refusal(decision, now)
         if refused is not None:
             return refused
-        tracked = self._tracked_with(surgeon)
-        snapshot = Snapshot.take(tracked)
+        try:
+            tracked = self._tracked_with(surgeon)
+            snapshot = Snapshot.take(tracked)
+        except ContractError as error:
+            return outcome_of(decision, now, now, "refused", str(error))
         pending = outcome_of(decision, now, now, "refused", _CUT_SHORT)
         try:
             before = self._points.put(snapshot)

@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-import torch
 from opentelemetry.trace import Span, SpanKind
 
 from elesh.observe import carrier_of, get_logger, messaging, setup_tracing, span, span_from
@@ -194,13 +193,15 @@ class Session:
         *,
         scheduler: Stateful | None = None,
         scaler: Stateful | None = None,
-        **parts: Stateful | torch.Generator,
+        **parts: Any,
     ) -> int:
         """Name what restore points hold, and go back to where the run's last process stood.
 
         Call it once, with network and optimizer as they are built for a new run. Held are the
-        surgeon's network and optimizer, the global random generators, and whatever is named here:
-        anything with ``state_dict`` and ``load_state_dict``, and torch generators.
+        surgeon's network and optimizers, the global random generators, and whatever is named here:
+        anything with ``state_dict`` and ``load_state_dict``, torch generators, and averages of the
+        weights (``ema=average``: a module, a holder of one, tensors by path), which are from then
+        on cut, masked and brought back with the network.
 
         Returns:
             The epoch of the restore point, after which training goes on; 0 for a new run.

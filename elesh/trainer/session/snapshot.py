@@ -40,7 +40,15 @@ class Tracked:
     """What a snapshot is taken of: the surgeon's network and optimizer, and parts by name."""
 
     surgeon: Surgeon
-    parts: Mapping[str, Stateful | torch.Generator] = field(default_factory=dict)
+    parts: Mapping[str, Any] = field(default_factory=dict)
+    """Whatever has ``state_dict`` and ``load_state_dict``, generators, and whatever keeps copies of
+    the weights: averages, dictionaries of tensors by path."""
+
+    def __post_init__(self) -> None:
+        for name, part in self.parts.items():
+            copies = self.surgeon.follow(name, part)
+            if not copies and not isinstance(part, torch.Generator):
+                _require_stateful(name, part)
 
 
 @dataclass(frozen=True)
@@ -60,8 +68,8 @@ class Snapshot:
         surgeon = tracked.surgeon
         state = {
             "tensors": _tensors(surgeon.model),
-            "optimizer": _optimizer_state(surgeon.optimizer),
-            "parts": {name: _state_of(part) for name, part in tracked.parts.items()},
+            "optimizer": _optimizer_state(surgeon),
+            "parts": {name: _state_of(name, part, surgeon) for name, part in tracked.parts.items()},
             "random": _random_states(),
         }
         return cls(surgeon.architecture, copy_tree(state, "training"))
@@ -81,26 +89,24 @@ class Snapshot:
             if path not in tensors:
                 raise InvalidField(f"restore point.{path}", "a tensor of the network", "none")
             _fill(tensors[path], saved)
-        _set_optimizer(surgeon.optimizer, self.state["optimizer"])
+        groups = (len(self.state["optimizer"]), len(list(surgeon.optimizers.groups())))
+        _set_optimizers(surgeon, self.state["optimizer"])
         for name, part in tracked.parts.items():
-            _set_state(part, put_home(self.state["parts"][name]))
+            _set_state(name, part, surgeon, put_home(self.state["parts"][name]), groups)
         _set_random_states(self.state["random"])
 
     def _require_same_parts(self, tracked: Tracked) -> None:
-        there = {
-            "parts": sorted(tracked.parts),
-            "optimizer groups": len(optimizer.param_groups)
-            if (optimizer := tracked.surgeon.optimizer)
-            else 0,
-        }
-        kept = {
-            "parts": sorted(self.state["parts"]),
-            "optimizer groups": len(self.state["optimizer"]),
-        }
-        for name, expected in kept.items():
-            if there[name] != expected:
-                hint = "resume with what the restore point was taken of"
-                raise InvalidField(f"restore point.{name}", str(expected), there[name], hint=hint)
+        hint = "resume with what the restore point was taken of"
+        kept, there = sorted(self.state["parts"]), sorted(tracked.parts)
+        if kept != there:
+            raise InvalidField("restore point.parts", str(kept), there, hint=hint)
+        now = [len(o.param_groups) for o in tracked.surgeon.optimizers.stateful()]
+        then = [0] * max(len(now), *(g.get("optimizer", 0) + 1 for g in self.state["optimizer"]), 0)
+        for group in self.state["optimizer"]:
+            then[group.get("optimizer", 0)] += 1
+        # Groups may have joined since, but none may be missing.
+        if len(then) > len(now) or any(a > b for a, b in zip(then, now, strict=True)):
+            raise InvalidField("restore point.optimizer groups", str(then), now, hint=hint)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -108,42 +114,104 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
-def _optimizer_state(optimizer: torch.optim.Optimizer | None) -> list[dict[str, Any]]:
-    """The groups with their settings and, in the order of their parameters, the state of each."""
-    if optimizer is None:
-        return []
+def _optimizer_state(surgeon: Surgeon) -> list[dict[str, Any]]:
+    """The groups with their settings, the paths of their parameters, and the state of each."""
+    tensors = {**_tensors(surgeon.model), **surgeon.optimizers.masters}
+    paths = {id(tensor): path for path, tensor in tensors.items()}
     return [
         {
+            "optimizer": number,
             "settings": {key: value for key, value in group.items() if key != "params"},
+            "paths": [paths.get(id(p), "") for p in group["params"]],
             "states": [dict(optimizer.state.get(p) or {}) for p in group["params"]],
         }
+        for number, optimizer in enumerate(surgeon.optimizers.stateful())
         for group in optimizer.param_groups
     ]
 
 
-def _set_optimizer(optimizer: torch.optim.Optimizer | None, groups: list[dict[str, Any]]) -> None:
+def _set_optimizers(surgeon: Surgeon, groups: list[dict[str, Any]]) -> None:
+    """Settings, parameters and state of the saved groups; groups that have joined since stay, and
+    begin their state anew."""
     # Not by load_state_dict: that casts moments to the parameter's dtype.
-    if optimizer is None:
-        return
-    optimizer.state.clear()
-    for group, saved in zip(optimizer.param_groups, groups, strict=True):
-        for key in group.keys() - saved["settings"].keys() - {"params"}:
-            del group[key]
-        group.update(put_home(saved["settings"]))
-        for parameter, state in zip(group["params"], saved["states"], strict=True):
-            if state:
-                optimizer.state[parameter] = put_home(state)
+    tensors = {**_tensors(surgeon.model), **surgeon.optimizers.masters}
+    surgeon.optimizers.clear()
+    for number, optimizer in enumerate(surgeon.optimizers.stateful()):
+        saved = [group for group in groups if group.get("optimizer", 0) == number]
+        for group, then in zip(optimizer.param_groups, saved, strict=False):
+            for key in group.keys() - then["settings"].keys() - {"params"}:
+                del group[key]
+            group.update(put_home(then["settings"]))
+            if "paths" in then:
+                group["params"][:] = _parameters(group["params"], then["paths"], tensors)
+            for parameter, state in zip(group["params"], then["states"], strict=False):
+                if state:
+                    optimizer.state[parameter] = put_home(state)
+    surgeon.optimizers.refresh()
 
 
-def _state_of(part: Stateful | torch.Generator) -> Any:
-    return part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
+def _parameters(
+    present: list[Tensor], paths: list[str], tensors: Mapping[str, Tensor]
+) -> list[Tensor]:
+    """The parameters with these paths, those without a path in their order, and what has joined."""
+    numbers = {id(tensor) for tensor in tensors.values()}
+    strange = iter([p for p in present if id(p) not in numbers])
+    found = [tensors[path] if path else next(strange) for path in paths]
+    known = {id(parameter) for parameter in found}
+    return [*found, *(p for p in present if id(p) not in known)]
 
 
-def _set_state(part: Stateful | torch.Generator, state: Any) -> None:
+_MODULE, _COPIES = "tensors of the module", "tensors of the copies"
+
+
+def _require_stateful(name: str, part: object) -> None:
+    if not (hasattr(part, "state_dict") and hasattr(part, "load_state_dict")):
+        expected = "something with state_dict and load_state_dict, or a copy of the weights"
+        raise InvalidField(f"resume.{name}", expected, type(part).__name__)
+
+
+def _state_of(name: str, part: Any, surgeon: Surgeon) -> Any:
+    if isinstance(part, torch.Generator):
+        return part.get_state()
+    copies = [copy for copy in surgeon.copies if copy.name == name]
+    if copies and isinstance(part, nn.Module):
+        return {_MODULE: _tensors(part)}
+    if copies and not hasattr(part, "load_state_dict"):
+        return {_COPIES: [copy.tensors() for copy in copies]}
+    return part.state_dict()
+
+
+def _set_state(name: str, part: Any, surgeon: Surgeon, state: Any, groups: tuple[int, int]) -> None:
     if isinstance(part, torch.Generator):
         part.set_state(state)
+    elif isinstance(state, dict) and _MODULE in state:
+        _fill_all(_tensors(part), state[_MODULE])
+    elif isinstance(state, dict) and _COPIES in state:
+        copies = [copy for copy in surgeon.copies if copy.name == name]
+        for copy, saved in zip(copies, state[_COPIES], strict=True):
+            _fill_all(copy.tensors(), saved)
     else:
-        part.load_state_dict(state)
+        part.load_state_dict(_with_joined(state, part.state_dict(), *groups))
+        surgeon.follow(name, part)  # it may have other tensors now
+
+
+def _fill_all(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    for path, content in saved.items():
+        if path in tensors:
+            _fill(tensors[path], content)
+
+
+def _with_joined(saved: Any, present: Any, then: int, now: int) -> Any:
+    """A scheduler's state with what it has for parameter groups that have joined since."""
+    if not (now > then and isinstance(saved, dict) and isinstance(present, dict)):
+        return saved
+    state = dict(saved)
+    for key, value in saved.items():
+        current: Any = present.get(key)
+        lists = isinstance(value, list) and isinstance(current, list)
+        if lists and (len(value), len(current)) == (then, now):
+            state[key] = [*value, *current[then:]]
+    return state
 
 
 def _random_states() -> dict[str, Any]:

@@ -7,6 +7,7 @@ is cut with them; after :meth:`Surgeon.undo` everything is bit for bit as before
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,14 @@ from elesh.trainer.network.headcounts import refit_heads
 from elesh.trainer.network.layers import named_tensors, refit, require_fit
 from leyline import InvalidField, Level, PrunedArchitecture, PruningGroup, PruningRecord
 
+from .averages import WeightCopy, copies_in, require_layers, unnamed_averages
 from .bypass import BranchMasks, put_in
+from .data_parallel import rebuild_reducers, require_whole
 from .lineage import present, remember, steps
 from .masks import Masks
+from .optimizers import Given, Optimizers, other_optimizers, require_cuttable
 from .reconstruction import Moments, redistributed
-from .tensors import Cutter, RestorePoint, Skeleton, cut_state, forget, replace_data
+from .tensors import Cutter, RestorePoint, Skeleton, replace_data
 
 Units = Mapping[str, Iterable[int]]
 """Units in current numbering by group name, as in ``decision.units``."""
@@ -36,12 +40,15 @@ class Surgeon:
     Args:
         model: the network; its parameters stay the same objects.
         architecture: what ``Recorder(model, ...)`` found.
-        optimizer: whose state (momentum, moments) is cut along with the parameters.
+        optimizer: whose state (momentum, moments) is cut along with the parameters; several, or
+            a wrapper of one, too.
         restore_points: how many cuts can be undone; each holds a copy of all weights, buffers and
             optimizer state.
 
     Raises:
         ShapeMismatch: if the architecture does not describe the model.
+        InvalidField: if the network's parameters are sharded over processes, or the optimizer is
+            not one of it, does not survive a cut, or is not the only one of it.
     """
 
     def __init__(
@@ -49,21 +56,28 @@ class Surgeon:
         model: nn.Module,
         architecture: PrunedArchitecture,
         *,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: Given = None,
         restore_points: int = 3,
     ) -> None:
+        require_whole(model)
         require_fit(model, architecture)
         self._model = model
         self._architecture = architecture
-        self._optimizer = optimizer
+        self._optimizers = Optimizers(optimizer, named_tensors(model))
+        require_cuttable(self._optimizers, named_tensors(model), _some_cutters(model, architecture))
+        self.notes: tuple[str, ...] = ()
+        """What has to be said of the last cut: state of optimizers that is begun anew."""
+        self._copies: tuple[WeightCopy, ...] = ()
         self._limit = restore_points
         self._points: list[RestorePoint] = []
-        self._skeletons = [Skeleton.take(model, architecture, optimizer)]
-        self._masks = Masks(model)
+        self._skeletons = [self._skeleton()]
+        self._masks = [Masks(model)]
         self._masked: dict[str, frozenset[int]] = {}
-        self._branch_masks = BranchMasks(model)
+        self._branch_masks = [BranchMasks(model)]
         self._masked_layers: frozenset[str] = frozenset()
         remember(model, architecture)
+        if optimizer is not None:
+            self.require_all_optimizers()
 
     @property
     def architecture(self) -> PrunedArchitecture:
@@ -76,9 +90,85 @@ class Surgeon:
         return self._model
 
     @property
-    def optimizer(self) -> torch.optim.Optimizer | None:
-        """The optimizer whose state is cut along, if there is one."""
-        return self._optimizer
+    def optimizers(self) -> Optimizers:
+        """The optimizers whose state is cut along."""
+        return self._optimizers
+
+    @property
+    def copies(self) -> tuple[WeightCopy, ...]:
+        """The averages and other copies of the weights that are cut along."""
+        return self._copies
+
+    def follow(self, name: str, holder: object) -> tuple[WeightCopy, ...]:
+        """Cut, mask and restore the copies of the network that ``holder`` keeps with the network.
+
+        Cuts made before cannot be undone by :meth:`undo` any more. Following it again looks again:
+        a holder may have other tensors after its state was loaded.
+
+        Returns:
+            The copies; none if ``holder`` keeps none.
+        """
+        found = copies_in(name, holder, self._model)
+        others = tuple(copy for copy in self._copies if copy.name != name)
+        if found or len(others) < len(self._copies):
+            self.unmask()
+            self._copies = (*others, *found)
+            self._masks = [Masks(view) for view in self._views()]
+            self._branch_masks = [BranchMasks(view) for view in self._views()]
+            self._points.clear()
+            self._skeletons[-1] = self._skeleton()
+        return found
+
+    def train_with(self, optimizer: Given) -> None:
+        """Have other optimizers from now on: a framework makes them late.
+
+        Raises:
+            InvalidField: as when the surgeon is made.
+        """
+        tensors = named_tensors(self._model)
+        optimizers = Optimizers(optimizer, tensors)
+        require_cuttable(optimizers, tensors, _some_cutters(self._model, self._architecture))
+        self._optimizers = optimizers
+        self.require_all_optimizers()
+        self._points.clear()
+        self._skeletons[-1] = self._skeleton()
+
+    def blocked(self) -> str:
+        """Why nothing may be cut now; empty if it may.
+
+        An optimizer that has state of the network's parameters, or an average of them, that the
+        surgeon was not told of, would fail in its next step or update.
+        """
+        others = other_optimizers(self._model, self._optimizers.all, stateful=True)
+        if others:
+            kinds = ", ".join(type(other).__name__ for other in others)
+            return (
+                f"an optimizer of the network was not named: {kinds}; give the Surgeon all of them "
+                "(optimizer=[first, second]), or delete what is not used"
+            )
+        averages = unnamed_averages(self._model, self._copies)
+        if averages:
+            return (
+                f"an average of the network's weights was not named: {', '.join(averages)}; name "
+                "it, session.resume(surgeon, ema=average) or surgeon.follow('ema', average)"
+            )
+        return ""
+
+    def require_all_optimizers(self) -> None:
+        """Refuse to go on beside an optimizer of the network that was not named.
+
+        Raises:
+            InvalidField: naming its kind.
+        """
+        others = other_optimizers(self._model, self._optimizers.all)
+        if others:
+            kinds = ", ".join(type(other).__name__ for other in others)
+            raise InvalidField(
+                "optimizer",
+                "every optimizer that holds parameters of the network",
+                f"another one is alive: {kinds}",
+                hint="give all of them, optimizer=[first, second], or delete what is not used",
+            )
 
     @property
     def masked(self) -> dict[str, tuple[int, ...]]:
@@ -114,7 +204,7 @@ class Surgeon:
             origin = self._architecture.group[name].origin
             before = self._masked.get(name, frozenset())
             self._masked[name] = before | {origin[unit] for unit in chosen}
-        self._masks.set(self._architecture, self.masked)
+        self._set_masks()
 
     def mask_layers(self, names: Iterable[str]) -> None:
         """Multiply the branches of whole blocks by zero until :meth:`unmask`, on top of those that
@@ -131,9 +221,8 @@ class Surgeon:
     def unmask(self) -> None:
         """Let every masked unit and layer speak again."""
         self._masked.clear()
-        self._masks.clear()
         self._masked_layers = frozenset()
-        self._branch_masks.clear()
+        self._clear_masks()
 
     def cut(
         self, units: Units, *, epoch: int = 0, key: str = "", redistribute: Moments | None = None
@@ -159,25 +248,30 @@ class Surgeon:
         after = self._architecture.without(chosen, epoch=epoch, key=key)
         tensors = named_tensors(self._model)
         cutters = _cutters(self._architecture, chosen, tensors)
-        data = {}
+        solved = {}
         if redistribute is not None:
-            data = redistributed(self._model, self._architecture, chosen, redistribute)
+            solved = redistributed(self._model, self._architecture, chosen, redistribute)
+        data = dict(solved)
         for path, cutter in cutters.items():
             data[path] = cutter(data.get(path, tensors[path].detach()))
-        states = cut_state(self._optimizer, cutters, tensors) if self._optimizer else {}
+        contents = [(tensors[path], new) for path, new in data.items()]
+        for copy in self._copied():
+            contents += copy.cut(cutters, solved, tensors)
+        states = self._optimizers.cut(cutters, tensors)
         self._remember()
         # Everything that can fail is behind us.
-        for path, new in data.items():
-            replace_data(tensors[path], new)
-        for path, state in states.items():
-            self._optimizer.state[tensors[path]] = state  # type: ignore[union-attr]
+        for tensor, new in contents:
+            replace_data(tensor, new)
+        self.notes = self._optimizers.put(states)
         for parameter in self._model.parameters():
             parameter.grad = None
-        for module in self._model.modules():
-            refit(module)
+        for root in self._roots():
+            for module in root.modules():
+                refit(module)
         for name in chosen:
             if after.group[name].level is Level.HEAD:
-                refit_heads(self._model, self._architecture.group[name], after.group[name])
+                for view in self._views():
+                    refit_heads(view, self._architecture.group[name], after.group[name])
         self._reach(after)
         return after
 
@@ -201,14 +295,16 @@ class Surgeon:
         names = list(dict.fromkeys(names))
         after = self._architecture.without_layers(names, epoch=epoch, key=key)
         require_fit(self._model, self._architecture)
+        require_layers(self._copied())
         self._remember()
-        self._masks.clear()
-        self._branch_masks.clear()
+        self._clear_masks()
         tensors = named_tensors(self._model)
         blocks = [self._architecture.block[name] for name in names]
-        put_in(self._model, [stand_in for block in blocks for stand_in in block.stand_ins])
+        for view in self._views():
+            put_in(view, [stand_in for block in blocks for stand_in in block.stand_ins])
         gone = tensors.keys() - named_tensors(self._model).keys()
-        forget(self._optimizer, [tensors[path] for path in gone])
+        self._optimizers.forget([tensors[path] for path in gone])
+        self.notes = ()
         for parameter in tensors.values():
             parameter.grad = None
         self._reach(after)
@@ -225,9 +321,9 @@ class Surgeon:
                 "undo", f"a cut to undo (the last {self._limit} are kept)", "none left"
             )
         point = self._points.pop()
-        self._masks.clear()
-        self._branch_masks.clear()
-        point.bring_back(self._optimizer)
+        self._clear_masks()
+        point.bring_back(self._optimizers)
+        rebuild_reducers(self._model)
         self._architecture = point.skeleton.architecture
         remember(self._model, self._architecture)
         self._masked, self._masked_layers = dict(point.masked), point.masked_layers
@@ -282,18 +378,19 @@ class Surgeon:
             raise InvalidField("architecture.history", expected, f"{len(history)} other cuts")
         self.unmask()
         skeleton = self._skeletons[max(known)[1]]
-        skeleton.put_in(self._optimizer)
-        tensors = named_tensors(self._model)
-        for descriptor in skeleton.architecture.tensors:
-            tensor = tensors[descriptor.path]
-            if tuple(tensor.shape) != descriptor.shape:
-                replace_data(tensor, tensor.new_zeros(descriptor.shape))
-            tensor.grad = None
-        skeleton.commit()
+        skeleton.put_in(self._optimizers)
+        found = [named_tensors(self._model), *(copy.tensors() for copy in self._copied())]
+        for tensors in found:
+            for descriptor in skeleton.architecture.tensors:
+                tensor = tensors.get(descriptor.path)
+                if tensor is not None:
+                    if tuple(tensor.shape) != descriptor.shape:
+                        replace_data(tensor, tensor.new_zeros(descriptor.shape))
+                    tensor.grad = None
+        skeleton.set_sizes()
         self._architecture = skeleton.architecture
         remember(self._model, self._architecture)
-        if self._optimizer is not None:
-            self._optimizer.state.clear()
+        self._optimizers.clear()
         limit, self._limit = self._limit, 0
         self.replay(history[len(self._architecture.history) :])
         self._limit = limit
@@ -302,9 +399,10 @@ class Surgeon:
     def _remember(self) -> None:
         """Take a restore point of now, as far as they are asked for."""
         if self._limit:
-            now = Skeleton.take(self._model, self._architecture, self._optimizer)
+            tensors = [*named_tensors(self._model).values()]
+            tensors += [t for copy in self._copied() for t in copy.tensors().values()]
             point = RestorePoint.take(
-                self._model, now, self._masked, self._masked_layers, self._optimizer
+                tensors, self._skeleton(), self._masked, self._masked_layers, self._optimizers
             )
             self._points = [*self._points, point][-self._limit :]
 
@@ -314,14 +412,39 @@ class Surgeon:
         remember(self._model, architecture)
         history = architecture.history
         self._skeletons = [s for s in self._skeletons if s.architecture.history != history]
-        self._skeletons.append(Skeleton.take(self._model, architecture, self._optimizer))
+        self._skeletons.append(self._skeleton())
         self._set_masks()
+        rebuild_reducers(self._model)
 
     def _set_masks(self) -> None:
         """Masks of everything that is masked and still there."""
-        self._masks.set(self._architecture, self.masked)
         blocks = [self._architecture.block[name] for name in self.masked_layers]
-        self._branch_masks.set(block for block in blocks if not block.removed)
+        for masks, branches in zip(self._masks, self._branch_masks, strict=True):
+            masks.set(self._architecture, self.masked)
+            branches.set(block for block in blocks if not block.removed)
+
+    def _clear_masks(self) -> None:
+        for masks, branches in zip(self._masks, self._branch_masks, strict=True):
+            masks.clear()
+            branches.clear()
+
+    def _copied(self) -> tuple[WeightCopy, ...]:
+        """All second sets of the weights: those followed, and masters that optimizers train."""
+        masters = self._optimizers.masters
+        if not masters:
+            return self._copies
+        return (*self._copies, WeightCopy("optimizer", loose=masters, ordered=True))
+
+    def _roots(self) -> list[nn.Module]:
+        return [self._model, *(c.module for c in self._copies if c.module is not None)]
+
+    def _views(self) -> list[nn.Module]:
+        """What answers to the network's module paths: the network and its copies."""
+        copies = [cast(nn.Module, copy) for copy in self._copies if copy.module is not None]
+        return [self._model, *copies]
+
+    def _skeleton(self) -> Skeleton:
+        return Skeleton.take(self._roots(), self._architecture, self._optimizers)
 
     def _group(self, name: str) -> PruningGroup:
         group = self._architecture.group.get(name)
@@ -374,3 +497,10 @@ def _cutters(
         return cut
 
     return {path: cutter(tuple(tensors[path].shape), axes) for path, axes in gone.items()}
+
+
+def _some_cutters(model: nn.Module, architecture: PrunedArchitecture) -> dict[str, Cutter]:
+    """The cutters of a small cut: the first units of three groups."""
+    groups = [g for g in architecture.groups if g.prunable and g.size > g.unit_multiple]
+    chosen = {group.name: range(group.unit_multiple) for group in groups[:3]}
+    return _cutters(architecture, chosen, named_tensors(model))

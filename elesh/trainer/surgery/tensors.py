@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from elesh.trainer.network.headcounts import HEAD_SIZES
-from elesh.trainer.network.layers import SIZES, named_tensors
+from elesh.trainer.network.layers import SIZES
 from elesh.trainer.network.multihead import commit
-from leyline import PrunedArchitecture, ShapeMismatch
+from leyline import PrunedArchitecture
+
+if TYPE_CHECKING:
+    from .optimizers import Optimizers
 
 _SIZES = (*SIZES, *HEAD_SIZES)
 
@@ -40,47 +44,6 @@ def replace_data(tensor: Tensor, data: Tensor) -> None:
     tensor.data = data
 
 
-def cut_state(
-    optimizer: torch.optim.Optimizer, cutters: Mapping[str, Cutter], tensors: Mapping[str, Tensor]
-) -> dict[str, dict[str, Any]]:
-    """The optimizer's state of every tensor that is cut, cut likewise; nothing is changed yet.
-
-    Raises:
-        ShapeMismatch: if an optimizer keeps state of another shape than its parameter (a factored
-            second moment, for example), which cannot be cut along with it.
-    """
-    states: dict[str, dict[str, Any]] = {}
-    for path, cutter in cutters.items():
-        tensor = tensors[path]
-        state = optimizer.state.get(tensor)
-        if not state:
-            continue
-        states[path] = {}
-        for key, value in state.items():
-            follows = isinstance(value, Tensor) and value.ndim > 0
-            if follows and value.shape != tensor.shape:
-                raise ShapeMismatch(
-                    f"optimizer.state.{path}.{key}",
-                    f"the parameter's shape {tuple(tensor.shape)} or a scalar",
-                    f"shape {tuple(value.shape)}",
-                    hint=f"{type(optimizer).__name__} cannot be cut along with its parameters",
-                )
-            states[path][key] = cutter(value) if follows else value
-    return states
-
-
-def forget(optimizer: torch.optim.Optimizer | None, gone: Iterable[Tensor]) -> None:
-    """Take parameters, and the state kept of them, out of an optimizer."""
-    if optimizer is None:
-        return
-    numbers = {id(tensor) for tensor in gone}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if id(parameter) in numbers:
-                optimizer.state.pop(parameter, None)
-        group["params"] = [p for p in group["params"] if id(p) not in numbers]
-
-
 @dataclass(frozen=True)
 class Skeleton:
     """The structure of a network, without the contents of its tensors: which modules are where,
@@ -91,35 +54,41 @@ class Skeleton:
     """The children of every module: removed layers are replaced there."""
     sizes: tuple[tuple[nn.Module, dict[str, Any]], ...]
     trained: tuple[list[Tensor], ...]
-    """The parameters of each of the optimizer's groups."""
+    """The parameters of each of the optimizers' groups."""
 
     @classmethod
     def take(
         cls,
-        model: nn.Module,
+        roots: Iterable[nn.Module],
         architecture: PrunedArchitecture,
-        optimizer: torch.optim.Optimizer | None,
+        optimizers: Optimizers,
     ) -> Skeleton:
-        """The present structure."""
+        """The present structure of a network and of its copies."""
+        modules = [module for root in roots for module in root.modules()]
         return cls(
             architecture,
-            tuple((module, dict(module._modules)) for module in model.modules()),
+            tuple((module, dict(module._modules)) for module in modules),
             tuple(
                 (module, {name: vars(module)[name] for name in _SIZES if name in vars(module)})
-                for module in model.modules()
+                for module in modules
             ),
-            tuple(list(group["params"]) for group in optimizer.param_groups) if optimizer else (),
+            tuple(list(group["params"]) for group in optimizers.groups()),
         )
 
-    def put_in(self, optimizer: torch.optim.Optimizer | None) -> None:
-        """Make modules and trained parameters what they were; tensors are to follow."""
+    def put_in(self, optimizers: Optimizers) -> None:
+        """Make modules and trained parameters what they were; tensors are to follow.
+
+        Parameters that have joined the optimizers since stay in their groups.
+        """
         for module, children in self.modules:
             module._modules.update(children)
-        for number, parameters in enumerate(self.trained):
-            assert optimizer is not None
-            optimizer.param_groups[number]["params"] = list(parameters)
+        known = {id(parameter) for parameters in self.trained for parameter in parameters}
+        for group, parameters in zip(optimizers.groups(), self.trained, strict=False):
+            joined = [p for p in group["params"] if id(p) not in known]
+            group["params"][:] = [*parameters, *joined]
+        optimizers.refresh()
 
-    def commit(self) -> None:
+    def set_sizes(self) -> None:
         """Set size attributes, once the tensors have their shapes."""
         for module, sizes in self.sizes:
             vars(module).update(sizes)
@@ -134,47 +103,49 @@ class RestorePoint:
     masked: Mapping[str, frozenset[int]]
     masked_layers: frozenset[str]
     tensors: tuple[tuple[Tensor, Tensor], ...]
-    states: tuple[tuple[nn.Parameter, dict[str, Any] | None], ...]
+    states: tuple[tuple[Optimizer, tuple[tuple[Tensor, dict[str, Any]], ...]], ...]
 
     @classmethod
     def take(
         cls,
-        model: nn.Module,
+        tensors: Iterable[Tensor],
         skeleton: Skeleton,
         masked: Mapping[str, frozenset[int]],
         masked_layers: frozenset[str],
-        optimizer: torch.optim.Optimizer | None,
+        optimizers: Optimizers,
     ) -> RestorePoint:
-        """A copy of the present, whose structure is ``skeleton``."""
-        tensors = named_tensors(model).values()
-        parameters = [p for p in tensors if isinstance(p, nn.Parameter)] if optimizer else []
+        """A copy of the present: of these tensors, whose structure is ``skeleton``."""
         return cls(
             skeleton,
             dict(masked),
             masked_layers,
             tuple((tensor, tensor.detach().clone()) for tensor in tensors),
-            tuple((p, _copied(optimizer.state.get(p))) for p in parameters) if optimizer else (),
+            tuple(
+                (optimizer, tuple((p, _copied(state)) for p, state in optimizer.state.items()))
+                for optimizer in optimizers.stateful()
+            ),
         )
 
-    def bring_back(self, optimizer: torch.optim.Optimizer | None) -> None:
+    def bring_back(self, optimizers: Optimizers) -> None:
         """Make the copy the present again; gradients, being of another network, are dropped."""
-        self.skeleton.put_in(optimizer)
+        self.skeleton.put_in(optimizers)
         for tensor, saved in self.tensors:
             replace_data(tensor, saved)
             tensor.grad = None
-        for parameter, state in self.states:
-            assert optimizer is not None
-            if state is None:
-                optimizer.state.pop(parameter, None)
-            else:
+        for optimizer, states in self.states:
+            optimizer.state.clear()
+            for parameter, state in states:
                 optimizer.state[parameter] = state
-        self.skeleton.commit()
+        optimizers.refresh()
+        self.skeleton.set_sizes()
 
 
-def _copied(state: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    if not state:
-        return None
-    return {
-        key: value.detach().clone() if isinstance(value, Tensor) else value
-        for key, value in state.items()
-    }
+def _copied(value: Any) -> Any:
+    """A copy of an optimizer's state that shares no tensor with it."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copied(part) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copied(part) for part in value)
+    return value

@@ -284,17 +284,6 @@ def test_the_architecture_of_another_network_is_refused() -> None:
         Surgeon(build("ResNet"), Recorder(build("Vgg"), example()).architecture)
 
 
-def test_optimizer_state_that_cannot_be_cut_is_refused_before_anything_is_touched() -> None:
-    model, _, _, _ = operate("Vgg")
-    optimizer = torch.optim.Adafactor(model.parameters(), lr=0.01)
-    surgeon = Surgeon(model, Recorder(model, example()).architecture, optimizer=optimizer)
-    train(model, optimizer)
-    before = everything(model, optimizer)
-    with pytest.raises(ShapeMismatch, match=r"optimizer\.state\.features.*Adafactor"):
-        surgeon.cut({"features.0": [0]})
-    assert same(before, everything(model, optimizer))
-
-
 def test_refusals_are_contract_errors_that_name_their_field() -> None:
     _, _, surgeon, _ = operate("Vgg")
     with pytest.raises(ContractError) as caught:

@@ -1,0 +1,262 @@
+"""Second sets of a network's weights: averages (EMA, SWA), teachers, copies that training updates.
+
+Promises: a copy is found by its tensors, not by its class: the paths, shapes or order of the
+network's; it loses what the network loses, comes back with it, and is masked with it; a copy whose
+structure is a plain list of tensors cannot lose whole layers, which is refused before one is cut.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elesh.trainer.network.layers import named_tensors
+from leyline import InvalidField
+
+from .tensors import Cutter
+
+__all__ = ["WeightCopy", "copies_in", "unnamed_averages"]
+
+_DEPTH = 4
+"""How far into a holder's attributes copies are looked for."""
+
+
+@dataclass(frozen=True)
+class WeightCopy:
+    """A second set of the weights of a network, or of a part of it."""
+
+    name: str
+    """What the user calls it."""
+    module: nn.Module | None = None
+    """The copied module; None where there are only tensors."""
+    prefix: str = ""
+    """The path of the part of the network that ``module`` is a copy of; empty: all of it."""
+    loose: Mapping[str, Tensor] = field(default_factory=dict)
+    """The tensors by the network's paths, where there is no module."""
+    ordered: bool = False
+    """Whether the tensors are known by their order only."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors, by the network's paths."""
+        if self.module is None:
+            return dict(self.loose)
+        start = f"{self.prefix}." if self.prefix else ""
+        return {start + path: tensor for path, tensor in named_tensors(self.module).items()}
+
+    def get_submodule(self, path: str) -> nn.Module:
+        """The copy of one of the network's modules; an unused one where there is none."""
+        if self.module is None:
+            return nn.Module()
+        if self.prefix and path != self.prefix and not path.startswith(f"{self.prefix}."):
+            return nn.Module()
+        inside = path[len(self.prefix) :].removeprefix(".") if self.prefix else path
+        try:
+            return self.module.get_submodule(inside)
+        except AttributeError:
+            return nn.Module()
+
+    def cut(
+        self,
+        cutters: Mapping[str, Cutter],
+        solved: Mapping[str, Tensor],
+        network: Mapping[str, Tensor],
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The content of every tensor after a cut; nothing is changed yet.
+
+        Args:
+            cutters: by path.
+            solved: tensors of the network that are given new content before they are cut; a copy
+                is moved by as much.
+            network: its tensors as they are.
+        """
+        found = []
+        for path, tensor in self.tensors().items():
+            data = tensor.detach()
+            if path in solved:
+                shift = solved[path].detach().double() - network[path].detach().double()
+                data = (data.double() + shift.to(data.device)).to(data.dtype)
+            if path in cutters:
+                found.append((tensor, cutters[path](data)))
+            elif path in solved:
+                found.append((tensor, data))
+        return found
+
+
+def copies_in(name: str, holder: Any, model: nn.Module) -> tuple[WeightCopy, ...]:
+    """The copies of a network that a holder (an average, a callback, a dictionary) keeps.
+
+    Looked at are modules inside the holder that have all tensors of the network, or of one of its
+    parts, dictionaries by path, and lists in the order of its parameters. What has the network's
+    structure but neither its weights nor the name of an average is another network.
+    """
+    found = list(_search(name, holder, _Network(model), set(), _DEPTH))
+    sure = _AVERAGE.search(f"{name} {type(holder).__name__}") is not None and len(found) == 1
+    return tuple(copy for copy in found if sure or likeness(copy, model) > _ALIKE)
+
+
+def unnamed_averages(model: nn.Module, known: Iterable[WeightCopy]) -> list[str]:
+    """Kinds of averages of this network, alive anywhere in this process, that nobody named.
+
+    A cut would not reach them, and their next update would fail. An average of another network of
+    the same structure is told apart by its weights.
+    """
+    mine = {id(tensor) for copy in known for tensor in copy.tensors().values()}
+    mine |= {id(tensor) for tensor in named_tensors(model).values()}
+    network, found = _Network(model), []
+    for each in gc.get_objects():
+        kind = type(each).__name__
+        if not _KIND.search(kind) or isinstance(each, type):
+            continue
+        for copy in _search(kind, each, network, set(), _DEPTH):
+            tensors = copy.tensors()
+            if not any(id(tensor) in mine for tensor in tensors.values()):
+                mine |= {id(tensor) for tensor in tensors.values()}
+                if likeness(copy, model) > _ALIKE:
+                    found.append(kind)
+    return found
+
+
+_KIND = re.compile(r"EMA|Ema(?![a-z])|AveragedModel|MovingAverage|WeightAverag|SWA")
+"""Names of classes that average weights."""
+_AVERAGE = re.compile(_KIND.pattern + r"|ema|swa|averag|teacher|target|momentum|shadow|slow")
+"""Names that people give to averages."""
+_ALIKE = 0.5
+"""Two networks trained apart have matrices with a cosine near 0."""
+
+
+def likeness(copy: WeightCopy, model: nn.Module) -> float:
+    """The cosine between the matrices of a copy and those of the network."""
+    ours, products = named_tensors(model), torch.zeros(3, dtype=torch.float64)
+    for path, tensor in copy.tensors().items():
+        if tensor.ndim < 2 or not tensor.is_floating_point():
+            continue
+        a = tensor.detach().flatten().double().cpu()
+        b = ours[path].detach().flatten().double().cpu()
+        products += torch.stack([a @ b, a @ a, b @ b])
+    across, first, second = products.tolist()
+    return 1.0 if not first * second else across / (first * second) ** 0.5
+
+
+def require_layers(copies: Iterable[WeightCopy]) -> None:
+    """Refuse the removal of whole layers where a copy cannot lose them.
+
+    Raises:
+        InvalidField: naming the copy.
+    """
+    for each in copies:
+        if each.ordered:
+            raise InvalidField(
+                f"average.{each.name}",
+                "one that knows its tensors by name",
+                "a list in the order of the parameters, which would not fit without a layer's",
+                hint="average with torch.optim.swa_utils.AveragedModel to remove whole layers",
+            )
+
+
+class _Network:
+    """What copies are compared with."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.tensors = model, named_tensors(model)
+        self.own = {id(module) for module in model.modules()}
+        self.parts: dict[_Shapes, list[str]] = {}
+        for path, module in model.named_modules():
+            if not path or module._modules:
+                self.parts.setdefault(_shapes(module), []).append(path)
+        every = [path for path, tensor in self.tensors.items() if isinstance(tensor, nn.Parameter)]
+        trained = [path for path in every if self.tensors[path].requires_grad]
+        self.orders = [order for order in (every, trained, list(self.tensors)) if order]
+
+
+_Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def _shapes(module: nn.Module) -> _Shapes:
+    return tuple((path, tuple(tensor.shape)) for path, tensor in named_tensors(module).items())
+
+
+def _search(
+    name: str, holder: Any, network: _Network, seen: set[int], depth: int
+) -> Iterator[WeightCopy]:
+    if id(holder) in seen or id(holder) in network.own:
+        return
+    seen.add(id(holder))
+    if isinstance(holder, nn.Module):
+        copy = _module_copy(name, holder, network)
+        if copy is not None:
+            yield copy
+            return
+    elif isinstance(holder, (Mapping, list, tuple)):
+        copy = _loose_copy(name, holder, network)
+        if copy is not None:
+            yield copy
+            return
+    if depth and not isinstance(holder, (Tensor, str, bytes, torch.optim.Optimizer)):
+        for part in _parts(holder):
+            yield from _search(name, part, network, seen, depth - 1)
+
+
+def _parts(holder: Any) -> list[Any]:
+    if isinstance(holder, Mapping):
+        return list(holder.values())
+    if isinstance(holder, (list, tuple)):
+        return list(holder)
+    parts = list(getattr(holder, "__dict__", {}).values())
+    if isinstance(holder, nn.Module):
+        parts = [*holder._modules.values(), *parts]
+    return [part for part in parts if not callable(part) or isinstance(part, nn.Module)]
+
+
+def _module_copy(name: str, module: nn.Module, network: _Network) -> WeightCopy | None:
+    """The module as a copy of the network, or of that part of it that has its tensors."""
+    shapes = _shapes(module)
+    paths = network.parts.get(shapes, []) if shapes else []
+    theirs = {id(tensor) for tensor in named_tensors(module).values()}
+    if not paths or any(id(tensor) in theirs for tensor in network.tensors.values()):
+        return None
+    if "" in paths:
+        return WeightCopy(name, module)
+    parts = [WeightCopy(name, module, path) for path in paths]
+    best = max(parts, key=lambda part: likeness(part, network.model))
+    return best if likeness(best, network.model) > _ALIKE else None
+
+
+def _loose_copy(name: str, holder: Any, network: _Network) -> WeightCopy | None:
+    if isinstance(holder, Mapping):
+        named = {
+            str(key).removeprefix("module."): value
+            for key, value in holder.items()
+            if isinstance(value, Tensor)
+        }
+        fits = {
+            path: tensor
+            for path, tensor in named.items()
+            if path in network.tensors and network.tensors[path].shape == tensor.shape
+        }
+        whole = any(fits.keys() >= set(order) for order in network.orders)
+        return WeightCopy(name, loose=fits) if whole else None
+    flat = list(_flat(holder))
+    for order in network.orders:
+        if len(flat) == len(order) and all(
+            isinstance(tensor, Tensor) and tensor.shape == network.tensors[path].shape
+            for path, tensor in zip(order, flat, strict=True)
+        ):
+            loose = dict(zip(order, flat, strict=True))
+            if any(tensor is network.tensors[path] for path, tensor in loose.items()):
+                return None
+            return WeightCopy(name, loose=loose, ordered=True)
+    return None
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _flat(value)
+        else:
+            yield value

@@ -1,0 +1,448 @@
+"""The optimizers of one network: their state is cut along with its parameters, or rebuilt.
+
+Promises: state whose shape follows its parameter's is cut with it, factored moments
+included; of a parameter with any other state (preconditioners, flat histories) all state is
+dropped, so that the optimizer begins it anew, and that is said; parameter groups stay the same
+objects. Wrappers (SAM, Lookahead, those of frameworks) are seen through to what they wrap, and
+single precision masters of the parameters are cut like these.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from leyline import InvalidField
+from leyline.errors import brief
+
+from .tensors import Cutter, replace_data
+
+__all__ = ["Given", "Optimizers", "optimizers_in", "other_optimizers", "require_cuttable"]
+
+Given = Any
+"""One optimizer, a sequence or mapping of several, or None; each may be wrapped."""
+
+_DEPTH = 3
+"""How many wrappers are looked through."""
+
+
+@dataclass(frozen=True)
+class StateCut:
+    """What a cut makes of one parameter's state in one optimizer."""
+
+    optimizer: Optimizer
+    parameter: Tensor
+    state: dict[str, Any] | None
+    """None: it is dropped, and the optimizer begins it anew."""
+
+
+class Optimizers:
+    """All optimizers that train one network.
+
+    Args:
+        given: what the user named.
+        tensors: the network's, by path.
+
+    Raises:
+        InvalidField: if something given is, and holds, no optimizer; if its state lies on several
+            processes; or if none holds a parameter of the network.
+    """
+
+    def __init__(self, given: Given, tensors: Mapping[str, Tensor]) -> None:
+        self.all = optimizers_in(given)
+        for optimizer in self.all:
+            _require_whole(optimizer)
+        self.masters = masters_of(self.all, tensors)
+        """Copies of parameters that are trained in their place, by the parameters' paths."""
+        trained = {path for path, t in tensors.items() if t.requires_grad}
+        if self.all and trained and not self._holds(tensors):
+            raise InvalidField(
+                "optimizer",
+                "one that trains parameters of the network",
+                f"{', '.join(self.names)}: none of its parameters is the network's",
+                hint="make the optimizer from model.parameters() of the network that is cut",
+            )
+
+    @property
+    def names(self) -> list[str]:
+        """The kinds of the optimizers."""
+        return [type(optimizer).__name__ for optimizer in self.all]
+
+    def groups(self) -> Iterator[dict[str, Any]]:
+        """The parameter groups, each once."""
+        seen: set[int] = set()
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                if id(group) not in seen:
+                    seen.add(id(group))
+                    yield group
+
+    def stateful(self) -> Iterator[Optimizer]:
+        """The optimizers, each state once: a wrapper may share that of what it wraps."""
+        seen: set[int] = set()
+        for optimizer in self.all:
+            if id(optimizer.state) not in seen:
+                seen.add(id(optimizer.state))
+                yield optimizer
+
+    def cut(self, cutters: Mapping[str, Cutter], tensors: Mapping[str, Tensor]) -> list[StateCut]:
+        """What becomes of the state of every tensor that is cut; nothing is changed yet."""
+        found: list[StateCut] = []
+        for optimizer in self.stateful():
+            keys = _foreign_keys(optimizer)
+            if any(keys.values()):  # a flat history of all parameters: no part of it stays
+                found += [StateCut(optimizer, p, None) for p in list(optimizer.state)]
+                continue
+            for path, cutter in cutters.items():
+                for tensor in (tensors[path], self.masters.get(path)):
+                    state = None if tensor is None else optimizer.state.get(tensor)
+                    if tensor is None or not state:
+                        continue
+                    kept = None if keys.keys() & state.keys() else _cut(state, tensor, cutter)
+                    found.append(StateCut(optimizer, tensor, kept))
+        return found
+
+    def put(self, cuts: Iterable[StateCut]) -> tuple[str, ...]:
+        """Put cut states in place; what has to be said of it."""
+        rebuilt: dict[str, int] = {}
+        for cut in cuts:
+            if cut.state is None:
+                cut.optimizer.state.pop(cut.parameter, None)
+                name = type(cut.optimizer).__name__
+                rebuilt[name] = rebuilt.get(name, 0) + 1
+            else:
+                cut.optimizer.state[cut.parameter] = cut.state
+        self.refresh()
+        return tuple(
+            f"{name} begins its state of {count} parameters anew: it cannot be cut"
+            for name, count in rebuilt.items()
+        )
+
+    def forget(self, gone: Iterable[Tensor]) -> None:
+        """Take parameters, and the state kept of them, out."""
+        numbers = {id(tensor) for tensor in gone}
+        for optimizer in self.stateful():
+            for parameter in [p for p in optimizer.state if id(p) in numbers]:
+                del optimizer.state[parameter]
+        for group in self.groups():
+            group["params"][:] = [p for p in group["params"] if id(p) not in numbers]
+        self.refresh()
+
+    def clear(self) -> None:
+        """Drop all state."""
+        for optimizer in self.stateful():
+            optimizer.state.clear()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Let optimizers that remember the number of their parameters count again."""
+        for optimizer in self.all:
+            if isinstance(optimizer, torch.optim.LBFGS):
+                vars(optimizer).update(
+                    _numel_cache=None, _params=optimizer.param_groups[0]["params"]
+                )
+
+    def _holds(self, tensors: Mapping[str, Tensor]) -> bool:
+        held = {id(p) for group in self.groups() for p in group["params"]}
+        return bool(self.masters) or any(id(tensor) in held for tensor in tensors.values())
+
+
+def optimizers_in(given: Given) -> tuple[Optimizer, ...]:
+    """Every optimizer named, and those that they wrap, each once.
+
+    Raises:
+        InvalidField: if something given is, and holds, no optimizer.
+    """
+    found: dict[int, Optimizer] = {}
+    for one in _several(given):
+        inside = list(_inside(one, _DEPTH))
+        if not inside:
+            expected = "a torch optimizer, several, or a wrapper of one"
+            raise InvalidField("optimizer", expected, type(one).__name__)
+        found |= {id(optimizer): optimizer for optimizer in inside}
+    return tuple(found.values())
+
+
+def other_optimizers(
+    model: nn.Module, given: Iterable[Optimizer], *, stateful: bool = False
+) -> list[Optimizer]:
+    """Optimizers, alive anywhere in this process, that hold parameters of the network and are not
+    among those given. A cut would leave their state as it was, and their next step would fail.
+
+    Args:
+        stateful: only those that have state of these parameters.
+    """
+    mine = {id(parameter) for parameter in model.parameters()}
+    known = {id(optimizer) for optimizer in given}
+
+    def others() -> list[Optimizer]:
+        return [
+            each
+            for each in gc.get_objects()
+            if issubclass(type(each), Optimizer)
+            and id(each) not in known
+            and any(id(p) in mine for p in _held(each, stateful))
+        ]
+
+    if others():
+        gc.collect()  # what is only waiting to be collected trains nothing
+    return others()
+
+
+def _held(optimizer: Optimizer, stateful: bool) -> list[Any]:
+    if not hasattr(optimizer, "param_groups"):  # one that failed to be made
+        return []
+    if stateful:
+        return [
+            p for p, state in optimizer.state.items() if next(_tensors(state), None) is not None
+        ]
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def masters_of(optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that are trained in place of parameters, by the parameters' paths.
+
+    These are leaves that belong to no network here, stand in the order of the trained parameters
+    that no optimizer holds, and have their shapes and (rounded) values.
+    """
+    paths = {id(tensor): path for path, tensor in tensors.items()}
+    listed = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    distinct = {id(p): p for p in listed}
+    strange = [p for number, p in distinct.items() if number not in paths]
+    held = {paths[number] for number in distinct if number in paths}
+    free = {path: t for path, t in tensors.items() if t.requires_grad and path not in held}
+    if not strange or len(strange) != len(free):
+        return {}
+    pairs = zip(strange, free.values(), strict=True)
+    if not all(master.shape == t.shape and _rounds_to(master, t) for master, t in pairs):
+        return {}
+    numbers = {id(tensor) for tensor in strange}
+    if any(
+        id(parameter) in numbers
+        for each in gc.get_objects()
+        if issubclass(type(each), nn.Module)
+        for parameter in vars(each).get("_parameters", {}).values()
+    ):
+        return {}  # the parameters of another network
+    return dict(zip(free, strange, strict=True))
+
+
+def _rounds_to(master: Tensor, parameter: Tensor) -> bool:
+    return torch.allclose(
+        master.detach().to(parameter).float(), parameter.detach().float(), rtol=1e-2, atol=1e-6
+    )
+
+
+def _several(given: Given) -> list[Any]:
+    if given is None:
+        return []
+    if isinstance(given, Mapping):
+        return list(given.values())
+    if isinstance(given, Optimizer) or not isinstance(given, Iterable):
+        return [given]
+    return list(given)
+
+
+def _inside(thing: Any, depth: int) -> Iterator[Optimizer]:
+    """An optimizer and those in its attributes, the outer ones first."""
+    if isinstance(thing, Optimizer):
+        yield thing
+    if depth and hasattr(thing, "__dict__"):
+        for value in list(vars(thing).values()):
+            parts = list(value) if isinstance(value, (list, tuple)) else [value]
+            for part in parts:
+                if isinstance(part, Optimizer) or hasattr(part, "param_groups"):
+                    yield from _inside(part, depth - 1)
+
+
+def _require_whole(optimizer: Optimizer) -> None:
+    kinds = {kind.__name__ for kind in type(optimizer).__mro__}
+    if "ZeroRedundancyOptimizer" in kinds:
+        raise InvalidField(
+            "optimizer",
+            "one whose state is whole in this process",
+            "ZeroRedundancyOptimizer, whose state lies on several",
+            hint="train with the optimizer that it wraps",
+        )
+
+
+def _foreign_keys(optimizer: Optimizer) -> dict[str, bool]:
+    """Names of state that does not follow its parameter's shape, for any parameter; True where it
+    is flat, one history of all parameters. A key that is foreign for one parameter is so for all:
+    a preconditioner of a square weight has the weight's shape only by chance."""
+    total = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    found: dict[str, bool] = {}
+    for parameter, state in optimizer.state.items():
+        if not isinstance(parameter, Tensor):
+            continue
+        for key, value in state.items():
+            strange = [t for t in _tensors(value) if not _follows(t, parameter)]
+            if strange:
+                flat = any(t.ndim == 1 and t.numel() == total > 1 for t in strange)
+                found[key] = found.get(key, False) or flat
+    return found
+
+
+def _follows(value: Tensor, parameter: Tensor) -> bool:
+    """Whether it has one number, the parameter's shape, or that with axes summed away to 1."""
+    if value.numel() == 1 or value.shape == parameter.shape:
+        return True
+    sizes = zip(value.shape, parameter.shape, strict=False)
+    return value.ndim == parameter.ndim and all(ours in (1, size) for ours, size in sizes)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor of a nest of containers."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _tensors(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _cut(state: Mapping[str, Any], parameter: Tensor, cutter: Cutter) -> dict[str, Any]:
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if value.shape == parameter.shape and value.ndim:
+                return cutter(value)
+            return value if value.numel() == 1 else _cut_factor(value, parameter, cutter)
+        if isinstance(value, dict):
+            return {key: cut(part) for key, part in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(cut(part) for part in value)
+        return value
+
+    return {key: cut(value) for key, value in state.items()}
+
+
+def _cut_factor(value: Tensor, parameter: Tensor, cutter: Cutter) -> Tensor:
+    """A factored moment, cut along the axes that it has."""
+    whole = cutter(value.expand(parameter.shape))
+    for dim, size in enumerate(value.shape):
+        if size == 1:
+            whole = whole.narrow(dim, 0, 1)
+    return whole.clone()
+
+
+# Trying
+
+
+def require_cuttable(
+    optimizers: Optimizers, tensors: Mapping[str, Tensor], cutters: Mapping[str, Cutter]
+) -> None:
+    """Refuse optimizers that do not survive a cut, before there is one.
+
+    Those of PyTorch are known to. Of others, copies take a step with gradients made up, are cut,
+    and take two more; nothing of the originals is touched. One that cannot be copied, or needs
+    more for a step than gradients and a closure, is not tried.
+
+    Raises:
+        InvalidField: saying what fails.
+    """
+    if all(type(o).__module__.startswith(_KNOWN) for o in optimizers.all) or not cutters:
+        return
+    with torch.random.fork_rng([]), torch.enable_grad():
+        torch.default_generator.manual_seed(0)
+        made = _copies(optimizers, tensors)
+        failed = _failure(*made, cutters) if made else ""
+    if failed:
+        raise InvalidField(
+            "optimizer",
+            "one that goes on after its parameters have changed their shapes",
+            f"{', '.join(optimizers.names)}: {failed}",
+            hint="train with an optimizer of torch.optim, or prune without optimizer state: "
+            "give none to the Surgeon and make a new one after every cut",
+        )
+
+
+_KNOWN = ("torch.optim.", "accelerate.", "lightning.", "pytorch_lightning.")
+
+
+def _copies(
+    optimizers: Optimizers, tensors: Mapping[str, Tensor]
+) -> tuple[Optimizers, dict[str, Tensor]] | None:
+    """The optimizers and tensors again, sharing nothing with these; None if that cannot be."""
+    memo: dict[int, Any] = {}
+    try:
+        leaves = {path: _leaf(tensor, memo) for path, tensor in tensors.items()}
+        for optimizer in optimizers.all:
+            if id(optimizer) not in memo and not type(optimizer).__module__.startswith(_WRAPPERS):
+                _copy(optimizer, memo)
+    except Exception:
+        return None
+    made = object.__new__(Optimizers)
+    made.all = tuple(memo[id(o)] for o in optimizers.all if id(o) in memo)
+    made.masters = {path: memo[id(tensor)] for path, tensor in optimizers.masters.items()}
+    return made, leaves
+
+
+_WRAPPERS = _KNOWN[1:]
+
+
+def _copy(optimizer: Optimizer, memo: dict[int, Any]) -> None:
+    """Put a copy that can step without the original into ``memo``, with all that it wraps."""
+    # Not by copy.deepcopy: that leaves out all attributes but state and groups.
+    made: Optimizer = object.__new__(type(optimizer))
+    memo[id(optimizer)] = made
+    for inner in _inside(optimizer, 1):
+        if id(inner) not in memo:
+            _copy(inner, memo)
+    hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    for name, value in list(vars(optimizer).items()):
+        if name != "step":  # schedulers put one there that steps the original
+            vars(made)[name] = type(value)() if name in hooks else copy.deepcopy(value, memo)
+
+
+def _leaf(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    leaf = tensor.detach().clone()
+    if isinstance(tensor, nn.Parameter):
+        leaf = nn.Parameter(leaf, requires_grad=tensor.requires_grad)
+    memo[id(tensor)] = leaf
+    return leaf
+
+
+def _failure(ours: Optimizers, tensors: Mapping[str, Tensor], cutters: Mapping[str, Cutter]) -> str:
+    try:
+        _step(ours)
+    except Exception:
+        return ""  # it needs more for a step: nothing can be found out
+    when = "its state is cut"
+    try:
+        cuts = ours.cut(cutters, tensors)
+        for path, cutter in cutters.items():
+            for tensor in (tensors[path], ours.masters.get(path)):
+                if tensor is not None:
+                    replace_data(tensor, cutter(tensor.detach()))
+        ours.put(cuts)
+        when = "it steps after a cut"
+        _step(ours)
+        _step(ours)
+    except Exception as error:
+        return f"{type(error).__name__} when {when}: {brief(str(error))}"
+    return ""
+
+
+def _step(ours: Optimizers) -> None:
+    """One step of every optimizer that no other wraps, with random gradients."""
+    parameters = [p for group in ours.groups() for p in group["params"]]
+
+    def closure() -> Tensor:
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        return torch.zeros(())
+
+    wrapped = {id(inner) for o in ours.all for inner in _inside(o, _DEPTH) if inner is not o}
+    for optimizer in ours.all:
+        if id(optimizer) not in wrapped:
+            closure()
+            optimizer.step(closure)  # type: ignore[arg-type]  # losses are tensors

@@ -1,0 +1,276 @@
+"""Averages of the weights, whatever keeps them, are cut, masked and brought back with the network;
+what cannot follow is refused before anything is cut."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from layer_nets import made, removable
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel
+from trainer_nets import example
+
+from elesh.settings import Settings
+from elesh.trainer import Recorder, Surgeon
+from elesh.trainer.session.guard import Guard
+from elesh.trainer.session.snapshot import Snapshot, Tracked
+from leyline import InvalidField, PrunedArchitecture
+
+X, Y = torch.randn(64, 8, generator=torch.Generator().manual_seed(1)), torch.arange(64) % 4
+CUT = {"0": [1, 5, 6], "2": [0, 9]}
+
+
+def build() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)
+    )
+
+
+@pytest.fixture(scope="module")
+def architecture() -> PrunedArchitecture:
+    return Recorder(build(), X[:4]).architecture
+
+
+def train(model: nn.Module, update: Callable[[], object]) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        torch.autograd.backward(functional.cross_entropy(model(X), Y))
+        optimizer.step()
+        update()
+
+
+class Shadow:
+    """The way most scripts write an average: a dictionary by name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.shadow = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def update(self) -> None:
+        for name, p in self.model.named_parameters():
+            self.shadow[name].lerp_(p.detach(), 0.1)
+
+    def tensors(self) -> list[Tensor]:
+        return list(self.shadow.values())
+
+
+class ShadowList:
+    """The way of torch_ema and Diffusers: a list in the order of the parameters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.shadow_params = [p.detach().clone() for p in model.parameters()]
+
+    def update(self) -> None:
+        for shadow, p in zip(self.shadow_params, self.model.parameters(), strict=True):
+            shadow.sub_(0.1 * (shadow - p.detach()))
+
+    def tensors(self) -> list[Tensor]:
+        return self.shadow_params
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"shadow_params": self.shadow_params}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.shadow_params = [tensor.clone() for tensor in state["shadow_params"]]
+
+
+class Averaged:
+    def __init__(self, model: nn.Module, **how: Any) -> None:
+        self.model, self.average = model, AveragedModel(model, **how)
+
+    def update(self) -> None:
+        self.average.update_parameters(self.model)
+
+    def tensors(self) -> list[Tensor]:
+        return list(self.average.parameters())
+
+
+class Teacher:
+    """A copied module, moved by hand."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.teacher = model, copy.deepcopy(model).requires_grad_(False)
+
+    def update(self) -> None:
+        for slow, p in zip(self.teacher.parameters(), self.model.parameters(), strict=True):
+            slow.mul_(0.9).add_(p.detach(), alpha=0.1)
+
+    def tensors(self) -> list[Tensor]:
+        return list(self.teacher.parameters())
+
+
+KINDS: dict[str, Callable[[nn.Module], Any]] = {
+    "SWA": Averaged,
+    "EMA": lambda model: Averaged(
+        model, avg_fn=lambda slow, p, _: slow.lerp(p, 0.1), use_buffers=True
+    ),
+    "by name": Shadow,
+    "in order": ShadowList,
+    "teacher": Teacher,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_average_is_cut_and_brought_back_with_the_network(
+    kind: str, architecture: PrunedArchitecture
+) -> None:
+    model = build()
+    average = KINDS[kind](model)
+    train(model, average.update)
+    surgeon = Surgeon(model, architecture)
+    tracked = Tracked(surgeon, {"ema": average})
+    assert len(surgeon.copies) == 1
+    before = [tensor.clone() for tensor in average.tensors()]
+    snapshot = Snapshot.take(tracked)
+    surgeon.cut(CUT)
+    shapes = [tuple(p.shape) for p in model.parameters()]
+    assert [tuple(tensor.shape) for tensor in average.tensors()] == shapes
+    kept = [unit for unit in range(16) if unit not in CUT["0"]]
+    assert torch.equal(average.tensors()[0], before[0][kept])
+    train(model, average.update)
+    surgeon.undo()
+    assert all(map(torch.equal, before, average.tensors()))
+    surgeon.cut(CUT)
+    train(model, average.update)
+    snapshot.put_back(tracked)
+    assert all(map(torch.equal, before, average.tensors()))
+    train(model, average.update)
+
+
+@pytest.mark.parametrize("kind", ["SWA", "teacher"])
+def test_an_average_is_evaluated_under_the_mask(
+    kind: str, architecture: PrunedArchitecture
+) -> None:
+    model = build()
+    holder = KINDS[kind](model)
+    average = holder.average if kind == "SWA" else holder.teacher
+    surgeon = Surgeon(model, architecture)
+    surgeon.follow("ema", holder)
+    with torch.no_grad():
+        whole = average(X)
+        surgeon.mask(CUT)
+        masked = average(X)
+        surgeon.unmask()
+        assert torch.equal(average(X), whole)
+        surgeon.cut(CUT)
+        assert not torch.equal(masked, whole)
+        assert torch.allclose(average(X), masked, atol=1e-6)
+
+
+def test_reconstruction_moves_an_average_by_as_much_as_the_network(
+    architecture: PrunedArchitecture,
+) -> None:
+    model = build()
+    average = AveragedModel(model)
+    surgeon = Surgeon(model, architecture)
+    surgeon.follow("ema", average)
+    recorder = Recorder(model, X[:4], architecture=architecture)
+    surgeon.cut(CUT, redistribute=recorder.moments([(X, Y)], CUT))
+    with torch.no_grad():
+        assert torch.allclose(average(X), model(X), atol=1e-5)
+
+
+def test_an_average_that_nobody_named_is_a_refused_outcome(
+    architecture: PrunedArchitecture,
+) -> None:
+    model = build()
+    surgeon = Surgeon(model, architecture)
+    assert surgeon.blocked() == ""
+    average = AveragedModel(model)
+    assert "AveragedModel" in surgeon.blocked()
+    surgeon.follow("ema", average)
+    assert surgeon.blocked() == ""
+
+
+def test_an_average_of_another_network_of_the_same_structure_is_left_alone(
+    architecture: PrunedArchitecture,
+) -> None:
+    model, other = build(), build()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.copy_(torch.randn(parameter.shape))
+    average = AveragedModel(other)
+    surgeon = Surgeon(model, architecture)
+    assert surgeon.blocked() == ""
+    assert surgeon.follow("other", other) == ()
+    surgeon.cut(CUT)
+    assert [p.shape for p in average.parameters()] == [p.shape for p in other.parameters()]
+
+
+def test_an_average_of_a_part_of_the_network_is_found() -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = build(), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(self.body(x))
+            return out
+
+    model = Parts()
+    average = AveragedModel(model.body)
+    surgeon = Surgeon(model, Recorder(model, X[:4]).architecture)
+    (found,) = surgeon.follow("ema", average)
+    assert found.prefix == "body"
+    surgeon.cut({"body.0": [1, 5]})
+    assert [p.shape for p in average.parameters()] == [p.shape for p in model.body.parameters()]
+
+
+def test_a_list_in_the_order_of_parameters_cannot_lose_a_layer_and_says_so() -> None:
+    model = made("Nested")
+    architecture = Recorder(model, example()).architecture
+    block = removable(architecture)[0]
+    surgeon = Surgeon(model, architecture)
+    surgeon.follow("ema", ShadowList(model))
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(InvalidField, match="list in the order of the parameters"):
+        surgeon.cut_layers([block])
+    assert all(map(torch.equal, before, model.parameters()))
+    average = AveragedModel(model)
+    surgeon.follow("ema", average)
+    surgeon.cut_layers([block])
+    average.update_parameters(model)
+    assert len(list(average.parameters())) == len(list(model.parameters()))
+    surgeon.undo()
+    assert all(map(torch.equal, before, model.parameters()))
+    average.update_parameters(model)
+
+
+def test_what_keeps_neither_state_nor_copies_is_refused_when_it_is_named(
+    architecture: PrunedArchitecture,
+) -> None:
+    guard = Guard(Settings())
+    with pytest.raises(InvalidField, match=r"resume\.thing"):
+        guard.resume(Tracked(Surgeon(build(), architecture), {"thing": object()}))
+
+
+def test_an_average_in_another_process_takes_its_shapes_from_the_restore_point(
+    architecture: PrunedArchitecture,
+) -> None:
+    model = build()
+    average = AveragedModel(model)
+    tracked = Tracked(Surgeon(model, architecture), {"ema": average})
+    train(model, lambda: average.update_parameters(model))
+    tracked.surgeon.cut(CUT)
+    snapshot = Snapshot.take(tracked)
+    fresh = build()
+    anew = AveragedModel(fresh)
+    snapshot.put_back(Tracked(Surgeon(fresh, architecture), {"ema": anew}))
+    assert all(map(torch.equal, average.parameters(), anew.parameters()))
+    assert torch.equal(average.n_averaged, anew.n_averaged)
+    anew.update_parameters(fresh)
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    yield
+    gc.collect()

@@ -1,0 +1,329 @@
+"""Whatever optimizer trains the network: its state is cut along, or begun anew and said so, or the
+surgeon refuses it when it is made. Undoing a cut brings all of it back bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+
+from elesh.trainer import Recorder, Surgeon
+from elesh.trainer.surgery.optimizers import other_optimizers
+from leyline import InvalidField, PrunedArchitecture
+
+X, Y = torch.randn(64, 8, generator=torch.Generator().manual_seed(1)), torch.arange(64) % 4
+
+
+def build() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)
+    )
+
+
+@pytest.fixture(scope="module")
+def architecture() -> PrunedArchitecture:
+    return Recorder(build(), X[:4]).architecture
+
+
+def train(model: nn.Module, optimizers: Iterable[Any], steps: int = 3) -> None:
+    optimizers = list(optimizers)
+
+    def closure() -> Tensor:
+        model.zero_grad()
+        loss = functional.cross_entropy(model(X), Y)
+        torch.autograd.backward(loss)
+        return loss
+
+    for _ in range(steps):
+        for optimizer in optimizers:
+            closure()
+            optimizer.step(closure)
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [t for part in value.values() for t in tensors_of(part)]
+    return (
+        [t for part in value for t in tensors_of(part)] if isinstance(value, (list, tuple)) else []
+    )
+
+
+def everything(model: nn.Module, optimizers: Iterable[Optimizer]) -> list[Tensor]:
+    found = [p.detach().clone() for p in model.parameters()]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                found += [t.clone() for t in tensors_of(dict(optimizer.state.get(parameter, {})))]
+    return found
+
+
+def same(first: list[Tensor], second: list[Tensor]) -> bool:
+    return len(first) == len(second) and all(map(torch.equal, first, second))
+
+
+class Shampoo(Optimizer):
+    """A preconditioner for every axis, as Gupta et al. 2018, without the roots."""
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                for dim, size in enumerate(p.shape):
+                    if f"statistics_{dim}" not in state:
+                        state[f"statistics_{dim}"] = torch.eye(size)
+                    rows = p.grad.movedim(dim, 0).reshape(size, -1)
+                    state[f"statistics_{dim}"] += rows @ rows.T
+                    inverse = torch.linalg.inv(state[f"statistics_{dim}"])
+                    p.grad = torch.tensordot(inverse, p.grad.movedim(dim, 0), 1).movedim(0, dim)
+                p -= group["lr"] * p.grad
+
+
+class EagerShampoo(Shampoo):
+    """Makes its state once, when it is made: what is dropped never comes back."""
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = {"matrix": torch.eye(p.shape[0])}
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        closure and closure()
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p -= group["lr"] * torch.tensordot(self.state[p]["matrix"], p.grad, 1)
+
+
+class Sam(Optimizer):
+    """Sharpness-aware minimisation around another optimizer (Foret et al. 2021)."""
+
+    def __init__(self, params: Any, base: Callable[..., Optimizer], **settings: Any) -> None:
+        super().__init__(params, {"rho": 0.05, **settings})
+        self.base_optimizer = base(self.param_groups, **settings)
+        self.param_groups = self.base_optimizer.param_groups
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        with torch.enable_grad():
+            closure()
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    self.state[p]["e_w"] = p.grad * 0.01
+                    p.add_(self.state[p]["e_w"])
+        with torch.enable_grad():
+            closure()
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.sub_(self.state[p]["e_w"])
+        self.base_optimizer.step()
+
+
+class Lookahead(Optimizer):
+    """Slow weights beside those of another optimizer (Zhang et al. 2019)."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.param_groups, self.state = optimizer.param_groups, defaultdict(dict)
+        self.defaults: dict[str, Any] = {}
+        self.count = 0
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.optimizer.step(closure)
+        self.count += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                slow = self.state[p].setdefault("slow", p.detach().clone())
+                if self.count % 2 == 0:
+                    slow.add_(p.detach() - slow, alpha=0.5)
+                    p.data.copy_(slow)
+
+
+def muon(model: nn.Module) -> list[Optimizer]:
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    return [torch.optim.Muon(matrices, 1e-3), torch.optim.AdamW(others, 1e-3)]
+
+
+def of_torch(name: str, model: nn.Module) -> list[Optimizer]:
+    return [getattr(torch.optim, name)(model.parameters(), 1e-3)]
+
+
+OF_TORCH: dict[str, Callable[[nn.Module], list[Optimizer]]] = {
+    name: partial(of_torch, name)
+    for name in (
+        "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "LBFGS", "NAdam",
+        "RAdam", "RMSprop", "Rprop", "SGD",
+    )
+}  # fmt: skip
+KINDS: dict[str, Callable[[nn.Module], list[Optimizer]]] = {
+    **OF_TORCH,
+    "SGD with momentum": lambda m: [torch.optim.SGD(m.parameters(), 1e-2, momentum=0.9)],
+    "Adam, fused": lambda m: [torch.optim.Adam(m.parameters(), 1e-3, fused=True)],
+    "AdamW, foreach": lambda m: [torch.optim.AdamW(m.parameters(), 1e-3, foreach=True)],
+    "Adam, amsgrad": lambda m: [torch.optim.Adam(m.parameters(), 1e-3, amsgrad=True)],
+    "RMSprop, centred": lambda m: [torch.optim.RMSprop(m.parameters(), 1e-3, 0.9, centered=True)],
+    "Muon beside AdamW": muon,
+    "one for each parameter": lambda m: [torch.optim.Adam([p], 1e-3) for p in m.parameters()],
+    "Shampoo": lambda m: [Shampoo(m.parameters())],
+    "SAM": lambda m: [Sam(m.parameters(), torch.optim.SGD, lr=1e-2, momentum=0.9)],
+    "Lookahead": lambda m: [Lookahead(torch.optim.AdamW(m.parameters(), 1e-3))],
+}
+ANEW = ("LBFGS", "Shampoo")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_optimizer_goes_on_after_a_cut_and_comes_back_with_it(
+    kind: str, architecture: PrunedArchitecture
+) -> None:
+    model = build()
+    optimizers = KINDS[kind](model)
+    train(model, optimizers)
+    surgeon = Surgeon(model, architecture, optimizer=optimizers)
+    before = everything(model, surgeon.optimizers.all)
+    surgeon.cut({"0": [1, 5, 6], "2": [0, 9]})
+    assert bool(surgeon.notes) == (kind in ANEW), surgeon.notes
+    for optimizer in () if kind in ANEW else surgeon.optimizers.all:
+        for parameter, state in optimizer.state.items():
+            for tensor in tensors_of(dict(state)):
+                fits = tensor.numel() == 1 or all(
+                    ours in (1, size)
+                    for ours, size in zip(tensor.shape, parameter.shape, strict=True)
+                )
+                assert fits
+    train(model, optimizers)
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    surgeon.undo()
+    assert same(before, everything(model, surgeon.optimizers.all))
+    train(model, optimizers)
+
+
+def test_every_optimizer_of_torch_is_tried() -> None:
+    known = {name for name in torch.optim.__all__ if name[0].isupper()}
+    assert known - set(OF_TORCH) - {"Muon", "Optimizer"} == {"SparseAdam"}  # for sparse gradients
+
+
+def test_factored_moments_are_those_of_the_kept_units(architecture: PrunedArchitecture) -> None:
+    model = build()
+    optimizer = torch.optim.Adafactor(model.parameters(), 1e-3)
+    train(model, [optimizer])
+    state = copy.deepcopy(optimizer.state[model[2].get_parameter("weight")])
+    Surgeon(model, architecture, optimizer=optimizer).cut({"0": [3], "2": [0, 1]})
+    after = optimizer.state[model[2].get_parameter("weight")]
+    assert torch.equal(after["row_var"], state["row_var"][2:])
+    kept = [unit for unit in range(16) if unit != 3]
+    assert torch.equal(after["col_var"], state["col_var"][:, kept])
+
+
+def test_masters_in_single_precision_are_cut_like_the_parameters_they_stand_for(
+    architecture: PrunedArchitecture,
+) -> None:
+    model = build()
+    masters = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.Adam(masters, 1e-2)
+
+    def step() -> None:
+        torch.autograd.backward(functional.cross_entropy(model(X), Y))
+        for parameter, master in zip(model.parameters(), masters, strict=True):
+            master.grad, parameter.grad = parameter.grad, None
+        optimizer.step()
+        with torch.no_grad():
+            for parameter, master in zip(model.parameters(), masters, strict=True):
+                parameter.copy_(master)
+
+    step()
+    surgeon = Surgeon(model, architecture, optimizer=optimizer)
+    surgeon.cut({"0": [1, 5]})
+    assert all(map(torch.equal, masters, model.parameters()))
+    step()
+    assert model[0].out_features == 14
+    surgeon.undo()
+    assert masters[0].shape == (16, 8)
+    assert all(map(torch.equal, masters, model.parameters()))
+    step()
+
+
+def test_an_optimizer_that_does_not_survive_a_cut_is_refused_when_the_surgeon_is_made(
+    architecture: PrunedArchitecture,
+) -> None:
+    model = build()
+    optimizer = EagerShampoo(model.parameters())
+    before = everything(model, [optimizer])
+    drawn = torch.get_rng_state()
+    with pytest.raises(InvalidField, match="EagerShampoo: KeyError when it steps after a cut"):
+        Surgeon(model, architecture, optimizer=optimizer)
+    assert same(before, everything(model, [optimizer]))
+    assert torch.equal(drawn, torch.get_rng_state())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_trying_an_optimizer_touches_neither_it_nor_its_scheduler(
+    architecture: PrunedArchitecture,
+) -> None:
+    model = build()
+    optimizer = Sam(model.parameters(), torch.optim.Adam, lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    train(model, [optimizer], 1)
+    before, rates = everything(model, [optimizer, optimizer.base_optimizer]), scheduler.state_dict()
+    Surgeon(model, architecture, optimizer=optimizer)
+    assert same(before, everything(model, [optimizer, optimizer.base_optimizer]))
+    assert scheduler.state_dict() == rates
+
+
+def test_a_second_optimizer_of_the_network_that_was_not_named_is_refused(
+    architecture: PrunedArchitecture,
+) -> None:
+    model = build()
+    first = torch.optim.Adam(model[:2].parameters())
+    second = torch.optim.SGD(model[2:].parameters(), 1e-2, momentum=0.9)
+    with pytest.raises(InvalidField, match="another one is alive: SGD"):
+        Surgeon(model, architecture, optimizer=first)
+    surgeon = Surgeon(model, architecture, optimizer={"first": first, "second": second})
+    assert not surgeon.blocked()
+    late = torch.optim.Adam(model.parameters())
+    assert not surgeon.blocked(), "it has no state that a cut could leave behind"
+    train(model, [late])
+    assert "not named: Adam" in surgeon.blocked()
+    del late
+    gc.collect()
+    assert not surgeon.blocked()
+
+
+def test_optimizers_of_other_networks_are_no_concern(architecture: PrunedArchitecture) -> None:
+    model, other = build(), build()
+    theirs = torch.optim.Adam(other.parameters())
+    ours = torch.optim.Adam(model.parameters())
+    assert other_optimizers(model, [ours]) == []
+    with pytest.raises(InvalidField, match="none of its parameters is the network's"):
+        Surgeon(model, architecture, optimizer=theirs)
+
+
+def test_what_is_no_optimizer_is_refused(architecture: PrunedArchitecture) -> None:
+    with pytest.raises(InvalidField, match="a torch optimizer, several, or a wrapper"):
+        Surgeon(build(), architecture, optimizer=object())
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    yield
+    gc.collect()
