@@ -100,7 +100,7 @@ class Bus:
             settings.partition,
             breaker or BreakerSettings(),
         )
-        self.audit = AuditLog(client, self._scripts, guard, settings.partition)
+        self.audit = AuditLog(client, self._scripts, guard, self.clock, settings.partition)
         self.dead_letters = DeadLetters(
             client, self._scripts, guard, self.clock, settings.partition
         )

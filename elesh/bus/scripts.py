@@ -145,15 +145,15 @@ class Scripts:
         keys: tuple[str, str],
         expected: str,
         last: tuple[int, str],
-        cursors: Mapping[str, str],
+        fields: Mapping[str, str | bytes],
         entries: Sequence[Args],
     ) -> bool:
         """Append entries (their fields) to the chain whose head has the ``expected`` digest, and
-        move cursors; False if the head has moved on."""
-        args: list[str | bytes | int] = [expected, *last, len(cursors)]
-        args += [part for pair in cursors.items() for part in pair]
-        for fields in entries:
-            args += [len(fields), *fields]
+        set fields of the head; False if the head has moved on."""
+        args: list[str | bytes | int] = [expected, *last, len(fields)]
+        args += [part for pair in fields.items() for part in pair]
+        for entry in entries:
+            args += [len(entry), *entry]
         return bool(await self._audit(list(keys), args))
 
     async def heartbeat(

@@ -1,6 +1,6 @@
 """Traces, metrics, logs, and the audit log: what happened, to whom, how often, how long it took."""
 
-from .audit import Fault, Link, audit_event, line_of, read_line, verify
+from .audit import Fault, Link, audit_event, line_of, read_line, sound, verify
 from .audit_file import AuditFile
 from .logs import get_logger, setup_logging
 from .messaging import messaging
@@ -34,6 +34,7 @@ __all__ = [
     "setup_tracing",
     "shutdown_tracing",
     "span",
+    "sound",
     "span_from",
     "verify",
 ]

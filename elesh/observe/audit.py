@@ -27,7 +27,7 @@ from leyline import (
     encode,
 )
 
-__all__ = ["Fault", "Link", "audit_event", "line_of", "read_line", "verify"]
+__all__ = ["Fault", "Link", "audit_event", "line_of", "read_line", "sound", "verify"]
 
 _LINE = re.compile(rb'(?P<body>\{.*),"digest":"(?P<digest>[0-9a-f]{64})"\}\n')
 
@@ -50,6 +50,8 @@ class Link:
     place: str
     entry: AuditEntry | None
     problem: str = ""
+    doubt: str = ""
+    """Why an entry that can be read need not be an auditor's: nobody who may has signed it."""
 
 
 def audit_event(message: Message, *, source: str, at: datetime) -> AuditEvent | None:
@@ -192,10 +194,14 @@ def read_line(line: bytes, place: str) -> Link:
         return Link(place, None, f"is no audit entry: {error}")
 
 
-def verify(links: Iterable[Link], *, number: int = 0, digest: str = "") -> list[Fault]:
+def verify(
+    links: Iterable[Link], *, number: int = 0, digest: str = "", signed_from: int = 1
+) -> list[Fault]:
     """Every fault of a chain that should begin at entry 1 and end at entry ``number``.
 
-    ``number`` 0 says that its end is not known (a file alone): what was cut off there is not seen.
+    Args:
+        number: 0 says that its end is not known (a file alone): what was cut off is not seen.
+        signed_from: entries before this one may be unsigned: there was no keyring yet.
     """
     faults: list[Fault] = []
     digests, places = {0: GENESIS}, {0: "the beginning"}
@@ -206,6 +212,8 @@ def verify(links: Iterable[Link], *, number: int = 0, digest: str = "") -> list[
             faults.append(Fault(place, link.problem))
             expected += 1
             continue
+        if link.doubt and entry.number >= signed_from:
+            faults.append(Fault(place, f"entry {entry.number} is not an auditor's: {link.doubt}"))
         if entry.number != expected:
             faults.append(Fault(place, f"entry {entry.number} where entry {expected} should be"))
         before = digests.get(entry.number - 1)
@@ -215,6 +223,21 @@ def verify(links: Iterable[Link], *, number: int = 0, digest: str = "") -> list[
         digests[entry.number], places[entry.number] = entry.digest, place
         expected = max(expected, entry.number + 1)
     return faults + _at_the_end(digests, expected - 1, number, digest, place)
+
+
+def sound(links: Iterable[Link], faults: Iterable[Fault]) -> str:
+    """Which entries a chain with faults still vouches for, as a phrase; empty for none."""
+    bad = {fault.place for fault in faults}
+    runs: list[tuple[int, int]] = []
+    for link in links:
+        if link.entry is None or link.place in bad:
+            continue
+        number = link.entry.number
+        if runs and runs[-1][1] == number - 1:
+            runs[-1] = (runs[-1][0], number)
+        else:
+            runs.append((number, number))
+    return ", ".join(f"{a} to {b}" if a < b else f"{a}" for a, b in runs[:5])
 
 
 def _at_the_end(

@@ -1,6 +1,6 @@
 -- Append entries to the audit log, if nobody was faster: one chain under any number of writers.
 -- KEYS: stream, head of the chain. ARGV: digest that the head must have (empty: no entry yet),
--- number and digest of the new last entry, number of cursors, their names and values in turn,
+-- number and digest of the new last entry, number of the head's fields, their names and values in turn,
 -- then for each entry the number of its fields and the fields.
 -- Returns 1, or 0 if the head has moved on (then nothing changes).
 if (redis.call('HGET', KEYS[2], 'digest') or '') ~= ARGV[1] then return 0 end

@@ -3,21 +3,35 @@
 Promises: entries are numbered without gaps and each names the digest of the one before, under any
 number of concurrent writers. Everything in it is copied from other streams, exactly once: the
 cursors move in the same step as the chain, and a writer that was overtaken changes nothing.
-The stream is never trimmed.
+The stream is never trimmed. With a keyring every entry and the chain's end are signed; a chain
+whose end was changed is gone on with, and that is written down.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any
+
+import msgpack
 
 from elesh.bus.guard import Guard
 from elesh.bus.scripts import Scripts
 from elesh.bus.server.client import Client
+from elesh.bus.server.clock import ServerClock
 from elesh.bus.streams.consumer_groups import pairs_of
-from elesh.bus.streams.records import Delivery, deliveries_of, entry_fields
-from leyline import GENESIS, AuditEntry, AuditEvent, EventEnvelope, encode, wrap
+from elesh.bus.streams.records import ENTRY_ID, Delivery, deliveries_of, entry_fields
+from leyline import (
+    GENESIS,
+    AuditEntry,
+    AuditEvent,
+    ContractError,
+    EventEnvelope,
+    encode,
+    wrap,
+)
 from leyline.streams import AUDIT, DEAD, DECISIONS, OPERATIONS, OUTCOMES, TELEMETRY, Stream
 
 __all__ = ["COPIED", "AuditHead", "AuditLog", "audit_envelope"]
@@ -26,6 +40,7 @@ COPIED: tuple[Stream, ...] = (DECISIONS, OUTCOMES, TELEMETRY, DEAD, OPERATIONS)
 """The streams whose messages become entries."""
 _BATCH = 100
 _CURSOR = "cursor."
+_SIGNED = b"signed"
 Translate = Callable[[Delivery], AuditEvent | None]
 
 
@@ -36,29 +51,50 @@ class AuditHead:
     number: int = 0
     digest: str = GENESIS
     cursors: Mapping[str, str] = field(default_factory=dict)
+    doubt: str = ""
+    """Why it need not be the end that an auditor wrote; empty where it is."""
+    expected: str = ""
+    """The digest as it stands there: who goes on has to have seen it."""
 
 
 class AuditLog:
     """The audit log of a partition."""
 
-    def __init__(self, client: Client, scripts: Scripts, guard: Guard, partition: str) -> None:
+    def __init__(
+        self, client: Client, scripts: Scripts, guard: Guard, clock: ServerClock, partition: str
+    ) -> None:
         self._client = client
         self._scripts = scripts
         self._guard = guard
+        self._clock = clock
         self._partition = partition
         self._seen: AuditHead | None = None
         self._keys = (AUDIT.key(partition), f"elesh:{{{partition}}}:audit:head")
 
     async def head(self) -> AuditHead:
-        """Where the chain ends now."""
+        """Where the chain ends now; one that is not signed, or not as it was, says so."""
         stored: Any = await self._client.hgetall(self._keys[1])
-        texts = {name.decode(): value.decode() for name, value in stored.items()}
+        signed = stored.pop(_SIGNED, b"")
+        texts = {name.decode(): value.decode("utf-8", "replace") for name, value in stored.items()}
         cursors = {
             name.removeprefix(_CURSOR): value
             for name, value in texts.items()
-            if name.startswith(_CURSOR)
+            if name.startswith(_CURSOR) and ENTRY_ID.fullmatch(value)
         }
-        return AuditHead(int(texts.get("number", 0)), texts.get("digest", GENESIS), cursors)
+        number, digest = texts.get("number", "0"), texts.get("digest", "")
+        if not number.isdecimal() or len(number) > 15 or not re.fullmatch("[0-9a-f]{64}|", digest):
+            return AuditHead(cursors=cursors, doubt="is no head of a chain", expected=digest)
+        head = AuditHead(int(number), digest or GENESIS, cursors, expected=digest)
+        return replace(head, doubt=self._doubt(head, signed)) if texts else head
+
+    def _doubt(self, head: AuditHead, signed: bytes) -> str:
+        """Why a head is not to be believed."""
+        try:
+            if self._guard.state(self._keys[1], signed, may=(AUDIT,)) != _facts(head):
+                return "is not as it was written" if signed else ""
+        except ContractError as error:
+            return str(error)
+        return ""
 
     async def copy(self, translate: Translate) -> int:
         """Write down what is new in the streams ``COPIED``; the number of entries written.
@@ -73,11 +109,13 @@ class AuditLog:
         while True:
             self._seen = head = await self.head()
             found = await self._unread(head)
-            if not found:
-                return written
             events = [event for each in found if (event := translate(each)) is not None]
+            if head.doubt and self._guard.signs:
+                events.insert(0, _changed(head.doubt, await self._clock.now()))
+            elif not found:
+                return written
             entries = _chained(head, events)
-            cursors = {each.stream.name: each.entry_id for each in found}
+            cursors = {**head.cursors, **{each.stream.name: each.entry_id for each in found}}
             if not await self._extend(head, entries, cursors):
                 return written
             written += len(entries)
@@ -94,12 +132,14 @@ class AuditLog:
     async def _extend(
         self, head: AuditHead, entries: Sequence[AuditEntry], cursors: Mapping[str, str]
     ) -> bool:
-        last = entries[-1] if entries else None
+        last = (entries[-1].number, entries[-1].digest) if entries else (head.number, head.digest)
+        signed = self._guard.frame_state(self._keys[1], _facts(AuditHead(*last, cursors)))
+        named: dict[str, str | bytes] = {_CURSOR + name: at for name, at in cursors.items()}
         return await self._scripts.audit(
             self._keys,
-            "" if head.number == 0 else head.digest,
-            (last.number, last.digest) if last else (head.number, head.digest),
-            {_CURSOR + name: value for name, value in cursors.items()},
+            head.expected,
+            last,
+            {**named, _SIGNED.decode(): signed},
             [self._fields(entry) for entry in entries],
         )
 
@@ -117,6 +157,24 @@ def audit_envelope(entry: AuditEntry) -> EventEnvelope:
         run_id=event.run_id,
         epoch=event.epoch,
         now=event.at,
+    )
+
+
+def _facts(head: AuditHead) -> bytes:
+    """What of a head is under the signature of the auditor that wrote it."""
+    facts: bytes = msgpack.packb([head.number, head.digest, sorted(head.cursors.items())])
+    return facts
+
+
+def _changed(doubt: str, at: datetime) -> AuditEvent:
+    """What is written down where a chain goes on from an end that nobody vouches for."""
+    return AuditEvent(
+        kind="operator",
+        action="audit_head_changed",
+        actor="unknown",
+        at=at,
+        subject="audit:head",
+        reason=f"the end of the log was not signed by an auditor: {doubt}"[:8192],
     )
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "History",
     "Pending",
     "Record",
+    "ENTRY_ID",
     "CommitOutcome",
     "Commit",
     "deliveries_of",
@@ -49,7 +50,7 @@ CONTEXT = ("traceparent", "tracestate")
 """Fields of the W3C trace context."""
 _ORIGINAL = b"original."
 _REDRIVEN = b"redriven"
-_ENTRY_ID = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
+ENTRY_ID = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
 BUS_FIELDS = frozenset({b"origin", b"history", _REDRIVEN})
 """Fields that the bus adds to an entry that goes round again."""
 
@@ -171,7 +172,7 @@ class Delivery:
         if self.stream is REDELIVERIES:
             told = self.fields.get(b"origin", b"").decode("utf-8", "replace")
             stream, _, entry = told.partition("/")
-            if stream in _ROUND and _ENTRY_ID.fullmatch(entry):
+            if stream in _ROUND and ENTRY_ID.fullmatch(entry):
                 return stream, entry
         return self.stream.name, self.entry_id
 

@@ -13,7 +13,7 @@ import typer
 
 from elesh.bus import Bus
 from elesh.cli.common import JsonLines, RedisOption, SettingsOption, console, fail, on_bus, working
-from elesh.observe import AuditFile, Fault, Link, line_of, verify
+from elesh.observe import AuditFile, Fault, Link, line_of, sound, verify
 from elesh.observe.printable import printable
 from elesh.observe.terminal import escape
 from elesh.settings import Settings
@@ -39,41 +39,54 @@ def audit_show(
     if kind not in ("", *KINDS):
         fail(f"--kind {kind}: expected one of {', '.join(KINDS)}")
     chosen = [
-        link.entry
+        link
         for link in on_bus(redis, settings, _links)
         if link.entry is not None
         and run in ("", link.entry.event.run_id)
         and kind in ("", link.entry.event.kind)
     ]
-    for entry in chosen[-last:]:
+    for link in chosen[-last:]:
+        assert link.entry is not None
         if as_json:
-            typer.echo(printable(line_of(entry).decode(), lines=True), nl=False)
+            typer.echo(printable(line_of(link.entry).decode(), lines=True), nl=False)
         else:
-            console.print(_shown(entry), soft_wrap=True)
+            doubt = f"  [red]not an auditor's: {escape(link.doubt)}[/]" if link.doubt else ""
+            console.print(_shown(link.entry) + doubt, soft_wrap=True)
 
 
 @audit.command("verify")
 def audit_verify(
-    file: FileOption = None, redis: RedisOption = "", settings: SettingsOption = None
+    file: FileOption = None,
+    signed_from: Annotated[
+        int, typer.Option(min=1, help="Entries before this one were written without a keyring.")
+    ] = 1,
+    redis: RedisOption = "",
+    settings: SettingsOption = None,
 ) -> None:
-    """Prove the chain on the bus, and a file against it; exit code 1 and every fault's place."""
+    """Prove the chain on the bus, with a keyring its signatures, and a file against it; exit code
+    1, every fault's place, and which entries can be trusted."""
 
-    async def prove(bus: Bus, _: Settings) -> tuple[int, list[Fault]]:
+    async def prove(bus: Bus, _: Settings) -> tuple[int, list[Fault], str, bool]:
         head = await bus.audit.head()
         links = await _links(bus, _)
-        faults = verify(links, number=head.number, digest=head.digest)
+        faults = verify(links, number=head.number, digest=head.digest, signed_from=signed_from)
+        if head.doubt:
+            faults.append(Fault("audit:head", f"the chain's end is not an auditor's: {head.doubt}"))
+        trusted = sound(links, faults)
         if file is not None:
             written = list(AuditFile(file).links())
             faults += verify(written) + _differences(links, written)
-        return head.number, faults
+        return head.number, faults, trusted, bus.guard.requires_signatures
 
     with working("reading the log"):
-        number, faults = on_bus(redis, settings, prove)
+        number, faults, trusted, signed = on_bus(redis, settings, prove)
     for fault in faults:
         console.print(f"[red]{escape(str(fault))}[/]", soft_wrap=True)
     if faults:
-        fail(f"the audit log does not hold: {len(faults)} places")
-    console.print(f"{number} entries, one chain, nothing missing or changed")
+        kept = f"can be trusted: entries {trusted}" if trusted else "no entry can be trusted"
+        fail(f"the audit log does not hold: {len(faults)} places; {kept}")
+    proof = f"signed from entry {signed_from} on" if signed else "unsigned: there is no keyring"
+    console.print(f"{number} entries, one chain, nothing missing or changed; {proof}")
 
 
 @audit.command("export")
@@ -86,8 +99,8 @@ def audit_export(
     links = on_bus(redis, settings, _links)
     lines = b"".join(line_of(link.entry) for link in links if link.entry is not None)
     for link in links:
-        if link.entry is None:
-            fail(f"{link.place} {link.problem}: see elesh audit verify")
+        if link.entry is None or link.doubt:
+            fail(f"{link.place} {link.problem or link.doubt}: see elesh audit verify")
     if file == "-":
         if sys.stdout.isatty():
             lines = printable(lines.decode(), lines=True).encode()

@@ -10,15 +10,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
-from elesh.bus import Bus, BusUnavailable, Delivery, audit_envelope, read_dead_letter
+from elesh.bus import Bus, BusUnavailable, Delivery, audit_envelope
+from elesh.bus.admission import hear, read
 from elesh.observe import AuditFile, Link, audit_event, get_logger
 from elesh.settings import AuditSettings
-from leyline import AuditEntry, AuditEvent, ContractError, Message, encode, read_envelope, unwrap
-from leyline.streams import AUDIT, DEAD
+from leyline import (
+    AuditEntry,
+    AuditEvent,
+    BreakerTransition,
+    ContractError,
+    UnknownType,
+    encode,
+)
+from leyline.streams import AUDIT, DEAD, DECISIONS, OPERATIONS, TELEMETRY, Stream
 
 __all__ = ["audit_links", "auditing", "extend_file", "write_audit"]
 
@@ -51,7 +61,7 @@ async def _keep(bus: Bus, seconds: float, file: Path | None) -> None:
 
 async def write_audit(bus: Bus, file: Path | None = None) -> int:
     """Write down what is new, into the file too if there is one; the number of new entries."""
-    written = await bus.audit.copy(_event)
+    written = await bus.audit.copy(partial(_event, bus))
     if file is not None:
         try:
             await extend_file(bus, AuditFile(file))
@@ -77,8 +87,8 @@ async def extend_file(bus: Bus, file: AuditFile) -> list[AuditEntry]:
         return []
     entries: list[AuditEntry] = []
     async for link in audit_links(bus, after=last):
-        if link.entry is None:
-            raise ValueError(f"{link.place} {link.problem}")
+        if link.entry is None or link.doubt:
+            raise ValueError(f"{link.place} {link.problem or link.doubt}")
         entries.append(link.entry)
     return await asyncio.to_thread(file.extend, entries)
 
@@ -89,7 +99,7 @@ async def audit_links(bus: Bus, *, after: int = 0) -> AsyncIterator[Link]:
     while True:
         found = await bus.read(AUDIT, start=start, count=_BATCH)
         for delivery in found:
-            link = _link(delivery)
+            link = _link(bus, delivery)
             if link.entry is None or link.entry.number > after:
                 yield link
         if len(found) < _BATCH:
@@ -104,27 +114,59 @@ async def _place_of(bus: Bus, number: int) -> str:
     return newest[-1].entry_id if newest else "-"
 
 
-def _link(delivery: Delivery) -> Link:
-    place = f"{delivery.stream.name}/{delivery.entry_id}"
+def _link(bus: Bus, delivery: Delivery) -> Link:
+    place, doubt = f"{delivery.stream.name}/{delivery.entry_id}", ""
     try:
-        entry = unwrap(read_envelope(delivery.envelope))
+        delivery.check(bus.guard)
+    except ContractError as error:
+        doubt = str(error)
+    try:
+        entry = read(delivery.envelope).message
     except ContractError as error:
         return Link(place, None, f"cannot be read: {error}")
     if not isinstance(entry, AuditEntry):
         return Link(place, None, f"is a {type(entry).__name__}, not an AuditEntry")
     if encode(audit_envelope(entry)) != delivery.envelope:
         return Link(place, None, "was changed: its envelope is not the one it was written with")
-    return Link(place, entry)
+    return Link(place, entry, doubt=doubt)
 
 
-def _event(delivery: Delivery) -> AuditEvent | None:
+_KINDS: Mapping[Stream, Literal["decision", "breaker", "dead_letter", "operator"]] = {
+    DECISIONS: "decision",
+    TELEMETRY: "breaker",
+    DEAD: "dead_letter",
+    OPERATIONS: "operator",
+}
+
+
+def _is_recorded(delivery: Delivery, error: ContractError) -> bool:
+    """Whether a message that is not to be believed is recorded as one.
+
+    An outcome becomes a dead letter, which is recorded; of telemetry only breakers ever are, and
+    what does not belong there.
+    """
+    if delivery.stream is TELEMETRY:
+        wanted = BreakerTransition.__name__.encode()
+        return isinstance(error, UnknownType) or wanted in delivery.framed
+    return delivery.stream in _KINDS
+
+
+def _event(bus: Bus, delivery: Delivery) -> AuditEvent | None:
+    """What an entry is to the audit log. One that nobody had the right to say, or that is none, is
+    written down as just that."""
     at = datetime.fromtimestamp(int(delivery.entry_id.split("-")[0]) / 1000, UTC)
+    source = f"{delivery.stream.name}/{delivery.entry_id}"
     try:
-        message: Message = (
-            read_dead_letter(delivery)
-            if delivery.stream is DEAD
-            else unwrap(read_envelope(delivery.envelope))
+        return audit_event(hear(delivery, bus.guard).message, source=source, at=at)
+    except ContractError as error:
+        if not _is_recorded(delivery, error):
+            return None
+        return AuditEvent(
+            kind=_KINDS[delivery.stream],
+            action=error.code,
+            actor="unknown",
+            at=at,
+            subject=source,
+            reason=str(error)[:8192],
+            source=source,
         )
-    except ContractError:
-        return None  # refused by whoever serves the stream: then it is a dead letter
-    return audit_event(message, source=f"{delivery.stream.name}/{delivery.entry_id}", at=at)
