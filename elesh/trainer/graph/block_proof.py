@@ -10,32 +10,35 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from elesh.trainer.network.calling import Inputs
-from elesh.trainer.surgery.surgeon import Surgeon
+from elesh.trainer.surgery.bypass import BranchMasks, put_back, put_in
 from leyline import LayerBlock, PrunedArchitecture
 
 from .dependency_graph import summary
 from .residual_blocks import find_blocks
 from .residual_branches import Trace
-from .unit_proof import Admission, Trial, apart
+from .trial import Trial
+from .unit_proof import Admission
+from .waypoints import apart
 
 
 def with_blocks(
-    copied: nn.Module, inputs: Inputs, architecture: PrunedArchitecture, ignored: Collection[str]
+    trial: Trial, inputs: Inputs, architecture: PrunedArchitecture, ignored: Collection[str]
 ) -> PrunedArchitecture:
     """The architecture with its blocks, those that fail the proof marked with a reason.
 
     Args:
-        twin: a copy of the network in evaluation mode with random weights that all have an effect.
+        trial: of a copy of the network in evaluation mode with random weights that all have an
+            effect.
         ignored: modules that must stay.
     """
-    blocks = find_blocks(copied, inputs, architecture, ignored)
+    blocks = find_blocks(trial.copied, inputs, architecture, ignored)
     if not blocks:
         return architecture
     drafted = _built(architecture, blocks)
-    experiment = _Experiment(copied, inputs, drafted)
+    experiment = _Experiment(trial, inputs, drafted)
     experiment.admit([block.name for block in blocks if block.prunable])
     reasons = experiment.reasons
     marked = tuple(
@@ -56,21 +59,22 @@ def _built(architecture: PrunedArchitecture, blocks: tuple[LayerBlock, ...]) -> 
 class _Experiment(Admission):
     """Admits blocks."""
 
-    def __init__(self, copied: nn.Module, inputs: Inputs, architecture: PrunedArchitecture) -> None:
+    def __init__(self, trial: Trial, inputs: Inputs, architecture: PrunedArchitecture) -> None:
         super().__init__()
-        self._copied, self._inputs, self._architecture = copied, inputs, architecture
-        self._surgeon = Surgeon(copied, architecture, restore_points=1)
-        self._trial = Trial(copied, inputs)
+        self._copied, self._inputs, self._architecture = trial.copied, inputs, architecture
+        self._trial = trial
         self._fed = self._with_gradient()
 
     def disproof(self, names: Sequence[str]) -> str:
         """Why these blocks cannot be removed together; empty if they can."""
-        self._surgeon.mask_layers(names)
+        blocks = [self._architecture.block[name] for name in names]
+        masks = BranchMasks(self._copied)
+        masks.set(blocks)
         try:
             masked = self._outputs()
         finally:
-            self._surgeon.unmask()
-        self._surgeon.cut_layers(names)
+            masks.clear()
+        replaced = put_in(self._copied, [one for block in blocks for one in block.stand_ins])
         try:
             if difference := apart(masked, self._outputs()):
                 return f"masking and removing it differ ({difference})"
@@ -79,7 +83,8 @@ class _Experiment(Admission):
         except Exception as error:  # Whatever the user's network raises is the finding.
             return f"the network does not run without it: {summary(error)}"
         finally:
-            self._surgeon.undo()
+            put_back(self._copied, reversed(replaced))
+            self._copied.eval()
 
     def _outputs(self) -> list[Tensor]:
         with torch.no_grad():

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch_pruning as tp
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
@@ -45,8 +47,9 @@ class Port:
     """Why channels that come here cannot be removed, where the operation itself forbids it."""
 
 
-Unit = dict[Port, tuple[int, ...]]
-"""The channels that are connected: rising indices by port."""
+Ints = npt.NDArray[np.int64]
+Family = dict[Port, Ints]
+"""Units that touch the same ports in the same numbers: by port, their channels [units, width]."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,8 @@ class Wiring:
 
     layers: tuple[LayerDescriptor, ...]
     """Layers with parameters, in order of execution."""
-    units: tuple[Unit, ...]
-    """Connected channels, those that some layer produces, in no particular order."""
+    families: tuple[Family, ...]
+    """Connected channels, in no particular order."""
     attentions: tuple[Attention, ...] = ()
     """Attention layers whose heads may be removable."""
     failure: str = ""
@@ -70,7 +73,7 @@ def trace(model: nn.Module, inputs: Inputs) -> Wiring:
     layers, attentions = calls.layers(batch_size(inputs)), find_attentions(calls.made)
     del calls  # and with it the autograd graph of the first pass
     try:
-        return Wiring(layers, tuple(_units(_Graph(model, inputs), model)), attentions)
+        return Wiring(layers, tuple(_families(_Graph(model, inputs), model)), attentions)
     except Exception as error:  # The graph of others' code: whatever it raises is a reason.
         return Wiring(layers, (), attentions, f"the dependency graph failed: {summary(error)}")
 
@@ -167,78 +170,156 @@ def _bridge(graph: _Graph, calls: Calls) -> dict[Any, list[Link]]:
     return links
 
 
-def _units(graph: _Graph, model: nn.Module) -> Iterator[Unit]:
-    """Connected components over (port, index)."""
-    elements, edges, lost = _connections(graph)
+def _families(graph: _Graph, model: nn.Module) -> list[Family]:
+    """Connected components over (port, index) that some layer produces, alike ones together."""
+    reach = _Reach(graph)
+    labels = reach.labels()
     ports = _Ports(graph, model)
-    source, target = np.array(edges, dtype=np.int64).reshape(-1, 2).T
-    size = len(elements)
-    matrix = coo_matrix((np.ones(len(source), dtype=np.int8), (source, target)), (size, size))
-    count, labels = connected_components(matrix, directed=False)
-    found: list[dict[Port, list[int]]] = [{} for _ in range(count)]
-    for (node, function, index), label in zip(elements, labels, strict=True):
+    table = _Table()
+    for (node, function), side in reach.sides.items():
+        indices = side.seen.nonzero()[0]
+        owner = labels[side.offset + indices]
         port = ports.of(node, function)
         if port is not None:
-            found[label].setdefault(port, []).append(index)
+            table.add(port, owner, indices)
         if node.grad_fn in graph.finals and (port is None or port.side == "out"):
-            found[label][_OUTPUT] = [0]
-    for number in lost:
-        found[labels[number]][_LOST] = [0]
-    for unit in found:
-        yield {port: tuple(sorted(set(indices))) for port, indices in unit.items()}
+            table.add(_OUTPUT, owner, np.zeros_like(indices))
+    for lost in reach.lost:
+        table.add(_LOST, labels[lost], np.zeros_like(lost))
+    return table.families()
 
 
 _LOST = Port("lost", "out", refusal="its channels could not be followed through a reshape")
 _OUTPUT = Port("output", "out", refusal="network output")
-_Element = tuple[Any, Any, int]
-"""A node of the graph, a pruning function of it (that is: a side), and a channel number."""
 
 
-def _connections(graph: _Graph) -> tuple[list[_Element], list[tuple[int, int]], set[int]]:
-    """All channels that can be reached from a producing layer, and which touch each other.
+class _Table:
+    """Rows (component, port, index), to be told apart into families."""
 
-    Returns:
-        the channels, pairs of positions in that list, and positions of channels that are
-        connected to one that does not exist.
-    """
-    number: dict[_Element, int] = {}
-    edges: list[tuple[int, int]] = []
-    lost: set[int] = set()
-    relations = {node: graph.relations.of(node) for node in graph.module2node.values()}
-    queue = list(_produced(graph))
-    for node, function, indices in queue:
-        for index in indices:
-            number.setdefault((node, function, index), len(number))
-    while queue:
-        node, function, indices = queue.pop()
-        for dependency, relation, forwards in relations[node]:
-            if not dependency.is_triggered_by(function):
-                continue
-            target, handler, fresh = dependency.target, dependency.handler, []
-            limit = graph.channels(target, handler)
-            pairs = relation.forwards(indices) if forwards else relation.backwards(indices)
-            for here, there in pairs:
-                source = number[node, function, here]
-                if there >= limit:
-                    lost.add(source)
+    def __init__(self) -> None:
+        self._ports: dict[Port, int] = {}
+        self._rows: list[Ints] = []
+
+    def add(self, port: Port, owners: Ints, indices: Ints) -> None:
+        """The components that the channels of a port belong to."""
+        number = self._ports.setdefault(port, len(self._ports))
+        self._rows.append(np.stack([owners, np.full_like(owners, number), indices]))
+
+    def families(self) -> list[Family]:
+        """Components with equally many channels at the same ports, by port [units, width]."""
+        if not self._rows:
+            return []
+        owners, ports, indices = np.concatenate(self._rows, axis=1)
+        width = int(indices.max()) + 1
+        keys = np.unique((owners * len(self._ports) + ports) * width + indices)
+        both, first, counts = np.unique(keys // width, return_index=True, return_counts=True)
+        rows = np.stack(
+            [keys // width // len(self._ports), keys // width % len(self._ports), keys % width]
+        )
+        heads = np.append(both // len(self._ports), -1)
+        starts = np.flatnonzero(np.diff(heads, prepend=-2))
+        alike: dict[bytes, list[tuple[int, int]]] = {}
+        kinds = np.stack([rows[1, first], counts])
+        for one, two in pairwise(starts.tolist()):
+            alike.setdefault(kinds[:, one:two].tobytes(), []).append((one, two))
+        listed, found = list(self._ports), []
+        for members in alike.values():
+            place = np.array([one for one, _ in members])
+            family: Family = {}
+            for column in range(members[0][1] - members[0][0]):
+                at, many = first[place + column], int(counts[place[0] + column])
+                spread = at[:, None] + np.arange(many)[None]
+                family[listed[int(rows[1, at[0]])]] = rows[2, spread]
+            found.append(family)
+        return found
+
+
+@dataclass
+class _Side:
+    """The channels of one side of a node: where they are numbered from, and which were met."""
+
+    offset: int
+    seen: npt.NDArray[np.bool_]
+
+
+class _Reach:
+    """All channels that can be reached from a producing layer, and which touch each other."""
+
+    def __init__(self, graph: _Graph) -> None:
+        self._graph = graph
+        self.sides: dict[tuple[Any, Any], _Side] = {}
+        self.lost: list[Ints] = []
+        """Numbers of channels that are connected to one that does not exist."""
+        self._edges: list[Ints] = []
+        self._count = 0
+        self._walk()
+        for node in graph.module2node.values():
+            self._join_blocks(node)
+
+    def labels(self) -> Ints:
+        """The number of the component of every channel."""
+        pairs = np.concatenate([*self._edges, np.zeros((2, 0), dtype=np.int64)], axis=1)
+        ones = np.ones(pairs.shape[1], dtype=np.int8)
+        matrix = coo_matrix((ones, (pairs[0], pairs[1])), (self._count, self._count))
+        labels: Ints = connected_components(matrix, directed=False)[1].astype(np.int64)
+        return labels
+
+    def _side(self, node: Any, function: Any) -> _Side:
+        key = (node, function)
+        if key not in self.sides:
+            size = self._graph.channels(node, function)
+            self.sides[key] = _Side(self._count, np.zeros(size, dtype=np.bool_))
+            self._count += size
+        return self.sides[key]
+
+    def _walk(self) -> None:
+        graph, queue = self._graph, list(_produced(self._graph))
+        relations = {node: graph.relations.of(node) for node in graph.module2node.values()}
+        for node, function, indices in queue:
+            self._side(node, function).seen[indices] = True
+        while queue:
+            node, function, indices = queue.pop()
+            here = self._side(node, function)
+            for dependency, relation, forwards in relations[node]:
+                if not dependency.is_triggered_by(function):
                     continue
-                element = (target, handler, there)
-                if element not in number:
-                    number[element] = len(number)
-                    fresh.append(there)
-                edges.append((source, number[element]))
-            if fresh:
-                queue.append((target, handler, fresh))
-    return list(number), edges, lost
+                there = self._side(dependency.target, dependency.handler)
+                pairs = relation.forwards(indices) if forwards else relation.backwards(indices)
+                inside = pairs[1] < len(there.seen)
+                if not inside.all():
+                    self.lost.append(np.unique(pairs[0][~inside]) + here.offset)
+                source, target = pairs[0][inside], pairs[1][inside]
+                self._edges.append(np.stack([source + here.offset, target + there.offset]))
+                fresh = np.unique(target[~there.seen[target]])
+                if len(fresh):
+                    there.seen[fresh] = True
+                    queue.append((dependency.target, dependency.handler, fresh))
+
+    def _join_blocks(self, node: Any) -> None:
+        """Connect what a layer can only lose together: the channels of a block of its own."""
+        if not isinstance(node.module, nn.Module):
+            return
+        blocks = channel_axes(node.module).blocks
+        if not blocks:
+            return
+        first: dict[int, int] = {}
+        for key in ((n, f) for n, f in self.sides if n is node):
+            side = self.sides[key]
+            indices = side.seen.nonzero()[0]
+            numbers = indices * blocks // max(1, len(side.seen))
+            for block, start in zip(*np.unique(numbers, return_index=True), strict=True):
+                members = indices[numbers == block] + side.offset
+                root = first.setdefault(int(block), int(members[0]))
+                self._edges.append(np.stack([np.full_like(members, root), members]))
+                del start
 
 
-def _produced(graph: _Graph) -> Iterator[tuple[Any, Any, list[int]]]:
+def _produced(graph: _Graph) -> Iterator[tuple[Any, Any, Ints]]:
     """The output channels of every producing layer."""
     for module, node in graph.module2node.items():
         if isinstance(module, nn.Module) and channel_axes(module).produces:
             pruner = graph.get_pruner_of_module(module)
-            channels = range(pruner.get_out_channels(module))
-            yield node, pruner.prune_out_channels, list(channels)
+            yield node, pruner.prune_out_channels, np.arange(pruner.get_out_channels(module))
 
 
 class _Ports:

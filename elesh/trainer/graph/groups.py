@@ -7,10 +7,10 @@ layer is in a group; a group that is not proved to be removable says why.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -28,7 +28,9 @@ from leyline import (
 
 from .attention import Attention
 from .block_proof import with_blocks
-from .dependency_graph import Port, Unit, Wiring, summary, trace
+from .dependency_graph import Family, Ints, Port, Wiring, trace
+from .random_copy import random_copy
+from .trial import Trial
 from .unit_proof import without_refuted
 
 
@@ -48,7 +50,7 @@ def find_architecture(
     for name in ignored_layers:
         if name not in dict(model.named_modules()):
             raise InvalidField("ignored_layers", "the name of a module of the model", name)
-    copied = _copied(model)
+    copied = random_copy(model)
     inputs = example_copy(example_inputs)
     with preserve_state(copied, seed=0), _plain_arithmetic(copied):
         wiring = trace(copied, inputs)
@@ -56,23 +58,9 @@ def find_architecture(
             _groups(wiring, copied, ignored_layers), wiring, copied, ignored_layers
         )
         architecture = PrunedArchitecture.build(describe_tensors(model), wiring.layers, groups)
-        proved = without_refuted(copied, inputs, architecture)
-        return with_blocks(copied, inputs, proved, ignored_layers)
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    """A copy to be traced and cut: single precision, every parameter with gradients."""
-    try:
-        with torch.inference_mode(False):
-            copied = copy.deepcopy(model).float()
-    except Exception as error:
-        raise InvalidField(
-            "model", "a model that copy.deepcopy can copy", summary(error)
-        ) from error
-    for parameter in copied.parameters():
-        parameter.grad = None
-        parameter.requires_grad_(parameter.is_floating_point())
-    return copied
+        trial = Trial(copied, inputs)
+        proved = without_refuted(trial, architecture)
+        return with_blocks(trial, inputs, proved, ignored_layers)
 
 
 @contextlib.contextmanager
@@ -96,28 +84,24 @@ def _plain_arithmetic(model: nn.Module) -> Iterator[None]:
 
 def _groups(wiring: Wiring, model: nn.Module, ignored: Collection[str]) -> tuple[PruningGroup, ...]:
     """Units that touch the same axes make up one group, in order of execution."""
-    units = [unit for unit in wiring.units if _producers(unit)]
-    followed = {port.name for unit in units for port in _producers(unit)}
+    families = [family for family in wiring.families if _producers(family)]
+    followed = {port.name for family in families for port in _producers(family)}
     lone = wiring.failure or "no path leads from it to the network's outputs"
-    units += _lone_units([x for x in wiring.layers if x.name not in followed], model)
+    families += _lone_families([x for x in wiring.layers if x.name not in followed], model)
     order = {layer.name: number for number, layer in enumerate(wiring.layers)}
-    producing = [(_root(unit, order), unit) for unit in units]
-    producing.sort(key=lambda pair: (order[pair[0].name], pair[1][pair[0]]))
-    alike: dict[tuple[str, frozenset[tuple[Port, int]]], list[Unit]] = {}
-    for root, unit in producing:
-        signature = frozenset((port, len(indices)) for port, indices in unit.items())
-        alike.setdefault((root.name, signature), []).append(unit)
+    rooted = [(_root(family, order), family) for family in families]
+    rooted.sort(key=lambda pair: (order[pair[0].name], int(pair[1][pair[0]][:, 0].min())))
     tied = _tied_tensors(model)
     groups: dict[str, PruningGroup] = {}
-    for (root_name, _), members in alike.items():
-        name, number = root_name, 2
+    for root, family in rooted:
+        name, number = root.name, 2
         while name in groups:
-            name, number = f"{root_name}#{number}", number + 1
-        ports = sorted(
-            members[0], key=lambda port: (order.get(port.name, -1), port.name, port.side)
-        )
-        reason = _refusal(ports, ignored, tied) if root_name in followed else lone
-        groups[name] = _group(name, ports, members, reason, model)
+            name, number = f"{root.name}#{number}", number + 1
+        units = family[root][:, 0].argsort(kind="stable")
+        ports = sorted(family, key=lambda port: (order.get(port.name, -1), port.name, port.side))
+        reason = _refusal(ports, ignored, tied) if root.name in followed else lone
+        sorted_family = {port: family[port][units] for port in ports}
+        groups[name] = _group(name, sorted_family, reason, model)
     return tuple(groups.values())
 
 
@@ -169,12 +153,12 @@ def _producers(ports: Iterable[Port]) -> list[Port]:
     ]
 
 
-def _root(unit: Unit, order: Mapping[str, int]) -> Port:
+def _root(family: Family, order: Mapping[str, int]) -> Port:
     """The producing layer that is executed first."""
-    return min(_producers(unit), key=lambda port: order[port.name])
+    return min(_producers(family), key=lambda port: order[port.name])
 
 
-def _lone_units(layers: Iterable[LayerDescriptor], model: nn.Module) -> Iterator[Unit]:
+def _lone_families(layers: Iterable[LayerDescriptor], model: nn.Module) -> Iterator[Family]:
     """Every output channel of every layer by itself, where the wiring is not known."""
     modules = dict(model.named_modules())
     for layer in layers:
@@ -182,9 +166,8 @@ def _lone_units(layers: Iterable[LayerDescriptor], model: nn.Module) -> Iterator
         axes = channel_axes(module) if module is not None else ChannelAxes()
         if axes.produces:
             attribute, dim = axes.outputs[0]
-            port = Port(layer.name, "out", module)
-            for index in range(getattr(module, attribute).shape[dim]):
-                yield {port: (index,)}
+            count = getattr(module, attribute).shape[dim]
+            yield {Port(layer.name, "out", module): np.arange(count)[:, None]}
 
 
 def _tied_tensors(model: nn.Module) -> frozenset[int]:
@@ -218,18 +201,17 @@ def _refusal(ports: Sequence[Port], ignored: Collection[str], tied: Collection[i
     return ""
 
 
-def _group(
-    name: str, ports: Sequence[Port], units: Sequence[Unit], reason: str, model: nn.Module
-) -> PruningGroup:
+def _group(name: str, family: Family, reason: str, model: nn.Module) -> PruningGroup:
     tensors = named_tensors(model)
     slices: list[TensorSlice] = []
     sites: list[GateSite] = []
-    for port in ports:
-        span = _span([unit[port] for unit in units])
+    size = len(next(iter(family.values())))
+    for port, indices in family.items():
+        span, last = _span(indices), int(indices.max())
         for path, dim in _tensor_axes(port):
             if path not in tensors:
                 continue
-            if tensors[path].shape[dim] > max(span.all_of(range(len(units)))):
+            if tensors[path].shape[dim] > last:
                 slices.append(TensorSlice(tensor=path, dim=dim, **dict(span)))
             else:
                 reason = reason or f"its channels could not be followed to {port.name}"
@@ -237,13 +219,13 @@ def _group(
             dim_of_input = channel_axes(port.module).site_dim
             if dim_of_input is not None:
                 sites.append(GateSite(module=port.name, dim=dim_of_input, **dict(span)))
-    if len(units) == 1:
+    if size == 1:
         reason = reason or "it has a single unit"
     return PruningGroup(
         name=name,
-        layers=tuple(port.name for port in _producers(ports)),
-        original_size=len(units),
-        origin=tuple(range(len(units))),
+        layers=tuple(port.name for port in _producers(family)),
+        original_size=size,
+        origin=tuple(range(size)),
         slices=tuple(slices),
         sites=tuple(sites),
         prunable=not reason,
@@ -262,10 +244,10 @@ def _tensor_axes(port: Port) -> list[tuple[str, int]]:
     return [(f"{port.name}.{attribute}", dim) for attribute, dim in pairs]
 
 
-def _span(units: Sequence[tuple[int, ...]]) -> Span:
-    """The span of indices listed by unit, all of the same width; compact where regular."""
-    listed = tuple(index for unit in units for index in unit)
-    width, start = len(units[0]), listed[0]
-    if listed == tuple(range(start, start + len(listed))):
+def _span(units: Ints) -> Span:
+    """The span of indices [units, width]; compact where regular."""
+    listed, width = units.reshape(-1), units.shape[1]
+    start = int(listed[0])
+    if bool((listed == np.arange(start, start + len(listed))).all()):
         return Span(start=start, width=width)
-    return Span(width=width, indices=listed)
+    return Span(width=width, indices=tuple(listed.tolist()))

@@ -13,14 +13,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch import nn
 from torch_pruning.ops import OPTYPE
 
 from elesh.trainer.network.calls import Link
 from elesh.trainer.network.layers import channel_axes
 
-Pairs = list[tuple[int, int]]
-"""(channel at the source of a dependency, channel at its target)."""
+Ints = npt.NDArray[np.int64]
+Pairs = tuple[Ints, Ints]
+"""Channels at the source of a dependency, and those at its target that they are."""
 
 
 @dataclass(frozen=True)
@@ -36,27 +39,25 @@ class Relation:
     width: int = 1
     offset: int = 0
 
-    def forwards(self, channels: Sequence[int]) -> Pairs:
+    def forwards(self, channels: Ints) -> Pairs:
         """Pairs (producer's, consumer's) of the producer's channels."""
-        return [
-            (p, (p - self.start) // self.step * self.width + self.offset + extra)
-            for p in channels
-            if self._passes(p)
-            for extra in range(self.width)
-        ]
+        passing = channels[self._passes(channels)]
+        first = (passing - self.start) // self.step * self.width + self.offset
+        spread = first[:, None] + np.arange(self.width)
+        return np.repeat(passing, self.width), spread.reshape(-1)
 
-    def backwards(self, channels: Sequence[int]) -> Pairs:
+    def backwards(self, channels: Ints) -> Pairs:
         """Pairs (consumer's, producer's) of the consumer's channels."""
-        pairs = [
-            (c, (c - self.offset) // self.width * self.step + self.start)
-            for c in channels
-            if c >= self.offset
-        ]
-        return [(c, p) for c, p in pairs if self._passes(p)]
+        here = channels[channels >= self.offset]
+        there = (here - self.offset) // self.width * self.step + self.start
+        passing = self._passes(there)
+        return here[passing], there[passing]
 
-    def _passes(self, p: int) -> bool:
-        inside = p >= self.start and (self.stop is None or p < self.stop)
-        return inside and (p - self.start) % self.step == 0
+    def _passes(self, p: Ints) -> npt.NDArray[np.bool_]:
+        inside = p >= self.start
+        if self.stop is not None:
+            inside &= p < self.stop
+        return inside & ((p - self.start) % self.step == 0)
 
 
 class Relations:

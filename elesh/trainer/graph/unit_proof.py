@@ -1,44 +1,39 @@
 """Proves on the network itself that masking units and cutting them is the same.
 
 Promises: a group stays prunable only if, with other groups, random units of it were masked and
-cut on a copy, several times, and both gave the same outputs. The copy gets random weights first:
-with the real ones the proof could be empty (branches that start at zero, small layer scales).
+cut on a copy, several times, and both gave the same values at every layer that mixes channels and
+the same outputs. The copy has random weights: with the real ones the proof could be empty
+(branches that start at zero, small layer scales).
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
-from elesh.trainer.network.calling import Inputs, call, device_of, seed_generators, tensors_in
-from elesh.trainer.surgery.surgeon import Surgeon
-from leyline import PrunedArchitecture
+from leyline import PrunedArchitecture, PruningGroup
 
 from .dependency_graph import summary
+from .trial import Cut, Trial, TrialCuts, Units
+from .waypoints import Fault, Guards, Waypoints, apart
 
-TOLERANCE = 1e-4
-"""Allowed difference, as a share of the largest output (single precision)."""
 
-
-def without_refuted(
-    copied: nn.Module, inputs: Inputs, architecture: PrunedArchitecture
-) -> PrunedArchitecture:
+def without_refuted(trial: Trial, architecture: PrunedArchitecture) -> PrunedArchitecture:
     """The architecture with every group that fails the proof marked, with a reason.
 
     Args:
-        twin: a copy of the network in evaluation mode; its weights are overwritten.
+        trial: of a copy of the network in evaluation mode, with random weights.
     """
-    _scramble(copied)
-    experiment = _Experiment(copied, inputs, architecture)
+    experiment = _Experiment(trial, architecture)
     candidates = [group.name for group in architecture.groups if group.prunable]
     with torch.no_grad():
-        experiment.admit(candidates)
+        experiment.judge(candidates)
     groups = tuple(
         group.model_copy(update={"prunable": False, "reason": experiment.reasons[group.name]})
         if group.name in experiment.reasons
@@ -79,112 +74,243 @@ class Admission(ABC):
 class _Experiment(Admission):
     """Admits groups."""
 
-    def __init__(self, copied: nn.Module, inputs: Inputs, architecture: PrunedArchitecture) -> None:
+    def __init__(self, trial: Trial, architecture: PrunedArchitecture) -> None:
         super().__init__()
-        self._trial = Trial(copied, inputs)
-        self._surgeon = Surgeon(copied, architecture, restore_points=1)
+        self._trial, self._architecture = trial, architecture
+        self._cuts = TrialCuts(trial.copied, architecture)
         rng = np.random.default_rng(0)
         groups = [group for group in architecture.groups if group.prunable]
         # Numbers at random: equal shares could hide that two groups must stay of equal size. And
         # all but one: rounding (of halves, for example) forgives small cuts.
-        counts = [{g.name: int(rng.integers(1, g.size)) for g in groups} for _ in range(2)]
+        counts = [{g.name: int(rng.integers(1, g.size)) for g in groups}]
         counts.append({g.name: g.size - 1 for g in groups})
         self._trials = [
             {g.name: rng.permutation(g.size)[: count[g.name]].tolist() for g in groups}
             for count in counts
         ]
+        self._around = {group.name: _around(group) for group in groups}
+        self._readers: dict[str, set[str]] = {}
+        for group in groups:
+            for site in group.sites:
+                self._readers.setdefault(site.module, set()).add(group.name)
+
+    def judge(self, names: Sequence[str]) -> None:
+        """Find a reason against each of ``names`` that may not be removed with the others."""
+        left = list(names)
+        for number in range(len(self._trials)):
+            self._number = number
+            left = self._sorted_out(left)
+
+    def _sorted_out(self, names: Sequence[str]) -> list[str]:
+        """Those of ``names`` that the present trial finds no fault with.
+
+        Whoever may be to blame for a fault is set aside and let in by halves, those who may be to
+        blame for different faults at the same time.
+        """
+        good, cases, reasons, before = list(names), list[list[list[str]]](), dict[str, str](), -1
+        while True:
+            heads = [case[-1] for case in cases]
+            faults = self._faults([*good, *chain.from_iterable(heads)])
+            if not faults and not any(case[:-1] for case in cases):
+                self.reasons |= reasons
+                kept = {*good, *chain.from_iterable(heads)}
+                return [name for name in names if name in kept]
+            if not cases:
+                if before == len(reasons):
+                    return self._halved(names)
+                before = len(reasons)
+                cases = [list(_halves(members)) for members in _cases(faults, good)]
+                good = _without(good, chain.from_iterable(chain.from_iterable(cases)))
+                continue
+            failed: dict[int, str] = {}
+            for fault in faults:
+                failed |= {n: fault.reason for n in self._guilty(fault, heads) if n not in failed}
+            for number, case in enumerate(cases):
+                head = case.pop()
+                if number not in failed:
+                    good += head
+                elif len(head) == 1:
+                    reasons[head[0]] = failed[number]
+                else:
+                    case += _halves(head)
+            cases = [case for case in cases if case]
+
+    def _guilty(self, fault: _Blame, heads: Sequence[Sequence[str]]) -> list[int]:
+        """Which of the sets that were let in last may be to blame for a fault."""
+        met = [n for n, head in enumerate(heads) if fault.blamed.intersection(head)]
+        if met:
+            return met
+
+        def shared(head: Sequence[str]) -> int:
+            return max(len(_common([fault.place, self._around[name]])) for name in head)
+
+        most = max(map(shared, heads))
+        return [n for n, head in enumerate(heads) if shared(head) == most]
+
+    def _halved(self, names: Sequence[str]) -> list[str]:
+        """The same where nobody in particular is to blame."""
+        self._admitted = []
+        self.admit(names)
+        return self._admitted
+
+    _number = 0
+    """Of the present trial."""
 
     def disproof(self, names: Sequence[str]) -> str:
-        """Why these groups cannot lose units together, in any of the trials."""
-        reasons = (self._disproof({name: t[name] for name in names}) for t in self._trials)
-        return next((reason for reason in reasons if reason), "")
+        """Why these groups cannot lose units together, in the present trial."""
+        return next((fault.reason for fault in self._faults(names)), "")
 
-    def _disproof(self, units: Mapping[str, Sequence[int]]) -> str:
-        """Why these units cannot be removed together; empty if they can."""
-        self._surgeon.mask(units)
-        masked = self._trial.outputs()
-        self._surgeon.unmask()
-        self._surgeon.cut(units)
+    def _faults(self, names: Sequence[str]) -> list[_Blame]:
+        """What goes wrong where these groups lose units together."""
+        if not names:
+            return []
+        units = {name: self._trials[self._number][name] for name in names}
+        run = _Run(self._trial, self._cuts, units, self._around)
+        run.do(train=self._number == 0)
+        for fault in run.waypoints.faults:
+            blamed = self._readers.get(fault.place, set()) & units.keys()
+            run.blamed.append(_Blame(fault.place, frozenset(blamed), _mixes(fault)))
+        return run.blamed
+
+
+@dataclass(frozen=True)
+class _Blame:
+    """Something that went wrong, and who may be to blame."""
+
+    place: str
+    blamed: frozenset[str]
+    """Names of groups; none where it may be any."""
+    reason: str
+
+
+def _halves(members: list[str]) -> Iterator[list[str]]:
+    """Both halves, the first one last; a single name by itself."""
+    middle = len(members) // 2
+    yield from (half for half in (members[middle:], members[:middle]) if half)
+
+
+def _without(names: Iterable[str], others: Iterable[str]) -> list[str]:
+    gone = set(others)
+    return [name for name in names if name not in gone]
+
+
+def _cases(faults: Sequence[_Blame], names: Sequence[str]) -> list[list[str]]:
+    """Who may be to blame for each fault; faults that may have one cause are one case."""
+    if any(not fault.blamed for fault in faults):
+        return [list(names)]
+    cases: list[set[str]] = []
+    for fault in faults:
+        case = set(fault.blamed)
+        for other in [other for other in cases if other & case]:
+            case |= other
+            cases.remove(other)
+        cases.append(case)
+    return [[name for name in names if name in case] for case in cases]
+
+
+class _Run:
+    """One comparison of masking and cutting."""
+
+    def __init__(
+        self, trial: Trial, cuts: TrialCuts, units: Units, around: Mapping[str, str]
+    ) -> None:
+        self._trial, self._cuts, self._units, self._around = trial, cuts, units, around
+        self.waypoints = Waypoints(trial.copied)
+        self.waypoints.lost = self._lost
+        self.blamed: list[_Blame] = []
+        self._cut: Cut | None = None
+        self._indices: dict[str, dict[int, Any]] = {}
+
+    def do(self, train: bool) -> None:
+        """Run the network with units masked, then without them."""
+        points, copied = self.waypoints, self._trial.copied
         try:
-            difference = _difference(masked, self._trial.outputs())
-            if not difference:
-                self._trial.train()
-            return difference
-        except Exception as error:  # Whatever the user's network raises is the finding.
-            return (
-                "the network does not run without some of its channels (a size written into the "
-                f"code, or channels reshaped into heads): {summary(error)}"
-            )
-        finally:
-            self._surgeon.undo()
-
-
-class Trial:
-    """A network and example inputs to try changes on."""
-
-    def __init__(self, copied: nn.Module, inputs: Inputs) -> None:
-        self._copied, self._inputs = copied, inputs
-        self._trains = True
-        try:
-            self.train()
-        except Exception:  # A single sample cannot be normalised over the batch, for example.
-            self._trains = False
-
-    def outputs(self) -> list[Tensor]:
-        """All floating-point outputs, the random generators seeded."""
-        seed_generators(device_of(self._copied), 0)
-        return [t for t in tensors_in(call(self._copied, self._inputs)) if t.is_floating_point()]
-
-    def train(self) -> None:
-        """A forward pass in training mode, if it ran at first; moves running statistics.
-
-        Branches that only training uses (auxiliary heads) must fit, too.
-        """
-        if not self._trains:
+            with self._cuts.masked(self._units):
+                points.remember()
+                masked = self._trial.outputs()
+        except Exception as error:
+            told = f"the network does not run under a mask: {summary(error)}"
+            self.blamed.append(_Blame("", frozenset(), told))
             return
-        self._copied.train()
-        try:
-            call(self._copied, self._inputs)
         finally:
-            self._copied.eval()
+            points.close()
+        guarded = {path for name in self._units for path in _outwards(self._around[name])}
+        try:
+            with (
+                self._cuts.cut(self._units) as self._cut,
+                Guards(copied, guarded, self._amend, points),
+            ):
+                points.compare()
+                outputs = self._trial.outputs()
+                points.close()
+                if not self.blamed and not points.faults and (difference := apart(masked, outputs)):
+                    points.faults.append(Fault("", difference))
+                if train:
+                    self._trial.train()
+        except Exception as error:  # Whatever the user's network raises is the finding.
+            if not self.blamed:
+                self.blamed.append(_Blame("", frozenset(), _breaks(error)))
+        finally:
+            points.close()
+            copied.eval()
+
+    def _amend(self, path: str, error: Exception) -> bool:
+        """Take back what was cut of groups inside a module that failed."""
+        assert self._cut is not None
+        units = self._cut.units
+        inside = [name for name in units if f"{self._around[name]}.".startswith(f"{path}.")]
+        if not inside:
+            return False
+        earlier = [b.blamed for b in self.blamed if f"{b.place}.".startswith(f"{path}.")]
+        blamed = frozenset(inside).union(*earlier)
+        self.blamed.append(_Blame(path, blamed, _breaks(error)))
+        taken_back = {name: units[name] for name in inside}
+        self.waypoints.unjudged.update(self._cuts.lost_inputs(taken_back))
+        self._cut.restore(inside)
+        self._indices.clear()
+        return True
+
+    def _lost(self, place: str) -> Mapping[int, Any]:
+        """By axis, which channels of a module's input are cut."""
+        if not self._indices:
+            assert self._cut is not None
+            self._indices = {"": {}} | self._cuts.lost_inputs(self._cut.units)
+        return self._indices.get(place, {})
 
 
-def apart(masked: Sequence[Tensor], cut: Sequence[Tensor]) -> str:
-    """How outputs under a mask and after the cut differ; empty if they do not."""
-    if [tensor.shape for tensor in masked] != [tensor.shape for tensor in cut]:
-        return "the outputs' shapes differ"
-    for a, b in zip(masked, cut, strict=True):
-        scale = a.abs().max().item() if a.numel() else 1.0
-        most = (a - b).abs().max().item() if a.numel() else 0.0
-        if not (math.isfinite(most) and most <= TOLERANCE * scale):
-            return f"by {most:.3g} where outputs reach {scale:.3g}"
-    return ""
+def _around(group: PruningGroup) -> str:
+    """The innermost module that holds all tensors of a group and all that read it."""
+    paths = [*(part.tensor.rpartition(".")[0] for part in group.slices)]
+    paths += [site.module.rpartition(".")[0] for site in group.sites]
+    return ".".join(_common(paths))
 
 
-def _difference(masked: Sequence[Tensor], cut: Sequence[Tensor]) -> str:
-    if [tensor.shape for tensor in masked] != [tensor.shape for tensor in cut]:
-        return "network output"
-    difference = apart(masked, cut)
-    return difference and (
-        f"masking and cutting differ ({difference}): "
-        "something mixes its channels before a layer consumes them"
+def _common(paths: Sequence[str]) -> list[str]:
+    """What several paths begin with."""
+    common = []
+    for level in zip(*(path.split(".") for path in paths), strict=False):
+        if len(set(level)) > 1:
+            break
+        common.append(level[0])
+    return common
+
+
+def _outwards(path: str) -> Collection[str]:
+    """A module's path and those of all modules around it, but for the network."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _breaks(error: Exception) -> str:
+    return (
+        "the network does not run without some of its channels (a size written into the "
+        f"code, or channels reshaped into heads): {summary(error)}"
     )
 
 
-def _scramble(model: nn.Module) -> None:
-    """Random weights that keep signals at about one, all of them having an effect."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim < 2:
-                drawn = torch.rand(parameter.shape, generator=generator) + 0.5
-            else:
-                fan_in = parameter[0].numel()
-                drawn = torch.randn(parameter.shape, generator=generator) * (2 / fan_in) ** 0.5
-            if parameter.is_floating_point():
-                parameter.copy_(drawn)
-        for module in model.modules():
-            if isinstance(module, _NormBase):
-                for buffer in (module.running_mean, module.running_var):
-                    if buffer is not None:
-                        buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+def _mixes(fault: Fault) -> str:
+    at = f" at {fault.place}" if fault.place else ""
+    return (
+        f"masking and cutting differ{at} ({fault.reason}): "
+        "something mixes its channels before a layer consumes them"
+    )

@@ -35,6 +35,8 @@ class ChannelAxes:
     """Whether ``weight`` makes the output channels (convolutions, linear, embedding)."""
     refusal: str = ""
     """Why channels that meet this layer cannot be removed."""
+    blocks: int = 0
+    """Into how many equal blocks the layer's channels fall that can only go whole; 0: none."""
 
 
 _CHANNELWISE = (("weight", 0), ("bias", 0), ("running_mean", 0), ("running_var", 0))

@@ -1,0 +1,183 @@
+"""A network to try masks and cuts on: quickly put on, and taken back bit for bit.
+
+Promises: what a trial masks and cuts is what :class:`~.masks.Masks` and a Surgeon would; only the
+tensors that shrink are copied, and nothing of the architecture is built anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
+
+from elesh.trainer.network.calling import Inputs, call, device_of, seed_generators, tensors_in
+from elesh.trainer.network.headcounts import HEAD_SIZES, refit_heads
+from elesh.trainer.network.layers import SIZES, named_tensors, refit
+from elesh.trainer.surgery.masks import Masks
+from leyline import Level, PrunedArchitecture
+
+from .waypoints import narrowed
+
+__all__ = ["Trial", "TrialCuts", "Units"]
+
+Ints = npt.NDArray[np.int64]
+Units = Mapping[str, Sequence[int]]
+"""Units by group name."""
+_SIZES = (*SIZES, *HEAD_SIZES)
+
+
+class Trial:
+    """A network and example inputs to try changes on.
+
+    Args:
+        compared: from what the network returns to what has to be equal; None: all of it.
+    """
+
+    def __init__(self, copied: nn.Module, inputs: Inputs, compared: Any = None) -> None:
+        self.copied, self._inputs, self._compared = copied, inputs, compared
+        self._trains = True
+        try:
+            self.train()
+        except Exception:  # A single sample cannot be normalised over the batch, for example.
+            self._trains = False
+
+    def outputs(self) -> list[Tensor]:
+        """All floating-point outputs, the random generators seeded."""
+        seed_generators(device_of(self.copied), 0)
+        output = call(self.copied, self._inputs)
+        if self._compared is not None:
+            output = self._compared(output)
+        return [t for t in tensors_in(output) if t.is_floating_point()]
+
+    def train(self) -> None:
+        """A forward pass in training mode, if it ran at first; moves running statistics.
+
+        Branches that only training uses (auxiliary heads) must fit, too.
+        """
+        if not self._trains:
+            return
+        self.copied.train()
+        try:
+            call(self.copied, self._inputs)
+        finally:
+            self.copied.eval()
+
+
+class TrialCuts:
+    """Masks and cuts of one network, each taken back."""
+
+    def __init__(self, copied: nn.Module, architecture: PrunedArchitecture) -> None:
+        self._copied, self.architecture = copied, architecture
+        self.tensors = named_tensors(copied)
+        self.whole = {path: tensor.data for path, tensor in self.tensors.items()}
+        self._indices: dict[str, list[Ints]] = {}
+
+    @contextlib.contextmanager
+    def masked(self, units: Units) -> Iterator[None]:
+        """The network with these units silent."""
+        masks = Masks(self._copied)
+        masks.set(self.architecture, units)
+        try:
+            yield
+        finally:
+            masks.clear()
+
+    @contextlib.contextmanager
+    def cut(self, units: Units) -> Iterator[Cut]:
+        """The network without these units."""
+        cut = Cut(self, units)
+        try:
+            cut.apply(units)
+            yield cut
+        finally:
+            cut.restore(list(cut.units))
+
+    def lost(self, units: Units) -> dict[str, dict[int, Ints]]:
+        """By tensor and axis, which indices go."""
+        gone: dict[str, dict[int, list[Ints]]] = {}
+        for name, chosen in units.items():
+            group = self.architecture.group[name]
+            if name not in self._indices:
+                every = range(group.size)
+                self._indices[name] = [
+                    np.array(part.all_of(every)).reshape(group.size, -1) for part in group.slices
+                ]
+            for part, indices in zip(group.slices, self._indices[name], strict=True):
+                axes = gone.setdefault(part.tensor, {})
+                axes.setdefault(part.dim, []).append(indices[list(chosen)].reshape(-1))
+        return {
+            path: {dim: np.concatenate(lists) for dim, lists in axes.items()}
+            for path, axes in gone.items()
+        }
+
+    def lost_inputs(self, units: Units) -> dict[str, dict[int, Ints]]:
+        """By consumer and axis of its input, which channels go."""
+        gone: dict[str, dict[int, Ints]] = {}
+        for name, chosen in units.items():
+            for site in self.architecture.group[name].sites:
+                axes = gone.setdefault(site.module, {})
+                found = np.array(site.all_of(chosen), dtype=np.int64)
+                axes[site.dim] = np.append(axes[site.dim], found) if site.dim in axes else found
+        return gone
+
+    def put(self, paths: Collection[str], units: Units) -> None:
+        """Give these tensors, and the modules that hold them, the sizes that ``units`` leave."""
+        lost = self.lost(units)
+        for path in paths:
+            self.tensors[path].data = narrowed(self.whole[path], lost.get(path, {}))
+        for module, sizes in self._sizes.items():
+            vars(module).update(sizes)
+        for module in self._touched({*paths, *lost}):
+            refit(module)
+        for name, gone in units.items():
+            group = self.architecture.group[name]
+            if group.level is Level.HEAD:
+                left = tuple(o for u, o in enumerate(group.origin) if u not in set(gone))
+                refit_heads(self._copied, group, group.model_copy(update={"origin": left}))
+
+    def _touched(self, paths: Collection[str]) -> list[nn.Module]:
+        """The modules that hold these tensors, or one under another name."""
+        ids = {id(self.tensors[path]) for path in paths}
+        return [module for module, held in self._holders if ids.intersection(held)]
+
+    @cached_property
+    def _holders(self) -> list[tuple[nn.Module, set[int]]]:
+        return [
+            (module, {id(t) for t in (*module._parameters.values(), *module._buffers.values())})
+            for module in self._copied.modules()
+        ] + [
+            (module, {id(t) for t in module.parameters()})
+            for module in self._copied.modules()
+            if isinstance(module, nn.MultiheadAttention)
+        ]
+
+    @cached_property
+    def _sizes(self) -> dict[nn.Module, dict[str, Any]]:
+        return {
+            module: {name: vars(module)[name] for name in _SIZES if name in vars(module)}
+            for module in self._copied.modules()
+        }
+
+
+class Cut:
+    """A cut that is on, and can be taken back group by group."""
+
+    def __init__(self, cuts: TrialCuts, units: Units) -> None:
+        self._cuts = cuts
+        self.units: dict[str, Sequence[int]] = {}
+
+    def apply(self, units: Units) -> None:
+        """Cut these units, too."""
+        self.units |= units
+        self._cuts.put(self._cuts.lost(units), self.units)
+
+    def restore(self, names: Collection[str]) -> None:
+        """Take back what was cut of these groups."""
+        paths = self._cuts.lost({name: self.units[name] for name in names})
+        self.units = {name: gone for name, gone in self.units.items() if name not in names}
+        self._cuts.put(paths, self.units)

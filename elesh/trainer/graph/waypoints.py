@@ -1,0 +1,179 @@
+"""Compares two runs of a network piece by piece, at the inputs of the layers that mix channels.
+
+In the first run what enters every such layer is remembered. In the second it is compared with
+what enters now, and then replaced by it: so every piece of the network is judged by itself, all
+faults show in one run, and small differences do not add up on the way.
+
+Promises: where no fault is found and the outputs are equal, the two runs compute the same: every
+value of the second follows from values that were equal. Afterwards no hook is left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from elesh.trainer.network.calling import replace_first
+from elesh.trainer.network.layers import channel_axes
+
+__all__ = ["TOLERANCE", "Fault", "Guards", "Waypoints", "apart"]
+
+Ints = npt.NDArray[np.int64]
+TOLERANCE = 1e-4
+"""Allowed difference, as a share of the largest value (single precision)."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A place where the two runs differ, or where the second failed."""
+
+    place: str
+    """The module at whose input, or inside which; empty: the outputs, or nobody knows."""
+    reason: str
+
+
+@dataclass
+class Waypoints:
+    """Remembers, then compares.
+
+    Args:
+        kept: by module and axis, which channels of its input are left in the second run.
+    """
+
+    model: nn.Module
+    faults: list[Fault] = field(default_factory=list)
+    _seen: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    _calls: Counter[str] = field(default_factory=Counter)
+    _handles: list[RemovableHandle] = field(default_factory=list)
+    lost: Callable[[str], Mapping[int, Ints]] = lambda place: {}
+    """By axis, which channels of a module's input are not there in the second run."""
+    unjudged: set[str] = field(default_factory=set)
+    """Where there is nothing to compare any more."""
+
+    def remember(self) -> None:
+        """Remember what enters the layers from now on. Masks must be on already."""
+        self._hook(self._remembered)
+
+    def compare(self) -> None:
+        """Compare from now on, and put in what was remembered."""
+        self._hook(self._compared)
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """How often every layer was called up to now."""
+        return dict(self._calls)
+
+    def rewind(self, path: str, calls: Mapping[str, int]) -> None:
+        """The module ``path`` is called again: its layers were called only so often."""
+        for name in self._calls:
+            if name.startswith(f"{path}."):
+                self._calls[name] = calls.get(name, 0)
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _hook(self, treat: Callable[[str, int, Tensor], Tensor]) -> None:
+        self.close()
+        self._calls = Counter()
+
+        def hook_of(name: str) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                self._calls[name] += 1
+                number = self._calls[name]
+                return replace_first(args, kwargs, lambda x: treat(name, number, x))
+
+            return hook
+
+        for name, module in self.model.named_modules():
+            if name and channel_axes(module).site_dim is not None:
+                handle = module.register_forward_pre_hook(hook_of(name), with_kwargs=True)
+                self._handles.append(handle)
+
+    def _remembered(self, name: str, number: int, x: Tensor) -> Tensor:
+        self._seen[name, number] = x.detach().clone()
+        return x
+
+    def _compared(self, name: str, number: int, x: Tensor) -> Tensor:
+        expected = self._seen.get((name, number))
+        if expected is None:
+            return x
+        expected = narrowed(expected, self.lost(name))
+        if name not in self.unjudged and (difference := apart([expected], [x])):
+            self.faults.append(Fault(name, difference))
+        return expected
+
+
+class Guards:
+    """Modules whose failing is noted: what is to blame is taken back, and they are called again.
+
+    Args:
+        amend: from a module's path to whether anything was taken back because it failed.
+        points: what compares meanwhile.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        paths: Collection[str],
+        amend: Callable[[str, Exception], bool],
+        points: Waypoints,
+    ) -> None:
+        self._model, self._paths, self._amend, self._points = model, paths, amend, points
+        self._wrapped: list[nn.Module] = []
+
+    def __enter__(self) -> Guards:
+        for path in self._paths:
+            module = self._model.get_submodule(path)
+            if "forward" not in vars(module):
+                self._wrapped.append(module)
+                vars(module)["forward"] = self._guarded(path, module.forward)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for module in self._wrapped:
+            vars(module).pop("forward", None)
+
+    def _guarded(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            calls = self._points.calls
+            try:
+                return forward(*args, **kwargs)
+            except Exception as error:  # Whatever the user's network raises is the finding.
+                if not self._amend(path, error):
+                    raise
+                self._points.rewind(path, calls)
+                return forward(*args, **kwargs)
+
+        return guarded
+
+
+def apart(masked: Sequence[Tensor], cut: Sequence[Tensor]) -> str:
+    """How two runs' values differ; empty if they do not."""
+    if [tensor.shape for tensor in masked] != [tensor.shape for tensor in cut]:
+        return "the outputs' shapes differ"
+    for a, b in zip(masked, cut, strict=True):
+        scale = a.abs().max().item() if a.numel() else 1.0
+        most = (a - b).abs().max().item() if a.numel() else 0.0
+        if not (math.isfinite(most) and most <= TOLERANCE * scale):
+            return f"by {most:.3g} where outputs reach {scale:.3g}"
+    return ""
+
+
+def narrowed(tensor: Tensor, lost: Mapping[int, Ints]) -> Tensor:
+    """The tensor without the indices that are lost, by axis."""
+    for dim, indices in lost.items():
+        kept = np.delete(np.arange(tensor.shape[dim]), indices)
+        tensor = tensor.index_select(dim, torch.from_numpy(kept).to(tensor.device))
+    return tensor
