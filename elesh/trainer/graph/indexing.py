@@ -54,10 +54,11 @@ class Relation:
         return here[passing], there[passing]
 
     def _passes(self, p: Ints) -> npt.NDArray[np.bool_]:
-        inside = p >= self.start
+        inside: npt.NDArray[np.bool_] = p >= self.start
         if self.stop is not None:
             inside &= p < self.stop
-        return inside & ((p - self.start) % self.step == 0)
+        inside &= (p - self.start) % self.step == 0
+        return inside
 
 
 class Relations:

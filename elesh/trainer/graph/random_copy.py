@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from leyline import InvalidField
 
@@ -34,20 +35,16 @@ def random_copy(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modu
     """
     made: dict[int, Any] = {}
     pool = _Pool(dtype)
-    for parameter in model.parameters():
-        if not isinstance(parameter, nn.parameter.UninitializedTensorMixin):
-            made[id(parameter)] = pool.parameter(parameter)
     try:
         with torch.inference_mode(False):
+            for parameter in model.parameters():
+                if not isinstance(parameter, (UninitializedBuffer, UninitializedParameter)):
+                    made[id(parameter)] = pool.parameter(parameter)
             copied = copy.deepcopy(model, dict(made))
+            _prepare_buffers(copied, dtype)
     except Exception as error:
         found = next(_uncopied(model, made), "") or summary(error)
         raise InvalidField("model", "a model that copy.deepcopy can copy", found) from error
-    for module in copied.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_floating_point():
-                module._buffers[name] = buffer.to(dtype)
-    _scramble_statistics(copied)
     return copied
 
 
@@ -80,7 +77,12 @@ class _Pool:
         return nn.Parameter(known[start : start + like.numel()].view(like.shape))
 
 
-def _scramble_statistics(model: nn.Module) -> None:
+def _prepare_buffers(model: nn.Module, dtype: torch.dtype) -> None:
+    """Buffers in ``dtype``; running statistics random."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(dtype)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for module in model.modules():

@@ -108,6 +108,7 @@ class _Experiment(Admission):
         blame for different faults at the same time.
         """
         good, cases, reasons, before = list(names), list[list[list[str]]](), dict[str, str](), -1
+        settled: set[str] = set()
         while True:
             heads = [case[-1] for case in cases]
             faults = self._faults([*good, *chain.from_iterable(heads)])
@@ -119,8 +120,16 @@ class _Experiment(Admission):
                 if before == len(reasons):
                     return self._halved(names)
                 before = len(reasons)
-                cases = [list(_halves(members)) for members in _cases(faults, good)]
-                good = _without(good, chain.from_iterable(chain.from_iterable(cases)))
+                if settled.intersection(fault.place for fault in faults):
+                    return self._halved(names)  # Whoever was blamed there was not to blame.
+                sets = _cases(faults, good)
+                alone = {members[0] for members in sets if len(members) == 1}
+                for fault in faults:
+                    for name in alone & (fault.blamed or alone):
+                        reasons.setdefault(name, fault.reason)
+                        settled |= {fault.place} if fault.differs else set()
+                cases = [list(_halves(members)) for members in sets if len(members) > 1]
+                good = _without(good, [*reasons, *chain.from_iterable(sets)])
                 continue
             failed: dict[int, str] = {}
             for fault in faults:
@@ -169,7 +178,7 @@ class _Experiment(Admission):
         run.do(train=self._number == 0)
         for fault in run.waypoints.faults:
             blamed = self._readers.get(fault.place, set()) & units.keys()
-            run.blamed.append(_Blame(fault.place, frozenset(blamed), _mixes(fault)))
+            run.blamed.append(_Blame(fault.place, frozenset(blamed), _mixes(fault), True))
         return run.blamed
 
 
@@ -181,6 +190,8 @@ class _Blame:
     blamed: frozenset[str]
     """Names of groups; none where it may be any."""
     reason: str
+    differs: bool = False
+    """Whether values differ there; otherwise the module failed."""
 
 
 def _halves(members: list[str]) -> Iterator[list[str]]:
@@ -196,10 +207,11 @@ def _without(names: Iterable[str], others: Iterable[str]) -> list[str]:
 
 def _cases(faults: Sequence[_Blame], names: Sequence[str]) -> list[list[str]]:
     """Who may be to blame for each fault; faults that may have one cause are one case."""
-    if any(not fault.blamed for fault in faults):
+    named = [fault for fault in faults if fault.blamed]
+    if not named:  # Others will show again once these are out of the way.
         return [list(names)]
     cases: list[set[str]] = []
-    for fault in faults:
+    for fault in named:
         case = set(fault.blamed)
         for other in [other for other in cases if other & case]:
             case |= other
@@ -218,6 +230,8 @@ class _Run:
         self.waypoints = Waypoints(trial.copied)
         self.waypoints.lost = self._lost
         self.blamed: list[_Blame] = []
+        self._failing = ""
+        """The innermost module that failed with all of its own groups whole."""
         self._cut: Cut | None = None
         self._indices: dict[str, dict[int, Any]] = {}
 
@@ -248,8 +262,12 @@ class _Run:
                 if train:
                     self._trial.train()
         except Exception as error:  # Whatever the user's network raises is the finding.
-            if not self.blamed:
-                self.blamed.append(_Blame("", frozenset(), _breaks(error)))
+            # It failed again with its own groups whole: they are no more suspect than others.
+            own = [blame for blame in self.blamed if blame.place == self._failing]
+            self.blamed = [blame for blame in self.blamed if blame not in own]
+            touching = {n for n in self._units if self._touches(n, self._failing)}
+            suspects = frozenset(touching).union(*(blame.blamed for blame in own))
+            self.blamed.append(_Blame(self._failing, suspects, _breaks(error)))
         finally:
             points.close()
             copied.eval()
@@ -260,6 +278,7 @@ class _Run:
         units = self._cut.units
         inside = [name for name in units if f"{self._around[name]}.".startswith(f"{path}.")]
         if not inside:
+            self._failing = self._failing or path
             return False
         earlier = [b.blamed for b in self.blamed if f"{b.place}.".startswith(f"{path}.")]
         blamed = frozenset(inside).union(*earlier)
@@ -269,6 +288,13 @@ class _Run:
         self._cut.restore(inside)
         self._indices.clear()
         return True
+
+    def _touches(self, name: str, path: str) -> bool:
+        """Whether some, but not all, of what goes with a group is inside a module."""
+        group = self._cuts.architecture.group[name]
+        places = [part.tensor for part in group.slices] + [site.module for site in group.sites]
+        inside = [f"{place}.".startswith(f"{path}.") for place in places]
+        return bool(path) and any(inside) and not all(inside)
 
     def _lost(self, place: str) -> Mapping[int, Any]:
         """By axis, which channels of a module's input are cut."""

@@ -148,13 +148,13 @@ class Guards:
     def _guarded(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def guarded(*args: Any, **kwargs: Any) -> Any:
             calls = self._points.calls
-            try:
-                return forward(*args, **kwargs)
-            except Exception as error:  # Whatever the user's network raises is the finding.
-                if not self._amend(path, error):
-                    raise
-                self._points.rewind(path, calls)
-                return forward(*args, **kwargs)
+            while True:
+                try:
+                    return forward(*args, **kwargs)
+                except Exception as error:  # Whatever the user's network raises is the finding.
+                    if not self._amend(path, error):
+                        raise
+                    self._points.rewind(path, calls)
 
         return guarded
 

@@ -1,0 +1,75 @@
+"""What finding the groups of a network costs: faults of many blocks are found together."""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from elesh.trainer import Recorder
+from elesh.trainer.graph.random_copy import random_copy
+
+CALLS = [0]
+
+
+class Block(nn.Module):
+    """A residual block with a size written into its code: its channels cannot go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x).view(-1, 12).relu())
+
+
+class Deep(nn.Module):
+    """Many such blocks, and one hidden layer that can be pruned."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block() for _ in range(depth)])
+        self.free, self.head = nn.Linear(8, 10), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        CALLS[0] += 1
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.free(x).relu())
+
+
+def calls_for(depth: int) -> int:
+    CALLS[0] = 0
+    architecture = Recorder(Deep(depth), torch.randn(4, 8)).architecture
+    assert architecture.group["free"].prunable
+    refused = [g for g in architecture.groups if g.name.startswith("blocks.") and g.name != "head"]
+    assert refused
+    assert not any(group.prunable for group in refused if group.original_size == 12)
+    return CALLS[0]
+
+
+def test_many_faulty_blocks_take_as_many_passes_as_few() -> None:
+    assert calls_for(16) <= calls_for(3) + 4
+
+
+def test_the_copy_has_random_weights_and_takes_little_memory() -> None:
+    model = nn.Sequential(*[nn.Linear(256, 256) for _ in range(24)])
+    before = copy.deepcopy(model.state_dict())
+    copied = random_copy(model)
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in copied.parameters()}
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert sum(s.nbytes() for s in storages.values()) < parameters / 4
+    weights = [module.weight for module in copied if isinstance(module, nn.Linear)]
+    assert not any(torch.equal(a, b) for a, b in pairwise(weights))
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_what_cannot_be_copied_is_named() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].handle = open(__file__)  # noqa: SIM115
+    with pytest.raises(Exception, match=r"0\.handle"):
+        Recorder(model, torch.randn(2, 4))
+    model[0].handle.close()
