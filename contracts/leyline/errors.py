@@ -139,7 +139,7 @@ class Conflict(ContractError):
 
 
 class Poison(ContractError):
-    """A message that was delivered too often without being settled."""
+    """A message that was delivered too often without being committed."""
 
     code = "poison"
 
@@ -151,7 +151,7 @@ class Expired(ContractError):
 
 
 class AnalysisFailed(ContractError):
-    """The analysis of sound input gave no decision, whatever rung of the ladder was tried."""
+    """The analysis of sound input gave no decision, whatever fallback was tried."""
 
     code = "analysis_failed"
 

@@ -57,7 +57,7 @@ class ItemResult(Message):
     code: Label = Field(default="", exclude_if=operator.not_)
     """The class of that error."""
     fallbacks: tuple[Fallback, ...] = ()
-    """Rungs of the failure table that were taken on the way to no analysis."""
+    """Fallbacks of the failure table that were taken on the way to no analysis."""
 
 
 class Attempt(Message):

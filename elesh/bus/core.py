@@ -1,4 +1,4 @@
-"""The bus: publish, claim, renew, settle, dead-letter, read, trim, on Redis Streams.
+"""The bus: publish, claim, renew, commit, dead-letter, read, trim, on Redis Streams.
 
 Promises: at-least-once delivery, exactly-once effect. An entry is served by whoever owns it in its
 consumer group; ownership is a lease that is renewed, taken over when it ran out, and checked by
@@ -27,7 +27,7 @@ from elesh.bus.streams.backlog import pending_of
 from elesh.bus.streams.consumer_groups import Groups, pairs_of
 from elesh.bus.streams.dead_letters import DeadLetters
 from elesh.bus.streams.fan_out import PlanStore
-from elesh.bus.streams.reaping import Sweeper
+from elesh.bus.streams.reaping import Reaper
 from elesh.bus.streams.records import (
     Commit,
     CommitOutcome,
@@ -90,7 +90,7 @@ class Bus:
         self.plans = PlanStore(
             client, scripts, keys, self.groups, guard, self.clock, settings.record_ttl_seconds
         )
-        self.sweeper = Sweeper(scripts, keys, self.plans, settings.lease_seconds)
+        self.reaper = Reaper(scripts, keys, self.plans, settings.lease_seconds)
         self.blobs = BlobStore(client, self._scripts, settings, guard)
         self.breakers = BreakerStore(
             client,
@@ -156,7 +156,7 @@ class Bus:
         return bool(await self._client.ping())
 
     async def close(self) -> None:
-        """Close the connections; nothing is given back or acknowledged."""
+        """Close the connections; nothing is requeued or acknowledged."""
         await self._client.aclose()
 
     # Producers

@@ -76,12 +76,12 @@ class Scripts:
         return bool(await self._requeue([entry[0], again, delayed], args))
 
     async def reap(self, keys: Sequence[str], args: Args) -> list[Any]:
-        """One pass of the sweeper; see ``lua/reap.lua``."""
+        """One pass of the reaper; see ``lua/reap.lua``."""
         reply: list[Any] = await self._reap(keys, args)
         return reply
 
     async def commit(self, keys: Sequence[str], args: Args) -> list[str]:
-        """Settle an entry's results; a verdict for each. See ``lua/commit.lua``."""
+        """Commit an entry's results; a verdict for each. See ``lua/commit.lua``."""
         return [verdict.decode() for verdict in await self._commit(keys, args)]
 
     async def acknowledge(self, keys: Sequence[str], args: Args) -> bool:

@@ -1,8 +1,8 @@
 """OpenTelemetry metrics: on ``/metrics`` for Prometheus, and by OTLP/HTTP where asked for.
 
 Promises: every name is listed in docs/observing.md; labels are from small fixed sets (levels,
-gates, rungs, streams), but for runs whose breaker counts failures; until :func:`setup_metrics` is
-called nothing is kept.
+gates, fallbacks, streams), but for runs whose breaker counts failures; until :func:`setup_metrics`
+is called nothing is kept.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Promises: the same code and settings give the same bytes; where they do not, the settings that
 changed are named, and what the decision does differently. The analysis runs in a compute child, as
 it did then: whatever a checkpoint carries is met behind the same walls. What chance decided is
-taken from the record: levels that were missing, shards, rungs of the failure table of each part,
-and the earlier decision that stands in for corrupt data.
+taken from the record: levels that were missing, shards, fallbacks of the failure table of each
+part, and the earlier decision that stands in for corrupt data.
 """
 
 from __future__ import annotations
@@ -278,7 +278,7 @@ def _stood_in(
 def _job(
     settings: Settings, work: Work, folder: Path, recorded: StructuralPruningDecision | None
 ) -> Job:
-    """What the child is asked, as it was then: the same gaps, breakers and rungs."""
+    """What the child is asked, as it was then: the same gaps, breakers and fallbacks."""
     gaps = _gaps(recorded)
     levels = tuple(level for level in work.levels if level not in gaps)
     breakers = BreakerStatus.of(recorded) if recorded else {}
@@ -302,7 +302,7 @@ def _job(
 
 
 def _rungs(recorded: StructuralPruningDecision) -> tuple[tuple[str, str], ...]:
-    """The rungs that were taken for the whole decision, or for joining its parts."""
+    """The fallbacks that were taken for the whole decision, or for joining its parts."""
     of_parts = dict.fromkeys(taken for part in recorded.parts for taken in part.fallbacks)
     left = Counter(recorded.fallbacks) - Counter(of_parts.keys())
     return tuple((taken.rung, taken.reason) for taken in left.elements() if taken.rung in REPLAYED)

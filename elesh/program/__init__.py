@@ -28,16 +28,17 @@ __all__ = [
 ]
 
 SKIPPED = "verification_skipped"
-"""The rung of the failure table: program, weights, data or worker do not allow to measure."""
+"""The fallback of the failure table: program, weights, data or worker do not allow to measure."""
 TIMEOUT = "verification_timeout"
-"""The rung of the failure table: measuring takes longer than its share of the window."""
+"""The fallback of the failure table: measuring takes longer than its share of the window."""
 ROUNDS_SKIPPED = "rounds_skipped"
-"""The rung of the failure table: measured at once, not in rounds; there is no calibration data."""
+"""The fallback of the failure table: measured at once, not in rounds; there is no calibration
+data."""
 ROUNDS_TIMEOUT = "rounds_timeout"
-"""The rung of the failure table: rounds take longer than half of what measuring may take."""
+"""The fallback of the failure table: rounds take longer than half of what measuring may take."""
 
 CALIBRATION_SKIPPED = "calibration_skipped"
-"""The rung of the failure table: no would-be cut is measured in the preparation phase."""
+"""The fallback of the failure table: no calibration probe is measured in the preparation phase."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,6 @@ def _has_torch() -> bool:
 
 
 def _met(recorded: StructuralPruningDecision | None) -> dict[str, Fallback]:
-    """By rung, what a recorded decision met that another run might not."""
+    """By fallback, what a recorded decision met that another run might not."""
     taken = recorded.fallbacks if recorded else ()
     return {f.rung: f for f in taken if f.rung in (ROUNDS_TIMEOUT, CALIBRATION_SKIPPED)}

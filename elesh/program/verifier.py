@@ -49,7 +49,7 @@ class NetworkVerifier:
         bundle: the checkpoint; has a network.
         settings: of the worker.
         seconds: how long measuring may take, from its first figure on; rounds half of it.
-        met: in a replay, by rung, what chance had refused then.
+        met: in a replay, by fallback, what chance had refused then.
     """
 
     def __init__(

@@ -202,7 +202,8 @@ def _refuse_extra_state(model: nn.Module) -> None:
 
 
 def _layers(model: nn.Module) -> dict[str, str]:
-    """Type and settings of every module without parts, by path; stand-ins of removed ones not."""
+    """Type and settings of every module without parts, by path; bypass modules of removed ones
+    not."""
     return {
         path: _described(module)
         for path, module in model.named_modules()

@@ -112,7 +112,7 @@ class Settings(BaseSettings):
     structured_pruning: StructuredPruning = StructuredPruning()
     """Channels, heads, layers, the schedule and the rollback triggers."""
     analysis_timeout: float = Field(default=300.0, gt=0, json_schema_extra={"unit": "s"})
-    """The checkpoint window: an analysis that takes longer is stopped, and answered by a lower rung
+    """The checkpoint window: an analysis that takes longer is stopped, and answered by a fallback
     of the failure table."""
     marking_threshold: float = Field(default=1e-8, ge=0)
     """Single parameters whose importance is surely below it are masked."""

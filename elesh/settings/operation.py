@@ -56,7 +56,8 @@ class WorkerSettings(Section):
     shard_bytes: ByteSize = Field(default=ByteSize(1 << 30), ge=1)
     """A level whose statistics are larger is split by ``layers_per_worker`` groups."""
     prefetch: int = Field(default=32, ge=1, le=256)
-    """Entries that a worker has in hand at most; where an analysis takes longer than an eighth of a
+    """Entries that a worker has in flight at most; where an analysis takes longer than an eighth of
+    a
     second, it has one."""
     drain_seconds: float = Field(default=30.0, gt=0)
     """How long a worker that is told to end may go on with what it has begun."""

@@ -91,7 +91,8 @@ class VerificationSettings(Section):
         return whole
 
     calibration_measurements: int = Field(default=6, ge=0)
-    """So many would-be cuts must have been measured in a run's preparation phase before what they
+    """So many calibration probes must have been measured in a run's preparation phase before what
+    they
     say of its predictions replaces ``predicted_loss_factor``; 0: nothing is measured for that."""
 
     def limits(self, levels: frozenset[Level], phase: Phase) -> CutLimits:

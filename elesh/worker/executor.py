@@ -1,7 +1,7 @@
-"""From admitted work to results: fetch, ask the child, climb the ladder of the failure table.
+"""From admitted work to results: fetch, ask the child, try the fallbacks.
 
-What still fails after the last rung is a named error. Several entries may be here at once, each of
-a key of its own: their blobs are fetched side by side, the child takes one after the other. A
+What still fails after the last fallback is a named error. Several entries may be here at once, each
+of a key of its own: their blobs are fetched side by side, the child takes one after the other. A
 checkpoint whose parts come one after another is fetched once.
 """
 
@@ -95,7 +95,7 @@ class AnalysisExecutor:
         await self._child.kill()
 
     async def run(self, job: Job, timeout: float) -> Reply:
-        """One job in the child, without any ladder.
+        """One job in the child, without any fallback.
 
         Raises:
             ChildFailure: if it gave no reply within ``timeout`` seconds.
@@ -106,7 +106,7 @@ class AnalysisExecutor:
 
     @contextlib.asynccontextmanager
     async def _turn(self, job: Job) -> AsyncIterator[None]:
-        """Have the child for one analysis, on however many rungs."""
+        """Have the child for one analysis, on however many fallbacks."""
         self._waiting.add(job.key)
         async with contextlib.AsyncExitStack() as stack:
             try:
@@ -235,7 +235,7 @@ class AnalysisExecutor:
         )
 
     async def _result(self, kind: type[R], work: Work, job: Job) -> R:
-        """What the child answers, however many rungs down."""
+        """What the child answers, however many fallbacks down."""
         what = "join" if job.kind == "join" else f"analyse {', '.join(job.levels)}"
         with span(what, attributes={"elesh.key": job.key}) as current:
             async with self._turn(job):
@@ -264,7 +264,7 @@ class AnalysisExecutor:
             _log.warning("epoch measured twice, the first stays", run=work.run_id, epoch=work.epoch)
 
     async def _climb(self, work: Work, job: Job) -> Reply:
-        """The child's answer to ``job``, or to what is left of it on the next rung."""
+        """The child's answer to ``job``, or to what is left of it on the next fallback."""
         clock = asyncio.get_running_loop().time
         begun, timeout = clock(), work.window
         level = job.asked_levels[0] if job.kind == "level" else None

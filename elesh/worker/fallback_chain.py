@@ -1,11 +1,11 @@
-"""The failure table of the design document as a ladder: which rung answers which failure.
+"""The fallback chain of the design document: which fallback answers which failure.
 
-Pure. A rung that was taken is a :class:`leyline.Fallback` of the decision, and what it changes in
-an analysis follows from its name alone (:func:`scope_of`), so that a replay of the decision takes
-the same one.
+Pure. A fallback that was taken is a :class:`leyline.Fallback` of the decision, and what it changes
+in an analysis follows from its name alone (:func:`scope_of`), so that a replay of the decision
+takes the same one.
 
 ========================  =====================================================================
-rung                      what it does
+fallback                      what it does
 ========================  =====================================================================
 ``analysis_timeout``      basic importance scoring: the three vectors, no joint order
 ``worker_crash``          a fresh child and the same analysis, in what is left of the window
@@ -62,7 +62,7 @@ _FALLBACKS: Mapping[type[ChildFailure], str] = {
     ChildOverMemory: MEMORY,
 }
 REPLAYED = frozenset(_FALLBACKS.values())
-"""The rungs that a replay takes from the record; the analysis takes the others by itself."""
+"""The fallbacks that a replay takes from the record; the analysis takes the others by itself."""
 CORRUPT: tuple[type[ContractError], ...] = (DigestMismatch, Malformed, NotFinite, ShapeMismatch)
 """What says that a checkpoint's data is broken."""
 _EXTRA = 0.25
@@ -71,7 +71,7 @@ _EXTRA = 0.25
 
 @dataclass(frozen=True)
 class Scope:
-    """What is left of an analysis after the rungs that were taken."""
+    """What is left of an analysis after the fallbacks that were taken."""
 
     scorer: Scorer = ""
     """Overrides the scorer of request and settings."""
@@ -91,7 +91,7 @@ class Scope:
 
 
 def scope_of(rungs: Iterable[str]) -> Scope:
-    """The scope that the named rungs leave."""
+    """The scope that the named fallbacks leave."""
     taken = set(rungs)
     over_memory = MEMORY in taken
     return Scope(
@@ -102,7 +102,7 @@ def scope_of(rungs: Iterable[str]) -> Scope:
 
 
 def fallback_for(failure: ChildFailure, taken: Iterable[str], level: Level | None) -> str:
-    """The rung that answers ``failure``; empty if there is none left.
+    """The fallback that answers ``failure``; empty if there is none left.
 
     Each is taken once. There is none for a head or layer level that does not fit into memory: what
     remains of it then are the channels, which have an analysis of their own.

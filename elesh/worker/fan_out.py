@@ -138,7 +138,7 @@ class FanOut:
     async def _planned(self, delivery: Delivery, key: str) -> tuple[Work, Plan] | None:
         """The checkpoint of a plan, and the plan.
 
-        None if its decision was settled meanwhile: then the entry is acknowledged.
+        None if its decision was committed meanwhile: then the entry is acknowledged.
 
         Raises:
             MissingBlob: if the plan's time to live is over and nothing was decided.

@@ -1,8 +1,8 @@
-"""Who goes first, and how much a worker takes in hand.
+"""Who goes first, and how much a worker takes.
 
 Promises: turns are taken in the order in which they were asked for; whoever waits for one longer
 than a second, because an analysis takes long, is told so (:class:`Busy`), and leaves its entry to
-the rest of the fleet; a worker has as many entries in hand as it can analyse in a quarter of a
+the rest of the fleet; a worker has as many entries in flight as it can analyse in a quarter of a
 second, and at least one.
 """
 
@@ -18,7 +18,7 @@ __all__ = ["LONG_SECONDS", "Busy", "InFlightLimit", "KeyedLocks"]
 
 PATIENCE_SECONDS = 1.0
 LONG_SECONDS = 0.25
-"""An analysis that takes longer is long: beside it nothing more is taken in hand for the child."""
+"""An analysis that takes longer is long: beside it nothing more is taken for the child."""
 _WEIGHT = 0.2
 """Of the latest analysis in the running mean of what one takes."""
 
@@ -70,10 +70,10 @@ class KeyedLocks:
 
 
 class InFlightLimit:
-    """How long analyses take here, and so how many entries are worth having in hand.
+    """How long analyses take here, and so how many entries are worth having in flight.
 
     Args:
-        most: entries to have in hand at most.
+        most: entries to have in flight at most.
     """
 
     def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -100,7 +100,7 @@ class InFlightLimit:
 
     @property
     def at_once(self) -> int:
-        """Entries to have in hand; one while nothing is known."""
+        """Entries to have in flight; one while nothing is known."""
         if self._mean is None:
             return 1
         return max(1, min(self._most, int(LONG_SECONDS / max(self._mean, 1e-6))))

@@ -1,4 +1,4 @@
-"""What a worker holds: claimed, kept by renewed leases, given back when it ends.
+"""What a worker holds: claimed, kept by renewed leases, requeued when it ends.
 
 Promises: a lease is renewed four times in its length, through a drain and however long the child
 computes, as long as the entry is still this worker's; whoever lost one hears of it at once.
@@ -48,7 +48,7 @@ class Leases:
         return claimed
 
     def drop(self, delivery: Delivery) -> None:
-        """Forget an entry that was served, lost or given back."""
+        """Forget an entry that was served, lost or requeued."""
         self._held = [held for held in self._held if held is not delivery]
 
     async def release(self, delivery: Delivery, detail: str) -> bool:

@@ -1,9 +1,9 @@
 """The Analysis Executor in the worker: an AnalysisRequest becomes PruningMasks (section 4.4).
 
 Promises: as for every other request: one result for its key ``<epoch>:<hash>:<id>:parameter``,
-settled with the acknowledgement; sketches are merged and masks made in the compute child; masks too
-large for a message travel as a blob. The AnalysisReport is published before the masks are settled,
-as one event however often the request is delivered.
+committed with the acknowledgement; sketches are merged and masks made in the compute child; masks
+too large for a message travel as a blob. The AnalysisReport is published before the masks are
+committed, as one event however often the request is delivered.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ class ParameterExecutor:
         self._spool = spool / "parameters"
 
     async def serve(self, delivery: Delivery, request: AnalysisRequest) -> None:
-        """Fetch, merge, mark, report, settle.
+        """Fetch, merge, mark, report, commit.
 
         Raises:
             ContractError: if request, importance or sketches are not sound, or the child failed.
-            Conflict: if the key was settled for other content.
+            Conflict: if the key was committed for other content.
         """
         key = parameter_key(request)
         content = fingerprint(request)

@@ -1,4 +1,5 @@
-"""The fleet's timekeeping beside the worker loop: sweeps, the delayed set, deadlines, trimming.
+"""The fleet's timekeeping beside the worker loop: reaping passes, the delayed set, deadlines,
+trimming.
 
 Every worker offers itself; the bus lets one at a time (:mod:`elesh.bus.streams.reaping`). It
 goes on while the child computes, so that a busy fleet still takes over what a dead worker left.
@@ -22,7 +23,7 @@ _log = get_logger(__name__)
 
 
 class ReapingLoop:
-    """One worker's offer to sweep."""
+    """One worker's offer to reap."""
 
     def __init__(
         self, bus: Bus, worker_id: str, streams: Sequence[Stream], reports: Reports
@@ -34,7 +35,7 @@ class ReapingLoop:
         self._next_trim: float | None = None
 
     async def keep(self) -> None:
-        """Offer, and sweep whenever it is this worker's turn, until cancelled."""
+        """Offer, and reap whenever it is this worker's turn, until cancelled."""
         while True:
             try:
                 wait = await self._pass()
@@ -44,7 +45,7 @@ class ReapingLoop:
 
     async def _pass(self) -> float:
         """Offer; seconds until the next time."""
-        reap = await self._bus.sweeper.reap(WORKERS, self._worker_id, self._streams)
+        reap = await self._bus.reaper.reap(WORKERS, self._worker_id, self._streams)
         for taken in reap.taken:
             self._reports.entry(
                 "reclaimed", taken.stream, taken.entry_id, "crash", f"of {taken.owner}"

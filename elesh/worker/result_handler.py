@@ -1,7 +1,7 @@
-"""How an entry ends: settled once for its key, as an outcome noted, or in the dead letters.
+"""How an entry ends: committed once for its key, as an outcome noted, or in the dead letters.
 
-Promises: whatever is settled, counted or buried is so in one step that checks the ownership of its
-entry; breakers hear of decisions and of trainers' outcomes once.
+Promises: whatever is committed, counted or dead-lettered is so in one step that checks the
+    ownership of its entry; breakers hear of decisions and of trainers' outcomes once.
 """
 
 from __future__ import annotations
@@ -188,7 +188,8 @@ class ResultHandler:
         served: Sequence[str],
         dead_letter: DeadLetter | None = None,
     ) -> CommitOutcome:
-        """Settle a decision; with a dead letter it is a stand-in, which is not remembered."""
+        """Commit a decision; with a dead letter it is a fallback decision, which is not
+        remembered."""
         name, entry_id = delivery.origin
         attributes = messaging("settle", name, entry_id=entry_id, group=WORKERS)
         with span(f"settle {name}", kind=SpanKind.CLIENT, attributes=attributes):

@@ -1,10 +1,10 @@
-"""The supervisor: claim, admit, run, settle.
+"""The supervisor: claim, admit, run, commit.
 
-Several entries may be in hand at once, each in a task of its own; the compute child takes one
-analysis after the other. How many it is worth to have in hand, and who waits for whom, is in
+Several entries may be in flight at once, each in a task of its own; the compute child takes one
+analysis after the other. How many it is worth to have in flight, and who waits for whom, is in
 :mod:`.in_flight`.
 
-Promises: every entry that a worker claims ends settled, as a duplicate, or as a dead letter with
+Promises: every entry that a worker claims ends committed, as a duplicate, or as a dead letter with
 its original bytes and the reason, or it goes round again for another worker; one decision for each
 key; leases are renewed while the child computes and while draining; SIGTERM finishes what was begun
 and hands over what was not; a bus that is away is waited for, with one line in the log.
@@ -55,7 +55,7 @@ _BLOCK_SECONDS = 5.0
 _MANY = 16
 """Outcomes that are taken at once beside a long analysis."""
 _BEGIN_SECONDS = 1.0
-"""What has not begun so long after SIGTERM is handed over."""
+"""What has not begun so long after SIGTERM is released."""
 _PROBE_SECONDS = 1.0
 """Between looks for trainers' outcomes while a long analysis is under way."""
 _RETRY_SECONDS, _LONGEST_RETRY = 1.0, 60.0
@@ -106,7 +106,7 @@ class Worker:
         self._turn = 0
 
     def drain(self) -> None:
-        """Claim nothing new, finish what was begun, hand over what was not, then end."""
+        """Claim nothing new, finish what was begun, release what was not, then end."""
         self._status.draining()
         self._draining.set()
         self._moved.set()
@@ -135,7 +135,7 @@ class Worker:
         _log.info("drained", worker=self.worker_id)
 
     async def _take(self) -> None:
-        """Take in hand what there is room for, or wait until there is."""
+        """Take what there is room for, or wait until there is."""
         self._moved.clear()
         capacity = self._executor.in_flight_limit.at_once - len(self._in_flight)
         try:
@@ -174,7 +174,7 @@ class Worker:
     async def _unless_draining(
         self, claiming: Coroutine[Any, Any, list[Delivery]]
     ) -> list[Delivery] | None:
-        """What is claimed; None if draining begins first (what came meanwhile is handed over)."""
+        """What is claimed; None if draining begins first (what came meanwhile is released)."""
         task, drain = asyncio.create_task(claiming), asyncio.create_task(self._draining.wait())
         try:
             await asyncio.wait({task, drain}, return_when=asyncio.FIRST_COMPLETED)
@@ -191,7 +191,7 @@ class Worker:
         return await asyncio.shield(self._returning)
 
     async def _finish(self) -> None:
-        """End what was begun; what has not begun within a second is handed over."""
+        """End what was begun; what has not begun within a second is released."""
         if tasks := [held.task for held in self._in_flight]:
             await asyncio.wait(tasks, timeout=_BEGIN_SECONDS)
         for held in list(self._in_flight):
@@ -218,7 +218,7 @@ class Worker:
                 held.task.cancel()
 
     async def _leave(self) -> None:
-        """End the child, hand over whatever is still pending here, leave the group."""
+        """End the child, release whatever is still pending here, leave the group."""
         await self._executor.stop()
         with contextlib.suppress(BusUnavailable):
             if given := await self._leases.leave():

@@ -70,7 +70,7 @@ async def reap(bus: Bus, streams: Sequence[Stream] = STREAMS) -> Reap:
     heartbeat = {"at": 1000 * seconds, "since": 0}
     await bus._client.hset(bus.keys.named("pulse"), mapping=heartbeat)
     await bus._client.hset(bus.keys.named("sweeper"), "holder", "sweeper")
-    return await bus.sweeper.reap(GROUP, "sweeper", streams)
+    return await bus.reaper.reap(GROUP, "sweeper", streams)
 
 
 async def take_over(bus: Bus, delivery: Delivery, by: str = "w2", owner: str = "w1") -> Delivery:

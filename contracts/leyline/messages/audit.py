@@ -44,7 +44,7 @@ class AuditEvent(Message):
     gates: tuple[GateResult, ...] = ()
     """The verdict of every safety gate, passed or not."""
     fallbacks: tuple[Fallback, ...] = ()
-    """Rungs of the failure table that were taken."""
+    """Fallbacks of the failure table that were taken."""
 
 
 class AuditEntry(Message):

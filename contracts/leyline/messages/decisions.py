@@ -262,7 +262,7 @@ class GateResult(Message):
 
 
 class Fallback(Message):
-    """A rung of the failure table that was taken instead of the full analysis."""
+    """A fallback of the failure table that was taken instead of the full analysis."""
 
     rung: Name
     """Which row of the failure table."""
@@ -303,7 +303,7 @@ class AnalysedPart(Message):
     groups: tuple[Name, ...] = ()
     """The groups that it looked at; empty for all of the level."""
     fallbacks: tuple[Fallback, ...] = ()
-    """Rungs that failures of the compute child led to; those that an analysis takes by itself
+    """Fallbacks that failures of the compute child led to; those that an analysis takes by itself
     follow from its data."""
 
 
@@ -346,7 +346,7 @@ class LossFactor(Message):
     """Of the rule that makes it from measurements."""
     factor: Annotated[Finite, Field(ge=1)]
     measurements: Count
-    """Would-be cuts of the run's preparation phase that it was calibrated from."""
+    """Calibration probes of the run's preparation phase that it was calibrated from."""
 
 
 class StructuralPruningDecision(Message):
@@ -369,7 +369,7 @@ class StructuralPruningDecision(Message):
     rejection_reason: Text = ""
     """Empty if and only if approved."""
     fallbacks: tuple[Fallback, ...] = ()
-    """Rungs of the failure table that were taken."""
+    """Fallbacks of the failure table that were taken."""
     ignored: tuple[tuple[Name, Text], ...] = ()
     """Groups that cannot be pruned, each with the reason."""
     spared: tuple[SparedGroup, ...] = Field(default=(), exclude_if=operator.not_)
@@ -377,7 +377,8 @@ class StructuralPruningDecision(Message):
     levels: tuple[LevelPart, ...] = Field(default=(), exclude_if=operator.not_)
     """In joint decisions: every level that was asked for, and what became of it."""
     parts: tuple[AnalysedPart, ...] = Field(default=(), exclude_if=operator.not_)
-    """What it was joined from, where a level was split or rungs were taken on the way; otherwise
+    """What it was joined from, where a level was split or fallbacks were taken on the way;
+    otherwise
     left out: every level was analysed as a whole."""
     stands_in: DecisionKey | None = Field(default=None, exclude_if=lambda v: v is None)
     """The earlier decision whose analysis stands in, where this checkpoint's data was corrupt."""

@@ -134,7 +134,7 @@ class PruningOutcome(Message):
     loss_after: MaybeNaN | None = Field(default=None, exclude_if=_is_none)
     """Held-out loss after the cut, in nats a sample."""
     watched: Count | None = Field(default=None, exclude_if=_is_none)
-    """Reports of accuracy that the cut must still stand; until 0 it is on probation."""
+    """Reports of accuracy that the cut must still stand; until 0 it is monitored."""
     rolled_back_epoch: Epoch | None = Field(default=None, exclude_if=_is_none)
     """The epoch at which a cut was taken back that had been made before."""
     undone_with: DecisionKey | None = Field(default=None, exclude_if=_is_none)

@@ -85,7 +85,7 @@ class AnalysisReport(Message):
 
 
 class PruningMasks(Message):
-    """Masks with their confidence; settled once a key at level ``parameter``."""
+    """Masks with their confidence; committed once a key at level ``parameter``."""
 
     contract_of: ClassVar[str] = "Elesh to Emrakul"
 

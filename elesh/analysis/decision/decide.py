@@ -51,7 +51,7 @@ def analyze(
         breakers: the circuit breakers of the levels; those not given are closed.
         key: the key of the decision; the bundle's own if not given.
         scorer: overrides the scorer of request and settings, where a fallback asks for another.
-        fallbacks: rungs of the failure table that led here, to be recorded in the decision.
+        fallbacks: fallbacks of the failure table that led here, to be recorded in the decision.
         verify: measures the cut on held-out data (``elesh.program.verifier``).
         taken_back: cuts of the run that its trainer rolled back; they are not proposed again.
         loss_factor: of the run, where its predictions were calibrated.

@@ -60,7 +60,7 @@ def analyze_level(
         key: of the level's decision; the bundle's own for this level if not given.
         scorer: overrides the scorer of request and settings, where a fallback asks for another
             (layers have only one).
-        fallbacks: rungs of the failure table that led here, to be recorded in the decision.
+        fallbacks: fallbacks of the failure table that led here, to be recorded in the decision.
         shard: names of the level's groups to look at, where others look at the rest; shards are
             joined by :func:`join` under one quota. Not at the layer level.
         threads: numerical work runs on so many threads; the result does not depend on it.

@@ -32,7 +32,7 @@ from .heads import plan_heads
 __all__ = ["REFUSED", "Rounds", "in_rounds"]
 
 REFUSED = "rounds_refused"
-"""The rung of the failure table: what rounds chose does not pass the gates, or is nothing."""
+"""The fallback of the failure table: what rounds chose does not pass the gates, or is nothing."""
 _PLAN: Mapping[Level, Callable[..., LevelPlan]] = {
     Level.CHANNEL: plan_channels,
     Level.HEAD: plan_heads,
@@ -176,7 +176,8 @@ class _InRounds:
         )
 
     def _round(self, candidates: Candidates, taken: _Taken, target: int) -> LogitGapOrder:
-        """Take more units, ``target`` in all: their costs are derivatives half way to their cut,
+        """Take more units, ``target`` in all: their costs are derivatives at the midpoint of their
+        cut,
         which are exact to second order (decision 0020)."""
         gone = taken.removal_order.units.tolist()
         masked = self._entries(candidates, gone)

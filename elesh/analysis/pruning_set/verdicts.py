@@ -36,7 +36,7 @@ from .plans import Target
 __all__ = ["FALLBACK_DISCOUNT", "by_kind", "decided", "targets_of"]
 
 FALLBACK_DISCOUNT = 0.8
-"""What each rung of the failure table leaves of the confidence."""
+"""What each fallback of the failure table leaves of the confidence."""
 _SAFETY_FAILURE = "safety_failure"
 
 

@@ -59,7 +59,7 @@ Reason = Literal[
 ]
 MAX_SPARED = 16
 _NEAR = 2.0
-"""A spared unit is near the cut if it costs at most so many times the dearest that went."""
+"""A spared unit is near the cut if it costs at most so many times the most expensive that went."""
 
 
 @dataclass(frozen=True)

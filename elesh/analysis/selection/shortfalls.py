@@ -49,7 +49,8 @@ def near_the_cut(
     """The ignored groups; where they were measured, how many of their units would have gone.
 
     Args:
-        dearest: what the dearest unit that goes costs, in squared output units; None if units
+        max_cost: what the most expensive unit that goes costs, in squared output units; None if
+            units
             were not ranked by output projections.
     """
     for name, reason in ignored:

@@ -82,7 +82,7 @@ class RunStore:
         await self._client.expire(name, self._keep)
 
     async def would_be(self, run_id: str) -> list[WouldBeCut]:
-        """All would-be cuts of a run that were measured, in a fixed order."""
+        """All calibration probes of a run that were measured, in a fixed order."""
         found = await self._believed(self._calibration_probe(run_id))
         return [
             decode(WouldBeCut, cut, field="would-be cut")

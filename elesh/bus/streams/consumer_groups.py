@@ -1,7 +1,7 @@
-"""Consumer groups: entries are claimed, kept by renewing their leases, and given back.
+"""Consumer groups: entries are claimed, kept by renewing their leases, and requeued.
 
 Promises: an entry belongs to whoever claimed it until its lease runs out; giving back and taking
-over are one atomic step that leaves the entry's history with it. The sweep that takes over is
+over are one atomic step that leaves the entry's history with it. Reaping that takes over is
 :mod:`elesh.bus.streams.reaping`.
 """
 
@@ -22,7 +22,7 @@ from .records import Delivery, deliveries_of
 __all__ = ["Cause", "Groups"]
 
 Cause = Literal["", "exception", "handover"]
-"""Why an entry is given back; empty for one that was claimed by accident and leaves no trace."""
+"""Why an entry is requeued; empty for one that was claimed by accident and leaves no trace."""
 _BATCH = 100
 
 
@@ -70,7 +70,7 @@ class Groups:
             self._idle.discard(consumer)
         else:
             self._idle.add(consumer)
-        # A waiting read has its count for each stream: what came at once on two is given back.
+        # A waiting read has its count for each stream: what came at once on two is requeued.
         for surplus in claimed[count:]:
             await self.requeue(group, consumer, surplus)
         return claimed[:count]
@@ -128,7 +128,7 @@ class Groups:
         )
 
     async def requeue_all(self, group: str, consumer: str, streams: Sequence[Stream]) -> int:
-        """Hand over whatever is pending with a consumer that ends; how many entries it was.
+        """Release whatever is pending with a consumer that ends; how many entries it was.
 
         That finds also what the server handed out while the consumer stopped listening.
         """

@@ -3,7 +3,7 @@
 Promises: planning, storing a result and queueing the join are one atomic step each, fenced by the
 ownership of the entry that led to it and idempotent under redelivery. A part has one result, the
 first; a plan has one join, queued by the part that completes it or by its deadline. What a plan
-leaves in Redis goes when its decision is settled, else with its time to live.
+leaves in Redis goes when its decision is committed, else with its time to live.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class PlanStore:
         return Planned(await self._scripts.plan(keys, args))
 
     async def load(self, key: str) -> Plan | None:
-        """The plan of a key; None if it was joined and settled, or never made.
+        """The plan of a key; None if it was joined and committed, or never made.
 
         Raises:
             Unsigned, BadSignature, NotAuthorized: if it was not made by a key that may decide.

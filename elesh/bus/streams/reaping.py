@@ -1,11 +1,11 @@
-"""The sweep: one worker of the fleet, whoever it is, keeps time for all of them.
+"""Reaping: one worker of the fleet, whoever it is, keeps time for all of them.
 
-Promises: at most one sweeper at a time; one that dies is replaced when its own lease runs out, an
+Promises: at most one reaper at a time; one that dies is replaced when its own lease runs out, an
 eighth of an entry's lease later. A pass moves delayed entries that are due, sends entries round
 again whose owner's lease ran out, and queues the join of plans past their deadline; the next one
 comes no later than the first lease runs out, so that nobody waits for a period, too. After a
 silence of the server, in which nobody could renew, owners first have the time of one and a half
-renewals, so that it costs nobody a live lease; the death of a sweeper alone is no silence.
+renewals, so that it costs nobody a live lease; the death of a reaper alone is no silence.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from leyline.streams import REDELIVERIES, Stream
 
 from .fan_out import PlanStore
 
-__all__ = ["Reap", "Sweeper", "Taken"]
+__all__ = ["Reap", "Reaper", "Taken"]
 
 _SCAN = 1000
 """Pending entries of a stream that one pass looks at."""
@@ -38,7 +38,7 @@ class Taken:
 
 @dataclass(frozen=True)
 class Reap:
-    """What one pass did; ``held`` is False if another worker is the sweeper."""
+    """What one pass did; ``held`` is False if another worker is the reaper."""
 
     held: bool
     wait_seconds: float
@@ -50,8 +50,8 @@ class Reap:
     """Keys of plans whose join was queued by their deadline."""
 
 
-class Sweeper:
-    """The sweeper's office, as one connection sees it."""
+class Reaper:
+    """The reaper's office, as one connection sees it."""
 
     def __init__(
         self, scripts: Scripts, keys: Keys, plans: PlanStore, lease_seconds: float
@@ -64,7 +64,7 @@ class Sweeper:
         """Seconds between two passes, if nothing that the last one saw is due before."""
 
     async def reap(self, group: str, worker: str, streams: Sequence[Stream]) -> Reap:
-        """Make one pass over ``streams``, if ``worker`` is or can become the sweeper."""
+        """Make one pass over ``streams``, if ``worker`` is or can become the reaper."""
         lease = self._lease * 1000
         keys = [self._keys.named(name) for name in ("sweeper", "delayed", "deadlines", "pulse")]
         keys += [self._keys.stream(stream) for stream in (REDELIVERIES, *streams)]

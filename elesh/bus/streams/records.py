@@ -210,7 +210,7 @@ class Delivery:
 
 @dataclass(frozen=True)
 class Commit:
-    """One result to settle: the message is published once for its key, ever."""
+    """One result to commit: the message is published once for its key, ever."""
 
     key: IdempotencyKey
     fingerprint: str

@@ -1,4 +1,4 @@
-"""Half way to a cut: which channels would go first, and where their gates are.
+"""At the midpoint of a cut: which channels would go first, and where their gates are.
 
 Promises: the same statistics choose the same channels; nothing but where the projections are taken
 depends on the choice.

@@ -68,7 +68,7 @@ class Recorder:
     Where the loss is the default one and a sample has one label, the last two are of the label's
     margin and of a direction among its rivals: all the same statistics follow from them, and
     what a single removal does to the loss beyond second order, too.
-    A last forward and backward pass takes the projections of channels half way to a cut
+    A last forward and backward pass takes the projections of channels at the midpoint of a cut
     (``ahead``): a derivative in the middle of the way says more about its end than one at its
     beginning. Heads are few, and derivatives say least of them: each is masked in turn on the
     samples where that matters most.
@@ -201,7 +201,8 @@ class Recorder:
     def _midpoint(
         self, bundle: CheckpointBundle, batches: Batches, share: float
     ) -> CheckpointBundle:
-        """The bundle with projections of channels half way to a cut of this share of them."""
+        """The bundle with projections of channels at the midpoint of a cut of this share of
+        them."""
         groups = [g for g in self._architecture.groups if g.prunable and g.level is Level.CHANNEL]
         units = first_to_go(bundle, groups, share)
         if not units:

@@ -222,7 +222,7 @@ class BusThread:
                     return
 
     async def _send_all(self, bus: Bus, woken: asyncio.Event, closing: asyncio.Event) -> None:
-        """Send until closing and the outbox is empty."""
+        """Send until closing and the send queue is empty."""
         while not (closing.is_set() and self._outbox.empty()):
             woken.clear()
             while not self._outbox.empty():

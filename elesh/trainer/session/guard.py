@@ -70,7 +70,7 @@ class Guard:
 
     @property
     def watched(self) -> tuple[MonitoredCut, ...]:
-        """The cuts on probation, oldest first."""
+        """The monitored cuts, oldest first."""
         return self._journal.situation.watched
 
     def tried(self, key: str) -> bool:
@@ -213,7 +213,7 @@ class Guard:
     # Watching
 
     def watch(self, epoch: int, evaluate: Evaluate) -> list[PruningOutcome]:
-        """Judge the cuts on probation by the accuracy of now; what became of those decided on.
+        """Judge the monitored cuts by the accuracy of now; what became of those decided on.
 
         ``evaluate`` is called only while there are any.
         """

@@ -26,7 +26,7 @@ Line = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class MonitoredCut:
-    """A cut on probation."""
+    """A monitored cut."""
 
     outcome: PruningOutcome
     """As it was reported when the cut was made."""
@@ -69,7 +69,7 @@ class Situation:
     """What was begun and not done: ``begin`` is ``apply`` or ``rollback``, ``goal`` the point to
     go back to, ``pending`` the outcomes if it is cut short."""
     watched: tuple[MonitoredCut, ...] = ()
-    """Cuts on probation, oldest first."""
+    """Monitored cuts, oldest first."""
     unreported: Mapping[str, Line] = field(default_factory=dict)
     """Outcomes that the bus does not have yet, by event id."""
     tried: tuple[str, ...] = ()

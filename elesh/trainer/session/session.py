@@ -121,7 +121,7 @@ class Session:
 
     @property
     def watched(self) -> tuple[str, ...]:
-        """Keys of the decisions whose cuts are on probation, oldest first."""
+        """Keys of the decisions whose cuts are monitored, oldest first."""
         return tuple(cut.key for cut in self._guard.watched)
 
     def __enter__(self) -> Self:
@@ -231,7 +231,7 @@ class Session:
         redistribute: Callable[[], Moments] | None = None,
     ) -> PruningOutcome:
         """Restore point, mask, evaluate, cut or take back (see :func:`apply_decision`); publish
-        the outcome. A cut that was made stays on probation for ``trainer.watch_epochs`` calls of
+        the outcome. A cut that was made is monitored for ``trainer.watch_epochs`` calls of
         :meth:`watch`."""
         before = surgeon.architecture
         if why := self.refused or self._strange(decision):
@@ -269,10 +269,10 @@ class Session:
         return ""
 
     def watch(self, epoch: int, evaluate: Callable[[], Evaluation]) -> list[PruningOutcome]:
-        """Report an epoch's accuracy: cuts on probation stand it, or are rolled back.
+        """Report an epoch's accuracy: monitored cuts stand it, or are rolled back.
 
         Call it once an epoch, after training and before :meth:`apply`. ``evaluate`` is called only
-        while a cut is on probation. After a rollback everything that restore points hold is bit for
+        while a cut is monitored. After a rollback everything that restore points hold is bit for
         bit what it was at the restore point; the training loop goes on with its next epoch.
 
         Returns:

@@ -1,6 +1,6 @@
 """What takes the place of removed modules, and masks that silence whole branches.
 
-Promises: a stand-in has no parameters and answers with its first input, or with zeros of that
+Promises: a bypass module has no parameters and answers with its first input, or with zeros of that
 input's shape; putting it in and taking it out again leaves every other module as it was.
 """
 
@@ -59,7 +59,7 @@ def _nothing(module: nn.Module, args: Any, output: Any) -> None:
 
 
 def put_in(model: nn.Module, stand_ins: Iterable[StandIn]) -> list[Replaced]:
-    """Replace modules by their stand-ins; returns what was replaced, for :func:`put_back`."""
+    """Replace modules by their bypass modules; returns what was replaced, for :func:`put_back`."""
     replaced = []
     for stand_in in stand_ins:
         module = model.get_submodule(stand_in.module)

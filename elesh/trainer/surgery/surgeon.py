@@ -280,8 +280,8 @@ class Surgeon:
     ) -> PrunedArchitecture:
         """Remove whole blocks for good; returns the architecture afterwards.
 
-        Their modules are replaced by stand-ins without parameters, and the optimizer forgets their
-        parameters and its state of them.
+        Their modules are replaced by bypass modules without parameters, and the optimizer forgets
+        their parameters and its state of them.
 
         Args:
             names: of blocks of the architecture.

@@ -203,7 +203,7 @@ def _joined(
 ) -> StructuralPruningDecision:
     kind = StructuralPruningDecision
     recorded = decode(kind, job.recorded, field="recorded") if job.recorded else None
-    # On a lower rung there is no time or memory for measuring; gates are stricter without it.
+    # After a fallback there is no time or memory for measuring; gates are stricter without it.
     measures = not scope_of(job.rungs).scorer
     verify = verifier(bundle, settings, recorded, job.unmeasured) if measures else None
     return join(

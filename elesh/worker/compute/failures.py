@@ -1,4 +1,4 @@
-"""How the compute child fails, for who hears of it and for the ladder that answers."""
+"""How the compute child fails, for who hears of it and for the fallback chain that answers."""
 
 from __future__ import annotations
 

@@ -53,7 +53,8 @@ class Job:
     """State, failures and reason of each level's breaker, as the supervisor saw them."""
     threads: int = 1
     fallbacks: tuple[tuple[str, str], ...] = ()
-    """Rungs of the failure table that led to this job, each with its reason; what they change in
+    """Fallbacks of the failure table that led to this job, each with its reason; what they change
+    in
     the analysis is :func:`elesh.worker.fallback_chain.scope_of`."""
     shard: tuple[str, ...] = ()
     """The groups that a ``level`` job looks at; empty for all."""
@@ -89,12 +90,12 @@ class Job:
 
     @property
     def rungs(self) -> tuple[str, ...]:
-        """The names of the rungs that were taken."""
+        """The names of the fallbacks that were taken."""
         return tuple(rung for rung, _ in self.fallbacks)
 
     @property
     def taken_fallbacks(self) -> tuple[Fallback, ...]:
-        """The rungs as a decision has them."""
+        """The fallbacks as a decision has them."""
         return tuple(Fallback(rung=rung, reason=reason) for rung, reason in self.fallbacks)
 
     @property

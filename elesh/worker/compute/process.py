@@ -135,7 +135,7 @@ class ComputeChild:
         finally:
             self.busy = False
         if reply.failed is not None and reply.failed.code == MEMORY_CODE:
-            await self.kill()  # what it managed to allocate is not given back
+            await self.kill()  # what it managed to allocate stays allocated
             raise ChildOverMemory(f"analysis ran out of its {self._limit} bytes of memory")
         return reply
 

@@ -89,7 +89,7 @@ class Reports:
     def analysed(
         self, work: Work, decision: StructuralPruningDecision, metrics: AnalysisMetrics
     ) -> None:
-        """The child answered; rungs that the analysis itself took are told, too.
+        """The child answered; fallbacks that the analysis itself took are told, too.
 
         A joint decision repeats those of its levels, which were told when they were analysed.
         """
@@ -118,7 +118,7 @@ class Reports:
     def commit_outcome(
         self, work: Work, decision: StructuralPruningDecision, outcome: CommitOutcome
     ) -> None:
-        """What became of a decision in the store; a settled one is Urabrask's business too."""
+        """What became of a decision in the store; a committed one is Urabrask's business too."""
         verdict = "approved" if decision.approved_for_application else "rejected"
         _log.info(
             "decision " + _COMMITTED[outcome],
@@ -148,7 +148,7 @@ class Reports:
             self.telemetry_buffer.put(VALIDATION, result, work.run_id, work.epoch)
 
     def fallback(self, work: Work, key: str, rung: str, reason: str) -> None:
-        """A rung of the failure table was taken."""
+        """A fallback of the failure table was taken."""
         _log.warning("fallback", key=key, rung=rung, reason=reason)
         self.status.fell_back(rung)
         self.step("fallback", work, key=IdempotencyKey.parse(key), detail=f"{rung}: {reason}")

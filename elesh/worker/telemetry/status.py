@@ -92,7 +92,7 @@ class Status:
 
     @property
     def longest(self) -> tuple[str, float]:
-        """What it has in hand for the longest time: the key of its decision, and since when."""
+        """What it has in flight for the longest time: the key of its decision, and since when."""
         return next(iter(self._in_flight.values()), ("", 0.0))
 
     def fetched(self, size: int) -> None:
@@ -123,7 +123,7 @@ class Status:
         metrics.DECISIONS.add(1, labels)
 
     def fell_back(self, rung: str) -> None:
-        """A rung of the failure table was taken."""
+        """A fallback of the failure table was taken."""
         self.fallbacks += 1
         metrics.FALLBACKS.add(1, {"rung": rung})
 
@@ -137,7 +137,7 @@ class Status:
         metrics.DEAD_LETTERS.add(1, {"code": code})
 
     def heard(self, outcome: PruningOutcome, level: Level) -> None:
-        """A trainer told what it made of a decision; of a cut on probation only the end counts."""
+        """A trainer told what it made of a decision; of a monitored cut only the end counts."""
         if outcome.watched:
             return
         self.outcomes[level.value, outcome.result] += 1

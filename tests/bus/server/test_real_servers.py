@@ -151,7 +151,7 @@ def test_a_server_killed_again_and_again_while_settling_decides_each_key_once(
                     return
                 # What was claimed when the server died is taken over once its lease is out; as a
                 # redelivery it may be claimed when the server dies again.
-                await bus.sweeper.reap(GROUP, "w1", STREAMS)
+                await bus.reaper.reap(GROUP, "w1", STREAMS)
                 for delivery in await claim(bus, count=5):
                     epoch = int(delivery.carrier["tracestate"].split("=")[1])
                     (verdict,) = await bus.commit(GROUP, "w1", delivery, [result(epoch)])

@@ -102,7 +102,7 @@ def test_one_pass_moves_a_bounded_number_and_the_next_ones_the_rest(with_bus, mo
             await end_lease(bus, delivery)
         await reap(bus)
         for _ in range(3):
-            await bus.sweeper.reap(GROUP, "sweeper", STREAMS)
+            await bus.reaper.reap(GROUP, "sweeper", STREAMS)
         again = await claim(bus, "w2", count=9)
         assert sorted(delivery.origin[1] for delivery in again) == sorted(ids)
         assert (await bus.pending(GROUP, OUTCOMES)).pending == 0
@@ -112,10 +112,10 @@ def test_one_pass_moves_a_bounded_number_and_the_next_ones_the_rest(with_bus, mo
 
 def test_the_next_pass_comes_when_the_first_lease_runs_out_and_not_a_period_later(with_bus):
     async def scenario(bus: Bus) -> None:
-        assert (await reap(bus)).wait_seconds == bus.sweeper.interval
+        assert (await reap(bus)).wait_seconds == bus.reaper.interval
         await publish(bus, 1, 2)
         live, dying = await claim(bus, count=2)
-        assert (await reap(bus)).wait_seconds == bus.sweeper.interval, "all are fresh"
+        assert (await reap(bus)).wait_seconds == bus.reaper.interval, "all are fresh"
         left = 0.2
         idle = round(1000 * (bus.settings.lease_seconds - left))
         stream = dying.stream.key(bus.partition)
@@ -134,14 +134,14 @@ def test_there_is_one_sweeper_and_a_dead_one_is_replaced(with_bus):
     async def scenario(bus: Bus) -> None:
         await publish(bus, 1)
         await end_lease(bus, (await claim(bus))[0])
-        first = await bus.sweeper.reap(GROUP, "s1", STREAMS)
+        first = await bus.reaper.reap(GROUP, "s1", STREAMS)
         assert (first.held, first.taken) == (True, ()), "after a silence owners have time to renew"
-        refused = await bus.sweeper.reap(GROUP, "s2", STREAMS)
+        refused = await bus.reaper.reap(GROUP, "s2", STREAMS)
         assert not refused.held
         assert refused.wait_seconds <= 0.2
         await bus._client.pexpire(bus.keys.named("sweeper"), 1)
-        await waited(lambda: bus.sweeper.reap(GROUP, "s2", STREAMS), "held")
-        await waited(lambda: bus.sweeper.reap(GROUP, "s2", STREAMS), "taken")
+        await waited(lambda: bus.reaper.reap(GROUP, "s2", STREAMS), "held")
+        await waited(lambda: bus.reaper.reap(GROUP, "s2", STREAMS), "taken")
         assert len(await claim(bus, "w2")) == 1
 
     with_bus(scenario, lease_seconds=1.0)
@@ -157,7 +157,7 @@ def test_a_new_sweeper_takes_over_at_once_unless_nobody_could_renew(with_bus, si
         seconds, micros = await bus._client.time()
         heartbeat = {"at": 1000 * seconds + micros // 1000 - silence, "since": 0}
         await bus._client.hset(bus.keys.named("pulse"), mapping=heartbeat)
-        found = await bus.sweeper.reap(GROUP, "s2", STREAMS)
+        found = await bus.reaper.reap(GROUP, "s2", STREAMS)
         assert (found.held, len(found.taken)) == (True, taken)
 
     with_bus(scenario, lease_seconds=2.0)
