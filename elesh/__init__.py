@@ -1,6 +1,7 @@
 """Elesh watches neural networks train and says, at checkpoints, which parts can be removed.
 
-As a library: ``from elesh import CheckpointBundle, Settings, analyze``.
+For a training script: ``elesh.prune``, ``elesh.save``
+and ``elesh.load``. For an analysis of one's own: ``CheckpointBundle``, ``Settings``, ``analyze``.
 """
 
 from __future__ import annotations
@@ -12,16 +13,29 @@ if TYPE_CHECKING:
     from leyline import CheckpointBundle
 
     from .analysis import analyze
-    from .pruning import load, save
+    from .pruning import PruningReport, load, prune, save
     from .settings import Settings
+    from .trainer import Evaluation
 
-__all__ = ["CheckpointBundle", "Settings", "analyze", "load", "save"]
+__all__ = [
+    "CheckpointBundle",
+    "Evaluation",
+    "PruningReport",
+    "Settings",
+    "analyze",
+    "load",
+    "prune",
+    "save",
+]
 
 _HOMES = {
     "CheckpointBundle": "leyline",
+    "Evaluation": "elesh.trainer",
+    "PruningReport": "elesh.pruning",
     "Settings": "elesh.settings",
     "analyze": "elesh.analysis",
     "load": "elesh.pruning",
+    "prune": "elesh.pruning",
     "save": "elesh.pruning",
 }
 

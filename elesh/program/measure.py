@@ -33,7 +33,7 @@ from .program import Program
 from .reading import IGNORED_LABEL, read_calibration, read_held_out, read_weights, require_gates
 from .sandbox import confined
 
-__all__ = ["Bench", "Measurement", "TooSlow"]
+__all__ = ["Bench", "Measurement", "TooSlow", "judged"]
 
 _PORTION = 256
 _FLOW_SAMPLES = 256
@@ -119,7 +119,7 @@ class Bench:
         mask = self.gates(entries)
         with confined(), torch.no_grad():
             parts = [
-                _judged(self.run(self._inputs, rows, mask)[0], self._labels[rows], int(rows[0]))
+                judged(self.run(self._inputs, rows, mask)[0], self._labels[rows], int(rows[0]))
                 for rows in self.portions(self.samples)
             ]
         return Outcomes(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
@@ -246,7 +246,7 @@ class Bench:
         ]
 
 
-def _judged(
+def judged(
     outputs: Tensor, labels: Tensor, first: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Losses, hits, labels and sample numbers of a portion that begins with sample ``first``."""

@@ -1,5 +1,7 @@
 """What a training script calls: prune at once, prune while training, save and load what is left."""
 
+from .at_once import prune
+from .report import PruningReport
 from .saved import load, save
 
-__all__ = ["load", "save"]
+__all__ = ["PruningReport", "load", "prune", "save"]

@@ -15,9 +15,8 @@ from elesh.trainer.export import Exporter, calibration_inputs, is_worth_exportin
 from elesh.trainer.network.calling import Inputs, call, device_of, main_output, map_tensors
 from elesh.trainer.session.apply import Evaluation
 from elesh.trainer.session.session import Session
-from elesh.trainer.session.snapshot import Stateful
 from elesh.trainer.surgery.surgeon import Surgeon
-from leyline import ContractError, InvalidField, Level, NetworkExport
+from leyline import ContractError, InvalidField, Level, NetworkExport, PruningOutcome
 
 __all__ = ["Batches", "EveryEpoch", "classification"]
 
@@ -67,10 +66,13 @@ class EveryEpoch:
         optimizer: torch.optim.Optimizer,
         *,
         processes: int = 1,
-        scheduler: Stateful | None = None,
+        **parts: Any,
     ) -> int:
         """Look at the network and go back to where an earlier process of the run stood; the epoch
         of that, 0 for a new run.
+
+        Args:
+            parts: what restore points hold beside network and optimizer (:meth:`Session.resume`).
 
         Raises:
             InvalidField: if several processes train: they would be cut differently.
@@ -84,16 +86,17 @@ class EveryEpoch:
         self.surgeon = Surgeon(
             network, self._recorder.architecture, optimizer=optimizer, restore_points=0
         )
-        return self.session.resume(self.surgeon, scheduler=scheduler)
+        return self.session.resume(self.surgeon, **parts)
 
-    def end_epoch(self, epoch: int) -> None:
-        """After an epoch (counted from 1) has been trained."""
+    def end_epoch(self, epoch: int) -> list[PruningOutcome]:
+        """After an epoch (counted from 1) has been trained; what became of decisions at it."""
         assert self.surgeon is not None, "begin comes first"
-        self.session.watch(epoch, self.evaluate)
+        found = self.session.watch(epoch, self.evaluate)
         for decision in self.session.decisions():
-            self.session.apply(decision, self.surgeon, self.evaluate)
+            found.append(self.session.apply(decision, self.surgeon, self.evaluate))
         if epoch % self.every == 0:
             self._checkpoint(epoch)
+        return found
 
     def evaluate(self) -> Evaluation:
         """How well the network does now; its training flags are left as they are."""

@@ -1,0 +1,356 @@
+"""``elesh.prune``: a trained network made smaller at once, without a server and without training.
+
+In rounds: the network as it is now is measured, units are chosen to the round's share of the
+budget, cut, and the layers that read what is left are solved again; then the cut is measured and
+kept, or taken back and tried at half the size.
+
+Promises: nothing that was measured as worse than the limits is kept; whatever goes wrong, a wrong
+call or an error in ``evaluate`` or Ctrl-C, leaves the network bit for bit as it was given.
+Parameters stay the same objects, and an optimizer's state is cut with them.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from elesh.analysis import analyze
+from elesh.safety import Measured, Proposal
+from elesh.settings import Settings
+from elesh.trainer import Evaluation, Recorder, Surgeon
+from elesh.trainer.calibration.losses import Loss
+from elesh.trainer.network.calling import batch_size, device_of, map_tensors
+from elesh.trainer.surgery.lineage import lineage_of
+from leyline import (
+    Budget,
+    CheckpointBundle,
+    InvalidField,
+    Level,
+    PrunedArchitecture,
+    StructuralPruningDecision,
+)
+
+from .judging import Evaluate, HeldOut, Judge, Limits, Validation, outcomes, require_labels_fit
+from .latency import compared
+from .progress import Progress
+from .report import Figures, PruningReport, Round, Spared, spared_of
+from .resources import Goals
+from .samples import Batch, Samples, divided
+
+__all__ = ["prune"]
+
+_ATTEMPTS = 3
+"""How often a round that costs too much is tried again at half the size."""
+_EXTRA = 2
+"""Rounds that may follow the planned ones to reach what these have left."""
+
+
+def prune(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    budget: Mapping[str, float],
+    *,
+    evaluate: Evaluate | None = None,
+    max_accuracy_drop: float = 0.05,
+    max_loss_increase: float | None = None,
+    levels: Collection[str] = ("channel", "head"),
+    rounds: int = 3,
+    optimizer: torch.optim.Optimizer | None = None,
+    ignored_layers: Collection[str] = (),
+    loss: Loss | None = None,
+    min_channels: int = 4,
+    min_heads: int = 1,
+    round_to: int = 1,
+    reconstruct: bool = True,
+    progress: bool = True,
+    seed: int = 0,
+) -> PruningReport:
+    """Cut a trained network down to a budget, in place.
+
+    Args:
+        model: trained; it must be possible to copy it. It may have been cut by Elesh before.
+        batches: (inputs, labels) pairs of training data, about 500 samples in all. Inputs are a
+            tensor, a sequence (positional) or a mapping (keywords).
+        budget: what may be left of the network as it was before its first cut, by resource:
+            ``{"macs": 0.5}``, ``parameters``, ``memory`` (bytes of weights), ``latency`` (of one
+            batch, on the network's device), or several.
+        evaluate: without arguments, on your own validation data, to an ``elesh.Evaluation`` or
+            (accuracy, loss). Every cut is judged by it. Without it a fifth of the samples is held
+            out, and what counts is the upper 95% bound of the drop.
+        max_accuracy_drop: what all cuts together may cost, 0.05 is five points. The budget is not
+            reached at a higher price than this.
+        max_loss_increase: the same of the loss, where that is to be looked at. Needed with a loss
+            of one's own and no ``evaluate``.
+        levels: what may go: ``channel`` (and hidden units), ``head``, ``layer``.
+        rounds: in how many the budget is approached.
+        optimizer: whose state (momentum, moments) is cut along.
+        ignored_layers: names of layers, or of modules that hold some, whose outputs stay.
+        loss: from what the model returns and the labels to a loss for each sample; by default
+            cross-entropy of logits.
+        min_channels, min_heads: what every group keeps.
+        round_to: groups keep a multiple of so many channels.
+        reconstruct: solve the layers that read what is left again.
+        progress: say on standard error how far it is.
+        seed: of the random directions that are measured along.
+
+    Returns:
+        A report; ``print(report)`` shows it. ``report.reached`` says whether the budget was.
+
+    Raises:
+        InvalidField: if a budget or a level is unknown, samples are too few, labels do not belong
+            to the inputs, or the model cannot be copied or followed. Nothing has been changed then.
+    """
+    begun = time.monotonic()
+    asked = tuple(Level(level) for level in dict.fromkeys(levels))
+    if loss is not None and evaluate is None and max_loss_increase is None:
+        expected = "a limit, as nothing says which answers are right"
+        raise InvalidField("max_loss_increase", expected, None)
+    shown = Progress(progress)
+    with shown:
+        shown.doing("looking at the samples")
+        samples = divided(batches, hold_out=evaluate is None)
+        shown.doing("finding out what can be removed")
+        known, example = lineage_of(model), _example(model, samples)
+        recorder = Recorder(
+            model,
+            example,
+            ignored_layers=ignored_layers,
+            loss=loss,
+            outputs="logits" if loss is None else "values",
+            seed=seed,
+            architecture=known.now if known else None,
+        )
+        first = recorder.architecture
+        goals = Goals.of(model, example, first, known.original if known else first, budget)
+        limits = Limits(max_accuracy_drop, max_loss_increase)
+        judge = _judge(model, samples, evaluate, limits, loss)
+        before = copy.deepcopy(model)
+        # A cut of units and one of layers in every round.
+        points = 2 * (rounds + _EXTRA)
+        surgeon = Surgeon(model, first, optimizer=optimizer, restore_points=points)
+        with _whole_or_not_at_all(surgeon):
+            settings = _settings(min_channels, min_heads, round_to, reconstruct)
+            work = _Work(
+                recorder, surgeon, judge, goals, samples.calibration, asked, settings, shown
+            )
+            held_back = work.run(rounds)
+        shown.doing("measuring latency")
+        took = compared({"before": before, "after": model}, samples.calibration[0][0])
+    now = surgeon.architecture
+    return PruningReport(
+        before=_figures(judge.before, first, took["before"]),
+        after=_figures(work.evaluation, now, took["after"]),
+        original=first,
+        architecture=now,
+        budget=goals.uses(now),
+        rounds=tuple(work.rounds),
+        spared=spared_of(first, now, work.spared),
+        data=judge.data,
+        held_back=held_back,
+        seconds=time.monotonic() - begun,
+    )
+
+
+def _example(model: nn.Module, samples: Samples) -> Any:
+    """Two samples on the network's device."""
+    inputs, device = samples.calibration[0][0], device_of(model)
+    size = batch_size(inputs)
+
+    def two(tensor: torch.Tensor) -> torch.Tensor:
+        return (tensor[:2] if tensor.ndim and len(tensor) == size else tensor).to(device)
+
+    return map_tensors(two, inputs)
+
+
+def _judge(
+    model: nn.Module,
+    samples: Samples,
+    evaluate: Evaluate | None,
+    limits: Limits,
+    loss: Loss | None,
+) -> Judge:
+    """The judge, once labels are known to belong to their inputs."""
+    if evaluate is None:
+        held_out = HeldOut(model, samples.held_out, limits, loss)
+        if loss is None:
+            require_labels_fit(held_out.outcomes, None)
+            held_out.require_enough()
+        return held_out
+    validation = Validation(model, evaluate, limits)
+    if loss is None:
+        require_labels_fit(outcomes(model, samples.calibration, None), validation.before)
+    return validation
+
+
+def _figures(found: Evaluation, now: PrunedArchitecture, took: Mapping[int, float]) -> Figures:
+    return Figures(found.accuracy, found.loss, now.parameters, now.macs, dict(took))
+
+
+def _settings(min_channels: int, min_heads: int, round_to: int, reconstruct: bool) -> Settings:
+    """Without phases and without limits of what is predicted: here everything is measured."""
+    everything = dict.fromkeys(("conservative_limit", "moderate_limit", "aggressive_limit"), 1.0)
+    return Settings.model_validate(
+        {
+            "structured_pruning": {
+                "safety_schedule": everything,
+                "channel_analysis": {
+                    "min_channels_per_layer": min_channels,
+                    "round_to": round_to,
+                    "safety_margin": 0.0,
+                    "max_predicted_shift": 1e30,
+                    "redistribute": reconstruct,
+                },
+                "attention_analysis": {"min_heads_per_layer": min_heads, "safety_margin": 0.0},
+            },
+            "verification": {"rounds": 1, "kept_share": 0.0},
+        }
+    )
+
+
+@contextmanager
+def _whole_or_not_at_all(surgeon: Surgeon) -> Iterator[None]:
+    """Whatever is raised inside, the network and the optimizer are then as they were."""
+    before = surgeon.architecture
+    try:
+        yield
+    except BaseException:
+        surgeon.unmask()
+        surgeon.undo_to(before)
+        raise
+
+
+@dataclass
+class _Work:
+    """The rounds."""
+
+    recorder: Recorder
+    surgeon: Surgeon
+    judge: Judge
+    goals: Goals
+    batches: Sequence[Batch]
+    levels: tuple[Level, ...]
+    settings: Settings
+    progress: Progress
+    rounds: list[Round] = field(default_factory=list)
+    spared: list[Spared] = field(default_factory=list)
+    evaluation: Evaluation = field(init=False)
+    """Of the network as it is."""
+
+    def __post_init__(self) -> None:
+        self.evaluation = self.judge.before
+
+    def run(self, rounds: int) -> str:
+        """Cut until every budget is met; otherwise why not, and what would help."""
+        for number in range(1, rounds + _EXTRA + 1):
+            now = self.surgeon.architecture
+            if self.goals.met(now):
+                break
+            progress = min(1.0, number / rounds)
+            if self.goals.next(now, progress) is None:
+                continue
+            if stopped := self._round(number, rounds, progress):
+                return stopped
+        if self.goals.met(self.surgeon.architecture):
+            return ""
+        return "held back: the groups cannot lose more; lower min_channels, or name more levels"
+
+    def _round(self, number: int, rounds: int, progress: float) -> str:
+        """One more cut, as much of the way as the limits allow; why no more is possible."""
+        name = f"round {min(number, rounds)} of {rounds}"
+        self.progress.doing(f"{name}: measuring")
+        bundle = self._measured()
+        for _ in range(_ATTEMPTS):
+            wanted = self.goals.next(self.surgeon.architecture, progress)
+            assert wanted is not None
+            decision = self._decided(bundle, wanted)
+            layers = [target.layer_name for target in decision.layers]
+            if not decision.units and not layers:
+                return f"held back: {decision.rejection_reason or 'nothing is left to remove'}"
+            refused = self._cut(name, bundle, decision, layers)
+            if not refused:
+                return ""
+            progress = self._halved(progress)
+        return f"held back: {refused}; raise the limit, or train and prune again"
+
+    def _halved(self, progress: float) -> float:
+        """Half of the way from where the network is to where it was to go."""
+        left = self.goals.left(self.surgeon.architecture)
+        done = [math.log(left[n]) / math.log(s) for n, s in self.goals.asked.items() if s < 1]
+        return (max(0.0, min(done)) + progress) / 2
+
+    def _measured(self) -> CheckpointBundle:
+        self.recorder.architecture = self.surgeon.architecture
+        redistribute = self.settings.structured_pruning.channel_analysis.redistribute
+        last = self.settings.structured_pruning.safety_schedule.total_epochs
+        bundle = self.recorder.measure(
+            self.batches, epoch=last, run_id="prune", ahead=0, redistribute=redistribute
+        )
+        return replace(bundle, levels=self.levels)
+
+    def _decided(self, bundle: CheckpointBundle, budget: Budget) -> StructuralPruningDecision:
+        """What goes for a budget. Gates of what is only predicted are not looked at."""
+        self.progress.doing("choosing")
+        asked = bundle.parameters.model_copy(update={"budget": budget})
+
+        def later(proposal: Proposal) -> Measured:
+            return Measured(proposal.order)
+
+        bundle, threads = replace(bundle, parameters=asked), torch.get_num_threads()
+        decision = analyze(bundle, self.settings, threads=threads, verify=later)
+        self._note(decision)
+        return decision
+
+    def _note(self, decision: StructuralPruningDecision) -> None:
+        """Why groups lose nothing."""
+        self.spared = [Spared(name, reason) for name, reason in decision.ignored]
+        for group in decision.spared:
+            unit = group.spared[0]
+            self.spared.append(Spared(group.layer_name, f"{unit.reason}: the next one costs more"))
+
+    def _cut(
+        self,
+        name: str,
+        bundle: CheckpointBundle,
+        decision: StructuralPruningDecision,
+        layers: Sequence[str],
+    ) -> str:
+        """Cut, measure, and take back what costs too much: then why."""
+        surgeon, before = self.surgeon, self.surgeon.architecture
+        self.progress.doing(f"{name}: cutting")
+        moments = None
+        if self.settings.structured_pruning.channel_analysis.redistribute and decision.units:
+            moments = self.recorder.moments(self.batches, decision.units)
+        key = f"prune: {name}"
+        if decision.units:
+            surgeon.cut(decision.units, key=key, redistribute=moments)
+        if layers:
+            surgeon.cut_layers(layers, key=key)
+        self.progress.doing(f"{name}: measuring the cut")
+        found, refused = self.judge.now()
+        units = sum(map(len, decision.units.values()))
+        macs = surgeon.architecture.macs / max(surgeon.architecture.original_macs, 1)
+        number = len(self.rounds) + 1
+        made = Round(number, units, len(layers), macs, found.accuracy, found.loss, refused)
+        self.rounds.append(made)
+        self.progress.done(_told(name, made))
+        if refused:
+            surgeon.undo_to(before)
+        else:
+            self.evaluation = found
+        return refused
+
+
+def _told(name: str, made: Round) -> str:
+    """For example: round 1 of 3: 34 units, 79% of the MACs left, accuracy 96.5%, loss 0.12"""
+    accuracy = "" if math.isnan(made.accuracy) else f"accuracy {made.accuracy:.2%}, "
+    what = f"{made.units} units" + (f" and {made.layers} layers" if made.layers else "")
+    line = f"{name}: {what} go, {made.macs:.0%} of the MACs left, {accuracy}loss {made.loss:.3f}"
+    return f"{line}\n  taken back: {made.refused}" if made.refused else line

@@ -1,0 +1,218 @@
+"""How well a network does, and whether a cut of it may stay.
+
+Promises: labels that do not belong to the inputs are noticed before anything is cut; a cut stays
+only if the accuracy that was measured after it, weights as they then are, is within the limit; the
+network is left as it was found (training flags, buffers, random generators).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from elesh.program.measure import judged
+from elesh.safety.paired import Outcomes, accuracy_drop, loss_rise
+from elesh.trainer import Evaluation
+from elesh.trainer.calibration.losses import Loss
+from elesh.trainer.network.calling import call, device_of, main_output, map_tensors, preserve_state
+from leyline import InvalidField
+
+from .samples import Batch
+
+__all__ = [
+    "Evaluate",
+    "HeldOut",
+    "Judge",
+    "Limits",
+    "Validation",
+    "evaluated",
+    "require_labels_fit",
+]
+
+Evaluate = Callable[[], Evaluation | tuple[float, float]]
+"""The user's own evaluation of the network: accuracy (0 to 1) and loss."""
+_CONFIDENCE, _DRAWS = 0.95, 1000
+_ERRORS = 3.0
+"""Standard errors beyond which a difference is no chance."""
+_SLACK = 0.05
+"""Training samples (augmented, perhaps) need not be exactly as easy as validation data."""
+
+
+def evaluated(found: Evaluation | tuple[float, float]) -> Evaluation:
+    """What the user's own evaluation returned.
+
+    Raises:
+        InvalidField: if it is neither an Evaluation nor a pair of numbers.
+    """
+    if isinstance(found, Evaluation):
+        return found
+    try:
+        accuracy, loss = map(float, found)
+    except (TypeError, ValueError):
+        expected = "an elesh.Evaluation or a pair (accuracy, loss)"
+        raise InvalidField("evaluate()", expected, found) from None
+    return Evaluation(accuracy, loss)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What all cuts together may cost, against the network as it was given."""
+
+    accuracy_drop: float
+    loss_increase: float | None = None
+
+
+class Judge(Protocol):
+    """Says how the network does now, and whether that is good enough."""
+
+    before: Evaluation
+    """Of the network as it was given."""
+    data: str
+    """What it is measured on, for people."""
+
+    def now(self) -> tuple[Evaluation, str]:
+        """How the network does, and why that is not good enough; empty where it is."""
+
+
+@dataclass
+class Validation:
+    """Judges by the user's own evaluation."""
+
+    model: nn.Module
+    evaluate: Evaluate
+    limits: Limits
+    data: str = "evaluate()"
+    before: Evaluation = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.before = self._measured()
+        if not math.isfinite(self.before.accuracy):
+            raise InvalidField("evaluate()", "a finite accuracy", self.before.accuracy)
+
+    def now(self) -> tuple[Evaluation, str]:
+        """By the figures as they are: the user's data is as large as it is meant to be."""
+        found = self._measured()
+        drop = self.before.accuracy - found.accuracy
+        return found, _fault(self.limits, drop, found.loss - self.before.loss, "")
+
+    def _measured(self) -> Evaluation:
+        flags = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            found = self.evaluate()
+        finally:
+            for module, training in flags:
+                module.training = training
+        return evaluated(found)
+
+
+@dataclass
+class HeldOut:
+    """Judges by samples that nothing was measured on, each against itself before the cuts."""
+
+    model: nn.Module
+    batches: Sequence[Batch]
+    limits: Limits
+    loss: Loss | None = None
+    data: str = field(init=False)
+    before: Evaluation = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.outcomes = outcomes(self.model, self.batches, self.loss)
+        self.before = _evaluation(self.outcomes)
+        self.data = f"{len(self.outcomes.losses)} held-out samples"
+
+    def require_enough(self) -> None:
+        """Raise an InvalidField if the limit is one that so few samples can never prove."""
+        samples, limit = len(self.outcomes.losses), self.limits.accuracy_drop
+        unchanged = accuracy_drop(self.outcomes, self.outcomes, _CONFIDENCE, _DRAWS)[2]
+        if unchanged > limit:
+            hint = f"with {samples} held-out samples no drop below {unchanged:.3f} can be proved: "
+            hint += "give more batches, or evaluate"
+            raise InvalidField("max_accuracy_drop", f"at least {unchanged:.3f}", limit, hint=hint)
+
+    def now(self) -> tuple[Evaluation, str]:
+        """By the upper confidence bound: few samples prove little."""
+        after = outcomes(self.model, self.batches, self.loss)
+        if not np.isfinite(after.losses).all():
+            return _evaluation(after), "outputs are not finite"
+        drop = -math.inf
+        if len(after.correct):
+            drop = accuracy_drop(self.outcomes, after, _CONFIDENCE, _DRAWS)[2]
+        rise = loss_rise(self.outcomes, after, _CONFIDENCE, _DRAWS)[2]
+        return _evaluation(after), _fault(self.limits, drop, rise, " (95% bound)")
+
+
+def _evaluation(found: Outcomes) -> Evaluation:
+    return Evaluation(found.accuracy if len(found.correct) else math.nan, found.loss)
+
+
+def _fault(limits: Limits, drop: float, increase: float, how: str) -> str:
+    if not drop <= limits.accuracy_drop:
+        return f"accuracy falls by {drop:.4f}{how}, limit {limits.accuracy_drop:g}"
+    if limits.loss_increase is not None and not increase <= limits.loss_increase:
+        return f"loss increases by {increase:.4g}{how}, limit {limits.loss_increase:g}"
+    return ""
+
+
+def outcomes(model: nn.Module, batches: Sequence[Batch], loss: Loss | None) -> Outcomes:
+    """Losses of all samples and, for classes, which answers are right.
+
+    Args:
+        loss: one's own; nothing is then known to be right or wrong.
+
+    Raises:
+        NotFinite, ShapeMismatch, InvalidField: if outputs or labels are not those of a classifier.
+    """
+    parts, first, device = [], 0, device_of(model)
+    with preserve_state(model, 0), torch.no_grad():
+        for inputs, labels in batches:
+            output = call(model, map_tensors(lambda x: x.to(device), inputs))
+            if loss is not None:
+                labels = map_tensors(lambda x: x.to(device), labels)
+                values = _each(loss(output, labels))
+                nothing = np.zeros(0, dtype=np.int64)
+                parts.append((values, nothing.astype(np.bool_), nothing, nothing))
+            else:
+                parts.append(judged(main_output(output).float().cpu(), labels.cpu(), first))
+            first += len(parts[-1][0])
+    return Outcomes(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def _each(losses: torch.Tensor) -> np.ndarray:
+    """[N] one loss a sample (or one for all of them)."""
+    values = losses.detach().double().cpu()
+    return values.reshape(len(values), -1).sum(1).numpy() if values.ndim else values[None].numpy()
+
+
+def require_labels_fit(found: Outcomes, told: Evaluation | None) -> None:
+    """That labels belong to their inputs: a network that has learned them does better than one that
+    always answers the most frequent class, and about as well as was told.
+
+    Args:
+        found: of the network as it was given.
+        told: what the user's own evaluation said, if there is one.
+
+    Raises:
+        InvalidField: if it does not. Nothing is measured on such labels.
+    """
+    where, count = "batches: labels", len(found.labels)
+    if not count:
+        raise InvalidField(where, "at least one that is not ignored", "none")
+    accuracy = found.accuracy
+    chance = float(np.bincount(found.labels).max()) / count
+    error = math.sqrt(max(accuracy * (1 - accuracy), 1 / count) / count)
+    shown = f"{accuracy:.1%} right of {count}"
+    hint = "do the labels belong to these inputs, in this order? is the network trained?"
+    if accuracy - _ERRORS * error <= chance:
+        expected = f"labels that the network knows better than by chance ({chance:.1%} right)"
+        raise InvalidField(where, expected, shown, hint=hint)
+    if told is not None and accuracy + _ERRORS * error + _SLACK < told.accuracy:
+        expected = f"about as many right as evaluate() says ({told.accuracy:.1%})"
+        raise InvalidField(where, expected, shown, hint=hint)

@@ -1,0 +1,87 @@
+"""How long networks take, measured side by side.
+
+Promises: the networks take turns, so that a busy moment of the machine hits all of them; the least
+of several calls counts; nothing of them changes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+
+import torch
+from torch import nn
+
+from elesh.trainer.network.calling import (
+    Inputs,
+    batch_size,
+    call,
+    device_of,
+    map_tensors,
+    preserve_state,
+)
+
+__all__ = ["compared"]
+
+SIZES = (1, 32)
+"""Samples in a call."""
+_ROUNDS, _SECONDS = 7, 0.02
+
+
+def compared(networks: Mapping[str, nn.Module], inputs: Inputs) -> dict[str, dict[int, float]]:
+    """Seconds a call of each network in evaluation mode, by the samples in it.
+
+    Args:
+        inputs: a batch; where it has fewer samples than are called with, its first come again.
+    """
+    found: dict[str, dict[int, float]] = {name: {} for name in networks}
+    with ExitStack() as stack:
+        for network in networks.values():
+            stack.enter_context(preserve_state(network, 0))
+        stack.enter_context(torch.no_grad())
+        for size in SIZES:
+            batch = _of_size(inputs, size)
+            for name, seconds in _side_by_side(networks, batch).items():
+                found[name][size] = seconds
+    return found
+
+
+def _of_size(inputs: Inputs, size: int) -> Inputs:
+    have = batch_size(inputs)
+
+    def rows(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.ndim or len(tensor) != have:
+            return tensor
+        return tensor[torch.arange(size, device=tensor.device) % have]
+
+    return map_tensors(rows, inputs)  # type: ignore[no-any-return]
+
+
+def _side_by_side(networks: Mapping[str, nn.Module], inputs: Inputs) -> dict[str, float]:
+    best = dict.fromkeys(networks, float("inf"))
+    calls = {name: _called(network, inputs) for name, network in networks.items()}
+    counts = {name: max(1, int(_SECONDS / max(once(1), 1e-7))) for name, once in calls.items()}
+    for _ in range(_ROUNDS):
+        for name, timed in calls.items():
+            best[name] = min(best[name], timed(counts[name]) / counts[name])
+    return best
+
+
+def _called(network: nn.Module, inputs: Inputs) -> Callable[[int], float]:
+    device = device_of(network)
+    placed = map_tensors(lambda tensor: tensor.to(device), inputs)
+
+    def finish() -> None:
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize(device)
+
+    def timed(times: int) -> float:
+        begun = time.perf_counter()
+        for _ in range(times):
+            call(network, placed)
+        finish()
+        return time.perf_counter() - begun
+
+    timed(1)
+    return timed

@@ -1,0 +1,141 @@
+"""The samples that a network is pruned by: each counted once, some of them held out.
+
+Promises: the same batches give the same split; a sample that comes twice is taken once, so that no
+copy of it is judged by what another copy has taught.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elesh.trainer.network.calling import Inputs, batch_size, map_tensors, tensors_in
+from leyline import InvalidField
+
+__all__ = ["LEAST", "MOST", "Batch", "Samples", "divided", "joined"]
+
+Batch = tuple[Inputs, Any]
+"""Inputs (a tensor, a sequence or a mapping of tensors) and labels."""
+LEAST = 32
+"""So many different samples are needed to measure anything, and as many again to hold out."""
+MOST = 1024
+"""So many different samples are taken at most: whole data sets may be passed."""
+_HELD_OUT = 5
+"""One sample in so many is held out."""
+_ENOUGH = 64
+"""Of few samples, rather so many are held out, but never more than half."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Batches of different samples."""
+
+    calibration: tuple[Batch, ...]
+    """What the network is measured on."""
+    held_out: tuple[Batch, ...]
+    """What cuts are judged by; none of the calibration."""
+    different: int
+    """How many there are of both."""
+    repeated: int
+    """How many more came, as copies of these."""
+
+
+def divided(batches: Iterable[Batch], *, hold_out: bool, most: int = MOST) -> Samples:
+    """The batches without copies, and, where that is asked for, a part of them held out.
+
+    Reading ends with the batch that has the last sample needed.
+
+    Raises:
+        InvalidField: if there are too few different samples, or a batch is no pair.
+    """
+    found: list[tuple[Inputs, Any, int, list[int]]] = []
+    seen, total = set[bytes](), 0
+    for number, batch in enumerate(batches):
+        inputs, labels = _pair(batch, number)
+        size = batch_size(inputs)
+        new = [row for row in range(size) if not _known(inputs, row, size, seen)]
+        total += size
+        if new:
+            new = new[: most - sum(len(rows) for *_, rows in found)]
+            found.append((inputs, labels, size, new))
+        if len(seen) >= most:
+            break
+    least = 2 * LEAST if hold_out else LEAST
+    count = min(len(seen), most)
+    if count < least:
+        copies = f" ({total} with copies)" if total > count else ""
+        expected = f"at least {least} different samples"
+        raise InvalidField("batches", expected, f"{count}{copies}")
+    every = max(2, min(_HELD_OUT, count // _ENOUGH)) if hold_out else 0
+    calibration: list[Batch] = []
+    held_out: list[Batch] = []
+    place = 0
+    for inputs, labels, size, new in found:
+        kept = [row for n, row in enumerate(new, place) if not every or n % every]
+        out = [row for n, row in enumerate(new, place) if every and n % every == 0]
+        place += len(new)
+        for rows, part in ((kept, calibration), (out, held_out)):
+            if rows:
+                part.append((_rows(inputs, rows, size), _rows(labels, rows, size)))
+    return Samples(tuple(calibration), tuple(held_out), count, total - len(seen))
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """All batches as one. Those of another shape than the first (sequences of another length) are
+    left out."""
+    alike = [batch for batch in batches if _layout(batch) == _layout(batches[0])]
+    columns = [iter(column) for column in zip(*(_counted(batch) for batch in alike), strict=True)]
+    order, size = iter(columns), batch_size(alike[0][0])
+
+    def whole(tensor: Tensor) -> Tensor:
+        return torch.cat(list(next(order))) if tensor.ndim and len(tensor) == size else tensor
+
+    inputs, labels = map_tensors(whole, alike[0])
+    return inputs, labels
+
+
+def _counted(batch: Batch) -> list[Tensor]:
+    """The tensors of a batch that count samples."""
+    size = batch_size(batch[0])
+    return [x for x in tensors_in(list(batch)) if x.ndim and len(x) == size]
+
+
+def _layout(batch: Batch) -> list[tuple[int, ...]]:
+    return [tuple(x.shape[1:]) for x in _counted(batch)]
+
+
+def _pair(batch: Any, number: int) -> Batch:
+    if isinstance(batch, Sequence) and len(batch) == 2:
+        return batch[0], batch[1]
+    hint = "for loaders of dictionaries: elesh.trainer.adapters.hugging_face.labelled"
+    raise InvalidField(f"batches[{number}]", "a pair (inputs, labels)", batch, hint=hint)
+
+
+def _known(inputs: Inputs, row: int, size: int, seen: set[bytes]) -> bool:
+    """Whether a sample came before; it has then been seen."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in tensors_in(inputs):
+        if tensor.ndim and len(tensor) == size:
+            own = tensor[row].detach().cpu().contiguous()
+            digest.update(own.view(-1).view(torch.uint8).numpy().tobytes())
+    key = digest.digest()
+    known = key in seen
+    seen.add(key)
+    return known
+
+
+def _rows(value: Any, rows: Sequence[int], size: int) -> Any:
+    """Some samples of a batch's tensors; what does not count samples is passed on."""
+    if len(rows) == size:
+        return value
+
+    def chosen(tensor: Tensor) -> Tensor:
+        counts = tensor.ndim > 0 and len(tensor) == size
+        return tensor[torch.tensor(rows, device=tensor.device)] if counts else tensor
+
+    return map_tensors(chosen, value)

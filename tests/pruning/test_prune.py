@@ -1,0 +1,247 @@
+"""elesh.prune: budgets are reached or explained, what stays was measured, nothing is half done."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from trained import SmallNet, SmallVit, accuracy, batches, digits, trained
+
+import elesh
+from leyline import InvalidField, Level
+
+
+def prune(model: nn.Module, budget: dict[str, float], **options: Any) -> elesh.PruningReport:
+    given = options.pop("batches", None) or batches()
+    return elesh.prune(model, given, budget, progress=False, **options)
+
+
+def validation(model: nn.Module) -> Callable[[], tuple[float, float]]:
+    """A user's own evaluation."""
+    data = digits().validation
+
+    def evaluate() -> tuple[float, float]:
+        with torch.no_grad():
+            logits = model(data.images)
+        right = (logits.argmax(1) == data.labels).float().mean()
+        return float(right), float(functional.cross_entropy(logits, data.labels))
+
+    return evaluate
+
+
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def unchanged(model: nn.Module, before: dict[str, torch.Tensor]) -> bool:
+    now = model.state_dict()
+    return now.keys() == before.keys() and all(torch.equal(now[n], before[n]) for n in now)
+
+
+def test_half_of_the_macs_go_at_little_cost() -> None:
+    model = trained()
+    before, macs = accuracy(model), 0.5
+    report = prune(model, {"macs": macs})
+    assert report.reached
+    assert report.architecture.macs <= macs * report.original.macs
+    assert before - accuracy(model) <= 0.04
+    assert report.before.macs == report.original.macs
+    assert report.after.parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("resource", ["macs", "parameters", "memory"])
+def test_no_budget_is_exceeded_by_more_than_a_unit(resource: str) -> None:
+    model = trained()
+    report = prune(model, {resource: 0.7}, rounds=2)
+    (use,) = report.budget
+    assert use.met
+    # One channel of the largest group is a thirteenth of all that the network has.
+    assert use.reached > 0.7 - 0.08
+
+
+def test_several_budgets_hold_together() -> None:
+    report = prune(trained(), {"macs": 0.7, "parameters": 0.6})
+    assert report.reached
+    assert {use.resource for use in report.budget} == {"macs", "parameters"}
+
+
+@pytest.mark.slow
+def test_heads_go_too() -> None:
+    model = trained(SmallVit, 20)
+    before = accuracy(model)
+    report = prune(model, {"macs": 0.8})
+    assert report.reached
+    heads = [g.name for g in report.original.groups if g.level is Level.HEAD]
+    assert any(report.removed.get(name) for name in heads)
+    assert before - accuracy(model) <= 0.05
+
+
+def test_what_costs_too_much_is_taken_back_and_said() -> None:
+    model = trained()
+    report = prune(model, {"macs": 0.02}, evaluate=validation(model), max_accuracy_drop=0.03)
+    assert not report.reached
+    assert "accuracy falls" in report.held_back
+    assert "raise the limit" in report.held_back
+    assert report.before.accuracy - report.after.accuracy <= 0.03
+    assert any(made.refused for made in report.rounds)
+    assert "not reached" in str(report)
+    again = validation(model)()
+    assert again[0] == pytest.approx(report.after.accuracy)
+
+
+@pytest.mark.parametrize(
+    "spoiled",
+    [
+        lambda x, y: (x, (y + 1) % 10),
+        lambda x, y: (x, y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))]),
+        lambda x, y: (x, torch.zeros_like(y)),
+    ],
+    ids=["labels + 1", "shuffled", "all alike"],
+)
+def test_labels_that_do_not_belong_to_the_inputs_are_refused(spoiled: Any) -> None:
+    model = trained()
+    before = state_of(model)
+    with pytest.raises(InvalidField, match="labels"):
+        prune(model, {"macs": 0.5}, batches=[spoiled(x, y) for x, y in batches()])
+    assert unchanged(model, before)
+
+
+def test_copies_do_not_count_as_samples() -> None:
+    model = trained()
+    before = state_of(model)
+    x, y = batches()[0]
+    with pytest.raises(InvalidField, match=r"different samples.*2 \(512 with copies\)"):
+        prune(model, {"macs": 0.5}, batches=[(x[:2].repeat(32, 1, 1, 1), y[:2].repeat(32))] * 8)
+    assert unchanged(model, before)
+
+
+def test_labels_that_do_not_agree_with_evaluate_are_refused() -> None:
+    model = trained()
+    wrong = []
+    for x, y in batches():
+        half = torch.arange(len(y)) % 2 == 0
+        wrong.append((x, torch.where(half, (y + 1) % 10, y)))
+    with pytest.raises(InvalidField, match=r"evaluate\(\) says"):
+        prune(model, {"macs": 0.5}, batches=wrong, evaluate=validation(model))
+
+
+@pytest.mark.parametrize(
+    ("budget", "field"),
+    [({}, "budget"), ({"flops": 0.5}, "budget"), ({"macs": 0}, "macs"), ({"macs": 50}, "macs")],
+)
+def test_wrong_budgets_are_refused_by_name(budget: dict[str, float], field: str) -> None:
+    model = trained()
+    before = state_of(model)
+    with pytest.raises(InvalidField, match=field):
+        prune(model, budget)
+    assert unchanged(model, before)
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_call_leaves_the_network_as_it_was(kind: type[BaseException]) -> None:
+    model = trained()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    functional.cross_entropy(model(batches()[0][0]), batches()[0][1]).backward()
+    optimizer.step()
+    before, momentum = state_of(model), copy.deepcopy(optimizer.state_dict())
+    calls = 0
+
+    def evaluate() -> tuple[float, float]:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise kind
+        return validation(model)()
+
+    with pytest.raises(kind):
+        prune(model, {"macs": 0.5}, evaluate=evaluate, optimizer=optimizer)
+    assert unchanged(model, before)
+    for name, state in optimizer.state_dict()["state"].items():
+        assert torch.equal(state["momentum_buffer"], momentum["state"][name]["momentum_buffer"])
+    assert prune(model, {"macs": 0.6}, optimizer=optimizer).reached
+
+
+def test_training_goes_on_with_the_same_optimizer() -> None:
+    model = trained()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    x, y = batches()[0]
+    for _ in range(2):
+        functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    prune(model, {"macs": 0.6}, optimizer=optimizer)
+    functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    assert all(
+        optimizer.state[p]["exp_avg"].shape == p.shape
+        for p in model.parameters()
+        if p.requires_grad
+    )
+
+
+def test_pruning_again_counts_from_the_original() -> None:
+    model = trained()
+    prune(model, {"macs": 0.7})
+    report = prune(model, {"macs": 0.6})
+    assert report.reached
+    assert report.architecture.macs <= 0.6 * report.original.original_macs
+    assert report.budget[0].reached > 0.5
+
+
+def test_flags_and_random_numbers_are_left_as_they_were() -> None:
+    model = trained().train()
+    model.norm.eval()  # type: ignore[union-attr]
+    state = torch.get_rng_state()
+    prune(model, {"macs": 0.7})
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert not model.norm.training  # type: ignore[union-attr]
+
+
+def test_the_report_is_a_table_of_80_columns() -> None:
+    report = prune(trained(), {"macs": 0.6}, ignored_layers=["stem"])
+    shown = str(report)
+    assert max(map(len, shown.splitlines())) <= 80
+    for word in ("accuracy", "loss", "parameters", "MACs a sample", "latency", "Spared", "reached"):
+        assert word in shown
+    assert set(report.before.latency) == set(report.after.latency) == {1, 32}
+
+
+def test_the_result_is_the_same_every_time() -> None:
+    first, second = trained(), trained()
+    prune(first, {"macs": 0.6})
+    prune(second, {"macs": 0.6})
+    assert unchanged(first, state_of(second))
+
+
+def test_a_loss_of_ones_own_needs_a_limit_or_an_evaluation() -> None:
+    def squared(output: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        return (output - wanted).square().mean(1)
+
+    model = trained()
+    with torch.no_grad():
+        values = [(x, model(x)) for x, _ in batches()]
+    with pytest.raises(InvalidField, match="max_loss_increase"):
+        prune(model, {"macs": 0.7}, batches=values, loss=squared)
+    report = prune(model, {"macs": 0.7}, batches=values, loss=squared, max_loss_increase=2.0)
+    assert report.reached
+    assert report.after.loss <= 2.0
+
+
+def test_a_cut_network_is_saved_and_loaded(tmp_path: Any) -> None:
+    model = trained()
+    prune(model, {"macs": 0.6})
+    loaded = elesh.load(elesh.save(model, tmp_path), SmallNet()).eval()
+    images = digits().held_out.images
+    assert torch.equal(loaded(images), model.eval()(images))
+
+
+def test_progress_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    elesh.prune(trained(), batches(), {"macs": 0.7}, rounds=2)
+    out, err = capsys.readouterr()
+    assert not out
+    assert "round 1 of 2" in err
