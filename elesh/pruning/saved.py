@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from elesh.trainer.network.headcounts import HEAD_SIZES
 from elesh.trainer.network.layers import SIZES, require_fit
-from elesh.trainer.session.restore_points import write_durably
+from elesh.trainer.session.files import write_durably
 from elesh.trainer.surgery.bypass import Bypass
 from elesh.trainer.surgery.lineage import lineage_of, remember, replayed
 from elesh.trainer.surgery.surgeon import Surgeon
@@ -104,8 +104,8 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         strides={p: t.stride() for p, t in tensors.items() if not t.is_contiguous()},
     )
     folder.mkdir(parents=True, exist_ok=True)
-    write_durably(folder / _WEIGHTS, weights)
-    write_durably(folder / _ARCHITECTURE, saved.model_dump_json().encode())
+    write_durably(folder / _WEIGHTS, weights, shared=True)
+    write_durably(folder / _ARCHITECTURE, saved.model_dump_json().encode(), shared=True)
     return folder
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,18 @@ class Settings(BaseSettings):
         except ValidationError as error:
             layers = {"argument": over, "environment": environment}
             raise SettingsError(explain(cls, error, layers, path, node)) from None
+
+    @classmethod
+    def in_force(cls, given: Settings | str | Path | None = None) -> Settings:
+        """Settings as they are, those of a file, or (None) of the file that ``ELESH_SETTINGS``
+        names, as every ``elesh`` command has them; without one, the defaults.
+
+        Raises:
+            SettingsError: as :meth:`load`.
+        """
+        if isinstance(given, Settings):
+            return given
+        return cls.load(given or os.environ.get("ELESH_SETTINGS") or None)
 
     @property
     def window_seconds(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -14,6 +15,9 @@ from trainer_nets import batches, build, example
 
 from elesh.settings import Settings
 from elesh.trainer import Evaluation, Recorder, Surgeon
+from elesh.trainer.session.journal import MadeCut
+from elesh.trainer.session.monitoring import MonitoredCuts
+from elesh.trainer.session.recovery import Recovery
 from elesh.trainer.session.snapshot import Snapshot, Tracked
 from elesh.trainer.session.trees import pack_tree
 from leyline import (
@@ -24,6 +28,7 @@ from leyline import (
     Outcome,
     Phase,
     PrunedArchitecture,
+    PruningOutcome,
     PruningStatistics,
     SafetyValidation,
     StructuralPruningDecision,
@@ -34,7 +39,10 @@ class World:
     """A network with everything that a training script has around it; the same for each seed."""
 
     def __init__(
-        self, name: str = "ResNet", architecture: PrunedArchitecture | None = None
+        self,
+        name: str = "ResNet",
+        architecture: PrunedArchitecture | None = None,
+        restore_points: int = 1,
     ) -> None:
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(7)
@@ -45,7 +53,9 @@ class World:
         self.generator = torch.Generator().manual_seed(3)
         recorder = Recorder(self.model, example(), architecture=architecture)
         self.original = recorder.architecture
-        self.surgeon = Surgeon(self.model, self.original, optimizer=self.optimizer)
+        self.surgeon = Surgeon(
+            self.model, self.original, optimizer=self.optimizer, restore_points=restore_points
+        )
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -161,6 +171,26 @@ def told(*accuracies: float) -> Any:
         return Evaluation(accuracy, 1 - accuracy)
 
     return evaluate
+
+
+class Run:
+    """What a session has of a run, without a bus: its restore points and its cuts."""
+
+    def __init__(self, folder: Path | None = None, **trainer: Any) -> None:
+        settings = trainer_settings(**trainer)
+        self.recovery = Recovery(folder, settings.trainer.restore_points)
+        self.cuts = MonitoredCuts(settings, self.recovery)
+        self.resume, self.save = self.recovery.resume, self.recovery.save
+        self.apply, self.watch = self.cuts.apply, self.cuts.watch
+        self.reported, self.close = self.recovery.reported, self.recovery.close
+
+    @property
+    def monitored(self) -> tuple[MadeCut, ...]:
+        return self.cuts.monitored
+
+    @property
+    def unreported(self) -> list[PruningOutcome]:
+        return self.recovery.unreported
 
 
 def trainer_settings(**trainer: Any) -> Settings:

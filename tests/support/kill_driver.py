@@ -25,9 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from guarded import World, decide, told, trainer_settings
-
-from elesh.trainer.session.guard import Guard
+from guarded import Run, World, decide, told
 
 _WRITES = {"fsync", "rename", "replace", "write", "truncate", "mkdir", "open", "flush", "rmdir"}
 
@@ -38,16 +36,16 @@ class Scenario:
 
     name: str
     mode: str
-    act: Callable[[Guard, World], object]
+    act: Callable[[Run, World], object]
 
 
-def apply(guard: Guard, world: World) -> object:
+def apply(opened: Run, world: World) -> object:
     decision = decide(world.surgeon.architecture, number=2, layers=("blocks.2",))
-    return guard.apply(decision, world.surgeon, told(0.9))
+    return opened.apply(decision, world.surgeon, told(0.9))
 
 
-def roll_back(guard: Guard, world: World) -> object:
-    return guard.watch(62, told(0.5, 0.9))
+def roll_back(opened: Run, world: World) -> object:
+    return opened.watch(62, told(0.5, 0.9))
 
 
 SCENARIOS = (
@@ -57,21 +55,21 @@ SCENARIOS = (
 )
 
 
-def open_guard(scenario: Scenario, folder: Path) -> Guard:
-    return Guard(trainer_settings(rollback=scenario.mode), folder)
+def open_run(scenario: Scenario, folder: Path) -> Run:
+    return Run(folder, rollback=scenario.mode)
 
 
 def prepare(scenario: Scenario, folder: Path) -> World:
     """A run that trained, cut once and trained on; its folder lies ready to be copied."""
     world = World()
-    guard = open_guard(scenario, folder)
-    guard.resume(world.tracked)
+    opened = open_run(scenario, folder)
+    opened.resume(world.tracked)
     world.train()
-    guard.save(60)
-    guard.apply(decide(world.surgeon.architecture), world.surgeon, told(0.9))
+    opened.save(60)
+    opened.apply(decide(world.surgeon.architecture), world.surgeon, told(0.9))
     world.train()
-    guard.save(61)
-    guard.close()
+    opened.save(61)
+    opened.close()
     return world
 
 
@@ -92,11 +90,11 @@ def in_child(action: Callable[[], object]) -> int:
 
 def run(scenario: Scenario, world: World, folder: Path, profile: Any) -> None:
     """The action in this process, every event of it told to ``profile``."""
-    guard = open_guard(scenario, folder)
-    guard.resume(world.tracked)
+    opened = open_run(scenario, folder)
+    opened.resume(world.tracked)
     sys.setprofile(profile)
     try:
-        scenario.act(guard, world)
+        scenario.act(opened, world)
     finally:
         sys.setprofile(None)
 
@@ -127,11 +125,11 @@ def resumed(scenario: Scenario, folder: Path) -> tuple[str, set[str]]:
     digests = set()
     for _ in range(2):
         world = World(architecture=ORIGINAL)
-        guard = open_guard(scenario, folder)
-        guard.resume(world.tracked)
+        opened = open_run(scenario, folder)
+        opened.resume(world.tracked)
         digests.add(world.digest())
-        told = {o.result for o in guard.unreported if ":ck-2:" in o.idempotency_key}
-        guard.close()
+        told = {o.result for o in opened.unreported if ":ck-2:" in o.idempotency_key}
+        opened.close()
     assert len(digests) == 1
     return digests.pop(), told
 

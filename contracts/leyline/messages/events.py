@@ -138,7 +138,8 @@ class PruningOutcome(Message):
     rolled_back_epoch: Epoch | None = Field(default=None, exclude_if=_is_none)
     """The epoch at which a cut was taken back that had been made before."""
     undone_with: DecisionKey | None = Field(default=None, exclude_if=_is_none)
-    """The decision whose rollback took this later cut along; it is not to blame itself."""
+    """The decision whose rollback took this later cut along; it is not to blame itself. Its own key
+    where a lost restore point undid it."""
 
 
 class StructuralValidationResult(Message):

@@ -1,25 +1,29 @@
-"""Applying a decision, measured twice: mask, evaluate, then cut, or take the mask off again."""
+"""Applying a decision, checked twice: mask, evaluate, then cut and evaluate again, or take it back.
+
+Promises: whatever fails in between, the network is bit for bit what it was, and the outcome says
+why; a figure that is no finite number is a failed check.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from elesh.observe import span
+from elesh.observe import get_logger, span
 from elesh.settings import RollbackTriggers
 from elesh.trainer.surgery.reconstruction import Moments
 from elesh.trainer.surgery.surgeon import Surgeon
-from leyline import (
-    ContractError,
-    PrunedArchitecture,
-    PruningOutcome,
-    StructuralPruningDecision,
-)
+from leyline import PrunedArchitecture, PruningOutcome, StructuralPruningDecision
 
-__all__ = ["Evaluation", "apply_decision", "outcome_of", "refusal", "trigger_of"]
+__all__ = ["Evaluation", "apply_decision", "failed_check", "outcome_of", "refusal", "trigger_of"]
 
 Evaluate = Callable[[], "Evaluation"]
+Result = Literal["applied", "rolled_back", "refused", "rejected"]
+_LONGEST = 2000
+"""Of an error in an outcome, in characters."""
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,16 @@ class Evaluation:
     accuracy: float
     """Share of right answers, 0 to 1."""
     loss: float
-    """Mean loss a sample."""
+    """Mean loss a sample; 0 where none is measured. NaN and infinity are failed checks."""
+
+    def __post_init__(self) -> None:
+        for name in ("accuracy", "loss"):  # tensors and NumPy scalars, too
+            object.__setattr__(self, name, float(getattr(self, name)))
+
+    @property
+    def finite(self) -> bool:
+        """Whether both figures are numbers that can be compared."""
+        return math.isfinite(self.accuracy) and math.isfinite(self.loss)
 
 
 def apply_decision(
@@ -44,17 +57,18 @@ def apply_decision(
     """Mask what the decision names, evaluate, and cut only if accuracy holds; evaluate again.
 
     A decision that was not approved, or that speaks of another architecture than the present one
-    (an earlier cut came between), changes nothing. A drop of accuracy beyond the trigger (of
-    several levels, the strictest) takes the mask off, or the cut back: the network is then bit for
-    bit what it was. What the surgeon refuses (an optimizer or an average of the network that it was
-    not given, state that cannot be kept) is the outcome ``refused`` with the reason.
+    (an earlier cut came between), changes nothing; nor does one that the surgeon refuses (an
+    optimizer or an average of the network that it was not given, state that cannot be kept), or
+    whose mask, cut or evaluation raises an error: the outcome is ``refused`` with the reason. A
+    drop of accuracy beyond the trigger (of several levels, the strictest), or a loss that is no
+    finite number, takes the mask off, or the cut back: the network is then bit for bit what it was.
 
     Args:
         redistribute: called just before the cut for the moments that the consumers are re-solved
             with (``lambda: recorder.moments(batches, decision.units)``). The mask is evaluated
             without them, the cut with them.
-        take_back: takes a cut back; by default ``surgeon.undo``, for which the surgeon must keep
-            restore points (otherwise the cut is not judged again).
+        take_back: takes a cut back; by default the surgeon does, from a copy that is kept until
+            this call returns.
 
     Returns:
         The outcome, with accuracy and loss before, under the mask and after the cut, where they
@@ -66,34 +80,106 @@ def apply_decision(
     if blocked := surgeon.blocked():
         now = surgeon.architecture
         return outcome_of(decision, now, now, "refused", blocked)
-    before, limit = surgeon.architecture, trigger_of(decision, triggers or RollbackTriggers())
-    with span("evaluate"):
-        plain = evaluate()
-    try:
-        masked = _evaluate_masked(decision, surgeon, evaluate)
-    except ContractError as error:
-        return outcome_of(decision, before, before, "refused", str(error), plain)
-    if not plain.accuracy - masked.accuracy <= limit:  # NaN rolls back too
-        reason = _fell(plain, masked, limit, "under the mask")
-        return outcome_of(decision, before, before, "rolled_back", reason, plain, masked)
-    moments = redistribute() if redistribute else None
-    try:
-        with span("cut"):
-            _cut(decision, surgeon, moments)
-        with span("evaluate cut"):
-            after = evaluate()
-    except ContractError as error:
-        _back(surgeon, before, take_back)
-        return outcome_of(decision, before, before, "refused", str(error), plain, masked)
-    except BaseException:
-        _back(surgeon, before, take_back)
-        raise
-    if not plain.accuracy - after.accuracy <= limit and _back(surgeon, before, take_back):
-        reason = _fell(plain, after, limit, "after the cut")
-        return outcome_of(decision, before, before, "rolled_back", reason, plain, masked, after)
-    now = surgeon.architecture
-    said = "; ".join(surgeon.notes)
-    return outcome_of(decision, before, now, "applied", said, plain, masked, after)
+    limit = trigger_of(decision, triggers or RollbackTriggers())
+    check = _Check(decision, surgeon, evaluate, limit)
+    return (
+        check.plain()
+        or check.masked()
+        or check.cut(redistribute, take_back or _to_now(surgeon))
+        or check.outcome("applied")
+    )
+
+
+class _Check:
+    """One decision on its way; each step returns the outcome with which it ends, if it does."""
+
+    def __init__(
+        self,
+        decision: StructuralPruningDecision,
+        surgeon: Surgeon,
+        evaluate: Evaluate,
+        limit: float,
+    ) -> None:
+        self._decision, self._surgeon, self._limit = decision, surgeon, limit
+        self._evaluate = evaluate
+        self._before = surgeon.architecture
+        self._figures: dict[str, Evaluation] = {}
+        self._notes: tuple[str, ...] = ()
+
+    def plain(self) -> PruningOutcome | None:
+        """The network as it is, to compare with."""
+        try:
+            now = self._measure("before", "evaluate")
+        except Exception as error:
+            return self._failed("before anything was changed", error)
+        if not now.finite:
+            detail = f"not checkable: accuracy {now.accuracy:g} and loss {now.loss:g} as it is"
+            return self.outcome("refused", detail)
+        return None
+
+    def masked(self) -> PruningOutcome | None:
+        """With the mask on, which is off again on return."""
+        surgeon, decision = self._surgeon, self._decision
+        try:
+            with span("mask"):
+                surgeon.mask(decision.units)
+                surgeon.mask_layers(target.layer_name for target in decision.layers)
+            now = self._measure("masked", "evaluate masked")
+        except Exception as error:
+            return self._failed("under the mask", error)
+        finally:
+            surgeon.unmask()
+        return self._judge(now, "under the mask")
+
+    def cut(
+        self, redistribute: Callable[[], Moments] | None, take_back: Callable[[], object]
+    ) -> PruningOutcome | None:
+        """Cut; what does not stand is taken back."""
+        try:
+            moments = redistribute() if redistribute else None
+            with span("cut"):
+                self._notes = _cut(self._decision, self._surgeon, moments)
+            now = self._measure("after", "evaluate cut")
+        except BaseException as error:
+            take_back()
+            if not isinstance(error, Exception):
+                raise
+            return self._failed("in the cut", error)
+        failed = self._judge(now, "after the cut")
+        if failed is not None:
+            take_back()
+        return failed
+
+    def outcome(self, result: Result, detail: str = "") -> PruningOutcome:
+        """The outcome with the figures so far."""
+        before = self._before
+        after = self._surgeon.architecture if result == "applied" else before
+        detail = detail or "; ".join(self._notes)
+        return outcome_of(self._decision, before, after, result, detail, self._figures)
+
+    def _measure(self, name: str, step: str) -> Evaluation:
+        with span(step):
+            self._figures[name] = now = self._evaluate()
+        return now
+
+    def _judge(self, now: Evaluation, when: str) -> PruningOutcome | None:
+        reason = failed_check(self._figures["before"].accuracy, now, self._limit)
+        return self.outcome("rolled_back", f"{reason} {when}") if reason else None
+
+    def _failed(self, when: str, error: Exception) -> PruningOutcome:
+        reason = f"{type(error).__name__}: {error}"[:_LONGEST]
+        key = self._decision.idempotency_key
+        _log.exception("decision refused, an error came up", key=key, when=when, reason=reason)
+        return self.outcome("refused", f"{when}: {reason}")
+
+
+def failed_check(before: float, now: Evaluation, limit: float) -> str:
+    """Why ``now`` is not good enough after an accuracy of ``before``; empty if it is."""
+    if not math.isfinite(now.loss):
+        return f"loss is {now.loss:g}"
+    if not math.isfinite(now.accuracy) or not before - now.accuracy <= limit:
+        return f"accuracy {before:.4f} fell to {now.accuracy:.4f}, more than {limit:g},"
+    return ""
 
 
 def refusal(decision: StructuralPruningDecision, now: PrunedArchitecture) -> PruningOutcome | None:
@@ -120,18 +206,14 @@ def outcome_of(
     decision: StructuralPruningDecision,
     before: PrunedArchitecture,
     after: PrunedArchitecture,
-    result: Literal["applied", "rolled_back", "refused", "rejected"],
+    result: Result,
     detail: str,
-    plain: Evaluation | None = None,
-    masked: Evaluation | None = None,
-    cut: Evaluation | None = None,
+    figures: Mapping[str, Evaluation] | None = None,
 ) -> PruningOutcome:
-    """The outcome with its figures."""
-    figures: dict[str, Any] = {}
-    for name, evaluation in (("before", plain), ("masked", masked), ("after", cut)):
-        if evaluation is not None:
-            figures[f"accuracy_{name}"] = evaluation.accuracy
-            figures[f"loss_{name}"] = evaluation.loss
+    """The outcome with its figures, by ``before``, ``masked`` and ``after`` (the cut)."""
+    told: dict[str, Any] = {}
+    for name, evaluation in (figures or {}).items():
+        told[f"accuracy_{name}"], told[f"loss_{name}"] = evaluation.accuracy, evaluation.loss
     return PruningOutcome(
         idempotency_key=decision.idempotency_key,
         run_id=decision.run_id,
@@ -140,44 +222,27 @@ def outcome_of(
         parameters_before=before.parameters,
         parameters_after=after.parameters,
         detail=detail,
-        **figures,
+        **told,
     )
 
 
-def _evaluate_masked(
-    decision: StructuralPruningDecision, surgeon: Surgeon, evaluate: Evaluate
-) -> Evaluation:
-    try:
-        with span("mask"):
-            surgeon.mask(decision.units)
-            surgeon.mask_layers(target.layer_name for target in decision.layers)
-        with span("evaluate masked"):
-            return evaluate()
-    finally:
-        surgeon.unmask()
+def _to_now(surgeon: Surgeon) -> Callable[[], object]:
+    point = surgeon.restore_point()
+    return lambda: surgeon.bring_back(point)
 
 
-def _cut(decision: StructuralPruningDecision, surgeon: Surgeon, moments: Moments | None) -> None:
+def _cut(
+    decision: StructuralPruningDecision, surgeon: Surgeon, moments: Moments | None
+) -> tuple[str, ...]:
+    """Cut, as one step to undo; what has to be said of it."""
     layers = [target.layer_name for target in decision.layers]
     epoch, key = decision.epoch, decision.idempotency_key
-    if decision.units or not layers:
-        surgeon.cut(decision.units, epoch=epoch, key=key, redistribute=moments)
-    if layers:
-        surgeon.cut_layers(layers, epoch=epoch, key=key)
-
-
-def _back(
-    surgeon: Surgeon,
-    before: PrunedArchitecture,
-    take_back: Callable[[], object] | None,
-) -> bool:
-    """Take a cut back if that is possible."""
-    if take_back is not None:
-        take_back()
-        return True
-    return surgeon.undo_to(before)
-
-
-def _fell(plain: Evaluation, now: Evaluation, limit: float, when: str) -> str:
-    fell = f"accuracy {plain.accuracy:.4f} fell to {now.accuracy:.4f} {when}"
-    return f"{fell}, more than {limit:g}"
+    notes: tuple[str, ...] = ()
+    with surgeon.as_one_cut():
+        if decision.units or not layers:
+            surgeon.cut(decision.units, epoch=epoch, key=key, redistribute=moments)
+            notes += surgeon.notes
+        if layers:
+            surgeon.cut_layers(layers, epoch=epoch, key=key)
+            notes += surgeon.notes
+    return notes

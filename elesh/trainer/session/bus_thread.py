@@ -1,9 +1,9 @@
 """The thread that talks to the bus for a session, with an event loop of its own.
 
-Promises: handing something over never blocks and never raises because the bus is away; what could
-not be sent is counted in ``missed`` and logged. Only the one trainer that has the run's claim
-speaks and hears; the claim is renewed here, and the server looks at it with everything sent. The
-thread ends with :meth:`BusThread.close`, whatever the bus does.
+Promises: what is in the mailbox is sent, and what is said to the run is put there; the training
+thread never waits for it. Only the one trainer that has the run's claim speaks and hears; the claim
+is renewed here, and the server looks at it with everything sent. The thread ends with
+:meth:`BusThread.close`, whatever the bus does.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import queue
 import socket
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import datetime
 
 from opentelemetry.trace import SpanKind
@@ -24,38 +22,22 @@ from elesh.bus import Bus, BusUnavailable, Delivery, Overloaded, RunClaimed, ser
 from elesh.bus.admission import hear, require_in_time
 from elesh.observe import get_logger, messaging, span_from
 from elesh.settings import Settings
-from leyline import CheckpointBundle, ContractError, Message
+from leyline import (
+    CheckpointBundle,
+    ContractError,
+    Message,
+    StructuralPruningDecision,
+    TelemetryEvent,
+)
 from leyline.streams import DECISIONS, TELEMETRY, Stream
 
+from .mailbox import Incoming, Mailbox, Outgoing
 from .publishing import with_blobs
 
-__all__ = ["BusThread", "Caller", "Outgoing"]
+__all__ = ["BusThread"]
 
 _SOURCE = "kasmina"
-_OUTBOX, _BUNDLES = 64, 8
 _log = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Caller:
-    """What the thread tells the session; all of it is called on the thread."""
-
-    take: Callable[[Message, Mapping[str, str]], None]
-    """A message of the run has come, with its trace context."""
-    sent: Callable[[str], None]
-    """The event with this id is on the bus."""
-
-
-@dataclass(frozen=True)
-class Outgoing:
-    """Something to publish; a bundle's blobs are put first."""
-
-    stream: Stream
-    message: Message | CheckpointBundle
-    carrier: Mapping[str, str]
-    epoch: int
-    event_id: str = ""
-    request_id: str = ""
 
 
 class BusThread:
@@ -64,20 +46,23 @@ class BusThread:
     Args:
         run_id: messages of other runs are passed over.
         url: Redis URL; empty: ``ELESH_REDIS_URL``, else the embedded server.
+        mailbox: what is to be sent, and where messages to the run are put.
         token: claims the run; one that an earlier process of the run had takes its claim over.
+        sent: told, on the thread, the id of every event that is on the bus; must not raise.
     """
 
     def __init__(
-        self, run_id: str, url: str, settings: Settings, caller: Caller, token: str
+        self,
+        run_id: str,
+        url: str,
+        settings: Settings,
+        mailbox: Mailbox,
+        *,
+        token: str,
+        sent: Callable[[str], None],
     ) -> None:
-        self.missed = 0
-        self.refused = ""
-        """Why the run is not this trainer's; empty while it is, or is not known."""
-        self.connected = threading.Event()
-        self._run_id, self._url, self._settings, self._caller = run_id, url, settings, caller
-        self._token = token
-        self._outbox: queue.Queue[Outgoing] = queue.Queue(_OUTBOX)
-        self._capacity = threading.BoundedSemaphore(_BUNDLES)  # bundles are large
+        self._run_id, self._url, self._settings = run_id, url, settings
+        self._mailbox, self._token, self._sent = mailbox, token, sent
         self._closing = threading.Event()
         self._wake: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._main, name="elesh-session", daemon=True)
@@ -86,28 +71,9 @@ class BusThread:
         """Begin to talk."""
         self._thread.start()
 
-    def send(self, item: Outgoing) -> bool:
-        """Queue something; False, and counted as missed, if the queue is full or the run is not
-        this trainer's."""
-        if self.refused:
-            return self._miss(item, self.refused)
-        large = isinstance(item.message, CheckpointBundle)
-        if large and not self._capacity.acquire(blocking=False):
-            return self._miss(item, "queue full of checkpoints")
-        try:
-            self._outbox.put_nowait(item)
-        except queue.Full:
-            if large:
-                self._capacity.release()
-            return self._miss(item, "queue full")
+    def wake(self) -> None:
+        """Something was put into the mailbox."""
         self._wake()
-        return True
-
-    def _next(self) -> Outgoing:
-        item = self._outbox.get_nowait()
-        if isinstance(item.message, CheckpointBundle):
-            self._capacity.release()
-        return item
 
     def close(self, timeout: float) -> None:
         """Send what is queued, for at most ``timeout`` seconds, and end the thread."""
@@ -115,12 +81,7 @@ class BusThread:
         self._wake()
         self._thread.join(timeout)
         if self._thread.is_alive():
-            _log.warning("session closed with messages unsent", queued=self._outbox.qsize())
-
-    def _miss(self, item: Outgoing, reason: str) -> bool:
-        self.missed += 1
-        _log.warning("not published", stream=item.stream.name, epoch=item.epoch, reason=reason)
-        return False
+            _log.warning("session closed with messages unsent", queued=self._mailbox.unsent)
 
     # From here on: on the thread.
 
@@ -128,7 +89,7 @@ class BusThread:
         try:
             asyncio.run(self._serve())
         except Exception:
-            self.missed += self._outbox.qsize()
+            self._mailbox.miss_all("the session's thread has ended")
             _log.exception("session ended; training goes on without Elesh")
 
     async def _serve(self) -> None:
@@ -147,10 +108,10 @@ class BusThread:
         self._wake = wake
         rouse()
         async with server_url(self._url) as url:
-            while not (closing.is_set() and self._outbox.empty()):
+            while not (closing.is_set() and not self._mailbox.unsent):
                 if not await self._connect_and_talk(url, woken, closing):
                     break
-        self.missed += self._outbox.qsize()
+        self._mailbox.miss_all("closing while the bus is away")
 
     async def _connect_and_talk(
         self, url: str, woken: asyncio.Event, closing: asyncio.Event
@@ -179,7 +140,7 @@ class BusThread:
             for stream, start in starts
         ]
         tasks.append(asyncio.create_task(self._keep_claim(bus, closing)))
-        self.connected.set()
+        self._mailbox.connected.set()
         try:
             await self._send_all(bus, woken, closing)
             await bus.runs.give_up(self._run_id, self._token)
@@ -194,18 +155,18 @@ class BusThread:
         seconds = self._settings.trainer.claim_seconds
         holder = await bus.runs.claim(self._run_id, self._token, who, seconds)
         if holder is None:
-            if self.refused:
+            if self._mailbox.refused:
                 _log.info("run claimed", run=self._run_id)
-            self.refused = ""
+            self._mailbox.refused = ""
             return True
-        if not self.refused:
+        if not self._mailbox.refused:
             _log.error(
                 "run refused: another trainer has it; training goes on without Elesh",
                 run=self._run_id,
                 holder=holder.who,
                 seconds=holder.seconds,
             )
-        self.refused = (
+        self._mailbox.refused = (
             f"run {self._run_id} is claimed by {holder.who} for {holder.seconds:.0f} s more, and "
             "longer if it renews; end it or choose another run id"
         )
@@ -222,11 +183,11 @@ class BusThread:
                     return
 
     async def _send_all(self, bus: Bus, woken: asyncio.Event, closing: asyncio.Event) -> None:
-        """Send until closing and the send queue is empty."""
-        while not (closing.is_set() and self._outbox.empty()):
+        """Send until closing and nothing is queued."""
+        while not (closing.is_set() and not self._mailbox.unsent):
             woken.clear()
-            while not self._outbox.empty():
-                await self._send(bus, self._next(), closing)
+            while (item := self._mailbox.take()) is not None:
+                await self._send(bus, item, closing)
             if not closing.is_set():
                 await woken.wait()
 
@@ -237,7 +198,7 @@ class BusThread:
         ):
             while not await self._try_to_send(bus, item):
                 if not await bus.when_available(stop=closing):
-                    self._miss(item, "closing while the bus is away")
+                    self._mailbox.miss(item, "closing while the bus is away")
                     return
 
     async def _try_to_send(self, bus: Bus, item: Outgoing) -> bool:
@@ -245,19 +206,19 @@ class BusThread:
         try:
             if await self._claim(bus):
                 await self._publish(bus, item)
-                self._caller.sent(item.event_id)
+                self._sent(item.event_id)
             else:
-                self._miss(item, self.refused)
+                self._mailbox.miss(item, self._mailbox.refused)
         except RunClaimed:
             await self._claim(bus)  # says who has it
-            self._miss(item, self.refused or "another trainer had the run")
+            self._mailbox.miss(item, self._mailbox.refused or "another trainer had the run")
         except Overloaded as error:
-            self._miss(item, str(error))
+            self._mailbox.miss(item, str(error))
         except BusUnavailable as error:
             _log.warning("bus away, will publish later", reason=str(error))
             return False
         except ContractError as error:
-            self._miss(item, str(error))
+            self._mailbox.miss(item, str(error))
         return True
 
     async def _publish(self, bus: Bus, item: Outgoing) -> None:
@@ -291,9 +252,11 @@ class BusThread:
         """Take in what may be said here, is said in time, and is said to this run."""
         try:
             heard = hear(delivery, bus.guard)
-            if heard.run_id == self._run_id and not self.refused:
-                require_in_time(heard, now)
-                self._caller.take(heard.message, delivery.carrier)
+            if heard.run_id != self._run_id or self._mailbox.refused:
+                return
+            require_in_time(heard, now)
+            if isinstance(heard.message, StructuralPruningDecision) or _is_end(heard.message):
+                self._mailbox.deliver(Incoming(heard.message, delivery.carrier))
         except ContractError as error:
             _log.warning(
                 "message passed over",
@@ -301,3 +264,8 @@ class BusThread:
                 entry=delivery.entry_id,
                 reason=str(error),
             )
+
+
+def _is_end(message: Message) -> bool:
+    """Whether it says that an analysis has ended without a decision."""
+    return isinstance(message, TelemetryEvent) and message.step == "dead_letter"

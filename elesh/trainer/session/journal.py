@@ -1,32 +1,39 @@
 """What was begun and what was done: by it a run that was killed knows where it stands.
 
-Promises: a line counts once it is on disk, and then for good; a line that a kill has torn counts
-for nothing. What the lines amount to (:class:`Situation`) is a pure fold over them.
+Promises: a line counts once it is on disk, and then for good; a line that a kill has torn, and one
+whose digest is not its own, count for nothing. What the lines amount to (:class:`Situation`) is a
+pure fold over them. A disk that is full for a moment loses no line that may wait.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
+from elesh.observe import get_logger
 from leyline import PruningOutcome
 
-from .restore_points import write_durably
+from .apply import Evaluation, failed_check
+from .files import open_private, write_durably
 
-__all__ = ["Journal", "Situation", "MonitoredCut"]
+__all__ = ["Journal", "Line", "MadeCut", "Situation"]
 
 Line = Mapping[str, Any]
+_DIGEST = 16
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class MonitoredCut:
-    """A monitored cut."""
+class MadeCut:
+    """A cut that was made and reported, and may still be undone."""
 
     outcome: PruningOutcome
     """As it was reported when the cut was made."""
@@ -35,24 +42,24 @@ class MonitoredCut:
     limit: float
     """The drop of accuracy that takes it back."""
     left: int
-    """Reports that it must still stand."""
+    """Reports of accuracy that it must still stand; 0: it is no longer monitored."""
 
     @property
     def key(self) -> str:
         """The decision's idempotency key."""
         return self.outcome.idempotency_key
 
-    def fails(self, accuracy: float) -> bool:
-        """Whether this accuracy is too far below the one before the cut; NaN is, too."""
+    def fails(self, now: Evaluation) -> bool:
+        """Whether these figures are too far below those before the cut, or no numbers."""
         before = self.outcome.accuracy_before
-        return before is not None and not before - accuracy <= self.limit
+        return before is not None and bool(failed_check(before, now, self.limit))
 
     def as_line(self) -> Line:
         """For the journal."""
         return vars(self) | {"outcome": self.outcome.model_dump(mode="json")}
 
     @classmethod
-    def of_line(cls, line: Line) -> MonitoredCut:
+    def of_line(cls, line: Line) -> MadeCut:
         """From the journal."""
         return cls(**{**line, "outcome": PruningOutcome.model_validate(line["outcome"])})
 
@@ -63,21 +70,24 @@ class Situation:
 
     point: int | None = None
     """The restore point that is the present, or was when it was written."""
-    epoch: int = 0
-    """The epoch of that point."""
     begun: Line | None = None
     """What was begun and not done: ``begin`` is ``apply`` or ``rollback``, ``goal`` the point to
-    go back to, ``pending`` the outcomes if it is cut short."""
-    watched: tuple[MonitoredCut, ...] = ()
-    """Monitored cuts, oldest first."""
+    go back to, ``pending`` the outcomes if it is interrupted."""
+    cuts: tuple[MadeCut, ...] = ()
+    """Cuts that are monitored, or younger than the oldest restore point; oldest first."""
     unreported: Mapping[str, Line] = field(default_factory=dict)
     """Outcomes that the bus does not have yet, by event id."""
     tried: tuple[str, ...] = ()
     """Keys of the decisions that were ever begun to be applied, oldest first."""
 
+    @property
+    def monitored(self) -> tuple[MadeCut, ...]:
+        """Cuts in their monitoring window, oldest first."""
+        return tuple(cut for cut in self.cuts if cut.left)
+
     def as_line(self) -> Line:
         """For the journal."""
-        return vars(self) | {"watched": [cut.as_line() for cut in self.watched]}
+        return vars(self) | {"cuts": [cut.as_line() for cut in self.cuts]}
 
     def after(self, line: Line) -> Situation:
         """The situation once ``line`` is written."""
@@ -90,12 +100,11 @@ class Situation:
             keys = [outcome["idempotency_key"] for outcome in line["pending"]]
             now = replace(now, tried=(*now.tried, *keys))
         if "point" in line:
-            now = replace(now, point=line["point"], epoch=line["epoch"])
+            now = replace(now, point=line["point"])
         if "done" in line:
             now = replace(now, begun=None)
-        if "watched" in line:
-            cuts = tuple(MonitoredCut.of_line(cut) for cut in line["watched"])
-            now = replace(now, watched=cuts)
+        if "cuts" in line:
+            now = replace(now, cuts=tuple(MadeCut.of_line(cut) for cut in line["cuts"]))
         fresh = {**now.unreported, **line.get("outcomes", {})}
         if "reported" in line:
             fresh.pop(line["reported"], None)
@@ -103,28 +112,51 @@ class Situation:
 
 
 def _whole(line: Line) -> Situation:
-    cuts = tuple(MonitoredCut.of_line(cut) for cut in line["watched"])
-    return Situation(**{**line, "watched": cuts, "tried": tuple(line.get("tried", ()))})
+    cuts = tuple(MadeCut.of_line(cut) for cut in line["cuts"])
+    return Situation(**{**line, "cuts": cuts, "tried": tuple(line["tried"])})
 
 
 class Journal:
     """The lines of a run, in a file or (without one) in memory.
 
     Args:
-        file: one JSON object a line; read at once, and shortened to what still matters.
+        file: a digest and a JSON object a line; read at once, and shortened to what still matters.
+            Where lines are damaged, the file is kept beside it as ``journal.damaged``.
+
+    Raises:
+        OSError: if the file is there and cannot be read.
     """
 
     def __init__(self, file: Path | None) -> None:
         self.situation = Situation()
+        self.whole = True
+        """Whether every line that was ever written could be read; False also where there was no
+        file. If not, restore points know better where the run stands."""
         self._lock = threading.Lock()
+        self._waiting: list[bytes] = []
         self._file: IO[bytes] | None = None
         if file is None:
             return
-        if file.exists():
-            for line in _lines(file.read_bytes()):
-                self.situation = self.situation.after(line)
-        write_durably(file, _bytes({"situation": self.situation.as_line()}))
-        self._file = file.open("ab", buffering=0)
+        lines, damaged = _read(file)
+        self.whole = not damaged and file.exists()
+        for line in lines:
+            self.situation = self.situation.after(line)
+        if damaged:
+            _log.error("journal damaged", file=file, lines=damaged, kept="journal.damaged")
+            with contextlib.suppress(OSError):
+                os.replace(file, file.with_suffix(".damaged"))
+        self._open(file)
+
+    def _open(self, file: Path) -> None:
+        start = _bytes({"situation": self.situation.as_line()})
+        try:
+            write_durably(file, start)
+        except OSError as error:
+            _log.warning("journal not shortened", file=file, reason=str(error))
+            if not file.exists():
+                self._waiting.append(start)
+        self._file = os.fdopen(open_private(file, os.O_RDWR), "r+b", buffering=0)
+        self._end = _end_of_lines(self._file.read())
 
     def write(self, **line: Any) -> None:
         """Add a line; on return it is on disk. Safe to call from any thread.
@@ -133,32 +165,70 @@ class Journal:
             OSError: if it cannot be written; it counts for nothing then.
         """
         with self._lock:
-            if self._file is not None:
-                _append(self._file, _bytes(line))
+            self._append(_bytes(line))
             self.situation = self.situation.after(line)
+
+    def write_later(self, **line: Any) -> None:
+        """Add a line that counts at once, and is on disk as soon as the disk takes it: at the
+        latest before the next one. For what may be done again after a kill."""
+        with self._lock:
+            data = _bytes(line)
+            try:
+                self._append(data)
+            except OSError as error:
+                _log.warning("journal line waits for the disk", reason=str(error))
+                self._waiting.append(data)
+            self.situation = self.situation.after(line)
+
+    @property
+    def waits(self) -> bool:
+        """Whether lines wait for the disk."""
+        return bool(self._waiting)
 
     def close(self) -> None:
         """Close the file."""
-        if self._file is not None:
+        with self._lock:
+            if self._file is None:
+                return
+            if self._waiting:
+                with contextlib.suppress(OSError):
+                    self._append(b"")
             self._file.close()
+            self._file = None
 
-
-def _append(file: IO[bytes], data: bytes) -> None:
-    end = file.seek(0, os.SEEK_END)
-    try:
-        if file.write(data) < len(data):
-            raise OSError(errno.ENOSPC, "written in part only", file.name)
-        os.fsync(file.fileno())
-    except OSError:
-        file.truncate(end)  # a half line must not spoil the next one
-        raise
+    def _append(self, data: bytes) -> None:
+        if self._file is None:
+            return
+        data = b"".join([*self._waiting, data])
+        # Also cuts off what a kill or a full disk left of a line: it must not spoil the next one.
+        self._file.truncate(self._end)
+        self._file.seek(self._end)
+        if self._file.write(data) < len(data):
+            raise OSError(errno.ENOSPC, "written in part only", self._file.name)
+        os.fsync(self._file.fileno())
+        self._end += len(data)
+        self._waiting.clear()
 
 
 def _bytes(line: Line) -> bytes:
-    return json.dumps(line).encode() + b"\n"
+    text = json.dumps(line).encode()
+    return b"%s %s\n" % (_digest(text), text)
 
 
-def _lines(data: bytes) -> Iterable[Line]:
-    """The whole lines; what follows the last newline was torn by a kill."""
+def _digest(text: bytes) -> bytes:
+    return hashlib.sha256(text).hexdigest()[:_DIGEST].encode()
+
+
+def _end_of_lines(data: bytes) -> int:
+    return data.rfind(b"\n") + 1
+
+
+def _read(file: Path) -> tuple[list[Line], int]:
+    """The sound lines, and how many are not; what follows the last newline was torn by a kill."""
+    if not file.exists():
+        return [], 0
+    data = file.read_bytes()
     *whole, _torn = data.split(b"\n")
-    return [json.loads(line) for line in whole]
+    split = [line.partition(b" ") for line in whole]
+    sound = [json.loads(text) for digest, _, text in split if digest == _digest(text)]
+    return sound, len(whole) - len(sound)

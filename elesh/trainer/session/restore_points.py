@@ -1,47 +1,47 @@
 """Restore points by number, in memory or in a folder.
 
 Promises of the folder: a point is there wholly or not at all, whenever the process is killed; one
-that was damaged is refused by name, never half-read; one process at a time uses it. Tensors are
-safetensors, the rest msgpack and JSON.
+that was damaged is refused by name, never half-read; files of others are left alone. Tensors are
+safetensors, the rest msgpack and JSON; only the owner can read them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import re
-import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from pydantic import ValidationError
 
+from elesh.observe import get_logger
 from leyline import DigestMismatch, InvalidField, Malformed, PrunedArchitecture
 
+from .files import private_folder, sync_folder, write_private
 from .snapshot import Snapshot
 from .trees import pack_tree, unpack_tree
 
-__all__ = ["FolderInUse", "FolderPoints", "MemoryPoints", "Points", "write_durably"]
+__all__ = ["FolderPoints", "MemoryPoints", "Points"]
 
-_FORMAT = 1
+_FORMAT = 2
 _TENSORS, _STATE, _ARCHITECTURE = "tensors.safetensors", "state.msgpack", "architecture.json"
 _MANIFEST = "point.json"
-
-
-class FolderInUse(InvalidField):
-    """Another process uses the folder of restore points."""
+_NUMBER, _LEFTOVER = re.compile(r"[0-9]{8,}"), re.compile(r"\.[0-9]{8,}")
+_log = get_logger(__name__)
 
 
 class Points(Protocol):
     """Where restore points are kept."""
 
     def put(self, snapshot: Snapshot) -> int:
-        """Keep a snapshot; its number is higher than any before."""
+        """Keep a snapshot; its number is higher than any before.
+
+        Raises:
+            OSError: if it cannot be written. Nothing is left of it then.
+        """
 
     def get(self, number: int) -> Snapshot:
         """A snapshot again.
@@ -54,7 +54,7 @@ class Points(Protocol):
         """All that are there, oldest first."""
 
     def drop(self, numbers: Iterable[int]) -> None:
-        """Forget some."""
+        """Forget some; one that cannot be removed stays, with a line in the log."""
 
 
 class MemoryPoints:
@@ -87,45 +87,17 @@ class MemoryPoints:
 
 
 class FolderPoints:
-    """Restore points of one run in a folder; each is a folder of its own.
+    """Restore points of one run; each is a folder of its own, named by its number.
 
     Args:
-        folder: made if it is not there; ``claim`` in it is the token by which the run's next
-            process takes its claim over.
-
-    Raises:
-        FolderInUse: if another process has it.
+        folder: made if it is not there; nobody else may write to it meanwhile.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (folder / "lock").open("a")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            hint = "end it first, or give this run an id or a folder of its own"
-            raise FolderInUse(
-                "restore_dir", "a folder of this process", f"{folder} is in use", hint=hint
-            ) from None
-        self._points = folder / "points"
-        self._points.mkdir(exist_ok=True)
-        for leftover in self._points.glob(".*"):  # of a process that was killed while writing
-            shutil.rmtree(leftover)
-        self._last = max(self.numbers(), default=0)
-
-    @property
-    def token(self) -> str:
-        """The run's claim token: the same for every process that has used this folder."""
-        file = self.folder / "claim"
-        if not file.exists():
-            write_durably(file, secrets.token_hex(8).encode())
-        return file.read_text()
-
-    def close(self) -> None:
-        """Let another process have the folder."""
-        self._lock.close()
+        self._folder = private_folder(folder)
+        for leftover in self._named(_LEFTOVER):  # of a process that was killed while writing
+            shutil.rmtree(leftover, ignore_errors=True)
+        self._last = max((int(path.name) for path in self._named(_NUMBER)), default=0)
 
     def put(self, snapshot: Snapshot) -> int:
         """Write a snapshot beside the others; it is there once the folder is renamed."""
@@ -136,19 +108,21 @@ class FolderPoints:
             _ARCHITECTURE: snapshot.architecture.model_dump_json().encode(),
         }
         digests = {name: hashlib.sha256(data).hexdigest() for name, data in parts.items()}
-        manifest = {"format": _FORMAT, "files": digests}
+        parts[_MANIFEST] = _sealed({"format": _FORMAT, "epoch": snapshot.epoch, "files": digests})
         number = self._last + 1
-        draft = self._points / f".{number:08d}"
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir()
-        for name, data in {**parts, _MANIFEST: json.dumps(manifest, indent=1).encode()}.items():
-            with (draft / name).open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        _sync_folder(draft)
-        draft.rename(self._path(number))
-        _sync_folder(self._points)
+        draft = self._folder / f".{number:08d}"
+        try:
+            shutil.rmtree(draft, ignore_errors=True)
+            private_folder(draft)
+            for name, data in parts.items():
+                write_private(draft / name, data)
+            sync_folder(draft)
+            draft.rename(self._path(number))
+            sync_folder(self._folder)
+        except OSError:
+            shutil.rmtree(draft, ignore_errors=True)  # a full disk needs the room
+            shutil.rmtree(self._path(number), ignore_errors=True)
+            raise
         self._last = number
         return number
 
@@ -156,49 +130,59 @@ class FolderPoints:
         """Read a snapshot, every file checked by its digest."""
         folder = self._path(number)
         try:
-            manifest = json.loads((folder / _MANIFEST).read_bytes())
+            manifest = _opened(folder / _MANIFEST)
             parts = {name: (folder / name).read_bytes() for name in manifest["files"]}
-            if manifest["format"] != _FORMAT:
-                raise Malformed(str(folder), f"format {_FORMAT}", manifest["format"])
             for name, digest in manifest["files"].items():
                 if (found := hashlib.sha256(parts[name]).hexdigest()) != digest:
                     raise DigestMismatch(str(folder / name), digest, found)
             architecture = PrunedArchitecture.model_validate_json(parts[_ARCHITECTURE], strict=True)
+            state = unpack_tree(parts[_STATE], parts[_TENSORS])
+            return Snapshot(architecture, state, int(manifest["epoch"]))
         except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
             raise Malformed(str(folder), "a whole restore point", str(error)) from None
-        return Snapshot(architecture, unpack_tree(parts[_STATE], parts[_TENSORS]))
 
     def numbers(self) -> list[int]:
         """All that are there, oldest first."""
-        names = (path.name for path in self._points.iterdir())
-        return sorted(int(name) for name in names if re.fullmatch(r"\d+", name))
+        return sorted(int(path.name) for path in self._named(_NUMBER) if self._is_point(path))
 
     def drop(self, numbers: Iterable[int]) -> None:
         """Remove some; a kill in between leaves a hidden folder that the next start removes."""
         for number in numbers:
-            gone = self._points / f".{number:08d}"
-            with contextlib.suppress(FileNotFoundError):
+            gone = self._folder / f".{number:08d}"
+            try:
                 self._path(number).rename(gone)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                _log.warning("restore point not removed", point=number, reason=str(error))
             shutil.rmtree(gone, ignore_errors=True)
 
+    def _named(self, name: re.Pattern[str]) -> Iterable[Path]:
+        """The folders with such a name; anything else there is not ours."""
+        return [p for p in self._folder.iterdir() if name.fullmatch(p.name) and p.is_dir()]
+
+    def _is_point(self, path: Path) -> bool:
+        return path == self._path(int(path.name)) and (path / _MANIFEST).is_file()
+
     def _path(self, number: int) -> Path:
-        return self._points / f"{number:08d}"
+        return self._folder / f"{number:08d}"
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Replace a file as a whole: after a kill or a power cut it is the old one or the new one."""
-    draft = path.with_name(f".{path.name}.draft")
-    with draft.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-    _sync_folder(path.parent)
+def _sealed(manifest: Mapping[str, Any]) -> bytes:
+    """A manifest as JSON with its own digest."""
+    return json.dumps({**manifest, "digest": _digest(manifest)}, indent=1).encode()
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _opened(file: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads(file.read_bytes())
+    if manifest["format"] != _FORMAT:
+        hint = "go on with the version of Elesh that wrote it, or remove the folder to begin anew"
+        raise Malformed(str(file), f"format {_FORMAT}", manifest["format"], hint=hint)
+    digest = manifest.pop("digest")
+    if digest != (found := _digest(manifest)):
+        raise DigestMismatch(str(file), digest, found)
+    return manifest
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

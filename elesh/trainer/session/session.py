@@ -2,17 +2,18 @@
 
 Promises: ``publish`` and ``decisions`` never block and never raise because the bus is away; what
 could not be sent is counted in ``missed`` and logged; a checkpoint that was published twice is one
-event. Everything that waits happens in :mod:`.bus_thread`; what happens to the network, in
-:mod:`.guard`.
+event. A session uses its parts and none of them uses it: what happens to the network is in
+:mod:`.monitoring`, where the run stands in :mod:`.recovery`, and everything that waits in
+:mod:`.bus_thread`, which shares a :mod:`.mailbox` with the session and nothing else.
 """
 
 from __future__ import annotations
 
-import queue
+import re
 import secrets
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,6 +26,7 @@ from elesh.trainer.surgery.reconstruction import Moments
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import (
     CheckpointBundle,
+    InvalidField,
     Message,
     PrunedArchitecture,
     PruningOutcome,
@@ -35,15 +37,17 @@ from leyline import (
 from leyline.streams import CHECKPOINTS, OUTCOMES, RECOMPILE, REQUESTS, VALIDATION, Stream
 
 from .apply import Evaluation, outcome_of, trigger_of
-from .bus_thread import BusThread, Caller, Outgoing
-from .guard import Guard
+from .bus_thread import BusThread
+from .mailbox import Mailbox, Outgoing
+from .monitoring import MonitoredCuts
 from .observers import Observers, SessionObserver
+from .recovery import Recovery
 from .reporting import event_id_of, recompilation, validation_of
-from .restore_points import FolderInUse
-from .snapshot import Stateful, Tracked
+from .snapshot import Stateful, Tracked, training_kept
 
 __all__ = ["Session"]
 
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _log = get_logger(__name__)
 
 
@@ -64,70 +68,81 @@ class Session:
                     session.publish(recorder.measure(batches, epoch=epoch, run_id="my-run"))
 
     Args:
-        run_id: names the run; decisions of other runs are not seen, and one trainer at a time has
-            the run.
+        run_id: names the run, in at most 64 letters, digits and ``_.-``; decisions of other runs
+            are not seen, and one trainer at a time has the run.
         url: Redis URL; empty: ``ELESH_REDIS_URL``, else the embedded server.
-        settings: for the bus, the rollback triggers and the trainer's section.
+        settings: for the bus, the rollback triggers and the trainer's section; or the file that
+            has them. Without, the file that ``ELESH_SETTINGS`` names, else the defaults.
         restore_dir: where restore points are kept, in a folder named like the run; empty: in
             memory, so that cuts can be taken back but a process that was killed starts anew.
         observers: told of checkpoints and outcomes on the training thread (TensorBoardSummaries).
+
+    Raises:
+        InvalidField: if the run id or the folder cannot be used.
+        FolderInUse: if another process still has the run's folder after ``trainer.claim_seconds``.
+        SettingsError: if the settings cannot be read.
     """
 
     def __init__(
         self,
         run_id: str,
         url: str = "",
-        settings: Settings | None = None,
+        settings: Settings | str | Path | None = None,
         *,
         restore_dir: str | Path = "",
         observers: Sequence[SessionObserver] = (),
     ) -> None:
+        if not _RUN_ID.fullmatch(run_id):
+            expected = "up to 64 letters, digits and _.-, the first a letter or digit"
+            raise InvalidField("run_id", expected, run_id)
         self.run_id = run_id
-        self.settings = settings or Settings()
-        self.failed: set[str] = set()
-        """Keys whose analysis ended in the dead letters."""
-        self._inbox: queue.SimpleQueue[StructuralPruningDecision] = queue.SimpleQueue()
-        self._carriers: dict[str, Mapping[str, str]] = {}
-        self._arrived = threading.Event()
+        self.settings = Settings.in_force(settings)
+        limits = self.settings.trainer
+        folder = Path(restore_dir) / run_id if restore_dir else None
+        self._recovery = Recovery(folder, limits.restore_points, limits.claim_seconds)
+        self._cuts = MonitoredCuts(self.settings, self._recovery)
+        self._mailbox = Mailbox()
+        self._bus = BusThread(
+            run_id,
+            url or self.settings.bus.url,
+            self.settings,
+            self._mailbox,
+            token=self._recovery.token or secrets.token_hex(8),
+            sent=self._recovery.reported,
+        )
         self._observers = Observers(observers)
+        self._failed: set[str] = set()
         self._heard: set[str] = set()
+        self._decisions: list[StructuralPruningDecision] = []
+        self._carriers: dict[str, Mapping[str, str]] = {}
         self._decided: dict[str, StructuralPruningDecision] = {}
-        self._guard, folder_refused = self._guarded(restore_dir)
-        caller = Caller(take=self._take, sent=self._guard.reported)
-        token = self._guard.token or secrets.token_hex(8)
-        url = url or self.settings.bus.url
-        self._bus = BusThread(run_id, url, self.settings, caller, token)
-        self._bus.refused, self._talks = folder_refused, not folder_refused
-
-    def _guarded(self, restore_dir: str | Path) -> tuple[Guard, str]:
-        if not restore_dir:
-            return Guard(self.settings), ""
-        try:
-            return Guard(self.settings, Path(restore_dir) / self.run_id), ""
-        except FolderInUse as error:
-            _log.error("run refused; training goes on without Elesh", reason=str(error))
-            return Guard(self.settings), str(error)
+        self._evaluate: Callable[[], Evaluation] | None = None
 
     @property
     def missed(self) -> int:
         """Messages that could not be queued or sent."""
-        return self._bus.missed
+        return self._mailbox.missed
+
+    @property
+    def failed(self) -> set[str]:
+        """Keys whose analysis ended in the dead letters."""
+        self._collect()
+        return self._failed
 
     @property
     def refused(self) -> str:
-        """Why this trainer may not speak for the run: another one does, or has its restore points.
-        Training goes on without Elesh then. Empty where it may."""
-        return self._bus.refused
+        """Why this trainer may not speak for the run: another one does. Training goes on without
+        Elesh then. Empty where it may."""
+        return self._mailbox.refused
 
     @property
     def watched(self) -> tuple[str, ...]:
         """Keys of the decisions whose cuts are monitored, oldest first."""
-        return tuple(cut.key for cut in self._guard.watched)
+        return tuple(cut.key for cut in self._cuts.monitored)
 
     def __enter__(self) -> Self:
         setup_tracing("elesh-trainer", self.run_id, self.settings.observe)
-        if self._talks:
-            self._bus.start()
+        self._bus.start()
         return self
 
     def __exit__(
@@ -140,14 +155,13 @@ class Session:
 
     def close(self, timeout: float = 5.0) -> None:
         """Send what is queued, for at most ``timeout`` seconds, and end the thread."""
-        if self._talks:
-            self._bus.close(timeout)
-        self._guard.close()
+        self._bus.close(timeout)
+        self._recovery.close()
         self._observers.close()
 
     def wait_connected(self, timeout: float) -> bool:
         """Wait until the bus answered once. Training does not need this; tools do."""
-        return self._bus.connected.wait(timeout)
+        return self._mailbox.connected.wait(timeout)
 
     @contextmanager
     def checkpoint(self, epoch: int) -> Iterator[None]:
@@ -156,7 +170,12 @@ class Session:
             yield
 
     def publish(self, bundle: CheckpointBundle) -> bool:
-        """Queue a checkpoint for publishing; False (and counted as missed) if the queue is full."""
+        """Queue a checkpoint for publishing; False (and counted as missed) if the queue is full.
+
+        Where its metadata has no accuracy, the ``evaluate`` that :meth:`watch` or :meth:`apply` was
+        last called with gives it, so that reports show it.
+        """
+        bundle = self._with_accuracy(bundle)
         metadata = bundle.metadata
         event_id = "ev-" + stable_hash(metadata.run_id, metadata.checkpoint_id)
         self._observers.on_checkpoint(bundle)
@@ -175,17 +194,13 @@ class Session:
 
     def decisions(self) -> list[StructuralPruningDecision]:
         """The decisions that have come since the last call; never waits."""
-        self._arrived.clear()
-        found = []
-        while True:
-            try:
-                found.append(self._inbox.get_nowait())
-            except queue.Empty:
-                return found
+        self._collect()
+        found, self._decisions = self._decisions, []
+        return found
 
     def wait(self, timeout: float) -> bool:
         """Wait until something has come, for tools and tests; training has no need to."""
-        return self._arrived.wait(timeout)
+        return bool(self._decisions) or self._mailbox.wait(timeout)
 
     def resume(
         self,
@@ -204,7 +219,7 @@ class Session:
         on cut, masked and brought back with the network.
 
         Returns:
-            The epoch of the restore point, after which training goes on; 0 for a new run.
+            The epoch of the state that was put back, after which training goes on; 0 for a new run.
 
         Raises:
             InvalidField: if a part's state holds more than tensors and plain values, or the restore
@@ -212,15 +227,15 @@ class Session:
         """
         named = {"scheduler": scheduler, "scaler": scaler, **parts}
         held = {name: part for name, part in named.items() if part is not None}
-        epoch = self._guard.resume(Tracked(surgeon, held))
-        for outcome in self._guard.unreported:
+        epoch = self._recovery.resume(Tracked(surgeon, held))
+        for outcome in self._recovery.unreported:
             self.report(outcome)
         return epoch
 
     def save(self, epoch: int) -> bool:
         """Write a restore point of now, so that a killed run goes on from here and not only from
         its last cut; False, and a line in the log, if that fails."""
-        return self._guard.save(epoch)
+        return self._recovery.save(epoch)
 
     def apply(
         self,
@@ -232,7 +247,12 @@ class Session:
     ) -> PruningOutcome:
         """Restore point, mask, evaluate, cut or take back (see :func:`apply_decision`); publish
         the outcome. A cut that was made is monitored for ``trainer.watch_epochs`` calls of
-        :meth:`watch`."""
+        :meth:`watch`.
+
+        An error of the surgery or of ``evaluate`` is not raised: the outcome is ``refused`` with
+        the reason, and the network is what it was.
+        """
+        self._evaluate = evaluate
         before = surgeon.architecture
         if why := self.refused or self._strange(decision):
             _log.warning("decision refused", key=decision.idempotency_key, reason=why)
@@ -240,7 +260,7 @@ class Session:
         carrier = self._carriers.get(decision.idempotency_key, {})
         attributes = {"elesh.key": decision.idempotency_key}
         with span_from(carrier, "apply decision", attributes=attributes) as current:
-            outcome = self._guard.apply(decision, surgeon, evaluate, redistribute=redistribute)
+            outcome = self._cuts.apply(decision, surgeon, evaluate, redistribute=redistribute)
             current.set_attribute("elesh.outcome", outcome.result)
             with _creating(OUTCOMES):
                 self.report(outcome)
@@ -264,7 +284,7 @@ class Session:
             return f"it was made for run {decision.run_id}, this is {self.run_id}"
         if (key.epoch, key.model_hash) != (decision.epoch, decision.model_hash):
             return f"its key {key} is of another epoch or architecture than its body"
-        if self._guard.tried(decision.idempotency_key):
+        if decision.idempotency_key in self._recovery.situation.tried:
             return "it was applied before; a decision is applied once in the life of a run"
         return ""
 
@@ -278,11 +298,11 @@ class Session:
         Returns:
             The final outcomes of the cuts that were decided on; mostly none.
         """
-        surgeon, limits = self._guard.surgeon, {cut.key: cut.limit for cut in self._guard.watched}
-        if surgeon is None:
-            return []
-        before = surgeon.architecture
-        outcomes = self._guard.watch(epoch, evaluate)
+        self._evaluate = evaluate
+        limits = {cut.key: cut.limit for cut in self._recovery.situation.cuts}
+        tracked = self._recovery.tracked
+        before = tracked.surgeon.architecture if tracked else None
+        outcomes = self._cuts.watch(epoch, evaluate)
         for outcome in outcomes:
             key = outcome.idempotency_key
             # The end of the same story: it goes on in the trace of its checkpoint.
@@ -294,8 +314,8 @@ class Session:
             self._validated(outcome, limits[outcome.idempotency_key])
             if decision := self._decided.pop(outcome.idempotency_key, None):
                 self._observers.on_outcome(decision, outcome)
-        if outcomes:
-            self._changed(outcomes[0], before, surgeon.architecture)
+        if outcomes and tracked and before:
+            self._changed(outcomes[0], before, tracked.surgeon.architecture)
         return outcomes
 
     def report(self, outcome: PruningOutcome) -> bool:
@@ -322,21 +342,41 @@ class Session:
         event_id: str = "",
         request_id: str = "",
     ) -> bool:
-        return self._bus.send(Outgoing(stream, message, carrier_of(), epoch, event_id, request_id))
+        item = Outgoing(stream, message, carrier_of(), epoch, event_id, request_id)
+        posted = self._mailbox.post(item)
+        self._bus.wake()
+        return posted
 
-    def _take(self, message: Message, carrier: Mapping[str, str]) -> None:
-        """Take in a message of this run; called on the bus's thread."""
-        if isinstance(message, StructuralPruningDecision):
-            if message.idempotency_key in self._heard:
-                _log.warning("decision came again, passed over", key=message.idempotency_key)
-                return
-            self._heard.add(message.idempotency_key)
-            self._carriers[message.idempotency_key] = carrier
-            self._inbox.put(message)
-            self._arrived.set()
-        elif isinstance(message, TelemetryEvent) and message.step == "dead_letter":
-            self.failed.add(message.idempotency_key)
-            self._arrived.set()
+    def _collect(self) -> None:
+        """Take in what has come."""
+        for item in self._mailbox.received():
+            if isinstance(item.message, TelemetryEvent):
+                self._failed.add(item.message.idempotency_key)
+            elif isinstance(item.message, StructuralPruningDecision):
+                self._hear(item.message, item.carrier)
+
+    def _hear(self, decision: StructuralPruningDecision, carrier: Mapping[str, str]) -> None:
+        key = decision.idempotency_key
+        if key in self._heard:
+            _log.warning("decision came again, passed over", key=key)
+            return
+        self._heard.add(key)
+        self._carriers[key] = carrier
+        self._decisions.append(decision)
+
+    def _with_accuracy(self, bundle: CheckpointBundle) -> CheckpointBundle:
+        """The bundle with accuracy and loss in its metadata, where they can be known."""
+        tracked, metadata = self._recovery.tracked, bundle.metadata
+        if metadata.accuracy is not None or self._evaluate is None or tracked is None:
+            return bundle
+        try:
+            with training_kept(tracked.surgeon.model), span("evaluate checkpoint"):
+                now = self._evaluate()
+        except Exception:
+            _log.exception("checkpoint published without accuracy", epoch=metadata.epoch)
+            return bundle
+        figures = {"accuracy": now.accuracy, "loss": now.loss}
+        return replace(bundle, metadata=metadata.model_copy(update=figures))
 
 
 def _creating(stream: Stream) -> AbstractContextManager[Span]:

@@ -8,7 +8,8 @@ network, in this process or in a later one that built the network anew.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from leyline import InvalidField, PrunedArchitecture
 
 from .trees import copy_tree, put_home
 
-__all__ = ["Snapshot", "Stateful", "Tracked"]
+__all__ = ["Snapshot", "Stateful", "Tracked", "training_kept"]
 
 
 class Stateful(Protocol):
@@ -57,10 +58,12 @@ class Snapshot:
 
     architecture: PrunedArchitecture
     state: dict[str, Any]
+    epoch: int = 0
+    """The last epoch that had been trained."""
 
     @classmethod
-    def take(cls, tracked: Tracked) -> Snapshot:
-        """A copy of the present.
+    def take(cls, tracked: Tracked, epoch: int = 0) -> Snapshot:
+        """A copy of the present, after ``epoch``.
 
         Raises:
             InvalidField: if a part's state holds what is neither a tensor nor a plain value.
@@ -72,7 +75,7 @@ class Snapshot:
             "parts": {name: _state_of(name, part, surgeon) for name, part in tracked.parts.items()},
             "random": _random_states(),
         }
-        return cls(surgeon.architecture, copy_tree(state, "training"))
+        return cls(surgeon.architecture, copy_tree(state, "training"), epoch)
 
     def put_back(self, tracked: Tracked) -> None:
         """Make this the present again; masks are taken off and gradients dropped.
@@ -107,6 +110,19 @@ class Snapshot:
         # Groups may have joined since, but none may be missing.
         if len(then) > len(now) or any(a > b for a, b in zip(then, now, strict=True)):
             raise InvalidField("restore point.optimizer groups", str(then), now, hint=hint)
+
+
+@contextmanager
+def training_kept(model: nn.Module) -> Iterator[None]:
+    """Random states and training flags are afterwards what they were before."""
+    random_states = copy_tree(_random_states())
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        _set_random_states(random_states)
+        for module, training in flags:
+            module.training = training
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

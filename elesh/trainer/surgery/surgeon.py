@@ -6,12 +6,14 @@ is cut with them; after :meth:`Surgeon.undo` everything is bit for bit as before
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from elesh.observe import get_logger
 from elesh.trainer.network.headcounts import refit_heads
 from elesh.trainer.network.layers import named_tensors, refit, require_fit
 from leyline import InvalidField, Level, PrunedArchitecture, PruningGroup, PruningRecord
@@ -25,6 +27,7 @@ from .optimizers import Given, Optimizers, other_optimizers, require_cuttable
 from .reconstruction import Moments, redistributed
 from .tensors import Cutter, RestorePoint, Skeleton, replace_data
 
+_log = get_logger(__name__)
 Units = Mapping[str, Iterable[int]]
 """Units in current numbering by group name, as in ``decision.units``."""
 
@@ -42,8 +45,8 @@ class Surgeon:
         architecture: what ``Recorder(model, ...)`` found.
         optimizer: whose state (momentum, moments) is cut along with the parameters; several, or
             a wrapper of one, too.
-        restore_points: how many cuts can be undone; each holds a copy of all weights, buffers and
-            optimizer state.
+        restore_points: 1: the last cut can be undone, from a copy of all weights, buffers and
+            optimizer state; 0: none is kept, for a session that keeps restore points of its own.
 
     Raises:
         ShapeMismatch: if the architecture does not describe the model.
@@ -57,7 +60,7 @@ class Surgeon:
         architecture: PrunedArchitecture,
         *,
         optimizer: Given = None,
-        restore_points: int = 3,
+        restore_points: int = 1,
     ) -> None:
         require_whole(model)
         require_fit(model, architecture)
@@ -68,8 +71,11 @@ class Surgeon:
         self.notes: tuple[str, ...] = ()
         """What has to be said of the last cut: state of optimizers that is begun anew."""
         self._copies: tuple[WeightCopy, ...] = ()
-        self._limit = restore_points
-        self._points: list[RestorePoint] = []
+        if restore_points > 1:
+            what = "a surgeon keeps one restore point; a session keeps trainer.restore_points"
+            _log.warning(what, asked=restore_points)
+        self._keeps_point = restore_points > 0
+        self._undo_point: RestorePoint | None = None
         self._skeletons = [self._skeleton()]
         self._masks = [Masks(model)]
         self._masked: dict[str, frozenset[int]] = {}
@@ -115,7 +121,7 @@ class Surgeon:
             self._copies = (*others, *found)
             self._masks = [Masks(view) for view in self._views()]
             self._branch_masks = [BranchMasks(view) for view in self._views()]
-            self._points.clear()
+            self._undo_point = None
             self._skeletons[-1] = self._skeleton()
         return found
 
@@ -130,7 +136,7 @@ class Surgeon:
         require_cuttable(optimizers, tensors, _some_cutters(self._model, self._architecture))
         self._optimizers = optimizers
         self.require_all_optimizers()
-        self._points.clear()
+        self._undo_point = None
         self._skeletons[-1] = self._skeleton()
 
     def blocked(self) -> str:
@@ -191,8 +197,8 @@ class Surgeon:
 
     @property
     def can_undo(self) -> int:
-        """How many cuts can be undone now."""
-        return len(self._points)
+        """How many cuts can be undone now: 1 or 0."""
+        return int(self._undo_point is not None)
 
     def mask(self, units: Units) -> None:
         """Silence units until :meth:`unmask`, on top of those that are masked already.
@@ -316,11 +322,37 @@ class Surgeon:
         Raises:
             InvalidField: if there is no cut to undo.
         """
-        if not self._points:
-            raise InvalidField(
-                "undo", f"a cut to undo (the last {self._limit} are kept)", "none left"
-            )
-        point = self._points.pop()
+        if self._undo_point is None:
+            hint = "one cut can be undone, and none while a session keeps the restore points"
+            raise InvalidField("undo", "a cut to undo", "none", hint=hint)
+        point, self._undo_point = self._undo_point, None
+        self.bring_back(point)
+        return self._architecture
+
+    @contextmanager
+    def as_one_cut(self) -> Iterator[None]:
+        """Cuts that are made inside are undone together."""
+        self._remember()
+        keeps, self._keeps_point = self._keeps_point, False
+        try:
+            yield
+        finally:
+            self._keeps_point = keeps
+
+    def leave_undo_to_session(self) -> None:
+        """Keep no restore point from now on: a session has better ones."""
+        self._keeps_point, self._undo_point = False, None
+
+    def restore_point(self) -> RestorePoint:
+        """A copy of everything that a cut can change, for :meth:`bring_back`."""
+        tensors = [*named_tensors(self._model).values()]
+        tensors += [t for copy in self._copied() for t in copy.tensors().values()]
+        return RestorePoint.take(
+            tensors, self._skeleton(), self._masked, self._masked_layers, self._optimizers
+        )
+
+    def bring_back(self, point: RestorePoint) -> None:
+        """Make a restore point of this surgeon the present again, bit for bit."""
         self._clear_masks()
         point.bring_back(self._optimizers)
         rebuild_reducers(self._model)
@@ -328,17 +360,6 @@ class Surgeon:
         remember(self._model, self._architecture)
         self._masked, self._masked_layers = dict(point.masked), point.masked_layers
         self._set_masks()
-        return self._architecture
-
-    def undo_to(self, architecture: PrunedArchitecture) -> bool:
-        """Undo cuts until the network is just as this object describes it; False, and nothing is
-        undone, if the restore point for that is not kept."""
-        kept = [point.skeleton.architecture for point in self._points]
-        if self._architecture is not architecture and not any(a is architecture for a in kept):
-            return False
-        while self._architecture is not architecture:
-            self.undo()
-        return True
 
     def replay(self, history: Iterable[PruningRecord]) -> PrunedArchitecture:
         """Make the cuts of a history (``architecture.history``) on this network.
@@ -391,20 +412,14 @@ class Surgeon:
         self._architecture = skeleton.architecture
         remember(self._model, self._architecture)
         self._optimizers.clear()
-        limit, self._limit = self._limit, 0
+        keeps, self._keeps_point = self._keeps_point, False
         self.replay(history[len(self._architecture.history) :])
-        self._limit = limit
-        self._points.clear()
+        self._keeps_point, self._undo_point = keeps, None
 
     def _remember(self) -> None:
-        """Take a restore point of now, as far as they are asked for."""
-        if self._limit:
-            tensors = [*named_tensors(self._model).values()]
-            tensors += [t for copy in self._copied() for t in copy.tensors().values()]
-            point = RestorePoint.take(
-                tensors, self._skeleton(), self._masked, self._masked_layers, self._optimizers
-            )
-            self._points = [*self._points, point][-self._limit :]
+        """Take a restore point of now, if one is to be kept."""
+        if self._keeps_point:
+            self._undo_point = self.restore_point()
 
     def _reach(self, architecture: PrunedArchitecture) -> None:
         """The network has a new structure now."""

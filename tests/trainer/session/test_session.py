@@ -19,18 +19,22 @@ from trainer_nets import same
 
 from elesh.bus import BreakerView, Bus, Commit
 from elesh.bus.state.runs import RunStore
-from elesh.settings import Settings
+from elesh.settings import Settings, SettingsError
 from elesh.trainer import Evaluation, Session
-from elesh.trainer.session.restore_points import FolderPoints
+from elesh.trainer.session.files import FolderInUse
+from elesh.trainer.session.recovery import Recovery
 from leyline import (
     CheckpointReady,
     IdempotencyKey,
+    InvalidField,
     Level,
     Outcome,
     StructuralAnalysisRequest,
     StructuralPruningDecision,
 )
 from leyline.streams import CHECKPOINTS, MASKS, RECOMPILE, REQUESTS, VALIDATION
+
+AWAY = "redis://127.0.0.1:1/0"
 
 
 def settings_of(station: Station, **trainer: Any) -> Settings:
@@ -156,7 +160,7 @@ def test_a_killed_trainer_takes_its_claim_over_at_once_by_its_restore_folder(
 ) -> None:
     settings = settings_of(station, claim_seconds=3600)
     session = Session("run", station.url, settings, restore_dir=tmp_path)
-    token = FolderPoints(tmp_path / "elsewhere").token
+    token = Recovery(tmp_path / "elsewhere").token
     assert (tmp_path / "run" / "claim").read_text() != token
     token = (tmp_path / "run" / "claim").read_text()
     station.on_bus(lambda bus: bus.runs.claim("run", token, "killed:1", 3600))
@@ -165,12 +169,71 @@ def test_a_killed_trainer_takes_its_claim_over_at_once_by_its_restore_folder(
         assert session.refused == ""
 
 
-def test_a_folder_in_use_refuses_the_run_and_training_goes_on(tmp_path: Path) -> None:
-    with Session("run", "redis://127.0.0.1:1/0", restore_dir=tmp_path):  # noqa: SIM117
-        with Session("run", "redis://127.0.0.1:1/0", restore_dir=tmp_path) as second:
-            assert "in use" in second.refused
-            assert second.resume(World().surgeon) == 0
-            assert not second.publish(checkpoint())
+def test_a_folder_in_use_is_refused_when_the_session_is_made(tmp_path: Path) -> None:
+    settings = Settings(trainer={"claim_seconds": 0.1})
+    with (
+        Session("run", AWAY, settings, restore_dir=tmp_path),
+        pytest.raises(FolderInUse, match="in use"),
+    ):
+        Session("run", AWAY, settings, restore_dir=tmp_path)
+    Session("run", AWAY, settings, restore_dir=tmp_path).close()
+
+
+@pytest.mark.parametrize("run_id", ["../up", "/abs", "a/b", "..", ".", "", "a b", "a\n", "x" * 65])
+def test_a_run_id_cannot_leave_the_folder_of_restore_points(tmp_path: Path, run_id: str) -> None:
+    with pytest.raises(InvalidField, match="run_id"):
+        Session(run_id, AWAY, restore_dir=tmp_path / "restore")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Settings
+
+
+def test_a_session_has_the_settings_of_the_file_that_the_environment_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("elesh: {trainer: {watch_epochs: 7}}")
+    second.write_text("elesh: {trainer: {watch_epochs: 8}}")
+    monkeypatch.setenv("ELESH_SETTINGS", str(first))
+    given = Settings(trainer={"watch_epochs": 9})
+    for settings, reports in [(None, 7), (second, 8), (str(second), 8), (given, 9)]:
+        assert Session("run", AWAY, settings).settings.trainer.watch_epochs == reports
+    monkeypatch.setenv("ELESH_TRAINER__WATCH_EPOCHS", "5")
+    assert Session("run", AWAY).settings.trainer.watch_epochs == 5, "variables go over the file"
+    monkeypatch.setenv("ELESH_SETTINGS", "")
+    assert Session("run", AWAY).settings.trainer.rollback == "immediate"
+
+
+def test_a_settings_file_that_cannot_be_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ELESH_SETTINGS", str(tmp_path / "gone.yaml"))
+    with pytest.raises(SettingsError, match=r"gone\.yaml"):
+        Session("run", AWAY)
+
+
+# Accuracy
+
+
+def test_a_checkpoint_has_the_accuracy_that_the_loop_reports(station: Station) -> None:
+    world = World()
+    with Session("run", station.url, settings_of(station)) as session:
+        session.resume(world.surgeon)
+        session.publish(checkpoint(number=1))
+        session.watch(1, told(0.75))
+        before = torch.get_rng_state()
+        world.model.train()
+        session.publish(checkpoint(number=2))
+        assert torch.equal(torch.get_rng_state(), before)
+        session.watch(2, failing)
+        assert session.publish(checkpoint(number=3))
+    found = [message.metadata.accuracy for message in station.messages(CHECKPOINTS)]
+    assert found == [None, 0.75, None]
+
+
+def failing() -> Evaluation:
+    raise RuntimeError("no data")
 
 
 def test_labels_that_are_shuffled_after_a_cut_roll_it_back_and_everybody_is_told(

@@ -16,9 +16,8 @@ from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
 from trainer_nets import example
 
-from elesh.settings import Settings
 from elesh.trainer import Recorder, Surgeon
-from elesh.trainer.session.guard import Guard
+from elesh.trainer.session.recovery import Recovery
 from elesh.trainer.session.snapshot import Snapshot, Tracked
 from leyline import InvalidField, PrunedArchitecture
 
@@ -248,9 +247,9 @@ def test_a_list_in_the_order_of_parameters_cannot_lose_a_layer_and_says_so() -> 
 def test_what_keeps_neither_state_nor_copies_is_refused_when_it_is_named(
     architecture: PrunedArchitecture,
 ) -> None:
-    guard = Guard(Settings())
+    recovery = Recovery()
     with pytest.raises(InvalidField, match=r"resume\.thing"):
-        guard.resume(Tracked(Surgeon(build(), architecture), {"thing": object()}))
+        recovery.resume(Tracked(Surgeon(build(), architecture), {"thing": object()}))
 
 
 def test_an_average_in_another_process_takes_its_shapes_from_the_restore_point(

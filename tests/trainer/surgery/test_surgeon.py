@@ -161,15 +161,35 @@ def test_undo_of_a_depthwise_convolution_cut_to_one_channel() -> None:
     assert same(before, everything(model, None))
 
 
-def test_cuts_are_undone_one_by_one_up_to_the_limit() -> None:
+def test_the_last_cut_can_be_undone_and_no_other() -> None:
     model = build("Vgg")
-    surgeon = Surgeon(model, Recorder(model, example()).architecture, restore_points=2)
-    hashes = [surgeon.architecture.model_hash]
-    hashes += [surgeon.cut({"features.0": [0]}).model_hash for _ in range(3)]
-    assert surgeon.can_undo == 2
-    assert [surgeon.undo().model_hash for _ in range(2)] == [hashes[2], hashes[1]]
-    with pytest.raises(InvalidField, match=r"undo.*the last 2"):
+    surgeon = Surgeon(model, Recorder(model, example()).architecture)
+    hashes = [surgeon.cut({"features.0": [0]}).model_hash for _ in range(2)]
+    assert surgeon.can_undo == 1
+    assert surgeon.undo().model_hash == hashes[0]
+    with pytest.raises(InvalidField, match=r"undo.*session"):
         surgeon.undo()
+
+
+def test_more_than_one_restore_point_is_not_kept_and_said_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = build("Vgg")
+    surgeon = Surgeon(model, Recorder(model, example()).architecture, restore_points=3)
+    assert "keeps one restore point" in caplog.text
+    for _ in range(2):
+        surgeon.cut({"features.0": [0]})
+    assert surgeon.can_undo == 1
+
+
+def test_channels_and_layers_of_one_cut_are_undone_together() -> None:
+    model, architecture, surgeon, made = operate("ResNet", "sgd")
+    before = everything(model, made)
+    with surgeon.as_one_cut():
+        surgeon.cut({"stem": [0, 1]})
+        surgeon.cut_layers(["blocks.2"])
+    assert surgeon.undo() == architecture
+    assert same(before, everything(model, made))
 
 
 def test_masks_add_up_and_come_off() -> None:

@@ -1,0 +1,129 @@
+"""What the training thread and the bus's thread leave for each other.
+
+Promises: neither side ever waits for the other; what cannot be queued or sent is counted in
+``missed`` and logged with its reason. It knows nothing of the bus, nor of the network.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from elesh.observe import get_logger
+from leyline import CheckpointBundle, Message
+from leyline.streams import Stream
+
+__all__ = ["Incoming", "Mailbox", "Outgoing"]
+
+_ITEMS, _BUNDLES = 64, 8
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """Something to publish; a bundle's blobs are put first."""
+
+    stream: Stream
+    message: Message | CheckpointBundle
+    carrier: Mapping[str, str]
+    epoch: int
+    event_id: str = ""
+    request_id: str = ""
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """A message of the run, with its trace context."""
+
+    message: Message
+    carrier: Mapping[str, str]
+
+
+class Mailbox:
+    """Two queues and the state of the line, safe to use from both threads."""
+
+    def __init__(self) -> None:
+        self.refused = ""
+        """Why the run is not this trainer's; empty while it is, or is not known. Set by the bus's
+        thread."""
+        self.connected = threading.Event()
+        """Set once the bus has answered."""
+        self._out: queue.Queue[Outgoing] = queue.Queue(_ITEMS)
+        self._in: queue.SimpleQueue[Incoming] = queue.SimpleQueue()
+        self._arrived = threading.Event()
+        self._bundles = threading.BoundedSemaphore(_BUNDLES)  # bundles are large
+        self._count = threading.Lock()
+        self._missed = 0
+
+    @property
+    def missed(self) -> int:
+        """Messages that could not be queued or sent."""
+        return self._missed
+
+    # The training thread's side
+
+    def post(self, item: Outgoing) -> bool:
+        """Queue something; False, and counted as missed, if the queue is full or the run is not
+        this trainer's."""
+        if self.refused:
+            return self.miss(item, self.refused)
+        large = isinstance(item.message, CheckpointBundle)
+        if large and not self._bundles.acquire(blocking=False):
+            return self.miss(item, "queue full of checkpoints")
+        try:
+            self._out.put_nowait(item)
+        except queue.Full:
+            if large:
+                self._bundles.release()
+            return self.miss(item, "queue full")
+        return True
+
+    def received(self) -> list[Incoming]:
+        """What has come since the last call, in its order."""
+        self._arrived.clear()
+        found = []
+        while True:
+            try:
+                found.append(self._in.get_nowait())
+            except queue.Empty:
+                return found
+
+    def wait(self, timeout: float) -> bool:
+        """Wait until something has come that was not :meth:`received` yet."""
+        return self._arrived.wait(timeout)
+
+    # The bus's side
+
+    @property
+    def unsent(self) -> int:
+        """How many items are queued."""
+        return self._out.qsize()
+
+    def take(self) -> Outgoing | None:
+        """The next item to send, None if there is none."""
+        try:
+            item = self._out.get_nowait()
+        except queue.Empty:
+            return None
+        if isinstance(item.message, CheckpointBundle):
+            self._bundles.release()
+        return item
+
+    def deliver(self, item: Incoming) -> None:
+        """Leave a message for the training thread."""
+        self._in.put(item)
+        self._arrived.set()
+
+    def miss(self, item: Outgoing, reason: str) -> bool:
+        """Count and log an item that is not sent; False."""
+        with self._count:
+            self._missed += 1
+        _log.warning("not published", stream=item.stream.name, epoch=item.epoch, reason=reason)
+        return False
+
+    def miss_all(self, reason: str) -> None:
+        """Count and log everything that is queued."""
+        while (item := self.take()) is not None:
+            self.miss(item, reason)

@@ -1,0 +1,211 @@
+"""Cuts between two restore points, and the monitoring window after them.
+
+Promises: a cut is made between two restore points, so that it can be taken back; one whose accuracy
+falls too far within its monitoring window is taken back; nothing that fails here, be it the disk,
+the surgery or the caller's ``evaluate``, is raised into the training loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from elesh.observe import get_logger, span
+from elesh.settings import Settings
+from elesh.trainer.surgery.reconstruction import Moments
+from elesh.trainer.surgery.surgeon import Surgeon
+from leyline import ContractError, PrunedArchitecture, PruningOutcome, StructuralPruningDecision
+
+from .apply import Evaluation, apply_decision, failed_check, outcome_of, refusal, trigger_of
+from .journal import MadeCut
+from .recovery import Recovery
+from .snapshot import Snapshot, Tracked
+
+__all__ = ["MonitoredCuts"]
+
+Evaluate = Callable[[], Evaluation]
+_INTERRUPTED = "interrupted: the trainer ended while it was applied"
+_log = get_logger(__name__)
+
+
+class MonitoredCuts:
+    """Applies a run's decisions, monitors the cuts, and rolls back.
+
+    Args:
+        settings: for triggers, monitoring window and rollback mode.
+        recovery: where the run's restore points are.
+    """
+
+    def __init__(self, settings: Settings, recovery: Recovery) -> None:
+        self._triggers = settings.structured_pruning.rollback_triggers
+        self._reports, self._mode = settings.trainer.watch_epochs, settings.trainer.rollback
+        self._recovery = recovery
+
+    @property
+    def monitored(self) -> tuple[MadeCut, ...]:
+        """The cuts in their monitoring window, oldest first."""
+        return self._recovery.situation.monitored
+
+    def apply(
+        self,
+        decision: StructuralPruningDecision,
+        surgeon: Surgeon,
+        evaluate: Evaluate,
+        *,
+        redistribute: Callable[[], Moments] | None = None,
+    ) -> PruningOutcome:
+        """As :func:`apply_decision`, with a restore point before and after.
+
+        If one cannot be taken or written, the outcome is ``refused`` and nothing has changed.
+        """
+        recovery, now = self._recovery, surgeon.architecture
+        refused = refusal(decision, now)
+        if refused is not None:
+            return refused
+        pending = outcome_of(decision, now, now, "refused", _INTERRUPTED)
+        try:
+            tracked = recovery.track(surgeon)
+            snapshot = Snapshot.take(tracked, recovery.epoch)
+            before = recovery.put(snapshot)
+            recovery.begin("apply", [pending], point=before)
+        except (ContractError, OSError) as error:
+            return _unwritten(decision, now, error)
+        outcome = apply_decision(
+            decision,
+            surgeon,
+            evaluate,
+            triggers=self._triggers,
+            redistribute=redistribute,
+            take_back=lambda: snapshot.put_back(tracked),
+        )
+        if outcome.result == "applied":
+            outcome = self._commit(decision, outcome, snapshot, tracked, before)
+        else:
+            recovery.done("apply", before, [outcome], recovery.situation.cuts, later=True)
+        recovery.thin_out()
+        return outcome
+
+    def _commit(
+        self,
+        decision: StructuralPruningDecision,
+        outcome: PruningOutcome,
+        snapshot: Snapshot,
+        tracked: Tracked,
+        before: int,
+    ) -> PruningOutcome:
+        """Make a cut last and put it under monitoring, or take it back if it cannot be written."""
+        recovery, cuts = self._recovery, self._recovery.situation.cuts
+        outcome = outcome.model_copy(update={"watched": self._reports})
+        cut = MadeCut(outcome, before, trigger_of(decision, self._triggers), self._reports)
+        try:
+            point = recovery.put(Snapshot.take(tracked, recovery.epoch))
+            recovery.done("apply", point, [outcome], [*cuts, cut])
+        except (ContractError, OSError) as error:
+            snapshot.put_back(tracked)
+            outcome = _unwritten(decision, snapshot.architecture, error)
+            recovery.done("apply", before, [outcome], cuts, later=True)
+        return outcome
+
+    def watch(self, epoch: int, evaluate: Evaluate) -> list[PruningOutcome]:
+        """Judge the monitored cuts by the accuracy of now; what became of those decided on.
+
+        ``evaluate`` is called only while there are any. If it fails, or the disk does, the cuts are
+        judged at the next call.
+        """
+        self._recovery.epoch = epoch
+        tracked, monitored = self._recovery.tracked, self.monitored
+        if not monitored or tracked is None:
+            return []
+        try:
+            with span("evaluate monitored cuts"):
+                now = evaluate()
+            failed = [cut for cut in monitored if cut.fails(now)]
+            if not failed:
+                return self._stood(now)
+            with span("roll back", attributes={"elesh.epoch": epoch}):
+                return self._roll_back(tracked, failed, now, evaluate)
+        except Exception:
+            _log.exception("monitored cuts not judged, will be tried again", epoch=epoch)
+            self._recovery.abandon()
+            return []
+
+    def _stood(self, now: Evaluation) -> list[PruningOutcome]:
+        """One report less to stand; those that have stood all are kept."""
+        before = self._recovery.situation.cuts
+        cuts = [replace(cut, left=cut.left - 1) if cut.left else cut for cut in before]
+        figures = {"accuracy_after": now.accuracy, "loss_after": now.loss, "watched": 0}
+        ended = [c for c, was in zip(cuts, before, strict=True) if was.left and not c.left]
+        kept = [cut.outcome.model_copy(update=figures) for cut in ended]
+        self._recovery.stood(kept, cuts)
+        self._recovery.thin_out()
+        return kept
+
+    def _roll_back(
+        self, tracked: Tracked, failed: Sequence[MadeCut], now: Evaluation, evaluate: Evaluate
+    ) -> list[PruningOutcome]:
+        recovery, monitored = self._recovery, self.monitored
+        newest = self._mode in ("atomic", "progressive")
+        first = monitored[-1] if newest else failed[0]
+        cause = monitored[-1] if self._mode == "atomic" else failed[0]
+        point = self._go_back(tracked, first.before, cause, now)
+        if self._mode == "progressive":
+            point = self._go_further(tracked, point, cause, now, evaluate)
+        undone = self._undone_by(point, cause, now)  # further back, where a point was damaged
+        left = [cut for cut in recovery.situation.cuts if cut.before < point]
+        recovery.done("rollback", point, undone, left, later=True)
+        recovery.drop_after(point)
+        _log.warning("rolled back", point=point, cuts=len(undone), accuracy=now.accuracy)
+        return undone
+
+    def _go_back(self, tracked: Tracked, goal: int, cause: MadeCut, now: Evaluation) -> int:
+        """Announce a rollback and put a restore point back; its number."""
+        self._recovery.begin("rollback", self._undone_by(goal, cause, now), goal=goal)
+        return self._recovery.restore(goal, tracked)[0]
+
+    def _go_further(
+        self, tracked: Tracked, point: int, cause: MadeCut, now: Evaluation, evaluate: Evaluate
+    ) -> int:
+        """Ever older restore points, until one validates or there is none; its number."""
+        while (older := self._recovery.older_than(point)) is not None:
+            try:
+                if not cause.fails(evaluate()):
+                    break
+                point = self._go_back(tracked, older, cause, now)
+            except Exception:
+                _log.exception("not rolled back any further", point=point)
+                break
+        # Evaluating may have drawn random numbers.
+        return self._recovery.restore(point, tracked)[0]
+
+    def _undone_by(self, goal: int, cause: MadeCut, now: Evaluation) -> list[PruningOutcome]:
+        """The outcomes of the cuts that are taken back with going back to ``goal``."""
+        gone = [cut for cut in self._recovery.situation.cuts if cut.before >= goal]
+        return [_undone(cut, cause, now, self._recovery.epoch) for cut in gone]
+
+
+def _unwritten(
+    decision: StructuralPruningDecision, now: PrunedArchitecture, error: Exception
+) -> PruningOutcome:
+    _log.error("not applied: no restore point", reason=str(error))
+    detail = f"no restore point could be written: {error}"
+    return outcome_of(decision, now, now, "refused", detail)
+
+
+def _undone(cut: MadeCut, cause: MadeCut, now: Evaluation, epoch: int) -> PruningOutcome:
+    """The outcome of a cut that is taken back at ``epoch``, because of itself or an earlier one."""
+    reason = failed_check(cut.outcome.accuracy_before or 0.0, now, cut.limit)
+    blamed = cut.key == cause.key
+    return cut.outcome.model_copy(
+        update={
+            "result": "rolled_back",
+            "rolled_back_epoch": epoch,
+            "watched": None,
+            "accuracy_after": now.accuracy,
+            "loss_after": now.loss,
+            "parameters_after": cut.outcome.parameters_before,
+            "detail": f"{reason} within the watch"
+            if blamed
+            else f"taken back with the cut of {cause.key}",
+            "undone_with": None if blamed else cause.key,
+        }
+    )

@@ -1,0 +1,280 @@
+"""Where a run stands, kept so that it can go back: restore points and the journal beside them.
+
+Promises: a run that was killed resumes on one side or the other of whatever was going on, bit for
+bit, and says which epoch that is; a point that cannot be read is passed over, and cuts that are
+undone by that are reported so. It knows nothing of the bus.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from elesh.observe import get_logger
+from elesh.trainer.surgery.surgeon import Surgeon
+from leyline import ContractError, InvalidField, PruningOutcome
+
+from .files import FolderLock, private_folder, write_durably
+from .journal import Journal, Line, MadeCut, Situation
+from .reporting import event_id_of
+from .restore_points import FolderPoints, MemoryPoints, Points
+from .snapshot import Snapshot, Tracked
+
+__all__ = ["Recovery"]
+
+_log = get_logger(__name__)
+
+
+class Recovery:
+    """The restore points and the journal of one run.
+
+    Args:
+        folder: where they are kept; None: in memory, for this process only.
+        keep: how many points are kept; more only while monitored cuts need them.
+        wait_seconds: how long to wait for another process that has the folder.
+
+    Raises:
+        FolderInUse: if another process still has the folder then.
+        InvalidField: if the folder cannot be used.
+    """
+
+    def __init__(self, folder: Path | None = None, keep: int = 4, wait_seconds: float = 0) -> None:
+        self.epoch = 0
+        """The epoch that training was last heard to be at."""
+        self.token = ""
+        """By which the run's next process takes its claim over; empty without a folder."""
+        self._keep = keep
+        self._tracked: Tracked | None = None
+        self._lock: FolderLock | None = None
+        self._points: Points = MemoryPoints()
+        if folder is None:
+            self._journal = Journal(None)
+            return
+        try:
+            self._lock = FolderLock(private_folder(folder), wait_seconds)
+            self._points = FolderPoints(folder / "points")
+            self._journal = Journal(folder / "journal.jsonl")
+            self.token = _token(folder / "claim")
+        except OSError as error:
+            self._release()
+            hint = "free the disk or choose another folder"
+            raise InvalidField("restore_dir", "a usable folder", str(error), hint=hint) from None
+
+    @property
+    def situation(self) -> Situation:
+        """What the journal says."""
+        return self._journal.situation
+
+    @property
+    def tracked(self) -> Tracked | None:
+        """What points are taken of; None before the first of :meth:`resume` and :meth:`track`."""
+        return self._tracked
+
+    @property
+    def unreported(self) -> list[PruningOutcome]:
+        """Outcomes that are not known to be on the bus."""
+        return [PruningOutcome.model_validate(o) for o in self.situation.unreported.values()]
+
+    def reported(self, event_id: str) -> None:
+        """An outcome is on the bus. Safe to call from any thread."""
+        if event_id in self.situation.unreported:
+            self._journal.write_later(reported=event_id)
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self._journal.close()
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    # Resuming
+
+    def resume(self, tracked: Tracked) -> int:
+        """Go back to where the run's last process stood; the epoch of the state that was put back,
+        0 for a new run.
+
+        Raises:
+            InvalidField: if the network is not the one of the run, a part's state cannot be kept,
+                or no restore point can be read.
+        """
+        situation, numbers = self.situation, self._points.numbers()
+        lost = not self._journal.whole and bool(numbers)
+        if situation.point is None and not lost:
+            Snapshot.take(tracked)  # what cannot be kept is refused now, not amid training
+            self._begin_anew(tracked)
+            return 0
+        present = max(numbers) if lost or situation.point is None else situation.point
+        begun: Line = situation.begun or {}
+        point, epoch = self.restore(begun.get("goal", present), tracked)
+        self.epoch = epoch
+        self._follow(tracked)
+        outcomes = _interrupted(begun, tracked.surgeon)
+        ended = {outcome.idempotency_key for outcome in outcomes}
+        cuts = [cut for cut in situation.cuts if cut.key not in ended]
+        outcomes += [_undone_by_loss(cut, epoch) for cut in cuts if cut.before >= point]
+        left = [cut for cut in cuts if cut.before < point]
+        self.done("resume", point, outcomes, left, later=True)
+        self.drop_after(point)
+        interrupted = begun.get("begin", "nothing")
+        _log.info("resumed", point=point, epoch=epoch, interrupted=interrupted)
+        return epoch
+
+    def track(self, surgeon: Surgeon) -> Tracked:
+        """What points are taken of from now on: ``surgeon`` and the parts named before. A process
+        that did not resume begins the run anew with this."""
+        if self._tracked is None:
+            self._begin_anew(Tracked(surgeon))
+        elif self._tracked.surgeon is not surgeon:
+            self._follow(replace(self._tracked, surgeon=surgeon))
+        assert self._tracked is not None
+        return self._tracked
+
+    def _follow(self, tracked: Tracked) -> None:
+        self._tracked = tracked
+        tracked.surgeon.leave_undo_to_session()
+
+    def _begin_anew(self, tracked: Tracked) -> None:
+        """This process starts the run: what an earlier one left is not of it."""
+        numbers, self.epoch = self._points.numbers(), 0
+        self._follow(tracked)
+        self._journal.write_later(situation=Situation().as_line())
+        if numbers and not self._journal.waits:
+            what = "run begun anew without resume: restore points of its last process are removed"
+            _log.warning(what, points=len(numbers))
+            self._points.drop(numbers)
+
+    # Points
+
+    def save(self, epoch: int) -> bool:
+        """Write a restore point of now; False, and a line in the log, if that fails."""
+        if self._tracked is None:
+            return False
+        self.epoch = epoch
+        try:
+            self._journal.write(point=self.put(Snapshot.take(self._tracked, epoch)))
+        except (ContractError, OSError) as error:
+            _log.error("restore point not written", epoch=epoch, reason=str(error))
+            return False
+        self.thin_out()
+        return True
+
+    def put(self, snapshot: Snapshot) -> int:
+        """Write a point. It is the present only once the journal says so."""
+        if self.situation.point is not None:
+            self.drop_after(self.situation.point)  # what was written and never became the present
+        return self._points.put(snapshot)
+
+    def restore(self, goal: int, tracked: Tracked) -> tuple[int, int]:
+        """Put back the newest point up to ``goal`` that can be read; its number and its epoch.
+
+        Raises:
+            InvalidField: if there is none, or it is of another network or of other parts.
+        """
+        numbers = self._points.numbers()
+        for point in reversed([number for number in numbers if number <= goal]):
+            try:
+                snapshot = self._points.get(point)
+            except ContractError as error:
+                _log.error("restore point passed over", point=point, reason=str(error))
+                continue
+            snapshot.put_back(tracked)
+            return point, snapshot.epoch
+        hint = "remove the folder to begin anew"
+        raise InvalidField("restore points", f"a sound one up to {goal}", numbers, hint=hint)
+
+    def older_than(self, point: int) -> int | None:
+        """The number of the newest point before this one."""
+        return max((n for n in self._points.numbers() if n < point), default=None)
+
+    def drop_after(self, point: int) -> None:
+        """Forget what came after a point that was gone back to."""
+        self._points.drop([number for number in self._points.numbers() if number > point])
+
+    def thin_out(self) -> None:
+        """Keep as many points as are asked for, and those that monitored cuts need."""
+        situation, numbers = self.situation, self._points.numbers()
+        needed = {cut.before for cut in situation.monitored} | {situation.point}
+        self._points.drop(n for n in numbers[: -self._keep] if n not in needed)
+
+    # Journal
+
+    def begin(self, what: str, pending: Sequence[PruningOutcome], **place: int) -> None:
+        """Say what is about to be done, and its outcomes if it is interrupted."""
+        lines = [outcome.model_dump(mode="json") for outcome in pending]
+        self._journal.write(begin=what, pending=lines, **place)
+
+    def done(
+        self,
+        what: str,
+        point: int,
+        outcomes: Sequence[PruningOutcome],
+        cuts: Iterable[MadeCut],
+        *,
+        later: bool = False,
+    ) -> None:
+        """The commit: from this line on, ``point`` is the present.
+
+        Args:
+            later: it may wait for the disk, since what was begun is finished after a kill.
+        """
+        oldest = min(self._points.numbers(), default=0)
+        kept = [cut.as_line() for cut in cuts if cut.left or cut.before >= oldest]
+        lines = {event_id_of(o): o.model_dump(mode="json") for o in outcomes}
+        write = self._journal.write_later if later else self._journal.write
+        write(done=what, point=point, cuts=kept, outcomes=lines)
+
+    def abandon(self) -> None:
+        """What was begun, if anything, is not done: it changed nothing."""
+        if self.situation.begun is not None:
+            self._journal.write_later(done="nothing")
+
+    def stood(self, outcomes: Sequence[PruningOutcome], cuts: Iterable[MadeCut]) -> None:
+        """Monitored cuts have stood one report more; these outcomes are final."""
+        lines = {event_id_of(o): o.model_dump(mode="json") for o in outcomes}
+        self._journal.write_later(cuts=[cut.as_line() for cut in cuts], outcomes=lines)
+
+
+def _token(file: Path) -> str:
+    """The run's claim token: the same for every process that has used this folder."""
+    found = file.read_text(errors="replace") if file.exists() else ""
+    if not found:
+        found = secrets.token_hex(8)
+        write_durably(file, found.encode())
+    return found
+
+
+def _interrupted(begun: Line, surgeon: Surgeon) -> list[PruningOutcome]:
+    """The outcomes of what was begun and not done. A cut that is in the network all the same was
+    made: the line that said so was damaged."""
+    made = {record.idempotency_key for record in surgeon.architecture.history}
+    found = [PruningOutcome.model_validate(line) for line in begun.get("pending", ())]
+    after = {"result": "applied", "detail": "", "watched": 0}
+    after["parameters_after"] = surgeon.architecture.parameters
+    return [
+        outcome.model_copy(update=after)
+        if outcome.result == "refused" and outcome.idempotency_key in made
+        else outcome
+        for outcome in found
+    ]
+
+
+def _undone_by_loss(cut: MadeCut, epoch: int) -> PruningOutcome:
+    """The outcome of a cut that is undone, since no restore point after it can be read. Its own key
+    in ``undone_with`` says that no accuracy is to blame."""
+    return cut.outcome.model_copy(
+        update={
+            "result": "rolled_back",
+            "rolled_back_epoch": epoch,
+            "watched": None,
+            "accuracy_after": None,
+            "loss_after": None,
+            "parameters_after": cut.outcome.parameters_before,
+            "detail": "undone: no restore point after the cut can be read; "
+            f"the run resumed from before it, after epoch {epoch}",
+            "undone_with": cut.key,
+        }
+    )

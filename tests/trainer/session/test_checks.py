@@ -1,0 +1,78 @@
+"""A figure that is no finite number is a failed check, wherever it comes up."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from guarded import Run, World, decide, outputs
+
+from elesh.trainer import Evaluation, apply_decision
+
+GOOD = Evaluation(0.9, 0.1)
+BAD = [
+    Evaluation(0.9, math.nan),
+    Evaluation(0.9, math.inf),
+    Evaluation(0.9, -math.inf),
+    Evaluation(math.nan, 0.1),
+    Evaluation(math.inf, 0.1),
+]
+
+
+def saying(*evaluations: Evaluation) -> Any:
+    left = list(evaluations)
+    return lambda: left.pop(0) if len(left) > 1 else left[0]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=repr)
+@pytest.mark.parametrize("good", [1, 2], ids=["under the mask", "after the cut"])
+def test_no_cut_stands_whose_figures_are_no_numbers(bad: Evaluation, good: int) -> None:
+    run, world = Run(), World()
+    run.resume(world.tracked)
+    before, answers = world.digest(), outputs(world)
+    decision = decide(world.original, layers=("blocks.2",))
+    outcome = run.apply(decision, world.surgeon, saying(*[GOOD] * good, bad))
+    assert outcome.result == "rolled_back"
+    assert "nan" in outcome.detail or "inf" in outcome.detail
+    assert world.digest() == before
+    assert torch.equal(outputs(world), answers)
+
+
+@pytest.mark.parametrize("bad", BAD, ids=repr)
+def test_a_network_whose_own_figures_are_no_numbers_is_not_cut(bad: Evaluation) -> None:
+    run, world = Run(), World()
+    run.resume(world.tracked)
+    outcome = run.apply(decide(world.original), world.surgeon, saying(bad, GOOD))
+    assert (outcome.result, world.surgeon.architecture is world.original) == ("refused", True)
+    assert "not checkable" in outcome.detail
+
+
+@pytest.mark.parametrize("bad", BAD, ids=repr)
+def test_a_monitored_cut_after_which_figures_are_no_numbers_is_rolled_back(bad: Evaluation) -> None:
+    run, world = Run(), World()
+    run.resume(world.tracked)
+    run.apply(decide(world.original), world.surgeon, saying(GOOD))
+    (outcome,) = run.watch(61, saying(bad))
+    assert outcome.result == "rolled_back"
+    assert world.surgeon.architecture is not None
+    assert world.surgeon.architecture.parameters == world.original.parameters
+
+
+@pytest.mark.parametrize("bad", BAD, ids=repr)
+def test_without_a_session_and_without_a_restore_point_the_cut_is_taken_back_too(
+    bad: Evaluation,
+) -> None:
+    world = World(restore_points=0)
+    answers = outputs(world)
+    decision = decide(world.original, layers=("blocks.2",))
+    outcome = apply_decision(decision, world.surgeon, saying(GOOD, GOOD, bad))
+    assert outcome.result == "rolled_back"
+    assert torch.equal(outputs(world), answers)
+
+
+def test_figures_may_be_tensors() -> None:
+    evaluation = Evaluation(torch.tensor(0.5), torch.tensor(0.25))  # type: ignore[arg-type]
+    assert (evaluation.accuracy, evaluation.loss) == (0.5, 0.25)
+    assert type(evaluation.accuracy) is float
