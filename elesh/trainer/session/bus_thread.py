@@ -78,6 +78,9 @@ class BusThread:
     def close(self, timeout: float) -> None:
         """Send what is queued, for at most ``timeout`` seconds, and end the thread."""
         self._closing.set()
+        if self._thread.ident is None:  # never started
+            self._mailbox.miss_all("the session was never entered")
+            return
         self._wake()
         self._thread.join(timeout)
         if self._thread.is_alive():

@@ -347,7 +347,7 @@ def test_resuming_with_other_parts_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_killed_at_seeded_moments_a_run_resumes_on_one_side_or_the_other() -> None:
     """A slice; ``python tests/support/kill_driver.py --moments 200`` does two hundred."""
-    paths = [str(SUPPORT), str(SUPPORT / "nets")]
+    paths = [str(SUPPORT), str(SUPPORT / "nets"), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, str(SUPPORT / "kill_driver.py"), "--moments", "21", "--seed", "5"],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
