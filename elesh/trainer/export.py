@@ -28,12 +28,13 @@ from elesh.trainer.network.calling import (
     call,
     device_of,
     main_output,
-    preserve_state,
     replace_first,
 )
+from elesh.trainer.network.compilation import unwrapped
 from elesh.trainer.network.gates import Axis, axis_of
 from elesh.trainer.network.layers import require_fit
 from elesh.trainer.network.multihead import patched, take_back
+from elesh.trainer.network.state import preserve_state
 from elesh.trainer.surgery.bypass import first_of, with_first
 from leyline import ContractError, InvalidField, NetworkExport, Phase, PrunedArchitecture
 
@@ -53,7 +54,7 @@ class Exporter:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self._model = unwrapped(model)
         self._traced: dict[str, _Traced] = {}
 
     def export(

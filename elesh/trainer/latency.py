@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from elesh.analysis.budgets.resources import resource_model
-from elesh.trainer.network.calling import Inputs, batch_size, call, device_of, preserve_state
+from elesh.trainer.network.calling import Inputs, batch_size, call, device_of
+from elesh.trainer.network.state import preserve_state
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import Budget, LatencyTable, LayerLatency, Level, PrunedArchitecture
 

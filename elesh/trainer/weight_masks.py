@@ -29,8 +29,8 @@ from elesh.trainer.network.calling import (
     call,
     device_of,
     map_tensors,
-    preserve_state,
 )
+from elesh.trainer.network.state import preserve_state
 from leyline import (
     AnalysisRequest,
     IdentityMismatch,

@@ -90,7 +90,7 @@ def directions(values: Tensor, generator: torch.Generator, centred: int | None =
 
     Centred over axis ``centred`` (logits: a constant added to all changes nothing), if given.
     """
-    drawn = torch.randn(values.shape, generator=generator)
+    drawn = torch.randn(values.shape, generator=generator, dtype=torch.float32)
     if centred is not None and values.shape[centred] > 1:
         drawn -= drawn.mean(centred, keepdim=True)
-    return drawn.to(values.device)
+    return drawn.to(values)

@@ -24,10 +24,12 @@ from elesh.trainer.network.calling import (
     device_of,
     main_output,
     map_tensors,
-    preserve_state,
+    packed_in,
 )
+from elesh.trainer.network.compilation import unwrapped
 from elesh.trainer.network.gates import GateMeter, axis_of
 from elesh.trainer.network.layers import named_tensors, require_fit
+from elesh.trainer.network.state import preserve_state
 from elesh.trainer.surgery.reconstruction import MomentMeter, Moments, consumer_axes
 from leyline import (
     AnalysisParameters,
@@ -77,7 +79,8 @@ class Recorder:
     one sample, in the order of the samples).
 
     Args:
-        model: the network; must be copyable, as the wiring is traced and proved on a copy.
+        model: the network, which may be compiled; must be copyable, as the wiring is traced and
+            proved on a copy.
         example_inputs: a small batch: a tensor, a sequence (positional) or a mapping (keywords).
         ignored_layers: names of layers, or of modules holding layers, whose outputs shall stay.
         loss: from what the model returns and the labels to one loss a sample (or their mean);
@@ -109,6 +112,7 @@ class Recorder:
     ) -> None:
         if outputs == "values" and loss is None:
             raise InvalidField("loss", "a loss function where outputs are values", None)
+        model = unwrapped(model)
         self._model = model
         self._loss, self._sampler = loss or cross_entropy, sample_labels
         self._samples_labels = loss is None or sample_labels is not None
@@ -168,7 +172,7 @@ class Recorder:
         measurement = Measurement(self._architecture, inputs=redistribute)
         kept: Batches = ()
         architecture = self._architecture
-        with preserve_state(self._model, self._seed):
+        with preserve_state(self._model, self._seed, batches):
             kept = list(self._limited(batches, max_samples))
             branches = self._run(measurement, kept)
             measurement.ablate(self._model, architecture, kept)
@@ -248,7 +252,7 @@ class Recorder:
             if name not in self._architecture.group:
                 raise InvalidField("groups", f"some of {sorted(self._architecture.group)}", name)
         meter = MomentMeter(self._model, consumer_axes(self._architecture, groups))
-        with preserve_state(self._model, self._seed), torch.no_grad(), meter:
+        with preserve_state(self._model, self._seed, batches), torch.no_grad(), meter:
             for inputs, _ in self._limited(batches, max_samples):
                 call(self._model, inputs)
         return meter.moments(self._architecture.model_hash)
@@ -262,7 +266,7 @@ class Recorder:
         what those cuts have moved: r in ``cost = mean(G_i^2) - 2 mean(r G_i)``.
         """
         generator, rows = torch.Generator().manual_seed(self._seed), []
-        with preserve_state(self._model, self._seed), torch.no_grad():
+        with preserve_state(self._model, self._seed, batches), torch.no_grad():
             for inputs, labels in self._limited(batches, max_samples):
                 values = main_output(call(self._model, inputs)).float()
                 drawn = directions(values, generator, self._class_axis(values, labels))
@@ -279,6 +283,8 @@ class Recorder:
             left = size if limit is None else min(size, limit - seen)
             if left <= 0:
                 return
+            if packed_in(inputs) is not None:
+                left = size  # It cannot be shortened.
 
             def taken(tensor: Tensor, size: int = size, left: int = left) -> Tensor:
                 whole = tensor.ndim == 0 or tensor.shape[0] != size

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from elesh.trainer.network.calling import Inputs, example_copy, preserve_state
+from elesh.trainer.network.calling import Inputs, example_copy
 from elesh.trainer.network.layers import ChannelAxes, channel_axes, describe_tensors, named_tensors
+from elesh.trainer.network.state import preserve_state
 from leyline import (
     GateSite,
     InvalidField,
@@ -29,6 +30,8 @@ from leyline import (
 from .attention import Attention
 from .block_proof import with_blocks
 from .dependency_graph import Family, Ints, Port, Wiring, trace
+from .hazards import require_initialised, without_hazards
+from .mask_effect import with_acting_masks
 from .random_copy import random_copy
 from .trial import Trial
 from .unit_proof import without_refuted
@@ -50,17 +53,28 @@ def find_architecture(
     for name in ignored_layers:
         if name not in dict(model.named_modules()):
             raise InvalidField("ignored_layers", "the name of a module of the model", name)
-    copied = random_copy(model)
-    inputs = example_copy(example_inputs)
-    with preserve_state(copied, seed=0), _plain_arithmetic(copied):
+    require_initialised(model)
+    precision = _precision(model)
+    copied = random_copy(model, precision)
+    inputs = example_copy(example_inputs, precision)
+    # The copy's hooks and replaced methods may refer to the network itself.
+    with preserve_state(model, seed=0), preserve_state(copied, seed=0), _plain_arithmetic(copied):
         wiring = trace(copied, inputs)
         groups = _with_heads(
             _groups(wiring, copied, ignored_layers), wiring, copied, ignored_layers
         )
+        groups = without_hazards(groups, model, copied, inputs)
         architecture = PrunedArchitecture.build(describe_tensors(model), wiring.layers, groups)
         trial = Trial(copied, inputs)
         proved = without_refuted(trial, architecture)
+        proved = with_acting_masks(copied, inputs, proved)
         return with_blocks(trial, inputs, proved, ignored_layers)
+
+
+def _precision(model: nn.Module) -> torch.dtype:
+    """What the network is traced and proved in: single, or double where it is."""
+    double = any(p.dtype in (torch.float64, torch.complex128) for p in model.parameters())
+    return torch.float64 if double else torch.float32
 
 
 @contextlib.contextmanager
@@ -68,18 +82,20 @@ def _plain_arithmetic(model: nn.Module) -> Iterator[None]:
     """No autocast and no TF32 (the proof compares to 1e-4), no way past a transformer's parts."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32
-    fast = torch.backends.mha.get_fastpath_enabled()
+    fast, default = torch.backends.mha.get_fastpath_enabled(), torch.get_default_dtype()
     kinds = {parameter.device.type for parameter in model.parameters()} | {"cpu"}
     with contextlib.ExitStack() as stack:
         for kind in kinds:
             stack.enter_context(torch.autocast(kind, enabled=False))
         cudnn.allow_tf32 = matmul.allow_tf32 = False
         torch.backends.mha.set_fastpath_enabled(False)
+        torch.set_default_dtype(_precision(model))
         try:
             yield
         finally:
             cudnn.allow_tf32, matmul.allow_tf32 = before
             torch.backends.mha.set_fastpath_enabled(fast)
+            torch.set_default_dtype(default)
 
 
 def _groups(wiring: Wiring, model: nn.Module, ignored: Collection[str]) -> tuple[PruningGroup, ...]:

@@ -15,12 +15,15 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
-from elesh.trainer.network.calling import Inputs, call, device_of, seed_generators, tensors_in
+from elesh.trainer.network.calling import Inputs, call, device_of, tensors_in
 from elesh.trainer.network.headcounts import HEAD_SIZES, refit_heads
 from elesh.trainer.network.layers import SIZES, named_tensors, refit
+from elesh.trainer.network.state import seed_generators
 from elesh.trainer.surgery.masks import Masks
+from elesh.trainer.surgery.tensors import point_to
 from leyline import Level, PrunedArchitecture
 
+from .hazards import run_once, trainable_example
 from .waypoints import narrowed
 
 __all__ = ["Trial", "TrialCuts", "Units"]
@@ -40,11 +43,7 @@ class Trial:
 
     def __init__(self, copied: nn.Module, inputs: Inputs, compared: Any = None) -> None:
         self.copied, self._inputs, self._compared = copied, inputs, compared
-        self._trains = True
-        try:
-            self.train()
-        except Exception:  # A single sample cannot be normalised over the batch, for example.
-            self._trains = False
+        self._example = trainable_example(copied, inputs)
 
     def outputs(self) -> list[Tensor]:
         """All floating-point outputs, the random generators seeded."""
@@ -55,17 +54,13 @@ class Trial:
         return [t for t in tensors_in(output) if t.is_floating_point()]
 
     def train(self) -> None:
-        """A forward pass in training mode, if it ran at first; moves running statistics.
+        """Forward and backward in training mode, if it ran at first; moves running statistics.
 
-        Branches that only training uses (auxiliary heads) must fit, too.
+        Branches that only training uses (auxiliary heads) must fit, too, and what is changed in
+        place must still be there for the backward pass.
         """
-        if not self._trains:
-            return
-        self.copied.train()
-        try:
-            call(self.copied, self._inputs)
-        finally:
-            self.copied.eval()
+        if self._example is not None:
+            run_once(self.copied, self._example, training=True)
 
 
 class TrialCuts:
@@ -129,7 +124,7 @@ class TrialCuts:
         """Give these tensors, and the modules that hold them, the sizes that ``units`` leave."""
         lost = self.lost(units)
         for path in paths:
-            self.tensors[path].data = narrowed(self.whole[path], lost.get(path, {}))
+            point_to(self.tensors[path], narrowed(self.whole[path], lost.get(path, {})))
         for module, sizes in self._sizes.items():
             vars(module).update(sizes)
         for module in self._touched({*paths, *lost}):

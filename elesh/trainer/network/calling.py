@@ -1,17 +1,20 @@
-"""How a network is called, whatever its inputs and outputs look like, and left as it was found.
+"""How a network is called, whatever its inputs and outputs look like, and taken apart.
 
-Promises: inputs may be a tensor, a sequence (positional) or a mapping (keywords); after
-:func:`preserve_state` nothing that a caller can see of the model or the random generators differs.
+Promises: inputs may be a tensor, a sequence (positional) or a mapping (keywords); nests of tuples,
+named tuples, lists, mappings and dataclasses keep their types.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from leyline import InvalidField
 
@@ -23,47 +26,128 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
     """The model's answer to one batch of inputs."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
-    if isinstance(inputs, Tensor):
+    if _is_one(model, inputs):
         return model(inputs)
     return model(*inputs)
 
 
+def _is_one(model: nn.Module, inputs: Any) -> bool:
+    """Whether these inputs are one argument: no plain sequence, or a named tuple that the network
+    does not take as several."""
+    if isinstance(inputs, (Tensor, PackedSequence)) or not isinstance(inputs, Sequence):
+        return True
+    if not hasattr(inputs, "_fields"):
+        return False
+    try:
+        inspect.signature(model.forward).bind(*inputs)
+    except TypeError:
+        return True
+    return False
+
+
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """``value`` with ``function`` applied to every tensor in its tuples, lists and mappings."""
+    """``value`` with ``function`` applied to every tensor in its tuples, lists, mappings and
+    dataclasses, which are copied; of packed sequences, to all but the batch sizes."""
+
+    def mapped(part: Any) -> Any:
+        return map_tensors(function, part)
+
     if isinstance(value, Tensor):
         return function(value)
+    if isinstance(value, PackedSequence):
+        return PackedSequence(
+            function(value.data),
+            value.batch_sizes,
+            mapped(value.sorted_indices),
+            mapped(value.unsorted_indices),
+        )
+    if isinstance(value, tuple):
+        parts = [mapped(part) for part in value]
+        return type(value)._make(parts) if hasattr(value, "_make") else tuple(parts)
+    if isinstance(value, list):
+        return [mapped(part) for part in value]
     if isinstance(value, Mapping):
-        return {key: map_tensors(function, part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [map_tensors(function, part) for part in value]
+        return _mapping(value, {key: mapped(part) for key, part in value.items()})
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        copied = copy.copy(value)
+        for field in dataclasses.fields(value):
+            # Frozen ones, too; fields that __init__ does not take, too.
+            object.__setattr__(copied, field.name, mapped(getattr(value, field.name)))
+        return copied
     return value
 
 
+def _mapping(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """A mapping of the type of ``value`` with other items."""
+    if type(value) is dict or not isinstance(value, MutableMapping):
+        return items
+    copied = copy.copy(value)
+    for key, item in items.items():
+        copied[key] = item
+    return copied
+
+
 def tensors_in(value: Any) -> list[Tensor]:
-    """Every tensor in a nest of tuples, lists and mappings, in order."""
+    """Every tensor in a nest of tuples, lists, mappings and dataclasses, in order."""
     found: list[Tensor] = []
     map_tensors(lambda tensor: found.append(tensor) or tensor, value)  # type: ignore[func-returns-value]
     return found
 
 
-def example_copy(inputs: Inputs) -> Any:
-    """Example inputs that no tracing can change, in single precision where they are floats."""
+def packed_in(value: Any) -> PackedSequence | None:
+    """The first packed sequence in a nest."""
+    if isinstance(value, PackedSequence):
+        return value
+    if isinstance(value, Mapping):
+        parts: Iterable[Any] = value.values()
+    elif isinstance(value, (tuple, list)):
+        parts = value
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = vars(value).values()
+    else:
+        return None
+    return next((found for part in parts if (found := packed_in(part)) is not None), None)
+
+
+def example_copy(inputs: Inputs, precision: torch.dtype = torch.float32) -> Any:
+    """Example inputs that no tracing can change, in this precision where they are floats."""
 
     def copied(tensor: Tensor) -> Tensor:
         clone = tensor.detach().clone()
-        return clone.float() if clone.is_floating_point() else clone
+        return clone.to(precision) if clone.is_floating_point() else clone
 
     with torch.inference_mode(False):
         return map_tensors(copied, inputs)
 
 
+def first_samples(inputs: Inputs, count: int) -> Any:
+    """The first samples of a batch; packed sequences, which cannot be shortened, as they are."""
+    size = batch_size(inputs)
+    if packed_in(inputs) is not None:
+        return inputs
+    return map_tensors(lambda x: x[:count] if x.ndim and x.shape[0] == size else x, inputs)
+
+
+def doubled(inputs: Inputs) -> Any:
+    """A batch with every sample twice; packed sequences as they are."""
+    size = batch_size(inputs)
+    if packed_in(inputs) is not None:
+        return inputs
+    return map_tensors(lambda x: torch.cat([x, x]) if x.ndim and x.shape[0] == size else x, inputs)
+
+
 def batch_size(inputs: Inputs) -> int:
-    """Samples in a batch of inputs: the first dimension of its first tensor.
+    """Samples in a batch of inputs: the first dimension of its first tensor, or the sequences of
+    its first packed sequence.
 
     Raises:
         InvalidField: if there is no tensor with a first dimension.
     """
+    if (packed := packed_in(inputs)) is not None:
+        return int(packed.batch_sizes[0])
     for tensor in tensors_in(inputs):
+        if tensor.is_nested:
+            return tensor.size(0)
         if tensor.ndim:
             return tensor.shape[0]
     raise InvalidField("inputs", "at least one tensor whose first dimension counts samples", inputs)
@@ -75,8 +159,9 @@ def main_output(output: Any) -> Tensor:
     Raises:
         InvalidField: if the output holds no floating-point tensor.
     """
-    if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
-        return output["logits"]  # type: ignore[no-any-return]
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(named, Tensor):
+        return named
     for tensor in tensors_in(output):
         if tensor.is_floating_point():
             return tensor
@@ -98,47 +183,3 @@ def device_of(model: nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
-
-
-def seed_generators(device: torch.device, seed: int) -> None:
-    """Seed the generators of the CPU and of one device.
-
-    Not ``torch.manual_seed``: that seeds those of devices that have nothing to do with the model.
-    """
-    torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(seed)
-
-
-@contextlib.contextmanager
-def preserve_state(model: nn.Module, seed: int) -> Iterator[None]:
-    """Evaluation mode with gradients, seeded; training flags, buffers and generators come back.
-
-    Gradients are on even inside a caller's ``no_grad`` or ``inference_mode``; parameters' ``grad``
-    is not touched as long as the body uses ``torch.autograd.grad``.
-    """
-    flags = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    device = device_of(model)
-    accelerators = [device] if device.type != "cpu" else []
-    with (
-        torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda"),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-    ):
-        seed_generators(device, seed)
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, training in flags:
-                module.training = training
-            for module, name, buffer, saved in buffers:
-                module._buffers[name] = buffer
-                if not torch.equal(buffer, saved):
-                    buffer.data.copy_(saved)

@@ -155,19 +155,24 @@ def describe_tensors(model: nn.Module) -> tuple[TensorDescriptor, ...]:
 def require_fit(model: nn.Module, architecture: PrunedArchitecture) -> None:
     """Refuse an architecture that does not describe this model as it is now.
 
+    Buffers that no group has a part in may come, go and change their shape (memory banks, caches).
+
     Raises:
         ShapeMismatch: naming the first tensor that is missing, unknown or of another shape.
     """
     hint = "was the model changed without its Surgeon, or is the architecture of another model?"
     found = {path: tuple(tensor.shape) for path, tensor in named_tensors(model).items()}
+    ours = {part.tensor for group in architecture.groups for part in group.slices}
     for descriptor in architecture.tensors:
         shape = found.pop(descriptor.path, None)
-        if shape != descriptor.shape:
+        free = descriptor.kind == "buffer" and descriptor.path not in ours
+        if shape != descriptor.shape and not free:
             raise ShapeMismatch(
                 f"model.{descriptor.path}",
                 f"shape {descriptor.shape}",
                 "no such tensor" if shape is None else f"shape {shape}",
                 hint=hint,
             )
-    for path, shape in found.items():
+    parameters = dict(model.named_parameters())
+    for path, shape in ((path, shape) for path, shape in found.items() if path in parameters):
         raise ShapeMismatch(f"model.{path}", "no such tensor", f"shape {shape}", hint=hint)

@@ -7,8 +7,7 @@ same parameters under the same names and computes the same step by step. A modul
 class while it is masked or measured, and stays in it once heads are gone.
 """
 
-from __future__ import annotations
-
+# No postponed annotations: torch.jit.script reads them as they are.
 from collections.abc import Iterable
 
 import torch
@@ -29,6 +28,9 @@ NATIVE = nn.MultiheadAttention
 
 class HeadwiseAttention(nn.MultiheadAttention):
     """The same attention, computed head by head from the sizes of its tensors."""
+
+    # Not for torch.jit.script, which asks for neither.
+    __jit_unused_properties__ = ("_qkv_same_embed_dim",)
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
@@ -54,14 +56,19 @@ class HeadwiseAttention(nn.MultiheadAttention):
         if query.is_nested:
             return self._of_ragged(query), None
         batched = query.dim() == 3
-        streams = [x if batched else x.unsqueeze(0) for x in (query, key, value)]
-        if batched and not self.batch_first:
+        streams = [query, key, value]
+        if not batched:
+            streams = [x.unsqueeze(0) for x in streams]
+        elif not self.batch_first:
             streams = [x.transpose(0, 1) for x in streams]
-        q, k, v = (self._split(x) for x in self._project(streams))
-        scores = q @ k.transpose(-1, -2) * self.head_dim**-0.5
-        scores = self._masked(scores, key_padding_mask, attn_mask)
-        weights = functional.softmax(scores, dim=-1)
-        mixed = functional.dropout(weights, self.dropout, self.training) @ v
+        parts = [self._split(x) for x in self._project(streams)]
+        q, k, v = parts[0], parts[1], parts[2]
+        scores = torch.matmul(q, k.transpose(-1, -2)) * self.head_dim**-0.5
+        if attn_mask is None and key_padding_mask is None:
+            weights = functional.softmax(scores, dim=-1)
+        else:
+            weights = _safe_softmax(self._masked(scores, key_padding_mask, attn_mask))
+        mixed = torch.matmul(functional.dropout(weights, self.dropout, self.training), v)
         output = self.out_proj(mixed.transpose(1, 2).flatten(2))
         shown: Tensor | None = None
         if need_weights:
@@ -70,6 +77,7 @@ class HeadwiseAttention(nn.MultiheadAttention):
             return output.squeeze(0), None if shown is None else shown.squeeze(0)
         return output if self.batch_first else output.transpose(0, 1), shown
 
+    @torch.jit.unused
     def _of_ragged(self, x: Tensor) -> Tensor:
         """Self-attention of sequences without padding, as ``nn.TransformerEncoder`` packs them
         where no gradient is wanted: it looks at its first layer only before it does."""
@@ -86,25 +94,23 @@ class HeadwiseAttention(nn.MultiheadAttention):
             weights = list(self.in_proj_weight.chunk(3))
         else:
             weights = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
-        biases: list[Tensor | None] = [None] * 3
-        if self.in_proj_bias is not None:
-            biases = list(self.in_proj_bias.chunk(3))
-        return [
-            functional.linear(x, weight, bias)
-            for x, weight, bias in zip(streams, weights, biases, strict=True)
-        ]
+        made = [functional.linear(x, weights[i]) for i, x in enumerate(streams)]
+        if self.in_proj_bias is None:
+            return made
+        biases = list(self.in_proj_bias.chunk(3))
+        return [x + biases[i] for i, x in enumerate(made)]
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
+        return x.reshape(x.shape[0], x.shape[1], -1, self.head_dim).transpose(1, 2)
 
     def _masked(self, scores: Tensor, padding: Tensor | None, mask: Tensor | None) -> Tensor:
         """[B, H, T, S] with what must not be seen at minus infinity."""
         if mask is not None:
             # One mask for each sample and head comes as [B * H, T, S], for all of them as [T, S].
-            shaped = mask.view(*scores.shape) if mask.dim() == 3 else mask
+            shaped = mask.view(scores.shape) if mask.dim() == 3 else mask
             scores = _hidden(scores, shaped)
         if padding is not None:
-            scores = _hidden(scores, padding.view(len(scores), 1, 1, -1))
+            scores = _hidden(scores, padding.view(scores.shape[0], 1, 1, -1))
         return scores
 
 
@@ -112,6 +118,12 @@ def _hidden(scores: Tensor, mask: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return scores.masked_fill(mask, float("-inf"))
     return scores + mask
+
+
+def _safe_softmax(scores: Tensor) -> Tensor:
+    """The softmax over the last axis; zeros, and no gradient, where a row may see nothing."""
+    blind = scores.amax(-1, keepdim=True) == float("-inf")
+    return functional.softmax(scores.masked_fill(blind, 0.0), dim=-1).masked_fill(blind, 0.0)
 
 
 def native_projections(module: nn.MultiheadAttention) -> dict[str, tuple[int, ...]]:

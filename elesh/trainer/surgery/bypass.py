@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from elesh.trainer.network.calling import tensors_in
+from elesh.trainer.network.compilation import Uncompiled
 from leyline import LayerBlock, StandIn
 
 Replaced = tuple[str, nn.Module]
@@ -23,12 +24,13 @@ Replaced = tuple[str, nn.Module]
 class Bypass(nn.Module):
     """Stands where a module was removed.
 
-    It keeps the module's plain settings (``eps``, ``batch_first``, ...), as others may ask for
-    them; its parameters are None.
+    Its answer is a tensor of its own: who changes it in place (``ReLU(inplace=True)``, ``+=``) must
+    not change what others still read. It keeps the module's plain settings (``eps``,
+    ``batch_first``, ...), as others may ask for them; its parameters are None.
 
     Args:
         module: what it stands for.
-        zero: answer with zeros instead of the first input.
+        zero: answer with zeros instead of a copy of the first input.
         extra_outputs: None-s that follow the answer; 0 for a plain tensor.
     """
 
@@ -44,9 +46,9 @@ class Bypass(nn.Module):
         self.register_forward_hook(_nothing)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The first tensor among the arguments, or zeros like it."""
+        """A copy of the first tensor among the arguments, or zeros like it."""
         first = tensors_in([*args, *kwargs.values()])[0]
-        answer = torch.zeros_like(first) if self.zero else first
+        answer = torch.zeros_like(first) if self.zero else first.clone()
         return (answer, *[None] * self.extra_outputs) if self.extra_outputs else answer
 
     def extra_repr(self) -> str:
@@ -96,6 +98,7 @@ class BranchMasks:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._handles: list[RemovableHandle] = []
+        self._uncompiled = Uncompiled()
 
     def set(self, blocks: Iterable[LayerBlock]) -> None:
         """Silence just these blocks."""
@@ -103,12 +106,15 @@ class BranchMasks:
         for block in blocks:
             module = self._model.get_submodule(block.branch)
             self._handles.append(module.register_forward_hook(_silence))
+        if self._handles:
+            self._uncompiled.__enter__()
 
     def clear(self) -> None:
         """Take every mask off."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._uncompiled.__exit__()
 
 
 def _silence(module: nn.Module, args: Any, output: Any) -> Any:

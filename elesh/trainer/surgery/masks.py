@@ -1,7 +1,8 @@
 """Masks at gate sites: what a removed unit sent to its consumers is multiplied by zero.
 
 Promises: nothing is added to the ``state_dict``; a mask follows its input to any device and
-dtype; after :meth:`Masks.clear` no hook is left.
+dtype; while there is one, compiled networks run uncompiled, as they would not see it; after
+:meth:`Masks.clear` no hook is left.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from elesh.trainer.network.calling import replace_first
+from elesh.trainer.network.compilation import Uncompiled
 from elesh.trainer.network.multihead import patched, take_back
 from leyline import PrunedArchitecture
 
@@ -30,11 +32,17 @@ class _Mask:
         return replace_first(args, kwargs, self._masked)
 
     def _masked(self, x: Tensor) -> Tensor:
+        if x.is_nested and x.layout is torch.strided:
+            # As nn.TransformerEncoder packs padded batches: rows of sequences of their own length.
+            return torch.nested.as_nested_tensor([self._masked(row) for row in x.unbind()])
         factors, size = self._factors, x.shape[self.dim]
         if factors is None or (factors.device, factors.dtype) != (x.device, x.dtype):
-            factors = torch.ones(size, device=x.device, dtype=x.dtype)
-            factors[self.dead] = 0
+            with torch.inference_mode(False):
+                factors = torch.ones(size, device=x.device, dtype=x.dtype)
+                factors[self.dead] = 0
             self._factors = factors
+        if self.dim == -1:
+            return x * factors
         shape = [1] * x.ndim
         shape[self.dim] = size
         return x * factors.view(shape)
@@ -47,6 +55,7 @@ class Masks:
         self._model = model
         self._handles: list[RemovableHandle] = []
         self._lent: list[nn.Module] = []
+        self._uncompiled = Uncompiled()
 
     def set(self, architecture: PrunedArchitecture, units: Mapping[str, Collection[int]]) -> None:
         """Silence just these units (current numbering), by group name."""
@@ -61,6 +70,8 @@ class Masks:
                 module = self._model.get_submodule(path)
                 hook = module.register_forward_pre_hook(_Mask(dim, indices), with_kwargs=True)
                 self._handles.append(hook)
+        if self._handles:
+            self._uncompiled.__enter__()
 
     def clear(self) -> None:
         """Take every mask off."""
@@ -68,3 +79,4 @@ class Masks:
             handle.remove()
         self._handles.clear()
         take_back(self._lent)
+        self._uncompiled.__exit__()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from elesh.observe import get_logger
+from elesh.trainer.network.compilation import compile_anew, unwrapped
 from elesh.trainer.network.headcounts import refit_heads
 from elesh.trainer.network.layers import named_tensors, refit, require_fit
 from leyline import InvalidField, Level, PrunedArchitecture, PruningGroup, PruningRecord
@@ -25,7 +26,7 @@ from .lineage import present, remember, steps
 from .masks import Masks
 from .optimizers import Given, Optimizers, other_optimizers, require_cuttable
 from .reconstruction import Moments, redistributed
-from .tensors import Cutter, RestorePoint, Skeleton, replace_data
+from .tensors import Cutter, RestorePoint, Skeleton, laid_out, replace_data
 
 _log = get_logger(__name__)
 Units = Mapping[str, Iterable[int]]
@@ -41,7 +42,7 @@ class Surgeon:
     but what the consumer sees of a masked unit is zero, just as after the cut.
 
     Args:
-        model: the network; its parameters stay the same objects.
+        model: the network, which may be compiled; its parameters stay the same objects.
         architecture: what ``Recorder(model, ...)`` found.
         optimizer: whose state (momentum, moments) is cut along with the parameters; several, or
             a wrapper of one, too.
@@ -62,6 +63,7 @@ class Surgeon:
         optimizer: Given = None,
         restore_points: int = 1,
     ) -> None:
+        model = unwrapped(model)
         require_whole(model)
         require_fit(model, architecture)
         self._model = model
@@ -259,7 +261,8 @@ class Surgeon:
             solved = redistributed(self._model, self._architecture, chosen, redistribute)
         data = dict(solved)
         for path, cutter in cutters.items():
-            data[path] = cutter(data.get(path, tensors[path].detach()))
+            kept = cutter(data.get(path, tensors[path].detach()))
+            data[path] = laid_out(kept, tensors[path])
         contents = [(tensors[path], new) for path, new in data.items()]
         for copy in self._copied():
             contents += copy.cut(cutters, solved, tensors)
@@ -355,11 +358,10 @@ class Surgeon:
         """Make a restore point of this surgeon the present again, bit for bit."""
         self._clear_masks()
         point.bring_back(self._optimizers)
-        rebuild_reducers(self._model)
         self._architecture = point.skeleton.architecture
         remember(self._model, self._architecture)
         self._masked, self._masked_layers = dict(point.masked), point.masked_layers
-        self._set_masks()
+        self._changed()
 
     def replay(self, history: Iterable[PruningRecord]) -> PrunedArchitecture:
         """Make the cuts of a history (``architecture.history``) on this network.
@@ -415,6 +417,7 @@ class Surgeon:
         keeps, self._keeps_point = self._keeps_point, False
         self.replay(history[len(self._architecture.history) :])
         self._keeps_point, self._undo_point = keeps, None
+        self._changed()
 
     def _remember(self) -> None:
         """Take a restore point of now, if one is to be kept."""
@@ -428,8 +431,14 @@ class Surgeon:
         history = architecture.history
         self._skeletons = [s for s in self._skeletons if s.architecture.history != history]
         self._skeletons.append(self._skeleton())
-        self._set_masks()
+        self._changed()
+
+    def _changed(self) -> None:
+        """Whatever was made of tensors and modules of before is made anew."""
+        torch.clear_autocast_cache()
+        compile_anew()
         rebuild_reducers(self._model)
+        self._set_masks()
 
     def _set_masks(self) -> None:
         """Masks of everything that is masked and still there."""
@@ -505,9 +514,10 @@ def _cutters(
         }
 
         def cut(tensor: Tensor) -> Tensor:
+            like = tensor
             for dim, indices in kept.items():
                 tensor = tensor.index_select(dim, indices.to(tensor.device))
-            return tensor
+            return laid_out(tensor, like)
 
         return cut
 

@@ -29,19 +29,33 @@ Cutter = Callable[[Tensor], Tensor]
 
 
 def replace_data(tensor: Tensor, data: Tensor) -> None:
-    """Give a tensor other data of any shape; its ``grad`` is dropped.
+    """Give a tensor other data of any shape; its ``grad`` is dropped."""
+    if tensor.shape == data.shape:
+        tensor.data.copy_(data)
+    else:
+        point_to(tensor, data)
+
+
+def point_to(tensor: Tensor, data: Tensor) -> None:
+    """Have a tensor's data be ``data``; where its shape is another, the ``grad`` is dropped.
 
     Autograd keeps a node for each parameter while an old graph is alive (for example through a
     ``loss`` that the training loop still holds) and with it the old shape; it forgets that node
     only when the type of the data changes, hence the step through another dtype.
     """
-    if tensor.shape == data.shape:
-        tensor.data.copy_(data)
-        return
-    tensor.grad = None
-    other = torch.float32 if tensor.dtype != torch.float32 else torch.float64
-    tensor.data = torch.empty(0, dtype=other, device=tensor.device)
+    if tensor.shape != data.shape:
+        tensor.grad = None
+        other = torch.float32 if tensor.dtype != torch.float32 else torch.float64
+        tensor.data = torch.empty(0, dtype=other, device=tensor.device)
     tensor.data = data
+
+
+def laid_out(data: Tensor, like: Tensor) -> Tensor:
+    """``data`` with its axes in memory in the order of those of ``like`` (``channels_last``)."""
+    strides = like.stride()
+    order = sorted(range(like.ndim), key=lambda axis: (-strides[axis], axis))
+    back = sorted(range(like.ndim), key=order.__getitem__)
+    return data.permute(order).contiguous().permute(back)
 
 
 @dataclass(frozen=True)

@@ -76,17 +76,24 @@ def test_where_every_sample_is_masked_the_rise_is_measured_and_not_predicted(
             assert gate.removal_error[head] == pytest.approx(error, rel=1e-3)
 
 
+_SEEN: list[int] = []
+"""Not in the hook's closure: what a hook holds is preserved."""
+
+
+def _see(_: object, args: tuple[torch.Tensor, ...]) -> None:
+    _SEEN.append(len(args[0]))
+
+
 def test_masking_costs_at_most_its_passes_over_the_samples_and_leaves_no_hook() -> None:
     model, data = build("own"), data_for("own")
     recorder = Recorder(model, inputs("own"))
-    seen: list[int] = []
 
     def rows(ahead: float) -> int:
-        seen.clear()
-        handle = model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+        _SEEN.clear()
+        handle = model.register_forward_pre_hook(_see)
         recorder.measure(data, epoch=1, ahead=ahead)
         handle.remove()
-        return sum(seen)
+        return sum(_SEEN)
 
     # One pass over all, the doubtful ones plain, and each head's mask on them.
     heads = sum(group.size for group in heads_of(recorder))

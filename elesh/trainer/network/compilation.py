@@ -1,0 +1,66 @@
+"""Compiled networks: unwrapped when they are given, run uncompiled while hooks are on them,
+compiled anew after their structure changed.
+
+A compiled function keeps what it was compiled from: it does not see hooks that come later, and it
+is no longer compiled after a few changes of shape (``recompile_limit``). Promises: where nothing
+was compiled in this process, nothing of the compiler is imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["Uncompiled", "compile_anew", "unwrapped"]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network itself, where ``torch.compile(network)`` was given."""
+    inner = getattr(model, "_orig_mod", None)
+    while isinstance(inner, nn.Module):
+        model, inner = inner, getattr(inner, "_orig_mod", None)
+    return model
+
+
+def compile_anew() -> None:
+    """Have everything that was compiled in this process compiled again when it is next called."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+class Uncompiled:
+    """While any of these is entered, compiled networks run uncompiled in this process.
+
+    They may be left in any order; the compiler's stance of before comes back with the last one.
+    """
+
+    _entered = 0
+    _stance: Any = None
+
+    def __init__(self) -> None:
+        self._active = False
+
+    def __enter__(self) -> Uncompiled:
+        if not self._active and "torch._dynamo" in sys.modules:
+            self._active = True
+            if not Uncompiled._entered:
+                Uncompiled._stance = torch.compiler.set_stance("force_eager")
+            Uncompiled._entered += 1
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: TracebackType | None = None,
+    ) -> None:
+        if self._active:
+            self._active = False
+            Uncompiled._entered -= 1
+            if not Uncompiled._entered:
+                stance, Uncompiled._stance = Uncompiled._stance, None
+                stance.__exit__(kind, error, trace)

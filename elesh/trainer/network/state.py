@@ -1,0 +1,258 @@
+"""What a network and the random generators are like, taken and put back.
+
+Promises: after :func:`preserved` nothing that a caller can see differs: global random states of
+PyTorch, Python and NumPy, generators that the network or its code refers to, and of every module
+(those included that hooks and replaced methods refer to) attributes, flags, buffers and caches.
+Parameters are not copied: only embeddings that rescale their rows in a forward pass change any.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, MutableSet
+from types import CellType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils.data import DataLoader, Dataset
+
+from elesh.trainer.network.calling import device_of
+from elesh.trainer.network.compilation import Uncompiled
+
+__all__ = ["preserved", "seed_generators", "preserve_state"]
+
+_DEPTH = 6
+"""How many containers and objects deep attributes of a module are followed."""
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+_CONTAINERS = (MutableMapping, MutableSequence, MutableSet, tuple, frozenset)
+_LEFT_ALONE = (
+    *(nn.Module, nn.Parameter, torch.optim.Optimizer, Dataset, DataLoader, type, ModuleType),
+    *(str, bytes, int, float, complex, type(None), *_GENERATORS),
+)
+"""What is no state of a forward pass, cannot change, or is taken care of elsewhere."""
+_LONG, _MANY = 1000, 20_000
+"""Longer containers hold data, and what is further away than so many objects is not the model's."""
+PutBack = Callable[[], None]
+
+
+def seed_generators(device: torch.device, seed: int) -> None:
+    """Seed Python's and NumPy's generators and those of the CPU and of one device.
+
+    Not ``torch.manual_seed``: that seeds those of devices that have nothing to do with the model.
+    """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+
+
+@contextlib.contextmanager
+def preserve_state(model: nn.Module, seed: int, *others: Any) -> Iterator[None]:
+    """Evaluation mode with gradients, uncompiled and seeded; all is preserved.
+
+    Gradients are on even inside a caller's ``no_grad`` or ``inference_mode``; parameters' ``grad``
+    is not touched as long as the body uses ``torch.autograd.grad``.
+
+    Args:
+        others: whose generators are preserved, too (data loaders).
+    """
+    with (
+        preserved(model, *others),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        Uncompiled(),
+    ):
+        seed_generators(device_of(model), seed)
+        model.eval()
+        for module in model.modules():
+            if isinstance(module, nn.TransformerEncoder):
+                # It would pack padded batches into nested tensors, which have no channel axis.
+                module.use_nested_tensor = False
+        yield
+
+
+@contextlib.contextmanager
+def preserved(model: nn.Module, *others: Any) -> Iterator[None]:
+    """Put back random states, and what modules hold, whatever the body does.
+
+    Args:
+        others: whose generators are preserved, too (data loaders).
+    """
+    device = device_of(model)
+    accelerators = [device] if device.type != "cpu" else []
+    modules, generators = _reachable(model, *others)
+    restore = [_generator(generator) for generator in generators]
+    seen: dict[int, Any] = {}
+    restore += [put_back for module in modules for put_back in _module(module, seen)]
+    with torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda"):
+        python, legacy = random.getstate(), np.random.get_state()
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)
+            for put_back in restore:
+                put_back()
+
+
+def _reachable(model: nn.Module, *others: Any) -> tuple[list[nn.Module], list[Any]]:
+    """Modules that a call of the model may run, and random generators that it may draw from."""
+    modules: list[nn.Module] = []
+    generators: list[Any] = []
+    seen: dict[int, Any] = {}
+    queue = deque((thing, 0) for thing in (model, *others))
+    while queue and len(seen) < _MANY + len(modules):
+        thing, depth = queue.popleft()
+        if id(thing) in seen or depth > _DEPTH:
+            continue
+        seen[id(thing)] = thing
+        if isinstance(thing, _GENERATORS):
+            generators.append(thing)
+        elif isinstance(thing, nn.Module):
+            modules.append(thing)
+            queue += [(part, 1) for part in (*vars(thing).values(), *_code(type(thing)))]
+        else:
+            queue += [(part, depth + 1) for part in _parts(thing)]
+    return modules, generators
+
+
+def _parts(thing: Any) -> Iterator[Any]:
+    """What a container, a function or an object refers to."""
+    if isinstance(thing, (Tensor, str, bytes, int, float, type, ModuleType, np.ndarray)):
+        return
+    if isinstance(thing, MutableMapping):
+        yield from list(thing.values())
+    elif isinstance(thing, _CONTAINERS):
+        # Data sets are sequences of millions.
+        yield from list(thing) if len(thing) <= _LONG else []
+    elif isinstance(thing, functools.partial):
+        yield from (thing.func, *thing.args, *thing.keywords.values())
+    elif isinstance(thing, MethodType):
+        yield from (thing.__self__, thing.__func__)
+    elif isinstance(thing, FunctionType):
+        yield from (*(thing.__closure__ or ()), *(thing.__defaults__ or ()), *_globals(thing))
+    elif isinstance(thing, CellType):
+        with contextlib.suppress(ValueError):  # An empty cell.
+            yield thing.cell_contents
+    elif hasattr(thing, "__dict__"):
+        yield from list(vars(thing).values())
+
+
+def _code(kind: type) -> Iterator[Any]:
+    """Generators that the methods of a user's module class name."""
+    for ancestor in kind.__mro__:
+        if not ancestor.__module__.startswith(("torch.", "builtins")):
+            for member in vars(ancestor).values():
+                if isinstance(member, FunctionType):
+                    yield from _globals(member)
+                elif isinstance(member, _GENERATORS):
+                    yield member
+
+
+def _globals(function: FunctionType) -> Iterator[Any]:
+    for name in function.__code__.co_names:
+        found = function.__globals__.get(name)
+        if isinstance(found, _GENERATORS):
+            yield found
+
+
+def _generator(generator: Any) -> PutBack:
+    if isinstance(generator, random.Random):
+        return functools.partial(generator.setstate, generator.getstate())
+    if isinstance(generator, np.random.RandomState):
+        return functools.partial(generator.set_state, generator.get_state())
+    if isinstance(generator, torch.Generator):
+        return functools.partial(_set_generator, generator, generator.get_state())
+    bits = generator.bit_generator
+    return functools.partial(setattr, bits, "state", bits.state)
+
+
+def _set_generator(generator: torch.Generator, state: Tensor) -> None:
+    generator.set_state(state)
+
+
+def _module(module: nn.Module, seen: dict[int, Any]) -> Iterator[PutBack]:
+    """What puts a module's attributes back, and what they hold."""
+    training = module.training
+    yield from _held(vars(module), seen, 0)
+    yield lambda: None if module.training == training else setattr(module, "training", training)
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+        yield _tensor(module.weight)
+
+
+def _held(thing: Any, seen: dict[int, Any], depth: int) -> Iterator[PutBack]:
+    """What puts a container, a tensor or an object back into its present state, with its parts."""
+    if id(thing) in seen or depth > _DEPTH or isinstance(thing, _LEFT_ALONE):
+        return
+    seen[id(thing)] = thing
+    inside: list[Any] = []
+    if isinstance(thing, Tensor):
+        if thing.layout is torch.strided and not (thing.is_meta or is_lazy(thing)):
+            yield _tensor(thing)
+    elif isinstance(thing, np.ndarray):
+        yield functools.partial(np.copyto, thing, thing.copy())
+    elif isinstance(thing, MutableMapping):
+        items = list(thing.items())
+        yield functools.partial(_set_mapping, thing, items)
+        inside = [value for _, value in items]
+    elif isinstance(thing, (list, deque)):
+        inside = list(thing)
+        yield functools.partial(_set_sequence, thing, inside)
+    elif isinstance(thing, set):
+        yield functools.partial(_set_set, thing, set(thing))
+    elif isinstance(thing, CellType):
+        inside = list(_parts(thing))
+        for content in inside:
+            yield functools.partial(setattr, thing, "cell_contents", content)
+    elif isinstance(thing, FunctionType):
+        inside = list(thing.__closure__ or ())
+    elif isinstance(thing, (tuple, functools.partial, MethodType)):
+        inside = list(_parts(thing))
+    elif hasattr(thing, "__dict__"):
+        inside = [vars(thing)]
+    for part in inside if len(inside) <= _LONG else ():
+        yield from _held(part, seen, depth + 1)
+
+
+def _tensor(tensor: Tensor) -> PutBack:
+    saved = tensor.detach().clone()
+
+    def put_back() -> None:
+        with torch.no_grad():
+            if tensor.shape != saved.shape:
+                tensor.data = saved
+            elif not torch.equal(tensor, saved):
+                with torch.inference_mode(tensor.is_inference()):
+                    tensor.data.copy_(saved)
+
+    return put_back
+
+
+def _set_mapping(thing: MutableMapping[Any, Any], items: list[tuple[Any, Any]]) -> None:
+    if _identical([x for item in thing.items() for x in item], [x for item in items for x in item]):
+        return
+    thing.clear()
+    thing.update(items)
+
+
+def _set_sequence(thing: Any, items: list[Any]) -> None:
+    if not _identical(list(thing), items):
+        thing.clear()
+        thing.extend(items)
+
+
+def _set_set(thing: set[Any], items: set[Any]) -> None:
+    if thing != items:
+        thing.clear()
+        thing.update(items)
+
+
+def _identical(one: list[Any], other: list[Any]) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
