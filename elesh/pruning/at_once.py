@@ -133,9 +133,7 @@ def prune(
         limits = Limits(max_accuracy_drop, max_loss_increase)
         judge = _judge(model, samples, evaluate, limits, loss)
         before = copy.deepcopy(model)
-        # A cut of units and one of layers in every round.
-        points = 2 * (rounds + _EXTRA)
-        surgeon = Surgeon(model, first, optimizer=optimizer, restore_points=points)
+        surgeon = Surgeon(model, first, optimizer=optimizer, restore_points=0)
         with _whole_or_not_at_all(surgeon):
             settings = _settings(min_channels, min_heads, round_to, reconstruct)
             work = _Work(
@@ -218,12 +216,11 @@ def _settings(min_channels: int, min_heads: int, round_to: int, reconstruct: boo
 @contextmanager
 def _whole_or_not_at_all(surgeon: Surgeon) -> Iterator[None]:
     """Whatever is raised inside, the network and the optimizer are then as they were."""
-    before = surgeon.architecture
+    before = surgeon.restore_point()
     try:
         yield
     except BaseException:
-        surgeon.unmask()
-        surgeon.undo_to(before)
+        surgeon.bring_back(before)
         raise
 
 
@@ -323,7 +320,7 @@ class _Work:
         layers: Sequence[str],
     ) -> str:
         """Cut, measure, and take back what costs too much: then why."""
-        surgeon, before = self.surgeon, self.surgeon.architecture
+        surgeon, before = self.surgeon, self.surgeon.restore_point()
         self.progress.doing(f"{name}: cutting")
         moments = None
         if self.settings.structured_pruning.channel_analysis.redistribute and decision.units:
@@ -342,7 +339,7 @@ class _Work:
         self.rounds.append(made)
         self.progress.done(_told(name, made))
         if refused:
-            surgeon.undo_to(before)
+            surgeon.bring_back(before)
         else:
             self.evaluation = found
         return refused
