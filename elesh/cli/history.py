@@ -12,9 +12,10 @@ from elesh.analysis import Track
 from elesh.analysis.candidates import Doubles
 from elesh.analysis.importance.tracker_cache import TrackerCache
 from elesh.bus import Bus
+from elesh.bus.admission import hear
 from elesh.operate.tables import compact
 from elesh.settings import Settings
-from leyline import CheckpointReady, ContractError, PruningGroup, read_envelope, unwrap
+from leyline import CheckpointReady, ContractError, PruningGroup
 from leyline.streams import CHECKPOINTS
 
 from .common import AsJson, RedisOption, SettingsOption, console, fail, on_bus, print_json
@@ -57,7 +58,7 @@ async def _groups(bus: Bus, run: str) -> tuple[PruningGroup, ...]:
     """The groups of the run's newest checkpoint that is still in the stream."""
     for delivery in reversed(await bus.read(CHECKPOINTS)):
         try:
-            message = unwrap(read_envelope(delivery.envelope))
+            message = hear(delivery, bus.guard).message
         except ContractError:
             continue  # it is among the dead letters
         if isinstance(message, CheckpointReady) and message.metadata.run_id == run:

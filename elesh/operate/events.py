@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from elesh.bus import Bus, Delivery, read_dead_letter
+from elesh.bus import Bus, Delivery, Guard
+from elesh.bus.admission import hear
 from leyline import (
     BreakerTransition,
     CheckpointReady,
@@ -27,10 +28,8 @@ from leyline import (
     StructuralPruningDecision,
     StructuralValidationResult,
     TelemetryEvent,
-    read_envelope,
-    unwrap,
 )
-from leyline.streams import DEAD, Stream
+from leyline.streams import Stream
 
 __all__ = ["FormattedEvent", "tell", "formatted_events"]
 
@@ -78,7 +77,7 @@ async def formatted_events(
                 last[stream], deliveries = await bus.follow(
                     stream, last_id=last[stream], block_seconds=block
                 )
-                waiting[stream].extend(map(tell, deliveries))
+                waiting[stream].extend(tell(each, bus.guard) for each in deliveries)
                 if not deliveries:
                     del waiting[stream]  # read to its end, for this round
             if waiting:
@@ -90,18 +89,17 @@ async def formatted_events(
             return
 
 
-def tell(delivery: Delivery) -> FormattedEvent:
-    """What a stream entry says."""
+def tell(delivery: Delivery, guard: Guard) -> FormattedEvent:
+    """What a stream entry says; what nobody has the right to say there is told as just that."""
     stream, entry_id = delivery.stream, delivery.entry_id
     at = datetime.fromtimestamp(int(entry_id.split("-")[0]) / 1000, UTC)
     trace = delivery.carrier.get("traceparent", "")[3:35]
     try:
-        envelope = read_envelope(delivery.envelope)
-        message = read_dead_letter(delivery) if stream is DEAD else unwrap(envelope)
+        heard = hear(delivery, guard)
     except ContractError as error:
-        return FormattedEvent(
-            at, stream.name, entry_id, "", what=f"unreadable: {error}", tone="bad"
-        )
+        what = f"not to be believed: {error.code}: {error}"
+        return FormattedEvent(at, stream.name, entry_id, "", what=what, tone="bad")
+    message, envelope = heard.message, heard.envelope
     what, tone = _WORDS.get(type(message), _other)(message)
     return FormattedEvent(
         at=at,

@@ -11,11 +11,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from elesh.bus import Backlog, BreakerView, Bus, WorkerState, read_dead_letter
+from elesh.bus import Backlog, BreakerView, Bus, Guard, WorkerState
+from elesh.bus.admission import hear
 from elesh.bus.streams.records import Delivery
 from elesh.observe.printable import printable
 from elesh.observe.terminal import escape
-from leyline import ContractError, DeadLetter, StructuralPruningDecision, read_envelope, unwrap
+from leyline import ContractError, DeadLetter, StructuralPruningDecision
 from leyline.streams import DEAD, DECISIONS, STREAMS
 
 from .tables import compact
@@ -72,27 +73,29 @@ async def overview_of(bus: Bus) -> Overview:
         workers=await bus.registry.workers(),
         backlog=await bus.registry.backlog(),
         breakers=await bus.breakers.show(),
-        decisions=[*_decisions(await bus.newest(DECISIONS, count=_LAST))],
-        dead_letters=[*_dead_letters(await bus.newest(DEAD, count=_LAST))],
+        decisions=[*_decisions(bus.guard, await bus.newest(DECISIONS, count=_LAST))],
+        dead_letters=[*_dead_letters(bus.guard, await bus.newest(DEAD, count=_LAST))],
     )
 
 
-def _decisions(deliveries: Sequence[Delivery]) -> Iterator[StructuralPruningDecision]:
+def _decisions(guard: Guard, deliveries: Sequence[Delivery]) -> Iterator[StructuralPruningDecision]:
     for delivery in deliveries:
         try:
-            message = unwrap(read_envelope(delivery.envelope))
+            message = hear(delivery, guard).message
         except ContractError:
             continue  # nobody's decision: it cannot be shown as one
         if isinstance(message, StructuralPruningDecision):
             yield message
 
 
-def _dead_letters(deliveries: Sequence[Delivery]) -> Iterator[DeadLetter]:
+def _dead_letters(guard: Guard, deliveries: Sequence[Delivery]) -> Iterator[DeadLetter]:
     for delivery in deliveries:
         try:
-            yield read_dead_letter(delivery)
+            message = hear(delivery, guard).message
         except ContractError:
             continue
+        if isinstance(message, DeadLetter):
+            yield message
 
 
 def overview(seen: Overview) -> RenderableType:

@@ -197,7 +197,8 @@ async def ready(bus: Bus, bundle: CheckpointBundle) -> CheckpointReady:
 
 
 async def send(bus: Bus, stream: Stream, message: Message) -> str:
-    return await bus.publish(stream, message, source="test", run_id="run")
+    run_id = getattr(getattr(message, "metadata", None) or message, "run_id", "") or "run"
+    return await bus.publish(stream, message, source="test", run_id=run_id)
 
 
 def checkpoint(epoch: int = 60, *, seed: int = 0, number: int = 1) -> CheckpointBundle:

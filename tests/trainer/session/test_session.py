@@ -311,3 +311,21 @@ def test_no_thread_is_left_behind() -> None:
     with Session("run", "redis://127.0.0.1:1/0"):
         pass
     assert set(threading.enumerate()) <= before
+
+
+def test_a_decision_of_another_run_or_that_contradicts_itself_is_refused_and_nothing_changes() -> (
+    None
+):
+    world = World()
+    before = world.digest()
+    own = decide(world.original)
+    foreign = own.model_copy(update={"run_id": "another"})
+    torn = own.model_copy(update={"epoch": own.epoch + 1})
+    with Session(own.run_id, "redis://127.0.0.1:1/0") as session:
+        for decision, why in ((foreign, "made for run another"), (torn, "another epoch")):
+            outcome = session.apply(decision, world.surgeon, told(0.9))
+            assert outcome.result == "refused"
+            assert why in outcome.detail
+        assert world.digest() == before
+        assert session.apply(own, world.surgeon, told(0.9)).result == "applied"
+        session.close(0)
