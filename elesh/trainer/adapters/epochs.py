@@ -10,13 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from elesh.observe import get_logger
+from elesh.trainer.calibration.losses import class_axis
 from elesh.trainer.calibration.recorder import Recorder
 from elesh.trainer.export import Exporter, calibration_inputs, is_worth_exporting
 from elesh.trainer.network.calling import Inputs, call, device_of, main_output, map_tensors
 from elesh.trainer.session.apply import Evaluation
 from elesh.trainer.session.session import Session
+from elesh.trainer.surgery.data_parallel import unwrapped
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import ContractError, InvalidField, Level, NetworkExport, PruningOutcome
+
+from .checkpoints import Loading
 
 __all__ = ["Batches", "EveryEpoch", "classification"]
 
@@ -59,34 +63,72 @@ class EveryEpoch:
         self._calibration, self._validation, self._held_out = calibration, validation, held_out
         self._evaluate = evaluate or classification
         self._ignored = ignored_layers
+        self._loading: Loading | None = None
+        self._relabelled = False
+
+    def look_at(self, network: nn.Module) -> Surgeon:
+        """Find what can be removed from a network, before it is trained or loaded; once for each.
+
+        From then on it takes the structure of every checkpoint that it loads, of before or after a
+        cut.
+
+        Raises:
+            InvalidField: if it cannot be pruned, or its labels cannot be judged.
+        """
+        network = unwrapped(network)
+        if self.surgeon is not None and self.surgeon.model is network:
+            return self.surgeon
+        if self._loading is not None:
+            self._loading.end()
+        self._network, self._exporter = network, Exporter(network)
+        example = map_tensors(lambda x: x[:2].to(device_of(network)), self._calibration[0][0])
+        self._recorder = Recorder(network, example, ignored_layers=self._ignored)
+        self.surgeon = Surgeon(network, self._recorder.architecture, restore_points=0)
+        self._loading = Loading(self.surgeon)
+        return self.surgeon
+
+    def relabel(self, change: Callable[[Inputs, Any], tuple[Inputs, Any]]) -> None:
+        """Change inputs and labels of every batch, as the network's own loss does, so that a
+        label stands where its logits are. An ``evaluate`` of the user's sees them as given."""
+        if self._relabelled:
+            return
+        self._relabelled = True
+        self._calibration = [change(*batch) for batch in self._calibration]
+        if self._evaluate is classification:
+            self._validation = [change(*batch) for batch in self._validation]
+        if self._held_out is not None:
+            self._held_out = change(*self._held_out)
 
     def begin(
         self,
         network: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Any,
         *,
         processes: int = 1,
+        epoch: int = 0,
         **parts: Any,
     ) -> int:
         """Look at the network and go back to where an earlier process of the run stood; the epoch
-        of that, 0 for a new run.
+        of that, 0 for a new run. Where the framework has loaded a checkpoint of its own, training
+        goes on from that.
 
         Args:
-            parts: what restore points hold beside network and optimizer (:meth:`Session.resume`).
+            optimizer: one or several.
+            processes: that train together.
+            epoch: that the framework has trained up to, by a checkpoint of its own.
+            parts: what restore points hold beside network and optimizer, averages of the weights
+                among them (:meth:`Session.resume`).
 
         Raises:
-            InvalidField: if several processes train: they would be cut differently.
+            InvalidField: if several processes train: they would be cut differently; or if
+                something named cannot be kept or cut.
         """
         if processes > 1:
             hint = "train in one process, or decide on rank 0 and cut alike on every rank"
             raise InvalidField("processes", "one training process", processes, hint=hint)
-        example = map_tensors(lambda x: x[:2].to(device_of(network)), self._calibration[0][0])
-        self._network, self._exporter = network, Exporter(network)
-        self._recorder = Recorder(network, example, ignored_layers=self._ignored)
-        self.surgeon = Surgeon(
-            network, self._recorder.architecture, optimizer=optimizer, restore_points=0
-        )
-        return self.session.resume(self.surgeon, **parts)
+        surgeon = self.look_at(network)
+        surgeon.train_with(optimizer)
+        return self.session.resume(surgeon, here=epoch or None, **parts)
 
     def end_epoch(self, epoch: int) -> list[PruningOutcome]:
         """After an epoch (counted from 1) has been trained; what became of decisions at it."""
@@ -135,12 +177,15 @@ class EveryEpoch:
 
 @torch.no_grad()
 def classification(network: nn.Module, batches: Iterable[tuple[Inputs, Any]]) -> Evaluation:
-    """Accuracy and mean cross-entropy of a network that returns logits [N, classes]."""
+    """Accuracy and mean cross-entropy of logits [N, classes], or of each position of sequences
+    [N, T, classes] and images [N, classes, H, W]; negative labels are not counted."""
     device, right, loss, count = device_of(network), 0, 0.0, 0
     for inputs, labels in batches:
         logits = main_output(call(network, map_tensors(lambda x: x.to(device), inputs))).float()
         labels = labels.to(device)
+        logits = logits.movedim(class_axis(logits, labels), 1)
         loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
-        right += int((logits.argmax(1) == labels).sum())
-        count += len(labels)
+        counted = labels >= 0
+        right += int(((logits.argmax(1) == labels) & counted).sum())
+        count += int(counted.sum())
     return Evaluation(right / max(count, 1), loss / max(count, 1))

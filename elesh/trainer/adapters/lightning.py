@@ -1,12 +1,21 @@
 """A callback for Lightning: ``callbacks=[EleshCallback(EveryEpoch(session, ...))]``.
 
 Needs ``lightning`` or ``pytorch-lightning``. Promises: nothing is done inside a step; a trainer of
-several processes is refused by name before it trains.
+several processes is refused by name before it trains; every checkpoint of a cut network says how it
+was cut, and the network takes the structure of every checkpoint that the trainer loads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from elesh.trainer.surgery.averages import copies_in
+from leyline import InvalidField
 
 if TYPE_CHECKING:
     Callback: Any = object
@@ -16,33 +25,132 @@ else:
     except ImportError:
         from pytorch_lightning import Callback
 
+from .checkpoints import KEY, bring, cut_like, pack
 from .epochs import EveryEpoch
 
-__all__ = ["EleshCallback"]
+__all__ = ["EleshCallback", "load_from_checkpoint"]
 
 
 class EleshCallback(Callback):  # type: ignore[misc]
     """Watches, applies and publishes after every training epoch.
 
+    All optimizers of the module are cut along, and the averages that other callbacks keep
+    (WeightAveraging, EMAWeightAveraging, StochasticWeightAveraging).
+
     Args:
         epochs: the session and its data.
-        network: the attribute of the LightningModule that holds the network to prune.
+        network: the attribute of the LightningModule that holds the network to prune; empty: the
+            module is the network itself, as it is where it has no attribute ``model``.
     """
 
     def __init__(self, epochs: EveryEpoch, network: str = "model") -> None:
         super().__init__()
         self.epochs, self._network = epochs, network
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Look at the network before a checkpoint is loaded into it."""
+        with _alone(pl_module):
+            self.epochs.look_at(_network_of(pl_module, self._network))
+        self._carry(trainer, pl_module)
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Optimizers are there now; of several, the first is cut along."""
+        """Optimizers are there now, and a checkpoint was loaded."""
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        self.epochs.begin(
-            getattr(pl_module, self._network),
-            trainer.optimizers[0],
-            processes=trainer.world_size,
-            scheduler=schedulers[0] if schedulers else None,
-        )
+        with _alone(pl_module):
+            self.epochs.begin(
+                _network_of(pl_module, self._network),
+                trainer.optimizers,
+                processes=trainer.world_size,
+                scheduler=schedulers[0] if schedulers else None,
+                epoch=trainer.current_epoch,
+                **_averages(trainer, self.epochs),
+            )
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """An epoch was trained (Lightning counts from 0)."""
-        self.epochs.end_epoch(trainer.current_epoch + 1)
+        with _alone(pl_module):
+            self.epochs.end_epoch(trainer.current_epoch + 1)
+
+    def _carry(self, trainer: Any, pl_module: Any) -> None:
+        """Have the module's own checkpoint hooks write and read the architecture: they are called
+        for every checkpoint, of weights only too, and before weights are loaded."""
+        if getattr(pl_module.on_save_checkpoint, "of_elesh", None) is self:
+            return
+        save, load = pl_module.on_save_checkpoint, pl_module.on_load_checkpoint
+
+        def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
+            save(checkpoint)
+            surgeon = self.epochs.surgeon
+            packed = None if surgeon is None else pack(surgeon.model)
+            if packed is not None:
+                checkpoint[KEY] = packed
+
+        def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+            load(checkpoint)
+            surgeon = self.epochs.surgeon
+            if surgeon is not None:
+                for name, average in _averages(trainer, self.epochs).items():
+                    surgeon.follow(name, average)
+                bring(surgeon, checkpoint.get(KEY))
+
+        on_save_checkpoint.of_elesh = self  # type: ignore[attr-defined]
+        pl_module.on_save_checkpoint = on_save_checkpoint
+        pl_module.on_load_checkpoint = on_load_checkpoint
+
+
+def load_from_checkpoint(
+    kind: Any, path: Any, network: str = "model", *, map_location: Any = None, **settings: Any
+) -> Any:
+    """``kind.load_from_checkpoint(path, **settings)`` for a checkpoint of a cut network, or of one
+    that was never cut.
+
+    Args:
+        kind: the class of the LightningModule.
+        network: as for :class:`EleshCallback`.
+        settings: for ``kind``, beside those that the checkpoint holds.
+
+    Raises:
+        ShapeMismatch: if the module's network is not the one that was cut.
+    """
+    checkpoint = torch.load(path, map_location=map_location, weights_only=False)
+    module = kind(**{**dict(checkpoint.get("hyper_parameters", {})), **settings})
+    if KEY in checkpoint:
+        cut_like(_network_of(module, network), checkpoint[KEY])
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
+    return module
+
+
+def _network_of(module: Any, name: str) -> nn.Module:
+    found = getattr(module, name, None) if name else module
+    if found is None and name == "model":
+        return module  # type: ignore[no-any-return]
+    if not isinstance(found, nn.Module):
+        parts = [child for child, _ in module.named_children()]
+        hint = "EleshCallback(epochs, network='...'); network='' for the module itself"
+        expected = f"an attribute that is a network, one of {parts}"
+        raise InvalidField("network", expected, name, hint=hint)
+    return found
+
+
+def _averages(trainer: Any, epochs: EveryEpoch) -> dict[str, nn.Module]:
+    """The averaged modules that callbacks keep of the network, by the callbacks' names."""
+    assert epochs.surgeon is not None
+    found = {}
+    for callback in trainer.callbacks:
+        average = getattr(callback, "_average_model", None)
+        name = type(callback).__name__
+        if isinstance(average, nn.Module) and copies_in(name, average, epochs.surgeon.model):
+            found[name] = average
+    return found
+
+
+@contextmanager
+def _alone(module: Any) -> Iterator[None]:
+    """The module without its trainer, which copies of it must not take along."""
+    trainer, fabric = module._trainer, module._fabric
+    module._trainer = module._fabric = None
+    try:
+        yield
+    finally:
+        module._trainer, module._fabric = trainer, fabric

@@ -93,14 +93,19 @@ class Recovery:
 
     # Resuming
 
-    def resume(self, tracked: Tracked) -> int:
+    def resume(self, tracked: Tracked, here: int | None = None) -> int:
         """Go back to where the run's last process stood; the epoch of the state that was put back,
         0 for a new run.
+
+        Args:
+            here: the present state is that after this epoch, and the run goes on from it.
 
         Raises:
             InvalidField: if the network is not the one of the run, a part's state cannot be kept,
                 or no restore point can be read.
         """
+        if here is not None:
+            return self._go_on(tracked, here)
         situation, numbers = self.situation, self._points.numbers()
         lost = not self._journal.whole and bool(numbers)
         if situation.point is None and not lost:
@@ -121,6 +126,22 @@ class Recovery:
         self.drop_after(point)
         interrupted = begun.get("begin", "nothing")
         _log.info("resumed", point=point, epoch=epoch, interrupted=interrupted)
+        return epoch
+
+    def _go_on(self, tracked: Tracked, epoch: int) -> int:
+        """The run goes on from the present; cuts that are not in it are monitored no more."""
+        snapshot, self.epoch = Snapshot.take(tracked, epoch), epoch
+        self._follow(tracked)
+        outcomes = _interrupted(self.situation.begun or {}, tracked.surgeon)
+        made = {record.idempotency_key for record in tracked.surgeon.architecture.history}
+        cuts = [cut for cut in self.situation.cuts if cut.key in made]
+        try:
+            point = self._points.put(snapshot)
+        except OSError as error:
+            reason = f"no restore point could be written: {error}"
+            raise InvalidField("restore_dir", "a folder that can be written", reason) from None
+        self.done("resume", point, outcomes, cuts, later=True)
+        _log.info("resumed from a checkpoint of the framework", point=point, epoch=epoch)
         return epoch
 
     def track(self, surgeon: Surgeon) -> Tracked:

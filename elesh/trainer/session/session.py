@@ -208,6 +208,7 @@ class Session:
         *,
         scheduler: Stateful | None = None,
         scaler: Stateful | None = None,
+        here: int | None = None,
         **parts: Any,
     ) -> int:
         """Name what restore points hold, and go back to where the run's last process stood.
@@ -218,6 +219,10 @@ class Session:
         weights (``ema=average``: a module, a holder of one, tensors by path), which are from then
         on cut, masked and brought back with the network.
 
+        Args:
+            here: go on from the present state, which is that after this epoch, instead of from the
+                newest restore point: a framework has loaded a checkpoint of its own.
+
         Returns:
             The epoch of the state that was put back, after which training goes on; 0 for a new run.
 
@@ -227,7 +232,7 @@ class Session:
         """
         named = {"scheduler": scheduler, "scaler": scaler, **parts}
         held = {name: part for name, part in named.items() if part is not None}
-        epoch = self._recovery.resume(Tracked(surgeon, held))
+        epoch = self._recovery.resume(Tracked(surgeon, held), here)
         for outcome in self._recovery.unreported:
             self.report(outcome)
         return epoch

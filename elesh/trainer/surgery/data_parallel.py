@@ -20,10 +20,14 @@ __all__ = ["rebuild_reducers", "require_whole", "unwrapped"]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside wrappers for several processes or devices."""
-    while isinstance(model, (DistributedDataParallel, DataParallel)):
-        model = model.module
-    return model
+    """The network inside ``torch.compile`` and wrappers for several processes or devices."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, (DistributedDataParallel, DataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 def require_whole(model: nn.Module) -> None:

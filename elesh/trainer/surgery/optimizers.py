@@ -180,14 +180,14 @@ def other_optimizers(
         stateful: only those that have state of these parameters.
     """
     mine = {id(parameter) for parameter in model.parameters()}
-    known = {id(optimizer) for optimizer in given}
+    known = {id(optimizer.state) for optimizer in given}  # frameworks have views of optimizers
 
     def others() -> list[Optimizer]:
         return [
             each
             for each in gc.get_objects()
             if issubclass(type(each), Optimizer)
-            and id(each) not in known
+            and id(getattr(each, "state", None)) not in known
             and any(id(p) in mine for p in _held(each, stateful))
         ]
 

@@ -1,0 +1,157 @@
+"""What a framework's checkpoint says of a cut network: its architecture, next to its weights.
+
+Promises: a checkpoint of a network that was never cut is just what it would be without Elesh; one
+of a cut network says how it was cut, and loading either brings the network, its averages and its
+optimizers to that structure before a tensor is filled. It is compressed JSON; reading runs no code.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from elesh.observe import get_logger
+from elesh.trainer.network.layers import named_tensors
+from elesh.trainer.surgery.lineage import Lineage, lineage_of, replayed
+from elesh.trainer.surgery.surgeon import Surgeon
+from leyline import InvalidField, Malformed, PrunedArchitecture, PruningRecord
+
+__all__ = ["KEY", "Loading", "bring", "cut_like", "pack", "unpack"]
+
+KEY = "elesh.architecture"
+"""The name under which a checkpoint holds it."""
+
+_FORMAT = 1
+_log = get_logger(__name__)
+
+
+def pack(model: nn.Module) -> Tensor | None:
+    """The cuts of a network as bytes [B] uint8; None if it was never cut."""
+    lineage = lineage_of(model)
+    if lineage is None or not lineage.now.history:
+        return None
+    document = {
+        "format": _FORMAT,
+        "original": lineage.original.model_dump(mode="json"),
+        "history": [record.model_dump(mode="json") for record in lineage.now.history],
+    }
+    packed = zlib.compress(json.dumps(document, separators=(",", ":")).encode())
+    return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+
+
+def unpack(packed: Tensor) -> Lineage:
+    """The two ends of the cuts of :func:`pack`.
+
+    Raises:
+        Malformed: if the bytes are not that.
+    """
+    try:
+        document = json.loads(zlib.decompress(packed.cpu().numpy().tobytes()))
+        if document["format"] != _FORMAT:
+            raise Malformed(KEY, f"format {_FORMAT}", document["format"])
+        original = PrunedArchitecture.model_validate_json(
+            json.dumps(document["original"]), strict=True
+        )
+        history = [
+            PruningRecord.model_validate_json(json.dumps(record), strict=True)
+            for record in document["history"]
+        ]
+    except (zlib.error, ValueError, KeyError, TypeError, ValidationError) as error:
+        raise Malformed(KEY, "the architecture of a cut network", str(error)) from None
+    return Lineage(original, replayed(original, history))
+
+
+def cut_like(model: nn.Module, packed: Tensor) -> None:
+    """Cut a freshly built network as the one of a checkpoint was; its weights are to follow.
+
+    Raises:
+        ShapeMismatch: if it is not the network that the checkpoint's was before its first cut.
+    """
+    lineage = unpack(packed)
+    Surgeon(model, lineage.original, restore_points=0).replay(lineage.now.history)
+
+
+def bring(surgeon: Surgeon, packed: Tensor | None) -> bool:
+    """Give the surgeon's network the structure of a checkpoint, back or forth; the weights are to
+    follow.
+
+    Args:
+        packed: what the checkpoint says; None: its network was never cut.
+
+    Returns:
+        Whether anything had to change.
+
+    Raises:
+        InvalidField: if the checkpoint is of another network.
+    """
+    known = lineage_of(surgeon.model)
+    now = surgeon.architecture
+    original = known.original if known is not None else now
+    lineage = Lineage(original, original) if packed is None else unpack(packed)
+    if lineage.original.model_hash != original.model_hash:
+        raise InvalidField(
+            "checkpoint",
+            f"one of this network (architecture {original.model_hash} before its first cut)",
+            f"one of another ({lineage.original.model_hash})",
+        )
+    if lineage.now.model_hash == now.model_hash:
+        return False
+    surgeon.move_to(lineage.now)
+    _log.info(
+        "network brought to the structure of a checkpoint",
+        cuts=len(lineage.now.history),
+        parameters=lineage.now.parameters,
+    )
+    return True
+
+
+class Loading:
+    """A hook that brings a surgeon's network to the structure of every ``state_dict`` it loads.
+
+    Args:
+        surgeon: who changes the structure.
+    """
+
+    def __init__(self, surgeon: Surgeon) -> None:
+        self.surgeon = surgeon
+        model: Any = surgeon.model  # the method has no types
+        self._handle = model.register_load_state_dict_pre_hook(self)
+
+    def end(self) -> None:
+        """Take the hook off."""
+        self._handle.remove()
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Called before tensors are filled."""
+        packed = state.pop(prefix + KEY, None)
+        if module is not self.surgeon.model:  # a copy of it, which the surgeon moves along
+            return
+        here = {path[len(prefix) :]: t for path, t in state.items() if path.startswith(prefix)}
+        if packed is not None or not _fits(here, named_tensors(module)):
+            bring(self.surgeon, packed)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Loading:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Nothing, ()  # a pickled network has no surgeon
+
+
+class _Nothing:
+    """What a pickled :class:`Loading` becomes."""
+
+    def __call__(self, *args: Any) -> None:
+        pass
+
+
+def _fits(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+    return all(
+        not isinstance(value, Tensor) or path not in tensors or value.shape == tensors[path].shape
+        for path, value in state.items()
+    )
