@@ -1,6 +1,6 @@
 """Elesh watches neural networks train and says, at checkpoints, which parts can be removed.
 
-For a training script: ``elesh.prune``, ``elesh.save``
+For a training script: ``elesh.prune`` (at once), ``elesh.attach`` (while it trains), ``elesh.save``
 and ``elesh.load``. For an analysis of one's own: ``CheckpointBundle``, ``Settings``, ``analyze``.
 """
 
@@ -13,16 +13,18 @@ if TYPE_CHECKING:
     from leyline import CheckpointBundle
 
     from .analysis import analyze
-    from .pruning import PruningReport, load, prune, save
+    from .pruning import Pruning, PruningReport, attach, load, prune, save
     from .settings import Settings
     from .trainer import Evaluation
 
 __all__ = [
     "CheckpointBundle",
     "Evaluation",
+    "Pruning",
     "PruningReport",
     "Settings",
     "analyze",
+    "attach",
     "load",
     "prune",
     "save",
@@ -31,9 +33,11 @@ __all__ = [
 _HOMES = {
     "CheckpointBundle": "leyline",
     "Evaluation": "elesh.trainer",
+    "Pruning": "elesh.pruning",
     "PruningReport": "elesh.pruning",
     "Settings": "elesh.settings",
     "analyze": "elesh.analysis",
+    "attach": "elesh.pruning",
     "load": "elesh.pruning",
     "prune": "elesh.pruning",
     "save": "elesh.pruning",

@@ -1,7 +1,8 @@
 """What a training script calls: prune at once, prune while training, save and load what is left."""
 
 from .at_once import prune
+from .attached import Pruning, attach
 from .report import PruningReport
 from .saved import load, save
 
-__all__ = ["PruningReport", "load", "prune", "save"]
+__all__ = ["Pruning", "PruningReport", "attach", "load", "prune", "save"]

@@ -1,0 +1,186 @@
+"""``elesh.attach``: a training loop under Elesh, in as many lines as a loop has.
+
+Promises: training never waits for Elesh, and goes on without it where the bus or the workers are
+away; whatever a cut changes is on one side or the other when the process is killed at any moment,
+and the next process with the same ``run_id`` goes on from there; the network is cut by nobody else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from elesh.settings import Settings
+from elesh.trainer import Evaluation, Session, Surgeon
+from elesh.trainer.adapters.epochs import EveryEpoch
+from elesh.trainer.session.observers import SessionObserver
+from elesh.trainer.session.snapshot import Stateful
+from leyline import InvalidField, Level, PrunedArchitecture, PruningOutcome
+
+from .judging import Evaluate, evaluated
+from .samples import Batch, divided, joined
+
+__all__ = ["Pruning", "attach"]
+
+_LEVELS = ("channel", "head", "layer")
+
+
+def attach(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    run_id: str,
+    calibration: Iterable[Batch],
+    evaluate: Evaluate,
+    held_out: tuple[Any, Tensor] | None = None,
+    budget: Mapping[str, float] | None = None,
+    every: int = 5,
+    levels: Collection[str] = _LEVELS,
+    scheduler: Stateful | None = None,
+    scaler: Stateful | None = None,
+    restore_dir: str | Path = "elesh-restore",
+    url: str = "",
+    settings: Settings | None = None,
+    ignored_layers: Sequence[str] = (),
+    observers: Sequence[SessionObserver] = (),
+    **parts: Stateful | torch.Generator,
+) -> Pruning:
+    """Watch a network while it trains, and cut what is decided on.
+
+    ::
+
+        with elesh.attach(model, optimizer, run_id="my-run",
+                          calibration=batches, evaluate=evaluate) as pruning:
+            for epoch in pruning.epochs(120):
+                train_one_epoch(model, optimizer)
+                pruning.step(epoch)
+
+    Args:
+        model, optimizer: as they are built for a new run, also where an earlier process was killed.
+        run_id: names the run; one trainer at a time has it.
+        calibration: (inputs, labels) pairs of training data, about 500 samples, kept for the run.
+        evaluate: without arguments, on your own validation data, to an ``elesh.Evaluation`` or
+            (accuracy, loss). The trainer's own check of every cut; called only where there is one.
+        held_out: one batch (inputs, labels) of neither training nor validation data, for workers to
+            measure cuts on before they say go. Without it a fifth of ``calibration`` serves.
+        budget: what may be left of the original network at the end, by resource
+            (``{"macs": 0.5}``); without it the schedule's shares of channels and heads hold.
+        every: epochs between two checkpoints.
+        levels: what may go: ``channel`` (and hidden units), ``head``, ``layer``.
+        scheduler, scaler, parts: whatever else must come back with a restore point: anything with
+            ``state_dict`` and ``load_state_dict``, and torch generators.
+        restore_dir: where restore points are kept, in a folder named like the run.
+        url: Redis URL; empty: ``ELESH_REDIS_URL``, else the embedded server. Workers
+            (``elesh worker``) run beside it, on this machine or others.
+        settings: schedule, limits and all the rest; :class:`Settings` of files and environment if
+            not given.
+        ignored_layers: names of layers, or of modules that hold some, whose outputs stay.
+        observers: told of checkpoints and outcomes (``TensorBoardSummaries``).
+
+    Raises:
+        InvalidField: if samples are too few, or a level is unknown. Nothing has been changed then.
+    """
+    samples = divided(calibration, hold_out=held_out is None)
+    session = Session(run_id, url, settings, restore_dir=restore_dir, observers=observers)
+    epochs = EveryEpoch(
+        session,
+        samples.calibration,
+        (),
+        held_out=held_out or joined(samples.held_out),
+        evaluate=lambda network, batches: evaluated(evaluate()),
+        every=every,
+        levels=[Level(level) for level in levels],
+        ignored_layers=ignored_layers,
+    )
+    held: dict[str, Any] = {"scheduler": scheduler, "scaler": scaler, **parts}
+    return Pruning(session, epochs, model, optimizer, held)
+
+
+class Pruning:
+    """A training run under Elesh; made by :func:`attach`, a context manager."""
+
+    def __init__(
+        self,
+        session: Session,
+        epochs: EveryEpoch,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        parts: Mapping[str, Any],
+    ) -> None:
+        self.session = session
+        """The line to the bus, for those who want the parts."""
+        self._epochs, self._model, self._optimizer = epochs, model, optimizer
+        self._parts = parts
+        self.done = 0
+        """The epoch that an earlier process of the run had reached; 0 for a new run."""
+        self.outcomes: list[PruningOutcome] = []
+        """What became of every decision so far, in this process."""
+
+    def __enter__(self) -> Self:
+        self.session.__enter__()
+        try:
+            self.done = self._epochs.begin(self._model, self._optimizer, **self._parts)
+        except BaseException:
+            self.session.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.session.close()
+
+    @property
+    def surgeon(self) -> Surgeon:
+        """Who cuts the network, for those who want the parts."""
+        surgeon = self._epochs.surgeon
+        if surgeon is None:
+            raise InvalidField("pruning", "to be inside `with elesh.attach(...)`", "outside")
+        return surgeon
+
+    @property
+    def architecture(self) -> PrunedArchitecture:
+        """What the network looks like now."""
+        return self.surgeon.architecture
+
+    def epochs(self, count: int) -> Iterator[int]:
+        """The epochs that are still to be trained, up to ``count`` of the whole run, from 1."""
+        assert self.surgeon is not None
+        return iter(range(self.done + 1, count + 1))
+
+    def step(self, epoch: int) -> list[PruningOutcome]:
+        """After an epoch: judge the cuts of the last ones, apply what has been decided, and every
+        few epochs measure the network and publish. Never waits.
+
+        Returns:
+            What became of decisions at this epoch; mostly nothing.
+        """
+        found = self._epochs.end_epoch(epoch)
+        if epoch % self._epochs.every == 0:
+            self.session.save(epoch)
+        self.outcomes += found
+        return found
+
+    def evaluate(self) -> Evaluation:
+        """How well the network does now."""
+        return self._epochs.evaluate()
+
+    def __str__(self) -> str:
+        """What is left of the network, in a line."""
+        now = self.architecture
+        applied = sum(outcome.result == "applied" for outcome in self.outcomes)
+        back = sum(outcome.result == "rolled_back" for outcome in self.outcomes)
+        parameters = now.parameters / max(now.original_parameters, 1)
+        macs = now.macs / max(now.original_macs, 1)
+        return (
+            f"{applied} cuts applied, {back} rolled back; {parameters:.1%} of the parameters and "
+            f"{macs:.1%} of the MACs are left"
+        )

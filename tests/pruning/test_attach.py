@@ -1,0 +1,123 @@
+"""elesh.attach: a loop under Elesh applies what is decided, resumes, and goes on without a bus."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from trained import SmallNet, batches, digits
+
+import elesh
+from elesh.demo import local_fleet
+from leyline import InvalidField
+
+SCHEDULE = {
+    "validation_epochs": 1,
+    "conservative_epochs": 2,
+    "moderate_epochs": 2,
+    "aggressive_epochs": 5,
+}
+BLOCK = {
+    "structured_pruning": {
+        "safety_schedule": SCHEDULE,
+        "channel_analysis": {"min_channels_per_layer": 8},
+    }
+}
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """One epoch."""
+    model.train()
+    for x, y in batches():
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+def validation(model: nn.Module) -> Callable[[], elesh.Evaluation]:
+    data = digits().validation
+
+    def evaluate() -> elesh.Evaluation:
+        with torch.no_grad():
+            logits = model(data.images)
+        right = (logits.argmax(1) == data.labels).float().mean()
+        return elesh.Evaluation(float(right), float(functional.cross_entropy(logits, data.labels)))
+
+    return evaluate
+
+
+def attached(model: nn.Module, optimizer: Any, folder: Path, **options: Any) -> elesh.Pruning:
+    return elesh.attach(
+        model,
+        optimizer,
+        run_id="attached",
+        calibration=batches(),
+        evaluate=validation(model),
+        restore_dir=folder,
+        **options,
+    )
+
+
+@pytest.mark.slow
+def test_a_run_is_cut_killed_and_resumed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = SmallNet()
+    optimizer = torch.optim.AdamW(model.parameters(), 4e-3)
+    with local_fleet(BLOCK) as (url, settings):
+        options: dict[str, Any] = {"url": url, "settings": settings, "every": 2}
+        with attached(model, optimizer, tmp_path, **options) as pruning:
+            assert pruning.done == 0
+            for epoch in pruning.epochs(8):
+                train(model, optimizer)
+                pruning.step(epoch)
+                if epoch % 2 == 0:
+                    pruning.session.wait(30)
+            assert any(outcome.result == "applied" for outcome in pruning.outcomes)
+            cut = pruning.architecture
+            assert cut.macs < cut.original_macs
+            assert "applied" in str(pruning)
+        elesh.save(model, tmp_path / "saved")
+
+        again = SmallNet()
+        other = torch.optim.AdamW(again.parameters(), 4e-3)
+        with attached(again, other, tmp_path, **options) as pruning:
+            assert pruning.done == 8
+            assert pruning.architecture.model_hash == cut.model_hash
+            assert list(pruning.epochs(10)) == [9, 10]
+            for name, tensor in model.state_dict().items():
+                assert torch.equal(again.state_dict()[name], tensor)
+    loaded = elesh.load(tmp_path / "saved", SmallNet()).eval()
+    images = digits().held_out.images
+    assert torch.equal(loaded(images), model.eval()(images))
+
+
+def test_training_goes_on_without_a_bus(tmp_path: Path) -> None:
+    model = SmallNet()
+    optimizer = torch.optim.AdamW(model.parameters(), 4e-3)
+    with attached(model, optimizer, tmp_path, url="redis://127.0.0.1:1/0", every=1) as pruning:
+        for epoch in pruning.epochs(2):
+            assert pruning.step(epoch) == []
+    assert pruning.architecture.macs == pruning.architecture.original_macs
+
+
+def test_wrong_calls_are_refused_before_anything_begins(tmp_path: Path) -> None:
+    model = SmallNet()
+    optimizer = torch.optim.AdamW(model.parameters(), 4e-3)
+    with pytest.raises(InvalidField, match="different samples"):
+        elesh.attach(
+            model,
+            optimizer,
+            run_id="few",
+            calibration=batches(samples=32),
+            evaluate=validation(model),
+            restore_dir=tmp_path,
+        )
+    assert not list(tmp_path.iterdir())
+    pruning = attached(model, optimizer, tmp_path)
+    with pytest.raises(InvalidField, match="inside"):
+        pruning.epochs(3)
