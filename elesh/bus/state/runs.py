@@ -20,7 +20,7 @@ from elesh.bus.scripts import Scripts
 from elesh.bus.server.client import Client
 from leyline import ContractError, RolledBackCut, WouldBeCut, decode, encode
 
-__all__ = ["Holder", "RunStore"]
+__all__ = ["Attempt", "Holder", "RunStore"]
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +32,16 @@ class Holder:
     who: str
     seconds: float
     """Until its claim ends, unless it is renewed."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One process, or one folder of restore points, that has trained under a run's id."""
+
+    number: int
+    """0 for the first under this id."""
+    before: str
+    """Who had the run in the attempt before, if this call began a new one; else empty."""
 
 
 class RunStore:
@@ -56,6 +66,19 @@ class RunStore:
     async def give_up(self, run_id: str, token: str) -> None:
         """End a claim of one's own."""
         await self._scripts.claim_run(self.claim_key(run_id), token, "", 0)
+
+    async def attempt(self, run_id: str, token: str, who: str) -> Attempt:
+        """The attempt of whoever has the run's claim: that of the last claim's token, or a new one
+        for another token. Remembered as long as decisions are."""
+        name = f"{self.claim_key(run_id)}:last"  # run ids have no colon
+        found: Any = await self._client.hmget(name, ["token", "who", "attempt"])
+        last, before, number = [None if value is None else value.decode() for value in found]
+        fresh = last is not None and last != token
+        attempt = Attempt(int(number or 0) + fresh, before or "unknown" if fresh else "")
+        told: Any = {"token": token, "who": who, "attempt": str(attempt.number)}
+        await self._client.hset(name, mapping=told)
+        await self._client.pexpire(name, self._keep * 1000)
+        return attempt
 
     async def took_back(self, run_id: str, cuts: Mapping[str, RolledBackCut]) -> None:
         """Remember cuts that a trainer took back, by the fingerprints of their units."""

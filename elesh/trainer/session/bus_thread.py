@@ -13,18 +13,20 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 
 from opentelemetry.trace import SpanKind
 
 from elesh.bus import Bus, BusUnavailable, Delivery, Overloaded, RunClaimed, server_url
-from elesh.bus.admission import hear, require_in_time
+from elesh.bus.admission import hear, read, require_in_time
+from elesh.bus.state.runs import Attempt
 from elesh.observe import get_logger, messaging, span_from
 from elesh.settings import Settings
 from leyline import (
     CheckpointBundle,
     ContractError,
+    IdempotencyKey,
     Message,
     StructuralPruningDecision,
     TelemetryEvent,
@@ -32,7 +34,7 @@ from leyline import (
 from leyline.streams import DECISIONS, TELEMETRY, Stream
 
 from .mailbox import Incoming, Mailbox, Outgoing
-from .publishing import with_blobs
+from .publishing import in_attempt, keys_of, with_blobs
 
 __all__ = ["BusThread"]
 
@@ -63,6 +65,7 @@ class BusThread:
     ) -> None:
         self._run_id, self._url, self._settings = run_id, url, settings
         self._mailbox, self._token, self._sent = mailbox, token, sent
+        self._attempt: Attempt | None = None
         self._closing = threading.Event()
         self._wake: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._main, name="elesh-session", daemon=True)
@@ -161,6 +164,8 @@ class BusThread:
             if self._mailbox.refused:
                 _log.info("run claimed", run=self._run_id)
             self._mailbox.refused = ""
+            if self._attempt is None:
+                await self._begin_attempt(bus, who)
             return True
         if not self._mailbox.refused:
             _log.error(
@@ -174,6 +179,18 @@ class BusThread:
             "longer if it renews; end it or choose another run id"
         )
         return False
+
+    async def _begin_attempt(self, bus: Bus, who: str) -> None:
+        """Find out whether the run's id was used before, and say so at once."""
+        self._attempt = await bus.runs.attempt(self._run_id, self._token, who)
+        if not self._attempt.before:
+            return
+        self._mailbox.reused = (
+            f"run {self._run_id} was trained before, by {self._attempt.before}, and not resumed "
+            "from its restore points: its checkpoints are analysed anew, its history goes on; "
+            "choose another run id for another run"
+        )
+        _log.warning("run id used before", run=self._run_id, reason=self._mailbox.reused)
 
     async def _keep_claim(self, bus: Bus, closing: asyncio.Event) -> None:
         """Renew the claim, four times a lease; one that was refused is asked for again."""
@@ -225,9 +242,13 @@ class BusThread:
         return True
 
     async def _publish(self, bus: Bus, item: Outgoing) -> None:
-        message = item.message
+        message, event_id, keys = item.message, item.event_id, []
         if isinstance(message, CheckpointBundle):
-            message = await with_blobs(bus, message, item.request_id)
+            attempt = self._attempt.number if self._attempt else 0
+            bundle = in_attempt(message, attempt)
+            event_id += f"-{attempt}" if attempt else ""
+            keys = keys_of(bundle, item.request_id)
+            message = await with_blobs(bus, bundle, item.request_id)
         await bus.publish(
             item.stream,
             message,
@@ -235,9 +256,21 @@ class BusThread:
             carrier=item.carrier,
             run_id=self._run_id,
             epoch=item.epoch,
-            event_id=item.event_id,
+            event_id=event_id,
             token=self._token,
         )
+        for key in keys:
+            await self._hear_record(bus, key, item.carrier)
+
+    async def _hear_record(self, bus: Bus, key: IdempotencyKey, carrier: Mapping[str, str]) -> None:
+        """Take in a decision that was made before: a run that was killed publishes checkpoints
+        again, which are answered once."""
+        record = await bus.record(key)
+        if record is not None:
+            heard = read(record.envelope, DECISIONS)
+            if heard.run_id == self._run_id:
+                _log.info("decision made before", key=str(key))
+                self._mailbox.deliver(Incoming(heard.message, carrier))
 
     async def _listen(self, bus: Bus, stream: Stream, last: str, closing: asyncio.Event) -> None:
         while True:

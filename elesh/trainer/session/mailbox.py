@@ -48,6 +48,9 @@ class Mailbox:
         self.refused = ""
         """Why the run is not this trainer's; empty while it is, or is not known. Set by the bus's
         thread."""
+        self.reused = ""
+        """Who trained under the run's id before, in a sentence; empty if nobody did. Set by the
+        bus's thread."""
         self.connected = threading.Event()
         """Set once the bus has answered."""
         self._out: queue.Queue[Outgoing] = queue.Queue(_ITEMS)

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from elesh.bus import Bus
 from leyline import (
     BlobRef,
     CheckpointBundle,
     CheckpointReady,
+    IdempotencyKey,
+    Level,
     NetworkExport,
     RequestKey,
     StructuralAnalysisRequest,
+    stable_hash,
 )
 
-__all__ = ["with_blobs"]
+__all__ = ["in_attempt", "keys_of", "with_blobs"]
+
+
+def in_attempt(bundle: CheckpointBundle, attempt: int) -> CheckpointBundle:
+    """The bundle under an id of its own where its run's id was used before: what was decided for
+    the checkpoint of another process is not the answer to this one."""
+    if not attempt:
+        return bundle
+    name = "ck-" + stable_hash(bundle.metadata.checkpoint_id, str(attempt))
+    return replace(bundle, metadata=bundle.metadata.model_copy(update={"checkpoint_id": name}))
+
+
+def keys_of(bundle: CheckpointBundle, request_id: str) -> list[IdempotencyKey]:
+    """The keys that decisions on a checkpoint, or on a request, may have."""
+    metadata = bundle.metadata
+    name = request_id or metadata.checkpoint_id
+    return [IdempotencyKey(metadata.epoch, metadata.model_hash, name, level) for level in Level]
 
 
 async def with_blobs(

@@ -136,6 +136,12 @@ class Session:
         return self._mailbox.refused
 
     @property
+    def reused(self) -> str:
+        """Who trained under this run id before, where this process did not resume that run; empty
+        if nobody did. The run goes on: its checkpoints are analysed anew."""
+        return self._mailbox.reused
+
+    @property
     def watched(self) -> tuple[str, ...]:
         """Keys of the decisions whose cuts are monitored, oldest first."""
         return tuple(cut.key for cut in self._cuts.monitored)

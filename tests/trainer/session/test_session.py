@@ -236,6 +236,27 @@ def failing() -> Evaluation:
     raise RuntimeError("no data")
 
 
+def test_a_run_id_that_was_used_before_is_said_at_once_and_its_checkpoints_are_answered(
+    station: Station, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    station.worker()
+    settings, keys = settings_of(station), []
+    for folder in ("one", "two", "two"):
+        with Session("run", station.url, settings, restore_dir=tmp_path / folder) as session:
+            assert session.wait_connected(60)
+            assert bool(session.reused) is (len(keys) == 1)
+            session.publish(checkpoint())
+            assert session.wait(60)
+            keys += [decision.idempotency_key for decision in session.decisions()]
+    assert "was trained before, by" in caplog.text
+    assert "another run id" in caplog.text
+    assert len(keys) == 3
+    assert keys[0] == str(checkpoint().key(Level.CHANNEL))
+    assert keys[1] != keys[0], "the second process is another attempt"
+    assert keys[2] == keys[1], "the third has the second one's restore points: the same answer"
+    assert len(station.messages(CHECKPOINTS)) == 2
+
+
 def test_labels_that_are_shuffled_after_a_cut_roll_it_back_and_everybody_is_told(
     station: Station,
 ) -> None:
