@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from redis import Redis as SyncRedis
 from redis.asyncio import Redis
 from station import Station, checkpoint
 from test_bad_input import put_nan, with_statistics
@@ -114,6 +115,27 @@ def test_a_cut_on_probation_and_one_that_went_along_say_nothing_to_the_breaker(
     assert failures(station) == 2
     tell(station, outcome_of(decision, result="applied", watched=0))
     assert failures(station) == 0
+
+
+def test_an_outcome_that_comes_again_or_of_another_run_moves_no_breaker(station: Station) -> None:
+    station.worker()
+    station.publish(checkpoint())
+    (decision,) = station.wait_decisions(1)
+    tell(station, outcome_of(decision, result="applied", watched=0))
+    tell(station, outcome_of(decision, result="rolled_back", rolled_back_epoch=62))
+    assert failures(station) == 1
+    for delivery in station.read(OUTCOMES):  # the same events, appended again by somebody
+        with SyncRedis.from_url(station.url) as redis:
+            redis.xadd(OUTCOMES.key(station.partition), dict(delivery.fields))  # type: ignore[arg-type]
+    foreign = outcome_of(decision, result="applied", watched=0).model_copy(
+        update={"run_id": "another"}
+    )
+    station.on_bus(lambda bus: bus.publish(OUTCOMES, foreign, source="t", run_id="another"))
+    station.wait_for(lambda: station.read(DEAD), "the foreign outcome's dead letter")
+    tell(station)
+    assert failures(station) == 1
+    (letter,) = station.messages(DEAD)
+    assert letter.error_code == "identity_mismatch"  # type: ignore[attr-defined]
 
 
 def test_a_cut_that_was_rolled_back_is_not_proposed_again_for_the_same_evidence(
