@@ -20,7 +20,8 @@ from elesh.program.measure import judged
 from elesh.safety.paired import Outcomes, accuracy_drop, loss_rise
 from elesh.trainer import Evaluation
 from elesh.trainer.calibration.losses import Loss
-from elesh.trainer.network.calling import call, device_of, main_output, map_tensors, preserve_state
+from elesh.trainer.network.calling import call, device_of, main_output, map_tensors
+from elesh.trainer.network.state import preserve_state
 from leyline import InvalidField
 
 from .samples import Batch

@@ -19,8 +19,8 @@ from elesh.trainer.network.calling import (
     call,
     device_of,
     map_tensors,
-    preserve_state,
 )
+from elesh.trainer.network.state import preserve_state
 
 __all__ = ["compared"]
 
