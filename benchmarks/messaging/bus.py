@@ -77,7 +77,7 @@ async def _no_op(bus: Bus, delivery: Delivery) -> None:
         idempotency_key=str(key), analysed=0, marked=0, error_bound=0.0, confidence=1.0
     )
     committing = Commit(key, "f", report, delivery.carrier)
-    committed = await bus.commit(GROUP, NAME, delivery, [committing])
+    committed = await bus.commit(GROUP, NAME, delivery, committing)
     if committed != [CommitOutcome.COMMITTED]:
         raise AssertionError(committed)
 

@@ -53,8 +53,8 @@ async def elesh(bus: Bus, base: int, count: int) -> None:
         (delivery,) = await bus.claim(GROUP, NAME, (OUTCOMES,), count=1, block_seconds=0)
         message = report(number)
         key = IdempotencyKey.parse(message.idempotency_key)
-        committed = await bus.commit(GROUP, NAME, delivery, [Commit(key, "f", message, {})])
-        if committed != [CommitOutcome.COMMITTED]:
+        committed = await bus.commit(GROUP, NAME, delivery, Commit(key, "f", message, {}))
+        if committed is not CommitOutcome.COMMITTED:
             raise AssertionError(committed)
 
 
@@ -67,7 +67,7 @@ async def raw_settle(bus: Bus, base: int, count: int) -> None:
     for number in range(base, base + count):
         ((_, ((entry, _),)),) = await scripts.claim([source], GROUP, NAME, 1)
         record = keys.named("record", f"bench-{number}")
-        args = [GROUP, NAME, entry, 3600, 1, 0, "k", "f", -1, 2, "envelope", body]
+        args = [GROUP, NAME, entry, 3600, "k", "f", -1, 2, "envelope", body]
         await scripts.commit([source, target, dead, record, latest], args)
 
 

@@ -7,7 +7,7 @@ whose class is ``error.code``; both are stable enough to search for and to alert
 from __future__ import annotations
 
 import reprlib
-from typing import Any, ClassVar
+from typing import ClassVar
 
 _MAX_FOUND = 120
 _MAX_PART = 1000
@@ -59,17 +59,6 @@ class ContractError(Exception):
     def inside(self, place: str) -> ContractError:
         """The same error with ``place`` (a file, a message) before its field."""
         return type(self)(f"{place}: {self.field}", self.expected, self.found, hint=self.hint)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Errors travel from the compute child to its supervisor, so they must survive pickling
-        # by the pipe between the two (never anything that came over the bus).
-        return (_rebuild, (type(self), self.field, self.expected, self.found, self.hint))
-
-
-def _rebuild(
-    kind: type[ContractError], field: str, expected: str, found: str, hint: str
-) -> ContractError:
-    return kind(field, expected, found, hint=hint)
 
 
 class Malformed(ContractError):

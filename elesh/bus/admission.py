@@ -66,8 +66,8 @@ SUPPORTED = (Level.CHANNEL, Level.HEAD, Level.LAYER)
 class Work:
     """A checkpoint to analyse: the key of its decision, its document and where its blobs are."""
 
-    keys: tuple[IdempotencyKey, ...]
-    """The one key: of the level that is asked for, or ``joint`` for several."""
+    key: IdempotencyKey
+    """Of the decision: at the level that is asked for, or ``joint`` for several."""
     fingerprint: str
     document: CheckpointDocument
     statistics: BlobRef
@@ -85,11 +85,6 @@ class Work:
     def epoch(self) -> int:
         """The epoch of the checkpoint."""
         return self.document.metadata.epoch
-
-    @property
-    def key(self) -> IdempotencyKey:
-        """The key of the decision."""
-        return self.keys[0]
 
     @property
     def levels(self) -> tuple[Level, ...]:
@@ -291,7 +286,7 @@ def _work(
                 hint="this build does not analyse that level",
             )
     work = Work(
-        keys=(key.at(decided_level(document.levels)),),
+        key=key.at(decided_level(document.levels)),
         fingerprint=fingerprint(message),
         document=document,
         statistics=message.statistics,

@@ -285,34 +285,28 @@ class Bus:
         group: str,
         consumer: str,
         delivery: Delivery,
-        results: Sequence[Commit],
+        result: Commit,
         served: Sequence[str] = (),
         dead_letter: DeadLetter | None = None,
-    ) -> list[CommitOutcome]:
-        """Store, publish and acknowledge in one atomic step; what became of each result.
+    ) -> CommitOutcome:
+        """Store, publish and acknowledge in one atomic step; what became of the result.
 
-        If the consumer no longer owns the entry, all are LOST and nothing changes. If one is in
-        CONFLICT, the entry stays pending: make it a dead letter. ``served`` are keys that are
-        deleted, and ``dead_letter`` a dead letter that is published, with the acknowledgement.
+        If the consumer no longer owns the entry, it is LOST and nothing changes. On a CONFLICT the
+        entry stays pending: make it a dead letter. ``served`` are keys that are deleted, and
+        ``dead_letter`` a dead letter that is published, with the acknowledgement.
         """
-        if not results:
-            raise ValueError("settle needs a result; acknowledge an entry that has none")
         now = await self.clock.now()
         keys = [self.groups.entry(delivery)[0], *map(self.keys.stream, (DECISIONS, DEAD))]
-        dead_lettered = (
-            self._dead_letter_fields(dead_letter, results[0].carrier) if dead_letter else []
-        )
+        latest = self._latest(result.run_id, result.key.level)
+        keys += [self.keys.named("record", str(result.key)), latest]
+        dead = self._dead_letter_fields(dead_letter, result.carrier) if dead_letter else []
+        framed = self.guard.frame(DECISIONS, encode(_committed(result, now)))
+        fields = entry_fields(framed, result.carrier)
+        epoch = result.key.epoch if result.remember else -1
         args: list[str | bytes | int] = [group, consumer, delivery.entry_id]
-        args += [self.settings.record_ttl_seconds, len(results), len(dead_lettered), *dead_lettered]
-        for result in results:
-            level = result.key.level
-            keys += [self.keys.named("record", str(result.key)), self._latest(result.run_id, level)]
-            framed = self.guard.frame(DECISIONS, encode(_committed(result, now)))
-            fields = entry_fields(framed, result.carrier)
-            epoch = result.key.epoch if result.remember else -1
-            args += [str(result.key), result.fingerprint, epoch, len(fields), *fields]
-        verdicts = await self._scripts.commit([*keys, *served], args)
-        return [CommitOutcome(verdict) for verdict in verdicts]
+        args += [self.settings.record_ttl_seconds, str(result.key), result.fingerprint, epoch]
+        args += [len(fields), *fields, *dead]
+        return CommitOutcome(await self._scripts.commit([*keys, *served], args))
 
     async def remember_settings(self, settings_hash: str, text: str) -> None:
         """Keep the settings (JSON) that decisions name by their hash, as long as their records.

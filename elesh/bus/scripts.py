@@ -80,9 +80,10 @@ class Scripts:
         reply: list[Any] = await self._reap(keys, args)
         return reply
 
-    async def commit(self, keys: Sequence[str], args: Args) -> list[str]:
-        """Commit an entry's results; a verdict for each. See ``lua/commit.lua``."""
-        return [verdict.decode() for verdict in await self._commit(keys, args)]
+    async def commit(self, keys: Sequence[str], args: Args) -> str:
+        """Commit an entry's result; the verdict. See ``lua/commit.lua``."""
+        verdict: bytes = await self._commit(keys, args)
+        return verdict.decode()
 
     async def acknowledge(self, keys: Sequence[str], args: Args) -> bool:
         """Acknowledge an entry, append and delete; False if it is not owned."""

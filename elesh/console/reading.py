@@ -138,8 +138,8 @@ class Reader:
             start = self._looked_at.get(stream.name, "-")
             for delivery in await self.bus.read(stream, start=start):
                 self._looked_at[stream.name] = f"({delivery.entry_id}"
-                for found in work.keys if (work := self._admitted(delivery)) else ():
-                    self._places[found] = (stream, delivery.entry_id)
+                if work := self._admitted(delivery):
+                    self._places[work.key] = (stream, delivery.entry_id)
         while len(self._places) > _PLACES:
             del self._places[next(iter(self._places))]
         if key not in self._places:

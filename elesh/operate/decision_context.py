@@ -62,7 +62,7 @@ async def _work(bus: Bus, settings: Settings, key: IdempotencyKey) -> Work | Non
                 work = admit(hear(delivery, bus.guard), window=window, now=now, redriven=now)
             except ContractError:
                 continue  # it is among the dead letters
-            if isinstance(work, Work) and key in work.keys:
+            if isinstance(work, Work) and key == work.key:
                 return work
     return None
 

@@ -155,7 +155,7 @@ class ParameterExecutor:
         result = Commit(
             key, content, masks, onward(delivery.carrier), request.run_id, request.epoch
         )
-        (committed,) = await self._bus.commit(WORKERS, self._worker_id, delivery, [result])
+        committed = await self._bus.commit(WORKERS, self._worker_id, delivery, result)
         marked = sum(mask.marked for mask in masks.masks)
         _log.info(f"masks {committed}", key=str(key), marked=marked, confidence=masks.confidence)
         if committed is CommitOutcome.CONFLICT:

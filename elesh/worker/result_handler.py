@@ -206,8 +206,8 @@ class ResultHandler:
             await self._bus.remember_settings(
                 self._settings.analysis_hash, self._settings.analysis_json
             )
-            (committed,) = await self._bus.commit(
-                WORKERS, self._worker_id, delivery, [result], served, dead_letter
+            committed = await self._bus.commit(
+                WORKERS, self._worker_id, delivery, result, served, dead_letter
             )
         self._reports.commit_outcome(work, decision, committed)
         if committed is CommitOutcome.CONFLICT:

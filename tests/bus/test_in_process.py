@@ -26,12 +26,12 @@ def test_publish_claim_and_settle_work_on_a_server_of_pure_python():
         (delivery,) = await bus.claim("g", "c", (OUTCOMES,), count=5, block_seconds=0)
         key = IdempotencyKey(1, "0" * 16, "ck-1", Level.CHANNEL)
         result = Commit(key, "f" * 64, outcome(), {})
-        committed = await bus.commit("g", "c", delivery, [result])
+        committed = await bus.commit("g", "c", delivery, result)
         again = await bus.claim("g", "c", (OUTCOMES,), count=5, block_seconds=0)
         return committed, again, await bus.read(DECISIONS)
 
     committed, again, published = asyncio.run(scenario())
-    assert committed == [CommitOutcome.COMMITTED]
+    assert committed is CommitOutcome.COMMITTED
     assert again == []
     assert [unwrap(read_envelope(d.envelope)) for d in published] == [outcome()]
 

@@ -27,12 +27,12 @@ def test_results_that_are_settled_side_by_side_need_one_connection(tmp_path: Pat
         results = [result(min(number, 17)) for number in range(20)]
         committed = await asyncio.gather(
             *(
-                bus.commit(GROUP, "w1", delivery, [committing])
+                bus.commit(GROUP, "w1", delivery, committing)
                 for delivery, committing in zip(deliveries, results, strict=True)
             )
         )
         expected = [CommitOutcome.COMMITTED] * 18 + [CommitOutcome.DUPLICATE, CommitOutcome.LOST]
-        assert committed == [[verdict] for verdict in expected]
+        assert committed == expected
         assert len(await bus._client.client_list()) == 1
         await bus.close()
 

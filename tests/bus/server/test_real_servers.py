@@ -41,7 +41,7 @@ async def settled_once(bus: Bus, epoch: int = 1) -> None:
     """The whole way of a message, from publish to a decision that can be read."""
     await publish(bus, epoch)
     (delivery,) = await claim(bus)
-    assert await bus.commit(GROUP, "w1", delivery, [result(epoch)]) == [CommitOutcome.COMMITTED]
+    assert await bus.commit(GROUP, "w1", delivery, result(epoch)) is CommitOutcome.COMMITTED
     assert (await bus.record(key(epoch))) is not None
 
 
@@ -73,11 +73,11 @@ def test_a_full_server_takes_nothing_by_halves_and_is_used_again(server: Server)
             redis.config_set("maxmemory-policy", "noeviction")
             redis.config_set("maxmemory", "1mb")
             with pytest.raises(BusUnavailable, match=r"maxmemory.*see its memory"):
-                await bus.commit(GROUP, "w1", delivery, [result(1)])
+                await bus.commit(GROUP, "w1", delivery, result(1))
             assert await bus.record(key(1)) is None
             assert (await bus.pending(GROUP, OUTCOMES)).pending == 1
             redis.config_set("maxmemory", "0")
-        assert await bus.commit(GROUP, "w1", delivery, [result(1)]) == [CommitOutcome.COMMITTED]
+        assert await bus.commit(GROUP, "w1", delivery, result(1)) is CommitOutcome.COMMITTED
         assert len(await bus.read(DECISIONS)) == 1
         await bus.close()
 
@@ -92,9 +92,9 @@ def test_a_replica_is_said_to_be_read_only_and_nothing_is_half_done(server: Serv
         with server.client() as redis:
             redis.replicaof("127.0.0.1", str(free_port()))
             with pytest.raises(BusUnavailable, match="see its role"):
-                await bus.commit(GROUP, "w1", delivery, [result(1)])
+                await bus.commit(GROUP, "w1", delivery, result(1))
             redis.replicaof("NO", "ONE")
-        assert await bus.commit(GROUP, "w1", delivery, [result(1)]) == [CommitOutcome.COMMITTED]
+        assert await bus.commit(GROUP, "w1", delivery, result(1)) is CommitOutcome.COMMITTED
         assert len(await bus.read(DECISIONS)) == 1
         await bus.close()
 
@@ -154,7 +154,7 @@ def test_a_server_killed_again_and_again_while_settling_decides_each_key_once(
                 await bus.reaper.reap(GROUP, "w1", STREAMS)
                 for delivery in await claim(bus, count=5):
                     epoch = int(delivery.carrier["tracestate"].split("=")[1])
-                    (verdict,) = await bus.commit(GROUP, "w1", delivery, [result(epoch)])
+                    verdict = await bus.commit(GROUP, "w1", delivery, result(epoch))
                     assert verdict is not CommitOutcome.CONFLICT
             except BusUnavailable:
                 await bus.when_available()

@@ -62,7 +62,7 @@ def test_a_checkpoint_that_was_decided_meanwhile_is_not_planned_again(with_bus):
         await publish(bus, 2)
         first, late = await claim(bus, count=2)
         committed = replace(result(1, "one"), key=key(1, Level.JOINT))
-        assert await bus.commit(GROUP, "w1", first, [committed]) == [CommitOutcome.COMMITTED]
+        assert await bus.commit(GROUP, "w1", first, committed) is CommitOutcome.COMMITTED
         assert await planned(bus, late, "other") == Planned.CONFLICT
         assert await planned(bus, late) == Planned.DUPLICATE
         assert await claim(bus, count=9, streams=BOTH) == []
@@ -170,9 +170,7 @@ def test_what_a_plan_leaves_goes_with_its_decision(with_bus):
         parts = await begun(bus)
         for part in parts[:2]:
             await store(bus, part)
-        [committed] = await bus.commit(
-            GROUP, "w1", parts[2], [result(1)], bus.plans.served_keys(KEY)
-        )
+        committed = await bus.commit(GROUP, "w1", parts[2], result(1), bus.plans.served_keys(KEY))
         assert committed is CommitOutcome.COMMITTED
         assert await bus.plans.load(KEY) is None
         assert await bus.plans.results(PLAN) == {}

@@ -306,7 +306,7 @@ async def commit(bus: Bus, decision: StructuralPruningDecision) -> None:
     await bus.publish(MASKS, decision, source="test")
     (delivery,) = await bus.claim("makers", "maker", [MASKS], count=1, block_seconds=0)
     result = Commit(decision.key, "fp", decision, {}, "run", decision.epoch)
-    await bus.commit("makers", "maker", delivery, [result])
+    await bus.commit("makers", "maker", delivery, result)
 
 
 @pytest.mark.parametrize("there", [True, False])
