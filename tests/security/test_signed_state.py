@@ -86,7 +86,7 @@ def test_a_record_of_another_key_or_without_a_signature_is_refused(signed):
     async def scenario(bus: Bus) -> None:
         await publish(bus, 1, 2)
         for number, delivery in enumerate(await claim(bus, count=2), 1):
-            await bus.commit(GROUP, "w1", delivery, [result(number)])
+            await bus.commit(GROUP, "w1", delivery, result(number))
         one, two = (bus.keys.named("record", str(key(number))) for number in (1, 2))
         assert await bus.record(key(1)) is not None
         envelope = await bus._client.hget(two, "envelope")
