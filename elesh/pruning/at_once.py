@@ -27,6 +27,7 @@ from elesh.safety import Measured, Proposal
 from elesh.settings import Settings
 from elesh.trainer import Evaluation, Recorder, Surgeon
 from elesh.trainer.calibration.losses import Loss
+from elesh.trainer.goals import Goals
 from elesh.trainer.network.calling import batch_size, device_of, map_tensors
 from elesh.trainer.surgery.lineage import lineage_of
 from leyline import (
@@ -42,7 +43,6 @@ from .judging import Evaluate, HeldOut, Judge, Limits, Validation, outcomes, req
 from .latency import compared
 from .progress import Progress
 from .report import Figures, PruningReport, Round, Spared, spared_of
-from .resources import Goals
 from .samples import Batch, Samples, divided
 
 __all__ = ["prune"]

@@ -45,7 +45,7 @@ def attach(
     scaler: Stateful | None = None,
     restore_dir: str | Path = "elesh-restore",
     url: str = "",
-    settings: Settings | None = None,
+    settings: Settings | str | Path | None = None,
     ignored_layers: Sequence[str] = (),
     observers: Sequence[SessionObserver] = (),
     **parts: Stateful | torch.Generator,
@@ -77,8 +77,8 @@ def attach(
         restore_dir: where restore points are kept, in a folder named like the run.
         url: Redis URL; empty: ``ELESH_REDIS_URL``, else the embedded server. Workers
             (``elesh worker``) run beside it, on this machine or others.
-        settings: schedule, limits and all the rest; :class:`Settings` of files and environment if
-            not given.
+        settings: schedule, limits and all the rest, or the file that has them; without, the file
+            that ``ELESH_SETTINGS`` names, else the defaults.
         ignored_layers: names of layers, or of modules that hold some, whose outputs stay.
         observers: told of checkpoints and outcomes (``TensorBoardSummaries``).
 
@@ -93,6 +93,7 @@ def attach(
         (),
         held_out=held_out or joined(samples.held_out),
         evaluate=lambda network, batches: evaluated(evaluate()),
+        budget=budget,
         every=every,
         levels=[Level(level) for level in levels],
         ignored_layers=ignored_layers,

@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from elesh.trainer.goals import ResourceUse
 from leyline import Level, PrunedArchitecture
 
 __all__ = ["Figures", "PruningReport", "ResourceUse", "Round", "Spared"]
@@ -31,22 +32,6 @@ class Figures:
     """Multiply-accumulates of one sample."""
     latency: dict[int, float] = field(default_factory=dict)
     """Seconds of one call by the samples in it, measured on the network's device."""
-
-
-@dataclass(frozen=True)
-class ResourceUse:
-    """How far a budget was reached."""
-
-    resource: str
-    asked: float
-    """Share of the original network that may be left."""
-    reached: float
-    """Share that is left."""
-
-    @property
-    def met(self) -> bool:
-        """Whether it is."""
-        return self.reached <= self.asked + 1e-9
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,12 +14,21 @@ from elesh.observe import get_logger
 from elesh.trainer.calibration.losses import class_axis
 from elesh.trainer.calibration.recorder import Recorder
 from elesh.trainer.export import Exporter, calibration_inputs, is_worth_exporting
+from elesh.trainer.goals import Goals
 from elesh.trainer.network.calling import Inputs, call, device_of, main_output, map_tensors
 from elesh.trainer.session.apply import Evaluation
 from elesh.trainer.session.session import Session
 from elesh.trainer.surgery.data_parallel import unwrapped
+from elesh.trainer.surgery.lineage import lineage_of
 from elesh.trainer.surgery.surgeon import Surgeon
-from leyline import ContractError, InvalidField, Level, NetworkExport, PruningOutcome
+from leyline import (
+    ContractError,
+    InvalidField,
+    Level,
+    NetworkExport,
+    PruningOutcome,
+    StructuralPruningDecision,
+)
 
 from .checkpoints import Loading
 
@@ -40,6 +50,11 @@ class EveryEpoch:
             of neither training nor validation data; the network is published with it while
             something may be cut. Without it, workers decide by prediction.
         evaluate: how, if not by accuracy and cross-entropy of logits.
+        budget: what may be left of the original network at the end, by resource
+            (``{"macs": 0.5}``; parameters, macs, memory, latency): every checkpoint asks for what
+            is still missing, within the schedule's limits. Without, the schedule's shares.
+        reconstruct: whether what reads the kept units is solved again in every cut; None: as
+            the session's settings say.
         every: epochs between two checkpoints.
         levels: what may be removed.
         ignored_layers: whose outputs shall stay (see :class:`Recorder`).
@@ -53,6 +68,8 @@ class EveryEpoch:
         *,
         held_out: tuple[Inputs, Tensor] | None = None,
         evaluate: Callable[[nn.Module, Batches], Evaluation] | None = None,
+        budget: Mapping[str, float] | None = None,
+        reconstruct: bool | None = None,
         every: int = 5,
         levels: Sequence[Level] = (Level.CHANNEL,),
         ignored_layers: Sequence[str] = (),
@@ -62,7 +79,10 @@ class EveryEpoch:
         """Set by :meth:`begin`; its architecture is what the network looks like."""
         self._calibration, self._validation, self._held_out = calibration, validation, held_out
         self._evaluate = evaluate or classification
-        self._ignored = ignored_layers
+        self._ignored, self._budget = ignored_layers, budget
+        self._goals: Goals | None = None
+        chosen = session.settings.structured_pruning.channel_analysis.redistribute
+        self._reconstruct = chosen if reconstruct is None else reconstruct
         self._loading: Loading | None = None
         self._relabelled = False
 
@@ -128,6 +148,11 @@ class EveryEpoch:
             raise InvalidField("processes", "one training process", processes, hint=hint)
         surgeon = self.look_at(network)
         surgeon.train_with(optimizer)
+        if self._budget is not None:
+            first, known = surgeon.architecture, lineage_of(self._network)
+            original = known.original if known else first
+            example = self._calibration[0][0]
+            self._goals = Goals.of(self._network, example, first, original, self._budget)
         return self.session.resume(surgeon, here=epoch or None, **parts)
 
     def end_epoch(self, epoch: int) -> list[PruningOutcome]:
@@ -135,10 +160,16 @@ class EveryEpoch:
         assert self.surgeon is not None, "begin comes first"
         found = self.session.watch(epoch, self.evaluate)
         for decision in self.session.decisions():
-            found.append(self.session.apply(decision, self.surgeon, self.evaluate))
+            found.append(self._apply(decision, self.surgeon))
         if epoch % self.every == 0:
             self._checkpoint(epoch)
         return found
+
+    def _apply(self, decision: StructuralPruningDecision, surgeon: Surgeon) -> PruningOutcome:
+        refit = None
+        if self._reconstruct and decision.units:
+            refit = partial(self._recorder.moments, self._calibration, decision.units)
+        return self.session.apply(decision, surgeon, self.evaluate, redistribute=refit)
 
     def evaluate(self) -> Evaluation:
         """How well the network does now; its training flags are left as they are."""
@@ -155,10 +186,20 @@ class EveryEpoch:
         self._recorder.architecture = self.surgeon.architecture
         with self.session.checkpoint(epoch):
             bundle = self._recorder.measure(
-                self._calibration, epoch=epoch, run_id=self.session.run_id
+                self._calibration,
+                epoch=epoch,
+                run_id=self.session.run_id,
+                redistribute=self._reconstruct,
             )
-            network = self._export(epoch)
-            self.session.publish(replace(bundle, levels=self.levels, network=network))
+            network, asked = self._export(epoch), bundle.parameters
+            if self._goals is not None:
+                missing = self._goals.next(self.surgeon.architecture, 1.0)
+                if missing is None:
+                    _log.info("budget reached, nothing more is asked for", epoch=epoch)
+                    return
+                asked = asked.model_copy(update={"budget": missing})
+            bundle = replace(bundle, levels=self.levels, network=network, parameters=asked)
+            self.session.publish(bundle)
 
     def _export(self, epoch: int) -> NetworkExport | None:
         """The network for workers to measure on, where they have a use for it."""

@@ -1,4 +1,5 @@
-"""Budgets of the original network, and how far a network is from them."""
+"""Budgets of the original network, and how far a network is from them. Pure, but for timing the
+layers where latency is among them."""
 
 from __future__ import annotations
 
@@ -14,9 +15,23 @@ from elesh.trainer.network.calling import Inputs
 from leyline import Budget, InvalidField, LatencyTable, PrunedArchitecture
 from leyline.messages.budget import Resource
 
-from .report import ResourceUse
+__all__ = ["Goals", "ResourceUse"]
 
-__all__ = ["Goals"]
+
+@dataclass(frozen=True)
+class ResourceUse:
+    """How far a budget was reached."""
+
+    resource: str
+    asked: float
+    """Share of the original network that may be left."""
+    reached: float
+    """Share that is left."""
+
+    @property
+    def met(self) -> bool:
+        """Whether it is."""
+        return self.reached <= self.asked + 1e-9
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,103 @@
+"""What the callbacks do after an epoch: budget, reconstruction and accuracy reach the bus."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from guarded import decide
+from torch import nn
+from trainer_nets import batches, build
+
+from elesh.trainer import Evaluation, Session
+from elesh.trainer.adapters.epochs import EveryEpoch
+from leyline import CheckpointBundle, InvalidField, StructuralPruningDecision
+
+AWAY = "redis://127.0.0.1:1/0"
+
+
+class Kept(Session):
+    """A session that keeps what it publishes and hears what it is told to."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__("run", AWAY, **given)
+        self.published: list[CheckpointBundle] = []
+        self.answers: list[StructuralPruningDecision] = []
+
+    def publish(self, bundle: CheckpointBundle) -> bool:
+        self.published.append(self._with_accuracy(bundle))
+        return True
+
+    def decisions(self) -> list[StructuralPruningDecision]:
+        found, self.answers = self.answers, []
+        return found
+
+
+def running(session: Session, **given: Any) -> tuple[EveryEpoch, nn.Module]:
+    torch.manual_seed(0)
+    network, data = build("Vgg"), list(batches(2))
+    epochs = EveryEpoch(session, data, data, every=1, **given)
+    epochs.begin(network, torch.optim.SGD(network.parameters(), 0.1))
+    return epochs, network
+
+
+def test_every_checkpoint_asks_for_what_is_missing_of_the_original_budget() -> None:
+    session = Kept()
+    epochs, _ = running(session, budget={"macs": 0.5})
+    epochs.end_epoch(1)
+    budget = session.published[0].parameters.budget
+    assert budget is not None
+    assert (budget.resource, budget.at_most) == ("macs", 0.5)
+    surgeon = epochs.surgeon
+    assert surgeon is not None
+    session.answers = [decide(surgeon.architecture, units=8, groups=1)]
+    epochs._evaluate = lambda *_: Evaluation(0.9, 0.1)
+    (outcome,) = epochs.end_epoch(2)
+    assert outcome.result == "applied"
+    now = surgeon.architecture
+    budget = session.published[1].parameters.budget
+    assert budget is not None
+    assert budget.at_most * now.macs == pytest.approx(0.5 * now.original_macs)
+
+
+def test_nothing_is_asked_for_once_the_budget_is_reached() -> None:
+    session = Kept()
+    epochs, _ = running(session, budget={"parameters": 1.0})
+    epochs.end_epoch(1)
+    assert session.published == []
+
+
+def test_a_budget_that_nobody_knows_is_refused_before_training() -> None:
+    with pytest.raises(InvalidField, match="budget"):
+        running(Kept(), budget={"speed": 0.5})
+
+
+@pytest.mark.parametrize("asked", [True, None])
+def test_cuts_are_reconstructed_where_the_callback_or_the_settings_say_so(
+    tmp_path: Path, asked: bool | None
+) -> None:
+    file = tmp_path / "elesh.yaml"
+    on = "elesh: {structured_pruning: {channel_analysis: {redistribute: true}}}"
+    file.write_text(on if asked is None else "elesh: {}")
+    weights = []
+    for reconstruct in (asked, False):
+        session = Kept(settings=file)
+        epochs, network = running(session, reconstruct=reconstruct)
+        epochs._evaluate = lambda *_: Evaluation(0.9, 0.1)
+        assert epochs.surgeon is not None
+        session.answers = [decide(epochs.surgeon.architecture)]
+        epochs.end_epoch(1)
+        assert session.published[0].parameters.redistribute is (reconstruct is not False)
+        weights.append(torch.cat([p.detach().flatten() for p in network.parameters()]))
+    assert weights[0].shape == weights[1].shape
+    assert not torch.equal(*weights)
+
+
+def test_a_checkpoint_has_its_accuracy_by_itself() -> None:
+    session = Kept()
+    epochs, _ = running(session)
+    epochs.end_epoch(1)
+    accuracy = session.published[0].metadata.accuracy
+    assert accuracy == epochs.evaluate().accuracy
