@@ -9,6 +9,7 @@ every step that changes anything. Commands of Redis 7.0 only. Every method raise
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -321,9 +322,12 @@ class Bus:
         self._remembered[settings_hash] = now + _REMEMBER_SECONDS
 
     async def settings_of(self, settings_hash: str) -> dict[str, Any] | None:
-        """The settings that decided, without what has no part in decisions; None if unknown."""
+        """The settings that decided, without what has no part in decisions; None if unknown, or if
+        they are not what the hash says."""
         stored: Any = await self._client.get(self.keys.named("settings", settings_hash))
-        return dict(json.loads(stored)) if stored else None
+        if not stored or not hashlib.sha256(stored).hexdigest().startswith(settings_hash):
+            return None
+        return dict(json.loads(stored))
 
     async def acknowledge(
         self, group: str, consumer: str, delivery: Delivery, served: Sequence[str] = ()

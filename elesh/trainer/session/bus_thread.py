@@ -265,12 +265,15 @@ class BusThread:
     async def _hear_record(self, bus: Bus, key: IdempotencyKey, carrier: Mapping[str, str]) -> None:
         """Take in a decision that was made before: a run that was killed publishes checkpoints
         again, which are answered once."""
-        record = await bus.record(key)
-        if record is not None:
-            heard = read(record.envelope, DECISIONS)
-            if heard.run_id == self._run_id:
-                _log.info("decision made before", key=str(key))
-                self._mailbox.deliver(Incoming(heard.message, carrier))
+        try:
+            record = await bus.record(key)
+            heard = read(record.envelope, DECISIONS) if record else None
+        except ContractError as error:
+            _log.warning("decision made before passed over", key=str(key), reason=str(error))
+            return
+        if heard is not None and heard.run_id == self._run_id:
+            _log.info("decision made before", key=str(key))
+            self._mailbox.deliver(Incoming(heard.message, carrier))
 
     async def _listen(self, bus: Bus, stream: Stream, last: str, closing: asyncio.Event) -> None:
         while True:
