@@ -7,6 +7,7 @@ with this host's clock that never jumps.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from datetime import UTC, datetime
 
@@ -25,16 +26,25 @@ class ServerClock:
         self._client = client
         self._ahead: float | None = None
         self._asked = 0.0
+        self._asking = asyncio.Lock()
 
     async def now(self) -> datetime:
         """The time there."""
-        if self._ahead is None or time.monotonic() - self._asked > _SECONDS:
-            before = time.monotonic()
-            seconds, microseconds = await self._client.time()
-            self._asked = time.monotonic()
-            # The answer was made some time between question and answer.
-            self._ahead = int(seconds) + int(microseconds) / 1e6 - (before + self._asked) / 2
+        if self._is_old():
+            async with self._asking:  # tasks that ask at once need one answer, and one connection
+                if self._is_old():
+                    await self._ask()
         return self.latest()
+
+    def _is_old(self) -> bool:
+        return self._ahead is None or time.monotonic() - self._asked > _SECONDS
+
+    async def _ask(self) -> None:
+        before = time.monotonic()
+        seconds, microseconds = await self._client.time()
+        self._asked = time.monotonic()
+        # The answer was made some time between question and answer.
+        self._ahead = int(seconds) + int(microseconds) / 1e6 - (before + self._asked) / 2
 
     def latest(self) -> datetime:
         """The time there by the last answer; this host's, before there was any."""
