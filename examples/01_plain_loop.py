@@ -1,17 +1,19 @@
-"""A plain PyTorch loop under Elesh: the ten lines that a training script needs are marked.
+"""A plain PyTorch loop under Elesh: the lines that a training script needs are marked.
 
 ``python examples/01_plain_loop.py`` starts a server and a worker of its own, trains a small network
-on handwritten digits, and says what was cut.
+on handwritten digits, says what was cut, and saves what is left.
 """
 
 from __future__ import annotations
+
+import tempfile
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+import elesh
 from elesh.demo import Digits, local_fleet
-from elesh.trainer import Evaluation, Recorder, Session, Surgeon
 
 EPOCHS, EVERY = 12, 2
 SCHEDULE = {  # the design document's phases, shortened from 30 epochs each
@@ -38,36 +40,45 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 
     @torch.no_grad()
-    def evaluate() -> Evaluation:
-        model.eval()
+    def evaluate() -> elesh.Evaluation:
         logits, labels = model(data.validation.images), data.validation.labels
-        model.train()
         right = (logits.argmax(1) == labels).float().mean()
-        return Evaluation(float(right), float(cross_entropy(logits, labels)))
+        return elesh.Evaluation(float(right), float(cross_entropy(logits, labels)))
 
-    recorder = Recorder(model, data.train.images[:2])  # Elesh
-    surgeon = Surgeon(model, recorder.architecture, optimizer=optimizer)  # Elesh
+    def train_one_epoch() -> None:
+        model.train()
+        for rows in torch.randperm(len(data.train)).split(64):
+            optimizer.zero_grad()
+            cross_entropy(model(data.train.images[rows]), data.train.labels[rows]).backward()
+            optimizer.step()
+
     with (
+        tempfile.TemporaryDirectory() as folder,
         local_fleet({"structured_pruning": {"safety_schedule": SCHEDULE}}) as (url, settings),
-        Session("plain-loop", url, settings) as session,  # Elesh
+        elesh.attach(  # Elesh
+            model,
+            optimizer,
+            run_id="plain-loop",
+            calibration=data.calibration(),
+            evaluate=evaluate,
+            every=EVERY,
+            url=url,  # a server of this script's own; left out: ELESH_REDIS_URL, else embedded
+            settings=settings,
+            restore_dir=folder,  # a real run keeps it, and goes on from there after a kill
+        ) as pruning,
     ):
-        for epoch in range(1, EPOCHS + 1):
-            for start in range(0, len(data.train), 64):
-                images = data.train.images[start : start + 64]
-                labels = data.train.labels[start : start + 64]
-                optimizer.zero_grad()
-                cross_entropy(model(images), labels).backward()
-                optimizer.step()
-            session.watch(epoch, evaluate)  # Elesh
-            for decision in session.decisions():  # Elesh
-                outcome = session.apply(decision, surgeon, evaluate)  # Elesh
+        for epoch in pruning.epochs(EPOCHS):  # Elesh
+            train_one_epoch()
+            for outcome in pruning.step(epoch):  # Elesh
                 print(f"epoch {epoch}: {outcome.result} {outcome.detail}")
             if epoch % EVERY == 0:
-                recorder.architecture = surgeon.architecture  # Elesh
-                bundle = recorder.measure(data.calibration(), epoch=epoch, run_id="plain-loop")
-                session.publish(bundle)  # Elesh
-                session.wait(10)  # only because this run is so short
-    before, after = surgeon.architecture.original_parameters, surgeon.architecture.parameters
+                pruning.session.wait(10)  # only because this run is so short
+        print(pruning)
+        elesh.save(model, f"{folder}/pruned")  # Elesh
+        again = elesh.load(f"{folder}/pruned", network()).eval()  # Elesh
+        assert torch.equal(again(data.held_out.images), model.eval()(data.held_out.images))
+    architecture = pruning.architecture
+    before, after = architecture.original_parameters, architecture.parameters
     print(f"parameters {before} -> {after}, accuracy {evaluate().accuracy:.3f}")
 
 
