@@ -26,18 +26,17 @@ class ServerClock:
         self._client = client
         self._ahead: float | None = None
         self._asked = 0.0
-        self._asking = asyncio.Lock()
+        self._asking: asyncio.Task[None] | None = None
 
     async def now(self) -> datetime:
         """The time there."""
-        if self._is_old():
-            async with self._asking:  # tasks that ask at once need one answer, and one connection
-                if self._is_old():
-                    await self._ask()
+        if self._ahead is None or time.monotonic() - self._asked > _SECONDS:
+            # Tasks that ask at once share one answer, and go on in the same turn of the loop, so
+            # that what they send next shares a round trip, too.
+            if self._asking is None or self._asking.done():
+                self._asking = asyncio.create_task(self._ask())
+            await asyncio.shield(self._asking)
         return self.latest()
-
-    def _is_old(self) -> bool:
-        return self._ahead is None or time.monotonic() - self._asked > _SECONDS
 
     async def _ask(self) -> None:
         before = time.monotonic()
