@@ -10,6 +10,8 @@ from pathlib import Path
 
 import platformdirs
 
+from elesh.settings import SettingsError
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -22,7 +24,28 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process on this machine, whoever's it is."""
+    if pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def state_folder() -> Path:
-    """What outlives a process lies here: ``ELESH_STATE_DIR``, or the user's state folder."""
-    chosen = os.environ.get("ELESH_STATE_DIR")
-    return Path(chosen) if chosen else Path(platformdirs.user_state_dir("elesh"))
+    """What outlives a process lies here: ``ELESH_STATE_DIR``, or the user's state folder.
+
+    Raises:
+        SettingsError: if the user has no home folder, and none is named.
+    """
+    if chosen := os.environ.get("ELESH_STATE_DIR"):
+        return Path(chosen)
+    folder = Path(platformdirs.user_state_dir("elesh"))
+    if not folder.is_absolute():  # "~" stays as it is where nobody knows a home
+        raise SettingsError("no home folder (HOME): set ELESH_STATE_DIR to a folder")
+    return folder

@@ -5,8 +5,9 @@ Start reading at :mod:`elesh.bus.core`, then :mod:`.groups` (leases), :mod:`.rea
 one of :mod:`elesh.bus.server.embedded`.
 """
 
-from elesh.bus.server.client import until_available
+from elesh.bus.server.client import require_address
 from elesh.bus.server.embedded import EmbeddedServer, embedded_server, server_url
+from elesh.bus.server.outage import Backoff, OutageLog, repeatedly, until_available
 from elesh.bus.state.audit import AuditHead, AuditLog, audit_envelope
 from elesh.bus.state.blobs import BlobStore
 from elesh.bus.state.breakers import BreakerStore, BreakerView
@@ -27,11 +28,19 @@ from elesh.bus.streams.records import (
 )
 from elesh.bus.streams.shedding import SHED_FROM
 
-from .core import Bus
-from .errors import BusUnavailable, Overloaded, RunClaimed, masked
+from .core import DROPPED_TRIES, Bus, never_fits
+from .errors import BadAddress, BusRefuses, BusUnavailable, Overloaded, RunClaimed, masked
 from .guard import Guard, unframed
 
 __all__ = [
+    "DROPPED_TRIES",
+    "Backoff",
+    "BadAddress",
+    "BusRefuses",
+    "OutageLog",
+    "never_fits",
+    "repeatedly",
+    "require_address",
     "AuditHead",
     "AuditLog",
     "Backlog",

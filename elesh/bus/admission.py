@@ -23,6 +23,7 @@ from leyline import (
     BlobRef,
     CheckpointDocument,
     CheckpointReady,
+    ContractError,
     DeadLetter,
     EventEnvelope,
     Expired,
@@ -54,6 +55,8 @@ __all__ = [
     "admit",
     "fingerprint",
     "hear",
+    "key_of",
+    "named_key",
     "read",
     "require_in_time",
 ]
@@ -241,6 +244,36 @@ def _epoch_of(message: Message) -> int | None:
     return None
 
 
+def key_of(message: CheckpointReady | StructuralAnalysisRequest) -> IdempotencyKey:
+    """The key of the decision that a checkpoint or a request leads to.
+
+    Raises:
+        ContractError: if a request's key is none.
+    """
+    if isinstance(message, CheckpointReady):
+        about = message.metadata
+        key = IdempotencyKey(about.epoch, about.model_hash, about.checkpoint_id, Level.CHANNEL)
+    else:
+        key = IdempotencyKey.parse(f"{message.idempotency_key}:{Level.CHANNEL}")
+    return key.at(decided_level(message.levels))
+
+
+def named_key(data: bytes) -> str:
+    """The key of the decision that the envelope ``data`` is about; empty where it names none."""
+    try:
+        message = unwrap(read_envelope(data))
+        match message:
+            case CheckpointReady() | StructuralAnalysisRequest():
+                return str(key_of(message))
+            case AnalysisItem() | JoinItem():
+                return message.plan
+            case PruningOutcome():
+                return message.idempotency_key
+    except ContractError:
+        pass
+    return ""
+
+
 def _checkpoint(message: CheckpointReady, window: float, now: datetime) -> Work:
     metadata = message.metadata
     document = CheckpointDocument(
@@ -249,8 +282,7 @@ def _checkpoint(message: CheckpointReady, window: float, now: datetime) -> Work:
         levels=message.levels,
         parameters=message.parameters,
     )
-    key = IdempotencyKey(metadata.epoch, metadata.model_hash, metadata.checkpoint_id, Level.CHANNEL)
-    return _work(message, document, key, window, now)
+    return _work(message, document, window, now)
 
 
 def _request(message: StructuralAnalysisRequest, window: float, now: datetime) -> Work:
@@ -261,14 +293,12 @@ def _request(message: StructuralAnalysisRequest, window: float, now: datetime) -
         parameters=message.parameters,
         requirements=message.requirements,
     )
-    key = IdempotencyKey.parse(f"{message.idempotency_key}:{Level.CHANNEL}")
-    return _work(message, document, key, min(window, message.timeout.total_seconds()), now)
+    return _work(message, document, min(window, message.timeout.total_seconds()), now)
 
 
 def _work(
     message: CheckpointReady | StructuralAnalysisRequest,
     document: CheckpointDocument,
-    key: IdempotencyKey,
     window: float,
     now: datetime,
 ) -> Work:
@@ -286,7 +316,7 @@ def _work(
                 hint="this build does not analyse that level",
             )
     work = Work(
-        key=key.at(decided_level(document.levels)),
+        key=key_of(message),
         fingerprint=fingerprint(message),
         document=document,
         statistics=message.statistics,

@@ -11,12 +11,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
-from elesh.bus.server.client import MAX_BLOCK, Client, open_client, until_available
+from elesh.bus.server.client import MAX_BLOCK, Client, open_client
 from elesh.bus.server.clock import ServerClock
+from elesh.bus.server.outage import Backoff, OutageLog, until_available
 from elesh.bus.state.audit import AuditLog
 from elesh.bus.state.blobs import BlobStore
 from elesh.bus.state.breakers import BreakerStore
@@ -41,6 +42,7 @@ from elesh.bus.streams.records import (
 from elesh.bus.streams.shedding import WORK, shed_from
 from elesh.settings import BreakerSettings, BusSettings
 from leyline import (
+    ContractError,
     DeadLetter,
     EventEnvelope,
     IdempotencyKey,
@@ -56,14 +58,20 @@ from leyline import (
 )
 from leyline.streams import AUDIT, DEAD, DECISIONS, STREAMS, Stream
 
-from .errors import Overloaded, RunClaimed
+from .errors import BusRefuses, BusUnavailable, Overloaded, RunClaimed
 from .guard import Guard, unframed
 from .keys import Keys
 from .scripts import Scripts
 
-__all__ = ["Bus"]
+__all__ = ["DROPPED_TRIES", "Bus", "never_fits"]
+
+T = TypeVar("T")
 
 _SOURCE = "elesh"
+DROPPED_TRIES = 5
+"""Times that something is sent to a server that ends the connection at it and answers else."""
+UNTRUSTED = frozenset({"unsigned", "bad_signature", "not_authorized", "malformed"})
+"""Codes of dead letters whose original's own words count for nothing."""
 _MARKER_SECONDS = 600
 _BATCH = 100
 # Nobody may shorten the audit log. Work for groups that may not exist yet is not dropped unread.
@@ -84,6 +92,7 @@ class Bus:
         self.partition = settings.partition
         self.keys = keys = Keys(settings.partition)
         self._client = client
+        self.outage = OutageLog()
         self._scripts = scripts = Scripts(client)
         self.guard = guard = Guard.of(settings.security, settings.partition)
         self.clock = ServerClock(client)
@@ -115,6 +124,15 @@ class Bus:
         return HistoryStore(self._client, self._scripts, self.guard, self.settings, epochs, nbytes)
 
     @classmethod
+    def open(cls, url: str, settings: BusSettings, breaker: BreakerSettings | None = None) -> Self:
+        """The bus at ``url``, to which nothing is sent yet.
+
+        Raises:
+            BadAddress: if the URL names no bus.
+        """
+        return cls(open_client(url, settings.partition), settings, breaker)
+
+    @classmethod
     async def connect(
         cls, url: str, settings: BusSettings, breaker: BreakerSettings | None = None
     ) -> Self:
@@ -123,13 +141,13 @@ class Bus:
         Raises:
             BusUnavailable: if it does not answer; the message names the URL and the cause.
         """
-        client = open_client(url, settings.partition)
+        bus = cls.open(url, settings, breaker)
         try:
-            await client.ping()
+            await bus.ping()
         except BaseException:
-            await client.aclose()
+            await bus.close()
             raise
-        return cls(client, settings, breaker)
+        return bus
 
     @classmethod
     async def connect_when_available(
@@ -140,8 +158,16 @@ class Bus:
         *,
         stop: asyncio.Event | None = None,
     ) -> Self | None:
-        """Connect, waiting as long as it takes; None if ``stop`` is set first."""
-        return await until_available(lambda: cls.connect(url, settings, breaker), stop=stop)
+        """Connect, waiting as long as it takes; None if ``stop`` is set first.
+
+        Raises:
+            BadAddress: at once, if the URL names no bus.
+        """
+        bus = cls.open(url, settings, breaker)
+        if await bus.when_available(stop=stop):
+            return bus
+        await bus.close()
+        return None
 
     @property
     def asks_password(self) -> bool:
@@ -149,12 +175,61 @@ class Bus:
         return bool(self._client.connection_pool.connection_kwargs.get("password"))
 
     async def when_available(self, *, stop: asyncio.Event | None = None) -> bool:
-        """Wait until the server answers again; False if ``stop`` is set first."""
-        return await until_available(self.ping, stop=stop) is not None
+        """Wait until the server answers; False if ``stop`` is set first."""
+        return await until_available(self.ping, stop=stop, log=self.outage) is not None
+
+    def backoff(self, stop: asyncio.Event | None = None) -> Backoff:
+        """The pauses of one loop that tries until the bus serves it; ``stop`` ends them."""
+        return Backoff(self.outage, stop)
+
+    async def persistently(
+        self, action: Callable[[], Awaitable[T]], *, stop: asyncio.Event | None = None
+    ) -> T:
+        """What ``action`` returns once the bus serves it.
+
+        Raises:
+            BusUnavailable: if ``stop`` is set before.
+            TooLarge: if the connection ends whenever this is sent, while the server answers
+                everything else: it will never take it.
+        """
+        backoff, dropped = self.backoff(stop), 0
+        while True:
+            try:
+                answer = await action()
+            except BusUnavailable as error:
+                dropped += await self.drops(error)
+                if dropped >= DROPPED_TRIES:
+                    backoff.served()
+                    raise never_fits(error) from error
+                if not await backoff.pause(error):
+                    raise
+            else:
+                backoff.served()
+                return answer
+
+    async def drops(self, error: BusUnavailable) -> bool:
+        """Whether ``error`` was the end of a connection to a server that answers otherwise."""
+        if isinstance(error, BusRefuses):
+            return False
+        try:
+            return await self.ping()
+        except BusUnavailable:
+            return False
 
     async def ping(self) -> bool:
         """True if the server answers."""
         return bool(await self._client.ping())
+
+    async def eviction(self) -> str:
+        """Why the server may evict keys; empty if it does not, or does not say."""
+        try:
+            memory: Any = await self._client.info("memory")
+        except BusRefuses:
+            return ""
+        policy = memory.get("maxmemory_policy", "noeviction")
+        if policy == "noeviction" or not memory.get("maxmemory"):
+            return ""
+        return f"maxmemory-policy is {policy}: set noeviction, or messages and decisions are lost"
 
     async def close(self) -> None:
         """Close the connections; nothing is requeued or acknowledged."""
@@ -362,12 +437,17 @@ class Bus:
     ) -> list[str | bytes]:
         """A dead letter as an entry; original bytes too large for a message stand beside it."""
 
+        run_id, epoch = _run_of(dead_letter)
+
         def enveloped(dead_letter: DeadLetter) -> bytes:
             envelope = wrap(
                 dead_letter,
                 source=dead_letter.worker_id,
                 priority=Priority.HIGH,
                 now=self.clock.latest(),
+                run_id=run_id,
+                epoch=epoch,
+                correlation_id=dead_letter.idempotency_key,
             )
             return self.guard.frame(DEAD, encode(envelope))
 
@@ -393,6 +473,10 @@ class Bus:
         """The last ``count`` entries of a stream, newest first."""
         entries = await self._client.xrevrange(self.keys.stream(stream), "+", "-", count)
         return deliveries_of([(stream, entries)], grouped=False)
+
+    async def stands(self, stream: Stream, entry_id: str) -> bool:
+        """Whether an entry is (still) there."""
+        return bool(await self._client.xrange(self.keys.stream(stream), entry_id, entry_id, 1))
 
     async def follow(
         self, stream: Stream, *, last_id: str, block_seconds: float
@@ -428,6 +512,27 @@ class Bus:
             [stream not in WORK for stream in _TRIMMED],
         )
         return {stream.name: count for stream, count in zip(_TRIMMED, removed, strict=True)}
+
+
+def never_fits(error: BusUnavailable) -> TooLarge:
+    """What is said of a message that a server never takes."""
+    return TooLarge(
+        "message",
+        "one that the server takes",
+        f"refused {DROPPED_TRIES} times while the server took others: {error}",
+        hint="see its maxmemory, proto-max-bulk-len and client-query-buffer-limit",
+    )
+
+
+def _run_of(dead_letter: DeadLetter) -> tuple[str, int | None]:
+    """Run and epoch of the message in a dead letter: its trainer is to hear of it."""
+    if dead_letter.error_code in UNTRUSTED:
+        return "", None
+    try:
+        envelope = read_envelope(unframed(dead_letter.original.get("envelope", b"")))
+    except ContractError:
+        return "", None
+    return envelope.training_run_id, envelope.epoch
 
 
 def _committed(result: Commit, now: datetime) -> EventEnvelope:

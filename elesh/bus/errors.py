@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from elesh.settings.masking import masked
 
-__all__ = ["BusUnavailable", "Overloaded", "RunClaimed", "masked"]
+__all__ = ["BadAddress", "BusRefuses", "BusUnavailable", "Overloaded", "RunClaimed", "masked"]
 
 
 class BusUnavailable(Exception):
@@ -16,6 +16,24 @@ class BusUnavailable(Exception):
     def __init__(self, url: str, reason: object, *, hint: str = "is the server running?") -> None:
         text = " ".join(str(reason).split()) or type(reason).__name__
         super().__init__(f"bus at {masked(url)} is unavailable: {text}; {hint}")
+
+
+class BusRefuses(BusUnavailable):
+    """The server answers but refuses: it is full, read-only, loading, the user lacks a right.
+
+    The command was not carried out.
+
+    Attributes:
+        code: the first word of the server's error, for example ``OOM``.
+    """
+
+    def __init__(self, url: str, code: str, reason: object, *, hint: str) -> None:
+        self.code = code
+        super().__init__(url, reason, hint=hint)
+
+
+class BadAddress(BusUnavailable):
+    """A URL that names no bus: waiting does not help."""
 
 
 class Overloaded(BusUnavailable):

@@ -158,10 +158,11 @@ class Scripts:
         return bool(await self._audit(list(keys), args))
 
     async def heartbeat(
-        self, worker: str, index: str, name: str, milliseconds: int, fields: Args
-    ) -> None:
-        """Write a worker's hash with its time to live; see ``lua/heartbeat.lua``."""
-        await self._heartbeat([worker, index], [name, milliseconds, *fields])
+        self, worker: str, index: str, name: str, milliseconds: int, token: str, fields: Args
+    ) -> bool:
+        """Write a worker's hash with its time to live; False if another token has the name. See
+        ``lua/heartbeat.lua``."""
+        return bool(await self._heartbeat([worker, index], [name, milliseconds, token, *fields]))
 
     async def backlog_statistics(
         self, streams: Sequence[str], groups: Sequence[str]

@@ -280,7 +280,7 @@ class Training:
             self._apply_decisions()
 
     def _open_keys(self) -> list[str]:
-        answered = self._report.outcomes.keys() | self.session.failed
+        answered = self._report.outcomes.keys() | self.session.failed.keys()
         return [key for key in self._published if key not in answered]
 
     def _finish(self) -> Report:

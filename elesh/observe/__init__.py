@@ -2,7 +2,7 @@
 
 from .audit import Fault, Link, audit_event, line_of, read_line, sound, verify
 from .audit_file import AuditFile
-from .logs import get_logger, setup_logging
+from .logs import SparseLines, get_logger, setup_logging
 from .messaging import messaging
 from .tracing import (
     carrier_of,
@@ -20,6 +20,7 @@ __all__ = [
     "AuditFile",
     "Fault",
     "Link",
+    "SparseLines",
     "audit_event",
     "carrier_of",
     "current_span",

@@ -4,17 +4,23 @@ Every line carries the id of the trace it belongs to, where there is one. Values
 URLs with a password are masked before anything is written, and control characters are written as
 their numbers: a text from the bus can neither begin a line of its own nor steer a terminal. Under
 another logging set-up than ours (a framework's, or Python's own without any) a line has its
-figures, too.
+figures, too. Nobody waits for the reader of the log.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
+import queue
 import sys
+import threading
+import time
+from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from opentelemetry import trace
 
@@ -22,7 +28,10 @@ from elesh.settings.masking import masked_line
 
 from .printable import printable
 
-__all__ = ["get_logger", "setup_logging"]
+__all__ = ["SparseLines", "get_logger", "setup_logging"]
+
+_QUEUED_LINES = 1000
+_FLUSH_SECONDS = 1.0
 
 
 class _Formatter(logging.Formatter):
@@ -98,11 +107,101 @@ def get_logger(name: str) -> Logger:
     return Logger(name)
 
 
+class _Writer(logging.Handler):
+    """Writes lines from a thread of its own: whoever reads them may stall or go, nobody waits.
+
+    Lines that find no place in the queue are counted, and the next one that does says how many.
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        super().__init__()
+        self._stream, self._descriptor = stream, _descriptor(stream)
+        self._lines: queue.Queue[str] = queue.Queue(_QUEUED_LINES)
+        self._dropped, self._begun = 0, False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue a line; called with the handler's lock, which is never held for long."""
+        try:
+            line = self.format(record)
+        except Exception:
+            line = f"a log line that cannot be formatted: {record.msg!r}"
+        if not self._begun:
+            self._begun = True
+            threading.Thread(target=self._write, name="elesh-log", daemon=True).start()
+        if self._dropped and not self._lines.full():
+            line, self._dropped = f"({self._dropped} log lines found no reader)\n{line}", 0
+        try:
+            self._lines.put_nowait(line)
+        except queue.Full:
+            self._dropped += 1
+
+    def flush(self) -> None:
+        """Wait for what is queued to be written, at most a second: called at the process's end."""
+        if self._begun:
+            waiting = threading.Thread(target=self._lines.join, daemon=True)
+            waiting.start()
+            waiting.join(_FLUSH_SECONDS)
+
+    def _write(self) -> None:
+        while True:
+            data = (self._lines.get() + "\n").encode(errors="backslashreplace")
+            with contextlib.suppress(OSError, ValueError):  # a reader that is gone
+                self._put(data)
+            self._lines.task_done()
+
+    def _put(self, data: bytes) -> None:
+        if self._descriptor is None:
+            self._stream.write(data.decode())
+            return
+        # Not by the stream: its lock, held by a thread that waits for a reader, ends in an abort
+        # when the interpreter ends.
+        while data:
+            data = data[os.write(self._descriptor, data) :]
+
+
+def _descriptor(stream: IO[str]) -> int | None:
+    """The file behind a stream, None if there is none, as in tests."""
+    try:
+        return stream.fileno()
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
 def setup_logging(style: Literal["plain", "json"] = "plain", level: str = "INFO") -> None:
-    """Send the logs of ``elesh`` to standard error; calling it again replaces the style."""
-    handler = logging.StreamHandler(sys.stderr)
+    """Send the logs of ``elesh`` to standard error, and the warnings of everybody else; calling it
+    again replaces the style.
+
+    A reader that stalls or goes away holds up nothing: lines wait in a bounded queue, and those
+    that find no place are counted.
+    """
+    handler = _Writer(sys.stderr)
     handler.setFormatter(_Formatter(style))
-    root = logging.getLogger("elesh")
-    root.handlers[:] = [handler]
-    root.setLevel(level)
-    root.propagate = False
+    logger, root = logging.getLogger("elesh"), logging.getLogger()
+    logger.handlers[:] = [handler]
+    logger.setLevel(level)
+    logger.propagate = False
+    root.handlers[:] = [other for other in root.handlers if not isinstance(other, _Writer)]
+    root.addHandler(handler)
+    logging.captureWarnings(True)
+
+
+class SparseLines:
+    """Warnings about what may happen often: one line a minute at most, which says how many
+    others it stands for. Safe to use from any thread."""
+
+    def __init__(self, logger: Logger, seconds: float = 60.0) -> None:
+        self._logger, self._seconds = logger, seconds
+        self._lock = threading.Lock()
+        self._next: dict[str, float] = {}
+        self._held: Counter[str] = Counter()
+
+    def warning(self, message: str, times: int = 1, **fields: Any) -> None:
+        """Say it, or hold it back; ``times`` it happened."""
+        now = time.monotonic()
+        with self._lock:
+            self._held[message] += times
+            if now < self._next.get(message, now):
+                return
+            self._next[message] = now + self._seconds
+            held = self._held.pop(message)
+        self._logger.warning(message, **fields, **({"times": held} if held > 1 else {}))

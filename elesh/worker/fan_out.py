@@ -8,8 +8,10 @@ checkpoint itself is a dead letter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from elesh.bus import Bus, Delivery, Plan, Planned, Stored
 from elesh.bus.admission import Work, admit, hear
@@ -44,6 +46,7 @@ _LATE = "no result within the window"
 _TOLERANCE = 1.0
 """Seconds by which two workers may take the server's time differently."""
 _log = get_logger(__name__)
+T = TypeVar("T")
 
 
 class FanOut:
@@ -57,8 +60,9 @@ class FanOut:
         executor: AnalysisExecutor,
         result_handler: ResultHandler,
         reports: Reports,
+        stop: asyncio.Event | None = None,
     ) -> None:
-        self._bus = bus
+        self._bus, self._stop = bus, stop
         self._settings = settings
         self._worker_id = worker_id
         self._executor = executor
@@ -80,7 +84,13 @@ class FanOut:
             origin="/".join(delivery.origin),
         )
         planned = await self._bus.plans.plan(
-            WORKERS, self._worker_id, delivery, plan, items, window_seconds=work.window
+            WORKERS,
+            self._worker_id,
+            delivery,
+            plan,
+            items,
+            window_seconds=work.window,
+            run_id=work.run_id,
         )
         if planned is Planned.CONFLICT:
             raise conflict(work)
@@ -96,12 +106,16 @@ class FanOut:
         try:
             self._result_handler.refuse_poison(delivery)
             groups = groups_of(work.document.architecture, item)
-            result = await self._stored(await self._executor.analyse(work, item.level, groups))
+            analysis = await self._executor.analyse(work, item.level, groups)
+            result = await self._persist(lambda: self._stored(analysis))
         except ContractError as error:
             result = ItemResult(failed=str(error)[:8192], code=error.code)
             self._reports.status.gave_up(item.level)
             self._reports.step("failed", work, key=work.key.at(item.level), detail=str(error))
-        stored = await self._bus.plans.store(WORKERS, self._worker_id, delivery, plan, item, result)
+        store = self._bus.plans.store
+        stored = await self._persist(
+            lambda: store(WORKERS, self._worker_id, delivery, plan, item, result)
+        )
         if stored is Stored.GONE:
             await self._bus.acknowledge(WORKERS, self._worker_id, delivery)
         detail = f"{item.name}: {stored}"
@@ -134,6 +148,10 @@ class FanOut:
             await self._result_handler.fail(_of_checkpoint(delivery, plan), work, error, served)
             return
         await self._result_handler.commit(delivery, work, decision, served)
+
+    async def _persist(self, action: Callable[[], Awaitable[T]]) -> T:
+        """What took an analysis to have is not lost because the bus cannot serve now."""
+        return await self._bus.persistently(action, stop=self._stop)
 
     async def _planned(self, delivery: Delivery, key: str) -> tuple[Work, Plan] | None:
         """The checkpoint of a plan, and the plan.

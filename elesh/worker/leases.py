@@ -6,11 +6,9 @@ computes, as long as the entry is still this worker's; whoever lost one hears of
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 from collections.abc import Callable, Sequence
 
-from elesh.bus import Bus, BusUnavailable, Delivery
+from elesh.bus import Bus, Delivery, repeatedly
 from leyline.streams import WORKERS, Stream
 
 __all__ = ["Leases"]
@@ -51,11 +49,16 @@ class Leases:
         """Forget an entry that was served, lost or requeued."""
         self._held = [held for held in self._held if held is not delivery]
 
-    async def release(self, delivery: Delivery, detail: str) -> bool:
+    async def release(self, delivery: Delivery, detail: str, delay_seconds: float = 0.0) -> bool:
         """Give an entry back that was not begun; its delivery does not count."""
         self.drop(delivery)
         return await self._bus.groups.requeue(
-            WORKERS, self._worker_id, delivery, cause="handover", detail=detail
+            WORKERS,
+            self._worker_id,
+            delivery,
+            cause="handover",
+            detail=detail,
+            delay_seconds=delay_seconds,
         )
 
     async def retry(self, delivery: Delivery, detail: str, delay_seconds: float) -> bool:
@@ -78,10 +81,12 @@ class Leases:
 
     async def keep(self) -> None:
         """Renew what is held until cancelled."""
-        while True:
-            await asyncio.sleep(self._bus.settings.lease_seconds / 4)
-            held = list(self._held)
-            with contextlib.suppress(BusUnavailable):
-                for lost in await self._bus.renew(WORKERS, self._worker_id, held):
-                    if lost in self._held:
-                        self._on_lost(lost)
+        seconds = self._bus.settings.lease_seconds / 4
+        await repeatedly("renewing leases", self._renew, self._bus.outage, after=seconds)
+
+    async def _renew(self) -> float:
+        held = list(self._held)
+        for lost in await self._bus.renew(WORKERS, self._worker_id, held):
+            if lost in self._held:
+                self._on_lost(lost)
+        return self._bus.settings.lease_seconds / 4

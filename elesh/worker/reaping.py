@@ -11,7 +11,7 @@ import asyncio
 import random
 from collections.abc import Sequence
 
-from elesh.bus import Bus, BusUnavailable
+from elesh.bus import Bus, repeatedly
 from elesh.observe import get_logger
 from elesh.worker.telemetry.reports import Reports
 from leyline.streams import WORKERS, Stream
@@ -36,12 +36,7 @@ class ReapingLoop:
 
     async def keep(self) -> None:
         """Offer, and reap whenever it is this worker's turn, until cancelled."""
-        while True:
-            try:
-                wait = await self._pass()
-            except BusUnavailable:
-                wait = _apart(self._bus.settings.lease_seconds / 4)
-            await asyncio.sleep(wait)
+        await repeatedly("reaping", self._pass, self._bus.outage)
 
     async def _pass(self) -> float:
         """Offer; seconds until the next time."""

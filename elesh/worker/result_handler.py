@@ -6,6 +6,7 @@ Promises: whatever is committed, counted or dead-lettered is so in one step that
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 from opentelemetry.trace import SpanKind
@@ -44,8 +45,15 @@ _log = get_logger(__name__)
 class ResultHandler:
     """Ends the entries that one worker holds."""
 
-    def __init__(self, bus: Bus, settings: Settings, worker_id: str, reports: Reports) -> None:
-        self._bus = bus
+    def __init__(
+        self,
+        bus: Bus,
+        settings: Settings,
+        worker_id: str,
+        reports: Reports,
+        stop: asyncio.Event | None = None,
+    ) -> None:
+        self._bus, self._stop = bus, stop
         self._settings = settings
         self._limit = settings.bus.max_deliveries
         self._worker_id = worker_id
@@ -203,11 +211,17 @@ class ResultHandler:
                 work.epoch,
                 remember=dead_letter is None,
             )
-            await self._bus.remember_settings(
-                self._settings.analysis_hash, self._settings.analysis_json
+            await self._bus.persistently(
+                lambda: self._bus.remember_settings(
+                    self._settings.analysis_hash, self._settings.analysis_json
+                ),
+                stop=self._stop,
             )
-            committed = await self._bus.commit(
-                WORKERS, self._worker_id, delivery, result, served, dead_letter
+            committed = await self._bus.persistently(
+                lambda: self._bus.commit(
+                    WORKERS, self._worker_id, delivery, result, served, dead_letter
+                ),
+                stop=self._stop,
             )
         self._reports.commit_outcome(work, decision, committed)
         if committed is CommitOutcome.CONFLICT:

@@ -7,28 +7,28 @@ analysis after the other. How many it is worth to have in flight, and who waits 
 Promises: every entry that a worker claims ends committed, as a duplicate, or as a dead letter with
 its original bytes and the reason, or it goes round again for another worker; one decision for each
 key; leases are renewed while the child computes and while draining; SIGTERM finishes what was begun
-and hands over what was not; a bus that is away is waited for, with one line in the log.
+and hands over what was not; a bus that is away or refuses is waited for, however long; nothing that
+a server answers ends a worker.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import secrets
-import shutil
 import signal
 import socket
-import tempfile
 import time
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from elesh.bus import Bus, BusUnavailable, Delivery
+from elesh._process import is_alive
+from elesh.bus import Backoff, Bus, BusUnavailable, Delivery, WorkerState
 from elesh.bus.admission import Admitted, Heard, Work, admit, hear
-from elesh.observe import current_span, get_logger, messaging, span_from
+from elesh.observe import SparseLines, current_span, get_logger, messaging, span_from
 from elesh.settings import Settings
 from elesh.worker.telemetry.auditor import auditing
 from elesh.worker.telemetry.monitor import Monitor
@@ -45,6 +45,8 @@ from .parameter_executor import ParameterExecutor, parameter_key
 from .reaping import ReapingLoop
 from .result_handler import ResultHandler
 from .shards import parts_of
+from .shortage import shortage_of
+from .spool import spool
 
 __all__ = ["GROUP", "STREAMS", "Worker", "serve"]
 
@@ -59,7 +61,9 @@ _BEGIN_SECONDS = 1.0
 _PROBE_SECONDS = 1.0
 """Between looks for trainers' outcomes while a long analysis is under way."""
 _RETRY_SECONDS, _LONGEST_RETRY = 1.0, 60.0
+_CANCEL_SECONDS = 0.2
 _log = get_logger(__name__)
+_lines = SparseLines(_log)
 
 
 def worker_name() -> str:
@@ -85,11 +89,21 @@ class Worker:
         self._bus = bus
         self._settings = settings
         self._reports = Reports(bus, self.worker_id)
-        self._spool = Path(tempfile.mkdtemp(prefix="elesh-worker-"))
+        self._keeping = contextlib.ExitStack()
+        self._spool = self._keeping.enter_context(spool())
         self._executor = AnalysisExecutor(bus, settings, self._reports, self._spool)
-        self._result_handler = ResultHandler(bus, settings, self.worker_id, self._reports)
+        self._draining = asyncio.Event()
+        self._result_handler = ResultHandler(
+            bus, settings, self.worker_id, self._reports, self._draining
+        )
         self._fan_out = FanOut(
-            bus, settings, self.worker_id, self._executor, self._result_handler, self._reports
+            bus,
+            settings,
+            self.worker_id,
+            self._executor,
+            self._result_handler,
+            self._reports,
+            self._draining,
         )
         self._parameters = ParameterExecutor(
             bus, settings, self.worker_id, self._executor, self._spool
@@ -98,11 +112,11 @@ class Worker:
         self._reaping = ReapingLoop(bus, self.worker_id, STREAMS, self._reports)
         self._status = self._reports.status
         self._monitor = Monitor(bus, settings.observe, self._status, self._executor.look)
-        self._draining = asyncio.Event()
         self._in_flight: set[_InFlight] = set()
         self._moved = asyncio.Event()
         self._order = self._executor.keyed_locks
-        self._returning: asyncio.Task[bool] | None = None
+        self._claiming, self._serving = bus.backoff(self._draining), bus.backoff(self._draining)
+        self._short = Backoff(stop=self._draining)
         self._turn = 0
 
     def drain(self) -> None:
@@ -131,7 +145,7 @@ class Worker:
             await _end(*(held.task for held in self._in_flight))
             await self._leave()
             await _end(*beside)
-            shutil.rmtree(self._spool, ignore_errors=True)
+            self._keeping.close()
         _log.info("drained", worker=self.worker_id)
 
     async def _take(self) -> None:
@@ -139,7 +153,9 @@ class Worker:
         self._moved.clear()
         capacity = self._executor.in_flight_limit.at_once - len(self._in_flight)
         try:
-            if self._executor.in_flight_limit.long:
+            if (seconds := self._status.lacking_for(time.monotonic())) > 0:
+                await self._until_moved(seconds)
+            elif self._executor.in_flight_limit.long:
                 # Nothing that needs the child, which others may have free.
                 await self._claim((OUTCOMES,), _MANY, 0)
                 await self._until_moved(_PROBE_SECONDS)
@@ -147,8 +163,12 @@ class Worker:
                 await self._claim(self._streams(), capacity, _BLOCK_SECONDS)
             else:
                 await self._until_moved(LONG_SECONDS)
+            self._claiming.served()
         except BusUnavailable as error:
-            await self._until_back(error)
+            await self._claiming.pause(error)
+        except Exception as error:
+            _lines.warning("nothing claimed", reason=f"{type(error).__name__}: {error}")
+            await self._claiming.pause(error)
 
     async def _claim(self, streams: tuple[Stream, ...], count: int, seconds: float) -> None:
         """Claim up to ``count`` entries and begin to serve them; wait for the first so long."""
@@ -181,14 +201,6 @@ class Worker:
             return task.result() if task.done() else None
         finally:
             await _end(task, drain)
-
-    async def _until_back(self, error: BusUnavailable) -> bool:
-        """Wait until the bus is back, all tasks together; False if draining begins first."""
-        if self._returning is None or self._returning.done():
-            _log.warning("bus away, waiting", reason=str(error))
-            waiting = self._bus.when_available(stop=self._draining)
-            self._returning = asyncio.create_task(waiting)
-        return await asyncio.shield(self._returning)
 
     async def _finish(self) -> None:
         """End what was begun; what has not begun within a second is released."""
@@ -231,11 +243,12 @@ class Worker:
         delivery = held.delivery
         try:
             await self._traced(held)
+            self._serving.served()
         except BusUnavailable as error:
-            if await self._until_back(error):
-                # Its result is lost with the connection, but nobody has to wait for the lease.
+            if await self._serving.pause(error):
+                # What was begun is lost, but nobody has to wait for the lease.
                 with contextlib.suppress(BusUnavailable):
-                    await self._leases.release(delivery, "the bus was away")
+                    await self._leases.release(delivery, "the bus could not serve")
         except Exception:
             _log.exception("entry is left to its lease", entry="/".join(delivery.origin))
         finally:
@@ -268,6 +281,9 @@ class Worker:
             except Busy as busy:
                 await self._release(delivery, "busy", str(busy))
             except Exception as error:
+                if lacking := shortage_of(error):
+                    await self._lack(delivery, lacking)
+                    return
                 # Ours, not the message's: it goes round again, and is poison after a few tries.
                 _log.exception("entry goes round again", entry=f"{name}/{entry_id}")
                 await self._retry(delivery, error)
@@ -321,7 +337,21 @@ class Worker:
         except ContractError as error:
             await self._result_handler.fail(delivery, work, error)
             return
+        self._has_room()
         await self._result_handler.commit(delivery, work, decision)
+
+    def _has_room(self) -> None:
+        self._short.served()
+        self._status.lacking("", until=0.0)
+
+    async def _lack(self, delivery: Delivery, lacking: str) -> None:
+        """Leave an entry to others, or for later: this worker has no room for it, or for any."""
+        pause = self._short.next_pause()
+        self._status.lacking(lacking, until=time.monotonic() + pause)
+        _lines.warning("this worker lacks room, entries wait", reason=lacking)
+        if await self._leases.release(delivery, f"no room there: {lacking}", pause):
+            stream, entry = delivery.origin
+            self._reports.entry("handed_over", stream, entry, "handover", lacking)
 
     async def _retry(self, delivery: Delivery, error: Exception) -> None:
         """Send an entry round again after a pause that doubles each time."""
@@ -362,32 +392,72 @@ def _outcomes_of(run_id: str) -> str:
 
 
 async def _end(*tasks: asyncio.Task[Any]) -> None:
-    """Cancel what is not done, and wait for it."""
-    for task in tasks:
-        task.cancel()
+    """Cancel what is not done until it is: a cancellation that meets an answer can get lost
+    (python/cpython#86296)."""
+    while waiting := [task for task in tasks if not task.done()]:
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting, timeout=_CANCEL_SECONDS)
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def serve(url: str, settings: Settings, worker_id: str = "") -> None:
-    """Connect (waiting for the bus as long as it takes), serve until SIGTERM or SIGINT, drain."""
+    """Connect (waiting for the bus as long as it takes), serve until SIGTERM, SIGINT or SIGHUP,
+    drain.
+
+    Raises:
+        BadAddress: if ``url`` names no bus.
+    """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, and shells' background
+            loop.add_signal_handler(number, stop.set)
     bus = await Bus.connect_when_available(url, settings.bus, settings.breaker, stop=stop)
     if bus is None:
         return
     try:
-        worker = Worker(bus, settings, worker_id)
-        async with auditing(bus, settings.audit):
-            running = asyncio.create_task(worker.run())
-            stopping = asyncio.create_task(stop.wait())
-            await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            stopping.cancel()
-            worker.drain()
-            try:
-                await asyncio.wait_for(running, settings.worker.drain_seconds)
-            except TimeoutError:
-                _log.warning("drain time over; what was begun is handed over")
+        name = await _own_name(bus, worker_id or worker_name(), settings, stop)
+        if name:
+            await _serve_on(bus, settings, name, stop)
     finally:
         await bus.close()
+
+
+async def _serve_on(bus: Bus, settings: Settings, name: str, stop: asyncio.Event) -> None:
+    worker = Worker(bus, settings, name)
+    async with auditing(bus, settings.audit):
+        await _warn_of_eviction(bus)
+        running = asyncio.create_task(worker.run())
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        worker.drain()
+        await asyncio.wait({running}, timeout=settings.worker.drain_seconds)
+        if not running.done():
+            _log.warning("drain time over; what was begun is handed over")
+            await _end(running)
+        elif not running.cancelled() and (error := running.exception()):
+            raise error
+
+
+async def _own_name(bus: Bus, name: str, settings: Settings, stop: asyncio.Event) -> str:
+    """The name, or one like it if a living worker has it; empty if ``stop`` comes first."""
+    seconds = 3 * settings.observe.heartbeat_seconds
+    state = WorkerState(worker_id=name, host=socket.gethostname(), pid=os.getpid())
+    registry = bus.registry
+    taken = await bus.persistently(lambda: registry.heartbeat(state, seconds=seconds), stop=stop)
+    if taken is None:
+        return name
+    if taken.host == state.host and not is_alive(taken.pid):
+        await registry.take_over(state, seconds=seconds)  # it was killed
+        return name
+    own, other = f"{name}-{secrets.token_hex(2)}", f"{taken.host}:{taken.pid}"
+    _log.warning("a living worker has this name", name=name, other=other, own=own)
+    return own
+
+
+async def _warn_of_eviction(bus: Bus) -> None:
+    with contextlib.suppress(BusUnavailable):
+        if warning := await bus.eviction():
+            _log.warning("the server may evict what Elesh keeps", reason=warning)

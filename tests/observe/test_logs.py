@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
 
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
 
 from elesh.observe import get_logger, setup_logging
+from elesh.observe.logs import _Writer
 
 
 def test_lines_carry_the_trace_that_they_belong_to(capsys: pytest.CaptureFixture[str]) -> None:
@@ -17,9 +24,12 @@ def test_lines_carry_the_trace_that_they_belong_to(capsys: pytest.CaptureFixture
         trace_id = format(span.get_span_context().trace_id, "032x")
         setup_logging("json")
         log.warning("fallback", rung="worker_crash")
+        logging.getLogger("elesh").handlers[0].flush()
         setup_logging("plain")
         log.warning("fallback", rung="worker_crash")
+    logging.getLogger("elesh").handlers[0].flush()
     log.info("idle")
+    logging.getLogger("elesh").handlers[0].flush()
     as_json, plain, outside = capsys.readouterr().err.splitlines()
     values = json.loads(as_json)
     assert (values["message"], values["level"]) == ("fallback", "warning")
@@ -36,6 +46,55 @@ def test_a_password_is_never_in_a_line(style: str, capsys: pytest.CaptureFixture
         raise ValueError("redis://:se-cret@host")
     except ValueError:
         get_logger("elesh.test").exception("lost")
+    logging.getLogger("elesh").handlers[0].flush()
     printed = capsys.readouterr().err
     assert "user:***@host" in printed
     assert "se-cret" not in printed
+
+
+STALLED = """
+import logging, sys, time
+from elesh.observe import get_logger, setup_logging
+setup_logging()
+log, begun = get_logger("elesh.test"), time.monotonic()
+for number in range(5000):
+    log.warning("line", number=number, filling="x" * 100)
+logging.getLogger("some.library").error("of somebody else")
+print(time.monotonic() - begun, flush=True)
+"""
+
+
+@pytest.mark.parametrize("reader", ["stalls", "is gone"])
+def test_a_log_reader_that_stalls_or_is_gone_holds_up_nothing(reader: str) -> None:
+    there, here = os.pipe()
+    if reader == "is gone":
+        os.close(there)
+    with subprocess.Popen(
+        [sys.executable, "-c", STALLED], stderr=here, stdout=subprocess.PIPE, text=True
+    ) as process:
+        os.close(here)
+        assert process.stdout is not None
+        assert float(process.stdout.readline()) < 20
+        assert process.wait(timeout=30) == 0
+    if reader == "stalls":
+        os.close(there)
+
+
+def test_lines_that_found_no_reader_are_counted() -> None:
+    there, here = os.pipe()
+    with os.fdopen(here, "w") as stream:
+        handler = _Writer(stream)
+        for number in range(3000):
+            handler.handle(logging.makeLogRecord({"msg": f"{number:0100d}"}))
+        read: list[bytes] = []
+        reading = threading.Thread(target=lambda: read.append(os.read(there, 1 << 20)))
+        reading.start()
+        reading.join()
+        deadline = time.monotonic() + 20
+        while handler._lines.full() and time.monotonic() < deadline:
+            read.append(os.read(there, 1 << 20))
+        handler.handle(logging.makeLogRecord({"msg": "the last"}))
+        while b"the last" not in read[-1] and time.monotonic() < deadline:
+            read.append(os.read(there, 1 << 20))
+    assert b"log lines found no reader)\n" in b"".join(read)
+    os.close(there)

@@ -3,40 +3,37 @@
 Promises: a command is sent at most once (a retry after a lost answer would publish twice), every
 answer is awaited for at most ``SOCKET_TIMEOUT`` seconds (so a frozen server or a half-open
 connection is noticed), and whatever keeps the server from serving surfaces as
-:class:`BusUnavailable`, after which the next connection goes to whoever is master then. Coming back
-is :func:`until_available`'s business.
+:class:`BusUnavailable`, an error reply as :class:`BusRefuses`; after one that may mean that another
+server is in charge, the next connection goes to whoever is. Waiting and trying again is
+:mod:`.outage`'s business.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
-import random
-from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
-import tenacity
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import (
-    AskError,
     AuthenticationError,
+    BusyLoadingError,
     ConnectionError,
-    NoPermissionError,
-    OutOfMemoryError,
-    ReadOnlyError,
+    DataError,
+    RedisError,
     ResponseError,
     TimeoutError,
 )
 
-from elesh.bus.errors import BusUnavailable
+from elesh.bus.errors import BadAddress, BusRefuses, BusUnavailable
 
-from .locate import open_pool
+from .address import parse
+from .locate import Locator, open_pool
 from .pipelining import ALONE, Gathering
+from .refusals import is_expected, may_have_moved, refusal
 
-__all__ = ["MAX_BLOCK", "SOCKET_TIMEOUT", "Client", "open_client", "until_available"]
+__all__ = ["MAX_BLOCK", "SOCKET_TIMEOUT", "Client", "open_client", "require_address"]
 
 SOCKET_TIMEOUT = 6.0
 """Seconds to wait for any answer: a server that hangs is noticed after them."""
@@ -46,15 +43,8 @@ _CONNECT_TIMEOUT = 3.0
 # Over connecting and answering together, whatever the library may be waiting for inside.
 _WATCHDOG = 2 * (_CONNECT_TIMEOUT + SOCKET_TIMEOUT)
 _HEALTH_CHECK = 15
-_LONGEST_PAUSE = 10.0
-# States of a server that pass: no disk, no quorum, no master, loading, resharding.
-_PASSING = (
-    "MISCONF", "NOREPLICAS", "MASTERDOWN", "LOADING", "CLUSTERDOWN", "TRYAGAIN", "BUSY ", "DENIED",
-)  # fmt: skip
 # Short ones that never block: those of one turn of the loop share a round trip.
-_GATHERED = frozenset({"EVALSHA", "EVALSHA_RO", "SCRIPT LOAD", "HGETALL", "HMGET"})
-_log = logging.getLogger(__name__)
-T = TypeVar("T")
+_GATHERED = frozenset({"EVALSHA", "EVALSHA_RO", "SCRIPT LOAD", "HGETALL", "HMGET", "TIME"})
 
 
 class Client(Redis):
@@ -62,6 +52,7 @@ class Client(Redis):
 
     url: str = ""
     _gathering: Gathering
+    _locator: Locator | None = None
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Send one command; see the module's promises."""
@@ -72,33 +63,49 @@ class Client(Redis):
                     return answer
             async with asyncio.timeout(_WATCHDOG):
                 return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
-        except AuthenticationError as error:
-            raise BusUnavailable(self.url, error, hint="check user and password") from error
-        except (ConnectionError, TimeoutError, OSError) as error:
-            raise BusUnavailable(self.url, error) from error
-        except NoPermissionError as error:
-            hint = "give the user its rights, see deploy/redis/users.acl"
-            raise BusUnavailable(self.url, error, hint=hint) from error
-        except OutOfMemoryError as error:
-            raise BusUnavailable(self.url, error, hint="see its memory") from error
-        except (ReadOnlyError, AskError) as error:
-            # Another node is in charge now: the next connection asks which.
-            await self.connection_pool.disconnect()
-            raise BusUnavailable(self.url, error, hint="see its role") from error
         except ResponseError as error:
-            if str(error).startswith(_PASSING):
-                raise BusUnavailable(self.url, error, hint="see the server's log") from error
-            raise
+            if is_expected(error):
+                raise
+            if may_have_moved(error):
+                await self._moved()
+            raise refusal(self.url, error) from error
+        except AuthenticationError as error:
+            hint = "check user and password"
+            raise BusRefuses(self.url, "NOAUTH", error, hint=hint) from error
+        except BusyLoadingError as error:
+            raise BusRefuses(self.url, "LOADING", error, hint="it is loading its data") from error
+        except DataError:
+            raise  # ours: a value that no command takes
+        except (ConnectionError, TimeoutError, RedisError, OSError) as error:
+            raise BusUnavailable(self.url, error) from error
+
+    async def _moved(self) -> None:
+        """Have the next connection ask who is in charge now."""
+        if self._locator is not None:
+            await self._locator.moved()
+        await self.connection_pool.disconnect()
+
+
+def require_address(url: str) -> None:
+    """Refuse a URL that names no bus; nothing is sent.
+
+    Raises:
+        BadAddress: naming what is wrong.
+    """
+    try:
+        parse(url)
+    except ValueError as error:
+        raise BadAddress(url, error, hint="use redis://host:port/0") from None
 
 
 def open_client(url: str, partition: str = "main") -> Client:
     """A client of ``url`` for one partition; nothing is sent yet.
 
     Raises:
-        BusUnavailable: if the URL is none of a bus (see :mod:`elesh.bus.server.locate`).
+        BadAddress: if the URL is none of a bus (see :mod:`elesh.bus.server.address`).
     """
     try:
-        pool = open_pool(
+        pool, locator = open_pool(
             url,
             partition,
             {
@@ -111,52 +118,8 @@ def open_client(url: str, partition: str = "main") -> Client:
             },
         )
     except (ValueError, TypeError) as error:
-        raise BusUnavailable(url, error, hint="use redis://host:port/0") from None
+        raise BadAddress(url, error, hint="use redis://host:port/0") from None
     client = cast(Client, Client.from_pool(pool))
-    client.url = url
+    client.url, client._locator = url, locator
     client._gathering = Gathering(client, _WATCHDOG)
     return client
-
-
-_widening = tenacity.wait_exponential(multiplier=0.25, max=_LONGEST_PAUSE)
-_dice = random.Random()  # of our own: a trainer's generator is not ours to draw from
-
-
-def _pause(state: tenacity.RetryCallState) -> float:
-    """Exponential backoff with full jitter."""
-    return _dice.uniform(0, _widening(state))
-
-
-async def until_available(
-    action: Callable[[], Awaitable[T]], *, stop: asyncio.Event | None = None
-) -> T | None:
-    """What ``action`` returns once it no longer raises :class:`BusUnavailable`.
-
-    Tries again with exponential backoff and full jitter, up to ten seconds apart, and says so in
-    one line of the log. Returns None if ``stop`` is set first.
-    """
-    stop = stop or asyncio.Event()
-
-    async def attempt() -> T:
-        return await action()
-
-    async def pause(seconds: float) -> None:
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(stop.wait(), seconds)
-
-    def tell(state: tenacity.RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome else None
-        level = logging.WARNING if state.attempt_number == 1 else logging.DEBUG
-        _log.log(level, "%s; trying until it is back", error)
-
-    retrying = tenacity.AsyncRetrying(
-        retry=tenacity.retry_if_exception_type(BusUnavailable),
-        wait=_pause,
-        stop=lambda _state: stop.is_set(),
-        sleep=pause,
-        before_sleep=tell,
-    )
-    try:
-        return await retrying(attempt)
-    except tenacity.RetryError:
-        return None

@@ -1,4 +1,4 @@
-"""The bundled server: found again by a second process, stopped with the one that started it.
+"""The bundled server: found again by whoever uses it, stopped with the process that started it.
 
 Promises: at most one server works in a state folder, whoever dies when: the server itself holds an
 inherited lock for as long as it lives. It listens on 127.0.0.1 only, with a random password that
@@ -6,35 +6,45 @@ only the user can read; what it acknowledged is in the append-only file. It ends
 that started it: in order at the end of the ``with`` block, and through the kernel if that process
 is killed (Linux: PR_SET_PDEATHSIG, which fires when the *thread* that started the server ends, so
 start it from a thread that lives as long as the server shall; elsewhere a killed owner leaves the
-server running, and the next process finds and uses it).
+server running, and the next process finds and uses it). Its end is a pause for the others: a server
+that is started again keeps port and password if it can, its place is looked up for every connection
+to a ``redis+embedded`` URL, and whoever still uses it (:func:`server_url`) starts it again.
 """
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import contextlib
 import fcntl
 import json
 import os
+import queue
 import secrets
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import quote
 
 from redis import Redis
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import ConnectionError, RedisError
 from redis.retry import Retry
 
 from elesh._process import state_folder
 from elesh.bus.errors import BusUnavailable
 
-__all__ = ["EmbeddedServer", "embedded_server", "server_url", "state_folder"]
+__all__ = ["EmbeddedServer", "Place", "embedded_server", "place_of", "server_url", "state_folder"]
 
 _START_SECONDS = 60.0
+_AGAIN_SECONDS = 5.0
+"""For a server that is started anew, while connections wait for it."""
 _STOP_SECONDS = 10.0
 _POLL = 0.02
 _PORT_TRIES = 5
@@ -49,6 +59,16 @@ os.execv(sys.argv[2], [sys.argv[2], "-"])
 """
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a connection goes."""
+
+    host: str
+    port: int
+    password: str = ""
+    """If it is not the URL's."""
+
+
 class EmbeddedServer:
     """The server of one state folder: started by us, or found running."""
 
@@ -56,6 +76,11 @@ class EmbeddedServer:
         self.folder = (folder or state_folder()).resolve() / "redis"
         self.url = ""
         self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def lasting_url(self) -> str:
+        """A URL that stays right when the server is started again, by whomever."""
+        return f"redis+embedded://{quote(os.fsencode(self.folder))}"
 
     @property
     def owned(self) -> bool:
@@ -74,15 +99,25 @@ class EmbeddedServer:
     def __exit__(self, *exc: object) -> None:
         self.stop()
 
-    def start(self) -> str:
+    def start(self, seconds: float | None = None) -> str:
         """The URL of the folder's server, which is started if none is running.
+
+        Args:
+            seconds: for it to answer; default: a minute.
 
         Raises:
             BusUnavailable: if there is no server for this platform, or it does not start.
         """
+        try:
+            return self._start(_START_SECONDS if seconds is None else seconds)
+        except OSError as error:
+            hint = "set ELESH_STATE_DIR to a folder with room"
+            raise self._failed(str(error), hint=hint) from None
+
+    def _start(self, seconds: float) -> str:
         self._make_folder()
         with open(self.folder / "alive.lock", "ab") as alive:
-            deadline = time.monotonic() + _START_SECONDS
+            deadline = time.monotonic() + seconds
             while not _try_lock(alive.fileno()):
                 # A server lives here; it may be one that is just beginning or just ending.
                 if self._answers():
@@ -104,6 +139,16 @@ class EmbeddedServer:
             process.kill()
             process.wait()
 
+    def lives(self) -> bool:
+        """Whether a server works in the folder, be it one that is just beginning or ending."""
+        with open(self.folder / "alive.lock", "ab") as alive:
+            return not _try_lock(alive.fileno())
+
+    def place(self) -> Place:
+        """Where the server is, or was last."""
+        known = self._described()
+        return Place("127.0.0.1", int(known["port"]), str(known["password"]))
+
     def _make_folder(self) -> None:
         try:
             (self.folder / "data").mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -113,9 +158,9 @@ class EmbeddedServer:
 
     def _launch(self, alive: int, deadline: float) -> str:
         binary = self._binary()
-        password = secrets.token_urlsafe(24)
-        for _ in range(_PORT_TRIES):
-            port = _free_port()
+        port, password = self._last_place()
+        for attempt in range(_PORT_TRIES):
+            port = _free_port() if attempt or not port else port
             process = self._spawn(binary, port, password, alive)
             try:
                 self._write({"port": port, "pid": process.pid, "password": password})
@@ -130,6 +175,14 @@ class EmbeddedServer:
                 break
         raise self._failed(self._last_words())
 
+    def _last_place(self) -> tuple[int, str]:
+        """Port (0: any) and password: those that it had, for whoever knows them."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            known = self.place()
+            if known.password and 0 < known.port < 65536:
+                return known.port, known.password
+        return 0, secrets.token_urlsafe(24)
+
     def _spawn(self, binary: Path, port: int, password: str, alive: int) -> subprocess.Popen[bytes]:
         (self.folder / "server.log").unlink(missing_ok=True)
         process = subprocess.Popen(
@@ -140,14 +193,15 @@ class EmbeddedServer:
             # A session of its own: Ctrl-C is for us, who need the server while we drain.
             pass_fds=[alive],
             start_new_session=True,
+            umask=0o077,
         )
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
             # By standard input, since arguments can be read by every user.
-            stdin.write(self._configuration(port, password).encode())
+            stdin.write(self._configuration(port, password))
         return process
 
-    def _configuration(self, port: int, password: str) -> str:
+    def _configuration(self, port: int, password: str) -> bytes:
         options = {
             "port": port,
             "bind": "127.0.0.1",
@@ -159,7 +213,8 @@ class EmbeddedServer:
             "appendfsync": "everysec",
             "save": "",
         }
-        return "".join(f"{name} {json.dumps(str(value))}\n" for name, value in options.items())
+        lines = (b"%s %s\n" % (name.encode(), _quoted(value)) for name, value in options.items())
+        return b"".join(lines)
 
     def _wait(self, process: subprocess.Popen[bytes], deadline: float) -> bool:
         """Wait until the new server answers; False if it ended instead."""
@@ -239,17 +294,76 @@ def embedded_server(folder: Path | None = None) -> Iterator[str]:
 
 @contextlib.asynccontextmanager
 async def server_url(url: str = "") -> AsyncIterator[str]:
-    """``url``, else ``ELESH_REDIS_URL``, else the embedded server's.
-
-    Starting the latter holds the loop for a moment on purpose: it must be started by a thread that
-    lives as long as the loop does.
-    """
+    """``url``, else ``ELESH_REDIS_URL``, else the embedded server's, which this process then starts
+    again for as long as the block lasts if nobody else does."""
     chosen = url or os.environ.get("ELESH_REDIS_URL", "")
     if chosen:
         yield chosen
         return
-    with embedded_server() as started:
-        yield started
+    server = EmbeddedServer()
+    try:
+        await _on_lasting_thread(server.start)
+        _used[server.folder] = server
+        yield server.lasting_url
+    finally:
+        if _used.get(server.folder) is server:
+            del _used[server.folder]
+        await _on_lasting_thread(server.stop)
+
+
+_used: dict[Path, EmbeddedServer] = {}
+"""The servers that this process uses, whether it started them or not."""
+
+
+async def place_of(folder: Path) -> Place:
+    """Where the embedded server of a folder is; one that ended is started again if this process
+    uses it.
+
+    Raises:
+        ConnectionError: if there is none.
+    """
+    server = _used.get(folder)
+    try:
+        if server is not None and not server.lives():
+            await _on_lasting_thread(lambda: server.start(_AGAIN_SECONDS))
+        return (server or EmbeddedServer(folder.parent)).place()
+    except (OSError, ValueError, KeyError, TypeError, BusUnavailable) as error:
+        raise ConnectionError(f"no embedded server in {folder}: {error}") from None
+
+
+_calls: queue.SimpleQueue[tuple[concurrent.futures.Future[Any], Callable[[], Any]]]
+_calls = queue.SimpleQueue()
+_lasting: tuple[int, threading.Thread] | None = None
+
+
+async def _on_lasting_thread(call: Callable[[], Any]) -> None:
+    """Make a call on one thread that lives as long as this process: a server ends with the thread
+    that started it. What was asked for is done even if nobody waits for it any more."""
+    global _lasting
+    if _lasting is None or _lasting[0] != os.getpid():
+        thread = threading.Thread(target=_make_calls, name="elesh-embedded", daemon=True)
+        _lasting = (os.getpid(), thread)
+        thread.start()
+    answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    answer.set_running_or_notify_cancel()
+    _calls.put((answer, call))
+    await asyncio.wrap_future(answer)
+
+
+def _make_calls() -> None:
+    while True:
+        answer, call = _calls.get()
+        try:
+            answer.set_result(call())
+        except BaseException as error:
+            answer.set_exception(error)
+
+
+def _quoted(value: object) -> bytes:
+    """A value as the server's configuration has it: what is not plain is written as ``\\xHH``."""
+    data = os.fsencode(value) if isinstance(value, Path) else str(value).encode()
+    plain = frozenset(range(32, 127)) - frozenset(b'"\\')
+    return b'"' + b"".join(b"%c" % c if c in plain else b"\\x%02x" % c for c in data) + b'"'
 
 
 def _try_lock(descriptor: int) -> bool:

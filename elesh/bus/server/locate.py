@@ -1,163 +1,176 @@
-"""Where a partition's server is: the grammar of bus URLs, masters behind Sentinel and Cluster.
+"""Where a partition's server is: plain addresses, masters behind Sentinel and Cluster, and the
+embedded server.
 
 A partition's keys share one hash tag, so a partition lives on one node even in a cluster: a plain
 client to that node is enough. What differs is only how a new connection learns its address:
 
-- ``redis://`` and ``rediss://`` (TLS), ``unix://``: as the URL says;
-- ``redis+sentinel://s1:26379,s2:26379/SERVICE/DB``: the sentinels name the master;
-- ``redis+cluster://n1:7000,n2:7001``: any node names the owner of the partition's slot.
-
-``rediss+sentinel`` and ``rediss+cluster`` are the same over TLS. Options in the query:
-``ssl_ca_certs``, ``ssl_certfile``, ``ssl_keyfile``, ``ssl_check_hostname``, ``ssl_cert_reqs``,
-``sentinel_username``, ``sentinel_password``.
+- plain: the URL's own, or the master that the server there names once it was found to be a replica;
+- sentinels name the master, any node of a cluster names the owner of the partition's slot;
+- the embedded server has told its place in its folder, and a process that waits for one that has
+  ended starts it anew (see :mod:`.embedded`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import Any
-from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
+import contextlib
+from pathlib import Path
+from typing import Any, Protocol
 
 from redis.asyncio import Connection, ConnectionPool, Redis, SSLConnection
-from redis.asyncio.connection import parse_url
+from redis.asyncio.connection import UnixDomainSocketConnection
 from redis.asyncio.sentinel import Sentinel
 from redis.crc import key_slot
 from redis.exceptions import ConnectionError, RedisError
 
-__all__ = ["Address", "open_pool"]
+from .address import Address, BusAddress, parse
+from .embedded import Place, place_of
 
-Address = tuple[str, int]
-Locate = Callable[[], Awaitable[Address]]
-_SCHEMES = (
-    "redis", "rediss", "unix",
-    "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster",
-)  # fmt: skip
-_OPTIONS = frozenset(
-    {
-        "db", "username", "password", "protocol", "client_name",
-        "ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_password", "ssl_check_hostname",
-        "ssl_cert_reqs",
-    }
-)  # fmt: skip
-_SENTINEL_OPTIONS = {"sentinel_username": "username", "sentinel_password": "password"}
-_DEFAULT_PORT = {"sentinel": 26379, "cluster": 6379}
+__all__ = ["Address", "Locator", "open_pool"]
 
 
-def open_pool(url: str, partition: str, settings: dict[str, Any]) -> ConnectionPool:
-    """A pool of connections to the partition's master; nothing is sent yet.
+class Locator(Protocol):
+    """Says where the next connection goes."""
+
+    async def locate(self) -> Place:
+        """The address, and its password if it is not the URL's."""
+
+    async def moved(self) -> None:
+        """A server refused since it is not in charge any more."""
+
+    def instead(self, place: Place) -> Place | None:
+        """Where to go since nobody answers there."""
+
+
+def open_pool(
+    url: str, partition: str, settings: dict[str, Any]
+) -> tuple[ConnectionPool, Locator | None]:
+    """A pool of connections to the partition's master, and who knows where that is; nothing is
+    sent yet.
 
     Args:
         settings: keywords of every connection, for example timeouts.
 
     Raises:
-        ValueError: if the URL is none of the module's grammar, naming what is wrong.
+        ValueError: if the URL is none of the grammar (:mod:`.address`), naming what is wrong.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in _SCHEMES:
-        raise ValueError(f"scheme {parts.scheme!r}: expected one of {', '.join(_SCHEMES)}")
-    base, _, kind = parts.scheme.partition("+")
-    sentinel_options = _require_options(parts, kind)
-    if not kind:
-        return ConnectionPool(**parse_url(url), **settings)
-    user, hosts = _authority(parts, kind)
-    service, database = _place(parts.path, kind)
-    options = [pair for pair in parse_qsl(parts.query) if pair[0] not in _SENTINEL_OPTIONS]
-    plain = f"{base}://{user}127.0.0.1/{database}?{urlencode(options)}"
-    keywords: Any = {**parse_url(plain), **settings}
-    secure = issubclass(keywords.pop("connection_class", Connection), SSLConnection)
-    if kind == "sentinel":
-        security = {"ssl": True, **_tls(keywords)} if secure else {}
-        locate = _master_of(hosts, service, {**settings, **security, **sentinel_options})
-    else:
-        ask: dict[str, Any] = {"ssl": True, **keywords} if secure else dict(keywords)
-        locate = _owner_of(hosts, key_slot(f"{{{partition}}}".encode()), ask)
-    keywords["connection_class"] = _LocatedTLS if secure else _Located
-    return ConnectionPool(locate=locate, **keywords)
+    address = parse(url)
+    keywords: dict[str, Any] = {**settings, **address.options, "db": address.database}
+    if address.username:
+        keywords["username"] = address.username
+    if address.password:
+        keywords["password"] = address.password
+    if address.scheme == "unix":
+        keywords.pop("socket_keepalive", None)
+        pool = ConnectionPool(UnixDomainSocketConnection, path=address.path, **keywords)
+        return pool, None
+    locator = _locator(address, partition, settings, keywords)
+    kind = _LocatedTLS if address.secure else _Located
+    return ConnectionPool(kind, locator=locator, **keywords), locator
 
 
-def _require_options(parts: SplitResult, kind: str) -> dict[str, str]:
-    """The sentinels' own options; any that nobody knows is an error."""
-    known = _OPTIONS | (_SENTINEL_OPTIONS.keys() if kind == "sentinel" else set())
-    pairs = parse_qsl(parts.query, keep_blank_values=True)
-    for name, _ in pairs:
-        if name not in known:
-            raise ValueError(f"option {name!r}: expected one of {', '.join(sorted(known))}")
-    return {_SENTINEL_OPTIONS[name]: value for name, value in pairs if name in _SENTINEL_OPTIONS}
+def _locator(
+    address: BusAddress, partition: str, settings: dict[str, Any], keywords: dict[str, Any]
+) -> Locator:
+    secure: dict[str, Any] = {"ssl": True} if address.secure else {}
+    match address.kind:
+        case "sentinel":
+            tls = {name: value for name, value in keywords.items() if name.startswith("ssl_")}
+            known = {**settings, **secure, **tls, **address.sentinel}
+            return _Sentinels(list(address.hosts), address.service, known)
+        case "cluster":
+            slot = key_slot(f"{{{partition}}}".encode())
+            return _Cluster(list(address.hosts), slot, {**keywords, **secure})
+        case "embedded":
+            return _Embedded(Path(address.path))
+    return _Plain(address.hosts[0], {**keywords, **secure})
 
 
-def _authority(parts: SplitResult, kind: str) -> tuple[str, list[Address]]:
-    """The user part with its ``@``, and the addresses of ``host:port,host:port``."""
-    user, at, listed = parts.netloc.rpartition("@")
-    addresses = []
-    for text in listed.split(","):
-        one = urlsplit(f"//{text}")
-        try:
-            host, port = one.hostname, one.port or _DEFAULT_PORT[kind]
-        except ValueError:
-            host = None
-        if not host:
-            raise ValueError(f"address {text!r}: expected host:port,host:port")
-        addresses.append((host, port))
-    return user + at, addresses
+class _Plain:
+    """The URL's own address; after it was found to be a replica, the master that it names."""
+
+    def __init__(self, home: Address, settings: dict[str, Any]) -> None:
+        self._home, self._settings = home, settings
+        self._now = self._master = home
+
+    async def locate(self) -> Place:
+        return Place(*self._now)
+
+    async def moved(self) -> None:
+        with contextlib.suppress(RedisError, OSError, TimeoutError, LookupError, ValueError):
+            role = await _ask(self._home, self._settings, "ROLE")
+            replica = role[0] in (b"slave", b"replica")
+            self._master = (role[1].decode(), int(role[2])) if replica else self._home
+            self._now = self._master
+
+    def instead(self, place: Place) -> Place | None:
+        self._now = self._master if self._now == self._home else self._home
+        other = Place(*self._now)
+        return other if other != place else None
 
 
-def _place(path: str, kind: str) -> tuple[str, int]:
-    """The sentinels' name of the service, and the database's number."""
-    steps = [unquote(step) for step in path.split("/") if step]
-    service = steps.pop(0) if kind == "sentinel" and steps else ""
-    if kind == "sentinel" and not service:
-        raise ValueError("no service: expected redis+sentinel://host:port/SERVICE/DB")
-    database = steps.pop(0) if steps else "0"
-    if steps or not database.isdecimal() or (kind == "cluster" and database != "0"):
-        wanted = "no database (a cluster has only 0)" if kind == "cluster" else "a database number"
-        raise ValueError(f"path {path!r}: expected {wanted}")
-    return service, int(database)
+class _Asked:
+    """Those who are asked anew for every connection."""
+
+    async def moved(self) -> None:
+        """The next connection asks."""
+
+    def instead(self, place: Place) -> Place | None:
+        """The next connection asks."""
+        return None
 
 
-def _tls(keywords: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in keywords.items() if name.startswith("ssl_")}
+class _Sentinels(_Asked):
+    """The master of a service, as sentinels say."""
+
+    def __init__(self, hosts: list[Address], service: str, settings: dict[str, Any]) -> None:
+        self._sentinel = Sentinel(hosts, sentinel_kwargs=settings)  # type: ignore[no-untyped-call]
+        self._service = service
+
+    async def locate(self) -> Place:
+        host, port = await self._sentinel.discover_master(self._service)
+        return Place(str(host), int(port))
 
 
-def _master_of(hosts: list[Address], service: str, settings: dict[str, Any]) -> Locate:
-    sentinel = Sentinel(hosts, sentinel_kwargs=settings)  # type: ignore[no-untyped-call]
+class _Cluster(_Asked):
+    """The owner of a slot: one node after the other is asked, seeds and those heard of."""
 
-    async def locate() -> Address:
-        host, port = await sentinel.discover_master(service)
-        return str(host), int(port)
+    def __init__(self, seeds: list[Address], slot: int, settings: dict[str, Any]) -> None:
+        self._known, self._slot, self._settings = list(seeds), slot, settings
 
-    return locate
-
-
-def _owner_of(seeds: list[Address], slot: int, settings: dict[str, Any]) -> Locate:
-    """Asks one node after the other, seeds and those that were heard of, who owns the slot."""
-    known = list(seeds)
-
-    async def locate() -> Address:
+    async def locate(self) -> Place:
         failures = []
-        for host, port in list(known):
+        for host, port in list(self._known):
             try:
-                ranges = await _slots(host, port, settings)
+                ranges = await _ask((host, port), self._settings, "CLUSTER", "SLOTS")
             except (TimeoutError, RedisError, OSError) as error:
                 failures.append(f"{host}:{port}: {error}")
                 continue
             masters = {(first, last): _address(node, host) for first, last, node, *_ in ranges}
-            known.extend(node for node in masters.values() if node not in known)
+            self._known += [node for node in masters.values() if node not in self._known]
             for (first, last), master in masters.items():
-                if first <= slot <= last:
-                    return master
-            failures.append(f"{host}:{port}: nobody owns slot {slot}")
+                if first <= self._slot <= last:
+                    return Place(*master)
+            failures.append(f"{host}:{port}: nobody owns slot {self._slot}")
         raise ConnectionError("; ".join(failures))
 
-    return locate
+
+class _Embedded(_Asked):
+    """The bundled server of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    async def locate(self) -> Place:
+        return await place_of(self._folder)
 
 
-async def _slots(host: str, port: int, settings: dict[str, Any]) -> list[Any]:
-    client = Redis(**{**settings, "host": host, "port": port})
+async def _ask(where: Address, settings: dict[str, Any], *command: str) -> list[Any]:
+    """The reply to one command as it comes: redis-py's own parsers expect other clients."""
+    client = Redis(**{**settings, "host": where[0], "port": where[1]})
     try:
-        # CLUSTER SLOTS as it comes: redis-py's own parser expects its cluster client.
         connection = await client.connection_pool.get_connection()  # type: ignore[no-untyped-call]
         try:
-            await connection.send_command("CLUSTER", "SLOTS")
+            await connection.send_command(*command)
             reply: list[Any] = await connection.read_response()
             return reply
         finally:
@@ -175,12 +188,24 @@ def _address(node: list[Any], asked: str) -> Address:
 class _Located(Connection):
     """A connection that asks where to go each time it is opened."""
 
-    def __init__(self, *, locate: Locate, **settings: Any) -> None:
+    def __init__(self, *, locator: Locator, **settings: Any) -> None:
         super().__init__(**settings)
-        self._locate = locate
+        self._locator = locator
 
     async def _connect(self) -> None:
-        self.host, self.port = await self._locate()
+        place = await self._locator.locate()
+        try:
+            await self._connect_to(place)
+        except (OSError, TimeoutError):
+            other = self._locator.instead(place)
+            if other is None:
+                raise
+            await self._connect_to(other)
+
+    async def _connect_to(self, place: Place) -> None:
+        self.host, self.port = place.host, place.port
+        if place.password:
+            self.password = place.password
         await super()._connect()  # type: ignore[no-untyped-call]
 
 

@@ -7,6 +7,7 @@ decided from it: it is there to be looked at (``elesh status``, the console, met
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -83,19 +84,33 @@ class Registry:
         self._partition = partition
         self._prefix = f"elesh:{{{partition}}}:worker"
         self._index = f"{self._prefix}s"
+        self._token = secrets.token_hex(8)
+        """Tells this process from another one whose worker has the same name."""
 
-    async def heartbeat(self, state: WorkerState, *, seconds: float) -> None:
-        """Write a worker's state; it is forgotten ``seconds`` after the last time."""
+    async def heartbeat(self, state: WorkerState, *, seconds: float) -> WorkerState | None:
+        """Write a worker's state; it is forgotten ``seconds`` after the last time.
+
+        Returns None, or the other worker that has this name: then nothing is written.
+        """
         values = state.model_dump(exclude={"heard_at"})
         fields = [str(part) for pair in values.items() for part in pair]
-        await self._scripts.heartbeat(
-            self._key(state.worker_id), self._index, state.worker_id, round(seconds * 1000), fields
-        )
+        name, milliseconds = state.worker_id, round(seconds * 1000)
+        key = self._key(name)
+        if await self._scripts.heartbeat(key, self._index, name, milliseconds, self._token, fields):
+            return None
+        return _read(await self._hash(name)) or state
+
+    async def take_over(self, state: WorkerState, *, seconds: float) -> None:
+        """Write a worker's state over that of one which is gone."""
+        await self._client.delete(self._key(state.worker_id))
+        await self.heartbeat(state, seconds=seconds)
 
     async def forget(self, worker_id: str) -> None:
-        """A worker ended in order."""
-        await self._client.zrem(self._index, worker_id)
-        await self._client.delete(self._key(worker_id))
+        """A worker ended in order; one that another one took the name of leaves it that."""
+        (token,) = await self._client.hmget(self._key(worker_id), ["token"])
+        if token in (None, self._token.encode()):
+            await self._client.zrem(self._index, worker_id)
+            await self._client.delete(self._key(worker_id))
 
     async def workers(self) -> list[WorkerState]:
         """The workers that are alive, by name."""

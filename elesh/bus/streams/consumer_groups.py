@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from redis.exceptions import ResponseError
 
+from elesh.bus.errors import BusRefuses
 from elesh.bus.keys import Keys
 from elesh.bus.scripts import Entry, Scripts
 from elesh.bus.server.client import MAX_BLOCK, Client
@@ -49,10 +50,14 @@ class Groups:
         try:
             return await self._claim(group, consumer, streams, count, block_seconds)
         except ResponseError as error:
-            if not str(error).startswith(("NOGROUP", "UNBLOCKED")) and "NOGROUP" not in str(error):
+            if "NOGROUP" not in str(error):
                 raise
         await self._create(group, streams)
-        return await self._claim(group, consumer, streams, count, block_seconds)
+        try:
+            return await self._claim(group, consumer, streams, count, block_seconds)
+        except ResponseError as error:
+            hint = "somebody deletes them, or the server evicts keys: maxmemory-policy noeviction"
+            raise BusRefuses(self._client.url, "NOGROUP", error, hint=hint) from error
 
     async def _claim(
         self, group: str, consumer: str, streams: Sequence[Stream], count: int, seconds: float

@@ -124,11 +124,12 @@ class PlanStore:
         items: Sequence[AnalysisItem],
         *,
         window_seconds: float,
+        run_id: str = "",
     ) -> Planned:
         """Make the checkpoint of ``delivery`` into parts; they have ``window_seconds`` for all."""
         now = await self._clock.now()
         plan = replace(plan, deadline=now + timedelta(seconds=window_seconds))
-        join = self._framed(JoinItem(plan=plan.key), plan.key, "join")
+        join = self._framed(JoinItem(plan=plan.key), plan.key, "join", run_id)
         signed = self._guard.frame_state(self._plan(plan.key), plan.facts)
         fields: list[str | bytes | int] = [
             *("envelope", plan.envelope, "join", join, "total", len(items)),
@@ -139,7 +140,7 @@ class PlanStore:
         args += [plan.fingerprint, self._seconds, round(window_seconds * 1000)]
         args += [len(fields), *fields]
         for item in items:
-            entry = entry_fields(self._framed(item, plan.key, item.name), plan.carrier)
+            entry = entry_fields(self._framed(item, plan.key, item.name, run_id), plan.carrier)
             args += [len(entry), *entry]
         known = [self._plan(plan.key), self._keys.named("record", plan.key)]
         keys = [self._groups.entry(delivery)[0], *known, *self._shared]
@@ -224,13 +225,14 @@ class PlanStore:
     def _results(self, key: str) -> str:
         return self._keys.named("results", key)
 
-    def _framed(self, message: Message, key: str, name: str) -> bytes:
+    def _framed(self, message: Message, key: str, name: str, run_id: str) -> bytes:
         event_id = f"work-{stable_hash(key, name)}"
         envelope = wrap(
             message,
             source=_SOURCE,
             event_id=event_id,
             correlation_id=key,
+            run_id=run_id,
             now=self._clock.latest(),
         )
         return self._guard.frame(WORK, encode(envelope))

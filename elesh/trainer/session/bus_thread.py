@@ -1,9 +1,11 @@
 """The thread that talks to the bus for a session, with an event loop of its own.
 
 Promises: what is in the mailbox is sent, and what is said to the run is put there; the training
-thread never waits for it. Only the one trainer that has the run's claim speaks and hears; the claim
-is renewed here, and the server looks at it with everything sent. The thread ends with
-:meth:`BusThread.close`, whatever the bus does.
+thread never waits for it. A bus that is away or refuses is waited for, however long, and everything
+goes on when it is back; only :meth:`BusThread.close` ends the thread, whatever the bus does. Only
+the one trainer that has the run's claim speaks and hears; the claim is renewed here, and the server
+looks at it with everything sent. The end of whatever was published is heard: its decision, its dead
+letter, or that nobody answers.
 """
 
 from __future__ import annotations
@@ -13,33 +15,56 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
+from typing import Any
 
 from opentelemetry.trace import SpanKind
 
-from elesh.bus import Bus, BusUnavailable, Delivery, Overloaded, RunClaimed, server_url
-from elesh.bus.admission import hear, read, require_in_time
+from elesh.bus import (
+    DROPPED_TRIES,
+    Bus,
+    BusRefuses,
+    BusUnavailable,
+    Delivery,
+    Overloaded,
+    RunClaimed,
+    never_fits,
+    repeatedly,
+    require_address,
+    server_url,
+    until_available,
+)
+from elesh.bus.admission import hear, key_of, read, require_in_time
 from elesh.bus.state.runs import Attempt
-from elesh.observe import get_logger, messaging, span_from
+from elesh.observe import SparseLines, get_logger, messaging, span_from
 from elesh.settings import Settings
 from leyline import (
     CheckpointBundle,
+    CheckpointReady,
     ContractError,
+    DeadLetter,
     IdempotencyKey,
     Message,
+    StructuralAnalysisRequest,
     StructuralPruningDecision,
-    TelemetryEvent,
 )
-from leyline.streams import DECISIONS, TELEMETRY, Stream
+from leyline.envelope import TTL, Priority
+from leyline.streams import CHECKPOINTS, DEAD, DECISIONS, REQUESTS, WORK, Stream
 
-from .mailbox import Incoming, Mailbox, Outgoing
+from .mailbox import Ended, Incoming, Mailbox, Outgoing
 from .publishing import in_attempt, keys_of, with_blobs
+from .unanswered import MOST_TIMES, Published, Unanswered
 
 __all__ = ["BusThread"]
 
 _SOURCE = "kasmina"
+_LISTEN_SECONDS = 1.0
+_LOOK_SECONDS = 5.0
+_AGAIN_SECONDS = 1.0
+_ASKED = (CHECKPOINTS.name, REQUESTS.name, WORK.name)
 _log = get_logger(__name__)
+_lines = SparseLines(_log)
 
 
 class BusThread:
@@ -63,9 +88,12 @@ class BusThread:
         token: str,
         sent: Callable[[str], None],
     ) -> None:
+        if chosen := url or os.environ.get("ELESH_REDIS_URL", ""):
+            require_address(chosen)
         self._run_id, self._url, self._settings = run_id, url, settings
         self._mailbox, self._token, self._sent = mailbox, token, sent
         self._attempt: Attempt | None = None
+        self._unanswered = Unanswered()
         self._closing = threading.Event()
         self._wake: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._main, name="elesh-session", daemon=True)
@@ -80,6 +108,7 @@ class BusThread:
 
     def close(self, timeout: float) -> None:
         """Send what is queued, for at most ``timeout`` seconds, and end the thread."""
+        self._mailbox.close()
         self._closing.set()
         if self._thread.ident is None:  # never started
             self._mailbox.miss_all("the session was never entered")
@@ -87,16 +116,19 @@ class BusThread:
         self._wake()
         self._thread.join(timeout)
         if self._thread.is_alive():
-            _log.warning("session closed with messages unsent", queued=self._mailbox.unsent)
+            _log.warning("session closed before its thread ended", seconds=timeout)
+            self._mailbox.miss_all("the session was closed")
 
     # From here on: on the thread.
 
     def _main(self) -> None:
-        try:
-            asyncio.run(self._serve())
-        except Exception:
-            self._mailbox.miss_all("the session's thread has ended")
-            _log.exception("session ended; training goes on without Elesh")
+        while not self._closing.is_set():
+            try:
+                asyncio.run(self._serve())
+            except Exception:
+                _log.exception("session failed, beginning again; training goes on")
+                self._closing.wait(_AGAIN_SECONDS)
+        self._mailbox.miss_all("the session was closed")
 
     async def _serve(self) -> None:
         loop, woken, closing = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
@@ -113,47 +145,44 @@ class BusThread:
 
         self._wake = wake
         rouse()
-        async with server_url(self._url) as url:
-            while not (closing.is_set() and not self._mailbox.unsent):
-                if not await self._connect_and_talk(url, woken, closing):
-                    break
-        self._mailbox.miss_all("closing while the bus is away")
-
-    async def _connect_and_talk(
-        self, url: str, woken: asyncio.Event, closing: asyncio.Event
-    ) -> bool:
-        """One connection's life; False if the session closes before the bus is there."""
-        settings = self._settings
-        bus = await Bus.connect_when_available(url, settings.bus, settings.breaker, stop=closing)
-        if bus is None:
-            return False
-        try:
-            await self._talk(bus, woken, closing)
-        except BusUnavailable as error:
-            _log.warning("bus away, will connect again", reason=str(error))
-        finally:
-            await bus.close()
-        return True
+        async with contextlib.AsyncExitStack() as stack:
+            place = server_url(self._url)
+            url = await until_available(lambda: stack.enter_async_context(place), stop=closing)
+            if url is not None:
+                bus = Bus.open(url, self._settings.bus, self._settings.breaker)
+                stack.push_async_callback(bus.close)
+                await self._talk(bus, woken, closing)
 
     async def _talk(self, bus: Bus, woken: asyncio.Event, closing: asyncio.Event) -> None:
-        await self._claim(bus)
-        starts = [
-            (stream, (await bus.follow(stream, last_id="$", block_seconds=0))[0])
-            for stream in (DECISIONS, TELEMETRY)
+        starts = await until_available(lambda: self._begin(bus), stop=closing, log=bus.outage)
+        if starts is None:
+            return
+        beside = [self._listen(bus, stream, start) for stream, start in starts]
+        beside += [
+            repeatedly(
+                "renewing the run's claim",
+                lambda: self._keep_claim(bus),
+                bus.outage,
+                after=self._renew_seconds,
+            ),
+            repeatedly("looking for answers", lambda: self._look(bus), bus.outage),
         ]
-        tasks = [
-            asyncio.create_task(self._listen(bus, stream, start, closing))
-            for stream, start in starts
-        ]
-        tasks.append(asyncio.create_task(self._keep_claim(bus, closing)))
+        tasks = [asyncio.create_task(each) for each in beside]
         self._mailbox.connected.set()
         try:
             await self._send_all(bus, woken, closing)
-            await bus.runs.give_up(self._run_id, self._token)
+            with contextlib.suppress(BusUnavailable):
+                await bus.runs.give_up(self._run_id, self._token)
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await _end(tasks)
+
+    async def _begin(self, bus: Bus) -> list[tuple[Stream, str]]:
+        """Claim the run; the streams to listen to, and from where."""
+        await self._claim(bus)
+        return [
+            (stream, (await bus.follow(stream, last_id="$", block_seconds=0))[0])
+            for stream in (DECISIONS, DEAD)
+        ]
 
     async def _claim(self, bus: Bus) -> bool:
         """Claim the run, or renew the claim; whether it is ours."""
@@ -192,15 +221,16 @@ class BusThread:
         )
         _log.warning("run id used before", run=self._run_id, reason=self._mailbox.reused)
 
-    async def _keep_claim(self, bus: Bus, closing: asyncio.Event) -> None:
+    async def _keep_claim(self, bus: Bus) -> float:
         """Renew the claim, four times a lease; one that was refused is asked for again."""
-        while True:
-            await asyncio.sleep(self._settings.trainer.claim_seconds / 4)
-            try:
-                await self._claim(bus)
-            except BusUnavailable:
-                if not await bus.when_available(stop=closing):
-                    return
+        await self._claim(bus)
+        return self._renew_seconds
+
+    @property
+    def _renew_seconds(self) -> float:
+        return self._settings.trainer.claim_seconds / 4
+
+    # Sending
 
     async def _send_all(self, bus: Bus, woken: asyncio.Event, closing: asyncio.Event) -> None:
         """Send until closing and nothing is queued."""
@@ -212,34 +242,51 @@ class BusThread:
                 await woken.wait()
 
     async def _send(self, bus: Bus, item: Outgoing, closing: asyncio.Event) -> None:
+        """Send one message, or say why it is missed."""
         name = item.stream.name
-        with span_from(
-            item.carrier, f"send {name}", kind=SpanKind.CLIENT, attributes=messaging("send", name)
-        ):
-            while not await self._try_to_send(bus, item):
-                if not await bus.when_available(stop=closing):
-                    self._mailbox.miss(item, "closing while the bus is away")
-                    return
-
-    async def _try_to_send(self, bus: Bus, item: Outgoing) -> bool:
-        """False if the bus is away and it has to be tried again."""
-        try:
-            if await self._claim(bus):
-                await self._publish(bus, item)
+        attributes = messaging("send", name)
+        with span_from(item.carrier, f"send {name}", kind=SpanKind.CLIENT, attributes=attributes):
+            try:
+                await self._send_when_possible(bus, item, closing)
                 self._sent(item.event_id)
+            except RunClaimed:
+                with contextlib.suppress(BusUnavailable):
+                    await self._claim(bus)  # says who has it
+                self._mailbox.miss(item, self._mailbox.refused or "another trainer had the run")
+            except (ContractError, BusUnavailable) as error:
+                self._mailbox.miss(item, str(error))
+            except Exception as error:
+                _log.exception("a message cannot be published", stream=name)
+                self._mailbox.miss(item, f"{type(error).__name__}: {error}")
+
+    async def _send_when_possible(self, bus: Bus, item: Outgoing, closing: asyncio.Event) -> None:
+        """Try until the bus serves.
+
+        Raises:
+            RunClaimed, Overloaded: if the bus refuses this one.
+            TooLarge: if the bus takes others, but never this one.
+            BusUnavailable: if the session closes first.
+        """
+        backoff, alone = bus.backoff(closing), 0
+        while True:
+            claimed = False
+            try:
+                if not (claimed := await self._claim(bus)):
+                    raise RunClaimed(self._url, self._run_id, "another trainer")
+                await self._publish(bus, item)
+            except (RunClaimed, Overloaded):
+                backoff.served()
+                raise
+            except BusUnavailable as error:
+                alone += claimed and await _refuses_this(bus, error)
+                if alone >= DROPPED_TRIES:
+                    backoff.served()
+                    raise never_fits(error) from error
+                if not await backoff.pause(error):
+                    raise
             else:
-                self._mailbox.miss(item, self._mailbox.refused)
-        except RunClaimed:
-            await self._claim(bus)  # says who has it
-            self._mailbox.miss(item, self._mailbox.refused or "another trainer had the run")
-        except Overloaded as error:
-            self._mailbox.miss(item, str(error))
-        except BusUnavailable as error:
-            _log.warning("bus away, will publish later", reason=str(error))
-            return False
-        except ContractError as error:
-            self._mailbox.miss(item, str(error))
-        return True
+                backoff.served()
+                return
 
     async def _publish(self, bus: Bus, item: Outgoing) -> None:
         message, event_id, keys = item.message, item.event_id, []
@@ -249,43 +296,66 @@ class BusThread:
             event_id += f"-{attempt}" if attempt else ""
             keys = keys_of(bundle, item.request_id)
             message = await with_blobs(bus, bundle, item.request_id)
-        await bus.publish(
-            item.stream,
+        entry = await self._append(bus, item.stream, message, item.epoch, event_id, item.carrier)
+        if isinstance(message, CheckpointReady | StructuralAnalysisRequest):
+            lives = TTL[Priority.NORMAL].total_seconds() + self._settings.window_seconds
+            key = str(key_of(message))
+            self._unanswered.add(Published(key, message, item.epoch, event_id, entry, lives))
+        for each in keys:
+            if await self._hear_record(bus, each, item.carrier):
+                _log.info("decision made before", key=str(each))
+
+    async def _append(
+        self,
+        bus: Bus,
+        stream: Stream,
+        message: Message,
+        epoch: int,
+        event_id: str,
+        carrier: Mapping[str, str],
+    ) -> str:
+        return await bus.publish(
+            stream,
             message,
             source=_SOURCE,
-            carrier=item.carrier,
+            carrier=carrier,
             run_id=self._run_id,
-            epoch=item.epoch,
+            epoch=epoch,
             event_id=event_id,
             token=self._token,
         )
-        for key in keys:
-            await self._hear_record(bus, key, item.carrier)
 
-    async def _hear_record(self, bus: Bus, key: IdempotencyKey, carrier: Mapping[str, str]) -> None:
+    # Hearing
+
+    async def _hear_record(self, bus: Bus, key: IdempotencyKey, carrier: Mapping[str, str]) -> bool:
         """Take in a decision that was made before: a run that was killed publishes checkpoints
-        again, which are answered once."""
+        again, which are answered once, and an answer may get lost. Whether there is one."""
         try:
             record = await bus.record(key)
-            heard = read(record.envelope, DECISIONS) if record else None
+            if record is None:
+                return False
+            heard = read(record.envelope, DECISIONS)
         except ContractError as error:
-            _log.warning("decision made before passed over", key=str(key), reason=str(error))
-            return
-        if heard is not None and heard.run_id == self._run_id:
-            _log.info("decision made before", key=str(key))
-            self._mailbox.deliver(Incoming(heard.message, carrier))
+            _lines.warning("record passed over", key=str(key), reason=str(error))
+            return False
+        if heard.run_id == self._run_id:
+            self._take(heard.message, carrier)
+        return True
 
-    async def _listen(self, bus: Bus, stream: Stream, last: str, closing: asyncio.Event) -> None:
-        while True:
+    async def _listen(self, bus: Bus, stream: Stream, last: str) -> None:
+        async def step() -> float:
+            nonlocal last
             try:
                 now = await bus.clock.now()
-                last, deliveries = await bus.follow(stream, last_id=last, block_seconds=1.0)
+                last, found = await bus.follow(stream, last_id=last, block_seconds=_LISTEN_SECONDS)
             except BusUnavailable:
-                if not await bus.when_available(stop=closing):
-                    return
-                continue
-            for delivery in deliveries:
+                self._unanswered.hurry()
+                raise
+            for delivery in found:
                 self._hear(bus, delivery, now)
+            return 0.0
+
+        await repeatedly(f"listening to {stream.name}", step, bus.outage)
 
     def _hear(self, bus: Bus, delivery: Delivery, now: datetime) -> None:
         """Take in what may be said here, is said in time, and is said to this run."""
@@ -293,18 +363,73 @@ class BusThread:
             heard = hear(delivery, bus.guard)
             if heard.run_id != self._run_id or self._mailbox.refused:
                 return
-            require_in_time(heard, now)
-            if isinstance(heard.message, StructuralPruningDecision) or _is_end(heard.message):
-                self._mailbox.deliver(Incoming(heard.message, delivery.carrier))
+            if not isinstance(heard.message, DeadLetter):  # an end is never told too late
+                require_in_time(heard, now)
+            self._take(heard.message, delivery.carrier)
         except ContractError as error:
-            _log.warning(
+            _lines.warning(
                 "message passed over",
                 stream=delivery.stream.name,
                 entry=delivery.entry_id,
                 reason=str(error),
             )
 
+    def _take(self, message: Message, carrier: Mapping[str, str]) -> None:
+        """Give a decision, or the end of what was published, to the training thread."""
+        if isinstance(message, DeadLetter):
+            key = message.idempotency_key
+            if message.stream in _ASKED:
+                self._unanswered.ended(key)
+            else:
+                key = f"{message.stream}: {key}"
+            self._mailbox.deliver(Ended(key, f"{message.error_code}: {message.reason}"))
+        elif isinstance(message, StructuralPruningDecision) and self._unanswered.decided(
+            message.idempotency_key  # not one that was heard before, by the other way
+        ):
+            self._mailbox.deliver(Incoming(message, carrier))
 
-def _is_end(message: Message) -> bool:
-    """Whether it says that an analysis has ended without a decision."""
-    return isinstance(message, TelemetryEvent) and message.step == "dead_letter"
+    async def _look(self, bus: Bus) -> float:
+        """Look on the bus for what became of messages that nobody answered so far."""
+        for published in self._unanswered.due():
+            if await self._hear_record(bus, IdempotencyKey.parse(published.key), {}):
+                continue
+            if self._unanswered.is_over(published):
+                self._unanswered.ended(published.key)
+                reason = f"no answer within {published.lives:.0f} s"
+                self._mailbox.deliver(Ended(published.key, reason))
+            elif not await bus.stands(_stream_of(published), published.entry):
+                await self._publish_again(bus, published)
+        return _LOOK_SECONDS
+
+    async def _publish_again(self, bus: Bus, published: Published) -> None:
+        """Its entry is gone, and nobody decided on it: the stream was deleted or fell back."""
+        if published.again >= MOST_TIMES:
+            return
+        published.again += 1
+        event_id = f"{published.event_id}.{published.again}"
+        _lines.warning("a message vanished from the bus, published again", key=published.key)
+        with contextlib.suppress(Overloaded, RunClaimed):
+            stream, epoch = _stream_of(published), published.epoch
+            message = published.message
+            published.entry = await self._append(bus, stream, message, epoch, event_id, {})
+            self._unanswered.add(published)
+
+
+def _stream_of(published: Published) -> Stream:
+    return CHECKPOINTS if isinstance(published.message, CheckpointReady) else REQUESTS
+
+
+async def _refuses_this(bus: Bus, error: BusUnavailable) -> bool:
+    """Whether a server that takes small messages does not take one because of what it holds."""
+    if isinstance(error, BusRefuses):
+        return error.code in ("OOM", "ERR")
+    return await bus.drops(error)
+
+
+async def _end(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel until all have ended: a cancellation that meets an answer can get lost
+    (python/cpython#86296)."""
+    while waiting := [task for task in tasks if not task.done()]:
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting, timeout=0.2)

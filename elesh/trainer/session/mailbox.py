@@ -1,24 +1,27 @@
 """What the training thread and the bus's thread leave for each other.
 
-Promises: neither side ever waits for the other; what cannot be queued or sent is counted in
-``missed`` and logged with its reason. It knows nothing of the bus, nor of the network.
+Promises: neither side ever waits for the other; what does not fit, comes too late, or comes from a
+process that has no such thread is refused, counted in ``missed`` and logged with its reason, so
+that :meth:`Mailbox.post` says the truth. It knows nothing of the bus, nor of the network.
 """
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from elesh.observe import get_logger
-from leyline import CheckpointBundle, Message
+from elesh.observe import SparseLines, get_logger
+from leyline import CheckpointBundle, Message, RequestKey
 from leyline.streams import Stream
 
-__all__ = ["Incoming", "Mailbox", "Outgoing"]
+__all__ = ["Ended", "Incoming", "Mailbox", "Outgoing"]
 
 _ITEMS, _BUNDLES = 64, 8
-_log = get_logger(__name__)
+_FORKED = "this process was forked from the one that has the session: open one of its own here"
+_lines = SparseLines(get_logger(__name__))
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,16 @@ class Outgoing:
     event_id: str = ""
     request_id: str = ""
 
+    @property
+    def key(self) -> str:
+        """The key of the decision that it leads to; empty if it leads to none."""
+        if not isinstance(self.message, CheckpointBundle):
+            return ""
+        key = self.message.decision_key
+        if self.request_id:
+            key = RequestKey(key.epoch, key.model_hash, self.request_id).at(key.level)
+        return str(key)
+
 
 @dataclass(frozen=True)
 class Incoming:
@@ -39,6 +52,14 @@ class Incoming:
 
     message: Message
     carrier: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Something that will have no decision."""
+
+    key: str
+    reason: str
 
 
 class Mailbox:
@@ -54,11 +75,12 @@ class Mailbox:
         self.connected = threading.Event()
         """Set once the bus has answered."""
         self._out: queue.Queue[Outgoing] = queue.Queue(_ITEMS)
-        self._in: queue.SimpleQueue[Incoming] = queue.SimpleQueue()
+        self._in: queue.SimpleQueue[Incoming | Ended] = queue.SimpleQueue()
         self._arrived = threading.Event()
         self._bundles = threading.BoundedSemaphore(_BUNDLES)  # bundles are large
         self._count = threading.Lock()
         self._missed = 0
+        self._process, self._closed = os.getpid(), False
 
     @property
     def missed(self) -> int:
@@ -68,8 +90,12 @@ class Mailbox:
     # The training thread's side
 
     def post(self, item: Outgoing) -> bool:
-        """Queue something; False, and counted as missed, if the queue is full or the run is not
-        this trainer's."""
+        """Queue something; False, and counted as missed, if the queue is full, the session closed,
+        this process a forked one, or the run not this trainer's."""
+        if os.getpid() != self._process:
+            return self.miss(item, _FORKED)
+        if self._closed:
+            return self.miss(item, "the session is closed")
         if self.refused:
             return self.miss(item, self.refused)
         large = isinstance(item.message, CheckpointBundle)
@@ -83,10 +109,10 @@ class Mailbox:
             return self.miss(item, "queue full")
         return True
 
-    def received(self) -> list[Incoming]:
+    def received(self) -> list[Incoming | Ended]:
         """What has come since the last call, in its order."""
         self._arrived.clear()
-        found = []
+        found: list[Incoming | Ended] = []
         while True:
             try:
                 found.append(self._in.get_nowait())
@@ -114,8 +140,8 @@ class Mailbox:
             self._bundles.release()
         return item
 
-    def deliver(self, item: Incoming) -> None:
-        """Leave a message for the training thread."""
+    def deliver(self, item: Incoming | Ended) -> None:
+        """Leave a message, or the news that there will be none, for the training thread."""
         self._in.put(item)
         self._arrived.set()
 
@@ -123,8 +149,14 @@ class Mailbox:
         """Count and log an item that is not sent; False."""
         with self._count:
             self._missed += 1
-        _log.warning("not published", stream=item.stream.name, epoch=item.epoch, reason=reason)
+        _lines.warning("not published", stream=item.stream.name, epoch=item.epoch, reason=reason)
+        if item.key:
+            self.deliver(Ended(item.key, f"not published: {reason}"))
         return False
+
+    def close(self) -> None:
+        """Take nothing more."""
+        self._closed = True
 
     def miss_all(self, reason: str) -> None:
         """Count and log everything that is queued."""

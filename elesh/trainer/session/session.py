@@ -31,14 +31,13 @@ from leyline import (
     PrunedArchitecture,
     PruningOutcome,
     StructuralPruningDecision,
-    TelemetryEvent,
     stable_hash,
 )
 from leyline.streams import CHECKPOINTS, OUTCOMES, RECOMPILE, REQUESTS, VALIDATION, Stream
 
 from .apply import Evaluation, outcome_of, trigger_of
 from .bus_thread import BusThread
-from .mailbox import Mailbox, Outgoing
+from .mailbox import Ended, Mailbox, Outgoing
 from .monitoring import MonitoredCuts
 from .observers import Observers, SessionObserver
 from .recovery import Recovery
@@ -111,7 +110,7 @@ class Session:
             sent=self._recovery.reported,
         )
         self._observers = Observers(observers)
-        self._failed: set[str] = set()
+        self._failed: dict[str, str] = {}
         self._heard: set[str] = set()
         self._decisions: list[StructuralPruningDecision] = []
         self._carriers: dict[str, Mapping[str, str]] = {}
@@ -124,8 +123,10 @@ class Session:
         return self._mailbox.missed
 
     @property
-    def failed(self) -> set[str]:
-        """Keys whose analysis ended in the dead letters."""
+    def failed(self) -> dict[str, str]:
+        """Keys of what will have no decision, each with the reason: it became a dead letter, came
+        too late, was shed or never published, or nobody answered. The end of an outcome that was
+        published is under its stream's name and the key: ``outcomes: <key>``."""
         self._collect()
         return self._failed
 
@@ -361,8 +362,8 @@ class Session:
     def _collect(self) -> None:
         """Take in what has come."""
         for item in self._mailbox.received():
-            if isinstance(item.message, TelemetryEvent):
-                self._failed.add(item.message.idempotency_key)
+            if isinstance(item, Ended):
+                self._failed[item.key] = item.reason
             elif isinstance(item.message, StructuralPruningDecision):
                 self._hear(item.message, item.carrier)
 

@@ -24,6 +24,7 @@ from elesh.analysis.spans import observed, stage
 from elesh.program import preload, verifier
 from elesh.settings import Settings
 from elesh.worker.fallback_chain import REPLAYED, scope_of
+from elesh.worker.shortage import SHORTAGE_CODE, shortage_of
 from leyline import (
     AnalysedPart,
     CheckpointBundle,
@@ -109,11 +110,12 @@ def _answer(job: Job) -> Reply:
         failed = Failed(MEMORY_CODE, f"analysis of {job.key}", "a result", told, contract=False)
     except Exception as error:
         traceback.print_exc()
+        lacking = shortage_of(error)
         failed = Failed(
-            "analysis_failed",
+            SHORTAGE_CODE if lacking else "analysis_failed",
             f"analysis of {job.key}",
             "a decision",
-            f"{type(error).__name__}: {error}",
+            lacking or f"{type(error).__name__}: {error}",
             contract=False,
         )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import msgpack
 
 from elesh.safety import BreakerStatus
+from elesh.worker.shortage import SHORTAGE_CODE, Shortage
 from leyline import ContractError, Fallback, IdempotencyKey, Level, errors
 
 from .spans import Stage
@@ -115,8 +116,10 @@ class Failed:
     contract: bool
 
     @property
-    def error(self) -> ContractError:
+    def error(self) -> ContractError | Shortage:
         """The error that the child met, as the contract's class where it is one."""
+        if self.code == SHORTAGE_CODE:
+            return Shortage(self.found)
         kinds = {
             kind.code: kind
             for kind in vars(errors).values()

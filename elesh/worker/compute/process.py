@@ -27,6 +27,7 @@ _WATCH_SECONDS = 0.1
 _AGAIN_SECONDS, _LONGEST_PAUSE = 1.0, 60.0
 _START_SECONDS = 60.0
 """For a fresh child to load its numerics, beside the time of the job."""
+_MOST_TEXT = 1 << 16
 _log = get_logger(__name__)
 
 CHILD = "elesh.worker.compute.child"
@@ -47,6 +48,7 @@ class ComputeChild:
         self._arguments = [PRELOAD] if preload else []
         self._heartbeat = HeartbeatReader(folder / "pulse")
         self._process: Process | None = None
+        self._hearing: asyncio.Task[None] | None = None
         self._turn = asyncio.Lock()
         self.busy = False
         """Whether a job is in the child."""
@@ -96,8 +98,10 @@ class ComputeChild:
                 *(str(self._limit), str(self._heartbeat.path), *self._arguments),
                 stdin=PIPE,
                 stdout=PIPE,
+                stderr=PIPE,
                 start_new_session=True,  # signals of the terminal are the supervisor's
             )
+            self._hearing = asyncio.create_task(_pass_on(self._process))
             try:
                 async with asyncio.timeout(_START_SECONDS):
                     await self._read()
@@ -178,6 +182,15 @@ class ComputeChild:
     async def _death(self) -> ChildDied:
         assert self._process is not None
         return ChildDied(f"compute child ended with {_exit(await self._process.wait())}")
+
+
+async def _pass_on(process: Process) -> None:
+    """What a child writes on standard error, as lines of our log: it never waits for a reader."""
+    assert process.stderr is not None
+    while text := await process.stderr.read(_MOST_TEXT):
+        for line in text.decode(errors="backslashreplace").splitlines():
+            if line.strip():
+                _log.warning("compute child", pid=process.pid, says=line.rstrip())
 
 
 def _exit(code: int) -> str:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from elesh.bus import Bus, BusUnavailable, Delivery, audit_envelope
+from elesh.bus import Bus, BusUnavailable, Delivery, audit_envelope, repeatedly
 from elesh.bus.admission import hear, read
 from elesh.observe import AuditFile, Link, audit_event, get_logger
 from elesh.settings import AuditSettings
@@ -52,11 +52,15 @@ async def auditing(bus: Bus, settings: AuditSettings) -> AsyncIterator[None]:
 
 
 async def _keep(bus: Bus, seconds: float, file: Path | None) -> None:
-    while True:
+    async def step() -> float:
+        await write_audit(bus, file)
+        return pause()
+
+    def pause() -> float:
         # Spread over the fleet: auditors that started together do not race each other.
-        await asyncio.sleep(seconds * random.uniform(0.5, 1.5))
-        with contextlib.suppress(BusUnavailable):
-            await write_audit(bus, file)
+        return seconds * random.uniform(0.5, 1.5)
+
+    await repeatedly("writing the audit log", step, bus.outage, after=pause())
 
 
 async def write_audit(bus: Bus, file: Path | None = None) -> int:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from elesh.bus import Bus
-from elesh.observe import carrier_of, get_logger
+from elesh.observe import SparseLines, carrier_of, get_logger
 from leyline import Message, Priority
 from leyline.streams import Stream
 
@@ -28,7 +28,6 @@ _BATCH = 100
 """Events of one round trip."""
 _END_SECONDS = 3.0
 """For what is left when the worker ends."""
-_log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,7 @@ class TelemetryBuffer:
         self._wake = asyncio.Event()
         self._ended = False
         self._dropped = 0
+        self._lines = SparseLines(get_logger(__name__))
 
     def put(self, stream: Stream, message: Message, run_id: str, epoch: int | None) -> None:
         """Have a message published soon, in the trace that is current now."""
@@ -66,8 +66,8 @@ class TelemetryBuffer:
         finally:
             self._ended = True
             self._wake.set()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(keeping, _END_SECONDS)
+            await asyncio.wait({keeping}, timeout=_END_SECONDS)
+            keeping.cancel()
 
     async def _keep(self) -> None:
         while not self._ended or self._waiting:
@@ -89,6 +89,6 @@ class TelemetryBuffer:
         failed = [answer for answer in answers if isinstance(answer, Exception)]
         if dropped := self._dropped:
             self._dropped = 0
-            _log.warning("telemetry missed", events=dropped, reason=f"{_MOST} events waited")
+            self._lines.warning("telemetry missed", dropped, reason=f"{_MOST} events waited")
         if failed:
-            _log.warning("telemetry missed", events=len(failed), reason=str(failed[0]))
+            self._lines.warning("telemetry missed", len(failed), reason=str(failed[0]))

@@ -10,8 +10,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
-from elesh.bus import Bus, BusUnavailable
-from elesh.observe import get_logger
+from elesh.bus import Bus, BusUnavailable, repeatedly
+from elesh.observe import SparseLines, get_logger
 from elesh.observe.metrics import setup_metrics, shutdown_metrics
 from elesh.observe.tracing import is_exported
 from elesh.settings import ObserveSettings
@@ -27,6 +27,7 @@ _PROBE_SECONDS = 1.0
 _LIVES = 3
 """A worker is forgotten when it has missed so many heartbeats."""
 _log = get_logger(__name__)
+_lines = SparseLines(_log)
 
 
 class Monitor:
@@ -60,7 +61,12 @@ class Monitor:
                 listener = listening(self._settings.health_host, port)
                 self._status.health_url = await stack.enter_async_context(serving(app, listener))
                 _log.info("health", url=self._status.health_url)
-            tasks = [asyncio.create_task(each()) for each in (self._watch, self._heartbeat)]
+            keeping = (
+                repeatedly("watching", self._watch),
+                repeatedly("heartbeat", self._heartbeat, self._bus.outage),
+            )
+            self._heard = asyncio.get_running_loop().time()
+            tasks = [asyncio.create_task(each) for each in keeping]
             try:
                 yield
             finally:
@@ -71,17 +77,15 @@ class Monitor:
                     await self._bus.registry.forget(self._status.worker_id)
                 await asyncio.to_thread(shutdown_metrics)
 
-    async def _watch(self) -> None:
+    async def _watch(self) -> float:
         """Once a second: how are child and bus?"""
-        self._heard = asyncio.get_running_loop().time()
-        while True:
-            before = self._status.condition
-            after = self._condition(self._look())
-            self._status.condition = after
-            if after.why != before.why and before.why != "starting":
-                tell = _log.info if after.ready else _log.warning
-                tell("ready" if after.ready else "not ready", why=after.why or "-")
-            await asyncio.sleep(_PROBE_SECONDS)
+        before = self._status.condition
+        after = self._condition(self._look())
+        self._status.condition = after
+        if after.why != before.why and before.why != "starting":
+            tell = _log.info if after.ready else _log.warning
+            tell("ready" if after.ready else "not ready", why=after.why or "-")
+        return _PROBE_SECONDS
 
     def _condition(self, found: Finding) -> Condition:
         if self._status.doing == "starting":
@@ -92,19 +96,23 @@ class Monitor:
             return Condition(found.child, False, found.why)
         silent = asyncio.get_running_loop().time() - self._heard
         if silent > self._settings.heartbeat_seconds + _PROBE_SECONDS:
-            return Condition(found.child, False, f"the bus has not answered for {silent:.0f} s")
+            return Condition(found.child, False, "the bus does not serve")
+        if self._status.lacks:
+            return Condition(found.child, False, self._status.lacks)
         return Condition(found.child, True, "")
 
-    async def _heartbeat(self) -> None:
+    async def _heartbeat(self) -> float:
         """Every heartbeat: tell the register."""
         seconds = self._settings.heartbeat_seconds
-        while True:
-            with contextlib.suppress(BusUnavailable):
-                await self._bus.registry.heartbeat(self._status.state(), seconds=_LIVES * seconds)
-                self._heard = asyncio.get_running_loop().time()
-                if is_exported("METRICS"):
-                    await self._refresh()
-            await asyncio.sleep(seconds)
+        other = await self._bus.registry.heartbeat(self._status.state(), seconds=_LIVES * seconds)
+        self._heard = asyncio.get_running_loop().time()
+        if other is not None:
+            _lines.warning(
+                "another worker has this name", name=other.worker_id, host=other.host, pid=other.pid
+            )
+        if is_exported("METRICS"):
+            await self._refresh()
+        return seconds
 
     async def _refresh(self) -> None:
         await self._figures.refresh(self._bus)

@@ -10,7 +10,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from elesh.bus import Bus, BusUnavailable, CommitOutcome, Delivery
-from elesh.bus.admission import Work
+from elesh.bus.admission import Work, named_key
+from elesh.bus.core import UNTRUSTED
 from elesh.observe import carrier_of, get_logger
 from leyline import (
     AnalysisMetrics,
@@ -193,7 +194,7 @@ class Reports:
             worker_id=self._worker_id,
             at=datetime.now(UTC),
             original=delivery.original,
-            idempotency_key=str(work.key) if work else "",
+            idempotency_key=str(work.key) if work else _named_key(delivery, error),
             traceparent=delivery.carrier.get("traceparent", ""),
             history=delivery.history.attempts,
         )
@@ -211,3 +212,13 @@ class Reports:
             detail=dead_letter.reason,
         )
         self.telemetry_buffer.put(TELEMETRY, event, event.run_id, event.epoch)
+
+
+def _named_key(delivery: Delivery, error: ContractError) -> str:
+    """What an entry is about, by its own words; empty if they are nobody's or cannot be read."""
+    if error.code in UNTRUSTED:
+        return ""
+    try:
+        return named_key(delivery.envelope)
+    except ContractError:
+        return ""

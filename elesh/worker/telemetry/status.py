@@ -57,7 +57,21 @@ class Status:
 
     def __post_init__(self) -> None:
         self.started = self.clock()
+        self._lacks, self._lacks_until = "", 0.0
         self._in_flight: dict[tuple[str, str], tuple[str, float]] = {}
+
+    @property
+    def lacks(self) -> str:
+        """What it has no room for now; empty: nothing."""
+        return self._lacks
+
+    def lacking(self, what: str, *, until: float) -> None:
+        """It lacks something, and takes nothing until then (monotonic seconds)."""
+        self._lacks, self._lacks_until = what, until
+
+    def lacking_for(self, now: float) -> float:
+        """Seconds that it will take nothing more; at most zero if it may."""
+        return self._lacks_until - now
 
     def announce(self) -> None:
         """Begin the counters that rates are taken of: the first event must find them at zero."""

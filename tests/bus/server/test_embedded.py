@@ -188,7 +188,7 @@ def test_a_url_goes_before_the_environment_and_that_before_the_embedded_server(
     assert asyncio.run(chosen("redis://argument")) == "redis://argument"
     assert asyncio.run(chosen()) == "redis://environment"
     monkeypatch.delenv("ELESH_REDIS_URL")
-    assert asyncio.run(chosen()).startswith("redis://:")
+    assert asyncio.run(chosen()) == f"redis+embedded://{tmp_path}/redis"
     assert (tmp_path / "redis" / "server.json").exists()
     with embedded_server(tmp_path) as url, Redis.from_url(url) as client:
         assert client.ping()

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 from bus_messages import GROUP, claim, publish, result
-from redis.exceptions import ResponseError
 from servers import Server
 
-from elesh.bus import Bus, BusUnavailable, CommitOutcome
+from elesh.bus import Bus, BusRefuses, BusUnavailable, CommitOutcome
 from elesh.bus.server.client import open_client
 from elesh.settings import BusSettings
 
@@ -54,7 +53,7 @@ def test_a_command_that_fails_leaves_its_neighbours_alone(redis_url: str, partit
                 return_exceptions=True,
             )
             assert answers[::2] == [{b"a": b"1"}, [b"1"]]
-            assert isinstance(answers[1], ResponseError)
+            assert isinstance(answers[1], BusRefuses)
             assert "WRONGTYPE" in str(answers[1])
 
     asyncio.run(scenario())

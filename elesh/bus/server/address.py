@@ -1,0 +1,239 @@
+"""The grammar of bus URLs. Pure but for the look whether TLS files are there.
+
+- ``redis://[user[:password]@]host[:port][/db]``, ``rediss://`` the same over TLS;
+- ``unix://[user:password@]/path/of/socket[?db=1]``;
+- ``redis+sentinel://s1:26379,s2:26379/SERVICE[/DB]``: the sentinels name the master;
+- ``redis+cluster://n1:7000,n2:7001``: any node names the owner of the partition's slot;
+- ``redis+embedded:///folder``: the bundled server of that folder, wherever it listens.
+
+``rediss+sentinel`` and ``rediss+cluster`` are the same over TLS. Addresses of version 6 stand in
+brackets. User, password, path and options are percent-decoded; a user or password whose special
+characters were not encoded is read where only one reading makes sense. Options in the query: ``db``
+(redis, rediss, unix), ``username``, ``password``, ``protocol`` (2), ``client_name``, over TLS
+``ssl_ca_certs``, ``ssl_certfile``, ``ssl_keyfile``, ``ssl_password``, ``ssl_check_hostname``,
+``ssl_cert_reqs``, with sentinels ``sentinel_username``, ``sentinel_password``.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import parse_qsl, unquote
+
+__all__ = ["Address", "BusAddress", "parse"]
+
+Address = tuple[str, int]
+_SCHEMES = (
+    "redis", "rediss", "unix",
+    "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster", "redis+embedded",
+)  # fmt: skip
+_PORTS = {"": 6379, "sentinel": 26379, "cluster": 6379}
+_LONGEST_SOCKET = 107
+_LARGEST_DATABASE = 2**31 - 1
+_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
+_TLS = frozenset({*_FILES, "ssl_password", "ssl_check_hostname", "ssl_cert_reqs"})
+_SENTINEL = frozenset({"sentinel_username", "sentinel_password"})
+_COMMON = frozenset({"db", "username", "password", "protocol", "client_name"})
+_BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_HOST = re.compile(r"(?:\[(?P<six>[^\[\]]+)\]|(?P<name>[^\s:\[\]@/?#,\\]*))(?::(?P<port>[0-9]*))?")
+_ENCODE = "write special characters of user and password percent-encoded"
+
+
+@dataclass(frozen=True)
+class BusAddress:
+    """A bus URL, read and checked."""
+
+    scheme: str
+    kind: str
+    """``sentinel``, ``cluster``, ``embedded``, or empty."""
+    hosts: tuple[Address, ...] = ()
+    path: str = ""
+    """Of the socket, or the folder of the embedded server."""
+    service: str = ""
+    database: int = 0
+    username: str = ""
+    password: str = field(default="", repr=False)
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """Keywords of a connection, beside address, user and password."""
+    sentinel: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Keywords of connections to sentinels."""
+
+    @property
+    def secure(self) -> bool:
+        """Whether the connection is encrypted."""
+        return self.scheme.startswith("rediss")
+
+
+def parse(url: str) -> BusAddress:
+    """The parts of a bus URL.
+
+    Raises:
+        ValueError: if it is none of the module's grammar, naming what is wrong.
+    """
+    scheme, colon, rest = url.partition("://")
+    if not colon or scheme not in _SCHEMES:
+        raise ValueError(f"scheme {scheme[:20]!r}: expected one of {', '.join(_SCHEMES)}")
+    kind = scheme.partition("+")[2]
+    if scheme == "unix" or kind == "embedded":
+        user, place = _local_parts(rest)
+        hosts: tuple[Address, ...] = ()
+    else:
+        user, listed, place = _parts(rest, kind)
+        hosts = _hosts(listed, kind)
+    path, _, query = place.partition("?")
+    if "#" in place:
+        raise ValueError(f"a part after #, which a bus has not; {_ENCODE}")
+    options = _options(query, scheme, kind)
+    name, _, password = user.partition(":")
+    known = {"username": unquote(name), "password": unquote(password)}
+    for each in ("username", "password"):
+        known[each] = options.pop(each, "") or known[each]
+    sentinel = {each.partition("_")[2]: options.pop(each) for each in _SENTINEL & options.keys()}
+    database = options.pop("db", None)
+    if hosts:
+        service, database = _place(path, kind, database)
+        path = ""
+    else:
+        service, path = "", _local_path(unquote(path, errors="surrogateescape"), kind)
+    return BusAddress(
+        scheme, kind, hosts, path, service, database or 0, **known,
+        options=options, sentinel=sentinel,
+    )  # fmt: skip
+
+
+def _parts(rest: str, kind: str) -> tuple[str, str, str]:
+    """User part, hosts, and the rest from the path on."""
+    end = min((at for at in map(rest.find, "/?#") if at >= 0), default=len(rest))
+    user, at, listed = rest[:end].rpartition("@")
+    path = rest[end:].partition("?")[0]
+    if at and "@" not in path:
+        return user, listed, rest[end:]
+    if "@" not in rest[end:] or (not at and "@" not in path and _are_hosts(listed, kind)):
+        return user, listed, rest[end:]
+    # A password with a slash, question mark or hash that was not encoded.
+    user, _, rest = rest.rpartition("@")
+    end = min((at for at in map(rest.find, "/?#") if at >= 0), default=len(rest))
+    return user, rest[:end], rest[end:]
+
+
+def _are_hosts(listed: str, kind: str) -> bool:
+    try:
+        return bool(_hosts(listed, kind)) and bool(listed.partition(":")[0])
+    except ValueError:
+        return False
+
+
+def _local_parts(rest: str) -> tuple[str, str]:
+    """User part, and the path with its query."""
+    if rest.startswith("/"):
+        return "", rest
+    user, at, path = rest.rpartition("@/")
+    if not at:
+        raise ValueError(
+            f"path {rest[:40]!r}: expected an absolute one, such as unix:///run/x.sock"
+        )
+    return user, "/" + path
+
+
+def _local_path(path: str, kind: str) -> str:
+    if "\0" in path or path == "/":
+        raise ValueError(f"path {path!r}: expected the path of a {'folder' if kind else 'socket'}")
+    if not kind and len(os.fsencode(path)) > _LONGEST_SOCKET:
+        raise ValueError(f"path {path!r}: expected at most {_LONGEST_SOCKET} bytes, as systems do")
+    return path
+
+
+def _hosts(listed: str, kind: str) -> tuple[Address, ...]:
+    """The addresses of ``host:port,host:port``; plain URLs have one."""
+    hosts = tuple(_address(text, kind) for text in listed.split(","))
+    if not kind and len(hosts) > 1:
+        raise ValueError(f"{len(hosts)} addresses: expected one, or redis+cluster://")
+    return hosts
+
+
+def _address(text: str, kind: str) -> Address:
+    found = _HOST.fullmatch(text)
+    expected = "expected host:port, with an address of version 6 in brackets"
+    if found is None or (kind and not (found["six"] or found["name"])):
+        raise ValueError(f"address {text!r}: {expected}; {_ENCODE}")
+    host = unquote(found["six"] or found["name"]) or "localhost"
+    if found["six"]:
+        try:
+            ipaddress.IPv6Address(host)
+        except ValueError:
+            raise ValueError(f"address {text!r}: expected an address of version 6 there") from None
+    if not host.isprintable() or " " in host:
+        raise ValueError(f"address {text!r}: {expected}")
+    port = int(found["port"] or _PORTS[kind])
+    if not 0 < port < 65536:
+        raise ValueError(f"port {port}: expected 1 to 65535")
+    return host, port
+
+
+def _place(path: str, kind: str, asked: int | None) -> tuple[str, int]:
+    """The sentinels' name of the service, and the database's number."""
+    steps = [unquote(step) for step in path.split("/") if step]
+    service = steps.pop(0) if kind == "sentinel" and steps else ""
+    if kind == "sentinel" and not service:
+        raise ValueError("no service: expected redis+sentinel://host:port/SERVICE/DB")
+    database = asked if not steps else _database(steps.pop(0), f"path {path!r}")
+    if steps:
+        raise ValueError(f"path {path!r}: expected a database number; {_ENCODE}")
+    if asked is not None and asked != database:
+        raise ValueError(f"databases {database} and {asked}: expected one of them")
+    if kind == "cluster" and database:
+        raise ValueError(f"database {database}: expected none, a cluster has only 0")
+    return service, database or 0
+
+
+def _database(text: str, where: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text) <= _LARGEST_DATABASE):
+        raise ValueError(f"{where}: expected a database number; {_ENCODE}")
+    return int(text)
+
+
+def _options(query: str, scheme: str, kind: str) -> dict[str, Any]:
+    """The options of the query, checked; one that nobody knows is an error."""
+    known = _COMMON | (_SENTINEL if kind == "sentinel" else frozenset())
+    known |= _TLS if scheme.startswith("rediss") else frozenset()
+    if kind:
+        known -= {"db"}
+    if kind == "embedded":
+        known = frozenset()
+    options: dict[str, Any] = {}
+    for name, value in parse_qsl(query, keep_blank_values=True):
+        if name not in known:
+            tls = "; TLS is rediss://" if name in _TLS else ""
+            expected = f"expected one of {', '.join(sorted(known))}" if known else "expected none"
+            raise ValueError(f"option {name!r}: {expected}{tls}; {_ENCODE}")
+        if name in options:
+            raise ValueError(f"option {name!r}: expected once")
+        options[name] = _value(name, value)
+    return options
+
+
+def _value(name: str, value: str) -> Any:
+    if name == "db":
+        return _database(value, f"option 'db' = {value}")
+    if name == "protocol":
+        if value != "2":
+            raise ValueError(f"protocol={value}: expected 2, the one that Elesh speaks")
+        return 2
+    if name == "ssl_check_hostname":
+        if value.lower() not in _BOOLEANS:
+            raise ValueError(f"{name}={value}: expected true or false")
+        return _BOOLEANS[value.lower()]
+    if name == "ssl_cert_reqs":
+        if value not in ("none", "optional", "required"):
+            raise ValueError(f"{name}={value}: expected none, optional or required")
+        return value
+    if name in _FILES:
+        if not os.path.isfile(value):
+            raise ValueError(f"{name}: expected a file, found none at {value!r}")
+        if not os.access(value, os.R_OK):
+            raise ValueError(f"{name}: {value!r} cannot be read by this user")
+    return value

@@ -1,0 +1,69 @@
+"""A worker's folder for what it fetches: its own, and gone with it, whatever ends it.
+
+Promises: whoever lives holds a lock in its folder; what a worker that was killed left behind is
+removed by the next one that starts there, and what a living one needs is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from elesh.settings import SettingsError
+
+__all__ = ["spool"]
+
+_PREFIX = "elesh-worker-"
+_LOCK = "lock"
+_UNLOCKED_SECONDS = 86_400.0
+"""A folder without a lock is one that is just being made, or of an older version: so old it is
+nobody's."""
+
+
+@contextlib.contextmanager
+def spool() -> Iterator[Path]:
+    """A folder of one's own for the length of the block.
+
+    Raises:
+        SettingsError: if there is no place for one.
+    """
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        lock = (folder / _LOCK).open("wb")
+    except OSError as error:
+        raise SettingsError(
+            f"no folder for temporary files: {error}; set TMPDIR to one with room"
+        ) from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _remove_left(folder)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_left(own: Path) -> None:
+    """Remove folders whose worker is gone."""
+    for folder in own.parent.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            about = folder.lstat()
+            if folder != own and about.st_uid == os.getuid() and _is_left(folder, about.st_mtime):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_left(folder: Path, modified: float) -> bool:
+    try:
+        with open(folder / _LOCK, "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:
+        return folder.is_dir() and time.time() - modified > _UNLOCKED_SECONDS
+    return True
