@@ -11,6 +11,7 @@ import msgpack
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from trainer_nets import batches, build, example
 
 from elesh.settings import Settings
@@ -34,6 +35,14 @@ from leyline import (
     StructuralPruningDecision,
 )
 
+_EMA = get_ema_multi_avg_fn(0.9)
+
+
+def _groups(model: nn.Module, count: int) -> list[dict[str, Any]]:
+    """The parameters in so many groups with settings of their own."""
+    parameters = list(model.parameters())
+    return [{"params": parameters[i::count], "weight_decay": 0.01 * i} for i in range(count)]
+
 
 class World:
     """A network with everything that a training script has around it; the same for each seed."""
@@ -43,14 +52,17 @@ class World:
         name: str = "ResNet",
         architecture: PrunedArchitecture | None = None,
         restore_points: int = 1,
+        averaged: bool = False,
     ) -> None:
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(7)
         self.model = build("ResNet").to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
+        self.optimizer = torch.optim.AdamW(_groups(self.model, 2 if averaged else 1), lr=0.01)
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, [2, 3])
         self.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
         self.generator = torch.Generator().manual_seed(3)
+        averaging = {"multi_avg_fn": _EMA, "use_buffers": True}
+        self.ema = AveragedModel(self.model, **averaging) if averaged else None
         recorder = Recorder(self.model, example(), architecture=architecture)
         self.original = recorder.architecture
         self.surgeon = Surgeon(
@@ -59,11 +71,8 @@ class World:
 
     @property
     def parts(self) -> dict[str, Any]:
-        return {
-            "scheduler": self.scheduler,
-            "scaler": self.scaler,
-            "generator": self.generator,
-        }
+        parts = {"scheduler": self.scheduler, "scaler": self.scaler, "generator": self.generator}
+        return parts | ({"ema": self.ema} if self.ema else {})
 
     @property
     def tracked(self) -> Tracked:
@@ -79,6 +88,8 @@ class World:
             self.scaler.scale(loss * np.random.rand()).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
+            if self.ema:
+                self.ema.update_parameters(self.model)
         self.scheduler.step()
         self.model.eval()
 

@@ -5,7 +5,8 @@ exit code is 1 if any resumed state is neither that of before nor that of after,
 
 A moment is an event of the interpreter (a call or a return, of Python or C functions) in the middle
 of the action, counted in a rehearsal. A third each is drawn from all of them, from those of our own
-files, and from the system calls that write.
+files, and from the system calls that write. The run has two groups of parameters, an average of the
+weights, a gradient scaler and a scheduler.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def open_run(scenario: Scenario, folder: Path) -> Run:
 
 def prepare(scenario: Scenario, folder: Path) -> World:
     """A run that trained, cut once and trained on; its folder lies ready to be copied."""
-    world = World()
+    world = World(averaged=True)
     opened = open_run(scenario, folder)
     opened.resume(world.tracked)
     world.train()
@@ -125,7 +126,7 @@ def resumed(scenario: Scenario, folder: Path) -> tuple[str, set[str]]:
     reports of the second decision."""
     digests = set()
     for _ in range(2):
-        world = World(architecture=ORIGINAL)
+        world = World(architecture=ORIGINAL, averaged=True)
         opened = open_run(scenario, folder)
         opened.resume(world.tracked)
         digests.add(world.digest())

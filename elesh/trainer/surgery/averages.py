@@ -7,7 +7,6 @@ structure is a plain list of tensors cannot lose whole layers, which is refused 
 
 from __future__ import annotations
 
-import gc
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elesh.trainer.network.alive import alive
 from elesh.trainer.network.layers import named_tensors
 from leyline import InvalidField
 
@@ -109,10 +109,8 @@ def unnamed_averages(model: nn.Module, known: Iterable[WeightCopy]) -> list[str]
     mine = {id(tensor) for copy in known for tensor in copy.tensors().values()}
     mine |= {id(tensor) for tensor in named_tensors(model).values()}
     network, found = _Network(model), []
-    for each in gc.get_objects():
+    for each in alive(_averages_weights):
         kind = type(each).__name__
-        if not _KIND.search(kind) or isinstance(each, type):
-            continue
         for copy in _search(kind, each, network, set(), _DEPTH):
             tensors = copy.tensors()
             if not any(id(tensor) in mine for tensor in tensors.values()):
@@ -120,6 +118,10 @@ def unnamed_averages(model: nn.Module, known: Iterable[WeightCopy]) -> list[str]
                 if likeness(copy, model) > _ALIKE:
                     found.append(kind)
     return found
+
+
+def _averages_weights(kind: type) -> bool:
+    return bool(_KIND.search(kind.__name__)) and not issubclass(kind, type)
 
 
 _KIND = re.compile(r"EMA|Ema(?![a-z])|AveragedModel|MovingAverage|WeightAverag|SWA")

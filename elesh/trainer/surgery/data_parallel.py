@@ -7,13 +7,13 @@ the user and without a word between the processes.
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import torch.distributed
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from elesh.trainer.network.alive import alive
 from leyline import InvalidField
 
 __all__ = ["rebuild_reducers", "require_whole", "unwrapped"]
@@ -63,10 +63,8 @@ def rebuild_reducers(model: nn.Module) -> int:
     own = {id(module) for module in model.modules()}
     found = [
         each
-        for each in gc.get_objects()
-        if issubclass(type(each), DistributedDataParallel)
-        and "reducer" in vars(each)
-        and any(id(module) in own for module in each.module.modules())
+        for each in alive(lambda kind: issubclass(kind, DistributedDataParallel))
+        if "reducer" in vars(each) and any(id(module) in own for module in each.module.modules())
     ]
     for wrapper in found:
         _rebuild(wrapper)

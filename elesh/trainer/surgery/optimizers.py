@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from elesh.trainer.network.alive import alive
 from leyline import InvalidField
 from leyline.errors import brief
 
@@ -185,9 +186,8 @@ def other_optimizers(
     def others() -> list[Optimizer]:
         return [
             each
-            for each in gc.get_objects()
-            if issubclass(type(each), Optimizer)
-            and id(getattr(each, "state", None)) not in known
+            for each in alive(lambda kind: issubclass(kind, Optimizer))
+            if id(getattr(each, "state", None)) not in known
             and any(id(p) in mine for p in _held(each, stateful))
         ]
 
@@ -226,8 +226,7 @@ def masters_of(optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor]) -
     numbers = {id(tensor) for tensor in strange}
     if any(
         id(parameter) in numbers
-        for each in gc.get_objects()
-        if issubclass(type(each), nn.Module)
+        for each in alive(lambda kind: issubclass(kind, nn.Module))
         for parameter in vars(each).get("_parameters", {}).values()
     ):
         return {}  # the parameters of another network
