@@ -55,6 +55,7 @@ from leyline.network.bundle import CheckpointBundle, CheckpointDocument, Network
 from leyline.network.parts import (
     GateSite,
     LayerDescriptor,
+    NormSite,
     PruningGroup,
     PruningRecord,
     Span,
@@ -163,6 +164,7 @@ __all__ = [
     "Message",
     "MissingBlob",
     "NetworkExport",
+    "NormSite",
     "NotFinite",
     "OperatorAction",
     "Outcome",

@@ -172,7 +172,9 @@ class Bench:
                 if level is Level.LAYER:
                     gates[self._slot[self._architecture.block[name].branch, None]][:] = value
                     continue
-                for site in self._architecture.group[name].sites:
+                group = self._architecture.group[name]
+                # Statistics of a normalisation jump with what is kept: halved, it sees all.
+                for site in (*group.sites, *(group.norms if value == 0.0 else ())):
                     gates[self.slot(site)][list(site.of(unit))] = value
         return gates
 

@@ -114,7 +114,7 @@ def require_gates(slots: Sequence[GateSlot], architecture: PrunedArchitecture) -
     """Everything that may be removed must have its gates."""
     sizes = {(slot.module, slot.dim): slot.size for slot in slots}
     for group in architecture.groups:
-        for site in group.sites if group.prunable else ():
+        for site in (*group.sites, *group.norms) if group.prunable else ():
             size = sizes.get((site.module, site.dim), 0)
             if size <= max(site.all_of(range(group.size)), default=-1):
                 found = f"{size} units" if size else "no gate"

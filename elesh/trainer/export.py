@@ -34,6 +34,7 @@ from elesh.trainer.network.compilation import unwrapped
 from elesh.trainer.network.gates import Axis, axis_of
 from elesh.trainer.network.layers import require_fit
 from elesh.trainer.network.multihead import patched, take_back
+from elesh.trainer.network.norms import refilled
 from elesh.trainer.network.state import preserve_state
 from elesh.trainer.surgery.bypass import first_of, with_first
 from leyline import ContractError, InvalidField, NetworkExport, Phase, PrunedArchitecture
@@ -226,6 +227,8 @@ class _Gated(nn.Module):
         self._inputs = inputs
         groups = [group for group in architecture.groups if group.prunable]
         axes = dict.fromkeys(axis_of(site) for group in groups for site in group.sites)
+        self._norms = {axis_of(norm): norm for group in groups for norm in group.norms}
+        axes |= dict.fromkeys(self._norms)
         blocks = [block for block in architecture.blocks if block.prunable and not block.removed]
         self._axes: list[Axis] = list(axes)
         self._branches = list(dict.fromkeys(block.branch for block in blocks))
@@ -298,7 +301,7 @@ class _Gated(nn.Module):
 
     def _before(self, number: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            return replace_first(args, kwargs, lambda x: self._times(number, x))
+            return replace_first(args, kwargs, lambda x: self._passed(number, x))
 
         return hook
 
@@ -308,10 +311,21 @@ class _Gated(nn.Module):
 
         return hook
 
+    def _passed(self, number: int, x: Tensor) -> Tensor:
+        """What enters a consumer, or a normalisation that sees the kept channels only."""
+        norm = self._norms.get(self._axes[number])
+        if norm is None or not self._gates:
+            return self._times(number, x)
+        return refilled(x, self._gate(number, x), norm.dim, norm.kind, norm.eps)
+
     def _times(self, number: int, x: Tensor) -> Tensor:
         if not self._gates:
             self._shapes[number] = tuple(x.shape)
             return x
+        return x * self._gate(number, x)
+
+    def _gate(self, number: int, x: Tensor) -> Tensor:
+        """The gate of a place in the form that broadcasts to ``x``."""
         layout = self._layout[number]
         gate = self._gates[number].to(x.dtype)
         if layout.rows > 1:
@@ -320,7 +334,7 @@ class _Gated(nn.Module):
         shape[layout.samples], shape[layout.units] = -1, layout.size
         if layout.samples > layout.units:
             gate = gate.transpose(0, 1)
-        return x * gate.reshape(shape)
+        return gate.reshape(shape)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,8 @@ def closed(
     """The gates that a cut closes."""
     dead: dict[tuple[str, int | None], list[int]] = {}
     for name, chosen in units.items():
-        for site in architecture.group[name].sites:
+        group = architecture.group[name]
+        for site in (*group.sites, *group.norms):
             dead.setdefault((site.module, site.dim), []).extend(site.all_of(chosen))
     return dead | {(architecture.block[name].branch, None): [0] for name in layers}
 

@@ -25,6 +25,7 @@ from .parts import (
     MAX_AXIS,
     GateSite,
     LayerDescriptor,
+    NormSite,
     PruningGroup,
     PruningRecord,
     Span,
@@ -209,7 +210,7 @@ class PrunedArchitecture(Message):
         return group
 
 
-_Part = TypeVar("_Part", TensorSlice, GateSite)
+_Part = TypeVar("_Part", TensorSlice, GateSite, NormSite)
 _Axis = tuple[str, int]
 """A tensor's or a gate site's name with one of its dimensions."""
 
@@ -223,7 +224,7 @@ def _gone_indices(cuts: Iterable[tuple[PruningGroup, frozenset[int]]]) -> dict[_
     """The indices that vanish along every axis, sorted."""
     gone: dict[_Axis, set[int]] = {}
     for group, units in cuts:
-        parts: tuple[TensorSlice | GateSite, ...] = (*group.slices, *group.sites)
+        parts: tuple[TensorSlice | GateSite, ...] = (*group.slices, *group.sites, *group.norms)
         for part in parts:
             gone.setdefault(_axis(part), set()).update(part.all_of(units))
     return {axis: sorted(indices) for axis, indices in gone.items()}
@@ -257,6 +258,7 @@ def _renumbered(
             "origin": tuple(group.origin[unit] for unit in kept),
             "slices": tuple(move(part) for part in group.slices),
             "sites": tuple(move(part) for part in group.sites),
+            "norms": tuple(move(part) for part in group.norms),
         }
     )
 
@@ -296,7 +298,7 @@ def _check_references(architecture: PrunedArchitecture) -> None:
         if layer.weight and layer.weight not in architecture.tensor:
             raise InvalidField(f"layers.{layer.name}.weight", "the path of a tensor", layer.weight)
     for group in architecture.groups:
-        for site in group.sites:
+        for site in (*group.sites, *group.norms):
             _check_span(f"groups.{group.name}.sites.{site.module}", site, group.size, MAX_AXIS)
         for part in group.slices:
             where = f"groups.{group.name}.slices.{part.tensor}"

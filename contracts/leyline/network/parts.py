@@ -14,7 +14,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from leyline.base import Count, Epoch, Message, Name, Text
+from leyline.base import Count, Epoch, Message, Name, NonNegative, Text
 from leyline.errors import InvalidField
 from leyline.identity import Level, ParameterIdentifier
 
@@ -92,6 +92,16 @@ class GateSite(Span):
     """Axis of its first input; negative ones count from the end."""
 
 
+class NormSite(GateSite):
+    """Where units enter a normalisation over channels: masked, it takes its statistics over the
+    channels that are kept, just as after the cut."""
+
+    kind: Literal["layer", "rms"]
+    """Whether mean and variance are normalised, or the mean square only."""
+    eps: NonNegative
+    """What the normalisation adds to the variance or mean square."""
+
+
 class PruningGroup(Message):
     """Units that can be removed one by one, each with all the tensor slices coupled to it.
 
@@ -112,6 +122,8 @@ class PruningGroup(Message):
     """Everything that is cut with a unit."""
     sites: tuple[GateSite, ...]
     """Where a unit is masked and measured."""
+    norms: tuple[NormSite, ...] = Field(default=(), exclude_if=operator.not_)
+    """Normalisations over these channels. Left out of messages where there are none."""
     prunable: bool = True
     """Whether units of it may be removed."""
     reason: Text = ""

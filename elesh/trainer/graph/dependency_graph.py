@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from elesh.trainer.network.calling import Inputs, batch_size, call, tensors_in
 from elesh.trainer.network.calls import Calls, Link
 from elesh.trainer.network.layers import channel_axes, is_transposed_linear
+from elesh.trainer.network.norms import Norm, norm_of
 from leyline import LayerDescriptor
 
 from .attention import Attention, find_attentions
-from .indexing import Relations
+from .indexing import Relations, shape_of
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,14 @@ class Port:
 
     name: str
     side: str
-    """``in`` or ``out``; ``out`` also for what treats channels one by one."""
+    """``in`` or ``out``; ``out`` also for what treats channels one by one; ``norm`` for the input
+    of a normalisation over channels."""
     module: nn.Module | None = None
     parameter_dim: int | None = None
     """For a bare parameter: the axis that holds the channels."""
     refusal: str = ""
     """Why channels that come here cannot be removed, where the operation itself forbids it."""
+    norm: Norm | None = None
 
 
 Ints = npt.NDArray[np.int64]
@@ -121,6 +124,7 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
         self._param_to_name, self.unwrapped_parameters = self._detect_unwrapped_parameters(None)
         self.calls = Calls(model)
         self.module2node = self._trace(model, inputs, self._forward, output_transform=traced)
+        self.by_function: dict[Any, Any] = {}
         self.relations = Relations(_bridge(self, self.calls))
         self._build_dependency(self.module2node)
 
@@ -150,6 +154,7 @@ def _bridge(graph: _Graph, calls: Calls) -> dict[Any, list[Link]]:
     nodes = {node.grad_fn: node for node in graph.module2node.values()}
     made = [one for one in calls.made if one.module in graph.module2node]
     nodes |= {one.output: graph.module2node[one.module] for one in made}
+    graph.by_function = nodes
     links: dict[Any, list[Link]] = {}
     for one in made:
         found = links.setdefault(graph.module2node[one.module], [])
@@ -184,6 +189,8 @@ def _families(graph: _Graph, model: nn.Module) -> list[Family]:
             table.add(port, owner, indices)
         if node.grad_fn in graph.finals and (port is None or port.side == "out"):
             table.add(_OUTPUT, owner, np.zeros_like(indices))
+    for port, owners, indices in reach.norms(model):
+        table.add(port, labels[owners], indices)
     for lost in reach.lost:
         table.add(_LOST, labels[lost], np.zeros_like(lost))
     return table.families()
@@ -255,6 +262,7 @@ class _Reach:
         self._walk()
         for node in graph.module2node.values():
             self._join_blocks(node)
+        self._join_shared()
 
     def labels(self) -> Ints:
         """The number of the component of every channel."""
@@ -263,6 +271,32 @@ class _Reach:
         matrix = coo_matrix((ones, (pairs[0], pairs[1])), (self._count, self._count))
         labels: Ints = connected_components(matrix, directed=False)[1].astype(np.int64)
         return labels
+
+    def norms(self, model: nn.Module) -> Iterator[tuple[Port, Ints, Ints]]:
+        """Normalisations over channels that are met, with the numbers of the channels at their
+        inputs and the places of these."""
+        graph = self._graph
+        names = {module: name for name, module in model.named_modules()}
+        sides = {node: key for key in self.sides for node in key[:1]}
+        for one in graph.calls.made:
+            producer = graph.by_function.get(one.inputs[0][0]) if one.inputs else None
+            if producer is None or producer not in sides:
+                continue
+            shape = tuple(shape_of(*one.inputs[0]))
+            norm = norm_of(one.module, shape)
+            if norm is None:
+                continue
+            function = sides[producer][1]
+            if isinstance(producer.module, nn.Module):
+                function = graph.get_pruner_of_module(producer.module).prune_out_channels
+            side = self.sides.get((producer, function))
+            if side is None:
+                continue
+            met = side.seen.nonzero()[0]
+            here, there = graph.relations.taken(producer, one.inputs[0]).forwards(met)
+            if len(there) and int(there.max()) < shape[norm.dim]:
+                port = Port(names[one.module], "norm", one.module, norm=norm)
+                yield port, here + side.offset, there
 
     def _side(self, node: Any, function: Any) -> _Side:
         key = (node, function)
@@ -295,6 +329,23 @@ class _Reach:
                     there.seen[fresh] = True
                     queue.append((dependency.target, dependency.handler, fresh))
 
+    def _join_shared(self) -> None:
+        """Connect what lies on the same axis of a weight that several layers share."""
+        met: dict[tuple[int, int], list[_Side]] = {}
+        for (node, function), side in self.sides.items():
+            if not isinstance(node.module, nn.Module):
+                continue
+            axes, pruner = channel_axes(node.module), self._graph.get_pruner_of_module(node.module)
+            inward = function == pruner.prune_in_channels != pruner.prune_out_channels
+            for attribute, dim in axes.inputs if inward else axes.outputs:
+                held = node.module._parameters.get(attribute)
+                if held is not None and held.shape[dim] == len(side.seen):
+                    met.setdefault((id(held), dim), []).append(side)
+        for first, *others in met.values():
+            for other in others:
+                both = (first.seen & other.seen).nonzero()[0]
+                self._edges.append(np.stack([both + first.offset, both + other.offset]))
+
     def _join_blocks(self, node: Any) -> None:
         """Connect what a layer can only lose together: the channels of a block of its own."""
         if not isinstance(node.module, nn.Module):
@@ -307,11 +358,10 @@ class _Reach:
             side = self.sides[key]
             indices = side.seen.nonzero()[0]
             numbers = indices * blocks // max(1, len(side.seen))
-            for block, start in zip(*np.unique(numbers, return_index=True), strict=True):
+            for block in np.unique(numbers).tolist():
                 members = indices[numbers == block] + side.offset
-                root = first.setdefault(int(block), int(members[0]))
+                root = first.setdefault(block, int(members[0]))
                 self._edges.append(np.stack([np.full_like(members, root), members]))
-                del start
 
 
 def _produced(graph: _Graph) -> Iterator[tuple[Any, Any, Ints]]:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from elesh.trainer.network.calling import Inputs, example_copy
 from elesh.trainer.network.layers import ChannelAxes, channel_axes, describe_tensors, named_tensors
@@ -21,6 +21,7 @@ from leyline import (
     GateSite,
     InvalidField,
     LayerDescriptor,
+    NormSite,
     PrunedArchitecture,
     PruningGroup,
     Span,
@@ -107,7 +108,7 @@ def _groups(wiring: Wiring, model: nn.Module, ignored: Collection[str]) -> tuple
     order = {layer.name: number for number, layer in enumerate(wiring.layers)}
     rooted = [(_root(family, order), family) for family in families]
     rooted.sort(key=lambda pair: (order[pair[0].name], int(pair[1][pair[0]][:, 0].min())))
-    tied = _tied_tensors(model)
+    tied = _tied_tensors(model, order)
     groups: dict[str, PruningGroup] = {}
     for root, family in rooted:
         name, number = root.name, 2
@@ -131,7 +132,7 @@ def _with_heads(
     anything else, is left to the channel groups and their reasons.
     """
     kept, heads = list(groups), list[PruningGroup]()
-    tied = _tied_tensors(model)
+    tied = _tied_tensors(model, {layer.name for layer in wiring.layers})
     for attention in wiring.attentions:
         axes = {(path, dim) for path, dim, _ in attention.spans}
         inside = [g for g in kept if any((part.tensor, part.dim) in axes for part in g.slices)]
@@ -186,51 +187,74 @@ def _lone_families(layers: Iterable[LayerDescriptor], model: nn.Module) -> Itera
             yield {Port(layer.name, "out", module): np.arange(count)[:, None]}
 
 
-def _tied_tensors(model: nn.Module) -> frozenset[int]:
-    """The ids of parameters that several modules hold."""
+def _tied_tensors(model: nn.Module, called: Collection[str]) -> dict[int, int]:
+    """How many of the modules that are called hold a parameter, by its id, where several do."""
     holders = Counter(
-        id(parameter) for module in model.modules() for parameter in module._parameters.values()
+        id(parameter)
+        for name, module in model.named_modules()
+        if name in called
+        for parameter in module._parameters.values()
     )
-    return frozenset(key for key, count in holders.items() if count > 1)
+    return {key: count for key, count in holders.items() if count > 1}
 
 
-def _refusal(ports: Sequence[Port], ignored: Collection[str], tied: Collection[int]) -> str:
+def _refusal(ports: Sequence[Port], ignored: Collection[str], tied: Mapping[int, int]) -> str:
     """Why these channels are left alone, as far as their layers' types tell; else empty."""
     for port in _producers(ports):
         if any(port.name == name or port.name.startswith(f"{name}.") for name in ignored):
             return "ignored"
+    for port in ports:
+        if port.module is not None and (refusal := channel_axes(port.module).refusal):
+            return f"{refusal} ({port.name})"
     for port in ports:
         if port.refusal:
             return port.refusal
     for port in ports:
         if port.module is None:
             continue
-        axes = channel_axes(port.module)
-        if axes.refusal:
-            return f"{axes.refusal} ({port.name})"
-        if axes.produces and "weight" not in port.module._parameters:
+        if channel_axes(port.module).produces and "weight" not in port.module._parameters:
             return f"the weight of {port.name} is computed (parametrised)"
-        if any(id(parameter) in tied for parameter in port.module.parameters(recurse=False)):
-            return f"{port.name} shares its weight with another layer"
+    if shared := _torn(ports, tied):
+        return f"{shared} shares its weight with another layer"
     if not any(port.side == "in" for port in ports):
         return "no layer consumes it"
     return ""
 
 
+def _torn(ports: Sequence[Port], tied: Mapping[int, int]) -> str:
+    """A layer whose weight is shared, and does not go along the same axis wherever it is used."""
+    axes: dict[int, set[tuple[str, int]]] = {}
+    for port in ports:
+        if port.module is None or port.norm is not None:
+            continue
+        own = channel_axes(port.module)
+        for attribute, dim in own.inputs if port.side == "in" else own.outputs:
+            parameter = port.module._parameters.get(attribute)
+            if parameter is not None and id(parameter) in tied:
+                axes.setdefault(id(parameter), set()).add((port.name, dim))
+    for number, held in axes.items():
+        dims = {dim for _, dim in held}
+        if len(dims) > 1 or len(held) < tied[number]:
+            return min(held)[0]
+    return ""
+
+
 def _group(name: str, family: Family, reason: str, model: nn.Module) -> PruningGroup:
     tensors = named_tensors(model)
-    slices: list[TensorSlice] = []
+    slices: dict[tuple[str, int], TensorSlice] = {}
     sites: list[GateSite] = []
+    norms: list[NormSite] = []
     size = len(next(iter(family.values())))
     for port, indices in family.items():
         span, last = _span(indices), int(indices.max())
-        for path, dim in _tensor_axes(port):
-            if path not in tensors:
-                continue
+        for path, dim in _tensor_axes(port, tensors):
             if tensors[path].shape[dim] > last:
-                slices.append(TensorSlice(tensor=path, dim=dim, **dict(span)))
+                slices.setdefault((path, dim), TensorSlice(tensor=path, dim=dim, **dict(span)))
             else:
                 reason = reason or f"its channels could not be followed to {port.name}"
+        if port.norm is not None:
+            kind, dim, eps = port.norm.kind, port.norm.dim, port.norm.eps
+            norms.append(NormSite(module=port.name, dim=dim, kind=kind, eps=eps, **dict(span)))
         if port.side == "in" and port.module is not None:
             dim_of_input = channel_axes(port.module).site_dim
             if dim_of_input is not None:
@@ -242,22 +266,26 @@ def _group(name: str, family: Family, reason: str, model: nn.Module) -> PruningG
         layers=tuple(port.name for port in _producers(family)),
         original_size=size,
         origin=tuple(range(size)),
-        slices=tuple(slices),
+        slices=tuple(slices.values()),
         sites=tuple(sites),
+        norms=tuple(norms),
         prunable=not reason,
         reason=reason,
     )
 
 
-def _tensor_axes(port: Port) -> list[tuple[str, int]]:
-    """State-dict paths and dimensions that shrink with the channels of a port."""
+def _tensor_axes(port: Port, tensors: Mapping[str, Tensor]) -> list[tuple[str, int]]:
+    """Paths of tensors, each under its first name, and their axes that the channels lie on."""
     if port.parameter_dim is not None:
-        return [(port.name, port.parameter_dim)]
-    if port.module is None:
+        return [(port.name, port.parameter_dim)] if port.name in tensors else []
+    if port.module is None or port.norm is not None:
         return []
     axes = channel_axes(port.module)
+    named = {id(tensor): path for path, tensor in tensors.items()}
     pairs = axes.inputs if port.side == "in" else axes.outputs
-    return [(f"{port.name}.{attribute}", dim) for attribute, dim in pairs]
+    held = port.module._parameters | port.module._buffers
+    found = [(named.get(id(held.get(attribute))), dim) for attribute, dim in pairs]
+    return [(path, dim) for path, dim in found if path is not None]
 
 
 def _span(units: Ints) -> Span:

@@ -89,9 +89,14 @@ class Relations:
         """How many channels a node can have at most, going by the shapes of what it works on."""
         # A split and a slice are numbered as their input is.
         taking = node.type in (OPTYPE.SPLIT, OPTYPE.SLICE) and node.inputs
-        shape = (_input_shape(node) if taking else None) or _shape(node.grad_fn, 0)
+        shape = (_input_shape(node) if taking else None) or shape_of(node.grad_fn, 0)
         axis = self._axis(node)
         return shape[axis] if axis is not None else max(shape, default=0)
+
+    def taken(self, producer: Any, link: Link) -> Relation:
+        """Which channels of a node get to whoever takes this link, and as which."""
+        start, stop, step = self._taken(producer, link)
+        return Relation(start, stop, step)
 
     def splits_channels(self, node: Any) -> bool:
         """Whether this is a reshape that spreads channels over several axes (heads)."""
@@ -121,10 +126,10 @@ class Relations:
         if producer.type not in (OPTYPE.SPLIT, OPTYPE.SLICE) or not producer.inputs:
             return 0, None, 1
         function, axis = producer.grad_fn, self._axis(producer)
-        if axis is None or _dim(function, len(_shape(function, 0))) != axis:
+        if axis is None or _dim(function, len(shape_of(function, 0))) != axis:
             return 0, None, 1
         if producer.type == OPTYPE.SLICE:
-            size = (_input_shape(producer) or _shape(function, 0))[axis]
+            size = (_input_shape(producer) or shape_of(function, 0))[axis]
             ends = (_signed(function._saved_start), _signed(function._saved_end))
             start, stop = (end + size if end < 0 else end for end in ends)
             return start, stop, function._saved_step
@@ -135,11 +140,11 @@ class Relations:
     def _window(self, node: Any, slot: int) -> tuple[int, int | None]:
         """Where a concatenation puts the channels of one of its inputs, and how many they are."""
         function, axis = node.grad_fn, self._axis(node)
-        shape = _shape(function, 0)
+        shape = shape_of(function, 0)
         if axis is None or _dim(function, len(shape)) != axis:
             return 0, None
         parts = function.next_functions
-        sizes = [0 if part is None else _shape(part, number)[axis] for part, number in parts]
+        sizes = [0 if part is None else shape_of(part, number)[axis] for part, number in parts]
         unknown = [i for i, (part, _) in enumerate(parts) if part is None]
         if len(unknown) == 1:  # One constant, or the network's own input.
             sizes[unknown[0]] = shape[axis] - sum(sizes)
@@ -151,7 +156,7 @@ class Relations:
         before, axis = _input_shape(node), self._input_axis(node)
         if before is None or axis is None:
             return None
-        after = _shape(node.grad_fn, 0)
+        after = shape_of(node.grad_fn, 0)
         place = _place(before, axis, after)
         return None if place is None else after[place] / before[axis]
 
@@ -177,7 +182,7 @@ class Relations:
     def _compute(self, node: Any) -> int | None:
         own = _own_axis(node)
         if own is not None:
-            return own % len(_shape(node.grad_fn, 0))
+            return own % len(shape_of(node.grad_fn, 0))
         axes = [self._axes.get(producer) for producer in node.inputs]
         axis = next((axis for axis in axes if axis is not None), None)
         before = _input_shape(node)
@@ -201,7 +206,7 @@ def _own_axis(node: Any) -> int | None:
 
 def _moved(function: Any, axis: int, before: Sequence[int]) -> int | None:
     """Where an operation puts the channel axis of its input."""
-    after, name = _shape(function, 0), function.name()
+    after, name = shape_of(function, 0), function.name()
     if name.startswith("Permute"):
         order = [_signed(dim) % len(before) for dim in function._saved_dims]
         return order.index(axis)
@@ -243,10 +248,10 @@ def _positions(node: Any) -> list[int]:
 
 def _input_shape(node: Any) -> Sequence[int] | None:
     links = _links(node)
-    return _shape(*links[0]) if links else None
+    return shape_of(*links[0]) if links else None
 
 
-def _shape(function: Any, number: int) -> Sequence[int]:
+def shape_of(function: Any, number: int) -> Sequence[int]:
     """The shape of a function's output."""
     if hasattr(function, "variable"):
         return list(function.variable.shape)

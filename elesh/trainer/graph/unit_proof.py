@@ -107,34 +107,39 @@ class _Experiment(Admission):
         Whoever may be to blame for a fault is set aside and let in by halves, those who may be to
         blame for different faults at the same time.
         """
-        good, cases, reasons, before = list(names), list[list[list[str]]](), dict[str, str](), -1
+        good, sets, reasons = list(names), list[list[str]](), dict[str, str]()
         settled: set[str] = set()
-        while True:
-            heads = [case[-1] for case in cases]
+        while faults := self._faults(good):
+            if settled.intersection(fault.place for fault in faults):
+                return self._halved(names)  # Whoever was blamed there was not to blame.
+            found = _cases(faults, good)
+            alone = {members[0] for members in found if len(members) == 1}
+            for fault in faults:
+                for name in alone & (fault.blamed or alone):
+                    reasons.setdefault(name, fault.reason)
+                    settled |= {fault.place} if fault.differs else set()
+            sets += [members for members in found if len(members) > 1]
+            good = _without(good, chain.from_iterable(found))
+        reasons |= self._let_in(good, sets)
+        self.reasons |= reasons
+        return [name for name in names if name in set(good)]
+
+    def _let_in(self, good: list[str], sets: Sequence[list[str]]) -> dict[str, str]:
+        """Add to ``good``, which pass together, those of ``sets`` that pass with them, by halves;
+        returns why the others do not."""
+        cases, reasons = [list(_halves(members)) for members in sets], dict[str, str]()
+        alone = False
+        while cases:
+            tried = cases[:1] if alone else cases
+            heads = [case[-1] for case in tried]
             faults = self._faults([*good, *chain.from_iterable(heads)])
-            if not faults and not any(case[:-1] for case in cases):
-                self.reasons |= reasons
-                kept = {*good, *chain.from_iterable(heads)}
-                return [name for name in names if name in kept]
-            if not cases:
-                if before == len(reasons):
-                    return self._halved(names)
-                before = len(reasons)
-                if settled.intersection(fault.place for fault in faults):
-                    return self._halved(names)  # Whoever was blamed there was not to blame.
-                sets = _cases(faults, good)
-                alone = {members[0] for members in sets if len(members) == 1}
-                for fault in faults:
-                    for name in alone & (fault.blamed or alone):
-                        reasons.setdefault(name, fault.reason)
-                        settled |= {fault.place} if fault.differs else set()
-                cases = [list(_halves(members)) for members in sets if len(members) > 1]
-                good = _without(good, [*reasons, *chain.from_iterable(sets)])
+            if not alone and len(tried) > 1 and any(not fault.blamed for fault in faults):
+                alone = True
                 continue
             failed: dict[int, str] = {}
             for fault in faults:
                 failed |= {n: fault.reason for n in self._guilty(fault, heads) if n not in failed}
-            for number, case in enumerate(cases):
+            for number, case in enumerate(tried):
                 head = case.pop()
                 if number not in failed:
                     good += head
@@ -142,7 +147,8 @@ class _Experiment(Admission):
                     reasons[head[0]] = failed[number]
                 else:
                     case += _halves(head)
-            cases = [case for case in cases if case]
+            cases, alone = [case for case in cases if case], False
+        return reasons
 
     def _guilty(self, fault: _Blame, heads: Sequence[Sequence[str]]) -> list[int]:
         """Which of the sets that were let in last may be to blame for a fault."""
@@ -248,7 +254,7 @@ class _Run:
             return
         finally:
             points.close()
-        guarded = {path for name in self._units for path in _outwards(self._around[name])}
+        guarded = {path for name in self._units for path in self._holders(name)}
         try:
             with (
                 self._cuts.cut(self._units) as self._cut,
@@ -288,6 +294,13 @@ class _Run:
         self._cut.restore(inside)
         self._indices.clear()
         return True
+
+    def _holders(self, name: str) -> set[str]:
+        """The modules that hold layers with anything of a group."""
+        group = self._cuts.architecture.group[name]
+        places = [part.tensor.rpartition(".")[0] for part in group.slices]
+        places += [site.module for site in group.sites]
+        return {path for place in places for path in _outwards(place.rpartition(".")[0])}
 
     def _touches(self, name: str, path: str) -> bool:
         """Whether some, but not all, of what goes with a group is inside a module."""

@@ -20,8 +20,8 @@ __all__ = ["HEAD_SIZES", "common_holder", "query_heads", "refit_heads"]
 _HEADS = ("heads", "num_heads", "n_heads", "n_head", "nhead", "nheads", "num_attention_heads")
 _SHARED = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
 """Key/value heads, where several query heads share one."""
-_WIDTHS = ("all_head_size", "inner_dim", "split_size")
-"""Channels of all heads together: BERT, Diffusers and many others, GPT-2."""
+_WIDTHS = ("all_head_size", "inner_dim", "split_size", "attn_dim")
+"""Channels of all heads together: BERT, Diffusers and many others, GPT-2, timm."""
 
 HEAD_SIZES = (*_HEADS, *_SHARED, *_WIDTHS)
 """The attributes that :func:`refit_heads` sets."""

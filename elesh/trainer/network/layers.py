@@ -54,6 +54,10 @@ def channel_axes(module: nn.Module) -> ChannelAxes:
         return ChannelAxes((("weight", 1),), produces=True)
     if isinstance(module, _NormBase):
         return ChannelAxes(_CHANNELWISE)
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and len(module.normalized_shape) == 1:
+        return ChannelAxes((("weight", 0), ("bias", 0)))
+    if isinstance(module, nn.GroupNorm):
+        return ChannelAxes((("weight", 0), ("bias", 0)), blocks=module.num_groups)
     if isinstance(module, nn.PReLU):
         return ChannelAxes((("weight", 0),) if module.num_parameters > 1 else ())
     return ChannelAxes(refusal=_refusal(module))
@@ -70,8 +74,11 @@ def _conv_axes(module: _ConvNd) -> ChannelAxes:
     if module.groups > 1:
         if module.groups == module.in_channels == module.out_channels:
             return ChannelAxes((("weight", 0), ("bias", 0)), produces=True)
-        reason = "a grouped convolution can only lose whole patterns of channels"
-        return ChannelAxes((("weight", 0), ("bias", 0)), produces=True, refusal=reason)
+        if transposed:
+            reason = "a transposed grouped convolution can only lose whole groups of channels"
+            return ChannelAxes((("weight", 0), ("bias", 0)), produces=True, refusal=reason)
+        # A whole group goes with the channels that it reads and those that it makes.
+        return ChannelAxes((("weight", 0), ("bias", 0)), produces=True, blocks=module.groups)
     out, into = (1, 0) if transposed else (0, 1)
     return ChannelAxes((("weight", out), ("bias", 0)), (("weight", into),), 1, True)
 
@@ -79,9 +86,7 @@ def _conv_axes(module: _ConvNd) -> ChannelAxes:
 def _refusal(module: nn.Module) -> str:
     kind = type(module).__name__
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        return f"{kind} normalises over these channels, so removing one changes all others"
-    if isinstance(module, nn.GroupNorm):
-        return "GroupNorm normalises over groups of these channels, so removing one changes others"
+        return f"{kind} normalises over several axes, of which these channels are one"
     if isinstance(module, nn.MultiheadAttention):
         return "MultiheadAttention splits these channels into heads"
     if isinstance(module, nn.RNNBase):
@@ -91,7 +96,8 @@ def _refusal(module: nn.Module) -> str:
 
 SIZES = (
     "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features",
-    "num_parameters", "embedding_dim", "nf", "nx",
+    "num_parameters", "embedding_dim", "nf", "nx", "num_channels", "num_groups",
+    "normalized_shape",
 )  # fmt: skip
 """The attributes that :func:`refit` sets."""
 
@@ -116,13 +122,19 @@ def refit(module: nn.Module) -> None:
         module.embedding_dim = weight.shape[1]
     elif isinstance(module, nn.PReLU):
         module.num_parameters = weight.numel()
+    elif isinstance(module, nn.GroupNorm):
+        width = module.num_channels // module.num_groups
+        module.num_channels, module.num_groups = len(weight), len(weight) // width
+    elif isinstance(vars(module).get("normalized_shape"), tuple) and weight.ndim == 1:
+        module.normalized_shape = tuple(weight.shape)  # type: ignore[assignment]
 
 
 def _refit_conv(module: _ConvNd, weight: Tensor) -> None:
     if module.groups > 1:
-        # Only depthwise convolutions are ever cut among the grouped ones.
-        if module.groups == module.in_channels == module.out_channels:
-            module.groups = module.in_channels = module.out_channels = weight.shape[0]
+        made = module.out_channels // module.groups
+        module.groups = max(1, weight.shape[0] // made)
+        module.out_channels = weight.shape[0]
+        module.in_channels = weight.shape[1] * module.groups
     elif isinstance(module, _ConvTransposeNd):
         module.in_channels, module.out_channels = weight.shape[:2]
     else:

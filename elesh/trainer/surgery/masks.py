@@ -17,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 from elesh.trainer.network.calling import replace_first
 from elesh.trainer.network.compilation import Uncompiled
 from elesh.trainer.network.multihead import patched, take_back
-from leyline import PrunedArchitecture
+from elesh.trainer.network.norms import refilled
+from leyline import NormSite, PrunedArchitecture
 
 
 class _Mask:
@@ -35,6 +36,13 @@ class _Mask:
         if x.is_nested and x.layout is torch.strided:
             # As nn.TransformerEncoder packs padded batches: rows of sequences of their own length.
             return torch.nested.as_nested_tensor([self._masked(row) for row in x.unbind()])
+        return self._applied(x, self._shaped(x))
+
+    def _applied(self, x: Tensor, gate: Tensor) -> Tensor:
+        return x * gate
+
+    def _shaped(self, x: Tensor) -> Tensor:
+        """Ones and zeros that broadcast to ``x``."""
         factors, size = self._factors, x.shape[self.dim]
         if factors is None or (factors.device, factors.dtype) != (x.device, x.dtype):
             with torch.inference_mode(False):
@@ -42,10 +50,23 @@ class _Mask:
                 factors[self.dead] = 0
             self._factors = factors
         if self.dim == -1:
-            return x * factors
+            return factors
         shape = [1] * x.ndim
         shape[self.dim] = size
-        return x * factors.view(shape)
+        return factors.view(shape)
+
+
+class _NormMask(_Mask):
+    """The same for a normalisation over channels, which sees the kept ones only."""
+
+    def __init__(self, site: NormSite, dead: Collection[int]) -> None:
+        super().__init__(site.dim, dead)
+        self._site = site
+
+    def _applied(self, x: Tensor, gate: Tensor) -> Tensor:
+        shape = [1] * x.ndim
+        shape[self.dim] = gate.numel()
+        return refilled(x, gate.view(shape), self.dim, self._site.kind, self._site.eps)
 
 
 class Masks:
@@ -70,8 +91,24 @@ class Masks:
                 module = self._model.get_submodule(path)
                 hook = module.register_forward_pre_hook(_Mask(dim, indices), with_kwargs=True)
                 self._handles.append(hook)
+        self._set_norms(architecture, units)
         if self._handles:
             self._uncompiled.__enter__()
+
+    def _set_norms(
+        self, architecture: PrunedArchitecture, units: Mapping[str, Collection[int]]
+    ) -> None:
+        sites: dict[str, NormSite] = {}
+        dead: dict[str, set[int]] = {}
+        for name, chosen in units.items():
+            for site in architecture.group[name].norms:
+                sites[site.module] = site
+                dead.setdefault(site.module, set()).update(site.all_of(chosen))
+        for path, indices in dead.items():
+            if indices:
+                module, hook = self._model.get_submodule(path), _NormMask(sites[path], indices)
+                handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+                self._handles.append(handle)
 
     def clear(self) -> None:
         """Take every mask off."""

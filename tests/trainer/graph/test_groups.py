@@ -108,10 +108,6 @@ def test_a_layer_used_twice_shrinks_on_both_sides() -> None:
     assert {("again.weight", 0), ("again.weight", 1)} <= sliced(group)
 
 
-def test_embedding_channels_of_a_transformer_are_refused_because_of_layer_norm() -> None:
-    assert "LayerNorm" in reason(find(build("Vit")), "patch")
-
-
 def test_attention_heads_are_no_channels() -> None:
     group = find(build("Vit")).group["blocks.0.attention"]
     assert group.level is Level.HEAD
@@ -125,22 +121,26 @@ def test_outputs_stay() -> None:
     assert reason(find(summed), "0") == "network output"
 
 
-def test_grouped_convolutions_are_refused_on_both_sides() -> None:
+def test_grouped_convolutions_lose_whole_groups_on_both_sides() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 8, 1), nn.Conv2d(8, 12, 3, groups=4), nn.ReLU(), nn.Conv2d(12, 2, 1)
     )
-    architecture = find(model)
-    assert "grouped" in reason(architecture, "0")
-    assert "grouped" in reason(architecture, "1")
+    group = find(model).group["0"]
+    assert (group.size, group.layers, group.prunable) == (4, ("0", "1"), True)
+    widths = {(part.tensor, part.dim): part.width for part in group.slices}
+    assert widths["0.weight", 0] == 2
+    assert widths["1.weight", 0] == widths["3.weight", 1] == 3
+    assert ("1.weight", 1) not in widths
 
 
-def test_group_norm_is_refused_and_instance_norm_is_not() -> None:
-    for norm, allowed in ((nn.GroupNorm(2, 8), False), (nn.InstanceNorm2d(8, affine=True), True)):
+def test_group_norm_loses_whole_groups_and_instance_norm_single_channels() -> None:
+    for norm, units in ((nn.GroupNorm(4, 8), 4), (nn.InstanceNorm2d(8, affine=True), 8)):
         model = nn.Sequential(nn.Conv2d(3, 8, 1), norm, nn.Conv2d(8, 2, 1))
-        assert find(model).group["0"].prunable is allowed
+        group = find(model).group["0"]
+        assert (group.size, group.prunable) == (units, True)
 
 
-def test_tied_weights_are_refused() -> None:
+def test_tied_weights_go_along_the_axis_that_all_their_layers_share() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -154,8 +154,8 @@ def test_tied_weights_are_refused() -> None:
             return self.out(self.back(torch.relu(self.hidden(self.embed(tokens)))))
 
     architecture = find(Tied(), torch.randint(0, 10, (2, 5)))
-    assert "shares its weight" in reason(architecture, "embed")
-    assert prunable(architecture) == ["hidden"]
+    assert architecture.group["embed"].layers == ("embed", "back")
+    assert prunable(architecture) == ["embed", "hidden"]
 
 
 def test_an_operation_that_mixes_channels_is_found_out_by_the_proof() -> None:
@@ -322,8 +322,8 @@ def test_other_peoples_operations_are_refused_with_a_reason() -> None:
         nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 1)), nn.Conv2d(8, 2, 1)
     )
     assert "parametrised" in reason(find(normed), "0")
-    rms = nn.Sequential(nn.Linear(4, 8), nn.RMSNorm(8), nn.Linear(8, 2))
-    assert "RMSNorm" in reason(find(rms, torch.randn(2, 4)), "0")
+    several = nn.Sequential(nn.Conv2d(3, 8, 1), nn.LayerNorm([8, 6, 6]), nn.Conv2d(8, 2, 1))
+    assert "LayerNorm" in reason(find(several, torch.randn(2, 3, 6, 6)), "0")
 
 
 def test_a_layer_that_does_not_reach_the_outputs_is_listed() -> None:

@@ -1,0 +1,91 @@
+"""Widths that are normalised: masking normalises over what is kept, and so is cutting."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from elesh.trainer import Recorder, Surgeon
+from elesh.trainer.network.norms import norm_of, refilled
+
+
+class OwnRmsNorm(nn.Module):
+    """As language models write it: ones to add to, and a name of its own for epsilon."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.rand(width)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return x * scale * (1 + self.weight)
+
+
+class ChannelsFirst(nn.LayerNorm):
+    """Over the second axis of images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Decoder(nn.Module):
+    """A residual stream between an embedding and an output layer of the same weight."""
+
+    def __init__(self, norm: type[nn.Module]) -> None:
+        super().__init__()
+        self.embed, self.place = nn.Embedding(11, 12), nn.Parameter(torch.randn(1, 5, 12))
+        self.norms = nn.ModuleList([norm(12) for _ in range(3)])
+        self.up, self.down = nn.Linear(12, 20), nn.Linear(20, 12)
+        self.out = nn.Linear(12, 11, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.norms[0](self.embed(tokens) + self.place)
+        x = x + self.down(torch.relu(self.up(self.norms[1](x))))
+        return self.out(self.norms[2](x))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm, OwnRmsNorm])
+@pytest.mark.parametrize("gone", [[3], [0, 1, 5, 7, 11]])
+def test_masking_a_width_is_cutting_it(norm: type[nn.Module], gone: list[int]) -> None:
+    torch.manual_seed(0)
+    model, tokens = Decoder(norm), torch.randint(0, 11, (2, 5))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    surgeon = Surgeon(model, Recorder(model, tokens).architecture)
+    assert surgeon.architecture.group["embed"].prunable, surgeon.architecture.group["embed"].reason
+    whole = model(tokens)
+    surgeon.mask({"embed": gone})
+    masked = model(tokens)
+    surgeon.unmask()
+    after = surgeon.cut({"embed": gone})
+    cut = model(tokens)
+    assert not torch.allclose(whole, cut, atol=1e-3)
+    torch.testing.assert_close(masked, cut, rtol=1e-5, atol=1e-5)
+    assert after.parameters == sum(p.numel() for p in model.parameters())
+    model(tokens).square().mean().backward()
+    surgeon.undo()
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_normalisations_are_told_by_what_they_compute() -> None:
+    assert norm_of(nn.LayerNorm(8), (2, 5, 8)).kind == "layer"  # type: ignore[union-attr]
+    assert norm_of(OwnRmsNorm(8), (2, 5, 8)).kind == "rms"  # type: ignore[union-attr]
+    first = norm_of(ChannelsFirst(8), (2, 8, 4, 4))
+    assert first is not None
+    assert (first.kind, first.dim) == ("layer", 1)
+    assert norm_of(nn.BatchNorm1d(8), (2, 8)) is None
+    assert norm_of(nn.LayerNorm([4, 8]), (2, 4, 8)) is None
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-12])
+def test_refilled_inputs_normalise_as_the_kept_channels_alone(eps: float) -> None:
+    torch.manual_seed(0)
+    x, kept = torch.randn(3, 4, 9) * 2 + 5, torch.tensor([0, 2, 3, 5, 6, 7, 8])
+    gate = torch.zeros(9).index_fill(0, kept, 1.0).expand(1, 1, 9)
+    alone = nn.functional.layer_norm(x[..., kept], (7,), eps=eps)
+    whole = nn.functional.layer_norm(refilled(x, gate, -1, "layer", eps), (9,), eps=eps)
+    torch.testing.assert_close(whole[..., kept], alone, rtol=1e-5, atol=1e-5)
+    alone = nn.functional.rms_norm(x[..., kept], (7,), eps=eps)
+    whole = nn.functional.rms_norm(refilled(x, gate, -1, "rms", eps), (9,), eps=eps)
+    torch.testing.assert_close(whole[..., kept], alone, rtol=1e-5, atol=1e-5)
