@@ -5,6 +5,9 @@ Each module of this package holds one family of commands; here they become one p
 
 from __future__ import annotations
 
+from importlib.metadata import version
+from typing import Annotated
+
 import typer
 
 from elesh.bus import BusUnavailable
@@ -17,6 +20,13 @@ from .common import complaints
 from .operator import audit, console, dead, events, observe, operate
 
 __all__ = ["app", "main"]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"elesh {version('elesh')}")
+        raise typer.Exit
+
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -55,6 +65,18 @@ app.add_typer(dead.dead, name="dead", rich_help_panel=_OPERATE)
 app.add_typer(audit.audit, name="audit", rich_help_panel=_OPERATE)
 app.add_typer(keys.keys, name="keys", rich_help_panel=_OPERATE)
 app.add_typer(config.config, name="config", rich_help_panel=_OPERATE)
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and end."
+        ),
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

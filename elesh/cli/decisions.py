@@ -46,6 +46,9 @@ def analyze(
 @app.command()
 def explain(
     what: Annotated[str, typer.Argument(help="The key of a decision, or a bundle's folder.")],
+    every: Annotated[
+        bool, typer.Option("--all", help="Every unit, gate and reason, not just a screenful.")
+    ] = False,
     as_json: AsJson = False,
     redis: RedisOption = "",
     settings: SettingsOption = None,
@@ -66,6 +69,6 @@ def explain(
     if as_json:
         print_json(found.decision.model_dump(mode="json"))
         return
-    print_decision(console, found.decision, found.bundle, found.tracker)
+    print_decision(console, found.decision, found.bundle, found.tracker, whole=every)
     if found.missing:
         console.print(f"  without the checkpoint's own figures: {escape(found.missing)}")

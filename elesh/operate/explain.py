@@ -26,7 +26,8 @@ __all__ = [
     "print_decision",
 ]
 
-_SHOWN_UNITS = 300
+_BRIEF_UNITS, _MOST_UNITS = 8, 300
+_BRIEF_REASONS = 3
 
 
 def print_decision(
@@ -34,8 +35,14 @@ def print_decision(
     decision: StructuralPruningDecision,
     bundle: CheckpointBundle | None = None,
     tracker: ImportanceTracker | None = None,
+    *,
+    whole: bool = True,
 ) -> None:
-    """A decision for people: verdict, figures, what goes and why, what was spared, gates."""
+    """A decision for people: verdict, figures, what goes and why, what was spared, gates.
+
+    Args:
+        whole: every unit and every gate; else what fits on about a screen, with failed gates only.
+    """
     told = explain(decision, bundle, tracker)
     verdict = "[green]approved[/]" if told.approved else "[yellow]rejected[/]"
     console.print(f"[bold]{told.key}[/]  {verdict}")
@@ -45,15 +52,24 @@ def print_decision(
     for name, value in told.figures:
         figures.add_row(name, escape(value))
     console.print(figures)
-    units = _units(told.units[:_SHOWN_UNITS])
+    shown = _MOST_UNITS if whole else _BRIEF_UNITS
+    units = _units(told.units[:shown])
     for table in (_levels(told.levels), _targets(told.targets), *units, _layers(told.layers)):
         if table.row_count:
             console.print("", table, sep="\n")
-    if len(told.units) > _SHOWN_UNITS:
-        console.print(f"  and {len(told.units) - _SHOWN_UNITS} units more (analyze --json has all)")
-    console.print("", _gates(told.gates), "", sep="\n")
-    for name, reason in told.ignored:
+    if len(told.units) > shown:
+        more = "--json has" if whole else "--all shows"
+        console.print(f"  and {len(told.units) - shown} units more ({more} them)")
+    failed = [gate for gate in told.gates if not gate.passed]
+    if whole or failed:
+        console.print("", _gates(told.gates if whole else failed), "", sep="\n")
+    if not whole:
+        console.print(f"  {len(told.gates) - len(failed)} of {len(told.gates)} gates passed")
+    ignored = told.ignored if whole else told.ignored[:_BRIEF_REASONS]
+    for name, reason in ignored:
         console.print(f"  left alone: [bold]{escape(name)}[/]: {escape(reason)}", soft_wrap=True)
+    if len(told.ignored) > len(ignored):
+        console.print(f"  and {len(told.ignored) - len(ignored)} groups more left alone")
     for fallback in told.fallbacks:
         console.print(f"  [yellow]fallback {escape(fallback.rung)}[/]: {escape(fallback.reason)}")
 

@@ -21,7 +21,7 @@ from leyline.streams import DEAD, DECISIONS, STREAMS
 
 from .tables import compact
 
-__all__ = ["Overview", "overview", "overview_of"]
+__all__ = ["FleetStatus", "fleet_status", "fleet_status_of"]
 
 _LAST = 5
 _COLOURS = {"idle": "green", "busy": "cyan", "draining": "yellow", "starting": "yellow"}
@@ -29,7 +29,7 @@ _CHILD = {"wedged": "red", "dead": "red"}
 
 
 @dataclass(frozen=True)
-class Overview:
+class FleetStatus:
     """What the bus knew at one moment."""
 
     at: float
@@ -66,9 +66,9 @@ class Overview:
         }
 
 
-async def overview_of(bus: Bus) -> Overview:
+async def fleet_status_of(bus: Bus) -> FleetStatus:
     """Ask the bus; a handful of commands whatever the size of the fleet's backlog."""
-    return Overview(
+    return FleetStatus(
         at=time.time(),
         workers=await bus.registry.workers(),
         backlog=await bus.registry.backlog(),
@@ -98,19 +98,20 @@ def _dead_letters(guard: Guard, deliveries: Sequence[Delivery]) -> Iterator[Dead
             yield message
 
 
-def overview(seen: Overview) -> RenderableType:
-    """The overview for a terminal."""
-    parts: list[RenderableType] = [_workers(seen), "", _streams(seen)]
-    if seen.breakers:
-        parts += ["", _breakers(seen)]
+def fleet_status(seen: FleetStatus) -> RenderableType:
+    """The status for a terminal: what needs somebody first, then what happened, then the rest."""
+    parts: list[RenderableType] = []
     if seen.dead_letters:
-        parts += ["", *_dead(seen)]
+        parts += [*_dead(seen), ""]
+    if seen.breakers:
+        parts += [_breakers(seen), ""]
+    parts += [_workers(seen), "", _streams(seen)]
     if seen.decisions:
         parts += ["", *_last(seen)]
     return Group(*parts)
 
 
-def _workers(seen: Overview) -> RenderableType:
+def _workers(seen: FleetStatus) -> RenderableType:
     if not seen.workers:
         return Text("no worker is alive; start one with: elesh worker", style="yellow")
     ready = sum(worker.ready for worker in seen.workers)
@@ -137,12 +138,13 @@ def _workers(seen: Overview) -> RenderableType:
     return table
 
 
-def _streams(seen: Overview) -> Table:
+def _streams(seen: FleetStatus) -> RenderableType:
+    """Those that hold anything."""
     figures = ("entries", "waiting", "pending", "oldest", "lease")
     table = compact("stream", *figures, figures=figures, title="Streams")
     for stream in STREAMS:
         backlog = seen.backlog[stream.name]
-        if not stream.group and not backlog.length:
+        if not backlog.length and not backlog.pending:
             continue
         grouped = bool(stream.group)
         table.add_row(
@@ -153,10 +155,10 @@ def _streams(seen: Overview) -> Table:
             _age(backlog.oldest_seconds) if backlog.oldest_seconds is not None else "",
             _age(backlog.lease_seconds) if backlog.lease_seconds is not None else "",
         )
-    return table
+    return table if table.row_count else Text("no stream holds anything")
 
 
-def _breakers(seen: Overview) -> Table:
+def _breakers(seen: FleetStatus) -> Table:
     names = ("run", "level", "state", "failures", "reason")
     table = compact(*names, figures=("failures",), title="Breakers")
     for view in seen.breakers:
@@ -168,7 +170,7 @@ def _breakers(seen: Overview) -> Table:
     return table
 
 
-def _dead(seen: Overview) -> Iterator[Text]:
+def _dead(seen: FleetStatus) -> Iterator[Text]:
     total = seen.backlog[DEAD.name].length
     yield Text(f"Dead letters: the last of {total:,}", style="bold")
     for dead_letter in seen.dead_letters:
@@ -178,7 +180,7 @@ def _dead(seen: Overview) -> Iterator[Text]:
         yield _brief(dead_letter.reason)
 
 
-def _last(seen: Overview) -> Iterator[Text]:
+def _last(seen: FleetStatus) -> Iterator[Text]:
     yield Text("Last decisions", style="bold")
     for decision in seen.decisions:
         verdict, reason = ("rejected", "yellow"), decision.rejection_reason

@@ -161,10 +161,13 @@ def test_a_replay_under_other_settings_says_that_they_differ_and_where(
 
 def test_explain_tells_why_each_channel_went(run: Run) -> None:
     applied = next(d["key"] for d in run.figures["decisions"] if d["outcome"] == "applied")
-    done = run.elesh("explain", applied, "--settings", str(run.settings))
+    done = run.elesh("explain", applied, "--all", "--settings", str(run.settings))
     assert done.returncode == 0, done.stderr
     for word in ("approved", "removed", "minimum_channels", "predicted shift"):
         assert word in done.stdout
+    brief = run.elesh("explain", applied, "--settings", str(run.settings))
+    assert "gates passed" in brief.stdout
+    assert brief.stdout.count("\n") < done.stdout.count("\n")
 
 
 def test_errors_are_one_line_that_names_what_is_wrong(run: Run, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from elesh.demo.training import Cut, Report
 from elesh.operate.diff import changes
 from elesh.operate.events import formatted_events
 from elesh.operate.explain import print_decision
-from elesh.operate.fleet_status import overview, overview_of
+from elesh.operate.fleet_status import fleet_status, fleet_status_of
 from elesh.trainer import Evaluation
 from leyline import DeadLetter, Level, PruningOutcome, TelemetryEvent, Verification
 from leyline.streams import DEAD, OUTCOMES, STREAMS, TELEMETRY
@@ -99,10 +99,13 @@ def test_nothing_that_people_copy_is_cut_off_in_the_fleet_s_overview(
     station: Station, width: int
 ) -> None:
     decision = analyze(checkpoint())
-    seen = station.on_bus(overview_of)
-    text = drawn(
-        overview(replace(seen, decisions=[decision], dead_letters=[dead_letter()])), width=width
-    )
+    seen = station.on_bus(fleet_status_of)
+    backlog = {**seen.backlog, "redeliveries": replace(seen.backlog["redeliveries"], length=3)}
+    letters = [dead_letter()]
+    filled = replace(seen, backlog=backlog, decisions=[decision], dead_letters=letters)
+    text = drawn(fleet_status(filled), width=width)
+    assert "checkpoints  " not in text, "a stream that holds nothing has no row"
+    assert text.index("shape_mismatch") < text.index("worker")
     for whole in (decision.idempotency_key, "shape_mismatch", "redeliveries", decision.run_id):
         assert whole in text
     assert max(map(len, text.splitlines())) <= width

@@ -35,20 +35,22 @@ def status(
     """The fleet at a glance: workers, backlog, breakers, dead letters, the last decisions."""
     from rich.live import Live
 
-    from elesh.operate.fleet_status import overview, overview_of
+    from elesh.operate.fleet_status import fleet_status, fleet_status_of
 
     if watch and as_json:
         fail("--watch draws on a terminal: --json is one look")
 
     async def follow(bus: Bus, _: Settings) -> None:
-        with Live(overview(await overview_of(bus)), console=console, auto_refresh=False) as live:
+        with Live(
+            fleet_status(await fleet_status_of(bus)), console=console, auto_refresh=False
+        ) as live:
             while True:
                 await asyncio.sleep(every)
-                live.update(overview(await overview_of(bus)), refresh=True)
+                live.update(fleet_status(await fleet_status_of(bus)), refresh=True)
 
     if not watch:
-        seen = on_bus(redis, settings, lambda bus, _: overview_of(bus))
-        print_json(seen.facts()) if as_json else console.print(overview(seen))
+        seen = on_bus(redis, settings, lambda bus, _: fleet_status_of(bus))
+        print_json(seen.facts()) if as_json else console.print(fleet_status(seen))
         return
     with contextlib.suppress(KeyboardInterrupt):
         on_bus(redis, settings, follow)
