@@ -16,9 +16,9 @@ from elesh.trainer.calibration.recorder import Recorder
 from elesh.trainer.export import Exporter, calibration_inputs, is_worth_exporting
 from elesh.trainer.goals import Goals
 from elesh.trainer.network.calling import Inputs, call, device_of, main_output, map_tensors
+from elesh.trainer.network.compilation import unwrapped
 from elesh.trainer.session.apply import Evaluation
 from elesh.trainer.session.session import Session
-from elesh.trainer.surgery.data_parallel import unwrapped
 from elesh.trainer.surgery.lineage import lineage_of
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import (

@@ -30,6 +30,7 @@ from elesh.trainer.network.compilation import unwrapped
 from elesh.trainer.network.gates import GateMeter, axis_of
 from elesh.trainer.network.layers import named_tensors, require_fit
 from elesh.trainer.network.state import preserve_state
+from elesh.trainer.surgery.data_parallel import require_whole
 from elesh.trainer.surgery.reconstruction import MomentMeter, Moments, consumer_axes
 from leyline import (
     AnalysisParameters,
@@ -93,8 +94,8 @@ class Recorder:
         architecture: what is known of a network that was cut before (then nothing is traced).
 
     Raises:
-        InvalidField: if the model cannot be copied, an ignored layer is not there, or ``values``
-            come without a loss.
+        InvalidField: if the model cannot be copied or is sharded over processes, an ignored layer
+            is not there, or ``values`` come without a loss.
         ShapeMismatch: if a given architecture does not describe the model.
     """
 
@@ -113,6 +114,7 @@ class Recorder:
         if outputs == "values" and loss is None:
             raise InvalidField("loss", "a loss function where outputs are values", None)
         model = unwrapped(model)
+        require_whole(model)
         self._model = model
         self._loss, self._sampler = loss or cross_entropy, sample_labels
         self._samples_labels = loss is None or sample_labels is not None

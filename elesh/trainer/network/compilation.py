@@ -14,16 +14,21 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 __all__ = ["Uncompiled", "compile_anew", "unwrapped"]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network itself, where ``torch.compile(network)`` was given."""
-    inner = getattr(model, "_orig_mod", None)
-    while isinstance(inner, nn.Module):
-        model, inner = inner, getattr(inner, "_orig_mod", None)
-    return model
+    """The network itself, where ``torch.compile(network)``, or a wrapper for several processes or
+    devices, was given."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, (DistributedDataParallel, DataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 def compile_anew() -> None:

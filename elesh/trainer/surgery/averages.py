@@ -7,6 +7,7 @@ structure is a plain list of tensors cannot lose whole layers, which is refused 
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -106,17 +107,23 @@ def unnamed_averages(model: nn.Module, known: Iterable[WeightCopy]) -> list[str]
     A cut would not reach them, and their next update would fail. An average of another network of
     the same structure is told apart by its weights.
     """
-    mine = {id(tensor) for copy in known for tensor in copy.tensors().values()}
-    mine |= {id(tensor) for tensor in named_tensors(model).values()}
-    network, found = _Network(model), []
+    named = {id(tensor) for copy in known for tensor in copy.tensors().values()}
+    named |= {id(tensor) for tensor in named_tensors(model).values()}
+    if not _averages(model, named):
+        return []
+    gc.collect()  # what is only waiting to be collected averages nothing
+    return _averages(model, named)
+
+
+def _averages(model: nn.Module, named: set[int]) -> list[str]:
+    network, seen, found = _Network(model), set(named), list[str]()
     for each in alive(_averages_weights):
         kind = type(each).__name__
         for copy in _search(kind, each, network, set(), _DEPTH):
-            tensors = copy.tensors()
-            if not any(id(tensor) in mine for tensor in tensors.values()):
-                mine |= {id(tensor) for tensor in tensors.values()}
-                if likeness(copy, model) > _ALIKE:
-                    found.append(kind)
+            tensors = {id(tensor) for tensor in copy.tensors().values()}
+            if not tensors & seen and likeness(copy, model) > _ALIKE:
+                found.append(kind)
+            seen |= tensors
     return found
 
 

@@ -11,23 +11,12 @@ from typing import Any
 
 import torch.distributed
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 from elesh.trainer.network.alive import alive
 from leyline import InvalidField
 
-__all__ = ["rebuild_reducers", "require_whole", "unwrapped"]
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside ``torch.compile`` and wrappers for several processes or devices."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if isinstance(model, (DistributedDataParallel, DataParallel)):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
+__all__ = ["rebuild_reducers", "require_whole"]
 
 
 def require_whole(model: nn.Module) -> None:
@@ -87,6 +76,7 @@ def _rebuild(wrapper: Any) -> None:  # its own methods have no types
         _forget_buckets(state)
         register(wrapper.reducer, state, hook)
     if wrapper.static_graph:
+        wrapper._static_graph_delay_allreduce_enqueued = False
         wrapper.reducer._set_static_graph()
         wrapper.logger._set_static_graph()
 
