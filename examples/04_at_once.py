@@ -1,7 +1,8 @@
 """A trained network cut down to half of its multiply-accumulates, without a server or a worker.
 
 ``python examples/04_at_once.py`` trains a small network on handwritten digits, prunes it, prints
-what that did, saves it, loads it again and writes it as an ONNX file where ``onnxscript`` is installed.
+what that did, saves it, loads it again and writes it as an ONNX file where ``onnxscript`` is
+installed.
 """
 
 from __future__ import annotations

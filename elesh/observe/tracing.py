@@ -20,6 +20,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 
 from opentelemetry import propagate, trace
 from opentelemetry.context import Context
@@ -30,7 +31,7 @@ from opentelemetry.sdk.trace import Span as SdkSpan
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
-from opentelemetry.trace import Link, Span, SpanKind
+from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode
 
 from elesh.settings import ObserveSettings
 
@@ -43,6 +44,7 @@ __all__ = [
     "in_time",
     "is_exported",
     "linked_span",
+    "mark_failed",
     "onward",
     "quiet_exporters",
     "record_spans",
@@ -77,7 +79,13 @@ def _is_disabled() -> bool:
 def resource_of(service: str, instance: str) -> Resource:
     """Who speaks: ``OTEL_SERVICE_NAME`` and ``OTEL_RESOURCE_ATTRIBUTES`` go over our names."""
     name = os.environ.get("OTEL_SERVICE_NAME") or service
-    return Resource.create({"service.name": name, "service.instance.id": instance})
+    return Resource.create(
+        {
+            "service.name": name,
+            "service.instance.id": instance,
+            "service.version": version("elesh"),
+        }
+    )
 
 
 def setup_tracing(service: str, instance: str, settings: ObserveSettings) -> bool:
@@ -211,15 +219,41 @@ def current_span() -> Span:
     return trace.get_current_span()
 
 
+def mark_failed(kind: str, reason: str) -> None:
+    """Say that what the current span stands for failed, though no exception leaves it.
+
+    Args:
+        kind: stable name of the failure, as ``error.type``.
+        reason: for people.
+    """
+    current = current_span()
+    current.set_attribute("error.type", kind)
+    current.set_status(Status(StatusCode.ERROR, reason))
+
+
+@contextmanager
+def _naming_errors() -> Iterator[None]:
+    """The SDK marks a span that an exception leaves as failed; ``error.type`` is ours to add."""
+    try:
+        yield
+    except Exception as error:
+        kind = getattr(error, "code", None)
+        current_span().set_attribute(
+            "error.type", kind if isinstance(kind, str) else type(error).__qualname__
+        )
+        raise
+
+
 @contextmanager
 def span(
     name: str, *, kind: SpanKind = SpanKind.INTERNAL, attributes: Attributes | None = None
 ) -> Iterator[Span]:
     """A span under the current one; an exception marks it as failed and goes on."""
     tracer = trace.get_tracer("elesh")
-    with tracer.start_as_current_span(
-        name, kind=kind, attributes=dict(attributes or {})
-    ) as current:
+    with (
+        tracer.start_as_current_span(name, kind=kind, attributes=dict(attributes or {})) as current,
+        _naming_errors(),
+    ):
         yield current
 
 
@@ -241,14 +275,17 @@ def span_from(
     parent = propagate.extract(dict(carrier))
     links = [_link(parent, {"elesh.redelivery": True})] if redelivered else []
     tracer = trace.get_tracer("elesh")
-    with tracer.start_as_current_span(
-        name,
-        context=parent,
-        kind=kind,
-        attributes=dict(attributes or {}),
-        links=links,
-        start_time=start,
-    ) as current:
+    with (
+        tracer.start_as_current_span(
+            name,
+            context=parent,
+            kind=kind,
+            attributes=dict(attributes or {}),
+            links=links,
+            start_time=start,
+        ) as current,
+        _naming_errors(),
+    ):
         yield current
 
 

@@ -28,7 +28,7 @@ from typing import Any
 from elesh._process import is_alive
 from elesh.bus import Backoff, Bus, BusUnavailable, Delivery, WorkerState
 from elesh.bus.admission import Admitted, Heard, Work, admit, hear
-from elesh.observe import SparseLines, current_span, get_logger, messaging, span_from
+from elesh.observe import SparseLines, current_span, get_logger, mark_failed, messaging, span_from
 from elesh.settings import Settings
 from elesh.worker.telemetry.auditor import auditing
 from elesh.worker.telemetry.monitor import Monitor
@@ -275,12 +275,14 @@ class Worker:
             try:
                 await self._admit_run_commit(held)
             except ContractError as error:
+                mark_failed(error.code, str(error))
                 await self._result_handler.dead_letter(delivery, error)
             except BusUnavailable:
                 raise
             except Busy as busy:
                 await self._release(delivery, "busy", str(busy))
             except Exception as error:
+                mark_failed(type(error).__qualname__, str(error))
                 if lacking := shortage_of(error):
                     await self._lack(delivery, lacking)
                     return

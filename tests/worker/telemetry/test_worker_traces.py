@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import layer_networks
 from collector import Collector, collecting
+from redis import Redis
 from station import Station, ready
 
 from elesh.bus import Bus
 from leyline import Level
-from leyline.streams import CHECKPOINTS
+from leyline.streams import CHECKPOINTS, DEAD
 
 TRACE, CREATED = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 BOTH = replace(layer_networks.network(), levels=(Level.CHANNEL, Level.LAYER))
@@ -61,3 +62,15 @@ def test_a_checkpoint_that_is_not_sampled_leaves_no_span(station: Station) -> No
         station.wait_decisions(1)
         assert worker.end() == 0
     assert collector.spans == []
+
+
+def test_an_entry_that_becomes_a_dead_letter_is_found_by_its_span_s_error(station: Station) -> None:
+    with collecting() as collector:
+        worker = station.worker({"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url})
+        client = Redis.from_url(station.url)
+        client.xadd(CHECKPOINTS.key(station.partition), {"envelope": b"no envelope"})
+        station.wait_for(lambda: station.read(DEAD), "the dead letter")
+        assert worker.end() == 0
+    (span,) = [span for _, span in collector.spans if span.name == "process checkpoints"]
+    assert span.status.code == span.status.STATUS_CODE_ERROR
+    assert collector.attribute(span, "error.type") == "malformed"
