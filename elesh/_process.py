@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -35,6 +36,26 @@ def is_alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def own_name() -> str:
+    """Host, process id, and the namespace that it counts in, where the system tells."""
+    return f"{socket.gethostname()}:{os.getpid()}:{_namespace()}"
+
+
+def is_gone(name: str) -> bool:
+    """Whether an :func:`own_name` is that of a process of this machine that has ended."""
+    host, _, rest = name.partition(":")
+    pid, _, namespace = rest.partition(":")
+    here = host == socket.gethostname() and namespace == _namespace() != ""
+    return here and pid.isdecimal() and not is_alive(int(pid))
+
+
+def _namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid").strip("pid:[]")
+    except OSError:
+        return ""
 
 
 def state_folder() -> Path:

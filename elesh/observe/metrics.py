@@ -16,6 +16,7 @@ from opentelemetry.metrics import CallbackOptions, Observation
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
 
+from .logs import get_logger
 from .tracing import in_time, is_exported, quiet_exporters, resource_of
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
 
 _BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60, 120, 180, 240, 300, 600)
 _meter = metrics.get_meter("elesh")
+_log = get_logger(__name__)
 
 ANALYSES = _meter.create_counter(
     "elesh.analyses", description="Analyses that ended; by level and result (completed, failed)."
@@ -95,6 +97,14 @@ def setup_metrics(service: str, instance: str, *, prometheus: bool) -> bool:
     Args:
         prometheus: whether ``/metrics`` will be served from here.
     """
+    try:
+        return _set_up(service, instance, prometheus)
+    except Exception as error:  # whatever the SDK makes of a variable that it cannot read
+        _log.warning("no metrics: OTEL settings cannot be met", reason=f"{error!r}"[:300])
+        return False
+
+
+def _set_up(service: str, instance: str, prometheus: bool) -> bool:
     if isinstance(metrics.get_meter_provider(), MeterProvider):
         return True
     readers: list[MetricReader] = []

@@ -18,6 +18,7 @@ import logging
 import os
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -33,8 +34,9 @@ from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode
 
-from elesh.settings import ObserveSettings
+from elesh.settings import ObserveSettings, SettingsError
 
+from .logs import get_logger
 from .spanfile import SpanFile
 
 __all__ = [
@@ -62,6 +64,16 @@ _END_SECONDS = 3.0
 _DELAY_MS = 500
 """Spans wait so long for others of their batch; what a killed process had to say is then out."""
 _MAX_TREE = 4096
+_LEAST_SECONDS = 0.1
+_ends = float("-inf")
+"""When the process stops waiting for providers that end (monotonic seconds)."""
+_EXPORT_LOGGERS = (
+    "opentelemetry.exporter.otlp.proto.http.trace_exporter",
+    "opentelemetry.exporter.otlp.proto.http.metric_exporter",
+    "opentelemetry.sdk._shared_internal",
+    "opentelemetry.sdk.metrics._internal.export",
+)
+_log = get_logger(__name__)
 
 
 def is_exported(signal: str) -> bool:
@@ -94,6 +106,14 @@ def setup_tracing(service: str, instance: str, settings: ObserveSettings) -> boo
     A second call in one process changes nothing: the first service keeps its name, and a provider
     that the training script has set up itself is used as it is.
     """
+    try:
+        return _set_up(service, instance, settings)
+    except Exception as error:  # whatever the SDK makes of a variable that it cannot read
+        _log.warning("no traces: OTEL settings cannot be met", reason=f"{error!r}"[:300])
+        return False
+
+
+def _set_up(service: str, instance: str, settings: ObserveSettings) -> bool:
     if isinstance(trace.get_tracer_provider(), TracerProvider):
         return True
     exporters = _exporters(settings)
@@ -130,7 +150,10 @@ def _exporters(settings: ObserveSettings) -> list[SpanExporter]:
     """The file first: it is quick, and a collector that stalls must not hold it up."""
     exporters: list[SpanExporter] = []
     if settings.trace_file_size and settings.sample_ratio and not _is_disabled():
-        exporters.append(SpanFile(limit=settings.trace_file_size))
+        try:
+            exporters.append(SpanFile(limit=settings.trace_file_size))
+        except SettingsError as error:
+            _log.warning("traces are not kept", reason=str(error))
     if is_exported("TRACES"):
         exporters.append(OTLPSpanExporter())
     return exporters
@@ -149,16 +172,43 @@ def shutdown_tracing() -> None:
 
 
 def in_time(shutdown: Callable[[], object]) -> None:
-    """End a provider, waiting three seconds at most: the SDK's own timeouts do not hold while an
-    export waits for an answer."""
+    """End a provider: the SDK's own timeouts do not hold while an export waits for an answer. All
+    providers of a process end within three seconds together."""
+    global _ends
+    now = time.monotonic()
+    if now > _ends + _END_SECONDS:
+        _ends = now + _END_SECONDS
     ending = threading.Thread(target=shutdown, name="elesh-last-telemetry", daemon=True)
     ending.start()
-    ending.join(_END_SECONDS)
+    ending.join(max(_LEAST_SECONDS, _ends - now))
 
 
 def quiet_exporters() -> None:
-    """They would complain at every retry; what is lost is said once a batch, as an error."""
+    """They would complain at every batch and retry, some with a traceback: what is lost is said in
+    one line a minute."""
     logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)
+    for name in _EXPORT_LOGGERS:
+        logger = logging.getLogger(name)
+        if not any(isinstance(each, _OneLine) for each in logger.filters):
+            logger.addFilter(_OneLine())
+
+
+class _OneLine(logging.Filter):
+    """Lets one line a minute pass, without its traceback."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next = float("-inf")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether it passes."""
+        if time.monotonic() < self._next:
+            return False
+        self._next = time.monotonic() + 60.0
+        if record.exc_info:
+            record.msg, record.args = f"{record.getMessage()}: {record.exc_info[1]!r}", ()
+            record.exc_info = record.exc_text = None
+        return True
 
 
 class WholeTrees(SpanProcessor):

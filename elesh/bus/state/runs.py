@@ -67,6 +67,13 @@ class RunStore:
         """End a claim of one's own."""
         await self._scripts.claim_run(self.claim_key(run_id), token, "", 0)
 
+    async def end_claim(self, run_id: str, who: str) -> None:
+        """End the claim of a holder that is known to be gone; nothing if another has it by now."""
+        found: Any = await self._client.hmget(self.claim_key(run_id), ["token", "who"])
+        token, holder = found
+        if token is not None and holder == who.encode():
+            await self._scripts.claim_run(self.claim_key(run_id), token.decode(), "", 0)
+
     async def attempt(self, run_id: str, token: str, who: str) -> Attempt:
         """The attempt of whoever has the run's claim: that of the last claim's token, or a new one
         for another token. Remembered as long as decisions are."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
@@ -21,6 +20,7 @@ from typing import Any
 
 from opentelemetry.trace import SpanKind
 
+from elesh._process import is_gone, own_name
 from elesh.bus import (
     DROPPED_TRIES,
     Bus,
@@ -186,9 +186,12 @@ class BusThread:
 
     async def _claim(self, bus: Bus) -> bool:
         """Claim the run, or renew the claim; whether it is ours."""
-        who = f"{socket.gethostname()}:{os.getpid()}"
-        seconds = self._settings.trainer.claim_seconds
+        who, seconds = own_name(), self._settings.trainer.claim_seconds
         holder = await bus.runs.claim(self._run_id, self._token, who, seconds)
+        if holder is not None and is_gone(holder.who):
+            # A process of this machine that was killed: nobody has to wait for its lease.
+            await bus.runs.end_claim(self._run_id, holder.who)
+            holder = await bus.runs.claim(self._run_id, self._token, who, seconds)
         if holder is None:
             if self._mailbox.refused:
                 _log.info("run claimed", run=self._run_id)

@@ -1,0 +1,51 @@
+"""OpenTelemetry's libraries, whatever its environment variables say.
+
+They raise while they are imported, or at every span, if a variable names what is not installed or
+is no number. Here that is one line in the log, the variable is left out, and the default holds.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from importlib.metadata import entry_points
+
+from .logs import get_logger
+
+__all__ = ["leave_out"]
+
+_log = get_logger(__name__)
+_LIBRARIES = ("opentelemetry.propagate", "opentelemetry.sdk.trace", "opentelemetry.sdk.metrics")
+_GROUPS = {
+    "OTEL_PYTHON_TRACER_PROVIDER": "opentelemetry_tracer_provider",
+    "OTEL_PYTHON_METER_PROVIDER": "opentelemetry_meter_provider",
+}
+
+
+def leave_out(name: str, reason: str) -> None:
+    """Go on without a variable."""
+    found = os.environ.pop(name, "")
+    _log.warning("OTEL setting cannot be met, left out", name=name, found=found, reason=reason)
+
+
+def _require(library: str) -> None:
+    """Import a library, without the variables that it cannot read."""
+    while True:
+        try:
+            importlib.import_module(library)
+            return
+        except ValueError as error:
+            given = [name for name in os.environ if name.startswith("OTEL_")]
+            named = [name for name in given if name in str(error)]
+            named = named or [name for name in given if name == "OTEL_PROPAGATORS"]
+            if not named:
+                raise
+            for name in named:
+                leave_out(name, str(error))
+
+
+for _name, _group in _GROUPS.items():
+    if (_value := os.environ.get(_name)) and not entry_points(group=_group, name=_value):
+        leave_out(_name, "no such provider is installed")
+for _library in _LIBRARIES:
+    _require(_library)

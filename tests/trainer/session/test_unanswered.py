@@ -1,0 +1,73 @@
+"""What was published and not answered: looked for ever more rarely, answered once, ended in time;
+and a mailbox that says the truth about what it takes."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from elesh.bus import BadAddress
+from elesh.trainer import Session
+from elesh.trainer.session.mailbox import Ended, Mailbox, Outgoing
+from elesh.trainer.session.unanswered import Published, Unanswered
+from leyline.streams import OUTCOMES
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def published(key: str) -> Published:
+    return Published(key, None, 1, "event", "1-0", lives=100.0)  # type: ignore[arg-type]
+
+
+def test_answers_are_looked_for_ever_more_rarely_and_soon_after_an_outage() -> None:
+    clock = Clock()
+    waiting = Unanswered(clock)
+    waiting.add(published("a"))
+    looks = []
+    for second in range(301):
+        clock.now = float(second)
+        looks += [second for _ in waiting.due()]
+    assert looks == [10, 30, 70, 150, 270]
+    waiting.hurry()
+    assert [each.key for each in waiting.due()] == ["a"]
+    assert waiting.is_over(published("b")) or waiting.due() == []
+
+
+def test_an_answer_counts_once_whichever_way_it_comes() -> None:
+    waiting = Unanswered(Clock())
+    waiting.add(published("a"))
+    assert waiting.decided("a")
+    assert not waiting.decided("a")
+    assert waiting.decided("of a coordinator's request")
+    waiting.add(published("a"))  # published again by a run that was killed
+    assert waiting.due() == []
+
+
+def outgoing() -> Outgoing:
+    return Outgoing(OUTCOMES, None, {}, 1)  # type: ignore[arg-type]
+
+
+def test_a_forked_process_and_a_closed_session_say_that_they_cannot_publish(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mailbox = Mailbox()
+    assert mailbox.post(outgoing())
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    assert not mailbox.post(outgoing())
+    monkeypatch.undo()
+    mailbox.close()
+    assert not mailbox.post(outgoing())
+    assert mailbox.missed == 2
+    mailbox.deliver(Ended("key", "poison: it stopped every worker"))
+    assert mailbox.received() == [Ended("key", "poison: it stopped every worker")]
+
+
+def test_a_url_that_names_no_bus_is_refused_before_training_begins() -> None:
+    with pytest.raises(BadAddress, match="database number"):
+        Session("run", "redis://host/first")
