@@ -1,7 +1,8 @@
 """Applying a decision, checked twice: mask, evaluate, then cut and evaluate again, or take it back.
 
 Promises: whatever fails in between, the network is bit for bit what it was, and the outcome says
-why; a figure that is no finite number is a failed check.
+why; a figure that is no finite number is a failed check, and figures that a mask does not move are
+none. Evaluations draw from no random state that training draws from.
 """
 
 from __future__ import annotations
@@ -11,16 +12,32 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch import nn
+
 from elesh.observe import get_logger, span
 from elesh.settings import RollbackTriggers
+from elesh.trainer.network.state import preserved
 from elesh.trainer.surgery.reconstruction import Moments
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import PrunedArchitecture, PruningOutcome, StructuralPruningDecision
 
-__all__ = ["Evaluation", "apply_decision", "failed_check", "outcome_of", "refusal", "trigger_of"]
+__all__ = [
+    "Evaluation",
+    "apply_decision",
+    "failed_check",
+    "outcome_of",
+    "preserving",
+    "refusal",
+    "trigger_of",
+]
 
 Evaluate = Callable[[], "Evaluation"]
 Result = Literal["applied", "rolled_back", "refused", "rejected"]
+_UNMOVED = (
+    "accuracy and loss under the mask are bit for bit those without, and so they are with almost "
+    "all masked: evaluate does not run the network that the surgeon has (but a copy of it, or what "
+    "was compiled or exported of it); have it call surgeon.model"
+)
 _LONGEST = 2000
 """Of an error in an outcome, in characters."""
 _log = get_logger(__name__)
@@ -62,6 +79,9 @@ def apply_decision(
     whose mask, cut or evaluation raises an error: the outcome is ``refused`` with the reason. A
     drop of accuracy beyond the trigger (of several levels, the strictest), or a loss that is no
     finite number, takes the mask off, or the cut back: the network is then bit for bit what it was.
+    Where the figures under the mask are bit for bit those without, ``evaluate`` is called once more
+    with nearly everything masked: if that changes nothing either, it does not run this network (but
+    a copy, or what was compiled or exported of it), and the outcome is ``refused``.
 
     Args:
         redistribute: called just before the cut for the moments that the consumers are re-solved
@@ -101,7 +121,7 @@ class _Check:
         limit: float,
     ) -> None:
         self._decision, self._surgeon, self._limit = decision, surgeon, limit
-        self._evaluate = evaluate
+        self._evaluate = preserving(evaluate, surgeon.model)
         self._before = surgeon.architecture
         self._figures: dict[str, Evaluation] = {}
         self._notes: tuple[str, ...] = ()
@@ -129,7 +149,26 @@ class _Check:
             return self._failed("under the mask", error)
         finally:
             surgeon.unmask()
+        if now == self._figures["before"]:
+            try:
+                acts = self._mask_acts()
+            except Exception as error:
+                return self._failed("under the mask", error)
+            if not acts:
+                return self.outcome("refused", _UNMOVED)
         return self._judge(now, "under the mask")
+
+    def _mask_acts(self) -> bool:
+        """Whether the evaluation sees a mask at all: of all units but a few, and of every layer."""
+        surgeon, now = self._surgeon, self._surgeon.architecture
+        units = {g.name: range(g.size - g.unit_multiple) for g in now.groups if g.prunable}
+        try:
+            surgeon.mask(units)
+            surgeon.mask_layers(b.name for b in now.blocks if b.prunable and not b.removed)
+            with span("evaluate almost all masked"):
+                return self._evaluate() != self._figures["before"]
+        finally:
+            surgeon.unmask()
 
     def cut(
         self, redistribute: Callable[[], Moments] | None, take_back: Callable[[], object]
@@ -171,6 +210,17 @@ class _Check:
         key = self._decision.idempotency_key
         _log.exception("decision refused, an error came up", key=key, when=when, reason=reason)
         return self.outcome("refused", f"{when}: {reason}")
+
+
+def preserving(evaluate: Evaluate, model: nn.Module | None) -> Evaluate:
+    """An evaluation that leaves random states, training flags and all that modules hold as they
+    were: its own generators, too, where they can be reached."""
+
+    def evaluated() -> Evaluation:
+        with preserved(model or nn.Module(), evaluate):
+            return evaluate()
+
+    return evaluated
 
 
 def failed_check(before: float, now: Evaluation, limit: float) -> str:

@@ -16,7 +16,15 @@ from elesh.trainer.surgery.reconstruction import Moments
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import ContractError, PrunedArchitecture, PruningOutcome, StructuralPruningDecision
 
-from .apply import Evaluation, apply_decision, failed_check, outcome_of, refusal, trigger_of
+from .apply import (
+    Evaluation,
+    apply_decision,
+    failed_check,
+    outcome_of,
+    preserving,
+    refusal,
+    trigger_of,
+)
 from .journal import MadeCut
 from .recovery import Recovery
 from .snapshot import Snapshot, Tracked
@@ -116,6 +124,7 @@ class MonitoredCuts:
         tracked, monitored = self._recovery.tracked, self.monitored
         if not monitored or tracked is None:
             return []
+        evaluate = preserving(evaluate, tracked.surgeon.model)
         try:
             with span("evaluate monitored cuts"):
                 now = evaluate()

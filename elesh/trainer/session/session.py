@@ -35,14 +35,14 @@ from leyline import (
 )
 from leyline.streams import CHECKPOINTS, OUTCOMES, RECOMPILE, REQUESTS, VALIDATION, Stream
 
-from .apply import Evaluation, outcome_of, trigger_of
+from .apply import Evaluation, outcome_of, preserving, trigger_of
 from .bus_thread import BusThread
 from .mailbox import Ended, Mailbox, Outgoing
 from .monitoring import MonitoredCuts
 from .observers import Observers, SessionObserver
 from .recovery import Recovery
 from .reporting import event_id_of, recompilation, validation_of
-from .snapshot import Stateful, Tracked, training_kept
+from .snapshot import Stateful, Tracked
 
 __all__ = ["Session"]
 
@@ -382,8 +382,8 @@ class Session:
         if metadata.accuracy is not None or self._evaluate is None or tracked is None:
             return bundle
         try:
-            with training_kept(tracked.surgeon.model), span("evaluate checkpoint"):
-                now = self._evaluate()
+            with span("evaluate checkpoint"):
+                now = preserving(self._evaluate, tracked.surgeon.model)()
         except Exception:
             _log.exception("checkpoint published without accuracy", epoch=metadata.epoch)
             return bundle

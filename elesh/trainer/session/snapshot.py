@@ -8,8 +8,7 @@ network, in this process or in a later one that built the network anew.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,7 +22,7 @@ from leyline import InvalidField, PrunedArchitecture
 
 from .trees import copy_tree, put_home
 
-__all__ = ["Snapshot", "Stateful", "Tracked", "training_kept"]
+__all__ = ["Snapshot", "Stateful", "Tracked"]
 
 
 class Stateful(Protocol):
@@ -110,19 +109,6 @@ class Snapshot:
         # Groups may have joined since, but none may be missing.
         if len(then) > len(now) or any(a > b for a, b in zip(then, now, strict=True)):
             raise InvalidField("restore point.optimizer groups", str(then), now, hint=hint)
-
-
-@contextmanager
-def training_kept(model: nn.Module) -> Iterator[None]:
-    """Random states and training flags are afterwards what they were before."""
-    random_states = copy_tree(_random_states())
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        _set_random_states(random_states)
-        for module, training in flags:
-            module.training = training
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
