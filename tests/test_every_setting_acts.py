@@ -125,7 +125,7 @@ def applied(bundle: CheckpointBundle, level: Level, drop: float) -> Seen:
         return apply_decision(
             decided,
             StandIn(bundle),
-            lambda: Evaluation(next(figures), 0.1),
+            lambda: Evaluation(figure := next(figures), 1 - figure),
             triggers=settings.structured_pruning.rollback_triggers,
         ).result
 

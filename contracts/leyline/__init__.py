@@ -7,7 +7,12 @@ Start reading at :mod:`leyline.streams`, the catalogue of streams and messages.
 from leyline.messages.analysis import LevelAnalysis, PredictedDamage, RankedUnit
 from leyline.messages.audit import GENESIS, AuditEntry, AuditEvent
 from leyline.messages.budget import Budget, LatencyTable, LayerLatency
-from leyline.messages.checkpoint import BlobRef, CheckpointMetadata, CheckpointReady
+from leyline.messages.checkpoint import (
+    BlobRef,
+    CheckpointMetadata,
+    CheckpointReady,
+    PreflightCheck,
+)
 from leyline.messages.decisions import (
     AnalysedPart,
     AttentionHeadTarget,
@@ -176,6 +181,7 @@ __all__ = [
     "PredictedDamage",
     "Priority",
     "PrunedArchitecture",
+    "PreflightCheck",
     "PruningGroup",
     "PruningMasks",
     "PruningOutcome",

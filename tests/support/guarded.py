@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -174,12 +175,13 @@ def told(*accuracies: float) -> Any:
 
     It draws random numbers, as real ones may.
     """
-    left = list(accuracies)
+    left, calls = list(accuracies), count(1)
 
     def evaluate() -> Evaluation:
         torch.rand(1)
         accuracy = left.pop(0) if len(left) > 1 else left[0]
-        return Evaluation(accuracy, 1 - accuracy)
+        # No two are bit for bit the same: a mask moves real ones.
+        return Evaluation(accuracy, 1 - accuracy + next(calls) * 1e-9)
 
     return evaluate
 

@@ -15,6 +15,7 @@ from leyline.base import (
     ModelHash,
     Moment,
     Name,
+    NonNegative,
     Sha256,
     Text,
 )
@@ -43,6 +44,16 @@ class BlobRef(Message):
     bytes."""
 
 
+class PreflightCheck(Message):
+    """What one check of a run's preflight found."""
+
+    name: Text
+    result: Literal["ok", "failed", "not_run"]
+    """``not_run``: it had nothing to work on, as the detail says."""
+    detail: Text = ""
+    seconds: NonNegative = 0.0
+
+
 class CheckpointMetadata(Message):
     """Checkpoint coordination: which run, when, and how well the network does."""
 
@@ -66,6 +77,10 @@ class CheckpointMetadata(Message):
     seed: Count = 0
     """Seed of the random directions and sampled labels."""
     note: Text = ""
+    preflight: tuple[PreflightCheck, ...] | None = Field(
+        default=None, exclude_if=lambda checks: checks is None
+    )
+    """What the run's preflight found, in the first checkpoint of a run; left out where none was."""
 
 
 class CheckpointReady(Message):

@@ -15,7 +15,14 @@ from elesh.trainer.calibration.losses import class_axis
 from elesh.trainer.calibration.recorder import Recorder
 from elesh.trainer.export import Exporter, calibration_inputs, is_worth_exporting
 from elesh.trainer.goals import Goals
-from elesh.trainer.network.calling import Inputs, call, device_of, main_output, map_tensors
+from elesh.trainer.network.calling import (
+    Inputs,
+    call,
+    device_of,
+    first_samples,
+    main_output,
+    map_tensors,
+)
 from elesh.trainer.network.compilation import unwrapped
 from elesh.trainer.session.apply import Evaluation
 from elesh.trainer.session.session import Session
@@ -58,6 +65,7 @@ class EveryEpoch:
         every: epochs between two checkpoints.
         levels: what may be removed.
         ignored_layers: whose outputs shall stay (see :class:`Recorder`).
+        preflight: whether a new run begins with one (see :meth:`Session.resume`).
     """
 
     def __init__(
@@ -73,13 +81,14 @@ class EveryEpoch:
         every: int = 5,
         levels: Sequence[Level] = (Level.CHANNEL,),
         ignored_layers: Sequence[str] = (),
+        preflight: bool = True,
     ) -> None:
         self.session, self.every, self.levels = session, every, tuple(levels)
         self.surgeon: Surgeon | None = None
         """Set by :meth:`begin`; its architecture is what the network looks like."""
         self._calibration, self._validation, self._held_out = calibration, validation, held_out
         self._evaluate = evaluate or classification
-        self._ignored, self._budget = ignored_layers, budget
+        self._ignored, self._budget, self._preflight = ignored_layers, budget, preflight
         self._goals: Goals | None = None
         chosen = session.settings.structured_pruning.channel_analysis.redistribute
         self._reconstruct = chosen if reconstruct is None else reconstruct
@@ -101,7 +110,8 @@ class EveryEpoch:
         if self._loading is not None:
             self._loading.end()
         self._network, self._exporter = network, Exporter(network)
-        example = map_tensors(lambda x: x[:2].to(device_of(network)), self._calibration[0][0])
+        device, batch = device_of(network), first_samples(self._calibration[0][0], 2)
+        example = map_tensors(lambda x: x.to(device), batch)
         self._recorder = Recorder(network, example, ignored_layers=self._ignored)
         self.surgeon = Surgeon(network, self._recorder.architecture, restore_points=0)
         self._loading = Loading(self.surgeon)
@@ -153,7 +163,13 @@ class EveryEpoch:
             original = known.original if known else first
             example = self._calibration[0][0]
             self._goals = Goals.of(self._network, example, first, original, self._budget)
-        return self.session.resume(surgeon, here=epoch or None, **parts)
+        return self.session.resume(
+            surgeon,
+            evaluate=self.evaluate,
+            preflight=self._preflight,
+            here=epoch or None,
+            **parts,
+        )
 
     def end_epoch(self, epoch: int) -> list[PruningOutcome]:
         """After an epoch (counted from 1) has been trained; what became of decisions at it."""

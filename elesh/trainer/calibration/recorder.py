@@ -25,6 +25,7 @@ from elesh.trainer.network.calling import (
     main_output,
     map_tensors,
     packed_in,
+    remember_example,
 )
 from elesh.trainer.network.compilation import unwrapped
 from elesh.trainer.network.gates import GateMeter, axis_of
@@ -116,6 +117,7 @@ class Recorder:
         model = unwrapped(model)
         require_whole(model)
         self._model = model
+        remember_example(model, example_inputs)
         self._loss, self._sampler = loss or cross_entropy, sample_labels
         self._samples_labels = loss is None or sample_labels is not None
         self._centred, self._seed = outputs == "logits", seed

@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,19 @@ from leyline import InvalidField
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 """One batch of inputs; the first dimension of every tensor counts samples."""
+
+
+_EXAMPLES: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+def remember_example(model: nn.Module, inputs: Inputs) -> None:
+    """Keep a batch that the network runs with, for whoever has to try it later."""
+    _EXAMPLES[model] = map_tensors(lambda x: x.detach(), inputs)
+
+
+def example_of(model: nn.Module) -> Any:
+    """The batch that was last remembered; None if none was."""
+    return _EXAMPLES.get(model)
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:

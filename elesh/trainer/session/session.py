@@ -22,12 +22,14 @@ from opentelemetry.trace import Span, SpanKind
 
 from elesh.observe import carrier_of, get_logger, messaging, setup_tracing, span, span_from
 from elesh.settings import Settings
+from elesh.trainer.network.calling import example_of
 from elesh.trainer.surgery.reconstruction import Moments
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import (
     CheckpointBundle,
     InvalidField,
     Message,
+    PreflightCheck,
     PrunedArchitecture,
     PruningOutcome,
     StructuralPruningDecision,
@@ -40,6 +42,8 @@ from .bus_thread import BusThread
 from .mailbox import Ended, Mailbox, Outgoing
 from .monitoring import MonitoredCuts
 from .observers import Observers, SessionObserver
+from .preflight import preflight as try_all
+from .preflight import require_passed, table
 from .recovery import Recovery
 from .reporting import event_id_of, recompilation, validation_of
 from .snapshot import Stateful, Tracked
@@ -116,6 +120,7 @@ class Session:
         self._carriers: dict[str, Mapping[str, str]] = {}
         self._decided: dict[str, StructuralPruningDecision] = {}
         self._evaluate: Callable[[], Evaluation] | None = None
+        self._preflight: tuple[PreflightCheck, ...] | None = None
 
     @property
     def missed(self) -> int:
@@ -183,6 +188,9 @@ class Session:
         last called with gives it, so that reports show it.
         """
         bundle = self._with_accuracy(bundle)
+        if self._preflight is not None:  # In the run's first checkpoint only.
+            told = bundle.metadata.model_copy(update={"preflight": self._preflight})
+            bundle, self._preflight = replace(bundle, metadata=told), None
         metadata = bundle.metadata
         event_id = "ev-" + stable_hash(metadata.run_id, metadata.checkpoint_id)
         self._observers.on_checkpoint(bundle)
@@ -213,6 +221,8 @@ class Session:
         self,
         surgeon: Surgeon,
         *,
+        evaluate: Callable[[], Evaluation] | None = None,
+        preflight: bool = True,
         scheduler: Stateful | None = None,
         scaler: Stateful | None = None,
         here: int | None = None,
@@ -226,7 +236,13 @@ class Session:
         weights (``ema=average``: a module, a holder of one, tensors by path), which are from then
         on cut, masked and brought back with the network.
 
+        A new run begins with a preflight (:mod:`.preflight`), which prints one table: ``evaluate``,
+        a mask, a training step after a cut of each kind, optimizers, and restore points are tried,
+        all but the first two on copies.
+
         Args:
+            evaluate: as it will be given to :meth:`apply`; called once by the preflight.
+            preflight: whether there is one.
             here: go on from the present state, which is that after this epoch, instead of from the
                 newest restore point: a framework has loaded a checkpoint of its own.
 
@@ -234,15 +250,28 @@ class Session:
             The epoch of the state that was put back, after which training goes on; 0 for a new run.
 
         Raises:
-            InvalidField: if a part's state holds more than tensors and plain values, or the restore
-                points are of another network or of other parts.
+            InvalidField: if a part's state holds more than tensors and plain values, the restore
+                points are of another network or of other parts, or a check of the preflight fails.
         """
         named = {"scheduler": scheduler, "scaler": scaler, **parts}
         held = {name: part for name, part in named.items() if part is not None}
         epoch = self._recovery.resume(Tracked(surgeon, held), here)
+        if preflight and not epoch and here is None:
+            self._try_all(surgeon, evaluate, held)
         for outcome in self._recovery.unreported:
             self.report(outcome)
         return epoch
+
+    def _try_all(
+        self,
+        surgeon: Surgeon,
+        evaluate: Callable[[], Evaluation] | None,
+        parts: Mapping[str, Any],
+    ) -> None:
+        report = try_all(surgeon, example_of(surgeon.model), evaluate, parts)
+        print(table(report), flush=True)
+        require_passed(report)
+        self._preflight = report
 
     def save(self, epoch: int) -> bool:
         """Write a restore point of now, so that a killed run goes on from here and not only from

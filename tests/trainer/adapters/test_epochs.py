@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from elesh.trainer.adapters.epochs import EveryEpoch
 from leyline import CheckpointBundle, InvalidField, StructuralPruningDecision
 
 AWAY = "redis://127.0.0.1:1/0"
+
+_LOSSES = count(0.1, 1e-9)
+"""No two are the same: a mask moves real ones."""
 
 
 class Kept(Session):
@@ -53,7 +57,7 @@ def test_every_checkpoint_asks_for_what_is_missing_of_the_original_budget() -> N
     surgeon = epochs.surgeon
     assert surgeon is not None
     session.answers = [decide(surgeon.architecture, units=8, groups=1)]
-    epochs._evaluate = lambda *_: Evaluation(0.9, 0.1)
+    epochs._evaluate = lambda *_: Evaluation(0.9, next(_LOSSES))
     (outcome,) = epochs.end_epoch(2)
     assert outcome.result == "applied"
     now = surgeon.architecture
@@ -85,7 +89,7 @@ def test_cuts_are_reconstructed_where_the_callback_or_the_settings_say_so(
     for reconstruct in (asked, False):
         session = Kept(settings=file)
         epochs, network = running(session, reconstruct=reconstruct)
-        epochs._evaluate = lambda *_: Evaluation(0.9, 0.1)
+        epochs._evaluate = lambda *_: Evaluation(0.9, next(_LOSSES))
         assert epochs.surgeon is not None
         session.answers = [decide(epochs.surgeon.architecture)]
         epochs.end_epoch(1)

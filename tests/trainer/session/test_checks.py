@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import count
 from typing import Any
 
 import pytest
@@ -22,8 +23,14 @@ BAD = [
 
 
 def saying(*evaluations: Evaluation) -> Any:
-    left = list(evaluations)
-    return lambda: left.pop(0) if len(left) > 1 else left[0]
+    left, calls = list(evaluations), count(1)
+
+    def evaluate() -> Evaluation:
+        found = left.pop(0) if len(left) > 1 else left[0]
+        # No two are bit for bit the same: a mask moves real ones.
+        return Evaluation(found.accuracy, found.loss + next(calls) * 1e-9)
+
+    return evaluate
 
 
 @pytest.mark.parametrize("bad", BAD, ids=repr)

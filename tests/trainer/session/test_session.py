@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import threading
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -265,8 +266,10 @@ def test_labels_that_are_shuffled_after_a_cut_roll_it_back_and_everybody_is_told
     labels = torch.randint(0, 5, (200,), generator=torch.Generator().manual_seed(1))
     world, truth = World(), labels.clone()
 
+    losses = count(0.1, 1e-9)  # A mask moves real ones.
+
     def evaluate() -> Evaluation:
-        return Evaluation(float((labels == truth).float().mean()), 0.1)
+        return Evaluation(float((labels == truth).float().mean()), next(losses))
 
     with Session("run", station.url, settings) as session:
         session.resume(world.surgeon, **world.parts)

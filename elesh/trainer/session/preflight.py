@@ -1,0 +1,284 @@
+"""The preflight: what a run will need of network, optimizers and parts is tried when it begins.
+
+Promises: everything is tried on copies, but for one evaluation and one mask, after which network
+and random states are what they were; it takes about as long as one evaluation and a few training
+steps; what was found is a table, and nothing was changed where it says that something fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elesh.trainer.graph.hazards import run_once, trainable_example
+from elesh.trainer.network.calling import (
+    Inputs,
+    call,
+    device_of,
+    map_tensors,
+    tensors_in,
+)
+from elesh.trainer.network.state import preserve_state, preserved, seed_generators
+from elesh.trainer.surgery.surgeon import Surgeon
+from leyline import InvalidField, Level, PreflightCheck
+
+from .apply import Evaluate, preserving
+from .snapshot import Snapshot, Tracked
+from .trees import pack_tree, unpack_tree
+
+__all__ = ["preflight", "require_passed", "table"]
+
+Report = tuple[PreflightCheck, ...]
+
+
+class _Skipped(Exception):
+    """A check has nothing to work on."""
+
+
+def preflight(
+    surgeon: Surgeon,
+    inputs: Inputs | None = None,
+    evaluate: Evaluate | None = None,
+    parts: Mapping[str, Any] | None = None,
+) -> Report:
+    """Try what the run will need.
+
+    Args:
+        surgeon: of the network, with the optimizers.
+        inputs: a small batch to call and to train the network with.
+        evaluate: as it will be given to ``apply`` and ``watch``; called once.
+        parts: what restore points hold beside network and optimizers, by name.
+    """
+    subject = _Subject(surgeon, inputs, evaluate, parts or {})
+    return tuple(_tried(name, check) for name, check in subject.checks())
+
+
+def require_passed(report: Report) -> None:
+    """Refuse to begin where a check failed.
+
+    Raises:
+        InvalidField: naming the first of them, with the whole table.
+    """
+    for check in report:
+        if check.result == "failed":
+            hint = f"nothing was changed; preflight=False begins all the same\n{table(report)}"
+            raise InvalidField(f"preflight.{check.name}", "ok", check.detail, hint=hint)
+
+
+def table(report: Report) -> str:
+    """The checks, one a line."""
+    width = max((len(check.name) for check in report), default=0)
+    lines = [
+        f"  {check.name:<{width}}  {check.result.replace('_', ' '):<7}  {check.seconds:5.2f} s"
+        f"  {check.detail}".rstrip()
+        for check in report
+    ]
+    return "\n".join(["Elesh preflight", *lines])
+
+
+def _tried(name: str, check: Callable[[], str]) -> PreflightCheck:
+    begun = time.perf_counter()
+    try:
+        result, detail = "ok", check()
+    except _Skipped as reason:
+        result, detail = "not_run", str(reason)
+    except Exception as error:  # Whatever the user's code raises is the finding.
+        result, detail = "failed", f"{type(error).__name__}: {error}"[:500]
+    seconds = round(time.perf_counter() - begun, 3)
+    return PreflightCheck.model_validate(
+        {"name": name, "result": result, "detail": detail, "seconds": seconds}
+    )
+
+
+class _Subject:
+    """What is tried."""
+
+    def __init__(
+        self,
+        surgeon: Surgeon,
+        inputs: Inputs | None,
+        evaluate: Evaluate | None,
+        parts: Mapping[str, Any],
+    ) -> None:
+        self._surgeon, self._evaluate, self._parts = surgeon, evaluate, parts
+        device = device_of(surgeon.model)
+        self._inputs = None
+        if inputs is not None:
+            self._inputs = map_tensors(lambda x: x.detach().clone().to(device), inputs)
+
+    def checks(self) -> Iterator[tuple[str, Callable[[], str]]]:
+        """By name, in order."""
+        yield "evaluate", self._evaluates
+        yield "mask", self._masks
+        for level in (Level.CHANNEL, Level.HEAD, Level.LAYER):
+            yield f"training after a cut of a {level.value}", self._trains_after(level)
+        yield "optimizers and averages", self._covered
+        yield "restore points", self._restores
+
+    def _evaluates(self) -> str:
+        if self._evaluate is None:
+            raise _Skipped("no evaluate was given")
+        found = preserving(self._evaluate, self._surgeon.model)()
+        if not found.finite:
+            told = f"accuracy {found.accuracy:g}, loss {found.loss:g}"
+            raise InvalidField("evaluate", "finite figures", told)
+        return f"accuracy {found.accuracy:.4f}, loss {found.loss:.4f}"
+
+    def _masks(self) -> str:
+        units, layers = self._some()
+        names = [*units, *layers]
+        if not names:
+            raise _Skipped("nothing is prunable")
+        surgeon = self._surgeon
+        with preserve_state(surgeon.model, 0), torch.no_grad():
+            plain = self._outputs(surgeon.model)
+            try:
+                surgeon.mask(units)
+                surgeon.mask_layers(layers)
+                masked = self._outputs(surgeon.model)
+            finally:
+                surgeon.unmask()
+        if all(torch.equal(a, b) for a, b in zip(plain, masked, strict=True)):
+            raise InvalidField(
+                "a mask", "other outputs", f"the same with {', '.join(names)} masked"
+            )
+        return f"{', '.join(names)}: outputs change"
+
+    def _some(self, level: Level | None = None) -> tuple[dict[str, range], list[str]]:
+        """Half of a group of channels, else of heads, or one layer; the first there is."""
+        now = self._surgeon.architecture
+        for kind in (Level.CHANNEL, Level.HEAD) if level is None else (level,):
+            for group in now.groups:
+                if group.prunable and group.level is kind and group.size > group.unit_multiple:
+                    count = max(group.size // 2 // group.unit_multiple, 1) * group.unit_multiple
+                    return {group.name: range(min(count, group.size - group.unit_multiple))}, []
+        if level in (None, Level.LAYER):
+            for block in now.blocks:
+                if block.prunable and not block.removed:
+                    return {}, [block.name]
+        return {}, []
+
+    def _outputs(self, model: nn.Module) -> list[Tensor]:
+        if self._inputs is None:
+            raise _Skipped("no example inputs are known")
+        seed_generators(device_of(model), 0)
+        return [t for t in tensors_in(call(model, self._inputs)) if t.is_floating_point()]
+
+    def _trains_after(self, level: Level) -> Callable[[], str]:
+        def check() -> str:
+            units, layers = self._some(level)
+            if not units and not layers:
+                raise _Skipped("none is prunable")
+            if self._inputs is None:
+                raise _Skipped("no example inputs are known")
+            with self._copied() as tracked, preserve_state(tracked.surgeon.model, 0):
+                surgeon = tracked.surgeon
+                example = trainable_example(surgeon.model, self._inputs)
+                if example is None:
+                    raise _Skipped("the network does not run in training mode with the example")
+                _step(surgeon, example)
+                before = _finite(surgeon.model)
+                if units:
+                    surgeon.cut(units)
+                else:
+                    surgeon.cut_layers(layers)
+                _step(surgeon, example)
+                if before and not _finite(surgeon.model):
+                    raise InvalidField("the next step", "finite weights", "NaN or infinity")
+                return "; ".join([*units, *layers, *surgeon.notes])
+
+        return check
+
+    def _covered(self) -> str:
+        surgeon = self._surgeon
+        if blocked := surgeon.blocked():
+            raise InvalidField("the surgeon", "all that holds the weights", blocked)
+        held = {id(p) for group in surgeon.optimizers.groups() for p in group["params"]}
+        if not surgeon.optimizers.all:
+            raise _Skipped(
+                "the surgeon has no optimizer: nothing is trained, or it will not be cut"
+            )
+        if surgeon.optimizers.masters:
+            return f"{', '.join(surgeon.optimizers.names)} with parameters of its own"
+        cut = {part.tensor for g in surgeon.architecture.groups if g.prunable for part in g.slices}
+        missing = [
+            name
+            for name, p in surgeon.model.named_parameters()
+            if name in cut and p.requires_grad and id(p) not in held
+        ]
+        told = ", ".join(surgeon.optimizers.names)
+        if missing:
+            return f"{told}; in none of them, and cut all the same: {', '.join(missing[:5])}"
+        return f"{told}: all that is prunable and trained"
+
+    def _restores(self) -> str:
+        units, layers = self._some()
+        with self._copied() as tracked:
+            surgeon = tracked.surgeon
+            with preserved(surgeon.model):
+                before = Snapshot.take(tracked)
+                packed = pack_tree(before.state)
+                if units:
+                    surgeon.cut(units)
+                if layers:
+                    surgeon.cut_layers(layers)
+                Snapshot(before.architecture, unpack_tree(*packed)).put_back(tracked)
+                after = pack_tree(Snapshot.take(tracked).state)
+        if after != packed:
+            raise InvalidField("restore points", "the state that was saved", "another state")
+        return ", ".join(["network", *surgeon.optimizers.names, *self._parts])
+
+    def _copied(self) -> _Copied:
+        return _Copied(self._surgeon, self._parts)
+
+
+class _Copied:
+    """Network, optimizers and parts, copied together; the copies end with the block."""
+
+    def __init__(self, surgeon: Surgeon, parts: Mapping[str, Any]) -> None:
+        self._surgeon, self._parts = surgeon, parts
+
+    def __enter__(self) -> Tracked:
+        whole = (self._surgeon.model, list(self._surgeon.optimizers.all), dict(self._parts))
+        try:
+            with torch.inference_mode(False):
+                model, optimizers, parts = copy.deepcopy(whole)
+                now = self._surgeon.architecture
+                surgeon = Surgeon(model, now, optimizer=optimizers or None, restore_points=0)
+                return Tracked(surgeon, parts)
+        except Exception as error:
+            raise _Skipped(f"something of it cannot be copied: {error}"[:300]) from error
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def _step(surgeon: Surgeon, example: Inputs) -> None:
+    """One training step: the mean square of the outputs is made smaller."""
+    model = surgeon.model
+    seed_generators(device_of(model), 0)
+    model.train()
+    try:
+        outputs = [t for t in tensors_in(call(model, example)) if t.requires_grad]
+        if not outputs:
+            run_once(model, example, training=True)
+            return
+        loss = torch.stack([t.float().square().mean() for t in outputs]).sum()
+        torch.autograd.backward(loss)
+        for optimizer in surgeon.optimizers.all:
+            with contextlib.suppress(TypeError):  # It asks for a closure: the surgeon tried that.
+                optimizer.step()
+    finally:
+        model.eval()
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def _finite(model: nn.Module) -> bool:
+    return all(bool(p.isfinite().all()) for p in model.parameters() if p.is_floating_point())
