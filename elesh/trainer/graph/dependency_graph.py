@@ -67,6 +67,8 @@ class Wiring:
     """Attention layers whose heads may be removable."""
     failure: str = ""
     """Why the wiring is not known, where the dependency graph could not be built."""
+    called: frozenset[str] = frozenset()
+    """The modules that were called."""
 
 
 def trace(model: nn.Module, inputs: Inputs) -> Wiring:
@@ -74,11 +76,14 @@ def trace(model: nn.Module, inputs: Inputs) -> Wiring:
     with Calls(model) as calls:
         call(model, inputs)
     layers, attentions = calls.layers(batch_size(inputs)), find_attentions(calls.made)
+    called = frozenset(one.name for one in calls.made)
     del calls  # and with it the autograd graph of the first pass
     try:
-        return Wiring(layers, tuple(_families(_Graph(model, inputs), model)), attentions)
+        families = tuple(_families(_Graph(model, inputs), model))
     except Exception as error:  # The graph of others' code: whatever it raises is a reason.
-        return Wiring(layers, (), attentions, f"the dependency graph failed: {summary(error)}")
+        failure = f"the dependency graph failed: {summary(error)}"
+        return Wiring(layers, (), attentions, failure, called)
+    return Wiring(layers, families, attentions, called=called)
 
 
 def summary(error: BaseException) -> str:

@@ -104,7 +104,8 @@ def _groups(wiring: Wiring, model: nn.Module, ignored: Collection[str]) -> tuple
     families = [family for family in wiring.families if _producers(family)]
     followed = {port.name for family in families for port in _producers(family)}
     lone = wiring.failure or "no path leads from it to the network's outputs"
-    families += _lone_families([x for x in wiring.layers if x.name not in followed], model)
+    alone = [layer for layer in wiring.layers if layer.name not in followed]
+    families += _lone_families(alone, model)
     order = {layer.name: number for number, layer in enumerate(wiring.layers)}
     rooted = [(_root(family, order), family) for family in families]
     rooted.sort(key=lambda pair: (order[pair[0].name], int(pair[1][pair[0]][:, 0].min())))
@@ -117,6 +118,8 @@ def _groups(wiring: Wiring, model: nn.Module, ignored: Collection[str]) -> tuple
         units = family[root][:, 0].argsort(kind="stable")
         ports = sorted(family, key=lambda port: (order.get(port.name, -1), port.name, port.side))
         reason = _refusal(ports, ignored, tied) if root.name in followed else lone
+        if root.name not in wiring.called:
+            reason = f"the weight of {root.name} is used by a function; the layer is never called"
         sorted_family = {port: family[port][units] for port in ports}
         groups[name] = _group(name, sorted_family, reason, model)
     return tuple(groups.values())

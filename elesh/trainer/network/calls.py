@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from leyline import LayerDescriptor
@@ -33,6 +37,43 @@ class Call:
     """How often its weight was multiplied, all samples together."""
 
 
+_MULTIPLY = {
+    functional.linear: 0, functional.conv1d: 0, functional.conv2d: 0, functional.conv3d: 0,
+    torch.conv1d: 0, torch.conv2d: 0, torch.conv3d: 0,
+}  # fmt: skip
+"""Functions that multiply by their second argument ("weight"), and its axis of outputs."""
+_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
+
+
+class _WeightsUsed(TorchFunctionMode):
+    """While entered, counts how often parameters are multiplied, whoever does it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions: dict[int, int] = {}
+        """By the id of the parameter, all samples together."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _MULTIPLY:
+            weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
+            self._count(weight, result, _MULTIPLY[func])
+        elif func in _PRODUCTS and len(args) > 1:
+            self._count(args[1], result, -1)
+        return result
+
+    def _count(self, weight: Any, result: Any, dim: int) -> None:
+        if isinstance(weight, nn.Parameter) and weight.ndim > 1 and isinstance(result, Tensor):
+            used = result.numel() // max(1, weight.shape[dim])
+            self.positions[id(weight)] = self.positions.get(id(weight), 0) + used
+
+
 class Calls:
     """While entered, notes every call of a model's modules, in order."""
 
@@ -40,8 +81,11 @@ class Calls:
         self._model = model
         self._handles: list[RemovableHandle] = []
         self.made: list[Call] = []
+        self._used = _WeightsUsed()
+        self._entered = contextlib.ExitStack()
 
     def __enter__(self) -> Calls:
+        self._entered.enter_context(self._used)
         self._handles = [
             module.register_forward_hook(self._note(name), with_kwargs=True)
             for name, module in self._model.named_modules()
@@ -50,6 +94,7 @@ class Calls:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._entered.close()
         for handle in self._handles:
             handle.remove()
 
@@ -60,12 +105,28 @@ class Calls:
             positions[call.name] = positions.get(call.name, 0) + call.positions
         modules = dict(self._model.named_modules())
         paths = {id(p): path for path, p in self._model.named_parameters()}
-        return tuple(
+        called = tuple(
             descriptor
             for name, used in positions.items()
             if any(True for _ in modules[name].parameters(recurse=False))
             for descriptor in _descriptors(name, modules[name], used // samples, paths)
         )
+        return called + tuple(self._by_functions(called, samples))
+
+    def _by_functions(
+        self, called: Sequence[LayerDescriptor], samples: int
+    ) -> Iterator[LayerDescriptor]:
+        """Layers whose weights others multiply by: their own forward pass is not called."""
+        known = {layer.weight for layer in called if layer.weight}
+        names = {layer.name for layer in called}
+        for path, parameter in self._model.named_parameters():
+            used = self._used.positions.get(id(parameter), 0) // samples
+            if not used or path in known:
+                continue
+            owner, _, attribute = path.rpartition(".")
+            kind = type(self._model.get_submodule(owner)).__name__.lower()
+            name = owner if attribute == "weight" and owner not in names else path
+            yield LayerDescriptor(name=name, kind=kind, weight=path, positions=used)
 
     def _note(self, name: str) -> Callable[..., None]:
         def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

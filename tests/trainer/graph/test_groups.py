@@ -421,3 +421,17 @@ def test_inputs_may_be_positional_or_keywords() -> None:
         group = find(Two(), inputs).group["a"]
         assert group.prunable
         assert group.layers == ("a", "b")
+
+
+def test_weights_that_functions_use_are_counted_and_listed_with_a_reason() -> None:
+    class Window(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(6, 9), nn.Linear(9, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(nn.functional.linear(x, self.qkv.weight, bias=self.qkv.bias))
+
+    architecture = find(Window(), torch.randn(2, 5, 6))
+    assert architecture.macs == 5 * (6 * 9 + 9 * 2)
+    assert "never called" in reason(architecture, "qkv")
