@@ -33,6 +33,7 @@ from elesh.trainer.network.layers import named_tensors, require_fit
 from elesh.trainer.network.state import preserve_state
 from elesh.trainer.surgery.data_parallel import require_whole
 from elesh.trainer.surgery.reconstruction import MomentMeter, Moments, consumer_axes
+from elesh.trainer.surgery.teachers import teachers_in, with_teachers
 from leyline import (
     AnalysisParameters,
     CheckpointBundle,
@@ -122,7 +123,8 @@ class Recorder:
         self._samples_labels = loss is None or sample_labels is not None
         self._centred, self._seed = outputs == "logits", seed
         if architecture is None:
-            architecture = find_architecture(model, example_inputs, ignored_layers)
+            found = find_architecture(model, example_inputs, ignored_layers)
+            architecture = with_teachers(found, teachers_in(model))
         self.architecture = architecture
 
     @property

@@ -18,6 +18,7 @@ from elesh.observe import get_logger
 from elesh.trainer.network.calling import Inputs, call, device_of, doubled, tensors_in
 from elesh.trainer.network.layers import channel_axes
 from elesh.trainer.network.state import seed_generators
+from elesh.trainer.surgery.teachers import teachers_in
 from leyline import InvalidField, PruningGroup
 
 __all__ = ["require_initialised", "run_once", "trainable_example", "without_hazards"]
@@ -93,7 +94,8 @@ def without_hazards(
         traced: its copy, which may run.
     """
     tensors = dict(traced.named_parameters())
-    memory, unreached = _in_shared_memory(model), _unreached(traced, inputs)
+    followed = tuple(f"{teacher.name}." for teacher in teachers_in(model))
+    memory, unreached = _in_shared_memory(model), _unreached(traced, inputs, followed)
 
     def reason(group: PruningGroup) -> str:
         for part in group.slices:
@@ -130,9 +132,12 @@ def _in_shared_memory(model: nn.Module) -> Mapping[str, str]:
     }
 
 
-def _unreached(model: nn.Module, inputs: Inputs) -> list[tuple[str, int, bool]]:
+def _unreached(
+    model: nn.Module, inputs: Inputs, followed: tuple[str, ...]
+) -> list[tuple[str, int, bool]]:
     """Layers whose parameters no output depends on, in evaluation or in training: name, width of
-    the input, and whether the input may be flattened."""
+    the input, and whether the input may be flattened. Teachers (``followed``) read what their own
+    layers make."""
     reached = run_once(model, inputs, training=False)
     if not reached:
         return []
@@ -142,7 +147,8 @@ def _unreached(model: nn.Module, inputs: Inputs) -> list[tuple[str, int, bool]]:
     found = [
         (name, width, isinstance(module, nn.Linear))
         for name, module in model.named_modules()
-        if (own := {f"{name}.{path}" for path, _ in module.named_parameters(recurse=False)})
+        if not name.startswith(followed)
+        and (own := {f"{name}.{path}" for path, _ in module.named_parameters(recurse=False)})
         and not own & reached
         for width in _widths(module)
     ]

@@ -22,7 +22,7 @@ from leyline import InvalidField
 
 from .tensors import Cutter
 
-__all__ = ["WeightCopy", "copies_in", "unnamed_averages"]
+__all__ = ["ALIKE", "WeightCopy", "copies_in", "unnamed_averages"]
 
 _DEPTH = 4
 """How far into a holder's attributes copies are looked for."""
@@ -98,7 +98,7 @@ def copies_in(name: str, holder: Any, model: nn.Module) -> tuple[WeightCopy, ...
     """
     found = list(_search(name, holder, _Network(model), set(), _DEPTH))
     sure = _AVERAGE.search(f"{name} {type(holder).__name__}") is not None and len(found) == 1
-    return tuple(copy for copy in found if sure or likeness(copy, model) > _ALIKE)
+    return tuple(copy for copy in found if sure or likeness(copy, model) > ALIKE)
 
 
 def unnamed_averages(model: nn.Module, known: Iterable[WeightCopy]) -> list[str]:
@@ -121,7 +121,7 @@ def _averages(model: nn.Module, named: set[int]) -> list[str]:
         kind = type(each).__name__
         for copy in _search(kind, each, network, set(), _DEPTH):
             tensors = {id(tensor) for tensor in copy.tensors().values()}
-            if not tensors & seen and likeness(copy, model) > _ALIKE:
+            if not tensors & seen and likeness(copy, model) > ALIKE:
                 found.append(kind)
             seen |= tensors
     return found
@@ -135,7 +135,7 @@ _KIND = re.compile(r"EMA|Ema(?![a-z])|AveragedModel|MovingAverage|WeightAverag|S
 """Names of classes that average weights."""
 _AVERAGE = re.compile(_KIND.pattern + r"|ema|swa|averag|teacher|target|momentum|shadow|slow")
 """Names that people give to averages."""
-_ALIKE = 0.5
+ALIKE = 0.5
 """Two networks trained apart have matrices with a cosine near 0."""
 
 
@@ -233,7 +233,7 @@ def _module_copy(name: str, module: nn.Module, network: _Network) -> WeightCopy 
         return WeightCopy(name, module)
     parts = [WeightCopy(name, module, path) for path in paths]
     best = max(parts, key=lambda part: likeness(part, network.model))
-    return best if likeness(best, network.model) > _ALIKE else None
+    return best if likeness(best, network.model) > ALIKE else None
 
 
 def _loose_copy(name: str, holder: Any, network: _Network) -> WeightCopy | None:

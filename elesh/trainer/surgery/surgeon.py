@@ -26,6 +26,7 @@ from .lineage import present, remember, steps
 from .masks import Masks
 from .optimizers import Given, Optimizers, other_optimizers, require_cuttable
 from .reconstruction import Moments, redistributed
+from .teachers import teachers_in
 from .tensors import Cutter, RestorePoint, Skeleton, laid_out, replace_data
 
 _log = get_logger(__name__)
@@ -73,15 +74,16 @@ class Surgeon:
         self.notes: tuple[str, ...] = ()
         """What has to be said of the last cut: state of optimizers that is begun anew."""
         self._copies: tuple[WeightCopy, ...] = ()
+        self._teachers = teachers_in(model)
         if restore_points > 1:
             what = "a surgeon keeps one restore point; a session keeps trainer.restore_points"
             _log.warning(what, asked=restore_points)
         self._keeps_point = restore_points > 0
         self._undo_point: RestorePoint | None = None
         self._skeletons = [self._skeleton()]
-        self._masks = [Masks(model)]
+        self._masks = [Masks(view) for view in self._views()]
         self._masked: dict[str, frozenset[int]] = {}
-        self._branch_masks = [BranchMasks(model)]
+        self._branch_masks = [BranchMasks(view) for view in self._views()]
         self._masked_layers: frozenset[str] = frozenset()
         remember(model, architecture)
         if optimizer is not None:
@@ -309,7 +311,7 @@ class Surgeon:
         self._clear_masks()
         tensors = named_tensors(self._model)
         blocks = [self._architecture.block[name] for name in names]
-        for view in self._views():
+        for view in self._views(teachers=False):  # blocks name what teachers lose
             put_in(view, [stand_in for block in blocks for stand_in in block.stand_ins])
         gone = tensors.keys() - named_tensors(self._model).keys()
         self._optimizers.forget([tensors[path] for path in gone])
@@ -462,10 +464,11 @@ class Surgeon:
     def _roots(self) -> list[nn.Module]:
         return [self._model, *(c.module for c in self._copies if c.module is not None)]
 
-    def _views(self) -> list[nn.Module]:
-        """What answers to the network's module paths: the network and its copies."""
-        copies = [cast(nn.Module, copy) for copy in self._copies if copy.module is not None]
-        return [self._model, *copies]
+    def _views(self, *, teachers: bool = True) -> list[nn.Module]:
+        """What answers to the network's module paths: the network, its copies and teachers."""
+        copies = [copy for copy in self._copies if copy.module is not None]
+        copies += self._teachers if teachers else ()
+        return [self._model, *(cast(nn.Module, copy) for copy in copies)]
 
     def _skeleton(self) -> Skeleton:
         return Skeleton.take(self._roots(), self._architecture, self._optimizers)

@@ -273,3 +273,57 @@ def test_an_average_in_another_process_takes_its_shapes_from_the_restore_point(
 def collected() -> Iterator[None]:
     yield
     gc.collect()
+
+
+class Distilled(nn.Module):
+    """A student and its teacher, as self-supervised methods keep them."""
+
+    def __init__(self, both: bool) -> None:
+        super().__init__()
+        self.student, self.both = build(), both
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        out = self.head(self.student(x))
+        return (out, self.teacher(x)) if self.both else out
+
+    def update(self) -> None:
+        pairs = zip(self.teacher.parameters(), self.student.parameters(), strict=True)
+        for slow, p in pairs:
+            slow.mul_(0.9).add_(p.detach(), alpha=0.1)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_teacher_inside_the_network_loses_what_its_student_loses(both: bool) -> None:
+    model = Distilled(both)
+    architecture = Recorder(model, X[:4]).architecture
+    assert not [name for name in architecture.group if name.startswith("teacher")]
+    surgeon = Surgeon(model, architecture)
+    units = {"student.0": [1, 5], "student.2": [0]}
+    with torch.no_grad():
+        before = model.teacher(X)
+        surgeon.mask(units)
+        masked = model.teacher(X)
+        surgeon.unmask()
+    after = surgeon.cut(units)
+    assert after.parameters == sum(p.numel() for p in model.parameters())
+    with torch.no_grad():
+        assert not torch.equal(masked, before)
+        assert torch.allclose(model.teacher(X), masked, atol=1e-6)
+    model.update()
+    surgeon.undo()
+    model.update()
+    fresh = Distilled(both)
+    again = Surgeon(fresh, Recorder(fresh, X[:4]).architecture)
+    assert again.replay(after.history).model_hash == after.model_hash
+
+
+def test_frozen_parts_with_weights_of_their_own_are_no_teachers() -> None:
+    model = nn.Sequential(build(), nn.ReLU(), nn.Linear(4, 8), build())
+    with torch.no_grad():
+        for parameter in model[3].parameters():
+            parameter.copy_(torch.randn(parameter.shape))
+    model[0].requires_grad_(False)
+    architecture = Recorder(model, X[:4]).architecture
+    assert {"0.0", "3.0"} <= architecture.group.keys()
