@@ -26,6 +26,7 @@ from leyline.messages.decisions import (
     Outcome,
     Phase,
     PruningStatistics,
+    Reconstructed,
     Redundancy,
     RolledBackCut,
     SafetyValidation,
@@ -51,7 +52,11 @@ from leyline.messages.legacy import (
     ParameterMask,
     PruningMasks,
 )
-from leyline.messages.parameters import AnalysisParameters, PerformanceRequirements
+from leyline.messages.parameters import (
+    AnalysisParameters,
+    PerformanceRequirements,
+    Reconstruction,
+)
 from leyline.messages.requests import AnalysisRequest, StructuralAnalysisRequest
 from leyline.messages.verification import Interval, Verification
 from leyline.network.architecture import PrunedArchitecture
@@ -116,6 +121,8 @@ __all__ = [
     "AnalysisItem",
     "AnalysisMetrics",
     "AnalysisParameters",
+    "Reconstruction",
+    "Reconstructed",
     "AnalysisReport",
     "AnalysisRequest",
     "Attempt",

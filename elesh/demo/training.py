@@ -244,9 +244,12 @@ class Training:
                 bundle = replace(bundle, network=network)
             if self._to_spoil:
                 self._to_spoil -= 1
-                bundle = SpoiledBundle(**vars(bundle))
-            if self.session.publish(bundle):
-                self._published.append(str(bundle.decision_key))
+                fields = {name: each for name, each in vars(bundle).items() if name != "covariance"}
+                sent: CheckpointBundle = SpoiledBundle(**fields)
+            else:
+                sent = bundle
+            if self.session.publish(sent):
+                self._published.append(str(sent.decision_key))
 
     def _watch(self, epoch: int) -> None:
         """Cuts of the last epochs stand this one's accuracy, or are rolled back."""

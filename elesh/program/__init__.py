@@ -19,6 +19,7 @@ from leyline import CheckpointBundle, Fallback, StructuralPruningDecision
 
 __all__ = [
     "CALIBRATION_SKIPPED",
+    "RECONSTRUCTION_SKIPPED",
     "ROUNDS_SKIPPED",
     "ROUNDS_TIMEOUT",
     "SKIPPED",
@@ -37,6 +38,9 @@ data."""
 ROUNDS_TIMEOUT = "rounds_timeout"
 """The fallback of the failure table: rounds take longer than half of what measuring may take."""
 
+RECONSTRUCTION_SKIPPED = "reconstruction_skipped"
+"""The fallback: cuts are measured with the weights as they are; what reads the units, or the
+missing calibration data, does not allow to refit."""
 CALIBRATION_SKIPPED = "calibration_skipped"
 """The fallback of the failure table: no calibration probe is measured in the preparation phase."""
 

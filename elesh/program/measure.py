@@ -7,9 +7,10 @@ directions.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,7 @@ from leyline import (
 
 from .program import Program
 from .reading import IGNORED_LABEL, read_calibration, read_held_out, read_weights, require_gates
+from .refit import Refit
 from .sandbox import confined
 
 __all__ = ["Bench", "Measurement", "TooSlow", "judged"]
@@ -69,6 +71,7 @@ class Bench:
     Args:
         network: the blobs of the checkpoint.
         architecture: what the blobs claim to be.
+        distinct: take every held-out input once.
 
     Attributes:
         deadline: by ``time.monotonic``; measuring stops with :class:`TooSlow` there.
@@ -77,7 +80,9 @@ class Bench:
         ContractError: naming what is wrong with program, weights or held-out samples.
     """
 
-    def __init__(self, network: NetworkExport, architecture: PrunedArchitecture) -> None:
+    def __init__(
+        self, network: NetworkExport, architecture: PrunedArchitecture, distinct: bool = False
+    ) -> None:
         self._architecture, self.deadline = architecture, math.inf
         self._network = network
         self._program = Program.read(network.program)
@@ -86,8 +91,10 @@ class Bench:
                 "program.model_hash", architecture.model_hash, self._program.model_hash
             )
         self._weights = read_weights(network.weights, self._program, architecture)
-        self._inputs, self._labels = read_held_out(network.held_out, self._program)
+        self._inputs, self._labels = read_held_out(network.held_out, self._program, distinct)
         self._slot = {(slot.module, slot.dim): n for n, slot in enumerate(self._program.gates)}
+        self.refit: Refit | None = None
+        """Where set, weights are refitted whenever parts are masked."""
         require_gates(self._program.gates, architecture)
 
     @property
@@ -110,12 +117,56 @@ class Bench:
             TooSlow: when the deadline has passed.
             NotFinite, ShapeMismatch: if its outputs are not finite or fit no labels.
         """
-        outcomes = self.outcomes(entries)
-        with confined():
-            return Measurement(outcomes, self._gradients(self.gates(entries)))
+        with self._refitted(entries):
+            outcomes = self._outcomes(entries)
+            with confined():
+                return Measurement(outcomes, self._gradients(self.gates(entries)))
 
     def outcomes(self, entries: Sequence[Entry]) -> Outcomes:
         """The same without the gradients: a third of the time."""
+        with self._refitted(entries):
+            return self._outcomes(entries)
+
+    def refitting(self, skip: Collection[str]) -> Refit:
+        """What refits the network's weights, from its calibration inputs.
+
+        Raises:
+            ContractError: if there are none.
+            TooSlow: when the deadline has passed.
+        """
+        inputs = self.calibration()
+        if not inputs:
+            hint = "Exporter.export(..., calibration=inputs)"
+            raise InvalidField("held_out.calibration", "inputs to refit by", "none", hint=hint)
+        slots = [slot for slot in self._program.gates if slot.dim is not None]
+        names = {slot: self._program.gated(slot) for slot in slots}
+        sums: dict[tuple[str, int], tuple[Tensor, Tensor, int]] = {}
+        with confined(), torch.no_grad():
+            for rows in self.portions(len(next(iter(inputs.values())))):
+                seen = dict.fromkeys(names.values(), torch.zeros(0))
+                self.run(inputs, rows, self.gates(()), seen)
+                for slot, name in names.items():
+                    assert slot.dim is not None
+                    key = slot.module, slot.dim
+                    sums[key] = _added(sums.get(key), seen[name].movedim(slot.dim, -1))
+        means = {
+            key: (first / count, second / count, count)
+            for key, (first, second, count) in sums.items()
+        }
+        return Refit(self._program, self._architecture, self._weights, means, skip)
+
+    @contextlib.contextmanager
+    def _refitted(self, entries: Sequence[Entry]) -> Iterator[None]:
+        """With the weights as they are once ``entries`` are gone."""
+        whole = self._weights
+        if self.refit is not None and entries:
+            self._weights = {**whole, **self.refit.of(entries)}
+        try:
+            yield
+        finally:
+            self._weights = whole
+
+    def _outcomes(self, entries: Sequence[Entry]) -> Outcomes:
         mask = self.gates(entries)
         with confined(), torch.no_grad():
             parts = [
@@ -248,10 +299,17 @@ class Bench:
         ]
 
 
-def judged(
-    outputs: Tensor, labels: Tensor, first: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Losses, hits, labels and sample numbers of a portion that begins with sample ``first``."""
+def _added(past: tuple[Tensor, Tensor, int] | None, x: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Sums of inputs and of their products over all but the last dimension, in float64."""
+    flat = x.flatten(0, -2).float()
+    first, second = flat.sum(0).double(), (flat.T @ flat).double()
+    if past is None:
+        return first, second, len(flat)
+    return past[0] + first, past[1] + second, past[2] + len(flat)
+
+
+def judged(outputs: Tensor, labels: Tensor, first: int) -> tuple[np.ndarray, ...]:
+    """Losses, hits, labels, sample numbers and answers of a portion from sample ``first`` on."""
     if not torch.isfinite(outputs).all():
         raise NotFinite("outputs on the held-out samples", "finite numbers", "NaN or infinity")
     logits = outputs.movedim(_class_axis(outputs, labels.shape), -1)
@@ -268,6 +326,7 @@ def judged(
         (logits.argmax(-1) == flat)[known].numpy(),
         flat[known].numpy(),
         (sample[known] + first).numpy(),
+        logits.argmax(-1)[known].numpy(),
     )
 
 

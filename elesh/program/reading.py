@@ -5,6 +5,7 @@ Nothing here runs the network. What is wrong is a named error.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 
 import safetensors.torch
@@ -56,8 +57,14 @@ def read_weights(
     return tensors
 
 
-def read_held_out(data: bytes, program: Program) -> tuple[dict[str, Tensor], Tensor]:
-    """Inputs by name, and labels."""
+def read_held_out(
+    data: bytes, program: Program, distinct: bool = False
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Inputs by name, and labels.
+
+    Args:
+        distinct: take every input once: copies prove nothing.
+    """
     tensors = _tensors(data, "held_out")
     labels = tensors.get("labels")
     if labels is None or labels.ndim == 0 or labels.dtype not in (torch.int64, torch.int32):
@@ -70,7 +77,30 @@ def read_held_out(data: bytes, program: Program) -> tuple[dict[str, Tensor], Ten
     if len(known) == 0 or bool((known == known[0]).all()):
         found = f"only class {int(known[0])}" if len(known) else "no label at all"
         raise InvalidField("held_out.labels", "at least two classes", found)
-    return dict(_inputs(tensors, "inputs", program, len(labels))), labels
+    inputs = dict(_inputs(tensors, "inputs", program, len(labels)))
+    if not distinct:
+        return inputs, labels
+    rows = _first_of_each(list(inputs.values()), len(labels))
+    if len(rows) < MIN_SAMPLES:
+        expected = f"at least {MIN_SAMPLES} samples that differ"
+        raise InvalidField("held_out.inputs", expected, len(rows))
+    if len(rows) == len(labels):
+        return inputs, labels
+    return {name: x[rows] for name, x in inputs.items()}, labels[rows]
+
+
+def _first_of_each(inputs: Sequence[Tensor], samples: int) -> Tensor:
+    """The samples that differ from all before them."""
+    seen: set[bytes] = set()
+    rows = []
+    for number in range(samples):
+        digest = hashlib.blake2b(digest_size=16)
+        for x in inputs:
+            digest.update(x[number].reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+        if digest.digest() not in seen:
+            seen.add(digest.digest())
+            rows.append(number)
+    return torch.tensor(rows)
 
 
 def read_calibration(data: bytes, program: Program) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -28,10 +28,19 @@ from leyline import (
     InvalidField,
     NetworkExport,
     PrunedArchitecture,
+    Reconstructed,
+    Reconstruction,
     Verification,
 )
 
-from . import CALIBRATION_SKIPPED, ROUNDS_SKIPPED, ROUNDS_TIMEOUT, SKIPPED, TIMEOUT
+from . import (
+    CALIBRATION_SKIPPED,
+    RECONSTRUCTION_SKIPPED,
+    ROUNDS_SKIPPED,
+    ROUNDS_TIMEOUT,
+    SKIPPED,
+    TIMEOUT,
+)
 from .logit_gaps import LogitGapMeter
 from .measure import Bench, Measurement, TooSlow
 from .program import DOES_NOT_RUN
@@ -62,6 +71,7 @@ class NetworkVerifier:
         assert bundle.network is not None
         self._network: NetworkExport = bundle.network
         self._architecture: PrunedArchitecture = bundle.architecture
+        self._parameters, self._said = bundle.parameters, bundle.metadata.accuracy
         self._settings = settings
         self._seconds = seconds
         self._met = met or {}
@@ -135,7 +145,7 @@ class NetworkVerifier:
 
     @cached_property
     def _bench(self) -> Bench:
-        return Bench(self._network, self._architecture)
+        return Bench(self._network, self._architecture, self._shortens)
 
     @cached_property
     def _whole(self) -> Outcomes:
@@ -156,13 +166,67 @@ class NetworkVerifier:
         return self._meter(masked, halved)
 
     def _measured(self, proposal: Proposal) -> Measured:
-        search = _Search(self._until(1), proposal, self._settings.verification, self._remeasured)
+        asked, fallbacks = self._parameters.reconstruction, tuple[Fallback, ...]()
+        bench = self._until(1)
+        if asked is None:
+            return self._searched(proposal)
+        try:
+            bench.refit = bench.refitting(asked.skip)
+        except ContractError as error:
+            # The trainer may still refit: its own check is of the network after that.
+            reason = f"measured without reconstruction: {error}"[:8192]
+            found = self._searched(proposal)
+            fallbacks = (Fallback(rung=RECONSTRUCTION_SKIPPED, reason=reason),)
+            told = Reconstructed(applied=False, reason=reason, skip=asked.skip)
+            return replace(found, reconstruction=told, fallbacks=fallbacks)
+        try:
+            found = self._searched(proposal)
+            told = self._compared(found.kept or proposal.order, asked)
+        finally:
+            bench.refit = None
+        if not told.applied:
+            found = self._searched(proposal)
+        return replace(found, reconstruction=told)
+
+    def _compared(self, entries: tuple[Entry, ...], asked: Reconstruction) -> Reconstructed:
+        """Whether refitted weights do better on the held-out samples than those as they were, or
+        at least not worse by more than the standard error of the difference."""
+        bench, entries = self._bench, tuple(sorted(entries))
+        refitted = bench.outcomes(entries)
+        refit, bench.refit = bench.refit, None
+        plain = bench.outcomes(entries)
+        bench.refit = refit
+        more = refitted.losses - plain.losses
+        worse = float(more.mean()) > float(more.std()) / len(more) ** 0.5
+        helps = not worse or refitted.accuracy > plain.accuracy
+        figures = f"held-out loss {refitted.loss:.4g} with, {plain.loss:.4g} without"
+        return Reconstructed(
+            applied=helps,
+            reason="" if helps else f"refitting does not help: {figures}",
+            skip=asked.skip,
+            loss=refitted.loss,
+            loss_without=plain.loss,
+        )
+
+    def _searched(self, proposal: Proposal) -> Measured:
+        """The largest safe part of the proposal, with the weights as the bench has them."""
+        settings = self._settings.verification
+        search = _Search(self._until(1), proposal, settings, self._remeasured)
+        before = search.before.outcomes
+        labels = (safety.labels_belong(before, self._said),) if self._shortens else ()
+        if not all(gate.passed for gate in labels):  # Then no figure means anything.
+            gates, figures = search.verdict(proposal.order)
+            return Measured((), (*labels, *gates), search.told(figures, ()))
         kept = safety.largest_safe(proposal.order, search.is_safe)
-        proposed, least = len(proposal.order), self._settings.verification.kept_share
-        ranking = safety.ranking_holds(len(kept), proposed, least)
+        least = 0.0 if self._shortens else settings.kept_share
+        ranking = safety.ranking_holds(len(kept), len(proposal.order), least)
         kept = kept if ranking.passed else ()
         gates, figures = search.verdict(kept or proposal.order)
-        return Measured(kept, (*gates, ranking), search.told(figures, kept))
+        return Measured(kept, (*labels, *gates, ranking), search.told(figures, kept))
+
+    @property
+    def _shortens(self) -> bool:
+        return self._parameters.failing_gate == "shorten"
 
 
 @dataclass(frozen=True)

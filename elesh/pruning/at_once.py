@@ -25,11 +25,13 @@ from torch import nn
 from elesh.analysis import analyze
 from elesh.safety import Measured, Proposal
 from elesh.settings import Settings
-from elesh.trainer import Evaluation, Recorder, Surgeon
+from elesh.trainer import Evaluation, MeasuredCheckpoint, Recorder, Surgeon
 from elesh.trainer.calibration.losses import Loss
 from elesh.trainer.goals import Goals
 from elesh.trainer.network.calling import batch_size, device_of, map_tensors
+from elesh.trainer.surgery.batch_statistics import reestimate_batch_statistics
 from elesh.trainer.surgery.lineage import lineage_of
+from elesh.trainer.surgery.output_scale import soften_outputs
 from leyline import (
     Budget,
     CheckpointBundle,
@@ -70,6 +72,7 @@ def prune(
     min_heads: int = 1,
     round_to: int = 1,
     reconstruct: bool = True,
+    soften: bool = True,
     progress: bool = True,
     seed: int = 0,
 ) -> PruningReport:
@@ -97,7 +100,11 @@ def prune(
             cross-entropy of logits.
         min_channels, min_heads: what every group keeps.
         round_to: groups keep a multiple of so many channels.
-        reconstruct: solve the layers that read what is left again.
+        reconstruct: solve the layers that read what is left again, and re-estimate batch
+            statistics.
+        soften: if the network is surer of the samples than its accuracy warrants, scale its
+            outputs down, so that training can go on well; answers stay the same. Not with a loss
+            of one's own or ``max_loss_increase``.
         progress: say on standard error how far it is.
         seed: of the random directions that are measured along.
 
@@ -140,6 +147,8 @@ def prune(
                 recorder, surgeon, judge, goals, samples.calibration, asked, settings, shown
             )
             held_back = work.run(rounds)
+            if soften and loss is None and max_loss_increase is None:
+                work.soften()
         shown.doing("measuring latency")
         took = compared({"before": before, "after": model}, samples.calibration[0][0])
     now = surgeon.architecture
@@ -259,6 +268,13 @@ class _Work:
             return ""
         return "held back: the groups cannot lose more; lower min_channels, or name more levels"
 
+    def soften(self) -> None:
+        """The cut network's outputs, no surer of training samples than its accuracy warrants."""
+        if not any(not made.refused for made in self.rounds):
+            return
+        if soften_outputs(self.surgeon.model, self.batches, self.evaluation.accuracy) < 1:
+            self.evaluation = self.judge.now()[0]
+
     def _round(self, number: int, rounds: int, progress: float) -> str:
         """One more cut, as much of the way as the limits allow; why no more is possible."""
         name = f"round {min(number, rounds)} of {rounds}"
@@ -285,10 +301,10 @@ class _Work:
 
     def _measured(self) -> CheckpointBundle:
         self.recorder.architecture = self.surgeon.architecture
-        redistribute = self.settings.structured_pruning.channel_analysis.redistribute
+        reconstruct = self.settings.structured_pruning.channel_analysis.redistribute
         last = self.settings.structured_pruning.safety_schedule.total_epochs
         bundle = self.recorder.measure(
-            self.batches, epoch=last, run_id="prune", ahead=0, redistribute=redistribute
+            self.batches, epoch=last, run_id="prune", ahead=0, reconstruct=reconstruct
         )
         return replace(bundle, levels=self.levels)
 
@@ -322,14 +338,14 @@ class _Work:
         """Cut, measure, and take back what costs too much: then why."""
         surgeon, before = self.surgeon, self.surgeon.restore_point()
         self.progress.doing(f"{name}: cutting")
-        moments = None
-        if self.settings.structured_pruning.channel_analysis.redistribute and decision.units:
-            moments = self.recorder.moments(self.batches, decision.units)
+        covariance = bundle.covariance if isinstance(bundle, MeasuredCheckpoint) else None
         key = f"prune: {name}"
         if decision.units:
-            surgeon.cut(decision.units, key=key, redistribute=moments)
+            surgeon.cut(decision.units, key=key, reconstruct=covariance)
         if layers:
             surgeon.cut_layers(layers, key=key)
+        if covariance is not None:
+            reestimate_batch_statistics(surgeon.model, self.batches)
         self.progress.doing(f"{name}: measuring the cut")
         found, refused = self.judge.now()
         units = sum(map(len, decision.units.values()))

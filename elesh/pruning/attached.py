@@ -39,6 +39,7 @@ def attach(
     evaluate: Evaluate,
     held_out: tuple[Any, Tensor] | None = None,
     budget: Mapping[str, float] | None = None,
+    removed_at_most: float | None = None,
     every: int = 5,
     levels: Collection[str] = _LEVELS,
     scheduler: Stateful | None = None,
@@ -70,7 +71,10 @@ def attach(
         held_out: one batch (inputs, labels) of neither training nor validation data, for workers to
             measure cuts on before they say go. Without it a fifth of ``calibration`` serves.
         budget: what may be left of the original network at the end, by resource
-            (``{"macs": 0.5}``); without it the schedule's shares of channels and heads hold.
+            (``{"macs": 0.5}``); without it the schedule's shares of channels and heads hold. Its
+            limits stay above a budget: a line in the log says where they do not allow it.
+        removed_at_most: share of the original units that may be gone in the end, in place of the
+            schedule's limit.
         every: epochs between two checkpoints.
         levels: what may go: ``channel`` (and hidden units), ``head``, ``layer``.
         scheduler, scaler, parts: whatever else must come back with a restore point: anything with
@@ -95,6 +99,7 @@ def attach(
         held_out=held_out or joined(samples.held_out),
         evaluate=lambda network, batches: evaluated(evaluate()),
         budget=budget,
+        removed_at_most=removed_at_most,
         every=every,
         levels=[Level(level) for level in levels],
         ignored_layers=ignored_layers,

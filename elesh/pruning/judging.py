@@ -171,7 +171,8 @@ def outcomes(model: nn.Module, batches: Sequence[Batch], loss: Loss | None) -> O
     Raises:
         NotFinite, ShapeMismatch, InvalidField: if outputs or labels are not those of a classifier.
     """
-    parts, first, device = [], 0, device_of(model)
+    parts: list[tuple[np.ndarray, ...]] = []
+    first, device = 0, device_of(model)
     with preserve_state(model, 0), torch.no_grad():
         for inputs, labels in batches:
             output = call(model, map_tensors(lambda x: x.to(device), inputs))

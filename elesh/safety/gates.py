@@ -180,18 +180,24 @@ def gradient_isolation(
     )
 
 
-def statistics_sound(samples: int, measured: int, prunable: int) -> GateResult:
-    """Passed if there are enough samples, and statistics of any of the ``prunable`` groups.
+def statistics_sound(
+    samples: int, measured: int, prunable: int, distinct: int | None = None
+) -> GateResult:
+    """Passed if there are enough samples that differ, and statistics of any of the ``prunable``
+    groups.
 
     That they are finite and belong to this very network is checked where a bundle is read: a
     bundle that fails there is refused by a named error and never gets here.
     """
+    count = samples if distinct is None else min(samples, distinct)
+    copies = "" if count == samples else f" ({count} that differ)"
     return GateResult(
         name="statistics",
-        passed=samples >= MIN_SAMPLES and (measured > 0 or not prunable),
-        measured=samples,
+        passed=count >= MIN_SAMPLES and (measured > 0 or not prunable),
+        measured=count,
         limit=MIN_SAMPLES,
-        detail=f"{samples} samples; {measured} of {prunable} prunable groups have statistics",
+        detail=f"{samples} samples{copies}; "
+        f"{measured} of {prunable} prunable groups have statistics",
     )
 
 

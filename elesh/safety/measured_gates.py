@@ -6,10 +6,14 @@ what was not proved is not approved.
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
+
 from elesh.settings import Settings
 from leyline import Fallback, GateResult
 
-from .paired import ClassDrop
+from .paired import ClassDrop, Outcomes
 from .verification import Measured, Proposal
 
 __all__ = [
@@ -17,6 +21,7 @@ __all__ = [
     "accuracy_retention",
     "class_accuracy",
     "gradient_flow",
+    "labels_belong",
     "measured_accuracy",
     "measured_loss",
     "predicted_loss",
@@ -34,6 +39,34 @@ MEASURED_GATES = frozenset(
         "ranking",
     }
 )
+
+
+def labels_belong(before: Outcomes, said: float | None) -> GateResult:
+    """Passed if the uncut network does on the held-out samples what the trainer said it does, and
+    better than answers that have nothing to do with the labels.
+
+    Chance is the accuracy of the network's own answers on labels drawn at random (the expected
+    agreement of Cohen 1960); the allowance is three standard errors, for what was said twice
+    their square and two points, as it may be of other samples and an epoch old.
+    """
+    count, accuracy = len(before.losses), before.accuracy
+    labels, answers = np.bincount(before.labels), np.bincount(before.answers)
+    size = min(len(labels), len(answers))
+    chance = float(labels[:size] @ answers[:size]) / len(before.labels) ** 2
+    least = chance + 3 * math.sqrt(chance * (1 - chance) / count)
+    why = f"held-out accuracy of the uncut network; unrelated labels would give {chance:.4g}"
+    if said is not None:
+        error = math.sqrt(2 * said * (1 - said) / count)
+        expected = said - 3 * error - 0.02
+        if expected > least:
+            least, why = expected, f"held-out accuracy of the uncut network; said was {said:.4g}"
+    return GateResult(
+        name="labels",
+        passed=accuracy > least,
+        measured=accuracy,
+        limit=least,
+        detail=f"{why}: do the labels belong to the inputs?",
+    )
 
 
 def measured_loss(rise: float, upper: float, limit: float) -> GateResult:

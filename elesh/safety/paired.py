@@ -5,7 +5,7 @@ Pure: the same outcomes give the same figures. Randomness is the bootstrap's and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,8 @@ class Outcomes:
     """[P] the right class."""
     sample: npt.NDArray[np.int64]
     """[P] the sample that a position belongs to."""
+    answers: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """[P] the class that was most likely."""
 
     @property
     def loss(self) -> float:

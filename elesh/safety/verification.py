@@ -13,7 +13,15 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from leyline import Fallback, GateResult, Level, LossFactor, Phase, Verification
+from leyline import (
+    Fallback,
+    GateResult,
+    Level,
+    LossFactor,
+    Phase,
+    Reconstructed,
+    Verification,
+)
 
 __all__ = ["Entry", "Measured", "Moves", "Probing", "Proposal", "Remeasuring", "Verifier"]
 
@@ -49,6 +57,10 @@ class Measured:
     """The figures behind the gates; None where nothing was measured."""
     skipped: Fallback | None = None
     """Why nothing was measured: the decision is then a predicted one, under stricter gates."""
+    reconstruction: Reconstructed | None = None
+    """Whether the kept weights are to be refitted, where the checkpoint asked for that."""
+    fallbacks: tuple[Fallback, ...] = ()
+    """What was measured otherwise than asked for, and why."""
 
 
 class Verifier(Protocol):

@@ -21,3 +21,7 @@ class TrainerSettings(Section):
     """How many are kept; more only while cuts under watch need them."""
     claim_seconds: float = Field(default=15.0, gt=0)
     """How long a run stays claimed by a trainer that is not heard of any more."""
+    reconstruct: bool = True
+    """Cuts are followed by refitting what reads the kept units, from the calibration pass."""
+    reconstruct_skip: tuple[str, ...] = ()
+    """Layers, by path, that keep their weights all the same."""

@@ -5,14 +5,16 @@ training thread, ``Surgeon`` masks, cuts and undoes.
 """
 
 from elesh.trainer.calibration.ranks import merge_ranks
-from elesh.trainer.calibration.recorder import Recorder
+from elesh.trainer.calibration.recorder import MeasuredCheckpoint, Recorder
 from elesh.trainer.session.apply import Evaluation, apply_decision
 from elesh.trainer.session.session import Session
-from elesh.trainer.surgery.reconstruction import Moments
+from elesh.trainer.surgery.reconstruction import InputCovariance, Moments
 from elesh.trainer.surgery.surgeon import Surgeon
 
 __all__ = [
     "Evaluation",
+    "InputCovariance",
+    "MeasuredCheckpoint",
     "Moments",
     "Recorder",
     "Session",

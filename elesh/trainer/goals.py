@@ -110,6 +110,19 @@ class Goals:
         share = goals[name] / left[name]
         return Budget(resource=name, at_most=share, latency=self._table_now(now, name))
 
+    def budgets(self, now: PrunedArchitecture) -> tuple[Budget, ...]:
+        """All goals as budgets of the original network, for a request."""
+        return tuple(
+            Budget(
+                resource=name,
+                at_most=share,
+                latency=self._table_now(now, name),
+                of="original",
+                original=self._total(self.original, name),
+            )
+            for name, share in self.asked.items()
+        )
+
     def _total(self, architecture: PrunedArchitecture, name: Resource) -> float:
         budget = Budget(resource=name, at_most=1.0, latency=self._table_now(architecture, name))
         return resource_model(architecture, budget).total({})

@@ -53,11 +53,19 @@ class LatencyTable(Message):
 
 
 class Budget(Message):
-    """What may be left of a resource, as a share of what the present network takes."""
+    """What may be left of a resource, as a share of what a network takes."""
 
     resource: Resource
     at_most: Fraction
-    """For example 0.7: at most 70% of the present multiply-accumulates."""
+    """For example 0.7: at most 70% of the multiply-accumulates."""
+    of: Literal["present", "original"] = Field(
+        default="present", exclude_if=lambda which: which == "present"
+    )
+    """Of which network: as it is at the checkpoint, or as it was before the first cut. A budget of
+    the original is reached over as many decisions as it takes."""
+    original: NonNegative | None = Field(default=None, exclude_if=lambda amount: amount is None)
+    """What the original network takes, in the resource's own unit, where the trainer knows it;
+    otherwise reckoned from the original sizes of the groups, without layers that are gone."""
     latency: LatencyTable | None = Field(default=None, exclude_if=lambda table: table is None)
     """The target's measured table; needed for a latency budget."""
 

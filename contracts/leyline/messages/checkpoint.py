@@ -72,6 +72,8 @@ class CheckpointMetadata(Message):
     """Held-out loss that the trainer measured, in nats a sample, if it did."""
     samples: Count = 0
     """Calibration samples behind the statistics."""
+    distinct: Count | None = Field(default=None, exclude_if=lambda count: count is None)
+    """How many of these differ from each other, where some are copies."""
     labels: Literal["sampled", "true", "none"] = "sampled"
     """Where the second-order statistics' labels came from."""
     seed: Count = 0

@@ -80,9 +80,11 @@ class SparedUnit(Message):
         "representative",
         "verification",
         "rolled_back",
+        "limit",
     ]
-    """``representative``: a redundant unit went in its favour; ``verification``: measured on
-    held-out data, the cut is safe only without it; ``rolled_back``: of a set that the trainer took
+    """``limit``: with it the set would not pass a gate of the predicted effect;
+    ``representative``: a redundant unit went in its favour; ``verification``: measured on held-out
+    data, the cut is safe only without it; ``rolled_back``: of a set that the trainer took
     back before, for the same evidence."""
 
 
@@ -349,6 +351,21 @@ class LossFactor(Message):
     """Calibration probes of the run's preparation phase that it was calibrated from."""
 
 
+class Reconstructed(Message):
+    """Whether the cut includes refitting what reads the kept units, and what that brings."""
+
+    applied: bool
+    """False: the trainer is to cut without refitting, as ``reason`` says."""
+    reason: Text = Field(default="", exclude_if=operator.not_)
+    """Why not; empty where it is."""
+    skip: tuple[Name, ...] = Field(default=(), exclude_if=operator.not_)
+    """Consumers that keep their weights."""
+    loss: Finite | None = Field(default=None, exclude_if=lambda loss: loss is None)
+    """Mean loss on the held-out samples with the cut and refitted weights, where measured."""
+    loss_without: Finite | None = Field(default=None, exclude_if=lambda loss: loss is None)
+    """The same with the weights as they were."""
+
+
 class StructuralPruningDecision(Message):
     """The one decision of a key. The same input gives the same bytes: no clock is in it."""
 
@@ -380,6 +397,8 @@ class StructuralPruningDecision(Message):
     """What it was joined from, where a level was split or fallbacks were taken on the way;
     otherwise
     left out: every level was analysed as a whole."""
+    reconstruction: Reconstructed | None = Field(default=None, exclude_if=lambda r: r is None)
+    """How the kept weights are refitted; left out where the checkpoint did not ask for that."""
     stands_in: DecisionKey | None = Field(default=None, exclude_if=lambda v: v is None)
     """The earlier decision whose analysis stands in, where this checkpoint's data was corrupt."""
     rolled_back: tuple[RolledBackCut, ...] = Field(default=(), exclude_if=operator.not_)

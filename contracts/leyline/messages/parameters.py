@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Literal
 
 from pydantic import Field
@@ -20,6 +21,13 @@ WantedScorer = Literal[
 """What can be asked for; ``auto``: the best that the statistics allow."""
 
 
+class Reconstruction(Message):
+    """Cuts are followed by refitting what reads the kept units, by least squares."""
+
+    skip: tuple[Name, ...] = Field(default=(), exclude_if=operator.not_)
+    """Consumers that keep their weights all the same, by path."""
+
+
 class AnalysisParameters(Message):
     """How to analyse; what is not given comes from the worker's settings."""
 
@@ -33,11 +41,24 @@ class AnalysisParameters(Message):
     redistribute: bool = Field(default=False, exclude_if=lambda asked: not asked)
     """The trainer will re-solve the consumers of what is cut: ``auto`` then ranks channels
     and heads by what the kept ones cannot make up for (``reconstruction``)."""
+    reconstruction: Reconstruction | None = Field(default=None, exclude_if=lambda r: r is None)
+    """The trainer refits what reads the kept units: predictions, verification and limits are of
+    the network after that. Left out: cuts leave the weights as they are."""
+    failing_gate: Literal["refuse", "shorten"] = Field(
+        default="refuse", exclude_if=lambda what: what == "refuse"
+    )
+    """What a gate of the predicted effect does where it fails: refuse the level, or shorten the
+    set to the largest that passes."""
+    removed_at_most: Fraction | None = Field(default=None, exclude_if=lambda share: share is None)
+    """Share of the original units that the last phase may have removed, in place of the worker's
+    setting; the limits of the other phases go along in proportion."""
     round_to: int = Field(default=1, ge=1, le=1024)
     """Keep a multiple of this many channels in every group."""
     budget: Budget | None = Field(default=None, exclude_if=lambda budget: budget is None)
     """Choose channels and heads so that a resource fits, instead of so many; the schedule's limit
     still holds above it."""
+    more_budgets: tuple[Budget, ...] = Field(default=(), exclude_if=operator.not_)
+    """Further budgets that are to hold together with ``budget``."""
 
 
 class PerformanceRequirements(Message):

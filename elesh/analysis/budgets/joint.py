@@ -22,8 +22,9 @@ from leyline import (
     RankedUnit,
 )
 
-from .knapsack import Curve, fit_budget
+from .knapsack import Curve
 from .resources import resource_model
+from .targets import all_budgets, amount_of, fit_all
 
 __all__ = ["Fitting", "fitting"]
 
@@ -59,18 +60,26 @@ def fitting(
     Raises:
         InvalidField: if a latency table is not of this architecture.
     """
-    budget, architecture = bundle.parameters.budget, bundle.architecture
-    if budget is None:
+    budgets, architecture = all_budgets(bundle), bundle.architecture
+    if not budgets:
         return Fitting(tuple(targets), tuple(order))
-    present = resource_model(architecture, budget).total({})
     layers = [t.layer_name for t in targets if isinstance(t, LayerPruningTarget)]
     left = architecture.without_layers(layers) if layers else architecture
     curves = _curves(left, order, round_to, comparable)
-    model = resource_model(left, _of_what_is_left(budget, left))
-    fit = fit_budget(model, curves, budget.at_most * present)
+    wholes = [
+        amount_of(budget, architecture, resource_model(architecture, budget)) for budget in budgets
+    ]
+    fixed = [
+        _of_what_is_left(budget, left).model_copy(update={"of": "original", "original": whole})
+        for budget, whole in zip(budgets, wholes, strict=True)
+    ]
+    exact = budgets[0].of == "original"
+    fit = fit_all(left, fixed, curves, exact=exact)[-1]
+    model, whole = resource_model(left, fixed[0]), wholes[0]
     kept = _first(order, fit.lost)
     lost = frozenset(map(identity_of, order)) - frozenset(map(identity_of, kept))
-    use = BudgetUse(budget.resource, fit.after / present if present else 0.0, budget.at_most)
+    share = model.total(fit.lost) / whole if whole else 0.0
+    use = BudgetUse(budgets[0].resource, share, budgets[0].at_most, budgets[0].of)
     return Fitting(restricted(targets, order, kept, "budget"), kept, use, lost)
 
 

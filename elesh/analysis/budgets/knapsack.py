@@ -54,7 +54,13 @@ class Fit:
 
 
 def fit_budget(
-    model: ResourceModel, curves: Mapping[str, Curve], target: float, *, units: int | None = None
+    model: ResourceModel,
+    curves: Mapping[str, Curve],
+    target: float,
+    *,
+    units: int | None = None,
+    already: Mapping[str, int] | None = None,
+    exact: bool = False,
 ) -> Fit:
     """The cheapest cut that brings the resource down to ``target``, or as near as the room goes.
 
@@ -62,9 +68,12 @@ def fit_budget(
         curves: of the groups that may lose units, by name.
         target: of the resource, in its own unit.
         units: the most units in all (the schedule's quota); None: no limit.
+        already: what groups lose for another budget in any case.
+        exact: give back what a long step took too much: no group then loses a unit, or a
+            multiple, that the target does not need.
     """
-    lost: dict[str, int] = {}
-    before = left = model.total({})
+    lost: dict[str, int] = dict(already or {})
+    before, left = model.total({}), model.total(lost)
     steps = {name: _best_step(model, name, curve, lost) for name, curve in curves.items()}
     while left > target:
         spent = sum(lost.values())
@@ -77,12 +86,40 @@ def fit_budget(
         left -= saved
         for other in model.neighbours(name) & curves.keys():
             steps[other] = _best_step(model, other, curves[other], lost)
+    if exact:
+        _give_back(model, curves, target, lost, already or {})
     idle = tuple(
         name
         for name, curve in sorted(curves.items())
         if curve.costs and steps[name][1] == 0 and lost.get(name, 0) < len(curve.costs)
     )
     return Fit(lost, before, model.total(lost), idle)
+
+
+def _give_back(
+    model: ResourceModel,
+    curves: Mapping[str, Curve],
+    target: float,
+    lost: dict[str, int],
+    already: Mapping[str, int],
+) -> None:
+    """Leave groups what the target is met without, the dearest last units first."""
+    while model.total(lost) <= target:
+        spare = []
+        for name, gone in lost.items():
+            if name not in curves or gone <= already.get(name, 0):
+                continue
+            curve = curves[name]
+            first = curve.size % curve.multiple or curve.multiple
+            step = min(gone - already.get(name, 0), first if gone == first else curve.multiple)
+            if model.total({**lost, name: gone - step}) <= target:
+                spare.append((curve.costs[gone - 1], name, step))
+        if not spare:
+            return
+        _, name, step = max(spare)
+        lost[name] -= step
+        if not lost[name]:
+            del lost[name]
 
 
 _Step = tuple[float, int, float]

@@ -14,6 +14,7 @@ from dataclasses import replace
 from elesh import safety
 from elesh.analysis.levels.rounds import in_rounds
 from elesh.analysis.levels.shards import merge_shards
+from elesh.analysis.levels.to_limits import largest
 from elesh.analysis.pruning_set.subsets import identity_of
 from elesh.analysis.pruning_set.verdicts import decided, targets_of
 from elesh.analysis.spans import stage
@@ -35,7 +36,7 @@ from leyline import (
 
 from .calibration_probe import would_be
 from .joint_set import JointSet, named
-from .shortened import without_taken_back
+from .shortened import shortened, without_taken_back
 from .verified import Verified, verified
 
 __all__ = ["join"]
@@ -211,6 +212,8 @@ def _joint(
             refused[analysis.level] = ("nothing", analysis.decision.rejection_reason)
         else:
             larger = JointSet.of(bundle, (*whole.analyses, analysis), settings)
+            if larger.fault and bundle.parameters.failing_gate == "shorten":
+                larger = _as_much_as_passes(bundle, whole, analysis, settings) or larger
             if larger.fault:
                 refused[analysis.level] = ("rejected", f"with the levels before: {larger.fault}")
             else:
@@ -237,6 +240,32 @@ def _joint(
         levels=parts,
     )
     return decision, shown.order
+
+
+def _as_much_as_passes(
+    bundle: CheckpointBundle, whole: JointSet, analysis: LevelAnalysis, settings: Settings
+) -> JointSet | None:
+    """The joint set with the longest beginning of a level's order that passes; None without one."""
+    if analysis.level is Level.LAYER:
+        return None
+
+    def joined(count: int) -> JointSet:
+        own, order = shortened(
+            bundle, analysis.decision, analysis.order, analysis.order[:count], settings, "limit"
+        )
+        predicted = analysis.predicted
+        if predicted is not None:
+            share = sum(max(unit.cost, 0.0) for unit in order)
+            total = sum(max(unit.cost, 0.0) for unit in analysis.order)
+            part = share / total if total > 0 else 1.0
+            update = {"damage": predicted.damage * part, "error": predicted.error * part}
+            predicted = predicted.model_copy(update=update)
+        less = analysis.model_copy(update={"decision": own, "order": order, "predicted": predicted})
+        return JointSet.of(bundle, (*whole.analyses, less), settings)
+
+    count = largest(len(analysis.order), lambda count: not joined(count).fault)
+    found = joined(count)
+    return found if found.analyses[-1].order else None
 
 
 def _own_gates(analysis: LevelAnalysis, status: BreakerStatus) -> tuple[GateResult, ...]:

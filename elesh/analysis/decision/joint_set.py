@@ -32,7 +32,7 @@ from leyline import (
 
 __all__ = ["JointSet", "named"]
 
-_JOINT_COSTS = frozenset({"output_projection", "fisher", "margins"})
+_JOINT_COSTS = frozenset({"output_projection", "reconstruction", "fisher", "margins"})
 """Scorers whose costs are of one kind whatever the level."""
 
 
@@ -57,7 +57,7 @@ class JointSet:
         """The whole of ``analyses``."""
         fit = _resolved(bundle, analyses, settings)
         targets, order = fit.targets, fit.order
-        cut = Cut.of(bundle, targets)
+        cut = Cut.of(bundle, targets, _scorer(analyses))
         shift = _shift(bundle, analyses, cut)
         limit = settings.structured_pruning.channel_analysis.max_predicted_shift
         gates = (
@@ -144,6 +144,11 @@ def _shift(bundle: CheckpointBundle, analyses: Sequence[LevelAnalysis], cut: Cut
     energy = max((p.energy for p in found if p), default=0.0)
     if not found or not energy or any(p is None for p in found):
         return Shift()
+    if _scorer(analyses) == "reconstruction" and bundle.parameters.reconstruction is not None:
+        # Residuals of different levels are taken for independent, as those of one level are.
+        moved = sum(p.damage for p in found if p)
+        error = float(np.sqrt(sum(p.error**2 for p in found if p)))
+        return Shift(moved / energy, error / energy)
     damage = _mean_square(_moved(bundle, cut.units, cut.layers))
     error = 0.0
     for analysis in analyses:
@@ -153,6 +158,12 @@ def _shift(bundle: CheckpointBundle, analyses: Sequence[LevelAnalysis], cut: Cut
         damage += predicted.damage - _mean_square(_moved(bundle, own.units, layers))
         error += predicted.error**2
     return Shift(max(damage, 0.0) / energy, float(np.sqrt(error)) / energy)
+
+
+def _scorer(analyses: Sequence[LevelAnalysis]) -> str:
+    """What ranked channels and heads, where that is one thing; else nothing."""
+    used = {a.decision.statistics.scorer for a in analyses if a.level is not Level.LAYER}
+    return used.pop() if len(used) == 1 else ""
 
 
 def _mean_square(row: Doubles) -> float:

@@ -76,7 +76,9 @@ def shortened(
     targets = with_loss_increases(bundle, targets)
     first = decision.levels[0].level if decision.levels else decision.key.level
     spared = sum(u.level is first for u in order) - sum(u.level is first for u in kept)
-    statistics = _smaller(decision.statistics, Cut.of(bundle, targets), spared)
+    statistics = _smaller(
+        decision.statistics, Cut.of(bundle, targets, decision.statistics.scorer), spared
+    )
     smaller = decision.model_copy(update={**by_kind(targets), "statistics": statistics})
     return smaller, kept
 

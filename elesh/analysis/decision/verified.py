@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from elesh import safety
 from elesh.analysis.pruning_set.verdicts import FALLBACK_DISCOUNT, targets_of
@@ -14,6 +14,7 @@ from leyline import (
     CheckpointBundle,
     Outcome,
     RankedUnit,
+    Reconstructed,
     SafetyValidation,
     StructuralPruningDecision,
 )
@@ -64,6 +65,10 @@ def verified(
     if len(kept) < len(order):
         safe = [unit for unit in order if _entry(unit) in kept]
         decision, _ = shortened(bundle, decision, order, safe, settings, "verification")
+    asked = bundle.parameters.reconstruction
+    if asked is not None and answer.reconstruction is None and decision.units:
+        # Nothing was measured: the trainer's own check is of the refitted network.
+        answer = replace(answer, reconstruction=Reconstructed(applied=True, skip=asked.skip))
     return Verified(_judged(decision, answer), answer.skipped is not None)
 
 
@@ -100,7 +105,12 @@ def _judged(decision: StructuralPruningDecision, answer: Measured) -> Structural
     fields = {
         **dict(decision),
         "safety": SafetyValidation.model_validate(validation),
-        "fallbacks": (*decision.fallbacks, skipped) if skipped else decision.fallbacks,
+        "fallbacks": (
+            *decision.fallbacks,
+            *([skipped] if skipped else []),
+            *answer.fallbacks,
+        ),
+        "reconstruction": answer.reconstruction,
         "approved_for_application": not reason,
         "rejection_reason": reason,
     }

@@ -154,8 +154,9 @@ class Prediction:
     error: float
     """Standard error of ``damage``: from the scatter of the samples within the halves, or half
     the difference between the halves, whichever is larger."""
-    random: float
-    """What a random cut of as many units among the same candidates would do on average."""
+    random: float | None
+    """What a random cut of as many units among the same candidates would do on average; None: not
+    known."""
 
 
 def damage(columns: Floats, units: Sequence[int], gains: Doubles | None = None) -> float:

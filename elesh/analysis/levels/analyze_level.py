@@ -30,6 +30,7 @@ from leyline import (
 from .channels import plan_channels
 from .heads import plan_heads
 from .layers import plan_layers
+from .to_limits import shortened_plan
 
 __all__ = ["analyze_level", "budget_gate", "judged"]
 
@@ -99,7 +100,8 @@ def judged(
     fallbacks: Sequence[Fallback] = (),
 ) -> LevelAnalysis:
     """A plan with its figures, gates and verdict."""
-    cut, shift = Cut.of(bundle, plan.targets), _shift(plan)
+    plan = shortened_plan(bundle, settings, plan)
+    cut, shift = Cut.of(bundle, plan.targets, plan.scorer), _shift(plan)
     taken = (*fallbacks, *plan.fallbacks)
     decision = decided(
         bundle,
@@ -122,7 +124,8 @@ def _shift(plan: LevelPlan) -> Shift:
     prediction, energy = plan.prediction, plan.energy
     if prediction is None or not energy > 0:
         return Shift()
-    return Shift(prediction.damage / energy, prediction.error / energy, prediction.random / energy)
+    random = None if prediction.random is None else prediction.random / energy
+    return Shift(prediction.damage / energy, prediction.error / energy, random)
 
 
 def _predicted(plan: LevelPlan) -> PredictedDamage | None:
@@ -140,7 +143,9 @@ def _gates(
     limit = settings.structured_pruning.channel_analysis.max_predicted_shift
     return (
         safety.phase_gate(allowed.phase, level),
-        safety.statistics_sound(plan.samples, plan.measured, plan.prunable),
+        safety.statistics_sound(
+            plan.samples, plan.measured, plan.prunable, bundle.metadata.distinct
+        ),
         safety.cumulative_limit(allowed.removed, cut.count, allowed.original, allowed.limit, level),
         safety.minimum_layers(plan.present, cut.count, plan.minimum)
         if level is Level.LAYER
@@ -162,7 +167,7 @@ def budget_gate(use: BudgetUse) -> GateResult:
         passed=True,
         measured=use.left,
         limit=use.at_most,
-        detail=f"share of the present {use.resource} that is left; {reached}",
+        detail=f"share of the {use.of} {use.resource} that is left; {reached}",
     )
 
 

@@ -6,9 +6,12 @@ nothing is chosen twice or against a group's minimum, multiple or the quota.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from elesh.analysis.budgets.fitting import refuse_shard
+from elesh.analysis.budgets.targets import all_budgets, out_of_reach
 from elesh.analysis.candidates import Candidates, Doubles
 from elesh.analysis.importance.output_projections import Projections
 from elesh.analysis.importance.redundancy import pairs_of_groups
@@ -28,7 +31,8 @@ from elesh.analysis.selection.choose import (
 )
 from elesh.analysis.selection.eligible import eligible_groups
 from elesh.analysis.selection.reconstruction_order import reconstruction_fault
-from elesh.analysis.selection.schedule import allowance
+from elesh.analysis.selection.schedule import allowance, counted_groups, raised
+from elesh.analysis.selection.shortfalls import told
 from elesh.analysis.spans import stage
 from elesh.settings import ChannelAnalysis, Settings
 from leyline import (
@@ -126,7 +130,7 @@ def prepare_channels(
     allowed = allowance(
         bundle.architecture,
         bundle.metadata.epoch,
-        pruning.safety_schedule,
+        raised(pruning.safety_schedule, asked.removed_at_most),
         shape=channels.schedule,
         margin=channels.safety_margin,
         target=asked.target_ratio,
@@ -138,7 +142,32 @@ def prepare_channels(
     )
     minimum = channels.min_channels_per_layer
     eligible = eligible_groups(bundle, used[0], minimum, round_to, shard=shard)
-    return empty_plan(bundle, Level.CHANNEL, allowed, used, eligible, minimum, round_to)
+    plan = empty_plan(bundle, Level.CHANNEL, allowed, used, eligible, minimum, round_to)
+    return replace(plan, shortfall=told(plan.shortfall, _out_of_reach(bundle, settings, plan)))
+
+
+def _out_of_reach(bundle: CheckpointBundle, settings: Settings, plan: LevelPlan) -> str:
+    """Why budgets of the original network cannot be reached within the schedule's last limit."""
+    budgets = [budget for budget in all_budgets(bundle) if budget.of == "original"]
+    if not budgets:
+        return ""
+    pruning, groups = settings.structured_pruning, list(plan.groups)
+    schedule = raised(pruning.safety_schedule, bundle.parameters.removed_at_most)
+    share = schedule.aggressive_limit * (1 - pruning.channel_analysis.safety_margin)
+    units = math.floor(share * plan.allowed.original + 1e-6) - plan.allowed.removed
+    if Level.HEAD in bundle.levels:
+        heads = counted_groups(bundle.architecture, Level.HEAD)
+        gone, original = (sum(getattr(g, n) for g in heads) for n in ("removed", "original_size"))
+        units += math.floor(schedule.aggressive_limit * original + 1e-6) - gone
+        groups += heads
+    return out_of_reach(
+        bundle.architecture,
+        budgets,
+        groups,
+        units=max(units, 0),
+        minimum=plan.minimum,
+        round_to=plan.round_to,
+    )
 
 
 def plan_channels(

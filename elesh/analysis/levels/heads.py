@@ -35,7 +35,7 @@ from elesh.analysis.selection.choose import (
 )
 from elesh.analysis.selection.eligible import eligible_groups
 from elesh.analysis.selection.reconstruction_order import reconstruction_fault
-from elesh.analysis.selection.schedule import allowance
+from elesh.analysis.selection.schedule import allowance, raised
 from elesh.analysis.spans import stage
 from elesh.settings import AttentionAnalysis, Settings
 from leyline import (
@@ -192,7 +192,9 @@ def prepare_heads(
         bundle.architecture,
         bundle.metadata.epoch,
         # Heads come in with the moderate phase (section "Progressive safety schedule").
-        pruning.safety_schedule.model_copy(update={"conservative_limit": 0.0}),
+        raised(pruning.safety_schedule, bundle.parameters.removed_at_most).model_copy(
+            update={"conservative_limit": 0.0}
+        ),
         shape=pruning.channel_analysis.schedule,
         margin=heads.safety_margin,
         target=bundle.parameters.target_ratio,

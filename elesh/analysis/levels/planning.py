@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from elesh.analysis.budgets.fitting import fitted
+from elesh.analysis.budgets.targets import all_budgets
 from elesh.analysis.pruning_set.plans import LevelPlan, Target, with_choice
 from elesh.analysis.selection.choose import Choice, Decide, Ranking
 from leyline import CheckpointBundle
@@ -37,10 +38,13 @@ def planned(
     """
     if not plan.groups or not plan.allowed.quota:
         return plan
-    ranking, quota, budget = rank(), plan.allowed.quota, bundle.parameters.budget
-    if budget is not None:
-        fit = fitted(bundle, budget, ranking, quota)
+    ranking, quota, budgets = rank(), plan.allowed.quota, all_budgets(bundle)
+    if budgets:
+        fit = fitted(bundle, budgets, ranking, quota)
         ranking, quota = fit.ranking, fit.quota
         plan = replace(plan, budget=fit.use, ignored=plan.ignored + fit.ignored)
+        if fit.use.of == "original" and not quota and fit.use.left <= fit.use.at_most:
+            left = f"{fit.use.left:.4g} of the original {fit.use.resource} are left"
+            return replace(plan, nothing=f"nothing to remove: the budget is reached, {left}")
     choice = decide(ranking, bundle, quota)
     return with_choice(plan, bundle, ranking.candidates, choice, targets(ranking, choice))

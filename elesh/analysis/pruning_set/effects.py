@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from elesh import safety
 from leyline import (
+    ChannelPruningTarget,
     CheckpointBundle,
     GateResult,
     LayerPruningTarget,
@@ -47,16 +51,22 @@ class Cut:
     None where a unit has no gate statistics, or nothing goes."""
 
     @classmethod
-    def of(cls, bundle: CheckpointBundle, targets: Iterable[Target]) -> Cut:
-        """The cut that removes ``targets``."""
+    def of(cls, bundle: CheckpointBundle, targets: Iterable[Target], scorer: str = "") -> Cut:
+        """The cut that removes ``targets``.
+
+        Args:
+            scorer: what ranked them; where that was for reconstruction, and the checkpoint asks
+                for it, the loss increase is of the network after it.
+        """
         targets = tuple(targets)
         units = {t.layer_name: t.indices for t in targets if not isinstance(t, LayerPruningTarget)}
         layers = tuple(t.layer_name for t in targets if isinstance(t, LayerPruningTarget))
         structure, after = safety.structure(bundle.architecture, units, layers)
         rise = loss_rise(bundle, units, layers)
-        return cls(
-            units, layers, structure, bundle.architecture, after, rise.mean if rise else None
-        )
+        mean = rise.mean if rise else None
+        if mean is not None and scorer == "reconstruction":
+            mean *= _left_by_reconstruction(bundle, targets, units)
+        return cls(units, layers, structure, bundle.architecture, after, mean)
 
     @property
     def count(self) -> int:
@@ -82,3 +92,28 @@ class Cut:
             "predicted_loss_rise": self.loss_rise,
         }
         return PruningStatistics.model_validate({**counts, **figures})
+
+
+def _left_by_reconstruction(
+    bundle: CheckpointBundle, targets: Iterable[Target], units: Mapping[str, Sequence[int]]
+) -> float:
+    """What of the loss increase is left: the ratio of the outputs' movements with and without.
+
+    Without, it is the mean square of the summed projections; with, the sum of the costs.
+    """
+    if bundle.parameters.reconstruction is None or not units:
+        return 1.0
+    costs = [
+        cost
+        for target in targets
+        if not isinstance(target, LayerPruningTarget)
+        for cost in (
+            target.importance if isinstance(target, ChannelPruningTarget) else target.costs
+        )
+    ]
+    rows = [
+        bundle.gates[name].projections[:, list(lost)].sum(axis=1, dtype=np.float64)
+        for name, lost in sorted(units.items())
+    ]
+    moved = float(np.mean(np.square(np.sum(rows, axis=0))))
+    return min(1.0, math.sqrt(max(sum(costs), 0.0) / moved)) if moved > 0 else 1.0

@@ -45,11 +45,13 @@ Target = ChannelPruningTarget | AttentionHeadTarget | LayerPruningTarget
 
 @dataclass(frozen=True)
 class BudgetUse:
-    """What is left of a resource after the cut, as shares of what the present network takes."""
+    """What is left of a resource after the cut, as shares of what a network takes."""
 
     resource: str
     left: float
     at_most: float
+    of: str = "present"
+    """Of which network."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ choose them; without, by fixed scores; nothing goes against minimum, multiple or
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -56,6 +57,7 @@ Reason = Literal[
     "coupling",
     "verification",
     "rolled_back",
+    "limit",
 ]
 MAX_SPARED = 16
 _NEAR = 2.0
@@ -128,8 +130,8 @@ class Ranking:
     def decide(self, bundle: CheckpointBundle, quota: int) -> Choice:
         """Choose up to ``quota`` units and predict what removing them does.
 
-        With ``reconstruction`` too, that is what their mask does, without any re-solving: the
-        trainer masks first.
+        Where the checkpoint says that cuts are followed by reconstruction, that is the movement
+        after it: the costs of the order are of what the kept units cannot make up for.
         """
         selection, projections = self.choose(quota), self.projections
         joint, errors = self.scorer == "output_projection", dict[int, float]()
@@ -140,6 +142,8 @@ class Ranking:
         scale = projections.unit**2 if projections and joint else 1.0
         if projections is None or not selection.units:
             return Choice(selection, quota, scale, None, 0.0)
+        if self.scorer == "reconstruction" and bundle.parameters.reconstruction is not None:
+            return self._after_reconstruction(bundle, selection, quota)
 
         halves: list[Selection] = []
 
@@ -150,6 +154,16 @@ class Ranking:
         prediction = predict(projections, self.candidates, count, on_samples)
         energy = output_energy(bundle.gates.values(), projections.weights)
         return Choice(selection, quota, scale, prediction, energy, tuple(halves), errors)
+
+    def _after_reconstruction(
+        self, bundle: CheckpointBundle, selection: Selection, quota: int
+    ) -> Choice:
+        """The choice with the residuals' movement as its prediction; its error is that of a mean
+        of as many squares of normal draws as there are samples."""
+        moved = float(sum(selection.marginal_costs.values()))
+        samples = len(next(iter(bundle.gates.values())).projections)
+        prediction = Prediction(moved, moved * math.sqrt(2 / samples), None)
+        return Choice(selection, quota, 1.0, prediction, output_energy(bundle.gates.values()))
 
 
 Decide = Callable[[Ranking, CheckpointBundle, int], Choice]

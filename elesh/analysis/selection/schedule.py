@@ -15,7 +15,7 @@ from typing import Literal
 from elesh.settings import SafetySchedule
 from leyline import Level, Phase, PrunedArchitecture, PruningGroup
 
-__all__ = ["Allowance", "allowance", "curve", "phase_at"]
+__all__ = ["Allowance", "allowance", "curve", "phase_at", "raised"]
 
 Shape = Literal["polynomial", "linear", "exponential"]
 
@@ -91,6 +91,25 @@ def allowance(
     # A product like 0.29 * 100 lies below its true value: a millionth of a channel evens that out.
     quota = max(0, math.floor(share * original + 1e-6) - removed) if active else 0
     return Allowance(phase, limit, share, original, removed, quota)
+
+
+def raised(schedule: SafetySchedule, removed_at_most: float | None) -> SafetySchedule:
+    """The schedule with another limit of its last phase, the others in proportion.
+
+    Args:
+        removed_at_most: share of the original units; None: the schedule as it is.
+    """
+    if removed_at_most is None:
+        return schedule
+    last = schedule.aggressive_limit
+    scale = removed_at_most / last if last > 0 else 0.0
+    return schedule.model_copy(
+        update={
+            "conservative_limit": schedule.conservative_limit * scale,
+            "moderate_limit": schedule.moderate_limit * scale,
+            "aggressive_limit": removed_at_most,
+        }
+    )
 
 
 def _shares(

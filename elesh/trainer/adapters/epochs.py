@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from elesh.analysis.budgets.targets import out_of_reach
+from elesh.analysis.selection.schedule import raised
 from elesh.observe import get_logger
 from elesh.trainer.calibration.losses import class_axis
 from elesh.trainer.calibration.recorder import Recorder
@@ -29,10 +31,12 @@ from elesh.trainer.session.session import Session
 from elesh.trainer.surgery.lineage import lineage_of
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import (
+    Budget,
     ContractError,
     InvalidField,
     Level,
     NetworkExport,
+    PrunedArchitecture,
     PruningOutcome,
     StructuralPruningDecision,
 )
@@ -60,8 +64,10 @@ class EveryEpoch:
         budget: what may be left of the original network at the end, by resource
             (``{"macs": 0.5}``; parameters, macs, memory, latency): every checkpoint asks for what
             is still missing, within the schedule's limits. Without, the schedule's shares.
-        reconstruct: whether what reads the kept units is solved again in every cut; None: as
-            the session's settings say.
+        reconstruct: whether what reads the kept units is refitted in every cut; None: as
+            ``trainer.reconstruct`` says.
+        removed_at_most: share of the original units that may be gone in the end, in place of the
+            schedule's; the limits of the other phases go along in proportion.
         every: epochs between two checkpoints.
         levels: what may be removed.
         ignored_layers: whose outputs shall stay (see :class:`Recorder`).
@@ -78,6 +84,7 @@ class EveryEpoch:
         evaluate: Callable[[nn.Module, Batches], Evaluation] | None = None,
         budget: Mapping[str, float] | None = None,
         reconstruct: bool | None = None,
+        removed_at_most: float | None = None,
         every: int = 5,
         levels: Sequence[Level] = (Level.CHANNEL,),
         ignored_layers: Sequence[str] = (),
@@ -90,8 +97,9 @@ class EveryEpoch:
         self._evaluate = evaluate or classification
         self._ignored, self._budget, self._preflight = ignored_layers, budget, preflight
         self._goals: Goals | None = None
-        chosen = session.settings.structured_pruning.channel_analysis.redistribute
+        chosen = session.settings.trainer.reconstruct
         self._reconstruct = chosen if reconstruct is None else reconstruct
+        self._removed_at_most = removed_at_most
         self._loading: Loading | None = None
         self._relabelled = False
 
@@ -163,6 +171,7 @@ class EveryEpoch:
             original = known.original if known else first
             example = self._calibration[0][0]
             self._goals = Goals.of(self._network, example, first, original, self._budget)
+            self._say_what_is_out_of_reach(self._goals.budgets(first), first)
         return self.session.resume(
             surgeon,
             evaluate=self.evaluate,
@@ -170,6 +179,18 @@ class EveryEpoch:
             here=epoch or None,
             **parts,
         )
+
+    def _say_what_is_out_of_reach(self, budgets: Sequence[Budget], now: PrunedArchitecture) -> None:
+        """A line in the log where the schedule's limits do not allow what is asked for."""
+        pruning = self.session.settings.structured_pruning
+        limit = raised(pruning.safety_schedule, self._removed_at_most).aggressive_limit
+        groups = [g for g in now.groups if g.prunable and g.level in self.levels]
+        left = limit * (1 - pruning.channel_analysis.safety_margin)
+        count = sum(math.floor(left * g.original_size) - g.removed for g in groups)
+        minimum = pruning.channel_analysis.min_channels_per_layer
+        why = out_of_reach(now, budgets, groups, units=max(count, 0), minimum=minimum)
+        if why:
+            _log.warning("the budget will not be reached", reason=why)
 
     def end_epoch(self, epoch: int) -> list[PruningOutcome]:
         """After an epoch (counted from 1) has been trained; what became of decisions at it."""
@@ -182,10 +203,7 @@ class EveryEpoch:
         return found
 
     def _apply(self, decision: StructuralPruningDecision, surgeon: Surgeon) -> PruningOutcome:
-        refit = None
-        if self._reconstruct and decision.units:
-            refit = partial(self._recorder.moments, self._calibration, decision.units)
-        return self.session.apply(decision, surgeon, self.evaluate, redistribute=refit)
+        return self.session.apply(decision, surgeon, self.evaluate)
 
     def evaluate(self) -> Evaluation:
         """How well the network does now; its training flags are left as they are."""
@@ -205,15 +223,17 @@ class EveryEpoch:
                 self._calibration,
                 epoch=epoch,
                 run_id=self.session.run_id,
-                redistribute=self._reconstruct,
+                reconstruct=self._reconstruct,
+                skip=self.session.settings.trainer.reconstruct_skip,
             )
             network, asked = self._export(epoch), bundle.parameters
             if self._goals is not None:
-                missing = self._goals.next(self.surgeon.architecture, 1.0)
-                if missing is None:
+                if self._goals.met(self.surgeon.architecture):
                     _log.info("budget reached, nothing more is asked for", epoch=epoch)
                     return
-                asked = asked.model_copy(update={"budget": missing})
+                first, *more = self._goals.budgets(self.surgeon.architecture)
+                asked = asked.model_copy(update={"budget": first, "more_budgets": tuple(more)})
+            asked = asked.model_copy(update={"removed_at_most": self._removed_at_most})
             bundle = replace(bundle, levels=self.levels, network=network, parameters=asked)
             self.session.publish(bundle)
 

@@ -9,7 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from elesh.trainer.network.gates import Axis, axis_of
-from elesh.trainer.surgery.reconstruction import takes_constant
+from elesh.trainer.surgery.reconstruction import (
+    CovarianceSums,
+    InputCovariance,
+    takes_constant,
+)
 from leyline import (
     ChannelImportanceData,
     GateStatistics,
@@ -29,13 +33,16 @@ __all__ = ["Measurement"]
 class Measurement:
     """The tallies of one measurement."""
 
-    def __init__(self, architecture: PrunedArchitecture, inputs: bool = False) -> None:
+    def __init__(
+        self, architecture: PrunedArchitecture, inputs: bool = False, reconstruct: bool = False
+    ) -> None:
         self.look = self._enter if inputs else None
         self.samples, self.batch = 0, 1
         self._groups = [GroupTally(group) for group in architecture.groups if group.prunable]
         self._axes: dict[Axis, AxisTally] = {
             axis_of(site): AxisTally() for tally in self._groups for site in tally.group.sites
         }
+        self._covariance = CovarianceSums() if reconstruct else None
         self._first: dict[Axis, list[GroupTally]] = {}
         self._patterns: dict[Axis, PatternTally] = {}
         self._weights = AttentionWeights()
@@ -61,6 +68,8 @@ class Measurement:
     def watch(self, axis: Axis, x: Tensor) -> None:
         """Look at the activations that pass an axis."""
         self._axes[axis].see(x, axis[1])
+        if self._covariance is not None:
+            self._covariance.see(axis, x)
         rows = len(x) * min(self.batch, CORRELATED_SAMPLES - self.samples) // self.batch
         if rows > 0:
             for tally in self._first.get(axis, ()):
@@ -87,6 +96,10 @@ class Measurement:
         for tally in self._groups:
             tally.add_logit_gaps(projections, moves, sizes, rivals, known)
         self.samples += self.batch
+
+    def covariance(self, model_hash: str) -> InputCovariance | None:
+        """Of what entered every consumer; None where it was not asked for."""
+        return None if self._covariance is None else self._covariance.mean(model_hash)
 
     def ablate(self, model: nn.Module, architecture: PrunedArchitecture, batches: Batches) -> None:
         """Mask heads one at a time and measure what that does, where samples have margins."""

@@ -7,8 +7,9 @@ give the same bundle.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -26,13 +27,18 @@ from elesh.trainer.network.calling import (
     map_tensors,
     packed_in,
     remember_example,
+    tensors_in,
 )
 from elesh.trainer.network.compilation import unwrapped
 from elesh.trainer.network.gates import GateMeter, axis_of
 from elesh.trainer.network.layers import named_tensors, require_fit
 from elesh.trainer.network.state import preserve_state
 from elesh.trainer.surgery.data_parallel import require_whole
-from elesh.trainer.surgery.reconstruction import MomentMeter, Moments, consumer_axes
+from elesh.trainer.surgery.reconstruction import (
+    CovarianceMeter,
+    InputCovariance,
+    consumer_axes,
+)
 from elesh.trainer.surgery.teachers import teachers_in, with_teachers
 from leyline import (
     AnalysisParameters,
@@ -42,6 +48,7 @@ from leyline import (
     Level,
     NotFinite,
     PrunedArchitecture,
+    Reconstruction,
     checkpoint_id,
 )
 
@@ -62,6 +69,14 @@ from .losses import (
 )
 from .measurement import Measurement
 from .midpoint import LOOK_AHEAD, first_to_go, indices_of
+
+
+@dataclass(frozen=True)
+class MeasuredCheckpoint(CheckpointBundle):
+    """A checkpoint with what stays in the trainer's process."""
+
+    covariance: InputCovariance | None = None
+    """Of the inputs of all consumers: what a cut decided from this checkpoint is refitted with."""
 
 
 class Recorder:
@@ -152,9 +167,11 @@ class Recorder:
         loss: float | None = None,
         note: str = "",
         max_samples: int | None = None,
-        ahead: float = LOOK_AHEAD,
+        ahead: float | None = None,
+        reconstruct: bool = True,
+        skip: Collection[str] = (),
         redistribute: bool = False,
-    ) -> CheckpointBundle:
+    ) -> MeasuredCheckpoint:
         """A checkpoint: architecture, statistics of every prunable group, and metadata.
 
         Args:
@@ -163,11 +180,13 @@ class Recorder:
             max_samples: stop after so many samples.
             ahead: the share of all channels whose cut the projections look ahead to: they are
                 taken with the gates of that many channels, the first to go, at one half. 0: at the
-                network as it is, which saves a forward and a backward pass.
-
-            redistribute: also measure the input moments that the order of whoever redistributes
-                needs (``redistribute`` of the parameters, which it sets): three C x C matrices for
-                every consumer of C channels.
+                network as it is, which saves a forward and a backward pass, and all that is
+                needed with ``reconstruct``. Default: a fifth, or 0 with ``reconstruct``.
+            reconstruct: cuts decided from this checkpoint are followed by refitting what reads the
+                kept units: units are ranked and verified for that, and the input covariance is
+                kept with the checkpoint (three C x C matrices for every consumer of C channels).
+            skip: paths of consumers that keep their weights all the same.
+            redistribute: only rank for whoever refits, as in the version before.
 
         Raises:
             ShapeMismatch: if the network is not what the architecture says.
@@ -175,7 +194,10 @@ class Recorder:
             InvalidField: if there is no sample, or a group's consumers were never called.
         """
         require_fit(self._model, self._architecture)
-        measurement = Measurement(self._architecture, inputs=redistribute)
+        redistribute = redistribute or reconstruct
+        if ahead is None:
+            ahead = 0.0 if reconstruct else LOOK_AHEAD
+        measurement = Measurement(self._architecture, inputs=redistribute, reconstruct=reconstruct)
         kept: Batches = ()
         architecture = self._architecture
         with preserve_state(self._model, self._seed, batches):
@@ -191,28 +213,35 @@ class Recorder:
             accuracy=accuracy,
             loss=loss,
             samples=measurement.samples,
+            distinct=_distinct(kept, measurement.samples),
             labels="sampled" if self._samples_labels else "true",
             seed=self._seed,
             note=note,
         )
         channels, gates, heads = measurement.statistics(self._model)
         layers = branches.statistics(measurement.samples)
-        bundle = CheckpointBundle(
+        parameters = AnalysisParameters(
+            redistribute=redistribute,
+            reconstruction=Reconstruction(skip=tuple(skip)) if reconstruct else None,
+            failing_gate="shorten",
+        )
+        bundle = MeasuredCheckpoint(
             metadata,
             architecture,
             channels,
             gates,
-            parameters=AnalysisParameters(redistribute=redistribute),
+            parameters=parameters,
             layers=layers,
             heads=heads,
+            covariance=measurement.covariance(architecture.model_hash),
         )
         return self._midpoint(bundle, kept, ahead) if ahead else bundle
 
     def _midpoint(
-        self, bundle: CheckpointBundle, batches: Batches, share: float
-    ) -> CheckpointBundle:
-        """The bundle with projections of channels at the midpoint of a cut of this share of
-        them."""
+        self, bundle: MeasuredCheckpoint, batches: Batches, share: float
+    ) -> MeasuredCheckpoint:
+        """The bundle with projections of channels at the midpoint of a cut of this
+        share of them."""
         groups = [g for g in self._architecture.groups if g.prunable and g.level is Level.CHANNEL]
         units = first_to_go(bundle, groups, share)
         if not units:
@@ -243,8 +272,8 @@ class Recorder:
         groups: Collection[str],
         *,
         max_samples: int | None = None,
-    ) -> Moments:
-        """Moments of the inputs of the consumers of ``groups``, for ``Surgeon.cut``.
+    ) -> InputCovariance:
+        """Input covariance of the consumers of ``groups``, for ``Surgeon.cut``, by itself.
 
         One forward pass a batch, nothing masked. A consumer of C channels takes C x C doubles, so
         name only the groups that are cut.
@@ -257,11 +286,11 @@ class Recorder:
         for name in groups:
             if name not in self._architecture.group:
                 raise InvalidField("groups", f"some of {sorted(self._architecture.group)}", name)
-        meter = MomentMeter(self._model, consumer_axes(self._architecture, groups))
+        meter = CovarianceMeter(self._model, consumer_axes(self._architecture, groups))
         with preserve_state(self._model, self._seed, batches), torch.no_grad(), meter:
             for inputs, _ in self._limited(batches, max_samples):
                 call(self._model, inputs)
-        return meter.moments(self._architecture.model_hash)
+        return meter.covariance(self._architecture.model_hash)
 
     def project(
         self, batches: Iterable[tuple[Inputs, Any]], *, max_samples: int | None = None
@@ -362,6 +391,22 @@ class Recorder:
         branches.read("sampled")
         sampled, _ = meter.backward(total(self._loss(output, drawn), samples), keep=False)
         measurement.add(projections, true, sizes, sampled)
+
+
+def _distinct(batches: Batches, samples: int) -> int | None:
+    """How many samples differ from all before them; None where all do."""
+    seen: set[bytes] = set()
+    for inputs, _ in batches:
+        size = batch_size(inputs)
+        rows = [x.cpu() for x in tensors_in(inputs) if x.ndim and len(x) == size]
+        for number in range(size):
+            digest = hashlib.blake2b(digest_size=16)
+            for row in rows:
+                digest.update(
+                    row[number].reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+                )
+            seen.add(digest.digest())
+    return None if len(seen) == samples else len(seen)
 
 
 def _where_not_finite(model: nn.Module) -> str:

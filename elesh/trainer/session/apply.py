@@ -1,8 +1,9 @@
 """Applying a decision, checked twice: mask, evaluate, then cut and evaluate again, or take it back.
 
-Promises: whatever fails in between, the network is bit for bit what it was, and the outcome says
-why; a figure that is no finite number is a failed check, and figures that a mask does not move are
-none. Evaluations draw from no random state that training draws from.
+Promises: mask and cut compute the same, reconstruction included; whatever fails in between, the
+network is bit for bit what it was, and the outcome says why; a figure that is no finite number is a
+failed check, and figures that a mask does not move are none. Evaluations draw from no random state
+that training draws from.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ from torch import nn
 from elesh.observe import get_logger, span
 from elesh.settings import RollbackTriggers
 from elesh.trainer.network.state import preserved
-from elesh.trainer.surgery.reconstruction import Moments
+from elesh.trainer.surgery.reconstruction import InputCovariance
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import PrunedArchitecture, PruningOutcome, StructuralPruningDecision
+
+from .carry_over import carried_over
 
 __all__ = [
     "Evaluation",
     "apply_decision",
     "failed_check",
     "outcome_of",
+    "present_form",
     "preserving",
     "refusal",
     "trigger_of",
@@ -68,14 +72,16 @@ def apply_decision(
     evaluate: Evaluate,
     *,
     triggers: RollbackTriggers | None = None,
-    redistribute: Callable[[], Moments] | None = None,
+    reconstruct: InputCovariance | None = None,
+    redistribute: Callable[[], InputCovariance] | None = None,
     take_back: Callable[[], object] | None = None,
 ) -> PruningOutcome:
     """Mask what the decision names, evaluate, and cut only if accuracy holds; evaluate again.
 
-    A decision that was not approved, or that speaks of another architecture than the present one
-    (an earlier cut came between), changes nothing; nor does one that the surgeon refuses (an
-    optimizer or an average of the network that it was not given, state that cannot be kept), or
+    A decision that speaks of another architecture than the present one (an earlier cut came
+    between) is carried over to it by its original numbering (:mod:`.carry_over`). One that was not
+    approved, or of which nothing is left, changes nothing; nor does one that the surgeon refuses
+    (an optimizer or an average of the network that it was not given, state that cannot be kept), or
     whose mask, cut or evaluation raises an error: the outcome is ``refused`` with the reason. A
     drop of accuracy beyond the trigger (of several levels, the strictest), or a loss that is no
     finite number, takes the mask off, or the cut back: the network is then bit for bit what it was.
@@ -84,9 +90,12 @@ def apply_decision(
     a copy, or what was compiled or exported of it), and the outcome is ``refused``.
 
     Args:
-        redistribute: called just before the cut for the moments that the consumers are re-solved
-            with (``lambda: recorder.moments(batches, decision.units)``). The mask is evaluated
-            without them, the cut with them.
+        reconstruct: input covariance of the present network (``bundle.covariance``), with which
+            what reads the kept units is refitted, under the mask and in the cut, where the
+            decision says so. None: nothing is refitted; where the decision asks for it, the
+            outcome says that.
+        redistribute: called for the same, whatever the decision says; the name of the version
+            before.
         take_back: takes a cut back; by default the surgeon does, from a copy that is kept until
             this call returns.
 
@@ -100,12 +109,15 @@ def apply_decision(
     if blocked := surgeon.blocked():
         now = surgeon.architecture
         return outcome_of(decision, now, now, "refused", blocked)
+    decision, said = present_form(decision, surgeon.architecture)
     limit = trigger_of(decision, triggers or RollbackTriggers())
-    check = _Check(decision, surgeon, evaluate, limit)
+    refit = _Refit.of(decision, surgeon, reconstruct, redistribute)
+    notes = tuple(part for part in (said, refit.said) if part)
+    check = _Check(decision, surgeon, evaluate, limit, refit, notes)
     return (
         check.plain()
         or check.masked()
-        or check.cut(redistribute, take_back or _to_now(surgeon))
+        or check.cut(take_back or _to_now(surgeon))
         or check.outcome("applied")
     )
 
@@ -119,12 +131,14 @@ class _Check:
         surgeon: Surgeon,
         evaluate: Evaluate,
         limit: float,
+        refit: _Refit,
+        notes: tuple[str, ...],
     ) -> None:
         self._decision, self._surgeon, self._limit = decision, surgeon, limit
         self._evaluate = preserving(evaluate, surgeon.model)
         self._before = surgeon.architecture
         self._figures: dict[str, Evaluation] = {}
-        self._notes: tuple[str, ...] = ()
+        self._refit, self._notes = refit, notes
 
     def plain(self) -> PruningOutcome | None:
         """The network as it is, to compare with."""
@@ -142,7 +156,8 @@ class _Check:
         surgeon, decision = self._surgeon, self._decision
         try:
             with span("mask"):
-                surgeon.mask(decision.units)
+                refit = self._refit
+                surgeon.mask(decision.units, reconstruct=refit.covariance, skip=refit.skip)
                 surgeon.mask_layers(target.layer_name for target in decision.layers)
             now = self._measure("masked", "evaluate masked")
         except Exception as error:
@@ -170,14 +185,11 @@ class _Check:
         finally:
             surgeon.unmask()
 
-    def cut(
-        self, redistribute: Callable[[], Moments] | None, take_back: Callable[[], object]
-    ) -> PruningOutcome | None:
+    def cut(self, take_back: Callable[[], object]) -> PruningOutcome | None:
         """Cut; what does not stand is taken back."""
         try:
-            moments = redistribute() if redistribute else None
             with span("cut"):
-                self._notes = _cut(self._decision, self._surgeon, moments)
+                self._notes += _cut(self._decision, self._surgeon, self._refit)
             now = self._measure("after", "evaluate cut")
         except BaseException as error:
             take_back()
@@ -236,10 +248,50 @@ def refusal(decision: StructuralPruningDecision, now: PrunedArchitecture) -> Pru
     """The outcome of a decision that is not to be applied to this network; None if it is."""
     if not decision.approved_for_application:
         return outcome_of(decision, now, now, "rejected", decision.rejection_reason)
-    if decision.model_hash != now.model_hash:
-        stale = f"stale: decided for architecture {decision.model_hash}, now {now.model_hash}"
+    if decision.model_hash != now.model_hash and carried_over(decision, now) is None:
+        stale = f"stale: decided for architecture {decision.model_hash}, now {now.model_hash}, "
+        stale += "which has lost at least as much"
         return outcome_of(decision, now, now, "refused", stale)
     return None
+
+
+def present_form(
+    decision: StructuralPruningDecision, now: PrunedArchitecture
+) -> tuple[StructuralPruningDecision, str]:
+    """The decision in the numbering of ``now``, and what there is to say of that."""
+    if decision.model_hash == now.model_hash:
+        return decision, ""
+    carried = carried_over(decision, now)
+    assert carried is not None, "refused before"
+    was, left = (sum(map(len, each.units.values())) for each in (decision, carried))
+    return carried, f"carried over from architecture {decision.model_hash}: {left} of {was} units"
+
+
+@dataclass(frozen=True)
+class _Refit:
+    """What a cut is refitted with."""
+
+    covariance: InputCovariance | None = None
+    skip: tuple[str, ...] = ()
+    said: str = ""
+    """What is not as the decision has it."""
+
+    @classmethod
+    def of(
+        cls,
+        decision: StructuralPruningDecision,
+        surgeon: Surgeon,
+        covariance: InputCovariance | None,
+        redistribute: Callable[[], InputCovariance] | None,
+    ) -> _Refit:
+        asked = decision.reconstruction
+        if redistribute is not None and decision.units:
+            return cls(redistribute(), asked.skip if asked else ())
+        if asked is None or not asked.applied or not decision.units:
+            return cls()
+        if covariance is None or covariance.model_hash != surgeon.architecture.model_hash:
+            return cls(said="not reconstructed: no input covariance of this network is at hand")
+        return cls(covariance, asked.skip)
 
 
 def trigger_of(decision: StructuralPruningDecision, triggers: RollbackTriggers) -> float:
@@ -281,16 +333,20 @@ def _to_now(surgeon: Surgeon) -> Callable[[], object]:
     return lambda: surgeon.bring_back(point)
 
 
-def _cut(
-    decision: StructuralPruningDecision, surgeon: Surgeon, moments: Moments | None
-) -> tuple[str, ...]:
+def _cut(decision: StructuralPruningDecision, surgeon: Surgeon, refit: _Refit) -> tuple[str, ...]:
     """Cut, as one step to undo; what has to be said of it."""
     layers = [target.layer_name for target in decision.layers]
     epoch, key = decision.epoch, decision.idempotency_key
     notes: tuple[str, ...] = ()
     with surgeon.as_one_cut():
         if decision.units or not layers:
-            surgeon.cut(decision.units, epoch=epoch, key=key, redistribute=moments)
+            surgeon.cut(
+                decision.units,
+                epoch=epoch,
+                key=key,
+                reconstruct=refit.covariance,
+                skip=refit.skip,
+            )
             notes += surgeon.notes
         if layers:
             surgeon.cut_layers(layers, epoch=epoch, key=key)

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from elesh.observe import get_logger, span
 from elesh.settings import Settings
-from elesh.trainer.surgery.reconstruction import Moments
+from elesh.trainer.surgery.reconstruction import InputCovariance
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import ContractError, PrunedArchitecture, PruningOutcome, StructuralPruningDecision
 
@@ -60,7 +60,8 @@ class MonitoredCuts:
         surgeon: Surgeon,
         evaluate: Evaluate,
         *,
-        redistribute: Callable[[], Moments] | None = None,
+        reconstruct: InputCovariance | None = None,
+        redistribute: Callable[[], InputCovariance] | None = None,
     ) -> PruningOutcome:
         """As :func:`apply_decision`, with a restore point before and after.
 
@@ -83,6 +84,7 @@ class MonitoredCuts:
             surgeon,
             evaluate,
             triggers=self._triggers,
+            reconstruct=reconstruct,
             redistribute=redistribute,
             take_back=lambda: snapshot.put_back(tracked),
         )

@@ -22,8 +22,9 @@ from opentelemetry.trace import Span, SpanKind
 
 from elesh.observe import carrier_of, get_logger, messaging, setup_tracing, span, span_from
 from elesh.settings import Settings
+from elesh.trainer.calibration.recorder import MeasuredCheckpoint
 from elesh.trainer.network.calling import example_of
-from elesh.trainer.surgery.reconstruction import Moments
+from elesh.trainer.surgery.reconstruction import InputCovariance
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import (
     CheckpointBundle,
@@ -121,6 +122,8 @@ class Session:
         self._decided: dict[str, StructuralPruningDecision] = {}
         self._evaluate: Callable[[], Evaluation] | None = None
         self._preflight: tuple[PreflightCheck, ...] | None = None
+        self._covariance: InputCovariance | None = None
+        """Of the last checkpoint that was published."""
 
     @property
     def missed(self) -> int:
@@ -191,6 +194,7 @@ class Session:
         if self._preflight is not None:  # In the run's first checkpoint only.
             told = bundle.metadata.model_copy(update={"preflight": self._preflight})
             bundle, self._preflight = replace(bundle, metadata=told), None
+        self._keep_covariance(bundle)
         metadata = bundle.metadata
         event_id = "ev-" + stable_hash(metadata.run_id, metadata.checkpoint_id)
         self._observers.on_checkpoint(bundle)
@@ -203,6 +207,7 @@ class Session:
         The decision's key holds ``request_id`` where that of a checkpoint holds its own id; the
         bundle's levels, parameters and requirements are asked for.
         """
+        self._keep_covariance(bundle)
         event_id = "rq-" + stable_hash(bundle.metadata.run_id, request_id)
         with _creating(REQUESTS):
             return self._queue(REQUESTS, bundle, bundle.metadata.epoch, event_id, request_id)
@@ -284,7 +289,8 @@ class Session:
         surgeon: Surgeon,
         evaluate: Callable[[], Evaluation],
         *,
-        redistribute: Callable[[], Moments] | None = None,
+        reconstruct: InputCovariance | None = None,
+        redistribute: Callable[[], InputCovariance] | None = None,
     ) -> PruningOutcome:
         """Restore point, mask, evaluate, cut or take back (see :func:`apply_decision`); publish
         the outcome. A cut that was made is monitored for ``trainer.watch_epochs`` calls of
@@ -301,7 +307,13 @@ class Session:
         carrier = self._carriers.get(decision.idempotency_key, {})
         attributes = {"elesh.key": decision.idempotency_key}
         with span_from(carrier, "apply decision", attributes=attributes) as current:
-            outcome = self._cuts.apply(decision, surgeon, evaluate, redistribute=redistribute)
+            outcome = self._cuts.apply(
+                decision,
+                surgeon,
+                evaluate,
+                reconstruct=reconstruct or self._covariance_of(before),
+                redistribute=redistribute,
+            )
             current.set_attribute("elesh.outcome", outcome.result)
             with _creating(OUTCOMES):
                 self.report(outcome)
@@ -314,6 +326,16 @@ class Session:
             self._carriers.pop(outcome.idempotency_key, None)
         self._observers.on_outcome(decision, outcome)
         return outcome
+
+    def _keep_covariance(self, bundle: CheckpointBundle) -> None:
+        """Cuts decided from this checkpoint are refitted with it."""
+        if isinstance(bundle, MeasuredCheckpoint) and bundle.covariance is not None:
+            self._covariance = bundle.covariance
+
+    def _covariance_of(self, now: PrunedArchitecture) -> InputCovariance | None:
+        """Of this network, where it was published."""
+        found = self._covariance
+        return found if found is not None and found.model_hash == now.model_hash else None
 
     def _strange(self, decision: StructuralPruningDecision) -> str:
         """Why a decision is none of this run's, or not any more; empty for one that may be applied.

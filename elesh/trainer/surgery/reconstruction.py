@@ -1,15 +1,17 @@
-"""Redistribution: what a cut takes from a consumer is handed to the channels that stay.
+"""Weight reconstruction: what reads the kept units is refitted to do without the others.
 
 A consumer that loses input channels R and keeps K sees ``W_R x_R`` vanish. As far as ``x_R`` can be
 predicted from ``x_K``, ``x_R ~ B x_K + b``, its weights can make up for it: ``W_K += W_R B`` and
-``bias += W_R b``, with B by ridge least squares from the second moments of the consumer's inputs
+``bias += W_R b``, with B by ridge least squares from the covariance of the consumer's inputs
 (the reconstruction of He, Zhang and Sun 2017, "Channel Pruning", section 3, solved for the inputs
 instead of the outputs, so that a C x C matrix suffices whatever the kernel).
 
-Promises: float64 throughout; the predicted inputs are never worse than zeros on the samples that
-were measured. A convolution uses one B for all taps of its kernel, which leaves out what
-neighbouring positions could add. The constant b is only used where it is exact: in linear layers
-and convolutions with a bias whose padding is not zeros.
+Promises: float64 throughout; the ridge bounds the condition number of what is solved by
+``1 + C / RIDGE``; the predicted inputs are never worse than zeros on the samples that were
+measured; what cannot be solved in finite numbers is left as it is. A convolution uses one B for
+all taps of its kernel, which leaves out what neighbouring positions could add. The constant b is
+only used where it is exact: in linear layers and convolutions with a bias whose padding is not
+zeros.
 """
 
 from __future__ import annotations
@@ -23,19 +25,17 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.hooks import RemovableHandle
 
+from elesh.program.least_squares import RIDGE, Predictor, predict_lost, spread
 from elesh.trainer.network.calling import replace_first
 from elesh.trainer.network.gates import Axis, axis_of
 from elesh.trainer.network.layers import channel_axes, named_tensors
 from leyline import IdentityMismatch, InvalidField, PrunedArchitecture
 
-__all__ = ["Moments", "redistributed"]
-
-RIDGE = 1e-4
-"""Ridge strength, as a share of the kept channels' mean second moment."""
+__all__ = ["CovarianceMeter", "CovarianceSums", "InputCovariance", "Moments", "reconstructed"]
 
 
 @dataclass(frozen=True)
-class Moments:
+class InputCovariance:
     """First and second moments of the inputs of consumers, over samples and positions."""
 
     model_hash: str
@@ -44,25 +44,51 @@ class Moments:
     """By axis [C], float64."""
     squares: Mapping[Axis, Tensor]
     """By axis [C, C], float64: the mean of ``x_i x_j``, not centred."""
+    rows: Mapping[Axis, int] = field(default_factory=dict)
+    """By axis, samples times positions behind them; 0 or missing: not known."""
+
+
+Moments = InputCovariance
+"""The name of the version before."""
 
 
 @dataclass
-class _Sums:
-    rows: int
-    first: Tensor
-    second: Tensor
+class CovarianceSums:
+    """Sums over samples and positions, from which a covariance is made; float64 over calls."""
+
+    rows: dict[Axis, int] = field(default_factory=dict)
+    first: dict[Axis, Tensor] = field(default_factory=dict)
+    second: dict[Axis, Tensor] = field(default_factory=dict)
+
+    def see(self, axis: Axis, x: Tensor) -> None:
+        """Take in what enters a consumer in one call."""
+        rows = x.detach().movedim(axis[1], -1).reshape(-1, x.shape[axis[1]]).float()
+        first, second = rows.sum(0).double().cpu(), (rows.T @ rows).double().cpu()
+        past = self.rows.get(axis, 0)
+        self.rows[axis] = past + len(rows)
+        self.first[axis] = self.first[axis] + first if past else first
+        self.second[axis] = self.second[axis] + second if past else second
+
+    def mean(self, model_hash: str) -> InputCovariance:
+        """The covariance of everything seen."""
+        return InputCovariance(
+            model_hash,
+            {axis: first / self.rows[axis] for axis, first in self.first.items()},
+            {axis: second / self.rows[axis] for axis, second in self.second.items()},
+            dict(self.rows),
+        )
 
 
 @dataclass
-class MomentMeter:
-    """Sums up moments at some axes of a model while entered."""
+class CovarianceMeter:
+    """Sums up the covariance of inputs at some axes of a model while entered."""
 
     model: nn.Module
     axes: Collection[Axis]
-    _sums: dict[Axis, _Sums] = field(default_factory=dict)
+    _sums: CovarianceSums = field(default_factory=CovarianceSums)
     _handles: list[RemovableHandle] = field(default_factory=list)
 
-    def __enter__(self) -> MomentMeter:
+    def __enter__(self) -> CovarianceMeter:
         for axis in self.axes:
             module = self.model.get_submodule(axis[0])
             self._handles.append(
@@ -75,31 +101,20 @@ class MomentMeter:
             handle.remove()
         self._handles.clear()
 
-    def moments(self, model_hash: str) -> Moments:
-        """The moments of everything seen.
+    def covariance(self, model_hash: str) -> InputCovariance:
+        """Of everything seen.
 
         Raises:
             InvalidField: if no sample reached a consumer.
         """
         for path, _ in self.axes:
-            if not any(path == seen for seen, _ in self._sums):
+            if not any(path == seen for seen, _ in self._sums.rows):
                 raise InvalidField("batches", f"samples that reach {path}", "none")
-        return Moments(
-            model_hash,
-            {axis: sums.first / sums.rows for axis, sums in self._sums.items()},
-            {axis: sums.second / sums.rows for axis, sums in self._sums.items()},
-        )
+        return self._sums.mean(model_hash)
 
     def _hook(self, axis: Axis) -> Any:
         def see(x: Tensor) -> Tensor:
-            rows = x.detach().movedim(axis[1], -1).reshape(-1, x.shape[axis[1]]).float()
-            sums = _Sums(len(rows), rows.sum(0).double().cpu(), (rows.T @ rows).double().cpu())
-            past = self._sums.get(axis)
-            if past is not None:
-                sums.rows += past.rows
-                sums.first += past.first
-                sums.second += past.second
-            self._sums[axis] = sums
+            self._sums.see(axis, x)
             return x
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -113,80 +128,60 @@ def consumer_axes(architecture: PrunedArchitecture, groups: Iterable[str]) -> di
     return {axis_of(site): None for name in groups for site in architecture.group[name].sites}
 
 
-def redistributed(
+def reconstructed(
     model: nn.Module,
     architecture: PrunedArchitecture,
     units: Mapping[str, Collection[int]],
-    moments: Moments,
+    covariance: InputCovariance,
     *,
+    skip: Collection[str] = (),
     ridge: float = RIDGE,
 ) -> dict[str, Tensor]:
-    """The weights and biases of the consumers of ``units``, re-solved; nothing is changed.
+    """The weights and biases of the consumers of ``units``, refitted; nothing is changed.
+
+    Args:
+        units: that go, by group, in current numbering.
+        skip: paths of consumers that keep their weights.
 
     Returns:
         by path, of the shape and dtype that the tensors have before the cut. What removed
         channels are multiplied by is left as it was.
 
     Raises:
-        IdentityMismatch: if the moments were measured on another structure.
-        InvalidField: if they do not cover a consumer that loses channels.
+        IdentityMismatch: if the covariance was measured on another structure.
+        InvalidField: if it does not cover a consumer that loses channels.
     """
-    if moments.model_hash != architecture.model_hash:
-        raise IdentityMismatch("moments.model_hash", architecture.model_hash, moments.model_hash)
+    if covariance.model_hash != architecture.model_hash:
+        raise IdentityMismatch(
+            "covariance.model_hash", architecture.model_hash, covariance.model_hash
+        )
     lost: dict[Axis, set[int]] = {}
     for name, chosen in units.items():
-        for site in architecture.group[name].sites:
+        for site in architecture.group[name].sites if chosen else ():
             lost.setdefault(axis_of(site), set()).update(site.all_of(chosen))
     tensors, found = named_tensors(model), dict[str, Tensor]()
     for axis, indices in lost.items():
-        if axis not in moments.squares:
-            raise InvalidField("moments", f"moments of the inputs of {axis[0]}", "none")
+        if axis[0] in skip:
+            continue
+        if axis not in covariance.squares:
+            raise InvalidField("covariance", f"moments of the inputs of {axis[0]}", "none")
         module = model.get_submodule(axis[0])
+        if len(channel_axes(module).inputs) != 1:
+            continue  # No linear map of these inputs: nothing to refit.
         solved = predict_lost(
-            moments.means[axis], moments.squares[axis], indices, takes_constant(module), ridge
+            covariance.means[axis],
+            covariance.squares[axis],
+            indices,
+            takes_constant(module),
+            ridge,
+            covariance.rows.get(axis, 0),
         )
-        for attribute, value in _resolved(module, solved).items():
-            path = f"{axis[0]}.{attribute}"
-            found[path] = value.to(tensors[path])
+        refitted = _refitted(module, solved)
+        if all(bool(torch.isfinite(value).all()) for value in refitted.values()):
+            for attribute, value in refitted.items():
+                path = f"{axis[0]}.{attribute}"
+                found[path] = value.to(tensors[path])
     return found
-
-
-@dataclass(frozen=True)
-class Predictor:
-    """``x_lost ~ coefficients @ x_kept + constant``."""
-
-    lost: Tensor
-    kept: Tensor
-    coefficients: Tensor
-    """[R, K] float64."""
-    constant: Tensor
-    """[R] float64."""
-
-
-def predict_lost(
-    means: Tensor, squares: Tensor, lost: Iterable[int], constant: bool, ridge: float = RIDGE
-) -> Predictor:
-    """The ridge least squares prediction of lost channels from the kept ones.
-
-    Args:
-        means: [C] float64; used where a ``constant`` is allowed, which is then not penalised.
-        squares: [C, C] float64, not centred.
-        ridge: as a share of the kept channels' mean second moment (variance, with a constant).
-    """
-    gone = torch.tensor(sorted(set(lost)), dtype=torch.int64)
-    stays = torch.ones(len(means), dtype=torch.bool)
-    stays[gone] = False
-    kept = stays.nonzero().flatten()
-    inner = squares - torch.outer(means, means) if constant else squares
-    among, across = inner[kept][:, kept], inner[gone][:, kept]
-    strength = ridge * float(among.diagonal().mean()) if len(kept) else 0.0
-    if not strength > 0:  # Nothing but silence stays.
-        coefficients = torch.zeros_like(across)
-    else:
-        damped = among + strength * torch.eye(len(kept), dtype=among.dtype)
-        coefficients = torch.linalg.solve(damped, across.T).T
-    offset = means[gone] - coefficients @ means[kept]
-    return Predictor(gone, kept, coefficients, offset if constant else torch.zeros_like(offset))
 
 
 def takes_constant(module: nn.Module) -> bool:
@@ -199,18 +194,10 @@ def takes_constant(module: nn.Module) -> bool:
     return True
 
 
-def _resolved(module: nn.Module, solved: Predictor) -> dict[str, Tensor]:
+def _refitted(module: nn.Module, solved: Predictor) -> dict[str, Tensor]:
     """The consumer's weight with the lost inputs spread over the kept ones; its bias likewise."""
     ((attribute, dim),) = channel_axes(module).inputs
-    weight = getattr(module, attribute).detach().double().cpu().movedim(dim, 0)
-    lost = weight[solved.lost]
-    weight = weight.index_add(0, solved.kept, torch.tensordot(solved.coefficients.T, lost, 1))
-    found = {attribute: weight.movedim(0, dim)}
-    if solved.constant.any():
-        # Taps of a kernel all see the constant: [R, out, *kernel] to [out].
-        shift = torch.tensordot(
-            solved.constant, lost.flatten(2).sum(2) if lost.ndim > 2 else lost, 1
-        )
-        assert isinstance(module.bias, Tensor)
-        found["bias"] = module.bias.detach().double().cpu() + shift
-    return found
+    bias = module.bias if solved.constant.any() else None
+    assert bias is None or isinstance(bias, Tensor)
+    weight, shifted = spread(getattr(module, attribute), bias, dim, solved)
+    return {attribute: weight} if shifted is None else {attribute: weight, "bias": shifted}

@@ -17,7 +17,14 @@ from elesh.observe import get_logger
 from elesh.trainer.network.compilation import compile_anew, unwrapped
 from elesh.trainer.network.headcounts import refit_heads
 from elesh.trainer.network.layers import named_tensors, refit, require_fit
-from leyline import InvalidField, Level, PrunedArchitecture, PruningGroup, PruningRecord
+from leyline import (
+    ContractError,
+    InvalidField,
+    Level,
+    PrunedArchitecture,
+    PruningGroup,
+    PruningRecord,
+)
 
 from .averages import WeightCopy, copies_in, require_layers, unnamed_averages
 from .bypass import BranchMasks, put_in
@@ -25,7 +32,7 @@ from .data_parallel import rebuild_reducers, require_whole
 from .lineage import present, remember, steps
 from .masks import Masks
 from .optimizers import Given, Optimizers, other_optimizers, require_cuttable
-from .reconstruction import Moments, redistributed
+from .reconstruction import InputCovariance, reconstructed
 from .teachers import teachers_in
 from .tensors import Cutter, RestorePoint, Skeleton, laid_out, replace_data
 
@@ -85,6 +92,8 @@ class Surgeon:
         self._masked: dict[str, frozenset[int]] = {}
         self._branch_masks = [BranchMasks(view) for view in self._views()]
         self._masked_layers: frozenset[str] = frozenset()
+        self._refitted: list[tuple[Tensor, Tensor]] = []
+        """Tensors that are refitted under the mask, with what they held before."""
         remember(model, architecture)
         if optimizer is not None:
             self.require_all_optimizers()
@@ -204,16 +213,46 @@ class Surgeon:
         """How many cuts can be undone now: 1 or 0."""
         return int(self._undo_point is not None)
 
-    def mask(self, units: Units) -> None:
+    def mask(
+        self,
+        units: Units,
+        *,
+        reconstruct: InputCovariance | None = None,
+        skip: Collection[str] = (),
+    ) -> None:
         """Silence units until :meth:`unmask`, on top of those that are masked already.
+
+        Args:
+            units: current numbering, by group name.
+            reconstruct: refit what reads the kept units, as :meth:`cut` does with the same, so
+                that the masked network computes what the cut one will.
+            skip: paths of consumers that keep their weights.
 
         Raises:
             InvalidField: naming group and unit, if one does not exist or may not be removed.
+            IdentityMismatch: if the covariance was measured on another structure.
         """
-        for name, chosen in self._checked(units).items():
+        chosen, masked = self._checked(units), dict(self._masked)
+        for name, lost in chosen.items():
             origin = self._architecture.group[name].origin
-            before = self._masked.get(name, frozenset())
-            self._masked[name] = before | {origin[unit] for unit in chosen}
+            masked[name] = masked.get(name, frozenset()) | {origin[unit] for unit in lost}
+        self._put_back()
+        before, self._masked = self._masked, masked
+        if reconstruct is not None:
+            tensors, units = named_tensors(self._model), self.masked
+            try:
+                solved = reconstructed(
+                    self._model, self._architecture, units, reconstruct, skip=skip
+                )
+            except ContractError:
+                self._masked = before
+                raise
+            contents = [(tensors[path], new) for path, new in solved.items()]
+            for copy in self._copied():
+                contents += copy.cut({}, solved, tensors)
+            self._refitted = [(tensor, tensor.detach().clone()) for tensor, _ in contents]
+            for tensor, new in contents:
+                tensor.data.copy_(new)
         self._set_masks()
 
     def mask_layers(self, names: Iterable[str]) -> None:
@@ -229,38 +268,50 @@ class Surgeon:
         self._set_masks()
 
     def unmask(self) -> None:
-        """Let every masked unit and layer speak again."""
-        self._masked.clear()
+        """Let every masked unit and layer speak again, with the weights as they were."""
+        self._put_back()
+        self._masked = {}
         self._masked_layers = frozenset()
         self._clear_masks()
 
     def cut(
-        self, units: Units, *, epoch: int = 0, key: str = "", redistribute: Moments | None = None
+        self,
+        units: Units,
+        *,
+        epoch: int = 0,
+        key: str = "",
+        reconstruct: InputCovariance | None = None,
+        skip: Collection[str] = (),
+        redistribute: InputCovariance | None = None,
     ) -> PrunedArchitecture:
         """Remove units for good; returns the architecture afterwards.
 
         Args:
             units: current numbering, by group name.
             epoch, key: for the history (the decision's idempotency key).
-            redistribute: moments of the network as it is now, unmasked (``Recorder.moments``).
-                The consumers of the units are then re-solved, so that what the kept channels
-                predict of the removed ones is not lost; without, their weights stay as they are.
+            reconstruct: input covariance of the network as it is now, unmasked
+                (``bundle.covariance`` of ``Recorder.measure``). What reads the kept units is then
+                refitted, so that what they predict of the removed ones is not lost; without, the
+                weights stay as they are.
+            skip: paths of consumers that keep their weights.
+            redistribute: the name that ``reconstruct`` had in the version before.
 
         Raises:
             InvalidField: naming group and unit, if one does not exist or may not be removed, or
                 if nothing would be left of a group.
             ShapeMismatch: if the model, or the optimizer's state, is not what the architecture
                 says. Nothing has been changed then.
-            IdentityMismatch: if the moments were measured on another structure.
+            IdentityMismatch: if the covariance was measured on another structure.
         """
         chosen = self._checked(units)
         require_fit(self._model, self._architecture)
+        self._put_back()
         after = self._architecture.without(chosen, epoch=epoch, key=key)
         tensors = named_tensors(self._model)
         cutters = _cutters(self._architecture, chosen, tensors)
         solved = {}
-        if redistribute is not None:
-            solved = redistributed(self._model, self._architecture, chosen, redistribute)
+        if (covariance := reconstruct or redistribute) is not None:
+            solved = reconstructed(self._model, self._architecture, chosen, covariance, skip=skip)
         data = dict(solved)
         for path, cutter in cutters.items():
             kept = cutter(data.get(path, tensors[path].detach()))
@@ -306,6 +357,7 @@ class Surgeon:
         names = list(dict.fromkeys(names))
         after = self._architecture.without_layers(names, epoch=epoch, key=key)
         require_fit(self._model, self._architecture)
+        self._put_back()
         require_layers(self._copied())
         self._remember()
         self._clear_masks()
@@ -358,6 +410,7 @@ class Surgeon:
 
     def bring_back(self, point: RestorePoint) -> None:
         """Make a restore point of this surgeon the present again, bit for bit."""
+        self._put_back()
         self._clear_masks()
         point.bring_back(self._optimizers)
         self._architecture = point.skeleton.architecture
@@ -420,6 +473,12 @@ class Surgeon:
         self.replay(history[len(self._architecture.history) :])
         self._keeps_point, self._undo_point = keeps, None
         self._changed()
+
+    def _put_back(self) -> None:
+        """Undo what a mask has refitted, bit for bit."""
+        for tensor, before in self._refitted:
+            tensor.data.copy_(before)
+        self._refitted = []
 
     def _remember(self) -> None:
         """Take a restore point of now, if one is to be kept."""

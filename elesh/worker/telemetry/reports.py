@@ -48,6 +48,7 @@ _JOIN_FALLBACKS = frozenset(
         "rounds_timeout",
         "rounds_refused",
         "calibration_skipped",
+        "reconstruction_skipped",
     }
 )
 """Those that only the join of all levels can take."""

@@ -16,7 +16,7 @@ from torch.nn import functional
 from elesh.settings import Settings
 from elesh.trainer import Recorder
 from elesh.trainer.export import Exporter
-from leyline import CheckpointBundle
+from leyline import AnalysisParameters, CheckpointBundle
 
 Data = tuple[Tensor, Tensor]
 
@@ -113,7 +113,8 @@ def _trained(
             optimizer.step()
     model.eval()
     recorder = Recorder(model, x[:4])
-    bundle = recorder.measure([(x[train], y[train])], epoch=119, run_id="proved")
+    bundle = recorder.measure([(x[train], y[train])], epoch=119, run_id="proved", reconstruct=False)
+    bundle = replace(bundle, parameters=AnalysisParameters())
     held_out = (x[held], y[held])
     network = Exporter(model).export(recorder.architecture, held_out, x[train])
     return Trained(model, replace(bundle, network=network), (x[rest], y[rest]), held_out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -14,10 +15,16 @@ from torch import Tensor, nn
 from trainer_nets import NETS, batches, build, close, example, same, units
 
 from elesh.analysis import analyze
+from elesh.program.least_squares import predict_lost
 from elesh.settings import Settings
-from elesh.trainer import Evaluation, Moments, Recorder, Surgeon, apply_decision
-from elesh.trainer.surgery.reconstruction import predict_lost
-from leyline import IdentityMismatch, InvalidField
+from elesh.trainer import Evaluation, InputCovariance, Recorder, Surgeon, apply_decision
+from leyline import (
+    CheckpointBundle,
+    IdentityMismatch,
+    InvalidField,
+    Reconstructed,
+    StructuralPruningDecision,
+)
 
 CONSUMERS = {
     "conv": lambda: nn.Conv2d(6, 4, 3, padding=1),
@@ -210,7 +217,7 @@ def test_moments_of_another_structure_are_refused_and_nothing_is_changed() -> No
         surgeon.cut({name: [0]}, redistribute=old)
     assert same(before, dict(model.state_dict()))
     surgeon.undo()
-    partial = Moments(old.model_hash, {}, {})
+    partial = InputCovariance(old.model_hash, {}, {})
     with pytest.raises(InvalidField, match="moments"):
         surgeon.cut({name: [0]}, redistribute=partial)
 
@@ -234,34 +241,82 @@ def test_moments_are_averages_over_all_batches() -> None:
         torch.testing.assert_close(parts.means[axis], once.means[axis], rtol=1e-4, atol=1e-6)
 
 
-def test_a_decision_is_redistributed_only_when_it_is_cut() -> None:
+def decided(recorder: Recorder, bundle: CheckpointBundle) -> StructuralPruningDecision:
+    """An approved decision on a network that nobody trained."""
+    options = {"min_channels_per_layer": 2, "max_predicted_shift": 1e9}
+    settings = Settings(structured_pruning={"channel_analysis": options})
+    return analyze(bundle, settings).model_copy(
+        update={
+            "approved_for_application": True,
+            "rejection_reason": "",
+            "reconstruction": Reconstructed(applied=True),
+        }
+    )
+
+
+def test_mask_and_cut_are_both_of_the_reconstructed_network() -> None:
     model = build("Vgg")
     recorder = Recorder(model, example())
     surgeon = Surgeon(model, recorder.architecture)
-    options = {"min_channels_per_layer": 2, "max_predicted_shift": 1e9}
-    decision = analyze(
-        recorder.measure(batches(), epoch=120),
-        Settings(structured_pruning={"channel_analysis": options}),
-    ).model_copy(update={"approved_for_application": True, "rejection_reason": ""})
+    bundle = recorder.measure(batches(), epoch=120)
+    decision = decided(recorder, bundle)
     assert decision.units
-    asked: list[Moments] = []
+    seen: list[Tensor] = []
 
-    def moments() -> Moments:
-        asked.append(recorder.moments(batches(), decision.units))
-        assert surgeon.masked == {}
-        return asked[-1]
+    def evaluate(figures: Iterator[float]) -> Evaluation:
+        seen.append(model(example()).detach())
+        return Evaluation(next(figures), float(seen[-1].square().mean()))
 
-    figures = iter([0.9, 0.5, 0.9, 0.9, 0.9])
-
-    def evaluate() -> Evaluation:
-        return Evaluation(next(figures), 1.0)
-
-    before = copy.deepcopy(model.state_dict())
-    outcome = apply_decision(decision, surgeon, evaluate, redistribute=moments)
-    assert (outcome.result, asked) == ("rolled_back", [])
-    assert same(before, dict(model.state_dict()))
-    plain = copy.deepcopy(model)
-    outcome = apply_decision(decision, surgeon, evaluate, redistribute=moments)
-    assert (outcome.result, len(asked)) == ("applied", 1)
+    before, plain = copy.deepcopy(model.state_dict()), copy.deepcopy(model)
+    bad, good = iter([0.9, 0.5]), iter([0.9, 0.9, 0.9])
+    covariance = bundle.covariance
+    outcome = apply_decision(decision, surgeon, lambda: evaluate(bad), reconstruct=covariance)
+    assert outcome.result == "rolled_back"
+    assert same(before, dict(model.state_dict())), "the refitted weights stayed behind"
+    outcome = apply_decision(decision, surgeon, lambda: evaluate(good), reconstruct=covariance)
+    assert (outcome.result, outcome.detail) == ("applied", "")
+    assert close(seen[1], seen[3]), "two masks differ"
+    assert close(seen[3], seen[4]), "mask and cut differ"
     Surgeon(plain, recorder.architecture).cut(decision.units)
-    assert not same(dict(plain.state_dict()), dict(model.state_dict()))
+    assert not close(plain(example()), seen[4]), "nothing was reconstructed"
+
+
+def test_a_decision_without_input_covariance_says_that_it_is_not_reconstructed() -> None:
+    model = build("Vgg")
+    recorder = Recorder(model, example())
+    decision = decided(recorder, recorder.measure(batches(), epoch=120))
+    surgeon = Surgeon(model, recorder.architecture)
+    outcome = apply_decision(
+        decision, surgeon, lambda: Evaluation(0.9, float(model(example()).square().mean()))
+    )
+    assert outcome.result == "applied"
+    assert "not reconstructed" in outcome.detail
+
+
+def test_the_covariance_of_the_calibration_pass_is_that_of_a_pass_of_its_own() -> None:
+    model = build("Vgg")
+    recorder = Recorder(model, example())
+    measured = recorder.measure(batches(), epoch=1).covariance
+    assert measured is not None
+    names = [group.name for group in recorder.architecture.groups if group.prunable]
+    alone = recorder.moments(batches(), names)
+    assert measured.squares.keys() == alone.squares.keys()
+    for axis, squares in alone.squares.items():
+        torch.testing.assert_close(measured.squares[axis], squares, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(measured.means[axis], alone.means[axis], rtol=1e-5, atol=1e-7)
+    assert recorder.measure(batches(), epoch=1, reconstruct=False).covariance is None
+
+
+def test_a_consumer_that_is_to_be_skipped_keeps_its_weights() -> None:
+    torch.manual_seed(0)
+    model = Duplicated(CONSUMERS["pointwise"]()).eval()
+    recorder = Recorder(model, example())
+    covariance = recorder.measure(batches(30), epoch=1).covariance
+    weight = model.consumer.weight.detach().clone()
+    surgeon = Surgeon(model, recorder.architecture)
+    surgeon.mask({"first": [3]}, reconstruct=covariance)
+    assert not torch.equal(model.consumer.weight, weight)
+    surgeon.unmask()
+    assert torch.equal(model.consumer.weight, weight)
+    surgeon.cut({"first": [3]}, reconstruct=covariance, skip=["consumer"])
+    assert torch.equal(model.consumer.weight, weight[:, [0, 1, 2, 4, 5]])

@@ -1,0 +1,140 @@
+"""A decision carried over to the network as it is now: its units by their original numbers.
+
+Between a checkpoint and its answer another cut may be made. Units have names that no cut changes,
+so what the decision names can be found again. Promises: nothing goes that the decision did not
+name; no more goes than it left, of units, parameters and multiply-accumulates; groups end at
+their multiples; the trainer's own check judges the result as that of any decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from leyline import (
+    AttentionHeadTarget,
+    ChannelPruningTarget,
+    ContractError,
+    Level,
+    PrunedArchitecture,
+    StructuralPruningDecision,
+)
+
+__all__ = ["carried_over"]
+
+_ALIGNED = ("original_indices", "importance", "costs", "errors")
+Target = ChannelPruningTarget | AttentionHeadTarget
+
+
+def carried_over(
+    decision: StructuralPruningDecision, now: PrunedArchitecture
+) -> StructuralPruningDecision | None:
+    """The decision in the numbering of ``now``, without what is gone already or would be too much;
+    None where nothing is left of it."""
+    places = _places(decision, now)
+    layers = [
+        target.layer_name
+        for target in decision.layers
+        if target.layer_name in now.block
+        and now.block[target.layer_name].prunable
+        and not now.block[target.layer_name].removed
+    ]
+    while True:
+        units = {target.layer_name: [index for index, _ in own] for target, own in places.items()}
+        if not (any(units.values()) or layers):
+            return None
+        try:
+            after = now.without({name: own for name, own in units.items() if own})
+            after = after.without_layers(layers) if layers else after
+        except ContractError:
+            return None
+        if not _goes_too_far(decision, after):
+            break
+        if not _without_dearest(places, now):
+            return None  # What is left are whole layers, and they are too much.
+    kept = {id(target): _renumbered(target, own, now) for target, own in places.items() if own}
+    update = {
+        "model_hash": now.model_hash,
+        "channels": tuple(kept[id(t)] for t in decision.channels if id(t) in kept),
+        "attention_heads": tuple(kept[id(t)] for t in decision.attention_heads if id(t) in kept),
+        "layers": tuple(t for t in decision.layers if t.layer_name in layers),
+    }
+    return decision.model_copy(update=update)
+
+
+def _places(
+    decision: StructuralPruningDecision, now: PrunedArchitecture
+) -> dict[Target, list[tuple[int, int]]]:
+    found: dict[Target, list[tuple[int, int]]] = {}
+    targets: list[Target] = [*decision.channels, *decision.attention_heads]
+    for target in targets:
+        group = now.group.get(target.layer_name)
+        if group is None or not group.prunable:
+            continue
+        index_of = {original: index for index, original in enumerate(group.origin)}
+        own = [
+            (index_of[original], place)
+            for place, original in enumerate(target.original_indices)
+            if original in index_of
+        ]
+        excess = -(group.size - len(own)) % group.unit_multiple
+        own = _cheapest_first(target, own)
+        own = own[: max(len(own) - excess, 0)]
+        if own and len(own) < group.size:
+            found[target] = own
+    return found
+
+
+def _costs(target: Target) -> tuple[float, ...]:
+    return target.importance if isinstance(target, ChannelPruningTarget) else target.costs
+
+
+def _cheapest_first(target: Target, own: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    costs = _costs(target)
+    return sorted(own, key=lambda item: (costs[item[1]] if costs else 0.0, item[1]))
+
+
+def _goes_too_far(decision: StructuralPruningDecision, after: PrunedArchitecture) -> bool:
+    """Whether less would be left than the decision said."""
+    planned = decision.statistics
+    if after.parameters < planned.parameters_after or after.macs < planned.macs_after:
+        return True
+    level = Level.CHANNEL if decision.channels else Level.HEAD
+    groups = [group for group in after.groups if group.level is level and group.prunable]
+    first = decision.levels[0].level if decision.levels else decision.key.level
+    return first is level and sum(group.size for group in groups) < planned.channels_after
+
+
+def _without_dearest(
+    places: Mapping[Target, list[tuple[int, int]]], now: PrunedArchitecture
+) -> bool:
+    """Leave out a twentieth of the units, the dearest of their groups; False where none is left."""
+    for _ in range(max(1, sum(map(len, places.values())) // 20)):
+        last = {
+            target: _costs(target)[own[-1][1]] if _costs(target) else 0.0
+            for target, own in places.items()
+            if own
+        }
+        if not last:
+            return False
+        dearest = max(last, key=lambda target: last[target])
+        del places[dearest][-now.group[dearest.layer_name].unit_multiple :]
+    return True
+
+
+def _renumbered(target: Target, own: list[tuple[int, int]], now: PrunedArchitecture) -> Target:
+    """The target with the units ``own`` only, in present numbering."""
+    own = sorted(own)
+    group = now.group[target.layer_name]
+    fields: dict[str, Any] = dict(target)
+    for name in _ALIGNED:
+        listed = fields.get(name)
+        if listed:
+            fields[name] = tuple(listed[place] for _, place in own)
+    kind = "channel" if isinstance(target, ChannelPruningTarget) else "head"
+    fields[f"{kind}_indices"] = tuple(index for index, _ in own)
+    fields[f"{kind}s_before"], fields[f"{kind}s_after"] = group.size, group.size - len(own)
+    fields["redundancy_pairs"], fields["spared"] = (), ()
+    if isinstance(target, AttentionHeadTarget):  # Figures of all heads, as they were then.
+        fields["head_importance"], fields["attention_entropy"] = (), ()
+    return type(target).model_validate(fields)
