@@ -82,7 +82,10 @@ class Leases:
     async def keep(self) -> None:
         """Renew what is held until cancelled."""
         seconds = self._bus.settings.lease_seconds / 4
-        await repeatedly("renewing leases", self._renew, self._bus.outage, after=seconds)
+        # After an outage owners have a grace of 3/8 of a lease to renew in.
+        await repeatedly(
+            "renewing leases", self._renew, self._bus.outage, after=seconds, longest=seconds / 2
+        )
 
     async def _renew(self) -> float:
         held = list(self._held)

@@ -19,7 +19,7 @@ from .idle import BEGUN, ENDED, Life, checkpoint_of, idle_seconds
 
 __all__ = ["Facts", "Report", "audit"]
 
-_TO_ALL = frozenset({Kind.RESTART_SERVER, Kind.FREEZE_SERVER, Kind.STALL})
+_TO_ALL = frozenset({Kind.RESTART_SERVER, Kind.FREEZE_SERVER, Kind.STALL, Kind.REFUSE})
 _SLACK = 1.0
 """Seconds by which clocks of the log and of telemetry may differ in order."""
 

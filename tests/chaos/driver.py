@@ -43,6 +43,17 @@ _CATCH_SECONDS = 2.0
 """So long a kill waits for a worker at work: an analysis of theirs takes some 50 ms."""
 
 
+_REFUSALS = {
+    "full": ("CONFIG SET maxmemory 1mb", "CONFIG SET maxmemory 0"),
+    "read-only": ("REPLICAOF 127.0.0.1 1", "REPLICAOF NO ONE"),
+    "too few replicas": (
+        "CONFIG SET min-replicas-to-write 1", "CONFIG SET min-replicas-to-write 0"
+    ),
+    "a right is missing": ("ACL SETUSER default -xadd -xack", "ACL SETUSER default +@all"),
+}  # fmt: skip
+"""How a server comes to refuse, and to serve again."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """How large, how long, how rough."""
@@ -290,12 +301,29 @@ class Chaos:
         self.poison.add(entry.decode())
         return entry.decode()
 
+    async def _refuse(self, chance: random.Random) -> str:
+        """The server answers, and serves nobody for a while."""
+        what = chance.choice(list(_REFUSALS))
+        begin, end = _REFUSALS[what]
+        with self._server.client() as redis:
+            redis.execute_command(*begin.split())
+            await asyncio.sleep(self.plan.lease * chance.uniform(0.2, 1.2))
+            redis.execute_command(*end.split())
+        return what
+
+    async def _unblock(self, chance: random.Random) -> str:
+        """End every waiting read, as a server does that is not the master any more."""
+        with self._server.client() as redis:
+            waiting = [one for one in redis.client_list() if one["cmd"] in ("xread", "xreadgroup")]
+            ended = sum(redis.client_unblock(int(one["id"]), error=True) for one in waiting)
+        return f"({ended})"
+
     _FAULTS: ClassVar[dict[Kind, Callable[[Chaos, random.Random], Awaitable[str]]]] = {
         Kind.KILL_WORKER: _kill_worker, Kind.KILL_CHILD: _kill_child,
         Kind.KILL_PRODUCER: _kill_producer, Kind.DRAIN_WORKER: _drain_worker,
         Kind.FREEZE_WORKER: _freeze_worker, Kind.RESTART_SERVER: _restart_server,
         Kind.FREEZE_SERVER: _freeze_server, Kind.CUT: _cut, Kind.STALL: _stall,
-        Kind.POISON: _poison,
+        Kind.POISON: _poison, Kind.REFUSE: _refuse, Kind.UNBLOCK: _unblock,
     }  # fmt: skip
 
     # The end
@@ -314,6 +342,9 @@ class Chaos:
         if self._server.process is None or self._server.process.poll() is not None:
             await asyncio.to_thread(self._server.start)
         self._server.thaw()
+        with self._server.client() as redis:
+            for _, end in _REFUSALS.values():
+                redis.execute_command(*end.split())
 
     async def _quiet(self) -> bool:
         """Whether nothing is pending, waiting or delayed."""

@@ -69,6 +69,7 @@ class Backoff:
 
     Args:
         stop: ends a pause, and with it the trying.
+        longest: seconds of a pause at most, for what must not come late after an outage.
     """
 
     def __init__(
@@ -76,8 +77,10 @@ class Backoff:
         log: OutageLog | None = None,
         stop: asyncio.Event | None = None,
         clock: Callable[[], float] = time.monotonic,
+        longest: float = LONGEST_PAUSE,
     ) -> None:
         self._log, self._stop, self._clock = log or OutageLog(), stop or asyncio.Event(), clock
+        self._longest = longest
         self._since: float | None = None
 
     async def pause(self, error: Exception) -> bool:
@@ -101,7 +104,7 @@ class Backoff:
         """Seconds to wait now; the outage began with the first call since the last success."""
         now = self._clock()
         self._since = now if self._since is None else self._since
-        longest = min(max((now - self._since) * _SHARE, _SHORTEST_PAUSE), LONGEST_PAUSE)
+        longest = min(max((now - self._since) * _SHARE, _SHORTEST_PAUSE), self._longest)
         return longest * _dice.uniform(0.5, 1.0)
 
     def served(self) -> None:
@@ -143,6 +146,7 @@ async def repeatedly(
     log: OutageLog | None = None,
     *,
     after: float = 0.0,
+    longest: float = LONGEST_PAUSE,
 ) -> None:
     """Take a step again and again, each after the seconds that the last one returned.
 
@@ -152,8 +156,9 @@ async def repeatedly(
     Args:
         what: names the steps in the log.
         after: seconds before the first step.
+        longest: as for :class:`Backoff`.
     """
-    backoff, next_line = Backoff(log), float("-inf")
+    backoff, next_line = Backoff(log, longest=longest), float("-inf")
     await asyncio.sleep(after)
     while True:
         try:
