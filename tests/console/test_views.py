@@ -57,7 +57,7 @@ def applied(recorded, history) -> DecisionView:
 
 def fleet(**parts: Any) -> Fleet:
     ready = WorkerState(worker_id="w1", ready=True)
-    whole = {"workers": (ready,), "backlog": {}, "breakers": (), "letters": ()} | parts
+    whole = {"workers": (ready,), "backlog": {}, "breakers": (), "dead_letters": ()} | parts
     return Fleet(at=NOW, **whole)
 
 
