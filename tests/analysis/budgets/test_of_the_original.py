@@ -1,0 +1,70 @@
+"""A budget of the original network: the same amount at every checkpoint, no unit too many."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from networks import chain
+
+from elesh.analysis.budgets.knapsack import Curve, fit_budget
+from elesh.analysis.budgets.resources import resource_model
+from elesh.analysis.budgets.targets import amount_of, fit_all, out_of_reach
+from leyline import Budget
+
+
+def test_the_amount_does_not_depend_on_what_was_cut_before() -> None:
+    whole = chain([8, 8, 8])
+    groups = [group for group in whole.groups if group.prunable]
+    cut = whole.without({groups[0].name: range(3)})
+    for resource in ("macs", "parameters"):
+        budget = Budget(resource=resource, at_most=0.5, of="original")
+        for now in (whole, cut):
+            assert amount_of(budget, now, resource_model(now, budget)) == getattr(whole, resource)
+        given = budget.model_copy(update={"original": 1000.0})
+        assert amount_of(given, cut, resource_model(cut, given)) == 1000.0
+        present = Budget(resource=resource, at_most=0.5)
+        assert amount_of(present, cut, resource_model(cut, present)) == getattr(cut, resource)
+
+
+@pytest.mark.parametrize("multiple", [1, 2])
+@pytest.mark.parametrize("seed", range(8))
+def test_no_group_loses_a_unit_that_the_budget_does_not_need(seed: int, multiple: int) -> None:
+    random = np.random.default_rng(seed)
+    architecture = chain([12, 12, 12])
+    names = [g.name for g in architecture.groups if g.prunable]
+    curves = {n: Curve(sorted(random.random(10)), 12, multiple) for n in names}
+    budget = Budget(resource="macs", at_most=float(random.uniform(0.4, 0.9)), of="original")
+    model = resource_model(architecture, budget)
+    target = budget.at_most * architecture.macs
+    fit = fit_budget(model, curves, target, exact=True)
+    assert fit.after <= target
+    assert all((12 - count) % multiple == 0 for count in fit.lost.values())
+    for name, count in fit.lost.items():
+        assert model.total({**fit.lost, name: count - multiple}) > target, name
+
+
+def test_several_budgets_hold_together() -> None:
+    architecture = chain([12, 12, 12])
+    curves = {
+        g.name: Curve([1.0, 2, 3, 4, 5, 6, 7, 8], 12) for g in architecture.groups if g.prunable
+    }
+    budgets = [
+        Budget(resource="macs", at_most=0.8, of="original"),
+        Budget(resource="parameters", at_most=0.5, of="original"),
+    ]
+    lost = fit_all(architecture, budgets, curves)[-1].lost
+    after = architecture.without({name: range(count) for name, count in lost.items()})
+    assert after.macs <= 0.8 * architecture.macs
+    assert after.parameters <= 0.5 * architecture.parameters
+
+
+def test_what_the_limits_cannot_reach_is_said_with_what_would_help() -> None:
+    architecture = chain([12, 12, 12])
+    groups = [g for g in architecture.groups if g.prunable]
+    half = [Budget(resource="macs", at_most=0.5, of="original")]
+    few = out_of_reach(architecture, half, groups, units=3, minimum=1)
+    assert "macs 0.5 is out of reach" in few
+    assert "raise removed_at_most" in few
+    assert not out_of_reach(architecture, half, groups, units=30, minimum=1)
+    wide = out_of_reach(architecture, half, groups, units=30, minimum=11)
+    assert "groups keep their minimum" in wide
