@@ -197,22 +197,25 @@ class _Subject:
 
     def _covered(self) -> str:
         surgeon = self._surgeon
-        if blocked := surgeon.blocked():
+        blocked, average = surgeon.blocked(), surgeon.unnamed_average()
+        if blocked and blocked != average:
             raise InvalidField("the surgeon", "all that holds the weights", blocked)
+        # One that is made before it is needed, or of no further use, must not end the run.
+        told = f"nothing is cut until it is named: {average}; " if average else ""
         held = {id(p) for group in surgeon.optimizers.groups() for p in group["params"]}
         if not surgeon.optimizers.all:
             raise _Skipped(
-                "the surgeon has no optimizer: nothing is trained, or it will not be cut"
+                told + "the surgeon has no optimizer: nothing is trained, or it will not be cut"
             )
         if surgeon.optimizers.masters:
-            return f"{', '.join(surgeon.optimizers.names)} with parameters of its own"
+            return f"{told}{', '.join(surgeon.optimizers.names)} with parameters of its own"
         cut = {part.tensor for g in surgeon.architecture.groups if g.prunable for part in g.slices}
         missing = [
             name
             for name, p in surgeon.model.named_parameters()
             if name in cut and p.requires_grad and id(p) not in held
         ]
-        told = ", ".join(surgeon.optimizers.names)
+        told += ", ".join(surgeon.optimizers.names)
         if missing:
             return f"{told}; in none of them, and cut all the same: {', '.join(missing[:5])}"
         return f"{told}: all that is prunable and trained"

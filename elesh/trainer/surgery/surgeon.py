@@ -165,6 +165,11 @@ class Surgeon:
                 f"an optimizer of the network was not named: {kinds}; give the Surgeon all of them "
                 "(optimizer=[first, second]), or delete what is not used"
             )
+        return self.unnamed_average()
+
+    def unnamed_average(self) -> str:
+        """What to do about an average of the network that the surgeon was not told of; empty if
+        there is none. Nothing is cut until it is done."""
         averages = unnamed_averages(self._model, self._copies)
         if averages:
             return (

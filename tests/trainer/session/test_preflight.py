@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel
 
 from elesh.trainer import Evaluation, Recorder, Session, Surgeon
 from elesh.trainer.session.preflight import preflight, require_passed, table
@@ -162,3 +163,17 @@ def test_a_preflight_can_be_left_out(capsys: pytest.CaptureFixture[str]) -> None
     assert world.evaluated == 0
     assert "preflight" not in capsys.readouterr().out
     session.close()
+
+
+def test_an_average_that_nobody_named_is_told_and_does_not_end_the_run() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    example = torch.randn(4, 8)
+    surgeon = Surgeon(model, Recorder(model, example).architecture)
+    average = AveragedModel(model)
+    report = preflight(surgeon, example)
+    (found,) = (check for check in report if check.name == "optimizers and averages")
+    assert found.result != "failed"
+    assert "nothing is cut until it is named" in found.detail
+    assert surgeon.blocked() == surgeon.unnamed_average()
+    del average
