@@ -6,12 +6,14 @@ training thread, ``Surgeon`` masks, cuts and undoes.
 
 from elesh.trainer.calibration.ranks import merge_ranks
 from elesh.trainer.calibration.recorder import MeasuredCheckpoint, Recorder
+from elesh.trainer.network.layers import ChannelAxes, teach_layer
 from elesh.trainer.session.apply import Evaluation, apply_decision
 from elesh.trainer.session.session import Session
 from elesh.trainer.surgery.reconstruction import InputCovariance, Moments
 from elesh.trainer.surgery.surgeon import Surgeon
 
 __all__ = [
+    "ChannelAxes",
     "Evaluation",
     "InputCovariance",
     "MeasuredCheckpoint",
@@ -21,4 +23,5 @@ __all__ = [
     "Surgeon",
     "apply_decision",
     "merge_ranks",
+    "teach_layer",
 ]

@@ -333,8 +333,7 @@ def magnitudes(model: nn.Module, groups: Iterable[PruningGroup]) -> dict[str, Do
         produced = {
             (f"{layer}.{attribute}", dim)
             for layer in group.layers
-            for attribute, dim in channel_axes(model.get_submodule(layer)).outputs
-            if attribute == "weight"
+            for attribute, dim in channel_axes(model.get_submodule(layer)).outputs[:1]
         }
         squares = np.zeros(group.size)
         for part in group.slices:

@@ -20,10 +20,11 @@ import torch_pruning as tp
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from elesh.trainer.network.calling import Inputs, batch_size, call, tensors_in
 from elesh.trainer.network.calls import Calls, Link
-from elesh.trainer.network.layers import channel_axes, is_transposed_linear
+from elesh.trainer.network.layers import channel_axes, is_taught
 from elesh.trainer.network.norms import Norm, norm_of
 from leyline import LayerDescriptor
 
@@ -95,8 +96,8 @@ def summary(error: BaseException) -> str:
     )
 
 
-class _TransposedLinear(tp.function.BasePruningFunc):  # type: ignore[misc]
-    """Tells torch-pruning how many channels such a layer has; nothing is pruned by it."""
+class _Taught(tp.function.BasePruningFunc):  # type: ignore[misc]
+    """Tells torch-pruning how many channels a layer that was taught has; nothing is pruned."""
 
     def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
         raise NotImplementedError
@@ -105,10 +106,19 @@ class _TransposedLinear(tp.function.BasePruningFunc):  # type: ignore[misc]
         raise NotImplementedError
 
     def get_out_channels(self, layer: nn.Module) -> int:
-        return int(layer.weight.shape[1])  # type: ignore[index]
+        attribute, dim = channel_axes(layer).outputs[0]
+        return int(getattr(layer, attribute).shape[dim])
 
     def get_in_channels(self, layer: nn.Module) -> int:
-        return int(layer.weight.shape[0])  # type: ignore[index]
+        axes = channel_axes(layer)
+        attribute, dim = (axes.inputs or axes.outputs)[0]
+        return int(getattr(layer, attribute).shape[dim])
+
+
+class _TaughtChannelwise(_Taught):
+    """The same for a layer that treats channels one by one."""
+
+    prune_in_channels = _Taught.prune_out_channels
 
 
 class _Graph(tp.DependencyGraph):  # type: ignore[misc]
@@ -123,8 +133,10 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
             return tensors
 
         self.model, self.verbose = model, False
-        for kind in {type(module) for module in model.modules() if is_transposed_linear(module)}:
-            self.register_customized_layer(kind, _TransposedLinear())
+        for module in model.modules():
+            if is_taught(module) and not isinstance(module, (nn.Linear, _ConvNd)):
+                taught = _Taught() if channel_axes(module).inputs else _TaughtChannelwise()
+                self.register_customized_layer(type(module), taught)
         self._module2name = {module: name for name, module in model.named_modules()}
         self._param_to_name, self.unwrapped_parameters = self._detect_unwrapped_parameters(None)
         self.calls = Calls(model)

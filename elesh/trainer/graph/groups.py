@@ -215,7 +215,8 @@ def _refusal(ports: Sequence[Port], ignored: Collection[str], tied: Mapping[int,
     for port in ports:
         if port.module is None:
             continue
-        if channel_axes(port.module).produces and "weight" not in port.module._parameters:
+        axes = channel_axes(port.module)
+        if axes.produces and axes.outputs[0][0] not in port.module._parameters:
             return f"the weight of {port.name} is computed (parametrised)"
     if shared := _torn(ports, tied):
         return f"{shared} shares its weight with another layer"

@@ -7,7 +7,9 @@ its relatives from the shapes of the tensors after a cut.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -39,17 +41,66 @@ class ChannelAxes:
     """Into how many equal blocks the layer's channels fall that can only go whole; 0: none."""
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of layer that was taught."""
+
+    matches: Callable[[nn.Module], bool]
+    axes: Callable[[Any], ChannelAxes]
+    refit: Callable[[Any], None] | None
+
+
+_TAUGHT: list[_Kind] = []
+
+
+def teach_layer(
+    kind: type[nn.Module] | Callable[[nn.Module], bool],
+    axes: Callable[[Any], ChannelAxes],
+    refit: Callable[[Any], None] | None = None,
+) -> None:
+    """Teach a kind of layer: which axes of its tensors go with its channels.
+
+    To be called before a Recorder is made, in every process that cuts such networks. What is
+    taught last is asked first; that a cut means the same as a mask is proved as for every layer.
+
+    Args:
+        kind: its type (subclasses are meant, too), or a function that tells such a module.
+        axes: from a module to the axes.
+        refit: sets the module's own sizes (``out_features`` and the like) from the shapes of its
+            tensors; called after every cut and when one is taken back.
+    """
+    matches = (lambda module: isinstance(module, kind)) if isinstance(kind, type) else kind
+    _TAUGHT.append(_Kind(matches, axes, refit))
+
+
+def _taught(module: nn.Module) -> _Kind | None:
+    return next((kind for kind in reversed(_TAUGHT) if kind.matches(module)), None)
+
+
+def is_taught(module: nn.Module) -> bool:
+    """Whether :func:`teach_layer` was told of such modules."""
+    return _taught(module) is not None
+
+
+def refit_taught(module: nn.Module) -> None:
+    """Set the sizes of a module of a kind that was taught."""
+    taught = _taught(module)
+    if taught is not None and taught.refit is not None:
+        taught.refit(module)
+
+
 _CHANNELWISE = (("weight", 0), ("bias", 0), ("running_mean", 0), ("running_var", 0))
 
 
 def channel_axes(module: nn.Module) -> ChannelAxes:
     """What is known of this module; for a type that is not known, nothing."""
+    taught = _taught(module)
+    if taught is not None:
+        return taught.axes(module)
     if isinstance(module, _ConvNd):
         return _conv_axes(module)
     if isinstance(module, nn.Linear):
         return ChannelAxes((("weight", 0), ("bias", 0)), (("weight", 1),), -1, True)
-    if is_transposed_linear(module):
-        return ChannelAxes((("weight", 1), ("bias", 0)), (("weight", 0),), -1, True)
     if isinstance(module, nn.Embedding):
         return ChannelAxes((("weight", 1),), produces=True)
     if isinstance(module, _NormBase):
@@ -105,6 +156,7 @@ SIZES = (
 def refit(module: nn.Module) -> None:
     """Set the module's size attributes to what its tensors' shapes say."""
     commit(module)
+    refit_taught(module)
     weight = getattr(module, "weight", None)
     if isinstance(module, _NormBase):
         sized = weight if weight is not None else module.running_mean
@@ -116,8 +168,6 @@ def refit(module: nn.Module) -> None:
         _refit_conv(module, weight)
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
-    elif is_transposed_linear(module):
-        vars(module).update(nx=weight.shape[0], nf=weight.shape[1])
     elif isinstance(module, nn.Embedding):
         module.embedding_dim = weight.shape[1]
     elif isinstance(module, nn.PReLU):
@@ -188,3 +238,26 @@ def require_fit(model: nn.Module, architecture: PrunedArchitecture) -> None:
     parameters = dict(model.named_parameters())
     for path, shape in ((path, shape) for path, shape in found.items() if path in parameters):
         raise ShapeMismatch(f"model.{path}", "no such tensor", f"shape {shape}", hint=hint)
+
+
+def _transposed_axes(module: nn.Module) -> ChannelAxes:
+    return ChannelAxes((("weight", 1), ("bias", 0)), (("weight", 0),), -1, True)
+
+
+def _refit_transposed(module: Any) -> None:
+    module.nx, module.nf = module.weight.shape
+
+
+def _is_standardised(module: nn.Module) -> bool:
+    """Whether this is a convolution with standardised weights, scaled by a gain for each output."""
+    gain = module._parameters.get("gain")
+    return isinstance(module, _ConvNd) and gain is not None and gain.numel() == gain.shape[0] > 1
+
+
+def _standardised_axes(module: _ConvNd) -> ChannelAxes:
+    axes = _conv_axes(module)
+    return replace(axes, outputs=(*axes.outputs, ("gain", 0)))
+
+
+teach_layer(is_transposed_linear, _transposed_axes, _refit_transposed)
+teach_layer(_is_standardised, _standardised_axes)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from elesh.trainer.network.headcounts import HEAD_SIZES
-from elesh.trainer.network.layers import SIZES
+from elesh.trainer.network.layers import SIZES, refit_taught
 from elesh.trainer.network.multihead import commit
 from leyline import PrunedArchitecture
 
@@ -107,6 +107,7 @@ class Skeleton:
         for module, sizes in self.sizes:
             vars(module).update(sizes)
             commit(module)
+            refit_taught(module)
 
 
 @dataclass(frozen=True)
