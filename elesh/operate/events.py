@@ -15,12 +15,14 @@ from typing import Any
 from elesh.bus import Bus, Delivery, Guard
 from elesh.bus.admission import hear
 from leyline import (
+    BadSignature,
     BreakerTransition,
     CheckpointReady,
     ContractError,
     DeadLetter,
     EventEnvelope,
     Message,
+    NotAuthorized,
     OperatorAction,
     PruningOutcome,
     RecompilationRequest,
@@ -28,10 +30,13 @@ from leyline import (
     StructuralPruningDecision,
     StructuralValidationResult,
     TelemetryEvent,
+    Unsigned,
 )
 from leyline.streams import Stream
 
 __all__ = ["FormattedEvent", "tell", "formatted_events"]
+
+_ANYBODY = Guard()
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ async def formatted_events(
             return
 
 
-def tell(delivery: Delivery, guard: Guard) -> FormattedEvent:
+def tell(delivery: Delivery, guard: Guard = _ANYBODY) -> FormattedEvent:
     """What a stream entry says; what nobody has the right to say there is told as just that."""
     stream, entry_id = delivery.stream, delivery.entry_id
     at = datetime.fromtimestamp(int(entry_id.split("-")[0]) / 1000, UTC)
@@ -97,7 +102,8 @@ def tell(delivery: Delivery, guard: Guard) -> FormattedEvent:
     try:
         heard = hear(delivery, guard)
     except ContractError as error:
-        what = f"not to be believed: {error.code}: {error}"
+        forged = isinstance(error, Unsigned | BadSignature | NotAuthorized)
+        what = f"{'not to be believed' if forged else 'unreadable'}: {error}"
         return FormattedEvent(at, stream.name, entry_id, "", what=what, tone="bad")
     message, envelope = heard.message, heard.envelope
     what, tone = _WORDS.get(type(message), _other)(message)
