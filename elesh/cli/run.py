@@ -31,15 +31,41 @@ def demo(
     with_console: Annotated[
         bool, typer.Option("--console", help="Serve the web console beside it.")
     ] = False,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(help="Prune at once instead, without a server: macs=0.3, parameters=0.5."),
+    ] = None,
 ) -> None:
     """Train a real network on real digits under Elesh, from server to tables, on this machine."""
-    from elesh.demo import Demo, run_demo  # torch: only where it is needed
+    from elesh.demo import Demo, run_budget, run_demo  # torch: only where it is needed
 
     setup_logging(level="WARNING")
+    if budget:
+        shares = dict(map(_share, budget))
+        code = run_budget(shares, console, epochs=epochs, seed=seed, json_file=json_file)
+        raise typer.Exit(code)
     plan = Demo(
-        epochs, workers, seed, redis, settings, json_file, every, fail=fail, console=with_console
+        epochs,
+        workers,
+        seed,
+        redis,
+        settings,
+        json_file,
+        every,
+        fail=fail,
+        provoked=epochs is None and settings is None,
+        console=with_console,
     )
     raise typer.Exit(run_demo(plan, console))
+
+
+def _share(given: str) -> tuple[str, float]:
+    """A resource and the share of it that may be left, from ``macs=0.3``."""
+    name, _, share = given.partition("=")
+    try:
+        return name, float(share)
+    except ValueError:
+        raise typer.BadParameter(f"{given!r} is not like macs=0.3", param_hint="--budget") from None
 
 
 @app.command()

@@ -75,22 +75,55 @@ class TransformerBlock(nn.Module):
 
 
 class DigitsNet(nn.Module):
-    """8x8 grey images to ten logits."""
+    """8x8 grey images to ten logits.
 
-    def __init__(self, width: int = 24, heads: int = 4, classes: int = 10) -> None:
+    Args:
+        width: channels of the first stage, and of the transformer.
+        heads: of each transformer block.
+        classes: of the output.
+        blocks: residual blocks of the two stages.
+        layers: transformer blocks.
+        identity: residual branches begin at zero (Goyal et al. 2017, section 5.1), so that a block
+            that is not needed stays one.
+    """
+
+    def __init__(
+        self,
+        width: int = 24,
+        heads: int = 4,
+        classes: int = 10,
+        *,
+        blocks: tuple[int, int] = (2, 2),
+        layers: int = 1,
+        identity: bool = False,
+    ) -> None:
         super().__init__()
         self.stem = nn.Sequential(
             nn.Conv2d(1, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
         )
-        self.stage1 = nn.Sequential(ResidualBlock(width, width), ResidualBlock(width, width))
+        first, second = blocks
+        self.stage1 = nn.Sequential(*(ResidualBlock(width, width) for _ in range(first)))
         self.stage2 = nn.Sequential(
-            ResidualBlock(width, 2 * width, 2), ResidualBlock(2 * width, 2 * width)
+            ResidualBlock(width, 2 * width, 2),
+            *(ResidualBlock(2 * width, 2 * width) for _ in range(second - 1)),
         )
         self.tokens = nn.Linear(2 * width, width)
         self.position = nn.Parameter(torch.zeros(1, 16, width))
-        self.transformer = TransformerBlock(width, heads, 2 * width)
+        towers = [TransformerBlock(width, heads, 2 * width) for _ in range(layers)]
+        self.transformer: nn.Module = towers[0] if layers == 1 else nn.Sequential(*towers)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
+        if identity:
+            self._begin_as_identity()
+
+    def _begin_as_identity(self) -> None:
+        for module in self.modules():
+            if isinstance(module, ResidualBlock) and isinstance(module.shortcut, nn.Identity):
+                nn.init.zeros_(module.bn2.weight)
+            elif isinstance(module, TransformerBlock):
+                for last in (module.attention.output, module.down):
+                    nn.init.zeros_(last.weight)
+                    nn.init.zeros_(last.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, 1, 8, 8] to [B, 10]."""

@@ -48,6 +48,8 @@ class Demo:
     run_id: str = ""
     fail: int = 0
     """How many checkpoints to publish with spoiled statistics."""
+    provoked: bool = False
+    """Whether one epoch is trained on wrong labels, so that a cut is rolled back."""
     console: bool = False
     """Whether a web console is served beside it."""
 
@@ -124,7 +126,13 @@ def _train(
     with Session(run_id, url, settings) as session:
         # Data, network and the proof of its groups take a moment: time to connect.
         training = Training(
-            session, settings, epochs=epochs, every=every, seed=demo.seed, spoiled=demo.fail
+            session,
+            settings,
+            epochs=epochs,
+            every=every,
+            seed=demo.seed,
+            spoiled=demo.fail,
+            provoked=demo.provoked,
         )
         with Screen(console, epochs) as screen:
             report = training.run(screen)
@@ -137,12 +145,11 @@ def _train(
         f"run {run_id}: {epochs} epochs in {time.monotonic() - begun:.0f} s", highlight=False
     )
     with_settings = f" --settings {settings_file}" if settings_file else ""
-    console.print(
-        f"look closer: elesh trace {run_id}, elesh explain KEY, "
-        f"elesh replay --run {run_id}{with_settings}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    if key := report.applied:
+        console.print(f"why the last cut was made: elesh explain {key}", highlight=False)
+        console.print(f"how long it took: elesh trace {key}", highlight=False)
+    again = f"analysed again: elesh replay --run {run_id}{with_settings}"
+    console.print(again, highlight=False, soft_wrap=True)
     if demo.json_file is not None:
         figures = report_figures(report, training)
         demo.json_file.write_text(json.dumps(figures, indent=1) + "\n")

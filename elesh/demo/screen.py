@@ -26,15 +26,15 @@ class Screen:
     def __init__(self, console: Console, epochs: int) -> None:
         self._console = console
         self._progress = Progress(
+            # 80 columns in all.
             TextColumn("[bold]epoch"),
             MofNCompleteColumn(),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=8),
             TextColumn(
-                "{task.fields[phase]:12}  accuracy {task.fields[accuracy]:6.2%}  "
-                "loss {task.fields[loss]:.3f}  approved {task.fields[approved]} "
-                "rejected {task.fields[rejected]}  channels {task.fields[channels]}"
+                "{task.fields[phase]:12} accuracy {task.fields[accuracy]:6.1%} "
+                "channels {task.fields[channels]:3d}"
             ),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
             console=console,
             disable=not console.is_terminal,
         )
@@ -43,9 +43,6 @@ class Screen:
             total=epochs,
             phase="starting",
             accuracy=0.0,
-            loss=0.0,
-            approved=0,
-            rejected=0,
             channels=0,
         )
 
@@ -68,9 +65,6 @@ class Screen:
             completed=figures.epoch,
             phase=figures.phase,
             accuracy=figures.accuracy,
-            loss=figures.loss,
-            approved=figures.approved,
-            rejected=figures.rejected,
             channels=figures.channels,
         )
         if not self._console.is_terminal and figures.checkpoint:
@@ -79,6 +73,11 @@ class Screen:
                 f"loss {figures.loss:.3f}  channels {figures.channels}",
                 highlight=False,
             )
+
+    def on_provoked(self, epoch: int) -> None:
+        """Say what is done on purpose."""
+        told = f"  epoch {epoch} is trained on wrong labels, to show how a cut is taken back"
+        self._console.print(told, highlight=False)
 
     def on_decision(self, decision: StructuralPruningDecision, outcome: PruningOutcome) -> None:
         """One line for what was applied, rolled back or refused; rejected ones are counted."""
@@ -144,6 +143,9 @@ def _summary(report: Report, original: PrunedArchitecture, now: PrunedArchitectu
     )
     for name, old, new in rows:
         table.add_row(name, f"{old:,}", f"{new:,}", f"{100 * (new - old) / max(old, 1):+.1f}%")
+    for size, (was, took) in sorted(report.latency.items()):
+        name = f"latency, batch of {size}"
+        table.add_row(name, f"{1e3 * was:.2f} ms", f"{1e3 * took:.2f} ms", f"{was / took:.2f}x")
     return table
 
 

@@ -5,24 +5,29 @@ Read :meth:`Training.run` to see all that a training script has to do.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from elesh.analysis import counted_groups, phase_at
 from elesh.observe import span
+from elesh.pruning.latency import compared
 from elesh.settings import SafetySchedule, Settings
 from elesh.trainer import Evaluation, Recorder, Session, Surgeon
 from elesh.trainer.export import Exporter, calibration_inputs, is_worth_exporting
 from leyline import (
     CheckpointBundle,
     Level,
+    Phase,
     PrunedArchitecture,
     PruningOutcome,
     StructuralPruningDecision,
@@ -35,6 +40,7 @@ __all__ = ["EpochFigures", "Observer", "Report", "Training", "total_channels"]
 
 _BATCH = 128
 _LEARNING_RATE = 0.1
+_CLASSES = 10
 _LEVELS = (Level.CHANNEL, Level.HEAD, Level.LAYER)
 
 
@@ -55,6 +61,9 @@ class EpochFigures:
 
 class Observer(Protocol):
     """Who is told how a run goes."""
+
+    def on_provoked(self, epoch: int) -> None:
+        """Before an epoch that is trained on wrong labels."""
 
     def on_epoch(self, figures: EpochFigures) -> None:
         """After every epoch."""
@@ -131,6 +140,14 @@ class Report:
     unanswered: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     missed: int = 0
+    latency: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    """Seconds a call by the samples in it: of the network before its first cut, and as it is."""
+
+    @property
+    def applied(self) -> str:
+        """Key of the last decision that was applied, to look closer at; empty if none was."""
+        keys = [d.idempotency_key for d in self.decisions]
+        return next((k for k in reversed(keys) if self.outcomes[k].result == "applied"), "")
 
     @property
     def cuts(self) -> list[Cut]:
@@ -148,6 +165,8 @@ class Training:
         seed: of weights, data split, batches and statistics.
         spoiled: so many first checkpoints are published with truncated statistics, to watch what
             failing analyses do.
+        provoked: train one epoch on wrong labels while a cut of the moderate phase is monitored, to
+            watch what a cut that turns out badly leads to.
     """
 
     def __init__(
@@ -159,20 +178,24 @@ class Training:
         every: int,
         seed: int,
         spoiled: int = 0,
+        provoked: bool = False,
     ) -> None:
         torch.manual_seed(seed)
         # A core is left to the workers: two OpenMP teams on too few cores spin against each other.
         torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
         self.session, self.settings = session, settings
         self.epochs, self.every, self.seed = epochs, every, seed
-        self._to_spoil = spoiled
+        self._to_spoil, self._to_provoke = spoiled, provoked
         self.data = Digits.load(seed)
-        self.model = DigitsNet()
+        self.model = DigitsNet(heads=8, layers=2)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._uncut = copy.deepcopy(self.model)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=_LEARNING_RATE, momentum=0.9, weight_decay=5e-4
         )
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, partial(_rate, epochs=epochs)
+        )
         self.recorder = Recorder(self.model, self.data.train.images[:2], seed=seed)
         self.surgeon = Surgeon(
             self.model,
@@ -204,8 +227,18 @@ class Training:
         """Accuracy and mean loss on a split, in evaluation mode."""
         return evaluate(self.model, split)
 
+    def _labels(self, epoch: int) -> Tensor:
+        """The labels to train on: the right ones, but for the epoch that provokes a rollback."""
+        labels, moderate = self.data.train.labels, phase_at(epoch, self._schedule) is Phase.MODERATE
+        if not (self._to_provoke and moderate and self.session.watched):
+            return labels
+        self._to_provoke = False
+        self._observer.on_provoked(epoch)
+        return (labels + 1) % _CLASSES
+
     def _train_one_epoch(self, epoch: int) -> float:
         self.model.train()
+        labels = self._labels(epoch)
         generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
         train, total = self.data.train, 0.0
         order = torch.randperm(len(train), generator=generator)
@@ -214,7 +247,7 @@ class Training:
             if len(rows) < 2:
                 continue  # a batch of one has no batch statistics
             self.optimizer.zero_grad()
-            loss = functional.cross_entropy(self.model(train.images[rows]), train.labels[rows])
+            loss = functional.cross_entropy(self.model(train.images[rows]), labels[rows])
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
             total += float(loss.detach()) * len(rows)
@@ -292,6 +325,11 @@ class Training:
         report.before = self._before or report.after
         report.unanswered = self._open_keys()
         report.failed = sorted(self.session.failed)
+        images = self.data.held_out.images
+        took = compared({"before": self._uncut, "after": self.model}, images)
+        report.latency = {
+            size: (seconds, took["after"][size]) for size, seconds in took["before"].items()
+        }
         return report
 
     def _figures(self, epoch: int, loss: float) -> EpochFigures:
@@ -312,8 +350,10 @@ class Training:
     def _schedule(self) -> SafetySchedule:
         return self.settings.structured_pruning.safety_schedule
 
-    def _rate(self, epoch: int) -> float:
-        return max(0.01, 0.5 * (1 + math.cos(math.pi * epoch / self.epochs)))
+
+def _rate(epoch: int, epochs: int) -> float:
+    """The learning rate of an epoch as a share of the first; of no object, so that it is copied."""
+    return max(0.01, 0.5 * (1 + math.cos(math.pi * epoch / epochs)))
 
 
 class SpoiledBundle(CheckpointBundle):

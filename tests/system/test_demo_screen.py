@@ -1,0 +1,35 @@
+"""What the demo shows fits a terminal of 80 columns, and its budget is given in plain words."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from elesh.cli import app
+from elesh.demo.screen import Screen
+from elesh.demo.training import EpochFigures
+
+
+def test_the_line_of_progress_shows_epoch_and_channels_in_80_columns() -> None:
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    with Screen(console, 124) as screen:
+        screen.on_epoch(EpochFigures(104, "conservative", 0.01, 0.99, 9, 9, 1264, True))
+    assert isinstance(console.file, io.StringIO)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
+    line = shown.replace("\r", "\n").strip().splitlines()[-1]
+    assert "104/124" in line
+    assert "conservative" in line
+    assert "channels 1264" in line
+    assert len(line.rstrip()) <= 80
+    assert "…" not in line
+
+
+@pytest.mark.parametrize(("given", "told"), [("macs", "macs=0.3"), ("macs=half", "macs=0.3")])
+def test_a_budget_that_is_no_share_is_a_wrong_call(given: str, told: str) -> None:
+    result = CliRunner().invoke(app, ["demo", "--budget", given])
+    assert result.exit_code == 2
+    assert told in result.output
