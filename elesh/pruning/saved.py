@@ -115,8 +115,8 @@ def load(folder: str | Path, model: Network) -> Network:
     Args:
         folder: written by :func:`save`.
         model: built as it was before its first cut (``MyNet()``, ``AutoModel.from_config(...)``);
-            its weights do not matter. It stays on its device and takes the dtypes of what was
-            saved.
+            its weights do not matter; compiled or wrapped, or not. It stays on its device and takes
+            the dtypes of what was saved.
 
     Returns:
         ``model``, cut. It can be trained, cut further and saved again.
@@ -132,14 +132,15 @@ def load(folder: str | Path, model: Network) -> Network:
     architecture = replayed(saved.original, saved.history)
     if architecture.model_hash != saved.model_hash:
         raise DigestMismatch(str(folder), saved.model_hash, architecture.model_hash)
-    _require_same_network(model, saved)
-    _require_same_tensors(model, architecture, weights)
-    surgeon = Surgeon(model, saved.original, restore_points=0)
+    network = unwrapped(model)
+    _require_same_network(network, saved)
+    _require_same_tensors(network, architecture, weights)
+    surgeon = Surgeon(network, saved.original, restore_points=0)
     surgeon.replay(saved.history)
-    for path, tensor in _tensors(model).items():
+    for path, tensor in _tensors(network).items():
         if path in weights:
             _fill(tensor, weights[path], saved.strides.get(path))
-    remember(model, surgeon.architecture, saved.original)
+    remember(network, surgeon.architecture, saved.original)
     return model
 
 

@@ -191,6 +191,12 @@ def test_undone_cuts_are_not_saved(tmp_path: Path) -> None:
     assert torch.equal(loaded(_IMAGES), model(_IMAGES))
 
 
+def test_a_compiled_network_is_loaded_into(network: DigitsNet, folder: Path) -> None:
+    compiled = torch.compile(DigitsNet().eval(), backend="eager")
+    assert elesh.load(folder, compiled) is compiled
+    assert torch.equal(compiled(_IMAGES), network(_IMAGES))
+
+
 def test_a_folder_without_a_network_is_malformed(tmp_path: Path) -> None:
     with pytest.raises(Malformed, match=r"elesh\.save"):
         elesh.load(tmp_path, DigitsNet())
