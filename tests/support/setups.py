@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -141,14 +142,6 @@ class Padded(nn.Module):
         return self.out(self.encoder(x, src_key_padding_mask=padding)[:, 0])
 
 
-class Checkpointed(Conv):
-    def forward(self, x: Tensor) -> Any:
-        from torch.utils.checkpoint import checkpoint
-
-        x = checkpoint(self.first, x, use_reentrant=False) if self.training else self.first(x)
-        return self.head(self.second(x).mean((2, 3)))
-
-
 class Teaching(nn.Module):
     """A student with its slow average inside, as self-distillation has it."""
 
@@ -185,12 +178,6 @@ def averaged() -> Running:
 def compiled() -> Running:
     running = images(Conv())
     running.model = torch.compile(running.model, backend="eager")
-    return running
-
-
-def compiled_in_place() -> Running:
-    running = images(Conv())
-    running.model.compile(backend="eager")
     return running
 
 
@@ -251,7 +238,6 @@ def padded() -> Running:
 SETUPS: Mapping[str, Callable[[], Running]] = {
     "one optimizer (AdamW)": lambda: images(Conv()),
     "SGD with momentum": lambda: images(Conv(), partial(torch.optim.SGD, lr=0.05, momentum=0.9)),
-    "fused AdamW": lambda: images(Conv(), partial(torch.optim.AdamW, lr=1e-2, fused=True)),
     "foreach Adam, amsgrad": lambda: images(
         Conv(), partial(torch.optim.Adam, lr=1e-2, foreach=True, amsgrad=True)
     ),
@@ -263,11 +249,9 @@ SETUPS: Mapping[str, Callable[[], Running]] = {
     "average of the weights (EMA), named": averaged,
     "teacher inside the network": lambda: images(Teaching()),
     "torch.compile(model)": compiled,
-    "model.compile()": compiled_in_place,
     "bfloat16 weights": lambda: images(Conv(torch.bfloat16)),
     "float64 weights": lambda: images(Conv(torch.float64)),
     "channels_last": lambda: images(Conv().to(memory_format=torch.channels_last)),
-    "activation checkpointing": lambda: images(Checkpointed()),
     "outputs as a named tuple": lambda: images(Named()),
     "tied weights": tied,
     "padded nn.TransformerEncoder": padded,
@@ -327,8 +311,12 @@ def cell(told: Path, name: str) -> Iterator[None]:
         raise Ended(said)
 
 
+_CALLS = count(1)
+
+
 def good() -> Evaluation:
-    return Evaluation(0.9, 0.1)
+    """No two are bit for bit the same: a mask moves real ones."""
+    return Evaluation(0.9, 0.1 + next(_CALLS) * 1e-9)
 
 
 def bad() -> Evaluation:

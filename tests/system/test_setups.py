@@ -32,5 +32,6 @@ def test_the_table_of_setups_has_a_row_for_each_and_no_cell_that_raises() -> Non
     assert "raises" not in page
 
 
+@pytest.mark.slow
 def test_a_setup_of_everyday_training_works_in_every_cell() -> None:
     assert set(setups.run("average of the weights (EMA), named").values()) == {setups.WORKS}
