@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,12 @@ class Rank:
         return len(found[0]) == len(found[1]) and all(map(torch.equal, *found))
 
 
+_LOSSES = count(0.1, 1e-9)
+"""No two are the same: a mask moves real ones."""
+
+
 def good() -> Evaluation:
-    return Evaluation(0.9, 0.1)
+    return Evaluation(0.9, next(_LOSSES))
 
 
 def cut_and_train_on(rank: int) -> None:
