@@ -193,7 +193,7 @@ def belongs(role: str, name: str, stream: Stream) -> bool:
     if OWN[name] is not stream:
         return False
     if role == "trainer":
-        return name in {"StructuralPruningDecision", "TelemetryEvent"}
+        return name == "StructuralPruningDecision"
     return True
 
 
