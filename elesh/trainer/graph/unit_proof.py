@@ -133,7 +133,8 @@ class _Experiment(Admission):
             tried = cases[:1] if alone else cases
             heads = [case[-1] for case in tried]
             faults = self._faults([*good, *chain.from_iterable(heads)])
-            if not alone and len(tried) > 1 and any(not fault.blamed for fault in faults):
+            nowhere = any(not fault.blamed and not fault.place for fault in faults)
+            if nowhere and not alone and len(tried) > 1:
                 alone = True
                 continue
             failed: dict[int, str] = {}
