@@ -11,7 +11,7 @@ from pathlib import Path
 
 import platformdirs
 
-from elesh.settings import SettingsError
+from .settings import SettingsError
 
 _PR_SET_PDEATHSIG = 1
 

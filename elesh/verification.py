@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from elesh.program import verifier
+from .program import verifier
 
 __all__ = ["verifier"]

@@ -7,12 +7,7 @@ Start reading at :mod:`leyline.streams`, the catalogue of streams and messages.
 from leyline.messages.analysis import LevelAnalysis, PredictedDamage, RankedUnit
 from leyline.messages.audit import GENESIS, AuditEntry, AuditEvent
 from leyline.messages.budget import Budget, LatencyTable, LayerLatency
-from leyline.messages.checkpoint import (
-    BlobRef,
-    CheckpointMetadata,
-    CheckpointReady,
-    PreflightCheck,
-)
+from leyline.messages.checkpoint import BlobRef, CheckpointMetadata, CheckpointReady, PreflightCheck
 from leyline.messages.decisions import (
     AnalysedPart,
     AttentionHeadTarget,
@@ -52,11 +47,7 @@ from leyline.messages.legacy import (
     ParameterMask,
     PruningMasks,
 )
-from leyline.messages.parameters import (
-    AnalysisParameters,
-    PerformanceRequirements,
-    Reconstruction,
-)
+from leyline.messages.parameters import AnalysisParameters, PerformanceRequirements, Reconstruction
 from leyline.messages.requests import AnalysisRequest, StructuralAnalysisRequest
 from leyline.messages.verification import Interval, Verification
 from leyline.network.architecture import PrunedArchitecture

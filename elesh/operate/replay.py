@@ -28,14 +28,7 @@ from elesh.worker.compute.failures import ChildFailure
 from elesh.worker.compute.frames import DOCUMENT, Job
 from elesh.worker.compute.process import ComputeChild
 from elesh.worker.fallback_chain import REPLAYED, is_corruption, stand_in
-from leyline import (
-    ContractError,
-    IdempotencyKey,
-    Level,
-    StructuralPruningDecision,
-    decode,
-    encode,
-)
+from leyline import ContractError, IdempotencyKey, Level, StructuralPruningDecision, decode, encode
 from leyline.streams import CHECKPOINTS, REQUESTS
 
 from .capture import Case, open_case, save_case, take_blobs, versions

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from elesh.settings import Settings
 from elesh.trainer import Evaluation, Session, Surgeon
 from elesh.trainer.adapters.epochs import EveryEpoch
+from elesh.trainer.recovery.snapshot import Stateful
 from elesh.trainer.session.observers import SessionObserver
-from elesh.trainer.session.snapshot import Stateful
 from leyline import InvalidField, Level, PrunedArchitecture, PruningOutcome
 
 from .judging import Evaluate, evaluated

@@ -13,13 +13,7 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
-from elesh.trainer.network.calling import (
-    Inputs,
-    batch_size,
-    call,
-    device_of,
-    map_tensors,
-)
+from elesh.trainer.network.calling import Inputs, batch_size, call, device_of, map_tensors
 from elesh.trainer.network.state import preserve_state
 
 __all__ = ["compared"]

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from elesh.trainer.network.headcounts import HEAD_SIZES
 from elesh.trainer.network.layers import SIZES, require_fit
-from elesh.trainer.session.files import write_durably
+from elesh.trainer.recovery.files import write_durably
 from elesh.trainer.surgery.bypass import Bypass
 from elesh.trainer.surgery.lineage import lineage_of, remember, replayed
 from elesh.trainer.surgery.surgeon import Surgeon

@@ -13,15 +13,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from leyline import (
-    Fallback,
-    GateResult,
-    Level,
-    LossFactor,
-    Phase,
-    Reconstructed,
-    Verification,
-)
+from leyline import Fallback, GateResult, Level, LossFactor, Phase, Reconstructed, Verification
 
 __all__ = ["Entry", "Measured", "Moves", "Probing", "Proposal", "Remeasuring", "Verifier"]
 

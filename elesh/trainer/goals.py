@@ -10,10 +10,11 @@ from typing import cast, get_args
 from torch import nn
 
 from elesh.analysis.budgets.resources import resource_model
-from elesh.trainer.latency import measure_latency
 from elesh.trainer.network.calling import Inputs
 from leyline import Budget, InvalidField, LatencyTable, PrunedArchitecture
 from leyline.messages.budget import Resource
+
+from .latency import measure_latency
 
 __all__ = ["Goals", "ResourceUse"]
 

@@ -23,13 +23,7 @@ from elesh.analysis.sketch.parameter_masks import allotted, sampled_indices
 from elesh.bus import Bus
 from elesh.settings import Settings
 from elesh.trainer.calibration.losses import Loss, cross_entropy, total
-from elesh.trainer.network.calling import (
-    Inputs,
-    batch_size,
-    call,
-    device_of,
-    map_tensors,
-)
+from elesh.trainer.network.calling import Inputs, batch_size, call, device_of, map_tensors
 from elesh.trainer.network.state import preserve_state
 from leyline import (
     AnalysisRequest,

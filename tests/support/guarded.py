@@ -17,11 +17,11 @@ from trainer_nets import batches, build, example
 
 from elesh.settings import Settings
 from elesh.trainer import Evaluation, Recorder, Surgeon
-from elesh.trainer.session.journal import MadeCut
+from elesh.trainer.recovery.journal import MadeCut
+from elesh.trainer.recovery.recovery import Recovery
+from elesh.trainer.recovery.snapshot import Snapshot, Tracked
+from elesh.trainer.recovery.trees import pack_tree
 from elesh.trainer.session.monitoring import MonitoredCuts
-from elesh.trainer.session.recovery import Recovery
-from elesh.trainer.session.snapshot import Snapshot, Tracked
-from elesh.trainer.session.trees import pack_tree
 from leyline import (
     ChannelPruningTarget,
     IdempotencyKey,

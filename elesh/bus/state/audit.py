@@ -23,15 +23,7 @@ from elesh.bus.server.client import Client
 from elesh.bus.server.clock import ServerClock
 from elesh.bus.streams.consumer_groups import pairs_of
 from elesh.bus.streams.records import ENTRY_ID, Delivery, deliveries_of, entry_fields
-from leyline import (
-    GENESIS,
-    AuditEntry,
-    AuditEvent,
-    ContractError,
-    EventEnvelope,
-    encode,
-    wrap,
-)
+from leyline import GENESIS, AuditEntry, AuditEvent, ContractError, EventEnvelope, encode, wrap
 from leyline.streams import AUDIT, DEAD, DECISIONS, OPERATIONS, OUTCOMES, TELEMETRY, Stream
 
 __all__ = ["COPIED", "AuditHead", "AuditLog", "audit_envelope"]

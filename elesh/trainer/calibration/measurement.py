@@ -9,11 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from elesh.trainer.network.gates import Axis, axis_of
-from elesh.trainer.surgery.reconstruction import (
-    CovarianceSums,
-    InputCovariance,
-    takes_constant,
-)
+from elesh.trainer.surgery.reconstruction import CovarianceSums, InputCovariance, takes_constant
 from leyline import (
     ChannelImportanceData,
     GateStatistics,

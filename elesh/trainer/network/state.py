@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset
 
-from elesh.trainer.network.calling import device_of
-from elesh.trainer.network.compilation import Uncompiled
+from .calling import device_of
+from .compilation import Uncompiled
 
 __all__ = ["preserved", "seed_generators", "preserve_state"]
 

@@ -8,7 +8,6 @@ that training draws from.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from torch import nn
 from elesh.observe import get_logger, span
 from elesh.settings import RollbackTriggers
 from elesh.trainer.network.state import preserved
+from elesh.trainer.recovery.evaluation import Evaluation, failed_check
 from elesh.trainer.surgery.reconstruction import InputCovariance
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import PrunedArchitecture, PruningOutcome, StructuralPruningDecision
@@ -35,7 +35,7 @@ __all__ = [
     "trigger_of",
 ]
 
-Evaluate = Callable[[], "Evaluation"]
+Evaluate = Callable[[], Evaluation]
 Result = Literal["applied", "rolled_back", "refused", "rejected"]
 _UNMOVED = (
     "accuracy and loss under the mask are bit for bit those without, and so they are with almost "
@@ -45,25 +45,6 @@ _UNMOVED = (
 _LONGEST = 2000
 """Of an error in an outcome, in characters."""
 _log = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """How well the network does on the trainer's validation data."""
-
-    accuracy: float
-    """Share of right answers, 0 to 1."""
-    loss: float
-    """Mean loss a sample; 0 where none is measured. NaN and infinity are failed checks."""
-
-    def __post_init__(self) -> None:
-        for name in ("accuracy", "loss"):  # tensors and NumPy scalars, too
-            object.__setattr__(self, name, float(getattr(self, name)))
-
-    @property
-    def finite(self) -> bool:
-        """Whether both figures are numbers that can be compared."""
-        return math.isfinite(self.accuracy) and math.isfinite(self.loss)
 
 
 def apply_decision(
@@ -233,15 +214,6 @@ def preserving(evaluate: Evaluate, model: nn.Module | None) -> Evaluate:
             return evaluate()
 
     return evaluated
-
-
-def failed_check(before: float, now: Evaluation, limit: float) -> str:
-    """Why ``now`` is not good enough after an accuracy of ``before``; empty if it is."""
-    if not math.isfinite(now.loss):
-        return f"loss is {now.loss:g}"
-    if not math.isfinite(now.accuracy) or not before - now.accuracy <= limit:
-        return f"accuracy {before:.4f} fell to {now.accuracy:.4f}, more than {limit:g},"
-    return ""
 
 
 def refusal(decision: StructuralPruningDecision, now: PrunedArchitecture) -> PruningOutcome | None:

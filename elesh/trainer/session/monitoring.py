@@ -12,6 +12,9 @@ from dataclasses import replace
 
 from elesh.observe import get_logger, span
 from elesh.settings import Settings
+from elesh.trainer.recovery.journal import MadeCut
+from elesh.trainer.recovery.recovery import Recovery
+from elesh.trainer.recovery.snapshot import Snapshot, Tracked
 from elesh.trainer.surgery.reconstruction import InputCovariance
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import ContractError, PrunedArchitecture, PruningOutcome, StructuralPruningDecision
@@ -25,9 +28,6 @@ from .apply import (
     refusal,
     trigger_of,
 )
-from .journal import MadeCut
-from .recovery import Recovery
-from .snapshot import Snapshot, Tracked
 
 __all__ = ["MonitoredCuts"]
 

@@ -17,20 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from elesh.trainer.graph.hazards import run_once, trainable_example
-from elesh.trainer.network.calling import (
-    Inputs,
-    call,
-    device_of,
-    map_tensors,
-    tensors_in,
-)
+from elesh.trainer.network.calling import Inputs, call, device_of, map_tensors, tensors_in
 from elesh.trainer.network.state import preserve_state, preserved, seed_generators
+from elesh.trainer.recovery.snapshot import Snapshot, Tracked
+from elesh.trainer.recovery.trees import pack_tree, unpack_tree
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import InvalidField, Level, PreflightCheck
 
 from .apply import Evaluate, preserving
-from .snapshot import Snapshot, Tracked
-from .trees import pack_tree, unpack_tree
 
 __all__ = ["preflight", "require_passed", "table"]
 

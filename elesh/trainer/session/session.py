@@ -24,6 +24,9 @@ from elesh.observe import carrier_of, get_logger, messaging, setup_tracing, span
 from elesh.settings import Settings
 from elesh.trainer.calibration.recorder import MeasuredCheckpoint
 from elesh.trainer.network.calling import example_of
+from elesh.trainer.recovery.recovery import Recovery
+from elesh.trainer.recovery.reporting import event_id_of, recompilation, validation_of
+from elesh.trainer.recovery.snapshot import Stateful, Tracked
 from elesh.trainer.surgery.reconstruction import InputCovariance
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import (
@@ -45,9 +48,6 @@ from .monitoring import MonitoredCuts
 from .observers import Observers, SessionObserver
 from .preflight import preflight as try_all
 from .preflight import require_passed, table
-from .recovery import Recovery
-from .reporting import event_id_of, recompilation, validation_of
-from .snapshot import Stateful, Tracked
 
 __all__ = ["Session"]
 

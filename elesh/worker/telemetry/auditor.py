@@ -20,14 +20,7 @@ from elesh.bus import Bus, BusUnavailable, Delivery, audit_envelope, repeatedly
 from elesh.bus.admission import hear, read
 from elesh.observe import AuditFile, Link, audit_event, get_logger
 from elesh.settings import AuditSettings
-from leyline import (
-    AuditEntry,
-    AuditEvent,
-    BreakerTransition,
-    ContractError,
-    UnknownType,
-    encode,
-)
+from leyline import AuditEntry, AuditEvent, BreakerTransition, ContractError, UnknownType, encode
 from leyline.streams import AUDIT, DEAD, DECISIONS, OPERATIONS, TELEMETRY, Stream
 
 __all__ = ["audit_links", "auditing", "extend_file", "write_audit"]

@@ -13,15 +13,7 @@ from redis import Redis
 from redis.exceptions import ResponseError
 from servers import Server, free_port, redis_binary, valkey
 
-from elesh.bus import (
-    Backoff,
-    Bus,
-    BusRefuses,
-    BusUnavailable,
-    CommitOutcome,
-    OutageLog,
-    repeatedly,
-)
+from elesh.bus import Backoff, Bus, BusRefuses, BusUnavailable, CommitOutcome, OutageLog, repeatedly
 from elesh.bus.server.outage import LONGEST_PAUSE
 from elesh.bus.server.refusals import is_expected, refusal
 from elesh.settings import BusSettings

@@ -15,10 +15,10 @@ import torch
 from guarded import Run, World, decide, outputs, told
 
 from elesh.trainer import apply_decision
-from elesh.trainer.session.files import FolderInUse
-from elesh.trainer.session.reporting import event_id_of
-from elesh.trainer.session.restore_points import FolderPoints
-from elesh.trainer.session.snapshot import Snapshot, Tracked
+from elesh.trainer.recovery.files import FolderInUse
+from elesh.trainer.recovery.reporting import event_id_of
+from elesh.trainer.recovery.restore_points import FolderPoints
+from elesh.trainer.recovery.snapshot import Snapshot, Tracked
 from leyline import ContractError, InvalidField, PruningOutcome
 
 SUPPORT = Path(__file__).parents[2] / "support"

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from guarded import Run, World, decide, told
 
-from elesh.trainer.session.files import FolderInUse, FolderLock
-from elesh.trainer.session.journal import Journal
-from elesh.trainer.session.recovery import Recovery
-from elesh.trainer.session.restore_points import FolderPoints
+from elesh.trainer.recovery.files import FolderInUse, FolderLock
+from elesh.trainer.recovery.journal import Journal
+from elesh.trainer.recovery.recovery import Recovery
+from elesh.trainer.recovery.restore_points import FolderPoints
 from leyline import ContractError, InvalidField, PruningOutcome
 
 

@@ -22,8 +22,8 @@ from elesh.bus import BreakerView, Bus, Commit
 from elesh.bus.state.runs import RunStore
 from elesh.settings import Settings, SettingsError
 from elesh.trainer import Evaluation, Session
-from elesh.trainer.session.files import FolderInUse
-from elesh.trainer.session.recovery import Recovery
+from elesh.trainer.recovery.files import FolderInUse
+from elesh.trainer.recovery.recovery import Recovery
 from leyline import (
     CheckpointReady,
     IdempotencyKey,

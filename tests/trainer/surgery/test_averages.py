@@ -17,8 +17,8 @@ from torch.optim.swa_utils import AveragedModel
 from trainer_nets import example
 
 from elesh.trainer import Recorder, Surgeon
-from elesh.trainer.session.recovery import Recovery
-from elesh.trainer.session.snapshot import Snapshot, Tracked
+from elesh.trainer.recovery.recovery import Recovery
+from elesh.trainer.recovery.snapshot import Snapshot, Tracked
 from leyline import InvalidField, PrunedArchitecture
 
 X, Y = torch.randn(64, 8, generator=torch.Generator().manual_seed(1)), torch.arange(64) % 4

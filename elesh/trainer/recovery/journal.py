@@ -21,7 +21,7 @@ from typing import IO, Any
 from elesh.observe import get_logger
 from leyline import PruningOutcome
 
-from .apply import Evaluation, failed_check
+from .evaluation import Evaluation, failed_check
 from .files import open_private, write_durably
 
 __all__ = ["Journal", "Line", "MadeCut", "Situation"]
