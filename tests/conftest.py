@@ -60,3 +60,14 @@ def station(redis_url: str, partition: str, tmp_path: Path) -> Iterator[Station]
         if worker.process.poll() is None:
             worker.process.kill()
             worker.process.wait()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked ``sampled``, the first case is quick and the others are slow."""
+    seen = set[str]()
+    for item in items:
+        if item.get_closest_marker("sampled"):
+            name = item.nodeid.partition("[")[0]
+            if name in seen:
+                item.add_marker(pytest.mark.slow)
+            seen.add(name)

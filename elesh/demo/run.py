@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -56,6 +57,8 @@ class Demo:
 
 def run_demo(demo: Demo, console: Console) -> int:
     """Everything on this machine: the embedded server unless a URL is given, workers, training."""
+    # SIGTERM ends a demo as Ctrl-C does: its workers and its server end with it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = _folder()
     settings, settings_file = demo_settings(demo, folder)
     with (
