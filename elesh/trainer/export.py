@@ -22,7 +22,6 @@ from elesh.analysis import phase_at
 from elesh.program.operators import IGNORED, name_of
 from elesh.program.program import GateSlot, Node, Program, encoded
 from elesh.settings import SafetySchedule
-from elesh.trainer.calibration.losses import class_axis
 from elesh.trainer.network.calling import (
     Inputs,
     batch_size,
@@ -44,8 +43,6 @@ __all__ = ["Exporter", "calibration_inputs", "held_out_blob", "is_worth_exportin
 
 _EXAMPLES = 2
 """Samples that are traced; one would be taken for a constant by ``torch.export``."""
-_JUDGED, _ROWS = 100, 256
-"""Fewer labels cannot be told from chance; samples that are run at once to judge them."""
 _FIXED = 32
 """Samples of a program whose network insists on a number (``len(x)`` in its forward pass)."""
 
@@ -82,15 +79,13 @@ class Exporter:
 
         Raises:
             ShapeMismatch: if the architecture does not describe the network.
-            InvalidField: if the network cannot be exported, with the reason, the batch has fewer
-                than two samples, or the network does no better on it than by chance: labels of
-                other inputs prove nothing. The worker then decides by prediction.
+            InvalidField: if the network cannot be exported, with the reason, or the batch has
+                fewer than two samples. The worker then decides by prediction.
         """
         require_fit(self._model, architecture)
         inputs, labels = held_out
         if batch_size(inputs) < _EXAMPLES:
             raise InvalidField("held_out", f"at least {_EXAMPLES} samples", batch_size(inputs))
-        _require_known_labels(self._model, inputs, labels)
         traced = self._traced.get(architecture.model_hash)
         if traced is None:
             traced = _trace(self._model, architecture, inputs)
@@ -104,39 +99,6 @@ class Exporter:
             program=traced.program.packed(),
             weights=safetensors.torch.save(weights),
             held_out=held_out_blob(inputs, labels, calibration),
-        )
-
-
-def _require_known_labels(model: nn.Module, inputs: Inputs, labels: Tensor) -> None:
-    """That labels belong to their inputs: the network answers better than one that always gives
-    the most frequent class, by three standard errors. Few labels, and what is no class, pass."""
-    known = labels[labels >= 0] if not labels.is_floating_point() else labels[:0]
-    if len(known) < _JUDGED:
-        return
-    samples, right = batch_size(inputs), 0
-    device = device_of(model)
-    with preserve_state(model, 0), torch.no_grad():
-        for start in range(0, samples, _ROWS):
-            rows = slice(start, start + _ROWS)
-            part = {
-                n: x[rows].to(device) if len(x) == samples else x.to(device)
-                for n, x in _tensors(inputs).items()
-                if x.ndim
-            }
-            logits = main_output(call(model, _with_tensors(inputs, part)))
-            asked = labels[rows].to(device)
-            answers = logits.argmax(class_axis(logits, asked))
-            if answers.shape != asked.shape:
-                return  # No classes: the worker has no accuracy to go by either.
-            right += int(((answers == asked) & (asked >= 0)).sum())
-    chance = float(torch.bincount(known.flatten()).max()) / known.numel()
-    least = chance + 3 * (chance * (1 - chance) / known.numel()) ** 0.5
-    if right <= least * known.numel() and right < known.numel():
-        raise InvalidField(
-            "held_out.labels",
-            f"labels that the network knows better than by chance ({chance:.1%})",
-            f"{right / known.numel():.1%} right of {known.numel()}",
-            hint="do the labels belong to these inputs, in this order? is the network trained?",
         )
 
 
