@@ -156,7 +156,7 @@ def parts(settings: Settings) -> int:
     bundle = networks.bundle(networks.chain((20,) * 16))
     blob = BlobRef(uri="redis:x", size=2 << 30, sha256="0" * 64)
     work = Work(
-        (bundle.decision_key,), "", bundle.document, blob, None, None, None, (), "run", 300.0,
+        bundle.decision_key, "", bundle.document, blob, None, None, None, (), "run", 300.0,
         datetime.now(UTC),
     )  # fmt: skip
     return len(parts_of(work, settings))

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -262,13 +263,19 @@ def test_a_session_of_this_process_that_was_not_closed_is_named(tmp_path: Path) 
     FolderLock(tmp_path).release()
 
 
+def _live_until_told(pipe: Connection) -> None:
+    pipe.send("up")
+    pipe.recv()
+
+
 def test_forked_children_do_not_hold_the_folder(tmp_path: Path) -> None:
     lock = FolderLock(tmp_path)
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe()
-    child = context.Process(target=there.recv, daemon=True)  # as a data loader's worker
-    child.start()
+    child = context.Process(target=_live_until_told, args=(there,), daemon=True)
+    child.start()  # as a data loader's worker
     try:
+        assert here.recv() == "up"
         with pytest.raises(FolderInUse):
             FolderLock(tmp_path)  # the child's letting go has not let go the parent's
         lock._file.close()  # as the parent's end does: nobody unlocks
