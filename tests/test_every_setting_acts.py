@@ -356,6 +356,7 @@ def test_every_key_of_the_document_has_a_probe() -> None:
 
 
 @pytest.mark.parametrize("key", sorted(PROBES))
+@pytest.mark.sampled
 def test_a_changed_key_changes_what_is_seen_or_is_named_as_advisory(
     key: str, tmp_path: Path
 ) -> None:

@@ -179,6 +179,7 @@ def test_all_complaints_come_at_once(tmp_path: Path) -> None:
     ["a: [\n", "\t", "elesh: !!python/object:os.system {}", "elesh: " + "[" * 5000, "\x00"],
     ids=["open list", "tab", "object", "deep", "null"],
 )
+@pytest.mark.slow
 def test_what_is_no_plain_yaml_is_told_with_its_file(tmp_path: Path, text: str) -> None:
     assert complaint(tmp_path, text).startswith("settings.yaml: is ")
 

@@ -70,6 +70,7 @@ def messages() -> list[tuple[Message, datetime]]:
     return [(examples.MESSAGES[name], NOW) for name in names]
 
 
+@pytest.mark.slow
 def test_a_run_is_what_its_trainer_published_and_reported(recorded, history):
     view = run_view(history.runs[recorded.run_id], datetime.now(UTC))
     assert view.epoch == 12

@@ -32,6 +32,7 @@ def test_generated_files_are_current() -> None:
     assert generate.main(["--check"]) == 0
 
 
+@pytest.mark.slow
 def test_a_stale_or_missing_or_left_over_file_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

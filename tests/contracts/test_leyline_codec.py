@@ -202,6 +202,7 @@ plain_values = st.recursive(
 @pytest.mark.parametrize("name", sorted(ALL))
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
+@pytest.mark.sampled
 def test_any_value_in_any_field_is_read_or_a_contract_error(name: str, data: st.DataObject) -> None:
     message = ALL[name]
     field = data.draw(st.sampled_from(sorted(type(message).model_fields)))

@@ -117,6 +117,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 def test_each_role_does_its_whole_work_through_the_products_own_commands(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

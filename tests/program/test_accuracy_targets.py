@@ -34,6 +34,7 @@ def ranking(bundle: CheckpointBundle, settings: Settings = SETTINGS) -> Accuracy
     return found
 
 
+@pytest.mark.slow
 def test_kendall_tau_is_that_of_the_scores_and_the_loss_with_each_channel_masked() -> None:
     trained = proved_networks.perceptron()
     found, taus = ranking(trained.bundle), []
@@ -58,6 +59,7 @@ def masked_losses(trained: Trained, group: str) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_a_ranking_turned_upside_down_is_found_out() -> None:
     trained = proved_networks.convolutions()
     found = ranking(inverted(trained, 119))
@@ -103,6 +105,7 @@ def attention(seed: int = 0, **copied: tuple[int, int]) -> CheckpointBundle:
     return replace(bundle, network=Exporter(model).export(recorder.architecture, (x[64:], y[64:])))
 
 
+@pytest.mark.slow
 def test_a_planted_duplicate_of_a_head_is_found_and_counts_as_right() -> None:
     found = checks(attention(query=(0, 1), key=(0, 1), value=(0, 1)), units=2)
     precision = found["attention_redundancy_detection"]
@@ -110,6 +113,7 @@ def test_a_planted_duplicate_of_a_head_is_found_and_counts_as_right() -> None:
     assert precision.detail.startswith("1 of 1 redundant pairs of heads")
 
 
+@pytest.mark.slow
 def test_heads_that_look_alike_but_say_different_things_count_as_wrong() -> None:
     precision = checks(attention(query=(0, 1), key=(0, 1)), units=2)[
         "attention_redundancy_detection"
@@ -117,12 +121,14 @@ def test_heads_that_look_alike_but_say_different_things_count_as_wrong() -> None
     assert (precision.value, precision.verdict) == (0.0, "missed")
 
 
+@pytest.mark.slow
 def test_without_redundant_pairs_there_is_no_precision() -> None:
     precision = checks(attention(), units=2)["attention_redundancy_detection"]
     assert precision.verdict == "not measured"
     assert precision.detail == "no two heads are more alike than 0.95"
 
 
+@pytest.mark.slow
 def test_gradient_flow_is_kept_by_a_layer_that_does_nothing_and_not_by_all_that_do() -> None:
     torch.manual_seed(3)
     x, y = torch.randn(256, 1, 8, 8), torch.arange(256) % 10

@@ -41,6 +41,7 @@ def decide(
     return analyze(bundle, SETTINGS, verify=verify, loss_factor=factor)
 
 
+@pytest.mark.slow
 def test_would_be_cuts_are_measured_as_the_masked_network_does() -> None:
     trained = proved_networks.digits()
     decision = decide(trained.at(PREPARING))

@@ -75,6 +75,7 @@ def with_held_out(trained: Trained, **changed: Any) -> CheckpointBundle:
     return replace(trained.bundle, network=replace(network, held_out=held_out))
 
 
+@pytest.mark.slow
 def test_at_40_percent_rounds_lose_less_than_one_choice_does() -> None:
     """Without fine-tuning, on unseen data, three seeds: less than half of the .16 that one choice
     lost before decision 0086, and less than it loses since."""
@@ -94,6 +95,7 @@ def test_at_40_percent_rounds_lose_less_than_one_choice_does() -> None:
     assert rounds < once
 
 
+@pytest.mark.slow
 def test_the_same_checkpoint_gives_the_same_bytes_and_so_does_its_replay() -> None:
     bundle = proved_networks.digits().bundle
     first = decide(bundle)

@@ -52,6 +52,7 @@ def trained(request: pytest.FixtureRequest) -> Trained:
     return make()
 
 
+@pytest.mark.slow
 def test_an_approved_cut_of_a_fifth_keeps_95_percent_of_the_accuracy_on_unseen_data(
     trained: Trained,
 ) -> None:
@@ -70,6 +71,7 @@ def test_an_approved_cut_of_a_fifth_keeps_95_percent_of_the_accuracy_on_unseen_d
     assert decision.safety.outcome is Outcome.GO
 
 
+@pytest.mark.sampled
 def test_figures_of_a_measured_decision_are_those_of_the_masked_network(trained: Trained) -> None:
     decision = decide(trained.at(80))
     found = decision.safety.verification
@@ -92,6 +94,7 @@ def test_figures_of_a_measured_decision_are_those_of_the_masked_network(trained:
     assert decision.safety.measured
 
 
+@pytest.mark.slow
 def test_the_same_checkpoint_gives_the_same_bytes(trained: Trained) -> None:
     bundle = trained.at(119)
     first = decide(bundle)
@@ -104,6 +107,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(trained: Trained) -> None:
 
 @pytest.mark.parametrize("epoch", [45, 85, 119])
 @pytest.mark.parametrize("network", ["perceptron", "convolutions"])
+@pytest.mark.sampled
 def test_an_inverted_ranking_never_costs_more_than_the_limit(network: str, epoch: int) -> None:
     trained = getattr(proved_networks, network)()
     bundle = inverted(trained, epoch)
@@ -113,6 +117,7 @@ def test_an_inverted_ranking_never_costs_more_than_the_limit(network: str, epoch
     assert trained.accuracy - masked_accuracy(trained, decision) <= limit
 
 
+@pytest.mark.slow
 def test_a_ranking_that_is_mostly_wrong_is_refused_whole_and_counts_against_its_level() -> None:
     trained = proved_networks.convolutions()
     bundle = inverted(trained, 119)

@@ -43,6 +43,7 @@ def unchanged(model: nn.Module, before: dict[str, torch.Tensor]) -> bool:
     return now.keys() == before.keys() and all(torch.equal(now[n], before[n]) for n in now)
 
 
+@pytest.mark.slow
 def test_half_of_the_macs_go_at_little_cost() -> None:
     model = trained()
     before, macs = accuracy(model), 0.5
@@ -55,6 +56,7 @@ def test_half_of_the_macs_go_at_little_cost() -> None:
 
 
 @pytest.mark.parametrize("resource", ["macs", "parameters", "memory"])
+@pytest.mark.sampled
 def test_no_budget_is_exceeded_by_more_than_a_unit(resource: str) -> None:
     model = trained()
     report = prune(model, {resource: 0.7}, rounds=2)
@@ -81,6 +83,7 @@ def test_heads_go_where_heads_are_asked_for() -> None:
     assert before - accuracy(model) <= 0.05
 
 
+@pytest.mark.slow
 def test_what_costs_too_much_is_taken_back_and_said() -> None:
     model = trained()
     report = prune(model, {"macs": 0.02}, evaluate=validation(model), max_accuracy_drop=0.03)
@@ -143,6 +146,7 @@ def test_wrong_budgets_are_refused_by_name(budget: dict[str, float], field: str)
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.slow
 def test_an_interrupted_call_leaves_the_network_as_it_was(kind: type[BaseException]) -> None:
     model = trained()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
@@ -166,6 +170,7 @@ def test_an_interrupted_call_leaves_the_network_as_it_was(kind: type[BaseExcepti
     assert prune(model, {"macs": 0.6}, optimizer=optimizer).reached
 
 
+@pytest.mark.slow
 def test_training_goes_on_with_the_same_optimizer() -> None:
     model = trained()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
@@ -183,6 +188,7 @@ def test_training_goes_on_with_the_same_optimizer() -> None:
     )
 
 
+@pytest.mark.slow
 def test_pruning_again_counts_from_the_original() -> None:
     model = trained()
     prune(model, {"macs": 0.7})
@@ -211,6 +217,7 @@ def test_the_report_is_a_table_of_80_columns() -> None:
     assert set(report.before.latency) == set(report.after.latency) == {1, 32}
 
 
+@pytest.mark.slow
 def test_the_result_is_the_same_every_time() -> None:
     first, second = trained(), trained()
     prune(first, {"macs": 0.6})
@@ -232,6 +239,7 @@ def test_a_loss_of_ones_own_needs_a_limit_or_an_evaluation() -> None:
     assert report.after.loss <= 2.0
 
 
+@pytest.mark.slow
 def test_a_cut_network_is_saved_and_loaded(tmp_path: Any) -> None:
     model = trained()
     prune(model, {"macs": 0.6})

@@ -51,6 +51,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_has_the_same_outputs_bit_for_bit(
     network: DigitsNet, folder: Path, tmp_path: Path
 ) -> None:

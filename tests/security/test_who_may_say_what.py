@@ -233,6 +233,7 @@ def test_the_table_is_large() -> None:
 
 @pytest.mark.parametrize("treatment", TREATMENTS)
 @pytest.mark.parametrize("role", ROLES)
+@pytest.mark.sampled
 def test_nothing_but_the_allowed_cells_acts(role: str, treatment: str) -> None:
     acts, streams = ROLES[role]
     make = TREATMENTS[treatment]

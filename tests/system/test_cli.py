@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from station import Station, checkpoint
 from test_demo import elesh
 
@@ -37,6 +38,7 @@ def test_a_folder_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     assert str(tmp_path / "nothing") in done.stderr
 
 
+@pytest.mark.slow
 def test_breakers_are_tripped_shown_and_reset_by_hand(redis_url: str, partition: str) -> None:
     environment = {"ELESH_REDIS_URL": redis_url, "ELESH_BUS__PARTITION": partition}
 
@@ -57,6 +59,7 @@ def test_breakers_are_tripped_shown_and_reset_by_hand(redis_url: str, partition:
     assert "run-b" not in run("show")
 
 
+@pytest.mark.slow
 def test_the_design_document_s_settings_pass_the_check_and_wrong_ones_name_line_and_key(
     tmp_path: Path,
 ) -> None:
@@ -69,6 +72,7 @@ def test_the_design_document_s_settings_pass_the_check_and_wrong_ones_name_line_
     assert f"{wrong}:4: structured_pruning.safety_schedule.epochs: unknown key" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_plan_is_the_document_s_formula() -> None:
     assert elesh("plan", "1000000000", environment={}).stdout == "3 workers\n"
     done = elesh("plan", "1000000000", "--levels", "1", "--seconds", "120", environment={})
@@ -82,6 +86,7 @@ def test_the_help_has_every_command_under_a_heading() -> None:
     assert "─ Commands ─" not in done.stdout
 
 
+@pytest.mark.slow
 def test_the_shell_completes_commands() -> None:
     program = str(Path(sys.executable).with_name("elesh"))
     asked = {"_ELESH_COMPLETE": "complete_bash", "COMP_WORDS": "elesh st", "COMP_CWORD": "1"}
@@ -101,6 +106,7 @@ def test_the_shell_completes_commands() -> None:
     assert "complete" in shown.stdout
 
 
+@pytest.mark.slow
 def test_status_shows_workers_backlog_and_the_last_decisions(station: Station) -> None:
     environment = {"ELESH_REDIS_URL": station.url, "ELESH_BUS__PARTITION": station.partition}
     nobody = elesh("status", environment=environment)
@@ -120,6 +126,7 @@ def test_status_shows_workers_backlog_and_the_last_decisions(station: Station) -
         assert text in shown
 
 
+@pytest.mark.slow
 def test_plan_counts_workers_by_gpu_where_that_is_more() -> None:
     done = elesh("plan", "1000", "--gpus", "2", environment={"ELESH_ANALYSIS_WORKERS_PER_GPU": "3"})
     assert done.stdout.splitlines()[0] == "6 workers"

@@ -59,6 +59,7 @@ def decided(past: Station) -> Settings:
     return Settings.load(past.folder / "settings-0.yaml")
 
 
+@pytest.mark.slow
 def test_a_run_is_replayed_bit_by_bit_and_nothing_is_published(
     past: Station, decided: Settings
 ) -> None:
@@ -95,6 +96,7 @@ def keys(past: Station) -> dict[Level, object]:
     return {decision.key.level: decision.key for decision in past.decisions()}
 
 
+@pytest.mark.slow
 def test_a_case_is_captured_with_all_that_decided_it_and_replayed_from_its_file(
     past: Station, decided: Settings, tmp_path: Path
 ) -> None:
@@ -189,6 +191,7 @@ def case_file(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("memory:9000000000", {}, joint()),
     ],
 )
+@pytest.mark.slow
 def test_shards_and_the_rungs_of_single_parts_are_replayed_as_they_were(
     station: Station, tmp_path: Path, fault: str, split: dict[str, Any], bundle: CheckpointBundle
 ) -> None:
@@ -205,6 +208,7 @@ def test_shards_and_the_rungs_of_single_parts_are_replayed_as_they_were(
     assert asyncio.run(replay_case(tmp_path / "case.zip", None)).identical
 
 
+@pytest.mark.slow
 def test_a_decision_that_stood_in_for_corrupt_data_is_replayed_or_says_what_is_gone(
     station: Station, tmp_path: Path
 ) -> None:
@@ -233,6 +237,7 @@ def test_a_decision_that_stood_in_for_corrupt_data_is_replayed_or_says_what_is_g
 # Last: this one empties the server.
 
 
+@pytest.mark.slow
 def test_a_case_that_failed_can_be_taken_home_too(station: Station, tmp_path: Path) -> None:
     async def publish_spoiled(bus: Bus) -> None:
         event = await ready(bus, checkpoint())

@@ -74,6 +74,7 @@ def check(model: nn.Module, inputs: Any, example: Any) -> None:
 
 
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.sampled
 def test_the_exported_network_is_the_network_plain_and_masked(name: str) -> None:
     torch.manual_seed(0)
     inputs = torch.randn(5, *trainer_nets.example().shape[1:])
@@ -81,6 +82,7 @@ def test_the_exported_network_is_the_network_plain_and_masked(name: str) -> None
 
 
 @pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.slow
 def test_transformers_are_exported_plain_and_masked(name: str) -> None:
     check(attention_nets.build(name), attention_nets.inputs(name, 5), attention_nets.inputs(name))
 

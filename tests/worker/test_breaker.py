@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from redis import Redis as SyncRedis
 from redis.asyncio import Redis
 from station import Station, checkpoint
@@ -49,6 +50,7 @@ def test_after_two_failures_the_next_checkpoint_is_still_approved(station: Stati
     assert decision.approved_for_application
 
 
+@pytest.mark.slow
 def test_an_open_breaker_that_was_reset_approves_again(station: Station) -> None:
     station.worker()
     fail(station, 3)
@@ -138,6 +140,7 @@ def test_an_outcome_that_comes_again_or_of_another_run_moves_no_breaker(station:
     assert letter.error_code == "identity_mismatch"  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_a_cut_that_was_rolled_back_is_not_proposed_again_for_the_same_evidence(
     station: Station,
 ) -> None:

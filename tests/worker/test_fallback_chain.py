@@ -23,6 +23,7 @@ def rungs(station: Station) -> list[str]:
     return [event.detail.partition(":")[0] for event in station.telemetry("fallback")]
 
 
+@pytest.mark.slow
 def test_a_timeout_falls_back_to_basic_importance_scoring(station: Station) -> None:
     faulty(station, "hold:60", worker={"window_seconds": 4.0})
     station.publish(checkpoint())
@@ -33,6 +34,7 @@ def test_a_timeout_falls_back_to_basic_importance_scoring(station: Station) -> N
     assert rungs(station) == ["analysis_timeout"]
 
 
+@pytest.mark.slow
 def test_a_crash_is_answered_by_a_fresh_child_and_the_whole_analysis(
     station: Station, tmp_path: Path
 ) -> None:
@@ -45,6 +47,7 @@ def test_a_crash_is_answered_by_a_fresh_child_and_the_whole_analysis(
     assert rungs(station) == ["worker_crash"]
 
 
+@pytest.mark.slow
 def test_a_child_that_crashes_each_time_is_a_dead_letter_and_the_worker_lives(
     station: Station,
 ) -> None:
@@ -58,6 +61,7 @@ def test_a_child_that_crashes_each_time_is_a_dead_letter_and_the_worker_lives(
 
 
 @pytest.mark.parametrize("fault", ["memory", "shared"])
+@pytest.mark.slow
 def test_over_its_memory_the_analysis_is_channels_only_and_conservative(
     station: Station, fault: str
 ) -> None:
@@ -92,6 +96,7 @@ async def with_noise(bus: Bus, bundle: CheckpointBundle) -> None:
     await send(bus, CHECKPOINTS, event.model_copy(update=noise))
 
 
+@pytest.mark.slow
 def test_corrupt_data_is_answered_by_the_previous_analysis_as_telemetry_only(
     station: Station,
 ) -> None:
@@ -121,6 +126,7 @@ def test_corrupt_data_is_answered_by_the_previous_analysis_as_telemetry_only(
     assert first.idempotency_key in fourth.fallbacks[0].reason
 
 
+@pytest.mark.slow
 def test_data_that_is_corrupt_for_every_level_has_a_stand_in_too(station: Station) -> None:
     station.worker()
 

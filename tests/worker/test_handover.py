@@ -27,6 +27,7 @@ LEASE = float(os.environ.get("ELESH_TEST_LEASE_SECONDS", "0.5"))
 
 
 @pytest.mark.timeout(HOLD * 3 + 120)
+@pytest.mark.slow
 def test_a_child_that_holds_the_interpreter_lock_through_a_drain_runs_once(
     station: Station,
 ) -> None:
@@ -59,6 +60,7 @@ def test_a_child_that_holds_the_interpreter_lock_through_a_drain_runs_once(
     assert time.monotonic() - begun > HOLD
 
 
+@pytest.mark.slow
 def test_a_kill_is_counted_as_a_crash_and_taken_over_within_a_lease(station: Station) -> None:
     first = station.worker(bus={"lease_seconds": 2.0})
     station.worker(bus={"lease_seconds": 2.0})
@@ -79,6 +81,7 @@ def test_a_kill_is_counted_as_a_crash_and_taken_over_within_a_lease(station: Sta
     assert [event.figures["deliveries"] for event in station.telemetry("received")] == [1.0, 2.0]
 
 
+@pytest.mark.slow
 def test_a_drain_that_takes_too_long_hands_over_what_was_begun(station: Station) -> None:
     first = station.worker(worker={"drain_seconds": 1.0}, bus={"lease_seconds": 30.0})
     first.child.suspend()
@@ -90,6 +93,7 @@ def test_a_drain_that_takes_too_long_hands_over_what_was_begun(station: Station)
     assert {event.figures["deliveries"] for event in station.telemetry("received")} == {1.0}
 
 
+@pytest.mark.slow
 def test_a_drained_worker_leaves_no_consumer_behind(station: Station) -> None:
     worker = station.worker()
     station.publish(checkpoint())
@@ -100,6 +104,7 @@ def test_a_drained_worker_leaves_no_consumer_behind(station: Station) -> None:
     assert consumers == []
 
 
+@pytest.mark.slow
 def test_an_idle_fleet_sends_at_most_two_commands_a_second_for_each_worker(
     tmp_path: Path,
 ) -> None:

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 
 import layer_networks
+import pytest
 from head_networks import checkpoint as heads_checkpoint
 from head_networks import transformer
 from station import Station, checkpoint
@@ -18,6 +19,7 @@ from leyline import Level, encode
 from leyline.streams import VALIDATION
 
 
+@pytest.mark.slow
 def test_a_checkpoint_becomes_one_decision_with_telemetry_for_every_step(station: Station) -> None:
     station.worker()
     bundle = checkpoint()

@@ -58,6 +58,7 @@ def test_a_program_that_nobody_signed_is_not_run_where_signatures_are_asked_for(
 
 
 @pytest.mark.parametrize(("programs", "measured"), [("authenticated", False), ("any", True)])
+@pytest.mark.slow
 def test_a_program_on_a_bus_without_a_password_is_run_only_if_anybodys_is(
     programs: str, measured: bool, tmp_path: Path
 ) -> None:
@@ -74,6 +75,7 @@ def test_a_program_on_a_bus_without_a_password_is_run_only_if_anybodys_is(
         server.kill()
 
 
+@pytest.mark.slow
 def test_three_refused_rankings_open_the_breaker_and_training_goes_on(station: Station) -> None:
     station.worker(**SECTIONS)
     trained = proved_networks.convolutions()
@@ -92,6 +94,7 @@ def test_three_refused_rankings_open_the_breaker_and_training_goes_on(station: S
 
 
 @pytest.mark.parametrize("preload", [True, False])
+@pytest.mark.sampled
 def test_torch_is_loaded_before_the_first_job_if_it_is_to_be(tmp_path: Path, preload: bool) -> None:
     def has_torch(pid: int) -> bool:
         return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
@@ -111,6 +114,7 @@ def test_torch_is_loaded_before_the_first_job_if_it_is_to_be(tmp_path: Path, pre
     assert asyncio.run(loaded()) is preload
 
 
+@pytest.mark.slow
 def test_a_run_is_calibrated_by_what_its_preparation_measured(station: Station) -> None:
     station.worker(**SECTIONS)
     trained = proved_networks.digits()

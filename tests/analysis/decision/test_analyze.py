@@ -59,6 +59,7 @@ def test_a_sound_checkpoint_is_approved_on_its_prediction() -> None:
 
 
 @pytest.mark.parametrize("gates", [True, False])
+@pytest.mark.slow
 def test_one_and_four_threads_and_another_process_give_the_same_bytes(
     gates: bool, tmp_path: Path
 ) -> None:

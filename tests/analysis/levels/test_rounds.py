@@ -104,6 +104,7 @@ def holds(checkpoint: CheckpointBundle, decision: StructuralPruningDecision, min
     kept=st.sampled_from([0, 3, 10_000]),
     seed=st.integers(0, 10**6),
 )
+@pytest.mark.slow
 def test_minimums_multiples_and_quota_hold(
     sizes: list[int],
     multiple: int,

@@ -78,6 +78,7 @@ def test_fixed_scores_choose_the_same_however_the_groups_are_split() -> None:
     round_to=st.sampled_from((1, 4)),
 )
 @hypothesis_settings(max_examples=25, deadline=None)
+@pytest.mark.slow
 def test_however_the_groups_are_split_every_limit_holds(
     seed: int, places: list[int], round_to: int
 ) -> None:

@@ -54,6 +54,7 @@ def ended(pid: int) -> bool:
     return not psutil.pid_exists(pid)
 
 
+@pytest.mark.slow
 def test_the_server_is_found_by_a_second_process_and_ends_with_the_first(tmp_path):
     with (
         another_process(tmp_path) as (first, url, pid, first_owns),

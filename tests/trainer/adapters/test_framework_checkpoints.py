@@ -275,6 +275,7 @@ def test_lightning_resumes_from_both_sides_of_a_cut_and_loads_elsewhere(tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["WeightAveraging", "EMAWeightAveraging", "SWA"])
+@pytest.mark.slow
 def test_lightnings_averages_are_cut_and_resumed_with_the_network(
     kind: str, tmp_path: Path
 ) -> None:

@@ -40,6 +40,7 @@ def losses(model: nn.Module, data: Data) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["own", "native", "BERT"])
+@pytest.mark.sampled
 def test_a_masked_heads_rise_is_that_of_the_surgeons_mask(name: str) -> None:
     model, data = build(name), data_for(name)
     recorder = Recorder(model, inputs(name))

@@ -102,6 +102,7 @@ def moved(
 
 
 @pytest.mark.parametrize(("kind", "constant"), [("units", False), ("heads", True), ("maps", True)])
+@pytest.mark.sampled
 def test_what_is_predicted_for_a_set_is_what_its_cut_moves(kind: str, constant: bool) -> None:
     """Exact where slopes are the same for all samples, and inputs at all positions: but for the
     drawn directions and the ridge."""
@@ -151,6 +152,7 @@ def test_slopes_that_are_the_same_at_all_positions_are_all_in_the_sum(kind: str)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.sampled
 def test_heads_of_every_family_are_measured_element_by_element(name: str) -> None:
     model, samples = build(name), 6
     recorder = Recorder(

@@ -35,6 +35,7 @@ def gated(model: nn.Module, block: LayerBlock, samples: int) -> tuple[nn.Module,
 
 
 @pytest.mark.parametrize("name", WITH_LAYERS)
+@pytest.mark.sampled
 def test_gate_gradients_are_those_of_a_real_gate(name: str) -> None:
     model = made(name)
     recorder = Recorder(model, example())

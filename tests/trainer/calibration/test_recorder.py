@@ -82,6 +82,7 @@ def test_duplicated_channels_correlate_and_a_silent_one_only_with_itself() -> No
 
 
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.sampled
 def test_every_prunable_group_is_measured_and_only_those(name: str) -> None:
     bundle = measured(build(name))
     names = [group.name for group in bundle.architecture.groups if group.prunable]
@@ -91,6 +92,7 @@ def test_every_prunable_group_is_measured_and_only_those(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.sampled
 def test_two_identical_measurements_give_identical_bundles(name: str) -> None:
     model = build(name)
     recorder = Recorder(model, example())
@@ -117,6 +119,7 @@ def state_of(model: nn.Module) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("name", ["Vgg", "ResNet", "Vit"])
+@pytest.mark.sampled
 def test_measuring_leaves_no_trace_even_if_it_fails(name: str, fails: bool) -> None:
     model = build(name).train()
     next(model.modules()).register_forward_hook(lambda *_: None)
@@ -161,6 +164,7 @@ def test_buffers_that_the_forward_pass_moves_come_back() -> None:
 
 
 @pytest.mark.parametrize("mode", ["frozen", "no_grad", "inference", "train"])
+@pytest.mark.sampled
 def test_statistics_do_not_depend_on_how_the_network_is_used(mode: str) -> None:
     expected, model = measured(build("ResNet")), build("ResNet")
     model.train(mode == "train").requires_grad_(mode != "frozen")

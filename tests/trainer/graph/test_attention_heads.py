@@ -47,6 +47,7 @@ def some_heads(architecture: PrunedArchitecture) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.sampled
 def test_the_heads_of_every_kind_of_network_are_found(name: str) -> None:
     groups = head_groups(architecture_of(name))
     assert {g.name: g.size for g in groups} == NETS[name][2]
@@ -54,6 +55,7 @@ def test_the_heads_of_every_kind_of_network_are_found(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.sampled
 def test_cut_heads_give_what_masked_ones_gave_and_are_counted_exactly(name: str) -> None:
     model, batch = build(name), inputs(name)
     plain = outputs(model, batch)
@@ -72,6 +74,7 @@ def test_cut_heads_give_what_masked_ones_gave_and_are_counted_exactly(name: str)
 
 
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.sampled
 def test_undoing_a_cut_of_heads_brings_everything_back(name: str) -> None:
     model, batch = build(name), inputs(name)
     untouched = copy.deepcopy(model)
@@ -94,6 +97,7 @@ def plain_attributes(model: nn.Module) -> list[object]:
 
 
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.sampled
 def test_a_network_that_lost_heads_trains_and_loads_into_a_fresh_one(name: str) -> None:
     model, batch, architecture = build(name), inputs(name), architecture_of(name)
     surgeon = Surgeon(model, architecture)
@@ -228,6 +232,7 @@ def gated(model: nn.Module, group: PruningGroup, unit: int, gate: float, x: Any)
 
 
 @pytest.mark.parametrize("name", ["own", "digits", "BERT"])
+@pytest.mark.sampled
 def test_projections_of_heads_are_derivatives_by_their_gates(name: str) -> None:
     model, bundle = measured(name, seed=5)
     exact, x, step = copy.deepcopy(model).double(), inputs(name, 6), 1e-5
@@ -275,6 +280,7 @@ def square(output: Any, labels: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.sampled
 def test_patterns_are_seen_in_every_kind_of_network(name: str) -> None:
     loss = square if name in ("encoder", "GPT-2", "Llama") else None
     _, bundle = measured(name, loss=loss)
@@ -309,6 +315,7 @@ def test_the_fused_kernel_shows_the_same_patterns_as_softmax_by_hand() -> None:
 
 
 @pytest.mark.parametrize("name", ["BERT", "Llama"])
+@pytest.mark.sampled
 def test_the_kernel_that_transformers_picks_shows_what_eager_attention_does(name: str) -> None:
     found = []
     for kind in ("eager", "sdpa"):

@@ -39,6 +39,7 @@ def some_of_everything(architecture: PrunedArchitecture) -> tuple[dict[str, list
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.sampled
 def test_moments_are_cut_exactly_like_their_parameters(name: str, kind: str) -> None:
     model, batch = build(name), inputs(name)
     optimizer = OPTIMIZERS[kind](model.parameters())
@@ -68,6 +69,7 @@ def test_moments_are_cut_exactly_like_their_parameters(name: str, kind: str) -> 
 
 
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.sampled
 def test_a_pruned_checkpoint_loads_into_a_fresh_model_by_its_history(name: str) -> None:
     model, batch = build(name), inputs(name)
     surgeon = Surgeon(model, Recorder(model, batch).architecture)

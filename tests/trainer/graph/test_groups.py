@@ -387,6 +387,7 @@ def test_tracing_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("mode", ["frozen", "half", "inference", "autocast"])
+@pytest.mark.sampled
 def test_groups_do_not_depend_on_how_the_network_is_used(mode: str) -> None:
     expected, model = prunable(find(build("ResNet"))), build("ResNet")
     inputs = example()

@@ -39,6 +39,7 @@ def operate(
 
 
 @pytest.mark.parametrize("name", REMOVABLE)
+@pytest.mark.sampled
 def test_only_residual_branches_can_go_and_all_others_say_why_not(name: str) -> None:
     architecture = Recorder(made(name), example()).architecture
     assert removable(architecture) == REMOVABLE[name]
@@ -89,6 +90,7 @@ def test_a_module_that_is_nothing_but_a_residual_block_becomes_an_identity() -> 
 
 
 @pytest.mark.parametrize("name", WITH_LAYERS)
+@pytest.mark.slow
 def test_masking_and_cutting_layers_agree_one_by_one_and_together(name: str) -> None:
     for chosen in [[block] for block in REMOVABLE[name]] + [REMOVABLE[name]]:
         model, _, surgeon, _ = operate(name)
@@ -107,6 +109,7 @@ def test_masking_and_cutting_layers_agree_one_by_one_and_together(name: str) -> 
 
 
 @pytest.mark.parametrize("name", WITH_LAYERS)
+@pytest.mark.sampled
 def test_counts_after_removing_layers_are_the_predicted_ones(name: str) -> None:
     model, architecture, surgeon, _ = operate(name)
     predicted = architecture.without_layers(REMOVABLE[name], epoch=3, key="k")
@@ -125,6 +128,7 @@ def test_counts_after_removing_layers_are_the_predicted_ones(name: str) -> None:
 
 @pytest.mark.parametrize("optimizer", [None, *OPTIMIZERS])
 @pytest.mark.parametrize("name", WITH_LAYERS)
+@pytest.mark.sampled
 def test_undo_brings_layers_and_optimizer_back_bit_for_bit(
     name: str, optimizer: str | None
 ) -> None:
@@ -206,6 +210,7 @@ def test_what_cannot_be_removed_is_refused_by_name_and_nothing_changes() -> None
 
 
 @pytest.mark.parametrize("seed", range(16))
+@pytest.mark.sampled
 def test_random_residual_networks_lose_random_layers_as_predicted(seed: int) -> None:
     model, rng = random_net(seed), random.Random(seed)
     architecture = Recorder(model, example()).architecture

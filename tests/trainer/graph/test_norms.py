@@ -48,6 +48,7 @@ class Decoder(nn.Module):
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm, OwnRmsNorm])
 @pytest.mark.parametrize("gone", [[3], [0, 1, 5, 7, 11]])
+@pytest.mark.sampled
 def test_masking_a_width_is_cutting_it(norm: type[nn.Module], gone: list[int]) -> None:
     torch.manual_seed(0)
     model, tokens = Decoder(norm), torch.randint(0, 11, (2, 5))

@@ -33,6 +33,7 @@ def compiled(model: nn.Sequential, way: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("way", ["around", "in place", "part", "step"])
+@pytest.mark.sampled
 def test_a_mask_acts_on_a_compiled_network_and_is_what_the_cut_computes(way: str) -> None:
     model, x = network(), torch.randn(5, 6)
     run = compiled(model, way)

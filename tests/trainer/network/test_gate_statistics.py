@@ -62,6 +62,7 @@ def keep_halved(model: nn.Module, sites: tuple[GateSite, ...], units: Collection
 
 @pytest.mark.parametrize("ahead", [0, 0.4], ids=["here", "half way"])
 @pytest.mark.parametrize("name", SITES)
+@pytest.mark.sampled
 def test_projections_are_the_derivatives_of_random_projections_of_the_outputs(
     name: str, ahead: float
 ) -> None:

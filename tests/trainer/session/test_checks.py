@@ -35,6 +35,7 @@ def saying(*evaluations: Evaluation) -> Any:
 
 @pytest.mark.parametrize("bad", BAD, ids=repr)
 @pytest.mark.parametrize("good", [1, 2], ids=["under the mask", "after the cut"])
+@pytest.mark.sampled
 def test_no_cut_stands_whose_figures_are_no_numbers(bad: Evaluation, good: int) -> None:
     run, world = Run(), World()
     run.resume(world.tracked)
@@ -48,6 +49,7 @@ def test_no_cut_stands_whose_figures_are_no_numbers(bad: Evaluation, good: int) 
 
 
 @pytest.mark.parametrize("bad", BAD, ids=repr)
+@pytest.mark.sampled
 def test_a_network_whose_own_figures_are_no_numbers_is_not_cut(bad: Evaluation) -> None:
     run, world = Run(), World()
     run.resume(world.tracked)
@@ -57,6 +59,7 @@ def test_a_network_whose_own_figures_are_no_numbers_is_not_cut(bad: Evaluation) 
 
 
 @pytest.mark.parametrize("bad", BAD, ids=repr)
+@pytest.mark.sampled
 def test_a_monitored_cut_after_which_figures_are_no_numbers_is_rolled_back(bad: Evaluation) -> None:
     run, world = Run(), World()
     run.resume(world.tracked)
@@ -68,6 +71,7 @@ def test_a_monitored_cut_after_which_figures_are_no_numbers_is_rolled_back(bad: 
 
 
 @pytest.mark.parametrize("bad", BAD, ids=repr)
+@pytest.mark.sampled
 def test_without_a_session_and_without_a_restore_point_the_cut_is_taken_back_too(
     bad: Evaluation,
 ) -> None:

@@ -40,6 +40,7 @@ def cut(run: Run, world: World, number: int = 1, accuracy: float = 0.9) -> Pruni
 
 
 @pytest.mark.parametrize("on_disk", [True, False])
+@pytest.mark.sampled
 def test_a_cut_that_loses_accuracy_within_its_watch_is_rolled_back_bit_for_bit(
     tmp_path: Path, on_disk: bool
 ) -> None:
@@ -95,6 +96,7 @@ def test_an_accuracy_that_is_no_number_rolls_back() -> None:
     [((), 2, 0.03, "rolled_back"), (("blocks.2",), 0, 0.04, "applied"),
      (("blocks.2",), 2, 0.04, "rolled_back")],
 )  # fmt: skip
+@pytest.mark.sampled
 def test_the_strictest_trigger_of_the_levels_holds(
     layers: tuple[str, ...], units: int, drop: float, result: str
 ) -> None:
@@ -130,6 +132,7 @@ def test_without_a_session_a_bad_cut_is_undone_by_the_surgeon() -> None:
 @pytest.mark.parametrize(
     ("call", "when"), [(0, "before"), (1, "under the mask"), (2, "in the cut")]
 )
+@pytest.mark.sampled
 def test_an_error_of_the_callers_evaluation_is_an_outcome_and_leaves_the_network_as_it_was(
     call: int, when: str
 ) -> None:
@@ -179,6 +182,7 @@ def two_cuts(mode: str) -> tuple[Run, World, list[str]]:
     return run, world, states
 
 
+@pytest.mark.slow
 def test_immediate_goes_back_to_before_the_first_cut_that_failed() -> None:
     run, world, states = two_cuts("immediate")
     first, second = run.watch(62, told(0.79))
@@ -190,6 +194,7 @@ def test_immediate_goes_back_to_before_the_first_cut_that_failed() -> None:
     assert world.digest() == states[0]
 
 
+@pytest.mark.slow
 def test_atomic_takes_only_the_newest_cut_back() -> None:
     run, world, states = two_cuts("atomic")
     (outcome,) = run.watch(62, told(0.5))
@@ -199,6 +204,7 @@ def test_atomic_takes_only_the_newest_cut_back() -> None:
     assert world.digest() == states[0]
 
 
+@pytest.mark.slow
 def test_progressive_goes_to_ever_older_points_until_one_validates() -> None:
     run, world, states = two_cuts("progressive")
     assert len(run.watch(62, told(0.5, 0.9))) == 1
@@ -217,6 +223,7 @@ def fresh(folder: Path, **trainer: Any) -> tuple[Run, World, int]:
     return run, world, run.resume(world.tracked)
 
 
+@pytest.mark.slow
 def test_a_new_process_goes_on_where_the_last_one_stood(tmp_path: Path) -> None:
     run, world = trained(tmp_path)
     cut(run, world)
@@ -234,6 +241,7 @@ def test_a_new_process_goes_on_where_the_last_one_stood(tmp_path: Path) -> None:
     assert later.digest() == went_on, "and training does, as if nothing had happened"
 
 
+@pytest.mark.slow
 def test_a_new_process_can_still_roll_a_cut_back(tmp_path: Path) -> None:
     run, world = trained(tmp_path)
     before = world.digest()
@@ -262,6 +270,7 @@ def test_an_apply_that_was_cut_short_is_reported_when_the_run_resumes(tmp_path: 
     assert "interrupted" in outcome.detail
 
 
+@pytest.mark.slow
 def test_outcomes_stay_unreported_until_the_bus_has_them(tmp_path: Path) -> None:
     run, world = trained(tmp_path)
     outcome = cut(run, world)
@@ -346,6 +355,7 @@ def test_resuming_with_other_parts_is_refused_by_name(tmp_path: Path) -> None:
         Run(tmp_path).resume(Tracked(world.surgeon))
 
 
+@pytest.mark.slow
 def test_killed_at_seeded_moments_a_run_resumes_on_one_side_or_the_other() -> None:
     """A slice; ``python tests/support/kill_driver.py --moments 200`` does two hundred."""
     paths = [str(SUPPORT), str(SUPPORT / "nets"), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -63,6 +63,7 @@ def results(report: Any) -> dict[str, str]:
     return {check.name: check.result for check in report}
 
 
+@pytest.mark.slow
 def test_all_is_tried_and_nothing_is_changed() -> None:
     world = World()
     before, drawn = copy.deepcopy(world.state()), (random.getstate(), torch.get_rng_state())
@@ -77,6 +78,7 @@ def test_all_is_tried_and_nothing_is_changed() -> None:
         assert results(report)[f"training after a cut of a {kind}"] == "ok"
 
 
+@pytest.mark.slow
 def test_a_session_prints_one_table_and_tells_it_in_the_first_checkpoint_only(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,6 +97,7 @@ def test_a_session_prints_one_table_and_tells_it_in_the_first_checkpoint_only(
     session.close()
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_fails_is_refused_when_the_run_begins() -> None:
     world = World()
     before = copy.deepcopy(world.state())
@@ -109,6 +112,7 @@ def test_an_evaluation_that_fails_is_refused_when_the_run_begins() -> None:
     session.close()
 
 
+@pytest.mark.slow
 def test_figures_that_are_no_numbers_are_refused() -> None:
     world = World()
     report = preflight(world.surgeon, world.x, lambda: Evaluation(0.5, float("nan")))
@@ -117,6 +121,7 @@ def test_figures_that_are_no_numbers_are_refused() -> None:
         require_passed(report)
 
 
+@pytest.mark.slow
 def test_a_mask_that_does_not_act_is_found() -> None:
     world = World()
     fixed = torch.zeros(4, 4)
@@ -124,6 +129,7 @@ def test_a_mask_that_does_not_act_is_found() -> None:
     assert results(preflight(world.surgeon, world.x))["mask"] == "failed"
 
 
+@pytest.mark.slow
 def test_training_that_a_cut_breaks_is_found_before_it_is_made() -> None:
     world = World()
 
@@ -165,6 +171,7 @@ def test_a_preflight_can_be_left_out(capsys: pytest.CaptureFixture[str]) -> None
     session.close()
 
 
+@pytest.mark.slow
 def test_an_average_that_nobody_named_is_told_and_does_not_end_the_run() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))

@@ -58,6 +58,7 @@ def flip(file: Path, at: int = -1) -> None:
     "name", ["tensors.safetensors", "state.msgpack", "architecture.json", "point.json"]
 )
 @pytest.mark.parametrize("damaged", [1, 2])
+@pytest.mark.sampled
 def test_resume_returns_the_epoch_of_the_state_that_it_put_back(
     tmp_path: Path, name: str, damaged: int
 ) -> None:
@@ -70,6 +71,7 @@ def test_resume_returns_the_epoch_of_the_state_that_it_put_back(
 
 
 @pytest.mark.parametrize("how", ["emptied", "file gone", "truncated"])
+@pytest.mark.slow
 def test_a_point_that_lost_a_file_or_a_part_is_passed_over(tmp_path: Path, how: str) -> None:
     run, _, digests = trained(tmp_path, 3)
     run.close()
@@ -95,6 +97,7 @@ def undone(run: Run) -> list[PruningOutcome]:
 
 
 @pytest.mark.parametrize("reports", [3, 1], ids=["monitored", "no longer monitored"])
+@pytest.mark.slow
 def test_a_reported_cut_that_is_undone_by_a_damaged_point_is_reported_so(
     tmp_path: Path, reports: int
 ) -> None:
@@ -118,6 +121,7 @@ def test_a_reported_cut_that_is_undone_by_a_damaged_point_is_reported_so(
     assert undone(run) == [outcome], "until the bus has it"
 
 
+@pytest.mark.slow
 def test_a_cut_that_the_restored_point_still_has_is_not_reported_as_undone(tmp_path: Path) -> None:
     run, world, _ = trained(tmp_path, 1)
     run.apply(decide(world.surgeon.architecture), world.surgeon, told(0.9))
@@ -131,6 +135,7 @@ def test_a_cut_that_the_restored_point_still_has_is_not_reported_as_undone(tmp_p
     assert [cut.left for cut in run.monitored] == [3]
 
 
+@pytest.mark.slow
 def test_a_rollback_whose_point_is_damaged_says_of_all_cuts_that_they_are_undone(
     tmp_path: Path,
 ) -> None:
@@ -184,6 +189,7 @@ def not_ours(file: Path) -> None:
 @pytest.mark.parametrize(
     "damage", [damage_middle, damage_first, not_ours, Path.unlink], ids=lambda f: f.__name__
 )
+@pytest.mark.slow
 def test_with_a_damaged_journal_a_run_goes_on_from_its_newest_point(
     tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
@@ -197,6 +203,7 @@ def test_with_a_damaged_journal_a_run_goes_on_from_its_newest_point(
     assert (tmp_path / "journal.damaged").exists() is (damage is not Path.unlink)
 
 
+@pytest.mark.slow
 def test_a_torn_last_line_counts_for_nothing_and_spoils_nothing(tmp_path: Path) -> None:
     run, world, digests = trained(tmp_path, 2)
     run.close()
@@ -325,6 +332,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     return Disk(monkeypatch)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_a_moment_stops_nothing_for_good(
     tmp_path: Path, disk: Disk
 ) -> None:
@@ -351,6 +359,7 @@ def test_a_disk_that_is_full_for_a_moment_stops_nothing_for_good(
     assert made.idempotency_key not in {o.idempotency_key for o in run.unreported}
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_within_a_rollback_leaves_the_run_rolled_back(
     tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -394,6 +403,7 @@ def test_a_part_whose_state_can_no_longer_be_kept_refuses_the_cut_and_not_traini
     assert "secret" in outcome.detail
 
 
+@pytest.mark.slow
 def test_a_journal_that_cannot_be_shortened_is_gone_on_with(tmp_path: Path, disk: Disk) -> None:
     run, _, _ = trained(tmp_path, 2)
     run.close()

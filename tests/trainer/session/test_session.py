@@ -42,6 +42,7 @@ def settings_of(station: Station, **trainer: Any) -> Settings:
     return Settings.load(station.settings_file(), trainer=trainer)
 
 
+@pytest.mark.slow
 def test_a_published_checkpoint_is_decided_and_comes_back_to_its_run(station: Station) -> None:
     station.worker()
     with Session("run", station.url, settings_of(station)) as session:
@@ -52,6 +53,7 @@ def test_a_published_checkpoint_is_decided_and_comes_back_to_its_run(station: St
     assert session.missed == 0
 
 
+@pytest.mark.slow
 def test_a_request_is_answered_under_its_own_id(station: Station) -> None:
     station.worker()
     with Session("run", station.url, settings_of(station)) as session:
@@ -64,6 +66,7 @@ def test_a_request_is_answered_under_its_own_id(station: Station) -> None:
     assert isinstance(message, StructuralAnalysisRequest)
 
 
+@pytest.mark.slow
 def test_decisions_of_other_runs_are_not_seen(station: Station) -> None:
     station.worker()
     with Session("another-run", station.url, settings_of(station)) as session:
@@ -217,6 +220,7 @@ def test_a_settings_file_that_cannot_be_read_is_refused(
 # Accuracy
 
 
+@pytest.mark.slow
 def test_a_checkpoint_has_the_accuracy_that_the_loop_reports(station: Station) -> None:
     world = World()
     with Session("run", station.url, settings_of(station)) as session:
@@ -258,6 +262,7 @@ def test_a_run_id_that_was_used_before_is_said_at_once_and_its_checkpoints_are_a
     assert len(station.messages(CHECKPOINTS)) == 2
 
 
+@pytest.mark.slow
 def test_labels_that_are_shuffled_after_a_cut_roll_it_back_and_everybody_is_told(
     station: Station,
 ) -> None:
@@ -313,6 +318,7 @@ async def commit(bus: Bus, decision: StructuralPruningDecision) -> None:
 
 
 @pytest.mark.parametrize("there", [True, False])
+@pytest.mark.slow
 def test_training_draws_the_same_random_numbers_with_a_session_as_without(
     station: Station, there: bool
 ) -> None:

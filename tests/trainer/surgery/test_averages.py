@@ -119,6 +119,7 @@ KINDS: dict[str, Callable[[nn.Module], Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.sampled
 def test_an_average_is_cut_and_brought_back_with_the_network(
     kind: str, architecture: PrunedArchitecture
 ) -> None:
@@ -178,6 +179,7 @@ def test_reconstruction_moves_an_average_by_as_much_as_the_network(
         assert torch.allclose(average(X), model(X), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_average_that_nobody_named_is_a_refused_outcome(
     architecture: PrunedArchitecture,
 ) -> None:
@@ -295,6 +297,7 @@ class Distilled(nn.Module):
 
 
 @pytest.mark.parametrize("both", [False, True])
+@pytest.mark.sampled
 def test_a_teacher_inside_the_network_loses_what_its_student_loses(both: bool) -> None:
     model = Distilled(both)
     architecture = Recorder(model, X[:4]).architecture

@@ -156,6 +156,7 @@ class Encoder(nn.Module):
 
 @pytest.mark.parametrize("level", [Level.CHANNEL, Level.HEAD, Level.LAYER])
 @pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.sampled
 def test_padded_encoders_compute_under_a_mask_what_they_do_after_the_cut(
     level: Level, grad: bool
 ) -> None:

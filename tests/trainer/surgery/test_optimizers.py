@@ -193,6 +193,7 @@ ANEW = ("LBFGS", "Shampoo")
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.sampled
 def test_every_optimizer_goes_on_after_a_cut_and_comes_back_with_it(
     kind: str, architecture: PrunedArchitecture
 ) -> None:
@@ -290,6 +291,7 @@ def test_trying_an_optimizer_touches_neither_it_nor_its_scheduler(
     assert scheduler.state_dict() == rates
 
 
+@pytest.mark.slow
 def test_a_second_optimizer_of_the_network_that_was_not_named_is_refused(
     architecture: PrunedArchitecture,
 ) -> None:

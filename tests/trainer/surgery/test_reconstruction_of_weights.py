@@ -76,6 +76,7 @@ def cut(model: nn.Module, lost: dict[str, list[int]], *, redistribute: bool) -> 
 
 
 @pytest.mark.parametrize("kind", [*CONSUMERS, "flatten"])
+@pytest.mark.sampled
 def test_a_scaled_copy_is_not_missed(kind: str) -> None:
     torch.manual_seed(0)
     model = Flattened() if kind == "flatten" else Duplicated(CONSUMERS[kind]())
@@ -129,6 +130,7 @@ def test_predicted_inputs_are_never_worse_than_zeros(
 
 
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.sampled
 def test_every_network_runs_on_with_the_same_counts(name: str) -> None:
     model, plain = build(name), build(name)
     recorder = Recorder(model, example())
@@ -174,6 +176,7 @@ def test_the_inputs_of_the_first_consumer_are_nearer_to_what_they_were(name: str
 
 
 @pytest.mark.parametrize("name", ["Vgg", "ResNet", "Unet"])
+@pytest.mark.sampled
 def test_undo_is_exact_and_moments_of_the_optimizer_are_cut_as_without(name: str) -> None:
     states = []
     for redistribute in (False, True):

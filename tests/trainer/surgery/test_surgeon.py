@@ -53,6 +53,7 @@ def everything(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dic
 
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.sampled
 def test_masking_and_cutting_agree(name: str, seed: int) -> None:
     model, architecture, surgeon, _ = operate(name)
     x, whole, chosen = example(), model(example()), units(architecture, seed)
@@ -68,6 +69,7 @@ def test_masking_and_cutting_agree(name: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.sampled
 def test_counts_after_a_cut_are_the_predicted_ones(name: str) -> None:
     model, architecture, surgeon, _ = operate(name)
     chosen = units(architecture)
@@ -80,6 +82,7 @@ def test_counts_after_a_cut_are_the_predicted_ones(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.sampled
 def test_a_cut_network_can_be_cut_again_without_tracing(name: str) -> None:
     model, _, surgeon, _ = operate(name)
     for seed in (0, 1):
@@ -98,6 +101,7 @@ def test_a_cut_network_can_be_cut_again_without_tracing(name: str) -> None:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.sampled
 def test_training_goes_on_after_a_cut(name: str, optimizer: str) -> None:
     model, architecture, surgeon, made = operate(name, optimizer)
     assert made is not None
@@ -128,6 +132,7 @@ def test_optimizer_state_is_cut_with_its_parameters() -> None:
 
 @pytest.mark.parametrize("optimizer", [None, *OPTIMIZERS])
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.sampled
 def test_undo_is_bit_exact_even_after_further_training(name: str, optimizer: str | None) -> None:
     model, architecture, surgeon, made = operate(name, optimizer)
     if made is not None:
@@ -238,6 +243,7 @@ def test_masked_units_get_no_gradient_from_their_consumers() -> None:
 
 
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.sampled
 def test_replaying_the_history_lets_a_pruned_state_dict_load(name: str) -> None:
     model, _, surgeon, _ = operate(name)
     for seed, key in ((0, "first"), (1, "second")):

@@ -63,6 +63,7 @@ def when(station: Station, condition: Callable[[], bool], reason: str) -> float:
     return time.monotonic() - begun
 
 
+@pytest.mark.slow
 def test_a_wedged_child_turns_readiness_red_and_nothing_is_lost(station: Station) -> None:
     worker = station.worker(**HEALTH)
     pages = Pages(worker)
@@ -89,6 +90,7 @@ def test_a_wedged_child_turns_readiness_red_and_nothing_is_lost(station: Station
     assert page["metrics"]["analysis_duration_p95"] > 0
 
 
+@pytest.mark.slow
 def test_an_idle_child_that_dies_is_replaced_without_any_work(station: Station) -> None:
     worker = station.worker(**HEALTH)
     pages = Pages(worker)
@@ -108,6 +110,7 @@ def test_an_idle_child_that_dies_is_replaced_without_any_work(station: Station) 
     assert decision.fallbacks == (), "no job was in the one that died"
 
 
+@pytest.mark.slow
 def test_every_metric_of_rules_and_dashboard_is_exposed(station: Station) -> None:
     worker = station.worker(**HEALTH)
     pages = Pages(worker)
@@ -130,6 +133,7 @@ def test_every_metric_of_rules_and_dashboard_is_exposed(station: Station) -> Non
         assert found[name][0][1] > 0
 
 
+@pytest.mark.slow
 def test_a_worker_is_in_the_register_while_it_serves(station: Station) -> None:
     worker = station.worker(observe={"heartbeat_seconds": 0.5})
     (state,) = station.wait_for(lambda: [s for s in states(station) if s.ready], "the register")
@@ -139,6 +143,7 @@ def test_a_worker_is_in_the_register_while_it_serves(station: Station) -> None:
     assert states(station) == []
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken_is_an_error_that_names_the_setting(station: Station) -> None:
     port = int(Pages(station.worker(**HEALTH)).url.rpartition(":")[2])
     path = station.settings_file(observe={"health_port": port})
@@ -191,6 +196,7 @@ def test_a_child_that_holds_the_interpreter_lock_is_busy_and_not_wedged(
     assert heartbeat.look(None, busy=False).child == "dead"
 
 
+@pytest.mark.slow
 def test_metrics_leave_by_otlp_too(station: Station) -> None:
     with collecting() as collector:
         worker = station.worker({"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url})
