@@ -54,7 +54,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]:
                 check=True,
                 stdout=subprocess.PIPE,
                 text=True,
-                timeout=150,
+                timeout=800,
             )
             with Redis.from_url(url) as client:
                 [(_, fields)] = client.xrange("elesh:{main}:decisions", count=1)

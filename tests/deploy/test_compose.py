@@ -102,7 +102,7 @@ def is_healthy(service: dict[str, Any], environment: dict[str, str]) -> bool:
     return subprocess.run(natively(command), check=False, stderr=subprocess.DEVNULL).returncode == 0
 
 
-@pytest.mark.timeout(170)
+@pytest.mark.timeout(900)
 def test_the_commands_of_the_compose_file_drive_a_checkpoint_through(
     services: dict[str, Any], tmp_path: Path
 ) -> None:

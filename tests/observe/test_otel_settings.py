@@ -45,7 +45,7 @@ def test_a_setting_that_cannot_be_met_is_a_line_and_no_traceback(
         env=os.environ | given | {"ELESH_STATE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=800,
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr

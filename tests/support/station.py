@@ -32,7 +32,7 @@ from leyline import (
 from leyline.streams import CHECKPOINTS, DECISIONS, OUTCOMES, TELEMETRY, Stream
 
 T = TypeVar("T")
-PATIENCE = 60.0
+PATIENCE = 240.0
 
 
 class WorkerProcess:

@@ -27,7 +27,7 @@ def chaos(folder: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
             sys.executable, "-m", "tests.chaos", "--minutes", "0.15", "--lease", "2", "--workers",
             "2", "--pause", "0.8", "--every", "0.4", "--folder", str(folder), *arguments,
         ],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=170,
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=800,
     )  # fmt: skip
     report = folder / "report.json"
     assert report.exists(), done.stderr

@@ -41,7 +41,7 @@ def elesh(*arguments: str, environment: dict[str, str]) -> subprocess.CompletedP
     return subprocess.run(
         [sys.executable, "-m", "elesh.cli", *arguments],
         env=os.environ | environment | {"COLUMNS": "200"}, capture_output=True, text=True,
-        timeout=170, check=False,
+        timeout=800, check=False,
     )  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def run(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(figures, collector, done.stdout, environment, settings)
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(900)
 def test_a_demo_run_approves_and_applies_decisions_and_shrinks_the_network(run: Run) -> None:
     figures = run.figures
     applied = [d for d in figures["decisions"] if d["outcome"] == "applied"]

@@ -10,7 +10,7 @@ import yaml
 from test_demo import SCHEDULE, elesh
 
 
-@pytest.mark.timeout(170)
+@pytest.mark.timeout(900)
 def test_after_three_failed_analyses_the_demo_trains_on_under_an_open_breaker(
     redis_url: str, partition: str, tmp_path: Path
 ) -> None:
@@ -38,7 +38,7 @@ def test_after_three_failed_analyses_the_demo_trains_on_under_an_open_breaker(
     assert figures["parameters_after"] == figures["parameters_before"]
 
 
-@pytest.mark.timeout(170)
+@pytest.mark.timeout(900)
 def test_without_a_bus_the_demo_says_so_in_one_line_and_trains_to_the_end(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     done = elesh(

@@ -105,7 +105,7 @@ def test_a_worker_killed_with_a_part_loses_nothing_and_the_join_comes_once(
     assert not station.read(DEAD)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(900)
 def test_a_level_that_misses_the_deadline_is_named_and_the_others_decide(
     station: Station,
 ) -> None:

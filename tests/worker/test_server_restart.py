@@ -56,7 +56,7 @@ class Server:
         self._process.wait()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(900)
 def test_a_worker_outlives_its_server_and_decides_each_key_once(tmp_path: Path) -> None:
     server = Server(tmp_path)
     server.start()

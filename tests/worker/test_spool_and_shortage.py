@@ -32,7 +32,7 @@ def test_the_folder_of_a_killed_worker_goes_with_the_next_and_that_of_a_living_o
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     program = [sys.executable, "-c", KILLED]
     environment = os.environ | {"TMPDIR": str(tmp_path)}
-    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=800)
     left = Path(done.stdout.strip())
     assert (left / "checkpoint").exists()
     stranger = tmp_path / "elesh-worker-just-made"

@@ -240,7 +240,7 @@ def test_tls_works_with_the_right_authority_and_is_refused_with_another(
 # Sentinel
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(900)
 def test_the_bus_follows_a_failover_of_sentinel(tmp_path: Path) -> None:
     first, second = (Server(tmp_path / name) for name in ("first", "second"))
     folder, port = tmp_path / "sentinel", free_port()
@@ -340,7 +340,7 @@ def _text(redis: Redis, *command: str) -> str:
     return str(reply, "ascii") if isinstance(reply, bytes) else str(reply)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(900)
 def test_partitions_live_on_the_nodes_of_a_cluster_and_are_followed_when_they_move(
     cluster: list[Server],
 ) -> None:
