@@ -44,6 +44,8 @@ def main() -> None:
 
     report = elesh.prune(model, data.calibration(), {"macs": 0.5}, evaluate=evaluate)
     print(report)
+    size = report.before.parameters, report.after.parameters
+    print(f"parameters {size[0]} -> {size[1]}, accuracy {report.after.accuracy:.3f}")
 
     with tempfile.TemporaryDirectory() as folder:
         elesh.save(model, f"{folder}/pruned")

@@ -125,10 +125,12 @@ def redundancy(
     if not plan.groups:
         return {}
     phase = plan.allowed.phase
+    # The order under reconstruction looks for no pairs.
+    scorer = "output_projection" if plan.scorer == "reconstruction" else plan.scorer
     ranking = (
-        rank_heads(bundle, pruning.attention_analysis, plan.groups, plan.scorer, phase)
+        rank_heads(bundle, pruning.attention_analysis, plan.groups, scorer, phase)
         if level is Level.HEAD
-        else rank_channels(bundle, pruning.channel_analysis, plan.groups, plan.scorer, phase)
+        else rank_channels(bundle, pruning.channel_analysis, plan.groups, scorer, phase)
     )
     return _by_group(ranking)
 

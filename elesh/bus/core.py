@@ -526,7 +526,8 @@ def never_fits(error: BusUnavailable) -> TooLarge:
 
 def _run_of(dead_letter: DeadLetter) -> tuple[str, int | None]:
     """Run and epoch of the message in a dead letter: its trainer is to hear of it."""
-    if dead_letter.error_code in UNTRUSTED:
+    # A key stands in it only where the message was admitted: then what was malformed is its data.
+    if dead_letter.error_code in UNTRUSTED and not dead_letter.idempotency_key:
         return "", None
     try:
         envelope = read_envelope(unframed(dead_letter.original.get("envelope", b"")))

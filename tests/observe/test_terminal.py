@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 
 import pytest
 from rich.table import Table
@@ -53,6 +54,7 @@ def test_a_log_line_is_one_line_whatever_is_in_it(
 ) -> None:
     setup_logging(style)  # type: ignore[arg-type]
     get_logger("elesh.test").warning("breaker", reason=f"{HOSTILE}\n12:00:00 info decision settled")
+    logging.getLogger("elesh").handlers[0].flush()
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert not [c for c in FORBIDDEN if c in lines[0]]
@@ -60,4 +62,5 @@ def test_a_log_line_is_one_line_whatever_is_in_it(
         raise ValueError(HOSTILE)
     except ValueError:
         get_logger("elesh.test").exception("lost")
+    logging.getLogger("elesh").handlers[0].flush()
     assert not [c for c in FORBIDDEN if c in capsys.readouterr().err]

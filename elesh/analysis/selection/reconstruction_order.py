@@ -23,7 +23,6 @@ from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
-from scipy.linalg import lapack
 
 from elesh.analysis.candidates import Bools, Candidates, Doubles
 from leyline import GateStatistics
@@ -156,6 +155,8 @@ class _Consumer:
 
 def _inverse(matrix: Doubles) -> Doubles:
     """Of a positive definite matrix, by Cholesky: a third of the work of a general one."""
+    from scipy.linalg import lapack  # only here: a worker that starts need not load it
+
     factor, failed = lapack.dpotrf(matrix, lower=True)
     if not failed:
         inverse, failed = lapack.dpotri(factor, lower=True)

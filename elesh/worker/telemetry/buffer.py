@@ -89,6 +89,6 @@ class TelemetryBuffer:
         failed = [answer for answer in answers if isinstance(answer, Exception)]
         if dropped := self._dropped:
             self._dropped = 0
-            self._lines.warning("telemetry missed", dropped, reason=f"{_MOST} events waited")
+            self._lines.warning("telemetry dropped", dropped, reason=f"{_MOST} events waited")
         if failed:
             self._lines.warning("telemetry missed", len(failed), reason=str(failed[0]))

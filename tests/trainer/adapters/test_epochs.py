@@ -14,7 +14,7 @@ from trainer_nets import batches, build
 
 from elesh.trainer import Evaluation, Session
 from elesh.trainer.adapters.epochs import EveryEpoch
-from leyline import CheckpointBundle, InvalidField, StructuralPruningDecision
+from leyline import CheckpointBundle, InvalidField, Reconstructed, StructuralPruningDecision
 
 AWAY = "redis://127.0.0.1:1/0"
 
@@ -31,6 +31,7 @@ class Kept(Session):
         self.answers: list[StructuralPruningDecision] = []
 
     def publish(self, bundle: CheckpointBundle) -> bool:
+        self._keep_covariance(bundle)
         self.published.append(self._with_accuracy(bundle))
         return True
 
@@ -63,7 +64,8 @@ def test_every_checkpoint_asks_for_what_is_missing_of_the_original_budget() -> N
     now = surgeon.architecture
     budget = session.published[1].parameters.budget
     assert budget is not None
-    assert budget.at_most * now.macs == pytest.approx(0.5 * now.original_macs)
+    assert (budget.of, budget.at_most) == ("original", 0.5), "whatever was cut meanwhile"
+    assert budget.original == now.original_macs > now.macs
 
 
 def test_nothing_is_asked_for_once_the_budget_is_reached() -> None:
@@ -91,9 +93,14 @@ def test_cuts_are_reconstructed_where_the_callback_or_the_settings_say_so(
         epochs, network = running(session, reconstruct=reconstruct)
         epochs._evaluate = lambda *_: Evaluation(0.9, next(_LOSSES))
         assert epochs.surgeon is not None
-        session.answers = [decide(epochs.surgeon.architecture)]
         epochs.end_epoch(1)
         assert session.published[0].parameters.redistribute is (reconstruct is not False)
+        made = decide(epochs.surgeon.architecture)
+        if reconstruct is not False:
+            made = made.model_copy(update={"reconstruction": Reconstructed(applied=True)})
+        session.answers = [made]
+        (outcome,) = epochs.end_epoch(2)
+        assert outcome.result == "applied", outcome.detail
         weights.append(torch.cat([p.detach().flatten() for p in network.parameters()]))
     assert weights[0].shape == weights[1].shape
     assert not torch.equal(*weights)

@@ -158,9 +158,9 @@ def test_a_port_that_is_taken_is_an_error_that_names_the_setting(station: Statio
 HOLD_LOCK = """
 import sys
 from pathlib import Path
-from elesh.worker.pulse import beat_into
-sys.setswitchinterval(1e6)  # the thread that beats never has its turn
-beat_into(Path(sys.argv[1]))
+from elesh.worker.compute.heartbeat import heartbeat_into
+sys.setswitchinterval(1e6)  # the heartbeat thread never has its turn
+heartbeat_into(Path(sys.argv[1]))
 print("up", flush=True)
 if sys.argv[2] == "compute":
     while True:
