@@ -14,7 +14,7 @@ import setups
 PAGE = Path(__file__).parents[2] / "docs" / "setups.md"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_every_cell_of_the_table_of_setups_is_what_happens() -> None:
     rows = {name: setups.run(name) for name in setups.SETUPS}
@@ -32,6 +32,6 @@ def test_the_table_of_setups_has_a_row_for_each_and_no_cell_that_raises() -> Non
     assert "raises" not in page
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_setup_of_everyday_training_works_in_every_cell() -> None:
     assert set(setups.run("average of the weights (EMA), named").values()) == {setups.WORKS}
