@@ -9,6 +9,7 @@ was compiled in this process, nothing of the compiler is imported.
 from __future__ import annotations
 
 import sys
+import weakref
 from types import TracebackType
 from typing import Any
 
@@ -41,20 +42,23 @@ class Uncompiled:
     """While any of these is entered, compiled networks run uncompiled in this process.
 
     They may be left in any order; the compiler's stance of before comes back with the last one.
+    One whose network is gone has left, too: masks that nobody took off end with their network.
     """
 
     _entered = 0
     _stance: Any = None
 
-    def __init__(self) -> None:
-        self._active = False
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._leave: weakref.finalize[[], nn.Module] | None = None
 
     def __enter__(self) -> Uncompiled:
-        if not self._active and "torch._dynamo" in sys.modules:
-            self._active = True
+        if self._leave is None and "torch._dynamo" in sys.modules:
             if not Uncompiled._entered:
                 Uncompiled._stance = torch.compiler.set_stance("force_eager")
             Uncompiled._entered += 1
+            self._leave = weakref.finalize(self._model, Uncompiled._one_left)
+            self._leave.atexit = False
         return self
 
     def __exit__(
@@ -63,9 +67,13 @@ class Uncompiled:
         error: BaseException | None = None,
         trace: TracebackType | None = None,
     ) -> None:
-        if self._active:
-            self._active = False
-            Uncompiled._entered -= 1
-            if not Uncompiled._entered:
-                stance, Uncompiled._stance = Uncompiled._stance, None
-                stance.__exit__(kind, error, trace)
+        if self._leave is not None:
+            self._leave()
+            self._leave = None
+
+    @staticmethod
+    def _one_left() -> None:
+        Uncompiled._entered -= 1
+        if not Uncompiled._entered:
+            stance, Uncompiled._stance = Uncompiled._stance, None
+            stance.__exit__(None, None, None)

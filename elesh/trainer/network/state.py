@@ -67,7 +67,7 @@ def preserve_state(model: nn.Module, seed: int, *others: Any) -> Iterator[None]:
         preserved(model, *others),
         torch.inference_mode(False),
         torch.enable_grad(),
-        Uncompiled(),
+        Uncompiled(model),
     ):
         seed_generators(device_of(model), seed)
         model.eval()

@@ -98,7 +98,7 @@ class BranchMasks:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._handles: list[RemovableHandle] = []
-        self._uncompiled = Uncompiled()
+        self._uncompiled = Uncompiled(model)
 
     def set(self, blocks: Iterable[LayerBlock]) -> None:
         """Silence just these blocks."""

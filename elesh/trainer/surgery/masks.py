@@ -76,7 +76,7 @@ class Masks:
         self._model = model
         self._handles: list[RemovableHandle] = []
         self._lent: list[nn.Module] = []
-        self._uncompiled = Uncompiled()
+        self._uncompiled = Uncompiled(model)
 
     def set(self, architecture: PrunedArchitecture, units: Mapping[str, Collection[int]]) -> None:
         """Silence just these units (current numbering), by group name."""

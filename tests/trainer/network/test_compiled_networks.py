@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +13,18 @@ from elesh.trainer import Recorder, Surgeon
 from elesh.trainer.network.compilation import Uncompiled, unwrapped
 
 UNITS = {"0": [0, 3, 5], "2": [1, 2]}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No mask of another test's network, still alive somewhere, has the compiler stopped."""
+    monkeypatch.setattr(Uncompiled, "_entered", 0)
+    with torch.compiler.set_stance("default"):
+        yield
+
+
+def stance() -> str:
+    return str(torch._dynamo.eval_frame._stance.stance)
 
 
 def network() -> nn.Sequential:
@@ -85,15 +100,25 @@ def test_more_cuts_than_the_compiler_would_recompile_for_are_all_compiled() -> N
 def test_the_compilers_stance_comes_back_with_the_last_who_leaves() -> None:
     run = torch.compile(network(), backend="eager")
     run(torch.randn(2, 6))
-    one, other = Uncompiled(), Uncompiled()
+    one, other = Uncompiled(network()), Uncompiled(network())
     one.__enter__()
     other.__enter__()
     one.__exit__()
-    assert Uncompiled._entered == 1
+    assert stance() == "force_eager"
     other.__exit__()
     other.__exit__()
-    assert Uncompiled._entered == 0
-    assert torch._dynamo.eval_frame._stance.stance == "default"
+    assert stance() == "default"
+
+
+def test_a_masked_network_that_nobody_holds_any_more_stops_no_compiler() -> None:
+    model, x = network(), torch.randn(5, 6)
+    torch.compile(model, backend="eager")(x)
+    surgeon = Surgeon(model, Recorder(model, x).architecture)
+    surgeon.mask(UNITS)
+    assert stance() == "force_eager"
+    del model, surgeon
+    gc.collect()
+    assert stance() == "default"
 
 
 def test_the_network_inside_a_compiled_one_is_found() -> None:
