@@ -1,9 +1,9 @@
 """Writes the reference pages and the pictures of the code: ``python -m docs.generate [--check]``.
 
 ``docs/settings.md`` from ``elesh/settings``, ``docs/cli.md`` from ``elesh/cli``, the pictures of
-``docs/architecture.md`` from the packages and ``docs/pictures.py``; all depend on the code
-alone. With ``--check`` nothing is written: it ends with 1 and names every page that is not what
-it would write.
+``docs/architecture.md`` from the packages and ``docs/pictures.py``, those of ``docs/concepts.md``
+by ``docs/figures.py``; all depend on the code alone. With ``--check`` nothing is written: it ends
+with 1 and names every page that is not what it would write.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ByteSize, SecretStr
 from pydantic.fields import FieldInfo
 
-from docs import pictures
+from docs import figures, pictures
 from elesh.settings import Settings
 
 __all__ = ["commands", "main", "settings"]
@@ -157,6 +157,8 @@ def _pages() -> Iterator[tuple[Path, str]]:
     yield _ROOT / "cli.md", commands()
     yield _ROOT / "rooms.svg", pictures.rooms()
     yield _ROOT / "checkpoint.svg", pictures.checkpoint()
+    for figure in (figures.measured, figures.orders, figures.decision, figures.steps):
+        yield _ROOT / f"concepts-{figure.__name__}.svg", figure()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,27 +14,11 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from docs.drawing import box, label, svg, wrapped
+
 __all__ = ["WAY", "Step", "checkpoint", "rooms"]
 
 _ROOT = Path(__file__).resolve().parent.parent
-_STYLE = """<style>
- text { font: 13px Helvetica, Arial, sans-serif; fill: #0f172a; }
- .title { font-weight: 600; font-size: 15px; }
- .note { fill: #475569; font-size: 12px; }
- .page { fill: #f8fafc; }
- .floor { fill: #ffffff; stroke: #94a3b8; }
- .room { fill: #dbeafe; stroke: #64748b; }
- .trainer { fill: #dbeafe; } .bus { fill: #fee2e2; } .worker { fill: #dcfce7; }
- .child { fill: #fef9c3; }
- .arrow { stroke: #475569; fill: none; marker-end: url(#head); }
- @media (prefers-color-scheme: dark) {
-  text { fill: #e2e8f0; } .note { fill: #94a3b8; } .page { fill: #0f172a; }
-  .floor { fill: #1e293b; } .room, .trainer { fill: #1e3a5f; } .bus { fill: #5b2333; }
-  .worker { fill: #14432a; } .child { fill: #4a3f12; } .arrow { stroke: #94a3b8; }
- }
-</style>
-<defs><marker id="head" markerWidth="9" markerHeight="9" refX="8" refY="4" orient="auto">
-<path d="M0 0 L8 4 L0 8 z" fill="#64748b"/></marker></defs>"""
 
 
 @dataclass(frozen=True)
@@ -123,15 +107,15 @@ def rooms() -> str:
         height, width = 30 + 16 * rows, 940 / len(packages)
         for n, package in enumerate(packages):
             x = 20 + n * width
-            parts.append(_box(x, y, width - 8, height, "room"))
-            parts.append(_text(x + 12, y + 20, package, "title"))
+            parts.append(box(x, y, width - 8, height, "room"))
+            parts.append(label(x + 12, y + 20, package, "title"))
             parts += [
-                _text(x + 12, y + 38 + 16 * row, line, "note")
+                label(x + 12, y + 38 + 16 * row, line, "note")
                 for row, line in enumerate(_lines(package, wide))
             ]
         y += height + 10
-    head = _text(20, 28, "Imports go down only", "title")
-    return _svg(980, y + 10, head + "".join(parts), "The floors of the packages")
+    head = label(20, 28, "Imports go down only", "title")
+    return svg(980, y + 10, head + "".join(parts), "The floors of the packages")
 
 
 def checkpoint() -> str:
@@ -145,16 +129,16 @@ def checkpoint() -> str:
     lanes, width, row = list(_LANES), 240, 64
     height = 70 + row * len(WAY)
     parts = [
-        _box(20 + n * width, 40, width - 10, height - 50, "floor") for n in range(len(lanes))
-    ] + [_text(32 + n * width, 30, title, "title") for n, title in enumerate(_LANES.values())]
+        box(20 + n * width, 40, width - 10, height - 50, "floor") for n in range(len(lanes))
+    ] + [label(32 + n * width, 30, title, "title") for n, title in enumerate(_LANES.values())]
     places = []
     for n, step in enumerate(WAY):
         x, y = 28 + lanes.index(step.lane) * width, 52 + n * row
         places.append((x + (width - 26) / 2, y))
         parts.append(f"<g><title>{escape(step.code)}</title>\n")
-        parts.append(_box(x, y, width - 26, row - 16, step.lane))
-        words = _wrapped(step.text, 28)
-        parts += [_text(x + 10, y + 19 + 16 * k, line, "") for k, line in enumerate(words)]
+        parts.append(box(x, y, width - 26, row - 16, step.lane))
+        words = wrapped(step.text, 28)
+        parts += [label(x + 10, y + 19 + 16 * k, line, "") for k, line in enumerate(words)]
         parts.append("</g>\n")
     for (x1, y1), (x2, y2) in itertools.pairwise(places):
         bottom = y1 + row - 16
@@ -163,7 +147,7 @@ def checkpoint() -> str:
             f"M{x1} {bottom} V{middle} H{x2} V{y2 - 1}" if x1 != x2 else f"M{x1} {bottom} V{y2 - 1}"
         )
         parts.append(f'<path class="arrow" d="{bend}"/>')
-    return _svg(20 + width * len(lanes), height + 10, "".join(parts), "The way of a checkpoint")
+    return svg(20 + width * len(lanes), height + 10, "".join(parts), "The way of a checkpoint")
 
 
 def _require(step: Step) -> None:
@@ -182,39 +166,9 @@ def _lines(package: str, width: int) -> list[str]:
     top = package.split(".")[0]
     folder = (_ROOT / "contracts" if top == "leyline" else _ROOT) / package.replace(".", "/")
     inner = sorted(p.name for p in folder.iterdir() if (p / "__init__.py").exists())
-    return _wrapped("rooms: " + ", ".join(inner) if inner else _promise(folder), width)
+    return wrapped("rooms: " + ", ".join(inner) if inner else _promise(folder), width)
 
 
 def _promise(folder: Path) -> str:
     text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
     return text.split("\n\n")[0].replace("\n", " ").replace("``", "")
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    lines, line = [], ""
-    for word in text.split():
-        if line and len(line) + len(word) >= width:
-            lines.append(line)
-            line = word
-        else:
-            line = f"{line} {word}".strip()
-    return [*lines, line]
-
-
-def _box(x: float, y: float, width: float, height: float, kind: str) -> str:
-    return (
-        f'<rect class="{kind}" x="{x:.0f}" y="{y:.0f}" width="{width:.0f}" '
-        f'height="{height:.0f}" rx="6"/>\n'
-    )
-
-
-def _text(x: float, y: float, text: str, kind: str) -> str:
-    return f'<text class="{kind}" x="{x:.0f}" y="{y:.0f}">{escape(text)}</text>\n'
-
-
-def _svg(width: float, height: float, body: str, label: str) -> str:
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
-        f'width="{width:.0f}" height="{height:.0f}" role="img" aria-label="{label}">\n{_STYLE}\n'
-        f'<rect class="page" width="{width:.0f}" height="{height:.0f}"/>\n{body}</svg>\n'
-    )
