@@ -142,8 +142,8 @@ class Console:
 
     async def dead(self, request: Request) -> Response:
         """Dead letters, newest first."""
-        dead_letters = await (await self._reading()).bus.dead_letters.all()
-        return self._page(request, "dead.html", dead_letters=dead_letters[::-1])
+        dead_letters = await (await self._reading()).bus.dead_letters.newest(None)
+        return self._page(request, "dead.html", dead_letters=dead_letters)
 
     async def audit(self, request: Request) -> Response:
         """The newest entries of the audit log, newest first."""
@@ -165,16 +165,16 @@ class Console:
         return "/fleet#breakers"
 
     async def redrive(self, form: dict[str, str], by: str) -> str:
-        """Publish a letter's original again."""
+        """Publish a dead letter's original again."""
         await (await self._reading()).bus.dead_letters.redrive(
-            form["letter"], by, form.get("reason", "")
+            form["entry"], by, form.get("reason", "")
         )
         return "/dead"
 
     async def drop(self, form: dict[str, str], by: str) -> str:
-        """Delete a letter."""
+        """Delete a dead letter."""
         await (await self._reading()).bus.dead_letters.drop(
-            form["letter"], by, form.get("reason", "")
+            form["entry"], by, form.get("reason", "")
         )
         return "/dead"
 

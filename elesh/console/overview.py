@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
+from elesh.operate.fleet_status import FleetStatus
 from leyline import Level
 
 from .history import Decided, History, Run
-from .reading import Fleet
 
 __all__ = ["Band", "DecisionRow", "Mark", "Overview", "Problem", "RunView", "overview", "run_view"]
 
@@ -112,10 +112,10 @@ class Overview:
     at: datetime
     problems: tuple[Problem, ...]
     runs: tuple[RunView, ...]
-    fleet: Fleet
+    fleet: FleetStatus
 
 
-def overview(history: History, fleet: Fleet) -> Overview:
+def overview(history: History, fleet: FleetStatus) -> Overview:
     """The first page's data."""
     runs = tuple(run_view(run, fleet.at) for run in history.recent())
     return Overview(fleet.at, tuple(_problems(fleet, runs)), runs, fleet)
@@ -205,7 +205,7 @@ def _row(run: Run, decided: Decided, result: str) -> DecisionRow:
     )
 
 
-def _problems(fleet: Fleet, runs: tuple[RunView, ...]) -> Iterator[Problem]:
+def _problems(fleet: FleetStatus, runs: tuple[RunView, ...]) -> Iterator[Problem]:
     for breaker in fleet.breakers:
         if breaker.state != "closed":
             what = f"Breaker of {breaker.run_id} at level {breaker.level} is {breaker.state}"
@@ -215,13 +215,10 @@ def _problems(fleet: Fleet, runs: tuple[RunView, ...]) -> Iterator[Problem]:
     for worker in fleet.workers:
         if not worker.ready:
             yield Problem("warn", f"Worker {worker.worker_id} is not ready", worker.why, "/fleet")
-    open_dead_letters = [
-        dead_letter for dead_letter in fleet.dead_letters if not dead_letter.redriven_as
-    ]
-    if open_dead_letters:
-        count = len(open_dead_letters)
-        plural = "1 dead letter" if count == 1 else f"{count} dead letters"
-        newest = open_dead_letters[-1]
+    waiting = [entry for entry in fleet.dead_letters if not entry.redriven_as]
+    if waiting:
+        plural = "1 dead letter" if len(waiting) == 1 else f"{len(waiting)} dead letters"
+        newest = waiting[0]
         reason = newest.message.reason if newest.message else newest.error
         yield Problem("warn", plural, f"newest: {reason}", "/dead")
     for name, backlog in fleet.backlog.items():

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from elesh.bus import Backlog, BreakerView, Bus, DeadLetterEntry, Delivery, WorkerState
+from elesh.bus import Bus, Delivery
 from elesh.bus.admission import Work, admit, hear
 from elesh.observe import Link
 from elesh.observe.spanfile import RecordedSpan, find_trace
+from elesh.operate.fleet_status import FleetStatus, fleet_status_of
 from elesh.operate.replay import recorded_decision
 from elesh.settings import Settings
 from elesh.worker.telemetry.auditor import audit_links
@@ -31,7 +32,7 @@ from leyline.streams import CHECKPOINTS, DECISIONS, OUTCOMES, REQUESTS, TELEMETR
 
 from .history import History
 
-__all__ = ["DecisionContext", "Fleet", "Reader"]
+__all__ = ["DecisionContext", "Reader"]
 
 _FOLDED = (CHECKPOINTS, REQUESTS, DECISIONS, OUTCOMES, TELEMETRY)
 _AUDITED = 200
@@ -40,17 +41,6 @@ _STATISTICS = ("statistics", "gates", "layers", "heads")
 _LARGEST = 256 << 20
 _CACHED = 8
 _PLACES = 10_000
-
-
-@dataclass(frozen=True)
-class Fleet:
-    """How the fleet stands at one moment."""
-
-    at: datetime
-    workers: tuple[WorkerState, ...]
-    backlog: dict[str, Backlog]
-    breakers: tuple[BreakerView, ...]
-    dead_letters: tuple[DeadLetterEntry, ...]
 
 
 @dataclass(frozen=True)
@@ -91,16 +81,9 @@ class Reader:
                     self.history.take(said for each in found if (said := self._read(each)))
         return self.history
 
-    async def fleet(self) -> Fleet:
+    async def fleet(self) -> FleetStatus:
         """Workers, streams, breakers and dead letters now."""
-        registry = self.bus.registry
-        return Fleet(
-            datetime.now(UTC),
-            tuple(await registry.workers()),
-            await registry.backlog(),
-            tuple(await self.bus.breakers.show()),
-            tuple(await self.bus.dead_letters.all()),
-        )
+        return await fleet_status_of(self.bus, dead_letters=None)
 
     async def context(self, key: IdempotencyKey) -> DecisionContext | None:
         """A decision with its checkpoint's statistics and its trace; None if there is none."""

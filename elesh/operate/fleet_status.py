@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from elesh.bus import Backlog, BreakerView, Bus, Guard, WorkerState
+from elesh.bus import Backlog, BreakerView, Bus, DeadLetterEntry, Guard, WorkerState
 from elesh.bus.admission import hear
 from elesh.bus.streams.records import Delivery
 from elesh.observe.printable import printable
 from elesh.observe.terminal import escape
-from leyline import ContractError, DeadLetter, StructuralPruningDecision
+from leyline import ContractError, StructuralPruningDecision
 from leyline.streams import DEAD, DECISIONS, STREAMS
 
 from .tables import compact
@@ -32,14 +32,13 @@ _CHILD = {"wedged": "red", "dead": "red"}
 class FleetStatus:
     """What the bus knew at one moment."""
 
-    at: float
-    """Seconds since 1970."""
+    at: datetime
     workers: Sequence[WorkerState]
     backlog: Mapping[str, Backlog]
     breakers: Sequence[BreakerView]
     decisions: Sequence[StructuralPruningDecision]
     """The last ones, newest first."""
-    dead_letters: Sequence[DeadLetter]
+    dead_letters: Sequence[DeadLetterEntry]
     """The last ones, newest first."""
 
     def facts(self) -> dict[str, Any]:
@@ -49,8 +48,9 @@ class FleetStatus:
             "streams": {name: asdict(backlog) for name, backlog in self.backlog.items()},
             "breakers": [asdict(view) for view in self.breakers],
             "dead_letters": [
-                dead_letter.model_dump(mode="json", exclude={"original"})
-                for dead_letter in self.dead_letters
+                entry.message.model_dump(mode="json", exclude={"original"})
+                for entry in self.dead_letters
+                if entry.message
             ],
             "decisions": [
                 {
@@ -66,15 +66,19 @@ class FleetStatus:
         }
 
 
-async def fleet_status_of(bus: Bus) -> FleetStatus:
-    """Ask the bus; a handful of commands whatever the size of the fleet's backlog."""
+async def fleet_status_of(bus: Bus, *, dead_letters: int | None = _LAST) -> FleetStatus:
+    """Ask the bus, in a handful of commands.
+
+    Args:
+        dead_letters: read so many, the newest; all if None.
+    """
     return FleetStatus(
-        at=time.time(),
+        at=datetime.now(UTC),
         workers=await bus.registry.workers(),
         backlog=await bus.registry.backlog(),
         breakers=await bus.breakers.show(),
         decisions=[*_decisions(bus.guard, await bus.newest(DECISIONS, count=_LAST))],
-        dead_letters=[*_dead_letters(bus.guard, await bus.newest(DEAD, count=_LAST))],
+        dead_letters=await bus.dead_letters.newest(dead_letters),
     )
 
 
@@ -85,16 +89,6 @@ def _decisions(guard: Guard, deliveries: Sequence[Delivery]) -> Iterator[Structu
         except ContractError:
             continue  # nobody's decision: it cannot be shown as one
         if isinstance(message, StructuralPruningDecision):
-            yield message
-
-
-def _dead_letters(guard: Guard, deliveries: Sequence[Delivery]) -> Iterator[DeadLetter]:
-    for delivery in deliveries:
-        try:
-            message = hear(delivery, guard).message
-        except ContractError:
-            continue
-        if isinstance(message, DeadLetter):
             yield message
 
 
@@ -114,7 +108,7 @@ def fleet_status(seen: FleetStatus) -> RenderableType:
 def _workers(seen: FleetStatus) -> RenderableType:
     if not seen.workers:
         return Text("no worker is alive; start one with: elesh worker", style="yellow")
-    ready = sum(worker.ready for worker in seen.workers)
+    now, ready = seen.at.timestamp(), sum(worker.ready for worker in seen.workers)
     figures = ("for", "done", "failed", "p95", "memory", "heard")
     table = compact(
         *("worker", "does", "child", *figures, "with"),
@@ -127,12 +121,12 @@ def _workers(seen: FleetStatus) -> RenderableType:
             escape(each.worker_id),
             Text(each.doing, style=_COLOURS.get(each.doing, "")),
             Text(each.child, style=_CHILD.get(each.child, "")),
-            _age(seen.at - each.since) if each.since else "",
+            _age(now - each.since) if each.since else "",
             str(each.completed),
             Text(str(each.failed), style="red" if each.failed else ""),
             f"{each.duration_p95:.2f} s" if each.completed else "",
             f"{each.peak_memory_bytes / 2**20:.0f} MB" if each.peak_memory_bytes else "",
-            _age(seen.at - each.heard_at),
+            _age(now - each.heard_at),
             Text(printable(each.why), style="red") if each.why else Text(printable(each.key)),
         )
     return table
@@ -173,8 +167,13 @@ def _breakers(seen: FleetStatus) -> Table:
 def _dead(seen: FleetStatus) -> Iterator[Text]:
     total = seen.backlog[DEAD.name].length
     yield Text(f"Dead letters: the last of {total:,}", style="bold")
-    for dead_letter in seen.dead_letters:
-        age = _age(seen.at - dead_letter.at.timestamp())
+    for entry in seen.dead_letters:
+        if entry.message is None:
+            yield Text.assemble((f"{entry.entry_id} cannot be read", "red"))
+            yield _brief(entry.error)
+            continue
+        dead_letter = entry.message
+        age = _age((seen.at - dead_letter.at).total_seconds())
         code, place = printable(dead_letter.error_code), printable(dead_letter.stream)
         yield Text.assemble((code, "red"), f"  from {place}, {age} ago")
         yield _brief(dead_letter.reason)

@@ -45,7 +45,7 @@ def state(on_bus: Any) -> str:
 
 def test_without_the_token_nothing_is_changed(site: Site, on_bus):
     for path in (*ACTIONS, "/decisions/1:0123456789abcdef:x:channel/replay"):
-        answer = site.post(path, TRIP | {"letter": "1-0"})
+        answer = site.post(path, TRIP | {"entry": "1-0"})
         assert answer.status == 403, path
         assert "needs the token" in answer.text
     assert state(on_bus) == "closed"
@@ -96,7 +96,7 @@ def test_a_bearer_needs_no_session(site: Site, on_bus):
     assert state(on_bus) == "open"
 
 
-def test_a_letter_is_redriven_and_dropped(site: Site, on_bus):
+def test_a_dead_letter_is_redriven_and_dropped(site: Site, on_bus):
     async def dead_letter(bus: Bus) -> str:
         dead_letter = examples.MESSAGES["DeadLetter"]
         return await bus.publish(DEAD, dead_letter, source="elesh")
@@ -104,13 +104,13 @@ def test_a_letter_is_redriven_and_dropped(site: Site, on_bus):
     dead_letter = on_bus(dead_letter)
     site.sign_in()
     proof = site.proof("/dead")
-    site.post("/dead/redrive", {"letter": dead_letter, "proof": proof})
+    site.post("/dead/redrive", {"entry": dead_letter, "proof": proof})
     [entry] = on_bus(lambda bus: bus.read(CHECKPOINTS))
     assert "redriven as" in site.get("/dead").text
     assert entry.entry_id in site.get("/dead").text
-    site.post("/dead/drop", {"letter": dead_letter, "proof": proof})
+    site.post("/dead/drop", {"entry": dead_letter, "proof": proof})
     assert "There is none" in site.get("/dead").text
-    assert site.post("/dead/drop", {"letter": dead_letter, "proof": proof}).status == 400
+    assert site.post("/dead/drop", {"entry": dead_letter, "proof": proof}).status == 400
 
 
 def test_a_spoiled_form_is_refused_by_name(site: Site):

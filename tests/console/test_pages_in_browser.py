@@ -133,7 +133,7 @@ def test_a_page_stays_current_without_losing_what_is_open(browser, live, recorde
     browser.show(f"{live.url}/dead", width=1280, theme="light")
     WebDriverWait(browser, 20).until(lambda b: b.find_element(By.ID, "live").text == "live")
     browser.find_element(By.TAG_NAME, "summary").click()
-    before = len(browser.find_elements(By.CSS_SELECTOR, ".letter"))
+    before = len(browser.find_elements(By.CSS_SELECTOR, ".dead"))
 
     async def dead_letter() -> None:
         bus = await Bus.connect(recorded.url, BusSettings())
@@ -141,7 +141,7 @@ def test_a_page_stays_current_without_losing_what_is_open(browser, live, recorde
         page = WebDriverWait(browser, 20)
         count = before + 1
         await asyncio.to_thread(
-            page.until, lambda b: len(b.find_elements(By.CSS_SELECTOR, ".letter")) == count
+            page.until, lambda b: len(b.find_elements(By.CSS_SELECTOR, ".dead")) == count
         )
         await bus.dead_letters.drop(dead_letter, "test")
         await bus.close()

@@ -16,7 +16,8 @@ from elesh.console.decision import HEATS, Comparison, DecisionView, Estimate, de
 from elesh.console.history import History
 from elesh.console.overview import overview, run_view
 from elesh.console.pages import ago, hexdump, percent, points
-from elesh.console.reading import Fleet, Reader
+from elesh.console.reading import Reader
+from elesh.operate.fleet_status import FleetStatus
 from elesh.settings import Settings
 from leyline import IdempotencyKey, Level, Message
 
@@ -55,10 +56,16 @@ def applied(recorded, history) -> DecisionView:
     return on_recorded(recorded, read)
 
 
-def fleet(**parts: Any) -> Fleet:
+def fleet(**parts: Any) -> FleetStatus:
     ready = WorkerState(worker_id="w1", ready=True)
-    whole = {"workers": (ready,), "backlog": {}, "breakers": (), "dead_letters": ()} | parts
-    return Fleet(at=NOW, **whole)
+    whole = {
+        "workers": (ready,),
+        "backlog": {},
+        "breakers": (),
+        "dead_letters": (),
+        "decisions": (),
+    } | parts
+    return FleetStatus(at=NOW, **whole)
 
 
 def told(history: History, **parts: Any) -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ from rich.console import Console, RenderableType
 from station import Station, checkpoint
 
 from elesh import analyze
-from elesh.bus import Bus
+from elesh.bus import Bus, DeadLetterEntry
 from elesh.cli import main
 from elesh.demo.screen import report_tables
 from elesh.demo.training import Cut, Report
@@ -101,7 +101,7 @@ def test_nothing_that_people_copy_is_cut_off_in_the_fleet_s_overview(
     decision = analyze(checkpoint())
     seen = station.on_bus(fleet_status_of)
     backlog = {**seen.backlog, "redeliveries": replace(seen.backlog["redeliveries"], length=3)}
-    letters = [dead_letter()]
+    letters = [DeadLetterEntry("1-0", dead_letter())]
     filled = replace(seen, backlog=backlog, decisions=[decision], dead_letters=letters)
     text = drawn(fleet_status(filled), width=width)
     assert "checkpoints  " not in text, "a stream that holds nothing has no row"

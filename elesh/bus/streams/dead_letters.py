@@ -1,8 +1,8 @@
 """Dead letters for operators: list them, publish their originals again, drop them.
 
-Promises: a letter is redriven once, with its original bytes, in the same atomic step that marks it;
-a second redrive answers with the first one's entry. A letter is dropped in the same step that
-says who did it. Nothing here is done by Elesh itself: every change is an operator's.
+Promises: a dead letter is redriven once, with its original bytes, in the same atomic step that
+marks it; a second redrive answers with the first one's entry. A dead letter is dropped in the same
+step that says who did it. Elesh does none of this by itself: every change is an operator's.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class DeadLetterEntry:
 
 @dataclass(frozen=True)
 class Redriven:
-    """Where a letter's original stands now."""
+    """Where a dead letter's original stands now."""
 
     stream: str
     entry_id: str
     again: bool
-    """False if the letter had been redriven before: nothing was published this time."""
+    """False if the dead letter had been redriven before: nothing was published this time."""
 
 
 class DeadLetters:
@@ -68,19 +68,24 @@ class DeadLetters:
         self._marks = f"elesh:{{{partition}}}:redriven"
 
     async def all(self) -> list[DeadLetterEntry]:
-        """Every letter, oldest first."""
-        entries = await self._range("-", "+")
+        """Every dead letter, oldest first."""
+        return (await self.newest(None))[::-1]
+
+    async def newest(self, count: int | None) -> list[DeadLetterEntry]:
+        """The last ``count`` dead letters, newest first; every one if None."""
+        found = await self._client.xrevrange(self._key(DEAD), count=count)
         marks: Any = await self._client.hgetall(self._marks)
+        entries = deliveries_of([(DEAD, found)], grouped=False)
         return [self._entry(entry, marks.get(entry.entry_id.encode(), b"")) for entry in entries]
 
     async def get(self, entry_id: str) -> DeadLetterEntry:
-        """One letter.
+        """One dead letter.
 
         Raises:
-            InvalidField: if there is no such letter (any more).
+            InvalidField: if there is no such dead letter (any more).
         """
         if not _ENTRY.fullmatch(entry_id):
-            raise InvalidField("letter", "an entry id such as 1736856000250-0", entry_id)
+            raise InvalidField("dead letter", "an entry id such as 1736856000250-0", entry_id)
         entries = await self._range(entry_id, entry_id)
         if not entries:
             raise _missing(entry_id)
@@ -88,15 +93,17 @@ class DeadLetters:
         return self._entry(entries[0], mark or b"")
 
     async def redrive(self, entry_id: str, operator: str, reason: str = "") -> Redriven:
-        """Publish a letter's original entry again on the stream that it stood in.
+        """Publish a dead letter's original entry again on the stream that it stood in.
 
         Raises:
-            InvalidField: if there is no such letter, it cannot be read, or it names no stream that
-                workers serve.
+            InvalidField: if there is no such dead letter, it cannot be read, or it names no stream
+                that workers serve.
         """
         dead_letter = await self.get(entry_id)
         if dead_letter.message is None:
-            raise InvalidField(f"letter {entry_id}", "a readable dead letter", dead_letter.error)
+            raise InvalidField(
+                f"dead letter {entry_id}", "a readable dead letter", dead_letter.error
+            )
         stream = _served(entry_id, dead_letter.message.stream)
         event = self._event("redrive", entry_id, operator, reason, f"on {stream.name}")
         # Its time to live counts from now: an operator waits for it.
@@ -114,10 +121,10 @@ class DeadLetters:
         return Redriven(stream.name, *reply)
 
     async def drop(self, entry_id: str, operator: str, reason: str = "") -> None:
-        """Delete a letter for good; the operations stream keeps who did it and what it was.
+        """Delete a dead letter for good; the operations stream keeps who did it and what it was.
 
         Raises:
-            InvalidField: if there is no such letter.
+            InvalidField: if there is no such dead letter.
         """
         dead_letter = await self.get(entry_id)
         was = dead_letter.message
@@ -152,7 +159,7 @@ class DeadLetters:
         return entry_fields(self._guard.frame(OPERATIONS, envelope), {})
 
     def _entry(self, entry: Delivery, mark: bytes) -> DeadLetterEntry:
-        """A letter; one that is not signed by whoever may write it cannot be read."""
+        """A dead letter; one that is not signed by whoever may write it cannot be read."""
         try:
             entry.check(self._guard)
             return DeadLetterEntry(
@@ -168,7 +175,7 @@ class DeadLetters:
 def _served(entry_id: str, name: str) -> Stream:
     served = {stream.name: stream for stream in STREAMS if stream.group}
     if name not in served:
-        raise InvalidField(f"letter {entry_id}: stream", f"one of {', '.join(served)}", name)
+        raise InvalidField(f"dead letter {entry_id}: stream", f"one of {', '.join(served)}", name)
     return served[name]
 
 
@@ -180,5 +187,5 @@ def _flat(original: dict[str, bytes]) -> Iterator[str | bytes]:
 
 def _missing(entry_id: str) -> InvalidField:
     return InvalidField(
-        "letter", "the entry of a dead letter", entry_id, hint="see elesh dead list"
+        "dead letter", "the entry of a dead letter", entry_id, hint="see elesh dead list"
     )
