@@ -168,7 +168,7 @@ def methods(subject: Subject, minimum: int) -> dict[str, Method]:
     }
     for plain, method in list(rows.items()):
         rank = Ours(subject, minimum, redistribute=True)
-        rows[f"{plain} + redistribution"] = Method(rank, method.rounds, redistribute=True)
+        rows[f"{plain} + reconstruction"] = Method(rank, method.rounds, redistribute=True)
     mix = Ours(subject, minimum, scorer="multi_metric")
     fisher = Ours(subject, minimum, scorer="fisher")
     others: dict[str, Rank] = {"the document's mix": mix, "Fisher of the gates": fisher}
@@ -185,7 +185,7 @@ def methods(subject: Subject, minimum: int) -> dict[str, Method]:
     best = by_criterion("Molchanov 2017", minimum)
     for rounds in (False, True):
         name = "Molchanov 2017, in rounds" if rounds else "Molchanov 2017"
-        rows[f"{name} + redistribution"] = Method(best, rounds, redistribute=True)
+        rows[f"{name} + reconstruction"] = Method(best, rounds, redistribute=True)
     if heads:
         rows[_MASKING] = Method(by_masking(minimum, lambda subject: subject.calibration))
         rows[_HINDSIGHT] = Method(by_masking(minimum, lambda subject: subject.test))
