@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from elesh.bus.streams.records import Delivery, read_dead_letter
@@ -63,6 +63,8 @@ __all__ = [
 
 SUPPORTED = (Level.CHANNEL, Level.HEAD, Level.LAYER)
 """The levels that this build analyses."""
+_AHEAD = timedelta(minutes=5)
+"""A message may be dated so much later than now: two servers of a failover differ a little."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,8 @@ def read(data: bytes, stream: Stream | None = None, *, beside: Delivery | None =
 
 
 def require_in_time(heard: Heard, now: datetime, redriven: datetime | None = None) -> None:
-    """Refuse what nobody waits for any more; an operator who sends it again does.
+    """Refuse what nobody waits for any more, unless an operator sent it again; and what says that
+    it was made later than now, which would live as long as its maker pleases.
 
     Args:
         now: by the server's clock.
@@ -165,9 +168,20 @@ def require_in_time(heard: Heard, now: datetime, redriven: datetime | None = Non
 
     Raises:
         Expired: if its time to live or its deadline is over.
+        InvalidField: if it is dated ahead of the server's clock.
     """
     envelope = heard.envelope
-    ends = (redriven or envelope.created_at) + envelope.ttl
+    begins = redriven or envelope.created_at
+    if begins > now + _AHEAD:
+        raise InvalidField(
+            "envelope.created_at",
+            f"at most {_AHEAD.total_seconds() / 60:.0f} minutes after {now:%F %T}Z, the server's "
+            "time",
+            f"{begins:%F %T}Z",
+            hint="the server's clock went back, or somebody else's was used; "
+            "redrive it if its decision still matters",
+        )
+    ends = begins + envelope.ttl
     if envelope.processing_deadline is not None and redriven is None:
         ends = min(ends, envelope.processing_deadline)
     if now > ends:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
@@ -18,17 +19,39 @@ Entry = tuple[str, str]
 """A stream's key and an entry's id."""
 
 
+class Script:
+    """A script as one client runs it: by its digest, and by its text where the server forgot it, so
+    that nobody who makes servers forget scripts can come between."""
+
+    def __init__(self, client: Client, text: str) -> None:
+        self._client, self.script = client, text
+        self.sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+    async def __call__(self, keys: Sequence[str], args: Sequence[str | bytes | int] = ()) -> Any:
+        """Run it."""
+        try:
+            return await self._client.evalsha(self.sha, len(keys), *keys, *args)
+        except NoScriptError:
+            return await self._client.eval(self.script, len(keys), *keys, *args)
+
+    async def reading(self, keys: Sequence[str], args: Sequence[str | bytes | int] = ()) -> Any:
+        """Run one that changes nothing, for which the right to read its keys is enough."""
+        try:
+            return await self._client.evalsha_ro(self.sha, len(keys), *keys, *args)
+        except NoScriptError:
+            return await self._client.eval_ro(self.script, len(keys), *keys, *args)
+
+
 class Scripts:
-    """The scripts as one client runs them (by digest; loaded again where the server lost them)."""
+    """The scripts of one client."""
 
     def __init__(self, client: Client) -> None:
-        self._client = client
         folder = files(__package__) / "lua"
         common = (folder / "common.lua").read_text()
         joining = common + (folder / "joining.lua").read_text()
 
-        def load(name: str, before: str = "") -> Any:
-            return client.register_script(before + (folder / f"{name}.lua").read_text())
+        def load(name: str, before: str = "") -> Script:
+            return Script(client, before + (folder / f"{name}.lua").read_text())
 
         self._publish = load("publish", common)
         self._claim = load("claim")
@@ -134,13 +157,6 @@ class Scripts:
         ``lua/breaker.lua``."""
         return bool(await self._breaker(keys, args))
 
-    async def _reading(self, script: Any, keys: Sequence[str], args: Sequence[str | int]) -> Any:
-        """Run a script that changes nothing, for which the right to read its keys is enough."""
-        try:
-            return await self._client.evalsha_ro(script.sha, len(keys), *keys, *args)
-        except NoScriptError:
-            return await self._client.eval_ro(script.script, len(keys), *keys, *args)
-
     async def audit(
         self,
         keys: tuple[str, str],
@@ -168,7 +184,7 @@ class Scripts:
         self, streams: Sequence[str], groups: Sequence[str]
     ) -> list[list[int]]:
         """Five figures a stream; see ``lua/backlog_statistics.lua``."""
-        reply: list[list[int]] = await self._reading(self._backlog_statistics, streams, groups)
+        reply: list[list[int]] = await self._backlog_statistics.reading(streams, groups)
         return reply
 
     async def remember(

@@ -23,9 +23,19 @@ from elesh.security import Key, Keyring, new_key
 from elesh.settings import Settings
 from elesh.trainer import Session
 from elesh.worker.supervisor import STREAMS as WORKERS_STREAMS
-from leyline import AnalysisItem, ContractError, JoinItem, Level, Message, encode, wrap
+from leyline import (
+    AnalysisItem,
+    ContractError,
+    DeadLetter,
+    JoinItem,
+    Level,
+    Message,
+    encode,
+    wrap,
+)
 from leyline.streams import (
     CHECKPOINTS,
+    DEAD,
     DECISIONS,
     OUTCOMES,
     REDELIVERIES,
@@ -74,6 +84,8 @@ BELIEVES = guard()
 
 
 def enveloped(message: Message, **more: Any) -> bytes:
+    if isinstance(message, DeadLetter):  # its run stands in the envelope alone
+        more = {"run_id": RUN, **more}
     return encode(wrap(message, source="test", **{"now": NOW, **more}))
 
 
@@ -127,6 +139,7 @@ TREATMENTS: dict[str, Make] = {
     "in an envelope of another epoch": lambda name, stream: plain(name, stream, epoch=999_999),
     "of another architecture than its key": spoiled_key,
     "expired": lambda name, stream: plain(name, stream, now=NOW - timedelta(hours=3)),
+    "dated ahead": lambda name, stream: plain(name, stream, now=NOW + timedelta(hours=3)),
     "forwarded with its origin": lambda name, stream: entry(
         stream,
         BELIEVES.frame(OWN[name], enveloped(MESSAGES[name])),
@@ -167,13 +180,12 @@ def console_acts(delivery: Delivery) -> bool:
 
 
 ROLES: dict[str, tuple[Callable[[Delivery], bool], tuple[Stream, ...]]] = {
-    "trainer": (trainer_acts, (DECISIONS, TELEMETRY)),
+    "trainer": (trainer_acts, (DECISIONS, DEAD, TELEMETRY)),
     "worker": (worker_acts, WORKERS_STREAMS),
     "console": (console_acts, (*_FOLDED, REDELIVERIES)),
 }
 AGELESS = {"PruningOutcome", "AnalysisItem", "JoinItem"}
 """What a worker serves however late it comes."""
-NAMES_NO_RUN = {name for name in MESSAGES if name in {"DeadLetter", "OperatorAction"} | AGELESS}
 
 
 def names_run(name: str) -> bool:
@@ -193,7 +205,7 @@ def belongs(role: str, name: str, stream: Stream) -> bool:
     if OWN[name] is not stream:
         return False
     if role == "trainer":
-        return name == "StructuralPruningDecision"
+        return name in {"StructuralPruningDecision", "DeadLetter"}
     return True
 
 
@@ -202,8 +214,8 @@ def allowed(role: str, treatment: str, name: str, stream: Stream) -> bool:
     match treatment:
         case "genuine":
             return belongs(role, name, stream)
-        case "expired":
-            late = role == "console" or name in AGELESS
+        case "expired" | "dated ahead":
+            late = role == "console" or name in AGELESS or name == "DeadLetter"
             return belongs(role, name, stream) and late
         case "in an envelope of another run" | "of another architecture than its key":
             if treatment.startswith("of") and name == "StructuralPruningDecision":

@@ -14,14 +14,20 @@ local stored = redis.call('HGET', record, 'fingerprint')
 -- An entry in conflict stays pending: its owner makes it a dead letter.
 if stored and stored ~= fingerprint then return 'conflict' end
 if not stored then
-  local time = redis.call('TIME')
-  redis.call('HSET', record, 'fingerprint', fingerprint, 'envelope', ARGV[10],
-    'decided_at', string.format('%d.%06d', time[1], time[2]))
-  redis.call('EXPIRE', record, ARGV[4])
-  append(decisions, 9, length)
   if epoch >= 0 and epoch >= tonumber(redis.call('HGET', pointer, 'epoch') or -1) then
     redis.call('HSET', pointer, 'epoch', ARGV[7], 'key', key)
     redis.call('EXPIRE', pointer, ARGV[4])
+  end
+  local done, failure = pcall(function()
+    local time = redis.call('TIME')
+    redis.call('HSET', record, 'fingerprint', fingerprint, 'envelope', ARGV[10],
+      'decided_at', string.format('%d.%06d', time[1], time[2]))
+    redis.call('EXPIRE', record, ARGV[4])
+    append(decisions, 9, length)
+  end)
+  if not done then  -- a record says that its decision was published
+    redis.call('HDEL', record, 'fingerprint', 'envelope', 'decided_at')
+    error(type(failure) == 'table' and failure or {err = failure})
   end
 end
 local rest = #ARGV - 8 - length

@@ -1,13 +1,25 @@
 -- Put before other scripts: who owns a pending entry, the clock, how a message is appended, and how
 -- an entry goes round again.
 
--- True if `consumer` owns the pending entry `id`; a group that vanished owns nothing.
+-- A server takes nothing back of a script that fails half way. So what may be refused (a right that
+-- is missing, a key of another type) is found before the first change, or is the first change.
+
+-- An error unless the user may acknowledge: what was published beforehand would be there twice.
+local function require_acknowledging(stream, group)
+  if redis.acl_check_cmd and not redis.acl_check_cmd('XACK', stream, group, '0-0') then
+    error({err = 'NOPERM this user has no permissions to run the xack command on ' .. stream})
+  end
+end
+
+-- True if `consumer` owns the pending entry `id`; a group that vanished owns nothing. An error if it
+-- may not acknowledge the entry.
 local function owned(stream, group, consumer, id)
   local pending = redis.pcall('XPENDING', stream, group, id, id, 1)
   if pending.err then
     if string.find(pending.err, 'NOGROUP', 1, true) then return false end
     error(pending)
   end
+  require_acknowledging(stream, group)
   return pending[1] ~= nil and pending[1][2] == consumer
 end
 

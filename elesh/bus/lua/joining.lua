@@ -2,9 +2,10 @@
 
 -- Append the join of a plan, once in its life; true if this call did.
 local function join(plan, work, deadlines, key)
-  redis.call('ZREM', deadlines, key)
-  if redis.call('EXISTS', plan) == 0 then return false end
-  if redis.call('HSETNX', plan, 'joined', 1) == 0 then return false end
+  if redis.call('EXISTS', plan) == 0 or redis.call('HEXISTS', plan, 'joined') == 1 then
+    redis.call('ZREM', deadlines, key)
+    return false
+  end
   local parts = redis.call('HMGET', plan, 'join', 'traceparent', 'tracestate')
   local fields = {'envelope', parts[1]}
   for i, name in ipairs({'traceparent', 'tracestate'}) do
@@ -13,5 +14,7 @@ local function join(plan, work, deadlines, key)
     end
   end
   redis.call('XADD', work, '*', unpack(fields))
+  redis.call('HSET', plan, 'joined', 1)
+  redis.call('ZREM', deadlines, key)
   return true
 end

@@ -11,14 +11,14 @@ local stored = redis.call('HGET', KEYS[2], 'fingerprint') or redis.call('HGET', 
 if stored and stored ~= ARGV[5] then return 'conflict' end
 if not stored then
   local length = tonumber(ARGV[8])
-  redis.call('HSET', KEYS[2], 'fingerprint', ARGV[5], unpack(ARGV, 9, 8 + length))
-  redis.call('EXPIRE', KEYS[2], ARGV[6])
   redis.call('ZADD', KEYS[5], now() + tonumber(ARGV[7]), ARGV[4])
   local at = 9 + length
   while at <= #ARGV do
     append(KEYS[4], at + 1, tonumber(ARGV[at]))
     at = at + 1 + tonumber(ARGV[at])
   end
+  redis.call('HSET', KEYS[2], 'fingerprint', ARGV[5], unpack(ARGV, 9, 8 + length))
+  redis.call('EXPIRE', KEYS[2], ARGV[6])
 end
 redis.call('XACK', KEYS[1], ARGV[1], ARGV[3])
 return stored and 'duplicate' or 'planned'

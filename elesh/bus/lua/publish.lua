@@ -5,7 +5,7 @@
 --       the claim's token ('' without one), fields...
 -- Returns published and the entry's id; shed; or claimed and who has the run, if that is another.
 local known = redis.call('GET', KEYS[2])
-if known then return {'published', known} end
+if known and known ~= '' then return {'published', known} end
 
 if KEYS[4] then
   local held = redis.call('HMGET', KEYS[4], 'token', 'who')
@@ -28,6 +28,7 @@ if limit > 0 and backlog(KEYS[1], ARGV[3]) >= limit then
   redis.call('HINCRBY', KEYS[3], ARGV[4], 1)
   return {'shed', ''}
 end
+redis.call('SET', KEYS[2], '', 'EX', ARGV[1])  -- refused before the message is there, or not at all
 local entry = append(KEYS[1], 6, #ARGV - 5)
 redis.call('SET', KEYS[2], entry, 'EX', ARGV[1])
 return {'published', entry}

@@ -11,6 +11,7 @@ server is in charge, the next connection goes to whoever is. Waiting and trying 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, cast
 
 from redis.asyncio import Redis
@@ -44,13 +45,15 @@ _CONNECT_TIMEOUT = 3.0
 _WATCHDOG = 2 * (_CONNECT_TIMEOUT + SOCKET_TIMEOUT)
 _HEALTH_CHECK = 15
 # Short ones that never block: those of one turn of the loop share a round trip.
-_GATHERED = frozenset({"EVALSHA", "EVALSHA_RO", "SCRIPT LOAD", "HGETALL", "HMGET", "TIME"})
+_GATHERED = frozenset({"EVALSHA", "EVALSHA_RO", "EVAL", "EVAL_RO", "HGETALL", "HMGET", "TIME"})
 
 
 class Client(Redis):
     """A Redis client of one URL that says :class:`BusUnavailable` when the server cannot serve."""
 
     url: str = ""
+    failed: Callable[[], None] = staticmethod(lambda: None)
+    """Called whenever a connection failed or another server may have taken over."""
     _gathering: Gathering
     _locator: Locator | None = None
 
@@ -77,10 +80,12 @@ class Client(Redis):
         except DataError:
             raise  # ours: a value that no command takes
         except (ConnectionError, TimeoutError, RedisError, OSError) as error:
+            self.failed()
             raise BusUnavailable(self.url, error) from error
 
     async def _moved(self) -> None:
         """Have the next connection ask who is in charge now."""
+        self.failed()
         if self._locator is not None:
             await self._locator.moved()
         await self.connection_pool.disconnect()

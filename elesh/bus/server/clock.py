@@ -1,8 +1,9 @@
 """The server's time: the only one that two hosts have in common.
 
 Promises: no time of one host is ever compared with that of another; what is published says when by
-this clock, and what comes is judged by it. It is asked for once a minute, and in between goes on
-with this host's clock that never jumps.
+this clock, and what comes is judged by it. It is asked for once a minute and after every failure
+of the connection (another server may have taken over, with a clock of its own), and in between goes
+on with this host's clock that never jumps.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class ServerClock:
         self._client = client
         self._ahead: float | None = None
         self._asked = 0.0
+        client.failed = self._doubt
         self._asking: asyncio.Task[None] | None = None
 
     async def now(self) -> datetime:
@@ -35,6 +37,7 @@ class ServerClock:
             # that what they send next shares a round trip, too.
             if self._asking is None or self._asking.done():
                 self._asking = asyncio.create_task(self._ask())
+                self._asking.add_done_callback(_told)
             await asyncio.shield(self._asking)
         return self.latest()
 
@@ -45,8 +48,18 @@ class ServerClock:
         # The answer was made some time between question and answer.
         self._ahead = int(seconds) + int(microseconds) / 1e6 - (before + self._asked) / 2
 
+    def _doubt(self) -> None:
+        """Ask anew before the next use: it may be another server."""
+        self._asked = float("-inf")
+
     def latest(self) -> datetime:
         """The time there by the last answer; this host's, before there was any."""
         if self._ahead is None:
             return datetime.now(UTC)
         return datetime.fromtimestamp(time.monotonic() + self._ahead, UTC)
+
+
+def _told(asking: asyncio.Task[None]) -> None:
+    """Take the error of an answer that nobody waits for any more."""
+    if not asking.cancelled():
+        asking.exception()

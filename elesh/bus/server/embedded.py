@@ -146,8 +146,7 @@ class EmbeddedServer:
 
     def place(self) -> Place:
         """Where the server is, or was last."""
-        known = self._described()
-        return Place("127.0.0.1", int(known["port"]), str(known["password"]))
+        return _place_in(self.folder)
 
     def _make_folder(self) -> None:
         try:
@@ -247,8 +246,7 @@ class EmbeddedServer:
         return self.url
 
     def _described(self) -> dict[str, Any]:
-        described: dict[str, Any] = json.loads((self.folder / "server.json").read_text())
-        return described
+        return _described_in(self.folder)
 
     def _write(self, known: dict[str, Any]) -> None:
         """Write the port file in one step, readable by the user only."""
@@ -326,9 +324,19 @@ async def place_of(folder: Path) -> Place:
     try:
         if server is not None and not server.lives():
             await _on_lasting_thread(lambda: server.start(_AGAIN_SECONDS))
-        return (server or EmbeddedServer(folder.parent)).place()
+        return server.place() if server is not None else _place_in(folder)
     except (OSError, ValueError, KeyError, TypeError, BusUnavailable) as error:
         raise ConnectionError(f"no embedded server in {folder}: {error}") from None
+
+
+def _described_in(folder: Path) -> dict[str, Any]:
+    described: dict[str, Any] = json.loads((folder / "server.json").read_text())
+    return described
+
+
+def _place_in(folder: Path) -> Place:
+    known = _described_in(folder)
+    return Place("127.0.0.1", int(known["port"]), str(known["password"]))
 
 
 _calls: queue.SimpleQueue[tuple[concurrent.futures.Future[Any], Callable[[], Any]]]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
+from redis.exceptions import ConnectionError
 
-from elesh.bus import BadAddress, require_address
+from elesh.bus import BadAddress, embedded_server, require_address
 from elesh.bus.server.address import parse
+from elesh.bus.server.embedded import place_of
 from elesh.settings import Settings
 from elesh.trainer import Session
 
@@ -81,3 +84,10 @@ def test_a_password_is_not_in_what_is_said_of_a_url():
 def test_tls_files_that_cannot_be_read_are_named(tmp_path: Path):
     with pytest.raises(BadAddress, match="found none at"):
         require_address(f"rediss://h?ssl_keyfile={tmp_path}")
+
+
+def test_an_embedded_server_is_looked_for_in_the_folder_that_was_named(tmp_path: Path):
+    with embedded_server(tmp_path):
+        assert asyncio.run(place_of(tmp_path / "redis")).port
+        with pytest.raises(ConnectionError, match=f"no embedded server in {tmp_path}/other"):
+            asyncio.run(place_of(tmp_path / "other"))
