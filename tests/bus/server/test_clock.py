@@ -57,7 +57,7 @@ def test_an_answer_that_nobody_waits_for_any_more_may_fail_silently() -> None:
         with contextlib.suppress(asyncio.CancelledError, BusUnavailable):
             await asking
         await asyncio.sleep(0.05)
-        del asking
+        del asking, servers
         gc.collect()
         return complaints
 
