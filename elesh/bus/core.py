@@ -469,9 +469,11 @@ class Bus:
         entries = await self._client.xrange(self.keys.stream(stream), start, end, count)
         return deliveries_of([(stream, entries)], grouped=False)
 
-    async def newest(self, stream: Stream, *, count: int) -> list[Delivery]:
-        """The last ``count`` entries of a stream, newest first."""
-        entries = await self._client.xrevrange(self.keys.stream(stream), "+", "-", count)
+    async def newest(self, stream: Stream, *, count: int, before: str = "") -> list[Delivery]:
+        """The last ``count`` entries of a stream, newest first; of those before an entry's id, if
+        one is given."""
+        last = f"({before}" if before else "+"
+        entries = await self._client.xrevrange(self.keys.stream(stream), last, "-", count)
         return deliveries_of([(stream, entries)], grouped=False)
 
     async def stands(self, stream: Stream, entry_id: str) -> bool:

@@ -3,6 +3,7 @@
 Promises: reading never changes anything; an action needs a session of the token and the proof of
 its form (or the token as a bearer); every action is told on the bus with the operator's name and
 ends in the audit log. Nothing is loaded from elsewhere, and the content security policy says so.
+An open page that asks again gets the parts that changed, and nothing where none did.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import json
+import secrets
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -18,9 +21,10 @@ from urllib.parse import parse_qs
 import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from elesh.bus import Bus, BusUnavailable
@@ -30,10 +34,13 @@ from elesh.settings import Settings, SettingsError
 from leyline import ContractError, IdempotencyKey, Level
 
 from .decision import decision_view
+from .export import checkpoint_rows, comparison, decision_rows, run_facts, to_csv
 from .guard import COOKIE, Guard
-from .overview import overview, run_view
-from .pages import asset, render
+from .lists import RESULTS, Wanted, decisions_of, paged, runs_of
+from .overview import problems, run_row
+from .pages import Rendered, asset, render
 from .reading import Reader
+from .runs import RunView, decision_row, run_view
 
 __all__ = ["console_app", "serve_console"]
 
@@ -50,6 +57,12 @@ _HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+_LEVELS = [level.value for level in Level if level is not Level.PARAMETER]
+_CHOICES = {"outcomes": RESULTS, "levels": _LEVELS}
+_DEAD_LETTERS, _LINKS = 20, 100
+"""Rows of a page of dead letters, and of the audit log."""
+_OTHERS = 200
+"""Other runs that are offered for a comparison; any may be typed."""
 _ASSETS = {"console.css": "text/css", "console.js": "text/javascript", "icon.svg": "image/svg+xml"}
 Page = Callable[[Request], Awaitable[Response]]
 Action = Callable[[dict[str, str], str], Awaitable[str]]
@@ -63,12 +76,18 @@ class Console:
         self._settings = settings
         self._guard = Guard(_token(settings), settings.console.session_seconds)
         self._reader: Reader | None = None
+        self._born = secrets.token_hex(8)
+        """Of this process: what another one counted is no version here."""
 
     def routes(self) -> list[Route]:
         """Every page and action."""
         pages: dict[str, Page] = {
             "/": self.overview,
             "/runs/{run}": self.run,
+            "/decisions": self.decisions,
+            "/compare": self.compare,
+            "/export/decisions.csv": self.export_decisions,
+            "/export/{run}/{file}": self.export_run,
             "/decisions/{key}": self.decision,
             "/fleet": self.fleet,
             "/dead": self.dead,
@@ -87,7 +106,7 @@ class Console:
             Route("/login", _safe(self.login), methods=["POST"]),
             Route("/logout", _safe(self.logout), methods=["POST"]),
             Route("/static/{name}", _static, methods=["GET"]),
-            Route("/live", _live, methods=["GET"]),
+            Route("/live", _alive, methods=["GET"]),
         ]
 
     @contextlib.asynccontextmanager
@@ -97,58 +116,180 @@ class Console:
             yield
         finally:
             if self._reader is not None:
-                await self._reader.bus.close()
+                await self._reader.close()
 
     # Pages
 
     async def overview(self, request: Request) -> Response:
-        """What runs do, and what is broken."""
-        reader = await self._reading()
-        view = overview(await reader.refresh(), await reader.fleet())
-        return self._page(request, "overview.html", view=view)
+        """What is broken, and where each run stands."""
+        reader = await self._reading(request)
+        history, fleet = await reader.refresh(), await reader.fleet()
+        wanted = Wanted.of(request.query_params)
+
+        def values() -> dict[str, Any]:
+            recent = history.recent()
+            chosen = paged(runs_of(history, wanted), wanted.page)
+            return {
+                "problems": problems(fleet, map(run_row, recent)),
+                "fleet": fleet,
+                "newest": run_view(recent[0]) if recent and not wanted.filters else None,
+                "total": len(recent),
+                "list": chosen,
+                "rows": [run_row(run) for run in chosen.rows],
+                "let_go": history.let_go,
+                "wanted": wanted,
+            }
+
+        return self._live(request, "overview.html", (history.version, fleet.version), values)
 
     async def run(self, request: Request) -> Response:
-        """One run: its time line and decisions."""
-        history = await (await self._reading()).refresh()
-        run = history.runs.get(request.path_params["run"])
+        """One run: what was gained, where, what held it back, and its decisions."""
+        reader = await self._reading(request)
+        history = await reader.refresh()
+        name = request.path_params["run"]
+        run = await reader.run(name)
         if run is None:
-            return self._missing(request, f"no run {request.path_params['run']} is known here")
-        reader = await self._reading()
-        view = run_view(run, (await reader.fleet()).at)
-        return self._page(request, "run.html", run=view)
+            return self._missing(request, f"no run {name} is known here")
+        wanted = Wanted.of(request.query_params, run=name)
+
+        def values() -> dict[str, Any]:
+            chosen = paged(decisions_of([run], wanted), wanted.page)
+            others = [each.run_id for each in history.recent()[:_OTHERS] if each.run_id != name]
+            return {
+                "run": run_view(run),
+                "list": chosen,
+                "rows": [decision_row(*each) for each in chosen.rows],
+                "others": others,
+                "wanted": wanted,
+            }
+
+        return self._live(request, "run.html", (run.version,), values)
+
+    async def decisions(self, request: Request) -> Response:
+        """The decisions of all runs."""
+        reader = await self._reading(request)
+        history = await reader.refresh()
+        wanted = Wanted.of(request.query_params)
+
+        def values() -> dict[str, Any]:
+            chosen = paged(decisions_of(history.runs.values(), wanted), wanted.page)
+            rows = [decision_row(*each) for each in chosen.rows]
+            return {"list": chosen, "rows": rows, "wanted": wanted}
+
+        return self._live(request, "decisions.html", (history.version,), values)
+
+    async def compare(self, request: Request) -> Response:
+        """Two runs beside each other."""
+        reader = await self._reading(request)
+        await reader.refresh()
+        views: list[RunView] = []
+        versions: list[int] = []
+        for name in (request.query_params.get("a", ""), request.query_params.get("b", "")):
+            run = await reader.run(name)
+            if run is None:
+                return self._missing(request, f"no run {name} is known here")
+            views.append(run_view(run))
+            versions.append(run.version)
+        a, b = views
+        return self._live(
+            request,
+            "compare.html",
+            tuple(versions),
+            lambda: {"a": a, "b": b, "figures": comparison(a, b)},
+        )
 
     async def decision(self, request: Request, replayed: Replayed | None = None) -> Response:
         """One decision: why it is as it is, and what came of it."""
-        reader = await self._reading()
+        reader = await self._reading(request)
         key = IdempotencyKey.parse(request.path_params["key"])
+        history = await reader.refresh()
         context = await reader.context(key)
         if context is None:
             return self._missing(request, f"no decision is recorded for {key}")
-        history = await reader.refresh()
         run = history.runs.get(context.decision.run_id)
-        view = decision_view(context, run.outcomes.get(str(key), []) if run else [])
-        return self._page(
-            request, "decision.html", view=view, spans=context.spans, replayed=replayed
-        )
+
+        def values() -> dict[str, Any]:
+            view = decision_view(context, run.outcomes.get(str(key), []) if run else [])
+            return {
+                "view": view,
+                "spans": context.spans,
+                "replayed": replayed,
+                "moved": replayed.moved if replayed else [],
+            }
+
+        told = len(run.outcomes.get(str(key), ())) if run else 0
+        version = (told, len(context.spans), context.missing)
+        if replayed is not None:  # the answer to a form: it is not asked for again
+            return self._page(request, "decision.html", **values())
+        return self._live(request, "decision.html", version, values)
 
     async def fleet(self, request: Request) -> Response:
         """Workers, streams, breakers."""
-        reader = await self._reading()
-        history = await reader.refresh()
-        changes = list(reversed(history.transitions))
-        return self._page(request, "fleet.html", fleet=await reader.fleet(), changes=changes,
-                          runs=[run.run_id for run in history.recent()],
-                          levels=[level.value for level in BREAKERS])  # fmt: skip
+        reader = await self._reading(request)
+        history, fleet = await reader.refresh(), await reader.fleet()
+
+        def values() -> dict[str, Any]:
+            return {
+                "fleet": fleet,
+                "changes": history.transitions,
+                "runs": [run.run_id for run in history.recent()[:_OTHERS]],
+                "breaker_levels": [level.value for level in BREAKERS],
+            }
+
+        changes = len(history.transitions)
+        newest = history.transitions[0].at if changes else None
+        return self._live(request, "fleet.html", (fleet.version, changes, newest), values)
 
     async def dead(self, request: Request) -> Response:
         """Dead letters, newest first."""
-        dead_letters = await (await self._reading()).bus.dead_letters.newest(None)
-        return self._page(request, "dead.html", dead_letters=dead_letters)
+        letters = (await self._reading(request)).bus.dead_letters
+        before = request.query_params.get("before", "")
+        found = await letters.newest(_DEAD_LETTERS + 1, before=before)
+        total = await letters.open()
+        version = (total, *((each.entry_id, each.redriven_as) for each in found))
+
+        def values() -> dict[str, Any]:
+            older = found[_DEAD_LETTERS - 1].entry_id if len(found) > _DEAD_LETTERS else ""
+            shown = found[:_DEAD_LETTERS]
+            return {"dead_letters": shown, "older": older, "before": before, "total": total}
+
+        return self._live(request, "dead.html", version, values)
 
     async def audit(self, request: Request) -> Response:
-        """The newest entries of the audit log, newest first."""
-        links = await (await self._reading()).audited()
-        return self._page(request, "audit.html", links=links[::-1])
+        """Entries of the audit log, newest first."""
+        reader = await self._reading(request)
+        head = (await reader.bus.audit.head()).number
+        wanted = request.query_params.get("until", "")
+        last = min(head, int(wanted)) if wanted.isdecimal() and len(wanted) < 12 else head
+        links = await reader.audited(last, _LINKS)
+
+        def values() -> dict[str, Any]:
+            return {"links": links, "head": head, "last": last, "older": max(0, last - _LINKS)}
+
+        return self._live(request, "audit.html", (last, head if last == head else 0), values)
+
+    async def export_decisions(self, request: Request) -> Response:
+        """The decisions that a list shows, all of them, as CSV."""
+        history = await (await self._reading(request)).refresh()
+        chosen = decisions_of(history.runs.values(), Wanted.of(request.query_params))
+        return _file(to_csv(decision_rows(chosen)), "text/csv", "decisions.csv")
+
+    async def export_run(self, request: Request) -> Response:
+        """One run's decisions or checkpoints as CSV, or everything as JSON."""
+        reader = await self._reading(request)
+        await reader.refresh()
+        name, file = request.path_params["run"], request.path_params["file"]
+        run = await reader.run(name)
+        if run is None:
+            return self._missing(request, f"no run {name} is known here")
+        if file == "run.json":
+            return _file(json.dumps(run_facts(run), indent=1), "application/json", f"{name}.json")
+        if file == "checkpoints.csv":
+            return _file(to_csv(checkpoint_rows(run)), "text/csv", f"{name}-{file}")
+        if file == "decisions.csv":
+            rows = decision_rows(decisions_of([run], Wanted.of(request.query_params, run=name)))
+            return _file(to_csv(rows), "text/csv", f"{name}-{file}")
+        return self._missing(request, f"{file}: expected run.json, checkpoints.csv, decisions.csv")
 
     # Actions
 
@@ -253,17 +394,56 @@ class Console:
             return None, form
         return self._refused(request, "acting needs the token: sign in first"), form
 
-    async def _reading(self) -> Reader:
+    async def _reading(self, request: Request | None = None) -> Reader:
+        """The reader; open tabs share what it read last, whoever loads a page or acts does not."""
         if self._reader is None:
             settings = self._settings
             bus = await Bus.connect(self._url, settings.bus, settings.breaker)
             self._reader = Reader(bus, settings)
+        if request is None or "elesh-live" not in request.headers:
+            self._reader.renew()
         return self._reader
 
+    def _live(
+        self,
+        request: Request,
+        template: str,
+        version: tuple[object, ...],
+        values: Callable[[], dict[str, Any]],
+    ) -> Response:
+        """A page that an open tab asks for again: whole, its changed parts, or nothing.
+
+        Args:
+            version: differs where the page would; looked at before anything is rendered.
+            values: what the template shows.
+        """
+        until = self._reader.until if self._reader else None
+        acting = self._guard.holds(request.cookies.get(COOKIE, ""))
+        told = repr((self._born, version, until, acting)).encode()
+        live = hashlib.sha256(told).hexdigest()[:16]
+        asked = request.headers.get("elesh-live", "")
+        if asked == live:
+            return Response(status_code=304, headers=_HEADERS)
+        # Only the same site's own script reads this, and sessions' cookies are strict: nobody
+        # else can have a page made beside a secret of it and watch how well it compresses.
+        page = self._rendered(request, template, live=live, until=until, **_CHOICES, **values())
+        if not asked:
+            return HTMLResponse(page.text, headers=_HEADERS)
+        known = dict(
+            each.partition("=")[::2] for each in request.headers.get("elesh-parts", "").split()
+        )
+        fresh = {name: part for name, part in page.parts.items() if known.get(name) != part[0]}
+        return JSONResponse(
+            {"version": live, "parts": list(page.parts), "html": fresh}, headers=_HEADERS
+        )
+
     def _page(self, request: Request, template: str, status: int = 200, **values: Any) -> Response:
+        return HTMLResponse(self._rendered(request, template, **values).text, status, _HEADERS)
+
+    def _rendered(self, request: Request, template: str, **values: Any) -> Rendered:
         cookie = request.cookies.get(COOKIE, "")
         acting = self._guard.holds(cookie)
-        text = render(
+        return render(
             template,
             path=request.url.path,
             acting=acting,
@@ -271,13 +451,10 @@ class Console:
             proof=self._guard.proof(cookie) if acting else "",
             **values,
         )
-        tag = f'"{hashlib.sha256(text.encode()).hexdigest()[:32]}"'
-        if status == 200 and request.headers.get("if-none-match") == tag:
-            return Response(status_code=304, headers=_HEADERS | {"ETag": tag})
-        return HTMLResponse(text, status, _HEADERS | {"ETag": tag})
 
     def _missing(self, request: Request, what: str) -> Response:
-        return self._page(request, "message.html", 404, title="Not here", text=what)
+        # It may yet come: an open page asks again.
+        return self._page(request, "message.html", 404, title="Not here", text=what, live="none")
 
     def _refused(self, request: Request, why: str, status: int = 403) -> Response:
         return self._page(request, "message.html", status, title="Refused", text=why)
@@ -293,7 +470,10 @@ def console_app(url: str, settings: Settings) -> Starlette:
     return Starlette(
         routes=console.routes(),
         lifespan=console.connected,
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(settings.console.hosts))],
+        middleware=[
+            Middleware(TrustedHostMiddleware, allowed_hosts=list(settings.console.hosts)),
+            Middleware(GZipMiddleware, compresslevel=6),
+        ],
     )
 
 
@@ -345,9 +525,12 @@ def _safe(page: Page) -> Page:
             status, title, text = 503, "The bus is away", str(error)
         except ContractError as error:
             status, title, text = 400, "That cannot be", str(error)
+        if request.headers.get("elesh-live"):
+            return Response(text, status, _HEADERS)
+        live = "none" if request.method == "GET" and status == 503 else ""
         body = render("message.html", path=request.url.path, acting=False, may_act=False, proof="",
-                      title=title, text=text)  # fmt: skip
-        return HTMLResponse(body, status, _HEADERS)
+                      title=title, text=text, live=live)  # fmt: skip
+        return HTMLResponse(body.text, status, _HEADERS)
 
     return served
 
@@ -380,5 +563,11 @@ async def _static(request: Request) -> Response:
     return Response(asset(name), media_type=_ASSETS[name], headers=_HEADERS)
 
 
-async def _live(_: Request) -> Response:
+def _file(text: str, kind: str, name: str) -> Response:
+    """A text to keep under a name, which is a run's and so a plain one."""
+    disposition = f'attachment; filename="{name}"'
+    return Response(text, media_type=kind, headers=_HEADERS | {"Content-Disposition": disposition})
+
+
+async def _alive(_: Request) -> Response:
     return Response("ok")

@@ -13,11 +13,12 @@ from markupsafe import Markup, escape
 
 from elesh.observe.spanfile import RecordedSpan
 from elesh.observe.waterfall import tree_rows
+from elesh.operate.run_history import Width
 
 from .decision import Comparison, Strip, UnitRow
-from .overview import Band, Mark, RunView
+from .runs import Band, Mark, RunView
 
-__all__ = ["dots", "gate_bar", "intervals", "strip", "timeline", "waterfall"]
+__all__ = ["dots", "gate_bar", "intervals", "strip", "timeline", "waterfall", "width_bar"]
 
 _Scale = Callable[[float], float]
 
@@ -47,7 +48,7 @@ def _svg(
 # The time line of a run
 
 _LEFT, _RIGHT, _TOP = 52, 14, 26
-_PANEL = 92
+_PANEL = 104
 _LANE = 34
 
 
@@ -65,7 +66,7 @@ def timeline(run: RunView, width: int, link: Callable[[str], str]) -> Markup:
     lower = _TOP + _PANEL + _LANE
     parts = [
         *_phases(run.bands, x, height - 24),
-        *_accuracy(run.accuracies, x, width),
+        *_accuracy(run.accuracies, run.settled, x, width),
         *_marks(run.marks, x, _TOP + _PANEL + _LANE / 2 + 2, link),
         *_shares(run, x, lower, width),
         *_epochs(last, x, height, width),
@@ -93,27 +94,47 @@ def _phases(bands: Sequence[Band], x: _Scale, bottom: float) -> Iterable[Markup]
             yield tag("text", name, class_="phase", x=start + 5, y=15)
 
 
-def _accuracy(points: Sequence[tuple[int, float]], x: _Scale, width: int) -> Iterable[Markup]:
+def _accuracy(
+    points: Sequence[tuple[int, float]], settled: int, x: _Scale, width: int
+) -> Iterable[Markup]:
+    """Accuracy on the range that it has from ``settled`` on: the first rise would flatten what a
+    cut does. What is lower stands on the ground of the panel."""
     if not points:
         yield tag("text", "no accuracy was published", class_="muted", x=_LEFT + 6, y=_TOP + 40)
         return
-    low = min(value for _, value in points)
-    # From a round figure below to 100%: a scale that does not make noise look like a fall.
-    floor = min(0.9, math.floor(low * 10) / 10)
+    floor, ceiling = _range([value for epoch, value in points if epoch >= settled - 1])
 
     def y(value: float) -> float:
-        return _TOP + 8 + (_PANEL - 16) * (1 - (value - floor) / (1 - floor))
+        share = (min(max(value, floor), ceiling) - floor) / (ceiling - floor)
+        return _TOP + 8 + (_PANEL - 16) * (1 - share)
 
-    for value in (floor, (1 + floor) / 2, 1.0):
+    digits = 0 if ceiling - floor > 0.045 else 1
+    for value in (floor, (ceiling + floor) / 2, ceiling):
         yield tag("line", class_="grid", x1=_LEFT, x2=width - _RIGHT, y1=y(value), y2=y(value))
-        yield tag("text", f"{value:.0%}", class_="tick", x=_LEFT - 6, y=y(value) + 4)
+        yield tag("text", f"{value:.{digits}%}", class_="tick", x=_LEFT - 6, y=y(value) + 4)
     path = " ".join(f"{x(epoch):.1f},{y(value):.1f}" for epoch, value in points)
     yield tag("polyline", class_="accuracy", points=path)
     for epoch, value in points:
-        yield tag("circle", tag("title", f"epoch {epoch}: accuracy {value:.2%}"),
-                  class_="point", cx=x(epoch), cy=y(value), r=2.6)  # fmt: skip
+        told = tag("title", f"epoch {epoch}: accuracy {value:.2%}")
+        below = value < floor
+        yield tag("circle", told, class_="point below" if below else "point", cx=x(epoch),
+                  cy=y(value), r=2.6)  # fmt: skip
     epoch, value = points[-1]
     yield tag("text", f"accuracy {value:.2%}", class_="value", x=width - _RIGHT - 2, y=y(floor) - 6)
+    if points[0][1] < floor:
+        yield tag("text", f"from {points[0][1]:.0%}", class_="muted", x=x(points[0][0]) + 8,
+                  y=y(floor) - 6)  # fmt: skip
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    """Round ends around values, two points apart at least."""
+    values = values or (0.0, 1.0)
+    low, high = min(values), max(values)
+    step = 0.01 if high - low < 0.08 else 0.05 if high - low < 0.3 else 0.1
+    floor, ceiling = math.floor(low / step) * step, math.ceil(high / step) * step
+    if ceiling - floor < 0.02:
+        floor, ceiling = floor - 0.01, ceiling + 0.01
+    return max(0.0, floor), min(1.0, ceiling)
 
 
 def _marks(
@@ -158,6 +179,20 @@ def _shares(run: RunView, x: _Scale, top: float, width: int) -> Iterable[Markup]
         # At the foot of the area where that is high enough: clear of the steps and the limits.
         below = y(0.0) - 7 if y(0.0) - y(share) > 24 else y(share) - 8
         yield tag("text", f"removed {share:.1%}", class_="value", x=width - _RIGHT - 4, y=below)
+
+
+def width_bar(width: Width, among: Sequence[Width]) -> Markup:
+    """A group as a bar: its outline as wide as it was, filled as it is; on the scale of all."""
+    tallest = max(each.original for each in among)
+    # By the square root: narrow groups beside wide ones are still seen.
+    was, now = (64 * math.sqrt(size / tallest) for size in (width.original, width.size))
+    parts = [
+        tag("rect", class_="was", x=7, width=22, y=66 - was, height=was, rx=2),
+        tag("rect", class_="now", x=7, width=22, y=66 - now, height=now, rx=2),
+    ]
+    label = f"{width.name}: {width.size} of {width.original} {width.level}s"
+    return tag("svg", tag("title", label), *parts, class_="width", viewBox="0 0 36 68", width=36,
+               height=68, role="img", aria_label=label)  # fmt: skip
 
 
 def _steps(

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elesh.analysis import Explanation, UnitExplanation, explain
+from elesh.operate.verdict import gate_parts, removed, result_of, verdict
 from leyline import (
     CheckpointBundle,
     GateResult,
@@ -58,9 +59,13 @@ class GateRow:
     """One safety gate."""
 
     name: str
+    level: str
+    """The level that it is of; empty for one of the whole decision."""
     passed: bool
     measured: float | None
     limit: float | None
+    unit: str
+    """Of both figures; ``%`` for shares."""
     detail: str
 
 
@@ -110,9 +115,18 @@ class DecisionView:
     key: IdempotencyKey
     result: str
     """What became of it: a result of the trainer, or ``approved`` or ``rejected``."""
+    verdict: str
+    """That, what it saves and why, in a sentence."""
+    levels: tuple[str, ...]
+    """Those that were asked for."""
+    goes: str
+    """What it removes, in words."""
     told: Explanation
     comparisons: tuple[Comparison, ...]
-    gates: tuple[GateRow, ...]
+    failed: tuple[GateRow, ...]
+    """Gates that failed."""
+    passed: tuple[GateRow, ...]
+    """Gates that passed."""
     strips: tuple[Strip, ...]
     units: tuple[UnitRow, ...]
     outcomes: tuple[PruningOutcome, ...]
@@ -126,14 +140,18 @@ def decision_view(
     """The page's data; ``outcomes`` are what the trainer said, oldest first."""
     decision, bundle = context.decision, context.bundle
     told = explain(decision, bundle)
-    verdict = "approved" if decision.approved_for_application else "rejected"
+    gates = [_gate(gate) for gate in decision.safety.gates]
     return DecisionView(
         decision=decision,
         key=decision.key,
-        result=outcomes[-1].result if outcomes else verdict,
+        result=result_of(decision, outcomes),
+        verdict=verdict(decision, outcomes),
+        levels=tuple(part.level.value for part in decision.levels) or (decision.key.level.value,),
+        goes=removed(decision),
         told=told,
         comparisons=tuple(_comparisons(decision, outcomes)),
-        gates=tuple(_gate(gate) for gate in decision.safety.gates),
+        failed=tuple(gate for gate in gates if not gate.passed),
+        passed=tuple(gate for gate in gates if gate.passed),
         strips=tuple(_strips(told, bundle)) if bundle else (),
         units=tuple(_units(told, bundle)),
         outcomes=tuple(outcomes),
@@ -142,7 +160,28 @@ def decision_view(
 
 
 def _gate(gate: GateResult) -> GateRow:
-    return GateRow(gate.name, gate.passed, gate.measured, gate.limit, gate.detail)
+    level, name = gate_parts(gate.name)
+    unit = _UNITS.get(name, "")
+    return GateRow(name, level, gate.passed, gate.measured, gate.limit, unit, gate.detail)
+
+
+_UNITS = {
+    "statistics": "samples",
+    "cumulative_limit": "%",
+    "minimum_channels": "channels",
+    "minimum_heads": "heads",
+    "minimum_layers": "layers",
+    "predicted_shift": "%",
+    "predicted_loss": "nats a sample",
+    "labels": "%",
+    "measured_loss": "nats a sample",
+    "measured_accuracy": "%",
+    "accuracy_retention": "%",
+    "class_accuracy": "%",
+    "gradient_flow": "%",
+    "ranking": "%",
+}
+"""What the figures of a gate are in; those of others are plain numbers."""
 
 
 def _comparisons(
@@ -151,9 +190,9 @@ def _comparisons(
     """Loss and accuracy as predicted, as measured in the worker, as measured by the trainer."""
     loss, accuracy = list(_loss(decision, outcomes)), list(_accuracy(decision, outcomes))
     if loss:
-        yield Comparison("rise of the loss, nats a sample", False, tuple(loss))
+        yield Comparison("loss increase, nats a sample", False, tuple(loss))
     if accuracy:
-        yield Comparison("drop of the accuracy, points", True, tuple(accuracy))
+        yield Comparison("accuracy drop, points", True, tuple(accuracy))
     shift, error = (
         decision.statistics.predicted_shift,
         decision.statistics.predicted_shift_error,
@@ -161,7 +200,7 @@ def _comparisons(
     if shift is not None:
         low, high = (None, None) if error is None else (max(0.0, shift - error), shift + error)
         estimate = Estimate("predicted", shift, low, high)
-        yield Comparison("shift of the outputs, share of their mean square", False, (estimate,))
+        yield Comparison("change of the outputs, share of their mean square", False, (estimate,))
 
 
 def _loss(

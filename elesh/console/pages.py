@@ -1,24 +1,28 @@
 """View models to HTML: the templates and the words and figures in them.
 
-Promises: autoescaping is on everywhere; only :mod:`.charts` makes markup.
+Promises: autoescaping is on everywhere; only :mod:`.charts` makes markup. A page is made of named
+parts with digests, so that an open page asks for those that changed and gets no more.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, pass_context
+from jinja2.runtime import Context
 from markupsafe import Markup
 
 from elesh.observe.printable import printable
 
 from . import charts
 
-__all__ = ["asset", "render"]
+__all__ = ["Rendered", "asset", "render"]
 
 _NONE = "\N{EN DASH}"
 _HEX_ROWS = 16
@@ -29,10 +33,45 @@ def asset(name: str) -> str:
     return (files(__package__) / "static" / name).read_text()
 
 
-def render(template: str, *, link: Callable[[str], str] | None = None, **values: Any) -> str:
+@dataclass(frozen=True)
+class Rendered:
+    """A page as HTML, and its live parts."""
+
+    text: str
+    parts: dict[str, tuple[str, str]]
+    """Digest and HTML of each part, by its id."""
+
+
+def render(template: str, *, link: Callable[[str], str] | None = None, **values: Any) -> Rendered:
     """The page; ``link`` gives the address of a decision from its key."""
     page = _environment.get_template(template)
-    return page.render(link=link or (lambda key: f"/decisions/{key}"), **values)
+    parts: dict[str, tuple[str, str]] = {}
+    known = {"live": "", "until": None} | values
+    text = page.render(link=link or (lambda key: f"/decisions/{key}"), _parts=parts, **known)
+    return Rendered(text, parts)
+
+
+@pass_context
+def part(context: Context, name: str, caller: Callable[[], str]) -> Markup:
+    """A part of a page that is renewed by itself."""
+    html = caller().strip()
+    digest = hashlib.sha256(html.encode()).hexdigest()[:16]
+    context["_parts"][f"part-{name}"] = digest, html
+    # What is in it was escaped as it was rendered.
+    return Markup(f'<div class="part" id="part-{name}" data-hash="{digest}">{html}</div>')
+
+
+def change(pair: tuple[float, float]) -> str:
+    """From a first to a second amount, in percent of the first."""
+    before, now = pair
+    if not before:
+        return _NONE
+    return f"{100 * (now / before - 1):+.1f}%".replace("-", "\N{MINUS SIGN}")
+
+
+def iso(value: datetime) -> str:
+    """A time for machines."""
+    return value.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -92,6 +131,15 @@ def words(value: object) -> str:
     return str(value).replace("_", " ")
 
 
+def measure(value: float | None, unit: str) -> str:
+    """A gate's figure in its unit."""
+    if value is None or not math.isfinite(value):
+        return ""
+    if unit == "%":
+        return f"{value:.2%}" if abs(value) >= 0.001 or value == 0 else f"{100 * value:.2g}%"
+    return f"{value:.4g} {unit}".strip()
+
+
 def hexdump(data: bytes) -> str:
     """The first bytes, sixteen a row, in hex and as text."""
     rows = []
@@ -120,10 +168,11 @@ _environment = Environment(
     lstrip_blocks=True,
 )
 _environment.filters.update(
-    ago=ago, clock=clock, figure=figure, hexdump=hexdump, mebibytes=mebibytes, number=number,
-    percent=percent, points=points, signed=signed, words=words,
+    ago=ago, change=change, clock=clock, figure=figure, hexdump=hexdump, iso=iso, measure=measure,
+    mebibytes=mebibytes, number=number, percent=percent, points=points, signed=signed, words=words,
 )  # fmt: skip
 _environment.globals.update(
-    dots=charts.dots, gate_bar=charts.gate_bar, intervals=charts.intervals, strip=charts.strip,
-    timeline=charts.timeline, waterfall=charts.waterfall,
+    dots=charts.dots, gate_bar=charts.gate_bar, intervals=charts.intervals, part=part,
+    strip=charts.strip, timeline=charts.timeline, waterfall=charts.waterfall,
+    width_bar=charts.width_bar,
 )  # fmt: skip

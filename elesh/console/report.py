@@ -1,4 +1,8 @@
-"""``elesh report``: a run as one HTML file that needs nothing else, to keep, send and print."""
+"""``elesh report``: a run as one HTML file that needs nothing else, to keep, send and print.
+
+Promises: a summary of one page comes first; every decision is in the table after it, and the
+largest cuts follow whole. The run is found wherever in the streams it stands.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +19,15 @@ from elesh.settings import Settings
 from leyline import IdempotencyKey, InvalidField
 
 from .decision import decision_view
-from .overview import run_view
+from .lists import Wanted, decisions_of
 from .pages import asset, render
 from .reading import Reader
+from .runs import decision_row, run_view
 
 __all__ = ["report_html", "write_report"]
+
+_WHOLE = 12
+"""Cuts that are shown whole, the largest; every decision is in the table."""
 
 
 async def write_report(bus: Bus, settings: Settings, run_id: str, path: Path) -> int:
@@ -36,30 +44,34 @@ async def write_report(bus: Bus, settings: Settings, run_id: str, path: Path) ->
 async def report_html(bus: Bus, settings: Settings, run_id: str) -> tuple[str, int]:
     """The report and the number of decisions in it; see :func:`write_report`."""
     reader = Reader(bus, settings)
-    history = await reader.refresh()
-    run = history.runs.get(run_id)
+    run = await reader.search(run_id)
     if run is None:
-        known = ", ".join(each.run_id for each in history.recent()[:5]) or "none"
+        known = ", ".join(each.run_id for each in (await reader.refresh()).recent()[:5]) or "none"
         raise InvalidField("run", f"a run in the streams: {known}", run_id)
-    view, now = run_view(run, datetime.now(UTC)), datetime.now(UTC)
+    view, now = run_view(run), datetime.now(UTC)
+    applied = [mark for mark in view.marks if mark.result in ("applied", "rolled_back")]
+    largest = sorted(applied, key=lambda mark: -run.decisions[mark.key].units)[:_WHOLE]
     decisions = []
-    for mark in view.marks:
+    for mark in sorted(largest, key=lambda mark: mark.epoch):
         context = await reader.context(IdempotencyKey.parse(mark.key))
         if context is not None:
-            told = decision_view(context, run.outcomes.get(mark.key, []))
-            decisions.append((told, context.spans))
+            decisions.append(decision_view(context, run.outcomes.get(mark.key, [])))
+    shown = {str(each.key) for each in decisions}
+    rows = [decision_row(*each) for each in decisions_of([run], Wanted())]
     script = asset("console.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    text = render(
+    page = render(
         "report.html",
-        link=lambda key: f"#d-{key}",
+        link=lambda key: f"#d-{key}" if key in shown else f"#r-{key}",
         run=view,
         at=now,
         decisions=decisions,
+        rows=rows,
+        applied=len(applied),
         # Both are files of this package, nobody else's text.
         style=Markup(asset("console.css")),
         script=Markup(script),
         script_hash=f"sha256-{digest}",
         version=version("elesh"),
     )
-    return text, len(decisions)
+    return page.text, len(rows)

@@ -34,7 +34,7 @@ async def trip_breaker(bus: Bus, run: str, level: Level, by: str, reason: str) -
 
 async def reset_breaker(bus: Bus, run: str, level: Level, by: str, reason: str = "") -> None:
     """Close a breaker by hand and forget its failures."""
-    change = await bus.breakers.reset(run, level)
+    change = await bus.breakers.reset(run, level, reason)
     await _tell(bus, "breaker_reset", run, level, by, reason, change)
 
 

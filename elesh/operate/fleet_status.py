@@ -40,6 +40,25 @@ class FleetStatus:
     """The last ones, newest first."""
     dead_letters: Sequence[DeadLetterEntry]
     """The last ones, newest first."""
+    dead_total: int = 0
+    """Dead letters that nobody has redriven."""
+
+    @property
+    def version(self) -> int:
+        """Differs where a page would: not with every heartbeat."""
+        workers = [worker.model_dump(exclude={"heard_at"}) for worker in self.workers]
+        waits = [
+            (name, each.length, each.waiting, each.pending, self.since(each.oldest_seconds))
+            for name, each in self.backlog.items()
+        ]
+        dead = [(each.entry_id, each.redriven_as) for each in self.dead_letters]
+        return hash(repr((workers, waits, self.breakers, dead, self.dead_total)))
+
+    def since(self, seconds: float | None) -> datetime | None:
+        """When something began that has lasted so long, to the second."""
+        if seconds is None:
+            return None
+        return datetime.fromtimestamp(round(self.at.timestamp() - seconds), UTC)
 
     def facts(self) -> dict[str, Any]:
         """The same for machines."""
@@ -79,6 +98,7 @@ async def fleet_status_of(bus: Bus, *, dead_letters: int | None = _LAST) -> Flee
         breakers=await bus.breakers.show(),
         decisions=[*_decisions(bus.guard, await bus.newest(DECISIONS, count=_LAST))],
         dead_letters=await bus.dead_letters.newest(dead_letters),
+        dead_total=await bus.dead_letters.open(),
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
+from browser import Browser, browsing
 from console_server import TOKEN, Site, serving_console
 from redis import Redis
 
@@ -36,20 +37,8 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]:
     os.environ["ELESH_STATE_DIR"] = str(home)  # spans are looked for where the demo keeps them
     try:
         with embedded_server(tmp_path_factory.mktemp("recorded")) as url:
-            command = [
-                "demo",
-                "--epochs",
-                "12",
-                "--every",
-                "1",
-                "--workers",
-                "1",
-                "--fail",
-                "1",
-                "--console",
-            ]
             done = subprocess.run(
-                [sys.executable, "-m", "elesh.cli", *command],
+                [sys.executable, "-m", "elesh.cli", *_DEMO.split()],
                 env=os.environ | {"ELESH_REDIS_URL": url, "ELESH_CONSOLE__PORT": "0"},
                 check=True,
                 stdout=subprocess.PIPE,
@@ -66,6 +55,12 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]:
             del os.environ["ELESH_STATE_DIR"]
         else:
             os.environ["ELESH_STATE_DIR"] = before
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browsing(tmp_path_factory.mktemp("profile")) as made:
+        yield made
 
 
 @pytest.fixture

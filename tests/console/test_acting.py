@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from console_server import TOKEN, Site, serving_console
+from console_server import TOKEN, Answer, Site, serving_console
 
 from contracts import examples
 from elesh.bus import Bus
@@ -75,7 +78,7 @@ def test_an_operator_trips_and_resets_and_it_is_in_the_audit_log(site: Site, on_
     assert answer.status == 303
     assert state(on_bus) == "open"
     assert "looks wrong" in site.get("/fleet").text
-    site.post("/breakers/reset", TRIP | {"proof": site.proof(), "reason": ""})
+    site.post("/breakers/reset", TRIP | {"proof": site.proof(), "reason": "looks right"})
     assert state(on_bus) == "closed"
 
     async def told(bus: Bus) -> list[tuple[str, str, str]]:
@@ -85,7 +88,7 @@ def test_an_operator_trips_and_resets_and_it_is_in_the_audit_log(site: Site, on_
 
     assert on_bus(told) == [
         ("breaker_trip", "console@127.0.0.1", "looks wrong; closed to open"),
-        ("breaker_reset", "console@127.0.0.1", "open to closed"),
+        ("breaker_reset", "console@127.0.0.1", "looks right; open to closed"),
     ]
     assert "breaker trip" in site.get("/audit").text
 
@@ -143,10 +146,27 @@ def test_every_page_allows_its_own_assets_only_and_is_not_kept(site: Site):
     assert site.get("/static/../app.py").status == 404
 
 
-def test_a_page_that_did_not_change_is_not_sent_again(site: Site):
-    first = site.get("/fleet")
-    again = site.get("/fleet", If_None_Match=first.headers["etag"])
-    assert (again.status, again.text) == (304, "")
+def polled(site: Site, path: str, page: str) -> Answer:
+    """What an open tab gets that shows ``page``."""
+    [version] = re.findall(r'data-live="([^"]+)"', page)
+    parts = re.findall(r'id="(part-[^"]+)" data-hash="([^"]+)"', page)
+    known = " ".join(f"{name}={digest}" for name, digest in parts)
+    return site.get(path, Elesh_Live=version, Elesh_Parts=known)
+
+
+def test_an_open_page_gets_what_changed_and_nothing_else(site: Site, on_bus):
+    pages = {path: site.get(path).text for path in (*PAGES, "/decisions")}
+    for path, page in pages.items():
+        again = polled(site, path, page)
+        assert (again.status, again.text) == (304, ""), path
+    on_bus(lambda bus: bus.breakers.trip("digits-7", Level.CHANNEL, "by hand"))
+    give_up = time.monotonic() + 60
+    while (answer := polled(site, "/fleet", pages["/fleet"])).status == 304:
+        assert time.monotonic() < give_up  # tabs share what was read last for a moment
+    told = json.loads(answer.text)
+    assert list(told["html"]) == ["part-breakers"]
+    assert "by hand" in told["html"]["part-breakers"][1]
+    assert told["version"] not in pages["/fleet"]
 
 
 def test_another_host_name_is_refused(site: Site):

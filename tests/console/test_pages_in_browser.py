@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import MISSING, Browser, browsing
+from browser import MISSING, Browser
 from console_server import TOKEN, Site, serving_console
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
@@ -28,12 +28,6 @@ from leyline.streams import DEAD
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 WIDTHS = (1280, 390)
 THEMES = ("light", "dark")
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browsing(tmp_path_factory.mktemp("profile")) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -13,13 +13,16 @@ from contracts import examples
 from elesh.bus import Backlog, BreakerView, Bus, DeadLetterEntry, WorkerState
 from elesh.console.charts import dots, gate_bar, intervals, strip, timeline
 from elesh.console.decision import HEATS, Comparison, DecisionView, Estimate, decision_view
-from elesh.console.history import History
-from elesh.console.overview import overview, run_view
+from elesh.console.export import checkpoint_rows, decision_rows, run_facts, to_csv
+from elesh.console.lists import Wanted, decisions_of, paged, runs_of
+from elesh.console.overview import problems, run_row
 from elesh.console.pages import ago, hexdump, percent, points
 from elesh.console.reading import Reader
+from elesh.console.runs import run_view
 from elesh.operate.fleet_status import FleetStatus
+from elesh.operate.run_history import Entry, History
 from elesh.settings import Settings
-from leyline import IdempotencyKey, Level, Message
+from leyline import IdempotencyKey, InvalidField, Level
 
 NOW = datetime(2025, 1, 14, 12, tzinfo=UTC)
 
@@ -69,17 +72,48 @@ def fleet(**parts: Any) -> FleetStatus:
 
 
 def told(history: History, **parts: Any) -> list[tuple[str, str]]:
-    return [(each.tone, each.what) for each in overview(history, fleet(**parts)).problems]
+    rows = map(run_row, history.recent())
+    return [(each.tone, each.what) for each in problems(fleet(**parts), rows)]
 
 
-def messages() -> list[tuple[Message, datetime]]:
+def entries() -> list[Entry]:
     names = ("CheckpointReady", "StructuralPruningDecision", "PruningOutcome", "BreakerTransition")
-    return [(examples.MESSAGES[name], NOW) for name in names]
+    places = ("checkpoints", "decisions", "outcomes", "telemetry")
+    return [
+        Entry(examples.MESSAGES[name], stream, f"{1736856000000 + number}-0")
+        for number, (name, stream) in enumerate(zip(names, places, strict=True))
+    ]
+
+
+def many(count: int) -> History:
+    """Runs with a checkpoint and a decision each."""
+    history = History()
+    ready = examples.MESSAGES["CheckpointReady"]
+    decision = examples.MESSAGES["StructuralPruningDecision"]
+    for number in range(count):
+        name = f"run-{number}"
+        metadata = ready.metadata.model_copy(update={"run_id": name})
+        decided = decision.model_copy(
+            update={
+                "run_id": name,
+                "idempotency_key": f"{31 + number}:7d78d452c22268b2:ck-{number}:channel",
+                "epoch": 31 + number,
+                "approved_for_application": number % 2 == 0,
+                "rejection_reason": "" if number % 2 == 0 else "too dear",
+            }
+        )
+        renamed = ready.model_copy(update={"metadata": metadata})
+        history.take(
+            [Entry(renamed, "checkpoints", f"{number + 1}-0"),
+             Entry(decided, "decisions", f"{number + 1}-1")]
+        )  # fmt: skip
+    return history
 
 
 @pytest.mark.slow
 def test_a_run_is_what_its_trainer_published_and_reported(recorded, history):
-    view = run_view(history.runs[recorded.run_id], datetime.now(UTC))
+    view = run_view(history.runs[recorded.run_id])
+    rows = decisions_of([history.runs[recorded.run_id]], Wanted())
     assert view.epoch == 12
     assert [epoch for epoch, _ in view.accuracies] == list(range(1, 13))
     assert view.phase == "validation"
@@ -90,26 +124,61 @@ def test_a_run_is_what_its_trainer_published_and_reported(recorded, history):
     assert shares == sorted(shares)
     assert 0 < shares[-1] <= max(band.limit for band in view.bands)
     assert dict(view.results)["applied"] == sum(m.result == "applied" for m in view.marks) > 0
-    assert len(view.rows) == len(view.marks) == sum(count for _, count in view.results)
-    assert all(row.reason for row in view.rows if row.result == "rejected")
+    assert len(rows) == len(view.marks) == sum(count for _, count in view.results)
+    assert all(decided.reason for run, decided in rows if run.result(decided) == "rejected")
 
 
-def test_pieces_of_a_history_make_the_same_history():
+def test_pieces_of_a_history_in_any_order_make_the_same_history():
     whole, pieces = History(), History()
-    whole.take(messages())
-    for each in messages():
+    whole.take(entries())
+    for each in reversed(entries()):
         pieces.take([each])
     assert whole.runs == pieces.runs
-    assert list(whole.transitions) == list(pieces.transitions)
+    assert whole.transitions == pieces.transitions
 
 
-def test_a_history_forgets_the_oldest_runs_first():
-    history, ready = History(), examples.MESSAGES["CheckpointReady"]
-    for number in range(60):
-        metadata = ready.metadata.model_copy(update={"run_id": f"run-{number}"})
-        renamed = ready.model_copy(update={"metadata": metadata})
-        history.take([(renamed, NOW + timedelta(seconds=number))])
+def test_a_history_forgets_the_oldest_runs_first_and_counts_them(monkeypatch):
+    monkeypatch.setattr("elesh.operate.run_history._RUNS", 50)
+    history = many(60)
     assert [run.run_id for run in history.recent()] == [f"run-{n}" for n in range(59, 9, -1)]
+    assert history.let_go == 10
+
+
+def test_a_list_is_paged_and_filtered_and_says_how_many_there_are():
+    history = many(120)
+    every = runs_of(history, Wanted())
+    last = paged(every, 3)
+    assert (last.total, last.pages, last.first, len(last.rows)) == (120, 3, 101, 20)
+    assert paged(every, 99) == last, "a page past the end is the last"
+    assert [run.run_id for run in runs_of(history, Wanted.of({"text": "RUN-11"}))] == [
+        f"run-{n}" for n in (*range(119, 109, -1), 11)
+    ]
+    runs = history.runs.values()
+    rejected = decisions_of(runs, Wanted.of({"outcome": "rejected"}))
+    assert len(rejected) == 60
+    assert len(decisions_of(runs, Wanted.of({"text": "too dear", "first": "140"}))) == 6
+    assert decisions_of(runs, Wanted.of({"level": "head"})) == []
+    assert [d.epoch for _, d in decisions_of(runs, Wanted.of({"first": "33", "last": "34"}))] == [
+        34, 33,
+    ]  # fmt: skip
+    with pytest.raises(InvalidField, match="outcome"):
+        Wanted.of({"outcome": "nonsense"})
+    with pytest.raises(InvalidField, match="first"):
+        Wanted.of({"first": "-3"})
+
+
+def test_an_export_has_every_row_and_no_formula():
+    history = many(3)
+    run = history.runs["run-1"]
+    [row] = decision_rows([(run, decided) for decided in run.decisions.values()])
+    assert (row["run"], row["result"], row["reason"]) == ("run-1", "rejected", "too dear")
+    text = to_csv([row | {"reason": "=cmd()"}])
+    assert "'=cmd()" in text
+    assert text.count("\r\n") == 2
+    assert checkpoint_rows(run)[0]["units a"] == 3
+    facts = run_facts(run)
+    assert facts["gain"]["parameters"] == (119, 102)
+    assert [group["name"] for group in facts["groups"]] == ["a", "b"]
 
 
 def test_nothing_is_said_where_nothing_is_broken():
@@ -126,14 +195,15 @@ def test_what_is_broken_is_said():
     assert told(History(), workers=(wedged,)) == [("warn", "Worker w2 is not ready")]
     dead_letter = DeadLetterEntry("1-0", None, "unreadable")
     again = DeadLetterEntry("2-0", None, "unreadable", redriven_as="3-0")
-    assert told(History(), dead_letters=(dead_letter, again)) == [("warn", "1 dead letter")]
+    letters = (again, dead_letter)
+    assert told(History(), dead_letters=letters, dead_total=1) == [("warn", "1 dead letter")]
     late = Backlog(5, 5, 0, 300.0, None)
     assert told(History(), backlog={"checkpoints": late}) == [
-        ("warn", "checkpoints: the oldest entry has waited 300 s")
+        ("warn", "checkpoints: the oldest entry has waited since 11:55:00 UTC")
     ]
     history = History()
     outcome = examples.MESSAGES["PruningOutcome"].model_copy(update={"result": "rolled_back"})
-    history.take([*messages()[:2], (outcome, NOW)])
+    history.take([*entries()[:2], Entry(outcome, "outcomes", "1736856000009-0")])
     assert told(history) == [("warn", "digits-7: 1 rolled back")]
 
 
@@ -185,7 +255,7 @@ def test_a_decision_whose_statistics_are_gone_says_so(recorded, applied, redis_u
 
 
 def test_charts_escape_what_they_are_given(history, recorded):
-    run = run_view(history.runs[recorded.run_id], NOW)
+    run = run_view(history.runs[recorded.run_id])
     hostile = '"><script>'
     item = Comparison(hostile, False, (Estimate(hostile, 1.0, 0.5, 2.0),))
     assert "<script>" not in intervals(item, 300)
@@ -197,10 +267,8 @@ def test_charts_escape_what_they_are_given(history, recorded):
 
 def test_a_chart_of_nothing_is_no_error():
     history = History()
-    history.take(messages()[1:2])
-    assert "no accuracy was published" in timeline(
-        run_view(history.runs["digits-7"], NOW), 400, str
-    )
+    history.take(entries()[1:2])
+    assert "no accuracy was published" in timeline(run_view(history.runs["digits-7"]), 400, str)
     assert dots([]) == []
     flat = Comparison("q", False, (Estimate("predicted", 0.0),))
     assert "+0" in intervals(flat, 300)

@@ -66,6 +66,8 @@ class Circuit:
     probe_until: int = 0
     counted: tuple[str, ...] = ()
     """Digests of the tokens of the last failures."""
+    by_hand: str = ""
+    """What an operator said who opened it; it stays until the breaker closes."""
 
     def opened(self, now: int) -> Circuit:
         """It as it opens."""
@@ -89,6 +91,8 @@ class Circuit:
         known = bool(name) and name in self.counted
         counted = (*self.counted, name)[-_COUNTED:] if name and not known else self.counted
         failures = self.failures + (not known)
+        if self.by_hand:
+            reason = f"{self.by_hand}; a failure since: {reason}"[:_MAX_REASON]
         failed = replace(self, failures=failures, reason=reason, counted=counted)
         # A probe that fails has failed, however often its message was delivered.
         if self.state == "half_open" or (self.state == "closed" and failures >= limit):
@@ -102,6 +106,8 @@ class Circuit:
     def encode(self) -> bytes:
         """Its bytes; none for one that has nothing to remember."""
         values = list(vars(self).values())
+        if not self.by_hand:
+            del values[-1]  # as workers of before know it
         data: bytes = msgpack.packb(values) if self != Circuit() else b""
         return data
 
@@ -112,8 +118,9 @@ class Circuit:
         Raises:
             ValueError, TypeError: if they are none.
         """
-        state, failures, reason, opened_at, probe_until, counted = msgpack.unpackb(data)
-        return cls(state, failures, reason, opened_at, probe_until, tuple(counted))
+        state, failures, reason, opened_at, probe_until, counted, *rest = msgpack.unpackb(data)
+        by_hand = str(rest[0]) if rest else ""
+        return cls(state, failures, reason, opened_at, probe_until, tuple(counted), by_hand)
 
 
 Step = Callable[[Circuit, int], Circuit]
@@ -174,16 +181,19 @@ class BreakerStore:
         """Forget the failures so far and close after a probe; an open breaker stays open."""
         return await self._transition(run_id, level, lambda now_is, _: now_is.succeeded())
 
-    async def reset(self, run_id: str, level: Level) -> BreakerTransition | None:
+    async def reset(self, run_id: str, level: Level, why: str = "") -> BreakerTransition | None:
         """Close by hand."""
-        reason = "reset by an operator"
+        reason = f"reset by an operator{': ' if why else ''}{why}"[:_MAX_REASON]
         return await self._transition(run_id, level, lambda now_is, _: now_is.closed(), reason)
 
     async def trip(self, run_id: str, level: Level, reason: str) -> BreakerTransition | None:
         """Open by hand; it recovers like any other."""
         reason = reason[:_MAX_REASON]
         return await self._transition(
-            run_id, level, lambda now_is, now: replace(now_is, reason=reason).opened(now), reason
+            run_id,
+            level,
+            lambda now_is, now: replace(now_is, reason=reason, by_hand=reason).opened(now),
+            reason,
         )
 
     async def show(self) -> list[BreakerView]:

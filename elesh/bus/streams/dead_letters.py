@@ -71,12 +71,28 @@ class DeadLetters:
         """Every dead letter, oldest first."""
         return (await self.newest(None))[::-1]
 
-    async def newest(self, count: int | None) -> list[DeadLetterEntry]:
-        """The last ``count`` dead letters, newest first; every one if None."""
-        found = await self._client.xrevrange(self._key(DEAD), count=count)
-        marks: Any = await self._client.hgetall(self._marks)
+    async def newest(self, count: int | None, *, before: str = "") -> list[DeadLetterEntry]:
+        """The last ``count`` dead letters, newest first, every one if None; of those before an
+        entry's id, if one is given.
+
+        Raises:
+            InvalidField: if ``before`` is no entry's id.
+        """
+        if before and not _ENTRY.fullmatch(before):
+            raise InvalidField("before", "an entry id such as 1736856000250-0", before)
+        last = f"({before}" if before else "+"
+        found: Any = await self._client.xrevrange(self._key(DEAD), last, "-", count)
         entries = deliveries_of([(DEAD, found)], grouped=False)
-        return [self._entry(entry, marks.get(entry.entry_id.encode(), b"")) for entry in entries]
+        if not entries:
+            return []
+        marks: Any = await self._client.hmget(self._marks, [each.entry_id for each in entries])
+        return [self._entry(entry, mark or b"") for entry, mark in zip(entries, marks, strict=True)]
+
+    async def open(self) -> int:
+        """How many dead letters nobody has redriven."""
+        length: Any = await self._client.xlen(self._key(DEAD))
+        redriven: Any = await self._client.hlen(self._marks)
+        return max(0, int(length) - int(redriven))
 
     async def get(self, entry_id: str) -> DeadLetterEntry:
         """One dead letter.

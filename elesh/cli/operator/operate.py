@@ -48,6 +48,7 @@ def breaker_reset(
     level: Annotated[
         Level | None, typer.Argument(help="The level; without one, every level.")
     ] = None,
+    reason: Annotated[str, typer.Option(help="Why; kept in the audit log.")] = "",
     redis: RedisOption = "",
     settings: SettingsOption = None,
 ) -> None:
@@ -60,7 +61,7 @@ def breaker_reset(
             if run in ("", view.run_id) and level in (None, view.level)
         ]
         for each in chosen:
-            await reset_breaker(bus, *each, operator())
+            await reset_breaker(bus, *each, operator(), reason)
         return chosen
 
     closed = on_bus(redis, settings, reset)

@@ -1,0 +1,131 @@
+"""Runs and decisions for other programs: CSV and JSON.
+
+Promises: every row has every column; a text that a spreadsheet would take for a formula is quoted;
+times are UTC in ISO 8601.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from elesh.operate.run_history import Decided, Run
+
+from .runs import RunView, decision_row, run_view
+
+__all__ = ["checkpoint_rows", "comparison", "decision_rows", "run_facts", "to_csv"]
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def decision_rows(decisions: Iterable[tuple[Run, Decided]]) -> list[dict[str, Any]]:
+    """One row a decision."""
+    rows = []
+    for run, decided in decisions:
+        row = decision_row(run, decided)
+        rows.append(
+            {
+                "run": row.run_id,
+                "epoch": row.epoch,
+                "key": row.key,
+                "level": row.level,
+                "phase": row.phase,
+                "result": row.result,
+                "units_removed": row.units,
+                "parameters_before": decided.parameters_before,
+                "parameters_after": decided.parameters_after,
+                "macs_before": decided.macs_before,
+                "macs_after": decided.macs_after,
+                "accuracy_before": row.accuracy_before,
+                "accuracy_after": row.accuracy_after,
+                "measured_by_worker": row.measured,
+                "failed_gates": " ".join(decided.failed_gates),
+                "fallbacks": " ".join(decided.fallbacks),
+                "reason": row.reason,
+            }
+        )
+    return rows
+
+
+def checkpoint_rows(run: Run) -> list[dict[str, Any]]:
+    """One row a checkpoint, by epoch, with the units left of every group."""
+    points = [run.checkpoints[epoch] for epoch in sorted(run.checkpoints)]
+    names = dict.fromkeys(width.name for point in points for width in point.shape.widths)
+    rows = []
+    for point in points:
+        sizes = {width.name: width.size for width in point.shape.widths}
+        rows.append(
+            {
+                "epoch": point.epoch,
+                "accuracy": point.accuracy,
+                "loss": point.loss,
+                "parameters": point.shape.parameters,
+                "macs": point.shape.macs,
+            }
+            | {f"units {name}": sizes.get(name, 0) for name in names}
+        )
+    return rows
+
+
+def run_facts(run: Run) -> dict[str, Any]:
+    """Everything of a run."""
+    view = run_view(run)
+    decided = sorted(run.decisions.values(), key=lambda each: (each.order, each.key))
+    return {
+        "run": run.run_id,
+        "heard_of": run.at.isoformat(),
+        "epoch": view.epoch,
+        "phase": view.phase,
+        "gain": asdict(view.gain) if view.gain else None,
+        "results": dict(view.results),
+        "groups": [asdict(width) for width in view.widths],
+        "held_back": [asdict(each) for each in view.held_back],
+        "checkpoints": checkpoint_rows(run),
+        "decisions": decision_rows((run, each) for each in decided),
+    }
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with a header; empty text for none."""
+    if not rows:
+        return ""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\r\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: _plain(value) for name, value in row.items()})
+    return file.getvalue()
+
+
+def comparison(a: RunView, b: RunView) -> list[tuple[str, str, str]]:
+    """Figures of two runs side by side: what they are, of the one, of the other."""
+    left, right = _figures(a), _figures(b)
+    return [(name, left.get(name, ""), right.get(name, "")) for name in left | right]
+
+
+def _figures(run: RunView) -> dict[str, str]:
+    gain = run.gain
+    told = {"epoch": f"{run.epoch:,}", "phase": run.phase}
+    if gain is not None:
+        for name, (before, now) in (("parameters", gain.parameters), ("MACs", gain.macs)):
+            share = f" ({now / before:.1%} left)" if before else ""
+            told[name] = f"{before:,} → {now:,}{share}"
+        for level, before, now in gain.units:
+            told[f"{level}s"] = f"{before:,} → {now:,}"
+        told["cuts that stayed"] = f"{gain.cuts:,}"
+        if gain.cost is not None:
+            told["accuracy, by the cuts alone"] = f"{100 * gain.cost:+.2f} points"
+        for name, value in zip(("at the first cut", "now"), gain.accuracy, strict=True):
+            if value is not None:
+                told[f"accuracy {name}"] = f"{value:.2%}"
+    told |= {name.replace("_", " "): f"{count:,}" for name, count in run.results}
+    return told
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, str) and value.startswith(_FORMULA):
+        return f"'{value}"
+    return value
