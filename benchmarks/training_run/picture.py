@@ -64,6 +64,15 @@ def mean(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), error
 
 
+def lost(runs: Sequence[Line], whole: Sequence[Line]) -> tuple[float, float]:
+    """What the accuracy (of ``gpt``: the loss) loses against the script as it is, and the standard
+    error of that, paired by seed."""
+    name, sign = ("loss", 1) if runs[0]["task"] == "gpt" else ("accuracy", -1)
+    plain = {run["seed"]: run[name] for run in whole}
+    pairs = [sign * (run[name] - plain[run["seed"]]) for run in runs if run["seed"] in plain]
+    return mean(pairs) if pairs else (float("nan"), 0.0)
+
+
 def picture(lines: Sequence[Line], path: Path) -> None:
     """A row a task: accuracy against the MACs left, and against how much faster 64 samples are."""
     import matplotlib
@@ -91,22 +100,24 @@ def picture(lines: Sequence[Line], path: Path) -> None:
     )
     for task, (left, right) in zip(tasks, rows, strict=True):
         found = grouped(lines, task)
-        whole = [line["accuracy"] for line in found["unpruned", 1.0]]
+        whole = found["unpruned", 1.0]
+        name = "loss" if task == "gpt" else "accuracy"
+        scale = 1 if task == "gpt" else 100
         sides: tuple[tuple[Any, Callable[[Line], float], str], ...] = (
             (left, lambda line: 100 * line["macs"], "MACs left, %"),
             (right, lambda line: line["faster"]["64"], "times faster, 64 samples"),
         )
         for axes, across, label in sides:
             if whole:
-                axes.axhline(100 * mean(whole)[0], color=_INK, linewidth=0.8, linestyle=":")
+                level = scale * mean([run[name] for run in whole])[0]
+                axes.axhline(level, color=_INK, linewidth=0.8, linestyle=":")
             for method, colour in _COLOURS.items():
                 points = [runs for (name, _), runs in sorted(found.items()) if name == method]
                 if points:
-                    accuracy = [mean([100 * run["accuracy"] for run in runs]) for runs in points]
                     axes.errorbar(
                         [mean([across(run) for run in runs])[0] for runs in points],
-                        [value for value, _ in accuracy],
-                        [error for _, error in accuracy],
+                        [scale * mean([run[name] for run in runs])[0] for runs in points],
+                        [scale * lost(runs, whole)[1] for runs in points],
                         color=colour,
                         marker="o",
                         markersize=3,
@@ -116,7 +127,7 @@ def picture(lines: Sequence[Line], path: Path) -> None:
                     )
             axes.set_xlabel(label)
         left.invert_xaxis()
-        left.set_ylabel("test accuracy, %")
+        left.set_ylabel("test loss" if task == "gpt" else "test accuracy, %")
         left.set_title(_TITLES[task], loc="left", fontsize=10)
     figure.legend(
         *rows[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
@@ -135,20 +146,25 @@ def tables(lines: Sequence[Line]) -> str:
             continue
         whole = found["unpruned", 1.0]
         shares = sorted({share for _, share in found if share < 1}, reverse=True)
-        parts.append(f"**{_TITLES[task]}**, {setting(whole[0])}, unpruned {figures(whole)}\n")
+        parts.append(
+            f"**{_TITLES[task]}**, {setting(whole[0])}, unpruned {figures(whole, whole)}\n"
+        )
         head = "".join(f" {share:.0%} of the MACs | faster (1, 64) |" for share in shares)
-        parts += [f"| method |{head} time |", "|---|" + "---|---|" * len(shares) + "---|"]
+        parts += [
+            f"| method |{head} time | lines |",
+            "|---|" + "---|---|" * len(shares) + "---|---|",
+        ]
         for method in _COLOURS:
             cells = [found.get((method, share), []) for share in shares]
             if any(cells):
                 parts.append(row(method, cells, whole))
-        parts += [failures(lines, task), ""]
+        parts += ["", *against_ours(found), failures(lines, task), ""]
     return "\n".join(parts)
 
 
 def row(method: str, cells: Sequence[Sequence[Line]], whole: Sequence[Line]) -> str:
     """Of one method: by share accuracy and how much faster; training time, cuts included, in that
-    of the script as it is, mean over shares."""
+    of the script as it is, mean over shares; lines of code."""
     told = [f"| {'**ours**' if method == 'ours' else method} |"]
     for runs in cells:
         if not runs:
@@ -156,17 +172,54 @@ def row(method: str, cells: Sequence[Sequence[Line]], whole: Sequence[Line]) -> 
             continue
         left, fast = mean([run["macs"] for run in runs])[0], speeds(runs)
         missed = "" if left < runs[0]["share"] + 0.01 else f" ({left:.0%} left)"
-        told.append(f" {figures(runs)}{missed} | {fast} |")
+        told.append(f" {figures(runs, whole)}{missed} | {fast} |")
     plain = mean([run["cpu_seconds"] for run in whole])[0]
     times = [run["cpu_seconds"] / plain for runs in cells for run in runs]
-    return "".join(told) + f" {mean(times)[0]:.2f} |"
+    lines = next(run["lines"] for runs in cells for run in runs)
+    return "".join(told) + f" {mean(times)[0]:.2f} | {lines} |"
 
 
-def figures(runs: Sequence[Line]) -> str:
-    """Accuracy, or loss where accuracy says little (``gpt``)."""
+def against_ours(found: Mapping[tuple[str, float], list[Line]]) -> list[str]:
+    """Who is ahead of ours, or behind it, by more than two standard errors, paired by seed."""
+    said: dict[str, list[str]] = {"ahead of": [], "behind": []}
+    for (method, share), runs in found.items():
+        ours = {run["seed"]: run for run in found.get(("ours", share), ())}
+        pairs = [(run, ours[run["seed"]]) for run in runs if run["seed"] in ours]
+        if method in ("ours", "unpruned") or len(pairs) < 2:
+            continue
+        sign = -1 if runs[0]["task"] == "gpt" else 1
+        name = "loss" if sign < 0 else "accuracy"
+        more, error = mean([sign * (run[name] - own[name]) for run, own in pairs])
+        if abs(more) > 2 * error:
+            side = "ahead of" if more > 0 else "behind"
+            said[side].append(f"{method} at {share:.0%} ({abs(more):.4f} ±{error:.4f})")
+    share = min(share for _, share in found)
+    others = {
+        name: lost(runs, found["unpruned", 1.0])
+        for (name, at), runs in found.items()
+        if at == share and name not in ("ours", "unpruned")
+    }
+    if not found["ours", share] or not others:
+        return []
+    best = min(others, key=lambda name: others[name][0])
+    ours_lost = lost(found["ours", share], found["unpruned", 1.0])
+    return [
+        f"- At {share:.0%} left ours loses {ours_lost[0]:.4f} ±{ours_lost[1]:.4f}, the best other "
+        f"({best}) {others[best][0]:.4f} ±{others[best][1]:.4f}."
+    ] + [
+        f"- {side.capitalize()} ours, more than two standard errors, paired by seed: "
+        f"{', '.join(names) or 'none'}."
+        for side, names in said.items()
+    ]
+
+
+def figures(runs: Sequence[Line], whole: Sequence[Line]) -> str:
+    """Accuracy, or loss where accuracy says little (``gpt``); the error is that of the difference
+    to the script as it is."""
     name, digits = ("loss", 3) if runs[0]["task"] == "gpt" else ("accuracy", 4)
-    value, error = mean([run[name] for run in runs])
-    return f"{value:.{digits}f} ±{error:.{digits}f}" if len(runs) > 1 else f"{value:.{digits}f}"
+    value, error = mean([run[name] for run in runs])[0], lost(runs, whole)[1]
+    own = runs[0]["method"] == "unpruned" or len(runs) < 2
+    return f"{value:.{digits}f}" if own else f"{value:.{digits}f} ±{error:.{digits}f}"
 
 
 def speeds(runs: Sequence[Line]) -> str:
@@ -189,7 +242,7 @@ def failures(lines: Sequence[Line], task: str) -> str:
         for line in lines
         if line["task"] == task and "accuracy" not in line
     }
-    return "\n" + "\n".join(f"- {text}" for text in sorted(said)) if said else ""
+    return "\n".join(f"- {text}" for text in sorted(said))
 
 
 def main() -> None:
