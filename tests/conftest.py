@@ -7,8 +7,10 @@ import os
 # Test processes run side by side: each computes with one thread, unless the caller says otherwise.
 os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
 
+import gc
 import itertools
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -62,12 +64,26 @@ def station(redis_url: str, partition: str, tmp_path: Path) -> Iterator[Station]
             worker.process.wait()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def frozen_objects() -> None:
+    """What imports and other modules left is not looked through again by every collection and every
+    search for living optimizers: a test process has a million objects."""
+    gc.collect()
+    gc.freeze()
+
+
+IN_CI = 5
+"""So many cases of a ``sampled`` test run in CI; all of them in ``make soak``."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test marked ``sampled``, the first case is quick and the others are slow."""
-    seen = set[str]()
+    """Of a test marked ``sampled``, the first case is quick, some drawn by their names are slow,
+    and the others are soak tests."""
+    tests: dict[str, list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("sampled"):
-            name = item.nodeid.partition("[")[0]
-            if name in seen:
-                item.add_marker(pytest.mark.slow)
-            seen.add(name)
+            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in tests.values():
+        rest = sorted(cases[1:], key=lambda case: sha256(case.nodeid.encode()).digest())
+        for number, case in enumerate(rest, 2):
+            case.add_marker(pytest.mark.slow if number <= IN_CI else pytest.mark.soak)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from trainer_nets import batches, build, example
+from trainer_nets import architecture_of, batches, build, example
 
 from elesh.settings import Settings
 from elesh.trainer import Evaluation, Recorder, Surgeon
@@ -64,7 +64,8 @@ class World:
         self.generator = torch.Generator().manual_seed(3)
         averaging = {"multi_avg_fn": _EMA, "use_buffers": True}
         self.ema = AveragedModel(self.model, **averaging) if averaged else None
-        recorder = Recorder(self.model, example(), architecture=architecture)
+        known = architecture or architecture_of("ResNet")
+        recorder = Recorder(self.model, example(), architecture=known)
         self.original = recorder.architecture
         self.surgeon = Surgeon(
             self.model, self.original, optimizer=self.optimizer, restore_points=restore_points

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -16,6 +14,7 @@ from typing import Any, TypeVar
 import networks
 import psutil
 import yaml
+from forked import Forked
 
 from elesh.bus import Bus, Delivery
 from elesh.settings import BusSettings
@@ -42,26 +41,14 @@ class WorkerProcess:
         self.name = name
         self.log: list[str] = []
         self._serving = threading.Event()
-        self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "elesh.cli",
-                "worker",
-                "--settings",
-                str(settings),
-                "--name",
-                name,
-            ],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"ELESH_REDIS_URL": url, "OMP_NUM_THREADS": "1"} | environment,
+        self.process = Forked(
+            ["worker", "--settings", str(settings), "--name", name],
+            {"ELESH_REDIS_URL": url, "OMP_NUM_THREADS": "1"} | environment,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
-        assert self.process.stderr is not None
         for line in self.process.stderr:
             self.log.append(line)
             if " serving " in line:

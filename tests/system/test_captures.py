@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_demo import elesh
+from command import elesh
 
 CAPTURES = sorted((Path(__file__).parents[1] / "data" / "captures").glob("*.zip"))
 

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from command import elesh
 from station import Station, checkpoint
-from test_demo import elesh
 
 from elesh import analyze
 
@@ -38,7 +38,6 @@ def test_a_folder_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     assert str(tmp_path / "nothing") in done.stderr
 
 
-@pytest.mark.slow
 def test_breakers_are_tripped_shown_and_reset_by_hand(redis_url: str, partition: str) -> None:
     environment = {"ELESH_REDIS_URL": redis_url, "ELESH_BUS__PARTITION": partition}
 
@@ -59,7 +58,6 @@ def test_breakers_are_tripped_shown_and_reset_by_hand(redis_url: str, partition:
     assert "run-b" not in run("show")
 
 
-@pytest.mark.slow
 def test_the_design_document_s_settings_pass_the_check_and_wrong_ones_name_line_and_key(
     tmp_path: Path,
 ) -> None:
@@ -72,7 +70,6 @@ def test_the_design_document_s_settings_pass_the_check_and_wrong_ones_name_line_
     assert f"{wrong}:4: structured_pruning.safety_schedule.epochs: unknown key" in done.stderr
 
 
-@pytest.mark.slow
 def test_the_plan_is_the_document_s_formula() -> None:
     assert elesh("plan", "1000000000", environment={}).stdout == "3 workers\n"
     done = elesh("plan", "1000000000", "--levels", "1", "--seconds", "120", environment={})
@@ -126,7 +123,6 @@ def test_status_shows_workers_backlog_and_the_last_decisions(station: Station) -
         assert text in shown
 
 
-@pytest.mark.slow
 def test_plan_counts_workers_by_gpu_where_that_is_more() -> None:
     done = elesh("plan", "1000", "--gpus", "2", environment={"ELESH_ANALYSIS_WORKERS_PER_GPU": "3"})
     assert done.stdout.splitlines()[0] == "6 workers"

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command import elesh
 from head_networks import checkpoint as heads_checkpoint
 from head_networks import transformer
 from station import Station, checkpoint, faulty, ready, send
-from test_demo import elesh
 
 from elesh.bus import Bus
 from elesh.operate.capture import Case, open_case, save_case

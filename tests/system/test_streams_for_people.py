@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command import elesh
 from redis import Redis
 from station import Station, checkpoint
-from test_demo import elesh
 
 from leyline.streams import CHECKPOINTS, DEAD, OPERATIONS
 

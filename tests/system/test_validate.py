@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import proved_networks
+from command import elesh
 from station import Station
-from test_demo import elesh
 
 from leyline.streams import TELEMETRY
 

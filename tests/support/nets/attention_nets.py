@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from elesh.demo.network import DigitsNet
+from elesh.trainer import Recorder
+from leyline import PrunedArchitecture
 
 WIDTH, TOKENS = 16, 6
 
@@ -190,3 +193,9 @@ def build(name: str, seed: int = 0) -> nn.Module:
 def inputs(name: str, count: int = 3) -> Any:
     """A batch for it."""
     return NETS[name][1](count)
+
+
+@cache
+def architecture_of(name: str) -> PrunedArchitecture:
+    """What a recorder finds in the network, found once a process."""
+    return Recorder(build(name), inputs(name)).architecture

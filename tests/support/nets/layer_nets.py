@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 
 import torch
 from torch import Tensor, nn
-from trainer_nets import NETS, build
+from trainer_nets import NETS, build, example
 
+from elesh.trainer import Recorder
 from leyline import PrunedArchitecture
 
 
@@ -148,6 +150,12 @@ def made(name: str, seed: int = 0) -> nn.Module:
         return build(name, seed)
     torch.manual_seed(seed)
     return OTHERS[name]().eval()
+
+
+@cache
+def architecture_of(name: str) -> PrunedArchitecture:
+    """What a recorder finds in the network, found once a process."""
+    return Recorder(made(name), example()).architecture
 
 
 def removable(architecture: PrunedArchitecture) -> list[str]:

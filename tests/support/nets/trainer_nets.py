@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -225,6 +226,12 @@ def build(name: str, seed: int = 0) -> nn.Module:
             parameter += 0.1 * torch.randn_like(parameter)
         model(torch.randn(16, 3, 16, 16))
     return model.eval()
+
+
+@cache
+def architecture_of(name: str) -> PrunedArchitecture:
+    """What a recorder finds in the network, found once a process: it does not depend on weights."""
+    return Recorder(build(name), example()).architecture
 
 
 def units(architecture: PrunedArchitecture, seed: int = 0) -> dict[str, list[int]]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attention_nets import NETS, Fused, Native, Own, Vit, build, inputs
+from attention_nets import NETS, Fused, Native, Own, Vit, architecture_of, build, inputs
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy
 from torch import Tensor, nn
@@ -23,10 +23,6 @@ from elesh.trainer.calibration.losses import directions
 from elesh.trainer.network.calling import call, main_output
 from elesh.trainer.network.multihead import HeadwiseAttention
 from leyline import CheckpointBundle, Level, PrunedArchitecture, PruningGroup
-
-
-def architecture_of(name: str) -> PrunedArchitecture:
-    return Recorder(build(name), inputs(name)).architecture
 
 
 def head_groups(architecture: PrunedArchitecture) -> list[PruningGroup]:
@@ -214,7 +210,8 @@ def measured(name: str, count: int = 6, **options: Any) -> tuple[nn.Module, Chec
     model = build(name)
     labels = torch.arange(count) % 2
     batches = [(inputs(name, count), labels)]
-    return model, Recorder(model, inputs(name), **options).measure(batches, epoch=1)
+    recorder = Recorder(model, inputs(name), architecture=architecture_of(name), **options)
+    return model, recorder.measure(batches, epoch=1)
 
 
 def gated(model: nn.Module, group: PruningGroup, unit: int, gate: float, x: Any) -> Tensor:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from attention_nets import NETS, build, inputs
+from attention_nets import NETS, architecture_of, build, inputs
 from torch import Tensor, nn
 
-from elesh.trainer import Recorder, Surgeon
+from elesh.trainer import Surgeon
 from leyline import Level, PrunedArchitecture
 
 OPTIMIZERS = {
@@ -43,7 +43,7 @@ def some_of_everything(architecture: PrunedArchitecture) -> tuple[dict[str, list
 def test_moments_are_cut_exactly_like_their_parameters(name: str, kind: str) -> None:
     model, batch = build(name), inputs(name)
     optimizer = OPTIMIZERS[kind](model.parameters())
-    architecture = Recorder(model, batch).architecture
+    architecture = architecture_of(name)
     output(model, batch).square().mean().backward()
     optimizer.step()
     # Moments that hold their parameter's own squares must still do so when both were cut.
@@ -72,7 +72,7 @@ def test_moments_are_cut_exactly_like_their_parameters(name: str, kind: str) -> 
 @pytest.mark.sampled
 def test_a_pruned_checkpoint_loads_into_a_fresh_model_by_its_history(name: str) -> None:
     model, batch = build(name), inputs(name)
-    surgeon = Surgeon(model, Recorder(model, batch).architecture)
+    surgeon = Surgeon(model, architecture_of(name))
     units, layers = some_of_everything(surgeon.architecture)
     first = dict(list(units.items())[::2])
     surgeon.cut(first, epoch=3)
@@ -88,7 +88,7 @@ def test_a_pruned_checkpoint_loads_into_a_fresh_model_by_its_history(name: str) 
     history = PrunedArchitecture.model_validate_json(surgeon.architecture.model_dump_json()).history
 
     fresh = build(name, seed=1)
-    replayed = Surgeon(fresh, Recorder(fresh, batch).architecture)
+    replayed = Surgeon(fresh, architecture_of(name))
     assert replayed.replay(history) == surgeon.architecture
     saved.seek(0)
     fresh.load_state_dict(torch.load(saved, weights_only=True), strict=True)

@@ -13,6 +13,7 @@ from layer_nets import (
     WITH_LAYERS,
     GatedInline,
     Residual,
+    architecture_of,
     conv,
     made,
     random_net,
@@ -34,7 +35,7 @@ def operate(
 ) -> tuple[nn.Module, PrunedArchitecture, Surgeon, torch.optim.Optimizer | None]:
     model = made(name)
     used = OPTIMIZERS[optimizer](model.parameters()) if optimizer else None
-    architecture = Recorder(model, example()).architecture
+    architecture = architecture_of(name)
     return model, architecture, Surgeon(model, architecture, optimizer=used), used
 
 

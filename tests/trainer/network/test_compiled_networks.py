@@ -17,7 +17,9 @@ UNITS = {"0": [0, 3, 5], "2": [1, 2]}
 
 @pytest.fixture(autouse=True)
 def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No mask of another test's network, still alive somewhere, has the compiler stopped."""
+    """No mask of another test's network, still alive somewhere, has the compiler stopped, and no
+    other network's recompilations count: all networks of a process share code objects."""
+    torch._dynamo.reset()
     monkeypatch.setattr(Uncompiled, "_entered", 0)
     with torch.compiler.set_stance("default"):
         yield

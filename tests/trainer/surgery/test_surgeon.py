@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from trainer_nets import NETS, batches, build, close, example, same, units
+from trainer_nets import NETS, architecture_of, batches, build, close, example, same, units
 
 from elesh.trainer import Recorder, Surgeon
 from leyline import ContractError, InvalidField, PrunedArchitecture, PruningRecord, ShapeMismatch
@@ -27,7 +27,7 @@ def operate(
 ) -> tuple[nn.Module, PrunedArchitecture, Surgeon, torch.optim.Optimizer | None]:
     model = build(name)
     made = OPTIMIZERS[optimizer](model.parameters()) if optimizer else None
-    architecture = Recorder(model, example()).architecture
+    architecture = architecture_of(name)
     return model, architecture, Surgeon(model, architecture, optimizer=made), made
 
 
@@ -257,7 +257,7 @@ def test_replaying_the_history_lets_a_pruned_state_dict_load(name: str) -> None:
     torch.save(model.state_dict(), saved)
     saved.seek(0)
     fresh = build(name, seed=9)
-    replayed = Surgeon(fresh, Recorder(fresh, example()).architecture)
+    replayed = Surgeon(fresh, architecture_of(name))
     assert replayed.replay(surgeon.architecture.history) == surgeon.architecture
     fresh.load_state_dict(torch.load(saved, weights_only=True))
     assert torch.equal(fresh(example()), model(example()))
