@@ -55,12 +55,10 @@ WAY = (
     Step(
         "child",
         "analyse a level: score, order, select",
-        "elesh/analysis/levels/analyze_level.py:analyze_level",
+        "elesh/analysis/levels/analyze_level.py:draft_level",
     ),
-    Step("child", "join the levels into one pruning set", "elesh/analysis/decision/join.py:join"),
-    Step(
-        "child", "verify on held-out data, shorten", "elesh/analysis/decision/verified.py:verified"
-    ),
+    Step("child", "join the levels into one pruning set", "elesh/analysis/decision/join.py:joined"),
+    Step("child", "verify on held-out data, shorten", "elesh/analysis/decision/verified.py:verify"),
     Step(
         "worker",
         "commit: store, publish, acknowledge",

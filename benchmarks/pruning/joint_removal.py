@@ -28,8 +28,8 @@ from benchmarks.common.ratios import paired_ratio
 from benchmarks.common.report import arguments, bars, show, write
 from benchmarks.common.subjects import Batches, Subject, per_sample_loss
 from elesh.analysis import select_channels
-from elesh.analysis.levels.heads import choose_head_scorer, rank_heads
-from elesh.settings import AttentionAnalysis, ChannelAnalysis
+from elesh.analysis.levels.heads import HEADS
+from elesh.settings import AttentionAnalysis, ChannelAnalysis, StructuredPruning
 from elesh.trainer.surgery.masks import Masks
 from leyline import CheckpointBundle, Level, Phase
 
@@ -100,9 +100,10 @@ class Ours:
 
     def _heads(self, bundle: CheckpointBundle, count: int, moved: Any) -> Units:
         groups = [g for g in bundle.architecture.groups if g.prunable and g.level is Level.HEAD]
-        settings = AttentionAnalysis(min_heads_per_layer=self._minimum)
-        scorer, _ = choose_head_scorer(bundle, self._scorer, redistribute=self._redistribute)
-        ranking = rank_heads(bundle, settings, groups, scorer, Phase.MODERATE)
+        attention = AttentionAnalysis(min_heads_per_layer=self._minimum)
+        settings = StructuredPruning(attention_analysis=attention)
+        scorer, _ = HEADS.choose_scorer(bundle, self._scorer, redistribute=self._redistribute)
+        ranking = HEADS.rank(bundle, settings, groups, scorer, Phase.MODERATE)
         row = (
             ranking.projections.moved(moved) if moved is not None and ranking.projections else None
         )

@@ -16,8 +16,8 @@ from itertools import pairwise
 
 from benchmarks.common.report import arguments, show, write
 from benchmarks.common.subjects import Subject
-from elesh.analysis.levels.channels import rank_channels
-from elesh.settings import ChannelAnalysis
+from elesh.analysis.levels.channels import CHANNELS
+from elesh.settings import ChannelAnalysis, StructuredPruning
 from elesh.trainer import Surgeon
 from leyline import Phase
 
@@ -42,8 +42,8 @@ class Cut:
 def cuts(subject: Subject) -> Iterator[Cut]:
     """Every share of one network."""
     bundle = subject.tools()[0].measure(subject.calibration, epoch=1)
-    settings = ChannelAnalysis(min_channels_per_layer=4)
-    ranking = rank_channels(bundle, settings, subject.groups, "output_projection", Phase.AGGRESSIVE)
+    settings = StructuredPruning(channel_analysis=ChannelAnalysis(min_channels_per_layer=4))
+    ranking = CHANNELS.rank(bundle, settings, subject.groups, "output_projection", Phase.AGGRESSIVE)
     surgeon, whole = Surgeon(subject.model, subject.architecture), subject.accuracy()
     for share in SHARES:
         choice = ranking.decide(bundle, round(share * subject.units))

@@ -2,9 +2,9 @@
 
 from elesh.analysis.decision.decide import analyze
 from elesh.analysis.decision.explain import Explanation, TargetExplanation, UnitExplanation, explain
-from elesh.analysis.decision.join import join
+from elesh.analysis.decision.join import Evidence, join, joined
 from elesh.analysis.importance.tracker import ImportanceTracker, Track, channel_metrics
-from elesh.analysis.levels.analyze_level import analyze_level
+from elesh.analysis.levels.analyze_level import LevelDraft, analyze_level, draft_level
 from elesh.analysis.levels.select_channels import select_channels
 from elesh.analysis.selection.schedule import Allowance, allowance, counted_groups, curve, phase_at
 from elesh.analysis.selection.thresholds import SafetyLevel, Stage, adaptive_threshold, stage_at
@@ -14,8 +14,10 @@ __all__ = [
     "Allowance",
     "CountMinSketch",
     "ErrorBound",
+    "Evidence",
     "Explanation",
     "ImportanceTracker",
+    "LevelDraft",
     "SafetyLevel",
     "Stage",
     "TargetExplanation",
@@ -28,9 +30,11 @@ __all__ = [
     "channel_metrics",
     "counted_groups",
     "curve",
+    "draft_level",
     "element_keys",
     "explain",
     "join",
+    "joined",
     "phase_at",
     "select_channels",
     "stage_at",

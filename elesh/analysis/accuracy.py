@@ -20,8 +20,8 @@ from elesh.analysis.importance.scores import (
     single_removal,
     weights_at,
 )
-from elesh.analysis.levels.channels import choose_scorer, prepare_channels, rank_channels
-from elesh.analysis.levels.heads import prepare_heads, rank_heads
+from elesh.analysis.levels.analyze_level import UNIT_LEVELS
+from elesh.analysis.levels.channels import CHANNELS
 from elesh.analysis.pruning_set.plans import redistributes, wanted_scorer
 from elesh.analysis.selection.choose import Ranking, Scorer
 from elesh.analysis.selection.schedule import phase_at
@@ -92,7 +92,7 @@ def ranking_scores(bundle: CheckpointBundle, settings: Settings) -> tuple[Scorer
     """
     channels = settings.structured_pruning.channel_analysis
     wanted = wanted_scorer(bundle, settings)
-    scorer, _ = choose_scorer(bundle, wanted, redistribute=redistributes(bundle, settings))
+    scorer, _ = CHANNELS.choose_scorer(bundle, wanted, redistribute=redistributes(bundle, settings))
     groups = [group for group in bundle.architecture.groups if _is_channel(group)]
     if scorer in ("output_projection", "reconstruction"):
         gates = bundle.gates
@@ -118,21 +118,15 @@ def redundancy(
     bundle: CheckpointBundle, settings: Settings, level: Level
 ) -> dict[str, tuple[Pair, ...]]:
     """The pairs that the level calls redundant, by group, in the group's numbering."""
-    pruning, prepare = settings.structured_pruning, prepare_channels
-    if level is Level.HEAD:
-        prepare = prepare_heads
-    plan = prepare(bundle, settings)
+    of_level = UNIT_LEVELS[level]
+    plan = of_level.prepare(bundle, settings)
     if not plan.groups:
         return {}
     phase = plan.allowed.phase
     # The order under reconstruction looks for no pairs.
     scorer = "output_projection" if plan.scorer == "reconstruction" else plan.scorer
-    ranking = (
-        rank_heads(bundle, pruning.attention_analysis, plan.groups, scorer, phase)
-        if level is Level.HEAD
-        else rank_channels(bundle, pruning.channel_analysis, plan.groups, scorer, phase)
-    )
-    return _by_group(ranking)
+    pruning = settings.structured_pruning
+    return _by_group(of_level.rank(bundle, pruning, plan.groups, scorer, phase))
 
 
 def _by_group(ranking: Ranking) -> dict[str, tuple[Pair, ...]]:

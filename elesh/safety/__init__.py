@@ -30,7 +30,13 @@ from .measured_gates import (
     predicted_only,
     ranking_holds,
 )
-from .rolled_back import fingerprint_of, proposed_again, refuse_rolled_back, rolled_back_cut
+from .rolled_back import (
+    fingerprint_of,
+    proposed_again,
+    rolled_back_cut,
+    rolled_back_gate,
+    units_of,
+)
 from .search import largest_safe
 from .verification import Entry, Measured, Moves, Probing, Proposal, Remeasuring, Verifier
 
@@ -70,10 +76,11 @@ __all__ = [
     "ranking_holds",
     "predicted_shift",
     "proposed_again",
-    "refuse_rolled_back",
     "rejection",
     "requirements",
     "rolled_back_cut",
+    "rolled_back_gate",
+    "units_of",
     "statistics_sound",
     "structure",
     "verdict",

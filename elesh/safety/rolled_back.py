@@ -1,24 +1,26 @@
 """Cuts that a trainer took back are not proposed again before their evidence has changed.
 
-Promises: pure. The cuts that a decision was compared with are written into it, so that a replay
-decides by the very same. A decision that contains such a cut, for the same evidence, is refused and
-names it.
+Promises: pure. A decision that contains such a cut, for the same evidence, fails the gate
+``rolled_back``, which names the cut. The cuts that a decision was compared with are written into
+it, so that a replay decides by the same ones.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from leyline import (
     AttentionHeadTarget,
     ChannelPruningTarget,
     GateResult,
+    IdempotencyKey,
     LayerPruningTarget,
     Level,
-    Outcome,
+    LevelPart,
     PruningOutcome,
+    PruningStatistics,
     RolledBackCut,
     StructuralPruningDecision,
     stable_hash,
@@ -29,8 +31,9 @@ __all__ = [
     "ROLLED_BACK",
     "fingerprint_of",
     "proposed_again",
-    "refuse_rolled_back",
+    "Proposed",
     "rolled_back_cut",
+    "rolled_back_gate",
     "units_of",
 ]
 
@@ -43,6 +46,34 @@ checkpoints of a trained network they hardly move more, and a cut that failed is
 Target = ChannelPruningTarget | AttentionHeadTarget | LayerPruningTarget
 Unit = tuple[str, int]
 """A group and a unit of it in original numbering; a layer is the one unit -1 of its name."""
+
+
+class Proposed(Protocol):
+    """A decision, finished or still being made."""
+
+    @property
+    def key(self) -> IdempotencyKey:
+        """Of the decision."""
+
+    @property
+    def channels(self) -> tuple[ChannelPruningTarget, ...]:
+        """Targets."""
+
+    @property
+    def attention_heads(self) -> tuple[AttentionHeadTarget, ...]:
+        """Targets."""
+
+    @property
+    def layers(self) -> tuple[LayerPruningTarget, ...]:
+        """Targets."""
+
+    @property
+    def statistics(self) -> PruningStatistics:
+        """Of the whole cut."""
+
+    @property
+    def levels(self) -> tuple[LevelPart, ...]:
+        """What each level gave to a joint decision."""
 
 
 class _Score(NamedTuple):
@@ -83,9 +114,7 @@ def units_of(cut: RolledBackCut) -> list[Unit]:
     return [(name, unit) for name, units in cut.units for unit in (units or (-1,))]
 
 
-def proposed_again(
-    decision: StructuralPruningDecision, cuts: Sequence[RolledBackCut]
-) -> tuple[RolledBackCut, ...]:
+def proposed_again(decision: Proposed, cuts: Sequence[RolledBackCut]) -> tuple[RolledBackCut, ...]:
     """The cuts of which all units are proposed again, while neither the predicted shift (of just
     the same set: beyond two standard errors) nor any of the units' scores (by more than a tenth of
     the largest) has changed. Scores of another scorer are no evidence of a change."""
@@ -93,42 +122,22 @@ def proposed_again(
     return tuple(cut for cut in cuts if _is_proposed(cut, proposed, decision))
 
 
-def refuse_rolled_back(
-    decision: StructuralPruningDecision,
-    cuts: Sequence[RolledBackCut],
-    spared: Sequence[RolledBackCut] = (),
-) -> StructuralPruningDecision:
-    """The decision with the gate ``rolled_back`` and the cuts that it was compared with.
-
-    It is as it was where the run has no such cuts. The gate fails where any of them is proposed
-    again (:func:`proposed_again`).
+def rolled_back_gate(
+    proposed: Proposed, cuts: Sequence[RolledBackCut], left_out: Sequence[RolledBackCut] = ()
+) -> GateResult:
+    """The gate ``rolled_back``: it fails where any of the cuts is proposed again.
 
     Args:
-        spared: those that were taken out of what was proposed first.
+        cuts: of the run, at least one.
+        left_out: those whose units were taken out of what was proposed first.
     """
-    if not cuts:
-        return decision
-    again = proposed_again(decision, cuts)
+    again = proposed_again(proposed, cuts)
     none = f"{len(cuts)} cuts that were rolled back, none of them proposed again"
-    out = "; ".join(f"{_told(cut)}: its units are spared" for cut in spared)
-    detail = "; ".join(f"{_told(cut)}" for cut in again) or out or none
-    gate = GateResult(
-        name=ROLLED_BACK,
-        passed=not again,
-        measured=len(again),
-        limit=0,
-        detail=detail[:8192],
+    out = "; ".join(f"{_told(cut)}: its units are spared" for cut in left_out)
+    detail = "; ".join(map(_told, again)) or out or none
+    return GateResult(
+        name=ROLLED_BACK, passed=not again, measured=len(again), limit=0, detail=detail[:8192]
     )
-    safety = decision.safety.model_copy(update={"gates": (*decision.safety.gates, gate)})
-    changes = {"safety": safety, "rolled_back": tuple(cuts)}
-    if again:
-        reasons = [decision.rejection_reason, f"{ROLLED_BACK}: {detail}"]
-        changes |= {
-            "safety": safety.model_copy(update={"outcome": Outcome.NO_GO}),
-            "approved_for_application": False,
-            "rejection_reason": "; ".join(filter(None, reasons))[:8192],
-        }
-    return decision.model_copy(update=changes)
 
 
 def _told(cut: RolledBackCut) -> str:
@@ -139,14 +148,14 @@ def _told(cut: RolledBackCut) -> str:
     )
 
 
-def _scorers(decision: StructuralPruningDecision) -> dict[Level, Scorer]:
+def _scorers(decision: Proposed) -> dict[Level, Scorer]:
     """What ranked the units of each level."""
     if not decision.levels:
         return {decision.key.level: decision.statistics.scorer}
     return {part.level: part.statistics.scorer for part in decision.levels if part.statistics}
 
 
-def _scores(decision: StructuralPruningDecision) -> dict[Unit, _Score]:
+def _scores(decision: Proposed) -> dict[Unit, _Score]:
     """The units that a decision removes, each with the score that spoke for it."""
     targets: tuple[Target, ...] = (
         *decision.channels,
@@ -171,9 +180,7 @@ def _scores_of(target: Target) -> Mapping[Unit, _Score]:
     return {(name, unit): _Score(score, level) for unit, score in values}
 
 
-def _is_proposed(
-    cut: RolledBackCut, proposed: Mapping[Unit, _Score], decision: StructuralPruningDecision
-) -> bool:
+def _is_proposed(cut: RolledBackCut, proposed: Mapping[Unit, _Score], decision: Proposed) -> bool:
     """Whether all units of a cut are proposed again for the same evidence."""
     units = units_of(cut)
     if not all(unit in proposed for unit in units):
@@ -201,7 +208,7 @@ def _largest(
     return largest
 
 
-def _shift_changed(cut: RolledBackCut, decision: StructuralPruningDecision) -> bool:
+def _shift_changed(cut: RolledBackCut, decision: Proposed) -> bool:
     now, error = decision.statistics.predicted_shift, decision.statistics.predicted_shift_error
     if now is None or cut.shift is None:
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import joint_networks
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elesh.analysis import analyze
-from elesh.safety import fingerprint_of, refuse_rolled_back, rolled_back_cut
+from elesh.safety import fingerprint_of, rolled_back_cut, rolled_back_gate
 from elesh.settings import Settings
 from leyline import (
     Level,
@@ -25,10 +26,10 @@ from leyline import (
 SETTINGS = Settings(structured_pruning={"channel_analysis": {"max_predicted_shift": 1e9}})
 
 
-def decision(seed: int = 0, epoch: int = 60) -> StructuralPruningDecision:
-    bundle = networks.bundle(networks.chain([40, 48, 32]), epoch=epoch, seed=seed)
-    made = analyze(bundle, SETTINGS)
-    assert made.approved_for_application, made.rejection_reason
+def decision(cuts: Sequence[RolledBackCut] = ()) -> StructuralPruningDecision:
+    bundle = networks.bundle(networks.chain([40, 48, 32]), epoch=60)
+    made = analyze(bundle, SETTINGS, taken_back=cuts)
+    assert cuts or made.approved_for_application, made.rejection_reason
     return made
 
 
@@ -54,7 +55,7 @@ def rescored(of: StructuralPruningDecision, factor: float) -> StructuralPruningD
 
 def test_the_same_cut_for_the_same_evidence_is_refused_and_names_what_happened() -> None:
     made = decision()
-    refused = refuse_rolled_back(made, [taken_back(made)])
+    refused = decision([taken_back(made)])
     assert not refused.approved_for_application
     assert refused.safety.outcome is Outcome.NO_GO
     assert made.idempotency_key in refused.rejection_reason
@@ -66,7 +67,7 @@ def test_a_cut_that_contains_it_is_refused_too() -> None:
     made = decision()
     part = made.model_copy(update={"channels": made.channels[:1]})
     assert len(made.channels) > 1
-    assert not refuse_rolled_back(made, [taken_back(part)]).approved_for_application
+    assert not rolled_back_gate(made, [taken_back(part)]).passed
 
 
 def test_a_larger_cut_spares_the_set_and_goes_on_with_the_rest() -> None:
@@ -111,15 +112,14 @@ def test_nothing_but_the_same_set_is_refused_whole() -> None:
     refused = analyze(bundle, SETTINGS, taken_back=[taken_back(made)])
     assert not refused.approved_for_application
     assert refused.channels == made.channels
-    assert encode(refused) == encode(refuse_rolled_back(made, [taken_back(made)]))
 
 
 def test_a_part_of_it_is_another_cut() -> None:
     made = decision()
     part = made.model_copy(update={"channels": made.channels[:1]})
-    passed = refuse_rolled_back(part, [taken_back(made)])
-    assert passed.approved_for_application
-    assert passed.safety.gates[-1].name == "rolled_back"
+    gate = rolled_back_gate(part, [taken_back(made)])
+    assert gate.passed
+    assert gate.name == "rolled_back"
 
 
 def test_changed_evidence_opens_it_again() -> None:
@@ -127,11 +127,11 @@ def test_changed_evidence_opens_it_again() -> None:
     shift = made.statistics.predicted_shift
     assert shift is not None
     other = taken_back(made, shift=shift * 9 + 1)
-    assert refuse_rolled_back(made, [other]).approved_for_application
+    assert rolled_back_gate(made, [other]).passed
     largest = max(abs(s) for t in made.channels for s in t.importance)
     first = made.channels[0].importance[0]
     moved = rescored(made, 1 + largest / abs(first))
-    assert refuse_rolled_back(moved, [taken_back(made)]).approved_for_application
+    assert rolled_back_gate(moved, [taken_back(made)]).passed
 
 
 def test_scores_of_another_scorer_are_no_changed_evidence() -> None:
@@ -140,11 +140,11 @@ def test_scores_of_another_scorer_are_no_changed_evidence() -> None:
     assert cut.scorers == ((Level.CHANNEL, "output_projection"),)
     largest = max(abs(s) for t in made.channels for s in t.importance)
     moved = rescored(made, 1 + largest / abs(made.channels[0].importance[0]))
-    assert refuse_rolled_back(moved, [cut]).approved_for_application
+    assert rolled_back_gate(moved, [cut]).passed
     other = cut.model_copy(update={"scorers": ((Level.CHANNEL, "margins"),)})
-    assert not refuse_rolled_back(moved, [other]).approved_for_application
+    assert not rolled_back_gate(moved, [other]).passed
     unknown = cut.model_copy(update={"scorers": ()})
-    assert refuse_rolled_back(moved, [unknown]).approved_for_application, "as older builds did"
+    assert rolled_back_gate(moved, [unknown]).passed, "as older builds did"
 
 
 def test_scores_are_compared_on_the_scale_of_their_own_level() -> None:
@@ -160,19 +160,19 @@ def test_scores_are_compared_on_the_scale_of_their_own_level() -> None:
         for name, score in zip(units, cut.scores, strict=True)
     ]
     again = cut.model_copy(update={"scores": tuple(small), "shift": None})
-    assert refuse_rolled_back(made, [again]).approved_for_application, "heads' scores have moved"
+    assert rolled_back_gate(made, [again]).passed, "heads' scores have moved"
 
 
 def test_a_run_without_such_cuts_has_the_same_bytes_as_ever() -> None:
     made = decision()
-    assert refuse_rolled_back(made, []) is made
+    assert encode(decision([])) == encode(made)
 
 
 def test_a_replay_decides_by_what_the_decision_was_compared_with() -> None:
     made = decision()
-    refused = refuse_rolled_back(made, [taken_back(made)])
+    refused = decision([taken_back(made)])
     read = decode(StructuralPruningDecision, encode(refused))
-    assert encode(refuse_rolled_back(made, read.rolled_back)) == encode(refused)
+    assert encode(decision(read.rolled_back)) == encode(refused)
 
 
 @given(st.permutations(["a", "b", "c"]))

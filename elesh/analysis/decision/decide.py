@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from elesh.analysis.levels.analyze_level import analyze_level
+from elesh.analysis.levels.analyze_level import draft_level
 from elesh.analysis.selection.choose import Scorer
 from elesh.safety import BreakerStatus, Verifier
 from elesh.settings import Settings
@@ -22,7 +22,7 @@ from leyline import (
     StructuralPruningDecision,
 )
 
-from .join import join
+from .join import Evidence, joined
 
 __all__ = ["analyze"]
 
@@ -60,9 +60,10 @@ def analyze(
         InvalidField: if a level is not analysed here, or the request names unknown layers.
         IdentityMismatch: if the key speaks of another checkpoint.
     """
-    levels = tuple(dict.fromkeys(bundle.levels)) if level is None else (level,)
-    analyses = [
-        analyze_level(
+    settings = settings or Settings()
+    asked = tuple(dict.fromkeys(bundle.levels)) if level is None else (level,)
+    levels = [
+        draft_level(
             bundle,
             settings,
             each,
@@ -71,14 +72,12 @@ def analyze(
             fallbacks=fallbacks,
             threads=threads,
         )
-        for each in levels
+        for each in asked
     ]
-    return join(
-        bundle,
-        analyses,
-        settings,
+    evidence = Evidence(
         breakers=breakers or {},
         verify=verify,
-        taken_back=taken_back,
+        rolled_back=taken_back,
         loss_factor=loss_factor,
     )
+    return joined(bundle, levels, settings, evidence)

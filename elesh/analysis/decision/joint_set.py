@@ -15,18 +15,16 @@ from elesh import safety
 from elesh.analysis.budgets.joint import Fitting, fitting
 from elesh.analysis.candidates import Doubles
 from elesh.analysis.importance.output_projections import sample_weights
-from elesh.analysis.levels.analyze_level import budget_gate
+from elesh.analysis.levels.analyze_level import LevelDraft, budget_gate
 from elesh.analysis.pruning_set.effects import Cut, Shift
 from elesh.analysis.pruning_set.plans import Target
 from elesh.analysis.pruning_set.subsets import Identity, merged, restricted
-from elesh.analysis.pruning_set.verdicts import targets_of
 from elesh.settings import Settings
 from leyline import (
     CheckpointBundle,
     GateResult,
     LayerPruningTarget,
     Level,
-    LevelAnalysis,
     RankedUnit,
 )
 
@@ -40,7 +38,7 @@ _JOINT_COSTS = frozenset({"output_projection", "reconstruction", "fisher", "marg
 class JointSet:
     """The cut of several levels together, without what they take from each other."""
 
-    analyses: tuple[LevelAnalysis, ...]
+    parts: tuple[LevelDraft, ...]
     targets: tuple[Target, ...]
     order: tuple[RankedUnit, ...]
     cut: Cut
@@ -52,13 +50,13 @@ class JointSet:
 
     @classmethod
     def of(
-        cls, bundle: CheckpointBundle, analyses: Sequence[LevelAnalysis], settings: Settings
+        cls, bundle: CheckpointBundle, parts: Sequence[LevelDraft], settings: Settings
     ) -> JointSet:
-        """The whole of ``analyses``."""
-        fit = _resolved(bundle, analyses, settings)
+        """All of ``parts``."""
+        fit = _resolved(bundle, parts, settings)
         targets, order = fit.targets, fit.order
-        cut = Cut.of(bundle, targets, _scorer(analyses))
-        shift = _shift(bundle, analyses, cut)
+        cut = Cut.of(bundle, targets, _scorer(parts))
+        shift = _shift(bundle, parts, cut)
         limit = settings.structured_pruning.channel_analysis.max_predicted_shift
         gates = (
             cut.structure,
@@ -67,7 +65,7 @@ class JointSet:
             safety.requirements(bundle.requirements, cut.loss_rise, cut.parameters_removed),
         )
         told = named(Level.JOINT, gates)
-        return cls(tuple(analyses), targets, order, cut, shift, told, fit.spared)
+        return cls(tuple(parts), targets, order, cut, shift, told, fit.spared)
 
     @property
     def fault(self) -> str:
@@ -80,29 +78,27 @@ def named(level: Level, gates: Sequence[GateResult]) -> tuple[GateResult, ...]:
     return tuple(gate.model_copy(update={"name": f"{level}.{gate.name}"}) for gate in gates)
 
 
-def _resolved(
-    bundle: CheckpointBundle, analyses: Sequence[LevelAnalysis], settings: Settings
-) -> Fitting:
+def _resolved(bundle: CheckpointBundle, parts: Sequence[LevelDraft], settings: Settings) -> Fitting:
     """All targets and their order, without the units of groups that go with a whole layer and
     those that a budget is met without."""
     channels = settings.structured_pruning.channel_analysis
     round_to = bundle.parameters.round_to
-    targets, order = _uncoupled(bundle, analyses)
+    targets, order = _uncoupled(bundle, parts)
     return fitting(
         bundle,
         targets,
         order,
         round_to=channels.round_to if round_to == 1 else round_to,
-        comparable=_comparable(analyses),
+        comparable=_comparable(parts),
     )
 
 
 def _uncoupled(
-    bundle: CheckpointBundle, analyses: Sequence[LevelAnalysis]
+    bundle: CheckpointBundle, parts: Sequence[LevelDraft]
 ) -> tuple[tuple[Target, ...], tuple[RankedUnit, ...]]:
-    targets = [target for analysis in analyses for target in targets_of(analysis.decision)]
+    targets = [target for part in parts for target in part.draft.targets]
     layers = [t.layer_name for t in targets if isinstance(t, LayerPruningTarget)]
-    order = _ordered(analyses)
+    order = _ordered(parts)
     if not layers:
         return tuple(targets), order
     left = bundle.architecture.without_layers(layers).group
@@ -114,45 +110,42 @@ def _uncoupled(
     return restricted(targets, order, kept, "coupling"), kept
 
 
-def _ordered(analyses: Sequence[LevelAnalysis]) -> tuple[RankedUnit, ...]:
+def _ordered(parts: Sequence[LevelDraft]) -> tuple[RankedUnit, ...]:
     """Channels and heads together where their costs are of one kind; whole layers last."""
-    orders = [a.order for a in analyses if a.level is not Level.LAYER]
+    orders = [p.draft.order for p in parts if p.level is not Level.LAYER]
     first = (
-        merged(orders)
-        if _comparable(analyses)
-        else tuple(unit for order in orders for unit in order)
+        merged(orders) if _comparable(parts) else tuple(unit for order in orders for unit in order)
     )
-    return first + tuple(unit for a in analyses if a.level is Level.LAYER for unit in a.order)
+    return first + tuple(unit for p in parts if p.level is Level.LAYER for unit in p.draft.order)
 
 
-def _comparable(analyses: Sequence[LevelAnalysis]) -> bool:
+def _comparable(parts: Sequence[LevelDraft]) -> bool:
     """Whether channels and heads have costs of one kind."""
-    units = (a for a in analyses if a.level is not Level.LAYER)
-    scorers = {a.decision.statistics.scorer for a in units}
+    scorers = {p.draft.statistics.scorer for p in parts if p.level is not Level.LAYER}
     return len(scorers) == 1 and scorers <= _JOINT_COSTS
 
 
-def _shift(bundle: CheckpointBundle, analyses: Sequence[LevelAnalysis], cut: Cut) -> Shift:
+def _shift(bundle: CheckpointBundle, parts: Sequence[LevelDraft], cut: Cut) -> Shift:
     """The predicted shift of the whole cut.
 
-    The movement of all units together on all samples, and on top what each level's own prediction,
-    made on samples that did not choose, lies above its movement on all samples: that much does
-    choosing flatter. No level was chosen by the columns of another, so what they do together needs
-    no such correction.
+    The movement of all units together on all samples, plus a correction for each level: its own
+    prediction, made on samples that did not choose, less its movement on all samples. Units are
+    chosen where the samples make them look cheap, and the correction takes that out again. No level
+    was chosen by the columns of another, so what levels do together needs no correction.
     """
-    found = [analysis.predicted for analysis in analyses]
+    found = [part.predicted for part in parts]
     energy = max((p.energy for p in found if p), default=0.0)
     if not found or not energy or any(p is None for p in found):
         return Shift()
-    if _scorer(analyses) == "reconstruction" and bundle.parameters.reconstruction is not None:
+    if _scorer(parts) == "reconstruction" and bundle.parameters.reconstruction is not None:
         # Residuals of different levels are taken for independent, as those of one level are.
         moved = sum(p.damage for p in found if p)
         error = float(np.sqrt(sum(p.error**2 for p in found if p)))
         return Shift(moved / energy, error / energy)
     damage = _mean_square(_moved(bundle, cut.units, cut.layers))
     error = 0.0
-    for analysis in analyses:
-        predicted, own = analysis.predicted, analysis.decision
+    for part in parts:
+        predicted, own = part.predicted, part.draft
         assert predicted is not None
         layers = [target.layer_name for target in own.layers]
         damage += predicted.damage - _mean_square(_moved(bundle, own.units, layers))
@@ -160,9 +153,9 @@ def _shift(bundle: CheckpointBundle, analyses: Sequence[LevelAnalysis], cut: Cut
     return Shift(max(damage, 0.0) / energy, float(np.sqrt(error)) / energy)
 
 
-def _scorer(analyses: Sequence[LevelAnalysis]) -> str:
+def _scorer(parts: Sequence[LevelDraft]) -> str:
     """What ranked channels and heads, where that is one thing; else nothing."""
-    used = {a.decision.statistics.scorer for a in analyses if a.level is not Level.LAYER}
+    used = {p.draft.statistics.scorer for p in parts if p.level is not Level.LAYER}
     return used.pop() if len(used) == 1 else ""
 
 

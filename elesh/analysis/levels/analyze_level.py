@@ -1,18 +1,19 @@
-"""``analyze_level``: one level of a checkpoint, planned and judged by its own gates.
+"""``draft_level``: one level of a checkpoint, planned and judged by its own gates.
 
 Promises: every gate is listed whether it passed or not; what a level would remove is there even
 where a gate says no; all levels have the same gates, in the same order. Breakers and the other
-levels come in when levels are joined (:mod:`.join`).
+levels come in when levels are joined (:mod:`elesh.analysis.decision.join`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from elesh import safety
+from elesh.analysis.pruning_set.draft import FALLBACK_DISCOUNT, Draft
 from elesh.analysis.pruning_set.effects import Cut, Shift
 from elesh.analysis.pruning_set.plans import BudgetUse, LevelPlan
-from elesh.analysis.pruning_set.verdicts import FALLBACK_DISCOUNT, decided
 from elesh.analysis.selection.choose import Scorer
 from elesh.analysis.spans import stage
 from elesh.settings import Settings
@@ -25,20 +26,52 @@ from leyline import (
     Level,
     LevelAnalysis,
     PredictedDamage,
+    RankedUnit,
 )
 
-from .channels import plan_channels
-from .heads import plan_heads
+from .channels import CHANNELS
+from .heads import HEADS
 from .layers import plan_layers
 from .to_limits import shortened_plan
+from .units import Ranked, UnitLevel
 
-__all__ = ["analyze_level", "budget_gate", "judged"]
+__all__ = ["UNIT_LEVELS", "LevelDraft", "analyze_level", "budget_gate", "draft_level", "judged"]
 
-_PLANNERS: Mapping[Level, Callable[..., LevelPlan]] = {
-    Level.CHANNEL: plan_channels,
-    Level.HEAD: plan_heads,
-    Level.LAYER: plan_layers,
-}
+UNIT_LEVELS: Mapping[Level, UnitLevel] = {Level.CHANNEL: CHANNELS, Level.HEAD: HEADS}
+"""The levels whose groups lose units one by one."""
+
+
+@dataclass(frozen=True)
+class LevelDraft:
+    """One level of a checkpoint, analysed; :class:`leyline.LevelAnalysis` while it is not sent."""
+
+    draft: Draft
+    predicted: PredictedDamage | None = None
+    shard: tuple[str, ...] = ()
+    halves: tuple[tuple[RankedUnit, ...], ...] = ()
+    ranked: Ranked | None = None
+    """What it was chosen from, where that was here: rounds choose from the same."""
+
+    @classmethod
+    def of(cls, bundle: CheckpointBundle, settings: Settings, made: LevelAnalysis) -> LevelDraft:
+        """What another process analysed."""
+        draft = Draft.of(bundle, settings, made.decision, made.order)
+        return cls(draft, made.predicted, made.shard, made.halves)
+
+    @property
+    def level(self) -> Level:
+        """The level that was analysed."""
+        return self.draft.key.level
+
+    def frozen(self) -> LevelAnalysis:
+        """The message."""
+        return LevelAnalysis(
+            decision=self.draft.frozen(),
+            order=self.draft.order,
+            shard=self.shard,
+            halves=self.halves,
+            predicted=self.predicted,
+        )
 
 
 def analyze_level(
@@ -52,11 +85,34 @@ def analyze_level(
     shard: Collection[str] | None = None,
     threads: int = 1,
 ) -> LevelAnalysis:
+    """Analyse one level for a join elsewhere; the arguments are those of :func:`draft_level`."""
+    return draft_level(
+        bundle,
+        settings or Settings(),
+        level,
+        key=key,
+        scorer=scorer,
+        fallbacks=fallbacks,
+        shard=shard,
+        threads=threads,
+    ).frozen()
+
+
+def draft_level(
+    bundle: CheckpointBundle,
+    settings: Settings,
+    level: Level,
+    *,
+    key: IdempotencyKey | None = None,
+    scorer: Scorer | None = None,
+    fallbacks: Sequence[Fallback] = (),
+    shard: Collection[str] | None = None,
+    threads: int = 1,
+) -> LevelDraft:
     """Analyse one level of the checkpoint.
 
     Args:
         bundle: a checkpoint's architecture and statistics.
-        settings: the defaults of the design document if not given.
         level: channels, heads or layers.
         key: of the level's decision; the bundle's own for this level if not given.
         scorer: overrides the scorer of request and settings, where a fallback asks for another
@@ -71,14 +127,17 @@ def analyze_level(
             there.
         IdentityMismatch: if the key speaks of another checkpoint.
     """
-    settings = settings or Settings()
-    if level not in _PLANNERS:
-        here = ", ".join(_PLANNERS)
+    names = () if shard is None else _checked(bundle, level, shard)
+    if level is Level.LAYER:
+        return judged(bundle, settings, plan_layers(bundle, settings), key=key, fallbacks=fallbacks)
+    of_level = UNIT_LEVELS.get(level)
+    if of_level is None:
+        here = ", ".join((*UNIT_LEVELS, Level.LAYER))
         raise InvalidField("level", f"a level that is analysed here: {here}", level.value)
-    names = {} if shard is None else {"shard": _checked(bundle, level, shard)}
-    plan = _PLANNERS[level](bundle, settings, scorer=scorer, threads=threads, **names)
-    analysis = judged(bundle, settings, plan, key=key, fallbacks=fallbacks)
-    return analysis.model_copy(update={**names, "halves": plan.halves}) if names else analysis
+    ranked = of_level.ranked(bundle, settings, scorer=scorer, shard=names or None, threads=threads)
+    plan = of_level.choose(bundle, settings, ranked)
+    found = judged(bundle, settings, plan, key=key, fallbacks=fallbacks)
+    return replace(found, ranked=ranked, shard=names, halves=plan.halves if names else ())
 
 
 def _checked(bundle: CheckpointBundle, level: Level, shard: Collection[str]) -> tuple[str, ...]:
@@ -98,26 +157,27 @@ def judged(
     *,
     key: IdempotencyKey | None = None,
     fallbacks: Sequence[Fallback] = (),
-) -> LevelAnalysis:
+) -> LevelDraft:
     """A plan with its figures, gates and verdict."""
     plan = shortened_plan(bundle, settings, plan)
     cut, shift = Cut.of(bundle, plan.targets, plan.scorer), _shift(plan)
     taken = (*fallbacks, *plan.fallbacks)
-    decision = decided(
+    draft = Draft(
         bundle,
         settings,
         key or bundle.key(plan.level),
-        targets=plan.targets,
-        statistics=cut.statistics(_counts(plan, cut), shift),
-        phase=plan.allowed.phase,
+        plan.targets,
+        plan.order,
+        cut.statistics(_counts(plan, cut), shift),
+        plan.allowed.phase,
+        plan.confidence * FALLBACK_DISCOUNT ** len(taken),
         gates=_gates(bundle, settings, plan, cut, shift),
-        confidence=plan.confidence * FALLBACK_DISCOUNT ** len(taken),
-        reason="" if plan.targets else plan.nothing,
         fallbacks=taken,
         ignored=plan.ignored,
         spared=plan.spared,
     )
-    return LevelAnalysis(decision=decision, order=plan.order, predicted=_predicted(plan))
+    draft.judge(reason="" if plan.targets else plan.nothing)
+    return LevelDraft(draft, _predicted(plan))
 
 
 def _shift(plan: LevelPlan) -> Shift:

@@ -76,16 +76,8 @@ class _Layer:
         return float(self.data.similarity[0])
 
 
-def plan_layers(
-    bundle: CheckpointBundle,
-    settings: Settings,
-    *,
-    scorer: str | None = None,
-    threads: int = 1,
-) -> LevelPlan:
-    """Choose the layers to remove and predict what removing them does.
-
-    The five conditions judge layers, whatever ``scorer`` says; there is nothing to thread.
+def plan_layers(bundle: CheckpointBundle, settings: Settings) -> LevelPlan:
+    """Choose the layers to remove, by the five conditions, and predict what removing them does.
 
     Raises:
         InvalidField: if the request ignores a group or layer that does not exist, or has a budget

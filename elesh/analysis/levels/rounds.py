@@ -8,14 +8,13 @@ decision says why. The same measurements give the same bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from elesh.analysis.candidates import Bools, Candidates
 from elesh.analysis.importance.output_projections import output_energy, predict
-from elesh.analysis.pruning_set.plans import LevelPlan
 from elesh.analysis.selection.choose import Choice, Ranking
 from elesh.analysis.selection.logit_gap_order import LogitGapOrder
 from elesh.analysis.selection.removal_order import Order, RemovalOrder, StaticOrder
@@ -23,29 +22,23 @@ from elesh.analysis.selection.select import Selection, rounded_to_multiples
 from elesh.analysis.spans import stage
 from elesh.safety import BreakerStatus, Entry, Moves, Remeasuring, breaker_gate, rejection
 from elesh.settings import Settings, VerificationSettings
-from leyline import CheckpointBundle, Fallback, Level, LevelAnalysis
+from leyline import CheckpointBundle, Fallback, Level
 
-from .analyze_level import judged
-from .channels import plan_channels
-from .heads import plan_heads
+from .analyze_level import UNIT_LEVELS, LevelDraft, judged
 
 __all__ = ["REFUSED", "Rounds", "in_rounds"]
 
 REFUSED = "rounds_refused"
 """The fallback of the failure table: what rounds chose does not pass the gates, or is nothing."""
-_PLAN: Mapping[Level, Callable[..., LevelPlan]] = {
-    Level.CHANNEL: plan_channels,
-    Level.HEAD: plan_heads,
-}
 _FORETOLD = frozenset({"predicted_shift", "noise"})
 """Gates that another choice of as many units may pass."""
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """An analysis, and in how many rounds it chose; 1: at once, from the statistics."""
+    """A level, and in how many rounds it was chosen; 1: at once, from the statistics."""
 
-    analysis: LevelAnalysis
+    level: LevelDraft
     count: int = 1
 
 
@@ -53,12 +46,12 @@ class Rounds:
 def in_rounds(
     bundle: CheckpointBundle,
     settings: Settings,
-    analyses: Sequence[LevelAnalysis],
+    levels: Sequence[LevelDraft],
     network: Remeasuring,
     breakers: Mapping[Level, BreakerStatus],
     groups: Mapping[Level, Collection[str]],
 ) -> list[Rounds]:
-    """The analyses, with the units of those that propose enough to be worth it chosen in rounds.
+    """The levels, with the units of those that propose enough to be worth it chosen in rounds.
 
     Either all of these are, or, where the network cannot be measured again, none.
 
@@ -68,64 +61,66 @@ def in_rounds(
         groups: by level, those to choose among, where not all were looked at.
     """
     worth = [
-        _is_worth(analysis, settings.verification)
-        and breaker_gate(breakers.get(analysis.level, BreakerStatus())).passed
-        for analysis in analyses
+        _is_worth(each, settings.verification)
+        and breaker_gate(breakers.get(each.level, BreakerStatus())).passed
+        for each in levels
     ]
     try:
         return [
             _again(bundle, settings, each, network, groups.get(each.level))
             if is_worth
             else Rounds(each)
-            for each, is_worth in zip(analyses, worth, strict=True)
+            for each, is_worth in zip(levels, worth, strict=True)
         ]
     except _NotMeasured as stopped:
         return [
-            Rounds(_told(each, stopped.fallback) if is_worth else each)
-            for each, is_worth in zip(analyses, worth, strict=True)
+            Rounds(_with_fallback(each, stopped.fallback) if is_worth else each)
+            for each, is_worth in zip(levels, worth, strict=True)
         ]
 
 
 def _again(
     bundle: CheckpointBundle,
     settings: Settings,
-    analysis: LevelAnalysis,
+    level: LevelDraft,
     network: Remeasuring,
     groups: Collection[str] | None,
 ) -> Rounds:
-    choosing = _InRounds(analysis.level, network, settings.verification.rounds)
-    plan = _PLAN[analysis.level](
-        bundle, settings, scorer="output_projection", shard=groups, decide=choosing.decide
-    )
-    fallbacks = analysis.decision.fallbacks
-    others = tuple(taken for taken in fallbacks if taken not in plan.fallbacks)
-    found = judged(bundle, settings, plan, key=analysis.decision.key, fallbacks=others)
-    refusal = rejection(found.decision.safety.gates) or ("" if found.order else plan.nothing)
+    of_level, first = UNIT_LEVELS[level.level], level.draft
+    ranked = level.ranked
+    if ranked is None:  # It was ranked elsewhere.
+        ranked = of_level.ranked(bundle, settings, scorer="output_projection", shard=groups)
+    blind = of_level.blind_spots(bundle)
+    ranked = replace(ranked, plan=replace(ranked.plan, fallbacks=blind))
+    choosing = _InRounds(level.level, network, settings.verification.rounds)
+    plan = of_level.choose(bundle, settings, ranked, choosing.decide)
+    others = tuple(taken for taken in first.fallbacks if taken not in blind)
+    found = judged(bundle, settings, plan, key=first.key, fallbacks=others)
+    refusal = rejection(found.draft.gates) or ("" if found.draft.order else plan.nothing)
     if refusal:
-        return Rounds(_told(analysis, Fallback(rung=REFUSED, reason=refusal)))
+        return Rounds(_with_fallback(level, Fallback(rung=REFUSED, reason=refusal)))
     return Rounds(found, choosing.count)
 
 
-def _is_worth(analysis: LevelAnalysis, settings: VerificationSettings) -> bool:
+def _is_worth(level: LevelDraft, settings: VerificationSettings) -> bool:
     """Whether its proposal is chosen in rounds: jointly ranked, large enough, and not refused for
     what no other choice could mend."""
-    decision = analysis.decision
-    present, count = decision.statistics.channels_before, len(analysis.order)
-    failed = {gate.name for gate in decision.safety.gates if not gate.passed}
+    draft = level.draft
+    present, count = draft.statistics.channels_before, len(draft.order)
+    failed = {gate.name for gate in draft.gates if not gate.passed}
     return (
-        analysis.level in _PLAN
+        level.level in UNIT_LEVELS
         and settings.rounds > 1
-        and decision.statistics.scorer == "output_projection"
+        and draft.statistics.scorer == "output_projection"
         and count > 1
         and count > settings.rounds_from * present
         and failed <= _FORETOLD
     )
 
 
-def _told(analysis: LevelAnalysis, fallback: Fallback) -> LevelAnalysis:
-    decision = analysis.decision
-    told = decision.model_copy(update={"fallbacks": (*decision.fallbacks, fallback)})
-    return analysis.model_copy(update={"decision": told})
+def _with_fallback(level: LevelDraft, fallback: Fallback) -> LevelDraft:
+    taken = (*level.draft.fallbacks, fallback)
+    return replace(level, draft=replace(level.draft, fallbacks=taken))
 
 
 class _NotMeasured(Exception):

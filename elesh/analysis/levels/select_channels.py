@@ -11,11 +11,11 @@ import numpy.typing as npt
 
 from elesh.analysis.candidates import Doubles
 from elesh.analysis.selection.eligible import eligible_groups
-from elesh.settings import ChannelAnalysis
+from elesh.settings import ChannelAnalysis, StructuredPruning
 from leyline import CheckpointBundle, InvalidField, Phase, ShapeMismatch
 from leyline.messages.parameters import WantedScorer
 
-from .channels import choose_scorer, rank_channels
+from .channels import CHANNELS
 
 __all__ = ["select_channels"]
 
@@ -47,14 +47,15 @@ def select_channels(
         raise InvalidField("count", "a number >= 0", count)
     settings = settings or ChannelAnalysis()
     asked = settings.redistribute or bundle.parameters.redistribute
-    used, _ = choose_scorer(bundle, scorer, redistribute=asked)
+    used, _ = CHANNELS.choose_scorer(bundle, scorer, redistribute=asked)
     row = None if moved is None else _checked(moved, bundle, used)
     minimum, round_to = settings.min_channels_per_layer, settings.round_to
     groups = eligible_groups(bundle, used, minimum, round_to).groups
     if not groups or not count:
         return {}
-    ranking = rank_channels(
-        bundle, settings, groups, used, Phase.MODERATE, round_to=round_to, threads=threads
+    pruning = StructuredPruning(channel_analysis=settings)
+    ranking = CHANNELS.rank(
+        bundle, pruning, groups, used, Phase.MODERATE, round_to=round_to, threads=threads
     )
     if row is not None and ranking.projections is not None:
         row = ranking.projections.moved(row)

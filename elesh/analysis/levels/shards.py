@@ -9,34 +9,26 @@ cut is judged as ever: what one half of the samples chooses, in every shard, is 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from elesh.analysis.candidates import Candidates, Floats, multiple_of
 from elesh.analysis.importance.output_projections import Prediction, output_energy, predict
 from elesh.analysis.pruning_set.plans import LevelPlan
 from elesh.analysis.pruning_set.subsets import merged, restricted, rounded_to_multiples
-from elesh.analysis.pruning_set.verdicts import targets_of
 from elesh.analysis.selection.choose import usable_projections
 from elesh.analysis.selection.shortfalls import near_the_cut, told
 from elesh.settings import Settings
-from leyline import CheckpointBundle, InvalidField, Level, LevelAnalysis, RankedUnit
+from leyline import CheckpointBundle, InvalidField, RankedUnit
 
-from .analyze_level import judged
-from .channels import prepare_channels
-from .heads import prepare_heads
+from .analyze_level import UNIT_LEVELS, LevelDraft, judged
 
 __all__ = ["merge_shards"]
 
-_PREPARE: Mapping[Level, Callable[..., LevelPlan]] = {
-    Level.CHANNEL: prepare_channels,
-    Level.HEAD: prepare_heads,
-}
-
 
 def merge_shards(
-    bundle: CheckpointBundle, settings: Settings, shards: Sequence[LevelAnalysis]
-) -> LevelAnalysis:
+    bundle: CheckpointBundle, settings: Settings, shards: Sequence[LevelDraft]
+) -> LevelDraft:
     """The analysis of a level from its shards.
 
     Groups that no shard looked at, and shards that had to rank by another score than most (their
@@ -49,19 +41,19 @@ def merge_shards(
     if len(set(looked_at)) < len(looked_at):
         raise InvalidField("analyses", "shards that have no group in common", sorted(looked_at))
     scorer = _usual_scorer(shards)
-    alike = [s for s in shards if s.decision.statistics.scorer == scorer]
+    alike = [s for s in shards if s.draft.statistics.scorer == scorer]
     names = {name for shard in alike for name in shard.shard}
-    plan = _PREPARE[shards[0].level](bundle, settings, scorer=scorer, shard=names)
+    plan = UNIT_LEVELS[shards[0].level].prepare(bundle, settings, scorer=scorer, shard=names)
     sizes = {group.name: group.size for group in plan.groups}
     multiples = {group.name: multiple_of(group, plan.round_to) for group in plan.groups}
 
     def within_quota(orders: Sequence[Sequence[RankedUnit]]) -> tuple[RankedUnit, ...]:
         return rounded_to_multiples(merged(orders)[: plan.allowed.quota], sizes, multiples)
 
-    orders = [shard.order for shard in alike]
+    orders = [shard.draft.order for shard in alike]
     order = within_quota(orders)
     targets = restricted(
-        [target for shard in alike for target in targets_of(shard.decision)],
+        [target for shard in alike for target in shard.draft.targets],
         [unit for one in orders for unit in one],
         order,
         "quota",
@@ -76,19 +68,19 @@ def merge_shards(
         ignored=(*ignored, *_left_out(bundle, shards, scorer)),
         targets=targets,
         order=order,
-        spared=tuple(group for shard in alike for group in shard.decision.spared),
+        spared=tuple(group for shard in alike for group in shard.draft.spared),
         shortfall=_shortfall(plan, shards, len(order)),
         prediction=prediction,
         energy=energy,
     )
     own = set(plan.fallbacks)
-    others = dict.fromkeys(f for s in shards for f in s.decision.fallbacks if f not in own)
-    return judged(bundle, settings, plan, key=shards[0].decision.key, fallbacks=tuple(others))
+    others = dict.fromkeys(f for s in shards for f in s.draft.fallbacks if f not in own)
+    return judged(bundle, settings, plan, key=shards[0].draft.key, fallbacks=tuple(others))
 
 
-def _shortfall(plan: LevelPlan, shards: Sequence[LevelAnalysis], count: int) -> str:
+def _shortfall(plan: LevelPlan, shards: Sequence[LevelDraft], count: int) -> str:
     """How much of the quota is not used; the shards say why."""
-    own = dict.fromkeys(shard.decision.statistics.shortfall for shard in shards)
+    own = dict.fromkeys(shard.draft.statistics.shortfall for shard in shards)
     short = plan.allowed.quota - count
     if len(shards) == 1:
         return next(iter(own))
@@ -99,10 +91,10 @@ def _shortfall(plan: LevelPlan, shards: Sequence[LevelAnalysis], count: int) -> 
 
 
 def _left_out(
-    bundle: CheckpointBundle, shards: Sequence[LevelAnalysis], scorer: str
+    bundle: CheckpointBundle, shards: Sequence[LevelDraft], scorer: str
 ) -> Iterator[tuple[str, str]]:
     """The groups that cannot be compared with the others, each with the reason."""
-    scorer_of = {n: s.decision.statistics.scorer for s in shards for n in s.shard}
+    scorer_of = {n: s.draft.statistics.scorer for s in shards for n in s.shard}
     for group in bundle.architecture.groups:
         if group.level is not shards[0].level:
             continue
@@ -113,9 +105,9 @@ def _left_out(
             yield group.name, f"its shard was ranked by {other}, the others by {scorer}"
 
 
-def _usual_scorer(shards: Sequence[LevelAnalysis]) -> str:
+def _usual_scorer(shards: Sequence[LevelDraft]) -> str:
     """What ranked most groups."""
-    counts = Counter(s.decision.statistics.scorer for s in shards for _ in s.shard)
+    counts = Counter(s.draft.statistics.scorer for s in shards for _ in s.shard)
     return max(sorted(counts), key=lambda scorer: counts[scorer])
 
 

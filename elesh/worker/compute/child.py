@@ -15,10 +15,10 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from elesh._process import die_with_parent
-from elesh.analysis import analyze_level, join
+from elesh.analysis import Evidence, LevelDraft, draft_level, join, joined
 from elesh.analysis.importance.tracker_cache import measurements_of
 from elesh.analysis.spans import observed, stage
 from elesh.program import preload, verifier
@@ -125,15 +125,15 @@ def _answer(job: Job) -> Reply:
 def _decide(job: Job) -> bytes:
     """All levels of the job and their join."""
     bundle, settings = _input(job)
-    analyses = [_analysis(job, bundle, settings, level) for level in job.asked_levels]
-    return encode(_joined(job, bundle, settings, analyses))
+    levels = [_analysis(job, bundle, settings, level) for level in job.asked_levels]
+    return encode(joined(bundle, levels, settings, _evidence(job, bundle, settings)))
 
 
 def _level(job: Job) -> bytes:
     """The analysis of the job's one level."""
     bundle, settings = _input(job)
     (level,) = job.asked_levels
-    return encode(_analysis(job, bundle, settings, level))
+    return encode(_analysis(job, bundle, settings, level).frozen())
 
 
 def _join(job: Job) -> bytes:
@@ -152,20 +152,19 @@ def _again(job: Job) -> bytes:
         part = decode(AnalysedPart, data, field="part")
         rungs = tuple((taken.rung, taken.reason) for taken in part.fallbacks)
         own = replace(job, levels=(part.level.value,), shard=part.groups, fallbacks=rungs)
-        bundle, settings = _input(replace(own, kind="level"))
-        analyses.append(_analysis(own, bundle, settings, part.level))
+        narrow, settings = _input(replace(own, kind="level"))
+        analyses.append(_analysis(own, narrow, settings, part.level).frozen())
     return encode(_of_parts(job, analyses))
 
 
 def _of_parts(job: Job, analyses: list[LevelAnalysis]) -> StructuralPruningDecision:
     """The join, which says what it was made of wherever the levels alone do not tell."""
     bundle, settings = _input(job)
-    decision = _joined(job, bundle, settings, analyses)
-    update: dict[str, Any] = {"fallbacks": (*decision.fallbacks, *job.taken_fallbacks)}
+    evidence = replace(_evidence(job, bundle, settings), fallbacks=job.taken_fallbacks)
     parts = tuple(_part(each) for each in sorted(analyses, key=lambda a: (a.level, a.shard)))
     if job.fallbacks or any(part.groups or part.fallbacks for part in parts):
-        update["parts"] = parts
-    return decision.model_copy(update=update)
+        evidence = replace(evidence, parts=parts)
+    return join(bundle, analyses, settings, evidence)
 
 
 def _part(analysis: LevelAnalysis) -> AnalysedPart:
@@ -182,13 +181,11 @@ _KINDS: dict[Kind, Callable[[Job], bytes]] = {
 }
 
 
-def _analysis(
-    job: Job, bundle: CheckpointBundle, settings: Settings, level: Level
-) -> LevelAnalysis:
+def _analysis(job: Job, bundle: CheckpointBundle, settings: Settings, level: Level) -> LevelDraft:
     if level is Level.CHANNEL:
         measured = measurements_of(bundle, settings.importance_history_epochs)
         (Path(job.folder) / MEASURED).write_bytes(measured.to_bytes())
-    return analyze_level(
+    return draft_level(
         bundle,
         settings,
         level,
@@ -200,25 +197,19 @@ def _analysis(
     )
 
 
-def _joined(
-    job: Job, bundle: CheckpointBundle, settings: Settings, analyses: list[LevelAnalysis]
-) -> StructuralPruningDecision:
+def _evidence(job: Job, bundle: CheckpointBundle, settings: Settings) -> Evidence:
+    """What the job says besides the checkpoint."""
     kind = StructuralPruningDecision
     recorded = decode(kind, job.recorded, field="recorded") if job.recorded else None
     # After a fallback there is no time or memory for measuring; gates are stricter without it.
     measures = not scope_of(job.rungs).scorer
-    verify = verifier(bundle, settings, recorded, job.unmeasured) if measures else None
-    return join(
-        bundle,
-        analyses,
-        settings,
+    factor = job.loss_factor
+    return Evidence(
         breakers=job.breaker_of,
         missing=job.missing_levels,
-        verify=verify,
-        taken_back=[decode(RolledBackCut, cut, field="rolled back") for cut in job.taken_back],
-        loss_factor=decode(LossFactor, job.loss_factor, field="loss factor")
-        if job.loss_factor
-        else None,
+        verify=verifier(bundle, settings, recorded, job.unmeasured) if measures else None,
+        rolled_back=[decode(RolledBackCut, cut, field="rolled back") for cut in job.taken_back],
+        loss_factor=decode(LossFactor, factor, field="loss factor") if factor else None,
     )
 
 

@@ -14,8 +14,8 @@ from networks import bundle, chain
 
 from elesh.analysis import analyze, select_channels
 from elesh.analysis.candidates import Candidates
-from elesh.analysis.levels.channels import choose_scorer
-from elesh.analysis.levels.heads import choose_head_scorer
+from elesh.analysis.levels.channels import CHANNELS
+from elesh.analysis.levels.heads import HEADS
 from elesh.analysis.selection.reconstruction_order import (
     RIDGE,
     ReconstructionOrder,
@@ -158,9 +158,9 @@ def with_moments(checkpoint: CheckpointBundle) -> CheckpointBundle:
 def test_it_is_used_only_by_those_who_redistribute_and_its_absence_is_said() -> None:
     plain = bundle(chain((32, 48)), epoch=120)
     full = with_moments(plain)
-    assert choose_scorer(full, "auto") == ("output_projection", ())
-    assert choose_scorer(full, "auto", redistribute=True) == ("reconstruction", ())
-    used, fallbacks = choose_scorer(plain, "auto", redistribute=True)
+    assert CHANNELS.choose_scorer(full, "auto") == ("output_projection", ())
+    assert CHANNELS.choose_scorer(full, "auto", redistribute=True) == ("reconstruction", ())
+    used, fallbacks = CHANNELS.choose_scorer(plain, "auto", redistribute=True)
     assert used == "output_projection"
     assert [fallback.rung for fallback in fallbacks] == ["moments_failure"]
     settings_ = ChannelAnalysis(min_channels_per_layer=4)
@@ -177,9 +177,9 @@ def test_heads_too_go_by_what_the_kept_ones_cannot_make_up_for() -> None:
         for number, (name, old) in enumerate(plain.gates.items())
     }
     full = replace(plain, gates=gates)
-    assert choose_head_scorer(full, "auto") == ("output_projection", ())
-    assert choose_head_scorer(full, "auto", redistribute=True) == ("reconstruction", ())
-    used, fallbacks = choose_head_scorer(plain, "auto", redistribute=True)
+    assert HEADS.choose_scorer(full, "auto") == ("output_projection", ())
+    assert HEADS.choose_scorer(full, "auto", redistribute=True) == ("reconstruction", ())
+    used, fallbacks = HEADS.choose_scorer(plain, "auto", redistribute=True)
     assert used == "output_projection"
     assert [(fallback.rung, "layer0" in fallback.reason) for fallback in fallbacks] == [
         ("moments_failure", True)

@@ -66,14 +66,14 @@ def _due(when: str, level: str, keywords: dict[str, Any]) -> bool:
 def _inject(name: str, argument: str, when: str) -> None:
     import elesh.analysis
 
-    analyze_level = elesh.analysis.analyze_level
+    draft_level = elesh.analysis.draft_level
 
     def faulty(bundle: Any, settings: Any, level: Any, **keywords: Any) -> Any:
         if _due(when, str(level), keywords):
             _FAULTS[name](argument)
-        return analyze_level(bundle, settings, level, **keywords)
+        return draft_level(bundle, settings, level, **keywords)
 
-    elesh.analysis.analyze_level = faulty
+    elesh.analysis.draft_level = faulty
 
 
 def _break_structure() -> None:

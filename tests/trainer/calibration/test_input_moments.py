@@ -13,7 +13,7 @@ from attention_nets import TOKENS, WIDTH, Own, build, inputs
 from torch import Tensor, nn
 
 from elesh.analysis.candidates import Candidates
-from elesh.analysis.levels.heads import choose_head_scorer
+from elesh.analysis.levels.heads import HEADS
 from elesh.analysis.selection.reconstruction_order import ReconstructionOrder
 from elesh.trainer import Recorder, Surgeon
 from elesh.trainer.network.calling import main_output
@@ -167,6 +167,6 @@ def test_heads_of_every_family_are_measured_element_by_element(name: str) -> Non
         assert gate.input_means is not None
         assert gate.input_means.shape == (1, group.size * site.width)
         assert site.width > 1
-    scorer, fallbacks = choose_head_scorer(bundle, "auto", redistribute=True)
+    scorer, fallbacks = HEADS.choose_scorer(bundle, "auto", redistribute=True)
     assert scorer == "reconstruction"
     assert "moments_failure" not in [taken.rung for taken in fallbacks]
