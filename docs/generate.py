@@ -23,6 +23,7 @@ from pydantic.fields import FieldInfo
 
 from docs import figures, pictures
 from elesh.settings import Settings
+from elesh.settings._base import why_retired
 
 __all__ = ["commands", "main", "settings"]
 
@@ -52,7 +53,26 @@ _UNITS = {"seconds": "s", "epochs": "epochs"}
 
 def settings() -> str:
     """The page of every key."""
-    return "\n".join([_INTRODUCTION, *_section(Settings, None, ())]) + "\n"
+    return "\n".join([_INTRODUCTION, *_section(Settings, None, ()), *_retired()]) + "\n"
+
+
+def _retired() -> list[str]:
+    """The keys that are not settings any more."""
+    about = "Files that give one of these load for one more version, with a warning.\n"
+    head = ["## Retired\n", about, "| key | the value that everybody has | why |", "|---|---|---|"]
+    return head + [
+        f"| `{key}` | {value} | {reason} |" for key, value, reason in _retired_in(Settings, ())
+    ]
+
+
+def _retired_in(kind: type[BaseModel], path: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
+    for name, field in kind.model_fields.items():
+        value = field.get_default()
+        if reason := why_retired(field):
+            told = "by the rule" if isinstance(value, BaseModel) else _default(value)
+            yield ".".join((*path, name)), told, reason
+        elif isinstance(value, BaseModel):
+            yield from _retired_in(type(value), (*path, name))
 
 
 def _section(kind: type[BaseModel], default: BaseModel | None, path: tuple[str, ...]) -> list[str]:
@@ -61,6 +81,8 @@ def _section(kind: type[BaseModel], default: BaseModel | None, path: tuple[str, 
     about = "" if not path else f"{_text(kind.__doc__)}\n"
     rows, inner = [], []
     for name, field in kind.model_fields.items():
+        if why_retired(field):
+            continue
         value = field.get_default() if default is None else getattr(default, name)
         if isinstance(value, BaseModel):
             inner += _section(type(value), value, (*path, name))

@@ -14,6 +14,8 @@ from pydantic import BaseModel
 from docs.generate import commands, settings
 from elesh.cli import app
 from elesh.settings import Settings
+from elesh.settings._base import why_retired
+from leyline import Level, Phase
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -21,9 +23,9 @@ DOCS = Path(__file__).parents[1] / "docs"
 def keys(default: BaseModel, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
     found: dict[tuple[str, ...], Any] = {}
     for name in type(default).model_fields:
-        value = getattr(default, name)
-        inner = keys(value, (*path, name)) if isinstance(value, BaseModel) else {}
-        found |= inner or {(*path, name): (type(default).model_fields[name], value)}
+        value, field = getattr(default, name), type(default).model_fields[name]
+        nested = isinstance(value, BaseModel) and not why_retired(field)
+        found |= keys(value, (*path, name)) if nested else {(*path, name): (field, value)}
     return found
 
 
@@ -36,14 +38,20 @@ def test_every_key_is_on_the_page_and_says_what_it_does() -> None:
     page = settings()
     for path, (field, _) in keys(Settings()).items():
         assert field.description, f"{'.'.join(path)}: has no docstring"
-        assert f"`{path[-1]}`<br>`ELESH_{'__'.join(path).upper()}`" in page
+        if why_retired(field):
+            assert f"| `{'.'.join(path)}` |" in page
+        else:
+            assert f"`{path[-1]}`<br>`ELESH_{'__'.join(path).upper()}`" in page
 
 
 def test_every_key_is_read_by_some_code() -> None:
     """A key that nothing looks at does nothing (a look in vain is for other tests to find)."""
     code = "\n".join(path.read_text() for path in (DOCS.parent / "elesh").rglob("*.py"))
-    for path in keys(Settings()):
-        assert re.search(rf"\.{path[-1]}\b(?!\()", code), f"{'.'.join(path)} is read nowhere"
+    for path, (field, _) in keys(Settings()).items():
+        # Limits are read by level: ``getattr(self, level)``.
+        assert isinstance(field.get_default(), BaseModel) or re.search(
+            rf"\.{path[-1]}\b(?!\()", code
+        ), f"{'.'.join(path)} is read nowhere"
 
 
 def test_every_key_can_be_set_alone_by_its_environment_variable(
@@ -52,7 +60,7 @@ def test_every_key_can_be_set_alone_by_its_environment_variable(
     for name in [name for name in os.environ if name.upper().startswith("ELESH_")]:
         monkeypatch.delenv(name)
     for path, (_, value) in keys(Settings()).items():
-        if value is None or path[-1] == "token":
+        if value is None or isinstance(value, BaseModel) or path[-1] == "token":
             continue
         text = json.dumps(value) if isinstance(value, tuple) else str(value)
         with monkeypatch.context() as one:
@@ -79,3 +87,21 @@ def test_every_command_is_on_the_page() -> None:
             assert command.callback is not None
             name = command.name or command.callback.__name__
             assert f"## `elesh {prefix}{name}`" in page
+
+
+def test_a_retired_key_still_loads_with_one_warning_that_names_it(tmp_path: Path) -> None:
+    file = tmp_path / "elesh.yaml"
+    file.write_text("elesh:\n  worker:\n    prefetch: 8\n")
+    with pytest.warns(FutureWarning, match="worker.prefetch is retired"):
+        assert Settings.load(file).worker.prefetch == 8
+
+
+def test_one_factor_moves_all_limits() -> None:
+    limits = [
+        Settings.load(verification=given).verification.limits(
+            frozenset({Level.HEAD}), Phase.MODERATE
+        )
+        for given in ({}, {"limit_factor": 0.5})
+    ]
+    assert [limit.accuracy_drop for limit in limits] == [0.05, 0.025]
+    assert [limit.loss_rise for limit in limits] == [0.12, 0.06]

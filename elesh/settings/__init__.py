@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pydantic_settings import SettingsError as UnreadableVariable
 
 from ._base import no_boolean
 from ._file import SettingsError, explain, read_block
+from .advice import retired_keys
 from .operation import (
     AuditSettings,
     BreakerSettings,
@@ -148,18 +150,24 @@ class Settings(BaseSettings):
     def load(cls, path: str | Path | None = None, **over: Any) -> Settings:
         """Settings from a YAML file (top-level key ``elesh``), environment and arguments.
 
+        A retired key is warned of (FutureWarning, once).
+
         Raises:
             SettingsError: naming file, line and key of the first thing that is wrong.
         """
         node, values = read_block(Path(path)) if path is not None else (None, {})
         try:
             environment = EnvSettingsSource(cls)()
-            return cls(**_merged(_merged(values, environment), over))
+            loaded = cls(**_merged(_merged(values, environment), over))
         except UnreadableVariable as error:
             raise SettingsError(f"environment: {error}: {error.__cause__}") from None
         except ValidationError as error:
             layers = {"argument": over, "environment": environment}
             raise SettingsError(explain(cls, error, layers, path, node)) from None
+        for key, reason in retired_keys(loaded):
+            text = f"setting {key} is retired, the next version refuses it: {reason}"
+            warnings.warn(text, FutureWarning, stacklevel=2)
+        return loaded
 
     @classmethod
     def in_force(cls, given: Settings | str | Path | None = None) -> Settings:

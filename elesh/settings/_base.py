@@ -4,9 +4,29 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
 
 _S = TypeVar("_S", bound=BaseModel)
+_RETIRED = "retired"
+
+
+def retired(default: Any, reason: str, **limits: Any) -> Any:
+    """A key that is not a setting any more: its default is the constant that everybody uses.
+
+    Files that give it load for one more version, and it still acts there, so that recorded
+    decisions replay exactly; loading warns, and the reference does not list it.
+
+    Args:
+        reason: why nobody need set it, or what to set instead.
+    """
+    return Field(default=default, json_schema_extra={_RETIRED: reason}, **limits)
+
+
+def why_retired(field: FieldInfo) -> str:
+    """Why a key is retired; empty where it is not."""
+    extra = field.json_schema_extra
+    return str(extra.get(_RETIRED, "")) if isinstance(extra, dict) else ""
 
 
 def require_sum_one(section: _S, *names: str) -> _S:

@@ -1,4 +1,5 @@
-"""Settings that are given and change nothing as the others stand, for ``elesh config check``.
+"""What is to be said of settings that are given: they change nothing as the others stand, or they
+are retired. For ``elesh config check``; loading warns of retired keys.
 
 Promises: whatever is given and not named acts. Pure.
 """
@@ -6,15 +7,33 @@ Promises: whatever is given and not named acts. Pure.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from . import Settings
+from pydantic import BaseModel
 
-__all__ = ["advisory"]
+from ._base import why_retired
+
+if TYPE_CHECKING:
+    from . import Settings
+
+__all__ = ["advisory", "retired_keys"]
 
 
 def advisory(settings: Settings) -> tuple[tuple[str, str], ...]:
     """Keys that file, environment or arguments give and nothing depends on, with the reason."""
-    return tuple((key, reason) for key, reason in _found(settings) if _given(settings, key))
+    found = ((key, reason) for key, reason in _found(settings) if _given(settings, key))
+    retired = ((key, f"is retired: {reason}") for key, reason in retired_keys(settings))
+    return (*found, *retired)
+
+
+def retired_keys(section: BaseModel, path: str = "") -> Iterator[tuple[str, str]]:
+    """Retired keys that are given, each with the reason why it is no setting any more."""
+    for name in sorted(section.model_fields_set):
+        reason, value = why_retired(type(section).model_fields[name]), getattr(section, name)
+        if reason:
+            yield path + name, reason
+        elif isinstance(value, BaseModel):
+            yield from retired_keys(value, f"{path}{name}.")
 
 
 def _found(settings: Settings) -> Iterator[tuple[str, str]]:

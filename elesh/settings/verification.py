@@ -1,4 +1,9 @@
-"""Limits of what is measured before a cut is approved. No part of the design document's block."""
+"""Limits of what is measured before a cut is approved. No part of the design document's block.
+
+What a cut may cost follows one rule: from the table of five steps a cut of channels in the
+conservative phase takes the first, and each level (head, layer) and each phase (moderate,
+aggressive) that is bolder takes one step more. ``limit_factor`` moves all of them at once.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from leyline import Level, Phase
 
-from ._base import Section
+from ._base import Section, retired
 
 
 class CutLimits(Section):
@@ -36,19 +41,25 @@ class PhaseLimits(Section):
         return found
 
 
-def _limits(*pairs: tuple[float, float]) -> PhaseLimits:
-    cuts = [CutLimits(accuracy_drop=drop, loss_rise=rise) for drop, rise in pairs]
-    return PhaseLimits(conservative=cuts[0], moderate=cuts[1], aggressive=cuts[2])
+_STEPS = ((0.02, 0.05), (0.03, 0.08), (0.05, 0.12), (0.08, 0.15), (0.12, 0.20))
+"""Accuracy drop, and loss increase in nats, from the strictest step on (FACTS, "Selection")."""
+_BY_RULE = "the limits follow one rule; verification.limit_factor moves all of them"
+
+
+def _limits(first: int) -> PhaseLimits:
+    """The limits of the level that begins with this step."""
+    steps = [CutLimits(accuracy_drop=drop, loss_rise=rise) for drop, rise in _STEPS[first:]]
+    return PhaseLimits(conservative=steps[0], moderate=steps[1], aggressive=steps[2])
 
 
 class VerificationSettings(Section):
     """How cuts are measured on held-out data, and what is allowed where they cannot be."""
 
-    channel: PhaseLimits = _limits((0.02, 0.05), (0.03, 0.08), (0.05, 0.12))
+    channel: PhaseLimits = retired(_limits(0), _BY_RULE)
     """What a cut of channels may cost."""
-    head: PhaseLimits = _limits((0.03, 0.08), (0.05, 0.12), (0.08, 0.15))
+    head: PhaseLimits = retired(_limits(1), _BY_RULE)
     """What a cut of heads may cost."""
-    layer: PhaseLimits = _limits((0.05, 0.12), (0.08, 0.15), (0.12, 0.20))
+    layer: PhaseLimits = retired(_limits(2), _BY_RULE)
     """What a cut of layers may cost."""
     programs: Literal["signed", "authenticated", "any"] = "authenticated"
     """Whose networks are run: those on a bus where every message must be signed; also those on a
@@ -60,19 +71,28 @@ class VerificationSettings(Section):
     gradient_flow_change: float = Field(default=0.15, ge=0)
     """Of the norm of the gradients of the outputs, in the parameters that stay: the document's
     target for gradient flow is to keep 85% (decision 0031)."""
-    kept_share: float = Field(default=0.5, ge=0, le=1)
+    kept_share: float = retired(
+        0.5, "a ranking of which less than half is safe says nothing of the rest", ge=0, le=1
+    )
     """Of the units that a ranking proposed, so many must be safe; else none of it is believed."""
     confidence: float = Field(default=0.95, gt=0, lt=1)
     """Of the bounds that are compared with the limits, and of the intervals that are told."""
-    bootstrap_samples: int = Field(default=2000, ge=100)
+    bootstrap_samples: int = retired(2000, "the usual number of draws for 95% bounds", ge=100)
     """Draws behind each of them."""
     rounds: int = Field(default=4, ge=1, le=64)
     """In so many rounds a cut is chosen where the checkpoint carries its network: after each, what
     the rest costs is measured again on the masked network. 1: once, from the statistics."""
-    rounds_from: float = Field(default=0.05, ge=0, le=1)
+    rounds_from: float = retired(
+        0.05, "smaller cuts are chosen as well at once (decision 0060)", ge=0, le=1
+    )
     """The share of a level's present units that a proposal must exceed to be cut in rounds: small
     cuts are chosen as well at once (decision 0060)."""
-    window_share: float = Field(default=0.5, gt=0, le=1)
+    window_share: float = retired(
+        0.5,
+        "the other half of the window is for the analysis; analysis_timeout is the window",
+        gt=0,
+        le=1,
+    )
     """Share of the checkpoint window that measuring may take; what takes longer is not measured."""
     predicted_loss_factor: float = Field(default=2.0, ge=1)
     """Where nothing could be measured, the predicted loss rise times this must be within the
@@ -90,15 +110,19 @@ class VerificationSettings(Section):
             whole[phase] = whole[phase] | given if both else given
         return whole
 
-    calibration_measurements: int = Field(default=6, ge=0)
+    calibration_measurements: int = retired(
+        6, "the fewest ratios that a factor is taken from (decision 0062)", ge=0
+    )
     """So many calibration probes must have been measured in a run's preparation phase before what
-    they
-    say of its predictions replaces ``predicted_loss_factor``; 0: nothing is measured for that."""
+    they say of its predictions replaces ``predicted_loss_factor``; 0: nothing is measured."""
+    limit_factor: float | None = Field(default=None, gt=0, le=10, exclude_if=lambda x: x is None)
+    """All limits on accuracy drop and loss increase times this: under 1 is stricter."""
 
     def limits(self, levels: frozenset[Level], phase: Phase) -> CutLimits:
         """The strictest limits of the levels that a cut is made of."""
         found = [getattr(self, level).of(phase) for level in sorted(levels)]
+        factor = self.limit_factor or 1.0
         return CutLimits(
-            accuracy_drop=min((limit.accuracy_drop for limit in found), default=0.0),
-            loss_rise=min((limit.loss_rise for limit in found), default=0.0),
+            accuracy_drop=min(1.0, factor * min((x.accuracy_drop for x in found), default=0.0)),
+            loss_rise=factor * min((x.loss_rise for x in found), default=0.0),
         )
