@@ -30,7 +30,9 @@ from .training import Report, Training, total_channels
 
 __all__ = ["Demo", "run_demo", "run_trainer"]
 
-_CHECKPOINTS = 26
+_CHECKPOINTS = 20
+_ANSWER_SECONDS = 180.0
+"""So long a demo waits in vain for answers, once."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Demo:
     settings_file: Path | None = None
     json_file: Path | None = None
     every: int | None = None
-    """Epochs between checkpoints; None: about 26 checkpoints in all."""
+    """Epochs between checkpoints; None: about 20 checkpoints in all."""
     run_id: str = ""
     fail: int = 0
     """How many checkpoints to publish with spoiled statistics."""
@@ -73,7 +75,7 @@ def run_demo(demo: Demo, console: Console) -> int:
                     "training goes on",
                     highlight=False,
                 )
-            code = _train(demo, settings, settings_file, url, console)
+            code = _train(demo, settings, settings_file, url, console, paced=True)
     return code
 
 
@@ -120,7 +122,13 @@ def _server(url: str, console: Console) -> Iterator[str]:
 
 
 def _train(
-    demo: Demo, settings: Settings, settings_file: Path | None, url: str, console: Console
+    demo: Demo,
+    settings: Settings,
+    settings_file: Path | None,
+    url: str,
+    console: Console,
+    *,
+    paced: bool = False,
 ) -> int:
     epochs = demo.epochs or settings.structured_pruning.safety_schedule.total_epochs + 4
     every = demo.every or max(1, epochs // _CHECKPOINTS)
@@ -136,6 +144,8 @@ def _train(
             seed=demo.seed,
             spoiled=demo.fail,
             provoked=demo.provoked,
+            paced=paced,
+            answer_seconds=_ANSWER_SECONDS if paced else 10.0,
         )
         with Screen(console, epochs) as screen:
             report = training.run(screen)
@@ -144,9 +154,10 @@ def _train(
     now = training.surgeon.architecture
     for table in report_tables(report, training.original, now):
         console.print(table)
-    console.print(
-        f"run {run_id}: {epochs} epochs in {time.monotonic() - begun:.0f} s", highlight=False
-    )
+    took = f"run {run_id}: {epochs} epochs in {time.monotonic() - begun:.0f} s"
+    if report.waited >= 1:
+        took += f", {report.waited:.0f} s of them waiting for workers"
+    console.print(took, highlight=False)
     with_settings = f" --settings {settings_file}" if settings_file else ""
     if key := report.applied:
         console.print(f"why the last cut was made: elesh explain {key}", highlight=False)

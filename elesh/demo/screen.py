@@ -74,6 +74,10 @@ class Screen:
                 highlight=False,
             )
 
+    def on_wait(self) -> None:
+        """Say in the line of progress that training stands still for an answer."""
+        self._progress.update(self._task, phase="waiting")
+
     def on_provoked(self, epoch: int) -> None:
         """Say what is done on purpose."""
         told = f"  epoch {epoch} is trained on wrong labels, to show how a cut is taken back"
@@ -89,25 +93,26 @@ class Screen:
             drop = f", validation accuracy {before:.2%} to {masked:.2%}"
         if outcome.rolled_back_epoch is not None:
             drop += f", after the cut {outcome.accuracy_after or 0:.2%}"
+        if why := _in_short(outcome.detail):
+            drop += f" ({why})"
         colour = _COLOURS[outcome.result]
-        self._console.print(
-            f"  [{colour}]{outcome.result:11}[/] epoch {decision.epoch}: "
-            f"{_what_goes(decision)}{drop}" + (f" ({outcome.detail})" if outcome.detail else ""),
-            highlight=False,
-            soft_wrap=True,
-        )
+        line = f"  [{colour}]{outcome.result:11}[/] epoch {decision.epoch}: {_what_goes(decision)}"
+        self._console.print(line, highlight=False)
+        if drop:
+            self._console.print(f"              {drop.removeprefix(', ')}", highlight=False)
 
 
 def _what_goes(decision: StructuralPruningDecision) -> str:
-    """For example: 7 channels of stem, blocks.0; 1 head of attention; layer blocks.1."""
+    """For example: 7 channels of 3 groups, 1 head of attention, layer stage1.1."""
     parts = []
     for name, targets in (("channel", decision.channels), ("head", decision.attention_heads)):
         count = sum(len(target.indices) for target in targets)
         if count:
-            groups = ", ".join(target.layer_name for target in targets)
-            parts.append(f"{count} {name}{'s' * (count > 1)} of {groups}")
+            one = targets[0].layer_name
+            where = one if len(targets) == 1 else f"{len(targets)} groups"
+            parts.append(f"{count} {name}{'s' * (count > 1)} of {where}")
     parts += [f"layer {target.layer_name}" for target in decision.layers]
-    return "; ".join(parts)
+    return ", ".join(parts)
 
 
 def report_tables(
@@ -171,7 +176,7 @@ def _by_layer(original: PrunedArchitecture, now: PrunedArchitecture) -> Table:
 
 def _by_decision(report: Report) -> Table:
     """What every cut was predicted to cost, and what worker and trainer measured."""
-    title = "Cuts: loss rise and accuracy drop, predicted and measured"
+    title = "Cuts: loss rise in thousandths and accuracy drop, predicted and measured"
     table = Table(title=title, title_justify="left", box=SIMPLE)
     table.padding, table.show_edge = 0, False  # so that 80 columns are enough
     table.add_column("epoch", justify="right")
@@ -187,9 +192,9 @@ def _by_decision(report: Report) -> Table:
             str(cut.epoch),
             ", ".join(cut.levels),
             f"{cut.kept}/{cut.proposed}",
-            _figure(cut.predicted_loss_rise, ".4f"),
-            f"{cut.worker_loss_rise:.4f}",
-            _figure(cut.trainer_loss_rise, ".4f"),
+            _thousandths(cut.predicted_loss_rise),
+            _thousandths(cut.worker_loss_rise),
+            _thousandths(cut.trainer_loss_rise),
             f"{cut.worker_accuracy_drop:.2%}",
             f"{100 * cut.low:.1f}..{cut.high:.1%}",
             drop if cut.inside else f"[yellow]{drop}![/]",
@@ -201,6 +206,10 @@ def _by_decision(report: Report) -> Table:
 
 def _figure(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
+
+
+def _thousandths(value: float | None) -> str:
+    return "" if value is None else format(1000 * value, "+.2f")
 
 
 def _by_outcome(report: Report) -> Table:
@@ -227,6 +236,10 @@ def _by_outcome(report: Report) -> Table:
 
 def _in_short(detail: str) -> str:
     """A reason without what is another one at every decision: figures and hashes."""
+    if detail.startswith("carried over"):
+        return f"{detail.partition(': ')[2]}, another cut came first"
+    if detail.startswith("taken back with"):
+        return "taken back with the cut before it"
     if detail.startswith("stale:"):
         return "stale: another cut came first"
     return detail.partition(" (")[0]

@@ -68,6 +68,9 @@ class Observer(Protocol):
     def on_epoch(self, figures: EpochFigures) -> None:
         """After every epoch."""
 
+    def on_wait(self) -> None:
+        """Before a wait for the answer to a checkpoint."""
+
     def on_decision(self, decision: StructuralPruningDecision, outcome: PruningOutcome) -> None:
         """After every decision that was looked at."""
 
@@ -140,6 +143,8 @@ class Report:
     unanswered: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     missed: int = 0
+    waited: float = 0.0
+    """Seconds of the run in which training stood still for answers."""
     latency: Mapping[int, tuple[float, float]] = field(default_factory=dict)
     """Seconds a call by the samples in it: of the network before its first cut, and as it is."""
 
@@ -167,6 +172,10 @@ class Training:
             failing analyses do.
         provoked: train one epoch on wrong labels while a cut of the moderate phase is monitored, to
             watch what a cut that turns out badly leads to.
+        paced: no checkpoint is published, and the run does not end, before the last one has been
+            answered, for at most ``answer_seconds`` of vain waiting in all. Training under Elesh
+            never waits; a demo does, so that it shows the same on a busy machine.
+        answer_seconds: for ``paced``, and otherwise of waiting after the last epoch.
     """
 
     def __init__(
@@ -179,6 +188,8 @@ class Training:
         seed: int,
         spoiled: int = 0,
         provoked: bool = False,
+        paced: bool = False,
+        answer_seconds: float = 10.0,
     ) -> None:
         torch.manual_seed(seed)
         # A core is left to the workers: two OpenMP teams on too few cores spin against each other.
@@ -186,8 +197,10 @@ class Training:
         self.session, self.settings = session, settings
         self.epochs, self.every, self.seed = epochs, every, seed
         self._to_spoil, self._to_provoke = spoiled, provoked
+        self._paced, self._patience = paced, answer_seconds
         self.data = Digits.load(seed)
-        self.model = DigitsNet(heads=8, layers=2)
+        # Sixteen heads and six layers that can go: a fifth of each is at least one.
+        self.model = DigitsNet(heads=8, blocks=(4, 1), layers=2, fine=False, identity=True)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._uncut = copy.deepcopy(self.model)
         self.optimizer = torch.optim.SGD(
@@ -209,8 +222,8 @@ class Training:
         self._published: list[str] = []
         self._report = Report(Evaluation(0, 0), Evaluation(0, 0))
 
-    def run(self, observer: Observer, answer_seconds: float = 10.0) -> Report:
-        """Train, publish checkpoints, apply what is decided; training never waits for Elesh."""
+    def run(self, observer: Observer) -> Report:
+        """Train, publish checkpoints, apply what is decided."""
         self._observer = observer
         done = self.session.resume(self.surgeon, scheduler=self.scheduler)
         for epoch in range(done + 1, self.epochs + 1):
@@ -218,9 +231,11 @@ class Training:
             self._watch(epoch)
             self._apply_decisions()
             if epoch % self.every == 0:
+                if self._paced:
+                    self._await_answers()
                 self._publish_checkpoint(epoch)
             observer.on_epoch(self._figures(epoch, loss))
-        self._await_answers(answer_seconds)
+        self._await_answers()
         return self._finish()
 
     def evaluate(self, split: Split) -> Evaluation:
@@ -306,14 +321,18 @@ class Training:
                 self.recorder.architecture = self.surgeon.architecture
             self._observer.on_decision(decision, outcome)
 
-    def _await_answers(self, seconds: float) -> None:
-        """After training: give the last checkpoints a moment to be answered."""
-        if not self.session.wait_connected(0):
-            return  # the bus was away all the time: nobody can have answered
-        deadline = Deadline(seconds)
+    def _await_answers(self) -> None:
+        """Until all checkpoints are answered, or patience is at its end for this run."""
+        if not self._open_keys() or not self.session.wait_connected(0):
+            return  # where the bus was away all the time, nobody can have answered
+        self._observer.on_wait()
+        begun, deadline = time.monotonic(), Deadline(self._patience)
         while self._open_keys() and not deadline.over:
             self.session.wait(min(0.2, deadline.left))
             self._apply_decisions()
+        if self._open_keys():
+            self._patience = 0.0
+        self._report.waited += time.monotonic() - begun
 
     def _open_keys(self) -> list[str]:
         answered = self._report.outcomes.keys() | self.session.failed.keys()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import safetensors.torch
@@ -39,10 +39,14 @@ from elesh.trainer.network.state import preserve_state
 from elesh.trainer.surgery.bypass import first_of, with_first
 from leyline import ContractError, InvalidField, NetworkExport, Phase, PrunedArchitecture
 
+from .refitting import refitted
+
 __all__ = ["Exporter", "calibration_inputs", "held_out_blob", "is_worth_exporting"]
 
 _EXAMPLES = 2
 """Samples that are traced; one would be taken for a constant by ``torch.export``."""
+_KEPT = 0.8
+"""Share of the units that a check of a program lets pass."""
 _FIXED = 32
 """Samples of a program whose network insists on a number (``len(x)`` in its forward pass)."""
 
@@ -56,7 +60,7 @@ class Exporter:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = unwrapped(model)
-        self._traced: dict[str, _Traced] = {}
+        self._traced: _Traced | None = None
 
     def export(
         self,
@@ -66,8 +70,8 @@ class Exporter:
     ) -> NetworkExport:
         """Program, weights and held-out data of the network as it is.
 
-        The program is traced once for an architecture (a second or more); weights and data are
-        copied to the processor's memory each time.
+        The program is traced once (a second or more) and fitted to the cuts that follow; weights
+        and data are copied to the processor's memory each time.
 
         Args:
             architecture: of the network now.
@@ -86,20 +90,22 @@ class Exporter:
         inputs, labels = held_out
         if batch_size(inputs) < _EXAMPLES:
             raise InvalidField("held_out", f"at least {_EXAMPLES} samples", batch_size(inputs))
-        traced = self._traced.get(architecture.model_hash)
-        if traced is None:
-            traced = _trace(self._model, architecture, inputs)
-            self._traced = {architecture.model_hash: traced}
-        # Some buffers are in no state_dict: causal masks, position numbers.
-        buffers = dict(self._model.named_buffers(remove_duplicate=False))
-        parameters = dict(self._model.named_parameters(remove_duplicate=False))
-        tensors = {**parameters, **buffers, **traced.constants}
+        traced = self._program(architecture, inputs)
+        tensors = {**_tensors_of(self._model), **traced.constants}
         weights = {path: _plain(tensors[path]) for path in traced.program.weights.values()}
         return NetworkExport(
             program=traced.program.packed(),
             weights=safetensors.torch.save(weights),
             held_out=held_out_blob(inputs, labels, calibration),
         )
+
+    def _program(self, architecture: PrunedArchitecture, inputs: Inputs) -> _Traced:
+        """The program of the network as it is: known, fitted to a cut, or traced."""
+        last = self._traced
+        if last is None or last.architecture.model_hash != architecture.model_hash:
+            fitted = None if last is None else _after_cut(self._model, last, architecture, inputs)
+            last = self._traced = fitted or _trace(self._model, architecture, inputs)
+        return last
 
 
 def calibration_inputs(
@@ -184,6 +190,33 @@ class _Traced:
 
     program: Program
     constants: dict[str, Tensor]
+    architecture: PrunedArchitecture
+
+
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by path; some buffers are in no state_dict (causal masks)."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def _after_cut(
+    model: nn.Module, last: _Traced, architecture: PrunedArchitecture, inputs: Inputs
+) -> _Traced | None:
+    """The last program, fitted to the network after a cut; None where it has to be traced."""
+    weights = {**_tensors_of(model), **last.constants}
+    generator = torch.Generator().manual_seed(0)
+    with preserve_state(model, 0), torch.no_grad(), _Gated(model, architecture, inputs) as gated:
+
+        def expected(samples: int) -> tuple[dict[str, Tensor], list[Tensor], Tensor]:
+            examples, gates = gated.examples(samples)
+            masks = [(torch.rand(g.shape, generator=generator) < _KEPT).to(g) for g in gates]
+            return examples, masks, gated(masks, examples)
+
+        gated.examples(_EXAMPLES)  # so that it knows its slots
+        program = refitted(
+            last.program, last.architecture, architecture, gated.slots, weights, expected
+        )
+    return None if program is None else replace(last, program=program, architecture=architecture)
 
 
 def _trace(model: nn.Module, architecture: PrunedArchitecture, inputs: Inputs) -> _Traced:
@@ -192,7 +225,7 @@ def _trace(model: nn.Module, architecture: PrunedArchitecture, inputs: Inputs) -
     with preserve_state(model, 0), torch.no_grad(), _Gated(model, architecture, inputs) as gated:
         for samples, dynamic in ((_EXAMPLES, True), (_FIXED, False)):
             try:
-                return _exported(gated, architecture.model_hash, samples, dynamic=dynamic)
+                return _exported(gated, architecture, samples, dynamic=dynamic)
             except ContractError:
                 raise
             except Exception as error:  # Whatever tracing meets in the user's code is the finding.
@@ -203,7 +236,9 @@ def _trace(model: nn.Module, architecture: PrunedArchitecture, inputs: Inputs) -
     raise InvalidField("model", expected, told, hint=hint) from problem
 
 
-def _exported(gated: _Gated, model_hash: str, samples: int, *, dynamic: bool) -> _Traced:
+def _exported(
+    gated: _Gated, architecture: PrunedArchitecture, samples: int, *, dynamic: bool
+) -> _Traced:
     examples, gates = gated.examples(samples)
     batch = {0: Dim.DYNAMIC} if dynamic else None
     exported = torch.export.export(
@@ -212,7 +247,7 @@ def _exported(gated: _Gated, model_hash: str, samples: int, *, dynamic: bool) ->
         dynamic_shapes=([batch] * len(gates), dict.fromkeys(examples, batch)),
         strict=False,
     )
-    return _read(exported, gated, model_hash, list(examples), None if dynamic else samples)
+    return _read(exported, gated, architecture, list(examples), None if dynamic else samples)
 
 
 class _Gated(nn.Module):
@@ -371,7 +406,7 @@ class _Layout:
 def _read(
     exported: torch.export.ExportedProgram,
     gated: _Gated,
-    model_hash: str,
+    architecture: PrunedArchitecture,
     names: list[str],
     batch: int | None,
 ) -> _Traced:
@@ -399,8 +434,9 @@ def _read(
     nodes = tuple(_nodes(exported.graph))
     (output,) = (node for node in exported.graph.nodes if node.op == "output")
     (result,) = output.args[0]
-    program = Program(model_hash, weights, inputs, tuple(slots), nodes, result.name, batch)
-    return _Traced(program, constants)
+    given_to = (architecture.model_hash, weights, inputs, tuple(slots))
+    program = Program(*given_to, nodes, result.name, batch)
+    return _Traced(program, constants, architecture)
 
 
 def _nodes(graph: torch.fx.Graph) -> Iterator[Node]:

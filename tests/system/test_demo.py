@@ -82,7 +82,7 @@ def test_every_cut_was_measured_by_a_worker_and_by_the_trainer(run: Run) -> None
     assert applied
     assert all(cut["low"] <= cut["worker_accuracy_drop"] <= cut["high"] for cut in applied)
     assert all(cut["predicted_loss_rise"] is not None for cut in applied)
-    assert "Cuts: loss rise and accuracy drop, predicted and measured" in run.output
+    assert "Cuts: loss rise in thousandths and accuracy drop, predicted and measured" in run.output
 
 
 def test_every_checkpoint_of_the_run_is_answered_once(run: Run) -> None:

@@ -28,6 +28,15 @@ def test_the_line_of_progress_shows_epoch_and_channels_in_80_columns() -> None:
     assert "…" not in line
 
 
+def test_training_that_stands_still_for_an_answer_says_so() -> None:
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    with Screen(console, 124) as screen:
+        screen.on_epoch(EpochFigures(36, "conservative", 0.01, 0.99, 9, 9, 336, True))
+        screen.on_wait()
+    assert isinstance(console.file, io.StringIO)
+    assert "waiting" in console.file.getvalue()
+
+
 @pytest.mark.parametrize(("given", "told"), [("macs", "macs=0.3"), ("macs=half", "macs=0.3")])
 def test_a_budget_that_is_no_share_is_a_wrong_call(given: str, told: str) -> None:
     result = CliRunner().invoke(app, ["demo", "--budget", given])

@@ -12,6 +12,7 @@ import torch
 import trainer_nets
 from torch import Tensor, nn
 
+from elesh.demo.network import DigitsNet
 from elesh.program.program import Program
 from elesh.trainer import Recorder, Surgeon
 from elesh.trainer.export import Exporter
@@ -99,6 +100,38 @@ def test_a_program_is_traced_once_for_an_architecture() -> None:
     second = exporter.export(architecture, held_out)
     assert second.program == first.program
     assert second.weights != first.weights
+
+
+@pytest.mark.parametrize("name", ["Vgg", "heads"])
+def test_after_a_cut_the_program_is_that_of_a_new_trace_without_tracing(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    if name == "Vgg":
+        model, inputs = trainer_nets.build(name).eval(), trainer_nets.example()
+    else:
+        model, inputs = DigitsNet(width=16, heads=4, blocks=(1, 1)).eval(), torch.rand(3, 1, 8, 8)
+    held_out = (inputs, torch.zeros(len(inputs), dtype=torch.long))
+    surgeon = Surgeon(model, Recorder(model, inputs).architecture)
+    exporter = Exporter(model)
+    exporter.export(surgeon.architecture, held_out)
+    prunable = [group for group in surgeon.architecture.groups if group.prunable]
+    surgeon.cut({group.name: [0] for group in prunable if group.unit_multiple == 1})
+    again = Exporter(model).export(surgeon.architecture, held_out)
+    monkeypatch.setattr(torch.export, "export", None)
+    assert exporter.export(surgeon.architecture, held_out).program == again.program
+
+
+def test_a_cut_of_a_layer_is_traced_anew() -> None:
+    model, inputs = DigitsNet(width=16, heads=4, blocks=(2, 1)).eval(), torch.rand(3, 1, 8, 8)
+    held_out = (inputs, torch.zeros(len(inputs), dtype=torch.long))
+    surgeon = Surgeon(model, Recorder(model, inputs).architecture)
+    exporter = Exporter(model)
+    exporter.export(surgeon.architecture, held_out)
+    surgeon.cut_layers([next(b.name for b in surgeon.architecture.blocks if b.prunable)])
+    network = exporter.export(surgeon.architecture, held_out)
+    with torch.no_grad():
+        assert torch.allclose(run(network), model(inputs), atol=1e-5)
 
 
 def test_a_network_that_cannot_be_traced_is_refused_by_name() -> None:

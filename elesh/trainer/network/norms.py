@@ -114,7 +114,7 @@ def refilled(x: Tensor, gate: Tensor, dim: int, kind: str, eps: float) -> Tensor
         gate: of ones and zeros (or between), broadcastable to ``x``.
     """
     wide = x if x.dtype == torch.float64 else x.float()
-    gate, size = gate.to(wide.dtype), x.shape[dim]
+    gate = gate.to(wide.dtype)
     count = gate.sum(dim, keepdim=True)
     if kind == "rms":
         level = ((gate * wide * wide).sum(dim, keepdim=True) / count).sqrt()
@@ -122,5 +122,5 @@ def refilled(x: Tensor, gate: Tensor, dim: int, kind: str, eps: float) -> Tensor
     mean = (gate * wide).sum(dim, keepdim=True) / count
     centred = gate * (wide - mean)
     variance = (centred * centred).sum(dim, keepdim=True) / count
-    lost = (size - count) / size
+    lost = (1 - gate).mean(dim, keepdim=True)
     return (centred * (eps / (variance * lost + eps)).sqrt()).to(x.dtype)
