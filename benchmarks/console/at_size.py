@@ -35,7 +35,6 @@ from elesh.bus import embedded_server
 from leyline import (
     ChannelPruningTarget,
     CheckpointReady,
-    EventEnvelope,
     GateResult,
     Message,
     PruningGroup,
@@ -53,6 +52,8 @@ REASONS = (
     "no unit is cheap enough: the cheapest would raise the loss by 0.031",
     "preparation phase: nothing is removed before epoch 8",
 )
+_TEMPLATES = 20
+"""Runs that differ; the others are these under other names."""
 Entries = Iterator[tuple[Stream, Message, str]]
 
 
@@ -154,32 +155,39 @@ def run_of(name: str, decisions: int, rng: np.random.Generator) -> Entries:
 
 
 def fill(url: str, runs: int, decisions: int) -> None:
-    """Write the runs, side by side as a team's are."""
+    """Write the runs, side by side as a team's are: a few different ones under many names."""
     rng = np.random.default_rng(7)
     each = max(1, decisions // runs)
-    waiting = [run_of(f"run-{number:04}", each, rng) for number in range(runs)]
+    templates = [[*_encoded(run_of(_name(n), each, rng), _name(n))] for n in range(_TEMPLATES)]
     with Redis.from_url(url) as client:
-        while waiting:
+        for step in range(3 * each):
             pipe = client.pipeline(transaction=False)
-            for run in list(waiting):
-                for _ in range(3):
-                    step = next(run, None)
-                    if step is None:
-                        waiting.remove(run)
-                        break
-                    stream, message, name = step
-                    envelope = wrap(message, source="benchmark", run_id=name, now=datetime.now(UTC))
-                    key = f"elesh:{{{PARTITION}}}:{stream.name}"
-                    pipe.xadd(key, {"envelope": encode(envelope)})
-                    if isinstance(message, StructuralPruningDecision):
-                        record = f"elesh:{{{PARTITION}}}:record:{message.idempotency_key}"
-                        pipe.hset(record, mapping=_record(message, envelope))
+            for number in range(runs):
+                stream, key, envelope = templates[number % _TEMPLATES][step]
+                old, new = _name(number % _TEMPLATES), _name(number)
+                # Names are of one length, so that the bytes stay an envelope.
+                framed = envelope.replace(old.encode(), new.encode())
+                pipe.xadd(f"elesh:{{{PARTITION}}}:{stream}", {"envelope": framed})
+                if key:
+                    record = f"elesh:{{{PARTITION}}}:record:{key.replace(old, new)}"
+                    known = {"fingerprint": "0" * 64, "envelope": framed, "decided_at": time.time()}
+                    pipe.hset(record, mapping=known)
             pipe.execute()
 
 
-def _record(decision: StructuralPruningDecision, envelope: EventEnvelope) -> dict[str, Any]:
-    known = envelope.model_copy(update={"correlation_id": decision.idempotency_key})
-    return {"fingerprint": "0" * 64, "envelope": encode(known), "decided_at": time.time()}
+def _name(number: int) -> str:
+    return f"run-{number:04}"
+
+
+def _encoded(entries: Entries, run_id: str) -> Iterator[tuple[str, str, bytes]]:
+    """Stream, the key of a decision (empty for others) and envelope of each entry."""
+    for stream, message, _ in entries:
+        decided = isinstance(message, StructuralPruningDecision)
+        key = message.idempotency_key if decided else ""
+        envelope = wrap(
+            message, source="benchmark", run_id=run_id, correlation_id=key, now=datetime.now(UTC)
+        )
+        yield stream.name, key, encode(envelope)
 
 
 class Client:

@@ -170,6 +170,14 @@ class Bus:
         return None
 
     @property
+    def server(self) -> tuple[str, int] | None:
+        """Address and port of the server, a socket's path with port 0; None where several serve."""
+        known = self._client.connection_pool.connection_kwargs
+        if path := known.get("path"):
+            return str(path), 0
+        return (str(known["host"]), int(known.get("port", 6379))) if "host" in known else None
+
+    @property
     def asks_password(self) -> bool:
         """Whether one has to be known to come here: this connection names one."""
         return bool(self._client.connection_pool.connection_kwargs.get("password"))

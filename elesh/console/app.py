@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 import uvicorn
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
@@ -28,9 +29,11 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.routing import Route
 
 from elesh.bus import Bus, BusUnavailable
+from elesh.observe.metrics import setup_metrics
 from elesh.operate.actions import BREAKERS, reset_breaker, trip_breaker
 from elesh.operate.replay import Replayed, Selection, replay
 from elesh.settings import Settings, SettingsError
+from elesh.worker.telemetry.gauges import FleetFigures, register_fleet
 from leyline import ContractError, IdempotencyKey, Level
 
 from .decision import decision_view
@@ -76,6 +79,9 @@ class Console:
         self._settings = settings
         self._guard = Guard(_token(settings), settings.console.session_seconds)
         self._reader: Reader | None = None
+        self._figures = FleetFigures()
+        if setup_metrics("elesh-console", "console", prometheus=True):
+            register_fleet(self._figures)
         self._born = secrets.token_hex(8)
         """Of this process: what another one counted is no version here."""
 
@@ -107,6 +113,7 @@ class Console:
             Route("/logout", _safe(self.logout), methods=["POST"]),
             Route("/static/{name}", _static, methods=["GET"]),
             Route("/live", _alive, methods=["GET"]),
+            Route("/metrics", self.metrics, methods=["GET"]),
         ]
 
     @contextlib.asynccontextmanager
@@ -290,6 +297,12 @@ class Console:
             rows = decision_rows(decisions_of([run], Wanted.of(request.query_params, run=name)))
             return _file(to_csv(rows), "text/csv", f"{name}-{file}")
         return self._missing(request, f"{file}: expected run.json, checkpoints.csv, decisions.csv")
+
+    async def metrics(self, _: Request) -> Response:
+        """The bus's own figures, for Prometheus: they are there with no worker at all."""
+        with contextlib.suppress(BusUnavailable):
+            await self._figures.refresh((await self._reading()).bus)
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST, headers=_HEADERS)
 
     # Actions
 

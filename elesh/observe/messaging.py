@@ -15,15 +15,28 @@ Operation = Literal["create", "send", "receive", "process", "settle"]
 
 
 def messaging(
-    operation: Operation, stream: str, *, entry_id: str = "", group: str = ""
+    operation: Operation,
+    stream: str,
+    *,
+    entry_id: str = "",
+    group: str = "",
+    server: tuple[str, int] | None = None,
 ) -> dict[str, str | int | float | bool]:
-    """The attributes of a span of one operation on one message of a stream."""
+    """The attributes of a span of one operation on one message of a stream.
+
+    Args:
+        server: address and port of the server that was spoken to; a socket's path has port 0.
+    """
     attributes: dict[str, str | int | float | bool] = {
         "messaging.system": "redis",
         "messaging.operation.name": operation,
         "messaging.operation.type": operation,
         "messaging.destination.name": stream,
     }
+    if server is not None:
+        attributes["server.address"] = server[0]
+        if server[1]:
+            attributes["server.port"] = server[1]
     if entry_id:
         attributes["messaging.message.id"] = entry_id
     if group:

@@ -1,8 +1,8 @@
 """OpenTelemetry metrics: on ``/metrics`` for Prometheus, and by OTLP/HTTP where asked for.
 
 Promises: every name is listed in docs/observing.md; labels are from small fixed sets (levels,
-gates, fallbacks, streams), but for runs whose breaker counts failures; until :func:`setup_metrics`
-is called nothing is kept.
+gates, fallbacks, streams), never runs or keys; until :func:`setup_metrics` is called nothing is
+kept.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ __all__ = [
     "OUTCOMES",
     "PROCESS_SECONDS",
     "REDELIVERIES",
+    "REMOVED_UNITS",
     "Reading",
+    "SAVED_MACS",
+    "SAVED_PARAMETERS",
     "gauge",
     "p95",
     "setup_metrics",
@@ -57,10 +60,23 @@ PROCESS_SECONDS = _meter.create_histogram(
 )
 DECISIONS = _meter.create_counter(
     "elesh.decisions",
-    description="Decisions settled; by level, verdict and reason (the first gate that failed).",
+    description="Decisions committed, a joint one once for each of its levels; by level, verdict "
+    "and reason (the first gate that failed).",
 )
 OUTCOMES = _meter.create_counter(
-    "elesh.outcomes", description="What trainers made of decisions; by level and result."
+    "elesh.outcomes",
+    description="What trainers made of decisions, of a joint one once for each level that it "
+    "removes of; by level and result.",
+)
+REMOVED_UNITS = _meter.create_counter(
+    "elesh.removed.units", description="Units that trainers removed for good; by level."
+)
+SAVED_PARAMETERS = _meter.create_counter(
+    "elesh.saved.parameters", description="Parameters that trainers removed for good."
+)
+SAVED_MACS = _meter.create_counter(
+    "elesh.saved.macs",
+    description="Multiply-accumulates of one sample that the removed units had, as decided.",
 )
 FALLBACKS = _meter.create_counter(
     "elesh.fallbacks", description="Rungs of the failure table that were taken; by rung."

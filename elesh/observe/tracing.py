@@ -296,12 +296,23 @@ def _naming_errors() -> Iterator[None]:
 
 @contextmanager
 def span(
-    name: str, *, kind: SpanKind = SpanKind.INTERNAL, attributes: Attributes | None = None
+    name: str,
+    *,
+    kind: SpanKind = SpanKind.INTERNAL,
+    attributes: Attributes | None = None,
+    answers: Mapping[str, str] | None = None,
 ) -> Iterator[Span]:
-    """A span under the current one; an exception marks it as failed and goes on."""
+    """A span under the current one; an exception marks it as failed and goes on.
+
+    Args:
+        answers: the carrier of what it answers: it gets a link to that.
+    """
     tracer = trace.get_tracer("elesh")
+    links = [_link(propagate.extract(dict(answers)), {"elesh.answers": True})] if answers else []
     with (
-        tracer.start_as_current_span(name, kind=kind, attributes=dict(attributes or {})) as current,
+        tracer.start_as_current_span(
+            name, kind=kind, attributes=dict(attributes or {}), links=links
+        ) as current,
         _naming_errors(),
     ):
         yield current

@@ -237,7 +237,8 @@ class AnalysisExecutor:
     async def _result(self, kind: type[R], work: Work, job: Job) -> R:
         """What the child answers, however many fallbacks down."""
         what = "join" if job.kind == "join" else f"analyse {', '.join(job.levels)}"
-        with span(what, attributes={"elesh.key": job.key}) as current:
+        attributes = {"elesh.key": job.key, "elesh.levels": ",".join(job.levels)}
+        with span(what, attributes=attributes) as current:
             async with self._turn(job):
                 reply = await self._climb(work, job)
             record_spans(reply.stages)

@@ -17,6 +17,7 @@ from elesh.observe import get_logger, messaging, onward, span
 from elesh.safety import fingerprint_of, grounds, rolled_back_cut, vote_of, votes
 from elesh.settings import Settings
 from elesh.worker.telemetry.reports import Reports
+from elesh.worker.telemetry.status import levels_of
 from leyline import (
     BadSignature,
     Conflict,
@@ -172,7 +173,7 @@ class ResultHandler:
             await self._bus.acknowledge(WORKERS, self._worker_id, delivery)
             return
         token = f"{event_id}:{key}"
-        self._reports.status.heard(outcome, key.level)
+        self._reports.status.heard(outcome, decision)
         breakers, vote = self._bus.breakers, vote_of(outcome)
         for level in decision.taken:
             change = None
@@ -199,7 +200,10 @@ class ResultHandler:
         """Commit a decision; with a dead letter it is a fallback decision, which is not
         remembered."""
         name, entry_id = delivery.origin
-        attributes = messaging("settle", name, entry_id=entry_id, group=WORKERS)
+        levels = ",".join(level.value for level in levels_of(decision))
+        attributes = messaging(
+            "settle", name, entry_id=entry_id, group=WORKERS, server=self._bus.server
+        ) | {"elesh.key": str(decision.key), "elesh.levels": levels}
         with span(f"settle {name}", kind=SpanKind.CLIENT, attributes=attributes):
             # The trainer's own context, not ours: it outlives this worker (decision 0050).
             result = Commit(

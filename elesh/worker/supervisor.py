@@ -175,7 +175,7 @@ class Worker:
         begun = time.time_ns()
         claiming = self._leases.claim(streams, count, seconds)
         found = await self._unless_draining(claiming) or []
-        record_receipts(found, begun)
+        record_receipts(found, begun, self._bus.server)
         for held in map(_InFlight, found):
             self._in_flight.add(held)
             held.task = asyncio.create_task(self._serve(held))
@@ -260,7 +260,9 @@ class Worker:
     async def _traced(self, held: _InFlight) -> None:
         delivery = held.delivery
         name, entry_id = delivery.origin
-        attributes = messaging("process", name, entry_id=entry_id, group=GROUP) | {
+        attributes = messaging(
+            "process", name, entry_id=entry_id, group=GROUP, server=self._bus.server
+        ) | {
             "elesh.deliveries": delivery.deliveries,
             "elesh.crashes": delivery.history.crashes,
             "elesh.exceptions": delivery.history.exceptions,
@@ -297,7 +299,7 @@ class Worker:
         asked = admit(heard, window=window, now=now, redriven=delivery.redriven)
         held.key = _key_of(asked)
         self._status.began(held.key, delivery.origin)
-        current_span().set_attribute("elesh.key", held.key)
+        current_span().set_attributes({"elesh.key": held.key, "elesh.levels": _levels_of(asked)})
         async with self._in_order(asked, held.key):
             await self._run_commit(delivery, asked, heard)
 
@@ -387,6 +389,12 @@ def _lock_key_of(asked: Admitted, key: str) -> str:
             return _outcomes_of(asked.run_id)
         case _:
             return key
+
+
+def _levels_of(asked: Admitted) -> str:
+    """The levels that something is about, as an attribute of spans."""
+    levels = asked.levels if isinstance(asked, Work) else (getattr(asked, "level", ""),)
+    return ",".join(str(level) for level in levels)
 
 
 def _outcomes_of(run_id: str) -> str:

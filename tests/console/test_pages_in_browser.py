@@ -6,7 +6,9 @@ The screenshots go to ``build/screenshots`` (or ``ELESH_SHOTS``), to be looked a
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,13 +73,32 @@ def test_a_page_is_readable_at_any_width_in_any_light(browser, live, recorded, s
 def test_a_decision_shows_its_evidence(browser, live):
     browser.show(decision(browser, live), width=1280, theme="light")
     text = browser.find_element(By.ID, "main").text
-    for told in ("Predicted and measured", "trainer, masked", "✓ passed", "✕ removed"):
+    for told in (
+        "Applied: removes",
+        "Predicted and measured",
+        "trainer, masked",
+        "gates that passed",
+        "✕ removed",
+    ):
         assert told in text, told
     crosses = browser.find_elements(By.CSS_SELECTOR, ".wide .strip .cross")
     removed = browser.find_elements(By.CSS_SELECTOR, "tr.removed")
     assert len(crosses) == len(removed) > 0
+    assert "joint" not in text.replace("joint cost", "").replace(":joint", "")
+    assert not browser.find_element(By.CSS_SELECTOR, ".gates").is_displayed(), "passed: folded"
     assert browser.find_elements(By.CSS_SELECTOR, ".dots .whisker"), "error bars"
     assert browser.find_elements(By.CSS_SELECTOR, ".span .bar"), "the trace"
+
+
+def test_reasons_and_keys_are_read_on_a_phone(browser, live, recorded):
+    browser.show(f"{live.url}/runs/{recorded.run_id}", width=390, theme="light")
+    reasons = browser.find_elements(By.CSS_SELECTOR, "td.why:not(:empty)")
+    assert reasons
+    for reason in reasons:
+        assert 0 <= reason.rect["x"] <= reason.rect["x"] + reason.rect["width"] <= 390
+    url = decision(browser, live)
+    browser.show(url, width=390, theme="light")
+    assert browser.find_element(By.CSS_SELECTOR, ".key code").rect["height"] < 40, "one line"
 
 
 def test_an_operator_signs_in_replays_and_the_bytes_are_the_same(browser, live):
@@ -156,6 +177,7 @@ def test_a_report_is_one_file_that_works_from_disk(browser, recorded, shots, tmp
             await bus.close()
 
     assert asyncio.run(write()) >= 10
+    assert path.stat().st_size < 500_000
     text = path.read_text()
     assert "http://" not in text.replace("http://www.w3.org", "")
     assert "https://" not in text
@@ -166,6 +188,8 @@ def test_a_report_is_one_file_that_works_from_disk(browser, recorded, shots, tmp
         assert browser.complaints() == []
         # The decisions in it are the parts that the decision's page was tested with.
         assert browser.serious_faults(within=("header", ".tiles", ".chart", "footer")) == []
+    printed = browser.execute_cdp_cmd("Page.printToPDF", {"preferCSSPageSize": True})["data"]
+    assert len(re.findall(rb"/Type\s*/Page[^s]", base64.b64decode(printed))) < 10
     asked = "return performance.getEntriesByType('resource').length"
     assert browser.execute_script(asked) == 0
     browser.find_element(By.CSS_SELECTOR, ".wide a:has(.mark.applied)").click()

@@ -233,8 +233,8 @@ def test_a_strip_shows_every_unit_of_a_group_once_and_the_removed_ones(applied):
 
 def test_predicted_stands_beside_measured(applied):
     whos = {c.quantity.split(",")[0]: [e.who for e in c.estimates] for c in applied.comparisons}
-    assert "trainer, masked" in whos["drop of the accuracy"]
-    assert "predicted" in whos["rise of the loss"]
+    assert "trainer, masked" in whos["accuracy drop"]
+    assert "predicted" in whos["loss increase"]
     outcome = applied.outcomes[0]
     [measured] = [
         estimate.value

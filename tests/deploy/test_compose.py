@@ -148,8 +148,7 @@ def test_everything_is_hardened_limited_and_stopped_later_than_it_drains(
         assert service["cap_drop"] == ["ALL"], name
         assert service["security_opt"] == ["no-new-privileges:true"], name
         assert "mem_limit" in service, name
-    for name in ("redis", "worker", "console", "prometheus", "grafana"):
-        assert "healthcheck" in services[name]
+        assert "healthcheck" in service, name
     drain = WorkerSettings().drain_seconds
     assert float(services["worker"]["stop_grace_period"].removesuffix("s")) > drain
 
@@ -163,9 +162,12 @@ def test_the_core_profile_leaves_the_observability_parts_out(services: dict[str,
 
 def test_prometheus_scrapes_the_port_that_workers_serve(services: dict[str, Any]) -> None:
     config = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
-    (found,) = config["scrape_configs"][0]["dns_sd_configs"]
+    workers, console = config["scrape_configs"]
+    (found,) = workers["dns_sd_configs"]
     assert found["names"] == ["worker"]
     assert str(found["port"]) == services["worker"]["environment"]["ELESH_OBSERVE__HEALTH_PORT"]
+    assert console["static_configs"][0]["targets"] == ["console:8765"]
+    assert '"console"' in services["console"]["environment"]["ELESH_CONSOLE__HOSTS"]
 
 
 @pytest.mark.skipif(shutil.which("docker-compose") is None, reason="docker-compose is not there")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
 from typing import Any
 
 import kubernetes_validate
@@ -87,3 +90,36 @@ def test_workers_are_killed_later_than_they_drain_and_are_not_root() -> None:
     assert container["securityContext"]["readOnlyRootFilesystem"]
     assert container["livenessProbe"]["httpGet"]["path"] == "/live"
     assert container["readinessProbe"]["httpGet"]["path"] == "/ready"
+
+
+PROMTOOL = shutil.which("promtool")
+
+
+def promtool(*arguments: str, given: bytes = b"") -> str:
+    assert PROMTOOL
+    done = subprocess.run([PROMTOOL, *arguments], input=given, capture_output=True, check=False)
+    told = (done.stdout + done.stderr).decode()
+    assert done.returncode == 0, told
+    return told
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason="promtool is not on this machine")
+def test_prometheus_accepts_rules_and_configuration_and_alerts_fire_when_they_should() -> None:
+    folder = DEPLOY / "prometheus"
+    promtool("check", "config", str(folder / "prometheus.yml"))
+    promtool("test", "rules", str(folder / "rules_test.yml"))
+
+
+def test_every_alert_is_tested_firing_and_not_firing() -> None:
+    cases = [
+        case
+        for test in yaml.safe_load((DEPLOY / "prometheus/rules_test.yml").read_text())["tests"]
+        for case in test["alert_rule_test"]
+    ]
+    alerts = {rule["alert"] for rule in RULES if "alert" in rule}
+    assert {case["alertname"] for case in cases if case.get("exp_alerts")} == alerts
+    assert {case["alertname"] for case in cases if not case.get("exp_alerts")} == alerts
+
+
+def test_no_label_is_a_run() -> None:
+    assert not [query for query in QUERIES if re.search(r"\brun\b", query)]

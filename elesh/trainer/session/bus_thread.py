@@ -247,7 +247,7 @@ class BusThread:
     async def _send(self, bus: Bus, item: Outgoing, closing: asyncio.Event) -> None:
         """Send one message, or say why it is missed."""
         name = item.stream.name
-        attributes = messaging("send", name)
+        attributes = messaging("send", name, server=bus.server)
         with span_from(item.carrier, f"send {name}", kind=SpanKind.CLIENT, attributes=attributes):
             try:
                 await self._send_when_possible(bus, item, closing)

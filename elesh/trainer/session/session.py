@@ -305,7 +305,8 @@ class Session:
             _log.warning("decision refused", key=decision.idempotency_key, reason=why)
             return outcome_of(decision, before, before, "refused", why)
         carrier = self._carriers.get(decision.idempotency_key, {})
-        attributes = {"elesh.key": decision.idempotency_key}
+        levels = ",".join(level.value for level in decision.taken)
+        attributes = {"elesh.key": decision.idempotency_key, "elesh.levels": levels}
         with span_from(carrier, "apply decision", attributes=attributes) as current:
             outcome = self._cuts.apply(
                 decision,
@@ -315,7 +316,7 @@ class Session:
                 redistribute=redistribute,
             )
             current.set_attribute("elesh.outcome", outcome.result)
-            with _creating(OUTCOMES):
+            with _creating(OUTCOMES, answers=carrier):
                 self.report(outcome)
             limit = trigger_of(decision, self.settings.structured_pruning.rollback_triggers)
             self._validated(outcome, limit)
@@ -369,9 +370,10 @@ class Session:
         for outcome in outcomes:
             key = outcome.idempotency_key
             # The end of the same story: it goes on in the trace of its checkpoint.
+            carrier = self._carriers.pop(key, {})
             with (
-                span_from(self._carriers.pop(key, {}), "watched", attributes={"elesh.key": key}),
-                _creating(OUTCOMES),
+                span_from(carrier, "watched", attributes={"elesh.key": key}),
+                _creating(OUTCOMES, answers=carrier),
             ):
                 self.report(outcome)
             self._validated(outcome, limits[outcome.idempotency_key])
@@ -442,10 +444,14 @@ class Session:
         return replace(bundle, metadata=metadata.model_copy(update=figures))
 
 
-def _creating(stream: Stream) -> AbstractContextManager[Span]:
-    """The span under which a message is queued: the context that everybody after it continues."""
+def _creating(
+    stream: Stream, *, answers: Mapping[str, str] | None = None
+) -> AbstractContextManager[Span]:
+    """The span under which a message is queued: the context that everybody after it continues; an
+    outcome's links to the decision that it ``answers``."""
     return span(
         f"create {stream.name}",
         kind=SpanKind.PRODUCER,
         attributes=messaging("create", stream.name),
+        answers=answers,
     )

@@ -6,19 +6,22 @@ The names without the prefix ``elesh`` are the design document's.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from elesh.bus import Backlog, Bus, BusUnavailable
-from elesh.bus.state.breakers import BreakerView
+from elesh.bus.state.breakers import BreakerView, State
 from elesh.observe.metrics import Reading, gauge
+from leyline import Level
 from leyline.streams import DEAD, STREAMS
 
 from .status import Status
 
-__all__ = ["FleetFigures", "register_gauges"]
+__all__ = ["FleetFigures", "register_fleet", "register_worker"]
 
-_STATES = {"closed": 0.0, "half_open": 1.0, "open": 2.0}
+_STATES: tuple[State, ...] = ("half_open", "open")
+_BREAKER_LEVELS = (Level.CHANNEL, Level.HEAD, Level.LAYER)
 _LOOKED_AT = frozenset({stream.name for stream in STREAMS if stream.group} | {DEAD.name})
 
 _OF_WORKER: Mapping[str, tuple[str, Callable[[Status], float]]] = {
@@ -88,10 +91,12 @@ class FleetFigures:
         ]
 
     def of_breakers(self) -> list[Reading]:
-        """The state of every breaker that counts failures."""
+        """How many breakers are not closed, by level and state; whose, ``elesh status`` says."""
+        counts = Counter((view.level, view.state) for view in self.breakers)
         return [
-            (_STATES[view.state], {"run": view.run_id, "level": view.level.value})
-            for view in self.breakers
+            (counts[level, state], {"level": level.value, "state": state})
+            for level in _BREAKER_LEVELS
+            for state in _STATES
         ]
 
     def of_shed(self) -> list[Reading]:
@@ -103,31 +108,36 @@ class FleetFigures:
         ]
 
 
-def register_gauges(status: Status, figures: FleetFigures) -> None:
-    """Have all of them read from here on."""
+def register_worker(status: Status) -> None:
+    """Have the figures of a worker read from here on."""
 
     def of_worker(read: Callable[[Status], float]) -> Callable[[], list[Reading]]:
         return lambda: [(read(status), {})]
 
-    def of_stream(read: Callable[[Backlog], float | None]) -> Callable[[], list[Reading]]:
-        return lambda: figures.of_streams(read)
-
     for name, (description, read) in _OF_WORKER.items():
         gauge(name, description, of_worker(read))
-    for name, (description, read_stream) in _OF_STREAM.items():
-        gauge(name, description, of_stream(read_stream))
     gauge(
         "multi_level_accuracy",
         "By level, the share of approved cuts that the trainer's own check confirmed.",
         lambda: [(share, {"level": level}) for level, share in status.confirmed().items()],
     )
+
+
+def register_fleet(figures: FleetFigures) -> None:
+    """Have the figures of the bus read from here on, by whoever asks it."""
+
+    def of_stream(read: Callable[[Backlog], float | None]) -> Callable[[], list[Reading]]:
+        return lambda: figures.of_streams(read)
+
+    for name, (description, read_stream) in _OF_STREAM.items():
+        gauge(name, description, of_stream(read_stream))
     gauge(
         "elesh.shed",
         "Messages that found no room, since the partition began; by stream and priority.",
         figures.of_shed,
     )
     gauge(
-        "elesh.breaker.state",
-        "0 closed, 1 half open, 2 open; of breakers that count failures, by run and level.",
+        "elesh.breakers",
+        "Breakers of runs that are not closed; by level and state.",
         figures.of_breakers,
     )

@@ -17,7 +17,7 @@ from elesh.observe.tracing import is_exported
 from elesh.settings import ObserveSettings
 from elesh.worker.compute.heartbeat import Finding
 
-from .gauges import FleetFigures, register_gauges
+from .gauges import FleetFigures, register_fleet, register_worker
 from .health import application, listening, serving
 from .status import Condition, Status
 
@@ -54,7 +54,8 @@ class Monitor:
         async with contextlib.AsyncExitStack() as stack:
             port = self._settings.health_port
             if setup_metrics("elesh-worker", self._status.worker_id, prometheus=port is not None):
-                register_gauges(self._status, self._figures)
+                register_worker(self._status)
+                register_fleet(self._figures)
                 self._status.announce()
             if port is not None:
                 app = application(self._status, self._refresh)

@@ -14,12 +14,15 @@ from leyline.streams import WORKERS
 __all__ = ["record_receipts"]
 
 
-def record_receipts(deliveries: Sequence[Delivery], begun: int) -> None:
+def record_receipts(
+    deliveries: Sequence[Delivery], begun: int, server: tuple[str, int] | None = None
+) -> None:
     """One span an entry, from when it was there and asked for until now.
 
     Args:
         begun: when it was asked for, in nanoseconds since 1970. What the poll waited before the
             entry was published is no part of the entry's story.
+        server: that it came from.
     """
     now = time.time_ns()
     for delivery in deliveries:
@@ -30,7 +33,9 @@ def record_receipts(deliveries: Sequence[Delivery], begun: int) -> None:
             delivery.carrier,
             f"receive {name}",
             kind=SpanKind.CLIENT,
-            attributes=messaging("receive", name, entry_id=delivery.entry_id, group=WORKERS)
+            attributes=messaging(
+                "receive", name, entry_id=delivery.entry_id, group=WORKERS, server=server
+            )
             | {"elesh.queued_seconds": waited},
             start=min(max(begun, published), now),
         ):

@@ -17,9 +17,11 @@ from typing import Literal
 
 from elesh.bus import WorkerState
 from elesh.observe import metrics
-from leyline import Level, PruningOutcome, StructuralPruningDecision
+from leyline import ContractError, Level, PruningOutcome, StructuralPruningDecision
 
-__all__ = ["Condition", "Status", "reason_of"]
+__all__ = ["Condition", "Status", "levels_of", "reason_of"]
+
+_NAMED = frozenset(level.value for level in Level) - {Level.JOINT.value}
 
 _RECENT = 1000
 Doing = Literal["starting", "idle", "busy", "draining"]
@@ -80,6 +82,11 @@ class Status:
                 metrics.ANALYSES.add(0, {"level": level.value, "result": result})
             for result in ("applied", "rolled_back"):
                 metrics.OUTCOMES.add(0, {"level": level.value, "result": result})
+            metrics.REMOVED_UNITS.add(0, {"level": level.value})
+        for code in _codes(ContractError):
+            metrics.DEAD_LETTERS.add(0, {"code": code})
+        metrics.SAVED_PARAMETERS.add(0)
+        metrics.SAVED_MACS.add(0)
 
     def serving(self) -> None:
         """It can take work."""
@@ -128,13 +135,12 @@ class Status:
 
     def committed(self, decision: StructuralPruningDecision) -> None:
         """A decision was published."""
-        approved = decision.approved_for_application
-        labels = {
-            "level": decision.key.level.value,
-            "verdict": "approved" if approved else "rejected",
-            "reason": reason_of(decision),
-        }
-        metrics.DECISIONS.add(1, labels)
+        for level in levels_of(decision):
+            approved = decision.approved_for_application and level in decision.taken
+            verdict = "approved" if approved else "rejected"
+            reason = "none" if approved else reason_of(decision, level)
+            labels = {"level": level.value, "verdict": verdict, "reason": reason}
+            metrics.DECISIONS.add(1, labels)
 
     def fell_back(self, rung: str) -> None:
         """A fallback of the failure table was taken."""
@@ -150,12 +156,15 @@ class Status:
         self.dead_letters += 1
         metrics.DEAD_LETTERS.add(1, {"code": code})
 
-    def heard(self, outcome: PruningOutcome, level: Level) -> None:
+    def heard(self, outcome: PruningOutcome, decision: StructuralPruningDecision) -> None:
         """A trainer told what it made of a decision; of a monitored cut only the end counts."""
         if outcome.watched:
             return
-        self.outcomes[level.value, outcome.result] += 1
-        metrics.OUTCOMES.add(1, {"level": level.value, "result": outcome.result})
+        for level in decision.taken or levels_of(decision):
+            self.outcomes[level.value, outcome.result] += 1
+            metrics.OUTCOMES.add(1, {"level": level.value, "result": outcome.result})
+        if outcome.result == "applied":
+            _saved(outcome, decision)
 
     @property
     def completion_rate(self) -> float:
@@ -203,9 +212,36 @@ class Status:
         )
 
 
-def reason_of(decision: StructuralPruningDecision) -> str:
-    """Why a decision was rejected, as a label: the first gate that failed, else one fixed word."""
-    if decision.approved_for_application:
-        return "none"
-    failed = next((gate.name for gate in decision.safety.gates if not gate.passed), "")
-    return failed or "nothing_to_remove"
+def levels_of(decision: StructuralPruningDecision) -> tuple[Level, ...]:
+    """The levels that were asked for."""
+    return tuple(part.level for part in decision.levels) or (decision.key.level,)
+
+
+def _codes(kind: type[ContractError]) -> set[str]:
+    """Every class of error that a dead letter can have."""
+    return {kind.code}.union(*map(_codes, kind.__subclasses__()))
+
+
+def reason_of(decision: StructuralPruningDecision, level: Level) -> str:
+    """Why a level was rejected, as a label: its first gate that failed, else that of the whole
+    decision, else one fixed word."""
+    failed = [gate.name for gate in decision.safety.gates if not gate.passed]
+    own = [name.partition(".")[2] for name in failed if name.startswith(f"{level.value}.")]
+    whole = [name.removeprefix("joint.") for name in failed if name.partition(".")[0] not in _NAMED]
+    return next(iter([*own, *whole]), "nothing_to_remove")
+
+
+def _saved(outcome: PruningOutcome, decision: StructuralPruningDecision) -> None:
+    """Count what a cut that stays has saved."""
+    counts = {
+        Level.CHANNEL: sum(len(target.channel_indices) for target in decision.channels),
+        Level.HEAD: sum(len(target.head_indices) for target in decision.attention_heads),
+        Level.LAYER: len(decision.layers),
+    }
+    for level, count in counts.items():
+        if count:
+            metrics.REMOVED_UNITS.add(count, {"level": level.value})
+    parameters = outcome.parameters_before - outcome.parameters_after
+    metrics.SAVED_PARAMETERS.add(max(0, parameters))
+    statistics = decision.statistics
+    metrics.SAVED_MACS.add(max(0, statistics.macs_before - statistics.macs_after))

@@ -121,13 +121,15 @@ def test_every_metric_of_rules_and_dashboard_is_exposed(station: Station) -> Non
     child.kill()
     (decision,) = station.wait_decisions(1)
     station.report(decision, "rolled_back")
-    station.wait_for(lambda: "elesh_breaker_state" in pages.metrics(), "the breaker")
+    taken_back = {"level": "channel", "result": "rolled_back"}, 1.0
+    station.wait_for(lambda: taken_back in pages.metrics()["elesh_outcomes_total"], "the outcome")
     found = pages.metrics()
     assert named_metrics() <= found.keys()
     labels, value = found["elesh_decisions_total"][0]
     assert (labels["verdict"], labels["reason"], value) == ("approved", "none", 1.0)
     assert found["elesh_fallbacks_total"] == [({"rung": "worker_crash"}, 1.0)]
-    assert ({"level": "channel", "result": "rolled_back"}, 1.0) in found["elesh_outcomes_total"]
+    assert found["elesh_saved_parameters_total"] == [({}, 0.0)], "it was taken back"
+    assert ({"level": "channel", "state": "open"}, 0.0) in found["elesh_breakers"]
     assert found["multi_level_accuracy"] == [({"level": "channel"}, 0.0)]
     for name in ("structured_analysis_completion_rate", "analysis_duration_p95"):
         assert found[name][0][1] > 0
