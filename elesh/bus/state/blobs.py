@@ -22,6 +22,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from elesh.bus.errors import BusUnavailable
 from elesh.bus.guard import Guard
 from elesh.bus.scripts import Scripts
 from elesh.bus.server.client import Client
@@ -36,6 +37,9 @@ _READ = 1 << 20
 """Bytes that one command reads: others on the server wait for no more than that."""
 # A head never outlives its chunks, so that a blob is seen whole or not at all.
 _CHUNK_GRACE = 300
+_UNFINISHED = 900
+"""Seconds that a piece lives whose blob is not whole yet: what a full server refused the rest of
+must not keep it full."""
 
 
 class BlobStore:
@@ -59,7 +63,8 @@ class BlobStore:
         *,
         architecture: str = "",
     ) -> BlobRef:
-        """Store bytes; the same content again only lives longer.
+        """Store bytes; the same content again only lives longer. The pieces of a blob of which the
+        server refuses the rest go by themselves after a quarter of an hour.
 
         Args:
             architecture: fingerprint of the network that they are about; with a ``blob_key`` they
@@ -67,6 +72,7 @@ class BlobStore:
 
         Raises:
             TooLarge: over ``max_blob_bytes``.
+            BusUnavailable: if the server does not take or keep all pieces.
         """
         sealed = architecture if self._guard.seals and architecture else None
         if sealed is not None:
@@ -80,8 +86,12 @@ class BlobStore:
         if not await self._scripts.touch(keys, *lives):
             for number, key in enumerate(keys[1:]):
                 piece = view[number * CHUNK : (number + 1) * CHUNK]
-                await self._client.set(key, piece, ex=lives[1])
-            await self._client.set(keys[0], view.nbytes, ex=lives[0])
+                await self._client.set(key, piece, ex=min(_UNFINISHED, lives[1]))
+            await self._client.set(keys[0], view.nbytes, ex=min(_UNFINISHED, lives[0]))
+            if not await self._scripts.touch(keys, *lives):
+                hint = "set maxmemory-policy noeviction, or see to its speed"
+                lost = "a piece of a blob vanished before all were stored"
+                raise BusUnavailable(self._client.url, lost, hint=hint)
         return BlobRef(
             uri=f"redis:{digest}",
             size=view.nbytes,

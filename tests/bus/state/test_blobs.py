@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elesh.bus import Bus
+from elesh.bus import Bus, BusRefuses, BusUnavailable
 from elesh.bus.state.blobs import CHUNK
 from elesh.settings import BusSettings
 from leyline import BlobRef, DigestMismatch, InvalidField, MissingBlob, TooLarge
@@ -70,6 +70,48 @@ def test_a_put_completes_what_lost_a_piece(with_bus):
         await bus._client.delete(chunk_key(bus, ref, 1))
         await bus.blobs.put(LARGE)
         assert await bus.blobs.get(ref) == LARGE
+
+    with_bus(scenario)
+
+
+def test_pieces_of_what_the_server_refuses_the_rest_of_go_soon(with_bus, monkeypatch):
+    async def scenario(bus: Bus) -> None:
+        put = bus._client.set
+
+        async def full(name: str, value: bytes, **more: int) -> object:
+            if name.endswith(":1"):
+                raise BusRefuses("redis://h", "OOM", "it is full", hint="")
+            return await put(name, value, **more)
+
+        monkeypatch.setattr(bus._client, "set", full)
+        with pytest.raises(BusRefuses):
+            await bus.blobs.put(LARGE)
+        pieces = await bus._client.keys(f"elesh:{{{bus.partition}}}:blob:*")
+        assert len(pieces) == 1
+        assert all([0 < await bus._client.ttl(piece) <= 900 for piece in pieces])
+        monkeypatch.undo()
+        ref = await bus.blobs.put(LARGE)
+        assert await bus.blobs.get(ref) == LARGE
+        lives = bus.settings.blob_ttl_seconds
+        pieces = await bus._client.keys(f"elesh:{{{bus.partition}}}:blob:*")
+        assert min([await bus._client.ttl(piece) for piece in pieces]) > 0.9 * lives
+
+    with_bus(scenario)
+
+
+def test_a_blob_of_which_the_server_loses_a_piece_meanwhile_is_not_said_to_be_stored(
+    with_bus, monkeypatch
+):
+    async def scenario(bus: Bus) -> None:
+        put = bus._client.set
+
+        async def evicting(name: str, value: bytes, **more: int) -> object:
+            await put(name, value, **more)
+            return await bus._client.delete(name) if name.endswith(":0") else None
+
+        monkeypatch.setattr(bus._client, "set", evicting)
+        with pytest.raises(BusUnavailable, match="noeviction"):
+            await bus.blobs.put(LARGE)
 
     with_bus(scenario)
 
