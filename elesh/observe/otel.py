@@ -10,22 +10,23 @@ import importlib
 import os
 from importlib.metadata import entry_points
 
-from .logs import get_logger
-
 __all__ = ["leave_out"]
 
-_log = get_logger(__name__)
 _LIBRARIES = ("opentelemetry.propagate", "opentelemetry.sdk.trace", "opentelemetry.sdk.metrics")
 _GROUPS = {
     "OTEL_PYTHON_TRACER_PROVIDER": "opentelemetry_tracer_provider",
     "OTEL_PYTHON_METER_PROVIDER": "opentelemetry_meter_provider",
+    "OTEL_PYTHON_CONTEXT": "opentelemetry_context",
 }
 
 
-def leave_out(name: str, reason: str) -> None:
-    """Go on without a variable."""
-    found = os.environ.pop(name, "")
-    _log.warning("OTEL setting cannot be met, left out", name=name, found=found, reason=reason)
+def leave_out(name: str, reason: str, found: str = "") -> None:
+    """Go on without a variable, which may be gone already."""
+    found = os.environ.pop(name, found)
+    from .logs import get_logger  # loads the libraries, which read the variables
+
+    log = get_logger(__name__)
+    log.warning("OTEL setting cannot be met, left out", name=name, found=found, reason=reason)
 
 
 def _require(library: str) -> None:
@@ -44,8 +45,12 @@ def _require(library: str) -> None:
                 leave_out(name, str(error))
 
 
-for _name, _group in _GROUPS.items():
-    if (_value := os.environ.get(_name)) and not entry_points(group=_group, name=_value):
-        leave_out(_name, "no such provider is installed")
+_UNKNOWN = {
+    name: os.environ.pop(name)
+    for name, group in _GROUPS.items()
+    if os.environ.get(name) and not entry_points(group=group, name=os.environ[name])
+}
+for _name, _value in _UNKNOWN.items():
+    leave_out(_name, "no such thing is installed", _value)
 for _library in _LIBRARIES:
     _require(_library)

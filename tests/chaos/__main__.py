@@ -69,6 +69,8 @@ def _figures(facts: Facts, report: Report) -> dict[str, object]:
         "dead_letters": Counter(dead_letter.error_code for dead_letter in facts.dead_letters),
         "faults": Counter(str(fault.kind) for fault in facts.faults),
         "steps": steps,
+        "listened_for": len(facts.asked),
+        "heard": len(facts.asked & facts.answered),
         "recoveries": len(report.recoveries),
         "offered_again_p99_seconds": p99(report.offers),
         "running_again_p99_seconds": p99(report.recoveries),

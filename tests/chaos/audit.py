@@ -2,8 +2,9 @@
 
 Every acknowledged checkpoint is in its stream; every checkpoint has one decision or is a dead
 letter; no key has two decisions or a conflict; poison is among the dead letters; nothing is
-pending; no lease was taken from a worker that was alive and connected; and how soon the work of a
-killed worker went on elsewhere, with and without the time in which every other one was at work.
+pending; no lease was taken from a worker that was alive and connected; a trainer that listens heard
+the end of all that it published; and how soon the work of a killed worker went on elsewhere, with
+and without the time in which every other one was at work.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from .idle import BEGUN, ENDED, Life, checkpoint_of, idle_seconds
 
 __all__ = ["Facts", "Report", "audit"]
 
-_TO_ALL = frozenset({Kind.RESTART_SERVER, Kind.FREEZE_SERVER, Kind.STALL, Kind.REFUSE})
+_TO_ALL = frozenset(
+    {Kind.RESTART_SERVER, Kind.FREEZE_SERVER, Kind.STALL, Kind.REFUSE, Kind.FAILOVER}
+)
 _SLACK = 1.0
 """Seconds by which clocks of the log and of telemetry may differ in order."""
 
@@ -45,6 +48,10 @@ class Facts:
     lease: float
     lives: Sequence[Life] = ()
     """When which worker served."""
+    asked: frozenset[str] = frozenset()
+    """Keys of what a trainer published that listens."""
+    answered: frozenset[str] = frozenset()
+    """Keys of what it heard the end of."""
 
 
 @dataclass
@@ -90,6 +97,7 @@ def audit(facts: Facts) -> Report:
     report.require("decisions without record", decided.keys() - facts.records)
     report.require("conflicts", _conflicts(facts))
     report.require("decided unasked", decided.keys() - keys)
+    report.require("deaf", facts.asked - facts.answered)
     report.require("left pending", ["entries"] * facts.pending)
     report.require("live leases stolen", _stolen(facts))
     for kill, seconds in _recoveries(facts):

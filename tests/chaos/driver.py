@@ -31,6 +31,7 @@ from leyline.streams import CHECKPOINTS, DEAD, DECISIONS, STREAMS, TELEMETRY, WO
 from .audit import Facts
 from .faults import Fault, Kind, schedule
 from .idle import Life
+from .listener import Listener
 from .proxy import Proxy
 
 __all__ = ["Chaos", "Plan"]
@@ -47,7 +48,7 @@ _REFUSALS = {
     "full": ("CONFIG SET maxmemory 1mb", "CONFIG SET maxmemory 0"),
     "read-only": ("REPLICAOF 127.0.0.1 1", "REPLICAOF NO ONE"),
     "too few replicas": (
-        "CONFIG SET min-replicas-to-write 1", "CONFIG SET min-replicas-to-write 0"
+        "CONFIG SET min-replicas-to-write 2", "CONFIG SET min-replicas-to-write 0"
     ),
     "a right is missing": ("ACL SETUSER default -xadd -xack", "ACL SETUSER default +@all"),
 }  # fmt: skip
@@ -107,6 +108,7 @@ class Chaos:
 
     def __post_init__(self) -> None:
         self._server = Server(self.plan.folder / "server")
+        self._replica = Server(self.plan.folder / "replica")
         self._proxy = Proxy(self._server.port)
         self._workers = [_Member(self._worker, f"w{n}") for n in range(self.plan.workers)]
         self._producers = [_Member(self._producer, f"p{n}") for n in range(self.plan.producers)]
@@ -115,22 +117,32 @@ class Chaos:
     async def run(self) -> Facts:
         """The whole run; the facts at its end."""
         await asyncio.to_thread(self._server.start)
+        await asyncio.to_thread(self._replica.start)
+        self._follow()
         await self._proxy.start()
         self._settings().write_text(yaml.safe_dump({"elesh": self._sections()}))
+        self._listener = Listener(self._url, _PARTITION, 3 * self.plan.producer_pause)
         nursing = asyncio.create_task(self._nurse())
+        healed = asyncio.Event()
+        patience = 8 * self.plan.lease + 60
+        listening = asyncio.create_task(self._listener.run(healed, patience))
         try:
             await self._until(self._all_serve, 60, "the workers to serve")
             await self._break(time.monotonic() + self.plan.seconds)
             await self._heal()
             self.plan.tell("healed, waiting for what is left to be done")
-            await self._until(self._quiet, 8 * self.plan.lease + 60, "quiet")
+            healed.set()
+            await listening
+            await self._until(self._quiet, patience, "quiet")
             return await self._facts()
         finally:
             self._over.set()
+            listening.cancel()
             await nursing
             self._end()
             await self._proxy.close()
             self._server.kill()
+            self._replica.kill()
 
     # The fleet
 
@@ -311,6 +323,38 @@ class Chaos:
             redis.execute_command(*end.split())
         return what
 
+    def _follow(self) -> None:
+        """Have the replica follow the server."""
+        with self._replica.client() as redis:
+            redis.replicaof("127.0.0.1", str(self._server.port))
+
+    async def _failover(self, chance: random.Random) -> str:
+        """The replica takes over with all that was acknowledged, under the same address."""
+        if not await self._until(self._in_step, 10, "the replica"):
+            return "(no replica in step)"
+        with self._server.client() as redis:
+            redis.execute_command("FAILOVER")
+        if not await self._until(self._taken_over, 20, "the failover"):
+            return "(none)"
+        self._server, self._replica = self._replica, self._server
+        self._proxy.to(self._server.port)
+        return str(self._server.port)
+
+    async def _in_step(self) -> bool:
+        """Whether the replica has everything, on its disk too: it may be killed soon."""
+        with contextlib.suppress(RedisError), self._server.client() as redis:
+            if redis.info("replication").get("slave0", {}).get("state") != "online":
+                return False
+            with self._replica.client() as replica:
+                disk = replica.info("persistence")
+            return not (disk["aof_rewrite_in_progress"] or disk["aof_rewrite_scheduled"])
+        return False
+
+    async def _taken_over(self) -> bool:
+        with contextlib.suppress(RedisError), self._replica.client() as redis:
+            return bool(redis.info("replication")["role"] == "master")
+        return False
+
     async def _unblock(self, chance: random.Random) -> str:
         """End every waiting read, as a server does that is not the master any more."""
         with self._server.client() as redis:
@@ -324,6 +368,7 @@ class Chaos:
         Kind.FREEZE_WORKER: _freeze_worker, Kind.RESTART_SERVER: _restart_server,
         Kind.FREEZE_SERVER: _freeze_server, Kind.CUT: _cut, Kind.STALL: _stall,
         Kind.POISON: _poison, Kind.REFUSE: _refuse, Kind.UNBLOCK: _unblock,
+        Kind.FAILOVER: _failover,
     }  # fmt: skip
 
     # The end
@@ -384,6 +429,8 @@ class Chaos:
             faults=self.faults,
             lease=self.plan.lease,
             lives=self.lives,
+            asked=frozenset(self._listener.asked),
+            answered=frozenset(self._listener.answered),
         )
 
 

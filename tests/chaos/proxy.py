@@ -36,6 +36,11 @@ class Proxy:
         self._writers.clear()
         return count
 
+    def to(self, upstream: int) -> None:
+        """Forward to another port from now on, as an address that moves to another machine."""
+        self._upstream = upstream
+        self.cut()
+
     async def stall(self, seconds: float) -> None:
         """Keep connections open and let nothing through, as a half-open one does."""
         self._flowing.clear()

@@ -123,6 +123,7 @@ def test_a_worker_with_free_hands_makes_the_others_delay_count() -> None:
         ({"records": frozenset({"k1"})}, "decisions without record"),
         ({"poison": frozenset({"1-1"})}, "lost poison"),
         ({"pending": 1}, "left pending"),
+        ({"asked": frozenset({"k1"})}, "deaf"),
         ({"faults": []}, "live leases stolen"),
         ({"telemetry": [told("conflict", "w1", "k1", 0)]}, "conflicts"),
         ({"checkpoints": {"e1": "k1"}}, "decided unasked"),

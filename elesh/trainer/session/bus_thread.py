@@ -59,7 +59,8 @@ from .unanswered import MOST_TIMES, Published, Unanswered
 __all__ = ["BusThread"]
 
 _SOURCE = "kasmina"
-_LISTEN_SECONDS = 1.0
+_LISTEN_SECONDS = 2.0
+"""A read waits so long: there may be thousands of trainers."""
 _LOOK_SECONDS = 5.0
 _AGAIN_SECONDS = 1.0
 _ASKED = (CHECKPOINTS.name, REQUESTS.name, WORK.name)

@@ -1,0 +1,127 @@
+"""A server that refuses under a training run: training goes on, and all is decided afterwards.
+
+``ELESH_OUTAGE_SECONDS`` lengthens the outage, for a run by hand (docs/benchmarks.md).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from redis import Redis
+from servers import PATIENCE, Server
+from station import Station, checkpoint
+
+from elesh.settings import BusSettings, Settings
+from elesh.trainer import Session
+
+SECONDS = float(os.environ.get("ELESH_OUTAGE_SECONDS", "3"))
+_EVERY = 100
+"""Steps between two checkpoints."""
+OUTAGES: dict[str, tuple[Callable[[Redis], object], Callable[[Redis], object]]] = {
+    "full": (
+        lambda redis: redis.config_set("maxmemory", "1mb"),
+        lambda redis: redis.config_set("maxmemory", "0"),
+    ),
+    "read-only": (
+        lambda redis: redis.replicaof("127.0.0.1", "1"),
+        lambda redis: redis.replicaof("NO", "ONE"),
+    ),
+    "without replicas": (
+        lambda redis: redis.config_set("min-replicas-to-write", "1"),
+        lambda redis: redis.config_set("min-replicas-to-write", "0"),
+    ),
+}
+
+
+@dataclass
+class Training:
+    """Steps that compute a little, and what Elesh's calls took of their thread."""
+
+    session: Session
+    asked: set[str] = field(default_factory=set)
+    heard: set[str] = field(default_factory=set)
+    steps: int = 0
+    weights: np.ndarray = field(default_factory=lambda: np.eye(96))
+
+    def run(self, seconds: float) -> tuple[float, float]:
+        """Train for so long; CPU seconds of a step, and the share of time in Elesh's calls."""
+        begun, cpu, calls, first = time.monotonic(), time.thread_time(), 0.0, self.steps
+        while time.monotonic() - begun < seconds:
+            self.weights = np.tanh(self.weights @ self.weights.T)
+            self.steps += 1
+            before = time.thread_time()
+            if self.steps % _EVERY == 0:
+                bundle = checkpoint(number=self.steps)
+                begun_call = time.thread_time()
+                if self.session.publish(bundle):
+                    self.asked.add(str(bundle.decision_key))
+                calls += time.thread_time() - begun_call
+                cpu += begun_call - before  # making the checkpoint is the test's, not a step's
+            before = time.thread_time()
+            self.listen()
+            calls += time.thread_time() - before
+            time.sleep(0.01)
+        spent = time.thread_time() - cpu
+        return spent / (self.steps - first), calls / spent
+
+    def listen(self) -> None:
+        self.heard.update(decision.idempotency_key for decision in self.session.decisions())
+
+
+class Lines(logging.Handler):
+    """What is logged for Elesh."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.count += 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OUTAGES)
+def test_training_goes_on_and_everything_is_decided_after_the_outage(
+    tmp_path: Path, kind: str
+) -> None:
+    begin, end = OUTAGES[kind]
+    with Server(tmp_path / "server") as server:
+        station = Station(server.url, "training", tmp_path)
+        worker, lines = station.worker(), Lines()
+        logging.getLogger("elesh").addHandler(lines)
+        try:
+            settings = Settings(bus=BusSettings(partition="training"))
+            with Session("run", server.url, settings) as session:
+                assert session.wait_connected(PATIENCE)
+                training = Training(session)
+                usual, _ = training.run(3)
+                said, logged = lines.count, len(worker.log)
+                with server.client() as redis:
+                    begin(redis)
+                    during, calls = training.run(SECONDS)
+                    end(redis)
+                over = time.monotonic()
+                while training.heard < training.asked and time.monotonic() < over + PATIENCE:
+                    session.wait(0.2)
+                    training.listen()
+                back = time.monotonic() - over
+                said, logged = lines.count - said, len(worker.log) - logged
+                print(
+                    f"{kind} for {SECONDS:.0f} s: a step took {during / usual:.2f} of its CPU "
+                    f"time, {calls:.1%} of it in Elesh's calls; {said} lines of the trainer, "
+                    f"{logged} of the worker; {len(training.asked)} checkpoints, decided "
+                    f"{back:.1f} s after it"
+                )
+                assert training.heard == training.asked, session.failed
+                assert said + sum("cannot serve" in line for line in worker.log) <= 20
+                assert calls < 0.2, "publishing and listening wait for nothing"
+        finally:
+            logging.getLogger("elesh").removeHandler(lines)
+            worker.process.kill()
