@@ -26,6 +26,7 @@ from elesh.trainer.network.calling import (
     map_tensors,
 )
 from elesh.trainer.network.compilation import unwrapped
+from elesh.trainer.recovery.checkpoints import Loading
 from elesh.trainer.session.apply import Evaluation
 from elesh.trainer.session.session import Session
 from elesh.trainer.surgery.lineage import lineage_of
@@ -40,8 +41,6 @@ from leyline import (
     PruningOutcome,
     StructuralPruningDecision,
 )
-
-from .checkpoints import Loading
 
 __all__ = ["Batches", "EveryEpoch", "classification"]
 

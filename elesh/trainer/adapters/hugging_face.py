@@ -28,9 +28,9 @@ from transformers import (
 )
 
 from elesh.trainer.network.calling import Inputs
+from elesh.trainer.recovery.checkpoints import KEY, cut_like, pack
 from leyline import InvalidField
 
-from .checkpoints import KEY, cut_like, pack
 from .epochs import Batches, EveryEpoch
 
 __all__ = ["EleshCallback", "labelled", "load"]

@@ -25,7 +25,8 @@ else:
     except ImportError:
         from pytorch_lightning import Callback
 
-from .checkpoints import KEY, bring, cut_like, pack
+from elesh.trainer.recovery.checkpoints import KEY, bring, cut_like, pack
+
 from .epochs import EveryEpoch
 
 __all__ = ["EleshCallback", "load_from_checkpoint"]

@@ -66,6 +66,9 @@ from .losses import (
 from .measurement import Measurement
 from .midpoint import LOOK_AHEAD, first_to_go, indices_of
 
+UNNAMED = "run"
+"""The run of a measurement that names none."""
+
 
 @dataclass(frozen=True)
 class MeasuredCheckpoint(CheckpointBundle):
@@ -157,7 +160,7 @@ class Recorder:
         batches: Iterable[tuple[Inputs, Any]],
         *,
         epoch: int,
-        run_id: str = "run",
+        run_id: str = UNNAMED,
         step: int = 0,
         accuracy: float | None = None,
         loss: float | None = None,
@@ -172,7 +175,8 @@ class Recorder:
 
         Args:
             batches: (inputs, labels) pairs; tensors are moved to the model's device.
-            epoch, run_id, step, accuracy, loss, note: for the metadata (held-out figures).
+            epoch, run_id, step, accuracy, loss, note: for the metadata (held-out figures); a
+                session that publishes it without a run id puts its own.
             max_samples: stop after so many samples.
             ahead: the share of all channels whose cut the projections look ahead to: they are
                 taken with the gates of that many channels, the first to go, at one half. 0: at the

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from elesh.trainer.surgery.followed import Beside
 from elesh.trainer.surgery.surgeon import Surgeon
 from elesh.trainer.surgery.tensors import replace_data
 from leyline import InvalidField, PrunedArchitecture
@@ -42,13 +43,15 @@ class Tracked:
     surgeon: Surgeon
     parts: Mapping[str, Any] = field(default_factory=dict)
     """Whatever has ``state_dict`` and ``load_state_dict``, generators, and whatever keeps copies of
-    the weights: averages, dictionaries of tensors by path."""
+    the weights: averages, dictionaries of tensors by path. Those that the surgeon follows without
+    their having been named are added."""
 
     def __post_init__(self) -> None:
         for name, part in self.parts.items():
             copies = self.surgeon.follow(name, part)
             if not copies and not isinstance(part, torch.Generator):
                 _require_stateful(name, part)
+        object.__setattr__(self, "parts", {**self.parts, **self.surgeon.unnamed_copies})
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,7 @@ def _parameters(
     return [*found, *(p for p in present if id(p) not in known)]
 
 
-_MODULE, _COPIES = "tensors of the module", "tensors of the copies"
+_MODULE, _COPIES, _NUMBERS = "tensors of the module", "tensors of the copies", "numbers"
 
 
 def _require_stateful(name: str, part: object) -> None:
@@ -179,7 +182,8 @@ def _state_of(name: str, part: Any, surgeon: Surgeon) -> Any:
     if copies and isinstance(part, nn.Module):
         return {_MODULE: _tensors(part)}
     if copies and not hasattr(part, "load_state_dict"):
-        return {_COPIES: [copy.tensors() for copy in copies]}
+        numbers = part.numbers if isinstance(part, Beside) else {}
+        return {_COPIES: [copy.tensors() for copy in copies], _NUMBERS: numbers}
     return part.state_dict()
 
 
@@ -192,6 +196,8 @@ def _set_state(name: str, part: Any, surgeon: Surgeon, state: Any, groups: tuple
         copies = [copy for copy in surgeon.copies if copy.name == name]
         for copy, saved in zip(copies, state[_COPIES], strict=True):
             _fill_all(copy.tensors(), saved)
+        if isinstance(part, Beside):
+            part.set_numbers(state[_NUMBERS])
     else:
         part.load_state_dict(_with_joined(state, part.state_dict(), *groups))
         surgeon.follow(name, part)  # it may have other tensors now

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 
 from elesh.trainer.graph.hazards import run_once, trainable_example
 from elesh.trainer.network.calling import Inputs, call, device_of, map_tensors, tensors_in
-from elesh.trainer.network.state import preserve_state, preserved, seed_generators
+from elesh.trainer.network.state import preserve_state, seed_generators
 from elesh.trainer.recovery.snapshot import Snapshot, Tracked
 from elesh.trainer.recovery.trees import pack_tree, unpack_tree
+from elesh.trainer.surgery.optimizer_trial import copied_optimizers
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import InvalidField, Level, PreflightCheck
 
@@ -29,6 +31,8 @@ from .apply import Evaluate, preserving
 __all__ = ["preflight", "require_passed", "table"]
 
 Report = tuple[PreflightCheck, ...]
+_COLUMNS = 80
+_INDENTED = textwrap.TextWrapper(_COLUMNS, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
 class _Skipped(Exception):
@@ -66,14 +70,17 @@ def require_passed(report: Report) -> None:
 
 
 def table(report: Report) -> str:
-    """The checks, one a line."""
+    """The checks, one a line of at most 80 columns; a longer detail stands below its check."""
     width = max((len(check.name) for check in report), default=0)
-    lines = [
-        f"  {check.name:<{width}}  {check.result.replace('_', ' '):<7}  {check.seconds:5.2f} s"
-        f"  {check.detail}".rstrip()
-        for check in report
-    ]
-    return "\n".join(["Elesh preflight", *lines])
+    lines = ["Elesh preflight"]
+    for check in report:
+        result = check.result.replace("_", " ")
+        line = f"  {check.name:<{width}}  {result:<7}  {check.seconds:5.2f} s"
+        if len(line) + 2 + len(check.detail) <= _COLUMNS and "\n" not in check.detail:
+            lines.append(f"{line}  {check.detail}".rstrip())
+        else:
+            lines += [line, *_INDENTED.wrap(check.detail)]
+    return "\n".join(lines)
 
 
 def _tried(name: str, check: Callable[[], str]) -> PreflightCheck:
@@ -218,7 +225,8 @@ class _Subject:
         units, layers = self._some()
         with self._copied() as tracked:
             surgeon = tracked.surgeon
-            with preserved(surgeon.model):
+            with preserve_state(surgeon.model, 0):
+                self._fill_optimizers(surgeon)
                 before = Snapshot.take(tracked)
                 packed = pack_tree(before.state)
                 if units:
@@ -231,6 +239,13 @@ class _Subject:
             raise InvalidField("restore points", "the state that was saved", "another state")
         return ", ".join(["network", *surgeon.optimizers.names, *self._parts])
 
+    def _fill_optimizers(self, surgeon: Surgeon) -> None:
+        """Their state begins with the first step."""
+        if self._inputs is not None:
+            example = trainable_example(surgeon.model, self._inputs)
+            if example is not None:
+                _step(surgeon, example)
+
     def _copied(self) -> _Copied:
         return _Copied(self._surgeon, self._parts)
 
@@ -242,10 +257,12 @@ class _Copied:
         self._surgeon, self._parts = surgeon, parts
 
     def __enter__(self) -> Tracked:
-        whole = (self._surgeon.model, list(self._surgeon.optimizers.all), dict(self._parts))
+        memo: dict[int, Any] = {}
         try:
             with torch.inference_mode(False):
-                model, optimizers, parts = copy.deepcopy(whole)
+                model = copy.deepcopy(self._surgeon.model, memo)
+                optimizers = copied_optimizers(self._surgeon.optimizers, memo)
+                parts = copy.deepcopy(dict(self._parts), memo)
                 now = self._surgeon.architecture
                 surgeon = Surgeon(model, now, optimizer=optimizers or None, restore_points=0)
                 return Tracked(surgeon, parts)
@@ -268,7 +285,7 @@ def _step(surgeon: Surgeon, example: Inputs) -> None:
             return
         loss = torch.stack([t.float().square().mean() for t in outputs]).sum()
         torch.autograd.backward(loss)
-        for optimizer in surgeon.optimizers.all:
+        for optimizer in surgeon.optimizers.given:
             with contextlib.suppress(TypeError):  # It asks for a closure: the surgeon tried that.
                 optimizer.step()
     finally:

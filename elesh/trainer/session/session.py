@@ -22,8 +22,9 @@ from opentelemetry.trace import Span, SpanKind
 
 from elesh.observe import carrier_of, get_logger, messaging, setup_tracing, span, span_from
 from elesh.settings import Settings
-from elesh.trainer.calibration.recorder import MeasuredCheckpoint
+from elesh.trainer.calibration.recorder import UNNAMED, MeasuredCheckpoint
 from elesh.trainer.network.calling import example_of
+from elesh.trainer.recovery.checkpoints import Loading
 from elesh.trainer.recovery.recovery import Recovery
 from elesh.trainer.recovery.reporting import event_id_of, recompilation, validation_of
 from elesh.trainer.recovery.snapshot import Stateful, Tracked
@@ -37,6 +38,7 @@ from leyline import (
     PrunedArchitecture,
     PruningOutcome,
     StructuralPruningDecision,
+    checkpoint_id,
     stable_hash,
 )
 from leyline.streams import CHECKPOINTS, OUTCOMES, RECOMPILE, REQUESTS, VALIDATION, Stream
@@ -122,6 +124,7 @@ class Session:
         self._decided: dict[str, StructuralPruningDecision] = {}
         self._evaluate: Callable[[], Evaluation] | None = None
         self._preflight: tuple[PreflightCheck, ...] | None = None
+        self._loading: Loading | None = None
         self._covariance: InputCovariance | None = None
         """Of the last checkpoint that was published."""
 
@@ -173,6 +176,8 @@ class Session:
         self._bus.close(timeout)
         self._recovery.close()
         self._observers.close()
+        if self._loading is not None:
+            self._loading.end()
 
     def wait_connected(self, timeout: float) -> bool:
         """Wait until the bus answered once. Training does not need this; tools do."""
@@ -188,8 +193,13 @@ class Session:
         """Queue a checkpoint for publishing; False (and counted as missed) if the queue is full.
 
         Where its metadata has no accuracy, the ``evaluate`` that :meth:`watch` or :meth:`apply` was
-        last called with gives it, so that reports show it.
+        last called with gives it, so that reports show it. One that was measured without a run id
+        is this run's.
+
+        Raises:
+            InvalidField: if it was measured for another run: its answer would not be heard here.
         """
+        bundle = self._of_this_run(bundle)
         bundle = self._with_accuracy(bundle)
         if self._preflight is not None:  # In the run's first checkpoint only.
             told = bundle.metadata.model_copy(update={"preflight": self._preflight})
@@ -208,6 +218,7 @@ class Session:
         bundle's levels, parameters and requirements are asked for.
         """
         self._keep_covariance(bundle)
+        bundle = self._of_this_run(bundle)
         event_id = "rq-" + stable_hash(bundle.metadata.run_id, request_id)
         with _creating(REQUESTS):
             return self._queue(REQUESTS, bundle, bundle.metadata.epoch, event_id, request_id)
@@ -239,7 +250,8 @@ class Session:
         surgeon's network and optimizers, the global random generators, and whatever is named here:
         anything with ``state_dict`` and ``load_state_dict``, torch generators, and averages of the
         weights (``ema=average``: a module, a holder of one, tensors by path), which are from then
-        on cut, masked and brought back with the network.
+        on cut, masked and brought back with the network. Weights of before a cut that are loaded
+        into the network later (``load_state_dict`` of the best ones) bring it to their structure.
 
         A new run begins with a preflight (:mod:`.preflight`), which prints one table: ``evaluate``,
         a mask, a training step after a cut of each kind, optimizers, and restore points are tried,
@@ -261,6 +273,8 @@ class Session:
         named = {"scheduler": scheduler, "scaler": scaler, **parts}
         held = {name: part for name, part in named.items() if part is not None}
         epoch = self._recovery.resume(Tracked(surgeon, held), here)
+        if self._loading is None:
+            self._loading = Loading(surgeon)
         if preflight and not epoch and here is None:
             self._try_all(surgeon, evaluate, held)
         for outcome in self._recovery.unreported:
@@ -345,7 +359,10 @@ class Session:
         """
         key = decision.key
         if decision.run_id != self.run_id:
-            return f"it was made for run {decision.run_id}, this is {self.run_id}"
+            return (
+                f"it was made for run {decision.run_id}, this is {self.run_id}; measure what is "
+                f"decided here with recorder.measure(..., run_id={self.run_id!r})"
+            )
         if (key.epoch, key.model_hash) != (decision.epoch, decision.model_hash):
             return f"its key {key} is of another epoch or architecture than its body"
         if decision.idempotency_key in self._recovery.situation.tried:
@@ -428,6 +445,17 @@ class Session:
         self._heard.add(key)
         self._carriers[key] = carrier
         self._decisions.append(decision)
+
+    def _of_this_run(self, bundle: CheckpointBundle) -> CheckpointBundle:
+        found = bundle.metadata
+        if found.run_id == self.run_id:
+            return bundle
+        if found.run_id != UNNAMED:
+            hint = "recorder.measure(batches, epoch=epoch, run_id=session.run_id)"
+            raise InvalidField("checkpoint.run_id", self.run_id, found.run_id, hint=hint)
+        name = checkpoint_id(self.run_id, found.epoch, found.model_hash)
+        metadata = found.model_copy(update={"run_id": self.run_id, "checkpoint_id": name})
+        return replace(bundle, metadata=metadata)
 
     def _with_accuracy(self, bundle: CheckpointBundle) -> CheckpointBundle:
         """The bundle with accuracy and loss in its metadata, where they can be known."""

@@ -11,6 +11,7 @@ import gc
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from leyline import InvalidField
 
 from .tensors import Cutter
 
-__all__ = ["ALIKE", "WeightCopy", "copies_in", "unnamed_averages"]
+__all__ = ["ALIKE", "WeightCopy", "all_copies_in", "copies_in", "unnamed_averages"]
 
 _DEPTH = 4
 """How far into a holder's attributes copies are looked for."""
@@ -96,9 +97,14 @@ def copies_in(name: str, holder: Any, model: nn.Module) -> tuple[WeightCopy, ...
     parts, dictionaries by path, and lists in the order of its parameters. What has the network's
     structure but neither its weights nor the name of an average is another network.
     """
-    found = list(_search(name, holder, _Network(model), set(), _DEPTH))
+    found = all_copies_in(name, holder, model)
     sure = _AVERAGE.search(f"{name} {type(holder).__name__}") is not None and len(found) == 1
     return tuple(copy for copy in found if sure or likeness(copy, model) > ALIKE)
+
+
+def all_copies_in(name: str, holder: Any, model: nn.Module) -> list[WeightCopy]:
+    """Whatever in a holder has the structure of a network, or of one of its parts."""
+    return list(_search(name, holder, _Network(model), set(), _DEPTH))
 
 
 def unnamed_averages(model: nn.Module, known: Iterable[WeightCopy]) -> list[str]:
@@ -178,9 +184,32 @@ class _Network:
         for path, module in model.named_modules():
             if not path or module._modules:
                 self.parts.setdefault(_shapes(module), []).append(path)
-        every = [path for path, tensor in self.tensors.items() if isinstance(tensor, nn.Parameter)]
-        trained = [path for path in every if self.tensors[path].requires_grad]
-        self.orders = [order for order in (every, trained, list(self.tensors)) if order]
+        self.orders = _orders(self.tensors)
+
+    @cached_property
+    def orders_of_parts(self) -> dict[_Sizes, list[list[str]]]:
+        """The paths of the tensors of the network, and of its parts, by their shapes in order."""
+        found: dict[_Sizes, list[list[str]]] = {}
+        for prefix, module in self.model.named_modules():
+            if prefix and not module._modules:
+                continue
+            inside = {
+                p: t for p, t in self.tensors.items() if not prefix or p.startswith(f"{prefix}.")
+            }
+            for order in _orders(inside):
+                shapes = tuple(tuple(self.tensors[path].shape) for path in order)
+                found.setdefault(shapes, []).append(order)
+        return found
+
+
+def _orders(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """The parameters, the trained ones, and all tensors, as lists keep them."""
+    every = [path for path, tensor in tensors.items() if isinstance(tensor, nn.Parameter)]
+    trained = [path for path in every if tensors[path].requires_grad]
+    return [order for order in (every, trained, list(tensors)) if order]
+
+
+_Sizes = tuple[tuple[int, ...], ...]
 
 
 _Shapes = tuple[tuple[str, tuple[int, ...]], ...]
@@ -248,19 +277,25 @@ def _loose_copy(name: str, holder: Any, network: _Network) -> WeightCopy | None:
             for path, tensor in named.items()
             if path in network.tensors and network.tensors[path].shape == tensor.shape
         }
-        whole = any(fits.keys() >= set(order) for order in network.orders)
-        return WeightCopy(name, loose=fits) if whole else None
+        if any(fits.keys() >= set(order) for order in network.orders):
+            return WeightCopy(name, loose=fits)
+        # Others are named otherwise, in the same order, with counters beside them.
+        return _ordered(name, [t for t in named.values() if t.ndim], network)
     flat = list(_flat(holder))
-    for order in network.orders:
-        if len(flat) == len(order) and all(
-            isinstance(tensor, Tensor) and tensor.shape == network.tensors[path].shape
-            for path, tensor in zip(order, flat, strict=True)
-        ):
-            loose = dict(zip(order, flat, strict=True))
-            if any(tensor is network.tensors[path] for path, tensor in loose.items()):
-                return None
-            return WeightCopy(name, loose=loose, ordered=True)
-    return None
+    return _ordered(name, flat, network) if all(isinstance(t, Tensor) for t in flat) else None
+
+
+def _ordered(name: str, listed: list[Tensor], network: _Network) -> WeightCopy | None:
+    """Tensors in the order of those of the network, or of the part that they are most like."""
+    shapes = tuple(tuple(tensor.shape) for tensor in listed)
+    found = [
+        WeightCopy(name, loose=dict(zip(order, listed, strict=True)), ordered=True)
+        for order in (network.orders_of_parts.get(shapes, []) if listed else [])
+    ]
+    ours = {id(tensor) for tensor in network.tensors.values()}
+    if not found or any(id(tensor) in ours for tensor in listed):
+        return None
+    return max(found, key=lambda each: likeness(each, network.model)) if found[1:] else found[0]
 
 
 def _flat(values: Iterable[Any]) -> Iterator[Any]:

@@ -9,7 +9,6 @@ single precision masters of the parameters are cut like these.
 
 from __future__ import annotations
 
-import copy
 import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,17 +20,18 @@ from torch.optim import Optimizer
 
 from elesh.trainer.network.alive import alive
 from leyline import InvalidField
-from leyline.errors import brief
 
-from .tensors import Cutter, replace_data
+from .tensors import Cutter
 
-__all__ = ["Given", "Optimizers", "optimizers_in", "other_optimizers", "require_cuttable"]
+__all__ = ["FRAMEWORKS", "Given", "Optimizers", "optimizers_in", "other_optimizers", "wrapped"]
 
 Given = Any
 """One optimizer, a sequence or mapping of several, or None; each may be wrapped."""
 
 _DEPTH = 3
 """How many wrappers are looked through."""
+FRAMEWORKS = ("accelerate.", "lightning.", "pytorch_lightning.")
+"""Whose wrappers only pass on to the optimizer inside."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class Optimizers:
 
     def __init__(self, given: Given, tensors: Mapping[str, Tensor]) -> None:
         self.all = optimizers_in(given)
+        self.given = tuple(_several(given))
+        """As the user steps them."""
         for optimizer in self.all:
             _require_whole(optimizer)
         self.masters = masters_of(self.all, tensors)
@@ -75,6 +77,13 @@ class Optimizers:
     def names(self) -> list[str]:
         """The kinds of the optimizers."""
         return [type(optimizer).__name__ for optimizer in self.all]
+
+    @property
+    def wrappers(self) -> list[Any]:
+        """What was given that is not of PyTorch or a framework, and may keep more than state."""
+        known = ("torch.optim.", *FRAMEWORKS)
+        found = {id(o): o for o in (*self.given, *self.all)}
+        return [o for o in found.values() if not type(o).__module__.startswith(known)]
 
     def groups(self) -> Iterator[dict[str, Any]]:
         """The parameter groups, each once."""
@@ -163,7 +172,7 @@ def optimizers_in(given: Given) -> tuple[Optimizer, ...]:
     """
     found: dict[int, Optimizer] = {}
     for one in _several(given):
-        inside = list(_inside(one, _DEPTH))
+        inside = list(wrapped(one, _DEPTH))
         if not inside:
             expected = "a torch optimizer, several, or a wrapper of one"
             raise InvalidField("optimizer", expected, type(one).__name__)
@@ -249,7 +258,7 @@ def _several(given: Given) -> list[Any]:
     return list(given)
 
 
-def _inside(thing: Any, depth: int) -> Iterator[Optimizer]:
+def wrapped(thing: Any, depth: int = _DEPTH) -> Iterator[Optimizer]:
     """An optimizer and those in its attributes, the outer ones first."""
     if isinstance(thing, Optimizer):
         yield thing
@@ -258,7 +267,7 @@ def _inside(thing: Any, depth: int) -> Iterator[Optimizer]:
             parts = list(value) if isinstance(value, (list, tuple)) else [value]
             for part in parts:
                 if isinstance(part, Optimizer) or hasattr(part, "param_groups"):
-                    yield from _inside(part, depth - 1)
+                    yield from wrapped(part, depth - 1)
 
 
 def _require_whole(optimizer: Optimizer) -> None:
@@ -331,117 +340,3 @@ def _cut_factor(value: Tensor, parameter: Tensor, cutter: Cutter) -> Tensor:
         if size == 1:
             whole = whole.narrow(dim, 0, 1)
     return whole.clone()
-
-
-# Trying
-
-
-def require_cuttable(
-    optimizers: Optimizers, tensors: Mapping[str, Tensor], cutters: Mapping[str, Cutter]
-) -> None:
-    """Refuse optimizers that do not survive a cut, before there is one.
-
-    Those of PyTorch are known to. Of others, copies take a step with gradients made up, are cut,
-    and take two more; nothing of the originals is touched. One that cannot be copied, or needs
-    more for a step than gradients and a closure, is not tried.
-
-    Raises:
-        InvalidField: saying what fails.
-    """
-    if all(type(o).__module__.startswith(_KNOWN) for o in optimizers.all) or not cutters:
-        return
-    with torch.random.fork_rng([]), torch.enable_grad():
-        torch.default_generator.manual_seed(0)
-        made = _copies(optimizers, tensors)
-        failed = _failure(*made, cutters) if made else ""
-    if failed:
-        raise InvalidField(
-            "optimizer",
-            "one that goes on after its parameters have changed their shapes",
-            f"{', '.join(optimizers.names)}: {failed}",
-            hint="train with an optimizer of torch.optim, or prune without optimizer state: "
-            "give none to the Surgeon and make a new one after every cut",
-        )
-
-
-_KNOWN = ("torch.optim.", "accelerate.", "lightning.", "pytorch_lightning.")
-
-
-def _copies(
-    optimizers: Optimizers, tensors: Mapping[str, Tensor]
-) -> tuple[Optimizers, dict[str, Tensor]] | None:
-    """The optimizers and tensors again, sharing nothing with these; None if that cannot be."""
-    memo: dict[int, Any] = {}
-    try:
-        leaves = {path: _leaf(tensor, memo) for path, tensor in tensors.items()}
-        for optimizer in optimizers.all:
-            if id(optimizer) not in memo and not type(optimizer).__module__.startswith(_WRAPPERS):
-                _copy(optimizer, memo)
-    except Exception:
-        return None
-    made = object.__new__(Optimizers)
-    made.all = tuple(memo[id(o)] for o in optimizers.all if id(o) in memo)
-    made.masters = {path: memo[id(tensor)] for path, tensor in optimizers.masters.items()}
-    return made, leaves
-
-
-_WRAPPERS = _KNOWN[1:]
-
-
-def _copy(optimizer: Optimizer, memo: dict[int, Any]) -> None:
-    """Put a copy that can step without the original into ``memo``, with all that it wraps."""
-    # Not by copy.deepcopy: that leaves out all attributes but state and groups.
-    made: Optimizer = object.__new__(type(optimizer))
-    memo[id(optimizer)] = made
-    for inner in _inside(optimizer, 1):
-        if id(inner) not in memo:
-            _copy(inner, memo)
-    hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-    for name, value in list(vars(optimizer).items()):
-        if name != "step":  # schedulers put one there that steps the original
-            vars(made)[name] = type(value)() if name in hooks else copy.deepcopy(value, memo)
-
-
-def _leaf(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
-    leaf = tensor.detach().clone()
-    if isinstance(tensor, nn.Parameter):
-        leaf = nn.Parameter(leaf, requires_grad=tensor.requires_grad)
-    memo[id(tensor)] = leaf
-    return leaf
-
-
-def _failure(ours: Optimizers, tensors: Mapping[str, Tensor], cutters: Mapping[str, Cutter]) -> str:
-    try:
-        _step(ours)
-    except Exception:
-        return ""  # it needs more for a step: nothing can be found out
-    when = "its state is cut"
-    try:
-        cuts = ours.cut(cutters, tensors)
-        for path, cutter in cutters.items():
-            for tensor in (tensors[path], ours.masters.get(path)):
-                if tensor is not None:
-                    replace_data(tensor, cutter(tensor.detach()))
-        ours.put(cuts)
-        when = "it steps after a cut"
-        _step(ours)
-        _step(ours)
-    except Exception as error:
-        return f"{type(error).__name__} when {when}: {brief(str(error))}"
-    return ""
-
-
-def _step(ours: Optimizers) -> None:
-    """One step of every optimizer that no other wraps, with random gradients."""
-    parameters = [p for group in ours.groups() for p in group["params"]]
-
-    def closure() -> Tensor:
-        for parameter in parameters:
-            parameter.grad = torch.randn_like(parameter)
-        return torch.zeros(())
-
-    wrapped = {id(inner) for o in ours.all for inner in _inside(o, _DEPTH) if inner is not o}
-    for optimizer in ours.all:
-        if id(optimizer) not in wrapped:
-            closure()
-            optimizer.step(closure)  # type: ignore[arg-type]  # losses are tensors

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from elesh.observe import get_logger
 from elesh.trainer.network.compilation import compile_anew, unwrapped
+from elesh.trainer.network.gradient_hooks import fixed_to_a_shape
 from elesh.trainer.network.headcounts import refit_heads
 from elesh.trainer.network.layers import named_tensors, refit, require_fit
 from leyline import (
@@ -26,12 +27,14 @@ from leyline import (
     PruningRecord,
 )
 
-from .averages import WeightCopy, copies_in, require_layers, unnamed_averages
+from .averages import WeightCopy, require_layers, unnamed_averages
 from .bypass import BranchMasks, put_in
 from .data_parallel import rebuild_reducers, require_whole
+from .followed import Beside, Followed
 from .lineage import present, remember, steps
 from .masks import Masks
-from .optimizers import Given, Optimizers, other_optimizers, require_cuttable
+from .optimizer_trial import require_cuttable
+from .optimizers import Given, Optimizers, other_optimizers
 from .reconstruction import InputCovariance, reconstructed
 from .teachers import teachers_in
 from .tensors import Cutter, RestorePoint, Skeleton, laid_out, replace_data
@@ -76,11 +79,10 @@ class Surgeon:
         require_fit(model, architecture)
         self._model = model
         self._architecture = architecture
-        self._optimizers = Optimizers(optimizer, named_tensors(model))
-        require_cuttable(self._optimizers, named_tensors(model), _some_cutters(model, architecture))
+        self._followed = Followed(model)
+        self._optimizers = self._cuttable(optimizer)
         self.notes: tuple[str, ...] = ()
         """What has to be said of the last cut: state of optimizers that is begun anew."""
-        self._copies: tuple[WeightCopy, ...] = ()
         self._teachers = teachers_in(model)
         if restore_points > 1:
             what = "a surgeon keeps one restore point; a session keeps trainer.restore_points"
@@ -115,8 +117,9 @@ class Surgeon:
 
     @property
     def copies(self) -> tuple[WeightCopy, ...]:
-        """The averages and other copies of the weights that are cut along."""
-        return self._copies
+        """The averages and other copies of the weights that are cut along, as they are now."""
+        self._look_again()
+        return self._followed.all()
 
     def follow(self, name: str, holder: object) -> tuple[WeightCopy, ...]:
         """Cut, mask and restore the copies of the network that ``holder`` keeps with the network.
@@ -127,16 +130,24 @@ class Surgeon:
         Returns:
             The copies; none if ``holder`` keeps none.
         """
-        found = copies_in(name, holder, self._model)
-        others = tuple(copy for copy in self._copies if copy.name != name)
-        if found or len(others) < len(self._copies):
+        if self._followed.add(name, holder):
             self.unmask()
-            self._copies = (*others, *found)
-            self._masks = [Masks(view) for view in self._views()]
-            self._branch_masks = [BranchMasks(view) for view in self._views()]
+            self._views_changed()
             self._undo_point = None
-            self._skeletons[-1] = self._skeleton()
-        return found
+        return tuple(copy for copy in self._followed.all() if copy.name == name)
+
+    def _look_again(self) -> None:
+        """Find the tensors that averages have now."""
+        modules = [copy.module for copy in self._followed.all()]
+        if self._followed.look_again() and modules != [c.module for c in self._followed.all()]:
+            self._clear_masks()
+            self._views_changed()
+            self._set_masks()
+
+    def _views_changed(self) -> None:
+        self._masks = [Masks(view) for view in self._views()]
+        self._branch_masks = [BranchMasks(view) for view in self._views()]
+        self._skeletons[-1] = self._skeleton()
 
     def train_with(self, optimizer: Given) -> None:
         """Have other optimizers from now on: a framework makes them late.
@@ -144,19 +155,31 @@ class Surgeon:
         Raises:
             InvalidField: as when the surgeon is made.
         """
-        tensors = named_tensors(self._model)
-        optimizers = Optimizers(optimizer, tensors)
-        require_cuttable(optimizers, tensors, _some_cutters(self._model, self._architecture))
-        self._optimizers = optimizers
+        self._optimizers = self._cuttable(optimizer)
         self.require_all_optimizers()
         self._undo_point = None
-        self._skeletons[-1] = self._skeleton()
+        self._views_changed()
+
+    def _cuttable(self, given: Given) -> Optimizers:
+        """The optimizers, if they go on after a cut; what wrappers keep beside them is followed."""
+        tensors = named_tensors(self._model)
+        optimizers = Optimizers(given, tensors)
+        self._followed.add_wrappers(optimizers.wrappers, optimizers.masters.values())
+        cutters = _some_cutters(self._model, self._architecture)
+        require_cuttable(optimizers, tensors, cutters, self._followed.all())
+        return optimizers
+
+    @property
+    def unnamed_copies(self) -> dict[str, Beside]:
+        """Who keeps a second set of the weights and is followed without having been named."""
+        return self._followed.unnamed()
 
     def blocked(self) -> str:
         """Why nothing may be cut now; empty if it may.
 
         An optimizer that has state of the network's parameters, or an average of them, that the
-        surgeon was not told of, would fail in its next step or update.
+        surgeon was not told of, would fail in its next step or update, and a gradient hook that
+        holds a mask of the parameter's shape in the next backward pass.
         """
         others = other_optimizers(self._model, self._optimizers.all, stateful=True)
         if others:
@@ -165,12 +188,19 @@ class Surgeon:
                 f"an optimizer of the network was not named: {kinds}; give the Surgeon all of them "
                 "(optimizer=[first, second]), or delete what is not used"
             )
+        prunable = [group for group in self._architecture.groups if group.prunable]
+        names = {part.tensor for group in prunable for part in group.slices}
+        if hooked := fixed_to_a_shape(self._model, names):
+            return (
+                f"a gradient hook of {hooked} holds a tensor of its shape, which a cut would not "
+                "reach; let the hook make it of the gradient or of the parameter, as these are then"
+            )
         return self.unnamed_average()
 
     def unnamed_average(self) -> str:
         """What to do about an average of the network that the surgeon was not told of; empty if
         there is none. Nothing is cut until it is done."""
-        averages = unnamed_averages(self._model, self._copies)
+        averages = unnamed_averages(self._model, self.copies)
         if averages:
             return (
                 f"an average of the network's weights was not named: {', '.join(averages)}; name "
@@ -238,6 +268,7 @@ class Surgeon:
             IdentityMismatch: if the covariance was measured on another structure.
         """
         chosen, masked = self._checked(units), dict(self._masked)
+        self._look_again()
         for name, lost in chosen.items():
             origin = self._architecture.group[name].origin
             masked[name] = masked.get(name, frozenset()) | {origin[unit] for unit in lost}
@@ -310,6 +341,7 @@ class Surgeon:
         """
         chosen = self._checked(units)
         require_fit(self._model, self._architecture)
+        self._look_again()
         self._put_back()
         after = self._architecture.without(chosen, epoch=epoch, key=key)
         tensors = named_tensors(self._model)
@@ -362,6 +394,7 @@ class Surgeon:
         names = list(dict.fromkeys(names))
         after = self._architecture.without_layers(names, epoch=epoch, key=key)
         require_fit(self._model, self._architecture)
+        self._look_again()
         self._put_back()
         require_layers(self._copied())
         self._remember()
@@ -407,17 +440,22 @@ class Surgeon:
 
     def restore_point(self) -> RestorePoint:
         """A copy of everything that a cut can change, for :meth:`bring_back`."""
-        tensors = [*named_tensors(self._model).values()]
-        tensors += [t for copy in self._copied() for t in copy.tensors().values()]
+        self._look_again()
         return RestorePoint.take(
-            tensors, self._skeleton(), self._masked, self._masked_layers, self._optimizers
+            named_tensors(self._model).values(),
+            [copy.tensors() for copy in self._copied()],
+            self._skeleton(),
+            self._masked,
+            self._masked_layers,
+            self._optimizers,
         )
 
     def bring_back(self, point: RestorePoint) -> None:
         """Make a restore point of this surgeon the present again, bit for bit."""
         self._put_back()
+        self._look_again()
         self._clear_masks()
-        point.bring_back(self._optimizers)
+        point.bring_back(self._optimizers, lambda: [c.tensors() for c in self._copied()])
         self._architecture = point.skeleton.architecture
         remember(self._model, self._architecture)
         self._masked, self._masked_layers = dict(point.masked), point.masked_layers
@@ -460,6 +498,7 @@ class Surgeon:
             expected = f"a history that begins with the {len(first.history)} cuts made before"
             raise InvalidField("architecture.history", expected, f"{len(history)} other cuts")
         self.unmask()
+        self._look_again()
         skeleton = self._skeletons[max(known)[1]]
         skeleton.put_in(self._optimizers)
         found = [named_tensors(self._model), *(copy.tensors() for copy in self._copied())]
@@ -478,6 +517,19 @@ class Surgeon:
         self.replay(history[len(self._architecture.history) :])
         self._keeps_point, self._undo_point = keeps, None
         self._changed()
+
+    @property
+    def architectures(self) -> tuple[PrunedArchitecture, ...]:
+        """What the network looked like since this surgeon was made, the first first."""
+        return tuple(skeleton.architecture for skeleton in self._skeletons)
+
+    def fill_copies(self, contents: Mapping[str, object]) -> None:
+        """Have averages, masters and other copies begin anew with these contents, by path."""
+        for copy in self._copied():
+            for path, tensor in copy.tensors().items():
+                content = contents.get(path)
+                if isinstance(content, Tensor) and content.shape == tensor.shape:
+                    tensor.data.copy_(content)
 
     def _put_back(self) -> None:
         """Undo what a mask has refitted, bit for bit."""
@@ -522,15 +574,15 @@ class Surgeon:
         """All second sets of the weights: those followed, and masters that optimizers train."""
         masters = self._optimizers.masters
         if not masters:
-            return self._copies
-        return (*self._copies, WeightCopy("optimizer", loose=masters, ordered=True))
+            return self._followed.all()
+        return (*self._followed.all(), WeightCopy("optimizer", loose=masters, ordered=True))
 
     def _roots(self) -> list[nn.Module]:
-        return [self._model, *(c.module for c in self._copies if c.module is not None)]
+        return [self._model, *(c.module for c in self._followed.all() if c.module is not None)]
 
     def _views(self, *, teachers: bool = True) -> list[nn.Module]:
         """What answers to the network's module paths: the network, its copies and teachers."""
-        copies = [copy for copy in self._copies if copy.module is not None]
+        copies = [copy for copy in self._followed.all() if copy.module is not None]
         copies += self._teachers if teachers else ()
         return [self._model, *(cast(nn.Module, copy) for copy in copies)]
 

@@ -118,33 +118,48 @@ class RestorePoint:
     masked: Mapping[str, frozenset[int]]
     masked_layers: frozenset[str]
     tensors: tuple[tuple[Tensor, Tensor], ...]
+    copies: tuple[Mapping[str, Tensor], ...]
+    """Contents of every second set of the weights, by path: its tensors may be other objects by
+    then."""
     states: tuple[tuple[Optimizer, tuple[tuple[Tensor, dict[str, Any]], ...]], ...]
 
     @classmethod
     def take(
         cls,
         tensors: Iterable[Tensor],
+        copies: Iterable[Mapping[str, Tensor]],
         skeleton: Skeleton,
         masked: Mapping[str, frozenset[int]],
         masked_layers: frozenset[str],
         optimizers: Optimizers,
     ) -> RestorePoint:
-        """A copy of the present: of these tensors, whose structure is ``skeleton``."""
+        """A copy of the present: of these tensors and second sets of them, whose structure is
+        ``skeleton``."""
         return cls(
             skeleton,
             dict(masked),
             masked_layers,
             tuple((tensor, tensor.detach().clone()) for tensor in tensors),
+            tuple({path: t.detach().clone() for path, t in each.items()} for each in copies),
             tuple(
                 (optimizer, tuple((p, _copied(state)) for p, state in optimizer.state.items()))
                 for optimizer in optimizers.stateful()
             ),
         )
 
-    def bring_back(self, optimizers: Optimizers) -> None:
-        """Make the copy the present again; gradients, being of another network, are dropped."""
+    def bring_back(
+        self, optimizers: Optimizers, copies: Callable[[], Iterable[Mapping[str, Tensor]]]
+    ) -> None:
+        """Make the copy the present again; gradients, being of another network, are dropped.
+
+        Args:
+            copies: the second sets of the weights, once the modules are back.
+        """
         self.skeleton.put_in(optimizers)
-        for tensor, saved in self.tensors:
+        filled = list(self.tensors)
+        for tensors, contents in zip(copies(), self.copies, strict=False):
+            filled += [(t, contents[path]) for path, t in tensors.items() if path in contents]
+        for tensor, saved in filled:
             replace_data(tensor, saved)
             tensor.grad = None
         for optimizer, states in self.states:

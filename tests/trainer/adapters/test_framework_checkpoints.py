@@ -16,8 +16,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from elesh import Settings, analyze
 from elesh.trainer import Evaluation, Recorder, Session, Surgeon
-from elesh.trainer.adapters.checkpoints import KEY, Loading, bring, cut_like, pack, unpack
 from elesh.trainer.adapters.epochs import EveryEpoch, classification
+from elesh.trainer.recovery.checkpoints import KEY, Loading, bring, cut_like, pack, unpack
 from leyline import (
     ChannelPruningTarget,
     CheckpointBundle,
@@ -113,6 +113,25 @@ def test_a_state_dict_brings_network_and_average_to_its_structure_and_back(
     loading.end()
     with pytest.raises(RuntimeError, match="size mismatch"):
         model.load_state_dict(uncut)
+
+
+def test_best_weights_that_a_script_kept_are_loaded_whatever_was_cut_since(
+    architecture: PrunedArchitecture,
+) -> None:
+    """Plain state dicts: of the uncut network, and of between two cuts."""
+    model = build()
+    surgeon, average = Surgeon(model, architecture), AveragedModel(model)
+    with Session("run", NOWHERE) as session:
+        session.resume(surgeon, ema=average, preflight=False)
+        kept = []
+        for gone in ([3, 7], [0], [4, 5]):
+            kept.append({name: t.clone() for name, t in model.state_dict().items()})
+            surgeon.cut({"0": gone})
+        for best in (kept[1], kept[0], kept[2]):
+            model.load_state_dict(best)
+            assert surgeon.architecture.parameters == sum(p.numel() for p in model.parameters())
+            assert all(torch.equal(t, best[name]) for name, t in model.named_parameters())
+            assert all(map(torch.equal, model.parameters(), average.module.parameters()))
 
 
 def test_a_checkpoint_of_other_channels_is_told_apart_though_shapes_are_alike(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import threading
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from elesh.trainer import Evaluation, Session
 from elesh.trainer.recovery.files import FolderInUse
 from elesh.trainer.recovery.recovery import Recovery
 from leyline import (
+    CheckpointBundle,
+    CheckpointMetadata,
     CheckpointReady,
     IdempotencyKey,
     InvalidField,
@@ -95,6 +98,25 @@ def test_publishing_never_waits_when_the_bus_is_away_and_the_miss_is_counted() -
     assert session.missed == 12
 
 
+def test_a_checkpoint_without_a_run_id_is_that_of_its_session_and_one_of_another_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent = list[Any]()
+    with Session("mine", AWAY) as session:
+        monkeypatch.setattr(session, "_queue", lambda stream, bundle, *rest: sent.append(bundle))
+        session.publish(checkpoint())
+        assert sent[0].metadata.run_id == "mine"
+        assert sent[0].metadata.checkpoint_id != checkpoint().metadata.checkpoint_id
+        with pytest.raises(InvalidField, match=r"run_id=session\.run_id"):
+            session.publish(replace(sent[0], metadata=renamed(sent[0], "other")))
+    assert len(sent) == 1
+
+
+def renamed(bundle: CheckpointBundle, run_id: str) -> CheckpointMetadata:
+    return bundle.metadata.model_copy(update={"run_id": run_id})
+
+
+@pytest.mark.slow
 def test_a_second_trainer_of_a_run_is_refused_by_name_and_goes_on_without_elesh(
     station: Station,
 ) -> None:

@@ -46,6 +46,10 @@ def train(model: nn.Module, update: Callable[[], object]) -> None:
         update()
 
 
+def named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return list(model.named_parameters())
+
+
 class Shadow:
     """The way most scripts write an average: a dictionary by name."""
 
@@ -59,6 +63,32 @@ class Shadow:
 
     def tensors(self) -> list[Tensor]:
         return list(self.shadow.values())
+
+
+class Renewed(Shadow):
+    """A dictionary with new tensors after every update, and after a load."""
+
+    def update(self) -> None:
+        shadow = self.shadow
+        self.shadow = {n: 0.9 * shadow[n] + 0.1 * p.detach() for n, p in named(self.model)}
+
+
+class Buffers(nn.Module):
+    """Buffers under names without dots, with counters beside them, as latent diffusion has it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = [model]
+        self.register_buffer("updates", torch.tensor(0))
+        for name, p in named(model):
+            self.register_buffer(name.replace(".", ""), p.detach().clone())
+
+    def update(self) -> None:
+        for slow, (_, p) in zip(self.tensors(), named(self.model[0]), strict=True):
+            slow.sub_(0.1 * (slow - p.detach()))
+
+    def tensors(self) -> list[Tensor]:
+        return list(self.buffers())[1:]
 
 
 class ShadowList:
@@ -113,6 +143,8 @@ KINDS: dict[str, Callable[[nn.Module], Any]] = {
         model, avg_fn=lambda slow, p, _: slow.lerp(p, 0.1), use_buffers=True
     ),
     "by name": Shadow,
+    "by name, made anew": Renewed,
+    "buffers": Buffers,
     "in order": ShadowList,
     "teacher": Teacher,
 }
@@ -330,3 +362,32 @@ def test_frozen_parts_with_weights_of_their_own_are_no_teachers() -> None:
     model[0].requires_grad_(False)
     architecture = Recorder(model, X[:4]).architecture
     assert {"0.0", "3.0"} <= architecture.group.keys()
+
+
+def test_what_a_network_keeps_of_its_weights_in_plain_attributes_follows_it() -> None:
+    class Anchored(nn.Module):
+        """Pulled back to the weights that it began with."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = build()
+            self.start = {name: p.detach().clone() for name, p in named(self.body)}
+            self.hidden = [copy.deepcopy(self.body)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.body(x)
+            return out
+
+    model = Anchored()
+    surgeon = Surgeon(model, Recorder(model, X[:4]).architecture)
+    tracked = Tracked(surgeon)
+    kept = [tensor.clone() for tensor in model.start.values()]
+    snapshot = Snapshot.take(tracked)
+    surgeon.cut({"body.0": [1, 5]})
+    shapes = [p.shape for p in model.body.parameters()]
+    assert [tensor.shape for tensor in model.start.values()] == shapes
+    assert [p.shape for p in model.hidden[0].parameters()] == shapes
+    assert torch.equal(model.start["0.weight"], kept[0][[u for u in range(16) if u not in (1, 5)]])
+    snapshot.put_back(tracked)
+    assert all(map(torch.equal, kept, model.start.values()))
+    assert all(map(torch.equal, kept, model.hidden[0].parameters()))

@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from elesh.trainer import Recorder, Surgeon
+from elesh.trainer.recovery.snapshot import Snapshot, Tracked
 from elesh.trainer.surgery.optimizers import other_optimizers
 from leyline import InvalidField, PrunedArchitecture
 
@@ -159,6 +160,35 @@ class Lookahead(Optimizer):
                     p.data.copy_(slow)
 
 
+class SlowLists(Optimizer):
+    """The same, with the slow weights in lists of its own."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.param_groups, self.state = optimizer.param_groups, optimizer.state
+        self.defaults: dict[str, Any] = {}
+        self.slow = [[p.detach().clone() for p in g["params"]] for g in self.param_groups]
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.optimizer.step(closure)
+        for group, kept in zip(self.param_groups, self.slow, strict=True):
+            for p, slow in zip(group["params"], kept, strict=True):
+                slow.add_(p.detach() - slow, alpha=0.5)
+                p.data.copy_(slow)
+
+
+class Plain:
+    """The same, and no Optimizer."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.inner, self.steps = SlowLists(optimizer), 0
+        self.slow, self.optimizer = self.inner.slow, optimizer
+
+    def step(self, closure: Any = None) -> None:
+        self.inner.step(closure)
+        self.steps += 1
+
+
 def muon(model: nn.Module) -> list[Optimizer]:
     matrices = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim < 2]
@@ -217,6 +247,29 @@ def test_every_optimizer_goes_on_after_a_cut_and_comes_back_with_it(
     surgeon.undo()
     assert same(before, everything(model, surgeon.optimizers.all))
     train(model, optimizers)
+
+
+@pytest.mark.parametrize("wrapper", [SlowLists, Plain])
+def test_slow_weights_of_a_wrapper_are_cut_and_come_back_with_the_network(
+    wrapper: Any, architecture: PrunedArchitecture
+) -> None:
+    model = build()
+    optimizer = wrapper(torch.optim.AdamW(model.parameters(), 1e-2))
+    train(model, [optimizer])
+    tracked = Tracked(Surgeon(model, architecture, optimizer=optimizer))
+    surgeon, slow = tracked.surgeon, [t.clone() for t in tensors_of(optimizer.slow)]
+    snapshot, counters = Snapshot.take(tracked), {"steps": getattr(optimizer, "steps", 0)}
+    surgeon.cut({"0": [1, 5, 6]})
+    assert torch.equal(optimizer.slow[0][1], slow[1][[u for u in range(16) if u not in (1, 5, 6)]])
+    train(model, [optimizer])
+    surgeon.undo()
+    assert same(slow, tensors_of(optimizer.slow))
+    surgeon.cut({"0": [1, 5, 6]})
+    train(model, [optimizer])
+    snapshot.put_back(tracked)
+    assert same(slow, tensors_of(optimizer.slow))
+    assert {"steps": getattr(optimizer, "steps", 0)} == counters
+    train(model, [optimizer])
 
 
 def test_every_optimizer_of_torch_is_tried() -> None:
@@ -309,6 +362,30 @@ def test_a_second_optimizer_of_the_network_that_was_not_named_is_refused(
     del late
     gc.collect()
     assert not surgeon.blocked()
+
+
+def test_a_gradient_hook_with_a_mask_of_its_own_shape_is_refused_before_the_cut(
+    architecture: PrunedArchitecture,
+) -> None:
+    model = build()
+    weight = model[0].get_parameter("weight")
+    surgeon = Surgeon(model, architecture)
+    weight.register_hook(lambda grad: grad * (weight != 0))
+    assert surgeon.blocked() == ""
+    mask = torch.ones_like(weight)
+    for hook in (lambda grad: grad * mask, partial(torch.mul, mask), Masked(mask).masked):
+        handle = weight.register_hook(hook)
+        assert "0.weight holds a tensor of its shape" in surgeon.blocked()
+        handle.remove()
+    assert surgeon.blocked() == ""
+
+
+class Masked:
+    def __init__(self, mask: Tensor) -> None:
+        self.masks = {"weight": mask}
+
+    def masked(self, grad: Tensor) -> Tensor:
+        return grad * self.masks["weight"]
 
 
 def test_optimizers_of_other_networks_are_no_concern(architecture: PrunedArchitecture) -> None:

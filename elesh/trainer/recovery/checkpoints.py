@@ -1,4 +1,4 @@
-"""What a framework's checkpoint says of a cut network: its architecture, next to its weights.
+"""What a checkpoint says of a cut network: its architecture, next to its weights.
 
 Promises: a checkpoint of a network that was never cut is just what it would be without Elesh; one
 of a cut network says how it was cut, and loading either brings the network, its averages and its
@@ -20,7 +20,7 @@ from elesh.observe import get_logger
 from elesh.trainer.network.layers import named_tensors
 from elesh.trainer.surgery.lineage import Lineage, lineage_of, replayed
 from elesh.trainer.surgery.surgeon import Surgeon
-from leyline import InvalidField, Malformed, PrunedArchitecture, PruningRecord
+from leyline import InvalidField, Malformed, PrunedArchitecture, PruningRecord, TensorDescriptor
 
 __all__ = ["KEY", "Loading", "bring", "cut_like", "pack", "unpack"]
 
@@ -100,13 +100,17 @@ def bring(surgeon: Surgeon, packed: Tensor | None) -> bool:
             f"one of this network (architecture {original.model_hash} before its first cut)",
             f"one of another ({lineage.original.model_hash})",
         )
-    if lineage.now.model_hash == now.model_hash:
+    return _move(surgeon, lineage.now)
+
+
+def _move(surgeon: Surgeon, there: PrunedArchitecture) -> bool:
+    if there.model_hash == surgeon.architecture.model_hash:
         return False
-    surgeon.move_to(lineage.now)
+    surgeon.move_to(there)
     _log.info(
         "network brought to the structure of a checkpoint",
-        cuts=len(lineage.now.history),
-        parameters=lineage.now.parameters,
+        cuts=len(there.history),
+        parameters=there.parameters,
     )
     return True
 
@@ -133,8 +137,24 @@ class Loading:
         if module is not self.surgeon.model:  # a copy of it, which the surgeon moves along
             return
         here = {path[len(prefix) :]: t for path, t in state.items() if path.startswith(prefix)}
-        if packed is not None or not _fits(here, named_tensors(module)):
-            bring(self.surgeon, packed)
+        if packed is not None:
+            changed = bring(self.surgeon, packed)
+        elif _fits(here, named_tensors(module)):
+            return
+        else:
+            changed = self._bring_to_what_fits(here)
+        if changed:
+            self.surgeon.fill_copies(here)
+
+    def _bring_to_what_fits(self, state: Mapping[str, Any]) -> bool:
+        """A state that says nothing of its architecture, as scripts keep their best weights, has
+        one that this network had before."""
+        known = lineage_of(self.surgeon.model)
+        had = [*([known.original] if known else []), *self.surgeon.architectures]
+        for architecture in had:  # the largest first
+            if all(_has(state, tensor) for tensor in architecture.tensors):
+                return _move(self.surgeon, architecture)
+        return bring(self.surgeon, None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Loading:
         return self
@@ -148,6 +168,11 @@ class _Nothing:
 
     def __call__(self, *args: Any) -> None:
         pass
+
+
+def _has(state: Mapping[str, Any], described: TensorDescriptor) -> bool:
+    tensor = state.get(described.path)
+    return isinstance(tensor, Tensor) and tuple(tensor.shape) == described.shape
 
 
 def _fits(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
