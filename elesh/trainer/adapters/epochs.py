@@ -30,6 +30,7 @@ from elesh.trainer.recovery.checkpoints import Loading
 from elesh.trainer.session.apply import Evaluation
 from elesh.trainer.session.session import Session
 from elesh.trainer.surgery.lineage import lineage_of
+from elesh.trainer.surgery.reconstruction import InputCovariance
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import (
     Budget,
@@ -202,7 +203,11 @@ class EveryEpoch:
         return found
 
     def _apply(self, decision: StructuralPruningDecision, surgeon: Surgeon) -> PruningOutcome:
-        return self.session.apply(decision, surgeon, self.evaluate)
+        def measured() -> InputCovariance:
+            self._recorder.architecture = surgeon.architecture
+            return self._recorder.moments(self._calibration, decision.units)
+
+        return self.session.apply(decision, surgeon, self.evaluate, reconstruct=measured)
 
     def evaluate(self) -> Evaluation:
         """How well the network does now; its training flags are left as they are."""
@@ -216,6 +221,9 @@ class EveryEpoch:
 
     def _checkpoint(self, epoch: int) -> None:
         assert self.surgeon is not None
+        if self._goals is not None and self._goals.met(self.surgeon.architecture):
+            _log.info("budget reached, nothing more is asked for", epoch=epoch)
+            return
         self._recorder.architecture = self.surgeon.architecture
         with self.session.checkpoint(epoch):
             bundle = self._recorder.measure(
@@ -227,9 +235,6 @@ class EveryEpoch:
             )
             network, asked = self._export(epoch), bundle.parameters
             if self._goals is not None:
-                if self._goals.met(self.surgeon.architecture):
-                    _log.info("budget reached, nothing more is asked for", epoch=epoch)
-                    return
                 first, *more = self._goals.budgets(self.surgeon.architecture)
                 asked = asked.model_copy(update={"budget": first, "more_budgets": tuple(more)})
             asked = asked.model_copy(update={"removed_at_most": self._removed_at_most})

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from elesh.trainer.surgery.reconstruction import merged_covariance
 from leyline import (
     ChannelImportanceData,
     CheckpointBundle,
@@ -29,6 +30,7 @@ from leyline import (
 )
 
 from .accumulators import CORRELATED_SAMPLES
+from .recorder import MeasuredCheckpoint
 
 __all__ = ["RULES", "merge_ranks"]
 
@@ -69,6 +71,8 @@ moments with what the ranks' means differ by."""
 def merge_ranks(bundles: Sequence[CheckpointBundle]) -> CheckpointBundle:
     """One bundle of all samples of ``bundles``, whose metadata is the first one's.
 
+    So is the input covariance that measured checkpoints keep, where every rank has one.
+
     Raises:
         InvalidField: if there is no bundle, or ranks measured different groups or fields.
         IdentityMismatch: if ranks measured different networks or took labels differently.
@@ -84,7 +88,7 @@ def merge_ranks(bundles: Sequence[CheckpointBundle]) -> CheckpointBundle:
     def merged(of: Callable[[CheckpointBundle], Mapping[str, _M]]) -> dict[str, _M]:
         return {name: _merged([of(b)[name] for b in bundles], samples) for name in of(first)}
 
-    return replace(
+    together = replace(
         first,
         metadata=metadata,
         channels=merged(lambda bundle: bundle.channels),
@@ -92,6 +96,11 @@ def merge_ranks(bundles: Sequence[CheckpointBundle]) -> CheckpointBundle:
         layers=merged(lambda bundle: bundle.layers),
         heads=merged(lambda bundle: bundle.heads),
     )
+    if not isinstance(together, MeasuredCheckpoint):
+        return together
+    known = [b.covariance for b in bundles if isinstance(b, MeasuredCheckpoint) and b.covariance]
+    whole = len(known) == len(bundles)
+    return replace(together, covariance=merged_covariance(known) if whole else None)
 
 
 def _require_alike(first: CheckpointBundle, other: CheckpointBundle) -> None:

@@ -110,7 +110,10 @@ class AllRanks:
         return found
 
     def merged(self, bundle: CheckpointBundle) -> CheckpointBundle | None:
-        """One bundle of what all ranks have measured, on rank 0; None on the others."""
+        """One bundle of what all ranks have measured, on rank 0; None on the others.
+
+        So is the input covariance that a :class:`MeasuredCheckpoint` holds for the cut.
+        """
         found = self._gathered(bundle)
         return merge_ranks(found) if found else None
 

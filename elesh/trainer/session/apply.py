@@ -53,7 +53,7 @@ def apply_decision(
     evaluate: Evaluate,
     *,
     triggers: RollbackTriggers | None = None,
-    reconstruct: InputCovariance | None = None,
+    reconstruct: InputCovariance | Callable[[], InputCovariance] | None = None,
     redistribute: Callable[[], InputCovariance] | None = None,
     take_back: Callable[[], object] | None = None,
 ) -> PruningOutcome:
@@ -73,8 +73,8 @@ def apply_decision(
     Args:
         reconstruct: input covariance of the present network (``bundle.covariance``), with which
             what reads the kept units is refitted, under the mask and in the cut, where the
-            decision says so. None: nothing is refitted; where the decision asks for it, the
-            outcome says that.
+            decision says so; or what measures it, which the outcome then says. None: nothing is
+            refitted; where the decision asks for it, the outcome says that.
         redistribute: called for the same, whatever the decision says; the name of the version
             before.
         take_back: takes a cut back; by default the surgeon does, from a copy that is kept until
@@ -253,7 +253,7 @@ class _Refit:
         cls,
         decision: StructuralPruningDecision,
         surgeon: Surgeon,
-        covariance: InputCovariance | None,
+        covariance: InputCovariance | Callable[[], InputCovariance] | None,
         redistribute: Callable[[], InputCovariance] | None,
     ) -> _Refit:
         asked = decision.reconstruction
@@ -261,6 +261,8 @@ class _Refit:
             return cls(redistribute(), asked.skip if asked else ())
         if asked is None or not asked.applied or not decision.units:
             return cls()
+        if callable(covariance):
+            return cls(covariance(), asked.skip, "input covariance measured anew")
         if covariance is None or covariance.model_hash != surgeon.architecture.model_hash:
             return cls(said="not reconstructed: no input covariance of this network is at hand")
         return cls(covariance, asked.skip)

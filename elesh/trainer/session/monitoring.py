@@ -60,7 +60,7 @@ class MonitoredCuts:
         surgeon: Surgeon,
         evaluate: Evaluate,
         *,
-        reconstruct: InputCovariance | None = None,
+        reconstruct: InputCovariance | Callable[[], InputCovariance] | None = None,
         redistribute: Callable[[], InputCovariance] | None = None,
     ) -> PruningOutcome:
         """As :func:`apply_decision`, with a restore point before and after.

@@ -303,7 +303,7 @@ class Session:
         surgeon: Surgeon,
         evaluate: Callable[[], Evaluation],
         *,
-        reconstruct: InputCovariance | None = None,
+        reconstruct: InputCovariance | Callable[[], InputCovariance] | None = None,
         redistribute: Callable[[], InputCovariance] | None = None,
     ) -> PruningOutcome:
         """Restore point, mask, evaluate, cut or take back (see :func:`apply_decision`); publish
@@ -312,6 +312,11 @@ class Session:
 
         An error of the surgery or of ``evaluate`` is not raised: the outcome is ``refused`` with
         the reason, and the network is what it was.
+
+        Args:
+            reconstruct: the input covariance of the present network, in place of that of the last
+                published checkpoint; or what measures it (``recorder.moments``), called where that
+                one is of another network, as after a restart or another cut.
         """
         self._evaluate = evaluate
         before = surgeon.architecture
@@ -326,7 +331,7 @@ class Session:
                 decision,
                 surgeon,
                 evaluate,
-                reconstruct=reconstruct or self._covariance_of(before),
+                reconstruct=self._covariance_for(before, reconstruct),
                 redistribute=redistribute,
             )
             current.set_attribute("elesh.outcome", outcome.result)
@@ -347,10 +352,16 @@ class Session:
         if isinstance(bundle, MeasuredCheckpoint) and bundle.covariance is not None:
             self._covariance = bundle.covariance
 
-    def _covariance_of(self, now: PrunedArchitecture) -> InputCovariance | None:
-        """Of this network, where it was published."""
+    def _covariance_for(
+        self,
+        now: PrunedArchitecture,
+        given: InputCovariance | Callable[[], InputCovariance] | None,
+    ) -> InputCovariance | Callable[[], InputCovariance] | None:
+        """What was given, or that of the last published checkpoint where it is of this network."""
         found = self._covariance
-        return found if found is not None and found.model_hash == now.model_hash else None
+        if given is not None and not callable(given):
+            return given
+        return found if found is not None and found.model_hash == now.model_hash else given
 
     def _strange(self, decision: StructuralPruningDecision) -> str:
         """Why a decision is none of this run's, or not any more; empty for one that may be applied.

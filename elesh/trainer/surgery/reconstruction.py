@@ -16,7 +16,7 @@ zeros.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,14 @@ from elesh.trainer.network.gates import Axis, axis_of
 from elesh.trainer.network.layers import channel_axes, named_tensors
 from leyline import IdentityMismatch, InvalidField, PrunedArchitecture
 
-__all__ = ["CovarianceMeter", "CovarianceSums", "InputCovariance", "Moments", "reconstructed"]
+__all__ = [
+    "CovarianceMeter",
+    "CovarianceSums",
+    "InputCovariance",
+    "Moments",
+    "merged_covariance",
+    "reconstructed",
+]
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,33 @@ class InputCovariance:
     """By axis [C, C], float64: the mean of ``x_i x_j``, not centred."""
     rows: Mapping[Axis, int] = field(default_factory=dict)
     """By axis, samples times positions behind them; 0 or missing: not known."""
+
+
+def merged_covariance(parts: Sequence[InputCovariance]) -> InputCovariance:
+    """The covariance of all rows of ``parts``, which are of one network; each is weighted by its
+    rows.
+
+    Raises:
+        IdentityMismatch: if they are of different networks.
+        InvalidField: if one covers other consumers than the first, or does not know its rows.
+    """
+    first = parts[0]
+    for other in parts[1:]:
+        if other.model_hash != first.model_hash:
+            raise IdentityMismatch("covariance.model_hash", first.model_hash, other.model_hash)
+        if other.rows.keys() != first.rows.keys() or not all(other.rows.values()):
+            told = sorted(f"{path}[{dim}]" for path, dim in other.rows)
+            raise InvalidField("covariance", "the consumers of the first rank", told)
+    rows = {axis: sum(part.rows[axis] for part in parts) for axis in first.rows}
+
+    def mean(of: Callable[[InputCovariance], Mapping[Axis, Tensor]]) -> dict[Axis, Tensor]:
+        return {
+            axis: torch.stack([of(part)[axis] * part.rows[axis] for part in parts]).sum(0) / count
+            for axis, count in rows.items()
+        }
+
+    means, squares = mean(lambda part: part.means), mean(lambda part: part.squares)
+    return InputCovariance(first.model_hash, means, squares, rows)
 
 
 Moments = InputCovariance

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from trainer_nets import build, example
 
-from elesh.trainer import Recorder, merge_ranks
+from elesh.trainer import MeasuredCheckpoint, Recorder, merge_ranks
 from elesh.trainer.calibration.ranks import RULES
 from leyline import (
     ChannelImportanceData,
@@ -85,6 +85,13 @@ def test_any_split_over_ranks_merges_to_what_one_rank_measures(
         np.testing.assert_allclose(merged.gates[name].input_slopes, mean, rtol=1e-4, atol=1e-7)
         rows = np.concatenate([rank.gates[name].projections for rank in ranks])
         assert np.array_equal(merged.gates[name].projections, rows)
+    assert isinstance(merged, MeasuredCheckpoint)
+    assert isinstance(whole, MeasuredCheckpoint)
+    assert merged.covariance is not None
+    assert whole.covariance is not None
+    assert merged.covariance.rows == whole.covariance.rows
+    for axis, squares in whole.covariance.squares.items():
+        torch.testing.assert_close(merged.covariance.squares[axis], squares, rtol=1e-5, atol=1e-6)
     for name, layer in whole.layers.items():
         for field in ("taylor", "similarity", "first_order", "second_order"):
             agree(merged.layers[name], layer, field)

@@ -296,6 +296,22 @@ def test_a_decision_without_input_covariance_says_that_it_is_not_reconstructed()
     assert "not reconstructed" in outcome.detail
 
 
+def test_input_covariance_is_measured_where_none_is_at_hand_and_the_outcome_says_so() -> None:
+    model = build("Vgg")
+    recorder = Recorder(model, example())
+    bundle = recorder.measure(batches(), epoch=120)
+    decision, plain = decided(recorder, bundle), copy.deepcopy(model)
+    Surgeon(plain, recorder.architecture).cut(decision.units, reconstruct=bundle.covariance)
+    outcome = apply_decision(
+        decision,
+        Surgeon(model, recorder.architecture),
+        lambda: Evaluation(0.9, float(model(example()).square().mean())),
+        reconstruct=lambda: recorder.moments(batches(), decision.units),
+    )
+    assert (outcome.result, outcome.detail) == ("applied", "input covariance measured anew")
+    assert close(model(example()), plain(example()))
+
+
 def test_the_covariance_of_the_calibration_pass_is_that_of_a_pass_of_its_own() -> None:
     model = build("Vgg")
     recorder = Recorder(model, example())
