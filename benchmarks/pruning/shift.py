@@ -53,7 +53,9 @@ def cuts(subject: Subject) -> Iterator[Cut]:
         surgeon.mask(ranking.candidates.by_group(choice.selection.units))
         lost = whole - subject.accuracy()
         surgeon.unmask()
-        shift = (prediction.damage + 2 * prediction.error) / choice.energy
+        shift = (
+            prediction.output_error + 2 * prediction.standard_error
+        ) / choice.output_mean_square
         yield Cut(subject.net, share, shift, lost)
 
 

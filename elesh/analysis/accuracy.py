@@ -1,7 +1,7 @@
 """How near estimated importance is to the truth: the arithmetic of the document's accuracy targets.
 
-Promises: pure functions of what was estimated and what was measured; what cannot be told is told
-so, with the reason, and never counted as passed or missed.
+Promises: pure functions of what was estimated and what was measured; what cannot be measured
+is reported so, with the reason, and never counted as passed or missed.
 """
 
 from __future__ import annotations

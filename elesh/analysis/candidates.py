@@ -1,6 +1,6 @@
 """The units that may be removed, laid out in one row: groups side by side, in the order given.
 
-Promises: a unit's place in the row never changes during a selection, and the room of a group
+Promises: a unit's place in the row never changes during a selection, and the capacity of a group
 (how many units it may still lose) already holds its minimum and its multiple.
 """
 
@@ -38,7 +38,7 @@ class Candidates:
 
     @classmethod
     def of(cls, groups: Sequence[PruningGroup], minimum: int, round_to: int = 1) -> Candidates:
-        """The candidates of ``groups`` (those without room included: they just lose nothing)."""
+        """The candidates of ``groups`` (those of no capacity included: they lose nothing)."""
         floors = [floor_of(group, minimum, round_to) for group in groups]
         return cls(
             names=tuple(group.name for group in groups),

@@ -79,7 +79,8 @@ SAVED_MACS = _meter.create_counter(
     description="Multiply-accumulates of one sample that the removed units had, as decided.",
 )
 FALLBACKS = _meter.create_counter(
-    "elesh.fallbacks", description="Rungs of the failure table that were taken; by rung."
+    "elesh.fallbacks",
+    description="Fallbacks of the failure table that were taken; by name.",
 )
 DEAD_LETTERS = _meter.create_counter(
     "elesh.dead_letters", description="Messages that could not be served; by code."

@@ -1,7 +1,7 @@
-"""The streams told to people: one line an event, with what happened in plain words.
+"""The event formatter: a stream entry as one line that says what happened in plain words.
 
-Promises: every entry of a stream is a line, one that cannot be read says so and why; lines are
-in the order of their times. No Redis in here but the reading.
+Promises: every entry of a stream gives a line; the line of one that cannot be read says why; lines
+are in the order of their times.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from leyline import (
 )
 from leyline.streams import Stream
 
-__all__ = ["FormattedEvent", "tell", "formatted_events"]
+__all__ = ["FormattedEvent", "format_event", "formatted_events"]
 
 _ANYBODY = Guard()
 
@@ -70,32 +70,32 @@ async def formatted_events(
     bus: Bus, streams: Sequence[Stream], *, follow: bool, run_id: str = ""
 ) -> AsyncIterator[FormattedEvent]:
     """The events of streams in the order of their times; with ``follow`` going on for ever, where
-    an event that comes later than another one is told after it."""
+    an event that arrives late comes after those that were there."""
     last = dict.fromkeys(streams, "0")
-    told = False
+    more = False
     while True:
         waiting: dict[Stream, deque[FormattedEvent]] = {stream: deque() for stream in streams}
-        block = 1.0 / len(streams) if follow and not told else 0.0
-        told = False
+        block = 1.0 / len(streams) if follow and not more else 0.0
+        more = False
         while waiting:
             for stream in [stream for stream, events in waiting.items() if not events]:
                 last[stream], deliveries = await bus.follow(
                     stream, last_id=last[stream], block_seconds=block
                 )
-                waiting[stream].extend(tell(each, bus.guard) for each in deliveries)
+                waiting[stream].extend(format_event(each, bus.guard) for each in deliveries)
                 if not deliveries:
                     del waiting[stream]  # read to its end, for this round
             if waiting:
                 event = min(waiting.values(), key=lambda events: events[0].order).popleft()
-                told = True
+                more = True
                 if not run_id or event.run_id == run_id:
                     yield event
-        if not told and not follow:
+        if not more and not follow:
             return
 
 
-def tell(delivery: Delivery, guard: Guard = _ANYBODY) -> FormattedEvent:
-    """What a stream entry says; what nobody has the right to say there is told as just that."""
+def format_event(delivery: Delivery, guard: Guard = _ANYBODY) -> FormattedEvent:
+    """What a stream entry says; or that its writer had no right to say it."""
     stream, entry_id = delivery.stream, delivery.entry_id
     at = datetime.fromtimestamp(int(entry_id.split("-")[0]) / 1000, UTC)
     trace = delivery.carrier.get("traceparent", "")[3:35]

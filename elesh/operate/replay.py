@@ -286,7 +286,7 @@ def _job(
         breakers=tuple((each.state, each.failures, each.reason) for each in states),
         threads=settings.threads,
         parts=tuple(map(encode, parts)),
-        fallbacks=_rungs(recorded) if recorded else (),
+        fallbacks=_fallbacks(recorded) if recorded else (),
         missing=tuple((str(level), reason) for level, reason in gaps.items()),
         taken_back=tuple(map(encode, recorded.rolled_back)) if recorded else (),
         loss_factor=encode(recorded.loss_factor) if recorded and recorded.loss_factor else b"",
@@ -294,7 +294,7 @@ def _job(
     )
 
 
-def _rungs(recorded: StructuralPruningDecision) -> tuple[tuple[str, str], ...]:
+def _fallbacks(recorded: StructuralPruningDecision) -> tuple[tuple[str, str], ...]:
     """The fallbacks that were taken for the whole decision, or for joining its parts."""
     of_parts = dict.fromkeys(taken for part in recorded.parts for taken in part.fallbacks)
     left = Counter(recorded.fallbacks) - Counter(of_parts.keys())

@@ -107,7 +107,7 @@ class NetworkVerifier:
         """What masking ``entries`` does to the loss, in nats a held-out sample."""
         if CALIBRATION_SKIPPED in self._met:
             return self._met[CALIBRATION_SKIPPED]
-        slow = self._too_slow("measuring would-be cuts", self._seconds)
+        slow = self._too_slow("measuring calibration probes", self._seconds)
         return self._tried(
             lambda: self._until(1).outcomes(entries).loss - self._whole.loss,
             Fallback(rung=CALIBRATION_SKIPPED, reason=slow),

@@ -21,7 +21,7 @@ _LEAST_NATS = 1e-3
 _DECILE = -1
 """The ninth of nine: nine of ten measured rises are below the prediction times it."""
 _AT_MOST = 2.0
-"""Times the default; a run whose predictions are worse than that is told by its measurements."""
+"""Times the default; a run whose predictions are worse than that shows that in its measurements."""
 
 
 def calibrated(cuts: Iterable[WouldBeCut], settings: VerificationSettings) -> LossFactor | None:

@@ -201,15 +201,17 @@ def statistics_sound(
     )
 
 
-def noise(damage: float | None, error: float | None, random: float | None) -> GateResult:
-    """Passed if the cut is told apart from a random one of the same size, beyond its error.
+def noise(
+    output_error: float | None, standard_error: float | None, random: float | None
+) -> GateResult:
+    """Passed if the cut is predicted to do less than a random one of the same size.
 
-    ``damage`` was predicted on samples that did not choose the cut; unless it lies two standard
-    errors below what a random choice would do on average, the ranking is noise and so is the cut.
+    ``output_error`` was predicted on samples that did not choose the cut. Where it does not lie two
+    standard errors below what a random choice does on average, the ranking is noise.
     """
-    if damage is None or error is None or random is None:
+    if output_error is None or standard_error is None or random is None:
         return GateResult(name="noise", passed=True, detail=_NOT_JUDGED)
-    upper = damage + 2 * error
+    upper = output_error + 2 * standard_error
     return GateResult(
         name="noise",
         passed=upper < random or upper == 0,

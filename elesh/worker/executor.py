@@ -220,13 +220,13 @@ class AnalysisExecutor:
         """The job with the state of its levels' breakers, which admit at most one probe, with what
         the run's trainer took back before, and how far its predictions were off."""
         run, runs, admit = work.run_id, self._bus.runs, self._bus.breakers.admit
-        views, cuts, would_be = await asyncio.gather(
+        views, cuts, probes = await asyncio.gather(
             asyncio.gather(*(admit(run, level) for level in job.asked_levels)),
             runs.taken_back(run),
-            runs.would_be(run),
+            runs.calibration_cuts(run),
         )
         states = [(v.state if v.admitted else "open", v.failures, v.reason) for v in views]
-        factor = calibrated(would_be, self._settings.verification)
+        factor = calibrated(probes, self._settings.verification)
         return replace(
             job,
             breakers=tuple(states),
@@ -248,7 +248,7 @@ class AnalysisExecutor:
             decision = result if isinstance(result, StructuralPruningDecision) else result.decision
             current.set_attribute("elesh.approved", decision.approved_for_application)
             for taken in decision.fallbacks:
-                current.add_event("fallback", {"rung": taken.rung, "reason": taken.reason})
+                current.add_event("fallback", {"fallback": taken.rung, "reason": taken.reason})
         self._reports.analysed(work, decision, _metrics(work, job, decision, reply))
         await self._remember(work, Path(job.folder) / MEASURED)
         return result
@@ -273,12 +273,12 @@ class AnalysisExecutor:
             try:
                 return await self._child.run(job, timeout=timeout)
             except ChildFailure as failure:
-                rung = fallback_for(failure, job.rungs, level)
-                timeout = time_for(rung, work.window, clock() - begun)
-                if not rung or timeout <= 0:
+                fallback = fallback_for(failure, job.fallback_names, level)
+                timeout = time_for(fallback, work.window, clock() - begun)
+                if not fallback or timeout <= 0:
                     raise _given_up(job, failure) from None
-                job = replace(job, fallbacks=(*job.fallbacks, (rung, str(failure))))
-                self._reports.fallback(work, job.key, rung, str(failure))
+                job = replace(job, fallbacks=(*job.fallbacks, (fallback, str(failure))))
+                self._reports.fallback(work, job.key, fallback, str(failure))
 
 
 def _untrusted(bus: Bus, settings: Settings) -> str:
@@ -298,12 +298,12 @@ def _untrusted(bus: Bus, settings: Settings) -> str:
 
 
 def _given_up(job: Job, failure: ChildFailure) -> AnalysisFailed:
-    taken = f" after {', '.join(job.rungs)}" if job.rungs else ""
+    taken = f" after {', '.join(job.fallback_names)}" if job.fallback_names else ""
     return AnalysisFailed(
         f"analysis of {job.key} ({', '.join(job.levels)})",
         "a result within the window",
         f"{failure}{taken}",
-        hint="no rung of the failure table is left; redrive it once the cause is mended",
+        hint="no fallback of the failure table is left; redrive it once the cause is mended",
     )
 
 

@@ -90,9 +90,9 @@ class Scope:
         return document.model_copy(update={"parameters": parameters})
 
 
-def scope_of(rungs: Iterable[str]) -> Scope:
+def scope_of(names: Iterable[str]) -> Scope:
     """The scope that the named fallbacks leave."""
-    taken = set(rungs)
+    taken = set(names)
     over_memory = MEMORY in taken
     return Scope(
         scorer="multi_metric" if over_memory or TIMEOUT in taken else "",
@@ -107,17 +107,17 @@ def fallback_for(failure: ChildFailure, taken: Iterable[str], level: Level | Non
     Each is taken once. There is none for a head or layer level that does not fit into memory: what
     remains of it then are the channels, which have an analysis of their own.
     """
-    rung = _FALLBACKS[type(failure)]
-    if rung in set(taken):
+    name = _FALLBACKS[type(failure)]
+    if name in set(taken):
         return ""
-    if rung == MEMORY and level not in (None, Level.CHANNEL):
+    if name == MEMORY and level not in (None, Level.CHANNEL):
         return ""
-    return rung
+    return name
 
 
-def time_for(rung: str, window: float, elapsed: float) -> float:
+def time_for(name: str, window: float, elapsed: float) -> float:
     """Seconds that the next try may take; at most zero if the window does not allow one."""
-    return window * _EXTRA if rung == TIMEOUT else window - elapsed
+    return window * _EXTRA if name == TIMEOUT else window - elapsed
 
 
 def is_corruption(error: ContractError) -> bool:

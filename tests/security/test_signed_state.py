@@ -119,7 +119,7 @@ def test_forged_cuts_calibration_and_histories_count_as_absent(signed):
         await bus._client.hset(past, "4", b"forged")
         await bus._client.hset(past, "5", await bus._client.hget(past, "3"))
         assert await bus.runs.taken_back("run") == [CUT]
-        assert await bus.runs.would_be("run") == list(would_be)
+        assert await bus.runs.calibration_cuts("run") == list(would_be)
         assert await store.recall("run", [3, 4, 5]) == {3: b"measured"}
         other = bus.keys.named("rolled-back", "other")
         await bus._client.hset(other, "f", genuine)

@@ -18,7 +18,7 @@ from leyline.arrays import unpack_arrays
 from leyline.streams import CHECKPOINTS, DEAD
 
 
-def rungs(station: Station) -> list[str]:
+def fallbacks(station: Station) -> list[str]:
     """Fallbacks as telemetry told them."""
     return [event.detail.partition(":")[0] for event in station.telemetry("fallback")]
 
@@ -31,7 +31,7 @@ def test_a_timeout_falls_back_to_basic_importance_scoring(station: Station) -> N
     assert [taken.rung for taken in decision.fallbacks] == ["analysis_timeout"]
     assert decision.statistics.scorer == "multi_metric"
     assert decision.safety.confidence < 0.6
-    assert rungs(station) == ["analysis_timeout"]
+    assert fallbacks(station) == ["analysis_timeout"]
 
 
 @pytest.mark.slow
@@ -44,7 +44,7 @@ def test_a_crash_is_answered_by_a_fresh_child_and_the_whole_analysis(
     assert [taken.rung for taken in decision.fallbacks] == ["worker_crash"]
     assert "signal 6" in decision.fallbacks[0].reason
     assert decision.statistics.scorer == "output_projection"
-    assert rungs(station) == ["worker_crash"]
+    assert fallbacks(station) == ["worker_crash"]
 
 
 @pytest.mark.slow
@@ -74,7 +74,7 @@ def test_over_its_memory_the_analysis_is_channels_only_and_conservative(
     statistics = decision.statistics
     assert statistics.scorer == "multi_metric"
     assert statistics.cumulative_ratio <= 0.05, "the conservative limit, although it is moderate"
-    assert rungs(station) == ["memory_overflow"]
+    assert fallbacks(station) == ["memory_overflow"]
 
 
 async def with_nan(bus: Bus, bundle: CheckpointBundle) -> None:
@@ -114,7 +114,7 @@ def test_corrupt_data_is_answered_by_the_previous_analysis_as_telemetry_only(
     assert taken.rung == "data_corruption"
     assert first.idempotency_key in taken.reason
     assert second.rejection_reason.startswith("data: ")
-    assert rungs(station) == ["data_corruption"]
+    assert fallbacks(station) == ["data_corruption"]
     (dead,) = station.wait_for(lambda: station.read(DEAD), "the dead letter")
     assert read_dead_letter(dead).error_code == "not_finite", "and the bytes are kept"
     # A stand-in is no good analysis: the next ones stand on the first again.
@@ -161,7 +161,7 @@ def test_a_gradient_that_failed_is_answered_by_magnitude_with_less_confidence(
     assert [taken.rung for taken in decision.fallbacks] == ["taylor_failure"]
     assert decision.statistics.scorer == "magnitude"
     assert decision.safety.confidence < 0.3
-    assert rungs(station) == ["taylor_failure"]
+    assert fallbacks(station) == ["taylor_failure"]
 
 
 def test_a_cut_that_does_not_hold_together_is_rejected_as_a_whole(station: Station) -> None:
@@ -172,7 +172,7 @@ def test_a_cut_that_does_not_hold_together_is_rejected_as_a_whole(station: Stati
     assert not decision.approved_for_application
     assert decision.safety.outcome is Outcome.NO_GO
     assert "structure: it falls apart" in decision.rejection_reason
-    assert rungs(station) == ["safety_failure"]
+    assert fallbacks(station) == ["safety_failure"]
 
 
 def test_a_level_that_fails_for_good_leaves_the_others_to_decide_and_is_named(

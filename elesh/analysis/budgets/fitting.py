@@ -16,12 +16,12 @@ from .targets import fit_all, share_of
 __all__ = ["Fitted", "fitted", "refuse_shard"]
 
 _REACH = 4
-"""Curves are drawn to so many times the quota: dear units may save much."""
+"""Curves are drawn to so many times the quota: expensive units may save much."""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A ranking whose groups have just the room that the budget gives them."""
+    """A ranking whose groups may lose just what the budget asks of them."""
 
     ranking: Ranking
     quota: int

@@ -37,7 +37,7 @@ class Fitting:
     order: tuple[RankedUnit, ...]
     use: BudgetUse | None = None
     """None without a budget."""
-    spared: frozenset[Identity] = frozenset()
+    unneeded: frozenset[Identity] = frozenset()
     """Units that the budget is met without."""
 
 
@@ -54,8 +54,8 @@ def fitting(
     Args:
         targets, order: of all levels, each group's units in the order of their removal.
         round_to: of channels.
-        comparable: whether the costs of all levels are of one kind; else units count as dear as
-            they come late in the order.
+        comparable: whether the costs of all levels are of one kind; else a unit
+            costs its place in the order.
 
     Raises:
         InvalidField: if a latency table is not of this architecture.

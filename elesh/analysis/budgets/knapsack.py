@@ -1,10 +1,12 @@
 """A budget of a resource, solved across groups as a knapsack over their removal curves.
 
-Promises: never more units of a group than its room; steps keep the group's multiple; a step that
-saves nothing is never taken (a cut that does not speed anything up is not made); the result is the
-same for the same input. Greedy by damage per saving with look-ahead, which is optimal where curves
-are convex and savings additive, and re-reads savings as groups shrink, since two groups that meet
-in one tensor save less of it after each other.
+Promises: never more units of a group than its capacity; steps keep the group's multiple; a step
+that saves nothing is never taken (a cut that does not speed anything up is not made); the result is
+the same for the same input.
+
+Greedy by cost per saving with look-ahead. That is optimal where curves are convex and savings add
+up. Savings are measured again as groups shrink: of two groups that meet in one tensor, the second
+saves less.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ class Curve:
     """What removing the cheapest units of a group costs, one after another."""
 
     costs: Sequence[float]
-    """Of each unit in the order of removal; as many as the group has room for."""
+    """Of each unit in the order of removal; as many as the group may lose."""
     size: int
     """Units that are there."""
     multiple: int = 1
@@ -62,14 +64,14 @@ def fit_budget(
     already: Mapping[str, int] | None = None,
     exact: bool = False,
 ) -> Fit:
-    """The cheapest cut that brings the resource down to ``target``, or as near as the room goes.
+    """The cheapest cut that brings the resource down to ``target``, or as near as the groups allow.
 
     Args:
         curves: of the groups that may lose units, by name.
         target: of the resource, in its own unit.
         units: the most units in all (the schedule's quota); None: no limit.
         already: what groups lose for another budget in any case.
-        exact: give back what a long step took too much: no group then loses a unit, or a
+        exact: keep what a long step took beyond the target: no group then loses a unit, or a
             multiple, that the target does not need.
     """
     lost: dict[str, int] = dict(already or {})
@@ -87,7 +89,7 @@ def fit_budget(
         for other in model.neighbours(name) & curves.keys():
             steps[other] = _best_step(model, other, curves[other], lost)
     if exact:
-        _give_back(model, curves, target, lost, already or {})
+        _keep_unneeded(model, curves, target, lost, already or {})
     idle = tuple(
         name
         for name, curve in sorted(curves.items())
@@ -96,14 +98,14 @@ def fit_budget(
     return Fit(lost, before, model.total(lost), idle)
 
 
-def _give_back(
+def _keep_unneeded(
     model: ResourceModel,
     curves: Mapping[str, Curve],
     target: float,
     lost: dict[str, int],
     already: Mapping[str, int],
 ) -> None:
-    """Leave groups what the target is met without, the dearest last units first."""
+    """Keep units that the target is met without, the most expensive first."""
     while model.total(lost) <= target:
         spare = []
         for name, gone in lost.items():
@@ -123,7 +125,7 @@ def _give_back(
 
 
 _Step = tuple[float, int, float]
-"""Damage per saving, units, saving; no units where nothing saves."""
+"""Cost per saving, units, saving; no units where nothing saves."""
 
 
 def _best_step(model: ResourceModel, name: str, curve: Curve, lost: Mapping[str, int]) -> _Step:
@@ -133,9 +135,9 @@ def _best_step(model: ResourceModel, name: str, curve: Curve, lost: Mapping[str,
         if saved <= 0:
             continue
         # Joint costs may be negative: a removal that makes up for earlier ones is free.
-        damage = max(0.0, sum(curve.costs[gone : gone + count]))
-        if damage / saved < best[0]:
-            best = (damage / saved, count, saved)
+        cost = max(0.0, sum(curve.costs[gone : gone + count]))
+        if cost / saved < best[0]:
+            best = (cost / saved, count, saved)
     return best
 
 

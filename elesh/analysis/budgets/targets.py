@@ -48,7 +48,7 @@ def fit_all(
     """The cheapest cut that meets all budgets, one after another; the last holds what goes.
 
     Args:
-        exact: give back what is not needed; if not given, for budgets of the original network.
+        exact: keep what need not go; if not given, for budgets of the original network.
 
     Raises:
         InvalidField: if a latency table is not of this architecture.

@@ -12,7 +12,7 @@ from elesh.safety import Probing
 from elesh.settings import Settings
 from leyline import CheckpointBundle, Fallback, InvalidField, Level, WouldBeCut
 
-__all__ = ["CalibrationProbe", "would_be"]
+__all__ = ["CalibrationProbe", "calibration_probe"]
 
 _TIMES = (0.5, 1.0, 1.5, 2.0)
 """Of the share that the aggressive phase may remove."""
@@ -27,11 +27,13 @@ class CalibrationProbe:
 
 
 @stage("calibrate")
-def would_be(bundle: CheckpointBundle, settings: Settings, network: Probing) -> CalibrationProbe:
+def calibration_probe(
+    bundle: CheckpointBundle, settings: Settings, network: Probing
+) -> CalibrationProbe:
     """The first channels to go, up to twice as many as may be removed in all, predicted and
     measured. (Small cuts of a network that still trains cost too little to compare.)
 
-    Nothing where statistics do not tell the loss rise.
+    Nothing where the statistics give no predicted loss increase.
     """
     limit = settings.structured_pruning.safety_schedule.aggressive_limit
     total = sum(group.size for group in counted_groups(bundle.architecture, Level.CHANNEL))

@@ -1,4 +1,4 @@
-"""A decision in plain rows: what goes and why, what was spared and why, gates and figures.
+"""A decision in plain rows: what goes, what is kept near the cut, why, gates and figures.
 
 Promises: everything that was asked and not met is a row; the caller only prints.
 """
@@ -37,7 +37,7 @@ _REASONS = {
     "budget": "the budget is met without it",
     "rounding": "kept so that the group ends at its multiple",
     "ignored": "ignored by the request",
-    "redundancy_cost": "redundant, but removing it would cost more than the dearest that went",
+    "redundancy_cost": "redundant, but would cost more than the most expensive that went",
     "representative": "kept for a redundant one that went",
     "verification": "measured on held-out data, the cut is safe only without it",
     "rolled_back": "of a set that the trainer took back before, for the same evidence",
@@ -46,7 +46,7 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class UnitExplanation:
-    """One channel or head that goes or was spared near the cut."""
+    """One channel or head that goes, or is kept near the cut."""
 
     group: str
     unit: int
@@ -130,12 +130,12 @@ def explain(
         gates=decision.safety.gates,
         ignored=decision.ignored,
         fallbacks=decision.fallbacks,
-        targets=tuple(map(_told, (*targets, *decision.layers))),
+        targets=tuple(map(_target_row, (*targets, *decision.layers))),
         levels=decision.levels,
     )
 
 
-def _told(target: _Target | LayerPruningTarget) -> TargetExplanation:
+def _target_row(target: _Target | LayerPruningTarget) -> TargetExplanation:
     if isinstance(target, LayerPruningTarget):
         rise, error = target.predicted_loss_rise, target.predicted_loss_rise_error
         return TargetExplanation(target.layer_name, Level.LAYER, 1, 0, rise, error)

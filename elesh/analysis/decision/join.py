@@ -36,7 +36,7 @@ from leyline import (
     StructuralPruningDecision,
 )
 
-from .calibration_probe import would_be
+from .calibration_probe import calibration_probe
 from .joint_set import JointSet, named
 from .verified import verify as verify_draft
 from .verified import without_rolled_back
@@ -61,7 +61,7 @@ class Evidence:
     """Measures the cut on held-out data, once it has passed the gates; without it a stricter gate
     looks at the prediction."""
     rolled_back: Sequence[RolledBackCut] = ()
-    """Cuts that the run's trainer rolled back: spared, or refused where nothing else is left
+    """Cuts that the run's trainer rolled back: left out, or refused where nothing else is left
     (decision 0061)."""
     loss_factor: LossFactor | None = None
     """What predictions of this run are multiplied by where nothing is measured; the setting's
@@ -153,7 +153,7 @@ def _calibrate(draft: Draft, verify: Verifier | None) -> None:
     wanted = settings.verification.calibration_measurements > 0
     if draft.phase is not Phase.PREPARATION or not wanted or not isinstance(verify, Probing):
         return
-    found = would_be(draft.bundle, settings, verify)
+    found = calibration_probe(draft.bundle, settings, verify)
     draft.would_be = found.cuts
     if found.skipped:
         draft.fallbacks += (found.skipped,)
@@ -225,7 +225,7 @@ def _joint(
         first.key.at(Level.JOINT),
         shown.targets,
         shown.order,
-        shown.cut.statistics(_counts(levels[0], shown), shown.shift),
+        shown.cut.statistics(_counts(levels[0], shown), shown.error),
         first.phase,
         min(part.draft.confidence for part in shown.parts),
         gates=(*(gate for each in levels for gate in gates[each.level]), *shown.gates),
@@ -305,10 +305,10 @@ def _part(
         lost = [u for u in level.draft.order if (u.level, *identity_of(u)) not in kept]
         coupled = [u for u in lost if identity_of(u) not in whole.needless]
         groups = ", ".join(dict.fromkeys(unit.layer_name for unit in coupled))
-        told = [f"{len(coupled)} of {groups} go with whole layers"] if coupled else []
+        why = [f"{len(coupled)} of {groups} go with whole layers"] if coupled else []
         if needless := len(lost) - len(coupled):
-            told.append(f"{needless} stay: the budget is met without them")
-        reason = "; ".join(told)
+            why.append(f"{needless} stay: the budget is met without them")
+        reason = "; ".join(why)
     return LevelPart.model_validate(
         {
             "level": level.level,

@@ -1,4 +1,4 @@
-"""The cut of several levels together: what goes, in which order, and what it does as a whole.
+"""The joint pruning set of several levels: what goes, in which order, and what it does.
 
 Promises: a layer that goes takes its own channels and heads out of the cut; channels and heads are
 merged into one order where their costs are of one kind.
@@ -16,7 +16,7 @@ from elesh.analysis.budgets.joint import Fitting, fitting
 from elesh.analysis.candidates import Doubles
 from elesh.analysis.importance.output_projections import sample_weights
 from elesh.analysis.levels.analyze_level import LevelDraft, budget_gate
-from elesh.analysis.pruning_set.effects import Cut, Shift
+from elesh.analysis.pruning_set.effects import Cut, RelativeOutputError
 from elesh.analysis.pruning_set.plans import Target
 from elesh.analysis.pruning_set.subsets import Identity, merged, restricted
 from elesh.settings import Settings
@@ -42,9 +42,9 @@ class JointSet:
     targets: tuple[Target, ...]
     order: tuple[RankedUnit, ...]
     cut: Cut
-    shift: Shift
+    error: RelativeOutputError
     gates: tuple[GateResult, ...]
-    """Of the whole: structure, predicted shift, budget, requirements."""
+    """Of the joint set: structure, predicted shift, budget, requirements."""
     needless: frozenset[Identity]
     """Units that the budget is met without."""
 
@@ -56,16 +56,16 @@ class JointSet:
         fit = _resolved(bundle, parts, settings)
         targets, order = fit.targets, fit.order
         cut = Cut.of(bundle, targets, _scorer(parts))
-        shift = _shift(bundle, parts, cut)
+        error = _relative_error(bundle, parts, cut)
         limit = settings.structured_pruning.channel_analysis.max_predicted_shift
         gates = (
             cut.structure,
-            safety.predicted_shift(shift.damage, shift.error, limit),
+            safety.predicted_shift(error.value, error.standard_error, limit),
             *([budget_gate(fit.use)] if fit.use else []),
             safety.requirements(bundle.requirements, cut.loss_rise, cut.parameters_removed),
         )
-        told = named(Level.JOINT, gates)
-        return cls(tuple(parts), targets, order, cut, shift, told, fit.spared)
+        gates = named(Level.JOINT, gates)
+        return cls(tuple(parts), targets, order, cut, error, gates, fit.unneeded)
 
     @property
     def fault(self) -> str:
@@ -125,8 +125,10 @@ def _comparable(parts: Sequence[LevelDraft]) -> bool:
     return len(scorers) == 1 and scorers <= _JOINT_COSTS
 
 
-def _shift(bundle: CheckpointBundle, parts: Sequence[LevelDraft], cut: Cut) -> Shift:
-    """The predicted shift of the whole cut.
+def _relative_error(
+    bundle: CheckpointBundle, parts: Sequence[LevelDraft], cut: Cut
+) -> RelativeOutputError:
+    """The predicted output error of the joint set.
 
     The movement of all units together on all samples, plus a correction for each level: its own
     prediction, made on samples that did not choose, less its movement on all samples. Units are
@@ -134,23 +136,25 @@ def _shift(bundle: CheckpointBundle, parts: Sequence[LevelDraft], cut: Cut) -> S
     was chosen by the columns of another, so what levels do together needs no correction.
     """
     found = [part.predicted for part in parts]
-    energy = max((p.energy for p in found if p), default=0.0)
-    if not found or not energy or any(p is None for p in found):
-        return Shift()
+    mean_square = max((p.energy for p in found if p), default=0.0)
+    if not found or not mean_square or any(p is None for p in found):
+        return RelativeOutputError()
     if _scorer(parts) == "reconstruction" and bundle.parameters.reconstruction is not None:
         # Residuals of different levels are taken for independent, as those of one level are.
         moved = sum(p.damage for p in found if p)
         error = float(np.sqrt(sum(p.error**2 for p in found if p)))
-        return Shift(moved / energy, error / energy)
-    damage = _mean_square(_moved(bundle, cut.units, cut.layers))
+        return RelativeOutputError(moved / mean_square, error / mean_square)
+    output_error = _mean_square(_moved(bundle, cut.units, cut.layers))
     error = 0.0
     for part in parts:
         predicted, own = part.predicted, part.draft
         assert predicted is not None
         layers = [target.layer_name for target in own.layers]
-        damage += predicted.damage - _mean_square(_moved(bundle, own.units, layers))
+        output_error += predicted.damage - _mean_square(_moved(bundle, own.units, layers))
         error += predicted.error**2
-    return Shift(max(damage, 0.0) / energy, float(np.sqrt(error)) / energy)
+    return RelativeOutputError(
+        max(output_error, 0.0) / mean_square, float(np.sqrt(error)) / mean_square
+    )
 
 
 def _scorer(parts: Sequence[LevelDraft]) -> str:

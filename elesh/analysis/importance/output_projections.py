@@ -17,7 +17,14 @@ import numpy.typing as npt
 from elesh.analysis.candidates import Candidates, Doubles, Floats
 from leyline import GateStatistics
 
-__all__ = ["Prediction", "Projections", "gains_of", "output_energy", "predict", "sample_weights"]
+__all__ = [
+    "Prediction",
+    "Projections",
+    "gains_of",
+    "output_mean_square",
+    "predict",
+    "sample_weights",
+]
 
 
 _BLOCK = 1024
@@ -74,7 +81,7 @@ class Projections:
         return cls(columns, unit, weights, gains)
 
     @property
-    def energies(self) -> Doubles:
+    def sums_of_squares(self) -> Doubles:
         """[C]: the sum of squares of each column."""
         return np.asarray(np.einsum("ij,ij->i", self.columns, self.columns, dtype=np.float64))
 
@@ -84,7 +91,7 @@ class Projections:
         return np.concatenate([weighted[0::2], weighted[1::2]]) / self.unit
 
     @property
-    def halves(self) -> tuple[Floats, Floats]:
+    def folds(self) -> tuple[Floats, Floats]:
         """Views on the even and the odd samples."""
         middle = (self.columns.shape[1] + 1) // 2
         return self.columns[:, :middle], self.columns[:, middle:]
@@ -149,17 +156,17 @@ def gains_of(gates: Mapping[str, GateStatistics], weights: Doubles) -> dict[str,
 class Prediction:
     """Mean squared movements of the outputs along random directions."""
 
-    damage: float
+    output_error: float
     """Of the cut, in squared output units."""
-    error: float
-    """Standard error of ``damage``: from the scatter of the samples within the halves, or half
-    the difference between the halves, whichever is larger."""
+    standard_error: float
+    """Of it: from the scatter of the samples within the folds, or half the difference between the
+    two folds, whichever is larger."""
     random: float | None
     """What a random cut of as many units among the same candidates would do on average; None: not
     known."""
 
 
-def damage(columns: Floats, units: Sequence[int], gains: Doubles | None = None) -> float:
+def output_error(columns: Floats, units: Sequence[int], gains: Doubles | None = None) -> float:
     """``mean((sum of the units' columns)^2)`` over the samples, in float64; without the gains."""
     return float(np.mean(_squares(columns, units, gains)))
 
@@ -182,17 +189,17 @@ def predict(
     count: int,
     choose: Callable[[Floats], Sequence[int]],
 ) -> Prediction:
-    """The damage of cutting ``count`` units as ``choose`` does, cross-fitted.
+    """The output error of cutting ``count`` units as ``choose`` does, cross-fitted.
 
-    Each half of the samples chooses a set that the other half judges: the mean is an unbiased
-    figure for a choice made from half of the samples, hence on the safe side for the choice made
-    from all. (On its own samples, a greedy choice among C > N columns can predict nearly no
-    damage at all.)
+    Each fold of the samples, even and odd, chooses a set that is judged on the other fold. The mean
+    is an unbiased figure for a choice made from half of the samples, hence on the safe side for the
+    choice made from all. (On its own samples, a greedy choice among C > N columns can predict
+    nearly no error at all.)
 
     Args:
         choose: from columns [C, n] of some samples to the units that go.
     """
-    even, odd = projections.halves
+    even, odd = projections.folds
     scale = projections.unit**2
     gains = projections.gains
     held_out = [
@@ -202,14 +209,14 @@ def predict(
     first, second = (float(squares.mean()) for squares in held_out)
     scatter = math.sqrt(sum(float(squares.var()) / len(squares) for squares in held_out)) / 2
     return Prediction(
-        damage=(first + second) / 2,
-        error=max(scatter, abs(first - second) / 2),
+        output_error=(first + second) / 2,
+        standard_error=max(scatter, abs(first - second) / 2),
         random=_random_output_error(projections, candidates, count) * scale,
     )
 
 
 def _random_output_error(projections: Projections, candidates: Candidates, count: int) -> float:
-    """Expected damage of ``count`` units drawn at random from groups with room.
+    """Expected output error of ``count`` units drawn at random from groups that may lose any.
 
     For k of n columns: f^2 (sum s)^2 + f (1 - f) n / (n - 1) (sum of squares - s^2 / n), with
     f = k / n and s the sum of all columns, averaged over the samples.
@@ -219,15 +226,15 @@ def _random_output_error(projections: Projections, candidates: Candidates, count
     rows = np.flatnonzero(capacities > 0)
     total = len(rows)
     if total < 2 or not count:
-        return damage(columns, rows.tolist(), gains) if count else 0.0
+        return output_error(columns, rows.tolist(), gains) if count else 0.0
     share = count / total
-    whole = damage(columns, rows.tolist(), gains)
-    energy = float((projections.energies / gains**2)[rows].sum())
-    spread = (energy / columns.shape[1] - whole / total) * total / (total - 1)
+    whole = output_error(columns, rows.tolist(), gains)
+    squares = float((projections.sums_of_squares / gains**2)[rows].sum())
+    spread = (squares / columns.shape[1] - whole / total) * total / (total - 1)
     return float(share**2 * whole + share * (1 - share) * spread)
 
 
-def output_energy(gates: Iterable[GateStatistics], weights: Doubles | None = None) -> float:
+def output_mean_square(gates: Iterable[GateStatistics], weights: Doubles | None = None) -> float:
     """An estimate of the outputs' mean square along the same directions, from G alone.
 
     Args:

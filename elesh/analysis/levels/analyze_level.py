@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from elesh import safety
 from elesh.analysis.pruning_set.draft import FALLBACK_DISCOUNT, Draft
-from elesh.analysis.pruning_set.effects import Cut, Shift
+from elesh.analysis.pruning_set.effects import Cut, RelativeOutputError
 from elesh.analysis.pruning_set.plans import BudgetUse, LevelPlan
 from elesh.analysis.selection.choose import Scorer
 from elesh.analysis.spans import stage
@@ -48,7 +48,7 @@ class LevelDraft:
     draft: Draft
     predicted: PredictedDamage | None = None
     shard: tuple[str, ...] = ()
-    halves: tuple[tuple[RankedUnit, ...], ...] = ()
+    folds: tuple[tuple[RankedUnit, ...], ...] = ()
     ranked: Ranked | None = None
     """What it was chosen from, where that was here: rounds choose from the same."""
 
@@ -69,7 +69,7 @@ class LevelDraft:
             decision=self.draft.frozen(),
             order=self.draft.order,
             shard=self.shard,
-            halves=self.halves,
+            halves=self.folds,
             predicted=self.predicted,
         )
 
@@ -137,7 +137,7 @@ def draft_level(
     ranked = of_level.ranked(bundle, settings, scorer=scorer, shard=names or None, threads=threads)
     plan = of_level.choose(bundle, settings, ranked)
     found = judged(bundle, settings, plan, key=key, fallbacks=fallbacks)
-    return replace(found, ranked=ranked, shard=names, halves=plan.halves if names else ())
+    return replace(found, ranked=ranked, shard=names, folds=plan.folds if names else ())
 
 
 def _checked(bundle: CheckpointBundle, level: Level, shard: Collection[str]) -> tuple[str, ...]:
@@ -160,7 +160,7 @@ def judged(
 ) -> LevelDraft:
     """A plan with its figures, gates and verdict."""
     plan = shortened_plan(bundle, settings, plan)
-    cut, shift = Cut.of(bundle, plan.targets, plan.scorer), _shift(plan)
+    cut, error = Cut.of(bundle, plan.targets, plan.scorer), _relative_error(plan)
     taken = (*fallbacks, *plan.fallbacks)
     draft = Draft(
         bundle,
@@ -168,10 +168,10 @@ def judged(
         key or bundle.key(plan.level),
         plan.targets,
         plan.order,
-        cut.statistics(_counts(plan, cut), shift),
+        cut.statistics(_counts(plan, cut), error),
         plan.allowed.phase,
         plan.confidence * FALLBACK_DISCOUNT ** len(taken),
-        gates=_gates(bundle, settings, plan, cut, shift),
+        gates=_gates(bundle, settings, plan, cut, error),
         fallbacks=taken,
         ignored=plan.ignored,
         spared=plan.spared,
@@ -180,24 +180,32 @@ def judged(
     return LevelDraft(draft, _predicted(plan))
 
 
-def _shift(plan: LevelPlan) -> Shift:
-    prediction, energy = plan.prediction, plan.energy
-    if prediction is None or not energy > 0:
-        return Shift()
-    random = None if prediction.random is None else prediction.random / energy
-    return Shift(prediction.damage / energy, prediction.error / energy, random)
+def _relative_error(plan: LevelPlan) -> RelativeOutputError:
+    prediction, mean_square = plan.prediction, plan.output_mean_square
+    if prediction is None or not mean_square > 0:
+        return RelativeOutputError()
+    random = None if prediction.random is None else prediction.random / mean_square
+    return RelativeOutputError(
+        prediction.output_error / mean_square, prediction.standard_error / mean_square, random
+    )
 
 
 def _predicted(plan: LevelPlan) -> PredictedDamage | None:
-    prediction, energy = plan.prediction, plan.energy
-    if prediction is None or not energy > 0:
+    prediction, mean_square = plan.prediction, plan.output_mean_square
+    if prediction is None or not mean_square > 0:
         return None
-    return PredictedDamage(damage=prediction.damage, error=prediction.error, energy=energy)
+    return PredictedDamage(
+        damage=prediction.output_error, error=prediction.standard_error, energy=mean_square
+    )
 
 
 @stage("gates")
 def _gates(
-    bundle: CheckpointBundle, settings: Settings, plan: LevelPlan, cut: Cut, shift: Shift
+    bundle: CheckpointBundle,
+    settings: Settings,
+    plan: LevelPlan,
+    cut: Cut,
+    error: RelativeOutputError,
 ) -> tuple[GateResult, ...]:
     architecture, allowed, level = bundle.architecture, plan.allowed, plan.level
     limit = settings.structured_pruning.channel_analysis.max_predicted_shift
@@ -212,8 +220,8 @@ def _gates(
         else safety.minimum_units(architecture, cut.units, plan.minimum, level),
         cut.structure,
         safety.gradient_isolation(architecture, cut.units, cut.layers),
-        safety.noise(shift.damage, shift.error, shift.random),
-        safety.predicted_shift(shift.damage, shift.error, limit),
+        safety.noise(error.value, error.standard_error, error.random),
+        safety.predicted_shift(error.value, error.standard_error, limit),
         safety.requirements(bundle.requirements, cut.loss_rise, cut.parameters_removed),
         *([budget_gate(plan.budget)] if plan.budget else []),
     )

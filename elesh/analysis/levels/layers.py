@@ -17,13 +17,13 @@ from elesh.analysis.candidates import Candidates
 from elesh.analysis.importance.output_projections import (
     Prediction,
     Projections,
-    output_energy,
+    output_mean_square,
     predict,
 )
 from elesh.analysis.pruning_set.plans import LevelPlan
 from elesh.analysis.selection.eligible import unwanted_names
 from elesh.analysis.selection.schedule import Allowance, phase_at
-from elesh.analysis.selection.shortfalls import short_of_target, told
+from elesh.analysis.selection.shortfalls import sentence, short_of_target
 from elesh.analysis.spans import stage
 from elesh.settings import LayerAnalysis, Settings
 from leyline import (
@@ -103,7 +103,7 @@ def plan_layers(bundle: CheckpointBundle, settings: Settings) -> LevelPlan:
     chosen = order[: allowed.quota]
     for layer in order[allowed.quota :]:
         reasons[layer.block.name] = _beyond(allowed)
-    prediction, energy = _prediction(bundle, present, [layer.block.name for layer in chosen])
+    prediction, mean_square = _prediction(bundle, present, [layer.block.name for layer in chosen])
     counts = [len(data.projections) for data in bundle.layers.values()]
     return LevelPlan(
         level=Level.LAYER,
@@ -113,7 +113,9 @@ def plan_layers(bundle: CheckpointBundle, settings: Settings) -> LevelPlan:
         fallbacks=(),
         ignored=tuple((b.name, reasons[b.name]) for b in architecture.blocks if b.name in reasons),
         nothing=_nothing(allowed),
-        shortfall=told(short_of_target(bundle, Level.LAYER, allowed), _short(allowed, len(chosen))),
+        shortfall=sentence(
+            short_of_target(bundle, Level.LAYER, allowed), _short(allowed, len(chosen))
+        ),
         minimum=MIN_LAYERS,
         present=len(present),
         prunable=len(present),
@@ -125,7 +127,7 @@ def plan_layers(bundle: CheckpointBundle, settings: Settings) -> LevelPlan:
             for layer in chosen
         ),
         prediction=prediction,
-        energy=energy,
+        output_mean_square=mean_square,
     )
 
 
@@ -279,7 +281,7 @@ def _target(layer: _Layer) -> LayerPruningTarget:
 def _prediction(
     bundle: CheckpointBundle, present: Sequence[LayerBlock], chosen: Sequence[str]
 ) -> tuple[Prediction | None, float]:
-    """The joint shift of the outputs, each layer taken as a group of one unit."""
+    """The joint output error, each layer taken as a group of one unit."""
     names = sorted(block.name for block in present if block.name in bundle.layers)
     gates = {name: _as_gate(bundle.layers[name]) for name in names}
     if not chosen or len(gates[names[0]].projections) < 2:
@@ -289,7 +291,9 @@ def _prediction(
     units = sorted(names.index(name) for name in chosen)
     projections = Projections.of(gates, candidates)
     prediction = predict(projections, candidates, len(units), lambda _: units)
-    return prediction, max(output_energy(gates.values()), output_energy(bundle.gates.values()))
+    return prediction, max(
+        output_mean_square(gates.values()), output_mean_square(bundle.gates.values())
+    )
 
 
 def _as_gate(data: LayerStatistics) -> GateStatistics:

@@ -1,4 +1,4 @@
-"""Choosing in rounds: a part is masked, the rest measured again on the masked network, and so on.
+"""Choosing in rounds: mask a part, measure the rest again on the masked network, and so on.
 
 Promises: what is chosen keeps to the plan's quota, minimums and multiples and goes through the same
 gates as a choice made at once; where rounds cannot be made, the choice made at once stays and the
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from elesh.analysis.candidates import Bools, Candidates
-from elesh.analysis.importance.output_projections import output_energy, predict
+from elesh.analysis.importance.output_projections import output_mean_square, predict
 from elesh.analysis.selection.choose import Choice, Ranking
 from elesh.analysis.selection.logit_gap_order import LogitGapOrder
 from elesh.analysis.selection.removal_order import Order, RemovalOrder, StaticOrder
@@ -155,7 +155,7 @@ class _InRounds:
         selection = Selection(
             order,
             taken.removal_order,
-            given_back=frozenset(taken.given_back - set(units)),
+            kept_for_multiple=frozenset(taken.kept_for_multiple - set(units)),
             noise=_cheapest(order, taken.noise, quota - len(units)),
         )
         if projections is None or not units:
@@ -165,28 +165,27 @@ class _InRounds:
             quota,
             scale=1.0,
             prediction=predict(projections, candidates, len(units), lambda _: units),
-            energy=output_energy(bundle.gates.values(), projections.weights),
+            output_mean_square=output_mean_square(bundle.gates.values(), projections.weights),
             errors=taken.errors,
             scorer="margins",
         )
 
     def _round(self, candidates: Candidates, taken: _Taken, target: int) -> LogitGapOrder:
-        """Take more units, ``target`` in all: their costs are derivatives at the midpoint of their
-        cut,
-        which are exact to second order (decision 0020)."""
+        """Take more units, ``target`` in all. Their costs are derivatives at the midpoint of the
+        cut, which are exact to second order (decision 0020)."""
         gone = taken.removal_order.units.tolist()
         masked = self._entries(candidates, gone)
         now = self._measured(masked)
         first = LogitGapOrder(candidates, now.moves, now.margins, gone)
-        ahead = first.pick(target - len(gone), _quiet(first)[0]).units.tolist()
-        half = self._measured(masked, self._entries(candidates, ahead))
-        order = LogitGapOrder(candidates, half.moves, now.margins, gone)
+        look_ahead = first.pick(target - len(gone), _quiet(first)[0]).units.tolist()
+        midpoint = self._measured(masked, self._entries(candidates, look_ahead))
+        order = LogitGapOrder(candidates, midpoint.moves, now.margins, gone)
         quiet, noise = _quiet(order)
         removal_order = order.pick(target - len(gone), quiet)
-        removal_order, given_back = rounded_to_multiples(
+        removal_order, kept_for_multiple = rounded_to_multiples(
             order, removal_order, target - len(gone), quiet
         )
-        taken.given_back |= given_back
+        taken.kept_for_multiple |= kept_for_multiple
         taken.noise = noise
         taken.errors |= {unit: order.errors.get(unit, 0.0) for unit in removal_order.units.tolist()}
         taken.removal_order = taken.removal_order.then(removal_order)
@@ -209,7 +208,7 @@ class _Taken:
 
     removal_order: RemovalOrder = field(default_factory=RemovalOrder)
     errors: dict[int, float] = field(default_factory=dict)
-    given_back: set[int] = field(default_factory=set)
+    kept_for_multiple: set[int] = field(default_factory=set)
     noise: set[int] = field(default_factory=set)
     """Units that the last round found inside the noise."""
 
@@ -220,7 +219,7 @@ def _cheapest(order: Order, units: Collection[int], count: int) -> frozenset[int
 
 
 def _quiet(order: LogitGapOrder) -> tuple[Bools, set[int]]:
-    """[C] the units that are told from one taken at random, and the free ones that are not.
+    """[C] the units that cost less than one taken at random, and the free ones that do not.
 
     The rule of :mod:`.noise`: what a unit costs alone, two standard errors included, must be less
     than what a unit does on average.

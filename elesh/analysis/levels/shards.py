@@ -3,7 +3,7 @@
 Each shard has ranked its own groups as far as the whole quota, seeing nothing of the others. Here
 the orders are merged, cheapest first, and cut off at the quota; what is taken from one shard no
 longer depends on what another gives up (decision 0026 says what that costs). The
-cut is judged as ever: what one half of the samples chooses, in every shard, is judged on the other.
+cut is judged as ever: what one fold of the samples chooses, in every shard, is judged on the other.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from elesh.analysis.candidates import Candidates, Floats, multiple_of
-from elesh.analysis.importance.output_projections import Prediction, output_energy, predict
+from elesh.analysis.importance.output_projections import Prediction, output_mean_square, predict
 from elesh.analysis.pruning_set.plans import LevelPlan
 from elesh.analysis.pruning_set.subsets import merged, restricted, rounded_to_multiples
 from elesh.analysis.selection.choose import usable_projections
-from elesh.analysis.selection.shortfalls import near_the_cut, told
+from elesh.analysis.selection.shortfalls import near_the_cut, sentence
 from elesh.settings import Settings
 from leyline import CheckpointBundle, InvalidField, RankedUnit
 
@@ -32,7 +32,7 @@ def merge_shards(
     """The analysis of a level from its shards.
 
     Groups that no shard looked at, and shards that had to rank by another score than most (their
-    costs cannot be compared), lose nothing: they are told as ignored.
+    costs cannot be compared), lose nothing: they are listed as ignored.
 
     Raises:
         InvalidField: if two shards looked at one group.
@@ -58,8 +58,8 @@ def merge_shards(
         order,
         "quota",
     )
-    halves = [within_quota(half) for half in zip(*(s.halves for s in alike), strict=False)]
-    prediction, energy = _prediction(bundle, plan, order, halves)
+    folds = [within_quota(fold) for fold in zip(*(s.folds for s in alike), strict=False)]
+    prediction, mean_square = _prediction(bundle, plan, order, folds)
     joint = scorer == "output_projection" and order
     max_cost = max(unit.cost for unit in order) if joint else None
     ignored = near_the_cut(bundle, plan.level, plan.ignored, max_cost)
@@ -71,7 +71,7 @@ def merge_shards(
         spared=tuple(group for shard in alike for group in shard.draft.spared),
         shortfall=_shortfall(plan, shards, len(order)),
         prediction=prediction,
-        energy=energy,
+        output_mean_square=mean_square,
     )
     own = set(plan.fallbacks)
     others = dict.fromkeys(f for s in shards for f in s.draft.fallbacks if f not in own)
@@ -87,7 +87,7 @@ def _shortfall(plan: LevelPlan, shards: Sequence[LevelDraft], count: int) -> str
     if not short:
         return plan.shortfall
     unused = f"{short} of the {plan.allowed.quota} {plan.level}s that may go stay"
-    return told(plan.shortfall, unused, *(words for words in own if words != plan.shortfall))
+    return sentence(plan.shortfall, unused, *(words for words in own if words != plan.shortfall))
 
 
 def _left_out(
@@ -115,7 +115,7 @@ def _prediction(
     bundle: CheckpointBundle,
     plan: LevelPlan,
     order: Sequence[RankedUnit],
-    halves: Sequence[Sequence[RankedUnit]],
+    folds: Sequence[Sequence[RankedUnit]],
 ) -> tuple[Prediction | None, float]:
     """What the cut does, judged on samples that did not choose it (see :func:`predict`)."""
     candidates = Candidates.of(plan.groups, plan.minimum, plan.round_to)
@@ -123,10 +123,10 @@ def _prediction(
     if projections is None:
         return None, 0.0
     starts = dict(zip(candidates.names, candidates.starts.tolist(), strict=False))
-    chosen = iter(halves or (order, order))
+    chosen = iter(folds or (order, order))
 
     def choose(_: Floats) -> list[int]:
         return sorted(starts[unit.layer_name] + unit.index for unit in next(chosen))
 
     prediction = predict(projections, candidates, len(order), choose)
-    return prediction, output_energy(bundle.gates.values(), projections.weights)
+    return prediction, output_mean_square(bundle.gates.values(), projections.weights)

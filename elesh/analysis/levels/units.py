@@ -4,8 +4,8 @@ With gate statistics units go in the joint order of their output projections; wh
 redistributes, by what the kept units cannot make up for; without such statistics by a score of
 their own level. A level says only what differs (:mod:`.channels`, :mod:`.heads`).
 
-Promises: what was asked for and cannot be had is said (fallbacks, ignored groups, spared units);
-nothing is chosen twice or against a group's minimum, multiple or the quota.
+Promises: what was asked for and cannot be had is said (fallbacks, ignored groups, units kept near
+the cut); nothing is chosen twice or against a group's minimum, multiple or the quota.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from elesh.analysis.selection.choose import (
     Scorer,
     fisher_fault,
     gates_of,
+    kept_near_cut,
     pairs_by_group,
     projection_fault,
-    spared_units,
     usable_projections,
 )
 from elesh.analysis.selection.eligible import eligible_groups
 from elesh.analysis.selection.reconstruction_order import reconstruction_fault
 from elesh.analysis.selection.schedule import allowance, raised
-from elesh.analysis.selection.shortfalls import told
+from elesh.analysis.selection.shortfalls import sentence
 from elesh.analysis.spans import stage
 from elesh.settings import SafetySchedule, Settings, StructuredPruning
 from leyline import (
@@ -212,7 +212,7 @@ class UnitLevel(ABC):
             bundle, used[0], minimum, round_to, level=self.level, shard=shard
         )
         plan = empty_plan(bundle, self.level, allowed, used, eligible, minimum, round_to)
-        short = told(plan.shortfall, self.out_of_reach(bundle, settings, plan))
+        short = sentence(plan.shortfall, self.out_of_reach(bundle, settings, plan))
         return replace(plan, shortfall=short)
 
     def rank(
@@ -231,7 +231,7 @@ class UnitLevel(ABC):
         with stage("score"):
             projections = usable_projections(bundle, candidates)
             if scorer in ("output_projection", "reconstruction") and projections is not None:
-                scores = projections.energies
+                scores = projections.sums_of_squares
             elif scorer == "fisher":
                 scores = fisher([bundle.gates[name] for name in candidates.names])
             else:
@@ -333,6 +333,6 @@ class UnitLevel(ABC):
                     for p in pairs.get(number, ())
                 ),
                 "redundancy_threshold": threshold,
-                "spared": spared_units(candidates, choice, number),
+                "spared": kept_near_cut(candidates, choice, number),
             }
             yield self.target(bundle, group, units, costs, ranking.scores[span], common)

@@ -163,7 +163,7 @@ class Draft:
         self.reason = "; ".join(filter(None, [self.reason, reason]))[:_LONGEST]
 
     def keep(self, safe: Sequence[RankedUnit], why: Reason) -> None:
-        """Keep the units ``safe`` of the cut only; the others are listed as spared.
+        """Keep the units ``safe`` of the cut only; the others are listed as kept near the cut.
 
         Of groups that would not end at their multiple, the units last taken stay, too. Sizes and
         figures become those of the smaller cut; the shift stays that of the larger one, for which

@@ -21,17 +21,16 @@ from leyline import (
 from .loss_increase import loss_rise
 from .plans import Target
 
-__all__ = ["Cut", "Shift"]
+__all__ = ["Cut", "RelativeOutputError"]
 
 
 @dataclass(frozen=True)
-class Shift:
+class RelativeOutputError:
     """Predicted mean square of the outputs' movement, as a share of their own mean square."""
 
-    damage: float | None = None
+    value: float | None = None
     """None where there are no output projections."""
-    error: float | None = None
-    """Standard error of ``damage``."""
+    standard_error: float | None = None
     random: float | None = None
     """What a random cut of the same size would do."""
 
@@ -79,7 +78,9 @@ class Cut:
         parameters = self.before.parameters
         return 1 - self.after.parameters / parameters if self.after and parameters else 0.0
 
-    def statistics(self, counts: Mapping[str, object], shift: Shift) -> PruningStatistics:
+    def statistics(
+        self, counts: Mapping[str, object], error: RelativeOutputError
+    ) -> PruningStatistics:
         """Sizes and predictions of this cut, with ``counts`` for the other fields."""
         before, after = self.before, self.after or self.before
         figures = {
@@ -87,8 +88,8 @@ class Cut:
             "parameters_after": after.parameters,
             "macs_before": before.macs,
             "macs_after": after.macs,
-            "predicted_shift": shift.damage,
-            "predicted_shift_error": shift.error,
+            "predicted_shift": error.value,
+            "predicted_shift_error": error.standard_error,
             "predicted_loss_rise": self.loss_rise,
         }
         return PruningStatistics.model_validate({**counts, **figures})

@@ -11,11 +11,16 @@ from dataclasses import dataclass, replace
 
 from elesh.analysis.candidates import Candidates
 from elesh.analysis.importance.output_projections import Prediction
-from elesh.analysis.selection.choose import Choice, Scorer, spared_groups
+from elesh.analysis.selection.choose import Choice, Scorer, groups_near_cut
 from elesh.analysis.selection.eligible import Eligible
 from elesh.analysis.selection.schedule import Allowance, counted_groups
 from elesh.analysis.selection.select import Selection
-from elesh.analysis.selection.shortfalls import near_the_cut, short_of_quota, short_of_target, told
+from elesh.analysis.selection.shortfalls import (
+    near_the_cut,
+    sentence,
+    short_of_quota,
+    short_of_target,
+)
 from elesh.settings import Settings
 from leyline import (
     AttentionHeadTarget,
@@ -88,12 +93,12 @@ class LevelPlan:
     spared: tuple[SparedGroup, ...] = ()
     shortfall: str = ""
     """What was asked for or allowed and is not removed."""
-    halves: tuple[tuple[RankedUnit, ...], ...] = ()
-    """For a shard: the orders that each half of the samples alone would choose."""
+    folds: tuple[tuple[RankedUnit, ...], ...] = ()
+    """For a shard: the orders that each fold of the samples alone would choose."""
     prediction: Prediction | None = None
     """Where there are output projections of all candidates."""
-    energy: float = 0.0
-    """The outputs' mean square, estimated from the same projections."""
+    output_mean_square: float = 0.0
+    """Of the outputs, estimated from the same projections."""
     budget: BudgetUse | None = None
     """How far the cut gets towards a budget, where one was asked for."""
 
@@ -174,18 +179,18 @@ def with_choice(
         targets=tuple(targets),
         order=order(selection),
         ignored=tuple(near_the_cut(bundle, plan.level, plan.ignored, max_cost)),
-        spared=spared_groups(candidates, choice),
-        shortfall=told(plan.shortfall, short_of_quota(choice.quota, selection, plan.level)),
-        halves=tuple(map(order, choice.halves)),
+        spared=groups_near_cut(candidates, choice),
+        shortfall=sentence(plan.shortfall, short_of_quota(choice.quota, selection, plan.level)),
+        folds=tuple(map(order, choice.folds)),
         prediction=choice.prediction,
-        energy=choice.energy,
+        output_mean_square=choice.output_mean_square,
     )
 
 
 def ranked_units(
     level: Level, candidates: Candidates, marginal_costs: dict[int, float], scale: float
 ) -> tuple[RankedUnit, ...]:
-    """Units as they were taken, each with its price in the targets' own unit."""
+    """Units as they were taken, each with its cost in the targets' own unit."""
     return tuple(
         RankedUnit(
             level=level,

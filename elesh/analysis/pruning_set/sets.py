@@ -44,16 +44,16 @@ def set_removal(
     m = np.asarray(margins, dtype=np.float64)
     shift, unsure = np.zeros((2, len(m), 1))
     masked, beyond = 0.0, [np.zeros(0)]
-    for (gate, lost), told in zip(chosen, alone, strict=True):
+    for (gate, lost), single in zip(chosen, alone, strict=True):
         moves = np.asarray(gate.moves, dtype=np.float64)[:, lost]
         shift += moves.sum(axis=1, keepdims=True)
         if gate.removal_error is not None:
             masked += float(
-                (told - _loss_increases(m, moves, np.zeros_like(moves)).mean(axis=0)).sum()
+                (single - _loss_increases(m, moves, np.zeros_like(moves)).mean(axis=0)).sum()
             )
         else:
             unsure += moves.sum(axis=1, keepdims=True)
-            beyond.append(told - _loss_increases(m, moves, moves).mean(axis=0))
+            beyond.append(single - _loss_increases(m, moves, moves).mean(axis=0))
     gaps = np.concatenate(beyond)
     loss_increases = (
         _loss_increases(m, shift, unsure) + masked + (float(gaps.mean()) if len(gaps) else 0.0)

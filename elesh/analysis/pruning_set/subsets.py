@@ -1,7 +1,8 @@
-"""A part of a cut is a cut: targets without some of their units, and orders merged into one.
+"""Smaller pruning sets: targets without some of their units, and orders merged into one.
 
-Promises: what is left of a target is a target (aligned, in its multiple, with partners of what
-went only), and every unit that was given back is listed as spared, with the reason.
+Promises: what is left of a target is a sound target (its fields aligned, its size a multiple, its
+redundancy pairs those of removed units), and every unit that is kept after all is listed with the
+reason.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from elesh.analysis.selection.choose import MAX_SPARED, Reason
+from elesh.analysis.selection.choose import MAX_NEAR_CUT, Reason
 from leyline import (
     AttentionHeadTarget,
     ChannelPruningTarget,
@@ -81,7 +82,7 @@ def restricted(
     kept: Iterable[RankedUnit],
     why: Reason,
 ) -> tuple[Target, ...]:
-    """The targets with only the units ``kept`` of all those in ``order``; the others are spared."""
+    """The targets with only the units ``kept`` of those in ``order``; the others are listed."""
     left = {identity_of(unit) for unit in kept}
     costs = {identity_of(unit): unit.cost for unit in order}
     found: list[Target] = []
@@ -101,14 +102,14 @@ def _with(
     costs: Mapping[Identity, float],
     why: Reason,
 ) -> Target:
-    """The target with the units at ``places`` only; of the others the cheapest are told."""
+    """The target with the units at ``places`` only; of the others the cheapest are listed."""
     kept = [target.indices[place] for place in places]
     back = [
         SparedUnit(index=index, cost=costs[target.layer_name, index], reason=why)
         for index in sorted(set(target.indices) - set(kept))
     ]
     near = [*back, *target.spared]
-    near = sorted(near, key=lambda unit: (unit.cost, unit.index))[:MAX_SPARED]
+    near = sorted(near, key=lambda unit: (unit.cost, unit.index))[:MAX_NEAR_CUT]
     fields: dict[str, object] = dict(target)
     for name in _ALIGNED & fields.keys():
         listed = getattr(target, name)

@@ -17,7 +17,7 @@ from elesh.analysis.candidates import Candidates, Doubles, Floats
 from elesh.analysis.importance.output_projections import (
     Prediction,
     Projections,
-    output_energy,
+    output_mean_square,
     predict,
 )
 from elesh.analysis.importance.redundancy import Pair
@@ -31,7 +31,7 @@ from .removal_order import JointOrder, Order, StaticOrder
 from .select import Selection, select
 
 __all__ = [
-    "MAX_SPARED",
+    "MAX_NEAR_CUT",
     "Choice",
     "Decide",
     "Ranking",
@@ -41,8 +41,8 @@ __all__ = [
     "gates_of",
     "pairs_by_group",
     "projection_fault",
-    "spared_groups",
-    "spared_units",
+    "groups_near_cut",
+    "kept_near_cut",
     "usable_projections",
 ]
 
@@ -59,9 +59,9 @@ Reason = Literal[
     "rolled_back",
     "limit",
 ]
-MAX_SPARED = 16
+MAX_NEAR_CUT = 16
 _NEAR = 2.0
-"""A spared unit is near the cut if it costs at most so many times the most expensive that went."""
+"""A unit is near the cut if it costs at most so many times the most expensive that goes."""
 
 
 @dataclass(frozen=True)
@@ -75,17 +75,17 @@ class Choice:
     """Costs times this are in their own unit."""
     prediction: Prediction | None
     """Where output projections of all candidates are there."""
-    energy: float
-    """The outputs' mean square, estimated from the same projections."""
-    halves: tuple[Selection, ...] = ()
-    """What each half of the samples alone would choose, where costs are joint."""
+    output_mean_square: float
+    """Estimated from the same projections."""
+    folds: tuple[Selection, ...] = ()
+    """What each fold of the samples alone would choose, where costs are joint."""
     errors: Mapping[int, float] = field(default_factory=dict)
-    """Standard errors of the prices, where costs are joint."""
+    """Standard errors of the costs, where costs are joint."""
     scorer: Scorer | None = None
     """By what it was chosen, if not as the ranking says."""
 
     def errors_of(self, units: Sequence[int]) -> tuple[float, ...]:
-        """The standard errors of these places' prices, in their own unit; none if not known."""
+        """The standard errors of these places' costs, in their own unit; none if not known."""
         return tuple(self.errors[unit] * self.scale for unit in units) if self.errors else ()
 
 
@@ -145,15 +145,15 @@ class Ranking:
         if self.scorer == "reconstruction" and bundle.parameters.reconstruction is not None:
             return self._after_reconstruction(bundle, selection, quota)
 
-        halves: list[Selection] = []
+        folds: list[Selection] = []
 
         def on_samples(columns: Floats) -> Sequence[int]:
-            halves.append(self.choose(count, columns) if joint else selection)
-            return halves[-1].units
+            folds.append(self.choose(count, columns) if joint else selection)
+            return folds[-1].units
 
         prediction = predict(projections, self.candidates, count, on_samples)
-        energy = output_energy(bundle.gates.values(), projections.weights)
-        return Choice(selection, quota, scale, prediction, energy, tuple(halves), errors)
+        mean_square = output_mean_square(bundle.gates.values(), projections.weights)
+        return Choice(selection, quota, scale, prediction, mean_square, tuple(folds), errors)
 
     def _after_reconstruction(
         self, bundle: CheckpointBundle, selection: Selection, quota: int
@@ -163,7 +163,7 @@ class Ranking:
         moved = float(sum(selection.marginal_costs.values()))
         samples = len(next(iter(bundle.gates.values())).projections)
         prediction = Prediction(moved, moved * math.sqrt(2 / samples), None)
-        return Choice(selection, quota, 1.0, prediction, output_energy(bundle.gates.values()))
+        return Choice(selection, quota, 1.0, prediction, output_mean_square(bundle.gates.values()))
 
 
 Decide = Callable[[Ranking, CheckpointBundle, int], Choice]
@@ -215,14 +215,14 @@ def pairs_by_group(candidates: Candidates, selection: Selection) -> dict[int, li
     return found
 
 
-def spared_units(candidates: Candidates, choice: Choice, group: int) -> tuple[SparedUnit, ...]:
+def kept_near_cut(candidates: Candidates, choice: Choice, group: int) -> tuple[SparedUnit, ...]:
     """The cheapest units of the group that stayed although they were near the cut, with reasons."""
     selection = choice.selection
     order, span = selection.order, candidates.span(group)
     stayed = np.flatnonzero(~order.taken[span]) + span.start
     close = order.costs[stayed] <= _NEAR * max(selection.max_cost, 0.0)
     near = stayed[close | np.isin(stayed, list(selection.noise))]
-    near = near[np.argsort(order.costs[near], kind="stable")][:MAX_SPARED]
+    near = near[np.argsort(order.costs[near], kind="stable")][:MAX_NEAR_CUT]
     left = choice.quota - len(selection.units)
     usual: Reason = "quota"
     if order.capacity[group] == 0:
@@ -239,11 +239,11 @@ def spared_units(candidates: Candidates, choice: Choice, group: int) -> tuple[Sp
     )
 
 
-def spared_groups(candidates: Candidates, choice: Choice) -> tuple[SparedGroup, ...]:
+def groups_near_cut(candidates: Candidates, choice: Choice) -> tuple[SparedGroup, ...]:
     """The groups that lose nothing although some of their units were near the cut."""
     losing = set(candidates.group_of[list(choice.selection.units)].tolist())
     found = (
-        (name, spared_units(candidates, choice, group))
+        (name, kept_near_cut(candidates, choice, group))
         for group, name in enumerate(candidates.names)
         if group not in losing
     )
@@ -255,8 +255,8 @@ def _reason(selection: Selection, unit: int, usual: Reason) -> Reason:
         return "noise"
     if unit in selection.kept:
         return "representative"
-    if unit in selection.given_back:
+    if unit in selection.kept_for_multiple:
         return "rounding"
-    if unit in selection.too_dear:
+    if unit in selection.too_expensive:
         return "redundancy_cost"
     return usual

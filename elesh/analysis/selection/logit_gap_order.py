@@ -34,7 +34,7 @@ class LogitGapOrder(PooledOrder):
         gone: units (places in the row) that are gone already.
 
     Attributes:
-        errors: by unit that was taken, the standard error of its price.
+        errors: by unit that was taken, the standard error of its cost.
     """
 
     def __init__(

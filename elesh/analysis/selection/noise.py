@@ -45,7 +45,7 @@ def error_bars(
     Args:
         columns: [C, N], the even samples first (see :class:`Projections`).
         units: places in the row of candidates.
-        trust: how much of the cross terms counts, as in :class:`JointOrder`.
+        shrinkage: how much of the cross terms counts, as in :class:`JointOrder`.
     """
     samples = columns.shape[1]
     middle, moved = (samples + 1) // 2, np.zeros(samples)
@@ -58,8 +58,8 @@ def error_bars(
         moved = before[-1] + taken[-1]
         costs[part] = values.mean(axis=1)
         scatter = values.std(axis=1) / math.sqrt(samples)
-        halves = values[:, :middle].mean(axis=1) - values[:, middle:].mean(axis=1)
-        errors[part] = np.maximum(scatter, np.abs(halves) / 2)
+        difference = values[:, :middle].mean(axis=1) - values[:, middle:].mean(axis=1)
+        errors[part] = np.maximum(scatter, np.abs(difference) / 2)
     return Bars(costs, errors)
 
 
@@ -72,8 +72,8 @@ def marginal_cost_errors(selection: Selection, columns: Floats) -> dict[int, flo
 def without_noise(selection: Selection, columns: Floats) -> Selection:
     """The selection without the units inside the noise.
 
-    Groups that would no longer end at their multiple give back the units they lost last, too.
-    What is given back is not replaced: whatever would follow costs more still.
+    Groups that would no longer end at their multiple keep the units they lost last, too. No other
+    unit goes instead: whatever would follow costs more still.
     """
     units = selection.removal_order.units
     bars = error_bars(columns, units.tolist(), alone=True)
@@ -92,16 +92,16 @@ def without_noise(selection: Selection, columns: Floats) -> Selection:
         removal_order=selection.removal_order.without(gone),
         pairs=pairs,
         kept=frozenset(pair.kept for pair in pairs),
-        given_back=selection.given_back | back,
+        kept_for_multiple=selection.kept_for_multiple | back,
         noise=frozenset(units[noisy].tolist()),
     )
 
 
 def _typical(columns: Floats, candidates: Candidates) -> float:
-    """What a unit taken at random from the groups with room would cost alone."""
+    """What a unit taken at random from the groups that may lose any would cost alone."""
     capacities = np.array(candidates.capacities)[candidates.group_of] > 0
-    energy = np.einsum("ij,ij->i", columns, columns, dtype=np.float64)[capacities]
-    return float(energy.mean()) / columns.shape[1] if len(energy) else 0.0
+    squares = np.einsum("ij,ij->i", columns, columns, dtype=np.float64)[capacities]
+    return float(squares.mean()) / columns.shape[1] if len(squares) else 0.0
 
 
 def _beyond_multiples(candidates: Candidates, units: Ints) -> set[int]:

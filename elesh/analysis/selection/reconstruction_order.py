@@ -12,8 +12,8 @@ loss).
 Heads own several inputs each, so ``i`` is a block there, and costs are traces. Positions of one
 sample are not independent of each other: see :func:`residual_slopes`.
 
-Promises: float64; the prices of a set add up to its cost; a unit's cost is never below zero;
-each step is a downdate of the inverse of a unit's rank and touches one group only.
+Promises: float64; the marginal costs of a set add up to its cost; a unit's cost is never below
+zero; each step is a downdate of the inverse of a unit's rank and touches one group only.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """In which order units go: by fixed scores, or jointly by what they still cost together.
 
 Promises: an order takes the cheapest unit that is allowed, one at a time, never more from a group
-than its room; ties break by index after the costs are rounded to 16 significant bits (relative
+than its capacity; ties break by index after the costs are rounded to 16 significant bits (relative
 1.5e-5, well over the noise of float32 sums, so that another BLAS ranks alike). The same input
-gives the same picks for every thread count: threads share out fixed blocks, BLAS runs on one
-thread inside each, and what is added up over blocks or picks is float64 in a fixed order.
+gives the same units for every thread count: threads share out fixed blocks, BLAS runs on one
+thread inside each, and what is added up over blocks or units is float64 in a fixed order.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ class RemovalOrder:
     marginal_costs: Doubles = field(default_factory=lambda: np.zeros(0))
 
     def then(self, later: RemovalOrder) -> RemovalOrder:
-        """These picks and the later ones."""
+        """These units and the later ones."""
         units = np.concatenate([self.units, later.units])
         return RemovalOrder(units, np.concatenate([self.marginal_costs, later.marginal_costs]))
 
     def without(self, units: Collection[int]) -> RemovalOrder:
-        """The picks but these, in the same order."""
+        """The units but these, in the same order."""
         kept = ~np.isin(self.units, list(units))
         return RemovalOrder(self.units[kept], self.marginal_costs[kept])
 
     @property
     def max_cost(self) -> float:
-        """The highest price paid; minus infinity where nothing was taken."""
+        """The highest marginal cost; minus infinity where nothing was taken."""
         return float(self.marginal_costs.max(initial=-math.inf))
 
 
@@ -96,7 +96,7 @@ class Order(ABC):
     Attributes:
         costs: [C] what each unit would cost next.
         taken: [C] whether it is gone.
-        room: [G] how many units each group may still lose.
+        capacity: [G] how many units each group may still lose.
     """
 
     def __init__(self, candidates: Candidates, costs: Doubles) -> None:
@@ -163,11 +163,11 @@ def _rank_in_group(groups: Ints, count: int) -> Ints:
 
 
 class PooledOrder(Order):
-    """Costs that depend on all that went before, too dear to measure afresh after every unit.
+    """Costs that depend on all that went before, too expensive to measure afresh after every unit.
 
     The 1024 cheapest units are resolved among themselves exactly, and after 32 of them all costs
     are measured afresh. With at most 1024 units the order is exact; beyond, a unit outside the
-    pool that became the cheapest within those 32 picks waits for the next pool.
+    pool that became the cheapest within those 32 waits for the next pool.
     """
 
     def pick(self, count: int, among: Bools, ceiling: float = math.inf) -> RemovalOrder:
@@ -194,7 +194,7 @@ class JointOrder(PooledOrder):
     """Output projections: what a unit costs depends on all that went before it.
 
     Removing a set S moves the outputs, along each sample's direction, by about the sum of its
-    columns; the damage is ``mean((r - sum over S of G)^2)``, so the next cost of i would be
+    columns; the output error is ``mean((r - sum over S of G)^2)``, so the next cost of i would be
     ``mean(G_i^2) - 2 mean(r G_i)`` with r what is left after S (ARCHITECTURE, "What we rank by").
     Columns are derivatives, and units go for good: that two movements cancel is less certain than
     that each of them happens. So the second term counts by ``shrinkage`` only.
@@ -208,7 +208,7 @@ class JointOrder(PooledOrder):
         columns: [C, N] float32, G transposed: one row a unit, one column a sample.
         moved: [N] r at the start: what earlier cuts have moved already; zero if not given.
         threads: blocks of the products run on so many threads.
-        trust: how much of the cross terms is believed, 0 to 1.
+        shrinkage: how much of the cross terms counts, 0 to 1.
     """
 
     def __init__(
@@ -221,10 +221,10 @@ class JointOrder(PooledOrder):
         shrinkage: float = SHRINKAGE,
     ) -> None:
         samples = columns.shape[1]
-        self._output_energy: Doubles = (
+        self._mean_squares: Doubles = (
             np.einsum("ij,ij->i", columns, columns, dtype=np.float64) / samples
         )
-        super().__init__(candidates, self._output_energy.copy())
+        super().__init__(candidates, self._mean_squares.copy())
         self._columns = columns
         self._threads = threads
         self._shrinkage = shrinkage
@@ -286,7 +286,7 @@ class JointOrder(PooledOrder):
         right = (self._left * (2 * self._shrinkage / len(self._left))).astype(np.float32)
 
         def block(part: slice) -> None:
-            self.costs[part] = self._output_energy[part] - self._columns[part] @ right
+            self.costs[part] = self._mean_squares[part] - self._columns[part] @ right
 
         self._each_block(block, len(self._columns), _BLOCK)
 

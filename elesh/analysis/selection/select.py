@@ -26,19 +26,19 @@ class Selection:
     """What :func:`select` chose; units are places in the candidates' row."""
 
     order: Order
-    """The order after the last pick: its costs are those of the units that stayed."""
+    """The removal order at its end: its costs are those of the units that stayed."""
     removal_order: RemovalOrder
     """The units that go, as they were taken."""
     pairs: tuple[Pair, ...] = ()
     """Redundant units that went, each with the one that was kept for it."""
     kept: frozenset[int] = frozenset()
     """Units that stayed because redundant ones went in their favour."""
-    too_dear: frozenset[int] = frozenset()
-    """Redundant units that the plain order would not have paid for."""
-    given_back: frozenset[int] = frozenset()
-    """Units that were given back so that a group ends at its multiple."""
+    too_expensive: frozenset[int] = frozenset()
+    """Redundant units that cost more than any that the plain order takes."""
+    kept_for_multiple: frozenset[int] = frozenset()
+    """Units that stay so that a group ends at its multiple."""
     noise: frozenset[int] = frozenset()
-    """Units that were given back because they lie inside the noise (:mod:`.noise`)."""
+    """Units that stay because they lie inside the noise (:mod:`.noise`)."""
 
     @cached_property
     def units(self) -> tuple[int, ...]:
@@ -58,7 +58,7 @@ class Selection:
 
     @property
     def max_cost(self) -> float:
-        """The highest price paid; 0 where nothing was taken."""
+        """The highest marginal cost; 0 where nothing was taken."""
         return self.removal_order.max_cost if len(self.removal_order.units) else 0.0
 
 
@@ -76,15 +76,15 @@ def select(
         make_order: a fresh order; called twice where redundant units have joint costs.
         redundant: pairs (kept, removed) of places, every unit removed at most once and never both.
     """
-    order, removal_order, too_dear = make_order(), RemovalOrder(), frozenset[int]()
+    order, removal_order, too_expensive = make_order(), RemovalOrder(), frozenset[int]()
     among = np.ones(order.candidates.count, dtype=np.bool_)
     if redundant:
-        order, removal_order, too_dear = _redundant_first(order, make_order, quota, redundant)
+        order, removal_order, too_expensive = _redundant_first(order, make_order, quota, redundant)
         gone = frozenset(removal_order.units.tolist())
         among[[pair.kept for pair in redundant if pair.removed in gone]] = False
     removal_order = removal_order.then(order.pick(quota - len(removal_order.units), among))
-    removal_order, given_back = rounded_to_multiples(order, removal_order, quota, among)
-    if not (redundant or given_back):
+    removal_order, kept_for_multiple = rounded_to_multiples(order, removal_order, quota, among)
+    if not (redundant or kept_for_multiple):
         return Selection(order, removal_order)
     final = frozenset(removal_order.units.tolist())
     pairs = tuple(p for p in redundant if p.removed in final and p.kept not in final)
@@ -93,35 +93,35 @@ def select(
         removal_order,
         pairs=pairs,
         kept=frozenset(pair.kept for pair in pairs),
-        too_dear=too_dear - final,
-        given_back=given_back - final,
+        too_expensive=too_expensive - final,
+        kept_for_multiple=kept_for_multiple - final,
     )
 
 
 def _redundant_first(
     order: Order, make_order: Callable[[], Order], quota: int, redundant: Sequence[Pair]
 ) -> tuple[Order, RemovalOrder, frozenset[int]]:
-    """The order after the redundant units, which of them went, and which were too dear."""
+    """The order after the redundant units, which of them went, and which were too expensive."""
     removed, ceiling = np.zeros(order.candidates.count, dtype=np.bool_), math.inf
     removed[[pair.removed for pair in redundant]] = True
     if isinstance(order, JointOrder):
         ceiling = order.pick(quota, np.ones_like(removed)).max_cost
         order = make_order()
     removal_order = order.pick(quota, removed, ceiling)
-    too_dear = np.flatnonzero(order.free(removed) & (order.costs > ceiling))
-    return order, removal_order, frozenset(too_dear.tolist())
+    too_expensive = np.flatnonzero(order.free(removed) & (order.costs > ceiling))
+    return order, removal_order, frozenset(too_expensive.tolist())
 
 
 def rounded_to_multiples(
     order: Order, removal_order: RemovalOrder, quota: int, among: Bools
 ) -> tuple[RemovalOrder, frozenset[int]]:
-    """Give back what breaks a multiple, then spend what is left of the quota on whole blocks.
+    """Keep what breaks a multiple, then spend what is left of the quota on whole blocks.
 
     Args:
-        order: has taken the picks; what was withheld from it before ends at its multiples.
+        order: has taken these units.
 
     Returns:
-        the picks at last, and what was given back.
+        the units that go in the end, and those that stay for a multiple.
     """
     candidates = order.candidates
     if max(candidates.multiples, default=1) == 1:

@@ -1,4 +1,4 @@
-"""What was asked for or allowed and is not removed, in words: nothing unmet is silent."""
+"""What was asked for or allowed and is not removed, in words."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from leyline import CheckpointBundle, Level
 from .schedule import Allowance
 from .select import Selection
 
-__all__ = ["near_the_cut", "short_of_quota", "short_of_target", "told"]
+__all__ = ["near_the_cut", "short_of_quota", "short_of_target", "sentence"]
 
 
 def short_of_target(bundle: CheckpointBundle, level: Level, allowed: Allowance) -> str:
@@ -30,10 +30,10 @@ def short_of_quota(quota: int, selection: Selection, level: Level) -> str:
     short = quota - len(selection.units)
     if short <= 0:
         return ""
-    noise, back = len(selection.noise), min(len(selection.given_back), short)
+    noise, back = len(selection.noise), min(len(selection.kept_for_multiple), short)
     counts = {
         "inside the noise": noise,
-        "given back so that groups end at their multiples": back,
+        "kept so that groups end at their multiples": back,
         "kept so that no group falls below what it must keep": max(0, short - noise - back),
     }
     reasons = ", ".join(f"{count} {why}" for why, count in counts.items() if count)
@@ -50,20 +50,19 @@ def near_the_cut(
 
     Args:
         max_cost: what the most expensive unit that goes costs, in squared output units; None if
-            units
-            were not ranked by output projections.
+            units were not ranked by output projections.
     """
     for name, reason in ignored:
         gate = bundle.gates.get(name)
         if gate is None or max_cost is None:
             yield name, reason
             continue
-        energy = np.einsum("ij,ij->j", gate.projections, gate.projections, dtype=np.float64)
-        near = int(np.count_nonzero(energy / len(gate.projections) <= max_cost))
-        words = f"; {near} of its {level}s would cost no more than the dearest that goes"
+        squares = np.einsum("ij,ij->j", gate.projections, gate.projections, dtype=np.float64)
+        near = int(np.count_nonzero(squares / len(gate.projections) <= max_cost))
+        words = f"; {near} of its {level}s would cost no more than the most expensive that goes"
         yield name, reason + (words if near else "")
 
 
-def told(*parts: str) -> str:
+def sentence(*parts: str) -> str:
     """The parts that say anything, as one sentence."""
     return "; ".join(part for part in parts if part)

@@ -73,12 +73,12 @@ def adaptive_threshold(
     Args:
         scores: [C], finite, higher is more important; C >= 1.
         sparsity: the share of units that is aimed at, 0 to 1.
-        room: how many units may go at most (a group's minimum, for example): where more scores
+        capacity: how many units may go at most (a group's minimum, for example): where more scores
             lie below, the threshold falls to the score of the first unit that must stay, even
             under 1e-8. None: no limit.
 
     Raises:
-        InvalidField: if there are no scores, or sparsity or room are out of range.
+        InvalidField: if there are no scores, or sparsity or capacity are out of range.
         NotFinite: naming the first score that is not finite.
     """
     row = np.asarray(scores, dtype=np.float64)
@@ -88,7 +88,7 @@ def adaptive_threshold(
     if not 0 <= sparsity <= 1:
         raise InvalidField("sparsity", "a share from 0 to 1", sparsity)
     if capacity is not None and capacity < 0:
-        raise InvalidField("room", "a number >= 0", capacity)
+        raise InvalidField("capacity", "a number >= 0", capacity)
     statistical = float(row.mean() - 2 * row.std())
     blended = 0.3 * BASE[stage][level] + 0.4 * float(np.quantile(row, sparsity)) + 0.3 * statistical
     threshold = max(blended, FLOOR)

@@ -111,7 +111,7 @@ class RunStore:
         await self._client.hset(name, key, self._guard.frame_state(_place(name, key), data))
         await self._client.expire(name, self._keep)
 
-    async def would_be(self, run_id: str) -> list[WouldBeCut]:
+    async def calibration_cuts(self, run_id: str) -> list[WouldBeCut]:
         """All calibration probes of a run that were measured, in a fixed order."""
         found = await self._believed(self._calibration_probe(run_id))
         return [

@@ -150,8 +150,8 @@ def _again(job: Job) -> bytes:
     analyses = []
     for data in job.parts:
         part = decode(AnalysedPart, data, field="part")
-        rungs = tuple((taken.rung, taken.reason) for taken in part.fallbacks)
-        own = replace(job, levels=(part.level.value,), shard=part.groups, fallbacks=rungs)
+        taken = tuple((each.rung, each.reason) for each in part.fallbacks)
+        own = replace(job, levels=(part.level.value,), shard=part.groups, fallbacks=taken)
         narrow, settings = _input(replace(own, kind="level"))
         analyses.append(_analysis(own, narrow, settings, part.level).frozen())
     return encode(_of_parts(job, analyses))
@@ -191,7 +191,7 @@ def _analysis(job: Job, bundle: CheckpointBundle, settings: Settings, level: Lev
         level,
         key=job.idempotency_key.at(level),
         threads=job.threads,
-        scorer=scope_of(job.rungs).scorer or None,
+        scorer=scope_of(job.fallback_names).scorer or None,
         fallbacks=job.taken_fallbacks,
         shard=job.shard or None,
     )
@@ -202,7 +202,7 @@ def _evidence(job: Job, bundle: CheckpointBundle, settings: Settings) -> Evidenc
     kind = StructuralPruningDecision
     recorded = decode(kind, job.recorded, field="recorded") if job.recorded else None
     # After a fallback there is no time or memory for measuring; gates are stricter without it.
-    measures = not scope_of(job.rungs).scorer
+    measures = not scope_of(job.fallback_names).scorer
     factor = job.loss_factor
     return Evidence(
         breakers=job.breaker_of,
@@ -220,7 +220,7 @@ def _input(job: Job) -> tuple[CheckpointBundle, Settings]:
     The supervisor has verified sizes and digests.
     """
     folder, settings = Path(job.folder), Settings.model_validate_json(job.settings)
-    scope = scope_of(job.rungs)
+    scope = scope_of(job.fallback_names)
     document = decode(CheckpointDocument, (folder / DOCUMENT).read_bytes(), field="checkpoint")
     limit = settings.structured_pruning.safety_schedule.conservative_limit
     names = () if scope.vectors_only else ("gates", "layers", "heads")

@@ -90,9 +90,9 @@ class Job:
         return {level: BreakerStatus(*status) for level, status in pairs}  # type: ignore[arg-type]
 
     @property
-    def rungs(self) -> tuple[str, ...]:
+    def fallback_names(self) -> tuple[str, ...]:
         """The names of the fallbacks that were taken."""
-        return tuple(rung for rung, _ in self.fallbacks)
+        return tuple(name for name, _ in self.fallbacks)
 
     @property
     def taken_fallbacks(self) -> tuple[Fallback, ...]:

@@ -149,11 +149,11 @@ class Reports:
             )
             self.telemetry_buffer.put(VALIDATION, result, work.run_id, work.epoch)
 
-    def fallback(self, work: Work, key: str, rung: str, reason: str) -> None:
+    def fallback(self, work: Work, key: str, name: str, reason: str) -> None:
         """A fallback of the failure table was taken."""
-        _log.warning("fallback", key=key, rung=rung, reason=reason)
-        self.status.fell_back(rung)
-        self.step("fallback", work, key=IdempotencyKey.parse(key), detail=f"{rung}: {reason}")
+        _log.warning("fallback", key=key, fallback=name, reason=reason)
+        self.status.fell_back(name)
+        self.step("fallback", work, key=IdempotencyKey.parse(key), detail=f"{name}: {reason}")
 
     async def transition(self, change: BreakerTransition | None) -> None:
         """A breaker changed its state; None where it did not."""

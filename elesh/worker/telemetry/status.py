@@ -142,10 +142,10 @@ class Status:
             labels = {"level": level.value, "verdict": verdict, "reason": reason}
             metrics.DECISIONS.add(1, labels)
 
-    def fell_back(self, rung: str) -> None:
+    def fell_back(self, name: str) -> None:
         """A fallback of the failure table was taken."""
         self.fallbacks += 1
-        metrics.FALLBACKS.add(1, {"rung": rung})
+        metrics.FALLBACKS.add(1, {"rung": name})
 
     def redelivered(self, cause: str) -> None:
         """An entry went round again."""

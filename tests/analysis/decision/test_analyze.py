@@ -311,7 +311,7 @@ def test_ignored_and_unprunable_groups_are_left_alone_and_listed() -> None:
     decision = analyze(checkpoint, settings())
     assert set(decision.units) == {"g2"}
     near = {
-        name: reason for name, reason in decision.ignored if "no more than the dearest" in reason
+        name: reason for name, reason in decision.ignored if "than the most expensive" in reason
     }
     assert "g0" in near
     assert {name: reason.partition(";")[0] for name, reason in decision.ignored} == {

@@ -9,9 +9,9 @@ from networks import floats, gate
 from elesh.analysis.candidates import Candidates
 from elesh.analysis.importance.output_projections import (
     Projections,
-    damage,
     gains_of,
-    output_energy,
+    output_error,
+    output_mean_square,
     predict,
 )
 from elesh.analysis.selection.removal_order import JointOrder
@@ -50,11 +50,13 @@ def test_a_set_that_only_fits_the_noise_is_predicted_at_its_true_cost() -> None:
     rng = np.random.default_rng(1)
     g = rng.standard_normal((64, 500))
     projections = Projections.of(gates_of(g), candidates(500))
-    seen = damage(projections.columns, choose(50, projections.columns)) * projections.unit**2
+    seen = output_error(projections.columns, choose(50, projections.columns)) * projections.unit**2
     prediction = predict(projections, candidates(500), 50, lambda part: choose(50, part))
     assert seen < 5  # on its own samples the choice looks nearly free
-    assert prediction.damage == pytest.approx(50, rel=0.4)  # 50 independent units of variance 1
-    assert prediction.damage + 2 * prediction.error > prediction.random
+    assert prediction.output_error == pytest.approx(
+        50, rel=0.4
+    )  # 50 independent units of variance 1
+    assert prediction.output_error + 2 * prediction.standard_error > prediction.random
 
 
 def test_the_damage_of_a_random_cut_is_that_of_many_drawn_ones() -> None:
@@ -71,7 +73,7 @@ def test_the_error_shrinks_with_the_samples() -> None:
     for samples in (64, 4096):
         g = np.random.default_rng(3).standard_normal((samples, 20))
         projections = Projections.of(gates_of(g), candidates(20))
-        errors.append(predict(projections, candidates(20), 5, lambda part: range(5)).error)
+        errors.append(predict(projections, candidates(20), 5, lambda part: range(5)).standard_error)
     assert errors[1] < errors[0] / 3
 
 
@@ -84,7 +86,7 @@ def test_the_output_energy_of_a_linear_network_is_that_of_its_outputs() -> None:
     true = np.mean((directions * (hidden @ last)).sum(axis=1) ** 2)
     branch = gate("branch", 4, rng, samples=500)
     small = branch.model_copy(update={"projections": branch.projections / np.float32(1000)})
-    assert output_energy([*gates_of(whole).values(), small]) == pytest.approx(true, rel=1e-4)
+    assert output_mean_square([*gates_of(whole).values(), small]) == pytest.approx(true, rel=1e-4)
 
 
 def masked(name: str, columns: np.ndarray, loss_increases: list[float]) -> GateStatistics:
@@ -143,8 +145,8 @@ def test_predictions_know_nothing_of_gains() -> None:
         for each in (gates, plain)
     ]
     assert Projections.of(plain, candidates(8)).gains.tolist() == [1.0] * 8
-    assert found[0].damage == pytest.approx(found[1].damage, rel=1e-5)
-    assert found[0].error == pytest.approx(found[1].error, rel=1e-5)
+    assert found[0].output_error == pytest.approx(found[1].output_error, rel=1e-5)
+    assert found[0].standard_error == pytest.approx(found[1].standard_error, rel=1e-5)
     assert found[0].random == pytest.approx(found[1].random, rel=1e-5)
 
 

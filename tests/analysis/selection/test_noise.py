@@ -114,7 +114,7 @@ def test_what_is_asked_and_not_allowed_is_told() -> None:
     assert "18.00%" in dict(explain(decision).figures)["not met"]
     reason = dict(decision.ignored)["g0"]
     assert reason.startswith("ignored by the request: g0; ")
-    assert "would cost no more than the dearest that goes" in reason
+    assert "would cost no more than the most expensive that goes" in reason
 
 
 def test_groups_that_cannot_fill_the_quota_say_so() -> None:

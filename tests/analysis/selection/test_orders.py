@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elesh.analysis.candidates import Candidates
-from elesh.analysis.importance.output_projections import damage
+from elesh.analysis.importance.output_projections import output_error
 from elesh.analysis.selection import removal_order as orders
 from elesh.analysis.selection.removal_order import JointOrder, RemovalOrder, StaticOrder, rounded
 
@@ -71,7 +71,7 @@ def test_a_small_net_is_resolved_exactly(
     wanted = exact_greedy(columns, count, groups)
     assert len(removal_order.units) == len(wanted)
     if removal_order.units.tolist() != wanted:  # only where costs are alike to 16 bits
-        ours, theirs = damage(columns, removal_order.units), damage(columns, wanted)
+        ours, theirs = output_error(columns, removal_order.units), output_error(columns, wanted)
         assert ours == pytest.approx(theirs, rel=1e-3)
 
 
@@ -82,16 +82,18 @@ def test_a_large_net_with_sizes_like_a_trained_one_comes_within_two_percent_of_e
     columns = lognormal_columns(3000, 128, seed)
     groups = candidates((500,) * 6)
     ours = JointOrder(groups, columns, shrinkage=1.0).pick(500, everything(3000)).units
-    assert damage(columns, ours) <= 1.02 * damage(columns, exact_greedy(columns, 500, groups))
+    assert output_error(columns, ours) <= 1.02 * output_error(
+        columns, exact_greedy(columns, 500, groups)
+    )
 
 
 def test_a_large_net_of_pure_noise_comes_within_a_hundredth_of_the_additive_damage() -> None:
     columns = np.random.default_rng(0).standard_normal((3000, 128)).astype(np.float32)
     groups = candidates((500,) * 6)
-    ours = damage(
+    ours = output_error(
         columns, JointOrder(groups, columns, shrinkage=1.0).pick(500, everything(3000)).units
     )
-    exact = damage(columns, exact_greedy(columns, 500, groups))
+    exact = output_error(columns, exact_greedy(columns, 500, groups))
     additive = float(np.sort((columns.astype(np.float64) ** 2).mean(axis=1))[:500].sum())
     assert ours - exact <= 0.01 * additive
 
@@ -102,7 +104,7 @@ def test_prices_add_up_to_the_damage() -> None:
         400, everything(2000)
     )
     assert sum(removal_order.marginal_costs) == pytest.approx(
-        damage(columns, removal_order.units), rel=1e-4
+        output_error(columns, removal_order.units), rel=1e-4
     )
 
 
@@ -159,7 +161,7 @@ def test_cross_terms_count_as_much_as_they_are_trusted() -> None:
             20, everything(60)
         )
         alone = float((columns[removal_order.units].astype(np.float64) ** 2).mean(axis=1).sum())
-        joint = damage(columns, removal_order.units)
+        joint = output_error(columns, removal_order.units)
         assert sum(removal_order.marginal_costs) == pytest.approx(
             shrinkage * joint + (1 - shrinkage) * alone, rel=1e-4
         )

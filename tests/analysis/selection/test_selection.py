@@ -78,7 +78,7 @@ def test_a_redundant_unit_dearer_than_the_plain_orders_last_is_spared() -> None:
     selection = select(lambda: JointOrder(candidates, columns), 3, pairs)
     # Plain: 0, 1, 4 at up to 2.5^2; 3 costs 10^2. 4 goes for 0, which stays for it.
     assert selection.units == (1, 2, 4)
-    assert selection.too_dear == {3}
+    assert selection.too_expensive == {3}
     assert selection.kept == {0}
 
 
@@ -87,7 +87,7 @@ def test_a_group_ends_at_its_multiple_and_the_quota_is_spent_elsewhere() -> None
     costs = [0.1, 0.1, 0.1] + [5.0] * 13 + [1.0] * 16
     selection = static(candidates, costs, 5)
     assert candidates.by_group(selection.units) == {"b": (0, 1, 2, 3, 4)}
-    assert selection.given_back == {0, 1, 2}
+    assert selection.kept_for_multiple == {0, 1, 2}
 
 
 def test_a_group_that_is_no_multiple_loses_the_odd_ones_first() -> None:

@@ -96,5 +96,5 @@ def test_scores_and_shares_out_of_range_are_refused_by_name() -> None:
     for sparsity in (-0.1, 1.1, math.nan):
         with pytest.raises(InvalidField, match="sparsity"):
             adaptive_threshold([0.1], sparsity, Stage.MID, level)
-    with pytest.raises(InvalidField, match="room"):
+    with pytest.raises(InvalidField, match="capacity"):
         adaptive_threshold([0.1], 0.1, Stage.MID, level, capacity=-1)

@@ -36,7 +36,7 @@ def test_a_run_s_cuts_are_no_other_run_s(with_bus) -> None:
         await bus.runs.took_back("run", {"print": cut(9)})
         assert await bus.runs.taken_back("other") == []
         await bus.runs.measured_calibration_probe("run", "key", [MEASURED])
-        assert await bus.runs.would_be("other") == []
+        assert await bus.runs.calibration_cuts("other") == []
 
     with_bus(story)
 
@@ -49,7 +49,7 @@ def test_would_be_cuts_are_kept_by_decision_and_once(with_bus) -> None:
         await bus.runs.measured_calibration_probe("run", "b", [second])
         for _ in range(2):
             await bus.runs.measured_calibration_probe("run", "a", [first, first])
-        assert await bus.runs.would_be("run") == [first, first, second]
+        assert await bus.runs.calibration_cuts("run") == [first, first, second]
 
     with_bus(story)
 
