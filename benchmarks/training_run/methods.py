@@ -153,7 +153,8 @@ def slimming(run: Run) -> None:
 
 def narrowest(run: Run, share: float) -> int:
     """The largest width whose network needs no more than this share of the MACs."""
-    width, step = run.task.width, 4
+    heads = [m.heads for m in run.model.modules() if isinstance(m, Attention)]
+    width, step = run.task.width, max(heads, default=1)
     while width > step:
         width -= step
         if macs_of(run.task.build(width), run.example) <= share * run.original:
