@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from elesh.trainer.network.headcounts import query_heads
 from leyline import PruningGroup
 
 from .accumulators import Doubles, cosines, single
@@ -111,11 +110,12 @@ class PatternTally:
             tokens: query tokens of all samples together.
             share: of the samples that are still to be looked at, counted from the first.
         """
-        units, each = self.group.size, query_heads(self.group)
-        if weights is None or not _fits(weights, units * each, tokens):
+        units, heads = self.group.size, 0 if weights is None else _heads(weights, tokens)
+        scattered = self.group.sites[0].indices is not None
+        if weights is None or scattered or not heads or heads % units:
             self.missed = True
             return
-        queries, keys = weights.shape[-2:]
+        each, (queries, keys) = heads // units, weights.shape[-2:]
         patterns = weights.reshape(-1, units, each, queries, keys).float()
         patterns = patterns[: round(len(patterns) * share)]
         if len(patterns):
@@ -154,13 +154,14 @@ class PatternTally:
         }
 
 
-def _fits(weights: Tensor, heads: int, tokens: int) -> bool:
-    """Whether these are the weights of so many heads at so many query tokens."""
-    if weights.ndim < 3 or weights.shape[-1] == 0:
-        return False
+def _heads(weights: Tensor, tokens: int) -> int:
+    """Of how many heads these are the weights at so many query tokens; 0 if they are not."""
+    if weights.ndim < 3 or weights.shape[-1] == 0 or not tokens:
+        return 0
+    heads, rest = divmod(weights.numel() // weights.shape[-1], tokens)
     # Heads stand before the queries, or are folded into the samples with the heads varying faster.
     placed = weights.ndim == 3 or weights.shape[-3] == heads
-    return placed and weights.numel() // weights.shape[-1] == heads * tokens
+    return heads if placed and not rest else 0
 
 
 def _entropy(patterns: Tensor) -> Tensor:

@@ -1,17 +1,22 @@
-"""Where attention heads are: found by what feeds a softmax, whatever the modules are called.
+"""Where attention heads are: found by what depends on what, whatever the modules are called.
 
-Promises: the model is not touched. An attention is a layer whose input was made by one to three
-other layers, of which the values come past a softmax (or a fused attention kernel) and queries
-and keys come through it; head counts are read off the shapes of the products. That its heads can
-be removed is not said here: the proof masks and cuts them like every other group.
+Promises: the model is not touched. An attention is a layer (the output projection) whose input was
+made by other layers past a softmax or a fused attention kernel. Which of their channels, and which
+entries of parameters on the way (tables of relative positions, scales), belong to which head is
+read off derivatives: the input channels of one head depend on them, those of another do not. So
+every layout of queries, keys and values is understood. That heads can be removed is not said here:
+the proof masks and cuts them like every other group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
 
 from elesh.trainer.network.calls import Call
 from elesh.trainer.network.headcounts import common_holder
@@ -19,24 +24,35 @@ from elesh.trainer.network.layers import channel_axes
 from elesh.trainer.network.multihead import NATIVE, native_projections
 from leyline import GateSite, Level, PruningGroup, Span, TensorSlice
 
+from .dependencies import Source, Sources
+from .indexing import shape_of
+
+Bools = npt.NDArray[np.bool_]
+MOST_BLOCKS = 256
+"""No attention has more heads than this."""
+
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention layer: its projections and how their channels split into units.
+    """Attention heads that can only go together: of one layer, or of all layers that share a table
+    of positions.
 
-    A unit is a head, or, where several query heads share keys and values, all heads of one
-    key/value head (grouped-query attention: none of them can go without the others).
+    A unit is a head; where several query heads share keys and values, all heads of one key/value
+    head (grouped queries: none of them can go without the others). Where all heads share one
+    key/value head (multi-query), that one stays and a unit is a query head.
     """
 
     name: str
     """Path of the module that holds all of it."""
     layers: tuple[str, ...]
-    """The layers that make queries, keys and values."""
+    """The layers that make what goes with the heads: queries, keys and values."""
     spans: tuple[tuple[str, int, Span], ...]
     """Tensor path, dimension and the units' indices, for every tensor that shrinks."""
-    site: GateSite
-    """The input of the output projection."""
+    sites: tuple[GateSite, ...]
+    """The inputs of the output projections."""
     units: int
+    reason: str = ""
+    """Why its heads cannot go, if that is known already."""
 
     def group(self, name: str, reason: str) -> PruningGroup:
         """The group of its heads."""
@@ -49,29 +65,29 @@ class Attention:
             slices=tuple(
                 TensorSlice(tensor=path, dim=dim, **dict(span)) for path, dim, span in self.spans
             ),
-            sites=(self.site,),
+            sites=self.sites,
             prunable=not reason,
             reason=reason,
         )
 
 
-def find_attentions(calls: Sequence[Call]) -> tuple[Attention, ...]:
-    """The attentions of a traced forward pass, in order of execution."""
-    producers = {
-        call.output: call
-        for call in calls
-        if call.output is not None and channel_axes(call.module).produces
-    }
+def find_attentions(calls: Sequence[Call], model: nn.Module) -> tuple[Attention, ...]:
+    """The attentions of a traced forward pass, in order of execution.
+
+    Args:
+        calls: of a pass whose autograd graph is alive.
+    """
+    sources = Sources(calls, model)
     found: dict[str, Attention] = {}
     for call in calls:
         attention = None
         if type(call.module) is NATIVE:
             attention = _native(call)
-        elif channel_axes(call.module).site_dim == -1 and call.inputs:
-            attention = _traced(call, producers)
+        elif channel_axes(call.module).site_dim is not None and call.inputs:
+            attention = _traced(call, sources)
         if attention is not None:
-            found.setdefault(attention.site.module, attention)
-    return tuple(found.values())
+            found.setdefault(attention.sites[0].module, attention)
+    return tuple(_joined(list(found.values())))
 
 
 def _native(call: Call) -> Attention | None:
@@ -82,153 +98,133 @@ def _native(call: Call) -> Attention | None:
     heads, width = module.num_heads, module.head_dim
     if not projections:
         return None
-    spans = [
-        (f"{call.name}.{path}", 0, _blocks([(start, width) for start in starts], heads))
-        for path, starts in projections.items()
-    ]
+    spans = []
+    for path, starts in projections.items():
+        rows = np.arange(heads * width).reshape(heads, 1, width) + np.array(starts)[:, None]
+        spans.append((f"{call.name}.{path}", 0, span_of(rows.reshape(heads, -1))))
     site = GateSite(module=f"{call.name}.out_proj", dim=-1, width=width)
     spans.append((f"{call.name}.out_proj.weight", 1, Span(width=width)))
     layers = tuple(path for path, _, _ in spans if path.endswith("weight"))[:-1]
-    return Attention(call.name, layers, tuple(spans), site, heads)
+    return Attention(call.name, layers, tuple(spans), (site,), heads)
 
 
-def _traced(call: Call, producers: dict[Any, Call]) -> Attention | None:
+def _traced(call: Call, sources: Sources) -> Attention | None:
     """Of separate modules, if ``call`` is the output projection of an attention."""
-    walk = _Walk(producers)
-    walk.back(call.inputs[0][0])
-    if len(walk.products) != 1 or len(walk.plain) != 1 or not 1 <= len(walk.scored) <= 2:
+    link = call.inputs[0]
+    met = sources.behind(link)
+    dim = channel_axes(call.module).site_dim
+    assert dim is not None
+    attribute, axis = channel_axes(call.module).inputs[0]
+    inner = int(getattr(call.module, attribute).shape[axis])
+    if not met.products or shape_of(*link)[dim] != inner:
         return None
-    values = walk.plain[0]
-    places = {id(one): place for place, one in enumerate(producers.values())}
-    others = [x for x in walk.scored if x is not values]
-    others.sort(key=lambda one: (-_out_channels(one), places[id(one)]))
-    shape = _shape(walk.products[0], call, values, others)
-    return None if shape is None else _assembled(call, values, others, shape)
-
-
-class _Walk:
-    """Backwards through autograd, up to the layers that made what went into a layer.
-
-    Layers that are met past the softmax (values) and through it (queries and keys) are told
-    apart; one that is met both ways makes several of them.
-    """
-
-    def __init__(self, producers: dict[Any, Call]) -> None:
-        self._producers = producers
-        self.scored: list[Call] = []
-        self.plain: list[Call] = []
-        self.products: list[Any] = []
-        """Softmax or fused attention functions that were met."""
-
-    def back(self, start: Any) -> None:
-        """Collect what ``start`` was made from."""
-        seen: set[tuple[Any, bool]] = set()
-        stack = [(start, False)]
-        while stack:
-            function, scored = stack.pop()
-            if function is None or (function, scored) in seen:
-                continue
-            seen.add((function, scored))
-            if function in self._producers:
-                met = self.scored if scored else self.plain
-                if self._producers[function] not in met:
-                    met.append(self._producers[function])
-                continue
-            stack += self._before(function, scored)
-
-    def _before(self, function: Any, scored: bool) -> Iterator[tuple[Any, bool]]:
-        sources = [source for source, _ in function.next_functions]
-        name = function.name()
-        fused = name.startswith("ScaledDotProduct")
-        if (fused or name.startswith("Softmax")) and function not in self.products:
-            self.products.append(function)
-        for place, source in enumerate(sources):
-            values = fused and place == 2
-            through = fused or name.startswith("Softmax")
-            yield source, scored or (through and not values)
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """Heads, key/value heads, and channels of a query (or key) head and of a value head."""
-
-    heads: int
-    shared: int
-    width: int
-    value_width: int
-
-
-def _shape(product: Any, output: Call, values: Call, others: Sequence[Call]) -> _Shape | None:
-    """The head counts; None where the sizes do not fit together."""
-    inner = _in_channels(output)
-    queries = _out_channels(others[0]) if others else inner
-    heads = _heads(product, output, queries)
-    if not heads or inner % heads or queries % heads:
+    blocks = _blocks(met.products, inner, call.positions)
+    if blocks < 2:
         return None
-    width, value_width = queries // heads, inner // heads
-    total = _out_channels(values) + sum(map(_out_channels, others))
-    shared, rest = divmod(total - queries, width + value_width)
-    if rest or shared < 1 or heads % shared:
+    touched = sources.touched(link, dim, blocks, met.sources)
+    units = _units(blocks, touched)
+    if len(units) < 2:
         return None
-    return _Shape(heads, shared, width, value_width)
+    return _assembled(call, inner // blocks, units, touched)
 
 
-def _heads(product: Any, output: Call, queries: int) -> int:
-    """How many heads there are: each query token has a row of the softmax for every head."""
-    if product.name().startswith("ScaledDotProduct"):
-        return queries // int(product._saved_query.shape[-1])
-    rows = int(product._saved_result.shape[:-1].numel())
-    return rows // output.positions if output.positions else 0
+def _blocks(products: Sequence[Any], inner: int, positions: int) -> int:
+    """Into how many blocks the channels are divided to see what they depend on: as many as there
+    are heads, or more (blocks of one head are told by sharing its queries)."""
+    most = 1
+    for product in products:
+        if product.name().startswith("ScaledDotProduct"):
+            width = int(product._saved_value.shape[-1])
+            guesses = [inner // width if width else 1]
+        else:
+            result = product._saved_result
+            guesses = [int(result.shape[:-1].numel()) // positions if positions else 1]
+            guesses += [int(result.shape[-3])] if result.ndim >= 4 else []
+        fitting = [n for n in guesses if n and inner % n == 0 and n <= MOST_BLOCKS]
+        most = max([most, *fitting])
+    return most
 
 
-def _out_channels(call: Call) -> int:
-    attribute, dim = channel_axes(call.module).outputs[0]
-    return int(getattr(call.module, attribute).shape[dim])
-
-
-def _in_channels(call: Call) -> int:
-    attribute, dim = channel_axes(call.module).inputs[0]
-    return int(getattr(call.module, attribute).shape[dim])
+def _units(blocks: int, touched: Sequence[tuple[Source, Bools]]) -> list[list[int]]:
+    """Blocks that depend on the same things, together; what all depend on joins none."""
+    label = np.arange(blocks)
+    for _, matrix in touched:
+        own = matrix[:, matrix.any(0) & ~matrix.all(0)]
+        for column in np.unique(own, axis=1).T if own.size else ():
+            joined = np.unique(label[column])
+            label[np.isin(label, joined)] = joined[0]
+    return [np.flatnonzero(label == one).tolist() for one in np.unique(label)]
 
 
 def _assembled(
-    output: Call, values: Call, others: Sequence[Call], shape: _Shape
+    call: Call,
+    width: int,
+    units: Sequence[Sequence[int]],
+    touched: Sequence[tuple[Source, Bools]],
 ) -> Attention | None:
-    """The attention; layers that make several of queries, keys and values have them in that
-    order, each with its heads one after the other (the proof refutes any other layout)."""
-    share = shape.heads // shape.shared
-    query, key, value = share * shape.width, shape.width, share * shape.value_width
-    made: list[list[int]] = {
-        0: [[query, key, shape.value_width]],
-        1: [[query], [key, shape.value_width]],
-        2: [[query], [key], [shape.value_width]],
-    }[len(others)]
-    blocks = list(zip((*others, values), made, strict=True))
-    spans: list[tuple[str, int, Span]] = []
-    for layer, widths in blocks:
-        if shape.shared * sum(widths) != _out_channels(layer):
+    """The attention whose units are these blocks, each of ``width`` input channels."""
+    spans: dict[tuple[str, int], Span] = {}
+    layers: list[str] = []
+    for source, matrix in touched:
+        matrix = matrix & ~matrix.all(0)
+        rows = [np.flatnonzero(matrix[list(unit)].any(0)) for unit in units]
+        if not any(map(len, rows)):
+            continue
+        if len(set(map(len, rows))) > 1:
             return None
-        starts = [shape.shared * sum(widths[:i]) for i in range(len(widths))]
-        span = _blocks(list(zip(starts, widths, strict=True)), shape.shared)
-        for attribute, dim in channel_axes(layer.module).outputs:
-            if getattr(layer.module, attribute) is not None:
-                spans.append((f"{layer.name}.{attribute}", dim, span))
-    for attribute, dim in channel_axes(output.module).inputs:
-        spans.append((f"{output.name}.{attribute}", dim, Span(width=value)))
-    names = tuple(layer.name for layer, _ in blocks)
-    site = GateSite(module=output.name, dim=-1, width=value)
-    holder = common_holder((*names, output.name)) or output.name
-    return Attention(holder, names, tuple(spans), site, shape.shared)
+        span = span_of(np.stack(rows))
+        spans |= dict.fromkeys(source.tensors, span)
+        layers += [source.layer] if source.layer else []
+    if not layers:
+        return None
+    places = np.array(units)[:, :, None] * width + np.arange(width)
+    span = span_of(places.reshape(len(units), -1))
+    axes = channel_axes(call.module)
+    for attribute, dim in axes.inputs:
+        spans[f"{call.name}.{attribute}", dim] = span
+    site = GateSite(module=call.name, dim=axes.site_dim or 0, **dict(span))
+    names = tuple(dict.fromkeys(layers))
+    near = [name for name in names if common_holder([name, call.name])]
+    holder = common_holder((*(near or names), call.name)) or call.name
+    listed = tuple((path, dim, span) for (path, dim), span in spans.items())
+    return Attention(holder, names, listed, (site,), len(units))
 
 
-def _blocks(blocks: Sequence[tuple[int, int]], units: int) -> Span:
-    """The span of units that own ``width`` indices in each of several blocks (start, width)."""
-    if len(blocks) == 1:
-        start, width = blocks[0]
-        return Span(start=start, width=width)
-    listed = (
-        range(start + unit * width, start + (unit + 1) * width)
-        for unit in range(units)
-        for start, width in blocks
+def _joined(found: list[Attention]) -> Iterator[Attention]:
+    """Attentions that share a tensor along the axis of heads, as one: of as many units."""
+    while found:
+        first, *found = found
+        while other := next((o for o in found if _shared(first, o)), None):
+            found.remove(other)
+            first = _union(first, other, _shared(first, other))
+        yield first
+
+
+def _shared(one: Attention, two: Attention) -> list[tuple[Span, Span]]:
+    mine = {(path, dim): span for path, dim, span in one.spans}
+    return [(mine[path, dim], span) for path, dim, span in two.spans if (path, dim) in mine]
+
+
+def _union(one: Attention, two: Attention, shared: Sequence[tuple[Span, Span]]) -> Attention:
+    """Both; the units must lie alike on what they share."""
+    if one.units != two.units or any(a != b for a, b in shared):
+        reason = f"{one.name} and {two.name} share what their heads depend on, but not alike"
+        return replace(one, reason=one.reason or reason)
+    spans = {(path, dim): span for path, dim, span in (*one.spans, *two.spans)}
+    return replace(
+        one,
+        name=common_holder([f"{one.name}.", f"{two.name}."]) or one.name,
+        layers=tuple(dict.fromkeys((*one.layers, *two.layers))),
+        spans=tuple((path, dim, span) for (path, dim), span in spans.items()),
+        sites=(*one.sites, *two.sites),
+        reason=one.reason or two.reason,
     )
-    return Span(width=sum(width for _, width in blocks), indices=tuple(chain.from_iterable(listed)))
+
+
+def span_of(units: npt.NDArray[np.int64]) -> Span:
+    """The span of indices [units, width]; compact where regular."""
+    listed, width = units.reshape(-1), units.shape[1]
+    start = int(listed[0])
+    if bool((listed == np.arange(start, start + len(listed))).all()):
+        return Span(start=start, width=width)
+    return Span(width=width, indices=tuple(listed.tolist()))

@@ -76,7 +76,7 @@ def trace(model: nn.Module, inputs: Inputs) -> Wiring:
     """Trace a model that may be changed (a copy): parameters must require gradients."""
     with Calls(model) as calls:
         call(model, inputs)
-    layers, attentions = calls.layers(batch_size(inputs)), find_attentions(calls.made)
+    layers, attentions = calls.layers(batch_size(inputs)), find_attentions(calls.made, model)
     called = frozenset(one.name for one in calls.made)
     del calls  # and with it the autograd graph of the first pass
     try:

@@ -24,13 +24,12 @@ from leyline import (
     NormSite,
     PrunedArchitecture,
     PruningGroup,
-    Span,
     TensorSlice,
 )
 
-from .attention import Attention
+from .attention import Attention, span_of
 from .block_proof import with_blocks
-from .dependency_graph import Family, Ints, Port, Wiring, trace
+from .dependency_graph import Family, Port, Wiring, trace
 from .hazards import require_initialised, without_hazards
 from .mask_effect import with_acting_masks
 from .random_copy import random_copy
@@ -130,29 +129,47 @@ def _with_heads(
 ) -> tuple[PruningGroup, ...]:
     """The channel groups with those inside attentions replaced by groups of heads.
 
-    Queries, keys and values as channels are refused anyway, being reshaped. An attention of a
-    single head (or a single key/value head for all queries), or whose projections are coupled to
-    anything else, is left to the channel groups and their reasons.
+    Queries, keys and values as channels are refused anyway, being reshaped. What else such a
+    group of channels has is left to it. An attention whose projections are coupled as channels
+    that may go is left to the channel groups.
     """
     kept, heads = list(groups), list[PruningGroup]()
     tied = _tied_tensors(model, {layer.name for layer in wiring.layers})
     for attention in wiring.attentions:
         axes = {(path, dim) for path, dim, _ in attention.spans}
         inside = [g for g in kept if any((part.tensor, part.dim) in axes for part in g.slices)]
-        coupled = any((part.tensor, part.dim) not in axes for g in inside for part in g.slices)
-        if attention.units == 1 or coupled:
+        if any(g.prunable and not _within(g, axes) for g in inside):
             continue
-        kept = [group for group in kept if group not in inside]
+        rest = {g.name: _rest(g, attention, axes) for g in inside}
+        kept = [one for g in kept if (one := rest.get(g.name, g)) is not None]
         names = {group.name for group in (*kept, *heads)}
-        name = attention.name if attention.name not in names else attention.site.module
+        name = attention.name if attention.name not in names else attention.sites[0].module
         heads.append(attention.group(name, _head_refusal(attention, model, ignored, tied)))
     return (*kept, *heads)
+
+
+def _within(group: PruningGroup, axes: Collection[tuple[str, int]]) -> bool:
+    return all((part.tensor, part.dim) in axes for part in group.slices)
+
+
+def _rest(
+    group: PruningGroup, attention: Attention, axes: Collection[tuple[str, int]]
+) -> PruningGroup | None:
+    """What is left of a group of channels; None if no layer makes it any more."""
+    left = tuple(layer for layer in group.layers if layer not in attention.layers)
+    slices = tuple(part for part in group.slices if (part.tensor, part.dim) not in axes)
+    outputs = {site.module for site in attention.sites}
+    sites = tuple(site for site in group.sites if site.module not in outputs)
+    update = {"layers": left, "slices": slices, "sites": sites}
+    return group.model_copy(update=update) if left else None
 
 
 def _head_refusal(
     attention: Attention, model: nn.Module, ignored: Collection[str], tied: Collection[int]
 ) -> str:
     """Why these heads are left alone, as far as can be told before the proof; else empty."""
+    if attention.reason:
+        return attention.reason
     for layer in attention.layers:
         if any(layer == name or layer.startswith(f"{name}.") for name in ignored):
             return "ignored"
@@ -250,7 +267,7 @@ def _group(name: str, family: Family, reason: str, model: nn.Module) -> PruningG
     norms: list[NormSite] = []
     size = len(next(iter(family.values())))
     for port, indices in family.items():
-        span, last = _span(indices), int(indices.max())
+        span, last = span_of(indices), int(indices.max())
         for path, dim in _tensor_axes(port, tensors):
             if tensors[path].shape[dim] > last:
                 slices.setdefault((path, dim), TensorSlice(tensor=path, dim=dim, **dict(span)))
@@ -290,12 +307,3 @@ def _tensor_axes(port: Port, tensors: Mapping[str, Tensor]) -> list[tuple[str, i
     held = port.module._parameters | port.module._buffers
     found = [(named.get(id(held.get(attribute))), dim) for attribute, dim in pairs]
     return [(path, dim) for path, dim in found if path is not None]
-
-
-def _span(units: Ints) -> Span:
-    """The span of indices [units, width]; compact where regular."""
-    listed, width = units.reshape(-1), units.shape[1]
-    start = int(listed[0])
-    if bool((listed == np.arange(start, start + len(listed))).all()):
-        return Span(start=start, width=width)
-    return Span(width=width, indices=tuple(listed.tolist()))

@@ -70,10 +70,9 @@ def find_blocks(
 
 
 def _candidates(trace: Trace, model: nn.Module) -> Iterator[_Candidate]:
-    whole, names = trace.parameters(), {id(p): path for path, p in model.named_parameters()}
+    names = {id(p): path for path, p in model.named_parameters()}
     for branch in trace.branches():
-        dead = whole - trace.parameters(without=branch.contribution[0])
-        paths = {names[number] for number in dead if number in names}
+        paths = {names[n] for n in trace.dead(branch.contribution) if n in names}
         if paths:
             yield _candidate(trace, model, branch, paths)
 
@@ -81,7 +80,8 @@ def _candidates(trace: Trace, model: nn.Module) -> Iterator[_Candidate]:
 def _candidate(trace: Trace, model: nn.Module, branch: Branch, dead: set[str]) -> _Candidate:
     """What goes with a branch whose parameters ``dead`` nobody else uses."""
     ends = sorted(trace.made[branch.contribution], key=lambda one: -(one.left - one.entered))
-    end = next((one for one in ends if _only(model, one.path, dead)), ends[-1])
+    own = [one for one in ends if trace.times[one.path] == 1] or ends
+    end = next((one for one in own if _only(model, one.path, dead)), own[-1])
     block = _identity_block(trace, model, branch, dead)
     entry = _entry(trace, branch, end)
     reason = _refusal(trace, branch, end, entry)

@@ -8,7 +8,7 @@ stream. Promises: the model is not changed; everything that only the branch lead
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from elesh.trainer.network.calling import Inputs, call, tensors_in
 from elesh.trainer.surgery.bypass import first_of
 
+_MOVES = ("Transpose", "View", "Permute", "UnsafeView", "Clone", "ToCopy", "Reshape", "Squeeze")
 Link = tuple[Any, int]
 """A tensor as autograd knows it: the function that made it and the number of its output."""
 
@@ -111,30 +112,54 @@ class Trace:
                 found.setdefault(one.output, []).append(one)
         return found
 
-    def branches(self) -> Iterator[Branch]:
+    def branches(self) -> list[Branch]:
         """Additions of a module's output to something, in order of execution where it counts."""
-        found = []
+        found: dict[Link, Branch] = {}
         for node in self.reached():
             operands = [(function, number) for function, number in node.next_functions if function]
             if node.name().startswith("AddBackward") and len(operands) == 2:
-                found += list(self._of(node, operands[0], operands[1]))
-        found.sort(key=lambda branch: self.made[branch.contribution][0].left)
-        yield from found
+                for branch in self._of(node, operands[0], operands[1]):
+                    known = found.get(branch.contribution)
+                    # The same of two branches side by side, as which it could not go.
+                    if known is None or not known.reads_stream:
+                        found[branch.contribution] = branch
+        return sorted(found.values(), key=lambda one: self.made[one.contribution][0].left)
 
     def _of(self, node: Any, one: Link, two: Link) -> Iterator[Branch]:
         orders = ((one, two), (two, one))
         for contribution, stream in orders:
-            if stream[0] in self._before(contribution[0]):
-                if contribution in self.made:
-                    yield Branch(node, contribution, stream, reads_stream=True)
+            if self._reads(contribution, {stream[0]}):
+                for end in self._ends(contribution, stream):
+                    yield Branch(node, end, stream, reads_stream=True)
                 return
         for contribution, stream in orders:  # Branches side by side: (x + a(x)) + b(x).
-            if contribution in self.made and self._summands(stream) & self._before(contribution[0]):
+            if contribution in self.made and self._reads(contribution, self._summands(stream)):
                 yield Branch(node, contribution, stream, reads_stream=True)
                 return
         if one in self.made and two in self.made:
-            first, second = sorted(orders[0], key=lambda link: len(self._before(link[0])))
+            first, second = sorted(orders[0], key=lambda link: self.made[link][0].left)
             yield Branch(node, second, first, reads_stream=False)
+
+    def _ends(self, contribution: Link, stream: Link) -> Iterator[Link]:
+        """The outputs of modules that a contribution is: it, or what it is the sum of (branches in
+        parallel), scaled by parameters or with its axes moved."""
+        queue = [contribution]
+        while queue:
+            link = queue.pop(0)
+            function = link[0]
+            if any(self.times[one.path] == 1 for one in self.made.get(link, ())):
+                yield link
+                continue
+            operands = [(f, n) for f, n in function.next_functions if f is not None]
+            inner = [one for one in operands if not hasattr(one[0], "variable")]
+            summed = function.name().startswith("AddBackward")
+            if len(inner) == 1 and (function.name().startswith(_MOVES) or len(operands) == 2):
+                if function.name().startswith((*_MOVES, "MulBackward")):
+                    queue += inner
+            elif summed and len(inner) == 2 and all(self._reads(x, {stream[0]}) for x in inner):
+                queue += inner
+            elif link in self.made:
+                yield link
 
     @staticmethod
     def _summands(stream: Link) -> set[Any]:
@@ -148,29 +173,60 @@ class Trace:
                 queue += below
         return found
 
-    def _before(self, function: Any) -> set[Any]:
-        return set(_walk([f for f, _ in function.next_functions if f is not None], None))
+    def _reads(self, start: Link, goals: set[Any]) -> bool:
+        """Whether what ``start`` made depends on what one of ``goals`` made. Functions are numbered
+        as they are called: what came before all goals is not looked at."""
+        if not goals:
+            return False
+        first = min(goal._sequence_nr() for goal in goals)
+        seen, stack = set[Any](), [start[0]]
+        while stack:
+            for function, _ in stack.pop().next_functions:
+                if function in goals:
+                    return True
+                if function is not None and function not in seen:
+                    seen.add(function)
+                    if not hasattr(function, "variable") and function._sequence_nr() > first:
+                        stack.append(function)
+        return False
 
-    def reached(self, without: Any = None) -> list[Any]:
-        """All functions behind the outputs, not going through ``without``."""
-        return list(_walk(self.roots, without))
+    def dead(self, contribution: Link) -> set[int]:
+        """The ``id`` of every parameter that the outputs depend on through this alone."""
+        uses, queue, found = Counter[Any](), [contribution[0]], set[int]()
+        while queue:
+            function = queue.pop()
+            if hasattr(function, "variable"):
+                found.add(id(function.variable))
+            for before, _ in function.next_functions:
+                if before is not None:
+                    uses[before] += 1
+                    if uses[before] == self._uses[before]:
+                        queue.append(before)
+        return found
 
-    def parameters(self, without: Any = None) -> set[int]:
-        """The ``id`` of every parameter that the outputs depend on, not through ``without``."""
-        return {id(f.variable) for f in self.reached(without) if hasattr(f, "variable")}
+    @cached_property
+    def _uses(self) -> Counter[Any]:
+        """How often the result of every function is used."""
+        found = Counter(root for root in self.roots)
+        for function in self.reached():
+            found.update(before for before, _ in function.next_functions if before is not None)
+        return found
+
+    def reached(self) -> list[Any]:
+        """All functions behind the outputs."""
+        seen: set[Any] = set()
+        queue = list(self.roots)
+        while queue:
+            node = queue.pop()
+            if node not in seen:
+                seen.add(node)
+                queue += [f for f, _ in node.next_functions if f is not None]
+        return list(seen)
+
+    def parameters(self) -> set[int]:
+        """The ``id`` of every parameter that the outputs depend on."""
+        return {id(f.variable) for f in self.reached() if hasattr(f, "variable")}
 
 
 def _link(tensor: Tensor) -> Link | None:
     return None if tensor.grad_fn is None else (tensor.grad_fn, tensor.output_nr)
-
-
-def _walk(starts: Iterable[Any], without: Any) -> Iterator[Any]:
-    seen: set[Any] = set()
-    queue = [node for node in starts if node is not without]
-    while queue:
-        node = queue.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        yield node
-        queue += [f for f, _ in node.next_functions if f is not None and f is not without]

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from elesh.trainer.network.calling import Inputs, call, device_of, tensors_in
-from elesh.trainer.network.headcounts import HEAD_SIZES, refit_heads
+from elesh.trainer.network.headcounts import HEAD_SIZES, constants, refit_heads
 from elesh.trainer.network.layers import SIZES, named_tensors, refit
 from elesh.trainer.network.state import seed_generators
 from elesh.trainer.surgery.masks import Masks
@@ -127,6 +127,8 @@ class TrialCuts:
             point_to(self.tensors[path], narrowed(self.whole[path], lost.get(path, {})))
         for module, sizes in self._sizes.items():
             vars(module).update(sizes)
+        for module, buffers in self._constants.items():
+            module._buffers.update(buffers)
         for module in self._touched({*paths, *lost}):
             refit(module)
         for name, gone in units.items():
@@ -150,6 +152,10 @@ class TrialCuts:
             for module in self._copied.modules()
             if isinstance(module, nn.MultiheadAttention)
         ]
+
+    @cached_property
+    def _constants(self) -> dict[nn.Module, dict[str, Tensor]]:
+        return {module: found for module in self._copied.modules() if (found := constants(module))}
 
     @cached_property
     def _sizes(self) -> dict[nn.Module, dict[str, Any]]:

@@ -11,48 +11,66 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from leyline import PruningGroup
 
-__all__ = ["HEAD_SIZES", "common_holder", "query_heads", "refit_heads"]
+__all__ = ["HEAD_SIZES", "common_holder", "constants", "refit_heads"]
 
 _HEADS = ("heads", "num_heads", "n_heads", "n_head", "nhead", "nheads", "num_attention_heads")
 _SHARED = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
 """Key/value heads, where several query heads share one."""
+_SHARES = ("num_key_value_groups", "n_rep", "num_queries_per_kv")
+"""How many query heads share one."""
 _WIDTHS = ("all_head_size", "inner_dim", "split_size", "attn_dim")
 """Channels of all heads together: BERT, Diffusers and many others, GPT-2, timm."""
 
-HEAD_SIZES = (*_HEADS, *_SHARED, *_WIDTHS)
+HEAD_SIZES = (*_HEADS, *_SHARED, *_SHARES, *_WIDTHS)
 """The attributes that :func:`refit_heads` sets."""
 
 
 def refit_heads(model: nn.Module, before: PruningGroup, after: PruningGroup) -> None:
-    """Set the head counts of the modules around an attention that has lost units."""
-    (site,) = before.sites
-    share = query_heads(before)
-    changes = [
-        (_SHARED, before.size, after.size),
-        (_HEADS, before.size * share, after.size * share),
-        (_WIDTHS, before.size * site.width, after.size * site.width),
-    ]
-    for module in _holders(model, [*before.layers, site.module]):
-        for names, old, new in changes:
-            for name in names:
-                if vars(module).get(name) == old:
-                    setattr(module, name, new)
+    """Set the head counts of the modules around attentions that have lost units."""
+    for site in before.sites:
+        layers = [layer for layer in before.layers if _nearest(layer, before) == site.module]
+        old, new, width = before.size, after.size, site.width
+        shares = _made(before, layers) <= width  # One key/value head for all stays as it is.
+        changes = [(_SHARES, old, new)] if shares else [(_SHARED, old, new)]
+        changes.append((_WIDTHS, old * width, new * width))
+        for module in _holders(model, [*layers, site.module]):
+            held = vars(module)
+            for names, was, becomes in changes:
+                held |= {name: becomes for name in names if held.get(name) == was}
+            for name, buffer in constants(module).items():
+                if len(buffer) == old * width:
+                    module._buffers[name] = buffer[: new * width].clone()
+            for name in _HEADS:  # Each unit has so many query heads.
+                if type(count := held.get(name)) is int and count % old == 0:
+                    held[name] = count // old * new
 
 
-def query_heads(group: PruningGroup) -> int:
-    """How many query heads a unit has: one, or those that share one key/value head.
+def constants(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers of one number for every channel, the same for all, that no ``state_dict`` holds (the
+    bias that BEiT's keys do not have)."""
+    return {
+        name: module._buffers[name]
+        for name in module._non_persistent_buffers_set
+        if (held := module._buffers.get(name)) is not None
+        and held.ndim == 1
+        and bool((held == held[:1]).all())
+    }
 
-    Queries and the output projection have a head's width for each of them, keys and values once.
-    """
+
+def _nearest(layer: str, group: PruningGroup) -> str:
+    """The output projection that a layer belongs to, where several attentions make up a group."""
+    near = max(group.sites, key=lambda site: len(common_holder([layer, site.module])))
+    return near.module
+
+
+def _made(group: PruningGroup, layers: Sequence[str]) -> int:
+    """How many channels these layers make for a unit."""
     widths = {part.tensor: part.width for part in group.slices}
-    made = [widths.get(f"{layer}.weight", widths.get(layer, 0)) for layer in group.layers]
-    (site,) = group.sites
-    queries = made[0] if len(made) > 1 else site.width
-    return (queries + site.width) // (sum(made) - queries)
+    return sum(widths.get(f"{layer}.weight", widths.get(layer, 0)) for layer in layers)
 
 
 def common_holder(layers: Sequence[str]) -> str:

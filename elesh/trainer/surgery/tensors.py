@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from elesh.trainer.network.headcounts import HEAD_SIZES
+from elesh.trainer.network.headcounts import HEAD_SIZES, constants
 from elesh.trainer.network.layers import SIZES, refit_taught
 from elesh.trainer.network.multihead import commit
 from leyline import PrunedArchitecture
@@ -67,6 +67,7 @@ class Skeleton:
     modules: tuple[tuple[nn.Module, dict[str, nn.Module | None]], ...]
     """The children of every module: removed layers are replaced there."""
     sizes: tuple[tuple[nn.Module, dict[str, Any]], ...]
+    constants: tuple[tuple[nn.Module, dict[str, Tensor]], ...]
     trained: tuple[list[Tensor], ...]
     """The parameters of each of the optimizers' groups."""
 
@@ -86,6 +87,7 @@ class Skeleton:
                 (module, {name: vars(module)[name] for name in _SIZES if name in vars(module)})
                 for module in modules
             ),
+            tuple((module, found) for module in modules if (found := constants(module))),
             tuple(list(group["params"]) for group in optimizers.groups()),
         )
 
@@ -108,6 +110,8 @@ class Skeleton:
             vars(module).update(sizes)
             commit(module)
             refit_taught(module)
+        for module, buffers in self.constants:
+            module._buffers |= {n: old.to(module._buffers[n].device) for n, old in buffers.items()}
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,78 @@ class Cross(nn.Module):
         return self.to_out((weights @ v).transpose(1, 2).flatten(2))
 
 
+class ByHead(Fused):
+    """Queries, keys and values lie head by head (as in GPT-NeoX); each is normalised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_norm, self.k_norm = nn.LayerNorm(4), nn.LayerNorm(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (*x.shape[:2], self.num_heads, 3, self.head_dim)
+        q, k, v = self.qkv(x).reshape(shape).permute(3, 0, 2, 1, 4).unbind(0)
+        weights = (self.q_norm(q) @ self.k_norm(k).mT / 2).softmax(-1)
+        return self.proj((weights @ v).transpose(1, 2).flatten(2))
+
+
+class Positions(Fused):
+    """A table of positions by head, a scale for each, weights that a function uses and keys
+    without a bias (as in BEiT and Swin v2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
+        self.q_bias, self.v_bias = (nn.Parameter(torch.randn(WIDTH)) for _ in range(2))
+        self.register_buffer("k_bias", torch.zeros(WIDTH), persistent=False)
+        self.scale = nn.Parameter(torch.ones(4, 1, 1))
+        self.table = nn.Parameter(torch.randn(31, 4))
+        self.register_buffer("places", torch.arange(16)[:, None] - torch.arange(16) + 15)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (*x.shape[:2], 3, self.num_heads, self.head_dim)
+        bias = torch.cat([self.q_bias, self.k_bias, self.v_bias])
+        made = functional.linear(x, self.qkv.weight, bias)
+        q, k, v = made.reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
+        told = self.table[self.places].permute(2, 0, 1)
+        weights = ((q * self.scale) @ k.mT + told).softmax(-1)
+        return self.proj((weights @ v).transpose(1, 2).flatten(2))
+
+
+class MultiQuery(Own):
+    """One key and one value head for all queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k, self.v = nn.Linear(WIDTH, 3), nn.Linear(WIDTH, 3)
+        self.num_key_value_groups = 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, size = self.split(self.q(x)), self.num_key_value_groups
+        k, v = (f(x).unsqueeze(1).repeat_interleave(size, 1) for f in (self.k, self.v))
+        weights = torch.softmax(q @ k.mT, -1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+
+class SharedPositions(nn.Module):
+    """Two layers that add the same table of positions (as in T5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.table = nn.Linear(5, WIDTH), nn.Embedding(6, 4)
+        self.first, self.second = Own(), Own()
+        self.leave = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        places = (torch.arange(TOKENS)[:, None] - torch.arange(TOKENS)).clamp(min=0)
+        told = self.table(places).permute(2, 0, 1)
+        for one in (self.first, self.second):
+            q, k, v = (one.split(f(x)) for f in (one.q, one.k, one.v))
+            weights = torch.softmax(q @ k.mT + told, -1)
+            x = x + one.out((weights @ v).transpose(1, 2).flatten(2))
+        return self.leave(x.mean(1))
+
+
 class Vit(nn.Module):
     """Two pre-norm blocks on sixteen patches."""
 
@@ -164,6 +236,10 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Inputs, dict[str, int]]] = {
     "own": (Vit, _noise(1, 8, 8), {"attention.0": 4, "attention.1": 4}),
     "fused": (lambda: Vit(Fused), _noise(1, 8, 8), {"attention.0": 4, "attention.1": 4}),
     "cross": (lambda: Vit(Cross), _noise(1, 8, 8), {"attention.0": 3, "attention.1": 3}),
+    "by head": (lambda: Vit(ByHead), _noise(1, 8, 8), {"attention.0": 4, "attention.1": 4}),
+    "positions": (lambda: Vit(Positions), _noise(1, 8, 8), {"attention.0": 4, "attention.1": 4}),
+    "multi-query": (lambda: Vit(MultiQuery), _noise(1, 8, 8), {"attention.0": 4, "attention.1": 4}),
+    "shared positions": (SharedPositions, _noise(TOKENS, 5), {"first": 4}),
     "digits": (DigitsNet, _noise(1, 8, 8), {"transformer.attention": 4}),
     "native": (Native, _noise(TOKENS, 5), {"first": 4, "second": 2}),
     "encoder": (

@@ -134,16 +134,19 @@ def test_attention_with_a_size_in_its_code_is_refused_by_name() -> None:
     assert "a size written into the code" in group.reason
 
 
-def test_heads_in_another_layout_than_queries_keys_values_are_refused() -> None:
+def test_heads_that_something_mixes_are_no_units() -> None:
     class Mixed(Fused):
-        def forward(self, x: Tensor) -> Tensor:
-            shape = (*x.shape[:2], self.num_heads, 3, self.head_dim)
-            q, k, v = self.qkv(x).reshape(shape).permute(3, 0, 2, 1, 4).unbind(0)
-            weights = (q @ k.mT / 2).softmax(-1)
-            return self.proj((weights @ v).transpose(1, 2).flatten(2))
+        def __init__(self) -> None:
+            super().__init__()
+            self.between = nn.Linear(4, 4)
 
-    groups = head_groups(Recorder(Vit(Mixed), inputs("own")).architecture)
-    assert [group.prunable for group in groups] == [False, False]
+        def forward(self, x: Tensor) -> Tensor:
+            shape = (*x.shape[:2], 3, self.num_heads, self.head_dim)
+            q, k, v = self.qkv(x).reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
+            talking = (self.between.weight @ (q @ k.mT).flatten(2)).view(*q.shape[:3], -1)
+            return self.proj((talking.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    assert head_groups(Recorder(Vit(Mixed), inputs("own")).architecture) == []
 
 
 def test_ignored_attention_is_left_alone() -> None:
@@ -153,22 +156,23 @@ def test_ignored_attention_is_left_alone() -> None:
     assert architecture.group["attention.1"].prunable
 
 
-@pytest.mark.parametrize("heads", [1, 4])
-def test_a_single_head_or_key_value_head_is_no_unit(heads: int) -> None:
-    class Single(Own):
-        def __init__(self) -> None:
-            super().__init__(heads)
-            self.k, self.v = nn.Linear(16, 3), nn.Linear(16, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            k, v = self.k(x).unsqueeze(1), self.v(x).unsqueeze(1)
-            weights = (self.split(self.q(x)) @ k.mT).softmax(-1)
-            return self.out((weights @ v).transpose(1, 2).flatten(2))
-
-    architecture = Recorder(Vit(Single), inputs("own")).architecture
+def test_a_single_head_is_no_unit() -> None:
+    architecture = Recorder(Vit(lambda: Own(1)), inputs("own")).architecture
     assert head_groups(architecture) == []
     layers = {layer for group in architecture.groups for layer in group.layers}
     assert {"attention.0.q", "attention.0.k", "attention.0.v", "attention.0.out"} <= layers
+
+
+def test_the_one_key_value_head_of_all_queries_stays() -> None:
+    (group, _) = head_groups(architecture_of("multi-query"))
+    tensors = {part.tensor for part in group.slices}
+    assert tensors == {f"attention.0.{name}" for name in ("q.weight", "q.bias", "out.weight")}
+
+
+def test_layers_that_share_a_table_of_positions_lose_the_same_heads() -> None:
+    (group,) = head_groups(architecture_of("shared positions"))
+    assert [site.module for site in group.sites] == ["first.out", "second.out"]
+    assert ("table.weight", 1) in {(part.tensor, part.dim) for part in group.slices}
 
 
 def test_multihead_attention_is_plain_torch_again_after_masking_and_measuring() -> None:

@@ -1,0 +1,1 @@
+"""Public architectures, ours against torch-pruning: ``python -m benchmarks.zoo``."""

@@ -1,0 +1,67 @@
+"""The table of docs/architectures.md."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["table", "write"]
+
+_PAGE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
+_BEGIN = "<!-- measured by python -m benchmarks.zoo; do not edit below -->\n"
+
+
+def write(rows: Sequence[dict[str, Any]]) -> None:
+    """Put the table at the end of the page."""
+    text = _PAGE.read_text()
+    _PAGE.write_text(text[: text.index(_BEGIN)] + _BEGIN + "\n" + table(rows))
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Summary and one line for each network."""
+    good = [row for row in rows if "error" not in row]
+    right = [row for row in good if _right(row)]
+    prunable, every = (sum(row[name] for row in good) for name in ("rows", "all_rows"))
+    heads, attentions = (sum(row["heads"][i] for row in good) for i in (0, 1))
+    passes = sorted(row["passes"] for row in good)
+    peer = [row for row in good if row["peer"]["verdict"] == "works"]
+    lines = [
+        f"{len(rows)} networks: {len(good)} recorded, {len(right)} cut and verified (mask against "
+        f"cut within 1e-5, exact counts, undo bit for bit, one training step after each kind of "
+        f"cut); torch-pruning works on {len(peer)}.",
+        f"Rows prunable: {prunable / every:.0%} of {every}; attentions: {heads} of {attentions}. "
+        f"Making the recorder takes {statistics.median(passes):.0f} forward and backward passes "
+        f"of the example in the median, {passes[-1]:.0f} at most.",
+        "",
+        "| network | rows | heads | layers | removed | mask - cut | verified | passes "
+        "| torch-pruning removed | |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join([*lines, *map(_line, sorted(rows, key=lambda row: row["name"]))]) + "\n"
+
+
+def _right(row: dict[str, Any]) -> bool:
+    trains = all(found in ("yes", "none") for found in row["trains"].values())
+    cut = row.get("difference", float("inf")) < 1e-5 and row.get("exact", False)
+    return cut and row["undo"] and trains
+
+
+def _line(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"| {row['name']} | {row['error']} | | | | | | | | |"
+    peer, every = row["peer"], max(1, row["all_rows"])
+    cells = [
+        row["name"],
+        f"{row['rows'] / every:.0%}",
+        "{}/{}".format(*row["heads"]),
+        "{}/{}".format(*row["layers"]),
+        f"{row.get('removed', 0):.3f}",
+        f"{row['difference']:.1e}" if "difference" in row else "",
+        "yes" if _right(row) else "no",
+        f"{row['passes']:.0f}",
+        f"{peer['removed']:.3f}" if "removed" in peer else "",
+        peer["verdict"],
+    ]
+    return f"| {' | '.join(cells)} |"

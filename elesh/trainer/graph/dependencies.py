@@ -1,0 +1,225 @@
+"""What the input of a layer was made from, and which of its channels depend on what.
+
+Promises: nothing is changed; the answer is read off the autograd graph of one forward pass: by
+walking back through it to the layers (and parameters on the way), and by derivatives of a few
+channels at a time, from there to here only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+from torch.nn.modules.conv import _ConvNd
+
+from elesh.trainer.network.calls import Call, Link
+from elesh.trainer.network.layers import channel_axes
+
+from .indexing import shape_of
+
+__all__ = ["Met", "Source", "Sources"]
+
+Bools = npt.NDArray[np.bool_]
+TensorAxis = tuple[str, int]
+"""Path of a tensor and one of its axes."""
+_WEIGHTS = {"AddmmBackward0": (0, 2), "MmBackward0": (0, 1), "ConvolutionBackward0": (1, 2)}
+"""Products, and which of their operands are walked through if one of them is a parameter."""
+_MOVES = ("TBackward", "Transpose", "View", "Permute", "UnsafeView", "ToCopy")
+"""Operations between a parameter and the product that it is a factor of."""
+
+
+_SOFTMAX = ("SoftmaxBackward0", "SafeSoftmaxBackward0")
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A layer's output, or a parameter that is used outside of a layer."""
+
+    layer: str
+    """The layer that makes it, or whose weight it is; empty for other parameters."""
+    tensors: tuple[TensorAxis, ...]
+    """What shrinks with its channels; of a bare parameter, every axis it has."""
+    edge: Link | None = None
+    axis: int = -1
+    """Of the layer's output, where its channels lie."""
+    parameter: nn.Parameter | None = None
+    scored: bool = False
+    """Whether it is met through the softmax only: queries and keys, not values."""
+
+
+@dataclass
+class Met:
+    """What was met on the way back from a layer's input."""
+
+    products: list[Any] = field(default_factory=list)
+    """Softmax and fused attention functions."""
+    sources: list[Source] = field(default_factory=list)
+
+
+class Sources:
+    """Walks back from the inputs of layers.
+
+    Args:
+        calls: of a pass whose graph is alive, with all parameters requiring gradients.
+    """
+
+    def __init__(self, calls: Sequence[Call], model: nn.Module) -> None:
+        self._producers = {
+            call.output: call
+            for call in calls
+            if call.output is not None and channel_axes(call.module).produces
+        }
+        self._owners = {
+            id(parameter): (path, module, name)
+            for path, module in model.named_modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        }
+
+    def behind(self, link: Link) -> Met:
+        """What the value that a layer was given was made from: queries and keys first."""
+        met = Met()
+        made: dict[int, bool] = {}
+        leaves: dict[int, tuple[nn.Parameter, bool]] = {}
+        seen: set[tuple[Any, bool]] = set()
+        stack = [(link[0], False)]
+        while stack:
+            function, scored = stack.pop()
+            if function is None or (function, scored) in seen:
+                continue
+            seen.add((function, scored))
+            if function in self._producers:
+                key = id(self._producers[function])
+                made[key] = made.get(key, True) and scored
+            elif hasattr(function, "variable"):
+                known = leaves.get(id(function.variable))
+                leaves[id(function.variable)] = (
+                    function.variable,
+                    scored and (not known or known[1]),
+                )
+            else:
+                stack += self._before(function, scored, met)
+        calls = [call for call in self._producers.values() if id(call) in made]
+        found = [self._of_call(call, made[id(call)]) for call in calls]
+        # Queries and keys, the widest first, then values: the order of ``PruningGroup.layers``.
+        widths = {one: shape_of(*one.edge)[one.axis] for one in found if one.edge is not None}
+        found.sort(key=lambda one: (not one.scored, -widths[one] if one.scored else 0))
+        met.sources = found
+        # Weights first: their biases go along.
+        weights_first = sorted(leaves.values(), key=lambda one: one[0].ndim < 2)
+        met.sources += [self._of_leaf(*one) for one in weights_first if id(one[0]) in self._owners]
+        return met
+
+    def _before(self, function: Any, scored: bool, met: Met) -> Iterator[tuple[Any, bool]]:
+        name = function.name()
+        fused, softmax = name.startswith("ScaledDotProduct"), name in _SOFTMAX
+        if (fused or softmax) and function not in met.products:
+            met.products.append(function)
+        operands = [source for source, _ in function.next_functions]
+        walked = _WEIGHTS.get(name)
+        if walked and any(_is_weight(operands[place]) for place in walked if place < len(operands)):
+            operands = [
+                source
+                for place, source in enumerate(operands)
+                if place in walked and (name != "MmBackward0" or _is_weight(source))
+            ]
+        for place, source in enumerate(operands):
+            values = fused and place == 2
+            yield source, scored or ((fused or softmax) and not values)
+
+    def _of_call(self, call: Call, scored: bool) -> Source:
+        axes = channel_axes(call.module)
+        held = call.module._parameters | call.module._buffers
+        tensors = [
+            (f"{call.name}.{name}", dim) for name, dim in axes.outputs if held.get(name) is not None
+        ]
+        axis = axes.site_dim
+        if axis is None:
+            axis = 1 if isinstance(call.module, _ConvNd) else -1
+        return Source(call.name, tuple(tensors), (call.output, 0), axis, scored=scored)
+
+    def _of_leaf(self, parameter: nn.Parameter, scored: bool) -> Source:
+        path, module, name = self._owners[id(parameter)]
+        layer = path if channel_axes(module).produces and name == "weight" else ""
+        own = [(f"{path}.{name}".lstrip("."), dim) for dim in range(parameter.ndim)]
+        return Source(layer, tuple(own), parameter=parameter, scored=scored)
+
+    def touched(
+        self, link: Link, dim: int, blocks: int, sources: Sequence[Source]
+    ) -> list[tuple[Source, Bools]]:
+        """[blocks, channels] of every source: whether a block of what ``link`` made, its channels
+        along ``dim`` divided evenly, depends on them.
+
+        Sources that all blocks depend on alike are left out; ``tensors`` of parameters are narrowed
+        to the axis along which blocks differ.
+        """
+        inputs: list[Any] = [
+            GradientEdge(*source.edge) if source.edge is not None else source.parameter
+            for source in sources
+        ]
+        shape, kind = shape_of(*link), link[0]._input_metadata[link[1]]
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randn(list(shape), generator=generator).to(kind.device, kind.dtype)
+        width, seen = shape[dim] // blocks, list[list[list[Bools]]]()
+        stops = [
+            source.edge[0].register_prehook(lambda gradients: (None,) * len(gradients))
+            for source in sources
+            if source.edge is not None
+        ]
+        for block in range(blocks):
+            cotangent, window = torch.zeros_like(drawn), slice(block * width, (block + 1) * width)
+            cotangent.movedim(dim, -1)[..., window] = drawn.movedim(dim, -1)[..., window]
+            gradients = torch.autograd.grad(
+                [GradientEdge(*link)], inputs, [cotangent], retain_graph=True, allow_unused=True
+            )
+            seen.append([_along(*pair) for pair in zip(sources, gradients, strict=True)])
+        for stop in stops:
+            stop.remove()
+        found = list[tuple[Source, Bools]]()
+        known = set[TensorAxis]()
+        for number, source in enumerate(sources):
+            for axis, rows in enumerate(zip(*(block[number] for block in seen), strict=True)):
+                matrix = np.stack(rows)
+                own = source if source.parameter is None else self._narrowed(source, axis)
+                if (matrix.any(0) & ~matrix.all(0)).any() and not known.issuperset(own.tensors):
+                    known.update(own.tensors)
+                    found.append((own, matrix))
+                    break
+        return found
+
+    def _narrowed(self, source: Source, axis: int) -> Source:
+        """A parameter whose channels lie on one axis, with what goes along with it."""
+        _, module, name = self._owners[id(source.parameter)]
+        axes = channel_axes(module)
+        if (name, axis) not in axes.outputs:
+            return replace(source, layer="", tensors=source.tensors[axis : axis + 1])
+        path = source.tensors[0][0].rpartition(".")[0]
+        held = module._parameters | module._buffers
+        own = [(f"{path}.{one}", dim) for one, dim in axes.outputs if held.get(one) is not None]
+        return replace(source, tensors=tuple(own))
+
+
+def _along(source: Source, gradient: Tensor | None) -> list[Bools]:
+    """Which channels have a gradient: of a layer's output along its axis of channels, of a
+    parameter along each of its axes."""
+    shape = source.parameter.shape if source.parameter is not None else shape_of(*source.edge)
+    axes = range(len(shape)) if source.parameter is not None else [source.axis % len(shape)]
+    if gradient is None:
+        return [np.zeros(shape[axis], dtype=np.bool_) for axis in axes]
+    seen = gradient != 0
+    return [seen.movedim(axis, 0).reshape(shape[axis], -1).any(1).cpu().numpy() for axis in axes]
+
+
+def _is_weight(function: Any) -> bool:
+    """Whether this is a parameter, moved about at most."""
+    while function is not None and not hasattr(function, "variable"):
+        if not function.name().startswith(_MOVES):
+            return False
+        function = function.next_functions[0][0]
+    return function is not None and function.variable.ndim > 1
