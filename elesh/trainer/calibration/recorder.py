@@ -8,7 +8,7 @@ give the same bundle.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -106,6 +106,9 @@ class Recorder:
             distribution. Default: from the softmax for the default loss; with a loss of one's
             own and no sampler the true labels serve (metadata.labels says ``true``).
         outputs: ``logits`` centres the random directions over the classes; ``values`` does not.
+        compared: from what the model returns to what has to be equal under a mask and after a cut
+            (tensors in any nesting), where some outputs jump by themselves. Default: all
+            floating-point tensors.
         seed: of directions and sampled labels. Data-parallel ranks take different ones.
         architecture: what is known of a network that was cut before (then nothing is traced).
 
@@ -124,6 +127,7 @@ class Recorder:
         loss: Loss | None = None,
         sample_labels: Sampler | None = None,
         outputs: Literal["logits", "values"] = "logits",
+        compared: Callable[[Any], Any] | None = None,
         seed: int = 0,
         architecture: PrunedArchitecture | None = None,
     ) -> None:
@@ -137,7 +141,7 @@ class Recorder:
         self._samples_labels = loss is None or sample_labels is not None
         self._centred, self._seed = outputs == "logits", seed
         if architecture is None:
-            found = find_architecture(model, example_inputs, ignored_layers)
+            found = find_architecture(model, example_inputs, ignored_layers, compared)
             architecture = with_teachers(found, teachers_in(model))
         self.architecture = architecture
 

@@ -125,7 +125,7 @@ def _traced(call: Call, sources: Sources) -> Attention | None:
     units = _units(blocks, touched)
     if len(units) < 2:
         return None
-    return _assembled(call, inner // blocks, units, touched)
+    return _assembled(call, inner // blocks, units, touched, met.sources)
 
 
 def _blocks(products: Sequence[Any], inner: int, positions: int) -> int:
@@ -161,6 +161,7 @@ def _assembled(
     width: int,
     units: Sequence[Sequence[int]],
     touched: Sequence[tuple[Source, Bools]],
+    sources: Sequence[Source],
 ) -> Attention | None:
     """The attention whose units are these blocks, each of ``width`` input channels."""
     spans: dict[tuple[str, int], Span] = {}
@@ -187,7 +188,18 @@ def _assembled(
     near = [name for name in names if common_holder([name, call.name])]
     holder = common_holder((*(near or names), call.name)) or call.name
     listed = tuple((path, dim, span) for (path, dim), span in spans.items())
-    return Attention(holder, names, listed, (site,), len(units))
+    return Attention(holder, names, listed, (site,), len(units), _mixed(names, sources))
+
+
+def _mixed(names: Sequence[str], sources: Sequence[Source]) -> str:
+    """Why the heads cannot go, if all depend on the same queries and keys."""
+    scored = [source for source in sources if source.scored]
+    layers = [source.layer for source in scored if source.edge is not None]
+    if not layers or any(layer in names for layer in layers):
+        return ""
+    between = [path for s in scored if s.parameter is not None for path, _ in s.tensors[:1]]
+    by = f" ({', '.join(between[:2])})" if between else ""
+    return f"queries and keys are mixed across heads before the softmax{by}"
 
 
 def _joined(found: list[Attention]) -> Iterator[Attention]:

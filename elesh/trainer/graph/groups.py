@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,10 @@ from .unit_proof import without_refuted
 
 
 def find_architecture(
-    model: nn.Module, example_inputs: Inputs, ignored_layers: Collection[str] = ()
+    model: nn.Module,
+    example_inputs: Inputs,
+    ignored_layers: Collection[str] = (),
+    compared: Callable[[Any], Any] | None = None,
 ) -> PrunedArchitecture:
     """The architecture of a network that has not been cut yet.
 
@@ -46,6 +50,8 @@ def find_architecture(
         model: not changed; it must be possible to copy it (``copy.deepcopy``).
         example_inputs: a small batch; positions (MACs) are counted from its shapes.
         ignored_layers: layers, or modules with layers in them, whose outputs shall stay.
+        compared: from what the model returns to what has to be equal under a mask and after the
+            cut; None: all floating-point tensors of it.
 
     Raises:
         InvalidField: if an ignored layer is not there or the model cannot be copied.
@@ -65,7 +71,7 @@ def find_architecture(
         )
         groups = without_hazards(groups, model, copied, inputs)
         architecture = PrunedArchitecture.build(describe_tensors(model), wiring.layers, groups)
-        trial = Trial(copied, inputs)
+        trial = Trial(copied, inputs, compared)
         proved = without_refuted(trial, architecture)
         proved = with_acting_masks(copied, inputs, proved)
         return with_blocks(trial, inputs, proved, ignored_layers)

@@ -119,7 +119,24 @@ class Relations:
             if (passed == 1) != (self.channels(consumer) == 1):
                 # One for all channels (an attention map, a mean over channels): no coupling.
                 stop = start
+        if self._crosses(producer, consumer, link):
+            stop = start
         return Relation(start, stop, step, width, offset)
+
+    def _crosses(self, producer: Any, consumer: Any, link: Link) -> bool:
+        """Whether the producer's channels lie on another axis than the consumer's: they are
+        positions to it (tokens that are mixed on a transposed map)."""
+        here, came = self._axis(producer), shape_of(*link)
+        if here is None or here >= len(came):
+            return False
+        own = _own_axis(consumer)
+        if own is not None:
+            return bool(own % len(came) != here)
+        there = self._axis(consumer)
+        if consumer.type != OPTYPE.ELEMENTWISE or there is None or len(consumer.inputs) < 2:
+            return False  # Of a single input, the operation may move its axes.
+        made = shape_of(consumer.grad_fn, 0)
+        return bool(there - len(made) != here - len(came))
 
     def _taken(self, producer: Any, link: Link) -> tuple[int, int | None, int]:
         """Which of the producer's channels this consumer gets: (start, stop, step)."""
@@ -183,7 +200,9 @@ class Relations:
         own = _own_axis(node)
         if own is not None:
             return own % len(shape_of(node.grad_fn, 0))
-        axes = [self._axes.get(producer) for producer in node.inputs]
+        # What was made first is the stream that branches are added to, whatever their axes.
+        first = sorted(node.inputs, key=lambda producer: producer.grad_fn._sequence_nr())
+        axes = [self._axes.get(producer) for producer in first]
         axis = next((axis for axis in axes if axis is not None), None)
         before = _input_shape(node)
         if axis is None or before is None:

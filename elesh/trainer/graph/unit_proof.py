@@ -235,7 +235,10 @@ class _Run:
     ) -> None:
         self._trial, self._cuts, self._units, self._around = trial, cuts, units, around
         self.waypoints = Waypoints(trial.copied)
-        self.waypoints.lost = self._lost
+        self.waypoints.lost, self.waypoints.gone = self._lost, self._gone
+        self.waypoints.shrinking = {
+            layer for name in units for layer in cuts.architecture.group[name].layers
+        }
         self.blamed: list[_Blame] = []
         self._failing = ""
         """The innermost module that failed with all of its own groups whole."""
@@ -316,6 +319,12 @@ class _Run:
             assert self._cut is not None
             self._indices = {"": {}} | self._cuts.lost_inputs(self._cut.units)
         return self._indices.get(place, {})
+
+    def _gone(self) -> list[tuple[int, Any]]:
+        """The size of every group that is cut, and the units that go."""
+        assert self._cut is not None
+        named = self._cuts.architecture.group
+        return [(named[name].size, np.array(gone)) for name, gone in self._cut.units.items()]
 
 
 def _around(group: PruningGroup) -> str:

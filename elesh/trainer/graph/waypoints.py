@@ -2,7 +2,9 @@
 
 In the first run what enters every such layer is remembered. In the second it is compared with
 what enters now, and then replaced by it: so every piece of the network is judged by itself, all
-faults show in one run, and small differences do not add up on the way.
+faults show in one run, and small differences do not add up on the way. What leaves a layer that
+loses no outputs is treated in the same way, so that what is chosen by it afterwards (boxes of a
+detector, experts) is chosen alike in both runs.
 
 Promises: where no fault is found and the outputs are equal, the two runs compute the same: every
 value of the second follows from values that were equal. Afterwards no hook is left.
@@ -52,20 +54,25 @@ class Waypoints:
     model: nn.Module
     faults: list[Fault] = field(default_factory=list)
     _seen: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    _made: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     _calls: Counter[str] = field(default_factory=Counter)
     _handles: list[RemovableHandle] = field(default_factory=list)
     lost: Callable[[str], Mapping[int, Ints]] = lambda place: {}
     """By axis, which channels of a module's input are not there in the second run."""
+    gone: Callable[[], Collection[tuple[int, Ints]]] = lambda: ()
+    """Of every group that loses units: how many it has, and which go."""
+    shrinking: Collection[str] = ()
+    """Layers that lose outputs in the second run."""
     unjudged: set[str] = field(default_factory=set)
     """Where there is nothing to compare any more."""
 
     def remember(self) -> None:
         """Remember what enters the layers from now on. Masks must be on already."""
-        self._hook(self._remembered)
+        self._hook(self._remembered, self._kept)
 
     def compare(self) -> None:
         """Compare from now on, and put in what was remembered."""
-        self._hook(self._compared)
+        self._hook(self._compared, self._equal)
 
     @property
     def calls(self) -> dict[str, int]:
@@ -84,7 +91,9 @@ class Waypoints:
             handle.remove()
         self._handles.clear()
 
-    def _hook(self, treat: Callable[[str, int, Tensor], Tensor]) -> None:
+    def _hook(
+        self, treat: Callable[[str, int, Tensor], Tensor], left: Callable[[str, Tensor], Tensor]
+    ) -> None:
         self.close()
         self._calls = Counter()
 
@@ -96,10 +105,18 @@ class Waypoints:
 
             return hook
 
+        def after(name: str) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+                return left(name, output) if isinstance(output, Tensor) else output
+
+            return hook
+
         for name, module in self.model.named_modules():
             if name and channel_axes(module).site_dim is not None:
                 handle = module.register_forward_pre_hook(hook_of(name), with_kwargs=True)
                 self._handles.append(handle)
+                if name not in self.shrinking:
+                    self._handles.append(module.register_forward_hook(after(name)))
 
     def _remembered(self, name: str, number: int, x: Tensor) -> Tensor:
         self._seen[name, number] = x.detach().clone()
@@ -109,9 +126,37 @@ class Waypoints:
         expected = self._seen.get((name, number))
         if expected is None:
             return x
-        expected = narrowed(expected, self.lost(name))
+        expected = self._fitted(narrowed(expected, self.lost(name)), x)
         if name not in self.unjudged and (difference := apart([expected], [x])):
             self.faults.append(Fault(name, difference))
+        return expected
+
+    def _kept(self, name: str, y: Tensor) -> Tensor:
+        self._made[name, self._calls[name]] = y.detach().clone()
+        return y
+
+    def _equal(self, name: str, y: Tensor) -> Tensor:
+        expected = self._made.get((name, self._calls[name]))
+        if expected is None or name in self.unjudged:
+            return y
+        expected = self._fitted(expected, y)
+        if difference := apart([expected], [y]):
+            self.faults.append(Fault(name, difference))
+            return y
+        return expected.clone()
+
+    def _fitted(self, expected: Tensor, found: Tensor) -> Tensor:
+        """``expected`` without the units that are positions here: on another axis than the layer's
+        channels (tokens are mixed on a transposed map)."""
+        if expected.ndim != found.ndim or expected.shape == found.shape:
+            return expected
+        axes = [d for d in range(found.ndim) if expected.shape[d] != found.shape[d]]
+        for size, lost in self.gone() if len(axes) == 1 else ():
+            (axis,) = axes
+            if (size, size - len(lost)) == (expected.shape[axis], found.shape[axis]):
+                fitted = narrowed(expected, {axis: lost})
+                if not apart([fitted], [found]):
+                    return fitted
         return expected
 
 
