@@ -71,10 +71,17 @@ def find_blocks(
 
 def _candidates(trace: Trace, model: nn.Module) -> Iterator[_Candidate]:
     names = {id(p): path for path, p in model.named_parameters()}
+    repeated = set[str]()
     for branch in trace.branches():
         paths = {names[n] for n in trace.dead(branch.contribution) if n in names}
+        end = max(trace.made[branch.contribution], key=lambda one: one.left - one.entered)
         if paths:
             yield _candidate(trace, model, branch, paths)
+        elif trace.times[end.path] > 1 and end.path not in repeated:
+            repeated.add(end.path)
+            own = {f"{end.path}.{n}" for n, _ in model.get_submodule(end.path).named_parameters()}
+            if own:
+                yield _candidate(trace, model, branch, own)
 
 
 def _candidate(trace: Trace, model: nn.Module, branch: Branch, dead: set[str]) -> _Candidate:

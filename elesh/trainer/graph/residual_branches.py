@@ -137,7 +137,7 @@ class Trace:
                 yield Branch(node, contribution, stream, reads_stream=True)
                 return
         if one in self.made and two in self.made:
-            first, second = sorted(orders[0], key=lambda link: self.made[link][0].left)
+            first, second = sorted(orders[0], key=lambda link: len(_behind([link[0]])))
             yield Branch(node, second, first, reads_stream=False)
 
     def _ends(self, contribution: Link, stream: Link) -> Iterator[Link]:
@@ -214,14 +214,7 @@ class Trace:
 
     def reached(self) -> list[Any]:
         """All functions behind the outputs."""
-        seen: set[Any] = set()
-        queue = list(self.roots)
-        while queue:
-            node = queue.pop()
-            if node not in seen:
-                seen.add(node)
-                queue += [f for f, _ in node.next_functions if f is not None]
-        return list(seen)
+        return _behind(self.roots)
 
     def parameters(self) -> set[int]:
         """The ``id`` of every parameter that the outputs depend on."""
@@ -230,3 +223,15 @@ class Trace:
 
 def _link(tensor: Tensor) -> Link | None:
     return None if tensor.grad_fn is None else (tensor.grad_fn, tensor.output_nr)
+
+
+def _behind(starts: list[Any]) -> list[Any]:
+    """These functions and all that they depend on."""
+    seen: set[Any] = set()
+    queue = list(starts)
+    while queue:
+        node = queue.pop()
+        if node not in seen:
+            seen.add(node)
+            queue += [f for f, _ in node.next_functions if f is not None]
+    return list(seen)

@@ -107,6 +107,26 @@ class Parallel(nn.Module):
         return self.fc(x.mean(1))
 
 
+class Sum(nn.Module):
+    """Two branches that are added up first (GPT-J), and one whose axes are moved, both through the
+    same dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.drop = nn.Conv2d(3, 16, 4, 4), nn.Dropout(0.0)
+        self.norm, self.norm2, self.norm3 = (nn.LayerNorm(16) for _ in range(3))
+        self.attention = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 16))
+        self.mlp = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16))
+        self.tokens = nn.Sequential(nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 16))
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = self.drop(self.attention(self.norm(x))) + self.mlp(self.norm2(x)) + x
+        x = x + self.drop(self.tokens(self.norm3(x).transpose(1, 2)).transpose(1, 2))
+        return self.fc(x.mean(1))
+
+
 class Encoder(nn.Module):
     """PyTorch's own transformer layers, which have a fast path past their parts."""
 
@@ -127,7 +147,16 @@ class PreNormEncoder(Encoder):
 
 
 OTHERS: dict[str, type[nn.Module]] = {
-    kind.__name__: kind for kind in (Nested, InPlace, Twice, Parallel, Encoder, PreNormEncoder)
+    kind.__name__: kind
+    for kind in (
+        Nested,
+        InPlace,
+        Twice,
+        Parallel,
+        Sum,
+        Encoder,
+        PreNormEncoder,
+    )
 }
 REMOVABLE = {
     "ResNet": ["blocks.0", "blocks.2"],
@@ -140,7 +169,8 @@ REMOVABLE = {
     "PreNormEncoder": [
         f"encoder.layers.{n}.{part}" for n in (0, 1) for part in ("self_attn", "linear2")
     ],
-    "Twice": [],
+    "Twice": ["scaled"],
+    "Sum": ["attention", "mlp", "tokens"],
 } | {name: [] for name in ("Vgg", "Dense", "Shared", "Unet", "Gated")}
 WITH_LAYERS = [name for name, blocks in REMOVABLE.items() if blocks]
 
