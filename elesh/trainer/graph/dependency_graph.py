@@ -9,7 +9,7 @@ and layers of which only a part is coupled right.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -72,15 +72,19 @@ class Wiring:
     """The modules that were called."""
 
 
-def trace(model: nn.Module, inputs: Inputs) -> Wiring:
-    """Trace a model that may be changed (a copy): parameters must require gradients."""
+def trace(model: nn.Module, inputs: Inputs, compared: Callable[[Any], Any] | None = None) -> Wiring:
+    """Trace a model that may be changed (a copy): parameters must require gradients.
+
+    Args:
+        compared: from what the model returns to its outputs; None: all of it.
+    """
     with Calls(model) as calls:
         call(model, inputs)
     layers, attentions = calls.layers(batch_size(inputs)), find_attentions(calls.made, model)
     called = frozenset(one.name for one in calls.made)
     del calls  # and with it the autograd graph of the first pass
     try:
-        families = tuple(_families(_Graph(model, inputs), model))
+        families = tuple(_families(_Graph(model, inputs, compared), model))
     except Exception as error:  # The graph of others' code: whatever it raises is a reason.
         failure = f"the dependency graph failed: {summary(error)}"
         return Wiring(layers, (), attentions, failure, called)
@@ -124,10 +128,13 @@ class _TaughtChannelwise(_Taught):
 class _Graph(tp.DependencyGraph):  # type: ignore[misc]
     """The dependency graph without its own maps of channel numbers (see ``indexing``)."""
 
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: Inputs, compared: Callable[[Any], Any] | None = None
+    ) -> None:
         super().__init__()
 
         def traced(output: Any) -> list[Tensor]:
+            output = output if compared is None else compared(output)
             tensors = [tensor for tensor in tensors_in(output) if tensor.grad_fn is not None]
             self.finals = {tensor.grad_fn for tensor in tensors}
             return tensors

@@ -65,7 +65,7 @@ def find_architecture(
     inputs = example_copy(example_inputs, precision)
     # The copy's hooks and replaced methods may refer to the network itself.
     with preserve_state(model, seed=0), preserve_state(copied, seed=0), _plain_arithmetic(copied):
-        wiring = trace(copied, inputs)
+        wiring = trace(copied, inputs, compared)
         groups = _with_heads(
             _groups(wiring, copied, ignored_layers), wiring, copied, ignored_layers
         )

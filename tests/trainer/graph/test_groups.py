@@ -436,3 +436,51 @@ def test_weights_that_functions_use_are_counted_and_listed_with_a_reason() -> No
     architecture = find(Window(), torch.randn(2, 5, 6))
     assert architecture.macs == 5 * (6 * 9 + 9 * 2)
     assert "never called" in reason(architecture, "qkv")
+
+
+class Jumping(nn.Module):
+    """What it returns beside its logits depends on their last digits, or on the hidden width."""
+
+    def __init__(self, hidden: bool = False) -> None:
+        super().__init__()
+        self.first, self.last, self.hidden = nn.Linear(6, 12), nn.Linear(12, 4), hidden
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.relu(self.first(x))
+        logits = self.last(y)
+        return logits, y.mean(1) if self.hidden else (logits * 1e8).round() % 2
+
+
+def test_what_is_chosen_by_outputs_is_chosen_alike_under_a_mask_and_after_the_cut() -> None:
+    architecture = Recorder(Jumping().eval(), torch.randn(64, 6)).architecture
+    assert architecture.group["first"].prunable, architecture.group["first"].reason
+
+
+def test_the_caller_says_which_outputs_are_compared() -> None:
+    model, x = Jumping(hidden=True).eval(), torch.randn(64, 6)
+    assert Recorder(model, x).architecture.group["first"].reason == "network output"
+    architecture = Recorder(model, x, compared=lambda output: output[0]).architecture
+    assert architecture.group["first"].prunable, architecture.group["first"].reason
+
+
+class Mixer(nn.Module):
+    """Channels are positions to the layer that mixes tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 12, 4, 4)
+        self.norm, self.tokens = nn.LayerNorm(12), nn.Linear(16, 16)
+        self.channels, self.fc = nn.Linear(12, 12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = x + self.tokens(self.norm(x).transpose(1, 2)).transpose(1, 2)
+        return self.fc((x + self.channels(x)).mean(1))
+
+
+def test_channels_pass_a_layer_that_mixes_tokens() -> None:
+    architecture = Recorder(Mixer().eval(), torch.randn(2, 3, 16, 16)).architecture
+    group = architecture.group["patch"]
+    assert group.prunable, group.reason
+    assert group.layers == ("patch", "channels")
+    assert architecture.group["tokens"].reason == "no layer consumes it"
