@@ -208,8 +208,12 @@ class Sources:
 def _along(source: Source, gradient: Tensor | None) -> list[Bools]:
     """Which channels have a gradient: of a layer's output along its axis of channels, of a
     parameter along each of its axes."""
-    shape = source.parameter.shape if source.parameter is not None else shape_of(*source.edge)
-    axes = range(len(shape)) if source.parameter is not None else [source.axis % len(shape)]
+    if source.edge is None:
+        assert source.parameter is not None
+        shape, axes = list(source.parameter.shape), list(range(source.parameter.ndim))
+    else:
+        shape = list(shape_of(*source.edge))
+        axes = [source.axis % len(shape)]
     if gradient is None:
         return [np.zeros(shape[axis], dtype=np.bool_) for axis in axes]
     seen = gradient != 0

@@ -129,9 +129,9 @@ class Relations:
         here, came = self._axis(producer), shape_of(*link)
         if here is None or here >= len(came):
             return False
-        own = _own_axis(consumer)
-        if own is not None:
-            return bool(own % len(came) != here)
+        if isinstance(consumer.module, nn.Module):
+            own = channel_axes(consumer.module).site_dim
+            return own is not None and own % len(came) != here
         there = self._axis(consumer)
         if consumer.type != OPTYPE.ELEMENTWISE or there is None or len(consumer.inputs) < 2:
             return False  # Of a single input, the operation may move its axes.

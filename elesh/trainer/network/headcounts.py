@@ -35,6 +35,7 @@ def refit_heads(model: nn.Module, before: PruningGroup, after: PruningGroup) -> 
         layers = [layer for layer in before.layers if _nearest(layer, before) == site.module]
         old, new, width = before.size, after.size, site.width
         shares = _made(before, layers) <= width  # One key/value head for all stays as it is.
+        changes: list[tuple[Sequence[str], int, int]]
         changes = [(_SHARES, old, new)] if shares else [(_SHARED, old, new)]
         changes.append((_WIDTHS, old * width, new * width))
         for module in _holders(model, [*layers, site.module]):
@@ -53,7 +54,7 @@ def constants(module: nn.Module) -> dict[str, Tensor]:
     """Buffers of one number for every channel, the same for all, that no ``state_dict`` holds (the
     bias that BEiT's keys do not have)."""
     return {
-        name: module._buffers[name]
+        name: held
         for name in module._non_persistent_buffers_set
         if (held := module._buffers.get(name)) is not None
         and held.ndim == 1

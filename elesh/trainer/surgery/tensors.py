@@ -111,7 +111,9 @@ class Skeleton:
             commit(module)
             refit_taught(module)
         for module, buffers in self.constants:
-            module._buffers |= {n: old.to(module._buffers[n].device) for n, old in buffers.items()}
+            for name, old in buffers.items():
+                now = module._buffers[name]
+                module._buffers[name] = old if now is None else old.to(now.device)
 
 
 @dataclass(frozen=True)
