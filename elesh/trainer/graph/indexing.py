@@ -129,7 +129,7 @@ class Relations:
         here, came = self._axis(producer), shape_of(*link)
         if here is None or here >= len(came):
             return False
-        if isinstance(consumer.module, nn.Module):
+        if _own_axis(consumer) is not None:
             own = channel_axes(consumer.module).site_dim
             return own is not None and own % len(came) != here
         there = self._axis(consumer)
