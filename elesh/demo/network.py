@@ -13,10 +13,15 @@ __all__ = ["DigitsNet"]
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions beside an identity path (He et al. 2016), or a 1x1 one that strides."""
+    """Two 3x3 convolutions beside an identity path (He et al. 2016), or a 1x1 one that strides.
 
-    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+    Args:
+        dropped: share of the training batches that take the identity path alone.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1, dropped: float = 0.0) -> None:
         super().__init__()
+        self.dropped = dropped
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
@@ -29,6 +34,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, inputs, H, W] to [B, outputs, H/stride, W/stride]."""
+        if self.training and self.dropped and float(torch.rand(())) < self.dropped:
+            return torch.relu(self.shortcut(x))
         y = torch.relu(self.bn1(self.conv1(x)))
         return torch.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
@@ -87,6 +94,8 @@ class DigitsNet(nn.Module):
             stage, which costs a quarter as much.
         identity: residual branches begin at zero (Goyal et al. 2017, section 5.1), so that a block
             that is not needed stays one.
+        dropped: share of the training batches that each block of the first stage sits out
+            (stochastic depth, Huang et al. 2016), so that the network can do without some.
     """
 
     def __init__(
@@ -99,6 +108,7 @@ class DigitsNet(nn.Module):
         layers: int = 1,
         fine: bool = True,
         identity: bool = False,
+        dropped: float = 0.0,
     ) -> None:
         super().__init__()
         self.stem = nn.Sequential(
@@ -107,7 +117,9 @@ class DigitsNet(nn.Module):
             nn.ReLU(),
         )
         first, second = blocks
-        self.stage1 = nn.Sequential(*(ResidualBlock(width, width) for _ in range(first)))
+        self.stage1 = nn.Sequential(
+            *(ResidualBlock(width, width, 1, dropped) for _ in range(first))
+        )
         self.stage2 = nn.Sequential(
             ResidualBlock(width, 2 * width, 2 if fine else 1),
             *(ResidualBlock(2 * width, 2 * width) for _ in range(second - 1)),

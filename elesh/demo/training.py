@@ -41,6 +41,7 @@ __all__ = ["EpochFigures", "Observer", "Report", "Training", "total_channels"]
 _BATCH = 128
 _LEARNING_RATE = 0.1
 _CLASSES = 10
+_DROPPED = 0.3
 _LEVELS = (Level.CHANNEL, Level.HEAD, Level.LAYER)
 
 
@@ -200,7 +201,9 @@ class Training:
         self._paced, self._patience = paced, answer_seconds
         self.data = Digits.load(seed)
         # Sixteen heads and six layers that can go: a fifth of each is at least one.
-        self.model = DigitsNet(heads=8, blocks=(4, 1), layers=2, fine=False, identity=True)
+        self.model = DigitsNet(
+            heads=8, blocks=(4, 1), layers=2, fine=False, identity=True, dropped=_DROPPED
+        )
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._uncut = copy.deepcopy(self.model)
         self.optimizer = torch.optim.SGD(
