@@ -43,7 +43,7 @@ class Overloaded(BusUnavailable):
         super().__init__(
             url,
             f"{stream} has {limit} or more entries waiting, from which priority {priority} is shed",
-            hint="add workers, or raise bus.stream_length",
+            hint="add workers: those there are do not keep up",
         )
 
 

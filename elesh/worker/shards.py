@@ -20,7 +20,7 @@ _MOST = 4096
 def parts_of(work: Work, settings: Settings) -> list[AnalysisItem]:
     """The parts of ``work``, those of one level beside each other.
 
-    A level whose statistics are larger than ``worker.shard_bytes`` has a part for each
+    A level whose statistics are larger than 1 GiB has a part for each
     ``layers_per_worker`` of its groups.
     """
     items = []

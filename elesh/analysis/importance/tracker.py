@@ -186,26 +186,6 @@ class ImportanceTracker:
                 return before, dict(zip(METRICS[group.level], row, strict=True))
         return None
 
-    def smoothed(self, group: PruningGroup) -> ChannelImportanceData:
-        """The moving averages of a channel group in the form of one checkpoint's statistics, for
-        :func:`elesh.analysis.importance.scores.multi_metric` with the weights of the phase.
-
-        Raises:
-            InvalidField: if it is no channel group, or a unit of it was never measured.
-        """
-        if group.level is not Level.CHANNEL:
-            raise InvalidField(f"{group.name}.level", "a channel group", str(group.level))
-        tracks = self.track(group)
-        if not tracks["taylor"].count.all():
-            unseen = [group.origin[u] for u in np.flatnonzero(tracks["taylor"].count == 0)]
-            raise InvalidField(f"tracker.{group.name}", "history of every unit", unseen)
-        return ChannelImportanceData(
-            layer_name=group.name,
-            taylor_importance=tracks["taylor"].ema.astype(np.float32),
-            magnitude_importance=tracks["magnitude"].ema.astype(np.float32),
-            activation_frequency=tracks["frequency"].ema.astype(np.float32),
-        )
-
     def merge(self, other: ImportanceTracker) -> None:
         """Take everything that ``other`` holds, as if it had been observed here.
 

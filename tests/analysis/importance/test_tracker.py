@@ -10,10 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elesh.analysis.importance.scores import EARLY, multi_metric
-from elesh.analysis.importance.tracker import METRICS, ImportanceTracker, channel_metrics
+from elesh.analysis.importance.tracker import METRICS, ImportanceTracker
 from leyline import (
-    ChannelImportanceData,
     Conflict,
     ContractError,
     InvalidField,
@@ -212,8 +210,6 @@ def test_a_unit_that_was_never_measured_has_no_figures() -> None:
     assert track.count.tolist() == [1, 0, 1, 1]
     for figure in (track.latest, track.ema, track.trend, track.variance, track.stability):
         assert np.isnan(figure).tolist() == [False, True, False, False]
-    with pytest.raises(InvalidField, match="history of every unit"):
-        tracker.smoothed(group())
 
 
 def test_an_epoch_with_other_values_is_a_named_conflict_that_changes_nothing() -> None:
@@ -275,22 +271,6 @@ def test_the_fallback_is_the_newest_complete_checkpoint_before() -> None:
     rolled_back = tracker.previous(before, 9)
     assert rolled_back is not None
     assert rolled_back[0] == 2, "epoch 5 did not measure all units"
-
-
-def test_smoothed_statistics_are_ranked_like_those_of_a_checkpoint() -> None:
-    tracker, of = ImportanceTracker(), group()
-    data = ChannelImportanceData(
-        layer_name="g",
-        taylor_importance=np.array([1, 2, 3, 4], np.float32),
-        magnitude_importance=np.array([4, 3, 2, 1], np.float32),
-        activation_frequency=np.array([1, 1, 0, 0.1], np.float32),
-    )
-    for epoch in range(1, 4):
-        tracker.observe(epoch, of, channel_metrics(data))
-    smoothed = tracker.smoothed(of)
-    assert multi_metric([smoothed], EARLY) == pytest.approx(multi_metric([data], EARLY))
-    with pytest.raises(InvalidField, match="channel group"):
-        tracker.smoothed(group("h", level=Level.HEAD))
 
 
 @pytest.mark.parametrize(
