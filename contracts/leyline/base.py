@@ -81,10 +81,14 @@ class WireEnum(StrEnum):
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        known = {each.value: each for each in cls}
+
         def member(value: object) -> object:
-            if isinstance(value, str) and value not in list(cls):
+            if not isinstance(value, str):
+                return value
+            if value not in known:
                 raise ValueError("one of " + ", ".join(cls))
-            return cls(value) if isinstance(value, str) else value
+            return known[value]
 
         return core_schema.no_info_before_validator_function(member, handler(source))
 

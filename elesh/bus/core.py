@@ -333,25 +333,38 @@ class Bus:
             Unsigned, BadSignature, NotAuthorized: if it is not by a key that may decide.
             IdentityMismatch: if it is the decision of another key.
         """
-        stored: Any = await self._client.hgetall(self.keys.named("record", str(key)))
+        name = self.keys.named("record", str(key))
+        stored: Any = await self._client.hgetall(name)
         if b"envelope" not in stored:
             return None
         self.guard.check(DECISIONS, stored[b"envelope"])
         envelope = unframed(stored[b"envelope"])
         if (found := read_envelope(envelope).correlation_id) != str(key):
             raise IdentityMismatch(f"record of {key}", str(key), found)
-        told = (name for name in stored if name.startswith(_TOLD))
+        told = (field for field in stored if field.startswith(_TOLD))
         return Record(
             stored[b"fingerprint"].decode(),
             envelope,
             datetime.fromtimestamp(float(stored[b"decided_at"]), UTC),
-            frozenset(name.removeprefix(_TOLD).decode() for name in told),
+            frozenset(
+                field.removeprefix(_TOLD).decode()
+                for field in told
+                if self._is_told(name, field, stored[field])
+            ),
         )
+
+    def _is_told(self, name: str, field: bytes, framed: bytes) -> bool:
+        """Whether somebody who may decide wrote that an outcome was taken in."""
+        try:
+            return bool(self.guard.state(f"{name}:{field.decode()}", framed))
+        except (ContractError, UnicodeDecodeError):
+            return False
 
     async def record_outcome(self, key: IdempotencyKey, event_id: str) -> None:
         """Keep that an outcome of a decision was taken in, for as long as the decision's record."""
         name = self.keys.named("record", str(key))
-        await self._client.hset(name, _TOLD.decode() + event_id, "1")
+        field = _TOLD.decode() + event_id
+        await self._client.hset(name, field, self.guard.frame_state(f"{name}:{field}", b"1"))
         # Its record may have ended at this very moment.
         await self._client.expire(name, self.settings.record_ttl_seconds, nx=True)
 
@@ -360,9 +373,12 @@ class Bus:
         pointer = self._latest(run_id, level)
         found: Any = await self._client.hmget(pointer, ["epoch", "key"])
         epoch, key = found
-        if key is None or int(epoch) >= before:
+        try:
+            if key is None or int(epoch) >= before:
+                return None
+            return await self.record(IdempotencyKey.parse(key.decode()))
+        except (ValueError, ContractError):  # not what a commit wrote, or whoever may decide
             return None
-        return await self.record(IdempotencyKey.parse(key.decode()))
 
     async def commit(
         self,

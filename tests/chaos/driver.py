@@ -436,11 +436,12 @@ class Chaos:
 
 def _holders(redis: Redis) -> set[str]:
     """The workers that have claimed something and not ended it."""
+    keys = [stream.key(_PARTITION) for stream in STREAMS if stream.group == WORKERS]
     return {
         consumer["name"].decode()
-        for stream in STREAMS
-        if stream.group == WORKERS and redis.exists(stream.key(_PARTITION))
-        for consumer in redis.xinfo_consumers(stream.key(_PARTITION), WORKERS)
+        for key in keys
+        if redis.exists(key) and redis.xinfo_groups(key)
+        for consumer in redis.xinfo_consumers(key, WORKERS)
         if consumer["pending"]
     }
 

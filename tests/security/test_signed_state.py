@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import msgpack
@@ -96,6 +97,32 @@ def test_a_record_of_another_key_or_without_a_signature_is_refused(signed):
         await bus._client.hset(one, "envelope", unframed(envelope))
         with pytest.raises(Unsigned):
             await bus.record(key(1))
+
+    signed(scenario)
+
+
+def test_an_outcome_that_nobody_took_in_is_not_said_to_be_and_a_forged_pointer_leads_nowhere(
+    signed,
+):
+    async def scenario(bus: Bus) -> None:
+        await publish(bus, 1)
+        [delivery] = await claim(bus)
+        made = replace(result(1), remember=True)
+        await bus.commit(GROUP, "w1", delivery, made)
+        await bus.record_outcome(key(1), "genuine")
+        name = bus.keys.named("record", str(key(1)))
+        genuine = await bus._client.hget(name, "outcome:genuine")
+        await bus._client.hset(name, "outcome:forged", "1")
+        await bus._client.hset(name, "outcome:moved", genuine)
+        await bus._client.hset(name, b"outcome:\xff", "1")
+        record = await bus.record(key(1))
+        assert record is not None
+        assert record.told == {"genuine"}
+        assert await bus.latest("run", CHANNEL, before=9) is not None
+        pointer = bus.keys.named("latest", "run", CHANNEL)
+        for forged in ({"key": "nonsense"}, {"epoch": "x"}, {"key": b"\xff"}):
+            await bus._client.hset(pointer, mapping=forged)
+            assert await bus.latest("run", CHANNEL, before=9) is None
 
     signed(scenario)
 
