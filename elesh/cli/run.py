@@ -9,6 +9,7 @@ import typer
 
 from elesh.bus import server_url
 from elesh.observe import setup_logging, setup_tracing, shutdown_tracing
+from elesh.operate.sizing import Load, size, told
 from elesh.settings import Settings, workers_needed
 
 from .common import Epochs, Every, JsonFile, JsonLogs, RedisOption, Seed, SettingsOption, console
@@ -119,14 +120,28 @@ def plan(
     levels: Annotated[int, typer.Option(min=1, help="Levels of analysis.")] = 3,
     rate: Annotated[int, typer.Option(min=1, help="Parameters a second a worker.")] = 500_000,
     gpus: Annotated[int, typer.Option(min=0, help="GPUs that train: so many workers each.")] = 0,
+    runs: Annotated[int, typer.Option(min=0, help="Size a fleet for so many training runs.")] = 0,
+    interval: Annotated[
+        float, typer.Option(min=1e-3, help="With --runs: seconds between checkpoints of a run.")
+    ] = 600.0,
+    megabytes: Annotated[
+        float, typer.Option(min=0, help="With --runs: megabytes of blobs a checkpoint.")
+    ] = 10.0,
+    analysis: Annotated[
+        float, typer.Option(min=0, help="With --runs: seconds that a worker computes for one.")
+    ] = 10.0,
     settings: SettingsOption = None,
 ) -> None:
-    """Say how many workers a network needs: W >= ceil(P / (R * T * L))."""
+    """Say how many workers a network needs: W >= ceil(P / (R * T * L)); with --runs, what so many
+    runs need of servers, partitions, workers, memory and network (docs/scaling.md)."""
     loaded = Settings.load(settings)
     window = loaded.window_seconds if seconds is None else seconds
     needed = workers_needed(parameters, rate, window, levels)
     wanted = max(needed, gpus * loaded.analysis_workers_per_gpu)
     console.print(f"{wanted} worker{'s' if wanted > 1 else ''}")
+    if runs:
+        load = Load(runs, interval, megabytes, analysis)
+        console.print(told(load, size(load, loaded.bus)), highlight=False)
     if wanted > needed:
         each = loaded.analysis_workers_per_gpu
         console.print(

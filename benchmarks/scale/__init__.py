@@ -1,0 +1,1 @@
+"""How far a bus carries: costs measured on real servers, a model fitted to them, the page drawn."""
