@@ -1,8 +1,8 @@
-"""The stages of an analysis by name, for whoever measures them; the analysis itself has no clock.
+"""Names for the stages of an analysis, so that a caller can time them; the analysis has no clock.
 
-``@stage("select")`` on a function, or ``with stage("select"):`` around a few lines, says what is
-being done. Nobody listens unless :func:`observed` is in force: the compute child does, and its
-supervisor makes spans of what it measured. Results never depend on it.
+``@stage("select")`` on a function, or ``with stage("select"):`` around a few lines, names what is
+being done. The names go to the observer of :func:`observed`, or nowhere. The compute child observes
+them, and its supervisor makes spans of the times. Results never depend on it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def stage(name: str) -> Iterator[None]:
 
 @contextmanager
 def observed(observer: Observer) -> Iterator[None]:
-    """Have ``observer`` told of every stage inside the block."""
+    """Call ``observer`` for every stage inside the block."""
     token = _observer.set(observer)
     try:
         yield

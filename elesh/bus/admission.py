@@ -1,9 +1,9 @@
-"""Admission: from a stream entry to a message that may be acted on, for whoever listens.
+"""Admission: from a stream entry to a message that may be acted on, the same for every reader.
 
 Trainers, workers, the console, the audit log and replay all judge by :func:`hear`: the signature
 and the signer's right to speak on that stream, the kind of the message against the stream, and that
-envelope, key and body speak of the same run, epoch and architecture. Whoever acts on a message asks
-for its time to live, too, by the server's clock.
+envelope, key and body name the same run, epoch and architecture. Before a message is acted on, its
+time to live is checked, too, by the server's clock.
 
 Promises: pure but for the clock that it is given. Everything that is wrong with a message is a
 ``ContractError`` here, before any blob is fetched, any child is asked or any network touched.
@@ -119,7 +119,7 @@ class Heard:
     message: Message
     envelope: EventEnvelope
     signer: str = ""
-    """Id of the key that signed it; empty where nobody has to."""
+    """Id of the key that signed it; empty where signatures are not required."""
 
     @property
     def run_id(self) -> str:
@@ -131,7 +131,7 @@ def hear(delivery: Delivery, guard: Guard) -> Heard:
     """What a stream entry says, once it is known who says so and that it belongs there.
 
     Raises:
-        Unsigned, BadSignature, NotAuthorized: if nobody whom ``guard`` believes may say that here.
+        Unsigned, BadSignature, NotAuthorized: if no signer that ``guard`` knows may write it.
         UnknownType: if messages of its kind do not stand in this stream.
         IdentityMismatch: if envelope, key and body do not speak of the same.
         ContractError: if it cannot be read.
@@ -141,7 +141,7 @@ def hear(delivery: Delivery, guard: Guard) -> Heard:
 
 
 def read(data: bytes, stream: Stream | None = None, *, beside: Delivery | None = None) -> Heard:
-    """As :func:`hear`, of an envelope that was kept: whoever kept it knows who signed.
+    """As :func:`hear`, of an envelope that was stored; its signature was checked before.
 
     Args:
         stream: where it was published, if that is known.
@@ -159,8 +159,8 @@ def read(data: bytes, stream: Stream | None = None, *, beside: Delivery | None =
 
 
 def require_in_time(heard: Heard, now: datetime, redriven: datetime | None = None) -> None:
-    """Refuse what nobody waits for any more, unless an operator sent it again; and what says that
-    it was made later than now, which would live as long as its maker pleases.
+    """Refuse a message whose time is over, unless an operator sent it again, and one that is dated
+    in the future, which would never expire.
 
     Args:
         now: by the server's clock.
@@ -229,8 +229,7 @@ def admit(
 
 
 def _require_agreement(envelope: EventEnvelope, message: Message) -> None:
-    """Envelope, key and body speak of the same run, epoch and architecture: whoever looks at one
-    of them acts on all."""
+    """Envelope, key and body name the same run, epoch and architecture."""
     run, epoch = _run_of(message), _epoch_of(message)
     if run and envelope.training_run_id not in ("", run):
         raise IdentityMismatch("envelope.training_run_id", brief(run), envelope.training_run_id)

@@ -1,6 +1,6 @@
 """The bus: publish, claim, renew, commit, dead-letter, read, trim, on Redis Streams.
 
-Promises: at-least-once delivery, exactly-once effect. An entry is served by whoever owns it in its
+Promises: at-least-once delivery, exactly-once effect. An entry is served by its owner in the
 consumer group; ownership is a lease that is renewed, taken over when it ran out, and checked by
 every step that changes anything. Commands of Redis 7.0 only. Every method raises
 :class:`BusUnavailable` when the server cannot serve.
@@ -69,12 +69,12 @@ T = TypeVar("T")
 
 _SOURCE = "elesh"
 DROPPED_TRIES = 5
-"""Times that something is sent to a server that ends the connection at it and answers else."""
+"""So often a message is sent to a server that closes the connection on it but answers others."""
 UNTRUSTED = frozenset({"unsigned", "bad_signature", "not_authorized", "malformed"})
-"""Codes of dead letters whose original's own words count for nothing."""
+"""Codes of dead letters whose original's own statements are not used."""
 _MARKER_SECONDS = 600
 _BATCH = 100
-# Nobody may shorten the audit log. Work for groups that may not exist yet is not dropped unread.
+# The audit log is never shortened.
 _TRIMMED = tuple(stream for stream in STREAMS if stream is not AUDIT)
 _REMEMBER_SECONDS = 3600
 _TOLD = b"outcome:"

@@ -20,8 +20,8 @@ Entry = tuple[str, str]
 
 
 class Script:
-    """A script as one client runs it: by its digest, and by its text where the server forgot it, so
-    that nobody who makes servers forget scripts can come between."""
+    """A script as one client runs it: by its digest, or by its text where the server has forgotten
+    it, so that ``SCRIPT FLUSH`` cannot make a call fail."""
 
     def __init__(self, client: Client, text: str) -> None:
         self._client, self.script = client, text
@@ -129,12 +129,12 @@ class Scripts:
     async def redrive(
         self, keys: Sequence[str], dead_letter: str, fields: Args, audit: Args
     ) -> tuple[str, bool] | None:
-        """Publish a letter's original once: its entry and whether it is new; None: no letter."""
+        """Publish a dead letter's original once: its entry, and whether it is new; or None."""
         reply = await self._redrive(keys, [dead_letter, len(fields), *fields, *audit])
         return (reply[0].decode(), bool(reply[1])) if reply else None
 
     async def drop(self, keys: Sequence[str], dead_letter: str, audit: Args) -> bool:
-        """Delete a letter and append the audit event; False if there is no such letter."""
+        """Delete a dead letter and append the audit event; False if there is none."""
         return bool(await self._drop(keys, [dead_letter, *audit]))
 
     async def leave(self, stream: str, group: str, consumer: str) -> bool:

@@ -2,8 +2,8 @@
 
 Promises: secrets are compared in constant time; a session is a random name that the server keeps,
 and ends at logout, after its time, or with the process; every form carries a proof bound to its
-session, so another site cannot post it; an address that gave wrong tokens too often is not listened
-to for a while, whatever it says. Without a token nobody can act.
+session, so another site cannot post it; an address that gave wrong tokens too often is refused
+for a while, right tokens included. Without a token nobody can act.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Guard:
         return True
 
     def end(self, cookie: str) -> None:
-        """End a session: whoever kept its cookie has nothing."""
+        """End a session; its cookie is worth nothing from then on."""
         self._ends.pop(cookie, None)
 
     def proof(self, cookie: str) -> str:

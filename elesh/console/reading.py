@@ -240,7 +240,7 @@ class Reader:
                 yield entry
 
     def _read(self, delivery: Delivery) -> Entry | None:
-        """What an entry says, and where; None for one that nobody is to believe."""
+        """What an entry says, and where; None for one that is not to be believed."""
         try:
             message = hear(delivery, self.bus.guard).message
         except ContractError:

@@ -32,7 +32,7 @@ __all__ = ["Demo", "run_demo", "run_trainer"]
 
 _CHECKPOINTS = 20
 _ANSWER_SECONDS = 180.0
-"""So long a demo waits in vain for answers, once."""
+"""So long a demo waits once for answers that do not come."""
 
 
 @dataclass(frozen=True)

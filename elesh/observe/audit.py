@@ -51,11 +51,11 @@ class Link:
     entry: AuditEntry | None
     problem: str = ""
     doubt: str = ""
-    """Why an entry that can be read need not be an auditor's: nobody who may has signed it."""
+    """Why an entry that can be read may not be an auditor's: it has no auditor's signature."""
 
 
 def audit_event(message: Message, *, source: str, at: datetime) -> AuditEvent | None:
-    """What a message of the bus is to the audit log; None for what is no business of it.
+    """What a message of the bus is to the audit log; None for messages that it does not keep.
 
     Args:
         source: where it stands, ``<stream>/<entry id>``.
@@ -71,18 +71,18 @@ def _translate(message: Message, source: str, at: datetime) -> AuditEvent | None
 
 @_translate.register
 def _of_decision(decision: StructuralPruningDecision, source: str, at: datetime) -> AuditEvent:
-    told = decision.statistics
+    statistics = decision.statistics
     figures = {
         "channels": sum(len(target.channel_indices) for target in decision.channels),
         "heads": sum(len(target.head_indices) for target in decision.attention_heads),
         "layers": len(decision.layers),
-        "parameters_before": told.parameters_before,
-        "parameters_after": told.parameters_after,
-        "cumulative_ratio": told.cumulative_ratio,
-        "phase_limit": told.phase_limit,
+        "parameters_before": statistics.parameters_before,
+        "parameters_after": statistics.parameters_after,
+        "cumulative_ratio": statistics.cumulative_ratio,
+        "phase_limit": statistics.phase_limit,
         "confidence": decision.safety.confidence,
-        "predicted_shift": told.predicted_shift,
-        "predicted_loss_rise": told.predicted_loss_rise,
+        "predicted_shift": statistics.predicted_shift,
+        "predicted_loss_rise": statistics.predicted_loss_rise,
     }
     return AuditEvent(
         kind="decision",

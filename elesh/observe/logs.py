@@ -4,7 +4,7 @@ Every line carries the id of the trace it belongs to, where there is one. Values
 URLs with a password are masked before anything is written, and control characters are written as
 their numbers: a text from the bus can neither begin a line of its own nor steer a terminal. Under
 another logging set-up than ours (a framework's, or Python's own without any) a line has its
-figures, too. Nobody waits for the reader of the log.
+figures, too. A reader of the log that stalls holds up nothing.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def get_logger(name: str) -> Logger:
 
 
 class _Writer(logging.Handler):
-    """Writes lines from a thread of its own: whoever reads them may stall or go, nobody waits.
+    """Writes lines from a thread of its own: a reader that stalls or goes holds up nothing.
 
     Lines that find no place in the queue are counted, and the next one that does says how many.
     """

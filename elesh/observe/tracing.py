@@ -8,7 +8,7 @@ ends, so that what a killed process leaves behind is missing, never torn (decisi
 Spans go by OTLP/HTTP where the standard ``OTEL_EXPORTER_OTLP_ENDPOINT`` (or
 ``..._TRACES_ENDPOINT``) says, and into the bounded file that ``elesh trace`` reads
 (:mod:`.spanfile`). The context travels as W3C ``traceparent``/``tracestate`` fields of the stream
-entries, and whoever works on a checkpoint takes the context that the trainer created as the parent.
+entries; work on a checkpoint has the context that the trainer created as its parent.
 """
 
 from __future__ import annotations
@@ -389,7 +389,7 @@ def carrier_of() -> dict[str, str]:
 def onward(carrier: Mapping[str, str]) -> dict[str, str]:
     """The context that a message came with, for those that follow from it; else the current one.
 
-    It is read and written anew, since nobody has checked what came.
+    It is parsed and written anew, since it comes unchecked.
     """
     fields: dict[str, str] = {}
     propagate.inject(fields, propagate.extract(dict(carrier)))

@@ -1,6 +1,6 @@
 """What operators do to breakers by hand, the same from the command line and from the console.
 
-Promises: every action is told on the bus with who did it and why, and so ends up in the audit log;
+Promises: every action is published with who did it and why, and so ends up in the audit log;
 a change of state is an event like any other.
 """
 
@@ -29,16 +29,16 @@ def operator() -> str:
 async def trip_breaker(bus: Bus, run: str, level: Level, by: str, reason: str) -> None:
     """Open a breaker by hand; it recovers like any other."""
     change = await bus.breakers.trip(run, level, reason)
-    await _tell(bus, "breaker_trip", run, level, by, reason, change)
+    await _publish(bus, "breaker_trip", run, level, by, reason, change)
 
 
 async def reset_breaker(bus: Bus, run: str, level: Level, by: str, reason: str = "") -> None:
     """Close a breaker by hand and forget its failures."""
     change = await bus.breakers.reset(run, level, reason)
-    await _tell(bus, "breaker_reset", run, level, by, reason, change)
+    await _publish(bus, "breaker_reset", run, level, by, reason, change)
 
 
-async def _tell(
+async def _publish(
     bus: Bus,
     action: Literal["breaker_trip", "breaker_reset"],
     run: str,
@@ -48,7 +48,7 @@ async def _tell(
     change: BreakerTransition | None,
 ) -> None:
     outcome = f"{change.before} to {change.after}" if change else "as it was"
-    told = OperatorAction(
+    action_event = OperatorAction(
         action=action,
         subject=f"{run}:{level}",
         operator=by,
@@ -56,6 +56,6 @@ async def _tell(
         reason=reason,
         outcome=outcome,
     )
-    await bus.publish(OPERATIONS, told, source="operator", run_id=run)
+    await bus.publish(OPERATIONS, action_event, source="operator", run_id=run)
     if change is not None:
         await bus.publish(TELEMETRY, change, source="elesh", run_id=run)

@@ -2,8 +2,8 @@
 
 Promises: the same code and settings give the same bytes; where they do not, the settings that
 changed are named, and what the decision does differently. The analysis runs in a compute child, as
-it did then: whatever a checkpoint carries is met behind the same walls. What chance decided is
-taken from the record: levels that were missing, shards, fallbacks of the failure table of each
+it did then, so a checkpoint that harms its process does so there. What chance decided is taken
+from the record: levels that were missing, shards, fallbacks of the failure table of each
 part, and the earlier decision that stands in for corrupt data.
 """
 

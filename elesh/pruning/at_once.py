@@ -254,7 +254,7 @@ class _Work:
         self.evaluation = self.judge.before
 
     def run(self, rounds: int) -> str:
-        """Cut until every budget is met; otherwise why not, and what would help."""
+        """Cut until every budget is met; the reason if one is not, and what would help."""
         for number in range(1, rounds + _EXTRA + 1):
             now = self.surgeon.architecture
             if self.goals.met(now):
@@ -276,7 +276,7 @@ class _Work:
             self.evaluation = self.judge.now()[0]
 
     def _round(self, number: int, rounds: int, progress: float) -> str:
-        """One more cut, as much of the way as the limits allow; why no more is possible."""
+        """One more cut, as large as the limits allow; the reason if there can be none."""
         name = f"round {min(number, rounds)} of {rounds}"
         self.progress.doing(f"{name}: measuring")
         bundle = self._measured()
@@ -294,7 +294,7 @@ class _Work:
         return f"held back: {refused}; raise the limit, or train and prune again"
 
     def _halved(self, progress: float) -> float:
-        """Half of the way from where the network is to where it was to go."""
+        """Halfway between the progress made and the progress that was tried."""
         left = self.goals.left(self.surgeon.architecture)
         done = [math.log(left[n]) / math.log(s) for n, s in self.goals.asked.items() if s < 1]
         return (max(0.0, min(done)) + progress) / 2

@@ -2,8 +2,8 @@
 
 The folder holds ``weights.safetensors`` (all parameters and buffers by path) and
 ``architecture.json`` (the network before its first cut, every cut since, and what its layers are).
-Nothing is pickled and nothing that is read is run: whoever loads builds the network as it was
-before it was cut, and gets it back cut.
+Nothing is pickled, and nothing that is read is run: the caller builds the network as it was before
+it was cut, and ``load`` cuts it.
 
 Promises: outputs of the loaded network are bit for bit those of the saved one; a file that is
 damaged, or that belongs to another network, is refused by name before the given network has

@@ -132,7 +132,7 @@ def vote_of(outcome: PruningOutcome) -> Vote:
 
 
 def _by_level(decision: StructuralPruningDecision) -> Iterator[tuple[Level, GateResult]]:
-    """The gates of single levels; those of a joint cut as a whole are nobody's."""
+    """The gates of single levels, without those of the joint set."""
     for gate in decision.safety.gates:
         level, dot, _ = gate.name.partition(".")
         if not decision.levels:

@@ -186,8 +186,8 @@ class Keyring:
         *,
         may: Collection[str] = (),
     ) -> str:
-        """The id of the key that signed what stands at ``place``; empty where nobody did and that
-        is allowed.
+        """The id of the key that signed what stands at ``place``; empty where it is
+        unsigned and may be.
 
         Args:
             may: streams, by short name; the key must be allowed to speak on one of them. By

@@ -61,7 +61,7 @@ class ResultHandler:
         self._reports = reports
 
     def refuse_poison(self, delivery: Delivery) -> None:
-        """Let nobody begin what stopped every worker that took it.
+        """Refuse an entry that stopped every worker that took it.
 
         Raises:
             Poison: if it was delivered more often than ``max_deliveries``; handovers do not count.

@@ -22,8 +22,8 @@ __all__ = ["spool"]
 _PREFIX = "elesh-worker-"
 _LOCK = "lock"
 _UNLOCKED_SECONDS = 86_400.0
-"""A folder without a lock is one that is just being made, or of an older version: so old it is
-nobody's."""
+"""A folder without a lock is being made, or was left by an older version; after so long it is the
+latter."""
 
 
 @contextlib.contextmanager

@@ -219,13 +219,13 @@ class Worker:
             self._reports.entry("handed_over", stream, entry, "handover", why)
 
     def _lost(self, delivery: Delivery) -> None:
-        """What is computed for an entry that another worker has is in vain.
+        """Stop the analysis of an entry whose lease another worker has taken over.
 
-        Only then: an entry that is not ours any more after its analysis is one that we ended.
+        Only while it is waiting or being analysed: afterwards this worker has ended it itself.
         """
         for held in self._in_flight:
-            in_vain = self._executor.begun(held.key) or self._executor.waits(held.key)
-            if held.delivery is delivery and in_vain:
+            computing = self._executor.begun(held.key) or self._executor.waits(held.key)
+            if held.delivery is delivery and computing:
                 _log.warning("lease lost", entry="/".join(delivery.origin))
                 held.task.cancel()
 

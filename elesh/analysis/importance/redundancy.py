@@ -1,8 +1,8 @@
-"""Channels of one group whose activations say the same: cosine similarity over a threshold.
+"""Redundant channels of one group: cosine similarity of their activations over a threshold.
 
-Promises: every channel given up is more alike than the threshold to the very one kept for it.
-That is a star around the best channel, not a connected component: similarity is not transitive,
-and a chain of neighbours would give up channels that are like nobody who stays.
+Promises: every channel that is given up is more similar than the threshold to the one that is kept
+for it. The channels given up for one form a star around it, not a connected component: similarity
+is not transitive, and in a chain of neighbours the ends may be similar to none that stays.
 """
 
 from __future__ import annotations

@@ -197,7 +197,7 @@ def _database(text: str, where: str) -> int:
 
 
 def _options(query: str, scheme: str, kind: str) -> dict[str, Any]:
-    """The options of the query, checked; one that nobody knows is an error."""
+    """The options of the query, checked; an unknown one is an error."""
     known = _COMMON | (_SENTINEL if kind == "sentinel" else frozenset())
     known |= _TLS if scheme.startswith("rediss") else frozenset()
     if kind:

@@ -4,8 +4,8 @@ Promises: a command is sent at most once (a retry after a lost answer would publ
 answer is awaited for at most ``SOCKET_TIMEOUT`` seconds (so a frozen server or a half-open
 connection is noticed), and whatever keeps the server from serving surfaces as
 :class:`BusUnavailable`, an error reply as :class:`BusRefuses`; after one that may mean that another
-server is in charge, the next connection goes to whoever is. Waiting and trying again is
-:mod:`.outage`'s business.
+server is in charge, the next connection goes to that one. Waiting and trying again is
+:mod:`.outage`'s part.
 """
 
 from __future__ import annotations

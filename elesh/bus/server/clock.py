@@ -37,7 +37,7 @@ class ServerClock:
             # that what they send next shares a round trip, too.
             if self._asking is None or self._asking.done():
                 self._asking = asyncio.create_task(self._ask())
-                self._asking.add_done_callback(_told)
+                self._asking.add_done_callback(_ignored)
             await asyncio.shield(self._asking)
         return self.latest()
 
@@ -59,7 +59,7 @@ class ServerClock:
         return datetime.fromtimestamp(time.monotonic() + self._ahead, UTC)
 
 
-def _told(asking: asyncio.Task[None]) -> None:
-    """Take the error of an answer that nobody waits for any more."""
+def _ignored(asking: asyncio.Task[None]) -> None:
+    """Retrieve the error of an answer that is not awaited any more, so that it is not logged."""
     if not asking.cancelled():
         asking.exception()

@@ -38,7 +38,7 @@ class Locator(Protocol):
         """A server refused since it is not in charge any more."""
 
     def instead(self, place: Place) -> Place | None:
-        """Where to go since nobody answers there."""
+        """Where to go instead of a place that does not answer."""
 
 
 def open_pool(

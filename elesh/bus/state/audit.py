@@ -1,10 +1,10 @@
-"""The audit log on the bus: one hash chain, whoever writes it.
+"""The audit log on the bus: one hash chain, however many write it.
 
 Promises: entries are numbered without gaps and each names the digest of the one before, under any
 number of concurrent writers. Everything in it is copied from other streams, exactly once: the
 cursors move in the same step as the chain, and a writer that was overtaken changes nothing.
-The stream is never trimmed. With a keyring every entry and the chain's end are signed; a chain
-whose end was changed is gone on with, and that is written down.
+The stream is never trimmed. With a keyring every entry and the chain's end are signed. A chain
+whose end was changed is continued, with an entry that says so.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _facts(head: AuditHead) -> bytes:
 
 
 def _changed(doubt: str, at: datetime) -> AuditEvent:
-    """What is written down where a chain goes on from an end that nobody vouches for."""
+    """The entry that says that the chain goes on from an end whose signature is wrong."""
     return AuditEvent(
         kind="operator",
         action="audit_head_changed",

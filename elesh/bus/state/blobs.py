@@ -2,7 +2,7 @@
 
 Promises: a blob's size is checked before anything is read and its digest while it is read; what
 does not keep its reference's promise never reaches the caller, and no half file is left behind.
-Whoever holds a reference can only read what the scheme's own rule allows:
+A reference only gives access to what its scheme allows:
 
 - ``redis:<sha256>``: pieces of 4 MB in the partition, content addressed, with a time to live
   (one large string would stop every other client while it is copied);
@@ -228,7 +228,7 @@ class BlobStore:
 
 
 def _opened(ref: BlobRef, path: Path) -> BinaryIO:
-    """A file for reading; a folder is none, and a pipe must not hold whoever opens it."""
+    """A file opened for reading; folders are refused, and opening a pipe does not block."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:

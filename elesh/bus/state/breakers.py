@@ -4,8 +4,8 @@ Promises: every change is one atomic step, by the server's clock, made from the 
 where another caller was faster it is made again. The n-th consecutive failure opens; after the
 recovery time exactly one caller gets a probe, whose outcome closes or opens again; a prober that
 died is replaced when its lease is over. A failure with a token counts once, however often its
-message is delivered. The state is signed like the decisions that depend on it: one that nobody who
-may decide has written counts as open, until an operator resets it.
+message is delivered. The state is signed like the decisions that depend on it: one that is not
+signed by a decider counts as open, until an operator resets it.
 """
 
 from __future__ import annotations

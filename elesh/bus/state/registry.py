@@ -1,4 +1,4 @@
-"""The fleet's register: every worker writes what it does, everybody may read it.
+"""The worker registry: every worker writes what it does, everybody may read it.
 
 Promises: one hash a worker, ``elesh:{partition}:worker:<id>``, written in one step and gone when
 the worker has not been heard of for its time to live; ages are by the server's clock. Nothing is
@@ -138,7 +138,7 @@ class Registry:
 
 
 def _read(values: dict[bytes, bytes]) -> WorkerState | None:
-    """The state in a hash; None for one that just expired or is nobody's that we know."""
+    """The state in a hash; None for one that has just expired or cannot be read."""
     try:
         return WorkerState(**{name.decode(): value.decode() for name, value in values.items()})  # type: ignore[arg-type]
     except (ValidationError, UnicodeDecodeError):

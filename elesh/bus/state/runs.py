@@ -75,8 +75,8 @@ class RunStore:
             await self._scripts.claim_run(self.claim_key(run_id), token.decode(), "", 0)
 
     async def attempt(self, run_id: str, token: str, who: str) -> Attempt:
-        """The attempt of whoever has the run's claim: that of the last claim's token, or a new one
-        for another token. Remembered as long as decisions are."""
+        """The attempt of the run's holder: that of the last claim if the token is the same, else a
+        new one. Remembered as long as decisions are."""
         name = f"{self.claim_key(run_id)}:last"  # run ids have no colon
         found: Any = await self._client.hmget(name, ["token", "who", "attempt"])
         last, before, number = [None if value is None else value.decode() for value in found]
@@ -121,8 +121,8 @@ class RunStore:
         ]
 
     async def _believed(self, key: str) -> list[bytes]:
-        """The values of a hash in the order of their names, without those that nobody who may
-        decide has written: they count as absent, and are named in the log."""
+        """The values of a hash in the order of their names. Those without the signature of somebody
+        who may decide count as absent, and are named in the log."""
         stored: Any = await self._client.hgetall(key)
         found = []
         for name, framed in sorted(stored.items()):

@@ -1,7 +1,7 @@
 """Consumer groups: entries are claimed, kept by renewing their leases, and requeued.
 
-Promises: an entry belongs to whoever claimed it until its lease runs out; giving back and taking
-over are one atomic step that leaves the entry's history with it. Reaping that takes over is
+Promises: an entry belongs to the consumer that claimed it until its lease runs out; releasing and
+taking over are one atomic step each, and the entry keeps its history. Reaping that takes over is
 :mod:`elesh.bus.streams.reaping`.
 """
 
@@ -62,7 +62,7 @@ class Groups:
     async def _claim(
         self, group: str, consumer: str, streams: Sequence[Stream], count: int, seconds: float
     ) -> list[Delivery]:
-        # Whoever has just waited in vain need not look before waiting again.
+        # A consumer that has just waited without result need not look before waiting again.
         if consumer not in self._idle or seconds <= 0:
             reply = await self._scripts.claim(
                 [self._keys.stream(stream) for stream in streams], group, consumer, count

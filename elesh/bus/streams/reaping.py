@@ -1,11 +1,11 @@
-"""Reaping: one worker of the fleet, whoever it is, keeps time for all of them.
+"""Reaping: one worker of the fleet keeps time for all of them.
 
 Promises: at most one reaper at a time; one that dies is replaced when its own lease runs out, an
-eighth of an entry's lease later. A pass moves delayed entries that are due, sends entries round
-again whose owner's lease ran out, and queues the join of plans past their deadline; the next one
-comes no later than the first lease runs out, so that nobody waits for a period, too. After a
-silence of the server, in which nobody could renew, owners first have the time of one and a half
-renewals, so that it costs nobody a live lease; the death of a reaper alone is no silence.
+eighth of an entry's lease later. A pass moves delayed entries that are due, requeues
+entries whose owner's lease ran out, and queues the join of plans past their deadline. The next pass
+comes no later than the first lease runs out. After a silence of the server, in which no lease could
+be renewed, owners first have the time of one and a half renewals, so that no living owner loses its
+lease. The death of a reaper alone is no silence.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ class History:
 
 @dataclass(frozen=True)
 class Delivery:
-    """One stream entry as a consumer got it; its bytes are nobody's promise yet."""
+    """One stream entry as a consumer got it; nothing in it has been checked yet."""
 
     stream: Stream
     entry_id: str

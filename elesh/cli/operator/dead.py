@@ -26,7 +26,7 @@ from leyline import DeadLetter
 dead = typer.Typer(no_args_is_help=True, help="Messages that could not be served.")
 _SHOWN_BYTES = 64
 
-DeadLetterId = Annotated[str, typer.Argument(help="The letter, as elesh dead list shows it.")]
+DeadLetterId = Annotated[str, typer.Argument(help="Its entry id, as elesh dead list shows it.")]
 Reason = Annotated[str, typer.Option(help="Why; kept in the audit log.")]
 
 
@@ -56,7 +56,7 @@ def dead_show(
     redis: RedisOption = "",
     settings: SettingsOption = None,
 ) -> None:
-    """One letter whole: reason, every delivery, trace, and the original's bytes."""
+    """All of one dead letter: reason, every delivery, trace, and the original's bytes."""
     shown = on_bus(redis, settings, lambda bus, _: bus.dead_letters.get(dead_letter))
     if as_json:
         print_json(_facts(shown))
@@ -67,18 +67,18 @@ def dead_show(
 
 @dead.command("redrive")
 def dead_redrive(
-    dead_letters: Annotated[list[str] | None, typer.Argument(help="Letters; or --all.")] = None,
+    dead_letters: Annotated[list[str] | None, typer.Argument(help="Entry ids; or --all.")] = None,
     everything: Annotated[
-        bool, typer.Option("--all", help="Every letter not yet redriven.")
+        bool, typer.Option("--all", help="Every dead letter not yet redriven.")
     ] = False,
     code: Annotated[str, typer.Option(help="With --all: only of this class of error.")] = "",
     reason: Reason = "",
     redis: RedisOption = "",
     settings: SettingsOption = None,
 ) -> None:
-    """Publish the original again on its stream, once a letter; run it twice without harm."""
+    """Publish the original again on its stream, once; running it twice does no harm."""
     if bool(dead_letters) == everything:
-        fail("name letters, or give --all")
+        fail("name dead letters, or give --all")
 
     async def redrive(bus: Bus, _: Settings) -> list[tuple[str, Redriven]]:
         chosen = dead_letters or [
@@ -103,7 +103,7 @@ def dead_drop(
     redis: RedisOption = "",
     settings: SettingsOption = None,
 ) -> None:
-    """Delete letters for good; the audit log keeps who did it."""
+    """Delete dead letters for good; the audit log keeps who did it."""
 
     async def drop(bus: Bus, _: Settings) -> None:
         for each in dead_letters:
@@ -114,7 +114,7 @@ def dead_drop(
 
 
 def brief_lines(dead_letter: DeadLetterEntry) -> Iterator[str]:
-    """A letter in two lines of markup: what and where, then the reason."""
+    """A dead letter in two lines of markup: what and where, then the reason."""
     message = dead_letter.message
     if message is None:
         yield f"[bold]{dead_letter.entry_id}[/]  [red]unreadable[/]"
@@ -134,7 +134,7 @@ def brief_lines(dead_letter: DeadLetterEntry) -> Iterator[str]:
 
 
 def dead_letter_lines(dead_letter: DeadLetterEntry) -> Iterator[str]:
-    """Everything that is known about a letter, as lines of markup."""
+    """Everything that is known about a dead letter, as lines of markup."""
     message = dead_letter.message
     if message is None:
         yield f"[bold]{dead_letter.entry_id}[/]  [red]unreadable[/]: {escape(dead_letter.error)}"

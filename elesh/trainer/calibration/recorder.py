@@ -88,9 +88,9 @@ class Recorder:
     margin and of a direction among its rivals: all the same statistics follow from them, and
     what a single removal does to the loss beyond second order, too.
     A last forward and backward pass takes the projections of channels at the midpoint of a cut
-    (``ahead``): a derivative in the middle of the way says more about its end than one at its
-    beginning. Heads are few, and derivatives say least of them: each is masked in turn on the
-    samples where that matters most.
+    (``ahead``): derivatives at the midpoint of a cut predict its effect better than derivatives
+    of the whole network. Heads are few, and derivatives predict them worst, so each is masked in
+    turn, on the samples where that matters most.
     Statistics are taken in evaluation mode (normalisations frozen), so samples do not see each
     other. The first dimension of activations must count samples (or rows that each belong to
     one sample, in the order of the samples).

@@ -94,7 +94,7 @@ class Relations:
         return shape[axis] if axis is not None else max(shape, default=0)
 
     def taken(self, producer: Any, link: Link) -> Relation:
-        """Which channels of a node get to whoever takes this link, and as which."""
+        """Which channels of a node the consumer of this link gets, and as which."""
         start, stop, step = self._taken(producer, link)
         return Relation(start, stop, step)
 

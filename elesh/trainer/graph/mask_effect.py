@@ -1,8 +1,8 @@
-"""Whether a mask of a group reaches the network at all.
+"""Whether a mask of a group has any effect on the network.
 
-Promises: a group stays prunable only if its mask changes some output: what is measured under a mask
-that nobody sees (a forward pass that goes around the modules, compiled or traced parts) would prove
-nothing.
+Promises: a group stays prunable only if its mask changes some output. Where the forward pass goes
+around the modules (compiled or traced parts), a mask has no effect, and what is measured under it
+would prove nothing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A copy of a network to be traced and cut, with random weights that all have an effect.
 
-Promises: nothing of the network is changed or shared but what nobody writes to; the weights of the
+Promises: the network is not changed, and only what is never written is shared; the weights of the
 copy lie in a pool, so that it takes little more memory than its largest tensors: tensors whose
 rows have the same length are windows of the same random numbers.
 """

@@ -85,7 +85,7 @@ def _candidates(trace: Trace, model: nn.Module) -> Iterator[_Candidate]:
 
 
 def _candidate(trace: Trace, model: nn.Module, branch: Branch, dead: set[str]) -> _Candidate:
-    """What goes with a branch whose parameters ``dead`` nobody else uses."""
+    """What goes with a branch that alone uses the parameters ``dead``."""
     ends = sorted(trace.made[branch.contribution], key=lambda one: -(one.left - one.entered))
     own = [one for one in ends if trace.times[one.path] == 1] or ends
     end = next((one for one in own if _only(model, one.path, dead)), own[-1])

@@ -104,14 +104,16 @@ class _Experiment(Admission):
     def _sorted_out(self, names: Sequence[str]) -> list[str]:
         """Those of ``names`` that the present trial finds no fault with.
 
-        Whoever may be to blame for a fault is set aside and let in by halves, those who may be to
-        blame for different faults at the same time.
+        Groups that may cause a fault are set aside and admitted again by bisection, those of
+        different faults at the same time.
         """
         good, sets, reasons = list(names), list[list[str]](), dict[str, str]()
         settled: set[str] = set()
         while faults := self._faults(good):
             if settled.intersection(fault.place for fault in faults):
-                return self._halved(names)  # Whoever was blamed there was not to blame.
+                return self._halved(
+                    names
+                )  # The groups that were set aside there were not the cause.
             found = _cases(faults, good)
             alone = {members[0] for members in found if len(members) == 1}
             for fault in faults:
@@ -164,7 +166,7 @@ class _Experiment(Admission):
         return [n for n, head in enumerate(heads) if shared(head) == most]
 
     def _halved(self, names: Sequence[str]) -> list[str]:
-        """The same where nobody in particular is to blame."""
+        """The same by bisection over all, where no group in particular seems the cause."""
         self._admitted = []
         self.admit(names)
         return self._admitted

@@ -64,7 +64,7 @@ from .spans import Stopwatch
 def main() -> None:
     """Serve jobs from standard input until it ends.
 
-    Arguments: memory limit, file to beat into, and ``preload`` to load torch before the first job.
+    Arguments: memory limit, heartbeat file, and ``preload`` to load torch before the first job.
     """
     die_with_parent()
     limit_data(int(sys.argv[1]))

@@ -1,11 +1,11 @@
-"""The compute child's pulse: whether it computes, waits, or is wedged (decision 0051).
+"""The compute child's heartbeat: whether it computes, waits, or is wedged (decision 0051).
 
 A thread of the child writes the time twice a second into a small file that the supervisor maps,
-whatever the job does. A beat that is missing has three possible causes, which the kernel tells
+whatever the job does. A heartbeat that is missing has three possible causes, which ``/proc`` tells
 apart: the child is stopped (its state is ``T``), it holds the interpreter lock in a long native
 call (its CPU time grows: it is busy, not wedged), or it does nothing at all.
 
-Promises: neither side waits for the other; where the system has no ``/proc``, only beats count.
+Promises: neither side waits for the other; without ``/proc`` only heartbeats count.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["Finding", "HeartbeatReader", "heartbeat_into"]
 _TIME = struct.Struct("<d")
 _HEARTBEAT_SECONDS = 0.5
 _SILENT_SECONDS = 4.0
-"""Without a beat for so long, and without CPU time used meanwhile, a child is wedged."""
+"""Without a heartbeat for so long, and without CPU time used meanwhile, a child is wedged."""
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -39,7 +39,7 @@ def heartbeat_into(path: Path) -> None:
 
     # Little of the child's memory allowance goes into this stack.
     before = threading.stack_size(256 << 10)
-    threading.Thread(target=heartbeat, name="elesh-pulse", daemon=True).start()
+    threading.Thread(target=heartbeat, name="elesh-heartbeat", daemon=True).start()
     threading.stack_size(before)
 
 
@@ -52,10 +52,10 @@ class Finding:
 
 
 class HeartbeatReader:
-    """The supervisor's finger on the pulse.
+    """Reads the heartbeat in the supervisor.
 
     Args:
-        path: the file to beat into; it is made here.
+        path: the file of the heartbeat; it is made here.
     """
 
     def __init__(self, path: Path) -> None:

@@ -46,7 +46,7 @@ class ComputeChild:
     def __init__(self, memory_limit: int, folder: Path, *, preload: bool = False) -> None:
         self._limit = memory_limit
         self._arguments = [PRELOAD] if preload else []
-        self._heartbeat = HeartbeatReader(folder / "pulse")
+        self._heartbeat = HeartbeatReader(folder / "heartbeat")
         self._process: Process | None = None
         self._hearing: asyncio.Task[None] | None = None
         self._turn = asyncio.Lock()

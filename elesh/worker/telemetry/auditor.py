@@ -1,8 +1,8 @@
 """The auditor: writes what happened on the bus into the audit log, and the log into its file.
 
 Promises: every decision, outcome, breaker transition and dead letter becomes one entry, whichever
-workers die when, since the log follows the streams by cursors of its own. Several auditors are one
-chain; whoever is overtaken leaves the rest to the other.
+workers die when, since the log follows the streams by cursors of its own. Several auditors write
+one chain; one that is overtaken leaves the rest to the other.
 """
 
 from __future__ import annotations
@@ -149,8 +149,8 @@ def _is_recorded(delivery: Delivery, error: ContractError) -> bool:
 
 
 def _event(bus: Bus, delivery: Delivery) -> AuditEvent | None:
-    """What an entry is to the audit log. One that nobody had the right to say, or that is none, is
-    written down as just that."""
+    """What an entry is to the audit log. One whose signer had no right to write it, or that
+    cannot be read, is recorded as that."""
     at = datetime.fromtimestamp(int(delivery.entry_id.split("-")[0]) / 1000, UTC)
     source = f"{delivery.stream.name}/{delivery.entry_id}"
     try:

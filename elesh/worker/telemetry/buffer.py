@@ -1,7 +1,6 @@
-"""The telemetry buffer: telemetry leaves behind the work, in its order, many events in a round
-trip.
+"""The telemetry buffer: events are sent after the work, in their order, many in a round trip.
 
-Promises: nobody waits for it. Telemetry is advice: while the bus is away, or where more waits than
+Promises: work never waits for it. While the bus is away, or where more waits than
 fits, events are dropped with a line in the log that counts them, and the work goes on.
 """
 

@@ -1,4 +1,4 @@
-"""The monitor of one worker: looks at its child and its bus, and tells whoever asks how it is.
+"""The monitor of one worker: looks at its child and its bus, and reports how it is.
 
 Promises: readiness turns red, with the reason, within ten seconds of a child that is wedged or dead
 and of a bus that does not answer; nothing here can hold up the worker or fail it.
@@ -46,7 +46,7 @@ class Monitor:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Watch, beat and serve until the block ends; then the register forgets the worker.
+        """Probe, write heartbeats and serve health until the block ends, then unregister.
 
         Raises:
             SettingsError: if the port of ``observe.health_port`` cannot be had.

@@ -1,6 +1,6 @@
-"""What a worker tells the world: telemetry events, dead letters, log lines.
+"""What a worker reports: telemetry events, dead letters, log lines.
 
-Telemetry is advice: it leaves by the :class:`~.buffer.TelemetryBuffer`, and nobody waits for it.
+Telemetry leaves by the :class:`~.buffer.TelemetryBuffer`; work never waits for it.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ class Reports:
 
 
 def _named_key(delivery: Delivery, error: ContractError) -> str:
-    """What an entry is about, by its own words; empty if they are nobody's or cannot be read."""
+    """The key that an entry names; empty if it is not to be believed or cannot be read."""
     if error.code in UNTRUSTED:
         return ""
     try:
