@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar
 
@@ -13,6 +14,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from elesh.bus import Bus, server_url
+from elesh.observe.printable import iso
 from elesh.observe.terminal import Terminal, escape
 from elesh.settings import Settings
 
@@ -72,11 +74,16 @@ def on_bus(redis: str, settings: Path | None, action: Callable[[Bus, Settings], 
 
 def print_json(value: object, *, line: bool = False) -> None:
     """A value as JSON, coloured on a terminal; with ``line`` on one line, as scripts read it."""
-    text = json.dumps(value, default=str)
+    text = json.dumps(value, default=_plain)
     if line:
         typer.echo(text)
     else:
         console.print_json(text)
+
+
+def _plain(value: object) -> str:
+    """What JSON has no form for: times in ISO 8601, the rest as it is written."""
+    return iso(value) if isinstance(value, datetime) else str(value)
 
 
 def working(what: str) -> AbstractContextManager[object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -12,7 +13,18 @@ from elesh.observe import setup_logging, setup_tracing, shutdown_tracing
 from elesh.operate.sizing import Load, size, told
 from elesh.settings import Settings, workers_needed
 
-from .common import Epochs, Every, JsonFile, JsonLogs, RedisOption, Seed, SettingsOption, console
+from .common import (
+    AsJson,
+    Epochs,
+    Every,
+    JsonFile,
+    JsonLogs,
+    RedisOption,
+    Seed,
+    SettingsOption,
+    console,
+    print_json,
+)
 
 app = typer.Typer()
 
@@ -130,6 +142,7 @@ def plan(
     analysis: Annotated[
         float, typer.Option(min=0, help="With --runs: seconds that a worker computes for one.")
     ] = 10.0,
+    as_json: AsJson = False,
     settings: SettingsOption = None,
 ) -> None:
     """Say how many workers a network needs: W >= ceil(P / (R * T * L)); with --runs, what so many
@@ -138,6 +151,12 @@ def plan(
     window = loaded.window_seconds if seconds is None else seconds
     needed = workers_needed(parameters, rate, window, levels)
     wanted = max(needed, gpus * loaded.analysis_workers_per_gpu)
+    if as_json:
+        facts: dict[str, object] = {"workers": wanted, "by_size": needed, "window_seconds": window}
+        if runs:
+            facts["fleet"] = asdict(size(Load(runs, interval, megabytes, analysis), loaded.bus))
+        print_json(facts)
+        return
     console.print(f"{wanted} worker{'s' if wanted > 1 else ''}")
     if runs:
         load = Load(runs, interval, megabytes, analysis)

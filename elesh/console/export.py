@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from elesh.observe.printable import iso
 from elesh.operate.run_history import Decided, Run
 
 from .runs import RunView, decision_row, run_view
@@ -76,7 +77,7 @@ def run_facts(run: Run) -> dict[str, Any]:
     decided = sorted(run.decisions.values(), key=lambda each: (each.order, each.key))
     return {
         "run": run.run_id,
-        "heard_of": run.at.isoformat(),
+        "heard_of": iso(run.at),
         "epoch": view.epoch,
         "phase": view.phase,
         "gain": asdict(view.gain) if view.gain else None,

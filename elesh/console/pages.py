@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, pass_context
 from jinja2.runtime import Context
 from markupsafe import Markup
 
-from elesh.observe.printable import printable
+from elesh.observe.printable import iso, moment, printable
 
 from . import charts
 
@@ -69,11 +69,6 @@ def change(pair: tuple[float, float]) -> str:
     return f"{100 * (now / before - 1):+.1f}%".replace("-", "\N{MINUS SIGN}")
 
 
-def iso(value: datetime) -> str:
-    """A time for machines."""
-    return value.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
 def percent(value: float | None, digits: int = 1) -> str:
     """A share as a percentage."""
     return _NONE if value is None or not math.isfinite(value) else f"{value:.{digits}%}"
@@ -117,8 +112,8 @@ def clock(value: datetime | float | None) -> str:
     """A time in UTC, to the second."""
     if value is None or value == 0:
         return _NONE
-    moment = datetime.fromtimestamp(value, UTC) if isinstance(value, int | float) else value
-    return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
+    at = datetime.fromtimestamp(value, UTC) if isinstance(value, int | float) else value
+    return moment(at)
 
 
 def mebibytes(value: int) -> str:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from elesh.analysis import ImportanceTracker, TargetExplanation, UnitExplanation, explain
 from elesh.bus import BreakerView
+from elesh.observe.printable import moment
 from elesh.observe.terminal import escape
 from leyline import (
     CheckpointBundle,
@@ -20,6 +21,7 @@ from leyline import (
 )
 
 from .tables import compact
+from .verdict import summary
 
 __all__ = [
     "breaker_table",
@@ -46,8 +48,7 @@ def print_decision(
     told = explain(decision, bundle, tracker)
     verdict = "[green]approved[/]" if told.approved else "[yellow]rejected[/]"
     console.print(f"[bold]{told.key}[/]  {verdict}")
-    if told.reason:
-        console.print(f"  because {escape(told.reason)}", soft_wrap=True)
+    console.print(f"  {escape(summary(decision))}", soft_wrap=True)
     figures = Table(show_header=False, box=None, padding=(0, 2))
     for name, value in told.figures:
         figures.add_row(name, escape(value))
@@ -165,7 +166,7 @@ def breaker_table(views: Sequence[BreakerView]) -> Table:
             view.level.value,
             f"[{colours[view.state]}]{view.state}[/]",
             str(view.failures),
-            str(view.opened_at or "")[:19],
+            moment(view.opened_at) if view.opened_at else "",
             escape(view.reason),
         )
     return table

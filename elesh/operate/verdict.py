@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from leyline import GateResult, PruningOutcome, StructuralPruningDecision
 
-__all__ = ["gate_parts", "reasons", "removed", "result_of", "savings", "verdict"]
+__all__ = ["gate_parts", "reasons", "removed", "result_of", "savings", "summary", "verdict"]
 
 _LEVELS = ("channel", "head", "layer", "joint")
 
@@ -67,11 +67,18 @@ def savings(decision: StructuralPruningDecision) -> str:
     )
 
 
+def summary(decision: StructuralPruningDecision) -> str:
+    """The sentence of a decision by itself, whatever its trainer made of it."""
+    if not decision.approved_for_application:
+        return f"Rejected, nothing is removed: {reasons(decision)}."
+    return f"Approved: removes {removed(decision)}: {savings(decision)}."
+
+
 def verdict(decision: StructuralPruningDecision, outcomes: Sequence[PruningOutcome] = ()) -> str:
     """The sentence; ``outcomes`` are what the trainer said, oldest first."""
     result = result_of(decision, outcomes)
     if not decision.approved_for_application:
-        return f"Rejected, nothing is removed: {reasons(decision)}."
+        return summary(decision)
     cut = f"{removed(decision)}: {savings(decision)}"
     detail = outcomes[-1].detail if outcomes else ""
     if result == "applied":

@@ -76,7 +76,10 @@ def test_what_follows_from_a_message_continues_the_context_that_it_came_with(
             record_spans([("join", -1, 1_000, 9_000), ("gates", 0, 2_000, 3_000)])
         with linked_span(sent, "replay"):
             pass
-    create, gates, join, process, replay = exporter.get_finished_spans()
+        with span("create outcomes", answers=sent):
+            pass
+    create, gates, join, process, replay, outcome = exporter.get_finished_spans()
+    assert [link.context.span_id for link in outcome.links] == [create.context.span_id]
     for own, parent in ((process, create), (join, process), (gates, join)):
         assert own.parent is not None
         assert own.parent.span_id == parent.context.span_id

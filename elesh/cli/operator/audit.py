@@ -12,9 +12,19 @@ from typing import Annotated, get_args
 import typer
 
 from elesh.bus import Bus
-from elesh.cli.common import JsonLines, RedisOption, SettingsOption, console, fail, on_bus, working
+from elesh.cli.common import (
+    AsJson,
+    JsonLines,
+    RedisOption,
+    SettingsOption,
+    console,
+    fail,
+    on_bus,
+    print_json,
+    working,
+)
 from elesh.observe import AuditFile, Fault, Link, line_of, sound, verify
-from elesh.observe.printable import printable
+from elesh.observe.printable import moment, printable
 from elesh.observe.terminal import escape
 from elesh.settings import Settings
 from leyline import AuditEntry, AuditEvent
@@ -60,6 +70,7 @@ def audit_verify(
     signed_from: Annotated[
         int, typer.Option(min=1, help="Entries before this one were written without a keyring.")
     ] = 1,
+    as_json: AsJson = False,
     redis: RedisOption = "",
     settings: SettingsOption = None,
 ) -> None:
@@ -80,6 +91,10 @@ def audit_verify(
 
     with working("reading the log"):
         number, faults, trusted, signed = on_bus(redis, settings, prove)
+    if as_json:
+        told = [str(fault) for fault in faults]
+        print_json({"entries": number, "faults": told, "trusted": trusted, "signed": signed})
+        raise typer.Exit(1 if faults else 0)
     for fault in faults:
         console.print(f"[red]{escape(str(fault))}[/]", soft_wrap=True)
     if faults:
@@ -152,7 +167,7 @@ def _shown(entry: AuditEntry) -> str:
     at: datetime = event.at
     failed = [gate.name for gate in event.gates if not gate.passed]
     parts = [
-        f"{entry.number:6}  {at:%Y-%m-%d %H:%M:%S}",
+        f"{entry.number:6}  {moment(at)}",
         f"{event.kind:11}  [bold]{escape(event.action)}[/]",
         escape(event.subject),
         f"by {escape(event.actor)}",

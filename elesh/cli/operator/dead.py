@@ -18,6 +18,7 @@ from elesh.cli.common import (
     on_bus,
     print_json,
 )
+from elesh.observe.printable import moment
 from elesh.observe.terminal import escape
 from elesh.operate.actions import operator
 from elesh.settings import Settings
@@ -124,7 +125,7 @@ def brief_lines(dead_letter: DeadLetterEntry) -> Iterator[str]:
         f"[bold]{dead_letter.entry_id}[/]",
         f"[red]{escape(message.error_code)}[/]",
         f"from {escape(message.stream)}",
-        f"{message.at:%Y-%m-%d %H:%M:%S}",
+        moment(message.at),
         f"{message.deliveries} deliver{'y' if message.deliveries == 1 else 'ies'}",
     ]
     if dead_letter.redriven_as:
@@ -145,7 +146,7 @@ def dead_letter_lines(dead_letter: DeadLetterEntry) -> Iterator[str]:
         "stood in": f"{message.stream}/{message.entry_id}",
         "key": message.idempotency_key,
         "field": message.field,
-        "given up": f"{message.at:%Y-%m-%d %H:%M:%S} UTC by {message.worker_id}",
+        "given up": f"{moment(message.at)} UTC by {message.worker_id}",
         "deliveries": str(message.deliveries),
         "trace": message.traceparent,
         "redriven as": dead_letter.redriven_as,
@@ -163,7 +164,7 @@ def _history(message: DeadLetter) -> Iterator[str]:
     for number, attempt in enumerate(getattr(message, "history", ()), 1):
         detail = f": {attempt.detail}" if attempt.detail else ""
         yield (
-            f"  attempt {number}    {attempt.at:%H:%M:%S} {escape(attempt.worker_id)} "
+            f"  attempt {number}    {moment(attempt.at)} {escape(attempt.worker_id)} "
             f"{attempt.cause}{escape(detail)}"
         )
 

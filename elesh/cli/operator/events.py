@@ -18,6 +18,7 @@ from elesh.cli.common import (
     on_bus,
     print_json,
 )
+from elesh.observe.printable import moment
 from elesh.observe.terminal import escape
 from elesh.operate.events import FormattedEvent, formatted_events
 from elesh.settings import Settings
@@ -62,5 +63,5 @@ def event_line(event: FormattedEvent) -> str:
     epoch = "" if event.epoch is None else str(event.epoch)
     what = f"[{colour}]{escape(event.what)}[/]"
     key = f"  [dim]{escape(event.key)}[/]" if event.key else ""
-    head = f"[dim]{event.at:%H:%M:%S}.{event.at.microsecond // 1000:03}[/] {event.stream:11}"
+    head = f"[dim]{moment(event.at)}[/] {event.stream:11}"
     return f"{head} {escape(event.run_id):10} {epoch:>4}  {what}{key}"

@@ -51,6 +51,11 @@ def test_levels_and_join_are_one_tree_under_the_trainer_s_context(station: Stati
     assert fell & {"analyse channel", "analyse layer"}
     assert {"read", "score", "gates"} <= set(names_of(collector))
     assert decision.key.level is Level.JOINT
+    levels = {span.name: collector.attribute(span, "elesh.levels") for span in spans}
+    assert levels["analyse channel"] == "channel"
+    assert levels["process checkpoints"] == levels["join"] == "channel,layer"
+    spoke = [span for span in spans if span.name.partition(" ")[0] in ("receive", "process")]
+    assert all(collector.attribute(span, "server.address") for span in spoke)
 
 
 def test_a_checkpoint_that_is_not_sampled_leaves_no_span(station: Station) -> None:
