@@ -1,6 +1,7 @@
 """The pages in a real browser, on a real run: readable, accessible, live, and in need of nothing.
 
-The screenshots go to ``build/screenshots`` (or ``ELESH_SHOTS``), to be looked at.
+The screenshots go to ``build/screenshots`` (or ``ELESH_SHOTS``), to be looked at; those in its
+folder ``docs`` are what docs/screenshots.md shows: copy them to docs/screenshots.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import asyncio
 import base64
 import os
 import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +32,20 @@ from leyline.streams import DEAD
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 WIDTHS = (1280, 390)
 THEMES = ("light", "dark")
+DOCUMENTED = {
+    ("overview", 1280, "light"), ("overview", 390, "dark"), ("run", 1280, "light"),
+    ("run", 390, "light"), ("decision", 1280, "light"), ("decision", 390, "dark"),
+    ("fleet", 1280, "dark"), ("dead", 1280, "light"), ("audit", 390, "light"),
+}  # fmt: skip
+"""What docs/screenshots.md shows, of ``docs`` in the folder of screenshots."""
+_NAMELESS = """
+const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (walk.nextNode()) {
+  walk.currentNode.data = walk.currentNode.data.replaceAll(arguments[0], "host");
+}
+"""
+DOCUMENTED_TO = 1500
+"""Height of those pictures in pixels, at most."""
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +79,9 @@ def test_a_page_is_readable_at_any_width_in_any_light(browser, live, recorded, s
             url = url or live.url + paths.get(page, f"/{page}")
             browser.show(url, width=width, theme=theme)
             browser.picture(shots / f"{page}-{width}-{theme}.png")
+            if (page, width, theme) in DOCUMENTED:
+                browser.execute_script(_NAMELESS, socket.gethostname())
+                browser.picture(shots / f"docs/{page}-{width}-{theme}.webp", height=DOCUMENTED_TO)
             # A strip has hundreds of squares: they are looked at once.
             without = () if (width, theme) == (1280, "light") else (".strip", ".dots")
             assert browser.serious_faults(without=without) == [], (page, width, theme)
@@ -185,6 +204,7 @@ def test_a_report_is_one_file_that_works_from_disk(browser, recorded, shots, tmp
     for theme in THEMES:
         browser.show(path.as_uri(), width=1280, theme=theme)
         browser.picture(shots / f"report-1280-{theme}.png")
+        browser.picture(shots / f"docs/report-1280-{theme}.webp", height=DOCUMENTED_TO)
         assert browser.complaints() == []
         # The decisions in it are the parts that the decision's page was tested with.
         assert browser.serious_faults(within=("header", ".tiles", ".chart", "footer")) == []

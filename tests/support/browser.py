@@ -36,14 +36,22 @@ class Browser(Chrome):
         self.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
         self.get(url)
 
-    def picture(self, path: Path) -> Path:
-        """The whole page as a PNG."""
+    def picture(self, path: Path, *, height: int = 0) -> Path:
+        """The page as a file of the kind that its name ends in (``png``, ``webp``); whole, or from
+        the top to a height."""
         import base64
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        shot = self.execute_cdp_cmd(
-            "Page.captureScreenshot", {"format": "png", "captureBeyondViewport": True}
-        )
+        kind = path.suffix.removeprefix(".")
+        asked: dict[str, Any] = {"format": kind, "captureBeyondViewport": True}
+        if kind == "webp":
+            asked["quality"] = 70
+        if height:
+            size = "return [innerWidth, document.documentElement.scrollHeight]"
+            width, whole = self.execute_script(size)
+            asked["clip"] = {"x": 0, "y": 0, "width": width, "height": min(height, whole),
+                             "scale": 1}  # fmt: skip
+        shot = self.execute_cdp_cmd("Page.captureScreenshot", asked)
         path.write_bytes(base64.b64decode(shot["data"]))
         return path
 
