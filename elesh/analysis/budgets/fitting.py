@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from elesh.analysis.candidates import Candidates
 from elesh.analysis.pruning_set.plans import BudgetUse
 from elesh.analysis.selection.choose import Ranking
 from leyline import Budget, CheckpointBundle, InvalidField
@@ -17,6 +19,10 @@ __all__ = ["Fitted", "fitted", "refuse_shard"]
 
 _REACH = 4
 """Curves are drawn to so many times the quota: expensive units may save much."""
+
+
+_AT_FIRST = 2.5
+"""Times the share of its units that every group loses where all lose alike and meet a budget."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +45,14 @@ def fitted(
         InvalidField: if a latency table is not of this architecture.
     """
     candidates = ranking.candidates
-    drawn = ranking.choose(min(sum(candidates.capacities), _REACH * quota))
-    costs: list[list[float]] = [[] for _ in candidates.names]
-    for unit, marginal_cost in drawn.marginal_costs.items():
-        costs[int(candidates.group_of[unit])].append(marginal_cost)
-    parts = zip(candidates.names, costs, candidates.sizes, candidates.multiples, strict=True)
-    curves = {name: Curve(own, size, multiple) for name, own, size, multiple in parts}
-    fits = fit_all(bundle.architecture, budgets, curves, quota)
+    depths = _first_depths(ranking, budgets, quota)
+    while True:
+        curves = _curves(ranking, depths, quota)
+        fits = fit_all(bundle.architecture, budgets, curves, quota)
+        deeper = _deeper(candidates, depths, fits[-1].lost)
+        if deeper == depths:
+            break
+        depths = deeper
     fit, budget, idle = (
         fits[-1],
         budgets[0],
@@ -59,6 +66,46 @@ def fitted(
         use=BudgetUse(budget.resource, left, budget.at_most, budget.of),
         ignored=tuple((name, f"losing units saves no {budget.resource}") for name in sorted(idle)),
     )
+
+
+def _first_depths(ranking: Ranking, budgets: Sequence[Budget], quota: int) -> dict[str, int]:
+    """How far the curve of each group is drawn at first.
+
+    Whole, but where each group has an order of its own of which every step takes long
+    (``reconstruction``), all units may go, and what is saved grows with every one (not latency,
+    which falls in stairs).
+    """
+    candidates = ranking.candidates
+    whole = dict(zip(candidates.names, candidates.capacities, strict=True))
+    stairs = any(budget.resource == "latency" for budget in budgets)
+    if ranking.scorer != "reconstruction" or stairs or _REACH * quota < sum(whole.values()):
+        return whole
+    share = _AT_FIRST * (1 - math.sqrt(min(budget.at_most for budget in budgets)))
+    sizes = dict(zip(candidates.names, candidates.sizes, strict=True))
+    return {name: min(most, math.ceil(share * sizes[name]) + 1) for name, most in whole.items()}
+
+
+def _deeper(
+    candidates: Candidates, depths: Mapping[str, int], lost: Mapping[str, int]
+) -> dict[str, int]:
+    """The depths, doubled where a group loses so much of what was drawn that it might lose more:
+    what is not reached on half of a curve is not changed by what lies behind it."""
+    return {
+        name: min(most, 2 * depths[name]) if 2 * lost.get(name, 0) > depths[name] else depths[name]
+        for name, most in zip(candidates.names, candidates.capacities, strict=True)
+    }
+
+
+def _curves(ranking: Ranking, depths: Mapping[str, int], quota: int) -> dict[str, Curve]:
+    """What the cheapest units of each group cost, one after another."""
+    candidates = ranking.candidates
+    limited = replace(ranking, candidates=candidates.limited(depths))
+    drawn = limited.choose(min(sum(limited.candidates.capacities), _REACH * quota))
+    costs: list[list[float]] = [[] for _ in candidates.names]
+    for unit, marginal_cost in drawn.marginal_costs.items():
+        costs[int(candidates.group_of[unit])].append(marginal_cost)
+    parts = zip(candidates.names, costs, candidates.sizes, candidates.multiples, strict=True)
+    return {name: Curve(own, size, multiple) for name, own, size, multiple in parts}
 
 
 def refuse_shard(bundle: CheckpointBundle, shard: Collection[str] | None) -> None:
