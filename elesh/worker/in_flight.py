@@ -1,9 +1,9 @@
-"""Who goes first, and how much a worker takes.
+"""Keyed locks, and the limit on a worker's entries in flight.
 
-Promises: turns are taken in the order in which they were asked for; whoever waits for one longer
-than a second, because an analysis takes long, is told so (:class:`Busy`), and leaves its entry to
-the rest of the fleet; a worker has as many entries in flight as it can analyse in a quarter of a
-second, and at least one.
+Promises: a lock is taken in the order in which it was asked for. An entry that waits for one longer
+than a second, because an analysis takes long, gets :class:`Busy` and is released to the rest of the
+fleet. A worker has as many entries in flight as it can analyse in a quarter of a second, and at
+least one.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ class Busy(Exception):
 
 
 class KeyedLocks:
-    """Turns by name: those of one name come one after another, the others do not wait.
+    """Locks by key: tasks of one key run one after another, those of other keys do not wait.
 
     Args:
-        long: whether an analysis is under way that takes long; else waiting is worth its while.
+        long: whether an analysis is under way that takes long; else waiting is cheap.
     """
 
     def __init__(self, long: Callable[[], bool]) -> None:
         self._long = long
-        # A turn that nobody has or waits for is forgotten.
+        # A lock that is neither held nor waited for is forgotten.
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @contextlib.asynccontextmanager
     async def of(self, name: str) -> AsyncIterator[None]:
-        """Have the turn of ``name``.
+        """Hold the lock of ``name``.
 
         Raises:
             Busy: if it is not free within a second because an analysis takes long.

@@ -1,7 +1,7 @@
 """What a worker holds: claimed, kept by renewed leases, requeued when it ends.
 
 Promises: a lease is renewed four times in its length, through a drain and however long the child
-computes, as long as the entry is still this worker's; whoever lost one hears of it at once.
+computes, as long as the entry is still this worker's; a lost lease is reported at once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A worker's folder for what it fetches: its own, and gone with it, whatever ends it.
+"""A worker's own folder for what it fetches; it goes with the worker, however that ends.
 
-Promises: whoever lives holds a lock in its folder; what a worker that was killed left behind is
-removed by the next one that starts there, and what a living one needs is not.
+Promises: a living worker holds a lock in its folder. The next worker that starts there removes the
+folders of workers that were killed, and none that is locked.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from .carry_over import carried_over
 __all__ = [
     "Evaluation",
     "apply_decision",
+    "check_and_cut",
     "failed_check",
     "outcome_of",
     "present_form",
@@ -84,14 +85,33 @@ def apply_decision(
         The outcome, with accuracy and loss before, under the mask and after the cut, where they
         were measured.
     """
-    refused = refusal(decision, surgeon.architecture)
-    if refused is not None:
-        return refused
+    return refusal(decision, surgeon.architecture) or check_and_cut(
+        decision,
+        surgeon,
+        evaluate,
+        triggers or RollbackTriggers(),
+        reconstruct=reconstruct,
+        redistribute=redistribute,
+        take_back=take_back,
+    )
+
+
+def check_and_cut(
+    decision: StructuralPruningDecision,
+    surgeon: Surgeon,
+    evaluate: Evaluate,
+    triggers: RollbackTriggers,
+    *,
+    reconstruct: InputCovariance | Callable[[], InputCovariance] | None = None,
+    redistribute: Callable[[], InputCovariance] | None = None,
+    take_back: Callable[[], object] | None = None,
+) -> PruningOutcome:
+    """As :func:`apply_decision`, of a decision that :func:`refusal` lets pass."""
     if blocked := surgeon.blocked():
         now = surgeon.architecture
         return outcome_of(decision, now, now, "refused", blocked)
     decision, said = present_form(decision, surgeon.architecture)
-    limit = trigger_of(decision, triggers or RollbackTriggers())
+    limit = trigger_of(decision, triggers)
     refit = _Refit.of(decision, surgeon, reconstruct, redistribute)
     notes = tuple(part for part in (said, refit.said) if part)
     check = _Check(decision, surgeon, evaluate, limit, refit, notes)

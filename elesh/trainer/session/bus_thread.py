@@ -1,11 +1,10 @@
 """The thread that talks to the bus for a session, with an event loop of its own.
 
-Promises: what is in the mailbox is sent, and what is said to the run is put there; the training
-thread never waits for it. A bus that is away or refuses is waited for, however long, and everything
-goes on when it is back; only :meth:`BusThread.close` ends the thread, whatever the bus does. Only
-the one trainer that has the run's claim speaks and hears; the claim is renewed here, and the server
-looks at it with everything sent. The end of whatever was published is heard: its decision, its dead
-letter, or that nobody answers.
+Promises: it sends what is in the mailbox and puts there what comes for the run; the training thread
+never waits for it. It waits for a bus that is away or refuses, however long, and goes on when it is
+back; only :meth:`BusThread.close` ends the thread. Only the trainer that holds the run's claim
+sends and receives; the claim is renewed here, and the server checks it with every message.
+Everything published ends in the mailbox: with its decision, its dead letter, or without an answer.
 """
 
 from __future__ import annotations
@@ -393,7 +392,7 @@ class BusThread:
             self._mailbox.deliver(Incoming(message, carrier))
 
     async def _look(self, bus: Bus) -> float:
-        """Look on the bus for what became of messages that nobody answered so far."""
+        """Look on the bus for what became of messages without an answer."""
         for published in self._unanswered.due():
             if await self._hear_record(bus, IdempotencyKey.parse(published.key), {}):
                 continue
@@ -406,7 +405,7 @@ class BusThread:
         return _LOOK_SECONDS
 
     async def _publish_again(self, bus: Bus, published: Published) -> None:
-        """Its entry is gone, and nobody decided on it: the stream was deleted or fell back."""
+        """Its entry is gone without a decision: the stream was deleted, or the server fell back."""
         if published.again >= MOST_TIMES:
             return
         published.again += 1

@@ -21,7 +21,7 @@ from leyline import ContractError, PrunedArchitecture, PruningOutcome, Structura
 
 from .apply import (
     Evaluation,
-    apply_decision,
+    check_and_cut,
     failed_check,
     outcome_of,
     preserving,
@@ -54,6 +54,10 @@ class MonitoredCuts:
         """The cuts in their monitoring window, oldest first."""
         return self._recovery.situation.monitored
 
+    def trigger_of(self, decision: StructuralPruningDecision) -> float:
+        """The drop of accuracy at which this decision is rolled back."""
+        return trigger_of(decision, self._triggers)
+
     def apply(
         self,
         decision: StructuralPruningDecision,
@@ -79,11 +83,11 @@ class MonitoredCuts:
             recovery.begin("apply", [pending], point=before)
         except (ContractError, OSError) as error:
             return _unwritten(decision, now, error)
-        outcome = apply_decision(
+        outcome = check_and_cut(
             decision,
             surgeon,
             evaluate,
-            triggers=self._triggers,
+            self._triggers,
             reconstruct=reconstruct,
             redistribute=redistribute,
             take_back=lambda: snapshot.put_back(tracked),
@@ -106,7 +110,7 @@ class MonitoredCuts:
         """Make a cut last and put it under monitoring, or take it back if it cannot be written."""
         recovery, cuts = self._recovery, self._recovery.situation.cuts
         outcome = outcome.model_copy(update={"watched": self._reports})
-        cut = MadeCut(outcome, before, trigger_of(decision, self._triggers), self._reports)
+        cut = MadeCut(outcome, before, self.trigger_of(decision), self._reports)
         try:
             point = recovery.put(Snapshot.take(tracked, recovery.epoch))
             recovery.done("apply", point, [outcome], [*cuts, cut])

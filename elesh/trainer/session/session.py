@@ -43,7 +43,7 @@ from leyline import (
 )
 from leyline.streams import CHECKPOINTS, OUTCOMES, RECOMPILE, REQUESTS, VALIDATION, Stream
 
-from .apply import Evaluation, outcome_of, preserving, trigger_of
+from .apply import Evaluation, outcome_of, preserving
 from .bus_thread import BusThread
 from .mailbox import Ended, Mailbox, Outgoing
 from .monitoring import MonitoredCuts
@@ -337,7 +337,7 @@ class Session:
             current.set_attribute("elesh.outcome", outcome.result)
             with _creating(OUTCOMES, answers=carrier):
                 self.report(outcome)
-            limit = trigger_of(decision, self.settings.structured_pruning.rollback_triggers)
+            limit = self._cuts.trigger_of(decision)
             self._validated(outcome, limit)
             self._changed(outcome, before, surgeon.architecture)
         if outcome.watched:

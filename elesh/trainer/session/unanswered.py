@@ -1,8 +1,8 @@
-"""What a trainer published and has not heard of: looked for on the bus, until it is answered.
+"""Messages that a trainer published and that have no answer yet.
 
-Promises: an answer that got lost on its way (a failover, a stream that was deleted or trimmed) is
-found in the record of its key; a message that got lost is published again; what nobody answers
-within its time ends with that reason. An answer is given once.
+Promises: an answer that was lost (a failover, a stream that was deleted or trimmed) is found in the
+record of its key; a message that was lost is published again; one without an answer in its time
+ends with that reason. Each ends once.
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ def remember(
     """Note what the network is now.
 
     Args:
-        original: what it was before its first cut, where that is not remembered already. Where
-            nobody knows, nothing is remembered.
+        original: what it was before its first cut, where that is not remembered already; None:
+            nothing is remembered.
     """
     known = lineage_of(model)
     if original is None:
