@@ -14,6 +14,8 @@ __all__ = ["masked", "masked_line", "masked_repr", "masked_values"]
 _IN_AUTHORITY = re.compile(r"(?<=://)([^/@:]*):.*@", re.DOTALL)
 _IN_QUERY = re.compile(r"([?&]\w*password=)[^&\s]*")
 _IN_LINE = re.compile(r"(?<=://)([^/@:\s]*):[^\s\"']*@")
+# What is left after that: a password with blanks or quotes. A port is none.
+_ODD_IN_LINE = re.compile(r"(?<=://)([^/@:\s]*):(?!\*\*\*@|\d+(?:[/?#\s;,'\"]|$))[^@\n]*@")
 _SECRET = re.compile(r"(?i)token|secret|passw|private")
 """Names of keys whose values are not shown."""
 
@@ -25,7 +27,7 @@ def masked(url: str) -> str:
 
 def masked_line(text: str) -> str:
     """A text in which there may be URLs, as it may be shown."""
-    return _IN_QUERY.sub(r"\1***", _IN_LINE.sub(r"\1:***@", text))
+    return _IN_QUERY.sub(r"\1***", _ODD_IN_LINE.sub(r"\1:***@", _IN_LINE.sub(r"\1:***@", text)))
 
 
 def masked_values(value: Any, name: str = "") -> Any:

@@ -11,6 +11,7 @@ from elesh.bus import Bus, BusUnavailable, EmbeddedServer, embedded_server, mask
 from elesh.bus.server import embedded
 from elesh.bus.server.embedded import _free_port
 from elesh.settings import BusSettings
+from elesh.settings.masking import masked_line
 from leyline.streams import OUTCOMES
 
 
@@ -26,6 +27,19 @@ from leyline.streams import OUTCOMES
 )
 def test_passwords_are_masked(url, shown):
     assert masked(url) == shown
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("at redis://u:a b@h:1/0 now", "at redis://u:***@h:1/0 now"),
+        ("url='redis://u:a'b\"c@h'", "url='redis://u:***@h'"),
+        ("redis://u:p@h:1 and redis://v:q@i", "redis://u:***@h:1 and redis://v:***@i"),
+        ("redis://h:6379/0 is away; ask x@y", "redis://h:6379/0 is away; ask x@y"),
+    ],
+)
+def test_passwords_with_any_character_are_masked_in_lines(line, shown):
+    assert masked_line(line) == shown
 
 
 def test_a_bus_that_is_away_says_so_in_one_line_without_the_password():
