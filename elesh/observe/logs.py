@@ -4,7 +4,7 @@ Every line carries the id of the trace it belongs to, where there is one. Values
 URLs with a password are masked before anything is written, and control characters are written as
 their numbers: a text from the bus can neither begin a line of its own nor steer a terminal. Under
 another logging set-up than ours (a framework's, or Python's own without any) a line has its
-figures, too. A reader of the log that stalls holds up nothing.
+figures, too. A reader of the log that stalls holds up nothing, where it is Elesh that writes.
 """
 
 from __future__ import annotations
@@ -152,11 +152,37 @@ class _Writer(logging.Handler):
     def _put(self, data: bytes) -> None:
         if self._descriptor is None:
             self._stream.write(data.decode())
+            self._stream.flush()
             return
         # Not by the stream: its lock, held by a thread that waits for a reader, ends in an abort
         # when the interpreter ends.
         while data:
             data = data[os.write(self._descriptor, data) :]
+
+
+class _LastResort(_Writer):
+    """For a script that has set up no logging: warnings on standard error, as Python's own last
+    resort writes them, but nobody waits. It is silent where there is any other handler."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+        self.setLevel(logging.WARNING)
+        self._process = os.getpid()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue a line; a forked process, which has no thread, writes it itself."""
+        others = [*logging.getLogger().handlers, *logging.getLogger("elesh").handlers]
+        if sys.stderr is None or any(handler is not self for handler in others):
+            return
+        if not self._begun:
+            # A notebook's standard error is no file, whatever number it has.
+            self._stream = sys.stderr
+            own = sys.stderr is sys.__stderr__
+            self._descriptor = _descriptor(sys.stderr) if own else None
+        if os.getpid() == self._process:
+            super().emit(record)
+        else:
+            self._put(f"{self.format(record)}\n".encode(errors="backslashreplace"))
 
 
 def _descriptor(stream: IO[str]) -> int | None:
@@ -183,6 +209,9 @@ def setup_logging(style: Literal["plain", "json"] = "plain", level: str = "INFO"
     root.handlers[:] = [other for other in root.handlers if not isinstance(other, _Writer)]
     root.addHandler(handler)
     logging.captureWarnings(True)
+
+
+logging.getLogger("elesh").addHandler(_LastResort())
 
 
 class SparseLines:

@@ -55,22 +55,27 @@ def test_a_password_is_never_in_a_line(style: str, capsys: pytest.CaptureFixture
 STALLED = """
 import logging, sys, time
 from elesh.observe import get_logger, setup_logging
-setup_logging()
+if len(sys.argv) > 1:
+    setup_logging()
 log, begun = get_logger("elesh.test"), time.monotonic()
 for number in range(5000):
     log.warning("line", number=number, filling="x" * 100)
-logging.getLogger("some.library").error("of somebody else")
+if len(sys.argv) > 1:
+    logging.getLogger("some.library").error("of somebody else")
 print(time.monotonic() - begun, flush=True)
 """
 
 
 @pytest.mark.parametrize("reader", ["stalls", "is gone"])
-def test_a_log_reader_that_stalls_or_is_gone_holds_up_nothing(reader: str) -> None:
+@pytest.mark.parametrize("setup", [["ours"], []], ids=["our set-up", "a script without any"])
+def test_a_log_reader_that_stalls_or_is_gone_holds_up_nothing(
+    reader: str, setup: list[str]
+) -> None:
     there, here = os.pipe()
     if reader == "is gone":
         os.close(there)
     with subprocess.Popen(
-        [sys.executable, "-c", STALLED], stderr=here, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", STALLED, *setup], stderr=here, stdout=subprocess.PIPE, text=True
     ) as process:
         os.close(here)
         assert process.stdout is not None
@@ -78,6 +83,29 @@ def test_a_log_reader_that_stalls_or_is_gone_holds_up_nothing(reader: str) -> No
         assert process.wait(timeout=30) == 0
     if reader == "stalls":
         os.close(there)
+
+
+BARE = """
+import logging, os, sys
+from elesh.observe import get_logger
+log = get_logger("elesh.test")
+log.info("nothing to see")
+log.warning("first", number=1)
+if os.fork() == 0:
+    log.warning("of a forked process")
+    os._exit(0)
+os.wait()
+logging.basicConfig(format="root: %(message)s")
+log.warning("second")
+"""
+
+
+def test_a_script_without_a_set_up_sees_warnings_once_and_its_own_set_up_goes_first() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", BARE], capture_output=True, text=True, timeout=200
+    )
+    lines = done.stderr.splitlines()
+    assert sorted(lines) == ["first number=1", "of a forked process", "root: second"]
 
 
 def test_lines_that_found_no_reader_are_counted() -> None:
