@@ -14,8 +14,9 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/elesh demo
 
-# One file's tests stay in one process; each process computes with one thread.
-PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
+# One file's tests stay in one process, and each process computes with one thread; tests/conftest.py
+# puts the long ones first, so that no process is left with them at the end.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test: $(READY)
 	$(PYTEST) -m "not slow and not soak"

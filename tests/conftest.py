@@ -9,17 +9,25 @@ os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
 
 import gc
 import itertools
+import signal
+import sys
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from command import logging_kept
+from hypothesis import settings
+from recorded import Recorded, recorded_run
 from redis import Redis
 from station import Station
 
 from elesh.bus import embedded_server
 
 _numbers = itertools.count(1)
+# A machine that is slow or loaded fails nothing.
+settings.register_profile("elesh", deadline=None)
+settings.load_profile("elesh")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,6 +35,11 @@ def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What processes of this session leave behind goes here, not to the user's own folder."""
     folder = tmp_path_factory.mktemp("state")
     os.environ["ELESH_STATE_DIR"] = str(folder)
+    base = tmp_path_factory.getbasetemp()
+    # Each xdist process has a folder in one of the whole run's.
+    os.environ["ELESH_TEST_SHARED"] = str(
+        base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    )
     return folder
 
 
@@ -64,6 +77,13 @@ def station(redis_url: str, partition: str, tmp_path: Path) -> Iterator[Station]
             worker.process.wait()
 
 
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]:
+    """A real demo run, made once for all test processes: for tests that only look at it."""
+    with recorded_run(tmp_path_factory.mktemp("recorded")) as run:
+        yield run
+
+
 @pytest.fixture(scope="module", autouse=True)
 def frozen_objects() -> None:
     """What imports and other modules left is not looked through again by every collection and every
@@ -72,13 +92,49 @@ def frozen_objects() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """No test depends on which others its process ran: what a process has one of is as it was.
+
+    Logging and the number of threads are put back; else a test that leaves a change behind fails.
+    """
+    before = _process_wide()
+    torch = sys.modules.get("torch")
+    threads = torch.get_num_threads() if torch else 0
+    with logging_kept():
+        yield
+    if torch:
+        torch.set_num_threads(threads)
+    after = _process_wide().items()
+    left = {name: now for name, now in after if before[name] is not None and now != before[name]}
+    assert not left, f"left behind, was { ({name: before[name] for name in left}) }: {left}"
+
+
+def _process_wide() -> dict[str, object]:
+    variables = {k: v for k, v in os.environ.items() if k.startswith(("ELESH_", "OTEL_", "OMP_"))}
+    state: dict[str, object] = {
+        "environment": variables,
+        "folder": os.getcwd(),
+        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+        "torch": None,
+    }
+    if torch := sys.modules.get("torch"):
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        state["torch"] = torch.get_default_dtype(), deterministic
+    return state
+
+
 IN_CI = 5
-"""So many cases of a ``sampled`` test run in CI; all of them in ``make soak``."""
+"""So many cases of a ``sampled`` test run in CI; the others in ``make soak``."""
+LONG = ("system", "trainer", "worker", "pruning", "program")
+"""Folders whose files take long."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test marked ``sampled``, the first case is quick, some drawn by their names are slow,
-    and the others are soak tests."""
+    """Long tests first; and of a test marked ``sampled``, the first case is quick, some drawn by
+    their names are slow, and the others are soak tests."""
+    long = [f"tests/{folder}/" for folder in LONG]
+    items.sort(key=lambda item: next((n for n, f in enumerate(long) if f in item.nodeid), 99))
     tests: dict[str, list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("sampled"):

@@ -105,6 +105,7 @@ def test_a_parameters_identity_never_changes() -> None:
     assert ll.checkpoint_id("run", 3, HASH) == "ck-b0cdacef2ef6ec81"
 
 
+@pytest.mark.slow
 def test_identities_are_the_same_in_every_process() -> None:
     program = (
         "import leyline as ll\n"

@@ -221,7 +221,7 @@ special[ll.StructuralAnalysisRequest] = analysis_requests()
 
 
 @pytest.mark.parametrize("name", sorted(ll.MESSAGES))
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 @pytest.mark.slow
 def test_any_message_comes_back_as_it_was_sent_and_gives_the_same_bytes(

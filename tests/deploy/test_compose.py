@@ -103,6 +103,7 @@ def is_healthy(service: dict[str, Any], environment: dict[str, str]) -> bool:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.slow
 def test_the_commands_of_the_compose_file_drive_a_checkpoint_through(
     services: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -145,6 +145,7 @@ def test_what_is_unsigned_forged_or_out_of_place_is_refused_before_it_is_parsed(
     assert originals == {content for _, content in hostile.values()} | {signed}
 
 
+@pytest.mark.slow
 def test_a_message_of_another_kind_than_its_stream_carries_is_refused(
     station: Station, keyrings: Callable[[str], str]
 ) -> None:
@@ -162,6 +163,7 @@ def test_a_message_of_another_kind_than_its_stream_carries_is_refused(
     assert "checkpoints" in dead_letter.reason
 
 
+@pytest.mark.slow
 def test_only_an_operator_can_send_an_old_entry_again(
     station: Station, keyrings: Callable[[str], str]
 ) -> None:
@@ -200,6 +202,7 @@ def test_only_an_operator_can_send_an_old_entry_again(
     station.wait_decisions(1)
 
 
+@pytest.mark.slow
 def test_sealed_checkpoints_are_decided_as_plain_ones_and_unreadable_without_the_key(
     station: Station, tmp_path: Path
 ) -> None:

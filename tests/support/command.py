@@ -30,7 +30,7 @@ def elesh(*arguments: str, environment: Mapping[str, str] | None = None) -> Done
     with (
         patch.dict(os.environ, {"COLUMNS": "200"} | dict(environment or {})),
         patch.object(sys, "argv", ["elesh", *arguments]),
-        _logging_kept(),
+        logging_kept(),
         redirect_stdout(out),
         redirect_stderr(err),
     ):
@@ -55,7 +55,8 @@ def elesh_process(*arguments: str, environment: Mapping[str, str]) -> Done:
 
 
 @contextmanager
-def _logging_kept() -> Iterator[None]:
+def logging_kept() -> Iterator[None]:
+    """Handlers and levels of the logs are afterwards as they were."""
     logger, root = logging.getLogger("elesh"), logging.getLogger()
     before = [(each, each.handlers[:], each.level, each.propagate) for each in (logger, root)]
     try:

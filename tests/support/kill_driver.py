@@ -12,6 +12,7 @@ weights, a gradient scaler and a scheduler.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -195,6 +196,7 @@ def kills(
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # what imports left need not be looked through for living optimizers
     logging.getLogger("elesh").addHandler(logging.NullHandler())
     ORIGINAL = World().original
     sys.exit(main())

@@ -1,11 +1,13 @@
-"""Small networks that have learned scikit-learn's digits, trained once a process."""
+"""Small networks that have learned scikit-learn's digits, trained once for all test processes."""
 
 from __future__ import annotations
 
 import copy
 from functools import lru_cache
+from pathlib import Path
 
 import torch
+from shared import once
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -63,6 +65,15 @@ def digits() -> Digits:
 
 @lru_cache
 def _trained(kind: type[nn.Module], epochs: int) -> nn.Module:
+    def make(folder: Path) -> None:
+        torch.save(_train(kind, epochs).state_dict(), folder / "state.pt")
+
+    model, folder = kind(), once(f"{kind.__name__}-{epochs}", make)
+    model.load_state_dict(torch.load(folder / "state.pt", weights_only=True))
+    return model.eval()
+
+
+def _train(kind: type[nn.Module], epochs: int) -> nn.Module:
     torch.manual_seed(0)
     model, data = kind(), digits().train
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
@@ -74,7 +85,7 @@ def _trained(kind: type[nn.Module], epochs: int) -> nn.Module:
             functional.cross_entropy(model(data.images[rows]), data.labels[rows]).backward()
             optimizer.step()
             schedule.step()
-    return model.eval()
+    return model
 
 
 def trained(kind: type[nn.Module] = SmallNet, epochs: int = 10) -> nn.Module:

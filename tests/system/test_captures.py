@@ -12,6 +12,7 @@ CAPTURES = sorted((Path(__file__).parents[1] / "data" / "captures").glob("*.zip"
 
 
 @pytest.mark.parametrize("case", CAPTURES, ids=lambda path: path.stem)
+@pytest.mark.sampled
 def test_a_case_of_an_earlier_version_replays_bit_for_bit(case: Path) -> None:
     answer = elesh("replay", "--from", str(case), "--json", environment={})
     assert answer.returncode == 0, answer.stderr

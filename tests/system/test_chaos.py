@@ -43,14 +43,14 @@ def test_no_key_is_lost_or_decided_twice_and_no_live_lease_stolen(tmp_path: Path
     assert {"kill worker", "restart server"} <= figures["faults"].keys()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_acknowledging_before_storing_is_found_by_the_audit(tmp_path: Path) -> None:
     code, figures = chaos(tmp_path, "--seed", "3", "--mutate", "acknowledge-first")
     assert code == 1
     assert figures["violations"]["lost keys"], figures
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_forgetting_what_was_decided_is_found_by_the_audit(tmp_path: Path) -> None:
     code, figures = chaos(tmp_path, "--seed", "3", "--mutate", "forget-records")
     assert code == 1

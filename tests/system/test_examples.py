@@ -13,6 +13,7 @@ import pytest
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("[0-9]*.py"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs_and_ends_smaller(example: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "ELESH_REDIS_URL"}

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_demo import SCHEDULE, elesh
+from command import elesh_process
+from recorded import SCHEDULE
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.slow
 def test_after_three_failed_analyses_the_demo_trains_on_under_an_open_breaker(
     redis_url: str, partition: str, tmp_path: Path
 ) -> None:
@@ -22,15 +23,15 @@ def test_after_three_failed_analyses_the_demo_trains_on_under_an_open_breaker(
     }
     settings.write_text(yaml.safe_dump({"elesh": sections}))
     out = tmp_path / "out.json"
-    done = elesh(
-        "demo", "--epochs", "7", "--seed", "4", "--fail", "3", "--workers", "1",
+    done = elesh_process(
+        "demo", "--epochs", "5", "--seed", "4", "--fail", "3", "--workers", "1",
         "--settings", str(settings), "--json", str(out),
         environment={"ELESH_REDIS_URL": redis_url, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(out.read_text())
     assert len(figures["failed"]) == 3
-    assert [d["epoch"] for d in figures["decisions"]] == [4, 5, 6, 7]
+    assert [d["epoch"] for d in figures["decisions"]] == [4, 5]
     for decision in figures["decisions"]:
         assert not decision["approved"]
         assert "breaker: open" in decision["reason"]
@@ -38,10 +39,10 @@ def test_after_three_failed_analyses_the_demo_trains_on_under_an_open_breaker(
     assert figures["parameters_after"] == figures["parameters_before"]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.slow
 def test_without_a_bus_the_demo_says_so_in_one_line_and_trains_to_the_end(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    done = elesh(
+    done = elesh_process(
         "demo", "--epochs", "2", "--workers", "1", "--json", str(out),
         environment={"ELESH_REDIS_URL": "redis://127.0.0.1:1/0", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip

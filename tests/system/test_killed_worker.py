@@ -2,22 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import time
-from typing import Any
-
-import psutil
-import pytest
-import yaml
-from collector import Collector, collecting
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
-from station import Station
-from test_demo import SCHEDULE
-
-from leyline.streams import DECISIONS
+from recorded import Recorded
 
 STORY = {
     "checkpoint", "create checkpoints", "send checkpoints",
@@ -27,68 +13,10 @@ STORY = {
 """The spans that every decision's trace has."""
 
 
-@pytest.fixture(scope="module")
-def told(
-    redis_url: str, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[dict[str, Any], Collector]:
-    """The figures of a demo run, one of whose workers was killed, and what a collector got."""
-    folder = tmp_path_factory.mktemp("killed")
-    sections = {
-        "structured_pruning": {"safety_schedule": SCHEDULE},
-        "bus": {"partition": "killed", "lease_seconds": 2.0},
-        "observe": {"heartbeat_seconds": 0.2},
-    }
-    (folder / "short.yaml").write_text(yaml.safe_dump({"elesh": sections}))
-    station = Station(redis_url, "killed", folder)
-    command = [
-        sys.executable, "-m", "elesh.cli", "demo", "--epochs", "16", "--seed", "11",
-        "--workers", "2", "--settings", str(folder / "short.yaml"),
-        "--json", str(folder / "out.json"),
-    ]  # fmt: skip
-    with collecting() as collector:
-        environment = {
-            "ELESH_REDIS_URL": redis_url,
-            "OMP_NUM_THREADS": "1",
-            "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
-        }
-        demo = subprocess.Popen(
-            command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        try:
-            kill_one_at_work(station)
-            output, _ = demo.communicate(timeout=800)
-        finally:
-            demo.kill()
-        assert demo.returncode == 0, output.decode()
-    return json.loads((folder / "out.json").read_text()), collector
-
-
-def kill_one_at_work(station: Station) -> None:
-    """Kill a worker, with its child, while it analyses something."""
-    # Imports, the network and the proof of its groups come first.
-    station.wait_for(lambda: len(station.read(DECISIONS)) >= 3, "the run to be on its way", 120)
-    first = station.on_bus(lambda bus: bus.registry.workers())[0]
-    worker = psutil.Process(first.pid)
-    worker.children()[0].suspend()  # what it takes from now on, it does not finish
-
-    def at_work() -> bool:
-        states = station.on_bus(lambda bus: bus.registry.workers())
-        # Its child is stopped: an entry that it has held for so long, it cannot have settled; and
-        # what it had to say of it so far would be out, since batches of spans wait half a second.
-        (state,) = [state for state in states if state.pid == worker.pid]
-        return bool(state.key) and state.child == "wedged" and time.time() - state.since > 3
-
-    station.wait_for(at_work, "the worker to be at work")
-    worker.kill()
-
-
-@pytest.mark.timeout(900)
 def test_every_decision_is_one_connected_tree_from_checkpoint_to_outcome(
-    told: tuple[dict[str, Any], Collector],
+    recorded: Recorded,
 ) -> None:
-    figures, collector = told
-    assert len(figures["decisions"]) == figures["epochs"]
-    assert figures["unanswered"] == []
+    figures, collector = recorded.figures, recorded.collector
     traces = collector.traces()
     for decision in figures["decisions"]:
         (spans,) = [
@@ -115,11 +43,8 @@ def test_every_decision_is_one_connected_tree_from_checkpoint_to_outcome(
     assert orphans == []
 
 
-def test_the_redelivery_is_a_span_of_its_own_linked_to_the_creation(
-    told: tuple[dict[str, Any], Collector],
-) -> None:
-    _, collector = told
-    spans = [span for _, span in collector.spans]
+def test_the_redelivery_is_a_span_of_its_own_linked_to_the_creation(recorded: Recorded) -> None:
+    spans = [span for _, span in recorded.collector.spans]
     again = [span for span in spans if deliveries(span) > 1]
     assert again
     for span in again:
@@ -128,10 +53,8 @@ def test_the_redelivery_is_a_span_of_its_own_linked_to_the_creation(
         assert created.trace_id == span.trace_id
 
 
-def test_spans_follow_the_conventions_for_messaging(
-    told: tuple[dict[str, Any], Collector],
-) -> None:
-    _, collector = told
+def test_spans_follow_the_conventions_for_messaging(recorded: Recorded) -> None:
+    collector = recorded.collector
     kinds = {
         "create": Span.SPAN_KIND_PRODUCER, "send": Span.SPAN_KIND_CLIENT,
         "receive": Span.SPAN_KIND_CLIENT, "process": Span.SPAN_KIND_CONSUMER,

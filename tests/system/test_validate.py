@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 
 import proved_networks
+import pytest
 from command import elesh
 from station import Station
 
 from leyline.streams import TELEMETRY
 
 
+@pytest.mark.slow
 def test_validate_prints_every_target_and_tells_the_bus(station: Station, tmp_path: Path) -> None:
     bundle = proved_networks.perceptron().bundle
     folder = str(bundle.save(tmp_path / "bundle"))

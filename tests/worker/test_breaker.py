@@ -42,6 +42,7 @@ def test_after_three_failed_analyses_the_fourth_checkpoint_is_rejected_by_the_op
     assert [(c.before, c.after) for c in changes] == [("closed", "open")]
 
 
+@pytest.mark.slow
 def test_after_two_failures_the_next_checkpoint_is_still_approved(station: Station) -> None:
     station.worker()
     fail(station, 2)
@@ -101,6 +102,7 @@ def failures(station: Station) -> int:
     return station.on_bus(lambda bus: bus.breakers.view("run", Level.CHANNEL)).failures
 
 
+@pytest.mark.slow
 def test_a_cut_on_probation_and_one_that_went_along_say_nothing_to_the_breaker(
     station: Station,
 ) -> None:
@@ -119,6 +121,7 @@ def test_a_cut_on_probation_and_one_that_went_along_say_nothing_to_the_breaker(
     assert failures(station) == 0
 
 
+@pytest.mark.slow
 def test_an_outcome_that_comes_again_or_of_another_run_moves_no_breaker(station: Station) -> None:
     station.worker()
     station.publish(checkpoint())

@@ -46,6 +46,7 @@ def test_parts_go_to_whoever_is_free_and_the_decision_is_that_of_one_process(
     assert len(parts) == 6 * 3, "two parts and one join each"
 
 
+@pytest.mark.slow
 def test_a_level_with_large_statistics_is_split_by_groups_of_layers_and_joined_under_one_quota(
     station: Station,
 ) -> None:
@@ -75,6 +76,7 @@ def test_a_shard_that_fails_leaves_its_groups_alone_and_the_others_decide(
     assert decision.units
 
 
+@pytest.mark.slow
 def test_the_same_checkpoint_published_at_once_by_many_is_planned_once(station: Station) -> None:
     for _ in range(2):
         station.worker()
@@ -86,6 +88,7 @@ def test_the_same_checkpoint_published_at_once_by_many_is_planned_once(station: 
     assert len(station.read(WORK)) == 3
 
 
+@pytest.mark.slow
 def test_a_worker_killed_with_a_part_loses_nothing_and_the_join_comes_once(
     station: Station,
 ) -> None:
@@ -106,6 +109,7 @@ def test_a_worker_killed_with_a_part_loses_nothing_and_the_join_comes_once(
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.slow
 def test_a_level_that_misses_the_deadline_is_named_and_the_others_decide(
     station: Station,
 ) -> None:

@@ -70,6 +70,7 @@ def test_two_ranks_become_one_mask_that_changes_no_output(station: Station) -> N
     torch.testing.assert_close(model(inputs), before)
 
 
+@pytest.mark.slow
 def test_asking_again_settles_nothing_new(station: Station) -> None:
     station.worker()
     model = network()
@@ -89,6 +90,7 @@ def test_asking_again_settles_nothing_new(station: Station) -> None:
     assert len(masks) == 1
 
 
+@pytest.mark.slow
 def test_importance_of_another_checkpoint_is_a_dead_letter(station: Station) -> None:
     station.worker()
     request = ask(station, network())
@@ -107,6 +109,7 @@ def test_importance_of_another_checkpoint_is_a_dead_letter(station: Station) -> 
     assert "importance of rank 0" in dead_letters[0].field
 
 
+@pytest.mark.slow
 def test_masks_too_large_for_a_message_travel_as_a_blob(
     station: Station, monkeypatch: pytest.MonkeyPatch
 ) -> None:

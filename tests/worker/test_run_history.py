@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from station import Station, checkpoint
 from typer.testing import CliRunner
 
@@ -28,6 +29,7 @@ def expected(bundles: list[CheckpointBundle]) -> bytes:
     return tracker.to_bytes()
 
 
+@pytest.mark.slow
 def test_two_workers_and_repeated_events_give_the_history_of_the_checkpoints(
     station: Station,
 ) -> None:

@@ -45,6 +45,7 @@ def answers(station: Station, bundles: list[CheckpointBundle]) -> list[Structura
     return got
 
 
+@pytest.mark.slow
 def test_a_program_that_nobody_signed_is_not_run_where_signatures_are_asked_for(
     station: Station,
 ) -> None:

@@ -81,6 +81,7 @@ def test_a_budget_that_nobody_knows_is_refused_before_training() -> None:
 
 
 @pytest.mark.parametrize("asked", [True, None])
+@pytest.mark.sampled
 def test_cuts_are_reconstructed_where_the_callback_or_the_settings_say_so(
     tmp_path: Path, asked: bool | None
 ) -> None:

@@ -292,9 +292,14 @@ def test_lightning_resumes_from_both_sides_of_a_cut_and_loads_elsewhere(tmp_path
     assert module.model[0].out_features == 24
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["WeightAveraging", "EMAWeightAveraging", "SWA"])
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("WeightAveraging", marks=pytest.mark.slow),
+        pytest.param("EMAWeightAveraging", marks=pytest.mark.soak),
+        pytest.param("SWA", marks=pytest.mark.soak),
+    ],
+)
 def test_lightnings_averages_are_cut_and_resumed_with_the_network(
     kind: str, tmp_path: Path
 ) -> None:

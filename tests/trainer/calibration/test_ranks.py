@@ -65,6 +65,7 @@ _DRAWN = {"projections", "input_slopes"}
 
 @given(cuts=st.sets(st.integers(1, SAMPLES - 1), max_size=4))
 @hypothesis_settings(max_examples=8, deadline=None)
+@pytest.mark.slow
 def test_any_split_over_ranks_merges_to_what_one_rank_measures(
     recorder: Recorder, data: tuple[Tensor, Tensor], cuts: set[int]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import layer_networks
+import pytest
 from collector import Collector, collecting
 from redis import Redis
 from station import Station, ready
@@ -58,6 +59,7 @@ def test_levels_and_join_are_one_tree_under_the_trainer_s_context(station: Stati
     assert all(collector.attribute(span, "server.address") for span in spoke)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_not_sampled_leaves_no_span(station: Station) -> None:
     with collecting() as collector:
         worker = station.worker(
@@ -69,6 +71,7 @@ def test_a_checkpoint_that_is_not_sampled_leaves_no_span(station: Station) -> No
     assert collector.spans == []
 
 
+@pytest.mark.slow
 def test_an_entry_that_becomes_a_dead_letter_is_found_by_its_span_s_error(station: Station) -> None:
     with collecting() as collector:
         worker = station.worker({"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url})

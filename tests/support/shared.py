@@ -1,0 +1,28 @@
+"""What all test processes of a run share: a folder, in which whoever comes first makes a thing."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+
+@cache
+def shared_folder() -> Path:
+    """The folder that ``conftest.py`` names; outside of a test run one of this process."""
+    return Path(os.environ.get("ELESH_TEST_SHARED") or tempfile.mkdtemp(prefix="elesh-shared-"))
+
+
+def once(name: str, make: Callable[[Path], object]) -> Path:
+    """A folder of that name that ``make`` has filled, in this process or another one."""
+    folder = shared_folder() / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "made").exists():
+            make(folder)
+            (folder / "made").touch()
+    return folder
