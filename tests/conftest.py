@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from command import logging_kept
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from recorded import Recorded, recorded_run
 from redis import Redis
 from station import Station
@@ -26,7 +26,7 @@ from elesh.bus import embedded_server
 
 _numbers = itertools.count(1)
 # A machine that is slow or loaded fails nothing.
-settings.register_profile("elesh", deadline=None)
+settings.register_profile("elesh", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("elesh")
 
 

@@ -70,9 +70,9 @@ def test_a_checkpoint_with_a_part_of_its_network_is_refused_by_name() -> None:
     assert isinstance(message, CheckpointReady)
     ref = message.statistics
     whole = message.model_copy(update={"program": ref, "weights": ref, "held_out": ref})
-    work = admit(read(encode(wrap(whole, source="t"))), window=300, now=NOW)
+    work = admit(read(encode(wrap(whole, source="t", now=NOW))), window=300, now=NOW)
     assert isinstance(work, Work)
     assert {"program.msgpack", "weights.safetensors", "held_out.safetensors"} <= work.blobs.keys()
     part = whole.model_copy(update={"weights": None})
     with pytest.raises(InvalidField, match="no weights"):
-        admit(read(encode(wrap(part, source="t"))), window=300, now=NOW)
+        admit(read(encode(wrap(part, source="t", now=NOW))), window=300, now=NOW)
