@@ -4,15 +4,13 @@
 -- then for each entry the number of its fields and the fields.
 -- Returns 1, or 0 if the head has moved on (then nothing changes).
 if (redis.call('HGET', KEYS[2], 'digest') or '') ~= ARGV[1] then return 0 end
-local at = 5
-for _ = 1, tonumber(ARGV[4]) do
-  redis.call('HSET', KEYS[2], ARGV[at], ARGV[at + 1])
-  at = at + 2
-end
-if at > #ARGV then return 1 end
+require_allowed('HSET', KEYS[2], 'number', ARGV[2])
+local at = 5 + 2 * tonumber(ARGV[4])
+local appended = at <= #ARGV
 while at <= #ARGV do
   append(KEYS[1], at + 1, tonumber(ARGV[at]))
   at = at + 1 + tonumber(ARGV[at])
 end
-redis.call('HSET', KEYS[2], 'number', ARGV[2], 'digest', ARGV[3])
+for i = 5, 3 + 2 * tonumber(ARGV[4]), 2 do redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1]) end
+if appended then redis.call('HSET', KEYS[2], 'number', ARGV[2], 'digest', ARGV[3]) end
 return 1

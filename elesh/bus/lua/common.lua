@@ -4,10 +4,10 @@
 -- A server takes nothing back of a script that fails half way. So what may be refused (a right that
 -- is missing, a key of another type) is found before the first change, or is the first change.
 
--- An error unless the user may acknowledge: what was published beforehand would be there twice.
-local function require_acknowledging(stream, group)
-  if redis.acl_check_cmd and not redis.acl_check_cmd('XACK', stream, group, '0-0') then
-    error({err = 'NOPERM this user has no permissions to run the xack command on ' .. stream})
+-- An error unless the user may do what follows: what was published beforehand would be there twice.
+local function require_allowed(command, ...)
+  if redis.acl_check_cmd and not redis.acl_check_cmd(command, ...) then
+    error({err = 'NOPERM this user has no permissions to run the ' .. command .. ' command'})
   end
 end
 
@@ -19,7 +19,7 @@ local function owned(stream, group, consumer, id)
     if string.find(pending.err, 'NOGROUP', 1, true) then return false end
     error(pending)
   end
-  require_acknowledging(stream, group)
+  require_allowed('XACK', stream, group, '0-0')
   return pending[1] ~= nil and pending[1][2] == consumer
 end
 

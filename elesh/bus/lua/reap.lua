@@ -42,7 +42,7 @@ local function sweep(stream, name)
   local start = redis.call('HGET', KEYS[1], cursor) or '-'
   local pending = redis.pcall('XPENDING', stream, group, start, '+', scan)
   if pending.err then return end
-  require_acknowledging(stream, group)
+  require_allowed('XACK', stream, group, '0-0')
   local last = nil
   for _, entry in ipairs(pending) do
     if #taken >= batch then break end

@@ -12,9 +12,11 @@ from bus_messages import GROUP, TRACE, claim, end_lease, key, outcome, publish, 
 from redis import Redis
 
 from elesh.bus import Bus, BusRefuses, CommitOutcome, Plan, Planned
+from elesh.observe import verify
 from elesh.settings import BusSettings
+from elesh.worker.telemetry.auditor import audit_links, write_audit
 from leyline import AnalysisItem, Level
-from leyline.streams import DECISIONS, OUTCOMES, REDELIVERIES, WORK, Stream
+from leyline.streams import AUDIT, DECISIONS, OUTCOMES, REDELIVERIES, WORK, Stream
 
 KEY = str(key(1, Level.JOINT))
 PART = AnalysisItem(plan=KEY, level=Level.CHANNEL)
@@ -179,6 +181,27 @@ def test_a_join_that_cannot_be_queued_is_queued_later(run, withheld):
 async def published(bus: Bus) -> list[Any]:
     await publish(bus, 1)
     return await claim(bus)
+
+
+@pytest.mark.parametrize("way", ["another type", "no right to the head", "no right to append"])
+def test_what_the_audit_log_cannot_take_is_in_it_later_and_once(run, withheld, way):
+    async def scenario(bus: Bus) -> None:
+        await published(bus)
+        if way == "another type":
+            withheld.spoil(AUDIT)
+            await refused(lambda: write_audit(bus), "WRONGTYPE")
+            withheld.mend(AUDIT)
+        else:
+            withheld.take("hset" if "head" in way else "xadd")
+            await refused(lambda: write_audit(bus), "NOPERM")
+            withheld.give()
+        assert await write_audit(bus) == 1
+        links = [link async for link in audit_links(bus)]
+        head = await bus.audit.head()
+        assert (len(links), head.number) == (1, 1)
+        assert verify(links, number=head.number, digest=head.digest) == []
+
+    run(scenario)
 
 
 def test_a_script_that_is_forgotten_again_and_again_runs_all_the_same(run):
