@@ -34,6 +34,8 @@ from leyline import (
 )
 from leyline.streams import Stream
 
+from .verdict import reasons, removed
+
 __all__ = ["FormattedEvent", "format_event", "formatted_events"]
 
 _ANYBODY = Guard()
@@ -159,11 +161,10 @@ def _request(message: Any) -> tuple[str, str]:
 
 def _decision(message: Any) -> tuple[str, str]:
     if not message.approved_for_application:
-        return f"rejected: {message.rejection_reason}", "warn"
+        return f"rejected: {reasons(message)}", "warn"
     statistics = message.statistics
     saved = 1 - statistics.parameters_after / max(1, statistics.parameters_before)
-    units = sum(map(len, message.units.values())) + len(message.layers)
-    return f"approved: {units} units, {saved:.1%} of the parameters", "good"
+    return f"approved: {removed(message)}, {saved:.1%} of the parameters", "good"
 
 
 def _outcome(message: Any) -> tuple[str, str]:

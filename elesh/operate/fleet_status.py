@@ -20,6 +20,7 @@ from leyline import ContractError, StructuralPruningDecision
 from leyline.streams import DEAD, DECISIONS, STREAMS
 
 from .tables import compact
+from .verdict import reasons, removed
 
 __all__ = ["FleetStatus", "fleet_status", "fleet_status_of"]
 
@@ -114,15 +115,15 @@ def _decisions(guard: Guard, deliveries: Sequence[Delivery]) -> Iterator[Structu
 
 def fleet_status(seen: FleetStatus) -> RenderableType:
     """The status for a terminal: what needs somebody first, then what happened, then the rest."""
-    parts: list[RenderableType] = []
+    parts: list[RenderableType] = [] if seen.workers else [_workers(seen), ""]
     if seen.dead_letters:
         parts += [*_dead(seen), ""]
     if seen.breakers:
         parts += [_breakers(seen), ""]
-    parts += [_workers(seen), "", _streams(seen)]
+    parts += [_streams(seen), ""]
     if seen.decisions:
-        parts += ["", *_last(seen)]
-    return Group(*parts)
+        parts += [*_last(seen), ""]
+    return Group(*parts, *([_workers(seen)] if seen.workers else []))
 
 
 def _workers(seen: FleetStatus) -> RenderableType:
@@ -202,10 +203,9 @@ def _dead(seen: FleetStatus) -> Iterator[Text]:
 def _last(seen: FleetStatus) -> Iterator[Text]:
     yield Text("Last decisions", style="bold")
     for decision in seen.decisions:
-        verdict, reason = ("rejected", "yellow"), decision.rejection_reason
+        verdict, reason = ("rejected", "yellow"), reasons(decision)
         if decision.approved_for_application:
-            units = sum(map(len, decision.units.values())) + len(decision.layers)
-            verdict = (f"approved, {units} units", "green")
+            verdict = (f"approved, {removed(decision)}", "green")
         yield Text.assemble(f"{printable(decision.idempotency_key)}  ", verdict)
         yield _brief(f"of {decision.run_id}" + (f": {reason}" if reason else ""))
 

@@ -204,6 +204,8 @@ def test_a_bus_that_is_away_is_said_and_waited_for(partition: str):
         answer = site.get("/")
         assert answer.status == 503
         assert "127.0.0.1:1" in answer.text
+        assert 'data-live="' in answer.text, "it asks again and is there as soon as the bus is"
+        assert site.get("/", Elesh_Live="none").status == 503
         assert site.get("/live").text == "ok"
 
 

@@ -241,7 +241,8 @@ def _figures(decision: StructuralPruningDecision) -> Iterator[tuple[str, str]]:
         "phase",
         f"{validation.phase}, up to {s.phase_limit:.1%} of {s.channels_original} {level}",
     )
-    yield "outcome", validation.outcome
+    if decision.approved_for_application:  # what gates would have allowed is no verdict
+        yield "outcome", validation.outcome
     yield "confidence", f"{validation.confidence:.2f}"
     yield "ranked by", f"{s.scorer}, {s.samples} samples"
     yield "quota", f"{s.quota} {level} at this checkpoint"
