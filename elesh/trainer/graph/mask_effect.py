@@ -1,8 +1,9 @@
-"""Whether a mask of a group has any effect on the network.
+"""Whether a mask of a group has any effect on the network, and its samples can be told apart.
 
 Promises: a group stays prunable only if its mask changes some output. Where the forward pass goes
 around the modules (compiled or traced parts), a mask has no effect, and what is measured under it
-would prove nothing.
+would prove nothing. Nor does one whose consumers read rows that no sum over samples can be taken
+of.
 """
 
 from __future__ import annotations
@@ -12,8 +13,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from elesh.trainer.network.calling import Inputs, call, device_of, tensors_in
-from elesh.trainer.network.gates import GateMeter, axis_of
+from elesh.trainer.network.calling import (
+    Inputs,
+    batch_size,
+    call,
+    device_of,
+    packed_in,
+    tensors_in,
+)
+from elesh.trainer.network.gates import Axis, GateMeter, axis_of
 from elesh.trainer.network.state import seed_generators
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import PrunedArchitecture, PruningGroup
@@ -21,6 +29,7 @@ from leyline import PrunedArchitecture, PruningGroup
 __all__ = ["with_acting_masks"]
 
 _REASON = "masking it changes no output, so a cut cannot be judged under a mask"
+_MIXED = "its consumers read rows that samples do not share evenly (a packed sequence's steps)"
 
 
 def with_acting_masks(
@@ -32,40 +41,57 @@ def with_acting_masks(
         copied: a copy of the network in evaluation mode with random weights.
     """
     candidates = [group for group in architecture.groups if group.prunable]
-    moving = _moving(copied, inputs, candidates)
-    silent = _silent(copied, inputs, architecture, [g for g in candidates if g.name not in moving])
-    if not silent:
+    moving, mixed = _moving(copied, inputs, candidates)
+    untried = [g for g in candidates if g.name not in moving and g.name not in mixed]
+    reasons = dict.fromkeys(_silent(copied, inputs, architecture, untried), _REASON)
+    reasons |= dict.fromkeys(mixed, _MIXED)
+    if not reasons:
         return architecture
     groups = tuple(
-        group.model_copy(update={"prunable": False, "reason": _REASON})
-        if group.name in silent
+        group.model_copy(update={"prunable": False, "reason": reasons[group.name]})
+        if group.name in reasons
         else group
         for group in architecture.groups
     )
     return PrunedArchitecture.build(architecture.tensors, architecture.layers, groups)
 
 
-def _moving(copied: nn.Module, inputs: Inputs, groups: Sequence[PruningGroup]) -> set[str]:
+def _moving(
+    copied: nn.Module, inputs: Inputs, groups: Sequence[PruningGroup]
+) -> tuple[set[str], set[str]]:
     """Those of the groups along whose gates the outputs have a gradient: not all of those that have
-    an effect, but at the cost of one pass."""
+    an effect, but at the cost of one pass; and those of which a consumer reads rows that the
+    samples do not share evenly."""
+    packed = packed_in(inputs)
+    steps = 0 if packed is None else packed.data.shape[0]
+    samples, rows = batch_size(inputs), dict[Axis, int]()
+
+    def watch(axis: Axis, x: Tensor) -> None:
+        rows[axis] = 0 if x.is_nested else x.shape[0]
+
+    def mixes(axis: Axis) -> bool:
+        count = rows.get(axis, 0)
+        return count % samples != 0 or (count == steps != samples)
+
     axes = dict.fromkeys(axis_of(site) for group in groups for site in group.sites)
     generator = torch.Generator().manual_seed(0)
     try:
-        with torch.enable_grad(), GateMeter(copied, axes, lambda axis, x: None) as meter:
+        with torch.enable_grad(), GateMeter(copied, axes, watch) as meter:
             meter.expect(1)
             outputs = [t for t in tensors_in(call(copied, inputs)) if t.requires_grad]
             drawn = [torch.randn(t.shape, generator=generator).to(t) for t in outputs]
             products = [(t * d).sum() for t, d in zip(outputs, drawn, strict=True)]
             sums, _ = meter.backward(torch.stack(products).sum(), keep=False)
     except Exception:  # Whatever the user's network raises: each mask is tried, then.
-        return set()
+        return set(), set()
+    mixed = {g.name for g in groups if any(mixes(axis_of(site)) for site in g.sites)}
     return {
         group.name
         for group in groups
         for site in group.sites
         if axis_of(site) in sums
         and bool(sums[axis_of(site)][0, sorted(site.all_of(range(group.size)))].any())
-    }
+    }, mixed
 
 
 def _silent(

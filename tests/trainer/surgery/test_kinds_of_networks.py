@@ -333,3 +333,27 @@ def test_a_buffer_that_grows_hinders_neither_measuring_nor_cutting() -> None:
     model(x)
     surgeon.undo()
     assert model.bank.shape == (8, 4)
+
+
+def test_layers_on_the_steps_of_a_packed_sequence_are_left_alone_before_they_are_measured() -> None:
+    """Their rows are steps, which no sum over samples can be taken of."""
+
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 6)
+            self.rnn, self.hidden = nn.LSTM(6, 6), nn.Linear(6, 12)
+            self.out = nn.Linear(12, 4)
+
+        def forward(self, batch: PackedSequence) -> Tensor:
+            steps = self.down(self.up(batch.data).relu())
+            state = self.rnn(batch._replace(data=steps))[1][0][-1]
+            return self.out(self.hidden(state).relu())
+
+    for count in (4, 5):  # 14 steps, and 19
+        model, inputs = Steps(), packed(count)
+        recorder = Recorder(model, inputs)
+        prunable = [group.name for group in recorder.architecture.groups if group.prunable]
+        assert prunable == ["hidden"]
+        assert "samples do not share evenly" in recorder.architecture.group["up"].reason
+        recorder.measure([(inputs, torch.arange(count) % 4)], epoch=1)
