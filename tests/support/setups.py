@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from guarded import decide
+from setup_frameworks import FRAMEWORKS
 from setup_rows import RANK, SETUPS, TWO, Running
 from torch import distributed
 
@@ -35,6 +36,7 @@ CELLS = (
     "record", "measure", "mask", "cut", "train on", "roll back", "resume after kill -9",
     "save and load elsewhere",
 )  # fmt: skip
+ROWS = (*SETUPS, *FRAMEWORKS)
 AWAY = "redis://127.0.0.1:1/0"
 WORKS, SKIPPED = "works", ""
 
@@ -134,6 +136,9 @@ def _example(inputs: Any) -> Any:
 
 
 def first_life(name: str, folder: Path, told: Path) -> None:
+    if name in FRAMEWORKS:
+        FRAMEWORKS[name]().first(folder, partial(cell, told))
+        return
     with cell(told, "record"):
         running, recorder, surgeon, session = started(name, folder)
         session.resume(surgeon, **running.parts)
@@ -179,6 +184,9 @@ def first_life(name: str, folder: Path, told: Path) -> None:
 
 
 def second_life(name: str, folder: Path, told: Path) -> None:
+    if name in FRAMEWORKS:
+        FRAMEWORKS[name]().second(folder, partial(cell, told))
+        return
     outputs = torch.load(folder / "outputs")
     with cell(told, "resume after kill -9"):
         running, _, surgeon, session = started(name, folder)
@@ -251,9 +259,11 @@ same. What is refused is so before anything was changed, with a reason that says
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports the compiler, once for all
+    for name in set(sys.argv[1:] or ROWS) & FRAMEWORKS.keys():
+        FRAMEWORKS[name]()
     gc.collect()
     gc.freeze()
-    for wanted in sys.argv[1:] or list(SETUPS):
+    for wanted in sys.argv[1:] or ROWS:
         with contextlib.redirect_stdout(sys.stderr):
             found = run(wanted)
         print(json.dumps({"setup": wanted, "cells": found}), flush=True)

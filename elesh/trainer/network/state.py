@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from .calling import device_of
 from .compilation import Uncompiled
 
-__all__ = ["preserved", "seed_generators", "preserve_state"]
+__all__ = ["preserved", "preserve_state", "seed_generators", "trainable"]
 
 _DEPTH = 6
 """How many containers and objects deep attributes of a module are followed."""
@@ -100,6 +100,16 @@ def preserved(model: nn.Module, *others: Any) -> Iterator[None]:
             np.random.set_state(legacy)
             for put_back in restore:
                 put_back()
+
+
+@contextlib.contextmanager
+def trainable() -> Iterator[None]:
+    """What is made inside can be trained, also where the caller is in ``inference_mode``."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _reachable(model: nn.Module, *others: Any) -> tuple[list[nn.Module], list[Any]]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-__all__ = ["Evaluation", "failed_check"]
+from leyline import InvalidField
+
+__all__ = ["Evaluation", "checked", "failed_check"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,20 @@ class Evaluation:
     def finite(self) -> bool:
         """Whether both figures are numbers that can be compared."""
         return math.isfinite(self.accuracy) and math.isfinite(self.loss)
+
+
+def checked(found: object) -> Evaluation:
+    """What an evaluation returned, if it is one.
+
+    Raises:
+        InvalidField: if it is not, or its accuracy is in percent.
+    """
+    if not isinstance(found, Evaluation):
+        raise InvalidField("evaluate", "Evaluation(accuracy, loss)", f"a {type(found).__name__}")
+    if math.isfinite(found.accuracy) and found.accuracy > 1:
+        hint = "divide percents by 100: limits are shares"
+        raise InvalidField("evaluate.accuracy", "a share, at most 1", found.accuracy, hint=hint)
+    return found
 
 
 def failed_check(before: float, now: Evaluation, limit: float) -> str:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from elesh.observe import get_logger
+from elesh.trainer.network.state import trainable
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import ContractError, InvalidField, PruningOutcome
 
@@ -93,6 +94,7 @@ class Recovery:
 
     # Resuming
 
+    @trainable()
     def resume(self, tracked: Tracked, here: int | None = None) -> int:
         """Go back to where the run's last process stood; the epoch of the state that was put back,
         0 for a new run.
@@ -170,6 +172,7 @@ class Recovery:
 
     # Points
 
+    @trainable()
     def save(self, epoch: int) -> bool:
         """Write a restore point of now; False, and a line in the log, if that fails."""
         if self._tracked is None:

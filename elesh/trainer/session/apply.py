@@ -17,7 +17,7 @@ from torch import nn
 from elesh.observe import get_logger, span
 from elesh.settings import RollbackTriggers
 from elesh.trainer.network.state import preserved
-from elesh.trainer.recovery.evaluation import Evaluation, failed_check
+from elesh.trainer.recovery.evaluation import Evaluation, checked, failed_check
 from elesh.trainer.surgery.reconstruction import InputCovariance
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import PrunedArchitecture, PruningOutcome, StructuralPruningDecision
@@ -231,7 +231,7 @@ def preserving(evaluate: Evaluate, model: nn.Module | None) -> Evaluate:
 
     def evaluated() -> Evaluation:
         with preserved(model or nn.Module(), evaluate):
-            return evaluate()
+            return checked(evaluate())
 
     return evaluated
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from elesh.observe import get_logger, span
 from elesh.settings import Settings
+from elesh.trainer.network.state import trainable
 from elesh.trainer.recovery.journal import MadeCut
 from elesh.trainer.recovery.recovery import Recovery
 from elesh.trainer.recovery.snapshot import Snapshot, Tracked
@@ -58,6 +59,7 @@ class MonitoredCuts:
         """The drop of accuracy at which this decision is rolled back."""
         return trigger_of(decision, self._triggers)
 
+    @trainable()
     def apply(
         self,
         decision: StructuralPruningDecision,
@@ -120,6 +122,7 @@ class MonitoredCuts:
             recovery.done("apply", before, [outcome], cuts, later=True)
         return outcome
 
+    @trainable()
     def watch(self, epoch: int, evaluate: Evaluate) -> list[PruningOutcome]:
         """Judge the monitored cuts by the accuracy of now; what became of those decided on.
 

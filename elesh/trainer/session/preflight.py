@@ -65,8 +65,9 @@ def require_passed(report: Report) -> None:
     """
     for check in report:
         if check.result == "failed":
-            hint = f"nothing was changed; preflight=False begins all the same\n{table(report)}"
-            raise InvalidField(f"preflight.{check.name}", "ok", check.detail, hint=hint)
+            hint = f"{check.detail}; nothing was changed; preflight=False begins all the same"
+            hint = f"{hint}\n{table(report)}"
+            raise InvalidField(f"preflight.{check.name}", "ok", "a failure", hint=hint)
 
 
 def table(report: Report) -> str:
@@ -200,7 +201,7 @@ class _Subject:
         surgeon = self._surgeon
         blocked, average = surgeon.blocked(), surgeon.unnamed_average()
         if blocked and blocked != average:
-            raise InvalidField("the surgeon", "all that holds the weights", blocked)
+            raise InvalidField("the surgeon", "all that a cut must reach", "less", hint=blocked)
         # One that is made before it is needed, or of no further use, must not end the run.
         told = f"nothing is cut until it is named: {average}; " if average else ""
         held = {id(p) for group in surgeon.optimizers.groups() for p in group["params"]}

@@ -37,7 +37,7 @@ from .optimizer_trial import require_cuttable
 from .optimizers import Given, Optimizers, other_optimizers
 from .reconstruction import InputCovariance, reconstructed
 from .teachers import teachers_in
-from .tensors import Cutter, RestorePoint, Skeleton, laid_out, replace_data
+from .tensors import RestorePoint, Skeleton, cutters_of, laid_out, replace_data, some_cutters
 
 _log = get_logger(__name__)
 Units = Mapping[str, Iterable[int]]
@@ -165,7 +165,7 @@ class Surgeon:
         tensors = named_tensors(self._model)
         optimizers = Optimizers(given, tensors)
         self._followed.add_wrappers(optimizers.wrappers, optimizers.masters.values())
-        cutters = _some_cutters(self._model, self._architecture)
+        cutters = some_cutters(self._architecture, tensors)
         require_cuttable(optimizers, tensors, cutters, self._followed.all())
         return optimizers
 
@@ -177,9 +177,10 @@ class Surgeon:
     def blocked(self) -> str:
         """Why nothing may be cut now; empty if it may.
 
-        An optimizer that has state of the network's parameters, or an average of them, that the
-        surgeon was not told of, would fail in its next step or update, and a gradient hook that
-        holds a mask of the parameter's shape in the next backward pass.
+        Modules that were put in since (adapters) are not in the architecture. An optimizer that has
+        state of the network's parameters, or an average of them, that the surgeon was not told of,
+        would fail in its next step or update, and a gradient hook that holds a mask of the
+        parameter's shape in the next backward pass.
         """
         others = other_optimizers(self._model, self._optimizers.all, stateful=True)
         if others:
@@ -188,6 +189,10 @@ class Surgeon:
                 f"an optimizer of the network was not named: {kinds}; give the Surgeon all of them "
                 "(optimizer=[first, second]), or delete what is not used"
             )
+        try:
+            require_fit(self._model, self._architecture)
+        except ContractError as error:
+            return f"{error}; after a change of its modules make Recorder and Surgeon anew"
         prunable = [group for group in self._architecture.groups if group.prunable]
         names = {part.tensor for group in prunable for part in group.slices}
         if hooked := fixed_to_a_shape(self._model, names):
@@ -345,7 +350,7 @@ class Surgeon:
         self._put_back()
         after = self._architecture.without(chosen, epoch=epoch, key=key)
         tensors = named_tensors(self._model)
-        cutters = _cutters(self._architecture, chosen, tensors)
+        cutters = cutters_of(self._architecture, chosen, tensors)
         solved = {}
         if (covariance := reconstruct or redistribute) is not None:
             solved = reconstructed(self._model, self._architecture, chosen, covariance, skip=skip)
@@ -612,39 +617,3 @@ class Surgeon:
             if chosen:
                 checked[name] = chosen
         return checked
-
-
-def _cutters(
-    architecture: PrunedArchitecture,
-    units: Mapping[str, Collection[int]],
-    tensors: Mapping[str, Tensor],
-) -> dict[str, Cutter]:
-    """For every tensor that shrinks, the function that takes the removed indices out."""
-    gone: dict[str, dict[int, set[int]]] = {}
-    for name, chosen in units.items():
-        for part in architecture.group[name].slices:
-            axes = gone.setdefault(part.tensor, {})
-            axes.setdefault(part.dim, set()).update(part.all_of(chosen))
-
-    def cutter(shape: tuple[int, ...], axes: Mapping[int, set[int]]) -> Cutter:
-        kept = {
-            dim: torch.tensor([i for i in range(shape[dim]) if i not in lost])
-            for dim, lost in axes.items()
-        }
-
-        def cut(tensor: Tensor) -> Tensor:
-            like = tensor
-            for dim, indices in kept.items():
-                tensor = tensor.index_select(dim, indices.to(tensor.device))
-            return laid_out(tensor, like)
-
-        return cut
-
-    return {path: cutter(tuple(tensors[path].shape), axes) for path, axes in gone.items()}
-
-
-def _some_cutters(model: nn.Module, architecture: PrunedArchitecture) -> dict[str, Cutter]:
-    """The cutters of a small cut: the first units of three groups."""
-    groups = [g for g in architecture.groups if g.prunable and g.size > g.unit_multiple]
-    chosen = {group.name: range(group.unit_multiple) for group in groups[:3]}
-    return _cutters(architecture, chosen, named_tensors(model))

@@ -6,7 +6,7 @@ point brings modules, weights, buffers, optimizer state, size attributes and mas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,9 @@ def point_to(tensor: Tensor, data: Tensor) -> None:
         tensor.grad = None
         other = torch.float32 if tensor.dtype != torch.float32 else torch.float64
         tensor.data = torch.empty(0, dtype=other, device=tensor.device)
+    if data.is_inference():
+        with torch.inference_mode(False):
+            data = data.clone()
     tensor.data = data
 
 
@@ -56,6 +59,45 @@ def laid_out(data: Tensor, like: Tensor) -> Tensor:
     order = sorted(range(like.ndim), key=lambda axis: (-strides[axis], axis))
     back = sorted(range(like.ndim), key=order.__getitem__)
     return data.permute(order).contiguous().permute(back)
+
+
+def cutters_of(
+    architecture: PrunedArchitecture,
+    units: Mapping[str, Collection[int]],
+    tensors: Mapping[str, Tensor],
+) -> dict[str, Cutter]:
+    """For every tensor that shrinks, the function that takes the removed indices out."""
+    gone: dict[str, dict[int, set[int]]] = {}
+    for name, chosen in units.items():
+        for part in architecture.group[name].slices:
+            axes = gone.setdefault(part.tensor, {})
+            axes.setdefault(part.dim, set()).update(part.all_of(chosen))
+
+    def cutter(shape: tuple[int, ...], axes: Mapping[int, set[int]]) -> Cutter:
+        kept = {
+            dim: torch.tensor([i for i in range(shape[dim]) if i not in lost])
+            for dim, lost in axes.items()
+        }
+
+        def cut(tensor: Tensor) -> Tensor:
+            like = tensor
+            with torch.inference_mode(False):  # what is made in it cannot be trained
+                for dim, indices in kept.items():
+                    tensor = tensor.index_select(dim, indices.to(tensor.device))
+                return laid_out(tensor, like)
+
+        return cut
+
+    return {path: cutter(tuple(tensors[path].shape), axes) for path, axes in gone.items()}
+
+
+def some_cutters(
+    architecture: PrunedArchitecture, tensors: Mapping[str, Tensor]
+) -> dict[str, Cutter]:
+    """The cutters of a small cut: the first units of three groups."""
+    groups = [g for g in architecture.groups if g.prunable and g.size > g.unit_multiple]
+    chosen = {group.name: range(group.unit_multiple) for group in groups[:3]}
+    return cutters_of(architecture, chosen, tensors)
 
 
 @dataclass(frozen=True)
@@ -145,8 +187,8 @@ class RestorePoint:
             skeleton,
             dict(masked),
             masked_layers,
-            tuple((tensor, tensor.detach().clone()) for tensor in tensors),
-            tuple({path: t.detach().clone() for path, t in each.items()} for each in copies),
+            tuple((tensor, _copied(tensor)) for tensor in tensors),
+            tuple({path: _copied(tensor) for path, tensor in each.items()} for each in copies),
             tuple(
                 (optimizer, tuple((p, _copied(state)) for p, state in optimizer.state.items()))
                 for optimizer in optimizers.stateful()
@@ -177,9 +219,10 @@ class RestorePoint:
 
 
 def _copied(value: Any) -> Any:
-    """A copy of an optimizer's state that shares no tensor with it."""
+    """A copy of a tensor or of an optimizer's state that shares no tensor with it."""
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        with torch.inference_mode(False):
+            return value.detach().clone()
     if isinstance(value, dict):
         return {key: _copied(part) for key, part in value.items()}
     if type(value) in (list, tuple):

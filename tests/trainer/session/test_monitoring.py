@@ -14,7 +14,7 @@ import pytest
 import torch
 from guarded import Run, World, decide, outputs, told
 
-from elesh.trainer import apply_decision
+from elesh.trainer import Evaluation, apply_decision
 from elesh.trainer.recovery.files import FolderInUse
 from elesh.trainer.recovery.reporting import event_id_of
 from elesh.trainer.recovery.restore_points import FolderPoints
@@ -372,3 +372,45 @@ def test_killed_at_seeded_moments_a_run_resumes_on_one_side_or_the_other() -> No
     sides = Counter(line["side"] for line in lines)
     assert sides["before"]
     assert sides["after"]
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ((0.9, 0.1), "found a tuple"),
+        (None, "found a NoneType"),
+        (Evaluation(91.5, 0.1), "divide percents by 100"),
+    ],
+)
+def test_what_is_no_evaluation_refuses_the_decision_and_changes_nothing(
+    found: Any, said: str
+) -> None:
+    run, world = trained()
+    before = world.digest()
+    outcome = run.apply(decide(world.original), world.surgeon, lambda: found)
+    assert outcome.result == "refused"
+    assert said in outcome.detail
+    assert world.digest() == before
+
+
+def test_what_is_cut_and_rolled_back_in_inference_mode_is_trained_on() -> None:
+    run, world = trained()
+    with torch.inference_mode():
+        cut(run, world)
+    world.train()
+    with torch.inference_mode():
+        run.watch(61, told(0.5))
+    world.train()
+    with torch.inference_mode():
+        world.surgeon.cut(decide(world.original).units)
+    world.train()
+    assert not any(p.is_inference() for p in world.model.parameters())
+
+
+def test_a_decision_for_a_network_whose_modules_were_changed_since_is_refused() -> None:
+    run, world = trained()
+    world.model.fc = torch.nn.Sequential(world.model.fc, torch.nn.Identity())
+    outcome = run.apply(decide(world.original), world.surgeon, told(0.9))
+    assert outcome.result == "refused"
+    assert "make Recorder and Surgeon anew" in outcome.detail
+    assert isinstance(world.model.fc, torch.nn.Sequential)
