@@ -57,9 +57,10 @@ class Followed:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._kept: dict[str, tuple[Any, tuple[WeightCopy, ...]]] = {}
+        own = {id(part) for part in (*model.modules(), *model.parameters(), *model.buffers())}
         for path, module in model.named_modules():
             held = Beside(module)
-            if any(_holds_tensors(part) for part in held.parts.values()):
+            if any(_holds_tensors(part, own) for part in held.parts.values()):
                 self.add(f"attributes of {path or 'the network'}", held)
 
     def all(self) -> tuple[WeightCopy, ...]:
@@ -105,15 +106,14 @@ class Followed:
         return changed
 
 
-def _holds_tensors(part: Any, depth: int = 2) -> bool:
+def _holds_tensors(part: Any, own: set[int], depth: int = 2) -> bool:
+    """Whether a container has tensors or modules other than the network's ``own``."""
     if isinstance(part, (Tensor, nn.Module)):
-        return True
-    inside = part.values() if isinstance(part, Mapping) else part
-    return (
-        bool(depth)
-        and isinstance(part, (Mapping, list, tuple))
-        and any(_holds_tensors(each, depth - 1) for each in list(inside)[:_FEW])
-    )
+        return id(part) not in own
+    if not depth or not isinstance(part, (Mapping, list, tuple)):
+        return False
+    inside = list(part.values() if isinstance(part, Mapping) else part)[:_FEW]
+    return any(_holds_tensors(each, own, depth - 1) for each in inside)
 
 
 _FEW = 4
