@@ -127,6 +127,9 @@ def picture(lines: Sequence[Line], path: Path) -> None:
                     )
             axes.set_xlabel(label)
         left.invert_xaxis()
+        if task == "gpt":  # up is better everywhere
+            left.invert_yaxis()
+            right.invert_yaxis()
         left.set_ylabel("test loss" if task == "gpt" else "test accuracy, %")
         left.set_title(_TITLES[task], loc="left", fontsize=10)
     figure.legend(
@@ -158,7 +161,7 @@ def tables(lines: Sequence[Line]) -> str:
             cells = [found.get((method, share), []) for share in shares]
             if any(cells):
                 parts.append(row(method, cells, whole))
-        parts += ["", *against_ours(found), failures(lines, task), ""]
+        parts += ["", *against_ours(found), *failures(lines, task), ""]
     return "\n".join(parts)
 
 
@@ -201,15 +204,21 @@ def against_ours(found: Mapping[tuple[str, float], list[Line]]) -> list[str]:
     if not found["ours", share] or not others:
         return []
     best = min(others, key=lambda name: others[name][0])
-    ours_lost = lost(found["ours", share], found["unpruned", 1.0])
-    return [
-        f"- At {share:.0%} left ours loses {ours_lost[0]:.4f} ±{ours_lost[1]:.4f}, the best other "
-        f"({best}) {others[best][0]:.4f} ±{others[best][1]:.4f}."
-    ] + [
+    told = {name: told_loss(lost(found[name, share], found["unpruned", 1.0])) for name in others}
+    own = told_loss(lost(found["ours", share], found["unpruned", 1.0]))
+    first = f"- At {share:.0%} left ours loses {own}, the best other ({best}) {told[best]}."
+    if len(found["ours", share]) < 2:
+        return [first]
+    return [first] + [
         f"- {side.capitalize()} ours, more than two standard errors, paired by seed: "
         f"{', '.join(names) or 'none'}."
         for side, names in said.items()
     ]
+
+
+def told_loss(found: tuple[float, float]) -> str:
+    """Without an error where there is one seed."""
+    return f"{found[0]:.4f} ±{found[1]:.4f}" if found[1] else f"{found[0]:.4f}"
 
 
 def figures(runs: Sequence[Line], whole: Sequence[Line]) -> str:
@@ -234,14 +243,14 @@ def setting(line: Mapping[str, Any]) -> str:
     return f"{size}, {line['samples']} samples at most, {line['epochs']} epochs"
 
 
-def failures(lines: Sequence[Line], task: str) -> str:
+def failures(lines: Sequence[Line], task: str) -> list[str]:
     """What could not be used, or failed."""
     said = {
         f"{line['method']}: {line.get('error') or line['not_applicable']}"
         for line in lines
         if line["task"] == task and "accuracy" not in line
     }
-    return "\n".join(f"- {text}" for text in sorted(said))
+    return [f"- {text}" for text in sorted(said)]
 
 
 def main() -> None:
