@@ -1,9 +1,10 @@
 """Measures public architectures one by one, each in a process of its own, and writes the page.
 
-    python -m benchmarks.zoo [--results FILE] [--limit SECONDS] [--page] [NAME ...]
+    python -m benchmarks.zoo [--results FILE] [--limit SECONDS] [--here] [--page] [NAME ...]
 
 Every result is one line of JSON at the end of FILE; networks that are in it already are passed by,
-so that a run can be ended and taken up again. ``--page`` writes the table of
+so that a run can be ended and taken up again. ``--here`` measures in this process: quicker for
+small networks, but without a limit. ``--page`` writes the table of
 docs/architectures.md from FILE. Needs torchvision, timm, transformers and torch-pruning.
 """
 
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=_RESULTS)
     parser.add_argument("--limit", type=float, default=900, help="seconds for one network")
     parser.add_argument("--page", action="store_true", help="write the docs page, measure nothing")
+    parser.add_argument("--here", action="store_true", help="no processes, no limit of time")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
@@ -41,7 +43,7 @@ def main() -> None:
         known = {row["name"] for row in _read(given.results)}
         for name in given.names or NAMES:
             if name not in known:
-                row = _in_a_process(name, given.limit)
+                row = _measured(name) if given.here else _in_a_process(name, given.limit)
                 with given.results.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(name, {k: v for k, v in row.items() if k != "left_alone"}, flush=True)

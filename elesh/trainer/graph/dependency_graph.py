@@ -26,7 +26,7 @@ from elesh.trainer.network.calling import Inputs, batch_size, call, tensors_in
 from elesh.trainer.network.calls import Calls, Link
 from elesh.trainer.network.layers import channel_axes, is_taught
 from elesh.trainer.network.norms import Norm, norm_of
-from leyline import LayerDescriptor
+from leyline import InvalidField, LayerDescriptor
 
 from .attention import Attention, find_attentions
 from .indexing import Relations, shape_of
@@ -77,9 +77,17 @@ def trace(model: nn.Module, inputs: Inputs, compared: Callable[[Any], Any] | Non
 
     Args:
         compared: from what the model returns to its outputs; None: all of it.
+
+    Raises:
+        InvalidField: if the model does not run with these inputs.
     """
     with Calls(model) as calls:
-        call(model, inputs)
+        try:
+            call(model, inputs)
+        except Exception as error:  # Whatever the user's network raises.
+            expected = "a batch as the model is called with: arguments, shapes, dtypes, device"
+            hint = f"it was called in evaluation mode with {described(inputs)}"
+            raise InvalidField("example_inputs", expected, summary(error), hint=hint) from error
     layers, attentions = calls.layers(batch_size(inputs)), find_attentions(calls.made, model)
     called = frozenset(one.name for one in calls.made)
     del calls  # and with it the autograd graph of the first pass
@@ -89,6 +97,12 @@ def trace(model: nn.Module, inputs: Inputs, compared: Callable[[Any], Any] | Non
         failure = f"the dependency graph failed: {summary(error)}"
         return Wiring(layers, (), attentions, failure, called)
     return Wiring(layers, families, attentions, called=called)
+
+
+def described(inputs: Inputs) -> str:
+    """The tensors of a batch: shape, dtype and device."""
+    kinds = [f"{list(x.shape)} {x.dtype} on {x.device}" for x in tensors_in(inputs)]
+    return ", ".join(kinds).replace("torch.", "") or "no tensor"
 
 
 def summary(error: BaseException) -> str:

@@ -31,7 +31,7 @@ from leyline import (
 from .attention import Attention, span_of
 from .block_proof import with_blocks
 from .dependency_graph import Family, Port, Wiring, trace
-from .hazards import require_initialised, without_hazards
+from .hazards import require_initialised, trainable_example, without_hazards
 from .mask_effect import with_acting_masks
 from .random_copy import random_copy
 from .trial import Trial
@@ -69,9 +69,10 @@ def find_architecture(
         groups = _with_heads(
             _groups(wiring, copied, ignored_layers), wiring, copied, ignored_layers
         )
-        groups = without_hazards(groups, model, copied, inputs)
+        trained = trainable_example(copied, inputs)
+        groups = without_hazards(groups, model, copied, inputs, trained)
         architecture = PrunedArchitecture.build(describe_tensors(model), wiring.layers, groups)
-        trial = Trial(copied, inputs, compared)
+        trial = Trial(copied, inputs, compared, trained[0])
         proved = without_refuted(trial, architecture)
         proved = with_acting_masks(copied, inputs, proved)
         return with_blocks(trial, inputs, proved, ignored_layers)

@@ -7,6 +7,7 @@ by size) or tear apart parameters that share their memory.
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -38,16 +39,14 @@ def require_initialised(model: nn.Module) -> None:
             raise InvalidField(f"model.{name}", "an initialised tensor", "a lazy one", hint=hint)
 
 
-def trainable_example(model: nn.Module, inputs: Inputs) -> Inputs | None:
+def trainable_example(model: nn.Module, inputs: Inputs) -> tuple[Inputs | None, set[str]]:
     """Example inputs that the model runs with in training mode: these, or twice as many samples
-    (one alone cannot be normalised over the batch); None if it runs with neither."""
+    (one alone cannot be normalised over the batch); None if it runs with neither. And the
+    parameters that are reached then, as by :func:`run_once`."""
     for example in (inputs, doubled(inputs)):
-        try:
-            run_once(model, example, training=True)
-        except Exception:  # Whatever the user's network raises.
-            continue
-        return example
-    return None
+        with contextlib.suppress(Exception):  # Whatever the user's network raises.
+            return example, run_once(model, example, training=True)
+    return None, set()
 
 
 def run_once(model: nn.Module, inputs: Inputs, *, training: bool) -> set[str]:
@@ -85,17 +84,22 @@ def run_once(model: nn.Module, inputs: Inputs, *, training: bool) -> set[str]:
 
 
 def without_hazards(
-    groups: Sequence[PruningGroup], model: nn.Module, traced: nn.Module, inputs: Inputs
+    groups: Sequence[PruningGroup],
+    model: nn.Module,
+    traced: nn.Module,
+    inputs: Inputs,
+    trained: tuple[Inputs | None, set[str]],
 ) -> tuple[PruningGroup, ...]:
     """The groups, those that must be left alone marked with a reason.
 
     Args:
         model: the network itself.
         traced: its copy, which may run.
+        trained: what :func:`trainable_example` found of it.
     """
     tensors = dict(traced.named_parameters())
     followed = tuple(f"{teacher.name}." for teacher in teachers_in(model))
-    memory, unreached = _in_shared_memory(model), _unreached(traced, inputs, followed)
+    memory, unreached = _in_shared_memory(model), _unreached(traced, inputs, followed, trained)
 
     def reason(group: PruningGroup) -> str:
         for part in group.slices:
@@ -133,17 +137,23 @@ def _in_shared_memory(model: nn.Module) -> Mapping[str, str]:
 
 
 def _unreached(
-    model: nn.Module, inputs: Inputs, followed: tuple[str, ...]
+    model: nn.Module,
+    inputs: Inputs,
+    followed: tuple[str, ...],
+    trained: tuple[Inputs | None, set[str]],
 ) -> list[tuple[str, int, bool]]:
     """Layers whose parameters no output depends on, in evaluation or in training: name, width of
     the input, and whether the input may be flattened. Teachers (``followed``) read what their own
     layers make."""
-    reached = run_once(model, inputs, training=False)
+    try:
+        reached = run_once(model, inputs, training=False)
+    except Exception as error:  # It ran with them before.
+        told = f"{type(error).__name__}: {str(error)[:200]}"
+        raise InvalidField("model", "a network that can be run several times", told) from error
     if not reached:
         return []
-    example = trainable_example(model, inputs)
-    if example is not None:
-        reached |= run_once(model, example, training=True)
+    example, in_training = trained
+    reached |= in_training
     found = [
         (name, width, isinstance(module, nn.Linear))
         for name, module in model.named_modules()

@@ -7,7 +7,7 @@ tensors that shrink are copied, and nothing of the architecture is built anew.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -23,7 +23,7 @@ from elesh.trainer.surgery.masks import Masks
 from elesh.trainer.surgery.tensors import point_to
 from leyline import Level, PrunedArchitecture
 
-from .hazards import run_once, trainable_example
+from .hazards import run_once
 from .waypoints import narrowed
 
 __all__ = ["Trial", "TrialCuts", "Units"]
@@ -39,11 +39,18 @@ class Trial:
 
     Args:
         compared: from what the network returns to what has to be equal; None: all of it.
+        example: inputs that it runs with in training mode, if any.
     """
 
-    def __init__(self, copied: nn.Module, inputs: Inputs, compared: Any = None) -> None:
+    def __init__(
+        self,
+        copied: nn.Module,
+        inputs: Inputs,
+        compared: Callable[[Any], Any] | None = None,
+        example: Inputs | None = None,
+    ) -> None:
         self.copied, self._inputs, self._compared = copied, inputs, compared
-        self._example = trainable_example(copied, inputs)
+        self._example = example
 
     def outputs(self) -> list[Tensor]:
         """All floating-point outputs, the random generators seeded."""

@@ -181,7 +181,7 @@ class _Subject:
                 raise _Skipped("no example inputs are known")
             with self._copied() as tracked, preserve_state(tracked.surgeon.model, 0):
                 surgeon = tracked.surgeon
-                example = trainable_example(surgeon.model, self._inputs)
+                example, _ = trainable_example(surgeon.model, self._inputs)
                 if example is None:
                     raise _Skipped("the network does not run in training mode with the example")
                 _step(surgeon, example)
@@ -243,7 +243,7 @@ class _Subject:
     def _fill_optimizers(self, surgeon: Surgeon) -> None:
         """Their state begins with the first step."""
         if self._inputs is not None:
-            example = trainable_example(surgeon.model, self._inputs)
+            example, _ = trainable_example(surgeon.model, self._inputs)
             if example is not None:
                 _step(surgeon, example)
 

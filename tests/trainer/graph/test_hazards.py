@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from elesh.trainer import Recorder, Surgeon
+from leyline import InvalidField
 
 
 class Staged(nn.Module):
@@ -159,3 +160,26 @@ def test_a_forward_pass_that_goes_around_the_modules_is_left_alone() -> None:
 
     model.forward = around  # type: ignore[method-assign]
     assert prunable(Recorder(model, torch.randn(4, 8))) == []
+
+
+@pytest.mark.parametrize("wrong", [torch.randn(2, 5), torch.zeros(2, 6, dtype=torch.long)])
+def test_a_wrong_example_is_said_as_such(wrong: Tensor) -> None:
+    with pytest.raises(InvalidField, match="example_inputs") as told:
+        Recorder(nn.Linear(6, 3), wrong)
+    assert str(list(wrong.shape)) in str(told.value)
+
+
+def test_a_network_that_runs_once_only_is_refused_as_such() -> None:
+    class Once(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.calls = nn.Linear(6, 3), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            if self.calls > 2:
+                raise RuntimeError("no more samples")
+            return self.fc(x)
+
+    with pytest.raises(InvalidField, match=r"several times.*no more samples"):
+        Recorder(Once(), torch.randn(2, 6))
