@@ -9,7 +9,7 @@ and layers of which only a part is coupled right.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -229,12 +229,25 @@ def _families(graph: _Graph, model: nn.Module) -> list[Family]:
             table.add(_OUTPUT, owner, np.zeros_like(indices))
     for port, owners, indices in reach.norms(model):
         table.add(port, labels[owners], indices)
-    for lost in reach.lost:
-        table.add(_LOST, labels[lost], np.zeros_like(lost))
+    for lost, node in reach.lost:
+        place = _place(node, {module: name for module, name in ports.names.items() if name})
+        refusal = f"its channels could not be followed through a reshape ({place})"
+        table.add(Port("lost", "out", refusal=refusal), labels[lost], np.zeros_like(lost))
     return table.families()
 
 
-_LOST = Port("lost", "out", refusal="its channels could not be followed through a reshape")
+def _place(node: Any, names: Mapping[Any, str]) -> str:
+    """A node of the graph in words: its module, or the operation and the layer before it."""
+    told, seen = "", set[int]()
+    while id(node) not in seen:
+        seen.add(id(node))
+        if node.module in names:
+            return f"{told} after {names[node.module]}" if told else f"at {names[node.module]}"
+        told = told or str(node.grad_fn.name()).removesuffix("Backward0")
+        node = node.inputs[0] if node.inputs else node
+    return told
+
+
 _OUTPUT = Port("output", "out", refusal="network output")
 
 
@@ -293,8 +306,8 @@ class _Reach:
     def __init__(self, graph: _Graph) -> None:
         self._graph = graph
         self.sides: dict[tuple[Any, Any], _Side] = {}
-        self.lost: list[Ints] = []
-        """Numbers of channels that are connected to one that does not exist."""
+        self.lost: list[tuple[Ints, Any]] = []
+        """Numbers of channels that are connected to one that does not exist, and the node there."""
         self._edges: list[Ints] = []
         self._count = 0
         self._walk()
@@ -359,7 +372,7 @@ class _Reach:
                 pairs = relation.forwards(indices) if forwards else relation.backwards(indices)
                 inside = pairs[1] < len(there.seen)
                 if not inside.all():
-                    self.lost.append(np.unique(pairs[0][~inside]) + here.offset)
+                    self.lost.append((np.unique(pairs[0][~inside]) + here.offset, node))
                 source, target = pairs[0][inside], pairs[1][inside]
                 self._edges.append(np.stack([source + here.offset, target + there.offset]))
                 fresh = np.unique(target[~there.seen[target]])
@@ -415,7 +428,7 @@ class _Ports:
 
     def __init__(self, graph: _Graph, model: nn.Module) -> None:
         self._graph = graph
-        self._modules = {module: name for name, module in model.named_modules()}
+        self.names = self._modules = {module: name for name, module in model.named_modules()}
         self._parameters = {id(p): name for name, p in model.named_parameters()}
         self._made: dict[tuple[Any, Any], Port | None] = {}
 

@@ -145,7 +145,7 @@ def _with_heads(
     for attention in wiring.attentions:
         axes = {(path, dim) for path, dim, _ in attention.spans}
         inside = [g for g in kept if any((part.tensor, part.dim) in axes for part in g.slices)]
-        if any(g.prunable and not _within(g, axes) for g in inside):
+        if any(g.prunable and _coupled(g, attention, axes) for g in inside):
             continue
         rest = {g.name: _rest(g, attention, axes) for g in inside}
         kept = [one for g in kept if (one := rest.get(g.name, g)) is not None]
@@ -155,8 +155,10 @@ def _with_heads(
     return (*kept, *heads)
 
 
-def _within(group: PruningGroup, axes: Collection[tuple[str, int]]) -> bool:
-    return all((part.tensor, part.dim) in axes for part in group.slices)
+def _coupled(group: PruningGroup, attention: Attention, axes: Collection[tuple[str, int]]) -> bool:
+    """Whether queries, keys or values are coupled as channels to something outside."""
+    outside = any((part.tensor, part.dim) not in axes for part in group.slices)
+    return outside and any(layer in attention.layers for layer in group.layers)
 
 
 def _rest(
@@ -167,7 +169,10 @@ def _rest(
     slices = tuple(part for part in group.slices if (part.tensor, part.dim) not in axes)
     outputs = {site.module for site in attention.sites}
     sites = tuple(site for site in group.sites if site.module not in outputs)
-    update = {"layers": left, "slices": slices, "sites": sites}
+    update: dict[str, Any] = {"layers": left, "slices": slices, "sites": sites}
+    if group.prunable:  # Channels of a head that all query heads share.
+        told = f"its channels lie in every head of {attention.name}"
+        update |= {"prunable": False, "reason": told}
     return group.model_copy(update=update) if left else None
 
 
