@@ -26,11 +26,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     prunable, every = (sum(row[name] for row in good) for name in ("rows", "all_rows"))
     heads, attentions = (sum(row["heads"][i] for row in good) for i in (0, 1))
     passes = sorted(row["passes"] for row in good)
-    peer = [row for row in good if row["peer"]["verdict"] == "works"]
+    compared = [row["peer"]["verdict"] for row in good if "peer" in row]
     lines = [
         f"{len(rows)} networks: {len(good)} recorded, {len(right)} cut and verified (mask against "
         f"cut within 1e-5, exact counts, undo bit for bit, one training step after each kind of "
-        f"cut); torch-pruning works on {len(peer)}.",
+        "cut)." + (_peer(compared) if compared else ""),
         f"Rows prunable: {prunable / every:.0%} of {every}; attentions: {heads} of {attentions}. "
         f"Making the recorder takes {statistics.median(passes):.0f} forward and backward passes "
         f"of the example in the median, {passes[-1]:.0f} at most.",
@@ -42,6 +42,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, *map(_line, sorted(rows, key=lambda row: row["name"]))]) + "\n"
 
 
+def _peer(verdicts: Sequence[str]) -> str:
+    works = sum(verdict == "works" for verdict in verdicts)
+    return f" torch-pruning was tried on {len(verdicts)} of them, and works on {works}."
+
+
 def _right(row: dict[str, Any]) -> bool:
     trains = all(found in ("yes", "none") for found in row["trains"].values())
     cut = row.get("difference", float("inf")) < 1e-5 and row.get("exact", False)
@@ -51,7 +56,7 @@ def _right(row: dict[str, Any]) -> bool:
 def _line(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"| {row['name']} | {row['error']} | | | | | | | | |"
-    peer, every = row["peer"], max(1, row["all_rows"])
+    peer, every = row.get("peer", {"verdict": "not tried"}), max(1, row["all_rows"])
     cells = [
         row["name"],
         f"{row['rows'] / every:.0%}",

@@ -14,6 +14,9 @@ from .ours import SHARE
 
 __all__ = ["examine"]
 
+_PROJECTIONS = ("qkv", "query_key_value", "q_proj", "k_proj", "v_proj", "query", "key", "value")
+"""Names of layers whose holder says how many heads they have."""
+
 
 def examine(model: nn.Module, inputs: Any, outputs: Collection[str]) -> dict[str, Any]:
     """Prune ``SHARE`` of every group; the network is not to be used afterwards.
@@ -26,11 +29,11 @@ def examine(model: nn.Module, inputs: Any, outputs: Collection[str]) -> dict[str
     before = sum(parameter.numel() for parameter in model.parameters())
     ignored = [module for name, module in model.named_modules() if name in outputs]
     heads = {
-        module: holder.num_heads
+        module: _heads(holder)
         for holder in model.modules()
-        if isinstance(getattr(holder, "num_heads", None), int)
+        if isinstance(_heads(holder), int)
         for name, module in holder.named_children()
-        if isinstance(module, nn.Linear) and name in ("qkv", "q_proj", "k_proj", "v_proj")
+        if isinstance(module, nn.Linear) and name in _PROJECTIONS
     }
     try:
         pruner = tp.pruner.MetaPruner(
@@ -50,6 +53,7 @@ def examine(model: nn.Module, inputs: Any, outputs: Collection[str]) -> dict[str
         pruner.step()
     except Exception as error:
         return {"verdict": f"prune: {type(error).__name__}"}
+    _refit(model)
     removed = 1 - sum(parameter.numel() for parameter in model.parameters()) / before
     try:
         with torch.no_grad():
@@ -57,3 +61,24 @@ def examine(model: nn.Module, inputs: Any, outputs: Collection[str]) -> dict[str
     except Exception as error:
         return {"verdict": f"broken afterwards: {type(error).__name__}", "removed": removed}
     return {"verdict": "works" if removed else "removed nothing", "removed": removed}
+
+
+def _heads(holder: nn.Module) -> int | None:
+    names = ("num_heads", "num_attention_heads")
+    return next((getattr(holder, name) for name in names if hasattr(holder, name)), None)
+
+
+def _refit(model: nn.Module) -> None:
+    """Set the sizes that attentions keep beside their weights, as the peer's examples do by hand:
+    it narrows heads and leaves their number."""
+    for holder in model.modules():
+        for name, module in holder.named_children():
+            heads = _heads(holder)
+            if heads and isinstance(module, nn.Linear) and name in _PROJECTIONS:
+                fused = 3 if name in ("qkv", "query_key_value") else 1
+                width = module.out_features // fused
+                sizes = dict.fromkeys(("all_head_size", "attn_dim", "embed_dim"), width)
+                sizes |= dict.fromkeys(("head_dim", "attention_head_size"), width // heads)
+                for size, value in sizes.items():
+                    if isinstance(getattr(holder, size, None), int):
+                        setattr(holder, size, value)
