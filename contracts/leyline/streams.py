@@ -60,7 +60,7 @@ WORK = Stream("work", (AnalysisItem, JoinItem), "parts of checkpoints for any wo
 REDELIVERIES = Stream(
     "redeliveries",
     (*CHECKPOINTS.messages, *REQUESTS.messages, *OUTCOMES.messages, *WORK.messages),
-    "entries of the other work streams that were given back or whose worker died",
+    "entries of the other work streams that were released or whose worker died",
     WORKERS,
 )
 MASKS = Stream("masks", (MaskApplication,), "validated parameter masks for checkpoints")

@@ -53,7 +53,7 @@ def explain(
     redis: RedisOption = "",
     settings: SettingsOption = None,
 ) -> None:
-    """Say why a decision is as it is: targets, scores, partners, what was spared, gates."""
+    """Say why a decision is as it is: targets, scores, partners, units kept, gates."""
     from elesh.operate.explain import print_decision
 
     if Path(what).is_dir():

@@ -89,13 +89,13 @@ def _units(before: Mapping[str, Sequence[int]], after: Mapping[str, Sequence[int
     lines = []
     for name in sorted(before.keys() | after.keys()):
         old, new = set(before.get(name, ())), set(after.get(name, ()))
-        told = [
+        gone = [
             f"{what} {', '.join(map(str, sorted(units)))}"
             for what, units in (("also", new - old), ("no longer", old - new))
             if units
         ]
-        if told:
-            lines.append(f"{name}: removes {'; '.join(told)}")
+        if gone:
+            lines.append(f"{name}: removes {'; '.join(gone)}")
     return lines
 
 

@@ -40,38 +40,43 @@ def print_decision(
     *,
     whole: bool = True,
 ) -> None:
-    """A decision for people: verdict, figures, what goes and why, what was spared, gates.
+    """A decision for people: verdict, figures, what goes and why, what is kept near the cut, gates.
 
     Args:
         whole: every unit and every gate; else what fits on about a screen, with failed gates only.
     """
-    told = explain(decision, bundle, tracker)
-    verdict = "[green]approved[/]" if told.approved else "[yellow]rejected[/]"
-    console.print(f"[bold]{told.key}[/]  {verdict}")
+    found = explain(decision, bundle, tracker)
+    verdict = "[green]approved[/]" if found.approved else "[yellow]rejected[/]"
+    console.print(f"[bold]{found.key}[/]  {verdict}")
     console.print(f"  {escape(summary(decision))}", soft_wrap=True)
     figures = Table(show_header=False, box=None, padding=(0, 2))
-    for name, value in told.figures:
+    for name, value in found.figures:
         figures.add_row(name, escape(value))
     console.print(figures)
     shown = _MOST_UNITS if whole else _BRIEF_UNITS
-    units = _units(told.units[:shown])
-    for table in (_levels(told.levels), _targets(told.targets), *units, _layers(told.layers)):
+    units = _units(found.units[:shown])
+    for table in (
+        _levels(found.levels),
+        _targets(found.targets),
+        *units,
+        _layers(found.layers),
+    ):
         if table.row_count:
             console.print("", table, sep="\n")
-    if len(told.units) > shown:
+    if len(found.units) > shown:
         more = "--json has" if whole else "--all shows"
-        console.print(f"  and {len(told.units) - shown} units more ({more} them)")
-    failed = [gate for gate in told.gates if not gate.passed]
+        console.print(f"  and {len(found.units) - shown} units more ({more} them)")
+    failed = [gate for gate in found.gates if not gate.passed]
     if whole or failed:
-        console.print("", _gates(told.gates if whole else failed), "", sep="\n")
+        console.print("", _gates(found.gates if whole else failed), "", sep="\n")
     if not whole:
-        console.print(f"  {len(told.gates) - len(failed)} of {len(told.gates)} gates passed")
-    ignored = told.ignored if whole else told.ignored[:_BRIEF_REASONS]
+        console.print(f"  {len(found.gates) - len(failed)} of {len(found.gates)} gates passed")
+    ignored = found.ignored if whole else found.ignored[:_BRIEF_REASONS]
     for name, reason in ignored:
         console.print(f"  left alone: [bold]{escape(name)}[/]: {escape(reason)}", soft_wrap=True)
-    if len(told.ignored) > len(ignored):
-        console.print(f"  and {len(told.ignored) - len(ignored)} groups more left alone")
-    for fallback in told.fallbacks:
+    if len(found.ignored) > len(ignored):
+        console.print(f"  and {len(found.ignored) - len(ignored)} groups more left alone")
+    for fallback in found.fallbacks:
         console.print(f"  [yellow]fallback {escape(fallback.rung)}[/]: {escape(fallback.reason)}")
 
 
@@ -92,9 +97,9 @@ def _targets(targets: Iterable[TargetExplanation]) -> Table:
     table = compact("group", "level", *figures, figures=figures, title="What goes")
     for target in targets:
         rise, error = target.loss_rise, target.loss_rise_error
-        told = "" if rise is None else f"{rise:+.3g}" + (f" ± {error:.1g}" if error else "")
+        rises = "" if rise is None else f"{rise:+.3g}" + (f" ± {error:.1g}" if error else "")
         counts = (str(target.before), str(target.after))
-        table.add_row(escape(target.name), target.level, *counts, told)
+        table.add_row(escape(target.name), target.level, *counts, rises)
     return table
 
 

@@ -303,7 +303,7 @@ def _given_up(job: Job, failure: ChildFailure) -> AnalysisFailed:
         f"analysis of {job.key} ({', '.join(job.levels)})",
         "a result within the window",
         f"{failure}{taken}",
-        hint="no fallback of the failure table is left; redrive it once the cause is mended",
+        hint="no fallback of the failure table is left; redrive it once the cause is repaired",
     )
 
 
