@@ -41,7 +41,7 @@ def on_recorded(recorded: Any, action: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def history(recorded) -> History:
-    return on_recorded(recorded, lambda reader: reader.refresh())
+    return on_recorded(recorded, lambda reader: reader.whole())
 
 
 @pytest.fixture(scope="module")

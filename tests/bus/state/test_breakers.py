@@ -221,3 +221,24 @@ def test_a_breaker_follows_its_model(redis_url, limit, steps):
         await bus.close()
 
     asyncio.run(scenario())
+
+
+def test_an_operator_s_reason_stays_through_later_failures_until_it_closes(with_bus):
+    async def scenario(bus: Bus) -> None:
+        breakers = bus.breakers
+        await breakers.trip("run", CHANNEL, "looks wrong to me")
+        await rewind(bus, "opened_at")
+        assert (await breakers.admit("run", CHANNEL)).probe
+        change = await breakers.failure("run", CHANNEL, "boom")
+        assert change is not None
+        assert change.after == "open"
+        reason = (await breakers.view("run", CHANNEL)).reason
+        assert reason == "looks wrong to me; a failure since: boom"
+        assert change.reason == "boom", "what happened now"
+        told = await breakers.reset("run", CHANNEL, "it was the data")
+        assert told is not None
+        assert told.reason == "reset by an operator: it was the data"
+        await fail(bus)
+        assert (await breakers.view("run", CHANNEL)).reason == "boom"
+
+    with_bus(scenario)
