@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import json
 import secrets
@@ -79,9 +80,7 @@ class Console:
         self._settings = settings
         self._guard = Guard(_token(settings), settings.console.session_seconds)
         self._reader: Reader | None = None
-        self._figures = FleetFigures()
-        if setup_metrics("elesh-console", "console", prometheus=True):
-            register_fleet(self._figures)
+        self._figures = _figures()
         self._born = secrets.token_hex(8)
         """Of this process: what another one counted is no version here."""
 
@@ -580,6 +579,15 @@ def _file(text: str, kind: str, name: str) -> Response:
     """A text to keep under a name, which is a run's and so a plain one."""
     disposition = f'attachment; filename="{name}"'
     return Response(text, media_type=kind, headers=_HEADERS | {"Content-Disposition": disposition})
+
+
+@functools.cache
+def _figures() -> FleetFigures:
+    """The bus's figures of this process, read by whoever scrapes it."""
+    figures = FleetFigures()
+    if setup_metrics("elesh-console", "console", prometheus=True):
+        register_fleet(figures)
+    return figures
 
 
 async def _alive(_: Request) -> Response:

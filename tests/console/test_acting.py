@@ -272,3 +272,10 @@ def test_a_short_token_is_an_error_of_the_settings():
     settings = Settings(console=ConsoleSettings(token="short"))
     with pytest.raises(SettingsError, match=r"console\.token: expected at least 16 characters"):
         console_app("redis://127.0.0.1:1/0", settings)
+
+
+def test_what_waits_is_told_to_prometheus_without_any_worker(site: Site, on_bus):
+    on_bus(lambda bus: bus.publish(CHECKPOINTS, examples.MESSAGES["CheckpointReady"], source="x"))
+    figures = site.get("/metrics").text
+    assert 'elesh_stream_length{stream="checkpoints"}' in figures
+    assert "run=" not in figures
