@@ -24,6 +24,7 @@ from elesh.bus.streams.records import (
     History,
     Pending,
     Record,
+    moment,
     read_dead_letter,
 )
 from elesh.bus.streams.shedding import SHED_FROM
@@ -75,6 +76,7 @@ __all__ = [
     "WorkerState",
     "embedded_server",
     "masked",
+    "moment",
     "read_dead_letter",
     "server_url",
     "unframed",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from elesh.bus import Bus, BusUnavailable, Delivery
+from elesh.bus import Bus, BusUnavailable, Delivery, moment
 from elesh.bus.admission import Work, admit, hear
 from elesh.observe import Link
 from elesh.observe.spanfile import RecordedSpan, find_trace
@@ -97,7 +97,7 @@ class Reader:
         ids = [each for name, each in self._oldest.items() if name != TELEMETRY.name]
         if not ids:
             return None
-        return datetime.fromtimestamp(max(int(each.partition("-")[0]) for each in ids) / 1000, UTC)
+        return moment(max(int(each.partition("-")[0]) for each in ids))
 
     def renew(self) -> None:
         """Read again at the next question, however lately that was done."""

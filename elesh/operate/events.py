@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
-from elesh.bus import Bus, Delivery, Guard
+from elesh.bus import Bus, Delivery, Guard, moment
 from elesh.bus.admission import hear
 from leyline import (
     BadSignature,
@@ -99,7 +99,7 @@ async def formatted_events(
 def format_event(delivery: Delivery, guard: Guard = _ANYBODY) -> FormattedEvent:
     """What a stream entry says; or that its writer had no right to say it."""
     stream, entry_id = delivery.stream, delivery.entry_id
-    at = datetime.fromtimestamp(int(entry_id.split("-")[0]) / 1000, UTC)
+    at = moment(int(entry_id.split("-")[0]))
     trace = delivery.carrier.get("traceparent", "")[3:35]
     try:
         heard = hear(delivery, guard)
@@ -138,8 +138,8 @@ def _epoch(message: Message, envelope: EventEnvelope) -> int | None:
         epoch = getattr(holder, "epoch", None)
         if isinstance(epoch, int):
             return epoch
-    key = _key(message)
-    return int(key.split(":")[0]) if key else None
+    named = _key(message).partition(":")[0]  # a dead letter's may be anything
+    return int(named) if named.isascii() and named.isdecimal() and len(named) < 16 else None
 
 
 def _key(message: Message) -> str:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import singledispatchmethod
 from typing import TypeVar
 
+from elesh.bus import moment
 from elesh.bus.admission import key_of
 from leyline import (
     BreakerTransition,
@@ -59,7 +60,7 @@ class Entry:
     @property
     def at(self) -> datetime:
         """When the server took it."""
-        return datetime.fromtimestamp(self.order[0] / 1000, UTC)
+        return moment(self.order[0])
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class Run:
     @property
     def at(self) -> datetime:
         """When it was last heard of, by the server's clock."""
-        return datetime.fromtimestamp(self.order[0] / 1000, UTC)
+        return moment(self.order[0])
 
     @property
     def epoch(self) -> int:

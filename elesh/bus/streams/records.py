@@ -39,10 +39,12 @@ __all__ = [
     "Commit",
     "deliveries_of",
     "entry_fields",
+    "moment",
     "read_dead_letter",
 ]
 
 _ENVELOPE = b"envelope"
+_LATEST = datetime(9999, 1, 1, tzinfo=UTC)
 _BY_NAME = {stream.name: stream for stream in STREAMS}
 _ROUND = {stream.name for stream in STREAMS if stream.group and stream is not REDELIVERIES}
 """Streams whose entries may go round again."""
@@ -305,3 +307,12 @@ def read_dead_letter(delivery: Delivery) -> DeadLetter:
         if name.startswith(_ORIGINAL)
     }
     return message.model_copy(update={"original": beside}) if beside else message
+
+
+def moment(milliseconds: float) -> datetime:
+    """The time that an entry's id says. Whoever writes an entry may choose its id: what is beyond
+    all calendars is the last year."""
+    try:
+        return min(datetime.fromtimestamp(milliseconds / 1000, UTC), _LATEST)
+    except (ValueError, OverflowError, OSError):
+        return _LATEST

@@ -11,12 +11,11 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator, Mapping
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from elesh.bus import Bus, BusUnavailable, Delivery, audit_envelope, repeatedly
+from elesh.bus import Bus, BusUnavailable, Delivery, audit_envelope, moment, repeatedly
 from elesh.bus.admission import hear, read
 from elesh.observe import AuditFile, Link, audit_event, get_logger
 from elesh.settings import AuditSettings
@@ -151,7 +150,7 @@ def _is_recorded(delivery: Delivery, error: ContractError) -> bool:
 def _event(bus: Bus, delivery: Delivery) -> AuditEvent | None:
     """What an entry is to the audit log. One whose signer had no right to write it, or that
     cannot be read, is recorded as that."""
-    at = datetime.fromtimestamp(int(delivery.entry_id.split("-")[0]) / 1000, UTC)
+    at = moment(int(delivery.entry_id.split("-")[0]))
     source = f"{delivery.stream.name}/{delivery.entry_id}"
     try:
         return audit_event(hear(delivery, bus.guard).message, source=source, at=at)

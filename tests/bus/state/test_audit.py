@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from contracts import examples
-from elesh.bus import Bus
+from elesh.bus import Bus, Delivery
 from elesh.observe import AuditFile, verify
 from elesh.operate.actions import reset_breaker, trip_breaker
+from elesh.operate.events import format_event
 from elesh.settings import BusSettings
 from elesh.worker.telemetry.auditor import audit_links, extend_file, write_audit
-from leyline import Level, Priority, PruningOutcome
-from leyline.streams import AUDIT, DECISIONS, OUTCOMES, TELEMETRY
+from leyline import Level, Priority, PruningOutcome, encode, wrap
+from leyline.streams import AUDIT, DEAD, DECISIONS, OUTCOMES, TELEMETRY
 
 
 async def outcomes(bus: Bus, count: int) -> None:
@@ -146,3 +147,24 @@ def test_an_entry_names_what_happened_and_when(with_bus):
         assert event.figures["accuracy_masked"] == message.accuracy_masked
 
     with_bus(scenario)
+
+
+def test_an_entry_whose_id_is_beyond_all_calendars_stops_neither_audit_nor_listing(with_bus):
+    async def scenario(bus: Bus) -> None:
+        framed = encode(wrap(examples.MESSAGES["PruningOutcome"], source="kasmina"))
+        key = bus.keys.stream(OUTCOMES)
+        await bus._client.xadd(key, {"envelope": framed}, id="18446744073709551614-7")
+        assert await write_audit(bus) == 1
+        (delivery,) = await bus.read(OUTCOMES)
+        assert format_event(delivery).at.year == 9999
+        assert await faults(bus) == []
+
+    with_bus(scenario)
+
+
+@pytest.mark.parametrize("named", ["x\x1b]0;owned\x07", "9" * 400, "\u0663:x", ""])
+def test_a_dead_letter_of_any_key_can_be_listed(named):
+    letter = examples.MESSAGES["DeadLetter"].model_copy(update={"idempotency_key": named})
+    framed = encode(wrap(letter, source="x"))
+    event = format_event(Delivery(DEAD, "1-1", {b"envelope": framed}, 1))
+    assert (event.epoch, event.key) == (None, named)
