@@ -49,7 +49,8 @@ def test_a_child_that_holds_the_interpreter_lock_through_a_drain_runs_once(
         if HOLD > 10:
             time.sleep(1)
     holding.process.terminate()
-    assert time.monotonic() < begun + HOLD - 6 * LEASE, "too slow a machine to show anything"
+    if time.monotonic() > begun + HOLD - 6 * LEASE:
+        pytest.skip("too slow a machine to show anything")
     assert holding.process.wait(2 * HOLD + 60) == 0
     first = str(checkpoint().key(checkpoint().levels[0]))
     committed = [e.worker_id for e in station.telemetry("settled") if e.idempotency_key == first]
