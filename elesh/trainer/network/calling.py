@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence, ValuesView
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -135,36 +135,49 @@ def example_copy(inputs: Inputs, precision: torch.dtype = torch.float32) -> Any:
 
 
 def first_samples(inputs: Inputs, count: int) -> Any:
-    """The first samples of a batch; packed sequences, which cannot be shortened, as they are."""
+    """The first samples of a batch; packed sequences, which cannot be shortened, and lists of
+    pictures as they are."""
     size = batch_size(inputs)
-    if packed_in(inputs) is not None:
+    if packed_in(inputs) is not None or _pictures(inputs):
         return inputs
     return map_tensors(lambda x: x[:count] if x.ndim and x.shape[0] == size else x, inputs)
 
 
 def doubled(inputs: Inputs) -> Any:
-    """A batch with every sample twice; packed sequences as they are."""
+    """A batch with every sample twice; packed sequences and lists of pictures as they are."""
     size = batch_size(inputs)
-    if packed_in(inputs) is not None:
+    if packed_in(inputs) is not None or _pictures(inputs):
         return inputs
     return map_tensors(lambda x: torch.cat([x, x]) if x.ndim and x.shape[0] == size else x, inputs)
 
 
 def batch_size(inputs: Inputs) -> int:
-    """Samples in a batch of inputs: the first dimension of its first tensor, or the sequences of
-    its first packed sequence.
+    """Samples in a batch of inputs: the first dimension of its first tensor, the sequences of its
+    first packed sequence, or the pictures of a list (as detectors take them).
 
     Raises:
         InvalidField: if there is no tensor with a first dimension.
     """
     if (packed := packed_in(inputs)) is not None:
         return int(packed.batch_sizes[0])
+    if pictures := _pictures(inputs):
+        return pictures
     for tensor in tensors_in(inputs):
         if tensor.is_nested:
             return tensor.size(0)
         if tensor.ndim:
             return tensor.shape[0]
     raise InvalidField("inputs", "at least one tensor whose first dimension counts samples", inputs)
+
+
+def _pictures(inputs: Any) -> int:
+    """How many pictures [channels, height, width] the first argument lists; 0 if it is no list."""
+    given = inputs.values() if isinstance(inputs, Mapping) else inputs
+    first = next(iter(given), None) if isinstance(given, (tuple, list, ValuesView)) else None
+    if not isinstance(first, list):
+        return 0
+    alike = all(isinstance(x, Tensor) and x.ndim == 3 and 1 <= len(x) <= 4 for x in first)
+    return len(first) if alike else 0
 
 
 def main_output(output: Any) -> Tensor:

@@ -484,3 +484,17 @@ def test_channels_pass_a_layer_that_mixes_tokens() -> None:
     assert group.prunable, group.reason
     assert group.layers == ("patch", "channels")
     assert architecture.group["tokens"].reason == "no layer consumes it"
+
+
+def test_a_list_of_pictures_is_a_batch_of_so_many() -> None:
+    class Pictures(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1)
+
+        def forward(self, pictures: list[Tensor]) -> Tensor:
+            return self.last(torch.relu(self.first(torch.stack(pictures))))
+
+    example = ([torch.rand(3, 8, 8), torch.rand(3, 8, 8)],)
+    architecture = Recorder(Pictures().eval(), example).architecture
+    assert architecture.group["first"].prunable, architecture.group["first"].reason
