@@ -29,9 +29,8 @@ from elesh.trainer import Evaluation, MeasuredCheckpoint, Recorder, Surgeon
 from elesh.trainer.calibration.losses import Loss
 from elesh.trainer.goals import Goals
 from elesh.trainer.network.calling import batch_size, device_of, map_tensors
-from elesh.trainer.surgery.batch_statistics import reestimate_batch_statistics
+from elesh.trainer.surgery.after_cut import reestimate_batch_statistics, soften_outputs
 from elesh.trainer.surgery.lineage import lineage_of
-from elesh.trainer.surgery.output_scale import soften_outputs
 from leyline import (
     Budget,
     CheckpointBundle,

@@ -1,12 +1,17 @@
-"""The scale of a classifier's outputs, set for training to go on from.
+"""What a cut network needs for training to go on well: its batch statistics and its outputs' scale.
 
-A network trained until it is sure of every training sample has next to no gradient left: two more
-epochs follow the few samples it is not sure of and end below where they began, cut or not
-(docs/decisions/trainer.md, 0087). A cut that keeps what the network computes keeps that, too.
-Outputs that are multiplied by one number give the same answers, and every sample counts again.
+Batch statistics. A refitted consumer sends out almost what it sent before, not just that; over many
+layers the small differences add up, and the running means and variances of the normalisations
+behind are those of another network. One forward pass over calibration samples sets them right.
 
-Promises: the order of the classes is kept for every input; nothing but the weight and bias of the
-layer that makes the outputs changes; outputs are never scaled up.
+Scale. A network trained until it is sure of every training sample has next to no gradient left: two
+more epochs follow the few samples it is not sure of and end below where they began, cut or not
+(docs/decisions/trainer.md, 0087). Outputs that are multiplied by one number give the same answers,
+and every sample counts again.
+
+Promises: batch statistics change nothing but running means and variances, and every other module
+stays in its mode; the scale changes nothing but the weight and bias of the layer that makes the
+outputs, keeps the order of the classes for every input, and is never above 1.
 """
 
 from __future__ import annotations
@@ -17,11 +22,59 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from elesh.trainer.network.calling import call, device_of, main_output, map_tensors
+from elesh.trainer.network.calling import batch_size, call, device_of, main_output, map_tensors
 
-__all__ = ["soften_outputs"]
+__all__ = ["reestimate_batch_statistics", "soften_outputs"]
+
+
+@torch.no_grad()
+def reestimate_batch_statistics(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> int:
+    """Set the running statistics of batch normalisations to the means over ``batches``.
+
+    Args:
+        batches: (inputs, labels) pairs, the largest first; labels are not looked at, batches of
+            less than half the largest are left out.
+
+    Returns:
+        How many normalisations were set; 0, without a pass, where there are none.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    norms = [m for m in norms if m.running_mean is not None]
+    if not norms:
+        return 0
+    before = [(m, m.momentum, m.num_batches_tracked.clone()) for m in norms]  # type: ignore[union-attr]
+    modes = [(module, module.training) for module in model.modules()]
+    kept = [(m, m.running_mean.clone(), m.running_var.clone()) for m in norms]  # type: ignore[union-attr]
+    seen, largest, device = 0, 0, device_of(model)
+    try:
+        model.eval()
+        for norm in norms:
+            norm.train()
+            norm.reset_running_stats()
+            norm.momentum = None  # The plain mean over batches.
+        for inputs, _ in batches:
+            size = batch_size(inputs)
+            largest = max(largest, size)
+            if size < 2 or 2 * size < largest:  # A small rest would count as much as the others.
+                continue
+            call(model, map_tensors(lambda x: x.to(device), inputs))
+            seen += 1
+    finally:
+        for module, training in modes:
+            module.training = training
+        for norm, momentum, count in before:
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
+        for norm, mean, variance in kept:
+            sound = norm.running_mean.isfinite().all() and norm.running_var.isfinite().all()  # type: ignore[union-attr]
+            if not seen or not sound:
+                norm.running_mean.copy_(mean)  # type: ignore[union-attr]
+                norm.running_var.copy_(variance)  # type: ignore[union-attr]
+    return len(norms) if seen else 0
+
 
 _LEAST = 0.05
 """Outputs are not scaled further down than this."""
