@@ -27,22 +27,22 @@ def _is_ours(code: CodeType) -> bool:
 def _start(folder: Path) -> None:
     with (folder / "switch").open("rb") as file:
         switch = mmap.mmap(file.fileno(), 1, access=mmap.ACCESS_READ)
-    written = 0
+    written = False
 
     def write() -> None:
         nonlocal written
-        ours = [code for code in list(_seen) if _is_ours(code) and not code.co_name.startswith("<")]
-        if len(ours) > written:
-            written = len(ours)
+        if _seen and not written:
+            written = True
+            ours = [c for c in list(_seen) if _is_ours(c) and not c.co_name.startswith("<")]
             lines = (f"{c.co_filename}\t{c.co_firstlineno}\t{c.co_qualname}\n" for c in ours)
             (folder / f"{os.getpid()}.calls").write_text("".join(lines))
 
     def on_call(frame: FrameType, event: str, argument: Any) -> None:
-        if event != "call":
+        if event != "call" or written:
             return
         if switch[0] == ord("1"):
             _seen.add(frame.f_code)
-        elif _seen and switch[0] == ord("2"):
+        elif switch[0] == ord("2"):
             write()
 
     threading.setprofile(on_call)
