@@ -133,8 +133,15 @@ LONG = ("system", "trainer", "worker", "pruning", "program")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long tests first; and of a test marked ``sampled``, the first case is quick, some drawn by
     their names are slow, and the others are soak tests."""
-    long = [f"tests/{folder}/" for folder in LONG]
-    items.sort(key=lambda item: next((n for n, f in enumerate(long) if f in item.nodeid), 99))
+    watching = {item.path for item in items if "recorded" in getattr(item, "fixturenames", ())}
+
+    def place(item: pytest.Item) -> int:
+        if item.path in watching:  # The demo's own tests record it, while others need not wait.
+            return -1 if item.path.name == "test_demo.py" else len(LONG) + 1
+        found = (n for n, folder in enumerate(LONG) if f"tests/{folder}/" in item.nodeid)
+        return next(found, len(LONG))
+
+    items.sort(key=place)
     tests: dict[str, list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("sampled"):
