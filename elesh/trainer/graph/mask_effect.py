@@ -8,7 +8,9 @@ of.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from elesh.trainer.network.calling import (
     tensors_in,
 )
 from elesh.trainer.network.gates import Axis, GateMeter, axis_of
+from elesh.trainer.network.layers import channel_axes
 from elesh.trainer.network.state import seed_generators
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import PrunedArchitecture, PruningGroup
@@ -78,7 +81,9 @@ def _moving(
     try:
         with torch.enable_grad(), GateMeter(copied, axes, watch) as meter:
             meter.expect(1)
-            outputs = [t for t in tensors_in(call(copied, inputs)) if t.requires_grad]
+            with _kept_whole(copied, groups) as heads:
+                outputs = [t for t in tensors_in(call(copied, inputs)) if t.requires_grad]
+            outputs += heads
             drawn = [torch.randn(t.shape, generator=generator).to(t) for t in outputs]
             products = [(t * d).sum() for t, d in zip(outputs, drawn, strict=True)]
             sums, _ = meter.backward(torch.stack(products).sum(), keep=False)
@@ -92,6 +97,28 @@ def _moving(
         if axis_of(site) in sums
         and bool(sums[axis_of(site)][0, sorted(site.all_of(range(group.size)))].any())
     }, mixed
+
+
+@contextlib.contextmanager
+def _kept_whole(copied: nn.Module, groups: Sequence[PruningGroup]) -> Iterator[list[Tensor]]:
+    """What leaves layers that none of the groups shrinks: scores and boxes of a detector, before it
+    chooses among them."""
+    shrinking, seen = {layer for group in groups for layer in group.layers}, list[Tensor]()
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.requires_grad:
+            seen.append(output)
+
+    handles = [
+        module.register_forward_hook(note)
+        for name, module in copied.named_modules()
+        if name not in shrinking and channel_axes(module).site_dim is not None
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _silent(
