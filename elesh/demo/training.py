@@ -24,6 +24,7 @@ from elesh.pruning.latency import compared
 from elesh.settings import SafetySchedule, Settings
 from elesh.trainer import Evaluation, Recorder, Session, Surgeon
 from elesh.trainer.export import Exporter, calibration_inputs, is_worth_exporting
+from elesh.trainer.surgery.reconstruction import InputCovariance
 from leyline import (
     CheckpointBundle,
     Level,
@@ -316,13 +317,20 @@ class Training:
             if decision.approved_for_application and self._before is None:
                 self._before = self.evaluate(self.data.held_out)
             outcome = self.session.apply(
-                decision, self.surgeon, lambda: self.evaluate(self.data.validation)
+                decision,
+                self.surgeon,
+                lambda: self.evaluate(self.data.validation),
+                reconstruct=partial(self._covariance, decision),
             )
             self._report.decisions.append(decision)
             self._report.outcomes[decision.idempotency_key] = outcome
             if outcome.result == "applied":
                 self.recorder.architecture = self.surgeon.architecture
             self._observer.on_decision(decision, outcome)
+
+    def _covariance(self, decision: StructuralPruningDecision) -> InputCovariance:
+        """For a decision that comes after another cut or a rollback."""
+        return self.recorder.moments(self.data.calibration(), decision.units)
 
     def _await_answers(self) -> None:
         """Until all checkpoints are answered, or patience is at its end for this run."""
