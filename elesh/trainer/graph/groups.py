@@ -31,8 +31,7 @@ from leyline import (
 from .attention import Attention, span_of
 from .block_proof import with_blocks
 from .dependency_graph import Family, Port, Wiring, trace
-from .hazards import require_initialised, trainable_example, without_hazards
-from .mask_effect import with_acting_masks
+from .hazards import require_initialised, trainable_example, with_acting_masks, without_hazards
 from .random_copy import random_copy
 from .trial import Trial
 from .unit_proof import without_refuted
