@@ -171,11 +171,8 @@ class Bus:
 
     @property
     def server(self) -> tuple[str, int] | None:
-        """Address and port of the server, a socket's path with port 0; None where several serve."""
-        known = self._client.connection_pool.connection_kwargs
-        if path := known.get("path"):
-            return str(path), 0
-        return (str(known["host"]), int(known.get("port", 6379))) if "host" in known else None
+        """Address and port of the server spoken to, a socket's path with port 0; None before."""
+        return self._client.server
 
     @property
     def asks_password(self) -> bool:

@@ -57,6 +57,14 @@ class Client(Redis):
     _gathering: Gathering
     _locator: Locator | None = None
 
+    @property
+    def server(self) -> tuple[str, int] | None:
+        """Address and port of the server spoken to, a socket's path with port 0; None before."""
+        if path := self.connection_pool.connection_kwargs.get("path"):
+            return str(path), 0
+        place = self._locator.place if self._locator else None
+        return (place.host, place.port) if place else None
+
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Send one command; see the module's promises."""
         try:

@@ -31,6 +31,9 @@ __all__ = ["Address", "Locator", "open_pool"]
 class Locator(Protocol):
     """Says where the next connection goes."""
 
+    place: Place | None
+    """Where the newest connection went."""
+
     async def locate(self) -> Place:
         """The address, and its password if it is not the URL's."""
 
@@ -88,6 +91,8 @@ def _locator(
 class _Plain:
     """The URL's own address; after it was found to be a replica, the master that it names."""
 
+    place: Place | None = None
+
     def __init__(self, home: Address, settings: dict[str, Any]) -> None:
         self._home, self._settings = home, settings
         self._now = self._master = home
@@ -110,6 +115,8 @@ class _Plain:
 
 class _Asked:
     """Those who are asked anew for every connection."""
+
+    place: Place | None = None
 
     async def moved(self) -> None:
         """The next connection asks."""
@@ -207,6 +214,7 @@ class _Located(Connection):
         if place.password:
             self.password = place.password
         await super()._connect()  # type: ignore[no-untyped-call]
+        self._locator.place = place
 
 
 class _LocatedTLS(_Located, SSLConnection):
