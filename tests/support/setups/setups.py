@@ -1,8 +1,8 @@
 """Every setup of docs/setups.md, run for real: measured, masked, cut, trained on, rolled back,
 killed with SIGKILL and resumed, saved and loaded in another process.
 
-``python tests/support/setups/setups.py [NAME ...]`` prints a line of JSON for each row of
-:mod:`setup_rows`; :func:`table` is the page.
+``python tests/support/setups/setups.py [NAME ...]``, with tests/support, its nets and this folder
+on PYTHONPATH, prints a line of JSON for each row of :mod:`setup_rows`; :func:`table` is the page.
 """
 
 from __future__ import annotations
