@@ -1,8 +1,8 @@
 """Kills a trainer process at seeded moments of apply and rollback, and looks how it resumes.
 
 ``python tests/support/kill_driver.py --moments 100 --seed 0``, with tests/support and its nets on
-PYTHONPATH (see the Makefile), prints one JSON object a line; the exit code is
-1 if any resumed state is neither that of before nor that of after, bit for bit.
+PYTHONPATH (see the Makefile), prints one JSON object a line; the exit code is 1 if any resumed
+state is neither that of before nor that of after, bit for bit.
 
 A moment is an event of the interpreter (a call or a return, of Python or C functions) in the middle
 of the action, counted in a rehearsal. A third each is drawn from all of them, from those of our own

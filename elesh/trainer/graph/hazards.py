@@ -2,10 +2,9 @@
 
 Promises: a group is refused where a cut could break what the example inputs do not show (layers
 that neither evaluation nor training reaches with them: later stages, other entry points, branches
-by size), where it would tear apart parameters that share their memory, and where its mask has no
-effect: where the forward pass goes around the modules (compiled or traced parts), what is measured
-under a mask would prove nothing. So it would where consumers read rows that no sum over samples
-can be taken of.
+by size), where a cut would tear apart parameters that share their memory, and where a measurement
+under its mask would prove nothing: the mask has no effect, since the forward pass goes around the
+modules (compiled or traced parts), or consumers read rows that do not belong to single samples.
 """
 
 from __future__ import annotations

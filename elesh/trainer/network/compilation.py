@@ -41,8 +41,8 @@ def compile_anew() -> None:
 class Uncompiled:
     """While any of these is entered, compiled networks run uncompiled in this process.
 
-    They may be left in any order; the compiler's stance of before comes back with the last one.
-    One whose network is gone has left, too: masks that nobody took off end with their network.
+    They may be left in any order; the last one restores the compiler's stance of before. One that
+    nobody leaves ends with its network: a masked network that is gone stops no compiler.
     """
 
     _entered = 0

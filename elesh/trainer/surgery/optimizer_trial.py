@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from elesh.observe import get_logger
 from leyline import InvalidField
 from leyline.errors import brief
 
@@ -23,6 +24,7 @@ from .tensors import Cutter, replace_data
 
 __all__ = ["copied_optimizers", "require_cuttable"]
 
+_log = get_logger(__name__)
 _KNOWN = ("torch.optim.", *FRAMEWORKS)
 
 
@@ -36,7 +38,7 @@ def require_cuttable(
 
     Those of PyTorch are known to. Of others, copies take a step with gradients made up, are cut,
     and take two more; nothing of the originals is touched. One that cannot be copied, or needs
-    more for a step than gradients and a closure, is not tried.
+    more for a step than gradients and a closure, is not tried, and a log line says so.
 
     Args:
         copies: second sets of the weights, which optimizers may keep.
@@ -116,8 +118,13 @@ def _failure(
         made = Optimizers(copied_optimizers(optimizers, memo), ours)
         made.masters = {path: memo[id(tensor)] for path, tensor in optimizers.masters.items()}
         _step(made)
-    except Exception:
-        return ""  # it cannot be copied, or needs more for a step: nothing can be found out
+    except Exception as error:  # It cannot be copied, or needs more for a step.
+        _log.warning(
+            "optimizer not tried: whether it goes on after a cut is not known",
+            optimizer=", ".join(optimizers.names),
+            error=f"{type(error).__name__}: {brief(str(error))}",
+        )
+        return ""
     seconds = [made.masters, *(each.tensors() for each in copies)]
     when = "its state is cut"
     try:

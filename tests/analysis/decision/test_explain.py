@@ -12,7 +12,9 @@ from leyline import AnalysisParameters
 def test_every_removed_and_spared_channel_is_a_row() -> None:
     checkpoint = bundle(chain((64, 64)), epoch=120)
     decision = analyze(checkpoint, settings())
-    rows = explain(decision).units
+    explanation = explain(decision)
+    assert dict(explanation.figures)["outcome"] == decision.safety.outcome
+    rows = explanation.units
     removed = {(row.group, row.unit) for row in rows if row.verdict == "removed"}
     assert removed == {(name, unit) for name, units in decision.units.items() for unit in units}
     spared = {(row.group, row.unit) for row in rows if row.verdict == "spared"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -329,6 +330,22 @@ def test_an_optimizer_that_does_not_survive_a_cut_is_refused_when_the_surgeon_is
     assert same(before, everything(model, [optimizer]))
     assert torch.equal(drawn, torch.get_rng_state())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_an_optimizer_that_cannot_be_tried_is_named_in_a_log_line(
+    architecture: PrunedArchitecture, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Asking(torch.optim.SGD):
+        def step(self, closure: Any = None, *, sharpness: float = math.nan) -> Any:
+            if math.isnan(sharpness):
+                raise TypeError("step() needs the sharpness")
+            return super().step(closure)
+
+    Asking.__module__ = "somewhere"
+    model = build()
+    Surgeon(model, architecture, optimizer=Asking(model.parameters(), lr=0.1))
+    assert "optimizer not tried" in caplog.text
+    assert "needs the sharpness" in caplog.text
 
 
 def test_trying_an_optimizer_touches_neither_it_nor_its_scheduler(
