@@ -12,9 +12,16 @@ from elesh.settings import BusSettings, ConsoleSettings, Settings
 
 
 @pytest.fixture(scope="session")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+def started_browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     with browsing(tmp_path_factory.mktemp("profile")) as made:
         yield made
+
+
+@pytest.fixture
+def browser(started_browser: Browser) -> Browser:
+    """The browser of all tests of a process, without what an earlier one left open or logged."""
+    started_browser.begin_anew()
+    return started_browser
 
 
 @pytest.fixture

@@ -52,23 +52,17 @@ def until(browser: Browser, what: Callable[[Browser], Any]) -> Any:
     return WebDriverWait(browser, 60, ignored_exceptions=[Exception]).until(what)
 
 
-def offline(browser: Browser, away: bool) -> None:
-    conditions = {"offline": away, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
-    browser.execute_cdp_cmd("Network.enable", {})
-    browser.execute_cdp_cmd("Network.emulateNetworkConditions", conditions)
-
-
 def test_a_page_that_is_stale_says_so_and_renews_itself(browser: Browser, site: Site, on_bus):
     browser.show(f"{site.url}/", width=1280, theme="light")
     live, stale = browser.find_element(By.ID, "live"), browser.find_element(By.ID, "stale")
     until(browser, lambda _: live.text == "live")
     assert not stale.is_displayed()
-    offline(browser, True)
+    browser.offline(True)
     until(browser, lambda _: stale.is_displayed())
     assert "not reached" in stale.text
     assert live.text == "not live"
     on_bus(lambda bus: bus.publish(CHECKPOINTS, examples.MESSAGES["CheckpointReady"], source="x"))
-    offline(browser, False)
+    browser.offline(False)
     until(browser, lambda b: b.find_element(By.LINK_TEXT, "digits-7"))
     until(browser, lambda _: not stale.is_displayed())
 

@@ -28,6 +28,23 @@ Theme = Literal["light", "dark"]
 class Browser(Chrome):
     """Chromium with what the tests ask of a page."""
 
+    def begin_anew(self) -> None:
+        """Leave the page that is open, connected, and forget what it logged."""
+        self.offline(False)
+        self.get("about:blank")
+        self.complaints()
+
+    def offline(self, away: bool) -> None:
+        """Take the network away from all pages, or give it back."""
+        conditions = {
+            "offline": away,
+            "latency": 0,
+            "downloadThroughput": -1,
+            "uploadThroughput": -1,
+        }
+        self.execute_cdp_cmd("Network.enable", {})
+        self.execute_cdp_cmd("Network.emulateNetworkConditions", conditions)
+
     def show(self, url: str, *, width: int, theme: Theme, height: int = 900) -> None:
         """Open a page at a width in a colour scheme that the reader prefers."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
