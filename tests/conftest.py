@@ -27,7 +27,7 @@ from elesh.bus import embedded_server
 _numbers = itertools.count(1)
 # A machine that is slow or loaded fails nothing.
 settings.register_profile("elesh", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("elesh")
+settings.register_profile("quick", settings.get_profile("elesh"), max_examples=20)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -122,6 +122,12 @@ def _process_wide() -> dict[str, object]:
         deterministic = torch.are_deterministic_algorithms_enabled()
         state["torch"] = torch.get_default_dtype(), deterministic
     return state
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The quick tests draw fewer examples: the others draw all of them."""
+    quick = "not slow" in config.getoption("markexpr", "")
+    settings.load_profile("quick" if quick else "elesh")
 
 
 IN_CI = 5

@@ -29,6 +29,7 @@ def keys(default: BaseModel, path: tuple[str, ...] = ()) -> dict[tuple[str, ...]
     return found
 
 
+@pytest.mark.slow
 def test_the_pages_are_current() -> None:
     for name, text in (("settings.md", settings()), ("cli.md", commands())):
         assert (DOCS / name).read_text() == text, f"docs/{name}: run python -m docs.generate"

@@ -52,6 +52,7 @@ def until(browser: Browser, what: Callable[[Browser], Any]) -> Any:
     return WebDriverWait(browser, 60, ignored_exceptions=[Exception]).until(what)
 
 
+@pytest.mark.slow
 def test_a_page_that_is_stale_says_so_and_renews_itself(browser: Browser, site: Site, on_bus):
     browser.show(f"{site.url}/", width=1280, theme="light")
     live, stale = browser.find_element(By.ID, "live"), browser.find_element(By.ID, "stale")
@@ -67,6 +68,7 @@ def test_a_page_that_is_stale_says_so_and_renews_itself(browser: Browser, site: 
     until(browser, lambda _: not stale.is_displayed())
 
 
+@pytest.mark.slow
 def test_what_is_typed_and_chosen_survives_what_comes(signed_in: Browser, on_bus):
     form = signed_in.find_element(By.ID, "trip")
     level = Select(form.find_element(By.NAME, "level"))

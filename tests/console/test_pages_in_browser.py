@@ -74,6 +74,7 @@ def decision(browser: Browser, live: Site) -> str:
 
 
 @pytest.mark.parametrize("page", ["overview", "run", "decision", "fleet", "dead", "audit"])
+@pytest.mark.sampled
 def test_a_page_is_readable_at_any_width_in_any_light(browser, live, recorded, shots, page):
     paths = {"overview": "/", "run": f"/runs/{recorded.run_id}"}
     for width in WIDTHS:
@@ -112,6 +113,7 @@ def test_a_decision_shows_its_evidence(browser, live):
     assert browser.find_elements(By.CSS_SELECTOR, ".span .bar"), "the trace"
 
 
+@pytest.mark.slow
 def test_reasons_and_keys_are_read_on_a_phone(browser, live, recorded):
     browser.show(f"{live.url}/runs/{recorded.run_id}", width=390, theme="light")
     reasons = browser.find_elements(By.CSS_SELECTOR, "td.why:not(:empty)")
@@ -123,6 +125,7 @@ def test_reasons_and_keys_are_read_on_a_phone(browser, live, recorded):
     assert browser.find_element(By.CSS_SELECTOR, ".key code").rect["height"] < 40, "one line"
 
 
+@pytest.mark.slow
 def test_an_operator_signs_in_replays_and_the_bytes_are_the_same(browser, live):
     browser.show(decision(browser, live), width=1280, theme="dark")
     browser.find_element(By.ID, "token").send_keys(TOKEN + Keys.ENTER)
@@ -140,6 +143,7 @@ return focused.getAttribute("aria-label") || focused.textContent.trim() || focus
 """
 
 
+@pytest.mark.slow
 def test_it_is_used_by_keyboard(browser, live):
     browser.show(f"{live.url}/", width=1280, theme="light")
     ActionChains(browser).send_keys(Keys.TAB).perform()
@@ -166,6 +170,7 @@ def test_the_theme_is_switched_and_kept(browser, live):
     browser.execute_script("localStorage.clear()")
 
 
+@pytest.mark.slow
 def test_a_page_stays_current_without_losing_what_is_open(browser, live, recorded):
     browser.show(f"{live.url}/dead", width=1280, theme="light")
     WebDriverWait(browser, 20).until(lambda b: b.find_element(By.ID, "live").text == "live")
@@ -187,6 +192,7 @@ def test_a_page_stays_current_without_losing_what_is_open(browser, live, recorde
     assert browser.find_elements(By.CSS_SELECTOR, "details[open]"), "what was opened stays open"
 
 
+@pytest.mark.slow
 def test_a_report_is_one_file_that_works_from_disk(browser, recorded, shots, tmp_path):
     path = tmp_path / "report.html"
 

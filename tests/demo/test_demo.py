@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 from command import elesh_process
 from recorded import Recorded
@@ -90,6 +91,7 @@ def test_the_trace_of_a_decision_is_printed_without_a_collector(recorded: Record
     assert recorded.elesh("trace", "9:no:such:key").returncode == 1
 
 
+@pytest.mark.slow
 def test_a_replay_of_the_whole_run_is_bit_identical(recorded: Recorded) -> None:
     """But the spoiled checkpoint, which has no decision now, as it had none then."""
     done = recorded.elesh(

@@ -26,7 +26,7 @@ ROLES = ("trainer", "worker", "operator", "console")
 SETTINGS = BusSettings(partition="acl", lease_seconds=2)
 
 
-@pytest.fixture(scope="module", params=["valkey", "redis"])
+@pytest.fixture(scope="module", params=["valkey", pytest.param("redis", marks=pytest.mark.slow)])
 def server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:

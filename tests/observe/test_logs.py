@@ -68,6 +68,7 @@ print(time.monotonic() - begun, flush=True)
 
 @pytest.mark.parametrize("reader", ["stalls", "is gone"])
 @pytest.mark.parametrize("setup", [["ours"], []], ids=["our set-up", "a script without any"])
+@pytest.mark.sampled
 def test_a_log_reader_that_stalls_or_is_gone_holds_up_nothing(
     reader: str, setup: list[str]
 ) -> None:

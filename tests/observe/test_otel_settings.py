@@ -37,6 +37,7 @@ print(time.monotonic() - begun)
         ("OTEL_EXPORTER_OTLP_ENDPOINT=https://127.0.0.1:1 OTEL_EXPORTER_OTLP_CERTIFICATE=/no", ""),
     ],
 )
+@pytest.mark.sampled
 def test_a_setting_that_cannot_be_met_is_a_line_and_no_traceback(
     variables: str, said: str, tmp_path: Path
 ) -> None:

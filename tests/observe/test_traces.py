@@ -132,6 +132,7 @@ for number in range(100):
 """
 
 
+@pytest.mark.slow
 def test_processes_share_a_file_that_stays_bounded_and_whole(tmp_path: Path) -> None:
     writers = [
         subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), name]) for name in "ab"

@@ -67,7 +67,7 @@ def test_would_be_cuts_are_measured_as_the_masked_network_does() -> None:
 
 
 def test_what_cannot_be_measured_is_named_and_replayed_as_it_was() -> None:
-    trained = proved_networks.digits()
+    trained = proved_networks.perceptron()
     network = trained.bundle.network
     assert network is not None
     bundle = replace(trained.at(PREPARING), network=replace(network, held_out=b"junk"))
@@ -85,7 +85,7 @@ def test_a_worker_without_torch_says_that_it_does_not_calibrate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("elesh.program.find_spec", lambda name: None)
-    (taken,) = decide(proved_networks.digits().at(PREPARING)).fallbacks
+    (taken,) = decide(proved_networks.perceptron().at(PREPARING)).fallbacks
     assert taken.rung == CALIBRATION_SKIPPED
     assert "no torch" in taken.reason
 
@@ -133,7 +133,7 @@ def test_nine_of_ten_measured_rises_lie_below_the_prediction_times_the_factor() 
 
 
 def test_the_gate_of_predicted_cuts_states_where_its_factor_comes_from() -> None:
-    bundle = replace(proved_networks.digits().at(80), network=None)
+    bundle = replace(proved_networks.perceptron().at(80), network=None)
     own = LossFactor(factor=1.25, measurements=7)
     gates = {}
     for factor in (None, own):

@@ -105,7 +105,7 @@ def test_the_same_checkpoint_gives_the_same_bytes_and_so_does_its_replay() -> No
 
 
 def test_without_calibration_inputs_it_is_chosen_at_once_and_said() -> None:
-    trained = proved_networks.digits()
+    trained = proved_networks.perceptron()
     bare = with_held_out(trained, calibration=None)
     decision = decide(bare)
     (taken,) = decision.fallbacks
@@ -120,13 +120,13 @@ def test_without_calibration_inputs_it_is_chosen_at_once_and_said() -> None:
 @pytest.mark.parametrize(
     ("inputs", "named"),
     [
-        (torch.full((64, 1, 8, 8), torch.nan), "held_out.calibration/0"),
-        (torch.zeros(8, 1, 8, 8), "held_out.calibration"),
-        (torch.zeros(64, 3, 8, 8), "the program does not run"),
+        (torch.full((64, 30), torch.nan), "held_out.calibration/0"),
+        (torch.zeros(8, 30), "held_out.calibration"),
+        (torch.zeros(64, 31), "the program does not run"),
     ],
 )
 def test_calibration_inputs_that_are_not_sound_are_named(inputs: torch.Tensor, named: str) -> None:
-    decision = decide(with_held_out(proved_networks.digits(), calibration=inputs))
+    decision = decide(with_held_out(proved_networks.perceptron(), calibration=inputs))
     (taken,) = decision.fallbacks
     assert taken.rung == ROUNDS_SKIPPED
     assert named in taken.reason
@@ -136,7 +136,7 @@ def test_calibration_inputs_that_are_not_sound_are_named(inputs: torch.Tensor, n
 def test_rounds_that_take_too_long_are_named_and_replayed_as_they_were(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    bundle = proved_networks.digits().bundle
+    bundle = proved_networks.perceptron().bundle
     with monkeypatch.context() as patched:
         patched.setattr("elesh.program.verifier._SHARE_OF_ROUNDS", 1e-12)
         decision = decide(bundle)
@@ -148,7 +148,8 @@ def test_rounds_that_take_too_long_are_named_and_replayed_as_they_were(
 
 
 def test_what_cannot_be_measured_in_the_end_is_decided_as_without_rounds() -> None:
-    bundle = with_held_out(proved_networks.digits(), labels=torch.full((359,), 99))
+    trained = proved_networks.perceptron()
+    bundle = with_held_out(trained, labels=torch.full_like(trained.held_out[1], 99))
     decision = decide(bundle)
     (taken,) = decision.fallbacks
     assert taken.rung == SKIPPED

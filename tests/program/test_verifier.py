@@ -131,6 +131,7 @@ def test_a_ranking_that_is_mostly_wrong_is_refused_whole_and_counts_against_its_
     assert decide(trained.at(119)).approved_for_application
 
 
+@pytest.mark.slow
 def test_a_cut_of_which_no_part_is_safe_is_refused_and_counts_against_its_level() -> None:
     trained = proved_networks.convolutions()
     bundle = trained.at(119)

@@ -66,6 +66,7 @@ def test_no_budget_is_exceeded_by_more_than_a_unit(resource: str) -> None:
     assert use.reached > 0.7 - 0.08
 
 
+@pytest.mark.slow
 def test_several_budgets_hold_together() -> None:
     report = prune(trained(), {"macs": 0.7, "parameters": 0.6})
     assert report.reached
@@ -198,6 +199,7 @@ def test_pruning_again_counts_from_the_original() -> None:
     assert report.budget[0].reached > 0.5
 
 
+@pytest.mark.slow
 def test_flags_and_random_numbers_are_left_as_they_were() -> None:
     model = trained().train()
     model.norm.eval()  # type: ignore[union-attr]
@@ -225,6 +227,7 @@ def test_the_result_is_the_same_every_time() -> None:
     assert unchanged(first, state_of(second))
 
 
+@pytest.mark.slow
 def test_a_loss_of_ones_own_needs_a_limit_or_an_evaluation() -> None:
     def squared(output: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         return (output - wanted).square().mean(1)
@@ -248,6 +251,7 @@ def test_a_cut_network_is_saved_and_loaded(tmp_path: Any) -> None:
     assert torch.equal(loaded(images), model.eval()(images))
 
 
+@pytest.mark.slow
 def test_progress_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     elesh.prune(trained(), batches(), {"macs": 0.7}, rounds=2)
     out, err = capsys.readouterr()

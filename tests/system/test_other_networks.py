@@ -97,6 +97,7 @@ def settings() -> Settings:
     return Settings(structured_pruning={"channel_analysis": section})
 
 
+@pytest.mark.sampled
 def test_a_decision_cuts_what_it_predicted_and_masking_is_cutting(model: nn.Module) -> None:
     recorder, bundle = measured(model)
     decision = analyze(bundle, settings=settings())
@@ -127,6 +128,7 @@ def test_a_decision_cuts_what_it_predicted_and_masking_is_cutting(model: nn.Modu
         assert torch.equal(model(x), plain)
 
 
+@pytest.mark.sampled
 def test_a_decision_is_the_same_bytes_with_one_and_with_four_threads(model: nn.Module) -> None:
     _, bundle = measured(model)
     assert encode(analyze(bundle, threads=1)) == encode(analyze(bundle, threads=4))

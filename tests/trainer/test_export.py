@@ -103,6 +103,7 @@ def test_a_program_is_traced_once_for_an_architecture() -> None:
 
 
 @pytest.mark.parametrize("name", ["Vgg", "heads"])
+@pytest.mark.sampled
 def test_after_a_cut_the_program_is_that_of_a_new_trace_without_tracing(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +123,7 @@ def test_after_a_cut_the_program_is_that_of_a_new_trace_without_tracing(
     assert exporter.export(surgeon.architecture, held_out).program == again.program
 
 
+@pytest.mark.slow
 def test_a_cut_of_a_layer_is_traced_anew() -> None:
     model, inputs = DigitsNet(width=16, heads=4, blocks=(2, 1)).eval(), torch.rand(3, 1, 8, 8)
     held_out = (inputs, torch.zeros(len(inputs), dtype=torch.long))

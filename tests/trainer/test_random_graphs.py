@@ -8,7 +8,7 @@ import pytest
 import torch
 from random_cases import check
 
-CASES = 100
+SLICES = (range(10), range(10, 40), range(40, 100))
 
 
 @pytest.fixture
@@ -21,8 +21,17 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_decisions_on_random_networks_hold_in_every_way() -> None:
-    tallies = [check(seed) for seed in range(CASES)]
-    assert sum(tally.channels for tally in tallies) > CASES
+@pytest.mark.parametrize(
+    "seeds",
+    [
+        SLICES[0],
+        pytest.param(SLICES[1], marks=pytest.mark.slow),
+        pytest.param(SLICES[2], marks=pytest.mark.soak),
+    ],
+    ids=str,
+)
+def test_decisions_on_random_networks_hold_in_every_way(seeds: range) -> None:
+    tallies = [check(seed) for seed in seeds]
+    assert sum(tally.channels for tally in tallies) > len(seeds)
     assert sum(tally.heads for tally in tallies) > 0
     assert sum(tally.layers for tally in tallies) > 0

@@ -107,6 +107,7 @@ def test_a_worker_killed_in_the_middle_is_finished_by_another(station: Station) 
     assert (committed.worker_id, decision.approved_for_application) == ("w2", True)
 
 
+@pytest.mark.slow
 def test_a_lease_outlives_an_analysis_many_times_as_long(station: Station) -> None:
     first = station.worker(bus={"lease_seconds": 0.5})
     station.worker(bus={"lease_seconds": 0.5})

@@ -95,7 +95,7 @@ def test_three_refused_rankings_open_the_breaker_and_training_goes_on(station: S
 
 
 @pytest.mark.parametrize("preload", [True, False])
-@pytest.mark.sampled
+@pytest.mark.slow
 def test_torch_is_loaded_before_the_first_job_if_it_is_to_be(tmp_path: Path, preload: bool) -> None:
     def has_torch(pid: int) -> bool:
         return "libtorch" in Path(f"/proc/{pid}/maps").read_text()

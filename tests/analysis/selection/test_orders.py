@@ -76,6 +76,7 @@ def test_a_small_net_is_resolved_exactly(
 
 
 @pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.sampled
 def test_a_large_net_with_sizes_like_a_trained_one_comes_within_two_percent_of_exact(
     seed: int,
 ) -> None:
@@ -87,6 +88,7 @@ def test_a_large_net_with_sizes_like_a_trained_one_comes_within_two_percent_of_e
     )
 
 
+@pytest.mark.slow
 def test_a_large_net_of_pure_noise_comes_within_a_hundredth_of_the_additive_damage() -> None:
     columns = np.random.default_rng(0).standard_normal((3000, 128)).astype(np.float32)
     groups = candidates((500,) * 6)

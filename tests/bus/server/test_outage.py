@@ -114,7 +114,7 @@ def test_what_callers_handle_themselves_is_no_outage():
         assert is_expected(ResponseError(reply))
 
 
-@pytest.fixture(params=["valkey", "redis"])
+@pytest.fixture(params=["valkey", pytest.param("redis", marks=pytest.mark.slow)])
 def server(request: pytest.FixtureRequest, tmp_path: Path):
     binary = valkey() if request.param == "valkey" else redis_binary()
     if binary is None:
@@ -208,6 +208,7 @@ def test_an_evicting_policy_is_named(server: Server):
 
 
 @pytest.mark.parametrize("way", ["REPLICAOF", "FAILOVER"])
+@pytest.mark.sampled
 def test_a_plain_url_follows_the_master_that_its_server_names(tmp_path: Path, way: str):
     async def scenario(first: Server, second: Server) -> None:
         bus = await Bus.connect(first.url, SETTINGS)

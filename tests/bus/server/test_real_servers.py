@@ -241,6 +241,7 @@ def test_tls_works_with_the_right_authority_and_is_refused_with_another(
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.slow
 def test_the_bus_follows_a_failover_of_sentinel(tmp_path: Path) -> None:
     first, second = (Server(tmp_path / name) for name in ("first", "second"))
     folder, port = tmp_path / "sentinel", free_port()

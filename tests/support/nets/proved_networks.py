@@ -4,11 +4,14 @@ stripes, and others on the demo's digits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, wraps
+from pathlib import Path
 
 import numpy as np
 import torch
+from shared import once
 from sklearn.datasets import load_breast_cancer, load_digits, load_wine
 from torch import Tensor, nn
 from torch.nn import functional
@@ -42,8 +45,27 @@ class Trained:
         return replace(self.bundle, metadata=metadata)
 
 
-@cache
-def perceptron(seed: int = 0) -> Trained:
+def _shared(make: Callable[[int], Trained]) -> Callable[..., Trained]:
+    """Trained, measured and exported by the first test process that asks, and read by the others.
+
+    Every process reads it, also the one that made it: all have the same bits.
+    """
+
+    @cache
+    @wraps(make)
+    def read(seed: int = 0) -> Trained:
+        def write(folder: Path) -> None:
+            torch.save(make(seed), folder / "trained.pt")
+
+        folder = once(f"{make.__name__}-{seed}", write)
+        trained: Trained = torch.load(folder / "trained.pt", weights_only=False)
+        return trained
+
+    return read
+
+
+@_shared
+def perceptron(seed: int) -> Trained:
     """Two hidden layers on 30 figures of 569 tumours."""
     figures, labels = load_breast_cancer(return_X_y=True)
     x, y = torch.tensor(figures, dtype=torch.float32), torch.tensor(labels)
@@ -55,8 +77,8 @@ def perceptron(seed: int = 0) -> Trained:
     return _trained(model, x, y, epochs=30, shares=(0.35, 0.45, 0.2))
 
 
-@cache
-def wine(seed: int = 0) -> Trained:
+@_shared
+def wine(seed: int) -> Trained:
     """The same on 13 figures of 178 wines of three growers."""
     figures, labels = load_wine(return_X_y=True)
     x, y = torch.tensor(figures, dtype=torch.float32), torch.tensor(labels)
@@ -68,8 +90,8 @@ def wine(seed: int = 0) -> Trained:
     return _trained(model, x, y, epochs=40, shares=(0.35, 0.4, 0.25))
 
 
-@cache
-def convolutions(seed: int = 0) -> Trained:
+@_shared
+def convolutions(seed: int) -> Trained:
     """Three convolutions with normalisation that tell the direction of noisy stripes."""
     torch.manual_seed(seed)
     y = torch.randint(0, 4, (1600,))
@@ -84,8 +106,8 @@ def convolutions(seed: int = 0) -> Trained:
     return _trained(model, x.unsqueeze(1), y, epochs=4, shares=(0.5, 0.3, 0.2))
 
 
-@cache
-def digits(seed: int = 0) -> Trained:
+@_shared
+def digits(seed: int) -> Trained:
     """Plain convolutions on drawn digits: much of it can go, but not just any of it."""
     images, labels = load_digits(return_X_y=True)
     x, y = torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels)

@@ -17,7 +17,9 @@ from elesh.settings import ChannelAnalysis
 from elesh.trainer import Recorder, Surgeon
 
 
-@pytest.mark.parametrize("network", [proved_networks.digits, proved_networks.convolutions])
+@pytest.mark.parametrize(
+    "network", [proved_networks.perceptron, proved_networks.digits, proved_networks.convolutions]
+)
 @pytest.mark.sampled
 def test_sets_of_very_different_kinds_can_be_compared(
     network: Callable[[int], proved_networks.Trained],

@@ -81,6 +81,7 @@ def test_a_compiled_network_is_measured_as_the_plain_one() -> None:
         assert (found.gates[name].projections == gate.projections).all()
 
 
+@pytest.mark.slow
 def test_more_cuts_than_the_compiler_would_recompile_for_are_all_compiled() -> None:
     model, x = network(), torch.randn(5, 6)
     frames: list[int] = []
