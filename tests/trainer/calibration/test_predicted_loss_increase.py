@@ -18,9 +18,13 @@ from elesh.trainer import Recorder, Surgeon
 
 
 @pytest.mark.parametrize(
-    "network", [proved_networks.perceptron, proved_networks.digits, proved_networks.convolutions]
+    "network",
+    [
+        pytest.param(proved_networks.digits, marks=pytest.mark.slow),
+        pytest.param(proved_networks.convolutions, marks=pytest.mark.soak),
+    ],
+    ids=["digits", "convolutions"],
 )
-@pytest.mark.sampled
 def test_sets_of_very_different_kinds_can_be_compared(
     network: Callable[[int], proved_networks.Trained],
 ) -> None:
