@@ -68,6 +68,8 @@ class Span(Message):
 
     def all_of(self, units: Iterable[int]) -> list[int]:
         """The indices of several units, in the order of the units."""
+        if self.indices is None and self.width == 1:
+            return [self.start + unit for unit in units]
         return [index for unit in units for index in self.of(unit)]
 
 

@@ -8,37 +8,35 @@ got a gradient if it had one before.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from elesh.trainer.network.calling import Inputs
+from elesh.trainer.network.calling import tensors_in
 from elesh.trainer.surgery.bypass import BranchMasks, put_back, put_in
 from leyline import LayerBlock, PrunedArchitecture
 
 from .dependency_graph import summary
-from .residual_blocks import find_blocks
-from .residual_branches import Trace
+from .residual_branches import parameters_behind
 from .trial import Trial
 from .unit_proof import Admission
 from .waypoints import apart
 
 
 def with_blocks(
-    trial: Trial, inputs: Inputs, architecture: PrunedArchitecture, ignored: Collection[str]
+    trial: Trial,
+    architecture: PrunedArchitecture,
+    blocks: tuple[LayerBlock, ...],
+    fed: Collection[int],
 ) -> PrunedArchitecture:
-    """The architecture with its blocks, those that fail the proof marked with a reason.
+    """The architecture with these blocks, those that fail the proof marked with a reason.
 
     Args:
         trial: of a copy of the network in evaluation mode with random weights that all have an
             effect.
-        ignored: modules that must stay.
+        fed: ids of the parameters that the outputs depend on.
     """
-    blocks = find_blocks(trial.copied, inputs, architecture, ignored)
-    if not blocks:
-        return architecture
-    drafted = _built(architecture, blocks)
-    experiment = _Experiment(trial, inputs, drafted)
+    experiment = _Experiment(trial, blocks, fed)
     experiment.admit([block.name for block in blocks if block.prunable])
     reasons = experiment.reasons
     marked = tuple(
@@ -47,55 +45,54 @@ def with_blocks(
         else b
         for b in blocks
     )
-    return _built(architecture, marked)
-
-
-def _built(architecture: PrunedArchitecture, blocks: tuple[LayerBlock, ...]) -> PrunedArchitecture:
     return PrunedArchitecture.build(
-        architecture.tensors, architecture.layers, architecture.groups, blocks=blocks
+        architecture.tensors, architecture.layers, architecture.groups, blocks=marked
     )
 
 
 class _Experiment(Admission):
     """Admits blocks."""
 
-    def __init__(self, trial: Trial, inputs: Inputs, architecture: PrunedArchitecture) -> None:
+    def __init__(self, trial: Trial, blocks: Sequence[LayerBlock], fed: Collection[int]) -> None:
         super().__init__()
-        self._copied, self._inputs, self._architecture = trial.copied, inputs, architecture
-        self._trial = trial
-        self._fed = self._with_gradient()
+        self._copied, self._trial = trial.copied, trial
+        self._blocks = {block.name: block for block in blocks}
+        named = trial.copied.named_parameters()
+        self._fed = {path for path, parameter in named if id(parameter) in fed}
 
     def disproof(self, names: Sequence[str]) -> str:
         """Why these blocks cannot be removed together; empty if they can."""
-        blocks = [self._architecture.block[name] for name in names]
+        reason = self._tried(names)
+        return self._tried(names) if reason and self._trial.trained_wrongly() else reason
+
+    def _tried(self, names: Sequence[str]) -> str:
+        blocks = [self._blocks[name] for name in names]
         masks = BranchMasks(self._copied)
         masks.set(blocks)
         try:
-            masked = self._outputs()
+            with torch.no_grad():
+                masked = self._trial.outputs()
         finally:
             masks.clear()
         replaced = put_in(self._copied, [one for block in blocks for one in block.stand_ins])
         try:
-            if difference := apart(masked, self._outputs()):
+            output = self._trial.run()
+            if difference := apart(masked, self._trial.compared(output)):
                 return f"masking and removing it differ ({difference})"
+            if starved := self._starved(output):
+                return f"without it no gradient reaches {', '.join(starved[:5])}"
+            del output
             self._trial.train()
-            return self._starved()
+            return ""
         except Exception as error:  # Whatever the user's network raises is the finding.
             return f"the network does not run without it: {summary(error)}"
         finally:
             put_back(self._copied, reversed(replaced))
             self._copied.eval()
 
-    def _outputs(self) -> list[Tensor]:
-        with torch.no_grad():
-            return self._trial.outputs()
-
-    def _with_gradient(self) -> set[str]:
-        reached = Trace(self._copied, self._inputs).parameters()
-        return {path for path, p in self._copied.named_parameters() if id(p) in reached}
-
-    def _starved(self) -> str:
+    def _starved(self, output: Any) -> list[str]:
         """Which parameters that are left get no gradient any more."""
-        left = {path for path, _ in self._copied.named_parameters()}
-        starved = sorted((self._fed & left) - self._with_gradient())
-        return f"without it no gradient reaches {', '.join(starved[:5])}" if starved else ""
+        roots = [t.grad_fn for t in tensors_in(output) if t.grad_fn is not None]
+        fed = parameters_behind(roots)
+        left = dict(self._copied.named_parameters())
+        return sorted(path for path in self._fed & left.keys() if id(left[path]) not in fed)

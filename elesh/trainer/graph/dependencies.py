@@ -7,7 +7,8 @@ channels at a time, from there to here only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,13 +24,18 @@ from elesh.trainer.network.layers import channel_axes
 
 from .indexing import shape_of
 
-__all__ = ["Met", "Source", "Sources"]
+__all__ = ["Met", "Source", "Sources", "weights_used"]
 
 Bools = npt.NDArray[np.bool_]
 TensorAxis = tuple[str, int]
 """Path of a tensor and one of its axes."""
 _WEIGHTS = {"AddmmBackward0": (0, 2), "MmBackward0": (0, 1), "ConvolutionBackward0": (1, 2)}
 """Products, and which of their operands are walked through if one of them is a parameter."""
+_FACTORS = {
+    "AddmmBackward0": (1, 2), "MmBackward0": (0, 1), "BmmBackward0": (1,),
+    "ConvolutionBackward0": (1,),
+}  # fmt: skip
+"""Products, and which of their operands may be weights."""
 _MOVES = ("TBackward", "Transpose", "View", "Permute", "UnsafeView", "ToCopy")
 """Operations between a parameter and the product that it is a factor of."""
 
@@ -123,11 +129,13 @@ class Sources:
             met.products.append(function)
         operands = [source for source, _ in function.next_functions]
         walked = _WEIGHTS.get(name)
-        if walked and any(_is_weight(operands[place]) for place in walked if place < len(operands)):
+        if walked and any(
+            _weight(operands[place]) is not None for place in _among(walked, operands)
+        ):
             operands = [
                 source
                 for place, source in enumerate(operands)
-                if place in walked and (name != "MmBackward0" or _is_weight(source))
+                if place in walked and (name != "MmBackward0" or _weight(source) is not None)
             ]
         for place, source in enumerate(operands):
             values = fused and place == 2
@@ -220,10 +228,32 @@ def _along(source: Source, gradient: Tensor | None) -> list[Bools]:
     return [seen.movedim(axis, 0).reshape(shape[axis], -1).any(1).cpu().numpy() for axis in axes]
 
 
-def _is_weight(function: Any) -> bool:
-    """Whether this is a parameter, moved about at most."""
+def _among(places: Sequence[int], operands: Sequence[Any]) -> list[int]:
+    return [place for place in places if place < len(operands)]
+
+
+def _weight(function: Any) -> Tensor | None:
+    """The parameter with several axes that this is, moved about at most."""
     while function is not None and not hasattr(function, "variable"):
         if not function.name().startswith(_MOVES):
-            return False
+            return None
         function = function.next_functions[0][0]
-    return function is not None and function.variable.ndim > 1
+    found: Tensor | None = None if function is None else function.variable
+    return found if found is not None and found.ndim > 1 else None
+
+
+def weights_used(functions: Iterable[Any]) -> dict[int, int]:
+    """By the id of every parameter that one of these functions of an autograd graph multiplies by:
+    how often, all samples together."""
+    positions: dict[int, int] = {}
+    for function in functions:
+        name = function.name()
+        for place in _FACTORS.get(name, ()):
+            operand = function.next_functions[place][0]
+            weight = None if operand is None else _weight(operand)
+            if weight is not None:
+                shape = shape_of(function, 0)
+                outputs = shape[1 if name.startswith("Conv") else -1]
+                used = math.prod(shape) // max(1, outputs)
+                positions[id(weight)] = positions.get(id(weight), 0) + used
+    return positions

@@ -10,7 +10,8 @@ and layers of which only a part is coupled right.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -29,7 +30,9 @@ from elesh.trainer.network.norms import Norm, norm_of
 from leyline import InvalidField, LayerDescriptor
 
 from .attention import Attention, find_attentions
+from .dependencies import weights_used
 from .indexing import Relations, shape_of
+from .residual_branches import Trace
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,13 @@ class Wiring:
     """Attention layers whose heads may be removable."""
     failure: str = ""
     """Why the wiring is not known, where the dependency graph could not be built."""
-    called: frozenset[str] = frozenset()
-    """The modules that were called."""
+    passage: Trace = field(default_factory=lambda: Trace((), ()))
+    """The pass itself; while this is kept, so is the autograd graph."""
+
+    @cached_property
+    def called(self) -> frozenset[str]:
+        """The modules that were called."""
+        return frozenset(one.name for one in self.passage.passes)
 
 
 def trace(model: nn.Module, inputs: Inputs, compared: Callable[[Any], Any] | None = None) -> Wiring:
@@ -81,22 +89,29 @@ def trace(model: nn.Module, inputs: Inputs, compared: Callable[[Any], Any] | Non
     Raises:
         InvalidField: if the model does not run with these inputs.
     """
+    families, failure = tuple[Family, ...](), ""
+    try:
+        graph = _Graph(model, inputs, compared)
+        calls, outputs = graph.calls, graph.outputs
+        families = tuple(_families(graph, model))
+    except Exception as error:  # The graph of others' code: whatever it raises is a reason.
+        failure = f"the dependency graph failed: {summary(error)}"
+        calls, outputs = _run(model, inputs)
+    made = [(t.grad_fn, t.output_nr) for t in tensors_in(outputs) if t.grad_fn is not None]
+    passage = Trace(calls.made, made)
+    layers = calls.layers(batch_size(inputs), weights_used(passage.reached))
+    return Wiring(layers, families, find_attentions(calls.made, model), failure, passage)
+
+
+def _run(model: nn.Module, inputs: Inputs) -> tuple[Calls, Any]:
+    """The calls of one forward pass, and what the model returned."""
     with Calls(model) as calls:
         try:
-            call(model, inputs)
+            return calls, call(model, inputs)
         except Exception as error:  # Whatever the user's network raises.
             expected = "a batch as the model is called with: arguments, shapes, dtypes, device"
             hint = f"it was called in evaluation mode with {described(inputs)}"
             raise InvalidField("example_inputs", expected, summary(error), hint=hint) from error
-    layers, attentions = calls.layers(batch_size(inputs)), find_attentions(calls.made, model)
-    called = frozenset(one.name for one in calls.made)
-    del calls  # and with it the autograd graph of the first pass
-    try:
-        families = tuple(_families(_Graph(model, inputs, compared), model))
-    except Exception as error:  # The graph of others' code: whatever it raises is a reason.
-        failure = f"the dependency graph failed: {summary(error)}"
-        return Wiring(layers, (), attentions, failure, called)
-    return Wiring(layers, families, attentions, called=called)
 
 
 def described(inputs: Inputs) -> str:
@@ -148,6 +163,7 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
         super().__init__()
 
         def traced(output: Any) -> list[Tensor]:
+            self.outputs = output
             output = output if compared is None else compared(output)
             tensors = [tensor for tensor in tensors_in(output) if tensor.grad_fn is not None]
             self.finals = {tensor.grad_fn for tensor in tensors}
@@ -329,12 +345,16 @@ class _Reach:
         graph = self._graph
         names = {module: name for name, module in model.named_modules()}
         sides = {node: key for key in self.sides for node in key[:1]}
+        known: dict[tuple[Any, ...], Norm | None] = {}
         for one in graph.calls.made:
             producer = graph.by_function.get(one.inputs[0][0]) if one.inputs else None
             if producer is None or producer not in sides:
                 continue
             shape = tuple(shape_of(*one.inputs[0]))
-            norm = norm_of(one.module, shape)
+            like = (type(one.module), shape, *(tuple(p.shape) for p in one.module.parameters()))
+            if like not in known:
+                known[like] = norm_of(one.module, shape)
+            norm = known[like]
             if norm is None:
                 continue
             function = sides[producer][1]

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from elesh.trainer.network.calling import Inputs, example_copy
 from elesh.trainer.network.layers import ChannelAxes, channel_axes, describe_tensors, named_tensors
-from elesh.trainer.network.state import preserve_state
+from elesh.trainer.network.state import evaluated, preserve_state
 from leyline import (
     GateSite,
     InvalidField,
@@ -31,9 +31,18 @@ from leyline import (
 from .attention import Attention, span_of
 from .block_proof import with_blocks
 from .dependency_graph import Family, Port, Wiring, trace
-from .hazards import require_initialised, trainable_example, with_acting_masks, without_hazards
+from .hazards import (
+    reached_by,
+    require_initialised,
+    require_repeatable,
+    traced_gates,
+    with_acting_masks,
+    without_hazards,
+)
 from .random_copy import random_copy
-from .trial import Trial
+from .residual_blocks import find_blocks
+from .residual_branches import parameters_behind
+from .trial import Trial, drafted
 from .unit_proof import without_refuted
 
 
@@ -62,19 +71,27 @@ def find_architecture(
     precision = _precision(model)
     copied = random_copy(model, precision)
     inputs = example_copy(example_inputs, precision)
+    evaluated(copied)
     # The copy's hooks and replaced methods may refer to the network itself.
-    with preserve_state(model, seed=0), preserve_state(copied, seed=0), _plain_arithmetic(copied):
+    with preserve_state(model, seed=0), _plain_arithmetic(copied):
         wiring = trace(copied, inputs, compared)
         groups = _with_heads(
             _groups(wiring, copied, ignored_layers), wiring, copied, ignored_layers
         )
-        trained = trainable_example(copied, inputs)
-        groups = without_hazards(groups, model, copied, inputs, trained)
-        architecture = PrunedArchitecture.build(describe_tensors(model), wiring.layers, groups)
-        trial = Trial(copied, inputs, compared, trained[0])
+        passage, layers = wiring.passage, wiring.layers
+        blocks = find_blocks(passage, copied, layers, ignored_layers)
+        fed = parameters_behind(passage.roots)
+        reached = reached_by(copied, fed, wiring.called)
+        trial = Trial(copied, inputs, compared)
+        groups = without_hazards(groups, model, copied, reached, trial.in_training)
+        gates = traced_gates(passage, groups)
+        del wiring, passage  # and with them the autograd graph
+        architecture = drafted(describe_tensors(model), layers, groups)
+        if not any(group.prunable for group in groups):
+            require_repeatable(copied, inputs)
         proved = without_refuted(trial, architecture)
-        proved = with_acting_masks(copied, inputs, proved)
-        return with_blocks(trial, inputs, proved, ignored_layers)
+        proved = with_acting_masks(copied, inputs, proved, gates)
+        return with_blocks(trial, proved, blocks, fed)
 
 
 def _precision(model: nn.Module) -> torch.dtype:
@@ -114,7 +131,7 @@ def _groups(wiring: Wiring, model: nn.Module, ignored: Collection[str]) -> tuple
     order = {layer.name: number for number, layer in enumerate(wiring.layers)}
     rooted = [(_root(family, order), family) for family in families]
     rooted.sort(key=lambda pair: (order[pair[0].name], int(pair[1][pair[0]][:, 0].min())))
-    tied = _tied_tensors(model, order)
+    tied, tensors = _tied_tensors(model, order), _Tensors(model)
     groups: dict[str, PruningGroup] = {}
     for root, family in rooted:
         name, number = root.name, 2
@@ -126,7 +143,7 @@ def _groups(wiring: Wiring, model: nn.Module, ignored: Collection[str]) -> tuple
         if root.name not in wiring.called:
             reason = f"the weight of {root.name} is used by a function; the layer is never called"
         sorted_family = {port: family[port][units] for port in ports}
-        groups[name] = _group(name, sorted_family, reason, model)
+        groups[name] = _group(name, sorted_family, reason, tensors)
     return tuple(groups.values())
 
 
@@ -141,6 +158,7 @@ def _with_heads(
     """
     kept, heads = list(groups), list[PruningGroup]()
     tied = _tied_tensors(model, {layer.name for layer in wiring.layers})
+    parameters = dict(model.named_parameters())
     for attention in wiring.attentions:
         axes = {(path, dim) for path, dim, _ in attention.spans}
         inside = [g for g in kept if any((part.tensor, part.dim) in axes for part in g.slices)]
@@ -150,7 +168,7 @@ def _with_heads(
         kept = [one for g in kept if (one := rest.get(g.name, g)) is not None]
         names = {group.name for group in (*kept, *heads)}
         name = attention.name if attention.name not in names else attention.sites[0].module
-        heads.append(attention.group(name, _head_refusal(attention, model, ignored, tied)))
+        heads.append(attention.group(name, _head_refusal(attention, parameters, ignored, tied)))
     return (*kept, *heads)
 
 
@@ -176,7 +194,10 @@ def _rest(
 
 
 def _head_refusal(
-    attention: Attention, model: nn.Module, ignored: Collection[str], tied: Collection[int]
+    attention: Attention,
+    parameters: Mapping[str, nn.Parameter],
+    ignored: Collection[str],
+    tied: Collection[int],
 ) -> str:
     """Why these heads are left alone, as far as can be told before the proof; else empty."""
     if attention.reason:
@@ -184,11 +205,11 @@ def _head_refusal(
     for layer in attention.layers:
         if any(layer == name or layer.startswith(f"{name}.") for name in ignored):
             return "ignored"
-    parameters = dict(model.named_parameters())
     for path, _, _ in attention.spans:
-        if path not in parameters:
+        parameter = parameters.get(path)
+        if parameter is None:
             return f"{path} is computed (parametrised) or shared with another layer"
-        if id(parameters[path]) in tied:
+        if id(parameter) in tied:
             return f"{path} is shared with another layer"
     return ""
 
@@ -271,16 +292,35 @@ def _torn(ports: Sequence[Port], tied: Mapping[int, int]) -> str:
     return ""
 
 
-def _group(name: str, family: Family, reason: str, model: nn.Module) -> PruningGroup:
-    tensors = named_tensors(model)
+class _Tensors:
+    """The tensors of a model, looked up once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.named = named_tensors(model)
+        self.paths = {id(tensor): path for path, tensor in self.named.items()}
+
+    def axes(self, port: Port) -> list[tuple[str, int]]:
+        """Paths of tensors, each under its first name, and their axes that the channels lie on."""
+        if port.parameter_dim is not None:
+            return [(port.name, port.parameter_dim)] if port.name in self.named else []
+        if port.module is None or port.norm is not None:
+            return []
+        axes = channel_axes(port.module)
+        pairs = axes.inputs if port.side == "in" else axes.outputs
+        held = port.module._parameters | port.module._buffers
+        found = [(self.paths.get(id(held.get(attribute))), dim) for attribute, dim in pairs]
+        return [(path, dim) for path, dim in found if path is not None]
+
+
+def _group(name: str, family: Family, reason: str, tensors: _Tensors) -> PruningGroup:
     slices: dict[tuple[str, int], TensorSlice] = {}
     sites: list[GateSite] = []
     norms: list[NormSite] = []
     size = len(next(iter(family.values())))
     for port, indices in family.items():
         span, last = span_of(indices), int(indices.max())
-        for path, dim in _tensor_axes(port, tensors):
-            if tensors[path].shape[dim] > last:
+        for path, dim in tensors.axes(port):
+            if tensors.named[path].shape[dim] > last:
                 slices.setdefault((path, dim), TensorSlice(tensor=path, dim=dim, **dict(span)))
             else:
                 reason = reason or f"its channels could not be followed to {port.name}"
@@ -304,17 +344,3 @@ def _group(name: str, family: Family, reason: str, model: nn.Module) -> PruningG
         prunable=not reason,
         reason=reason,
     )
-
-
-def _tensor_axes(port: Port, tensors: Mapping[str, Tensor]) -> list[tuple[str, int]]:
-    """Paths of tensors, each under its first name, and their axes that the channels lie on."""
-    if port.parameter_dim is not None:
-        return [(port.name, port.parameter_dim)] if port.name in tensors else []
-    if port.module is None or port.norm is not None:
-        return []
-    axes = channel_axes(port.module)
-    named = {id(tensor): path for path, tensor in tensors.items()}
-    pairs = axes.inputs if port.side == "in" else axes.outputs
-    held = port.module._parameters | port.module._buffers
-    found = [(named.get(id(held.get(attribute))), dim) for attribute, dim in pairs]
-    return [(path, dim) for path, dim in found if path is not None]

@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.nn.parameter import is_lazy
 
 from elesh.observe import get_logger
@@ -28,6 +32,7 @@ from elesh.trainer.network.calling import (
     packed_in,
     tensors_in,
 )
+from elesh.trainer.network.calls import Link
 from elesh.trainer.network.gates import Axis, GateMeter, axis_of
 from elesh.trainer.network.layers import channel_axes
 from elesh.trainer.network.state import seed_generators
@@ -35,9 +40,15 @@ from elesh.trainer.surgery.surgeon import Surgeon
 from elesh.trainer.surgery.teachers import teachers_in
 from leyline import InvalidField, PrunedArchitecture, PruningGroup
 
+from .residual_branches import Trace
+
 __all__ = [
+    "Gate",
+    "reached_by",
     "require_initialised",
-    "run_once",
+    "require_repeatable",
+    "traced_gates",
+    "train_once",
     "trainable_example",
     "with_acting_masks",
     "without_hazards",
@@ -61,21 +72,36 @@ def require_initialised(model: nn.Module) -> None:
             raise InvalidField(f"model.{name}", "an initialised tensor", "a lazy one", hint=hint)
 
 
+def require_repeatable(model: nn.Module, inputs: Inputs) -> None:
+    """Refuse a network that does not run again with the inputs that it ran with.
+
+    Raises:
+        InvalidField: saying what it raised.
+    """
+    try:
+        seed_generators(device_of(model), 0)
+        call(model, inputs)
+    except Exception as error:
+        told = f"{type(error).__name__}: {str(error)[:200]}"
+        raise InvalidField("model", "a network that can be run several times", told) from error
+
+
 def trainable_example(model: nn.Module, inputs: Inputs) -> tuple[Inputs | None, set[str]]:
     """Example inputs that the model runs with in training mode: these, or twice as many samples
     (one alone cannot be normalised over the batch); None if it runs with neither. And the
-    parameters that are reached then, as by :func:`run_once`."""
+    parameters that its outputs depend on then, and those of modules that were called."""
     for example in (inputs, doubled(inputs)):
         with contextlib.suppress(Exception):  # Whatever the user's network raises.
-            return example, run_once(model, example, training=True)
+            return example, train_once(model, example)
     return None, set()
 
 
-def run_once(model: nn.Module, inputs: Inputs, *, training: bool) -> set[str]:
-    """Forward and backward, seeded; the parameters that the outputs depend on, and those of modules
-    that were called."""
+def train_once(model: nn.Module, inputs: Inputs) -> set[str]:
+    """Forward and backward in training mode, seeded; the parameters that the outputs depend on,
+    and those of modules that were called. Gradients are dropped at once; the model is left in
+    evaluation mode."""
     seed_generators(device_of(model), 0)
-    model.train(training)
+    model.train()
     called, fed = set[nn.Module](), set[int]()
     handles = [
         module.register_forward_pre_hook(lambda module, args: called.add(module))
@@ -91,37 +117,49 @@ def run_once(model: nn.Module, inputs: Inputs, *, training: bool) -> set[str]:
     try:
         with torch.enable_grad():
             outputs = [t for t in tensors_in(call(model, inputs)) if t.requires_grad]
-            if not outputs:
-                return set()
-            torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+            if outputs:
+                torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
     finally:
         for handle in handles:
             handle.remove()
         model.eval()
+    names = {module: name for name, module in model.named_modules()}
+    return reached_by(model, fed, {names[module] for module in called}) if outputs else set()
+
+
+def reached_by(model: nn.Module, fed: Collection[int], called: Collection[str]) -> set[str]:
+    """Paths of the parameters with these ids, and of those of modules that were called."""
     reached = {name for name, parameter in model.named_parameters() if id(parameter) in fed}
     for prefix, module in model.named_modules():
-        if module in called:
-            reached |= {f"{prefix}.{name}" for name, _ in module.named_parameters(recurse=False)}
+        if prefix in called:
+            reached |= _own(prefix, module)
     return reached
+
+
+def _own(prefix: str, module: nn.Module) -> set[str]:
+    """Paths of a module's own parameters."""
+    held = module._parameters.items()
+    return {f"{prefix}.{name}".lstrip(".") for name, tensor in held if tensor is not None}
 
 
 def without_hazards(
     groups: Sequence[PruningGroup],
     model: nn.Module,
     traced: nn.Module,
-    inputs: Inputs,
-    trained: tuple[Inputs | None, set[str]],
+    reached: Collection[str],
+    in_training: Callable[[], set[str]],
 ) -> tuple[PruningGroup, ...]:
     """The groups, those that must be left alone marked with a reason.
 
     Args:
         model: the network itself.
-        traced: its copy, which may run.
-        trained: what :func:`trainable_example` found of it.
+        traced: its copy.
+        reached: its parameters that outputs depend on, and those of modules that were called.
+        in_training: asks for the same of training mode, if anything was not reached.
     """
     tensors = dict(traced.named_parameters())
     followed = tuple(f"{teacher.name}." for teacher in teachers_in(model))
-    memory, unreached = _in_shared_memory(model), _unreached(traced, inputs, followed, trained)
+    memory, unreached = _in_shared_memory(model), _unreached(traced, followed, reached, in_training)
 
     def reason(group: PruningGroup) -> str:
         for part in group.slices:
@@ -160,35 +198,35 @@ def _in_shared_memory(model: nn.Module) -> Mapping[str, str]:
 
 def _unreached(
     model: nn.Module,
-    inputs: Inputs,
     followed: tuple[str, ...],
-    trained: tuple[Inputs | None, set[str]],
+    reached: Collection[str],
+    in_training: Callable[[], set[str]],
 ) -> list[tuple[str, int, bool]]:
     """Layers whose parameters no output depends on, in evaluation or in training: name, width of
     the input, and whether the input may be flattened. Teachers (``followed``) read what their own
     layers make."""
-    try:
-        reached = run_once(model, inputs, training=False)
-    except Exception as error:  # It ran with them before.
-        told = f"{type(error).__name__}: {str(error)[:200]}"
-        raise InvalidField("model", "a network that can be run several times", told) from error
-    if not reached:
+    layers = [
+        (name, module, own)
+        for name, module in model.named_modules()
+        if name
+        and not name.startswith(followed)
+        and (own := _own(name, module))
+        and own.isdisjoint(reached)
+    ]
+    if not reached or not layers:
         return []
-    example, in_training = trained
-    reached |= in_training
+    trained = in_training()
     found = [
         (name, width, isinstance(module, nn.Linear))
-        for name, module in model.named_modules()
-        if not name.startswith(followed)
-        and (own := {f"{name}.{path}" for path, _ in module.named_parameters(recurse=False)})
-        and not own & reached
+        for name, module, own in layers
+        if own.isdisjoint(trained)
         for width in _widths(module)
     ]
     if found:
         _log.warning(
             "the example inputs do not reach some layers, what may feed them is not cut",
             layers=sorted({name for name, _, _ in found})[:20],
-            runs_in_training_mode=example is not None,
+            runs_in_training_mode=bool(trained),
         )
     return found
 
@@ -207,16 +245,77 @@ def _widths(module: nn.Module) -> Iterator[int]:
         yield int(shape[-1])
 
 
+@dataclass(frozen=True)
+class Gate:
+    """What the traced pass showed of the input of a consumer."""
+
+    rows: int
+    """The size of its first axis."""
+    acting: npt.NDArray[np.bool_]
+    """[channels] whether a mask there moves an output, to first order: the channel is not zero
+    throughout, and the outputs have a gradient with respect to what the consumer made (its weights
+    are random)."""
+
+
+def traced_gates(passage: Trace, groups: Sequence[PruningGroup]) -> dict[Axis, Gate]:
+    """What the traced pass shows of masks, by one backward pass that leaves out all weights."""
+    shrinking = {layer for group in groups if group.prunable for layer in group.layers}
+    calls = [one for one in passage.passes if one.given is not None and one.made is not None]
+    # What leaves a layer that stays whole counts as an output: a detector's scores before it
+    # chooses by them.
+    kept = [one.made for one in calls if one.name not in shrinking]
+    starts = list(dict.fromkeys(link for link in (*passage.outputs, *kept) if link is not None))
+    ends = list(dict.fromkeys(one.made for one in calls if one.made is not None))
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(link: Link) -> Tensor:
+        kind = link[0]._input_metadata[link[1]]
+        shape = [int(size) for size in kind.shape]
+        return torch.randn(shape, generator=generator).to(kind.device, kind.dtype)
+
+    try:
+        gradients = torch.autograd.grad(
+            [GradientEdge(*link) for link in starts],
+            [GradientEdge(*link) for link in ends],
+            [drawn(link) for link in starts],
+            allow_unused=True,
+        )
+    except Exception:  # Whatever the user's network raises: the masks are tried, then.
+        return {}
+    moved = {
+        link for link, g in zip(ends, gradients, strict=True) if g is not None and bool(g.any())
+    }
+    found: dict[Axis, Gate] = {}
+    for one in calls:
+        x, dim = one.given, channel_axes(one.module).site_dim
+        if x is None or dim is None or x.is_nested:
+            continue
+        nonzero = (x.detach() != 0).movedim(dim, -1).reshape(-1, x.shape[dim]).any(0)
+        acting = nonzero.cpu().numpy() & (one.made in moved)
+        known = found.get((one.name, dim))
+        found[one.name, dim] = Gate(x.shape[0], acting if known is None else acting | known.acting)
+    return found
+
+
 def with_acting_masks(
-    copied: nn.Module, inputs: Inputs, architecture: PrunedArchitecture
+    copied: nn.Module,
+    inputs: Inputs,
+    architecture: PrunedArchitecture,
+    gates: Mapping[Axis, Gate],
 ) -> PrunedArchitecture:
     """The architecture with every group whose mask has no effect marked.
 
     Args:
         copied: a copy of the network in evaluation mode with random weights.
+        gates: what is known of them already.
     """
     candidates = [group for group in architecture.groups if group.prunable]
-    moving, mixed = _moving(copied, inputs, candidates)
+    rows = {axis: gate.rows for axis, gate in gates.items()}
+    mixed = _mixed(inputs, candidates, rows)
+    moving = {group.name for group in candidates if _acts(group, gates)}
+    if any(g.name not in moving and g.name not in mixed for g in candidates):
+        others = _moving(copied, inputs, candidates)
+        moving, mixed = moving | others[0], mixed | others[1]
     untried = [g for g in candidates if g.name not in moving and g.name not in mixed]
     reasons = dict.fromkeys(_silent(copied, inputs, architecture, untried), _NO_EFFECT)
     reasons |= dict.fromkeys(mixed, _MIXED)
@@ -231,22 +330,36 @@ def with_acting_masks(
     return PrunedArchitecture.build(architecture.tensors, architecture.layers, groups)
 
 
+def _acts(group: PruningGroup, gates: Mapping[Axis, Gate]) -> bool:
+    return any(
+        bool(gate.acting[site.all_of(range(group.size))].any())
+        for site in group.sites
+        if (gate := gates.get(axis_of(site))) is not None
+    )
+
+
+def _mixed(inputs: Inputs, groups: Sequence[PruningGroup], rows: Mapping[Axis, int]) -> set[str]:
+    """Those of the groups of which a consumer reads rows that samples do not share evenly."""
+    packed, samples = packed_in(inputs), batch_size(inputs)
+    steps = 0 if packed is None else packed.data.shape[0]
+
+    def mixes(axis: Axis) -> bool:
+        count = rows.get(axis)
+        return count is not None and (count % samples != 0 or count == steps != samples)
+
+    return {g.name for g in groups if any(mixes(axis_of(site)) for site in g.sites)}
+
+
 def _moving(
     copied: nn.Module, inputs: Inputs, groups: Sequence[PruningGroup]
 ) -> tuple[set[str], set[str]]:
     """Those of the groups along whose gates the outputs have a gradient: not all of those that have
     an effect, but at the cost of one pass; and those of which a consumer reads rows that the
     samples do not share evenly."""
-    packed = packed_in(inputs)
-    steps = 0 if packed is None else packed.data.shape[0]
-    samples, rows = batch_size(inputs), dict[Axis, int]()
+    rows = dict[Axis, int]()
 
     def watch(axis: Axis, x: Tensor) -> None:
         rows[axis] = 0 if x.is_nested else x.shape[0]
-
-    def mixes(axis: Axis) -> bool:
-        count = rows.get(axis, 0)
-        return count % samples != 0 or (count == steps != samples)
 
     axes = dict.fromkeys(axis_of(site) for group in groups for site in group.sites)
     generator = torch.Generator().manual_seed(0)
@@ -261,14 +374,13 @@ def _moving(
             sums, _ = meter.backward(torch.stack(products).sum(), keep=False)
     except Exception:  # Whatever the user's network raises: each mask is tried, then.
         return set(), set()
-    mixed = {g.name for g in groups if any(mixes(axis_of(site)) for site in g.sites)}
     return {
         group.name
         for group in groups
         for site in group.sites
         if axis_of(site) in sums
         and bool(sums[axis_of(site)][0, sorted(site.all_of(range(group.size)))].any())
-    }, mixed
+    }, _mixed(inputs, groups, rows)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -39,8 +40,15 @@ class Relation:
     width: int = 1
     offset: int = 0
 
+    @cached_property
+    def same(self) -> bool:
+        """Whether channels keep their numbers, and all get through."""
+        return self == Relation()
+
     def forwards(self, channels: Ints) -> Pairs:
         """Pairs (producer's, consumer's) of the producer's channels."""
+        if self.same:
+            return channels, channels
         passing = channels[self._passes(channels)]
         first = (passing - self.start) // self.step * self.width + self.offset
         spread = first[:, None] + np.arange(self.width)
@@ -48,6 +56,8 @@ class Relation:
 
     def backwards(self, channels: Ints) -> Pairs:
         """Pairs (consumer's, producer's) of the consumer's channels."""
+        if self.same:
+            return channels, channels
         here = channels[channels >= self.offset]
         there = (here - self.offset) // self.width * self.step + self.start
         passing = self._passes(there)
@@ -67,6 +77,7 @@ class Relations:
     def __init__(self, links: Mapping[Any, list[Link]]) -> None:
         self._bridged = links
         self._axes: dict[Any, int | None] = {}
+        self._own: dict[Any, int | None] = {}
 
     def of(self, node: Any) -> list[tuple[Any, Relation, bool]]:
         """``(dependency, relation, forwards)`` of a node: to its inputs, then to its outputs."""
@@ -129,7 +140,7 @@ class Relations:
         here, came = self._axis(producer), shape_of(*link)
         if here is None or here >= len(came):
             return False
-        if _own_axis(consumer) is not None:
+        if self._own_axis(consumer) is not None:
             own = channel_axes(consumer.module).site_dim
             return own is not None and own % len(came) != here
         there = self._axis(consumer)
@@ -183,7 +194,7 @@ class Relations:
         stack, opened = [node], set()
         while stack:
             top = stack[-1]
-            needed = [] if top in opened or _own_axis(top) is not None else top.inputs
+            needed = [] if top in opened or self._own_axis(top) is not None else top.inputs
             missing = [producer for producer in needed if producer not in self._axes]
             opened.add(top)
             if missing:
@@ -192,12 +203,17 @@ class Relations:
                 self._axes.setdefault(stack.pop(), self._compute(top))
         return self._axes[node]
 
+    def _own_axis(self, node: Any) -> int | None:
+        if node not in self._own:
+            self._own[node] = _own_axis(node)
+        return self._own[node]
+
     def _input_axis(self, node: Any) -> int | None:
         axes = [self._axis(producer) for producer in node.inputs]
         return next((axis for axis in axes if axis is not None), None)
 
     def _compute(self, node: Any) -> int | None:
-        own = _own_axis(node)
+        own = self._own_axis(node)
         if own is not None:
             return own % len(shape_of(node.grad_fn, 0))
         # What was made first is the stream that branches are added to, whatever their axes.

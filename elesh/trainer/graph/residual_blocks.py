@@ -16,12 +16,12 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from elesh.trainer.network.calling import Inputs
+from elesh.trainer.network.calls import Call
 from elesh.trainer.network.layers import named_tensors
-from leyline import LayerBlock, LayerDescriptor, PrunedArchitecture, StandIn
+from leyline import LayerBlock, LayerDescriptor, StandIn
 from leyline.network.blocks import BlockKind, SkipStrategy, inside
 
-from .residual_branches import Branch, Pass, Trace
+from .residual_branches import Branch, Trace
 
 SKIP_POTENTIAL: dict[SkipStrategy, float] = {
     "identity": 1.0, "residual": 0.95, "linear_projection": 0.9, "conv_projection": 0.8,
@@ -45,142 +45,174 @@ class _Candidate:
     reason: str = ""
 
 
+class _Holdings:
+    """What the modules of a model hold, looked up once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.tensors = model, list(named_tensors(model))
+        self.modules = dict(model.named_modules())
+        named = dict(model.named_parameters())
+        self.sizes = {path: parameter.numel() for path, parameter in named.items()}
+        self.names = {id(parameter): path for path, parameter in named.items()}
+        self._order: dict[str, int] = {}
+        self._under: dict[str, dict[int, str]] = {}
+        for number, (path, module) in enumerate(model.named_modules()):
+            self._order[path] = number
+            for name, parameter in module._parameters.items():
+                for holder in _outwards(path) if parameter is not None else ():
+                    self._under.setdefault(holder, {}).setdefault(id(parameter), f"{path}.{name}")
+
+    def under(self, path: str) -> set[str]:
+        """Paths of the parameters inside a module, each once."""
+        return set(self._under.get(path, {}).values())
+
+    def only(self, path: str, dead: Collection[str]) -> bool:
+        """Whether all parameters of a module are dead."""
+        return all(name in dead for name in self._under.get(path, {}).values())
+
+    def holders(self, dead: Iterable[str]) -> list[str]:
+        """The modules around these parameters, in the order of the model's."""
+        found = {holder for path in dead for holder in _outwards(path.rpartition(".")[0])}
+        return sorted(found, key=self._order.__getitem__)
+
+
+def _outwards(path: str) -> list[str]:
+    """A module's path and those of all modules around it, but for the model."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
 def find_blocks(
-    model: nn.Module, inputs: Inputs, architecture: PrunedArchitecture, ignored: Collection[str]
+    trace: Trace, model: nn.Module, layers: Sequence[LayerDescriptor], ignored: Collection[str]
 ) -> tuple[LayerBlock, ...]:
-    """The blocks of a model that requires gradients everywhere, not proved yet.
+    """The blocks of a model, not proved yet.
 
     Args:
+        trace: of a forward pass with gradients everywhere.
+        layers: all layers of the model, in order of execution.
         ignored: modules that must stay.
     """
-    candidates = _disjoint(list(_candidates(Trace(model, inputs), model)))
+    held = _Holdings(model)
+    candidates = _disjoint(list(_candidates(trace, held)))
     candidates = [_respected(candidate, ignored) for candidate in candidates]
     covered = {path for candidate in candidates for path in candidate.tensors}
-    order = [layer.name for layer in architecture.layers]
+    order = [layer.name for layer in layers]
     blocks = [
         _block(name, candidate, order)
         for name, candidate in zip(_names(candidates), candidates, strict=True)
     ]
     blocks += [
-        _lone(layer, model, order)
-        for layer in architecture.layers
+        _lone(layer, held, order)
+        for layer in layers
         if layer.weight and layer.weight not in covered
     ]
     return tuple(blocks)
 
 
-def _candidates(trace: Trace, model: nn.Module) -> Iterator[_Candidate]:
-    names = {id(p): path for path, p in model.named_parameters()}
+def _candidates(trace: Trace, held: _Holdings) -> Iterator[_Candidate]:
+    names = held.names
     repeated = set[str]()
     for branch in trace.branches():
         paths = {names[n] for n in trace.dead(branch.contribution) if n in names}
         end = max(trace.made[branch.contribution], key=lambda one: one.left - one.entered)
         if paths:
-            yield _candidate(trace, model, branch, paths)
-        elif trace.times[end.path] > 1 and end.path not in repeated:
-            repeated.add(end.path)
-            own = {f"{end.path}.{n}" for n, _ in model.get_submodule(end.path).named_parameters()}
+            yield _candidate(trace, held, branch, paths)
+        elif trace.times[end.name] > 1 and end.name not in repeated:
+            repeated.add(end.name)
+            own = held.under(end.name)
             if own:
-                yield _candidate(trace, model, branch, own)
+                yield _candidate(trace, held, branch, own)
 
 
-def _candidate(trace: Trace, model: nn.Module, branch: Branch, dead: set[str]) -> _Candidate:
+def _candidate(trace: Trace, held: _Holdings, branch: Branch, dead: set[str]) -> _Candidate:
     """What goes with a branch that alone uses the parameters ``dead``."""
     ends = sorted(trace.made[branch.contribution], key=lambda one: -(one.left - one.entered))
-    own = [one for one in ends if trace.times[one.path] == 1] or ends
-    end = next((one for one in own if _only(model, one.path, dead)), own[-1])
-    block = _identity_block(trace, model, branch, dead)
+    own = [one for one in ends if trace.times[one.name] == 1] or ends
+    end = next((one for one in own if held.only(one.name, dead)), own[-1])
+    block = _identity_block(trace, held, branch, dead)
     entry = _entry(trace, branch, end)
     reason = _refusal(trace, branch, end, entry)
     if block is not None:
-        stand_ins: tuple[StandIn, ...] = (StandIn(module=block.path, kind="identity"),)
+        stand_ins: tuple[StandIn, ...] = (StandIn(module=block.name, kind="identity"),)
     else:
-        stand_ins = _stand_ins(trace, model, end, dead)
+        stand_ins = _stand_ins(trace, held, end, dead)
     gone = [stand_in.module for stand_in in stand_ins]
-    tensors = [t for t in named_tensors(model) if any(inside(t, module) for module in gone)]
+    tensors = [t for t in held.tensors if any(inside(t, module) for module in gone)]
     strategy: SkipStrategy = "identity" if block is not None else "residual"
     if not branch.reads_stream:
-        strategy = _projection(trace, model, branch)
+        strategy = _projection(trace, held.model, branch)
     return _Candidate(
-        branch=end.path,
+        branch=end.name,
         entry=entry,
         stand_ins=stand_ins,
         tensors=tuple(tensors),
         strategy=strategy,
-        kind=_kind(model, gone),
-        size=sum(p.numel() for path, p in model.named_parameters() if path in tensors),
-        reason=reason or _torn(model, gone, dead, set(tensors)),
+        kind=_kind(held.model, gone),
+        size=sum(held.sizes.get(path, 0) for path in tensors),
+        reason=reason or _torn(held, gone, dead, set(tensors)),
     )
 
 
-def _refusal(trace: Trace, branch: Branch, end: Pass, entry: str) -> str:
+def _refusal(trace: Trace, branch: Branch, end: Call, entry: str) -> str:
     """Why the branch cannot go, as far as the graph shows it."""
     if not branch.reads_stream:
         return "the other operand of the addition is no identity path but a layer of its own"
-    if trace.times[end.path] > 1:
-        return f"{end.path} is called {trace.times[end.path]} times in one forward pass"
+    if trace.times[end.name] > 1:
+        return f"{end.name} is called {trace.times[end.name]} times in one forward pass"
     return "" if entry else "the stream before it is no module's input, so it cannot be measured"
 
 
-def _torn(model: nn.Module, gone: Iterable[str], dead: set[str], tensors: set[str]) -> str:
+def _torn(held: _Holdings, gone: Iterable[str], dead: set[str], tensors: set[str]) -> str:
     """Why modules and parameters do not go together."""
     if left := sorted(dead - tensors):
         return f"parameters of modules that must stay go with it: {', '.join(left[:5])}"
-    shared = [path for path in gone if not _only(model, path, dead)]
+    shared = [path for path in gone if not held.only(path, dead)]
     return f"parameters of {', '.join(shared)} are used elsewhere, too" if shared else ""
 
 
-def _only(model: nn.Module, path: str, dead: Collection[str]) -> bool:
-    """Whether all parameters of a module are dead."""
-    return all(f"{path}.{name}" in dead for name, _ in model.get_submodule(path).named_parameters())
-
-
 def _identity_block(
-    trace: Trace, model: nn.Module, branch: Branch, dead: Collection[str]
-) -> Pass | None:
+    trace: Trace, held: _Holdings, branch: Branch, dead: Collection[str]
+) -> Call | None:
     """The outermost module from the stream to the addition that holds nothing else."""
     found = [
         one
-        for one in trace.passes
-        if one.input == branch.stream
-        and one.output is not None
-        and one.output[0] is branch.addition
+        for one in trace.given.get(branch.stream, ())
+        if one.made is not None
+        and one.made[0] is branch.addition
         and not one.extra_outputs
-        and trace.times[one.path] == 1
-        and _only(model, one.path, dead)
+        and trace.times[one.name] == 1
+        and held.only(one.name, dead)
     ]
     return max(found, key=lambda one: one.left - one.entered, default=None)
 
 
-def _entry(trace: Trace, branch: Branch, end: Pass) -> str:
+def _entry(trace: Trace, branch: Branch, end: Call) -> str:
     """The outermost module that was called once, with the stream, before the branch ended."""
     found = [
         one
-        for one in trace.passes
-        if one.input == branch.stream and one.entered <= end.entered and trace.times[one.path] == 1
+        for one in trace.given.get(branch.stream, ())
+        if one.entered <= end.entered and trace.times[one.name] == 1
     ]
-    return min(found, key=lambda one: one.entered).path if found else ""
+    return min(found, key=lambda one: one.entered).name if found else ""
 
 
 def _stand_ins(
-    trace: Trace, model: nn.Module, end: Pass, dead: Collection[str]
+    trace: Trace, held: _Holdings, end: Call, dead: Collection[str]
 ) -> tuple[StandIn, ...]:
     """Zeros for the branch's end, identities for the largest other modules that are dead."""
-    made = {one.path: one for one in trace.passes}
-    found = [StandIn(module=end.path, kind="zero", extra_outputs=end.extra_outputs)]
-    for path, module in model.named_modules():
-        if not path or path not in made or any(inside(path, x.module) for x in found):
+    found = [StandIn(module=end.name, kind="zero", extra_outputs=end.extra_outputs)]
+    for path in held.holders(dead):
+        last = trace.last.get(path)
+        if last is None or any(inside(path, x.module) for x in found) or inside(end.name, path):
             continue
-        if next(module.parameters(), None) is None or inside(end.path, path):
-            continue
-        if _only(model, path, dead):
-            extra = made[path].extra_outputs
+        if held.only(path, dead):
+            extra = last.extra_outputs
             found.append(StandIn(module=path, kind="identity", extra_outputs=extra))
     return tuple(found)
 
 
 def _projection(trace: Trace, model: nn.Module, branch: Branch) -> SkipStrategy:
-    modules = [model.get_submodule(one.path) for one in trace.made[branch.stream]]
+    modules = [model.get_submodule(one.name) for one in trace.made[branch.stream]]
     conv = any(isinstance(part, _ConvNd) for module in modules for part in module.modules())
     return "conv_projection" if conv else "linear_projection"
 
@@ -273,9 +305,9 @@ def _block(name: str, candidate: _Candidate, order: Sequence[str]) -> LayerBlock
     )
 
 
-def _lone(layer: LayerDescriptor, model: nn.Module, order: Sequence[str]) -> LayerBlock:
+def _lone(layer: LayerDescriptor, held: _Holdings, order: Sequence[str]) -> LayerBlock:
     """A layer with a weight that no residual addition passes by."""
-    module: Any = dict(model.named_modules()).get(layer.name)
+    module: Any = held.modules.get(layer.name)
     conv = isinstance(module, _ConvNd)
     strategy: SkipStrategy = "conv_projection" if conv else "linear_projection"
     kind: BlockKind = "conv" if conv else "linear" if isinstance(module, nn.Linear) else "other"

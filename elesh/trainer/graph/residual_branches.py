@@ -8,37 +8,14 @@ stream. Promises: the model is not changed; everything that only the branch lead
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor, nn
-
-from elesh.trainer.network.calling import Inputs, call, tensors_in
-from elesh.trainer.surgery.bypass import first_of
+from elesh.trainer.network.calls import Call, Link
 
 _MOVES = ("Transpose", "View", "Permute", "UnsafeView", "Clone", "ToCopy", "Reshape", "Squeeze")
-Link = tuple[Any, int]
-"""A tensor as autograd knows it: the function that made it and the number of its output."""
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One call of a module in the traced forward pass."""
-
-    path: str
-    entered: int
-    """When it began, counted in events."""
-    left: int
-    """When it ended."""
-    input: Link | None
-    """Its first tensor input."""
-    output: Link | None
-    """Its first output, if that is a tensor."""
-    extra_outputs: int
-    shape: tuple[int, ...]
-    """Of its first output."""
 
 
 @dataclass(frozen=True)
@@ -53,69 +30,49 @@ class Branch:
 
 
 class Trace:
-    """One forward pass of a model whose parameters require gradients."""
+    """A forward pass of a model whose parameters require gradients.
 
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
-        self.passes: list[Pass] = []
-        self._clock = 0
-        self._open: list[tuple[str, int, Link | None]] = []
-        handles = []
-        for path, module in model.named_modules():
-            if path:
-                handles.append(
-                    module.register_forward_pre_hook(self._enter(path), with_kwargs=True)
-                )
-                handles.append(module.register_forward_hook(self._leave))
-        try:
-            output = call(model, inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        self.roots = [t.grad_fn for t in tensors_in(output) if t.grad_fn is not None]
+    Args:
+        passes: its calls of modules.
+        outputs: what made its outputs.
+    """
 
-    def _enter(self, path: str) -> Any:
-        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._clock += 1
-            came = tensors_in([*args, *kwargs.values()])
-            self._open.append((path, self._clock, _link(came[0]) if came else None))
-
-        return enter
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._clock += 1
-        path, entered, came = self._open.pop()
-        first = first_of(output)
-        tensor = first if isinstance(first, Tensor) else None
-        self.passes.append(
-            Pass(
-                path,
-                entered,
-                self._clock,
-                came,
-                None if tensor is None else _link(tensor),
-                len(output) - 1 if isinstance(output, tuple) else 0,
-                () if tensor is None else tuple(tensor.shape),
-            )
-        )
+    def __init__(self, passes: Sequence[Call], outputs: Sequence[Link]) -> None:
+        self.passes, self.outputs = passes, outputs
+        self.roots = [function for function, _ in outputs]
 
     @cached_property
     def times(self) -> Counter[str]:
         """How often each module was called."""
-        return Counter(one.path for one in self.passes)
+        return Counter(one.name for one in self.passes)
 
     @cached_property
-    def made(self) -> dict[Link, list[Pass]]:
+    def made(self) -> dict[Link, list[Call]]:
         """The calls that had each tensor as their output."""
-        found: dict[Link, list[Pass]] = {}
+        found: dict[Link, list[Call]] = {}
         for one in self.passes:
-            if one.output is not None:
-                found.setdefault(one.output, []).append(one)
+            if one.made is not None:
+                found.setdefault(one.made, []).append(one)
         return found
+
+    @cached_property
+    def given(self) -> dict[Link, list[Call]]:
+        """The calls that had each tensor as their first input."""
+        found: dict[Link, list[Call]] = {}
+        for one in self.passes:
+            if one.first is not None:
+                found.setdefault(one.first, []).append(one)
+        return found
+
+    @cached_property
+    def last(self) -> dict[str, Call]:
+        """The last call of every module."""
+        return {one.name: one for one in self.passes}
 
     def branches(self) -> list[Branch]:
         """Additions of a module's output to something, in order of execution where it counts."""
         found: dict[Link, Branch] = {}
-        for node in self.reached():
+        for node in self.reached:
             operands = [(function, number) for function, number in node.next_functions if function]
             if node.name().startswith("AddBackward") and len(operands) == 2:
                 for branch in self._of(node, operands[0], operands[1]):
@@ -147,7 +104,7 @@ class Trace:
         while queue:
             link = queue.pop(0)
             function = link[0]
-            if any(self.times[one.path] == 1 for one in self.made.get(link, ())):
+            if any(self.times[one.name] == 1 for one in self.made.get(link, ())):
                 yield link
                 continue
             operands = [(f, n) for f, n in function.next_functions if f is not None]
@@ -208,24 +165,22 @@ class Trace:
     def _uses(self) -> Counter[Any]:
         """How often the result of every function is used."""
         found = Counter(root for root in self.roots)
-        for function in self.reached():
+        for function in self.reached:
             found.update(before for before, _ in function.next_functions if before is not None)
         return found
 
+    @cached_property
     def reached(self) -> list[Any]:
         """All functions behind the outputs."""
         return _behind(self.roots)
 
-    def parameters(self) -> set[int]:
-        """The ``id`` of every parameter that the outputs depend on."""
-        return {id(f.variable) for f in self.reached() if hasattr(f, "variable")}
+
+def parameters_behind(roots: Sequence[Any]) -> set[int]:
+    """The ``id`` of every parameter that what these functions made depends on."""
+    return {id(f.variable) for f in _behind(roots) if hasattr(f, "variable")}
 
 
-def _link(tensor: Tensor) -> Link | None:
-    return None if tensor.grad_fn is None else (tensor.grad_fn, tensor.output_nr)
-
-
-def _behind(starts: list[Any]) -> list[Any]:
+def _behind(starts: Sequence[Any]) -> list[Any]:
     """These functions and all that they depend on."""
     seen: set[Any] = set()
     queue = list(starts)

@@ -21,12 +21,19 @@ from elesh.trainer.network.layers import SIZES, named_tensors, refit
 from elesh.trainer.network.state import seed_generators
 from elesh.trainer.surgery.masks import Masks
 from elesh.trainer.surgery.tensors import point_to
-from leyline import Level, PrunedArchitecture
+from leyline import (
+    LayerDescriptor,
+    Level,
+    PrunedArchitecture,
+    PruningGroup,
+    Span,
+    TensorDescriptor,
+)
 
-from .hazards import run_once
+from .hazards import require_repeatable, train_once, trainable_example
 from .waypoints import narrowed
 
-__all__ = ["Trial", "TrialCuts", "Units"]
+__all__ = ["Trial", "TrialCuts", "Units", "drafted"]
 
 Ints = npt.NDArray[np.int64]
 Units = Mapping[str, Sequence[int]]
@@ -39,7 +46,6 @@ class Trial:
 
     Args:
         compared: from what the network returns to what has to be equal; None: all of it.
-        example: inputs that it runs with in training mode, if any.
     """
 
     def __init__(
@@ -47,27 +53,73 @@ class Trial:
         copied: nn.Module,
         inputs: Inputs,
         compared: Callable[[Any], Any] | None = None,
-        example: Inputs | None = None,
     ) -> None:
         self.copied, self._inputs, self._compared = copied, inputs, compared
-        self._example = example
+        self._in_training: tuple[Inputs | None, set[str]] | None = None
 
-    def outputs(self) -> list[Tensor]:
-        """All floating-point outputs, the random generators seeded."""
+    def run(self) -> Any:
+        """What the network returns, the random generators seeded."""
         seed_generators(device_of(self.copied), 0)
-        output = call(self.copied, self._inputs)
+        return call(self.copied, self._inputs)
+
+    def compared(self, output: Any) -> list[Tensor]:
+        """What has to be equal of what the network returned: floating-point tensors."""
         if self._compared is not None:
             output = self._compared(output)
         return [t for t in tensors_in(output) if t.is_floating_point()]
 
+    def outputs(self) -> list[Tensor]:
+        """Both in turn."""
+        return self.compared(self.run())
+
+    def require_repeatable(self) -> None:
+        """See :func:`~.hazards.require_repeatable`; nothing may be cut or masked."""
+        require_repeatable(self.copied, self._inputs)
+
     def train(self) -> None:
-        """Forward and backward in training mode, if it ran at first; moves running statistics.
+        """Forward and backward in training mode; moves running statistics.
 
         Branches that only training uses (auxiliary heads) must fit, too, and what is changed in
-        place must still be there for the backward pass.
+        place must still be there for the backward pass. Nothing is done if the whole network is
+        known not to run so.
         """
-        if self._example is not None:
-            run_once(self.copied, self._example, training=True)
+        example = self._in_training[0] if self._in_training else self._inputs
+        if example is not None:
+            train_once(self.copied, example)
+
+    def in_training(self) -> set[str]:
+        """The parameters that the whole network reaches in training mode; nothing may be cut."""
+        return self._found_in_training()[1]
+
+    def trained_wrongly(self) -> bool:
+        """Whether :meth:`train` ran with inputs that the whole network does not run with: what
+        was found there says nothing. From then on it takes others."""
+        if self._in_training is not None:
+            return False
+        return self._found_in_training()[0] is not self._inputs
+
+    def _found_in_training(self) -> tuple[Inputs | None, set[str]]:
+        if self._in_training is None:
+            self._in_training = trainable_example(self.copied, self._inputs)
+        return self._in_training
+
+
+def drafted(
+    tensors: tuple[TensorDescriptor, ...],
+    layers: tuple[LayerDescriptor, ...],
+    groups: tuple[PruningGroup, ...],
+) -> PrunedArchitecture:
+    """An architecture to try cuts by, without its hash; it is not validated."""
+    return PrunedArchitecture.model_construct(
+        model_hash="0" * 16,
+        tensors=tensors,
+        layers=layers,
+        groups=groups,
+        original_parameters=0,
+        original_macs=0,
+        history=(),
+        blocks=(),
+    )
 
 
 class TrialCuts:
@@ -77,7 +129,7 @@ class TrialCuts:
         self._copied, self.architecture = copied, architecture
         self.tensors = named_tensors(copied)
         self.whole = {path: tensor.data for path, tensor in self.tensors.items()}
-        self._indices: dict[str, list[Ints]] = {}
+        self._indices: dict[int, Ints] = {}
 
     @contextlib.contextmanager
     def masked(self, units: Units) -> Iterator[None]:
@@ -103,29 +155,30 @@ class TrialCuts:
         """By tensor and axis, which indices go."""
         gone: dict[str, dict[int, list[Ints]]] = {}
         for name, chosen in units.items():
-            group = self.architecture.group[name]
-            if name not in self._indices:
-                every = range(group.size)
-                self._indices[name] = [
-                    np.array(part.all_of(every)).reshape(group.size, -1) for part in group.slices
-                ]
-            for part, indices in zip(group.slices, self._indices[name], strict=True):
+            group, rows = self.architecture.group[name], np.array(chosen, dtype=np.int64)
+            for part in group.slices:
                 axes = gone.setdefault(part.tensor, {})
-                axes.setdefault(part.dim, []).append(indices[list(chosen)].reshape(-1))
-        return {
-            path: {dim: np.concatenate(lists) for dim, lists in axes.items()}
-            for path, axes in gone.items()
-        }
+                axes.setdefault(part.dim, []).append(self._places(part, rows))
+        return _joined(gone)
 
     def lost_inputs(self, units: Units) -> dict[str, dict[int, Ints]]:
         """By consumer and axis of its input, which channels go."""
-        gone: dict[str, dict[int, Ints]] = {}
+        gone: dict[str, dict[int, list[Ints]]] = {}
         for name, chosen in units.items():
-            for site in self.architecture.group[name].sites:
+            group, rows = self.architecture.group[name], np.array(chosen, dtype=np.int64)
+            for site in group.sites:
                 axes = gone.setdefault(site.module, {})
-                found = np.array(site.all_of(chosen), dtype=np.int64)
-                axes[site.dim] = np.append(axes[site.dim], found) if site.dim in axes else found
-        return gone
+                axes.setdefault(site.dim, []).append(self._places(site, rows))
+        return _joined(gone)
+
+    def _places(self, span: Span, units: Ints) -> Ints:
+        """The indices that units own."""
+        if span.indices is None:
+            return (span.start + units[:, None] * span.width + np.arange(span.width)).reshape(-1)
+        listed = self._indices.get(id(span))
+        if listed is None:
+            listed = self._indices[id(span)] = np.array(span.indices).reshape(-1, span.width)
+        return listed[units].reshape(-1)
 
     def put(self, paths: Collection[str], units: Units) -> None:
         """Give these tensors, and the modules that hold them, the sizes that ``units`` leave."""
@@ -170,6 +223,13 @@ class TrialCuts:
             module: {name: vars(module)[name] for name in _SIZES if name in vars(module)}
             for module in self._copied.modules()
         }
+
+
+def _joined(parts: Mapping[str, Mapping[int, Sequence[Ints]]]) -> dict[str, dict[int, Ints]]:
+    return {
+        path: {dim: np.concatenate(lists) for dim, lists in axes.items()}
+        for path, axes in parts.items()
+    }
 
 
 class Cut:

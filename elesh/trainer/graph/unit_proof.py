@@ -20,7 +20,7 @@ import torch
 from leyline import PrunedArchitecture, PruningGroup
 
 from .dependency_graph import summary
-from .trial import Cut, Trial, TrialCuts, Units
+from .trial import Cut, Trial, TrialCuts, Units, drafted
 from .waypoints import Fault, Guards, Waypoints, apart
 
 
@@ -40,8 +40,7 @@ def without_refuted(trial: Trial, architecture: PrunedArchitecture) -> PrunedArc
         else group
         for group in architecture.groups
     )
-    # Not model_copy: it would carry the architecture's cached look-ups along.
-    return PrunedArchitecture.build(architecture.tensors, architecture.layers, groups)
+    return drafted(architecture.tensors, architecture.layers, groups)
 
 
 class Admission(ABC):
@@ -185,6 +184,9 @@ class _Experiment(Admission):
         units = {name: self._trials[self._number][name] for name in names}
         run = _Run(self._trial, self._cuts, units, self._around)
         run.do(train=self._number == 0)
+        if run.blamed and self._number == 0 and self._trial.trained_wrongly():
+            run = _Run(self._trial, self._cuts, units, self._around)
+            run.do(train=True)
         for fault in run.waypoints.faults:
             blamed = self._readers.get(fault.place, set()) & units.keys()
             run.blamed.append(_Blame(fault.place, frozenset(blamed), _mixes(fault), True))
@@ -255,6 +257,7 @@ class _Run:
                 points.remember()
                 masked = self._trial.outputs()
         except Exception as error:
+            self._trial.require_repeatable()
             told = f"the network does not run under a mask: {summary(error)}"
             self.blamed.append(_Blame("", frozenset(), told))
             return

@@ -23,6 +23,7 @@ Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 """One batch of inputs; the first dimension of every tensor counts samples."""
 
 
+_PLAIN = (str, bytes, int, float, type(None))
 _EXAMPLES: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
@@ -104,8 +105,25 @@ def _mapping(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
 def tensors_in(value: Any) -> list[Tensor]:
     """Every tensor in a nest of tuples, lists, mappings and dataclasses, in order."""
     found: list[Tensor] = []
-    map_tensors(lambda tensor: found.append(tensor) or tensor, value)  # type: ignore[func-returns-value]
+    _collect(value, found)
     return found
+
+
+def _collect(value: Any, found: list[Tensor]) -> None:
+    if isinstance(value, Tensor):
+        found.append(value)
+    elif isinstance(value, PackedSequence):
+        for part in (value.data, value.sorted_indices, value.unsorted_indices):
+            _collect(part, found)
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            _collect(part, found)
+    elif isinstance(value, dict) or (not isinstance(value, _PLAIN) and isinstance(value, Mapping)):
+        for part in value.values():
+            _collect(part, found)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            _collect(getattr(value, field.name), found)
 
 
 def packed_in(value: Any) -> PackedSequence | None:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from leyline import LayerDescriptor
 
 from .calling import tensors_in
-from .layers import is_transposed_linear
+from .layers import channel_axes, is_transposed_linear
 
 Link = tuple[Any, int]
 """A tensor as autograd knows it: the function that made it and the number of its output."""
@@ -35,43 +31,18 @@ class Call:
     """The function that made its (first) output; None if it has no history."""
     positions: int
     """How often its weight was multiplied, all samples together."""
-
-
-_MULTIPLY = {
-    functional.linear: 0, functional.conv1d: 0, functional.conv2d: 0, functional.conv3d: 0,
-    torch.conv1d: 0, torch.conv2d: 0, torch.conv3d: 0,
-}  # fmt: skip
-"""Functions that multiply by their second argument ("weight"), and its axis of outputs."""
-_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
-
-
-class _WeightsUsed(TorchFunctionMode):
-    """While entered, counts how often parameters are multiplied, whoever does it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.positions: dict[int, int] = {}
-        """By the id of the parameter, all samples together."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in _MULTIPLY:
-            weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
-            self._count(weight, result, _MULTIPLY[func])
-        elif func in _PRODUCTS and len(args) > 1:
-            self._count(args[1], result, -1)
-        return result
-
-    def _count(self, weight: Any, result: Any, dim: int) -> None:
-        if isinstance(weight, nn.Parameter) and weight.ndim > 1 and isinstance(result, Tensor):
-            used = result.numel() // max(1, weight.shape[dim])
-            self.positions[id(weight)] = self.positions.get(id(weight), 0) + used
+    entered: int
+    """When it began, counted in events."""
+    left: int
+    """When it ended."""
+    first: Link | None
+    """Its first tensor input, if that has a history."""
+    made: Link | None
+    """Its first output, if that is a tensor with a history."""
+    extra_outputs: int
+    """How many others it returns behind that."""
+    given: Tensor | None
+    """Its first tensor input, of layers that mix channels."""
 
 
 class Calls:
@@ -79,27 +50,35 @@ class Calls:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._mixing = {
+            name
+            for name, module in model.named_modules()
+            if channel_axes(module).site_dim is not None
+        }
         self._handles: list[RemovableHandle] = []
+        self._clock = 0
+        self._open: list[tuple[str, int, list[Tensor], list[Link | None]]] = []
         self.made: list[Call] = []
-        self._used = _WeightsUsed()
-        self._entered = contextlib.ExitStack()
 
     def __enter__(self) -> Calls:
-        self._entered.enter_context(self._used)
-        self._handles = [
-            module.register_forward_hook(self._note(name), with_kwargs=True)
-            for name, module in self._model.named_modules()
-            if name
-        ]
+        for name, module in self._model.named_modules():
+            if name:
+                enter, leave = self._enter(name), self._leave(name)
+                self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+                self._handles.append(module.register_forward_hook(leave))
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._entered.close()
         for handle in self._handles:
             handle.remove()
 
-    def layers(self, samples: int) -> tuple[LayerDescriptor, ...]:
-        """Descriptors of the modules with parameters of their own, in order of execution."""
+    def layers(self, samples: int, used: Mapping[int, int]) -> tuple[LayerDescriptor, ...]:
+        """Descriptors of the modules with parameters of their own, in order of execution.
+
+        Args:
+            used: by the id of a parameter, how often it was multiplied, all samples together:
+                where no layer that was called does that, who owns it is a layer, too.
+        """
         positions: dict[str, int] = {}
         for call in self.made:
             positions[call.name] = positions.get(call.name, 0) + call.positions
@@ -108,41 +87,64 @@ class Calls:
         called = tuple(
             descriptor
             for name, used in positions.items()
-            if any(True for _ in modules[name].parameters(recurse=False))
+            if any(held is not None for held in modules[name]._parameters.values())
             for descriptor in _descriptors(name, modules[name], used // samples, paths)
         )
-        return called + tuple(self._by_functions(called, samples))
+        return called + tuple(self._by_functions(called, samples, used))
 
     def _by_functions(
-        self, called: Sequence[LayerDescriptor], samples: int
+        self, called: Sequence[LayerDescriptor], samples: int, used: Mapping[int, int]
     ) -> Iterator[LayerDescriptor]:
         """Layers whose weights others multiply by: their own forward pass is not called."""
         known = {layer.weight for layer in called if layer.weight}
         names = {layer.name for layer in called}
         for path, parameter in self._model.named_parameters():
-            used = self._used.positions.get(id(parameter), 0) // samples
-            if not used or path in known:
+            positions = used.get(id(parameter), 0) // samples
+            if not positions or path in known:
                 continue
             owner, _, attribute = path.rpartition(".")
             kind = type(self._model.get_submodule(owner)).__name__.lower()
             name = owner if attribute == "weight" and owner not in names else path
-            yield LayerDescriptor(name=name, kind=kind, weight=path, positions=used)
+            yield LayerDescriptor(name=name, kind=kind, weight=path, positions=positions)
 
-    def _note(self, name: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            came = [x for x in tensors_in([*args, *kwargs.values()]) if x.grad_fn is not None]
+    def _enter(self, name: str) -> Callable[..., None]:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._clock += 1
+            came = tensors_in([*args, *kwargs.values()])
+            # Now: what works in place changes the history of its input.
+            self._open.append((name, self._clock, came, [_link(x) for x in came]))
+
+        return enter
+
+    def _leave(self, name: str) -> Callable[..., None]:
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            self._clock += 1
+            while self._open and self._open[-1][0] != name:
+                self._open.pop()  # It raised, and whoever called it went on.
+            _, entered, came, links = self._open.pop()
             left = tensors_in(output)
+            first = output[0] if isinstance(output, tuple) and output else output
             self.made.append(
                 Call(
                     name,
                     module,
-                    tuple((x.grad_fn, x.output_nr) for x in came),
+                    tuple(link for link in links if link is not None),
                     left[0].grad_fn if left else None,
-                    _positions(module, tensors_in([*args, *kwargs.values()]), left),
+                    _positions(module, came, left),
+                    entered,
+                    self._clock,
+                    links[0] if links else None,
+                    _link(first) if isinstance(first, Tensor) else None,
+                    len(output) - 1 if isinstance(output, tuple) else 0,
+                    came[0] if came and name in self._mixing else None,
                 )
             )
 
-        return note
+        return leave
+
+
+def _link(tensor: Tensor) -> Link | None:
+    return None if tensor.grad_fn is None else (tensor.grad_fn, tensor.output_nr)
 
 
 def _positions(module: nn.Module, came: list[Tensor], left: list[Tensor]) -> int:

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from .calling import device_of
 from .compilation import Uncompiled
 
-__all__ = ["preserved", "preserve_state", "seed_generators", "trainable"]
+__all__ = ["evaluated", "preserved", "preserve_state", "seed_generators", "trainable"]
 
 _DEPTH = 6
 """How many containers and objects deep attributes of a module are followed."""
@@ -70,12 +70,17 @@ def preserve_state(model: nn.Module, seed: int, *others: Any) -> Iterator[None]:
         Uncompiled(model),
     ):
         seed_generators(device_of(model), seed)
-        model.eval()
-        for module in model.modules():
-            if isinstance(module, nn.TransformerEncoder):
-                # It would pack padded batches into nested tensors, which have no channel axis.
-                module.use_nested_tensor = False
+        evaluated(model)
         yield
+
+
+def evaluated(model: nn.Module) -> None:
+    """Put a model into evaluation mode, in which all activations have an axis of channels."""
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            # It would pack padded batches into nested tensors, which have no channel axis.
+            module.use_nested_tensor = False
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elesh.trainer.graph.hazards import run_once, trainable_example
+from elesh.trainer.graph.hazards import train_once, trainable_example
 from elesh.trainer.network.calling import Inputs, call, device_of, map_tensors, tensors_in
 from elesh.trainer.network.state import preserve_state, seed_generators
 from elesh.trainer.recovery.snapshot import Snapshot, Tracked
@@ -282,7 +282,7 @@ def _step(surgeon: Surgeon, example: Inputs) -> None:
     try:
         outputs = [t for t in tensors_in(call(model, example)) if t.requires_grad]
         if not outputs:
-            run_once(model, example, training=True)
+            train_once(model, example)
             return
         loss = torch.stack([t.float().square().mean() for t in outputs]).sum()
         torch.autograd.backward(loss)

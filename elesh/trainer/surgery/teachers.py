@@ -21,6 +21,8 @@ __all__ = ["teachers_in", "with_teachers"]
 
 def teachers_in(model: nn.Module) -> tuple[WeightCopy, ...]:
     """The frozen parts of a network that copy a trained part; the outermost ones."""
+    if all(parameter.requires_grad for parameter in model.parameters()):
+        return ()
     parts = [(path, module) for path, module in model.named_modules() if path]
     trained = [(path, module) for path, module in parts if _all(module, requires_grad=True)]
     found: list[WeightCopy] = []
