@@ -130,6 +130,14 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("quick" if quick else "elesh")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The quick tests do not import a file that is slow as a whole, nor the frameworks that it
+    needs."""
+    if "not slow" not in config.getoption("markexpr", "") or collection_path.suffix != ".py":
+        return None
+    return "\npytestmark = pytest.mark.slow\n" in collection_path.read_text() or None
+
+
 IN_CI = 5
 """So many cases of a ``sampled`` test run in CI; the others in ``make soak``."""
 LONG = ("system", "trainer", "worker", "pruning", "program")
