@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all soak check contracts reference clean
+.PHONY: demo test test-all soak check check-types check-files contracts reference clean
 
 demo: $(READY)
 	$(BIN)/elesh demo
@@ -33,12 +33,17 @@ soak: $(READY)
 	$(BIN)/python -m tests.fuzz --count 100000 --seed 1
 	$(BIN)/python -m tests.random_graphs --count 2000 --seed 1
 
-check: $(READY)
+# `make -j2 check` has both at once.
+check: check-types check-files
+
+check-types: $(READY)
+	$(BIN)/mypy
+	$(BIN)/mypy -m contracts.generate -m docs.generate
+
+check-files: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/mypy -m contracts.generate -m docs.generate
 	$(BIN)/python -m contracts.generate --check
 	$(BIN)/python -m docs.generate --check
 

@@ -27,6 +27,7 @@ from elesh.bus import embedded_server
 _numbers = itertools.count(1)
 # A machine that is slow or loaded fails nothing.
 settings.register_profile("elesh", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", settings.get_profile("elesh"), max_examples=40)
 settings.register_profile("quick", settings.get_profile("elesh"), max_examples=20)
 
 
@@ -125,9 +126,10 @@ def _process_wide() -> dict[str, object]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The quick tests draw fewer examples: the others draw all of them."""
-    quick = "not slow" in config.getoption("markexpr", "")
-    settings.load_profile("quick" if quick else "elesh")
+    """The quicker the tier, the fewer examples are drawn."""
+    tiers = {"not slow": "quick", "not soak": "ci"}
+    chosen = config.getoption("markexpr", "")
+    settings.load_profile(next((tiers[kind] for kind in tiers if kind in chosen), "elesh"))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

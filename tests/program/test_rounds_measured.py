@@ -75,7 +75,7 @@ def with_held_out(trained: Trained, **changed: Any) -> CheckpointBundle:
     return replace(trained.bundle, network=replace(network, held_out=held_out))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_at_40_percent_rounds_lose_less_than_one_choice_does() -> None:
     """Without fine-tuning, on unseen data, three seeds: less than half of the .16 that one choice
     lost before decision 0086, and less than it loses since."""

@@ -13,8 +13,21 @@ import pytest
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("[0-9]*.py"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+FRAMEWORKS = ("lightning", "hf_trainer")
+"""In CI, test_lightning_and_hugging_face.py and test_setups.py do what these callbacks do."""
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        pytest.param(
+            path,
+            id=path.stem,
+            marks=pytest.mark.soak if path.stem[3:] in FRAMEWORKS else pytest.mark.slow,
+        )
+        for path in EXAMPLES
+    ],
+)
 def test_an_example_runs_and_ends_smaller(example: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "ELESH_REDIS_URL"}
     done = subprocess.run(

@@ -14,10 +14,11 @@ SCHEDULE = dict.fromkeys(
 )
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_after_three_failed_analyses_the_demo_trains_on_under_an_open_breaker(
     redis_url: str, partition: str, tmp_path: Path
 ) -> None:
+    """The breaker alone: tests/worker/test_breaker.py."""
     settings = tmp_path / "short.yaml"
     sections = {
         "structured_pruning": {"safety_schedule": SCHEDULE},
@@ -46,10 +47,10 @@ def test_after_three_failed_analyses_the_demo_trains_on_under_an_open_breaker(
 def test_without_a_bus_the_demo_says_so_in_one_line_and_trains_to_the_end(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     done = elesh_process(
-        "demo", "--epochs", "2", "--workers", "1", "--json", str(out),
+        "demo", "--epochs", "1", "--workers", "1", "--json", str(out),
         environment={"ELESH_REDIS_URL": "redis://127.0.0.1:1/0", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert sum("does not answer" in line for line in done.stdout.splitlines()) == 1
     figures = json.loads(out.read_text())
-    assert (figures["epochs"], figures["missed"], figures["decisions"]) == (2, 2, [])
+    assert (figures["epochs"], figures["missed"], figures["decisions"]) == (1, 1, [])

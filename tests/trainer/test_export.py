@@ -21,6 +21,7 @@ from leyline import ContractError, InvalidField, NetworkExport, PrunedArchitectu
 
 NETS = ["Vgg", "ResNet", "Dense", "Mobile", "Vit", "Shared", "Unet", "Gated"]
 ATTENTION = ["native", "encoder", "BERT", "GPT-2", "Llama"]
+IN_CI = ("native", "Llama")
 
 
 def run(
@@ -82,8 +83,13 @@ def test_the_exported_network_is_the_network_plain_and_masked(name: str) -> None
     check(trainer_nets.build(name), inputs, trainer_nets.example())
 
 
-@pytest.mark.parametrize("name", ATTENTION)
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in IN_CI else pytest.mark.soak)
+        for name in ATTENTION
+    ],
+)
 def test_transformers_are_exported_plain_and_masked(name: str) -> None:
     check(attention_nets.build(name), attention_nets.inputs(name, 5), attention_nets.inputs(name))
 

@@ -77,7 +77,7 @@ def test_fixed_scores_choose_the_same_however_the_groups_are_split() -> None:
     places=st.lists(st.integers(0, 3), min_size=len(SIZES), max_size=len(SIZES)),
     round_to=st.sampled_from((1, 4)),
 )
-@hypothesis_settings(max_examples=25, deadline=None)
+@hypothesis_settings(max_examples=8, deadline=None)
 @pytest.mark.slow
 def test_however_the_groups_are_split_every_limit_holds(
     seed: int, places: list[int], round_to: int

@@ -1,7 +1,7 @@
 """Faults inside the real compute child, by environment variables; only tests put it on its path.
 
 ``ELESH_FAULT`` says what happens when a level is analysed, ``ELESH_FAULT_WHEN`` when: ``always``,
-``full`` (not on a lower rung of the ladder), ``level:<level>``, ``shard:<group>``, or
+``full`` (not on a later fallback), ``level:<level>``, ``shard:<group>``, or
 ``once:<file>`` (the file marks that it has happened).
 """
 
@@ -87,9 +87,18 @@ def _break_structure() -> None:
     elesh.analysis.pruning_set.effects.safety.structure = broken
 
 
+def _little_inline(most: int) -> None:
+    """Have masks of more bytes than this travel beside their message."""
+    import elesh.worker.compute.parameter_masks
+
+    elesh.worker.compute.parameter_masks._INLINE = most
+
+
 if "elesh.worker.compute.child" in sys.orig_argv and os.environ.get("ELESH_FAULT"):
     _name, _, _argument = os.environ["ELESH_FAULT"].partition(":")
     if _name == "structure":
         _break_structure()
+    elif _name == "inline":
+        _little_inline(int(_argument))
     else:
         _inject(_name, _argument, os.environ.get("ELESH_FAULT_WHEN", "always"))
