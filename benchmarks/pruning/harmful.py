@@ -7,31 +7,34 @@ go last, at random places of the order. The worker measures each on held-out sam
 under the limits of the aggressive phase. Truth is the drop of accuracy on samples that nobody has
 seen: harmful is what costs more than the limit, "missed" where what the worker kept does. The last
 column counts the worker's intervals that have that drop inside.
+
+Every network is a line of JSON in ``--out``; one that has a line is not measured again, so that a
+command that was killed is simply given again.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.common.report import arguments, show, write
+from benchmarks.common.report import arguments, show
 from benchmarks.common.subjects import Subject
 from benchmarks.pruning.rounds import checkpoint, settings
 from elesh.analysis import analyze
 from elesh.program import verifier
 from elesh.safety import Entry, Measured, Proposal
 from elesh.trainer import MeasuredCheckpoint, Surgeon
-from leyline import CheckpointBundle
+from leyline import CheckpointBundle, Phase
 
 SHARES = (0.2, 0.4, 0.6)
 SWAPPED = 0.1
 DRAWS = 10
-LIMIT = 0.05
-"""The aggressive phase's, of the accuracy."""
 ALL_BUT_THE_LAST = 0.9
 
 
@@ -64,6 +67,8 @@ class Case:
     """One set, and what became of it."""
 
     swapped: bool
+    limit: float
+    """Of the drop of accuracy, in the aggressive phase."""
     drop: float
     """Of the whole set, on samples that nobody has seen."""
     kept: float
@@ -77,6 +82,7 @@ def cases(subject: Subject) -> list[Case]:
     """All sets of one network."""
     bundle, x, y = checkpoint(subject)
     assert isinstance(bundle, MeasuredCheckpoint)
+    bundle = replace(bundle, levels=(subject.level,))
     surgeon = Surgeon(subject.model, subject.architecture, restore_points=0)
 
     def accuracy(order: Sequence[Entry]) -> float:
@@ -108,9 +114,11 @@ def cases(subject: Subject) -> list[Case]:
                 raise RuntimeError(f"not measured: {measured.skipped}")
             interval = said.accuracy_drop_interval
             inside = interval.low <= kept_drop <= interval.high if measured.kept else None
+            limits = chosen.verification.limits(frozenset({level}), Phase.AGGRESSIVE)
             found.append(
                 Case(
                     proposal is not plain,
+                    limits.accuracy_drop,
                     whole - accuracy(proposal.order),
                     len(measured.kept) / len(proposal.order),
                     kept_drop,
@@ -122,9 +130,9 @@ def cases(subject: Subject) -> list[Case]:
 
 def counted(found: Sequence[Case]) -> Mapping[str, Any]:
     """The figures of the table."""
-    harmful = [case for case in found if case.drop > LIMIT]
-    harmless = [case for case in found if case.drop <= LIMIT]
-    missed = [case for case in harmful if case.kept_drop > LIMIT]
+    harmful = [case for case in found if case.drop > case.limit]
+    harmless = [case for case in found if case.drop <= case.limit]
+    missed = [case for case in harmful if case.kept_drop > case.limit]
     inside = [case.inside for case in found if case.inside is not None]
     return {
         "harmful sets": len(harmful),
@@ -137,22 +145,38 @@ def counted(found: Sequence[Case]) -> Mapping[str, Any]:
     }
 
 
+def read(path: Path) -> dict[tuple[str, int, int], list[Case]]:
+    """By net, seed and epochs: what was measured so far."""
+    lines = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
+    return {
+        (line["net"], line["seed"], line["epochs"]): [Case(**case) for case in line["cases"]]
+        for line in lines
+    }
+
+
 def main() -> None:
-    """Measure and print."""
-    asked = arguments(__doc__.splitlines()[0], ("resnet", "concat", "vgg")).parse_args()
+    """Measure what is not there yet, and print."""
+    parser = arguments(__doc__.splitlines()[0], ("resnet", "concat", "vgg", "vit-deep-heads"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".jsonl"))
+    asked = parser.parse_args()
     torch.set_num_threads(1)
-    rows, figures = [], dict[str, Any]()
-    for net in asked.nets:
-        found = [
-            case
-            for seed in asked.seeds
-            for case in cases(Subject.trained(net, seed, asked.epochs, asked.cache))
-        ]
-        table = counted(found)
-        figures[net] = {"table": table, "cases": [vars(case) for case in found]}
-        rows.append([net, *map(str, table.values())])
-        write(asked.json, figures)
-    show(f"{len(asked.seeds)} seeds, {DRAWS} sets a share", ["net", *table], rows)
+    for seed in asked.seeds:
+        for net in asked.nets:
+            if (net, seed, asked.epochs) in read(asked.out):
+                continue
+            found = cases(Subject.trained(net, seed, asked.epochs, asked.cache))
+            line = {"net": net, "seed": seed, "epochs": asked.epochs}
+            with asked.out.open("a") as file:
+                file.write(json.dumps(line | {"cases": [vars(case) for case in found]}) + "\n")
+    measured = read(asked.out)
+    by_net = {
+        net: [case for (other, *_), found in measured.items() if other == net for case in found]
+        for net in dict.fromkeys(net for net, *_ in measured)
+    }
+    by_net["all"] = [case for found in by_net.values() for case in found]
+    tables = {net: counted(found) for net, found in by_net.items()}
+    rows = [[net, *map(str, table.values())] for net, table in tables.items()]
+    show(f"{len(measured)} networks, {DRAWS} sets a share", ["net", *tables["all"]], rows)
 
 
 if __name__ == "__main__":

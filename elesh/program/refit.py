@@ -7,16 +7,16 @@ what is no linear map of its inputs keeps its weights, as at the trainer's.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from elesh.safety import Entry
-from leyline import Level, PrunedArchitecture
+from leyline import Level, NormSite, PrunedArchitecture
 
-from .least_squares import RIDGE, predict_lost, spread
+from .least_squares import RIDGE, Normalised, normalised_by, predict_lost, spread
 from .program import Node, Program
 
 __all__ = ["Consumer", "Refit", "consumer_of"]
@@ -74,6 +74,7 @@ class Refit:
     def of(self, entries: Sequence[Entry]) -> dict[str, Tensor]:
         """The refitted weights, by path, once the units of ``entries`` are gone."""
         lost: dict[tuple[str, int], set[int]] = {}
+        norms: dict[tuple[str, int], dict[str, NormSite]] = {}
         layers = {name for level, name, _ in entries if level is Level.LAYER}
         dead = {path for name in layers for path in self.architecture.block[name].tensors}
         for level, name, unit in entries:
@@ -81,6 +82,8 @@ class Refit:
                 continue
             for site in self.architecture.group[name].sites:
                 lost.setdefault((site.module, site.dim), set()).update(site.of(unit))
+                over = {norm.module: norm for norm in self.architecture.group[name].norms}
+                norms.setdefault((site.module, site.dim), {}).update(over)
         found: dict[str, Tensor] = {}
         for (module, dim), gone in lost.items():
             if module in self.skip or f"{module}.weight" in dead:
@@ -89,7 +92,11 @@ class Refit:
             if consumer is None:
                 continue
             means, squares, rows = self.inputs[module, dim]
-            solved = predict_lost(means, squares, gone, consumer.bias is not None, RIDGE, rows)
+            over_all = self._normalised(norms[module, dim].values(), len(means))
+            norm = normalised_by(means, squares, over_all)
+            solved = predict_lost(
+                means, squares, gone, consumer.bias is not None, RIDGE, rows, norm
+            )
             weight = self.weights[consumer.weight]
             bias = None if consumer.bias is None else self.weights[consumer.bias]
             refitted, shifted = spread(weight, bias, consumer.dim, solved)
@@ -98,6 +105,14 @@ class Refit:
                 if consumer.bias is not None and bias is not None and shifted is not None:
                     found[consumer.bias] = shifted.to(bias.dtype)
         return found
+
+    def _normalised(self, sites: Iterable[NormSite], size: int) -> list[Normalised]:
+        """The normalisations at some sites, as far as they are over ``size`` channels."""
+        found = []
+        for site in sites:
+            gain, offset = (self.weights.get(f"{site.module}.{x}") for x in ("weight", "bias"))
+            found.append(Normalised.of(site.kind, size, gain, offset))
+        return [norm for norm in found if norm is not None]
 
 
 def _grouped(node: Node) -> bool:

@@ -101,15 +101,20 @@ class Goals:
                 round takes an equal share of what the one before has left.
 
         Returns:
-            A share of the *present* network; None where all goals of this progress are met.
+            A share of the original network, so that no more goes than is asked for (of latency,
+            which falls in stairs, of the *present* one); None where all goals of this progress
+            are met.
         """
         left = self.left(now)
         goals = {name: share**progress for name, share in self.asked.items()}
         name = max(goals, key=lambda n: left[n] / goals[n])
         if left[name] <= goals[name]:
             return None
-        share = goals[name] / left[name]
-        return Budget(resource=name, at_most=share, latency=self._table_now(now, name))
+        if name == "latency":
+            share = goals[name] / left[name]
+            return Budget(resource=name, at_most=share, latency=self._table_now(now, name))
+        whole = self._total(self.original, name)
+        return Budget(resource=name, at_most=goals[name], of="original", original=whole)
 
     def budgets(self, now: PrunedArchitecture) -> tuple[Budget, ...]:
         """All goals as budgets of the original network, for a request."""

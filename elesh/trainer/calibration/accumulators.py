@@ -17,6 +17,7 @@ import torch
 from scipy.special import expit
 from torch import Tensor, nn
 
+from elesh.program.least_squares import Normalised
 from elesh.trainer.network.gates import Axis, axis_of
 from elesh.trainer.network.layers import channel_axes, named_tensors
 from leyline import (
@@ -29,6 +30,8 @@ from leyline import (
     PruningGroup,
 )
 from leyline.network.parts import Span
+
+from .behind_norms import behind_norm
 
 ACTIVE = 1e-3
 """Activations of a larger magnitude count as active."""
@@ -91,19 +94,24 @@ class InputTally:
         self.summed = self.summed + summed
         self.left = self.left + _squares(gradient) - summed / positions
 
-    def fields(self, samples: int, centred: bool) -> dict[str, Doubles]:
+    def fields(
+        self, samples: int, centred: bool, norms: Collection[Normalised] = ()
+    ) -> dict[str, Doubles]:
         """The fields of one site: ``input_moments`` and so on.
 
         Args:
             centred: the consumer can take up a constant.
+            norms: over all units of the group.
         """
-        means = np.asarray(self.first) / self.rows * centred
-        return {
+        raw = np.asarray(self.first) / self.rows
+        means = raw * centred
+        fields = {
             "input_moments": self.second / self.rows - np.outer(means, means),
             "input_means": means,
             "sample_moments": np.asarray(self.steady) / self.rows - means**2,
             "input_slopes": np.stack([self.summed, self.left]) / samples,
         }
+        return behind_norm(fields, raw, norms) if norms else fields
 
 
 def _doubles(values: Tensor) -> Doubles:
@@ -252,11 +260,17 @@ class GroupTally:
                     seen.append(units.reshape(samples, -1, self.group.size * site.width))
             self.inputs.setdefault(number, InputTally()).see(*seen)
 
-    def gates(self, samples: int, constants: Collection[Axis] = ()) -> GateStatistics:
+    def gates(
+        self,
+        samples: int,
+        constants: Collection[Axis] = (),
+        norms: Collection[Normalised] = (),
+    ) -> GateStatistics:
         """The gate statistics of all samples.
 
         Args:
             constants: axes whose consumers can take up a constant: input moments are about means.
+            norms: over all units of the group.
         """
         rated = self.rated == samples
         return GateStatistics(
@@ -268,16 +282,18 @@ class GroupTally:
             removal_error=None if self.rise_error is None else single(self.rise_error),
             moves=np.concatenate(self.moves) if rated else None,
             margins=np.concatenate(self.margins) if rated else None,
-            **self._input_moments(samples, constants),
+            **self._input_moments(samples, constants, norms),
         )
 
-    def _input_moments(self, samples: int, constants: Collection[Axis]) -> dict[str, Any]:
+    def _input_moments(
+        self, samples: int, constants: Collection[Axis], norms: Collection[Normalised]
+    ) -> dict[str, Any]:
         """The input moments of all sites, where they were measured at each."""
         sites = self.group.sites
         if not self.inputs or len(self.inputs) < len(sites):
             return {}
         found = [
-            self.inputs[number].fields(samples, axis_of(site) in constants)
+            self.inputs[number].fields(samples, axis_of(site) in constants, norms)
             for number, site in enumerate(sites)
         ]
         return {name: single(np.stack([site[name] for site in found])) for name in found[0]}

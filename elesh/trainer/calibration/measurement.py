@@ -9,7 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from elesh.trainer.network.gates import Axis, axis_of
-from elesh.trainer.surgery.reconstruction import CovarianceSums, InputCovariance, takes_constant
+from elesh.trainer.surgery.reconstruction import (
+    CovarianceSums,
+    InputCovariance,
+    normalisations,
+    takes_constant,
+)
 from leyline import (
     ChannelImportanceData,
     GateStatistics,
@@ -22,6 +27,7 @@ from leyline import (
 from .accumulators import CORRELATED_SAMPLES, AxisTally, GroupTally, Sums, magnitudes
 from .attention_patterns import PATTERN_SAMPLES, AttentionWeights, PatternTally
 from .head_ablation import Batches, masked_loss_increases, most_doubtful
+from .shared_inputs import SharedInputs
 
 __all__ = ["Measurement"]
 
@@ -39,6 +45,7 @@ class Measurement:
             axis_of(site): AxisTally() for tally in self._groups for site in tally.group.sites
         }
         self._covariance = CovarianceSums() if reconstruct else None
+        self._shared = SharedInputs()
         self._first: dict[Axis, list[GroupTally]] = {}
         self._patterns: dict[Axis, PatternTally] = {}
         self._weights = AttentionWeights()
@@ -60,10 +67,12 @@ class Measurement:
     def expect(self, batch: int) -> None:
         """Say how many samples the next forward pass has."""
         self.batch = batch
+        self._shared.clear()
 
     def watch(self, axis: Axis, x: Tensor) -> None:
         """Look at the activations that pass an axis."""
         self._axes[axis].see(x, axis[1])
+        self._shared.see(axis, x)
         if self._covariance is not None:
             self._covariance.see(axis, x)
         rows = len(x) * min(self.batch, CORRELATED_SAMPLES - self.samples) // self.batch
@@ -75,11 +84,19 @@ class Measurement:
             self._patterns[axis].see(self._weights.take(), x.numel() // x.shape[-1], left)
 
     def _enter(self, axis: Axis, x: Tensor, gradient: Tensor) -> None:
-        for tally in self._groups:
-            tally.enter(axis, x, gradient, self.batch)
+        for first, summed in self._shared.together(axis, x, gradient):
+            for tally in self._groups:
+                tally.enter(first, x, summed, self.batch)
+
+    def _all_entered(self) -> None:
+        """After a batch: what waits for a reader that had no gradient waits no longer."""
+        for axis, x, gradient in self._shared.left():
+            for tally in self._groups:
+                tally.enter(axis, x, gradient, self.batch)
 
     def add(self, projections: Sums, true: Sums, sizes: Sums, sampled: Sums) -> None:
         """Take in the sums of a batch."""
+        self._all_entered()
         for tally in self._groups:
             tally.add(projections, true, sizes, sampled, self.batch)
         self.samples += self.batch
@@ -88,6 +105,7 @@ class Measurement:
         self, projections: Sums, moves: Sums, sizes: Sums, rivals: Sums, margins: Tensor
     ) -> None:
         """Take in the sums of a batch whose samples have margins."""
+        self._all_entered()
         known = margins.double().cpu().numpy()
         for tally in self._groups:
             tally.add_logit_gaps(projections, moves, sizes, rivals, known)
@@ -123,7 +141,12 @@ class Measurement:
             t.group.name: t.channels(self._axes, norms[t.group.name]) for t in channel_tallies
         }
         constants = {a for a in self._axes if takes_constant(model.get_submodule(a[0]))}
-        gates = {t.group.name: t.gates(self.samples, constants) for t in self._groups}
+        gates = {
+            t.group.name: t.gates(
+                self.samples, constants, normalisations(model, [t.group], t.group.size)
+            )
+            for t in self._groups
+        }
         heads = {
             t.group.name: t.heads(self.samples, self._axes, self._patterns[t.first_axis].fields())
             for t in self._groups

@@ -25,11 +25,18 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.hooks import RemovableHandle
 
-from elesh.program.least_squares import RIDGE, Predictor, predict_lost, spread
+from elesh.program.least_squares import (
+    RIDGE,
+    Normalised,
+    Predictor,
+    normalised_by,
+    predict_lost,
+    spread,
+)
 from elesh.trainer.network.calling import replace_first
 from elesh.trainer.network.gates import Axis, axis_of
 from elesh.trainer.network.layers import channel_axes, named_tensors
-from leyline import IdentityMismatch, InvalidField, PrunedArchitecture
+from leyline import IdentityMismatch, InvalidField, PrunedArchitecture, PruningGroup
 
 __all__ = [
     "CovarianceMeter",
@@ -190,9 +197,11 @@ def reconstructed(
             "covariance.model_hash", architecture.model_hash, covariance.model_hash
         )
     lost: dict[Axis, set[int]] = {}
+    groups: dict[Axis, list[PruningGroup]] = {}
     for name, chosen in units.items():
         for site in architecture.group[name].sites if chosen else ():
             lost.setdefault(axis_of(site), set()).update(site.all_of(chosen))
+            groups.setdefault(axis_of(site), []).append(architecture.group[name])
     tensors, found = named_tensors(model), dict[str, Tensor]()
     for axis, indices in lost.items():
         if axis[0] in skip:
@@ -202,13 +211,15 @@ def reconstructed(
         module = model.get_submodule(axis[0])
         if len(channel_axes(module).inputs) != 1:
             continue  # No linear map of these inputs: nothing to refit.
+        means, squares = covariance.means[axis], covariance.squares[axis]
         solved = predict_lost(
-            covariance.means[axis],
-            covariance.squares[axis],
+            means,
+            squares,
             indices,
             takes_constant(module),
             ridge,
             covariance.rows.get(axis, 0),
+            normalised_by(means, squares, normalisations(model, groups[axis], len(means))),
         )
         refitted = _refitted(module, solved)
         if all(bool(torch.isfinite(value).all()) for value in refitted.values()):
@@ -216,6 +227,18 @@ def reconstructed(
                 path = f"{axis[0]}.{attribute}"
                 found[path] = value.to(tensors[path])
     return found
+
+
+def normalisations(model: nn.Module, groups: Iterable[PruningGroup], size: int) -> list[Normalised]:
+    """The normalisations over channels of some groups, as far as they are over ``size`` channels
+    and their parameters are a gain and an offset."""
+    sites = {site.module: site for group in groups for site in group.norms}
+    found = []
+    for path, site in sites.items():
+        module = model.get_submodule(path)
+        gain, offset = (getattr(module, name, None) for name in ("weight", "bias"))
+        found.append(Normalised.of(site.kind, size, gain, offset))
+    return [norm for norm in found if norm is not None]
 
 
 def takes_constant(module: nn.Module) -> bool:
