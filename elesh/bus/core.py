@@ -48,6 +48,7 @@ from leyline import (
     IdempotencyKey,
     IdentityMismatch,
     Level,
+    Malformed,
     Message,
     Priority,
     TooLarge,
@@ -293,7 +294,11 @@ class Bus:
     async def shed(self) -> dict[str, int]:
         """How many messages were shed so far, by ``stream:priority``."""
         counts: Any = await self._client.hgetall(self.keys.named("shed"))
-        return {name.decode(): int(count) for name, count in sorted(counts.items())}
+        return {
+            name.decode(errors="replace"): int(count)
+            for name, count in sorted(counts.items())
+            if count.isdigit()
+        }
 
     # Consumers
 
@@ -329,6 +334,7 @@ class Bus:
         Raises:
             Unsigned, BadSignature, NotAuthorized: if it is not by a key that may decide.
             IdentityMismatch: if it is the decision of another key.
+            Malformed: if it is no record.
         """
         name = self.keys.named("record", str(key))
         stored: Any = await self._client.hgetall(name)
@@ -339,10 +345,15 @@ class Bus:
         if (found := read_envelope(envelope).correlation_id) != str(key):
             raise IdentityMismatch(f"record of {key}", str(key), found)
         told = (field for field in stored if field.startswith(_TOLD))
+        try:
+            fingerprint = stored[b"fingerprint"].decode()
+            decided_at = datetime.fromtimestamp(float(stored[b"decided_at"]), UTC)
+        except (KeyError, ValueError, OverflowError, OSError) as error:
+            raise Malformed(f"record of {key}", "fingerprint and time", repr(error)) from None
         return Record(
-            stored[b"fingerprint"].decode(),
+            fingerprint,
             envelope,
-            datetime.fromtimestamp(float(stored[b"decided_at"]), UTC),
+            decided_at,
             frozenset(
                 field.removeprefix(_TOLD).decode()
                 for field in told

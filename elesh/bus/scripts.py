@@ -83,9 +83,12 @@ class Scripts:
 
     async def claim(
         self, streams: Sequence[str], group: str, consumer: str, count: int
-    ) -> list[tuple[int, Any]]:
-        """New entries without waiting: the position of their stream (from 0) and the entries."""
-        found: list[Any] = await self._claim(streams, [group, consumer, count])
+    ) -> list[tuple[int, Any]] | None:
+        """New entries without waiting: the position of their stream (from 0) and the entries; None
+        if a group is missing."""
+        found: list[Any] | None = await self._claim(streams, [group, consumer, count])
+        if found is None:
+            return None
         return [(number - 1, entries) for number, entries in found]
 
     async def renew(self, group: str, consumer: str, entries: Sequence[Entry]) -> list[int]:

@@ -14,7 +14,7 @@ local stored = redis.call('HGET', record, 'fingerprint')
 -- An entry in conflict stays pending: its owner makes it a dead letter.
 if stored and stored ~= fingerprint then return 'conflict' end
 if not stored then
-  if epoch >= 0 and epoch >= tonumber(redis.call('HGET', pointer, 'epoch') or -1) then
+  if epoch >= 0 and epoch >= (tonumber(redis.call('HGET', pointer, 'epoch')) or -1) then
     redis.call('HSET', pointer, 'epoch', ARGV[7], 'key', key)
     redis.call('EXPIRE', pointer, ARGV[4])
   end

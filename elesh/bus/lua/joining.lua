@@ -7,7 +7,7 @@ local function join(plan, work, deadlines, key)
     return false
   end
   local parts = redis.call('HMGET', plan, 'join', 'traceparent', 'tracestate')
-  local fields = {'envelope', parts[1]}
+  local fields = {'envelope', parts[1] or ''}
   for i, name in ipairs({'traceparent', 'tracestate'}) do
     if parts[i + 1] and parts[i + 1] ~= '' then
       fields[#fields + 1], fields[#fields + 2] = name, parts[i + 1]

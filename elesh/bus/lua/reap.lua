@@ -12,18 +12,28 @@ local at = now()
 -- Every caller, the sweeper or not, is a sign that the server could be reached all the while.
 local pulse = redis.call('HMGET', KEYS[4], 'at', 'since')
 local since = tonumber(pulse[2])
-if not since or at - tonumber(pulse[1]) > tonumber(ARGV[5]) then since = at end
+local last = tonumber(pulse[1])
+if not since or not last or at - last > tonumber(ARGV[5]) then since = at end
 redis.call('HSET', KEYS[4], 'at', string.format('%.0f', at), 'since', string.format('%.0f', since))
 redis.call('PEXPIRE', KEYS[4], 10 * ARGV[4])
 
 local holder = redis.call('HGET', KEYS[1], 'holder')
-if holder and holder ~= worker then return {0, redis.call('PTTL', KEYS[1])} end
-if not holder then redis.call('HSET', KEYS[1], 'holder', worker) end
+local lease = redis.call('PTTL', KEYS[1])
+if holder and holder ~= worker and lease >= 0 then return {0, lease} end
+if holder ~= worker then redis.call('HSET', KEYS[1], 'holder', worker) end
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
+
+-- The fields of a delayed entry; what somebody else put there goes on as a message that is none.
+local function delayed(packed)
+  local known, fields = pcall(cmsgpack.unpack, packed)
+  known = known and type(fields) == 'table' and #fields > 0 and #fields % 2 == 0
+  for _, field in ipairs(known and fields or {}) do known = known and type(field) == 'string' end
+  return known and fields or {'envelope', packed}
+end
 
 local due = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', at, 'LIMIT', 0, batch)
 for _, packed in ipairs(due) do
-  redis.call('XADD', KEYS[5], '*', unpack(cmsgpack.unpack(packed)))
+  redis.call('XADD', KEYS[5], '*', unpack(delayed(packed)))
   redis.call('ZREM', KEYS[2], packed)
 end
 
@@ -41,7 +51,10 @@ local function sweep(stream, name)
   local cursor = 'cursor:' .. name
   local start = redis.call('HGET', KEYS[1], cursor) or '-'
   local pending = redis.pcall('XPENDING', stream, group, start, '+', scan)
-  if pending.err then return end
+  if pending.err then  -- no group, or no place to go on from
+    redis.call('HDEL', KEYS[1], cursor)
+    return
+  end
   require_allowed('XACK', stream, group, '0-0')
   local last = nil
   for _, entry in ipairs(pending) do

@@ -10,8 +10,12 @@ end
 
 local epochs, total = {}, #blob
 for _, field in ipairs(redis.call('HKEYS', KEYS[1])) do
-  epochs[#epochs + 1] = tonumber(field)
-  total = total + redis.call('HSTRLEN', KEYS[1], field)
+  if string.match(field, '^%d+$') then
+    epochs[#epochs + 1] = tonumber(field)
+    total = total + redis.call('HSTRLEN', KEYS[1], field)
+  else
+    redis.call('HDEL', KEYS[1], field)  -- not of ours
+  end
 end
 table.sort(epochs)
 local oldest = 1

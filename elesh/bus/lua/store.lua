@@ -10,6 +10,6 @@ if not total then return 'gone' end
 local first = redis.call('HSETNX', KEYS[3], ARGV[5], ARGV[6]) == 1
 redis.call('PEXPIRE', KEYS[3], redis.call('PTTL', KEYS[2]))
 redis.call('XACK', KEYS[1], ARGV[1], ARGV[3])
-local complete = redis.call('HLEN', KEYS[3]) >= tonumber(total)
+local complete = redis.call('HLEN', KEYS[3]) >= (tonumber(total) or math.huge)  -- else at its deadline
 if complete and join(KEYS[2], KEYS[4], KEYS[5], ARGV[4]) then return 'completed' end
 return first and 'stored' or 'duplicate'

@@ -75,7 +75,7 @@ class Client(Redis):
             async with asyncio.timeout(_WATCHDOG):
                 return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
         except ResponseError as error:
-            if is_expected(error):
+            if is_expected(str(args[0]), error):
                 raise
             if may_have_moved(error):
                 await self._moved()

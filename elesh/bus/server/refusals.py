@@ -12,8 +12,13 @@ from elesh.bus.errors import BusRefuses
 
 __all__ = ["code_of", "is_expected", "may_have_moved", "refusal"]
 
-_EXPECTED = ("NOGROUP", "BUSYGROUP", "NOSCRIPT", "no such key")
-"""Replies that the callers of a command handle themselves."""
+_EXPECTED = {
+    "NOSCRIPT": frozenset({"EVALSHA", "EVALSHA_RO"}),
+    "NOGROUP": frozenset({"XREADGROUP", "XPENDING", "XINFO"}),
+    "BUSYGROUP": frozenset({"XGROUP"}),
+    "no such key": frozenset({"XINFO"}),
+}
+"""Replies that callers handle themselves, and to which commands: to any other they are refusals."""
 _MOVED = frozenset({"READONLY", "MOVED", "ASK", "MASTERDOWN", "CLUSTERDOWN", "UNBLOCKED"})
 """After these another node may be in charge."""
 _NO_RIGHT = ("can't run this command", "ACL failure in script", "can't access at least one")
@@ -48,9 +53,12 @@ def code_of(error: ResponseError) -> str:
     return code if code.isupper() else "ERR"
 
 
-def is_expected(error: ResponseError) -> bool:
-    """Whether the caller handles this reply: a group, script or key that is not there (yet)."""
-    return code_of(error) in _EXPECTED or any(word in str(error) for word in _EXPECTED)
+def is_expected(command: str, error: ResponseError) -> bool:
+    """Whether the caller of ``command`` handles this reply: a group, script or key that is not
+    there (yet)."""
+    text = f"{code_of(error)} {error}"
+    name = command.partition(" ")[0].upper()
+    return any(words in text and name in commands for words, commands in _EXPECTED.items())
 
 
 def may_have_moved(error: ResponseError) -> bool:

@@ -67,7 +67,7 @@ class AuditLog:
         """Where the chain ends now; one that is not signed, or not as it was, says so."""
         stored: Any = await self._client.hgetall(self._keys[1])
         signed = stored.pop(_SIGNED, b"")
-        texts = {name.decode(): value.decode("utf-8", "replace") for name, value in stored.items()}
+        texts = {_text(name): _text(value) for name, value in stored.items()}
         cursors = {
             name.removeprefix(_CURSOR): value
             for name, value in texts.items()
@@ -177,3 +177,7 @@ def _chained(head: AuditHead, events: Sequence[AuditEvent]) -> list[AuditEntry]:
         entries.append(AuditEntry(number=number + 1, previous=digest, event=event))
         number, digest = number + 1, entries[-1].digest
     return entries
+
+
+def _text(stored: bytes) -> str:
+    return stored.decode("utf-8", "replace")

@@ -28,6 +28,7 @@ from elesh.bus.scripts import Scripts
 from elesh.bus.server.client import Client
 from elesh.settings import BusSettings
 from leyline import BlobRef, DigestMismatch, InvalidField, MissingBlob, TooLarge
+from leyline.errors import brief
 
 __all__ = ["CHUNK", "BlobStore"]
 
@@ -187,8 +188,8 @@ class BlobStore:
         size = await self._client.get(head)
         if size is None:
             raise _missing(ref, "no such key")
-        if int(size) != ref.size:
-            raise _wrong_size(ref, int(size))
+        if size != b"%d" % ref.size:
+            raise _wrong_size(ref, brief(size))
         for number, chunk in enumerate(chunks):
             for start in range(0, min(CHUNK, ref.size - number * CHUNK), _READ):
                 piece: Any = await self._client.getrange(chunk, start, start + _READ - 1)
@@ -248,5 +249,5 @@ def _missing(ref: BlobRef, found: str) -> MissingBlob:
     )
 
 
-def _wrong_size(ref: BlobRef, size: int) -> DigestMismatch:
+def _wrong_size(ref: BlobRef, size: int | str) -> DigestMismatch:
     return DigestMismatch(f"blob {ref.uri}", f"{ref.size} bytes", f"{size} bytes")

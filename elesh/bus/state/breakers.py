@@ -199,7 +199,7 @@ class BreakerStore:
     async def show(self) -> list[BreakerView]:
         """Every breaker that is not closed or has failures, by run and level."""
         members: Any = await self._client.smembers(self._index)
-        names = sorted(name.decode() for name in members)
+        names = sorted(name.decode(errors="replace") for name in members)
         views = []
         for run_id, _, level in (name.rpartition(":") for name in names):
             if level not in list(Level):

@@ -60,7 +60,7 @@ class HistoryStore:
     async def epochs(self, run_id: str) -> list[int]:
         """The epochs that are kept, rising; none for a run that nobody remembers."""
         fields: Any = await self._client.hkeys(self._key(run_id))
-        return sorted(map(int, fields))
+        return sorted(int(field) for field in fields if field.isdigit())
 
     async def recall(self, run_id: str, epochs: Sequence[int]) -> dict[int, bytes]:
         """The blobs of these epochs, without those that are gone or that nobody who may decide has

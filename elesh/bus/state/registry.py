@@ -115,7 +115,7 @@ class Registry:
     async def workers(self) -> list[WorkerState]:
         """The workers that are alive, by name."""
         names: Any = await self._client.zrange(self._index, 0, -1)
-        stored = [await self._hash(name.decode()) for name in sorted(names)]
+        stored = [await self._hash(name.decode(errors="replace")) for name in sorted(names)]
         return [state for values in stored if (state := _read(values)) is not None]
 
     async def backlog(self, streams: Sequence[Stream] = STREAMS) -> dict[str, Backlog]:
@@ -141,7 +141,7 @@ def _read(values: dict[bytes, bytes]) -> WorkerState | None:
     """The state in a hash; None for one that has just expired or cannot be read."""
     try:
         return WorkerState(**{name.decode(): value.decode() for name, value in values.items()})  # type: ignore[arg-type]
-    except (ValidationError, UnicodeDecodeError):
+    except (ValidationError, UnicodeDecodeError, TypeError):
         return None
 
 

@@ -9,9 +9,9 @@ are. Both are signed like the decisions that are made from them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import msgpack
 
@@ -23,6 +23,7 @@ from leyline import ContractError, RolledBackCut, WouldBeCut, decode, encode
 __all__ = ["Attempt", "Holder", "RunStore"]
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class RunStore:
         """Claim a run, or renew the claim of the same token; None, or who has it instead."""
         milliseconds = max(1, round(seconds * 1000))
         held = await self._scripts.claim_run(self.claim_key(run_id), token, who, milliseconds)
-        return Holder(held[0].decode(), max(0, held[1]) / 1000) if held else None
+        return Holder(_text(held[0]), held[1] / 1000) if held else None
 
     async def give_up(self, run_id: str, token: str) -> None:
         """End a claim of one's own."""
@@ -72,16 +73,17 @@ class RunStore:
         found: Any = await self._client.hmget(self.claim_key(run_id), ["token", "who"])
         token, holder = found
         if token is not None and holder == who.encode():
-            await self._scripts.claim_run(self.claim_key(run_id), token.decode(), "", 0)
+            await self._scripts.claim_run(self.claim_key(run_id), _text(token), "", 0)
 
     async def attempt(self, run_id: str, token: str, who: str) -> Attempt:
         """The attempt of the run's holder: that of the last claim if the token is the same, else a
         new one. Remembered as long as decisions are."""
         name = f"{self.claim_key(run_id)}:last"  # run ids have no colon
         found: Any = await self._client.hmget(name, ["token", "who", "attempt"])
-        last, before, number = [None if value is None else value.decode() for value in found]
+        last, before, number = [None if value is None else _text(value) for value in found]
         fresh = last is not None and last != token
-        attempt = Attempt(int(number or 0) + fresh, before or "unknown" if fresh else "")
+        known = int(number) if number and number.isdecimal() else 0
+        attempt = Attempt(known + fresh, before or "unknown" if fresh else "")
         told: Any = {"token": token, "who": who, "attempt": str(attempt.number)}
         await self._client.hset(name, mapping=told)
         await self._client.pexpire(name, self._keep * 1000)
@@ -98,8 +100,9 @@ class RunStore:
 
     async def taken_back(self, run_id: str) -> list[RolledBackCut]:
         """The cuts of a run that were taken back, in a fixed order."""
-        found = await self._believed(self._cuts(run_id))
-        cuts = [decode(RolledBackCut, value, field="rolled back") for value in found]
+        cuts = await self._believed(
+            self._cuts(run_id), lambda value: decode(RolledBackCut, value, field="rolled back")
+        )
         return sorted(cuts, key=lambda cut: (cut.epoch, cut.idempotency_key))
 
     async def measured_calibration_probe(
@@ -113,22 +116,19 @@ class RunStore:
 
     async def calibration_cuts(self, run_id: str) -> list[WouldBeCut]:
         """All calibration probes of a run that were measured, in a fixed order."""
-        found = await self._believed(self._calibration_probe(run_id))
-        return [
-            decode(WouldBeCut, cut, field="would-be cut")
-            for cuts in found
-            for cut in msgpack.unpackb(cuts)
-        ]
+        found = await self._believed(self._calibration_probe(run_id), _probes)
+        return [cut for cuts in found for cut in cuts]
 
-    async def _believed(self, key: str) -> list[bytes]:
+    async def _believed(self, key: str, read: Callable[[bytes], T]) -> list[T]:
         """The values of a hash in the order of their names. Those without the signature of somebody
-        who may decide count as absent, and are named in the log."""
+        who may decide, or that are none, count as absent, and are named in the log."""
         stored: Any = await self._client.hgetall(key)
         found = []
         for name, framed in sorted(stored.items()):
             try:
-                found.append(self._guard.state(_place(key, name.decode(errors="replace")), framed))
-            except ContractError as error:
+                place = _place(key, name.decode(errors="replace"))
+                found.append(read(self._guard.state(place, framed)))
+            except (ContractError, ValueError, TypeError) as error:
                 _log.warning("state passed over: %s: %s", key, error)
         return found
 
@@ -141,6 +141,15 @@ class RunStore:
 
     def _cuts(self, run_id: str) -> str:
         return f"{self._prefix}:rolled-back:{run_id}"
+
+
+def _probes(data: bytes) -> list[WouldBeCut]:
+    """What one decision measured to calibrate by."""
+    return [decode(WouldBeCut, cut, field="would-be cut") for cut in msgpack.unpackb(data)]
+
+
+def _text(stored: bytes) -> str:
+    return stored.decode("utf-8", "replace")
 
 
 def _place(key: str, name: str) -> str:

@@ -47,30 +47,33 @@ class Groups:
     ) -> list[Delivery]:
         """Up to ``count`` entries that the group has not seen, those of earlier streams first;
         waits for the first if need be."""
-        try:
-            return await self._claim(group, consumer, streams, count, block_seconds)
-        except ResponseError as error:
-            if "NOGROUP" not in str(error):
-                raise
-        await self._create(group, streams)
-        try:
-            return await self._claim(group, consumer, streams, count, block_seconds)
-        except ResponseError as error:
-            hint = "somebody deletes them, or the server evicts keys: maxmemory-policy noeviction"
-            raise BusRefuses(self._client.url, "NOGROUP", error, hint=hint) from error
+        for _ in range(2):
+            claimed = await self._claim(group, consumer, streams, count, block_seconds)
+            if claimed is not None:
+                return claimed
+            await self._create(group, streams)
+        hint = "somebody deletes them, or the server evicts keys: maxmemory-policy noeviction"
+        reason = f"NOGROUP streams lose their group {group} as soon as it is made"
+        raise BusRefuses(self._client.url, "NOGROUP", reason, hint=hint)
 
     async def _claim(
         self, group: str, consumer: str, streams: Sequence[Stream], count: int, seconds: float
-    ) -> list[Delivery]:
+    ) -> list[Delivery] | None:
+        """As :meth:`claim`; None if a group is missing."""
         # A consumer that has just waited without result need not look before waiting again.
         if consumer not in self._idle or seconds <= 0:
             reply = await self._scripts.claim(
                 [self._keys.stream(stream) for stream in streams], group, consumer, count
             )
+            if reply is None:
+                return None
             claimed = deliveries_of([(streams[number], entries) for number, entries in reply])
             if claimed or seconds <= 0:
                 return claimed
-        claimed = await self._wait(group, consumer, streams, seconds)
+        try:
+            claimed = await self._wait(group, consumer, streams, seconds)
+        except ResponseError:  # NOGROUP: any other is an outage
+            return None
         if claimed:
             self._idle.discard(consumer)
         else:

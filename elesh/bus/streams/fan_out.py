@@ -157,7 +157,9 @@ class PlanStore:
         if b"envelope" not in stored:
             return None
         facts = self._guard.state(self._plan(key), stored.get(b"facts", b""))
-        carrier = {name: stored.get(name.encode(), b"").decode() for name in CONTEXT}
+        carrier = {
+            name: stored.get(name.encode(), b"").decode(errors="replace") for name in CONTEXT
+        }
         try:
             named, fingerprint, items, origin, at = msgpack.unpackb(facts)
             plan = Plan(

@@ -22,6 +22,7 @@ from leyline.streams import OUTCOMES
 
 SETTINGS = BusSettings()
 KEY = OUTCOMES.key("main")
+COMMANDS = ("EVALSHA", "EVAL", "XREADGROUP", "XPENDING", "XINFO STREAM", "XGROUP CREATE", "GET")
 
 
 class Clock:
@@ -103,15 +104,49 @@ def test_steps_go_on_after_an_outage_and_after_an_error_of_ours(caplog):
 )  # fmt: skip
 def test_whatever_a_server_replies_is_an_outage_with_something_to_do(reply):
     error = ResponseError(reply)
-    assert not is_expected(error)
+    assert not any(is_expected(command, error) for command in COMMANDS)
     refused = refusal("redis://h", error)
     assert refused.code in ("NOPERM", reply.split()[0])
     assert str(refused).partition("; ")[2]
 
 
-def test_what_callers_handle_themselves_is_no_outage():
-    for reply in ("NOGROUP No such key", "BUSYGROUP exists", "ERR no such key"):
-        assert is_expected(ResponseError(reply))
+def test_what_callers_handle_themselves_is_no_outage_and_to_other_commands_it_is_one():
+    for reply, handled in {
+        "NOGROUP No such key": {"XREADGROUP", "XPENDING", "XINFO STREAM"},
+        "BUSYGROUP exists": {"XGROUP CREATE"},
+        "ERR no such key": {"XINFO STREAM"},
+        "NOSCRIPT No matching script": {"EVALSHA"},
+    }.items():
+        error = ResponseError(reply)
+        assert {command for command in COMMANDS if is_expected(command, error)} == handled
+        assert str(refusal("redis://h", error)).partition("; ")[2]
+
+
+@pytest.mark.parametrize("reply", ["NOGROUP x", "NOSCRIPT x", "BUSYGROUP x", "ERR no such key"])
+def test_a_reply_that_is_handled_elsewhere_and_stays_is_an_outage_too(reply):
+    """A server that answers everything with it, as a proxy in trouble does."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while line := await reader.readline():
+            for _ in range(int(line[1:])):
+                await reader.readexactly(int((await reader.readline())[1:]) + 2)
+            writer.write(f"-{reply}\r\n".encode())
+
+    async def scenario() -> None:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        bus = Bus.open(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0", SETTINGS)
+        asked = (
+            lambda: publish(bus, 1), lambda: claim(bus), lambda: bus.record(key(1)),
+            lambda: bus.follow(OUTCOMES, last_id="$", block_seconds=0), bus.registry.backlog,
+            lambda: bus.runs.claim("run", "token", "who", 1.0), lambda: bus.blobs.put(b"x"),
+            lambda: bus.reaper.reap(GROUP, "w1", [OUTCOMES]), bus.ping, bus.trim,
+        )  # fmt: skip
+        said = await asyncio.gather(*(each() for each in asked), return_exceptions=True)
+        assert all(isinstance(each, BusUnavailable) for each in said), said
+        await bus.close()
+        server.close()
+
+    asyncio.run(scenario())
 
 
 @pytest.fixture(params=["valkey", pytest.param("redis", marks=pytest.mark.slow)])
