@@ -31,3 +31,8 @@ def named_metrics() -> set[str]:
         for name in re.findall(r"name: Some\(\s*\"([^\"]+)\"", repr(promql_parser.parse(query)))
     }
     return found - recorded
+
+
+def selectors(query: str) -> list[str]:
+    """The series that a query reads, each as a query of its own: a name with its labels."""
+    return re.findall(r"\b(?:elesh[\w:]*|[a-z]+(?:_[a-z0-9]+)+)(?:\{[^}]*\})?(?=[\[\s)]|$)", query)
