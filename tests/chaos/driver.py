@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -29,6 +29,8 @@ from leyline.errors import ContractError
 from leyline.streams import CHECKPOINTS, DEAD, DECISIONS, STREAMS, TELEMETRY, WORKERS
 
 from .audit import Facts
+from .embedded import PARTITION as EMBEDDED
+from .embedded import Embedded
 from .faults import Fault, Kind, schedule
 from .idle import Life
 from .listener import Listener
@@ -112,6 +114,8 @@ class Chaos:
         self._proxy = Proxy(self._server.port)
         self._workers = [_Member(self._worker, f"w{n}") for n in range(self.plan.workers)]
         self._producers = [_Member(self._producer, f"p{n}") for n in range(self.plan.producers)]
+        self._embedded = Embedded(self.plan.folder / "embedded")
+        self._beside = [_Member(self._embedded_trainer, "e0"), _Member(self._embedded_worker, "e1")]
         self._over = asyncio.Event()
 
     async def run(self) -> Facts:
@@ -134,6 +138,7 @@ class Chaos:
             healed.set()
             await listening
             await self._until(self._quiet, patience, "quiet")
+            await self._until(self._embedded_done, patience, "the embedded server's trainer")
             return await self._facts()
         finally:
             self._over.set()
@@ -172,21 +177,37 @@ class Chaos:
             "--pause", str(plan.producer_pause), "--slow", str(1.3 * plan.lease),
         )  # fmt: skip
 
+    def _embedded_trainer(self, name: str) -> subprocess.Popen[bytes]:
+        command = self._embedded.trainer(3 * self.plan.producer_pause)
+        return self._started(command, name, self._embedded.environment())
+
+    def _embedded_worker(self, name: str) -> subprocess.Popen[bytes]:
+        settings = self.plan.folder / "embedded.yaml"
+        bus = {"partition": EMBEDDED, "lease_seconds": self.plan.lease, "max_deliveries": 12}
+        settings.write_text(yaml.safe_dump({"elesh": {**self._sections(), "bus": bus}}))
+        command = self._embedded.worker(name, settings)
+        return self._started(command, name, self._embedded.environment())
+
     def _process(self, module: str, name: str, *arguments: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", module, "--url", self._url, "--name", name, *arguments]
+        return self._started(command, name, os.environ)
+
+    def _started(
+        self, command: list[str], name: str, environment: Mapping[str, str]
+    ) -> subprocess.Popen[bytes]:
         inherited = os.environ.get("PYTHONPATH", "")
         support = _ROOT / "tests" / "support"
         paths = [inherited, str(_ROOT), str(support), str(support / "nets")]
         with (self.plan.folder / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", module, "--url", self._url, "--name", name, *arguments],
-                cwd=_ROOT, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+                command, cwd=_ROOT, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                env={**environment, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
 
     async def _nurse(self) -> None:
         """Start again what has ended, as whatever runs a fleet does."""
         while not self._over.is_set():
-            for member in (*self._workers, *self._producers):
+            for member in (*self._workers, *self._producers, *self._beside):
                 if not member.alive and not self._over.is_set():
                     self._note_life(member)
                     member.born()
@@ -197,7 +218,7 @@ class Chaos:
                 await asyncio.wait_for(self._over.wait(), _RESTART_SECONDS)
 
     def _end(self) -> None:
-        for member in (*self._workers, *self._producers):
+        for member in (*self._workers, *self._producers, *self._beside):
             if member.alive and member.process is not None:
                 member.process.send_signal(signal.SIGCONT)
                 member.process.kill()
@@ -355,6 +376,11 @@ class Chaos:
             return bool(redis.info("replication")["role"] == "master")
         return False
 
+    async def _restart_owner(self, chance: random.Random) -> str:
+        """Whoever owns the embedded server ends, and the server with it."""
+        processes = [m.process for m in self._beside if m.alive and m.process is not None]
+        return self._embedded.restart_owner(processes, chance)
+
     async def _unblock(self, chance: random.Random) -> str:
         """End every waiting read, as a server does that is not the master any more."""
         with self._server.client() as redis:
@@ -368,7 +394,7 @@ class Chaos:
         Kind.FREEZE_WORKER: _freeze_worker, Kind.RESTART_SERVER: _restart_server,
         Kind.FREEZE_SERVER: _freeze_server, Kind.CUT: _cut, Kind.STALL: _stall,
         Kind.POISON: _poison, Kind.REFUSE: _refuse, Kind.UNBLOCK: _unblock,
-        Kind.FAILOVER: _failover,
+        Kind.FAILOVER: _failover, Kind.RESTART_OWNER: _restart_owner,
     }  # fmt: skip
 
     # The end
@@ -383,6 +409,7 @@ class Chaos:
             if member.process is not None:
                 member.process.kill()
                 member.process.wait()
+        self._embedded.finish()
         self._proxy._flowing.set()
         if self._server.process is None or self._server.process.poll() is not None:
             await asyncio.to_thread(self._server.start)
@@ -390,6 +417,10 @@ class Chaos:
         with self._server.client() as redis:
             for _, end in _REFUSALS.values():
                 redis.execute_command(*end.split())
+
+    async def _embedded_done(self) -> bool:
+        """Whether the embedded server's trainer heard of all that it asked for."""
+        return self._embedded.answered() >= self._embedded.asked()
 
     async def _quiet(self) -> bool:
         """Whether nothing is pending, waiting or delayed."""
@@ -416,22 +447,52 @@ class Chaos:
             records = frozenset(name.decode().removeprefix(prefix) for name in found)
             left = _left(redis)
         await bus.close()
+        beside = await self._beside_facts()
         acknowledged = [f.read_text().split() for f in self.plan.folder.glob("*.events")]
         return Facts(
             acknowledged=frozenset(event for events in acknowledged for event in events),
-            checkpoints=checkpoints,
-            decisions=keys,
-            records=records,
+            checkpoints=checkpoints | beside.checkpoints,
+            decisions=[*keys, *beside.decisions],
+            records=records | beside.records,
             dead_letters=dead_letters,
             telemetry=[event for event in telemetry if isinstance(event, TelemetryEvent)],
             poison=frozenset(self.poison),
-            pending=left,
+            pending=left + beside.pending,
             faults=self.faults,
             lease=self.plan.lease,
             lives=self.lives,
-            asked=frozenset(self._listener.asked),
-            answered=frozenset(self._listener.answered),
+            asked=frozenset(self._listener.asked) | self._embedded.asked(),
+            answered=frozenset(self._listener.answered) | self._embedded.answered(),
         )
+
+    async def _beside_facts(self) -> _Beside:
+        """What the embedded server says."""
+        bus = self._embedded.bus()
+        try:
+            asked = [_asked(each.fields) for each in await bus.read(CHECKPOINTS)]
+            told = [unwrap(read_envelope(each.envelope)) for each in await bus.read(DECISIONS)]
+            decided = [each for each in told if isinstance(each, StructuralPruningDecision)]
+            recorded = [each.key for each in decided if await bus.record(each.key)]
+            groups = [stream for stream in STREAMS if stream.group]
+            pending = [await bus.pending(each.group, each) for each in groups]
+        finally:
+            await bus.close()
+        return _Beside(
+            dict(filter(None, asked)),
+            [each.idempotency_key for each in decided],
+            frozenset(map(str, recorded)),
+            sum(each.pending for each in pending),
+        )
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """As :class:`Facts`, of the embedded server."""
+
+    checkpoints: dict[str, str]
+    decisions: list[str]
+    records: frozenset[str]
+    pending: int
 
 
 def _holders(redis: Redis) -> set[str]:

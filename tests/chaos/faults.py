@@ -26,13 +26,14 @@ class Kind(StrEnum):
     REFUSE = "server refuses"
     UNBLOCK = "unblock readers"
     FAILOVER = "failover"
+    RESTART_OWNER = "restart owner of the embedded server"
 
 
 _WEIGHTS = {
     Kind.KILL_WORKER: 6, Kind.KILL_CHILD: 5, Kind.KILL_PRODUCER: 3, Kind.DRAIN_WORKER: 2,
     Kind.FREEZE_WORKER: 3, Kind.RESTART_SERVER: 2, Kind.FREEZE_SERVER: 1, Kind.CUT: 3,
     Kind.STALL: 1, Kind.POISON: 4, Kind.REFUSE: 4, Kind.UNBLOCK: 2,
-    Kind.FAILOVER: 2,
+    Kind.FAILOVER: 2, Kind.RESTART_OWNER: 3,
 }  # fmt: skip
 
 
