@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from elesh.bus import Bus
 from elesh.bus.admission import Work
-from elesh.observe import get_logger, record_spans, span
+from elesh.observe import get_logger, mark_failed, record_spans, span
 from elesh.safety import calibrated
 from elesh.settings import Settings
 from elesh.worker.compute.failures import ChildFailure
@@ -273,6 +273,7 @@ class AnalysisExecutor:
             try:
                 return await self._child.run(job, timeout=timeout)
             except ChildFailure as failure:
+                mark_failed(type(failure).__qualname__, str(failure))
                 fallback = fallback_for(failure, job.fallback_names, level)
                 timeout = time_for(fallback, work.window, clock() - begun)
                 if not fallback or timeout <= 0:

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from elesh.bus import Bus, Delivery, Plan, Planned, Stored
 from elesh.bus.admission import Work, admit, hear
-from elesh.observe import get_logger
+from elesh.observe import get_logger, mark_failed
 from elesh.settings import Settings
 from elesh.worker.telemetry.reports import Reports
 from leyline import (
@@ -109,6 +109,7 @@ class FanOut:
             analysis = await self._executor.analyse(work, item.level, groups)
             result = await self._persist(lambda: self._stored(analysis))
         except ContractError as error:
+            mark_failed(error.code, str(error))
             result = ItemResult(failed=str(error)[:8192], code=error.code)
             self._reports.status.gave_up(item.level)
             self._reports.step("failed", work, key=work.key.at(item.level), detail=str(error))

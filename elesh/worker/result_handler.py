@@ -13,7 +13,7 @@ from opentelemetry.trace import SpanKind
 
 from elesh.bus import Bus, Commit, CommitOutcome, Delivery
 from elesh.bus.admission import Work, read
-from elesh.observe import get_logger, messaging, onward, span
+from elesh.observe import get_logger, mark_failed, messaging, onward, span
 from elesh.safety import fingerprint_of, grounds, rolled_back_cut, vote_of, votes
 from elesh.settings import Settings
 from elesh.worker.telemetry.reports import Reports
@@ -117,6 +117,7 @@ class ResultHandler:
     ) -> None:
         """A checkpoint that gave no decision is a dead letter; where its data is corrupt, the run's
         previous decision stands in as telemetry."""
+        mark_failed(error.code, str(error))
         if not isinstance(error, Conflict | Unsigned | BadSignature | NotAuthorized):
             self._reports.status.gave_up(work.key.level)
             await self._note_failure(work, delivery, str(error))
@@ -138,6 +139,7 @@ class ResultHandler:
         served: Sequence[str] = (),
     ) -> None:
         """Move an entry to the dead letters."""
+        mark_failed(error.code, str(error))
         dead_letter = self._reports.dead_letter(delivery, error, work)
         carrier = onward(delivery.carrier)
         if await self._bus.dead_letter(

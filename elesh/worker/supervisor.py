@@ -277,7 +277,6 @@ class Worker:
             try:
                 await self._admit_run_commit(held)
             except ContractError as error:
-                mark_failed(error.code, str(error))
                 await self._result_handler.dead_letter(delivery, error)
             except BusUnavailable:
                 raise

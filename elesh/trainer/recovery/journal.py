@@ -79,6 +79,8 @@ class Situation:
     """Outcomes that the bus does not have yet, by event id."""
     tried: tuple[str, ...] = ()
     """Keys of the decisions that were ever begun to be applied, oldest first."""
+    carriers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Trace contexts of the decisions whose outcome may still be told, by key."""
 
     @property
     def monitored(self) -> tuple[MadeCut, ...]:
@@ -99,6 +101,8 @@ class Situation:
         if line.get("begin") == "apply":
             keys = [outcome["idempotency_key"] for outcome in line["pending"]]
             now = replace(now, tried=(*now.tried, *keys))
+        if "carriers" in line:
+            now = replace(now, carriers={**now.carriers, **line["carriers"]})
         if "point" in line:
             now = replace(now, point=line["point"])
         if "done" in line:
@@ -108,7 +112,16 @@ class Situation:
         fresh = {**now.unreported, **line.get("outcomes", {})}
         if "reported" in line:
             fresh.pop(line["reported"], None)
-        return replace(now, unreported=fresh)
+        return replace(now, unreported=fresh)._with_needed_carriers()
+
+    def _with_needed_carriers(self) -> Situation:
+        """Without the contexts of decisions whose last outcome was told."""
+        pending = (self.begun or {}).get("pending", ())
+        told = [line["idempotency_key"] for line in (*pending, *self.unreported.values())]
+        needed = {*told, *(cut.key for cut in self.cuts)}
+        if self.carriers.keys() <= needed:
+            return self
+        return replace(self, carriers={k: v for k, v in self.carriers.items() if k in needed})
 
 
 def _whole(line: Line) -> Situation:

@@ -8,7 +8,7 @@ undone by that are reported so. It knows nothing of the bus.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,6 +46,9 @@ class Recovery:
         """The epoch that training was last heard to be at."""
         self.token = ""
         """By which the run's next process takes its claim over; empty without a folder."""
+        self.carriers: dict[str, Mapping[str, str]] = {}
+        """Trace contexts of the decisions that were heard, by key; after a restart of those whose
+        outcome is still to be told."""
         self._keep = keep
         self._tracked: Tracked | None = None
         self._lock: FolderLock | None = None
@@ -57,6 +60,7 @@ class Recovery:
             self._lock = FolderLock(private_folder(folder), wait_seconds)
             self._points = FolderPoints(folder / "points")
             self._journal = Journal(folder / "journal.jsonl")
+            self.carriers.update(self._journal.situation.carriers)
             self.token = _token(folder / "claim")
         except OSError as error:
             self._release()
@@ -229,7 +233,10 @@ class Recovery:
     def begin(self, what: str, pending: Sequence[PruningOutcome], **place: int) -> None:
         """Say what is about to be done, and its outcomes if it is interrupted."""
         lines = [outcome.model_dump(mode="json") for outcome in pending]
-        self._journal.write(begin=what, pending=lines, **place)
+        keys = [outcome.idempotency_key for outcome in pending]
+        known = {key: dict(self.carriers[key]) for key in keys if self.carriers.get(key)}
+        more: Line = {"carriers": known} if known else {}
+        self._journal.write(begin=what, pending=lines, **place, **more)
 
     def done(
         self,

@@ -36,7 +36,7 @@ from elesh.bus import (
 )
 from elesh.bus.admission import hear, key_of, read, require_in_time
 from elesh.bus.state.runs import Attempt
-from elesh.observe import SparseLines, get_logger, messaging, span_from
+from elesh.observe import SparseLines, get_logger, mark_failed, messaging, span_from
 from elesh.settings import Settings
 from leyline import (
     CheckpointBundle,
@@ -51,6 +51,7 @@ from leyline import (
 from leyline.envelope import TTL, Priority
 from leyline.streams import CHECKPOINTS, DEAD, DECISIONS, REQUESTS, WORK, Stream
 
+from .loop import new_loop
 from .mailbox import Ended, Incoming, Mailbox, Outgoing
 from .publishing import in_attempt, keys_of, with_blobs
 from .unanswered import MOST_TIMES, Published, Unanswered
@@ -124,7 +125,8 @@ class BusThread:
     def _main(self) -> None:
         while not self._closing.is_set():
             try:
-                asyncio.run(self._serve())
+                with asyncio.Runner(loop_factory=new_loop) as runner:
+                    runner.run(self._serve())
             except Exception:
                 _log.exception("session failed, beginning again; training goes on")
                 self._closing.wait(_AGAIN_SECONDS)
@@ -255,12 +257,18 @@ class BusThread:
             except RunClaimed:
                 with contextlib.suppress(BusUnavailable):
                     await self._claim(bus)  # says who has it
-                self._mailbox.miss(item, self._mailbox.refused or "another trainer had the run")
+                self._miss(item, "run_claimed", self._mailbox.refused or "another trainer had it")
             except (ContractError, BusUnavailable) as error:
-                self._mailbox.miss(item, str(error))
+                kind = getattr(error, "code", "") or type(error).__qualname__
+                self._miss(item, kind, str(error))
             except Exception as error:
                 _log.exception("a message cannot be published", stream=name)
-                self._mailbox.miss(item, f"{type(error).__name__}: {error}")
+                kind = type(error).__qualname__
+                self._miss(item, kind, f"{kind}: {error}")
+
+    def _miss(self, item: Outgoing, kind: str, reason: str) -> None:
+        mark_failed(kind, reason)
+        self._mailbox.miss(item, reason)
 
     async def _send_when_possible(self, bus: Bus, item: Outgoing, closing: asyncio.Event) -> None:
         """Try until the bus serves.
@@ -303,7 +311,8 @@ class BusThread:
         if isinstance(message, CheckpointReady | StructuralAnalysisRequest):
             lives = TTL[Priority.NORMAL].total_seconds() + self._settings.window_seconds
             key = str(key_of(message))
-            self._unanswered.add(Published(key, message, item.epoch, event_id, entry, lives))
+            published = Published(key, message, item.epoch, event_id, entry, lives, item.carrier)
+            self._unanswered.add(published)
         for each in keys:
             if await self._hear_record(bus, each, item.carrier):
                 _log.info("decision made before", key=str(each))
@@ -394,11 +403,14 @@ class BusThread:
     async def _look(self, bus: Bus) -> float:
         """Look on the bus for what became of messages without an answer."""
         for published in self._unanswered.due():
-            if await self._hear_record(bus, IdempotencyKey.parse(published.key), {}):
+            if await self._hear_record(bus, IdempotencyKey.parse(published.key), published.carrier):
                 continue
             if self._unanswered.is_over(published):
                 self._unanswered.ended(published.key)
                 reason = f"no answer within {published.lives:.0f} s"
+                attributes = {"elesh.key": published.key}
+                with span_from(published.carrier, "no answer", attributes=attributes):
+                    mark_failed("no_answer", reason)
                 self._mailbox.deliver(Ended(published.key, reason))
             elif not await bus.stands(_stream_of(published), published.entry):
                 await self._publish_again(bus, published)
@@ -414,7 +426,8 @@ class BusThread:
         with contextlib.suppress(Overloaded, RunClaimed):
             stream, epoch = _stream_of(published), published.epoch
             message = published.message
-            published.entry = await self._append(bus, stream, message, epoch, event_id, {})
+            carrier = published.carrier
+            published.entry = await self._append(bus, stream, message, epoch, event_id, carrier)
             self._unanswered.add(published)
 
 

@@ -13,7 +13,9 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from elesh.observe import SparseLines, get_logger
+from opentelemetry.trace import SpanKind
+
+from elesh.observe import SparseLines, get_logger, mark_failed, span_from
 from leyline import CheckpointBundle, Message, RequestKey
 from leyline.streams import Stream
 
@@ -146,9 +148,13 @@ class Mailbox:
         self._arrived.set()
 
     def miss(self, item: Outgoing, reason: str) -> bool:
-        """Count and log an item that is not sent; False."""
+        """Count and log an item that is not sent, and mark it in its trace; False."""
         with self._count:
             self._missed += 1
+        attributes = {"elesh.key": item.key} if item.key else None
+        name = f"missed {item.stream.name}"
+        with span_from(item.carrier, name, kind=SpanKind.INTERNAL, attributes=attributes):
+            mark_failed("not_published", reason)
         _lines.warning("not published", stream=item.stream.name, epoch=item.epoch, reason=reason)
         if item.key:
             self.deliver(Ended(item.key, f"not published: {reason}"))

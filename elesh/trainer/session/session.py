@@ -20,7 +20,15 @@ from typing import Any, Self
 
 from opentelemetry.trace import Span, SpanKind
 
-from elesh.observe import carrier_of, get_logger, messaging, setup_tracing, span, span_from
+from elesh.observe import (
+    carrier_of,
+    get_logger,
+    mark_failed,
+    messaging,
+    setup_tracing,
+    span,
+    span_from,
+)
 from elesh.settings import Settings
 from elesh.trainer.calibration.recorder import UNNAMED, MeasuredCheckpoint
 from elesh.trainer.network.calling import example_of
@@ -120,7 +128,6 @@ class Session:
         self._failed: dict[str, str] = {}
         self._heard: set[str] = set()
         self._decisions: list[StructuralPruningDecision] = []
-        self._carriers: dict[str, Mapping[str, str]] = {}
         self._decided: dict[str, StructuralPruningDecision] = {}
         self._evaluate: Callable[[], Evaluation] | None = None
         self._preflight: tuple[PreflightCheck, ...] | None = None
@@ -323,7 +330,7 @@ class Session:
         if why := self.refused or self._strange(decision):
             _log.warning("decision refused", key=decision.idempotency_key, reason=why)
             return outcome_of(decision, before, before, "refused", why)
-        carrier = self._carriers.get(decision.idempotency_key, {})
+        carrier = self._recovery.carriers.get(decision.idempotency_key, {})
         levels = ",".join(level.value for level in decision.taken)
         attributes = {"elesh.key": decision.idempotency_key, "elesh.levels": levels}
         with span_from(carrier, "apply decision", attributes=attributes) as current:
@@ -335,15 +342,15 @@ class Session:
                 redistribute=redistribute,
             )
             current.set_attribute("elesh.outcome", outcome.result)
-            with _creating(OUTCOMES, answers=carrier):
-                self.report(outcome)
+            _mark_unless_applied(outcome)
+            self.report(outcome)
             limit = self._cuts.trigger_of(decision)
             self._validated(outcome, limit)
             self._changed(outcome, before, surgeon.architecture)
         if outcome.watched:
             self._decided[outcome.idempotency_key] = decision
         else:
-            self._carriers.pop(outcome.idempotency_key, None)
+            self._recovery.carriers.pop(outcome.idempotency_key, None)
         self._observers.on_outcome(decision, outcome)
         return outcome
 
@@ -398,12 +405,12 @@ class Session:
         for outcome in outcomes:
             key = outcome.idempotency_key
             # The end of the same story: it goes on in the trace of its checkpoint.
-            carrier = self._carriers.pop(key, {})
-            with (
-                span_from(carrier, "watched", attributes={"elesh.key": key}),
-                _creating(OUTCOMES, answers=carrier),
-            ):
+            carrier = self._recovery.carriers.get(key, {})
+            attributes = {"elesh.key": key, "elesh.outcome": outcome.result}
+            with span_from(carrier, "watched", attributes=attributes):
+                _mark_unless_applied(outcome)
                 self.report(outcome)
+            self._recovery.carriers.pop(key, None)
             self._validated(outcome, limits[outcome.idempotency_key])
             if decision := self._decided.pop(outcome.idempotency_key, None):
                 self._observers.on_outcome(decision, outcome)
@@ -412,8 +419,10 @@ class Session:
         return outcomes
 
     def report(self, outcome: PruningOutcome) -> bool:
-        """Publish what became of a decision."""
-        return self._queue(OUTCOMES, outcome, outcome.epoch, event_id_of(outcome))
+        """Publish what became of a decision, with a link to it in the trace."""
+        carrier = self._recovery.carriers.get(outcome.idempotency_key, {})
+        with _creating(OUTCOMES, answers=carrier):
+            return self._queue(OUTCOMES, outcome, outcome.epoch, event_id_of(outcome))
 
     def _validated(self, outcome: PruningOutcome, limit: float) -> None:
         """Tell Urabrask what was measured."""
@@ -454,7 +463,7 @@ class Session:
             _log.warning("decision came again, passed over", key=key)
             return
         self._heard.add(key)
-        self._carriers[key] = carrier
+        self._recovery.carriers[key] = carrier
         self._decisions.append(decision)
 
     def _of_this_run(self, bundle: CheckpointBundle) -> CheckpointBundle:
@@ -481,6 +490,12 @@ class Session:
             return bundle
         figures = {"accuracy": now.accuracy, "loss": now.loss}
         return replace(bundle, metadata=metadata.model_copy(update=figures))
+
+
+def _mark_unless_applied(outcome: PruningOutcome) -> None:
+    """A decision that the network does not keep is found by the error status of its span."""
+    if outcome.result != "applied":
+        mark_failed(outcome.result, outcome.detail)
 
 
 def _creating(

@@ -8,8 +8,8 @@ ends with that reason. Each ends once.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from leyline import CheckpointReady, StructuralAnalysisRequest
 
@@ -35,6 +35,8 @@ class Published:
     """Where it stands on its stream."""
     lives: float
     """Seconds in which it is answered, or never."""
+    carrier: Mapping[str, str] = field(default_factory=dict)
+    """The context of the trace that it was created in."""
     at: float = 0.0
     next_look: float = 0.0
     pause: float = _FIRST_SECONDS
