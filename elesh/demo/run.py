@@ -25,12 +25,12 @@ from leyline import Level
 
 from .beside import console_beside
 from .fleet import fleet
-from .screen import Screen, report_tables
+from .screen import Screen, report_tables, size_of
 from .training import Report, Training, total_channels
 
 __all__ = ["Demo", "run_demo", "run_trainer"]
 
-_CHECKPOINTS = 20
+_CHECKPOINTS = 12
 _ANSWER_SECONDS = 180.0
 """So long a demo waits once for answers that do not come."""
 
@@ -47,7 +47,7 @@ class Demo:
     settings_file: Path | None = None
     json_file: Path | None = None
     every: int | None = None
-    """Epochs between checkpoints; None: about 20 checkpoints in all."""
+    """Epochs between checkpoints; None: about twelve checkpoints in all."""
     run_id: str = ""
     fail: int = 0
     """How many checkpoints to publish with spoiled statistics."""
@@ -188,7 +188,7 @@ def report_figures(report: Report, training: Training) -> dict[str, Any]:
         "channels_before": total_channels(original),
         "channels_after": total_channels(now),
         "channels_by_group": {
-            group.name: [group.size, now.group[group.name].size]
+            group.name: [group.size, size_of(now, group.name)]
             for group in original.groups
             if group.level is Level.CHANNEL
         },

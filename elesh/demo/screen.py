@@ -11,11 +11,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from leyline import Level, PrunedArchitecture, PruningOutcome, StructuralPruningDecision
+from leyline import (
+    Level,
+    PrunedArchitecture,
+    PruningGroup,
+    PruningOutcome,
+    StructuralPruningDecision,
+)
 
 from .training import EpochFigures, Report, total_channels
 
-__all__ = ["Screen", "report_tables"]
+__all__ = ["Screen", "report_tables", "size_of"]
 
 _COLOURS = {"applied": "green", "rolled_back": "red", "refused": "yellow", "rejected": "dim"}
 
@@ -163,15 +169,26 @@ def _by_layer(original: PrunedArchitecture, now: PrunedArchitecture) -> Table:
     for group in original.groups:
         if group.level is not Level.CHANNEL:
             continue
-        size = now.group[group.name].size
+        size = size_of(now, group.name)
         table.add_row(
             group.name,
             str(group.size),
             str(size),
             str(group.size - size) if size != group.size else "",
-            "" if group.prunable else f"left alone: {group.reason}",
+            _note(group, now),
         )
     return table
+
+
+def _note(group: PruningGroup, now: PrunedArchitecture) -> str:
+    if group.name not in now.group:
+        return "went with its layer"
+    return "" if group.prunable else f"left alone: {group.reason}"
+
+
+def size_of(now: PrunedArchitecture, group: str) -> int:
+    """How many units are left of a group; none of one that went with a whole layer."""
+    return now.group[group].size if group in now.group else 0
 
 
 def _by_decision(report: Report) -> Table:

@@ -6,12 +6,15 @@ import io
 import re
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
 from elesh.cli import app
-from elesh.demo.screen import Screen
-from elesh.demo.training import EpochFigures
+from elesh.demo.network import DigitsNet
+from elesh.demo.screen import Screen, report_tables
+from elesh.demo.training import EpochFigures, Report
+from elesh.trainer import Evaluation, Recorder
 
 
 def test_the_line_of_progress_shows_epoch_and_channels_in_80_columns() -> None:
@@ -42,3 +45,17 @@ def test_a_budget_that_is_no_share_is_a_wrong_call(given: str, told: str) -> Non
     result = CliRunner().invoke(app, ["demo", "--budget", given])
     assert result.exit_code == 2
     assert told in result.output
+
+
+def test_a_group_that_went_with_its_layer_has_a_row_that_says_so() -> None:
+    model = DigitsNet(blocks=(2, 1), identity=True)
+    original = Recorder(model, torch.zeros(2, 1, 8, 8)).architecture
+    now = original.without_layers(["stage1.0"])
+    gone = [g.name for g in original.groups if g.name not in now.group]
+    assert gone
+    console = Console(file=io.StringIO(), width=80)
+    for shown in report_tables(Report(Evaluation(0.9, 0.1), Evaluation(0.9, 0.1)), original, now):
+        console.print(shown)
+    assert isinstance(console.file, io.StringIO)
+    row = next(x for x in console.file.getvalue().splitlines() if gone[0] in x)
+    assert "went with its layer" in row

@@ -2,24 +2,16 @@
 
 Promises: a layer goes only if all five conditions of the design hold, only in the aggressive phase,
 never more than the allowed share of the original layers, and never so many that fewer than three
-are left; the order of the blocks does not matter. Pure.
+are left; the order of the blocks does not matter. Pure. Which of them go first:
+:mod:`elesh.analysis.levels.layer_choice`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
-from elesh.analysis.candidates import Candidates
-from elesh.analysis.importance.output_projections import (
-    Prediction,
-    Projections,
-    output_mean_square,
-    predict,
-)
 from elesh.analysis.pruning_set.plans import LevelPlan
 from elesh.analysis.selection.eligible import unwanted_names
 from elesh.analysis.selection.schedule import Allowance, phase_at
@@ -28,7 +20,6 @@ from elesh.analysis.spans import stage
 from elesh.settings import LayerAnalysis, Settings
 from leyline import (
     CheckpointBundle,
-    GateStatistics,
     InvalidField,
     LayerBlock,
     LayerPruningTarget,
@@ -39,6 +30,8 @@ from leyline import (
     RankedUnit,
 )
 from leyline.network.blocks import inside_any
+
+from .layer_choice import choose_layers
 
 __all__ = ["architecture_impact", "failed_conditions", "first_to_go", "plan_layers", "rank"]
 
@@ -99,11 +92,13 @@ def plan_layers(bundle: CheckpointBundle, settings: Settings) -> LevelPlan:
         pruning.layer_analysis.max_layer_removal_ratio,
         bundle.parameters.target_ratio,
     )
-    order = sorted(fit, key=lambda layer: (rank(layer), layer.block.name))
-    chosen = order[: allowed.quota]
-    for layer in order[allowed.quota :]:
-        reasons[layer.block.name] = _beyond(allowed)
-    prediction, mean_square = _prediction(bundle, present, [layer.block.name for layer in chosen])
+    fitting = {layer.block.name: layer for layer in fit}
+    ranks = {name: rank(layer) for name, layer in fitting.items()}
+    limit = pruning.channel_analysis.max_predicted_shift
+    names = [block.name for block in present]
+    choice = choose_layers(bundle, ranks, names, allowed.quota, limit)
+    for name in fitting.keys() - set(choice.names):
+        reasons[name] = choice.shortfall or _beyond(allowed)
     counts = [len(data.projections) for data in bundle.layers.values()]
     return LevelPlan(
         level=Level.LAYER,
@@ -114,20 +109,21 @@ def plan_layers(bundle: CheckpointBundle, settings: Settings) -> LevelPlan:
         ignored=tuple((b.name, reasons[b.name]) for b in architecture.blocks if b.name in reasons),
         nothing=_nothing(allowed),
         shortfall=sentence(
-            short_of_target(bundle, Level.LAYER, allowed), _short(allowed, len(chosen))
+            short_of_target(bundle, Level.LAYER, allowed),
+            choice.shortfall or _short(allowed, len(choice.names)),
         ),
         minimum=MIN_LAYERS,
         present=len(present),
         prunable=len(present),
         measured=sum(block.name in bundle.layers for block in present),
         samples=counts[0] if counts else bundle.metadata.samples,
-        targets=tuple(_target(layer) for layer in chosen),
+        targets=tuple(_target(fitting[name]) for name in choice.names),
         order=tuple(
-            RankedUnit(level=Level.LAYER, layer_name=layer.block.name, cost=rank(layer))
-            for layer in chosen
+            RankedUnit(level=Level.LAYER, layer_name=name, cost=cost)
+            for name, cost in zip(choice.names, choice.costs, strict=True)
         ),
-        prediction=prediction,
-        output_mean_square=mean_square,
+        prediction=choice.prediction,
+        output_mean_square=choice.mean_square,
     )
 
 
@@ -275,32 +271,4 @@ def _target(layer: _Layer) -> LayerPruningTarget:
         skip_potential=layer.block.skip_potential,
         skip_strategy=layer.block.strategy,
         architecture_impact=layer.impact,
-    )
-
-
-def _prediction(
-    bundle: CheckpointBundle, present: Sequence[LayerBlock], chosen: Sequence[str]
-) -> tuple[Prediction | None, float]:
-    """The joint output error, each layer taken as a group of one unit."""
-    names = sorted(block.name for block in present if block.name in bundle.layers)
-    gates = {name: _as_gate(bundle.layers[name]) for name in names}
-    if not chosen or len(gates[names[0]].projections) < 2:
-        return None, 0.0
-    ones = (1,) * len(names)
-    candidates = Candidates(tuple(names), ones, ones, ones)
-    units = sorted(names.index(name) for name in chosen)
-    projections = Projections.of(gates, candidates)
-    prediction = predict(projections, candidates, len(units), lambda _: units)
-    return prediction, max(
-        output_mean_square(gates.values()), output_mean_square(bundle.gates.values())
-    )
-
-
-def _as_gate(data: LayerStatistics) -> GateStatistics:
-    # What LayerStatistics has checked need not be checked again.
-    return GateStatistics.model_construct(
-        layer_name=data.layer_name,
-        projections=np.asarray(data.projections)[:, None],
-        first_order=data.first_order,
-        second_order=data.second_order,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,14 @@ def by_unit(values: Tensor, span: Span, size: int) -> Tensor:
     return chosen.reshape(*chosen.shape[:-1], size, span.width)
 
 
+class Entered(Protocol):
+    """Sums over samples and positions of what entered consumers, by axis."""
+
+    rows: dict[Axis, int]
+    first: dict[Axis, Tensor]
+    second: dict[Axis, Tensor]
+
+
 @dataclass
 class AxisTally:
     """How often the channels of one axis were active."""
@@ -69,13 +77,24 @@ class AxisTally:
         self.elements += x.numel() // x.shape[dim]
 
 
+def inner_products(second: Tensor, site: GateSite, size: int, *, by_element: bool) -> Tensor:
+    """The inner products of the units at a site, from those of all channels of its axis.
+
+    Args:
+        second: [C, C].
+        by_element: [W, W] of all their channels; else [size, size], summed over a unit's width.
+    """
+    across = by_unit(second, site, size).movedim(0, -1)
+    both = by_unit(across, site, size)  # [size, width, size, width]
+    if by_element:
+        return both.reshape(size * site.width, size * site.width)
+    return both.diagonal(dim1=1, dim2=3).sum(-1)
+
+
 @dataclass
 class InputTally:
-    """Sums over samples and positions of what enters one consumer, and of the slopes there."""
+    """Sums over samples of what enters one consumer, and of the slopes there."""
 
-    rows: int = 0
-    first: Doubles | float = 0.0
-    second: Doubles = field(default_factory=lambda: np.zeros(()))
     steady: Doubles | float = 0.0
     """Squares of the means over a sample's positions, as often as it has positions."""
     summed: Doubles = field(default_factory=lambda: np.zeros(()))
@@ -86,29 +105,33 @@ class InputTally:
     def see(self, x: Tensor, gradient: Tensor) -> None:
         """Take in activations and their gradients, [samples, positions, W]."""
         positions = x.shape[1]
-        self.rows += len(x) * positions
-        self.first = self.first + _doubles(x.sum((0, 1)))
-        self.second = self.second + _squares(x)
         self.steady = self.steady + positions * _doubles(x.mean(1).square().sum(0))
         summed = _squares(gradient.sum(1))
         self.summed = self.summed + summed
         self.left = self.left + _squares(gradient) - summed / positions
 
     def fields(
-        self, samples: int, centred: bool, norms: Collection[Normalised] = ()
+        self,
+        samples: int,
+        entered: tuple[int, Doubles, Doubles],
+        centred: bool,
+        norms: Collection[Normalised] = (),
     ) -> dict[str, Doubles]:
         """The fields of one site: ``input_moments`` and so on.
 
         Args:
+            entered: how many samples times positions; sums over them of what enters, [W], and of
+                its products, [W, W].
             centred: the consumer can take up a constant.
             norms: over all units of the group.
         """
-        raw = np.asarray(self.first) / self.rows
+        rows, first, second = entered
+        raw = first / rows
         means = raw * centred
         fields = {
-            "input_moments": self.second / self.rows - np.outer(means, means),
+            "input_moments": second / rows - np.outer(means, means),
             "input_means": means,
-            "sample_moments": np.asarray(self.steady) / self.rows - means**2,
+            "sample_moments": np.asarray(self.steady) / rows - means**2,
             "input_slopes": np.stack([self.summed, self.left]) / samples,
         }
         return behind_norm(fields, raw, norms) if norms else fields
@@ -146,10 +169,12 @@ class GroupTally:
     rated: int = 0
     """Samples that ``rise`` is a sum over and that ``moves`` and ``margins`` have."""
     gram: Tensor | None = None
+    shared: tuple[int, Tensor] | None = None
+    """Rows and inner products of the first site's axis, where others have summed them up."""
     inputs: dict[int, InputTally] = field(default_factory=dict)
     """By number of the site, where input moments are measured."""
     gram_rows: int = 0
-    """Samples times positions behind ``gram``."""
+    """Samples times positions times width behind ``gram``."""
 
     def __post_init__(self) -> None:
         self.first, self.second, self.rise, self.sensitivity = np.zeros((4, self.group.size))
@@ -263,12 +288,14 @@ class GroupTally:
     def gates(
         self,
         samples: int,
+        entered: Entered | None = None,
         constants: Collection[Axis] = (),
         norms: Collection[Normalised] = (),
     ) -> GateStatistics:
         """The gate statistics of all samples.
 
         Args:
+            entered: what entered the consumers, where slopes were looked at.
             constants: axes whose consumers can take up a constant: input moments are about means.
             norms: over all units of the group.
         """
@@ -282,26 +309,42 @@ class GroupTally:
             removal_error=None if self.rise_error is None else single(self.rise_error),
             moves=np.concatenate(self.moves) if rated else None,
             margins=np.concatenate(self.margins) if rated else None,
-            **self._input_moments(samples, constants, norms),
+            **self._input_moments(samples, entered, constants, norms),
         )
 
     def _input_moments(
-        self, samples: int, constants: Collection[Axis], norms: Collection[Normalised]
+        self,
+        samples: int,
+        entered: Entered | None,
+        constants: Collection[Axis],
+        norms: Collection[Normalised],
     ) -> dict[str, Any]:
         """The input moments of all sites, where they were measured at each."""
         sites = self.group.sites
-        if not self.inputs or len(self.inputs) < len(sites):
+        if entered is None or not self.inputs or len(self.inputs) < len(sites):
             return {}
         found = [
-            self.inputs[number].fields(samples, axis_of(site) in constants, norms)
+            self.inputs[number].fields(
+                samples, self._entered(entered, site), axis_of(site) in constants, norms
+            )
             for number, site in enumerate(sites)
         ]
         return {name: single(np.stack([site[name] for site in found])) for name in found[0]}
+
+    def _entered(self, entered: Entered, site: GateSite) -> tuple[int, Doubles, Doubles]:
+        """Rows, sums and inner products of what enters at one site."""
+        axis, size, by_element = axis_of(site), self.group.size, self.group.level is Level.HEAD
+        rows = entered.rows[axis] * (1 if by_element else site.width)
+        first = by_unit(entered.first[axis], site, size)
+        first = first.flatten() if by_element else first.sum(-1)
+        second = inner_products(entered.second[axis], site, size, by_element=by_element)
+        return rows, _doubles(first), _doubles(second)
 
     def channels(self, axes: Mapping[Axis, AxisTally], magnitude: Doubles) -> ChannelImportanceData:
         """The importance vectors of all samples."""
         size = self.group.size
         taylor, active, elements = np.zeros(size), np.zeros(size), 0
+        gram, rows = self._gram()
         for site in self.group.sites:
             axis, counted = axes[axis_of(site)], self._reached(axes, site)
             owned = axis.elements * site.width
@@ -314,12 +357,18 @@ class GroupTally:
             taylor_importance=single(taylor),
             magnitude_importance=single(magnitude),
             activation_frequency=single(active / elements),
-            channel_correlations=None if self.gram is None else cosines(self.gram),
-            mean_square=None if self.gram is None else self._mean_square(self.gram),
+            channel_correlations=None if gram is None else cosines(gram),
+            mean_square=None if gram is None else single(_doubles(gram.diagonal()) / rows),
         )
 
-    def _mean_square(self, gram: Tensor) -> npt.NDArray[np.float32]:
-        return single(gram.diagonal().cpu().double().numpy() / self.gram_rows)
+    def _gram(self) -> tuple[Tensor | None, int]:
+        """Inner products of the units' activations at the first site, and the rows behind them."""
+        if self.shared is None:
+            return self.gram, self.gram_rows
+        (rows, second), site, size = self.shared, self.group.sites[0], self.group.size
+        gram = inner_products(second, site, size, by_element=False)
+        gram = gram if self.gram is None else gram + self.gram.double().cpu()
+        return gram, rows * site.width + self.gram_rows
 
     def heads(
         self, samples: int, axes: Mapping[Axis, AxisTally], patterns: Mapping[str, Any]

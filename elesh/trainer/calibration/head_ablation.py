@@ -14,7 +14,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from elesh.trainer.network.calling import Inputs, batch_size, call, main_output, map_tensors
+from elesh.trainer.network.calling import (
+    Inputs,
+    batch_size,
+    call,
+    main_output,
+    map_tensors,
+    tensors_in,
+)
 from elesh.trainer.surgery.masks import Masks
 from leyline import PrunedArchitecture, PruningGroup
 
@@ -72,8 +79,10 @@ def masked_loss_increases(
 
 
 def _parts(batches: Batches, rows: Ints) -> list[tuple[Inputs, Any]]:
-    """The batches, reduced to the samples ``rows``."""
-    parts, start = [], 0
+    """The batches, reduced to the samples ``rows``; what is left of several is one batch, where it
+    fits: calls of a few samples cost as much as those of many."""
+    parts: list[tuple[Inputs, Any]] = []
+    start, largest = 0, max((batch_size(inputs) for inputs, _ in batches), default=0)
     for inputs, labels in batches:
         size = batch_size(inputs)
         own = torch.from_numpy(rows[(rows >= start) & (rows < start + size)] - start)
@@ -84,8 +93,29 @@ def _parts(batches: Batches, rows: Ints) -> list[tuple[Inputs, Any]]:
             return tensor if whole else tensor[own.to(tensor.device)]
 
         if len(own):
-            parts.append((map_tensors(taken, inputs), map_tensors(taken, labels)))
+            part = map_tensors(taken, inputs), map_tensors(taken, labels)
+            joined = _joined(parts[-1], part, largest) if parts else None
+            parts[-1:] = [*parts[-1:], part] if joined is None else [joined]
     return parts
+
+
+def _joined(one: Any, other: Any, largest: int) -> Any:
+    """Two batches as one; None where they are not alike but for their sizes, or too large."""
+    ours, theirs = tensors_in(one), tensors_in(other)
+    count, more = batch_size(one[0]), batch_size(other[0])
+    alike = all(
+        a.ndim and len(a) == count and len(b) == more and a.shape[1:] == b.shape[1:]
+        for a, b in zip(ours, theirs, strict=False)
+    )
+    if not alike or count + more > largest or _frame(one) != _frame(other):
+        return None
+    joined = (torch.cat(pair) for pair in zip(ours, theirs, strict=True))
+    return map_tensors(lambda _: next(joined), one)
+
+
+def _frame(batch: Any) -> str:
+    """What a batch has beside its tensors."""
+    return repr(map_tensors(lambda tensor: tensor.new_zeros(()), batch))
 
 
 def _losses(model: nn.Module, batches: Batches) -> Doubles:

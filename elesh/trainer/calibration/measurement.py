@@ -44,7 +44,8 @@ class Measurement:
         self._axes: dict[Axis, AxisTally] = {
             axis_of(site): AxisTally() for tally in self._groups for site in tally.group.sites
         }
-        self._covariance = CovarianceSums() if reconstruct else None
+        self._entered = CovarianceSums() if inputs else None
+        self._reconstruct = reconstruct
         self._shared = SharedInputs()
         self._first: dict[Axis, list[GroupTally]] = {}
         self._patterns: dict[Axis, PatternTally] = {}
@@ -73,12 +74,15 @@ class Measurement:
         """Look at the activations that pass an axis."""
         self._axes[axis].see(x, axis[1])
         self._shared.see(axis, x)
-        if self._covariance is not None:
-            self._covariance.see(axis, x)
+        if self._entered is not None:
+            self._entered.see(axis, x)
         rows = len(x) * min(self.batch, CORRELATED_SAMPLES - self.samples) // self.batch
         if rows > 0:
             for tally in self._first.get(axis, ()):
-                tally.correlate(x[:rows])
+                if self._entered is not None and rows == len(x):
+                    tally.shared = self._entered.rows[axis], self._entered.second[axis]
+                else:
+                    tally.correlate(x[:rows])
         if axis in self._patterns:
             left = min(max(PATTERN_SAMPLES - self.samples, 0), self.batch) / self.batch
             self._patterns[axis].see(self._weights.take(), x.numel() // x.shape[-1], left)
@@ -113,7 +117,9 @@ class Measurement:
 
     def covariance(self, model_hash: str) -> InputCovariance | None:
         """Of what entered every consumer; None where it was not asked for."""
-        return None if self._covariance is None else self._covariance.mean(model_hash)
+        if self._entered is None or not self._reconstruct:
+            return None
+        return self._entered.mean(model_hash)
 
     def ablate(self, model: nn.Module, architecture: PrunedArchitecture, batches: Batches) -> None:
         """Mask heads one at a time and measure what that does, where samples have margins."""
@@ -143,7 +149,10 @@ class Measurement:
         constants = {a for a in self._axes if takes_constant(model.get_submodule(a[0]))}
         gates = {
             t.group.name: t.gates(
-                self.samples, constants, normalisations(model, [t.group], t.group.size)
+                self.samples,
+                self._entered,
+                constants,
+                normalisations(model, [t.group], t.group.size),
             )
             for t in self._groups
         }

@@ -199,7 +199,8 @@ class _Subject:
 
     def _covered(self) -> str:
         surgeon = self._surgeon
-        blocked, average = surgeon.blocked(), surgeon.unnamed_average()
+        blocked = surgeon.blocked()
+        average = surgeon.unnamed_average() if blocked else ""
         if blocked and blocked != average:
             raise InvalidField("the surgeon", "all that a cut must reach", "less", hint=blocked)
         # One that is made before it is needed, or of no further use, must not end the run.
@@ -251,6 +252,13 @@ class _Subject:
         return _Copied(self._surgeon, self._parts)
 
 
+class _OfCopies(Surgeon):
+    """Of a network that was made a moment ago: nobody else can train it yet."""
+
+    def require_all_optimizers(self) -> None:
+        """There are no others."""
+
+
 class _Copied:
     """Network, optimizers and parts, copied together; the copies end with the block."""
 
@@ -265,7 +273,7 @@ class _Copied:
                 optimizers = copied_optimizers(self._surgeon.optimizers, memo)
                 parts = copy.deepcopy(dict(self._parts), memo)
                 now = self._surgeon.architecture
-                surgeon = Surgeon(model, now, optimizer=optimizers or None, restore_points=0)
+                surgeon = _OfCopies(model, now, optimizer=optimizers or None, restore_points=0)
                 return Tracked(surgeon, parts)
         except Exception as error:
             raise _Skipped(f"something of it cannot be copied: {error}"[:300]) from error

@@ -23,7 +23,14 @@ from leyline import InvalidField
 
 from .tensors import Cutter
 
-__all__ = ["ALIKE", "WeightCopy", "all_copies_in", "copies_in", "unnamed_averages"]
+__all__ = [
+    "ALIKE",
+    "WeightCopy",
+    "all_copies_in",
+    "averages_weights",
+    "copies_in",
+    "unnamed_averages",
+]
 
 _DEPTH = 4
 """How far into a holder's attributes copies are looked for."""
@@ -107,23 +114,31 @@ def all_copies_in(name: str, holder: Any, model: nn.Module) -> list[WeightCopy]:
     return list(_search(name, holder, _Network(model), set(), _DEPTH))
 
 
-def unnamed_averages(model: nn.Module, known: Iterable[WeightCopy]) -> list[str]:
+def unnamed_averages(
+    model: nn.Module, known: Iterable[WeightCopy], among: Iterable[Any] | None = None
+) -> list[str]:
     """Kinds of averages of this network, alive anywhere in this process, that nobody named.
 
     A cut would not reach them, and their next update would fail. An average of another network of
     the same structure is told apart by its weights.
+
+    Args:
+        among: all that are alive, where somebody has looked.
     """
     named = {id(tensor) for copy in known for tensor in copy.tensors().values()}
     named |= {id(tensor) for tensor in named_tensors(model).values()}
-    if not _averages(model, named):
+    if not _averages(model, named, alive(averages_weights) if among is None else among):
         return []
     gc.collect()  # what is only waiting to be collected averages nothing
-    return _averages(model, named)
+    return _averages(model, named, alive(averages_weights))
 
 
-def _averages(model: nn.Module, named: set[int]) -> list[str]:
+def _averages(model: nn.Module, named: set[int], among: Iterable[Any]) -> list[str]:
+    averages = [each for each in among if averages_weights(type(each))]
+    if not averages:
+        return []
     network, seen, found = _Network(model), set(named), list[str]()
-    for each in alive(_averages_weights):
+    for each in averages:
         kind = type(each).__name__
         for copy in _search(kind, each, network, set(), _DEPTH):
             tensors = {id(tensor) for tensor in copy.tensors().values()}
@@ -133,7 +148,8 @@ def _averages(model: nn.Module, named: set[int]) -> list[str]:
     return found
 
 
-def _averages_weights(kind: type) -> bool:
+def averages_weights(kind: type) -> bool:
+    """Whether a class looks like one that averages weights."""
     return bool(_KIND.search(kind.__name__)) and not issubclass(kind, type)
 
 

@@ -49,6 +49,8 @@ def rebuild_reducers(model: nn.Module) -> int:
     unpickling one does: its buckets and hooks are made anew from its module's parameters. It sends
     nothing, so that processes need not do it at the same time.
     """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return 0
     own = {id(module) for module in model.modules()}
     found = [
         each

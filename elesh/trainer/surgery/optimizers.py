@@ -181,28 +181,39 @@ def optimizers_in(given: Given) -> tuple[Optimizer, ...]:
 
 
 def other_optimizers(
-    model: nn.Module, given: Iterable[Optimizer], *, stateful: bool = False
+    model: nn.Module,
+    given: Iterable[Optimizer],
+    *,
+    stateful: bool = False,
+    among: Iterable[Any] | None = None,
 ) -> list[Optimizer]:
     """Optimizers, alive anywhere in this process, that hold parameters of the network and are not
     among those given. A cut would leave their state as it was, and their next step would fail.
 
     Args:
         stateful: only those that have state of these parameters.
+        among: all that are alive, where somebody has looked.
     """
     mine = {id(parameter) for parameter in model.parameters()}
     known = {id(optimizer.state) for optimizer in given}  # frameworks have views of optimizers
 
-    def others() -> list[Optimizer]:
+    def others(found: Iterable[Any]) -> list[Optimizer]:
         return [
             each
-            for each in alive(lambda kind: issubclass(kind, Optimizer))
-            if id(getattr(each, "state", None)) not in known
+            for each in found
+            if isinstance(each, Optimizer)
+            and id(getattr(each, "state", None)) not in known
             and any(id(p) in mine for p in _held(each, stateful))
         ]
 
-    if others():
-        gc.collect()  # what is only waiting to be collected trains nothing
-    return others()
+    if not others(alive(_optimizes) if among is None else among):
+        return []
+    gc.collect()  # what is only waiting to be collected trains nothing
+    return others(alive(_optimizes))
+
+
+def _optimizes(kind: type) -> bool:
+    return issubclass(kind, Optimizer)
 
 
 def _held(optimizer: Optimizer, stateful: bool) -> list[Any]:

@@ -12,8 +12,10 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from elesh.observe import get_logger
+from elesh.trainer.network.alive import alive
 from elesh.trainer.network.compilation import compile_anew, unwrapped
 from elesh.trainer.network.gradient_hooks import fixed_to_a_shape
 from elesh.trainer.network.headcounts import refit_heads
@@ -27,7 +29,7 @@ from leyline import (
     PruningRecord,
 )
 
-from .averages import WeightCopy, require_layers, unnamed_averages
+from .averages import WeightCopy, averages_weights, require_layers, unnamed_averages
 from .bypass import BranchMasks, put_in
 from .data_parallel import rebuild_reducers, require_whole
 from .followed import Beside, Followed
@@ -182,7 +184,8 @@ class Surgeon:
         would fail in its next step or update, and a gradient hook that holds a mask of the
         parameter's shape in the next backward pass.
         """
-        others = other_optimizers(self._model, self._optimizers.all, stateful=True)
+        found = alive(lambda kind: issubclass(kind, Optimizer) or averages_weights(kind))
+        others = other_optimizers(self._model, self._optimizers.all, stateful=True, among=found)
         if others:
             kinds = ", ".join(type(other).__name__ for other in others)
             return (
@@ -200,12 +203,16 @@ class Surgeon:
                 f"a gradient hook of {hooked} holds a tensor of its shape, which a cut would not "
                 "reach; let the hook make it of the gradient or of the parameter, as these are then"
             )
-        return self.unnamed_average()
+        return self.unnamed_average(found)
 
-    def unnamed_average(self) -> str:
+    def unnamed_average(self, among: Iterable[object] | None = None) -> str:
         """What to do about an average of the network that the surgeon was not told of; empty if
-        there is none. Nothing is cut until it is done."""
-        averages = unnamed_averages(self._model, self.copies)
+        there is none. Nothing is cut until it is done.
+
+        Args:
+            among: all that are alive, where somebody has looked.
+        """
+        averages = unnamed_averages(self._model, self.copies, among)
         if averages:
             return (
                 f"an average of the network's weights was not named: {', '.join(averages)}; name "

@@ -256,6 +256,58 @@ def test_a_choice_that_chance_would_match_is_noise() -> None:
     assert gate(decide(network()), "noise").passed
 
 
+SHORTEN = AnalysisParameters(failing_gate="shorten")
+
+
+def test_where_a_failing_gate_shortens_layers_go_by_what_they_move() -> None:
+    """By the design's rank b7 goes first, which moves the outputs more than a layer at random."""
+    data = [figures(f"b{i}", 0.5) for i in range(10)]
+    data[7] = figures("b7", 0.7, similarity=0.999)
+    data[2] = figures("b2", 0.001)
+    settings = Settings(structured_pruning={"layer_analysis": {"max_layer_removal_ratio": 0.1}})
+    refused = decide(bundle(residual(10), data), settings=settings)
+    assert chosen(refused) == ["b7"]
+    assert not gate(refused, "noise").passed
+    decision = decide(bundle(residual(10), data, parameters=SHORTEN), settings=settings)
+    assert chosen(decision) == ["b2"]
+    assert decision.approved_for_application, decision.rejection_reason
+
+
+def test_as_many_layers_go_as_the_gates_of_the_prediction_let_pass() -> None:
+    data = [figures(f"b{i}", taylor=0.5) for i in range(8)]
+    step = figures("b8", 0.3)
+    data += [step, figures("b9", 0.31).model_copy(update={"projections": 1.01 * step.projections})]
+    decision = decide(bundle(residual(10), data, parameters=SHORTEN))
+    assert chosen(decision) == ["b8"]
+    assert decision.approved_for_application, decision.rejection_reason
+    assert decision.statistics.quota == 2
+    assert "1 of the 2 layers that may go stay" in decision.statistics.shortfall
+    assert "1 of the 2 layers" in dict(decision.ignored)["b9"]
+
+
+def test_layers_of_which_none_is_better_than_chance_are_refused_whole() -> None:
+    decision = decide(everything_goes(10, parameters=SHORTEN))
+    assert len(decision.layers) == 2
+    assert not decision.approved_for_application
+    assert decision.rejection_reason.startswith("noise: ")
+
+
+def test_what_chose_a_layer_does_not_also_judge_it() -> None:
+    """Each half of the samples chooses another layer, which the other half shows to move more."""
+    even = np.arange(64) % 2 == 0
+    data = [figures(f"b{i}", taylor=0.5) for i in range(3)]
+    data += [
+        figures(f"b{i}").model_copy(
+            update={"projections": np.where(even == first, 0.0, 1.0).astype(np.float32)}
+        )
+        for i, first in ((3, True), (4, False))
+    ]
+    decision = decide(bundle(residual(5), data, parameters=SHORTEN))
+    assert len(decision.layers) == 1
+    assert decision.statistics.predicted_shift == pytest.approx(1 / 1.0, rel=0.5)
+    assert not decision.approved_for_application
+
+
 def test_an_open_breaker_and_unmet_requirements_reject() -> None:
     broken = decide(network(), breakers={Level.LAYER: BreakerStatus("open", 3, "three in a row")})
     assert "breaker" in broken.rejection_reason
