@@ -333,7 +333,11 @@ class GroupTally:
 
     def _entered(self, entered: Entered, site: GateSite) -> tuple[int, Doubles, Doubles]:
         """Rows, sums and inner products of what enters at one site."""
-        axis, size, by_element = axis_of(site), self.group.size, self.group.level is Level.HEAD
+        axis, size, by_element = (
+            axis_of(site),
+            self.group.size,
+            self.group.level is not Level.CHANNEL,
+        )
         rows = entered.rows[axis] * (1 if by_element else site.width)
         first = by_unit(entered.first[axis], site, size)
         first = first.flatten() if by_element else first.sum(-1)
