@@ -26,7 +26,7 @@ def die_with_parent() -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether there is such a process on this machine, whoever's it is."""
+    """Whether there is such a process on this machine, of any user."""
     if pid <= 0:
         return False
     try:
@@ -67,6 +67,6 @@ def state_folder() -> Path:
     if chosen := os.environ.get("ELESH_STATE_DIR"):
         return Path(chosen)
     folder = Path(platformdirs.user_state_dir("elesh"))
-    if not folder.is_absolute():  # "~" stays as it is where nobody knows a home
+    if not folder.is_absolute():  # "~" stays as it is where no home is known
         raise SettingsError("no home folder (HOME): set ELESH_STATE_DIR to a folder")
     return folder

@@ -1,7 +1,7 @@
 """The bus: Redis Streams with leases, one decision a key, blobs by claim check, breakers.
 
 Start reading at :mod:`elesh.bus.core`, then :mod:`.groups` (leases), :mod:`.reaping` and
-:mod:`.plans` (fan-out). The server is anybody's Redis 7 or newer, or the embedded
+:mod:`.plans` (fan-out). The server is any Redis 7 or newer, or the embedded
 one of :mod:`elesh.bus.server.embedded`.
 """
 

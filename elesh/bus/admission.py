@@ -178,7 +178,7 @@ def require_in_time(heard: Heard, now: datetime, redriven: datetime | None = Non
             f"at most {_AHEAD.total_seconds() / 60:.0f} minutes after {now:%F %T}Z, the server's "
             "time",
             f"{begins:%F %T}Z",
-            hint="the server's clock went back, or somebody else's was used; "
+            hint="the server's clock went back, or another host's was used; "
             "redrive it if its decision still matters",
         )
     ends = begins + envelope.ttl
@@ -196,7 +196,7 @@ def require_in_time(heard: Heard, now: datetime, redriven: datetime | None = Non
 def admit(
     heard: Heard, *, window: float, now: datetime, redriven: datetime | None = None
 ) -> Admitted:
-    """What a worker is asked for or told.
+    """What a worker is asked for, or hears of.
 
     An outcome, and a part of what was admitted before, is served however late it comes.
 
@@ -361,7 +361,7 @@ _VOLATILE = frozenset({"uri", "expires", "created_at", "timeout"})
 
 
 def fingerprint(message: Message) -> str:
-    """SHA-256 over what a message asks for, whoever published it and wherever its blobs lie.
+    """SHA-256 over what a message asks for, whatever its publisher and its blobs' addresses.
 
     Blobs count by digest, not by address; times do not count. Two publishers of one checkpoint
     agree on it; a key that comes again with other content does not.

@@ -15,6 +15,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Self, TypeVar
 
+from redis.exceptions import RedisError
+
 from elesh.bus.server.client import MAX_BLOCK, Client, open_client
 from elesh.bus.server.clock import ServerClock
 from elesh.bus.server.outage import Backoff, OutageLog, until_available
@@ -40,6 +42,7 @@ from elesh.bus.streams.records import (
     entry_fields,
 )
 from elesh.bus.streams.shedding import WORK, shed_from
+from elesh.observe import get_logger
 from elesh.settings import BreakerSettings, BusSettings
 from leyline import (
     ContractError,
@@ -78,7 +81,8 @@ _BATCH = 100
 # The audit log is never shortened.
 _TRIMMED = tuple(stream for stream in STREAMS if stream is not AUDIT)
 _REMEMBER_SECONDS = 3600
-_TOLD = b"outcome:"
+_log = get_logger(__name__)
+_OUTCOME = b"outcome:"
 _SILENCE_MS = 3_600_000
 """After which a consumer with nothing pending is forgotten."""
 
@@ -238,8 +242,13 @@ class Bus:
         return f"maxmemory-policy is {policy}: set noeviction, or messages and decisions are lost"
 
     async def close(self) -> None:
-        """Close the connections; nothing is requeued or acknowledged."""
-        await self._client.aclose()
+        """Close the connections; nothing is requeued or acknowledged. A server that does not answer
+        is left all the same."""
+        try:
+            await self._client.aclose()
+        except (RedisError, BusUnavailable, OSError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            _log.info("connections to the bus did not close in order", reason=reason)
 
     # Producers
 
@@ -344,7 +353,7 @@ class Bus:
         envelope = unframed(stored[b"envelope"])
         if (found := read_envelope(envelope).correlation_id) != str(key):
             raise IdentityMismatch(f"record of {key}", str(key), found)
-        told = (field for field in stored if field.startswith(_TOLD))
+        outcomes = (field for field in stored if field.startswith(_OUTCOME))
         try:
             fingerprint = stored[b"fingerprint"].decode()
             decided_at = datetime.fromtimestamp(float(stored[b"decided_at"]), UTC)
@@ -355,14 +364,14 @@ class Bus:
             envelope,
             decided_at,
             frozenset(
-                field.removeprefix(_TOLD).decode()
-                for field in told
-                if self._is_told(name, field, stored[field])
+                field.removeprefix(_OUTCOME).decode()
+                for field in outcomes
+                if self._is_recorded(name, field, stored[field])
             ),
         )
 
-    def _is_told(self, name: str, field: bytes, framed: bytes) -> bool:
-        """Whether somebody who may decide wrote that an outcome was taken in."""
+    def _is_recorded(self, name: str, field: bytes, framed: bytes) -> bool:
+        """Whether a signer that may decide recorded this outcome."""
         try:
             return bool(self.guard.state(f"{name}:{field.decode()}", framed))
         except (ContractError, UnicodeDecodeError):
@@ -371,7 +380,7 @@ class Bus:
     async def record_outcome(self, key: IdempotencyKey, event_id: str) -> None:
         """Keep that an outcome of a decision was taken in, for as long as the decision's record."""
         name = self.keys.named("record", str(key))
-        field = _TOLD.decode() + event_id
+        field = _OUTCOME.decode() + event_id
         await self._client.hset(name, field, self.guard.frame_state(f"{name}:{field}", b"1"))
         # Its record may have ended at this very moment.
         await self._client.expire(name, self.settings.record_ttl_seconds, nx=True)
@@ -385,7 +394,7 @@ class Bus:
             if key is None or int(epoch) >= before:
                 return None
             return await self.record(IdempotencyKey.parse(key.decode()))
-        except (ValueError, ContractError):  # not what a commit wrote, or whoever may decide
+        except (ValueError, ContractError):  # not what a commit wrote, or no signer that may decide
             return None
 
     async def commit(

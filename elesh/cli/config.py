@@ -28,7 +28,7 @@ def config_show(settings: SettingsOption = None) -> None:
 def config_check(file: Annotated[Path, typer.Argument(help="A settings file.")]) -> None:
     """Say whether a settings file can be used; every complaint names line and key.
 
-    Keys that change nothing as the others stand are advisory, and told by name.
+    Keys that change nothing as the others stand are advisory, and named.
     """
     settings = Settings.load(file)
     console.print(f"{file}: ok", soft_wrap=True)

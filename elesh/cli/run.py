@@ -10,7 +10,7 @@ import typer
 
 from elesh.bus import server_url
 from elesh.observe import setup_logging, setup_tracing, shutdown_tracing
-from elesh.operate.sizing import Load, size, told
+from elesh.operate.sizing import Load, size, size_report
 from elesh.settings import Settings, workers_needed
 
 from .common import (
@@ -160,7 +160,7 @@ def plan(
     console.print(f"{wanted} worker{'s' if wanted > 1 else ''}")
     if runs:
         load = Load(runs, interval, megabytes, analysis)
-        console.print(told(load, size(load, loaded.bus)), highlight=False)
+        console.print(size_report(load, size(load, loaded.bus)), highlight=False)
     if wanted > needed:
         each = loaded.analysis_workers_per_gpu
         console.print(

@@ -1,7 +1,7 @@
-"""The console over HTTP: pages that anybody on the network may read, actions for operators.
+"""The console over HTTP: pages that any client on the network may read, actions for operators.
 
 Promises: reading never changes anything; an action needs a session of the token and the proof of
-its form (or the token as a bearer); every action is told on the bus with the operator's name and
+its form (or the token as a bearer); every action is recorded with the operator's name and
 ends in the audit log. Nothing is loaded from elsewhere, and the content security policy says so.
 An open page that asks again gets the parts that changed, and nothing where none did.
 """
@@ -223,8 +223,8 @@ class Console:
                 "moved": replayed.moved if replayed else [],
             }
 
-        told = len(run.outcomes.get(str(key), ())) if run else 0
-        version = (told, len(context.spans), context.missing)
+        outcomes = len(run.outcomes.get(str(key), ())) if run else 0
+        version = (outcomes, len(context.spans), context.missing)
         if replayed is not None:  # the answer to a form: it is not asked for again
             return self._page(request, "decision.html", **values())
         return self._live(request, "decision.html", version, values)
@@ -407,7 +407,7 @@ class Console:
         return self._refused(request, "acting needs the token: sign in first"), form
 
     async def _reading(self, request: Request | None = None) -> Reader:
-        """The reader; open tabs share what it read last, whoever loads a page or acts does not."""
+        """The reader; open tabs share what it read last, a page load or an action reads anew."""
         if self._reader is None:
             settings = self._settings
             bus = await Bus.connect(self._url, settings.bus, settings.breaker)
@@ -431,12 +431,12 @@ class Console:
         """
         until = self._reader.until if self._reader else None
         acting = self._guard.holds(request.cookies.get(COOKIE, ""))
-        told = repr((self._born, version, until, acting)).encode()
-        live = hashlib.sha256(told).hexdigest()[:16]
+        text = repr((self._born, version, until, acting)).encode()
+        live = hashlib.sha256(text).hexdigest()[:16]
         asked = request.headers.get("elesh-live", "")
         if asked == live:
             return Response(status_code=304, headers=_HEADERS)
-        # Only the same site's own script reads this, and sessions' cookies are strict: nobody
+        # Only the same site's own script reads this, and sessions' cookies are strict: no one
         # else can have a page made beside a secret of it and watch how well it compresses.
         page = self._rendered(request, template, live=live, until=until, **_CHOICES, **values())
         if not asked:
@@ -476,7 +476,7 @@ def console_app(url: str, settings: Settings) -> Starlette:
     """The console of the bus at ``url`` as an ASGI application.
 
     Raises:
-        SettingsError: if the token is too short to keep anybody out.
+        SettingsError: if the token is too short to protect anything.
     """
     console = Console(url, settings)
     return Starlette(
@@ -492,7 +492,7 @@ def console_app(url: str, settings: Settings) -> Starlette:
 async def serve_console(
     url: str, settings: Settings, host: str, port: int, ready: Callable[[str], None]
 ) -> None:
-    """Serve until SIGINT or SIGTERM; ``ready`` is told the address once it listens.
+    """Serve until SIGINT or SIGTERM; ``ready`` is called with the address once it listens.
 
     Raises:
         SettingsError: if it cannot listen there.
@@ -583,7 +583,7 @@ def _file(text: str, kind: str, name: str) -> Response:
 
 @functools.cache
 def _figures() -> FleetFigures:
-    """The bus's figures of this process, read by whoever scrapes it."""
+    """The bus's figures of this process, read at every scrape."""
     figures = FleetFigures()
     if setup_metrics("elesh-console", "console", prometheus=True):
         register_fleet(figures)

@@ -1,7 +1,7 @@
 """Charts as inline SVG, made on the server: no script, colours by class, so that the page's style
 sheet makes them dark or light. Everything that is text is escaped.
 
-State is never told by colour alone: marks differ in shape, removed units are crossed out.
+State is never shown by colour alone: marks differ in shape, removed units are crossed out.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _Scale = Callable[[float], float]
 
 def tag(name: str, *content: str, **attributes: object) -> Markup:
     """An element; ``class_`` and ``stroke_width`` are spelt as Python can, None is left out."""
-    told = "".join(
+    written = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape(_figure(value))}"'
         for key, value in attributes.items()
         if value is not None
     )
     inside = Markup("").join(escape(part) for part in content)
-    return Markup(f"<{name}{told}>{inside}</{name}>")
+    return Markup(f"<{name}{written}>{inside}</{name}>")
 
 
 def _figure(value: object) -> str:
@@ -72,15 +72,15 @@ def timeline(run: RunView, width: int, link: Callable[[str], str]) -> Markup:
         *_epochs(last, x, height, width),
     ]
     # A group, not an image: the marks in it are links.
-    return _svg(width, height, _told(run), parts, "timeline", "group")
+    return _svg(width, height, _label(run), parts, "timeline", "group")
 
 
-def _told(run: RunView) -> str:
-    told = [f"Run {run.run_id} up to epoch {run.epoch}"]
+def _label(run: RunView) -> str:
+    parts = [f"Run {run.run_id} up to epoch {run.epoch}"]
     if run.accuracy is not None:
-        told.append(f"accuracy {run.accuracy:.2%}")
-    told += [f"{share:.1%} of {level}s removed" for level, share in run.pruned]
-    return ", ".join(told + [f"{count} decisions {name}" for name, count in run.results])
+        parts.append(f"accuracy {run.accuracy:.2%}")
+    parts += [f"{share:.1%} of {level}s removed" for level, share in run.pruned]
+    return ", ".join(parts + [f"{count} decisions {name}" for name, count in run.results])
 
 
 def _phases(bands: Sequence[Band], x: _Scale, bottom: float) -> Iterable[Markup]:
@@ -115,9 +115,9 @@ def _accuracy(
     path = " ".join(f"{x(epoch):.1f},{y(value):.1f}" for epoch, value in points)
     yield tag("polyline", class_="accuracy", points=path)
     for epoch, value in points:
-        told = tag("title", f"epoch {epoch}: accuracy {value:.2%}")
+        title = tag("title", f"epoch {epoch}: accuracy {value:.2%}")
         below = value < floor
-        yield tag("circle", told, class_="point below" if below else "point", cx=x(epoch),
+        yield tag("circle", title, class_="point below" if below else "point", cx=x(epoch),
                   cy=y(value), r=2.6)  # fmt: skip
     epoch, value = points[-1]
     yield tag("text", f"accuracy {value:.2%}", class_="value", x=width - _RIGHT - 2, y=y(floor) - 6)
@@ -239,11 +239,11 @@ def strip(item: Strip, width: int) -> Markup:
             shapes.append(tag("rect", class_="spared", x=0.75, y=0.75, width=11.5, height=11.5))
         place_at = f"translate({left} {top})"
         parts.append(tag("g", tag("title", cell.title), *shapes, transform=place_at))
-    told = f"{item.group}: {item.removed} of {len(item.cells)} {item.level}s removed"
+    label = f"{item.group}: {item.removed} of {len(item.cells)} {item.level}s removed"
     used = min(columns, len(item.cells)) * (_CELL + _GAP)
     box = f"0 0 {max(used, 1)} {rows * (_CELL + _GAP)}"
     return tag("svg", *parts, class_="strip", viewBox=box, width=used,
-               height=rows * (_CELL + _GAP), role="img", aria_label=told)  # fmt: skip
+               height=rows * (_CELL + _GAP), role="img", aria_label=label)  # fmt: skip
 
 
 def intervals(item: Comparison, width: int) -> Markup:
@@ -269,8 +269,8 @@ def intervals(item: Comparison, width: int) -> Markup:
             parts.append(tag("path", class_="whisker", d=bars))
         kind = "measured" if estimate.who != "predicted" else "predicted"
         parts.append(tag("circle", class_=f"dot {kind}", cx=x(estimate.value), cy=y, r=5))
-        told = f"{estimate.value * 100:+.2f}" if item.percent else f"{estimate.value:+.4g}"
-        parts.append(tag("text", told, class_="value", x=width, y=y + 4))
+        shown = f"{estimate.value * 100:+.2f}" if item.percent else f"{estimate.value:+.4g}"
+        parts.append(tag("text", shown, class_="value", x=width, y=y + 4))
     label = f"{item.quantity}: " + "; ".join(
         f"{estimate.who} {estimate.value:.4g}" for estimate in item.estimates
     )
@@ -303,7 +303,7 @@ def _dot(row: UnitRow, low: float, width: float) -> Markup:
     if row.error is not None:
         a, b = x(row.alone - row.error), x(row.alone + row.error)
         parts.append(tag("path", class_="whisker", d=f"M{a:.1f} 5v8M{a:.1f} 9H{b:.1f}M{b:.1f} 5v8"))
-    parts.append(tag("circle", class_=f"dot {row.told.verdict}", cx=x(row.alone), cy=9, r=4))
+    parts.append(tag("circle", class_=f"dot {row.explanation.verdict}", cx=x(row.alone), cy=9, r=4))
     error = f" ± {row.error:.2g}" if row.error is not None else ""
     label = f"alone {row.alone:.3g}{error}"
     return tag("svg", *parts, class_="dots", viewBox="0 0 160 18", width=160, height=18,

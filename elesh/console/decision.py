@@ -100,7 +100,7 @@ class Strip:
 class UnitRow:
     """A unit that goes or was spared, with what it alone would cost."""
 
-    told: UnitExplanation
+    explanation: UnitExplanation
     alone: float | None
     """Mean square by which the outputs move if it alone goes, in squared output units."""
     error: float | None
@@ -121,7 +121,7 @@ class DecisionView:
     """Those that were asked for."""
     goes: str
     """What it removes, in words."""
-    told: Explanation
+    explanation: Explanation
     comparisons: tuple[Comparison, ...]
     failed: tuple[GateRow, ...]
     """Gates that failed."""
@@ -139,7 +139,7 @@ def decision_view(
 ) -> DecisionView:
     """The page's data; ``outcomes`` are what the trainer said, oldest first."""
     decision, bundle = context.decision, context.bundle
-    told = explain(decision, bundle)
+    explanation = explain(decision, bundle)
     gates = [_gate(gate) for gate in decision.safety.gates]
     return DecisionView(
         decision=decision,
@@ -148,12 +148,12 @@ def decision_view(
         verdict=verdict(decision, outcomes),
         levels=tuple(part.level.value for part in decision.levels) or (decision.key.level.value,),
         goes=removed(decision),
-        told=told,
+        explanation=explanation,
         comparisons=tuple(_comparisons(decision, outcomes)),
         failed=tuple(gate for gate in gates if not gate.passed),
         passed=tuple(gate for gate in gates if gate.passed),
-        strips=tuple(_strips(told, bundle)) if bundle else (),
-        units=tuple(_units(told, bundle)),
+        strips=tuple(_strips(explanation, bundle)) if bundle else (),
+        units=tuple(_units(explanation, bundle)),
         outcomes=tuple(outcomes),
         missing=context.missing,
     )
@@ -236,13 +236,13 @@ def _difference(who: str, before: float | None, after: float | None) -> Iterator
         yield Estimate(who, after - before)
 
 
-def _strips(told: Explanation, bundle: CheckpointBundle) -> Iterator[Strip]:
+def _strips(explanation: Explanation, bundle: CheckpointBundle) -> Iterator[Strip]:
     """One strip for each group with importance, on a scale that all of them share."""
     scores = {group.name: _importance(bundle, group.name) for group in bundle.architecture.groups}
     known = {name: values for name, (values, _) in scores.items() if values is not None}
     heats = _heats(known)
-    states = {(row.group, row.unit): row for row in told.units}
-    targets = {target.name: target for target in told.targets}
+    states = {(row.group, row.unit): row for row in explanation.units}
+    targets = {target.name: target for target in explanation.targets}
     for group in bundle.architecture.groups:
         values = known.get(group.name)
         if values is None or not group.prunable:
@@ -304,13 +304,13 @@ def _heats(known: dict[str, Doubles]) -> dict[str, npt.NDArray[np.int64]]:
     }
 
 
-def _units(told: Explanation, bundle: CheckpointBundle | None) -> Iterator[UnitRow]:
+def _units(explanation: Explanation, bundle: CheckpointBundle | None) -> Iterator[UnitRow]:
     """Rows by group: what goes, then what was spared, each by rising score."""
     scores = {
         name: _importance(bundle, name) if bundle else (None, None)
-        for name in {row.group for row in told.units}
+        for name in {row.group for row in explanation.units}
     }
-    for row in sorted(told.units, key=lambda r: (r.group, r.verdict, r.score, r.unit)):
+    for row in sorted(explanation.units, key=lambda r: (r.group, r.verdict, r.score, r.unit)):
         values, errors = scores[row.group]
         yield UnitRow(
             row,

@@ -109,21 +109,21 @@ def comparison(a: RunView, b: RunView) -> list[tuple[str, str, str]]:
 
 def _figures(run: RunView) -> dict[str, str]:
     gain = run.gain
-    told = {"epoch": f"{run.epoch:,}", "phase": run.phase}
+    facts = {"epoch": f"{run.epoch:,}", "phase": run.phase}
     if gain is not None:
         for name, (before, now) in (("parameters", gain.parameters), ("MACs", gain.macs)):
             share = f" ({now / before:.1%} left)" if before else ""
-            told[name] = f"{before:,} → {now:,}{share}"
+            facts[name] = f"{before:,} → {now:,}{share}"
         for level, before, now in gain.units:
-            told[f"{level}s"] = f"{before:,} → {now:,}"
-        told["cuts that stayed"] = f"{gain.cuts:,}"
+            facts[f"{level}s"] = f"{before:,} → {now:,}"
+        facts["cuts that stayed"] = f"{gain.cuts:,}"
         if gain.cost is not None:
-            told["accuracy, by the cuts alone"] = f"{100 * gain.cost:+.2f} points"
+            facts["accuracy, by the cuts alone"] = f"{100 * gain.cost:+.2f} points"
         for name, value in zip(("at the first cut", "now"), gain.accuracy, strict=True):
             if value is not None:
-                told[f"accuracy {name}"] = f"{value:.2%}"
-    told |= {name.replace("_", " "): f"{count:,}" for name, count in run.results}
-    return told
+                facts[f"accuracy {name}"] = f"{value:.2%}"
+    facts |= {name.replace("_", " "): f"{count:,}" for name, count in run.results}
+    return facts
 
 
 def _plain(value: object) -> object:

@@ -3,7 +3,7 @@
 Promises: secrets are compared in constant time; a session is a random name that the server keeps,
 and ends at logout, after its time, or with the process; every form carries a proof bound to its
 session, so another site cannot post it; an address that gave wrong tokens too often is refused
-for a while, right tokens included. Without a token nobody can act.
+for a while, right tokens included. Without a token no action is possible.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Guard:
     """Checks of one console.
 
     Args:
-        token: what operators know; empty: nobody can act.
+        token: what operators know; empty: no action is possible.
         seconds: how long a session lasts.
         clock: seconds that never jump.
     """
@@ -45,7 +45,7 @@ class Guard:
 
     @property
     def may_act(self) -> bool:
-        """Whether anybody can become an operator at all."""
+        """Whether there is a way to become an operator."""
         return bool(self._token)
 
     def waits(self, address: str) -> float:

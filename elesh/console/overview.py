@@ -78,7 +78,7 @@ def results_of(run: Run) -> tuple[tuple[str, int], ...]:
 
 
 def problems(fleet: FleetStatus, runs: Iterable[RunRow]) -> tuple[Problem, ...]:
-    """What needs somebody, the worst first; many of a kind are counted."""
+    """What needs attention, the worst first; many of a kind are counted."""
     return (*_of_fleet(fleet), *_of_runs(runs))
 
 

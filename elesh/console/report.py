@@ -68,7 +68,7 @@ async def report_html(bus: Bus, settings: Settings, run_id: str) -> tuple[str, i
         decisions=decisions,
         rows=rows,
         applied=len(applied),
-        # Both are files of this package, nobody else's text.
+        # Both are files of this package, no user's text.
         style=Markup(asset("console.css")),
         script=Markup(script),
         script_hash=f"sha256-{digest}",

@@ -182,9 +182,9 @@ def run_view(run: Run) -> RunView:
 
 def decision_row(run: Run, decided: Decided) -> DecisionRow:
     """A decision's row."""
-    told = run.outcomes.get(decided.key, [])
-    before, after = _accuracies(told[0]) if told else (None, None)
-    reason = decided.reason or (told[-1].detail if told else "")
+    outcomes = run.outcomes.get(decided.key, [])
+    before, after = _accuracies(outcomes[0]) if outcomes else (None, None)
+    reason = decided.reason or (outcomes[-1].detail if outcomes else "")
     return DecisionRow(
         key=decided.key,
         run_id=decided.run_id,
@@ -193,7 +193,7 @@ def decision_row(run: Run, decided: Decided) -> DecisionRow:
         phase=decided.phase,
         result=run.result(decided),
         units=decided.units,
-        parameters=_parameters(decided, told),
+        parameters=_parameters(decided, outcomes),
         macs=decided.macs_before - decided.macs_after,
         measured=decided.measured,
         accuracy_before=before,
@@ -202,10 +202,10 @@ def decision_row(run: Run, decided: Decided) -> DecisionRow:
     )
 
 
-def _parameters(decided: Decided, told: Sequence[PruningOutcome]) -> int:
+def _parameters(decided: Decided, outcomes: Sequence[PruningOutcome]) -> int:
     """What the trainer removed, where it did; else what the decision would."""
-    if told and told[0].result == "applied":
-        return told[0].parameters_before - told[0].parameters_after
+    if outcomes and outcomes[0].result == "applied":
+        return outcomes[0].parameters_before - outcomes[0].parameters_after
     return decided.parameters_before - decided.parameters_after
 
 

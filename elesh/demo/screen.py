@@ -86,8 +86,8 @@ class Screen:
 
     def on_provoked(self, epoch: int) -> None:
         """Say what is done on purpose."""
-        told = f"  epoch {epoch} is trained on wrong labels, to show how a cut is taken back"
-        self._console.print(told, highlight=False)
+        line = f"  epoch {epoch} is trained on wrong labels, to show how a cut is taken back"
+        self._console.print(line, highlight=False)
 
     def on_decision(self, decision: StructuralPruningDecision, outcome: PruningOutcome) -> None:
         """One line for what was applied, rolled back or refused; rejected ones are counted."""

@@ -67,7 +67,7 @@ class EpochFigures:
 
 
 class Observer(Protocol):
-    """Who is told how a run goes."""
+    """Hears how a run goes."""
 
     def on_provoked(self, epoch: int) -> None:
         """Before an epoch that is trained on wrong labels."""
@@ -341,7 +341,7 @@ class Training:
     def _await_answers(self) -> None:
         """Until all checkpoints are answered, or patience is at its end for this run."""
         if not self._open_keys() or not self.session.wait_connected(0):
-            return  # where the bus was away all the time, nobody can have answered
+            return  # where the bus was away all the time, there can be no answer
         self._observer.on_wait()
         begun, deadline = time.monotonic(), Deadline(self._patience)
         while self._open_keys() and not deadline.over:

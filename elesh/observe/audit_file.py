@@ -1,4 +1,4 @@
-"""The audit log as an append-only file: one line an entry, on disk before anybody is told so.
+"""The audit log as an append-only file: one line an entry, on disk before the call returns.
 
 Promises: a line is written once, after the one before it, under a lock that all writers of the
 host share; what was written is synced. A line that a crash cut short is taken off and written

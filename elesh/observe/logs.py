@@ -162,7 +162,7 @@ class _Writer(logging.Handler):
 
 class _LastResort(_Writer):
     """For a script that has set up no logging: warnings on standard error, as Python's own last
-    resort writes them, but nobody waits. It is silent where there is any other handler."""
+    resort writes them, but without waiting. It is silent where there is any other handler."""
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)
@@ -194,7 +194,7 @@ def _descriptor(stream: IO[str]) -> int | None:
 
 
 def setup_logging(style: Literal["plain", "json"] = "plain", level: str = "INFO") -> None:
-    """Send the logs of ``elesh`` to standard error, and the warnings of everybody else; calling it
+    """Send the logs of ``elesh`` to standard error, and the warnings of other libraries; calling it
     again replaces the style.
 
     A reader that stalls or goes away holds up nothing: lines wait in a bounded queue, and those

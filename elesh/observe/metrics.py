@@ -98,7 +98,7 @@ Reading = tuple[float, Mapping[str, str]]
 
 
 def gauge(name: str, description: str, read: Callable[[], Iterable[Reading]]) -> None:
-    """A gauge that is read whenever somebody looks; ``read`` must not wait."""
+    """A gauge that is read at every scrape; ``read`` must not wait."""
 
     def observe(_: CallbackOptions) -> Iterable[Observation]:
         return [Observation(float(value), labels) for value, labels in read()]
@@ -107,7 +107,7 @@ def gauge(name: str, description: str, read: Callable[[], Iterable[Reading]]) ->
 
 
 def setup_metrics(service: str, instance: str, *, prometheus: bool) -> bool:
-    """Keep metrics for whoever asks for them; returns whether anybody does.
+    """Keep metrics for their readers; returns whether there are any.
 
     A second call in one process changes nothing.
 

@@ -84,9 +84,9 @@ def _notes(span: RecordedSpan) -> list[str]:
     """What a reader should not miss: failures, fallbacks, redeliveries."""
     notes = [span.failed] if span.failed else []
     for event in span.events:
-        told = ", ".join(f"{name} {value}" for name, value in event["attributes"].items())
+        attributes = ", ".join(f"{name} {value}" for name, value in event["attributes"].items())
         if event["name"] != "exception":
-            notes.append(f"{event['name']}: {told}")
+            notes.append(f"{event['name']}: {attributes}")
     if int(span.attributes.get("elesh.deliveries", 1)) > 1:
         notes.append(f"delivery {span.attributes['elesh.deliveries']}")
     return notes

@@ -42,7 +42,7 @@ class FleetStatus:
     dead_letters: Sequence[DeadLetterEntry]
     """The last ones, newest first."""
     dead_total: int = 0
-    """Dead letters that nobody has redriven."""
+    """Dead letters that were not redriven."""
 
     @property
     def version(self) -> int:
@@ -108,13 +108,13 @@ def _decisions(guard: Guard, deliveries: Sequence[Delivery]) -> Iterator[Structu
         try:
             message = hear(delivery, guard).message
         except ContractError:
-            continue  # nobody's decision: it cannot be shown as one
+            continue  # not signed: it cannot be shown as a decision
         if isinstance(message, StructuralPruningDecision):
             yield message
 
 
 def fleet_status(seen: FleetStatus) -> RenderableType:
-    """The status for a terminal: what needs somebody first, then what happened, then the rest."""
+    """The status for a terminal: what needs attention first, then what happened, then the rest."""
     parts: list[RenderableType] = [] if seen.workers else [_workers(seen), ""]
     if seen.dead_letters:
         parts += [*_dead(seen), ""]

@@ -149,7 +149,7 @@ class Run:
     """By key of the decision, oldest first; a monitored cut has two."""
     places: dict[str, Place] = field(default_factory=dict)
     """Of the events that asked for decisions, by the key of the decision."""
-    _told: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    _orders: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     _shapes: dict[str, Shape] = field(default_factory=dict)
 
     @property
@@ -165,8 +165,8 @@ class Run:
 
     def outcome(self, key: str) -> PruningOutcome | None:
         """The last word about a decision."""
-        told = self.outcomes.get(key)
-        return told[-1] if told else None
+        outcomes = self.outcomes.get(key)
+        return outcomes[-1] if outcomes else None
 
     def result(self, decided: Decided) -> str:
         """What became of a decision: a result of the trainer, or ``approved`` or ``rejected``."""
@@ -184,12 +184,12 @@ class Run:
 
     def hear(self, outcome: PruningOutcome, order: tuple[int, int]) -> None:
         """Keep an outcome in the order of its time."""
-        orders = self._told.setdefault(outcome.idempotency_key, [])
-        told = self.outcomes.setdefault(outcome.idempotency_key, [])
+        orders = self._orders.setdefault(outcome.idempotency_key, [])
+        outcomes = self.outcomes.setdefault(outcome.idempotency_key, [])
         if order not in orders:
             place = sum(other < order for other in orders)
             orders.insert(place, order)
-            told.insert(place, outcome)
+            outcomes.insert(place, outcome)
 
 
 class History:

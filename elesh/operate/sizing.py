@@ -18,7 +18,7 @@ from importlib.resources import files
 
 from elesh.settings import BusSettings
 
-__all__ = ["Costs", "Load", "Size", "costs", "server_cores", "size", "told"]
+__all__ = ["Costs", "Load", "Size", "costs", "server_cores", "size", "size_report"]
 
 FULL = 0.5
 """Share of its one core that a server is given to do: beyond it waits grow."""
@@ -133,7 +133,7 @@ def size(load: Load, bus: BusSettings | None = None, of: Costs | None = None) ->
     return Size(partitions, servers, workers, cores, memory, network)
 
 
-def told(load: Load, needed: Size) -> str:
+def size_report(load: Load, needed: Size) -> str:
     """Both in sentences."""
     return (
         f"{load.runs} runs, {load.rate:.3g} checkpoints/s of {load.megabytes:g} MB and "

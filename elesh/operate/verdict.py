@@ -51,8 +51,8 @@ def removed(decision: StructuralPruningDecision) -> str:
         "head": sum(len(target.head_indices) for target in decision.attention_heads),
         "layer": len(decision.layers),
     }
-    told = [f"{n} {name}{'s' if n != 1 else ''}" for name, n in counts.items() if n]
-    return _listed(told) or "nothing"
+    parts = [f"{n} {name}{'s' if n != 1 else ''}" for name, n in counts.items() if n]
+    return _listed(parts) or "nothing"
 
 
 def savings(decision: StructuralPruningDecision) -> str:
@@ -82,8 +82,10 @@ def verdict(decision: StructuralPruningDecision, outcomes: Sequence[PruningOutco
     cut = f"{removed(decision)}: {savings(decision)}"
     detail = outcomes[-1].detail if outcomes else ""
     if result == "applied":
-        told = f"Applied: removes {cut}{_really(decision, outcomes[0])}{_accuracy(outcomes[0])}."
-        return f"{told} {detail[:1].upper()}{detail[1:]}." if detail else told
+        sentence = (
+            f"Applied: removes {cut}{_really(decision, outcomes[0])}{_accuracy(outcomes[0])}."
+        )
+        return f"{sentence} {detail[:1].upper()}{detail[1:]}." if detail else sentence
     if result == "rolled_back":
         return f"Applied and then taken back: {detail or 'the trainer gave no reason'}."
     if result in ("refused", "rejected"):

@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 Progress = Callable[[int, int], None]
-"""Is told how many of how many measurements are done."""
+"""Called with how many of how many measurements are done."""
 
 
 def open_bench(bundle: CheckpointBundle, network: NetworkExport) -> Bench:

@@ -210,7 +210,7 @@ class Program:
 
     @property
     def _last_use(self) -> dict[int, list[str]]:
-        """Names of values by the number of the node after which nobody needs them."""
+        """Names of values by the number of the node after which they are not needed."""
         last: dict[str, int] = {}
         for number, node in enumerate(self.nodes):
             for name in (node.name, *_names_in(node)):

@@ -1,8 +1,8 @@
 """The verifier: searches a proposal's largest safe part on the network, and says what it measured.
 
-Promises: never raises for the network's sake; what cannot be measured is told by name and the
+Promises: never raises for the network's sake; what cannot be measured is named and the
 stricter gates of predicted cuts stand in; the same checkpoint and proposal give the same answer,
-unless the window ends first, which is told as well and told again by a replay.
+unless the window ends first, which is said as well and said again by a replay.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class NetworkVerifier:
             Fallback(rung=ROUNDS_TIMEOUT, reason=self._too_slow("choosing in rounds", seconds)),
             ROUNDS_SKIPPED,
         )
-        # What led nowhere is not counted: a replay that is told so does not even begin.
+        # What led nowhere is not counted: a replay of such a decision does not begin it.
         self._remeasured = 0 if isinstance(found, Fallback) else self._remeasured + 1
         return found
 
@@ -177,16 +177,16 @@ class NetworkVerifier:
             reason = f"measured without reconstruction: {error}"[:8192]
             found = self._searched(proposal)
             fallbacks = (Fallback(rung=RECONSTRUCTION_SKIPPED, reason=reason),)
-            told = Reconstructed(applied=False, reason=reason, skip=asked.skip)
-            return replace(found, reconstruction=told, fallbacks=fallbacks)
+            outcome = Reconstructed(applied=False, reason=reason, skip=asked.skip)
+            return replace(found, reconstruction=outcome, fallbacks=fallbacks)
         try:
             found = self._searched(proposal)
-            told = self._compared(found.kept or proposal.order, asked)
+            outcome = self._compared(found.kept or proposal.order, asked)
         finally:
             bench.refit = None
-        if not told.applied:
+        if not outcome.applied:
             found = self._searched(proposal)
-        return replace(found, reconstruction=told)
+        return replace(found, reconstruction=outcome)
 
     def _compared(self, entries: tuple[Entry, ...], asked: Reconstruction) -> Reconstructed:
         """Whether refitted weights do better on the held-out samples than those as they were, or
@@ -216,13 +216,13 @@ class NetworkVerifier:
         labels = (safety.labels_belong(before, self._said),) if self._shortens else ()
         if not all(gate.passed for gate in labels):  # Then no figure means anything.
             gates, figures = search.verdict(proposal.order)
-            return Measured((), (*labels, *gates), search.told(figures, ()))
+            return Measured((), (*labels, *gates), search.verification(figures, ()))
         kept = safety.largest_safe(proposal.order, search.is_safe)
         least = 0.0 if self._shortens else settings.kept_share
         ranking = safety.ranking_holds(len(kept), len(proposal.order), least)
         kept = kept if ranking.passed else ()
         gates, figures = search.verdict(kept or proposal.order)
-        return Measured(kept, (*labels, *gates, ranking), search.told(figures, kept))
+        return Measured(kept, (*labels, *gates, ranking), search.verification(figures, kept))
 
     @property
     def _shortens(self) -> bool:
@@ -286,7 +286,7 @@ class _Search:
         )
         return gates, _Figures(rise, drop, flow, worst.number, worst.drop)
 
-    def told(self, figures: _Figures, kept: tuple[Entry, ...]) -> Verification:
+    def verification(self, figures: _Figures, kept: tuple[Entry, ...]) -> Verification:
         """The contract's figures."""
         left = len(self.proposal.order) - len(kept)
         stopped = self._failed(self.proposal.order) if left else ""
@@ -313,5 +313,5 @@ class _Search:
     def _failed(self, entries: tuple[Entry, ...]) -> str:
         """Which gates ``entries`` failed, with figures."""
         failed = [gate for gate in self.verdict(entries)[0] if not gate.passed]
-        told = [f"{g.name} {g.measured:.4g} against {g.limit:.4g}" for g in failed]
-        return f"all {len(entries)} units: {', '.join(told)}"
+        failures = [f"{g.name} {g.measured:.4g} against {g.limit:.4g}" for g in failed]
+        return f"all {len(entries)} units: {', '.join(failures)}"

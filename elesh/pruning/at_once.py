@@ -352,7 +352,7 @@ class _Work:
         number = len(self.rounds) + 1
         made = Round(number, units, len(layers), macs, found.accuracy, found.loss, refused)
         self.rounds.append(made)
-        self.progress.done(_told(name, made))
+        self.progress.done(_described(name, made))
         if refused:
             surgeon.bring_back(before)
         else:
@@ -360,7 +360,7 @@ class _Work:
         return refused
 
 
-def _told(name: str, made: Round) -> str:
+def _described(name: str, made: Round) -> str:
     """For example: round 1 of 3: 34 units, 79% of the MACs left, accuracy 96.5%, loss 0.12"""
     accuracy = "" if math.isnan(made.accuracy) else f"accuracy {made.accuracy:.2%}, "
     what = f"{made.units} units" + (f" and {made.layers} layers" if made.layers else "")

@@ -2,7 +2,7 @@
 
 Promises: training never waits for Elesh, and goes on without it where the bus or the workers are
 away; whatever a cut changes is on one side or the other when the process is killed at any moment,
-and the next process with the same ``run_id`` goes on from there; the network is cut by nobody else.
+and the next process with the same ``run_id`` goes on from there; no other code cuts the network.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def attach(
         settings: schedule, limits and all the rest, or the file that has them; without, the file
             that ``ELESH_SETTINGS`` names, else the defaults.
         ignored_layers: names of layers, or of modules that hold some, whose outputs stay.
-        observers: told of checkpoints and outcomes (``TensorBoardSummaries``).
+        observers: called with checkpoints and outcomes (``TensorBoardSummaries``).
 
     Raises:
         InvalidField: if samples are too few, or a level is unknown. Nothing has been changed then.

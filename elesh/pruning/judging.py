@@ -193,13 +193,13 @@ def _each(losses: torch.Tensor) -> np.ndarray:
     return values.reshape(len(values), -1).sum(1).numpy() if values.ndim else values[None].numpy()
 
 
-def require_labels_fit(found: Outcomes, told: Evaluation | None) -> None:
+def require_labels_fit(found: Outcomes, evaluation: Evaluation | None) -> None:
     """That labels belong to their inputs: a network that has learned them does better than one that
-    always answers the most frequent class, and about as well as was told.
+    always answers the most frequent class, and about as well as the user's own evaluation says.
 
     Args:
         found: of the network as it was given.
-        told: what the user's own evaluation said, if there is one.
+        evaluation: what the user's own evaluation said, if there is one.
 
     Raises:
         InvalidField: if it does not. Nothing is measured on such labels.
@@ -215,6 +215,6 @@ def require_labels_fit(found: Outcomes, told: Evaluation | None) -> None:
     if accuracy - _ERRORS * error <= chance:
         expected = f"labels that the network knows better than by chance ({chance:.1%} right)"
         raise InvalidField(where, expected, shown, hint=hint)
-    if told is not None and accuracy + _ERRORS * error + _SLACK < told.accuracy:
-        expected = f"about as many right as evaluate() says ({told.accuracy:.1%})"
+    if evaluation is not None and accuracy + _ERRORS * error + _SLACK < evaluation.accuracy:
+        expected = f"about as many right as evaluate() says ({evaluation.accuracy:.1%})"
         raise InvalidField(where, expected, shown, hint=hint)

@@ -105,12 +105,12 @@ class PruningReport:
         return console.file.getvalue().rstrip()
 
     def _verdict(self) -> str:
-        told = [
+        lines = [
             f"{use.resource}: {use.reached:.1%} left, asked for {use.asked:.1%}: "
             + ("reached" if use.met else "not reached")
             for use in self.budget
         ]
-        return "\n".join([*told, *([self.held_back] if self.held_back else [])])
+        return "\n".join([*lines, *([self.held_back] if self.held_back else [])])
 
     def _summary(self) -> Table:
         table = _table(f"Before and after (accuracy and loss: {self.data})")

@@ -82,7 +82,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     Raises:
         InvalidField: if it is not known how the network was cut, or it holds state that is no
         tensor.
-        ShapeMismatch: if it was changed by somebody else since.
+        ShapeMismatch: if it was changed by other code since.
     """
     model, folder = unwrapped(model), Path(folder)
     lineage = lineage_of(model)

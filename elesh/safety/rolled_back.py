@@ -105,7 +105,7 @@ def rolled_back_cut(decision: StructuralPruningDecision, outcome: PruningOutcome
 
 
 def fingerprint_of(cut: RolledBackCut) -> str:
-    """The identity of a set of units, whoever proposed it."""
+    """The identity of a set of units, independent of who proposed it."""
     return stable_hash(*(f"{name}/{units}" for name, units in sorted(cut.units)))
 
 
@@ -133,14 +133,14 @@ def rolled_back_gate(
     """
     again = proposed_again(proposed, cuts)
     none = f"{len(cuts)} cuts that were rolled back, none of them proposed again"
-    out = "; ".join(f"{_told(cut)}: its units are spared" for cut in left_out)
-    detail = "; ".join(map(_told, again)) or out or none
+    out = "; ".join(f"{_described(cut)}: its units are spared" for cut in left_out)
+    detail = "; ".join(map(_described, again)) or out or none
     return GateResult(
         name=ROLLED_BACK, passed=not again, measured=len(again), limit=0, detail=detail[:8192]
     )
 
 
-def _told(cut: RolledBackCut) -> str:
+def _described(cut: RolledBackCut) -> str:
     reason = cut.detail or "no reason"
     return (
         f"{cut.idempotency_key} was rolled back at epoch {cut.epoch} ({reason}) "

@@ -12,13 +12,13 @@ _RETIRED = "retired"
 
 
 def retired(default: Any, reason: str, **limits: Any) -> Any:
-    """A key that is not a setting any more: its default is the constant that everybody uses.
+    """A key that is not a setting any more: its default is the constant that is used.
 
     Files that give it load for one more version, and it still acts there, so that recorded
     decisions replay exactly; loading warns, and the reference does not list it.
 
     Args:
-        reason: why nobody need set it, or what to set instead.
+        reason: why it need not be set, or what to set instead.
     """
     return Field(default=default, json_schema_extra={_RETIRED: reason}, **limits)
 

@@ -67,7 +67,7 @@ class WorkerSettings(Section):
     """Entries that a worker has in flight at most; where an analysis takes longer than an eighth of
     a second, it has one."""
     drain_seconds: float = Field(default=30.0, gt=0)
-    """How long a worker that is told to end may go on with what it has begun."""
+    """How long a worker that has to end may go on with what it has begun."""
     threads: int = Field(default=1, ge=1)
     """Threads of one analysis, at most ``parallel_analysis_threads``; the result does not depend on
     them."""
@@ -83,7 +83,7 @@ class ConsoleSettings(Section):
     hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
     """Names that browsers may call it by; others are refused."""
     token: SecretStr = SecretStr("")
-    """What an operator has to know to act, at least 16 characters; empty: nobody can, all read."""
+    """What an operator has to know to act, at least 16 characters; empty: none can."""
     session_seconds: float = Field(default=8 * 3600.0, gt=0)
     """How long an operator who signed in stays signed in."""
 
@@ -91,14 +91,14 @@ class ConsoleSettings(Section):
 class AuditSettings(Section):
     """How the audit log is written; every worker writes it."""
 
-    seconds: float = retired(5.0, "an entry is written within seconds; nobody waits for it", gt=0)
+    seconds: float = retired(5.0, "an entry is written within seconds; nothing waits for it", gt=0)
     """Seconds between two looks at what is new."""
     file: str = ""
     """Append-only file on the worker's host that gets every entry too; empty: none."""
 
 
 class ObserveSettings(Section):
-    """What is told of a worker or a trainer: traces, health, heartbeats."""
+    """What is reported of a worker or a trainer: traces, health, heartbeats."""
 
     sample_ratio: float = Field(default=1.0, ge=0, le=1)
     """Share of checkpoints that are traced; ``OTEL_TRACES_SAMPLER`` goes over it."""

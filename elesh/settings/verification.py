@@ -63,7 +63,7 @@ class VerificationSettings(Section):
     """What a cut of layers may cost."""
     programs: Literal["signed", "authenticated", "any"] = "authenticated"
     """Whose networks are run: those on a bus where every message must be signed; also those on a
-    bus that asks for a password, as the embedded one does; or anybody's."""
+    bus that asks for a password, as the embedded one does; or of any client."""
     accuracy_retention: float = Field(default=0.95, ge=0, le=1)
     """Accuracy after the cut as a share of the accuracy before it."""
     class_accuracy_drop: float = Field(default=0.15, ge=0, le=1)
@@ -76,7 +76,7 @@ class VerificationSettings(Section):
     )
     """Of the units that a ranking proposed, so many must be safe; else none of it is believed."""
     confidence: float = Field(default=0.95, gt=0, lt=1)
-    """Of the bounds that are compared with the limits, and of the intervals that are told."""
+    """Of the bounds that are compared with the limits, and of the intervals that are stated."""
     bootstrap_samples: int = retired(2000, "the usual number of draws for 95% bounds", ge=100)
     """Draws behind each of them."""
     rounds: int = Field(default=4, ge=1, le=64)

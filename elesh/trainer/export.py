@@ -230,10 +230,10 @@ def _trace(model: nn.Module, architecture: PrunedArchitecture, inputs: Inputs) -
                 raise
             except Exception as error:  # Whatever tracing meets in the user's code is the finding.
                 problem = error
-    told = f"{type(problem).__name__}: {problem}"[:500]
+    reason = f"{type(problem).__name__}: {problem}"[:500]
     hint = "without a program workers decide by prediction, under stricter gates"
     expected = "a network that torch.export can trace"
-    raise InvalidField("model", expected, told, hint=hint) from problem
+    raise InvalidField("model", expected, reason, hint=hint) from problem
 
 
 def _exported(

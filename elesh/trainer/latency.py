@@ -229,7 +229,7 @@ def _calls_in(task: _Timed, seconds: float, wait: Callable[[], None]) -> int:
 
 
 def _waiter(model: nn.Module) -> Callable[[], None]:
-    """What waits until the device has done all that it was told."""
+    """What waits until the device has done all that was queued."""
     device = device_of(model)
     if device.type == "cpu":
         return lambda: None

@@ -293,7 +293,7 @@ def _untrusted(bus: Bus, settings: Settings) -> str:
     if allowed[programs]:
         return ""
     return (
-        f"verification.programs: {programs}, and anybody may write on this bus unsigned: name a "
+        f"verification.programs: {programs}, and any client may write on this bus unsigned: name a "
         "keyring (bus.security.keyring) or give the server a password"
     )
 

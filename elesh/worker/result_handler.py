@@ -171,7 +171,7 @@ class ResultHandler:
             )
         if decision.run_id != outcome.run_id:
             raise IdentityMismatch("run_id", brief(decision.run_id), brief(outcome.run_id))
-        if event_id in record.told:
+        if event_id in record.outcomes:
             await self._bus.acknowledge(WORKERS, self._worker_id, delivery)
             return
         token = f"{event_id}:{key}"

@@ -246,7 +246,7 @@ class Worker:
             self._serving.served()
         except BusUnavailable as error:
             if await self._serving.pause(error):
-                # What was begun is lost, but nobody has to wait for the lease.
+                # What was begun is lost, but its lease need not be waited for.
                 with contextlib.suppress(BusUnavailable):
                     await self._leases.release(delivery, "the bus could not serve")
         except Exception:

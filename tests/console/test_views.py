@@ -211,12 +211,12 @@ def test_what_is_broken_is_said():
 def test_every_target_and_spared_unit_has_a_row_a_reason_and_an_error_bar(applied):
     decision = applied.decision
     removed = {(name, unit) for name, units in decision.units.items() for unit in units}
-    rows = {(row.told.group, row.told.unit) for row in applied.units}
+    rows = {(row.explanation.group, row.explanation.unit) for row in applied.units}
     groups = [*decision.channels, *decision.attention_heads, *decision.spared]
     spared = {(group.layer_name, unit.index) for group in groups for unit in group.spared}
     assert rows == removed | spared
     assert removed
-    assert all(row.told.reason for row in applied.units)
+    assert all(row.explanation.reason for row in applied.units)
     assert all(row.alone is not None and row.error is not None for row in applied.units)
 
 

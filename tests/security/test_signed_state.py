@@ -117,7 +117,7 @@ def test_an_outcome_that_nobody_took_in_is_not_said_to_be_and_a_forged_pointer_l
         await bus._client.hset(name, b"outcome:\xff", "1")
         record = await bus.record(key(1))
         assert record is not None
-        assert record.told == {"genuine"}
+        assert record.outcomes == {"genuine"}
         assert await bus.latest("run", CHANNEL, before=9) is not None
         pointer = bus.keys.named("latest", "run", CHANNEL)
         for forged in ({"key": "nonsense"}, {"epoch": "x"}, {"key": b"\xff"}):

@@ -42,7 +42,7 @@ def test_a_letter_is_listed_shown_redriven_once_and_dropped(station: Station, li
         redis.xadd(CHECKPOINTS.key(station.partition), {"envelope": b"\xc1 nonsense"})
     station.wait_for(lambda: station.read(DEAD), "the dead letter")
     (facts,) = line.objects("dead", "list")
-    dead_letter = facts["letter"]
+    dead_letter = facts["dead_letter"]
     assert "malformed" in line("dead", "list")
     shown = line("dead", "show", dead_letter)
     assert "checkpoints/" in shown

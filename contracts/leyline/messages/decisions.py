@@ -96,7 +96,7 @@ class SparedGroup(Message):
 
 
 def _require_cut(unit: str, indices: tuple[int, ...], before: int, after: int) -> None:
-    """Units to remove are told once, in order, out of those that are there."""
+    """Units to remove are listed once, in order, out of those that are there."""
     if any(a >= b for a, b in pairwise(indices)) or indices[-1] >= before:
         raise InvalidField(f"{unit}_indices", f"rising numbers below {before}", indices)
     if before - len(indices) != after:

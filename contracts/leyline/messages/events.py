@@ -1,4 +1,4 @@
-"""What is told while and after things happen: telemetry, outcomes, breakers, refusals."""
+"""What is reported while and after things happen: telemetry, outcomes, breakers, refusals."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ class OperatorAction(Message):
     at: Moment
     reason: Text = ""
     outcome: Text = ""
-    """What came of it, for example the entry that a letter was redriven as."""
+    """What came of it, for example the entry that a dead letter was redriven as."""
 
 
 class DeadLetter(Message):
@@ -215,6 +215,6 @@ class DeadLetter(Message):
     """The fields of the stream entry as they were."""
     idempotency_key: Label = ""
     traceparent: Annotated[str, AfterValidator(lambda text: text[:512])] = ""
-    """W3C trace context of the message, cut: a letter is written whatever came."""
+    """W3C trace context of the message, cut: a dead letter is written whatever came."""
     history: tuple[Attempt, ...] = Field(default=(), exclude_if=lambda history: not history)
     """Earlier deliveries that did not end it, oldest first, at most the last sixteen."""

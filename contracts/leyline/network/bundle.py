@@ -275,7 +275,7 @@ def map_file(path: Path) -> memoryview:
 
 
 def _write(path: Path, chunks: Iterable[bytes]) -> None:
-    """Replace a file: whoever has the older one mapped keeps it as it was."""
+    """Replace a file: a reader that has mapped the older one keeps it as it was."""
     new = path.with_name(f"{path.name}.new")
     with new.open("wb") as file:
         for chunk in chunks:

@@ -108,7 +108,7 @@ class PruningGroup(Message):
     """Units that can be removed one by one, each with all the tensor slices coupled to it.
 
     ``origin[u]`` is the number that unit ``u`` had in the original network, so that what was cut
-    can always be told in original numbering.
+    can always be stated in original numbering.
     """
 
     name: Name

@@ -170,7 +170,7 @@ class GateStatistics(_ArrayMessage):
     input_moments: Array | None = None
     """[S, W, W]: at each of the group's S sites, the second moments of what enters there about
     ``input_means``, means over samples and positions. W is C; for heads C times the width of a
-    head, unit after unit. Only measured for whoever redistributes, with the next three."""
+    head, unit after unit. Only measured where weights are reconstructed, with the next three."""
     input_means: Array | None = None
     """[S, W]: the means there, where the consumer can take up a constant; else zeros."""
     sample_moments: Array | None = None
@@ -231,7 +231,7 @@ class GateStatistics(_ArrayMessage):
 
 
 INPUT_FIELDS = ("input_moments", "input_means", "sample_moments", "input_slopes")
-"""What is measured for whoever redistributes: all there or none."""
+"""What weight reconstruction needs: all there or none."""
 
 
 class LayerStatistics(_ArrayMessage):

@@ -3,7 +3,7 @@
 Promises: levels are taken in the order channel, head, layer, each only while the whole cut still
 holds together and moves the outputs little enough; a layer that goes takes its own channels and
 heads out of the cut; a level that is rejected, has nothing, or is missing leaves the others to
-decide, and the decision says so. The same analyses give the same bytes, whoever made them.
+decide, and the decision says so. The same analyses give the same bytes, on any worker.
 """
 
 from __future__ import annotations

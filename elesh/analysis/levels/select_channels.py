@@ -1,7 +1,7 @@
 """Choosing channels to a budget of one's own, without phases, gates or a decision.
 
 For those who have the network at hand and measure what a cut does: pruning in rounds, comparisons,
-tools. ``analyze`` is the way for everybody else.
+tools. All others call ``analyze``.
 """
 
 from __future__ import annotations

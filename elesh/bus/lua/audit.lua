@@ -1,4 +1,4 @@
--- Append entries to the audit log, if nobody was faster: one chain under any number of writers.
+-- Append entries to the audit log, if no other writer was faster: one chain under any number of writers.
 -- KEYS: stream, head of the chain. ARGV: digest that the head must have (empty: no entry yet),
 -- number and digest of the new last entry, number of the head's fields, their names and values in turn,
 -- then for each entry the number of its fields and the fields.

@@ -1,5 +1,5 @@
 -- Put before other scripts: who owns a pending entry, the clock, how a message is appended, and how
--- an entry goes round again.
+-- an entry is requeued.
 
 -- A server takes nothing back of a script that fails half way. So what may be refused (a right that
 -- is missing, a key of another type) is found before the first change, or is the first change.
@@ -51,7 +51,7 @@ local function lengthened(text, cause, worker, detail)
   return cjson.encode(history)
 end
 
--- The fields with which the pending entry `id` of `stream` goes round again, nil if it was deleted:
+-- The fields with which the pending entry `id` of `stream` is requeued, nil if it was deleted:
 -- its own, `origin` (where it stood first), and `history` with one attempt more if there is a cause.
 local function again(stream, name, id, cause, worker, detail)
   local entry = redis.call('XRANGE', stream, id, id)[1]

@@ -1,5 +1,5 @@
 -- One pass of the fleet's only sweeper: delayed entries that are due go on, and entries whose lease
--- ran out go round again for any worker. Whoever finds no sweeper is it, until its lease runs out.
+-- ran out are requeued for any worker. A worker that finds no sweeper becomes it, until its lease runs out.
 -- KEYS: sweeper, delayed set, deadlines, pulse, redeliveries, then the streams that are swept.
 -- ARGV: worker, the sweeper's lease, the grace after a silence, the entries' lease, how long nobody
 --       may have called for it to be a silence (all in milliseconds), group, pending entries to look

@@ -1,4 +1,4 @@
--- Give a pending entry back: it goes round again as a new entry with its history, at once or later.
+-- Requeue a pending entry: as a new entry with its history, at once or later.
 -- KEYS: the entry's stream, the redeliveries, the delayed set.
 -- ARGV: group, consumer, entry id, the stream's short name, cause ('' leaves no trace), worker,
 --       detail, milliseconds to wait.

@@ -1,14 +1,15 @@
-"""The bundled server: found again by whoever uses it, stopped with the process that started it.
+"""The bundled server: found again by its users, stopped with the process that started it.
 
-Promises: at most one server works in a state folder, whoever dies when: the server itself holds an
-inherited lock for as long as it lives. It listens on 127.0.0.1 only, with a random password that
-only the user can read; what it acknowledged is in the append-only file. It ends with the process
-that started it: in order at the end of the ``with`` block, and through the kernel if that process
-is killed (Linux: PR_SET_PDEATHSIG, which fires when the *thread* that started the server ends, so
-start it from a thread that lives as long as the server shall; elsewhere a killed owner leaves the
-server running, and the next process finds and uses it). Its end is a pause for the others: a server
-that is started again keeps port and password if it can, its place is looked up for every connection
-to a ``redis+embedded`` URL, and whoever still uses it (:func:`server_url`) starts it again.
+Promises: at most one server works in a state folder, whichever process dies when: the server itself
+holds an inherited lock for as long as it lives. It listens on 127.0.0.1 only, with a random
+password that only the user can read; what it acknowledged is in the append-only file. It ends with
+the process that started it: in order at the end of the ``with`` block, and through the kernel if
+that process is killed (Linux: PR_SET_PDEATHSIG, which fires when the *thread* that started the
+server ends, so start it from a thread that lives as long as the server shall; elsewhere a killed
+owner leaves the server running, and the next process finds and uses it). Its end is a pause for the
+others: a server that is started again keeps port and password if it can, its place is looked up for
+every connection to a ``redis+embedded`` URL, and a process that still uses it (:func:`server_url`)
+starts it again.
 """
 
 from __future__ import annotations
@@ -175,7 +176,7 @@ class EmbeddedServer:
         raise self._failed(self._last_words())
 
     def _last_place(self) -> tuple[int, str]:
-        """Port (0: any) and password: those that it had, for whoever knows them."""
+        """Port (0: any) and password: those that it had, for clients that know them."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             known = self.place()
             if known.password and 0 < known.port < 65536:
@@ -293,7 +294,7 @@ def embedded_server(folder: Path | None = None) -> Iterator[str]:
 @contextlib.asynccontextmanager
 async def server_url(url: str = "") -> AsyncIterator[str]:
     """``url``, else ``ELESH_REDIS_URL``, else the embedded server's, which this process then starts
-    again for as long as the block lasts if nobody else does."""
+    again for as long as the block lasts if no other process does."""
     chosen = url or os.environ.get("ELESH_REDIS_URL", "")
     if chosen:
         yield chosen
@@ -346,7 +347,7 @@ _lasting: tuple[int, threading.Thread] | None = None
 
 async def _on_lasting_thread(call: Callable[[], Any]) -> None:
     """Make a call on one thread that lives as long as this process: a server ends with the thread
-    that started it. What was asked for is done even if nobody waits for it any more."""
+    that started it. What was asked for is done even if the wait is cancelled."""
     global _lasting
     if _lasting is None or _lasting[0] != os.getpid():
         thread = threading.Thread(target=_make_calls, name="elesh-embedded", daemon=True)

@@ -6,8 +6,8 @@ client to that node is enough. What differs is only how a new connection learns 
 
 - plain: the URL's own, or the master that the server there names once it was found to be a replica;
 - sentinels name the master, any node of a cluster names the owner of the partition's slot;
-- the embedded server has told its place in its folder, and a process that waits for one that has
-  ended starts it anew (see :mod:`.embedded`).
+- the embedded server has written its address into its folder, and a process that waits for
+  one that has ended starts it anew (see :mod:`.embedded`).
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class _Cluster(_Asked):
             for (first, last), master in masters.items():
                 if first <= self._slot <= last:
                     return Place(*master)
-            failures.append(f"{host}:{port}: nobody owns slot {self._slot}")
+            failures.append(f"{host}:{port}: no node owns slot {self._slot}")
         raise ConnectionError("; ".join(failures))
 
 

@@ -156,7 +156,7 @@ class BreakerStore:
     async def admit(self, run_id: str, level: Level) -> BreakerView:
         """Ask to go ahead; ``admitted`` is the answer, ``probe`` if it is the one trial.
 
-        Whoever is admitted reports :meth:`success` or :meth:`failure`.
+        A worker that is admitted reports :meth:`success` or :meth:`failure`.
         """
         before, after, _ = await self._change(
             run_id, level, lambda now_is, now: now_is.probed(now, self._recovery)
@@ -203,7 +203,7 @@ class BreakerStore:
         views = []
         for run_id, _, level in (name.rpartition(":") for name in names):
             if level not in list(Level):
-                continue  # somebody else wrote that
+                continue  # written without the right to
             stored, circuit = await self._read(run_id, Level(level))
             view = _view(run_id, Level(level), circuit)
             if view.state != "closed" or view.failures:

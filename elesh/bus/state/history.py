@@ -58,13 +58,13 @@ class HistoryStore:
         return cast(Kept, answer)
 
     async def epochs(self, run_id: str) -> list[int]:
-        """The epochs that are kept, rising; none for a run that nobody remembers."""
+        """The epochs that are kept, rising; none for an unknown run."""
         fields: Any = await self._client.hkeys(self._key(run_id))
         return sorted(int(field) for field in fields if field.isdigit())
 
     async def recall(self, run_id: str, epochs: Sequence[int]) -> dict[int, bytes]:
-        """The blobs of these epochs, without those that are gone or that nobody who may decide has
-        written."""
+        """The blobs of these epochs, without those that are gone or not signed by a key
+        that may decide."""
         if not epochs:
             return {}
         blobs: Any = await self._client.hmget(self._key(run_id), [str(epoch) for epoch in epochs])

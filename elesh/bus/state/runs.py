@@ -84,8 +84,8 @@ class RunStore:
         fresh = last is not None and last != token
         known = int(number) if number and number.isdecimal() else 0
         attempt = Attempt(known + fresh, before or "unknown" if fresh else "")
-        told: Any = {"token": token, "who": who, "attempt": str(attempt.number)}
-        await self._client.hset(name, mapping=told)
+        fields: Any = {"token": token, "who": who, "attempt": str(attempt.number)}
+        await self._client.hset(name, mapping=fields)
         await self._client.pexpire(name, self._keep * 1000)
         return attempt
 
@@ -120,8 +120,8 @@ class RunStore:
         return [cut for cuts in found for cut in cuts]
 
     async def _believed(self, key: str, read: Callable[[bytes], T]) -> list[T]:
-        """The values of a hash in the order of their names. Those without the signature of somebody
-        who may decide, or that are none, count as absent, and are named in the log."""
+        """The values of a hash in the order of their names. Those without the signature of a key
+        that may decide, or that are none, count as absent, and are named in the log."""
         stored: Any = await self._client.hgetall(key)
         found = []
         for name, framed in sorted(stored.items()):

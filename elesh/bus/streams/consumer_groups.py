@@ -52,7 +52,7 @@ class Groups:
             if claimed is not None:
                 return claimed
             await self._create(group, streams)
-        hint = "somebody deletes them, or the server evicts keys: maxmemory-policy noeviction"
+        hint = "they are deleted, or the server evicts keys: maxmemory-policy noeviction"
         reason = f"NOGROUP streams lose their group {group} as soon as it is made"
         raise BusRefuses(self._client.url, "NOGROUP", reason, hint=hint)
 

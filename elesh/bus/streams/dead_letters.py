@@ -89,7 +89,7 @@ class DeadLetters:
         return [self._entry(entry, mark or b"") for entry, mark in zip(entries, marks, strict=True)]
 
     async def open(self) -> int:
-        """How many dead letters nobody has redriven."""
+        """How many dead letters were not redriven."""
         length: Any = await self._client.xlen(self._key(DEAD))
         redriven: Any = await self._client.hlen(self._marks)
         return max(0, int(length) - int(redriven))
@@ -175,7 +175,7 @@ class DeadLetters:
         return entry_fields(self._guard.frame(OPERATIONS, envelope), {})
 
     def _entry(self, entry: Delivery, mark: bytes) -> DeadLetterEntry:
-        """A dead letter; one that is not signed by whoever may write it cannot be read."""
+        """A dead letter; one that is not signed by a key with that right cannot be read."""
         try:
             entry.check(self._guard)
             return DeadLetterEntry(

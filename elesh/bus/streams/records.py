@@ -87,7 +87,7 @@ class History:
     def read(cls, text: bytes | None) -> History:
         """The history in an entry's field; a text that is none of ours counts as none."""
         try:
-            told = json.loads(text or b"{}")
+            stored = json.loads(text or b"{}")
             attempts = [
                 Attempt(
                     cause=cause,
@@ -95,10 +95,10 @@ class History:
                     at=datetime.fromtimestamp(int(at) / 1000, UTC),
                     detail=detail,
                 )
-                for cause, worker, at, detail in told.get("attempts", ())
+                for cause, worker, at, detail in stored.get("attempts", ())
             ]
             crashes, exceptions, handovers = (
-                max(0, int(told.get(cause, 0))) for cause in ("crash", "exception", "handover")
+                max(0, int(stored.get(cause, 0))) for cause in ("crash", "exception", "handover")
             )
         except (ValueError, TypeError, AttributeError, OverflowError, OSError, ValidationError):
             return cls()
@@ -172,8 +172,8 @@ class Delivery:
         if self.stands_for is not None:
             return self.stands_for
         if self.stream is REDELIVERIES:
-            told = self.fields.get(b"origin", b"").decode("utf-8", "replace")
-            stream, _, entry = told.partition("/")
+            place = self.fields.get(b"origin", b"").decode("utf-8", "replace")
+            stream, _, entry = place.partition("/")
             if stream in _ROUND and ENTRY_ID.fullmatch(entry):
                 return stream, entry
         return self.stream.name, self.entry_id
@@ -244,7 +244,7 @@ class Record:
     fingerprint: str
     envelope: bytes
     decided_at: datetime
-    told: frozenset[str] = frozenset()
+    outcomes: frozenset[str] = frozenset()
     """Event ids of the outcomes that were recorded for it."""
 
 
@@ -310,7 +310,7 @@ def read_dead_letter(delivery: Delivery) -> DeadLetter:
 
 
 def moment(milliseconds: float) -> datetime:
-    """The time that an entry's id says. Whoever writes an entry may choose its id: what is beyond
+    """The time that an entry's id says. A writer may choose an entry's id: what is beyond
     all calendars is the last year."""
     try:
         return min(datetime.fromtimestamp(milliseconds / 1000, UTC), _LATEST)

@@ -1,1 +1,1 @@
-"""Commands for whoever operates a fleet: breakers, dead letters, events, audit, console."""
+"""Commands for operators of a fleet: breakers, dead letters, events, audit, console."""

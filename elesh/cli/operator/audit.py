@@ -1,4 +1,4 @@
-"""``elesh audit``: what was decided and done, whether nobody touched the log, and copies of it."""
+"""``elesh audit``: what was decided and done, whether the log is untouched, and copies of it."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def audit_verify(
     with working("reading the log"):
         number, faults, trusted, signed = on_bus(redis, settings, prove)
     if as_json:
-        told = [str(fault) for fault in faults]
-        print_json({"entries": number, "faults": told, "trusted": trusted, "signed": signed})
+        texts = [str(fault) for fault in faults]
+        print_json({"entries": number, "faults": texts, "trusted": trusted, "signed": signed})
         raise typer.Exit(1 if faults else 0)
     for fault in faults:
         console.print(f"[red]{escape(str(fault))}[/]", soft_wrap=True)

@@ -99,7 +99,7 @@ def dead_redrive(
 
 @dead.command("drop")
 def dead_drop(
-    dead_letters: Annotated[list[str], typer.Argument(help="Letters to delete for good.")],
+    dead_letters: Annotated[list[str], typer.Argument(help="Dead letters to delete for good.")],
     reason: Reason = "",
     redis: RedisOption = "",
     settings: SettingsOption = None,
@@ -185,4 +185,6 @@ def _facts(dead_letter: DeadLetterEntry) -> dict[str, object]:
         if dead_letter.message
         else {"error": dead_letter.error}
     )
-    return {"letter": dead_letter.entry_id, "redriven_as": dead_letter.redriven_as, **known}
+    entry = dead_letter.entry_id
+    # "letter": the key of the version before.
+    return {"dead_letter": entry, "letter": entry, "redriven_as": dead_letter.redriven_as, **known}

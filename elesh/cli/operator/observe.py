@@ -1,4 +1,4 @@
-"""Commands for whoever wants to see what happens: traces, and the fleet at a glance."""
+"""Commands that show what happens: traces, and the fleet at a glance."""
 
 from __future__ import annotations
 

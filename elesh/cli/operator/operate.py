@@ -1,4 +1,4 @@
-"""Commands for whoever operates a fleet: breakers."""
+"""Commands for operators of a fleet: breakers."""
 
 from __future__ import annotations
 

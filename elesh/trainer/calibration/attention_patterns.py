@@ -3,7 +3,7 @@
 Promises: nothing is changed or recomputed in the network. While :class:`AttentionWeights` is
 entered, what every softmax (or fused attention kernel) gives is noted, masks and rotary positions
 included; at the input of an attention's output projection, the last one belongs to it if its shape
-says so. Where none does (compiled code, another formula) there is no pattern, and that is told.
+says so. Where none does (compiled code, another formula) there is none, and the statistics say so.
 """
 
 from __future__ import annotations

@@ -191,7 +191,7 @@ class BranchMeter:
     def _leave(self, tally: _Tally) -> Callable[..., Any]:
         def leave(module: nn.Module, args: Any, output: Any) -> Any:
             kept = first_of(output)
-            # Whoever adds in place shall not change what is kept.
+            # Code that adds in place shall not change what is kept.
             passed = kept.clone()
             with torch.no_grad():
                 self._compare(tally, self._streams.pop(tally.block.name, None), kept)

@@ -190,7 +190,7 @@ class Recorder:
                 kept units: units are ranked and verified for that, and the input covariance is
                 kept with the checkpoint (three C x C matrices for every consumer of C channels).
             skip: paths of consumers that keep their weights all the same.
-            redistribute: only rank for whoever refits, as in the version before.
+            redistribute: only rank for a trainer that refits, as in the version before.
 
         Raises:
             ShapeMismatch: if the network is not what the architecture says.

@@ -39,7 +39,7 @@ class Fault:
     """A place where the two runs differ, or where the second failed."""
 
     place: str
-    """The module at whose input, or inside which; empty: the outputs, or nobody knows."""
+    """The module at whose input, or inside which; empty: the outputs, or unknown."""
     reason: str
 
 

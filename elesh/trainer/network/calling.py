@@ -28,7 +28,7 @@ _EXAMPLES: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
 def remember_example(model: nn.Module, inputs: Inputs) -> None:
-    """Keep a batch that the network runs with, for whoever has to try it later."""
+    """Keep a batch that the network runs with, for those that have to try it later."""
     _EXAMPLES[model] = map_tensors(lambda x: x.detach(), inputs)
 
 

@@ -120,7 +120,7 @@ class Calls:
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             self._clock += 1
             while self._open and self._open[-1][0] != name:
-                self._open.pop()  # It raised, and whoever called it went on.
+                self._open.pop()  # It raised, and its caller went on.
             _, entered, came, links = self._open.pop()
             left = tensors_in(output)
             first = output[0] if isinstance(output, tuple) and output else output

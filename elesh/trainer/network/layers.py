@@ -78,7 +78,7 @@ def _taught(module: nn.Module) -> _Kind | None:
 
 
 def is_taught(module: nn.Module) -> bool:
-    """Whether :func:`teach_layer` was told of such modules."""
+    """Whether :func:`teach_layer` was called for such modules."""
     return _taught(module) is not None
 
 

@@ -5,7 +5,7 @@ is merely set to zero changes what happens to all others. Under a mask it has to
 channels that are kept, as it does after the cut. :func:`refilled` brings that about by its input
 alone, so that any module that normalises so is masked alike, whatever its code looks like.
 
-Promises: modules are told by what they compute, not by their name alone; nothing is changed.
+Promises: modules are recognized by what they compute, not by their name alone; nothing is changed.
 """
 
 from __future__ import annotations

@@ -109,20 +109,20 @@ class FolderLock:
             self._file.write(_myself().encode())
 
     def _acquire(self, folder: Path, wait_seconds: float) -> None:
-        deadline, told = time.monotonic() + wait_seconds, False
+        deadline, said = time.monotonic() + wait_seconds, False
         while not self._try():
             holder = os.pread(self._file.fileno(), 100, 0).decode(errors="replace") or "unknown"
             if time.monotonic() >= deadline:
                 hint = "end that process and the children it left, or choose another run id"
                 if holder == _myself():
                     hint = "close the session of this process that has it, or choose another run id"
-                expected = "a folder that nobody else uses"
+                expected = "a folder that no other process uses"
                 found = f"in use by process {holder}, still after {wait_seconds:g} s: {folder}"
                 raise FolderInUse("restore_dir", expected, found, hint=hint)
-            if not told:
+            if not said:
                 what = "restore points are in use, waiting for their process to end"
                 _log.warning(what, folder=folder, holder=holder, seconds=wait_seconds)
-                told = True
+                said = True
             time.sleep(_POLL_SECONDS)
 
     def _try(self) -> bool:

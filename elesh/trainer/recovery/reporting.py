@@ -1,4 +1,4 @@
-"""What the trainer's side tells others of a change. Pure."""
+"""What the trainer's side reports of a change. Pure."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def event_id_of(outcome: PruningOutcome) -> str:
 def recompilation(
     outcome: PruningOutcome, before: PrunedArchitecture, after: PrunedArchitecture
 ) -> RecompilationRequest:
-    """What Tezzeret is told of a changed architecture."""
+    """For Tezzeret: the changed architecture."""
     return RecompilationRequest(
         run_id=outcome.run_id,
         epoch=outcome.epoch if outcome.rolled_back_epoch is None else outcome.rolled_back_epoch,
@@ -42,7 +42,7 @@ def recompilation(
 
 
 def validation_of(outcome: PruningOutcome, limit: float) -> StructuralValidationResult | None:
-    """What Urabrask is told of the trainer's own measurements, None where there are none; a drop
+    """For Urabrask: the trainer's own measurements, None where there are none; a drop
     of accuracy beyond ``limit`` is too much."""
     before = outcome.accuracy_before
     measured = {"trainer_mask": outcome.accuracy_masked, "trainer_cut": outcome.accuracy_after}

@@ -90,7 +90,7 @@ class FolderPoints:
     """Restore points of one run; each is a folder of its own, named by its number.
 
     Args:
-        folder: made if it is not there; nobody else may write to it meanwhile.
+        folder: made if it is not there; no other process may write to it meanwhile.
     """
 
     def __init__(self, folder: Path) -> None:

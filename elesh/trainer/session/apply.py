@@ -307,9 +307,9 @@ def outcome_of(
     figures: Mapping[str, Evaluation] | None = None,
 ) -> PruningOutcome:
     """The outcome with its figures, by ``before``, ``masked`` and ``after`` (the cut)."""
-    told: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name, evaluation in (figures or {}).items():
-        told[f"accuracy_{name}"], told[f"loss_{name}"] = evaluation.accuracy, evaluation.loss
+        fields[f"accuracy_{name}"], fields[f"loss_{name}"] = evaluation.accuracy, evaluation.loss
     return PruningOutcome(
         idempotency_key=decision.idempotency_key,
         run_id=decision.run_id,
@@ -318,7 +318,7 @@ def outcome_of(
         parameters_before=before.parameters,
         parameters_after=after.parameters,
         detail=detail,
-        **told,
+        **fields,
     )
 
 

@@ -76,7 +76,7 @@ class BusThread:
         url: Redis URL; empty: ``ELESH_REDIS_URL``, else the embedded server.
         mailbox: what is to be sent, and where messages to the run are put.
         token: claims the run; one that an earlier process of the run had takes its claim over.
-        sent: told, on the thread, the id of every event that is on the bus; must not raise.
+        sent: called, on the thread, with the id of every event that is on the bus; must not raise.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class BusThread:
                 closing.set()
 
         def wake() -> None:
-            # The loop may have ended already: then there is nobody to wake.
+            # The loop may have ended already: then there is nothing to wake.
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(rouse)
 
@@ -191,7 +191,7 @@ class BusThread:
         who, seconds = own_name(), self._settings.trainer.claim_seconds
         holder = await bus.runs.claim(self._run_id, self._token, who, seconds)
         if holder is not None and is_gone(holder.who):
-            # A process of this machine that was killed: nobody has to wait for its lease.
+            # A process of this machine that was killed: its lease need not be waited for.
             await bus.runs.end_claim(self._run_id, holder.who)
             holder = await bus.runs.claim(self._run_id, self._token, who, seconds)
         if holder is None:
@@ -375,7 +375,7 @@ class BusThread:
             heard = hear(delivery, bus.guard)
             if heard.run_id != self._run_id or self._mailbox.refused:
                 return
-            if not isinstance(heard.message, DeadLetter):  # an end is never told too late
+            if not isinstance(heard.message, DeadLetter):  # an end is always news
                 require_in_time(heard, now)
             self._take(heard.message, delivery.carrier)
         except ContractError as error:

@@ -72,7 +72,7 @@ class Mailbox:
         """Why the run is not this trainer's; empty while it is, or is not known. Set by the bus's
         thread."""
         self.reused = ""
-        """Who trained under the run's id before, in a sentence; empty if nobody did. Set by the
+        """Who trained under the run's id before, in a sentence; empty if no run did. Set by the
         bus's thread."""
         self.connected = threading.Event()
         """Set once the bus has answered."""

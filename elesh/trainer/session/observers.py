@@ -1,4 +1,4 @@
-"""Who is told, on the training thread, what a session publishes and what becomes of decisions.
+"""Callbacks, on the training thread, for what a session publishes and what becomes of decisions.
 
 Promises: an observer that fails is left out from then on, with its error in the log; training goes
 on.

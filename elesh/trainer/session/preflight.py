@@ -128,8 +128,8 @@ class _Subject:
             raise _Skipped("no evaluate was given")
         found = preserving(self._evaluate, self._surgeon.model)()
         if not found.finite:
-            told = f"accuracy {found.accuracy:g}, loss {found.loss:g}"
-            raise InvalidField("evaluate", "finite figures", told)
+            text = f"accuracy {found.accuracy:g}, loss {found.loss:g}"
+            raise InvalidField("evaluate", "finite figures", text)
         return f"accuracy {found.accuracy:.4f}, loss {found.loss:.4f}"
 
     def _masks(self) -> str:
@@ -204,24 +204,24 @@ class _Subject:
         if blocked and blocked != average:
             raise InvalidField("the surgeon", "all that a cut must reach", "less", hint=blocked)
         # One that is made before it is needed, or of no further use, must not end the run.
-        told = f"nothing is cut until it is named: {average}; " if average else ""
+        text = f"nothing is cut until it is named: {average}; " if average else ""
         held = {id(p) for group in surgeon.optimizers.groups() for p in group["params"]}
         if not surgeon.optimizers.all:
             raise _Skipped(
-                told + "the surgeon has no optimizer: nothing is trained, or it will not be cut"
+                text + "the surgeon has no optimizer: nothing is trained, or it will not be cut"
             )
         if surgeon.optimizers.masters:
-            return f"{told}{', '.join(surgeon.optimizers.names)} with parameters of its own"
+            return f"{text}{', '.join(surgeon.optimizers.names)} with parameters of its own"
         cut = {part.tensor for g in surgeon.architecture.groups if g.prunable for part in g.slices}
         missing = [
             name
             for name, p in surgeon.model.named_parameters()
             if name in cut and p.requires_grad and id(p) not in held
         ]
-        told += ", ".join(surgeon.optimizers.names)
+        text += ", ".join(surgeon.optimizers.names)
         if missing:
-            return f"{told}; in none of them, and cut all the same: {', '.join(missing[:5])}"
-        return f"{told}: all that is prunable and trained"
+            return f"{text}; in none of them, and cut all the same: {', '.join(missing[:5])}"
+        return f"{text}: all that is prunable and trained"
 
     def _restores(self) -> str:
         units, layers = self._some()

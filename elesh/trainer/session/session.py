@@ -89,7 +89,8 @@ class Session:
             has them. Without, the file that ``ELESH_SETTINGS`` names, else the defaults.
         restore_dir: where restore points are kept, in a folder named like the run; empty: in
             memory, so that cuts can be taken back but a process that was killed starts anew.
-        observers: told of checkpoints and outcomes on the training thread (TensorBoardSummaries).
+        observers: called with checkpoints and outcomes, on the training thread
+            (``TensorBoardSummaries``).
 
     Raises:
         InvalidField: if the run id or the folder cannot be used.
@@ -143,7 +144,7 @@ class Session:
     @property
     def failed(self) -> dict[str, str]:
         """Keys of what will have no decision, each with the reason: it became a dead letter, came
-        too late, was shed or never published, or nobody answered. The end of an outcome that was
+        too late, was shed or never published, or not answered. The end of an outcome that was
         published is under its stream's name and the key: ``outcomes: <key>``."""
         self._collect()
         return self._failed
@@ -209,8 +210,8 @@ class Session:
         bundle = self._of_this_run(bundle)
         bundle = self._with_accuracy(bundle)
         if self._preflight is not None:  # In the run's first checkpoint only.
-            told = bundle.metadata.model_copy(update={"preflight": self._preflight})
-            bundle, self._preflight = replace(bundle, metadata=told), None
+            metadata = bundle.metadata.model_copy(update={"preflight": self._preflight})
+            bundle, self._preflight = replace(bundle, metadata=metadata), None
         self._keep_covariance(bundle)
         metadata = bundle.metadata
         event_id = "ev-" + stable_hash(metadata.run_id, metadata.checkpoint_id)
@@ -501,7 +502,7 @@ def _mark_unless_applied(outcome: PruningOutcome) -> None:
 def _creating(
     stream: Stream, *, answers: Mapping[str, str] | None = None
 ) -> AbstractContextManager[Span]:
-    """The span under which a message is queued: the context that everybody after it continues; an
+    """The span under which a message is queued: the context that all later steps continue; an
     outcome's links to the decision that it ``answers``."""
     return span(
         f"create {stream.name}",

@@ -117,13 +117,13 @@ def all_copies_in(name: str, holder: Any, model: nn.Module) -> list[WeightCopy]:
 def unnamed_averages(
     model: nn.Module, known: Iterable[WeightCopy], among: Iterable[Any] | None = None
 ) -> list[str]:
-    """Kinds of averages of this network, alive anywhere in this process, that nobody named.
+    """Kinds of averages of this network, alive anywhere in this process, that were not named.
 
     A cut would not reach them, and their next update would fail. An average of another network of
     the same structure is told apart by its weights.
 
     Args:
-        among: all that are alive, where somebody has looked.
+        among: all that are alive, where the caller has looked.
     """
     named = {id(tensor) for copy in known for tensor in copy.tensors().values()}
     named |= {id(tensor) for tensor in named_tensors(model).values()}

@@ -75,8 +75,8 @@ def merged_covariance(parts: Sequence[InputCovariance]) -> InputCovariance:
         if other.model_hash != first.model_hash:
             raise IdentityMismatch("covariance.model_hash", first.model_hash, other.model_hash)
         if other.rows.keys() != first.rows.keys() or not all(other.rows.values()):
-            told = sorted(f"{path}[{dim}]" for path, dim in other.rows)
-            raise InvalidField("covariance", "the consumers of the first rank", told)
+            found = sorted(f"{path}[{dim}]" for path, dim in other.rows)
+            raise InvalidField("covariance", "the consumers of the first rank", found)
     rows = {axis: sum(part.rows[axis] for part in parts) for axis in first.rows}
 
     def mean(of: Callable[[InputCovariance], Mapping[Axis, Tensor]]) -> dict[Axis, Tensor]:

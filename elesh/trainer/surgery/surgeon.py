@@ -180,7 +180,7 @@ class Surgeon:
         """Why nothing may be cut now; empty if it may.
 
         Modules that were put in since (adapters) are not in the architecture. An optimizer that has
-        state of the network's parameters, or an average of them, that the surgeon was not told of,
+        state of the network's parameters, or an average of them, that the surgeon was not given,
         would fail in its next step or update, and a gradient hook that holds a mask of the
         parameter's shape in the next backward pass.
         """
@@ -206,11 +206,11 @@ class Surgeon:
         return self.unnamed_average(found)
 
     def unnamed_average(self, among: Iterable[object] | None = None) -> str:
-        """What to do about an average of the network that the surgeon was not told of; empty if
+        """What to do about an average of the network that the surgeon was not given; empty if
         there is none. Nothing is cut until it is done.
 
         Args:
-            among: all that are alive, where somebody has looked.
+            among: all that are alive, where the caller has looked.
         """
         averages = unnamed_averages(self._model, self.copies, among)
         if averages:

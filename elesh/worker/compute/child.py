@@ -106,8 +106,8 @@ def _answer(job: Job) -> Reply:
     except ContractError as error:
         failed = Failed(error.code, error.field, error.expected, error.found, contract=True)
     except MemoryError as error:
-        told = str(error) or "MemoryError"
-        failed = Failed(MEMORY_CODE, f"analysis of {job.key}", "a result", told, contract=False)
+        reason = str(error) or "MemoryError"
+        failed = Failed(MEMORY_CODE, f"analysis of {job.key}", "a result", reason, contract=False)
     except Exception as error:
         traceback.print_exc()
         lacking = shortage_of(error)

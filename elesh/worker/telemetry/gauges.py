@@ -1,4 +1,4 @@
-"""What is read from a worker and its bus whenever somebody scrapes: gauges, by name.
+"""What is read from a worker and its bus at every scrape: gauges, by name.
 
 The names without the prefix ``elesh`` are the design document's.
 """
@@ -124,7 +124,7 @@ def register_worker(status: Status) -> None:
 
 
 def register_fleet(figures: FleetFigures) -> None:
-    """Have the figures of the bus read from here on, by whoever asks it."""
+    """Have the figures of the bus read from here on, by its callers."""
 
     def of_stream(read: Callable[[Backlog], float | None]) -> Callable[[], list[Reading]]:
         return lambda: figures.of_streams(read)

@@ -91,9 +91,9 @@ class Reports:
     def analysed(
         self, work: Work, decision: StructuralPruningDecision, metrics: AnalysisMetrics
     ) -> None:
-        """The child answered; fallbacks that the analysis itself took are told, too.
+        """The child answered; fallbacks that the analysis itself took are reported, too.
 
-        A joint decision repeats those of its levels, which were told when they were analysed.
+        A joint decision repeats those of its levels, which were reported when they were analysed.
         """
         for taken in decision.fallbacks:
             own = taken.rung in _ANALYSIS_FALLBACKS and not decision.levels

@@ -1,4 +1,4 @@
-"""What one worker does and has done: counted once, told to metrics, health and the register.
+"""What one worker does and has done: counted once, shown by metrics, health and registry.
 
 Pure but for the clock that it is given. :class:`~.reports.Reports` feeds it; nothing in here
 waits.
@@ -145,7 +145,8 @@ class Status:
     def fell_back(self, name: str) -> None:
         """A fallback of the failure table was taken."""
         self.fallbacks += 1
-        metrics.FALLBACKS.add(1, {"rung": name})
+        # "rung": the label of the version before.
+        metrics.FALLBACKS.add(1, {"fallback": name, "rung": name})
 
     def redelivered(self, cause: str) -> None:
         """An entry went round again."""
@@ -157,7 +158,7 @@ class Status:
         metrics.DEAD_LETTERS.add(1, {"code": code})
 
     def heard(self, outcome: PruningOutcome, decision: StructuralPruningDecision) -> None:
-        """A trainer told what it made of a decision; of a monitored cut only the end counts."""
+        """A trainer reported what it made of a decision; of a monitored cut only the end counts."""
         if outcome.watched:
             return
         for level in decision.taken or levels_of(decision):

@@ -127,7 +127,9 @@ def test_every_metric_of_rules_and_dashboard_is_exposed(station: Station) -> Non
     assert named_metrics() <= found.keys()
     labels, value = found["elesh_decisions_total"][0]
     assert (labels["verdict"], labels["reason"], value) == ("approved", "none", 1.0)
-    assert found["elesh_fallbacks_total"] == [({"rung": "worker_crash"}, 1.0)]
+    assert found["elesh_fallbacks_total"] == [
+        ({"fallback": "worker_crash", "rung": "worker_crash"}, 1.0)
+    ]
     assert found["elesh_saved_parameters_total"] == [({}, 0.0)], "it was taken back"
     assert ({"level": "channel", "state": "open"}, 0.0) in found["elesh_breakers"]
     assert found["multi_level_accuracy"] == [({"level": "channel"}, 0.0)]
