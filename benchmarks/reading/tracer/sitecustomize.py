@@ -1,13 +1,12 @@
 """Notes which functions of Elesh every process calls while a switch is on.
 
 On the ``PYTHONPATH`` of a process whose environment names a folder in ``ELESH_TRACED``. Its
-file ``switch`` holds one byte, mapped into memory: "1" while calls count. Every process writes the
-functions it called to a file of its own, a line each, when the switch goes off and when it ends.
+file ``switch`` holds one byte, mapped into memory: "1" while calls count. Every process writes each
+function that it calls to a file of its own, at once: a compute child may be killed in the end.
 """
 
 from __future__ import annotations
 
-import atexit
 import mmap
 import os
 import sys
@@ -27,27 +26,18 @@ def _is_ours(code: CodeType) -> bool:
 def _start(folder: Path) -> None:
     with (folder / "switch").open("rb") as file:
         switch = mmap.mmap(file.fileno(), 1, access=mmap.ACCESS_READ)
-    written = False
-
-    def write() -> None:
-        nonlocal written
-        if _seen and not written:
-            written = True
-            ours = [c for c in list(_seen) if _is_ours(c) and not c.co_name.startswith("<")]
-            lines = (f"{c.co_filename}\t{c.co_firstlineno}\t{c.co_qualname}\n" for c in ours)
-            (folder / f"{os.getpid()}.calls").write_text("".join(lines))
+    calls = (folder / f"{os.getpid()}.calls").open("a", buffering=1)
 
     def on_call(frame: FrameType, event: str, argument: Any) -> None:
-        if event != "call" or written:
+        if event != "call" or switch[0] != ord("1") or frame.f_code in _seen:
             return
-        if switch[0] == ord("1"):
-            _seen.add(frame.f_code)
-        elif switch[0] == ord("2"):
-            write()
+        code = frame.f_code
+        _seen.add(code)
+        if _is_ours(code) and not code.co_name.startswith("<"):
+            calls.write(f"{code.co_filename}\t{code.co_firstlineno}\t{code.co_qualname}\n")
 
     threading.setprofile(on_call)
     sys.setprofile(on_call)
-    atexit.register(write)
 
 
 if os.environ.get("ELESH_TRACED"):
