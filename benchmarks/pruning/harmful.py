@@ -8,14 +8,14 @@ under the limits of the aggressive phase. Truth is the drop of accuracy on sampl
 seen: harmful is what costs more than the limit, "missed" where what the worker kept does. The last
 column counts the worker's intervals that have that drop inside.
 
-Every network is a line of JSON in ``--out``; one that has a line is not measured again, so that a
-command that was killed is simply given again.
+Every network and share is a line of JSON in ``--out``; what has one is not measured again, so that
+a command that was killed is simply given again.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,8 @@ class Case:
     """Whether the worker's interval has ``kept_drop``; None where nothing was kept."""
 
 
-def cases(subject: Subject) -> list[Case]:
-    """All sets of one network."""
+def cases(subject: Subject, shares: Sequence[float]) -> Iterator[tuple[float, list[Case]]]:
+    """By share, all sets of one network."""
     bundle, x, y = checkpoint(subject)
     assert isinstance(bundle, MeasuredCheckpoint)
     bundle = replace(bundle, levels=(subject.level,))
@@ -95,7 +95,7 @@ def cases(subject: Subject) -> list[Case]:
         surgeon.unmask()
         return right
 
-    whole, rng = accuracy(()), np.random.default_rng(subject.seed)
+    whole = accuracy(())
     early = set(proposed(bundle, ALL_BUT_THE_LAST).order)
     level = next(iter(early))[0]
     last = [
@@ -104,8 +104,9 @@ def cases(subject: Subject) -> list[Case]:
         for unit in range(group.size)
         if (level, group.name, unit) not in early
     ]
-    found = []
-    for share in SHARES:
+    for share in shares:
+        found: list[Case] = []
+        rng = np.random.default_rng([subject.seed, round(100 * share)])
         plain, chosen = proposed(bundle, share), settings(share, 1, limited=True)
         for proposal in (plain, *(swapped(plain, last, rng) for _ in range(DRAWS))):
             measured = verifier(bundle, chosen)(proposal)
@@ -125,7 +126,7 @@ def cases(subject: Subject) -> list[Case]:
                     inside,
                 )
             )
-    return found
+        yield share, found
 
 
 def counted(found: Sequence[Case]) -> Mapping[str, Any]:
@@ -145,29 +146,38 @@ def counted(found: Sequence[Case]) -> Mapping[str, Any]:
     }
 
 
-def read(path: Path) -> dict[tuple[str, int, int], list[Case]]:
-    """By net, seed and epochs: what was measured so far."""
+Key = tuple[str, int, int, float]
+"""Net, seed, epochs, share."""
+
+
+def read(path: Path) -> dict[Key, list[Case]]:
+    """What was measured so far."""
     lines = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
     return {
-        (line["net"], line["seed"], line["epochs"]): [Case(**case) for case in line["cases"]]
+        (line["net"], line["seed"], line["epochs"], line["share"]): [
+            Case(**case) for case in line["cases"]
+        ]
         for line in lines
     }
 
 
 def main() -> None:
     """Measure what is not there yet, and print."""
-    parser = arguments(__doc__.splitlines()[0], ("resnet", "concat", "vgg", "vit-deep-heads"))
+    parser = arguments(__doc__.splitlines()[0], ("resnet", "concat", "vgg", "vit-heads"))
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".jsonl"))
     asked = parser.parse_args()
     torch.set_num_threads(1)
     for seed in asked.seeds:
         for net in asked.nets:
-            if (net, seed, asked.epochs) in read(asked.out):
+            known = read(asked.out)
+            left = [share for share in SHARES if (net, seed, asked.epochs, share) not in known]
+            if not left:
                 continue
-            found = cases(Subject.trained(net, seed, asked.epochs, asked.cache))
-            line = {"net": net, "seed": seed, "epochs": asked.epochs}
-            with asked.out.open("a") as file:
-                file.write(json.dumps(line | {"cases": [vars(case) for case in found]}) + "\n")
+            subject = Subject.trained(net, seed, asked.epochs, asked.cache)
+            for share, found in cases(subject, left):
+                line = {"net": net, "seed": seed, "epochs": asked.epochs, "share": share}
+                with asked.out.open("a") as file:
+                    file.write(json.dumps(line | {"cases": [vars(case) for case in found]}) + "\n")
     measured = read(asked.out)
     by_net = {
         net: [case for (other, *_), found in measured.items() if other == net for case in found]
@@ -176,7 +186,7 @@ def main() -> None:
     by_net["all"] = [case for found in by_net.values() for case in found]
     tables = {net: counted(found) for net, found in by_net.items()}
     rows = [[net, *map(str, table.values())] for net, table in tables.items()]
-    show(f"{len(measured)} networks, {DRAWS} sets a share", ["net", *tables["all"]], rows)
+    show(f"{len(measured)} networks and shares", ["net", *tables["all"]], rows)
 
 
 if __name__ == "__main__":

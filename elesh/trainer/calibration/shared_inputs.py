@@ -68,9 +68,10 @@ class SharedInputs:
         return [(readers[0], waiting.gradient), *((other, nothing) for other in readers[1:])]
 
     def left(self) -> Iterator[tuple[Axis, Tensor, Tensor]]:
-        """After the backward pass: axis, inputs and slopes where some reader had none."""
-        for key, waiting in self._pending.items():
-            first, *others = self._readers[key]
+        """After the backward pass: axis, inputs and slopes where some reader had none, or was one
+        of another tensor in the same memory (activation checkpointing)."""
+        for waiting in self._pending.values():
+            first, *others = dict.fromkeys(waiting.arrived)
             yield first, waiting.x, waiting.gradient
             for axis in others:
                 yield axis, waiting.x, torch.zeros_like(waiting.gradient)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from elesh.analysis.selection.reconstruction_order import _consumers
 from elesh.trainer import Recorder
+from elesh.trainer.calibration.shared_inputs import SharedInputs
 
 
 class Two(nn.Module):
@@ -38,3 +39,15 @@ def test_slopes_of_readers_of_one_tensor_are_summed_before_they_are_squared(
     factor: float, times: float
 ) -> None:
     assert np.allclose(costs(factor), times * costs(0.0), rtol=0.01, atol=1e-6)
+
+
+def test_a_reader_of_what_lay_in_the_same_memory_before_gets_nothing() -> None:
+    shared, x = SharedInputs(), torch.ones(2, 3)
+    shared.see(("gone", 1), x)
+    shared.see(("here", 1), x)
+    assert shared.together(("here", 1), x, 2 * x) == []
+    ((axis, inputs, slopes),) = shared.left()
+    assert axis == ("here", 1)
+    assert inputs is x
+    assert torch.equal(slopes, 2 * x)
+    assert not list(shared.left())
