@@ -33,16 +33,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common.criteria import lowest
-from benchmarks.training_run.nets import Gpt
+from benchmarks.training_run.nets import Block, Gpt
 from benchmarks.training_run.run import Run, loss_of, scored
 from benchmarks.training_run.tasks import TASKS, Options, Task
-from elesh.analysis.candidates import Candidates
-from elesh.analysis.importance.output_projections import Projections
 from elesh.analysis.levels.channels import CHANNELS
 from elesh.analysis.levels.heads import HEADS
-from elesh.analysis.levels.layers import rank
-from elesh.analysis.selection.removal_order import JointOrder
-from elesh.analysis.selection.select import select
+from elesh.analysis.selection.choose import Scorer
 from elesh.settings import StructuredPruning
 from elesh.trainer import MeasuredCheckpoint, Recorder, Surgeon
 from leyline import Level, Phase, PruningGroup
@@ -144,7 +140,7 @@ def reader(group: PruningGroup) -> str:
 
 def by_unit(values: Tensor, group: PruningGroup) -> Tensor:
     """[..., C] along the reader's inputs to [..., units, width]."""
-    return values.unflatten(-1, (group.size, -1))
+    return values.reshape(*values.shape[:-1], group.size, -1)
 
 
 # The published criteria: scores by group, higher is more important.
@@ -211,7 +207,7 @@ def ours(subject: Subject, kind: str, count: int, refit: bool) -> Units:
     bundle = subject.refitting if refit else subject.masking
     level = HEADS if kind == "heads" else CHANNELS
     settings, groups = StructuredPruning.model_validate(_least(kind)), subject.groups(kind)
-    scorer = "reconstruction" if refit else "output_projection"
+    scorer: Scorer = "reconstruction" if refit else "output_projection"
     ranking = level.rank(bundle, settings, groups, scorer, Phase.AGGRESSIVE)
     return ranking.candidates.by_group(ranking.choose(count).units)
 
@@ -275,41 +271,20 @@ def of_units(subject: Subject, kind: str) -> dict[str, dict[str, dict[str, float
 
 def of_layers(subject: Subject) -> dict[str, dict[str, dict[str, float]]]:
     """The figures of whole residual branches. What reads a layer's outputs is not refitted."""
-    bundle = subject.masking
-    names = sorted(bundle.layers)
-    influence = {name: 1 - float(bundle.layers[name].similarity[0]) for name in names}
+    layers = subject.masking.layers
     orders = {
-        "ours (the document's mix)": sorted(names, key=lambda name: rank(_layer(bundle, name))),
-        "ours, output projections": jointly(bundle, names),
-        "ShortGPT": sorted(names, key=lambda name: influence[name]),
+        "ours": {name: float(np.square(x.projections).mean()) for name, x in layers.items()},
+        "ShortGPT": {name: 1 - float(x.similarity[0]) for name, x in layers.items()},
     }
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for method, order in orders.items():
+    for method, costs in orders.items():
         found[method] = {"plain": {}}
         for share in SHARES:
-            subject.surgeon.mask_layers(order[: round(share * len(names))])
+            order = sorted(costs, key=lambda name: costs[name])
+            subject.surgeon.mask_layers(order[: round(share * len(order))])
             found[method]["plain"][f"{share:.0%}"] = subject.loss() - subject.before
             subject.surgeon.unmask()
     return found
-
-
-def _layer(bundle: MeasuredCheckpoint, name: str) -> Any:
-    from elesh.analysis.levels.layers import _Layer, architecture_impact
-
-    impact = architecture_impact(bundle.architecture)[name]
-    return _Layer(bundle.architecture.block[name], bundle.layers[name], impact)
-
-
-def jointly(bundle: MeasuredCheckpoint, names: Sequence[str]) -> list[str]:
-    """Layers in the joint order of their output projections."""
-    from elesh.analysis.levels.layers import _as_gate
-
-    ones = (1,) * len(names)
-    candidates = Candidates(tuple(names), ones, ones, ones)
-    gates = {name: _as_gate(bundle.layers[name]) for name in names}
-    columns = Projections.of(gates, candidates).columns
-    chosen = select(lambda: JointOrder(candidates, columns), len(names)).units
-    return [names[unit] for unit in chosen]
 
 
 @torch.no_grad()
@@ -331,6 +306,7 @@ def sliced(subject: Subject, left: float) -> float:
         return [x @ basis @ basis.T for x in streams]
 
     for block in model.blocks:
+        assert isinstance(block, Block)
         streams = projected()
         streams = [_centred(x + block.attention(block.norm1(x))) for x in streams]
         streams = projected()

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from elesh.demo.network import ResidualBlock
 
-__all__ = ["Attention", "Gpt", "ResNet", "Tabular", "Vit"]
+__all__ = ["Attention", "Block", "Gpt", "ResNet", "Tabular", "Vit"]
 
 
 class ResNet(nn.Module):
