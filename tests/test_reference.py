@@ -79,6 +79,7 @@ def test_one_limit_of_a_phase_can_be_changed_alone() -> None:
     assert changed.channel == Settings().verification.channel
 
 
+@pytest.mark.slow
 def test_every_command_is_on_the_page() -> None:
     page = commands()
     for group in app.registered_groups:

@@ -104,6 +104,7 @@ def test_a_replay_of_the_whole_run_is_bit_identical(recorded: Recorded) -> None:
     assert "no decision now" in done.stdout.splitlines()[0]
 
 
+@pytest.mark.slow
 def test_a_replay_under_other_settings_says_that_they_differ_and_where(
     recorded: Recorded, tmp_path: Path
 ) -> None:

@@ -23,6 +23,7 @@ def drawn(rng: np.random.Generator, count: int, lost: float, won: float) -> tupl
     return outcomes(losses, right), outcomes(losses + loss_increases, after)
 
 
+@pytest.mark.slow
 def test_the_interval_holds_the_next_samples_drop_and_the_mean_rise() -> None:
     rng = np.random.default_rng(0)
     inside_drop = inside_rise = 0

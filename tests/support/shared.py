@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+import pickle
 import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @cache
@@ -26,3 +30,13 @@ def once(name: str, make: Callable[[Path], object]) -> Path:
             make(folder)
             (folder / "made").touch()
     return folder
+
+
+def kept(name: str, make: Callable[[], T]) -> T:
+    """What ``make`` returned to the first process that asked for that name."""
+
+    def write(folder: Path) -> None:
+        (folder / "kept.pickle").write_bytes(pickle.dumps(make()))
+
+    found: T = pickle.loads((once(name, write) / "kept.pickle").read_bytes())
+    return found

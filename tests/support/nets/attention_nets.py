@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from shared import kept
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -273,5 +274,5 @@ def inputs(name: str, count: int = 3) -> Any:
 
 @cache
 def architecture_of(name: str) -> PrunedArchitecture:
-    """What a recorder finds in the network, found once a process."""
-    return Recorder(build(name), inputs(name)).architecture
+    """What a recorder finds in the network, found once."""
+    return kept(f"attention-{name}", lambda: Recorder(build(name), inputs(name)).architecture)

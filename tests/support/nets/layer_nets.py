@@ -6,6 +6,7 @@ import random
 from functools import cache
 
 import torch
+from shared import kept
 from torch import Tensor, nn
 from trainer_nets import NETS, build, example
 
@@ -184,8 +185,8 @@ def made(name: str, seed: int = 0) -> nn.Module:
 
 @cache
 def architecture_of(name: str) -> PrunedArchitecture:
-    """What a recorder finds in the network, found once a process."""
-    return Recorder(made(name), example()).architecture
+    """What a recorder finds in the network, found once."""
+    return kept(f"with-layers-{name}", lambda: Recorder(made(name), example()).architecture)
 
 
 def removable(architecture: PrunedArchitecture) -> list[str]:

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from shared import kept
 from torch import Tensor, nn
 
 from elesh.trainer import Recorder
@@ -230,8 +231,8 @@ def build(name: str, seed: int = 0) -> nn.Module:
 
 @cache
 def architecture_of(name: str) -> PrunedArchitecture:
-    """What a recorder finds in the network, found once a process: it does not depend on weights."""
-    return Recorder(build(name), example()).architecture
+    """What a recorder finds in the network, found once: it does not depend on weights."""
+    return kept(f"architecture-{name}", lambda: Recorder(build(name), example()).architecture)
 
 
 def units(architecture: PrunedArchitecture, seed: int = 0) -> dict[str, list[int]]:

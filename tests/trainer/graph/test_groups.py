@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
-from trainer_nets import NETS, ResNet, build, example
+from trainer_nets import NETS, ResNet, architecture_of, build, example
 
 from elesh.trainer import Recorder
 from leyline import InvalidField, Level, PrunedArchitecture, PruningGroup
@@ -51,13 +51,13 @@ def sliced(group: PruningGroup) -> set[tuple[str, int]]:
 def test_the_prunable_groups_of_every_kind_of_network_are_found(
     name: str, groups: list[str]
 ) -> None:
-    assert prunable(find(build(name))) == groups
+    assert prunable(architecture_of(name)) == groups
 
 
 @pytest.mark.parametrize("name", NETS)
 def test_parameters_are_counted_exactly(name: str) -> None:
-    model = build(name)
-    assert find(model).parameters == sum(p.numel() for p in model.parameters())
+    counted = sum(p.numel() for p in build(name).parameters())
+    assert architecture_of(name).parameters == counted
 
 
 def test_macs_are_weights_times_positions() -> None:
@@ -71,7 +71,7 @@ def test_a_transposed_convolution_counts_its_input_positions() -> None:
 
 
 def test_residual_additions_couple_their_layers() -> None:
-    group = find(build("ResNet")).group["blocks.1.conv2"]
+    group = architecture_of("ResNet").group["blocks.1.conv2"]
     assert group.layers == ("blocks.1.conv2", "blocks.1.shortcut.0", "blocks.2.conv2")
     assert {site.module for site in group.sites} == {
         "blocks.2.conv1", "blocks.3.conv1", "blocks.3.shortcut.0",
@@ -80,43 +80,43 @@ def test_residual_additions_couple_their_layers() -> None:
 
 
 def test_concatenation_moves_a_groups_place_in_its_consumers() -> None:
-    group = find(build("Dense")).group["grow.1.2"]
+    group = architecture_of("Dense").group["grow.1.2"]
     starts = {(part.tensor, part.dim): part.start for part in group.slices}
     assert starts["grow.1.2.weight", 0] == 0
     assert starts["transition.2.weight", 1] == 10
 
 
 def test_flattening_widens_a_unit() -> None:
-    site = find(build("Vgg")).group["features.4"].sites[0]
+    site = architecture_of("Vgg").group["features.4"].sites[0]
     assert (site.module, site.dim, site.start, site.width, site.indices) == (
         "classifier.1", -1, 0, 4, None,
     )  # fmt: skip
 
 
 def test_depthwise_convolutions_and_gates_of_channels_go_along() -> None:
-    group = find(build("Mobile")).group["expand.0"]
+    group = architecture_of("Mobile").group["expand.0"]
     assert {("depthwise.0.weight", 0), ("squeeze.3.weight", 0)} <= sliced(group)
 
 
 def test_halves_that_are_multiplied_make_one_unit_of_two_channels() -> None:
-    part = find(build("Gated")).group["up"].slices[0]
+    part = architecture_of("Gated").group["up"].slices[0]
     assert (part.width, part.of(0), part.of(7)) == (2, (0, 8), (7, 15))
 
 
 def test_a_layer_used_twice_shrinks_on_both_sides() -> None:
-    group = find(build("Shared")).group["stem"]
+    group = architecture_of("Shared").group["stem"]
     assert {("again.weight", 0), ("again.weight", 1)} <= sliced(group)
 
 
 def test_attention_heads_are_no_channels() -> None:
-    group = find(build("Vit")).group["blocks.0.attention"]
+    group = architecture_of("Vit").group["blocks.0.attention"]
     assert group.level is Level.HEAD
     assert "blocks.0.attention.q" in group.layers
 
 
 def test_outputs_stay() -> None:
     for name, last in (("Vgg", "classifier.4"), ("Vit", "fc")):
-        assert reason(find(build(name)), last) == "network output"
+        assert reason(architecture_of(name), last) == "network output"
     summed = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU())
     assert reason(find(summed), "0") == "network output"
 
@@ -389,7 +389,7 @@ def test_tracing_changes_nothing() -> None:
 @pytest.mark.parametrize("mode", ["frozen", "half", "inference", "autocast"])
 @pytest.mark.sampled
 def test_groups_do_not_depend_on_how_the_network_is_used(mode: str) -> None:
-    expected, model = prunable(find(build("ResNet"))), build("ResNet")
+    expected, model = prunable(architecture_of("ResNet")), build("ResNet")
     inputs = example()
     if mode == "frozen":
         model.requires_grad_(False)

@@ -42,7 +42,7 @@ def operate(
 @pytest.mark.parametrize("name", REMOVABLE)
 @pytest.mark.sampled
 def test_only_residual_branches_can_go_and_all_others_say_why_not(name: str) -> None:
-    architecture = Recorder(made(name), example()).architecture
+    architecture = architecture_of(name)
     assert removable(architecture) == REMOVABLE[name]
     assert all(block.reason for block in architecture.blocks if not block.prunable)
     covered = {path for block in architecture.blocks for path in block.tensors}
@@ -55,13 +55,13 @@ def reason(architecture: PrunedArchitecture, name: str) -> str:
 
 
 def test_the_reason_is_the_right_one() -> None:
-    resnet = Recorder(made("ResNet"), example()).architecture
+    resnet = architecture_of("ResNet")
     assert "no identity path but a layer of its own" in reason(resnet, "blocks.1")
     assert resnet.block["blocks.1"].strategy == "conv_projection"
     assert "no residual addition" in reason(resnet, "fc")
-    twice = Recorder(made("Twice"), example()).architecture
+    twice = architecture_of("Twice")
     assert "called 2 times in one forward pass" in reason(twice, "again")
-    nested = Recorder(made("Nested"), example()).architecture
+    nested = architecture_of("Nested")
     outer = [block for block in nested.blocks if "smaller removable" in block.reason]
     assert [block.name for block in outer] == ["net.1.1"]
     ignored = Recorder(made("ResNet"), example(), ignored_layers=["blocks.2.conv1"]).architecture
@@ -84,7 +84,7 @@ def test_the_demos_network_has_its_blocks_and_sublayers() -> None:
 
 
 def test_a_module_that_is_nothing_but_a_residual_block_becomes_an_identity() -> None:
-    block = Recorder(made("Nested"), example()).architecture.block["net.1.0"]
+    block = architecture_of("Nested").block["net.1.0"]
     assert (block.strategy, block.skip_potential) == ("identity", 1.0)
     assert [(s.module, s.kind) for s in block.stand_ins] == [("net.1.0", "identity")]
 
