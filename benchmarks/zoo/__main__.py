@@ -18,6 +18,7 @@ import json
 import logging
 import multiprocessing
 import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--here", action="store_true", help="no processes, no limit of time")
     parser.add_argument("--alone", action="store_true", help="without torch-pruning")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # The child ends, too.
     if given.page:
         write(_read(given.results))
     else:
@@ -61,19 +63,25 @@ def _read(path: Path) -> list[dict[str, Any]]:
 def _apart(name: str, limit: float, compare: bool) -> dict[str, Any]:
     """Measured by a child, which begins with the libraries loaded."""
     context = multiprocessing.get_context("fork")
+
+    def work() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        other.send(_measured(name, compare))
+
     mine, other = context.Pipe(duplex=False)
-    child = context.Process(target=lambda: other.send(_measured(name, compare)))
+    child = context.Process(target=work)
     child.start()
     other.close()
     row: dict[str, Any] = {"name": name, "error": f"took more than {limit:.0f} s"}
-    if mine.poll(limit):
-        try:
+    try:
+        if mine.poll(limit):
             row = mine.recv()
-        except EOFError:
-            child.join()
-            row["error"] = f"the process ended ({child.exitcode})"
-    child.kill()
-    child.join()
+    except EOFError:
+        child.join()
+        row["error"] = f"the process ended ({child.exitcode})"
+    finally:
+        child.kill()
+        child.join()
     return row
 
 

@@ -21,10 +21,11 @@ from torch.nn.modules.conv import _ConvNd
 
 from elesh.trainer.network.calls import Call, Link
 from elesh.trainer.network.layers import channel_axes
+from elesh.trainer.network.multihead import NATIVE
 
 from .indexing import shape_of
 
-__all__ = ["Met", "Source", "Sources", "weights_used"]
+__all__ = ["Met", "Source", "Sources", "calls_by_functions", "in_order", "weights_used"]
 
 Bools = npt.NDArray[np.bool_]
 TensorAxis = tuple[str, int]
@@ -36,6 +37,9 @@ _FACTORS = {
     "ConvolutionBackward0": (1,),
 }  # fmt: skip
 """Products, and which of their operands may be weights."""
+_LINEAR = {"AddmmBackward0": ((1, 2),), "MmBackward0": ((0, 1),)}
+"""Products as a linear layer makes them: which operand is its input, and which its weight."""
+_CARRIES = ("View", "UnsafeView", "Permute", "Transpose", "Roll", "ConstantPad", "Clone", "Reshape")
 _MOVES = ("TBackward", "Transpose", "View", "Permute", "UnsafeView", "ToCopy")
 """Operations between a parameter and the product that it is a factor of."""
 
@@ -257,3 +261,76 @@ def weights_used(functions: Iterable[Any]) -> dict[int, int]:
                 used = math.prod(shape) // max(1, outputs)
                 positions[id(weight)] = positions.get(id(weight), 0) + used
     return positions
+
+
+def calls_by_functions(
+    calls: Sequence[Call], functions: Iterable[Any], model: nn.Module
+) -> tuple[list[Call], dict[str, str]]:
+    """Linear layers whose weights functions multiply by, as if they had been called.
+
+    Args:
+        calls: the calls of modules of a pass whose autograd graph is alive.
+        functions: of that graph.
+
+    Returns:
+        those calls; and by layer: the module around it whose first input is what it multiplies
+        (padded, cut into windows, or moved), where a mask can be put instead; else empty.
+    """
+    called = {one.name for one in calls}
+    known = {f"{path}.out_proj" for path, m in model.named_modules() if isinstance(m, NATIVE)}
+    owners = {
+        id(module.weight): (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and path not in called and path not in known
+    }
+    lent: list[Call] = []
+    readers: dict[str, str] = {}
+    for function in functions if owners else ():
+        for given, place in _LINEAR.get(function.name(), ()):
+            weight = _transposed_weight(function.next_functions[place][0])
+            if weight is None or id(weight) not in owners:
+                continue
+            path, module = owners[id(weight)]
+            source = function.next_functions[given]
+            links = (source,) if source[0] is not None else ()
+            used = math.prod(shape_of(function, 0)) // max(1, module.out_features)
+            number = function._sequence_nr()
+            came = links[0] if links else None
+            made = (function, 0)
+            lent.append(
+                Call(path, module, links, function, used, number, number, came, made, 0, None)
+            )
+            readers[path] = _holder(source, path, calls)
+    return lent, readers
+
+
+def _transposed_weight(function: Any) -> Tensor | None:
+    """The parameter that this is the transposed of."""
+    if function is None or not function.name().startswith(("TBackward", "Transpose", "Permute")):
+        return None
+    leaf = function.next_functions[0][0]
+    return leaf.variable if hasattr(leaf, "variable") and leaf.variable.ndim == 2 else None
+
+
+def _holder(link: Link, path: str, calls: Sequence[Call]) -> str:
+    """The innermost module around ``path`` whose first input is what ``link`` was made of."""
+    around = {one.first: one.name for one in calls if path.startswith(f"{one.name}.")}
+    width = shape_of(*link)[-1] if link[0] is not None else 0
+    while link[0] is not None and not hasattr(link[0], "variable"):
+        if link in around and shape_of(*link)[-1] == width:
+            return around[link]
+        behind = [one for one in link[0].next_functions if one[0] is not None]
+        if len(behind) != 1 or not link[0].name().startswith(_CARRIES):
+            return ""
+        link = behind[0]
+    return ""
+
+
+def in_order(calls: Sequence[Call], lent: Sequence[Call]) -> list[Call]:
+    """Both, those by functions where they came in the pass."""
+    found, rest = list[Call](), sorted(lent, key=lambda one: one.entered)
+    for one in calls:
+        while rest and one.output is not None and one.output._sequence_nr() > rest[0].entered:
+            found.append(rest.pop(0))
+        found.append(one)
+    return found + rest

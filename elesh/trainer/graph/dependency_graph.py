@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -30,9 +29,9 @@ from elesh.trainer.network.norms import Norm, norm_of
 from leyline import InvalidField, LayerDescriptor
 
 from .attention import Attention, find_attentions
-from .dependencies import weights_used
+from .dependencies import calls_by_functions, in_order, weights_used
 from .indexing import Relations, shape_of
-from .residual_branches import Trace
+from .residual_branches import Trace, behind
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,10 @@ class Wiring:
     passage: Trace = field(default_factory=lambda: Trace((), ()))
     """The pass itself; while this is kept, so is the autograd graph."""
 
+    readers: Mapping[str, str] = field(default_factory=dict)
+    """By layer whose weight a function multiplies by: the module whose first input is the layer's;
+    empty where there is none."""
+
     @cached_property
     def called(self) -> frozenset[str]:
         """The modules that were called."""
@@ -89,10 +92,10 @@ def trace(model: nn.Module, inputs: Inputs, compared: Callable[[Any], Any] | Non
     Raises:
         InvalidField: if the model does not run with these inputs.
     """
-    families, failure = tuple[Family, ...](), ""
+    families, failure, readers = tuple[Family, ...](), "", dict[str, str]()
     try:
         graph = _Graph(model, inputs, compared)
-        calls, outputs = graph.calls, graph.outputs
+        calls, outputs, readers = graph.calls, graph.outputs, graph.readers
         families = tuple(_families(graph, model))
     except Exception as error:  # The graph of others' code: whatever it raises is a reason.
         failure = f"the dependency graph failed: {summary(error)}"
@@ -100,7 +103,8 @@ def trace(model: nn.Module, inputs: Inputs, compared: Callable[[Any], Any] | Non
     made = [(t.grad_fn, t.output_nr) for t in tensors_in(outputs) if t.grad_fn is not None]
     passage = Trace(calls.made, made)
     layers = calls.layers(batch_size(inputs), weights_used(passage.reached))
-    return Wiring(layers, families, find_attentions(calls.made, model), failure, passage)
+    attentions = find_attentions(calls.made, model)
+    return Wiring(layers, families, attentions, failure, passage, readers)
 
 
 def _run(model: nn.Module, inputs: Inputs) -> tuple[Calls, Any]:
@@ -177,6 +181,8 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
         self._module2name = {module: name for name, module in model.named_modules()}
         self._param_to_name, self.unwrapped_parameters = self._detect_unwrapped_parameters(None)
         self.calls = Calls(model)
+        self.readers: dict[str, str] = {}
+        self._lent: dict[Any, nn.Module] = {}
         self.module2node = self._trace(model, inputs, self._forward, output_transform=traced)
         self.by_function: dict[Any, Any] = {}
         self.relations = Relations(_bridge(self, self.calls))
@@ -184,7 +190,20 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
 
     def _forward(self, model: nn.Module, inputs: Inputs) -> Any:
         with self.calls:
-            return call(model, inputs)
+            output = call(model, inputs)
+        roots = [t.grad_fn for t in tensors_in(output) if t.grad_fn is not None]
+        lent, self.readers = calls_by_functions(self.calls.made, behind(roots), model)
+        self._lent = {one.output: one.module for one in lent}
+        self.calls.made = in_order(self.calls.made, lent)
+        return output
+
+    def _trace_computational_graph(
+        self, module2node: Any, output: Any, gradfn2module: Any, reused: Any, visited: Any
+    ) -> Any:
+        gradfn2module.update(self._lent)  # As if these layers had been called.
+        return super()._trace_computational_graph(
+            module2node, output, gradfn2module, reused, visited
+        )
 
     def channels(self, node: Any, function: Any) -> int:
         """How many channels one side of a node can have at most."""
@@ -292,17 +311,24 @@ class _Table:
         )
         heads = np.append(both // len(self._ports), -1)
         starts = np.flatnonzero(np.diff(heads, prepend=-2))
-        alike: dict[bytes, list[tuple[int, int]]] = {}
-        kinds = np.stack([rows[1, first], counts])
-        for one, two in pairwise(starts.tolist()):
-            alike.setdefault(kinds[:, one:two].tobytes(), []).append((one, two))
+        begins = starts[:-1]
+        if not len(begins):
+            return []
+        # Components with the same ports and counts have the same sum of random numbers.
+        generator = np.random.default_rng(0)
+        drawn = generator.integers(1 << 63, size=(2, len(self._ports)), dtype=np.uint64)
+        mixed = drawn[0, rows[1, first]] + counts.astype(np.uint64) * drawn[1, rows[1, first]]
+        mixed ^= mixed >> np.uint64(29)
+        sums = np.add.reduceat(mixed * np.uint64(0x9E3779B97F4A7C15), begins)
+        _, kinds, sizes = np.unique(sums, return_inverse=True, return_counts=True)
+        order = np.argsort(kinds, kind="stable")
         listed, found = list(self._ports), []
-        for members in alike.values():
-            place = np.array([one for one, _ in members])
+        lengths = np.diff(starts)
+        for place in np.split(order, np.cumsum(sizes)[:-1]):
             family: Family = {}
-            for column in range(members[0][1] - members[0][0]):
-                at, many = first[place + column], int(counts[place[0] + column])
-                spread = at[:, None] + np.arange(many)[None]
+            for column in range(int(lengths[place[0]])):
+                at = first[begins[place] + column]
+                spread = at[:, None] + np.arange(int(counts[begins[place[0]] + column]))[None]
                 family[listed[int(rows[1, at[0]])]] = rows[2, spread]
             found.append(family)
         return found

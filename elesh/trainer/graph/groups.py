@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -143,7 +144,7 @@ def _groups(wiring: Wiring, model: nn.Module, ignored: Collection[str]) -> tuple
         if root.name not in wiring.called:
             reason = f"the weight of {root.name} is used by a function; the layer is never called"
         sorted_family = {port: family[port][units] for port in ports}
-        groups[name] = _group(name, sorted_family, reason, tensors)
+        groups[name] = _group(name, sorted_family, reason, tensors, wiring.readers)
     return tuple(groups.values())
 
 
@@ -168,6 +169,10 @@ def _with_heads(
         kept = [one for g in kept if (one := rest.get(g.name, g)) is not None]
         names = {group.name for group in (*kept, *heads)}
         name = attention.name if attention.name not in names else attention.sites[0].module
+        if any(site.module in wiring.readers for site in attention.sites):
+            outputs = ", ".join(site.module for site in attention.sites)
+            told = f"a function multiplies by the weight of {outputs}: nowhere to mask heads"
+            attention = replace(attention, reason=attention.reason or told)
         heads.append(attention.group(name, _head_refusal(attention, parameters, ignored, tied)))
     return (*kept, *heads)
 
@@ -312,7 +317,9 @@ class _Tensors:
         return [(path, dim) for path, dim in found if path is not None]
 
 
-def _group(name: str, family: Family, reason: str, tensors: _Tensors) -> PruningGroup:
+def _group(
+    name: str, family: Family, reason: str, tensors: _Tensors, readers: Mapping[str, str]
+) -> PruningGroup:
     slices: dict[tuple[str, int], TensorSlice] = {}
     sites: list[GateSite] = []
     norms: list[NormSite] = []
@@ -329,8 +336,12 @@ def _group(name: str, family: Family, reason: str, tensors: _Tensors) -> Pruning
             norms.append(NormSite(module=port.name, dim=dim, kind=kind, eps=eps, **dict(span)))
         if port.side == "in" and port.module is not None:
             dim_of_input = channel_axes(port.module).site_dim
-            if dim_of_input is not None:
-                sites.append(GateSite(module=port.name, dim=dim_of_input, **dict(span)))
+            reader = readers.get(port.name, port.name)
+            if dim_of_input is not None and reader:
+                sites.append(GateSite(module=reader, dim=dim_of_input, **dict(span)))
+            elif not reader:
+                told = f"a function multiplies by the weight of {port.name}"
+                reason = reason or f"{told}: there is nowhere to mask what it reads"
     if size == 1:
         reason = reason or "it has a single unit"
     return PruningGroup(

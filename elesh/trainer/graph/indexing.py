@@ -78,6 +78,8 @@ class Relations:
         self._bridged = links
         self._axes: dict[Any, int | None] = {}
         self._own: dict[Any, int | None] = {}
+        self._shapes: dict[Any, Sequence[int]] = {}
+        self._behind: dict[Any, list[Link]] = {}
 
     def of(self, node: Any) -> list[tuple[Any, Relation, bool]]:
         """``(dependency, relation, forwards)`` of a node: to its inputs, then to its outputs."""
@@ -100,7 +102,7 @@ class Relations:
         """How many channels a node can have at most, going by the shapes of what it works on."""
         # A split and a slice are numbered as their input is.
         taking = node.type in (OPTYPE.SPLIT, OPTYPE.SLICE) and node.inputs
-        shape = (_input_shape(node) if taking else None) or shape_of(node.grad_fn, 0)
+        shape = (self._input_shape(node) if taking else None) or self._made(node)
         axis = self._axis(node)
         return shape[axis] if axis is not None else max(shape, default=0)
 
@@ -117,7 +119,7 @@ class Relations:
         return width is not None and width < 1
 
     def _edge(self, producer: Any, consumer: Any, slot: int) -> Relation:
-        link = (self._bridged.get(consumer) or _links(consumer))[slot]
+        link = (self._bridged.get(consumer) or self._links(consumer))[slot]
         start, stop, step = self._taken(producer, link)
         width, offset = 1, 0
         if consumer.type == OPTYPE.CONCAT:
@@ -146,7 +148,7 @@ class Relations:
         there = self._axis(consumer)
         if consumer.type != OPTYPE.ELEMENTWISE or there is None or len(consumer.inputs) < 2:
             return False  # Of a single input, the operation may move its axes.
-        made = shape_of(consumer.grad_fn, 0)
+        made = self._made(consumer)
         return bool(there - len(made) != here - len(came))
 
     def _taken(self, producer: Any, link: Link) -> tuple[int, int | None, int]:
@@ -157,7 +159,7 @@ class Relations:
         if axis is None or _dim(function, len(shape_of(function, 0))) != axis:
             return 0, None, 1
         if producer.type == OPTYPE.SLICE:
-            size = (_input_shape(producer) or shape_of(function, 0))[axis]
+            size = (self._input_shape(producer) or shape_of(function, 0))[axis]
             ends = (_signed(function._saved_start), _signed(function._saved_end))
             start, stop = (end + size if end < 0 else end for end in ends)
             return start, stop, function._saved_step
@@ -181,10 +183,10 @@ class Relations:
 
     def _width(self, node: Any) -> float | None:
         """Channels after a reshape for each channel before it; below 1 where they are split."""
-        before, axis = _input_shape(node), self._input_axis(node)
+        before, axis = self._input_shape(node), self._input_axis(node)
         if before is None or axis is None:
             return None
-        after = shape_of(node.grad_fn, 0)
+        after = self._made(node)
         place = _place(before, axis, after)
         return None if place is None else after[place] / before[axis]
 
@@ -203,6 +205,21 @@ class Relations:
                 self._axes.setdefault(stack.pop(), self._compute(top))
         return self._axes[node]
 
+    def _made(self, node: Any) -> Sequence[int]:
+        """The shape of a node's (first) output."""
+        if node not in self._shapes:
+            self._shapes[node] = shape_of(node.grad_fn, 0)
+        return self._shapes[node]
+
+    def _links(self, node: Any) -> list[Link]:
+        if node not in self._behind:
+            self._behind[node] = _links(node)
+        return self._behind[node]
+
+    def _input_shape(self, node: Any) -> Sequence[int] | None:
+        links = self._links(node)
+        return shape_of(*links[0]) if links else None
+
     def _own_axis(self, node: Any) -> int | None:
         if node not in self._own:
             self._own[node] = _own_axis(node)
@@ -215,12 +232,12 @@ class Relations:
     def _compute(self, node: Any) -> int | None:
         own = self._own_axis(node)
         if own is not None:
-            return own % len(shape_of(node.grad_fn, 0))
+            return own % len(self._made(node))
         # What was made first is the stream that branches are added to, whatever their axes.
         first = sorted(node.inputs, key=lambda producer: producer.grad_fn._sequence_nr())
         axes = [self._axes.get(producer) for producer in first]
         axis = next((axis for axis in axes if axis is not None), None)
-        before = _input_shape(node)
+        before = self._input_shape(node)
         if axis is None or before is None:
             return None
         return _moved(node.grad_fn, axis, before)
@@ -279,11 +296,6 @@ def _positions(node: Any) -> list[int]:
         for i, (part, _) in enumerate(node.grad_fn.next_functions)
         if part is not None and (id(part) in functions or "AccumulateGrad" not in part.name())
     ]
-
-
-def _input_shape(node: Any) -> Sequence[int] | None:
-    links = _links(node)
-    return shape_of(*links[0]) if links else None
 
 
 def shape_of(function: Any, number: int) -> Sequence[int]:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from torch import nn
+
 from elesh.trainer.network.calls import Call, Link
 
 _MOVES = ("Transpose", "View", "Permute", "UnsafeView", "Clone", "ToCopy", "Reshape", "Squeeze")
@@ -94,7 +96,7 @@ class Trace:
                 yield Branch(node, contribution, stream, reads_stream=True)
                 return
         if one in self.made and two in self.made:
-            first, second = sorted(orders[0], key=lambda link: len(_behind([link[0]])))
+            first, second = sorted(orders[0], key=lambda link: len(behind([link[0]])))
             yield Branch(node, second, first, reads_stream=False)
 
     def _ends(self, contribution: Link, stream: Link) -> Iterator[Link]:
@@ -104,11 +106,16 @@ class Trace:
         while queue:
             link = queue.pop(0)
             function = link[0]
-            if any(self.times[one.name] == 1 for one in self.made.get(link, ())):
-                yield link
-                continue
             operands = [(f, n) for f, n in function.next_functions if f is not None]
             inner = [one for one in operands if not hasattr(one[0], "variable")]
+            scaled = function.name().startswith("MulBackward") and len(inner) < len(operands)
+            # Where a dropout, or nothing, follows a scale, the scale is the outer module's own.
+            if any(
+                self.times[one.name] == 1 and not (scaled and _bare(one.module))
+                for one in self.made.get(link, ())
+            ):
+                yield link
+                continue
             summed = function.name().startswith("AddBackward")
             if len(inner) == 1 and (function.name().startswith(_MOVES) or len(operands) == 2):
                 if function.name().startswith((*_MOVES, "MulBackward")):
@@ -172,15 +179,20 @@ class Trace:
     @cached_property
     def reached(self) -> list[Any]:
         """All functions behind the outputs."""
-        return _behind(self.roots)
+        return behind(self.roots)
+
+
+def _bare(module: nn.Module) -> bool:
+    """Whether a module has no parameters."""
+    return next(module.parameters(), None) is None
 
 
 def parameters_behind(roots: Sequence[Any]) -> set[int]:
     """The ``id`` of every parameter that what these functions made depends on."""
-    return {id(f.variable) for f in _behind(roots) if hasattr(f, "variable")}
+    return {id(f.variable) for f in behind(roots) if hasattr(f, "variable")}
 
 
-def _behind(starts: Sequence[Any]) -> list[Any]:
+def behind(starts: Sequence[Any]) -> list[Any]:
     """These functions and all that they depend on."""
     seen: set[Any] = set()
     queue = list(starts)

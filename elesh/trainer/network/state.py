@@ -36,8 +36,11 @@ _LEFT_ALONE = (
     *(str, bytes, int, float, complex, type(None), *_GENERATORS),
 )
 """What is no state of a forward pass, cannot change, or is taken care of elsewhere."""
+_PLAIN = frozenset((str, bytes, int, float, bool, complex, type(None), torch.Tensor, nn.Parameter))
+"""What refers to nothing else."""
 _LONG, _MANY = 1000, 20_000
 """Longer containers hold data, and what is further away than so many objects is not the model's."""
+_CONSTANT = frozenset((str, bytes, int, float, bool, complex, type(None), nn.Parameter))
 PutBack = Callable[[], None]
 
 
@@ -122,6 +125,7 @@ def _reachable(model: nn.Module, *others: Any) -> tuple[list[nn.Module], list[An
     modules: list[nn.Module] = []
     generators: list[Any] = []
     seen: dict[int, Any] = {}
+    kinds: set[type] = set()
     queue = deque((thing, 0) for thing in (model, *others))
     while queue and len(seen) < _MANY + len(modules):
         thing, depth = queue.popleft()
@@ -132,9 +136,11 @@ def _reachable(model: nn.Module, *others: Any) -> tuple[list[nn.Module], list[An
             generators.append(thing)
         elif isinstance(thing, nn.Module):
             modules.append(thing)
-            queue += [(part, 1) for part in (*vars(thing).values(), *_code(type(thing)))]
+            code = [] if type(thing) in kinds else list(_code(type(thing)))
+            kinds.add(type(thing))
+            queue += [(p, 1) for p in (*vars(thing).values(), *code) if type(p) not in _PLAIN]
         else:
-            queue += [(part, depth + 1) for part in _parts(thing)]
+            queue += [(p, depth + 1) for p in _parts(thing) if type(p) not in _PLAIN]
     return modules, generators
 
 
@@ -233,7 +239,8 @@ def _held(thing: Any, seen: dict[int, Any], depth: int) -> Iterator[PutBack]:
     elif hasattr(thing, "__dict__"):
         inside = [vars(thing)]
     for part in inside if len(inside) <= _LONG else ():
-        yield from _held(part, seen, depth + 1)
+        if type(part) not in _CONSTANT:
+            yield from _held(part, seen, depth + 1)
 
 
 def _tensor(tensor: Tensor) -> PutBack:

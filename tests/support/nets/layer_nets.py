@@ -72,19 +72,19 @@ class InPlace(nn.Module):
 
 
 class Twice(nn.Module):
-    """One branch used twice, and one scaled by a bare parameter."""
+    """One branch used twice, and one scaled by a bare parameter, with a dropout behind it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.again, self.scaled = nn.Conv2d(3, 6, 3, padding=1), conv(6), conv(6)
-        self.gamma = nn.Parameter(torch.ones(6, 1, 1))
+        self.gamma, self.drop = nn.Parameter(torch.ones(6, 1, 1)), nn.Identity()
         self.fc = nn.Linear(6, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         x = x + self.again(x)
         x = torch.relu(x + self.again(x))
-        x = x + self.gamma * self.scaled(x)
+        x = x + self.drop(self.gamma * self.scaled(x))
         return self.fc(x.mean((2, 3)))
 
 

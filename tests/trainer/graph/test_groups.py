@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from trainer_nets import NETS, ResNet, architecture_of, build, example
 
-from elesh.trainer import Recorder
+from elesh.trainer import Recorder, Surgeon
 from leyline import InvalidField, Level, PrunedArchitecture, PruningGroup
 
 
@@ -424,18 +424,40 @@ def test_inputs_may_be_positional_or_keywords() -> None:
         assert group.layers == ("a", "b")
 
 
-def test_weights_that_functions_use_are_counted_and_listed_with_a_reason() -> None:
-    class Window(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.qkv, self.out = nn.Linear(6, 9), nn.Linear(9, 2)
+class Window(nn.Module):
+    """Multiplies by the weight of a layer that it never calls."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(6, 9), nn.Linear(9, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.pad(x, (0, 0, 0, 1))
+        return self.out(nn.functional.linear(x, self.qkv.weight, bias=self.qkv.bias))
+
+
+def test_layers_whose_weights_functions_use_are_counted_masked_and_cut() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), Window()), torch.randn(2, 5, 4)
+    architecture = find(model, x)
+    assert architecture.macs == 5 * 4 * 6 + 6 * (6 * 9 + 9 * 2)
+    assert prunable(architecture) == ["0", "2.qkv"]
+    assert [site.module for site in architecture.group["0"].sites] == ["2"]
+    assert sliced(architecture.group["0"]) == {("0.weight", 0), ("0.bias", 0), ("2.qkv.weight", 1)}
+    surgeon = Surgeon(model, architecture)
+    surgeon.mask({"0": [1, 4], "2.qkv": [0, 7]})
+    masked = model(x)
+    surgeon.unmask()
+    surgeon.cut({"0": [1, 4], "2.qkv": [0, 7]})
+    assert torch.allclose(model(x), masked, atol=1e-6)
+
+
+def test_what_a_function_reads_from_no_module_around_it_is_left_alone() -> None:
+    class Inside(Window):
         def forward(self, x: Tensor) -> Tensor:
-            return self.out(nn.functional.linear(x, self.qkv.weight, bias=self.qkv.bias))
+            return super().forward(x * x.sigmoid())
 
-    architecture = find(Window(), torch.randn(2, 5, 6))
-    assert architecture.macs == 5 * (6 * 9 + 9 * 2)
-    assert "never called" in reason(architecture, "qkv")
+    model, x = nn.Sequential(nn.Linear(4, 6), Inside()), torch.randn(2, 5, 4)
+    assert "nowhere to mask" in reason(find(model, x), "0")
 
 
 class Jumping(nn.Module):
