@@ -14,6 +14,7 @@ from elesh.bus.state.breakers import BreakerStore, BreakerView
 from elesh.bus.state.history import HistoryStore
 from elesh.bus.state.registry import Backlog, Registry, WorkerState
 from elesh.bus.state.runs import Holder, RunStore
+from elesh.bus.streams.backlog import SHED_FROM
 from elesh.bus.streams.dead_letters import DeadLetterEntry, DeadLetters, Redriven
 from elesh.bus.streams.fan_out import Plan, Planned, Stored
 from elesh.bus.streams.reaping import Reap
@@ -27,7 +28,6 @@ from elesh.bus.streams.records import (
     moment,
     read_dead_letter,
 )
-from elesh.bus.streams.shedding import SHED_FROM
 
 from .core import DROPPED_TRIES, Bus, never_fits
 from .errors import BadAddress, BusRefuses, BusUnavailable, Overloaded, RunClaimed, masked

@@ -26,8 +26,8 @@ from elesh.bus.state.breakers import BreakerStore
 from elesh.bus.state.history import HistoryStore
 from elesh.bus.state.registry import Registry
 from elesh.bus.state.runs import RunStore
+from elesh.bus.streams.backlog import WORK, pending_of, shed_from
 from elesh.bus.streams.backlog import last_id as last_id_of
-from elesh.bus.streams.backlog import pending_of
 from elesh.bus.streams.consumer_groups import Groups, pairs_of
 from elesh.bus.streams.dead_letters import DeadLetters
 from elesh.bus.streams.fan_out import PlanStore
@@ -41,7 +41,6 @@ from elesh.bus.streams.records import (
     deliveries_of,
     entry_fields,
 )
-from elesh.bus.streams.shedding import WORK, shed_from
 from elesh.observe import get_logger
 from elesh.settings import BreakerSettings, BusSettings
 from leyline import (

@@ -4,12 +4,12 @@ from . import otel as otel  # isort: skip  (first: it mends what the libraries c
 from .audit import Fault, Link, audit_event, line_of, read_line, sound, verify
 from .audit_file import AuditFile
 from .logs import SparseLines, get_logger, setup_logging
-from .messaging import messaging
 from .tracing import (
     carrier_of,
     current_span,
     linked_span,
     mark_failed,
+    messaging,
     onward,
     record_spans,
     setup_tracing,

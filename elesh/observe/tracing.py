@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from typing import Literal
 
 from opentelemetry import propagate, trace
 from opentelemetry.context import Context
@@ -47,6 +48,7 @@ __all__ = [
     "is_exported",
     "linked_span",
     "mark_failed",
+    "messaging",
     "onward",
     "quiet_exporters",
     "record_spans",
@@ -394,3 +396,41 @@ def onward(carrier: Mapping[str, str]) -> dict[str, str]:
     fields: dict[str, str] = {}
     propagate.inject(fields, propagate.extract(dict(carrier)))
     return fields or carrier_of()
+
+
+Operation = Literal["create", "send", "receive", "process", "settle"]
+
+
+def messaging(
+    operation: Operation,
+    stream: str,
+    *,
+    entry_id: str = "",
+    group: str = "",
+    server: tuple[str, int] | None = None,
+) -> dict[str, str | int | float | bool]:
+    """The attributes of a span of one operation on one message of a stream (OpenTelemetry's
+    conventions for messaging).
+
+    Such a span is named ``{operation} {stream}``. Creating a message is PRODUCER; sending,
+    receiving and settling are CLIENT (the context that travels is the creation's), processing is
+    CONSUMER.
+
+    Args:
+        server: address and port of the server that was spoken to; a socket's path has port 0.
+    """
+    attributes: dict[str, str | int | float | bool] = {
+        "messaging.system": "redis",
+        "messaging.operation.name": operation,
+        "messaging.operation.type": operation,
+        "messaging.destination.name": stream,
+    }
+    if server is not None:
+        attributes["server.address"] = server[0]
+        if server[1]:
+            attributes["server.port"] = server[1]
+    if entry_id:
+        attributes["messaging.message.id"] = entry_id
+    if group:
+        attributes["messaging.consumer.group.name"] = group
+    return attributes

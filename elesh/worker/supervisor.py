@@ -32,8 +32,7 @@ from elesh.observe import SparseLines, current_span, get_logger, mark_failed, me
 from elesh.settings import Settings
 from elesh.worker.telemetry.auditor import auditing
 from elesh.worker.telemetry.monitor import Monitor
-from elesh.worker.telemetry.receive_spans import record_receipts
-from elesh.worker.telemetry.reports import Reports
+from elesh.worker.telemetry.reports import Reports, record_receipts
 from leyline import AnalysisItem, AnalysisRequest, ContractError, JoinItem, PruningOutcome
 from leyline.streams import CHECKPOINTS, OUTCOMES, REDELIVERIES, REQUESTS, WORK, WORKERS, Stream
 

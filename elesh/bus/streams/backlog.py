@@ -1,16 +1,20 @@
-"""What operators ask of a stream: how much is pending, and where it ends."""
+"""How much is pending in a stream, where it ends, and what is shed while too much waits: low
+priorities first, emergencies never."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from redis.exceptions import ResponseError
 
 from elesh.bus.server.client import Client
+from leyline import Priority
+from leyline.streams import STREAMS, Stream
 
 from .records import Pending
 
-__all__ = ["last_id", "pending_of"]
+__all__ = ["SHED_FROM", "WORK", "last_id", "pending_of", "shed_from"]
 
 
 def _is_absent(error: ResponseError) -> bool:
@@ -47,3 +51,21 @@ async def pending_of(client: Client, key: str, group: str) -> Pending:
     return Pending(
         summary["pending"], oldest.decode() if oldest else None, consumers, known.get("lag")
     )
+
+
+WORK = frozenset(stream for stream in STREAMS if stream.group)
+"""Streams that a group works on; the others are trimmed instead."""
+SHED_FROM = {
+    Priority.LOW: 0.5,
+    Priority.NORMAL: 0.75,
+    Priority.HIGH: 0.85,
+    Priority.CRITICAL: 0.95,
+}
+"""Share of ``stream_length`` that may wait before messages of a priority are shed."""
+
+
+def shed_from(stream: Stream, priority: Priority, length: int) -> int:
+    """The backlog from which a priority is shed of a stream that may hold ``length`` entries; 0
+    for what is never shed."""
+    share = SHED_FROM.get(priority, 0.0) if stream in WORK else 0.0
+    return math.ceil(share * length)

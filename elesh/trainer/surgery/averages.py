@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elesh.trainer.network.alive import alive
 from elesh.trainer.network.layers import named_tensors
+from elesh.trainer.network.state import alive
 from leyline import InvalidField
 
 from .tensors import Cutter

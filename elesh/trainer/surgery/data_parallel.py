@@ -13,7 +13,7 @@ import torch.distributed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from elesh.trainer.network.alive import alive
+from elesh.trainer.network.state import alive
 from leyline import InvalidField
 
 __all__ = ["rebuild_reducers", "require_whole"]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from elesh.trainer.network.alive import alive
+from elesh.trainer.network.state import alive
 from leyline import InvalidField
 
 from .tensors import Cutter

@@ -52,13 +52,12 @@ from .frames import (
     Job,
     Kind,
     Reply,
+    Stopwatch,
     pack_frame,
     unpack_body,
 )
-from .heartbeat import heartbeat_into
-from .memory import limit_data
+from .heartbeat import heartbeat_into, limit_data
 from .parameter_masks import marked
-from .spans import Stopwatch
 
 
 def main() -> None:

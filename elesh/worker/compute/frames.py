@@ -1,12 +1,16 @@
 """What the supervisor and its compute child say to each other: length-prefixed msgpack frames.
 
 Only paths, keys and figures go through the pipe; checkpoints lie in a spool folder that the
-supervisor has filled and verified. Nothing is pickled.
+supervisor has filled and verified. Nothing is pickled. A reply has the stages of its job, as a
+:class:`Stopwatch` measured them, for the supervisor to make spans of.
 """
 
 from __future__ import annotations
 
 import struct
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -16,9 +20,21 @@ from elesh.safety import BreakerStatus
 from elesh.worker.shortage import SHORTAGE_CODE, Shortage
 from leyline import ContractError, Fallback, IdempotencyKey, Level, errors
 
-from .spans import Stage
+__all__ = [
+    "Failed",
+    "Job",
+    "Kind",
+    "MEMORY_CODE",
+    "Reply",
+    "Stage",
+    "Stopwatch",
+    "pack_frame",
+    "unpack_body",
+]
 
-__all__ = ["MEMORY_CODE", "Failed", "Job", "Kind", "Reply", "pack_frame", "unpack_body"]
+Stage = tuple[str, int, int, int]
+"""Name, place of its parent among the stages (-1: none), begin and end in ns since 1970."""
+_MOST = 256
 
 Kind = Literal["decide", "level", "join", "again", "parameters"]
 PREFIX = struct.Struct("<I")
@@ -167,3 +183,32 @@ def unpack_body(kind: type[Job] | type[Reply], body: bytes) -> Any:
         values["failed"] = Failed(**values["failed"])
     values["stages"] = tuple(map(tuple, values["stages"]))
     return kind(**values)
+
+
+class Stopwatch:
+    """Measures the stages of one job; the first 256 are kept."""
+
+    def __init__(self) -> None:
+        self._stages: list[Stage] = []
+        self._open: list[int] = []
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure one stage; an observer for :func:`elesh.analysis.spans.observed`."""
+        if len(self._stages) >= _MOST:
+            yield
+            return
+        place, parent = len(self._stages), self._open[-1] if self._open else -1
+        begun = time.time_ns()
+        self._stages.append((name, parent, begun, begun))
+        self._open.append(place)
+        try:
+            yield
+        finally:
+            self._open.pop()
+            self._stages[place] = (name, parent, begun, max(begun, time.time_ns()))
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What was measured, parents before their children."""
+        return tuple(self._stages)

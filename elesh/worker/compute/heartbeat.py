@@ -1,17 +1,26 @@
-"""The compute child's heartbeat: whether it computes, waits, or is wedged (decision 0051).
+"""The compute child's heartbeat, whether it computes, waits, or is wedged (decision 0051), and its
+memory.
 
 A thread of the child writes the time twice a second into a small file that the supervisor maps,
 whatever the job does. A heartbeat that is missing has three possible causes, which ``/proc`` tells
 apart: the child is stopped (its state is ``T``), it holds the interpreter lock in a long native
 call (its CPU time grows: it is busy, not wedged), or it does nothing at all.
 
+Its memory is limited from both sides. The child limits its own data segments (``RLIMIT_DATA``:
+private anonymous memory, which numpy and torch allocate; ``RLIMIT_AS`` would count the address
+space that thread stacks, mapped libraries and mapped weights merely reserve), so that an allocation
+too many is a ``MemoryError`` in it. The supervisor watches its resident size, which also counts
+what is shared or mapped, and kills it.
+
 Promises: neither side waits for the other; without ``/proc`` only heartbeats count.
 """
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
+import resource
 import struct
 import threading
 import time
@@ -19,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["Finding", "HeartbeatReader", "heartbeat_into"]
+__all__ = ["Finding", "HeartbeatReader", "heartbeat_into", "limit_data", "resident"]
 
 _TIME = struct.Struct("<d")
 _HEARTBEAT_SECONDS = 0.5
@@ -97,3 +106,22 @@ def _of_process(pid: int) -> tuple[str, float]:
     except OSError:
         return "", 0.0
     return fields[0].upper(), (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+def limit_data(size: int) -> None:
+    """Have the kernel refuse this process more than ``size`` bytes of data segments.
+
+    Where the platform has no such limit, or a lower hard one, nothing changes.
+    """
+    with contextlib.suppress(ValueError, OSError):
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (size, hard))
+
+
+def resident(pid: int) -> int | None:
+    """Resident size of a process in bytes; None where it cannot be read (no /proc, no process)."""
+    try:
+        pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
+    except (OSError, IndexError):
+        return None
+    return int(pages) * resource.getpagesize()

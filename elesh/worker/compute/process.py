@@ -18,8 +18,7 @@ from elesh.observe import get_logger
 
 from .failures import ChildDied, ChildFailure, ChildOverMemory, ChildTimeout
 from .frames import MEMORY_CODE, PREFIX, PRELOAD, Job, Reply, pack_frame, unpack_body
-from .heartbeat import Finding, HeartbeatReader
-from .memory import resident
+from .heartbeat import Finding, HeartbeatReader, resident
 
 __all__ = ["ComputeChild"]
 

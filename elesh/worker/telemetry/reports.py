@@ -5,14 +5,17 @@ Telemetry leaves by the :class:`~.buffer.TelemetryBuffer`; work never waits for 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
+
+from opentelemetry.trace import SpanKind
 
 from elesh.bus import Bus, BusUnavailable, CommitOutcome, Delivery
 from elesh.bus.admission import Work, named_key
 from elesh.bus.core import UNTRUSTED
-from elesh.observe import carrier_of, get_logger
+from elesh.observe import carrier_of, get_logger, messaging, span_from
 from leyline import (
     AnalysisMetrics,
     BreakerTransition,
@@ -24,12 +27,12 @@ from leyline import (
     StructuralValidationResult,
     TelemetryEvent,
 )
-from leyline.streams import TELEMETRY, VALIDATION
+from leyline.streams import TELEMETRY, VALIDATION, WORKERS
 
 from .buffer import TelemetryBuffer
 from .status import Status
 
-__all__ = ["Reports"]
+__all__ = ["Reports", "record_receipts"]
 
 _SOURCE = "elesh"
 _COMMITTED = {
@@ -223,3 +226,31 @@ def _named_key(delivery: Delivery, error: ContractError) -> str:
         return named_key(delivery.envelope)
     except ContractError:
         return ""
+
+
+def record_receipts(
+    deliveries: Sequence[Delivery], begun: int, server: tuple[str, int] | None = None
+) -> None:
+    """One span an entry, from when it was there and asked for until now.
+
+    Args:
+        begun: when it was asked for, in nanoseconds since 1970. What the poll waited before the
+            entry was published is no part of the entry's story.
+        server: that it came from.
+    """
+    now = time.time_ns()
+    for delivery in deliveries:
+        name = delivery.stream.name
+        published = int(delivery.entry_id.partition("-")[0]) * 1_000_000
+        waited = max(0, now - published) / 1e9
+        with span_from(
+            delivery.carrier,
+            f"receive {name}",
+            kind=SpanKind.CLIENT,
+            attributes=messaging(
+                "receive", name, entry_id=delivery.entry_id, group=WORKERS, server=server
+            )
+            | {"elesh.queued_seconds": waited},
+            start=min(max(begun, published), now),
+        ):
+            pass
