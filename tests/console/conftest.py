@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
 
 import pytest
 from browser import Browser, browsing
 from console_server import TOKEN, Site, serving_console
 
+from elesh.bus import Bus
 from elesh.settings import BusSettings, ConsoleSettings, Settings
 
 
@@ -30,3 +33,20 @@ def site(redis_url: str, partition: str) -> Iterator[Site]:
     settings = Settings(bus=BusSettings(partition=partition), console=ConsoleSettings(token=TOKEN))
     with serving_console(redis_url, settings) as made:
         yield made
+
+
+@pytest.fixture
+def on_bus(redis_url: str, partition: str) -> Callable[[Callable[[Bus], Awaitable[Any]]], Any]:
+    """Does something on the bus of the test's partition."""
+
+    def run(action: Callable[[Bus], Awaitable[Any]]) -> Any:
+        async def connected() -> Any:
+            bus = await Bus.connect(redis_url, BusSettings(partition=partition))
+            try:
+                return await action(bus)
+            finally:
+                await bus.close()
+
+        return asyncio.run(connected())
+
+    return run

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import time
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -25,21 +23,6 @@ PAGES = ("/", "/fleet", "/dead", "/audit")
 ACTIONS = ("/breakers/trip", "/breakers/reset", "/dead/redrive", "/dead/drop")
 TRIP = {"run": "digits-7", "level": "channel", "reason": "looks wrong"}
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'"
-
-
-@pytest.fixture
-def on_bus(redis_url: str, partition: str) -> Callable[[Callable[[Bus], Awaitable[Any]]], Any]:
-    def run(action: Callable[[Bus], Awaitable[Any]]) -> Any:
-        async def connected() -> Any:
-            bus = await Bus.connect(redis_url, BusSettings(partition=partition))
-            try:
-                return await action(bus)
-            finally:
-                await bus.close()
-
-        return asyncio.run(connected())
-
-    return run
 
 
 def state(on_bus: Any) -> str:

@@ -3,8 +3,7 @@ types, chooses or reads in it is left alone."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,28 +14,10 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from contracts import examples
-from elesh.bus import Bus
-from elesh.settings import BusSettings
 from leyline import Level
 from leyline.streams import CHECKPOINTS, DEAD
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
-OnBus = Callable[[Callable[[Bus], Awaitable[Any]]], Any]
-
-
-@pytest.fixture
-def on_bus(redis_url: str, partition: str) -> OnBus:
-    def run(action: Callable[[Bus], Awaitable[Any]]) -> Any:
-        async def connected() -> Any:
-            bus = await Bus.connect(redis_url, BusSettings(partition=partition))
-            try:
-                return await action(bus)
-            finally:
-                await bus.close()
-
-        return asyncio.run(connected())
-
-    return run
 
 
 @pytest.fixture

@@ -67,27 +67,31 @@ def _shared(make: Callable[[int], Trained]) -> Callable[..., Trained]:
 @_shared
 def perceptron(seed: int) -> Trained:
     """Two hidden layers on 30 figures of 569 tumours."""
-    figures, labels = load_breast_cancer(return_X_y=True)
-    x, y = torch.tensor(figures, dtype=torch.float32), torch.tensor(labels)
-    x = (x - x.mean(0)) / x.std(0)
-    torch.manual_seed(seed)
-    model = nn.Sequential(
-        nn.Linear(30, 48), nn.ReLU(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 2)
-    )
-    return _trained(model, x, y, epochs=30, shares=(0.35, 0.45, 0.2))
+    return _of_figures(load_breast_cancer, seed, epochs=30, shares=(0.35, 0.45, 0.2))
 
 
 @_shared
 def wine(seed: int) -> Trained:
     """The same on 13 figures of 178 wines of three growers."""
-    figures, labels = load_wine(return_X_y=True)
+    return _of_figures(load_wine, seed, epochs=40, shares=(0.35, 0.4, 0.25))
+
+
+def _of_figures(
+    read: Callable[..., tuple[np.ndarray, np.ndarray]],
+    seed: int,
+    *,
+    epochs: int,
+    shares: tuple[float, float, float],
+) -> Trained:
+    figures, labels = read(return_X_y=True)
     x, y = torch.tensor(figures, dtype=torch.float32), torch.tensor(labels)
     x = (x - x.mean(0)) / x.std(0)
     torch.manual_seed(seed)
     model = nn.Sequential(
-        nn.Linear(13, 48), nn.ReLU(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 3)
-    )
-    return _trained(model, x, y, epochs=40, shares=(0.35, 0.4, 0.25))
+        nn.Linear(x.shape[1], 48), nn.ReLU(), nn.Linear(48, 32), nn.ReLU(),
+        nn.Linear(32, int(y.max()) + 1),
+    )  # fmt: skip
+    return _trained(model, x, y, epochs=epochs, shares=shares)
 
 
 @_shared

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from layer_nets import made, removable
+from test_optimizers import X, Y, architecture, build
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
@@ -21,20 +22,8 @@ from elesh.trainer.recovery.recovery import Recovery
 from elesh.trainer.recovery.snapshot import Snapshot, Tracked
 from leyline import InvalidField, PrunedArchitecture
 
-X, Y = torch.randn(64, 8, generator=torch.Generator().manual_seed(1)), torch.arange(64) % 4
+__all__ = ["architecture"]  # a fixture
 CUT = {"0": [1, 5, 6], "2": [0, 9]}
-
-
-def build() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)
-    )
-
-
-@pytest.fixture(scope="module")
-def architecture() -> PrunedArchitecture:
-    return Recorder(build(), X[:4]).architecture
 
 
 def train(model: nn.Module, update: Callable[[], object]) -> None:
