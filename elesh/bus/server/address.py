@@ -33,6 +33,7 @@ _SCHEMES = (
 )  # fmt: skip
 _PORTS = {"": 6379, "sentinel": 26379, "cluster": 6379}
 _LONGEST_SOCKET = 107
+_LONGEST_HOST, _LONGEST_LABEL = 253, 63
 _LARGEST_DATABASE = 2**31 - 1
 _FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 _TLS = frozenset({*_FILES, "ssl_password", "ssl_check_hostname", "ssl_cert_reqs"})
@@ -168,6 +169,8 @@ def _address(text: str, kind: str) -> Address:
             raise ValueError(f"address {text!r}: expected an address of version 6 there") from None
     if not host.isprintable() or " " in host:
         raise ValueError(f"address {text!r}: {expected}")
+    if len(host) > _LONGEST_HOST or max(map(len, host.split("."))) > _LONGEST_LABEL:
+        raise ValueError(f"address {text[:40]!r}...: {len(host)} characters are no host's name")
     port = int(found["port"] or _PORTS[kind])
     if not 0 < port < 65536:
         raise ValueError(f"port {port}: expected 1 to 65535")

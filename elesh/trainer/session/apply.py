@@ -17,6 +17,7 @@ from torch import nn
 from elesh.observe import get_logger, span
 from elesh.settings import RollbackTriggers
 from elesh.trainer.network.state import preserved
+from elesh.trainer.network.timing import call_seconds
 from elesh.trainer.recovery.evaluation import Evaluation, checked, failed_check
 from elesh.trainer.surgery.reconstruction import InputCovariance
 from elesh.trainer.surgery.surgeon import Surgeon
@@ -139,12 +140,14 @@ class _Check:
         self._evaluate = preserving(evaluate, surgeon.model)
         self._before = surgeon.architecture
         self._figures: dict[str, Evaluation] = {}
+        self._latency: dict[str, float | None] = {}
         self._refit, self._notes = refit, notes
 
     def plain(self) -> PruningOutcome | None:
         """The network as it is, to compare with."""
         try:
             now = self._measure("before", "evaluate")
+            self._latency["latency_before"] = call_seconds(self._surgeon.model)
         except Exception as error:
             return self._failed("before anything was changed", error)
         if not now.finite:
@@ -192,6 +195,7 @@ class _Check:
             with span("cut"):
                 self._notes += _cut(self._decision, self._surgeon, self._refit)
             now = self._measure("after", "evaluate cut")
+            self._latency["latency_after"] = call_seconds(self._surgeon.model)
         except BaseException as error:
             take_back()
             if not isinstance(error, Exception):
@@ -207,7 +211,8 @@ class _Check:
         before = self._before
         after = self._surgeon.architecture if result == "applied" else before
         detail = detail or "; ".join(self._notes)
-        return outcome_of(self._decision, before, after, result, detail, self._figures)
+        outcome = outcome_of(self._decision, before, after, result, detail, self._figures)
+        return outcome.model_copy(update=self._latency) if result == "applied" else outcome
 
     def _measure(self, name: str, step: str) -> Evaluation:
         with span(step):

@@ -85,6 +85,11 @@ class Mailbox:
         self._process, self._closed = os.getpid(), False
 
     @property
+    def forked(self) -> bool:
+        """Whether this is a process that was forked from the one whose it is."""
+        return os.getpid() != self._process
+
+    @property
     def missed(self) -> int:
         """Messages that could not be queued or sent."""
         return self._missed
@@ -94,7 +99,7 @@ class Mailbox:
     def post(self, item: Outgoing) -> bool:
         """Queue something; False, and counted as missed, if the queue is full, the session closed,
         this process a forked one, or the run not this trainer's."""
-        if os.getpid() != self._process:
+        if self.forked:
             return self.miss(item, _FORKED)
         if self._closed:
             return self.miss(item, "the session is closed")

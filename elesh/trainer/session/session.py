@@ -181,6 +181,8 @@ class Session:
 
     def close(self, timeout: float = 5.0) -> None:
         """Send what is queued, for at most ``timeout`` seconds, and end the thread."""
+        if self._mailbox.forked:  # thread, files and claim are the other process's
+            return
         self._bus.close(timeout)
         self._recovery.close()
         self._observers.close()

@@ -55,6 +55,7 @@ def test_places_of_this_machine_are_read(url, path, database, password):
     ("url", "named"),
     [
         ("", "scheme"), ("localhost:6379", "scheme"), ("redis:/h", "scheme"),
+        ("redis://" + "a" * 64, "no host"), ("redis://" + "a." * 127 + "a", "no host"),
         ("redis://h:99999", "99999"), ("redis://h:0", "port 0"), ("redis://h:x", "'h:x'"),
         ("redis://::1:6379", "brackets"), ("redis://[::g]", "version 6"),
         ("redis://h/abc", "database number"), ("redis://h/-1", "database number"),

@@ -11,6 +11,7 @@ import torch
 from guarded import Run, World, decide, outputs
 
 from elesh.trainer import Evaluation, apply_decision
+from elesh.trainer.network.calling import _EXAMPLES
 
 GOOD = Evaluation(0.9, 0.1)
 BAD = [
@@ -46,6 +47,19 @@ def test_no_cut_stands_whose_figures_are_no_numbers(bad: Evaluation, good: int) 
     assert "nan" in outcome.detail or "inf" in outcome.detail
     assert world.digest() == before
     assert torch.equal(outputs(world), answers)
+
+
+def test_a_cut_says_what_a_call_took_before_and_after_it_and_changes_nothing_by_asking() -> None:
+    run, world = Run(), World()
+    run.resume(world.tracked)
+    timed = run.apply(decide(world.original), world.surgeon, saying(GOOD))
+    assert min(timed.latency_before or 0, timed.latency_after or 0) > 0
+    before, untimed = world.digest(), World()
+    _EXAMPLES.pop(untimed.model)  # what was measured in another process, for one
+    (again := Run()).resume(untimed.tracked)
+    outcome = again.apply(decide(untimed.original), untimed.surgeon, saying(GOOD))
+    assert (outcome.latency_before, outcome.latency_after) == (None, None)
+    assert untimed.digest() == before
 
 
 @pytest.mark.parametrize("bad", BAD, ids=repr)
