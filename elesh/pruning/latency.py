@@ -22,6 +22,8 @@ __all__ = ["compared"]
 SIZES = (1, 32)
 """Samples in a call."""
 _ROUNDS, _SECONDS = 7, 0.02
+_FEW_ROUNDS, _LONG_SECONDS = 2, 0.1
+"""Calls that take this long are hit by little else, and cost much."""
 
 
 def compared(networks: Mapping[str, nn.Module], inputs: Inputs) -> dict[str, dict[int, float]]:
@@ -56,8 +58,9 @@ def _of_size(inputs: Inputs, size: int) -> Inputs:
 def _side_by_side(networks: Mapping[str, nn.Module], inputs: Inputs) -> dict[str, float]:
     best = dict.fromkeys(networks, float("inf"))
     calls = {name: timed_call(network, inputs) for name, network in networks.items()}
-    counts = {name: max(1, int(_SECONDS / max(once(1), 1e-7))) for name, once in calls.items()}
-    for _ in range(_ROUNDS):
+    took = {name: max(once(1), 1e-7) for name, once in calls.items()}
+    counts = {name: max(1, int(_SECONDS / seconds)) for name, seconds in took.items()}
+    for _ in range(_ROUNDS if max(took.values()) < _LONG_SECONDS else _FEW_ROUNDS):
         for name, timed in calls.items():
             best[name] = min(best[name], timed(counts[name]))
     return best

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 import elesh
 from elesh.demo.network import DigitsNet
 from elesh.trainer import Recorder, Surgeon
-from leyline import ContractError, DigestMismatch, InvalidField, Malformed, ShapeMismatch
+from leyline import ContractError, DigestMismatch, InvalidField, Level, Malformed, ShapeMismatch
 
 _IMAGES = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -206,3 +207,43 @@ def test_a_folder_without_a_network_is_malformed(tmp_path: Path) -> None:
 def test_a_cut_network_is_exported_by_torch(network: DigitsNet) -> None:
     program = torch.export.export(network, (_IMAGES,))
     assert torch.equal(program.module()(_IMAGES), network(_IMAGES))
+
+
+@pytest.mark.slow
+def test_a_cut_network_computes_the_same_as_onnx(network: DigitsNet, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime", reason="pip install onnxscript onnxruntime")
+    pytest.importorskip("onnxscript", reason="pip install onnxscript onnxruntime")
+    batch = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(network, (_IMAGES,), dynamic_shapes=batch)
+    torch.onnx.export(program, f=tmp_path / "cut.onnx", dynamo=True, verbose=False)
+    session = runtime.InferenceSession(tmp_path / "cut.onnx")
+    (name,) = [each.name for each in session.get_inputs()]
+    for images in (_IMAGES, _IMAGES[:3]):
+        (found,) = session.run(None, {name: images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), network(images), atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_from_pretrained_is_cut_saved_and_built_again_from_its_configuration(
+    tmp_path: Path,
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24,
+        image_size=8, patch_size=4, num_channels=1, attn_implementation="eager",
+    )  # fmt: skip
+    kind = transformers.AutoModelForImageClassification
+    kind.from_config(config).save_pretrained(tmp_path / "uncut")
+    model = kind.from_pretrained(tmp_path / "uncut").eval()
+    inputs = {"pixel_values": _IMAGES}
+    surgeon = Surgeon(model, Recorder(model, {"pixel_values": _IMAGES[:2]}).architecture)
+    heads = next(g for g in surgeon.architecture.groups if g.prunable and g.level is Level.HEAD)
+    hidden = next(g for g in surgeon.architecture.groups if g.prunable and g.size == 24)
+    surgeon.cut({heads.name: [1], hidden.name: range(5)})
+    elesh.save(model, tmp_path / "pruned")
+    again = elesh.load(tmp_path / "pruned", kind.from_config(model.config)).eval()
+    assert sum(p.numel() for p in again.parameters()) < config_size(kind, tmp_path / "uncut")
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
+def config_size(kind: Any, folder: Path) -> int:
+    return sum(p.numel() for p in kind.from_pretrained(folder).parameters())

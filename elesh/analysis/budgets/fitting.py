@@ -46,12 +46,16 @@ def fitted(
     """
     candidates = ranking.candidates
     depths = _first_depths(ranking, budgets, quota)
+    curves = _curves(ranking, depths, quota)
     while True:
-        curves = _curves(ranking, depths, quota)
         fits = fit_all(bundle.architecture, budgets, curves, quota)
         deeper = _deeper(candidates, depths, fits[-1].lost)
-        if deeper == depths:
+        again = {name: depth for name, depth in deeper.items() if depth != depths[name]}
+        if not again:
             break
+        # Where curves are not drawn whole, groups know nothing of each other.
+        drawn = _curves(ranking, again, quota)
+        curves |= {name: drawn[name] for name in again}
         depths = deeper
     fit, budget, idle = (
         fits[-1],

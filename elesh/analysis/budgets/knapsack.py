@@ -130,8 +130,7 @@ _Step = tuple[float, int, float]
 
 def _best_step(model: ResourceModel, name: str, curve: Curve, lost: Mapping[str, int]) -> _Step:
     gone, best = lost.get(name, 0), (float("inf"), 0, 0.0)
-    for count in curve.counts(gone):
-        saved = model.saving(lost, name, count)
+    for count, saved in model.savings(lost, name, curve.counts(gone)):
         if saved <= 0:
             continue
         # Joint costs may be negative: a removal that makes up for earlier ones is free.

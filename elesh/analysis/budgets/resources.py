@@ -8,7 +8,8 @@ measured table, between its points linearly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -45,7 +46,7 @@ class _Part:
             shape[dim] -= width * lost.get(group, 0)
         if self.grid is not None:
             return _looked_up(self.grid, shape)
-        return self.factor * float(np.prod(shape, dtype=np.float64))
+        return self.factor * float(math.prod(shape))
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,15 @@ class ResourceModel:
         """Of the network with so many units of each group lost."""
         return self.fixed + sum(part.value(lost) for part in self.parts)
 
-    def saving(self, lost: Mapping[str, int], group: str, count: int) -> float:
-        """What losing ``count`` more units of ``group`` saves."""
-        more = {**lost, group: lost.get(group, 0) + count}
+    def savings(
+        self, lost: Mapping[str, int], group: str, counts: Iterable[int]
+    ) -> Iterator[tuple[int, float]]:
+        """Each of ``counts``, with what losing so many more units of ``group`` saves."""
         parts = self._by_group.get(group, ())
-        return sum(part.value(lost) - part.value(more) for part in parts)
+        now, more, gone = [part.value(lost) for part in parts], dict(lost), lost.get(group, 0)
+        for count in counts:
+            more[group] = gone + count
+            yield count, sum(v - part.value(more) for v, part in zip(now, parts, strict=True))
 
     def neighbours(self, group: str) -> frozenset[str]:
         """The groups whose savings change when ``group`` loses units; itself among them."""

@@ -124,7 +124,9 @@ class _Consumer:
         """Predict ``unit`` from the kept ones from now on."""
         own = slice(unit * self.width, (unit + 1) * self.width)
         rows = self._inverse.rows(own)
-        shares: Doubles = np.asarray(-np.linalg.solve(rows[:, own], rows).T, np.float64)
+        one = self.width == 1
+        solved = rows / rows[:, own] if one else np.linalg.solve(rows[:, own], rows)
+        shares: Doubles = np.asarray(-solved.T, np.float64)
         self._inverse.add(shares, rows)
         self._inverse.clear(own)
         self._precision += self._products(shares, rows)
@@ -148,6 +150,8 @@ class _Consumer:
     def _products(self, left: Doubles, right: Doubles) -> Doubles:
         """[C, w, w]: the blocks of ``left @ right`` along its diagonal."""
         width = self.width
+        if width == 1:
+            return (left[:, 0] * right[0])[:, None, None]
         first, second = left.reshape(-1, width, width), right.T.reshape(-1, width, width)
         found: Doubles = np.einsum("cik,cjk->cij", first, second)
         return found

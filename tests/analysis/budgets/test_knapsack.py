@@ -35,7 +35,7 @@ def test_the_model_counts_what_the_architecture_counts(
         assert model.total({}) == getattr(architecture, resource)
         assert model.total(lost) == getattr(after, resource)
     name = next(iter(lost))
-    saving = model.saving({**lost, name: 0}, name, lost[name])
+    ((_, saving),) = model.savings({**lost, name: 0}, name, [lost[name]])
     assert saving == model.total({**lost, name: 0}) - model.total(lost)
 
 
