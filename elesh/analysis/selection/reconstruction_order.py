@@ -151,7 +151,8 @@ class _Consumer:
         """[C, w, w]: the blocks of ``left @ right`` along its diagonal."""
         width = self.width
         if width == 1:
-            return (left[:, 0] * right[0])[:, None, None]
+            products: Doubles = (left[:, 0] * right[0])[:, None, None]
+            return products
         first, second = left.reshape(-1, width, width), right.T.reshape(-1, width, width)
         found: Doubles = np.einsum("cik,cjk->cij", first, second)
         return found
