@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib
 import json
 import logging
@@ -86,10 +87,11 @@ def _apart(name: str, limit: float, compare: bool) -> dict[str, Any]:
 
 
 def _load() -> None:
-    """Load the libraries, where they are installed."""
+    """Load the libraries, where they are installed; children collect no garbage of theirs."""
     for library in ("torch_pruning", "torchvision", "timm", "transformers", f"{__package__}.ours"):
         with contextlib.suppress(ImportError):
             importlib.import_module(library)
+    gc.freeze()
 
 
 def _measured(name: str, compare: bool) -> dict[str, Any]:

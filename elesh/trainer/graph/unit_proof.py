@@ -101,6 +101,7 @@ class _Experiment(Admission):
         left = list(names)
         for number in range(len(self._trials)):
             self._number = number
+            self._untrained = False
             left = self._sorted_out(left)
 
     def _sorted_out(self, names: Sequence[str]) -> list[str]:
@@ -125,6 +126,8 @@ class _Experiment(Admission):
             sets += [members for members in found if len(members) > 1]
             good = _without(good, chain.from_iterable(found))
         reasons |= self._let_in(good, sets)
+        if self._untrained and self._faults(good):
+            return self._halved(names)
         self.reasons |= reasons
         return [name for name in names if name in set(good)]
 
@@ -144,6 +147,8 @@ class _Experiment(Admission):
             failed: dict[int, str] = {}
             for fault in faults:
                 failed |= {n: fault.reason for n in self._guilty(fault, heads) if n not in failed}
+            joined = len(failed) < len(tried)
+            self._untrained = bool(faults) and (self._untrained or joined) and not self._number
             for number, case in enumerate(tried):
                 head = case.pop()
                 if number not in failed:
@@ -175,6 +180,8 @@ class _Experiment(Admission):
 
     _number = 0
     """Of the present trial."""
+    _untrained = False
+    """Whether some were let in while others were at fault, so that training was not tried."""
 
     def disproof(self, names: Sequence[str]) -> str:
         """Why these groups cannot lose units together, in the present trial."""
@@ -277,7 +284,7 @@ class _Run:
                 points.close()
                 if not self.blamed and not points.faults and (difference := apart(masked, outputs)):
                     points.faults.append(Fault("", difference))
-                if train:
+                if train and not self.blamed and not points.faults:
                     self._trial.train()
         except Exception as error:  # Whatever the user's network raises is the finding.
             # It failed again with its own groups whole: they are no more suspect than others.
