@@ -188,6 +188,15 @@ def test_an_alias_that_holds_itself_is_refused(tmp_path: Path) -> None:
     assert "settings.yaml:2: bus" in complaint(tmp_path, "elesh: &a\n  bus: *a\n")
 
 
+@pytest.mark.parametrize(
+    "text", ["elesh: {a: {b: hunter2", "elesh: {b: *hunter2}", "elesh: !hunter2 x"]
+)
+def test_what_is_no_yaml_is_told_without_its_text(tmp_path: Path, text: str) -> None:
+    told = complaint(tmp_path, text)
+    assert "line 1, column" in told
+    assert "hunter2" not in told
+
+
 def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"missing\.yaml: cannot be read: No such file"):
         Settings.load(tmp_path / "missing.yaml")

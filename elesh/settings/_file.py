@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from .masking import masked_repr
+
+_QUOTED = re.compile(r"'[^']{3,}'")
 
 
 class SettingsError(Exception):
@@ -25,7 +28,7 @@ def read_block(path: Path) -> tuple[yaml.Node | None, dict[str, Any]]:
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: is not YAML: {error}") from None
+        raise SettingsError(f"{path}: is not YAML: {_why(error)}") from None
     except RecursionError:
         raise SettingsError(f"{path}: is nested too deeply, or an alias holds itself") from None
     if values is None:
@@ -38,6 +41,14 @@ def read_block(path: Path) -> tuple[yaml.Node | None, dict[str, Any]]:
     if not isinstance(block, dict):
         raise SettingsError(f"{path}:1: elesh: expected a mapping, found {type(block).__name__}")
     return _child(root, "elesh"), block
+
+
+def _why(error: Exception) -> str:
+    """What is wrong and where, without the text of the file: a secret may stand there."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())
+    mark, problem = error.problem_mark, _QUOTED.sub("'...'", str(error.problem))
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
 
 
 def _check_keys(

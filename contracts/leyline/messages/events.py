@@ -135,7 +135,7 @@ class PruningOutcome(Message):
     """Held-out loss after the cut, in nats a sample."""
     latency_before: NonNegative | None = Field(default=None, exclude_if=_is_none)
     """Seconds of a call of the network before the cut, with a batch of its calibration on the
-    trainer's machine."""
+    trainer's machine: on a processor those that the calling thread computed."""
     latency_after: NonNegative | None = Field(default=None, exclude_if=_is_none)
     """The same of the network that is left, just after the cut."""
     watched: Count | None = Field(default=None, exclude_if=_is_none)
