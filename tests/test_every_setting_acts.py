@@ -35,7 +35,7 @@ from elesh.operate.validate import validate
 from elesh.settings import Settings, SettingsError
 from elesh.trainer.session.apply import Evaluation, apply_decision
 from elesh.trainer.weight_masks import ParameterTracker, ask_for_masks
-from elesh.worker.shards import parts_of
+from elesh.worker.fan_out import parts_of
 from leyline import (
     AnalysisRequest,
     BlobRef,

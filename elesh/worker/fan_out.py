@@ -1,14 +1,17 @@
 """Fan-out and join: a checkpoint as parts that any worker of the fleet takes.
 
 The promises of planning, storing and joining are the bus's (:mod:`elesh.bus.streams.fan_out`); here
-is what a worker does with a part. A level that fails for good is stored as a failure: the join goes
-on without it, and its reason stands in the decision. Only if no level is there at all, the
-checkpoint itself is a dead letter.
+is what a worker makes parts of, and what it does with one. A level is split only where its
+statistics are large, since what one shard takes no longer depends on what another gives up
+(decision 0026); the layer level is never split. A level that fails for good is stored as a failure:
+the join goes on without it, and its reason stands in the decision. Only if no level is there at
+all, the checkpoint itself is a dead letter.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -29,6 +32,7 @@ from leyline import (
     Level,
     LevelAnalysis,
     MissingBlob,
+    PrunedArchitecture,
     encode,
 )
 from leyline.streams import WORKERS
@@ -36,9 +40,8 @@ from leyline.streams import WORKERS
 from .executor import AnalysisExecutor
 from .fallback_chain import CORRUPT
 from .result_handler import ResultHandler, conflict
-from .shards import groups_of, level_of
 
-__all__ = ["FanOut"]
+__all__ = ["FanOut", "groups_of", "level_of", "parts_of"]
 
 _INLINE = 256 << 10
 """Analyses up to so many bytes stand in the plan's record; larger ones are blobs."""
@@ -243,3 +246,49 @@ def _gaps(plan: Plan, results: Mapping[str, ItemResult]) -> dict[Level, str]:
         for level, found in reasons.items()
         if level not in there
     }
+
+
+_MOST = 4096
+
+
+def parts_of(work: Work, settings: Settings) -> list[AnalysisItem]:
+    """The parts of ``work``, those of one level beside each other.
+
+    A level whose statistics are larger than 1 GiB has a part for each
+    ``layers_per_worker`` of its groups.
+    """
+    items = []
+    for level in work.levels:
+        count = 1
+        if level is not Level.LAYER and _size(work, level) > settings.worker.shard_bytes:
+            groups = len(_names(work.document.architecture, level))
+            count = min(_MOST, max(1, math.ceil(groups / settings.layers_per_worker)))
+        items += [
+            AnalysisItem(plan=str(work.key), level=level, shard=shard, shards=count)
+            for shard in range(count)
+        ]
+    return items
+
+
+def groups_of(architecture: PrunedArchitecture, item: AnalysisItem) -> tuple[str, ...]:
+    """The groups that a part looks at, in the architecture's order; empty for the whole level."""
+    if item.shards == 1:
+        return ()
+    names = _names(architecture, item.level)
+    start, end = (len(names) * edge // item.shards for edge in (item.shard, item.shard + 1))
+    return tuple(names[start:end])
+
+
+def level_of(part: str) -> Level:
+    """The level of a part by its name."""
+    return Level(part.partition(".")[0])
+
+
+def _names(architecture: PrunedArchitecture, level: Level) -> list[str]:
+    return [group.name for group in architecture.groups if group.level is level]
+
+
+def _size(work: Work, level: Level) -> int:
+    """Bytes of the statistics that a level is ranked by."""
+    own = work.heads if level is Level.HEAD else work.statistics
+    return sum(blob.size for blob in (own, work.gates) if blob is not None)

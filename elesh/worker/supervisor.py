@@ -37,13 +37,12 @@ from leyline import AnalysisItem, AnalysisRequest, ContractError, JoinItem, Prun
 from leyline.streams import CHECKPOINTS, OUTCOMES, REDELIVERIES, REQUESTS, WORK, WORKERS, Stream
 
 from .executor import AnalysisExecutor
-from .fan_out import FanOut
+from .fan_out import FanOut, parts_of
 from .in_flight import LONG_SECONDS, Busy
 from .leases import Leases
 from .parameter_executor import ParameterExecutor, parameter_key
 from .reaping import ReapingLoop
 from .result_handler import ResultHandler
-from .shards import parts_of
 from .shortage import shortage_of
 from .spool import spool
 

@@ -36,10 +36,9 @@ from leyline import (
     StructuralPruningDecision,
 )
 
-from .calibration_probe import calibration_probe
 from .joint_set import JointSet, named
+from .verified import calibration_probe, without_rolled_back
 from .verified import verify as verify_draft
-from .verified import without_rolled_back
 
 __all__ = ["Evidence", "join", "joined"]
 
