@@ -76,7 +76,8 @@ def test_a_kill_is_counted_as_a_crash_and_taken_over_within_a_lease(station: Sta
     killed = time.monotonic()
     other.child.resume()
     station.wait_decisions(1)
-    assert time.monotonic() - killed < 10.0, "a lease, a sweep, and room for a busy machine"
+    took = time.monotonic() - killed
+    assert took < 60.0, "a lease of two seconds, a sweep, and much room; else five minutes"
     (reclaimed,) = station.telemetry("reclaimed")
     assert f"crash: of {holder.name}" in reclaimed.detail
     assert [event.figures["deliveries"] for event in station.telemetry("received")] == [1.0, 2.0]
