@@ -182,7 +182,8 @@ def row(method: str, cells: Sequence[Sequence[Line]], whole: Sequence[Line]) -> 
 
 
 def against_ours(found: Mapping[tuple[str, float], list[Line]]) -> list[str]:
-    """Who is ahead of ours, or behind it, by more than two standard errors, paired by seed."""
+    """What ours and the best other lose on the same seeds, share by share; and who is ahead of
+    ours, or behind it, by more than two standard errors, paired by seed."""
     said: dict[str, list[str]] = {"ahead of": [], "behind": []}
     for (method, share), runs in found.items():
         ours = {run["seed"]: run for run in found.get(("ours", share), ())}
@@ -195,21 +196,27 @@ def against_ours(found: Mapping[tuple[str, float], list[Line]]) -> list[str]:
         if abs(more) > 2 * error:
             side = "ahead of" if more > 0 else "behind"
             said[side].append(f"{method} at {share:.0%} ({abs(more):.4f} ±{error:.4f})")
-    share = min(share for _, share in found)
-    others = {
-        name: lost(runs, found["unpruned", 1.0])
-        for (name, at), runs in found.items()
-        if at == share and name not in ("ours", "unpruned")
-    }
-    if not found["ours", share] or not others:
-        return []
-    best = min(others, key=lambda name: others[name][0])
-    told = {name: told_loss(lost(found[name, share], found["unpruned", 1.0])) for name in others}
-    own = told_loss(lost(found["ours", share], found["unpruned", 1.0]))
-    first = f"- At {share:.0%} left ours loses {own}, the best other ({best}) {told[best]}."
-    if len(found["ours", share]) < 2:
-        return [first]
-    return [first] + [
+    whole = found["unpruned", 1.0]
+    lines = []
+    for share in sorted((share for name, share in found if name == "ours"), reverse=True):
+        seeds = {run["seed"] for run in found["ours", share]}
+        pairs = {
+            name: [run for run in runs if run["seed"] in seeds]
+            for (name, at), runs in found.items()
+            if at == share and name not in ("ours", "unpruned")
+        }
+        others = {name: lost(runs, whole) for name, runs in pairs.items() if runs}
+        if others:
+            best = min(others, key=lambda name: others[name][0])
+            own, theirs = lost(found["ours", share], whole), others[best]
+            part = f": {own[0] / theirs[0]:.2f} of it" if min(own[0], theirs[0]) > 0 else ""
+            lines.append(
+                f"- At {share:.0%} left ours loses {told_loss(own)}, the best other ({best}) "
+                f"{told_loss(theirs)}{part}."
+            )
+    if not lines or max(len(found[key]) for key in found if key[0] == "ours") < 2:
+        return lines
+    return lines + [
         f"- {side.capitalize()} ours, more than two standard errors, paired by seed: "
         f"{', '.join(names) or 'none'}."
         for side, names in said.items()

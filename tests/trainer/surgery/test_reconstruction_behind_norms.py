@@ -10,7 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from elesh.analysis.selection.reconstruction_order import _consumers
+from elesh.program.measure import Bench
 from elesh.trainer import Recorder, Surgeon
+from elesh.trainer.export import Exporter, calibration_inputs
+from elesh.trainer.surgery.reconstruction import reconstructed
+from leyline import Level
 
 WIDTH, LOST = 8, [1, 4]
 
@@ -87,3 +91,22 @@ def test_no_channel_behind_a_layer_normalisation_is_free() -> None:
     assert (said > 0.3 * true).all()
     assert (said < 3 * true).all()
     assert np.corrcoef(said, true)[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_a_worker_refits_as_the_trainer_does(kind: str) -> None:
+    model, batches = network(kind)
+    few = [(x[:512], y[:512]) for x, y in batches]
+    recorder = Recorder(model, few[0][0][:2])
+    bundle = recorder.measure(few, epoch=1)
+    network_of = Exporter(model).export(bundle.architecture, few[0], calibration_inputs(few))
+    refit = Bench(network_of, bundle.architecture).refitting(())
+    found = refit.of([(Level.CHANNEL, "first", unit) for unit in LOST])
+    assert bundle.covariance is not None
+    own = reconstructed(model, bundle.architecture, {"first": LOST}, bundle.covariance)
+    assert found.keys() == own.keys() == {"last.weight", "last.bias"}
+    kept = [unit for unit in range(WIDTH) if unit not in LOST]
+    assert torch.allclose(
+        found["last.weight"][:, kept], own["last.weight"][:, kept], rtol=1e-3, atol=1e-4
+    )
+    assert torch.allclose(found["last.bias"], own["last.bias"], rtol=1e-3, atol=1e-4)
