@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from elesh.analysis.candidates import Candidates
 from elesh.analysis.pruning_set.plans import BudgetUse
 from elesh.analysis.selection.choose import Ranking
-from leyline import Budget, CheckpointBundle, InvalidField
+from leyline import Budget, CheckpointBundle, InvalidField, PrunedArchitecture
 
 from .knapsack import Curve
 from .resources import resource_model
-from .targets import fit_all, share_of
+from .targets import amount_of, fit_all, share_of
 
 __all__ = ["Fitted", "fitted", "refuse_shard"]
 
@@ -45,7 +45,7 @@ def fitted(
         InvalidField: if a latency table is not of this architecture.
     """
     candidates = ranking.candidates
-    depths = _first_depths(ranking, budgets, quota)
+    depths = _first_depths(ranking, bundle.architecture, budgets, quota)
     curves = _curves(ranking, depths, quota)
     while True:
         fits = fit_all(bundle.architecture, budgets, curves, quota)
@@ -72,7 +72,9 @@ def fitted(
     )
 
 
-def _first_depths(ranking: Ranking, budgets: Sequence[Budget], quota: int) -> dict[str, int]:
+def _first_depths(
+    ranking: Ranking, architecture: PrunedArchitecture, budgets: Sequence[Budget], quota: int
+) -> dict[str, int]:
     """How far the curve of each group is drawn at first.
 
     Whole, but where each group has an order of its own of which every step takes long
@@ -84,9 +86,18 @@ def _first_depths(ranking: Ranking, budgets: Sequence[Budget], quota: int) -> di
     stairs = any(budget.resource == "latency" for budget in budgets)
     if ranking.scorer != "reconstruction" or stairs or _REACH * quota < sum(whole.values()):
         return whole
-    share = _AT_FIRST * (1 - math.sqrt(min(budget.at_most for budget in budgets)))
+    least = min(_of_present(budget, architecture) for budget in budgets)
+    share = _AT_FIRST * (1 - math.sqrt(least))
     sizes = dict(zip(candidates.names, candidates.sizes, strict=True))
     return {name: min(most, math.ceil(share * sizes[name]) + 1) for name, most in whole.items()}
+
+
+def _of_present(budget: Budget, architecture: PrunedArchitecture) -> float:
+    """What the budget leaves of the network as it is, at most all of it."""
+    model = resource_model(architecture, budget)
+    now = model.total({})
+    asked = budget.at_most * amount_of(budget, architecture, model)
+    return min(1.0, asked / now) if now > 0 else 1.0
 
 
 def _deeper(
