@@ -200,12 +200,12 @@ def against_ours(found: Mapping[tuple[str, float], list[Line]]) -> list[str]:
     lines = []
     for share in sorted((share for name, share in found if name == "ours"), reverse=True):
         seeds = {run["seed"] for run in found["ours", share]}
-        pairs = {
+        alike = {
             name: [run for run in runs if run["seed"] in seeds]
             for (name, at), runs in found.items()
             if at == share and name not in ("ours", "unpruned")
         }
-        others = {name: lost(runs, whole) for name, runs in pairs.items() if runs}
+        others = {name: lost(runs, whole) for name, runs in alike.items() if runs}
         if others:
             best = min(others, key=lambda name: others[name][0])
             own, theirs = lost(found["ours", share], whole), others[best]

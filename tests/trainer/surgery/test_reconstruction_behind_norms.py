@@ -28,10 +28,10 @@ class Stream(nn.Module):
         self.last = nn.Linear(WIDTH, 5, bias=bias)
         with torch.no_grad():
             for parameter in norm.parameters():
-                parameter += 0.3 * torch.rand(WIDTH)
+                parameter.add_(0.3 * torch.rand(WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.norm(self.first(x)))
+        return torch.as_tensor(self.last(self.norm(self.first(x))))
 
 
 def network(kind: str, bias: bool = True) -> tuple[Stream, list[tuple[Tensor, Tensor]]]:
