@@ -26,12 +26,19 @@ class Block(nn.Module):
         return x + self.down(self.up(x).view(-1, 12).relu())
 
 
+class Free(Block):
+    """The same without it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x).relu())
+
+
 class Deep(nn.Module):
     """Many such blocks, and one hidden layer that can be pruned."""
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, kind: type[nn.Module] = Block) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([Block() for _ in range(depth)])
+        self.blocks = nn.ModuleList([kind() for _ in range(depth)])
         self.free, self.head = nn.Linear(8, 10), nn.Linear(10, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,6 +60,17 @@ def calls_for(depth: int) -> int:
 
 def test_many_faulty_blocks_take_as_many_passes_as_few() -> None:
     assert calls_for(16) <= calls_for(3) + 4
+
+
+@pytest.mark.parametrize("depth", [2, 12])
+def test_a_network_without_faults_is_run_nine_times_whatever_its_depth(depth: int) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), Deep(depth, Free))
+    CALLS[0] = 0
+    architecture = Recorder(model, torch.randn(4, 6)).architecture
+    assert sum(group.prunable for group in architecture.groups) == depth + 2
+    assert sum(block.prunable for block in architecture.blocks) == depth
+    # Traced; masked, cut and trained; masked and cut; the same of whole layers, with training.
+    assert CALLS[0] == 9
 
 
 def test_the_copy_has_random_weights_and_takes_little_memory() -> None:
