@@ -110,6 +110,7 @@ def browsing(profile: Path) -> Iterator[Browser]:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     browser = Browser(options=options, service=Service(DRIVER))
+    browser.set_script_timeout(300)  # axe looks at hundreds of squares; machines are slow
     try:
         yield browser
     finally:
