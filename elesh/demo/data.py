@@ -41,15 +41,13 @@ class Digits:
     held_out: Split
 
     @classmethod
-    def load(cls, seed: int, train: float = 0.6) -> Digits:
-        """60% (or another share) to train; of the rest, ten parts each for workers and to
-        validate, and twelve are held out."""
+    def load(cls, seed: int) -> Digits:
+        """60% to train, 12.5% for workers, 12.5% to validate, 15% held out."""
         images, labels = load_digits(return_X_y=True)
         order = np.random.default_rng(seed).permutation(len(labels))
         x = torch.from_numpy((images[order] / 16).astype(np.float32)).view(-1, 1, 8, 8)
         y = torch.from_numpy(labels[order].astype(np.int64))
-        others = (0, *(train + (1 - train) * share for share in (0, 10 / 32, 20 / 32)), 1)
-        ends = [int(share * len(y) + 1e-6) for share in others]
+        ends = [int(share * len(y)) for share in (0, 0.6, 0.725, 0.85, 1)]
         return cls(*(Split(x[a:b], y[a:b]) for a, b in pairwise(ends)))
 
     def calibration(self, batch: int = 256) -> list[tuple[Tensor, Tensor]]:

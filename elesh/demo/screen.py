@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from types import TracebackType
 from typing import Self
 
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -23,6 +25,8 @@ from .training import EpochFigures, Report, total_channels
 
 __all__ = ["Screen", "report_tables", "size_of"]
 
+_INDENT = 14
+"""Columns that an outcome takes before what is told of it."""
 _COLOURS = {"applied": "green", "rolled_back": "red", "refused": "yellow", "rejected": "dim"}
 
 
@@ -102,10 +106,15 @@ class Screen:
         if why := _in_short(outcome.detail):
             drop += f" ({why})"
         colour = _COLOURS[outcome.result]
-        line = f"  [{colour}]{outcome.result:11}[/] epoch {decision.epoch}: {_what_goes(decision)}"
-        self._console.print(line, highlight=False)
-        if drop:
-            self._console.print(f"              {drop.removeprefix(', ')}", highlight=False)
+        told = [*self._wrapped(f"epoch {decision.epoch}: {_what_goes(decision)}")]
+        told += self._wrapped(drop.removeprefix(", "))
+        for number, line in enumerate(told):
+            start = " " * _INDENT if number else f"  [{colour}]{outcome.result:11}[/] "
+            self._console.print(start + escape(line), highlight=False)
+
+    def _wrapped(self, text: str) -> list[str]:
+        """As lines beside the column of outcomes."""
+        return textwrap.wrap(text, max(20, self._console.width - _INDENT))
 
 
 def _what_goes(decision: StructuralPruningDecision) -> str:

@@ -39,13 +39,13 @@ from .network import DigitsNet
 
 __all__ = ["EpochFigures", "Observer", "Report", "Training", "total_channels"]
 
-_BATCH = 256  # networks as small as this one pay by the step
+_BATCH, _BATCH_OF_LONG_RUNS = 128, 256
+_LONG = 60
+"""From so many epochs on, larger batches do: networks as small as this one pay by the step."""
 _LEARNING_RATE = 0.1
 _CLASSES = 10
 _DROPPED = 0.3
 _LEVELS = (Level.CHANNEL, Level.HEAD, Level.LAYER)
-_TRAINED_ON = 0.45
-"""Share of the data: enough for these digits, and the rest makes drops of accuracy certain."""
 _SHOWN_EVERY = 5
 """Epochs between two looks at held-out data, beside those at checkpoints."""
 
@@ -205,7 +205,8 @@ class Training:
         self.epochs, self.every, self.seed = epochs, every, seed
         self._to_spoil, self._to_provoke = spoiled, provoked
         self._paced, self._patience = paced, answer_seconds
-        self.data = Digits.load(seed, _TRAINED_ON)
+        self._batch = _BATCH if epochs < _LONG else _BATCH_OF_LONG_RUNS
+        self.data = Digits.load(seed)
         # Sixteen heads and six layers that can go: a fifth of each is at least one.
         self.model = DigitsNet(
             heads=8, blocks=(4, 1), layers=2, fine=False, identity=True, dropped=_DROPPED
@@ -267,8 +268,8 @@ class Training:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
         train, total = self.data.train, 0.0
         order = torch.randperm(len(train), generator=generator)
-        for start in range(0, len(train), _BATCH):
-            rows = order[start : start + _BATCH]
+        for start in range(0, len(train), self._batch):
+            rows = order[start : start + self._batch]
             if len(rows) < 2:
                 continue  # a batch of one has no batch statistics
             self.optimizer.zero_grad()

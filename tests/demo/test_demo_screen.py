@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,3 +60,20 @@ def test_a_group_that_went_with_its_layer_has_a_row_that_says_so() -> None:
     assert isinstance(console.file, io.StringIO)
     row = next(x for x in console.file.getvalue().splitlines() if gone[0] in x)
     assert "went with its layer" in row
+
+
+def test_what_became_of_a_decision_stays_in_its_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(file=io.StringIO(), width=80)
+    goes = "21 channels of 3 groups, 1 head of transformer.1.attention, layer stage1.3"
+    monkeypatch.setattr("elesh.demo.screen._what_goes", lambda decision: goes)
+    outcome = SimpleNamespace(
+        result="applied", detail="", accuracy_before=0.9956, accuracy_masked=0.99,
+        rolled_back_epoch=None, accuracy_after=None,
+    )  # fmt: skip
+    Screen(console, 9).on_decision(SimpleNamespace(epoch=100), outcome)  # type: ignore[arg-type]
+    assert isinstance(console.file, io.StringIO)
+    first, *others = console.file.getvalue().splitlines()
+    assert first.startswith("  applied     epoch 100: 21 channels")
+    assert others
+    assert all(line.startswith(" " * 14) and line[14] != " " for line in others)
+    assert all(len(line) <= 80 for line in (first, *others))
