@@ -160,8 +160,10 @@ def _train(
     console.print(took, highlight=False)
     with_settings = f" --settings {settings_file}" if settings_file else ""
     if key := report.applied:
-        console.print(f"why the last cut was made: elesh explain {key}", highlight=False)
-        console.print(f"how long it took: elesh trace {key}", highlight=False)
+        console.print(
+            f"why the last cut was made: elesh explain {key}", highlight=False, soft_wrap=True
+        )
+        console.print(f"how long it took: elesh trace {key}", highlight=False, soft_wrap=True)
     again = f"analysed again: elesh replay --run {run_id}{with_settings}"
     console.print(again, highlight=False, soft_wrap=True)
     if demo.json_file is not None:
