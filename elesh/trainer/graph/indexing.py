@@ -21,6 +21,7 @@ from torch_pruning.ops import OPTYPE
 
 from elesh.trainer.network.calls import Link
 from elesh.trainer.network.layers import channel_axes
+from elesh.trainer.network.norms import norm_of
 
 Ints = npt.NDArray[np.int64]
 Pairs = tuple[Ints, Ints]
@@ -248,7 +249,13 @@ def _own_axis(node: Any) -> int | None:
     module = node.module
     if not isinstance(module, nn.Module):
         return None
-    if isinstance(module, (nn.Linear, nn.Embedding, nn.LayerNorm, nn.MultiheadAttention)):
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        shape, size = tuple(shape_of(node.grad_fn, 0)), module.normalized_shape[-1]
+        if len(shape) < 3 or (shape[-1] == size and shape[1] != size):
+            return -1
+        norm = norm_of(module, shape)  # Subclasses may have them behind the samples.
+        return -1 if norm is None else norm.dim
+    if isinstance(module, (nn.Linear, nn.Embedding, nn.MultiheadAttention)):
         return -1
     axes = channel_axes(module)
     if axes.site_dim == -1:

@@ -90,3 +90,21 @@ def test_refilled_inputs_normalise_as_the_kept_channels_alone(eps: float) -> Non
     alone = nn.functional.rms_norm(x[..., kept], (7,), eps=eps)
     whole = nn.functional.rms_norm(refilled(x, gate, -1, "rms", eps), (9,), eps=eps)
     torch.testing.assert_close(whole[..., kept], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [6, 12])
+def test_a_width_that_is_normalised_behind_the_samples_can_go(size: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 1), ChannelsFirst(12), nn.Conv2d(12, 8, 3, padding=1), nn.ReLU(),
+        ChannelsFirst(8), nn.Conv2d(8, 4, 1),
+    ).eval()  # fmt: skip
+    x = torch.randn(2, 3, size, size)
+    architecture = Recorder(model, x).architecture
+    assert [group.name for group in architecture.groups if group.prunable] == ["0", "2"]
+    surgeon = Surgeon(model, architecture)
+    surgeon.mask({"0": [1, 5, 7], "2": [0]})
+    masked = model(x)
+    surgeon.unmask()
+    surgeon.cut({"0": [1, 5, 7], "2": [0]})
+    assert torch.allclose(model(x), masked, atol=1e-5)
