@@ -189,7 +189,7 @@ class BlobStore:
         if size is None:
             raise _missing(ref, "no such key")
         if size != b"%d" % ref.size:
-            raise _wrong_size(ref, brief(size))
+            raise _wrong_size(ref, int(size) if size.isdigit() else brief(size))
         for number, chunk in enumerate(chunks):
             for start in range(0, min(CHUNK, ref.size - number * CHUNK), _READ):
                 piece: Any = await self._client.getrange(chunk, start, start + _READ - 1)
