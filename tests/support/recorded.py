@@ -3,7 +3,8 @@
 Its trainer waits for each checkpoint's decision, as that of any demo does: what is decided and
 applied does not depend on how fast the machine is. The first checkpoint is spoiled, and one of the
 two workers is killed while it holds an entry. As a script this is ``elesh`` with more patience and
-a demo of fewer layers.
+a demo of fewer layers. ``ELESH_RECORDED=whole`` records the demo as users see it, by the document's
+schedule: for pictures.
 """
 
 from __future__ import annotations
@@ -32,19 +33,24 @@ from elesh.bus import embedded_server
 from leyline.streams import DECISIONS
 
 PATIENCE = 700.0
-EPOCHS = 6
+WHOLE = os.environ.get("ELESH_RECORDED") == "whole"
+EPOCHS, EVERY, SEED = (120, 10, 0) if WHOLE else (6, 1, 11)
 _SCHEDULE = {
     "validation_epochs": 2,  # the first checkpoint is spoiled
     "conservative_epochs": 1,
     "moderate_epochs": 1,
     "aggressive_epochs": 1,
 }
-_SETTINGS = {
-    "structured_pruning": {"safety_schedule": _SCHEDULE},
+_SETTINGS: dict[str, Any] = {
     "bus": {"lease_seconds": 2.0},
-    "trainer": {"watch_epochs": 0},  # so short a run is too unsteady for its accuracy to be judged
     "observe": {"heartbeat_seconds": 0.2},
 }
+if not WHOLE:
+    _SETTINGS |= {
+        "structured_pruning": {"safety_schedule": _SCHEDULE},
+        # So short a run is too unsteady for its accuracy to be judged.
+        "trainer": {"watch_epochs": 0},
+    }
 
 
 @dataclass(frozen=True)
@@ -99,8 +105,9 @@ def recorded_run(own: Path) -> Iterator[Recorded]:
 def _record(folder: Path) -> None:
     (folder / "settings.yaml").write_text(yaml.safe_dump({"elesh": _SETTINGS}))
     command = [
-        sys.executable, __file__, "demo", "--epochs", str(EPOCHS), "--every", "1", "--seed", "11",
-        "--workers", "2", "--fail", "1", "--console", "--settings", str(folder / "settings.yaml"),
+        sys.executable, __file__, "demo", "--epochs", str(EPOCHS), "--every", str(EVERY),
+        "--seed", str(SEED), "--workers", "2", "--fail", "1", "--console",
+        "--settings", str(folder / "settings.yaml"),
         "--json", str(folder / "out.json"),
     ]  # fmt: skip
     with (
@@ -161,7 +168,7 @@ def _main() -> None:
     from elesh.demo.network import DigitsNet
 
     demo._ANSWER_SECONDS = PATIENCE
-    smaller = {"blocks": (2, 1), "layers": 1}
+    smaller = {} if WHOLE else {"blocks": (2, 1), "layers": 1}
     training.DigitsNet = lambda **asked: DigitsNet(**asked | smaller)  # type: ignore[misc, assignment]
     main()
 
