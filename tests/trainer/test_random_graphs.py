@@ -35,4 +35,5 @@ def test_decisions_on_random_networks_hold_in_every_way(seeds: range) -> None:
     assert sum(tally.channels for tally in tallies) > len(seeds)
     if len(seeds) > len(SLICES[0]):
         assert sum(tally.heads for tally in tallies) > 0
+    if len(seeds) > len(SLICES[1]):  # A layer that may go is rare among random ones.
         assert sum(tally.layers for tally in tallies) > 0

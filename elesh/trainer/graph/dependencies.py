@@ -265,7 +265,7 @@ def weights_used(functions: Iterable[Any]) -> dict[int, int]:
 
 def calls_by_functions(
     calls: Sequence[Call], functions: Iterable[Any], model: nn.Module
-) -> tuple[list[Call], dict[str, str]]:
+) -> tuple[list[Call], dict[str, str], frozenset[str]]:
     """Linear layers whose weights functions multiply by, as if they had been called.
 
     Args:
@@ -274,7 +274,8 @@ def calls_by_functions(
 
     Returns:
         those calls; and by layer: the module around it whose first input is what it multiplies
-        (padded, cut into windows, or moved), where a mask can be put instead; else empty.
+        (padded, cut into windows, or moved), where a mask can be put instead; else empty. And the
+        layers to whose products something else is added than their own bias.
     """
     called = {one.name for one in calls}
     known = {f"{path}.out_proj" for path, m in model.named_modules() if isinstance(m, NATIVE)}
@@ -285,6 +286,7 @@ def calls_by_functions(
     }
     lent: list[Call] = []
     readers: dict[str, str] = {}
+    shifted: set[str] = set()
     for function in functions if owners else ():
         for given, place in _LINEAR.get(function.name(), ()):
             weight = _transposed_weight(function.next_functions[place][0])
@@ -301,7 +303,10 @@ def calls_by_functions(
                 Call(path, module, links, function, used, number, number, came, made, 0, None)
             )
             readers[path] = _holder(source, path, calls)
-    return lent, readers
+            added = function.next_functions[0][0] if given else None
+            if added is not None and getattr(added, "variable", added) is not module.bias:
+                shifted.add(path)
+    return lent, readers, frozenset(shifted)
 
 
 def _transposed_weight(function: Any) -> Tensor | None:

@@ -93,9 +93,11 @@ def trace(model: nn.Module, inputs: Inputs, compared: Callable[[Any], Any] | Non
         InvalidField: if the model does not run with these inputs.
     """
     families, failure, readers = tuple[Family, ...](), "", dict[str, str]()
+    shifted = frozenset[str]()
     try:
         graph = _Graph(model, inputs, compared)
         calls, outputs, readers = graph.calls, graph.outputs, graph.readers
+        shifted = graph.shifted
         families = tuple(_families(graph, model))
     except Exception as error:  # The graph of others' code: whatever it raises is a reason.
         failure = f"the dependency graph failed: {summary(error)}"
@@ -103,7 +105,8 @@ def trace(model: nn.Module, inputs: Inputs, compared: Callable[[Any], Any] | Non
     made = [(t.grad_fn, t.output_nr) for t in tensors_in(outputs) if t.grad_fn is not None]
     passage = Trace(calls.made, made)
     layers = calls.layers(batch_size(inputs), weights_used(passage.reached))
-    attentions = find_attentions(calls.made, model)
+    # What is added to such a product may be queries' and values' biases, which go with the heads.
+    attentions = find_attentions([one for one in calls.made if one.name not in shifted], model)
     return Wiring(layers, families, attentions, failure, passage, readers)
 
 
@@ -182,6 +185,7 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
         self._param_to_name, self.unwrapped_parameters = self._detect_unwrapped_parameters(None)
         self.calls = Calls(model)
         self.readers: dict[str, str] = {}
+        self.shifted: frozenset[str] = frozenset()
         self._lent: dict[Any, nn.Module] = {}
         self.module2node = self._trace(model, inputs, self._forward, output_transform=traced)
         self.by_function: dict[Any, Any] = {}
@@ -192,7 +196,7 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
         with self.calls:
             output = call(model, inputs)
         roots = [t.grad_fn for t in tensors_in(output) if t.grad_fn is not None]
-        lent, self.readers = calls_by_functions(self.calls.made, behind(roots), model)
+        lent, self.readers, self.shifted = calls_by_functions(self.calls.made, behind(roots), model)
         self._lent = {one.output: one.module for one in lent}
         self.calls.made = in_order(self.calls.made, lent)
         return output
