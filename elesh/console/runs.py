@@ -10,10 +10,10 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
-from elesh.operate.run_history import Decided, Run, Width
+from elesh.operate.run_history import Checkpoint, Decided, Run, Width
 from leyline import Level, PruningOutcome
 
 from .overview import results_of
@@ -166,7 +166,7 @@ def run_view(run: Run) -> RunView:
         accuracy=last.accuracy if last else None,
         loss=last.loss if last else None,
         gain=_gain(run, cuts) if points else None,
-        widths=last.shape.widths if last else (),
+        widths=_widths(points),
         blocks=last.shape.blocks if last else (),
         pruned=tuple((n.value, share) for n, share in last.shape.pruned.items()) if last else (),
         results=results_of(run),
@@ -222,6 +222,21 @@ def _accuracies(outcome: PruningOutcome) -> tuple[float | None, float | None]:
     return pair[0], pair[1]
 
 
+def _widths(points: Sequence[Checkpoint]) -> tuple[Width, ...]:
+    """The groups of the network, from input to output; of size 0 where one went with its layer."""
+    if not points:
+        return ()
+    shape = points[-1].shape
+    now = {width.name: width for width in shape.widths}
+    removed = tuple(f"{name}." for name, gone in shape.blocks if gone)
+    known = {width.name: width for point in reversed(points) for width in point.shape.widths}
+    gone = {
+        n: replace(w, size=0) for n, w in known.items() if n.startswith(removed) and n not in now
+    }
+    first = [width.name for width in points[0].shape.widths if width.name in now | gone]
+    return tuple((now | gone)[name] for name in dict.fromkeys((*first, *now, *gone)))
+
+
 def _gain(run: Run, cuts: Sequence[Decided]) -> Gain:
     points = [run.checkpoints[epoch] for epoch in sorted(run.checkpoints)]
     shape, stayed = points[-1].shape, [each for each in cuts if each.units]
@@ -229,7 +244,7 @@ def _gain(run: Run, cuts: Sequence[Decided]) -> Gain:
     known = [change for change in changes if change is not None]
     first = cuts[0].epoch if cuts else None
     counts: dict[str, tuple[int, int]] = {}
-    for width in shape.widths:
+    for width in (each for each in _widths(points) if not each.reason):
         before, now = counts.get(width.level, (0, 0))
         counts[width.level] = before + width.original, now + width.size
     if shape.blocks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,9 +19,9 @@ from elesh.console.lists import Wanted, decisions_of, paged, runs_of
 from elesh.console.overview import problems, run_row
 from elesh.console.pages import ago, hexdump, percent, points
 from elesh.console.reading import Reader
-from elesh.console.runs import run_view
+from elesh.console.runs import _widths, run_view
 from elesh.operate.fleet_status import FleetStatus
-from elesh.operate.run_history import Entry, History
+from elesh.operate.run_history import Entry, History, Shape, Width
 from elesh.settings import Settings
 from leyline import IdempotencyKey, InvalidField, Level
 
@@ -293,3 +294,18 @@ def test_figures_nobody_knows_are_dashes():
 
 def test_the_demo_serves_a_console_beside_it(recorded):
     assert re.search(r"console on http://127\.0\.0\.1:[0-9]+", recorded.output)
+
+
+def test_a_group_that_went_with_its_layer_is_counted_and_shown() -> None:
+    def shape(widths: list[Width], gone: bool) -> Any:
+        sizes = {"parameters": 1, "original_parameters": 1, "macs": 1, "original_macs": 1}
+        return SimpleNamespace(
+            shape=Shape(**sizes, widths=tuple(widths), blocks=(("block.0", gone),), pruned={})
+        )
+
+    stem, conv = Width("stem", "channel", 4, 4, ""), Width("block.0.conv", "channel", 6, 5, "")
+    found = _widths([shape([stem, conv], False), shape([stem], True)])
+    assert [(each.name, each.original, each.size) for each in found] == [
+        ("stem", 4, 4),
+        ("block.0.conv", 6, 0),
+    ]
