@@ -262,8 +262,8 @@ def _gain(run: Run, cuts: Sequence[Decided]) -> Gain:
 
 
 def _latency(run: Run, stayed: Sequence[Decided]) -> tuple[float, float] | None:
-    told = [run.outcomes[each.key][0] for each in stayed if run.outcomes.get(each.key)]
-    pairs = [(each.latency_before, each.latency_after) for each in told]
+    first = [run.outcomes[each.key][0] for each in stayed if run.outcomes.get(each.key)]
+    pairs = [(each.latency_before, each.latency_after) for each in first]
     known = [(was, now) for was, now in pairs if was and now is not None]
     if not known or len(known) < len(stayed):
         return None

@@ -26,7 +26,7 @@ from .training import EpochFigures, Report, total_channels
 __all__ = ["Screen", "report_tables", "size_of"]
 
 _INDENT = 14
-"""Columns that an outcome takes before what is told of it."""
+"""Columns that an outcome takes before its text."""
 _COLOURS = {"applied": "green", "rolled_back": "red", "refused": "yellow", "rejected": "dim"}
 
 
@@ -106,9 +106,9 @@ class Screen:
         if why := _in_short(outcome.detail):
             drop += f" ({why})"
         colour = _COLOURS[outcome.result]
-        told = [*self._wrapped(f"epoch {decision.epoch}: {_what_goes(decision)}")]
-        told += self._wrapped(drop.removeprefix(", "))
-        for number, line in enumerate(told):
+        lines = [*self._wrapped(f"epoch {decision.epoch}: {_what_goes(decision)}")]
+        lines += self._wrapped(drop.removeprefix(", "))
+        for number, line in enumerate(lines):
             start = " " * _INDENT if number else f"  [{colour}]{outcome.result:11}[/] "
             self._console.print(start + escape(line), highlight=False)
 

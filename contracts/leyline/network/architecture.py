@@ -56,6 +56,26 @@ class PrunedArchitecture(Message):
     of messages where there are none."""
 
     @classmethod
+    def unchecked(
+        cls,
+        tensors: tuple[TensorDescriptor, ...],
+        layers: tuple[LayerDescriptor, ...],
+        groups: tuple[PruningGroup, ...],
+        blocks: tuple[LayerBlock, ...] = (),
+    ) -> PrunedArchitecture:
+        """A descriptor to count and try cuts by: not validated, and without its hash."""
+        return cls.model_construct(
+            model_hash="0" * 16,
+            tensors=tensors,
+            layers=layers,
+            groups=groups,
+            original_parameters=0,
+            original_macs=0,
+            history=(),
+            blocks=blocks,
+        )
+
+    @classmethod
     def build(
         cls,
         tensors: tuple[TensorDescriptor, ...],
@@ -68,16 +88,7 @@ class PrunedArchitecture(Message):
         original_macs: int | None = None,
     ) -> PrunedArchitecture:
         """Assemble a descriptor; the hash, and the original counts if not given, are computed."""
-        draft = cls.model_construct(
-            model_hash="0" * 16,
-            tensors=tensors,
-            layers=layers,
-            groups=groups,
-            original_parameters=0,
-            original_macs=0,
-            history=history,
-            blocks=blocks,
-        )
+        draft = cls.unchecked(tensors, layers, groups, blocks)
         return cls(
             model_hash=draft.computed_hash(),
             tensors=tensors,

@@ -59,21 +59,29 @@ def choose_layers(
     moves = _Moves.of(bundle, measured)
     if moves is None or bundle.parameters.failing_gate == "refuse":
         names = sorted(ranks, key=lambda name: (ranks[name], name))[:quota]
-        whole = LayerChoice(tuple(names), tuple(ranks[name] for name in names))
-        return moves.predicted(whole, names) if moves and names else whole
+        picked = LayerChoice(tuple(names), tuple(ranks[name] for name in names))
+        return moves.predicted(picked, names) if moves and names else picked
     costs = moves.output_errors()
     order = sorted(ranks, key=lambda name: (costs[name], ranks[name], name))[:quota]
-    found = [
-        moves.predicted(LayerChoice(tuple(part), tuple(costs[name] for name in part)), list(ranks))
-        for part in (order[:count] for count in range(len(order), 0, -1))
-    ]
-    for choice in found:
+    whole = None
+    for count in range(len(order), 0, -1):
+        names = order[:count]
+        picked = LayerChoice(tuple(names), tuple(costs[name] for name in names))
+        choice = moves.predicted(picked, list(ranks))
         if _passes(choice, max_shift):
-            left = len(order) - len(choice.names)
-            why = f"{left} of the {len(order)} layers that may go stay: all together would do too "
-            return replace(choice, shortfall=why + "much, or no less than others" if left else "")
+            return replace(choice, shortfall=_shortfall(len(order) - count, len(order)))
+        whole = whole or choice
     # Nothing passes: the gates refuse the whole, with its figures.
-    return found[0] if found else LayerChoice((), ())
+    return whole or LayerChoice((), ())
+
+
+def _shortfall(stay: int, eligible: int) -> str:
+    if not stay:
+        return ""
+    return (
+        f"{stay} of the {eligible} layers that may go stay: all together would do too much, or no "
+        "less than others"
+    )
 
 
 def _passes(choice: LayerChoice, max_shift: float) -> bool:

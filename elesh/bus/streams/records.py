@@ -143,7 +143,7 @@ class Delivery:
 
     def check(self, guard: Guard) -> str:
         """Look at the signatures, before anything is parsed; the id of the key that signed, empty
-        where nobody has to.
+        where signatures are not asked for.
 
         Raises:
             Unsigned, BadSignature, NotAuthorized: if the entry, or an operator's word that it was

@@ -2,8 +2,8 @@
 
 Behind a layer normalisation the channels have mean 0 together, so each is, exactly, what the others
 leave over: its residual given the others would be nothing, and every one of them free. But without
-it the normalisation takes its mean over those that stay. What is told is therefore (u: channels
-before gain and offset)
+it the normalisation takes its mean over those that stay. So the analysis gets (u: channels before
+gain and offset)
 
 - moments in which the common mean of all u is unknown: a constant of large variance is added to
   all of them, so that only differences between channels predict anything;

@@ -33,7 +33,7 @@ class _Pending:
 class SharedInputs:
     """Who reads what in one forward pass.
 
-    Tensors are told by their memory, which no other has while the backward pass still needs them.
+    A tensor is known by its address, which no other has while the backward pass still needs it.
     """
 
     _readers: dict[_Key, list[Axis]] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class SharedInputs:
     def see(self, axis: Axis, x: Tensor) -> None:
         """In the forward pass: ``axis`` reads ``x``."""
         readers = self._readers.setdefault(_key(axis, x), [])
-        if axis not in readers:  # A module that is called twice waits for nobody.
+        if axis not in readers:  # A module that is called twice does not wait for itself.
             readers.append(axis)
 
     def together(self, axis: Axis, x: Tensor, gradient: Tensor) -> list[tuple[Axis, Tensor]]:

@@ -130,7 +130,7 @@ def _traced(call: Call, sources: Sources) -> Attention | None:
 
 def _blocks(products: Sequence[Any], inner: int, positions: int) -> int:
     """Into how many blocks the channels are divided to see what they depend on: as many as there
-    are heads, or more (blocks of one head are told by sharing its queries)."""
+    are heads, or more (blocks of one head share its queries)."""
     most = 1
     for product in products:
         if product.name().startswith("ScaledDotProduct"):

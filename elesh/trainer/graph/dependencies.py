@@ -25,7 +25,15 @@ from elesh.trainer.network.multihead import NATIVE
 
 from .indexing import shape_of
 
-__all__ = ["Met", "Source", "Sources", "calls_by_functions", "in_order", "weights_used"]
+__all__ = [
+    "CallByFunction",
+    "Met",
+    "Source",
+    "Sources",
+    "calls_by_functions",
+    "in_order",
+    "weights_used",
+]
 
 Bools = npt.NDArray[np.bool_]
 TensorAxis = tuple[str, int]
@@ -263,19 +271,27 @@ def weights_used(functions: Iterable[Any]) -> dict[int, int]:
     return positions
 
 
+@dataclass(frozen=True)
+class CallByFunction:
+    """A linear layer whose weight a function multiplies by."""
+
+    call: Call
+    """As if the layer had been called."""
+    reader: str
+    """The module around it whose first input is what the weight multiplies (padded, cut into
+    windows, or moved), where a mask can be put instead; else empty."""
+    own_bias: bool
+    """Whether nothing but its own bias is added to the product."""
+
+
 def calls_by_functions(
     calls: Sequence[Call], functions: Iterable[Any], model: nn.Module
-) -> tuple[list[Call], dict[str, str], frozenset[str]]:
-    """Linear layers whose weights functions multiply by, as if they had been called.
+) -> list[CallByFunction]:
+    """Linear layers whose weights functions multiply by.
 
     Args:
         calls: the calls of modules of a pass whose autograd graph is alive.
         functions: of that graph.
-
-    Returns:
-        those calls; and by layer: the module around it whose first input is what it multiplies
-        (padded, cut into windows, or moved), where a mask can be put instead; else empty. And the
-        layers to whose products something else is added than their own bias.
     """
     called = {one.name for one in calls}
     known = {f"{path}.out_proj" for path, m in model.named_modules() if isinstance(m, NATIVE)}
@@ -284,9 +300,7 @@ def calls_by_functions(
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear) and path not in called and path not in known
     }
-    lent: list[Call] = []
-    readers: dict[str, str] = {}
-    shifted: set[str] = set()
+    found: list[CallByFunction] = []
     for function in functions if owners else ():
         for given, place in _LINEAR.get(function.name(), ()):
             weight = _transposed_weight(function.next_functions[place][0])
@@ -299,14 +313,11 @@ def calls_by_functions(
             number = function._sequence_nr()
             came = links[0] if links else None
             made = (function, 0)
-            lent.append(
-                Call(path, module, links, function, used, number, number, came, made, 0, None)
-            )
-            readers[path] = _holder(source, path, calls)
+            call = Call(path, module, links, function, used, number, number, came, made, 0, None)
             added = function.next_functions[0][0] if given else None
-            if added is not None and getattr(added, "variable", added) is not module.bias:
-                shifted.add(path)
-    return lent, readers, frozenset(shifted)
+            own_bias = added is None or getattr(added, "variable", added) is module.bias
+            found.append(CallByFunction(call, _holder(source, path, calls), own_bias))
+    return found
 
 
 def _transposed_weight(function: Any) -> Tensor | None:

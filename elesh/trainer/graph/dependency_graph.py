@@ -29,7 +29,7 @@ from elesh.trainer.network.norms import Norm, norm_of
 from leyline import InvalidField, LayerDescriptor
 
 from .attention import Attention, find_attentions
-from .dependencies import calls_by_functions, in_order, weights_used
+from .dependencies import CallByFunction, calls_by_functions, in_order, weights_used
 from .indexing import Relations, shape_of
 from .residual_branches import Trace, behind
 
@@ -92,12 +92,11 @@ def trace(model: nn.Module, inputs: Inputs, compared: Callable[[Any], Any] | Non
     Raises:
         InvalidField: if the model does not run with these inputs.
     """
-    families, failure, readers = tuple[Family, ...](), "", dict[str, str]()
-    shifted = frozenset[str]()
+    families, failure = tuple[Family, ...](), ""
+    function_calls: Sequence[CallByFunction] = ()
     try:
         graph = _Graph(model, inputs, compared)
-        calls, outputs, readers = graph.calls, graph.outputs, graph.readers
-        shifted = graph.shifted
+        calls, outputs, function_calls = graph.calls, graph.outputs, graph.function_calls
         families = tuple(_families(graph, model))
     except Exception as error:  # The graph of others' code: whatever it raises is a reason.
         failure = f"the dependency graph failed: {summary(error)}"
@@ -105,8 +104,10 @@ def trace(model: nn.Module, inputs: Inputs, compared: Callable[[Any], Any] | Non
     made = [(t.grad_fn, t.output_nr) for t in tensors_in(outputs) if t.grad_fn is not None]
     passage = Trace(calls.made, made)
     layers = calls.layers(batch_size(inputs), weights_used(passage.reached))
-    # What is added to such a product may be queries' and values' biases, which go with the heads.
-    attentions = find_attentions([one for one in calls.made if one.name not in shifted], model)
+    # What a function adds to such a product (biases of queries and values) goes with the heads.
+    hidden = {one.call.name for one in function_calls if not one.own_bias}
+    attentions = find_attentions([one for one in calls.made if one.name not in hidden], model)
+    readers = {one.call.name: one.reader for one in function_calls}
     return Wiring(layers, families, attentions, failure, passage, readers)
 
 
@@ -184,9 +185,7 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
         self._module2name = {module: name for name, module in model.named_modules()}
         self._param_to_name, self.unwrapped_parameters = self._detect_unwrapped_parameters(None)
         self.calls = Calls(model)
-        self.readers: dict[str, str] = {}
-        self.shifted: frozenset[str] = frozenset()
-        self._lent: dict[Any, nn.Module] = {}
+        self.function_calls: list[CallByFunction] = []
         self.module2node = self._trace(model, inputs, self._forward, output_transform=traced)
         self.by_function: dict[Any, Any] = {}
         self.relations = Relations(_bridge(self, self.calls))
@@ -196,15 +195,14 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
         with self.calls:
             output = call(model, inputs)
         roots = [t.grad_fn for t in tensors_in(output) if t.grad_fn is not None]
-        lent, self.readers, self.shifted = calls_by_functions(self.calls.made, behind(roots), model)
-        self._lent = {one.output: one.module for one in lent}
-        self.calls.made = in_order(self.calls.made, lent)
+        self.function_calls = calls_by_functions(self.calls.made, behind(roots), model)
+        self.calls.made = in_order(self.calls.made, [one.call for one in self.function_calls])
         return output
 
     def _trace_computational_graph(
         self, module2node: Any, output: Any, gradfn2module: Any, reused: Any, visited: Any
     ) -> Any:
-        gradfn2module.update(self._lent)  # As if these layers had been called.
+        gradfn2module |= {one.call.output: one.call.module for one in self.function_calls}
         return super()._trace_computational_graph(
             module2node, output, gradfn2module, reused, visited
         )
@@ -277,21 +275,21 @@ def _families(graph: _Graph, model: nn.Module) -> list[Family]:
 
 def _place(node: Any, names: Mapping[Any, str]) -> str:
     """A node of the graph in words: its module, or the operation and the layer before it."""
-    told, seen = "", set[int]()
+    operation, seen = "", set[int]()
     while id(node) not in seen:
         seen.add(id(node))
         if node.module in names:
-            return f"{told} after {names[node.module]}" if told else f"at {names[node.module]}"
-        told = told or str(node.grad_fn.name()).removesuffix("Backward0")
+            return f"{operation} after {names[node.module]}" if operation else f"at {names[node.module]}"
+        operation = operation or str(node.grad_fn.name()).removesuffix("Backward0")
         node = node.inputs[0] if node.inputs else node
-    return told
+    return operation
 
 
 _OUTPUT = Port("output", "out", refusal="network output")
 
 
 class _Table:
-    """Rows (component, port, index), to be told apart into families."""
+    """Rows (component, port, index), to be sorted into families."""
 
     def __init__(self) -> None:
         self._ports: dict[Port, int] = {}

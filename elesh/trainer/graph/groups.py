@@ -43,7 +43,7 @@ from .hazards import (
 from .random_copy import random_copy
 from .residual_blocks import find_blocks
 from .residual_branches import parameters_behind
-from .trial import Trial, drafted
+from .trial import Trial
 from .unit_proof import without_refuted
 
 
@@ -87,7 +87,7 @@ def find_architecture(
         groups = without_hazards(groups, model, copied, reached, trial.in_training)
         gates = traced_gates(passage, groups)
         del wiring, passage  # and with them the autograd graph
-        architecture = drafted(describe_tensors(model), layers, groups)
+        architecture = PrunedArchitecture.unchecked(describe_tensors(model), layers, groups)
         if not any(group.prunable for group in groups):
             require_repeatable(copied, inputs)
         proved = without_refuted(trial, architecture)
@@ -171,8 +171,8 @@ def _with_heads(
         name = attention.name if attention.name not in names else attention.sites[0].module
         if any(site.module in wiring.readers for site in attention.sites):
             outputs = ", ".join(site.module for site in attention.sites)
-            told = f"a function multiplies by the weight of {outputs}: nowhere to mask heads"
-            attention = replace(attention, reason=attention.reason or told)
+            unmasked = f"a function multiplies by the weight of {outputs}: nowhere to mask heads"
+            attention = replace(attention, reason=attention.reason or unmasked)
         heads.append(attention.group(name, _head_refusal(attention, parameters, ignored, tied)))
     return (*kept, *heads)
 
@@ -193,8 +193,8 @@ def _rest(
     sites = tuple(site for site in group.sites if site.module not in outputs)
     update: dict[str, Any] = {"layers": left, "slices": slices, "sites": sites}
     if group.prunable:  # Channels of a head that all query heads share.
-        told = f"its channels lie in every head of {attention.name}"
-        update |= {"prunable": False, "reason": told}
+        reason = f"its channels lie in every head of {attention.name}"
+        update |= {"prunable": False, "reason": reason}
     return group.model_copy(update=update) if left else None
 
 
@@ -204,7 +204,7 @@ def _head_refusal(
     ignored: Collection[str],
     tied: Collection[int],
 ) -> str:
-    """Why these heads are left alone, as far as can be told before the proof; else empty."""
+    """Why these heads are left alone, as far as is known before the proof; else empty."""
     if attention.reason:
         return attention.reason
     for layer in attention.layers:
@@ -340,8 +340,8 @@ def _group(
             if dim_of_input is not None and reader:
                 sites.append(GateSite(module=reader, dim=dim_of_input, **dict(span)))
             elif not reader:
-                told = f"a function multiplies by the weight of {port.name}"
-                reason = reason or f"{told}: there is nowhere to mask what it reads"
+                user = f"a function multiplies by the weight of {port.name}"
+                reason = reason or f"{user}: there is nowhere to mask what it reads"
     if size == 1:
         reason = reason or "it has a single unit"
     return PruningGroup(

@@ -82,8 +82,8 @@ def require_repeatable(model: nn.Module, inputs: Inputs) -> None:
         seed_generators(device_of(model), 0)
         call(model, inputs)
     except Exception as error:
-        told = f"{type(error).__name__}: {str(error)[:200]}"
-        raise InvalidField("model", "a network that can be run several times", told) from error
+        found = f"{type(error).__name__}: {str(error)[:200]}"
+        raise InvalidField("model", "a network that can be run several times", found) from error
 
 
 def trainable_example(model: nn.Module, inputs: Inputs) -> tuple[Inputs | None, set[str]]:

@@ -2,13 +2,13 @@
 
 A branch is one operand of an addition: a module's output that depends on the other operand, the
 stream. Promises: the model is not changed; everything that only the branch leads to the outputs
-(and so gets no gradient without it) is told apart from what others use, too.
+(and so gets no gradient without it) is distinguished from what others use, too.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -51,20 +51,12 @@ class Trace:
     @cached_property
     def made(self) -> dict[Link, list[Call]]:
         """The calls that had each tensor as their output."""
-        found: dict[Link, list[Call]] = {}
-        for one in self.passes:
-            if one.made is not None:
-                found.setdefault(one.made, []).append(one)
-        return found
+        return _grouped((one.made, one) for one in self.passes)
 
     @cached_property
     def given(self) -> dict[Link, list[Call]]:
         """The calls that had each tensor as their first input."""
-        found: dict[Link, list[Call]] = {}
-        for one in self.passes:
-            if one.first is not None:
-                found.setdefault(one.first, []).append(one)
-        return found
+        return _grouped((one.first, one) for one in self.passes)
 
     @cached_property
     def last(self) -> dict[str, Call]:
@@ -180,6 +172,14 @@ class Trace:
     def reached(self) -> list[Any]:
         """All functions behind the outputs."""
         return behind(self.roots)
+
+
+def _grouped(pairs: Iterable[tuple[Link | None, Call]]) -> dict[Link, list[Call]]:
+    found: dict[Link, list[Call]] = {}
+    for link, one in pairs:
+        if link is not None:
+            found.setdefault(link, []).append(one)
+    return found
 
 
 def _bare(module: nn.Module) -> bool:

@@ -22,18 +22,15 @@ from elesh.trainer.network.state import seed_generators
 from elesh.trainer.surgery.masks import Masks
 from elesh.trainer.surgery.tensors import point_to
 from leyline import (
-    LayerDescriptor,
     Level,
     PrunedArchitecture,
-    PruningGroup,
     Span,
-    TensorDescriptor,
 )
 
 from .hazards import require_repeatable, train_once, trainable_example
 from .waypoints import narrowed
 
-__all__ = ["Trial", "TrialCuts", "Units", "drafted"]
+__all__ = ["Trial", "TrialCuts", "Units"]
 
 Ints = npt.NDArray[np.int64]
 Units = Mapping[str, Sequence[int]]
@@ -102,24 +99,6 @@ class Trial:
         if self._in_training is None:
             self._in_training = trainable_example(self.copied, self._inputs)
         return self._in_training
-
-
-def drafted(
-    tensors: tuple[TensorDescriptor, ...],
-    layers: tuple[LayerDescriptor, ...],
-    groups: tuple[PruningGroup, ...],
-) -> PrunedArchitecture:
-    """An architecture to try cuts by, without its hash; it is not validated."""
-    return PrunedArchitecture.model_construct(
-        model_hash="0" * 16,
-        tensors=tensors,
-        layers=layers,
-        groups=groups,
-        original_parameters=0,
-        original_macs=0,
-        history=(),
-        blocks=(),
-    )
 
 
 class TrialCuts:

@@ -20,7 +20,7 @@ import torch
 from leyline import PrunedArchitecture, PruningGroup
 
 from .dependency_graph import summary
-from .trial import Cut, Trial, TrialCuts, Units, drafted
+from .trial import Cut, Trial, TrialCuts, Units
 from .waypoints import Fault, Guards, Waypoints, apart
 
 _FEW = 8
@@ -42,7 +42,7 @@ def without_refuted(trial: Trial, architecture: PrunedArchitecture) -> PrunedArc
         else group
         for group in architecture.groups
     )
-    return drafted(architecture.tensors, architecture.layers, groups)
+    return PrunedArchitecture.unchecked(architecture.tensors, architecture.layers, groups)
 
 
 class Admission(ABC):
@@ -268,8 +268,8 @@ class _Run:
                 masked = self._trial.outputs()
         except Exception as error:
             self._trial.require_repeatable()
-            told = f"the network does not run under a mask: {summary(error)}"
-            self.blamed.append(_Blame("", frozenset(), told))
+            reason = f"the network does not run under a mask: {summary(error)}"
+            self.blamed.append(_Blame("", frozenset(), reason))
             return
         finally:
             points.close()

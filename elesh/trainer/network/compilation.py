@@ -42,7 +42,7 @@ class Uncompiled:
     """While any of these is entered, compiled networks run uncompiled in this process.
 
     They may be left in any order; the last one restores the compiler's stance of before. One that
-    nobody leaves ends with its network: a masked network that is gone stops no compiler.
+    is never left ends with its network: a masked network that is gone stops no compiler.
     """
 
     _entered = 0

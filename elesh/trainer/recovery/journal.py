@@ -80,7 +80,7 @@ class Situation:
     tried: tuple[str, ...] = ()
     """Keys of the decisions that were ever begun to be applied, oldest first."""
     carriers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """Trace contexts of the decisions whose outcome may still be told, by key."""
+    """Trace contexts of the decisions whose outcome may still be reported, by key."""
 
     @property
     def monitored(self) -> tuple[MadeCut, ...]:
@@ -115,10 +115,10 @@ class Situation:
         return replace(now, unreported=fresh)._with_needed_carriers()
 
     def _with_needed_carriers(self) -> Situation:
-        """Without the contexts of decisions whose last outcome was told."""
+        """Without the contexts of decisions whose last outcome was reported."""
         pending = (self.begun or {}).get("pending", ())
-        told = [line["idempotency_key"] for line in (*pending, *self.unreported.values())]
-        needed = {*told, *(cut.key for cut in self.cuts)}
+        waiting = [line["idempotency_key"] for line in (*pending, *self.unreported.values())]
+        needed = {*waiting, *(cut.key for cut in self.cuts)}
         if self.carriers.keys() <= needed:
             return self
         return replace(self, carriers={k: v for k, v in self.carriers.items() if k in needed})

@@ -48,7 +48,7 @@ class Recovery:
         """By which the run's next process takes its claim over; empty without a folder."""
         self.carriers: dict[str, Mapping[str, str]] = {}
         """Trace contexts of the decisions that were heard, by key; after a restart of those whose
-        outcome is still to be told."""
+        outcome is still to be reported."""
         self._keep = keep
         self._tracked: Tracked | None = None
         self._lock: FolderLock | None = None

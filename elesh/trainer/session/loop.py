@@ -29,7 +29,7 @@ class _Loop(asyncio.SelectorEventLoop):
         answer: asyncio.Future[Any] = self.create_future()
 
         def tell(found: Any, error: Exception | None) -> None:
-            if answer.done():  # nobody waits any more
+            if answer.done():  # the wait was cancelled
                 return
             if error is not None:
                 answer.set_exception(error)

@@ -253,7 +253,7 @@ class _Subject:
 
 
 class _OfCopies(Surgeon):
-    """Of a network that was made a moment ago: nobody else can train it yet."""
+    """Of a network that was made a moment ago: nothing else can train it yet."""
 
     def require_all_optimizers(self) -> None:
         """There are no others."""

@@ -158,7 +158,7 @@ class Session:
     @property
     def reused(self) -> str:
         """Who trained under this run id before, where this process did not resume that run; empty
-        if nobody did. The run goes on: its checkpoints are analysed anew."""
+        if no run did. The run goes on: its checkpoints are analysed anew."""
         return self._mailbox.reused
 
     @property

@@ -120,7 +120,7 @@ def unnamed_averages(
     """Kinds of averages of this network, alive anywhere in this process, that were not named.
 
     A cut would not reach them, and their next update would fail. An average of another network of
-    the same structure is told apart by its weights.
+    the same structure is distinguished by its weights.
 
     Args:
         among: all that are alive, where the caller has looked.

@@ -192,7 +192,7 @@ def other_optimizers(
 
     Args:
         stateful: only those that have state of these parameters.
-        among: all that are alive, where somebody has looked.
+        among: all that are alive, where the caller has looked.
     """
     mine = {id(parameter) for parameter in model.parameters()}
     known = {id(optimizer.state) for optimizer in given}  # frameworks have views of optimizers

@@ -492,7 +492,7 @@ class Surgeon:
     def move_to(self, architecture: PrunedArchitecture) -> None:
         """Give the network the structure of ``architecture``, back or forth in its history.
 
-        Tensors that must change their shape get new ones **without sound content**: whoever moves
+        Tensors that must change their shape get new ones **without sound content**: the caller
         puts the contents in afterwards, as restore points do. Masks are taken off, and cuts made
         before cannot be undone any more.
 
