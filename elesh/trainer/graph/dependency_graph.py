@@ -274,15 +274,15 @@ def _families(graph: _Graph, model: nn.Module) -> list[Family]:
 
 
 def _place(node: Any, names: Mapping[Any, str]) -> str:
-    """A node of the graph in words: its module, or the operation and the layer before it."""
-    operation, seen = "", set[int]()
+    """A node of the graph in words: its module, or the name and the layer before it."""
+    name, seen = "", set[int]()
     while id(node) not in seen:
         seen.add(id(node))
         if node.module in names:
-            return f"{operation} after {names[node.module]}" if operation else f"at {names[node.module]}"
-        operation = operation or str(node.grad_fn.name()).removesuffix("Backward0")
+            return f"{name} after {names[node.module]}" if name else f"at {names[node.module]}"
+        name = name or str(node.grad_fn.name()).removesuffix("Backward0")
         node = node.inputs[0] if node.inputs else node
-    return operation
+    return name
 
 
 _OUTPUT = Port("output", "out", refusal="network output")
