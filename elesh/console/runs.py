@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import pairwise
 
 from elesh.operate.run_history import Checkpoint, Decided, Run, Width
 from leyline import Level, PruningOutcome
@@ -79,6 +80,24 @@ class DecisionRow:
 
 
 @dataclass(frozen=True)
+class Latency:
+    """Seconds of a call on the trainer's machine, measured just before and just after each cut."""
+
+    before: float
+    """Before the first cut that stayed."""
+    now: float
+    """What the cuts made of them."""
+    spread: float
+    """By how much two measurements of the same network differed, after a cut and before the next
+    one: 0.1 is ten percent; 0 with a single cut."""
+
+    @property
+    def certain(self) -> bool:
+        """Whether the change is larger than what the same network varied by."""
+        return abs(math.log(self.now / self.before)) > math.log1p(self.spread)
+
+
+@dataclass(frozen=True)
 class Gain:
     """What the cuts of a run brought, and what they cost."""
 
@@ -95,9 +114,8 @@ class Gain:
     after it on the same data; None where none was measured."""
     measured: int
     """How many of them were measured so."""
-    latency: tuple[float, float] | None
-    """Seconds of a call on the trainer's machine before the first cut that stayed, and what the
-    cuts made of them, each measured just before and just after it; None where one was not."""
+    latency: Latency | None
+    """None where a cut was not timed."""
     accuracy: tuple[float | None, float | None]
     """At the checkpoint of the first cut, and at the last checkpoint: training went on between."""
 
@@ -261,14 +279,17 @@ def _gain(run: Run, cuts: Sequence[Decided]) -> Gain:
     )
 
 
-def _latency(run: Run, stayed: Sequence[Decided]) -> tuple[float, float] | None:
+def _latency(run: Run, stayed: Sequence[Decided]) -> Latency | None:
     first = [run.outcomes[each.key][0] for each in stayed if run.outcomes.get(each.key)]
     pairs = [(each.latency_before, each.latency_after) for each in first]
-    known = [(was, now) for was, now in pairs if was and now is not None]
+    known = [(was, now) for was, now in pairs if was and now]
     if not known or len(known) < len(stayed):
         return None
     # What the machine did between two cuts is no gain of theirs.
-    return known[0][0], known[0][0] * math.prod(now / was for was, now in known)
+    share = math.prod(now / was for was, now in known)
+    repeats = [abs(math.log(again / now)) for (_, now), (again, _) in pairwise(known)]
+    spread = math.expm1(max(repeats, default=0.0))
+    return Latency(known[0][0], known[0][0] * share, spread)
 
 
 def _at(run: Run, epoch: int | None) -> float | None:

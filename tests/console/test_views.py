@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from datetime import UTC, datetime
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from elesh.console.lists import Wanted, decisions_of, paged, runs_of
 from elesh.console.overview import problems, run_row
 from elesh.console.pages import ago, hexdump, percent, points
 from elesh.console.reading import Reader
-from elesh.console.runs import _widths, run_view
+from elesh.console.runs import _latency, _widths, run_view
 from elesh.operate.fleet_status import FleetStatus
 from elesh.operate.run_history import Entry, History, Shape, Width
 from elesh.settings import Settings
@@ -294,6 +295,24 @@ def test_figures_nobody_knows_are_dashes():
 
 def test_the_demo_serves_a_console_beside_it(recorded):
     assert re.search(r"console on http://127\.0\.0\.1:[0-9]+", recorded.output)
+
+
+@pytest.mark.parametrize(
+    ("measured", "spread", "certain"),
+    [([(4.0, 3.0), (3.3, 2.2)], 0.1, True), ([(4.0, 3.9), (2.6, 2.6)], 0.5, False)],
+)
+def test_a_time_of_a_call_is_a_gain_where_repeats_differ_by_less(measured, spread, certain) -> None:
+    keys = [str(number) for number in range(len(measured))]
+    outcomes = {
+        key: [SimpleNamespace(latency_before=before, latency_after=after)]
+        for key, (before, after) in zip(keys, measured, strict=True)
+    }
+    stayed: Any = [SimpleNamespace(key=key) for key in keys]
+    found = _latency(SimpleNamespace(outcomes=outcomes), stayed)  # type: ignore[arg-type]
+    assert found is not None
+    assert found.before == 4.0
+    assert found.now == pytest.approx(4.0 * math.prod(after / before for before, after in measured))
+    assert (found.spread, found.certain) == (pytest.approx(spread), certain)
 
 
 def test_a_group_that_went_with_its_layer_is_counted_and_shown() -> None:
