@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import threading
 from dataclasses import asdict
 from typing import Annotated
 
@@ -105,10 +108,15 @@ def worker(
     settings: SettingsOption = None,
     name: Annotated[str, typer.Option(help="Name of this worker; default: host and digits.")] = "",
     json_logs: JsonLogs = False,
+    end_with_input: Annotated[
+        bool, typer.Option(help="Drain at the end of standard input, too.", hidden=True)
+    ] = False,
 ) -> None:
     """Serve checkpoints until SIGTERM, which drains."""
     from elesh.worker import serve, worker_name
 
+    if end_with_input:
+        threading.Thread(target=_drain_at_end_of_input, daemon=True).start()
     setup_logging("json" if json_logs else "plain")
     loaded, known_as = Settings.load(settings), name or worker_name()
 
@@ -121,6 +129,13 @@ def worker(
         asyncio.run(run())
     finally:
         shutdown_tracing()
+
+
+def _drain_at_end_of_input() -> None:
+    """The other end of the pipe is closed by the process that started this one, or by its end."""
+    while os.read(0, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @app.command()

@@ -28,10 +28,10 @@ class FleetError(Exception):
 
 
 class WorkerProcess:
-    """One ``elesh worker``, its log in a file."""
+    """One ``elesh worker``, its log in a file; drains when this process ends, however it does."""
 
     def __init__(self, url: str, settings: Path | None, log: Path, number: int) -> None:
-        command = [sys.executable, "-m", "elesh.cli", "worker"]
+        command = [sys.executable, "-m", "elesh.cli", "worker", ]
         if settings is not None:
             command += ["--settings", str(settings)]
         # The URL may hold a password: the environment is not shown in process lists.
@@ -40,7 +40,7 @@ class WorkerProcess:
         self.process = subprocess.Popen(
             command,
             stderr=subprocess.PIPE,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             env=environment,
             text=True,
             start_new_session=True,
