@@ -31,7 +31,7 @@ class WorkerProcess:
     """One ``elesh worker``, its log in a file; drains when this process ends, however it does."""
 
     def __init__(self, url: str, settings: Path | None, log: Path, number: int) -> None:
-        command = [sys.executable, "-m", "elesh.cli", "worker", ]
+        command = [sys.executable, "-m", "elesh.cli", "worker", "--end-with-input"]
         if settings is not None:
             command += ["--settings", str(settings)]
         # The URL may hold a password: the environment is not shown in process lists.
