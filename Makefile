@@ -16,6 +16,8 @@ demo: $(READY)
 
 # One file's tests stay in one process, and each process computes with one thread; tests/conftest.py
 # puts the long ones first, so that no process is left with them at the end.
+# Compiled tests and modules are kept: without, every process of a run compiles them anew.
+unexport PYTHONDONTWRITEBYTECODE
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test: $(READY)

@@ -11,7 +11,7 @@ import gc
 import itertools
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from hashlib import sha256
 from pathlib import Path
 
@@ -132,6 +132,13 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile(next((tiers[kind] for kind in tiers if kind in chosen), "elesh"))
 
 
+@pytest.hookimpl(wrapper=True, optionalhook=True)
+def pytest_xdist_auto_num_workers() -> Generator[None, int, int]:
+    """One process more than cores: many tests wait, for a lease, an outage, or a browser."""
+    cores = yield
+    return cores + ("PYTEST_XDIST_AUTO_NUM_WORKERS" not in os.environ)
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """The quick tests do not import a file that is slow as a whole, nor the frameworks that it
     needs."""
@@ -153,9 +160,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     def place(item: pytest.Item) -> int:
         if item.path in watching:  # The demo's own tests record it, while others need not wait.
-            return -1 if item.path.name == "test_demo.py" else len(LONG) + 1
+            return -1 if item.path.name == "test_demo.py" else len(LONG)
         found = (n for n, folder in enumerate(LONG) if f"tests/{folder}/" in item.nodeid)
-        return next(found, len(LONG))
+        return next(found, len(LONG) + 1)
 
     items.sort(key=place)
     tests: dict[str, list[pytest.Item]] = {}

@@ -146,7 +146,14 @@ HOSTILE: dict[str, bytes] = {
     "a hole": blob({"a": entry([1], [0, 4]), "b": entry([1], [8, 12])}, FOUR * 3),
     "bytes before": blob({"a": entry([1], [4, 8])}, FOUR * 2),
     "bytes after": blob({"a": entry([1], [0, 4])}, FOUR * 2),
-    "one entry too many": blob({str(i): entry([0], [0, 0]) for i in range(arrays.MAX_TENSORS + 1)}),
+    "one entry too many": blob(
+        b'{"'
+        + b',"'.join(
+            b'%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % number
+            for number in range(arrays.MAX_TENSORS + 1)
+        )
+        + b"}"
+    ),
 }
 
 

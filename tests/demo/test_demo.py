@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from command import elesh_process
+from command import elesh
 from recorded import Recorded
 
 
@@ -139,8 +139,6 @@ def test_errors_are_one_line_that_names_what_is_wrong(recorded: Recorded, tmp_pa
     assert "wrong.yaml:2: sketch_widht: unknown key (did you mean sketch_width?)" in done.stderr
     done = recorded.elesh("explain", "not-a-key")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    done = elesh_process(
-        "breaker", "show", environment={"ELESH_REDIS_URL": "redis://127.0.0.1:1/0"}
-    )
+    done = elesh("breaker", "show", environment={"ELESH_REDIS_URL": "redis://127.0.0.1:1/0"})
     assert done.returncode == 1
     assert "redis://127.0.0.1:1/0" in done.stderr

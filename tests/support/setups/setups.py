@@ -15,7 +15,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
@@ -37,6 +37,8 @@ CELLS = (
     "save and load elsewhere",
 )  # fmt: skip
 ROWS = (*SETUPS, *FRAMEWORKS)
+SAMPLE = (*ROWS[::3], "gradient hooks that hold masks")
+"""Rows of every kind, for CI."""
 AWAY = "redis://127.0.0.1:1/0"
 WORKS, SKIPPED = "works", ""
 
@@ -256,11 +258,23 @@ same. What is refused is so before anything was changed, with a reason that says
 {notes}"""
 
 
+def warm_up(names: Iterable[str]) -> None:
+    """What every life imports and compiles first, done once: lives are forked from this process."""
+    for name in FRAMEWORKS.keys() & set(names):
+        FRAMEWORKS[name]()
+    with tempfile.TemporaryDirectory() as folder:
+        running, recorder, surgeon, session = started("torch.compile(model)", Path(folder))
+        with session:
+            session.resume(surgeon)
+            running.train(1)
+            recorder.measure([(running.inputs, running.labels)], epoch=1, run_id="run")
+        elesh.save(running.model, Path(folder) / "saved")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports the compiler, once for all
-    for name in set(sys.argv[1:] or ROWS) & FRAMEWORKS.keys():
-        FRAMEWORKS[name]()
+    with contextlib.redirect_stdout(sys.stderr):
+        warm_up(sys.argv[1:] or ROWS)
     gc.collect()
     gc.freeze()
     for wanted in sys.argv[1:] or ROWS:
