@@ -19,6 +19,7 @@ from torch.export import Dim
 from torch.export.graph_signature import InputKind, TensorArgument
 
 from elesh.analysis import phase_at
+from elesh.observe import get_logger
 from elesh.program.operators import IGNORED, name_of
 from elesh.program.program import GateSlot, Node, Program, encoded
 from elesh.settings import SafetySchedule
@@ -39,10 +40,12 @@ from elesh.trainer.network.state import preserve_state
 from elesh.trainer.surgery.bypass import first_of, with_first
 from leyline import ContractError, InvalidField, NetworkExport, Phase, PrunedArchitecture
 
-from .refitting import refitted
+from .quick_trace import quick_trace
+from .refitting import Expected, refitted
 
 __all__ = ["Exporter", "calibration_inputs", "held_out_blob", "is_worth_exporting"]
 
+_log = get_logger(__name__)
 _EXAMPLES = 2
 """Samples that are traced; one would be taken for a constant by ``torch.export``."""
 _KEPT = 0.8
@@ -204,15 +207,9 @@ def _after_cut(
 ) -> _Traced | None:
     """The last program, fitted to the network after a cut; None where it has to be traced."""
     weights = {**_tensors_of(model), **last.constants}
-    generator = torch.Generator().manual_seed(0)
     with preserve_state(model, 0), torch.no_grad(), _Gated(model, architecture, inputs) as gated:
-
-        def expected(samples: int) -> tuple[dict[str, Tensor], list[Tensor], Tensor]:
-            examples, gates = gated.examples(samples)
-            masks = [(torch.rand(g.shape, generator=generator) < _KEPT).to(g) for g in gates]
-            return examples, masks, gated(masks, examples)
-
         gated.examples(_EXAMPLES)  # so that it knows its slots
+        expected = gated.under_random_masks()
         program = refitted(
             last.program, last.architecture, architecture, gated.slots, weights, expected
         )
@@ -223,6 +220,13 @@ def _trace(model: nn.Module, architecture: PrunedArchitecture, inputs: Inputs) -
     """With any number of samples where the network allows it, else with a fixed one."""
     problem: Exception | None = None
     with preserve_state(model, 0), torch.no_grad(), _Gated(model, architecture, inputs) as gated:
+        try:
+            if (found := _quickly(gated, architecture)) is not None:
+                return found
+        except ContractError:
+            raise
+        except Exception as error:
+            _log.debug("network not traced by a call of it, exporting", reason=str(error)[:500])
         for samples, dynamic in ((_EXAMPLES, True), (_FIXED, False)):
             try:
                 return _exported(gated, architecture, samples, dynamic=dynamic)
@@ -234,6 +238,22 @@ def _trace(model: nn.Module, architecture: PrunedArchitecture, inputs: Inputs) -
     hint = "without a program workers decide by prediction, under stricter gates"
     expected = "a network that torch.export can trace"
     raise InvalidField("model", expected, reason, hint=hint) from problem
+
+
+def _quickly(gated: _Gated, architecture: PrunedArchitecture) -> _Traced | None:
+    """From one call; None where that does not say enough."""
+    gated.examples(_EXAMPLES)
+    tensors = _tensors_of(gated.model)
+    found = quick_trace(
+        gated,
+        gated.examples,
+        gated.slots,
+        tensors,
+        {*gated.sizes, *(size for tensor in tensors.values() for size in tensor.shape)},
+        architecture.model_hash,
+        gated.under_random_masks(),
+    )
+    return None if found is None else _Traced(*found, architecture)
 
 
 def _exported(
@@ -304,6 +324,17 @@ class _Gated(nn.Module):
         gates = [torch.ones(samples, layout.size, device=device) for layout in self._layout]
         return self._inputs_of(samples), gates
 
+    def under_random_masks(self) -> Expected:
+        """For a number of samples: inputs, gates that are partly closed, and what comes out."""
+        generator = torch.Generator().manual_seed(0)
+
+        def expected(samples: int) -> tuple[dict[str, Tensor], list[Tensor], Tensor]:
+            examples, gates = self.examples(samples)
+            masks = [(torch.rand(g.shape, generator=generator) < _KEPT).to(g) for g in gates]
+            return examples, masks, self(masks, examples)
+
+        return expected
+
     def _seen(self, samples: int) -> dict[int, tuple[int, ...]]:
         """The shape that passes each place when the network is called with so many samples."""
         self._shapes = {}
@@ -315,6 +346,12 @@ class _Gated(nn.Module):
         device, tensors = device_of(self.model), _tensors(self._inputs)
         rows = torch.arange(samples)
         return {name: x[rows % len(x)].detach().to(device) for name, x in tensors.items()}
+
+    @property
+    def sizes(self) -> set[int]:
+        """Sizes of what is known: the inputs, and what passed the gates."""
+        inputs = (x.shape[1:] for x in _tensors(self._inputs).values())
+        return {size for shape in (*inputs, *self._shapes.values()) for size in shape}
 
     @property
     def slots(self) -> list[tuple[str, int | None, int]]:

@@ -19,7 +19,7 @@ from elesh.program.operators import resolve
 from elesh.program.program import DOES_NOT_RUN, GateSlot, Node, Program, decoded
 from leyline import ContractError, PrunedArchitecture
 
-__all__ = ["refitted"]
+__all__ = ["Expected", "Slot", "alike", "refitted"]
 
 Slot = tuple[str, int | None, int]
 """Module, axis (None: a branch) and width of a gate."""
@@ -65,14 +65,15 @@ def refitted(
         for samples in _SAMPLES:
             inputs, masks, outputs = expected(samples)
             found = _with_sizes(found, program.gates, sorted(changed), weights, inputs, masks)
-            if not _alike(found.run(weights, inputs, masks), outputs):
+            if not alike(found.run(weights, inputs, masks), outputs):
                 return None
     except (*DOES_NOT_RUN, ContractError):
         return None
     return found
 
 
-def _alike(found: Tensor, outputs: Tensor) -> bool:
+def alike(found: Tensor, outputs: Tensor) -> bool:
+    """Whether a program's outputs are the network's, but for rounding."""
     if found.shape != outputs.shape or not torch.isfinite(outputs).all():
         return False
     scale = float(outputs.abs().max())

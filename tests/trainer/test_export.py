@@ -125,7 +125,7 @@ def test_after_a_cut_the_program_is_that_of_a_new_trace_without_tracing(
     prunable = [group for group in surgeon.architecture.groups if group.prunable]
     surgeon.cut({group.name: [0] for group in prunable if group.unit_multiple == 1})
     again = Exporter(model).export(surgeon.architecture, held_out)
-    monkeypatch.setattr(torch.export, "export", None)
+    monkeypatch.setattr("elesh.trainer.export._trace", None)
     assert exporter.export(surgeon.architecture, held_out).program == again.program
 
 
@@ -140,6 +140,50 @@ def test_a_cut_of_a_layer_is_traced_anew() -> None:
     network = exporter.export(surgeon.architecture, held_out)
     with torch.no_grad():
         assert torch.allclose(run(network), model(inputs), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ResNet", "Vit"])
+@pytest.mark.sampled
+def test_one_call_is_enough_to_trace_a_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.export, "export", None)
+    torch.manual_seed(0)
+    inputs = torch.randn(5, *trainer_nets.example().shape[1:])
+    check(trainer_nets.build(name), inputs, trainer_nets.example())
+
+
+def test_a_number_of_samples_that_one_call_does_not_show_is_traced_symbolically() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(self.first(x))
+            return self.second(torch.cat([y, y[:1]]).view(len(x) + 1, -1)[:-1])
+
+    check(Counting(), torch.randn(5, 4), torch.randn(2, 4))
+
+
+def test_a_weight_that_is_read_through_a_view_of_it_is_that_of_now() -> None:
+    class Alias(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+            self.same = [self.second.weight.detach()]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.relu(self.first(x))) + self.same[0].mean(1)
+
+    torch.manual_seed(0)
+    model, inputs = Alias().eval(), torch.randn(5, 4)
+    architecture = Recorder(model, inputs, ignored_layers=["second"]).architecture
+    exporter, held_out = Exporter(model), (inputs, torch.zeros(5, dtype=torch.long))
+    exporter.export(architecture, held_out)
+    with torch.no_grad():
+        model.second.weight.mul_(2)
+        assert torch.allclose(
+            run(exporter.export(architecture, held_out)), model(inputs), atol=1e-5
+        )
 
 
 def test_a_network_that_cannot_be_traced_is_refused_by_name() -> None:
