@@ -226,7 +226,7 @@ def _trace(model: nn.Module, architecture: PrunedArchitecture, inputs: Inputs) -
         except ContractError:
             raise
         except Exception as error:
-            _log.debug("network not traced by a call of it, exporting", reason=str(error)[:500])
+            _log.info("network not traced by one call, exporting", reason=str(error)[:500])
         for samples, dynamic in ((_EXAMPLES, True), (_FIXED, False)):
             try:
                 return _exported(gated, architecture, samples, dynamic=dynamic)

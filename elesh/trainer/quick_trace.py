@@ -33,14 +33,14 @@ _TRIED = (2, 3)
 _LARGEST = 2**40
 """Larger numbers mean "to the end"."""
 _SIZED = frozenset(
-    f"aten.{name}"
-    for name in (
-        "view.default reshape.default _unsafe_view.default expand.default broadcast_to.default "
-        "repeat.default tile.default unflatten.int narrow.default slice.Tensor "
-        "split_with_sizes.default repeat_interleave.self_int arange.default arange.start "
-        "arange.start_step zeros.default ones.default full.default empty.memory_format "
-        "new_zeros.default new_ones.default new_full.default"
-    ).split()
+    """
+    aten.view.default aten.reshape.default aten._unsafe_view.default aten.expand.default
+    aten.broadcast_to.default aten.repeat.default aten.tile.default aten.unflatten.int
+    aten.narrow.default aten.slice.Tensor aten.split_with_sizes.default
+    aten.repeat_interleave.self_int aten.arange.default aten.arange.start aten.arange.start_step
+    aten.zeros.default aten.ones.default aten.full.default aten.empty.memory_format
+    aten.new_zeros.default aten.new_ones.default aten.new_full.default
+    """.split()  # noqa: SIM905
 )
 """Operators with sizes among their arguments, or numbers that follow from them."""
 
