@@ -27,6 +27,7 @@ from elesh.trainer.network.calling import (
 )
 from elesh.trainer.network.compilation import unwrapped
 from elesh.trainer.recovery.checkpoints import Loading
+from elesh.trainer.recovery.evaluation import checked
 from elesh.trainer.session.apply import Evaluation
 from elesh.trainer.session.session import Session
 from elesh.trainer.surgery.lineage import lineage_of
@@ -101,6 +102,8 @@ class EveryEpoch:
         self._reconstruct = chosen if reconstruct is None else reconstruct
         self._removed_at_most = removed_at_most
         self._loading: Loading | None = None
+        self._known: Evaluation | None = None
+        """What the network does at this epoch, as far as it has been evaluated."""
         self._relabelled = False
 
     def look_at(self, network: nn.Module) -> Surgeon:
@@ -195,7 +198,10 @@ class EveryEpoch:
     def end_epoch(self, epoch: int) -> list[PruningOutcome]:
         """After an epoch (counted from 1) has been trained; what became of decisions at it."""
         assert self.surgeon is not None, "begin comes first"
-        found = self.session.watch(epoch, self.evaluate)
+        self._known = None
+        found = self.session.watch(epoch, self._noted)
+        if any(outcome.result == "rolled_back" for outcome in found):
+            self._known = None  # that was of the network before
         for decision in self.session.decisions():
             found.append(self._apply(decision, self.surgeon))
         if epoch % self.every == 0:
@@ -207,7 +213,19 @@ class EveryEpoch:
             self._recorder.architecture = surgeon.architecture
             return self._recorder.moments(self._calibration, decision.units)
 
-        return self.session.apply(decision, surgeon, self.evaluate, reconstruct=measured)
+        outcome = self.session.apply(
+            decision, surgeon, self.evaluate, reconstruct=measured, known=self._known
+        )
+        if outcome.result == "applied":
+            self._known = _evaluation(outcome.accuracy_after, outcome.loss_after)
+        elif outcome.accuracy_before is not None:
+            self._known = _evaluation(outcome.accuracy_before, outcome.loss_before)
+        return outcome
+
+    def _noted(self) -> Evaluation:
+        """The evaluation, remembered until the epoch ends: training changes the network."""
+        self._known = checked(self.evaluate())
+        return self._known
 
     def evaluate(self) -> Evaluation:
         """How well the network does now; its training flags are left as they are."""
@@ -225,11 +243,14 @@ class EveryEpoch:
             _log.info("budget reached, nothing more is asked for", epoch=epoch)
             return
         self._recorder.architecture = self.surgeon.architecture
+        known = self._known if self._known and self._known.finite else None
         with self.session.checkpoint(epoch):
             bundle = self._recorder.measure(
                 self._calibration,
                 epoch=epoch,
                 run_id=self.session.run_id,
+                accuracy=known.accuracy if known else None,
+                loss=known.loss if known else None,
                 reconstruct=self._reconstruct,
                 skip=self.session.settings.trainer.reconstruct_skip,
             )
@@ -254,6 +275,10 @@ class EveryEpoch:
         except ContractError as error:
             _log.warning("network not published; workers decide by prediction", reason=str(error))
             return None
+
+
+def _evaluation(accuracy: float | None, loss: float | None) -> Evaluation | None:
+    return None if accuracy is None or loss is None else Evaluation(accuracy, loss)
 
 
 @torch.no_grad()

@@ -32,7 +32,19 @@ __all__ = ["alive", "evaluated", "preserve_state", "preserved", "seed_generators
 _DEPTH = 6
 """How many containers and objects deep attributes of a module are followed."""
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
-_CONTAINERS = (MutableMapping, MutableSequence, MutableSet, tuple, frozenset)
+_SORTS: dict[str, tuple[type, ...]] = {
+    "nothing": (Tensor, str, bytes, int, float, type, ModuleType, np.ndarray),
+    "mapping": (MutableMapping,),
+    "list": (list, deque),
+    "set": (set,),
+    "tuple": (tuple,),
+    "other container": (MutableSequence, MutableSet, frozenset),
+    "partial": (functools.partial,),
+    "method": (MethodType,),
+    "function": (FunctionType,),
+    "cell": (CellType,),
+}
+"""What refers to others, and how; the first that fits."""
 _LEFT_ALONE = (
     *(nn.Module, nn.Parameter, torch.optim.Optimizer, Dataset, DataLoader, type, ModuleType),
     *(str, bytes, int, float, complex, type(None), *_GENERATORS),
@@ -148,24 +160,33 @@ def _reachable(model: nn.Module, *others: Any) -> tuple[list[nn.Module], list[An
 
 def _parts(thing: Any) -> Iterator[Any]:
     """What a container, a function or an object refers to."""
-    if isinstance(thing, (Tensor, str, bytes, int, float, type, ModuleType, np.ndarray)):
-        return
-    if isinstance(thing, MutableMapping):
+    sort = _sort_of(thing)
+    if sort == "mapping":
         yield from list(thing.values())
-    elif isinstance(thing, _CONTAINERS):
+    elif sort in ("list", "set", "tuple", "other container"):
         # Data sets are sequences of millions.
         yield from list(thing) if len(thing) <= _LONG else []
-    elif isinstance(thing, functools.partial):
+    elif sort == "partial":
         yield from (thing.func, *thing.args, *thing.keywords.values())
-    elif isinstance(thing, MethodType):
+    elif sort == "method":
         yield from (thing.__self__, thing.__func__)
-    elif isinstance(thing, FunctionType):
+    elif sort == "function":
         yield from (*(thing.__closure__ or ()), *(thing.__defaults__ or ()), *_globals(thing))
-    elif isinstance(thing, CellType):
+    elif sort == "cell":
         with contextlib.suppress(ValueError):  # An empty cell.
             yield thing.cell_contents
-    elif hasattr(thing, "__dict__"):
+    elif sort == "object" and hasattr(thing, "__dict__"):
         yield from list(vars(thing).values())
+
+
+def _sort_of(thing: object) -> str:
+    """What an object is to those who follow references; asked a hundred thousand times."""
+    return _sort_of_type(type(thing))
+
+
+@functools.lru_cache(4096)
+def _sort_of_type(kind: type) -> str:
+    return next((sort for sort, kinds in _SORTS.items() if issubclass(kind, kinds)), "object")
 
 
 def _code(kind: type) -> Iterator[Any]:
@@ -212,37 +233,50 @@ def _module(module: nn.Module, seen: dict[int, Any]) -> Iterator[PutBack]:
 
 def _held(thing: Any, seen: dict[int, Any], depth: int) -> Iterator[PutBack]:
     """What puts a container, a tensor or an object back into its present state, with its parts."""
-    if id(thing) in seen or depth > _DEPTH or isinstance(thing, _LEFT_ALONE):
+    if id(thing) in seen or depth > _DEPTH or _is_left_alone(thing):
         return
     seen[id(thing)] = thing
     inside: list[Any] = []
+    sort = _sort_of(thing)
     if isinstance(thing, Tensor):
         if thing.layout is torch.strided and not (thing.is_meta or is_lazy(thing)):
             yield _tensor(thing)
     elif isinstance(thing, np.ndarray):
         yield functools.partial(np.copyto, thing, thing.copy())
-    elif isinstance(thing, MutableMapping):
+    elif sort == "mapping":
         items = list(thing.items())
         yield functools.partial(_set_mapping, thing, items)
         inside = [value for _, value in items]
-    elif isinstance(thing, (list, deque)):
+    elif sort == "list":
         inside = list(thing)
         yield functools.partial(_set_sequence, thing, inside)
-    elif isinstance(thing, set):
+    elif sort == "set":
         yield functools.partial(_set_set, thing, set(thing))
-    elif isinstance(thing, CellType):
+    elif sort == "cell":
         inside = list(_parts(thing))
         for content in inside:
             yield functools.partial(setattr, thing, "cell_contents", content)
-    elif isinstance(thing, FunctionType):
+    elif sort == "function":
         inside = list(thing.__closure__ or ())
-    elif isinstance(thing, (tuple, functools.partial, MethodType)):
+    elif sort in ("tuple", "partial", "method"):
         inside = list(_parts(thing))
     elif hasattr(thing, "__dict__"):
         inside = [vars(thing)]
     for part in inside if len(inside) <= _LONG else ():
         if type(part) not in _CONSTANT:
             yield from _held(part, seen, depth + 1)
+
+
+def _is_left_alone(thing: object) -> bool:
+    """Parameters are known by themselves, too, not only by their type."""
+    return _type_is_left_alone(type(thing)) or (
+        isinstance(thing, Tensor) and isinstance(thing, nn.Parameter)
+    )
+
+
+@functools.lru_cache(4096)
+def _type_is_left_alone(kind: type) -> bool:
+    return issubclass(kind, _LEFT_ALONE)
 
 
 def _tensor(tensor: Tensor) -> PutBack:
@@ -287,5 +321,6 @@ def alive(wanted: Callable[[type], bool]) -> list[Any]:
     objects and a few thousand types. One pass takes a tenth of a second: who looks for several
     kinds asks for all of them at once."""
     objects = gc.get_objects()
-    kinds = {kind for kind in set(map(type, objects)) if wanted(kind)}
-    return list(compress(objects, map(kinds.__contains__, map(type, objects)))) if kinds else []
+    types = list(map(type, objects))
+    kinds = {kind for kind in set(types) if wanted(kind)}
+    return list(compress(objects, map(kinds.__contains__, types))) if kinds else []

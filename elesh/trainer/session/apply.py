@@ -106,18 +106,23 @@ def check_and_cut(
     reconstruct: InputCovariance | Callable[[], InputCovariance] | None = None,
     redistribute: Callable[[], InputCovariance] | None = None,
     take_back: Callable[[], object] | None = None,
+    now: Evaluation | None = None,
 ) -> PruningOutcome:
-    """As :func:`apply_decision`, of a decision that :func:`refusal` lets pass."""
+    """As :func:`apply_decision`, of a decision that :func:`refusal` lets pass.
+
+    Args:
+        now: what ``evaluate`` said of the network as it is, where it was called a moment ago.
+    """
     if blocked := surgeon.blocked():
-        now = surgeon.architecture
-        return outcome_of(decision, now, now, "refused", blocked)
+        present = surgeon.architecture
+        return outcome_of(decision, present, present, "refused", blocked)
     decision, said = present_form(decision, surgeon.architecture)
     limit = trigger_of(decision, triggers)
     refit = _Refit.of(decision, surgeon, reconstruct, redistribute)
     notes = tuple(part for part in (said, refit.said) if part)
     check = _Check(decision, surgeon, evaluate, limit, refit, notes)
     return (
-        check.plain()
+        check.plain(now)
         or check.masked()
         or check.cut(take_back or _to_now(surgeon))
         or check.outcome("applied")
@@ -143,10 +148,10 @@ class _Check:
         self._latency: dict[str, float | None] = {}
         self._refit, self._notes = refit, notes
 
-    def plain(self) -> PruningOutcome | None:
-        """The network as it is, to compare with."""
+    def plain(self, known: Evaluation | None = None) -> PruningOutcome | None:
+        """The network as it is, to compare with; evaluated unless that is known."""
         try:
-            now = self._measure("before", "evaluate")
+            now = self._figures["before"] = known or self._measure("before", "evaluate")
             self._latency["latency_before"] = call_seconds(self._surgeon.model)
         except Exception as error:
             return self._failed("before anything was changed", error)

@@ -68,6 +68,7 @@ class MonitoredCuts:
         *,
         reconstruct: InputCovariance | Callable[[], InputCovariance] | None = None,
         redistribute: Callable[[], InputCovariance] | None = None,
+        known: Evaluation | None = None,
     ) -> PruningOutcome:
         """As :func:`apply_decision`, with a restore point before and after.
 
@@ -93,6 +94,7 @@ class MonitoredCuts:
             reconstruct=reconstruct,
             redistribute=redistribute,
             take_back=lambda: snapshot.put_back(tracked),
+            now=known,
         )
         if outcome.result == "applied":
             outcome = self._commit(decision, outcome, snapshot, tracked, before)

@@ -315,6 +315,7 @@ class Session:
         *,
         reconstruct: InputCovariance | Callable[[], InputCovariance] | None = None,
         redistribute: Callable[[], InputCovariance] | None = None,
+        known: Evaluation | None = None,
     ) -> PruningOutcome:
         """Restore point, mask, evaluate, cut or take back (see :func:`apply_decision`); publish
         the outcome. A cut that was made is monitored for ``trainer.watch_epochs`` calls of
@@ -327,6 +328,8 @@ class Session:
             reconstruct: the input covariance of the present network, in place of that of the last
                 published checkpoint; or what measures it (``recorder.moments``), called where that
                 one is of another network, as after a restart or another cut.
+            known: what ``evaluate`` said of the network as it is, where :meth:`watch` has just
+                called it: it is not called for that again.
         """
         self._evaluate = evaluate
         before = surgeon.architecture
@@ -343,6 +346,7 @@ class Session:
                 evaluate,
                 reconstruct=self._covariance_for(before, reconstruct),
                 redistribute=redistribute,
+                known=known,
             )
             current.set_attribute("elesh.outcome", outcome.result)
             _mark_unless_applied(outcome)

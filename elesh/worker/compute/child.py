@@ -59,6 +59,9 @@ from .frames import (
 from .heartbeat import heartbeat_into, limit_data
 from .parameter_masks import marked
 
+_NICENESS = 5
+"""Where a trainer is on the same machine, its threads get about three times as much of a core."""
+
 
 def main() -> None:
     """Serve jobs from standard input until it ends.
@@ -66,6 +69,7 @@ def main() -> None:
     Arguments: memory limit, heartbeat file, and ``preload`` to load torch before the first job.
     """
     die_with_parent()
+    os.nice(_NICENESS)
     limit_data(int(sys.argv[1]))
     heartbeat_into(Path(sys.argv[2]))
     # Ctrl-C reaches the whole terminal group: the supervisor decides what becomes of a job.

@@ -68,6 +68,31 @@ def test_every_checkpoint_asks_for_what_is_missing_of_the_original_budget() -> N
     assert budget.original == now.original_macs > now.macs
 
 
+def test_the_network_is_evaluated_once_for_all_that_happens_at_an_epoch() -> None:
+    session = Kept()
+    epochs, _ = running(session)
+    surgeon, calls = epochs.surgeon, []
+
+    def evaluate(*_: object) -> Evaluation:
+        calls.append(next(_LOSSES))
+        return Evaluation(0.9, calls[-1])
+
+    assert surgeon is not None
+    epochs._evaluate = evaluate
+    session.answers = [decide(surgeon.architecture, units=8, groups=1)]
+    (outcome,) = epochs.end_epoch(1)
+    assert (outcome.result, len(calls)) == ("applied", 3), "as it is, masked, cut"
+    assert session.published[0].metadata.loss == outcome.loss_after == calls[2]
+    session.answers = [decide(surgeon.architecture, units=8, groups=1, number=2)]
+    *_, outcome = epochs.end_epoch(2)
+    assert (outcome.result, len(calls)) == ("applied", 6), "monitored, masked, cut"
+    assert outcome.loss_before == calls[3]
+    assert session.published[1].metadata.loss == calls[5]
+    epochs.end_epoch(3)
+    assert len(calls) == 7, "monitored, and that is the checkpoint's"
+    assert session.published[2].metadata.loss == calls[6]
+
+
 def test_nothing_is_asked_for_once_the_budget_is_reached() -> None:
     session = Kept()
     epochs, _ = running(session, budget={"parameters": 1.0})
