@@ -18,12 +18,14 @@ import elesh
 from elesh.demo import Digits
 from elesh.demo.network import DigitsNet
 
+EPOCHS = 12
 
-def train(model: nn.Module, data: Digits, epochs: int) -> None:
+
+def train(model: nn.Module, data: Digits) -> None:
     """Any training will do."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     model.train()
-    for _ in range(epochs):
+    for _ in range(EPOCHS):
         for rows in torch.randperm(len(data.train)).split(64):
             optimizer.zero_grad()
             cross_entropy(model(data.train.images[rows]), data.train.labels[rows]).backward()
@@ -34,7 +36,7 @@ def main() -> None:
     """Train, prune, save, load, export."""
     torch.manual_seed(0)
     data, model = Digits.load(seed=0), DigitsNet()
-    train(model, data, epochs=12)
+    train(model, data)
 
     @torch.no_grad()
     def evaluate() -> elesh.Evaluation:

@@ -1,7 +1,7 @@
 """The pages in a real browser, on a real run: readable, accessible, live, and in need of nothing.
 
-The screenshots go to ``build/screenshots`` (or ``ELESH_SHOTS``), to be looked at; those in its
-folder ``docs`` are what docs/screenshots.md shows: copy them to docs/screenshots.
+Where ``ELESH_SHOTS`` names a folder, screenshots go there, to be looked at; those in its folder
+``docs`` are what docs/screenshots.md shows: copy them to docs/screenshots.
 """
 
 from __future__ import annotations
@@ -31,10 +31,13 @@ from leyline.streams import DEAD
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 WIDTHS = (1280, 390)
 THEMES = ("light", "dark")
+INSPECTED = ((1280, "light"), (390, "dark"))
+"""What axe-core looks at: each layout and each set of colours once."""
 DOCUMENTED = {
     ("overview", 1280, "light"), ("overview", 390, "dark"), ("run", 1280, "light"),
     ("run", 390, "light"), ("decision", 1280, "light"), ("decision", 390, "dark"),
     ("fleet", 1280, "dark"), ("dead", 1280, "light"), ("audit", 390, "light"),
+    ("report", 1280, "light"), ("report", 1280, "dark"),
 }  # fmt: skip
 """What docs/screenshots.md shows, of ``docs`` in the folder of screenshots."""
 _NAMELESS = """
@@ -60,9 +63,15 @@ def live(recorded) -> Iterator[Site]:
         yield site
 
 
-@pytest.fixture(scope="module")
-def shots() -> Path:
-    return Path(os.environ.get("ELESH_SHOTS", "build/screenshots")).resolve()
+def pictures(browser: Browser, page: str, width: int, theme: str) -> None:
+    """Where they are wanted."""
+    if not (folder := os.environ.get("ELESH_SHOTS")):
+        return
+    shots = Path(folder).resolve()
+    browser.picture(shots / f"{page}-{width}-{theme}.png")
+    if (page, width, theme) in DOCUMENTED:
+        browser.execute_script(_NAMELESS, socket.gethostname())
+        browser.picture(shots / f"docs/{page}-{width}-{theme}.webp", height=DOCUMENTED_TO)
 
 
 def decision(browser: Browser, live: Site) -> str:
@@ -75,20 +84,17 @@ def decision(browser: Browser, live: Site) -> str:
 
 @pytest.mark.parametrize("page", ["overview", "run", "decision", "fleet", "dead", "audit"])
 @pytest.mark.sampled
-def test_a_page_is_readable_at_any_width_in_any_light(browser, live, recorded, shots, page):
+def test_a_page_is_readable_at_any_width_in_any_light(browser, live, recorded, page):
     paths = {"overview": "/", "run": f"/runs/{recorded.run_id}"}
+    url = decision(browser, live) if page == "decision" else live.url + paths.get(page, f"/{page}")
     for width in WIDTHS:
         for theme in THEMES:
-            url = decision(browser, live) if page == "decision" else None
-            url = url or live.url + paths.get(page, f"/{page}")
             browser.show(url, width=width, theme=theme)
-            browser.picture(shots / f"{page}-{width}-{theme}.png")
-            if (page, width, theme) in DOCUMENTED:
-                browser.execute_script(_NAMELESS, socket.gethostname())
-                browser.picture(shots / f"docs/{page}-{width}-{theme}.webp", height=DOCUMENTED_TO)
-            # A strip has hundreds of squares: they are looked at once.
-            without = () if (width, theme) == (1280, "light") else (".strip", ".dots")
-            assert browser.serious_faults(without=without) == [], (page, width, theme)
+            pictures(browser, page, width, theme)
+            if (width, theme) in INSPECTED:
+                # A strip has hundreds of squares: they are looked at once.
+                without = () if theme == "light" else (".strip", ".dots")
+                assert browser.serious_faults(without=without) == [], (page, width, theme)
             assert browser.too_wide() <= 0, (page, width, theme)
             assert browser.complaints() == [], (page, width, theme)
 
@@ -173,14 +179,14 @@ def test_the_theme_is_switched_and_kept(browser, live):
 @pytest.mark.slow
 def test_a_page_stays_current_without_losing_what_is_open(browser, live, recorded):
     browser.show(f"{live.url}/dead", width=1280, theme="light")
-    WebDriverWait(browser, 20).until(lambda b: b.find_element(By.ID, "live").text == "live")
+    WebDriverWait(browser, 60).until(lambda b: b.find_element(By.ID, "live").text == "live")
     browser.find_element(By.TAG_NAME, "summary").click()
     before = len(browser.find_elements(By.CSS_SELECTOR, ".dead"))
 
     async def dead_letter() -> None:
         bus = await Bus.connect(recorded.url, BusSettings())
         dead_letter = await bus.publish(DEAD, examples.MESSAGES["DeadLetter"], source="test")
-        page = WebDriverWait(browser, 20)
+        page = WebDriverWait(browser, 60)
         count = before + 1
         await asyncio.to_thread(
             page.until, lambda b: len(b.find_elements(By.CSS_SELECTOR, ".dead")) == count
@@ -193,7 +199,7 @@ def test_a_page_stays_current_without_losing_what_is_open(browser, live, recorde
 
 
 @pytest.mark.slow
-def test_a_report_is_one_file_that_works_from_disk(browser, recorded, shots, tmp_path):
+def test_a_report_is_one_file_that_works_from_disk(browser, recorded, tmp_path):
     path = tmp_path / "report.html"
 
     async def write() -> int:
@@ -212,8 +218,7 @@ def test_a_report_is_one_file_that_works_from_disk(browser, recorded, shots, tmp
     assert 'src="' not in text
     for theme in THEMES:
         browser.show(path.as_uri(), width=1280, theme=theme)
-        browser.picture(shots / f"report-1280-{theme}.png")
-        browser.picture(shots / f"docs/report-1280-{theme}.webp", height=DOCUMENTED_TO)
+        pictures(browser, "report", 1280, theme)
         assert browser.complaints() == []
         # The decisions in it are the parts that the decision's page was tested with.
         assert browser.serious_faults(within=("header", ".tiles", ".chart", "footer")) == []

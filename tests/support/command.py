@@ -6,7 +6,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from typing import NamedTuple
@@ -41,10 +41,16 @@ def elesh(*arguments: str, environment: Mapping[str, str] | None = None) -> Done
     return Done(code, out.getvalue(), err.getvalue())
 
 
-def elesh_process(*arguments: str, environment: Mapping[str, str]) -> Done:
-    """A command in a process of its own: what starts workers, trains, or must be seen to end."""
+def elesh_process(
+    *arguments: str, environment: Mapping[str, str], of: Sequence[str] = ("-m", "elesh.cli")
+) -> Done:
+    """A command in a process of its own: what starts workers, trains, or must be seen to end.
+
+    Args:
+        of: how Python is told the program.
+    """
     done = subprocess.run(
-        [sys.executable, "-m", "elesh.cli", *arguments],
+        [sys.executable, *of, *arguments],
         env=os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"} | dict(environment),
         capture_output=True,
         text=True,

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 import yaml
 from collector import Collector, collecting
-from command import Done, elesh
+from command import Done, elesh, elesh_process
 from shared import once
 from station import Station
 
@@ -100,6 +100,12 @@ def recorded_run(own: Path) -> Iterator[Recorded]:
             collector,
             (folder / "output.txt").read_text(),
         )
+
+
+def small_demo(*arguments: str, environment: Mapping[str, str]) -> Done:
+    """``elesh demo`` with half of its layers, on its own."""
+    paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    return elesh_process("demo", *arguments, environment=paths | dict(environment), of=(__file__,))
 
 
 def _record(folder: Path) -> None:

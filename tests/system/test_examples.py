@@ -14,7 +14,15 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("[0-9]*.py"))
 
 
 FRAMEWORKS = ("lightning", "hf_trainer")
-"""In CI, test_lightning_and_hugging_face.py and test_setups.py do what these callbacks do."""
+"""Soak: in CI, test_lightning_and_hugging_face.py does what these callbacks do."""
+SHORTER = """
+import runpy, sys
+names = runpy.run_path(sys.argv[1], run_name="example")["main"].__globals__
+schedule = dict.fromkeys(names.get("SCHEDULE", ()), 1)
+names |= {"EPOCHS": 6, "SCHEDULE": schedule | {"aggressive_epochs": 3}}
+names["main"]()
+"""
+"""CI trains fewer epochs than the examples do."""
 
 
 @pytest.mark.parametrize(
@@ -29,9 +37,19 @@ FRAMEWORKS = ("lightning", "hf_trainer")
     ],
 )
 def test_an_example_runs_and_ends_smaller(example: Path) -> None:
+    ends_smaller("-c", SHORTER, str(example))
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.soak
+def test_an_example_runs_as_it_stands_there(example: Path) -> None:
+    ends_smaller(str(example))
+
+
+def ends_smaller(*program: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "ELESH_REDIS_URL"}
     done = subprocess.run(
-        [sys.executable, str(example)],
+        [sys.executable, *program],
         env=environment | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from command import elesh_process
+from recorded import small_demo
 
 SCHEDULE = dict.fromkeys(
     ("validation_epochs", "conservative_epochs", "moderate_epochs", "aggressive_epochs"), 2
@@ -27,8 +27,8 @@ def test_after_three_failed_analyses_the_demo_trains_on_under_an_open_breaker(
     }
     settings.write_text(yaml.safe_dump({"elesh": sections}))
     out = tmp_path / "out.json"
-    done = elesh_process(
-        "demo", "--epochs", "5", "--seed", "4", "--fail", "3", "--workers", "1",
+    done = small_demo(
+        "--epochs", "5", "--seed", "4", "--fail", "3", "--workers", "1",
         "--settings", str(settings), "--json", str(out),
         environment={"ELESH_REDIS_URL": redis_url, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -46,8 +46,8 @@ def test_after_three_failed_analyses_the_demo_trains_on_under_an_open_breaker(
 @pytest.mark.slow
 def test_without_a_bus_the_demo_says_so_in_one_line_and_trains_to_the_end(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    done = elesh_process(
-        "demo", "--epochs", "1", "--workers", "1", "--json", str(out),
+    done = small_demo(
+        "--epochs", "1", "--workers", "1", "--json", str(out),
         environment={"ELESH_REDIS_URL": "redis://127.0.0.1:1/0", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -63,7 +63,7 @@ def test_a_sound_checkpoint_is_approved_on_its_prediction() -> None:
 def test_one_and_four_threads_and_another_process_give_the_same_bytes(
     gates: bool, tmp_path: Path
 ) -> None:
-    checkpoint = bundle(chain((700, 900, 64)), epoch=120, gates=gates)
+    checkpoint = bundle(chain((350, 450, 64)), epoch=120, gates=gates)
     decision = encode(analyze(checkpoint, settings()))
     assert encode(analyze(checkpoint, settings(), threads=4)) == decision
     checkpoint.save(tmp_path)

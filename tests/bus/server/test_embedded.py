@@ -50,7 +50,7 @@ def another_process(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str, 
 
 def ended(pid: int) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
-        psutil.Process(pid).wait(timeout=20)
+        psutil.Process(pid).wait(timeout=120)
     return not psutil.pid_exists(pid)
 
 

@@ -124,10 +124,8 @@ def test_a_frozen_server_is_noticed_within_the_timeout_and_used_when_it_goes_on(
         bus = await Bus.connect(server.url, SETTINGS)
         await settled_once(bus, 1)
         server.freeze()
-        begun = time.monotonic()
         with pytest.raises(BusUnavailable, match=r"[Tt]imeout"):
-            await publish(bus, 2)
-        assert time.monotonic() - begun < 5
+            await asyncio.wait_for(publish(bus, 2), PATIENCE)
         server.thaw()
         assert await bus.when_available()
         # The lost answer may or may not have been a publish: nothing else is pending.

@@ -360,7 +360,7 @@ def test_killed_at_seeded_moments_a_run_resumes_on_one_side_or_the_other() -> No
     """A slice; ``python tests/support/kill_driver.py --moments 200`` does two hundred."""
     paths = [str(SUPPORT), str(SUPPORT / "nets"), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
-        [sys.executable, str(SUPPORT / "kill_driver.py"), "--moments", "9", "--seed", "5"],
+        [sys.executable, str(SUPPORT / "kill_driver.py"), "--moments", "6", "--seed", "5"],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -368,7 +368,7 @@ def test_killed_at_seeded_moments_a_run_resumes_on_one_side_or_the_other() -> No
     )
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(lines) == 9
+    assert len(lines) == 6
     sides = Counter(line["side"] for line in lines)
     assert sides["before"]
     assert sides["after"]
