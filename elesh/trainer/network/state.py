@@ -13,7 +13,13 @@ import functools
 import gc
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, MutableSet
+from collections.abc import (
+    Callable,
+    Iterator,
+    MutableMapping,
+    MutableSequence,
+    MutableSet,
+)
 from itertools import compress
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -181,11 +187,12 @@ def _parts(thing: Any) -> Iterator[Any]:
 
 def _sort_of(thing: object) -> str:
     """What an object is to those who follow references; asked a hundred thousand times."""
-    return _sort_of_type(type(thing))
+    kind: Any = type(thing)
+    return _sort_of_type(kind)
 
 
 @functools.lru_cache(4096)
-def _sort_of_type(kind: type) -> str:
+def _sort_of_type(kind: Any) -> str:
     return next((sort for sort, kinds in _SORTS.items() if issubclass(kind, kinds)), "object")
 
 
@@ -269,13 +276,13 @@ def _held(thing: Any, seen: dict[int, Any], depth: int) -> Iterator[PutBack]:
 
 def _is_left_alone(thing: object) -> bool:
     """Parameters are known by themselves, too, not only by their type."""
-    return _type_is_left_alone(type(thing)) or (
-        isinstance(thing, Tensor) and isinstance(thing, nn.Parameter)
-    )
+    kind: Any = type(thing)
+    known = isinstance(thing, Tensor) and isinstance(thing, nn.Parameter)
+    return known or _type_is_left_alone(kind)
 
 
 @functools.lru_cache(4096)
-def _type_is_left_alone(kind: type) -> bool:
+def _type_is_left_alone(kind: Any) -> bool:
     return issubclass(kind, _LEFT_ALONE)
 
 
