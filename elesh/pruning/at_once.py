@@ -23,6 +23,8 @@ import torch
 from torch import nn
 
 from elesh.analysis import analyze
+from elesh.analysis.selection.choose import gates_of
+from elesh.analysis.selection.reconstruction_order import reconstruction_fault
 from elesh.safety import Measured, Proposal
 from elesh.settings import Settings
 from elesh.trainer import Evaluation, MeasuredCheckpoint, Recorder, Surgeon
@@ -52,6 +54,8 @@ _ATTEMPTS = 3
 """How often a round that costs too much is tried again at half the size."""
 _EXTRA = 2
 """Rounds that may follow the planned ones to reach what these have left."""
+_LOSS_SAMPLES = 64
+"""The order for reconstruction is of all samples; what only describes single units is of these."""
 
 
 def prune(
@@ -248,6 +252,8 @@ class _Work:
     spared: list[Spared] = field(default_factory=list)
     evaluation: Evaluation = field(init=False)
     """Of the network as it is."""
+    _whole: bool = False
+    """Whether all statistics are of all samples."""
 
     def __post_init__(self) -> None:
         self.evaluation = self.judge.before
@@ -302,9 +308,23 @@ class _Work:
         self.recorder.architecture = self.surgeon.architecture
         reconstruct = self.settings.structured_pruning.channel_analysis.redistribute
         last = self.settings.structured_pruning.safety_schedule.total_epochs
-        bundle = self.recorder.measure(
-            self.batches, epoch=last, run_id="prune", ahead=0, reconstruct=reconstruct
-        )
+        few = reconstruct and Level.LAYER not in self.levels and not self._whole
+
+        def measured(loss_samples: int | None) -> CheckpointBundle:
+            return self.recorder.measure(
+                self.batches,
+                epoch=last,
+                run_id="prune",
+                ahead=0,
+                reconstruct=reconstruct,
+                loss_samples=loss_samples,
+            )
+
+        bundle = measured(_LOSS_SAMPLES if few else None)
+        ranked = [gates for level in self.levels if (gates := gates_of(bundle, level))]
+        if few and any(map(reconstruction_fault, ranked)):  # They are ranked by other statistics.
+            self._whole = True
+            bundle = measured(None)
         return replace(bundle, levels=self.levels)
 
     def _decided(self, bundle: CheckpointBundle, budget: Budget) -> StructuralPruningDecision:

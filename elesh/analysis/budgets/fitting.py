@@ -115,7 +115,8 @@ def _curves(ranking: Ranking, depths: Mapping[str, int], quota: int) -> dict[str
     """What the cheapest units of each group cost, one after another."""
     candidates = ranking.candidates
     limited = replace(ranking, candidates=candidates.limited(depths))
-    drawn = limited.choose(min(sum(limited.candidates.capacities), _REACH * quota))
+    most = min(sum(limited.candidates.capacities), _REACH * quota)
+    drawn = limited.choose(most, capable=True)
     costs: list[list[float]] = [[] for _ in candidates.names]
     for unit, marginal_cost in drawn.marginal_costs.items():
         costs[int(candidates.group_of[unit])].append(marginal_cost)

@@ -48,6 +48,37 @@ class _Part:
             return _looked_up(self.grid, shape)
         return self.factor * float(math.prod(shape))
 
+    def slope(self, group: str) -> _Slope | None:
+        """What each unit of ``group`` is worth; None where that depends on how many are lost."""
+        own = [(dim, width) for name, dim, width in self.cuts if name == group]
+        if self.grid is not None or len(own) != 1:
+            return None
+        ((dim, width),) = own
+        others = dict[int, list[tuple[str, int]]]()
+        for name, other, of in self.cuts:
+            if other != dim:
+                others.setdefault(other, []).append((name, of))
+        fixed = math.prod(size for d, size in enumerate(self.shape) if d != dim and d not in others)
+        rest = tuple((self.shape[d], tuple(cuts)) for d, cuts in others.items())
+        return _Slope(self.factor * width * fixed, rest)
+
+
+@dataclass(frozen=True)
+class _Slope:
+    """``factor`` times the product of sizes, each less what other groups lose there."""
+
+    factor: float
+    sizes: tuple[tuple[int, tuple[tuple[str, int], ...]], ...]
+
+    def value(self, lost: Mapping[str, int]) -> float:
+        """With so many units of each group lost."""
+        found = self.factor
+        for size, cuts in self.sizes:
+            for group, width in cuts:
+                size -= width * lost.get(group, 0)
+            found *= size
+        return found
+
 
 @dataclass(frozen=True)
 class ResourceModel:
@@ -65,6 +96,23 @@ class ResourceModel:
                 found.setdefault(group, []).append(part)
         return {name: tuple(parts) for name, parts in found.items()}
 
+    @cached_property
+    def _slopes(self) -> Mapping[str, tuple[_Slope, ...]]:
+        """Of the groups whose units are worth the same each."""
+        found: dict[str, tuple[_Slope, ...]] = {}
+        for name, parts in self._by_group.items():
+            slopes = [part.slope(name) for part in parts]
+            if all(slopes):
+                found[name] = tuple(slope for slope in slopes if slope is not None)
+        return found
+
+    @cached_property
+    def _neighbours(self) -> Mapping[str, frozenset[str]]:
+        return {
+            group: frozenset({group, *(name for part in parts for name, _, _ in part.cuts)})
+            for group, parts in self._by_group.items()
+        }
+
     def total(self, lost: Mapping[str, int]) -> float:
         """Of the network with so many units of each group lost."""
         return self.fixed + sum(part.value(lost) for part in self.parts)
@@ -73,6 +121,10 @@ class ResourceModel:
         self, lost: Mapping[str, int], group: str, counts: Iterable[int]
     ) -> Iterator[tuple[int, float]]:
         """Each of ``counts``, with what losing so many more units of ``group`` saves."""
+        if group in self._slopes:
+            each = sum(slope.value(lost) for slope in self._slopes[group])
+            yield from ((count, count * each) for count in counts)
+            return
         parts = self._by_group.get(group, ())
         now, more, gone = [part.value(lost) for part in parts], dict(lost), lost.get(group, 0)
         for count in counts:
@@ -81,8 +133,7 @@ class ResourceModel:
 
     def neighbours(self, group: str) -> frozenset[str]:
         """The groups whose savings change when ``group`` loses units; itself among them."""
-        parts = self._by_group.get(group, ())
-        return frozenset({group, *(name for part in parts for name, _, _ in part.cuts)})
+        return self._neighbours.get(group, frozenset({group}))
 
 
 def resource_model(architecture: PrunedArchitecture, budget: Budget) -> ResourceModel:

@@ -106,20 +106,26 @@ class Ranking:
     """By group, with input moments, for ``reconstruction``."""
 
     def choose(
-        self, quota: int, columns: Floats | None = None, moved: Doubles | None = None
+        self,
+        quota: int,
+        columns: Floats | None = None,
+        moved: Doubles | None = None,
+        *,
+        capable: bool = False,
     ) -> Selection:
         """Up to ``quota`` units.
 
         Args:
             columns: some samples of the projections; all of them if not given.
             moved: r at the start, in the order and scale of the columns.
+            capable: what stays in groups that may lose nothing need not have costs.
         """
         if columns is None and self.projections is not None:
             columns = self.projections.columns
 
         def make_order() -> Order:
             if self.scorer == "reconstruction":
-                return ReconstructionOrder(self.candidates, self.gates)
+                return ReconstructionOrder(self.candidates, self.gates, capable=capable)
             if columns is None or self.scorer != "output_projection":
                 return StaticOrder(self.candidates, self.scores)
             return JointOrder(self.candidates, columns, moved=moved, threads=self.threads)

@@ -19,12 +19,12 @@ zero; each step is a downdate of the inverse of a unit's rank and touches one gr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
-from elesh.analysis.candidates import Bools, Candidates, Doubles
+from elesh.analysis.candidates import Bools, Candidates, Doubles, Floats, Ints
 from leyline import GateStatistics
 
 from .removal_order import Order, RemovalOrder, Units, rounded
@@ -111,13 +111,14 @@ class _Consumer:
     @property
     def costs(self) -> Doubles:
         """[C]: of removing one more unit; of removed ones 0."""
+        if self.width == 1:
+            single, slopes = self._precision[:, 0, 0], self._own_slopes[:, 0, 0]
+            alone = np.divide(slopes, single, out=np.zeros(len(slopes)), where=single != 0)
+            return np.maximum(alone, 0.0)
         precision = self._precision.copy()
         gone = ~precision.any((1, 2))
         precision[gone] = np.eye(self.width)
-        if self.width == 1:
-            found = self._own_slopes[:, 0, 0] / precision[:, 0, 0]
-        else:
-            found = np.einsum("cij,cji->c", np.linalg.inv(precision), self._own_slopes)
+        found = np.einsum("cij,cji->c", np.linalg.inv(precision), self._own_slopes)
         return np.maximum(np.where(gone, 0.0, found), 0.0)
 
     def remove(self, unit: int) -> None:
@@ -212,28 +213,54 @@ class ReconstructionOrder(Order):
 
     Args:
         gates: with input moments, of every candidate's group.
+        capable: only groups that may lose units are looked at; the others' costs stay zero.
     """
 
-    def __init__(self, candidates: Candidates, gates: Mapping[str, GateStatistics]) -> None:
+    def __init__(
+        self,
+        candidates: Candidates,
+        gates: Mapping[str, GateStatistics],
+        *,
+        capable: bool = False,
+    ) -> None:
         super().__init__(candidates, np.zeros(candidates.count))
         self._gates = [gates[name] for name in candidates.names]
         self._consumers: list[list[_Consumer]] = [[] for _ in candidates.names]
-        for group in range(len(candidates.names)):
-            self._begin(group)
+        for group, capacity in enumerate(candidates.capacities):
+            if capacity or not capable:
+                self._begin(group)
 
     def pick(self, count: int, among: Bools, ceiling: float = math.inf) -> RemovalOrder:
+        """The cheapest of every group is kept at hand: a step changes one group's costs only."""
         taken: list[int] = []
         marginal_costs: list[float] = []
+        places, keys = self._cheapest(range(len(self.candidates.names)), among)
         while len(taken) < count:
-            open_ = np.where(self.free(among), self.costs, math.inf)
-            best = int(rounded(open_).argmin())
-            marginal_cost = float(open_[best])
-            if marginal_cost == math.inf or marginal_cost > ceiling:
+            group = int(keys.argmin())
+            best = int(places[group])
+            if keys[group] == math.inf or (marginal_cost := float(self.costs[best])) > ceiling:
                 break
             taken.append(best)
             marginal_costs.append(marginal_cost)
             self.take([best])
+            places[[group]], keys[[group]] = self._cheapest([group], among)
         return RemovalOrder(np.array(taken, dtype=np.int64), np.array(marginal_costs))
+
+    def _cheapest(self, groups: Iterable[int], among: Bools) -> tuple[Ints, Floats]:
+        """By group: the place of its cheapest unit that can be taken, and its cost, rounded;
+        infinity where there is none."""
+        places, keys = list[int](), list[np.float32]()
+        for group in groups:
+            span = self.candidates.span(group)
+            key, place = np.float32(math.inf), 0
+            if self.capacity[group] > 0 and span.stop > span.start:
+                free = among[span] & ~self.taken[span]
+                costs = rounded(np.where(free, self.costs[span], math.inf))
+                place = int(costs.argmin())
+                key = costs[place]
+            places.append(span.start + place)
+            keys.append(key)
+        return np.array(places, np.int64), np.array(keys, np.float32)
 
     def take(self, units: Units) -> None:
         super().take(units)

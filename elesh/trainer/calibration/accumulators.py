@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from elesh.program.least_squares import Normalised
 from elesh.trainer.network.gates import Axis, axis_of
 from elesh.trainer.network.layers import channel_axes, named_tensors
+from elesh.trainer.network.positions import positions_read, positions_to_read
 from leyline import (
     ChannelImportanceData,
     GateSite,
@@ -101,14 +102,27 @@ class InputTally:
     """Of the slopes' sums over a sample's positions."""
     left: Doubles = field(default_factory=lambda: np.zeros(()))
     """Of their deviations from the mean over the positions."""
+    calls: int = 0
 
-    def see(self, x: Tensor, gradient: Tensor) -> None:
-        """Take in activations and their gradients, [samples, positions, W]."""
-        positions = x.shape[1]
-        self.steady = self.steady + positions * _doubles(x.mean(1).square().sum(0))
-        summed = _squares(gradient.sum(1))
+    def see(self, x: Tensor, gradient: Tensor, share: float, samples: int | None) -> None:
+        """Take in activations and their gradients, [samples, positions, W].
+
+        Args:
+            share: of the positions that the moments of what enters are summed over.
+            samples: that there will be in all, where that is known.
+        """
+        positions, width = gradient.shape[1:]
+        self.steady = self.steady + share * positions * _doubles(x.mean(1).square().sum(0))
+        total = gradient.sum(1)
+        summed = _squares(total)
         self.summed = self.summed + summed
-        self.left = self.left + _squares(gradient) - summed / positions
+        read = positions_read(positions, width, samples, self.calls)
+        self.calls += 1
+        if read is None:
+            self.left = self.left + _squares(gradient) - summed / positions
+        else:
+            apart = gradient[:, read.to(gradient.device)] - total[:, None] / positions
+            self.left = self.left + _squares(apart) * (positions / len(read))
 
     def fields(
         self,
@@ -166,6 +180,8 @@ class GroupTally:
     """Of heads, the rows that ``rise`` is the sum of, so that some can be measured better."""
     rise_error: Doubles | None = None
     """Standard errors of the mean rise, where units were masked."""
+    derived: int = 0
+    """Samples that the loss's derivatives are sums over: all, or the first ones."""
     rated: int = 0
     """Samples that ``rise`` is a sum over and that ``moves`` and ``margins`` have."""
     gram: Tensor | None = None
@@ -204,6 +220,7 @@ class GroupTally:
         self.first += gradients.sum(0)
         self.sensitivity += np.abs(gradients).sum(0)
         self.second += np.square(self.gate(sampled, samples)).sum(0)
+        self.derived += samples
         self._add_sizes(sizes)
 
     def add_logit_gaps(
@@ -232,6 +249,7 @@ class GroupTally:
         self.rise += rise.sum(0)
         if self.group.level is Level.HEAD:
             self.loss_increases.append(rise)
+        self.derived += samples
         self.rated += samples
         self.moves.append(np.clip(move, -_LARGEST, _LARGEST).astype(np.float16))
         self.margins.append(margins.astype(np.float32))
@@ -265,25 +283,33 @@ class GroupTally:
         self.gram_rows += len(rows)
         self.gram = gram if self.gram is None else self.gram + gram
 
-    def enter(self, axis: Axis, x: Tensor, gradient: Tensor, samples: int) -> None:
+    def enter(
+        self, axis: Axis, x: Tensor, gradient: Tensor, samples: int, of: int | None = None
+    ) -> None:
         """Take in activations and gradients at an axis, for the input moments.
 
         What channels have several of (a map that is flattened) counts as positions; the elements
         of a head are inputs of their own.
+
+        Args:
+            samples: of this batch.
+            of: so many in all, where that is known.
         """
+        channels = x.shape[axis[1]]
+        positions = x.numel() // (len(x) * channels)
+        share = positions_to_read(positions, channels, of) / positions
         for number, site in enumerate(self.group.sites):
             if axis_of(site) != axis:
                 continue
-            seen = []
-            for values in (x, gradient):
-                units = by_unit(
-                    values.detach().movedim(site.dim, -1).float(), site, self.group.size
-                )
-                if self.group.level is Level.CHANNEL:
-                    seen.append(units.transpose(-1, -2).reshape(samples, -1, self.group.size))
-                else:
-                    seen.append(units.reshape(samples, -1, self.group.size * site.width))
-            self.inputs.setdefault(number, InputTally()).see(*seen)
+            inputs, slopes = (self._by_position(site, values, samples) for values in (x, gradient))
+            self.inputs.setdefault(number, InputTally()).see(inputs, slopes, share, of)
+
+    def _by_position(self, site: GateSite, values: Tensor, samples: int) -> Tensor:
+        """[samples, positions, W] of what is at a site."""
+        units = by_unit(values.detach().movedim(site.dim, -1).float(), site, self.group.size)
+        if self.group.level is Level.CHANNEL:
+            return units.transpose(-1, -2).reshape(samples, -1, self.group.size)
+        return units.reshape(samples, -1, self.group.size * site.width)
 
     def gates(
         self,
@@ -303,8 +329,8 @@ class GroupTally:
         return GateStatistics(
             layer_name=self.group.name,
             projections=np.concatenate(self.projections),
-            first_order=single(self.first / samples),
-            second_order=single(self.second / samples),
+            first_order=single(self.first / max(self.derived, 1)),
+            second_order=single(self.second / max(self.derived, 1)),
             removal_rise=single(self.rise / samples) if rated else None,
             removal_error=None if self.rise_error is None else single(self.rise_error),
             moves=np.concatenate(self.moves) if rated else None,
@@ -375,13 +401,13 @@ class GroupTally:
         return gram, rows * site.width + self.gram_rows
 
     def heads(
-        self, samples: int, axes: Mapping[Axis, AxisTally], patterns: Mapping[str, Any]
+        self, axes: Mapping[Axis, AxisTally], patterns: Mapping[str, Any]
     ) -> HeadImportanceData:
         """The head statistics of all samples, with the fields of the attention patterns."""
         self._reached(axes, self.group.sites[0])
         return HeadImportanceData(
             layer_name=self.group.name,
-            gradient_sensitivity=single(self.sensitivity / samples),
+            gradient_sensitivity=single(self.sensitivity / max(self.derived, 1)),
             **patterns,
         )
 

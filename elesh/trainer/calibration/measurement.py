@@ -33,19 +33,29 @@ __all__ = ["Measurement"]
 
 
 class Measurement:
-    """The tallies of one measurement."""
+    """The tallies of one measurement.
+
+    Args:
+        inputs: second moments of what enters consumers, too.
+        reconstruct: whose covariance is wanted.
+        samples: that there will be in all, where that is known.
+    """
 
     def __init__(
-        self, architecture: PrunedArchitecture, inputs: bool = False, reconstruct: bool = False
+        self,
+        architecture: PrunedArchitecture,
+        inputs: bool = False,
+        reconstruct: bool = False,
+        samples: int | None = None,
     ) -> None:
         self.look = self._enter if inputs else None
-        self.samples, self.batch = 0, 1
+        self.samples, self.batch, self.derived = 0, 1, True
         self._groups = [GroupTally(group) for group in architecture.groups if group.prunable]
         self._axes: dict[Axis, AxisTally] = {
             axis_of(site): AxisTally() for tally in self._groups for site in tally.group.sites
         }
-        self._entered = CovarianceSums() if inputs else None
-        self._reconstruct = reconstruct
+        self._entered = CovarianceSums(samples) if inputs else None
+        self._reconstruct, self._expected = reconstruct, samples
         self._shared = SharedInputs()
         self._first: dict[Axis, list[GroupTally]] = {}
         self._patterns: dict[Axis, PatternTally] = {}
@@ -63,19 +73,26 @@ class Measurement:
 
     def watching(self) -> contextlib.AbstractContextManager[Any]:
         """To be entered while the network runs."""
-        return self._weights if self._patterns else contextlib.nullcontext()
+        return self._weights if self._sees_patterns else contextlib.nullcontext()
 
-    def expect(self, batch: int) -> None:
-        """Say how many samples the next forward pass has."""
-        self.batch = batch
+    @property
+    def _sees_patterns(self) -> bool:
+        return bool(self._patterns) and self.derived and self.samples < PATTERN_SAMPLES
+
+    def expect(self, batch: int, derived: bool = True) -> None:
+        """Say how many samples the next forward pass has, and whether the loss's derivatives will
+        be taken of them: only then are the importance vectors' other parts looked at."""
+        self.batch, self.derived = batch, derived
         self._shared.clear()
 
     def watch(self, axis: Axis, x: Tensor) -> None:
         """Look at the activations that pass an axis."""
-        self._axes[axis].see(x, axis[1])
         self._shared.see(axis, x)
         if self._entered is not None:
             self._entered.see(axis, x)
+        if not self.derived:
+            return
+        self._axes[axis].see(x, axis[1])
         rows = len(x) * min(self.batch, CORRELATED_SAMPLES - self.samples) // self.batch
         if rows > 0:
             for tally in self._first.get(axis, ()):
@@ -83,20 +100,27 @@ class Measurement:
                     tally.shared = self._entered.rows[axis], self._entered.second[axis]
                 else:
                     tally.correlate(x[:rows])
-        if axis in self._patterns:
+        if axis in self._patterns and self._sees_patterns:
             left = min(max(PATTERN_SAMPLES - self.samples, 0), self.batch) / self.batch
             self._patterns[axis].see(self._weights.take(), x.numel() // x.shape[-1], left)
 
     def _enter(self, axis: Axis, x: Tensor, gradient: Tensor) -> None:
         for first, summed in self._shared.together(axis, x, gradient):
             for tally in self._groups:
-                tally.enter(first, x, summed, self.batch)
+                tally.enter(first, x, summed, self.batch, self._expected)
 
     def _all_entered(self) -> None:
         """After a batch: what waits for a reader that had no gradient waits no longer."""
         for axis, x, gradient in self._shared.left():
             for tally in self._groups:
-                tally.enter(axis, x, gradient, self.batch)
+                tally.enter(axis, x, gradient, self.batch, self._expected)
+
+    def project(self, projections: Sums) -> None:
+        """Take in the projections of a batch, of which nothing else is known."""
+        self._all_entered()
+        for tally in self._groups:
+            tally.project(projections, self.batch)
+        self.samples += self.batch
 
     def add(self, projections: Sums, true: Sums, sizes: Sums, sampled: Sums) -> None:
         """Take in the sums of a batch."""
@@ -157,7 +181,7 @@ class Measurement:
             for t in self._groups
         }
         heads = {
-            t.group.name: t.heads(self.samples, self._axes, self._patterns[t.first_axis].fields())
+            t.group.name: t.heads(self._axes, self._patterns[t.first_axis].fields())
             for t in self._groups
             if t.group.level is Level.HEAD
         }

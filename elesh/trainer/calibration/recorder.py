@@ -174,6 +174,7 @@ class Recorder:
         reconstruct: bool = True,
         skip: Collection[str] = (),
         redistribute: bool = False,
+        loss_samples: int | None = None,
     ) -> MeasuredCheckpoint:
         """A checkpoint: architecture, statistics of every prunable group, and metadata.
 
@@ -191,6 +192,10 @@ class Recorder:
                 kept with the checkpoint (three C x C matrices for every consumer of C channels).
             skip: paths of consumers that keep their weights all the same.
             redistribute: only rank for a trainer that refits, as in the version before.
+            loss_samples: only the batches that begin among so many samples have the loss's
+                derivatives taken, two of the three backward passes; what is made from these is of
+                them alone, margins and layers are not measured, and no head is masked. The order
+                for ``reconstruct`` reads none of it. Default: all.
 
         Raises:
             ShapeMismatch: if the network is not what the architecture says.
@@ -201,12 +206,15 @@ class Recorder:
         redistribute = redistribute or reconstruct
         if ahead is None:
             ahead = 0.0 if reconstruct else LOOK_AHEAD
-        measurement = Measurement(self._architecture, inputs=redistribute, reconstruct=reconstruct)
         kept: Batches = ()
         architecture = self._architecture
         with preserve_state(self._model, self._seed, batches):
             kept = list(self._limited(batches, max_samples))
-            branches = self._run(measurement, kept)
+            expected = sum(batch_size(inputs) for inputs, _ in kept)
+            measurement = Measurement(
+                architecture, inputs=redistribute, reconstruct=reconstruct, samples=expected
+            )
+            branches = self._run(measurement, kept, loss_samples)
             measurement.ablate(self._model, architecture, kept)
         metadata = CheckpointMetadata(
             run_id=run_id,
@@ -333,16 +341,24 @@ class Recorder:
             seen += left
             yield map_tensors(taken, inputs), map_tensors(taken, labels)
 
-    def _run(self, measurement: Measurement, batches: Iterable[tuple[Inputs, Any]]) -> BranchMeter:
+    def _run(
+        self,
+        measurement: Measurement,
+        batches: Iterable[tuple[Inputs, Any]],
+        loss_samples: int | None,
+    ) -> BranchMeter:
         # Two streams, so that the directions are those of ``project`` whatever labels are drawn.
         generators = tuple(torch.Generator().manual_seed(self._seed + i * 2**32) for i in (0, 1))
         meter = GateMeter(self._model, measurement.axes, measurement.watch)
-        branches = BranchMeter(self._model, self._architecture.blocks, meter.anchor)
+        blocks = self._architecture.blocks if loss_samples is None else ()
+        branches = BranchMeter(self._model, blocks, meter.anchor)
         with branches, meter:
             for inputs, labels in batches:
                 samples = batch_size(inputs)
-                for counter in (meter, branches, measurement):
-                    counter.expect(samples)
+                meter.expect(samples)
+                branches.expect(samples)
+                derived = loss_samples is None or measurement.samples < loss_samples
+                measurement.expect(samples, derived)
                 with measurement.watching():
                     output = call(self._model, inputs)
                 self._passes(meter, branches, measurement, output, labels, generators)
@@ -360,7 +376,7 @@ class Recorder:
         labels: Any,
         generators: tuple[torch.Generator, ...],
     ) -> None:
-        """The three backward passes of a batch."""
+        """The backward passes of a batch: three, or one."""
         values, (for_directions, for_labels) = main_output(output).float(), generators
         if not torch.isfinite(values).all():
             raise NotFinite(
@@ -372,7 +388,10 @@ class Recorder:
         axis, samples = self._class_axis(values, labels), measurement.batch
         projected = (directions(values.detach(), for_directions, axis) * values).sum()
         branches.read("projections")
-        projections, _ = meter.backward(projected, look=measurement.look)
+        derived = measurement.derived
+        projections, _ = meter.backward(projected, keep=derived, look=measurement.look)
+        if not derived:
+            return measurement.project(projections)
         if self._loss is cross_entropy and self._sampler is None and has_logit_gaps(values, labels):
             odds = margins(values, labels)
             known = odds.detach()

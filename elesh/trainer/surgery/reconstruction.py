@@ -36,6 +36,7 @@ from elesh.program.least_squares import (
 from elesh.trainer.network.calling import replace_first
 from elesh.trainer.network.gates import Axis, axis_of
 from elesh.trainer.network.layers import channel_axes, named_tensors
+from elesh.trainer.network.positions import positions_read
 from leyline import IdentityMismatch, InvalidField, PrunedArchitecture, PruningGroup
 
 __all__ = [
@@ -95,17 +96,26 @@ Moments = InputCovariance
 
 @dataclass
 class CovarianceSums:
-    """Sums over samples and positions, from which a covariance is made; float64 over calls."""
+    """Sums over samples and positions, from which a covariance is made; products in float32 within
+    a call, sums in float64 over calls. Of large maps some positions are looked at
+    (:mod:`elesh.trainer.network.positions`)."""
 
+    samples: int | None = None
+    """How many there will be, where that is known."""
     rows: dict[Axis, int] = field(default_factory=dict)
     first: dict[Axis, Tensor] = field(default_factory=dict)
     second: dict[Axis, Tensor] = field(default_factory=dict)
 
     def see(self, axis: Axis, x: Tensor) -> None:
         """Take in what enters a consumer in one call."""
-        rows = x.detach().movedim(axis[1], -1).reshape(-1, x.shape[axis[1]]).float()
-        first, second = rows.sum(0).double().cpu(), (rows.T @ rows).double().cpu()
         past = self.rows.get(axis, 0)
+        last = x.detach().movedim(axis[1], -1)
+        if last.ndim > 2:
+            last = last.flatten(1, -2)
+            read = positions_read(last.shape[1], last.shape[2], self.samples, past)
+            last = last if read is None else last[:, read.to(last.device)]
+        rows = last.reshape(-1, last.shape[-1]).float()
+        first, second = rows.sum(0).double().cpu(), (rows.T @ rows).double().cpu()
         self.rows[axis] = past + len(rows)
         self.first[axis] = self.first[axis] + first if past else first
         self.second[axis] = self.second[axis] + second if past else second
