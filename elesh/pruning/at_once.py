@@ -42,7 +42,7 @@ from leyline import (
     StructuralPruningDecision,
 )
 
-from .judging import Evaluate, HeldOut, Judge, Limits, Validation, outcomes, require_labels_fit
+from .judging import Evaluate, HeldOut, Judge, Limits, Seen, Validation, require_labels_fit
 from .latency import compared
 from .progress import Progress
 from .report import Figures, PruningReport, Round, Spared, spared_of
@@ -54,7 +54,7 @@ _ATTEMPTS = 3
 """How often a round that costs too much is tried again at half the size."""
 _EXTRA = 2
 """Rounds that may follow the planned ones to reach what these have left."""
-_LOSS_SAMPLES = 64
+_LOSS_SAMPLES = 32
 """The order for reconstruction is of all samples; what only describes single units is of these."""
 
 
@@ -149,6 +149,7 @@ def prune(
             work = _Work(
                 recorder, surgeon, judge, goals, samples.calibration, asked, settings, shown
             )
+            work.labels_known = loss is not None or evaluate is None
             held_back = work.run(rounds)
             if soften and loss is None and max_loss_increase is None:
                 work.soften()
@@ -187,17 +188,15 @@ def _judge(
     limits: Limits,
     loss: Loss | None,
 ) -> Judge:
-    """The judge, once labels are known to belong to their inputs."""
+    """The judge. Without ``evaluate``, labels are then known to belong to their inputs; with it,
+    that is seen when the samples are first measured."""
     if evaluate is None:
         held_out = HeldOut(model, samples.held_out, limits, loss)
         if loss is None:
             require_labels_fit(held_out.outcomes, None)
             held_out.require_enough()
         return held_out
-    validation = Validation(model, evaluate, limits)
-    if loss is None:
-        require_labels_fit(outcomes(model, samples.calibration, None), validation.before)
-    return validation
+    return Validation(model, evaluate, limits)
 
 
 def _figures(found: Evaluation, now: PrunedArchitecture, took: Mapping[int, float]) -> Figures:
@@ -252,6 +251,8 @@ class _Work:
     spared: list[Spared] = field(default_factory=list)
     evaluation: Evaluation = field(init=False)
     """Of the network as it is."""
+    labels_known: bool = False
+    """Whether labels are known to belong to their inputs."""
     _whole: bool = False
     """Whether all statistics are of all samples."""
 
@@ -310,6 +311,8 @@ class _Work:
         last = self.settings.structured_pruning.safety_schedule.total_epochs
         few = reconstruct and Level.LAYER not in self.levels and not self._whole
 
+        seen = Seen()
+
         def measured(loss_samples: int | None) -> CheckpointBundle:
             return self.recorder.measure(
                 self.batches,
@@ -318,9 +321,13 @@ class _Work:
                 ahead=0,
                 reconstruct=reconstruct,
                 loss_samples=loss_samples,
+                seen=None if self.labels_known else seen.add,
             )
 
         bundle = measured(_LOSS_SAMPLES if few else None)
+        if not self.labels_known:
+            require_labels_fit(seen.outcomes, self.judge.before)
+            self.labels_known = True
         ranked = [gates for level in self.levels if (gates := gates_of(bundle, level))]
         if few and any(map(reconstruction_fault, ranked)):  # They are ranked by other statistics.
             self._whole = True

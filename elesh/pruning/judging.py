@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ __all__ = [
     "HeldOut",
     "Judge",
     "Limits",
+    "Seen",
     "Validation",
     "evaluated",
     "require_labels_fit",
@@ -171,20 +172,40 @@ def outcomes(model: nn.Module, batches: Sequence[Batch], loss: Loss | None) -> O
     Raises:
         NotFinite, ShapeMismatch, InvalidField: if outputs or labels are not those of a classifier.
     """
-    parts: list[tuple[np.ndarray, ...]] = []
-    first, device = 0, device_of(model)
+    seen, device = Seen(loss), device_of(model)
     with preserve_state(model, 0), torch.no_grad():
         for inputs, labels in batches:
             output = call(model, map_tensors(lambda x: x.to(device), inputs))
-            if loss is not None:
-                labels = map_tensors(lambda x: x.to(device), labels)
-                values = _each(loss(output, labels))
-                nothing = np.zeros(0, dtype=np.int64)
-                parts.append((values, nothing.astype(np.bool_), nothing, nothing))
-            else:
-                parts.append(judged(main_output(output).float().cpu(), labels.cpu(), first))
-            first += len(parts[-1][0])
-    return Outcomes(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+            seen.add(output, map_tensors(lambda x: x.to(device), labels))
+    return seen.outcomes
+
+
+@dataclass
+class Seen:
+    """What a network answered to some batches, one after another."""
+
+    loss: Loss | None = None
+    _parts: list[tuple[np.ndarray, ...]] = field(default_factory=list)
+
+    def add(self, output: Any, labels: Any) -> None:
+        """Take in what the model returned for a batch, and the labels, on its device.
+
+        Raises:
+            NotFinite, ShapeMismatch, InvalidField: if they are not those of a classifier.
+        """
+        first = sum(len(part[0]) for part in self._parts)
+        if self.loss is not None:
+            nothing = np.zeros(0, dtype=np.int64)
+            part = (_each(self.loss(output, labels)), nothing.astype(np.bool_), nothing, nothing)
+        else:
+            logits = main_output(output).detach().float().cpu()
+            part = judged(logits, labels.cpu(), first)
+        self._parts.append(part)
+
+    @property
+    def outcomes(self) -> Outcomes:
+        """Of all samples."""
+        return Outcomes(*(np.concatenate(columns) for columns in zip(*self._parts, strict=True)))
 
 
 def _each(losses: torch.Tensor) -> np.ndarray:

@@ -110,6 +110,9 @@ class PruningReport:
             + ("reached" if use.met else "not reached")
             for use in self.budget
         ]
+        if self.seconds:
+            rounds = f"{len(self.rounds)} round" + "s" * (len(self.rounds) != 1)
+            lines.append(f"{rounds} in {_time(self.seconds)}")
         return "\n".join([*lines, *([self.held_back] if self.held_back else [])])
 
     def _summary(self) -> Table:

@@ -13,6 +13,7 @@ from torch.nn import functional
 from trained import SmallNet, SmallVit, accuracy, batches, digits, trained
 
 import elesh
+from elesh.trainer.network.gates import GateMeter
 from leyline import InvalidField, Level
 
 
@@ -257,3 +258,17 @@ def test_progress_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> 
     out, err = capsys.readouterr()
     assert not out
     assert "round 1 of 2" in err
+
+
+def test_a_round_takes_one_backward_pass_of_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And two more of the first batch, whose units are described."""
+    passes, backward = list[int](), GateMeter.backward
+
+    def counted(meter: GateMeter, *args: Any, **options: Any) -> Any:
+        passes.append(1)
+        return backward(meter, *args, **options)
+
+    monkeypatch.setattr(GateMeter, "backward", counted)
+    report = prune(trained(), {"macs": 0.9}, batches=batches(), rounds=1)
+    assert len(report.rounds) == 1
+    assert len(passes) <= len(batches()) + 2

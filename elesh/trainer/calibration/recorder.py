@@ -175,6 +175,7 @@ class Recorder:
         skip: Collection[str] = (),
         redistribute: bool = False,
         loss_samples: int | None = None,
+        seen: Callable[[Any, Any], None] | None = None,
     ) -> MeasuredCheckpoint:
         """A checkpoint: architecture, statistics of every prunable group, and metadata.
 
@@ -196,6 +197,8 @@ class Recorder:
                 derivatives taken, two of the three backward passes; what is made from these is of
                 them alone, margins and layers are not measured, and no head is masked. The order
                 for ``reconstruct`` reads none of it. Default: all.
+            seen: called with what the model returned for each batch, and its labels, before
+                anything is measured of it.
 
         Raises:
             ShapeMismatch: if the network is not what the architecture says.
@@ -214,7 +217,7 @@ class Recorder:
             measurement = Measurement(
                 architecture, inputs=redistribute, reconstruct=reconstruct, samples=expected
             )
-            branches = self._run(measurement, kept, loss_samples)
+            branches = self._run(measurement, kept, loss_samples, seen)
             measurement.ablate(self._model, architecture, kept)
         metadata = CheckpointMetadata(
             run_id=run_id,
@@ -346,6 +349,7 @@ class Recorder:
         measurement: Measurement,
         batches: Iterable[tuple[Inputs, Any]],
         loss_samples: int | None,
+        seen: Callable[[Any, Any], None] | None,
     ) -> BranchMeter:
         # Two streams, so that the directions are those of ``project`` whatever labels are drawn.
         generators = tuple(torch.Generator().manual_seed(self._seed + i * 2**32) for i in (0, 1))
@@ -361,6 +365,8 @@ class Recorder:
                 measurement.expect(samples, derived)
                 with measurement.watching():
                     output = call(self._model, inputs)
+                if seen is not None:
+                    seen(output, labels)
                 self._passes(meter, branches, measurement, output, labels, generators)
         return branches
 

@@ -36,7 +36,7 @@ from elesh.program.least_squares import (
 from elesh.trainer.network.calling import replace_first
 from elesh.trainer.network.gates import Axis, axis_of
 from elesh.trainer.network.layers import channel_axes, named_tensors
-from elesh.trainer.network.positions import positions_read
+from elesh.trainer.network.positions import input_positions, positions_drawn
 from leyline import IdentityMismatch, InvalidField, PrunedArchitecture, PruningGroup
 
 __all__ = [
@@ -112,7 +112,9 @@ class CovarianceSums:
         last = x.detach().movedim(axis[1], -1)
         if last.ndim > 2:
             last = last.flatten(1, -2)
-            read = positions_read(last.shape[1], last.shape[2], self.samples, past)
+            positions, channels = last.shape[1:]
+            count = input_positions(positions, channels, self.samples)
+            read = positions_drawn(positions, count, past)
             last = last if read is None else last[:, read.to(last.device)]
         rows = last.reshape(-1, last.shape[-1]).float()
         first, second = rows.sum(0).double().cpu(), (rows.T @ rows).double().cpu()

@@ -18,6 +18,7 @@ from elesh.analysis.selection.reconstruction_order import ReconstructionOrder
 from elesh.trainer import Recorder, Surgeon
 from elesh.trainer.network.calling import main_output
 from leyline import CheckpointBundle, GateStatistics, Level
+from leyline.network.statistics import INPUT_FIELDS
 
 SAMPLES = 2048
 
@@ -149,6 +150,22 @@ def test_slopes_that_are_the_same_at_all_positions_are_all_in_the_sum(kind: str)
     summed, left = gate_of(kind, bundle).input_slopes[0]
     assert np.abs(left).max() < 1e-4 * np.abs(summed).max()
     assert np.abs(summed).max() > 0
+
+
+def test_the_order_reads_nothing_of_what_few_samples_derivatives_leave_out() -> None:
+    torch.manual_seed(3)
+    model, x = Convolved().eval(), torch.randn(96, 2, 6, 6)
+    batches = [(part, torch.zeros(32, dtype=torch.long)) for part in x.split(32)]
+    recorder = Recorder(model, x[:2])
+    whole = recorder.measure(batches, epoch=1)
+    few = recorder.measure(batches, epoch=1, loss_samples=1)
+    assert few.metadata.samples == 96
+    for name, gate in whole.gates.items():
+        for field in ("projections", *INPUT_FIELDS):
+            np.testing.assert_array_equal(getattr(few.gates[name], field), getattr(gate, field))
+        assert gate.margins is not None and few.gates[name].margins is None
+        first = recorder.measure(batches[:1], epoch=1).gates[name]
+        np.testing.assert_array_equal(few.gates[name].second_order, first.second_order)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

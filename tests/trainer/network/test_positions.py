@@ -1,0 +1,48 @@
+"""Second moments of large maps are read at some positions: enough of them, and the same ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from elesh.trainer.network.positions import input_positions, positions_drawn, slope_positions
+from elesh.trainer.surgery.reconstruction import CovarianceSums
+
+
+@pytest.mark.parametrize(("positions", "channels"), [(1, 512), (64, 8), (196, 16), (3136, 64)])
+@pytest.mark.parametrize("samples", [32, 512])
+def test_every_channel_has_its_rows(positions: int, channels: int, samples: int) -> None:
+    count = input_positions(positions, channels, samples)
+    assert count == positions or count * samples >= 64 * channels
+    slopes = slope_positions(positions, samples)
+    assert slopes == positions or slopes * samples >= 4096
+    assert input_positions(positions, channels, None) == slope_positions(positions, None)
+
+
+def test_positions_are_spread_over_the_map_and_drawn_again_alike() -> None:
+    read, again, other = (positions_drawn(3136, 64, draw) for draw in (7, 7, 8))
+    assert read is not None and again is not None and other is not None
+    assert torch.equal(read, again) and not torch.equal(read, other)
+    assert torch.equal(read * len(read) // 3136, torch.arange(len(read)))  # One of each stretch.
+
+
+def smooth(samples: int, seed: int) -> Tensor:
+    """[samples, 6, 32, 32]: maps whose neighbours are alike."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(samples, 6, 4, 4, generator=generator) + torch.arange(6).view(1, 6, 1, 1)
+    return torch.nn.functional.interpolate(coarse, size=(32, 32), mode="bilinear")
+
+
+def test_a_large_map_has_the_second_moments_of_all_its_positions() -> None:
+    whole, some = CovarianceSums(), CovarianceSums(samples=256)
+    for part in range(4):
+        x = smooth(64, part)
+        whole.see(("layer", 1), x)
+        some.see(("layer", 1), x)
+    assert some.rows[("layer", 1)] < whole.rows[("layer", 1)] / 4
+    found, expected = some.mean("hash"), whole.mean("hash")
+    for axis in whole.rows:
+        scale = float(expected.squares[axis].diagonal().mean())
+        apart = (found.squares[axis] - expected.squares[axis]).abs().max()
+        assert float(apart) < 0.01 * scale
