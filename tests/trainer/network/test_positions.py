@@ -22,8 +22,11 @@ def test_every_channel_has_its_rows(positions: int, channels: int, samples: int)
 
 def test_positions_are_spread_over_the_map_and_drawn_again_alike() -> None:
     read, again, other = (positions_drawn(3136, 64, draw) for draw in (7, 7, 8))
-    assert read is not None and again is not None and other is not None
-    assert torch.equal(read, again) and not torch.equal(read, other)
+    assert read is not None
+    assert again is not None
+    assert other is not None
+    assert torch.equal(read, again)
+    assert not torch.equal(read, other)
     assert torch.equal(read * len(read) // 3136, torch.arange(len(read)))  # One of each stretch.
 
 
