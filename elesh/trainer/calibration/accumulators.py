@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from elesh.program.least_squares import Normalised
 from elesh.trainer.network.gates import Axis, axis_of
 from elesh.trainer.network.layers import channel_axes, named_tensors
-from elesh.trainer.network.positions import input_positions, positions_drawn, slope_positions
+from elesh.trainer.network.positions import positions_drawn, positions_to_read
 from leyline import (
     ChannelImportanceData,
     GateSite,
@@ -111,12 +111,13 @@ class InputTally:
             share: of the positions that the moments of what enters are summed over.
             samples: that there will be in all, where that is known.
         """
-        positions = gradient.shape[1]
+        positions, width = gradient.shape[1:]
         self.steady = self.steady + share * positions * _doubles(x.mean(1).square().sum(0))
         total = gradient.sum(1)
         summed = _squares(total)
         self.summed = self.summed + summed
-        read = positions_drawn(positions, slope_positions(positions, samples), self.calls)
+        count = positions_to_read(positions, width, samples)
+        read = positions_drawn(positions, count, self.calls)
         self.calls += 1
         if read is None:
             self.left = self.left + _squares(gradient) - summed / positions
@@ -297,7 +298,7 @@ class GroupTally:
         """
         channels = x.shape[axis[1]]
         positions = x.numel() // (len(x) * channels)
-        share = input_positions(positions, channels, of) / positions
+        share = positions_to_read(positions, channels, of) / positions
         for number, site in enumerate(self.group.sites):
             if axis_of(site) != axis:
                 continue

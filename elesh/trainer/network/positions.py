@@ -1,9 +1,9 @@
 """Which positions of a feature map second moments are summed over.
 
 A map of 56 x 56 has 3136 positions a sample, and neighbours are much alike: the second moments of
-C channels need no half million rows. Promises: of what a least-squares fit is made from, at least
-64 rows for every channel are read, or all there are (the fit then errs by a hundredth of its
-residual beyond the best); positions are spread evenly over the map, one drawn from each stretch
+C channels need no half million rows. Promises: at least 64 rows for every channel are read, or all
+there are (a least-squares fit then errs by a hundredth of its residual beyond the best); maps of up
+to 64 positions are read whole; positions are spread evenly over a map, one drawn from each stretch
 of it, so that no row or column is preferred; the same call draws the same.
 """
 
@@ -14,35 +14,24 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["input_positions", "positions_drawn", "slope_positions"]
+__all__ = ["positions_drawn", "positions_to_read"]
 
 _ROWS, _LEAST = 64, 32
-"""For every channel of what enters; of every sample."""
-_SLOPE_ROWS, _LEAST_SLOPES = 4096, 8
-"""Of slopes, in all: costs are quadratic forms in their second moments, and err by the square root
-of 2 / rows whatever the number of channels."""
+"""For every channel; of every sample."""
 
 
-def input_positions(positions: int, channels: int, samples: int | None) -> int:
-    """At how many of a sample's ``positions`` inputs are read.
+def positions_to_read(positions: int, channels: int, samples: int | None) -> int:
+    """At how many of a sample's ``positions`` channels are read: all, where fewer would not save
+    more than half.
 
     Args:
         channels: that the second moments are of.
         samples: that there are in all; None: not known, and all positions are read.
     """
-    return _enough(positions, _ROWS * channels, _LEAST, samples)
-
-
-def slope_positions(positions: int, samples: int | None) -> int:
-    """At how many of a sample's ``positions`` slopes are read."""
-    return _enough(positions, _SLOPE_ROWS, _LEAST_SLOPES, samples)
-
-
-def _enough(positions: int, rows: int, least: int, samples: int | None) -> int:
     if samples is None:
         return positions
-    enough = max(least, math.ceil(rows / samples))
-    return enough if 2 * enough <= positions else positions
+    enough = max(_LEAST, math.ceil(_ROWS * channels / samples))
+    return enough if 2 * enough < positions else positions
 
 
 def positions_drawn(positions: int, count: int, draw: int) -> Tensor | None:

@@ -36,7 +36,7 @@ from elesh.program.least_squares import (
 from elesh.trainer.network.calling import replace_first
 from elesh.trainer.network.gates import Axis, axis_of
 from elesh.trainer.network.layers import channel_axes, named_tensors
-from elesh.trainer.network.positions import input_positions, positions_drawn
+from elesh.trainer.network.positions import positions_drawn, positions_to_read
 from leyline import IdentityMismatch, InvalidField, PrunedArchitecture, PruningGroup
 
 __all__ = [
@@ -113,7 +113,7 @@ class CovarianceSums:
         if last.ndim > 2:
             last = last.flatten(1, -2)
             positions, channels = last.shape[1:]
-            count = input_positions(positions, channels, self.samples)
+            count = positions_to_read(positions, channels, self.samples)
             read = positions_drawn(positions, count, past)
             last = last if read is None else last[:, read.to(last.device)]
         rows = last.reshape(-1, last.shape[-1]).float()
