@@ -196,11 +196,11 @@ class Seen:
         first = sum(len(part[0]) for part in self._parts)
         if self.loss is not None:
             nothing = np.zeros(0, dtype=np.int64)
-            part = (_each(self.loss(output, labels)), nothing.astype(np.bool_), nothing, nothing)
+            losses = _each(self.loss(output, labels))
+            self._parts.append((losses, nothing.astype(np.bool_), nothing, nothing))
         else:
             logits = main_output(output).detach().float().cpu()
-            part = judged(logits, labels.cpu(), first)
-        self._parts.append(part)
+            self._parts.append(judged(logits, labels.cpu(), first))
 
     @property
     def outcomes(self) -> Outcomes:
