@@ -10,7 +10,7 @@ from typing import Any
 
 import msgpack
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import leyline as ll
@@ -200,7 +200,6 @@ plain_values = st.recursive(
 
 
 @pytest.mark.parametrize("name", sorted(ALL))
-@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 @pytest.mark.sampled
 def test_any_value_in_any_field_is_read_or_a_contract_error(name: str, data: st.DataObject) -> None:

@@ -103,6 +103,7 @@ def promtool(*arguments: str, given: bytes = b"") -> str:
     return told
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(PROMTOOL is None, reason="promtool is not on this machine")
 def test_prometheus_accepts_rules_and_configuration_and_alerts_fire_when_they_should() -> None:
     folder = DEPLOY / "prometheus"

@@ -16,6 +16,7 @@ def test_sound_bytes_are_read_so_that_mutations_reach_deep() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.sampled
 def test_hostile_bytes_are_read_or_refused_by_name(seed: int) -> None:
     results = fuzz(4000, seed)
     assert [result for result in results if result.code.startswith("!")] == []

@@ -109,4 +109,4 @@ class Run(RuleBasedStateMachine):
 
 
 TestRun = Run.TestCase
-TestRun.settings = settings(max_examples=40, stateful_step_count=15, deadline=None)
+TestRun.settings = settings(stateful_step_count=15)

@@ -7,7 +7,6 @@ import itertools
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from test_parameter_importance import batches, masks_of, network
 from torch import nn
@@ -55,7 +54,6 @@ def test_kept_zeros_stay_in_the_pattern_and_convolutions_can_be_sparse() -> None
         as_sparse(weight, keep.float())
 
 
-@hypothesis_settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     shape=st.sampled_from([(1, 4), (3, 8), (2, 4, 3, 1), (2, 2, 2, 2), (8,)]),

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from networks import bundle, chain
 from networks import settings as loose
@@ -50,7 +50,6 @@ def best(model, curves, target):  # type: ignore[no-untyped-def]
     return found
 
 
-@settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6), share=st.floats(0.5, 0.95))
 def test_the_budget_is_met_where_it_can_be_and_near_the_best_cut(seed: int, share: float) -> None:
     random = np.random.default_rng(seed)

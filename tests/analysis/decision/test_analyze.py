@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given
-from hypothesis import settings as hypothesis_settings
+from hypothesis import given
 from hypothesis import strategies as st
 from networks import bundle, chain, floats, gate, settings, vectors
 
@@ -91,7 +90,6 @@ def architectures(draw: st.DrawFn) -> PrunedArchitecture:
     )
 
 
-@hypothesis_settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     architecture=architectures(),
     epoch=st.integers(0, 130),

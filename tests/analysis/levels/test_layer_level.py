@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from layer_networks import bundle, figures, network, residual
 
@@ -195,7 +194,6 @@ def test_the_order_is_the_documents() -> None:
 
 
 @given(st.integers(0, 10**6), st.integers(5, 12))
-@hypothesis_settings(max_examples=30, deadline=None)
 def test_the_order_of_the_blocks_does_not_matter(seed: int, count: int) -> None:
     rng = random.Random(seed)
     data = [

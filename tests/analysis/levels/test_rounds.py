@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import joint_networks
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from networks import bundle as channels_of
 from networks import chain
@@ -94,7 +94,6 @@ def holds(checkpoint: CheckpointBundle, decision: StructuralPruningDecision, min
         assert len(head.costs) == len(head.errors) == len(head.indices)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     sizes=st.lists(st.integers(8, 40), min_size=1, max_size=4),
     multiple=st.sampled_from([1, 1, 2, 4]),

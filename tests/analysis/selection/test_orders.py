@@ -7,7 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from elesh.analysis.candidates import Candidates
@@ -52,7 +52,6 @@ def exact_greedy(columns: Columns, count: int, groups: Candidates) -> list[int]:
     return removal_order
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     sizes=st.lists(st.integers(1, 12), min_size=1, max_size=4),

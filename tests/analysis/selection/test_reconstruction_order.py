@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 from head_networks import checkpoint, transformer
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from networks import bundle, chain
 
@@ -88,7 +88,6 @@ def everything(count: int) -> np.ndarray:
     return np.ones(count, dtype=np.bool_)
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 12), st.integers(1, 3), st.integers(1, 3), st.data())
 def test_prices_add_up_to_the_cost_of_the_set(
     seed: int, units: int, sites: int, width: int, data: st.DataObject

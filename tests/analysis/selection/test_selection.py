@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from elesh.analysis.candidates import Candidates
@@ -30,7 +30,6 @@ def cases(draw: st.DrawFn) -> tuple[Candidates, int, int, bool]:
     return candidates, draw(st.integers(0, 60)), draw(st.integers(0, 10**6)), draw(st.booleans())
 
 
-@settings(max_examples=200, deadline=None)
 @given(cases())
 def test_quota_minimum_and_multiples_hold(case: tuple[Candidates, int, int, bool]) -> None:
     candidates, quota, seed, joint = case

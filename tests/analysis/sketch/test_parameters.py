@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from elesh.analysis import CountMinSketch, element_keys
@@ -43,7 +43,6 @@ def marked(masks: PruningMasks, parameter: ParameterIdentifier) -> np.ndarray:  
     return np.zeros(size, bool)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     sizes=st.lists(st.integers(0, 3000), min_size=1, max_size=4),

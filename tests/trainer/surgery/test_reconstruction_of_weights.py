@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as examples
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from trainer_nets import NETS, batches, build, close, example, same, units
@@ -107,7 +106,6 @@ def test_a_constant_is_left_alone_where_zeros_are_padded() -> None:
     assert torch.equal(model.consumer.bias, bias)
 
 
-@examples(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     channels=st.integers(2, 12),

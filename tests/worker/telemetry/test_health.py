@@ -165,7 +165,7 @@ sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize("doing", ["compute", "wait"])
+@pytest.mark.parametrize("doing", ["wait", "compute"])
 @pytest.mark.sampled
 def test_a_child_that_holds_the_interpreter_lock_is_busy_and_not_wedged(
     doing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
