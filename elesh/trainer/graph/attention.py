@@ -150,7 +150,7 @@ def _units(blocks: int, touched: Sequence[tuple[Source, Bools]]) -> list[list[in
     label = np.arange(blocks)
     for _, matrix in touched:
         own = matrix[:, matrix.any(0) & ~matrix.all(0)]
-        for column in np.unique(own, axis=1).T if own.size else ():
+        for column in {column.tobytes(): column for column in own.T}.values():
             joined = np.unique(label[column])
             label[np.isin(label, joined)] = joined[0]
     return [np.flatnonzero(label == one).tolist() for one in np.unique(label)]

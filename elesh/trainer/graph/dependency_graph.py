@@ -169,6 +169,7 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
         self, model: nn.Module, inputs: Inputs, compared: Callable[[Any], Any] | None = None
     ) -> None:
         super().__init__()
+        self._pruners: dict[int, Any] = {}
 
         def traced(output: Any) -> list[Tensor]:
             self.outputs = output
@@ -206,6 +207,11 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
         return super()._trace_computational_graph(
             module2node, output, gradfn2module, reused, visited
         )
+
+    def get_pruner_of_module(self, module: Any) -> Any:
+        if id(module) not in self._pruners:
+            self._pruners[id(module)] = super().get_pruner_of_module(module)
+        return self._pruners[id(module)]
 
     def channels(self, node: Any, function: Any) -> int:
         """How many channels one side of a node can have at most."""
@@ -379,7 +385,8 @@ class _Reach:
             if producer is None or producer not in sides:
                 continue
             shape = tuple(shape_of(*one.inputs[0]))
-            like = (type(one.module), shape, *(tuple(p.shape) for p in one.module.parameters()))
+            held = one.module._parameters.values()
+            like = (type(one.module), shape, *(p.shape for p in held if p is not None))
             if like not in known:
                 known[like] = norm_of(one.module, shape)
             norm = known[like]
@@ -406,27 +413,32 @@ class _Reach:
         return self.sides[key]
 
     def _walk(self) -> None:
-        graph, queue = self._graph, list(_produced(self._graph))
+        graph, queue = self._graph, list[tuple[Any, Any, Ints, Any]]()
         relations = {node: graph.relations.of(node) for node in graph.module2node.values()}
-        for node, function, indices in queue:
+        for node, function, indices in _produced(graph):
             self._side(node, function).seen[indices] = True
+            queue.append((node, function, indices, None))
         while queue:
-            node, function, indices = queue.pop()
+            node, function, indices, came = queue.pop()
             here = self._side(node, function)
             for dependency, relation, forwards in relations[node]:
+                target = dependency.target
                 if not dependency.is_triggered_by(function):
                     continue
-                there = self._side(dependency.target, dependency.handler)
+                if target is came and relation.width == 1 and _single(node, target):
+                    continue  # The way that they came.
+                there = self._side(target, dependency.handler)
                 pairs = relation.forwards(indices) if forwards else relation.backwards(indices)
                 inside = pairs[1] < len(there.seen)
                 if not inside.all():
                     self.lost.append((np.unique(pairs[0][~inside]) + here.offset, node))
-                source, target = pairs[0][inside], pairs[1][inside]
-                self._edges.append(np.stack([source + here.offset, target + there.offset]))
-                fresh = np.unique(target[~there.seen[target]])
+                    pairs = pairs[0][inside], pairs[1][inside]
+                self._edges.append(np.stack([pairs[0] + here.offset, pairs[1] + there.offset]))
+                fresh = pairs[1][~there.seen[pairs[1]]]
                 if len(fresh):
+                    fresh = fresh if forwards or relation.same else np.unique(fresh)
                     there.seen[fresh] = True
-                    queue.append((dependency.target, dependency.handler, fresh))
+                    queue.append((target, dependency.handler, fresh, node))
 
     def _join_shared(self) -> None:
         """Connect what lies on the same axis of a weight that several layers share."""
@@ -461,6 +473,12 @@ class _Reach:
                 members = indices[numbers == block] + side.offset
                 root = first.setdefault(block, int(members[0]))
                 self._edges.append(np.stack([np.full_like(members, root), members]))
+
+
+def _single(one: Any, two: Any) -> bool:
+    """Whether one edge connects two nodes."""
+    nodes = (*one.inputs, *one.outputs)
+    return sum(node is two for node in nodes) == 1
 
 
 def _produced(graph: _Graph) -> Iterator[tuple[Any, Any, Ints]]:

@@ -81,6 +81,7 @@ class Relations:
         self._own: dict[Any, int | None] = {}
         self._shapes: dict[Any, Sequence[int]] = {}
         self._behind: dict[Any, list[Link]] = {}
+        self._edges: dict[tuple[Any, int], Relation] = {}
 
     def of(self, node: Any) -> list[tuple[Any, Relation, bool]]:
         """``(dependency, relation, forwards)`` of a node: to its inputs, then to its outputs."""
@@ -120,6 +121,11 @@ class Relations:
         return width is not None and width < 1
 
     def _edge(self, producer: Any, consumer: Any, slot: int) -> Relation:
+        if (consumer, slot) not in self._edges:
+            self._edges[consumer, slot] = self._made_edge(producer, consumer, slot)
+        return self._edges[consumer, slot]
+
+    def _made_edge(self, producer: Any, consumer: Any, slot: int) -> Relation:
         link = (self._bridged.get(consumer) or self._links(consumer))[slot]
         start, stop, step = self._taken(producer, link)
         width, offset = 1, 0

@@ -22,7 +22,7 @@ from .dependency_graph import summary
 
 __all__ = ["random_copy"]
 
-_STEP = 4093
+_STEP = 257
 """Windows of a pool begin a multiple of so many numbers apart, so that no two layers are alike."""
 _WINDOWS = 16
 

@@ -23,7 +23,7 @@ from .dependency_graph import summary
 from .trial import Cut, Trial, TrialCuts, Units
 from .waypoints import Fault, Guards, Waypoints, apart
 
-_FEW = 8
+_FEW_NORMED, _FEW = 8, 3
 
 
 def without_refuted(trial: Trial, architecture: PrunedArchitecture) -> PrunedArchitecture:
@@ -82,10 +82,10 @@ class _Experiment(Admission):
         rng = np.random.default_rng(0)
         groups = [group for group in architecture.groups if group.prunable]
         # Numbers at random: equal shares could hide that two groups must stay of equal size. And
-        # all but one: rounding (of halves, for example) forgives small cuts. Of a normalised width
-        # a few stay: what is left of one channel is rounding, magnified.
+        # nearly all: rounding (of halves, for example) forgives small cuts. A single channel
+        # behind an activation, or a normalisation, may be nothing but rounding, magnified.
         counts = [{g.name: int(rng.integers(1, g.size)) for g in groups}]
-        counts.append({g.name: max(1, g.size - (_FEW if g.norms else 1)) for g in groups})
+        counts.append({g.name: max(1, g.size - _stays(g)) for g in groups})
         self._trials = [
             {g.name: rng.permutation(g.size)[: count[g.name]].tolist() for g in groups}
             for count in counts
@@ -215,6 +215,13 @@ class _Blame:
     """Whether values differ there; otherwise the module failed."""
 
 
+def _stays(group: PruningGroup) -> int:
+    """How many units stay where nearly all are cut."""
+    if group.norms:
+        return _FEW_NORMED
+    return _FEW if group.size > 2 * _FEW else 1
+
+
 def _halves(members: list[str]) -> Iterator[list[str]]:
     """Both halves, the first one last; a single name by itself."""
     middle = len(members) // 2
@@ -298,21 +305,30 @@ class _Run:
             copied.eval()
 
     def _amend(self, path: str, error: Exception) -> bool:
-        """Take back what was cut of groups inside a module that failed."""
+        """Take back what was cut of groups inside a module that failed; where a part of it has
+        failed before with its own groups whole, only of those that reach into that part."""
         assert self._cut is not None
-        units = self._cut.units
-        inside = [name for name in units if f"{self._around[name]}.".startswith(f"{path}.")]
+        units, failing = self._cut.units, self._failing
+        reaching = [name for name in units if failing and self._touches(name, failing)]
+        inside = [name for name in reaching or units if self._is_inside(name, path)]
         if not inside:
-            self._failing = self._failing or path
+            self._failing = failing or path
             return False
-        earlier = [b.blamed for b in self.blamed if f"{b.place}.".startswith(f"{path}.")]
-        blamed = frozenset(inside).union(*earlier)
-        self.blamed.append(_Blame(path, blamed, _breaks(error)))
+        earlier = [b for b in self.blamed if f"{b.place}.".startswith(f"{path}.")]
+        if reaching:  # Its own groups are as suspect as these, and those of other parts are not.
+            earlier = [b for b in earlier if b.place == failing]
+            self.blamed = [b for b in self.blamed if b not in earlier]
+            self._failing = ""
+        blamed = frozenset(inside).union(*(b.blamed for b in earlier))
+        self.blamed.append(_Blame(failing if reaching else path, blamed, _breaks(error)))
         taken_back = {name: units[name] for name in inside}
         self.waypoints.unjudged.update(self._cuts.lost_inputs(taken_back))
         self._cut.restore(inside)
         self._indices.clear()
         return True
+
+    def _is_inside(self, name: str, path: str) -> bool:
+        return f"{self._around[name]}.".startswith(f"{path}.")
 
     def _holders(self, name: str) -> set[str]:
         """The modules that hold layers with anything of a group."""

@@ -209,8 +209,9 @@ def apart(masked: Sequence[Tensor], cut: Sequence[Tensor]) -> str:
     if [tensor.shape for tensor in masked] != [tensor.shape for tensor in cut]:
         return "the outputs' shapes differ"
     for a, b in zip(masked, cut, strict=True):
-        scale = a.abs().max().item() if a.numel() else 1.0
-        most = (a - b).abs().max().item() if a.numel() else 0.0
+        if not a.numel():
+            continue
+        scale, most = (torch.linalg.vector_norm(x, torch.inf).item() for x in (a, a - b))
         if not (math.isfinite(most) and most <= TOLERANCE * scale):
             return f"by {most:.3g} where outputs reach {scale:.3g}"
     return ""

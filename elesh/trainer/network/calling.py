@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence, ValuesView
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -225,6 +226,6 @@ def replace_first(
 
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first tensor lives; the CPU if it has none."""
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
         return tensor.device
     return torch.device("cpu")

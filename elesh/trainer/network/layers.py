@@ -89,7 +89,15 @@ def refit_taught(module: nn.Module) -> None:
         taught.refit(module)
 
 
-_CHANNELWISE = (("weight", 0), ("bias", 0), ("running_mean", 0), ("running_var", 0))
+_SCALES = ChannelAxes((("weight", 0), ("bias", 0)))
+_STATISTICS = ChannelAxes((*_SCALES.outputs, ("running_mean", 0), ("running_var", 0)))
+_DEPTHWISE = ChannelAxes((("weight", 0), ("bias", 0)), produces=True)
+_CONVOLUTION = ChannelAxes((("weight", 0), ("bias", 0)), (("weight", 1),), 1, True)
+_TRANSPOSED = ChannelAxes((("weight", 1), ("bias", 0)), (("weight", 0),), 1, True)
+_LINEAR = ChannelAxes((("weight", 0), ("bias", 0)), (("weight", 1),), -1, True)
+_TRANSPOSED_LINEAR = ChannelAxes((("weight", 1), ("bias", 0)), (("weight", 0),), -1, True)
+_EMBEDDING = ChannelAxes((("weight", 1),), produces=True)
+_UNKNOWN = ChannelAxes()
 
 
 def channel_axes(module: nn.Module) -> ChannelAxes:
@@ -100,18 +108,19 @@ def channel_axes(module: nn.Module) -> ChannelAxes:
     if isinstance(module, _ConvNd):
         return _conv_axes(module)
     if isinstance(module, nn.Linear):
-        return ChannelAxes((("weight", 0), ("bias", 0)), (("weight", 1),), -1, True)
+        return _LINEAR
     if isinstance(module, nn.Embedding):
-        return ChannelAxes((("weight", 1),), produces=True)
+        return _EMBEDDING
     if isinstance(module, _NormBase):
-        return ChannelAxes(_CHANNELWISE)
+        return _STATISTICS
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and len(module.normalized_shape) == 1:
-        return ChannelAxes((("weight", 0), ("bias", 0)))
+        return _SCALES
     if isinstance(module, nn.GroupNorm):
-        return ChannelAxes((("weight", 0), ("bias", 0)), blocks=module.num_groups)
+        return replace(_SCALES, blocks=module.num_groups)
     if isinstance(module, nn.PReLU):
         return ChannelAxes((("weight", 0),) if module.num_parameters > 1 else ())
-    return ChannelAxes(refusal=_refusal(module))
+    refusal = _refusal(module)
+    return ChannelAxes(refusal=refusal) if refusal else _UNKNOWN
 
 
 def is_transposed_linear(module: nn.Module) -> bool:
@@ -124,14 +133,13 @@ def _conv_axes(module: _ConvNd) -> ChannelAxes:
     transposed = isinstance(module, _ConvTransposeNd)
     if module.groups > 1:
         if module.groups == module.in_channels == module.out_channels:
-            return ChannelAxes((("weight", 0), ("bias", 0)), produces=True)
+            return _DEPTHWISE
         if transposed:
             reason = "a transposed grouped convolution can only lose whole groups of channels"
-            return ChannelAxes((("weight", 0), ("bias", 0)), produces=True, refusal=reason)
+            return replace(_DEPTHWISE, refusal=reason)
         # A whole group goes with the channels that it reads and those that it makes.
-        return ChannelAxes((("weight", 0), ("bias", 0)), produces=True, blocks=module.groups)
-    out, into = (1, 0) if transposed else (0, 1)
-    return ChannelAxes((("weight", out), ("bias", 0)), (("weight", into),), 1, True)
+        return replace(_DEPTHWISE, blocks=module.groups)
+    return _TRANSPOSED if transposed else _CONVOLUTION
 
 
 def _refusal(module: nn.Module) -> str:
@@ -241,7 +249,7 @@ def require_fit(model: nn.Module, architecture: PrunedArchitecture) -> None:
 
 
 def _transposed_axes(module: nn.Module) -> ChannelAxes:
-    return ChannelAxes((("weight", 1), ("bias", 0)), (("weight", 0),), -1, True)
+    return _TRANSPOSED_LINEAR
 
 
 def _refit_transposed(module: Any) -> None:
@@ -250,8 +258,8 @@ def _refit_transposed(module: Any) -> None:
 
 def _is_standardised(module: nn.Module) -> bool:
     """Whether this is a convolution with standardised weights, scaled by a gain for each output."""
-    gain = module._parameters.get("gain")
-    return isinstance(module, _ConvNd) and gain is not None and gain.numel() == gain.shape[0] > 1
+    gain = module._parameters.get("gain") if isinstance(module, _ConvNd) else None
+    return gain is not None and gain.numel() == gain.shape[0] > 1
 
 
 def _standardised_axes(module: _ConvNd) -> ChannelAxes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -46,8 +47,9 @@ class _Mask:
         factors, size = self._factors, x.shape[self.dim]
         if factors is None or (factors.device, factors.dtype) != (x.device, x.dtype):
             with torch.inference_mode(False):
-                factors = torch.ones(size, device=x.device, dtype=x.dtype)
-                factors[self.dead] = 0
+                kept = np.ones(size, dtype=np.float32)
+                kept[self.dead] = 0
+                factors = torch.from_numpy(kept).to(x.device, x.dtype)
             self._factors = factors
         if self.dim == -1:
             return factors
