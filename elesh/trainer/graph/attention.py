@@ -10,6 +10,7 @@ the proof masks and cuts them like every other group.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,15 +20,16 @@ import numpy.typing as npt
 from torch import nn
 
 from elesh.trainer.network.calls import Call
-from elesh.trainer.network.headcounts import common_holder
+from elesh.trainer.network.headcounts import common_holder, splits
 from elesh.trainer.network.layers import channel_axes
 from elesh.trainer.network.multihead import NATIVE, native_projections
-from leyline import GateSite, Level, PruningGroup, Span, TensorSlice
+from leyline import GateSite, Level, NormSite, PruningGroup, Span, TensorSlice
 
 from .dependencies import Source, Sources
 from .indexing import shape_of
 
 Bools = npt.NDArray[np.bool_]
+Ints = npt.NDArray[np.int64]
 MOST_BLOCKS = 256
 """No attention has more heads than this."""
 
@@ -233,7 +235,99 @@ def _union(one: Attention, two: Attention, shared: Sequence[tuple[Span, Span]]) 
     )
 
 
-def span_of(units: npt.NDArray[np.int64]) -> Span:
+def tied(groups: Sequence[PruningGroup]) -> list[tuple[PruningGroup, tuple[str, ...]]]:
+    """Groups of heads with the widths that their projections read, each as one group, and the names
+    of those that it stands for: where code takes the width of all heads from that of its input
+    (``reshape(B, N, C)``), neither can go without the other, but equal shares of both can.
+
+    Args:
+        groups: those that cannot go by themselves.
+    """
+    heads = [group for group in groups if group.level is Level.HEAD]
+    channels = [group for group in groups if group.level is Level.CHANNEL]
+    edges = [[a, *(g for g in channels if _reads(a, g))] for a in heads]
+    return _together(edges)
+
+
+def tied_parts(
+    groups: Sequence[PruningGroup], model: nn.Module
+) -> list[tuple[PruningGroup, tuple[str, ...]]]:
+    """The same of equal parts that a module splits the outputs of one layer into, where it keeps
+    the size of a part (Res2Net)."""
+    sized = [group for group in groups if group.level is Level.CHANNEL and splits(model, group)]
+    return _together([[a, *(b for b in sized if _siblings(a, b))] for a in sized])
+
+
+def _siblings(one: PruningGroup, two: PruningGroup) -> bool:
+    """Whether one layer makes both, and they are of one size."""
+    shared = not set(one.layers).isdisjoint(two.layers)
+    return one is not two and shared and one.size == two.size
+
+
+def _together(
+    edges: Sequence[Sequence[PruningGroup]],
+) -> list[tuple[PruningGroup, tuple[str, ...]]]:
+    """What is connected, each as one group."""
+    clusters: list[list[PruningGroup]] = []
+    for edge in edges:
+        members = list(edge)
+        for other in [c for c in clusters if any(g in c for g in members)]:
+            clusters.remove(other)
+            members = [*other, *(g for g in members if g not in other)]
+        clusters.append(members)
+    found = []
+    for members in clusters:
+        if len(members) < 2:
+            continue
+        members.sort(key=lambda group: group.level is not Level.HEAD)
+        units = math.gcd(*(group.size for group in members))
+        if units > 1:
+            names = tuple(group.name for group in members)
+            found.append((_in_shares(members, units), names))
+    return found
+
+
+def _reads(reader: PruningGroup, group: PruningGroup) -> bool:
+    """Whether a layer that makes one group reads the channels of another."""
+    return any(site.module in reader.layers for site in group.sites)
+
+
+def _in_shares(groups: Sequence[PruningGroup], units: int) -> PruningGroup:
+    """One group of so many units, each with an equal share of the units of all of these."""
+    slices: dict[tuple[str, int], list[Ints]] = {}
+    sites: dict[tuple[str, int], list[Ints]] = {}
+    norms: dict[tuple[str, int], list[Ints]] = {}
+    known: dict[tuple[str, int], NormSite] = {}
+    for group in groups:
+        for part in group.slices:
+            slices.setdefault((part.tensor, part.dim), []).append(_rows(part, group, units))
+        for site in group.sites:
+            sites.setdefault((site.module, site.dim), []).append(_rows(site, group, units))
+        for norm in group.norms:
+            norms.setdefault((norm.module, norm.dim), []).append(_rows(norm, group, units))
+            known[norm.module, norm.dim] = norm
+
+    def span(rows: list[Ints]) -> dict[str, Any]:
+        return dict(span_of(np.concatenate(rows, axis=1)))
+
+    return PruningGroup(
+        name=groups[0].name,
+        level=groups[0].level,
+        layers=tuple(dict.fromkeys(layer for group in groups for layer in group.layers)),
+        original_size=units,
+        origin=tuple(range(units)),
+        slices=tuple(TensorSlice(tensor=p, dim=d, **span(r)) for (p, d), r in slices.items()),
+        sites=tuple(GateSite(module=p, dim=d, **span(r)) for (p, d), r in sites.items()),
+        norms=tuple(known[at].model_copy(update=span(rows)) for at, rows in norms.items()),
+    )
+
+
+def _rows(part: Span, group: PruningGroup, units: int) -> Ints:
+    """[units, width] of a span in equal shares."""
+    return np.array(part.all_of(range(group.size)), dtype=np.int64).reshape(units, -1)
+
+
+def span_of(units: Ints) -> Span:
     """The span of indices [units, width]; compact where regular."""
     listed, width = units.reshape(-1), units.shape[1]
     start = int(listed[0])

@@ -21,11 +21,7 @@ from elesh.trainer.network.layers import SIZES, named_tensors, refit
 from elesh.trainer.network.state import seed_generators
 from elesh.trainer.surgery.masks import Masks
 from elesh.trainer.surgery.tensors import point_to
-from leyline import (
-    Level,
-    PrunedArchitecture,
-    Span,
-)
+from leyline import PrunedArchitecture, Span
 
 from .hazards import require_repeatable, train_once, trainable_example
 from .waypoints import narrowed
@@ -172,9 +168,9 @@ class TrialCuts:
             refit(module)
         for name, gone in units.items():
             group = self.architecture.group[name]
-            if group.level is Level.HEAD:
-                left = tuple(o for u, o in enumerate(group.origin) if u not in set(gone))
-                refit_heads(self._copied, group, group.model_copy(update={"origin": left}))
+            taken = set(gone)
+            left = tuple(o for u, o in enumerate(group.origin) if u not in taken)
+            refit_heads(self._copied, group, group.model_copy(update={"origin": left}))
 
     def _touched(self, paths: Collection[str]) -> list[nn.Module]:
         """The modules that hold these tensors, or one under another name."""

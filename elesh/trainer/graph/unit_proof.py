@@ -17,13 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from leyline import PrunedArchitecture, PruningGroup
+from leyline import Level, PrunedArchitecture, PruningGroup
 
+from .attention import tied, tied_parts
 from .dependency_graph import summary
 from .trial import Cut, Trial, TrialCuts, Units
 from .waypoints import Fault, Guards, Waypoints, apart
 
 _FEW_NORMED, _FEW = 8, 3
+_BOTH = Level.HEAD, Level.CHANNEL
 
 
 def without_refuted(trial: Trial, architecture: PrunedArchitecture) -> PrunedArchitecture:
@@ -32,17 +34,52 @@ def without_refuted(trial: Trial, architecture: PrunedArchitecture) -> PrunedArc
     Args:
         trial: of a copy of the network in evaluation mode, with random weights.
     """
-    experiment = _Experiment(trial, architecture)
-    candidates = [group.name for group in architecture.groups if group.prunable]
     with torch.no_grad():
-        experiment.judge(candidates)
-    groups = tuple(
-        group.model_copy(update={"prunable": False, "reason": experiment.reasons[group.name]})
-        if group.name in experiment.reasons
+        experiment = _Experiment(trial, architecture)
+        together: list[Together] = []
+        for tied in (experiment.tied_parts, experiment.tied_heads):
+            if found := tied():
+                together += found
+                experiment = experiment.of(_in_place(experiment.architecture, found))
+        experiment.judge()
+        if apart := [pair for pair in together if pair[0].name in experiment.reasons]:
+            experiment = experiment.of(_split(experiment.architecture, apart))
+            experiment.judge()
+    return _marked(experiment.architecture, experiment.reasons)
+
+
+Together = tuple[PruningGroup, tuple[PruningGroup, ...]]
+"""A group, and those that it stands for."""
+
+
+def _in_place(architecture: PrunedArchitecture, together: Sequence[Together]) -> PrunedArchitecture:
+    """With groups in the place of those that they stand for."""
+    gone = {member.name for _, members in together for member in members}
+    kept = [group for group in architecture.groups if group.name not in gone]
+    return _with_groups(architecture, [*kept, *(group for group, _ in together)])
+
+
+def _split(architecture: PrunedArchitecture, together: Sequence[Together]) -> PrunedArchitecture:
+    """The opposite."""
+    gone = {group.name for group, _ in together}
+    kept = [group for group in architecture.groups if group.name not in gone]
+    return _with_groups(architecture, [*kept, *(g for _, members in together for g in members)])
+
+
+def _marked(architecture: PrunedArchitecture, reasons: Mapping[str, str]) -> PrunedArchitecture:
+    marked = [
+        group.model_copy(update={"prunable": False, "reason": reasons[group.name]})
+        if group.name in reasons
         else group
         for group in architecture.groups
-    )
-    return PrunedArchitecture.unchecked(architecture.tensors, architecture.layers, groups)
+    ]
+    return _with_groups(architecture, marked)
+
+
+def _with_groups(
+    architecture: PrunedArchitecture, groups: Sequence[PruningGroup]
+) -> PrunedArchitecture:
+    return PrunedArchitecture.unchecked(architecture.tensors, architecture.layers, tuple(groups))
 
 
 class Admission(ABC):
@@ -77,10 +114,11 @@ class _Experiment(Admission):
 
     def __init__(self, trial: Trial, architecture: PrunedArchitecture) -> None:
         super().__init__()
-        self._trial, self._architecture = trial, architecture
+        self._trial, self.architecture = trial, architecture
         self._cuts = TrialCuts(trial.copied, architecture)
         rng = np.random.default_rng(0)
-        groups = [group for group in architecture.groups if group.prunable]
+        self._groups = groups = [group for group in architecture.groups if group.prunable]
+        self._known: dict[tuple[int, tuple[str, ...]], list[_Blame]] = {}
         # Numbers at random: equal shares could hide that two groups must stay of equal size. And
         # nearly all: rounding (of halves, for example) forgives small cuts. A single channel
         # behind an activation, or a normalisation, may be nothing but rounding, magnified.
@@ -96,9 +134,45 @@ class _Experiment(Admission):
             for site in group.sites:
                 self._readers.setdefault(site.module, set()).add(group.name)
 
-    def judge(self, names: Sequence[str]) -> None:
-        """Find a reason against each of ``names`` that may not be removed with the others."""
-        left = list(names)
+    def tied_heads(self) -> list[Together]:
+        """Heads and widths of which neither can go without the other, as groups of equal shares."""
+        names = {name for _, members in tied(self._groups) for name in members}
+        heads, widths = ([n for n in self._named(level) if n in names] for level in _BOTH)
+        if not names or all(fault.differs for fault in self._faults(self._names)):
+            return []
+        alone = self._suspected(heads) | self._suspected(widths)
+        return self._together(tied([group for group in self._groups if group.name in alone]))
+
+    def tied_parts(self) -> list[Together]:
+        """Equal parts that a module splits a layer's outputs into, as it keeps their size."""
+        return self._together(tied_parts(self._groups, self._trial.copied))
+
+    def of(self, architecture: PrunedArchitecture) -> _Experiment:
+        """The same with another architecture."""
+        return _Experiment(self._trial, architecture)
+
+    def _together(self, found: Sequence[tuple[PruningGroup, tuple[str, ...]]]) -> list[Together]:
+        named = self.architecture.group
+        return [(group, tuple(named[name] for name in names)) for group, names in found]
+
+    @property
+    def _names(self) -> list[str]:
+        return [group.name for group in self._groups]
+
+    def _named(self, level: Level) -> list[str]:
+        return [group.name for group in self._groups if group.level is level]
+
+    def _suspected(self, names: Sequence[str]) -> set[str]:
+        """Who may be to blame where these lose units together, one after the other."""
+        found, left = set[str](), list(names)
+        while blamed := set[str]().union(*(fault.blamed for fault in self._faults(left))):
+            found |= blamed
+            left = _without(left, blamed)
+        return found
+
+    def judge(self) -> None:
+        """Find a reason against each group that may not be removed with the others."""
+        left = self._names
         for number in range(len(self._trials)):
             self._number = number
             self._untrained = False
@@ -189,8 +263,12 @@ class _Experiment(Admission):
 
     def _faults(self, names: Sequence[str]) -> list[_Blame]:
         """What goes wrong where these groups lose units together."""
-        if not names:
-            return []
+        key = self._number, tuple(names)
+        if names and key not in self._known:
+            self._known[key] = self._found(names)
+        return self._known.get(key, [])
+
+    def _found(self, names: Sequence[str]) -> list[_Blame]:
         units = {name: self._trials[self._number][name] for name in names}
         run = _Run(self._trial, self._cuts, units, self._around)
         run.do(train=self._number == 0)
@@ -217,7 +295,7 @@ class _Blame:
 
 def _stays(group: PruningGroup) -> int:
     """How many units stay where nearly all are cut."""
-    if group.norms:
+    if group.norms and group.norms[0].width == 1:
         return _FEW_NORMED
     return _FEW if group.size > 2 * _FEW else 1
 

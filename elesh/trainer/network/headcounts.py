@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from leyline import PruningGroup
+from leyline import Level, PruningGroup
 
-__all__ = ["HEAD_SIZES", "common_holder", "constants", "refit_heads"]
+__all__ = ["HEAD_SIZES", "common_holder", "constants", "refit_heads", "splits"]
 
 _HEADS = ("heads", "num_heads", "n_heads", "n_head", "nhead", "nheads", "num_attention_heads")
 _SHARED = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
@@ -25,12 +25,21 @@ _SHARES = ("num_key_value_groups", "n_rep", "num_queries_per_kv")
 _WIDTHS = ("all_head_size", "inner_dim", "split_size", "attn_dim")
 """Channels of all heads together: BERT, Diffusers and many others, GPT-2, timm."""
 
-HEAD_SIZES = (*_HEADS, *_SHARED, *_SHARES, *_WIDTHS)
+_SPLITS = ("width",)
+"""Channels of each part that a layer's outputs are split into (Res2Net)."""
+
+HEAD_SIZES = (*_HEADS, *_SHARED, *_SHARES, *_WIDTHS, *_SPLITS)
 """The attributes that :func:`refit_heads` sets."""
 
 
 def refit_heads(model: nn.Module, before: PruningGroup, after: PruningGroup) -> None:
-    """Set the head counts of the modules around attentions that have lost units."""
+    """Set the head counts of the modules around attentions that have lost units, and the widths of
+    parts of modules around layers that have lost channels."""
+    for name in splits(model, before):
+        setattr(model.get_submodule(common_holder(before.layers)), name, after.size)
+    if before.level is not Level.HEAD:
+        return
+    done = set[tuple[nn.Module, str]]()
     for site in before.sites:
         layers = [layer for layer in before.layers if _nearest(layer, before) == site.module]
         old, new, width = before.size, after.size, site.width
@@ -41,13 +50,23 @@ def refit_heads(model: nn.Module, before: PruningGroup, after: PruningGroup) -> 
         for module in _holders(model, [*layers, site.module]):
             held = vars(module)
             for names, was, becomes in changes:
-                held |= {name: becomes for name in names if held.get(name) == was}
+                fitting = [n for n in names if held.get(n) == was and (module, n) not in done]
+                done.update((module, name) for name in fitting)
+                held |= dict.fromkeys(fitting, becomes)
             for name, buffer in constants(module).items():
                 if len(buffer) == old * width:
                     module._buffers[name] = buffer[: new * width].clone()
             for name in _HEADS:  # Each unit has so many query heads.
-                if type(count := held.get(name)) is int and count % old == 0:
+                count, known = held.get(name), (module, name) in done
+                if type(count) is int and count % old == 0 and not known:
                     held[name] = count // old * new
+                    done.add((module, name))
+
+
+def splits(model: nn.Module, group: PruningGroup) -> list[str]:
+    """Attributes of the module around a group's layers that say how many units the group has."""
+    around = vars(model.get_submodule(common_holder(group.layers)))
+    return [name for name in _SPLITS if around.get(name) == group.size]
 
 
 def constants(module: nn.Module) -> dict[str, Tensor]:

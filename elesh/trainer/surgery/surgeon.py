@@ -23,7 +23,6 @@ from elesh.trainer.network.state import alive
 from leyline import (
     ContractError,
     InvalidField,
-    Level,
     PrunedArchitecture,
     PruningGroup,
     PruningRecord,
@@ -380,9 +379,8 @@ class Surgeon:
             for module in root.modules():
                 refit(module)
         for name in chosen:
-            if after.group[name].level is Level.HEAD:
-                for view in self._views():
-                    refit_heads(view, self._architecture.group[name], after.group[name])
+            for view in self._views():
+                refit_heads(view, self._architecture.group[name], after.group[name])
         self._reach(after)
         return after
 

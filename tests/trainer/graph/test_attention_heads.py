@@ -13,8 +13,9 @@ from attention_nets import NETS, Fused, Native, Own, Vit, architecture_of, build
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy
 from torch import Tensor, nn
+from trainer_nets import Attention as PlainAttention
+from trainer_nets import batches, close, example, same
 from trainer_nets import build as build_plain
-from trainer_nets import close, example, same
 
 from elesh.analysis import analyze
 from elesh.settings import Settings
@@ -128,10 +129,89 @@ def test_query_heads_that_share_keys_and_values_go_together() -> None:
 
 
 def test_attention_with_a_size_in_its_code_is_refused_by_name() -> None:
-    architecture = Recorder(build_plain("Vit"), example()).architecture
-    group = architecture.group["blocks.0.attention"]
-    assert not group.prunable
-    assert "a size written into the code" in group.reason
+    class Fixed(PlainAttention):
+        def forward(self, x: Tensor) -> Tensor:
+            shape = (*x.shape[:2], 4, -1)
+            q, k, v = (f(x).view(shape).transpose(1, 2) for f in (self.q, self.k, self.v))
+            weights = (q @ k.mT / 2).softmax(-1)
+            return self.proj((weights @ v).transpose(1, 2).reshape(*x.shape[:2], 16))
+
+    model = build_plain("Vit")
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.attention = Fixed(16, 4)
+    groups = head_groups(Recorder(model, example()).architecture)
+    assert len(groups) == 2
+    for group in groups:
+        assert not group.prunable
+        assert "a size written into the code" in group.reason
+
+
+def test_heads_go_with_the_width_that_their_code_takes_for_theirs() -> None:
+    model, batch = build_plain("Vit"), example()
+    architecture = Recorder(model, batch).architecture
+    (group,) = head_groups(architecture)
+    assert (group.prunable, group.size) == (True, 4)
+    widths = {(part.tensor, part.dim): part.width for part in group.slices}
+    assert widths["patch.weight", 0] == widths["blocks.1.attention.q.weight", 0] == 4
+    assert len(group.norms) == 5  # Masked, they see the kept channels only.
+    whole, surgeon = copy.deepcopy(model.state_dict()), Surgeon(model, architecture)
+    surgeon.mask({group.name: [0, 2]})
+    masked = outputs(model, batch)
+    surgeon.cut({group.name: [0, 2]})
+    assert close(outputs(model, batch), masked)
+    left = sum(parameter.numel() for parameter in model.parameters())
+    assert left == surgeon.architecture.parameters
+    model(batch).square().sum().backward()
+    surgeon.undo()
+    assert same(whole, dict(model.state_dict()))
+
+
+def test_heads_that_go_with_a_width_are_measured_and_analyzed() -> None:
+    model, name = build_plain("Vit"), "blocks.0.attention"
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.attention = PlainAttention(16, 8)
+    bundle = Recorder(model, example()).measure(batches(2, 32), epoch=120)
+    assert bundle.heads[name].gradient_sensitivity.all()
+    free = Settings(structured_pruning={"channel_analysis": {"max_predicted_shift": 1e9}})
+    decision = analyze(bundle, free, level=Level.HEAD)
+    assert decision.approved_for_application, decision.rejection_reason
+    losses = count(0.0, 1e-9)
+    surgeon = Surgeon(model, bundle.architecture)
+    outcome = apply_decision(decision, surgeon, lambda: Evaluation(1.0, next(losses)))
+    assert outcome.result == "applied"
+    assert surgeon.architecture.group[name].size == 7
+    assert outcome.parameters_after == sum(p.numel() for p in model.parameters())
+
+
+def test_equal_parts_of_a_layer_whose_size_a_module_keeps_go_together() -> None:
+    class Split(nn.Module):
+        def __init__(self, width: int, parts: int) -> None:
+            super().__init__()
+            self.width = width
+            self.enter = nn.Conv2d(3, width * parts, 1)
+            self.inner = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(parts - 1))
+            self.leave = nn.Conv2d(width * parts, 5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, *rest = torch.split(torch.relu(self.enter(x)), self.width, 1)
+            made = [first]
+            for part, layer in zip(rest, self.inner, strict=True):
+                made.append(torch.relu(layer(part + made[-1])))
+            return self.leave(torch.cat(made, 1)).mean((2, 3))
+
+    model, batch = Split(6, 3), torch.randn(2, 3, 4, 4)
+    surgeon = Surgeon(model, Recorder(model, batch).architecture)
+    group = surgeon.architecture.group["enter"]
+    assert (group.prunable, group.size) == (True, 6)
+    (part,) = [part for part in group.slices if part.tensor == "enter.weight"]
+    assert part.width == 3
+    surgeon.mask({"enter": [0, 5]})
+    masked = outputs(model, batch)
+    surgeon.cut({"enter": [0, 5]})
+    assert close(outputs(model, batch), masked)
+    assert model.width == 4
+    surgeon.undo()
+    assert model.width == 6
 
 
 def test_heads_that_something_mixes_are_no_units() -> None:

@@ -42,7 +42,7 @@ def sliced(group: PruningGroup) -> set[tuple[str, int]]:
         ),
         ("Dense", ["stem", "grow.0.2", "grow.1.2", "grow.2.2", "transition.2"]),
         ("Mobile", ["stem", "expand.0", "squeeze.1", "head"]),
-        ("Vit", ["blocks.0.mlp.0", "blocks.1.mlp.0"]),
+        ("Vit", ["blocks.0.mlp.0", "blocks.1.mlp.0", "blocks.0.attention"]),
         ("Shared", ["stem", "narrow"]),
         ("Unet", ["enter.0", "down.0", "up", "merge.0"]),
         ("Gated", ["up", "mid"]),
