@@ -136,8 +136,8 @@ def test_attention_with_a_size_in_its_code_is_refused_by_name() -> None:
             weights = (q @ k.mT / 2).softmax(-1)
             return self.proj((weights @ v).transpose(1, 2).reshape(*x.shape[:2], 16))
 
-    model = build_plain("Vit")
-    for block in model.blocks:  # type: ignore[union-attr]
+    model: Any = build_plain("Vit")
+    for block in model.blocks:
         block.attention = Fixed(16, 4)
     groups = head_groups(Recorder(model, example()).architecture)
     assert len(groups) == 2
@@ -167,8 +167,9 @@ def test_heads_go_with_the_width_that_their_code_takes_for_theirs() -> None:
 
 
 def test_heads_that_go_with_a_width_are_measured_and_analyzed() -> None:
-    model, name = build_plain("Vit"), "blocks.0.attention"
-    for block in model.blocks:  # type: ignore[union-attr]
+    model: Any = build_plain("Vit")
+    name = "blocks.0.attention"
+    for block in model.blocks:
         block.attention = PlainAttention(16, 8)
     bundle = Recorder(model, example()).measure(batches(2, 32), epoch=120)
     assert bundle.heads[name].gradient_sensitivity.all()
