@@ -288,6 +288,7 @@ class Training:
                     self.data.calibration(),
                     epoch=epoch,
                     run_id=self.session.run_id,
+                    batch_statistics=True,
                     accuracy=validation.accuracy,
                     loss=validation.loss,
                 )
@@ -328,6 +329,7 @@ class Training:
                 self.surgeon,
                 lambda: self.evaluate(self.data.validation),
                 reconstruct=partial(self._covariance, decision),
+                batches=self.data.calibration(),
             )
             self._report.decisions.append(decision)
             self._report.outcomes[decision.idempotency_key] = outcome

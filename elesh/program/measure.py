@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from leyline import (
     ShapeMismatch,
 )
 
+from .batch_statistics import BatchNorm, Estimate, batch_norms
 from .program import Program
 from .reading import IGNORED_LABEL, read_calibration, read_held_out, read_weights, require_gates
 from .refit import Refit
@@ -127,8 +129,12 @@ class Bench:
         with self._refitted(entries):
             return self._outcomes(entries)
 
-    def refitting(self, skip: Collection[str]) -> Refit:
+    def refitting(self, skip: Collection[str], batch_statistics: bool = False) -> Refit:
         """What refits the network's weights, from its calibration inputs.
+
+        Args:
+            skip: consumers that keep their weights.
+            batch_statistics: those of batch normalisations are estimated anew after that.
 
         Raises:
             ContractError: if there are none.
@@ -153,7 +159,8 @@ class Bench:
             key: (first / count, second / count, count)
             for key, (first, second, count) in sums.items()
         }
-        return Refit(self._program, self._architecture, self._weights, means, skip)
+        norms = batch_norms(self._program) if batch_statistics else ()
+        return Refit(self._program, self._architecture, self._weights, means, skip, norms)
 
     @contextlib.contextmanager
     def _refitted(self, entries: Sequence[Entry]) -> Iterator[None]:
@@ -161,10 +168,27 @@ class Bench:
         whole = self._weights
         if self.refit is not None and entries:
             self._weights = {**whole, **self.refit.of(entries)}
+            if self.refit.norms and any(level is not Level.LAYER for level, _, _ in entries):
+                self._weights |= self._batch_statistics(self.refit.norms, entries)
         try:
             yield
         finally:
             self._weights = whole
+
+    def _batch_statistics(
+        self, norms: tuple[BatchNorm, ...], entries: Sequence[Entry]
+    ) -> dict[str, Tensor]:
+        """Running statistics of the network with ``entries`` masked, on its calibration inputs."""
+        estimate, gates, inputs = Estimate(norms), self.gates(entries), self.calibration()
+        largest = 0
+        with confined(), torch.no_grad():
+            for rows in self.portions(len(next(iter(inputs.values())))):
+                largest = max(largest, len(rows))
+                if len(rows) < 2 or 2 * len(rows) < largest:
+                    continue
+                self.run(inputs, rows, gates, instead=estimate.instead())
+                estimate.portions += 1
+        return estimate.means(self._weights)
 
     def _outcomes(self, entries: Sequence[Entry]) -> Outcomes:
         mask = self.gates(entries)
@@ -250,6 +274,7 @@ class Bench:
         rows: Tensor,
         mask: Sequence[Tensor],
         watched: MutableMapping[str, Tensor] | None = None,
+        instead: Mapping[str, Callable[..., Any]] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Outputs of some samples, in single precision, and the gates they went through: for every
         slot [samples or more, size], what is beyond the samples only fills up."""
@@ -260,7 +285,7 @@ class Bench:
         gates = [gate.expand(len(rows), -1) for gate in mask]
         if torch.is_grad_enabled():
             gates = [gate.clone().requires_grad_() for gate in gates]
-        outputs = self._program.run(self._weights, taken, gates, watched)
+        outputs = self._program.run(self._weights, taken, gates, watched, instead)
         if len(outputs) != len(rows):
             raise ShapeMismatch("program.output", f"{len(rows)} samples", tuple(outputs.shape))
         return outputs[:count].float(), gates

@@ -16,6 +16,7 @@ from torch import Tensor
 from elesh.safety import Entry
 from leyline import Level, NormSite, PrunedArchitecture
 
+from .batch_statistics import BatchNorm
 from .least_squares import RIDGE, Normalised, normalised_by, predict_lost, spread
 from .program import Node, Program
 
@@ -63,6 +64,7 @@ class Refit:
     Args:
         inputs: by gate (module, axis): means [C], second moments [C, C] and rows of what enters.
         skip: consumers that keep their weights.
+        norms: batch normalisations whose running statistics are estimated anew after refitting.
     """
 
     program: Program
@@ -70,6 +72,7 @@ class Refit:
     weights: Mapping[str, Tensor]
     inputs: Mapping[tuple[str, int], tuple[Tensor, Tensor, int]]
     skip: Collection[str] = ()
+    norms: tuple[BatchNorm, ...] = ()
 
     def of(self, entries: Sequence[Entry]) -> dict[str, Tensor]:
         """The refitted weights, by path, once the units of ``entries`` are gone."""

@@ -171,7 +171,7 @@ class NetworkVerifier:
         if asked is None:
             return self._searched(proposal)
         try:
-            bench.refit = bench.refitting(asked.skip)
+            bench.refit = bench.refitting(asked.skip, asked.batch_statistics)
         except ContractError as error:
             # The trainer may still refit: its own check is of the network after that.
             reason = f"measured without reconstruction: {error}"[:8192]
@@ -204,6 +204,7 @@ class NetworkVerifier:
             applied=helps,
             reason="" if helps else f"refitting does not help: {figures}",
             skip=asked.skip,
+            batch_statistics=helps and refit is not None and bool(refit.norms),
             loss=refitted.loss,
             loss_without=plain.loss,
         )

@@ -98,7 +98,9 @@ def _judge(draft: Draft, answer: Measured) -> None:
     draft.verification, draft.reconstruction = found, answer.reconstruction
     if asked is not None and answer.reconstruction is None and draft.units:
         # Nothing was measured: the trainer's own check is of the refitted network.
-        draft.reconstruction = Reconstructed(applied=True, skip=asked.skip)
+        draft.reconstruction = Reconstructed(
+            applied=True, skip=asked.skip, batch_statistics=asked.batch_statistics
+        )
     draft.gates += answer.gates
     draft.fallbacks += (*((answer.skipped,) if answer.skipped else ()), *answer.fallbacks)
     draft.outcome = Outcome.CONDITIONAL_GO if found is None else Outcome.GO

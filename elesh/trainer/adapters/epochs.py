@@ -214,7 +214,12 @@ class EveryEpoch:
             return self._recorder.moments(self._calibration, decision.units)
 
         outcome = self.session.apply(
-            decision, surgeon, self.evaluate, reconstruct=measured, known=self._known
+            decision,
+            surgeon,
+            self.evaluate,
+            reconstruct=measured,
+            batches=self._calibration,
+            known=self._known,
         )
         if outcome.result == "applied":
             self._known = _evaluation(outcome.accuracy_after, outcome.loss_after)
@@ -252,6 +257,7 @@ class EveryEpoch:
                 accuracy=known.accuracy if known else None,
                 loss=known.loss if known else None,
                 reconstruct=self._reconstruct,
+                batch_statistics=True,
                 skip=self.session.settings.trainer.reconstruct_skip,
             )
             network, asked = self._export(epoch), bundle.parameters

@@ -33,6 +33,7 @@ from elesh.trainer.network.compilation import unwrapped
 from elesh.trainer.network.gates import GateMeter, axis_of
 from elesh.trainer.network.layers import named_tensors, require_fit
 from elesh.trainer.network.state import preserve_state
+from elesh.trainer.surgery.after_cut import has_batch_statistics
 from elesh.trainer.surgery.data_parallel import require_whole
 from elesh.trainer.surgery.reconstruction import CovarianceMeter, InputCovariance, consumer_axes
 from elesh.trainer.surgery.teachers import teachers_in, with_teachers
@@ -173,6 +174,7 @@ class Recorder:
         ahead: float | None = None,
         reconstruct: bool = True,
         skip: Collection[str] = (),
+        batch_statistics: bool = False,
         redistribute: bool = False,
         loss_samples: int | None = None,
         seen: Callable[[Any, Any], None] | None = None,
@@ -192,6 +194,8 @@ class Recorder:
                 kept units: units are ranked and verified for that, and the input covariance is
                 kept with the checkpoint (three C x C matrices for every consumer of C channels).
             skip: paths of consumers that keep their weights all the same.
+            batch_statistics: those of batch normalisations are estimated anew after refitting:
+                ``session.apply(..., batches=batches)`` does that.
             redistribute: only rank for a trainer that refits, as in the version before.
             loss_samples: only the batches that begin among so many samples have the loss's
                 derivatives taken, two of the three backward passes; what is made from these is of
@@ -235,9 +239,13 @@ class Recorder:
         )
         channels, gates, heads = measurement.statistics(self._model)
         layers = branches.statistics(measurement.samples)
+        asked = Reconstruction(
+            skip=tuple(skip),
+            batch_statistics=batch_statistics and has_batch_statistics(self._model),
+        )
         parameters = AnalysisParameters(
             redistribute=redistribute,
-            reconstruction=Reconstruction(skip=tuple(skip)) if reconstruct else None,
+            reconstruction=asked if reconstruct else None,
             failing_gate="shorten",
         )
         bundle = MeasuredCheckpoint(

@@ -8,17 +8,18 @@ that training draws from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from elesh.observe import get_logger, span
 from elesh.settings import RollbackTriggers
 from elesh.trainer.network.state import preserved
 from elesh.trainer.network.timing import call_seconds
 from elesh.trainer.recovery.evaluation import Evaluation, checked, failed_check
+from elesh.trainer.surgery.after_cut import estimated_batch_statistics, put_batch_statistics
 from elesh.trainer.surgery.reconstruction import InputCovariance
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import PrunedArchitecture, PruningOutcome, StructuralPruningDecision
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 Evaluate = Callable[[], Evaluation]
+Batches = Sequence[tuple[Any, Any]]
 Result = Literal["applied", "rolled_back", "refused", "rejected"]
 _UNMOVED = (
     "accuracy and loss under the mask are bit for bit those without, and so they are with almost "
@@ -57,6 +59,7 @@ def apply_decision(
     triggers: RollbackTriggers | None = None,
     reconstruct: InputCovariance | Callable[[], InputCovariance] | None = None,
     redistribute: Callable[[], InputCovariance] | None = None,
+    batches: Batches = (),
     take_back: Callable[[], object] | None = None,
 ) -> PruningOutcome:
     """Mask what the decision names, evaluate, and cut only if accuracy holds; evaluate again.
@@ -79,6 +82,9 @@ def apply_decision(
             refitted; where the decision asks for it, the outcome says that.
         redistribute: called for the same, whatever the decision says; the name of the version
             before.
+        batches: (inputs, labels) pairs of calibration samples: where the decision says so, the
+            running statistics of batch normalisations are estimated anew by them after refitting,
+            under the mask and in the cut. Empty: they stay, and the outcome says so.
         take_back: takes a cut back; by default the surgeon does, from a copy that is kept until
             this call returns.
 
@@ -93,6 +99,7 @@ def apply_decision(
         triggers or RollbackTriggers(),
         reconstruct=reconstruct,
         redistribute=redistribute,
+        batches=batches,
         take_back=take_back,
     )
 
@@ -105,6 +112,7 @@ def check_and_cut(
     *,
     reconstruct: InputCovariance | Callable[[], InputCovariance] | None = None,
     redistribute: Callable[[], InputCovariance] | None = None,
+    batches: Batches = (),
     take_back: Callable[[], object] | None = None,
     now: Evaluation | None = None,
 ) -> PruningOutcome:
@@ -118,7 +126,7 @@ def check_and_cut(
         return outcome_of(decision, present, present, "refused", blocked)
     decision, said = present_form(decision, surgeon.architecture)
     limit = trigger_of(decision, triggers)
-    refit = _Refit.of(decision, surgeon, reconstruct, redistribute)
+    refit = _Refit.of(decision, surgeon, reconstruct, redistribute, batches)
     notes = tuple(part for part in (said, refit.said) if part)
     check = _Check(decision, surgeon, evaluate, limit, refit, notes)
     return (
@@ -147,6 +155,8 @@ class _Check:
         self._figures: dict[str, Evaluation] = {}
         self._latency: dict[str, float | None] = {}
         self._refit, self._notes = refit, notes
+        self._statistics: dict[str, Tensor] = {}
+        """Of batch normalisations, as they are after the cut, in present sizes."""
 
     def plain(self, known: Evaluation | None = None) -> PruningOutcome | None:
         """The network as it is, to compare with; evaluated unless that is known."""
@@ -163,16 +173,20 @@ class _Check:
     def masked(self) -> PruningOutcome | None:
         """With the mask on, which is off again on return."""
         surgeon, decision = self._surgeon, self._decision
+        before: dict[str, Tensor] = {}
         try:
             with span("mask"):
                 refit = self._refit
                 surgeon.mask(decision.units, reconstruct=refit.covariance, skip=refit.skip)
                 surgeon.mask_layers(target.layer_name for target in decision.layers)
+                self._statistics = estimated_batch_statistics(surgeon.model, refit.batches)
+                before = put_batch_statistics(surgeon.model, self._statistics)
             now = self._measure("masked", "evaluate masked")
         except Exception as error:
             return self._failed("under the mask", error)
         finally:
             surgeon.unmask()
+            put_batch_statistics(surgeon.model, before)
         if now == self._figures["before"]:
             try:
                 acts = self._mask_acts()
@@ -198,7 +212,7 @@ class _Check:
         """Cut; what does not stand is taken back."""
         try:
             with span("cut"):
-                self._notes += _cut(self._decision, self._surgeon, self._refit)
+                self._notes += _cut(self._decision, self._surgeon, self._refit, self._statistics)
             now = self._measure("after", "evaluate cut")
             self._latency["latency_after"] = call_seconds(self._surgeon.model)
         except BaseException as error:
@@ -275,6 +289,8 @@ class _Refit:
 
     covariance: InputCovariance | None = None
     skip: tuple[str, ...] = ()
+    batches: Batches = ()
+    """By which batch statistics are estimated anew; empty: they stay."""
     said: str = ""
     """What is not as the decision has it."""
 
@@ -285,17 +301,23 @@ class _Refit:
         surgeon: Surgeon,
         covariance: InputCovariance | Callable[[], InputCovariance] | None,
         redistribute: Callable[[], InputCovariance] | None,
+        batches: Batches,
     ) -> _Refit:
-        asked = decision.reconstruction
+        asked, said = decision.reconstruction, list[str]()
         if redistribute is not None and decision.units:
             return cls(redistribute(), asked.skip if asked else ())
         if asked is None or not asked.applied or not decision.units:
             return cls()
         if callable(covariance):
-            return cls(covariance(), asked.skip, "input covariance measured anew")
+            covariance = covariance()
+            said.append("input covariance measured anew")
         if covariance is None or covariance.model_hash != surgeon.architecture.model_hash:
             return cls(said="not reconstructed: no input covariance of this network is at hand")
-        return cls(covariance, asked.skip)
+        if asked.batch_statistics and not batches:
+            said.append("batch statistics not estimated anew: no calibration batches were given")
+        return cls(
+            covariance, asked.skip, batches if asked.batch_statistics else (), "; ".join(said)
+        )
 
 
 def trigger_of(decision: StructuralPruningDecision, triggers: RollbackTriggers) -> float:
@@ -337,12 +359,18 @@ def _to_now(surgeon: Surgeon) -> Callable[[], object]:
     return lambda: surgeon.bring_back(point)
 
 
-def _cut(decision: StructuralPruningDecision, surgeon: Surgeon, refit: _Refit) -> tuple[str, ...]:
+def _cut(
+    decision: StructuralPruningDecision,
+    surgeon: Surgeon,
+    refit: _Refit,
+    statistics: Mapping[str, Tensor],
+) -> tuple[str, ...]:
     """Cut, as one step to undo; what has to be said of it."""
     layers = [target.layer_name for target in decision.layers]
     epoch, key = decision.epoch, decision.idempotency_key
     notes: tuple[str, ...] = ()
     with surgeon.as_one_cut():
+        put_batch_statistics(surgeon.model, statistics)  # The cut takes its part of them.
         if decision.units or not layers:
             surgeon.cut(
                 decision.units,

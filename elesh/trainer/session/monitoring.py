@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from elesh.observe import get_logger, span
 from elesh.settings import Settings
@@ -68,6 +69,7 @@ class MonitoredCuts:
         *,
         reconstruct: InputCovariance | Callable[[], InputCovariance] | None = None,
         redistribute: Callable[[], InputCovariance] | None = None,
+        batches: Sequence[tuple[Any, Any]] = (),
         known: Evaluation | None = None,
     ) -> PruningOutcome:
         """As :func:`apply_decision`, with a restore point before and after.
@@ -93,6 +95,7 @@ class MonitoredCuts:
             self._triggers,
             reconstruct=reconstruct,
             redistribute=redistribute,
+            batches=batches,
             take_back=lambda: snapshot.put_back(tracked),
             now=known,
         )

@@ -315,6 +315,7 @@ class Session:
         *,
         reconstruct: InputCovariance | Callable[[], InputCovariance] | None = None,
         redistribute: Callable[[], InputCovariance] | None = None,
+        batches: Sequence[tuple[Any, Any]] = (),
         known: Evaluation | None = None,
     ) -> PruningOutcome:
         """Restore point, mask, evaluate, cut or take back (see :func:`apply_decision`); publish
@@ -328,6 +329,8 @@ class Session:
             reconstruct: the input covariance of the present network, in place of that of the last
                 published checkpoint; or what measures it (``recorder.moments``), called where that
                 one is of another network, as after a restart or another cut.
+            batches: (inputs, labels) pairs of calibration samples, for
+                ``recorder.measure(..., batch_statistics=True)``.
             known: what ``evaluate`` said of the network as it is, where :meth:`watch` has just
                 called it: it is not called for that again.
         """
@@ -346,6 +349,7 @@ class Session:
                 evaluate,
                 reconstruct=self._covariance_for(before, reconstruct),
                 redistribute=redistribute,
+                batches=batches,
                 known=known,
             )
             current.set_attribute("elesh.outcome", outcome.result)

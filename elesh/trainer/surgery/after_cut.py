@@ -17,17 +17,26 @@ outputs, keeps the order of the classes for every input, and is never above 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as distributed
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from elesh.trainer.network.calling import batch_size, call, device_of, main_output, map_tensors
+from elesh.trainer.network.compilation import Uncompiled
+from elesh.trainer.network.state import preserved
 
-__all__ = ["reestimate_batch_statistics", "soften_outputs"]
+__all__ = [
+    "estimated_batch_statistics",
+    "has_batch_statistics",
+    "put_batch_statistics",
+    "reestimate_batch_statistics",
+    "soften_outputs",
+]
 
 
 @torch.no_grad()
@@ -41,8 +50,7 @@ def reestimate_batch_statistics(model: nn.Module, batches: Iterable[tuple[Any, A
     Returns:
         How many normalisations were set; 0, without a pass, where there are none.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    norms = [m for m in norms if m.running_mean is not None]
+    norms = list(_tracking(model).values())
     if not norms:
         return 0
     before = [(m, m.momentum, m.num_batches_tracked.clone()) for m in norms]  # type: ignore[union-attr]
@@ -74,6 +82,53 @@ def reestimate_batch_statistics(model: nn.Module, batches: Iterable[tuple[Any, A
                 norm.running_mean.copy_(mean)  # type: ignore[union-attr]
                 norm.running_var.copy_(variance)  # type: ignore[union-attr]
     return len(norms) if seen else 0
+
+
+def has_batch_statistics(model: nn.Module) -> bool:
+    """Whether there is anything for :func:`reestimate_batch_statistics` to set."""
+    return bool(_tracking(model))
+
+
+def _tracking(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The batch normalisations with running statistics, by path. None where they synchronise with
+    other processes, which do not run this pass."""
+    norms = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats
+    }
+    several = distributed.is_available() and distributed.is_initialized()
+    if several and any(isinstance(norm, nn.SyncBatchNorm) for norm in norms.values()):
+        return {}
+    return {path: norm for path, norm in norms.items() if norm.running_mean is not None}
+
+
+def estimated_batch_statistics(
+    model: nn.Module, batches: Iterable[tuple[Any, Any]]
+) -> dict[str, Tensor]:
+    """What :func:`reestimate_batch_statistics` would set, by path of the buffer; empty where that
+    is nothing. The network and random states are left as they were."""
+    with preserved(model), Uncompiled(model):
+        if not reestimate_batch_statistics(model, batches):
+            return {}
+        return {path: buffer.clone() for path, buffer in _statistics(model).items()}
+
+
+def put_batch_statistics(model: nn.Module, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Set running statistics, by path of the buffer; what they were."""
+    buffers = _statistics(model) if statistics else {}
+    before = {path: buffers[path].clone() for path in statistics}
+    for path, new in statistics.items():
+        buffers[path].data.copy_(new)
+    return before
+
+
+def _statistics(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{path}.{name}" if path else name: getattr(norm, name)
+        for path, norm in _tracking(model).items()
+        for name in ("running_mean", "running_var")
+    }
 
 
 _LEAST = 0.05

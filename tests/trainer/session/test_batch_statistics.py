@@ -1,0 +1,131 @@
+"""Batch statistics are part of a cut: under the mask, in the cut, and as a worker measures it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as distributed
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from trainer_nets import batches, build, close, example, same
+
+from elesh.analysis import analyze
+from elesh.program.measure import Bench
+from elesh.settings import Settings
+from elesh.trainer import Evaluation, Recorder, Surgeon, apply_decision
+from elesh.trainer.export import Exporter, calibration_inputs
+from elesh.trainer.surgery.after_cut import reestimate_batch_statistics
+from leyline import Level, Reconstructed
+
+_DATA = batches(2, 16)
+_SETTINGS = Settings(
+    structured_pruning={
+        "channel_analysis": {"min_channels_per_layer": 2, "max_predicted_shift": 1e9}
+    }
+)
+
+
+class _Cut:
+    """A network, what is decided of it, and what it should be after the cut."""
+
+    def __init__(self) -> None:
+        self.model = build("ResNet")
+        self.recorder = Recorder(self.model, example())
+        self.bundle = self.recorder.measure(_DATA, epoch=120, batch_statistics=True)
+        asked = self.bundle.parameters.reconstruction
+        assert asked is not None
+        assert asked.batch_statistics
+        changes = {
+            "approved_for_application": True,
+            "rejection_reason": "",
+            "reconstruction": Reconstructed(applied=True, batch_statistics=True),
+        }
+        self.decision = analyze(self.bundle, _SETTINGS).model_copy(update=changes)
+        assert self.decision.units
+        self.surgeon = Surgeon(self.model, self.recorder.architecture)
+        self.seen: list[Tensor] = []
+
+    def wanted(self, *, estimated: bool = True) -> nn.Module:
+        """The network as plain calls make it: cut, refitted, then one pass over the batches."""
+        model = copy.deepcopy(self.model)
+        surgeon = Surgeon(model, self.recorder.architecture)
+        surgeon.cut(self.decision.units, reconstruct=self.bundle.covariance)
+        if estimated:
+            reestimate_batch_statistics(model, _DATA)
+        return model
+
+    def apply(self, accuracies: list[float], given: Any = _DATA) -> Any:
+        figures: Iterator[float] = iter(accuracies)
+
+        def evaluate() -> Evaluation:
+            self.seen.append(self.model(example()).detach())
+            return Evaluation(next(figures), float(self.seen[-1].square().mean()))
+
+        return apply_decision(
+            self.decision,
+            self.surgeon,
+            evaluate,
+            reconstruct=self.bundle.covariance,
+            batches=given,
+        )
+
+
+def test_mask_and_cut_have_the_statistics_of_the_network_after_the_cut() -> None:
+    case = _Cut()
+    before, wanted = copy.deepcopy(case.model.state_dict()), case.wanted()
+    assert case.apply([0.9, 0.5]).result == "rolled_back"
+    assert same(before, dict(case.model.state_dict())), "the mask left statistics behind"
+    outcome = case.apply([0.9, 0.9, 0.9])
+    assert (outcome.result, outcome.detail) == ("applied", "")
+    assert close(case.seen[3], case.seen[4]), "mask and cut differ"
+    assert close(case.seen[4], wanted(example()))
+    case.surgeon.undo()
+    assert same(before, dict(case.model.state_dict()))
+    assert case.apply([0.9, 0.9, 0.5]).result == "rolled_back"
+    assert same(before, dict(case.model.state_dict())), "the cut left statistics behind"
+
+
+def test_without_batches_statistics_stay_and_the_outcome_says_so() -> None:
+    case = _Cut()
+    wanted = case.wanted(estimated=False)
+    outcome = case.apply([0.9, 0.9, 0.9], given=())
+    assert outcome.result == "applied"
+    assert "batch statistics not estimated anew" in outcome.detail
+    assert close(case.model(example()), wanted(example()))
+
+
+def test_a_worker_measures_with_the_statistics_that_the_trainer_will_have() -> None:
+    case = _Cut()
+    case.recorder.architecture = case.surgeon.architecture
+    inputs = calibration_inputs(_DATA)
+    held_out = batches(1, 32, seed=9)[0]
+    network = Exporter(case.model).export(case.bundle.architecture, held_out, inputs)
+    bench = Bench(network, case.bundle.architecture)
+    entries = [
+        (Level.CHANNEL, name, unit) for name, units in case.decision.units.items() for unit in units
+    ]
+    model = case.wanted(estimated=False)
+    losses = {}
+    for estimated in (False, True):
+        if estimated:
+            reestimate_batch_statistics(model, [(inputs, None)])
+        with torch.no_grad():
+            found = cross_entropy(model(held_out[0]), held_out[1], reduction="none")
+        bench.refit = bench.refitting((), estimated)
+        losses[estimated] = torch.from_numpy(bench.outcomes(entries).losses)
+        torch.testing.assert_close(losses[estimated], found.double(), rtol=1e-2, atol=1e-3)
+    assert (losses[True] - losses[False]).abs().max() > 0.03, "nothing was estimated"
+
+
+def test_statistics_that_synchronise_with_other_processes_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    norm = nn.SyncBatchNorm(3)
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    before = copy.deepcopy(norm.state_dict())
+    assert reestimate_batch_statistics(norm, [(torch.randn(4, 3), None)]) == 0
+    assert same(before, dict(norm.state_dict()))
