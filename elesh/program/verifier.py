@@ -179,6 +179,9 @@ class NetworkVerifier:
             fallbacks = (Fallback(rung=RECONSTRUCTION_SKIPPED, reason=reason),)
             outcome = Reconstructed(applied=False, reason=reason, skip=asked.skip)
             return replace(found, reconstruction=outcome, fallbacks=fallbacks)
+        if asked.batch_statistics and not bench.refit.norms:
+            reason = "batch statistics stay: no normalisation of the program runs by them"
+            fallbacks = (Fallback(rung=RECONSTRUCTION_SKIPPED, reason=reason),)
         try:
             found = self._searched(proposal)
             outcome = self._compared(found.kept or proposal.order, asked)
@@ -186,7 +189,7 @@ class NetworkVerifier:
             bench.refit = None
         if not outcome.applied:
             found = self._searched(proposal)
-        return replace(found, reconstruction=outcome)
+        return replace(found, reconstruction=outcome, fallbacks=fallbacks)
 
     def _compared(self, entries: tuple[Entry, ...], asked: Reconstruction) -> Reconstructed:
         """Whether refitted weights do better on the held-out samples than those as they were, or
