@@ -288,8 +288,14 @@ def _together(
 
 
 def _reads(reader: PruningGroup, group: PruningGroup) -> bool:
-    """Whether a layer that makes one group reads the channels of another."""
-    return any(site.module in reader.layers for site in group.sites)
+    """Whether a layer that makes one group reads the channels of another: its weight has an axis
+    of both (a function may be what multiplies by it)."""
+    made = {part.tensor for part in reader.slices if _owner(part.tensor) in reader.layers}
+    return any(part.tensor in made for part in group.slices)
+
+
+def _owner(path: str) -> str:
+    return path.rpartition(".")[0]
 
 
 def _in_shares(groups: Sequence[PruningGroup], units: int) -> PruningGroup:
@@ -298,13 +304,18 @@ def _in_shares(groups: Sequence[PruningGroup], units: int) -> PruningGroup:
     sites: dict[tuple[str, int], list[Ints]] = {}
     norms: dict[tuple[str, int], list[Ints]] = {}
     known: dict[tuple[str, int], NormSite] = {}
+
+    def add(into: dict[tuple[str, int], list[Ints]], at: tuple[str, int], rows: Ints) -> None:
+        held = into.setdefault(at, [])  # Functions in one module may read the same several times.
+        held += [] if any(np.array_equal(rows, other) for other in held) else [rows]
+
     for group in groups:
         for part in group.slices:
-            slices.setdefault((part.tensor, part.dim), []).append(_rows(part, group, units))
+            add(slices, (part.tensor, part.dim), _rows(part, group, units))
         for site in group.sites:
-            sites.setdefault((site.module, site.dim), []).append(_rows(site, group, units))
+            add(sites, (site.module, site.dim), _rows(site, group, units))
         for norm in group.norms:
-            norms.setdefault((norm.module, norm.dim), []).append(_rows(norm, group, units))
+            add(norms, (norm.module, norm.dim), _rows(norm, group, units))
             known[norm.module, norm.dim] = norm
 
     def span(rows: list[Ints]) -> dict[str, Any]:

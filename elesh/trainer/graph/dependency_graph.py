@@ -508,7 +508,7 @@ class _Ports:
     def _make(self, node: Any, function: Any) -> Port | None:
         thing = node.module
         if isinstance(thing, nn.Parameter):
-            path, dim = self._parameters[id(thing)], node.pruning_dim % thing.ndim
+            path, dim = self._parameters[id(thing)], self._graph.relations.parameter_axis(node)
             owner = channel_axes(self._graph.model.get_submodule(path.rpartition(".")[0]))
             return Port(path, "out", parameter_dim=dim, refusal=owner.refusal)
         if self._graph.relations.splits_channels(node):

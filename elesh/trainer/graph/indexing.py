@@ -120,6 +120,17 @@ class Relations:
         width = self._width(node)
         return width is not None and width < 1
 
+    def parameter_axis(self, node: Any) -> int:
+        """The axis of a bare parameter that lies where what it is added to has its channels."""
+        shape = node.module.shape
+        for consumer in node.outputs:
+            there = self._axis(consumer)
+            if consumer.type == OPTYPE.ELEMENTWISE and there is not None:
+                axis = there - len(self._made(consumer)) + len(shape)
+                if axis >= 0 and shape[axis] > 1:
+                    return int(axis)
+        return int(node.pruning_dim % len(shape))
+
     def _edge(self, producer: Any, consumer: Any, slot: int) -> Relation:
         if (consumer, slot) not in self._edges:
             self._edges[consumer, slot] = self._made_edge(producer, consumer, slot)

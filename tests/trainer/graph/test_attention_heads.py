@@ -13,6 +13,7 @@ from attention_nets import NETS, Fused, Native, Own, Vit, architecture_of, build
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy
 from torch import Tensor, nn
+from torch.nn import functional
 from trainer_nets import Attention as PlainAttention
 from trainer_nets import batches, close, example, same
 from trainer_nets import build as build_plain
@@ -164,6 +165,26 @@ def test_heads_go_with_the_width_that_their_code_takes_for_theirs() -> None:
     model(batch).square().sum().backward()
     surgeon.undo()
     assert same(whole, dict(model.state_dict()))
+
+
+def test_heads_whose_weights_functions_use_go_with_the_width_that_these_read() -> None:
+    class Lent(PlainAttention):
+        def forward(self, x: Tensor) -> Tensor:
+            b, n, d = x.shape
+            made = [functional.linear(x, f.weight, f.bias) for f in (self.q, self.k, self.v)]
+            q, k, v = (y.view(b, n, self.heads, -1).transpose(1, 2) for y in made)
+            return self.proj(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).reshape(b, n, d))
+
+    model: Any = build_plain("Vit")
+    for block in model.blocks:
+        block.attention = Lent(16, 4)
+    surgeon = Surgeon(model, Recorder(model, example()).architecture)
+    (group,) = head_groups(surgeon.architecture)
+    assert (group.prunable, group.size) == (True, 4)
+    surgeon.mask({group.name: [1]})
+    masked = outputs(model, example())
+    surgeon.cut({group.name: [1]})
+    assert close(outputs(model, example()), masked)
 
 
 def test_heads_that_go_with_a_width_are_measured_and_analyzed() -> None:

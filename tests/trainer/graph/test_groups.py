@@ -108,6 +108,21 @@ def test_a_layer_used_twice_shrinks_on_both_sides() -> None:
     assert {("again.weight", 0), ("again.weight", 1)} <= sliced(group)
 
 
+def test_a_parameter_that_is_added_to_a_map_goes_along_the_axis_of_its_channels() -> None:
+    class Placed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.leave = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 5, 1)
+            self.places = nn.Parameter(torch.randn(1, 6, 16, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.leave(torch.relu(self.stem(x) + self.places)).mean((2, 3))
+
+    group = find(Placed()).group["stem"]
+    assert group.prunable
+    assert ("places", 1) in sliced(group)
+
+
 def test_attention_heads_are_no_channels() -> None:
     group = architecture_of("Vit").group["blocks.0.attention"]
     assert group.level is Level.HEAD
