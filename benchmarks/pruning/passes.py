@@ -1,31 +1,53 @@
 """What ``elesh.prune`` costs, in plain forward and backward passes over its samples.
 
-    python -m benchmarks.pruning.passes --width 64 --pixels 32
+    python -m benchmarks.pruning.passes --width 16 --pixels 32
+    python -m benchmarks.pruning.passes --net vit --width 96
 
-A ResNet-50 (He et al. 2016; bottlenecks of 3, 4, 6 and 3) learns images of ten made-up classes for
-a moment, and what it then answers is taken for right; ``elesh.prune`` cuts it to half of its MACs
-with 512 samples. Plain passes (loss, gradients of all weights, the same batches) are timed in the
-same process before and after, in CPU time; the ratio to the passes before is what counts.
+A ResNet-50 (He et al. 2016; bottlenecks of 3, 4, 6 and 3), a VGG or a transformer learns images of
+ten made-up classes for a moment, and what it then answers is taken for right; ``elesh.prune`` cuts
+it to half of its MACs with 512 samples. A plain pass (loss, gradients of all weights, the same
+batches) is timed in the same process before, in CPU time; all figures are in such passes, of the
+whole call and of its parts.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import elesh
+from benchmarks.common.nets import Vgg
 from benchmarks.common.report import show, write
+from elesh.demo.network import TransformerBlock
+from elesh.pruning import at_once, judging
+from elesh.trainer import Recorder, Surgeon
 from elesh.trainer.surgery.after_cut import reestimate_batch_statistics
 
-__all__ = ["ResNet50", "measured"]
+__all__ = ["NETS", "ResNet50", "measured"]
 
 _CLASSES = 10
+PARTS: dict[str, tuple[Any, str]] = {
+    "recorder": (Recorder, "__init__"),
+    "first evaluation": (at_once, "_judge"),
+    "measuring": (Recorder, "measure"),
+    "choosing": (at_once, "analyze"),
+    "cutting": (Surgeon, "cut"),
+    "batch statistics": (at_once, "reestimate_batch_statistics"),
+    "evaluation": (judging.Validation, "now"),
+    "softening": (at_once, "soften_outputs"),
+    "latency": (at_once, "compared"),
+}
+"""What is timed by itself: where it is looked up, and its name."""
 
 
 class Bottleneck(nn.Module):
@@ -73,6 +95,39 @@ class ResNet50(nn.Module):
         return torch.as_tensor(self.head(self.blocks(self.stem(x)).mean((2, 3))))
 
 
+class Vit(nn.Module):
+    """Patches of 4 x 4 and transformer blocks."""
+
+    def __init__(self, width: int = 96, pixels: int = 32) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, width, 4, 4)
+        self.position = nn.Parameter(0.02 * torch.randn(1, (pixels // 4) ** 2, width))
+        self.blocks = nn.Sequential(*(TransformerBlock(width, 4, 4 * width) for _ in range(4)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, _CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] to [B, classes]."""
+        x = self.patch(x).flatten(2).transpose(1, 2) + self.position
+        return torch.as_tensor(self.head(self.norm(self.blocks(x)).mean(1)))
+
+
+class ColourVgg(Vgg):
+    """Of colour images of any size: pooled to 8 x 8 at the end of the first convolution."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__(width)
+        self.features[0] = nn.Sequential(
+            nn.Conv2d(3, width, 3, 1, 1), nn.ReLU(), nn.AdaptiveMaxPool2d(8)
+        )
+
+
+NETS: dict[str, Callable[[int, int], nn.Module]] = {
+    "resnet50": lambda width, pixels: ResNet50(width),
+    "vgg": lambda width, pixels: ColourVgg(width),
+    "vit": Vit,
+}
+
+
 def _samples(count: int, pixels: int, seed: int) -> tuple[Tensor, Tensor]:
     """Images of made-up classes, and their labels."""
     generator = torch.Generator().manual_seed(seed)
@@ -81,12 +136,33 @@ def _samples(count: int, pixels: int, seed: int) -> tuple[Tensor, Tensor]:
     return 2 * means[labels] + torch.randn(count, 3, pixels, pixels, generator=generator), labels
 
 
+@contextmanager
+def _timed(took: dict[str, float]) -> Iterator[None]:
+    """CPU seconds of the parts, while entered."""
+
+    def timing(part: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(work)
+        def timed(*args: Any, **options: Any) -> Any:
+            begun = time.process_time()
+            try:
+                return work(*args, **options)
+            finally:
+                took[part] = took.get(part, 0.0) + time.process_time() - begun
+
+        return timed
+
+    with ExitStack() as stack:
+        for part, (owner, name) in PARTS.items():
+            stack.enter_context(patch.object(owner, name, timing(part, getattr(owner, name))))
+        yield
+
+
 def measured(
-    width: int, pixels: int, samples: int, batch: int, share: float, validation: int
+    net: str, width: int, pixels: int, samples: int, batch: int, share: float, validation: int
 ) -> dict[str, float]:
-    """Figures of one call of ``elesh.prune``."""
+    """Figures of one call of ``elesh.prune``: plain passes in all, and by part."""
     torch.manual_seed(0)
-    model = ResNet50(width)
+    model = NETS[net](width, pixels)
     images, labels = _samples(samples, pixels, 1)
     batches = list(zip(torch.split(images, batch), torch.split(labels, batch), strict=True))
     unseen = _samples(validation, pixels, 2)
@@ -118,24 +194,26 @@ def measured(
         unseen = unseen[0], model(unseen[0]).argmax(1)
     model.train()
     before = min(_seconds(plain) for _ in range(2))
-    took = _seconds(
-        lambda: elesh.prune(
-            model,
-            batches,
-            {"macs": share},
-            evaluate=evaluate,
-            optimizer=optimizer,
-            max_accuracy_drop=1.0,
-            progress=False,
+    parts: dict[str, float] = {}
+    with _timed(parts):
+        took = _seconds(
+            lambda: elesh.prune(
+                model,
+                batches,
+                {"macs": share},
+                evaluate=evaluate,
+                optimizer=optimizer,
+                max_accuracy_drop=1.0,
+                progress=False,
+            )
         )
-    )
+    figures = {part: parts.get(part, 0.0) / before for part in PARTS}
     return {
-        "width": width,
-        "pixels": pixels,
         "plain_seconds": before,
-        "plain_after_seconds": _seconds(plain),
         "prune_seconds": took,
         "passes": took / before,
+        **figures,
+        "the rest": (took - sum(parts.values())) / before,
     }
 
 
@@ -146,8 +224,9 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """Print one row."""
+    """Print the call and its parts."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--net", choices=NETS, default="resnet50")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--pixels", type=int, default=32)
     parser.add_argument("--samples", type=int, default=512)
@@ -157,12 +236,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     figures = measured(
-        asked.width, asked.pixels, asked.samples, asked.batch, asked.share, asked.validation
+        asked.net,
+        asked.width,
+        asked.pixels,
+        asked.samples,
+        asked.batch,
+        asked.share,
+        asked.validation,
     )
-    columns = ["width", "plain pass, s", "prune, s", "passes"]
-    row = [f"{figures['width']:.0f}", f"{figures['plain_seconds']:.2f}"]
-    row += [f"{figures['prune_seconds']:.2f}", f"{figures['passes']:.1f}"]
-    show("elesh.prune in plain passes", columns, [row])
+    plain, took = figures["plain_seconds"], figures["prune_seconds"]
+    rows = [[name, f"{figures[name]:.2f}"] for name in ("passes", *PARTS, "the rest")]
+    show(f"elesh.prune: {took:.2f} s, a plain pass {plain:.2f} s", ["", "plain passes"], rows)
     write(asked.json, figures)
 
 
