@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
 _SCRIPT = """
 import sys
@@ -20,6 +21,7 @@ with fleet("redis://127.0.0.1:1/0", 1, None, Path(sys.argv[1])):
 """
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_script_that_is_killed(tmp_path: Path) -> None:
     script = [sys.executable, "-c", _SCRIPT, str(tmp_path)]
     with subprocess.Popen(script, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:

@@ -144,12 +144,13 @@ class Station:
         return [event for event in events if not step or event.step == step]
 
     def wait_for(self, what: Callable[[], T], reason: str, patience: float = PATIENCE) -> T:
-        """The first true answer of ``what``; polls, since the thing happens in other processes."""
-        deadline = time.monotonic() + patience
-        while time.monotonic() < deadline:
+        """The first true answer of ``what``; polls, since the thing happens in other processes:
+        the longer it takes, the more seldom, for those processes' sake."""
+        begun = time.monotonic()
+        while (waited := time.monotonic() - begun) < patience:
             if found := what():
                 return found
-            time.sleep(0.05)
+            time.sleep(min(0.05 + waited / 20, 0.5))
         logs = "".join(f"--- {w.name}\n{''.join(w.log)}" for w in self.workers)
         raise AssertionError(f"waited in vain for {reason}\n{logs}")
 
