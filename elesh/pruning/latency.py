@@ -22,6 +22,9 @@ __all__ = ["compared"]
 SIZES = (1, 32)
 """Samples in a call."""
 _ROUNDS, _SECONDS = 7, 0.02
+_CALM_ROUNDS, _CALM = 2, 0.99
+"""After so many rounds in a row in which no network became faster than this share of its best, more
+rounds would tell no more."""
 _FEW_ROUNDS, _LONG_SECONDS = 2, 0.1
 """Calls that take this long are hit by little else, and cost much."""
 
@@ -60,7 +63,12 @@ def _side_by_side(networks: Mapping[str, nn.Module], inputs: Inputs) -> dict[str
     calls = {name: timed_call(network, inputs) for name, network in networks.items()}
     took = {name: max(once(1), 1e-7) for name, once in calls.items()}
     counts = {name: max(1, int(_SECONDS / seconds)) for name, seconds in took.items()}
+    calm = 0
     for _ in range(_ROUNDS if max(took.values()) < _LONG_SECONDS else _FEW_ROUNDS):
+        before = dict(best)
         for name, timed in calls.items():
             best[name] = min(best[name], timed(counts[name]))
+        calm = calm + 1 if all(best[n] >= _CALM * before[n] for n in best) else 0
+        if calm == _CALM_ROUNDS:
+            break
     return best
