@@ -7,7 +7,7 @@ of them changes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -29,18 +29,21 @@ _FEW_ROUNDS, _LONG_SECONDS = 2, 0.1
 """Calls that take this long are hit by little else, and cost much."""
 
 
-def compared(networks: Mapping[str, nn.Module], inputs: Inputs) -> dict[str, dict[int, float]]:
+def compared(
+    networks: Mapping[str, nn.Module], inputs: Inputs, sizes: Sequence[int] = SIZES
+) -> dict[str, dict[int, float]]:
     """Seconds a call of each network in evaluation mode, by the samples in it.
 
     Args:
         inputs: a batch; where it has fewer samples than are called with, its first come again.
+        sizes: samples in a call.
     """
     found: dict[str, dict[int, float]] = {name: {} for name in networks}
     with ExitStack() as stack:
         for network in networks.values():
             stack.enter_context(preserve_state(network, 0))
         stack.enter_context(torch.no_grad())
-        for size in SIZES:
+        for size in sizes:
             batch = _of_size(inputs, size)
             for name, seconds in _side_by_side(networks, batch).items():
                 found[name][size] = seconds
