@@ -5,8 +5,10 @@ from __future__ import annotations
 import fcntl
 import os
 import pickle
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +22,21 @@ def shared_folder() -> Path:
     return Path(os.environ.get("ELESH_TEST_SHARED") or tempfile.mkdtemp(prefix="elesh-shared-"))
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """What is made so has the same bits with any number of threads, and small networks are trained
+    no slower where more threads than cores would wait for each other."""
+    torch = sys.modules.get("torch")
+    threads = torch.get_num_threads() if torch else 0
+    if torch:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if torch:
+            torch.set_num_threads(threads)
+
+
 def once(name: str, make: Callable[[Path], object]) -> Path:
     """A folder of that name that ``make`` has filled, in this process or another one."""
     folder = shared_folder() / name
@@ -27,7 +44,8 @@ def once(name: str, make: Callable[[Path], object]) -> Path:
     with (folder / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "made").exists():
-            make(folder)
+            with one_thread():
+                make(folder)
             (folder / "made").touch()
     return folder
 
