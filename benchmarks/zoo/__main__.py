@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import gc
 import importlib
 import json
@@ -102,7 +103,7 @@ def _measured(name: str, compare: bool) -> dict[str, Any]:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    row: dict[str, Any] = {"name": name}
+    row: dict[str, Any] = {"name": name, "measured": datetime.date.today().isoformat()}
     model, inputs = build(name)
     try:
         row |= ours.examine(model, inputs)

@@ -103,7 +103,10 @@ def _prunable(architecture: PrunedArchitecture) -> dict[str, Any]:
 def _rows(group: PruningGroup) -> int:
     """Output channels of the layers that make a group."""
     made = {name for layer in group.layers for name in (layer, f"{layer}.weight")}
-    seen = {part.tensor: part.width for part in group.slices if part.tensor in made}
+    seen = dict[str, int]()
+    for part in group.slices:  # A layer may make some of the units and read others.
+        if part.tensor in made:
+            seen[part.tensor] = max(part.width, seen.get(part.tensor, 0))
     return group.size * sum(seen.values()) or group.size
 
 

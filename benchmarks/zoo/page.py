@@ -26,6 +26,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     prunable, every = (sum(row[name] for row in good) for name in ("rows", "all_rows"))
     heads, attentions = (sum(row["heads"][i] for row in good) for i in (0, 1))
     passes = sorted(row["passes"] for row in good)
+    newest = max(row.get("measured", "") for row in rows)
     compared = [row["peer"]["verdict"] for row in good if "peer" in row]
     lines = [
         f"{len(rows)} networks: {len(good)} recorded, {len(right)} cut and verified (mask against "
@@ -33,13 +34,19 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "cut)." + (_peer(compared) if compared else ""),
         f"Rows prunable: {prunable / every:.0%} of {every}; attentions: {heads} of {attentions}. "
         f"Making the recorder takes {statistics.median(passes):.0f} forward and backward passes "
-        f"of the example in the median, {passes[-1]:.0f} at most.",
+        f"of the example in the median, {passes[-1]:.0f} at most."
+        + (
+            f" Rows with a star are of an earlier state of the tree than {newest}."
+            if newest
+            else ""
+        ),
         "",
         "| network | rows | heads | layers | removed | mask - cut | verified | passes "
         "| torch-pruning removed | |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    return "\n".join([*lines, *map(_line, sorted(rows, key=lambda row: row["name"]))]) + "\n"
+    ordered = sorted(rows, key=lambda row: row["name"])
+    return "\n".join([*lines, *(_line(row, newest) for row in ordered)]) + "\n"
 
 
 def _peer(verdicts: Sequence[str]) -> str:
@@ -53,12 +60,13 @@ def _right(row: dict[str, Any]) -> bool:
     return cut and row["undo"] and trains
 
 
-def _line(row: dict[str, Any]) -> str:
+def _line(row: dict[str, Any], newest: str) -> str:
+    star = " *" if row.get("measured", "") != newest else ""
     if "error" in row:
-        return f"| {row['name']} | {row['error']} | | | | | | | | |"
+        return f"| {row['name']}{star} | {row['error']} | | | | | | | | |"
     peer, every = row.get("peer", {"verdict": "not tried"}), max(1, row["all_rows"])
     cells = [
-        row["name"],
+        f"{row['name']}{star}",
         f"{row['rows'] / every:.0%}",
         "{}/{}".format(*row["heads"]),
         "{}/{}".format(*row["layers"]),

@@ -52,7 +52,7 @@ class Trial:
 
     def run(self) -> Any:
         """What the network returns, the random generators seeded."""
-        self.copied.eval()  # Some keep what they have worked out since they were put into this mode.
+        self.copied.eval()  # Some keep what they have worked out since they were put into it.
         seed_generators(device_of(self.copied), 0)
         return call(self.copied, self._inputs)
 
