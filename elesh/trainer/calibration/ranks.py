@@ -6,7 +6,8 @@ gathers the bundles, as files or as blobs, and publishes the merged one.
 Promises: means are weighted by samples and taken in float64; rows of samples are put one after
 another, in the order of the ranks. So however samples are shared out, what is merged is what one
 rank would have measured, up to a rounding to float32 for each rank. Ratios and cosines of
-attention patterns and of gradient flow are no sums: there the mean over ranks is an estimate.
+attention patterns and of gradient flow are no sums: there the mean over ranks is an estimate. So
+it is with second moments of large maps, of which every rank reads some positions.
 """
 
 from __future__ import annotations
