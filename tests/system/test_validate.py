@@ -37,6 +37,7 @@ def test_validate_prints_every_target_and_tells_the_bus(station: Station, tmp_pa
     assert "validated" in shown
 
 
+@pytest.mark.slow
 def test_a_missed_target_is_exit_code_1_and_json_has_it(tmp_path: Path) -> None:
     folder = str(proved_networks.perceptron().bundle.save(tmp_path / "bundle"))
     narrow = {"ELESH_SKETCH_WIDTH": "10", "ELESH_SKETCH_DEPTH": "1"}
