@@ -117,9 +117,7 @@ def _figures(run: RunView) -> dict[str, str]:
         for level, before, now in gain.units:
             facts[f"{level}s"] = f"{before:,} → {now:,}"
         if gain.latency is not None:
-            took, takes = 1000 * gain.latency.before, 1000 * gain.latency.now
-            spread = f" (the same network varied by {gain.latency.spread:.0%})"
-            facts["a call"] = f"{took:.3g} → {takes:.3g} ms{spread}"
+            facts["a call"] = gain.latency.said
         facts["cuts that stayed"] = f"{gain.cuts:,}"
         if gain.cost is not None:
             facts["accuracy, by the cuts alone"] = f"{100 * gain.cost:+.2f} points"

@@ -87,14 +87,24 @@ class Latency:
     """Before the first cut that stayed."""
     now: float
     """What the cuts made of them."""
-    spread: float
+    spread: float | None
     """By how much two measurements of the same network differed, after a cut and before the next
-    one: 0.1 is ten percent; 0 with a single cut."""
+    one: 0.1 is ten percent; None with a single cut, where nothing was measured twice."""
 
     @property
     def certain(self) -> bool:
         """Whether the change is larger than what the same network varied by."""
+        if self.spread is None:
+            return False
         return abs(math.log(self.now / self.before)) > math.log1p(self.spread)
+
+    @property
+    def said(self) -> str:
+        """Milliseconds, and how sure they are."""
+        took = f"{1000 * self.before:.3g} → {1000 * self.now:.3g} ms"
+        if self.spread is None:
+            return f"{took} around the only cut"
+        return f"{took} around the cuts; the same network varied by {self.spread:.0%}"
 
 
 @dataclass(frozen=True)
@@ -288,7 +298,7 @@ def _latency(run: Run, stayed: Sequence[Decided]) -> Latency | None:
     # What the machine did between two cuts is no gain of theirs.
     share = math.prod(now / was for was, now in known)
     repeats = [abs(math.log(again / now)) for (_, now), (again, _) in pairwise(known)]
-    spread = math.expm1(max(repeats, default=0.0))
+    spread = math.expm1(max(repeats)) if repeats else None
     return Latency(known[0][0], known[0][0] * share, spread)
 
 

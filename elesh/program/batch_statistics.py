@@ -23,10 +23,9 @@ from .program import Node, Program
 
 __all__ = ["BatchNorm", "Estimate", "batch_norms"]
 
-_PLAIN = "aten.batch_norm.default"
-_WITHOUT_TRAINING = "aten._native_batch_norm_legit_no_training.default"
-_EPSILON = {_PLAIN: 7, _WITHOUT_TRAINING: 6}
-"""Where an operator's arguments have what is added to the variance."""
+_OPERATOR = "aten.batch_norm.default"
+_TRAINING, _EPSILON = 5, 7
+"""Where its arguments say that it is training, and have what is added to the variance."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,6 @@ class BatchNorm:
 
     node: str
     """Name of the value that it makes."""
-    operator: str
     mean: str
     """Path of its running mean."""
     variance: str
@@ -48,15 +46,15 @@ def batch_norms(program: Program) -> tuple[BatchNorm, ...]:
 
 
 def _batch_norm(program: Program, node: Node) -> BatchNorm | None:
-    if node.operator not in _EPSILON or len(node.args) <= _EPSILON[node.operator]:
+    if node.operator != _OPERATOR or len(node.args) <= _EPSILON:
         return None
-    if node.operator == _PLAIN and node.args[5] is not False:
+    if node.args[_TRAINING] is not False:
         return None
     names = [arg.get("value") if isinstance(arg, dict) else None for arg in node.args[3:5]]
     mean, variance = (program.weights.get(name or "") for name in names)
     if mean is None or variance is None:
         return None
-    return BatchNorm(node.name, node.operator, mean, variance)
+    return BatchNorm(node.name, mean, variance)
 
 
 @dataclass
@@ -80,12 +78,11 @@ class Estimate:
             if torch.isfinite(value).all()
         }
 
-    def _normalised(self, norm: BatchNorm, x: Tensor, *args: Any) -> Any:
-        weight, bias, epsilon = args[0], args[1], args[_EPSILON[norm.operator] - 1]
+    def _normalised(self, norm: BatchNorm, *args: Any) -> Tensor:
+        x, weight, bias, epsilon = *args[:3], args[_EPSILON]
         across = [axis for axis in range(x.ndim) if axis != 1]
         rows = x.numel() // x.shape[1]
         variance, mean = torch.var_mean(x.float(), across, correction=0)
         for path, value in ((norm.mean, mean), (norm.variance, variance * rows / (rows - 1))):
             self.sums[path] = self.sums[path] + value if path in self.sums else value
-        out = nn.functional.batch_norm(x, None, None, weight, bias, training=True, eps=epsilon)
-        return out if norm.operator == _PLAIN else (out, mean, variance)
+        return nn.functional.batch_norm(x, None, None, weight, bias, training=True, eps=epsilon)

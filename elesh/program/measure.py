@@ -95,6 +95,7 @@ class Bench:
         self._weights = read_weights(network.weights, self._program, architecture)
         self._inputs, self._labels = read_held_out(network.held_out, self._program, distinct)
         self._slot = {(slot.module, slot.dim): n for n, slot in enumerate(self._program.gates)}
+        self._calibration: dict[str, Tensor] | None = None
         self.refit: Refit | None = None
         """Where set, weights are refitted whenever parts are masked."""
         require_gates(self._program.gates, architecture)
@@ -110,7 +111,9 @@ class Bench:
         Raises:
             ContractError: if they are not sound.
         """
-        return read_calibration(self._network.held_out, self._program)
+        if self._calibration is None:
+            self._calibration = read_calibration(self._network.held_out, self._program)
+        return self._calibration
 
     def measure(self, entries: Sequence[Entry]) -> Measurement:
         """The network with the units and layers of ``entries`` masked.

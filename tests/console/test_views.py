@@ -299,7 +299,11 @@ def test_the_demo_serves_a_console_beside_it(recorded):
 
 @pytest.mark.parametrize(
     ("measured", "spread", "certain"),
-    [([(4.0, 3.0), (3.3, 2.2)], 0.1, True), ([(4.0, 3.9), (2.6, 2.6)], 0.5, False)],
+    [
+        ([(4.0, 3.0), (3.3, 2.2)], 0.1, True),
+        ([(4.0, 3.9), (2.6, 2.6)], 0.5, False),
+        ([(4.0, 2.6)], None, False),
+    ],
 )
 def test_a_time_of_a_call_is_a_gain_where_repeats_differ_by_less(measured, spread, certain) -> None:
     keys = [str(number) for number in range(len(measured))]
@@ -312,7 +316,7 @@ def test_a_time_of_a_call_is_a_gain_where_repeats_differ_by_less(measured, sprea
     assert found is not None
     assert found.before == 4.0
     assert found.now == pytest.approx(4.0 * math.prod(after / before for before, after in measured))
-    assert (found.spread, found.certain) == (pytest.approx(spread), certain)
+    assert (found.spread, found.certain) == (spread and pytest.approx(spread), certain)
 
 
 def test_a_group_that_went_with_its_layer_is_counted_and_shown() -> None:

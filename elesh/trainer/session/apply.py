@@ -179,8 +179,7 @@ class _Check:
                 refit = self._refit
                 surgeon.mask(decision.units, reconstruct=refit.covariance, skip=refit.skip)
                 surgeon.mask_layers(target.layer_name for target in decision.layers)
-                self._statistics = estimated_batch_statistics(surgeon.model, refit.batches)
-                before = put_batch_statistics(surgeon.model, self._statistics)
+                before = self._estimate_statistics()
             now = self._measure("masked", "evaluate masked")
         except Exception as error:
             return self._failed("under the mask", error)
@@ -195,6 +194,16 @@ class _Check:
             if not acts:
                 return self.outcome("refused", _UNMOVED)
         return self._judge(now, "under the mask")
+
+    def _estimate_statistics(self) -> dict[str, Tensor]:
+        """Give batch normalisations the statistics that they have under the mask; what they had."""
+        model, batches = self._surgeon.model, self._refit.batches
+        if not batches:
+            return {}
+        self._statistics = estimated_batch_statistics(model, batches)
+        if not self._statistics:
+            self._notes += ("batch statistics not estimated anew: batches are too small",)
+        return put_batch_statistics(model, self._statistics)
 
     def _mask_acts(self) -> bool:
         """Whether the evaluation sees a mask at all: of all units but a few, and of every layer."""

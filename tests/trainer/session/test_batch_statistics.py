@@ -98,6 +98,13 @@ def test_without_batches_statistics_stay_and_the_outcome_says_so() -> None:
     assert close(case.model(example()), wanted(example()))
 
 
+def test_batches_of_single_samples_estimate_nothing_and_the_outcome_says_so() -> None:
+    case = _Cut()
+    outcome = case.apply([0.9, 0.9, 0.9], given=[(x[:1], y[:1]) for x, y in _DATA])
+    assert outcome.result == "applied"
+    assert "batch statistics not estimated anew" in outcome.detail
+
+
 def test_a_worker_measures_with_the_statistics_that_the_trainer_will_have() -> None:
     case = _Cut()
     case.recorder.architecture = case.surgeon.architecture
