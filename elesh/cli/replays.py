@@ -56,23 +56,25 @@ def replay(
     if source is not None:
         _replay_file(source, settings, diff, as_json)
 
-    async def run_all(bus: Bus, loaded: Settings) -> tuple[int, int]:
+    async def run_all(bus: Bus, loaded: Settings) -> tuple[int, int, int]:
         setup_tracing(REPLAYS, run or key or "all", loaded.observe)
         selection = Selection(key, run, epoch)
-        total, same = await count_selected(bus, selection), 0
+        total, same, rounding = await count_selected(bus, selection), 0, 0
         with counting("replayed", total) as advance:
             async for item in replay_events(bus, loaded, selection):
                 _print(item, diff, as_json)
                 same += item.identical
+                rounding += item.rounding
                 advance()
-        return total, same
+        return total, same, rounding
 
-    total, same = on_bus(redis, settings, run_all)
+    total, same, rounding = on_bus(redis, settings, run_all)
     if not total:
         fail("nothing was selected that is still in the streams")
     if not as_json:
-        console.print(f"{same} of {total} bit-identical")
-    raise typer.Exit(0 if same == total else 1)
+        others = f", {rounding} the same but for rounding" if rounding else ""
+        console.print(f"{same} of {total} bit-identical{others}")
+    raise typer.Exit(0 if same + rounding == total else 1)
 
 
 def _replay_file(source: Path, settings: Path | None, diff: bool, as_json: bool) -> None:
@@ -84,7 +86,7 @@ def _replay_file(source: Path, settings: Path | None, diff: bool, as_json: bool)
     for name, then in {} if as_json else open_case(source).versions.items():
         if now.get(name) != then:
             console.print(f"  captured with {name} {then}, here {now.get(name, 'not installed')}")
-    raise typer.Exit(0 if item.identical else 1)
+    raise typer.Exit(0 if item.identical or item.rounding else 1)
 
 
 @app.command()
@@ -110,6 +112,7 @@ def _print(item: Replayed, diff: bool, as_json: bool) -> None:
     facts = {
         "key": str(item.key),
         "identical": item.identical,
+        "rounding": item.rounding,
         "error": item.error,
         "settings": changed,
         "moved": item.moved,
@@ -122,6 +125,9 @@ def print_replayed(item: Replayed, *, diff: bool) -> None:
     """What became of one key: identical, or which settings changed and what moved."""
     if item.identical:
         console.print(f"{item.key}  [green]identical[/]")
+    elif item.rounding:
+        count = len(item.differences)
+        console.print(f"{item.key}  [green]the same[/] but for rounding, in {count} figures")
     elif item.error:
         console.print(f"{item.key}  [red]no decision now[/]: {escape(item.error)}", soft_wrap=True)
     elif item.recorded is None:
@@ -146,6 +152,8 @@ def _reasons(item: Replayed) -> list[str]:
     old, new = item.recorded, item.decision
     if old and new and old.elesh_version != new.elesh_version:
         lines.append(f"decided by Elesh {old.elesh_version}, this is {new.elesh_version}")
+    elif old and new and item.rounding:
+        lines.append("another kind of processor or another library decided: it adds up differently")
     elif old and new and not item.identical and item.settings == ():
         lines.append("no setting changed: the code or its libraries did")
     return lines + item.moved

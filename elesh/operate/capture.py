@@ -51,18 +51,30 @@ class Case:
     settings: dict[str, Any] | None
     """What decided, without what has no part in decisions; None if it is not known any more."""
     versions: dict[str, str] = field(default_factory=dict)
-    """Of Python and of the packages that took part, where the capture was made."""
+    """Of Python, the processor and the packages that took part, where the capture was made."""
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that take part in decisions, as far as installed."""
-    found = {"python": platform.python_version()}
+    """What takes part in decisions: Python, the kind of processor, packages as far as installed."""
+    found = {"python": platform.python_version(), "processor": _processor()}
     for name in _VERSIONED:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
     return found
+
+
+def _processor() -> str:
+    """The kind of processor, by which libraries choose how they add up; as precise as is known."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    told = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
+    facts = {name.strip(): value.strip() for name, value in told.items()}
+    known = [facts[name] for name in ("model name", "cpu family", "model") if name in facts]
+    return " ".join(known) or platform.machine()
 
 
 def save_case(path: Path, case: Case, blobs: Path) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from leyline import StructuralPruningDecision
 
-__all__ = ["Change", "changes", "moved"]
+__all__ = ["Change", "changes", "moved", "rounded"]
 
 _SHOWN = 160
 """Characters of a value that are shown of a difference."""
+_ROUNDING = 1e-5
+"""What float32 sums of another order may differ by: of a figure, or of 1 where it is smaller, since
+figures near zero are differences of larger ones."""
 
 
 class Change(NamedTuple):
@@ -45,6 +49,15 @@ def changes(before: Any, after: Any, path: str = "") -> Iterator[Change]:
             yield from changes(old, new, f"{path}[{index}]")
     elif before != after:
         yield Change(path, before, after)
+
+
+def rounded(change: Change) -> bool:
+    """Whether only rounding differs: two figures that another kind of processor, which adds up in
+    another order, may both have measured."""
+    before, after = change.before, change.after
+    if not (isinstance(before, float) and isinstance(after, float)):
+        return False
+    return math.isclose(before, after, rel_tol=_ROUNDING, abs_tol=_ROUNDING)
 
 
 def _by_name(value: Any) -> dict[str, Any] | None:

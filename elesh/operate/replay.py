@@ -1,6 +1,7 @@
 """Replay: run the analysis of a recorded event again, publish nothing, compare with the record.
 
-Promises: the same code and settings give the same bytes; where they do not, the settings that
+Promises: the same code and settings give the same bytes on the same kind of processor, and the same
+decision with figures that differ by rounding on another; where they do not, the settings that
 changed are named, and what the decision does differently. The analysis runs in a compute child, as
 it did then, so a checkpoint that harms its process does so there. What chance decided is taken
 from the record: levels that were missing, shards, fallbacks of the failure table of each
@@ -32,7 +33,7 @@ from leyline import ContractError, IdempotencyKey, Level, StructuralPruningDecis
 from leyline.streams import CHECKPOINTS, REQUESTS
 
 from .capture import Case, open_case, save_case, take_blobs, versions
-from .diff import Change, changes, moved
+from .diff import Change, changes, moved, rounded
 
 __all__ = [
     "Replayed",
@@ -89,6 +90,11 @@ class Replayed:
             and self.recorded is not None
             and encode(self.decision) == encode(self.recorded)
         )
+
+    @property
+    def rounding(self) -> bool:
+        """Whether it is the same decision, but for the rounding of figures."""
+        return bool(self.differences) and all(map(rounded, self.differences))
 
     @property
     def moved(self) -> list[str]:

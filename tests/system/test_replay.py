@@ -92,6 +92,26 @@ def test_a_changed_setting_is_named_with_what_it_moved(past: Station, decided: S
     assert any(change.path == "settings_hash" for change in item.differences)
 
 
+@pytest.mark.parametrize(
+    ("factor", "rounding"), [(1 + 1e-7, True), (1.01, False)], ids=["rounding", "another figure"]
+)
+def test_figures_that_another_processor_rounds_otherwise_are_no_other_decision(
+    factor: float, rounding: bool, past: Station
+) -> None:
+    recorded = past.decisions()[0]
+    gates = tuple(
+        gate.model_copy(update={"limit": gate.limit * factor}) if gate.limit else gate
+        for gate in recorded.safety.gates
+    )
+    safety = recorded.safety.model_copy(update={"gates": gates})
+    now = recorded.model_copy(update={"safety": safety})
+    again = Replayed(recorded.key, now, recorded)
+    assert again.differences
+    assert (again.identical, again.rounding) == (False, rounding)
+    fewer = now.model_copy(update={"approved_for_application": False})
+    assert not Replayed(recorded.key, fewer, recorded).rounding
+
+
 def keys(past: Station) -> dict[Level, object]:
     return {decision.key.level: decision.key for decision in past.decisions()}
 
