@@ -84,7 +84,9 @@ def find_architecture(
         fed = parameters_behind(passage.roots)
         reached = reached_by(copied, fed, wiring.called)
         trial = Trial(copied, inputs, compared)
-        groups = without_hazards(groups, model, copied, reached, trial.in_training)
+        groups = without_hazards(
+            groups, model, copied, reached, trial.in_training, trial.read_in_training
+        )
         gates = traced_gates(passage, groups)
         del wiring, passage  # and with them the autograd graph
         architecture = PrunedArchitecture.unchecked(describe_tensors(model), layers, groups)

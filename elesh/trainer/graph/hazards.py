@@ -32,7 +32,7 @@ from elesh.trainer.network.calling import (
     packed_in,
     tensors_in,
 )
-from elesh.trainer.network.calls import Link
+from elesh.trainer.network.calls import Calls, Link
 from elesh.trainer.network.gates import Axis, GateMeter, axis_of
 from elesh.trainer.network.layers import channel_axes
 from elesh.trainer.network.state import seed_generators
@@ -45,6 +45,7 @@ from .residual_branches import Trace
 __all__ = [
     "Gate",
     "reached_by",
+    "read_in_training",
     "require_initialised",
     "require_repeatable",
     "traced_gates",
@@ -127,6 +128,30 @@ def train_once(model: nn.Module, inputs: Inputs) -> set[str]:
     return reached_by(model, fed, {names[module] for module in called}) if outputs else set()
 
 
+def read_in_training(model: nn.Module, inputs: Inputs, layers: Collection[str]) -> dict[str, str]:
+    """By layer that makes channels: which of ``layers`` reads these in training mode, with nothing
+    between that makes others. The model is left in evaluation mode."""
+    seed_generators(device_of(model), 0)
+    model.train()
+    try:
+        with torch.enable_grad(), Calls(model) as calls:
+            call(model, inputs)
+    finally:
+        model.eval()
+    makers = {one.output: one.name for one in calls.made if channel_axes(one.module).produces}
+    found: dict[str, str] = {}
+    for one in calls.made:
+        stack, seen = [link[0] for link in one.inputs] if one.name in layers else [], set[Any]()
+        while stack:
+            function = stack.pop()
+            if function in makers:
+                found.setdefault(makers[function], one.name)
+            elif function is not None and function not in seen:
+                seen.add(function)
+                stack += [before for before, _ in function.next_functions]
+    return found
+
+
 def reached_by(model: nn.Module, fed: Collection[int], called: Collection[str]) -> set[str]:
     """Paths of the parameters with these ids, and of those of modules that were called."""
     reached = {name for name, parameter in model.named_parameters() if id(parameter) in fed}
@@ -148,6 +173,7 @@ def without_hazards(
     traced: nn.Module,
     reached: Collection[str],
     in_training: Callable[[], set[str]],
+    read: Callable[[Collection[str]], Mapping[str, str]],
 ) -> tuple[PruningGroup, ...]:
     """The groups, those that must be left alone marked with a reason.
 
@@ -156,15 +182,23 @@ def without_hazards(
         traced: its copy.
         reached: its parameters that outputs depend on, and those of modules that were called.
         in_training: asks for the same of training mode, if anything was not reached.
+        read: asks which layers are read by some that only training reaches.
     """
     tensors = dict(traced.named_parameters())
     followed = tuple(f"{teacher.name}." for teacher in teachers_in(model))
-    memory, unreached = _in_shared_memory(model), _unreached(traced, followed, reached, in_training)
+    memory, (unreached, late) = (
+        _in_shared_memory(model),
+        _unreached(traced, followed, reached, in_training),
+    )
+    readers = read(late) if late else {}
 
     def reason(group: PruningGroup) -> str:
         for part in group.slices:
             if part.tensor in memory:
                 return f"{part.tensor} shares its memory with {memory[part.tensor]}"
+        for layer in group.layers:
+            if layer in readers:
+                return f"{readers[layer]} reads it, which runs in training mode only"
         widths = {
             tensors[part.tensor].shape[part.dim]
             for part in group.slices
@@ -201,10 +235,10 @@ def _unreached(
     followed: tuple[str, ...],
     reached: Collection[str],
     in_training: Callable[[], set[str]],
-) -> list[tuple[str, int, bool]]:
+) -> tuple[list[tuple[str, int, bool]], set[str]]:
     """Layers whose parameters no output depends on, in evaluation or in training: name, width of
-    the input, and whether the input may be flattened. Teachers (``followed``) read what their own
-    layers make."""
+    the input, and whether the input may be flattened; and the names of those that training
+    reaches. Teachers (``followed``) read what their own layers make."""
     layers = [
         (name, module, own)
         for name, module in model.named_modules()
@@ -214,7 +248,7 @@ def _unreached(
         and own.isdisjoint(reached)
     ]
     if not reached or not layers:
-        return []
+        return [], set()
     trained = in_training()
     found = [
         (name, width, isinstance(module, nn.Linear))
@@ -228,7 +262,7 @@ def _unreached(
             layers=sorted({name for name, _, _ in found})[:20],
             runs_in_training_mode=bool(trained),
         )
-    return found
+    return found, {name for name, _, own in layers if not own.isdisjoint(trained)}
 
 
 def _widths(module: nn.Module) -> Iterator[int]:

@@ -23,7 +23,7 @@ from elesh.trainer.surgery.masks import Masks
 from elesh.trainer.surgery.tensors import point_to
 from leyline import PrunedArchitecture, Span
 
-from .hazards import require_repeatable, train_once, trainable_example
+from .hazards import read_in_training, require_repeatable, train_once, trainable_example
 from .waypoints import narrowed
 
 __all__ = ["Trial", "TrialCuts", "Units"]
@@ -84,6 +84,11 @@ class Trial:
     def in_training(self) -> set[str]:
         """The parameters that the whole network reaches in training mode; nothing may be cut."""
         return self._found_in_training()[1]
+
+    def read_in_training(self, layers: Collection[str]) -> Mapping[str, str]:
+        """See :func:`~.hazards.read_in_training`; nothing may be cut."""
+        example = self._found_in_training()[0]
+        return {} if example is None else read_in_training(self.copied, example, layers)
 
     def trained_wrongly(self) -> bool:
         """Whether :meth:`train` ran with inputs that the whole network does not run with: what

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from leyline import Level, PrunedArchitecture, PruningGroup
 
@@ -291,6 +292,8 @@ class _Blame:
     reason: str
     differs: bool = False
     """Whether values differ there; otherwise the module failed."""
+    last: str = ""
+    """The layer that was called last before it failed."""
 
 
 def _stays(group: PruningGroup) -> int:
@@ -364,8 +367,7 @@ class _Run:
                 self._cuts.cut(self._units) as self._cut,
                 Guards(copied, guarded, self._amend, points),
             ):
-                points.compare()
-                outputs = self._trial.outputs()
+                outputs = self._compared()
                 points.close()
                 if not self.blamed and not points.faults and (difference := apart(masked, outputs)):
                     points.faults.append(Fault("", difference))
@@ -382,23 +384,43 @@ class _Run:
             points.close()
             copied.eval()
 
+    def _compared(self) -> list[Tensor]:
+        """Run what is cut, and compare on the way; where the network's own code fails, once more
+        from its beginning, with what may be to blame taken back: so all faults show."""
+        while True:
+            self.waypoints.faults.clear()
+            self.waypoints.compare()
+            try:
+                return self._trial.outputs()
+            except Exception as error:  # Whatever the user's network raises is the finding.
+                if not self._amend("", error):
+                    raise
+
     def _amend(self, path: str, error: Exception) -> bool:
-        """Take back what was cut of groups inside a module that failed; where a part of it has
-        failed before with its own groups whole, only of those that reach into that part."""
+        """Take back what was cut of groups inside a module that failed: of those of the layer that
+        was called last before; else of those that connect parts of the module; else of all. Where
+        a part of it has failed before with its own groups whole, only of those that reach into
+        that part."""
         assert self._cut is not None
-        units, failing = self._cut.units, self._failing
+        units, failing, last = self._cut.units, self._failing, self.waypoints.last
         reaching = [name for name in units if failing and self._touches(name, failing)]
         inside = [name for name in reaching or units if self._is_inside(name, path)]
+        if not reaching:
+            near = [name for name in inside if last in self._places(name)]
+            inside = near or [n for n in inside if self._around[n] == path] or inside
         if not inside:
             self._failing = failing or path
             return False
         earlier = [b for b in self.blamed if f"{b.place}.".startswith(f"{path}.")]
-        if reaching:  # Its own groups are as suspect as these, and those of other parts are not.
+        if not reaching:  # It is the same failure if it came after the same layer.
+            earlier = [b for b in earlier if b.last == last]
+        else:  # Its own groups are as suspect as these, and those of other parts are not.
             earlier = [b for b in earlier if b.place == failing]
             self.blamed = [b for b in self.blamed if b not in earlier]
             self._failing = ""
         blamed = frozenset(inside).union(*(b.blamed for b in earlier))
-        self.blamed.append(_Blame(failing if reaching else path, blamed, _breaks(error)))
+        place = failing if reaching else path
+        self.blamed.append(_Blame(place, blamed, _breaks(error), last=last))
         taken_back = {name: units[name] for name in inside}
         self.waypoints.unjudged.update(self._cuts.lost_inputs(taken_back))
         self._cut.restore(inside)
@@ -406,14 +428,18 @@ class _Run:
         return True
 
     def _is_inside(self, name: str, path: str) -> bool:
-        return f"{self._around[name]}.".startswith(f"{path}.")
+        return not path or f"{self._around[name]}.".startswith(f"{path}.")
 
     def _holders(self, name: str) -> set[str]:
         """The modules that hold layers with anything of a group."""
-        group = self._cuts.architecture.group[name]
-        places = [part.tensor.rpartition(".")[0] for part in group.slices]
-        places += [site.module for site in group.sites]
+        places = self._places(name)
         return {path for place in places for path in _outwards(place.rpartition(".")[0])}
+
+    def _places(self, name: str) -> set[str]:
+        """The layers with anything of a group."""
+        group = self._cuts.architecture.group[name]
+        places = {part.tensor.rpartition(".")[0] for part in group.slices}
+        return places | {site.module for site in group.sites}
 
     def _touches(self, name: str, path: str) -> bool:
         """Whether some, but not all, of what goes with a group is inside a module."""

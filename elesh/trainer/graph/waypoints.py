@@ -65,6 +65,8 @@ class Waypoints:
     """Layers that lose outputs in the second run."""
     unjudged: set[str] = field(default_factory=set)
     """Where there is nothing to compare any more."""
+    last: str = ""
+    """The layer that was called last."""
 
     def remember(self) -> None:
         """Remember what enters the layers from now on. Masks must be on already."""
@@ -100,6 +102,7 @@ class Waypoints:
         def hook_of(name: str) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 self._calls[name] += 1
+                self.last = name
                 number = self._calls[name]
                 return replace_first(args, kwargs, lambda x: treat(name, number, x))
 

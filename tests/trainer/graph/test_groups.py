@@ -230,7 +230,7 @@ def test_a_branch_that_only_training_uses_protects_what_it_reads() -> None:
             return y + self.aux(x.mean((2, 3))) if self.training else y
 
     architecture = find(Auxiliary())
-    assert "does not run" in reason(architecture, "one")
+    assert "aux reads it, which runs in training mode only" in reason(architecture, "one")
     assert prunable(architecture) == ["two"]
 
 

@@ -73,6 +73,53 @@ def test_a_network_without_faults_is_run_nine_times_whatever_its_depth(depth: in
     assert CALLS[0] == 9
 
 
+class Sized(Deep):
+    """Sizes that the network's own code knows, one after the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        CALLS[0] += 1
+        for block in self.blocks:
+            x = block.down(block.up(x).view(-1, 12).relu())
+        return self.head(self.free(x).relu())
+
+
+class WithTrainingHeads(Deep):
+    """A head in training mode behind every block."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__(depth, Free)
+        self.extra = nn.ModuleList([nn.Linear(8, 2) for _ in range(depth)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        CALLS[0] += 1
+        answers = torch.zeros(())
+        for block, extra in zip(self.blocks, self.extra, strict=True):
+            x = block(x)
+            if self.training:
+                answers = answers + extra(x).sum()
+        return self.head(self.free(x).relu()) + answers
+
+
+@pytest.mark.parametrize("depth", [3, 12])
+def test_heads_of_training_mode_take_no_trials(depth: int) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), WithTrainingHeads(depth))
+    CALLS[0] = 0
+    assert Recorder(model, torch.randn(4, 6)).architecture.group["1.free"].prunable
+    assert CALLS[0] <= 12
+
+
+def test_faults_of_the_networks_own_code_take_a_run_each() -> None:
+    took = []
+    for depth in (3, 12):
+        CALLS[0] = 0
+        model = nn.Sequential(nn.Linear(6, 8), Sized(depth))
+        named = Recorder(model, torch.randn(4, 6)).architecture.group
+        assert named["1.free"].prunable
+        assert not any(named[f"1.blocks.{i}.up"].prunable for i in range(depth))
+        took.append(CALLS[0])
+    assert took[1] - took[0] <= 12
+
+
 def test_the_copy_has_random_weights_and_takes_little_memory() -> None:
     model = nn.Sequential(*[nn.Linear(256, 256) for _ in range(24)])
     before = copy.deepcopy(model.state_dict())
