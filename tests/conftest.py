@@ -126,7 +126,12 @@ def _process_wide() -> dict[str, object]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The quicker the tier, the fewer examples are drawn."""
+    """The quicker the tier, the fewer examples are drawn.
+
+    Nothing that is imported until all tests are known is garbage: to look for some in it again and
+    again takes a second a process.
+    """
+    gc.disable()
     tiers = {"not slow": "quick", "not soak": "ci"}
     chosen = config.getoption("markexpr", "")
     settings.load_profile(next((tiers[kind] for kind in tiers if kind in chosen), "elesh"))
@@ -145,6 +150,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if "not slow" not in config.getoption("markexpr", "") or collection_path.suffix != ".py":
         return None
     return "\npytestmark = pytest.mark.slow\n" in collection_path.read_text() or None
+
+
+def pytest_collection_finish() -> None:
+    """From here on, garbage is collected."""
+    gc.enable()
 
 
 IN_CI = 5

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import msgpack
 import proved_networks
@@ -37,6 +37,14 @@ def decide(
     return analyze(bundle, SETTINGS, verify=verifier(bundle, SETTINGS, recorded))
 
 
+@cache
+def decided(network: str, epoch: int, *, wrong: bool = False) -> StructuralPruningDecision:
+    """What is decided of that network at that epoch, by an inverted ranking or the right one: the
+    same every time, as a test of this file shows."""
+    trained = getattr(proved_networks, network)()
+    return decide(inverted(trained, epoch) if wrong else trained.at(epoch))
+
+
 def masked_accuracy(trained: Trained, decision: StructuralPruningDecision) -> float:
     surgeon = Surgeon(trained.model, trained.bundle.architecture)
     surgeon.mask(decision.units)
@@ -47,17 +55,22 @@ def masked_accuracy(trained: Trained, decision: StructuralPruningDecision) -> fl
 
 
 @pytest.fixture(params=["perceptron", "wine", "convolutions"])
-def trained(request: pytest.FixtureRequest) -> Trained:
-    make: Callable[[], Trained] = getattr(proved_networks, request.param)
-    return make()
+def network(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def trained(network: str) -> Trained:
+    found: Trained = getattr(proved_networks, network)()
+    return found
 
 
 @pytest.mark.slow
 def test_an_approved_cut_of_a_fifth_keeps_95_percent_of_the_accuracy_on_unseen_data(
-    trained: Trained,
+    network: str, trained: Trained
 ) -> None:
     """Without fine-tuning, at the end of the aggressive phase; or less is approved, and why."""
-    before, decision = trained.accuracy, decide(trained.at(119))
+    before, decision = trained.accuracy, decided(network, 119)
     found = decision.safety.verification
     assert found is not None, (decision.rejection_reason, decision.fallbacks)
     assert before > 0.85
@@ -95,9 +108,8 @@ def test_figures_of_a_measured_decision_are_those_of_the_masked_network(trained:
 
 
 @pytest.mark.slow
-def test_the_same_checkpoint_gives_the_same_bytes(trained: Trained) -> None:
-    bundle = trained.at(119)
-    first = decide(bundle)
+def test_the_same_checkpoint_gives_the_same_bytes(network: str, trained: Trained) -> None:
+    bundle, first = trained.at(119), decided(network, 119)
     threads = torch.get_num_threads()
     torch.manual_seed(99)
     assert encode(decide(bundle)) == encode(first)
@@ -110,8 +122,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(trained: Trained) -> None:
 @pytest.mark.sampled
 def test_an_inverted_ranking_never_costs_more_than_the_limit(network: str, epoch: int) -> None:
     trained = getattr(proved_networks, network)()
-    bundle = inverted(trained, epoch)
-    decision = decide(bundle)
+    decision = decided(network, epoch, wrong=True)
     assert decision.safety.verification is not None
     limit = SETTINGS.verification.channel.of(decision.safety.phase).accuracy_drop
     assert trained.accuracy - masked_accuracy(trained, decision) <= limit
@@ -120,15 +131,14 @@ def test_an_inverted_ranking_never_costs_more_than_the_limit(network: str, epoch
 @pytest.mark.slow
 def test_a_ranking_that_is_mostly_wrong_is_refused_whole_and_counts_against_its_level() -> None:
     trained = proved_networks.convolutions()
-    bundle = inverted(trained, 119)
-    unmeasured = analyze(bundle, SETTINGS)
+    unmeasured = analyze(inverted(trained, 119), SETTINGS)
     assert unmeasured.approved_for_application, "nothing but measuring notices"
     assert masked_accuracy(trained, unmeasured) < trained.accuracy - 0.3
-    decision = decide(bundle)
+    decision = decided("convolutions", 119, wrong=True)
     assert "ranking" in decision.rejection_reason
     assert not decision.units
     assert safety.votes(decision) == {Level.CHANNEL: "failure"}
-    assert decide(trained.at(119)).approved_for_application
+    assert decided("convolutions", 119).approved_for_application
 
 
 @pytest.mark.slow

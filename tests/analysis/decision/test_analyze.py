@@ -67,7 +67,8 @@ def test_one_and_four_threads_and_another_process_give_the_same_bytes(
     assert encode(analyze(checkpoint, settings(), threads=4)) == decision
     checkpoint.save(tmp_path)
     script = (
-        "import hashlib, sys; from elesh import *; from leyline import encode;"
+        "import hashlib, sys; from elesh import CheckpointBundle, Settings, analyze;"
+        "from leyline import encode;"
         "s = Settings(structured_pruning={'channel_analysis': {'max_predicted_shift': 1e9}});"
         "d = analyze(CheckpointBundle.load(sys.argv[1]), s, threads=2);"
         "print(hashlib.sha256(encode(d)).hexdigest())"
