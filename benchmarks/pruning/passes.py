@@ -45,7 +45,7 @@ PARTS: dict[str, tuple[Any, str]] = {
     "batch statistics": (at_once, "reestimate_batch_statistics"),
     "evaluation": (judging.Validation, "now"),
     "softening": (at_once, "soften_outputs"),
-    "latency": (at_once, "compared"),
+    "latency": (at_once, "latencies"),
 }
 """What is timed by itself: where it is looked up, and its name."""
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -43,7 +43,7 @@ from leyline import (
 )
 
 from .judging import Evaluate, HeldOut, Judge, Limits, Seen, Validation, require_labels_fit
-from .latency import compared
+from .latency import compared as latencies
 from .progress import Progress
 from .report import Figures, PruningReport, Round, Spared, spared_of
 from .samples import Batch, Samples, divided
@@ -71,6 +71,7 @@ def prune(
     optimizer: torch.optim.Optimizer | None = None,
     ignored_layers: Collection[str] = (),
     loss: Loss | None = None,
+    compared: Callable[[Any], Any] | None = None,
     min_channels: int = 4,
     min_heads: int = 1,
     round_to: int = 1,
@@ -101,6 +102,8 @@ def prune(
         ignored_layers: names of layers, or of modules that hold some, whose outputs stay.
         loss: from what the model returns and the labels to a loss for each sample; by default
             cross-entropy of logits.
+        compared: from what the model returns to what has to be equal under a mask and after a cut,
+            where some outputs jump by themselves (see :class:`Recorder`); by default all of it.
         min_channels, min_heads: what every group keeps.
         round_to: groups keep a multiple of so many channels.
         reconstruct: solve the layers that read what is left again, and re-estimate batch
@@ -135,6 +138,7 @@ def prune(
             ignored_layers=ignored_layers,
             loss=loss,
             outputs="logits" if loss is None else "values",
+            compared=compared,
             seed=seed,
             architecture=known.now if known else None,
         )
@@ -154,7 +158,7 @@ def prune(
             if soften and loss is None and max_loss_increase is None:
                 work.soften()
         shown.doing("measuring latency")
-        took = compared({"before": before, "after": model}, samples.calibration[0][0])
+        took = latencies({"before": before, "after": model}, samples.calibration[0][0])
     now = surgeon.architecture
     return PruningReport(
         before=_figures(judge.before, first, took["before"]),

@@ -7,7 +7,7 @@ and the next process with the same ``run_id`` goes on from there; no other code 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -48,6 +48,7 @@ def attach(
     url: str = "",
     settings: Settings | str | Path | None = None,
     ignored_layers: Sequence[str] = (),
+    compared: Callable[[Any], Any] | None = None,
     observers: Sequence[SessionObserver] = (),
     **parts: Stateful | torch.Generator,
 ) -> Pruning:
@@ -85,6 +86,8 @@ def attach(
         settings: schedule, limits and all the rest, or the file that has them; without, the file
             that ``ELESH_SETTINGS`` names, else the defaults.
         ignored_layers: names of layers, or of modules that hold some, whose outputs stay.
+        compared: from what the model returns to what has to be equal under a mask and after a cut,
+            where some outputs jump by themselves (see :class:`Recorder`); by default all of it.
         observers: called with checkpoints and outcomes (``TensorBoardSummaries``).
 
     Raises:
@@ -103,6 +106,7 @@ def attach(
         every=every,
         levels=[Level(level) for level in levels],
         ignored_layers=ignored_layers,
+        compared=compared,
     )
     held: dict[str, Any] = {"scheduler": scheduler, "scaler": scaler, **parts}
     return Pruning(session, epochs, model, optimizer, held)

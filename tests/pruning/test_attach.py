@@ -121,3 +121,20 @@ def test_wrong_calls_are_refused_before_anything_begins(tmp_path: Path) -> None:
     pruning = attached(model, optimizer, tmp_path)
     with pytest.raises(InvalidField, match="inside"):
         pruning.epochs(3)
+
+
+def test_what_is_compared_is_the_callers_in_a_run_too(tmp_path: Path) -> None:
+    class Twofold(SmallNet):
+        def forward(self, x: torch.Tensor) -> Any:
+            return {"logits": super().forward(x), "twice": 2 * super().forward(x)}
+
+    seen: list[list[str]] = []
+
+    def compared(output: Any) -> torch.Tensor:
+        seen.append(sorted(output))
+        return torch.as_tensor(output["logits"])
+
+    model = Twofold()
+    pruning = attached(model, torch.optim.SGD(model.parameters(), 0.1), tmp_path, compared=compared)
+    assert pruning._epochs.look_at(model).architecture.group["stem"].prunable
+    assert ["logits", "twice"] in seen

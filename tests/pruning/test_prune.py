@@ -13,6 +13,7 @@ from torch.nn import functional
 from trained import SmallNet, SmallVit, accuracy, batches, digits, trained
 
 import elesh
+from elesh.trainer import Recorder
 from elesh.trainer.network.gates import GateMeter
 from leyline import InvalidField, Level
 
@@ -73,6 +74,25 @@ def test_no_budget_is_exceeded_by_more_than_a_unit(resource: str) -> None:
     assert use.met
     # One channel of the largest group is a thirteenth of all that the network has.
     assert use.reached > 0.7 - 0.08
+
+
+class WithFeatures(SmallNet):
+    """Returns what its head reads, too."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        seen: list[torch.Tensor] = []
+        handle = self.head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        logits = super().forward(x)
+        handle.remove()
+        return {"logits": logits, "features": seen[0]}
+
+
+def test_outputs_that_the_caller_does_not_compare_may_change() -> None:
+    model = WithFeatures().eval()
+    model.load_state_dict(trained().state_dict())
+    report = prune(model, {"macs": 0.9}, rounds=1, compared=lambda output: output["logits"])
+    assert report.original.group["wide"].prunable
+    assert Recorder(model, batches()[0][0][:2]).architecture.group["wide"].reason
 
 
 @pytest.mark.slow

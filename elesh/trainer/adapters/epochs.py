@@ -71,7 +71,7 @@ class EveryEpoch:
             schedule's; the limits of the other phases go along in proportion.
         every: epochs between two checkpoints.
         levels: what may be removed.
-        ignored_layers: whose outputs shall stay (see :class:`Recorder`).
+        ignored_layers, compared: see :class:`Recorder`.
         preflight: whether a new run begins with one (see :meth:`Session.resume`).
     """
 
@@ -89,6 +89,7 @@ class EveryEpoch:
         every: int = 5,
         levels: Sequence[Level] = (Level.CHANNEL,),
         ignored_layers: Sequence[str] = (),
+        compared: Callable[[Any], Any] | None = None,
         preflight: bool = True,
     ) -> None:
         self.session, self.every, self.levels = session, every, tuple(levels)
@@ -96,7 +97,8 @@ class EveryEpoch:
         """Set by :meth:`begin`; its architecture is what the network looks like."""
         self._calibration, self._validation, self._held_out = calibration, validation, held_out
         self._evaluate = evaluate or classification
-        self._ignored, self._budget, self._preflight = ignored_layers, budget, preflight
+        self._ignored, self._compared = ignored_layers, compared
+        self._budget, self._preflight = budget, preflight
         self._goals: Goals | None = None
         chosen = session.settings.trainer.reconstruct
         self._reconstruct = chosen if reconstruct is None else reconstruct
@@ -123,7 +125,9 @@ class EveryEpoch:
         self._network, self._exporter = network, Exporter(network)
         device, batch = device_of(network), first_samples(self._calibration[0][0], 2)
         example = map_tensors(lambda x: x.to(device), batch)
-        self._recorder = Recorder(network, example, ignored_layers=self._ignored)
+        self._recorder = Recorder(
+            network, example, ignored_layers=self._ignored, compared=self._compared
+        )
         self.surgeon = Surgeon(network, self._recorder.architecture, restore_points=0)
         self._loading = Loading(self.surgeon)
         return self.surgeon
