@@ -32,6 +32,11 @@ from elesh.trainer.calibration.losses import Loss
 from elesh.trainer.goals import Goals
 from elesh.trainer.network.calling import batch_size, device_of, map_tensors
 from elesh.trainer.surgery.after_cut import reestimate_batch_statistics, soften_outputs
+from elesh.trainer.surgery.layer_by_layer import (
+    OutputsBefore,
+    outputs_before,
+    solved_layer_by_layer,
+)
 from elesh.trainer.surgery.lineage import lineage_of
 from leyline import (
     Budget,
@@ -46,7 +51,7 @@ from .judging import Evaluate, HeldOut, Judge, Limits, Seen, Validation, require
 from .latency import compared as latencies
 from .progress import Progress
 from .report import Figures, PruningReport, Round, Spared, spared_of
-from .samples import Batch, Samples, divided
+from .samples import Batch, Samples, divided, joined
 
 __all__ = ["prune"]
 
@@ -259,6 +264,8 @@ class _Work:
     """Whether labels are known to belong to their inputs."""
     _whole: bool = False
     """Whether all statistics are of all samples."""
+    _outputs: OutputsBefore | None = None
+    """Of the layers as they were given, as far as they are still there."""
 
     def __post_init__(self) -> None:
         self.evaluation = self.judge.before
@@ -369,12 +376,17 @@ class _Work:
         surgeon, before = self.surgeon, self.surgeon.restore_point()
         self.progress.doing(f"{name}: cutting")
         covariance = bundle.covariance if isinstance(bundle, MeasuredCheckpoint) else None
-        key = f"prune: {name}"
+        key, whole = f"prune: {name}", surgeon.architecture
+        if covariance is not None and self._outputs is None:
+            self._outputs = outputs_before(surgeon.model, whole, joined(self.batches)[0])
+        outputs = self._outputs and self._outputs.without(whole, decision.units)
         if decision.units:
             surgeon.cut(decision.units, key=key, reconstruct=covariance)
         if layers:
             surgeon.cut_layers(layers, key=key)
-        if covariance is not None:
+        if covariance is not None and outputs is not None:
+            self.progress.doing(f"{name}: solving the layers that read what is left")
+            solved_layer_by_layer(surgeon.model, outputs)
             reestimate_batch_statistics(surgeon.model, self.batches)
         self.progress.doing(f"{name}: measuring the cut")
         found, refused = self.judge.now()
@@ -387,7 +399,7 @@ class _Work:
         if refused:
             surgeon.bring_back(before)
         else:
-            self.evaluation = found
+            self.evaluation, self._outputs = found, outputs
         return refused
 
 
