@@ -1,7 +1,7 @@
 """The ways to a smaller network, each as an engineer would write it into the training script.
 
 A method is called with a :class:`Run`; ``run.steps()`` trains and says, three times, what share of
-the MACs may be left. Lines of a method are counted as they stand here.
+the MACs (or parameters) may be left. Lines of a method are counted as they stand here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import elesh
 from elesh.demo import local_fleet
 
 from .nets import Attention
-from .run import Run, loss_of, macs_of
+from .run import Run, loss_of
 
 __all__ = ["METHODS", "NotApplicable", "lines_of"]
 
@@ -42,7 +42,7 @@ def ours(run: Run) -> None:
         elesh.prune(
             run.model,
             run.calibration,
-            {"macs": share},
+            {run.task.resource: share},
             evaluate=run.evaluate,
             optimizer=run.optimizer,
             progress=False,
@@ -64,7 +64,7 @@ def attached(run: Run) -> None:
             run_id="training-run",
             calibration=run.calibration,
             evaluate=run.evaluate,
-            budget={"macs": run.share},
+            budget={run.task.resource: run.share},
             removed_at_most=0.9,
             every=1,
             url=url,
@@ -104,7 +104,7 @@ def torch_pruning(run: Run, importance: Callable[[Run], Any], *, uniform: bool =
             ignored_layers=[run.model.head],
             num_heads=heads,
         )
-        while run.macs > share and pruner.current_step < 100:
+        while run.left > share and pruner.current_step < 100:
             pruner.step()
         run.renew()
 
@@ -152,12 +152,12 @@ def slimming(run: Run) -> None:
 
 
 def narrowest(run: Run, share: float) -> int:
-    """The largest width whose network needs no more than this share of the MACs."""
+    """The largest width whose network needs no more than this share."""
     heads = [m.heads for m in run.model.modules() if isinstance(m, Attention)]
     width, step = run.task.width, max(heads, default=1)
     while width > step:
         width -= step
-        if macs_of(run.task.build(width), run.example) <= share * run.original:
+        if run.left_of(run.task.build(width)) <= share:
             break
     return width
 

@@ -14,6 +14,7 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,11 @@ _TITLES = {
     "resnet": "ResNet-20, MNIST",
     "vit": "ViT, MNIST",
     "gpt": "GPT, characters",
+    "gpt-parameters": "GPT, characters, by parameters",
 }
+_BY_LOSS = ("gpt", "gpt-parameters")
+"""Tasks of which accuracy says little."""
+_BY_PARAMETERS = ("gpt-parameters",)
 
 
 def read(path: Path) -> list[Line]:
@@ -58,6 +63,16 @@ def grouped(lines: Sequence[Line], task: str) -> dict[tuple[str, float], list[Li
     return found
 
 
+def resource_of(task: str) -> tuple[str, str]:
+    """What a task's budgets are of: the figure's name, and for people."""
+    return ("parameters", "parameters") if task in _BY_PARAMETERS else ("macs", "MACs")
+
+
+def percent_left(line: Line, resource: str) -> float:
+    """Of a resource."""
+    return 100 * float(line[resource])
+
+
 def mean(values: Sequence[float]) -> tuple[float, float]:
     """Mean and its standard error (0 for one value)."""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
@@ -67,7 +82,7 @@ def mean(values: Sequence[float]) -> tuple[float, float]:
 def lost(runs: Sequence[Line], whole: Sequence[Line]) -> tuple[float, float]:
     """What the accuracy (of ``gpt``: the loss) loses against the script as it is, and the standard
     error of that, paired by seed."""
-    name, sign = ("loss", 1) if runs[0]["task"] == "gpt" else ("accuracy", -1)
+    name, sign = ("loss", 1) if runs[0]["task"] in _BY_LOSS else ("accuracy", -1)
     plain = {run["seed"]: run[name] for run in whole}
     pairs = [sign * (run[name] - plain[run["seed"]]) for run in runs if run["seed"] in plain]
     return mean(pairs) if pairs else (float("nan"), 0.0)
@@ -101,10 +116,11 @@ def picture(lines: Sequence[Line], path: Path) -> None:
     for task, (left, right) in zip(tasks, rows, strict=True):
         found = grouped(lines, task)
         whole = found["unpruned", 1.0]
-        name = "loss" if task == "gpt" else "accuracy"
-        scale = 1 if task == "gpt" else 100
+        name = "loss" if task in _BY_LOSS else "accuracy"
+        scale = 1 if task in _BY_LOSS else 100
+        resource, named = resource_of(task)
         sides: tuple[tuple[Any, Callable[[Line], float], str], ...] = (
-            (left, lambda line: 100 * line["macs"], "MACs left, %"),
+            (left, partial(percent_left, resource=resource), f"{named} left, %"),
             (right, lambda line: line["faster"]["64"], "times faster, 64 samples"),
         )
         for axes, across, label in sides:
@@ -127,10 +143,10 @@ def picture(lines: Sequence[Line], path: Path) -> None:
                     )
             axes.set_xlabel(label)
         left.invert_xaxis()
-        if task == "gpt":  # up is better everywhere
+        if task in _BY_LOSS:  # up is better everywhere
             left.invert_yaxis()
             right.invert_yaxis()
-        left.set_ylabel("test loss" if task == "gpt" else "test accuracy, %")
+        left.set_ylabel("test loss" if task in _BY_LOSS else "test accuracy, %")
         left.set_title(_TITLES[task], loc="left", fontsize=10)
     figure.legend(
         *rows[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
@@ -149,10 +165,11 @@ def tables(lines: Sequence[Line]) -> str:
             continue
         whole = found["unpruned", 1.0]
         shares = sorted({share for _, share in found if share < 1}, reverse=True)
+        named = resource_of(task)[1]
         parts.append(
             f"**{_TITLES[task]}**, {setting(whole[0])}, unpruned {figures(whole, whole)}\n"
         )
-        head = "".join(f" {share:.0%} of the MACs | faster (1, 64) |" for share in shares)
+        head = "".join(f" {share:.0%} of the {named} | faster (1, 64) |" for share in shares)
         parts += [
             f"| method |{head} time | lines |",
             "|---|" + "---|---|" * len(shares) + "---|---|",
@@ -173,7 +190,8 @@ def row(method: str, cells: Sequence[Sequence[Line]], whole: Sequence[Line]) -> 
         if not runs:
             told.append(" | |")
             continue
-        left, fast = mean([run["macs"] for run in runs])[0], speeds(runs)
+        resource = resource_of(runs[0]["task"])[0]
+        left, fast = mean([run[resource] for run in runs])[0], speeds(runs)
         missed = "" if left < runs[0]["share"] + 0.01 else f" ({left:.0%} left)"
         told.append(f" {figures(runs, whole)}{missed} | {fast} |")
     plain = mean([run["cpu_seconds"] for run in whole])[0]
@@ -190,7 +208,7 @@ def against_ours(found: Mapping[tuple[str, float], list[Line]]) -> list[str]:
         pairs = [(run, ours[run["seed"]]) for run in runs if run["seed"] in ours]
         if method in ("ours", "unpruned") or len(pairs) < 2:
             continue
-        sign = -1 if runs[0]["task"] == "gpt" else 1
+        sign = -1 if runs[0]["task"] in _BY_LOSS else 1
         name = "loss" if sign < 0 else "accuracy"
         more, error = mean([sign * (run[name] - own[name]) for run, own in pairs])
         if abs(more) > 2 * error:
@@ -231,7 +249,7 @@ def told_loss(found: tuple[float, float]) -> str:
 def figures(runs: Sequence[Line], whole: Sequence[Line]) -> str:
     """Accuracy, or loss where accuracy says little (``gpt``); the error is that of the difference
     to the script as it is."""
-    name, digits = ("loss", 3) if runs[0]["task"] == "gpt" else ("accuracy", 4)
+    name, digits = ("loss", 3) if runs[0]["task"] in _BY_LOSS else ("accuracy", 4)
     value, error = mean([run[name] for run in runs])[0], lost(runs, whole)[1]
     own = runs[0]["method"] == "unpruned" or len(runs) < 2
     return f"{value:.{digits}f}" if own else f"{value:.{digits}f} ±{error:.{digits}f}"

@@ -45,7 +45,7 @@ class Run:
     """What a method works with. Its time counts from when it is made.
 
     Args:
-        share: of the MACs that may be left at the end.
+        share: of the task's resource that may be left at the end.
         prefixes: what other runs of this task and seed have trained already.
     """
 
@@ -102,8 +102,19 @@ class Run:
         """Share of the original MACs."""
         return macs_of(self.model, self.example) / self.original
 
+    @property
+    def left(self) -> float:
+        """Share of what the task's budget is of."""
+        return self.left_of(self.model)
+
+    def left_of(self, model: nn.Module) -> float:
+        """The same of another network."""
+        if self.task.resource == "macs":
+            return macs_of(model, self.example) / self.original
+        return parameters_of(model) / parameters_of(self.task.build(self.task.width))
+
     def steps(self) -> Iterator[float]:
-        """Train; at three moments say what share of the MACs may be left; train to the end."""
+        """Train; at three moments say what share of the resource may be left; train to the end."""
         for number, after in enumerate(CUTS, 1):
             self.train(round(after * self.epochs))
             begun = time.process_time()

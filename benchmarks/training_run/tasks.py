@@ -64,6 +64,8 @@ class Task:
     rate: float
     """Highest learning rate of AdamW."""
     batch: int = 64
+    resource: str = "macs"
+    """What the budget is of: ``macs`` or ``parameters``."""
 
 
 def mnist(options: Options, seed: int, data: Path | None, kind: str) -> Task:
@@ -103,7 +105,8 @@ def tabular(options: Options, seed: int, data: Path | None, kind: str) -> Task:
 
 
 def gpt(options: Options, seed: int, data: Path | None, kind: str) -> Task:
-    """Characters of Python's own reference, as it comes with the interpreter (``help()``)."""
+    """Characters of Python's own reference, as it comes with the interpreter (``help()``).
+    ``gpt-parameters``: the same, with budgets of parameters."""
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     text = "\n".join(topics[name] for name in sorted(topics)).encode("ascii", "ignore")
     codes = np.frombuffer(text, np.uint8)
@@ -120,6 +123,7 @@ def gpt(options: Options, seed: int, data: Path | None, kind: str) -> Task:
         *splits,
         rate=2e-3,
         batch=32,
+        resource="parameters" if kind == "gpt-parameters" else "macs",
     )
 
 
@@ -139,5 +143,6 @@ TASKS: dict[str, Callable[[Options, int, Path | None, str], Task]] = {
     "resnet": mnist,
     "vit": mnist,
     "gpt": gpt,
+    "gpt-parameters": gpt,
 }
 """By the name on the command line."""
