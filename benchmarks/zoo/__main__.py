@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .networks import NAMES, build
+from .networks import NAMES, build, jumps
 from .page import write
 
 _PEER_SECONDS = 100.0
@@ -106,7 +106,7 @@ def _measured(name: str, compare: bool) -> dict[str, Any]:
     row: dict[str, Any] = {"name": name, "measured": datetime.date.today().isoformat()}
     model, inputs = build(name)
     try:
-        row |= ours.examine(model, inputs)
+        row |= ours.examine(model, inputs, jumps(name))
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {str(error)[:200]}"
     if "error" not in row and compare:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .configurations import CONFIGURATIONS
 
-__all__ = ["NAMES", "build"]
+__all__ = ["NAMES", "build", "jumps"]
 
 _TORCHVISION = [
     "alexnet", "convnext_tiny", "deeplabv3_resnet50", "densenet121", "efficientnet_b0",
@@ -46,6 +46,14 @@ NAMES = (
 """Library and name of every network."""
 
 
+_DETECTORS = ("rcnn", "retinanet", "fcos", "ssd")
+
+
+def jumps(name: str) -> bool:
+    """Whether a network's outputs are boxes that survive others."""
+    return any(kind in name for kind in _DETECTORS)
+
+
 def build(name: str) -> tuple[nn.Module, Any]:
     """The network, in evaluation mode, with seeded random weights, and example inputs."""
     torch.manual_seed(0)
@@ -70,12 +78,12 @@ def _torchvision(name: str) -> tuple[nn.Module, Any]:
         options = {"stem_channels": 64, "block_channels": [64, 128, 256, 512]}
         options |= {"block_layers": [2, 2, 5, 2], "head_dim": 32, "stochastic_depth_prob": 0.2}
         return models.maxvit.MaxVit(**options, partition_size=2, input_size=(64, 64)), _images()
-    dense = ("rcnn", "retinanet", "fcos", "ssd", "fcn", "deeplab", "lraspp")
+    dense = (*_DETECTORS, "fcn", "deeplab", "lraspp")
     known: dict[str, Any] = {"vit_b_16": {"image_size": 64}}
     known |= {key: {"init_weights": False} for key in ("googlenet", "inception_v3")}
     without: dict[str, Any] = {"weights_backbone": None} if any(d in name for d in dense) else {}
     model = models.get_model(name, weights=None, **known.get(name, without))
-    if any(kind in name for kind in ("rcnn", "retinanet", "fcos", "ssd")):
+    if jumps(name):
         size = 320 if "ssd" in name else 128
         if "ssd" not in name:
             model.transform.min_size, model.transform.max_size = (size,), size

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from elesh.trainer import Recorder, Surgeon
 from elesh.trainer.network.calling import call, tensors_in
@@ -19,8 +21,12 @@ SHARE = 0.3
 """Of the units of every prunable group, how many go."""
 
 
-def examine(model: nn.Module, inputs: Any) -> dict[str, Any]:
+def examine(model: nn.Module, inputs: Any, jumps: bool = False) -> dict[str, Any]:
     """Figures of one network; it is as before afterwards.
+
+    Args:
+        jumps: whether its outputs jump (boxes that survive): then mask and cut are compared at
+            layers that keep all outputs, and what these make is handed on alike.
 
     Returns:
         ``rows`` prunable and ``all_rows`` (output channels of layers but for network outputs),
@@ -38,11 +44,15 @@ def examine(model: nn.Module, inputs: Any) -> dict[str, Any]:
     units = _units(architecture)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if units:
+        alike = _Alike(model, _whole(architecture, units) if jumps else ())
         surgeon.mask(units)
-        masked = _outputs(model, inputs)
+        with alike:
+            masked = _outputs(model, inputs)
         surgeon.unmask()
         after = surgeon.cut(units)
-        figures["difference"] = _apart(masked, _outputs(model, inputs))
+        with alike:
+            difference = _apart(masked, _outputs(model, inputs))
+        figures["difference"] = max([difference, *alike.differences])
         left = sum(parameter.numel() for parameter in model.parameters())
         figures["exact"] = after.parameters == left
         figures["removed"] = 1 - left / architecture.parameters
@@ -58,6 +68,46 @@ def examine(model: nn.Module, inputs: Any) -> dict[str, Any]:
         torch.equal(now[name], tensor) for name, tensor in state.items()
     )
     return figures
+
+
+class _Alike:
+    """Remembers in the first run what these layers make; in the second compares, and replaces."""
+
+    def __init__(self, model: nn.Module, layers: Collection[str]) -> None:
+        self._layers = {name: model.get_submodule(name) for name in layers}
+        self._made: dict[tuple[str, int], Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+        self.differences: list[float] = []
+        """Of each, as a share of its largest output."""
+
+    def __enter__(self) -> None:
+        calls, first = Counter[str](), not self._made
+
+        def after(name: str) -> Callable[..., Tensor]:
+            def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+                calls[name] += 1
+                key = name, calls[name]
+                if first:
+                    self._made[key] = output.clone()
+                else:
+                    self.differences.append(_apart([self._made[key]], [output]))
+                return self._made[key].clone()
+
+            return hook
+
+        for name, layer in self._layers.items():
+            self._handles.append(layer.register_forward_hook(after(name)))
+
+    def __exit__(self, *error: object) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+
+def _whole(architecture: PrunedArchitecture, units: Collection[str]) -> list[str]:
+    """Layers that keep all of their outputs, of those that are modules."""
+    cut = {layer for name in units for layer in architecture.group[name].layers}
+    mixing = [layer for layer in architecture.layers if layer.weight == f"{layer.name}.weight"]
+    return [one.name for one in mixing if one.name not in cut and "norm" not in one.kind]
 
 
 def plain_pass(model: nn.Module, inputs: Any) -> float:
@@ -113,7 +163,8 @@ def _rows(group: PruningGroup) -> int:
 def _units(architecture: PrunedArchitecture) -> dict[str, list[int]]:
     chosen: dict[str, list[int]] = {}
     for group in architecture.groups:
-        count = min(group.size - 1, max(1, round(SHARE * group.size)))
+        # A fraction of a unit counts as one: so does torch-pruning round.
+        count = min(group.size - 1, group.size - int((1 - SHARE) * group.size))
         count -= count % group.unit_multiple
         if group.prunable and count > 0:
             generator = torch.Generator().manual_seed(len(chosen))

@@ -10,6 +10,7 @@ from typing import Any
 __all__ = ["table", "write"]
 
 _PAGE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
+_ENOUGH, _TOLD = 0.98, 0.32
 _BEGIN = "<!-- measured by python -m benchmarks.zoo; do not edit below -->\n"
 
 
@@ -27,7 +28,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     heads, attentions = (sum(row["heads"][i] for row in good) for i in (0, 1))
     passes = sorted(row["passes"] for row in good)
     newest = max(row.get("measured", "") for row in rows)
-    compared = [row["peer"]["verdict"] for row in good if "peer" in row]
+    compared = [row for row in good if "peer" in row]
     lines = [
         f"{len(rows)} networks: {len(good)} recorded, {len(right)} cut and verified (mask against "
         f"cut within 1e-5, exact counts, undo bit for bit, one training step after each kind of "
@@ -42,16 +43,24 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         ),
         "",
         "| network | rows | heads | layers | removed | mask - cut | verified | passes "
-        "| torch-pruning removed | |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| torch-pruning removed | of a layer | |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     ordered = sorted(rows, key=lambda row: row["name"])
     return "\n".join([*lines, *(_line(row, newest) for row in ordered)]) + "\n"
 
 
-def _peer(verdicts: Sequence[str]) -> str:
-    works = sum(verdict == "works" for verdict in verdicts)
-    return f" torch-pruning was tried on {len(verdicts)} of them, and works on {works}."
+def _peer(rows: Sequence[dict[str, Any]]) -> str:
+    working = [row for row in rows if row["peer"]["verdict"] == "works"]
+    less = [r for r in working if r.get("removed", 0) < _ENOUGH * r["peer"]["removed"]]
+    more = sum(row["peer"].get("most", 0) > _TOLD for row in less)
+    told = f"; in {more} of the other {len(less)} it took more than {_TOLD:.0%} of some layer"
+    return (
+        f" torch-pruning was tried on {len(rows)} of them, and works on {len(working)}; in "
+        f"{len(working) - len(less)} of these we remove at least {_ENOUGH} of what it does"
+        + (told if less else "")
+        + "."
+    )
 
 
 def _right(row: dict[str, Any]) -> bool:
@@ -63,7 +72,7 @@ def _right(row: dict[str, Any]) -> bool:
 def _line(row: dict[str, Any], newest: str) -> str:
     star = " *" if row.get("measured", "") != newest else ""
     if "error" in row:
-        return f"| {row['name']}{star} | {row['error']} | | | | | | | | |"
+        return f"| {row['name']}{star} | {row['error']} | | | | | | | | | |"
     peer, every = row.get("peer", {"verdict": "not tried"}), max(1, row["all_rows"])
     cells = [
         f"{row['name']}{star}",
@@ -75,6 +84,7 @@ def _line(row: dict[str, Any], newest: str) -> str:
         "yes" if _right(row) else "no",
         f"{row['passes']:.0f}",
         f"{peer['removed']:.3f}" if "removed" in peer else "",
+        f"{peer['most']:.0%}" if "most" in peer else "",
         peer["verdict"],
     ]
     return f"| {' | '.join(cells)} |"

@@ -23,9 +23,14 @@ def examine(model: nn.Module, inputs: Any, outputs: Collection[str]) -> dict[str
 
     Args:
         outputs: layers that make the network's outputs: told, as the manual asks for.
+
+    Returns:
+        ``verdict``; where it pruned, the share of parameters ``removed``, and ``most``: the largest
+        share of a layer's outputs that it took.
     """
     import torch_pruning as tp
 
+    wide = _widths(model)
     before = sum(parameter.numel() for parameter in model.parameters())
     ignored = [module for name, module in model.named_modules() if name in outputs]
     heads = {
@@ -55,12 +60,24 @@ def examine(model: nn.Module, inputs: Any, outputs: Collection[str]) -> dict[str
         return {"verdict": f"prune: {type(error).__name__}"}
     _refit(model)
     removed = 1 - sum(parameter.numel() for parameter in model.parameters()) / before
+    now = _widths(model)
+    most = max(1 - now.get(name, width) / width for name, width in wide.items())
+    found = {"removed": removed, "most": most}
     try:
         with torch.no_grad():
             call(model, inputs)
     except Exception as error:
-        return {"verdict": f"broken afterwards: {type(error).__name__}", "removed": removed}
-    return {"verdict": "works" if removed else "removed nothing", "removed": removed}
+        return {"verdict": f"broken afterwards: {type(error).__name__}", **found}
+    return {"verdict": "works" if removed else "removed nothing", **found}
+
+
+def _widths(model: nn.Module) -> dict[str, int]:
+    """Output channels of convolutions and linear layers."""
+    return {
+        name: module.weight.shape[0]
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    }
 
 
 def _heads(holder: nn.Module) -> int | None:
