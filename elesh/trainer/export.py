@@ -23,6 +23,7 @@ from elesh.observe import get_logger
 from elesh.program.operators import IGNORED, name_of
 from elesh.program.program import GateSlot, Node, Program, encoded
 from elesh.settings import SafetySchedule
+from elesh.trainer.network.by_function import through_layers
 from elesh.trainer.network.calling import (
     Inputs,
     batch_size,
@@ -293,8 +294,11 @@ class _Gated(nn.Module):
         self._handles = contextlib.ExitStack()
 
     def __enter__(self) -> _Gated:
-        lent = patched(self.model, {path for path, _ in self._axes})
+        paths = {path for path, _ in self._axes}
+        lent = patched(self.model, paths)
         self._handles.callback(take_back, lent)
+        for handle in through_layers(self.model, paths):
+            self._handles.callback(handle.remove)
         for number, (path, _) in enumerate(self._axes):
             module = self.model.get_submodule(path)
             hook = self._before(number)

@@ -204,13 +204,16 @@ class Sources:
         found = list[tuple[Source, Bools]]()
         known = set[TensorAxis]()
         for number, source in enumerate(sources):
+            apart = list[tuple[float, int, Source, Bools]]()
             for axis, rows in enumerate(zip(*(block[number] for block in seen), strict=True)):
                 matrix = np.stack(rows)
                 own = source if source.parameter is None else self._narrowed(source, axis)
                 if (matrix.any(0) & ~matrix.all(0)).any() and not known.issuperset(own.tensors):
-                    known.update(own.tensors)
-                    found.append((own, matrix))
-                    break
+                    apart.append((float(matrix.mean()), axis, own, matrix))
+            if apart:  # Along the axis that tells them best: a gradient may be zero by chance.
+                _, _, own, matrix = min(apart, key=lambda one: one[:2])
+                known.update(own.tensors)
+                found.append((own, matrix))
         return found
 
     def _narrowed(self, source: Source, axis: int) -> Source:
@@ -282,6 +285,12 @@ class CallByFunction:
     windows, or moved), where a mask can be put instead; else empty."""
     own_bias: bool
     """Whether nothing but its own bias is added to the product."""
+
+    @property
+    def at(self) -> str:
+        """Where what it reads can be masked: the reader; else the layer itself, called instead of
+        the function (:mod:`~.network.by_function`), where that is the same; else empty."""
+        return self.reader or (self.call.name if self.own_bias else "")
 
 
 def calls_by_functions(

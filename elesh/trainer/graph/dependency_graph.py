@@ -74,8 +74,8 @@ class Wiring:
     """The pass itself; while this is kept, so is the autograd graph."""
 
     readers: Mapping[str, str] = field(default_factory=dict)
-    """By layer whose weight a function multiplies by: the module whose first input is the layer's;
-    empty where there is none."""
+    """By layer whose weight a function multiplies by: the module whose first input is the layer's,
+    or itself where it can be called instead; empty where there is none."""
 
     @cached_property
     def called(self) -> frozenset[str]:
@@ -107,7 +107,7 @@ def trace(model: nn.Module, inputs: Inputs, compared: Callable[[Any], Any] | Non
     # What a function adds to such a product (biases of queries and values) goes with the heads.
     hidden = {one.call.name for one in function_calls if not one.own_bias}
     attentions = find_attentions([one for one in calls.made if one.name not in hidden], model)
-    readers = {one.call.name: one.reader for one in function_calls}
+    readers = {one.call.name: one.at for one in function_calls}
     return Wiring(layers, families, attentions, failure, passage, readers)
 
 

@@ -171,7 +171,7 @@ def _with_heads(
         kept = [one for g in kept if (one := rest.get(g.name, g)) is not None]
         names = {group.name for group in (*kept, *heads)}
         name = attention.name if attention.name not in names else attention.sites[0].module
-        if any(site.module in wiring.readers for site in attention.sites):
+        if any(wiring.readers.get(s.module, s.module) != s.module for s in attention.sites):
             outputs = ", ".join(site.module for site in attention.sites)
             unmasked = f"a function multiplies by the weight of {outputs}: nowhere to mask heads"
             attention = replace(attention, reason=attention.reason or unmasked)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from elesh.trainer.network.calling import tensors_in
 from leyline import InvalidField
 
 from .dependency_graph import summary
@@ -37,6 +38,8 @@ def random_copy(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modu
     pool = _Pool(dtype)
     try:
         with torch.inference_mode(False):
+            for tensor in _computed(model):
+                made[id(tensor)] = tensor.detach().clone()
             for parameter in model.parameters():
                 if not isinstance(parameter, (UninitializedBuffer, UninitializedParameter)):
                     made[id(parameter)] = pool.parameter(parameter)
@@ -46,6 +49,12 @@ def random_copy(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modu
         found = next(_uncopied(model, made), "") or summary(error)
         raise InvalidField("model", "a model that copy.deepcopy can copy", found) from error
     return copied
+
+
+def _computed(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors with a history that modules keep from an earlier pass."""
+    for module in model.modules():
+        yield from (x for x in tensors_in(list(vars(module).values())) if not x.is_leaf)
 
 
 class _Pool:

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from leyline import GateSite, InvalidField
 
+from .by_function import through_layers
 from .calling import replace_first
 from .multihead import patched, take_back
 
@@ -75,7 +76,9 @@ class GateMeter:
         """What every backward pass asks the gradient of."""
 
     def __enter__(self) -> GateMeter:
-        self._lent = patched(self._model, {path for path, _ in self._axes})
+        paths = {path for path, _ in self._axes}
+        self._lent = patched(self._model, paths)
+        self._handles += through_layers(self._model, paths)
         for axis in self._axes:
             module = self._model.get_submodule(axis[0])
             hook = module.register_forward_pre_hook(self._gate(axis), with_kwargs=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from elesh.trainer.network.by_function import through_layers
 from elesh.trainer.network.calling import replace_first
 from elesh.trainer.network.compilation import Uncompiled
 from elesh.trainer.network.multihead import patched, take_back
@@ -87,7 +88,9 @@ class Masks:
         for name, chosen in units.items():
             for site in architecture.group[name].sites:
                 dead.setdefault((site.module, site.dim), set()).update(site.all_of(chosen))
-        self._lent = patched(self._model, {path for (path, _), indices in dead.items() if indices})
+        paths = {path for (path, _), indices in dead.items() if indices}
+        self._lent = patched(self._model, paths)
+        self._handles += through_layers(self._model, paths)
         for (path, dim), indices in dead.items():
             if indices:
                 module = self._model.get_submodule(path)

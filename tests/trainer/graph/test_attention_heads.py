@@ -167,13 +167,16 @@ def test_heads_go_with_the_width_that_their_code_takes_for_theirs() -> None:
     assert same(whole, dict(model.state_dict()))
 
 
-def test_heads_whose_weights_functions_use_go_with_the_width_that_these_read() -> None:
+@pytest.mark.parametrize("output", ["called", "lent"])
+def test_heads_whose_weights_functions_use_go_with_the_width_that_these_read(output: str) -> None:
     class Lent(PlainAttention):
         def forward(self, x: Tensor) -> Tensor:
             b, n, d = x.shape
             made = [functional.linear(x, f.weight, f.bias) for f in (self.q, self.k, self.v)]
             q, k, v = (y.view(b, n, self.heads, -1).transpose(1, 2) for y in made)
-            return self.proj(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).reshape(b, n, d))
+            mixed = ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).reshape(b, n, d)
+            lent = functional.linear(mixed, self.proj.weight, self.proj.bias)
+            return lent if output == "lent" else self.proj(mixed)
 
     model: Any = build_plain("Vit")
     for block in model.blocks:
@@ -183,6 +186,9 @@ def test_heads_whose_weights_functions_use_go_with_the_width_that_these_read() -
     assert (group.prunable, group.size) == (True, 4)
     surgeon.mask({group.name: [1]})
     masked = outputs(model, example())
+    surgeon.unmask()
+    bundle = Recorder(model, example()).measure(batches(2, 32), epoch=120)
+    assert bundle.heads[group.name].gradient_sensitivity.all()
     surgeon.cut({group.name: [1]})
     assert close(outputs(model, example()), masked)
 

@@ -466,13 +466,34 @@ def test_layers_whose_weights_functions_use_are_counted_masked_and_cut() -> None
     assert torch.allclose(model(x), masked, atol=1e-6)
 
 
-def test_what_a_function_reads_from_no_module_around_it_is_left_alone() -> None:
-    class Inside(Window):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x * x.sigmoid())
+class Inside(Window):
+    """Reads what no module around it was given."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * x.sigmoid())
+
+
+def test_what_only_a_function_reads_is_masked_by_calling_the_layer_instead() -> None:
     model, x = nn.Sequential(nn.Linear(4, 6), Inside()), torch.randn(2, 5, 4)
-    assert "nowhere to mask" in reason(find(model, x), "0")
+    surgeon = Surgeon(model, find(model, x))
+    assert [site.module for site in surgeon.architecture.group["0"].sites] == ["1.qkv"]
+    plain = model(x)
+    surgeon.mask({"0": [1, 4]})
+    masked = model(x)
+    surgeon.unmask()
+    assert torch.equal(model(x), plain)
+    surgeon.cut({"0": [1, 4]})
+    assert torch.allclose(model(x), masked, atol=1e-6)
+    assert not torch.allclose(masked, plain, atol=1e-2)
+
+
+def test_what_a_product_reads_that_is_no_layers_is_left_alone() -> None:
+    class Product(Window):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out((x * x.sigmoid()) @ self.qkv.weight.T)
+
+    model, x = nn.Sequential(nn.Linear(4, 6), Product()), torch.randn(2, 5, 4)
+    assert "masking" in reason(find(model, x), "0")
 
 
 class Jumping(nn.Module):

@@ -132,6 +132,18 @@ def test_the_copy_has_random_weights_and_takes_little_memory() -> None:
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
+def test_what_modules_keep_of_an_earlier_pass_is_copied_without_its_history() -> None:
+    class Keeping(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept = [super().forward(x)]
+            return self.kept[0]
+
+    model = nn.Sequential(nn.Linear(4, 6), Keeping(6, 3))
+    model(torch.randn(2, 4))
+    assert Recorder(model, torch.randn(2, 4)).architecture.group["0"].prunable
+    assert model[1].kept[0].grad_fn is not None
+
+
 def test_what_cannot_be_copied_is_named() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].handle = open(__file__)  # noqa: SIM115
