@@ -25,8 +25,8 @@ from elesh import analyze
 from elesh.bus import Bus, embedded_server
 from elesh.settings import BusSettings, Settings
 from elesh.worker import Worker
-from elesh.worker.compute.frames import Job, Reply
 from elesh.worker.compute.process import ComputeChild
+from elesh.worker.compute.protocol import Job, Reply
 from leyline import CheckpointReady, Priority, encode
 from leyline.streams import CHECKPOINTS, DECISIONS
 

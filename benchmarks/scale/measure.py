@@ -40,8 +40,8 @@ from elesh.bus.server.embedded import _free_port
 from elesh.settings import BusSettings, Settings
 from elesh.trainer import Session
 from elesh.worker import Worker
-from elesh.worker.compute.frames import Job, Reply
 from elesh.worker.compute.process import ComputeChild
+from elesh.worker.compute.protocol import Job, Reply
 from leyline import CheckpointReady, Priority, StructuralPruningDecision, encode
 from leyline.streams import CHECKPOINTS, DECISIONS, STREAMS
 

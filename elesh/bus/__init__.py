@@ -11,10 +11,9 @@ from elesh.bus.server.outage import Backoff, OutageLog, repeatedly, until_availa
 from elesh.bus.state.audit import AuditHead, AuditLog, audit_envelope
 from elesh.bus.state.blobs import BlobStore
 from elesh.bus.state.breakers import BreakerStore, BreakerView
-from elesh.bus.state.history import HistoryStore
 from elesh.bus.state.registry import Backlog, Registry, WorkerState
-from elesh.bus.state.runs import Holder, RunStore
-from elesh.bus.streams.backlog import SHED_FROM
+from elesh.bus.state.runs import HistoryStore, Holder, RunStore
+from elesh.bus.streams.consumer_groups import SHED_FROM
 from elesh.bus.streams.dead_letters import DeadLetterEntry, DeadLetters, Redriven
 from elesh.bus.streams.fan_out import Plan, Planned, Stored
 from elesh.bus.streams.reaping import Reap

@@ -17,18 +17,15 @@ from typing import Any, Self, TypeVar
 
 from redis.exceptions import RedisError
 
-from elesh.bus.server.client import MAX_BLOCK, Client, open_client
-from elesh.bus.server.clock import ServerClock
+from elesh.bus.server.client import MAX_BLOCK, Client, ServerClock, open_client
 from elesh.bus.server.outage import Backoff, OutageLog, until_available
 from elesh.bus.state.audit import AuditLog
 from elesh.bus.state.blobs import BlobStore
 from elesh.bus.state.breakers import BreakerStore
-from elesh.bus.state.history import HistoryStore
 from elesh.bus.state.registry import Registry
-from elesh.bus.state.runs import RunStore
-from elesh.bus.streams.backlog import WORK, pending_of, shed_from
-from elesh.bus.streams.backlog import last_id as last_id_of
-from elesh.bus.streams.consumer_groups import Groups, pairs_of
+from elesh.bus.state.runs import HistoryStore, RunStore
+from elesh.bus.streams.consumer_groups import WORK, Groups, pairs_of, pending_of, shed_from
+from elesh.bus.streams.consumer_groups import last_id as last_id_of
 from elesh.bus.streams.dead_letters import DeadLetters
 from elesh.bus.streams.fan_out import PlanStore
 from elesh.bus.streams.reaping import Reaper
@@ -63,8 +60,7 @@ from leyline.streams import AUDIT, DEAD, DECISIONS, STREAMS, Stream
 
 from .errors import BusRefuses, BusUnavailable, Overloaded, RunClaimed
 from .guard import Guard, unframed
-from .keys import Keys
-from .scripts import Scripts
+from .scripts import Keys, Scripts
 
 __all__ = ["DROPPED_TRIES", "Bus", "never_fits"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elesh.observe.printable import printable
+from elesh.observe.logs import printable
 from elesh.settings.masking import masked
 
 __all__ = ["BadAddress", "BusRefuses", "BusUnavailable", "Overloaded", "RunClaimed", "masked"]

@@ -1,17 +1,38 @@
-"""The Lua scripts of ``lua/`` as typed functions; each is one atomic step on the server."""
+"""The Lua scripts of ``lua/`` as typed functions, each one atomic step on the server, and the names
+of the keys that they touch: one prefix and one hash tag a partition, so that Redis Cluster holds a
+partition on one node and scripts may touch several of its keys.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
 from redis.exceptions import NoScriptError
 
 from elesh.bus.server.client import Client
+from leyline.streams import Stream
 
-__all__ = ["Args", "Entry", "Scripts"]
+__all__ = ["Args", "Entry", "Keys", "Scripts"]
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The keys of one partition."""
+
+    partition: str
+
+    def stream(self, stream: Stream) -> str:
+        """The key of a stream."""
+        return stream.key(self.partition)
+
+    def named(self, *parts: str) -> str:
+        """Any other key."""
+        return f"elesh:{{{self.partition}}}:" + ":".join(parts)
+
 
 Args = Sequence[str | bytes | int]
 """What a script gets besides its keys, in the order that its first lines say."""

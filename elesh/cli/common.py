@@ -14,7 +14,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from elesh.bus import Bus, server_url
-from elesh.observe.printable import iso
+from elesh.observe.logs import iso
 from elesh.observe.terminal import Terminal, escape
 from elesh.settings import Settings
 

@@ -34,7 +34,7 @@ from elesh.observe.metrics import setup_metrics
 from elesh.operate.actions import BREAKERS, reset_breaker, trip_breaker
 from elesh.operate.replay import Replayed, Selection, replay
 from elesh.settings import Settings, SettingsError
-from elesh.worker.telemetry.gauges import FleetFigures, register_fleet
+from elesh.worker.telemetry.monitor import FleetFigures, register_fleet
 from leyline import ContractError, IdempotencyKey, Level
 
 from .decision import decision_view

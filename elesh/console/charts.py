@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from markupsafe import Markup, escape
 
-from elesh.observe.spanfile import RecordedSpan
-from elesh.observe.waterfall import tree_rows
+from elesh.observe.spanfile import RecordedSpan, tree_rows
 from elesh.operate.run_history import Width
 
 from .decision import Comparison, Strip, UnitRow

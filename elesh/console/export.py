@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from elesh.observe.printable import iso
+from elesh.observe.logs import iso
 from elesh.operate.run_history import Decided, Run
 
 from .runs import RunView, decision_row, run_view

@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, pass_context
 from jinja2.runtime import Context
 from markupsafe import Markup
 
-from elesh.observe.printable import iso, moment, printable
+from elesh.observe.logs import iso, moment, printable
 
 from . import charts
 

@@ -1,8 +1,7 @@
 """Traces, metrics, logs, and the audit log: what happened, to whom, how often, how long it took."""
 
 from . import otel as otel  # isort: skip  (first: it mends what the libraries cannot read)
-from .audit import Fault, Link, audit_event, line_of, read_line, sound, verify
-from .audit_file import AuditFile
+from .audit import AuditFile, Fault, Link, audit_event, line_of, read_line, sound, verify
 from .logs import SparseLines, get_logger, setup_logging
 from .tracing import (
     carrier_of,

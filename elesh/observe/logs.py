@@ -1,10 +1,15 @@
-"""Logs on standard error: one line an event, ``message key=value ...``, or JSON on request.
+"""Text for people: log lines on standard error, and what strangers wrote, made harmless.
 
-Every line carries the id of the trace it belongs to, where there is one. Values that look like
-URLs with a password are masked before anything is written, and control characters are written as
-their numbers: a text from the bus can neither begin a line of its own nor steer a terminal. Under
-another logging set-up than ours (a framework's, or Python's own without any) a line has its
-figures, too. A reader of the log that stalls holds up nothing, where it is Elesh that writes.
+A log line is one event, ``message key=value ...``, or JSON on request, with the id of the trace it
+belongs to, where there is one. Values that look like URLs with a password are masked before
+anything is written. Under another logging set-up than ours (a framework's, or Python's own without
+any) a line has its figures, too. A reader of the log that stalls holds up nothing, where it is
+Elesh that writes.
+
+Promises: text that is :func:`printable` has no escape sequence, no control character and no
+character that changes the direction of writing; each stands there as its number, for instance
+``\u001b``. JSON stays JSON. A log line is printable: a text from the bus can neither begin a line
+of its own nor steer a terminal.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import json
 import logging
 import os
 import queue
+import re
 import sys
 import threading
 import time
@@ -26,9 +32,30 @@ from opentelemetry import trace
 
 from elesh.settings.masking import masked_line
 
-from .printable import printable
+__all__ = ["LINES", "SparseLines", "get_logger", "iso", "moment", "printable", "setup_logging"]
 
-__all__ = ["SparseLines", "get_logger", "setup_logging"]
+
+# C0, DEL, C1, marks and overrides of direction, line and paragraph separators, lone surrogates.
+_OTHERS = "\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff"
+_ONE_LINE = re.compile(f"[\x00-\x1f{_OTHERS}]")
+LINES = re.compile(f"[\x00-\x08\x0b-\x1f{_OTHERS}]")
+"""What is not printable in a text of several lines."""
+
+
+def moment(at: datetime) -> str:
+    """A time for people, to the second, in UTC: the one form everywhere."""
+    return f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
+
+
+def iso(at: datetime) -> str:
+    """A time for machines: ISO 8601 in UTC, to the millisecond."""
+    return at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    """The text with control characters as ``\\uXXXX``; with ``lines`` tabs and line ends stay."""
+    return (LINES if lines else _ONE_LINE).sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
 
 _QUEUED_LINES = 1000
 _FLUSH_SECONDS = 1.0

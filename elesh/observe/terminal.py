@@ -14,7 +14,7 @@ from rich import markup
 from rich.console import Console
 from rich.segment import Segment
 
-from .printable import LINES, printable
+from .logs import LINES, printable
 
 __all__ = ["Terminal", "escape"]
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from elesh.analysis import ImportanceTracker, TargetExplanation, UnitExplanation, explain
 from elesh.bus import BreakerView
-from elesh.observe.printable import moment
+from elesh.observe.logs import moment
 from elesh.observe.terminal import escape
 from leyline import (
     CheckpointBundle,

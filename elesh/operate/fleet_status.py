@@ -14,7 +14,7 @@ from rich.text import Text
 from elesh.bus import Backlog, BreakerView, Bus, DeadLetterEntry, Guard, WorkerState
 from elesh.bus.admission import hear
 from elesh.bus.streams.records import Delivery
-from elesh.observe.printable import printable
+from elesh.observe.logs import printable
 from elesh.observe.terminal import escape
 from leyline import ContractError, StructuralPruningDecision
 from leyline.streams import DEAD, DECISIONS, STREAMS

@@ -28,7 +28,7 @@ from elesh.settings import Settings
 from leyline import CheckpointBundle, Level, NetworkExport, PruningGroup
 
 from .measure import Bench
-from .reading import MIN_SAMPLES
+from .program import MIN_SAMPLES
 
 __all__ = [
     "Progress",

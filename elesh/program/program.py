@@ -1,33 +1,139 @@
-"""A network as data: a list of operators, read without running anything and run by this module.
+"""A network as data: a list of operators, read without running anything, checked, and run here.
 
 ``torch.export.load`` is not used: it falls back to unrestricted pickle where tensors do not load
 otherwise, and hands size expressions of the file to ``sympify``, which evaluates Python. A program
 here is msgpack of names, numbers and lists (see decision 0030), its weights are safetensors.
+Weights and held-out samples are checked against what they claim to be; what is wrong is a named
+error.
 
 A program computes ``outputs = f(weights, inputs, gates)``. There is one gate for every place where
 removable units enter a consumer (an axis) and for every branch that can be removed whole; each is
 a matrix [N, units along the axis] that multiplies what passes. A mask is a gate of ones and zeros,
 and the gradient with respect to gates is the statistic that units are ranked by.
+
+It names operators; only those that compute and reach nothing outside are ever called. They are
+PyTorch's core ATen operators (``torch.Tag.core``), the compositions listed below, and Python
+arithmetic on sizes. None of them opens a file, a socket or a library; ``aten.from_file`` and
+operators of other libraries are refused by name.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import msgpack
+import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+from safetensors import SafetensorError
 from torch import Tensor
 
-from leyline import InvalidField, Malformed, TooLarge
+from leyline import InvalidField, Malformed, NotFinite, PrunedArchitecture, ShapeMismatch, TooLarge
 from leyline.network.bundle import first_error
 from leyline.network.parts import MAX_AXIS
 
-from .operators import resolve
+__all__ = [
+    "DOES_NOT_RUN",
+    "FORMAT",
+    "GateSlot",
+    "IGNORED",
+    "IGNORED_LABEL",
+    "MIN_SAMPLES",
+    "Node",
+    "Program",
+    "decoded",
+    "encoded",
+    "name_of",
+    "read_calibration",
+    "read_held_out",
+    "read_weights",
+    "require_gates",
+    "resolve",
+]
 
-__all__ = ["DOES_NOT_RUN", "FORMAT", "GateSlot", "Node", "Program", "decoded", "encoded"]
+
+IGNORED = frozenset(
+    {
+        "aten._assert_tensor_metadata.default",
+        "aten._assert_scalar.default",
+        "aten._assert_async.msg",
+        "aten.sym_constrain_range.default",
+        "aten.sym_constrain_range_for_size.default",
+    }
+)
+"""Operators that only assert: an exporter leaves them out."""
+
+_COMPOSITIONS = frozenset(
+    """
+    __and__ __or__ _weight_norm absolute adaptive_avg_pool1d adaptive_avg_pool2d
+    adaptive_avg_pool3d add_ alpha_dropout arange avg_pool1d baddbmm batch_norm bilinear
+    broadcast_tensors broadcast_to celu chunk clamp_max clamp_min concat concatenate contiguous
+    conv1d conv2d conv3d
+    conv_transpose1d conv_transpose2d conv_transpose3d cosine_similarity cross detach detach_ div_
+    dropout dropout_ einsum elu_ embedding expand_as feature_dropout flatten floor_divide
+    gelu_ group_norm hardsigmoid hardswish hardswish_ hardtanh_ index_add instance_norm layer_norm
+    leaky_relu_ lift_fresh_copy linalg_vector_norm linear log_sigmoid log_softmax logaddexp
+    logsumexp masked_fill masked_fill_ matmul max_pool1d max_pool2d max_pool3d mish mish_ movedim
+    moveaxis mul_ multiply narrow negative new_full new_ones new_zeros norm nuclear_norm one_hot
+    ones ones_like outer pad permute pixel_shuffle pixel_unshuffle prelu relu6 relu6_ relu_
+    repeat_interleave reshape reshape_as rms_norm rsub scaled_dot_product_attention selu selu_
+    sigmoid_ silu silu_ softmax softplus special_softmax split split_with_sizes square squeeze_
+    stack std subtract sub_ swapaxes swapdims t tanh_ tensor_split tile to transpose tril triu
+    true_divide type_as unbind unflatten unsafe_chunk unsafe_split unsqueeze_ upsample_bilinear2d
+    upsample_nearest2d view_as where zeros zeros_like
+    """.split()  # noqa: SIM905
+)
+"""ATen operators that PyTorch builds from core ones and ``torch.export`` keeps as they are."""
+_FORBIDDEN = frozenset({"from_file"})
+_PYTHON: dict[str, Callable[..., Any]] = {
+    f"operator.{name}": getattr(operator, name)
+    for name in "add sub mul floordiv truediv mod neg getitem eq ne lt le gt ge".split()  # noqa: SIM905
+} | {"math.sqrt": math.sqrt, "math.floor": math.floor, "math.ceil": math.ceil, "math.trunc": int}
+_NAMES = {
+    id(function): name
+    for name, function in (*_PYTHON.items(), ("math.trunc", math.trunc))
+    if function is not int
+}
+
+
+def name_of(target: Any) -> str:
+    """The name of a graph node's target, for example ``aten.linear.default``.
+
+    Raises:
+        InvalidField: if it is none that a program may hold.
+    """
+    name = _NAMES.get(id(target)) or str(target)
+    resolve(name)
+    return name
+
+
+def resolve(name: str) -> Callable[..., Any]:
+    """The function that an operator's name stands for.
+
+    Raises:
+        InvalidField: if it is none that a program may hold.
+    """
+    if name in _PYTHON:
+        return _PYTHON[name]
+    library, _, rest = name.partition(".")
+    packet, _, overload = rest.partition(".")
+    known = packet.isidentifier() and overload.isidentifier() and library == "aten"
+    if known and packet not in _FORBIDDEN:
+        function = getattr(getattr(torch.ops.aten, packet, None), overload, None)
+        if isinstance(function, torch._ops.OpOverload) and _computes(function, packet):
+            return function
+    raise InvalidField("program.operator", "a core ATen operator", name[:200])
+
+
+def _computes(function: torch._ops.OpOverload, packet: str) -> bool:
+    is_size = packet in ("sym_size", "sym_numel", "sym_stride")
+    return torch.Tag.core in function.tags or packet in _COMPOSITIONS or is_size
+
 
 FORMAT = 1
 DOES_NOT_RUN = (
@@ -277,3 +383,131 @@ def _references(value: Any) -> Iterator[str]:
 def _names_in(node: Node) -> list[str]:
     """The values that a node refers to."""
     return [name for part in (*node.args, *node.kwargs.values()) for name in _references(part)]
+
+
+MIN_SAMPLES = 32
+IGNORED_LABEL = -100
+"""As in PyTorch's cross-entropy: positions that have no label."""
+
+
+def _tensors(data: bytes, field: str) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise Malformed(field, "a safetensors blob", str(error)[:200]) from None
+
+
+def read_weights(
+    data: bytes, program: Program, architecture: PrunedArchitecture
+) -> dict[str, Tensor]:
+    """The program's weights, each as the architecture describes it."""
+    tensors = _tensors(data, "weights")
+    for path in program.weights.values():
+        tensor, described = tensors.get(path), architecture.tensor.get(path)
+        if tensor is None:
+            raise InvalidField(f"weights.{path}", "a tensor", "nothing")
+        found = ("x".join(map(str, tensor.shape)), str(tensor.dtype).removeprefix("torch."))
+        if described is not None:
+            expected = ("x".join(map(str, described.shape)), described.dtype)
+            if found != expected:
+                raise ShapeMismatch(f"weights.{path}", " ".join(expected), " ".join(found))
+        if described is not None and tensor.is_floating_point():
+            _require_finite(f"weights.{path}", tensor)
+    return tensors
+
+
+def read_held_out(
+    data: bytes, program: Program, distinct: bool = False
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Inputs by name, and labels.
+
+    Args:
+        distinct: take every input once: copies prove nothing.
+    """
+    tensors = _tensors(data, "held_out")
+    labels = tensors.get("labels")
+    if labels is None or labels.ndim == 0 or labels.dtype not in (torch.int64, torch.int32):
+        found = "none" if labels is None else f"{labels.dtype} of shape {tuple(labels.shape)}"
+        raise InvalidField("held_out.labels", "class labels as integers", found)
+    labels = labels.long()
+    if len(labels) < MIN_SAMPLES:
+        raise InvalidField("held_out.labels", f"at least {MIN_SAMPLES} samples", len(labels))
+    known = labels[labels != IGNORED_LABEL]
+    if len(known) == 0 or bool((known == known[0]).all()):
+        found = f"only class {int(known[0])}" if len(known) else "no label at all"
+        raise InvalidField("held_out.labels", "at least two classes", found)
+    inputs = dict(_inputs(tensors, "inputs", program, len(labels)))
+    if not distinct:
+        return inputs, labels
+    rows = _first_of_each(list(inputs.values()), len(labels))
+    if len(rows) < MIN_SAMPLES:
+        expected = f"at least {MIN_SAMPLES} samples that differ"
+        raise InvalidField("held_out.inputs", expected, len(rows))
+    if len(rows) == len(labels):
+        return inputs, labels
+    return {name: x[rows] for name, x in inputs.items()}, labels[rows]
+
+
+def _first_of_each(inputs: Sequence[Tensor], samples: int) -> Tensor:
+    """The samples that differ from all before them."""
+    seen: set[bytes] = set()
+    rows = []
+    for number in range(samples):
+        digest = hashlib.blake2b(digest_size=16)
+        for x in inputs:
+            digest.update(x[number].reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+        if digest.digest() not in seen:
+            seen.add(digest.digest())
+            rows.append(number)
+    return torch.tensor(rows)
+
+
+def read_calibration(data: bytes, program: Program) -> dict[str, Tensor]:
+    """Calibration inputs by name; empty if the blob has none.
+
+    Raises:
+        InvalidField, ShapeMismatch, NotFinite: if there are some that are not sound.
+    """
+    tensors = _tensors(data, "held_out")
+    counts = {len(x) for name, x in tensors.items() if name.startswith("calibration/") and x.ndim}
+    if not counts:
+        return {}
+    samples = max(counts)
+    if samples < MIN_SAMPLES:
+        raise InvalidField("held_out.calibration", f"at least {MIN_SAMPLES} samples", samples)
+    return dict(_inputs(tensors, "calibration", program, samples))
+
+
+def _inputs(
+    tensors: dict[str, Tensor], kind: str, program: Program, samples: int
+) -> Iterator[tuple[str, Tensor]]:
+    """What the program is called with, by name: so many samples of each."""
+    for name in program.inputs.values():
+        field = f"{kind}/{name}"
+        tensor = tensors.get(field)
+        if tensor is None or tensor.ndim == 0 or len(tensor) != samples:
+            found = "nothing" if tensor is None else f"shape {tuple(tensor.shape)}"
+            raise ShapeMismatch(f"held_out.{field}", f"{samples} samples", found)
+        if tensor.is_floating_point():
+            _require_finite(f"held_out.{field}", tensor)
+        yield name, tensor
+
+
+def _require_finite(field: str, tensor: Tensor) -> None:
+    if not torch.isfinite(tensor).all():
+        place = [int(i) for i in (~torch.isfinite(tensor)).nonzero()[0]]
+        raise NotFinite(f"{field}{place}", "a finite number", float(tensor[tuple(place)]))
+
+
+def require_gates(slots: Sequence[GateSlot], architecture: PrunedArchitecture) -> None:
+    """Everything that may be removed must have its gates."""
+    sizes = {(slot.module, slot.dim): slot.size for slot in slots}
+    for group in architecture.groups:
+        for site in (*group.sites, *group.norms) if group.prunable else ():
+            size = sizes.get((site.module, site.dim), 0)
+            if size <= max(site.all_of(range(group.size)), default=-1):
+                found = f"{size} units" if size else "no gate"
+                raise InvalidField(f"program.gates.{site.module}", f"units of {group.name}", found)
+    for block in architecture.blocks:
+        if block.prunable and not block.removed and (block.branch, None) not in sizes:
+            raise InvalidField(f"program.gates.{block.branch}", f"a gate of {block.name}", "none")

@@ -1,26 +1,298 @@
 """The exported network's weights, refitted after a cut as the trainer refits them.
 
-Promises: the same least squares as the trainer's (:mod:`.least_squares`), from inputs that the
-consumers see on the checkpoint's calibration samples; nothing of the held-out samples is used;
-what is no linear map of its inputs keeps its weights, as at the trainer's.
+Ridge least squares say what some inputs of a consumer tell of the others, from their covariance.
+Refitted weights send on almost what was sent before, not just that. Over many layers the small
+differences add up, and batch normalisations keep the statistics of another network: those are
+estimated anew, as the trainer does by a pass over its calibration samples.
+
+Promises: float64; the ridge bounds the condition number of what is solved by ``1 + C / RIDGE``; the
+prediction is never worse than zeros on the rows that were measured. Worker and trainer refit by the
+same function, from inputs that the consumers see on the checkpoint's calibration samples; nothing
+of the held-out samples is used; what is no linear map of its inputs keeps its weights. Statistics
+follow the trainer's rule (:mod:`elesh.trainer.surgery.after_cut`): means over portions of what
+normalisations see when they normalise by the portion itself; small portions are left out;
+statistics that are no finite numbers stay as they were.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from elesh.safety import Entry
 from leyline import Level, NormSite, PrunedArchitecture
 
-from .batch_statistics import BatchNorm
-from .least_squares import RIDGE, Normalised, normalised_by, predict_lost, spread
 from .program import Node, Program
 
-__all__ = ["Consumer", "Refit", "consumer_of"]
+__all__ = [
+    "BatchNorm",
+    "Consumer",
+    "Estimate",
+    "Normalised",
+    "Predictor",
+    "RIDGE",
+    "Refit",
+    "batch_norms",
+    "consumer_of",
+    "normalised_by",
+    "predict_lost",
+    "spread",
+]
+
+
+RIDGE = 1e-4
+"""Least ridge strength, as a share of the kept channels' mean second moment."""
+_FEW_ROWS, _FEW_RIDGE = 2, 1e-2
+"""With fewer rows than this an unknown, the ridge is at least so strong: such a fit would follow
+the samples, not the network."""
+
+
+_LEAST = 1e-3
+"""Gains that are smaller than so much of the largest tell nothing of what was normalised."""
+_ALIKE = 1e-2
+"""How far from its definition what leaves a normalisation may be (what it adds to the variance)."""
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """``x_lost ~ coefficients @ x_kept + constant``."""
+
+    lost: Tensor
+    """Behind a normalisation all channels: there what is kept changes, too."""
+    kept: Tensor
+    coefficients: Tensor
+    """[R, K] float64."""
+    constant: Tensor
+    """[R] float64."""
+
+
+@dataclass(frozen=True)
+class Normalised:
+    """Channels that leave a normalisation over all of them: ``x = gain * u + offset``, u of mean
+    square 1 and, behind a layer normalisation, of mean 0 at every position.
+
+    One of them less, and the others change: mean and variance are then taken over those that stay.
+    What they say of the lost one by having mean 0 together they do not say any more.
+    """
+
+    kind: Literal["layer", "rms"]
+    gain: Tensor
+    """[C] float64, nowhere zero."""
+    offset: Tensor
+    """[C] float64."""
+
+    @classmethod
+    def of(
+        cls, kind: Literal["layer", "rms"], size: int, gain: Tensor | None, offset: Tensor | None
+    ) -> Normalised | None:
+        """A normalisation over ``size`` channels with these parameters, where it has some; None if
+        they are no gain and offset of that many channels, or a gain is next to zero."""
+        found = torch.ones(size) if gain is None else gain.detach().cpu()
+        shift = torch.zeros(size) if offset is None else offset.detach().cpu()
+        if found.shape != (size,) or shift.shape != (size,):
+            return None
+        if not found.abs().min() > _LEAST * found.abs().max():
+            return None
+        return cls(kind, found.double(), shift.double())
+
+    def after(self, means: Tensor, squares: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """[K, C] and [K]: the affine map from all channels to the kept ones as they are without
+        the others. How much the scale differs from position to position is left out.
+
+        Args:
+            means: [C].
+            squares: [C, C], not centred.
+        """
+        count, size = len(kept), len(self.gain)
+        chosen = torch.zeros(count, size, dtype=torch.float64)
+        chosen[torch.arange(count), kept] = 1.0
+        centred = chosen - chosen.mean(0) if self.kind == "layer" else chosen
+        about = squares - torch.outer(means, self.offset) - torch.outer(self.offset, means)
+        plain = (about + torch.outer(self.offset, self.offset)) / torch.outer(self.gain, self.gain)
+        variance = float(((centred @ plain) * centred).sum()) / count
+        scale = variance**-0.5 if variance > 0 else 1.0
+        linear = scale * self.gain[kept, None] * centred / self.gain
+        return linear, self.offset[kept] - linear @ self.offset
+
+
+def normalised_by(means: Tensor, squares: Tensor, norms: Iterable[Normalised]) -> Normalised | None:
+    """Which of some normalisations these channels come from; None if from none of them.
+
+    Args:
+        means, squares: [C] and [C, C] float64 of the channels.
+    """
+    for norm in norms:
+        if norm.gain.shape != means.shape:
+            continue
+        variances = squares.diagonal() - 2 * means * norm.offset + norm.offset**2
+        level = float((variances / norm.gain**2).mean())
+        if abs(level - 1) > _ALIKE:
+            continue
+        inverse = 1 / norm.gain
+        mean = float(inverse @ (squares - torch.outer(means, means)) @ inverse) / len(inverse) ** 2
+        if norm.kind == "rms" or abs(mean) < _ALIKE**2:
+            return norm
+    return None
+
+
+def predict_lost(
+    means: Tensor,
+    squares: Tensor,
+    lost: Iterable[int],
+    constant: bool,
+    ridge: float = RIDGE,
+    rows: int = 0,
+    norm: Normalised | None = None,
+) -> Predictor:
+    """The ridge least squares prediction of lost channels from the kept ones.
+
+    Args:
+        means: [C] float64; used where a ``constant`` is allowed, which is then not penalised.
+        squares: [C, C] float64, not centred.
+        ridge: as a share of the kept channels' mean second moment (variance, with a constant).
+        rows: behind the moments; 0: not known, taken for many.
+        norm: that the channels come from.
+    """
+    gone = torch.tensor(sorted(set(lost)), dtype=torch.int64)
+    stays = torch.ones(len(means), dtype=torch.bool)
+    stays[gone] = False
+    kept = stays.nonzero().flatten()
+    share = max(ridge, _FEW_RIDGE) if 0 < rows < _FEW_ROWS * len(kept) else ridge
+    if norm is not None and len(kept):
+        return _predict_normalised(means, squares, kept, constant, share, norm)
+    inner = squares - torch.outer(means, means) if constant else squares
+    among, across = inner[kept][:, kept], inner[gone][:, kept]
+    coefficients = _solved(among, across, share)
+    offset = means[gone] - coefficients @ means[kept]
+    return Predictor(gone, kept, coefficients, offset if constant else torch.zeros_like(offset))
+
+
+def _predict_normalised(
+    means: Tensor,
+    squares: Tensor,
+    kept: Tensor,
+    constant: bool,
+    share: float,
+    norm: Normalised,
+) -> Predictor:
+    """Of what all channels were beyond what the kept ones are after the cut, from the latter."""
+    linear, shift = norm.after(means, squares, kept)
+    left = linear @ means + shift
+    if constant:
+        inner = squares - torch.outer(means, means)
+        among, across = linear @ inner @ linear.T, inner @ linear.T
+    else:
+        crossed = torch.outer(linear @ means, shift)
+        among = linear @ squares @ linear.T + crossed + crossed.T + torch.outer(shift, shift)
+        across = squares @ linear.T + torch.outer(means, shift)
+    across[kept] -= among
+    coefficients = _solved(among, across, share)
+    offset = means - coefficients @ left
+    offset[kept] -= left
+    everything = torch.arange(len(means))
+    return Predictor(
+        everything, kept, coefficients, offset if constant else torch.zeros_like(offset)
+    )
+
+
+def _solved(among: Tensor, across: Tensor, share: float) -> Tensor:
+    """[R, K]: ridge least squares coefficients."""
+    strength = share * float(among.diagonal().mean()) if len(among) else 0.0
+    if not strength > 0:  # Nothing but silence stays.
+        return torch.zeros_like(across)
+    damped = among + strength * torch.eye(len(among), dtype=among.dtype)
+    found: Tensor = torch.linalg.solve(damped, across.T).T
+    return found
+
+
+def spread(
+    weight: Tensor, bias: Tensor | None, dim: int, solved: Predictor
+) -> tuple[Tensor, Tensor | None]:
+    """A consumer's weight and bias with the lost inputs spread over the kept ones, float64.
+
+    Args:
+        dim: the weight's dimension that counts inputs.
+        bias: None where there is none, or no constant may be added.
+    """
+    whole = weight.detach().double().cpu().movedim(dim, 0)
+    lost = whole[solved.lost]
+    whole = whole.index_add(0, solved.kept, torch.tensordot(solved.coefficients.T, lost, 1))
+    if bias is None:
+        return whole.movedim(0, dim), None
+    # Taps of a kernel all see the constant: [R, out, *kernel] to [out].
+    taps = lost.flatten(2).sum(2) if lost.ndim > 2 else lost
+    shift = torch.tensordot(solved.constant, taps, 1)
+    return whole.movedim(0, dim), bias.detach().double().cpu() + shift
+
+
+_OPERATOR = "aten.batch_norm.default"
+_TRAINING, _EPSILON = 5, 7
+"""Where its arguments say that it is training, and have what is added to the variance."""
+
+
+@dataclass(frozen=True)
+class BatchNorm:
+    """A normalisation by running statistics."""
+
+    node: str
+    """Name of the value that it makes."""
+    mean: str
+    """Path of its running mean."""
+    variance: str
+    """Path of its running variance."""
+
+
+def batch_norms(program: Program) -> tuple[BatchNorm, ...]:
+    """The batch normalisations whose running statistics the program has as weights."""
+    return tuple(found for node in program.nodes if (found := _batch_norm(program, node)))
+
+
+def _batch_norm(program: Program, node: Node) -> BatchNorm | None:
+    if node.operator != _OPERATOR or len(node.args) <= _EPSILON:
+        return None
+    if node.args[_TRAINING] is not False:
+        return None
+    names = [arg.get("value") if isinstance(arg, dict) else None for arg in node.args[3:5]]
+    mean, variance = (program.weights.get(name or "") for name in names)
+    if mean is None or variance is None:
+        return None
+    return BatchNorm(node.name, mean, variance)
+
+
+@dataclass
+class Estimate:
+    """Sums over the portions of one pass."""
+
+    norms: tuple[BatchNorm, ...]
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    portions: int = 0
+
+    def instead(self) -> dict[str, Callable[..., Any]]:
+        """What is to be called in place of each normalisation, by its value's name."""
+        return {norm.node: partial(self._normalised, norm) for norm in self.norms}
+
+    def means(self, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The statistics by path, where they are finite, in the dtype of those ``before``."""
+        found = {path: total / max(self.portions, 1) for path, total in self.sums.items()}
+        return {
+            path: value.to(before[path].dtype)
+            for path, value in found.items()
+            if torch.isfinite(value).all()
+        }
+
+    def _normalised(self, norm: BatchNorm, *args: Any) -> Tensor:
+        x, weight, bias, epsilon = *args[:3], args[_EPSILON]
+        across = [axis for axis in range(x.ndim) if axis != 1]
+        rows = x.numel() // x.shape[1]
+        variance, mean = torch.var_mean(x.float(), across, correction=0)
+        for path, value in ((norm.mean, mean), (norm.variance, variance * rows / (rows - 1))):
+            self.sums[path] = self.sums[path] + value if path in self.sums else value
+        return nn.functional.batch_norm(x, None, None, weight, bias, training=True, eps=epsilon)
 
 
 @dataclass(frozen=True)

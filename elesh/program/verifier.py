@@ -17,7 +17,7 @@ import torch
 
 from elesh import safety
 from elesh.safety import Entry, Measured, Moves, Proposal
-from elesh.safety.paired import Outcomes, accuracy_drop, class_drop, loss_rise
+from elesh.safety.measured_gates import Outcomes, accuracy_drop, class_drop, loss_rise
 from elesh.settings import Settings, VerificationSettings
 from leyline import (
     CheckpointBundle,
@@ -41,8 +41,7 @@ from . import (
     SKIPPED,
     TIMEOUT,
 )
-from .logit_gaps import LogitGapMeter
-from .measure import Bench, Measurement, TooSlow
+from .measure import Bench, LogitGapMeter, Measurement, TooSlow
 from .program import DOES_NOT_RUN
 
 __all__ = ["NetworkVerifier"]

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from elesh.program.measure import judged
-from elesh.safety.paired import Outcomes, accuracy_drop, loss_rise
+from elesh.safety.measured_gates import Outcomes, accuracy_drop, loss_rise
 from elesh.trainer import Evaluation
 from elesh.trainer.calibration.losses import Loss
 from elesh.trainer.network.calling import call, device_of, main_output, map_tensors

@@ -1,7 +1,20 @@
 """Whether a cut is safe: gates with figures and limits, and the breaker's view. Pure."""
 
-from .breaker import ARCHITECTURE_GATES, BreakerStatus, Vote, breaker_gate, grounds, vote_of, votes
-from .calibration import calibrated
+from .earlier_cuts import (
+    ARCHITECTURE_GATES,
+    BreakerStatus,
+    Vote,
+    breaker_gate,
+    calibrated,
+    fingerprint_of,
+    grounds,
+    proposed_again,
+    rolled_back_cut,
+    rolled_back_gate,
+    units_of,
+    vote_of,
+    votes,
+)
 from .gates import (
     MIN_SAMPLES,
     cumulative_limit,
@@ -24,20 +37,13 @@ from .measured_gates import (
     class_accuracy,
     gradient_flow,
     labels_belong,
+    largest_safe,
     measured_accuracy,
     measured_loss,
     predicted_loss,
     predicted_only,
     ranking_holds,
 )
-from .rolled_back import (
-    fingerprint_of,
-    proposed_again,
-    rolled_back_cut,
-    rolled_back_gate,
-    units_of,
-)
-from .search import largest_safe
 from .verification import Entry, Measured, Moves, Probing, Proposal, Remeasuring, Verifier
 
 __all__ = [

@@ -1,33 +1,163 @@
-"""The gates of what was measured on held-out data, and those that stand in where nothing was.
+"""Judging by what was measured on held-out data: drops and intervals, their gates, those that stand
+in where nothing was measured, and the search for the largest part that passes.
 
-Pure functions, as in :mod:`.gates`. Drops and rises are compared by their upper confidence bound:
-what was not proved is not approved.
+Promises: pure; randomness is the bootstrap's and seeded. Drops and rises are compared by their
+upper confidence bound: what was not proved is not approved. What the search returns was measured as
+safe (or is empty); which parts are asked for depends on the answers alone; they are at most about
+two logarithms of the length for each level.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from elesh.settings import Settings
-from leyline import Fallback, GateResult
+from leyline import Fallback, GateResult, Interval, Level
 
-from .paired import ClassDrop, Outcomes
-from .verification import Measured, Proposal
+from .verification import Entry, Measured, Proposal
 
 __all__ = [
+    "ClassDrop",
     "MEASURED_GATES",
+    "Outcomes",
+    "accuracy_drop",
     "accuracy_retention",
     "class_accuracy",
+    "class_drop",
     "gradient_flow",
     "labels_belong",
+    "largest_safe",
+    "loss_rise",
     "measured_accuracy",
     "measured_loss",
     "predicted_loss",
     "predicted_only",
     "ranking_holds",
 ]
+
+
+Doubles = npt.NDArray[np.float64]
+_SEED = 20250114
+_MIN_IN_CLASS = 10
+"""Classes of fewer samples say nothing."""
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """How a network did on N samples with P labelled positions (P = N for classifiers)."""
+
+    losses: Doubles
+    """[N] in nats a sample."""
+    correct: npt.NDArray[np.bool_]
+    """[P] whether the most likely class was the right one."""
+    labels: npt.NDArray[np.int64]
+    """[P] the right class."""
+    sample: npt.NDArray[np.int64]
+    """[P] the sample that a position belongs to."""
+    answers: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """[P] the class that was most likely."""
+
+    @property
+    def loss(self) -> float:
+        """Mean over samples."""
+        return float(self.losses.mean())
+
+    @property
+    def accuracy(self) -> float:
+        """Share of positions."""
+        return float(self.correct.mean())
+
+    @property
+    def shares(self) -> Doubles:
+        """[N] how much of the accuracy comes from each sample, times N."""
+        count, total = len(self.losses), len(self.correct)
+        hits = np.bincount(self.sample, weights=self.correct, minlength=count)
+        return np.asarray(hits * (count / total), np.float64)
+
+
+def loss_rise(
+    before: Outcomes, after: Outcomes, confidence: float, draws: int
+) -> tuple[float, Interval, float]:
+    """Mean rise of the loss, its interval and its one-sided upper bound, by paired bootstrap over
+    samples (Efron and Tibshirani 1993, chapter 16)."""
+    loss_increases = after.losses - before.losses
+    rng = np.random.default_rng(_SEED)
+    means = np.concatenate(
+        [
+            rng.multinomial(
+                len(loss_increases), np.full(len(loss_increases), 1 / len(loss_increases)), size=100
+            )
+            @ loss_increases
+            for _ in range(-(-draws // 100))
+        ]
+    ) / len(loss_increases)
+    return float(loss_increases.mean()), _interval(means, confidence), _upper(means, confidence)
+
+
+def accuracy_drop(
+    before: Outcomes, after: Outcomes, confidence: float, draws: int
+) -> tuple[float, Interval, float]:
+    """Drop of accuracy, where that of as many other samples lies, and the one-sided upper bound of
+    the mean.
+
+    Paired Bayesian bootstrap over samples (Rubin 1981). Half a sample that is lost and half a
+    sample that is won are added (Jeffreys' prior of the two rates): where nothing changed on N
+    samples, something may still have on the next N. The interval adds the next samples' own
+    scatter to that of the mean; the bound does not.
+    """
+    drops = before.shares - after.shares
+    values, counts = np.unique(np.append(drops, (-1.0, 1.0)), return_counts=True)
+    prior = np.isin(values, (-1.0, 1.0)) * 0.5
+    rng = np.random.default_rng(_SEED)
+    weights = rng.dirichlet(counts - prior, size=draws)
+    others = np.stack([rng.multinomial(len(drops), row) for row in weights])
+    next_drops = others @ values / len(drops)
+    drop = before.accuracy - after.accuracy
+    return drop, _interval(next_drops, confidence), _upper(weights @ values, confidence)
+
+
+@dataclass(frozen=True)
+class ClassDrop:
+    """The class that lost most."""
+
+    number: int
+    drop: float
+    """Of the accuracy within it."""
+    error: float
+    """One standard error of the drop."""
+
+
+def class_drop(before: Outcomes, after: Outcomes) -> ClassDrop:
+    """The largest drop of accuracy within a class of at least ten positions, less its error;
+    classes of fewer are passed over."""
+    worst = ClassDrop(0, 0.0, 0.0)
+    for number in np.unique(before.labels):
+        chosen = before.labels == number
+        if chosen.sum() < _MIN_IN_CLASS:
+            continue
+        lost = before.correct[chosen].astype(float) - after.correct[chosen]
+        error = float(lost.std(ddof=1) / np.sqrt(len(lost)))
+        found = ClassDrop(int(number), float(lost.mean()), error)
+        if found.drop - found.error > worst.drop - worst.error:
+            worst = found
+    return worst
+
+
+def _interval(values: Doubles, confidence: float) -> Interval:
+    tail = (1 - confidence) / 2
+    low = np.quantile(values, tail, method="lower")
+    high = np.quantile(values, 1 - tail, method="higher")
+    return Interval(low=float(low), high=float(high))
+
+
+def _upper(values: Doubles, confidence: float) -> float:
+    return float(np.quantile(values, confidence))
+
 
 MEASURED_GATES = frozenset(
     {
@@ -182,3 +312,44 @@ def predicted_only(
         f"calibrated from {own.measurements} cuts of this run" if own else "default",
     )
     return Measured(proposal.order, (gate,), skipped=skipped)
+
+
+_LEVELS = (Level.CHANNEL, Level.HEAD, Level.LAYER)
+
+IsSafe = Callable[[tuple[Entry, ...]], bool]
+
+
+def largest_safe(order: Sequence[Entry], is_safe: IsSafe) -> tuple[Entry, ...]:
+    """The part of ``order`` that can go, in its order.
+
+    All of it if that is safe; else the longest safe prefix that bisection finds, and then, level by
+    level from channels to layers, as many of the units behind it as can go on top: a layer that is
+    too much does not keep the channels behind it.
+    """
+    if not order or is_safe(tuple(order)):
+        return tuple(order)
+    kept = _longest((), order, is_safe)
+    rest = order[len(kept) :]
+    if len({level for level, _, _ in order}) > 1:
+        for level in _LEVELS:
+            kept = _extended(kept, [entry for entry in rest if entry[0] is level], is_safe)
+    chosen = set(kept)
+    return tuple(entry for entry in order if entry in chosen)
+
+
+def _extended(kept: tuple[Entry, ...], more: Sequence[Entry], is_safe: IsSafe) -> tuple[Entry, ...]:
+    if not more or is_safe((*kept, *more)):
+        return (*kept, *more)
+    return _longest(kept, more, is_safe)
+
+
+def _longest(kept: tuple[Entry, ...], more: Sequence[Entry], is_safe: IsSafe) -> tuple[Entry, ...]:
+    """``kept`` and the longest safe prefix of ``more``, all of which is known to be too much."""
+    safe, unsafe = 0, len(more)
+    while unsafe - safe > 1:
+        middle = (safe + unsafe) // 2
+        if is_safe((*kept, *more[:middle])):
+            safe = middle
+        else:
+            unsafe = middle
+    return (*kept, *more[:safe])

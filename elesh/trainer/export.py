@@ -20,8 +20,7 @@ from torch.export.graph_signature import InputKind, TensorArgument
 
 from elesh.analysis import phase_at
 from elesh.observe import get_logger
-from elesh.program.operators import IGNORED, name_of
-from elesh.program.program import GateSlot, Node, Program, encoded
+from elesh.program.program import IGNORED, GateSlot, Node, Program, encoded, name_of
 from elesh.settings import SafetySchedule
 from elesh.trainer.network.by_function import through_layers
 from elesh.trainer.network.calling import (

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from elesh.program.operators import IGNORED, name_of
-from elesh.program.program import DOES_NOT_RUN, GateSlot, Node, Program, encoded
+from elesh.program.program import DOES_NOT_RUN, IGNORED, GateSlot, Node, Program, encoded, name_of
 from leyline import ContractError, InvalidField
 
 from .refitting import Expected, Slot, alike

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elesh.program.operators import resolve
-from elesh.program.program import DOES_NOT_RUN, GateSlot, Node, Program, decoded
+from elesh.program.program import DOES_NOT_RUN, GateSlot, Node, Program, decoded, resolve
 from leyline import ContractError, PrunedArchitecture
 
 __all__ = ["Expected", "Slot", "alike", "refitted"]

@@ -21,10 +21,17 @@ from elesh.bus.admission import Work
 from elesh.observe import get_logger, mark_failed, record_spans, span
 from elesh.safety import calibrated
 from elesh.settings import Settings
-from elesh.worker.compute.failures import ChildFailure
-from elesh.worker.compute.frames import ANALYSES, DOCUMENT, MEASURED, Job, Kind, Reply
-from elesh.worker.compute.heartbeat import Finding
 from elesh.worker.compute.process import ComputeChild
+from elesh.worker.compute.protocol import (
+    ANALYSES,
+    DOCUMENT,
+    MEASURED,
+    ChildFailure,
+    Finding,
+    Job,
+    Kind,
+    Reply,
+)
 from elesh.worker.telemetry.reports import Reports
 from leyline import (
     AnalysisFailed,
@@ -38,7 +45,7 @@ from leyline import (
 from leyline.network.bundle import NETWORK_FILES
 
 from .fallback_chain import fallback_for, time_for
-from .in_flight import InFlightLimit, KeyedLocks
+from .leases import InFlightLimit, KeyedLocks
 
 __all__ = ["AnalysisExecutor"]
 

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from elesh.worker.compute.failures import ChildDied, ChildFailure, ChildOverMemory, ChildTimeout
+from elesh.worker.compute.protocol import ChildDied, ChildFailure, ChildOverMemory, ChildTimeout
 from leyline import (
     CheckpointDocument,
     ContractError,

@@ -1,17 +1,122 @@
-"""What a worker holds: claimed, kept by renewed leases, requeued when it ends.
+"""What a worker holds: how many entries at a time, under which locks and leases, and what it takes
+over from workers that died.
 
-Promises: a lease is renewed four times in its length, through a drain and however long the child
-computes, as long as the entry is still this worker's; a lost lease is reported at once.
+Promises: a keyed lock is taken in the order in which it was asked for. An entry that waits for one
+longer than a second, because an analysis takes long, gets :class:`Busy` and is released to the rest
+of the fleet. A worker has as many entries in flight as it can analyse in a quarter of a second, and
+at least one. A lease is renewed four times in its length, through a drain and however long the
+child computes, as long as the entry is still this worker's; a lost lease is reported at once.
+
+Reaping goes on while the child computes, so that a busy fleet still takes over what a dead worker
+left: every worker offers itself, the bus lets one at a time
+(:mod:`elesh.bus.streams.reaping`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from weakref import WeakValueDictionary
 
 from elesh.bus import Bus, Delivery, repeatedly
+from elesh.observe import get_logger
+from elesh.worker.telemetry.reports import Reports
 from leyline.streams import WORKERS, Stream
 
-__all__ = ["Leases"]
+__all__ = ["Busy", "InFlightLimit", "KeyedLocks", "LONG_SECONDS", "Leases", "ReapingLoop"]
+
+
+PATIENCE_SECONDS = 1.0
+LONG_SECONDS = 0.25
+"""An analysis that takes longer is long: beside it nothing more is taken for the child."""
+_WEIGHT = 0.2
+"""Of the latest analysis in the running mean of what one takes."""
+
+
+class Busy(Exception):
+    """What went before takes long: another worker may be sooner."""
+
+
+class KeyedLocks:
+    """Locks by key: tasks of one key run one after another, those of other keys do not wait.
+
+    Args:
+        long: whether an analysis is under way that takes long; else waiting is cheap.
+    """
+
+    def __init__(self, long: Callable[[], bool]) -> None:
+        self._long = long
+        # A lock that is neither held nor waited for is forgotten.
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    @contextlib.asynccontextmanager
+    async def of(self, name: str) -> AsyncIterator[None]:
+        """Hold the lock of ``name``.
+
+        Raises:
+            Busy: if it is not free within a second because an analysis takes long.
+        """
+        lock = self._locks.setdefault(name, asyncio.Lock())
+        if lock.locked():
+            await self._wait(lock)
+        else:
+            await lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    async def _wait(self, lock: asyncio.Lock) -> None:
+        """Have the lock, without losing the place in its queue between looks."""
+        acquiring = asyncio.create_task(lock.acquire())
+        try:
+            while not (await asyncio.wait({acquiring}, timeout=PATIENCE_SECONDS))[0]:
+                if self._long():
+                    raise Busy(f"what came before it takes more than {PATIENCE_SECONDS:g} s")
+        except BaseException:
+            if not acquiring.cancel():  # it came at the last moment
+                lock.release()
+            raise
+
+
+class InFlightLimit:
+    """How long analyses take here, and so how many entries are worth having in flight.
+
+    Args:
+        most: entries to have in flight at most.
+    """
+
+    def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._most = most
+        self._clock = clock
+        self._mean: float | None = None
+        self._since: float | None = None
+
+    @contextlib.contextmanager
+    def analysing(self) -> Iterator[None]:
+        """Around an analysis."""
+        self._since = begun = self._clock()
+        try:
+            yield
+        finally:
+            seconds, self._since = self._clock() - begun, None
+            before = seconds if self._mean is None else self._mean
+            self._mean = before + _WEIGHT * (seconds - before)
+
+    @property
+    def long(self) -> bool:
+        """Whether the analysis that is under way takes long."""
+        return self._since is not None and self._clock() - self._since > LONG_SECONDS
+
+    @property
+    def at_once(self) -> int:
+        """Entries to have in flight; one while nothing is known."""
+        if self._mean is None:
+            return 1
+        return max(1, min(self._most, int(LONG_SECONDS / max(self._mean, 1e-6))))
 
 
 class Leases:
@@ -93,3 +198,53 @@ class Leases:
             if lost in self._held:
                 self._on_lost(lost)
         return self._bus.settings.lease_seconds / 4
+
+
+_TRIM_SECONDS = 60.0
+_log = get_logger(__name__)
+
+
+class ReapingLoop:
+    """One worker's offer to reap."""
+
+    def __init__(
+        self, bus: Bus, worker_id: str, streams: Sequence[Stream], reports: Reports
+    ) -> None:
+        self._bus = bus
+        self._worker_id = worker_id
+        self._streams = streams
+        self._reports = reports
+        self._next_trim: float | None = None
+
+    async def keep(self) -> None:
+        """Offer, and reap whenever it is this worker's turn, until cancelled."""
+        await repeatedly("reaping", self._pass, self._bus.outage)
+
+    async def _pass(self) -> float:
+        """Offer; seconds until the next time."""
+        reap = await self._bus.reaper.reap(WORKERS, self._worker_id, self._streams)
+        for taken in reap.taken:
+            self._reports.entry(
+                "reclaimed", taken.stream, taken.entry_id, "crash", f"of {taken.owner}"
+            )
+        for plan in reap.overdue:
+            _log.warning("deadline over, joining what is there", key=plan)
+        if not reap.held:
+            return _apart(reap.wait_seconds)
+        await self._trim()
+        return reap.wait_seconds
+
+    async def _trim(self) -> None:
+        """Now and then, shorten the streams below what every group has done."""
+        now = asyncio.get_running_loop().time()
+        if self._next_trim is None:
+            # Not at once: a fleet that restarts has better things to ask.
+            self._next_trim = now + _TRIM_SECONDS * random.uniform(0.5, 1.0)
+        elif now >= self._next_trim:
+            self._next_trim = now + _TRIM_SECONDS
+            await self._bus.trim()
+
+
+def _apart(seconds: float) -> float:
+    """Jitter: workers that started together do not ask together."""
+    return seconds * random.uniform(1.0, 1.25)

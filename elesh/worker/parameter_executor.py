@@ -18,9 +18,7 @@ from elesh.bus import Bus, Commit, CommitOutcome, Delivery
 from elesh.bus.admission import fingerprint
 from elesh.observe import get_logger, onward, span
 from elesh.settings import Settings
-from elesh.worker.compute.failures import ChildFailure
-from elesh.worker.compute.frames import Job
-from elesh.worker.compute.rank_files import MASKS, REQUEST, rank_files
+from elesh.worker.compute.protocol import MASKS, REQUEST, ChildFailure, Job, rank_files
 from leyline import (
     AnalysisFailed,
     AnalysisReport,

@@ -1,12 +1,16 @@
-"""A worker's own folder for what it fetches; it goes with the worker, however that ends.
+"""A worker's own folder for what it fetches, and what a worker may lack: room on its disk, memory,
+file handles, processes.
 
 Promises: a living worker holds a lock in its folder. The next worker that starts there removes the
-folders of workers that were killed, and none that is locked.
+folders of workers that were killed, and none that is locked. A shortage says nothing about the
+message at hand: that goes to another worker, or comes again when there is room, and is never
+counted as poison.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -17,7 +21,8 @@ from pathlib import Path
 
 from elesh.settings import SettingsError
 
-__all__ = ["spool"]
+__all__ = ["SHORTAGE_CODE", "Shortage", "shortage_of", "spool"]
+
 
 _PREFIX = "elesh-worker-"
 _LOCK = "lock"
@@ -67,3 +72,29 @@ def _is_left(folder: Path, modified: float) -> bool:
     except FileNotFoundError:
         return folder.is_dir() and time.time() - modified > _UNLOCKED_SECONDS
     return True
+
+
+SHORTAGE_CODE = "shortage"
+"""``Failed.code`` of a job that the compute child had no room for."""
+_LACKS = frozenset(
+    {
+        errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+        errno.EAGAIN, errno.EIO, errno.EFBIG,
+    }
+)  # fmt: skip
+
+
+class Shortage(Exception):
+    """This worker lacks what it needs to serve anything."""
+
+
+def shortage_of(error: BaseException) -> str:
+    """What the worker lacks, as one line; empty if ``error`` is of another kind."""
+    if isinstance(error, Shortage):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return f"out of memory: {error}".rstrip(": ")
+    if isinstance(error, OSError) and error.errno in _LACKS:
+        where = f": {error.filename}" if error.filename else ""
+        return f"{os.strerror(error.errno or 0).lower()}{where}"
+    return ""

@@ -38,13 +38,10 @@ from leyline.streams import CHECKPOINTS, OUTCOMES, REDELIVERIES, REQUESTS, WORK,
 
 from .executor import AnalysisExecutor
 from .fan_out import FanOut, parts_of
-from .in_flight import LONG_SECONDS, Busy
-from .leases import Leases
+from .leases import LONG_SECONDS, Busy, Leases, ReapingLoop
 from .parameter_executor import ParameterExecutor, parameter_key
-from .reaping import ReapingLoop
 from .result_handler import ResultHandler
-from .shortage import shortage_of
-from .spool import spool
+from .spool import shortage_of, spool
 
 __all__ = ["GROUP", "STREAMS", "Worker", "serve"]
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from elesh.observe import get_logger, setup_logging
-from elesh.observe.printable import printable
+from elesh.observe.logs import printable
 from elesh.observe.terminal import Terminal, escape
 
 HOSTILE = "a\x1b]0;owned\x07b\x1b[2Jc\x9b2Jd\x7fe\u202ef\u2028g\x00h\ud800i\rj\bk"

@@ -29,9 +29,15 @@ from rich.console import Console
 
 from elesh.observe import carrier_of, linked_span, onward, record_spans, span, span_from
 from elesh.observe import tracing as tracing_module
-from elesh.observe.spanfile import RecordedSpan, SpanFile, find_trace, read_spans
+from elesh.observe.spanfile import (
+    RecordedSpan,
+    SpanFile,
+    find_trace,
+    print_trace,
+    read_spans,
+    tree_rows,
+)
 from elesh.observe.tracing import WholeTrees, shutdown_tracing
-from elesh.observe.waterfall import print_trace, tree_rows
 
 
 @contextmanager

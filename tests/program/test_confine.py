@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from elesh.program.sandbox import confined
+from elesh.program.measure import confined
 
 
 def test_no_file_and_no_socket_can_be_opened_inside(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from elesh.safety import labels_belong
-from elesh.safety.paired import Outcomes
+from elesh.safety.measured_gates import Outcomes
 
 
 def outcomes(answers: np.ndarray, labels: np.ndarray) -> Outcomes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from elesh.safety.paired import Outcomes, accuracy_drop, class_drop, loss_rise
+from elesh.safety.measured_gates import Outcomes, accuracy_drop, class_drop, loss_rise
 
 
 def outcomes(losses: np.ndarray, correct: np.ndarray, classes: int = 2) -> Outcomes:

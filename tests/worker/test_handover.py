@@ -18,7 +18,7 @@ from station import Station, checkpoint, faulty, ready
 from elesh.bus import Bus, read_dead_letter
 from elesh.settings import Settings
 from elesh.worker import Worker
-from elesh.worker.telemetry.gauges import FleetFigures
+from elesh.worker.telemetry.monitor import FleetFigures
 from leyline import EventEnvelope, encode, wrap
 from leyline.streams import CHECKPOINTS, DEAD
 

@@ -19,9 +19,9 @@ from elesh.bus import Bus
 from elesh.settings import Settings
 from elesh.worker import Worker
 from elesh.worker import in_flight as keyed_locks
-from elesh.worker.compute.frames import Job, Reply
 from elesh.worker.compute.process import ComputeChild
-from elesh.worker.in_flight import Busy, InFlightLimit, KeyedLocks
+from elesh.worker.compute.protocol import Job, Reply
+from elesh.worker.leases import Busy, InFlightLimit, KeyedLocks
 from leyline import CheckpointBundle, PruningOutcome, TelemetryEvent, encode, read_envelope, unwrap
 from leyline.streams import CHECKPOINTS, OUTCOMES, TELEMETRY, WORKERS
 

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from elesh.settings import SettingsError
-from elesh.worker.compute.frames import Failed
-from elesh.worker.shortage import SHORTAGE_CODE, Shortage, shortage_of
-from elesh.worker.spool import spool
+from elesh.worker.compute.protocol import Failed
+from elesh.worker.spool import SHORTAGE_CODE, Shortage, shortage_of, spool
 
 KILLED = """
 import os, signal

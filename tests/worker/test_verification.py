@@ -16,8 +16,8 @@ from station import Station
 from elesh.operate.replay import Replayed, Selection, replay
 from elesh.settings import Settings
 from elesh.trainer import Session
-from elesh.worker.compute.frames import Job
 from elesh.worker.compute.process import ComputeChild
+from elesh.worker.compute.protocol import Job
 from leyline import BreakerTransition, CheckpointBundle, StructuralPruningDecision
 from leyline.streams import TELEMETRY
 

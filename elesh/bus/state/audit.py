@@ -19,8 +19,7 @@ import msgpack
 
 from elesh.bus.guard import Guard
 from elesh.bus.scripts import Scripts
-from elesh.bus.server.client import Client
-from elesh.bus.server.clock import ServerClock
+from elesh.bus.server.client import Client, ServerClock
 from elesh.bus.streams.consumer_groups import pairs_of
 from elesh.bus.streams.records import ENTRY_ID, Delivery, deliveries_of, entry_fields
 from leyline import GENESIS, AuditEntry, AuditEvent, ContractError, EventEnvelope, encode, wrap

@@ -22,8 +22,7 @@ import msgpack
 from elesh.bus.errors import BusUnavailable
 from elesh.bus.guard import Guard
 from elesh.bus.scripts import Scripts
-from elesh.bus.server.client import Client
-from elesh.bus.server.clock import ServerClock
+from elesh.bus.server.client import Client, ServerClock
 from elesh.settings import BreakerSettings
 from leyline import BreakerTransition, ContractError, Level
 from leyline.streams import DECISIONS, OPERATIONS

@@ -15,8 +15,7 @@ from typing import Any, Literal
 
 from elesh.bus.guard import Guard
 from elesh.bus.scripts import Scripts
-from elesh.bus.server.client import Client
-from elesh.bus.server.clock import ServerClock
+from elesh.bus.server.client import Client, ServerClock
 from leyline import ContractError, DeadLetter, InvalidField, OperatorAction, encode, wrap
 from leyline.streams import DEAD, OPERATIONS, STREAMS, Stream
 

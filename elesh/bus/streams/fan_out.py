@@ -17,10 +17,8 @@ from typing import Any
 import msgpack
 
 from elesh.bus.guard import Guard
-from elesh.bus.keys import Keys
-from elesh.bus.scripts import Scripts
-from elesh.bus.server.client import Client
-from elesh.bus.server.clock import ServerClock
+from elesh.bus.scripts import Keys, Scripts
+from elesh.bus.server.client import Client, ServerClock
 from leyline import (
     AnalysisItem,
     IdentityMismatch,

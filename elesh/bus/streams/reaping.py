@@ -13,8 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from elesh.bus.keys import Keys
-from elesh.bus.scripts import Scripts
+from elesh.bus.scripts import Keys, Scripts
 from leyline.streams import REDELIVERIES, Stream
 
 from .fan_out import PlanStore

@@ -24,7 +24,7 @@ from elesh.cli.common import (
     working,
 )
 from elesh.observe import AuditFile, Fault, Link, line_of, sound, verify
-from elesh.observe.printable import moment, printable
+from elesh.observe.logs import moment, printable
 from elesh.observe.terminal import escape
 from elesh.settings import Settings
 from leyline import AuditEntry, AuditEvent

@@ -18,7 +18,7 @@ from elesh.cli.common import (
     on_bus,
     print_json,
 )
-from elesh.observe.printable import moment
+from elesh.observe.logs import moment
 from elesh.observe.terminal import escape
 from elesh.operate.actions import operator
 from elesh.settings import Settings

@@ -18,7 +18,7 @@ from elesh.cli.common import (
     on_bus,
     print_json,
 )
-from elesh.observe.printable import moment
+from elesh.observe.logs import moment
 from elesh.observe.terminal import escape
 from elesh.operate.events import FormattedEvent, formatted_events
 from elesh.settings import Settings

@@ -66,8 +66,7 @@ def trace(
     """Print the waterfall of a checkpoint's trace, from what this machine recorded of it."""
     from dataclasses import asdict
 
-    from elesh.observe.spanfile import find_trace
-    from elesh.observe.waterfall import print_trace
+    from elesh.observe.spanfile import find_trace, print_trace
 
     spans = find_trace(what)
     if not spans:

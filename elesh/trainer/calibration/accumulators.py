@@ -17,7 +17,7 @@ import torch
 from scipy.special import expit
 from torch import Tensor, nn
 
-from elesh.program.least_squares import Normalised
+from elesh.program.refit import Normalised
 from elesh.trainer.network.gates import Axis, axis_of
 from elesh.trainer.network.layers import channel_axes, named_tensors
 from elesh.trainer.network.positions import positions_drawn, positions_to_read

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from elesh.program.least_squares import Normalised, normalised_by
+from elesh.program.refit import Normalised, normalised_by
 
 __all__ = ["behind_norm"]
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.hooks import RemovableHandle
 
-from elesh.program.least_squares import (
+from elesh.program.refit import (
     RIDGE,
     Normalised,
     Predictor,

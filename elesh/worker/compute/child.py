@@ -24,7 +24,7 @@ from elesh.analysis.spans import observed, stage
 from elesh.program import preload, verifier
 from elesh.settings import Settings
 from elesh.worker.fallback_chain import REPLAYED, scope_of
-from elesh.worker.shortage import SHORTAGE_CODE, shortage_of
+from elesh.worker.spool import SHORTAGE_CODE, shortage_of
 from leyline import (
     AnalysedPart,
     CheckpointBundle,
@@ -41,7 +41,8 @@ from leyline import (
 )
 from leyline.network.bundle import map_file
 
-from .frames import (
+from .parameter_masks import marked
+from .protocol import (
     ANALYSES,
     DOCUMENT,
     MEASURED,
@@ -53,11 +54,11 @@ from .frames import (
     Kind,
     Reply,
     Stopwatch,
+    heartbeat_into,
+    limit_data,
     pack_frame,
     unpack_body,
 )
-from .heartbeat import heartbeat_into, limit_data
-from .parameter_masks import marked
 
 _NICENESS = 5
 """Where a trainer is on the same machine, its threads get about three times as much of a core."""

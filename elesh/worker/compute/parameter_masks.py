@@ -28,8 +28,7 @@ from leyline import (
 from leyline.arrays import require_finite, unpack_arrays
 from leyline.network.bundle import map_file
 
-from .frames import Job
-from .rank_files import MASKS, REQUEST, rank_files
+from .protocol import MASKS, REQUEST, Job, rank_files
 
 __all__ = ["marked"]
 

@@ -16,9 +16,22 @@ from pathlib import Path
 
 from elesh.observe import get_logger
 
-from .failures import ChildDied, ChildFailure, ChildOverMemory, ChildTimeout
-from .frames import MEMORY_CODE, PREFIX, PRELOAD, Job, Reply, pack_frame, unpack_body
-from .heartbeat import Finding, HeartbeatReader, resident
+from .protocol import (
+    MEMORY_CODE,
+    PREFIX,
+    PRELOAD,
+    ChildDied,
+    ChildFailure,
+    ChildOverMemory,
+    ChildTimeout,
+    Finding,
+    HeartbeatReader,
+    Job,
+    Reply,
+    pack_frame,
+    resident,
+    unpack_body,
+)
 
 __all__ = ["ComputeChild"]
 

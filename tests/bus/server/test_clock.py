@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any, cast
 
 from elesh.bus import BusUnavailable
-from elesh.bus.server.clock import ServerClock
+from elesh.bus.server.client import ServerClock
 
 
 class Servers:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trainer_nets import NETS, batches, build, close, example, same, units
 
 from elesh.analysis import analyze
-from elesh.program.least_squares import predict_lost
+from elesh.program.refit import predict_lost
 from elesh.settings import Settings
 from elesh.trainer import Evaluation, InputCovariance, Recorder, Surgeon, apply_decision
 from leyline import (

@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from station import Station, WorkerProcess, checkpoint
 
 from elesh.bus import WorkerState
-from elesh.worker.compute.heartbeat import HeartbeatReader
+from elesh.worker.compute.protocol import HeartbeatReader
 
 HEALTH = {"observe": {"health_port": 0, "heartbeat_seconds": 0.5}}
 
@@ -154,7 +154,7 @@ def test_a_port_that_is_taken_is_an_error_that_names_the_setting(station: Statio
 HOLD_LOCK = """
 import sys
 from pathlib import Path
-from elesh.worker.compute.heartbeat import heartbeat_into
+from elesh.worker.compute.protocol import heartbeat_into
 sys.setswitchinterval(1e6)  # the heartbeat thread never has its turn
 heartbeat_into(Path(sys.argv[1]))
 print("up", flush=True)
@@ -170,7 +170,7 @@ sys.stdin.read()
 def test_a_child_that_holds_the_interpreter_lock_is_busy_and_not_wedged(
     doing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("elesh.worker.compute.heartbeat._SILENT_SECONDS", 1.0)
+    monkeypatch.setattr("elesh.worker.compute.protocol._SILENT_SECONDS", 1.0)
     heartbeat = HeartbeatReader(tmp_path / "pulse")
     child = psutil.Popen(
         [sys.executable, "-c", HOLD_LOCK, str(heartbeat.path), doing],

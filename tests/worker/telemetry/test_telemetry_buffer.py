@@ -11,7 +11,7 @@ from servers import Server
 
 from elesh.bus import Bus
 from elesh.settings import BusSettings
-from elesh.worker.telemetry.buffer import TelemetryBuffer
+from elesh.worker.telemetry.reports import TelemetryBuffer
 from leyline import TelemetryEvent, read_envelope, unwrap
 from leyline.streams import TELEMETRY
 

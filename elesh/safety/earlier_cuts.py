@@ -1,16 +1,25 @@
-"""Cuts that a trainer took back are not proposed again before their evidence has changed.
+"""What earlier cuts of a run say of the next one: the circuit breaker of its level, cuts that were
+taken back, and how far predictions of the loss increase were off. Pure.
 
-Promises: pure. A decision that contains such a cut, for the same evidence, fails the gate
-``rolled_back``, which names the cut. The cuts that a decision was compared with are written into
-it, so that a replay decides by the same ones.
+Promises: the breaker's state and the cuts that a decision was compared with are written into the
+decision completely, so that a replay decides by the very same ones. A cut that a trainer took back
+is not proposed again before its evidence has changed: a decision that contains it, for the same
+evidence, fails the gate ``rolled_back``, which names the cut.
+
+In the preparation phase nothing is cut, but where a checkpoint carries its network, cuts that might
+be proposed later are predicted and measured. Where nothing can be measured later, their ratio says
+how much too low a prediction may be (decision 0062).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol, cast
 
+from elesh.settings import VerificationSettings
 from leyline import (
     AttentionHeadTarget,
     ChannelPruningTarget,
@@ -19,23 +28,38 @@ from leyline import (
     LayerPruningTarget,
     Level,
     LevelPart,
+    LossFactor,
     PruningOutcome,
     PruningStatistics,
     RolledBackCut,
     StructuralPruningDecision,
+    WouldBeCut,
     stable_hash,
 )
 from leyline.messages.parameters import Scorer
 
+from .gates import rejection
+from .measured_gates import MEASURED_GATES
+
 __all__ = [
-    "ROLLED_BACK",
-    "fingerprint_of",
-    "proposed_again",
+    "ARCHITECTURE_GATES",
+    "BreakerStatus",
     "Proposed",
+    "ROLLED_BACK",
+    "Vote",
+    "breaker_gate",
+    "calibrated",
+    "fingerprint_of",
+    "grounds",
+    "levels_of",
+    "proposed_again",
     "rolled_back_cut",
     "rolled_back_gate",
     "units_of",
+    "vote_of",
+    "votes",
 ]
+
 
 ROLLED_BACK = "rolled_back"
 """The name of the gate."""
@@ -213,3 +237,138 @@ def _shift_changed(cut: RolledBackCut, decision: Proposed) -> bool:
     if now is None or cut.shift is None:
         return False
     return abs(now - cut.shift) > 2 * math.hypot(error or 0.0, cut.shift_error or 0.0)
+
+
+State = Literal["closed", "open", "half_open"]
+Vote = Literal["failure", "success", "none"]
+
+ARCHITECTURE_GATES = frozenset({"structure", "gradient_isolation"})
+"""Gates whose failure says that the network would not hold together: all is rejected then."""
+INTEGRITY_GATES = ARCHITECTURE_GATES | frozenset(
+    {
+        "statistics",
+        "minimum_channels",
+        "minimum_heads",
+        "cumulative_limit",
+    }
+)
+"""Gates whose failure says that something is broken, not that a careful answer is no."""
+REFUSED = "measured"
+"""Stands for a cut of which no part was measured as safe: its ranking is no good."""
+
+
+@dataclass(frozen=True)
+class BreakerStatus:
+    """A circuit breaker as the caller saw it."""
+
+    state: State = "closed"
+    failures: int = 0
+    reason: str = ""
+
+    @classmethod
+    def of(cls, decision: StructuralPruningDecision) -> dict[Level, BreakerStatus]:
+        """The breakers under which ``decision`` was made, by level; closed ones where it has no
+        such gate."""
+        found = {level: cls() for level in levels_of(decision)}
+        for level, gate in _by_level(decision):
+            if gate.name.endswith("breaker"):
+                state, _, reason = gate.detail.partition(": ")
+                found[level] = cls(cast(State, state), int(gate.measured or 0), reason)
+        return found
+
+
+def breaker_gate(status: BreakerStatus) -> GateResult:
+    """Passed unless the breaker is open; a half-open one lets its trial through."""
+    return GateResult(
+        name="breaker",
+        passed=status.state != "open",
+        measured=status.failures,
+        detail=f"{status.state}: {status.reason}" if status.reason else status.state,
+    )
+
+
+def levels_of(decision: StructuralPruningDecision) -> tuple[Level, ...]:
+    """The levels that ``decision`` decides on."""
+    parts = tuple(part.level for part in decision.levels)
+    return parts or (decision.key.level,)
+
+
+def votes(decision: StructuralPruningDecision) -> dict[Level, Vote]:
+    """What a decision tells the breaker of each of its levels.
+
+    Broken statistics, a cut that does not hold together, and one of which no part was measured as
+    safe are a failure; a careful no (quota, phase, noise, predicted shift, requirements) is a
+    success. What the trainer will report on or has rolled back before, an open breaker's own no,
+    and a level that was never analysed say nothing.
+    """
+    failed = {level: set[str]() for level in levels_of(decision)}
+    for level, gate in _by_level(decision):
+        if not gate.passed:
+            failed[level].add(gate.name.rpartition(".")[2])
+    if any(not gate.passed and gate.name in MEASURED_GATES for gate in decision.safety.gates):
+        for level in decision.taken or levels_of(decision):
+            failed[level].add(REFUSED)
+    silent = {part.level for part in decision.levels if part.verdict == "missing"}
+    if decision.approved_for_application:
+        silent |= set(decision.taken)
+    if any(not gate.passed and gate.name == ROLLED_BACK for gate in decision.safety.gates):
+        silent |= set(levels_of(decision))  # the rollbacks before it must not be forgotten
+    found: dict[Level, Vote] = {}
+    for level, names in failed.items():
+        if names & INTEGRITY_GATES or REFUSED in names:
+            found[level] = "failure"
+        else:
+            found[level] = "none" if level in silent or "breaker" in names else "success"
+    return found
+
+
+def grounds(decision: StructuralPruningDecision, level: Level) -> str:
+    """Why a decision speaks against a level; empty if nothing does.
+
+    An open breaker's own no is no ground: its reason would be wrapped into the next one.
+    """
+    gates = [gate for of, gate in _by_level(decision) if of is level]
+    gates += [g for g in decision.safety.gates if g.name in MEASURED_GATES and g not in gates]
+    return rejection(gate for gate in gates if not gate.name.endswith("breaker"))
+
+
+def vote_of(outcome: PruningOutcome) -> Vote:
+    """What a trainer's outcome tells the breakers of the levels that it cut.
+
+    A rollback is a failure, unless the cut only went along with an earlier one; a cut that was made
+    is a success once nothing is left of its watch.
+    """
+    if outcome.result == "rolled_back":
+        return "none" if outcome.undone_with else "failure"
+    return "success" if outcome.result == "applied" and not outcome.watched else "none"
+
+
+def _by_level(decision: StructuralPruningDecision) -> Iterator[tuple[Level, GateResult]]:
+    """The gates of single levels, without those of the joint set."""
+    for gate in decision.safety.gates:
+        level, dot, _ = gate.name.partition(".")
+        if not decision.levels:
+            yield decision.key.level, gate
+        elif dot and level in list(Level) and level != Level.JOINT:
+            yield Level(level), gate
+
+
+VERSION = 1
+_LEAST_NATS = 1e-3
+"""Of a prediction: the ratio to a smaller one is noise."""
+_DECILE = -1
+"""The ninth of nine: nine of ten measured rises are below the prediction times it."""
+_AT_MOST = 2.0
+"""Times the default; a run whose predictions are worse than that shows that in its measurements."""
+
+
+def calibrated(cuts: Iterable[WouldBeCut], settings: VerificationSettings) -> LossFactor | None:
+    """The run's own factor; None while too few of its cuts tell anything, or the settings ask for
+    none. Between 1 and twice the default."""
+    least = settings.calibration_measurements
+    ratios = [c.measured / c.predicted for c in cuts if c.predicted >= _LEAST_NATS]
+    if not least or len(ratios) < max(2, least):
+        return None
+    high = statistics.quantiles(ratios, n=10, method="inclusive")[_DECILE]
+    factor = min(max(high, 1.0), _AT_MOST * settings.predicted_loss_factor)
+    return LossFactor(version=VERSION, factor=round(factor, 3), measurements=len(ratios))
