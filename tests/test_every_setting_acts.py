@@ -27,7 +27,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from elesh.analysis import ImportanceTracker, analyze
-from elesh.analysis.importance.tracker_cache import TrackerCache, measurements_of
+from elesh.analysis.importance.tracker import TrackerCache, measurements_of
 from elesh.analysis.sketch.parameter_masks import Marking, analyze_parameters
 from elesh.bus.admission import Work
 from elesh.cli import app

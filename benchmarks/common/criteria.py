@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from benchmarks.common.subjects import Subject
 from elesh.analysis.candidates import Candidates
+from elesh.analysis.selection.choose import select
 from elesh.analysis.selection.removal_order import StaticOrder
-from elesh.analysis.selection.select import select
 from elesh.trainer.calibration.accumulators import GroupTally
 from elesh.trainer.network.gates import GateMeter, axis_of
 from leyline import PruningGroup

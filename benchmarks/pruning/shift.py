@@ -16,7 +16,7 @@ from itertools import pairwise
 
 from benchmarks.common.report import arguments, show, write
 from benchmarks.common.subjects import Subject
-from elesh.analysis.levels.channels import CHANNELS
+from elesh.analysis.levels.units import CHANNELS
 from elesh.settings import ChannelAnalysis, StructuredPruning
 from elesh.trainer import Surgeon
 from leyline import Phase

@@ -21,7 +21,7 @@ from torch import nn
 
 from benchmarks.common.report import show, write
 from elesh import Settings, analyze
-from elesh.analysis.budgets.resources import resource_model
+from elesh.analysis.budgets.knapsack import resource_model
 from elesh.demo.data import Digits
 from elesh.demo.network import DigitsNet
 from elesh.trainer import Recorder, Surgeon

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks.common.report import bars, show
-from elesh.analysis.importance.redundancy import redundant_pairs
+from elesh.analysis.importance.scores import redundant_pairs
 from elesh.trainer.calibration.accumulators import cosines
 
 NOISE = (0.0, 0.1, 0.25, 0.35)

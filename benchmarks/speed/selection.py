@@ -16,10 +16,9 @@ from collections.abc import Callable
 import numpy as np
 
 from elesh.analysis.candidates import Candidates
-from elesh.analysis.importance.redundancy import redundant_pairs
-from elesh.analysis.importance.scores import MID, multi_metric
+from elesh.analysis.importance.scores import MID, multi_metric, redundant_pairs
+from elesh.analysis.selection.choose import select
 from elesh.analysis.selection.removal_order import JointOrder, StaticOrder
-from elesh.analysis.selection.select import select
 from leyline import ChannelImportanceData
 
 GROUP = 250

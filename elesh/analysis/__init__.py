@@ -5,9 +5,18 @@ from elesh.analysis.decision.explain import Explanation, TargetExplanation, Unit
 from elesh.analysis.decision.join import Evidence, join, joined
 from elesh.analysis.importance.tracker import ImportanceTracker, Track, channel_metrics
 from elesh.analysis.levels.analyze_level import LevelDraft, analyze_level, draft_level
-from elesh.analysis.levels.select_channels import select_channels
-from elesh.analysis.selection.schedule import Allowance, allowance, counted_groups, curve, phase_at
-from elesh.analysis.selection.thresholds import SafetyLevel, Stage, adaptive_threshold, stage_at
+from elesh.analysis.levels.units import select_channels
+from elesh.analysis.selection.schedule import (
+    Allowance,
+    SafetyLevel,
+    Stage,
+    adaptive_threshold,
+    allowance,
+    counted_groups,
+    curve,
+    phase_at,
+    stage_at,
+)
 from elesh.analysis.sketch.count_min import CountMinSketch, ErrorBound, element_keys
 
 __all__ = [

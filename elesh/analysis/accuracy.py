@@ -12,8 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from elesh.analysis.importance.redundancy import Pair
 from elesh.analysis.importance.scores import (
+    Pair,
     fisher,
     magnitude,
     multi_metric,
@@ -21,7 +21,7 @@ from elesh.analysis.importance.scores import (
     weights_at,
 )
 from elesh.analysis.levels.analyze_level import UNIT_LEVELS
-from elesh.analysis.levels.channels import CHANNELS
+from elesh.analysis.levels.units import CHANNELS
 from elesh.analysis.pruning_set.plans import redistributes, wanted_scorer
 from elesh.analysis.selection.choose import Ranking, Scorer
 from elesh.analysis.selection.schedule import phase_at

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from elesh.analysis import Track
 from elesh.analysis.candidates import Doubles
-from elesh.analysis.importance.tracker_cache import TrackerCache
+from elesh.analysis.importance.tracker import TrackerCache
 from elesh.bus import Bus
 from elesh.bus.admission import hear
 from elesh.operate.tables import compact

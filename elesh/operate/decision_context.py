@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from elesh.analysis import ImportanceTracker
-from elesh.analysis.importance.tracker_cache import TrackerCache
+from elesh.analysis.importance.tracker import TrackerCache
 from elesh.bus import Bus
 from elesh.bus.admission import Work, admit, hear
 from elesh.settings import Settings

@@ -21,7 +21,7 @@ from elesh.analysis.accuracy import (
     ranking_scores,
     redundancy,
 )
-from elesh.analysis.importance.redundancy import Pair
+from elesh.analysis.importance.scores import Pair
 from elesh.analysis.levels.layers import first_to_go
 from elesh.safety import Entry
 from elesh.settings import Settings

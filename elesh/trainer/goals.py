@@ -9,7 +9,7 @@ from typing import cast, get_args
 
 from torch import nn
 
-from elesh.analysis.budgets.resources import resource_model
+from elesh.analysis.budgets.knapsack import resource_model
 from elesh.trainer.network.calling import Inputs
 from leyline import Budget, InvalidField, LatencyTable, PrunedArchitecture
 from leyline.messages.budget import Resource

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from elesh.analysis.budgets.resources import resource_model
+from elesh.analysis.budgets.knapsack import resource_model
 from elesh.trainer.network.calling import Inputs, batch_size, call, device_of
 from elesh.trainer.network.state import preserve_state
 from elesh.trainer.surgery.surgeon import Surgeon

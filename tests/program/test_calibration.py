@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from elesh import safety
 from elesh.analysis import analyze
-from elesh.analysis.levels.select_channels import select_channels
+from elesh.analysis.levels.units import select_channels
 from elesh.program import CALIBRATION_SKIPPED, verifier
 from elesh.safety import Proposal, calibrated
 from elesh.settings import VerificationSettings

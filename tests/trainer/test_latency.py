@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from elesh.analysis.budgets.resources import resource_model
+from elesh.analysis.budgets.knapsack import resource_model
 from elesh.cli import app
 from elesh.trainer import Recorder
 from elesh.trainer.latency import channel_step, measure_latency, with_surroundings

@@ -7,7 +7,7 @@ from station import Station, checkpoint
 from typer.testing import CliRunner
 
 from elesh.analysis import ImportanceTracker
-from elesh.analysis.importance.tracker_cache import TrackerCache, measurements_of
+from elesh.analysis.importance.tracker import TrackerCache, measurements_of
 from elesh.bus import Bus
 from elesh.cli import app
 from leyline import CheckpointBundle

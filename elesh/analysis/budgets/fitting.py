@@ -1,4 +1,13 @@
-"""Fitting a level's candidates to a budget of a resource, before units are chosen among them."""
+"""What a budget means in amounts, and how many units of each group it takes: of one level before
+units are chosen, and of several levels together.
+
+Promises: a budget of the original network asks for the same amount at every checkpoint, whatever
+was cut before; what the schedule's limits cannot reach is said in words before anything is cut.
+
+Each level has fitted its own cut to the whole budget, not knowing of the others. :func:`fitting`
+takes whole layers as they are (their five conditions judge them, no budget), and of channels and
+heads as many as it takes from there, by the same knapsack over the same removal curves.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +15,129 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from elesh.analysis.candidates import Candidates
-from elesh.analysis.pruning_set.plans import BudgetUse
+from elesh.analysis.candidates import Candidates, multiple_of
+from elesh.analysis.pruning_set.plans import BudgetUse, Identity, Target, identity_of, restricted
 from elesh.analysis.selection.choose import Ranking
-from leyline import Budget, CheckpointBundle, InvalidField, PrunedArchitecture
+from leyline import (
+    Budget,
+    CheckpointBundle,
+    InvalidField,
+    LayerPruningTarget,
+    Level,
+    PrunedArchitecture,
+    PruningGroup,
+    RankedUnit,
+)
 
-from .knapsack import Curve
-from .resources import resource_model
-from .targets import amount_of, fit_all, share_of
+from .knapsack import Curve, Fit, ResourceModel, fit_budget, resource_model
 
-__all__ = ["Fitted", "fitted", "refuse_shard"]
+__all__ = [
+    "Fitted",
+    "Fitting",
+    "all_budgets",
+    "amount_of",
+    "fit_all",
+    "fitted",
+    "fitting",
+    "out_of_reach",
+    "refuse_shard",
+    "share_of",
+]
+
+
+def all_budgets(bundle: CheckpointBundle) -> tuple[Budget, ...]:
+    """The budgets that the request has, in its order."""
+    asked = bundle.parameters
+    return (asked.budget, *asked.more_budgets) if asked.budget is not None else ()
+
+
+def amount_of(budget: Budget, architecture: PrunedArchitecture, model: ResourceModel) -> float:
+    """The whole that the budget is a share of, in the resource's own unit."""
+    if budget.of == "present":
+        return model.total({})
+    if budget.original is not None:
+        return budget.original
+    return model.total({group.name: -group.removed for group in architecture.groups})
+
+
+def share_of(budget: Budget, architecture: PrunedArchitecture, amount: float) -> float:
+    """``amount`` as a share of what the budget is of."""
+    whole = amount_of(budget, architecture, resource_model(architecture, budget))
+    return amount / whole if whole else 0.0
+
+
+def fit_all(
+    architecture: PrunedArchitecture,
+    budgets: Sequence[Budget],
+    curves: Mapping[str, Curve],
+    units: int | None = None,
+    exact: bool | None = None,
+) -> list[Fit]:
+    """The cheapest cut that meets all budgets, one after another; the last holds what goes.
+
+    Args:
+        exact: keep what need not go; if not given, for budgets of the original network.
+
+    Raises:
+        InvalidField: if a latency table is not of this architecture.
+    """
+    found: list[Fit] = []
+    for budget in budgets:
+        model = resource_model(architecture, budget)
+        target = budget.at_most * amount_of(budget, architecture, model)
+        found.append(
+            fit_budget(
+                model,
+                curves,
+                target,
+                units=units,
+                already=found[-1].lost if found else None,
+                exact=budget.of == "original" if exact is None else exact,
+            )
+        )
+    return found
+
+
+def out_of_reach(
+    architecture: PrunedArchitecture,
+    budgets: Sequence[Budget],
+    groups: Sequence[PruningGroup],
+    *,
+    units: int,
+    minimum: int,
+    round_to: int = 1,
+) -> str:
+    """Why the budgets cannot be reached by losing ``units`` more; empty where they can.
+
+    Args:
+        groups: that may lose units.
+        units: what the last phase's limit leaves to remove, of these groups together.
+        minimum: channels that every group keeps; of heads one.
+    """
+    curves = {}
+    for group in groups:
+        channels = group.level is Level.CHANNEL
+        multiple = multiple_of(group, round_to) if channels else group.unit_multiple
+        spare = max(group.size - (minimum if channels else 1), 0)
+        curves[group.name] = Curve([1.0] * spare, group.size, multiple)
+    for budget in budgets:
+        model = resource_model(architecture, budget)
+        whole = amount_of(budget, architecture, model)
+        fit = fit_budget(model, curves, budget.at_most * whole, units=units)
+        if fit.after > budget.at_most * whole * (1 + 1e-9):
+            least = fit.after / whole if whole else 0.0
+            free = fit_budget(model, curves, budget.at_most * whole)
+            why = (
+                f"the limit leaves {units} units to remove: raise removed_at_most"
+                if free.after < fit.after
+                else "groups keep their minimum, or cannot be cut"
+            )
+            return (
+                f"budget {budget.resource} {budget.at_most:g} is out of reach, at best about "
+                f"{least:.3g}: {why}"
+            )
+    return ""
+
 
 _REACH = 4
 """Curves are drawn to so many times the quota: expensive units may save much."""
@@ -128,3 +250,101 @@ def refuse_shard(bundle: CheckpointBundle, shard: Collection[str] | None) -> Non
     """Raise an InvalidField for a shard of a level that has a budget to fit."""
     if shard is not None and bundle.parameters.budget is not None:
         raise InvalidField("shard", "none with a budget: it is fitted over all groups", len(shard))
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """The cut that a budget needs."""
+
+    targets: tuple[Target, ...]
+    order: tuple[RankedUnit, ...]
+    use: BudgetUse | None = None
+    """None without a budget."""
+    unneeded: frozenset[Identity] = frozenset()
+    """Units that the budget is met without."""
+
+
+def fitting(
+    bundle: CheckpointBundle,
+    targets: Sequence[Target],
+    order: Sequence[RankedUnit],
+    *,
+    round_to: int,
+    comparable: bool,
+) -> Fitting:
+    """The part of a cut that brings the budget's resource down to what is asked, or all of it.
+
+    Args:
+        targets, order: of all levels, each group's units in the order of their removal.
+        round_to: of channels.
+        comparable: whether the costs of all levels are of one kind; else a unit
+            costs its place in the order.
+
+    Raises:
+        InvalidField: if a latency table is not of this architecture.
+    """
+    budgets, architecture = all_budgets(bundle), bundle.architecture
+    if not budgets:
+        return Fitting(tuple(targets), tuple(order))
+    layers = [t.layer_name for t in targets if isinstance(t, LayerPruningTarget)]
+    left = architecture.without_layers(layers) if layers else architecture
+    curves = _curves_of(left, order, round_to, comparable)
+    wholes = [
+        amount_of(budget, architecture, resource_model(architecture, budget)) for budget in budgets
+    ]
+    fixed = [
+        _of_what_is_left(budget, left).model_copy(update={"of": "original", "original": whole})
+        for budget, whole in zip(budgets, wholes, strict=True)
+    ]
+    exact = budgets[0].of == "original"
+    fit = fit_all(left, fixed, curves, exact=exact)[-1]
+    model, whole = resource_model(left, fixed[0]), wholes[0]
+    kept = _first(order, fit.lost)
+    lost = frozenset(map(identity_of, order)) - frozenset(map(identity_of, kept))
+    share = model.total(fit.lost) / whole if whole else 0.0
+    use = BudgetUse(budgets[0].resource, share, budgets[0].at_most, budgets[0].of)
+    return Fitting(restricted(targets, order, kept, "budget"), kept, use, lost)
+
+
+def _curves_of(
+    architecture: PrunedArchitecture, order: Sequence[RankedUnit], round_to: int, comparable: bool
+) -> dict[str, Curve]:
+    costs: dict[str, list[float]] = {}
+    for place, unit in enumerate(order):
+        if unit.level is not Level.LAYER:
+            costs.setdefault(unit.layer_name, []).append(unit.cost if comparable else place + 1.0)
+    curves = {}
+    for name, own in costs.items():
+        group = architecture.group[name]
+        multiple = multiple_of(group, round_to if group.level is Level.CHANNEL else 1)
+        curves[name] = Curve(own, group.size, multiple)
+    return curves
+
+
+def _of_what_is_left(budget: Budget, left: PrunedArchitecture) -> Budget:
+    """The budget with the latencies of the layers that are left."""
+    table = budget.latency
+    if table is None:
+        return budget
+    weights = {layer.name: layer.weight for layer in left.layers}
+    rows = tuple(
+        row
+        for row in table.layers
+        if (weights.get(row.layer) or f"{row.layer}.weight") in left.tensor
+    )
+    gone = sum(max(row.seconds) for row in table.layers if row not in rows)
+    total = max(0.0, table.total_seconds - gone)
+    shorter = table.model_copy(update={"layers": rows, "total_seconds": total})
+    return budget.model_copy(update={"latency": shorter})
+
+
+def _first(order: Sequence[RankedUnit], lost: Mapping[str, int]) -> tuple[RankedUnit, ...]:
+    """Of each group the first units, as many as it loses; and all layers."""
+    capacity, kept = dict(lost), []
+    for unit in order:
+        if unit.level is Level.LAYER:
+            kept.append(unit)
+        elif capacity.get(unit.layer_name, 0):
+            capacity[unit.layer_name] -= 1
+            kept.append(unit)
+    return tuple(kept)

@@ -1,5 +1,11 @@
 """A budget of a resource, solved across groups as a knapsack over their removal curves.
 
+What a network takes of a resource is a function of how many units each group keeps. A tensor's size
+along a dimension is a constant plus, for each group cut there, units times width; its weight is
+multiplied once a position. So parameters, multiply-accumulates and memory follow exactly from the
+architecture, for any sizes, without building another one; latency is read from a measured table,
+between its points linearly.
+
 Promises: never more units of a group than its capacity; steps keep the group's multiple; a step
 that saves nothing is never taken (a cut that does not speed anything up is not made); the result is
 the same for the same input.
@@ -11,12 +17,201 @@ saves less.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from .resources import ResourceModel
+import numpy as np
 
-__all__ = ["Curve", "Fit", "fit_budget"]
+from elesh.analysis.candidates import Doubles
+from leyline import Budget, InvalidField, LatencyTable, LayerLatency, PrunedArchitecture
+
+__all__ = ["Curve", "Fit", "ResourceModel", "fit_budget", "resource_model"]
+
+
+Sizes = Mapping[str, int]
+"""Units kept by group; groups that are not named keep all."""
+
+_BYTES = {
+    "float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "int16": 2,
+    "int8": 1, "uint8": 1, "bool": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One tensor's share: ``factor`` times the product of its dimensions, or a measured grid."""
+
+    shape: tuple[int, ...]
+    cuts: tuple[tuple[str, int, int], ...]
+    """(group, dimension, width)."""
+    factor: float
+    grid: LayerLatency | None = None
+
+    def value(self, lost: Mapping[str, int]) -> float:
+        """With so many units of each group lost."""
+        shape = list(self.shape)
+        for group, dim, width in self.cuts:
+            shape[dim] -= width * lost.get(group, 0)
+        if self.grid is not None:
+            return _looked_up(self.grid, shape)
+        return self.factor * float(math.prod(shape))
+
+    def slope(self, group: str) -> _Slope | None:
+        """What each unit of ``group`` is worth; None where that depends on how many are lost."""
+        own = [(dim, width) for name, dim, width in self.cuts if name == group]
+        if self.grid is not None or len(own) != 1:
+            return None
+        ((dim, width),) = own
+        others = dict[int, list[tuple[str, int]]]()
+        for name, other, of in self.cuts:
+            if other != dim:
+                others.setdefault(other, []).append((name, of))
+        fixed = math.prod(size for d, size in enumerate(self.shape) if d != dim and d not in others)
+        rest = tuple((self.shape[d], tuple(cuts)) for d, cuts in others.items())
+        return _Slope(self.factor * width * fixed, rest)
+
+
+@dataclass(frozen=True)
+class _Slope:
+    """``factor`` times the product of sizes, each less what other groups lose there."""
+
+    factor: float
+    sizes: tuple[tuple[int, tuple[tuple[str, int], ...]], ...]
+
+    def value(self, lost: Mapping[str, int]) -> float:
+        """With so many units of each group lost."""
+        found = self.factor
+        for size, cuts in self.sizes:
+            for group, width in cuts:
+                size -= width * lost.get(group, 0)
+            found *= size
+        return found
+
+
+@dataclass(frozen=True)
+class ResourceModel:
+    """A resource of one architecture."""
+
+    parts: tuple[_Part, ...]
+    fixed: float = 0.0
+    """What no cut changes."""
+
+    @cached_property
+    def _by_group(self) -> Mapping[str, tuple[_Part, ...]]:
+        found: dict[str, list[_Part]] = {}
+        for part in self.parts:
+            for group in dict.fromkeys(name for name, _, _ in part.cuts):
+                found.setdefault(group, []).append(part)
+        return {name: tuple(parts) for name, parts in found.items()}
+
+    @cached_property
+    def _slopes(self) -> Mapping[str, tuple[_Slope, ...]]:
+        """Of the groups whose units are worth the same each."""
+        found: dict[str, tuple[_Slope, ...]] = {}
+        for name, parts in self._by_group.items():
+            slopes = [part.slope(name) for part in parts]
+            if all(slopes):
+                found[name] = tuple(slope for slope in slopes if slope is not None)
+        return found
+
+    @cached_property
+    def _neighbours(self) -> Mapping[str, frozenset[str]]:
+        return {
+            group: frozenset({group, *(name for part in parts for name, _, _ in part.cuts)})
+            for group, parts in self._by_group.items()
+        }
+
+    def total(self, lost: Mapping[str, int]) -> float:
+        """Of the network with so many units of each group lost."""
+        return self.fixed + sum(part.value(lost) for part in self.parts)
+
+    def savings(
+        self, lost: Mapping[str, int], group: str, counts: Iterable[int]
+    ) -> Iterator[tuple[int, float]]:
+        """Each of ``counts``, with what losing so many more units of ``group`` saves."""
+        if group in self._slopes:
+            each = sum(slope.value(lost) for slope in self._slopes[group])
+            yield from ((count, count * each) for count in counts)
+            return
+        parts = self._by_group.get(group, ())
+        now, more, gone = [part.value(lost) for part in parts], dict(lost), lost.get(group, 0)
+        for count in counts:
+            more[group] = gone + count
+            yield count, sum(v - part.value(more) for v, part in zip(now, parts, strict=True))
+
+    def neighbours(self, group: str) -> frozenset[str]:
+        """The groups whose savings change when ``group`` loses units; itself among them."""
+        return self._neighbours.get(group, frozenset({group}))
+
+
+def resource_model(architecture: PrunedArchitecture, budget: Budget) -> ResourceModel:
+    """The model of the budget's resource.
+
+    Raises:
+        InvalidField: if the latency table knows none of the architecture's layers, or names one
+            that is not there.
+    """
+    if budget.latency is not None:
+        return _latency(architecture, budget.latency)
+    positions = {x.weight: x.positions for x in architecture.layers if x.weight}
+    cuts = _cuts(architecture)
+    parts = []
+    for tensor in architecture.tensors:
+        if budget.resource == "macs":
+            factor = float(positions.get(tensor.path, 0))
+        elif budget.resource == "memory":
+            factor = float(_BYTES.get(tensor.dtype, 4))
+        else:
+            factor = float(tensor.kind == "parameter")
+        if factor:
+            parts.append(_Part(tensor.shape, cuts.get(tensor.path, ()), factor))
+    return ResourceModel(tuple(parts))
+
+
+def _cuts(architecture: PrunedArchitecture) -> dict[str, tuple[tuple[str, int, int], ...]]:
+    """The (group, dimension, width) of every tensor's cuts."""
+    found: dict[str, dict[tuple[str, int], int]] = {}
+    for group in architecture.groups:
+        for part in group.slices:
+            widths = found.setdefault(part.tensor, {})
+            place = (group.name, part.dim)
+            widths[place] = widths.get(place, 0) + part.width
+    return {
+        path: tuple((group, dim, width) for (group, dim), width in widths.items())
+        for path, widths in found.items()
+    }
+
+
+def _latency(architecture: PrunedArchitecture, table: LatencyTable) -> ResourceModel:
+    weights = {layer.name: layer.weight for layer in architecture.layers}
+    cuts, parts = _cuts(architecture), []
+    for measured in table.layers:
+        # Normalisations multiply no weight, but they have one, as long as their channels.
+        path = weights.get(measured.layer) or f"{measured.layer}.weight"
+        tensor = architecture.tensor.get(path)
+        if tensor is None:
+            raise InvalidField(
+                "budget.latency.layers", "layers of the architecture with a weight", measured.layer
+            )
+        parts.append(_Part(tensor.shape, cuts.get(tensor.path, ()), 0.0, measured))
+    if not parts:
+        raise InvalidField("budget.latency.layers", "at least one layer", 0)
+    inside = sum(part.value({}) for part in parts)
+    # What the layers do not explain (calls, activations, additions) is taken as fixed.
+    return ResourceModel(tuple(parts), max(0.0, table.total_seconds - inside))
+
+
+def _looked_up(grid: LayerLatency, shape: list[int]) -> float:
+    """Bilinear between the measured points, constant beyond them."""
+    seconds: Doubles = np.asarray(grid.seconds, np.float64).reshape(len(grid.outputs), -1)
+    if grid.inputs:
+        along = [np.interp(shape[1], grid.inputs, row) for row in seconds]
+    else:
+        along = [row[0] for row in seconds]
+    return float(np.interp(shape[0], grid.outputs, along))
+
 
 _JUMPS = (1, 2, 4, 8, 16, 32, 64, 128)
 """Steps looked at, in multiples: latency falls in stairs, one unit alone often saves nothing."""

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from elesh import safety
-from elesh.analysis.levels.select_channels import select_channels
+from elesh.analysis.levels.units import select_channels
 from elesh.analysis.pruning_set.draft import FALLBACK_DISCOUNT, Draft
-from elesh.analysis.pruning_set.loss_increase import loss_rise
+from elesh.analysis.pruning_set.effects import loss_rise
 from elesh.analysis.selection.schedule import counted_groups
 from elesh.analysis.spans import stage
 from elesh.safety import Entry, Measured, Probing, Proposal, Verifier

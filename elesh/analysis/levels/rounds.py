@@ -14,11 +14,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from elesh.analysis.candidates import Bools, Candidates
-from elesh.analysis.importance.output_projections import output_mean_square, predict
-from elesh.analysis.selection.choose import Choice, Ranking
-from elesh.analysis.selection.logit_gap_order import LogitGapOrder
-from elesh.analysis.selection.removal_order import Order, RemovalOrder, StaticOrder
-from elesh.analysis.selection.select import Selection, rounded_to_multiples
+from elesh.analysis.importance.scores import output_mean_square, predict
+from elesh.analysis.selection.choose import Choice, Ranking, Selection, rounded_to_multiples
+from elesh.analysis.selection.removal_order import LogitGapOrder, Order, RemovalOrder, StaticOrder
 from elesh.analysis.spans import stage
 from elesh.safety import BreakerStatus, Entry, Moves, Remeasuring, breaker_gate, rejection
 from elesh.settings import Settings, VerificationSettings

@@ -1,8 +1,10 @@
-"""Levels whose groups lose units one by one: what channels and heads have in common.
+"""Levels whose groups lose units one by one: what channels and heads have in common, and the
+channel level. What heads have of their own is in :mod:`.heads`.
 
 With gate statistics units go in the joint order of their output projections; where the caller
 redistributes, by what the kept units cannot make up for; without such statistics by a score of
-their own level. A level says only what differs (:mod:`.channels`, :mod:`.heads`).
+their own level. :func:`select_channels` chooses to a budget of one's own, without phases, gates or
+a decision, for those who have the network at hand and measure what a cut does.
 
 Promises: what was asked for and cannot be had is said (fallbacks, ignored groups, units kept near
 the cut); nothing is chosen twice or against a group's minimum, multiple or the quota.
@@ -10,16 +12,24 @@ the cut); nothing is chosen twice or against a group's minimum, multiple or the 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from elesh.analysis.budgets.fitting import fitted, refuse_shard
-from elesh.analysis.budgets.targets import all_budgets
+import numpy as np
+import numpy.typing as npt
+
+from elesh.analysis.budgets.fitting import all_budgets, fitted, out_of_reach, refuse_shard
 from elesh.analysis.candidates import Candidates, Doubles, Floats
-from elesh.analysis.importance.redundancy import pairs_of_groups
-from elesh.analysis.importance.scores import fisher
+from elesh.analysis.importance.scores import (
+    fisher,
+    magnitude,
+    multi_metric,
+    pairs_of_groups,
+    weights_at,
+)
 from elesh.analysis.pruning_set.plans import (
     LevelPlan,
     Target,
@@ -40,23 +50,31 @@ from elesh.analysis.selection.choose import (
     projection_fault,
     usable_projections,
 )
-from elesh.analysis.selection.eligible import eligible_groups
 from elesh.analysis.selection.reconstruction_order import reconstruction_fault
-from elesh.analysis.selection.schedule import allowance, raised
-from elesh.analysis.selection.shortfalls import sentence
+from elesh.analysis.selection.schedule import (
+    allowance,
+    counted_groups,
+    eligible_groups,
+    raised,
+    sentence,
+)
 from elesh.analysis.spans import stage
-from elesh.settings import SafetySchedule, Settings, StructuredPruning
+from elesh.settings import ChannelAnalysis, SafetySchedule, Settings, StructuredPruning
 from leyline import (
     AnalysisParameters,
+    ChannelPruningTarget,
     CheckpointBundle,
     Fallback,
+    InvalidField,
     Level,
     Phase,
     PruningGroup,
     Redundancy,
+    ShapeMismatch,
 )
+from leyline.messages.parameters import WantedScorer
 
-__all__ = ["Ranked", "UnitLevel"]
+__all__ = ["CHANNELS", "Channels", "Ranked", "UnitLevel", "select_channels"]
 
 
 @dataclass(frozen=True)
@@ -336,3 +354,150 @@ class UnitLevel(ABC):
                 "spared": kept_near_cut(candidates, choice, number),
             }
             yield self.target(bundle, group, units, costs, ranking.scores[span], common)
+
+
+class Channels(UnitLevel):
+    """Channels, and the units of hidden layers: ranked by Taylor importance, magnitude and
+    activation frequency where there are no gate statistics."""
+
+    level = Level.CHANNEL
+    own_order = "the vectors"
+
+    def minimum(self, settings: StructuredPruning) -> int:
+        return settings.channel_analysis.min_channels_per_layer
+
+    def threshold(self, settings: StructuredPruning) -> float:
+        return settings.channel_analysis.redundancy_threshold
+
+    def safety_margin(self, settings: StructuredPruning) -> float:
+        return settings.channel_analysis.safety_margin
+
+    def round_to(self, settings: StructuredPruning, parameters: AnalysisParameters) -> int:
+        asked = parameters.round_to
+        return settings.channel_analysis.round_to if asked == 1 else asked
+
+    def own_scorer(
+        self, bundle: CheckpointBundle, wanted: str
+    ) -> tuple[Scorer, tuple[Fallback, ...]]:
+        """The mix of three metrics; magnitude where it is asked for, or where all Taylor
+        importances are zero (the gradients failed; a NaN never gets this far)."""
+        if wanted == "magnitude":
+            return "magnitude", ()
+        if any(data.taylor_importance.any() for data in bundle.channels.values()):
+            return "multi_metric", ()
+        if not bundle.channels:
+            return "magnitude", ()
+        reason = "all Taylor importances are zero: ranked by magnitude"
+        return "magnitude", (Fallback(rung="taylor_failure", reason=reason),)
+
+    def own_scores(
+        self,
+        bundle: CheckpointBundle,
+        names: Sequence[str],
+        scorer: Scorer,
+        settings: StructuredPruning,
+        phase: Phase,
+    ) -> Doubles:
+        data = [bundle.channels[name] for name in names]
+        if scorer == "magnitude":
+            return magnitude(data)
+        return multi_metric(data, weights_at(phase, settings.channel_analysis))
+
+    def likeness(self, bundle: CheckpointBundle) -> Mapping[str, Floats | None]:
+        return {name: data.channel_correlations for name, data in bundle.channels.items()}
+
+    def out_of_reach(self, bundle: CheckpointBundle, settings: Settings, plan: LevelPlan) -> str:
+        """Of budgets of the original network: why the schedule's last limit is too low for them."""
+        budgets = [budget for budget in all_budgets(bundle) if budget.of == "original"]
+        if not budgets:
+            return ""
+        pruning, groups = settings.structured_pruning, list(plan.groups)
+        schedule = raised(pruning.safety_schedule, bundle.parameters.removed_at_most)
+        share = schedule.aggressive_limit * (1 - pruning.channel_analysis.safety_margin)
+        units = math.floor(share * plan.allowed.original + 1e-6) - plan.allowed.removed
+        if Level.HEAD in bundle.levels:
+            heads = counted_groups(bundle.architecture, Level.HEAD)
+            gone = sum(group.removed for group in heads)
+            original = sum(group.original_size for group in heads)
+            units += math.floor(schedule.aggressive_limit * original + 1e-6) - gone
+            groups += heads
+        return out_of_reach(
+            bundle.architecture,
+            budgets,
+            groups,
+            units=max(units, 0),
+            minimum=plan.minimum,
+            round_to=plan.round_to,
+        )
+
+    def target(
+        self,
+        bundle: CheckpointBundle,
+        group: PruningGroup,
+        units: tuple[int, ...],
+        costs: tuple[float, ...],
+        scores: Doubles,
+        common: Mapping[str, Any],
+    ) -> Target:
+        return ChannelPruningTarget(
+            channel_indices=units,
+            importance=costs,
+            channels_before=group.size,
+            channels_after=group.size - len(units),
+            **common,
+        )
+
+
+CHANNELS = Channels()
+
+
+def select_channels(
+    bundle: CheckpointBundle,
+    count: int,
+    *,
+    settings: ChannelAnalysis | None = None,
+    scorer: WantedScorer = "auto",
+    moved: npt.ArrayLike | None = None,
+    threads: int = 1,
+) -> dict[str, tuple[int, ...]]:
+    """Up to ``count`` channels by group name, chosen as ``analyze`` chooses.
+
+    Minimum, multiples and redundancy threshold of the settings hold; schedule and safety gates do
+    not. Fewer come back only where the minimums leave no more.
+
+    Args:
+        moved: [N] what earlier cuts have already moved the outputs by, sample by sample, along the
+            directions of the bundle's projections (the difference of ``Recorder.project`` now and
+            before them). Joint costs then count from there, and not from the present network.
+
+    Raises:
+        InvalidField: if the count is negative, or ``moved`` comes with scores that are not joint.
+        ShapeMismatch: if ``moved`` is not one number a sample.
+    """
+    if count < 0:
+        raise InvalidField("count", "a number >= 0", count)
+    settings = settings or ChannelAnalysis()
+    asked = settings.redistribute or bundle.parameters.redistribute
+    used, _ = CHANNELS.choose_scorer(bundle, scorer, redistribute=asked)
+    row = None if moved is None else _checked(moved, bundle, used)
+    minimum, round_to = settings.min_channels_per_layer, settings.round_to
+    groups = eligible_groups(bundle, used, minimum, round_to).groups
+    if not groups or not count:
+        return {}
+    pruning = StructuredPruning(channel_analysis=settings)
+    ranking = CHANNELS.rank(
+        bundle, pruning, groups, used, Phase.MODERATE, round_to=round_to, threads=threads
+    )
+    if row is not None and ranking.projections is not None:
+        row = ranking.projections.moved(row)
+    return ranking.candidates.by_group(ranking.choose(count, moved=row).removal_order.units)
+
+
+def _checked(moved: npt.ArrayLike, bundle: CheckpointBundle, scorer: str) -> Doubles:
+    row = np.asarray(moved, dtype=np.float64)
+    if scorer != "output_projection":
+        raise InvalidField("moved", "nothing where scores are not joint", scorer)
+    samples = len(next(iter(bundle.gates.values())).projections)
+    if row.shape != (samples,):
+        raise ShapeMismatch("moved", f"shape {(samples,)}", f"shape {row.shape}")
+    return row

@@ -42,10 +42,8 @@ from leyline import (
     WouldBeCut,
 )
 
-from .effects import Cut
-from .loss_increase import with_loss_increases
-from .plans import Target
-from .subsets import restricted, rounded_to_multiples
+from .effects import Cut, with_loss_increases
+from .plans import Target, restricted, rounded_to_multiples
 
 __all__ = ["FALLBACK_DISCOUNT", "Draft", "targets_of"]
 

@@ -1,50 +1,314 @@
-"""Choosing units of any level, and predicting what their removal does.
+"""Choosing units of any level: redundant ones first, then the cheapest; what lies in the noise
+stays; and predicting what their removal does.
 
-Promises: with output projections units are chosen jointly and judged on samples that did not
-choose them; without, by fixed scores; nothing goes against minimum, multiple or quota.
+Promises: with output projections units are chosen jointly and judged on samples that did not choose
+them; without, by fixed scores. At most ``quota`` units go, no group falls below its minimum, every
+group that loses anything ends at its multiple, and the unit that a redundant one was removed in
+favour of stays.
+
+A unit goes only if what it costs alone, two standard errors included, is less than what a unit
+taken at random would cost alone. Where all units of a network look alike, or the samples are too
+few to tell them apart, nothing is chosen by its looks. This is the rule of the whole cut (the
+``noise`` gate) for each of its units. What units make up for in each other does not count here: on
+the samples that chose them, part of it is chance.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
-from elesh.analysis.candidates import Candidates, Doubles, Floats
-from elesh.analysis.importance.output_projections import (
+from elesh.analysis.candidates import Bools, Candidates, Doubles, Floats, Ints
+from elesh.analysis.importance.scores import (
+    Pair,
     Prediction,
     Projections,
     output_mean_square,
     predict,
 )
-from elesh.analysis.importance.redundancy import Pair
 from elesh.analysis.spans import stage
 from leyline import CheckpointBundle, GateStatistics, Level, SparedGroup, SparedUnit
 from leyline.messages.parameters import Scorer
 
-from .noise import marginal_cost_errors, without_noise
 from .reconstruction_order import ReconstructionOrder
-from .removal_order import JointOrder, Order, StaticOrder
-from .select import Selection, select
+from .removal_order import (
+    SHRINKAGE,
+    JointOrder,
+    Order,
+    RemovalOrder,
+    StaticOrder,
+    cheapest_first,
+    rounded,
+)
 
 __all__ = [
-    "MAX_NEAR_CUT",
+    "Bars",
     "Choice",
     "Decide",
+    "MAX_NEAR_CUT",
     "Ranking",
     "Reason",
     "Scorer",
+    "Selection",
+    "error_bars",
     "fisher_fault",
     "gates_of",
-    "pairs_by_group",
-    "projection_fault",
     "groups_near_cut",
     "kept_near_cut",
+    "marginal_cost_errors",
+    "pairs_by_group",
+    "projection_fault",
+    "rounded_to_multiples",
+    "select",
     "usable_projections",
+    "without_noise",
 ]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What :func:`select` chose; units are places in the candidates' row."""
+
+    order: Order
+    """The removal order at its end: its costs are those of the units that stayed."""
+    removal_order: RemovalOrder
+    """The units that go, as they were taken."""
+    pairs: tuple[Pair, ...] = ()
+    """Redundant units that went, each with the one that was kept for it."""
+    kept: frozenset[int] = frozenset()
+    """Units that stayed because redundant ones went in their favour."""
+    too_expensive: frozenset[int] = frozenset()
+    """Redundant units that cost more than any that the plain order takes."""
+    kept_for_multiple: frozenset[int] = frozenset()
+    """Units that stay so that a group ends at its multiple."""
+    noise: frozenset[int] = frozenset()
+    """Units that stay because they lie inside the noise (:mod:`.noise`)."""
+
+    @cached_property
+    def units(self) -> tuple[int, ...]:
+        """The units that go, rising."""
+        return tuple(np.sort(self.removal_order.units).tolist())
+
+    @cached_property
+    def marginal_costs(self) -> dict[int, float]:
+        """What each unit cost when it was taken, in that order."""
+        return dict(
+            zip(
+                self.removal_order.units.tolist(),
+                self.removal_order.marginal_costs.tolist(),
+                strict=True,
+            )
+        )
+
+    @property
+    def max_cost(self) -> float:
+        """The highest marginal cost; 0 where nothing was taken."""
+        return self.removal_order.max_cost if len(self.removal_order.units) else 0.0
+
+
+def select(
+    make_order: Callable[[], Order], quota: int, redundant: Sequence[Pair] = ()
+) -> Selection:
+    """Choose up to ``quota`` units.
+
+    Redundant units are considered first. Where costs are joint, a redundant unit goes only while
+    it costs at most what the plain order would pay for its most expensive unit within the quota:
+    likeness of activations says nothing about what a unit does to the output. Then the cheapest
+    units follow, without those in whose favour a redundant one went.
+
+    Args:
+        make_order: a fresh order; called twice where redundant units have joint costs.
+        redundant: pairs (kept, removed) of places, every unit removed at most once and never both.
+    """
+    order, removal_order, too_expensive = make_order(), RemovalOrder(), frozenset[int]()
+    among = np.ones(order.candidates.count, dtype=np.bool_)
+    if redundant:
+        order, removal_order, too_expensive = _redundant_first(order, make_order, quota, redundant)
+        gone = frozenset(removal_order.units.tolist())
+        among[[pair.kept for pair in redundant if pair.removed in gone]] = False
+    removal_order = removal_order.then(order.pick(quota - len(removal_order.units), among))
+    removal_order, kept_for_multiple = rounded_to_multiples(order, removal_order, quota, among)
+    if not (redundant or kept_for_multiple):
+        return Selection(order, removal_order)
+    final = frozenset(removal_order.units.tolist())
+    pairs = tuple(p for p in redundant if p.removed in final and p.kept not in final)
+    return Selection(
+        order,
+        removal_order,
+        pairs=pairs,
+        kept=frozenset(pair.kept for pair in pairs),
+        too_expensive=too_expensive - final,
+        kept_for_multiple=kept_for_multiple - final,
+    )
+
+
+def _redundant_first(
+    order: Order, make_order: Callable[[], Order], quota: int, redundant: Sequence[Pair]
+) -> tuple[Order, RemovalOrder, frozenset[int]]:
+    """The order after the redundant units, which of them went, and which were too expensive."""
+    removed, ceiling = np.zeros(order.candidates.count, dtype=np.bool_), math.inf
+    removed[[pair.removed for pair in redundant]] = True
+    if isinstance(order, JointOrder):
+        ceiling = order.pick(quota, np.ones_like(removed)).max_cost
+        order = make_order()
+    removal_order = order.pick(quota, removed, ceiling)
+    too_expensive = np.flatnonzero(order.free(removed) & (order.costs > ceiling))
+    return order, removal_order, frozenset(too_expensive.tolist())
+
+
+def rounded_to_multiples(
+    order: Order, removal_order: RemovalOrder, quota: int, among: Bools
+) -> tuple[RemovalOrder, frozenset[int]]:
+    """Keep what breaks a multiple, then spend what is left of the quota on whole blocks.
+
+    Args:
+        order: has taken these units.
+
+    Returns:
+        the units that go in the end, and those that stay for a multiple.
+    """
+    candidates = order.candidates
+    if max(candidates.multiples, default=1) == 1:
+        return removal_order, frozenset()
+    by_group: dict[int, list[int]] = {}
+    for unit in removal_order.units.tolist():
+        by_group.setdefault(int(candidates.group_of[unit]), []).append(unit)
+    back: list[int] = []
+    for group, units in by_group.items():
+        kept = _present(order, group)
+        excess = -kept % candidates.multiples[group]
+        # A group that is no multiple to begin with may not reach the one above: leave it whole.
+        count = excess if kept + excess <= candidates.sizes[group] else len(units)
+        back += units[len(units) - count :]
+    order.put_back(back)
+    removal_order = removal_order.without(back)
+    while len((block := _cheapest_block(order, quota - len(removal_order.units), among)).units):
+        removal_order = removal_order.then(block)
+        order.take(block.units)
+    return removal_order, frozenset(back)
+
+
+def _cheapest_block(order: Order, left: int, among: Bools) -> RemovalOrder:
+    """The units that bring one group to its next multiple at the lowest cost a unit."""
+    candidates, best, best_mean = order.candidates, RemovalOrder(), math.inf
+    free = order.free(among)
+    for group, multiple in enumerate(candidates.multiples):
+        span = candidates.span(group)
+        size = _present(order, group) % multiple or multiple
+        units = np.flatnonzero(free[span]) + span.start
+        if size > min(left, int(order.capacity[group]), len(units)):
+            continue
+        units = units[cheapest_first(order.costs[units], size)]
+        mean = float(rounded(np.array([order.costs[units].mean()]))[0])
+        if mean < best_mean:
+            best_mean = mean
+            best = RemovalOrder(units, order.costs[units])
+    return best
+
+
+def _present(order: Order, group: int) -> int:
+    return int(np.count_nonzero(~order.taken[order.candidates.span(group)]))
+
+
+_BLOCK = 1024
+"""Units whose samples are looked at together."""
+
+
+@dataclass(frozen=True)
+class Bars:
+    """What units cost one after the other, in squared output units (scaled as the columns)."""
+
+    costs: Doubles
+    """[K]: by how much each raises the mean square of the movement."""
+    errors: Doubles
+    """[K]: standard errors, from the scatter of the samples, or half the difference between the
+    two halves of the samples, whichever is larger."""
+
+
+def error_bars(
+    columns: Floats, units: Sequence[int], *, alone: bool = False, shrinkage: float = SHRINKAGE
+) -> Bars:
+    """The costs of ``units`` in this order, or of each alone, with their error bars.
+
+    Args:
+        columns: [C, N], the even samples first (see :class:`Projections`).
+        units: places in the row of candidates.
+        shrinkage: how much of the cross terms counts, as in :class:`JointOrder`.
+    """
+    samples = columns.shape[1]
+    middle, moved = (samples + 1) // 2, np.zeros(samples)
+    costs, errors = np.empty(len(units)), np.empty(len(units))
+    for start in range(0, len(units), _BLOCK):
+        part = slice(start, min(start + _BLOCK, len(units)))
+        taken = columns[list(units[part])].astype(np.float64)
+        before = moved + np.cumsum(taken, axis=0) - taken
+        values = taken * taken if alone else taken * (taken + 2 * shrinkage * before)
+        moved = before[-1] + taken[-1]
+        costs[part] = values.mean(axis=1)
+        scatter = values.std(axis=1) / math.sqrt(samples)
+        difference = values[:, :middle].mean(axis=1) - values[:, middle:].mean(axis=1)
+        errors[part] = np.maximum(scatter, np.abs(difference) / 2)
+    return Bars(costs, errors)
+
+
+def marginal_cost_errors(selection: Selection, columns: Floats) -> dict[int, float]:
+    """The standard errors of what the units cost when they were taken."""
+    units = selection.removal_order.units.tolist()
+    return dict(zip(units, error_bars(columns, units).errors.tolist(), strict=True))
+
+
+def without_noise(selection: Selection, columns: Floats) -> Selection:
+    """The selection without the units inside the noise.
+
+    Groups that would no longer end at their multiple keep the units they lost last, too. No other
+    unit goes instead: whatever would follow costs more still.
+    """
+    units = selection.removal_order.units
+    bars = error_bars(columns, units.tolist(), alone=True)
+    candidates = selection.order.candidates
+    limit = _typical(columns, candidates)
+    noisy = (bars.costs + 2 * bars.errors >= limit) & (limit > 0)
+    if not noisy.any():
+        return selection
+    quiet = units[~noisy]
+    back = _beyond_multiples(candidates, quiet)
+    gone = set(units[noisy].tolist()) | back
+    selection.order.put_back(sorted(gone))
+    pairs = tuple(pair for pair in selection.pairs if pair.removed not in gone)
+    return replace(
+        selection,
+        removal_order=selection.removal_order.without(gone),
+        pairs=pairs,
+        kept=frozenset(pair.kept for pair in pairs),
+        kept_for_multiple=selection.kept_for_multiple | back,
+        noise=frozenset(units[noisy].tolist()),
+    )
+
+
+def _typical(columns: Floats, candidates: Candidates) -> float:
+    """What a unit taken at random from the groups that may lose any would cost alone."""
+    capacities = np.array(candidates.capacities)[candidates.group_of] > 0
+    squares = np.einsum("ij,ij->i", columns, columns, dtype=np.float64)[capacities]
+    return float(squares.mean()) / columns.shape[1] if len(squares) else 0.0
+
+
+def _beyond_multiples(candidates: Candidates, units: Ints) -> set[int]:
+    """The units, last ones first, that keep their groups from ending at their multiples."""
+    if max(candidates.multiples, default=1) == 1:
+        return set()
+    back: set[int] = set()
+    groups = candidates.group_of[units]
+    for group in np.unique(groups).tolist():
+        taken = units[groups == group].tolist()
+        excess = -(candidates.sizes[group] - len(taken)) % candidates.multiples[group]
+        back |= set(taken[len(taken) - excess :] if excess <= len(taken) else taken)
+    return back
+
 
 Reason = Literal[
     "representative",

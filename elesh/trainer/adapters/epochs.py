@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elesh.analysis.budgets.targets import out_of_reach
+from elesh.analysis.budgets.fitting import out_of_reach
 from elesh.analysis.selection.schedule import raised
 from elesh.observe import get_logger
 from elesh.trainer.calibration.losses import class_axis

@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 from elesh._process import die_with_parent
 from elesh.analysis import Evidence, LevelDraft, draft_level, join, joined
-from elesh.analysis.importance.tracker_cache import measurements_of
+from elesh.analysis.importance.tracker import measurements_of
 from elesh.analysis.spans import observed, stage
 from elesh.program import preload, verifier
 from elesh.settings import Settings

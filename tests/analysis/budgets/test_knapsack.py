@@ -12,8 +12,7 @@ from networks import bundle, chain
 from networks import settings as loose
 
 from elesh import analyze
-from elesh.analysis.budgets.knapsack import Curve, fit_budget
-from elesh.analysis.budgets.resources import resource_model
+from elesh.analysis.budgets.knapsack import Curve, fit_budget, resource_model
 from leyline import AnalysisParameters, Budget, InvalidField, LatencyTable, LayerLatency
 
 COUNTED = ("parameters", "macs")

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from networks import chain
 
-from elesh.analysis.budgets.knapsack import Curve, fit_budget
-from elesh.analysis.budgets.resources import resource_model
-from elesh.analysis.budgets.targets import amount_of, fit_all, out_of_reach
+from elesh.analysis.budgets.fitting import amount_of, fit_all, out_of_reach
+from elesh.analysis.budgets.knapsack import Curve, fit_budget, resource_model
 from leyline import Budget
 
 

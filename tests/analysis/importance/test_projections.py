@@ -7,7 +7,7 @@ import pytest
 from networks import floats, gate
 
 from elesh.analysis.candidates import Candidates
-from elesh.analysis.importance.output_projections import (
+from elesh.analysis.importance.scores import (
     Projections,
     gains_of,
     output_error,

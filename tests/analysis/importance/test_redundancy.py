@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from networks import floats
 
-from elesh.analysis.importance.redundancy import Pair, redundant_pairs
+from elesh.analysis.importance.scores import Pair, redundant_pairs
 
 
 def cosine(activations: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from networks import bundle, chain
 
-from elesh.analysis.importance.tracker_cache import TrackerCache, measurements_of
+from elesh.analysis.importance.tracker import TrackerCache, measurements_of
 
 ARCHITECTURE = chain((20, 24))
 BLOBS = {

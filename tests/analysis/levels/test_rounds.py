@@ -17,7 +17,7 @@ from networks import settings as free_settings
 
 from elesh.analysis import analyze, explain
 from elesh.analysis.candidates import Candidates
-from elesh.analysis.selection.logit_gap_order import LogitGapOrder
+from elesh.analysis.selection.removal_order import LogitGapOrder
 from elesh.safety import Entry, Measured, Moves, Proposal
 from elesh.settings import Settings
 from leyline import (

@@ -7,7 +7,7 @@ from itertools import groupby
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elesh.analysis.pruning_set.subsets import merged, restricted, rounded_to_multiples
+from elesh.analysis.pruning_set.plans import merged, restricted, rounded_to_multiples
 from leyline import ChannelPruningTarget, Level, RankedUnit, Redundancy, SparedUnit
 
 

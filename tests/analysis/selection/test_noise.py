@@ -11,9 +11,8 @@ from networks import bundle, chain, settings, vectors
 from elesh import analyze
 from elesh.analysis import ImportanceTracker, channel_metrics, explain
 from elesh.analysis.candidates import Candidates, Floats
-from elesh.analysis.selection.noise import error_bars, without_noise
+from elesh.analysis.selection.choose import error_bars, select, without_noise
 from elesh.analysis.selection.removal_order import JointOrder
-from elesh.analysis.selection.select import select
 from leyline import AnalysisParameters, CheckpointBundle, GateStatistics
 
 

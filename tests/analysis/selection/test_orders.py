@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elesh.analysis.candidates import Candidates
-from elesh.analysis.importance.output_projections import output_error
+from elesh.analysis.importance.scores import output_error
 from elesh.analysis.selection import removal_order as orders
 from elesh.analysis.selection.removal_order import JointOrder, RemovalOrder, StaticOrder, rounded
 

@@ -14,8 +14,8 @@ from networks import bundle, chain
 
 from elesh.analysis import analyze, select_channels
 from elesh.analysis.candidates import Candidates
-from elesh.analysis.levels.channels import CHANNELS
 from elesh.analysis.levels.heads import HEADS
+from elesh.analysis.levels.units import CHANNELS
 from elesh.analysis.selection.reconstruction_order import (
     RIDGE,
     ReconstructionOrder,

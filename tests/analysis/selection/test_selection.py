@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elesh.analysis.candidates import Candidates
-from elesh.analysis.importance.redundancy import Pair
+from elesh.analysis.importance.scores import Pair
+from elesh.analysis.selection.choose import Selection, select
 from elesh.analysis.selection.removal_order import JointOrder, StaticOrder
-from elesh.analysis.selection.select import Selection, select
 
 
 def static(candidates: Candidates, costs: list[float], quota: int, *pairs: Pair) -> Selection:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elesh.analysis.importance.scores import EARLY, LATE, weights_at
-from elesh.analysis.selection.thresholds import (
+from elesh.analysis.selection.schedule import (
     BASE,
     SafetyLevel,
     Stage,
