@@ -19,7 +19,7 @@ from typing import Self
 
 from elesh.security import Keyring, seal, unseal
 from elesh.settings import SettingsError
-from elesh.settings.security import SecuritySettings
+from elesh.settings.operation import SecuritySettings
 from leyline import Malformed
 from leyline.streams import DECISIONS, OPERATIONS, Stream
 

@@ -28,6 +28,8 @@ from .operation import (
     BusSettings,
     ConsoleSettings,
     ObserveSettings,
+    SecuritySettings,
+    TrainerSettings,
     WorkerSettings,
 )
 from .pruning import (
@@ -35,14 +37,14 @@ from .pruning import (
     AccuracyTargets,
     AttentionAnalysis,
     ChannelAnalysis,
+    CutLimits,
     LayerAnalysis,
+    PhaseLimits,
     RollbackTriggers,
     SafetySchedule,
     StructuredPruning,
+    VerificationSettings,
 )
-from .security import SecuritySettings
-from .trainer import TrainerSettings
-from .verification import CutLimits, PhaseLimits, VerificationSettings
 
 __all__ = [
     "AccuracyTarget",

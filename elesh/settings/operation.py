@@ -1,11 +1,25 @@
-"""How the fleet runs and what is seen of it. No part of the design document's block."""
+"""How the fleet runs, what is seen of it, who is believed on the bus, and how the trainer's side
+guards a run. No part of the design document's block.
+"""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from pydantic import ByteSize, Field, SecretStr
 
 from ._base import Section, retired
-from .security import SecuritySettings
+
+
+class SecuritySettings(Section):
+    """Who is believed on the bus, and how blobs are stored; see docs/security.md."""
+
+    keyring: str = ""
+    """Path of the keyring file; empty: entries are neither signed nor checked."""
+    require_signatures: bool = True
+    """With a keyring, whether entries without a signature are refused."""
+    blob_key: str = ""
+    """Id of the HMAC key of the keyring whose secret seals blobs; empty: blobs are stored plain."""
 
 
 class BreakerSettings(Section):
@@ -110,3 +124,21 @@ class ObserveSettings(Section):
     """Address that a worker's health and metrics are served on."""
     health_port: int | None = Field(default=None, ge=0, le=65535)
     """Port of a worker's health and metrics; 0: any free one; none: not served."""
+
+
+class TrainerSettings(Section):
+    """Limits of one training session."""
+
+    watch_epochs: int = Field(default=3, ge=0)
+    """Reports of accuracy (``Session.watch``) that a cut must stand; 0: none."""
+    rollback: Literal["immediate", "progressive", "atomic"] = "immediate"
+    """``immediate``: to before the first cut whose trigger fired; ``progressive``: to ever older
+    restore points until one validates; ``atomic``: only the newest cut is taken back."""
+    restore_points: int = Field(default=4, ge=2)
+    """How many are kept; more only while cuts under watch need them."""
+    claim_seconds: float = Field(default=15.0, gt=0)
+    """How long a run stays claimed by a trainer that is not heard of any more."""
+    reconstruct: bool = True
+    """Cuts are followed by refitting what reads the kept units, from the calibration pass."""
+    reconstruct_skip: tuple[str, ...] = ()
+    """Layers, by path, that keep their weights all the same."""

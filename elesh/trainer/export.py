@@ -31,12 +31,10 @@ from elesh.trainer.network.calling import (
     main_output,
     replace_first,
 )
-from elesh.trainer.network.compilation import unwrapped
 from elesh.trainer.network.gates import Axis, axis_of
-from elesh.trainer.network.layers import require_fit
+from elesh.trainer.network.layers import refilled, require_fit
 from elesh.trainer.network.multihead import patched, take_back
-from elesh.trainer.network.norms import refilled
-from elesh.trainer.network.state import preserve_state
+from elesh.trainer.network.state import preserve_state, unwrapped
 from elesh.trainer.surgery.bypass import first_of, with_first
 from leyline import ContractError, InvalidField, NetworkExport, Phase, PrunedArchitecture
 

@@ -19,8 +19,7 @@ from elesh.settings import Settings
 from elesh.trainer import Evaluation, Recorder, Surgeon
 from elesh.trainer.recovery.journal import MadeCut
 from elesh.trainer.recovery.recovery import Recovery
-from elesh.trainer.recovery.snapshot import Snapshot, Tracked
-from elesh.trainer.recovery.trees import pack_tree
+from elesh.trainer.recovery.snapshot import Snapshot, Tracked, pack_tree
 from elesh.trainer.session.monitoring import MonitoredCuts
 from leyline import (
     ChannelPruningTarget,

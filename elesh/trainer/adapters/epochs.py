@@ -25,7 +25,7 @@ from elesh.trainer.network.calling import (
     main_output,
     map_tensors,
 )
-from elesh.trainer.network.compilation import unwrapped
+from elesh.trainer.network.state import unwrapped
 from elesh.trainer.recovery.checkpoints import Loading
 from elesh.trainer.recovery.evaluation import checked
 from elesh.trainer.session.apply import Evaluation

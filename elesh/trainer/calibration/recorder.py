@@ -29,10 +29,9 @@ from elesh.trainer.network.calling import (
     remember_example,
     tensors_in,
 )
-from elesh.trainer.network.compilation import unwrapped
 from elesh.trainer.network.gates import GateMeter, axis_of
 from elesh.trainer.network.layers import named_tensors, require_fit
-from elesh.trainer.network.state import preserve_state
+from elesh.trainer.network.state import preserve_state, unwrapped
 from elesh.trainer.surgery.after_cut import has_batch_statistics
 from elesh.trainer.surgery.data_parallel import require_whole
 from elesh.trainer.surgery.reconstruction import CovarianceMeter, InputCovariance, consumer_axes

@@ -24,8 +24,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from elesh.trainer.network.calling import Inputs, batch_size, call, tensors_in
 from elesh.trainer.network.calls import Calls, Link
-from elesh.trainer.network.layers import channel_axes, is_taught
-from elesh.trainer.network.norms import Norm, norm_of
+from elesh.trainer.network.layers import Norm, channel_axes, is_taught, norm_of
 from leyline import InvalidField, LayerDescriptor
 
 from .attention import Attention, find_attentions

@@ -1,9 +1,20 @@
-"""What a network and the random generators are like, taken and put back.
+"""What a network and the random generators are like, taken and put back; compiled copies of it;
+hooks on its gradients.
 
 Promises: after :func:`preserved` nothing that a caller can see differs: global random states of
 PyTorch, Python and NumPy, generators that the network or its code refers to, and of every module
 (those included that hooks and replaced methods refer to) attributes, flags, buffers and caches.
 Parameters are not copied: only embeddings that rescale their rows in a forward pass change any.
+
+Compiled networks are unwrapped when they are given, run uncompiled while hooks are on them, and
+compiled anew after their structure changed: a compiled function keeps what it was compiled from, it
+does not see hooks that come later, and it is no longer compiled after a few changes of shape
+(``recompile_limit``). Where nothing was compiled in this process, nothing of the compiler is
+imported.
+
+A hook on a gradient that holds a tensor of its parameter's shape (a mask of the gradient, as sparse
+training has it) would break by a cut; it is found, wherever it is within the hook's closure,
+arguments or object.
 """
 
 from __future__ import annotations
@@ -12,28 +23,103 @@ import contextlib
 import functools
 import gc
 import random
+import sys
+import weakref
 from collections import deque
 from collections.abc import (
     Callable,
+    Collection,
     Iterator,
+    Mapping,
     MutableMapping,
     MutableSequence,
     MutableSet,
 )
 from itertools import compress
-from types import CellType, FunctionType, MethodType, ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType, TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset
 
 from .calling import device_of
-from .compilation import Uncompiled
 
-__all__ = ["alive", "evaluated", "preserve_state", "preserved", "seed_generators", "trainable"]
+__all__ = [
+    "Uncompiled",
+    "alive",
+    "compile_anew",
+    "evaluated",
+    "fixed_to_a_shape",
+    "preserve_state",
+    "preserved",
+    "seed_generators",
+    "trainable",
+    "unwrapped",
+]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network itself, where ``torch.compile(network)``, or a wrapper for several processes or
+    devices, was given."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, (DistributedDataParallel, DataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def compile_anew() -> None:
+    """Have everything that was compiled in this process compiled again when it is next called."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+class Uncompiled:
+    """While any of these is entered, compiled networks run uncompiled in this process.
+
+    They may be left in any order; the last one restores the compiler's stance of before. One that
+    is never left ends with its network: a masked network that is gone stops no compiler.
+    """
+
+    _entered = 0
+    _stance: Any = None
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._leave: weakref.finalize[[], nn.Module] | None = None
+
+    def __enter__(self) -> Uncompiled:
+        if self._leave is None and "torch._dynamo" in sys.modules:
+            if not Uncompiled._entered:
+                Uncompiled._stance = torch.compiler.set_stance("force_eager")
+            Uncompiled._entered += 1
+            self._leave = weakref.finalize(self._model, Uncompiled._one_left)
+            self._leave.atexit = False
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: TracebackType | None = None,
+    ) -> None:
+        if self._leave is not None:
+            self._leave()
+            self._leave = None
+
+    @staticmethod
+    def _one_left() -> None:
+        Uncompiled._entered -= 1
+        if not Uncompiled._entered:
+            stance, Uncompiled._stance = Uncompiled._stance, None
+            stance.__exit__(None, None, None)
+
 
 _DEPTH = 6
 """How many containers and objects deep attributes of a module are followed."""
@@ -331,3 +417,59 @@ def alive(wanted: Callable[[type], bool]) -> list[Any]:
     types = list(map(type, objects))
     kinds = {kind for kind in set(types) if wanted(kind)}
     return list(compress(objects, map(kinds.__contains__, types))) if kinds else []
+
+
+_HOOK_DEPTH = 3
+
+
+def fixed_to_a_shape(model: nn.Module, names: Collection[str]) -> str:
+    """The first of these parameters with a hook that would not fit after a cut; empty if none."""
+    own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    for name, parameter in model.named_parameters():
+        if name in names and any(
+            tensor.shape == parameter.shape and id(tensor) not in own
+            for hook in _hooks(parameter)
+            for tensor in _tensors_held(hook, _HOOK_DEPTH)
+        ):
+            return name
+    return ""
+
+
+def _hooks(parameter: Tensor) -> Iterator[Any]:
+    for kind in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        yield from (getattr(parameter, kind, None) or {}).values()
+
+
+def _tensors_held(thing: Any, depth: int) -> Iterator[Tensor]:
+    """Tensors that a hook refers to."""
+    if isinstance(thing, Tensor):
+        yield thing
+        return
+    if not depth or isinstance(thing, nn.Module):
+        return
+    for part in _parts_of_hook(thing):
+        yield from _tensors_held(part, depth - 1)
+
+
+def _parts_of_hook(thing: Any) -> list[Any]:
+    if isinstance(thing, FunctionType):
+        return [
+            *_contents(thing),
+            *(thing.__defaults__ or ()),
+            *(thing.__kwdefaults__ or {}).values(),
+        ]
+    if isinstance(thing, functools.partial):
+        return [thing.func, *thing.args, *thing.keywords.values()]
+    if isinstance(thing, MethodType):
+        return [thing.__func__, *getattr(thing.__self__, "__dict__", {}).values()]
+    if isinstance(thing, Mapping):
+        return list(thing.values())
+    if isinstance(thing, (list, tuple)):
+        return list(thing)
+    return [*getattr(thing, "__dict__", {}).values()] if callable(thing) else []
+
+
+def _contents(function: FunctionType) -> Iterator[Any]:
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # An empty cell.
+            yield cell.cell_contents

@@ -1,13 +1,24 @@
-"""How well a network does by the trainer's own figures, and when they fail a check. Pure."""
+"""How well a network does by the trainer's own figures, when they fail a check, and what the
+trainer's side reports of a change. Pure.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from leyline import InvalidField
+from leyline import (
+    GateResult,
+    InvalidField,
+    Outcome,
+    PrunedArchitecture,
+    PruningOutcome,
+    RecompilationRequest,
+    StructuralValidationResult,
+    stable_hash,
+)
 
-__all__ = ["Evaluation", "checked", "failed_check"]
+__all__ = ["Evaluation", "checked", "event_id_of", "failed_check", "recompilation", "validation_of"]
 
 
 @dataclass(frozen=True)
@@ -50,3 +61,54 @@ def failed_check(before: float, now: Evaluation, limit: float) -> str:
     if not math.isfinite(now.accuracy) or not before - now.accuracy <= limit:
         return f"accuracy {before:.4f} fell to {now.accuracy:.4f}, more than {limit:g},"
     return ""
+
+
+def event_id_of(outcome: PruningOutcome) -> str:
+    """The identity of an outcome as an event: the same however often it is published."""
+    stage = "" if outcome.watched is None else outcome.watched
+    return "oc-" + stable_hash(outcome.idempotency_key, outcome.run_id, outcome.result, stage)
+
+
+def recompilation(
+    outcome: PruningOutcome, before: PrunedArchitecture, after: PrunedArchitecture
+) -> RecompilationRequest:
+    """For Tezzeret: the changed architecture."""
+    return RecompilationRequest(
+        run_id=outcome.run_id,
+        epoch=outcome.epoch if outcome.rolled_back_epoch is None else outcome.rolled_back_epoch,
+        idempotency_key=outcome.idempotency_key,
+        model_hash_before=before.model_hash,
+        model_hash_after=after.model_hash,
+        reason="rollback" if outcome.result == "rolled_back" else "cut",
+        parameters_before=before.parameters,
+        parameters_after=after.parameters,
+        macs_before=before.macs,
+        macs_after=after.macs,
+    )
+
+
+def validation_of(outcome: PruningOutcome, limit: float) -> StructuralValidationResult | None:
+    """For Urabrask: the trainer's own measurements, None where there are none; a drop
+    of accuracy beyond ``limit`` is too much."""
+    before = outcome.accuracy_before
+    measured = {"trainer_mask": outcome.accuracy_masked, "trainer_cut": outcome.accuracy_after}
+    known = {name: accuracy for name, accuracy in measured.items() if accuracy is not None}
+    if before is None or not known:
+        return None
+    last = list(known.values())[-1]
+    sound = math.isfinite(last) and before > 0
+    return StructuralValidationResult(
+        idempotency_key=outcome.idempotency_key,
+        outcome=Outcome.GO if outcome.result == "applied" else Outcome.NO_GO,
+        gates=tuple(
+            GateResult(
+                name=name,
+                passed=before - accuracy <= limit,
+                measured=before - accuracy if math.isfinite(before - accuracy) else None,
+                limit=limit,
+                detail="drop of accuracy on the trainer's own validation data",
+            )
+            for name, accuracy in known.items()
+        ),
+        accuracy_retention=min(1.0, max(0.0, last / before)) if sound else None,
+    )

@@ -21,8 +21,7 @@ import torch.distributed as distributed
 
 from elesh.observe import get_logger
 from elesh.trainer.calibration.ranks import merge_ranks
-from elesh.trainer.recovery.snapshot import Snapshot, Tracked
-from elesh.trainer.recovery.trees import pack_tree, unpack_tree
+from elesh.trainer.recovery.snapshot import Snapshot, Tracked, pack_tree, unpack_tree
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import CheckpointBundle, InvalidField, PrunedArchitecture, PruningOutcome
 

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from elesh.trainer.graph.hazards import train_once, trainable_example
 from elesh.trainer.network.calling import Inputs, call, device_of, map_tensors, tensors_in
 from elesh.trainer.network.state import preserve_state, seed_generators
-from elesh.trainer.recovery.snapshot import Snapshot, Tracked
-from elesh.trainer.recovery.trees import pack_tree, unpack_tree
+from elesh.trainer.recovery.snapshot import Snapshot, Tracked, pack_tree, unpack_tree
 from elesh.trainer.surgery.optimizer_trial import copied_optimizers
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import InvalidField, Level, PreflightCheck

@@ -33,8 +33,8 @@ from elesh.settings import Settings
 from elesh.trainer.calibration.recorder import UNNAMED, MeasuredCheckpoint
 from elesh.trainer.network.calling import example_of
 from elesh.trainer.recovery.checkpoints import Loading
+from elesh.trainer.recovery.evaluation import event_id_of, recompilation, validation_of
 from elesh.trainer.recovery.recovery import Recovery
-from elesh.trainer.recovery.reporting import event_id_of, recompilation, validation_of
 from elesh.trainer.recovery.snapshot import Stateful, Tracked
 from elesh.trainer.surgery.reconstruction import InputCovariance
 from elesh.trainer.surgery.surgeon import Surgeon

@@ -27,8 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from elesh.trainer.network.calling import batch_size, call, device_of, main_output, map_tensors
-from elesh.trainer.network.compilation import Uncompiled
-from elesh.trainer.network.state import preserved
+from elesh.trainer.network.state import Uncompiled, preserved
 
 __all__ = [
     "estimated_batch_statistics",

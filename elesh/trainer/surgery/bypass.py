@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from elesh.trainer.network.calling import tensors_in
-from elesh.trainer.network.compilation import Uncompiled
+from elesh.trainer.network.state import Uncompiled
 from leyline import LayerBlock, StandIn
 
 Replaced = tuple[str, nn.Module]

@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from elesh.observe import get_logger
-from elesh.trainer.network.compilation import compile_anew, unwrapped
-from elesh.trainer.network.gradient_hooks import fixed_to_a_shape
 from elesh.trainer.network.headcounts import refit_heads
 from elesh.trainer.network.layers import named_tensors, refit, require_fit
-from elesh.trainer.network.state import alive
+from elesh.trainer.network.state import alive, compile_anew, fixed_to_a_shape, unwrapped
 from leyline import (
     ContractError,
     InvalidField,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from elesh.trainer import Recorder, Surgeon
-from elesh.trainer.network.compilation import Uncompiled, unwrapped
+from elesh.trainer.network.state import Uncompiled, unwrapped
 
 UNITS = {"0": [0, 3, 5], "2": [1, 2]}
 

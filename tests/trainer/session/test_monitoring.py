@@ -15,9 +15,9 @@ import torch
 from guarded import Run, World, decide, outputs, told
 
 from elesh.trainer import Evaluation, apply_decision
+from elesh.trainer.recovery.evaluation import event_id_of
 from elesh.trainer.recovery.files import FolderInUse
-from elesh.trainer.recovery.reporting import event_id_of
-from elesh.trainer.recovery.restore_points import FolderPoints
+from elesh.trainer.recovery.recovery import FolderPoints
 from elesh.trainer.recovery.snapshot import Snapshot, Tracked
 from leyline import ContractError, InvalidField, PruningOutcome
 

@@ -19,8 +19,7 @@ from guarded import Run, World, decide, told
 
 from elesh.trainer.recovery.files import FolderInUse, FolderLock
 from elesh.trainer.recovery.journal import Journal
-from elesh.trainer.recovery.recovery import Recovery
-from elesh.trainer.recovery.restore_points import FolderPoints
+from elesh.trainer.recovery.recovery import FolderPoints, Recovery
 from leyline import ContractError, InvalidField, PruningOutcome
 
 
