@@ -18,7 +18,7 @@ from elesh import analyze
 from elesh.bus import Bus
 from elesh.settings import Settings
 from elesh.worker import Worker
-from elesh.worker import in_flight as keyed_locks
+from elesh.worker import leases as keyed_locks
 from elesh.worker.compute.process import ComputeChild
 from elesh.worker.compute.protocol import Job, Reply
 from elesh.worker.leases import Busy, InFlightLimit, KeyedLocks
