@@ -31,13 +31,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from elesh.analysis.levels.channels import CHANNELS
 from torch import Tensor, nn
 
 from benchmarks.common.criteria import lowest
 from benchmarks.training_run.nets import Block, Gpt
 from benchmarks.training_run.run import Run, loss_of, scored
 from benchmarks.training_run.tasks import TASKS, Options, Split, Task
-from elesh.analysis.levels.channels import CHANNELS
 from elesh.analysis.levels.heads import HEADS
 from elesh.analysis.selection.choose import Scorer
 from elesh.settings import StructuredPruning

@@ -33,9 +33,8 @@ from elesh.trainer.network.calling import (
     map_tensors,
     replace_first,
 )
-from elesh.trainer.network.compilation import Uncompiled
 from elesh.trainer.network.positions import positions_drawn
-from elesh.trainer.network.state import evaluated, preserved
+from elesh.trainer.network.state import Uncompiled, evaluated, preserved
 from leyline import PrunedArchitecture
 
 __all__ = ["OutputsBefore", "outputs_before", "solved_layer_by_layer"]
