@@ -31,7 +31,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from elesh.analysis.levels.channels import CHANNELS
 from torch import Tensor, nn
 
 from benchmarks.common.criteria import lowest
@@ -39,6 +38,7 @@ from benchmarks.training_run.nets import Block, Gpt
 from benchmarks.training_run.run import Run, loss_of, scored
 from benchmarks.training_run.tasks import TASKS, Options, Split, Task
 from elesh.analysis.levels.heads import HEADS
+from elesh.analysis.levels.units import CHANNELS
 from elesh.analysis.selection.choose import Scorer
 from elesh.settings import StructuredPruning
 from elesh.trainer import MeasuredCheckpoint, Recorder, Surgeon
