@@ -33,6 +33,7 @@ from elesh.trainer.network.calling import (
     map_tensors,
     replace_first,
 )
+from elesh.trainer.network.layers import is_transposed_linear
 from elesh.trainer.network.positions import positions_drawn
 from elesh.trainer.network.state import Uncompiled, evaluated, preserved
 from leyline import PrunedArchitecture
@@ -66,6 +67,8 @@ class OutputsBefore:
     """By layer [S, P, C]: outputs at some positions, or at all."""
     counts: Mapping[str, int]
     """By layer: at how many."""
+    axes: Mapping[str, int]
+    """By layer: the axis of its weight that counts outputs."""
 
     def without(
         self, architecture: PrunedArchitecture, units: Mapping[str, Collection[int]]
@@ -76,14 +79,13 @@ class OutputsBefore:
             architecture: before the cut.
             units: that go, by group, in the numbering of then.
         """
-        gone: dict[str, set[int]] = {}
+        gone: dict[tuple[str, int], set[int]] = {}
         for name, chosen in units.items():
             for part in architecture.group[name].slices:
-                if part.dim == 0:
-                    gone.setdefault(part.tensor, set()).update(part.all_of(chosen))
+                gone.setdefault((part.tensor, part.dim), set()).update(part.all_of(chosen))
         values = {}
         for name, value in self.values.items():
-            lost = gone.get(f"{name}.weight", set())
+            lost = gone.get((f"{name}.weight", self.axes[name]), set())
             kept = [row for row in range(value.shape[-1]) if row not in lost]
             values[name] = value[..., kept] if lost else value
         return replace(self, values=values)
@@ -115,7 +117,8 @@ def outputs_before(
             stack.enter_context(_hooked(layers[name].register_forward_hook(keep)))
         if counts:
             call(model, inputs)
-    return OutputsBefore(inputs, values, counts)
+    axes = {name: int(is_transposed_linear(layers[name])) for name in values}
+    return OutputsBefore(inputs, values, counts, axes)
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ def _shapes(model: nn.Module, layers: Mapping[str, Any], inputs: Inputs) -> dict
         for name, layer in layers.items():
 
             def see(module: Any, args: tuple[Any, ...], output: Any, name: str = name) -> None:
-                weight, size = module.weight, sum(x.numel() for x in (*args[:1], output))
+                weight, size = _weight(module), sum(x.numel() for x in (*args[:1], output))
                 lead, rows = len(output), output.numel() // len(weight)
                 seen[name].append(
                     _Shape(
@@ -181,11 +184,11 @@ def solved_layer_by_layer(model: nn.Module, before: OutputsBefore) -> tuple[str,
         The layers whose weights changed.
     """
     layers: dict[str, Any] = dict(model.named_modules())
-    contents, samples = dict[str, dict[str, Tensor]](), batch_size(before.inputs)
+    changed, samples = list[str](), batch_size(before.inputs)
     with _watching(model) as stack:
         for name, wanted in before.values.items():
             layer = layers.get(name)
-            if layer is None or not _is_linear(layer) or len(layer.weight) != wanted.shape[-1]:
+            if layer is None or not _is_linear(layer) or len(_weight(layer)) != wanted.shape[-1]:
                 continue  # A whole layer went, and something else stands in its place.
 
             def hook(
@@ -199,7 +202,7 @@ def solved_layer_by_layer(model: nn.Module, before: OutputsBefore) -> tuple[str,
                 def solve(x: Tensor) -> Tensor:
                     found = _solved(module, x, wanted, samples, count)
                     if found is not None:
-                        contents[name] = found
+                        changed.append(name)
                         for attribute, value in found.items():
                             getattr(module, attribute).data.copy_(value)
                     return x
@@ -208,15 +211,13 @@ def solved_layer_by_layer(model: nn.Module, before: OutputsBefore) -> tuple[str,
 
             stack.enter_context(_hooked(layer.register_forward_pre_hook(hook, with_kwargs=True)))
         call(model, before.inputs)
-    for name, found in contents.items():  # Leaving the pass has put the weights back.
-        for attribute, value in found.items():
-            getattr(layers[name], attribute).data.copy_(value)
-    return tuple(contents)
+    return tuple(changed)
 
 
 @contextmanager
 def _watching(model: nn.Module) -> Iterator[ExitStack]:
-    """For a pass in evaluation mode, batch normalisations by the samples; all is put back."""
+    """For a pass in evaluation mode, batch normalisations by the samples; all but parameters is put
+    back."""
     with preserved(model), torch.no_grad(), Uncompiled(model), ExitStack() as stack:
         evaluated(model)
         for module in model.modules():
@@ -252,12 +253,18 @@ def _solvable(model: nn.Module, architecture: PrunedArchitecture) -> dict[str, A
 
 
 def _is_linear(module: nn.Module) -> bool:
-    if type(module) is nn.Linear:
+    if type(module) is nn.Linear or is_transposed_linear(module):
         return True
     if type(module) is not nn.Conv1d and type(module) is not nn.Conv2d:
         return False
     plain = module.padding_mode == "zeros" and not isinstance(module.padding, str)
     return plain and module.groups == 1
+
+
+def _weight(module: Any) -> Tensor:
+    """[C, ...]: a layer's weight, outputs first."""
+    weight: Tensor = module.weight.detach()
+    return weight.T if is_transposed_linear(module) else weight
 
 
 def _first(inputs: Inputs, samples: int) -> Inputs:
@@ -273,9 +280,9 @@ def _first(inputs: Inputs, samples: int) -> Inputs:
 
 def _positions_last(module: Any, output: Tensor) -> Tensor:
     """[S, P, C] of a layer's output."""
-    if isinstance(module, nn.Linear):
-        return output.reshape(len(output), -1, output.shape[-1])
-    return output.flatten(2).transpose(1, 2)
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return output.flatten(2).transpose(1, 2)
+    return output.reshape(len(output), -1, output.shape[-1])
 
 
 def _drawn(rows: Tensor, count: int) -> Tensor:
@@ -287,19 +294,12 @@ def _drawn(rows: Tensor, count: int) -> Tensor:
 def _rows(module: Any, x: Tensor, count: int) -> Iterator[tuple[slice, Tensor]]:
     """[s, P, K] what the weights of an output are multiplied by, some samples at a time."""
     samples = len(x)
-    if isinstance(module, nn.Linear):
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
         yield slice(0, samples), _drawn(_positions_last(module, x), count)
         return
-    one = isinstance(module, nn.Conv1d)
-    settings = [
-        (zero, *value) if one else value
-        for zero, value in (
-            (1, module.kernel_size),
-            (1, module.dilation),
-            (0, module.padding),
-            (1, module.stride),
-        )
-    ]
+    one, conv = isinstance(module, nn.Conv1d), dict[str, Any](vars(module))
+    values = ((1, "kernel_size"), (1, "dilation"), (0, "padding"), (1, "stride"))
+    settings = [(fill, *conv[name]) if one else conv[name] for fill, name in values]
     maps = x.unsqueeze(2) if one else x
     taps = module.weight[0].numel()
     step = max(1, _CHUNK // max(1, taps * maps[0, 0].numel()))
@@ -320,7 +320,7 @@ def _solved(
         samples: in the pass.
         positions: that are looked at.
     """
-    weight, bias = module.weight.detach(), module.bias
+    weight, bias = _weight(module), module.bias
     inputs, outputs = weight[0].numel(), len(weight)
     if inputs + 1 > _MOST_INPUTS or len(x) != len(wanted):
         return None
@@ -341,7 +341,8 @@ def _solved(
     if change is None:
         return None
     new = flat.double().cpu() + change[:inputs].T
-    found = {"weight": new.view(weight.shape).to(weight)}
+    new = new.view(weight.shape)
+    found = {"weight": (new.T if is_transposed_linear(module) else new).to(weight)}
     if bias is not None:
         found["bias"] = (bias.detach().double().cpu() + change[-1]).to(bias)
     return found if all(bool(value.isfinite().all()) for value in found.values()) else None

@@ -128,3 +128,32 @@ def test_a_layer_that_is_called_twice_or_shares_its_weight_is_left_alone() -> No
     model, x = Twice(), torch.randn(32, 8)
     architecture = Recorder(model, x[:2]).architecture
     assert outputs_before(model, architecture, x).values.keys() <= {"last"}
+
+
+def test_transposed_linear_layers_are_solved_too() -> None:
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    torch.manual_seed(0)
+    model = nn.Sequential(conv1d(24, 6), nn.GELU(), conv1d(5, 24))
+    x, fresh = torch.randn(200, 6), torch.randn(100, 6)
+    architecture = Recorder(model, x[:2]).architecture
+    lost = {group.name: list(range(12)) for group in architecture.groups if group.prunable}
+    before = outputs_before(model, architecture, x)
+    cut = copy.deepcopy(model)
+    Surgeon(cut, architecture).cut(lost)
+    plain = float((cut(fresh) - model(fresh)).square().mean().detach())
+    assert solved_layer_by_layer(cut, before.without(architecture, lost)) == ("2",)
+    assert float((cut(fresh) - model(fresh)).square().mean().detach()) < 0.5 * plain
+
+
+def test_convolutions_over_a_line_are_solved_too() -> None:
+    torch.manual_seed(0)
+    first = nn.Conv1d(2, 16, 3, padding=1)
+    model = nn.Sequential(first, nn.ReLU(), nn.Conv1d(16, 4, 5, stride=2, padding=2, bias=False))
+    x, fresh = torch.randn(60, 2, 20), torch.randn(60, 2, 20)
+    architecture = Recorder(model, x[:2]).architecture
+    lost = {group.name: list(range(6)) for group in architecture.groups if group.prunable}
+    before, cut = outputs_before(model, architecture, x), copy.deepcopy(model)
+    Surgeon(cut, architecture).cut(lost)
+    plain = float((cut(fresh) - model(fresh)).square().mean().detach())
+    assert solved_layer_by_layer(cut, before.without(architecture, lost)) == ("2",)
+    assert float((cut(fresh) - model(fresh)).square().mean().detach()) < 0.5 * plain
