@@ -320,7 +320,8 @@ class _Work:
         self.recorder.architecture = self.surgeon.architecture
         reconstruct = self.settings.structured_pruning.channel_analysis.redistribute
         last = self.settings.structured_pruning.safety_schedule.total_epochs
-        few = reconstruct and Level.LAYER not in self.levels and not self._whole
+        layers = Level.LAYER in self.levels
+        few = reconstruct and not layers and not self._whole
 
         seen = Seen()
 
@@ -332,6 +333,7 @@ class _Work:
                 ahead=0,
                 reconstruct=reconstruct,
                 loss_samples=loss_samples,
+                layers=layers,
                 seen=None if self.labels_known else seen.add,
             )
 

@@ -59,6 +59,8 @@ class Exporter:
         model: the network, which may lose parts between exports.
     """
 
+    _not_followed = True
+
     def __init__(self, model: nn.Module) -> None:
         self._model = unwrapped(model)
         self._traced: _Traced | None = None

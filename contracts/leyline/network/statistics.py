@@ -162,10 +162,10 @@ class GateStatistics(_ArrayMessage):
     """[C]: standard error of ``removal_rise`` over the samples. Only there where units were masked
     one at a time: on the samples nearest to the border the rise is then measured, not predicted."""
     moves: Array | None = None
-    """[N, C]: gate gradients of the margins: the removal of a set moves a sample's margin by about
-    minus the sum of its columns. There with ``margins``."""
+    """[M, C], of the first M samples: gate gradients of the margins: the removal of a set moves a
+    sample's margin by about minus the sum of its columns. There with ``margins``."""
     margins: Array | None = None
-    """[N]: log of the odds against each sample's true label, so that its loss is
+    """[M]: log of the odds against each sample's true label, so that its loss is
     ``softplus(margin)``; the same in every group. Absent where a sample has no single label."""
     input_moments: Array | None = None
     """[S, W, W]: at each of the group's S sites, the second moments of what enters there about
@@ -199,8 +199,9 @@ class GateStatistics(_ArrayMessage):
         if (self.moves is None) != (self.margins is None):
             raise InvalidField(f"{self.layer_name}/moves", "moves and margins, or neither", "one")
         if self.moves is not None and self.margins is not None:
-            _require_shape(f"{self.layer_name}/moves", self.moves, self.projections.shape)
-            _require_shape(f"{self.layer_name}/margins", self.margins, (len(self.projections),))
+            seen = min(len(self.margins), len(self.projections))
+            _require_shape(f"{self.layer_name}/margins", self.margins, (seen,))
+            _require_shape(f"{self.layer_name}/moves", self.moves, (seen, count))
             checked += ["moves", "margins"]
         checked += self._check_inputs(count)
         for field in checked:

@@ -300,9 +300,9 @@ def sample_weights(gate: GateStatistics) -> Doubles:
 
     What a movement of the outputs does depends on how far the sample is from another class: by
     its margin m, ``1 / sqrt(m^2 + (median |m| / 2)^2)``; the second term keeps a few doubtful
-    samples from deciding alone. All ones where margins are not known.
+    samples from deciding alone. All ones where margins are not known of all samples.
     """
-    if gate.margins is None:
+    if gate.margins is None or len(gate.margins) < len(gate.projections):
         return np.ones(len(gate.projections))
     margins = np.asarray(gate.margins, dtype=np.float64)
     weights = 1 / np.sqrt(margins**2 + max(_DOUBT * float(np.median(np.abs(margins))), 1e-6) ** 2)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from elesh.analysis.budgets.fitting import out_of_reach
+from elesh.analysis.selection.choose import gates_of
+from elesh.analysis.selection.reconstruction_order import reconstruction_fault
 from elesh.analysis.selection.schedule import raised
 from elesh.observe import get_logger
 from elesh.trainer.calibration.losses import class_axis
@@ -35,6 +37,7 @@ from elesh.trainer.surgery.reconstruction import InputCovariance
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import (
     Budget,
+    CheckpointBundle,
     ContractError,
     InvalidField,
     Level,
@@ -47,6 +50,8 @@ from leyline import (
 __all__ = ["Batches", "EveryEpoch", "classification"]
 
 _log = get_logger(__name__)
+_LOSS_SAMPLES = 128
+"""Samples whose loss's derivatives are taken where nothing is decided by them."""
 Batches = Sequence[tuple[Inputs, Any]]
 """(inputs, labels) pairs; inputs are a tensor, a sequence (positional) or a mapping (keywords)."""
 
@@ -107,6 +112,8 @@ class EveryEpoch:
         self._known: Evaluation | None = None
         """What the network does at this epoch, as far as it has been evaluated."""
         self._relabelled = False
+        self._all_derived = False
+        """Whether units are ranked by the loss's derivatives, of all samples then."""
 
     def look_at(self, network: nn.Module) -> Surgeon:
         """Find what can be removed from a network, before it is trained or loaded; once for each.
@@ -254,17 +261,10 @@ class EveryEpoch:
         self._recorder.architecture = self.surgeon.architecture
         known = self._known if self._known and self._known.finite else None
         with self.session.checkpoint(epoch):
-            bundle = self._recorder.measure(
-                self._calibration,
-                epoch=epoch,
-                run_id=self.session.run_id,
-                accuracy=known.accuracy if known else None,
-                loss=known.loss if known else None,
-                reconstruct=self._reconstruct,
-                batch_statistics=True,
-                skip=self.session.settings.trainer.reconstruct_skip,
-            )
-            network, asked = self._export(epoch), bundle.parameters
+            network = self._export(epoch)
+            predicted = network is None and self._may_cut(epoch)
+            bundle = self._measured(epoch, known, few=not predicted)
+            asked = bundle.parameters
             if self._goals is not None:
                 first, *more = self._goals.budgets(self.surgeon.architecture)
                 asked = asked.model_copy(update={"budget": first, "more_budgets": tuple(more)})
@@ -272,11 +272,40 @@ class EveryEpoch:
             bundle = replace(bundle, levels=self.levels, network=network, parameters=asked)
             self.session.publish(bundle)
 
+    def _measured(self, epoch: int, known: Evaluation | None, *, few: bool) -> CheckpointBundle:
+        """The network as it is.
+
+        Args:
+            few: nothing is decided by what is predicted of the loss, so that derivatives of a few
+                samples do, unless units are ranked by them.
+        """
+        few = few and self._reconstruct and not self._all_derived
+        bundle = self._recorder.measure(
+            self._calibration,
+            epoch=epoch,
+            run_id=self.session.run_id,
+            accuracy=known.accuracy if known else None,
+            loss=known.loss if known else None,
+            reconstruct=self._reconstruct,
+            batch_statistics=True,
+            skip=self.session.settings.trainer.reconstruct_skip,
+            loss_samples=_LOSS_SAMPLES if few else None,
+        )
+        ranked = [gates for level in self.levels if (gates := gates_of(bundle, level))]
+        if few and any(map(reconstruction_fault, ranked)):
+            self._all_derived = True
+            return self._measured(epoch, known, few=False)
+        return bundle
+
+    def _may_cut(self, epoch: int) -> bool:
+        """Whether something may be cut now, or soon and is measured for that."""
+        schedule = self.session.settings.structured_pruning.safety_schedule
+        return is_worth_exporting(epoch, schedule)
+
     def _export(self, epoch: int) -> NetworkExport | None:
         """The network for workers to measure on, where they have a use for it."""
         assert self.surgeon is not None
-        schedule = self.session.settings.structured_pruning.safety_schedule
-        if self._held_out is None or not is_worth_exporting(epoch, schedule):
+        if self._held_out is None or not self._may_cut(epoch):
             return None
         try:
             return self._exporter.export(

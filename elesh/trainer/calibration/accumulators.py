@@ -258,7 +258,7 @@ class GroupTally:
 
     @property
     def logit_gaps_of_all(self) -> Doubles:
-        """[N]: the margins of all samples."""
+        """[M]: the margins of the samples that have the loss's derivatives."""
         return np.concatenate(self.margins).astype(np.float64)
 
     def measured(self, rows: npt.NDArray[np.int64], loss_increases: Doubles) -> None:
@@ -326,13 +326,13 @@ class GroupTally:
             constants: axes whose consumers can take up a constant: input moments are about means.
             norms: over all units of the group.
         """
-        rated = self.rated == samples
+        rated = self.rated > 0 and self.rated == self.derived
         return GateStatistics(
             layer_name=self.group.name,
             projections=np.concatenate(self.projections),
             first_order=single(self.first / max(self.derived, 1)),
             second_order=single(self.second / max(self.derived, 1)),
-            removal_rise=single(self.rise / samples) if rated else None,
+            removal_rise=single(self.rise / self.rated) if rated else None,
             removal_error=None if self.rise_error is None else single(self.rise_error),
             moves=np.concatenate(self.moves) if rated else None,
             margins=np.concatenate(self.margins) if rated else None,

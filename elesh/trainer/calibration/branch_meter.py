@@ -68,8 +68,8 @@ class _Tally:
                 after = np.logaddexp(0, margins - self.moves + squares / 2)
                 self.loss_increases.append(after - np.logaddexp(0, margins))
 
-    def statistics(self, samples: int) -> LayerStatistics:
-        """The block's statistics over all samples.
+    def statistics(self, samples: int, derived: int) -> LayerStatistics:
+        """The block's statistics over all samples; ``derived`` of them have the loss's derivatives.
 
         Raises:
             InvalidField: if the batches never reached the branch.
@@ -81,21 +81,21 @@ class _Tally:
         projections = np.concatenate(self.projections) if self.projections else np.zeros(samples)
         return LayerStatistics(
             layer_name=self.block.name,
-            taylor=_single(self.size / samples),
+            taylor=_single(self.size / derived),
             gradient_flow=_single((low / high) ** 0.5 if high > 0 else 0.0),
             similarity=_single(float(np.clip(self.cosines / self.positions, -1, 1))),
             projections=projections.astype(np.float32),
-            first_order=_single(self.first / samples),
-            second_order=_single(self.second / samples),
-            **self._rise(samples),
+            first_order=_single(self.first / derived),
+            second_order=_single(self.second / derived),
+            **self._rise(derived),
         )
 
-    def _rise(self, samples: int) -> dict[str, npt.NDArray[np.float32]]:
-        """The predicted rise and its standard error, where all samples have margins."""
+    def _rise(self, derived: int) -> dict[str, npt.NDArray[np.float32]]:
+        """The predicted rise and its standard error, where samples have margins."""
         loss_increases = np.concatenate([np.zeros(0), *self.loss_increases])
-        if len(loss_increases) != samples:
+        if len(loss_increases) != derived:
             return {}
-        error = float(loss_increases.std()) / math.sqrt(samples)
+        error = float(loss_increases.std()) / math.sqrt(derived)
         return {
             "removal_rise": _single(float(loss_increases.mean())),
             "removal_error": _single(error),
@@ -117,7 +117,7 @@ class BranchMeter:
         self._handles: list[RemovableHandle] = []
         self._streams: dict[str, Tensor] = {}
         self._trained: list[nn.Parameter] = []
-        self._batch = 0
+        self._batch = self._derived = 0
         self._reading: Reading = "projections"
         self._logit_gaps: Tensor | None = None
 
@@ -158,10 +158,13 @@ class BranchMeter:
             margins: ``[N]``, where the pass is of them and not of the loss ``softplus(margin)``.
         """
         self._reading, self._logit_gaps = reading, margins
+        if reading == "true":
+            self._derived += self._batch
 
     def statistics(self, samples: int) -> dict[str, LayerStatistics]:
         """The statistics by block."""
-        return {tally.block.name: tally.statistics(samples) for tally in self._tallies}
+        derived = max(self._derived, 1)
+        return {tally.block.name: tally.statistics(samples, derived) for tally in self._tallies}
 
     def _anchored(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Give activations a history from the first layer on."""

@@ -57,6 +57,10 @@ class Measurement:
         self._entered = CovarianceSums(samples) if inputs else None
         self._reconstruct, self._expected = reconstruct, samples
         self._shared = SharedInputs()
+        self._at: dict[Axis, list[GroupTally]] = {}
+        for tally in self._groups:
+            for axis in dict.fromkeys(map(axis_of, tally.group.sites)):
+                self._at.setdefault(axis, []).append(tally)
         self._first: dict[Axis, list[GroupTally]] = {}
         self._patterns: dict[Axis, PatternTally] = {}
         self._weights = AttentionWeights()
@@ -106,13 +110,13 @@ class Measurement:
 
     def _enter(self, axis: Axis, x: Tensor, gradient: Tensor) -> None:
         for first, summed in self._shared.together(axis, x, gradient):
-            for tally in self._groups:
+            for tally in self._at.get(first, ()):
                 tally.enter(first, x, summed, self.batch, self._expected)
 
     def _all_entered(self) -> None:
         """After a batch: what waits for a reader that had no gradient waits no longer."""
         for axis, x, gradient in self._shared.left():
-            for tally in self._groups:
+            for tally in self._at.get(axis, ()):
                 tally.enter(axis, x, gradient, self.batch, self._expected)
 
     def project(self, projections: Sums) -> None:
@@ -148,7 +152,7 @@ class Measurement:
     def ablate(self, model: nn.Module, architecture: PrunedArchitecture, batches: Batches) -> None:
         """Mask heads one at a time and measure what that does, where samples have margins."""
         heads = [t for t in self._groups if t.group.level is Level.HEAD]
-        if not heads or heads[0].rated != self.samples:
+        if not heads or not heads[0].rated or heads[0].rated != heads[0].derived:
             return
         rows = most_doubtful(heads[0].logit_gaps_of_all, sum(t.group.size for t in heads))
         loss_increases = masked_loss_increases(

@@ -118,6 +118,8 @@ class Recorder:
         ShapeMismatch: if a given architecture does not describe the model.
     """
 
+    _not_followed = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -176,6 +178,7 @@ class Recorder:
         batch_statistics: bool = False,
         redistribute: bool = False,
         loss_samples: int | None = None,
+        layers: bool = True,
         seen: Callable[[Any, Any], None] | None = None,
     ) -> MeasuredCheckpoint:
         """A checkpoint: architecture, statistics of every prunable group, and metadata.
@@ -197,9 +200,10 @@ class Recorder:
                 ``session.apply(..., batches=batches)`` does that.
             redistribute: only rank for a trainer that refits, as in the version before.
             loss_samples: only the batches that begin among so many samples have the loss's
-                derivatives taken, two of the three backward passes; what is made from these is of
-                them alone, margins and layers are not measured, and no head is masked. The order
+                derivatives taken, two of the three backward passes; what is made from these
+                (first and second order, margins, the masking of heads) is of them alone. The order
                 for ``reconstruct`` reads none of it. Default: all.
+            layers: whether whole layers are measured, too.
             seen: called with what the model returned for each batch, and its labels, before
                 anything is measured of it.
 
@@ -220,7 +224,7 @@ class Recorder:
             measurement = Measurement(
                 architecture, inputs=redistribute, reconstruct=reconstruct, samples=expected
             )
-            branches = self._run(measurement, kept, loss_samples, seen)
+            branches = self._run(measurement, kept, loss_samples, layers, seen)
             measurement.ablate(self._model, architecture, kept)
         metadata = CheckpointMetadata(
             run_id=run_id,
@@ -237,7 +241,7 @@ class Recorder:
             note=note,
         )
         channels, gates, heads = measurement.statistics(self._model)
-        layers = branches.statistics(measurement.samples)
+        by_layer = branches.statistics(measurement.samples)
         asked = Reconstruction(
             skip=tuple(skip),
             batch_statistics=batch_statistics and has_batch_statistics(self._model),
@@ -253,7 +257,7 @@ class Recorder:
             channels,
             gates,
             parameters=parameters,
-            layers=layers,
+            layers=by_layer,
             heads=heads,
             covariance=measurement.covariance(architecture.model_hash),
         )
@@ -356,12 +360,13 @@ class Recorder:
         measurement: Measurement,
         batches: Iterable[tuple[Inputs, Any]],
         loss_samples: int | None,
+        layers: bool,
         seen: Callable[[Any, Any], None] | None,
     ) -> BranchMeter:
         # Two streams, so that the directions are those of ``project`` whatever labels are drawn.
         generators = tuple(torch.Generator().manual_seed(self._seed + i * 2**32) for i in (0, 1))
         meter = GateMeter(self._model, measurement.axes, measurement.watch)
-        blocks = self._architecture.blocks if loss_samples is None else ()
+        blocks = self._architecture.blocks if layers else ()
         branches = BranchMeter(self._model, blocks, meter.anchor)
         with branches, meter:
             for inputs, labels in batches:

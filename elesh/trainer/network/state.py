@@ -121,6 +121,9 @@ class Uncompiled:
             stance.__exit__(None, None, None)
 
 
+NOT_FOLLOWED = "_not_followed"
+"""An attribute of Elesh's own classes that hold nothing which a forward pass changes, but copies of
+the network and of what it once was."""
 _DEPTH = 6
 """How many containers and objects deep attributes of a module are followed."""
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
@@ -267,7 +270,7 @@ def _parts(thing: Any) -> Iterator[Any]:
     elif sort == "cell":
         with contextlib.suppress(ValueError):  # An empty cell.
             yield thing.cell_contents
-    elif sort == "object" and hasattr(thing, "__dict__"):
+    elif sort == "object" and hasattr(thing, "__dict__") and not hasattr(thing, NOT_FOLLOWED):
         yield from list(vars(thing).values())
 
 

@@ -98,6 +98,8 @@ class Session:
         SettingsError: if the settings cannot be read.
     """
 
+    _not_followed = True
+
     def __init__(
         self,
         run_id: str,

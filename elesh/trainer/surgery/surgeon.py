@@ -65,6 +65,8 @@ class Surgeon:
             not one of it, does not survive a cut, or is not the only one of it.
     """
 
+    _not_followed = True
+
     def __init__(
         self,
         model: nn.Module,

@@ -164,7 +164,10 @@ def test_the_order_reads_nothing_of_what_few_samples_derivatives_leave_out() -> 
         for field in ("projections", *INPUT_FIELDS):
             np.testing.assert_array_equal(getattr(few.gates[name], field), getattr(gate, field))
         assert gate.margins is not None
-        assert few.gates[name].margins is None
+        of_few = few.gates[name].margins
+        assert of_few is not None
+        assert len(of_few) == len(few.gates[name].moves) == 32
+        np.testing.assert_array_equal(of_few, gate.margins[:32])
         first = recorder.measure(batches[:1], epoch=1).gates[name]
         np.testing.assert_array_equal(few.gates[name].second_order, first.second_order)
 

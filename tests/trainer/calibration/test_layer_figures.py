@@ -98,6 +98,20 @@ def test_layers_have_no_predicted_rise_where_samples_have_no_margins() -> None:
     assert [data.removal_error for data in layers] == [None, None]
 
 
+def test_layers_are_measured_where_few_samples_have_the_losss_derivatives() -> None:
+    recorder = Recorder(made(WITH_LAYERS[0]), example())
+    given = batches(2)
+    few = recorder.measure(given, epoch=1, loss_samples=1).layers
+    whole, first = (recorder.measure(part, epoch=1).layers for part in (given, given[:1]))
+    assert few
+    for name, layer in few.items():
+        assert torch.equal(*(torch.from_numpy(x[name].projections) for x in (few, whole)))
+        assert layer.similarity == pytest.approx(whole[name].similarity)
+        assert layer.taylor == pytest.approx(first[name].taylor)
+        assert layer.first_order == pytest.approx(first[name].first_order)
+        assert layer.removal_rise == pytest.approx(first[name].removal_rise)
+
+
 def test_similarity_and_gradient_flow_are_those_of_the_stream() -> None:
     model = made("Vit")
     recorder = Recorder(model, example())
