@@ -16,12 +16,12 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from elesh.trainer.network.calls import Call
+from elesh.trainer.network.calls import Call, Link
 from elesh.trainer.network.layers import named_tensors
 from leyline import LayerBlock, LayerDescriptor, StandIn
 from leyline.network.blocks import BlockKind, SkipStrategy, inside
 
-from .residual_branches import Branch, Trace
+from .residual_branches import Branch, Trace, behind
 
 SKIP_POTENTIAL: dict[SkipStrategy, float] = {
     "identity": 1.0, "residual": 0.95, "linear_projection": 0.9, "conv_projection": 0.8,
@@ -35,6 +35,7 @@ class _Candidate:
     """A branch with what goes if it goes."""
 
     branch: str
+    contribution: Link
     entry: str
     stand_ins: tuple[StandIn, ...]
     tensors: tuple[str, ...]
@@ -95,6 +96,7 @@ def find_blocks(
     held = _Holdings(model)
     candidates = _disjoint(list(_candidates(trace, held)))
     candidates = [_respected(candidate, ignored) for candidate in candidates]
+    candidates = _nourished(trace, held, candidates)
     covered = {path for candidate in candidates for path in candidate.tensors}
     order = [layer.name for layer in layers]
     blocks = [
@@ -143,6 +145,7 @@ def _candidate(trace: Trace, held: _Holdings, branch: Branch, dead: set[str]) ->
         strategy = _projection(trace, held.model, branch)
     return _Candidate(
         branch=end.name,
+        contribution=branch.contribution,
         entry=entry,
         stand_ins=stand_ins,
         tensors=tuple(tensors),
@@ -260,6 +263,32 @@ def _respected(candidate: _Candidate, ignored: Collection[str]) -> _Candidate:
     if candidate.reason or not named:
         return candidate
     return replace(candidate, reason=f"ignored: {', '.join(sorted(named))}")
+
+
+def _nourished(trace: Trace, held: _Holdings, candidates: Sequence[_Candidate]) -> list[_Candidate]:
+    """In their order, with one marked for each parameter that no gradient would reach if all others
+    went, too: the last of those that it acts through (a normalisation in front of branches in
+    parallel)."""
+    free = {number: one for number, one in enumerate(candidates) if not one.reason}
+    gone = {path for one in free.values() for path in one.tensors}
+    alive = trace.alive(one.contribution for one in free.values())
+    barriers = alive.union(one.contribution[0] for one in free.values())
+    starved = _parameters(held, trace.reached) - _parameters(held, alive) - gone
+    marked = list(candidates)
+    for number in sorted(free, reverse=True) if starved else ():
+        end = free[number].contribution[0]
+        starts = [function for function, _ in end.next_functions if function is not None]
+        if fed := starved & _parameters(held, behind(starts, barriers)):
+            reason = f"without it no gradient reaches {', '.join(sorted(fed)[:5])}"
+            marked[number] = replace(candidates[number], reason=reason)
+            starved -= fed
+    return marked
+
+
+def _parameters(held: _Holdings, functions: Iterable[Any]) -> set[str]:
+    """Paths of the parameters that are among these functions."""
+    found = (id(one.variable) for one in functions if hasattr(one, "variable"))
+    return {held.names[number] for number in found if number in held.names}
 
 
 def _names(candidates: Sequence[_Candidate]) -> list[str]:

@@ -8,7 +8,7 @@ stream. Promises: the model is not changed; everything that only the branch lead
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -160,6 +160,10 @@ class Trace:
                         queue.append(before)
         return found
 
+    def alive(self, contributions: Iterable[Link]) -> set[Any]:
+        """All functions that the outputs depend on in other ways than through these alone."""
+        return set(behind(self.roots, {function for function, _ in contributions}))
+
     @cached_property
     def _uses(self) -> Counter[Any]:
         """How often the result of every function is used."""
@@ -192,13 +196,13 @@ def parameters_behind(roots: Sequence[Any]) -> set[int]:
     return {id(f.variable) for f in behind(roots) if hasattr(f, "variable")}
 
 
-def behind(starts: Sequence[Any]) -> list[Any]:
-    """These functions and all that they depend on."""
-    seen: set[Any] = set()
+def behind(starts: Sequence[Any], barriers: Collection[Any] = ()) -> list[Any]:
+    """These functions and all that they depend on, but through ``barriers``."""
+    seen: set[Any] = set(barriers)
     queue = list(starts)
     while queue:
         node = queue.pop()
         if node not in seen:
             seen.add(node)
             queue += [f for f, _ in node.next_functions if f is not None]
-    return list(seen)
+    return list(seen.difference(barriers))

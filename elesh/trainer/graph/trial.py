@@ -7,7 +7,7 @@ tensors that shrink are copied, and nothing of the architecture is built anew.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from elesh.trainer.network.calling import Inputs, call, device_of, tensors_in
 from elesh.trainer.network.headcounts import HEAD_SIZES, constants, refit_heads
-from elesh.trainer.network.layers import SIZES, named_tensors, refit
+from elesh.trainer.network.layers import SIZES, channel_axes, named_tensors, refit
 from elesh.trainer.network.state import seed_generators
 from elesh.trainer.surgery.masks import Masks
 from elesh.trainer.surgery.tensors import point_to
@@ -49,6 +49,15 @@ class Trial:
     ) -> None:
         self.copied, self._inputs, self._compared = copied, inputs, compared
         self._in_training: tuple[Inputs | None, set[str]] | None = None
+
+    @cached_property
+    def mixing(self) -> dict[str, nn.Module]:
+        """The layers that mix channels, by name."""
+        return {
+            name: module
+            for name, module in self.copied.named_modules()
+            if name and channel_axes(module).site_dim is not None
+        }
 
     def run(self) -> Any:
         """What the network returns, the random generators seeded."""
@@ -132,6 +141,10 @@ class TrialCuts:
         finally:
             cut.restore(list(cut.units))
 
+    def paths(self, names: Iterable[str]) -> set[str]:
+        """The tensors that these groups are parts of."""
+        return {part.tensor for name in names for part in self.architecture.group[name].slices}
+
     def lost(self, units: Units) -> dict[str, dict[int, Ints]]:
         """By tensor and axis, which indices go."""
         gone: dict[str, dict[int, list[Ints]]] = {}
@@ -154,6 +167,8 @@ class TrialCuts:
 
     def _places(self, span: Span, units: Ints) -> Ints:
         """The indices that units own."""
+        if span.indices is None and span.width == 1:
+            return units + span.start
         if span.indices is None:
             return (span.start + units[:, None] * span.width + np.arange(span.width)).reshape(-1)
         listed = self._indices.get(id(span))
@@ -223,10 +238,10 @@ class Cut:
     def apply(self, units: Units) -> None:
         """Cut these units, too."""
         self.units |= units
-        self._cuts.put(self._cuts.lost(units), self.units)
+        self._cuts.put(self._cuts.paths(units), self.units)
 
     def restore(self, names: Collection[str]) -> None:
         """Take back what was cut of these groups."""
-        paths = self._cuts.lost({name: self.units[name] for name in names})
+        paths = self._cuts.paths(names)
         self.units = {name: gone for name, gone in self.units.items() if name not in names}
         self._cuts.put(paths, self.units)

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from elesh.trainer.network.calling import replace_first
-from elesh.trainer.network.layers import channel_axes
 
 __all__ = ["TOLERANCE", "Fault", "Guards", "Waypoints", "apart"]
 
@@ -48,10 +47,10 @@ class Waypoints:
     """Remembers, then compares.
 
     Args:
-        kept: by module and axis, which channels of its input are left in the second run.
+        mixing: the layers that mix channels, by name.
     """
 
-    model: nn.Module
+    mixing: Mapping[str, nn.Module]
     faults: list[Fault] = field(default_factory=list)
     _seen: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     _made: dict[tuple[str, int], Tensor] = field(default_factory=dict)
@@ -114,12 +113,11 @@ class Waypoints:
 
             return hook
 
-        for name, module in self.model.named_modules():
-            if name and channel_axes(module).site_dim is not None:
-                handle = module.register_forward_pre_hook(hook_of(name), with_kwargs=True)
-                self._handles.append(handle)
-                if name not in self.shrinking:
-                    self._handles.append(module.register_forward_hook(after(name)))
+        for name, module in self.mixing.items():
+            handle = module.register_forward_pre_hook(hook_of(name), with_kwargs=True)
+            self._handles.append(handle)
+            if name not in self.shrinking:
+                self._handles.append(module.register_forward_hook(after(name)))
 
     def _remembered(self, name: str, number: int, x: Tensor) -> Tensor:
         self._seen[name, number] = x.detach().clone()
@@ -223,6 +221,8 @@ def apart(masked: Sequence[Tensor], cut: Sequence[Tensor]) -> str:
 def narrowed(tensor: Tensor, lost: Mapping[int, Ints]) -> Tensor:
     """The tensor without the indices that are lost, by axis."""
     for dim, indices in lost.items():
-        kept = np.delete(np.arange(tensor.shape[dim]), indices)
-        tensor = tensor.index_select(dim, torch.from_numpy(kept).to(tensor.device))
+        left = np.ones(tensor.shape[dim], dtype=np.bool_)
+        left[indices] = False
+        kept = torch.from_numpy(left.nonzero()[0])
+        tensor = tensor.index_select(dim, kept.to(tensor.device))
     return tensor

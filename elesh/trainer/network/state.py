@@ -235,6 +235,7 @@ def _reachable(model: nn.Module, *others: Any) -> tuple[list[nn.Module], list[An
     generators: list[Any] = []
     seen: dict[int, Any] = {}
     kinds: set[type] = set()
+    named: dict[int, dict[str, Any]] = {}
     queue = deque((thing, 0) for thing in (model, *others))
     while queue and len(seen) < _MANY + len(modules):
         thing, depth = queue.popleft()
@@ -245,15 +246,14 @@ def _reachable(model: nn.Module, *others: Any) -> tuple[list[nn.Module], list[An
             generators.append(thing)
         elif isinstance(thing, nn.Module):
             modules.append(thing)
-            code = [] if type(thing) in kinds else list(_code(type(thing)))
-            kinds.add(type(thing))
+            code = list(_code(type(thing), kinds, named))
             queue += [(p, 1) for p in (*vars(thing).values(), *code) if type(p) not in _PLAIN]
         else:
-            queue += [(p, depth + 1) for p in _parts(thing) if type(p) not in _PLAIN]
+            queue += [(p, depth + 1) for p in _parts(thing, named) if type(p) not in _PLAIN]
     return modules, generators
 
 
-def _parts(thing: Any) -> Iterator[Any]:
+def _parts(thing: Any, named: dict[int, dict[str, Any]] | None = None) -> Iterator[Any]:
     """What a container, a function or an object refers to."""
     sort = _sort_of(thing)
     if sort == "mapping":
@@ -266,7 +266,8 @@ def _parts(thing: Any) -> Iterator[Any]:
     elif sort == "method":
         yield from (thing.__self__, thing.__func__)
     elif sort == "function":
-        yield from (*(thing.__closure__ or ()), *(thing.__defaults__ or ()), *_globals(thing))
+        yield from (*(thing.__closure__ or ()), *(thing.__defaults__ or ()))
+        yield from _globals(thing, {} if named is None else named)
     elif sort == "cell":
         with contextlib.suppress(ValueError):  # An empty cell.
             yield thing.cell_contents
@@ -285,22 +286,29 @@ def _sort_of_type(kind: Any) -> str:
     return next((sort for sort, kinds in _SORTS.items() if issubclass(kind, kinds)), "object")
 
 
-def _code(kind: type) -> Iterator[Any]:
-    """Generators that the methods of a user's module class name."""
+def _code(kind: type, known: set[type], named: dict[int, dict[str, Any]]) -> Iterator[Any]:
+    """Generators that the methods of a user's module class name; of classes that are not known."""
     for ancestor in kind.__mro__:
-        if not ancestor.__module__.startswith(("torch.", "builtins")):
-            for member in vars(ancestor).values():
-                if isinstance(member, FunctionType):
-                    yield from _globals(member)
-                elif isinstance(member, _GENERATORS):
-                    yield member
+        if ancestor in known or ancestor.__module__.startswith(("torch.", "builtins")):
+            continue
+        known.add(ancestor)
+        for member in vars(ancestor).values():
+            if isinstance(member, FunctionType):
+                yield from _globals(member, named)
+            elif isinstance(member, _GENERATORS):
+                yield member
 
 
-def _globals(function: FunctionType) -> Iterator[Any]:
-    for name in function.__code__.co_names:
-        found = function.__globals__.get(name)
-        if isinstance(found, _GENERATORS):
-            yield found
+def _globals(function: FunctionType, named: dict[int, dict[str, Any]]) -> Iterator[Any]:
+    """Generators among a function's globals that it names; ``named``: by the id of such globals,
+    the generators in them, which few have."""
+    held = function.__globals__
+    found = named.get(id(held))
+    if found is None:
+        found = {name: value for name, value in held.items() if isinstance(value, _GENERATORS)}
+        named[id(held)] = found
+    if found:
+        yield from (found[name] for name in function.__code__.co_names if name in found)
 
 
 def _generator(generator: Any) -> PutBack:

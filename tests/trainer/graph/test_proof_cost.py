@@ -120,6 +120,30 @@ def test_faults_of_the_networks_own_code_take_a_run_each() -> None:
     assert took[1] - took[0] <= 12
 
 
+class Parallel(nn.Module):
+    """Two branches side by side behind one normalisation: one of them has to stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return x + (self.one(y) + self.two(y))
+
+
+@pytest.mark.parametrize("depth", [2, 9])
+def test_branches_in_parallel_take_no_trials_of_their_own(depth: int) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), Deep(depth, Parallel))
+    CALLS[0] = 0
+    blocks = Recorder(model, torch.randn(4, 6)).architecture.blocks
+    kept = [block for block in blocks if "no gradient reaches" in block.reason]
+    assert [block.branch for block in kept] == [f"1.blocks.{i}.two" for i in range(depth)]
+    assert sum(block.prunable for block in blocks) == depth
+    assert CALLS[0] == 9
+
+
 def test_the_copy_has_random_weights_and_takes_little_memory() -> None:
     model = nn.Sequential(*[nn.Linear(256, 256) for _ in range(24)])
     before = copy.deepcopy(model.state_dict())
