@@ -25,7 +25,7 @@ from benchmarks.common.subjects import Batches, Subject, per_sample_loss
 from elesh.analysis import select_channels
 from elesh.analysis.candidates import Candidates
 from elesh.analysis.importance.scores import single_removal
-from elesh.analysis.pruning_set.effects import set_removal
+from elesh.analysis.pruning_set.draft import set_removal
 from elesh.settings import ChannelAnalysis
 from elesh.trainer import Surgeon
 from leyline import CheckpointBundle

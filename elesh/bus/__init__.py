@@ -10,9 +10,8 @@ from elesh.bus.server.embedded import EmbeddedServer, embedded_server, server_ur
 from elesh.bus.server.outage import Backoff, OutageLog, repeatedly, until_available
 from elesh.bus.state.audit import AuditHead, AuditLog, audit_envelope
 from elesh.bus.state.blobs import BlobStore
-from elesh.bus.state.breakers import BreakerStore, BreakerView
 from elesh.bus.state.registry import Backlog, Registry, WorkerState
-from elesh.bus.state.runs import HistoryStore, Holder, RunStore
+from elesh.bus.state.runs import BreakerStore, BreakerView, HistoryStore, Holder, RunStore
 from elesh.bus.streams.consumer_groups import SHED_FROM
 from elesh.bus.streams.dead_letters import DeadLetterEntry, DeadLetters, Redriven
 from elesh.bus.streams.fan_out import Plan, Planned, Stored

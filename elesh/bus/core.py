@@ -21,9 +21,8 @@ from elesh.bus.server.client import MAX_BLOCK, Client, ServerClock, open_client
 from elesh.bus.server.outage import Backoff, OutageLog, until_available
 from elesh.bus.state.audit import AuditLog
 from elesh.bus.state.blobs import BlobStore
-from elesh.bus.state.breakers import BreakerStore
 from elesh.bus.state.registry import Registry
-from elesh.bus.state.runs import HistoryStore, RunStore
+from elesh.bus.state.runs import BreakerStore, HistoryStore, RunStore
 from elesh.bus.streams.consumer_groups import WORK, Groups, pairs_of, pending_of, shed_from
 from elesh.bus.streams.consumer_groups import last_id as last_id_of
 from elesh.bus.streams.dead_letters import DeadLetters

@@ -24,8 +24,7 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from elesh.trainer.network.headcounts import HEAD_SIZES
-from elesh.trainer.network.layers import SIZES, require_fit
+from elesh.trainer.network.layers import HEAD_SIZES, SIZES, require_fit
 from elesh.trainer.recovery.files import write_durably
 from elesh.trainer.surgery.bypass import Bypass
 from elesh.trainer.surgery.lineage import lineage_of, remember, replayed

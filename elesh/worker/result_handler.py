@@ -16,8 +16,7 @@ from elesh.bus.admission import Work, read
 from elesh.observe import get_logger, mark_failed, messaging, onward, span
 from elesh.safety import fingerprint_of, grounds, rolled_back_cut, vote_of, votes
 from elesh.settings import Settings
-from elesh.worker.telemetry.reports import Reports
-from elesh.worker.telemetry.status import levels_of
+from elesh.worker.telemetry.reports import Reports, levels_of
 from leyline import (
     BadSignature,
     Conflict,

@@ -20,8 +20,7 @@ from elesh.analysis.candidates import Doubles
 from elesh.analysis.importance.scores import sample_weights
 from elesh.analysis.levels.analyze_level import LevelDraft, budget_gate, largest, merge_shards
 from elesh.analysis.levels.rounds import in_rounds
-from elesh.analysis.pruning_set.draft import Draft
-from elesh.analysis.pruning_set.effects import Cut, RelativeOutputError
+from elesh.analysis.pruning_set.draft import Cut, Draft, RelativeOutputError
 from elesh.analysis.pruning_set.plans import Identity, Target, identity_of, merged, restricted
 from elesh.analysis.spans import stage
 from elesh.safety import BreakerStatus, Measured, Probing, Proposal, Remeasuring, Verifier

@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 
 from elesh import safety
 from elesh.analysis.levels.units import select_channels
-from elesh.analysis.pruning_set.draft import FALLBACK_DISCOUNT, Draft
-from elesh.analysis.pruning_set.effects import loss_rise
+from elesh.analysis.pruning_set.draft import FALLBACK_DISCOUNT, Draft, loss_rise
 from elesh.analysis.selection.schedule import counted_groups
 from elesh.analysis.spans import stage
 from elesh.safety import Entry, Measured, Probing, Proposal, Verifier

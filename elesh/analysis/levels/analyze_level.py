@@ -25,8 +25,7 @@ import numpy as np
 from elesh import safety
 from elesh.analysis.candidates import Candidates, Doubles, Floats, multiple_of
 from elesh.analysis.importance.scores import Prediction, output_mean_square, predict, sample_weights
-from elesh.analysis.pruning_set.draft import FALLBACK_DISCOUNT, Draft
-from elesh.analysis.pruning_set.effects import Cut, RelativeOutputError
+from elesh.analysis.pruning_set.draft import FALLBACK_DISCOUNT, Cut, Draft, RelativeOutputError
 from elesh.analysis.pruning_set.plans import (
     BudgetUse,
     LevelPlan,

@@ -16,8 +16,15 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from elesh.trainer.network.calling import Inputs, call, device_of, tensors_in
-from elesh.trainer.network.headcounts import HEAD_SIZES, constants, refit_heads
-from elesh.trainer.network.layers import SIZES, channel_axes, named_tensors, refit
+from elesh.trainer.network.layers import (
+    HEAD_SIZES,
+    SIZES,
+    channel_axes,
+    constants,
+    named_tensors,
+    refit,
+    refit_heads,
+)
 from elesh.trainer.network.state import seed_generators
 from elesh.trainer.surgery.masks import Masks
 from elesh.trainer.surgery.tensors import point_to

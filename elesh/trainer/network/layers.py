@@ -1,20 +1,26 @@
-"""What the tensors of a layer have to do with its channels, its size attributes, and what
-normalisations over channels do under a mask.
+"""What the tensors of a layer have to do with its channels, the attributes in which layers keep
+their sizes and numbers of heads, and what normalisations over channels do under a mask.
 
-Promises: the one place that knows module types. For every layer it says which axis of which
-tensor shrinks with its inputs and with its outputs, and :func:`refit` sets ``out_channels`` and
-its relatives from the shapes of the tensors after a cut. Normalisations are recognized by what they
+Promises: the one place that knows module types. For every layer it says which axis of which tensor
+shrinks with its inputs and with its outputs, and :func:`refit` sets ``out_channels`` and its
+relatives from the shapes of the tensors after a cut. Normalisations are recognized by what they
 compute, not by their name alone; nothing is changed.
 
 A layer normalisation takes its statistics over all channels of a position, so that a channel that
 is merely set to zero changes what happens to all others. Under a mask it has to take them over the
 channels that are kept, as it does after the cut. :func:`refilled` brings that about by its input
 alone, so that any module that normalises so is masked alike, whatever its code looks like.
+
+Attention modules keep their numbers of heads beside their weights, under names of their own; after
+a cut they must say the same as the shapes. An attribute is set only where its name is one of these
+*and* its value was the number of heads (key/value heads, channels of all heads): a name alone
+proves nothing. What is missing here is not cut wrongly: without the right number the module does
+not run, or does not compute what the masked one does, and the proof refuses the group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -23,11 +29,20 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from leyline import PrunedArchitecture, ShapeMismatch, TensorDescriptor
+from leyline import Level, PrunedArchitecture, PruningGroup, ShapeMismatch, TensorDescriptor
 
 from .multihead import commit
 
-__all__ = ["Norm", "norm_of", "refilled"]
+__all__ = [
+    "HEAD_SIZES",
+    "Norm",
+    "common_holder",
+    "constants",
+    "norm_of",
+    "refilled",
+    "refit_heads",
+    "splits",
+]
 
 
 AxisOf = tuple[str, int]
@@ -387,3 +402,102 @@ def refilled(x: Tensor, gate: Tensor, dim: int, kind: str, eps: float) -> Tensor
     variance = (centred * centred).sum(dim, keepdim=True) / count
     lost = (1 - gate).mean(dim, keepdim=True)
     return (centred * (eps / (variance * lost + eps)).sqrt()).to(x.dtype)
+
+
+_HEADS = ("heads", "num_heads", "n_heads", "n_head", "nhead", "nheads", "num_attention_heads")
+_SHARED = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
+"""Key/value heads, where several query heads share one."""
+_SHARES = ("num_key_value_groups", "n_rep", "num_queries_per_kv")
+"""How many query heads share one."""
+_WIDTHS = ("all_head_size", "inner_dim", "split_size", "attn_dim")
+"""Channels of all heads together: BERT, Diffusers and many others, GPT-2, timm."""
+
+_SPLITS = ("width",)
+"""Channels of each part that a layer's outputs are split into (Res2Net)."""
+
+HEAD_SIZES = (*_HEADS, *_SHARED, *_SHARES, *_WIDTHS, *_SPLITS)
+"""The attributes that :func:`refit_heads` sets."""
+
+
+def refit_heads(model: nn.Module, before: PruningGroup, after: PruningGroup) -> None:
+    """Set the head counts of the modules around attentions that have lost units, and the widths of
+    parts of modules around layers that have lost channels."""
+    for name in splits(model, before):
+        setattr(model.get_submodule(common_holder(before.layers)), name, after.size)
+    if before.level is not Level.HEAD:
+        return
+    done = set[tuple[nn.Module, str]]()
+    for site in before.sites:
+        layers = [layer for layer in before.layers if _nearest(layer, before) == site.module]
+        old, new, width = before.size, after.size, site.width
+        shares = _made(before, layers) <= width  # One key/value head for all stays as it is.
+        changes: list[tuple[Sequence[str], int, int]]
+        changes = [(_SHARES, old, new)] if shares else [(_SHARED, old, new)]
+        changes.append((_WIDTHS, old * width, new * width))
+        for module in _holders(model, [*layers, site.module]):
+            held = vars(module)
+            for names, was, becomes in changes:
+                fitting = [n for n in names if held.get(n) == was and (module, n) not in done]
+                done.update((module, name) for name in fitting)
+                held |= dict.fromkeys(fitting, becomes)
+            for name, buffer in constants(module).items():
+                if len(buffer) == old * width:
+                    module._buffers[name] = buffer[: new * width].clone()
+            for name in _HEADS:  # Each unit has so many query heads.
+                count, known = held.get(name), (module, name) in done
+                if type(count) is int and count % old == 0 and not known:
+                    held[name] = count // old * new
+                    done.add((module, name))
+
+
+def splits(model: nn.Module, group: PruningGroup) -> list[str]:
+    """Attributes of the module around a group's layers that say how many units the group has."""
+    around = vars(model.get_submodule(common_holder(group.layers)))
+    return [name for name in _SPLITS if around.get(name) == group.size]
+
+
+def constants(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers of one number for every channel, the same for all, that no ``state_dict`` holds (the
+    bias that BEiT's keys do not have)."""
+    return {
+        name: held
+        for name in module._non_persistent_buffers_set
+        if (held := module._buffers.get(name)) is not None
+        and held.ndim == 1
+        and bool((held == held[:1]).all())
+    }
+
+
+def _nearest(layer: str, group: PruningGroup) -> str:
+    """The output projection that a layer belongs to, where several attentions make up a group."""
+    near = max(group.sites, key=lambda site: len(common_holder([layer, site.module])))
+    return near.module
+
+
+def _made(group: PruningGroup, layers: Sequence[str]) -> int:
+    """How many channels these layers make for a unit."""
+    widths = {part.tensor: part.width for part in group.slices}
+    return sum(widths.get(f"{layer}.weight", widths.get(layer, 0)) for layer in layers)
+
+
+def common_holder(layers: Sequence[str]) -> str:
+    """The innermost module that holds all of these layers; empty for the model itself."""
+    same = []
+    for parts in zip(*(layer.split(".")[:-1] for layer in layers), strict=False):
+        if len(set(parts)) > 1:
+            break
+        same.append(parts[0])
+    return ".".join(same)
+
+
+def _holders(model: nn.Module, layers: Sequence[str]) -> Iterator[nn.Module]:
+    """The modules from the innermost one that holds all of the layers down to the layers."""
+    top = common_holder(layers)
+    paths = {top}
+    for layer in layers:
+        path = layer.rpartition(".")[0]
+        while path != top:
+            paths.add(path)
+            path = path.rpartition(".")[0]
+    for path in sorted(paths):
+        yield model.get_submodule(path)

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from elesh.observe import get_logger
-from elesh.trainer.network.headcounts import refit_heads
-from elesh.trainer.network.layers import named_tensors, refit, require_fit
+from elesh.trainer.network.layers import named_tensors, refit, refit_heads, require_fit
 from elesh.trainer.network.state import alive, compile_anew, fixed_to_a_shape, unwrapped
 from leyline import (
     ContractError,

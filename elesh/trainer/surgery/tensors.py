@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from elesh.trainer.network.headcounts import HEAD_SIZES, constants
-from elesh.trainer.network.layers import SIZES, refit_taught
+from elesh.trainer.network.layers import HEAD_SIZES, SIZES, constants, refit_taught
 from elesh.trainer.network.multihead import commit
 from leyline import PrunedArchitecture
 

@@ -31,7 +31,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from elesh.bus import Backlog, Bus, BusUnavailable, repeatedly
-from elesh.bus.state.breakers import BreakerView, State
+from elesh.bus.state.runs import BreakerView, State
 from elesh.observe import SparseLines, get_logger
 from elesh.observe.metrics import Reading, gauge, setup_metrics, shutdown_metrics
 from elesh.observe.tracing import is_exported
@@ -40,7 +40,7 @@ from elesh.worker.compute.protocol import Finding
 from leyline import Level
 from leyline.streams import DEAD, STREAMS
 
-from .status import Condition, Status
+from .reports import Condition, Status
 
 __all__ = [
     "FleetFigures",

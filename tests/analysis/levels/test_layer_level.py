@@ -14,7 +14,7 @@ from layer_networks import bundle, figures, network, residual
 from elesh import Settings, analyze
 from elesh.analysis import explain
 from elesh.analysis.levels.layers import architecture_impact
-from elesh.analysis.pruning_set.effects import loss_rise
+from elesh.analysis.pruning_set.draft import loss_rise
 from elesh.safety import BreakerStatus
 from leyline import (
     AnalysisParameters,

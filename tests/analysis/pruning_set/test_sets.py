@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from networks import floats
 
-from elesh.analysis.pruning_set.effects import set_removal
+from elesh.analysis.pruning_set.draft import set_removal
 from leyline import GateStatistics
 
 

@@ -78,13 +78,13 @@ def _inject(name: str, argument: str, when: str) -> None:
 
 def _break_structure() -> None:
     """Have every cut fall apart, as the gate of the architecture's integrity sees it."""
-    import elesh.analysis.pruning_set.effects
+    import elesh.analysis.pruning_set.draft
     from leyline import GateResult
 
     def broken(*_: Any) -> tuple[GateResult, None]:
         return GateResult(name="structure", passed=False, detail="it falls apart"), None
 
-    elesh.analysis.pruning_set.effects.safety.structure = broken
+    elesh.analysis.pruning_set.draft.safety.structure = broken
 
 
 def _little_inline(most: int) -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from elesh.analysis import select_channels
 from elesh.analysis.candidates import Candidates
-from elesh.analysis.pruning_set.effects import set_removal
+from elesh.analysis.pruning_set.draft import set_removal
 from elesh.settings import ChannelAnalysis
 from elesh.trainer import Recorder, Surgeon
 
