@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -110,15 +110,16 @@ class FanOut:
             self._result_handler.refuse_poison(delivery)
             groups = groups_of(work.document.architecture, item)
             analysis = await self._executor.analyse(work, item.level, groups)
-            result = await self._persist(lambda: self._stored(analysis))
+            # What took an analysis to have is not lost because the bus cannot serve now.
+            result = await self._bus.persistently(lambda: self._stored(analysis), stop=self._stop)
         except ContractError as error:
             mark_failed(error.code, str(error))
             result = ItemResult(failed=str(error)[:8192], code=error.code)
             self._reports.status.gave_up(item.level)
             self._reports.step("failed", work, key=work.key.at(item.level), detail=str(error))
         store = self._bus.plans.store
-        stored = await self._persist(
-            lambda: store(WORKERS, self._worker_id, delivery, plan, item, result)
+        stored = await self._bus.persistently(
+            lambda: store(WORKERS, self._worker_id, delivery, plan, item, result), stop=self._stop
         )
         if stored is Stored.GONE:
             await self._bus.acknowledge(WORKERS, self._worker_id, delivery)
@@ -152,10 +153,6 @@ class FanOut:
             await self._result_handler.fail(_of_checkpoint(delivery, plan), work, error, served)
             return
         await self._result_handler.commit(delivery, work, decision, served)
-
-    async def _persist(self, action: Callable[[], Awaitable[T]]) -> T:
-        """What took an analysis to have is not lost because the bus cannot serve now."""
-        return await self._bus.persistently(action, stop=self._stop)
 
     async def _planned(self, delivery: Delivery, key: str) -> tuple[Work, Plan] | None:
         """The checkpoint of a plan, and the plan.

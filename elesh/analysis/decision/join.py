@@ -107,7 +107,7 @@ def _resolved(bundle: CheckpointBundle, parts: Sequence[LevelDraft], settings: S
         targets,
         order,
         round_to=channels.round_to if round_to == 1 else round_to,
-        comparable=_comparable(parts),
+        comparable=_scorer(parts) in _JOINT_COSTS,
     )
 
 
@@ -132,15 +132,11 @@ def _ordered(parts: Sequence[LevelDraft]) -> tuple[RankedUnit, ...]:
     """Channels and heads together where their costs are of one kind; whole layers last."""
     orders = [p.draft.order for p in parts if p.level is not Level.LAYER]
     first = (
-        merged(orders) if _comparable(parts) else tuple(unit for order in orders for unit in order)
+        merged(orders)
+        if _scorer(parts) in _JOINT_COSTS
+        else tuple(unit for order in orders for unit in order)
     )
     return first + tuple(unit for p in parts if p.level is Level.LAYER for unit in p.draft.order)
-
-
-def _comparable(parts: Sequence[LevelDraft]) -> bool:
-    """Whether channels and heads have costs of one kind."""
-    scorers = {p.draft.statistics.scorer for p in parts if p.level is not Level.LAYER}
-    return len(scorers) == 1 and scorers <= _JOINT_COSTS
 
 
 def _relative_error(

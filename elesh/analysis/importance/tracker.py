@@ -130,17 +130,14 @@ class History:
             place = self._places.pop(self._epochs.pop(0))
         else:
             place = len(self._epochs)
-            self._reserve(place + 1)
+            if place == len(self._rows):
+                grown = np.empty((min(self.limit, max(8, 2 * place)), *self.shape), "f4")
+                grown[:place] = self._rows
+                self._rows = grown
         self._rows[place] = row
         self._places[epoch] = place
         insort(self._epochs, epoch)
         return True
-
-    def _reserve(self, rows: int) -> None:
-        if rows > len(self._rows):
-            grown = np.empty((min(self.limit, max(8, 2 * len(self._rows))), *self.shape), "f4")
-            grown[: len(self._rows)] = self._rows
-            self._rows = grown
 
     def counts(self) -> Counts:
         """[C]: at how many checkpoints each unit was there."""

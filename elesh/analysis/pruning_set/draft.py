@@ -62,7 +62,6 @@ __all__ = [
     "RelativeOutputError",
     "loss_rise",
     "set_removal",
-    "targets_of",
     "with_loss_increases",
 ]
 
@@ -341,7 +340,7 @@ class Draft:
             bundle,
             settings,
             made.key,
-            targets_of(made),
+            (*made.channels, *made.attention_heads, *made.layers),
             tuple(order),
             made.statistics,
             made.safety.phase,
@@ -483,11 +482,6 @@ class Draft:
 
 def _of_kind(kind: type[_T], targets: Iterable[Target]) -> tuple[_T, ...]:
     return tuple(target for target in targets if isinstance(target, kind))
-
-
-def targets_of(decision: StructuralPruningDecision) -> tuple[Target, ...]:
-    """All targets of a decision: channels, then heads, then layers."""
-    return (*decision.channels, *decision.attention_heads, *decision.layers)
 
 
 def _broken(gates: Iterable[GateResult]) -> tuple[GateResult, ...]:

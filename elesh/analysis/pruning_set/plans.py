@@ -11,6 +11,7 @@ reason.
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -258,19 +259,12 @@ def merged(orders: Iterable[Sequence[RankedUnit]]) -> tuple[RankedUnit, ...]:
     A cost counts from where its order has got to, so no unit may overtake its predecessors: it is
     placed by the highest cost so far. Ties go by the order of ``orders``.
     """
-    lines = [
-        [(height, number, unit) for height, unit in _heights(order)]
-        for number, order in enumerate(orders)
-    ]
+    lines = []
+    for number, order in enumerate(orders):
+        heights = itertools.accumulate((unit.cost for unit in order), max)
+        lines.append([(height, number, unit) for height, unit in zip(heights, order, strict=True)])
     found = heapq.merge(*lines, key=lambda item: item[:2])
     return tuple(unit for _, _, unit in found)
-
-
-def _heights(order: Sequence[RankedUnit]) -> Iterable[tuple[float, RankedUnit]]:
-    highest = float("-inf")
-    for unit in order:
-        highest = max(highest, unit.cost)
-        yield highest, unit
 
 
 def rounded_to_multiples(

@@ -266,7 +266,8 @@ class ReconstructionOrder(Order):
         super().take(units)
         for unit in units:
             group = int(self.candidates.group_of[unit])
-            self._lose(group, unit - int(self.candidates.starts[group]))
+            for consumer in self._consumers[group]:
+                consumer.remove(unit - int(self.candidates.starts[group]))
         for group in {int(self.candidates.group_of[unit]) for unit in units}:
             self._marginal_cost(group)
 
@@ -279,12 +280,9 @@ class ReconstructionOrder(Order):
         """The group with all its units, less those that are taken."""
         self._consumers[group] = _consumers(self._gates[group])
         for unit in np.flatnonzero(self.taken[self.candidates.span(group)]).tolist():
-            self._lose(group, unit)
+            for consumer in self._consumers[group]:
+                consumer.remove(unit)
         self._marginal_cost(group)
-
-    def _lose(self, group: int, unit: int) -> None:
-        for consumer in self._consumers[group]:
-            consumer.remove(unit)
 
     def _marginal_cost(self, group: int) -> None:
         costs = sum(consumer.costs for consumer in self._consumers[group])

@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import operator
 import random
 import sys
 import weakref
@@ -349,13 +350,13 @@ def _held(thing: Any, seen: dict[int, Any], depth: int) -> Iterator[PutBack]:
         yield functools.partial(np.copyto, thing, thing.copy())
     elif sort == "mapping":
         items = list(thing.items())
-        yield functools.partial(_set_mapping, thing, items)
+        yield functools.partial(_refill, thing, items)
         inside = [value for _, value in items]
     elif sort == "list":
         inside = list(thing)
-        yield functools.partial(_set_sequence, thing, inside)
+        yield functools.partial(_refill, thing, inside)
     elif sort == "set":
-        yield functools.partial(_set_set, thing, set(thing))
+        yield functools.partial(_refill, thing, list(thing))
     elif sort == "cell":
         inside = list(_parts(thing))
         for content in inside:
@@ -397,27 +398,17 @@ def _tensor(tensor: Tensor) -> PutBack:
     return put_back
 
 
-def _set_mapping(thing: MutableMapping[Any, Any], items: list[tuple[Any, Any]]) -> None:
-    if _identical([x for item in thing.items() for x in item], [x for item in items for x in item]):
-        return
-    thing.clear()
-    thing.update(items)
-
-
-def _set_sequence(thing: Any, items: list[Any]) -> None:
-    if not _identical(list(thing), items):
+def _refill(thing: Any, items: list[Any]) -> None:
+    """Have a container hold these very items (of a mapping: pairs) again; one that does is not
+    touched."""
+    held = list(thing.items() if isinstance(thing, MutableMapping) else thing)
+    if isinstance(thing, MutableMapping):
+        same = [x for pair in held for x in pair], [x for pair in items for x in pair]
+    else:
+        same = held, items
+    if len(held) != len(items) or not all(map(operator.is_, *same)):
         thing.clear()
-        thing.extend(items)
-
-
-def _set_set(thing: set[Any], items: set[Any]) -> None:
-    if thing != items:
-        thing.clear()
-        thing.update(items)
-
-
-def _identical(one: list[Any], other: list[Any]) -> bool:
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+        (thing.extend if hasattr(thing, "extend") else thing.update)(items)
 
 
 def alive(wanted: Callable[[type], bool]) -> list[Any]:

@@ -22,6 +22,7 @@ from elesh.analysis import Evidence, LevelDraft, draft_level, join, joined
 from elesh.analysis.importance.tracker import measurements_of
 from elesh.analysis.spans import observed, stage
 from elesh.program import preload, verifier
+from elesh.safety import BreakerStatus
 from elesh.settings import Settings
 from elesh.worker.fallback_chain import REPLAYED, scope_of
 from elesh.worker.spool import SHORTAGE_CODE, shortage_of
@@ -209,8 +210,11 @@ def _evidence(job: Job, bundle: CheckpointBundle, settings: Settings) -> Evidenc
     measures = not scope_of(job.fallback_names).scorer
     factor = job.loss_factor
     return Evidence(
-        breakers=job.breaker_of,
-        missing=job.missing_levels,
+        breakers={
+            level: BreakerStatus(*status)  # type: ignore[arg-type]
+            for level, status in zip(job.asked_levels, job.breakers, strict=True)
+        },
+        missing=tuple((Level(level), reason) for level, reason in job.missing),
         verify=verifier(bundle, settings, recorded, job.unmeasured) if measures else None,
         rolled_back=[decode(RolledBackCut, cut, field="rolled back") for cut in job.taken_back],
         loss_factor=decode(LossFactor, factor, field="loss factor") if factor else None,

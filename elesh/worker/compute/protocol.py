@@ -37,7 +37,6 @@ from typing import Any, Literal
 
 import msgpack
 
-from elesh.safety import BreakerStatus
 from elesh.worker.spool import SHORTAGE_CODE, Shortage
 from leyline import ContractError, Fallback, IdempotencyKey, Level, errors
 
@@ -128,17 +127,6 @@ class Job:
     def asked_levels(self) -> tuple[Level, ...]:
         """The levels to analyse."""
         return tuple(map(Level, self.levels))
-
-    @property
-    def missing_levels(self) -> tuple[tuple[Level, str], ...]:
-        """The levels that are missing, each with the reason."""
-        return tuple((Level(level), reason) for level, reason in self.missing)
-
-    @property
-    def breaker_of(self) -> dict[Level, BreakerStatus]:
-        """The breakers by level."""
-        pairs = zip(self.asked_levels, self.breakers, strict=True)
-        return {level: BreakerStatus(*status) for level, status in pairs}  # type: ignore[arg-type]
 
     @property
     def fallback_names(self) -> tuple[str, ...]:
