@@ -16,7 +16,7 @@ from pathlib import Path
 
 from docs.drawing import box, label, svg, wrapped
 
-__all__ = ["WAY", "Step", "checkpoint", "rooms"]
+__all__ = ["WAY", "Step", "checkpoint", "require", "rooms"]
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -123,7 +123,7 @@ def checkpoint() -> str:
         ValueError: if a step names a function that is not there.
     """
     for step in WAY:
-        _require(step)
+        require(step.code)
     lanes, width, row = list(_LANES), 240, 64
     height = 70 + row * len(WAY)
     parts = [
@@ -148,14 +148,22 @@ def checkpoint() -> str:
     return svg(20 + width * len(lanes), height + 10, "".join(parts), "The way of a checkpoint")
 
 
-def _require(step: Step) -> None:
-    file, name = step.code.split(":")
+def require(code: str) -> None:
+    """See that a function or class is there.
+
+    Args:
+        code: ``path/of/file.py:function`` or ``:Class.method``, below the repository's root.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    file, name = code.split(":")
     body = ast.parse((_ROOT / file).read_text()).body
     for part in name.split("."):
         kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
         found = [node for node in body if isinstance(node, kinds) and node.name == part]
         if not found:
-            raise ValueError(f"docs/pictures.py: there is no {step.code}")
+            raise ValueError(f"there is no {code}")
         body = found[0].body
 
 

@@ -15,6 +15,7 @@ import pytest
 import typer.main
 from pydantic import BaseModel
 
+from docs.pictures import require
 from elesh.cli import app
 from elesh.settings import Settings
 from leyline import TelemetryEvent, errors
@@ -141,11 +142,14 @@ def test_commands_and_options_that_a_page_names_exist(page: Path) -> None:
 
 
 @by_page
-def test_files_that_a_page_names_exist(page: Path) -> None:
+def test_files_and_functions_that_a_page_names_exist(page: Path) -> None:
     folders = ("elesh/", "contracts/", "tests/", "docs/", "deploy/", "benchmarks/", "examples/")
     for text in quoted(page):
         for name in text.split(", "):
             if not name.startswith(folders) or " " in name:
+                continue
+            if ".py:" in name:
+                require(name)
                 continue
             for one in expanded(name):
                 found = list(ROOT.glob(one.rstrip("/")))
