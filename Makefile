@@ -40,7 +40,6 @@ check: check-types check-files
 
 check-types: $(READY)
 	$(BIN)/mypy
-	$(BIN)/mypy -m contracts.generate -m docs.generate
 
 check-files: $(READY)
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from datetime import UTC, datetime, timedelta
+from typing import Literal
 
 import numpy as np
 
@@ -21,14 +22,15 @@ _TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 def _original() -> ll.PrunedArchitecture:
     """A convolution ``a`` beside a convolution ``b``, concatenated, flattened, then ``fc``."""
+    shapes: tuple[tuple[str, tuple[int, ...], Literal["parameter", "buffer"]], ...] = (
+        ("a.weight", (4, 1, 3, 3), "parameter"),
+        ("a_bn.running_mean", (4,), "buffer"),
+        ("b.weight", (3, 1, 3, 3), "parameter"),
+        ("fc.weight", (2, 28), "parameter"),
+    )
     tensors = tuple(
         ll.TensorDescriptor(path=path, shape=shape, dtype="float32", kind=kind)
-        for path, shape, kind in (
-            ("a.weight", (4, 1, 3, 3), "parameter"),
-            ("a_bn.running_mean", (4,), "buffer"),
-            ("b.weight", (3, 1, 3, 3), "parameter"),
-            ("fc.weight", (2, 28), "parameter"),
-        )
+        for path, shape, kind in shapes
     )
     layers = (
         ll.LayerDescriptor(name="a", kind="conv2d", weight="a.weight", positions=64),

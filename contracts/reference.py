@@ -16,9 +16,9 @@ from leyline import arrays, base, codec
 __all__ = ["reference"]
 
 _PATTERNS = {
-    base.Identifier.__metadata__[0].pattern: "identifier",
-    base.ModelHash.__metadata__[0].pattern: "16 hex digits",
-    base.Sha256.__metadata__[0].pattern: "64 hex digits",
+    get_args(base.Identifier)[1].pattern: "identifier",
+    get_args(base.ModelHash)[1].pattern: "16 hex digits",
+    get_args(base.Sha256)[1].pattern: "64 hex digits",
 }
 _INTRODUCTION = f"""\
 # Streams and messages
@@ -66,11 +66,15 @@ def reference(schemas: Mapping[str, Mapping[str, Any]]) -> str:
     for name in ll.MESSAGES:
         lines += _message(ll.MESSAGES[name])
     lines += ["## Blobs and folders", ""]
-    statistics = (ll.ChannelImportanceData, ll.GateStatistics, ll.LayerStatistics)
-    for kind in (*statistics, ll.HeadImportanceData, ll.CheckpointDocument, ll.LevelAnalysis):
+    stored: list[type[ll.Message]] = [
+        ll.ChannelImportanceData, ll.GateStatistics, ll.LayerStatistics, ll.HeadImportanceData,
+        ll.CheckpointDocument, ll.LevelAnalysis,
+    ]  # fmt: skip
+    for kind in stored:
         lines += _message(kind)
     lines += ["## Envelope and parts", ""]
-    for kind in (ll.EventEnvelope, *parts):
+    lines += _message(ll.EventEnvelope)
+    for kind in parts:
         lines += _message(kind)
     return "\n".join(lines).rstrip() + "\n"
 
