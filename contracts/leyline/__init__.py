@@ -4,7 +4,6 @@ Pure contracts: pydantic, msgpack and numpy; no torch, no redis, no clock but th
 Start reading at :mod:`leyline.streams`, the catalogue of streams and messages.
 """
 
-from leyline.messages.analysis import LevelAnalysis, PredictedDamage, RankedUnit
 from leyline.messages.audit import GENESIS, AuditEntry, AuditEvent
 from leyline.messages.budget import Budget, LatencyTable, LayerLatency
 from leyline.messages.checkpoint import BlobRef, CheckpointMetadata, CheckpointReady, PreflightCheck
@@ -15,12 +14,16 @@ from leyline.messages.decisions import (
     Fallback,
     GateResult,
     HeadRedundancy,
+    Interval,
     LayerPruningTarget,
+    LevelAnalysis,
     LevelPart,
     LossFactor,
     Outcome,
     Phase,
+    PredictedDamage,
     PruningStatistics,
+    RankedUnit,
     Reconstructed,
     Redundancy,
     RolledBackCut,
@@ -28,6 +31,7 @@ from leyline.messages.decisions import (
     SparedGroup,
     SparedUnit,
     StructuralPruningDecision,
+    Verification,
     WouldBeCut,
 )
 from leyline.messages.events import (
@@ -49,7 +53,6 @@ from leyline.messages.legacy import (
 )
 from leyline.messages.parameters import AnalysisParameters, PerformanceRequirements, Reconstruction
 from leyline.messages.requests import AnalysisRequest, StructuralAnalysisRequest
-from leyline.messages.verification import Interval, Verification
 from leyline.network.architecture import PrunedArchitecture
 from leyline.network.blocks import LayerBlock, StandIn
 from leyline.network.bundle import CheckpointBundle, CheckpointDocument, NetworkExport

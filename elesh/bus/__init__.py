@@ -5,9 +5,8 @@ Start reading at :mod:`elesh.bus.core`, then :mod:`.groups` (leases), :mod:`.rea
 one of :mod:`elesh.bus.server.embedded`.
 """
 
-from elesh.bus.server.client import require_address
+from elesh.bus.server.client import Backoff, OutageLog, repeatedly, require_address, until_available
 from elesh.bus.server.embedded import EmbeddedServer, embedded_server, server_url
-from elesh.bus.server.outage import Backoff, OutageLog, repeatedly, until_available
 from elesh.bus.state.audit import AuditHead, AuditLog, audit_envelope
 from elesh.bus.state.blobs import BlobStore
 from elesh.bus.state.registry import Backlog, Registry, WorkerState

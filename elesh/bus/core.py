@@ -17,8 +17,15 @@ from typing import Any, Self, TypeVar
 
 from redis.exceptions import RedisError
 
-from elesh.bus.server.client import MAX_BLOCK, Client, ServerClock, open_client
-from elesh.bus.server.outage import Backoff, OutageLog, until_available
+from elesh.bus.server.client import (
+    MAX_BLOCK,
+    Backoff,
+    Client,
+    OutageLog,
+    ServerClock,
+    open_client,
+    until_available,
+)
 from elesh.bus.state.audit import AuditLog
 from elesh.bus.state.blobs import BlobStore
 from elesh.bus.state.registry import Registry

@@ -1,4 +1,6 @@
-"""What Elesh answers: targets to remove, the figures behind them, and the gates they passed."""
+"""What Elesh answers: targets to remove, what was measured of them on held-out data, the gates they
+passed; and what the analysis of one level found, half a decision, before the levels are joined.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,64 @@ from leyline.errors import IdentityMismatch, InvalidField
 from leyline.identity import DecisionKey, IdempotencyKey, Level
 
 from .parameters import Scorer
-from .verification import Verification
+
+
+class Interval(Message):
+    """A range in which a figure is expected."""
+
+    low: Finite
+    high: Finite
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.low > self.high:
+            raise InvalidField("high", f"at least {self.low}", self.high)
+        return self
+
+
+class Verification(Message):
+    """The network with and without the cut, on the same held-out samples.
+
+    Rises and drops are positive where the cut does harm. They are of the cut that is decided (the
+    kept units); where none was kept, of the whole that was proposed and refused.
+    """
+
+    samples: Count
+    """Held-out samples."""
+    measurements: Count
+    """Masked networks that were measured to find it, all in all."""
+    proposed: Count
+    """Units (channels, heads, layers) that the ranking proposed to remove."""
+    kept: Count
+    """Units of these that were measured as safe to remove: those that the decision names."""
+    stopped: Text = ""
+    """Why no more were kept; empty where all were."""
+    loss_before: NonNegative
+    """Mean loss in nats a sample of the network as it is."""
+    predicted_loss_rise: Finite | None = None
+    """As predicted from the checkpoint's statistics, in nats a sample, where they tell."""
+    loss_rise: Finite
+    """Measured, in nats a sample."""
+    loss_rise_interval: Interval
+    """Paired bootstrap over the samples: of the mean rise, at ``confidence``."""
+    accuracy_before: Fraction
+    accuracy_drop: Finite
+    """Measured, -1 to 1."""
+    accuracy_drop_interval: Interval
+    """Paired bootstrap over the samples: where the drop on as many other samples of the same kind
+    lies, at ``confidence``. Wider than the interval of the mean, as that sample varies, too."""
+    confidence: Fraction = 0.95
+    """Of both intervals."""
+    class_accuracy_drop: Finite
+    """The largest drop of accuracy within one class, -1 to 1."""
+    worst_class: Count
+    """The class that it was in."""
+    gradient_flow_change: NonNegative
+    """By which share the norm of the gradients of the outputs changed, in the parameters that
+    stay."""
+    rounds: Count = 1
+    """In how many rounds the units were chosen, each on the network masked so far; 1: at once, from
+    the statistics. Their costs are then marginal rises of the loss in nats."""
 
 
 class Phase(WireEnum):
@@ -447,4 +506,63 @@ class StructuralPruningDecision(Message):
             )
         if self.approved_for_application and self.safety.outcome is Outcome.NO_GO:
             raise InvalidField("approved_for_application", "false after a no-go", True)
+        return self
+
+
+class RankedUnit(Message):
+    """One unit of a cut at its place in the order of removal."""
+
+    level: Level
+    layer_name: Name
+    """The group that loses the unit, or the layer that goes whole."""
+    index: Count = 0
+    """In current numbering; 0 for a layer."""
+    cost: Finite
+    """What it cost when it was chosen, on the scale of its target's importance."""
+
+
+class PredictedDamage(Message):
+    """What a level's cut is predicted to do to the outputs, judged on samples that did not choose
+    it, in squared output units."""
+
+    damage: NonNegative
+    error: NonNegative
+    """Standard error of ``damage``."""
+    energy: NonNegative
+    """The outputs' own mean square along the same directions."""
+
+
+class LevelAnalysis(Message):
+    """One level of one checkpoint, analysed; :func:`elesh.analysis.decision.join` decides by it."""
+
+    contract_of: ClassVar[str] = "Elesh internal"
+
+    decision: StructuralPruningDecision
+    """The level by itself, with key ``<epoch>:<model_hash>:<decision_id>:<level>`` and every gate
+    but the breaker's, which is looked at when the levels are joined."""
+    order: tuple[RankedUnit, ...] = ()
+    """The units of the cut as they were chosen: redundant ones first, then the cheapest. So a
+    prefix of the cut is a cut, too."""
+
+    shard: tuple[Name, ...] = Field(default=(), exclude_if=operator.not_)
+    """The groups that were looked at, where those were not all of the level. Its order goes as
+    far as the whole level's quota: how much of it is cut is known when the shards are joined."""
+    halves: tuple[tuple[RankedUnit, ...], ...] = Field(default=(), exclude_if=operator.not_)
+    """Of a shard: the orders that the even and the odd samples alone would choose; what one half
+    chooses is judged on the other when the shards are joined."""
+    predicted: PredictedDamage | None = None
+    """Where there are output projections of all candidates."""
+
+    @property
+    def level(self) -> Level:
+        """The level that was analysed."""
+        return self.decision.key.level
+
+    @model_validator(mode="after")
+    def _orders_the_cut(self) -> Self:
+        ordered = sorted((unit.layer_name, unit.index) for unit in self.order)
+        targets = [(name, index) for name, lost in self.decision.units.items() for index in lost]
+        targets += [(target.layer_name, 0) for target in self.decision.layers]
+        if ordered != sorted(targets):
+            raise InvalidField("order", "the units of the decision's targets", ordered[:5])
         return self

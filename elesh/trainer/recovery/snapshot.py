@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from elesh.trainer.surgery.followed import Beside
+from elesh.trainer.surgery.averages import Beside
 from elesh.trainer.surgery.surgeon import Surgeon
 from elesh.trainer.surgery.tensors import replace_data
 from leyline import InvalidField, Malformed, PrunedArchitecture

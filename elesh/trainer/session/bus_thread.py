@@ -53,8 +53,7 @@ from leyline.streams import CHECKPOINTS, DEAD, DECISIONS, REQUESTS, WORK, Stream
 
 from .loop import new_loop
 from .mailbox import Ended, Incoming, Mailbox, Outgoing
-from .publishing import in_attempt, keys_of, with_blobs
-from .unanswered import MOST_TIMES, Published, Unanswered
+from .publishing import MOST_TIMES, Published, Unanswered, in_attempt, keys_of, with_blobs
 
 __all__ = ["BusThread"]
 

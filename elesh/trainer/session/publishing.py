@@ -1,8 +1,16 @@
-"""From a checkpoint in memory to the event or request that points at its blobs."""
+"""From a checkpoint in memory to the event or request that points at its blobs, and what was
+published and has no answer yet.
+
+Promises: an answer that was lost (a failover, a stream that was deleted or trimmed) is found in the
+record of its key; a message that was lost is published again; one without an answer in its time
+ends with that reason. Each ends once.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 from elesh.bus import Bus
 from leyline import (
@@ -17,7 +25,7 @@ from leyline import (
     stable_hash,
 )
 
-__all__ = ["in_attempt", "keys_of", "with_blobs"]
+__all__ = ["MOST_TIMES", "Published", "Unanswered", "in_attempt", "keys_of", "with_blobs"]
 
 
 def in_attempt(bundle: CheckpointBundle, attempt: int) -> CheckpointBundle:
@@ -91,3 +99,84 @@ async def _network(
         "weights": await bus.blobs.put(network.weights, architecture=architecture),
         "held_out": await bus.blobs.put(network.held_out, architecture=architecture),
     }
+
+
+_FIRST_SECONDS, _LONGEST_SECONDS = 10.0, 120.0
+"""Between looks for one answer: the first comes soon, the others ever later."""
+_MOST = 512
+MOST_TIMES = 3
+"""Times that a message which vanished is published again."""
+
+
+@dataclass(eq=False)
+class Published:
+    """A message on the bus."""
+
+    key: str
+    """Of the decision that it leads to."""
+    message: CheckpointReady | StructuralAnalysisRequest
+    epoch: int
+    event_id: str
+    entry: str
+    """Where it stands on its stream."""
+    lives: float
+    """Seconds in which it is answered, or never."""
+    carrier: Mapping[str, str] = field(default_factory=dict)
+    """The context of the trace that it was created in."""
+    at: float = 0.0
+    next_look: float = 0.0
+    pause: float = _FIRST_SECONDS
+    again: int = 0
+    """Times that it was published again."""
+
+
+class Unanswered:
+    """The messages of one run, by key."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._waiting: dict[str, Published] = {}
+        self._decided: dict[str, None] = {}
+
+    def add(self, published: Published) -> None:
+        """A message is on the bus from now on."""
+        now = self._clock()
+        if not published.at:
+            published.at = now
+        published.next_look = now + published.pause
+        if published.key not in self._decided:
+            self._waiting[published.key] = published
+        while len(self._waiting) > _MOST:
+            del self._waiting[next(iter(self._waiting))]
+
+    def decided(self, key: str) -> bool:
+        """Its decision was heard; whether for the first time."""
+        self._waiting.pop(key, None)
+        if key in self._decided:
+            return False
+        self._decided[key] = None
+        while len(self._decided) > 2 * _MOST:
+            del self._decided[next(iter(self._decided))]
+        return True
+
+    def ended(self, key: str) -> None:
+        """It will have no decision."""
+        self._waiting.pop(key, None)
+
+    def due(self) -> list[Published]:
+        """Those to look for now; each is looked for again later."""
+        now = self._clock()
+        found = [each for each in self._waiting.values() if each.next_look <= now]
+        for each in found:
+            each.pause = min(2 * each.pause, _LONGEST_SECONDS)
+            each.next_look = now + each.pause
+        return found
+
+    def hurry(self) -> None:
+        """The bus was away: look for all of them soon."""
+        for each in self._waiting.values():
+            each.pause, each.next_look = _FIRST_SECONDS, self._clock()
+
+    def is_over(self, published: Published) -> bool:
+        """Whether its time is over."""
+        return self._clock() - published.at > published.lives

@@ -1,10 +1,15 @@
-"""The optimizers of one network: their state is cut along with its parameters, or rebuilt.
+"""Who else holds a network's parameters: optimizers, whose state is cut along or rebuilt, and the
+processes that train it together.
 
 Promises: state whose shape follows its parameter's is cut with it, factored moments
 included; of a parameter with any other state (preconditioners, flat histories) all state is
 dropped, so that the optimizer begins it anew, and that is said; parameter groups stay the same
 objects. Wrappers (SAM, Lookahead, those of frameworks) are seen through to what they wrap, and
 single precision masters of the parameters are cut like these.
+
+A network whose parameters are sharded over processes is refused; after a cut, every
+DistributedDataParallel around the network averages its gradients again, without being made anew by
+the user and without a word between the processes.
 """
 
 from __future__ import annotations
@@ -15,7 +20,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from elesh.trainer.network.state import alive
@@ -23,7 +30,17 @@ from leyline import InvalidField
 
 from .tensors import Cutter
 
-__all__ = ["FRAMEWORKS", "Given", "Optimizers", "optimizers_in", "other_optimizers", "wrapped"]
+__all__ = [
+    "FRAMEWORKS",
+    "Given",
+    "Optimizers",
+    "optimizers_in",
+    "other_optimizers",
+    "rebuild_reducers",
+    "require_whole",
+    "wrapped",
+]
+
 
 Given = Any
 """One optimizer, a sequence or mapping of several, or None; each may be wrapped."""
@@ -351,3 +368,74 @@ def _cut_factor(value: Tensor, parameter: Tensor, cutter: Cutter) -> Tensor:
         if size == 1:
             whole = whole.narrow(dim, 0, 1)
     return whole.clone()
+
+
+def require_whole(model: nn.Module) -> None:
+    """Refuse a network that this process has only a part of.
+
+    Raises:
+        InvalidField: naming a parameter that is sharded.
+    """
+    hint = (
+        "prune before it is sharded: cut the plain network, save it with elesh.save, and call "
+        "fully_shard on the cut one; or train with DistributedDataParallel, which can be cut"
+    )
+    for path, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            found = f"{path or 'the network'} is a FullyShardedDataParallel"
+            raise InvalidField("model", "a network that is whole in this process", found, hint=hint)
+    for path, parameter in model.named_parameters():
+        kind = type(parameter)
+        sharded = any(base.__name__ in ("DTensor", "FlatParameter") for base in kind.__mro__)
+        if sharded or hasattr(parameter, "ds_id"):  # DeepSpeed's ZeRO-3 leaves empty parameters
+            found = f"{path} is sharded over processes ({kind.__name__})"
+            raise InvalidField("model", "a network that is whole in this process", found, hint=hint)
+
+
+def rebuild_reducers(model: nn.Module) -> int:
+    """Let every DistributedDataParallel around the network look at its parameters again; how many.
+
+    It hooks into autograd's nodes of parameters, which a cut replaces, and keeps buckets of their
+    sizes: left alone it would let the processes drift apart without an error. What is done is what
+    unpickling one does: its buckets and hooks are made anew from its module's parameters. It sends
+    nothing, so that processes need not do it at the same time.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return 0
+    own = {id(module) for module in model.modules()}
+    found = [
+        each
+        for each in alive(lambda kind: issubclass(kind, DistributedDataParallel))
+        if "reducer" in vars(each) and any(id(module) in own for module in each.module.modules())
+    ]
+    for wrapper in found:
+        _rebuild(wrapper)
+    return len(found)
+
+
+def _rebuild(wrapper: Any) -> None:  # its own methods have no types
+    wrapper._remove_autograd_hooks()
+    wrapper._module_parameters = [
+        parameter
+        for path, parameter in wrapper.module.named_parameters()
+        if path not in wrapper.parameters_to_ignore
+    ]
+    parameters, sparse = wrapper._build_params_for_reducer()
+    names = wrapper._build_debug_param_to_name_mapping(parameters)
+    wrapper._ddp_init_helper(parameters, sparse, names, wrapper.static_graph)
+    wrapper._has_rebuilt_buckets = False
+    register: Any = vars(torch.distributed)["_register_comm_hook"]
+    for hook, state in wrapper._comm_hooks:
+        _forget_buckets(state)
+        register(wrapper.reducer, state, hook)
+    if wrapper.static_graph:
+        wrapper._static_graph_delay_allreduce_enqueued = False
+        wrapper.reducer._set_static_graph()
+        wrapper.logger._set_static_graph()
+
+
+def _forget_buckets(state: object) -> None:
+    """Compressing hooks (PowerSGD) keep errors and factors by bucket; the buckets are others."""
+    for value in getattr(state, "__dict__", {}).values():
+        if isinstance(value, dict) and all(isinstance(key, int) for key in value):
+            value.clear()

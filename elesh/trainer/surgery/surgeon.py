@@ -25,14 +25,19 @@ from leyline import (
     PruningRecord,
 )
 
-from .averages import WeightCopy, averages_weights, require_layers, unnamed_averages
+from .averages import (
+    Beside,
+    Followed,
+    WeightCopy,
+    averages_weights,
+    require_layers,
+    unnamed_averages,
+)
 from .bypass import BranchMasks, put_in
-from .data_parallel import rebuild_reducers, require_whole
-from .followed import Beside, Followed
 from .lineage import present, remember, steps
 from .masks import Masks
 from .optimizer_trial import require_cuttable
-from .optimizers import Given, Optimizers, other_optimizers
+from .optimizers import Given, Optimizers, other_optimizers, rebuild_reducers, require_whole
 from .reconstruction import InputCovariance, reconstructed
 from .teachers import teachers_in
 from .tensors import RestorePoint, Skeleton, cutters_of, laid_out, replace_data, some_cutters

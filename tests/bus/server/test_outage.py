@@ -14,7 +14,7 @@ from redis.exceptions import ResponseError
 from servers import Server, free_port, redis_binary, valkey
 
 from elesh.bus import Backoff, Bus, BusRefuses, BusUnavailable, CommitOutcome, OutageLog, repeatedly
-from elesh.bus.server.outage import LONGEST_PAUSE, is_expected, refusal
+from elesh.bus.server.client import LONGEST_PAUSE, is_expected, refusal
 from elesh.settings import BusSettings
 from leyline import TooLarge
 from leyline.streams import OUTCOMES

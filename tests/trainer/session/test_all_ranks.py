@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from elesh import Settings, analyze
 from elesh.trainer import Evaluation, Recorder, Session, Surgeon
 from elesh.trainer.session.all_ranks import AllRanks
-from elesh.trainer.surgery.data_parallel import require_whole
+from elesh.trainer.surgery.optimizers import require_whole
 from leyline import ChannelPruningTarget, InvalidField, StructuralPruningDecision
 
 pytestmark = pytest.mark.slow
