@@ -81,7 +81,7 @@ class _Pool:
         if known is None or len(known) < size:
             generator = torch.Generator().manual_seed(fan_in)
             known = torch.randn(size, generator=generator, dtype=self._dtype)
-            known = (known * (2 / fan_in) ** 0.5).to(like.device)
+            known = known.mul_((2 / fan_in) ** 0.5).to(like.device)
             self._numbers[fan_in, like.device] = known
         return nn.Parameter(known[start : start + like.numel()].view(like.shape))
 

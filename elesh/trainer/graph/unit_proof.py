@@ -134,6 +134,11 @@ class _Experiment(Admission):
         for group in groups:
             for site in group.sites:
                 self._readers.setdefault(site.module, set()).add(group.name)
+        self._makers: dict[str, set[str]] = {}
+        """By layer: those that make what it reads."""
+        for group in architecture.groups:
+            for site in group.sites:
+                self._makers.setdefault(site.module, set()).update(group.layers)
 
     def tied_heads(self) -> list[Together]:
         """Heads and widths of which neither can go without the other, as groups of equal shares."""
@@ -186,18 +191,24 @@ class _Experiment(Admission):
         different faults at the same time.
         """
         good, sets, reasons = list(names), list[list[str]](), dict[str, str]()
-        settled: set[str] = set()
+        settled: dict[str, set[str]] = {}
         while faults := self._faults(good):
-            if settled.intersection(fault.place for fault in faults):
-                return self._halved(
-                    names
-                )  # The groups that were set aside there were not the cause.
+            for place in settled.keys() & {fault.place for fault in faults}:
+                # There, others are the cause: who was refused for it is tried again.
+                again = [name for name in settled.pop(place) if reasons.pop(name, "")]
+                sets += [[name] for name in again]
             found = _cases(faults, good)
             alone = {members[0] for members in found if len(members) == 1}
+            suspected = set(chain.from_iterable(found))
             for fault in faults:
                 for name in alone & (fault.blamed or alone):
+                    if fault.differs and name not in reasons and self._before(name) & suspected:
+                        sets.append([name])  # It may be the fault of those.
+                        alone.discard(name)
+                        continue
                     reasons.setdefault(name, fault.reason)
-                    settled |= {fault.place} if fault.differs else set()
+                    if fault.differs:
+                        settled.setdefault(fault.place, set()).add(name)
             sets += [members for members in found if len(members) > 1]
             good = _without(good, chain.from_iterable(found))
         reasons |= self._let_in(good, sets)
@@ -212,7 +223,7 @@ class _Experiment(Admission):
         cases, reasons = [list(_halves(members)) for members in sets], dict[str, str]()
         alone = False
         while cases:
-            tried = cases[:1] if alone else cases
+            tried = cases[:1] if alone else self._independent(cases)
             heads = [case[-1] for case in tried]
             faults = self._faults([*good, *chain.from_iterable(heads)])
             nowhere = any(not fault.blamed and not fault.place for fault in faults)
@@ -234,6 +245,23 @@ class _Experiment(Admission):
                     case += _halves(head)
             cases, alone = [case for case in cases if case], False
         return reasons
+
+    def _independent(self, cases: list[list[list[str]]]) -> list[list[list[str]]]:
+        """Of the cases as many as can be tried together: where one lost inputs, what another is
+        blamed for may be its fault."""
+        tried, names, before = list[list[list[str]]](), set[str](), set[str]()
+        for case in cases:
+            head, own = case[-1], set[str]().union(*map(self._before, case[-1]))
+            if not (before.intersection(head) or own & names):
+                tried.append(case)
+                names, before = names.union(head), before | own
+        return tried
+
+    def _before(self, name: str) -> set[str]:
+        """The groups that layers read which make what readers of this group read."""
+        made = [self._makers[site.module] for site in self.architecture.group[name].sites]
+        read = [self._readers.get(one, set()) for one in chain.from_iterable(made)]
+        return set().union(*read) - {name}
 
     def _guilty(self, fault: _Blame, heads: Sequence[Sequence[str]]) -> list[int]:
         """Which of the sets that were let in last may be to blame for a fault."""
@@ -278,6 +306,9 @@ class _Experiment(Admission):
             run.do(train=True)
         for fault in run.waypoints.faults:
             blamed = self._readers.get(fault.place, set()) & units.keys()
+            if not blamed:  # What makes it computes something else with the inputs that are left.
+                made = [self._readers.get(one, set()) for one in self._makers.get(fault.place, ())]
+                blamed = units.keys() & set().union(*made)
             run.blamed.append(_Blame(fault.place, frozenset(blamed), _mixes(fault), True))
         return run.blamed
 
