@@ -5,10 +5,12 @@ them."""
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as distributed
@@ -149,6 +151,18 @@ def shares_are_averaged_and_masks_reach_all(rank: int) -> None:
 JOBS = (cut_and_train_on, one_fails_after_the_cut, shares_are_averaged_and_masks_reach_all)
 
 
+def run_both(meeting: str, answers: Any) -> None:
+    """Both ranks, forked from one process that has imported what they need, and does nothing."""
+    torch.set_num_threads(1)
+    import_module("torch._dynamo")  # as the first optimizer of a process does
+    context = get_context("fork")
+    ranks = [context.Process(target=run, args=(rank, meeting, answers)) for rank in (0, 1)]
+    for each in ranks:
+        each.start()
+    for each in ranks:
+        each.join()
+
+
 def run(rank: int, meeting: str, answers: Any) -> None:
     """Every job, one after the other, until one fails: then the other rank waits in vain for it."""
     torch.set_num_threads(1)
@@ -168,14 +182,11 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], s
     """By job and rank: empty, or what failed."""
     context, meeting = get_context("spawn"), tmp_path_factory.mktemp("ranks") / "meeting"
     queue = context.SimpleQueue()
-    processes = [
-        context.Process(target=run, args=(rank, str(meeting), queue), daemon=True)
-        for rank in (0, 1)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(600)
+    process = context.Process(target=run_both, args=(str(meeting), queue))
+    process.start()
+    process.join(600)
+    for left in (*psutil.Process(process.pid).children(), process) if process.is_alive() else ():
+        left.kill()
     found = dict[tuple[str, int], str]()
     while not queue.empty():
         name, rank, said = queue.get()
