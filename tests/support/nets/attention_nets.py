@@ -1,4 +1,7 @@
-"""Networks with attention of the kinds that users have, with inputs and what their heads are."""
+"""Networks with attention of the kinds that users have, with inputs and what their heads are.
+
+A process that uses none of transformers' does without that library: it takes half a second.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import transformers
 from shared import kept
 from torch import Tensor, nn
 from torch.nn import functional
@@ -207,17 +209,23 @@ _TEXT: dict[str, Any] = {"vocab_size": 50, "bos_token_id": 1, "eos_token_id": 1,
 
 
 def _bert() -> nn.Module:
+    import transformers
+
     config = transformers.BertConfig(max_position_embeddings=20, **_COMMON, **_TEXT)
     return transformers.BertForSequenceClassification(config)
 
 
 def _vit() -> nn.Module:
+    import transformers
+
     return transformers.ViTForImageClassification(
         transformers.ViTConfig(image_size=8, patch_size=4, **_COMMON)
     )
 
 
 def _gpt2() -> nn.Module:
+    import transformers
+
     config = transformers.GPT2Config(
         n_embd=32, n_layer=2, n_head=4, n_inner=40, n_positions=20, attn_implementation="eager",
         **_TEXT,
@@ -226,6 +234,8 @@ def _gpt2() -> nn.Module:
 
 
 def _llama() -> nn.Module:
+    import transformers
+
     config = transformers.LlamaConfig(
         **{**_COMMON, "num_attention_heads": 8}, num_key_value_heads=4, **_TEXT
     )
