@@ -39,11 +39,9 @@ from redis.backoff import NoBackoff
 from redis.exceptions import (
     AuthenticationError,
     BusyLoadingError,
-    ConnectionError,
     DataError,
     RedisError,
     ResponseError,
-    TimeoutError,
 )
 
 from elesh.bus.errors import BadAddress, BusRefuses, BusUnavailable
@@ -404,7 +402,7 @@ class Client(Redis):
             raise BusRefuses(self.url, "LOADING", error, hint="it is loading its data") from error
         except DataError:
             raise  # ours: a value that no command takes
-        except (ConnectionError, TimeoutError, RedisError, OSError) as error:
+        except (RedisError, OSError) as error:
             self.failed()
             raise BusUnavailable(self.url, error) from error
 
