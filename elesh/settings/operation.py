@@ -134,6 +134,10 @@ class TrainerSettings(Section):
     rollback: Literal["immediate", "progressive", "atomic"] = "immediate"
     """``immediate``: to before the first cut whose trigger fired; ``progressive``: to ever older
     restore points until one validates; ``atomic``: only the newest cut is taken back."""
+    cut_accuracy_drop: float = Field(default=0.005, ge=0, le=1)
+    """What one cut may cost at once, by the trainer's own evaluation under the mask; a decision
+    that costs more is shortened to its cheaper half, a quarter or an eighth. Two validation samples
+    are always allowed. 1: decisions are cut whole or not at all."""
     restore_points: int = Field(default=4, ge=2)
     """How many are kept; more only while cuts under watch need them."""
     claim_seconds: float = Field(default=15.0, gt=0)

@@ -140,6 +140,9 @@ class PruningOutcome(Message):
     """The same of the network that is left, just after the cut."""
     watched: Count | None = Field(default=None, exclude_if=_is_none)
     """Reports of accuracy that the cut must still stand; until 0 it is monitored."""
+    shortened_to: Fraction | None = Field(default=None, exclude_if=_is_none)
+    """The share of the decision's units and layers that went, where all of them cost more at once
+    than the trainer allows."""
     rolled_back_epoch: Epoch | None = Field(default=None, exclude_if=_is_none)
     """The epoch at which a cut was taken back that had been made before."""
     undone_with: DecisionKey | None = Field(default=None, exclude_if=_is_none)

@@ -365,7 +365,7 @@ def _held(thing: Any, seen: dict[int, Any], depth: int) -> Iterator[PutBack]:
         inside = list(thing.__closure__ or ())
     elif sort in ("tuple", "partial", "method"):
         inside = list(_parts(thing))
-    elif hasattr(thing, "__dict__"):
+    elif hasattr(thing, "__dict__") and not hasattr(thing, NOT_FOLLOWED):
         inside = [vars(thing)]
     for part in inside if len(inside) <= _LONG else ():
         if type(part) not in _CONSTANT:

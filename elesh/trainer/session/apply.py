@@ -1,4 +1,5 @@
 """Applying a decision, checked twice: mask, evaluate, then cut and evaluate again, or take it back.
+A decision that costs too much at once is shortened under the mask.
 
 Promises: mask and cut compute the same, reconstruction included; whatever fails in between, the
 network is bit for bit what it was, and the outcome says why; a figure that is no finite number is a
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from elesh.observe import get_logger, span
 from elesh.settings import RollbackTriggers
+from elesh.trainer.network.calling import tensors_in
 from elesh.trainer.network.state import preserved
 from elesh.trainer.network.timing import call_seconds
 from elesh.trainer.recovery.evaluation import Evaluation, checked, failed_check
@@ -24,7 +26,7 @@ from elesh.trainer.surgery.reconstruction import InputCovariance
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import PrunedArchitecture, PruningOutcome, StructuralPruningDecision
 
-from .carry_over import carried_over
+from .carry_over import carried_over, shortened
 
 __all__ = [
     "Evaluation",
@@ -46,6 +48,10 @@ _UNMOVED = (
     "all masked: evaluate does not run the network that the surgeon has (but a copy of it, or what "
     "was compiled or exported of it); have it call surgeon.model"
 )
+_HALVINGS = 3
+"""A decision that costs too much at once is halved so many times."""
+_FEW = 2
+"""So many validation samples more that are wrong say nothing, however small their number."""
 _LONGEST = 2000
 """Of an error in an outcome, in characters."""
 _log = get_logger(__name__)
@@ -115,11 +121,17 @@ def check_and_cut(
     batches: Batches = (),
     take_back: Callable[[], object] | None = None,
     now: Evaluation | None = None,
+    cut_drop: float | None = None,
 ) -> PruningOutcome:
     """As :func:`apply_decision`, of a decision that :func:`refusal` lets pass.
 
     Args:
         now: what ``evaluate`` said of the network as it is, where it was called a moment ago.
+        cut_drop: the drop of accuracy under the mask from which on a decision is too much at once.
+            Its cheaper half is then tried, and half of that, three times at most; the first that
+            costs no more is cut, and the outcome says what share of the decision that is. A drop
+            of one or two validation samples, or one that no rise of the loss confirms, is not too
+            much. None: the decision is cut whole or not at all.
     """
     if blocked := surgeon.blocked():
         present = surgeon.architecture
@@ -131,7 +143,7 @@ def check_and_cut(
     check = _Check(decision, surgeon, evaluate, limit, refit, notes)
     return (
         check.plain(now)
-        or check.masked()
+        or check.masked(cut_drop)
         or check.cut(take_back or _to_now(surgeon))
         or check.outcome("applied")
     )
@@ -139,6 +151,8 @@ def check_and_cut(
 
 class _Check:
     """One decision on its way; each step returns the outcome with which it ends, if it does."""
+
+    _not_followed = True
 
     def __init__(
         self,
@@ -153,7 +167,10 @@ class _Check:
         self._evaluate = preserving(evaluate, surgeon.model)
         self._before = surgeon.architecture
         self._figures: dict[str, Evaluation] = {}
-        self._latency: dict[str, float | None] = {}
+        self._more: dict[str, float | None] = {}
+        """Fields of the outcome of a cut that was made."""
+        self._samples = 0
+        """That the last evaluation showed the network."""
         self._refit, self._notes = refit, notes
         self._statistics: dict[str, Tensor] = {}
         """Of batch normalisations, as they are after the cut, in present sizes."""
@@ -162,7 +179,7 @@ class _Check:
         """The network as it is, to compare with; evaluated unless that is known."""
         try:
             now = self._figures["before"] = known or self._measure("before", "evaluate")
-            self._latency["latency_before"] = call_seconds(self._surgeon.model)
+            self._more["latency_before"] = call_seconds(self._surgeon.model)
         except Exception as error:
             return self._failed("before anything was changed", error)
         if not now.finite:
@@ -170,8 +187,54 @@ class _Check:
             return self.outcome("refused", detail)
         return None
 
-    def masked(self) -> PruningOutcome | None:
-        """With the mask on, which is off again on return."""
+    def masked(self, cut_drop: float | None = None) -> PruningOutcome | None:
+        """With the mask on, which is off again on return; as much of the decision as costs little
+        at once. What fails whole and in all its parts fails as a whole."""
+        whole, share = self._decision, 1.0
+        first = self._masked()
+        if cut_drop is None or not (dearest := self._too_dear(cut_drop)):
+            return first
+        for _ in range(_HALVINGS):
+            share /= 2
+            smaller = shortened(whole, self._before, share)
+            if smaller is None and share == 0.5:  # one unit, or one layer: the triggers judge it
+                return first
+            if smaller is None:
+                break
+            self._decision = smaller
+            failed = self._masked()
+            if "masked" not in self._figures:  # an error
+                return failed
+            if not self._too_dear(cut_drop):
+                self._say_shortened(whole, dearest)
+                return failed
+        self._decision = whole
+        if first is not None:
+            return first
+        reason = f"{dearest} with all of it, and with {share:g} of it more than {cut_drop:g}, too"
+        return self.outcome("refused", f"{reason}: smaller, later, or a higher cut_accuracy_drop")
+
+    def _too_dear(self, cut_drop: float) -> str:
+        """What the mask costs, where that is too much at once; else empty."""
+        before, now = self._figures["before"], self._figures.get("masked")
+        if now is None or not now.finite:
+            return ""
+        drop = before.accuracy - now.accuracy
+        allowed = max(cut_drop, _FEW / self._samples if self._samples else 0.0)
+        confirmed = now.loss > before.loss or not (now.loss or before.loss)
+        return f"accuracy falls by {drop:.4f}" if drop > allowed + 1e-9 and confirmed else ""
+
+    def _say_shortened(self, whole: StructuralPruningDecision, why: str) -> None:
+        """A shortened decision: a field of the outcome, a line in the log, words in the detail."""
+        sizes = [sum(map(len, d.units.values())) + len(d.layers) for d in (self._decision, whole)]
+        self._more["shortened_to"] = sizes[0] / sizes[1]
+        said = f"shortened to {sizes[0]} of {sizes[1]} units: {why} with all of them"
+        self._notes += (said,)
+        _log.warning("decision shortened", key=whole.idempotency_key, reason=said)
+
+    def _masked(self) -> PruningOutcome | None:
+        """With the mask on; the figures of an earlier mask are forgotten."""
+        self._figures.pop("masked", None)
         surgeon, decision = self._surgeon, self._decision
         before: dict[str, Tensor] = {}
         try:
@@ -223,7 +286,7 @@ class _Check:
             with span("cut"):
                 self._notes += _cut(self._decision, self._surgeon, self._refit, self._statistics)
             now = self._measure("after", "evaluate cut")
-            self._latency["latency_after"] = call_seconds(self._surgeon.model)
+            self._more["latency_after"] = call_seconds(self._surgeon.model)
         except BaseException as error:
             take_back()
             if not isinstance(error, Exception):
@@ -240,12 +303,17 @@ class _Check:
         after = self._surgeon.architecture if result == "applied" else before
         detail = detail or "; ".join(self._notes)
         outcome = outcome_of(self._decision, before, after, result, detail, self._figures)
-        return outcome.model_copy(update=self._latency) if result == "applied" else outcome
+        return outcome.model_copy(update=self._more) if result == "applied" else outcome
 
     def _measure(self, name: str, step: str) -> Evaluation:
-        with span(step):
+        self._samples, model = 0, self._surgeon.model
+        with span(step), model.register_forward_pre_hook(self._count, with_kwargs=True):
             self._figures[name] = now = self._evaluate()
         return now
+
+    def _count(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        sizes = [len(x) for x in tensors_in([*args, *kwargs.values()]) if x.ndim]
+        self._samples += max(sizes, default=0)
 
     def _judge(self, now: Evaluation, when: str) -> PruningOutcome | None:
         reason = failed_check(self._figures["before"].accuracy, now, self._limit)

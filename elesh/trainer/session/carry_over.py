@@ -1,4 +1,4 @@
-"""A decision carried over to the network as it is now: its units by their original numbers.
+"""A decision carried over to the network as it is now by its units' original numbers, or shortened.
 
 Between a checkpoint and its answer another cut may be made. Units have names that no cut changes,
 so what the decision names can be found again. Promises: nothing goes that the decision did not
@@ -8,7 +8,7 @@ their multiples; the trainer's own check judges the result as that of any decisi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from leyline import (
@@ -20,7 +20,7 @@ from leyline import (
     StructuralPruningDecision,
 )
 
-__all__ = ["carried_over"]
+__all__ = ["carried_over", "shortened"]
 
 _ALIGNED = ("original_indices", "importance", "costs", "errors")
 Target = ChannelPruningTarget | AttentionHeadTarget
@@ -52,6 +52,38 @@ def carried_over(
             break
         if not _without_dearest(places, now):
             return None  # What is left are whole layers, and they are too much.
+    return _of(decision, places, layers, now)
+
+
+def shortened(
+    decision: StructuralPruningDecision, now: PrunedArchitecture, share: float
+) -> StructuralPruningDecision | None:
+    """The cheapest of what a decision removes, at most this share of its units and of its layers.
+
+    Args:
+        decision: in the numbering of ``now``.
+
+    Returns:
+        None where nothing is left of it.
+    """
+    places = _places(decision, now)
+    wanted = share * sum(map(len, places.values()))
+    while sum(map(len, places.values())) > wanted and _without_dearest(places, now):
+        pass
+    layers = [target.layer_name for target in decision.layers]
+    layers = layers[: int(share * len(layers))]
+    if not (any(places.values()) or layers):
+        return None
+    return _of(decision, places, layers, now)
+
+
+def _of(
+    decision: StructuralPruningDecision,
+    places: Mapping[Target, list[tuple[int, int]]],
+    layers: Collection[str],
+    now: PrunedArchitecture,
+) -> StructuralPruningDecision:
+    """The decision with these units and layers only, in the numbering of ``now``."""
     kept = {id(target): _renumbered(target, own, now) for target, own in places.items() if own}
     update = {
         "model_hash": now.model_hash,

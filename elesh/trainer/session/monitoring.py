@@ -49,6 +49,7 @@ class MonitoredCuts:
     def __init__(self, settings: Settings, recovery: Recovery) -> None:
         self._triggers = settings.structured_pruning.rollback_triggers
         self._reports, self._mode = settings.trainer.watch_epochs, settings.trainer.rollback
+        self._cut_drop = settings.trainer.cut_accuracy_drop
         self._recovery = recovery
 
     @property
@@ -98,6 +99,7 @@ class MonitoredCuts:
             batches=batches,
             take_back=lambda: snapshot.put_back(tracked),
             now=known,
+            cut_drop=self._cut_drop,
         )
         if outcome.result == "applied":
             outcome = self._commit(decision, outcome, snapshot, tracked, before)

@@ -1,0 +1,68 @@
+"""A cut that costs too much at once is made smaller under the trainer's own check, or is not made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from guarded import Run, World, decide, told
+from trainer_nets import example
+
+from elesh.trainer import Evaluation
+
+
+def trained(**trainer: Any) -> tuple[Run, World]:
+    world, run = World(), Run(None, **trainer)
+    run.resume(world.tracked)
+    return run, world
+
+
+def units(world: World) -> int:
+    return sum(group.size for group in world.surgeon.architecture.groups if group.prunable)
+
+
+def test_a_decision_that_costs_too_much_at_once_goes_in_part() -> None:
+    run, world = trained()
+    before, decision = units(world), decide(world.surgeon.architecture)
+    outcome = run.apply(decision, world.surgeon, told(0.9, 0.885, 0.899))
+    assert (outcome.result, outcome.shortened_to) == ("applied", 0.5)
+    assert (outcome.accuracy_masked, outcome.accuracy_after) == (0.899, 0.899)
+    assert "shortened to 2 of 4 units" in outcome.detail
+    assert before - units(world) == 2
+
+
+@pytest.mark.parametrize(
+    ("masked", "result"), [(0.8, "rolled_back"), (0.89, "refused")], ids=["far", "near"]
+)
+def test_what_costs_too_much_in_every_part_changes_nothing(masked: float, result: str) -> None:
+    run, world = trained()
+    before = world.digest()
+    outcome = run.apply(decide(world.surgeon.architecture), world.surgeon, told(0.9, masked))
+    assert (outcome.result, outcome.shortened_to) == (result, None)
+    assert ("smaller, later" in outcome.detail) is (result == "refused")
+    assert world.digest() == before
+
+
+def test_the_setting_allows_a_cut_to_cost_more() -> None:
+    run, world = trained(cut_accuracy_drop=0.02)
+    outcome = run.apply(decide(world.surgeon.architecture), world.surgeon, told(0.9, 0.885))
+    assert (outcome.result, outcome.shortened_to) == ("applied", None)
+
+
+def test_a_drop_that_the_loss_does_not_confirm_is_chance() -> None:
+    run, world = trained()
+    figures = iter((Evaluation(0.9, 0.4), Evaluation(0.885, 0.39), Evaluation(0.885, 0.39)))
+    outcome = run.apply(decide(world.surgeon.architecture), world.surgeon, lambda: next(figures))
+    assert (outcome.result, outcome.shortened_to) == ("applied", None)
+
+
+def test_two_samples_are_not_too_many_however_few_there_are() -> None:
+    run, world = trained()
+    said = told(0.9, 0.885)
+
+    def evaluate() -> Evaluation:
+        world.model(example().repeat(50, 1, 1, 1)[:100])
+        return said()  # type: ignore[no-any-return]
+
+    outcome = run.apply(decide(world.surgeon.architecture), world.surgeon, evaluate)
+    assert (outcome.result, outcome.shortened_to) == ("applied", None)
