@@ -1,4 +1,4 @@
-"""A cut that costs too much at once is made smaller under the trainer's own check, or is not made."""
+"""A cut that costs too much at once is made smaller under the trainer's own check, or not made."""
 
 from __future__ import annotations
 
