@@ -11,7 +11,7 @@ import pytest
 from redis import Redis
 from redis.exceptions import AuthenticationError, NoPermissionError, ResponseError
 from servers import Server, redis_binary, valkey
-from station import Station, checkpoint
+from station import PATIENCE, Station, checkpoint
 from typer.testing import CliRunner
 
 from elesh.bus import Bus, BusUnavailable
@@ -80,7 +80,7 @@ def as_trainer(server: Server) -> None:
         assert session.request(checkpoint(number=2), "by-name")
         decisions: list[StructuralPruningDecision] = []
         while len(decisions) < 2:
-            assert session.wait(60), session.missed
+            assert session.wait(PATIENCE), session.missed
             decisions += session.decisions()
         outcome = PruningOutcome(
             idempotency_key=decisions[0].idempotency_key,

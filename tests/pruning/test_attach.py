@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from station import PATIENCE
 from torch import nn
 from torch.nn import functional
 from trained import SmallNet, batches, digits
@@ -76,7 +77,7 @@ def test_a_run_is_cut_killed_and_resumed(tmp_path: Path) -> None:
                 train(model, optimizer)
                 pruning.step(epoch)
                 if epoch % 2 == 0:
-                    pruning.session.wait(30)
+                    pruning.session.wait(PATIENCE)
             assert any(outcome.result == "applied" for outcome in pruning.outcomes)
             cut = pruning.architecture
             assert cut.macs < cut.original_macs

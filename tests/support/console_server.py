@@ -11,6 +11,7 @@ from http.client import HTTPConnection
 from urllib.parse import urlencode
 
 import uvicorn
+from station import PATIENCE
 
 from elesh.console.app import console_app
 from elesh.settings import Settings
@@ -81,9 +82,9 @@ def serving_console(url: str, settings: Settings) -> Iterator[Site]:
     server.startup = startup  # type: ignore[method-assign]
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    assert started.wait(30)
+    assert started.wait(PATIENCE)
     try:
         yield Site(server.servers[0].sockets[0].getsockname()[1])
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(PATIENCE)

@@ -11,7 +11,7 @@ import proved_networks
 import pytest
 from proved_networks import inverted
 from servers import Server
-from station import Station
+from station import PATIENCE, Station
 
 from elesh.operate.replay import Replayed, Selection, replay
 from elesh.settings import Settings
@@ -39,7 +39,7 @@ def answers(station: Station, bundles: list[CheckpointBundle]) -> list[Structura
         for number, bundle in enumerate(bundles):
             session.publish(numbered(bundle, number))
             while len(got) <= number:
-                assert session.wait(60), "no answer"
+                assert session.wait(PATIENCE), "no answer"
                 got += session.decisions()
         assert session.missed == 0
     return got
@@ -107,7 +107,7 @@ def test_torch_is_loaded_before_the_first_job_if_it_is_to_be(tmp_path: Path, pre
             assert child.pid is not None
             # What it answers to a job that it cannot do comes after whatever it does first.
             job = Job(kind="level", folder=str(tmp_path), key="none", settings="{}", levels=())
-            assert (await child.run(job, timeout=60)).failed is not None
+            assert (await child.run(job, timeout=PATIENCE)).failed is not None
             return has_torch(child.pid)
         finally:
             await child.kill()

@@ -16,7 +16,7 @@ import pytest
 import torch
 from guarded import World, decide, told
 from redis import Redis
-from station import Station, checkpoint
+from station import PATIENCE, Station, checkpoint
 from trainer_nets import same
 
 from elesh.bus import BreakerView, Bus, Commit
@@ -50,7 +50,7 @@ def test_a_published_checkpoint_is_decided_and_comes_back_to_its_run(station: St
     station.worker()
     with Session("run", station.url, settings_of(station)) as session:
         session.publish(checkpoint())
-        assert session.wait(60)
+        assert session.wait(PATIENCE)
         (decision,) = session.decisions()
     assert decision.idempotency_key == str(checkpoint().key(Level.CHANNEL))
     assert session.missed == 0
@@ -61,7 +61,7 @@ def test_a_request_is_answered_under_its_own_id(station: Station) -> None:
     station.worker()
     with Session("run", station.url, settings_of(station)) as session:
         session.request(checkpoint(), "rq-7")
-        assert session.wait(60)
+        assert session.wait(PATIENCE)
         (decision,) = session.decisions()
     hash_ = checkpoint().architecture.model_hash
     assert decision.key == IdempotencyKey(60, hash_, "rq-7", Level.CHANNEL)
@@ -73,13 +73,13 @@ def test_a_request_is_answered_under_its_own_id(station: Station) -> None:
 def test_decisions_of_other_runs_are_not_seen(station: Station) -> None:
     station.worker()
     with Session("another-run", station.url, settings_of(station)) as session:
-        assert session.wait_connected(60)
+        assert session.wait_connected(PATIENCE)
         station.publish(checkpoint())
         station.wait_decisions(1)
         mine = checkpoint(number=2)
         metadata = mine.metadata.model_copy(update={"run_id": "another-run"})
         session.publish(networks.bundle(mine.architecture, metadata=metadata))
-        assert session.wait(60)
+        assert session.wait(PATIENCE)
         assert [d.run_id for d in session.decisions()] == ["another-run"]
 
 
@@ -143,7 +143,7 @@ def test_the_claim_of_a_trainer_that_is_gone_ends_with_its_lease(station: Statio
     station.on_bus(lambda bus: bus.runs.claim("run", "dead", "elsewhere:1", 0.6))
     settings = settings_of(station, claim_seconds=0.8)
     with Session("run", station.url, settings) as session:
-        assert session.wait_connected(60)
+        assert session.wait_connected(PATIENCE)
         assert "elsewhere:1" in session.refused
         station.wait_for(lambda: not session.refused, "the claim to end")
         assert session.publish(checkpoint())
@@ -153,7 +153,7 @@ def test_the_claim_of_a_trainer_that_is_gone_ends_with_its_lease(station: Statio
 def test_a_trainer_that_lost_its_claim_publishes_nothing_more(station: Station) -> None:
     settings = settings_of(station, claim_seconds=3600)
     with Session("run", station.url, settings) as session:
-        assert session.wait_connected(60)
+        assert session.wait_connected(PATIENCE)
         # As after a long pause of the process: the lease ran out, and another took the run.
         with Redis.from_url(station.url) as client:
             client.delete(f"elesh:{{{station.partition}}}:claim:run")
@@ -171,7 +171,7 @@ def test_a_trainer_that_pauses_between_renewal_and_publish_is_refused_by_the_ser
         """Just now, as it believes."""
 
     with Session("run", station.url, settings_of(station, claim_seconds=3600)) as session:
-        assert session.wait_connected(60)
+        assert session.wait_connected(PATIENCE)
         monkeypatch.setattr(RunStore, "claim", renewed)
         with Redis.from_url(station.url) as client:
             claim = {"token": "other", "who": "elsewhere:1"}
@@ -191,7 +191,7 @@ def test_a_killed_trainer_takes_its_claim_over_at_once_by_its_restore_folder(
     token = (tmp_path / "run" / "claim").read_text()
     station.on_bus(lambda bus: bus.runs.claim("run", token, "killed:1", 3600))
     with session:
-        assert session.wait_connected(60)
+        assert session.wait_connected(PATIENCE)
         assert session.refused == ""
 
 
@@ -270,10 +270,10 @@ def test_a_run_id_that_was_used_before_is_said_at_once_and_its_checkpoints_are_a
     settings, keys = settings_of(station), []
     for folder in ("one", "two", "two"):
         with Session("run", station.url, settings, restore_dir=tmp_path / folder) as session:
-            assert session.wait_connected(60)
+            assert session.wait_connected(PATIENCE)
             assert bool(session.reused) is (len(keys) == 1)
             session.publish(checkpoint())
-            assert session.wait(60)
+            assert session.wait(PATIENCE)
             keys += [decision.idempotency_key for decision in session.decisions()]
     assert "was trained before, by" in caplog.text
     assert "another run id" in caplog.text
