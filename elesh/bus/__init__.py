@@ -1,8 +1,8 @@
 """The bus: Redis Streams with leases, one decision a key, blobs by claim check, breakers.
 
-Start reading at :mod:`elesh.bus.core`, then :mod:`.groups` (leases), :mod:`.reaping` and
-:mod:`.plans` (fan-out). The server is any Redis 7 or newer, or the embedded
-one of :mod:`elesh.bus.server.embedded`.
+Start reading at :mod:`elesh.bus.core`, then :mod:`.streams.consumer_groups` (leases),
+:mod:`.streams.reaping` and :mod:`.streams.fan_out`. The server is any Redis 7 or newer, or the
+embedded one of :mod:`elesh.bus.server.embedded`.
 """
 
 from elesh.bus.server.client import Backoff, OutageLog, repeatedly, require_address, until_available

@@ -24,7 +24,7 @@ from elesh.pruning.latency import compared
 from elesh.settings import SafetySchedule, Settings
 from elesh.trainer import Evaluation, Recorder, Session, Surgeon
 from elesh.trainer.export import Exporter, calibration_inputs, is_worth_exporting
-from elesh.trainer.surgery.reconstruction import InputCovariance
+from elesh.trainer.surgery.after_cut import InputCovariance
 from leyline import (
     CheckpointBundle,
     Level,

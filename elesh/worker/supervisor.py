@@ -2,7 +2,7 @@
 
 Several entries may be in flight at once, each in a task of its own; the compute child takes one
 analysis after the other. How many it is worth to have in flight, and who waits for whom, is in
-:mod:`.in_flight`.
+:mod:`.leases`.
 
 Promises: every entry that a worker claims ends committed, as a duplicate, or as a dead letter with
 its original bytes and the reason, or it goes round again for another worker; one decision for each

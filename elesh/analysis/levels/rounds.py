@@ -219,8 +219,8 @@ def _cheapest(order: Order, units: Collection[int], count: int) -> frozenset[int
 def _quiet(order: LogitGapOrder) -> tuple[Bools, set[int]]:
     """[C] the units that cost less than one taken at random, and the free ones that do not.
 
-    The rule of :mod:`.noise`: what a unit costs alone, two standard errors included, must be less
-    than what a unit does on average.
+    The rule of :func:`elesh.analysis.selection.choose.without_noise`: what a unit costs alone, two
+    standard errors included, must be less than what a unit does on average.
     """
     everything = np.ones(order.candidates.count, dtype=np.bool_)
     free, (costs, errors) = order.free(everything), order.alone()

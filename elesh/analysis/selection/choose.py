@@ -87,7 +87,7 @@ class Selection:
     kept_for_multiple: frozenset[int] = frozenset()
     """Units that stay so that a group ends at its multiple."""
     noise: frozenset[int] = frozenset()
-    """Units that stay because they lie inside the noise (:mod:`.noise`)."""
+    """Units that stay because they lie inside the noise (:func:`without_noise`)."""
 
     @cached_property
     def units(self) -> tuple[int, ...]:

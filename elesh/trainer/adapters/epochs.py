@@ -32,8 +32,8 @@ from elesh.trainer.recovery.checkpoints import Loading
 from elesh.trainer.recovery.evaluation import checked
 from elesh.trainer.session.apply import Evaluation
 from elesh.trainer.session.session import Session
+from elesh.trainer.surgery.after_cut import InputCovariance
 from elesh.trainer.surgery.lineage import lineage_of
-from elesh.trainer.surgery.reconstruction import InputCovariance
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import (
     Budget,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from elesh.trainer.network.gates import Axis, axis_of
-from elesh.trainer.surgery.reconstruction import (
+from elesh.trainer.surgery.after_cut import (
     CovarianceSums,
     InputCovariance,
     normalisations,

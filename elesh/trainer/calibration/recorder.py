@@ -32,9 +32,13 @@ from elesh.trainer.network.calling import (
 from elesh.trainer.network.gates import GateMeter, axis_of
 from elesh.trainer.network.layers import named_tensors, require_fit
 from elesh.trainer.network.state import preserve_state, unwrapped
-from elesh.trainer.surgery.after_cut import has_batch_statistics
+from elesh.trainer.surgery.after_cut import (
+    CovarianceMeter,
+    InputCovariance,
+    consumer_axes,
+    has_batch_statistics,
+)
 from elesh.trainer.surgery.optimizers import require_whole
-from elesh.trainer.surgery.reconstruction import CovarianceMeter, InputCovariance, consumer_axes
 from elesh.trainer.surgery.teachers import teachers_in, with_teachers
 from leyline import (
     AnalysisParameters,

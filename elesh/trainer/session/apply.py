@@ -21,8 +21,11 @@ from elesh.trainer.network.calling import tensors_in
 from elesh.trainer.network.state import preserved
 from elesh.trainer.network.timing import call_seconds
 from elesh.trainer.recovery.evaluation import Evaluation, checked, failed_check
-from elesh.trainer.surgery.after_cut import estimated_batch_statistics, put_batch_statistics
-from elesh.trainer.surgery.reconstruction import InputCovariance
+from elesh.trainer.surgery.after_cut import (
+    InputCovariance,
+    estimated_batch_statistics,
+    put_batch_statistics,
+)
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import PrunedArchitecture, PruningOutcome, StructuralPruningDecision
 

@@ -17,7 +17,7 @@ from elesh.trainer.network.state import trainable
 from elesh.trainer.recovery.journal import MadeCut
 from elesh.trainer.recovery.recovery import Recovery
 from elesh.trainer.recovery.snapshot import Snapshot, Tracked
-from elesh.trainer.surgery.reconstruction import InputCovariance
+from elesh.trainer.surgery.after_cut import InputCovariance
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import ContractError, PrunedArchitecture, PruningOutcome, StructuralPruningDecision
 

@@ -3,8 +3,8 @@
 Promises: ``publish`` and ``decisions`` never block and never raise because the bus is away; what
 could not be sent is counted in ``missed`` and logged; a checkpoint that was published twice is one
 event. A session uses its parts and none of them uses it: what happens to the network is in
-:mod:`.monitoring`, where the run stands in :mod:`.recovery`, and everything that waits in
-:mod:`.bus_thread`, which shares a :mod:`.mailbox` with the session and nothing else.
+:mod:`.monitoring`, where the run stands in :mod:`elesh.trainer.recovery`, and everything that waits
+in :mod:`.bus_thread`, which shares a :mod:`.mailbox` with the session and nothing else.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from elesh.trainer.recovery.checkpoints import Loading
 from elesh.trainer.recovery.evaluation import event_id_of, recompilation, validation_of
 from elesh.trainer.recovery.recovery import Recovery
 from elesh.trainer.recovery.snapshot import Stateful, Tracked
-from elesh.trainer.surgery.reconstruction import InputCovariance
+from elesh.trainer.surgery.after_cut import InputCovariance
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import (
     CheckpointBundle,

@@ -1,7 +1,7 @@
 """Weight reconstruction, layer by layer: after a cut, every layer that reads units is solved once
 more for the outputs that it had before the cut, from the inputs that really reach it.
 
-What :mod:`.reconstruction` refits makes up for the units that one layer lost. What is then still
+What :mod:`.after_cut` refits makes up for the units that one layer lost. What is then still
 missing adds up over the layers, and neighbouring positions of a map, which could add to it, are not
 asked. Here layers are solved in the order in which the network calls them, each behind the ones
 that were solved before it (He, Zhang and Sun 2017, "Channel Pruning", section 3.1, "whole model

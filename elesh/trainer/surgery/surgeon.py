@@ -25,6 +25,7 @@ from leyline import (
     PruningRecord,
 )
 
+from .after_cut import InputCovariance, reconstructed
 from .averages import (
     Beside,
     Followed,
@@ -38,7 +39,6 @@ from .lineage import present, remember, steps
 from .masks import Masks
 from .optimizer_trial import require_cuttable
 from .optimizers import Given, Optimizers, other_optimizers, rebuild_reducers, require_whole
-from .reconstruction import InputCovariance, reconstructed
 from .teachers import teachers_in
 from .tensors import RestorePoint, Skeleton, cutters_of, laid_out, replace_data, some_cutters
 

@@ -72,7 +72,7 @@ class ComputeChild:
         return self._process.pid if alive and self._process else None
 
     def look(self) -> Finding:
-        """How the child is now, from outside; see :mod:`.heartbeat`."""
+        """How the child is now, from outside; see :class:`.protocol.HeartbeatReader`."""
         return self._heartbeat.look(self.pid, busy=self.busy)
 
     async def start(self) -> None:
