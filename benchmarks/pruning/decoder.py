@@ -46,8 +46,8 @@ from elesh.trainer.surgery.layer_by_layer import outputs_before, solved_layer_by
 from leyline import Level, Phase, PrunedArchitecture, PruningGroup
 
 SHARES = (0.25, 0.5)
-PASSAGES = 600
-"""Of the test data; their losses add up to some 40,000 characters."""
+PASSAGES = 300
+"""Of the test data; their losses are of some 20,000 characters."""
 KINDS = ("layers", "heads", "hidden units", "width")
 _MINIMUM = {"heads": 1, "hidden units": 4, "width": 8}
 Doubles = npt.NDArray[np.float64]

@@ -111,8 +111,8 @@ def prune(
             where some outputs jump by themselves (see :class:`Recorder`); by default all of it.
         min_channels, min_heads: what every group keeps.
         round_to: groups keep a multiple of so many channels.
-        reconstruct: solve the layers that read what is left again, and re-estimate batch
-            statistics.
+        reconstruct: solve the layers that read what is left again, one behind the other, for what
+            they put out before, and re-estimate batch statistics.
         soften: if the network is surer of the samples than its accuracy warrants, scale its
             outputs down, so that training can go on well; answers stay the same. Not with a loss
             of one's own or ``max_loss_increase``.
