@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from elesh.trainer.network.by_function import seen_called
 from elesh.trainer.network.calling import Inputs, example_copy
 from elesh.trainer.network.layers import ChannelAxes, channel_axes, describe_tensors, named_tensors
 from elesh.trainer.network.state import evaluated, preserve_state
@@ -80,6 +81,7 @@ def find_architecture(
             _groups(wiring, copied, ignored_layers), wiring, copied, ignored_layers
         )
         passage, layers = wiring.passage, wiring.layers
+        seen_called(one.module for one in passage.passes if one.name not in wiring.readers)
         blocks = find_blocks(passage, copied, layers, ignored_layers)
         fed = parameters_behind(passage.roots)
         reached = reached_by(copied, fed, wiring.called)

@@ -79,6 +79,7 @@ class Relations:
         self._axes: dict[Any, int | None] = {}
         self._own: dict[Any, int | None] = {}
         self._shapes: dict[Any, Sequence[int]] = {}
+        self._shapes_of: dict[Link, Sequence[int]] = {}
         self._behind: dict[Any, list[Link]] = {}
         self._edges: dict[tuple[Any, int], Relation] = {}
 
@@ -156,7 +157,7 @@ class Relations:
     def _crosses(self, producer: Any, consumer: Any, link: Link) -> bool:
         """Whether the producer's channels lie on another axis than the consumer's: they are
         positions to it (tokens that are mixed on a transposed map)."""
-        here, came = self._axis(producer), shape_of(*link)
+        here, came = self._axis(producer), self._shape(link)
         if here is None or here >= len(came):
             return False
         if self._own_axis(consumer) is not None:
@@ -225,8 +226,13 @@ class Relations:
     def _made(self, node: Any) -> Sequence[int]:
         """The shape of a node's (first) output."""
         if node not in self._shapes:
-            self._shapes[node] = shape_of(node.grad_fn, 0)
+            self._shapes[node] = self._shape((node.grad_fn, 0))
         return self._shapes[node]
+
+    def _shape(self, link: Link) -> Sequence[int]:
+        if link not in self._shapes_of:
+            self._shapes_of[link] = shape_of(*link)
+        return self._shapes_of[link]
 
     def _links(self, node: Any) -> list[Link]:
         if node not in self._behind:
@@ -235,7 +241,7 @@ class Relations:
 
     def _input_shape(self, node: Any) -> Sequence[int] | None:
         links = self._links(node)
-        return shape_of(*links[0]) if links else None
+        return self._shape(links[0]) if links else None
 
     def _own_axis(self, node: Any) -> int | None:
         if node not in self._own:
@@ -257,7 +263,7 @@ class Relations:
         before = self._input_shape(node)
         if axis is None or before is None:
             return None
-        return _moved(node.grad_fn, axis, before)
+        return _moved(node.grad_fn, axis, before, self._made(node))
 
 
 def _own_axis(node: Any) -> int | None:
@@ -279,9 +285,15 @@ def _own_axis(node: Any) -> int | None:
     return 1 if axes.outputs else None
 
 
-def _moved(function: Any, axis: int, before: Sequence[int]) -> int | None:
+def _moved(function: Any, axis: int, before: Sequence[int], after: Sequence[int]) -> int | None:
     """Where an operation puts the channel axis of its input."""
-    after, name = shape_of(function, 0), function.name()
+    if (
+        len(after) == len(before)
+        and list(after) == list(before)
+        and before.count(before[axis]) == 1
+    ):
+        return axis
+    name = function.name()
     if name.startswith("Permute"):
         order = [_signed(dim) % len(before) for dim in function._saved_dims]
         return order.index(axis)

@@ -19,10 +19,15 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["through_layers"]
+__all__ = ["seen_called", "through_layers"]
 
 _CALLED: WeakSet[nn.Module] = WeakSet()
 """Layers that were seen to be called."""
+
+
+def seen_called(layers: Iterable[nn.Module]) -> None:
+    """Say that these layers are called themselves: nothing has to be watched for them."""
+    _CALLED.update(layers)
 
 
 def through_layers(model: nn.Module, paths: Iterable[str]) -> list[RemovableHandle]:
