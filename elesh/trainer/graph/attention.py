@@ -11,7 +11,7 @@ the proof masks and cuts them like every other group.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from elesh.trainer.network.layers import channel_axes, common_holder, splits
 from elesh.trainer.network.multihead import NATIVE, native_projections
 from leyline import GateSite, Level, NormSite, PruningGroup, Span, TensorSlice
 
-from .dependencies import Source, Sources
+from .dependencies import SOFTMAX, Met, Source, Sources
 from .indexing import shape_of
 
 Bools = npt.NDArray[np.bool_]
@@ -50,7 +50,7 @@ class Attention:
     spans: tuple[tuple[str, int, Span], ...]
     """Tensor path, dimension and the units' indices, for every tensor that shrinks."""
     sites: tuple[GateSite, ...]
-    """The inputs of the output projections."""
+    """The inputs of the output projections, each before those of layers that mix its heads."""
     units: int
     reason: str = ""
     """Why its heads cannot go, if that is known already."""
@@ -88,7 +88,8 @@ def find_attentions(calls: Sequence[Call], model: nn.Module) -> tuple[Attention,
             attention = _traced(call, sources)
         if attention is not None:
             found.setdefault(attention.sites[0].module, attention)
-    return tuple(_joined(list(found.values())))
+    mixers = {site.module for one in found.values() for site in one.sites[1:]}
+    return tuple(_joined([one for name, one in found.items() if name not in mixers]))
 
 
 def _native(call: Call) -> Attention | None:
@@ -117,16 +118,48 @@ def _traced(call: Call, sources: Sources) -> Attention | None:
     assert dim is not None
     attribute, axis = channel_axes(call.module).inputs[0]
     inner = int(getattr(call.module, attribute).shape[axis])
-    if not met.products or shape_of(*link)[dim] != inner:
+    if shape_of(*link)[dim] != inner:
         return None
-    blocks = _blocks(met.products, inner, call.positions)
-    if blocks < 2:
+    mixers = () if met.products else _mixers(met, sources)
+    if mixers:
+        blocks = shape_of(*mixers[0].inputs[0])[-1]
+    else:
+        blocks = _blocks(met.products, inner, call.positions)
+    if blocks < 2 or inner % blocks:
         return None
-    touched = sources.touched(link, dim, blocks, met.sources)
+    found = [(met.sources, sources.touched(link, dim, blocks, met))]
+    for mixer in mixers:
+        behind = sources.behind(mixer.inputs[0])
+        found.append((behind.sources, sources.touched(mixer.inputs[0], -1, blocks, behind)))
+    touched = [pair for _, pairs in found for pair in pairs]
     units = _units(blocks, touched)
     if len(units) < 2:
         return None
-    return _assembled(call, inner // blocks, units, touched, met.sources)
+    met_sources = [source for several, _ in found for source in several]
+    return _assembled(call, inner // blocks, units, touched, met_sources, mixers)
+
+
+def _mixers(met: Met, sources: Sources) -> tuple[Call, ...]:
+    """Layers that mix the scores or weights of all heads (talking heads), the last one first, in
+    front of a product with values: they read and make one channel for each head."""
+    found: list[Call] = []
+    scores = 0
+    while True:
+        reached = [call for source in met.sources if (call := sources.made_by(source))]
+        for call in reached:
+            link = call.inputs[0] if call.inputs else (None, 0)
+            if call in found or not isinstance(call.module, nn.Linear) or link[0] is None:
+                continue
+            behind, shape = sources.behind(link), shape_of(*link)
+            made = [shape_of(one, 0) for one in behind.products if one.name() in SOFTMAX]
+            sizes = {math.prod(size) for size in made if shape[-1] in size[:-1]}
+            square = shape[-1] == call.module.in_features == call.module.out_features
+            if square and math.prod(shape) in {*sizes, scores}:
+                found.append(call)
+                met, scores = behind, math.prod(shape)
+                break
+        else:
+            return tuple(found)
 
 
 def _blocks(products: Sequence[Any], inner: int, positions: int) -> int:
@@ -163,9 +196,11 @@ def _assembled(
     units: Sequence[Sequence[int]],
     touched: Sequence[tuple[Source, Bools]],
     sources: Sequence[Source],
+    mixers: Sequence[Call] = (),
 ) -> Attention | None:
-    """The attention whose units are these blocks, each of ``width`` input channels."""
-    spans: dict[tuple[str, int], Span] = {}
+    """The attention whose units are these blocks, each of ``width`` input channels of ``call``, and
+    of one of each mixer."""
+    places: dict[tuple[str, int], list[Ints]] = {}
     layers: list[str] = []
     for source, matrix in touched:
         matrix = matrix & ~matrix.all(0)
@@ -174,22 +209,24 @@ def _assembled(
             continue
         if len(set(map(len, rows))) > 1:
             return None
-        span = span_of(np.stack(rows))
-        spans |= dict.fromkeys(source.tensors, span)
+        for tensor in source.tensors:
+            places.setdefault(tensor, []).append(np.stack(rows))
         layers += [source.layer] if source.layer else []
     if not layers:
         return None
-    places = np.array(units)[:, :, None] * width + np.arange(width)
-    span = span_of(places.reshape(len(units), -1))
-    axes = channel_axes(call.module)
-    for attribute, dim in axes.inputs:
-        spans[f"{call.name}.{attribute}", dim] = span
-    site = GateSite(module=call.name, dim=axes.site_dim or 0, **dict(span))
+    sites: list[GateSite] = []
+    for reader, size in ((call, width), *((mixer, 1) for mixer in mixers)):
+        read = np.array(units)[:, :, None] * size + np.arange(size)
+        axes, span = channel_axes(reader.module), span_of(read.reshape(len(units), -1))
+        for attribute, dim in axes.inputs:
+            places[f"{reader.name}.{attribute}", dim] = [read.reshape(len(units), -1)]
+        sites.append(GateSite(module=reader.name, dim=axes.site_dim or 0, **dict(span)))
     names = tuple(dict.fromkeys(layers))
     near = [name for name in names if common_holder([name, call.name])]
     holder = common_holder((*(near or names), call.name)) or call.name
-    listed = tuple((path, dim, span) for (path, dim), span in spans.items())
-    return Attention(holder, names, listed, (site,), len(units), _mixed(names, sources))
+    listed = tuple((*at, span_of(np.concatenate(rows, axis=1))) for at, rows in places.items())
+    reason = _mixed(names, sources)
+    return Attention(holder, names, listed, tuple(sites), len(units), reason)
 
 
 def _mixed(names: Sequence[str], sources: Sequence[Source]) -> str:
@@ -234,18 +271,36 @@ def _union(one: Attention, two: Attention, shared: Sequence[tuple[Span, Span]]) 
     )
 
 
-def tied(groups: Sequence[PruningGroup]) -> list[tuple[PruningGroup, tuple[str, ...]]]:
+def tied(
+    groups: Sequence[PruningGroup], among: Collection[str] | None = None
+) -> list[tuple[PruningGroup, tuple[str, ...]]]:
     """Groups of heads with the widths that their projections read, each as one group, and the names
     of those that it stands for: where code takes the width of all heads from that of its input
-    (``reshape(B, N, C)``), neither can go without the other, but equal shares of both can.
+    (``reshape(B, N, C)``), neither can go without the other, but equal shares of both can. And
+    widths of one size of which a layer reads one and makes the other, where a third reads both
+    (queries, and keys at fewer positions).
 
     Args:
-        groups: those that cannot go by themselves.
+        among: names of those that cannot go by themselves.
     """
-    heads = [group for group in groups if group.level is Level.HEAD]
-    channels = [group for group in groups if group.level is Level.CHANNEL]
-    edges = [[a, *(g for g in channels if _reads(a, g))] for a in heads]
-    return _together(edges)
+    makers: dict[str, list[PruningGroup]] = {}
+    for group in groups:
+        for path in {part.tensor for part in group.slices if _owner(part.tensor) in group.layers}:
+            makers.setdefault(path, []).append(group)
+    readers = {  # By the width that they read; a function may multiply by what they make.
+        group.name: {m.name: m for part in group.slices for m in makers.get(part.tensor, ())}
+        for group in groups
+        if group.level is Level.CHANNEL
+    }
+    named, edges = {group.name: group for group in groups}, list[list[PruningGroup]]()
+    for name, found in readers.items():
+        for maker in found.values():
+            both = found.keys() & readers.get(maker.name, {}).keys() - {name, maker.name}
+            alike = maker.size == named[name].size and both
+            if maker.name != name and (maker.level is Level.HEAD or alike):
+                edges.append([maker, named[name]])
+    names = named.keys() if among is None else among
+    return _together([[g for g in edge if g.name in names] for edge in edges])
 
 
 def tied_parts(
@@ -270,27 +325,20 @@ def _together(
     clusters: list[list[PruningGroup]] = []
     for edge in edges:
         members = list(edge)
+        if len(members) < 2:
+            continue
         for other in [c for c in clusters if any(g in c for g in members)]:
             clusters.remove(other)
             members = [*other, *(g for g in members if g not in other)]
         clusters.append(members)
     found = []
     for members in clusters:
-        if len(members) < 2:
-            continue
         members.sort(key=lambda group: group.level is not Level.HEAD)
         units = math.gcd(*(group.size for group in members))
         if units > 1:
             names = tuple(group.name for group in members)
             found.append((_in_shares(members, units), names))
     return found
-
-
-def _reads(reader: PruningGroup, group: PruningGroup) -> bool:
-    """Whether a layer that makes one group reads the channels of another: its weight has an axis
-    of both (a function may be what multiplies by it)."""
-    made = {part.tensor for part in reader.slices if _owner(part.tensor) in reader.layers}
-    return any(part.tensor in made for part in group.slices)
 
 
 def _owner(path: str) -> str:

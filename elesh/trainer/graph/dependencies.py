@@ -8,7 +8,7 @@ channels at a time, from there to here only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,9 +23,10 @@ from elesh.trainer.network.calls import Call, Link
 from elesh.trainer.network.layers import channel_axes
 from elesh.trainer.network.multihead import NATIVE
 
-from .indexing import shape_of
+from .indexing import shape_of, signed
 
 __all__ = [
+    "SOFTMAX",
     "CallByFunction",
     "Met",
     "Source",
@@ -52,7 +53,9 @@ _MOVES = ("TBackward", "Transpose", "View", "Permute", "UnsafeView", "ToCopy")
 """Operations between a parameter and the product that it is a factor of."""
 
 
-_SOFTMAX = ("SoftmaxBackward0", "SafeSoftmaxBackward0")
+_FLAT = ("Relu", "Hard", "Threshold", "Clamp")
+"""Activations that let no gradient through in places."""
+SOFTMAX = ("SoftmaxBackward0", "SafeSoftmaxBackward0")
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +80,8 @@ class Met:
 
     products: list[Any] = field(default_factory=list)
     """Softmax and fused attention functions."""
+    flat: list[Any] = field(default_factory=list)
+    """Activations that are flat in places."""
     sources: list[Source] = field(default_factory=list)
 
 
@@ -134,11 +139,17 @@ class Sources:
         met.sources += [self._of_leaf(*one) for one in weights_first if id(one[0]) in self._owners]
         return met
 
+    def made_by(self, source: Source) -> Call | None:
+        """The call that made this layer's output."""
+        return None if source.edge is None else self._producers.get(source.edge[0])
+
     def _before(self, function: Any, scored: bool, met: Met) -> Iterator[tuple[Any, bool]]:
         name = function.name()
-        fused, softmax = name.startswith("ScaledDotProduct"), name in _SOFTMAX
+        fused, softmax = name.startswith("ScaledDotProduct"), name in SOFTMAX
         if (fused or softmax) and function not in met.products:
             met.products.append(function)
+        if name.startswith(_FLAT):
+            met.flat.append(function)
         operands = [source for source, _ in function.next_functions]
         walked = _WEIGHTS.get(name)
         if walked and any(
@@ -170,15 +181,15 @@ class Sources:
         own = [(f"{path}.{name}".lstrip("."), dim) for dim in range(parameter.ndim)]
         return Source(layer, tuple(own), parameter=parameter, scored=scored)
 
-    def touched(
-        self, link: Link, dim: int, blocks: int, sources: Sequence[Source]
-    ) -> list[tuple[Source, Bools]]:
+    def touched(self, link: Link, dim: int, blocks: int, met: Met) -> list[tuple[Source, Bools]]:
         """[blocks, channels] of every source: whether a block of what ``link`` made, its channels
-        along ``dim`` divided evenly, depends on them.
+        along ``dim`` divided evenly, depends on them: in principle, so that activations let
+        gradients through where they are flat, and a softmax that is nearly one-hot.
 
         Sources that all blocks depend on alike are left out; ``tensors`` of parameters are narrowed
         to the axis along which blocks differ.
         """
+        sources = met.sources
         inputs: list[Any] = [
             GradientEdge(*source.edge) if source.edge is not None else source.parameter
             for source in sources
@@ -192,6 +203,7 @@ class Sources:
             for source in sources
             if source.edge is not None
         ]
+        stops += [one.register_hook(_unsaturated(one)) for one in (*met.products, *met.flat)]
         for block in range(blocks):
             cotangent, window = torch.zeros_like(drawn), slice(block * width, (block + 1) * width)
             cotangent.movedim(dim, -1)[..., window] = drawn.movedim(dim, -1)[..., window]
@@ -226,6 +238,28 @@ class Sources:
         held = module._parameters | module._buffers
         own = [(f"{path}.{one}", dim) for one, dim in axes.outputs if held.get(one) is not None]
         return replace(source, tensors=tuple(own))
+
+
+def _unsaturated(function: Any) -> Callable[..., Any]:
+    """A hook that makes the gradients of what went into a softmax, a fused attention or an
+    activation what they would be if these were nowhere flat."""
+    mixed = signed(function._saved_dim) if function.name() in SOFTMAX else None
+
+    def hook(came: tuple[Tensor | None, ...], left: tuple[Tensor, ...]) -> Any:
+        gradient = left[0]
+        if mixed is not None:  # All that it divides by depends on all of these.
+            return (gradient + gradient.abs().sum(mixed, keepdim=True),)
+        if len(came) == 1:
+            return (gradient,)
+        level = gradient.abs().sum((-2, -1), keepdim=True)
+        fits = [x is not None and x.shape[:-2] == gradient.shape[:-2] for x in came[:2]]
+        scores = [
+            torch.where(x == 0, level, x) if fit and x is not None else x
+            for x, fit in zip(came, fits, strict=False)
+        ]
+        return (*scores, *came[2:])
+
+    return hook
 
 
 def _along(source: Source, gradient: Tensor | None) -> list[Bools]:

@@ -24,7 +24,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from elesh.trainer.network.calling import Inputs, batch_size, call, tensors_in
 from elesh.trainer.network.calls import Calls, Link
-from elesh.trainer.network.layers import Norm, channel_axes, is_taught, norm_of
+from elesh.trainer.network.layers import Norm, channel_axes, eps_of, is_taught, norm_of
 from leyline import InvalidField, LayerDescriptor
 
 from .attention import Attention, find_attentions
@@ -385,7 +385,8 @@ class _Reach:
                 continue
             shape = tuple(shape_of(*one.inputs[0]))
             held = one.module._parameters.values()
-            like = (type(one.module), shape, *(p.shape for p in held if p is not None))
+            sizes = (p.shape for p in held if p is not None)
+            like = (type(one.module), shape, eps_of(one.module), *sizes)
             if like not in known:
                 known[like] = norm_of(one.module, shape)
             norm = known[like]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from elesh.trainer.network.by_function import seen_called
 from elesh.trainer.network.calling import Inputs, example_copy
@@ -163,7 +163,7 @@ def _with_heads(
     """
     kept, heads = list(groups), list[PruningGroup]()
     tied = _tied_tensors(model, {layer.name for layer in wiring.layers})
-    parameters = dict(model.named_parameters())
+    tensors = named_tensors(model)
     for attention in wiring.attentions:
         axes = {(path, dim) for path, dim, _ in attention.spans}
         inside = [g for g in kept if any((part.tensor, part.dim) in axes for part in g.slices)]
@@ -177,7 +177,7 @@ def _with_heads(
             outputs = ", ".join(site.module for site in attention.sites)
             unmasked = f"a function multiplies by the weight of {outputs}: nowhere to mask heads"
             attention = replace(attention, reason=attention.reason or unmasked)
-        heads.append(attention.group(name, _head_refusal(attention, parameters, ignored, tied)))
+        heads.append(attention.group(name, _head_refusal(attention, tensors, ignored, tied)))
     return (*kept, *heads)
 
 
@@ -204,7 +204,7 @@ def _rest(
 
 def _head_refusal(
     attention: Attention,
-    parameters: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, Tensor],
     ignored: Collection[str],
     tied: Collection[int],
 ) -> str:
@@ -215,10 +215,10 @@ def _head_refusal(
         if any(layer == name or layer.startswith(f"{name}.") for name in ignored):
             return "ignored"
     for path, _, _ in attention.spans:
-        parameter = parameters.get(path)
-        if parameter is None:
+        tensor = tensors.get(path)
+        if tensor is None:
             return f"{path} is computed (parametrised) or shared with another layer"
-        if id(parameter) in tied:
+        if id(tensor) in tied:
             return f"{path} is shared with another layer"
     return ""
 

@@ -178,7 +178,7 @@ class Relations:
             return 0, None, 1
         if producer.type == OPTYPE.SLICE:
             size = (self._input_shape(producer) or shape_of(function, 0))[axis]
-            ends = (_signed(function._saved_start), _signed(function._saved_end))
+            ends = (signed(function._saved_start), signed(function._saved_end))
             start, stop = (end + size if end < 0 else end for end in ends)
             return start, stop, function._saved_step
         number = link[1]
@@ -295,10 +295,10 @@ def _moved(function: Any, axis: int, before: Sequence[int], after: Sequence[int]
         return axis
     name = function.name()
     if name.startswith("Permute"):
-        order = [_signed(dim) % len(before) for dim in function._saved_dims]
+        order = [signed(dim) % len(before) for dim in function._saved_dims]
         return order.index(axis)
     if name.startswith("Transpose"):
-        one, two = (_signed(d) % len(before) for d in (function._saved_dim0, function._saved_dim1))
+        one, two = (signed(d) % len(before) for d in (function._saved_dim0, function._saved_dim1))
         return {one: two, two: one}.get(axis, axis)
     if "View" in name or "Reshape" in name:
         return _place(before, axis, after)
@@ -341,9 +341,9 @@ def shape_of(function: Any, number: int) -> Sequence[int]:
 
 
 def _dim(function: Any, ndim: int) -> int:
-    return _signed(function._saved_dim) % ndim
+    return signed(function._saved_dim) % ndim
 
 
-def _signed(dim: int) -> int:
+def signed(dim: int) -> int:
     """Autograd shows negative dimensions as unsigned numbers."""
     return dim - 2**64 if dim >= 2**63 else dim

@@ -147,7 +147,7 @@ class _Experiment(Admission):
         if not names or all(fault.differs for fault in self._faults(self._names)):
             return []
         alone = self._suspected(heads) | self._suspected(widths)
-        return self._together(tied([group for group in self._groups if group.name in alone]))
+        return self._together(tied(self._groups, alone))
 
     def tied_parts(self) -> list[Together]:
         """Equal parts that a module splits a layer's outputs into, as it keeps their size."""

@@ -20,6 +20,7 @@ not run, or does not compute what the masked one does, and the proof refuses the
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -38,6 +39,7 @@ __all__ = [
     "Norm",
     "common_holder",
     "constants",
+    "eps_of",
     "norm_of",
     "refilled",
     "refit_heads",
@@ -317,8 +319,7 @@ def norm_of(module: nn.Module, shape: tuple[int, ...]) -> Norm | None:
     name, it is tried out: the answer must not depend on the scale of what comes in, and must mix
     what lies along one axis only.
     """
-    values = (vars(module).get(name) for name in _EPS)
-    eps = next((value for value in values if isinstance(value, float)), 0.0)
+    eps = eps_of(module)
     plain = type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward)
     if plain and isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         if len(module.normalized_shape) != 1:
@@ -332,6 +333,12 @@ def norm_of(module: nn.Module, shape: tuple[int, ...]) -> Norm | None:
     if any(True for _ in module.children()) or not 2 <= len(shape) <= 5:
         return None
     return _tried(module, shape, eps)
+
+
+def eps_of(module: nn.Module) -> float:
+    """What it says that it adds to the variance; 0 if it does not say."""
+    values = (vars(module).get(name) for name in _EPS)
+    return next((value for value in values if isinstance(value, float)), 0.0)
 
 
 def _derived(module: nn.Module) -> bool:
@@ -409,13 +416,16 @@ _SHARED = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv
 """Key/value heads, where several query heads share one."""
 _SHARES = ("num_key_value_groups", "n_rep", "num_queries_per_kv")
 """How many query heads share one."""
-_WIDTHS = ("all_head_size", "inner_dim", "split_size", "attn_dim")
-"""Channels of all heads together: BERT, Diffusers and many others, GPT-2, timm."""
+_WIDTHS = ("all_head_size", "inner_dim", "split_size", "attn_dim", "val_attn_dim")
+"""Channels of all heads together: BERT, Diffusers and many others, GPT-2, timm and its LeViT."""
 
 _SPLITS = ("width",)
 """Channels of each part that a layer's outputs are split into (Res2Net)."""
 
-HEAD_SIZES = (*_HEADS, *_SHARED, *_SHARES, *_WIDTHS, *_SPLITS)
+_CONFIGURATION = "config"
+"""Where modules without a number of their own read it (Phi-3); each gets a copy then."""
+
+HEAD_SIZES = (*_HEADS, *_SHARED, *_SHARES, *_WIDTHS, *_SPLITS, _CONFIGURATION)
 """The attributes that :func:`refit_heads` sets."""
 
 
@@ -443,11 +453,26 @@ def refit_heads(model: nn.Module, before: PruningGroup, after: PruningGroup) -> 
             for name, buffer in constants(module).items():
                 if len(buffer) == old * width:
                     module._buffers[name] = buffer[: new * width].clone()
+            if not any(name in held for name in _HEADS):
+                _configure(module, _SHARED if not shares else (), old, new)
             for name in _HEADS:  # Each unit has so many query heads.
                 count, known = held.get(name), (module, name) in done
                 if type(count) is int and count % old == 0 and not known:
                     held[name] = count // old * new
                     done.add((module, name))
+
+
+def _configure(module: nn.Module, shared: Sequence[str], old: int, new: int) -> None:
+    """Give a module a configuration of its own in which the numbers of heads are right."""
+    known = vars(module).get(_CONFIGURATION)
+    held = getattr(known, "__dict__", {})
+    counts = {n: held[n] for n in (*_HEADS, *shared) if type(held.get(n)) is int}
+    counts = {n: count for n, count in counts.items() if count % old == 0}
+    if counts:
+        own = copy.copy(known)
+        for name, count in counts.items():
+            vars(own)[name] = count // old * new
+        vars(module)[_CONFIGURATION] = own
 
 
 def splits(model: nn.Module, group: PruningGroup) -> list[str]:
