@@ -79,6 +79,8 @@ class CheckpointMetadata(Message):
     seed: Count = 0
     """Seed of the random directions and sampled labels."""
     note: Text = ""
+    held_back: Text = Field(default="", exclude_if=lambda why: not why)
+    """What the trainer did not do for this checkpoint, and why; empty where it did all."""
     preflight: tuple[PreflightCheck, ...] | None = Field(
         default=None, exclude_if=lambda checks: checks is None
     )

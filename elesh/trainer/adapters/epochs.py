@@ -16,11 +16,12 @@ from elesh.analysis.selection.reconstruction_order import reconstruction_fault
 from elesh.analysis.selection.schedule import raised
 from elesh.observe import get_logger
 from elesh.trainer.calibration.losses import class_axis
-from elesh.trainer.calibration.recorder import Recorder
+from elesh.trainer.calibration.recorder import MeasuredCheckpoint, Recorder
 from elesh.trainer.export import Exporter, calibration_inputs, is_worth_exporting
 from elesh.trainer.goals import Goals
 from elesh.trainer.network.calling import (
     Inputs,
+    batch_size,
     call,
     device_of,
     first_samples,
@@ -35,6 +36,7 @@ from elesh.trainer.session.session import Session
 from elesh.trainer.surgery.after_cut import InputCovariance
 from elesh.trainer.surgery.lineage import lineage_of
 from elesh.trainer.surgery.surgeon import Surgeon
+from elesh.trainer.time_share import TimeShare
 from leyline import (
     Budget,
     CheckpointBundle,
@@ -180,6 +182,8 @@ class EveryEpoch:
             raise InvalidField("processes", "one training process", processes, hint=hint)
         surgeon = self.look_at(network)
         surgeon.train_with(optimizer)
+        limit = self.session.settings.trainer.time_share
+        self._time = TimeShare(limit, device=device_of(self._network))
         if self._budget is not None:
             first, known = surgeon.architecture, lineage_of(self._network)
             original = known.original if known else first
@@ -208,14 +212,21 @@ class EveryEpoch:
 
     def end_epoch(self, epoch: int) -> list[PruningOutcome]:
         """After an epoch (counted from 1) has been trained; what became of decisions at it."""
+        with self._time.taking():
+            return self._end_epoch(epoch)
+
+    def _end_epoch(self, epoch: int) -> list[PruningOutcome]:
         assert self.surgeon is not None, "begin comes first"
         self._known = None
-        found = self.session.watch(epoch, self._noted)
+        decisions, checkpoint = self.session.decisions(), epoch % self.every == 0
+        needed = decisions or checkpoint or self.session.doubted
+        late = self._time.over and not needed
+        found = self.session.watch(epoch, self._noted, later=late)
         if any(outcome.result == "rolled_back" for outcome in found):
             self._known = None  # that was of the network before
-        for decision in self.session.decisions():
+        for decision in decisions:
             found.append(self._apply(decision, self.surgeon))
-        if epoch % self.every == 0:
+        if checkpoint:
             self._checkpoint(epoch)
         return found
 
@@ -280,7 +291,27 @@ class EveryEpoch:
                 samples do, unless units are ranked by them.
         """
         few = few and self._reconstruct and not self._all_derived
-        bundle = self._recorder.measure(
+        there_are = sum(batch_size(inputs) for inputs, _ in self._calibration)
+        count = self._time.samples(there_are)
+        with self._time.measuring(count):
+            bundle = self._measure(epoch, known, few, count)
+        ranked = [gates for level in self.levels if (gates := gates_of(bundle, level))]
+        if few and any(map(reconstruction_fault, ranked)):
+            self._all_derived = True
+            return self._measured(epoch, known, few=False)
+        if count == there_are:
+            return bundle
+        share = self.session.settings.trainer.time_share
+        said = f"measured on {count} of {there_are} calibration samples: Elesh has taken more than "
+        said += f"{share:.0%} of the training's time (trainer.time_share)"
+        _log.info("measured on fewer samples", epoch=epoch, reason=said)
+        metadata = bundle.metadata.model_copy(update={"held_back": said})
+        return replace(bundle, metadata=metadata)
+
+    def _measure(
+        self, epoch: int, known: Evaluation | None, few: bool, count: int
+    ) -> MeasuredCheckpoint:
+        return self._recorder.measure(
             self._calibration,
             epoch=epoch,
             run_id=self.session.run_id,
@@ -290,12 +321,8 @@ class EveryEpoch:
             batch_statistics=True,
             skip=self.session.settings.trainer.reconstruct_skip,
             loss_samples=_LOSS_SAMPLES if few else None,
+            max_samples=count,
         )
-        ranked = [gates for level in self.levels if (gates := gates_of(bundle, level))]
-        if few and any(map(reconstruction_fault, ranked)):
-            self._all_derived = True
-            return self._measured(epoch, known, few=False)
-        return bundle
 
     def _may_cut(self, epoch: int) -> bool:
         """Whether something may be cut now, or soon and is measured for that."""

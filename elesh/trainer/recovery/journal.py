@@ -43,6 +43,8 @@ class MadeCut:
     """The drop of accuracy that takes it back."""
     left: int
     """Reports of accuracy that it must still stand; 0: it is no longer monitored."""
+    doubted: bool = False
+    """Whether the last report failed it by so little that the next one decides."""
 
     @property
     def key(self) -> str:
@@ -53,6 +55,13 @@ class MadeCut:
         """Whether these figures are too far below those before the cut, or no numbers."""
         before = self.outcome.accuracy_before
         return before is not None and bool(failed_check(before, now, self.limit))
+
+    def may_be_chance(self, now: Evaluation) -> bool:
+        """Whether figures that fail it are near enough to what training scatters by (no more than
+        twice the limit below), and the report before did not fail it."""
+        before = self.outcome.accuracy_before
+        known = before is not None and now.finite and not self.doubted
+        return known and before - now.accuracy <= 2 * self.limit  # type: ignore[operator]
 
     def as_line(self) -> Line:
         """For the journal."""

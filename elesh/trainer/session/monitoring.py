@@ -57,6 +57,11 @@ class MonitoredCuts:
         """The cuts in their monitoring window, oldest first."""
         return self._recovery.situation.monitored
 
+    @property
+    def doubted(self) -> bool:
+        """Whether the next report decides on a cut that the last one failed."""
+        return any(cut.doubted for cut in self.monitored)
+
     def trigger_of(self, decision: StructuralPruningDecision) -> float:
         """The drop of accuracy at which this decision is rolled back."""
         return trigger_of(decision, self._triggers)
@@ -145,8 +150,8 @@ class MonitoredCuts:
             with span("evaluate monitored cuts"):
                 now = evaluate()
             failed = [cut for cut in monitored if cut.fails(now)]
-            if not failed:
-                return self._stood(now)
+            if all(cut.may_be_chance(now) for cut in failed):
+                return self._stood(now, failed)
             with span("roll back", attributes={"elesh.epoch": epoch}):
                 return self._roll_back(tracked, failed, now, evaluate)
         except Exception:
@@ -154,10 +159,21 @@ class MonitoredCuts:
             self._recovery.abandon()
             return []
 
-    def _stood(self, now: Evaluation) -> list[PruningOutcome]:
-        """One report less to stand; those that have stood all are kept."""
+    def _stood(self, now: Evaluation, doubted: Sequence[MadeCut]) -> list[PruningOutcome]:
+        """One report less to stand; those that have stood all are kept. Of those in doubt the next
+        report decides."""
         before = self._recovery.situation.cuts
-        cuts = [replace(cut, left=cut.left - 1) if cut.left else cut for cut in before]
+        cuts = [
+            replace(cut, left=cut.left - (cut not in doubted), doubted=cut in doubted)
+            if cut.left
+            else cut
+            for cut in before
+        ]
+        for cut in doubted:
+            fallen = f"{(cut.outcome.accuracy_before or 0) - now.accuracy:.4f}, limit {cut.limit:g}"
+            _log.warning(
+                "monitored cut in doubt, the next report decides", key=cut.key, drop=fallen
+            )
         figures = {"accuracy_after": now.accuracy, "loss_after": now.loss, "watched": 0}
         ended = [c for c, was in zip(cuts, before, strict=True) if was.left and not c.left]
         kept = [cut.outcome.model_copy(update=figures) for cut in ended]

@@ -51,13 +51,25 @@ def test_a_cut_that_loses_accuracy_within_its_watch_is_rolled_back_bit_for_bit(
     world.train()
     assert run.watch(61, told(0.89)) == []
     world.train()
-    (outcome,) = run.watch(62, told(0.87))
+    (outcome,) = run.watch(62, told(0.85))
     assert (outcome.result, outcome.rolled_back_epoch) == ("rolled_back", 62)
-    assert outcome.accuracy_after == 0.87
+    assert outcome.accuracy_after == 0.85
     assert outcome.parameters_after == world.original.parameters
     assert world.digest() == before
     assert torch.equal(outputs(world), answers)
     assert run.monitored == ()
+
+
+def test_a_report_that_is_little_below_the_limit_leaves_the_next_one_to_decide() -> None:
+    run, world = trained(watch_epochs=2)
+    cut(run, world)
+    assert run.watch(61, told(0.87)) == []
+    assert (run.cuts.doubted, run.monitored[0].left) == (True, 2)
+    assert run.watch(62, told(0.89)) == []  # it was chance
+    assert (run.cuts.doubted, run.monitored[0].left) == (False, 1)
+    assert run.watch(63, told(0.87)) == []
+    (outcome,) = run.watch(64, told(0.87))
+    assert (outcome.result, outcome.rolled_back_epoch) == ("rolled_back", 64)
 
 
 def test_training_goes_on_after_a_rollback_as_if_the_cut_had_never_been() -> None:
