@@ -30,7 +30,7 @@ _STEP = 257
 """Windows of a pool begin a multiple of so many numbers apart, so that no two layers are alike."""
 _WINDOWS = 16
 _DRAWN = 1_048_573
-"""So many numbers are drawn; longer pools repeat them. A prime: no two rows of a weight are alike."""
+"""So many numbers are drawn; longer pools repeat them. A prime: no two rows are alike."""
 _ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, type, torch.dtype))
 """Types of values that a copy shares with what it is a copy of."""
 
@@ -68,9 +68,10 @@ def _copied(module: nn.Module, known: dict[int, Any]) -> Any:
     """What ``copy.deepcopy`` gives, in a third of the time; ``known`` is its memo."""
     if id(module) in known:
         return known[id(module)]
-    if not _is_copied_plainly(type(module)):
+    kind: Any = type(module)
+    if not _is_copied_plainly(kind):
         return copy.deepcopy(module, known)
-    made = known[id(module)] = type(module).__new__(type(module))
+    made = known[id(module)] = kind.__new__(kind)
     for name, value in vars(module).items():
         vars(made)[name] = _copied_value(value, known)
     return made
