@@ -30,7 +30,7 @@ from elesh.settings import Settings
 from elesh.trainer import Evaluation, MeasuredCheckpoint, Recorder, Surgeon
 from elesh.trainer.calibration.losses import Loss
 from elesh.trainer.goals import Goals
-from elesh.trainer.network.calling import batch_size, device_of, map_tensors
+from elesh.trainer.network.calling import batch_size, device_of, joined, map_tensors
 from elesh.trainer.surgery.after_cut import reestimate_batch_statistics, soften_outputs
 from elesh.trainer.surgery.layer_by_layer import (
     OutputsBefore,
@@ -51,7 +51,7 @@ from .judging import Evaluate, HeldOut, Judge, Limits, Seen, Validation, require
 from .latency import compared as latencies
 from .progress import Progress
 from .report import Figures, PruningReport, Round, Spared, spared_of
-from .samples import Batch, Samples, divided, joined
+from .samples import Batch, Samples, divided
 
 __all__ = ["prune"]
 

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from elesh.settings import Settings
 from elesh.trainer import Evaluation, Session, Surgeon
 from elesh.trainer.adapters.epochs import EveryEpoch
+from elesh.trainer.network.calling import joined
 from elesh.trainer.recovery.snapshot import Stateful
 from elesh.trainer.session.observers import SessionObserver
 from leyline import InvalidField, Level, PrunedArchitecture, PruningOutcome
 
 from .judging import Evaluate, evaluated
-from .samples import Batch, divided, joined
+from .samples import Batch, divided
 
 __all__ = ["Pruning", "attach"]
 

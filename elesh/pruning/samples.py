@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from elesh.trainer.network.calling import Inputs, batch_size, map_tensors, tensors_in
+from elesh.trainer.network.calling import Pair as Batch
 from leyline import InvalidField
 
-__all__ = ["LEAST", "MOST", "Batch", "Samples", "divided", "joined"]
+__all__ = ["LEAST", "MOST", "Batch", "Samples", "divided"]
 
-Batch = tuple[Inputs, Any]
-"""Inputs (a tensor, a sequence or a mapping of tensors) and labels."""
 LEAST = 32
 """So many different samples are needed to measure anything, and as many again to hold out."""
 MOST = 1024
@@ -83,30 +82,6 @@ def divided(batches: Iterable[Batch], *, hold_out: bool, most: int = MOST) -> Sa
             if rows:
                 part.append((_rows(inputs, rows, size), _rows(labels, rows, size)))
     return Samples(tuple(calibration), tuple(held_out), count, total - len(seen))
-
-
-def joined(batches: Sequence[Batch]) -> Batch:
-    """All batches as one. Those of another shape than the first (sequences of another length) are
-    left out."""
-    alike = [batch for batch in batches if _layout(batch) == _layout(batches[0])]
-    columns = [iter(column) for column in zip(*(_counted(batch) for batch in alike), strict=True)]
-    order, size = iter(columns), batch_size(alike[0][0])
-
-    def whole(tensor: Tensor) -> Tensor:
-        return torch.cat(list(next(order))) if tensor.ndim and len(tensor) == size else tensor
-
-    inputs, labels = map_tensors(whole, alike[0])
-    return inputs, labels
-
-
-def _counted(batch: Batch) -> list[Tensor]:
-    """The tensors of a batch that count samples."""
-    size = batch_size(batch[0])
-    return [x for x in tensors_in(list(batch)) if x.ndim and len(x) == size]
-
-
-def _layout(batch: Batch) -> list[tuple[int, ...]]:
-    return [tuple(x.shape[1:]) for x in _counted(batch)]
 
 
 def _pair(batch: Any, number: int) -> Batch:

@@ -22,7 +22,8 @@ from leyline import InvalidField
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 """One batch of inputs; the first dimension of every tensor counts samples."""
-
+Pair = tuple[Inputs, Any]
+"""Inputs and labels of one batch."""
 
 _PLAIN = (str, bytes, int, float, type(None))
 _EXAMPLES: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
@@ -168,6 +169,30 @@ def doubled(inputs: Inputs) -> Any:
     if packed_in(inputs) is not None or _pictures(inputs):
         return inputs
     return map_tensors(lambda x: torch.cat([x, x]) if x.ndim and x.shape[0] == size else x, inputs)
+
+
+def joined(batches: Sequence[Pair]) -> Pair:
+    """All batches as one. Those of another shape than the first (sequences of another length) are
+    left out."""
+    alike = [batch for batch in batches if _layout(batch) == _layout(batches[0])]
+    columns = [iter(column) for column in zip(*(_counted(batch) for batch in alike), strict=True)]
+    order, size = iter(columns), batch_size(alike[0][0])
+
+    def whole(tensor: Tensor) -> Tensor:
+        return torch.cat(list(next(order))) if tensor.ndim and len(tensor) == size else tensor
+
+    inputs, labels = map_tensors(whole, alike[0])
+    return inputs, labels
+
+
+def _counted(batch: Pair) -> list[Tensor]:
+    """The tensors of a batch that count samples."""
+    size = batch_size(batch[0])
+    return [x for x in tensors_in(list(batch)) if x.ndim and len(x) == size]
+
+
+def _layout(batch: Pair) -> list[tuple[int, ...]]:
+    return [tuple(x.shape[1:]) for x in _counted(batch)]
 
 
 def batch_size(inputs: Inputs) -> int:

@@ -10,22 +10,24 @@ that training draws from.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from elesh.observe import get_logger, span
 from elesh.settings import RollbackTriggers
-from elesh.trainer.network.calling import tensors_in
+from elesh.trainer.network.calling import joined, tensors_in
 from elesh.trainer.network.state import preserved
 from elesh.trainer.network.timing import call_seconds
 from elesh.trainer.recovery.evaluation import Evaluation, checked, failed_check
 from elesh.trainer.surgery.after_cut import (
     InputCovariance,
     estimated_batch_statistics,
+    has_batch_statistics,
     put_batch_statistics,
 )
+from elesh.trainer.surgery.layer_by_layer import OutputsBefore, layer_solutions, outputs_before
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import PrunedArchitecture, PruningOutcome, StructuralPruningDecision
 
@@ -177,6 +179,10 @@ class _Check:
         self._refit, self._notes = refit, notes
         self._statistics: dict[str, Tensor] = {}
         """Of batch normalisations, as they are after the cut, in present sizes."""
+        self._outputs: OutputsBefore | None = None
+        """Of layers, before anything is masked."""
+        self._solved: dict[str, Tensor] = {}
+        """Parameters that were solved layer by layer under the mask, in present sizes."""
 
     def plain(self, known: Evaluation | None = None) -> PruningOutcome | None:
         """The network as it is, to compare with; evaluated unless that is known."""
@@ -243,8 +249,10 @@ class _Check:
         try:
             with span("mask"):
                 refit = self._refit
+                self._keep_outputs()
                 surgeon.mask(decision.units, reconstruct=refit.covariance, skip=refit.skip)
                 surgeon.mask_layers(target.layer_name for target in decision.layers)
+                self._solve_layers()
                 before = self._estimate_statistics()
             now = self._measure("masked", "evaluate masked")
         except Exception as error:
@@ -260,6 +268,33 @@ class _Check:
             if not acts:
                 return self.outcome("refused", _UNMOVED)
         return self._judge(now, "under the mask")
+
+    def _keep_outputs(self) -> None:
+        """Keep what layers put out as the network is, for them to be solved for under the mask."""
+        model, now = self._surgeon.model, self._before
+        if self._refit.samples and self._outputs is None:
+            try:
+                self._outputs = outputs_before(model, now, joined(self._refit.samples)[0])
+            except Exception as error:
+                self._not_solved(error)
+
+    def _solve_layers(self) -> None:
+        """Under the mask, solve layers one behind the other for what they put out without it."""
+        self._solved = {}
+        if self._outputs is not None:
+            try:
+                skip = self._refit.skip
+                self._solved = layer_solutions(self._surgeon.model, self._outputs, skip=skip)
+            except Exception as error:
+                self._not_solved(error)
+            self._surgeon.refit_masked(self._solved)
+
+    def _not_solved(self, error: Exception) -> None:
+        """The cut is refitted by the covariance alone; the network is as it was."""
+        self._refit, self._outputs = replace(self._refit, samples=()), None
+        reason = f"layers not solved one behind the other: {type(error).__name__}: {error}"
+        self._notes += (reason[:_LONGEST],)
+        _log.warning("layers not solved", key=self._decision.idempotency_key, reason=reason)
 
     def _estimate_statistics(self) -> dict[str, Tensor]:
         """Give batch normalisations the statistics that they have under the mask; what they had."""
@@ -287,7 +322,9 @@ class _Check:
         """Cut; what does not stand is taken back."""
         try:
             with span("cut"):
-                self._notes += _cut(self._decision, self._surgeon, self._refit, self._statistics)
+                self._notes += _cut(
+                    self._decision, self._surgeon, self._refit, self._statistics, self._solved
+                )
             now = self._measure("after", "evaluate cut")
             self._more["latency_after"] = call_seconds(self._surgeon.model)
         except BaseException as error:
@@ -371,6 +408,8 @@ class _Refit:
     skip: tuple[str, ...] = ()
     batches: Batches = ()
     """By which batch statistics are estimated anew; empty: they stay."""
+    samples: Batches = ()
+    """By which layers are solved one behind the other; empty: they are not."""
     said: str = ""
     """What is not as the decision has it."""
 
@@ -395,9 +434,10 @@ class _Refit:
             return cls(said="not reconstructed: no input covariance of this network is at hand")
         if asked.batch_statistics and not batches:
             said.append("batch statistics not estimated anew: no calibration batches were given")
-        return cls(
-            covariance, asked.skip, batches if asked.batch_statistics else (), "; ".join(said)
-        )
+        estimated = batches if asked.batch_statistics else ()
+        # Layers are solved behind normalisations that take the samples' statistics.
+        samples = estimated if has_batch_statistics(surgeon.model) else batches
+        return cls(covariance, asked.skip, estimated, samples, "; ".join(said))
 
 
 def trigger_of(decision: StructuralPruningDecision, triggers: RollbackTriggers) -> float:
@@ -444,6 +484,7 @@ def _cut(
     surgeon: Surgeon,
     refit: _Refit,
     statistics: Mapping[str, Tensor],
+    solved: Mapping[str, Tensor],
 ) -> tuple[str, ...]:
     """Cut, as one step to undo; what has to be said of it."""
     layers = [target.layer_name for target in decision.layers]
@@ -458,6 +499,7 @@ def _cut(
                 key=key,
                 reconstruct=refit.covariance,
                 skip=refit.skip,
+                solved=solved,
             )
             notes += surgeon.notes
         if layers:

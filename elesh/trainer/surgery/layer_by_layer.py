@@ -38,7 +38,7 @@ from elesh.trainer.network.positions import positions_drawn
 from elesh.trainer.network.state import Uncompiled, evaluated, preserved
 from leyline import PrunedArchitecture
 
-__all__ = ["OutputsBefore", "outputs_before", "solved_layer_by_layer"]
+__all__ = ["OutputsBefore", "layer_solutions", "outputs_before", "solved_layer_by_layer"]
 
 _RIDGES = (1e-3, 1e-2, 1e-1)
 """Strengths of the ridge that are tried, as shares of the inputs' mean second moment."""
@@ -183,13 +183,31 @@ def solved_layer_by_layer(model: nn.Module, before: OutputsBefore) -> tuple[str,
     Returns:
         The layers whose weights changed.
     """
+    found, parameters = layer_solutions(model, before), dict(model.named_parameters())
+    for path, value in found.items():
+        parameters[path].data.copy_(value)
+    return tuple(dict.fromkeys(path.rpartition(".")[0] for path in found))
+
+
+def layer_solutions(
+    model: nn.Module, before: OutputsBefore, *, skip: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """What :func:`solved_layer_by_layer` would give parameters, by path; nothing is changed.
+
+    Args:
+        model: cut, or masked.
+        before: without what was cut, or with what is masked.
+        skip: paths of layers that keep their weights.
+    """
     layers: dict[str, Any] = dict(model.named_modules())
-    changed, samples = list[str](), batch_size(before.inputs)
+    found, samples = dict[str, Tensor](), batch_size(before.inputs)
     with _watching(model) as stack:
         for name, wanted in before.values.items():
             layer = layers.get(name)
             if layer is None or not _is_linear(layer) or len(_weight(layer)) != wanted.shape[-1]:
                 continue  # A whole layer went, and something else stands in its place.
+            if name in skip:
+                continue
 
             def hook(
                 module: nn.Module,
@@ -200,18 +218,19 @@ def solved_layer_by_layer(model: nn.Module, before: OutputsBefore) -> tuple[str,
                 count: int = before.counts[name],
             ) -> Any:
                 def solve(x: Tensor) -> Tensor:
-                    found = _solved(module, x, wanted, samples, count)
-                    if found is not None:
-                        changed.append(name)
-                        for attribute, value in found.items():
-                            getattr(module, attribute).data.copy_(value)
+                    solution = _solved(module, x, wanted, samples, count) or {}
+                    for attribute, value in solution.items():
+                        found[f"{name}.{attribute}"] = value
+                        parameter = getattr(module, attribute)
+                        stack.callback(parameter.data.copy_, parameter.detach().clone())
+                        parameter.data.copy_(value)
                     return x
 
                 return replace_first(args, kwargs, solve)
 
             stack.enter_context(_hooked(layer.register_forward_pre_hook(hook, with_kwargs=True)))
         call(model, before.inputs)
-    return tuple(changed)
+    return found
 
 
 @contextmanager
@@ -391,7 +410,9 @@ def _change(sums: list[_Sums], count: int) -> Tensor | None:
 
 
 def _ridge(sums: _Sums, ridge: float) -> Tensor:
-    strength = ridge * float(sums.among.diagonal().mean())
+    squares = sums.among.diagonal()
+    heard = squares[squares > 0]  # Masked inputs are none: a cut one is solved alike.
+    strength = ridge * float(heard.mean()) if len(heard) else 0.0
     damped = sums.among + max(strength, 1e-30) * torch.eye(len(sums.among), dtype=torch.float64)
     factor, failed = torch.linalg.cholesky_ex(damped)
     if failed:

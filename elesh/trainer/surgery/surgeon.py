@@ -298,13 +298,17 @@ class Surgeon:
             except ContractError:
                 self._masked = before
                 raise
-            contents = [(tensors[path], new) for path, new in solved.items()]
-            for copy in self._copied():
-                contents += copy.cut({}, solved, tensors)
-            self._refitted = [(tensor, tensor.detach().clone()) for tensor, _ in contents]
-            for tensor, new in contents:
-                tensor.data.copy_(new)
+            self._refit(solved, tensors)
         self._set_masks()
+
+    def refit_masked(self, solved: Mapping[str, Tensor]) -> None:
+        """Give parameters other content until :meth:`unmask`, beside what a mask has refitted; for
+        the cut to have the same, give it to :meth:`cut`.
+
+        Args:
+            solved: new content by path, in present sizes.
+        """
+        self._refit(solved, named_tensors(self._model))
 
     def mask_layers(self, names: Iterable[str]) -> None:
         """Multiply the branches of whole blocks by zero until :meth:`unmask`, on top of those that
@@ -333,6 +337,7 @@ class Surgeon:
         key: str = "",
         reconstruct: InputCovariance | None = None,
         skip: Collection[str] = (),
+        solved: Mapping[str, Tensor] | None = None,
         redistribute: InputCovariance | None = None,
     ) -> PrunedArchitecture:
         """Remove units for good; returns the architecture afterwards.
@@ -345,6 +350,8 @@ class Surgeon:
                 refitted, so that what they predict of the removed ones is not lost; without, the
                 weights stay as they are.
             skip: paths of consumers that keep their weights.
+            solved: content that parameters are given before they are cut, by path, in present
+                sizes; in place of what ``reconstruct`` makes of them (:meth:`refit_masked`).
             redistribute: the name that ``reconstruct`` had in the version before.
 
         Raises:
@@ -361,9 +368,10 @@ class Surgeon:
         after = self._architecture.without(chosen, epoch=epoch, key=key)
         tensors = named_tensors(self._model)
         cutters = cutters_of(self._architecture, chosen, tensors)
-        solved = {}
+        given, solved = solved or {}, {}
         if (covariance := reconstruct or redistribute) is not None:
             solved = reconstructed(self._model, self._architecture, chosen, covariance, skip=skip)
+        solved = {**solved, **given}
         data = dict(solved)
         for path, cutter in cutters.items():
             kept = cutter(data.get(path, tensors[path].detach()))
@@ -545,9 +553,18 @@ class Surgeon:
                 if isinstance(content, Tensor) and content.shape == tensor.shape:
                     tensor.data.copy_(content)
 
+    def _refit(self, solved: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+        """Give parameters, and with them averages of them, other content until it is put back."""
+        contents = [(tensors[path], new) for path, new in solved.items()]
+        for copy in self._copied():
+            contents += copy.cut({}, solved, tensors)
+        self._refitted += [(tensor, tensor.detach().clone()) for tensor, _ in contents]
+        for tensor, new in contents:
+            tensor.data.copy_(new)
+
     def _put_back(self) -> None:
         """Undo what a mask has refitted, bit for bit."""
-        for tensor, before in self._refitted:
+        for tensor, before in reversed(self._refitted):
             tensor.data.copy_(before)
         self._refitted = []
 

@@ -18,7 +18,10 @@ from elesh.program.measure import Bench
 from elesh.settings import Settings
 from elesh.trainer import Evaluation, Recorder, Surgeon, apply_decision
 from elesh.trainer.export import Exporter, calibration_inputs
+from elesh.trainer.network.calling import joined
+from elesh.trainer.session import apply
 from elesh.trainer.surgery.after_cut import reestimate_batch_statistics
+from elesh.trainer.surgery.layer_by_layer import outputs_before, solved_layer_by_layer
 from leyline import Level, Reconstructed
 
 _DATA = batches(2, 16)
@@ -49,11 +52,16 @@ class _Cut:
         self.surgeon = Surgeon(self.model, self.recorder.architecture)
         self.seen: list[Tensor] = []
 
-    def wanted(self, *, estimated: bool = True) -> nn.Module:
-        """The network as plain calls make it: cut, refitted, then one pass over the batches."""
+    def wanted(self, *, estimated: bool = True, solved: bool | None = None) -> nn.Module:
+        """The network as plain calls make it: cut, refitted, solved layer by layer unless that is
+        said otherwise, then one pass over the batches."""
         model = copy.deepcopy(self.model)
-        surgeon = Surgeon(model, self.recorder.architecture)
+        architecture = self.recorder.architecture
+        before = outputs_before(model, architecture, joined(_DATA)[0])
+        surgeon = Surgeon(model, architecture)
         surgeon.cut(self.decision.units, reconstruct=self.bundle.covariance)
+        if estimated if solved is None else solved:
+            assert solved_layer_by_layer(model, before.without(architecture, self.decision.units))
         if estimated:
             reestimate_batch_statistics(model, _DATA)
         return model
@@ -95,6 +103,21 @@ def test_without_batches_statistics_stay_and_the_outcome_says_so() -> None:
     outcome = case.apply([0.9, 0.9, 0.9], given=())
     assert outcome.result == "applied"
     assert "batch statistics not estimated anew" in outcome.detail
+    assert close(case.model(example()), wanted(example()))
+
+
+def test_what_cannot_be_solved_layer_by_layer_is_refitted_as_before_and_the_outcome_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*args: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    case = _Cut()
+    wanted = case.wanted(solved=False)
+    monkeypatch.setattr(apply, "outputs_before", fails)
+    outcome = case.apply([0.9, 0.9, 0.9])
+    assert outcome.result == "applied"
+    assert "not solved one behind the other: RuntimeError: out of memory" in outcome.detail
     assert close(case.model(example()), wanted(example()))
 
 
