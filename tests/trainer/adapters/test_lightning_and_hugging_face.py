@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_framework_checkpoints import LOSSES, NOWHERE, CutsOnce, X, Y, build, every
+from test_framework_checkpoints import LOSSES, NOWHERE, CutsOnce, X, Y, every
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -21,49 +21,13 @@ pytestmark = pytest.mark.slow
 
 # Lightning
 
-lightning = pytest.importorskip("pytorch_lightning")
 
-
-class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = build()
-
-    def training_step(self, batch: Any, _: int) -> Tensor:
-        return functional.cross_entropy(self.model(batch[0]), batch[1])
-
-    def validation_step(self, batch: Any, _: int) -> None:
-        self.model(batch[0])
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), 1e-2)
-
-
-class ItselfTheNetwork(lightning.LightningModule):  # type: ignore[misc, name-defined]
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.automatic_optimization = False  # as modules with several optimizers must
-        self.first, self.last = nn.Linear(8, 24), nn.Linear(24, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.last(functional.relu(self.first(x)))
-        return out
-
-    def configure_optimizers(self) -> Any:
-        return [
-            torch.optim.AdamW(self.first.parameters(), 1e-2),
-            torch.optim.AdamW(self.last.parameters(), 1e-2),
-        ]
-
-    def training_step(self, batch: Any, _: int) -> Tensor:
-        loss = functional.cross_entropy(self(batch[0]), batch[1])
-        for optimizer in self.optimizers():
-            optimizer.zero_grad()
-        self.manual_backward(loss)
-        for optimizer in self.optimizers():
-            optimizer.step()
-        return loss
+@pytest.fixture
+def lightning() -> Any:
+    """Imported by the one process that needs it: it takes three seconds."""
+    found = pytest.importorskip("pytorch_lightning")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    return found
 
 
 def fit(
@@ -75,15 +39,17 @@ def fit(
     ckpt_path: Path | None = None,
     **saving: Any,
 ) -> tuple[EveryEpoch, Any]:
+    from pytorch_lightning import Trainer
+    from pytorch_lightning.callbacks import ModelCheckpoint
     from torch.utils.data import DataLoader, TensorDataset
 
     from elesh.trainer.adapters.lightning import EleshCallback
 
     ours = every(session)
-    saver = lightning.callbacks.ModelCheckpoint(
+    saver = ModelCheckpoint(
         dirpath=folder, save_last=True, save_top_k=-1, filename="{epoch}", **saving
     )
-    trainer = lightning.Trainer(
+    trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",
         devices=1,
@@ -94,16 +60,14 @@ def fit(
         default_root_dir=folder,
     )
     data = DataLoader(TensorDataset(X, Y), 32)
-    trainer.fit(
-        module, data, data if hasattr(Module, "validation_step") else None, ckpt_path=ckpt_path
-    )
+    trainer.fit(module, data, data, ckpt_path=ckpt_path)
     return ours, trainer
 
 
-logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-
-
+@pytest.mark.usefixtures("lightning")
 def test_lightning_resumes_from_both_sides_of_a_cut_and_loads_elsewhere(tmp_path: Path) -> None:
+    from lightning_modules import Module
+
     from elesh.trainer.adapters.lightning import load_from_checkpoint
 
     module = Module()
@@ -139,8 +103,10 @@ def test_lightning_resumes_from_both_sides_of_a_cut_and_loads_elsewhere(tmp_path
     ],
 )
 def test_lightnings_averages_are_cut_and_resumed_with_the_network(
-    kind: str, tmp_path: Path
+    kind: str, tmp_path: Path, lightning: Any
 ) -> None:
+    from lightning_modules import Module
+
     def average() -> Any:
         if kind == "SWA":
             return lightning.callbacks.StochasticWeightAveraging(1e-3, swa_epoch_start=1)
@@ -156,9 +122,12 @@ def test_lightnings_averages_are_cut_and_resumed_with_the_network(
     assert again.model[0].out_features == 22
 
 
+@pytest.mark.usefixtures("lightning")
 def test_a_lightning_module_may_be_the_network_and_have_several_optimizers(
     tmp_path: Path,
 ) -> None:
+    from lightning_modules import ItselfTheNetwork
+
     class Cuts(CutsOnce):
         layer = "first"
 
@@ -171,7 +140,11 @@ def test_a_lightning_module_may_be_the_network_and_have_several_optimizers(
 
 # Hugging Face
 
-transformers = pytest.importorskip("transformers")
+
+@pytest.fixture
+def transformers() -> Any:
+    """Imported by the one process that needs it."""
+    return pytest.importorskip("transformers")
 
 
 class Network(nn.Module):
@@ -195,10 +168,12 @@ ROWS = [{"values": a, "labels": b} for a, b in zip(X, Y, strict=True)]
 
 
 def train(session: Session, folder: Path, epochs: int, model: nn.Module, **how: Any) -> Any:
+    from transformers import Trainer, TrainingArguments
+
     from elesh.trainer.adapters.hugging_face import EleshCallback
 
     resume = how.pop("resume_from_checkpoint", None)
-    arguments = transformers.TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=epochs,
         per_device_train_batch_size=16,
@@ -214,7 +189,7 @@ def train(session: Session, folder: Path, epochs: int, model: nn.Module, **how: 
     ours = EveryEpoch(
         session, data, data, every=1, evaluate=lambda *_: Evaluation(0.9, next(LOSSES))
     )
-    trainer = transformers.Trainer(
+    trainer = Trainer(
         model,
         arguments,
         train_dataset=ROWS,
@@ -225,6 +200,7 @@ def train(session: Session, folder: Path, epochs: int, model: nn.Module, **how: 
     return trainer
 
 
+@pytest.mark.usefixtures("transformers")
 def test_the_hugging_face_trainer_saves_resumes_and_loads_a_cut_network(tmp_path: Path) -> None:
     from elesh.trainer.adapters.hugging_face import load
 
@@ -246,6 +222,7 @@ def test_the_hugging_face_trainer_saves_resumes_and_loads_a_cut_network(tmp_path
     assert before.first.out_features == 24
 
 
+@pytest.mark.usefixtures("transformers")
 def test_the_best_checkpoint_may_be_of_before_a_cut(tmp_path: Path) -> None:
     model = Network()
     with CutsFirst("case", NOWHERE) as session:
@@ -262,7 +239,9 @@ def test_the_best_checkpoint_may_be_of_before_a_cut(tmp_path: Path) -> None:
     assert model.first.out_features == 24
 
 
-def test_causal_language_models_are_judged_by_the_next_token(tmp_path: Path) -> None:
+def test_causal_language_models_are_judged_by_the_next_token(
+    tmp_path: Path, transformers: Any
+) -> None:
     from elesh.trainer.adapters.hugging_face import EleshCallback, load
 
     ids = (torch.arange(16 * 8).view(16, 8) * 7) % 20
