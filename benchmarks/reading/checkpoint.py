@@ -1,11 +1,13 @@
 """How many files and functions one checkpoint passes, from publish to the applied decision.
 
-    python -m benchmarks.reading.checkpoint [--list]
+    python -m benchmarks.reading.checkpoint [--list] [--runs 3]
 
 A small network is trained on digits beside one worker. The second checkpoint in a pruning phase is
 traced in the trainer, the worker's supervisor and its compute child: every function of elesh and
-leyline that is called between ``publish`` and the end of ``apply`` counts once. Comprehensions and
-lambdas count with the function that holds them.
+leyline that is called between ``publish`` and the end of ``apply`` counts once. What the clock
+calls meanwhile (heartbeats, renewals, the audit's copy) is another thing each time: what counts is
+called in every one of several runs. Comprehensions and lambdas count with the function that holds
+them.
 """
 
 from __future__ import annotations
@@ -35,11 +37,22 @@ def main() -> None:
     """Trace in a process of its own, so that the trainer is traced, too."""
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     arguments.add_argument("--list", action="store_true", help="print every function")
+    arguments.add_argument("--runs", type=int, default=3, help="trainings that are compared")
     arguments.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
     given = arguments.parse_args()
     if given.train:
         _train(Path(os.environ["ELESH_TRACED"]))
         return
+    functions = set.intersection(*(_traced() for _ in range(given.runs)))
+    if given.list:
+        for file, function in sorted(functions):
+            print(f"{file}\t{function}")
+    files = Counter(file for file, _ in functions)
+    print(f"{len(files)} files, {len(functions)} functions")
+
+
+def _traced() -> set[Function]:
+    """What one training with its worker calls."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "switch").write_text("0")
@@ -51,12 +64,7 @@ def main() -> None:
         }
         command = [sys.executable, "-m", __spec__.name, "--train"]
         subprocess.run(command, env=environment, check=True)
-        functions = _called(folder)
-    if given.list:
-        for file, function in sorted(functions):
-            print(f"{file}\t{function}")
-    files = Counter(file for file, _ in functions)
-    print(f"{len(files)} files, {len(functions)} functions")
+        return _called(folder)
 
 
 def _called(folder: Path) -> set[Function]:
