@@ -4,8 +4,8 @@
 
 The networks and data of ``benchmarks.training_run``, trained to the end, then cut to a share of
 their MACs: ours in one call of ``elesh.prune`` with as large a drop allowed as it takes,
-torch-pruning in a hundred small steps, its gradients taken once. Then two epochs of AdamW at a
-small rate, the same for all. Every line of ``--out`` is one network; what has one is not repeated.
+torch-pruning in ten steps, its gradients taken anew at each. Then two epochs of AdamW at a small
+rate, the same for all. Every line of ``--out`` is one network; what has one is not repeated.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from benchmarks.training_run.tasks import TASKS, Options
 
 EPOCHS, RATE = 2, 5e-4
 """Of the recovery."""
+STEPS = 10
+"""In which the others come down to the share, measured anew at each."""
 
 
 @dataclass
@@ -44,8 +46,9 @@ class Cut(Run):
             self.renew()
 
     def steps(self) -> Iterator[float]:
-        """The share, at once."""
-        yield self.share
+        """Ten shares, one smaller than the other."""
+        for number in range(1, STEPS + 1):
+            yield self.share ** (number / STEPS)
 
 
 def ours(run: Run) -> None:
