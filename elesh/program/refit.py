@@ -88,10 +88,17 @@ class Normalised:
 
     @classmethod
     def of(
-        cls, kind: Literal["layer", "rms"], size: int, gain: Tensor | None, offset: Tensor | None
+        cls,
+        kind: Literal["layer", "rms", "response"],
+        size: int,
+        gain: Tensor | None,
+        offset: Tensor | None,
     ) -> Normalised | None:
         """A normalisation over ``size`` channels with these parameters, where it has some; None if
-        they are no gain and offset of that many channels, or a gain is next to zero."""
+        they are no gain and offset of that many channels, a gain is next to zero, or the channels
+        are no multiples of normalised ones (a global response)."""
+        if kind == "response":
+            return None
         found = torch.ones(size) if gain is None else gain.detach().cpu()
         shift = torch.zeros(size) if offset is None else offset.detach().cpu()
         if found.shape != (size,) or shift.shape != (size,):

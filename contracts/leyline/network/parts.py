@@ -98,8 +98,9 @@ class NormSite(GateSite):
     """Where units enter a normalisation over channels: masked, it takes its statistics over the
     channels that are kept, just as after the cut."""
 
-    kind: Literal["layer", "rms"]
-    """Whether mean and variance are normalised, or the mean square only."""
+    kind: Literal["layer", "rms", "response"]
+    """Whether mean and variance are normalised, the mean square only, or each channel's norm over
+    all positions by the mean of all channels' (global response normalisation)."""
     eps: NonNegative
     """What the normalisation adds to the variance or mean square."""
 

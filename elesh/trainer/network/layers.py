@@ -21,6 +21,7 @@ not run, or does not compute what the masked one does, and the proof refuses the
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -306,7 +307,7 @@ _EPS = ("eps", "variance_epsilon", "epsilon")
 class Norm:
     """How a module normalises."""
 
-    kind: Literal["layer", "rms"]
+    kind: Literal["layer", "rms", "response"]
     dim: int
     """The axis of its input that the channels lie on; -1, or 1 behind the samples."""
     eps: float
@@ -317,7 +318,7 @@ def norm_of(module: nn.Module, shape: tuple[int, ...]) -> Norm | None:
 
     Layer and RMS normalisations of PyTorch are known; of modules that have "norm" in their type's
     name, it is tried out: the answer must not depend on the scale of what comes in, and must mix
-    what lies along one axis only.
+    what lies along one axis only; or be what came in, scaled by its global response.
     """
     eps = eps_of(module)
     plain = type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward)
@@ -363,29 +364,43 @@ def _tried(module: nn.Module, shape: tuple[int, ...], eps: float) -> Norm | None
                 found = _kind(module, x, dim)
         except Exception:  # A module with other inputs is no normalisation that we know.
             continue
-        if found == "rms" or (found == "layer" and eps):
-            kind: Literal["layer", "rms"] = "layer" if found == "layer" else "rms"
-            return Norm(kind, dim if dim < 0 or len(shape) > 2 else -1, eps)
+        if found and (found != "layer" or eps):
+            return Norm(found, dim if dim < 0 or len(shape) > 2 else -1, eps)
     return None
 
 
-def _kind(module: nn.Module, x: Tensor, dim: int) -> str:
+def _kind(module: nn.Module, x: Tensor, dim: int) -> Literal["layer", "rms", "response"] | None:
     y = module(x)
     if not isinstance(y, Tensor) or y.shape != x.shape or x.shape[dim] < 2:
-        return ""
+        return None
 
     def same(other: Tensor) -> bool:
         return bool(torch.allclose(other, y, rtol=1e-2, atol=1e-2))
 
     if not same(module(x * 4)) or same(module(x * 0)):
-        return ""
+        return "response" if _responds(module, x, dim) else None
     changed = x.clone()
     changed.select(dim, 0)[(0,) * (x.ndim - 1)] += 3
     moved = (module(changed) - y).abs() > 1e-4
     along = moved.movedim(dim, -1)[(0,) * (x.ndim - 1)]
     if int(moved.sum()) != int(along.sum()) or int(along.sum()) < 2:
-        return ""
+        return None
     return "layer" if same(module(x + 2)) else "rms"
+
+
+def _responds(module: nn.Module, x: Tensor, dim: int) -> bool:
+    """Whether, but for a constant, every channel is scaled in proportion to its norm over all
+    positions as a share of the mean of all channels' norms, or is passed on and that added."""
+    positions = [axis for axis in range(1, x.ndim) if axis != dim % x.ndim]
+    norms = torch.linalg.vector_norm(x, dim=positions, keepdim=True)
+    share = norms / norms.mean(dim, keepdim=True)
+    if x.ndim < 3 or bool((x == 0).any()):
+        return False
+    scale = (module(x) - module(x * 0)) / x
+    slopes = [(scale - passed) / share for passed in (0.0, 1.0)]
+    first = [slope.movedim(dim, -1).flatten(0, -2) for slope in slopes]
+    flat = [bool(torch.allclose(one, one[:1], rtol=1e-2, atol=1e-3)) for one in first]
+    return any(flat) and not bool(torch.allclose(scale, scale.mean(), atol=1e-3))
 
 
 def refilled(x: Tensor, gate: Tensor, dim: int, kind: str, eps: float) -> Tensor:
@@ -393,7 +408,8 @@ def refilled(x: Tensor, gate: Tensor, dim: int, kind: str, eps: float) -> Tensor
 
     RMS: channels whose gate is zero get the root mean square of the kept ones. Layer: the kept
     channels less their mean, scaled so that variance over all channels plus ``eps`` stands to
-    them as their own variance plus ``eps`` does; the others zero.
+    them as their own variance plus ``eps`` does; the others zero. Response: the others get, at
+    every position, what makes their norm the mean of the kept ones'.
 
     Args:
         gate: of ones and zeros (or between), broadcastable to ``x``.
@@ -403,6 +419,12 @@ def refilled(x: Tensor, gate: Tensor, dim: int, kind: str, eps: float) -> Tensor
     count = gate.sum(dim, keepdim=True)
     if kind == "rms":
         level = ((gate * wide * wide).sum(dim, keepdim=True) / count).sqrt()
+        return (gate * wide + (1 - gate) * level).to(x.dtype)
+    if kind == "response":
+        positions = [axis for axis in range(1, x.ndim) if axis != dim % x.ndim]
+        norms: Tensor = torch.linalg.vector_norm(gate * wide, dim=positions, keepdim=True)
+        places = math.prod(x.shape[axis] for axis in positions)
+        level = norms.sum(dim, keepdim=True) / count / places**0.5
         return (gate * wide + (1 - gate) * level).to(x.dtype)
     mean = (gate * wide).sum(dim, keepdim=True) / count
     centred = gate * (wide - mean)

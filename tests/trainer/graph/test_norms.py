@@ -108,3 +108,35 @@ def test_a_width_that_is_normalised_behind_the_samples_can_go(size: int) -> None
     surgeon.unmask()
     surgeon.cut({"0": [1, 5, 7], "2": [0]})
     assert torch.allclose(model(x), masked, atol=1e-5)
+
+
+class GlobalResponse(nn.Module):
+    """Every channel's norm over all positions, by the mean of all (ConvNeXt V2)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.rand(width)), nn.Parameter(torch.rand(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        norms = x.norm(dim=1, keepdim=True)
+        return x + self.bias + self.weight * x * (norms / (norms.mean(-1, keepdim=True) + 1e-6))
+
+
+class ResponseNorm(GlobalResponse):
+    """With a name by which it is tried out."""
+
+
+def test_channels_go_through_a_normalisation_by_their_response() -> None:
+    torch.manual_seed(0)
+    kind = norm_of(ResponseNorm(8), (2, 5, 8))
+    assert kind is not None
+    assert (kind.kind, kind.dim) == ("response", -1)
+    model = nn.Sequential(nn.Linear(3, 8), nn.GELU(), ResponseNorm(8), nn.Linear(8, 2))
+    x = torch.randn(2, 5, 3)
+    surgeon = Surgeon(model, Recorder(model, x).architecture)
+    surgeon.mask({"0": [1, 2, 7]})
+    masked = model(x)
+    surgeon.unmask()
+    surgeon.cut({"0": [1, 2, 7]})
+    torch.testing.assert_close(model(x), masked, rtol=1e-5, atol=1e-5)
+    assert model[2].weight.shape == (5,)
