@@ -424,7 +424,7 @@ def refilled(x: Tensor, gate: Tensor, dim: int, kind: str, eps: float) -> Tensor
         positions = [axis for axis in range(1, x.ndim) if axis != dim % x.ndim]
         norms: Tensor = torch.linalg.vector_norm(gate * wide, dim=positions, keepdim=True)
         places = math.prod(x.shape[axis] for axis in positions)
-        level = norms.sum(dim, keepdim=True) / count / places**0.5
+        level = norms.sum(dim, keepdim=True) / (count * math.sqrt(places))
         return (gate * wide + (1 - gate) * level).to(x.dtype)
     mean = (gate * wide).sum(dim, keepdim=True) / count
     centred = gate * (wide - mean)
