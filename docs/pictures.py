@@ -43,7 +43,7 @@ WAY = (
         "publish blobs and event, off the training thread",
         "elesh/trainer/session/session.py:Session.publish",
     ),
-    Step("bus", "append the event once for its id", "elesh/bus/scripts.py:Scripts.publish"),
+    Step("bus", "append the event once for its id", "elesh/bus/core.py:Bus.publish"),
     Step("worker", "claim entries, renew leases", "elesh/worker/leases.py:Leases.claim"),
     Step("worker", "admit: bytes to sound work, or a dead letter", "elesh/bus/admission.py:admit"),
     Step("worker", "one level: run; several: plan parts", "elesh/worker/fan_out.py:FanOut.plan"),
@@ -67,7 +67,7 @@ WAY = (
     Step(
         "bus",
         "still the owner? same fingerprint? then all at once",
-        "elesh/bus/scripts.py:Scripts.commit",
+        "elesh/bus/core.py:Bus.commit",
     ),
     Step(
         "trainer",

@@ -65,10 +65,10 @@ async def raw_settle(bus: Bus, base: int, count: int) -> None:
     body = encode(wrap(report(base), source="bench"))
     dead, latest = keys.named("none"), keys.named("latest", "bench")
     for number in range(base, base + count):
-        ((_, ((entry, _),)),) = await scripts.claim([source], GROUP, NAME, 1)
+        ((_, ((entry, _),)),) = await scripts.run("claim", [source], [GROUP, NAME, 1])
         record = keys.named("record", f"bench-{number}")
         args = [GROUP, NAME, entry, 3600, "k", "f", -1, 2, "envelope", body]
-        await scripts.commit([source, target, dead, record, latest], args)
+        await scripts.run("commit", [source, target, dead, record, latest], args)
 
 
 async def measure(url: str, count: int, rounds: int) -> dict[str, float]:

@@ -294,7 +294,8 @@ class Bus:
         args += [f"{stream.name}:{priority}", token, *entry_fields(framed, carrier or {})]
         keys = [self.keys.stream(stream), marker, self.keys.named("shed")]
         keys += [self.runs.claim_key(run_id)] if token else []
-        verdict, value = await self._scripts.publish(keys, args)
+        reply = await self._scripts.run("publish", keys, args)
+        verdict, value = (str(part, "utf-8") for part in reply)
         if verdict == "shed":
             raise Overloaded(self._client.url, stream.name, priority, limit)
         if verdict == "claimed":
@@ -424,7 +425,8 @@ class Bus:
         args: list[str | bytes | int] = [group, consumer, delivery.entry_id]
         args += [self.settings.record_ttl_seconds, str(result.key), result.fingerprint, epoch]
         args += [len(fields), *fields, *dead]
-        return CommitOutcome(await self._scripts.commit([*keys, *served], args))
+        verdict = await self._scripts.run("commit", [*keys, *served], args)
+        return CommitOutcome(verdict.decode())
 
     async def remember_settings(self, settings_hash: str, text: str) -> None:
         """Keep the settings (JSON) that decisions name by their hash, as long as their records.
@@ -450,9 +452,9 @@ class Bus:
         self, group: str, consumer: str, delivery: Delivery, served: Sequence[str] = ()
     ) -> bool:
         """End an entry without a result; False if it is no longer the consumer's."""
-        return await self._scripts.acknowledge(
-            [self.groups.entry(delivery)[0], *served], [group, consumer, delivery.entry_id]
-        )
+        keys = [self.groups.entry(delivery)[0], *served]
+        args = [group, consumer, delivery.entry_id]
+        return bool(await self._scripts.run("acknowledge", keys, args))
 
     async def dead_letter(
         self,
@@ -469,10 +471,9 @@ class Bus:
         stream with ``read_dead_letter``.
         """
         fields = self._dead_letter_fields(dead_letter, carrier)
-        return await self._scripts.acknowledge(
-            [self.groups.entry(delivery)[0], self.keys.stream(DEAD), *served],
-            [group, consumer, delivery.entry_id, *fields],
-        )
+        keys = [self.groups.entry(delivery)[0], self.keys.stream(DEAD), *served]
+        args = [group, consumer, delivery.entry_id, *fields]
+        return bool(await self._scripts.run("acknowledge", keys, args))
 
     def _dead_letter_fields(
         self, dead_letter: DeadLetter, carrier: Mapping[str, str]
@@ -549,12 +550,10 @@ class Bus:
         What a group still needs stays, and work streams wait for their group. Consumers that have
         been silent for an hour with nothing pending are forgotten.
         """
-        removed = await self._scripts.tidy(
-            [self.keys.stream(stream) for stream in _TRIMMED],
-            self.settings.stream_length,
-            _SILENCE_MS,
-            [stream not in WORK for stream in _TRIMMED],
-        )
+        keys = [self.keys.stream(stream) for stream in _TRIMMED]
+        capped = [int(stream not in WORK) for stream in _TRIMMED]
+        args = [self.settings.stream_length, _SILENCE_MS, *capped]
+        removed = await self._scripts.run("tidy", keys, args)
         return {stream.name: count for stream, count in zip(_TRIMMED, removed, strict=True)}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,9 +44,10 @@ def _patched(old: str, new: str) -> None:
 
     def init(self: Scripts, client: Any) -> None:
         make(self, client)
-        text: str = self._commit.script
+        text, _ = self._texts["commit"]
         assert text.count(old) == 1, f"commit.lua has no single {old!r} any more"
-        self._commit = client.register_script(text.replace(old, new))
+        text = text.replace(old, new)
+        self._texts["commit"] = text, hashlib.sha1(text.encode()).hexdigest()
 
     Scripts.__init__ = init  # type: ignore[method-assign]
 

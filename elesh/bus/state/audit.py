@@ -125,14 +125,14 @@ class AuditLog:
     ) -> bool:
         last = (entries[-1].number, entries[-1].digest) if entries else (head.number, head.digest)
         signed = self._guard.frame_state(self._keys[1], _facts(AuditHead(*last, cursors)))
-        named: dict[str, str | bytes] = {_CURSOR + name: at for name, at in cursors.items()}
-        return await self._scripts.audit(
-            self._keys,
-            head.expected,
-            last,
-            {**named, _SIGNED.decode(): signed},
-            [self._fields(entry) for entry in entries],
-        )
+        fields: list[str | bytes] = [_SIGNED, signed]
+        for name, at in cursors.items():
+            fields += [_CURSOR + name, at]
+        args: list[str | bytes | int] = [head.expected, *last, len(fields) // 2, *fields]
+        for entry in entries:
+            own = self._fields(entry)
+            args += [len(own), *own]
+        return bool(await self._scripts.run("audit", self._keys, args))
 
     def _fields(self, entry: AuditEntry) -> list[str | bytes]:
         return entry_fields(self._guard.frame(AUDIT, encode(audit_envelope(entry))), {})

@@ -84,12 +84,12 @@ class BlobStore:
         keys = self._keys(digest, view.nbytes)
         expires = datetime.now(UTC) + timedelta(seconds=self._ttl)
         lives = (self._ttl, self._ttl + _CHUNK_GRACE)
-        if not await self._scripts.touch(keys, *lives):
+        if not await self._scripts.run("touch", keys, lives):
             for number, key in enumerate(keys[1:]):
                 piece = view[number * CHUNK : (number + 1) * CHUNK]
                 await self._client.set(key, piece, ex=min(_UNFINISHED, lives[1]))
             await self._client.set(keys[0], view.nbytes, ex=min(_UNFINISHED, lives[0]))
-            if not await self._scripts.touch(keys, *lives):
+            if not await self._scripts.run("touch", keys, lives):
                 hint = "set maxmemory-policy noeviction, or see to its speed"
                 lost = "a piece of a blob vanished before all were stored"
                 raise BusUnavailable(self._client.url, lost, hint=hint)

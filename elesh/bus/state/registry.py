@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from elesh.bus.scripts import Scripts
+from elesh.bus.scripts import Args, Scripts
 from elesh.bus.server.client import Client
 from leyline.streams import STREAMS, Stream
 
@@ -95,8 +95,9 @@ class Registry:
         values = state.model_dump(exclude={"heard_at"})
         fields = [str(part) for pair in values.items() for part in pair]
         name, milliseconds = state.worker_id, round(seconds * 1000)
-        key = self._key(name)
-        if await self._scripts.heartbeat(key, self._index, name, milliseconds, self._token, fields):
+        keys = [self._key(name), self._index]
+        args: Args = [name, milliseconds, self._token, *fields]
+        if await self._scripts.run("heartbeat", keys, args):
             return None
         return _read(await self._hash(name)) or state
 
@@ -121,7 +122,8 @@ class Registry:
     async def backlog(self, streams: Sequence[Stream] = STREAMS) -> dict[str, Backlog]:
         """The figures of each stream, by its short name; one command whatever their number."""
         keys = [stream.key(self._partition) for stream in streams]
-        found = await self._scripts.backlog_statistics(keys, [stream.group for stream in streams])
+        groups = [stream.group for stream in streams]
+        found = await self._scripts.read("backlog_statistics", keys, groups)
         return {
             stream.name: Backlog(
                 length, None if lag < 0 else lag, pending, _seconds(oldest), _seconds(lease)

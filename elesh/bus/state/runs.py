@@ -35,7 +35,7 @@ import msgpack
 
 from elesh.bus.errors import BusUnavailable
 from elesh.bus.guard import Guard
-from elesh.bus.scripts import Scripts
+from elesh.bus.scripts import Args, Scripts
 from elesh.bus.server.client import Client, ServerClock
 from elesh.settings import BreakerSettings, BusSettings
 from leyline import (
@@ -92,7 +92,8 @@ class HistoryStore:
     async def remember(self, run_id: str, epoch: int, blob: bytes) -> Kept:
         """Keep an epoch's measurements; ``conflict`` if the epoch holds others, which stay."""
         signed = self._guard.frame_state(self._place(run_id, epoch), blob)
-        answer = await self._scripts.remember(self._key(run_id), epoch, signed, *self._limits)
+        args: Args = [epoch, signed, *self._limits]
+        answer = (await self._scripts.run("remember", [self._key(run_id)], args)).decode()
         # Another worker's signature of the same measurements is no other measurement.
         if answer == "conflict" and (await self.recall(run_id, [epoch])).get(epoch) == blob:
             return "known"
@@ -167,19 +168,20 @@ class RunStore:
     async def claim(self, run_id: str, token: str, who: str, seconds: float) -> Holder | None:
         """Claim a run, or renew the claim of the same token; None, or who has it instead."""
         milliseconds = max(1, round(seconds * 1000))
-        held = await self._scripts.claim_run(self.claim_key(run_id), token, who, milliseconds)
+        args: Args = [token, who, milliseconds]
+        held = await self._scripts.run("claim_run", [self.claim_key(run_id)], args)
         return Holder(_text(held[0]), held[1] / 1000) if held else None
 
     async def give_up(self, run_id: str, token: str) -> None:
         """End a claim of one's own."""
-        await self._scripts.claim_run(self.claim_key(run_id), token, "", 0)
+        await self._scripts.run("claim_run", [self.claim_key(run_id)], [token, "", 0])
 
     async def end_claim(self, run_id: str, who: str) -> None:
         """End the claim of a holder that is known to be gone; nothing if another has it by now."""
         found: Any = await self._client.hmget(self.claim_key(run_id), ["token", "who"])
         token, holder = found
         if token is not None and holder == who.encode():
-            await self._scripts.claim_run(self.claim_key(run_id), _text(token), "", 0)
+            await self._scripts.run("claim_run", [self.claim_key(run_id)], [_text(token), "", 0])
 
     async def attempt(self, run_id: str, token: str, who: str) -> Attempt:
         """The attempt of the run's holder: that of the last claim if the token is the same, else a
@@ -491,9 +493,8 @@ class BreakerStore:
         signed = self._guard.frame_state(key, data) if data else b""
         listed = circuit.state != "closed" or circuit.failures > 0
         name = f"{run_id}:{level}"
-        return await self._scripts.breaker(
-            [key, self._index], [stored, signed, name, int(listed), self._keep]
-        )
+        args: Args = [stored, signed, name, int(listed), self._keep]
+        return bool(await self._scripts.run("breaker", [key, self._index], args))
 
     def _key(self, run_id: str, level: Level) -> str:
         return f"{self._prefix}:{run_id}:{level}"

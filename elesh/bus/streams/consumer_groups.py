@@ -127,12 +127,12 @@ class Groups:
         """As :meth:`claim`; None if a group is missing."""
         # A consumer that has just waited without result need not look before waiting again.
         if consumer not in self._idle or seconds <= 0:
-            reply = await self._scripts.claim(
-                [self._keys.stream(stream) for stream in streams], group, consumer, count
-            )
+            keys = [self._keys.stream(stream) for stream in streams]
+            reply = await self._scripts.run("claim", keys, [group, consumer, count])
             if reply is None:
                 return None
-            claimed = deliveries_of([(streams[number], entries) for number, entries in reply])
+            # Lua counts from one.
+            claimed = deliveries_of([(streams[number - 1], entries) for number, entries in reply])
             if claimed or seconds <= 0:
                 return claimed
         try:
@@ -172,9 +172,12 @@ class Groups:
         self, group: str, consumer: str, deliveries: Sequence[Delivery]
     ) -> list[Delivery]:
         """Start the leases anew; the deliveries that are no longer the consumer's."""
-        entries = [self.entry(delivery) for delivery in deliveries]
-        lost = await self._scripts.renew(group, consumer, entries) if entries else []
-        return [deliveries[position] for position in lost]
+        if not deliveries:
+            return []
+        keys = [self._keys.stream(delivery.stream) for delivery in deliveries]
+        args = [group, consumer, *(delivery.entry_id for delivery in deliveries)]
+        lost: list[int] = await self._scripts.run("renew", keys, args)
+        return [deliveries[number - 1] for number in lost]
 
     async def requeue(
         self,
@@ -193,12 +196,9 @@ class Groups:
         """
         args: list[str | int] = [group, consumer, delivery.entry_id, delivery.stream.name]
         args += [cause, consumer, detail[:512], round(delay_seconds * 1000)]
-        return await self._scripts.requeue(
-            self.entry(delivery),
-            self._keys.stream(REDELIVERIES),
-            self._keys.named("delayed"),
-            args,
-        )
+        keys = [self._keys.stream(each) for each in (delivery.stream, REDELIVERIES)]
+        keys.append(self._keys.named("delayed"))
+        return bool(await self._scripts.run("requeue", keys, args))
 
     async def requeue_all(self, group: str, consumer: str, streams: Sequence[Stream]) -> int:
         """Release whatever is pending with a consumer that ends; how many entries it was.
@@ -223,7 +223,7 @@ class Groups:
     async def leave(self, group: str, consumer: str, streams: Sequence[Stream]) -> None:
         """Have the group forget a consumer that ends; one with pending entries stays known."""
         for stream in streams:
-            await self._scripts.leave(self._keys.stream(stream), group, consumer)
+            await self._scripts.run("leave", [self._keys.stream(stream)], [group, consumer])
 
     def entry(self, delivery: Delivery) -> Entry:
         """A delivery as scripts name it."""

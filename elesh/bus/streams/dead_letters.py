@@ -125,15 +125,13 @@ class DeadLetters:
         at = f"{(await self._clock.now()).timestamp() * 1000:.0f}"
         original = dead_letter.message.original
         redriven = self._guard.frame_redrive(at, original.get("envelope", b""))
-        reply = await self._scripts.redrive(
-            (self._key(DEAD), self._marks, self._key(stream), self._key(OPERATIONS)),
-            entry_id,
-            [*_flat(original), "redriven", redriven],
-            event,
-        )
-        if reply is None:
+        keys = self._key(DEAD), self._marks, self._key(stream), self._key(OPERATIONS)
+        fields = [*_flat(original), "redriven", redriven]
+        args = [entry_id, len(fields), *fields, *event]
+        reply = await self._scripts.run("redrive", keys, args)
+        if not reply:
             raise _missing(entry_id)
-        return Redriven(stream.name, *reply)
+        return Redriven(stream.name, reply[0].decode(), bool(reply[1]))
 
     async def drop(self, entry_id: str, operator: str, reason: str = "") -> None:
         """Delete a dead letter for good; the operations stream keeps who did it and what it was.
@@ -146,7 +144,7 @@ class DeadLetters:
         lost = f"{was.stream}/{was.entry_id}: {was.error_code}" if was else "unreadable"
         event = self._event("drop", entry_id, operator, reason, lost)
         keys = self._key(DEAD), self._marks, self._key(OPERATIONS)
-        if not await self._scripts.drop(keys, entry_id, event):
+        if not await self._scripts.run("drop", keys, [entry_id, *event]):
             raise _missing(entry_id)
 
     async def _range(self, start: str, end: str) -> list[Delivery]:

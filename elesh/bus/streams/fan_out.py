@@ -142,7 +142,7 @@ class PlanStore:
             args += [len(entry), *entry]
         known = [self._plan(plan.key), self._keys.named("record", plan.key)]
         keys = [self._groups.entry(delivery)[0], *known, *self._shared]
-        return Planned(await self._scripts.plan(keys, args))
+        return Planned((await self._scripts.run("plan", keys, args)).decode())
 
     async def load(self, key: str) -> Plan | None:
         """The plan of a key; None if it was joined and committed, or never made.
@@ -189,7 +189,8 @@ class PlanStore:
         keys = [self._groups.entry(delivery)[0], self._plan(item.plan), self._results(item.plan)]
         args: list[str | bytes | int] = [group, consumer, delivery.entry_id]
         args += [item.plan, item.name, signed]
-        return Stored(await self._scripts.store([*keys, *self._shared], args))
+        verdict = await self._scripts.run("store", [*keys, *self._shared], args)
+        return Stored(verdict.decode())
 
     async def results(self, plan: Plan) -> dict[str, ItemResult]:
         """The results that are there, by the name of their part.
@@ -213,7 +214,7 @@ class PlanStore:
 
     async def join_overdue(self, key: str) -> bool:
         """Queue the join of a plan past its deadline; False if it was queued before."""
-        return await self._scripts.overdue([self._plan(key), *self._shared], key)
+        return bool(await self._scripts.run("overdue", [self._plan(key), *self._shared], [key]))
 
     def served_keys(self, key: str) -> tuple[str, str]:
         """What a plan leaves in Redis: to be deleted with the step that ends it."""

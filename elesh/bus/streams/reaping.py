@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from elesh.bus.scripts import Keys, Scripts
+from elesh.bus.scripts import Args, Keys, Scripts
 from leyline.streams import REDELIVERIES, Stream
 
 from .fan_out import PlanStore
@@ -69,9 +69,8 @@ class Reaper:
         keys += [self._keys.stream(stream) for stream in (REDELIVERIES, *streams)]
         times = [max(1, round(lease * share)) for share in (0.125, 0.375, 1.0, 0.3)]
         names = [stream.name for stream in streams]
-        held, *reply = await self._scripts.reap(
-            keys, [worker, *times, group, _SCAN, _BATCH, *names]
-        )
+        args: Args = [worker, *times, group, _SCAN, _BATCH, *names]
+        held, *reply = await self._scripts.run("reap", keys, args)
         if not held:
             return Reap(False, max(reply[0] / 1000, self.interval))
         resumed, taken, overdue, soonest = reply
