@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +12,19 @@ __all__ = ["table", "write"]
 
 _PAGE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
 _ENOUGH, _TOLD = 0.98, 0.32
+_COSTS = Path(__file__).with_name("costs.jsonl")
+"""As :mod:`.costs` wrote them."""
 _BEGIN = "<!-- measured by python -m benchmarks.zoo; do not edit below -->\n"
 
 
 def write(rows: Sequence[dict[str, Any]]) -> None:
     """Put the table at the end of the page."""
+    lines = _COSTS.read_text().splitlines() if _COSTS.exists() else []
+    costs = {row["name"]: row for row in map(json.loads, lines)}
+    told = ("passes", "memory", "measure")
+    rows = [
+        row | {k: v for k, v in costs.get(row["name"], {}).items() if k in told} for row in rows
+    ]
     text = _PAGE.read_text()
     _PAGE.write_text(text[: text.index(_BEGIN)] + _BEGIN + "\n" + table(rows))
 
@@ -36,6 +45,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         f"Rows prunable: {prunable / every:.0%} of {every}; attentions: {heads} of {attentions}. "
         f"Making the recorder takes {statistics.median(passes):.0f} forward and backward passes "
         f"of the example in the median, {passes[-1]:.0f} at most."
+        + _median(good, "memory", " It holds {:.1f} times the parameters' memory in the median.")
+        + _median(good, "measure", " `measure` takes {:.0f} passes in the median.")
         + (
             f" Rows with a star are of an earlier state of the tree than {newest}."
             if newest
@@ -43,11 +54,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         ),
         "",
         "| network | rows | heads | layers | removed | mask - cut | verified | passes "
-        "| torch-pruning removed | of a layer | |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| memory | measure | torch-pruning removed | of a layer | |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     ordered = sorted(rows, key=lambda row: row["name"])
     return "\n".join([*lines, *(_line(row, newest) for row in ordered)]) + "\n"
+
+
+def _median(rows: Sequence[dict[str, Any]], figure: str, text: str) -> str:
+    known = [row[figure] for row in rows if row.get(figure) is not None]
+    return text.format(statistics.median(known)) if known else ""
 
 
 def _peer(rows: Sequence[dict[str, Any]]) -> str:
@@ -72,7 +88,7 @@ def _right(row: dict[str, Any]) -> bool:
 def _line(row: dict[str, Any], newest: str) -> str:
     star = " *" if row.get("measured", "") != newest else ""
     if "error" in row:
-        return f"| {row['name']}{star} | {row['error']} | | | | | | | | | |"
+        return f"| {row['name']}{star} | {row['error']} | | | | | | | | | | | |"
     peer, every = row.get("peer", {"verdict": "not tried"}), max(1, row["all_rows"])
     cells = [
         f"{row['name']}{star}",
@@ -83,6 +99,8 @@ def _line(row: dict[str, Any], newest: str) -> str:
         f"{row['difference']:.1e}" if "difference" in row else "",
         "yes" if _right(row) else "no",
         f"{row['passes']:.0f}",
+        f"{row['memory']:.1f}" if "memory" in row else "",
+        f"{row['measure']:.0f}" if row.get("measure") is not None else "",
         f"{peer['removed']:.3f}" if "removed" in peer else "",
         f"{peer['most']:.0%}" if "most" in peer else "",
         peer["verdict"],

@@ -147,7 +147,7 @@ class InputTally:
             "input_moments": second / rows - np.outer(means, means),
             "input_means": means,
             "sample_moments": np.asarray(self.steady) / rows - means**2,
-            "input_slopes": np.stack([self.summed, self.left]) / samples,
+            "input_slopes": np.stack([self.summed / samples, self.left / samples]),
         }
         return behind_norm(fields, raw, norms) if norms else fields
 
@@ -356,7 +356,7 @@ class GroupTally:
             )
             for number, site in enumerate(sites)
         ]
-        return {name: single(np.stack([site[name] for site in found])) for name in found[0]}
+        return {name: np.stack([single(site[name]) for site in found]) for name in found[0]}
 
     def _entered(self, entered: Entered, site: GateSite) -> tuple[int, Doubles, Doubles]:
         """Rows, sums and inner products of what enters at one site."""

@@ -1,0 +1,139 @@
+"""What looking at public networks costs: passes and memory of a Recorder, passes of ``measure``.
+
+    python -m benchmarks.zoo.costs [NAME ...]
+
+Every network is one line of JSON at the end of ``costs.jsonl``; the page takes the last one of
+each. Much quicker than :mod:`benchmarks.zoo`, as nothing is cut.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import json
+import logging
+import sys
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from elesh.trainer import Recorder
+from elesh.trainer.network.calling import call, main_output, tensors_in
+
+from .networks import NAMES, build
+from .ours import plain_pass
+
+__all__ = ["RESULTS", "examine"]
+
+RESULTS = Path(__file__).with_name("costs.jsonl")
+
+
+def examine(name: str) -> dict[str, Any]:
+    """Figures of one network.
+
+    Returns:
+        ``passes``: CPU time of making a Recorder in plain passes; ``memory``: the most bytes of
+        tensors that it holds beyond the network, and ``plain_memory`` what a plain pass does, as
+        shares of the parameters; ``measure``: CPU time of ``Recorder.measure`` over the example.
+    """
+    model, inputs = build(name)
+    plain = plain_pass(model, inputs)
+    begun = time.process_time()
+    recorder = Recorder(model, inputs)
+    spent = time.process_time() - begun
+    plain = min(plain, plain_pass(model, inputs))
+    row: dict[str, Any] = {"name": name, "passes": spent / plain}
+    try:
+        row["measure"] = _measuring(recorder, model, inputs, plain)
+    except Exception as error:
+        row["measure_error"] = f"{type(error).__name__}: {str(error)[:120]}"
+    row["memory"] = _memory(model, inputs, lambda: Recorder(model, inputs))
+    row["plain_memory"] = _memory(model, inputs, lambda: plain_pass(model, inputs))
+    return row
+
+
+def _measuring(recorder: Recorder, model: nn.Module, inputs: Any, plain: float) -> float | None:
+    """CPU time of ``measure`` over the example in plain passes; None where it has no logits."""
+    with torch.no_grad():
+        logits = main_output(call(model, inputs))
+    if not logits.is_floating_point() or logits.ndim < 2:
+        return None
+    labels = logits.movedim(1, -1).argmax(-1) if logits.ndim == 4 else logits.argmax(-1)
+    least = float("inf")
+    for _ in range(2):
+        begun = time.process_time()
+        recorder.measure([(inputs, labels)], epoch=0)
+        least = min(least, time.process_time() - begun)
+    return least / plain
+
+
+def _memory(model: nn.Module, inputs: Any, work: Callable[[], object]) -> float:
+    held = [*model.parameters(), *model.buffers(), *tensors_in(inputs)]
+    with Allocated(held) as allocated:
+        work()
+    return allocated.most / sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+class Allocated(TorchDispatchMode):
+    """Counts the bytes of storages that operations make, as long as they live.
+
+    Args:
+        known: tensors that are there already.
+    """
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self._live = set[int]()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
+                self._see(tensor.untyped_storage())
+        return made
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage.data_ptr(), storage.nbytes()
+        if size and address not in self._known and address not in self._live:
+            self._live.add(address)
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._gone, address, size)
+
+    def _gone(self, address: int, size: int) -> None:
+        self._live.discard(address)
+        self.now -= size
+
+
+def main() -> None:
+    """See the module."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    gc.freeze()
+    for name in sys.argv[1:] or NAMES:
+        try:
+            row = examine(name)
+        except Exception as error:
+            print(name, f"{type(error).__name__}: {str(error)[:120]}", flush=True)
+            continue
+        row["measured"] = datetime.date.today().isoformat()
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
