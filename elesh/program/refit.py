@@ -89,15 +89,15 @@ class Normalised:
     @classmethod
     def of(
         cls,
-        kind: Literal["layer", "rms", "response"],
+        kind: Literal["layer", "rms", "response", "map"],
         size: int,
         gain: Tensor | None,
         offset: Tensor | None,
     ) -> Normalised | None:
         """A normalisation over ``size`` channels with these parameters, where it has some; None if
         they are no gain and offset of that many channels, a gain is next to zero, or the channels
-        are no multiples of normalised ones (a global response)."""
-        if kind == "response":
+        are not normalised position by position."""
+        if kind == "response" or kind == "map":
             return None
         found = torch.ones(size) if gain is None else gain.detach().cpu()
         shift = torch.zeros(size) if offset is None else offset.detach().cpu()

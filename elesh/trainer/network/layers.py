@@ -145,7 +145,7 @@ def channel_axes(module: nn.Module) -> ChannelAxes:
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and len(module.normalized_shape) == 1:
         return _SCALES
     if isinstance(module, nn.GroupNorm):
-        return replace(_SCALES, blocks=module.num_groups)
+        return replace(_SCALES, blocks=module.num_groups if module.num_groups > 1 else 0)
     if isinstance(module, nn.PReLU):
         return ChannelAxes((("weight", 0),) if module.num_parameters > 1 else ())
     refusal = _refusal(module)
@@ -210,8 +210,9 @@ def refit(module: nn.Module) -> None:
     elif isinstance(module, nn.PReLU):
         module.num_parameters = weight.numel()
     elif isinstance(module, nn.GroupNorm):
-        width = module.num_channels // module.num_groups
-        module.num_channels, module.num_groups = len(weight), len(weight) // width
+        width, single = module.num_channels // module.num_groups, module.num_groups == 1
+        module.num_channels = len(weight)
+        module.num_groups = 1 if single else len(weight) // width
     elif isinstance(vars(module).get("normalized_shape"), tuple) and weight.ndim == 1:
         module.normalized_shape = tuple(weight.shape)  # type: ignore[assignment]
 
@@ -307,7 +308,7 @@ _EPS = ("eps", "variance_epsilon", "epsilon")
 class Norm:
     """How a module normalises."""
 
-    kind: Literal["layer", "rms", "response"]
+    kind: Literal["layer", "rms", "response", "map"]
     dim: int
     """The axis of its input that the channels lie on; -1, or 1 behind the samples."""
     eps: float
@@ -328,6 +329,8 @@ def norm_of(module: nn.Module, shape: tuple[int, ...]) -> Norm | None:
         if isinstance(module, nn.RMSNorm):
             return Norm("rms", -1, 0.0)
         return Norm("layer", -1, eps) if eps else None
+    if isinstance(module, nn.GroupNorm) and module.num_groups == 1 and eps and len(shape) > 2:
+        return Norm("map", 1, eps)
     named = "norm" in type(module).__name__.lower()
     if isinstance(module, (_NormBase, nn.GroupNorm)) or not (named or _derived(module)):
         return None
@@ -408,7 +411,8 @@ def refilled(x: Tensor, gate: Tensor, dim: int, kind: str, eps: float) -> Tensor
 
     RMS: channels whose gate is zero get the root mean square of the kept ones. Layer: the kept
     channels less their mean, scaled so that variance over all channels plus ``eps`` stands to
-    them as their own variance plus ``eps`` does; the others zero. Response: the others get, at
+    them as their own variance plus ``eps`` does; the others zero. Map: the same over channels and
+    positions together. Response: the others get, at
     every position, what makes their norm the mean of the kept ones'.
 
     Args:
@@ -417,18 +421,19 @@ def refilled(x: Tensor, gate: Tensor, dim: int, kind: str, eps: float) -> Tensor
     wide = x if x.dtype == torch.float64 else x.float()
     gate = gate.to(wide.dtype)
     count = gate.sum(dim, keepdim=True)
+    positions = [axis for axis in range(1, x.ndim) if axis != dim % x.ndim]
+    places = math.prod(x.shape[axis] for axis in positions)
     if kind == "rms":
         level = ((gate * wide * wide).sum(dim, keepdim=True) / count).sqrt()
         return (gate * wide + (1 - gate) * level).to(x.dtype)
     if kind == "response":
-        positions = [axis for axis in range(1, x.ndim) if axis != dim % x.ndim]
         norms: Tensor = torch.linalg.vector_norm(gate * wide, dim=positions, keepdim=True)
-        places = math.prod(x.shape[axis] for axis in positions)
         level = norms.sum(dim, keepdim=True) / (count * math.sqrt(places))
         return (gate * wide + (1 - gate) * level).to(x.dtype)
-    mean = (gate * wide).sum(dim, keepdim=True) / count
+    axes, many = (dim, count) if kind == "layer" else ((dim, *positions), count * places)
+    mean = (gate * wide).sum(axes, keepdim=True) / many
     centred = gate * (wide - mean)
-    variance = (centred * centred).sum(dim, keepdim=True) / count
+    variance = (centred * centred).sum(axes, keepdim=True) / many
     lost = (1 - gate).mean(dim, keepdim=True)
     return (centred * (eps / (variance * lost + eps)).sqrt()).to(x.dtype)
 

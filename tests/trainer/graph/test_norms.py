@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -140,3 +142,20 @@ def test_channels_go_through_a_normalisation_by_their_response() -> None:
     surgeon.cut({"0": [1, 2, 7]})
     torch.testing.assert_close(model(x), masked, rtol=1e-5, atol=1e-5)
     assert model[2].weight.shape == (5,)
+
+
+def test_channels_go_through_a_normalisation_of_whole_maps() -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.GroupNorm(1, 8), nn.GELU(), nn.Conv2d(8, 2, 3, padding=1)
+    )
+    x = torch.randn(2, 3, 5, 4)
+    surgeon = Surgeon(model, Recorder(model, x).architecture)
+    surgeon.mask({"0": [1, 2, 7]})
+    masked = model(x)
+    surgeon.unmask()
+    surgeon.cut({"0": [1, 2, 7]})
+    torch.testing.assert_close(model(x), masked, rtol=1e-4, atol=1e-4)
+    assert (model[1].num_groups, model[1].num_channels) == (1, 5)
+    surgeon.undo()
+    assert (model[1].num_groups, model[1].num_channels) == (1, 8)
