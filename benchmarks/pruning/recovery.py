@@ -4,7 +4,8 @@
 
 The networks and data of ``benchmarks.training_run``, trained to the end, then cut to a share of
 their MACs: ours in one call of ``elesh.prune`` with as large a drop allowed as it takes,
-torch-pruning in ten steps, its gradients taken anew at each. Then two epochs of AdamW at a small
+torch-pruning in ten steps, its gradients taken anew at each, and with batch statistics
+estimated anew at the end, which it does not do itself. Then two epochs of AdamW at a small
 rate, the same for all. Every line of ``--out`` is one network; what has one is not repeated.
 """
 
@@ -26,6 +27,7 @@ import elesh
 from benchmarks.training_run.methods import hessian, magnitude, taylor, torch_pruning
 from benchmarks.training_run.run import Run, loss_of, scored
 from benchmarks.training_run.tasks import TASKS, Options
+from elesh.trainer.surgery.after_cut import reestimate_batch_statistics
 
 EPOCHS, RATE = 2, 5e-4
 """Of the recovery."""
@@ -94,6 +96,7 @@ def measured(trained: Run, method: str, share: float) -> dict[str, Any]:
     run = Cut(task, trained.seed, share, trained.epochs, {}, trained=trained.model)
     if method != "uncut":
         METHODS[method](run)
+        reestimate_batch_statistics(run.model, run.calibration)
     at_once = scored(run.model, task.test)
     recover(run)
     after = scored(run.model, task.test)
