@@ -185,7 +185,7 @@ def _refusal(module: nn.Module) -> str:
 SIZES = (
     "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features",
     "num_parameters", "embedding_dim", "nf", "nx", "num_channels", "num_groups",
-    "normalized_shape",
+    "normalized_shape", "shape",
 )  # fmt: skip
 """The attributes that :func:`refit` sets."""
 
@@ -194,6 +194,7 @@ def refit(module: nn.Module) -> None:
     """Set the module's size attributes to what its tensors' shapes say."""
     commit(module)
     refit_taught(module)
+    _refit_view(module)
     weight = getattr(module, "weight", None)
     if isinstance(module, _NormBase):
         sized = weight if weight is not None else module.running_mean
@@ -215,6 +216,17 @@ def refit(module: nn.Module) -> None:
         module.num_groups = 1 if single else len(weight) // width
     elif isinstance(vars(module).get("normalized_shape"), tuple) and weight.ndim == 1:
         module.normalized_shape = tuple(weight.shape)  # type: ignore[assignment]
+
+
+def _refit_view(module: nn.Module) -> None:
+    """The shape that a module with a single vector views it in (PoolFormer's scales of layers)."""
+    held = vars(module).get("shape")
+    own = [parameter for parameter in module._parameters.values() if parameter is not None]
+    if isinstance(held, tuple) and len(own) == 1 and own[0].ndim == 1:
+        wide = [place for place, size in enumerate(held) if size != 1]
+        if len(wide) == 1:
+            sizes = (len(own[0]) if place in wide else 1 for place in range(len(held)))
+            module.shape = tuple(sizes)  # type: ignore[assignment]
 
 
 def _refit_conv(module: _ConvNd, weight: Tensor) -> None:

@@ -146,9 +146,17 @@ def test_channels_go_through_a_normalisation_by_their_response() -> None:
 
 def test_channels_go_through_a_normalisation_of_whole_maps() -> None:
     torch.manual_seed(0)
-    model: Any = nn.Sequential(
-        nn.Conv2d(3, 8, 1), nn.GroupNorm(1, 8), nn.GELU(), nn.Conv2d(8, 2, 3, padding=1)
-    )
+
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.shape = nn.Parameter(torch.rand(8)), (8, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale.view(self.shape)
+
+    last = nn.Conv2d(8, 2, 3, padding=1)
+    model: Any = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(1, 8), nn.GELU(), Scale(), last)
     x = torch.randn(2, 3, 5, 4)
     surgeon = Surgeon(model, Recorder(model, x).architecture)
     surgeon.mask({"0": [1, 2, 7]})
@@ -156,6 +164,6 @@ def test_channels_go_through_a_normalisation_of_whole_maps() -> None:
     surgeon.unmask()
     surgeon.cut({"0": [1, 2, 7]})
     torch.testing.assert_close(model(x), masked, rtol=1e-4, atol=1e-4)
-    assert (model[1].num_groups, model[1].num_channels) == (1, 5)
+    assert (model[1].num_groups, model[1].num_channels, model[3].shape) == (1, 5, (5, 1, 1))
     surgeon.undo()
-    assert (model[1].num_groups, model[1].num_channels) == (1, 8)
+    assert (model[1].num_groups, model[1].num_channels, model[3].shape) == (1, 8, (8, 1, 1))
