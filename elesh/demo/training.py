@@ -46,6 +46,8 @@ _LEARNING_RATE = 0.1
 _CLASSES = 10
 _DROPPED = 0.3
 _LEVELS = (Level.CHANNEL, Level.HEAD, Level.LAYER)
+_LOSS_SAMPLES = 128
+"""Samples whose loss's derivatives are taken: workers measure the loss themselves."""
 _SHOWN_EVERY = 5
 """Epochs between two looks at held-out data, beside those at checkpoints."""
 
@@ -289,6 +291,7 @@ class Training:
                     epoch=epoch,
                     run_id=self.session.run_id,
                     batch_statistics=True,
+                    loss_samples=_LOSS_SAMPLES,
                     accuracy=validation.accuracy,
                     loss=validation.loss,
                 )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from elesh.observe import get_logger, span
 from elesh.settings import RollbackTriggers
-from elesh.trainer.network.calling import joined, tensors_in
+from elesh.trainer.network.calling import batch_size, joined, tensors_in
 from elesh.trainer.network.state import preserved
 from elesh.trainer.network.timing import call_seconds
 from elesh.trainer.recovery.evaluation import Evaluation, checked, failed_check
@@ -55,6 +55,8 @@ _UNMOVED = (
 )
 _HALVINGS = 3
 """A decision that costs too much at once is halved so many times."""
+_STATISTICS = 256
+"""Calibration samples that estimate batch statistics: every position of them counts."""
 _FEW = 2
 """So many validation samples more that are wrong say nothing, however small their number."""
 _LONGEST = 2000
@@ -301,7 +303,7 @@ class _Check:
         model, batches = self._surgeon.model, self._refit.batches
         if not batches:
             return {}
-        self._statistics = estimated_batch_statistics(model, batches)
+        self._statistics = estimated_batch_statistics(model, _first(batches, _STATISTICS))
         if not self._statistics:
             self._notes += ("batch statistics not estimated anew: batches are too small",)
         return put_batch_statistics(model, self._statistics)
@@ -364,6 +366,17 @@ class _Check:
         key = self._decision.idempotency_key
         _log.exception("decision refused, an error came up", key=key, when=when, reason=reason)
         return self.outcome("refused", f"{when}: {reason}")
+
+
+def _first(batches: Batches, samples: int) -> Batches:
+    """The first batches, until they have so many samples."""
+    taken: list[tuple[Any, Any]] = []
+    for batch in batches:
+        if samples <= 0:
+            break
+        taken.append(batch)
+        samples -= batch_size(batch[0])
+    return taken
 
 
 def preserving(evaluate: Evaluate, model: nn.Module | None) -> Evaluate:
