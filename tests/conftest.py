@@ -6,8 +6,8 @@ import os
 
 # Test processes run side by side: each computes with one thread, unless the caller says otherwise.
 os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
-# Threads that wait for each other do not spin: where there are more of them than free cores, spinning
-# takes seven times what the tests compute.
+# Threads that wait for each other do not spin: where there are more of them than free cores,
+# spinning takes seven times what the tests compute.
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
 
 import gc
