@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import copyreg
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -42,14 +42,14 @@ def random_copy(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modu
         InvalidField: if the model cannot be copied, naming the attribute that cannot.
     """
     made: dict[int, Any] = {}
-    pool = _Pool(dtype)
+    lazy = (UninitializedBuffer, UninitializedParameter)
+    parameters = [one for one in model.parameters() if not isinstance(one, lazy)]
+    pool = _Pool(dtype, parameters)
     try:
         with torch.inference_mode(False):
             for tensor in _computed(model):
                 made[id(tensor)] = tensor.detach().clone()
-            for parameter in model.parameters():
-                if not isinstance(parameter, (UninitializedBuffer, UninitializedParameter)):
-                    made[id(parameter)] = pool.parameter(parameter)
+            made |= {id(parameter): pool.parameter(parameter) for parameter in parameters}
             copied: nn.Module = _copied(model, dict(made))
             _prepare_buffers(copied, dtype)
     except Exception as error:
@@ -112,8 +112,13 @@ def _is_copied_plainly(kind: type) -> bool:
 class _Pool:
     """Random numbers that parameters are windows of."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, parameters: Iterable[Tensor]) -> None:
         self._dtype = dtype
+        self._sizes: dict[tuple[int, torch.device], int] = {}
+        for one in parameters:
+            if one.is_floating_point() and one.ndim > 1:
+                key = _fan_in(one), one.device
+                self._sizes[key] = max(one.numel() + _WINDOWS * _STEP, self._sizes.get(key, 0))
         self._numbers: dict[tuple[int, torch.device], Tensor] = {}
         self._made = 0
 
@@ -126,13 +131,12 @@ class _Pool:
             generator = torch.Generator().manual_seed(self._made)
             drawn = torch.rand(like.shape, generator=generator, dtype=self._dtype) + 0.5
             return nn.Parameter(drawn.to(like.device))
-        fan_in = max(1, like[0].numel())
-        start = self._made % _WINDOWS * _STEP
-        size = like.numel() + _WINDOWS * _STEP
-        known = self._numbers.get((fan_in, like.device))
-        if known is None or len(known) < size:
-            known = _numbers(self._dtype, size, fan_in).mul_((2 / fan_in) ** 0.5).to(like.device)
-            self._numbers[fan_in, like.device] = known
+        fan_in, start = _fan_in(like), self._made % _WINDOWS * _STEP
+        key = fan_in, like.device
+        known = self._numbers.get(key)
+        if known is None:
+            known = _numbers(self._dtype, self._sizes[key], fan_in).mul_((2 / fan_in) ** 0.5)
+            known = self._numbers[key] = known.to(like.device)
         return nn.Parameter(known[start : start + like.numel()].view(like.shape))
 
 
@@ -142,7 +146,15 @@ def _numbers(dtype: torch.dtype, size: int, seed: int) -> Tensor:
     first = seed * _STEP % max(1, len(drawn) - size)
     if size <= len(drawn):
         return drawn[first : first + size].clone()
-    return torch.cat([drawn] * -(-size // len(drawn)))[:size]
+    made = torch.empty(size, dtype=dtype)
+    for start in range(0, size, len(drawn)):
+        part = made[start : start + len(drawn)]
+        part.copy_(drawn[: len(part)])
+    return made
+
+
+def _fan_in(weight: Tensor) -> int:
+    return max(1, weight[0].numel())
 
 
 @lru_cache
