@@ -56,7 +56,8 @@ _UNMOVED = (
 _HALVINGS = 3
 """A decision that costs too much at once is halved so many times."""
 _STATISTICS = 256
-"""Calibration samples that estimate batch statistics: every position of them counts."""
+"""Calibration samples that estimate batch statistics and that layers are solved by: every position
+of them counts, and all of them would cost more than measuring the checkpoint does."""
 _FEW = 2
 """So many validation samples more that are wrong say nothing, however small their number."""
 _LONGEST = 2000
@@ -276,7 +277,8 @@ class _Check:
         model, now = self._surgeon.model, self._before
         if self._refit.samples and self._outputs is None:
             try:
-                self._outputs = outputs_before(model, now, joined(self._refit.samples)[0])
+                samples = _first(self._refit.samples, _STATISTICS)
+                self._outputs = outputs_before(model, now, joined(samples)[0])
             except Exception as error:
                 self._not_solved(error)
 
