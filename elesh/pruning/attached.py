@@ -20,7 +20,7 @@ from elesh.trainer import Evaluation, Session, Surgeon
 from elesh.trainer.adapters.epochs import EveryEpoch
 from elesh.trainer.network.calling import joined
 from elesh.trainer.recovery.snapshot import Stateful
-from elesh.trainer.session.observers import SessionObserver
+from elesh.trainer.session.session import SessionObserver
 from leyline import InvalidField, Level, PrunedArchitecture, PruningOutcome
 
 from .judging import Evaluate, evaluated

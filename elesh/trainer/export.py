@@ -22,7 +22,6 @@ from elesh.analysis import phase_at
 from elesh.observe import get_logger
 from elesh.program.program import IGNORED, GateSlot, Node, Program, encoded, name_of
 from elesh.settings import SafetySchedule
-from elesh.trainer.network.by_function import through_layers
 from elesh.trainer.network.calling import (
     Inputs,
     batch_size,
@@ -30,6 +29,7 @@ from elesh.trainer.network.calling import (
     device_of,
     main_output,
     replace_first,
+    through_layers,
 )
 from elesh.trainer.network.gates import Axis, axis_of
 from elesh.trainer.network.layers import refilled, require_fit

@@ -323,7 +323,7 @@ class CallByFunction:
     @property
     def at(self) -> str:
         """Where what it reads can be masked: the reader; else the layer itself, called instead of
-        the function (:mod:`~.network.by_function`), where that is the same; else empty."""
+        the function (:mod:`elesh.trainer.network.calling`), where that is the same; else empty."""
         return self.reader or (self.call.name if self.own_bias else "")
 
 

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from elesh.trainer.network.by_function import seen_called
-from elesh.trainer.network.calling import Inputs, example_copy
+from elesh.trainer.network.calling import Inputs, example_copy, seen_called
 from elesh.trainer.network.layers import ChannelAxes, channel_axes, describe_tensors, named_tensors
 from elesh.trainer.network.state import evaluated, preserve_state
 from leyline import (

@@ -17,8 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from leyline import GateSite, InvalidField
 
-from .by_function import through_layers
-from .calling import replace_first
+from .calling import replace_first, through_layers
 from .multihead import patched, take_back
 
 Axis = tuple[str, int]

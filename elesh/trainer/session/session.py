@@ -2,9 +2,10 @@
 
 Promises: ``publish`` and ``decisions`` never block and never raise because the bus is away; what
 could not be sent is counted in ``missed`` and logged; a checkpoint that was published twice is one
-event. A session uses its parts and none of them uses it: what happens to the network is in
-:mod:`.monitoring`, where the run stands in :mod:`elesh.trainer.recovery`, and everything that waits
-in :mod:`.bus_thread`, which shares a :mod:`.mailbox` with the session and nothing else.
+event; an observer that fails is left out from then on, with its error in the log. A session uses
+its parts and none of them uses it: what happens to the network is in :mod:`.monitoring`, where the
+run stands in :mod:`elesh.trainer.recovery`, and everything that waits in :mod:`.bus_thread`, which
+shares a :mod:`.mailbox` with the session and nothing else.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from opentelemetry.trace import Span, SpanKind
 
@@ -55,14 +56,56 @@ from .apply import Evaluation, outcome_of, preserving
 from .bus_thread import BusThread
 from .mailbox import Ended, Mailbox, Outgoing
 from .monitoring import MonitoredCuts
-from .observers import Observers, SessionObserver
 from .preflight import preflight as try_all
 from .preflight import require_passed, table
 
-__all__ = ["Session"]
+__all__ = ["Observers", "Session", "SessionObserver"]
+
+
+_log = get_logger(__name__)
+
+
+class SessionObserver(Protocol):
+    """Told of a run's checkpoints and decisions as they happen."""
+
+    def on_checkpoint(self, bundle: CheckpointBundle) -> None:
+        """A checkpoint is published."""
+
+    def on_outcome(self, decision: StructuralPruningDecision, outcome: PruningOutcome) -> None:
+        """A decision was applied, rolled back, refused or had been rejected."""
+
+    def close(self) -> None:
+        """The session ends."""
+
+
+class Observers:
+    """The observers of one session that have not failed."""
+
+    def __init__(self, observers: Sequence[SessionObserver]) -> None:
+        self._left = list(observers)
+
+    def on_checkpoint(self, bundle: CheckpointBundle) -> None:
+        """Tell all of them."""
+        self._tell(lambda observer: observer.on_checkpoint(bundle))
+
+    def on_outcome(self, decision: StructuralPruningDecision, outcome: PruningOutcome) -> None:
+        """Tell all of them."""
+        self._tell(lambda observer: observer.on_outcome(decision, outcome))
+
+    def close(self) -> None:
+        """Tell all of them."""
+        self._tell(lambda observer: observer.close())
+
+    def _tell(self, what: Callable[[SessionObserver], None]) -> None:
+        for observer in tuple(self._left):
+            try:
+                what(observer)
+            except Exception:
+                self._left.remove(observer)
+                _log.exception("observer left out", observer=type(observer).__name__)
+
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_log = get_logger(__name__)
 
 
 class Session:

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from elesh.trainer.network.by_function import through_layers
-from elesh.trainer.network.calling import replace_first
+from elesh.trainer.network.calling import replace_first, through_layers
 from elesh.trainer.network.layers import refilled
 from elesh.trainer.network.multihead import patched, take_back
 from elesh.trainer.network.state import Uncompiled

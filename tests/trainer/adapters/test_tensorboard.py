@@ -14,7 +14,7 @@ from elesh.analysis import analyze
 from elesh.settings import Settings
 from elesh.trainer import Session
 from elesh.trainer.adapters.tensorboard import TensorBoardSummaries
-from elesh.trainer.session.observers import Observers
+from elesh.trainer.session.session import Observers
 from leyline import CheckpointBundle, PruningOutcome
 
 
