@@ -42,6 +42,8 @@ PARTS: dict[str, tuple[Any, str]] = {
     "measuring": (Recorder, "measure"),
     "choosing": (at_once, "analyze"),
     "cutting": (Surgeon, "cut"),
+    "outputs before": (at_once, "outputs_before"),
+    "layer by layer": (at_once, "solved_layer_by_layer"),
     "batch statistics": (at_once, "reestimate_batch_statistics"),
     "evaluation": (judging.Validation, "now"),
     "softening": (at_once, "soften_outputs"),

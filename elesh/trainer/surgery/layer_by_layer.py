@@ -48,7 +48,7 @@ _LIVE = 2**27
 """So many elements (512 MB) the inputs and outputs of one layer may have, all samples together."""
 _HELD = 2**28
 """So many elements (1 GB) the outputs of all layers may have at the positions looked at."""
-_ROWS, _FEW = (16, 8, 4, 2), 2048
+_ROWS, _FEW = (16, 8, 4, 2), 1024
 """Rows for every coefficient, as many as fit; of layers with few coefficients as if they had so
 many."""
 _TWO = 2
