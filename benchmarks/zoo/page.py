@@ -45,8 +45,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         f"Rows prunable: {prunable / every:.0%} of {every}; attentions: {heads} of {attentions}. "
         f"Making the recorder takes {statistics.median(passes):.0f} forward and backward passes "
         f"of the example in the median, {passes[-1]:.0f} at most."
-        + _median(good, "memory", " It holds {:.1f} times the parameters' memory in the median.")
-        + _median(good, "measure", " `measure` takes {:.0f} passes in the median.")
+        + _median(
+            good, "memory", " It holds {:.1f} times the parameters' memory in the median of {}."
+        )
+        + _median(good, "measure", " `measure` takes {:.0f} passes in the median of {}.")
         + (
             f" Rows with a star are of an earlier state of the tree than {newest}."
             if newest
@@ -63,7 +65,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def _median(rows: Sequence[dict[str, Any]], figure: str, text: str) -> str:
     known = [row[figure] for row in rows if row.get(figure) is not None]
-    return text.format(statistics.median(known)) if known else ""
+    return text.format(statistics.median(known), len(known)) if known else ""
 
 
 def _peer(rows: Sequence[dict[str, Any]]) -> str:
@@ -74,7 +76,7 @@ def _peer(rows: Sequence[dict[str, Any]]) -> str:
     return (
         f" torch-pruning was tried on {len(rows)} of them, and works on {len(working)}; in "
         f"{len(working) - len(less)} of these we remove at least {_ENOUGH} of what it does"
-        + (told if less else "")
+        + (told if any("most" in row["peer"] for row in less) else "")
         + "."
     )
 
