@@ -92,7 +92,7 @@ def _torchvision(name: str) -> tuple[nn.Module, Any]:
         return model, (torch.rand(2, 3, 128, 128), torch.rand(2, 3, 128, 128))
     if any(kind in name for kind in ("3d", "mc3", "2plus1")):
         return model, (torch.randn(2, 3, 16, 64, 64),)
-    return model, _images(96 if name == "inception_v3" else 64)
+    return model, _images(299 if name == "inception_v3" else 64)
 
 
 def _timm(name: str) -> tuple[nn.Module, Any]:

@@ -50,7 +50,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         )
         + _median(good, "measure", " `measure` takes {:.0f} passes in the median of {}.")
         + (
-            f" Rows with a star are of an earlier state of the tree than {newest}."
+            f" Rows with a star are of an earlier state of the tree than those of {newest}."
             if newest
             else ""
         ),
