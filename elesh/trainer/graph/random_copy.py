@@ -72,7 +72,8 @@ def _copied(module: nn.Module, known: dict[int, Any]) -> Any:
     if not _is_copied_plainly(kind):
         return copy.deepcopy(module, known)
     made = known[id(module)] = kind.__new__(kind)
-    for name, value in vars(module).items():
+    state: dict[str, Any] = module.__getstate__()  # type: ignore[no-untyped-call]
+    for name, value in state.items():  # Not what was compiled of it.
         vars(made)[name] = _copied_value(value, known)
     return made
 
@@ -106,6 +107,7 @@ def _is_copied_plainly(kind: type) -> bool:
         "__new__",
     )
     same = all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in usual)
+    same = same and not any(vars(base).get("__slots__") for base in kind.__mro__)
     return same and kind not in copyreg.dispatch_table
 
 

@@ -184,10 +184,11 @@ def test_heads_of_every_family_are_measured_element_by_element(name: str) -> Non
     heads = [g for g in bundle.architecture.groups if g.prunable and g.level is Level.HEAD]
     assert heads
     for group in heads:
-        (site,), gate = group.sites, bundle.gates[group.name]
+        gate = bundle.gates[group.name]
         assert gate.input_means is not None
-        assert gate.input_means.shape == (1, group.size * site.width)
-        assert site.width > 1
+        inputs_of = {group.size * site.width for site in group.sites}
+        assert gate.input_means.shape == (len(group.sites), *inputs_of)
+        assert all(site.width > 1 for site in group.sites)
     scorer, fallbacks = HEADS.choose_scorer(bundle, "auto", redistribute=True)
     assert scorer == "reconstruction"
     assert "moments_failure" not in [taken.rung for taken in fallbacks]

@@ -15,7 +15,7 @@ from trainer_nets import NETS, activations, batches, build, example, measured, s
 
 from elesh.trainer import Recorder, Surgeon
 from elesh.trainer.calibration.losses import directions
-from leyline import CheckpointBundle, InvalidField, NotFinite, ShapeMismatch, checkpoint_id
+from leyline import CheckpointBundle, InvalidField, Level, NotFinite, ShapeMismatch, checkpoint_id
 
 SITES = ["Vgg", "ResNet", "Dense", "Mobile", "Vit", "Shared", "Unet", "Gated"]
 
@@ -85,8 +85,9 @@ def test_duplicated_channels_correlate_and_a_silent_one_only_with_itself() -> No
 @pytest.mark.sampled
 def test_every_prunable_group_is_measured_and_only_those(name: str) -> None:
     bundle = measured(build(name))
-    names = [group.name for group in bundle.architecture.groups if group.prunable]
-    assert list(bundle.channels) == list(bundle.gates) == names
+    groups = [group for group in bundle.architecture.groups if group.prunable]
+    assert list(bundle.gates) == [group.name for group in groups]
+    assert list(bundle.channels) == [g.name for g in groups if g.level is not Level.HEAD]
     assert {gate.projections.shape[0] for gate in bundle.gates.values()} == {12}
     assert all(np.abs(gate.projections).max() > 0 for gate in bundle.gates.values())
 
