@@ -143,7 +143,7 @@ def _mixers(met: Met, sources: Sources) -> tuple[Call, ...]:
     """Layers that mix the scores or weights of all heads (talking heads), the last one first, in
     front of a product with values: they read and make one channel for each head."""
     found: list[Call] = []
-    scores = 0
+    scores: list[int] = []
     while True:
         reached = [call for source in met.sources if (call := sources.made_by(source))]
         for call in reached:
@@ -152,11 +152,12 @@ def _mixers(met: Met, sources: Sources) -> tuple[Call, ...]:
                 continue
             behind, shape = sources.behind(link), shape_of(*link)
             made = [shape_of(one, 0) for one in behind.products if one.name() in SOFTMAX]
-            sizes = {math.prod(size) for size in made if shape[-1] in size[:-1]}
+            # The scores with their axis of heads moved to the end, and nothing else of their size.
+            sizes = [sorted(size) for size in made if shape[-1] in size[:-1]]
             square = shape[-1] == call.module.in_features == call.module.out_features
-            if square and math.prod(shape) in {*sizes, scores}:
+            if square and sorted(shape) in (*sizes, scores):
                 found.append(call)
-                met, scores = behind, math.prod(shape)
+                met, scores = behind, sorted(shape)
                 break
         else:
             return tuple(found)

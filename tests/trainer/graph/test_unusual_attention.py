@@ -124,6 +124,27 @@ def test_heads_that_layers_mix_go_with_their_channels_of_these_layers() -> None:
     }  # fmt: skip
 
 
+class Coincident(nn.Module):
+    """Four samples of two tokens: what the output projection reads is as large as the scores of two
+    heads, and its width is the number of samples (Swin, by windows)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave, self.attention = nn.Linear(3, 4), nn.Linear(4, 2), Own(2, 2)
+        for name in ("q", "k", "v", "out"):
+            setattr(self.attention, name, nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(self.attention(self.enter(x)))
+
+
+def test_an_output_projection_as_large_as_the_scores_mixes_no_heads() -> None:
+    torch.manual_seed(0)
+    surgeon = loses(Coincident(), torch.randn(4, 2, 3), {"attention": [1], "enter": [0, 2]})
+    (group,) = heads_of(surgeon)
+    assert [site.module for site in group.sites] == ["attention.out"]
+
+
 class Configured(Own):
     """Reads the number of heads in a configuration that all layers share (Phi-3)."""
 
