@@ -220,8 +220,10 @@ class EveryEpoch:
         self._known = None
         decisions, checkpoint = self.session.decisions(), epoch % self.every == 0
         needed = decisions or checkpoint or self.session.doubted
-        late = self._time.over and not needed
-        found = self.session.watch(epoch, self._noted, later=late)
+        if self._time.over and not needed:
+            self.session.reach(epoch, self._noted)
+            return []
+        found = self.session.watch(epoch, self._noted)
         if any(outcome.result == "rolled_back" for outcome in found):
             self._known = None  # that was of the network before
         for decision in decisions:

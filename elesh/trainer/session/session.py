@@ -448,17 +448,17 @@ class Session:
             return "it was applied before; a decision is applied once in the life of a run"
         return ""
 
-    def watch(
-        self, epoch: int, evaluate: Callable[[], Evaluation], *, later: bool = False
-    ) -> list[PruningOutcome]:
+    def reach(self, epoch: int, evaluate: Callable[[], Evaluation]) -> None:
+        """In place of :meth:`watch`: only say which epoch this is, and let the next report judge
+        the monitored cuts."""
+        self._evaluate, self._recovery.epoch = evaluate, epoch
+
+    def watch(self, epoch: int, evaluate: Callable[[], Evaluation]) -> list[PruningOutcome]:
         """Report an epoch's accuracy: monitored cuts stand it, or are rolled back.
 
         Call it once an epoch, after training and before :meth:`apply`. ``evaluate`` is called only
         while a cut is monitored. After a rollback everything that restore points hold is bit for
         bit what it was at the restore point; the training loop goes on with its next epoch.
-
-        Args:
-            later: only say which epoch this is; monitored cuts are judged at another.
 
         Returns:
             The final outcomes of the cuts that were decided on; mostly none.
@@ -467,9 +467,6 @@ class Session:
         limits = {cut.key: cut.limit for cut in self._recovery.situation.cuts}
         tracked = self._recovery.tracked
         before = tracked.surgeon.architecture if tracked else None
-        if later:
-            self._recovery.epoch = epoch
-            return []
         outcomes = self._cuts.watch(epoch, evaluate)
         for outcome in outcomes:
             key = outcome.idempotency_key
