@@ -155,9 +155,14 @@ class Station:
         raise AssertionError(f"waited in vain for {reason}\n{logs}")
 
     def wait_decisions(self, count: int) -> list[StructuralPruningDecision]:
+        """So many decisions, and what telemetry says of them, which comes after them."""
+
         def enough() -> list[StructuralPruningDecision]:
             found = self.decisions()
-            return found if len(found) >= count else []
+            if len(found) < count:
+                return []
+            told = {event.idempotency_key for event in self.telemetry("settled")}
+            return found if told >= {decision.idempotency_key for decision in found} else []
 
         return self.wait_for(enough, f"{count} decisions")
 

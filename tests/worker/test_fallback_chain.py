@@ -19,9 +19,8 @@ from leyline.streams import CHECKPOINTS, DEAD
 
 
 def fallbacks(station: Station) -> list[str]:
-    """Fallbacks as telemetry told them, which comes after the decision."""
-    events = station.wait_for(lambda: station.telemetry("fallback"), "telemetry of a fallback")
-    return [event.detail.partition(":")[0] for event in events]
+    """Fallbacks as telemetry told them."""
+    return [event.detail.partition(":")[0] for event in station.telemetry("fallback")]
 
 
 @pytest.mark.slow
