@@ -51,8 +51,9 @@ def examine(model: nn.Module, inputs: Any, jumps: bool = False) -> dict[str, Any
         surgeon.unmask()
         after = surgeon.cut(units)
         with alike:
-            difference = _apart(masked, _outputs(model, inputs))
-        figures["difference"] = max([difference, *alike.differences])
+            outputs = _outputs(model, inputs)
+        some = [_apart(masked, outputs)] if any(x.numel() for x in masked) else []
+        figures["difference"] = max([*some, *alike.differences])
         left = sum(parameter.numel() for parameter in model.parameters())
         figures["exact"] = after.parameters == left
         figures["removed"] = 1 - left / architecture.parameters
