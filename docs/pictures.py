@@ -66,7 +66,7 @@ WAY = (
     ),
     Step(
         "bus",
-        "still the owner? same fingerprint? then all at once",
+        "all at once, if owner and fingerprint are the same",
         "elesh/bus/core.py:Bus.commit",
     ),
     Step(
