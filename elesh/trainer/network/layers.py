@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -476,8 +477,9 @@ def refit_heads(model: nn.Module, before: PruningGroup, after: PruningGroup) -> 
     if before.level is not Level.HEAD:
         return
     done = set[tuple[nn.Module, str]]()
+    attentions = _attentions(before.layers, tuple(site.module for site in before.sites))
     for site in before.sites:
-        layers = [layer for layer in before.layers if _nearest(layer, before) == site.module]
+        layers = attentions[site.module]
         old, new, width = before.size, after.size, site.width
         shares = _made(before, layers) <= width  # One key/value head for all stays as it is.
         changes: list[tuple[Sequence[str], int, int]]
@@ -532,10 +534,14 @@ def constants(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _nearest(layer: str, group: PruningGroup) -> str:
-    """The output projection that a layer belongs to, where several attentions make up a group."""
-    near = max(group.sites, key=lambda site: len(common_holder([layer, site.module])))
-    return near.module
+@lru_cache(1024)
+def _attentions(layers: tuple[str, ...], outputs: tuple[str, ...]) -> Mapping[str, tuple[str, ...]]:
+    """The layers of each attention, by its output projection, where several make up a group."""
+    found: dict[str, tuple[str, ...]] = dict.fromkeys(outputs, ())
+    for layer in layers:
+        near = max(outputs, key=lambda output: len(common_holder([layer, output])))
+        found[near] += (layer,)
+    return found
 
 
 def _made(group: PruningGroup, layers: Sequence[str]) -> int:
