@@ -204,7 +204,7 @@ class _Check:
         at once. What fails whole and in all its parts fails as a whole."""
         whole, share = self._decision, 1.0
         first = self._masked()
-        if cut_drop is None or not (dearest := self._too_dear(cut_drop)):
+        if cut_drop is None or not (excess := self._excess(cut_drop)):
             return first
         for _ in range(_HALVINGS):
             share /= 2
@@ -217,16 +217,16 @@ class _Check:
             failed = self._masked()
             if "masked" not in self._figures:  # an error
                 return failed
-            if not self._too_dear(cut_drop):
-                self._say_shortened(whole, dearest)
+            if not self._excess(cut_drop):
+                self._say_shortened(whole, excess)
                 return failed
         self._decision = whole
         if first is not None:
             return first
-        reason = f"{dearest} with all of it, and with {share:g} of it more than {cut_drop:g}, too"
+        reason = f"{excess} with all of it, and with {share:g} of it more than {cut_drop:g}, too"
         return self.outcome("refused", f"{reason}: smaller, later, or a higher cut_accuracy_drop")
 
-    def _too_dear(self, cut_drop: float) -> str:
+    def _excess(self, cut_drop: float) -> str:
         """What the mask costs, where that is too much at once; else empty."""
         before, now = self._figures["before"], self._figures.get("masked")
         if now is None or not now.finite:
@@ -345,7 +345,7 @@ class _Check:
         """The outcome with the figures so far."""
         before = self._before
         after = self._surgeon.architecture if result == "applied" else before
-        detail = detail or "; ".join(self._notes)
+        detail = detail or "; ".join(dict.fromkeys(self._notes))
         outcome = outcome_of(self._decision, before, after, result, detail, self._figures)
         return outcome.model_copy(update=self._more) if result == "applied" else outcome
 

@@ -50,7 +50,7 @@ def carried_over(
             return None
         if not _goes_too_far(decision, after):
             break
-        if not _without_dearest(places, now):
+        if not _without_most_expensive(places, now):
             return None  # What is left are whole layers, and they are too much.
     return _of(decision, places, layers, now)
 
@@ -68,7 +68,7 @@ def shortened(
     """
     places = _places(decision, now)
     wanted = share * sum(map(len, places.values()))
-    while sum(map(len, places.values())) > wanted and _without_dearest(places, now):
+    while sum(map(len, places.values())) > wanted and _without_most_expensive(places, now):
         pass
     layers = [target.layer_name for target in decision.layers]
     layers = layers[: int(share * len(layers))]
@@ -137,10 +137,11 @@ def _goes_too_far(decision: StructuralPruningDecision, after: PrunedArchitecture
     return first is level and sum(group.size for group in groups) < planned.channels_after
 
 
-def _without_dearest(
+def _without_most_expensive(
     places: Mapping[Target, list[tuple[int, int]]], now: PrunedArchitecture
 ) -> bool:
-    """Leave out a twentieth of the units, the dearest of their groups; False where none is left."""
+    """Leave out a twentieth of the units, the most expensive of their groups; False where none is
+    left."""
     for _ in range(max(1, sum(map(len, places.values())) // 20)):
         last = {
             target: _costs(target)[own[-1][1]] if _costs(target) else 0.0
@@ -149,8 +150,8 @@ def _without_dearest(
         }
         if not last:
             return False
-        dearest = max(last, key=lambda target: last[target])
-        del places[dearest][-now.group[dearest.layer_name].unit_multiple :]
+        costliest = max(last, key=lambda target: last[target])
+        del places[costliest][-now.group[costliest.layer_name].unit_multiple :]
     return True
 
 
