@@ -12,7 +12,7 @@ a matrix [N, units along the axis] that multiplies what passes. A mask is a gate
 and the gradient with respect to gates is the statistic that units are ranked by.
 
 It names operators; only those that compute and reach nothing outside are ever called. They are
-PyTorch's core ATen operators (``torch.Tag.core``), the compositions listed below, and Python
+PyTorch's core ATen operators (``torch.Tag.core``), others listed below, and Python
 arithmetic on sizes. None of them opens a file, a socket or a library; ``aten.from_file`` and
 operators of other libraries are refused by name.
 """
@@ -68,27 +68,39 @@ IGNORED = frozenset(
 )
 """Operators that only assert: an exporter leaves them out."""
 
-_COMPOSITIONS = frozenset(
+_OTHERS = frozenset(
     """
-    __and__ __or__ _weight_norm absolute adaptive_avg_pool1d adaptive_avg_pool2d
-    adaptive_avg_pool3d add_ alpha_dropout arange avg_pool1d baddbmm batch_norm bilinear
-    broadcast_tensors broadcast_to celu chunk clamp_max clamp_min concat concatenate contiguous
-    conv1d conv2d conv3d
-    conv_transpose1d conv_transpose2d conv_transpose3d cosine_similarity cross detach detach_ div_
-    dropout dropout_ einsum elu_ embedding expand_as feature_dropout flatten floor_divide
-    gelu_ group_norm hardsigmoid hardswish hardswish_ hardtanh_ index_add instance_norm layer_norm
-    leaky_relu_ lift_fresh_copy linalg_vector_norm linear log_sigmoid log_softmax logaddexp
-    logsumexp masked_fill masked_fill_ matmul max_pool1d max_pool2d max_pool3d mish mish_ movedim
-    moveaxis mul_ multiply narrow negative new_full new_ones new_zeros norm nuclear_norm one_hot
-    ones ones_like outer pad permute pixel_shuffle pixel_unshuffle prelu relu6 relu6_ relu_
-    repeat_interleave reshape reshape_as rms_norm rsub scaled_dot_product_attention selu selu_
-    sigmoid_ silu silu_ softmax softplus special_softmax split split_with_sizes square squeeze_
-    stack std subtract sub_ swapaxes swapdims t tanh_ tensor_split tile to transpose tril triu
-    true_divide type_as unbind unflatten unsafe_chunk unsafe_split unsqueeze_ upsample_bilinear2d
-    upsample_nearest2d view_as where zeros zeros_like
+    absolute adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
+    adaptive_max_pool2d adaptive_max_pool3d add_ addbmm addcdiv addcmul addmv
+    affine_grid_generator all alpha_dropout __and__ arange argsort avg_pool1d baddbmm batch_norm
+    bilinear broadcast_tensors broadcast_to bucketize cdist celu celu_ channel_shuffle chunk
+    clamp_ clamp_max clamp_max_ clamp_min clamp_min_ clip complex concat concatenate contiguous
+    conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d copy_
+    cosine_similarity count_nonzero cross cumprod detach detach_ diag diag_embed div_ dot
+    dropout dropout_ einsum elu_ embedding exp_ expand_as feature_dropout fill_ flatten
+    floor_divide frac frobenius_norm gelu_ glu grid_sampler group_norm gru hardshrink
+    hardsigmoid hardsigmoid_ hardswish hardswish_ hardtanh_ heaviside hypot im2col imag
+    index_add index_copy index_fill index_put_ inner instance_norm kron layer_norm leaky_relu_
+    lerp lift_fresh_copy linalg_norm linalg_vector_norm linear log_sigmoid log_softmax logaddexp
+    logcumsumexp logit logsumexp lstm masked_fill masked_fill_ matmul max_pool1d max_pool2d
+    max_pool3d median mish mish_ moveaxis movedim mul_ multiply mv nan_to_num narrow
+    native_channel_shuffle neg_ negative new_full new_ones new_zeros norm nuclear_norm one_hot
+    ones ones_like __or__ outer pad pairwise_distance permute pixel_shuffle pixel_unshuffle
+    polar pow_ prelu real relu_ relu6 relu6_ repeat_interleave reshape reshape_as rms_norm
+    rnn_relu rnn_tanh roll rot90 rsub scaled_dot_product_attention selu selu_ sigmoid_ silu
+    silu_ softmax softplus softshrink special_softmax split split_with_sizes sqrt_
+    square square_ squeeze_ stack std std_mean sub_ subtract swapaxes swapdims t take_along_dim
+    tanh_ tensor_split tensordot threshold threshold_ tile to transpose tril triu true_divide
+    type_as unbind unflatten unfold unsafe_chunk unsafe_split _unsafe_view unsqueeze_
+    upsample_bicubic2d _upsample_bicubic2d_aa upsample_bilinear2d _upsample_bilinear2d_aa
+    upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d
+    _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
+    upsample_trilinear3d var_mean view_as view_as_complex view_as_real _weight_norm where zero_
+    zeros zeros_like
     """.split()  # noqa: SIM905
 )
-"""ATen operators that PyTorch builds from core ones and ``torch.export`` keeps as they are."""
+"""Other ATen operators that ``torch.export`` keeps as they are: functions of their arguments alone,
+like core ones."""
 _FORBIDDEN = frozenset({"from_file"})
 _PYTHON: dict[str, Callable[..., Any]] = {
     f"operator.{name}": getattr(operator, name)
@@ -127,12 +139,12 @@ def resolve(name: str) -> Callable[..., Any]:
         function = getattr(getattr(torch.ops.aten, packet, None), overload, None)
         if isinstance(function, torch._ops.OpOverload) and _computes(function, packet):
             return function
-    raise InvalidField("program.operator", "a core ATen operator", name[:200])
+    raise InvalidField("program.operator", "an ATen operator that only computes", name[:200])
 
 
 def _computes(function: torch._ops.OpOverload, packet: str) -> bool:
     is_size = packet in ("sym_size", "sym_numel", "sym_stride")
-    return torch.Tag.core in function.tags or packet in _COMPOSITIONS or is_size
+    return torch.Tag.core in function.tags or packet in _OTHERS or is_size
 
 
 FORMAT = 1

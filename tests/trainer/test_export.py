@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import attention_nets
@@ -11,6 +12,7 @@ import safetensors.torch
 import torch
 import trainer_nets
 from torch import Tensor, nn
+from torch.nn import functional
 
 from elesh.demo.network import DigitsNet
 from elesh.program.program import Program
@@ -81,6 +83,38 @@ def test_the_exported_network_is_the_network_plain_and_masked(name: str) -> None
     torch.manual_seed(0)
     inputs = torch.randn(5, *trainer_nets.example().shape[1:])
     check(trainer_nets.build(name), inputs, trainer_nets.example())
+
+
+class Between(nn.Module):
+    """Two convolutions with something between them that is no layer with weights."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 8, 3, padding=1)
+        self.head, self.between = nn.Linear(8, 5), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.between(self.first(x).relu()))
+        return torch.as_tensor(self.head(x.mean((2, 3))))
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda x: functional.adaptive_max_pool2d(x, 3),
+        lambda x: functional.interpolate(x, scale_factor=2, mode="bicubic"),
+        lambda x: torch.roll(x, (1, 2), (2, 3)),
+        lambda x: functional.hardshrink(x),
+        lambda x: torch.addcmul(x, x, x, value=0.1),
+    ],
+    ids=["adaptive_max_pool2d", "bicubic", "roll", "hardshrink", "addcmul"],
+)
+@pytest.mark.sampled
+def test_operators_that_are_not_core_ones_are_exported_if_they_only_compute(
+    between: Callable[[Tensor], Tensor],
+) -> None:
+    torch.manual_seed(0)
+    check(Between(between), torch.randn(5, 3, 8, 8), torch.randn(2, 3, 8, 8))
 
 
 @pytest.mark.parametrize(
