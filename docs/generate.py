@@ -24,6 +24,7 @@ from pydantic.fields import FieldInfo
 from docs import figures, pictures
 from elesh.settings import Settings
 from elesh.settings._base import why_retired
+from elesh.settings.advice import CONSTANTS
 
 __all__ = ["commands", "main", "settings"]
 
@@ -58,11 +59,13 @@ def settings() -> str:
 
 def _retired() -> list[str]:
     """The keys that are not settings any more."""
-    about = "Files that give one of these load for one more version, with a warning.\n"
+    about = (
+        "Files that give one of these load for one more version, with a warning. Those of\n"
+        "`verification` still act, so that captured decisions replay; the others change nothing.\n"
+    )
     head = ["## Retired\n", about, "| key | the value that everybody has | why |", "|---|---|---|"]
-    return head + [
-        f"| `{key}` | {value} | {reason} |" for key, value, reason in _retired_in(Settings, ())
-    ]
+    rows = [*((key, "a constant", CONSTANTS[key]) for key in CONSTANTS), *_retired_in(Settings, ())]
+    return head + [f"| `{key}` | {value} | {reason} |" for key, value, reason in rows]
 
 
 def _retired_in(kind: type[BaseModel], path: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:

@@ -82,7 +82,7 @@ WAY = (
     Step(
         "worker",
         "hear the outcome: breaker, run state",
-        "elesh/worker/result_handler.py:ResultHandler.note",
+        "elesh/worker/result_handler.py:ResultHandler.record_outcome",
     ),
 )
 

@@ -15,6 +15,7 @@ from docs.generate import commands, settings
 from elesh.cli import app
 from elesh.settings import Settings
 from elesh.settings._base import why_retired
+from elesh.settings.advice import CONSTANTS
 from leyline import Level, Phase
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -93,9 +94,20 @@ def test_every_command_is_on_the_page() -> None:
 
 def test_a_retired_key_still_loads_with_one_warning_that_names_it(tmp_path: Path) -> None:
     file = tmp_path / "elesh.yaml"
-    file.write_text("elesh:\n  worker:\n    prefetch: 8\n")
-    with pytest.warns(FutureWarning, match="worker.prefetch is retired"):
-        assert Settings.load(file).worker.prefetch == 8
+    file.write_text("elesh:\n  verification:\n    kept_share: 0.25\n")
+    with pytest.warns(FutureWarning, match="verification.kept_share is retired, the next"):
+        assert Settings.load(file).verification.kept_share == 0.25
+
+
+@pytest.mark.parametrize("key", sorted(CONSTANTS))
+def test_a_key_that_became_a_constant_loads_and_is_said_to_change_nothing(
+    tmp_path: Path, key: str
+) -> None:
+    section, _, name = key.partition(".")
+    file = tmp_path / "elesh.yaml"
+    file.write_text(f"elesh:\n  {section}:\n    {name}: 8\n")
+    with pytest.warns(FutureWarning, match=f"{key} is retired and changes nothing"):
+        assert Settings.load(file) == Settings()
 
 
 def test_one_factor_moves_all_limits() -> None:

@@ -61,7 +61,7 @@ async def elesh(url: str, count: int, batch: int) -> Rate:
         await bus.publish(OUTCOMES, outcome, source="bench")
     begun, cpu, done = time.perf_counter(), time.process_time(), 0
     while done < count:
-        claimed = await bus.claim(GROUP, NAME, (OUTCOMES,), count=batch, block_seconds=1)
+        claimed = await bus.groups.claim(GROUP, NAME, (OUTCOMES,), count=batch, block_seconds=1)
         await asyncio.gather(*(_no_op(bus, delivery) for delivery in claimed))
         done += len(claimed)
     rate = count / (time.perf_counter() - begun), count / (time.process_time() - cpu)

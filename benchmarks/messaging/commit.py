@@ -50,7 +50,7 @@ async def bare(bus: Bus, base: int, count: int) -> None:
 async def elesh(bus: Bus, base: int, count: int) -> None:
     """Ours."""
     for number in range(base, base + count):
-        (delivery,) = await bus.claim(GROUP, NAME, (OUTCOMES,), count=1, block_seconds=0)
+        (delivery,) = await bus.groups.claim(GROUP, NAME, (OUTCOMES,), count=1, block_seconds=0)
         message = report(number)
         key = IdempotencyKey.parse(message.idempotency_key)
         committed = await bus.commit(GROUP, NAME, delivery, Commit(key, "f", message, {}))

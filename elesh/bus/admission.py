@@ -230,7 +230,10 @@ def admit(
 
 def _require_agreement(envelope: EventEnvelope, message: Message) -> None:
     """Envelope, key and body name the same run, epoch and architecture."""
-    run, epoch = _run_of(message), _epoch_of(message)
+    holders = (message, getattr(message, "metadata", None))
+    epochs = (getattr(holder, "epoch", None) for holder in holders)
+    epoch = next((epoch for epoch in epochs if isinstance(epoch, int)), None)
+    run = _run_of(message)
     if run and envelope.training_run_id not in ("", run):
         raise IdentityMismatch("envelope.training_run_id", brief(run), envelope.training_run_id)
     if epoch is not None and envelope.epoch not in (None, epoch):
@@ -247,14 +250,6 @@ def _run_of(message: Message) -> str:
     """The run that a message's body names; empty where it names none."""
     metadata = getattr(message, "metadata", None)
     return str(getattr(message, "run_id", "") or getattr(metadata, "run_id", "") or "")
-
-
-def _epoch_of(message: Message) -> int | None:
-    """The epoch that a message's body names."""
-    for holder in (message, getattr(message, "metadata", None)):
-        if isinstance(epoch := getattr(holder, "epoch", None), int):
-            return epoch
-    return None
 
 
 def key_of(message: CheckpointReady | StructuralAnalysisRequest) -> IdempotencyKey:

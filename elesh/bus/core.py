@@ -91,6 +91,10 @@ _SILENCE_MS = 3_600_000
 class Bus:
     """One connection to the bus, for one partition; safe to use from many tasks of one loop."""
 
+    stream_length = 100_000
+    """Entries that a stream may hold; low priorities find no room before it is full. Streams are
+    trimmed as they are read: where one fills, more workers are needed, not a longer stream."""
+
     def __init__(
         self, client: Client, settings: BusSettings, breaker: BreakerSettings | None = None
     ) -> None:
@@ -107,27 +111,21 @@ class Bus:
             client, scripts, keys, self.groups, guard, self.clock, settings.record_ttl_seconds
         )
         self.reaper = Reaper(scripts, keys, self.plans, settings.lease_seconds)
-        self.blobs = BlobStore(client, self._scripts, settings, guard)
-        self.breakers = BreakerStore(
-            client,
-            self._scripts,
-            guard,
-            self.clock,
-            settings.partition,
-            breaker or BreakerSettings(),
-        )
-        self.audit = AuditLog(client, self._scripts, guard, self.clock, settings.partition)
-        self.dead_letters = DeadLetters(
-            client, self._scripts, guard, self.clock, settings.partition
-        )
-        self.registry = Registry(client, self._scripts, settings.partition)
+        self.blobs = BlobStore(client, scripts, keys, guard, settings)
+        limits = breaker or BreakerSettings()
+        self.breakers = BreakerStore(client, scripts, keys, guard, self.clock, limits)
+        self.audit = AuditLog(client, scripts, keys, guard, self.clock)
+        self.dead_letters = DeadLetters(client, scripts, keys, guard, self.clock)
+        self.registry = Registry(client, scripts, keys)
+        self.runs = RunStore(client, scripts, keys, guard, settings.record_ttl_seconds)
         self._remembered: dict[str, float] = {}
-        keep = settings.record_ttl_seconds
-        self.runs = RunStore(client, self._scripts, guard, settings.partition, keep)
 
     def history(self, epochs: int, nbytes: int) -> HistoryStore:
         """The runs' histories, each within so many epochs and bytes."""
-        return HistoryStore(self._client, self._scripts, self.guard, self.settings, epochs, nbytes)
+        keep = self.settings.record_ttl_seconds
+        return HistoryStore(
+            self._client, self._scripts, self.keys, self.guard, epochs, nbytes, keep
+        )
 
     @classmethod
     def open(cls, url: str, settings: BusSettings, breaker: BreakerSettings | None = None) -> Self:
@@ -289,11 +287,11 @@ class Bus:
         )
         framed = self.guard.frame(stream, encode(envelope))
         marker = self.keys.named("event", stream.name, envelope.event_id)
-        limit = shed_from(stream, priority, self.settings.stream_length)
+        limit = shed_from(stream, priority, self.stream_length)
         args: list[str | bytes | int] = [_MARKER_SECONDS, limit, stream.group]
         args += [f"{stream.name}:{priority}", token, *entry_fields(framed, carrier or {})]
         keys = [self.keys.stream(stream), marker, self.keys.named("shed")]
-        keys += [self.runs.claim_key(run_id)] if token else []
+        keys += [self.keys.named("claim", run_id)] if token else []
         reply = await self._scripts.run("publish", keys, args)
         verdict, value = (str(part, "utf-8") for part in reply)
         if verdict == "shed":
@@ -310,32 +308,6 @@ class Bus:
             for name, count in sorted(counts.items())
             if count.isdigit()
         }
-
-    # Consumers
-
-    async def claim(
-        self,
-        group: str,
-        consumer: str,
-        streams: Sequence[Stream],
-        *,
-        count: int,
-        block_seconds: float,
-    ) -> list[Delivery]:
-        """Up to ``count`` entries that the group has not seen, those of earlier streams first.
-
-        Waits for the first if need be, at most ``MAX_BLOCK`` seconds whatever is asked for. A group
-        that does not exist (yet, or any more) begins at the oldest entry.
-        """
-        return await self.groups.claim(
-            group, consumer, streams, count=count, block_seconds=block_seconds
-        )
-
-    async def renew(
-        self, group: str, consumer: str, deliveries: Sequence[Delivery]
-    ) -> list[Delivery]:
-        """Start the leases anew; the deliveries that are no longer the consumer's."""
-        return await self.groups.renew(group, consumer, deliveries)
 
     # Results
 
@@ -389,7 +361,7 @@ class Bus:
 
     async def latest(self, run_id: str, level: Level, before: int) -> Record | None:
         """The run's latest good decision of a level, if it is of an epoch before ``before``."""
-        pointer = self._latest(run_id, level)
+        pointer = self.keys.named("latest", run_id, level)
         found: Any = await self._client.hmget(pointer, ["epoch", "key"])
         epoch, key = found
         try:
@@ -416,7 +388,7 @@ class Bus:
         """
         now = await self.clock.now()
         keys = [self.groups.entry(delivery)[0], *map(self.keys.stream, (DECISIONS, DEAD))]
-        latest = self._latest(result.run_id, result.key.level)
+        latest = self.keys.named("latest", result.run_id, result.key.level)
         keys += [self.keys.named("record", str(result.key)), latest]
         dead = self._dead_letter_fields(dead_letter, result.carrier) if dead_letter else []
         framed = self.guard.frame(DECISIONS, encode(_committed(result, now)))
@@ -500,9 +472,6 @@ class Bus:
             bare = dead_letter.model_copy(update={"original": {}})
             return entry_fields(enveloped(bare), carrier, dead_letter.original)
 
-    def _latest(self, run_id: str, level: Level) -> str:
-        return self.keys.named("latest", run_id, level)
-
     # Readers
 
     async def read(
@@ -552,7 +521,7 @@ class Bus:
         """
         keys = [self.keys.stream(stream) for stream in _TRIMMED]
         capped = [int(stream not in WORK) for stream in _TRIMMED]
-        args = [self.settings.stream_length, _SILENCE_MS, *capped]
+        args = [self.stream_length, _SILENCE_MS, *capped]
         removed = await self._scripts.run("tidy", keys, args)
         return {stream.name: count for stream, count in zip(_TRIMMED, removed, strict=True)}
 

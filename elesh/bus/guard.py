@@ -71,7 +71,7 @@ class Guard:
 
     def frame(self, stream: Stream, envelope: bytes) -> bytes:
         """The content of an entry's ``envelope`` field; the plain envelope where nothing signs."""
-        return self._framed(stream.key(self._partition), envelope)
+        return self.frame_state(stream.key(self._partition), envelope)
 
     def check(self, stream: Stream, framed: bytes) -> str:
         """The id of the key that signed an entry; empty where entries may be unsigned.
@@ -84,7 +84,7 @@ class Guard:
 
     def frame_redrive(self, at: str, framed: bytes) -> bytes:
         """The content of the field that says when an operator sent ``framed`` again."""
-        return self._framed(self._redrive(framed), at.encode())
+        return self.frame_state(self._redrive(framed), at.encode())
 
     def check_redrive(self, field: bytes, framed: bytes) -> str:
         """As :meth:`check`, for that field: an operator's key, and this very entry."""
@@ -95,7 +95,10 @@ class Guard:
     def frame_state(self, place: str, content: bytes) -> bytes:
         """Something that a decision will be built from, as it is kept at ``place``: a Redis key,
         with the field's name where it is a hash."""
-        return self._framed(place, content)
+        signature = self._keyring.sign(place, content) if self._keyring else b""
+        if not signature:
+            return content
+        return _MAGIC + _LENGTH.pack(len(signature)) + signature + content
 
     def state(self, place: str, framed: bytes, *, may: Collection[Stream] = (DECISIONS,)) -> bytes:
         """What is kept at ``place``, by a key that may do what is built from it: decide.
@@ -133,12 +136,6 @@ class Guard:
             Unreadable: if no key here opens it, or it is not what was sealed.
         """
         return unseal(data, self._blob_keys, architecture, field=field)
-
-    def _framed(self, place: str, content: bytes) -> bytes:
-        signature = self._keyring.sign(place, content) if self._keyring else b""
-        if not signature:
-            return content
-        return _MAGIC + _LENGTH.pack(len(signature)) + signature + content
 
     def _checked(self, place: str, framed: bytes, may: Collection[str]) -> tuple[str, bytes]:
         """The signer, empty where there need be none, and the content."""

@@ -39,7 +39,7 @@ class DecisionContext:
 async def decision_context(
     bus: Bus, settings: Settings, key: IdempotencyKey
 ) -> DecisionContext | None:
-    """The evidence of the decision that was published for ``key``; None if there is none."""
+    """The context of the decision that was published for ``key``; None if there is none."""
     decision = await recorded_decision(bus, key)
     if decision is None:
         return None
@@ -69,7 +69,7 @@ async def _work(bus: Bus, settings: Settings, key: IdempotencyKey) -> Work | Non
 
 async def _bundle(bus: Bus, work: Work) -> CheckpointBundle:
     """The checkpoint that ``work`` points at."""
-    with tempfile.TemporaryDirectory(prefix="elesh-evidence-") as name:
+    with tempfile.TemporaryDirectory(prefix="elesh-decision-") as name:
         folder = Path(name)
         for file, ref in work.blobs.items():
             await bus.blobs.fetch(ref, folder / file)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from importlib.resources import files
 
+from elesh.bus import Bus
 from elesh.settings import BusSettings
 
 __all__ = ["Costs", "Load", "Size", "costs", "server_cores", "size", "size_report"]
@@ -120,7 +121,7 @@ def size(load: Load, bus: BusSettings | None = None, of: Costs | None = None) ->
     partitions = max(partitions, math.ceil(load.runs * of.delivery_server / work))
     workers = max(busy, partitions)  # each serves one partition
     cores = server_cores(load, partitions, workers, of)
-    entries = min(load.rate * kept.record_ttl_seconds, partitions * kept.stream_length)
+    entries = min(load.rate * kept.record_ttl_seconds, partitions * Bus.stream_length)
     memory = load.rate * kept.record_ttl_seconds * of.record_memory
     memory += entries * of.entries_memory + load.runs * of.trainer_memory
     memory += load.rate * kept.blob_ttl_seconds * load.megabytes * 2**20

@@ -98,7 +98,7 @@ def prune(
             (accuracy, loss). Every cut is judged by it. Without it a fifth of the samples is held
             out, and what counts is the upper 95% bound of the drop.
         max_accuracy_drop: what all cuts together may cost, 0.05 is five points. The budget is not
-            reached at a higher price than this.
+            reached at a higher cost than this.
         max_loss_increase: the same of the loss, where that is to be looked at. Needed with a loss
             of one's own and no ``evaluate``.
         levels: what may go: ``channel`` (and hidden units), ``head``, ``layer``.

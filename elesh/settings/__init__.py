@@ -21,7 +21,7 @@ from pydantic_settings import SettingsError as UnreadableVariable
 
 from ._base import no_boolean
 from ._file import SettingsError, explain, read_block
-from .advice import retired_keys
+from .advice import retired_keys, without_constants
 from .operation import (
     AuditSettings,
     BreakerSettings,
@@ -105,7 +105,7 @@ class Settings(BaseSettings):
     analysis_workers_per_gpu: int = Field(default=4, ge=1)
     """Workers that ``elesh plan --gpus`` advises for each GPU that trains."""
     layers_per_worker: int = Field(default=8, ge=1)
-    """Groups that one part of a level has where the level is split (``worker.shard_bytes``)."""
+    """Groups that one part of a level has where the level is split (over 1 GiB of statistics)."""
     sketch_width: int = Field(default=100_000, ge=1)
     """Cells a row of the Count-Min sketch of single parameters, at least a hundredth of them."""
     sketch_depth: int = Field(default=10, ge=1)
@@ -160,14 +160,17 @@ class Settings(BaseSettings):
         node, values = read_block(Path(path)) if path is not None else (None, {})
         try:
             environment = EnvSettingsSource(cls)()
-            loaded = cls(**_merged(_merged(values, environment), over))
+            given = _merged(_merged(values, environment), over)
+            constants = without_constants(given)
+            loaded = cls(**given)
         except UnreadableVariable as error:
             raise SettingsError(f"environment: {error}: {error.__cause__}") from None
         except ValidationError as error:
             layers = {"argument": over, "environment": environment}
             raise SettingsError(explain(cls, error, layers, path, node)) from None
-        for key, reason in retired_keys(loaded):
-            text = f"setting {key} is retired, the next version refuses it: {reason}"
+        for key, reason in (*constants.items(), *retired_keys(loaded)):
+            does = "retired and changes nothing" if key in constants else "retired"
+            text = f"setting {key} is {does}, the next version refuses it: {reason}"
             warnings.warn(text, FutureWarning, stacklevel=2)
         return loaded
 

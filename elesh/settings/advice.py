@@ -7,7 +7,7 @@ Promises: whatever is given and not named acts. Pure.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
@@ -16,7 +16,16 @@ from ._base import why_retired
 if TYPE_CHECKING:
     from . import Settings
 
-__all__ = ["advisory", "retired_keys"]
+__all__ = ["CONSTANTS", "advisory", "retired_keys", "without_constants"]
+
+CONSTANTS = {
+    "bus.stream_length": "streams are trimmed as they are read; where one fills, add workers",
+    "worker.preload": "185 MB of idle memory buy the first window its first second",
+    "worker.shard_bytes": "only levels of more than 1 GiB are split; layers_per_worker says how",
+    "worker.prefetch": "a worker finds its own number from how long analyses take, at most 32",
+    "audit.seconds": "an entry is written within seconds; nothing waits for it",
+}
+"""Keys that are read over for one more version, each with the reason why it is a constant."""
 
 
 def advisory(settings: Settings) -> tuple[tuple[str, str], ...]:
@@ -34,6 +43,19 @@ def retired_keys(section: BaseModel, path: str = "") -> Iterator[tuple[str, str]
             yield path + name, reason
         elif isinstance(value, BaseModel):
             yield from retired_keys(value, f"{path}{name}.")
+
+
+def without_constants(values: dict[str, Any]) -> dict[str, str]:
+    """Take the keys of :data:`CONSTANTS` out of settings that are given by section; those that were
+    there, with their reasons."""
+    found = {}
+    for key, reason in CONSTANTS.items():
+        section, _, name = key.partition(".")
+        given = values.get(section)
+        if isinstance(given, dict) and name in given:
+            values[section] = {other: each for other, each in given.items() if other != name}
+            found[key] = reason
+    return found
 
 
 def _found(settings: Settings) -> Iterator[tuple[str, str]]:

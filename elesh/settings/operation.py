@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import ByteSize, Field, SecretStr
 
-from ._base import Section, retired
+from ._base import Section
 
 
 class SecuritySettings(Section):
@@ -46,10 +46,6 @@ class BusSettings(Section):
     """How long blobs (statistics, networks, masks) are kept."""
     record_ttl_seconds: int = Field(default=7 * 86400, ge=60)
     """How long the record of a decision is kept, and with it the promise of one decision a key."""
-    stream_length: int = retired(
-        100_000, "streams are trimmed as they are read; where one fills, add workers", ge=100
-    )
-    """Entries a stream may hold; low priorities find no room before it is full."""
     max_blob_bytes: ByteSize = Field(default=ByteSize(2 << 30), ge=1)
     """Larger blobs are refused before they are read."""
     security: SecuritySettings = SecuritySettings()
@@ -66,20 +62,6 @@ class WorkerSettings(Section):
     ``analysis_timeout``: that."""
     memory_limit: ByteSize = Field(default=ByteSize(4 << 30), ge=1 << 20)
     """What the compute child may use, in bytes; over it the analysis falls back to channels."""
-    preload: bool = retired(True, "185 MB of idle memory buy the first window its first second")
-    """Whether the compute child loads torch, where it is installed, as soon as it has started:
-    some 185 MB of idle memory, for a second or more of the first window in which it measures."""
-    shard_bytes: ByteSize = retired(
-        ByteSize(1 << 30),
-        "only levels of more than 1 GB are worth splitting; layers_per_worker says how",
-        ge=1,
-    )
-    """A level whose statistics are larger is split by ``layers_per_worker`` groups."""
-    prefetch: int = retired(
-        32, "a worker finds its own number from how long analyses take, at most this", ge=1, le=256
-    )
-    """Entries that a worker has in flight at most; where an analysis takes longer than an eighth of
-    a second, it has one."""
     drain_seconds: float = Field(default=30.0, gt=0)
     """How long a worker that has to end may go on with what it has begun."""
     threads: int = Field(default=1, ge=1)
@@ -105,8 +87,6 @@ class ConsoleSettings(Section):
 class AuditSettings(Section):
     """How the audit log is written; every worker writes it."""
 
-    seconds: float = retired(5.0, "an entry is written within seconds; nothing waits for it", gt=0)
-    """Seconds between two looks at what is new."""
     file: str = ""
     """Append-only file on the worker's host that gets every entry too; empty: none."""
 
@@ -119,7 +99,7 @@ class ObserveSettings(Section):
     trace_file_size: ByteSize = Field(default=ByteSize(16 << 20), ge=0)
     """Bytes of each of the two files that ``elesh trace`` reads; 0: none is kept."""
     heartbeat_seconds: float = Field(default=5.0, gt=0)
-    """Seconds between two entries of a worker in the fleet's register."""
+    """Seconds between two entries of a worker in the worker registry."""
     health_host: str = "127.0.0.1"
     """Address that a worker's health and metrics are served on."""
     health_port: int | None = Field(default=None, ge=0, le=65535)

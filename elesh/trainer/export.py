@@ -294,8 +294,8 @@ class _Gated(nn.Module):
 
     def __enter__(self) -> _Gated:
         paths = {path for path, _ in self._axes}
-        lent = patched(self.model, paths)
-        self._handles.callback(take_back, lent)
+        changed = patched(self.model, paths)
+        self._handles.callback(take_back, changed)
         for handle in through_layers(self.model, paths):
             self._handles.callback(handle.remove)
         for number, (path, _) in enumerate(self._axes):

@@ -27,7 +27,6 @@ from elesh.worker.compute.protocol import (
     DOCUMENT,
     MEASURED,
     ChildFailure,
-    Finding,
     Job,
     Kind,
     Reply,
@@ -50,6 +49,10 @@ from .leases import InFlightLimit, KeyedLocks
 __all__ = ["AnalysisExecutor"]
 
 _log = get_logger(__name__)
+PRELOAD = True
+"""The compute child loads torch, where it is installed, as soon as it has started: 185 MB of idle
+memory buy the first window in which it measures a second or more."""
+_MOST_IN_FLIGHT = 32
 _NETWORK = frozenset(NETWORK_FILES.values())
 R = TypeVar("R", StructuralPruningDecision, LevelAnalysis)
 
@@ -68,12 +71,12 @@ class AnalysisExecutor:
             settings.importance_history_epochs, int(settings.analysis_cache_size)
         )
         self._untrusted = _untrusted(bus, settings)
-        preload = settings.worker.preload and not self._untrusted
-        self._child = ComputeChild(settings.worker.memory_limit, spool, preload=preload)
+        preload = PRELOAD and not self._untrusted
+        self.child = ComputeChild(settings.worker.memory_limit, spool, preload=preload)
         self._keeping: asyncio.Task[None] | None = None
         self._waiting: set[str] = set()
         self._doing = ""
-        self.in_flight_limit = InFlightLimit(settings.worker.prefetch)
+        self.in_flight_limit = InFlightLimit(_MOST_IN_FLIGHT)
         self.keyed_locks = KeyedLocks(lambda: self.in_flight_limit.long)
         """Of the child, and of whatever else comes in turn."""
 
@@ -85,21 +88,17 @@ class AnalysisExecutor:
         """Whether the analysis of ``key`` waits for the child."""
         return key in self._waiting
 
-    def look(self) -> Finding:
-        """How the compute child is."""
-        return self._child.look()
-
     async def start(self) -> None:
         """Have the child ready before the first message, and a fresh one whenever it dies."""
-        await self._child.start()
-        self._keeping = asyncio.create_task(self._child.keep())
+        await self.child.start()
+        self._keeping = asyncio.create_task(self.child.keep())
 
     async def stop(self) -> None:
         """End the child."""
         if self._keeping is not None:
             self._keeping.cancel()
             await asyncio.gather(self._keeping, return_exceptions=True)
-        await self._child.kill()
+        await self.child.kill()
 
     async def run(self, job: Job, timeout: float) -> Reply:
         """One job in the child, without any fallback.
@@ -108,11 +107,11 @@ class AnalysisExecutor:
             ChildFailure: if it gave no reply within ``timeout`` seconds.
             Busy: if another job in it takes long.
         """
-        async with self._turn(job):
-            return await self._child.run(job, timeout=timeout)
+        async with self._held_child(job):
+            return await self.child.run(job, timeout=timeout)
 
     @contextlib.asynccontextmanager
-    async def _turn(self, job: Job) -> AsyncIterator[None]:
+    async def _held_child(self, job: Job) -> AsyncIterator[None]:
         """Have the child for one analysis, on however many fallbacks."""
         self._waiting.add(job.key)
         async with contextlib.AsyncExitStack() as stack:
@@ -246,7 +245,7 @@ class AnalysisExecutor:
         what = "join" if job.kind == "join" else f"analyse {', '.join(job.levels)}"
         attributes = {"elesh.key": job.key, "elesh.levels": ",".join(job.levels)}
         with span(what, attributes=attributes) as current:
-            async with self._turn(job):
+            async with self._held_child(job):
                 reply = await self._climb(work, job)
             record_spans(reply.stages)
             if reply.failed is not None:
@@ -278,7 +277,7 @@ class AnalysisExecutor:
         level = job.asked_levels[0] if job.kind == "level" else None
         while True:
             try:
-                return await self._child.run(job, timeout=timeout)
+                return await self.child.run(job, timeout=timeout)
             except ChildFailure as failure:
                 mark_failed(type(failure).__qualname__, str(failure))
                 fallback = fallback_for(failure, job.fallback_names, level)

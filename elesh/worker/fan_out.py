@@ -246,18 +246,23 @@ def _gaps(plan: Plan, results: Mapping[str, ItemResult]) -> dict[Level, str]:
 
 
 _MOST = 4096
+SHARD_BYTES = 1 << 30
+"""Of statistics: smaller levels are not worth splitting."""
 
 
 def parts_of(work: Work, settings: Settings) -> list[AnalysisItem]:
     """The parts of ``work``, those of one level beside each other.
 
-    A level whose statistics are larger than 1 GiB has a part for each
+    A level whose statistics are larger than ``SHARD_BYTES`` has a part for each
     ``layers_per_worker`` of its groups.
     """
     items = []
     for level in work.levels:
         count = 1
-        if level is not Level.LAYER and _size(work, level) > settings.worker.shard_bytes:
+        # What a level is ranked by.
+        blobs = (work.heads if level is Level.HEAD else work.statistics, work.gates)
+        size = sum(blob.size for blob in blobs if blob is not None)
+        if level is not Level.LAYER and size > SHARD_BYTES:
             groups = len(_names(work.document.architecture, level))
             count = min(_MOST, max(1, math.ceil(groups / settings.layers_per_worker)))
         items += [
@@ -283,9 +288,3 @@ def level_of(part: str) -> Level:
 
 def _names(architecture: PrunedArchitecture, level: Level) -> list[str]:
     return [group.name for group in architecture.groups if group.level is level]
-
-
-def _size(work: Work, level: Level) -> int:
-    """Bytes of the statistics that a level is ranked by."""
-    own = work.heads if level is Level.HEAD else work.statistics
-    return sum(blob.size for blob in (own, work.gates) if blob is not None)

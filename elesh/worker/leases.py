@@ -112,7 +112,7 @@ class InFlightLimit:
         return self._since is not None and self._clock() - self._since > LONG_SECONDS
 
     @property
-    def at_once(self) -> int:
+    def entries(self) -> int:
         """Entries to have in flight; one while nothing is known."""
         if self._mean is None:
             return 1
@@ -144,7 +144,7 @@ class Leases:
         self, streams: Sequence[Stream], count: int, block_seconds: float
     ) -> list[Delivery]:
         """Up to ``count`` entries, whose leases are kept from now on."""
-        claimed = await self._bus.claim(
+        claimed = await self._bus.groups.claim(
             WORKERS, self._worker_id, streams, count=count, block_seconds=block_seconds
         )
         self._held += claimed
@@ -194,7 +194,7 @@ class Leases:
 
     async def _renew(self) -> float:
         held = list(self._held)
-        for lost in await self._bus.renew(WORKERS, self._worker_id, held):
+        for lost in await self._bus.groups.renew(WORKERS, self._worker_id, held):
             if lost in self._held:
                 self._on_lost(lost)
         return self._bus.settings.lease_seconds / 4
@@ -221,7 +221,8 @@ class ReapingLoop:
         await repeatedly("reaping", self._pass, self._bus.outage)
 
     async def _pass(self) -> float:
-        """Offer; seconds until the next time."""
+        """Offer; seconds until the next time. Now and then, shorten the streams below what every
+        group has done."""
         reap = await self._bus.reaper.reap(WORKERS, self._worker_id, self._streams)
         for taken in reap.taken:
             self._reports.entry(
@@ -231,11 +232,6 @@ class ReapingLoop:
             _log.warning("deadline over, joining what is there", key=plan)
         if not reap.held:
             return _apart(reap.wait_seconds)
-        await self._trim()
-        return reap.wait_seconds
-
-    async def _trim(self) -> None:
-        """Now and then, shorten the streams below what every group has done."""
         now = asyncio.get_running_loop().time()
         if self._next_trim is None:
             # Not at once: a fleet that restarts has better things to ask.
@@ -243,6 +239,7 @@ class ReapingLoop:
         elif now >= self._next_trim:
             self._next_trim = now + _TRIM_SECONDS
             await self._bus.trim()
+        return reap.wait_seconds
 
 
 def _apart(seconds: float) -> float:

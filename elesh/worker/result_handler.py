@@ -1,4 +1,4 @@
-"""How an entry ends: committed once for its key, as an outcome noted, or in the dead letters.
+"""How an entry ends: committed once for its key, as an outcome recorded, or in the dead letters.
 
 Promises: whatever is committed, counted or dead-lettered is so in one step that checks the
     ownership of its entry; breakers hear of decisions and of trainers' outcomes once.
@@ -68,7 +68,7 @@ class ResultHandler:
         if delivery.deliveries > self._limit:
             raise Poison(
                 "deliveries",
-                f"at most {self._limit} before it is settled",
+                f"at most {self._limit} before it is committed",
                 f"{delivery.deliveries} (ended {delivery.history})",
                 hint="it stopped every worker that took it",
             )
@@ -95,17 +95,26 @@ class ResultHandler:
         decision: StructuralPruningDecision,
         served: Sequence[str] = (),
     ) -> None:
-        """Store, publish and acknowledge; ``served`` are keys that go with the entry.
+        """Store, publish and acknowledge, and feed the breakers; ``served`` are keys that go with
+        the entry.
 
         Raises:
             Conflict: if the key was decided for other content meanwhile.
         """
         committed = await self._commit(delivery, work, decision, served)
-        if committed is CommitOutcome.COMMITTED:
-            await self._count(work, decision)
-            if decision.would_be:
-                key, cuts = str(decision.key), decision.would_be
-                await self._bus.runs.measured_calibration_probe(work.run_id, key, cuts)
+        if committed is not CommitOutcome.COMMITTED:
+            return
+        # An approved level counts only once the trainer reports on it.
+        breakers, key = self._bus.breakers, str(decision.key)
+        for level, vote in votes(decision).items():
+            if vote == "failure":
+                reason = grounds(decision, level)
+                change = await breakers.failure(work.run_id, level, reason, token=key)
+                await self._reports.transition(change)
+            elif vote == "success":
+                await self._reports.transition(await breakers.success(work.run_id, level))
+        if decision.would_be:
+            await self._bus.runs.measured_calibration_probe(work.run_id, key, decision.would_be)
 
     async def fail(
         self,
@@ -153,7 +162,9 @@ class ResultHandler:
             )
             self._reports.dead_lettered(dead_letter, work)
 
-    async def note(self, delivery: Delivery, outcome: PruningOutcome, event_id: str) -> None:
+    async def record_outcome(
+        self, delivery: Delivery, outcome: PruningOutcome, event_id: str
+    ) -> None:
         """Tell the breakers what a trainer made of a decision, and remember a cut that it took
         back; once for each event, however often it comes.
 
@@ -240,17 +251,6 @@ class ResultHandler:
         if not isinstance(decision, StructuralPruningDecision) or decision.run_id != work.run_id:
             return None
         return decision
-
-    async def _count(self, work: Work, decision: StructuralPruningDecision) -> None:
-        """Feed the breakers: an approved level counts only once the trainer reports on it."""
-        breakers = self._bus.breakers
-        for level, vote in votes(decision).items():
-            if vote == "failure":
-                reason, token = grounds(decision, level), str(decision.key)
-                change = await breakers.failure(work.run_id, level, reason, token=token)
-                await self._reports.transition(change)
-            elif vote == "success":
-                await self._reports.transition(await breakers.success(work.run_id, level))
 
     async def _note_failure(self, work: Work, delivery: Delivery, reason: str) -> None:
         event_id = read_envelope(delivery.envelope).event_id

@@ -7,7 +7,7 @@ analysis after the other. How many it is worth to have in flight, and who waits 
 Promises: every entry that a worker claims ends committed, as a duplicate, or as a dead letter with
 its original bytes and the reason, or it goes round again for another worker; one decision for each
 key; leases are renewed while the child computes and while draining; SIGTERM finishes what was begun
-and hands over what was not; a bus that is away or refuses is waited for, however long; nothing that
+and releases what was not; a bus that is away or refuses is waited for, however long; nothing that
 a server answers ends a worker.
 """
 
@@ -21,13 +21,12 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
 from elesh._process import is_alive
 from elesh.bus import Backoff, Bus, BusUnavailable, Delivery, WorkerState
-from elesh.bus.admission import Admitted, Heard, Work, admit, hear
+from elesh.bus.admission import Admitted, Work, admit, hear
 from elesh.observe import SparseLines, current_span, get_logger, mark_failed, messaging, span_from
 from elesh.settings import Settings
 from elesh.worker.telemetry.auditor import auditing
@@ -57,6 +56,8 @@ _PROBE_SECONDS = 1.0
 """Between looks for trainers' outcomes while a long analysis is under way."""
 _RETRY_SECONDS, _LONGEST_RETRY = 1.0, 60.0
 _CANCEL_SECONDS = 0.2
+_OUTCOMES_OF = "outcomes of "
+"""Of a run: the lock that its outcomes share."""
 _log = get_logger(__name__)
 _lines = SparseLines(_log)
 
@@ -106,7 +107,7 @@ class Worker:
         self._leases = Leases(bus, self.worker_id, STREAMS, self._lost)
         self._reaping = ReapingLoop(bus, self.worker_id, STREAMS, self._reports)
         self._status = self._reports.status
-        self._monitor = Monitor(bus, settings.observe, self._status, self._executor.look)
+        self._monitor = Monitor(bus, settings.observe, self._status, self._executor.child.look)
         self._in_flight: set[_InFlight] = set()
         self._moved = asyncio.Event()
         self._order = self._executor.keyed_locks
@@ -123,32 +124,30 @@ class Worker:
     async def run(self) -> None:
         """Serve until drained, and say meanwhile how it goes."""
         async with self._monitor.running(), self._reports.telemetry_buffer.open():
-            await self._run()
-
-    async def _run(self) -> None:
-        beside = [
-            asyncio.create_task(keeping) for keeping in (self._leases.keep(), self._reaping.keep())
-        ]
-        try:
-            await self._executor.start()
-            self._status.serving()
-            _log.info("serving", worker=self.worker_id, group=GROUP)
-            while not self._draining.is_set():
-                await self._take()
-            await self._finish()
-        finally:
-            await _end(*(held.task for held in self._in_flight))
-            await self._leave()
-            await _end(*beside)
-            self._keeping.close()
-        _log.info("drained", worker=self.worker_id)
+            beside = [
+                asyncio.create_task(keeping)
+                for keeping in (self._leases.keep(), self._reaping.keep())
+            ]
+            try:
+                await self._executor.start()
+                self._status.serving()
+                _log.info("serving", worker=self.worker_id, group=GROUP)
+                while not self._draining.is_set():
+                    await self._take()
+                await self._finish()
+            finally:
+                await _end(*(held.task for held in self._in_flight))
+                await self._leave()
+                await _end(*beside)
+                self._keeping.close()
+            _log.info("drained", worker=self.worker_id)
 
     async def _take(self) -> None:
         """Take what there is room for, or wait until there is."""
         self._moved.clear()
-        capacity = self._executor.in_flight_limit.at_once - len(self._in_flight)
+        capacity = self._executor.in_flight_limit.entries - len(self._in_flight)
         try:
-            if (seconds := self._status.lacking_for(time.monotonic())) > 0:
+            if (seconds := self._status.lacks_until - time.monotonic()) > 0:
                 await self._until_moved(seconds)
             elif self._executor.in_flight_limit.long:
                 # Nothing that needs the child, which others may have free.
@@ -168,8 +167,14 @@ class Worker:
     async def _claim(self, streams: tuple[Stream, ...], count: int, seconds: float) -> None:
         """Claim up to ``count`` entries and begin to serve them; wait for the first so long."""
         begun = time.time_ns()
-        claiming = self._leases.claim(streams, count, seconds)
-        found = await self._unless_draining(claiming) or []
+        claiming = asyncio.create_task(self._leases.claim(streams, count, seconds))
+        drain = asyncio.create_task(self._draining.wait())
+        try:
+            await asyncio.wait({claiming, drain}, return_when=asyncio.FIRST_COMPLETED)
+            # What comes once draining has begun is released when this worker leaves the group.
+            found = claiming.result() if claiming.done() else []
+        finally:
+            await _end(claiming, drain)
         record_receipts(found, begun, self._bus.server)
         for held in map(_InFlight, found):
             self._in_flight.add(held)
@@ -185,17 +190,6 @@ class Worker:
         self._turn = (self._turn + 1) % 3
         new = STREAMS[2:]
         return (*STREAMS[:2], *new[self._turn :], *new[: self._turn])
-
-    async def _unless_draining(
-        self, claiming: Coroutine[Any, Any, list[Delivery]]
-    ) -> list[Delivery] | None:
-        """What is claimed; None if draining begins first (what came meanwhile is released)."""
-        task, drain = asyncio.create_task(claiming), asyncio.create_task(self._draining.wait())
-        try:
-            await asyncio.wait({task, drain}, return_when=asyncio.FIRST_COMPLETED)
-            return task.result() if task.done() else None
-        finally:
-            await _end(task, drain)
 
     async def _finish(self) -> None:
         """End what was begun; what has not begun within a second is released."""
@@ -229,7 +223,7 @@ class Worker:
         await self._executor.stop()
         with contextlib.suppress(BusUnavailable):
             if given := await self._leases.leave():
-                _log.warning("handed over", worker=self.worker_id, entries=given)
+                _log.warning("released", worker=self.worker_id, entries=given)
                 for _ in range(given):
                     self._status.redelivered("handover")
 
@@ -287,40 +281,36 @@ class Worker:
                 await self._retry(delivery, error)
 
     async def _admit_run_commit(self, held: _InFlight) -> None:
+        """A run's checkpoints in their order, after the outcomes that came before them, and nothing
+        twice at once."""
         delivery = held.delivery
         heard = hear(delivery, self._bus.guard)
         now, window = await self._bus.clock.now(), self._settings.window_seconds
         asked = admit(heard, window=window, now=now, redriven=delivery.redriven)
-        held.key = _key_of(asked)
+        held.key, lock = _keys_of(asked)
         self._status.began(held.key, delivery.origin)
-        current_span().set_attributes({"elesh.key": held.key, "elesh.levels": _levels_of(asked)})
-        async with self._in_order(asked, held.key):
-            await self._run_commit(delivery, asked, heard)
-
-    @contextlib.asynccontextmanager
-    async def _in_order(self, asked: Admitted, key: str) -> AsyncIterator[None]:
-        """Serve a run's checkpoints in their order, after the outcomes that came before them, and
-        nothing twice at once."""
-        async with self._order.of(_lock_key_of(asked, key)):
-            if isinstance(asked, Work):
-                async with self._order.of(_outcomes_of(asked.run_id)):
-                    pass
-            yield
-
-    async def _run_commit(self, delivery: Delivery, asked: Admitted, heard: Heard) -> None:
-        match asked:
-            case Work():
-                await self._decide(delivery, asked)
-            case AnalysisItem():
-                await self._fan_out.analyse(delivery, asked)
-            case JoinItem():
-                await self._fan_out.join(delivery, asked)
-            case AnalysisRequest():
-                self._result_handler.refuse_poison(delivery)
-                await self._parameters.serve(delivery, asked)
-            case PruningOutcome():
-                self._result_handler.refuse_poison(delivery)
-                await self._result_handler.note(delivery, asked, heard.envelope.event_id)
+        levels = asked.levels if isinstance(asked, Work) else (getattr(asked, "level", ""),)
+        current_span().set_attributes(
+            {"elesh.key": held.key, "elesh.levels": ",".join(map(str, levels))}
+        )
+        async with self._order.of(lock):
+            match asked:
+                case Work():
+                    async with self._order.of(_OUTCOMES_OF + asked.run_id):
+                        pass
+                    await self._decide(delivery, asked)
+                case AnalysisItem():
+                    await self._fan_out.analyse(delivery, asked)
+                case JoinItem():
+                    await self._fan_out.join(delivery, asked)
+                case AnalysisRequest():
+                    self._result_handler.refuse_poison(delivery)
+                    await self._parameters.serve(delivery, asked)
+                case PruningOutcome():
+                    self._result_handler.refuse_poison(delivery)
+                    await self._result_handler.record_outcome(
+                        delivery, asked, heard.envelope.event_id
+                    )
 
     async def _decide(self, delivery: Delivery, work: Work) -> None:
         self._result_handler.refuse_poison(delivery)
@@ -335,17 +325,14 @@ class Worker:
         except ContractError as error:
             await self._result_handler.fail(delivery, work, error)
             return
-        self._has_room()
-        await self._result_handler.commit(delivery, work, decision)
-
-    def _has_room(self) -> None:
         self._short.served()
-        self._status.lacking("", until=0.0)
+        self._status.lacks, self._status.lacks_until = "", 0.0
+        await self._result_handler.commit(delivery, work, decision)
 
     async def _lack(self, delivery: Delivery, lacking: str) -> None:
         """Leave an entry to others, or for later: this worker has no room for it, or for any."""
         pause = self._short.next_pause()
-        self._status.lacking(lacking, until=time.monotonic() + pause)
+        self._status.lacks, self._status.lacks_until = lacking, time.monotonic() + pause
         _lines.warning("this worker lacks room, entries wait", reason=lacking)
         if await self._leases.release(delivery, f"no room there: {lacking}", pause):
             stream, entry = delivery.origin
@@ -361,38 +348,18 @@ class Worker:
             self._reports.entry("retried", stream, entry, "exception", reason)
 
 
-def _key_of(asked: Admitted) -> str:
-    """The key of the decision that something belongs to."""
+def _keys_of(asked: Admitted) -> tuple[str, str]:
+    """The key of the decision that something belongs to, and of the lock that it waits for: its
+    run's, that of the run's outcomes, or its own."""
     match asked:
         case Work():
-            return str(asked.key)
+            return str(asked.key), f"run {asked.run_id}"
         case AnalysisItem() | JoinItem():
-            return asked.plan
+            return asked.plan, asked.plan
         case AnalysisRequest():
-            return str(parameter_key(asked))
+            return (key := str(parameter_key(asked))), key
         case PruningOutcome():
-            return asked.idempotency_key
-
-
-def _lock_key_of(asked: Admitted, key: str) -> str:
-    """Whose turn something waits for: of its run, of the run's outcomes, or of its key."""
-    match asked:
-        case Work():
-            return f"run {asked.run_id}"
-        case PruningOutcome():
-            return _outcomes_of(asked.run_id)
-        case _:
-            return key
-
-
-def _levels_of(asked: Admitted) -> str:
-    """The levels that something is about, as an attribute of spans."""
-    levels = asked.levels if isinstance(asked, Work) else (getattr(asked, "level", ""),)
-    return ",".join(str(level) for level in levels)
-
-
-def _outcomes_of(run_id: str) -> str:
-    return f"outcomes of {run_id}"
+            return asked.idempotency_key, _OUTCOMES_OF + asked.run_id
 
 
 async def _end(*tasks: asyncio.Task[Any]) -> None:
@@ -439,7 +406,7 @@ async def _serve_on(bus: Bus, settings: Settings, name: str, stop: asyncio.Event
         worker.drain()
         await asyncio.wait({running}, timeout=settings.worker.drain_seconds)
         if not running.done():
-            _log.warning("drain time over; what was begun is handed over")
+            _log.warning("drain time over; what was begun is released")
             await _end(running)
         elif not running.cancelled() and (error := running.exception()):
             raise error

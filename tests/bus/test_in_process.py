@@ -23,11 +23,11 @@ def test_publish_claim_and_settle_work_on_a_server_of_pure_python():
         bus = Bus(cast(Any, FakeAsyncRedis()), BusSettings())
         await bus.publish(OUTCOMES, outcome(), source="test", event_id="once")
         await bus.publish(OUTCOMES, outcome(), source="test", event_id="once")
-        (delivery,) = await bus.claim("g", "c", (OUTCOMES,), count=5, block_seconds=0)
+        (delivery,) = await bus.groups.claim("g", "c", (OUTCOMES,), count=5, block_seconds=0)
         key = IdempotencyKey(1, "0" * 16, "ck-1", Level.CHANNEL)
         result = Commit(key, "f" * 64, outcome(), {})
         committed = await bus.commit("g", "c", delivery, result)
-        again = await bus.claim("g", "c", (OUTCOMES,), count=5, block_seconds=0)
+        again = await bus.groups.claim("g", "c", (OUTCOMES,), count=5, block_seconds=0)
         return committed, again, await bus.read(DECISIONS)
 
     committed, again, published = asyncio.run(scenario())

@@ -153,8 +153,7 @@ class Chaos:
 
     def _sections(self) -> dict[str, dict[str, object]]:
         # A message that meets many faults is not poison: it may be delivered more often.
-        bus = {"partition": _PARTITION, "lease_seconds": self.plan.lease, "max_deliveries": 12,
-               "stream_length": 10_000_000}  # fmt: skip
+        bus = {"partition": _PARTITION, "lease_seconds": self.plan.lease, "max_deliveries": 12}
         return {"bus": bus, "breaker": {"failures": 10_000}}
 
     def _settings(self) -> Path:

@@ -15,6 +15,7 @@ from typing import Any
 
 from elesh.bus.core import Bus
 from elesh.bus.scripts import Scripts
+from elesh.bus.streams.consumer_groups import Groups
 from elesh.observe import setup_logging
 from elesh.settings import Settings
 from elesh.worker import serve
@@ -33,6 +34,7 @@ def main() -> None:
     options = parser.parse_args()
     setup_logging("plain")
     compute.CHILD = "tests.chaos.child"
+    Bus.stream_length = 10_000_000  # the audit reads every entry in the end
     if options.mutate:
         _MUTATIONS[options.mutate]()
     asyncio.run(serve(options.url, Settings.load(options.settings), options.name))
@@ -54,7 +56,7 @@ def _patched(old: str, new: str) -> None:
 
 def _acknowledge_first() -> None:
     _patched("if not owned(source, ARGV[1], ARGV[2], ARGV[3]) then", "if false then")
-    commit, renew = Bus.commit, Bus.renew
+    commit, renew = Bus.commit, Groups.renew
     ended: set[str] = set()
 
     async def early(self: Bus, group: str, consumer: str, delivery: Any, *more: Any) -> Any:
@@ -63,10 +65,10 @@ def _acknowledge_first() -> None:
         await asyncio.sleep(_WINDOW)
         return await commit(self, group, consumer, delivery, *more)
 
-    async def unaware(self: Bus, group: str, consumer: str, held: Sequence[Any]) -> Any:
+    async def unaware(self: Groups, group: str, consumer: str, held: Sequence[Any]) -> Any:
         return await renew(self, group, consumer, [d for d in held if d.entry_id not in ended])
 
-    Bus.commit, Bus.renew = early, unaware  # type: ignore[method-assign]
+    Bus.commit, Groups.renew = early, unaware  # type: ignore[method-assign]
 
 
 def _forget_records() -> None:

@@ -123,7 +123,7 @@ def test_each_role_does_its_whole_work_through_the_products_own_commands(
 ) -> None:
     monkeypatch.setenv("ELESH_BUS__PARTITION", "acl")
     station = Station(url(server, "worker"), "acl", tmp_path)
-    worker = station.worker(audit={"seconds": 0.2})
+    worker = station.worker(constants={"telemetry.auditor.SECONDS": 0.2})
     try:
         as_trainer(server)
         with Redis.from_url(url(server, "trainer")) as redis:

@@ -55,7 +55,7 @@ async def publish(bus: Bus, *epochs: int, priority: Priority = Priority.NORMAL) 
 async def claim(
     bus: Bus, consumer: str = "w1", count: int = 1, streams: Sequence[Stream] = STREAMS
 ) -> list[Delivery]:
-    return await bus.claim(GROUP, consumer, streams, count=count, block_seconds=0)
+    return await bus.groups.claim(GROUP, consumer, streams, count=count, block_seconds=0)
 
 
 async def end_lease(bus: Bus, delivery: Delivery, owner: str = "w1") -> None:
@@ -65,12 +65,12 @@ async def end_lease(bus: Bus, delivery: Delivery, owner: str = "w1") -> None:
 
 
 async def reap(bus: Bus, streams: Sequence[Stream] = STREAMS) -> Reap:
-    """A pass of a sweeper whose grace is over."""
+    """A pass of a reaper whose grace is over."""
     seconds, _ = await bus._client.time()
     heartbeat = {"at": 1000 * seconds, "since": 0}
-    await bus._client.hset(bus.keys.named("pulse"), mapping=heartbeat)
-    await bus._client.hset(bus.keys.named("sweeper"), "holder", "sweeper")
-    return await bus.reaper.reap(GROUP, "sweeper", streams)
+    await bus._client.hset(bus.keys.named("heartbeat"), mapping=heartbeat)
+    await bus._client.hset(bus.keys.named("reaper"), "holder", "reaper")
+    return await bus.reaper.reap(GROUP, "reaper", streams)
 
 
 async def take_over(bus: Bus, delivery: Delivery, by: str = "w2", owner: str = "w1") -> Delivery:

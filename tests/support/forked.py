@@ -8,6 +8,7 @@ The demo and the compose file's commands start theirs in the ordinary way.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import signal
@@ -16,6 +17,7 @@ import sys
 import traceback
 from asyncio.subprocess import Process
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any, TextIO
@@ -24,6 +26,8 @@ _CONTEXT = get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     ["elesh.cli", "elesh.worker.supervisor", "elesh.observe", "elesh.worker.compute.child"]
 )
+CONSTANTS = "TEST_CONSTANTS"
+"""The environment variable with constants of modules that are others in the process, as JSON."""
 
 
 class Forked:
@@ -72,6 +76,9 @@ def _elesh(arguments: list[str], environment: dict[str, str], stderr: Connection
     stderr.close()
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     sys.argv = ["elesh", *arguments]
+    for place, value in json.loads(os.environ.pop(CONSTANTS, "{}")).items():
+        module, _, name = place.rpartition(".")
+        setattr(import_module(module), name, value)
     if "ELESH_FAULT" not in os.environ:
         asyncio.create_subprocess_exec = _forked_child  # type: ignore[assignment]
     main()

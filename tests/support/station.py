@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import threading
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 import networks
 import psutil
 import yaml
-from forked import Forked
+from forked import CONSTANTS, Forked
 
 from elesh.bus import Bus, Delivery
 from elesh.settings import BusSettings
@@ -81,18 +82,25 @@ class Station:
     def settings_file(self, **sections: dict[str, Any]) -> Path:
         bus = {"partition": self.partition, "lease_seconds": 2.0} | sections.pop("bus", {})
         shift = {"channel_analysis": {"max_predicted_shift": 1e9}}
-        # Most tests measure nothing: their workers need no torch, and many of them start.
-        worker = {"preload": False} | sections.pop("worker", {})
-        values = {"bus": bus, "worker": worker, "structured_pruning": shift, **sections}
+        values = {"bus": bus, "structured_pruning": shift, **sections}
         path = self.folder / f"settings-{len(self.workers)}.yaml"
         path.write_text(yaml.safe_dump({"elesh": values}))
         return path
 
-    def worker(self, environment: dict[str, str] | None = None, **sections: Any) -> WorkerProcess:
-        """A worker that serves; keywords are sections of its settings."""
+    def worker(
+        self,
+        environment: dict[str, str] | None = None,
+        constants: dict[str, Any] | None = None,
+        **sections: Any,
+    ) -> WorkerProcess:
+        """A worker that serves; keywords are sections of its settings, ``constants`` those of
+        modules below ``elesh.worker``."""
         name = f"w{len(self.workers) + 1}"
         path = self.settings_file(**sections)
-        worker = WorkerProcess(self.url, path, name, environment or {})
+        # Most tests measure nothing: their workers need no torch, and many of them start.
+        given = {"executor.PRELOAD": False} | (constants or {})
+        text = json.dumps({f"elesh.worker.{place}": value for place, value in given.items()})
+        worker = WorkerProcess(self.url, path, name, {CONSTANTS: text} | (environment or {}))
         self.workers.append(worker)
         return worker.wait_serving()
 

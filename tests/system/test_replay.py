@@ -207,7 +207,7 @@ def case_file(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("fault", "split", "bundle"),
     [
-        ("exit", {"layers_per_worker": 1, "worker": {"shard_bytes": 1}}, checkpoint()),
+        ("exit", {"layers_per_worker": 1, "constants": {"fan_out.SHARD_BYTES": 1}}, checkpoint()),
         ("memory:9000000000", {}, joint()),
     ],
 )

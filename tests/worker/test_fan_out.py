@@ -55,7 +55,7 @@ def test_a_level_with_large_statistics_is_split_by_groups_of_layers_and_joined_u
     station: Station,
 ) -> None:
     for _ in range(2):
-        station.worker(layers_per_worker=1, worker={"shard_bytes": 1})
+        station.worker(layers_per_worker=1, constants={"fan_out.SHARD_BYTES": 1})
     bundle = checkpoint()
     station.publish(bundle)
     (decision,) = station.wait_decisions(1)
@@ -72,7 +72,9 @@ def test_a_level_with_large_statistics_is_split_by_groups_of_layers_and_joined_u
 def test_a_shard_that_fails_leaves_its_groups_alone_and_the_others_decide(
     station: Station,
 ) -> None:
-    faulty(station, "raise:lost", "shard:g1", layers_per_worker=1, worker={"shard_bytes": 1})
+    faulty(
+        station, "raise:lost", "shard:g1", layers_per_worker=1, constants={"fan_out.SHARD_BYTES": 1}
+    )
     station.publish(checkpoint())
     (decision,) = station.wait_decisions(1)
     assert "g1" not in decision.units

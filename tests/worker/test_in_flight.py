@@ -73,7 +73,7 @@ class Hall:
     def worker(self, *, light: bool) -> Child:
         """A worker, and its child; ``light``: analyses have been quick so far."""
         worker, child = Worker(self.bus, self.settings, f"w{len(self.workers) + 1}"), Child()
-        worker._executor._child.run = child.run  # type: ignore[method-assign]
+        worker._executor.child.run = child.run  # type: ignore[method-assign]
         if light:
             with worker._executor.in_flight_limit.analysing():
                 pass
@@ -367,7 +367,7 @@ def test_a_turn_that_is_waited_for_no_more_is_free() -> None:
 def test_a_worker_has_as_much_in_hand_as_a_quarter_of_a_second_takes() -> None:
     now = 0.0
     in_flight_limit = InFlightLimit(32, clock=lambda: now)
-    assert in_flight_limit.at_once == 1, "nothing is known yet"
+    assert in_flight_limit.entries == 1, "nothing is known yet"
 
     def analyse(seconds: float) -> None:
         nonlocal now
@@ -375,12 +375,12 @@ def test_a_worker_has_as_much_in_hand_as_a_quarter_of_a_second_takes() -> None:
             now += seconds
 
     analyse(0.025)
-    assert in_flight_limit.at_once == 10
+    assert in_flight_limit.entries == 10
     for _ in range(60):
         analyse(0.001)
-    assert in_flight_limit.at_once == 32
+    assert in_flight_limit.entries == 32
     analyse(20.0)
-    assert in_flight_limit.at_once == 1
+    assert in_flight_limit.entries == 1
     with in_flight_limit.analysing():
         now += 0.2
         assert not in_flight_limit.long

@@ -1,18 +1,18 @@
--- One pass of the fleet's only sweeper: delayed entries that are due go on, and entries whose lease
--- ran out are requeued for any worker. A worker that finds no sweeper becomes it, until its lease runs out.
--- KEYS: sweeper, delayed set, deadlines, pulse, redeliveries, then the streams that are swept.
--- ARGV: worker, the sweeper's lease, the grace after a silence, the entries' lease, how long nobody
+-- One pass of the fleet's only reaper: delayed entries that are due go on, and entries whose lease
+-- ran out are requeued for any worker. A worker that finds no reaper becomes it, until its lease runs out.
+-- KEYS: reaper, delayed set, deadlines, heartbeat, redeliveries, then the streams that are reaped.
+-- ARGV: worker, the reaper's lease, the grace after a silence, the entries' lease, how long nobody
 --       may have called for it to be a silence (all in milliseconds), group, pending entries to look
 --       at in each stream, entries to move at most, then the streams' names.
--- Returns 0 and the milliseconds until there may be no sweeper; or 1, the number of delayed entries
+-- Returns 0 and the milliseconds until there may be no reaper; or 1, the number of delayed entries
 -- moved, the entries that were taken from their owners (stream, id, owner), the plans past their
 -- deadline, and the milliseconds until the first of all that was looked at may be due.
 local worker, group, scan, batch = ARGV[1], ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8])
 local at = now()
--- Every caller, the sweeper or not, is a sign that the server could be reached all the while.
-local pulse = redis.call('HMGET', KEYS[4], 'at', 'since')
-local since = tonumber(pulse[2])
-local last = tonumber(pulse[1])
+-- Every caller, the reaper or not, is a sign that the server could be reached all the while.
+local heartbeat = redis.call('HMGET', KEYS[4], 'at', 'since')
+local since = tonumber(heartbeat[2])
+local last = tonumber(heartbeat[1])
 if not since or not last or at - last > tonumber(ARGV[5]) then since = at end
 redis.call('HSET', KEYS[4], 'at', string.format('%.0f', at), 'since', string.format('%.0f', since))
 redis.call('PEXPIRE', KEYS[4], 10 * ARGV[4])
@@ -46,8 +46,8 @@ local function take(stream, name, entry)
   taken[#taken + 1] = {name, id, owner}
 end
 
--- A page of a stream's pending entries, from where the last pass ended: deep ones have their turn.
-local function sweep(stream, name)
+-- A page of a stream's pending entries, from where the last pass ended: no deep one hides another.
+local function reap(stream, name)
   local cursor = 'cursor:' .. name
   local start = redis.call('HGET', KEYS[1], cursor) or '-'
   local pending = redis.pcall('XPENDING', stream, group, start, '+', scan)
@@ -70,7 +70,7 @@ end
 
 -- Owners that a silence of the server kept from renewing have the grace to do so.
 if at - since >= tonumber(ARGV[3]) then
-  for i = 6, #KEYS do sweep(KEYS[i], ARGV[i + 3]) end
+  for i = 6, #KEYS do reap(KEYS[i], ARGV[i + 3]) end
 end
 local overdue = redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', at, 'LIMIT', 0, batch)
 for i = 2, 3 do

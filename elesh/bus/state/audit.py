@@ -18,7 +18,7 @@ from typing import Any
 import msgpack
 
 from elesh.bus.guard import Guard
-from elesh.bus.scripts import Scripts
+from elesh.bus.scripts import Keys, Scripts
 from elesh.bus.server.client import Client, ServerClock
 from elesh.bus.streams.consumer_groups import pairs_of
 from elesh.bus.streams.records import ENTRY_ID, Delivery, deliveries_of, entry_fields
@@ -52,19 +52,16 @@ class AuditLog:
     """The audit log of a partition."""
 
     def __init__(
-        self, client: Client, scripts: Scripts, guard: Guard, clock: ServerClock, partition: str
+        self, client: Client, scripts: Scripts, keys: Keys, guard: Guard, clock: ServerClock
     ) -> None:
-        self._client = client
-        self._scripts = scripts
-        self._guard = guard
+        self._client, self._scripts, self._keys, self._guard = client, scripts, keys, guard
         self._clock = clock
-        self._partition = partition
         self._seen: AuditHead | None = None
-        self._keys = (AUDIT.key(partition), f"elesh:{{{partition}}}:audit:head")
+        self._head = keys.named("audit", "head")
 
     async def head(self) -> AuditHead:
         """Where the chain ends now; one that is not signed, or not as it was, says so."""
-        stored: Any = await self._client.hgetall(self._keys[1])
+        stored: Any = await self._client.hgetall(self._head)
         signed = stored.pop(_SIGNED, b"")
         texts = {_text(name): _text(value) for name, value in stored.items()}
         cursors = {
@@ -81,7 +78,7 @@ class AuditLog:
     def _doubt(self, head: AuditHead, signed: bytes) -> str:
         """Why a head is not to be believed."""
         try:
-            if self._guard.state(self._keys[1], signed, may=(AUDIT,)) != _facts(head):
+            if self._guard.state(self._head, signed, may=(AUDIT,)) != _facts(head):
                 return "is not as it was written" if signed else ""
         except ContractError as error:
             return str(error)
@@ -112,7 +109,7 @@ class AuditLog:
             written += len(entries)
 
     async def _unread(self, head: AuditHead) -> list[Delivery]:
-        keys = {stream.key(self._partition): stream for stream in COPIED}
+        keys = {self._keys.stream(stream): stream for stream in COPIED}
         wanted: Any = {key: head.cursors.get(stream.name, "0") for key, stream in keys.items()}
         reply = await self._client.xread(wanted, _BATCH)
         named = [(keys[key.decode()], entries) for key, entries in pairs_of(reply)]
@@ -124,7 +121,7 @@ class AuditLog:
         self, head: AuditHead, entries: Sequence[AuditEntry], cursors: Mapping[str, str]
     ) -> bool:
         last = (entries[-1].number, entries[-1].digest) if entries else (head.number, head.digest)
-        signed = self._guard.frame_state(self._keys[1], _facts(AuditHead(*last, cursors)))
+        signed = self._guard.frame_state(self._head, _facts(AuditHead(*last, cursors)))
         fields: list[str | bytes] = [_SIGNED, signed]
         for name, at in cursors.items():
             fields += [_CURSOR + name, at]
@@ -132,7 +129,7 @@ class AuditLog:
         for entry in entries:
             own = self._fields(entry)
             args += [len(own), *own]
-        return bool(await self._scripts.run("audit", self._keys, args))
+        return bool(await self._scripts.run("audit", [self._keys.stream(AUDIT), self._head], args))
 
     def _fields(self, entry: AuditEntry) -> list[str | bytes]:
         return entry_fields(self._guard.frame(AUDIT, encode(audit_envelope(entry))), {})

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, Literal
 
 from elesh.bus.errors import BusUnavailable
 from elesh.bus.guard import Guard
-from elesh.bus.scripts import Scripts
+from elesh.bus.scripts import Keys, Scripts
 from elesh.bus.server.client import Client
 from elesh.settings import BusSettings
 from leyline import BlobRef, DigestMismatch, InvalidField, MissingBlob, TooLarge
@@ -47,12 +47,9 @@ class BlobStore:
     """The blobs of a partition."""
 
     def __init__(
-        self, client: Client, scripts: Scripts, settings: BusSettings, guard: Guard
+        self, client: Client, scripts: Scripts, keys: Keys, guard: Guard, settings: BusSettings
     ) -> None:
-        self._client = client
-        self._guard = guard
-        self._scripts = scripts
-        self._prefix = f"elesh:{{{settings.partition}}}:blob"
+        self._client, self._scripts, self._names, self._guard = client, scripts, keys, guard
         self._ttl = settings.blob_ttl_seconds
         self._limit = int(settings.max_blob_bytes)
         self._folder = settings.blob_folder
@@ -224,7 +221,7 @@ class BlobStore:
 
     def _keys(self, digest: str, size: int) -> list[str]:
         """The head's key, then those of the chunks."""
-        head = f"{self._prefix}:{digest}"
+        head = self._names.named("blob", digest)
         return [head, *(f"{head}:{number}" for number in range(-(-size // CHUNK)))]
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from elesh.bus.scripts import Args, Scripts
+from elesh.bus.scripts import Args, Keys, Scripts
 from elesh.bus.server.client import Client
 from leyline.streams import STREAMS, Stream
 
@@ -76,14 +76,11 @@ class Backlog:
 
 
 class Registry:
-    """The register of a partition."""
+    """The worker registry of a partition."""
 
-    def __init__(self, client: Client, scripts: Scripts, partition: str) -> None:
-        self._client = client
-        self._scripts = scripts
-        self._partition = partition
-        self._prefix = f"elesh:{{{partition}}}:worker"
-        self._index = f"{self._prefix}s"
+    def __init__(self, client: Client, scripts: Scripts, keys: Keys) -> None:
+        self._client, self._scripts, self._keys = client, scripts, keys
+        self._index = keys.named("workers")
         self._token = secrets.token_hex(8)
         """Tells this process from another one whose worker has the same name."""
 
@@ -95,7 +92,7 @@ class Registry:
         values = state.model_dump(exclude={"heard_at"})
         fields = [str(part) for pair in values.items() for part in pair]
         name, milliseconds = state.worker_id, round(seconds * 1000)
-        keys = [self._key(name), self._index]
+        keys = [self._keys.named("worker", name), self._index]
         args: Args = [name, milliseconds, self._token, *fields]
         if await self._scripts.run("heartbeat", keys, args):
             return None
@@ -103,15 +100,15 @@ class Registry:
 
     async def take_over(self, state: WorkerState, *, seconds: float) -> None:
         """Write a worker's state over that of one which is gone."""
-        await self._client.delete(self._key(state.worker_id))
+        await self._client.delete(self._keys.named("worker", state.worker_id))
         await self.heartbeat(state, seconds=seconds)
 
     async def forget(self, worker_id: str) -> None:
         """A worker ended in order; one that another one took the name of leaves it that."""
-        (token,) = await self._client.hmget(self._key(worker_id), ["token"])
+        (token,) = await self._client.hmget(self._keys.named("worker", worker_id), ["token"])
         if token in (None, self._token.encode()):
             await self._client.zrem(self._index, worker_id)
-            await self._client.delete(self._key(worker_id))
+            await self._client.delete(self._keys.named("worker", worker_id))
 
     async def workers(self) -> list[WorkerState]:
         """The workers that are alive, by name."""
@@ -121,7 +118,7 @@ class Registry:
 
     async def backlog(self, streams: Sequence[Stream] = STREAMS) -> dict[str, Backlog]:
         """The figures of each stream, by its short name; one command whatever their number."""
-        keys = [stream.key(self._partition) for stream in streams]
+        keys = [self._keys.stream(stream) for stream in streams]
         groups = [stream.group for stream in streams]
         found = await self._scripts.read("backlog_statistics", keys, groups)
         return {
@@ -131,11 +128,8 @@ class Registry:
             for stream, (length, lag, pending, oldest, lease) in zip(streams, found, strict=True)
         }
 
-    def _key(self, worker_id: str) -> str:
-        return f"{self._prefix}:{worker_id}"
-
     async def _hash(self, worker_id: str) -> dict[bytes, bytes]:
-        stored: Any = await self._client.hgetall(self._key(worker_id))
+        stored: Any = await self._client.hgetall(self._keys.named("worker", worker_id))
         return dict(stored)
 
 

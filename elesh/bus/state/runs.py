@@ -35,9 +35,9 @@ import msgpack
 
 from elesh.bus.errors import BusUnavailable
 from elesh.bus.guard import Guard
-from elesh.bus.scripts import Args, Scripts
+from elesh.bus.scripts import Args, Keys, Scripts
 from elesh.bus.server.client import Client, ServerClock
-from elesh.settings import BreakerSettings, BusSettings
+from elesh.settings import BreakerSettings
 from leyline import (
     BreakerTransition,
     ContractError,
@@ -72,28 +72,28 @@ class HistoryStore:
     Args:
         epochs: the most epochs kept a run (``importance_history_epochs``).
         nbytes: the most bytes kept a run (``analysis_cache_size``).
+        keep: seconds that a run's history outlives its last epoch.
     """
 
     def __init__(
         self,
         client: Client,
         scripts: Scripts,
+        keys: Keys,
         guard: Guard,
-        settings: BusSettings,
         epochs: int,
         nbytes: int,
+        keep: int,
     ) -> None:
-        self._client = client
-        self._guard = guard
-        self._scripts = scripts
-        self._prefix = f"elesh:{{{settings.partition}}}:history"
-        self._limits = (epochs, nbytes, settings.record_ttl_seconds)
+        self._client, self._scripts, self._keys, self._guard = client, scripts, keys, guard
+        self._limits = (epochs, nbytes, keep)
 
     async def remember(self, run_id: str, epoch: int, blob: bytes) -> Kept:
         """Keep an epoch's measurements; ``conflict`` if the epoch holds others, which stay."""
-        signed = self._guard.frame_state(self._place(run_id, epoch), blob)
+        key = self._keys.named("history", run_id)
+        signed = self._guard.frame_state(_place(key, str(epoch)), blob)
         args: Args = [epoch, signed, *self._limits]
-        answer = (await self._scripts.run("remember", [self._key(run_id)], args)).decode()
+        answer = (await self._scripts.run("remember", [key], args)).decode()
         # Another worker's signature of the same measurements is no other measurement.
         if answer == "conflict" and (await self.recall(run_id, [epoch])).get(epoch) == blob:
             return "known"
@@ -101,7 +101,7 @@ class HistoryStore:
 
     async def epochs(self, run_id: str) -> list[int]:
         """The epochs that are kept, rising; none for an unknown run."""
-        fields: Any = await self._client.hkeys(self._key(run_id))
+        fields: Any = await self._client.hkeys(self._keys.named("history", run_id))
         return sorted(int(field) for field in fields if field.isdigit())
 
     async def recall(self, run_id: str, epochs: Sequence[int]) -> dict[int, bytes]:
@@ -109,25 +109,20 @@ class HistoryStore:
         that may decide."""
         if not epochs:
             return {}
-        blobs: Any = await self._client.hmget(self._key(run_id), [str(epoch) for epoch in epochs])
+        key = self._keys.named("history", run_id)
+        blobs: Any = await self._client.hmget(key, [str(epoch) for epoch in epochs])
         found = {}
         for epoch, signed in zip(epochs, blobs, strict=True):
             if signed is not None:
                 try:
-                    found[epoch] = self._guard.state(self._place(run_id, epoch), signed)
+                    found[epoch] = self._guard.state(_place(key, str(epoch)), signed)
                 except ContractError as error:
                     _log.warning("measurements passed over: %s, epoch %d: %s", run_id, epoch, error)
         return found
 
     async def forget(self, run_id: str) -> None:
         """Drop a run's history."""
-        await self._client.delete(self._key(run_id))
-
-    def _place(self, run_id: str, epoch: int) -> str:
-        return f"{self._key(run_id)}#{epoch}"
-
-    def _key(self, run_id: str) -> str:
-        return f"{self._prefix}:{run_id}"
+        await self._client.delete(self._keys.named("history", run_id))
 
 
 T = TypeVar("T")
@@ -160,33 +155,34 @@ class RunStore:
     """
 
     def __init__(
-        self, client: Client, scripts: Scripts, guard: Guard, partition: str, keep: int
+        self, client: Client, scripts: Scripts, keys: Keys, guard: Guard, keep: int
     ) -> None:
-        self._client, self._scripts, self._guard, self._keep = client, scripts, guard, keep
-        self._prefix = f"elesh:{{{partition}}}"
+        self._client, self._scripts, self._keys, self._guard = client, scripts, keys, guard
+        self._keep = keep
 
     async def claim(self, run_id: str, token: str, who: str, seconds: float) -> Holder | None:
         """Claim a run, or renew the claim of the same token; None, or who has it instead."""
         milliseconds = max(1, round(seconds * 1000))
         args: Args = [token, who, milliseconds]
-        held = await self._scripts.run("claim_run", [self.claim_key(run_id)], args)
+        held = await self._scripts.run("claim_run", [self._keys.named("claim", run_id)], args)
         return Holder(_text(held[0]), held[1] / 1000) if held else None
 
     async def give_up(self, run_id: str, token: str) -> None:
         """End a claim of one's own."""
-        await self._scripts.run("claim_run", [self.claim_key(run_id)], [token, "", 0])
+        await self._scripts.run("claim_run", [self._keys.named("claim", run_id)], [token, "", 0])
 
     async def end_claim(self, run_id: str, who: str) -> None:
         """End the claim of a holder that is known to be gone; nothing if another has it by now."""
-        found: Any = await self._client.hmget(self.claim_key(run_id), ["token", "who"])
+        key = self._keys.named("claim", run_id)
+        found: Any = await self._client.hmget(key, ["token", "who"])
         token, holder = found
         if token is not None and holder == who.encode():
-            await self._scripts.run("claim_run", [self.claim_key(run_id)], [_text(token), "", 0])
+            await self._scripts.run("claim_run", [key], [_text(token), "", 0])
 
     async def attempt(self, run_id: str, token: str, who: str) -> Attempt:
         """The attempt of the run's holder: that of the last claim if the token is the same, else a
         new one. Remembered as long as decisions are."""
-        name = f"{self.claim_key(run_id)}:last"  # run ids have no colon
+        name = self._keys.named("claim", run_id, "last")  # run ids have no colon
         found: Any = await self._client.hmget(name, ["token", "who", "attempt"])
         last, before, number = [None if value is None else _text(value) for value in found]
         fresh = last is not None and last != token
@@ -199,7 +195,7 @@ class RunStore:
 
     async def took_back(self, run_id: str, cuts: Mapping[str, RolledBackCut]) -> None:
         """Remember cuts that a trainer took back, by the fingerprints of their units."""
-        key = self._cuts(run_id)
+        key = self._keys.named("rolled-back", run_id)
         for name, cut in cuts.items():
             await self._client.hset(
                 key, name, self._guard.frame_state(_place(key, name), encode(cut))
@@ -209,7 +205,8 @@ class RunStore:
     async def taken_back(self, run_id: str) -> list[RolledBackCut]:
         """The cuts of a run that were taken back, in a fixed order."""
         cuts = await self._believed(
-            self._cuts(run_id), lambda value: decode(RolledBackCut, value, field="rolled back")
+            self._keys.named("rolled-back", run_id),
+            lambda value: decode(RolledBackCut, value, field="rolled back"),
         )
         return sorted(cuts, key=lambda cut: (cut.epoch, cut.idempotency_key))
 
@@ -217,14 +214,14 @@ class RunStore:
         self, run_id: str, key: str, cuts: Sequence[WouldBeCut]
     ) -> None:
         """Remember what the decision ``key`` measured to calibrate by."""
-        name = self._calibration_probe(run_id)
+        name = self._keys.named("would-be", run_id)
         data = msgpack.packb([encode(cut) for cut in cuts])
         await self._client.hset(name, key, self._guard.frame_state(_place(name, key), data))
         await self._client.expire(name, self._keep)
 
     async def calibration_cuts(self, run_id: str) -> list[WouldBeCut]:
         """All calibration probes of a run that were measured, in a fixed order."""
-        found = await self._believed(self._calibration_probe(run_id), _probes)
+        found = await self._believed(self._keys.named("would-be", run_id), _probes)
         return [cut for cuts in found for cut in cuts]
 
     async def _believed(self, key: str, read: Callable[[bytes], T]) -> list[T]:
@@ -240,20 +237,10 @@ class RunStore:
                 _log.warning("state passed over: %s: %s", key, error)
         return found
 
-    def _calibration_probe(self, run_id: str) -> str:
-        return f"{self._prefix}:would-be:{run_id}"
-
-    def claim_key(self, run_id: str) -> str:
-        """Where the claim of a run is."""
-        return f"{self._prefix}:claim:{run_id}"
-
-    def _cuts(self, run_id: str) -> str:
-        return f"{self._prefix}:rolled-back:{run_id}"
-
 
 def _probes(data: bytes) -> list[WouldBeCut]:
     """What one decision measured to calibrate by."""
-    return [decode(WouldBeCut, cut, field="would-be cut") for cut in msgpack.unpackb(data)]
+    return [decode(WouldBeCut, cut, field="calibration probe") for cut in msgpack.unpackb(data)]
 
 
 def _text(stored: bytes) -> str:
@@ -334,10 +321,6 @@ class Circuit:
             return failed.opened(now)
         return failed
 
-    def succeeded(self) -> Circuit:
-        """It after a success; work that was admitted before it opened says nothing of recovery."""
-        return self if self.state == "open" else self.closed()
-
     def encode(self) -> bytes:
         """Its bytes; none for one that has nothing to remember."""
         values = list(vars(self).values())
@@ -368,17 +351,14 @@ class BreakerStore:
         self,
         client: Client,
         scripts: Scripts,
+        keys: Keys,
         guard: Guard,
         clock: ServerClock,
-        partition: str,
         settings: BreakerSettings,
     ) -> None:
-        self._client = client
-        self._scripts = scripts
-        self._guard = guard
+        self._client, self._scripts, self._keys, self._guard = client, scripts, keys, guard
         self._clock = clock
-        self._prefix = f"elesh:{{{partition}}}:breaker"
-        self._index = f"elesh:{{{partition}}}:breakers"
+        self._index = keys.named("breakers")
         self._failures = settings.failures
         self._recovery = max(1, round(settings.recovery_seconds * 1000))
         self._keep = _KEEP_MS + 2 * self._recovery
@@ -413,8 +393,11 @@ class BreakerStore:
         )
 
     async def success(self, run_id: str, level: Level) -> BreakerTransition | None:
-        """Forget the failures so far and close after a probe; an open breaker stays open."""
-        return await self._transition(run_id, level, lambda now_is, _: now_is.succeeded())
+        """Forget the failures so far and close after a probe. An open breaker stays open: work that
+        was admitted before it opened says nothing of recovery."""
+        return await self._transition(
+            run_id, level, lambda now_is, _: now_is if now_is.state == "open" else now_is.closed()
+        )
 
     async def reset(self, run_id: str, level: Level, why: str = "") -> BreakerTransition | None:
         """Close by hand."""
@@ -477,7 +460,7 @@ class BreakerStore:
 
     async def _read(self, run_id: str, level: Level) -> tuple[bytes, Circuit]:
         """The breaker's stored bytes, and what they say."""
-        key = self._key(run_id, level)
+        key = self._keys.named("breaker", run_id, level)
         found: Any = await self._client.hmget(key, ["signed"])
         stored: bytes = found[0] or b""
         if not stored:
@@ -489,15 +472,12 @@ class BreakerStore:
             return stored, Circuit(state="open", reason=f"its state is not to be believed: {error}")
 
     async def _write(self, run_id: str, level: Level, stored: bytes, circuit: Circuit) -> bool:
-        key, data = self._key(run_id, level), circuit.encode()
+        key, data = self._keys.named("breaker", run_id, level), circuit.encode()
         signed = self._guard.frame_state(key, data) if data else b""
         listed = circuit.state != "closed" or circuit.failures > 0
         name = f"{run_id}:{level}"
         args: Args = [stored, signed, name, int(listed), self._keep]
         return bool(await self._scripts.run("breaker", [key, self._index], args))
-
-    def _key(self, run_id: str, level: Level) -> str:
-        return f"{self._prefix}:{run_id}:{level}"
 
 
 def _view(run_id: str, level: Level, circuit: Circuit) -> BreakerView:

@@ -110,8 +110,11 @@ class Groups:
         count: int,
         block_seconds: float,
     ) -> list[Delivery]:
-        """Up to ``count`` entries that the group has not seen, those of earlier streams first;
-        waits for the first if need be."""
+        """Up to ``count`` entries that the group has not seen, those of earlier streams first.
+
+        Waits for the first if need be, at most ``MAX_BLOCK`` seconds whatever is asked for. A group
+        that does not exist (yet, or any more) begins at the oldest entry.
+        """
         for _ in range(2):
             claimed = await self._claim(group, consumer, streams, count, block_seconds)
             if claimed is not None:
@@ -135,10 +138,14 @@ class Groups:
             claimed = deliveries_of([(streams[number - 1], entries) for number, entries in reply])
             if claimed or seconds <= 0:
                 return claimed
+        by_key = {self._keys.stream(stream): stream for stream in streams}
+        block = max(1, round(min(seconds, MAX_BLOCK) * 1000))
+        ids: Any = dict.fromkeys(by_key, ">")
         try:
-            claimed = await self._wait(group, consumer, streams, seconds)
+            found: Any = await self._client.xreadgroup(group, consumer, ids, 1, block)
         except ResponseError:  # NOGROUP: any other is an outage
             return None
+        claimed = deliveries_of((by_key[key.decode()], read) for key, read in pairs_of(found))
         if claimed:
             self._idle.discard(consumer)
         else:
@@ -147,16 +154,6 @@ class Groups:
         for surplus in claimed[count:]:
             await self.requeue(group, consumer, surplus)
         return claimed[:count]
-
-    async def _wait(
-        self, group: str, consumer: str, streams: Sequence[Stream], seconds: float
-    ) -> list[Delivery]:
-        by_key = {self._keys.stream(stream): stream for stream in streams}
-        block = max(1, round(min(seconds, MAX_BLOCK) * 1000))
-        reply: Any = await self._client.xreadgroup(
-            group, consumer, dict.fromkeys(by_key, ">"), 1, block
-        )
-        return deliveries_of([(by_key[key.decode()], entries) for key, entries in pairs_of(reply)])
 
     async def _create(self, group: str, streams: Sequence[Stream]) -> None:
         for stream in streams:

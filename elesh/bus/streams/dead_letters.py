@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from elesh.bus.guard import Guard
-from elesh.bus.scripts import Scripts
+from elesh.bus.scripts import Keys, Scripts
 from elesh.bus.server.client import Client, ServerClock
 from leyline import ContractError, DeadLetter, InvalidField, OperatorAction, encode, wrap
 from leyline.streams import DEAD, OPERATIONS, STREAMS, Stream
@@ -55,16 +55,13 @@ class DeadLetters:
         self,
         client: Client,
         scripts: Scripts,
+        keys: Keys,
         guard: Guard,
         clock: ServerClock,
-        partition: str,
     ) -> None:
-        self._client = client
-        self._scripts = scripts
-        self._guard = guard
+        self._client, self._scripts, self._keys, self._guard = client, scripts, keys, guard
         self._clock = clock
-        self._partition = partition
-        self._marks = f"elesh:{{{partition}}}:redriven"
+        self._marks = keys.named("redriven")
 
     async def all(self) -> list[DeadLetterEntry]:
         """Every dead letter, oldest first."""
@@ -80,7 +77,7 @@ class DeadLetters:
         if before and not _ENTRY.fullmatch(before):
             raise InvalidField("before", "an entry id such as 1736856000250-0", before)
         last = f"({before}" if before else "+"
-        found: Any = await self._client.xrevrange(self._key(DEAD), last, "-", count)
+        found: Any = await self._client.xrevrange(self._keys.stream(DEAD), last, "-", count)
         entries = deliveries_of([(DEAD, found)], grouped=False)
         if not entries:
             return []
@@ -89,7 +86,7 @@ class DeadLetters:
 
     async def open(self) -> int:
         """How many dead letters were not redriven."""
-        length: Any = await self._client.xlen(self._key(DEAD))
+        length: Any = await self._client.xlen(self._keys.stream(DEAD))
         redriven: Any = await self._client.hlen(self._marks)
         return max(0, int(length) - int(redriven))
 
@@ -125,7 +122,12 @@ class DeadLetters:
         at = f"{(await self._clock.now()).timestamp() * 1000:.0f}"
         original = dead_letter.message.original
         redriven = self._guard.frame_redrive(at, original.get("envelope", b""))
-        keys = self._key(DEAD), self._marks, self._key(stream), self._key(OPERATIONS)
+        keys = (
+            self._keys.stream(DEAD),
+            self._marks,
+            self._keys.stream(stream),
+            self._keys.stream(OPERATIONS),
+        )
         fields = [*_flat(original), "redriven", redriven]
         args = [entry_id, len(fields), *fields, *event]
         reply = await self._scripts.run("redrive", keys, args)
@@ -143,12 +145,12 @@ class DeadLetters:
         was = dead_letter.message
         lost = f"{was.stream}/{was.entry_id}: {was.error_code}" if was else "unreadable"
         event = self._event("drop", entry_id, operator, reason, lost)
-        keys = self._key(DEAD), self._marks, self._key(OPERATIONS)
+        keys = self._keys.stream(DEAD), self._marks, self._keys.stream(OPERATIONS)
         if not await self._scripts.run("drop", keys, [entry_id, *event]):
             raise _missing(entry_id)
 
     async def _range(self, start: str, end: str) -> list[Delivery]:
-        key = self._key(DEAD)
+        key = self._keys.stream(DEAD)
         entries = await self._client.xrange(key, start, end)
         return deliveries_of([(DEAD, entries)], grouped=False)
 
@@ -180,9 +182,6 @@ class DeadLetters:
             )
         except ContractError as error:
             return DeadLetterEntry(entry.entry_id, None, str(error), mark.decode())
-
-    def _key(self, stream: Stream) -> str:
-        return stream.key(self._partition)
 
 
 def _served(entry_id: str, name: str) -> Stream:

@@ -65,7 +65,7 @@ class Reaper:
     async def reap(self, group: str, worker: str, streams: Sequence[Stream]) -> Reap:
         """Make one pass over ``streams``, if ``worker`` is or can become the reaper."""
         lease = self._lease * 1000
-        keys = [self._keys.named(name) for name in ("sweeper", "delayed", "deadlines", "pulse")]
+        keys = [self._keys.named(name) for name in ("reaper", "delayed", "deadlines", "heartbeat")]
         keys += [self._keys.stream(stream) for stream in (REDELIVERIES, *streams)]
         times = [max(1, round(lease * share)) for share in (0.125, 0.375, 1.0, 0.3)]
         names = [stream.name for stream in streams]

@@ -3,8 +3,8 @@
 Its own forward pass hands weights straight to a fused function: the output projection is never
 called, so nothing can be masked or measured at its input, and the head size is worked out from the
 embedding, so that a head less would make the others wider. :class:`HeadwiseAttention` has the
-same parameters under the same names and computes the same step by step. A module is lent to that
-class while it is masked or measured, and stays in it once heads are gone.
+same parameters under the same names and computes the same step by step. A module is patched with
+that class while it is masked or measured, and stays in it once heads are gone.
 """
 
 # No postponed annotations: torch.jit.script reads them as they are.
@@ -153,19 +153,19 @@ def commit(module: nn.Module) -> None:
 
 
 def patched(model: nn.Module, sites: Iterable[str]) -> list[nn.Module]:
-    """Lend the plain attentions that own these output projections to the headwise class."""
-    lent: list[nn.Module] = []
+    """Patch the plain attentions that own these output projections with the headwise class."""
+    changed: list[nn.Module] = []
     for path in sites:
         owner, _, name = path.rpartition(".")
         module = model.get_submodule(owner)
         if type(module) is NATIVE and name == "out_proj":
             module.__class__ = HeadwiseAttention
-            lent.append(module)
-    return lent
+            changed.append(module)
+    return changed
 
 
-def take_back(lent: list[nn.Module]) -> None:
+def take_back(changed: list[nn.Module]) -> None:
     """Undo :func:`patched`, but for those that have lost heads meanwhile."""
-    for module in lent:
+    for module in changed:
         commit(module)
-    lent.clear()
+    changed.clear()

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -124,7 +125,7 @@ def _answer(job: Job) -> Reply:
             contract=False,
         )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Reply(result, failed, time.perf_counter() - begun, peak, watch.stages)
+    return Reply(result, failed, time.perf_counter() - begun, peak, tuple(watch.stages))
 
 
 def _decide(job: Job) -> bytes:
@@ -166,15 +167,17 @@ def _of_parts(job: Job, analyses: list[LevelAnalysis]) -> StructuralPruningDecis
     """The join, which says what it was made of wherever the levels alone do not tell."""
     bundle, settings = _input(job)
     evidence = replace(_evidence(job, bundle, settings), fallbacks=job.taken_fallbacks)
-    parts = tuple(_part(each) for each in sorted(analyses, key=lambda a: (a.level, a.shard)))
+    parts = tuple(
+        AnalysedPart(
+            level=analysis.level,
+            groups=analysis.shard,
+            fallbacks=tuple(f for f in analysis.decision.fallbacks if f.rung in REPLAYED),
+        )
+        for analysis in sorted(analyses, key=lambda a: (a.level, a.shard))
+    )
     if job.fallbacks or any(part.groups or part.fallbacks for part in parts):
         evidence = replace(evidence, parts=parts)
     return join(bundle, analyses, settings, evidence)
-
-
-def _part(analysis: LevelAnalysis) -> AnalysedPart:
-    taken = tuple(f for f in analysis.decision.fallbacks if f.rung in REPLAYED)
-    return AnalysedPart(level=analysis.level, groups=analysis.shard, fallbacks=taken)
 
 
 _KINDS: dict[Kind, Callable[[Job], bytes]] = {
@@ -227,7 +230,7 @@ def _input(job: Job) -> tuple[CheckpointBundle, Settings]:
 
     The supervisor has verified sizes and digests.
     """
-    folder, settings = Path(job.folder), Settings.model_validate_json(job.settings)
+    folder, settings = Path(job.folder), _settings(job.settings)
     scope = scope_of(job.fallback_names)
     document = decode(CheckpointDocument, (folder / DOCUMENT).read_bytes(), field="checkpoint")
     limit = settings.structured_pruning.safety_schedule.conservative_limit
@@ -240,6 +243,12 @@ def _input(job: Job) -> tuple[CheckpointBundle, Settings]:
         network=None if scope.vectors_only or job.kind == "level" else NetworkExport.load(folder),
     )
     return bundle, settings
+
+
+@lru_cache(maxsize=2)
+def _settings(text: str) -> Settings:
+    """A worker's settings, which come with each of its jobs."""
+    return Settings.model_validate_json(text)
 
 
 if __name__ == "__main__":

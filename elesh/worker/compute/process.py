@@ -51,7 +51,7 @@ class ComputeChild:
 
     Args:
         memory_limit: bytes that the child may use.
-        folder: for the file that it beats into.
+        folder: for the file of its heartbeat.
         preload: have it load torch, where that is installed, before its first job.
     """
 
@@ -61,7 +61,7 @@ class ComputeChild:
         self._heartbeat = HeartbeatReader(folder / "heartbeat")
         self._process: Process | None = None
         self._hearing: asyncio.Task[None] | None = None
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self.busy = False
         """Whether a job is in the child."""
 
@@ -82,7 +82,7 @@ class ComputeChild:
             ChildDied: if it ends before it is ready.
             ChildTimeout: if it is not ready in a minute.
         """
-        async with self._turn:
+        async with self._lock:
             await self._start()
 
     async def keep(self) -> None:
@@ -131,29 +131,26 @@ class ComputeChild:
             ChildOverMemory: it used more memory than it may, and was killed.
             ChildDied: the child ended before it answered.
         """
-        async with self._turn:
-            return await self._run(job, timeout)
-
-    async def _run(self, job: Job, timeout: float) -> Reply:
-        try:
-            await self._start()
-            self.busy = True
-            async with asyncio.timeout(timeout):
-                reply = await self._monitored(self._exchange(job))
-        except TimeoutError:
-            await self.kill()
-            raise ChildTimeout(f"analysis took longer than {timeout:.3g} s") from None
-        except (asyncio.IncompleteReadError, ConnectionError):
-            raise await self._death() from None
-        except (asyncio.CancelledError, ChildOverMemory):
-            await self.kill()
-            raise
-        finally:
-            self.busy = False
-        if reply.failed is not None and reply.failed.code == MEMORY_CODE:
-            await self.kill()  # what it managed to allocate stays allocated
-            raise ChildOverMemory(f"analysis ran out of its {self._limit} bytes of memory")
-        return reply
+        async with self._lock:
+            try:
+                await self._start()
+                self.busy = True
+                async with asyncio.timeout(timeout):
+                    reply = await self._monitored(self._exchange(job))
+            except TimeoutError:
+                await self.kill()
+                raise ChildTimeout(f"analysis took longer than {timeout:.3g} s") from None
+            except (asyncio.IncompleteReadError, ConnectionError):
+                raise await self._death() from None
+            except (asyncio.CancelledError, ChildOverMemory):
+                await self.kill()
+                raise
+            finally:
+                self.busy = False
+            if reply.failed is not None and reply.failed.code == MEMORY_CODE:
+                await self.kill()  # what it managed to allocate stays allocated
+                raise ChildOverMemory(f"analysis ran out of its {self._limit} bytes of memory")
+            return reply
 
     async def kill(self) -> None:
         """End the child now; a job in it is lost, which its lease repairs."""

@@ -212,29 +212,25 @@ class Stopwatch:
     """Measures the stages of one job; the first 256 are kept."""
 
     def __init__(self) -> None:
-        self._stages: list[Stage] = []
+        self.stages: list[Stage] = []
+        """What was measured, parents before their children."""
         self._open: list[int] = []
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Measure one stage; an observer for :func:`elesh.analysis.spans.observed`."""
-        if len(self._stages) >= _MOST:
+        if len(self.stages) >= _MOST:
             yield
             return
-        place, parent = len(self._stages), self._open[-1] if self._open else -1
+        place, parent = len(self.stages), self._open[-1] if self._open else -1
         begun = time.time_ns()
-        self._stages.append((name, parent, begun, begun))
+        self.stages.append((name, parent, begun, begun))
         self._open.append(place)
         try:
             yield
         finally:
             self._open.pop()
-            self._stages[place] = (name, parent, begun, max(begun, time.time_ns()))
-
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        """What was measured, parents before their children."""
-        return tuple(self._stages)
+            self.stages[place] = (name, parent, begun, max(begun, time.time_ns()))
 
 
 class ChildFailure(Exception):
@@ -261,7 +257,7 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def heartbeat_into(path: Path) -> None:
-    """Start the thread of this process that beats until the process ends."""
+    """Start the thread of this process that writes the heartbeat until the process ends."""
     memory = mmap.mmap(os.open(path, os.O_RDWR), _TIME.size)
 
     def heartbeat() -> None:
@@ -305,7 +301,7 @@ class HeartbeatReader:
         now = time.monotonic()
         state, used = _of_process(pid)
         if pid != self._pid or used > self._used:
-            # A fresh child has its time, too: it must load its numerics before it beats.
+            # A fresh child has its time, too: it must load its numerics before its first heartbeat.
             self._pid, self._moved = pid, now
         self._used = used
         (heartbeat,) = _TIME.unpack_from(self._memory)
@@ -316,7 +312,7 @@ class HeartbeatReader:
             return Finding("wedged", f"the compute child (pid {pid}) is stopped by a signal")
         return Finding(
             "wedged",
-            f"the compute child (pid {pid}) has neither beaten nor used any CPU time for "
+            f"the compute child (pid {pid}) has neither a heartbeat nor used any CPU time for "
             f"{now - self._moved:.0f} s",
         )
 

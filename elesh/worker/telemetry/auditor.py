@@ -25,6 +25,8 @@ from leyline.streams import AUDIT, DEAD, DECISIONS, OPERATIONS, TELEMETRY, Strea
 __all__ = ["audit_links", "auditing", "extend_file", "write_audit"]
 
 _BATCH = 500
+SECONDS = 5.0
+"""Between two looks at what is new: nothing waits for an entry."""
 _log = get_logger(__name__)
 
 
@@ -32,7 +34,7 @@ _log = get_logger(__name__)
 async def auditing(bus: Bus, settings: AuditSettings) -> AsyncIterator[None]:
     """Write the audit log meanwhile, and what is left of it at the end."""
     file = Path(settings.file) if settings.file else None
-    task = asyncio.create_task(_keep(bus, settings.seconds, file))
+    task = asyncio.create_task(_keep(bus, file))
     try:
         yield
     finally:
@@ -43,14 +45,14 @@ async def auditing(bus: Bus, settings: AuditSettings) -> AsyncIterator[None]:
             await write_audit(bus, file)
 
 
-async def _keep(bus: Bus, seconds: float, file: Path | None) -> None:
+async def _keep(bus: Bus, file: Path | None) -> None:
     async def step() -> float:
         await write_audit(bus, file)
         return pause()
 
     def pause() -> float:
         # Spread over the fleet: auditors that started together do not race each other.
-        return seconds * random.uniform(0.5, 1.5)
+        return SECONDS * random.uniform(0.5, 1.5)
 
     await repeatedly("writing the audit log", step, bus.outage, after=pause())
 

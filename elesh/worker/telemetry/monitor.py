@@ -340,7 +340,7 @@ class Monitor:
         return Condition(found.child, True, "")
 
     async def _heartbeat(self) -> float:
-        """Every heartbeat: tell the register."""
+        """Every heartbeat: write to the worker registry."""
         seconds = self._settings.heartbeat_seconds
         other = await self._bus.registry.heartbeat(self._status.state(), seconds=_LIVES * seconds)
         self._heard = asyncio.get_running_loop().time()

@@ -79,6 +79,10 @@ class Status:
     condition: Condition = field(default_factory=Condition)
     health_url: str = ""
     doing: Doing = "starting"
+    lacks: str = ""
+    """What it has no room for now; empty: nothing."""
+    lacks_until: float = 0.0
+    """It takes nothing more until then (monotonic seconds)."""
     completed: int = 0
     failed: int = 0
     fallbacks: int = 0
@@ -91,21 +95,7 @@ class Status:
 
     def __post_init__(self) -> None:
         self.started = self.clock()
-        self._lacks, self._lacks_until = "", 0.0
         self._in_flight: dict[tuple[str, str], tuple[str, float]] = {}
-
-    @property
-    def lacks(self) -> str:
-        """What it has no room for now; empty: nothing."""
-        return self._lacks
-
-    def lacking(self, what: str, *, until: float) -> None:
-        """It lacks something, and takes nothing until then (monotonic seconds)."""
-        self._lacks, self._lacks_until = what, until
-
-    def lacking_for(self, now: float) -> float:
-        """Seconds that it will take nothing more; at most zero if it may."""
-        return self._lacks_until - now
 
     def announce(self) -> None:
         """Begin the counters that rates are taken of: the first event must find them at zero."""
@@ -221,7 +211,7 @@ class Status:
         return shares
 
     def state(self) -> WorkerState:
-        """What the register and the health page say of it."""
+        """What the worker registry and the health page say of it."""
         key, since = self.longest
         return WorkerState(
             worker_id=self.worker_id,
@@ -297,7 +287,7 @@ class _Event:
 
 
 class TelemetryBuffer:
-    """Publishes what one worker tells the world."""
+    """Publishes what one worker does."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus

@@ -106,10 +106,10 @@ def test_damaged_state_is_told_or_passed_over_and_the_next_message_is_decided(wi
 
 def test_who_sweeps_and_whose_a_run_is_for_ever_is_nobody_s_word(with_bus):
     async def scenario(bus: Bus) -> None:
-        await bus._client.hset(bus.keys.named("sweeper"), "holder", "somebody")
+        await bus._client.hset(bus.keys.named("reaper"), "holder", "somebody")
         await bus._client.hset(bus.keys.named("claim", "run"), "token", "somebody")
         assert (await bus.reaper.reap(GROUP, "w1", STREAMS)) is not None
-        assert await bus._client.pttl(bus.keys.named("sweeper")) > 0
+        assert await bus._client.pttl(bus.keys.named("reaper")) > 0
         assert await bus.runs.claim("run", "mine", "who", 60) is None
 
     with_bus(scenario)

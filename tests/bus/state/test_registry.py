@@ -52,7 +52,7 @@ def test_the_backlog_tells_waiting_pending_and_their_age(with_bus: Any) -> None:
         assert (before.length, before.waiting, before.pending) == (3, 3, 0)
         assert before.oldest_seconds is not None
         assert before.lease_seconds is None
-        await bus.claim(WORKERS, "w1", [OUTCOMES], count=2, block_seconds=0)
+        await bus.groups.claim(WORKERS, "w1", [OUTCOMES], count=2, block_seconds=0)
         held = (await bus.registry.backlog([OUTCOMES]))["outcomes"]
         assert (held.length, held.waiting, held.pending) == (3, 1, 2)
         assert held.lease_seconds is not None

@@ -1,4 +1,4 @@
-"""What the fleet knows of a run: cuts that were taken back, would-be cuts that were measured."""
+"""What the fleet knows of a run: cuts that were taken back, calibration probes."""
 
 from __future__ import annotations
 

@@ -36,11 +36,11 @@ def test_priorities_are_shed_in_order_as_a_stream_fills_and_emergencies_never(wi
 
 def test_what_is_done_makes_room_again(with_bus):
     async def scenario(bus: Bus) -> None:
-        await bus.claim(WORKERS, "w1", (OUTCOMES,), count=1, block_seconds=0)
+        await bus.groups.claim(WORKERS, "w1", (OUTCOMES,), count=1, block_seconds=0)
         await fill(bus, 75)
         with pytest.raises(Overloaded):
             await publish(bus, 1)
-        held = await bus.claim(WORKERS, "w1", (OUTCOMES,), count=10, block_seconds=0)
+        held = await bus.groups.claim(WORKERS, "w1", (OUTCOMES,), count=10, block_seconds=0)
         with pytest.raises(Overloaded):
             await publish(bus, 1)
         for delivery in held:

@@ -57,7 +57,7 @@ def test_a_renewal_is_not_a_delivery_and_keeps_the_entry_from_others(with_bus):
         [delivery] = await claim(bus)
         for _ in range(3):
             await end_lease(bus, delivery)
-            assert await bus.renew(GROUP, "w1", [delivery]) == []
+            assert await bus.groups.renew(GROUP, "w1", [delivery]) == []
             assert (await reap(bus)).taken == ()
         assert (await take_over(bus, delivery)).deliveries == 2
 
@@ -70,10 +70,10 @@ def test_a_renewal_reports_what_was_lost_and_does_not_steal_it_back(with_bus):
         first, second, third = await claim(bus, count=3)
         await take_over(bus, second)
         await bus.acknowledge(GROUP, "w1", third)
-        assert await bus.renew(GROUP, "w1", [first, second, third]) == [second, third]
+        assert await bus.groups.renew(GROUP, "w1", [first, second, third]) == [second, third]
         assert (await bus.pending(GROUP, OUTCOMES)).consumers == {"w1": 1}
         assert (await bus.pending(GROUP, REDELIVERIES)).consumers == {"w2": 1}
-        assert await bus.renew(GROUP, "w1", []) == []
+        assert await bus.groups.renew(GROUP, "w1", []) == []
 
     with_bus(scenario)
 
@@ -103,7 +103,7 @@ def test_one_pass_moves_a_bounded_number_and_the_next_ones_the_rest(with_bus, mo
             await end_lease(bus, delivery)
         await reap(bus)
         for _ in range(3):
-            await bus.reaper.reap(GROUP, "sweeper", STREAMS)
+            await bus.reaper.reap(GROUP, "reaper", STREAMS)
         again = await claim(bus, "w2", count=9)
         assert sorted(delivery.origin[1] for delivery in again) == sorted(ids)
         assert (await bus.pending(GROUP, OUTCOMES)).pending == 0
@@ -123,7 +123,7 @@ def test_the_next_pass_comes_when_the_first_lease_runs_out_and_not_a_period_late
         await bus._client.xclaim(stream, GROUP, "w1", 0, [dying.entry_id], idle=idle, justid=True)
         found = await reap(bus)
         assert (found.taken, found.wait_seconds <= left + 0.001) == ((), True)
-        await bus.renew(GROUP, "w1", [live])
+        await bus.groups.renew(GROUP, "w1", [live])
         await asyncio.sleep(found.wait_seconds)
         [taken] = (await reap(bus)).taken
         assert taken.entry_id == dying.entry_id
@@ -131,7 +131,7 @@ def test_the_next_pass_comes_when_the_first_lease_runs_out_and_not_a_period_late
     with_bus(scenario)
 
 
-def test_there_is_one_sweeper_and_a_dead_one_is_replaced(with_bus):
+def test_there_is_one_reaper_and_a_dead_one_is_replaced(with_bus):
     async def scenario(bus: Bus) -> None:
         await publish(bus, 1)
         await end_lease(bus, (await claim(bus))[0])
@@ -140,7 +140,7 @@ def test_there_is_one_sweeper_and_a_dead_one_is_replaced(with_bus):
         refused = await bus.reaper.reap(GROUP, "s2", STREAMS)
         assert not refused.held
         assert refused.wait_seconds <= 0.2
-        await bus._client.pexpire(bus.keys.named("sweeper"), 1)
+        await bus._client.pexpire(bus.keys.named("reaper"), 1)
         await waited(lambda: bus.reaper.reap(GROUP, "s2", STREAMS), "held")
         await waited(lambda: bus.reaper.reap(GROUP, "s2", STREAMS), "taken")
         assert len(await claim(bus, "w2")) == 1
@@ -149,15 +149,15 @@ def test_there_is_one_sweeper_and_a_dead_one_is_replaced(with_bus):
 
 
 @pytest.mark.parametrize(("silence", "taken"), [(200, 1), (2000, 0)])
-def test_a_new_sweeper_takes_over_at_once_unless_nobody_could_renew(with_bus, silence, taken):
-    """The death of a sweeper is no silence of the server: others went on calling."""
+def test_a_new_reaper_takes_over_at_once_unless_nobody_could_renew(with_bus, silence, taken):
+    """The death of a reaper is no silence of the server: others went on calling."""
 
     async def scenario(bus: Bus) -> None:
         await publish(bus, 1)
         await end_lease(bus, (await claim(bus))[0])
         seconds, micros = await bus._client.time()
         heartbeat = {"at": 1000 * seconds + micros // 1000 - silence, "since": 0}
-        await bus._client.hset(bus.keys.named("pulse"), mapping=heartbeat)
+        await bus._client.hset(bus.keys.named("heartbeat"), mapping=heartbeat)
         found = await bus.reaper.reap(GROUP, "s2", STREAMS)
         assert (found.held, len(found.taken)) == (True, taken)
 
@@ -273,7 +273,7 @@ def test_a_consumer_that_leaves_hands_over_all_that_it_has(with_bus):
     with_bus(scenario)
 
 
-def test_no_entry_is_lost_or_doubled_while_two_sweepers_and_many_workers_race(
+def test_no_entry_is_lost_or_doubled_while_two_reapers_and_many_workers_race(
     with_bus, redis_url, partition
 ):
     async def work(bus: Bus, name: str, done: list[str]) -> None:
@@ -320,7 +320,7 @@ def test_trimming_spares_what_a_group_still_needs(with_bus):
             await bus.acknowledge(GROUP, "w1", delivery)
         removed += (await bus.trim())["outcomes"]
         assert 250 < removed <= 500, "200 were never delivered"
-        await bus.claim("auditors", "a1", STREAMS, count=1, block_seconds=0)
+        await bus.groups.claim("auditors", "a1", STREAMS, count=1, block_seconds=0)
         for delivery in await claim(bus, count=200):
             await bus.acknowledge(GROUP, "w1", delivery)
         assert (await bus.trim())["outcomes"] == 0, "another group has only begun"

@@ -104,7 +104,7 @@ def test_a_blocked_claim_wakes_for_a_new_entry(with_bus):
     async def scenario(bus: Bus) -> None:
         await claim(bus)
         waiting = asyncio.create_task(
-            bus.claim(GROUP, "w1", (CHECKPOINTS, OUTCOMES), count=1, block_seconds=5)
+            bus.groups.claim(GROUP, "w1", (CHECKPOINTS, OUTCOMES), count=1, block_seconds=5)
         )
         await bus.publish(OUTCOMES, outcome(), source="test")
         [delivery] = await waiting
@@ -126,7 +126,7 @@ def test_what_arrives_on_two_streams_at_once_is_given_back_over_the_count(with_b
             await bus.publish(stream, outcome(), source="test")
         monkeypatch.setattr(bus._scripts, "run", empty)
         streams = (CHECKPOINTS, OUTCOMES)
-        [first] = await bus.claim(GROUP, "w1", streams, count=1, block_seconds=5)
+        [first] = await bus.groups.claim(GROUP, "w1", streams, count=1, block_seconds=5)
         monkeypatch.undo()
         [second] = await claim(bus, "w2")
         assert {first.stream.name, second.origin[0]} == {"checkpoints", "outcomes"}
@@ -141,7 +141,7 @@ def test_an_idle_consumer_sends_nothing_but_its_waiting_reads(with_bus):
         commands = "total_commands_processed"
         before = (await bus._client.info("stats"))[commands]
         for _ in range(3):
-            assert not await bus.claim(GROUP, "w1", STREAMS, count=1, block_seconds=0.05)
+            assert not await bus.groups.claim(GROUP, "w1", STREAMS, count=1, block_seconds=0.05)
         sent = (await bus._client.info("stats"))[commands] - before
         # The first claim looks before it waits (a script and what it calls); then only reads.
         assert sent <= 3 + 1 + len(STREAMS) + 1
@@ -159,7 +159,7 @@ def test_a_group_that_vanished_is_made_again_and_reads_from_the_oldest(with_bus,
             await publish(bus, 2)
         else:
             await bus._client.xgroup_destroy(OUTCOMES.key(bus.partition), GROUP)
-        assert await bus.renew(GROUP, "w1", [delivery]) == [delivery]
+        assert await bus.groups.renew(GROUP, "w1", [delivery]) == [delivery]
         assert (await reap(bus)).taken == ()
         assert not await bus.acknowledge(GROUP, "w1", delivery)
         assert len(await claim(bus, count=9)) == 1
@@ -171,7 +171,9 @@ def test_a_group_that_vanished_is_made_again_and_reads_from_the_oldest(with_bus,
 def test_a_claim_survives_that_its_group_vanishes_while_it_waits(with_bus, loss):
     async def scenario(bus: Bus) -> None:
         await claim(bus)
-        waiting = asyncio.create_task(bus.claim(GROUP, "w1", STREAMS, count=1, block_seconds=5))
+        waiting = asyncio.create_task(
+            bus.groups.claim(GROUP, "w1", STREAMS, count=1, block_seconds=5)
+        )
         await until_blocked(bus, 1)
         if loss == "flushall":
             await bus._client.flushall()
@@ -187,7 +189,9 @@ def test_a_claim_survives_that_its_group_vanishes_while_it_waits(with_bus, loss)
 def test_a_claim_that_is_cancelled_leaves_the_bus_usable(with_bus):
     async def scenario(bus: Bus) -> None:
         await claim(bus)
-        waiting = asyncio.create_task(bus.claim(GROUP, "w1", STREAMS, count=1, block_seconds=5))
+        waiting = asyncio.create_task(
+            bus.groups.claim(GROUP, "w1", STREAMS, count=1, block_seconds=5)
+        )
         await until_blocked(bus, 1)
         waiting.cancel()
         await until_blocked(bus, 0)

@@ -334,7 +334,7 @@ def failures_of(station: Station) -> BreakerView | None:
 async def commit(bus: Bus, decision: StructuralPruningDecision) -> None:
     """Store a decision as if a worker had made it."""
     await bus.publish(MASKS, decision, source="test")
-    (delivery,) = await bus.claim("makers", "maker", [MASKS], count=1, block_seconds=0)
+    (delivery,) = await bus.groups.claim("makers", "maker", [MASKS], count=1, block_seconds=0)
     result = Commit(decision.key, "fp", decision, {}, "run", decision.epoch)
     await bus.commit("makers", "maker", delivery, result)
 
