@@ -7,6 +7,7 @@ and the next process with the same ``run_id`` goes on from there; no other code 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from elesh.observe import get_logger
 from elesh.settings import Settings
 from elesh.trainer import Evaluation, Session, Surgeon
 from elesh.trainer.adapters.epochs import EveryEpoch
@@ -28,6 +30,7 @@ from .samples import Batch, divided
 
 __all__ = ["Pruning", "attach"]
 
+_log = get_logger(__name__)
 _LEVELS = ("channel", "head", "layer")
 
 
@@ -74,7 +77,8 @@ def attach(
             measure cuts on before they say go. Without it a fifth of ``calibration`` serves.
         budget: what may be left of the original network at the end, by resource
             (``{"macs": 0.5}``); without it the schedule's shares of channels and heads hold. Its
-            limits stay above a budget: a line in the log says where they do not allow it.
+            limits stay above a budget. ``print(pruning)``, and a line in the log at the end, say
+            whether it was reached, or what held it back.
         removed_at_most: share of the original units that may be gone in the end, in place of the
             schedule's limit.
         every: epochs between two checkpoints.
@@ -148,6 +152,8 @@ class Pruning:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if said := self._epochs.budget_so_far():
+            _log.info("run ends", reason=said)
         self.session.close()
 
     @property
@@ -186,13 +192,14 @@ class Pruning:
         return self._epochs.evaluate()
 
     def __str__(self) -> str:
-        """What is left of the network, in a line."""
+        """What is left of the network in a line, and in another how far a budget was reached."""
         now = self.architecture
-        applied = sum(outcome.result == "applied" for outcome in self.outcomes)
-        back = sum(outcome.result == "rolled_back" for outcome in self.outcomes)
+        # A cut is told of twice, when it is made and when it has stood its monitoring or not.
+        became = Counter({o.idempotency_key: o.result for o in self.outcomes}.values())
         parameters = now.parameters / max(now.original_parameters, 1)
         macs = now.macs / max(now.original_macs, 1)
-        return (
-            f"{applied} cuts applied, {back} rolled back; {parameters:.1%} of the parameters and "
-            f"{macs:.1%} of the MACs are left"
+        line = (
+            f"{became['applied']} cuts applied, {became['rolled_back']} rolled back; "
+            f"{parameters:.1%} of the parameters and {macs:.1%} of the MACs are left"
         )
+        return "\n".join([line, *filter(None, [self._epochs.budget_so_far()])])

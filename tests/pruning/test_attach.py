@@ -15,7 +15,7 @@ from trained import SmallNet, batches, digits
 
 import elesh
 from elesh.demo import local_fleet
-from leyline import InvalidField
+from leyline import InvalidField, PruningOutcome
 
 SCHEDULE = {
     "validation_epochs": 1,
@@ -104,6 +104,29 @@ def test_training_goes_on_without_a_bus(tmp_path: Path) -> None:
         for epoch in pruning.epochs(2):
             assert pruning.step(epoch) == []
     assert pruning.architecture.macs == pruning.architecture.original_macs
+
+
+def test_a_cut_that_is_told_of_twice_counts_once(tmp_path: Path) -> None:
+    model = SmallNet()
+    optimizer = torch.optim.AdamW(model.parameters(), 4e-3)
+    pruning = attached(
+        model, optimizer, tmp_path, url="redis://127.0.0.1:1/0", budget={"macs": 0.5}
+    )
+    with pruning:
+        cut = PruningOutcome(
+            idempotency_key="1:0123456789abcdef:ck-1:joint",
+            run_id="attached",
+            epoch=1,
+            result="applied",
+            parameters_before=9,
+            parameters_after=8,
+        )
+        other = cut.model_copy(update={"idempotency_key": "2:0123456789abcdef:ck-2:joint"})
+        undone = other.model_copy(update={"result": "rolled_back"})
+        pruning.outcomes = [cut, other, cut.model_copy(update={"watched": 0}), undone]
+        first, second = str(pruning).splitlines()
+    assert first.startswith("1 cuts applied, 1 rolled back; 100.0% of the parameters")
+    assert second.startswith("budget not reached (macs 50%): 100.0% of the macs left; ")
 
 
 def test_wrong_calls_are_refused_before_anything_begins(tmp_path: Path) -> None:

@@ -130,7 +130,8 @@ def out_of_reach(
             why = (
                 f"the limit leaves {units} units to remove: raise removed_at_most"
                 if free.after < fit.after
-                else "groups keep their minimum, or cannot be cut"
+                else "groups keep their minimum (min_channels_per_layer is "
+                f"{minimum}), or cannot be cut"
             )
             return (
                 f"budget {budget.resource} {budget.at_most:g} is out of reach, at best about "

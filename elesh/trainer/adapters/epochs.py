@@ -38,7 +38,6 @@ from elesh.trainer.surgery.lineage import lineage_of
 from elesh.trainer.surgery.surgeon import Surgeon
 from elesh.trainer.time_share import TimeShare
 from leyline import (
-    Budget,
     CheckpointBundle,
     ContractError,
     InvalidField,
@@ -107,6 +106,8 @@ class EveryEpoch:
         self._ignored, self._compared = ignored_layers, compared
         self._budget, self._preflight = budget, preflight
         self._goals: Goals | None = None
+        self._held_back: PruningOutcome | None = None
+        """What became of the last decision, where not all of it was cut."""
         chosen = session.settings.trainer.reconstruct
         self._reconstruct = chosen if reconstruct is None else reconstruct
         self._removed_at_most = removed_at_most
@@ -189,7 +190,8 @@ class EveryEpoch:
             original = known.original if known else first
             example = self._calibration[0][0]
             self._goals = Goals.of(self._network, example, first, original, self._budget)
-            self._say_what_is_out_of_reach(self._goals.budgets(first), first)
+            if why := self._out_of_reach(first):
+                _log.warning("the budget will not be reached", reason=why)
         return self.session.resume(
             surgeon,
             evaluate=self.evaluate,
@@ -198,17 +200,35 @@ class EveryEpoch:
             **parts,
         )
 
-    def _say_what_is_out_of_reach(self, budgets: Sequence[Budget], now: PrunedArchitecture) -> None:
-        """A line in the log where the schedule's limits do not allow what is asked for."""
+    def _out_of_reach(self, now: PrunedArchitecture) -> str:
+        """Why the schedule's limits do not allow what is asked for; empty where they do."""
+        assert self._goals is not None
         pruning = self.session.settings.structured_pruning
         limit = raised(pruning.safety_schedule, self._removed_at_most).aggressive_limit
         groups = [g for g in now.groups if g.prunable and g.level in self.levels]
         left = limit * (1 - pruning.channel_analysis.safety_margin)
         count = sum(math.floor(left * g.original_size) - g.removed for g in groups)
         minimum = pruning.channel_analysis.min_channels_per_layer
-        why = out_of_reach(now, budgets, groups, units=max(count, 0), minimum=minimum)
-        if why:
-            _log.warning("the budget will not be reached", reason=why)
+        budgets = self._goals.budgets(now)
+        return out_of_reach(now, budgets, groups, units=max(count, 0), minimum=minimum)
+
+    def budget_so_far(self) -> str:
+        """Whether the budget is reached, and if not, what holds it back and what would help; empty
+        without one."""
+        if self._goals is None or self.surgeon is None:
+            return ""
+        now, last = self.surgeon.architecture, self._held_back
+        uses = self._goals.uses(now)
+        left = ", ".join(f"{u.reached:.1%} of the {u.resource} left" for u in uses)
+        asked = ", ".join(f"{u.resource} {u.asked:.0%}" for u in uses)
+        if self._goals.met(now):
+            return f"budget reached ({asked}): {left}"
+        if not (why := self._out_of_reach(now)):
+            why = "the run is not over, or was too short: more epochs, or checkpoints more often"
+            if last is not None:
+                why = f"the last decision was {_became(last)}: {last.detail}; train longer between "
+                why += "cuts, or raise the limit that is named"
+        return f"budget not reached ({asked}): {left}; {why}"
 
     def end_epoch(self, epoch: int) -> list[PruningOutcome]:
         """After an epoch (counted from 1) has been trained; what became of decisions at it."""
@@ -245,6 +265,7 @@ class EveryEpoch:
             batches=self._calibration,
             known=self._known,
         )
+        self._held_back = outcome if _became(outcome) else None
         if outcome.result == "applied":
             self._known = _evaluation(outcome.accuracy_after, outcome.loss_after)
         elif outcome.accuracy_before is not None:
@@ -343,6 +364,13 @@ class EveryEpoch:
         except ContractError as error:
             _log.warning("network not published; workers decide by prediction", reason=str(error))
             return None
+
+
+def _became(outcome: PruningOutcome) -> str:
+    """What a decision came to, where not all of it was cut."""
+    if outcome.result != "applied":
+        return outcome.result.replace("_", " ")
+    return "shortened" if outcome.shortened_to is not None else ""
 
 
 def _evaluation(accuracy: float | None, loss: float | None) -> Evaluation | None:

@@ -12,6 +12,7 @@ from guarded import decide
 from torch import nn
 from trainer_nets import batches, build
 
+from elesh.settings import Settings
 from elesh.trainer import Evaluation, Session
 from elesh.trainer.adapters.epochs import EveryEpoch
 from leyline import CheckpointBundle, InvalidField, Reconstructed, StructuralPruningDecision
@@ -98,6 +99,32 @@ def test_nothing_is_asked_for_once_the_budget_is_reached() -> None:
     epochs, _ = running(session, budget={"parameters": 1.0})
     epochs.end_epoch(1)
     assert session.published == []
+
+
+def test_what_holds_a_budget_back_is_said_with_what_would_help() -> None:
+    session = Kept()
+    epochs, _ = running(session, budget={"macs": 0.5})
+    assert "min_channels_per_layer is 16" in epochs.budget_so_far()
+
+    small = Settings.model_validate(
+        {"structured_pruning": {"channel_analysis": {"min_channels_per_layer": 2}}}
+    )
+    session = Kept(settings=small)
+    epochs, _ = running(session, budget={"macs": 0.1})
+    assert "raise removed_at_most" in epochs.budget_so_far(), "a fifth of the units is too little"
+
+    epochs, _ = running(session, budget={"macs": 0.9}, removed_at_most=0.9)
+    assert "100.0% of the macs left; the run is not over" in epochs.budget_so_far()
+    surgeon, right = epochs.surgeon, iter([0.9, 0.5, 0.5, 0.5, 0.5])
+    assert surgeon is not None
+    epochs._evaluate = lambda *_: Evaluation(next(right, 0.9), next(_LOSSES))
+    session.answers = [decide(surgeon.architecture, units=8, groups=1)]
+    epochs.end_epoch(2)
+    assert "the last decision was rolled back: accuracy 0.9000 fell to" in epochs.budget_so_far()
+
+    epochs, _ = running(session, budget={"macs": 1.0})
+    assert epochs.budget_so_far().startswith("budget reached (macs 100%)")
+    assert running(session)[0].budget_so_far() == ""
 
 
 def test_a_budget_that_nobody_knows_is_refused_before_training() -> None:
