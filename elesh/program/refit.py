@@ -89,7 +89,7 @@ class Normalised:
     @classmethod
     def of(
         cls,
-        kind: Literal["layer", "rms", "response", "map"],
+        kind: Literal["layer", "rms", "response", "map", "weights"],
         size: int,
         gain: Tensor | None,
         offset: Tensor | None,
@@ -97,7 +97,7 @@ class Normalised:
         """A normalisation over ``size`` channels with these parameters, where it has some; None if
         they are no gain and offset of that many channels, a gain is next to zero, or the channels
         are not normalised position by position."""
-        if kind == "response" or kind == "map":
+        if kind != "layer" and kind != "rms":
             return None
         found = torch.ones(size) if gain is None else gain.detach().cpu()
         shift = torch.zeros(size) if offset is None else offset.detach().cpu()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import safetensors.torch
@@ -34,6 +35,7 @@ from elesh.trainer.network.calling import (
 from elesh.trainer.network.gates import Axis, axis_of
 from elesh.trainer.network.layers import refilled, require_fit
 from elesh.trainer.network.multihead import patched, take_back
+from elesh.trainer.network.standardised import replace_weight
 from elesh.trainer.network.state import preserve_state, unwrapped
 from elesh.trainer.surgery.bypass import first_of, with_first
 from leyline import ContractError, InvalidField, NetworkExport, Phase, PrunedArchitecture
@@ -301,8 +303,11 @@ class _Gated(nn.Module):
         for number, (path, _) in enumerate(self._axes):
             module = self.model.get_submodule(path)
             hook = self._before(number)
-            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-            self._handles.callback(handle.remove)
+            handles = [module.register_forward_pre_hook(hook, with_kwargs=True)]
+            if self._of_weight(number):
+                handles += replace_weight(module, partial(self._weight, number))
+            for handle in handles:
+                self._handles.callback(handle.remove)
         for number, path in enumerate(self._branches, start=len(self._axes)):
             module = self.model.get_submodule(path)
             handle = module.register_forward_hook(self._after(number))
@@ -391,7 +396,22 @@ class _Gated(nn.Module):
         norm = self._norms.get(self._axes[number])
         if norm is None or not self._gates:
             return self._times(number, x)
+        if norm.kind == "weights":
+            return x
         return refilled(x, self._gate(number, x), norm.dim, norm.kind, norm.eps)
+
+    def _of_weight(self, number: int) -> bool:
+        norm = self._norms.get(self._axes[number])
+        return norm is not None and norm.kind == "weights"
+
+    def _weight(self, number: int, weight: Tensor) -> Tensor:
+        """A weight that is standardised over the inputs of the first sample, as of all."""
+        if not self._gates:
+            return weight
+        norm, gate = self._norms[self._axes[number]], self._gates[number][0].to(weight.dtype)
+        shape = [1] * weight.ndim
+        shape[norm.dim] = -1
+        return refilled(weight, gate.view(shape), norm.dim, norm.kind, norm.eps)
 
     def _times(self, number: int, x: Tensor) -> Tensor:
         if not self._gates:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import attention_nets
+import kind_nets
 import msgpack
 import pytest
 import safetensors.torch
@@ -126,6 +127,11 @@ def test_operators_that_are_not_core_ones_are_exported_if_they_only_compute(
 )
 def test_transformers_are_exported_plain_and_masked(name: str) -> None:
     check(attention_nets.build(name), attention_nets.inputs(name, 5), attention_nets.inputs(name))
+
+
+def test_weights_that_are_standardised_see_only_the_inputs_that_are_kept() -> None:
+    torch.manual_seed(0)
+    check(kind_nets.standardised(), torch.randn(5, 3, 8, 8), torch.randn(2, 3, 8, 8))
 
 
 def test_a_program_is_traced_once_for_an_architecture() -> None:

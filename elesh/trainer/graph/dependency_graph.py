@@ -25,6 +25,7 @@ from torch.nn.modules.conv import _ConvNd
 from elesh.trainer.network.calling import Inputs, batch_size, call, tensors_in
 from elesh.trainer.network.calls import Calls, Link
 from elesh.trainer.network.layers import Norm, channel_axes, eps_of, is_taught, norm_of
+from elesh.trainer.network.standardised import standardised
 from leyline import InvalidField, LayerDescriptor
 
 from .attention import Attention, find_attentions
@@ -50,6 +51,7 @@ class Port:
     refusal: str = ""
     """Why channels that come here cannot be removed, where the operation itself forbids it."""
     norm: Norm | None = None
+    """What takes statistics over the channels: the module, or of its weight one that reads them."""
 
 
 Ints = npt.NDArray[np.int64]
@@ -425,7 +427,7 @@ class _Reach:
                 target = dependency.target
                 if not dependency.is_triggered_by(function):
                     continue
-                if target is came and relation.width == 1 and _single(node, target):
+                if target is came and relation.single and _single(node, target):
                     continue  # The way that they came.
                 there = self._side(target, dependency.handler)
                 pairs = relation.forwards(indices) if forwards else relation.backwards(indices)
@@ -519,4 +521,5 @@ class _Ports:
             return None
         pruner = self._graph.get_pruner_of_module(thing)
         inward = function == pruner.prune_in_channels != pruner.prune_out_channels
-        return Port(self._modules[thing], "in" if inward else "out", module=thing)
+        norm = standardised(thing) if inward else None
+        return Port(self._modules[thing], "in" if inward else "out", module=thing, norm=norm)

@@ -277,7 +277,7 @@ def _refusal(ports: Sequence[Port], ignored: Collection[str], tied: Mapping[int,
             return f"the weight of {port.name} is computed (parametrised)"
     if shared := _torn(ports, tied):
         return f"{shared} shares its weight with another layer"
-    if not any(port.side == "in" for port in ports):
+    if not any(_reads(port) for port in ports):
         return "no layer consumes it"
     return ""
 
@@ -286,7 +286,7 @@ def _torn(ports: Sequence[Port], tied: Mapping[int, int]) -> str:
     """A layer whose weight is shared, and does not go along the same axis wherever it is used."""
     axes: dict[int, set[tuple[str, int]]] = {}
     for port in ports:
-        if port.module is None or port.norm is not None:
+        if port.module is None or port.side == "norm":
             continue
         own = channel_axes(port.module)
         for attribute, dim in own.inputs if port.side == "in" else own.outputs:
@@ -300,6 +300,21 @@ def _torn(ports: Sequence[Port], tied: Mapping[int, int]) -> str:
     return ""
 
 
+def _held(module: nn.Module, attribute: str) -> Tensor | None:
+    """A tensor of a module, or of a part of it."""
+    part, _, name = attribute.rpartition(".")
+    owner = module.get_submodule(part)
+    return (owner._parameters | owner._buffers).get(name)
+
+
+def _reads(port: Port) -> bool:
+    """Whether a layer mixes channels that come here."""
+    if port.module is None or port.side == "norm":
+        return False
+    axes = channel_axes(port.module)
+    return port.side == "in" or (axes.site_dim is not None and not axes.produces)
+
+
 class _Tensors:
     """The tensors of a model, looked up once."""
 
@@ -311,12 +326,12 @@ class _Tensors:
         """Paths of tensors, each under its first name, and their axes that the channels lie on."""
         if port.parameter_dim is not None:
             return [(port.name, port.parameter_dim)] if port.name in self.named else []
-        if port.module is None or port.norm is not None:
+        if port.module is None or port.side == "norm":
             return []
         axes = channel_axes(port.module)
         pairs = axes.inputs if port.side == "in" else axes.outputs
-        held = port.module._parameters | port.module._buffers
-        found = [(self.paths.get(id(held.get(attribute))), dim) for attribute, dim in pairs]
+        held = [(_held(port.module, attribute), dim) for attribute, dim in pairs]
+        found = [(self.paths.get(id(tensor)), dim) for tensor, dim in held]
         return [(path, dim) for path, dim in found if path is not None]
 
 
@@ -337,7 +352,7 @@ def _group(
         if port.norm is not None:
             kind, dim, eps = port.norm.kind, port.norm.dim, port.norm.eps
             norms.append(NormSite(module=port.name, dim=dim, kind=kind, eps=eps, **dict(span)))
-        if port.side == "in" and port.module is not None:
+        if _reads(port) and port.module is not None:
             dim_of_input = channel_axes(port.module).site_dim
             reader = readers.get(port.name, port.name)
             if dim_of_input is not None and reader:

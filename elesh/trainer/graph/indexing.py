@@ -30,6 +30,7 @@ Pairs = tuple[Ints, Ints]
 @dataclass(frozen=True)
 class Relation:
     """Producer channel ``p`` is consumer channels ``(p - start) / step * width + offset + 0...``
+    and, ``repeats`` times in all, those ``period`` further on.
 
     Only ``start <= p < stop`` get through.
     """
@@ -39,6 +40,13 @@ class Relation:
     step: int = 1
     width: int = 1
     offset: int = 0
+    repeats: int = 1
+    period: int = 0
+
+    @cached_property
+    def single(self) -> bool:
+        """Whether no channel becomes several."""
+        return self.width == 1 and self.repeats == 1
 
     @cached_property
     def same(self) -> bool:
@@ -51,15 +59,18 @@ class Relation:
             return channels, channels
         passing = channels[self._passes(channels)]
         first = (passing - self.start) // self.step * self.width + self.offset
-        spread = first[:, None] + np.arange(self.width)
-        return np.repeat(passing, self.width), spread.reshape(-1)
+        turns = np.arange(self.repeats)[:, None] * self.period
+        spread = first[:, None] + (turns + np.arange(self.width)).reshape(-1)
+        return np.repeat(passing, self.repeats * self.width), spread.reshape(-1)
 
     def backwards(self, channels: Ints) -> Pairs:
         """Pairs (consumer's, producer's) of the consumer's channels."""
         if self.same:
             return channels, channels
         here = channels[channels >= self.offset]
-        there = (here - self.offset) // self.width * self.step + self.start
+        once = here - self.offset
+        once = once % self.period if self.period else once
+        there = once // self.width * self.step + self.start
         passing = self._passes(there)
         return here[passing], there[passing]
 
@@ -139,12 +150,13 @@ class Relations:
     def _made_edge(self, producer: Any, consumer: Any, slot: int) -> Relation:
         link = (self._bridged.get(consumer) or self._links(consumer))[slot]
         start, stop, step = self._taken(producer, link)
-        width, offset = 1, 0
+        width, offset, repeats, period = 1, 0, 1, 0
         if consumer.type == OPTYPE.CONCAT:
             offset, size = self._window(consumer, slot)
             stop = size if stop is None else stop
         elif consumer.type == OPTYPE.RESHAPE:
             width = max(1, int(self._width(consumer) or 1))
+            repeats, period = self._turns(consumer)
         elif consumer.type in (OPTYPE.ELEMENTWISE, OPTYPE.EXPAND):
             passed = (self.channels(producer) if stop is None else stop) - start
             if (passed == 1) != (self.channels(consumer) == 1):
@@ -152,7 +164,7 @@ class Relations:
                 stop = start
         if self._crosses(producer, consumer, link):
             stop = start
-        return Relation(start, stop, step, width, offset)
+        return Relation(start, stop, step, width, offset, repeats, period)
 
     def _crosses(self, producer: Any, consumer: Any, link: Link) -> bool:
         """Whether the producer's channels lie on another axis than the consumer's: they are
@@ -205,8 +217,17 @@ class Relations:
         if before is None or axis is None:
             return None
         after = self._made(node)
-        place = _place(before, axis, after)
+        place = _begins(before, axis, after)
         return None if place is None else after[place] / before[axis]
+
+    def _turns(self, node: Any) -> tuple[int, int]:
+        """How often all channels come one after the other behind a reshape that merges axes before
+        theirs into them (neighbouring patches), and how many they are; (1, 0) where it does not."""
+        before, axis = self._input_shape(node), self._input_axis(node)
+        if before is None or axis is None or _begins(before, axis, self._made(node)) is not None:
+            return 1, 0
+        place = _ends(before, axis, self._made(node))
+        return (1, 0) if place is None else (self._made(node)[place] // before[axis], before[axis])
 
     def _axis(self, node: Any) -> int | None:
         """The axis that holds the channels of a node's (first) output; None if not known."""
@@ -310,6 +331,21 @@ def _moved(function: Any, axis: int, before: Sequence[int], after: Sequence[int]
 
 
 def _place(before: Sequence[int], axis: int, after: Sequence[int]) -> int | None:
+    """The axis of ``after`` that begins, or else ends, where ``axis`` of ``before`` does."""
+    place = _begins(before, axis, after)
+    return _ends(before, axis, after) if place is None else place
+
+
+def _ends(before: Sequence[int], axis: int, after: Sequence[int]) -> int | None:
+    """The axis of ``after`` that ends where ``axis`` of ``before`` does, and holds all of it."""
+    reach = math.prod(before[: axis + 1])
+    for place, size in enumerate(after):
+        if math.prod(after[: place + 1]) == reach and size > 1:
+            return place if size % before[axis] == 0 else None
+    return None
+
+
+def _begins(before: Sequence[int], axis: int, after: Sequence[int]) -> int | None:
     """The axis of ``after`` that begins where ``axis`` of ``before`` does."""
     outer = math.prod(before[:axis])
     for place, size in enumerate(after):

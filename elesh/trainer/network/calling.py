@@ -262,11 +262,12 @@ def main_output(output: Any) -> Tensor:
 def replace_first(
     args: tuple[Any, ...], kwargs: dict[str, Any], function: Callable[[Tensor], Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A module's arguments with ``function`` applied to its first input (for pre-hooks)."""
-    if args:
-        return (function(args[0]), *args[1:]), kwargs
-    name = next(iter(kwargs))
-    return args, {**kwargs, name: function(kwargs[name])}
+    """A module's arguments with ``function`` applied to its first input (for pre-hooks), wherever
+    that is given (queries that are keys and values, too)."""
+    first = args[0] if args else next(iter(kwargs.values()))
+    made = function(first)
+    replaced = tuple(made if x is first else x for x in args)
+    return replaced, {name: made if x is first else x for name, x in kwargs.items()}
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -34,7 +34,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from leyline import Level, PrunedArchitecture, PruningGroup, ShapeMismatch, TensorDescriptor
 
-from .multihead import commit
+from .multihead import NATIVE, commit, is_packed
 
 __all__ = [
     "HEAD_SIZES",
@@ -58,7 +58,8 @@ class ChannelAxes:
     """The axes of a layer's tensors that go with its channels."""
 
     outputs: tuple[AxisOf, ...] = ()
-    """Shrink with the output channels (for layers that treat channels one by one: the channels)."""
+    """Shrink with the output channels (for layers that treat channels one by one: the channels);
+    attributes of parts with a dot."""
     inputs: tuple[AxisOf, ...] = ()
     """Shrink with the input channels, where those are not the output channels."""
     site_dim: int | None = None
@@ -127,6 +128,10 @@ _TRANSPOSED = ChannelAxes((("weight", 1), ("bias", 0)), (("weight", 0),), 1, Tru
 _LINEAR = ChannelAxes((("weight", 0), ("bias", 0)), (("weight", 1),), -1, True)
 _TRANSPOSED_LINEAR = ChannelAxes((("weight", 1), ("bias", 0)), (("weight", 0),), -1, True)
 _EMBEDDING = ChannelAxes((("weight", 1),), produces=True)
+_PACKED = ChannelAxes(
+    (("in_proj_weight", 1), ("out_proj.weight", 0), ("out_proj.bias", 0)), site_dim=-1
+)
+"""An attention that reads and makes one width: its channels lie in both of its projections."""
 _UNKNOWN = ChannelAxes()
 
 
@@ -149,6 +154,8 @@ def channel_axes(module: nn.Module) -> ChannelAxes:
         return replace(_SCALES, blocks=module.num_groups if module.num_groups > 1 else 0)
     if isinstance(module, nn.PReLU):
         return ChannelAxes((("weight", 0),) if module.num_parameters > 1 else ())
+    if type(module) is NATIVE and is_packed(module):
+        return _PACKED
     refusal = _refusal(module)
     return ChannelAxes(refusal=refusal) if refusal else _UNKNOWN
 
@@ -177,7 +184,7 @@ def _refusal(module: nn.Module) -> str:
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return f"{kind} normalises over several axes, of which these channels are one"
     if isinstance(module, nn.MultiheadAttention):
-        return "MultiheadAttention splits these channels into heads"
+        return "MultiheadAttention projects these channels one by one, or adds keys of its own"
     if isinstance(module, nn.RNNBase):
         return f"{kind} is recurrent in these channels"
     return ""
@@ -321,9 +328,10 @@ _EPS = ("eps", "variance_epsilon", "epsilon")
 class Norm:
     """How a module normalises."""
 
-    kind: Literal["layer", "rms", "response", "map"]
+    kind: Literal["layer", "rms", "response", "map", "weights"]
     dim: int
-    """The axis of its input that the channels lie on; -1, or 1 behind the samples."""
+    """The axis of its input that the channels lie on; -1, or 1 behind the samples. Of weights that
+    are standardised row by row: of these, counted from the end."""
     eps: float
 
 
@@ -425,7 +433,7 @@ def refilled(x: Tensor, gate: Tensor, dim: int, kind: str, eps: float) -> Tensor
     RMS: channels whose gate is zero get the root mean square of the kept ones. Layer: the kept
     channels less their mean, scaled so that variance over all channels plus ``eps`` stands to
     them as their own variance plus ``eps`` does; the others zero. Map: the same over channels and
-    positions together. Response: the others get, at
+    positions together; weights: over each row. Response: the others get, at
     every position, what makes their norm the mean of the kept ones'.
 
     Args:
@@ -462,19 +470,24 @@ _WIDTHS = ("all_head_size", "inner_dim", "split_size", "attn_dim", "val_attn_dim
 _SPLITS = ("width",)
 """Channels of each part that a layer's outputs are split into (Res2Net)."""
 
+_STREAMS = ("hidden_dim", "embed_dim")
+"""Channels of the stream between the parts of a module (torchvision's ViT reshapes by it)."""
+
 _CONFIGURATION = "config"
 """Where modules without a number of their own read it (Phi-3); each gets a copy then."""
 
-HEAD_SIZES = (*_HEADS, *_SHARED, *_SHARES, *_WIDTHS, *_SPLITS, _CONFIGURATION)
+HEAD_SIZES = (*_HEADS, *_SHARED, *_SHARES, *_WIDTHS, *_SPLITS, *_STREAMS, _CONFIGURATION)
 """The attributes that :func:`refit_heads` sets."""
 
 
 def refit_heads(model: nn.Module, before: PruningGroup, after: PruningGroup) -> None:
     """Set the head counts of the modules around attentions that have lost units, and the widths of
-    parts of modules around layers that have lost channels."""
+    modules, or of parts of them, around layers that have lost channels."""
+    around = vars(model.get_submodule(common_holder(before.layers)))
     for name in splits(model, before):
-        setattr(model.get_submodule(common_holder(before.layers)), name, after.size)
+        around[name] = after.size
     if before.level is not Level.HEAD:
+        around |= {name: after.size for name in _STREAMS if around.get(name) == before.size}
         return
     done = set[tuple[nn.Module, str]]()
     attentions = _attentions(before.layers, tuple(site.module for site in before.sites))

@@ -20,6 +20,7 @@ __all__ = [
     "patched",
     "native_projections",
     "commit",
+    "is_packed",
     "take_back",
 ]
 
@@ -143,10 +144,18 @@ def native_projections(module: nn.MultiheadAttention) -> dict[str, tuple[int, ..
     return found
 
 
+def is_packed(module: nn.MultiheadAttention) -> bool:
+    """Whether one weight makes queries, keys and values, from inputs of one width, and nothing is
+    added to the keys."""
+    return module.in_proj_weight is not None and bool(native_projections(module))
+
+
 def commit(module: nn.Module) -> None:
     """Set an attention's size attributes and class to what its tensors' shapes say."""
     if isinstance(module, NATIVE) and type(module) in (NATIVE, HeadwiseAttention):
-        inner = module.out_proj.weight.shape[1]
+        made, inner = module.out_proj.weight.shape
+        if module.in_proj_weight is not None:
+            module.embed_dim = module.kdim = module.vdim = made
         module.num_heads = inner // module.head_dim
         module.out_proj.in_features = inner
         module.__class__ = NATIVE if inner == module.embed_dim else HeadwiseAttention

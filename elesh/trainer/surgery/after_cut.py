@@ -243,8 +243,9 @@ def reconstructed(
         if axis not in covariance.squares:
             raise InvalidField("covariance", f"moments of the inputs of {axis[0]}", "none")
         module = model.get_submodule(axis[0])
-        if len(channel_axes(module).inputs) != 1:
-            continue  # No linear map of these inputs: nothing to refit.
+        anew = any(norm.module == axis[0] for group in groups[axis] for norm in group.norms)
+        if anew or len(channel_axes(module).inputs) != 1:
+            continue  # No linear map of these inputs, or one that is scaled anew: nothing to refit.
         means, squares = covariance.means[axis], covariance.squares[axis]
         solved = predict_lost(
             means,

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from elesh.trainer.network.calling import replace_first, through_layers
 from elesh.trainer.network.layers import refilled
 from elesh.trainer.network.multihead import patched, take_back
+from elesh.trainer.network.standardised import replace_weight
 from elesh.trainer.network.state import Uncompiled
 from leyline import NormSite, PrunedArchitecture
 
@@ -31,12 +32,12 @@ class _Mask:
         self._factors: Tensor | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return replace_first(args, kwargs, self._masked)
+        return replace_first(args, kwargs, self.masked)
 
-    def _masked(self, x: Tensor) -> Tensor:
+    def masked(self, x: Tensor) -> Tensor:
         if x.is_nested and x.layout is torch.strided:
             # As nn.TransformerEncoder packs padded batches: rows of sequences of their own length.
-            return torch.nested.as_nested_tensor([self._masked(row) for row in x.unbind()])
+            return torch.nested.as_nested_tensor([self.masked(row) for row in x.unbind()])
         return self._applied(x, self._shaped(x))
 
     def _applied(self, x: Tensor, gate: Tensor) -> Tensor:
@@ -109,8 +110,10 @@ class Masks:
                 sites[site.module] = site
                 dead.setdefault(site.module, set()).update(site.all_of(chosen))
         for path, indices in dead.items():
-            if indices:
-                module, hook = self._model.get_submodule(path), _NormMask(sites[path], indices)
+            module, hook = self._model.get_submodule(path), _NormMask(sites[path], indices)
+            if indices and sites[path].kind == "weights":
+                self._handles += replace_weight(module, hook.masked)
+            elif indices:
                 handle = module.register_forward_pre_hook(hook, with_kwargs=True)
                 self._handles.append(handle)
 
