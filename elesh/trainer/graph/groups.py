@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from elesh.trainer.network.calling import Inputs, example_copy, seen_called
 from elesh.trainer.network.layers import ChannelAxes, channel_axes, describe_tensors, named_tensors
 from elesh.trainer.network.state import evaluated, preserve_state
+from elesh.trainer.network.traversal import standing_still
 from leyline import (
     GateSite,
     InvalidField,
+    LayerBlock,
     LayerDescriptor,
     NormSite,
     PrunedArchitecture,
@@ -75,27 +77,38 @@ def find_architecture(
     evaluated(copied)
     # The copy's hooks and replaced methods may refer to the network itself.
     with preserve_state(model, seed=0), _plain_arithmetic(copied):
-        wiring = trace(copied, inputs, compared)
-        groups = _with_heads(
-            _groups(wiring, copied, ignored_layers), wiring, copied, ignored_layers
-        )
-        passage, layers = wiring.passage, wiring.layers
-        seen_called(one.module for one in passage.passes if one.name not in wiring.readers)
-        blocks = find_blocks(passage, copied, layers, ignored_layers)
-        fed = parameters_behind(passage.roots)
-        reached = reached_by(copied, fed, wiring.called)
-        trial = Trial(copied, inputs, compared)
-        groups = without_hazards(
-            groups, model, copied, reached, trial.in_training, trial.read_in_training
-        )
-        gates = traced_gates(passage, groups)
-        del wiring, passage  # and with them the autograd graph
-        architecture = PrunedArchitecture.unchecked(describe_tensors(model), layers, groups)
-        if not any(group.prunable for group in groups):
-            require_repeatable(copied, inputs)
-        proved = without_refuted(trial, architecture)
-        proved = with_acting_masks(copied, inputs, proved, gates)
+        with standing_still(copied):
+            proved, trial, blocks, fed = _proved(model, copied, inputs, ignored_layers, compared)
         return with_blocks(trial, proved, blocks, fed)
+
+
+def _proved(
+    model: nn.Module,
+    copied: nn.Module,
+    inputs: Inputs,
+    ignored: Collection[str],
+    compared: Callable[[Any], Any] | None,
+) -> tuple[PrunedArchitecture, Trial, tuple[LayerBlock, ...], set[int]]:
+    """The architecture with its groups proved; for those of its blocks, what tries them, the blocks
+    themselves and the ids of the parameters that the outputs depend on."""
+    wiring = trace(copied, inputs, compared)
+    groups = _with_heads(_groups(wiring, copied, ignored), wiring, copied, ignored)
+    passage, layers = wiring.passage, wiring.layers
+    seen_called(one.module for one in passage.passes if one.name not in wiring.readers)
+    blocks = find_blocks(passage, copied, layers, ignored)
+    fed = parameters_behind(passage.roots)
+    reached = reached_by(copied, fed, wiring.called)
+    trial = Trial(copied, inputs, compared)
+    groups = without_hazards(
+        groups, model, copied, reached, trial.in_training, trial.read_in_training
+    )
+    gates = traced_gates(passage, groups)
+    del wiring, passage  # and with them the autograd graph
+    architecture = PrunedArchitecture.unchecked(describe_tensors(model), layers, groups)
+    if not any(group.prunable for group in groups):
+        require_repeatable(copied, inputs)
+    proved = without_refuted(trial, architecture)
+    return with_acting_masks(copied, inputs, proved, gates), trial, blocks, fed
 
 
 def _precision(model: nn.Module) -> torch.dtype:

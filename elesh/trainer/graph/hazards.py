@@ -13,14 +13,17 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
 from elesh.observe import get_logger
 from elesh.trainer.network.calling import (
@@ -30,6 +33,7 @@ from elesh.trainer.network.calling import (
     device_of,
     doubled,
     packed_in,
+    replace_first,
     tensors_in,
 )
 from elesh.trainer.network.calls import Calls, Link
@@ -40,7 +44,7 @@ from elesh.trainer.surgery.surgeon import Surgeon
 from elesh.trainer.surgery.teachers import teachers_in
 from leyline import InvalidField, PrunedArchitecture, PruningGroup
 
-from .residual_branches import Trace
+from .residual_branches import Trace, behind
 
 __all__ = [
     "Gate",
@@ -98,34 +102,69 @@ def trainable_example(model: nn.Module, inputs: Inputs) -> tuple[Inputs | None, 
 
 
 def train_once(model: nn.Module, inputs: Inputs) -> set[str]:
-    """Forward and backward in training mode, seeded; the parameters that the outputs depend on,
-    and those of modules that were called. Gradients are dropped at once; the model is left in
-    evaluation mode."""
+    """Forward in training mode, seeded; the parameters that the outputs depend on, and those of
+    modules that were called. That what the backward pass needs is still there is seen without it:
+    it is run itself only where the network has functions of its own in it, or if that fails. The
+    model is left in evaluation mode."""
     seed_generators(device_of(model), 0)
     model.train()
-    called, fed = set[nn.Module](), set[int]()
-    handles = [
-        module.register_forward_pre_hook(lambda module, args: called.add(module))
-        for module in model.modules()
-    ]
-
-    def note(parameter: Tensor) -> None:
-        fed.add(id(parameter))
-        parameter.grad = None  # At once: there is not room for all.
-
-    trained = [p for p in model.parameters() if p.requires_grad]
-    handles += [p.register_post_accumulate_grad_hook(note) for p in trained]  # type: ignore[no-untyped-call]
+    called, handles = set[nn.Module](), list[RemovableHandle]()
+    for module in model.modules():
+        handles.append(module.register_forward_pre_hook(lambda module, args: called.add(module)))
     try:
         with torch.enable_grad():
             outputs = [t for t in tensors_in(call(model, inputs)) if t.requires_grad]
-            if outputs:
-                torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+            fed = _fed(model, outputs)
     finally:
         for handle in handles:
             handle.remove()
         model.eval()
     names = {module: name for name, module in model.named_modules()}
     return reached_by(model, fed, {names[module] for module in called}) if outputs else set()
+
+
+def _fed(model: nn.Module, outputs: Sequence[Tensor]) -> set[int]:
+    """The ids of the parameters that these depend on, if a backward pass from them runs."""
+    functions = behind([t.grad_fn for t in outputs if t.grad_fn is not None])
+    try:
+        if not any(map(_unpacked, functions)):
+            return {id(f.variable) for f in functions if hasattr(f, "variable")}
+    except Exception:  # Let autograd say it, or do what unpacking alone cannot.
+        del functions
+    fed = set[int]()
+
+    def note(parameter: Tensor) -> None:
+        fed.add(id(parameter))
+        parameter.grad = None  # At once: there is not room for all.
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    handles = [p.register_post_accumulate_grad_hook(note) for p in trained]  # type: ignore[no-untyped-call]
+    try:
+        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return fed
+
+
+def _unpacked(function: Any) -> bool:
+    """Whether this is somebody's own function; of others, all that is saved is looked at.
+
+    Raises:
+        RuntimeError: if it was changed in place meanwhile.
+    """
+    if isinstance(function, BackwardCFunction):
+        return True
+    kind: Any = type(function)
+    for name in _saved(kind):
+        getattr(function, name)
+    return False
+
+
+@lru_cache(1024)
+def _saved(kind: Any) -> tuple[str, ...]:
+    """The names of the tensors that functions of this type save."""
+    return tuple(n.removeprefix("_raw") for n in dir(kind) if n.startswith("_raw_saved_"))
 
 
 def read_in_training(model: nn.Module, inputs: Inputs, layers: Collection[str]) -> dict[str, str]:
@@ -347,10 +386,15 @@ def with_acting_masks(
     rows = {axis: gate.rows for axis, gate in gates.items()}
     mixed = _mixed(inputs, candidates, rows)
     moving = {group.name for group in candidates if _acts(group, gates)}
-    if any(g.name not in moving and g.name not in mixed for g in candidates):
+    untried = [g for g in candidates if g.name not in moving and g.name not in mixed]
+    if any(axis_of(site) not in gates for group in untried for site in group.sites):
         others = _moving(copied, inputs, candidates)
         moving, mixed = moving | others[0], mixed | others[1]
-    untried = [g for g in candidates if g.name not in moving and g.name not in mixed]
+        untried = [g for g in untried if g.name not in moving and g.name not in mixed]
+    if untried:  # A sigmoid that is saturated may be so no more where less comes in.
+        with _quiet(copied, untried):
+            moving |= _moving(copied, inputs, candidates)[0]
+        untried = [g for g in untried if g.name not in moving]
     reasons = dict.fromkeys(_silent(copied, inputs, architecture, untried), _NO_EFFECT)
     reasons |= dict.fromkeys(mixed, _MIXED)
     if not reasons:
@@ -415,6 +459,25 @@ def _moving(
         if axis_of(site) in sums
         and bool(sums[axis_of(site)][0, sorted(site.all_of(range(group.size)))].any())
     }, _mixed(inputs, groups, rows)
+
+
+@contextlib.contextmanager
+def _quiet(copied: nn.Module, groups: Sequence[PruningGroup]) -> Iterator[None]:
+    """What the consumers of these groups read is made small."""
+
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return replace_first(args, kwargs, lambda x: x * 1e-3)
+
+    paths = dict.fromkeys(site.module for group in groups for site in group.sites)
+    handles = [
+        copied.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
+        for path in paths
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager

@@ -29,8 +29,9 @@ __all__ = ["random_copy"]
 _STEP = 257
 """Windows of a pool begin a multiple of so many numbers apart, so that no two layers are alike."""
 _WINDOWS = 16
-_DRAWN = 1_048_573
-"""So many numbers are drawn; longer pools repeat them. A prime: no two rows are alike."""
+_DRAWN = 32_749, 65_521, 131_071, 262_139, 524_287, 1_048_573
+"""So many numbers are drawn, the least that does; longer pools repeat them. Primes: no two rows are
+alike."""
 _ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, type, torch.dtype))
 """Types of values that a copy shares with what it is a copy of."""
 
@@ -80,10 +81,12 @@ def _copied(module: nn.Module, known: dict[int, Any]) -> Any:
 
 def _copied_value(value: Any, known: dict[int, Any]) -> Any:
     kind = type(value)
-    if kind in _ATOMS:
+    if kind in _ATOMS or (kind is tuple and _ATOMS.issuperset(map(type, value))):
         return value
     if id(value) in known:
         return known[id(value)]
+    if kind in (list, set) and _ATOMS.issuperset(map(type, value)):
+        return known.setdefault(id(value), kind(value))
     if kind in (dict, OrderedDict):
         made = known[id(value)] = kind()
         for name, part in value.items():
@@ -121,6 +124,10 @@ class _Pool:
             if one.is_floating_point() and one.ndim > 1:
                 key = _fan_in(one), one.device
                 self._sizes[key] = max(one.numel() + _WINDOWS * _STEP, self._sizes.get(key, 0))
+        largest = max(self._sizes.values(), default=0)
+        count = next((one for one in _DRAWN if largest <= one), _DRAWN[-1])
+        generator = torch.Generator().manual_seed(0)
+        self._drawn = torch.randn(count, generator=generator, dtype=dtype)
         self._numbers: dict[tuple[int, torch.device], Tensor] = {}
         self._made = 0
 
@@ -137,18 +144,17 @@ class _Pool:
         key = fan_in, like.device
         known = self._numbers.get(key)
         if known is None:
-            known = _numbers(self._dtype, self._sizes[key], fan_in).mul_((2 / fan_in) ** 0.5)
+            known = _numbers(self._drawn, self._sizes[key], fan_in).mul_((2 / fan_in) ** 0.5)
             known = self._numbers[key] = known.to(like.device)
         return nn.Parameter(known[start : start + like.numel()].view(like.shape))
 
 
-def _numbers(dtype: torch.dtype, size: int, seed: int) -> Tensor:
+def _numbers(drawn: Tensor, size: int, seed: int) -> Tensor:
     """[size] random numbers, a tensor of its own."""
-    drawn = _drawn(dtype)
     first = seed * _STEP % max(1, len(drawn) - size)
     if size <= len(drawn):
         return drawn[first : first + size].clone()
-    made = torch.empty(size, dtype=dtype)
+    made = drawn.new_empty(size)
     for start in range(0, size, len(drawn)):
         part = made[start : start + len(drawn)]
         part.copy_(drawn[: len(part)])
@@ -157,12 +163,6 @@ def _numbers(dtype: torch.dtype, size: int, seed: int) -> Tensor:
 
 def _fan_in(weight: Tensor) -> int:
     return max(1, weight[0].numel())
-
-
-@lru_cache
-def _drawn(dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.randn(_DRAWN, generator=torch.Generator().manual_seed(0), dtype=dtype)
 
 
 def _prepare_buffers(model: nn.Module, dtype: torch.dtype) -> None:

@@ -87,7 +87,7 @@ class Trial:
         require_repeatable(self.copied, self._inputs)
 
     def train(self) -> None:
-        """Forward and backward in training mode; moves running statistics.
+        """Forward in training mode, ready to go backward; moves running statistics.
 
         Branches that only training uses (auxiliary heads) must fit, too, and what is changed in
         place must still be there for the backward pass. Nothing is done if the whole network is

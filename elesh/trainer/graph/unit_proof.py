@@ -26,6 +26,7 @@ from .trial import Cut, Trial, TrialCuts, Units
 from .waypoints import Fault, Guards, Waypoints, apart
 
 _FEW_NORMED, _FEW = 8, 3
+_NOTHING: Mapping[int, Any] = {}
 _BOTH = Level.HEAD, Level.CHANNEL
 
 
@@ -376,7 +377,7 @@ class _Run:
         self._failing = ""
         """The innermost module that failed with all of its own groups whole."""
         self._cut: Cut | None = None
-        self._indices: dict[str, dict[int, Any]] = {}
+        self._indices: dict[str, dict[int, Any]] = {"": {}} | cuts.lost_inputs(units)
 
     def do(self, train: bool) -> None:
         """Run the network with units masked, then without them."""
@@ -400,6 +401,7 @@ class _Run:
             ):
                 outputs = self._compared()
                 points.close()
+                points.forget()
                 if not self.blamed and not points.faults and (difference := apart(masked, outputs)):
                     points.faults.append(Fault("", difference))
                 if train and not self.blamed and not points.faults:
@@ -413,6 +415,7 @@ class _Run:
             self.blamed.append(_Blame(self._failing, suspects, _breaks(error)))
         finally:
             points.close()
+            points.forget()
             copied.eval()
 
     def _compared(self) -> list[Tensor]:
@@ -484,7 +487,7 @@ class _Run:
         if not self._indices:
             assert self._cut is not None
             self._indices = {"": {}} | self._cuts.lost_inputs(self._cut.units)
-        return self._indices.get(place, {})
+        return self._indices.get(place, _NOTHING)
 
     def _gone(self) -> list[tuple[int, Any]]:
         """The size of every group that is cut, and the units that go."""

@@ -42,6 +42,29 @@ class Fault:
     reason: str
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What entered a layer: only the channels that are kept, as a mask leaves zeros of the rest."""
+
+    kept: Tensor
+    lost: Mapping[int, Ints]
+    shape: tuple[int, ...]
+
+    def without(self, lost: Mapping[int, Ints]) -> Tensor:
+        """All of it but for these channels, by axis."""
+        return self.kept if lost is self.lost else narrowed(self._whole(), lost)
+
+    def _whole(self) -> Tensor:
+        found = self.kept
+        for dim, indices in self.lost.items():
+            shape = list(found.shape)
+            shape[dim] = self.shape[dim]
+            found = found.new_zeros(shape).index_copy_(
+                dim, _left(shape[dim], indices).to(found.device), found
+            )
+        return found
+
+
 @dataclass
 class Waypoints:
     """Remembers, then compares.
@@ -52,12 +75,13 @@ class Waypoints:
 
     mixing: Mapping[str, nn.Module]
     faults: list[Fault] = field(default_factory=list)
-    _seen: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    _seen: dict[tuple[str, int], _Seen] = field(default_factory=dict)
     _made: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     _calls: Counter[str] = field(default_factory=Counter)
     _handles: list[RemovableHandle] = field(default_factory=list)
     lost: Callable[[str], Mapping[int, Ints]] = lambda place: {}
-    """By axis, which channels of a module's input are not there in the second run."""
+    """By axis, which channels of a module's input are not there in the second run, and in the
+    first one masked."""
     gone: Callable[[], Collection[tuple[int, Ints]]] = lambda: ()
     """Of every group that loses units: how many it has, and which go."""
     shrinking: Collection[str] = ()
@@ -92,6 +116,11 @@ class Waypoints:
             handle.remove()
         self._handles.clear()
 
+    def forget(self) -> None:
+        """Let go of what was remembered."""
+        self._seen.clear()
+        self._made.clear()
+
     def _hook(
         self, treat: Callable[[str, int, Tensor], Tensor], left: Callable[[str, Tensor], Tensor]
     ) -> None:
@@ -120,14 +149,16 @@ class Waypoints:
                 self._handles.append(module.register_forward_hook(after(name)))
 
     def _remembered(self, name: str, number: int, x: Tensor) -> Tensor:
-        self._seen[name, number] = x.detach().clone()
+        lost = {} if x.is_nested else self.lost(name)
+        kept = narrowed(x.detach(), lost) if lost else x.detach().clone()
+        self._seen[name, number] = _Seen(kept, lost, tuple(x.shape) if lost else ())
         return x
 
     def _compared(self, name: str, number: int, x: Tensor) -> Tensor:
-        expected = self._seen.get((name, number))
-        if expected is None:
+        seen = self._seen.get((name, number))
+        if seen is None:
             return x
-        expected = self._fitted(narrowed(expected, self.lost(name)), x)
+        expected = self._fitted(seen.without(self.lost(name)), x)
         if name not in self.unjudged and (difference := apart([expected], [x])):
             self.faults.append(Fault(name, difference))
         return expected
@@ -221,8 +252,12 @@ def apart(masked: Sequence[Tensor], cut: Sequence[Tensor]) -> str:
 def narrowed(tensor: Tensor, lost: Mapping[int, Ints]) -> Tensor:
     """The tensor without the indices that are lost, by axis."""
     for dim, indices in lost.items():
-        left = np.ones(tensor.shape[dim], dtype=np.bool_)
-        left[indices] = False
-        kept = torch.from_numpy(left.nonzero()[0])
-        tensor = tensor.index_select(dim, kept.to(tensor.device))
+        tensor = tensor.index_select(dim, _left(tensor.shape[dim], indices).to(tensor.device))
     return tensor
+
+
+def _left(size: int, lost: Ints) -> Tensor:
+    """The indices but for those that are lost."""
+    left = np.ones(size, dtype=np.bool_)
+    left[lost] = False
+    return torch.from_numpy(left.nonzero()[0])

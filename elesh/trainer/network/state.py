@@ -26,17 +26,18 @@ import operator
 import random
 import sys
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import (
     Callable,
     Collection,
+    Iterable,
     Iterator,
     Mapping,
     MutableMapping,
     MutableSequence,
     MutableSet,
 )
-from itertools import compress
+from itertools import chain, compress
 from types import CellType, FunctionType, MethodType, ModuleType, TracebackType
 from typing import Any
 
@@ -151,6 +152,8 @@ _PLAIN = frozenset((str, bytes, int, float, bool, complex, type(None), torch.Ten
 _LONG, _MANY = 1000, 20_000
 """Longer containers hold data, and what is further away than so many objects is not the model's."""
 _CONSTANT = frozenset((str, bytes, int, float, bool, complex, type(None), nn.Parameter))
+_BARE = frozenset((dict, OrderedDict, list, set))
+"""Containers of which a module has a dozen empty ones: hooks of all kinds."""
 PutBack = Callable[[], None]
 
 
@@ -248,10 +251,15 @@ def _reachable(model: nn.Module, *others: Any) -> tuple[list[nn.Module], list[An
         elif isinstance(thing, nn.Module):
             modules.append(thing)
             code = list(_code(type(thing), kinds, named))
-            queue += [(p, 1) for p in (*vars(thing).values(), *code) if type(p) not in _PLAIN]
+            queue += [(p, 1) for p in (*vars(thing).values(), *code) if not _leads_nowhere(p)]
         else:
-            queue += [(p, depth + 1) for p in _parts(thing, named) if type(p) not in _PLAIN]
+            queue += [(p, depth + 1) for p in _parts(thing, named) if not _leads_nowhere(p)]
     return modules, generators
+
+
+def _leads_nowhere(thing: Any) -> bool:
+    kind = type(thing)
+    return kind in _PLAIN or (kind in _BARE and not thing)
 
 
 def _parts(thing: Any, named: dict[int, dict[str, Any]] | None = None) -> Iterator[Any]:
@@ -367,9 +375,18 @@ def _held(thing: Any, seen: dict[int, Any], depth: int) -> Iterator[PutBack]:
         inside = list(_parts(thing))
     elif hasattr(thing, "__dict__") and not hasattr(thing, NOT_FOLLOWED):
         inside = [vars(thing)]
+    empty = [part for part in inside if type(part) in _BARE and not part]
+    if empty:
+        yield functools.partial(_emptied, empty)
     for part in inside if len(inside) <= _LONG else ():
-        if type(part) not in _CONSTANT:
+        if type(part) not in _CONSTANT and not (type(part) in _BARE and not part):
             yield from _held(part, seen, depth + 1)
+
+
+def _emptied(containers: list[Any]) -> None:
+    for container in containers:
+        if container:
+            container.clear()
 
 
 def _is_left_alone(thing: object) -> bool:
@@ -401,12 +418,12 @@ def _tensor(tensor: Tensor) -> PutBack:
 def _refill(thing: Any, items: list[Any]) -> None:
     """Have a container hold these very items (of a mapping: pairs) again; one that does is not
     touched."""
-    held = list(thing.items() if isinstance(thing, MutableMapping) else thing)
     if isinstance(thing, MutableMapping):
-        same = [x for pair in held for x in pair], [x for pair in items for x in pair]
+        held: Iterable[Any] = chain(thing, thing.values())
+        same: Iterable[Any] = chain((name for name, _ in items), (value for _, value in items))
     else:
-        same = held, items
-    if len(held) != len(items) or not all(map(operator.is_, *same)):
+        held, same = thing, items
+    if len(thing) != len(items) or not all(map(operator.is_, held, same)):
         thing.clear()
         (thing.extend if hasattr(thing, "extend") else thing.update)(items)
 
