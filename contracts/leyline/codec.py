@@ -31,7 +31,15 @@ M = TypeVar("M", bound=Message)
 
 def encode(message: Message) -> bytes:
     """The canonical msgpack bytes of a message: maps in the order of the model's fields."""
-    return _pack(message.model_dump())
+    data: bytes = msgpack.packb(message.model_dump(), use_bin_type=True, default=_wire)
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise TooLarge(
+            "message",
+            f"at most {MAX_MESSAGE_BYTES} bytes",
+            len(data),
+            hint="send large arrays as blobs",
+        )
+    return data
 
 
 def decode(kind: type[M], data: bytes, *, field: str = "message") -> M:
@@ -122,18 +130,6 @@ def unwrap(envelope: EventEnvelope) -> Message:
     if envelope.event_type != envelope.payload_type:
         raise UnknownType("envelope.event_type", envelope.payload_type, envelope.event_type)
     return decode(kind, envelope.payload, field=envelope.payload_type)
-
-
-def _pack(value: Any) -> bytes:
-    data: bytes = msgpack.packb(value, use_bin_type=True, default=_wire)
-    if len(data) > MAX_MESSAGE_BYTES:
-        raise TooLarge(
-            "message",
-            f"at most {MAX_MESSAGE_BYTES} bytes",
-            len(data),
-            hint="send large arrays as blobs",
-        )
-    return data
 
 
 def _wire(value: object) -> str | float:

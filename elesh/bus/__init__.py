@@ -1,8 +1,8 @@
 """The bus: Redis Streams with leases, one decision a key, blobs by claim check, breakers.
 
-Start reading at :mod:`elesh.bus.core`, then :mod:`.streams.consumer_groups` (leases),
-:mod:`.streams.reaping` and :mod:`.streams.fan_out`. The server is any Redis 7 or newer, or the
-embedded one of :mod:`elesh.bus.server.embedded`.
+Start reading at :mod:`elesh.bus.core`, then :mod:`.streams.consumer_groups` (leases, reaping) and
+:mod:`.streams.fan_out`. The server is any Redis 7 or newer, or the embedded one of
+:mod:`elesh.bus.server.embedded`.
 """
 
 from elesh.bus.server.client import Backoff, OutageLog, repeatedly, require_address, until_available
@@ -11,10 +11,9 @@ from elesh.bus.state.audit import AuditHead, AuditLog, audit_envelope
 from elesh.bus.state.blobs import BlobStore
 from elesh.bus.state.registry import Backlog, Registry, WorkerState
 from elesh.bus.state.runs import BreakerStore, BreakerView, HistoryStore, Holder, RunStore
-from elesh.bus.streams.consumer_groups import SHED_FROM
+from elesh.bus.streams.consumer_groups import SHED_FROM, Reap
 from elesh.bus.streams.dead_letters import DeadLetterEntry, DeadLetters, Redriven
 from elesh.bus.streams.fan_out import Plan, Planned, Stored
-from elesh.bus.streams.reaping import Reap
 from elesh.bus.streams.records import (
     Commit,
     CommitOutcome,

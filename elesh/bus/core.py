@@ -30,11 +30,10 @@ from elesh.bus.state.audit import AuditLog
 from elesh.bus.state.blobs import BlobStore
 from elesh.bus.state.registry import Registry
 from elesh.bus.state.runs import BreakerStore, HistoryStore, RunStore
-from elesh.bus.streams.consumer_groups import WORK, Groups, pairs_of, pending_of, shed_from
+from elesh.bus.streams.consumer_groups import WORK, Groups, Reaper, pairs_of, pending_of, shed_from
 from elesh.bus.streams.consumer_groups import last_id as last_id_of
 from elesh.bus.streams.dead_letters import DeadLetters
 from elesh.bus.streams.fan_out import PlanStore
-from elesh.bus.streams.reaping import Reaper
 from elesh.bus.streams.records import (
     Commit,
     CommitOutcome,
@@ -110,7 +109,7 @@ class Bus:
         self.plans = PlanStore(
             client, scripts, keys, self.groups, guard, self.clock, settings.record_ttl_seconds
         )
-        self.reaper = Reaper(scripts, keys, self.plans, settings.lease_seconds)
+        self.reaper = Reaper(scripts, keys, self.plans.join_overdue, settings.lease_seconds)
         self.blobs = BlobStore(client, scripts, keys, guard, settings)
         limits = breaker or BreakerSettings()
         self.breakers = BreakerStore(client, scripts, keys, guard, self.clock, limits)

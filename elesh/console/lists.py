@@ -100,12 +100,12 @@ class Paged(Generic[T]):
     """Number of the first row shown, from 1; 0 where there is none."""
 
 
-def paged(rows: Sequence[T], page: int, size: int = _ROWS) -> Paged[T]:
+def paged(rows: Sequence[T], page: int) -> Paged[T]:
     """A page of rows; one past the end is the last."""
-    pages = max(1, -(-len(rows) // size))
+    pages = max(1, -(-len(rows) // _ROWS))
     page = min(max(1, page), pages)
-    start = (page - 1) * size
-    shown = tuple(rows[start : start + size])
+    start = (page - 1) * _ROWS
+    shown = tuple(rows[start : start + _ROWS])
     return Paged(shown, len(rows), page, pages, start + 1 if shown else 0)
 
 

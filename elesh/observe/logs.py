@@ -241,12 +241,15 @@ def setup_logging(style: Literal["plain", "json"] = "plain", level: str = "INFO"
 logging.getLogger("elesh").addHandler(_LastResort())
 
 
+_SPARSE_SECONDS = 60.0
+
+
 class SparseLines:
     """Warnings about what may happen often: one line a minute at most, which says how many
     others it stands for. Safe to use from any thread."""
 
-    def __init__(self, logger: Logger, seconds: float = 60.0) -> None:
-        self._logger, self._seconds = logger, seconds
+    def __init__(self, logger: Logger) -> None:
+        self._logger = logger
         self._lock = threading.Lock()
         self._next: dict[str, float] = {}
         self._held: Counter[str] = Counter()
@@ -258,6 +261,6 @@ class SparseLines:
             self._held[message] += times
             if now < self._next.get(message, now):
                 return
-            self._next[message] = now + self._seconds
+            self._next[message] = now + _SPARSE_SECONDS
             held = self._held.pop(message)
         self._logger.warning(message, **fields, **({"times": held} if held > 1 else {}))

@@ -86,19 +86,15 @@ class FleetStatus:
         }
 
 
-async def fleet_status_of(bus: Bus, *, dead_letters: int | None = _LAST) -> FleetStatus:
-    """Ask the bus, in a handful of commands.
-
-    Args:
-        dead_letters: read so many, the newest; all if None.
-    """
+async def fleet_status_of(bus: Bus) -> FleetStatus:
+    """Ask the bus, in a handful of commands."""
     return FleetStatus(
         at=datetime.now(UTC),
         workers=await bus.registry.workers(),
         backlog=await bus.registry.backlog(),
         breakers=await bus.breakers.show(),
         decisions=[*_decisions(bus.guard, await bus.newest(DECISIONS, count=_LAST))],
-        dead_letters=await bus.dead_letters.newest(dead_letters),
+        dead_letters=await bus.dead_letters.newest(_LAST),
         dead_total=await bus.dead_letters.open(),
     )
 

@@ -9,7 +9,7 @@ child computes, as long as the entry is still this worker's; a lost lease is rep
 
 Reaping goes on while the child computes, so that a busy fleet still takes over what a dead worker
 left: every worker offers itself, the bus lets one at a time
-(:mod:`elesh.bus.streams.reaping`).
+(:mod:`elesh.bus.streams.consumer_groups`).
 """
 
 from __future__ import annotations

@@ -99,44 +99,25 @@ def named(level: Level, gates: Sequence[GateResult]) -> tuple[GateResult, ...]:
 def _resolved(bundle: CheckpointBundle, parts: Sequence[LevelDraft], settings: Settings) -> Fitting:
     """All targets and their order, without the units of groups that go with a whole layer and
     those that a budget is met without."""
-    channels = settings.structured_pruning.channel_analysis
-    round_to = bundle.parameters.round_to
-    targets, order = _uncoupled(bundle, parts)
-    return fitting(
-        bundle,
-        targets,
-        order,
-        round_to=channels.round_to if round_to == 1 else round_to,
-        comparable=_scorer(parts) in _JOINT_COSTS,
-    )
-
-
-def _uncoupled(
-    bundle: CheckpointBundle, parts: Sequence[LevelDraft]
-) -> tuple[tuple[Target, ...], tuple[RankedUnit, ...]]:
-    targets = [target for part in parts for target in part.draft.targets]
-    layers = [t.layer_name for t in targets if isinstance(t, LayerPruningTarget)]
-    order = _ordered(parts)
-    if not layers:
-        return tuple(targets), order
-    left = bundle.architecture.without_layers(layers).group
-    kept = tuple(
-        unit
-        for unit in order
-        if unit.level is Level.LAYER or (unit.layer_name in left and left[unit.layer_name].prunable)
-    )
-    return restricted(targets, order, kept, "coupling"), kept
-
-
-def _ordered(parts: Sequence[LevelDraft]) -> tuple[RankedUnit, ...]:
-    """Channels and heads together where their costs are of one kind; whole layers last."""
+    # Channels and heads together where their costs are of one kind; whole layers last.
+    comparable = _scorer(parts) in _JOINT_COSTS
     orders = [p.draft.order for p in parts if p.level is not Level.LAYER]
-    first = (
-        merged(orders)
-        if _scorer(parts) in _JOINT_COSTS
-        else tuple(unit for order in orders for unit in order)
-    )
-    return first + tuple(unit for p in parts if p.level is Level.LAYER for unit in p.draft.order)
+    order = merged(orders) if comparable else tuple(unit for each in orders for unit in each)
+    order += tuple(unit for p in parts if p.level is Level.LAYER for unit in p.draft.order)
+    targets = tuple(target for part in parts for target in part.draft.targets)
+    if layers := [t.layer_name for t in targets if isinstance(t, LayerPruningTarget)]:
+        left = bundle.architecture.without_layers(layers).group
+        kept = tuple(
+            unit
+            for unit in order
+            if unit.level is Level.LAYER
+            or (unit.layer_name in left and left[unit.layer_name].prunable)
+        )
+        targets, order = restricted(targets, order, kept, "coupling"), kept
+    round_to = bundle.parameters.round_to
+    if round_to == 1:
+        round_to = settings.structured_pruning.channel_analysis.round_to
+    return fitting(bundle, targets, order, round_to=round_to, comparable=comparable)
 
 
 def _relative_error(

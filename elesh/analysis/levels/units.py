@@ -458,7 +458,6 @@ def select_channels(
     settings: ChannelAnalysis | None = None,
     scorer: WantedScorer = "auto",
     moved: npt.ArrayLike | None = None,
-    threads: int = 1,
 ) -> dict[str, tuple[int, ...]]:
     """Up to ``count`` channels by group name, chosen as ``analyze`` chooses.
 
@@ -485,9 +484,7 @@ def select_channels(
     if not groups or not count:
         return {}
     pruning = StructuredPruning(channel_analysis=settings)
-    ranking = CHANNELS.rank(
-        bundle, pruning, groups, used, Phase.MODERATE, round_to=round_to, threads=threads
-    )
+    ranking = CHANNELS.rank(bundle, pruning, groups, used, Phase.MODERATE, round_to=round_to)
     if row is not None and ranking.projections is not None:
         row = ranking.projections.moved(row)
     return ranking.candidates.by_group(ranking.choose(count, moved=row).removal_order.units)

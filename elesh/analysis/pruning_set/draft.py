@@ -178,19 +178,18 @@ def _of_layer(data: LayerStatistics) -> LossIncrease:
 
 def with_loss_increases(bundle: CheckpointBundle, targets: Iterable[Target]) -> tuple[Target, ...]:
     """The targets, each with what removing it alone is predicted to do."""
-    return tuple(_with_loss_increase(bundle, target) for target in targets)
-
-
-def _with_loss_increase(bundle: CheckpointBundle, target: Target) -> Target:
-    if isinstance(target, LayerPruningTarget):
-        rise = loss_rise(bundle, {}, [target.layer_name])
-    else:
-        rise = loss_rise(bundle, {target.layer_name: target.indices})
-    update = {
-        "predicted_loss_rise": rise.mean if rise else None,
-        "predicted_loss_rise_error": rise.error if rise else None,
-    }
-    return target.model_copy(update=update)
+    found: list[Target] = []
+    for target in targets:
+        if isinstance(target, LayerPruningTarget):
+            increase = loss_rise(bundle, {}, [target.layer_name])
+        else:
+            increase = loss_rise(bundle, {target.layer_name: target.indices})
+        update = {
+            "predicted_loss_rise": increase.mean if increase else None,
+            "predicted_loss_rise_error": increase.error if increase else None,
+        }
+        found.append(target.model_copy(update=update))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -361,17 +360,17 @@ class Draft:
     @property
     def channels(self) -> tuple[ChannelPruningTarget, ...]:
         """The targets that lose channels."""
-        return self._kind(ChannelPruningTarget)
+        return _of_kind(ChannelPruningTarget, self.targets)
 
     @property
     def attention_heads(self) -> tuple[AttentionHeadTarget, ...]:
         """The targets that lose heads."""
-        return self._kind(AttentionHeadTarget)
+        return _of_kind(AttentionHeadTarget, self.targets)
 
     @property
     def layers(self) -> tuple[LayerPruningTarget, ...]:
         """The layers that go."""
-        return self._kind(LayerPruningTarget)
+        return _of_kind(LayerPruningTarget, self.targets)
 
     @property
     def units(self) -> dict[str, tuple[int, ...]]:
@@ -387,7 +386,13 @@ class Draft:
             counted: the gates that the verdict rests on; all of them if not given.
             reason: why it is rejected even if they passed; empty if nothing speaks against it.
         """
-        counted, broken = self.gates if counted is None else counted, _broken(self.gates)
+        counted = self.gates if counted is None else counted
+        # Of whichever level.
+        broken = tuple(
+            gate
+            for gate in self.gates
+            if not gate.passed and gate.name.rpartition(".")[2] in safety.ARCHITECTURE_GATES
+        )
         if broken:
             # A row of the failure table: nothing of a cut that does not hold together is applied.
             counted = tuple(dict.fromkeys((*counted, *broken)))
@@ -476,21 +481,9 @@ class Draft:
             elesh_version=_elesh_version(),
         )
 
-    def _kind(self, kind: type[_T]) -> tuple[_T, ...]:
-        return _of_kind(kind, self.targets)
-
 
 def _of_kind(kind: type[_T], targets: Iterable[Target]) -> tuple[_T, ...]:
     return tuple(target for target in targets if isinstance(target, kind))
-
-
-def _broken(gates: Iterable[GateResult]) -> tuple[GateResult, ...]:
-    """The gates of the architecture's integrity that failed, of whichever level."""
-    return tuple(
-        gate
-        for gate in gates
-        if not gate.passed and gate.name.rpartition(".")[2] in safety.ARCHITECTURE_GATES
-    )
 
 
 @cache

@@ -211,6 +211,9 @@ def ranked_units(
     level: Level, candidates: Candidates, marginal_costs: dict[int, float], scale: float
 ) -> tuple[RankedUnit, ...]:
     """Units as they were taken, each with its cost in the targets' own unit."""
+    groups = candidates.group_of[list(marginal_costs)].tolist()
+    starts = candidates.starts[groups].tolist()
+    places = zip(marginal_costs.items(), groups, starts, strict=True)
     return tuple(
         RankedUnit(
             level=level,
@@ -218,16 +221,8 @@ def ranked_units(
             index=unit - start,
             cost=marginal_cost * scale,
         )
-        for (unit, marginal_cost), group, start in _places(candidates, marginal_costs)
+        for (unit, marginal_cost), group, start in places
     )
-
-
-def _places(
-    candidates: Candidates, marginal_costs: dict[int, float]
-) -> Sequence[tuple[tuple[int, float], int, int]]:
-    groups = candidates.group_of[list(marginal_costs)].tolist()
-    starts = candidates.starts[groups].tolist()
-    return list(zip(marginal_costs.items(), groups, starts, strict=True))
 
 
 def wanted_scorer(bundle: CheckpointBundle, settings: Settings) -> str:

@@ -413,7 +413,13 @@ class Ranking:
         if projections is None or not selection.units:
             return Choice(selection, quota, scale, None, 0.0)
         if self.scorer == "reconstruction" and bundle.parameters.reconstruction is not None:
-            return self._after_reconstruction(bundle, selection, quota)
+            # Residuals' movement; its error is that of a mean of as many squares of normal draws as
+            # there are samples.
+            moved = float(sum(selection.marginal_costs.values()))
+            samples = len(next(iter(bundle.gates.values())).projections)
+            prediction = Prediction(moved, moved * math.sqrt(2 / samples), None)
+            mean_square = output_mean_square(bundle.gates.values())
+            return Choice(selection, quota, 1.0, prediction, mean_square)
 
         folds: list[Selection] = []
 
@@ -424,16 +430,6 @@ class Ranking:
         prediction = predict(projections, self.candidates, count, on_samples)
         mean_square = output_mean_square(bundle.gates.values(), projections.weights)
         return Choice(selection, quota, scale, prediction, mean_square, tuple(folds), errors)
-
-    def _after_reconstruction(
-        self, bundle: CheckpointBundle, selection: Selection, quota: int
-    ) -> Choice:
-        """The choice with the residuals' movement as its prediction; its error is that of a mean
-        of as many squares of normal draws as there are samples."""
-        moved = float(sum(selection.marginal_costs.values()))
-        samples = len(next(iter(bundle.gates.values())).projections)
-        prediction = Prediction(moved, moved * math.sqrt(2 / samples), None)
-        return Choice(selection, quota, 1.0, prediction, output_mean_square(bundle.gates.values()))
 
 
 Decide = Callable[[Ranking, CheckpointBundle, int], Choice]

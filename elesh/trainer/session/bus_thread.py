@@ -92,6 +92,7 @@ class BusThread:
             require_address(chosen)
         self._run_id, self._url, self._settings = run_id, url, settings
         self._mailbox, self._token, self._sent = mailbox, token, sent
+        self._who = own_name()
         self._attempt: Attempt | None = None
         self._unanswered = Unanswered()
         self._closing = threading.Event()
@@ -155,23 +156,30 @@ class BusThread:
                 await self._talk(bus, woken, closing)
 
     async def _talk(self, bus: Bus, woken: asyncio.Event, closing: asyncio.Event) -> None:
+        """Claim the run, then listen and send until closing and nothing is queued."""
         starts = await until_available(lambda: self._begin(bus), stop=closing, log=bus.outage)
         if starts is None:
             return
+        seconds = self._settings.trainer.claim_seconds / 4
+
+        async def renew() -> float:
+            await self._claim(bus)  # one that was refused is asked for again
+            return seconds
+
         beside = [self._listen(bus, stream, start) for stream, start in starts]
         beside += [
-            repeatedly(
-                "renewing the run's claim",
-                lambda: self._keep_claim(bus),
-                bus.outage,
-                after=self._renew_seconds,
-            ),
+            repeatedly("renewing the run's claim", renew, bus.outage, after=seconds),
             repeatedly("looking for answers", lambda: self._look(bus), bus.outage),
         ]
         tasks = [asyncio.create_task(each) for each in beside]
         self._mailbox.connected.set()
         try:
-            await self._send_all(bus, woken, closing)
+            while not (closing.is_set() and not self._mailbox.unsent):
+                woken.clear()
+                while (item := self._mailbox.take()) is not None:
+                    await self._send(bus, item, closing)
+                if not closing.is_set():
+                    await woken.wait()
             with contextlib.suppress(BusUnavailable):
                 await bus.runs.give_up(self._run_id, self._token)
         finally:
@@ -187,18 +195,18 @@ class BusThread:
 
     async def _claim(self, bus: Bus) -> bool:
         """Claim the run, or renew the claim; whether it is ours."""
-        who, seconds = own_name(), self._settings.trainer.claim_seconds
-        holder = await bus.runs.claim(self._run_id, self._token, who, seconds)
+        seconds = self._settings.trainer.claim_seconds
+        holder = await bus.runs.claim(self._run_id, self._token, self._who, seconds)
         if holder is not None and is_gone(holder.who):
             # A process of this machine that was killed: its lease need not be waited for.
             await bus.runs.end_claim(self._run_id, holder.who)
-            holder = await bus.runs.claim(self._run_id, self._token, who, seconds)
+            holder = await bus.runs.claim(self._run_id, self._token, self._who, seconds)
         if holder is None:
             if self._mailbox.refused:
                 _log.info("run claimed", run=self._run_id)
             self._mailbox.refused = ""
             if self._attempt is None:
-                await self._begin_attempt(bus, who)
+                await self._begin_attempt(bus)
             return True
         if not self._mailbox.refused:
             _log.error(
@@ -213,9 +221,9 @@ class BusThread:
         )
         return False
 
-    async def _begin_attempt(self, bus: Bus, who: str) -> None:
+    async def _begin_attempt(self, bus: Bus) -> None:
         """Find out whether the run's id was used before, and say so at once."""
-        self._attempt = await bus.runs.attempt(self._run_id, self._token, who)
+        self._attempt = await bus.runs.attempt(self._run_id, self._token, self._who)
         if not self._attempt.before:
             return
         self._mailbox.reused = (
@@ -225,25 +233,7 @@ class BusThread:
         )
         _log.warning("run id used before", run=self._run_id, reason=self._mailbox.reused)
 
-    async def _keep_claim(self, bus: Bus) -> float:
-        """Renew the claim, four times a lease; one that was refused is asked for again."""
-        await self._claim(bus)
-        return self._renew_seconds
-
-    @property
-    def _renew_seconds(self) -> float:
-        return self._settings.trainer.claim_seconds / 4
-
     # Sending
-
-    async def _send_all(self, bus: Bus, woken: asyncio.Event, closing: asyncio.Event) -> None:
-        """Send until closing and nothing is queued."""
-        while not (closing.is_set() and not self._mailbox.unsent):
-            woken.clear()
-            while (item := self._mailbox.take()) is not None:
-                await self._send(bus, item, closing)
-            if not closing.is_set():
-                await woken.wait()
 
     async def _send(self, bus: Bus, item: Outgoing, closing: asyncio.Event) -> None:
         """Send one message, or say why it is missed."""

@@ -521,16 +521,13 @@ class Session:
             if isinstance(item, Ended):
                 self._failed[item.key] = item.reason
             elif isinstance(item.message, StructuralPruningDecision):
-                self._hear(item.message, item.carrier)
-
-    def _hear(self, decision: StructuralPruningDecision, carrier: Mapping[str, str]) -> None:
-        key = decision.idempotency_key
-        if key in self._heard:
-            _log.warning("decision came again, passed over", key=key)
-            return
-        self._heard.add(key)
-        self._recovery.carriers[key] = carrier
-        self._decisions.append(decision)
+                key = item.message.idempotency_key
+                if key in self._heard:
+                    _log.warning("decision came again, passed over", key=key)
+                    continue
+                self._heard.add(key)
+                self._recovery.carriers[key] = item.carrier
+                self._decisions.append(item.message)
 
     def _of_this_run(self, bundle: CheckpointBundle) -> CheckpointBundle:
         found = bundle.metadata

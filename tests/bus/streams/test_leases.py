@@ -80,7 +80,7 @@ def test_a_renewal_reports_what_was_lost_and_does_not_steal_it_back(with_bus):
 
 def test_a_sweep_goes_on_where_the_last_one_ended(with_bus, monkeypatch):
     """Pages of two: entries deep down have their turn although those before them never expire."""
-    monkeypatch.setattr("elesh.bus.streams.reaping._SCAN", 2)
+    monkeypatch.setattr("elesh.bus.streams.consumer_groups._SCAN", 2)
 
     async def scenario(bus: Bus) -> None:
         await publish(bus, *range(5))
@@ -95,7 +95,7 @@ def test_a_sweep_goes_on_where_the_last_one_ended(with_bus, monkeypatch):
 
 
 def test_one_pass_moves_a_bounded_number_and_the_next_ones_the_rest(with_bus, monkeypatch):
-    monkeypatch.setattr("elesh.bus.streams.reaping._BATCH", 2)
+    monkeypatch.setattr("elesh.bus.streams.consumer_groups._MOVED", 2)
 
     async def scenario(bus: Bus) -> None:
         ids = await publish(bus, *range(5))
