@@ -6,7 +6,8 @@ sample a head; afterwards no mask is left.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from elesh.trainer.network.calling import (
     call,
     main_output,
     map_tensors,
+    packed_in,
     tensors_in,
 )
 from elesh.trainer.surgery.masks import Masks
@@ -31,6 +33,11 @@ __all__ = ["PASSES", "Batches", "masked_loss_increases", "most_doubtful"]
 
 PASSES = 1
 """What masking all heads one at a time may cost together, in forward passes over all samples."""
+_ROWS = 16
+"""So many samples run at once at most, where no batch has more: copies of a few, each with another
+head masked, cost less together than by themselves."""
+_NUMBERS, _TOKENS = 1 << 18, 1 << 10
+"""And so many numbers, or tokens, of which each may come out as a whole dictionary."""
 Batches = Sequence[tuple[Inputs, Any]]
 """Inputs and labels."""
 Doubles = npt.NDArray[np.float64]
@@ -65,17 +72,51 @@ def masked_loss_increases(
     """
     parts = _parts(batches, rows)
     plain = _losses(model, parts)
-    masks, found = Masks(model), {}
+    heads = [(group.name, head) for group in groups for head in range(group.size)]
+    several = 1
+    if len(parts) == 1 and not any(group.norms for group in groups):
+        at_once = _rows(parts[0])
+        largest = max(batch_size(inputs) for inputs, _ in batches) if at_once else 0
+        several = max(1, max(largest, at_once) // max(1, len(rows)))
+    masks, found = Masks(model), dict[tuple[str, int], Doubles]()
     try:
-        for group in groups:
-            columns = []
-            for head in range(group.size):
-                masks.set(architecture, {group.name: [head]})
-                columns.append(_losses(model, parts) - plain)
-            found[group.name] = np.stack(columns, axis=1)
+        for tried in _batched(heads, several):
+            if len(tried) == 1:
+                masks.set(architecture, {name: [head] for name, head in tried})
+            else:
+                masks.set_parts(architecture, [(name, [head]) for name, head in tried])
+            losses = _losses(model, [_repeated(part, len(tried)) for part in parts])
+            found |= zip(tried, losses.reshape(len(tried), -1) - plain, strict=True)
     finally:
         masks.clear()
-    return found
+    return {g.name: np.stack([found[g.name, h] for h in range(g.size)], 1) for g in groups}
+
+
+def _batched(heads: Sequence[tuple[str, int]], size: int) -> Iterator[list[tuple[str, int]]]:
+    left = iter(heads)
+    while found := list(islice(left, size)):
+        yield found
+
+
+def _rows(part: Any) -> int:
+    """How many samples like these run at once, each with a head of its own masked, where no batch
+    has more; 0 where it cannot be told which tensors count samples."""
+    size, inputs, labels = batch_size(part[0]), tensors_in(part[0]), tensors_in(part[1])
+    if packed_in(part) is not None or not labels or {len(inputs[0]), len(labels[0])} != {size}:
+        return 0
+    elements = inputs[0].numel() // size
+    return min(_ROWS, (_NUMBERS if inputs[0].is_floating_point() else _TOKENS) // elements)
+
+
+def _repeated(part: Any, times: int) -> Any:
+    """A batch so many times over."""
+    size = batch_size(part[0])
+
+    def repeated(tensor: Tensor) -> Tensor:
+        alike = tensor.ndim and len(tensor) == size
+        return torch.cat([tensor] * times) if alike else tensor
+
+    return part if times == 1 else map_tensors(repeated, part)
 
 
 def _parts(batches: Batches, rows: Ints) -> list[tuple[Inputs, Any]]:

@@ -7,7 +7,7 @@ dtype; while there is one, compiled networks run uncompiled, as they would not s
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,24 @@ class _Mask:
         return factors.view(shape)
 
 
+class _MaskOfParts:
+    """A forward pre-hook that masks every equal part of the batch in a way of its own."""
+
+    def __init__(self, dim: int, dead: Sequence[Collection[int]]) -> None:
+        self._dim, self._dead = dim, dead
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return replace_first(args, kwargs, self._masked)
+
+    def _masked(self, x: Tensor) -> Tensor:
+        gate = x.new_ones(len(self._dead), x.shape[self._dim])
+        for row, indices in zip(gate, self._dead, strict=True):
+            row[list(indices)] = 0
+        shape = [1] * x.ndim
+        shape[0], shape[self._dim] = len(x), x.shape[self._dim]
+        return x * gate.repeat_interleave(len(x) // len(gate), 0).view(shape)
+
+
 class _NormMask(_Mask):
     """The same for a normalisation over channels, which sees the kept ones only."""
 
@@ -99,6 +117,25 @@ class Masks:
         self._set_norms(architecture, units)
         if self._handles:
             self._uncompiled.__enter__()
+
+    def set_parts(
+        self, architecture: PrunedArchitecture, parts: Sequence[tuple[str, Collection[int]]]
+    ) -> None:
+        """Silence, in every equal part of the batches to come, just these units of one group; of
+        groups without normalisations over their units."""
+        self.clear()
+        dead: dict[tuple[str, int], list[Collection[int]]] = {}
+        for number, (name, chosen) in enumerate(parts):
+            for site in architecture.group[name].sites:
+                found = dead.setdefault((site.module, site.dim), [()] * len(parts))
+                found[number] = {*found[number], *site.all_of(chosen)}
+        paths = {path for path, _ in dead}
+        self._lent = patched(self._model, paths)
+        self._handles += through_layers(self._model, paths)
+        for (path, dim), indices in dead.items():
+            module, hook = self._model.get_submodule(path), _MaskOfParts(dim, indices)
+            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        self._uncompiled.__enter__()
 
     def _set_norms(
         self, architecture: PrunedArchitecture, units: Mapping[str, Collection[int]]
