@@ -1,7 +1,8 @@
 """The samples that a network is pruned by: each counted once, some of them held out.
 
 Promises: the same batches give the same split; a sample that comes twice is taken once, so that no
-copy of it is judged by what another copy has taught.
+copy of it is judged by what another copy has taught; a few samples with a little noise on them are
+not taken for many.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ MOST = 1024
 """So many different samples are taken at most: whole data sets may be passed."""
 _HELD_OUT = 5
 """One sample in so many is held out."""
+_CLOSE, _POSITIONS = 0.01, 1024
+"""Samples are copies but for a little noise if they are nearer to each other than this share of how
+far samples lie apart, by so many of their numbers."""
 _ENOUGH = 64
 """Of few samples, rather so many are held out, but never more than half."""
 
@@ -70,6 +74,9 @@ def divided(batches: Iterable[Batch], *, hold_out: bool, most: int = MOST) -> Sa
         copies = f" ({total} with copies)" if total > count else ""
         expected = f"at least {least} different samples"
         raise InvalidField("batches", expected, f"{count}{copies}")
+    if (apart := _apart([(inputs, size, new) for inputs, _, size, new in found], least)) < least:
+        copies = f"{apart} ({count} with copies that differ by less than {_CLOSE:.0%})"
+        raise InvalidField("batches", f"at least {least} different samples", copies)
     every = max(2, min(_HELD_OUT, count // _ENOUGH)) if hold_out else 0
     calibration: list[Batch] = []
     held_out: list[Batch] = []
@@ -102,6 +109,34 @@ def _known(inputs: Inputs, row: int, size: int, seen: set[bytes]) -> bool:
     known = key in seen
     seen.add(key)
     return known
+
+
+def _apart(found: Sequence[tuple[Inputs, int, Sequence[int]]], enough: int) -> int:
+    """How many samples lie apart from each other, counted up to ``enough``.
+
+    What numbers do not tell (tokens, samples of different shapes) counts as apart.
+    """
+    parts = list[Tensor]()
+    for inputs, size, rows in found:
+        own = [x for x in tensors_in(inputs) if x.ndim and len(x) == size]
+        if not own or not all(x.is_floating_point() for x in own):
+            return enough
+        flat = torch.cat([x[list(rows)].detach().flatten(1).float().cpu() for x in own], 1)
+        parts.append(flat[:, :: max(1, flat.shape[1] // _POSITIONS)])
+    if len({part.shape[1] for part in parts}) > 1:
+        return enough
+    samples = torch.cat(parts)
+    samples -= samples.mean(0)
+    drawn = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))
+    some = samples[drawn[:256]]
+    radius = _CLOSE * float(torch.quantile(torch.cdist(some, some).flatten(), 0.9))
+    apart = samples[:1]
+    for sample in samples[1:]:
+        if len(apart) >= enough:
+            break
+        if not bool((torch.cdist(sample[None], apart) < radius).any()):
+            apart = torch.cat([apart, sample[None]])
+    return len(apart)
 
 
 def _rows(value: Any, rows: Sequence[int], size: int) -> Any:

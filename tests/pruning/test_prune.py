@@ -13,6 +13,7 @@ from torch.nn import functional
 from trained import SmallNet, SmallVit, accuracy, batches, digits, trained
 
 import elesh
+from elesh.pruning.samples import divided
 from elesh.trainer import Recorder
 from elesh.trainer.network.gates import GateMeter
 from leyline import InvalidField, Level
@@ -151,6 +152,22 @@ def test_copies_do_not_count_as_samples() -> None:
     with pytest.raises(InvalidField, match=r"different samples.*2 \(512 with copies\)"):
         prune(model, {"macs": 0.5}, batches=[(x[:2].repeat(32, 1, 1, 1), y[:2].repeat(32))] * 8)
     assert unchanged(model, before)
+
+
+def test_a_little_noise_does_not_make_many_samples_of_a_few() -> None:
+    model = trained()
+    before = state_of(model)
+    x, y = batches()[0]
+    noise = 1e-3 * torch.randn(512, *x.shape[1:], generator=torch.Generator().manual_seed(0))
+    noisy = x[:2].repeat(256, 1, 1, 1) + noise
+    with pytest.raises(InvalidField, match=r"different samples.*2 \(512 with copies that"):
+        prune(model, {"macs": 0.5}, batches=[(noisy, y[:2].repeat(256))])
+    assert unchanged(model, before)
+    line = torch.rand(200, 1, generator=torch.Generator().manual_seed(0))
+    assert divided([(line, torch.zeros(200))], hold_out=True).different == 200, "as near as that"
+    tokens = torch.randint(9, (100, 7), generator=torch.Generator().manual_seed(0))
+    batch = ({"tokens": tokens, "seen": torch.ones(100, 7)}, tokens)
+    assert divided([batch], hold_out=True).different > 90
 
 
 def test_labels_that_do_not_agree_with_evaluate_are_refused() -> None:
