@@ -18,7 +18,7 @@ from leyline import IdempotencyKey, Level, read_envelope, unwrap
 from leyline.streams import DECISIONS, OUTCOMES
 
 
-def test_publish_claim_and_settle_work_on_a_server_of_pure_python():
+def test_publish_claim_and_commit_work_on_a_server_of_pure_python():
     async def scenario() -> tuple[Any, ...]:
         bus = Bus(cast(Any, FakeAsyncRedis()), BusSettings())
         await bus.publish(OUTCOMES, outcome(), source="test", event_id="once")

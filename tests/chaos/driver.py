@@ -264,7 +264,7 @@ class Chaos:
         return chance.choice(alive or members)
 
     async def _kill_worker(self, chance: random.Random) -> str:
-        """One that has something in hand, if one has within a while: the others lose nothing."""
+        """One that has something in flight, if one has within a while: the others lose nothing."""
         holders = await asyncio.to_thread(self._caught)
         holding = [member for member in self._workers if member.name in holders]
         member = self._pick(holding or self._workers, chance)

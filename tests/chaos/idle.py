@@ -1,4 +1,4 @@
-"""When some worker had nothing in hand: until then nobody can take over what another one left.
+"""When some worker had nothing in flight: until then nobody can take over what another one left.
 
 Pure: lives, faults and telemetry in, seconds out. Between two entries that follow each other within
 a moment a worker counts as busy.
@@ -44,7 +44,7 @@ def idle_seconds(
     events: Sequence[TelemetryEvent],
     within: Span,
 ) -> float:
-    """For how long of ``within`` at least one worker lived, ran and had nothing in hand."""
+    """For how long of ``within`` at least one worker lived, ran and had nothing in flight."""
     frozen: dict[str, list[Span]] = {}
     for fault in faults:
         if fault.kind is Kind.FREEZE_WORKER:
@@ -59,7 +59,7 @@ def idle_seconds(
 
 
 def _held(events: Iterable[TelemetryEvent]) -> Mapping[str, list[Span]]:
-    """When each worker had something in hand; what has no end lasts until it begins another."""
+    """When each worker had something in flight; what has no end lasts until it begins another."""
     held: dict[str, list[Span]] = {}
     open_: dict[str, tuple[str, float]] = {}
     for event in sorted(events, key=lambda event: event.at):

@@ -77,7 +77,7 @@ def test_a_kill_is_counted_as_a_crash_and_taken_over_within_a_lease(station: Sta
     other.child.resume()
     station.wait_decisions(1)
     took = time.monotonic() - killed
-    assert took < 60.0, "a lease of two seconds, a sweep, and much room; else five minutes"
+    assert took < 60.0, "a lease of two seconds, a reaping pass, and much room; else five minutes"
     (reclaimed,) = station.telemetry("reclaimed")
     assert f"crash: of {holder.name}" in reclaimed.detail
     assert [event.figures["deliveries"] for event in station.telemetry("received")] == [1.0, 2.0]
@@ -112,7 +112,7 @@ def test_an_idle_fleet_sends_at_most_two_commands_a_second_for_each_worker(
 ) -> None:
     """On a server that nobody else uses, so that every command counts, keyless ones, too.
 
-    Greetings of new connections are over once each worker has beaten into the register again.
+    Greetings of new connections are over once each worker has written its heartbeat again.
     """
     server = Server(tmp_path / "server").start()
     station = Station(server.url, "idle", tmp_path)

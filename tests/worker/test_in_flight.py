@@ -299,7 +299,7 @@ def test_a_lost_lease_ends_the_one_analysis_only(station: Station) -> None:
     asyncio.run(scenario())
 
 
-def test_turns_of_one_name_come_in_order_and_others_do_not_wait() -> None:
+def test_tasks_of_one_key_come_in_order_and_others_do_not_wait() -> None:
     came: list[str] = []
 
     async def take(order: KeyedLocks, name: str, number: int) -> None:
@@ -342,7 +342,7 @@ def test_only_who_waits_for_a_long_analysis_is_told(monkeypatch: pytest.MonkeyPa
     assert came == [1]
 
 
-def test_a_turn_that_is_waited_for_no_more_is_free() -> None:
+def test_a_lock_that_is_waited_for_no_more_is_free() -> None:
     async def scenario() -> None:
         order = KeyedLocks(lambda: False)
 

@@ -70,7 +70,7 @@ def test_two_ranks_become_one_mask_that_changes_no_output(station: Station) -> N
 
 
 @pytest.mark.slow
-def test_asking_again_settles_nothing_new(station: Station) -> None:
+def test_asking_again_commits_nothing_new(station: Station) -> None:
     station.worker()
     model = network()
     request = ask(station, model)

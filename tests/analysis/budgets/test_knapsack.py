@@ -64,7 +64,7 @@ def test_the_budget_is_met_where_it_can_be_and_near_the_best_cut(seed: int, shar
         return
     assert fit.after == model.total(fit.lost) <= target
     damage = sum(sum(curves[name].costs[:count]) for name, count in fit.lost.items())
-    # Greedy overshoots by less than one step of the dearest unit that it took.
+    # Greedy overshoots by less than one step of the most expensive unit that it took.
     assert damage <= optimum + 2 * max(max(c.costs) for c in curves.values())
 
 

@@ -14,7 +14,7 @@ from elesh.bus.server.client import open_client
 from elesh.settings import BusSettings
 
 
-def test_results_that_are_settled_side_by_side_need_one_connection(tmp_path: Path) -> None:
+def test_results_that_are_committed_side_by_side_need_one_connection(tmp_path: Path) -> None:
     """Each with its own fence and record: two of them are for one key, one is not ours any more."""
     server = Server(tmp_path).start()
 

@@ -104,7 +104,7 @@ def test_damaged_state_is_told_or_passed_over_and_the_next_message_is_decided(wi
     with_bus(scenario)
 
 
-def test_who_sweeps_and_whose_a_run_is_for_ever_is_nobody_s_word(with_bus):
+def test_who_reaps_and_whose_a_run_is_for_ever_is_nobody_s_word(with_bus):
     async def scenario(bus: Bus) -> None:
         await bus._client.hset(bus.keys.named("reaper"), "holder", "somebody")
         await bus._client.hset(bus.keys.named("claim", "run"), "token", "somebody")

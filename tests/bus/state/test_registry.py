@@ -33,7 +33,7 @@ def test_a_worker_is_there_while_it_is_heard_of_and_gone_afterwards(with_bus: An
     with_bus(scenario)
 
 
-def test_a_beat_that_says_less_leaves_nothing_of_the_one_before(with_bus: Any) -> None:
+def test_a_heartbeat_that_says_less_leaves_nothing_of_the_one_before(with_bus: Any) -> None:
     async def scenario(bus: Bus) -> None:
         await bus.registry.heartbeat(STATE, seconds=60)
         await bus.registry.heartbeat(WorkerState(worker_id="w1"), seconds=60)

@@ -63,7 +63,7 @@ def test_records_live_for_their_time_and_not_for_ever(with_bus):
     with_bus(scenario, record_ttl_seconds=100)
 
 
-def test_a_second_settle_of_the_same_key_is_a_duplicate(with_bus):
+def test_a_second_commit_of_the_same_key_is_a_duplicate(with_bus):
     async def scenario(bus: Bus) -> None:
         await publish(bus, 1, 1)
         first, second = await claim(bus, count=2)
@@ -154,7 +154,7 @@ def test_many_workers_on_the_same_checkpoint_make_one_decision(with_bus, redis_u
 @settings(max_examples=15, deadline=None)
 @given(plan=st.lists(st.tuples(st.integers(1, 3), st.sampled_from(["one", "two"])), max_size=8))
 def test_settling_follows_its_model(redis_url, plan):
-    """Whatever is settled in whatever order: the first content of a key wins, once."""
+    """Whatever is committed in whatever order: the first content of a key wins, once."""
 
     async def scenario() -> None:
         bus = await Bus.connect(redis_url, BusSettings(partition="model"))
@@ -217,7 +217,7 @@ def test_only_dead_letters_are_read_as_such(with_bus):
     with_bus(scenario)
 
 
-def test_what_was_settled_survives_that_the_server_is_killed(tmp_path):
+def test_what_was_committed_survives_that_the_server_is_killed(tmp_path):
     async def before(url: str) -> None:
         bus = await Bus.connect(url, BusSettings())
         await bus._client.config_set("appendfsync", "always")

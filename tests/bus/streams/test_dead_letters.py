@@ -26,7 +26,7 @@ async def actions(bus: Bus) -> list[OperatorAction]:
     return found  # type: ignore[return-value]
 
 
-def test_a_redriven_letter_is_its_original_again_with_bytes_and_trace(with_bus):
+def test_a_redriven_dead_letter_is_its_original_again_with_bytes_and_trace(with_bus):
     async def scenario(bus: Bus) -> None:
         (dead,) = await dead_lettered(bus, 7)
         (original,) = await bus.read(OUTCOMES)
@@ -45,7 +45,7 @@ def test_a_redriven_letter_is_its_original_again_with_bytes_and_trace(with_bus):
     with_bus(scenario)
 
 
-def test_a_letter_is_redriven_once_however_many_ask_at_once(with_bus):
+def test_a_dead_letter_is_redriven_once_however_many_ask_at_once(with_bus):
     async def scenario(bus: Bus) -> None:
         (dead,) = await dead_lettered(bus, 1)
         asked = (bus.dead_letters.redrive(dead.entry_id, f"jo-{n}") for n in range(8))
@@ -59,7 +59,7 @@ def test_a_letter_is_redriven_once_however_many_ask_at_once(with_bus):
     with_bus(scenario)
 
 
-def test_a_dropped_letter_is_gone_and_the_audit_stream_says_who_did_it(with_bus):
+def test_a_dropped_dead_letter_is_gone_and_the_audit_stream_says_who_did_it(with_bus):
     async def scenario(bus: Bus) -> None:
         first, second = await dead_lettered(bus, 1, 2)
         await bus.dead_letters.drop(first.entry_id, "jo@here", "sent by mistake")
@@ -75,7 +75,7 @@ def test_a_dropped_letter_is_gone_and_the_audit_stream_says_who_did_it(with_bus)
 
 
 @pytest.mark.parametrize("wrong", ["", "-", "12", "1-1; FLUSHALL", "9999999999999-0"])
-def test_a_letter_that_is_none_is_named(with_bus, wrong):
+def test_a_dead_letter_that_is_none_is_named(with_bus, wrong):
     async def scenario(bus: Bus) -> None:
         await dead_lettered(bus, 1)
         for action in (bus.dead_letters.get, lambda text: bus.dead_letters.redrive(text, "jo")):
@@ -86,7 +86,7 @@ def test_a_letter_that_is_none_is_named(with_bus, wrong):
     with_bus(scenario)
 
 
-def test_what_is_no_letter_is_listed_and_can_only_be_dropped(with_bus):
+def test_what_is_no_dead_letter_is_listed_and_can_only_be_dropped(with_bus):
     async def scenario(bus: Bus) -> None:
         await bus._client.xadd(
             DEAD.key(bus.partition), {"envelope": encode(wrap(outcome(), source="x"))}

@@ -78,7 +78,7 @@ def test_a_renewal_reports_what_was_lost_and_does_not_steal_it_back(with_bus):
     with_bus(scenario)
 
 
-def test_a_sweep_goes_on_where_the_last_one_ended(with_bus, monkeypatch):
+def test_a_reaping_pass_goes_on_where_the_last_one_ended(with_bus, monkeypatch):
     """Pages of two: entries deep down have their turn although those before them never expire."""
     monkeypatch.setattr("elesh.bus.streams.consumer_groups._SCAN", 2)
 

@@ -41,7 +41,7 @@ def losses(model: nn.Module, data: Data) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["own", "native", "BERT"])
 @pytest.mark.sampled
-def test_a_masked_heads_rise_is_that_of_the_surgeons_mask(name: str) -> None:
+def test_a_masked_heads_loss_increase_is_that_of_the_surgeons_mask(name: str) -> None:
     model, data = build(name), data_for(name)
     recorder = Recorder(model, inputs(name))
     groups, rows = heads_of(recorder), np.array([0, 7, 9, 12, 23])
@@ -56,7 +56,7 @@ def test_a_masked_heads_rise_is_that_of_the_surgeons_mask(name: str) -> None:
             assert np.abs(loss_increases).max() > 1e-4
 
 
-def test_where_every_sample_is_masked_the_rise_is_measured_and_not_predicted(
+def test_where_every_sample_is_masked_the_increase_is_measured_and_not_predicted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("elesh.trainer.calibration.head_ablation.PASSES", 100)

@@ -65,7 +65,7 @@ class LastIsABlock(nn.Module):
         return self.fc(self.block(torch.relu(self.stem(x))).mean((2, 3)))
 
 
-def test_a_layers_predicted_rise_is_exact_where_outputs_are_linear_and_have_two_classes() -> None:
+def test_a_layers_predicted_loss_increase_is_exact_for_linear_outputs_of_two_classes() -> None:
     torch.manual_seed(1)
     model = LastIsABlock().eval()
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_a_layers_predicted_rise_is_exact_where_outputs_are_linear_and_have_two_
     assert abs(second_order - loss_increases.mean().item()) > 1e-3
 
 
-def test_layers_have_no_predicted_rise_where_samples_have_no_margins() -> None:
+def test_layers_have_no_predicted_loss_increase_where_samples_have_no_margins() -> None:
     recorder = Recorder(made("ResNet"), example(), loss=nn.functional.cross_entropy)
     layers = recorder.measure(batches(1), epoch=1).layers.values()
     assert [data.removal_rise for data in layers] == [None, None]

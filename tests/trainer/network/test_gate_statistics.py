@@ -60,7 +60,7 @@ def keep_halved(model: nn.Module, sites: tuple[GateSite, ...], units: Collection
         model.get_submodule(site.module).register_forward_pre_hook(halve(site))
 
 
-@pytest.mark.parametrize("ahead", [0, 0.4], ids=["here", "half way"])
+@pytest.mark.parametrize("ahead", [0, 0.4], ids=["here", "midpoint"])
 @pytest.mark.parametrize("name", SITES)
 @pytest.mark.sampled
 def test_projections_are_the_derivatives_of_random_projections_of_the_outputs(
@@ -149,7 +149,7 @@ def test_sampled_labels_give_the_fisher_diagonal_of_the_models_own_predictions()
     assert np.allclose(bundle.gates["0"].second_order, exact, rtol=0.1, atol=1e-6)
 
 
-def test_the_predicted_rise_is_exact_where_the_outputs_are_linear_and_have_two_classes() -> None:
+def test_the_predicted_loss_increase_is_exact_for_linear_outputs_of_two_classes() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(768, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
     data = [(3 * x, y % 2) for x, y in batches(3)]
@@ -196,7 +196,7 @@ def test_two_classes_have_one_rival_and_no_variance() -> None:
     assert (rival_direction(logits, labels) == 0).all()
 
 
-def test_only_single_labels_and_the_default_loss_have_a_predicted_rise() -> None:
+def test_only_single_labels_and_the_default_loss_have_a_predicted_loss_increase() -> None:
     own = measured(build("Vgg"), loss=functional.cross_entropy)
     assert all(gate.removal_rise is None for gate in own.gates.values())
     assert all(gate.removal_rise is not None for gate in measured(build("Vgg")).gates.values())

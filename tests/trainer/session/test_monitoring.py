@@ -91,7 +91,7 @@ def test_a_cut_that_stands_its_watch_is_kept_and_no_longer_evaluated() -> None:
     assert (outcome.result, outcome.watched, outcome.accuracy_after) == ("applied", 0, 0.91)
 
     def never() -> Any:
-        raise AssertionError("nothing is on probation")
+        raise AssertionError("nothing is monitored")
 
     assert run.watch(63, never) == []
 
@@ -183,7 +183,7 @@ def test_an_error_of_the_evaluation_while_monitored_leaves_the_cut_for_the_next_
 
 
 def two_cuts(mode: str) -> tuple[Run, World, list[str]]:
-    """Two cuts on probation, the second from .80 to .79; and the states before each."""
+    """Two monitored cuts, the second from .80 to .79; and the states before each."""
     run, world = trained(rollback=mode)
     states = [world.digest()]
     cut(run, world, 1, accuracy=0.9)

@@ -1,4 +1,4 @@
-"""Redistribution keeps what the kept channels predict, and nothing else changes."""
+"""Weight reconstruction keeps what the kept channels predict, and nothing else changes."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ def test_a_child_that_holds_the_interpreter_lock_is_busy_and_not_wedged(
     doing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("elesh.worker.compute.protocol._SILENT_SECONDS", 1.0)
-    heartbeat = HeartbeatReader(tmp_path / "pulse")
+    heartbeat = HeartbeatReader(tmp_path / "heartbeat")
     child = psutil.Popen(
         [sys.executable, "-c", HOLD_LOCK, str(heartbeat.path), doing],
         stdin=-1, stdout=-1,
