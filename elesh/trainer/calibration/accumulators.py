@@ -85,6 +85,8 @@ def inner_products(second: Tensor, site: GateSite, size: int, *, by_element: boo
         second: [C, C].
         by_element: [W, W] of all their channels; else [size, size], summed over a unit's width.
     """
+    if site.width == 1 and site.start == 0 and site.indices is None and size == len(second):
+        return second
     across = by_unit(second, site, size).movedim(0, -1)
     both = by_unit(across, site, size)  # [size, width, size, width]
     if by_element:
@@ -115,12 +117,15 @@ class InputTally:
         self.steady = self.steady + share * positions * _doubles(x.mean(1).square().sum(0))
         total = gradient.sum(1)
         summed = _squares(total)
-        self.summed = self.summed + summed
+        self.summed = self.summed + summed if self.calls else summed
         count = positions_to_read(positions, width, samples)
         read = positions_drawn(positions, count, self.calls)
         self.calls += 1
         if read is None:
-            self.left = self.left + _squares(gradient) - summed / positions
+            left = _squares(gradient)
+            left += self.left
+            left -= summed / positions
+            self.left = left
         else:
             apart = gradient[:, read.to(gradient.device)] - total[:, None] / positions
             self.left = self.left + _squares(apart) * (positions / len(read))
@@ -143,8 +148,11 @@ class InputTally:
         rows, first, second = entered
         raw = first / rows
         means = raw * centred
+        moments = second / rows
+        if centred:
+            moments -= np.outer(means, means)
         fields = {
-            "input_moments": second / rows - np.outer(means, means),
+            "input_moments": moments,
             "input_means": means,
             "sample_moments": np.asarray(self.steady) / rows - means**2,
             "input_slopes": np.stack([self.summed / samples, self.left / samples]),
@@ -356,6 +364,8 @@ class GroupTally:
             )
             for number, site in enumerate(sites)
         ]
+        if len(found) == 1:
+            return {name: single(values)[None] for name, values in found[0].items()}
         return {name: np.stack([single(site[name]) for site in found]) for name in found[0]}
 
     def _entered(self, entered: Entered, site: GateSite) -> tuple[int, Doubles, Doubles]:
@@ -448,7 +458,7 @@ def cosines(gram: Tensor) -> npt.NDArray[np.float32]:
     norms[norms == 0] = 1.0
     cosines: Doubles = inner / np.outer(norms, norms)
     np.fill_diagonal(cosines, np.where(np.isnan(np.diag(cosines)), np.nan, 1.0))
-    return single(np.clip(cosines, -1.0, 1.0))
+    return single(np.clip(cosines, -1.0, 1.0, out=cosines))
 
 
 def single(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
