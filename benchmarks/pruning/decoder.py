@@ -97,7 +97,7 @@ class Subject:
         model = copy.deepcopy(self.model)
         surgeon = Surgeon(model, self.architecture, restore_points=0)
         inputs = torch.cat([inputs for inputs, _ in self.calibration])
-        before = outputs_before(model, self.architecture, inputs) if refit else None
+        before = outputs_before(model, self.architecture, [(inputs, None)]) if refit else None
         if units:
             surgeon.cut(units, reconstruct=self.refitting.covariance if refit else None)
         if layers:

@@ -37,6 +37,7 @@ from leyline.messages.decisions import (
 from leyline.messages.events import (
     AnalysisMetrics,
     BreakerTransition,
+    CutFallback,
     DeadLetter,
     OperatorAction,
     PruningOutcome,
@@ -134,6 +135,7 @@ __all__ = [
     "CheckpointReady",
     "Conflict",
     "ContractError",
+    "CutFallback",
     "DeadLetter",
     "DigestMismatch",
     "EventEnvelope",

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from elesh.analysis import counted_groups, phase_at
+from elesh.analysis.pruning_set.draft import Cut as RemovedSet
 from elesh.observe import span
 from elesh.pruning.latency import compared
 from elesh.settings import SafetySchedule, Settings
 from elesh.trainer import Evaluation, Recorder, Session, Surgeon
 from elesh.trainer.export import Exporter, calibration_inputs, is_worth_exporting
+from elesh.trainer.session.apply import present_form, refusal
 from elesh.trainer.surgery.after_cut import InputCovariance
 from leyline import (
     CheckpointBundle,
@@ -88,7 +90,8 @@ class Observer(Protocol):
 class Cut:
     """What one cut was predicted to cost, and what worker and trainer measured under its mask.
 
-    The two measure on samples of their own, and the trainer some epochs later.
+    Worker and trainer measure on samples of their own, and the trainer some epochs later; what is
+    predicted is of the trainer's samples, just before its mask.
     """
 
     epoch: int
@@ -112,7 +115,9 @@ class Cut:
         return drop is None or self.low - 1e-9 <= drop <= self.high + 1e-9
 
     @classmethod
-    def of(cls, decision: StructuralPruningDecision, outcome: PruningOutcome) -> Cut | None:
+    def of(
+        cls, decision: StructuralPruningDecision, outcome: PruningOutcome, predicted: float | None
+    ) -> Cut | None:
         """The cut of a decision, where a worker measured it and let some of it pass."""
         found = decision.safety.verification
         if found is None or not found.kept:
@@ -122,7 +127,7 @@ class Cut:
             levels=_levels_of(decision),
             proposed=found.proposed,
             kept=found.kept,
-            predicted_loss_rise=found.predicted_loss_rise,
+            predicted_loss_rise=predicted,
             worker_loss_rise=found.loss_rise,
             trainer_loss_rise=_difference(outcome.loss_masked, outcome.loss_before),
             worker_accuracy_drop=found.accuracy_drop,
@@ -149,6 +154,8 @@ class Report:
     after: Evaluation
     decisions: list[StructuralPruningDecision] = field(default_factory=list)
     outcomes: dict[str, PruningOutcome] = field(default_factory=dict)
+    predicted: dict[str, float | None] = field(default_factory=dict)
+    """By key, the rise of the loss of validation samples (:meth:`Training._predicted`)."""
     unanswered: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     missed: int = 0
@@ -166,7 +173,11 @@ class Report:
     @property
     def cuts(self) -> list[Cut]:
         """The cuts that workers measured, in the order of their decisions."""
-        found = [Cut.of(d, self.outcomes[d.idempotency_key]) for d in self.decisions]
+        keys = [d.idempotency_key for d in self.decisions]
+        found = [
+            Cut.of(decision, self.outcomes[key], self.predicted.get(key))
+            for decision, key in zip(self.decisions, keys, strict=True)
+        ]
         return [cut for cut in found if cut is not None]
 
 
@@ -327,6 +338,7 @@ class Training:
         for decision in self.session.decisions():
             if decision.approved_for_application and self._before is None:
                 self._before = self.evaluate(self.data.held_out)
+            predicted = self._predicted(decision)
             outcome = self.session.apply(
                 decision,
                 self.surgeon,
@@ -335,10 +347,26 @@ class Training:
                 batches=self.data.calibration(),
             )
             self._report.decisions.append(decision)
+            self._report.predicted[decision.idempotency_key] = predicted
             self._report.outcomes[decision.idempotency_key] = outcome
             if outcome.result == "applied":
                 self.recorder.architecture = self.surgeon.architecture
             self._observer.on_decision(decision, outcome)
+
+    def _predicted(self, decision: StructuralPruningDecision) -> float | None:
+        """By how much the decision is predicted to raise the loss of the samples that the trainer
+        judges by, in nats. What it says itself is of training samples: the network knows those by
+        heart, and next to nothing happens to their loss. None where nothing will be cut."""
+        now = self.surgeon.architecture
+        if refusal(decision, now) is not None:
+            return None
+        decision, _ = present_form(decision, now)
+        validation = self.data.validation
+        bundle = self.recorder.measure(
+            [(validation.images, validation.labels)], epoch=decision.epoch
+        )
+        targets = (*decision.channels, *decision.attention_heads, *decision.layers)
+        return RemovedSet.of(bundle, targets, decision.statistics.scorer).loss_rise
 
     def _covariance(self, decision: StructuralPruningDecision) -> InputCovariance:
         """For a decision that comes after another cut or a rollback."""

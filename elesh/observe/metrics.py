@@ -33,6 +33,7 @@ __all__ = [
     "Reading",
     "SAVED_MACS",
     "SAVED_PARAMETERS",
+    "TRAINER_FALLBACKS",
     "gauge",
     "p95",
     "setup_metrics",
@@ -81,6 +82,12 @@ SAVED_MACS = _meter.create_counter(
 FALLBACKS = _meter.create_counter(
     "elesh.fallbacks",
     description="Fallbacks of the failure table that were taken; by name.",
+)
+TRAINER_FALLBACKS = _meter.create_counter(
+    "elesh.trainer.fallbacks",
+    description="What trainers did with less than was asked for, as they reported it: cuts that "
+    "were shortened or went without a part of reconstruction, checkpoints measured on fewer "
+    "samples; by name.",
 )
 DEAD_LETTERS = _meter.create_counter(
     "elesh.dead_letters", description="Messages that could not be served; by code."

@@ -30,7 +30,7 @@ from elesh.settings import Settings
 from elesh.trainer import Evaluation, MeasuredCheckpoint, Recorder, Surgeon
 from elesh.trainer.calibration.losses import Loss
 from elesh.trainer.goals import Goals
-from elesh.trainer.network.calling import batch_size, device_of, joined, map_tensors
+from elesh.trainer.network.calling import batch_size, device_of, map_tensors
 from elesh.trainer.surgery.after_cut import reestimate_batch_statistics, soften_outputs
 from elesh.trainer.surgery.layer_by_layer import (
     OutputsBefore,
@@ -380,7 +380,7 @@ class _Work:
         covariance = bundle.covariance if isinstance(bundle, MeasuredCheckpoint) else None
         key, whole = f"prune: {name}", surgeon.architecture
         if covariance is not None and self._outputs is None:
-            self._outputs = outputs_before(surgeon.model, whole, joined(self.batches)[0])
+            self._outputs = outputs_before(surgeon.model, whole, self.batches)
         outputs = self._outputs and self._outputs.without(whole, decision.units)
         if decision.units:
             surgeon.cut(decision.units, key=key, reconstruct=covariance)
@@ -388,8 +388,9 @@ class _Work:
             surgeon.cut_layers(layers, key=key)
         if covariance is not None and outputs is not None:
             self.progress.doing(f"{name}: solving the layers that read what is left")
-            solved_layer_by_layer(surgeon.model, outputs)
-            reestimate_batch_statistics(surgeon.model, self.batches)
+            solved_layer_by_layer(surgeon.model, outputs, batch_statistics=True)
+            if not outputs.whole:
+                reestimate_batch_statistics(surgeon.model, self.batches)
         self.progress.doing(f"{name}: measuring the cut")
         found, refused = self.judge.now()
         units = sum(map(len, decision.units.values()))

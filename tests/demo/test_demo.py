@@ -31,8 +31,9 @@ def test_every_cut_was_measured_by_a_worker_and_by_the_trainer(recorded: Recorde
     applied = [cut for cut in recorded.figures["cuts"] if cut["trainer_accuracy_drop"] is not None]
     assert applied
     assert all(cut["low"] <= cut["worker_accuracy_drop"] <= cut["high"] for cut in applied)
-    assert all(cut["predicted_loss_rise"] is not None for cut in applied)
-    title = "Cuts: loss rise in thousandths and accuracy drop, predicted and measured"
+    predicted = [cut["predicted_loss_rise"] for cut in applied]
+    assert all(rise is not None and abs(rise) > 1e-5 for rise in predicted), "nothing to be seen"
+    title = "Cuts: loss rise in thousandths and accuracy drop, on samples not trained on"
     assert title in recorded.output
 
 

@@ -126,7 +126,7 @@ class Station:
 
         return self.on_bus(action)
 
-    def report(self, decision: StructuralPruningDecision, result: str) -> None:
+    def report(self, decision: StructuralPruningDecision, result: str, **more: Any) -> None:
         """Say, as a trainer does, what became of a decision."""
         outcome = PruningOutcome.model_validate(
             {
@@ -134,6 +134,7 @@ class Station:
                 "run_id": "run",
                 "epoch": decision.epoch,
                 "result": result,
+                **more,
             }
         )
         self.on_bus(lambda bus: send(bus, OUTCOMES, outcome))

@@ -33,6 +33,10 @@ def _is_none(value: object) -> bool:
     return value is None
 
 
+def _is_empty(value: tuple[str, ...]) -> bool:
+    return not value
+
+
 def _sorted(items: dict[str, V]) -> dict[str, V]:
     return dict(sorted(items.items()))  # equal messages are equal bytes
 
@@ -106,6 +110,11 @@ class BreakerTransition(Message):
     at: Moment
 
 
+CutFallback = Literal["not_reconstructed", "statistics_not_estimated", "layers_not_solved"]
+"""What reads the kept units was not refitted; batch statistics stayed; layers were refitted by the
+covariance alone."""
+
+
 class PruningOutcome(Message):
     """What became of a decision on the trainer's side; feeds the breakers."""
 
@@ -143,6 +152,9 @@ class PruningOutcome(Message):
     shortened_to: Fraction | None = Field(default=None, exclude_if=_is_none)
     """The share of the decision's units and layers that went, where all of them cost more at once
     than the trainer allows."""
+    fallbacks: tuple[CutFallback, ...] = Field(default=(), exclude_if=_is_empty)
+    """What the cut went without, though the decision or the trainer's settings have it; ``detail``
+    says why."""
     rolled_back_epoch: Epoch | None = Field(default=None, exclude_if=_is_none)
     """The epoch at which a cut was taken back that had been made before."""
     undone_with: DecisionKey | None = Field(default=None, exclude_if=_is_none)

@@ -392,8 +392,9 @@ def _emptied(containers: list[Any]) -> None:
 def _is_left_alone(thing: object) -> bool:
     """Parameters are known by themselves, too, not only by their type."""
     kind: Any = type(thing)
-    known = isinstance(thing, Tensor) and isinstance(thing, nn.Parameter)
-    return known or _type_is_left_alone(kind)
+    return _type_is_left_alone(kind) or (
+        isinstance(thing, Tensor) and isinstance(thing, nn.Parameter)
+    )
 
 
 @functools.lru_cache(4096)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from elesh.observe import get_logger, span
 from elesh.settings import RollbackTriggers
-from elesh.trainer.network.calling import batch_size, joined, tensors_in
+from elesh.trainer.network.calling import batch_size, tensors_in
 from elesh.trainer.network.state import preserved
 from elesh.trainer.network.timing import call_seconds
 from elesh.trainer.recovery.evaluation import Evaluation, checked, failed_check
@@ -29,7 +29,7 @@ from elesh.trainer.surgery.after_cut import (
 )
 from elesh.trainer.surgery.layer_by_layer import OutputsBefore, layer_solutions, outputs_before
 from elesh.trainer.surgery.surgeon import Surgeon
-from leyline import PrunedArchitecture, PruningOutcome, StructuralPruningDecision
+from leyline import CutFallback, PrunedArchitecture, PruningOutcome, StructuralPruningDecision
 
 from .carry_over import carried_over, shortened
 
@@ -148,6 +148,9 @@ def check_and_cut(
     limit = trigger_of(decision, triggers)
     refit = _Refit.of(decision, surgeon, reconstruct, redistribute, batches)
     notes = tuple(part for part in (said, refit.said) if part)
+    if refit.fallbacks:
+        key = decision.idempotency_key
+        _log.warning("cut fell back", key=key, fallback=refit.fallbacks[0], reason=refit.said)
     check = _Check(decision, surgeon, evaluate, limit, refit, notes)
     return (
         check.plain(now)
@@ -180,11 +183,12 @@ class _Check:
         self._samples = 0
         """That the last evaluation showed the network."""
         self._refit, self._notes = refit, notes
-        self._statistics: dict[str, Tensor] = {}
+        self._fallbacks: tuple[CutFallback, ...] = refit.fallbacks
+        self._statistics: Mapping[str, Tensor] = {}
         """Of batch normalisations, as they are after the cut, in present sizes."""
         self._outputs: OutputsBefore | None = None
         """Of layers, before anything is masked."""
-        self._solved: dict[str, Tensor] = {}
+        self._solved: Mapping[str, Tensor] = {}
         """Parameters that were solved layer by layer under the mask, in present sizes."""
 
     def plain(self, known: Evaluation | None = None) -> PruningOutcome | None:
@@ -278,17 +282,18 @@ class _Check:
         if self._refit.samples and self._outputs is None:
             try:
                 samples = _first(self._refit.samples, _STATISTICS)
-                self._outputs = outputs_before(model, now, joined(samples)[0])
+                self._outputs = outputs_before(model, now, samples)
             except Exception as error:
                 self._not_solved(error)
 
     def _solve_layers(self) -> None:
         """Under the mask, solve layers one behind the other for what they put out without it."""
-        self._solved = {}
+        self._solved, self._statistics = {}, {}
         if self._outputs is not None:
             try:
                 skip = self._refit.skip
-                self._solved = layer_solutions(self._surgeon.model, self._outputs, skip=skip)
+                found = layer_solutions(self._surgeon.model, self._outputs, skip=skip)
+                self._solved, self._statistics = found.parameters, found.statistics
             except Exception as error:
                 self._not_solved(error)
             self._surgeon.refit_masked(self._solved)
@@ -297,17 +302,27 @@ class _Check:
         """The cut is refitted by the covariance alone; the network is as it was."""
         self._refit, self._outputs = replace(self._refit, samples=()), None
         reason = f"layers not solved one behind the other: {type(error).__name__}: {error}"
-        self._notes += (reason[:_LONGEST],)
-        _log.warning("layers not solved", key=self._decision.idempotency_key, reason=reason)
+        self._fall_back("layers_not_solved", reason[:_LONGEST])
+
+    def _fall_back(self, name: CutFallback, reason: str) -> None:
+        """The cut goes without something: a field and words of the outcome, a line in the log."""
+        if name not in self._fallbacks:
+            self._fallbacks += (name,)
+        self._notes += (reason,)
+        _log.warning(
+            "cut fell back", key=self._decision.idempotency_key, fallback=name, reason=reason
+        )
 
     def _estimate_statistics(self) -> dict[str, Tensor]:
         """Give batch normalisations the statistics that they have under the mask; what they had."""
         model, batches = self._surgeon.model, self._refit.batches
         if not batches:
-            return {}
-        self._statistics = estimated_batch_statistics(model, _first(batches, _STATISTICS))
-        if not self._statistics:
-            self._notes += ("batch statistics not estimated anew: batches are too small",)
+            self._statistics = {}
+        elif not self._statistics:  # not known from the pass that solved the layers
+            self._statistics = estimated_batch_statistics(model, _first(batches, _STATISTICS))
+        if batches and not self._statistics:
+            reason = "batch statistics not estimated anew: batches are too small"
+            self._fall_back("statistics_not_estimated", reason)
         return put_batch_statistics(model, self._statistics)
 
     def _mask_acts(self) -> bool:
@@ -347,7 +362,9 @@ class _Check:
         after = self._surgeon.architecture if result == "applied" else before
         detail = detail or "; ".join(dict.fromkeys(self._notes))
         outcome = outcome_of(self._decision, before, after, result, detail, self._figures)
-        return outcome.model_copy(update=self._more) if result == "applied" else outcome
+        if result != "applied":
+            return outcome
+        return outcome.model_copy(update={**self._more, "fallbacks": self._fallbacks})
 
     def _measure(self, name: str, step: str) -> Evaluation:
         self._samples, model = 0, self._surgeon.model
@@ -427,6 +444,8 @@ class _Refit:
     """By which layers are solved one behind the other; empty: they are not."""
     said: str = ""
     """What is not as the decision has it."""
+    fallbacks: tuple[CutFallback, ...] = ()
+    """The names of what is left out."""
 
     @classmethod
     def of(
@@ -446,13 +465,16 @@ class _Refit:
             covariance = covariance()
             said.append("input covariance measured anew")
         if covariance is None or covariance.model_hash != surgeon.architecture.model_hash:
-            return cls(said="not reconstructed: no input covariance of this network is at hand")
+            reason = "not reconstructed: no input covariance of this network is at hand"
+            return cls(said=reason, fallbacks=("not_reconstructed",))
+        without: tuple[CutFallback, ...] = ()
         if asked.batch_statistics and not batches:
             said.append("batch statistics not estimated anew: no calibration batches were given")
+            without = ("statistics_not_estimated",)
         estimated = batches if asked.batch_statistics else ()
         # Layers are solved behind normalisations that take the samples' statistics.
         samples = estimated if has_batch_statistics(surgeon.model) else batches
-        return cls(covariance, asked.skip, estimated, samples, "; ".join(said))
+        return cls(covariance, asked.skip, estimated, samples, "; ".join(said), without)
 
 
 def trigger_of(decision: StructuralPruningDecision, triggers: RollbackTriggers) -> float:

@@ -61,6 +61,7 @@ __all__ = [
     "CovarianceSums",
     "InputCovariance",
     "Moments",
+    "batch_norms",
     "estimated_batch_statistics",
     "has_batch_statistics",
     "merged_covariance",
@@ -306,7 +307,7 @@ def reestimate_batch_statistics(model: nn.Module, batches: Iterable[tuple[Any, A
     Returns:
         How many normalisations were set; 0, without a pass, where there are none.
     """
-    norms = list(_tracking(model).values())
+    norms = list(batch_norms(model).values())
     if not norms:
         return 0
     before = [(m, m.momentum, m.num_batches_tracked.clone()) for m in norms]  # type: ignore[union-attr]
@@ -342,10 +343,10 @@ def reestimate_batch_statistics(model: nn.Module, batches: Iterable[tuple[Any, A
 
 def has_batch_statistics(model: nn.Module) -> bool:
     """Whether there is anything for :func:`reestimate_batch_statistics` to set."""
-    return bool(_tracking(model))
+    return bool(batch_norms(model))
 
 
-def _tracking(model: nn.Module) -> dict[str, _BatchNorm]:
+def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     """The batch normalisations with running statistics, by path. None where they synchronise with
     other processes, which do not run this pass."""
     norms = {
@@ -382,7 +383,7 @@ def put_batch_statistics(model: nn.Module, statistics: Mapping[str, Tensor]) -> 
 def _statistics(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{path}.{name}" if path else name: getattr(norm, name)
-        for path, norm in _tracking(model).items()
+        for path, norm in batch_norms(model).items()
         for name in ("running_mean", "running_var")
     }
 

@@ -15,14 +15,14 @@ many inputs is left as it is. Batch normalisations take the statistics of the sa
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import unfold
+from torch.nn.functional import pad
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from elesh.trainer.network.calling import (
@@ -30,15 +30,23 @@ from elesh.trainer.network.calling import (
     batch_size,
     call,
     device_of,
+    joined,
     map_tensors,
     replace_first,
 )
 from elesh.trainer.network.layers import is_transposed_linear
 from elesh.trainer.network.positions import positions_drawn
 from elesh.trainer.network.state import Uncompiled, evaluated, preserved
+from elesh.trainer.surgery.after_cut import batch_norms, put_batch_statistics
 from leyline import PrunedArchitecture
 
-__all__ = ["OutputsBefore", "layer_solutions", "outputs_before", "solved_layer_by_layer"]
+__all__ = [
+    "OutputsBefore",
+    "Solutions",
+    "layer_solutions",
+    "outputs_before",
+    "solved_layer_by_layer",
+]
 
 _RIDGES = (1e-3, 1e-2, 1e-1)
 """Strengths of the ridge that are tried, as shares of the inputs' mean second moment."""
@@ -53,8 +61,9 @@ _ROWS, _FEW = (16, 8, 4, 2), 1024
 many."""
 _TWO = 2
 """Samples by which shapes are found out."""
-_CHUNK = 2**24
-"""Elements that are laid out as rows at a time."""
+_CHUNK = 2**20
+"""Elements that are laid out as rows at a time: they stay near the processor. At least ``_FEW``
+rows, so that adding up costs little beside them."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,8 @@ class OutputsBefore:
     """By layer: at how many."""
     axes: Mapping[str, int]
     """By layer: the axis of its weight that counts outputs."""
+    whole: bool
+    """Whether these are all samples that were given, and several."""
 
     def without(
         self, architecture: PrunedArchitecture, units: Mapping[str, Collection[int]]
@@ -92,21 +103,24 @@ class OutputsBefore:
 
 
 def outputs_before(
-    model: nn.Module, architecture: PrunedArchitecture, inputs: Inputs
+    model: nn.Module, architecture: PrunedArchitecture, batches: Sequence[tuple[Inputs, Any]]
 ) -> OutputsBefore:
     """The outputs of every layer that reads units, and can be solved for them.
 
     Args:
-        inputs: one batch. So many samples of it are taken as fit into memory side by side.
+        batches: (inputs, labels) pairs. So many samples are taken as fit into memory side by side,
+            of batches of the shape of the first.
     """
     device = device_of(model)
-    inputs = map_tensors(lambda x: x.to(device), inputs)
+    inputs = map_tensors(lambda x: x.to(device), joined(batches)[0])
     layers = _solvable(model, architecture)
-    shapes = _shapes(model, layers, _first(inputs, _TWO))
-    live = max((shape.live for shape in shapes.values()), default=1)
-    inputs = _first(inputs, max(_TWO, _LIVE // live))
-    counts, values = _counts(shapes, batch_size(inputs)), dict[str, Tensor]()
+    given = sum(batch_size(each) for each, _ in batches)
+    values: dict[str, Tensor] = {}
     with _watching(model) as stack:
+        shapes = _shapes(model, layers, _first(inputs, _TWO))
+        live = max((shape.live for shape in shapes.values()), default=1)
+        inputs = _first(inputs, max(_TWO, _LIVE // live))
+        counts = _counts(shapes, batch_size(inputs))
         for name, count in counts.items():
 
             def keep(
@@ -118,7 +132,7 @@ def outputs_before(
         if counts:
             call(model, inputs)
     axes = {name: int(is_transposed_linear(layers[name])) for name in values}
-    return OutputsBefore(inputs, values, counts, axes)
+    return OutputsBefore(inputs, values, counts, axes, _TWO <= given == batch_size(inputs))
 
 
 @dataclass(frozen=True)
@@ -137,9 +151,9 @@ class _Shape:
 
 
 def _shapes(model: nn.Module, layers: Mapping[str, Any], inputs: Inputs) -> dict[str, _Shape]:
-    """By layer that is called once, of two samples."""
+    """By layer that is called once, of two samples, while the network is watched."""
     seen: dict[str, list[_Shape]] = {name: [] for name in layers}
-    with _watching(model) as stack:
+    with ExitStack() as stack:
         for name, layer in layers.items():
 
             def see(module: Any, args: tuple[Any, ...], output: Any, name: str = name) -> None:
@@ -174,25 +188,41 @@ def _counts(shapes: Mapping[str, _Shape], samples: int) -> dict[str, int]:
     return {}
 
 
-def solved_layer_by_layer(model: nn.Module, before: OutputsBefore) -> tuple[str, ...]:
+@dataclass(frozen=True)
+class Solutions:
+    """What a cut network is given."""
+
+    parameters: Mapping[str, Tensor]
+    """By path, of layers that were solved."""
+    statistics: Mapping[str, Tensor]
+    """Running means and variances of batch normalisations, by path of the buffer: of the samples,
+    in the network with these parameters. Empty unless all samples took part."""
+
+
+def solved_layer_by_layer(
+    model: nn.Module, before: OutputsBefore, *, batch_statistics: bool = False
+) -> tuple[str, ...]:
     """Solve the layers of a network that has been cut, in the order of their calls.
 
     Args:
         before: without what was cut.
+        batch_statistics: whether running statistics are set, too, where all samples took part.
 
     Returns:
         The layers whose weights changed.
     """
     found, parameters = layer_solutions(model, before), dict(model.named_parameters())
-    for path, value in found.items():
+    for path, value in found.parameters.items():
         parameters[path].data.copy_(value)
-    return tuple(dict.fromkeys(path.rpartition(".")[0] for path in found))
+    if batch_statistics:
+        put_batch_statistics(model, found.statistics)
+    return tuple(dict.fromkeys(path.rpartition(".")[0] for path in found.parameters))
 
 
 def layer_solutions(
     model: nn.Module, before: OutputsBefore, *, skip: Collection[str] = ()
-) -> dict[str, Tensor]:
-    """What :func:`solved_layer_by_layer` would give parameters, by path; nothing is changed.
+) -> Solutions:
+    """What :func:`solved_layer_by_layer` would give the network; nothing is changed.
 
     Args:
         model: cut, or masked.
@@ -201,7 +231,11 @@ def layer_solutions(
     """
     layers: dict[str, Any] = dict(model.named_modules())
     found, samples = dict[str, Tensor](), batch_size(before.inputs)
+    norms = batch_norms(model) if before.whole else {}
     with _watching(model) as stack:
+        for norm in norms.values():
+            norm.reset_running_stats()
+            norm.momentum = None
         for name, wanted in before.values.items():
             layer = layers.get(name)
             if layer is None or not _is_linear(layer) or len(_weight(layer)) != wanted.shape[-1]:
@@ -230,7 +264,15 @@ def layer_solutions(
 
             stack.enter_context(_hooked(layer.register_forward_pre_hook(hook, with_kwargs=True)))
         call(model, before.inputs)
-    return found
+        statistics = {
+            f"{path}.{name}" if path else name: getattr(norm, name).clone()
+            for path, norm in norms.items()
+            if norm.num_batches_tracked
+            and norm.running_mean.isfinite().all()  # type: ignore[union-attr]
+            and norm.running_var.isfinite().all()  # type: ignore[union-attr]
+            for name in ("running_mean", "running_var")
+        }
+    return Solutions(found, statistics)
 
 
 @contextmanager
@@ -310,21 +352,53 @@ def _drawn(rows: Tensor, count: int) -> Tensor:
     return rows if drawn is None else rows[:, drawn.to(rows.device)]
 
 
-def _rows(module: Any, x: Tensor, count: int) -> Iterator[tuple[slice, Tensor]]:
-    """[s, P, K] what the weights of an output are multiplied by, some samples at a time."""
-    samples = len(x)
-    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
-        yield slice(0, samples), _drawn(_positions_last(module, x), count)
-        return
+def _taps(module: Any, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """[S, Q, C] what a convolution reads, padded, and [P, T] where its taps find their values for
+    the positions that are looked at. Only these are laid out: of large maps they are few."""
     one, conv = isinstance(module, nn.Conv1d), dict[str, Any](vars(module))
-    values = ((1, "kernel_size"), (1, "dilation"), (0, "padding"), (1, "stride"))
-    settings = [(fill, *conv[name]) if one else conv[name] for fill, name in values]
-    maps = x.unsqueeze(2) if one else x
-    taps = module.weight[0].numel()
-    step = max(1, _CHUNK // max(1, taps * maps[0, 0].numel()))
-    for start in range(0, samples, step):
-        laid = unfold(maps[start : start + step], *settings).transpose(1, 2)
-        yield slice(start, start + step), _drawn(laid, count)
+    kernel, dilation, padding, stride = (
+        (fill, *conv[name]) if one else conv[name]
+        for fill, name in ((1, "kernel_size"), (1, "dilation"), (0, "padding"), (1, "stride"))
+    )
+    maps = (x.unsqueeze(2) if one else x).movedim(1, -1)
+    maps = pad(maps, (0, 0, padding[1], padding[1], padding[0], padding[0]))
+    sizes = maps.shape[1:3]
+    rows, columns = (
+        torch.arange(0, sizes[d] - dilation[d] * (kernel[d] - 1), stride[d])[:, None]
+        + dilation[d] * torch.arange(kernel[d])
+        for d in (0, 1)
+    )
+    places = rows[:, None, :, None] * sizes[1] + columns[None, :, None, :]
+    places = places.reshape(1, -1, kernel[0] * kernel[1])
+    return maps.flatten(1, 2), _drawn(places, count)[0].to(x.device)
+
+
+def _rows(module: Any, x: Tensor, count: int) -> tuple[int, Callable[[Tensor], Tensor]]:
+    """At how many positions of a sample, and [s, P, K] what the weights of an output are multiplied
+    by there, of the samples asked for; taps before channels."""
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        drawn = _drawn(_positions_last(module, x), count)
+        return drawn.shape[1], lambda own: drawn[own].float()
+    maps, places = _taps(module, x, count)
+    flat, size = maps.flatten(0, 1), maps.shape[1]
+
+    def laid(own: Tensor) -> Tensor:
+        found = flat.index_select(0, (own[:, None] * size + places.flatten()).flatten())
+        return found.reshape(len(own), len(places), -1).float()
+
+    return len(places), laid
+
+
+def _flat(module: Any) -> Tensor:
+    """[C, K] float32: a layer's weight, taps before channels."""
+    return _weight(module).movedim(1, -1).flatten(1).float()
+
+
+def _unflat(module: Any, flat: Tensor) -> Tensor:
+    """A weight of the layer's own shape from one like that of :func:`_flat`."""
+    weight = _weight(module)
+    shaped = flat.view(weight.movedim(1, -1).shape).movedim(-1, 1)
+    return (shaped.T if is_transposed_linear(module) else shaped).to(weight)
 
 
 def _solved(
@@ -339,29 +413,24 @@ def _solved(
         samples: in the pass.
         positions: that are looked at.
     """
-    weight, bias = _weight(module), module.bias
-    inputs, outputs = weight[0].numel(), len(weight)
-    if inputs + 1 > _MOST_INPUTS or len(x) != len(wanted):
+    flat, bias = _flat(module), module.bias
+    if flat.shape[1] + 1 > _MOST_INPUTS or len(x) != len(wanted):
         return None
     of_sample = torch.arange(len(x), device=x.device) // max(1, len(x) // samples)
-    count = inputs + (bias is not None)
-    sums = [_Sums.empty(count, outputs) for _ in range(2)]
-    flat = weight.flatten(1).float()
-    for part, rows in _rows(module, x, positions):
-        rows = rows.float()
-        missing = wanted[part].float() - rows @ flat.T
-        if bias is not None:
-            missing = missing - bias.detach().float()
-            rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1)
-        for half in (0, 1):
-            own = of_sample[part] % 2 == half
-            sums[half].see(rows[own].flatten(0, 1), missing[own].flatten(0, 1))
-    change = _change(sums, count)
+    count, rows_of = _rows(module, x, positions)
+    step = max(1, max(_CHUNK // flat.shape[1], _FEW) // count)
+    sums = [_Sums.empty(flat.shape[1] + (bias is not None), len(flat)) for _ in range(2)]
+    for half in (0, 1):
+        for own in torch.split((of_sample % 2 == half).nonzero().flatten(), step):
+            rows = rows_of(own).flatten(0, 1)
+            missing = wanted[own].flatten(0, 1).float() - rows @ flat.T
+            if bias is not None:
+                missing -= bias.detach().float()
+            sums[half].see(rows, missing)
+    change = _change(sums)
     if change is None:
         return None
-    new = flat.double().cpu() + change[:inputs].T
-    new = new.view(weight.shape)
-    found = {"weight": (new.T if is_transposed_linear(module) else new).to(weight)}
+    found = {"weight": _unflat(module, flat.double().cpu() + change[: flat.shape[1]].T)}
     if bias is not None:
         found["bias"] = (bias.detach().double().cpu() + change[-1]).to(bias)
     return found if all(bool(value.isfinite().all()) for value in found.values()) else None
@@ -385,9 +454,17 @@ class _Sums:
         )
 
     def see(self, rows: Tensor, missing: Tensor) -> None:
-        """Take in [N, K] inputs and [N, C] of what the outputs lack."""
-        self.among += (rows.T @ rows).double().cpu()
-        self.across += (rows.T @ missing).double().cpu()
+        """Take in [N, K] inputs and [N, C] of what the outputs lack. Where there is a coefficient
+        more, it is that of a constant input."""
+        inputs = rows.shape[1]
+        self.among[:inputs, :inputs] += (rows.T @ rows).double().cpu()
+        self.across[:inputs] += (rows.T @ missing).double().cpu()
+        if len(self.among) > inputs:
+            totals = rows.sum(0).double().cpu()
+            self.among[-1, :inputs] += totals
+            self.among[:inputs, -1] += totals
+            self.among[-1, -1] += len(rows)
+            self.across[-1] += missing.sum(0).double().cpu()
         self.rows += len(rows)
 
     def gain(self, change: Tensor) -> float:
@@ -395,7 +472,7 @@ class _Sums:
         return float(2 * (change * self.across).sum() - (change * (self.among @ change)).sum())
 
 
-def _change(sums: list[_Sums], count: int) -> Tensor | None:
+def _change(sums: list[_Sums]) -> Tensor | None:
     """[K, C]: the change of the coefficients, by the ridge that does best on the half that it was
     not solved on; None where none does any good there."""
     first, second = sums

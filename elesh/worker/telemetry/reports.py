@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from opentelemetry.trace import SpanKind
 
@@ -30,6 +30,7 @@ from leyline import (
     AnalysisMetrics,
     BreakerTransition,
     ContractError,
+    CutFallback,
     DeadLetter,
     IdempotencyKey,
     Level,
@@ -56,6 +57,8 @@ __all__ = [
 _NAMED = frozenset(level.value for level in Level) - {Level.JOINT.value}
 
 _RECENT = 1000
+_SHORTENED, _HELD_BACK = "shortened", "held_back"
+"""Names, in metrics, of ``PruningOutcome.shortened_to`` and ``CheckpointMetadata.held_back``."""
 Doing = Literal["starting", "idle", "busy", "draining"]
 
 
@@ -107,6 +110,8 @@ class Status:
             metrics.REMOVED_UNITS.add(0, {"level": level.value})
         for code in _codes(ContractError):
             metrics.DEAD_LETTERS.add(0, {"code": code})
+        for name in (*get_args(CutFallback), _SHORTENED, _HELD_BACK):
+            metrics.TRAINER_FALLBACKS.add(0, {"fallback": name})
         metrics.SAVED_PARAMETERS.add(0)
         metrics.SAVED_MACS.add(0)
 
@@ -186,6 +191,9 @@ class Status:
         for level in decision.taken or levels_of(decision):
             self.outcomes[level.value, outcome.result] += 1
             metrics.OUTCOMES.add(1, {"level": level.value, "result": outcome.result})
+        shortened = (_SHORTENED,) if outcome.shortened_to is not None else ()
+        for name in (*outcome.fallbacks, *shortened):
+            metrics.TRAINER_FALLBACKS.add(1, {"fallback": name})
         if outcome.result == "applied":
             _saved(outcome, decision)
 
@@ -453,6 +461,8 @@ class Reports:
         )
         if outcome is CommitOutcome.COMMITTED:
             self.status.committed(decision)
+            if work.document.metadata.held_back:
+                metrics.TRAINER_FALLBACKS.add(1, {"fallback": _HELD_BACK})
             result = StructuralValidationResult(
                 idempotency_key=decision.idempotency_key,
                 outcome=decision.safety.outcome,

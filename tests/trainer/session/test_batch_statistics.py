@@ -18,7 +18,6 @@ from elesh.program.measure import Bench
 from elesh.settings import Settings
 from elesh.trainer import Evaluation, Recorder, Surgeon, apply_decision
 from elesh.trainer.export import Exporter, calibration_inputs
-from elesh.trainer.network.calling import joined
 from elesh.trainer.session import apply
 from elesh.trainer.surgery.after_cut import reestimate_batch_statistics
 from elesh.trainer.surgery.layer_by_layer import outputs_before, solved_layer_by_layer
@@ -53,16 +52,18 @@ class _Cut:
         self.seen: list[Tensor] = []
 
     def wanted(self, *, estimated: bool = True, solved: bool | None = None) -> nn.Module:
-        """The network as plain calls make it: cut, refitted, solved layer by layer unless that is
-        said otherwise, then one pass over the batches."""
+        """The network as plain calls make it: cut, refitted, solved layer by layer by one pass over
+        all samples, whose batch statistics it then has; by one of its own where that is left
+        out."""
         model = copy.deepcopy(self.model)
         architecture = self.recorder.architecture
-        before = outputs_before(model, architecture, joined(_DATA)[0])
+        before = outputs_before(model, architecture, _DATA)
         surgeon = Surgeon(model, architecture)
         surgeon.cut(self.decision.units, reconstruct=self.bundle.covariance)
         if estimated if solved is None else solved:
-            assert solved_layer_by_layer(model, before.without(architecture, self.decision.units))
-        if estimated:
+            lost = before.without(architecture, self.decision.units)
+            assert solved_layer_by_layer(model, lost, batch_statistics=estimated)
+        elif estimated:
             reestimate_batch_statistics(model, _DATA)
         return model
 
@@ -103,6 +104,7 @@ def test_without_batches_statistics_stay_and_the_outcome_says_so() -> None:
     outcome = case.apply([0.9, 0.9, 0.9], given=())
     assert outcome.result == "applied"
     assert "batch statistics not estimated anew" in outcome.detail
+    assert outcome.fallbacks == ("statistics_not_estimated",)
     assert close(case.model(example()), wanted(example()))
 
 
@@ -118,14 +120,16 @@ def test_what_cannot_be_solved_layer_by_layer_is_refitted_as_before_and_the_outc
     outcome = case.apply([0.9, 0.9, 0.9])
     assert outcome.result == "applied"
     assert "not solved one behind the other: RuntimeError: out of memory" in outcome.detail
+    assert outcome.fallbacks == ("layers_not_solved",)
     assert close(case.model(example()), wanted(example()))
 
 
-def test_batches_of_single_samples_estimate_nothing_and_the_outcome_says_so() -> None:
+def test_a_single_sample_estimates_nothing_and_the_outcome_says_so() -> None:
     case = _Cut()
-    outcome = case.apply([0.9, 0.9, 0.9], given=[(x[:1], y[:1]) for x, y in _DATA])
+    outcome = case.apply([0.9, 0.9, 0.9], given=[(x[:1], y[:1]) for x, y in _DATA[:1]])
     assert outcome.result == "applied"
     assert "batch statistics not estimated anew" in outcome.detail
+    assert outcome.fallbacks == ("statistics_not_estimated",)
 
 
 def test_a_worker_measures_with_the_statistics_that_the_trainer_will_have() -> None:

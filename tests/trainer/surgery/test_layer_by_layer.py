@@ -46,7 +46,7 @@ def error_after(model: nn.Module, lost: dict[str, list[int]], *, solved: bool) -
     recorder = Recorder(cut, example())
     architecture = recorder.architecture
     moments = recorder.moments(batches(12), lost)
-    before = outputs_before(cut, architecture, inputs())
+    before = outputs_before(cut, architecture, [(inputs(), None)])
     Surgeon(cut, architecture).cut(lost, reconstruct=moments)
     if solved:
         assert solved_layer_by_layer(cut, before.without(architecture, lost))
@@ -78,7 +78,7 @@ def test_only_layers_that_read_units_change(name: str) -> None:
     architecture = Recorder(model, example()).architecture
     torch.manual_seed(1)
     state, modes = torch.get_rng_state(), [module.training for module in model.modules()]
-    before = outputs_before(model, architecture, inputs(4))
+    before = outputs_before(model, architecture, [(inputs(4), None)])
     lost = units(architecture)
     Surgeon(model, architecture).cut(lost)
     tensors = {path: x.clone() for path, x in model.state_dict().items()}
@@ -95,7 +95,7 @@ def test_only_layers_that_read_units_change(name: str) -> None:
 def test_a_network_that_lost_nothing_stays_as_it_is() -> None:
     model = build("ResNet")
     architecture = Recorder(model, example()).architecture
-    before = outputs_before(model, architecture, inputs())
+    before = outputs_before(model, architecture, [(inputs(), None)])
     assert solved_layer_by_layer(model, before) == ()
 
 
@@ -105,7 +105,7 @@ def test_what_only_fits_the_samples_it_was_solved_on_is_not_kept() -> None:
     model = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 5))
     x = torch.randn(40, 3)
     architecture = Recorder(model, x[:2]).architecture
-    before = outputs_before(model, architecture, x)
+    before = outputs_before(model, architecture, [(x, None)])
     assert before.values.keys() == {"2"}
     noise = before.values["2"] + 10 * torch.randn_like(before.values["2"])
     odd = replace(before, values={"2": noise})
@@ -127,7 +127,7 @@ def test_a_layer_that_is_called_twice_or_shares_its_weight_is_left_alone() -> No
 
     model, x = Twice(), torch.randn(32, 8)
     architecture = Recorder(model, x[:2]).architecture
-    assert outputs_before(model, architecture, x).values.keys() <= {"last"}
+    assert outputs_before(model, architecture, [(x, None)]).values.keys() <= {"last"}
 
 
 def test_transposed_linear_layers_are_solved_too() -> None:
@@ -137,7 +137,7 @@ def test_transposed_linear_layers_are_solved_too() -> None:
     x, fresh = torch.randn(200, 6), torch.randn(100, 6)
     architecture = Recorder(model, x[:2]).architecture
     lost = {group.name: list(range(12)) for group in architecture.groups if group.prunable}
-    before = outputs_before(model, architecture, x)
+    before = outputs_before(model, architecture, [(x, None)])
     cut = copy.deepcopy(model)
     Surgeon(cut, architecture).cut(lost)
     plain = float((cut(fresh) - model(fresh)).square().mean().detach())
@@ -152,7 +152,7 @@ def test_convolutions_over_a_line_are_solved_too() -> None:
     x, fresh = torch.randn(60, 2, 20), torch.randn(60, 2, 20)
     architecture = Recorder(model, x[:2]).architecture
     lost = {group.name: list(range(6)) for group in architecture.groups if group.prunable}
-    before, cut = outputs_before(model, architecture, x), copy.deepcopy(model)
+    before, cut = outputs_before(model, architecture, [(x, None)]), copy.deepcopy(model)
     Surgeon(cut, architecture).cut(lost)
     plain = float((cut(fresh) - model(fresh)).square().mean().detach())
     assert solved_layer_by_layer(cut, before.without(architecture, lost)) == ("2",)

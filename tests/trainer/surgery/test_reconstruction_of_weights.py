@@ -292,6 +292,7 @@ def test_a_decision_without_input_covariance_says_that_it_is_not_reconstructed()
     )
     assert outcome.result == "applied"
     assert "not reconstructed" in outcome.detail
+    assert outcome.fallbacks == ("not_reconstructed",)
 
 
 def test_input_covariance_is_measured_where_none_is_at_hand_and_the_outcome_says_so() -> None:

@@ -112,7 +112,7 @@ def test_every_metric_of_rules_and_dashboard_is_exposed(station: Station) -> Non
     station.wait_for(lambda: station.telemetry("fetched"), "the analysis to begin")
     child.kill()
     (decision,) = station.wait_decisions(1)
-    station.report(decision, "rolled_back")
+    station.report(decision, "rolled_back", fallbacks=("layers_not_solved",), shortened_to=0.5)
     taken_back = {"level": "channel", "result": "rolled_back"}, 1.0
     station.wait_for(lambda: taken_back in pages.metrics()["elesh_outcomes_total"], "the outcome")
     found = pages.metrics()
@@ -122,6 +122,9 @@ def test_every_metric_of_rules_and_dashboard_is_exposed(station: Station) -> Non
     assert found["elesh_fallbacks_total"] == [
         ({"fallback": "worker_crash", "rung": "worker_crash"}, 1.0)
     ]
+    counted = {x["fallback"]: value for x, value in found["elesh_trainer_fallbacks_total"]}
+    assert {name for name, value in counted.items() if value} == {"layers_not_solved", "shortened"}
+    assert counted["held_back"] == counted["not_reconstructed"] == 0.0
     assert found["elesh_saved_parameters_total"] == [({}, 0.0)], "it was taken back"
     assert ({"level": "channel", "state": "open"}, 0.0) in found["elesh_breakers"]
     assert found["multi_level_accuracy"] == [({"level": "channel"}, 0.0)]
