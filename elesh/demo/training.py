@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from elesh.analysis import counted_groups, phase_at
 from elesh.analysis.pruning_set.draft import Cut as RemovedSet
+from elesh.analysis.pruning_set.plans import Target
 from elesh.observe import span
 from elesh.pruning.latency import compared
 from elesh.settings import SafetySchedule, Settings
@@ -365,7 +366,7 @@ class Training:
         bundle = self.recorder.measure(
             [(validation.images, validation.labels)], epoch=decision.epoch
         )
-        targets = (*decision.channels, *decision.attention_heads, *decision.layers)
+        targets: list[Target] = [*decision.channels, *decision.attention_heads, *decision.layers]
         return RemovedSet.of(bundle, targets, decision.statistics.scorer).loss_rise
 
     def _covariance(self, decision: StructuralPruningDecision) -> InputCovariance:

@@ -174,14 +174,21 @@ class Pruning:
         assert self.surgeon is not None
         return iter(range(self.done + 1, count + 1))
 
-    def step(self, epoch: int) -> list[PruningOutcome]:
+    def step(
+        self, epoch: int, evaluation: Evaluation | tuple[float, float] | None = None
+    ) -> list[PruningOutcome]:
         """After an epoch: judge the cuts of the last ones, apply what has been decided, and every
         few epochs measure the network and publish. Never waits.
+
+        Args:
+            evaluation: what ``evaluate`` says after this epoch, for loops that have called it
+                anyway: it is then called for the network under a mask and after a cut alone.
 
         Returns:
             What became of decisions at this epoch; mostly nothing.
         """
-        found = self._epochs.end_epoch(epoch)
+        known = None if evaluation is None else evaluated(evaluation)
+        found = self._epochs.end_epoch(epoch, known)
         if epoch % self._epochs.every == 0:
             self.session.save(epoch)
         self.outcomes += found

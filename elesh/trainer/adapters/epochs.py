@@ -114,6 +114,8 @@ class EveryEpoch:
         self._loading: Loading | None = None
         self._known: Evaluation | None = None
         """What the network does at this epoch, as far as it has been evaluated."""
+        self._given: Evaluation | None = None
+        """The same, by the training loop itself; until it has been used."""
         self._relabelled = False
         self._all_derived = False
         """Whether units are ranked by the loss's derivatives, of all samples then."""
@@ -230,14 +232,19 @@ class EveryEpoch:
                 why += "cuts, or raise the limit that is named"
         return f"budget not reached ({asked}): {left}; {why}"
 
-    def end_epoch(self, epoch: int) -> list[PruningOutcome]:
-        """After an epoch (counted from 1) has been trained; what became of decisions at it."""
+    def end_epoch(self, epoch: int, known: Evaluation | None = None) -> list[PruningOutcome]:
+        """After an epoch (counted from 1) has been trained; what became of decisions at it.
+
+        Args:
+            known: what ``evaluate`` says of the network as it is, where the loop has called it: it
+                is not called for that again.
+        """
         with self._time.taking():
+            self._known = self._given = checked(known) if known else None
             return self._end_epoch(epoch)
 
     def _end_epoch(self, epoch: int) -> list[PruningOutcome]:
         assert self.surgeon is not None, "begin comes first"
-        self._known = None
         decisions, checkpoint = self.session.decisions(), epoch % self.every == 0
         needed = decisions or checkpoint or self.session.doubted
         if self._time.over and not needed:
@@ -273,8 +280,10 @@ class EveryEpoch:
         return outcome
 
     def _noted(self) -> Evaluation:
-        """The evaluation, remembered until the epoch ends: training changes the network."""
-        self._known = checked(self.evaluate())
+        """The evaluation, remembered until the epoch ends: training changes the network. What was
+        given is of the network before anything is taken back."""
+        given, self._given = self._given, None
+        self._known = given or checked(self.evaluate())
         return self._known
 
     def evaluate(self) -> Evaluation:

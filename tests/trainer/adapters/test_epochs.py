@@ -92,6 +92,14 @@ def test_the_network_is_evaluated_once_for_all_that_happens_at_an_epoch() -> Non
     epochs.end_epoch(3)
     assert len(calls) == 7, "monitored, and that is the checkpoint's"
     assert session.published[2].metadata.loss == calls[6]
+    session.answers = [decide(surgeon.architecture, units=8, groups=1, number=3)]
+    *_, outcome = epochs.end_epoch(4, Evaluation(0.9, 7.0))
+    assert (outcome.result, len(calls)) == ("applied", 9), "masked, cut; the loop knew the rest"
+    assert outcome.loss_before == 7.0
+    *_, outcome = epochs.end_epoch(5, Evaluation(0.1, 8.0))
+    assert (outcome.result, outcome.accuracy_after) == ("rolled_back", 0.1)
+    assert len(calls) == 10, "after a rollback the network is another one"
+    assert session.published[4].metadata.loss == calls[9]
 
 
 def test_nothing_is_asked_for_once_the_budget_is_reached() -> None:
