@@ -33,6 +33,7 @@ from leyline import (
     JoinItem,
     Level,
     Message,
+    PerformanceRequirements,
     PruningOutcome,
     StructuralAnalysisRequest,
     StructuralPruningDecision,
@@ -213,10 +214,10 @@ def admit(
         return message
     if isinstance(message, CheckpointReady):
         require_in_time(heard, now, redriven)
-        return _checkpoint(message, window, now)
+        return _work(message, window, now)
     if isinstance(message, StructuralAnalysisRequest):
         require_in_time(heard, now, redriven)
-        return _request(message, window, now)
+        return _work(message, min(window, message.timeout.total_seconds()), now)
     if isinstance(message, AnalysisRequest):
         require_in_time(heard, now, redriven)
         return message
@@ -282,35 +283,21 @@ def named_key(data: bytes) -> str:
     return ""
 
 
-def _checkpoint(message: CheckpointReady, window: float, now: datetime) -> Work:
-    metadata = message.metadata
+def _work(
+    message: CheckpointReady | StructuralAnalysisRequest, window: float, now: datetime
+) -> Work:
+    metadata, requirements = message.metadata, PerformanceRequirements()
+    if isinstance(message, CheckpointReady):
+        architecture = message.architecture
+    else:
+        architecture, requirements = message.current_architecture, message.requirements
     document = CheckpointDocument(
         metadata=metadata,
-        architecture=message.architecture,
+        architecture=architecture,
         levels=message.levels,
         parameters=message.parameters,
+        requirements=requirements,
     )
-    return _work(message, document, window, now)
-
-
-def _request(message: StructuralAnalysisRequest, window: float, now: datetime) -> Work:
-    document = CheckpointDocument(
-        metadata=message.metadata,
-        architecture=message.current_architecture,
-        levels=message.levels,
-        parameters=message.parameters,
-        requirements=message.requirements,
-    )
-    return _work(message, document, min(window, message.timeout.total_seconds()), now)
-
-
-def _work(
-    message: CheckpointReady | StructuralAnalysisRequest,
-    document: CheckpointDocument,
-    window: float,
-    now: datetime,
-) -> Work:
-    metadata, architecture = document.metadata, document.architecture
     if metadata.model_hash != architecture.model_hash:
         raise IdentityMismatch("metadata.model_hash", architecture.model_hash, metadata.model_hash)
     if not document.levels:

@@ -127,9 +127,6 @@ class CheckpointBundle:
         samples = {gate.projections.shape[0] for gate in self.gates.values()}
         if len(samples) > 1:
             raise ShapeMismatch("gates", "the same number of samples in every group", samples)
-        self._check_layers()
-
-    def _check_layers(self) -> None:
         for name, data in self.layers.items():
             if name != data.layer_name:
                 raise InvalidField(f"layers.{name}.layer_name", name, data.layer_name)
