@@ -7,20 +7,20 @@ got a gradient if it had one before.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from elesh.trainer.network.calling import tensors_in
-from elesh.trainer.surgery.bypass import BranchMasks, put_back, put_in
+from elesh.trainer.surgery.bypass import BranchMasks, Replaced, put_back, put_in
 from leyline import LayerBlock, PrunedArchitecture
 
 from .dependency_graph import summary
 from .residual_branches import parameters_behind
 from .trial import Trial
 from .unit_proof import Admission
-from .waypoints import apart
+from .waypoints import Guards, Waypoints, apart
 
 
 def with_blocks(
@@ -74,9 +74,12 @@ class _Experiment(Admission):
                 masked = self._trial.outputs()
         finally:
             masks.clear()
-        replaced = put_in(self._copied, [one for block in blocks for one in block.stand_ins])
+        replaced = {block.name: put_in(self._copied, block.stand_ins) for block in blocks}
         try:
-            output = self._trial.run()
+            with self._guarded(blocks, replaced):
+                output = self._trial.run()
+            if self.failing:
+                return next(iter(self.failing.values()))
             if difference := apart(masked, self._trial.compared(output)):
                 return f"masking and removing it differ ({difference})"
             if starved := self._starved(output):
@@ -85,10 +88,38 @@ class _Experiment(Admission):
             self._trial.train()
             return ""
         except Exception as error:  # Whatever the user's network raises is the finding.
-            return f"the network does not run without it: {summary(error)}"
+            return _fails(error)
         finally:
-            put_back(self._copied, reversed(replaced))
+            for one in reversed(replaced.values()):
+                put_back(self._copied, reversed(one))
             self._copied.eval()
+
+    def _guarded(
+        self, blocks: Sequence[LayerBlock], replaced: Mapping[str, Sequence[Replaced]]
+    ) -> Guards:
+        """Where a module fails without parts of it that belong to one block alone, these are put
+        back, and it is called again: so all that fail show at once."""
+        self.failing = {}
+
+        def amend(path: str, error: Exception) -> bool:
+            holding = [
+                block.name
+                for block in blocks
+                if any(part.module.startswith(f"{path}.") for part in block.stand_ins)
+            ]
+            if len(holding) != 1 or holding[0] in self.failing:
+                return False
+            self.failing[holding[0]] = _fails(error)
+            put_back(self._copied, reversed(replaced[holding[0]]))
+            return True
+
+        parts = [part.module for block in blocks for part in block.stand_ins]
+        around = {
+            ".".join(path[:i])
+            for path in (p.split(".") for p in parts)
+            for i in range(1, len(path))
+        }
+        return Guards(self._copied, around, amend, Waypoints({}))
 
     def _starved(self, output: Any) -> list[str]:
         """Which parameters that are left get no gradient any more."""
@@ -96,3 +127,7 @@ class _Experiment(Admission):
         fed = parameters_behind(roots)
         left = dict(self._copied.named_parameters())
         return sorted(path for path in self._fed & left.keys() if id(left[path]) not in fed)
+
+
+def _fails(error: Exception) -> str:
+    return f"the network does not run without it: {summary(error)}"

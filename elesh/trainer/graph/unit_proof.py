@@ -91,6 +91,8 @@ class Admission(ABC):
         self._admitted: list[str] = []
         self.reasons: dict[str, str] = {}
         """Why each of those that were refused was."""
+        self.failing: dict[str, str] = {}
+        """Of those that were tried last, which fail by themselves, and why."""
 
     def admit(self, names: Sequence[str]) -> None:
         """Admit all of ``names`` if they pass together, otherwise find by halving which do not."""
@@ -101,6 +103,9 @@ class Admission(ABC):
             self._admitted.extend(names)
         elif len(names) == 1:
             self.reasons[names[0]] = reason
+        elif known := {name: self.failing[name] for name in names if name in self.failing}:
+            self.reasons |= known
+            self.admit(_without(names, known))
         else:
             middle = len(names) // 2
             self.admit(names[:middle])
