@@ -93,8 +93,15 @@ class Vit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, 1, H, W] to [B, 10]."""
-        x = self.patch(x).flatten(2).transpose(1, 2) + self.position
-        return torch.as_tensor(self.head(self.norm(self.blocks(x)).mean(1)))
+        return self.answers(self.blocks(self.embedded(x)))
+
+    def embedded(self, x: Tensor) -> Tensor:
+        """[B, 1, H, W] to the stream, [B, T, width]."""
+        return torch.as_tensor(self.patch(x).flatten(2).transpose(1, 2) + self.position)
+
+    def answers(self, x: Tensor) -> Tensor:
+        """From the stream behind all blocks to [B, 10]."""
+        return torch.as_tensor(self.head(self.norm(x).mean(1)))
 
 
 class Gpt(nn.Module):
@@ -110,9 +117,15 @@ class Gpt(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T] to [B, T, characters]."""
-        return torch.as_tensor(
-            self.head(self.norm(self.blocks(self.characters(x) + self.position)))
-        )
+        return self.answers(self.blocks(self.embedded(x)))
+
+    def embedded(self, x: Tensor) -> Tensor:
+        """[B, T] to the stream, [B, T, width]."""
+        return torch.as_tensor(self.characters(x) + self.position)
+
+    def answers(self, x: Tensor) -> Tensor:
+        """From the stream behind all blocks to [B, T, characters]."""
+        return torch.as_tensor(self.head(self.norm(x)))
 
 
 class Tabular(nn.Module):

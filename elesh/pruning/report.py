@@ -74,6 +74,9 @@ class PruningReport:
     held_back: str = ""
     """Why a budget was not reached, and what would help; empty where all were."""
     seconds: float = 0.0
+    turned: tuple[str, ...] = ()
+    """Groups whose channels are principal components of what they were: no channel of theirs is one
+    of the original network's."""
 
     @property
     def reached(self) -> bool:

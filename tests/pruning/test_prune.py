@@ -319,3 +319,23 @@ def test_a_round_takes_one_backward_pass_of_the_samples(monkeypatch: pytest.Monk
     report = prune(trained(), {"macs": 0.9}, batches=batches(), rounds=1)
     assert len(report.rounds) == 1
     assert len(passes) <= len(batches()) + 2
+
+
+def test_a_residual_stream_is_turned_without_an_optimizer_only() -> None:
+    model = trained(SmallVit)
+    report = prune_quickly(model, {"parameters": 0.8}, max_accuracy_drop=1.0)
+    assert report.turned == ("embed",)
+    model = trained(SmallVit)
+    optimizer = torch.optim.AdamW(model.parameters())
+    report = prune_quickly(model, {"parameters": 0.8}, max_accuracy_drop=1.0, optimizer=optimizer)
+    assert report.turned == ()
+
+
+def test_a_turned_network_is_as_it_was_where_nothing_could_be_cut() -> None:
+    model = trained(SmallVit)
+    before = state_of(model)
+    judged = {"evaluate": validation(model), "max_accuracy_drop": -1.0}
+    report = prune_quickly(model, {"parameters": 0.2}, **judged)
+    assert report.held_back
+    assert report.turned == ()
+    assert unchanged(model, before)

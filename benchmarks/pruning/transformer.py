@@ -1,10 +1,12 @@
-"""Depth and width of a decoder: what removing layers, heads, hidden units and width costs.
+"""Depth and width of transformers: what removing layers, heads, hidden units and width costs.
 
-    python -m benchmarks.pruning.decoder --seeds 0 1 2
+    python -m benchmarks.pruning.transformer --seeds 0 1 2
+    python -m benchmarks.pruning.transformer --task vit --data digits.npz --kinds width
 
-A small GPT on characters (the task of ``benchmarks.training_run``) loses a share of one kind of
-its parts, by our order and by the published criterion of that kind, as it is and with our
-reconstruction; figures are what that adds to the test loss. ShortGPT (Men et al. 2024) ranks layers
+A small GPT on characters or a small vision transformer (tasks of ``benchmarks.training_run``) loses
+a share of one kind of its parts, by our order and by the published criterion of that kind, as it is
+and with our reconstruction; figures are what that adds to the test loss. "Least norm" goes by the
+norm of all weights that go with a unit (Fang et al. 2023). ShortGPT (Men et al. 2024) ranks layers
 by block influence, here of residual branches; Michel et al. 2019 rank heads by gate gradients;
 Minitron (Muralidharan et al. 2024) ranks by activation norms, the same share of every layer; FLAP
 (An et al. 2024) by fluctuation, standardised by layer, and leaves means in biases; SliceGPT
@@ -34,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common.criteria import lowest
-from benchmarks.training_run.nets import Block, Gpt
+from benchmarks.training_run.nets import Block, Gpt, Vit
 from benchmarks.training_run.run import Run, loss_of, scored
 from benchmarks.training_run.tasks import TASKS, Options, Split, Task
 from elesh.analysis.levels.heads import HEADS
@@ -42,12 +44,14 @@ from elesh.analysis.levels.units import CHANNELS
 from elesh.analysis.selection.choose import Scorer
 from elesh.settings import StructuredPruning
 from elesh.trainer import MeasuredCheckpoint, Recorder, Surgeon
+from elesh.trainer.network.layers import named_tensors
 from elesh.trainer.surgery.layer_by_layer import outputs_before, solved_layer_by_layer
+from elesh.trainer.surgery.principal_components import turn_streams
 from leyline import Level, Phase, PrunedArchitecture, PruningGroup
 
-SHARES = (0.25, 0.5)
-PASSAGES = 300
-"""Of the test data; their losses are of some 20,000 characters."""
+SHARES = (0.2, 0.5)
+TESTED = 20_000
+"""Predictions whose loss is measured: characters, or images as far as there are so many."""
 KINDS = ("layers", "heads", "hidden units", "width")
 _MINIMUM = {"heads": 1, "hidden units": 4, "width": 8}
 Doubles = npt.NDArray[np.float64]
@@ -59,10 +63,10 @@ Figures = dict[str, dict[str, dict[str, dict[str, float]]]]
 
 @dataclass
 class Subject:
-    """A trained decoder with its checkpoints: for who refits, and for who does not."""
+    """A trained transformer with its checkpoints: for who refits, and for who does not."""
 
     task: Task
-    model: Gpt
+    model: Gpt | Vit
     calibration: list[tuple[Tensor, Tensor]]
     refitting: MeasuredCheckpoint = field(init=False)
     masking: MeasuredCheckpoint = field(init=False)
@@ -79,8 +83,10 @@ class Subject:
 
     @property
     def test(self) -> Split:
-        """As many test passages as say enough."""
-        return Split(self.task.test.inputs[:PASSAGES], self.task.test.labels[:PASSAGES])
+        """As much test data as says enough."""
+        data = self.task.test
+        count = TESTED // max(1, data.labels[0].numel())
+        return Split(data.inputs[:count], data.labels[:count])
 
     def groups(self, kind: str) -> list[PruningGroup]:
         """The groups whose units are of this kind."""
@@ -107,19 +113,19 @@ class Subject:
         return scored(model, self.test).loss - self.before
 
 
-def trained(options: Options, seed: int, cache: Path) -> Subject:
-    """The decoder of this seed, trained once."""
-    task = TASKS["gpt"](options, seed, None, "gpt")
+def trained(kind: str, options: Options, seed: int, data: Path | None, cache: Path) -> Subject:
+    """The transformer of this task and seed, trained once."""
+    task = TASKS[kind](options, seed, data, kind)
     run = Run(task, seed, 1.0, options.epochs, {})
     name = "-".join(str(value) for value in vars(options).values())
-    file = cache / f"gpt-{seed}-{name}.pt"
+    file = cache / f"{kind}-{seed}-{name}.pt"
     if file.exists():
         run.model.load_state_dict(torch.load(file, weights_only=True))
     else:
         run.train()
         cache.mkdir(parents=True, exist_ok=True)
         torch.save(run.model.state_dict(), file)
-    assert isinstance(run.model, Gpt)
+    assert isinstance(run.model, (Gpt, Vit))
     return Subject(task, run.model.eval(), run.calibration)
 
 
@@ -154,6 +160,19 @@ def by_unit(values: Tensor, group: PruningGroup) -> Tensor:
 
 
 # The published criteria: scores by group, higher is more important.
+
+
+def least_norm(subject: Subject, groups: Sequence[PruningGroup]) -> Scores:
+    """Squared norms of all weights that go with a unit."""
+    tensors, found = named_tensors(subject.model), dict[str, Doubles]()
+    for group in groups:
+        found[group.name] = np.zeros(group.size)
+        for part in group.slices:
+            whole = tensors[part.tensor].detach().double().movedim(part.dim, 0)
+            squares = whole.reshape(len(whole), -1).square().sum(1).numpy()
+            for unit in range(group.size):
+                found[group.name][unit] += squares[list(part.all_of([unit]))].sum()
+    return found
 
 
 def michel(subject: Subject, groups: Sequence[PruningGroup]) -> Scores:
@@ -241,6 +260,7 @@ def of_units(subject: Subject, kind: str) -> dict[str, dict[str, dict[str, float
     total = sum(group.size for group in groups)
     chosen: dict[str, Callable[[float, bool], Units]] = {
         "ours": lambda share, refit: ours(subject, kind, round(share * total), refit),
+        "least norm": lambda share, refit: alike(groups, least_norm(subject, groups), share),
         "Minitron": lambda share, refit: alike(groups, minitron(subject, groups), share),
     }
 
@@ -268,10 +288,27 @@ def of_units(subject: Subject, kind: str) -> dict[str, dict[str, dict[str, float
                     units, False
                 )
     else:
+        found["ours, turned"] = _turned(subject)
         found["SliceGPT"] = {
             "plain": {f"{s:.0%}": sliced(subject, 1 - s) - subject.before for s in SHARES}
         }
     return found
+
+
+def _turned(subject: Subject) -> dict[str, dict[str, float]]:
+    """Ours, once the stream is turned to its principal components, as ``elesh.prune`` does."""
+    model, example = copy.deepcopy(subject.model), subject.calibration[0][0][:2]
+    if not turn_streams(model, subject.architecture, subject.calibration, example):
+        raise RuntimeError("the stream was not turned")
+    other = Subject(subject.task, model, subject.calibration)
+    total = sum(group.size for group in other.groups("width"))
+    return {
+        how: {
+            f"{share:.0%}": other.added(ours(other, "width", round(share * total), refit), refit)
+            for share in SHARES
+        }
+        for how, refit in (("plain", False), ("refitted", True))
+    }
 
 
 # Layers.
@@ -305,8 +342,7 @@ def sliced(subject: Subject, left: float) -> float:
     model = subject.model
     kept = round(left * model.position.shape[-1])
     calibration = torch.cat([inputs for inputs, _ in subject.calibration])
-    streams = [_centred(model.characters(x) + model.position)
-               for x in (calibration, subject.test.inputs)]  # fmt: skip
+    streams = [_centred(model.embedded(x)) for x in (calibration, subject.test.inputs)]
 
     def projected() -> list[Tensor]:
         rows = streams[0].flatten(0, 1).double()
@@ -321,8 +357,7 @@ def sliced(subject: Subject, left: float) -> float:
         streams = [_centred(x + block.attention(block.norm1(x))) for x in streams]
         streams = projected()
         streams = [_centred(x + block.down(torch.relu(block.up(block.norm2(x))))) for x in streams]
-    outputs = model.head(model.norm(projected()[1]))
-    return float(loss_of(outputs, subject.test.labels))
+    return float(loss_of(model.answers(projected()[1]), subject.test.labels))
 
 
 def _centred(x: Tensor) -> Tensor:
@@ -330,10 +365,10 @@ def _centred(x: Tensor) -> Tensor:
     return x - x.mean(-1, keepdim=True)
 
 
-def measured(subject: Subject) -> Figures:
-    """Every table of one network."""
+def measured(subject: Subject, kinds: Sequence[str]) -> Figures:
+    """The tables of one network."""
     return {
-        kind: of_layers(subject) if kind == "layers" else of_units(subject, kind) for kind in KINDS
+        kind: of_layers(subject) if kind == "layers" else of_units(subject, kind) for kind in kinds
     }
 
 
@@ -343,7 +378,7 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
     rows = [f"test loss {whole:.3f} before, {len(lines)} seeds", ""]
     head = "".join(f" {s:.0%} | {s:.0%}, refitted |" for s in SHARES)
     rows += [f"| what goes | by |{head}", "|---|---|" + "---|---|" * len(SHARES)]
-    for kind in KINDS:
+    for kind in lines[0]["figures"]:
         for method in lines[0]["figures"][kind]:
             cells = []
             for share in (f"{s:.0%}" for s in SHARES):
@@ -365,27 +400,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--task", choices=("gpt", "vit"), default="gpt")
+    parser.add_argument("--kinds", type=lambda t: t.split(","), default=KINDS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    for name, value in {"epochs": 6, "samples": 3000, "width": 64, "depth": 4}.items():
+    for name, value in {"epochs": 8, "samples": 4000, "width": 64, "depth": 4}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--data", type=Path, help="digits: .npz with images and labels")
     cache = Path(tempfile.gettempdir()) / "elesh-benchmarks"
     parser.add_argument("--cache", type=Path, default=cache, help="folder for trained networks")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".jsonl"))
     asked = parser.parse_args()
     torch.set_num_threads(1)
     options = Options(asked.epochs, asked.samples, width=asked.width, depth=asked.depth)
-    lines = (
-        [json.loads(t) for t in asked.out.read_text().splitlines()] if asked.out.exists() else []
-    )
+    told = [json.loads(t) for t in asked.out.read_text().splitlines()] if asked.out.exists() else []
+    lines = []
     for seed in asked.seeds:
-        what = {"seed": seed, **vars(options)}
-        if any(line | what == line for line in lines):
-            continue
-        subject = trained(options, seed, asked.cache)
-        lines.append({**what, "before": subject.before, "figures": measured(subject)})
-        with asked.out.open("a") as file:
-            file.write(json.dumps(lines[-1]) + "\n")
-    print(table([line for line in lines if all(line[k] == v for k, v in vars(options).items())]))
+        what = {"task": asked.task, "kinds": list(asked.kinds), "seed": seed, **vars(options)}
+        known = [line for line in told if line | what == line]
+        if not known:
+            subject = trained(asked.task, options, seed, asked.data, asked.cache)
+            figures = measured(subject, asked.kinds)
+            known = [{**what, "before": subject.before, "figures": figures}]
+            with asked.out.open("a") as file:
+                file.write(json.dumps(known[0]) + "\n")
+        lines += known
+    print(table(lines))
 
 
 if __name__ == "__main__":
