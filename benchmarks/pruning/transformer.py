@@ -134,7 +134,7 @@ def trained(kind: str, options: Options, seed: int, data: Path | None, cache: Pa
 
 @torch.no_grad()
 def entering(subject: Subject, modules: Sequence[str]) -> dict[str, Tensor]:
-    """By module [samples, positions, C]: its inputs on the calibration passages."""
+    """By module [samples, positions, C]: its inputs on the calibration data."""
     seen: dict[str, list[Tensor]] = {name: [] for name in modules}
     handles = [
         subject.model.get_submodule(name).register_forward_pre_hook(
@@ -146,7 +146,8 @@ def entering(subject: Subject, modules: Sequence[str]) -> dict[str, Tensor]:
         subject.model(inputs)
     for handle in handles:
         handle.remove()
-    return {name: torch.cat(parts).double() for name, parts in seen.items()}
+    whole = {name: torch.cat(parts).double() for name, parts in seen.items()}
+    return {name: x if x.ndim > 2 else x.unsqueeze(1) for name, x in whole.items()}
 
 
 def reader(group: PruningGroup) -> str:
