@@ -9,6 +9,7 @@ and layers of which only a part is coupled right.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -93,6 +94,25 @@ def trace(model: nn.Module, inputs: Inputs, compared: Callable[[Any], Any] | Non
     Raises:
         InvalidField: if the model does not run with these inputs.
     """
+    with _out_of_place(model):
+        return _traced(model, inputs, compared)
+
+
+@contextlib.contextmanager
+def _out_of_place(model: nn.Module) -> Iterator[None]:
+    """Activations of their own modules write nothing over: what a layer made as a view (a linear
+    layer, of sequences) would have another history then, without the layer."""
+    changed = [module for module in model.modules() if vars(module).get("inplace") is True]
+    try:
+        for module in changed:
+            vars(module)["inplace"] = False
+        yield
+    finally:
+        for module in changed:
+            vars(module)["inplace"] = True
+
+
+def _traced(model: nn.Module, inputs: Inputs, compared: Callable[[Any], Any] | None) -> Wiring:
     families, failure = tuple[Family, ...](), ""
     function_calls: Sequence[CallByFunction] = ()
     try:

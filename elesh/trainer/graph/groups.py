@@ -41,6 +41,7 @@ from .hazards import (
     traced_gates,
     with_acting_masks,
     without_hazards,
+    without_mixed,
 )
 from .random_copy import random_copy
 from .residual_blocks import find_blocks
@@ -103,6 +104,7 @@ def _proved(
         groups, model, copied, reached, trial.in_training, trial.read_in_training
     )
     gates = traced_gates(passage, groups)
+    groups = without_mixed(groups, inputs, gates)
     del wiring, passage  # and with them the autograd graph
     architecture = PrunedArchitecture.unchecked(describe_tensors(model), layers, groups)
     if not any(group.prunable for group in groups):

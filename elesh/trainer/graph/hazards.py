@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -399,13 +399,29 @@ def with_acting_masks(
     reasons |= dict.fromkeys(mixed, _MIXED)
     if not reasons:
         return architecture
-    groups = tuple(
+    groups = _refused(architecture.groups, reasons)
+    return PrunedArchitecture.build(architecture.tensors, architecture.layers, groups)
+
+
+def without_mixed(
+    groups: Sequence[PruningGroup], inputs: Inputs, gates: Mapping[Axis, Gate]
+) -> tuple[PruningGroup, ...]:
+    """The groups, those of which a consumer reads rows that samples do not share evenly marked, as
+    far as is known without a pass."""
+    rows = {axis: gate.rows for axis, gate in gates.items()}
+    candidates = [group for group in groups if group.prunable]
+    return _refused(groups, dict.fromkeys(_mixed(inputs, candidates, rows), _MIXED))
+
+
+def _refused(
+    groups: Iterable[PruningGroup], reasons: Mapping[str, str]
+) -> tuple[PruningGroup, ...]:
+    return tuple(
         group.model_copy(update={"prunable": False, "reason": reasons[group.name]})
         if group.name in reasons
         else group
-        for group in architecture.groups
+        for group in groups
     )
-    return PrunedArchitecture.build(architecture.tensors, architecture.layers, groups)
 
 
 def _acts(group: PruningGroup, gates: Mapping[Axis, Gate]) -> bool:

@@ -69,3 +69,10 @@ def test_channels_that_are_merged_with_those_of_neighbours_can_go() -> None:
     assert prunable(surgeon) == ["embed", "reduce"]
     widths = {part.tensor: part.width for part in surgeon.architecture.group["reduce"].slices}
     assert widths["out.weight"] == 16
+
+
+def test_an_activation_in_place_hides_no_linear_layer_of_sequences() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(inplace=True), nn.Linear(12, 5))
+    assert prunable(cut_and_checked(model, IMAGES)) == ["0"]
+    assert model[1].inplace
