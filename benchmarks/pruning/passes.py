@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from elesh.pruning import at_once, judging
 from elesh.trainer import Recorder, Surgeon
 from elesh.trainer.surgery.after_cut import reestimate_batch_statistics
 
-__all__ = ["NETS", "ResNet50", "measured"]
+__all__ = ["NETS", "ResNet50", "cpu_seconds", "made_up", "measured", "timed"]
 
 _CLASSES = 10
 PARTS: dict[str, tuple[Any, str]] = {
@@ -130,7 +130,7 @@ NETS: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 
-def _samples(count: int, pixels: int, seed: int) -> tuple[Tensor, Tensor]:
+def made_up(count: int, pixels: int, seed: int) -> tuple[Tensor, Tensor]:
     """Images of made-up classes, and their labels."""
     generator = torch.Generator().manual_seed(seed)
     means = torch.randn(_CLASSES, 3, pixels, pixels, generator=torch.Generator().manual_seed(0))
@@ -139,22 +139,22 @@ def _samples(count: int, pixels: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _timed(took: dict[str, float]) -> Iterator[None]:
+def timed(parts: Mapping[str, tuple[Any, str]], took: dict[str, float]) -> Iterator[None]:
     """CPU seconds of the parts, while entered."""
 
     def timing(part: str, work: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(work)
-        def timed(*args: Any, **options: Any) -> Any:
+        def clocked(*args: Any, **options: Any) -> Any:
             begun = time.process_time()
             try:
                 return work(*args, **options)
             finally:
                 took[part] = took.get(part, 0.0) + time.process_time() - begun
 
-        return timed
+        return clocked
 
     with ExitStack() as stack:
-        for part, (owner, name) in PARTS.items():
+        for part, (owner, name) in parts.items():
             stack.enter_context(patch.object(owner, name, timing(part, getattr(owner, name))))
         yield
 
@@ -165,9 +165,9 @@ def measured(
     """Figures of one call of ``elesh.prune``: plain passes in all, and by part."""
     torch.manual_seed(0)
     model = NETS[net](width, pixels)
-    images, labels = _samples(samples, pixels, 1)
+    images, labels = made_up(samples, pixels, 1)
     batches = list(zip(torch.split(images, batch), torch.split(labels, batch), strict=True))
-    unseen = _samples(validation, pixels, 2)
+    unseen = made_up(validation, pixels, 2)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
 
     def plain() -> None:
@@ -195,10 +195,10 @@ def measured(
         batches = [(inputs, model(inputs).argmax(1)) for inputs, _ in batches]
         unseen = unseen[0], model(unseen[0]).argmax(1)
     model.train()
-    before = min(_seconds(plain) for _ in range(2))
+    before = min(cpu_seconds(plain) for _ in range(2))
     parts: dict[str, float] = {}
-    with _timed(parts):
-        took = _seconds(
+    with timed(PARTS, parts):
+        took = cpu_seconds(
             lambda: elesh.prune(
                 model,
                 batches,
@@ -219,7 +219,8 @@ def measured(
     }
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """CPU seconds that it takes."""
     begun = time.process_time()
     work()
     return time.process_time() - begun

@@ -60,8 +60,9 @@ _ATTEMPTS = 3
 """How often a round that costs too much is tried again at half the size."""
 _EXTRA = 2
 """Rounds that may follow the planned ones to reach what these have left."""
-_LOSS_SAMPLES = 32
-"""The order for reconstruction is of all samples; what only describes single units is of these."""
+_LOSS_SAMPLES, _LOSS_SAMPLES_OF_LAYERS = 32, 128
+"""The order for reconstruction is of all samples; what only describes single units is of the first
+ones. Whole layers are ranked by the loss."""
 
 
 def prune(
@@ -349,7 +350,8 @@ class _Work:
         reconstruct = self.settings.structured_pruning.channel_analysis.redistribute
         last = self.settings.structured_pruning.safety_schedule.total_epochs
         layers = Level.LAYER in self.levels
-        few = reconstruct and not layers and not self._whole
+        few = reconstruct and not self._whole
+        some = _LOSS_SAMPLES_OF_LAYERS if layers else _LOSS_SAMPLES
 
         seen = Seen()
 
@@ -365,7 +367,7 @@ class _Work:
                 seen=None if self.labels_known else seen.add,
             )
 
-        bundle = measured(_LOSS_SAMPLES if few else None)
+        bundle = measured(some if few else None)
         if not self.labels_known:
             require_labels_fit(seen.outcomes, self.judge.before)
             self.labels_known = True

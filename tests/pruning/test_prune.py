@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -307,8 +308,13 @@ def test_progress_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> 
     assert "round 1 of 2" in err
 
 
-def test_a_round_takes_one_backward_pass_of_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And two more of the first batch, whose units are described."""
+@pytest.mark.parametrize(
+    ("levels", "derived"), [(("channel", "head"), 32), (("channel", "layer"), 128)]
+)
+def test_a_round_takes_one_backward_pass_of_the_samples(
+    levels: tuple[str, ...], derived: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And two more of the first batches: units are described by them, layers ranked."""
     passes, backward = list[int](), GateMeter.backward
 
     def counted(meter: GateMeter, *args: Any, **options: Any) -> Any:
@@ -316,9 +322,12 @@ def test_a_round_takes_one_backward_pass_of_the_samples(monkeypatch: pytest.Monk
         return backward(meter, *args, **options)
 
     monkeypatch.setattr(GateMeter, "backward", counted)
-    report = prune(trained(), {"macs": 0.9}, batches=batches(), rounds=1)
+    report = prune(trained(), {"macs": 0.9}, batches=batches(), rounds=1, levels=levels)
     assert len(report.rounds) == 1
-    assert len(passes) <= len(batches()) + 2
+    measured = divided(batches(), hold_out=True).calibration
+    few = math.ceil(derived / len(measured[0][1]))
+    assert few < len(measured)
+    assert len(passes) <= len(measured) + 2 * few
 
 
 def test_a_residual_stream_is_turned_without_an_optimizer_only() -> None:
