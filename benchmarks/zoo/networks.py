@@ -61,9 +61,9 @@ def build(name: str) -> tuple[nn.Module, Any]:
     builders = {"torchvision": _torchvision, "timm": _timm, "transformers": _transformers}
     model, inputs = builders[library](member)
     generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():  # Gains and shifts that are all one or zero hide faults.
+    with torch.no_grad():  # Gains and shifts that are all one or zero hide faults, as do heads.
         for parameter in model.parameters():
-            if parameter.ndim < 2 and parameter.is_floating_point():
+            if parameter.is_floating_point() and (parameter.ndim < 2 or not parameter.any()):
                 parameter.add_(0.1 * torch.rand(parameter.shape, generator=generator))
     return model.eval(), inputs
 
