@@ -235,6 +235,9 @@ def _unwritten(
 def _undone(cut: MadeCut, cause: MadeCut, now: Evaluation, epoch: int) -> PruningOutcome:
     """The outcome of a cut that is taken back at ``epoch``, because of itself or an earlier one."""
     reason = failed_check(cut.outcome.accuracy_before or 0.0, now, cut.limit)
+    reason = f"{reason} within the watch"
+    if (at_once := cut.outcome.accuracy_after) is not None:
+        reason += f"; right after the cut it was {at_once:.4f}"
     blamed = cut.key == cause.key
     return cut.outcome.model_copy(
         update={
@@ -244,9 +247,7 @@ def _undone(cut: MadeCut, cause: MadeCut, now: Evaluation, epoch: int) -> Prunin
             "accuracy_after": now.accuracy,
             "loss_after": now.loss,
             "parameters_after": cut.outcome.parameters_before,
-            "detail": f"{reason} within the watch"
-            if blamed
-            else f"taken back with the cut of {cause.key}",
+            "detail": reason if blamed else f"taken back with the cut of {cause.key}",
             "undone_with": None if blamed else cause.key,
         }
     )
