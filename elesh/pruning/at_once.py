@@ -12,6 +12,7 @@ Parameters stay the same objects, and an optimizer's state is cut with them.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from elesh.trainer import Evaluation, MeasuredCheckpoint, Recorder, Surgeon
 from elesh.trainer.calibration.losses import Loss
 from elesh.trainer.goals import Goals
 from elesh.trainer.network.calling import batch_size, device_of, map_tensors
+from elesh.trainer.network.onednn import SAFE_CHANNELS, narrowing_is_unsafe
 from elesh.trainer.surgery.after_cut import reestimate_batch_statistics, soften_outputs
 from elesh.trainer.surgery.layer_by_layer import (
     OutputsBefore,
@@ -56,6 +58,7 @@ from .samples import Batch, Samples, divided
 
 __all__ = ["prune"]
 
+_LOGGER = logging.getLogger(__name__)
 _ATTEMPTS = 3
 """How often a round that costs too much is tried again at half the size."""
 _EXTRA = 2
@@ -112,7 +115,8 @@ def prune(
             cross-entropy of logits.
         compared: from what the model returns to what has to be equal under a mask and after a cut,
             where some outputs jump by themselves (see :class:`Recorder`); by default all of it.
-        min_channels, min_heads: what every group keeps.
+        min_channels, min_heads: what every group keeps. At least 8 channels where PyTorch would
+            abort the process with fewer (see :mod:`elesh.trainer.network.onednn`).
         round_to: groups keep a multiple of so many channels.
         reconstruct: solve the layers that read what is left again, one behind the other, for what
             they put out before, and re-estimate batch statistics.
@@ -160,6 +164,11 @@ def prune(
         judge = _judge(model, samples, evaluate, limits, loss)
         before = copy.deepcopy(model)
         surgeon = Surgeon(model, first, optimizer=optimizer, restore_points=0)
+        if min_channels < SAFE_CHANNELS and narrowing_is_unsafe(model):
+            min_channels = SAFE_CHANNELS
+            kept = f"every group keeps {SAFE_CHANNELS} channels: PyTorch would abort with fewer"
+            _LOGGER.warning(kept)
+            shown.done(kept)
         with _whole_or_not_at_all(surgeon) as given:
             settings = _settings(min_channels, min_heads, round_to, reconstruct)
             work = _Work(

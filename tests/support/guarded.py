@@ -17,6 +17,7 @@ from trainer_nets import architecture_of, batches, build, example
 
 from elesh.settings import Settings
 from elesh.trainer import Evaluation, Recorder, Surgeon
+from elesh.trainer.network.onednn import clear_of_onednn
 from elesh.trainer.recovery.journal import MadeCut
 from elesh.trainer.recovery.recovery import Recovery
 from elesh.trainer.recovery.snapshot import Snapshot, Tracked, pack_tree
@@ -85,8 +86,9 @@ class World:
         for inputs, labels in batches(steps):
             noise = torch.randn(inputs.shape, generator=self.generator) * random.random()
             self.optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(self.model(inputs + noise), labels)
-            self.scaler.scale(loss * np.random.rand()).backward()
+            with clear_of_onednn(self.model):
+                loss = nn.functional.cross_entropy(self.model(inputs + noise), labels)
+                self.scaler.scale(loss * np.random.rand()).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
             if self.ema:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from elesh.trainer.graph.hazards import train_once, trainable_example
 from elesh.trainer.network.calling import Inputs, call, device_of, map_tensors, tensors_in
+from elesh.trainer.network.onednn import clear_of_onednn
 from elesh.trainer.network.state import preserve_state, seed_generators
 from elesh.trainer.recovery.snapshot import Snapshot, Tracked, pack_tree, unpack_tree
 from elesh.trainer.surgery.optimizer_trial import copied_optimizers
@@ -287,12 +288,13 @@ def _step(surgeon: Surgeon, example: Inputs) -> None:
     seed_generators(device_of(model), 0)
     model.train()
     try:
-        outputs = [t for t in tensors_in(call(model, example)) if t.requires_grad]
-        if not outputs:
-            train_once(model, example)
-            return
-        loss = torch.stack([t.float().square().mean() for t in outputs]).sum()
-        torch.autograd.backward(loss)
+        with clear_of_onednn(model):
+            outputs = [t for t in tensors_in(call(model, example)) if t.requires_grad]
+            if not outputs:
+                train_once(model, example)
+                return
+            loss = torch.stack([t.float().square().mean() for t in outputs]).sum()
+            torch.autograd.backward(loss)
         for optimizer in surgeon.optimizers.given:
             with contextlib.suppress(TypeError):  # It asks for a closure: the surgeon tried that.
                 optimizer.step()
