@@ -197,7 +197,7 @@ def test_the_demo_s_cuts_tell_their_level_and_lose_nothing_in_80_columns() -> No
         update={"verification": Verification.model_validate(measured)}
     )
     decision = decision.model_copy(update={"safety": safety})
-    cut = Cut.of(decision, outcome(decision.idempotency_key))
+    cut = Cut.of(decision, outcome(decision.idempotency_key), 0.002)
     assert cut is not None
     assert cut.levels == (Level.CHANNEL,)
     report = Report(Evaluation(1, 0), Evaluation(1, 0), decisions=[decision])
