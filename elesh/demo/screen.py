@@ -202,7 +202,7 @@ def size_of(now: PrunedArchitecture, group: str) -> int:
 
 def _by_decision(report: Report) -> Table:
     """What every cut was predicted to cost, and what worker and trainer measured."""
-    title = "Cuts: loss rise in thousandths and accuracy drop, on samples not trained on"
+    title = "Cuts: loss rise (thousandths), accuracy drop; samples not trained on"
     table = Table(title=title, title_justify="left", box=SIMPLE)
     table.padding, table.show_edge = 0, False  # so that 80 columns are enough
     table.add_column("epoch", justify="right")
