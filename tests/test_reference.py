@@ -110,6 +110,19 @@ def test_a_key_that_became_a_constant_loads_and_is_said_to_change_nothing(
         assert Settings.load(file) == Settings()
 
 
+@pytest.mark.parametrize("key", sorted(CONSTANTS))
+def test_a_key_that_became_a_constant_may_stay_in_the_environment(
+    monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("ELESH_" + key.upper().replace(".", "__"), "false")
+    with pytest.warns(FutureWarning, match=f"{key} is retired and changes nothing"):
+        loaded = Settings.load()
+    with pytest.warns(FutureWarning, match=f"{key} is retired and changes nothing"):
+        Settings()
+    monkeypatch.delenv("ELESH_" + key.upper().replace(".", "__"))
+    assert loaded == Settings()
+
+
 def test_one_factor_moves_all_limits() -> None:
     limits = [
         Settings.load(verification=given).verification.limits(

@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from pydantic import ByteSize, Field, ValidationError, field_validator
+from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 from pydantic_settings import SettingsError as UnreadableVariable
 
@@ -148,6 +148,16 @@ class Settings(BaseSettings):
     observe: ObserveSettings = ObserveSettings()
     """Traces, health and metrics."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_constants(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Keys that became constants are warned of, wherever they come from."""
+        left = dict(given)
+        for key, reason in without_constants(left).items():
+            does = "is retired and changes nothing, the next version refuses it"
+            warnings.warn(f"setting {key} {does}: {reason}", FutureWarning, stacklevel=3)
+        return left
+
     @classmethod
     def load(cls, path: str | Path | None = None, **over: Any) -> Settings:
         """Settings from a YAML file (top-level key ``elesh``), environment and arguments.
@@ -161,16 +171,14 @@ class Settings(BaseSettings):
         try:
             environment = EnvSettingsSource(cls)()
             given = _merged(_merged(values, environment), over)
-            constants = without_constants(given)
             loaded = cls(**given)
         except UnreadableVariable as error:
             raise SettingsError(f"environment: {error}: {error.__cause__}") from None
         except ValidationError as error:
             layers = {"argument": over, "environment": environment}
             raise SettingsError(explain(cls, error, layers, path, node)) from None
-        for key, reason in (*constants.items(), *retired_keys(loaded)):
-            does = "retired and changes nothing" if key in constants else "retired"
-            text = f"setting {key} is {does}, the next version refuses it: {reason}"
+        for key, reason in retired_keys(loaded):
+            text = f"setting {key} is retired, the next version refuses it: {reason}"
             warnings.warn(text, FutureWarning, stacklevel=2)
         return loaded
 
