@@ -330,6 +330,7 @@ def test_a_round_takes_one_backward_pass_of_the_samples(
     assert len(passes) <= len(measured) + 2 * few
 
 
+@pytest.mark.slow
 def test_a_residual_stream_is_turned_without_an_optimizer_only() -> None:
     model = trained(SmallVit)
     report = prune_quickly(model, {"parameters": 0.8}, max_accuracy_drop=1.0)
