@@ -261,6 +261,7 @@ def test_a_run_s_breakers_are_tripped_and_reset_together_or_by_level(call: Call)
     assert "no such breaker" in call("breaker", "reset", "run-a").out
 
 
+@pytest.mark.slow
 def test_a_network_is_profiled_from_the_folder_that_the_caller_is_in(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

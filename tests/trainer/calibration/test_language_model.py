@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from attention_nets import build, inputs
 from torch import Tensor
@@ -39,6 +40,7 @@ def measured(**options: Any) -> tuple[Recorder, Any]:
     return recorder, recorder.measure([(batch, batch["input_ids"])], epoch=1)
 
 
+@pytest.mark.slow
 def test_a_language_model_is_measured_with_its_own_loss_and_sampler() -> None:
     recorder, bundle = measured(sample_labels=NextTokens(3))
     assert bundle.metadata.labels == "sampled"

@@ -124,6 +124,7 @@ def test_a_masked_network_that_nobody_holds_any_more_stops_no_compiler() -> None
     assert stance() == "default"
 
 
+@pytest.mark.slow
 def test_the_network_inside_a_compiled_one_is_found() -> None:
     model = network()
     assert unwrapped(torch.compile(model)) is model
