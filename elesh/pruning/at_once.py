@@ -125,7 +125,7 @@ def prune(
             of one's own or ``max_loss_increase``.
         turn: turn residual streams to their principal components before anything is measured,
             where that leaves what the network computes the same (pre-norm transformers): width
-            then costs a third to half of the loss. Not with an ``optimizer``, whose state is of
+            then costs a third to a half of the loss. Not with an ``optimizer``, whose state is of
             single weights; put back if nothing is cut.
         progress: say on standard error how far it is.
         seed: of the random directions that are measured along.
@@ -164,11 +164,11 @@ def prune(
         judge = _judge(model, samples, evaluate, limits, loss)
         before = copy.deepcopy(model)
         surgeon = Surgeon(model, first, optimizer=optimizer, restore_points=0)
+        fallbacks: tuple[str, ...] = ()
         if min_channels < SAFE_CHANNELS and narrowing_is_unsafe(model):
             min_channels = SAFE_CHANNELS
-            kept = f"every group keeps {SAFE_CHANNELS} channels: PyTorch would abort with fewer"
-            _LOGGER.warning(kept)
-            shown.done(kept)
+            fallbacks = (f"every group keeps {SAFE_CHANNELS} channels: PyTorch aborts with fewer",)
+            _LOGGER.warning(fallbacks[0])
         with _whole_or_not_at_all(surgeon) as given:
             settings = _settings(min_channels, min_heads, round_to, reconstruct)
             work = _Work(
@@ -196,6 +196,7 @@ def prune(
         data=judge.data,
         held_back=held_back,
         turned=work.turned if work.has_cut else (),
+        fallbacks=fallbacks,
         seconds=time.monotonic() - begun,
     )
 
@@ -317,8 +318,11 @@ class _Work:
         """Streams to their principal components, which say what can go."""
         self.progress.doing("turning residual streams")
         model, now = self.surgeon.model, self.surgeon.architecture
-        if self.surgeon.copies or self.surgeon.blocked():
-            return  # Averages would stay as they are; what blocks a cut is said by the cut.
+        if self.surgeon.copies:
+            _LOGGER.info("residual streams are not turned: averages of the weights would not be")
+            return
+        if self.surgeon.blocked():
+            return  # The cut says why.
         self.turned = turn_streams(model, now, self.batches, example, compared)
         if self.turned:
             self.progress.done(f"turned to its principal components: {', '.join(self.turned)}")

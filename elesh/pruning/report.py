@@ -77,6 +77,8 @@ class PruningReport:
     turned: tuple[str, ...] = ()
     """Groups whose channels are principal components of what they were: no channel of theirs is one
     of the original network's."""
+    fallbacks: tuple[str, ...] = ()
+    """What was done otherwise than asked for, and why."""
 
     @property
     def reached(self) -> bool:
@@ -116,7 +118,7 @@ class PruningReport:
         if self.seconds:
             rounds = f"{len(self.rounds)} round" + "s" * (len(self.rounds) != 1)
             lines.append(f"{rounds} in {_time(self.seconds)}")
-        return "\n".join([*lines, *([self.held_back] if self.held_back else [])])
+        return "\n".join([*lines, *self.fallbacks, *([self.held_back] if self.held_back else [])])
 
     def _summary(self) -> Table:
         table = _table(f"Before and after (accuracy and loss: {self.data})")

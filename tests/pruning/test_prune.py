@@ -331,6 +331,19 @@ def test_a_round_takes_one_backward_pass_of_the_samples(
 
 
 @pytest.mark.slow
+def test_where_pytorch_would_abort_groups_stay_wide_enough_and_the_report_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("elesh.pruning.at_once.narrowing_is_unsafe", lambda model: True)
+    report = prune_quickly(trained(SmallNet), {"macs": 0.1}, max_accuracy_drop=1.0, min_channels=2)
+    cut = [group for group in report.architecture.groups if group.name in report.removed]
+    assert cut
+    assert min(group.size for group in cut) >= 8
+    assert report.fallbacks
+    assert report.fallbacks[0] in str(report)
+
+
+@pytest.mark.slow
 def test_a_residual_stream_is_turned_without_an_optimizer_only() -> None:
     model = trained(SmallVit)
     report = prune_quickly(model, {"parameters": 0.8}, max_accuracy_drop=1.0)
