@@ -156,10 +156,10 @@ def prune(
             outputs="logits" if loss is None else "values",
             compared=compared,
             seed=seed,
-            architecture=known.now if known else None,
         )
         first = recorder.architecture
-        goals = Goals.of(model, example, first, known.original if known else first, budget)
+        original = known.original if known and first.history else first
+        goals = Goals.of(model, example, first, original, budget)
         limits = Limits(max_accuracy_drop, max_loss_increase)
         judge = _judge(model, samples, evaluate, limits, loss)
         before = copy.deepcopy(model)

@@ -2,21 +2,24 @@
 
 Promises: the same batches give the same split; a sample that comes twice is taken once, so that no
 copy of it is judged by what another copy has taught; a few samples with a little noise on them are
-not taken for many.
+not taken for many; reading a loader leaves it, and all random states, as they were.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from elesh.trainer.network.calling import Inputs, batch_size, map_tensors, tensors_in
 from elesh.trainer.network.calling import Pair as Batch
+from elesh.trainer.network.state import preserved
 from leyline import InvalidField
 
 __all__ = ["LEAST", "MOST", "Batch", "Samples", "divided"]
@@ -56,20 +59,10 @@ def divided(batches: Iterable[Batch], *, hold_out: bool, most: int = MOST) -> Sa
     Raises:
         InvalidField: if there are too few different samples, or a batch is no pair.
     """
-    found: list[tuple[Inputs, Any, int, list[int]]] = []
-    seen, total = set[bytes](), 0
-    for number, batch in enumerate(batches):
-        inputs, labels = _pair(batch, number)
-        size = batch_size(inputs)
-        new = [row for row in range(size) if not _known(inputs, row, size, seen)]
-        total += size
-        if new:
-            new = new[: most - sum(len(rows) for *_, rows in found)]
-            found.append((inputs, labels, size, new))
-        if len(seen) >= most:
-            break
+    with preserved(nn.Module(), batches):
+        found, there_are, total = _read(_apart_from_training(batches), most)
     least = 2 * LEAST if hold_out else LEAST
-    count = min(len(seen), most)
+    count = min(there_are, most)
     if count < least:
         copies = f" ({total} with copies)" if total > count else ""
         expected = f"at least {least} different samples"
@@ -88,7 +81,36 @@ def divided(batches: Iterable[Batch], *, hold_out: bool, most: int = MOST) -> Sa
         for rows, part in ((kept, calibration), (out, held_out)):
             if rows:
                 part.append((_rows(inputs, rows, size), _rows(labels, rows, size)))
-    return Samples(tuple(calibration), tuple(held_out), count, total - len(seen))
+    return Samples(tuple(calibration), tuple(held_out), count, total - there_are)
+
+
+def _apart_from_training(batches: Iterable[Batch]) -> Iterable[Batch]:
+    """A loader with workers of its own: those that stay draw numbers for the training's epochs."""
+    if not isinstance(batches, DataLoader):
+        return batches
+    apart = copy.copy(batches)
+    vars(apart)["_iterator"] = None
+    return apart
+
+
+def _read(
+    batches: Iterable[Batch], most: int
+) -> tuple[list[tuple[Inputs, Any, int, list[int]]], int, int]:
+    """Batches (inputs, labels, size, rows of new samples) up to so many different samples; how many
+    different ones there were, and how many of all."""
+    found: list[tuple[Inputs, Any, int, list[int]]] = []
+    seen, total = set[bytes](), 0
+    for number, batch in enumerate(batches):
+        inputs, labels = _pair(batch, number)
+        size = batch_size(inputs)
+        new = [row for row in range(size) if not _known(inputs, row, size, seen)]
+        total += size
+        if new:
+            new = new[: most - sum(len(rows) for *_, rows in found)]
+            found.append((inputs, labels, size, new))
+        if len(seen) >= most:
+            break
+    return found, len(seen), total
 
 
 def _pair(batch: Any, number: int) -> Batch:

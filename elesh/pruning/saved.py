@@ -24,6 +24,7 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from elesh.trainer.graph.hazards import require_initialised
 from elesh.trainer.network.layers import HEAD_SIZES, SIZES, require_fit
 from elesh.trainer.recovery.files import write_durably
 from elesh.trainer.surgery.bypass import Bypass
@@ -84,6 +85,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         ShapeMismatch: if it was changed by other code since.
     """
     model, folder = unwrapped(model), Path(folder)
+    require_initialised(model)
     lineage = lineage_of(model)
     if lineage is None:
         hint = "pass the network that elesh.prune, elesh.attach or a Surgeon was given"
@@ -132,6 +134,7 @@ def load(folder: str | Path, model: Network) -> Network:
     if architecture.model_hash != saved.model_hash:
         raise DigestMismatch(str(folder), saved.model_hash, architecture.model_hash)
     network = unwrapped(model)
+    require_initialised(network)
     _require_same_network(network, saved)
     _require_same_tensors(network, architecture, weights)
     surgeon = Surgeon(network, saved.original, restore_points=0)

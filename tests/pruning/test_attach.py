@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from station import PATIENCE
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
 from trained import SmallNet, batches, digits
 
 import elesh
@@ -95,6 +96,41 @@ def test_a_run_is_cut_killed_and_resumed(tmp_path: Path) -> None:
     loaded = elesh.load(tmp_path / "saved", SmallNet()).eval()
     images = digits().held_out.images
     assert torch.equal(loaded(images), model.eval()(images))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_of_calibration_is_left_as_it_was(tmp_path: Path, workers: int) -> None:
+    """Its epochs are those of a training without Elesh: order, base seeds, persistent workers."""
+
+    def epochs(begin: Callable[[Any], object]) -> list[Tensor]:
+        torch.manual_seed(3)
+        own = torch.Generator().manual_seed(4)
+        loader = DataLoader(
+            Noisy(), 20, shuffle=True, generator=own,
+            num_workers=workers, persistent_workers=workers > 0,
+        )  # fmt: skip
+        begin(loader)
+        return [x for _ in range(2) for x, _ in loader] + [torch.rand(3)]
+
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+
+    def attach(loader: Any) -> object:
+        return elesh.attach(
+            model, torch.optim.SGD(model.parameters()), run_id="loader", calibration=loader,
+            evaluate=lambda: (0.5, 1.0), restore_dir=tmp_path, url="redis://127.0.0.1:1/0",
+        )  # fmt: skip
+
+    assert all(map(torch.equal, epochs(attach), epochs(lambda loader: None)))
+
+
+class Noisy(Dataset[tuple[Tensor, int]]):
+    """Samples with noise of the global generator."""
+
+    def __len__(self) -> int:
+        return 80
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.rand(8) + index, index % 2
 
 
 def test_training_goes_on_without_a_bus(tmp_path: Path) -> None:

@@ -95,6 +95,39 @@ def test_a_loaded_network_is_cut_further_and_saved_again(folder: Path, tmp_path:
     assert torch.equal(again.eval()(_IMAGES), model.eval()(_IMAGES))
 
 
+def test_a_cut_network_that_is_looked_at_anew_keeps_its_history(
+    network: DigitsNet, tmp_path: Path
+) -> None:
+    """By Recorder and Surgeon, as any run after ``elesh.prune`` or ``elesh.load`` does."""
+    model = copy.deepcopy(network)
+    now = Recorder(model, _IMAGES[:2], ignored_layers=["stem"]).architecture
+    before = Recorder(DigitsNet(), _IMAGES[:2], ignored_layers=["stem"]).architecture
+    assert [record.idempotency_key for record in now.history][-1] == "third"
+    assert now.original_macs == before.macs > now.macs
+    assert {g.name for g in now.groups if g.prunable} == {
+        g.name for g in before.groups if g.prunable and not g.name.startswith("stage1.1")
+    }
+    assert not now.group["stem.0"].prunable
+    assert {b.name for b in now.blocks if b.prunable and not b.removed} == {
+        b.name for b in before.blocks if b.prunable and b.name != "stage1.1"
+    }
+    Surgeon(model, now).cut({"stage1.0.conv1": [0]}, epoch=9)
+    again = elesh.load(elesh.save(model, tmp_path), DigitsNet())
+    assert torch.equal(again.eval()(_IMAGES), model.eval()(_IMAGES))
+
+
+def test_a_network_without_memory_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = DigitsNet()
+    for call in (
+        lambda: elesh.load(folder, model),
+        lambda: elesh.save(model, tmp_path / "meta"),
+        lambda: Recorder(model, _IMAGES[:2]),
+    ):
+        with pytest.raises(InvalidField, match=r"model\.position.*meta.*to_empty"):
+            call()
+
+
 def test_parameters_stay_the_objects_that_an_optimizer_holds(folder: Path) -> None:
     model = DigitsNet()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

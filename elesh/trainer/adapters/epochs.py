@@ -189,7 +189,7 @@ class EveryEpoch:
         self._time = TimeShare(limit, device=device_of(self._network))
         if self._budget is not None:
             first, known = surgeon.architecture, lineage_of(self._network)
-            original = known.original if known else first
+            original = known.original if known and first.history else first
             example = self._calibration[0][0]
             self._goals = Goals.of(self._network, example, first, original, self._budget)
             if why := self._out_of_reach(first):

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from elesh.observe import get_logger
 from elesh.trainer.graph.groups import find_architecture
 from elesh.trainer.network.calling import (
     Inputs,
@@ -38,6 +39,7 @@ from elesh.trainer.surgery.after_cut import (
     consumer_axes,
     has_batch_statistics,
 )
+from elesh.trainer.surgery.lineage import continued, lineage_of
 from elesh.trainer.surgery.optimizers import require_whole
 from elesh.trainer.surgery.teachers import teachers_in, with_teachers
 from leyline import (
@@ -49,6 +51,7 @@ from leyline import (
     NotFinite,
     PrunedArchitecture,
     Reconstruction,
+    ShapeMismatch,
     checkpoint_id,
 )
 
@@ -70,6 +73,7 @@ from .losses import (
 from .measurement import Measurement
 from .midpoint import LOOK_AHEAD, first_to_go, indices_of
 
+_log = get_logger(__name__)
 UNNAMED = "run"
 """The run of a measurement that names none."""
 
@@ -114,7 +118,8 @@ class Recorder:
             (tensors in any nesting), where some outputs jump by themselves. Default: all
             floating-point tensors.
         seed: of directions and sampled labels. Data-parallel ranks take different ones.
-        architecture: what is known of a network that was cut before (then nothing is traced).
+        architecture: what the network is, where that is known (then nothing is traced). Without,
+            it is found out; a network that was cut before keeps its history.
 
     Raises:
         InvalidField: if the model cannot be copied or is sharded over processes, an ignored layer
@@ -149,6 +154,8 @@ class Recorder:
         if architecture is None:
             found = find_architecture(model, example_inputs, ignored_layers, compared)
             architecture = with_teachers(found, teachers_in(model))
+            if (cut := _cut_before(model)) is not None:
+                architecture = continued(cut, architecture)
         self.architecture = architecture
 
     @property
@@ -436,6 +443,19 @@ class Recorder:
         branches.read("sampled")
         sampled, _ = meter.backward(total(self._loss(output, drawn), samples), keep=False)
         measurement.add(projections, true, sizes, sampled)
+
+
+def _cut_before(model: nn.Module) -> PrunedArchitecture | None:
+    """What a network that was cut before is, by its lineage; None if it was changed since."""
+    known = lineage_of(model)
+    if known is None or not known.now.history:
+        return None
+    try:
+        require_fit(model, known.now)
+    except ShapeMismatch as error:
+        _log.warning("changed since it was cut: its history begins anew", reason=str(error))
+        return None
+    return known.now
 
 
 def _distinct(batches: Batches, samples: int) -> int | None:

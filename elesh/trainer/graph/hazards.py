@@ -66,7 +66,7 @@ _MIXED = "its consumers read rows that samples do not share evenly (a packed seq
 
 
 def require_initialised(model: nn.Module) -> None:
-    """Refuse a model whose lazy layers have no weights yet.
+    """Refuse a model whose weights are not there yet: lazy layers, tensors on the meta device.
 
     Raises:
         InvalidField: naming the first of them.
@@ -75,6 +75,9 @@ def require_initialised(model: nn.Module) -> None:
         if is_lazy(tensor):
             hint = "call the model once before it is given to the recorder"
             raise InvalidField(f"model.{name}", "an initialised tensor", "a lazy one", hint=hint)
+        if tensor.is_meta:
+            hint = "give the model memory and weights first: model.to_empty(device=...), then load"
+            raise InvalidField(f"model.{name}", "a tensor with values", "a meta tensor", hint=hint)
 
 
 def require_repeatable(model: nn.Module, inputs: Inputs) -> None:

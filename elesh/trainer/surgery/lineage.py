@@ -1,7 +1,8 @@
 """What a network was before its first cut, and what it is now: remembered on the network itself.
 
 Promises: the record goes along with copies and pickles of the network and is in no ``state_dict``;
-the cuts between the two can be made again, in order, on descriptors alone.
+the cuts between the two can be made again, in order, on descriptors alone; whoever looks at a cut
+network anew keeps its numbers and its history.
 """
 
 from __future__ import annotations
@@ -13,9 +14,16 @@ from typing import Any, Self
 
 from torch import nn
 
-from leyline import InvalidField, Level, PrunedArchitecture, PruningRecord
+from leyline import (
+    InvalidField,
+    LayerBlock,
+    Level,
+    PrunedArchitecture,
+    PruningGroup,
+    PruningRecord,
+)
 
-__all__ = ["Lineage", "Step", "lineage_of", "remember", "replayed", "steps"]
+__all__ = ["Lineage", "Step", "continued", "lineage_of", "remember", "replayed", "steps"]
 
 _ATTRIBUTE = "_elesh_lineage"
 
@@ -65,6 +73,41 @@ def _original(known: Lineage | None, now: PrunedArchitecture) -> PrunedArchitect
         return None
     pairs = zip(known.now.history, now.history, strict=False)
     return known.original if all(a == b for a, b in pairs) else None
+
+
+def continued(known: PrunedArchitecture, found: PrunedArchitecture) -> PrunedArchitecture:
+    """A cut network that was looked at anew: with the numbers and the history of its cuts, and with
+    what was found now of which groups and blocks may go.
+
+    Args:
+        known: what the network is by its lineage.
+        found: the same network, as if it had never been cut.
+    """
+    other = "it is not what it was before the network was cut"
+
+    def group(one: PruningGroup) -> PruningGroup:
+        now = found.group.get(one.name)
+        same = now is not None and (now.slices, now.sites) == (one.slices, one.sites)
+        prunable, reason = (now.prunable, now.reason) if now and same else (False, other)
+        return one.model_copy(update={"prunable": prunable, "reason": reason})
+
+    def block(one: LayerBlock) -> LayerBlock:
+        now = found.block.get(one.name)
+        if one.removed:
+            return one
+        same = now is not None and now.wiring == one.wiring
+        prunable, reason = (now.prunable, now.reason) if now and same else (False, other)
+        return one.model_copy(update={"prunable": prunable, "reason": reason})
+
+    return PrunedArchitecture.build(
+        known.tensors,
+        known.layers,
+        tuple(map(group, known.groups)),
+        history=known.history,
+        blocks=tuple(map(block, known.blocks)),
+        original_parameters=known.original_parameters,
+        original_macs=known.original_macs,
+    )
 
 
 @dataclass(frozen=True)
