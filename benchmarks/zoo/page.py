@@ -72,7 +72,7 @@ def _peer(rows: Sequence[dict[str, Any]]) -> str:
     working = [row for row in rows if row["peer"]["verdict"] == "works"]
     less = [r for r in working if r.get("removed", 0) < _ENOUGH * r["peer"]["removed"]]
     more = sum(row["peer"].get("most", 0) > _TOLD for row in less)
-    told = f"; in {more} of the other {len(less)} it took more than {_TOLD:.0%} of some layer"
+    told = f"; in {more} of the {len(less)} others it took more than {_TOLD:.0%} of some layer"
     return (
         f" torch-pruning was tried on {len(rows)} of them, and works on {len(working)}; in "
         f"{len(working) - len(less)} of these we remove at least {_ENOUGH} of what it does"

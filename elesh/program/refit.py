@@ -41,7 +41,7 @@ __all__ = [
     "consumer_of",
     "normalised_by",
     "predict_lost",
-    "spread",
+    "without_inputs",
 ]
 
 
@@ -217,7 +217,45 @@ def _solved(among: Tensor, across: Tensor, share: float) -> Tensor:
     return found
 
 
-def spread(
+def without_inputs(
+    weight: Tensor,
+    bias: Tensor | None,
+    dim: int,
+    groups: int,
+    means: Tensor,
+    squares: Tensor,
+    lost: Iterable[int],
+    *,
+    ridge: float = RIDGE,
+    rows: int = 0,
+    norm: Normalised | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """A consumer's weight and bias, float64, refitted to do without lost inputs.
+
+    Args:
+        bias: None where there is none, or no constant may be added.
+        dim: the weight's dimension that counts inputs.
+        groups: of a convolution; each can only make up for its own inputs from its own.
+        others: see :func:`predict_lost`.
+    """
+    if groups == 1:
+        solved = predict_lost(means, squares, lost, bias is not None, ridge, rows, norm)
+        return _spread(weight, bias, dim, solved)
+    gone, size = torch.tensor(sorted(lost)), len(means) // groups
+    weights, biases = list[Tensor](), list[Tensor]()
+    parts = [None] * groups if bias is None else bias.chunk(groups)
+    for number, (own, part) in enumerate(zip(weight.chunk(groups), parts, strict=True)):
+        at = slice(number * size, (number + 1) * size)
+        inside = gone[gone // size == number] - at.start
+        among = means[at], squares[at, at], inside.tolist()
+        solved = predict_lost(*among, part is not None, ridge, rows)
+        refitted, shifted = _spread(own, part, dim, solved)
+        weights.append(refitted)
+        biases += [] if shifted is None else [shifted]
+    return torch.cat(weights), torch.cat(biases) if biases else None
+
+
+def _spread(
     weight: Tensor, bias: Tensor | None, dim: int, solved: Predictor
 ) -> tuple[Tensor, Tensor | None]:
     """A consumer's weight and bias with the lost inputs spread over the kept ones, float64.
@@ -312,6 +350,8 @@ class Consumer:
     """The weight's dimension that counts inputs."""
     bias: str | None
     """Path of its bias, where a constant input is the same as a larger bias everywhere."""
+    groups: int = 1
+    """Of a convolution."""
 
 
 def consumer_of(program: Program, module: str) -> Consumer | None:
@@ -325,8 +365,9 @@ def consumer_of(program: Program, module: str) -> Consumer | None:
         kind = node.operator.split(".")[1]
         if kind == "linear":
             return Consumer(path, 1, _path(program, node, 2))
-        if kind in ("conv1d", "conv2d", "conv3d") and not _grouped(node):
-            return Consumer(path, 1, None if _pads(node) else _path(program, node, 2))
+        if kind in ("conv1d", "conv2d", "conv3d"):
+            bias = None if _pads(node) else _path(program, node, 2)
+            return Consumer(path, 1, bias, _groups(node))
         if kind.startswith("conv_transpose"):
             return Consumer(path, 0, None)
         if kind == "addmm" and _value(node, 2) in names:
@@ -376,12 +417,12 @@ class Refit:
             means, squares, rows = self.inputs[module, dim]
             over_all = self._normalised(norms[module, dim].values(), len(means))
             norm = normalised_by(means, squares, over_all)
-            solved = predict_lost(
-                means, squares, gone, consumer.bias is not None, RIDGE, rows, norm
-            )
             weight = self.weights[consumer.weight]
             bias = None if consumer.bias is None else self.weights[consumer.bias]
-            refitted, shifted = spread(weight, bias, consumer.dim, solved)
+            how = consumer.dim, consumer.groups
+            refitted, shifted = without_inputs(
+                weight, bias, *how, means, squares, gone, rows=rows, norm=norm
+            )
             if torch.isfinite(refitted).all():
                 found[consumer.weight] = refitted.to(weight.dtype).contiguous()
                 if consumer.bias is not None and bias is not None and shifted is not None:
@@ -397,9 +438,9 @@ class Refit:
         return [norm for norm in found if norm is not None]
 
 
-def _grouped(node: Node) -> bool:
-    """Whether a convolution has several groups."""
-    return bool((node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)) != 1)
+def _groups(node: Node) -> int:
+    """How many groups a convolution has."""
+    return int(node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1))
 
 
 def _pads(node: Node) -> bool:

@@ -10,7 +10,7 @@ and layers of which only a part is coupled right.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -25,7 +25,15 @@ from torch.nn.modules.conv import _ConvNd
 
 from elesh.trainer.network.calling import Inputs, batch_size, call, tensors_in
 from elesh.trainer.network.calls import Calls, Link
-from elesh.trainer.network.layers import Norm, channel_axes, eps_of, is_taught, norm_of
+from elesh.trainer.network.layers import (
+    FEWEST_PLACES,
+    ChannelAxes,
+    Norm,
+    channel_axes,
+    eps_of,
+    is_taught,
+    norm_of,
+)
 from elesh.trainer.network.standardised import standardised
 from leyline import InvalidField, LayerDescriptor
 
@@ -280,8 +288,8 @@ def _bridge(graph: _Graph, calls: Calls) -> dict[Any, list[Link]]:
 def _families(graph: _Graph, model: nn.Module) -> list[Family]:
     """Connected components over (port, index) that some layer produces, alike ones together."""
     reach = _Reach(graph)
-    labels = reach.labels()
-    ports = _Ports(graph, model)
+    labels, whole = reach.labels()
+    ports = _Ports(graph, model, whole)
     table = _Table()
     for (node, function), side in reach.sides.items():
         indices = side.seen.nonzero()[0]
@@ -382,17 +390,34 @@ class _Reach:
         self._edges: list[Ints] = []
         self._count = 0
         self._walk()
-        for node in graph.module2node.values():
-            self._join_blocks(node)
         self._join_shared()
 
-    def labels(self) -> Ints:
-        """The number of the component of every channel."""
-        pairs = np.concatenate([*self._edges, np.zeros((2, 0), dtype=np.int64)], axis=1)
-        ones = np.ones(pairs.shape[1], dtype=np.int8)
-        matrix = coo_matrix((ones, (pairs[0], pairs[1])), (self._count, self._count))
-        labels: Ints = connected_components(matrix, directed=False)[1].astype(np.int64)
-        return labels
+    def labels(self) -> tuple[Ints, set[nn.Module]]:
+        """The number of the component of every channel, and the convolutions of which whole groups
+        go although they could lose places."""
+        whole = set[nn.Module]()
+        while True:
+            none = np.zeros((2, 0), dtype=np.int64)
+            pairs = np.concatenate([*self._edges, *self._joins(whole), none], axis=1)
+            ones = np.ones(pairs.shape[1], dtype=np.int8)
+            matrix = coo_matrix((ones, (pairs[0], pairs[1])), (self._count, self._count))
+            labels: Ints = connected_components(matrix, directed=False)[1].astype(np.int64)
+            fresh = self._without_places(labels) - whole
+            if not fresh:
+                return labels, whole
+            whole |= fresh
+
+    def _without_places(self, labels: Ints) -> set[nn.Module]:
+        """Convolutions that could lose groups and cannot lose places: their inputs are not known,
+        or places hang together, so that few units are left, and fewer than there are groups."""
+        known = dict[nn.Module, int]()
+        for (node, _), side in self.sides.items():
+            axes = _axes_of(node)
+            if axes.blocks and axes.shares:
+                units = len(np.unique(labels[side.offset + side.seen.nonzero()[0]]))
+                several = side.seen.all() and units >= min(FEWEST_PLACES, axes.blocks)
+                known[node.module] = known.get(node.module, 0) + bool(several)
+        return {module for module, sides in known.items() if sides < 2}
 
     def norms(self, model: nn.Module) -> Iterator[tuple[Port, Ints, Ints]]:
         """Normalisations over channels that are met, with the numbers of the channels at their
@@ -479,22 +504,29 @@ class _Reach:
                 both = (first.seen & other.seen).nonzero()[0]
                 self._edges.append(np.stack([both + first.offset, both + other.offset]))
 
-    def _join_blocks(self, node: Any) -> None:
-        """Connect what a layer can only lose together: the channels of a block of its own."""
-        if not isinstance(node.module, nn.Module):
-            return
-        blocks = channel_axes(node.module).blocks
-        if not blocks:
-            return
-        first: dict[int, int] = {}
-        for key in ((n, f) for n, f in self.sides if n is node):
-            side = self.sides[key]
-            indices = side.seen.nonzero()[0]
-            numbers = indices * blocks // max(1, len(side.seen))
-            for block in np.unique(numbers).tolist():
-                members = indices[numbers == block] + side.offset
-                root = first.setdefault(block, int(members[0]))
-                self._edges.append(np.stack([np.full_like(members, root), members]))
+    def _joins(self, whole: Collection[nn.Module]) -> Iterator[Ints]:
+        """Connections of what layers can only lose together: the channels of a block of their own,
+        on both sides; or, on one side, the same places of all shares."""
+        first: dict[tuple[nn.Module, int], int] = {}
+        for (node, _), side in self.sides.items():
+            axes, indices = _axes_of(node), side.seen.nonzero()[0]
+            if by_place := bool(axes.shares) and node.module not in whole:
+                numbers = indices % max(1, len(side.seen) // axes.shares)
+            elif axes.blocks:
+                numbers = indices * axes.blocks // max(1, len(side.seen))
+            else:
+                continue
+            found, places, which = np.unique(numbers, return_index=True, return_inverse=True)
+            roots = (indices[places] + side.offset).tolist()
+            if not by_place:
+                keys = [(node.module, number) for number in found.tolist()]
+                roots = [first.setdefault(key, root) for key, root in zip(keys, roots, strict=True)]
+            yield np.stack([np.array(roots, dtype=np.int64)[which], indices + side.offset])
+
+
+def _axes_of(node: Any) -> ChannelAxes:
+    """What is known of a node's module, if it has one."""
+    return channel_axes(node.module) if isinstance(node.module, nn.Module) else ChannelAxes()
 
 
 def _single(one: Any, two: Any) -> bool:
@@ -514,8 +546,8 @@ def _produced(graph: _Graph) -> Iterator[tuple[Any, Any, Ints]]:
 class _Ports:
     """Nodes and pruning functions of the graph as ports, each made once."""
 
-    def __init__(self, graph: _Graph, model: nn.Module) -> None:
-        self._graph = graph
+    def __init__(self, graph: _Graph, model: nn.Module, whole: Collection[nn.Module]) -> None:
+        self._graph, self._whole = graph, whole
         self.names = self._modules = {module: name for name, module in model.named_modules()}
         self._parameters = {id(p): name for name, p in model.named_parameters()}
         self._made: dict[tuple[Any, Any], Port | None] = {}
@@ -541,5 +573,7 @@ class _Ports:
             return None
         pruner = self._graph.get_pruner_of_module(thing)
         inward = function == pruner.prune_in_channels != pruner.prune_out_channels
-        norm = standardised(thing) if inward else None
+        if inward and thing in self._whole:  # Its inputs go with its outputs: nothing to mask.
+            return Port(self._modules[thing], "in")
+        norm = standardised(thing) if inward and channel_axes(thing).inputs else None
         return Port(self._modules[thing], "in" if inward else "out", module=thing, norm=norm)

@@ -31,7 +31,7 @@ from leyline import (
     TensorSlice,
 )
 
-from .attention import Attention, span_of
+from .attention import Attention, Ints, span_of
 from .block_proof import with_blocks
 from .dependency_graph import Family, Port, Wiring, trace
 from .hazards import (
@@ -330,6 +330,18 @@ def _reads(port: Port) -> bool:
     return port.side == "in" or (axes.site_dim is not None and not axes.produces)
 
 
+def _placed(indices: Ints, port: Port, size: int) -> Ints | None:
+    """Where channels [units, width] lie on an axis of that size; None if beyond it. On one that all
+    shares of them have in common: their places, if each is there in all shares."""
+    if int(indices.max()) < size:
+        return indices
+    shares = channel_axes(port.module).shares if port.module is not None else 0
+    if not shares or indices.shape[1] % shares:
+        return None
+    places = np.sort(indices % size, axis=1).reshape(len(indices), -1, shares)
+    return places[:, :, 0] if bool((places == places[:, :, :1]).all()) else None
+
+
 class _Tensors:
     """The tensors of a model, looked up once."""
 
@@ -358,15 +370,21 @@ def _group(
     norms: list[NormSite] = []
     size = len(next(iter(family.values())))
     for port, indices in family.items():
-        span, last = span_of(indices), int(indices.max())
+        span = span_of(indices)
         for path, dim in tensors.axes(port):
-            if tensors.named[path].shape[dim] > last:
-                slices.setdefault((path, dim), TensorSlice(tensor=path, dim=dim, **dict(span)))
+            own = _placed(indices, port, tensors.named[path].shape[dim])
+            if own is not None:
+                part = TensorSlice(tensor=path, dim=dim, **dict(span_of(own)))
+                slices.setdefault((path, dim), part)
             else:
                 reason = reason or f"its channels could not be followed to {port.name}"
         if port.norm is not None:
             kind, dim, eps = port.norm.kind, port.norm.dim, port.norm.eps
-            norms.append(NormSite(module=port.name, dim=dim, kind=kind, eps=eps, **dict(span)))
+            normed = span
+            if kind == "weights":  # As they lie in the weight.
+                own = _placed(indices, port, tensors.named[f"{port.name}.weight"].shape[dim])
+                normed = span if own is None else span_of(own)
+            norms.append(NormSite(module=port.name, dim=dim, kind=kind, eps=eps, **dict(normed)))
         if _reads(port) and port.module is not None:
             dim_of_input = channel_axes(port.module).site_dim
             reader = readers.get(port.name, port.name)

@@ -21,6 +21,7 @@ from elesh.trainer.network.layers import (
     SIZES,
     channel_axes,
     constants,
+    cut_by_place,
     named_tensors,
     refit,
     refit_heads,
@@ -56,15 +57,6 @@ class Trial:
     ) -> None:
         self.copied, self._inputs, self._compared = copied, inputs, compared
         self._in_training: tuple[Inputs | None, set[str]] | None = None
-
-    @cached_property
-    def mixing(self) -> dict[str, nn.Module]:
-        """The layers that mix channels, by name."""
-        return {
-            name: module
-            for name, module in self.copied.named_modules()
-            if name and channel_axes(module).site_dim is not None
-        }
 
     def run(self) -> Any:
         """What the network returns, the random generators seeded."""
@@ -193,7 +185,7 @@ class TrialCuts:
         for module, buffers in self._constants.items():
             module._buffers.update(buffers)
         for module in self._touched({*paths, *lost}):
-            refit(module)
+            refit(module, module in self._by_place)
         for name, gone in units.items():
             group = self.architecture.group[name]
             taken = set(gone)
@@ -204,6 +196,21 @@ class TrialCuts:
         """The modules that hold these tensors, or one under another name."""
         ids = {id(self.tensors[path]) for path in paths}
         return [module for module, held in self._holders if ids.intersection(held)]
+
+    @cached_property
+    def _by_place(self) -> set[nn.Module]:
+        return cut_by_place(self._copied, self.architecture)
+
+    @cached_property
+    def mixing(self) -> dict[str, nn.Module]:
+        """The layers that mix channels, by name; grouped convolutions only if these are masked at
+        their inputs."""
+        return {
+            name: module
+            for name, module in self._copied.named_modules()
+            if name and (axes := channel_axes(module)).site_dim is not None
+            if module in self._by_place or not axes.blocks
+        }
 
     @cached_property
     def _holders(self) -> list[tuple[nn.Module, set[int]]]:

@@ -373,7 +373,7 @@ class _Run:
         self, trial: Trial, cuts: TrialCuts, units: Units, around: Mapping[str, str]
     ) -> None:
         self._trial, self._cuts, self._units, self._around = trial, cuts, units, around
-        self.waypoints = Waypoints(trial.mixing)
+        self.waypoints = Waypoints(cuts.mixing)
         self.waypoints.lost, self.waypoints.gone = self._lost, self._gone
         self.waypoints.shrinking = {
             layer for name in units for layer in cuts.architecture.group[name].layers

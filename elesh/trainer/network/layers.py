@@ -37,6 +37,7 @@ from leyline import Level, PrunedArchitecture, PruningGroup, ShapeMismatch, Tens
 from .multihead import NATIVE, commit, is_packed
 
 __all__ = [
+    "FEWEST_PLACES",
     "HEAD_SIZES",
     "Norm",
     "common_holder",
@@ -70,6 +71,10 @@ class ChannelAxes:
     """Why channels that meet this layer cannot be removed."""
     blocks: int = 0
     """Into how many equal blocks the layer's channels fall that can only go whole; 0: none."""
+    shares: int = 0
+    """Into how many equal shares the channels of either side fall, so that the same places of all
+    go together; an axis of the weight that all have in common counts places. 0: none. With
+    ``blocks``: either the one or the other."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,9 @@ def refit_taught(module: nn.Module) -> None:
 _SCALES = ChannelAxes((("weight", 0), ("bias", 0)))
 _STATISTICS = ChannelAxes((*_SCALES.outputs, ("running_mean", 0), ("running_var", 0)))
 _DEPTHWISE = ChannelAxes((("weight", 0), ("bias", 0)), produces=True)
+FEWEST_PLACES = 8
+"""Where every group of a convolution has so many channels, the same places of all groups are its
+units, as one of them is a small part of the width then; whole groups are otherwise."""
 _CONVOLUTION = ChannelAxes((("weight", 0), ("bias", 0)), (("weight", 1),), 1, True)
 _TRANSPOSED = ChannelAxes((("weight", 1), ("bias", 0)), (("weight", 0),), 1, True)
 _LINEAR = ChannelAxes((("weight", 0), ("bias", 0)), (("weight", 1),), -1, True)
@@ -172,8 +180,9 @@ def _conv_axes(module: _ConvNd) -> ChannelAxes:
         if module.groups == module.in_channels == module.out_channels:
             return _DEPTHWISE
         if transposed:
-            reason = "a transposed grouped convolution can only lose whole groups of channels"
-            return replace(_DEPTHWISE, refusal=reason)
+            return replace(_TRANSPOSED, shares=module.groups)
+        if min(module.in_channels, module.out_channels) >= module.groups * FEWEST_PLACES:
+            return replace(_CONVOLUTION, blocks=module.groups, shares=module.groups)
         # A whole group goes with the channels that it reads and those that it makes.
         return replace(_DEPTHWISE, blocks=module.groups)
     return _TRANSPOSED if transposed else _CONVOLUTION
@@ -198,8 +207,20 @@ SIZES = (
 """The attributes that :func:`refit` sets."""
 
 
-def refit(module: nn.Module) -> None:
-    """Set the module's size attributes to what its tensors' shapes say."""
+def cut_by_place(model: nn.Module, architecture: PrunedArchitecture) -> set[nn.Module]:
+    """The grouped convolutions that lose the same places of every group, not whole groups."""
+    tensors = [p.tensor for group in architecture.groups for p in group.slices if p.dim == 1]
+    owners = (path.rpartition(".") for path in dict.fromkeys(tensors))
+    found = (model.get_submodule(owner) for owner, _, name in owners if name == "weight")
+    return {module for module in found if isinstance(module, _ConvNd) and module.groups > 1}
+
+
+def refit(module: nn.Module, by_place: bool = False) -> None:
+    """Set the module's size attributes to what its tensors' shapes say.
+
+    Args:
+        by_place: whether it is one of :func:`cut_by_place`.
+    """
     commit(module)
     refit_taught(module)
     _refit_view(module)
@@ -211,7 +232,7 @@ def refit(module: nn.Module) -> None:
     elif not isinstance(weight, Tensor):
         return
     elif isinstance(module, _ConvNd):
-        _refit_conv(module, weight)
+        _refit_conv(module, weight, by_place)
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
     elif isinstance(module, nn.Embedding):
@@ -237,8 +258,12 @@ def _refit_view(module: nn.Module) -> None:
             module.shape = tuple(sizes)  # type: ignore[assignment]
 
 
-def _refit_conv(module: _ConvNd, weight: Tensor) -> None:
-    if module.groups > 1:
+def _refit_conv(module: _ConvNd, weight: Tensor, by_place: bool) -> None:
+    if by_place:
+        whole, shared = weight.shape[0], weight.shape[1] * module.groups
+        transposed = isinstance(module, _ConvTransposeNd)
+        module.in_channels, module.out_channels = (whole, shared) if transposed else (shared, whole)
+    elif module.groups > 1:
         made = module.out_channels // module.groups
         module.groups = max(1, weight.shape[0] // made)
         module.out_channels = weight.shape[0]

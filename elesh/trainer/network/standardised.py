@@ -25,7 +25,7 @@ _PLAIN = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 
 def standardised(module: nn.Module) -> Norm | None:
-    """How a convolution of one group standardises each row of its weight; None if it does not.
+    """How a convolution standardises each row of its weight; None if it does not.
 
     Tried out: its output must not change where each row is scaled and shifted. The module has to
     say what it adds to the variance (``eps``).
@@ -33,7 +33,7 @@ def standardised(module: nn.Module) -> Norm | None:
     if not isinstance(module, _ConvNd) or type(module).forward in _PLAIN:
         return None
     weight, eps = module._parameters.get("weight"), eps_of(module)
-    if weight is None or not eps or module.groups > 1 or isinstance(module, _ConvTransposeNd):
+    if weight is None or not eps or isinstance(module, _ConvTransposeNd):
         return None
     reach = [k * d for k, d in zip(module.kernel_size, module.dilation, strict=True)]
     generator = torch.Generator().manual_seed(0)

@@ -41,7 +41,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.hooks import RemovableHandle
 
-from elesh.program.refit import RIDGE, Normalised, Predictor, normalised_by, predict_lost, spread
+from elesh.program.refit import RIDGE, Normalised, normalised_by, without_inputs
 from elesh.trainer.network.calling import (
     batch_size,
     call,
@@ -245,22 +245,27 @@ def reconstructed(
             raise InvalidField("covariance", f"moments of the inputs of {axis[0]}", "none")
         module = model.get_submodule(axis[0])
         anew = any(norm.module == axis[0] for group in groups[axis] for norm in group.norms)
-        if anew or len(channel_axes(module).inputs) != 1:
+        inputs = refitted_axis(module)
+        if anew or inputs is None:
             continue  # No linear map of these inputs, or one that is scaled anew: nothing to refit.
+        attribute, dim = inputs
         means, squares = covariance.means[axis], covariance.squares[axis]
-        solved = predict_lost(
+        weight, bias = without_inputs(
+            getattr(module, attribute),
+            module.bias if takes_constant(module) else None,  # type: ignore[arg-type]
+            dim,
+            getattr(module, "groups", 1),
             means,
             squares,
             indices,
-            takes_constant(module),
-            ridge,
-            covariance.rows.get(axis, 0),
-            normalised_by(means, squares, normalisations(model, groups[axis], len(means))),
+            ridge=ridge,
+            rows=covariance.rows.get(axis, 0),
+            norm=normalised_by(means, squares, normalisations(model, groups[axis], len(means))),
         )
-        refitted = _refitted(module, solved)
+        refitted = {attribute: weight} if bias is None else {attribute: weight, "bias": bias}
         if all(bool(torch.isfinite(value).all()) for value in refitted.values()):
-            for attribute, value in refitted.items():
-                path = f"{axis[0]}.{attribute}"
+            for name, value in refitted.items():
+                path = f"{axis[0]}.{name}"
                 found[path] = value.to(tensors[path])
     return found
 
@@ -287,13 +292,13 @@ def takes_constant(module: nn.Module) -> bool:
     return True
 
 
-def _refitted(module: nn.Module, solved: Predictor) -> dict[str, Tensor]:
-    """The consumer's weight with the lost inputs spread over the kept ones; its bias likewise."""
-    ((attribute, dim),) = channel_axes(module).inputs
-    bias = module.bias if solved.constant.any() else None
-    assert bias is None or isinstance(bias, Tensor)
-    weight, shifted = spread(getattr(module, attribute), bias, dim, solved)
-    return {attribute: weight} if shifted is None else {attribute: weight, "bias": shifted}
+def refitted_axis(module: nn.Module) -> tuple[str, int] | None:
+    """The tensor, and its axis, that a consumer's inputs are multiplied by; None if it is no one
+    linear map of them."""
+    if isinstance(module, _ConvNd) and module.groups > 1:
+        return None if isinstance(module, _ConvTransposeNd) else ("weight", 1)
+    inputs = channel_axes(module).inputs
+    return inputs[0] if len(inputs) == 1 else None
 
 
 @torch.no_grad()

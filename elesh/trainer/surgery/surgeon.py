@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from elesh.observe import get_logger
-from elesh.trainer.network.layers import named_tensors, refit, refit_heads, require_fit
+from elesh.trainer.network.layers import (
+    cut_by_place,
+    named_tensors,
+    refit,
+    refit_heads,
+    require_fit,
+)
 from elesh.trainer.network.state import alive, compile_anew, fixed_to_a_shape, unwrapped
 from leyline import (
     ContractError,
@@ -387,9 +393,12 @@ class Surgeon:
         self.notes = self._optimizers.put(states)
         for parameter in self._model.parameters():
             parameter.grad = None
+        by_place = set[nn.Module]()
+        for view in self._views():
+            by_place |= cut_by_place(view, after)
         for root in self._roots():
             for module in root.modules():
-                refit(module)
+                refit(module, module in by_place)
         for name in chosen:
             for view in self._views():
                 refit_heads(view, self._architecture.group[name], after.group[name])

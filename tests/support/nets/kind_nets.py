@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+Layer = nn.Module | None
+
 
 class StandardisedConv(nn.Conv2d):
     """Standardises its weight row by row, with a gain (NFNet)."""
@@ -64,3 +66,12 @@ class Merging(nn.Module):
         count, high, wide, channels = x.shape
         x = x.reshape(count, high // 2, 2, wide // 2, 2, channels).permute(0, 1, 3, 4, 2, 5)
         return self.out(torch.relu(self.reduce(self.norm(x.flatten(3)))).flatten(1))
+
+
+def grouped(conv: nn.Module, norm: Layer = None, act: Layer = None) -> nn.Sequential:
+    """A convolution in groups between two others."""
+    width, made = conv.in_channels, conv.out_channels
+    normed = nn.BatchNorm2d(width) if act is None else act
+    head = [norm or nn.ReLU(), nn.Conv2d(made, 6, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    middle = nn.ReLU() if act is None else act
+    return nn.Sequential(nn.Conv2d(3, width, 3), normed, middle, conv, *head)

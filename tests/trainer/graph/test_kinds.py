@@ -76,3 +76,56 @@ def test_an_activation_in_place_hides_no_linear_layer_of_sequences() -> None:
     model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(inplace=True), nn.Linear(12, 5))
     assert prunable(cut_and_checked(model, IMAGES)) == ["0"]
     assert model[1].inplace
+
+
+def test_grouped_convolutions_lose_the_same_places_of_every_group_on_either_side() -> None:
+    torch.manual_seed(0)
+    model = kind_nets.grouped(nn.Conv2d(36, 27, 3, padding=1, groups=3))
+    surgeon = cut_and_checked(model, IMAGES)
+    sizes = {group.name: group.size for group in surgeon.architecture.groups if group.prunable}
+    assert sizes == {"0": 12, "3": 9}
+    surgeon.cut({"0": [1, 7, 11]})
+    surgeon.cut({"3": [0, 2, 3, 4]})  # Fewer places now than groups would be cut whole for.
+    surgeon.cut({"0": [0], "3": [4]})
+    conv = model[3]
+    assert (conv.groups, conv.in_channels, conv.out_channels) == (3, 24, 12)
+    assert model(IMAGES).isfinite().all()
+    surgeon.undo()
+    assert (conv.groups, conv.in_channels, conv.out_channels) == (3, 27, 15)
+
+
+def test_transposed_grouped_convolutions_lose_places_too() -> None:
+    torch.manual_seed(0)
+    model = kind_nets.grouped(nn.ConvTranspose2d(36, 27, 3, groups=3))
+    surgeon = cut_and_checked(model, IMAGES)
+    surgeon.cut({"0": [2], "3": [5, 6]})
+    assert (model[3].groups, model[3].in_channels, model[3].out_channels) == (3, 33, 21)
+
+
+def test_standardised_weights_of_grouped_convolutions_are_over_the_inputs_that_stay() -> None:
+    torch.manual_seed(0)
+    model = kind_nets.grouped(kind_nets.StandardisedConv(36, 27, 3, groups=3))
+    assert prunable(cut_and_checked(model, IMAGES)) == ["0", "3"]
+
+
+def test_groups_go_whole_where_places_would_hang_together() -> None:
+    torch.manual_seed(0)
+    model = kind_nets.grouped(nn.Conv2d(36, 40, 3, groups=4), nn.GroupNorm(8, 40))
+    surgeon = cut_and_checked(model, IMAGES)
+    assert [g.size for g in surgeon.architecture.groups if g.prunable] == [4]
+    surgeon.cut({"0": [1]})
+    assert (model[3].groups, model[3].in_channels, model[3].out_channels) == (3, 27, 30)
+
+
+def test_a_grouped_convolution_is_refitted_group_by_group() -> None:
+    torch.manual_seed(0)
+    model = kind_nets.grouped(nn.Conv2d(16, 24, 3, groups=2), act=nn.Identity()).eval()
+    with torch.no_grad():  # Place 3 of every group says what place 5 does.
+        for place in (3, 11):
+            model[0].weight[place], model[0].bias[place] = model[0].weight[place + 2] * 2, 1.0
+    recorder = Recorder(model, IMAGES)
+    x = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    moments = recorder.moments([(x, torch.zeros(64))], groups=["0"])
+    plain, surgeon = model(x), Surgeon(model, recorder.architecture)
+    surgeon.cut({"0": [3]}, reconstruct=moments)
+    assert (model(x) - plain).abs().max() < 1e-3 * plain.abs().max()
