@@ -98,6 +98,7 @@ class Sources:
             for call in calls
             if call.output is not None and channel_axes(call.module).produces
         }
+        self._known: dict[Any, Met] = {}
         self._owners = {
             id(parameter): (path, module, name)
             for path, module in model.named_modules()
@@ -107,6 +108,11 @@ class Sources:
 
     def behind(self, link: Link) -> Met:
         """What the value that a layer was given was made from: queries and keys first."""
+        if link[0] not in self._known:
+            self._known[link[0]] = self._behind(link)
+        return self._known[link[0]]
+
+    def _behind(self, link: Link) -> Met:
         met = Met()
         made: dict[int, bool] = {}
         leaves: dict[int, tuple[nn.Parameter, bool]] = {}

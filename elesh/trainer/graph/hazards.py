@@ -112,8 +112,11 @@ def train_once(model: nn.Module, inputs: Inputs) -> set[str]:
     seed_generators(device_of(model), 0)
     model.train()
     called, handles = set[nn.Module](), list[RemovableHandle]()
-    for module in model.modules():
-        handles.append(module.register_forward_pre_hook(lambda module, args: called.add(module)))
+
+    def note(module: nn.Module, args: Any) -> None:
+        called.add(module)
+
+    handles += [module.register_forward_pre_hook(note) for module in model.modules()]
     try:
         with torch.enable_grad():
             outputs = [t for t in tensors_in(call(model, inputs)) if t.requires_grad]
@@ -366,11 +369,17 @@ def traced_gates(passage: Trace, groups: Sequence[PruningGroup]) -> dict[Axis, G
         x, dim = one.given, channel_axes(one.module).site_dim
         if x is None or dim is None or x.is_nested:
             continue
-        nonzero = (x.detach() != 0).movedim(dim, -1).reshape(-1, x.shape[dim]).any(0)
-        acting = nonzero.cpu().numpy() & (one.made in moved)
+        acting = _nonzero(x.detach(), dim).cpu().numpy() & (one.made in moved)
         known = found.get((one.name, dim))
         found[one.name, dim] = Gate(x.shape[0], acting if known is None else acting | known.acting)
     return found
+
+
+def _nonzero(x: Tensor, dim: int) -> Tensor:
+    """[channels] whether anything is not zero; ``dim`` holds the channels."""
+    rest = [axis for axis in range(x.ndim) if axis != dim % x.ndim]
+    # Largest values are found ten times as quickly as whether any differs from zero.
+    return (x.abs().amax(rest) if rest and x.numel() else x) != 0
 
 
 def with_acting_masks(

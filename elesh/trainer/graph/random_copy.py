@@ -29,7 +29,7 @@ __all__ = ["random_copy"]
 _STEP = 257
 """Windows of a pool begin a multiple of so many numbers apart, so that no two layers are alike."""
 _WINDOWS = 16
-_DRAWN = 32_749, 65_521, 131_071, 262_139, 524_287, 1_048_573
+_DRAWN = 32_749, 65_521, 131_071, 262_139
 """So many numbers are drawn, the least that does; longer pools repeat them. Primes: no two rows are
 alike."""
 _ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, type, torch.dtype))
@@ -62,7 +62,16 @@ def random_copy(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modu
 def _computed(model: nn.Module) -> Iterator[Tensor]:
     """Tensors with a history that modules keep from an earlier pass."""
     for module in model.modules():
-        yield from (x for x in tensors_in(list(vars(module).values())) if not x.is_leaf)
+        held = vars(module).items()
+        kept = [
+            x for name, x in held if type(x) not in _ATOMS and name != "_modules" and not _bare(x)
+        ]
+        yield from (x for x in tensors_in(kept) if not x.is_leaf)
+
+
+def _bare(value: Any) -> bool:
+    """Whether this is an empty container."""
+    return type(value) in (dict, OrderedDict, list, set) and not value
 
 
 def _copied(module: nn.Module, known: dict[int, Any]) -> Any:
@@ -74,8 +83,9 @@ def _copied(module: nn.Module, known: dict[int, Any]) -> Any:
         return copy.deepcopy(module, known)
     made = known[id(module)] = kind.__new__(kind)
     state: dict[str, Any] = module.__getstate__()  # type: ignore[no-untyped-call]
+    held = vars(made)
     for name, value in state.items():  # Not what was compiled of it.
-        vars(made)[name] = _copied_value(value, known)
+        held[name] = value if type(value) in _ATOMS else _copied_value(value, known)
     return made
 
 
@@ -89,6 +99,8 @@ def _copied_value(value: Any, known: dict[int, Any]) -> Any:
         return known.setdefault(id(value), kind(value))
     if kind in (dict, OrderedDict):
         made = known[id(value)] = kind()
+        if not value:
+            return made
         for name, part in value.items():
             if type(name) is not str:
                 del known[id(value)]

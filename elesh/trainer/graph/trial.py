@@ -39,7 +39,7 @@ __all__ = ["Trial", "TrialCuts", "Units"]
 Ints = npt.NDArray[np.int64]
 Units = Mapping[str, Sequence[int]]
 """Units by group name."""
-_SIZES = (*SIZES, *HEAD_SIZES)
+_SIZES = frozenset((*SIZES, *HEAD_SIZES))
 
 
 class Trial:
@@ -194,8 +194,9 @@ class TrialCuts:
 
     def _touched(self, paths: Collection[str]) -> list[nn.Module]:
         """The modules that hold these tensors, or one under another name."""
-        ids = {id(self.tensors[path]) for path in paths}
-        return [module for module, held in self._holders if ids.intersection(held)]
+        holders = self._holders
+        found = (module for path in paths for module in holders[id(self.tensors[path])])
+        return list(dict.fromkeys(found))
 
     @cached_property
     def _by_place(self) -> set[nn.Module]:
@@ -213,15 +214,14 @@ class TrialCuts:
         }
 
     @cached_property
-    def _holders(self) -> list[tuple[nn.Module, set[int]]]:
-        return [
-            (module, {id(t) for t in (*module._parameters.values(), *module._buffers.values())})
-            for module in self._copied.modules()
-        ] + [
-            (module, {id(t) for t in module.parameters()})
-            for module in self._copied.modules()
-            if isinstance(module, nn.MultiheadAttention)
-        ]
+    def _holders(self) -> dict[int, list[nn.Module]]:
+        """By id of a tensor."""
+        found: dict[int, list[nn.Module]] = {}
+        for module in self._copied.modules():
+            inside = module.parameters() if isinstance(module, nn.MultiheadAttention) else ()
+            for tensor in (*module._parameters.values(), *module._buffers.values(), *inside):
+                found.setdefault(id(tensor), []).append(module)
+        return found
 
     @cached_property
     def _constants(self) -> dict[nn.Module, dict[str, Tensor]]:
@@ -230,8 +230,9 @@ class TrialCuts:
     @cached_property
     def _sizes(self) -> dict[nn.Module, dict[str, Any]]:
         return {
-            module: {name: vars(module)[name] for name in _SIZES if name in vars(module)}
+            module: {name: vars(module)[name] for name in _SIZES.intersection(vars(module))}
             for module in self._copied.modules()
+            if not _SIZES.isdisjoint(vars(module))
         }
 
 

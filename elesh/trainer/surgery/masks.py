@@ -28,7 +28,7 @@ class _Mask:
 
     def __init__(self, dim: int, dead: Collection[int]) -> None:
         self.dim = dim
-        self.dead = sorted(dead)
+        self.dead = np.fromiter(dead, dtype=np.int64, count=len(dead))
         self._factors: Tensor | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -102,10 +102,10 @@ class Masks:
     def set(self, architecture: PrunedArchitecture, units: Mapping[str, Collection[int]]) -> None:
         """Silence just these units (current numbering), by group name."""
         self.clear()
-        dead: dict[tuple[str, int], set[int]] = {}
+        dead: dict[tuple[str, int], list[int]] = {}
         for name, chosen in units.items():
             for site in architecture.group[name].sites:
-                dead.setdefault((site.module, site.dim), set()).update(site.all_of(chosen))
+                dead.setdefault((site.module, site.dim), []).extend(site.all_of(chosen))
         paths = {path for (path, _), indices in dead.items() if indices}
         self._lent = patched(self._model, paths)
         self._handles += through_layers(self._model, paths)
@@ -141,11 +141,11 @@ class Masks:
         self, architecture: PrunedArchitecture, units: Mapping[str, Collection[int]]
     ) -> None:
         sites: dict[str, NormSite] = {}
-        dead: dict[str, set[int]] = {}
+        dead: dict[str, list[int]] = {}
         for name, chosen in units.items():
             for site in architecture.group[name].norms:
                 sites[site.module] = site
-                dead.setdefault(site.module, set()).update(site.all_of(chosen))
+                dead.setdefault(site.module, []).extend(site.all_of(chosen))
         for path, indices in dead.items():
             module, hook = self._model.get_submodule(path), _NormMask(sites[path], indices)
             if indices and sites[path].kind == "weights":
