@@ -21,7 +21,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -162,6 +162,21 @@ class Bench:
             outcomes = self._outcomes(entries)
             with confined():
                 return Measurement(outcomes, self._gradients(self.gates(entries)))
+
+    def before_a_cut(self, whole: Measurement) -> Measurement:
+        """What gradients after a cut are compared with: where a cut estimates batch statistics
+        anew, those of the network with new statistics. Statistics that lag behind training would
+        else count as the cut's doing."""
+        norms = self.refit.norms if self.refit is not None else ()
+        if not norms:
+            return whole
+        as_it_is = self._weights
+        self._weights = {**as_it_is, **self._batch_statistics(norms, ())}
+        try:
+            with confined():
+                return replace(whole, gradients=self._gradients(self.gates(())))
+        finally:
+            self._weights = as_it_is
 
     def outcomes(self, entries: Sequence[Entry]) -> Outcomes:
         """The same without the gradients: a third of the time."""

@@ -258,6 +258,7 @@ class _Search:
 
     def __post_init__(self) -> None:
         self.before: Measurement = self.bench.measure(())
+        self.flow_before = self.bench.before_a_cut(self.before)
 
     def is_safe(self, entries: tuple[Entry, ...]) -> bool:
         """Whether all gates pass with ``entries`` masked."""
@@ -277,7 +278,7 @@ class _Search:
         rise = loss_rise(*pair, settings.confidence, settings.bootstrap_samples)
         drop = accuracy_drop(*pair, settings.confidence, settings.bootstrap_samples)
         worst = class_drop(*pair)
-        flow = self.bench.flow_change(self.before, after, entries)
+        flow = self.bench.flow_change(self.flow_before, after, entries)
         gates = (
             safety.measured_loss(rise[0], rise[2], limits.loss_rise),
             safety.measured_accuracy(drop[0], drop[2], limits.accuracy_drop, self.bench.samples),

@@ -71,8 +71,8 @@ def attach(
         run_id: names the run; one trainer at a time has it.
         calibration: (inputs, labels) pairs of training data, about 500 samples, kept for the run.
         evaluate: without arguments, on your own validation data, to an ``elesh.Evaluation`` or
-            (accuracy, loss). The trainer's own check of every cut; called only where there is one,
-            and once when a run begins.
+            (accuracy, loss). The trainer's own check of every cut; called where there is one, once
+            when a run begins, and at its first checkpoints, to know how training scatters.
         held_out: one batch (inputs, labels) of neither training nor validation data, for workers to
             measure cuts on before they say go. Without it a fifth of ``calibration`` serves.
         budget: what may be left of the original network at the end, by resource

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from functools import cache
 
@@ -15,8 +16,10 @@ from proved_networks import Trained, inverted
 from elesh import safety
 from elesh.analysis import analyze
 from elesh.program import SKIPPED, TIMEOUT, verifier
+from elesh.program.measure import Bench
 from elesh.safety import BreakerStatus, Proposal
 from elesh.trainer import Surgeon
+from elesh.trainer.export import Exporter
 from leyline import (
     CheckpointBundle,
     Level,
@@ -279,3 +282,21 @@ def test_a_predicted_rise_that_measuring_might_allow_is_refused_unmeasured() -> 
         proposal = Proposal(order, Phase.CONSERVATIVE, predicted_loss_rise=rise)
         (gate,) = safety.predicted_only(proposal, SETTINGS).gates
         assert gate.passed is passes
+
+
+def test_batch_statistics_that_lag_behind_training_are_no_change_of_a_cut() -> None:
+    trained = copy.deepcopy(proved_networks.convolutions())
+    for module in trained.model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            assert module.running_var is not None
+            module.running_var *= 2
+    architecture, calibration = trained.bundle.architecture, trained.unseen[0]
+    network = Exporter(trained.model).export(architecture, trained.held_out, calibration)
+    bench = Bench(network, architecture)
+    bench.refit = bench.refitting((), batch_statistics=True)
+    group = next(group for group in architecture.groups if group.prunable)
+    one: list[safety.Entry] = [(Level.CHANNEL, group.name, 0)]
+    before, after = bench.measure(()), bench.measure(one)
+    assert bench.flow_change(before, after, one) > 0.15
+    assert bench.flow_change(bench.before_a_cut(before), after, one) < 0.15
+    assert bench.measure(()).outcomes.loss == before.outcomes.loss, "the network is as it was"

@@ -250,7 +250,9 @@ class EveryEpoch:
         if self._time.over and not needed:
             self.session.reach(epoch, self._noted)
             return []
-        found = self.session.watch(epoch, self._noted)
+        unknown = checkpoint and not (self._time.over or self.session.knows_scatter)
+        always = self._given is not None or unknown
+        found = self.session.watch(epoch, self._noted, always=always)
         if any(outcome.result == "rolled_back" for outcome in found):
             self._known = None  # that was of the network before
         for decision in decisions:

@@ -5,6 +5,7 @@ trainer's side reports of a change. Pure.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from leyline import (
@@ -18,7 +19,23 @@ from leyline import (
     stable_hash,
 )
 
-__all__ = ["Evaluation", "checked", "event_id_of", "failed_check", "recompilation", "validation_of"]
+__all__ = [
+    "Evaluation",
+    "Expected",
+    "checked",
+    "event_id_of",
+    "expected",
+    "failed_check",
+    "recompilation",
+    "validation_of",
+]
+
+_LEVELS = 5
+"""Figures before a cut whose mean is what it is compared with."""
+_UNKNOWN = 2
+"""As much as so many known moves counts what is presumed of a training that is not known yet."""
+_ERRORS = 3.0
+"""Standard errors beyond which a fall is no chance."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +78,43 @@ def failed_check(before: float, now: Evaluation, limit: float) -> str:
     if not math.isfinite(now.accuracy) or not before - now.accuracy <= limit:
         return f"accuracy {before:.4f} fell to {now.accuracy:.4f}, more than {limit:g},"
     return ""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What accuracy is expected after a cut, if the cut does no more than it did at once."""
+
+    accuracy: float
+    scatter: float
+    """Standard deviation of accuracy from epoch to epoch, by training alone."""
+    figures: int
+    """That it was found from, the last one before the cut among them."""
+
+    def fell(self, reports: Sequence[float]) -> bool:
+        """Whether the mean of these reports is further below than training scatters."""
+        error = self.scatter * math.sqrt(1 / self.figures + 1 / len(reports))
+        return self.accuracy - sum(reports) / len(reports) > _ERRORS * error
+
+
+def expected(before: float, after: float, moves: Sequence[float], limit: float) -> Expected:
+    """What to expect after a cut that took accuracy from ``before`` to ``after``, on the same
+    samples.
+
+    The last figure alone may be a lucky one, so that the mean of the last five counts; never below
+    two deviations of the last one, since accuracy that rises leaves its mean behind.
+
+    Args:
+        moves: of accuracy from one epoch to the next before the cut, without what cuts did to it.
+            Only falls say how training scatters: rises are learning, too. Of a training of which
+            nothing is known, a third of the limit is presumed.
+        limit: the drop of accuracy that is too much.
+    """
+    falls = sum(min(move, 0.0) ** 2 for move in moves) + _UNKNOWN * (limit / 3) ** 2
+    scatter = math.sqrt(falls / (len(moves) + _UNKNOWN))
+    last = moves[:-_LEVELS:-1]
+    levels = [before - sum(last[:count]) for count in range(len(last) + 1)]
+    level = max(sum(levels) / len(levels), before - 2 * scatter)
+    return Expected(level - (before - after), scatter, len(levels))
 
 
 def event_id_of(outcome: PruningOutcome) -> str:

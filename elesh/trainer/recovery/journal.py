@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +21,7 @@ from typing import IO, Any
 from elesh.observe import get_logger
 from leyline import PruningOutcome
 
-from .evaluation import Evaluation, failed_check
+from .evaluation import Evaluation, Expected, expected, failed_check
 from .files import open_private, write_durably
 
 __all__ = ["Journal", "Line", "MadeCut", "Situation"]
@@ -44,24 +44,65 @@ class MadeCut:
     left: int
     """Reports of accuracy that it must still stand; 0: it is no longer monitored."""
     doubted: bool = False
-    """Whether the last report failed it by so little that the next one decides."""
+    """Whether the last reports are below the limit, by no more than training scatters."""
+    moves: tuple[float, ...] = ()
+    """Of accuracy from epoch to epoch before the cut."""
+    reports: tuple[float, ...] = ()
+    """Accuracies of now, one for each report since the cut."""
 
     @property
     def key(self) -> str:
         """The decision's idempotency key."""
         return self.outcome.idempotency_key
 
-    def fails(self, now: Evaluation) -> bool:
-        """Whether these figures are too far below those before the cut, or no numbers."""
+    @property
+    def scatter(self) -> float:
+        """Standard deviation of accuracy from epoch to epoch, as it was known at the cut."""
+        return self._expected.scatter
+
+    @property
+    def _expected(self) -> Expected:
+        before, after = self.outcome.accuracy_before or 0.0, self.outcome.accuracy_after
+        return expected(before, before if after is None else after, self.moves, self.limit)
+
+    def falls_short(self, now: Evaluation) -> bool:
+        """Whether these figures alone are too far below those before the cut, or no numbers."""
         before = self.outcome.accuracy_before
         return before is not None and bool(failed_check(before, now, self.limit))
 
-    def may_be_chance(self, now: Evaluation) -> bool:
-        """Whether figures that fail it are near enough to what training scatters by (no more than
-        twice the limit below), and the report before did not fail it."""
+    def failure(self, now: Evaluation) -> str:
+        """Why the cut has to be taken back; empty if it has not.
+
+        Accuracy must have fallen by more than the limit since before the cut, and further than
+        training scatters by itself since right after it: by the mean of the last two reports or by
+        that of all, or by the last one, where that is below twice the limit.
+        """
+        if not now.finite:
+            return failed_check(self.outcome.accuracy_before or 0.0, now, self.limit)
+        reports = (*self.reports, now.accuracy)
+        for count in sorted({1, 2, len(reports)}):
+            tail = reports[-count:]
+            if self._falls(tail, 2 if len(tail) == 1 else 1) and self._expected.fell(tail):
+                of = f" in the mean of {count} reports" if len(tail) > 1 else ""
+                return (
+                    f"accuracy {self.outcome.accuracy_before:.4f} fell to "
+                    f"{sum(tail) / len(tail):.4f}{of}, more than {self.limit:g},"
+                )
+        return ""
+
+    def stood(self, now: Evaluation) -> MadeCut:
+        """After one report more. One below the limit that training's scatter explains leaves the
+        next ones to decide, for as many more as there were to stand."""
+        reports = (*self.reports, now.accuracy)
+        doubted = self.falls_short(now) or self._falls(reports)
+        over = len(reports) >= 2 * (self.outcome.watched or 0)
+        left = (0 if over else self.left) if doubted else self.left - 1
+        return replace(self, reports=reports, doubted=doubted, left=left)
+
+    def _falls(self, reports: Sequence[float], limits: int = 1) -> bool:
         before = self.outcome.accuracy_before
-        known = before is not None and now.finite and not self.doubted
-        return known and before - now.accuracy <= 2 * self.limit  # type: ignore[operator]
+        mean = sum(reports) / len(reports)
+        return before is not None and before - mean > limits * self.limit + 1e-9
 
     def as_line(self) -> Line:
         """For the journal."""
@@ -70,7 +111,9 @@ class MadeCut:
     @classmethod
     def of_line(cls, line: Line) -> MadeCut:
         """From the journal."""
-        return cls(**{**line, "outcome": PruningOutcome.model_validate(line["outcome"])})
+        lists = {name: tuple(line.get(name, ())) for name in ("moves", "reports")}
+        outcome = PruningOutcome.model_validate(line["outcome"])
+        return cls(**{**line, **lists, "outcome": outcome})
 
 
 @dataclass(frozen=True)

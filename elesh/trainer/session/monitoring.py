@@ -7,8 +7,8 @@ the surgery or the caller's ``evaluate``, is raised into the training loop.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from elesh.observe import get_logger, span
@@ -24,7 +24,6 @@ from leyline import ContractError, PrunedArchitecture, PruningOutcome, Structura
 from .apply import (
     Evaluation,
     check_and_cut,
-    failed_check,
     outcome_of,
     preserving,
     refusal,
@@ -35,6 +34,14 @@ __all__ = ["MonitoredCuts"]
 
 Evaluate = Callable[[], Evaluation]
 _INTERRUPTED = "interrupted: the trainer ended while it was applied"
+_MOVES = 20
+"""Of accuracy from epoch to epoch: so many of the last ones say how training scatters."""
+_ENOUGH = 6
+"""So many moves say it well enough to blame a cut, and nothing is evaluated for that alone."""
+_CONTROL = (
+    "after a rollback training is watched without a cut for as long: it was not known yet how far "
+    "it scatters by itself"
+)
 _log = get_logger(__name__)
 
 
@@ -51,6 +58,28 @@ class MonitoredCuts:
         self._reports, self._mode = settings.trainer.watch_epochs, settings.trainer.rollback
         self._cut_drop = settings.trainer.cut_accuracy_drop
         self._recovery = recovery
+        cuts = recovery.situation.cuts
+        self._moves = cuts[-1].moves if cuts else ()
+        """Of accuracy from one epoch to the next, without what cuts did to it."""
+        self._last: tuple[int, float] | None = None
+        """The epoch and the accuracy that the next move begins with."""
+        self._control = 0
+        """Reports for which training is watched without a cut, after one that was taken back and
+        may not have been to blame."""
+
+    def _saw(self, accuracy: float | None) -> None:
+        """The accuracy after an epoch, before anything is cut at it."""
+        epoch = self._recovery.epoch
+        if accuracy is None or not math.isfinite(accuracy):
+            return
+        if self._last is not None and epoch > self._last[0]:
+            self._moves = (*self._moves, accuracy - self._last[1])[-_MOVES:]
+        self._last = (epoch, accuracy)
+
+    @property
+    def knows_scatter(self) -> bool:
+        """Whether enough is known of how accuracy moves from epoch to epoch."""
+        return len(self._moves) >= _ENOUGH
 
     @property
     def monitored(self) -> tuple[MadeCut, ...]:
@@ -59,8 +88,9 @@ class MonitoredCuts:
 
     @property
     def doubted(self) -> bool:
-        """Whether the next report decides on a cut that the last one failed."""
-        return any(cut.doubted for cut in self.monitored)
+        """Whether the next report decides on a cut that the last one failed, or shows what training
+        does without one that was taken back."""
+        return self._control > 0 or any(cut.doubted for cut in self.monitored)
 
     def trigger_of(self, decision: StructuralPruningDecision) -> float:
         """The drop of accuracy at which this decision is rolled back."""
@@ -86,6 +116,8 @@ class MonitoredCuts:
         refused = refusal(decision, now)
         if refused is not None:
             return refused
+        if self._control:
+            return outcome_of(decision, now, now, "refused", _CONTROL)
         pending = outcome_of(decision, now, now, "refused", _INTERRUPTED)
         try:
             tracked = recovery.track(surgeon)
@@ -106,6 +138,7 @@ class MonitoredCuts:
             now=known,
             cut_drop=self._cut_drop,
         )
+        self._saw(outcome.accuracy_before)
         if outcome.result == "applied":
             outcome = self._commit(decision, outcome, snapshot, tracked, before)
         else:
@@ -124,7 +157,8 @@ class MonitoredCuts:
         """Make a cut last and put it under monitoring, or take it back if it cannot be written."""
         recovery, cuts = self._recovery, self._recovery.situation.cuts
         outcome = outcome.model_copy(update={"watched": self._reports})
-        cut = MadeCut(outcome, before, self.trigger_of(decision), self._reports)
+        limit = self.trigger_of(decision)
+        cut = MadeCut(outcome, before, limit, self._reports, moves=self._moves)
         try:
             point = recovery.put(Snapshot.take(tracked, recovery.epoch))
             recovery.done("apply", point, [outcome], [*cuts, cut])
@@ -132,26 +166,32 @@ class MonitoredCuts:
             snapshot.put_back(tracked)
             outcome = _unwritten(decision, snapshot.architecture, error)
             recovery.done("apply", before, [outcome], cuts, later=True)
+        else:
+            self._last = (recovery.epoch, outcome.accuracy_after or 0.0)
         return outcome
 
     @trainable()
-    def watch(self, epoch: int, evaluate: Evaluate) -> list[PruningOutcome]:
+    def watch(
+        self, epoch: int, evaluate: Evaluate, *, always: bool = False
+    ) -> list[PruningOutcome]:
         """Judge the monitored cuts by the accuracy of now; what became of those decided on.
 
-        ``evaluate`` is called only while there are any. If it fails, or the disk does, the cuts are
-        judged at the next call.
+        ``evaluate`` is called only while there are any, or ``always``. If it fails, or the disk
+        does, the cuts are judged at the next call.
         """
         self._recovery.epoch = epoch
         tracked, monitored = self._recovery.tracked, self.monitored
-        if not monitored or tracked is None:
+        if tracked is None or not (monitored or always or self._control):
             return []
         evaluate = preserving(evaluate, tracked.surgeon.model)
         try:
             with span("evaluate monitored cuts"):
                 now = evaluate()
-            failed = [cut for cut in monitored if cut.fails(now)]
-            if all(cut.may_be_chance(now) for cut in failed):
-                return self._stood(now, failed)
+            failed = [cut for cut in monitored if cut.failure(now)]
+            self._saw(now.accuracy)
+            self._control = max(self._control - 1, 0)
+            if not failed:
+                return self._stood(now) if monitored else []
             with span("roll back", attributes={"elesh.epoch": epoch}):
                 return self._roll_back(tracked, failed, now, evaluate)
         except Exception:
@@ -159,24 +199,19 @@ class MonitoredCuts:
             self._recovery.abandon()
             return []
 
-    def _stood(self, now: Evaluation, doubted: Sequence[MadeCut]) -> list[PruningOutcome]:
-        """One report less to stand; those that have stood all are kept. Of those in doubt the next
-        report decides."""
+    def _stood(self, now: Evaluation) -> list[PruningOutcome]:
+        """One report more; what became of the cuts that have stood all."""
         before = self._recovery.situation.cuts
-        cuts = [
-            replace(cut, left=cut.left - (cut not in doubted), doubted=cut in doubted)
-            if cut.left
-            else cut
-            for cut in before
-        ]
-        for cut in doubted:
-            fallen = f"{(cut.outcome.accuracy_before or 0) - now.accuracy:.4f}, limit {cut.limit:g}"
-            _log.warning(
-                "monitored cut in doubt, the next report decides", key=cut.key, drop=fallen
-            )
-        figures = {"accuracy_after": now.accuracy, "loss_after": now.loss, "watched": 0}
+        cuts = [cut.stood(now) if cut.left else cut for cut in before]
+        for cut in cuts:
+            if cut.doubted and cut.left:
+                fall = f"{(cut.outcome.accuracy_before or 0) - now.accuracy:.4f}"
+                said = f"{fall}, limit {cut.limit:g}; training scatters by {cut.scatter:.4f}"
+                _log.warning(
+                    "monitored cut in doubt, the next report decides", key=cut.key, drop=said
+                )
         ended = [c for c, was in zip(cuts, before, strict=True) if was.left and not c.left]
-        kept = [cut.outcome.model_copy(update=figures) for cut in ended]
+        kept = [_kept(cut, now) for cut in ended]
         self._recovery.stood(kept, cuts)
         self._recovery.thin_out()
         return kept
@@ -192,6 +227,12 @@ class MonitoredCuts:
         if self._mode == "progressive":
             point = self._go_further(tracked, point, cause, now, evaluate)
         undone = self._undone_by(point, cause, now)  # further back, where a point was damaged
+        gone = [cut for cut in recovery.situation.cuts if cut.before >= point]
+        self._moves = gone[0].moves
+        self._last = (recovery.epoch, gone[0].outcome.accuracy_before or 0.0)
+        if now.finite and not self.knows_scatter:
+            self._control = len(gone[0].reports) + 1
+            undone = [_not_blamed(outcome) for outcome in undone]
         left = [cut for cut in recovery.situation.cuts if cut.before < point]
         recovery.done("rollback", point, undone, left, later=True)
         recovery.drop_after(point)
@@ -209,7 +250,7 @@ class MonitoredCuts:
         """Ever older restore points, until one validates or there is none; its number."""
         while (older := self._recovery.older_than(point)) is not None:
             try:
-                if not cause.fails(evaluate()):
+                if not cause.falls_short(evaluate()):
                     break
                 point = self._go_back(tracked, older, cause, now)
             except Exception:
@@ -232,12 +273,33 @@ def _unwritten(
     return outcome_of(decision, now, now, "refused", detail)
 
 
+def _kept(cut: MadeCut, now: Evaluation) -> PruningOutcome:
+    """The outcome of a cut that has stood its monitoring window."""
+    figures: dict[str, Any] = {"accuracy_after": now.accuracy, "loss_after": now.loss, "watched": 0}
+    if cut.doubted:
+        reason = f"accuracy fell by more than {cut.limit:g}, but no further than training scatters "
+        reason += f"by itself ({cut.scatter:.4f} from epoch to epoch)"
+        _log.warning("monitored cut kept in doubt", key=cut.key, reason=reason)
+        figures["detail"] = "; ".join(filter(None, [cut.outcome.detail, reason]))
+    return cut.outcome.model_copy(update=figures)
+
+
+def _not_blamed(outcome: PruningOutcome) -> PruningOutcome:
+    """The outcome of a cut that was taken back before it was known how training scatters: its own
+    key in ``undone_with`` says that no accuracy is to blame."""
+    if outcome.undone_with is not None:
+        return outcome
+    detail = f"{outcome.detail} of which too few epochs are known to blame the cut"
+    return outcome.model_copy(update={"undone_with": outcome.idempotency_key, "detail": detail})
+
+
 def _undone(cut: MadeCut, cause: MadeCut, now: Evaluation, epoch: int) -> PruningOutcome:
     """The outcome of a cut that is taken back at ``epoch``, because of itself or an earlier one."""
-    reason = failed_check(cut.outcome.accuracy_before or 0.0, now, cut.limit)
+    reason = cut.failure(now) or f"accuracy {now.accuracy:.4f} is too low for an earlier cut,"
     reason = f"{reason} within the watch"
     if (at_once := cut.outcome.accuracy_after) is not None:
         reason += f"; right after the cut it was {at_once:.4f}"
+        reason += f", and training scatters by {cut.scatter:.4f}"
     blamed = cut.key == cause.key
     return cut.outcome.model_copy(
         update={

@@ -216,6 +216,11 @@ class Session:
         """Whether the next report decides on a monitored cut that the last one failed by little."""
         return self._cuts.doubted
 
+    @property
+    def knows_scatter(self) -> bool:
+        """Whether enough is known of how accuracy moves from epoch to epoch."""
+        return self._cuts.knows_scatter
+
     def __enter__(self) -> Self:
         setup_tracing("elesh-trainer", self.run_id, self.settings.observe)
         self._bus.start()
@@ -453,12 +458,18 @@ class Session:
         the monitored cuts."""
         self._evaluate, self._recovery.epoch = evaluate, epoch
 
-    def watch(self, epoch: int, evaluate: Callable[[], Evaluation]) -> list[PruningOutcome]:
+    def watch(
+        self, epoch: int, evaluate: Callable[[], Evaluation], *, always: bool = False
+    ) -> list[PruningOutcome]:
         """Report an epoch's accuracy: monitored cuts stand it, or are rolled back.
 
         Call it once an epoch, after training and before :meth:`apply`. ``evaluate`` is called only
         while a cut is monitored. After a rollback everything that restore points hold is bit for
         bit what it was at the restore point; the training loop goes on with its next epoch.
+
+        Args:
+            always: evaluate though nothing is monitored: how accuracy moves from epoch to epoch
+                says whether a later cut is to blame for a fall.
 
         Returns:
             The final outcomes of the cuts that were decided on; mostly none.
@@ -467,7 +478,7 @@ class Session:
         limits = {cut.key: cut.limit for cut in self._recovery.situation.cuts}
         tracked = self._recovery.tracked
         before = tracked.surgeon.architecture if tracked else None
-        outcomes = self._cuts.watch(epoch, evaluate)
+        outcomes = self._cuts.watch(epoch, evaluate, always=always)
         for outcome in outcomes:
             key = outcome.idempotency_key
             # The end of the same story: it goes on in the trace of its checkpoint.

@@ -14,6 +14,7 @@ import pytest
 import torch
 from guarded import Run, World, decide, outputs, told
 
+from elesh.safety import vote_of
 from elesh.trainer import Evaluation, apply_decision
 from elesh.trainer.recovery.evaluation import event_id_of
 from elesh.trainer.recovery.files import FolderInUse
@@ -67,9 +68,104 @@ def test_a_report_that_is_little_below_the_limit_leaves_the_next_one_to_decide()
     assert (run.cuts.doubted, run.monitored[0].left) == (True, 2)
     assert run.watch(62, told(0.89)) == []  # it was chance
     assert (run.cuts.doubted, run.monitored[0].left) == (False, 1)
-    assert run.watch(63, told(0.87)) == []
-    (outcome,) = run.watch(64, told(0.87))
-    assert (outcome.result, outcome.rolled_back_epoch) == ("rolled_back", 64)
+    (outcome,) = run.watch(63, told(0.87))
+    assert (outcome.result, outcome.rolled_back_epoch) == ("rolled_back", 63)
+    assert "0.8767 in the mean of 3 reports" in outcome.detail
+
+
+SCATTER = (0.9, 0.88, 0.91, 0.875, 0.905, 0.87, 0.9)
+"""Accuracy from epoch to epoch, of a training that falls by more than the trigger by itself."""
+
+
+def scattering(folder: Path | None = None, **trainer: Any) -> tuple[Run, World]:
+    """A run that scatters, and was cut at epoch 60, at no cost."""
+    run, world = trained(folder, **trainer)
+    for epoch, accuracy in enumerate(SCATTER, 54):
+        assert run.watch(epoch, told(accuracy), always=True) == []
+    cut(run, world)
+    return run, world
+
+
+def test_what_training_scatters_by_itself_is_not_blamed_on_a_cut() -> None:
+    run, _ = scattering()
+    found = [
+        run.watch(61 + n, told(x)) for n, x in enumerate((0.872, 0.87, 0.903, 0.869, *SCATTER))
+    ]
+    (outcome,) = [outcome for outcomes in found for outcome in outcomes]
+    assert (outcome.result, outcome.watched) == ("applied", 0)
+
+
+def test_a_cut_that_does_harm_is_taken_back_however_training_scatters() -> None:
+    run, world = scattering()
+    found = [run.watch(61 + n, told(x - 0.06)) for n, x in enumerate(SCATTER)]
+    (outcome,) = [outcome for outcomes in found for outcome in outcomes]
+    assert outcome.result == "rolled_back"
+    assert "training scatters by 0.0" in outcome.detail
+    assert world.surgeon.architecture is world.original
+
+
+def test_a_collapse_is_taken_back_at_its_first_report_however_training_scatters() -> None:
+    run, _ = scattering()
+    (outcome,) = run.watch(61, told(0.7))
+    assert outcome.result == "rolled_back"
+
+
+def calm(run: Run) -> None:
+    """Training goes on for some epochs, and accuracy stays where it is."""
+    for epoch in range(50, 60):
+        assert run.watch(epoch, told(0.9), always=True) == []
+
+
+def test_calm_training_that_falls_after_a_cut_has_the_cut_to_blame() -> None:
+    run, world = trained()
+    calm(run)
+    cut(run, world)
+    assert run.watch(61, told(0.877)) == []
+    (outcome,) = run.watch(62, told(0.877))
+    assert outcome.result == "rolled_back"
+
+
+def test_a_cut_that_stays_in_doubt_is_kept_in_the_end_and_says_so() -> None:
+    run, _ = scattering(watch_epochs=2)
+    for epoch in range(61, 64):
+        assert run.watch(epoch, told(0.874 if epoch % 2 else 0.878)) == []
+        assert run.cuts.doubted
+    (outcome,) = run.watch(64, told(0.876))
+    assert (outcome.result, outcome.watched) == ("applied", 0)
+    assert "no further than training scatters" in outcome.detail
+
+
+def test_a_cut_of_a_training_that_is_not_known_yet_is_taken_back_and_not_blamed() -> None:
+    run, world = trained()
+    made = cut(run, world)
+    assert run.watch(61, told(0.88)) == []
+    (outcome,) = run.watch(62, told(0.8))
+    assert (outcome.result, outcome.undone_with) == ("rolled_back", made.idempotency_key)
+    assert vote_of(outcome) == "none"
+    other = decide(world.surgeon.architecture, number=2)
+    for epoch, accuracy in ((63, 0.88), (64, 0.8)):  # training by itself does the same
+        waits = run.apply(other, world.surgeon, told(0.9))
+        assert (waits.result, "without a cut" in waits.detail) == ("refused", True)
+        assert run.watch(epoch, told(accuracy)) == []
+    assert run.apply(other, world.surgeon, told(0.9)).result == "applied"
+    assert run.watch(65, told(0.82)) == [], "now it is known"
+
+
+def test_a_cut_that_does_harm_where_training_is_known_is_blamed() -> None:
+    run, _ = scattering()
+    (outcome,) = run.watch(61, told(0.7))
+    assert (vote_of(outcome), outcome.undone_with) == ("failure", None)
+
+
+def test_a_killed_run_still_knows_how_its_training_scattered(tmp_path: Path) -> None:
+    run, world = scattering(folder=tmp_path)
+    known = run.monitored[0]
+    run.watch(61, told(0.872))
+    run.recovery.close()
+    again = Run(tmp_path)
+    again.resume(world.tracked)
+    assert (again.monitored[0].moves, again.monitored[0].reports) == (known.moves, (0.872,))
+    assert len(known.moves) == len(SCATTER) - 1
 
 
 def test_training_goes_on_after_a_rollback_as_if_the_cut_had_never_been() -> None:
@@ -185,6 +281,7 @@ def test_an_error_of_the_evaluation_while_monitored_leaves_the_cut_for_the_next_
 def two_cuts(mode: str) -> tuple[Run, World, list[str]]:
     """Two monitored cuts, the second from .80 to .79; and the states before each."""
     run, world = trained(rollback=mode)
+    calm(run)
     states = [world.digest()]
     cut(run, world, 1, accuracy=0.9)
     world.train()

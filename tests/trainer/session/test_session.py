@@ -301,6 +301,8 @@ def test_labels_that_are_shuffled_after_a_cut_roll_it_back_and_everybody_is_told
     with Session("run", station.url, settings) as session:
         session.resume(world.surgeon, **world.parts)
         world.train()
+        for epoch in range(50, 60):
+            assert session.watch(epoch, evaluate, always=True) == []
         before = world.digest()
         decision = decide(world.original)
         station.on_bus(lambda bus: commit(bus, decision))
