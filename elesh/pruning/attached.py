@@ -7,6 +7,7 @@ and the next process with the same ``run_id`` goes on from there; no other code 
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -186,7 +187,12 @@ class Pruning:
 
         Returns:
             What became of decisions at this epoch; mostly nothing.
+
+        Raises:
+            InvalidField: outside the ``with`` block, or where ``epoch`` is no whole number.
         """
+        assert self.surgeon is not None  # else outside
+        epoch = _whole(epoch)
         known = None if evaluation is None else evaluated(evaluation)
         found = self._epochs.end_epoch(epoch, known)
         if epoch % self._epochs.every == 0:
@@ -196,6 +202,7 @@ class Pruning:
 
     def evaluate(self) -> Evaluation:
         """How well the network does now."""
+        assert self.surgeon is not None  # else outside
         return self._epochs.evaluate()
 
     def __str__(self) -> str:
@@ -210,3 +217,14 @@ class Pruning:
             f"{parameters:.1%} of the parameters and {macs:.1%} of the MACs are left"
         )
         return "\n".join([line, *filter(None, [self._epochs.budget_so_far()])])
+
+
+def _whole(epoch: Any) -> int:
+    """An epoch as a plain number; NumPy and tensors have them, too."""
+    try:
+        number = operator.index(epoch)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise InvalidField("epoch", "a whole number, counted from 1", epoch)
+    return number

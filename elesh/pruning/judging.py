@@ -19,7 +19,7 @@ from torch import nn
 from elesh.program.measure import judged
 from elesh.safety.measured_gates import Outcomes, accuracy_drop, loss_rise
 from elesh.trainer import Evaluation
-from elesh.trainer.calibration.losses import Loss
+from elesh.trainer.calibration.losses import Loss, class_labels
 from elesh.trainer.network.calling import call, device_of, main_output, map_tensors
 from elesh.trainer.network.state import preserve_state
 from leyline import InvalidField
@@ -199,8 +199,9 @@ class Seen:
             losses = _each(self.loss(output, labels))
             self._parts.append((losses, nothing.astype(np.bool_), nothing, nothing))
         else:
-            logits = main_output(output).detach().float().cpu()
-            self._parts.append(judged(logits, labels.cpu(), first))
+            logits = main_output(output).detach().float()
+            labels = class_labels(logits, labels)
+            self._parts.append(judged(logits.cpu(), labels.cpu(), first))
 
     @property
     def outcomes(self) -> Outcomes:

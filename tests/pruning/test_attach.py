@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from station import PATIENCE
@@ -16,7 +17,7 @@ from trained import SmallNet, batches, digits
 
 import elesh
 from elesh.demo import local_fleet
-from leyline import InvalidField, PruningOutcome
+from leyline import InvalidField, PruningOutcome, StructuralPruningDecision
 
 SCHEDULE = {
     "validation_epochs": 1,
@@ -131,6 +132,90 @@ class Noisy(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return torch.rand(8) + index, index % 2
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (lambda y: torch.where(y == 3, 255, y), "classes from 0 to 9, or -100.*masked_fill"),
+        (lambda y: y - 1, "classes from 0 to 9, or -100.*found -1 to 8"),
+        (lambda y: y.float(), "classes as integers.*float32"),
+        (lambda y: {"digit": y}, "a tensor of classes, found dict"),
+        (lambda y: y.tolist(), "a tensor of classes, found list"),
+        (lambda y: y[:-1], "without their classes"),
+        (lambda y: y[:, None], "without their classes"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused_before_training(
+    tmp_path: Path, labels: Callable[[Tensor], Any], said: str
+) -> None:
+    """In whichever batch."""
+    model = SmallNet()
+    given = [(x, labels(y) if number else y) for number, (x, y) in enumerate(batches())]
+    pruning = elesh.attach(
+        model, torch.optim.SGD(model.parameters()), run_id="labels", calibration=given,
+        evaluate=validation(model), held_out=batches()[0], restore_dir=tmp_path,
+        url="redis://127.0.0.1:1/0",
+    )  # fmt: skip
+    with pytest.raises(InvalidField, match=rf"calibration\[\d+\].*{said}"), pruning:
+        pass
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int32])
+def test_classes_may_be_any_integers(tmp_path: Path, kind: torch.dtype) -> None:
+    model = SmallNet()
+    given = [(x, y.to(kind)) for x, y in batches()]
+    published: list[Any] = []
+    with elesh.attach(
+        model, torch.optim.SGD(model.parameters()), run_id="labels", calibration=given,
+        evaluate=validation(model), restore_dir=tmp_path, url="redis://127.0.0.1:1/0", every=1,
+        observers=[Published(published)],
+    ) as pruning:  # fmt: skip
+        pruning.step(1)
+    assert len(published) == 1
+
+
+class Published:
+    """An observer that keeps checkpoints."""
+
+    def __init__(self, found: list[Any]) -> None:
+        self.on_checkpoint = found.append
+
+    def on_outcome(self, decision: StructuralPruningDecision, outcome: PruningOutcome) -> None:
+        pass
+
+
+def test_a_checkpoint_that_cannot_be_measured_stops_nothing(tmp_path: Path) -> None:
+    """Not enough memory, weights that are not finite: the next checkpoint is another chance."""
+    model = SmallNet()
+    published: list[Any] = []
+    with attached(
+        model, torch.optim.SGD(model.parameters()), tmp_path, url="redis://127.0.0.1:1/0",
+        every=1, observers=[Published(published)],
+    ) as pruning:  # fmt: skip
+        weight = next(model.parameters())
+        sound = weight.detach().clone()
+        for epoch in pruning.epochs(2):
+            weight.data.copy_(sound if epoch == 2 else sound * torch.nan)
+            assert pruning.step(epoch) == []
+    assert [bundle.metadata.epoch for bundle in published] == [2]
+
+
+def test_wrong_calls_are_told_what_to_do(tmp_path: Path) -> None:
+    model = SmallNet()
+    pruning = attached(
+        model, torch.optim.SGD(model.parameters()), tmp_path, url="redis://127.0.0.1:1/0"
+    )
+    for outside in (lambda: pruning.step(1), pruning.evaluate, lambda: pruning.epochs(3)):
+        with pytest.raises(InvalidField, match=r"inside `with elesh\.attach"):
+            outside()
+    with pruning:
+        for wrong in ("1", None, 1.5, -1):
+            with pytest.raises(InvalidField, match="epoch: expected a whole number"):
+                pruning.step(wrong)  # type: ignore[arg-type]
+        assert pruning.step(np.int64(1)) == []  # type: ignore[arg-type]
+    with pytest.raises(InvalidField, match="a used one; make another"), pruning:
+        pass
 
 
 def test_training_goes_on_without_a_bus(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from elesh.analysis.selection.choose import gates_of
 from elesh.analysis.selection.reconstruction_order import reconstruction_fault
 from elesh.analysis.selection.schedule import raised
 from elesh.observe import get_logger
-from elesh.trainer.calibration.losses import class_axis
+from elesh.trainer.calibration.losses import class_axis, class_labels
 from elesh.trainer.calibration.recorder import MeasuredCheckpoint, Recorder
 from elesh.trainer.export import Exporter, calibration_inputs, is_worth_exporting
 from elesh.trainer.goals import Goals
@@ -28,7 +28,7 @@ from elesh.trainer.network.calling import (
     main_output,
     map_tensors,
 )
-from elesh.trainer.network.state import unwrapped
+from elesh.trainer.network.state import preserve_state, unwrapped
 from elesh.trainer.recovery.checkpoints import Loading
 from elesh.trainer.recovery.evaluation import checked
 from elesh.trainer.session.apply import Evaluation
@@ -140,9 +140,26 @@ class EveryEpoch:
         self._recorder = Recorder(
             network, example, ignored_layers=self._ignored, compared=self._compared
         )
+        self._require_classes()
         self.surgeon = Surgeon(network, self._recorder.architecture, restore_points=0)
         self._loading = Loading(self.surgeon)
         return self.surgeon
+
+    def _require_classes(self) -> None:
+        """That labels are classes of the network's outputs, as measuring takes them."""
+        device = device_of(self._network)
+        with preserve_state(self._network, 0), torch.no_grad():
+            for number, (inputs, labels) in enumerate(self._calibration):
+                some, samples = first_samples(inputs, 2), batch_size(inputs)
+                moved = map_tensors(lambda x: x.to(device), some)
+                logits = main_output(call(self._network, moved))
+                if logits.ndim:  # those of the first sample stand for all
+                    rows = len(logits) * samples // batch_size(some)
+                    logits = logits[:1].expand(rows, *logits.shape[1:])
+                try:
+                    class_labels(logits, labels)
+                except InvalidField as error:
+                    raise error.inside(f"calibration[{number}]") from None
 
     def relabel(self, change: Callable[[Inputs, Any], tuple[Inputs, Any]]) -> None:
         """Change inputs and labels of every batch, as the network's own loss does, so that a
@@ -258,7 +275,10 @@ class EveryEpoch:
         for decision in decisions:
             found.append(self._apply(decision, self.surgeon))
         if checkpoint:
-            self._checkpoint(epoch)
+            try:
+                self._checkpoint(epoch)
+            except Exception as error:
+                _log.exception("checkpoint not published", epoch=epoch, reason=str(error))
         return found
 
     def _apply(self, decision: StructuralPruningDecision, surgeon: Surgeon) -> PruningOutcome:

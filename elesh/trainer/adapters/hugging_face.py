@@ -9,7 +9,6 @@ loads; labels are judged where the model's own loss puts them.
 from __future__ import annotations
 
 import functools
-import gc
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from transformers import (
 )
 
 from elesh.trainer.network.calling import Inputs
+from elesh.trainer.network.state import alive
 from elesh.trainer.recovery.checkpoints import KEY, cut_like, pack
 from leyline import InvalidField
 
@@ -94,7 +94,7 @@ class EleshCallback(TrainerCallback):
     def _look_at(self, model: nn.Module) -> None:
         self.epochs.relabel(functools.partial(_as_its_loss_does, model))
         self.epochs.look_at(model)
-        for trainer in [each for each in gc.get_objects() if issubclass(type(each), Trainer)]:
+        for trainer in alive(lambda kind: issubclass(kind, Trainer)):
             handler = getattr(trainer, "callback_handler", None)
             if any(each is self for each in getattr(handler, "callbacks", ())):
                 self._carry(trainer)
@@ -176,7 +176,7 @@ def _as_its_loss_does(model: Any, inputs: Inputs, labels: Any) -> tuple[Inputs, 
             "class labels",
             f"numbers ({labels.dtype})",
             hint="regression and several labels at once are not judged by the callback; use "
-            "elesh.attach with a loss and an evaluate of your own",
+            "elesh.prune with a loss and an evaluate of your own",
         )
     generates = callable(getattr(model, "can_generate", None)) and model.can_generate()
     if not generates or labels.ndim != 2:

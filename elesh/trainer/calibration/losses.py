@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from elesh.program.program import IGNORED_LABEL
 from elesh.trainer.network.calling import main_output
+from leyline import InvalidField
 
 Loss = Callable[[Any, Any], Tensor]
 """From what the network returned and the labels: a loss for each sample, or their mean."""
@@ -27,6 +29,41 @@ def class_axis(logits: Tensor, labels: Any) -> int:
         if labels.shape == shape[:1] + shape[2:] and labels.shape != shape[:-1]:
             return 1
     return logits.ndim - 1
+
+
+def class_labels(logits: Tensor, labels: Any) -> Tensor:
+    """Labels as the cross-entropy of these logits takes them: classes in int64, or a share of every
+    class in the logits' shape.
+
+    Raises:
+        InvalidField: if they are neither.
+    """
+    where, shape, hint = "labels", tuple(logits.shape), _NOT_CLASSES
+    if logits.ndim < 2:
+        raise InvalidField("outputs", "logits with an axis of classes", shape, hint=hint)
+    if not isinstance(labels, Tensor):
+        raise InvalidField(where, "a tensor of classes", type(labels).__name__, hint=hint)
+    axis, found = class_axis(logits, labels), tuple(labels.shape)
+    if labels.is_floating_point() and found == shape:
+        return labels
+    if labels.is_floating_point() or labels.is_complex():
+        expected = f"classes as integers, or their shares in the shape of the logits {shape}"
+        raise InvalidField(where, expected, f"{labels.dtype} in shape {found}", hint=hint)
+    if shape[:axis] + shape[axis + 1 :] != found:
+        expected = f"the shape of the logits {shape} without their classes"
+        raise InvalidField(where, expected, found, hint=hint)
+    labels, classes = labels.long(), shape[axis]
+    counted = labels[labels != IGNORED_LABEL]
+    if counted.numel():
+        low, high = map(int, counted.aminmax())
+        if not 0 <= low <= high < classes:
+            expected = f"classes from 0 to {classes - 1}, or {IGNORED_LABEL} where none counts"
+            raise InvalidField(where, expected, f"{low} to {high}", hint=_OTHER_IGNORED)
+    return labels
+
+
+_NOT_CLASSES = "where there are no classes: elesh.prune, or a Recorder, with a loss of your own"
+_OTHER_IGNORED = f"another number for what does not count? labels.masked_fill(..., {IGNORED_LABEL})"
 
 
 def total(loss: Tensor, samples: int) -> Tensor:

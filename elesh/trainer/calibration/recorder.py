@@ -62,6 +62,7 @@ from .losses import (
     Loss,
     Sampler,
     class_axis,
+    class_labels,
     cross_entropy,
     directions,
     has_logit_gaps,
@@ -414,6 +415,8 @@ class Recorder:
                 "NaN or infinity",
                 hint=_where_not_finite(self._model),
             )
+        if self._loss is cross_entropy and self._sampler is None:
+            labels = class_labels(values, labels)
         axis, samples = self._class_axis(values, labels), measurement.batch
         projected = (directions(values.detach(), for_directions, axis) * values).sum()
         branches.read("projections")

@@ -37,7 +37,7 @@ from collections.abc import (
     MutableSequence,
     MutableSet,
 )
-from itertools import chain, compress
+from itertools import chain, tee
 from types import CellType, FunctionType, MethodType, ModuleType, TracebackType
 from typing import Any
 
@@ -433,10 +433,28 @@ def alive(wanted: Callable[[type], bool]) -> list[Any]:
     """Every object whose type is ``wanted``. Types are asked once each: a process has a million
     objects and a few thousand types. One pass takes a tenth of a second: who looks for several
     kinds asks for all of them at once."""
-    objects = gc.get_objects()
-    types = list(map(type, objects))
-    kinds = {kind for kind in set(types) if wanted(kind)}
-    return list(compress(objects, map(kinds.__contains__, types))) if kinds else []
+    kinds = {number: kind for number, kind in _kinds_alive().items() if wanted(kind)}
+    # An object of a Python class refers to it.
+    found = gc.get_referrers(*kinds.values()) if kinds else []
+    return [each for each in found if id(type(each)) in kinds]
+
+
+def _kinds_alive() -> dict[int, type]:
+    """The types of all objects, by their ids, as types may hash by Python.
+
+    Nobody may hold all objects while threads can take turns, as they do between two steps of
+    Python: a tuple that another thread is making cannot grow while it is referred to, and that
+    thread gets a SystemError. So this is one step, in which the collector runs nothing either.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        everything = chain.from_iterable(map(operator.call, (gc.get_objects,)))
+        types, same = tee(map(type, everything))
+        return dict(zip(map(id, types), same, strict=True))
+    finally:
+        if collects:
+            gc.enable()
 
 
 _HOOK_DEPTH = 3

@@ -44,6 +44,7 @@ from leyline import (
     ContractError,
     DeadLetter,
     IdempotencyKey,
+    InvalidField,
     Message,
     StructuralAnalysisRequest,
     StructuralPruningDecision,
@@ -100,7 +101,14 @@ class BusThread:
         self._thread = threading.Thread(target=self._main, name="elesh-session", daemon=True)
 
     def start(self) -> None:
-        """Begin to talk."""
+        """Begin to talk, once.
+
+        Raises:
+            InvalidField: if it has begun before.
+        """
+        if self._thread.ident is not None:
+            hint = "make another one, as for a process that begins anew"
+            raise InvalidField("session", "one that was never entered", "a used one", hint=hint)
         self._thread.start()
 
     def wake(self) -> None:

@@ -152,7 +152,7 @@ class Session:
         restore_dir: str | Path = "",
         observers: Sequence[SessionObserver] = (),
     ) -> None:
-        if not _RUN_ID.fullmatch(run_id):
+        if not isinstance(run_id, str) or not _RUN_ID.fullmatch(run_id):
             expected = "up to 64 letters, digits and _.-, the first a letter or digit"
             raise InvalidField("run_id", expected, run_id)
         self.run_id = run_id

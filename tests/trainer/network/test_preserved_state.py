@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
+import threading
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from elesh.trainer import Recorder
-from elesh.trainer.network.state import preserve_state, preserved
+from elesh.trainer.network.state import alive, preserve_state, preserved
 from leyline import InvalidField
 
 _OF_THE_FILE = random.Random(3)
@@ -172,3 +174,28 @@ def test_a_lazy_layer_is_refused_by_name() -> None:
     model = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 2))
     with pytest.raises(InvalidField, match=r"0\.weight"):
         Recorder(model, torch.randn(2, 4))
+
+
+def test_looking_for_objects_disturbs_no_other_thread() -> None:
+    """A tuple that a thread is making cannot grow while anybody refers to it (SystemError)."""
+    errors: list[BaseException] = []
+    over = threading.Event()
+
+    def makes_tuples() -> None:
+        while not over.is_set():
+            try:
+                tuple(str(number) for number in range(300))
+            except SystemError as error:
+                errors.append(error)
+
+    thread, interval = threading.Thread(target=makes_tuples), sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    thread.start()
+    try:
+        found = [alive(lambda kind: issubclass(kind, threading.Thread)) for _ in range(8)]
+    finally:
+        sys.setswitchinterval(interval)
+        over.set()
+        thread.join()
+    assert all(any(each is thread for each in threads) for threads in found)
+    assert not errors
