@@ -29,7 +29,7 @@ from elesh.trainer.network.calling import (
     call,
     device_of,
     main_output,
-    replace_first,
+    replace_inputs,
     through_layers,
 )
 from elesh.trainer.network.gates import Axis, axis_of
@@ -381,7 +381,7 @@ class _Gated(nn.Module):
 
     def _before(self, number: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            return replace_first(args, kwargs, lambda x: self._passed(number, x))
+            return replace_inputs(module, args, kwargs, lambda x: self._passed(number, x))
 
         return hook
 

@@ -54,6 +54,8 @@ class Attention:
     units: int
     reason: str = ""
     """Why its heads cannot go, if that is known already."""
+    norms: tuple[NormSite, ...] = ()
+    """Normalisations over all queries or all keys."""
 
     def group(self, name: str, reason: str) -> PruningGroup:
         """The group of its heads."""
@@ -67,6 +69,7 @@ class Attention:
                 TensorSlice(tensor=path, dim=dim, **dict(span)) for path, dim, span in self.spans
             ),
             sites=self.sites,
+            norms=self.norms,
             prunable=not reason,
             reason=reason,
         )
@@ -203,6 +206,7 @@ def _assembled(
     of one of each mixer."""
     places: dict[tuple[str, int], list[Ints]] = {}
     layers: list[str] = []
+    norms: list[NormSite] = []
     for source, matrix in touched:
         matrix = matrix & ~matrix.all(0)
         rows = [np.flatnonzero(matrix[list(unit)].any(0)) for unit in units]
@@ -213,6 +217,10 @@ def _assembled(
         for tensor in source.tensors:
             places.setdefault(tensor, []).append(np.stack(rows))
         layers += [source.layer] if source.layer else []
+        if (norm := source.norm) is not None:
+            normed = dict(span_of(np.stack(rows)))
+            kind, dim, eps = norm.kind, norm.dim, norm.eps
+            norms.append(NormSite(module=source.normed_by, dim=dim, kind=kind, eps=eps, **normed))
     if not layers:
         return None
     sites: list[GateSite] = []
@@ -227,7 +235,7 @@ def _assembled(
     holder = common_holder((*(near or names), call.name)) or call.name
     listed = tuple((*at, span_of(np.concatenate(rows, axis=1))) for at, rows in places.items())
     reason = _mixed(names, sources)
-    return Attention(holder, names, listed, tuple(sites), len(units), reason)
+    return Attention(holder, names, listed, tuple(sites), len(units), reason, tuple(norms))
 
 
 def _mixed(names: Sequence[str], sources: Sequence[Source]) -> str:
@@ -268,6 +276,7 @@ def _union(one: Attention, two: Attention, shared: Sequence[tuple[Span, Span]]) 
         layers=tuple(dict.fromkeys((*one.layers, *two.layers))),
         spans=tuple((path, dim, span) for (path, dim), span in spans.items()),
         sites=(*one.sites, *two.sites),
+        norms=(*one.norms, *two.norms),
         reason=one.reason or two.reason,
     )
 

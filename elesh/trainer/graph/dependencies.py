@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge
 from torch.nn.modules.conv import _ConvNd
 
 from elesh.trainer.network.calls import Call, Link
-from elesh.trainer.network.layers import channel_axes
+from elesh.trainer.network.layers import Norm, channel_axes, norm_of
 from elesh.trainer.network.multihead import NATIVE
 
 from .indexing import shape_of, signed
@@ -46,10 +46,14 @@ _FACTORS = {
     "ConvolutionBackward0": (1,),
 }  # fmt: skip
 """Products, and which of their operands may be weights."""
-_LINEAR = {"AddmmBackward0": ((1, 2),), "MmBackward0": ((0, 1),)}
-"""Products as a linear layer makes them: which operand is its input, and which its weight."""
+_LINEAR = {
+    "AddmmBackward0": ((1, 2),), "MmBackward0": ((0, 1),), "ConvolutionBackward0": ((0, 1),),
+}  # fmt: skip
+"""Products as a layer makes them: which operand is its input, and which its weight."""
 _CARRIES = ("View", "UnsafeView", "Permute", "Transpose", "Roll", "ConstantPad", "Clone", "Reshape")
-_MOVES = ("TBackward", "Transpose", "View", "Permute", "UnsafeView", "ToCopy")
+_MOVES = (
+    "TBackward", "Transpose", "View", "Permute", "UnsafeView", "ToCopy", "Squeeze", "Unsqueeze",
+)  # fmt: skip
 """Operations between a parameter and the product that it is a factor of."""
 
 
@@ -72,6 +76,10 @@ class Source:
     parameter: nn.Parameter | None = None
     scored: bool = False
     """Whether it is met through the softmax only: queries and keys, not values."""
+    norm: Norm | None = None
+    """What normalises over all channels of the layer, right behind it: ``edge`` is its output."""
+    normed_by: str = ""
+    """The module that does."""
 
 
 @dataclass
@@ -99,6 +107,13 @@ class Sources:
             if call.output is not None and channel_axes(call.module).produces
         }
         self._known: dict[Any, Met] = {}
+        self._norms = {
+            call.made[0]: call
+            for call in calls
+            if call.made is not None and call.first is not None and call.first[1] == 0
+            if call.first[0] in self._producers and call.made[0] not in self._producers
+        }
+        self._kinds: dict[nn.Module, Norm | None] = {}
         self._owners = {
             id(parameter): (path, module, name)
             for path, module in model.named_modules()
@@ -115,6 +130,7 @@ class Sources:
     def _behind(self, link: Link) -> Met:
         met = Met()
         made: dict[int, bool] = {}
+        normed: dict[int, Call] = {}
         leaves: dict[int, tuple[nn.Parameter, bool]] = {}
         seen: set[tuple[Any, bool]] = set()
         stack = [(link[0], False)]
@@ -123,6 +139,10 @@ class Sources:
             if function is None or (function, scored) in seen:
                 continue
             seen.add((function, scored))
+            norm = self._norm_of(function)
+            if norm is not None and norm.first is not None:
+                normed[id(self._producers[norm.first[0]])] = norm
+                function = norm.first[0]
             if function in self._producers:
                 key = id(self._producers[function])
                 made[key] = made.get(key, True) and scored
@@ -135,7 +155,7 @@ class Sources:
             else:
                 stack += self._before(function, scored, met)
         calls = [call for call in self._producers.values() if id(call) in made]
-        found = [self._of_call(call, made[id(call)]) for call in calls]
+        found = [self._of_call(call, made[id(call)], normed.get(id(call))) for call in calls]
         # Queries and keys, the widest first, then values: the order of ``PruningGroup.layers``.
         widths = {one: shape_of(*one.edge)[one.axis] for one in found if one.edge is not None}
         found.sort(key=lambda one: (not one.scored, -widths[one] if one.scored else 0))
@@ -170,16 +190,36 @@ class Sources:
             values = fused and place == 2
             yield source, scored or ((fused or softmax) and not values)
 
-    def _of_call(self, call: Call, scored: bool) -> Source:
+    def _norm_of(self, function: Any) -> Call | None:
+        """The call of a normalisation over all channels of what a layer made, if this is its end:
+        derivatives do not tell what depends on what through it."""
+        call = self._norms.get(function)
+        if call is None or call.first is None:
+            return None
+        if call.module not in self._kinds:
+            self._kinds[call.module] = norm_of(call.module, tuple(shape_of(*call.first)))
+        return call if self._kinds[call.module] is not None else None
+
+    def _of_call(self, call: Call, scored: bool, norm: Call | None) -> Source:
         axes = channel_axes(call.module)
         held = call.module._parameters | call.module._buffers
-        tensors = [
-            (f"{call.name}.{name}", dim) for name, dim in axes.outputs if held.get(name) is not None
-        ]
+        own = [(f"{call.name}.{n}", dim) for n, dim in axes.outputs if held.get(n) is not None]
         axis = axes.site_dim
         if axis is None:
             axis = 1 if isinstance(call.module, _ConvNd) else -1
-        return Source(call.name, tuple(tensors), (call.output, 0), axis, scored=scored)
+        if norm is None:
+            return Source(call.name, tuple(own), (call.output, 0), axis, scored=scored)
+        scales = norm.module._parameters.items()
+        own += [(f"{norm.name}.{n}", 0) for n, p in scales if p is not None and p.ndim == 1]
+        return Source(
+            call.name,
+            tuple(own),
+            norm.made,
+            axis,
+            scored=scored,
+            norm=self._kinds[norm.module],
+            normed_by=norm.name,
+        )
 
     def _of_leaf(self, parameter: nn.Parameter, scored: bool) -> Source:
         path, module, name = self._owners[id(parameter)]
@@ -316,7 +356,7 @@ def weights_used(functions: Iterable[Any]) -> dict[int, int]:
 
 @dataclass(frozen=True)
 class CallByFunction:
-    """A linear layer whose weight a function multiplies by."""
+    """A linear layer or a convolution whose weight a function multiplies by."""
 
     call: Call
     """As if the layer had been called."""
@@ -330,13 +370,14 @@ class CallByFunction:
     def at(self) -> str:
         """Where what it reads can be masked: the reader; else the layer itself, called instead of
         the function (:mod:`elesh.trainer.network.calling`), where that is the same; else empty."""
-        return self.reader or (self.call.name if self.own_bias else "")
+        callable_ = self.own_bias and isinstance(self.call.module, nn.Linear)
+        return self.reader or (self.call.name if callable_ else "")
 
 
 def calls_by_functions(
     calls: Sequence[Call], functions: Iterable[Any], model: nn.Module
 ) -> list[CallByFunction]:
-    """Linear layers whose weights functions multiply by.
+    """Linear layers and convolutions whose weights functions multiply by.
 
     Args:
         calls: the calls of modules of a pass whose autograd graph is alive.
@@ -347,23 +388,26 @@ def calls_by_functions(
     owners = {
         id(module.weight): (path, module)
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and path not in called and path not in known
+        if isinstance(module, (nn.Linear, _ConvNd)) and path not in called and path not in known
     }
     found: list[CallByFunction] = []
     for function in functions if owners else ():
         for given, place in _LINEAR.get(function.name(), ()):
-            weight = _transposed_weight(function.next_functions[place][0])
-            if weight is None or id(weight) not in owners:
+            operand = function.next_functions[place][0]
+            conv = function.name().startswith("Conv")
+            weight = _weight(operand) if conv else _transposed_weight(operand)
+            path, module = owners.get(id(weight), ("", None))
+            if weight is None or module is None or isinstance(module, _ConvNd) != conv:
                 continue
-            path, module = owners[id(weight)]
             source = function.next_functions[given]
             links = (source,) if source[0] is not None else ()
-            used = math.prod(shape_of(function, 0)) // max(1, module.out_features)
+            used = math.prod(shape_of(function, 0)) // max(1, len(weight))
             number = function._sequence_nr()
             came = links[0] if links else None
             made = (function, 0)
             call = Call(path, module, links, function, used, number, number, came, made, 0, None)
-            added = function.next_functions[0][0] if given else None
+            bias = function.next_functions[2 if conv else 0][0]
+            added = bias if conv or given else None
             own_bias = added is None or getattr(added, "variable", added) is module.bias
             found.append(CallByFunction(call, _holder(source, path, calls), own_bias))
     return found

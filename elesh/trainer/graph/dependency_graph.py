@@ -218,7 +218,9 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
         self.function_calls: list[CallByFunction] = []
         self.module2node = self._trace(model, inputs, self._forward, output_transform=traced)
         self.by_function: dict[Any, Any] = {}
-        self.relations = Relations(_bridge(self, self.calls))
+        links = _bridge(self, self.calls)
+        self.relations = Relations(links)
+        _lead_past(self, links)
         self._build_dependency(self.module2node)
 
     def _forward(self, model: nn.Module, inputs: Inputs) -> Any:
@@ -285,6 +287,25 @@ def _bridge(graph: _Graph, calls: Calls) -> dict[Any, list[Link]]:
     return links
 
 
+def _lead_past(graph: _Graph, links: dict[Any, list[Link]]) -> None:
+    """Connect parameters that scale what lies across the channels they belong to (those of a stream
+    whose tokens were mixed on a transposed map) to where that meets the stream."""
+    relations = graph.relations
+    for module, node in graph.module2node.items():
+        if not isinstance(module, nn.Parameter) or len(node.outputs) != 1:
+            continue
+        wide = [(n - module.ndim, size) for n, size in enumerate(module.shape) if size > 1]
+        at = scaled = node.outputs[0]
+        if len(wide) != 1 or relations.lies_along(scaled, *wide[0]) is not False:
+            continue
+        while len(at.outputs) == 1 and relations.lies_along(at, *wide[0]) is False:
+            at = at.outputs[0]
+        if relations.lies_along(at, *wide[0]):
+            links[at] = [*(links.get(at) or relations.links(at)), (node.grad_fn, 0)]
+            scaled.inputs = [one for one in scaled.inputs if one is not node]
+            at.inputs, node.outputs = [*at.inputs, node], [at]
+
+
 def _families(graph: _Graph, model: nn.Module) -> list[Family]:
     """Connected components over (port, index) that some layer produces, alike ones together."""
     reach = _Reach(graph)
@@ -301,9 +322,9 @@ def _families(graph: _Graph, model: nn.Module) -> list[Family]:
             table.add(_OUTPUT, owner, np.zeros_like(indices))
     for port, owners, indices in reach.norms(model):
         table.add(port, labels[owners], indices)
-    for lost, node in reach.lost:
+    for lost, node, how in reach.lost:
         place = _place(node, {module: name for module, name in ports.names.items() if name})
-        refusal = f"its channels could not be followed through a reshape ({place})"
+        refusal = f"{how} ({place})"
         table.add(Port("lost", "out", refusal=refusal), labels[lost], np.zeros_like(lost))
     return table.families()
 
@@ -371,6 +392,10 @@ class _Table:
         return found
 
 
+_RESHAPED = "its channels could not be followed through a reshape"
+_SUMMED = "a product that is no layer's sums over its channels"
+
+
 @dataclass
 class _Side:
     """The channels of one side of a node: where they are numbered from, and which were met."""
@@ -385,8 +410,9 @@ class _Reach:
     def __init__(self, graph: _Graph) -> None:
         self._graph = graph
         self.sides: dict[tuple[Any, Any], _Side] = {}
-        self.lost: list[tuple[Ints, Any]] = []
-        """Numbers of channels that are connected to one that does not exist, and the node there."""
+        self.lost: list[tuple[Ints, Any, str]] = []
+        """Numbers of channels that are connected to one that does not exist, or to none but mixed,
+        the node there, and what happens to them."""
         self._edges: list[Ints] = []
         self._count = 0
         self._walk()
@@ -474,11 +500,13 @@ class _Reach:
                     continue
                 if target is came and relation.single and _single(node, target):
                     continue  # The way that they came.
+                if relation.summed and forwards:
+                    self.lost.append((indices + here.offset, target, _SUMMED))
                 there = self._side(target, dependency.handler)
                 pairs = relation.forwards(indices) if forwards else relation.backwards(indices)
                 inside = pairs[1] < len(there.seen)
                 if not inside.all():
-                    self.lost.append((np.unique(pairs[0][~inside]) + here.offset, node))
+                    self.lost.append((np.unique(pairs[0][~inside]) + here.offset, node, _RESHAPED))
                     pairs = pairs[0][inside], pairs[1][inside]
                 self._edges.append(np.stack([pairs[0] + here.offset, pairs[1] + there.offset]))
                 fresh = pairs[1][~there.seen[pairs[1]]]

@@ -33,7 +33,7 @@ from elesh.trainer.network.calling import (
     device_of,
     doubled,
     packed_in,
-    replace_first,
+    replace_inputs,
     tensors_in,
 )
 from elesh.trainer.network.calls import Calls, Link
@@ -494,7 +494,7 @@ def _quiet(copied: nn.Module, groups: Sequence[PruningGroup]) -> Iterator[None]:
     """What the consumers of these groups read is made small."""
 
     def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return replace_first(args, kwargs, lambda x: x * 1e-3)
+        return replace_inputs(module, args, kwargs, lambda x: x * 1e-3)
 
     paths = dict.fromkeys(site.module for group in groups for site in group.sites)
     handles = [

@@ -42,6 +42,8 @@ class Relation:
     offset: int = 0
     repeats: int = 1
     period: int = 0
+    summed: bool = False
+    """Whether the consumer is a product that sums over the channels; none get through."""
 
     @cached_property
     def single(self) -> bool:
@@ -131,6 +133,14 @@ class Relations:
         width = self._width(node)
         return width is not None and width < 1
 
+    def lies_along(self, node: Any, from_end: int, size: int) -> bool | None:
+        """Whether what an operation makes, element by element, has its channels, so many, on an
+        axis counted from the end; None where that is not known or it is no such operation."""
+        axis, made = self._axis(node), self._made(node)
+        if node.type != OPTYPE.ELEMENTWISE or axis is None or len(made) < -from_end:
+            return None
+        return bool(axis - len(made) == from_end and made[from_end] == size)
+
     def parameter_axis(self, node: Any) -> int:
         """The axis of a bare parameter that lies where what it is added to has its channels."""
         shape = node.module.shape
@@ -140,7 +150,25 @@ class Relations:
                 axis = there - len(self._made(consumer)) + len(shape)
                 if axis >= 0 and shape[axis] > 1:
                     return int(axis)
-        return int(node.pruning_dim % len(shape))
+        wide = (axis for axis, size in enumerate(shape) if size > 1)
+        led = (axis for axis in wide if self._leads_to_channels(node, axis))
+        return next(led, int(node.pruning_dim % len(shape)))
+
+    def _leads_to_channels(self, node: Any, axis: int) -> bool:
+        """Whether an axis of what is made of a parameter alone becomes that of channels where it
+        meets them."""
+        at: int | None = axis
+        before: Sequence[int] = node.module.shape
+        while at is not None and len(node.outputs) == 1:
+            node = node.outputs[0]
+            made = self._made(node)
+            if len(node.inputs) > 1:
+                there = self._axis(node)
+                if there is None or node.type != OPTYPE.ELEMENTWISE:
+                    return False
+                return bool(there - len(made) == at - len(before))
+            at, before = _moved(node.grad_fn, at, before, made), made
+        return False
 
     def _edge(self, producer: Any, consumer: Any, slot: int) -> Relation:
         if (consumer, slot) not in self._edges:
@@ -148,7 +176,7 @@ class Relations:
         return self._edges[consumer, slot]
 
     def _made_edge(self, producer: Any, consumer: Any, slot: int) -> Relation:
-        link = (self._bridged.get(consumer) or self._links(consumer))[slot]
+        link = (self._bridged.get(consumer) or self.links(consumer))[slot]
         start, stop, step = self._taken(producer, link)
         width, offset, repeats, period = 1, 0, 1, 0
         if consumer.type == OPTYPE.CONCAT:
@@ -162,9 +190,10 @@ class Relations:
             if (passed == 1) != (self.channels(consumer) == 1):
                 # One for all channels (an attention map, a mean over channels): no coupling.
                 stop = start
-        if self._crosses(producer, consumer, link):
+        summed = self._is_summed(producer, consumer)
+        if summed or self._crosses(producer, consumer, link):
             stop = start
-        return Relation(start, stop, step, width, offset, repeats, period)
+        return Relation(start, stop, step, width, offset, repeats, period, summed)
 
     def _crosses(self, producer: Any, consumer: Any, link: Link) -> bool:
         """Whether the producer's channels lie on another axis than the consumer's: they are
@@ -244,6 +273,17 @@ class Relations:
                 self._axes.setdefault(stack.pop(), self._compute(top))
         return self._axes[node]
 
+    def _is_summed(self, producer: Any, node: Any) -> bool:
+        """Whether a product sums over the channels of one of its operands."""
+        here = self._axes.get(producer)
+        if here is None or node.grad_fn.name() not in _PRODUCTS or node in self._bridged:
+            return False
+        places = [
+            n for n, link in enumerate(node.grad_fn.next_functions) if link[0] is producer.grad_fn
+        ]
+        sizes = [len(self._shape(node.grad_fn.next_functions[place])) for place in places]
+        return any(here == size - 1 - n for n, size in zip(places, sizes, strict=True))
+
     def _made(self, node: Any) -> Sequence[int]:
         """The shape of a node's (first) output."""
         if node not in self._shapes:
@@ -255,13 +295,13 @@ class Relations:
             self._shapes_of[link] = shape_of(*link)
         return self._shapes_of[link]
 
-    def _links(self, node: Any) -> list[Link]:
+    def links(self, node: Any) -> list[Link]:
         if node not in self._behind:
             self._behind[node] = _links(node)
         return self._behind[node]
 
     def _input_shape(self, node: Any) -> Sequence[int] | None:
-        links = self._links(node)
+        links = self.links(node)
         return self._shape(links[0]) if links else None
 
     def _own_axis(self, node: Any) -> int | None:
@@ -279,12 +319,17 @@ class Relations:
             return own % len(self._made(node))
         # What was made first is the stream that branches are added to, whatever their axes.
         first = sorted(node.inputs, key=lambda producer: producer.grad_fn._sequence_nr())
+        if node.grad_fn.name() in _PRODUCTS:
+            first = [producer for producer in first if not self._is_summed(producer, node)]
         axes = [self._axes.get(producer) for producer in first]
         axis = next((axis for axis in axes if axis is not None), None)
         before = self._input_shape(node)
         if axis is None or before is None:
             return None
         return _moved(node.grad_fn, axis, before, self._made(node))
+
+
+_PRODUCTS = ("BmmBackward0", "MmBackward0")
 
 
 def _own_axis(node: Any) -> int | None:
@@ -318,6 +363,8 @@ def _moved(function: Any, axis: int, before: Sequence[int], after: Sequence[int]
     if name.startswith("Permute"):
         order = [signed(dim) % len(before) for dim in function._saved_dims]
         return order.index(axis)
+    if name.startswith("Unsqueeze"):
+        return axis + (axis >= signed(function._saved_dim) % len(after))
     if name.startswith("Transpose"):
         one, two = (signed(d) % len(before) for d in (function._saved_dim0, function._saved_dim1))
         return {one: two, two: one}.get(axis, axis)

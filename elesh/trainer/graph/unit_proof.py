@@ -266,8 +266,9 @@ class _Experiment(Admission):
     def _before(self, name: str) -> set[str]:
         """The groups that layers read which make what readers of this group read."""
         made = [self._makers[site.module] for site in self.architecture.group[name].sites]
-        read = [self._readers.get(one, set()) for one in chain.from_iterable(made)]
-        return set().union(*read) - {name}
+        layers = list(chain.from_iterable(made))
+        layers += [layer.rpartition(".")[0] for layer in layers]  # Of a packed attention.
+        return set().union(*(self._readers.get(one, set()) for one in layers)) - {name}
 
     def _guilty(self, fault: _Blame, heads: Sequence[Sequence[str]]) -> list[int]:
         """Which of the sets that were let in last may be to blame for a fault."""

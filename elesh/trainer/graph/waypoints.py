@@ -12,6 +12,7 @@ value of the second follows from values that were equal. Afterwards no hook is l
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -24,13 +25,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from elesh.trainer.network.calling import replace_first
+from elesh.trainer.network.calling import replace_inputs
 
 __all__ = ["TOLERANCE", "Fault", "Guards", "Waypoints", "apart"]
 
 Ints = npt.NDArray[np.int64]
 TOLERANCE = 1e-4
 """Allowed difference, as a share of the largest value (single precision)."""
+_MOST_STREAMS = 3
+"""That a layer reads one width in."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +136,9 @@ class Waypoints:
                 self._calls[name] += 1
                 self._order.append(name)
                 self.last = name
-                number = self._calls[name]
-                return replace_first(args, kwargs, lambda x: treat(name, number, x))
+                first = self._calls[name] * _MOST_STREAMS
+                numbers = itertools.count(first)
+                return replace_inputs(module, args, kwargs, lambda x: treat(name, next(numbers), x))
 
             return hook
 

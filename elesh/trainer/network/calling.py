@@ -270,6 +270,23 @@ def replace_first(
     return replaced, {name: made if x is first else x for name, x in kwargs.items()}
 
 
+def replace_inputs(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    function: Callable[[Tensor], Tensor],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same for a module that may read one width in several streams: of an attention, queries,
+    keys and values, each tensor once."""
+    if not isinstance(module, nn.MultiheadAttention):
+        return replace_first(args, kwargs, function)
+    names = ("query", "key", "value")[len(args) :]
+    streams = [*args[:3], *(kwargs[name] for name in names)]
+    made = {number: function(x) for number, x in {id(x): x for x in streams}.items()}
+    changed = {name: made[id(kwargs[name])] for name in names}
+    return (*(made[id(x)] for x in args[:3]), *args[3:]), {**kwargs, **changed}
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first tensor lives; the CPU if it has none."""
     for tensor in itertools.chain(model.parameters(), model.buffers()):

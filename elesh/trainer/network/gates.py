@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from leyline import GateSite, InvalidField
 
-from .calling import replace_first, through_layers
+from .calling import replace_inputs, through_layers
 from .multihead import patched, take_back
 
 Axis = tuple[str, int]
@@ -131,7 +131,7 @@ class GateMeter:
             return passed if halved is None else passed * _levels(halved, passed, axis[1])
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return replace_first(args, kwargs, opened)
+            return replace_inputs(module, args, kwargs, opened)
 
         return hook
 

@@ -48,7 +48,7 @@ from elesh.trainer.network.calling import (
     device_of,
     main_output,
     map_tensors,
-    replace_first,
+    replace_inputs,
 )
 from elesh.trainer.network.gates import Axis, axis_of
 from elesh.trainer.network.layers import channel_axes, named_tensors
@@ -194,7 +194,7 @@ class CovarianceMeter:
             return x
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return replace_first(args, kwargs, see)
+            return replace_inputs(module, args, kwargs, see)
 
         return hook
 

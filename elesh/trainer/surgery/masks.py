@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from elesh.trainer.network.calling import replace_first, through_layers
+from elesh.trainer.network.calling import replace_inputs, through_layers
 from elesh.trainer.network.layers import refilled
 from elesh.trainer.network.multihead import patched, take_back
 from elesh.trainer.network.standardised import replace_weight
@@ -32,7 +32,7 @@ class _Mask:
         self._factors: Tensor | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return replace_first(args, kwargs, self.masked)
+        return replace_inputs(module, args, kwargs, self.masked)
 
     def masked(self, x: Tensor) -> Tensor:
         if x.is_nested and x.layout is torch.strided:
@@ -66,7 +66,7 @@ class _MaskOfParts:
         self._dim, self._dead = dim, dead
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return replace_first(args, kwargs, self._masked)
+        return replace_inputs(module, args, kwargs, self._masked)
 
     def _masked(self, x: Tensor) -> Tensor:
         gate = x.new_ones(len(self._dead), x.shape[self._dim])

@@ -75,3 +75,62 @@ def grouped(conv: nn.Module, norm: Layer = None, act: Layer = None) -> nn.Sequen
     head = [norm or nn.ReLU(), nn.Conv2d(made, 6, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     middle = nn.ReLU() if act is None else act
     return nn.Sequential(nn.Conv2d(3, width, 3), normed, middle, conv, *head)
+
+
+class Scaled(nn.Module):
+    """Tokens are mixed on a transposed map, and what comes back is scaled by channel (ResMLP)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.tokens = nn.Conv2d(3, 14, 2, 2), nn.Linear(16, 16)
+        self.scale, self.out = nn.Parameter(torch.rand(14) + 0.5), nn.Linear(14, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        mixed = self.tokens(x.transpose(1, 2)).transpose(1, 2)
+        return self.out((x + torch.relu(self.scale * mixed)).mean(1))
+
+
+class StateSpace(nn.Module):
+    """A recurrence with a state of its own in each channel, whose decay and inputs depend on what
+    comes in; a depthwise convolution and a projection that functions use (Mamba)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.enter = nn.Linear(24, 12), nn.Linear(12, 20, bias=False)
+        self.conv = nn.Conv1d(10, 10, 3, groups=10)
+        self.select, self.step = nn.Linear(10, 2 + 2 * 4, bias=False), nn.Linear(2, 10)
+        self.decay, self.skip = nn.Parameter(torch.rand(10, 4)), nn.Parameter(torch.rand(10))
+        self.leave, self.out = nn.Linear(10, 12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x.flatten(1, 2).mT)
+        inner, gate = self.enter(x).mT.chunk(2, 1)
+        weight = self.conv.weight.squeeze(1).unsqueeze(1)
+        inner = functional.conv1d(inner, weight, self.conv.bias, padding=1, groups=len(weight))
+        inner = functional.silu(inner)
+        step, into, out = self.select(inner.mT).split([2, 4, 4], -1)
+        step = functional.softplus(self.step.weight @ step.mT + self.step.bias[:, None])
+        decay = torch.exp(-torch.exp(self.decay)[None, :, None] * step[..., None])
+        added = step[..., None] * into[:, None] * inner[..., None]
+        state, made = torch.zeros_like(added[:, :, 0]), []
+        for at in range(added.shape[2]):
+            state = decay[:, :, at] * state + added[:, :, at]
+            made.append((state @ out[:, at, :, None])[:, :, 0])
+        y = torch.stack(made, -1) + inner * self.skip[None, :, None]
+        return self.out((x + self.leave((y * functional.silu(gate)).mT)).mean(1))
+
+
+class CrossNative(nn.Module):
+    """PyTorch's own attention: queries of one stream, keys and values of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.here, self.there = nn.Conv2d(3, 15, 2, 2), nn.Conv2d(3, 15, 4, 4)
+        self.attention = nn.MultiheadAttention(15, 3, batch_first=True)
+        self.out = nn.Linear(15, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        here, there = (f(x).flatten(2).transpose(1, 2) for f in (self.here, self.there))
+        mixed, _ = self.attention(here, there, there, need_weights=False)
+        return self.out((here + mixed).mean(1))

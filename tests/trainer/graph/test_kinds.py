@@ -129,3 +129,31 @@ def test_a_grouped_convolution_is_refitted_group_by_group() -> None:
     plain, surgeon = model(x), Surgeon(model, recorder.architecture)
     surgeon.cut({"0": [3]}, reconstruct=moments)
     assert (model(x) - plain).abs().max() < 1e-3 * plain.abs().max()
+
+
+def test_scales_of_a_stream_go_with_it_although_tokens_were_mixed_in_between() -> None:
+    torch.manual_seed(0)
+    surgeon = cut_and_checked(kind_nets.Scaled(), IMAGES)
+    assert "embed" in prunable(surgeon)
+    assert "scale" in {part.tensor for part in surgeon.architecture.group["embed"].slices}
+
+
+def test_the_inner_width_of_a_state_space_block_can_go() -> None:
+    torch.manual_seed(0)
+    model = kind_nets.StateSpace()
+    surgeon = cut_and_checked(model, IMAGES)
+    assert prunable(surgeon) == ["embed", "enter"]
+    parts = surgeon.architecture.group["enter"].slices
+    assert {part.tensor: part.width for part in parts}["enter.weight"] == 2
+    inner = {("decay", 0), ("conv.weight", 0), ("step.weight", 0), ("select.weight", 1)}
+    assert inner <= {(part.tensor, part.dim) for part in parts}
+    surgeon.cut({"enter": [0, 9]})
+    assert (model.conv.groups, model.conv.out_channels) == (8, 8)
+
+
+def test_what_an_attention_reads_in_two_streams_goes_in_both() -> None:
+    torch.manual_seed(0)
+    surgeon = cut_and_checked(kind_nets.CrossNative(), IMAGES)
+    width, heads = (surgeon.architecture.group[name] for name in prunable(surgeon))
+    assert {"here", "there"} <= set(width.layers)
+    assert heads.size == 3

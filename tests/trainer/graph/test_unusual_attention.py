@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from attention_nets import Own, Vit, inputs
 from torch import Tensor, nn
@@ -96,6 +97,32 @@ def test_a_width_goes_with_that_of_keys_at_fewer_positions() -> None:
     group = surgeon.architecture.group["reduce"]
     assert {"enter", "reduce"} <= set(group.layers)
     assert {norm.module: norm.eps for norm in group.norms} == {"first": 1e-5, "inner": 1e-3}
+
+
+class NormedTogether(Own):
+    """All queries and all keys are normalised over the channels of all heads (OLMo 2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_norm, self.k_norm = nn.RMSNorm(12, eps=1e-6), nn.LayerNorm(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.q_norm(self.q(x)), self.k_norm(self.k(x)), self.v(x)
+        q, k, v = map(self.split, made)
+        weights = torch.softmax(q @ k.mT / self.head_dim**0.5, -1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+
+def test_heads_go_that_are_normalised_together_over_those_that_stay() -> None:
+    torch.manual_seed(0)
+    model, batch = Vit(NormedTogether), inputs("own")
+    surgeon = loses(model, batch, {"attention.0": [1], "attention.1": [0, 3]})
+    first, _ = heads_of(surgeon)
+    found = {norm.module: (norm.kind, norm.width) for norm in first.norms}
+    assert found == {"attention.0.q_norm": ("rms", 3), "attention.0.k_norm": ("layer", 3)}
+    labelled = [(batch, torch.zeros(len(batch), dtype=torch.int64))]
+    measured = Recorder(model, batch).measure(labelled, epoch=0)
+    assert all(np.isfinite(head.gradient_sensitivity).all() for head in measured.heads.values())
 
 
 class Talking(Own):
