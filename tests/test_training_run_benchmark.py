@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.training_run import __main__ as command
+from benchmarks.training_run import overhead
 from benchmarks.training_run.methods import METHODS, lines_of
 from benchmarks.training_run.picture import tables
 from benchmarks.training_run.run import Run
@@ -47,3 +48,25 @@ def test_a_run_that_is_finished_is_not_repeated_and_a_failure_is_a_line(
 def test_lines_of_a_method_are_those_that_an_engineer_writes() -> None:
     assert lines_of("unpruned") == 0
     assert lines_of("ours") == 9
+
+
+def test_a_part_of_the_overhead_counts_what_it_calls_itself_and_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Work:
+        def outer(self) -> str:
+            ticks.append(2.0)
+            self.inner()
+            ticks.append(1.0)
+            return "done"
+
+        def inner(self) -> None:
+            ticks.append(5.0)
+
+    ticks: list[float] = []
+    monkeypatch.setattr(overhead, "PARTS", {"a": ((Work, "outer"),), "b": ((Work, "inner"),)})
+    parts = overhead.Parts(lambda: sum(ticks))
+    with parts.timed():
+        assert Work().outer() == "done"
+    Work().outer()
+    assert parts.seconds == {"a": 3.0, "b": 5.0}

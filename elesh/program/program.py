@@ -24,6 +24,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import msgpack
@@ -326,11 +327,11 @@ class Program:
                 gate.add(node.name)
         raise InvalidField(f"program.{slot.value}", "a gate that multiplies a value", slot.module)
 
-    @property
-    def _calls(self) -> Iterator[tuple[Node, Callable[..., Any]]]:
-        return ((node, resolve(node.operator)) for node in self.nodes)
+    @cached_property
+    def _calls(self) -> tuple[tuple[Node, Callable[..., Any]], ...]:
+        return tuple((node, resolve(node.operator)) for node in self.nodes)
 
-    @property
+    @cached_property
     def _last_use(self) -> dict[int, list[str]]:
         """Names of values by the number of the node after which they are not needed."""
         last: dict[str, int] = {}

@@ -331,13 +331,14 @@ class Estimate:
         }
 
     def _normalised(self, norm: BatchNorm, *args: Any) -> Tensor:
-        x, weight, bias, epsilon = *args[:3], args[_EPSILON]
-        across = [axis for axis in range(x.ndim) if axis != 1]
-        rows = x.numel() // x.shape[1]
-        variance, mean = torch.var_mean(x.float(), across, correction=0)
-        for path, value in ((norm.mean, mean), (norm.variance, variance * rows / (rows - 1))):
+        x, weight, bias, mean, variance = args[:5]
+        mean, variance = torch.zeros_like(mean), torch.ones_like(variance)
+        made = nn.functional.batch_norm(
+            x, mean, variance, weight, bias, training=True, momentum=1.0, eps=args[_EPSILON]
+        )
+        for path, value in ((norm.mean, mean.float()), (norm.variance, variance.float())):
             self.sums[path] = self.sums[path] + value if path in self.sums else value
-        return nn.functional.batch_norm(x, None, None, weight, bias, training=True, eps=epsilon)
+        return made
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,8 @@ class Pruning:
         epoch = _whole(epoch)
         known = None if evaluation is None else evaluated(evaluation)
         found = self._epochs.end_epoch(epoch, known)
-        if epoch % self._epochs.every == 0:
+        cut = any(outcome.watched for outcome in found)  # Then a restore point of now is there.
+        if epoch % self._epochs.every == 0 and not cut:
             self.session.save(epoch)
         self.outcomes += found
         return found

@@ -58,6 +58,9 @@ _HALVINGS = 3
 _STATISTICS = 256
 """Calibration samples that estimate batch statistics and that layers are solved by: every position
 of them counts, and all of them would cost more than measuring the checkpoint does."""
+_ROWS = 8
+"""Rows for every coefficient that layers are solved by: a decision takes little, and training goes
+on; ``elesh.prune`` takes twice as many."""
 _FEW = 2
 """So many validation samples more that are wrong say nothing, however small their number."""
 _LONGEST = 2000
@@ -282,7 +285,7 @@ class _Check:
         if self._refit.samples and self._outputs is None:
             try:
                 samples = _first(self._refit.samples, _STATISTICS)
-                self._outputs = outputs_before(model, now, samples)
+                self._outputs = outputs_before(model, now, samples, rows=_ROWS)
             except Exception as error:
                 self._not_solved(error)
 

@@ -59,6 +59,8 @@ _HELD = 2**28
 _ROWS, _FEW = (16, 8, 4, 2), 1024
 """Rows for every coefficient, as many as fit; of layers with few coefficients as if they had so
 many."""
+_BLOCK = 128
+"""Columns of the normal equations that are multiplied at a time."""
 _TWO = 2
 """Samples by which shapes are found out."""
 _CHUNK = 2**20
@@ -103,13 +105,18 @@ class OutputsBefore:
 
 
 def outputs_before(
-    model: nn.Module, architecture: PrunedArchitecture, batches: Sequence[tuple[Inputs, Any]]
+    model: nn.Module,
+    architecture: PrunedArchitecture,
+    batches: Sequence[tuple[Inputs, Any]],
+    *,
+    rows: int = _ROWS[0],
 ) -> OutputsBefore:
     """The outputs of every layer that reads units, and can be solved for them.
 
     Args:
         batches: (inputs, labels) pairs. So many samples are taken as fit into memory side by side,
             of batches of the shape of the first.
+        rows: for every coefficient, where so many fit.
     """
     device = device_of(model)
     inputs = map_tensors(lambda x: x.to(device), joined(batches)[0])
@@ -120,7 +127,7 @@ def outputs_before(
         shapes = _shapes(model, layers, _first(inputs, _TWO))
         live = max((shape.live for shape in shapes.values()), default=1)
         inputs = _first(inputs, max(_TWO, _LIVE // live))
-        counts = _counts(shapes, batch_size(inputs))
+        counts = _counts(shapes, batch_size(inputs), rows)
         for name, count in counts.items():
 
             def keep(
@@ -174,9 +181,9 @@ def _shapes(model: nn.Module, layers: Mapping[str, Any], inputs: Inputs) -> dict
     return {name: own[0] for name, own in seen.items() if len(own) == 1 and own[0].lead}
 
 
-def _counts(shapes: Mapping[str, _Shape], samples: int) -> dict[str, int]:
+def _counts(shapes: Mapping[str, _Shape], samples: int, most: int) -> dict[str, int]:
     """At how many positions each layer is looked at; empty where not even few rows fit."""
-    for rows in _ROWS:
+    for rows in (rows for rows in _ROWS if rows <= most):
         counts = {
             name: min(x.positions, -(-rows * max(x.inputs, _FEW) // (samples * x.lead)))
             for name, x in shapes.items()
@@ -441,7 +448,7 @@ class _Sums:
     """Normal equations; products in float32 within a chunk, sums in float64."""
 
     among: Tensor
-    """[K, K]."""
+    """[K, K]; what lies above the diagonal may be missing."""
     across: Tensor
     """[K, C]."""
     rows: int = 0
@@ -457,19 +464,31 @@ class _Sums:
         """Take in [N, K] inputs and [N, C] of what the outputs lack. Where there is a coefficient
         more, it is that of a constant input."""
         inputs = rows.shape[1]
-        self.among[:inputs, :inputs] += (rows.T @ rows).double().cpu()
+        for first in range(0, inputs, _BLOCK):  # Of a symmetric matrix one side is enough.
+            own = slice(first, min(first + _BLOCK, inputs))
+            self.among[first:inputs, own] += (rows[:, first:].T @ rows[:, own]).double().cpu()
         self.across[:inputs] += (rows.T @ missing).double().cpu()
         if len(self.among) > inputs:
             totals = rows.sum(0).double().cpu()
             self.among[-1, :inputs] += totals
-            self.among[:inputs, -1] += totals
             self.among[-1, -1] += len(rows)
             self.across[-1] += missing.sum(0).double().cpu()
         self.rows += len(rows)
 
+    def single(self) -> _Sums:
+        """The same in float32, which is enough to choose by."""
+        return _Sums(self.among.float(), self.across.float(), self.rows)
+
     def gain(self, change: Tensor) -> float:
         """How much the squared error falls, by a change of the coefficients."""
-        return float(2 * (change * self.across).sum() - (change * (self.among @ change)).sum())
+        found = self.whole @ change
+        return float((change * (2 * self.across - found)).sum())
+
+    @property
+    def whole(self) -> Tensor:
+        """[K, K]: both sides of ``among``."""
+        lower = self.among.tril()
+        return lower + lower.tril(-1).T
 
 
 def _change(sums: list[_Sums]) -> Tensor | None:
@@ -478,9 +497,10 @@ def _change(sums: list[_Sums]) -> Tensor | None:
     first, second = sums
     if not first.rows or not second.rows:
         return None
-    tried = {ridge: second.gain(_ridge(first, ridge)) for ridge in _RIDGES}
-    best = max(tried, key=lambda ridge: tried[ridge])
-    if not tried[best] > 0:
+    some, others = first.single(), second.single()
+    gains = {ridge: others.gain(_ridge(some, ridge)) for ridge in _RIDGES}
+    best = max(gains, key=lambda ridge: gains[ridge] if gains[ridge] > 0 else 0.0)
+    if not gains[best] > 0:
         return None
     both = _Sums(first.among + second.among, first.across + second.across)
     return _ridge(both, best)
@@ -490,7 +510,8 @@ def _ridge(sums: _Sums, ridge: float) -> Tensor:
     squares = sums.among.diagonal()
     heard = squares[squares > 0]  # Masked inputs are none: a cut one is solved alike.
     strength = ridge * float(heard.mean()) if len(heard) else 0.0
-    damped = sums.among + max(strength, 1e-30) * torch.eye(len(sums.among), dtype=torch.float64)
+    damped = sums.among.clone()
+    damped.diagonal().add_(max(strength, 1e-30))
     factor, failed = torch.linalg.cholesky_ex(damped)
     if failed:
         return torch.full_like(sums.across, float("nan"))

@@ -111,7 +111,7 @@ def test_without_batches_statistics_stay_and_the_outcome_says_so() -> None:
 def test_what_cannot_be_solved_layer_by_layer_is_refitted_as_before_and_the_outcome_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fails(*args: Any) -> None:
+    def fails(*args: Any, **options: Any) -> None:
         raise RuntimeError("out of memory")
 
     case = _Cut()
