@@ -121,9 +121,12 @@ class InputTally:
         count = positions_to_read(positions, width, samples)
         read = positions_drawn(positions, count, self.calls)
         self.calls += 1
-        if read is None:
+        if positions == 1:  # Its own mean: nothing is left.
+            self.left = self.left if self.left.ndim else np.zeros_like(summed)
+        elif read is None:
             left = _squares(gradient)
-            left += self.left
+            if self.left.ndim:
+                left += self.left
             left -= summed / positions
             self.left = left
         else:
@@ -155,9 +158,16 @@ class InputTally:
             "input_moments": moments,
             "input_means": means,
             "sample_moments": np.asarray(self.steady) / rows - means**2,
-            "input_slopes": np.stack([self.summed / samples, self.left / samples]),
+            "input_slopes": self._slopes(samples, np.float64 if norms else np.float32),
         }
         return behind_norm(fields, raw, norms) if norms else fields
+
+    def _slopes(self, samples: int, dtype: type[np.floating[Any]]) -> npt.NDArray[Any]:
+        """[2, W, W], rounded at once where nothing more is done with it: W may be thousands."""
+        found = np.empty((2, *self.summed.shape), dtype=dtype)
+        np.divide(self.summed, samples, out=found[0], casting="same_kind")
+        np.divide(self.left, samples, out=found[1], casting="same_kind")
+        return found
 
 
 def _doubles(values: Tensor) -> Doubles:
@@ -354,10 +364,13 @@ class GroupTally:
         constants: Collection[Axis],
         norms: Collection[Normalised],
     ) -> dict[str, Any]:
-        """The input moments of all sites, where they were measured at each."""
+        """The input moments of all sites, where they were measured at each, and a head has as many
+        channels at each: they make up one array."""
         sites = self.group.sites
         if entered is None or not self.inputs or len(self.inputs) < len(sites):
             return {}
+        if self.group.level is not Level.CHANNEL and len({site.width for site in sites}) > 1:
+            return {}  # The analysis ranks without them, and its decision says so.
         found = [
             self.inputs[number].fields(
                 samples, self._entered(entered, site), axis_of(site) in constants, norms
@@ -366,7 +379,10 @@ class GroupTally:
         ]
         if len(found) == 1:
             return {name: single(values)[None] for name, values in found[0].items()}
-        return {name: np.stack([single(site[name]) for site in found]) for name in found[0]}
+        return {
+            name: np.stack([site[name] for site in found], dtype=np.float32, casting="same_kind")
+            for name in found[0]
+        }
 
     def _entered(self, entered: Entered, site: GateSite) -> tuple[int, Doubles, Doubles]:
         """Rows, sums and inner products of what enters at one site."""
@@ -456,10 +472,11 @@ def cosines(gram: Tensor) -> npt.NDArray[np.float32]:
     inner = gram.cpu().double().numpy()
     norms = np.sqrt(np.diag(inner))
     norms[norms == 0] = 1.0
-    cosines: Doubles = inner / np.outer(norms, norms)
+    cosines = np.empty(inner.shape, dtype=np.float32)
+    np.divide(inner, np.outer(norms, norms), out=cosines, casting="same_kind")
     np.fill_diagonal(cosines, np.where(np.isnan(np.diag(cosines)), np.nan, 1.0))
-    return single(np.clip(cosines, -1.0, 1.0, out=cosines))
+    return np.clip(cosines, -1.0, 1.0, out=cosines)
 
 
 def single(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    return values.astype(np.float32)
+    return values.astype(np.float32, copy=False)

@@ -23,6 +23,24 @@ from leyline.network.statistics import INPUT_FIELDS
 SAMPLES = 2048
 
 
+class Merged(nn.Module):
+    """Attention whose code takes the width of all heads from its input's, on a stream that is read
+    again with two tokens side by side: a head owns twice as many channels there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.qkv = nn.Linear(6, 12), nn.Linear(12, 36)
+        self.out, self.merge = nn.Linear(12, 12), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        samples, tokens, width = x.shape
+        parts = self.qkv(x).reshape(samples, tokens, 3, -1, 4).permute(2, 0, 3, 1, 4)
+        weights = (parts[0] @ parts[1].transpose(-1, -2) / 2).softmax(-1)
+        x = x + self.out((weights @ parts[2]).transpose(1, 2).reshape(samples, tokens, width))
+        return self.merge(x.reshape(samples, tokens // 2, 2 * width)).mean(1)
+
+
 class Attended(nn.Module):
     """Attention, the mean over tokens, and a linear readout: heads act on the outputs linearly."""
 
@@ -192,3 +210,17 @@ def test_heads_of_every_family_are_measured_element_by_element(name: str) -> Non
     scorer, fallbacks = HEADS.choose_scorer(bundle, "auto", redistribute=True)
     assert scorer == "reconstruction"
     assert "moments_failure" not in [taken.rung for taken in fallbacks]
+
+
+def test_a_head_with_more_channels_at_one_reader_than_at_another_has_no_input_moments() -> (
+    None
+):
+    torch.manual_seed(0)
+    recorder = Recorder(Merged(), torch.randn(2, 4, 6))
+    (group,) = [g for g in recorder.architecture.groups if g.level is Level.HEAD]
+    assert group.prunable
+    assert len({site.width for site in group.sites}) > 1
+    bundle = recorder.measure([(torch.randn(8, 4, 6), torch.arange(8) % 3)], epoch=1)
+    assert bundle.gates[group.name].input_moments is None
+    _, fallbacks = HEADS.choose_scorer(bundle, "auto", redistribute=True)
+    assert any("no input moments" in taken.reason for taken in fallbacks)
