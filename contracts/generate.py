@@ -22,7 +22,8 @@ import leyline as ll
 from contracts import examples
 from contracts.asyncapi import asyncapi
 from contracts.reference import reference
-from leyline.network.bundle import pack_statistics
+from leyline.arrays import pack_arrays
+from leyline.network.bundle import statistics_arrays
 
 __all__ = ["generated", "main", "schema"]
 
@@ -64,7 +65,7 @@ def _vectors() -> dict[str, bytes]:
         index.append(_entry(f"{name}.bin", name, "msgpack", files, message.model_dump(mode="json")))
     for item in examples.STATISTICS:
         name = type(item).__name__
-        files[f"{name}.safetensors"] = pack_statistics([item])
+        files[f"{name}.safetensors"] = pack_arrays(statistics_arrays([item]))
         rendering = {"layer_name": item.layer_name, **_tensors(item)}
         index.append(_entry(f"{name}.safetensors", name, "safetensors", files, rendering))
     files["index.json"] = _json(sorted(index, key=lambda entry: str(entry["file"])))

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import head_networks
@@ -27,7 +29,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from elesh.analysis import ImportanceTracker, analyze
-from elesh.analysis.importance.tracker import TrackerCache, measurements_of
+from elesh.analysis.importance.tracker import measurements_of
 from elesh.analysis.sketch.parameter_masks import Marking, analyze_parameters
 from elesh.bus.admission import Work
 from elesh.cli import app
@@ -35,6 +37,7 @@ from elesh.operate.validate import validate
 from elesh.settings import Settings, SettingsError
 from elesh.trainer.session.apply import Evaluation, apply_decision
 from elesh.trainer.weight_masks import ParameterTracker, ask_for_masks
+from elesh.worker.executor import AnalysisExecutor
 from elesh.worker.fan_out import parts_of
 from leyline import (
     AnalysisRequest,
@@ -156,7 +159,7 @@ def parts(settings: Settings) -> int:
     bundle = networks.bundle(networks.chain((20,) * 16))
     blob = BlobRef(uri="redis:x", size=2 << 30, sha256="0" * 64)
     work = Work(
-        bundle.decision_key, "", bundle.document, blob, None, None, None, (), "run", 300.0,
+        bundle.decision_key, "", bundle.document, {"statistics.safetensors": blob}, "run", 300.0,
         datetime.now(UTC),
     )  # fmt: skip
     return len(parts_of(work, settings))
@@ -226,17 +229,19 @@ def blobs(count: int) -> dict[int, bytes]:
 
 def remembered(settings: Settings) -> int:
     """How many of six checkpoints a worker's history has."""
-    cache = TrackerCache(10**9, settings.importance_history_epochs)
-    tracker: ImportanceTracker = cache.take("run", blobs(6))
+    tracker = ImportanceTracker.of_epochs("run", blobs(6), settings.importance_history_epochs)
     return len(tracker.epochs(networks.chain((24, 20)).groups[0]))
 
 
-def cached(settings: Settings) -> list[int]:
-    """Which checkpoints of a run have to be read again after another run was looked at."""
-    cache = TrackerCache(int(settings.analysis_cache_size), 500)
-    for run in ("first", "second"):
-        cache.take(run, blobs(3))
-    return cache.missing("first", [1, 2, 3])
+def kept_bytes(settings: Settings) -> list[int]:
+    """How many bytes of a run's history a worker keeps."""
+    asked: list[int] = []
+    guard = SimpleNamespace(requires_signatures=True)
+    bus: Any = SimpleNamespace(guard=guard, history=lambda epochs, nbytes: asked.append(nbytes))
+    reports: Any = None
+    with TemporaryDirectory() as folder:
+        AnalysisExecutor(bus, settings, reports, Path(folder))
+    return asked
 
 
 def checked(name: str) -> Seen:
@@ -294,7 +299,7 @@ PROBES: dict[str, Probe] = {
     "analysis_timeout": Probe(60, planned("1000000000")),
     "marking_threshold": Probe(1e-3, masked),
     "confidence_threshold": Probe(1.0, masked),
-    "analysis_cache_size": Probe(1000, cached),
+    "analysis_cache_size": Probe(1000, kept_bytes),
     "parallel_analysis_threads": Probe(2, warned),
     "statistical_samples": Probe(100, sketched),
     "accuracy_targets.channel_importance_ranking.metric": Probe(

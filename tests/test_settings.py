@@ -11,6 +11,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from elesh.analysis.selection.schedule import phase_ends
 from elesh.settings import Settings, SettingsError
 from leyline import Phase
 
@@ -243,11 +244,11 @@ def test_settings_cannot_be_changed_afterwards() -> None:
 
 def test_phases_end_where_the_document_says() -> None:
     schedule = Settings().structured_pruning.safety_schedule
-    assert schedule.boundaries == (
-        (Phase.PREPARATION, 30),
-        (Phase.CONSERVATIVE, 60),
-        (Phase.MODERATE, 90),
-        (Phase.AGGRESSIVE, 120),
+    assert phase_ends(schedule) == (
+        (Phase.PREPARATION, 30, 0.0),
+        (Phase.CONSERVATIVE, 60, 0.05),
+        (Phase.MODERATE, 90, 0.1),
+        (Phase.AGGRESSIVE, 120, 0.2),
     )
     assert schedule.total_epochs == 120
 

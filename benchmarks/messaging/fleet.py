@@ -82,12 +82,12 @@ def checkpoint(number: int, channels: int) -> CheckpointBundle:
 
 async def stored(bus: Bus, bundle: CheckpointBundle) -> CheckpointReady:
     """The event of a checkpoint whose blobs lie on the bus."""
-    gates = bundle.gates_blob()
+    gates = bundle.blobs().get("gates")
     assert gates is not None
     return CheckpointReady(
         metadata=bundle.metadata,
         architecture=bundle.architecture,
-        statistics=await bus.blobs.put(bundle.statistics_blob()),
+        statistics=await bus.blobs.put(bundle.blobs()["statistics"]),
         gates=await bus.blobs.put(gates),
     )
 

@@ -39,7 +39,7 @@ async def served(url: str, partition: str, count: int, runs: int) -> tuple[float
     bus = await Bus.connect(url, settings.bus)
     bundle = checkpoint(0, _WIDTH)
     decision = analyze(bundle, settings=settings)
-    statistics = await bus.blobs.put(bundle.statistics_blob())
+    statistics = await bus.blobs.put(bundle.blobs()["statistics"])
     for number in range(count + 1):
         names = {"checkpoint_id": f"ck-{number}", "run_id": f"run-{number % runs}"}
         named = bundle.metadata.model_copy(update=names)

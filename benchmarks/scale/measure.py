@@ -161,7 +161,7 @@ async def fleet(url: str, partition: str, workers: int) -> AsyncIterator[Bus]:
 async def serve(bus: Bus, count: int, runs: int) -> None:
     """Publish so many checkpoints and wait for their decisions."""
     bundle = checkpoint(0, _WIDTH)
-    statistics = await bus.blobs.put(bundle.statistics_blob())
+    statistics = await bus.blobs.put(bundle.blobs()["statistics"])
     last, _ = await bus.follow(DECISIONS, last_id="$", block_seconds=0)
     stamp = time.monotonic_ns()
     for number in range(count):

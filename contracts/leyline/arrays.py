@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import WithJsonSchema
 
-from .errors import Malformed, NotFinite, ShapeMismatch, TooLarge
+from .base import unique_keys
+from .errors import ContractError, Malformed, NotFinite, ShapeMismatch, TooLarge
 
 MAX_HEADER_BYTES = 8 << 20
 MAX_TENSORS = 65_536
@@ -59,7 +60,15 @@ def array_chunks(
     if metadata:
         header["__metadata__"] = dict(sorted(metadata.items()))
     offset = 0
-    plain = {name: _little_endian(name, array) for name, array in arrays.items()}
+    plain = {}
+    for name, given in arrays.items():
+        array = np.asarray(given)
+        dtype = array.dtype.newbyteorder("<")
+        if dtype not in _CODES or array.ndim > MAX_DIMS:
+            expected = f"float32 or float16, at most {MAX_DIMS} dimensions"
+            raise ShapeMismatch(name, expected, f"{array.dtype} with {array.ndim}")
+        require_finite(name, array)
+        plain[name] = array.astype(dtype, order="C", copy=False)
     ordered = sorted(plain.items(), key=lambda item: (-item[1].itemsize, item[0]))
     for name, array in ordered:
         header[name] = {
@@ -73,19 +82,6 @@ def array_chunks(
     yield struct.pack("<Q", len(text)) + text
     for _, array in ordered:
         yield array.tobytes()
-
-
-def _little_endian(name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    array = np.asarray(array)
-    dtype = array.dtype.newbyteorder("<")
-    if dtype not in _CODES or array.ndim > MAX_DIMS:
-        raise ShapeMismatch(
-            name,
-            f"float32 or float16, at most {MAX_DIMS} dimensions",
-            f"{array.dtype} with {array.ndim}",
-        )
-    require_finite(name, array)
-    return array.astype(dtype, order="C", copy=False)
 
 
 def unpack_arrays(
@@ -108,8 +104,9 @@ def unpack_arrays(
     arrays, end = {}, 0
     for name, entry in sorted(entries, key=lambda item: (item[1].begin, item[1].end)):
         # Each tensor begins where the one before it ends: no overlap and no hole.
-        if entry.begin != end or entry.end != end + entry.size or entry.end > len(body):
-            expected = f"[{end}, {end + entry.size}] within {len(body)} bytes"
+        size = entry.dtype.itemsize * math.prod(entry.shape)
+        if entry.begin != end or entry.end != end + size or entry.end > len(body):
+            expected = f"[{end}, {end + size}] within {len(body)} bytes"
             raise Malformed(
                 f"{field}.{name}.data_offsets", expected, f"[{entry.begin}, {entry.end}]"
             )
@@ -131,19 +128,14 @@ def _header(view: memoryview, field: str) -> tuple[dict[str, Any], memoryview]:
         raise TooLarge(f"{field}.header", f"at most {MAX_HEADER_BYTES} bytes", length)
     try:
         text = str(view[8 : 8 + length], "utf-8")
-        header = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, field))
+        header = json.loads(text, object_pairs_hook=unique_keys)
+    except ContractError as error:
+        raise error.inside(f"{field}.header") from None
     except (ValueError, RecursionError) as error:
         raise Malformed(f"{field}.header", "JSON", str(error)) from None
     if not isinstance(header, dict):
         raise Malformed(f"{field}.header", "a JSON object", header)
     return header, view[8 + length :]
-
-
-def _unique(pairs: list[tuple[str, Any]], field: str) -> dict[str, Any]:
-    items = dict(pairs)
-    if len(items) != len(pairs):
-        raise Malformed(f"{field}.header", "every key once", [name for name, _ in pairs])
-    return items
 
 
 class _Entry(NamedTuple):
@@ -153,11 +145,6 @@ class _Entry(NamedTuple):
     shape: tuple[int, ...]
     begin: int
     end: int
-
-    @property
-    def size(self) -> int:
-        """Bytes that the tensor takes."""
-        return self.dtype.itemsize * math.prod(self.shape)
 
     @classmethod
     def read(cls, field: str, entry: Any) -> _Entry:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
     AllowInfNan,
@@ -28,6 +28,33 @@ from pydantic import (
     StringConstraints,
 )
 from pydantic_core import CoreSchema, core_schema
+
+from .errors import Malformed
+
+V = TypeVar("V")
+
+
+def is_none(value: object) -> bool:
+    """For fields that are left out of the bytes while they are None."""
+    return value is None
+
+
+def sorted_items(items: dict[str, V]) -> dict[str, V]:
+    """For maps of equal messages, which are equal bytes."""
+    return dict(sorted(items.items()))
+
+
+def unique_keys(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """A map that is read; a key that stands in it twice is refused.
+
+    Raises:
+        Malformed: if one does.
+    """
+    items = dict(pairs)
+    if len(items) != len(pairs):
+        raise Malformed("keys", "every key once", [key for key, _ in pairs])
+    return items
+
 
 SCHEMA_VERSION = 1
 """The newest schema version that this build reads and the one it writes."""

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from leyline.network.bundle import first_error
 
-from .base import SCHEMA_VERSION, Message
+from .base import SCHEMA_VERSION, Message, unique_keys
 from .envelope import TTL, EventEnvelope, Priority
 from .errors import ContractError, Malformed, TooLarge, UnknownType, UnsupportedVersion
 from .streams import MESSAGES
@@ -151,7 +151,7 @@ def _unpack(data: bytes, field: str) -> Any:
             raw=False,
             strict_map_key=True,
             list_hook=tuple,  # not use_list=False: lists of a declared length cost nothing yet
-            object_pairs_hook=_unique,
+            object_pairs_hook=unique_keys,
             ext_hook=_no_extension,
             max_str_len=MAX_STRING,
             max_bin_len=MAX_MESSAGE_BYTES,
@@ -166,22 +166,6 @@ def _unpack(data: bytes, field: str) -> Any:
     except (ValueError, TypeError, msgpack.exceptions.UnpackException, RecursionError) as error:
         problem = str(error) or type(error).__name__
         raise Malformed(field, "msgpack within limits", problem) from None
-    _require_depth(value, field)
-    return value
-
-
-def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    items = dict(pairs)
-    if len(items) != len(pairs):
-        raise Malformed("keys", "every key once", [key for key, _ in pairs])
-    return items
-
-
-def _no_extension(code: int, _: bytes) -> Any:
-    raise Malformed("value", "no msgpack extension types", code)
-
-
-def _require_depth(value: Any, field: str) -> None:
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [
@@ -192,5 +176,9 @@ def _require_depth(value: Any, field: str) -> None:
             if isinstance(child, dict | tuple)
         ]
         if not level:
-            return
+            return value
     raise TooLarge(field, f"at most {MAX_DEPTH} levels of nesting", "deeper")
+
+
+def _no_extension(code: int, _: bytes) -> Any:
+    raise Malformed("value", "no msgpack extension types", code)

@@ -22,8 +22,8 @@ from elesh.analysis.importance.scores import (
 )
 from elesh.analysis.levels.analyze_level import UNIT_LEVELS
 from elesh.analysis.levels.units import CHANNELS
-from elesh.analysis.pruning_set.plans import redistributes, wanted_scorer
-from elesh.analysis.selection.choose import Ranking, Scorer
+from elesh.analysis.pruning_set.plans import wanted_scorer
+from elesh.analysis.selection.choose import Scorer, pairs_by_group
 from elesh.analysis.selection.schedule import phase_at
 from elesh.analysis.sketch.count_min import CountMinSketch, element_keys
 from elesh.settings import AccuracyTarget, Settings
@@ -91,8 +91,8 @@ def ranking_scores(bundle: CheckpointBundle, settings: Settings) -> tuple[Scorer
     jointly, which no list of single scores can be compared with.
     """
     channels = settings.structured_pruning.channel_analysis
-    wanted = wanted_scorer(bundle, settings)
-    scorer, _ = CHANNELS.choose_scorer(bundle, wanted, redistribute=redistributes(bundle, settings))
+    wanted, redistribute = wanted_scorer(bundle, settings)
+    scorer, _ = CHANNELS.choose_scorer(bundle, wanted, redistribute=redistribute)
     groups = [group for group in bundle.architecture.groups if _is_channel(group)]
     if scorer in ("output_projection", "reconstruction"):
         gates = bundle.gates
@@ -126,17 +126,9 @@ def redundancy(
     # The order under reconstruction looks for no pairs.
     scorer = "output_projection" if plan.scorer == "reconstruction" else plan.scorer
     pruning = settings.structured_pruning
-    return _by_group(of_level.rank(bundle, pruning, plan.groups, scorer, phase))
-
-
-def _by_group(ranking: Ranking) -> dict[str, tuple[Pair, ...]]:
-    candidates, found = ranking.candidates, dict[str, tuple[Pair, ...]]()
-    for pair in ranking.redundant:
-        group = int(candidates.group_of[pair.removed])
-        name, start = candidates.names[group], int(candidates.starts[group])
-        own = Pair(pair.kept - start, pair.removed - start, pair.similarity)
-        found[name] = (*found.get(name, ()), own)
-    return found
+    ranking = of_level.rank(bundle, pruning, plan.groups, scorer, phase)
+    pairs = pairs_by_group(ranking.candidates, ranking.redundant)
+    return {ranking.candidates.names[group]: tuple(own) for group, own in pairs.items()}
 
 
 def agreement(metric: str, estimated: ByGroup, measured: ByGroup) -> float | None:

@@ -12,6 +12,7 @@ Promises: pure but for the clock that it is given. Everything that is wrong with
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -43,7 +44,7 @@ from leyline import (
     unwrap,
 )
 from leyline.errors import brief
-from leyline.network.bundle import NETWORK_FILES
+from leyline.network.bundle import BLOB_FILES, NETWORK_FILES
 from leyline.streams import Stream
 
 from .guard import Guard
@@ -76,38 +77,12 @@ class Work:
     """Of the decision: at the level that is asked for, or ``joint`` for several."""
     fingerprint: str
     document: CheckpointDocument
-    statistics: BlobRef
-    gates: BlobRef | None
-    layers: BlobRef | None
-    heads: BlobRef | None
-    network: tuple[BlobRef, ...]
-    """Program, weights and held-out data, where all three are there."""
+    blobs: Mapping[str, BlobRef]
+    """By the file name that a bundle's folder has for them; of the network all three or none."""
     run_id: str
     window: float
     """Seconds that the analysis may take."""
     received: datetime
-
-    @property
-    def epoch(self) -> int:
-        """The epoch of the checkpoint."""
-        return self.document.metadata.epoch
-
-    @property
-    def levels(self) -> tuple[Level, ...]:
-        """The levels that are asked for, each once."""
-        return tuple(dict.fromkeys(self.document.levels))
-
-    @property
-    def blobs(self) -> dict[str, BlobRef]:
-        """The blobs by the file name that a bundle's folder has for them."""
-        blobs = {
-            "statistics": self.statistics,
-            "gates": self.gates,
-            "layers": self.layers,
-            "heads": self.heads,
-        }
-        files = {f"{name}.safetensors": blob for name, blob in blobs.items() if blob is not None}
-        return files | dict(zip(NETWORK_FILES.values(), self.network, strict=False))
 
 
 Admitted = Work | AnalysisRequest | PruningOutcome | AnalysisItem | JoinItem
@@ -155,7 +130,20 @@ def read(data: bytes, stream: Stream | None = None, *, beside: Delivery | None =
     message = unwrap(envelope)
     if isinstance(message, DeadLetter) and beside is not None:
         message = read_dead_letter(beside)
-    _require_agreement(envelope, message)
+    # Envelope, key and body name the same run, epoch and architecture.
+    holders = (message, getattr(message, "metadata", None))
+    epochs = (getattr(holder, "epoch", None) for holder in holders)
+    epoch = next((epoch for epoch in epochs if isinstance(epoch, int)), None)
+    run = _run_of(message)
+    if run and envelope.training_run_id not in ("", run):
+        raise IdentityMismatch("envelope.training_run_id", brief(run), envelope.training_run_id)
+    if epoch is not None and envelope.epoch not in (None, epoch):
+        raise IdentityMismatch("envelope.epoch", f"{epoch}", f"{envelope.epoch}")
+    if isinstance(message, StructuralPruningDecision):
+        key = message.key
+        if (key.epoch, key.model_hash) != (message.epoch, message.model_hash):
+            expected = f"a key of epoch {message.epoch} and architecture {message.model_hash}"
+            raise IdentityMismatch("idempotency_key", expected, str(key))
     return Heard(message, envelope)
 
 
@@ -229,24 +217,6 @@ def admit(
     )
 
 
-def _require_agreement(envelope: EventEnvelope, message: Message) -> None:
-    """Envelope, key and body name the same run, epoch and architecture."""
-    holders = (message, getattr(message, "metadata", None))
-    epochs = (getattr(holder, "epoch", None) for holder in holders)
-    epoch = next((epoch for epoch in epochs if isinstance(epoch, int)), None)
-    run = _run_of(message)
-    if run and envelope.training_run_id not in ("", run):
-        raise IdentityMismatch("envelope.training_run_id", brief(run), envelope.training_run_id)
-    if epoch is not None and envelope.epoch not in (None, epoch):
-        raise IdentityMismatch("envelope.epoch", f"{epoch}", f"{envelope.epoch}")
-    if isinstance(message, StructuralPruningDecision):
-        key = message.key
-        named = (message.epoch, message.model_hash)
-        if (key.epoch, key.model_hash) != named:
-            expected = f"a key of epoch {message.epoch} and architecture {message.model_hash}"
-            raise IdentityMismatch("idempotency_key", expected, str(key))
-
-
 def _run_of(message: Message) -> str:
     """The run that a message's body names; empty where it names none."""
     metadata = getattr(message, "metadata", None)
@@ -294,7 +264,7 @@ def _work(
     document = CheckpointDocument(
         metadata=metadata,
         architecture=architecture,
-        levels=message.levels,
+        levels=tuple(dict.fromkeys(message.levels)),
         parameters=message.parameters,
         requirements=requirements,
     )
@@ -310,33 +280,24 @@ def _work(
                 level.value,
                 hint="this build does not analyse that level",
             )
-    work = Work(
+    missing = [name for name in NETWORK_FILES if getattr(message, name) is None]
+    if 0 < len(missing) < len(NETWORK_FILES):
+        found = f"no {', '.join(missing)}"
+        raise InvalidField("program", "program, weights and held_out together", found)
+    files = {file: getattr(message, name) for name, file in BLOB_FILES.items()}
+    blobs = {file: ref for file, ref in files.items() if ref is not None}
+    for file, ref in blobs.items():
+        if ref.sealed not in (None, metadata.model_hash):
+            raise IdentityMismatch(f"{file}.sealed", metadata.model_hash, ref.sealed)
+    return Work(
         key=key_of(message),
         fingerprint=fingerprint(message),
         document=document,
-        statistics=message.statistics,
-        gates=message.gates,
-        layers=message.layers,
-        heads=message.heads,
-        network=_network(message),
+        blobs=blobs,
         run_id=metadata.run_id,
         window=window,
         received=now,
     )
-    for name, ref in work.blobs.items():
-        if ref.sealed not in (None, metadata.model_hash):
-            raise IdentityMismatch(f"{name}.sealed", metadata.model_hash, ref.sealed)
-    return work
-
-
-def _network(message: CheckpointReady | StructuralAnalysisRequest) -> tuple[BlobRef, ...]:
-    """The three blobs of the network, or none of them."""
-    refs = {name: getattr(message, name) for name in NETWORK_FILES}
-    given = tuple(ref for ref in refs.values() if ref is not None)
-    if given and len(given) < len(refs):
-        missing = ", ".join(name for name, ref in refs.items() if ref is None)
-        raise InvalidField("program", "program, weights and held_out together", f"no {missing}")
-    return given
 
 
 _VOLATILE = frozenset({"uri", "expires", "created_at", "timeout"})

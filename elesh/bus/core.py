@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Self, TypeVar
@@ -30,7 +31,7 @@ from elesh.bus.state.audit import AuditLog
 from elesh.bus.state.blobs import BlobStore
 from elesh.bus.state.registry import Registry
 from elesh.bus.state.runs import BreakerStore, HistoryStore, RunStore
-from elesh.bus.streams.consumer_groups import WORK, Groups, Reaper, pairs_of, pending_of, shed_from
+from elesh.bus.streams.consumer_groups import SHED_FROM, WORK, Groups, Reaper, pairs_of, pending_of
 from elesh.bus.streams.consumer_groups import last_id as last_id_of
 from elesh.bus.streams.dead_letters import DeadLetters
 from elesh.bus.streams.fan_out import PlanStore
@@ -48,7 +49,6 @@ from elesh.settings import BreakerSettings, BusSettings
 from leyline import (
     ContractError,
     DeadLetter,
-    EventEnvelope,
     IdempotencyKey,
     IdentityMismatch,
     Level,
@@ -107,7 +107,7 @@ class Bus:
         self.clock = ServerClock(client)
         self.groups = Groups(client, scripts, keys)
         self.plans = PlanStore(
-            client, scripts, keys, self.groups, guard, self.clock, settings.record_ttl_seconds
+            client, scripts, keys, guard, self.clock, settings.record_ttl_seconds
         )
         self.reaper = Reaper(scripts, keys, self.plans.join_overdue, settings.lease_seconds)
         self.blobs = BlobStore(client, scripts, keys, guard, settings)
@@ -175,7 +175,11 @@ class Bus:
     @property
     def server(self) -> tuple[str, int] | None:
         """Address and port of the server spoken to, a socket's path with port 0; None before."""
-        return self._client.server
+        if path := self._client.connection_pool.connection_kwargs.get("path"):
+            return str(path), 0
+        locator = self._client.locator
+        place = locator.place if locator else None
+        return (place.host, place.port) if place else None
 
     @property
     def asks_password(self) -> bool:
@@ -185,10 +189,6 @@ class Bus:
     async def when_available(self, *, stop: asyncio.Event | None = None) -> bool:
         """Wait until the server answers; False if ``stop`` is set first."""
         return await until_available(self.ping, stop=stop, log=self.outage) is not None
-
-    def backoff(self, stop: asyncio.Event | None = None) -> Backoff:
-        """The pauses of one loop that tries until the bus serves it; ``stop`` ends them."""
-        return Backoff(self.outage, stop)
 
     async def persistently(
         self, action: Callable[[], Awaitable[T]], *, stop: asyncio.Event | None = None
@@ -200,7 +200,7 @@ class Bus:
             TooLarge: if the connection ends whenever this is sent, while the server answers
                 everything else: it will never take it.
         """
-        backoff, dropped = self.backoff(stop), 0
+        backoff, dropped = Backoff(self.outage, stop), 0
         while True:
             try:
                 answer = await action()
@@ -286,7 +286,9 @@ class Bus:
         )
         framed = self.guard.frame(stream, encode(envelope))
         marker = self.keys.named("event", stream.name, envelope.event_id)
-        limit = shed_from(stream, priority, self.stream_length)
+        # The backlog from which this priority is shed; 0: never.
+        share = SHED_FROM.get(priority, 0.0) if stream in WORK else 0.0
+        limit = math.ceil(share * self.stream_length)
         args: list[str | bytes | int] = [_MARKER_SECONDS, limit, stream.group]
         args += [f"{stream.name}:{priority}", token, *entry_fields(framed, carrier or {})]
         keys = [self.keys.stream(stream), marker, self.keys.named("shed")]
@@ -386,12 +388,20 @@ class Bus:
         ``dead_letter`` a dead letter that is published, with the acknowledgement.
         """
         now = await self.clock.now()
-        keys = [self.groups.entry(delivery)[0], *map(self.keys.stream, (DECISIONS, DEAD))]
+        keys = [*map(self.keys.stream, (delivery.stream, DECISIONS, DEAD))]
         latest = self.keys.named("latest", result.run_id, result.key.level)
         keys += [self.keys.named("record", str(result.key)), latest]
         dead = self._dead_letter_fields(dead_letter, result.carrier) if dead_letter else []
-        framed = self.guard.frame(DECISIONS, encode(_committed(result, now)))
-        fields = entry_fields(framed, result.carrier)
+        envelope = wrap(
+            result.message,
+            source=_SOURCE,
+            event_id=f"settled-{stable_hash(str(result.key))}",
+            run_id=result.run_id,
+            epoch=result.epoch,
+            correlation_id=str(result.key),
+            now=now,
+        )
+        fields = entry_fields(self.guard.frame(DECISIONS, encode(envelope)), result.carrier)
         epoch = result.key.epoch if result.remember else -1
         args: list[str | bytes | int] = [group, consumer, delivery.entry_id]
         args += [self.settings.record_ttl_seconds, str(result.key), result.fingerprint, epoch]
@@ -423,7 +433,7 @@ class Bus:
         self, group: str, consumer: str, delivery: Delivery, served: Sequence[str] = ()
     ) -> bool:
         """End an entry without a result; False if it is no longer the consumer's."""
-        keys = [self.groups.entry(delivery)[0], *served]
+        keys = [self.keys.stream(delivery.stream), *served]
         args = [group, consumer, delivery.entry_id]
         return bool(await self._scripts.run("acknowledge", keys, args))
 
@@ -442,7 +452,7 @@ class Bus:
         stream with ``read_dead_letter``.
         """
         fields = self._dead_letter_fields(dead_letter, carrier)
-        keys = [self.groups.entry(delivery)[0], self.keys.stream(DEAD), *served]
+        keys = [*map(self.keys.stream, (delivery.stream, DEAD)), *served]
         args = [group, consumer, delivery.entry_id, *fields]
         return bool(await self._scripts.run("acknowledge", keys, args))
 
@@ -545,15 +555,3 @@ def _run_of(dead_letter: DeadLetter) -> tuple[str, int | None]:
     except ContractError:
         return "", None
     return envelope.training_run_id, envelope.epoch
-
-
-def _committed(result: Commit, now: datetime) -> EventEnvelope:
-    return wrap(
-        result.message,
-        source=_SOURCE,
-        event_id=f"settled-{stable_hash(str(result.key))}",
-        run_id=result.run_id,
-        epoch=result.epoch,
-        correlation_id=str(result.key),
-        now=now,
-    )

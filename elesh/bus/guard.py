@@ -54,6 +54,8 @@ class Guard:
                 f"found {blob_key!r}"
             )
         self._blob_key = blob_key
+        self.seals = bool(blob_key)
+        """Whether blobs that belong to an architecture are stored sealed."""
 
     @classmethod
     def of(cls, settings: SecuritySettings, partition: str = "main") -> Self:
@@ -119,11 +121,6 @@ class Guard:
     def requires_signatures(self) -> bool:
         """Whether nothing comes in that no key of the keyring has signed."""
         return self._keyring is not None and self._keyring.required
-
-    @property
-    def seals(self) -> bool:
-        """Whether blobs that belong to an architecture are stored sealed."""
-        return bool(self._blob_key)
 
     def seal(self, data: bytes | memoryview, architecture: str) -> bytes:
         """A blob's bytes, encrypted for one architecture."""

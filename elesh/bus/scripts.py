@@ -16,7 +16,7 @@ from redis.exceptions import NoScriptError
 from elesh.bus.server.client import Client
 from leyline.streams import Stream
 
-__all__ = ["Args", "Entry", "Keys", "Scripts"]
+__all__ = ["Args", "Keys", "Scripts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,6 @@ class Keys:
 
 Args = Sequence[str | bytes | int]
 """What a script gets besides its keys, in the order that its first lines say."""
-Entry = tuple[str, str]
-"""A stream's key and an entry's id."""
 
 
 Name = Literal[

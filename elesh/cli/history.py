@@ -8,9 +8,8 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from elesh.analysis import Track
+from elesh.analysis import ImportanceTracker, Track
 from elesh.analysis.candidates import Doubles
-from elesh.analysis.importance.tracker import TrackerCache
 from elesh.bus import Bus
 from elesh.bus.admission import hear
 from elesh.operate.tables import compact
@@ -45,11 +44,10 @@ def history(
 
 async def _tracks(bus: Bus, settings: Settings, run: str) -> dict[str, Track]:
     """The Taylor importance of the run's channels, by group."""
-    nbytes = int(settings.analysis_cache_size)
-    store = bus.history(settings.importance_history_epochs, nbytes)
-    epochs = await store.epochs(run)
-    cache = TrackerCache(nbytes, settings.importance_history_epochs)
-    tracker = cache.take(run, await store.recall(run, epochs))
+    kept = settings.importance_history_epochs
+    store = bus.history(kept, int(settings.analysis_cache_size))
+    found = await store.recall(run, await store.epochs(run))
+    tracker = ImportanceTracker.of_epochs(run, found, kept)
     groups = await _groups(bus, run)
     return {g.name: tracker.track(g)["taylor"] for g in groups if tracker.epochs(g)}
 

@@ -119,8 +119,6 @@ def _figures(run: RunView) -> dict[str, str]:
         if gain.latency is not None:
             facts["a call"] = gain.latency.said
         facts["cuts that stayed"] = f"{gain.cuts:,}"
-        if gain.cost is not None:
-            facts["accuracy, by the cuts alone"] = f"{100 * gain.cost:+.2f} points"
         for name, value in zip(("at the first cut", "now"), gain.accuracy, strict=True):
             if value is not None:
                 facts[f"accuracy {name}"] = f"{value:.2%}"

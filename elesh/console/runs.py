@@ -119,15 +119,17 @@ class Gain:
     """Of each level: name, before the first cut, and now."""
     cuts: int
     """Cuts that stayed."""
-    cost: float | None
-    """Change of the held-out accuracy by those cuts together, each measured just before and just
-    after it on the same data; None where none was measured."""
-    measured: int
-    """How many of them were measured so."""
     latency: Latency | None
     """None where a cut was not timed."""
     accuracy: tuple[float | None, float | None]
-    """At the checkpoint of the first cut, and at the last checkpoint: training went on between."""
+    """The run's own held-out figures at the checkpoint of the first cut, and at the last one:
+    training went on between."""
+
+    @property
+    def change(self) -> float | None:
+        """Of the accuracy from the one to the other; None where one was not measured."""
+        before, now = self.accuracy
+        return now - before if now is not None and before is not None else None
 
 
 @dataclass(frozen=True)
@@ -268,8 +270,6 @@ def _widths(points: Sequence[Checkpoint]) -> tuple[Width, ...]:
 def _gain(run: Run, cuts: Sequence[Decided]) -> Gain:
     points = [run.checkpoints[epoch] for epoch in sorted(run.checkpoints)]
     shape, stayed = points[-1].shape, [each for each in cuts if each.units]
-    changes = [decision_row(run, each).accuracy_change for each in stayed]
-    known = [change for change in changes if change is not None]
     first = cuts[0].epoch if cuts else None
     counts: dict[str, tuple[int, int]] = {}
     for width in (each for each in _widths(points) if not each.reason):
@@ -282,8 +282,6 @@ def _gain(run: Run, cuts: Sequence[Decided]) -> Gain:
         macs=(shape.original_macs, shape.macs),
         units=tuple((level, before, now) for level, (before, now) in counts.items()),
         cuts=len(stayed),
-        cost=sum(known) if known else None,
-        measured=len(known),
         latency=_latency(run, stayed),
         accuracy=(_at(run, first), points[-1].accuracy),
     )

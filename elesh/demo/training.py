@@ -433,9 +433,10 @@ def _rate(epoch: int, epochs: int) -> float:
 class SpoiledBundle(CheckpointBundle):
     """A checkpoint whose statistics arrive cut short, as after a fault of the trainer."""
 
-    def statistics_blob(self) -> bytes:
-        """The statistics without their last four bytes."""
-        return super().statistics_blob()[:-4]
+    def blobs(self) -> dict[str, bytes]:
+        """The blobs, the statistics without their last four bytes."""
+        found = super().blobs()
+        return found | {"statistics": found["statistics"][:-4]}
 
 
 class Deadline:

@@ -5,7 +5,6 @@ from .audit import AuditFile, Fault, Link, audit_event, line_of, read_line, soun
 from .logs import SparseLines, get_logger, setup_logging
 from .tracing import (
     carrier_of,
-    current_span,
     linked_span,
     mark_failed,
     messaging,
@@ -14,7 +13,6 @@ from .tracing import (
     setup_tracing,
     shutdown_tracing,
     span,
-    span_from,
 )
 
 __all__ = [
@@ -24,7 +22,6 @@ __all__ = [
     "SparseLines",
     "audit_event",
     "carrier_of",
-    "current_span",
     "get_logger",
     "line_of",
     "read_line",
@@ -38,6 +35,5 @@ __all__ = [
     "shutdown_tracing",
     "span",
     "sound",
-    "span_from",
     "verify",
 ]

@@ -93,27 +93,24 @@ class SpanFile(SpanExporter):
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """Append one line a span."""
-        lines = "".join(json.dumps(_values(span), default=str) + "\n" for span in spans)
+        data = "".join(json.dumps(_values(span), default=str) + "\n" for span in spans).encode()
         try:
-            self._append(lines.encode())
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # The lock has a file of its own: the one that is written changes its name.
+            with open(self._folder / "lock", "ab") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                path = self._folder / _NAME
+                if path.exists() and path.stat().st_size + len(data) > self._limit:
+                    path.replace(self._folder / _OLD)
+                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+                with open(os.open(path, flags, 0o600), "ab") as file:
+                    file.write(data)
         except OSError as error:
             if not self._complained:
                 _log.warning("traces are not kept", folder=str(self._folder), reason=str(error))
                 self._complained = True
             return SpanExportResult.FAILURE
         return SpanExportResult.SUCCESS
-
-    def _append(self, data: bytes) -> None:
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # The lock has a file of its own: the one that is written changes its name.
-        with open(self._folder / "lock", "ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            path = self._folder / _NAME
-            if path.exists() and path.stat().st_size + len(data) > self._limit:
-                path.replace(self._folder / _OLD)
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-            with open(os.open(path, flags, 0o600), "ab") as file:
-                file.write(data)
 
 
 def read_spans(folder: Path | None = None, *, containing: str = "") -> Iterator[RecordedSpan]:

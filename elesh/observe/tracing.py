@@ -43,7 +43,6 @@ from .spanfile import SpanFile
 __all__ = [
     "Stage",
     "carrier_of",
-    "current_span",
     "in_time",
     "is_exported",
     "linked_span",
@@ -56,7 +55,6 @@ __all__ = [
     "setup_tracing",
     "shutdown_tracing",
     "span",
-    "span_from",
 ]
 
 Attributes = Mapping[str, str | int | float | bool]
@@ -266,11 +264,6 @@ class WholeTrees(SpanProcessor):
         return all(processor.force_flush(timeout_millis) for processor in self._processors)
 
 
-def current_span() -> Span:
-    """The span that is current here; one that records nothing where nothing is traced."""
-    return trace.get_current_span()
-
-
 def mark_failed(kind: str, reason: str) -> None:
     """Say that what the current span stands for failed, though no exception leaves it.
 
@@ -278,22 +271,9 @@ def mark_failed(kind: str, reason: str) -> None:
         kind: stable name of the failure, as ``error.type``.
         reason: for people.
     """
-    current = current_span()
+    current = trace.get_current_span()
     current.set_attribute("error.type", kind)
     current.set_status(Status(StatusCode.ERROR, reason))
-
-
-@contextmanager
-def _naming_errors() -> Iterator[None]:
-    """The SDK marks a span that an exception leaves as failed; ``error.type`` is ours to add."""
-    try:
-        yield
-    except Exception as error:
-        kind = getattr(error, "code", None)
-        current_span().set_attribute(
-            "error.type", kind if isinstance(kind, str) else type(error).__qualname__
-        )
-        raise
 
 
 @contextmanager
@@ -302,54 +282,39 @@ def span(
     *,
     kind: SpanKind = SpanKind.INTERNAL,
     attributes: Attributes | None = None,
-    answers: Mapping[str, str] | None = None,
-) -> Iterator[Span]:
-    """A span under the current one; an exception marks it as failed and goes on.
-
-    Args:
-        answers: the carrier of what it answers: it gets a link to that.
-    """
-    tracer = trace.get_tracer("elesh")
-    links = [_link(propagate.extract(dict(answers)), {"elesh.answers": True})] if answers else []
-    with (
-        tracer.start_as_current_span(
-            name, kind=kind, attributes=dict(attributes or {}), links=links
-        ) as current,
-        _naming_errors(),
-    ):
-        yield current
-
-
-@contextmanager
-def span_from(
-    carrier: Mapping[str, str],
-    name: str,
-    *,
-    kind: SpanKind = SpanKind.CONSUMER,
-    attributes: Attributes | None = None,
+    carrier: Mapping[str, str] | None = None,
     redelivered: bool = False,
+    answers: Mapping[str, str] | None = None,
     start: int | None = None,
 ) -> Iterator[Span]:
-    """A span that continues the trace in ``carrier``; a redelivery also links to its creation.
+    """A span under the current one, or one that continues the trace in ``carrier``; an exception
+    marks it as failed and goes on.
 
     Args:
+        redelivered: it gets a link to the creation of what is delivered again.
+        answers: the carrier of what it answers: it gets a link to that.
         start: when it began, in nanoseconds since 1970; now if not given.
     """
-    parent = propagate.extract(dict(carrier))
-    links = [_link(parent, {"elesh.redelivery": True})] if redelivered else []
-    tracer = trace.get_tracer("elesh")
-    with (
-        tracer.start_as_current_span(
-            name,
-            context=parent,
-            kind=kind,
-            attributes=dict(attributes or {}),
-            links=links,
-            start_time=start,
-        ) as current,
-        _naming_errors(),
-    ):
-        yield current
+    parent = None if carrier is None else propagate.extract(dict(carrier))
+    links = [_link(parent, {"elesh.redelivery": True})] if redelivered and parent else []
+    if answers:
+        links.append(_link(propagate.extract(dict(answers)), {"elesh.answers": True}))
+    with trace.get_tracer("elesh").start_as_current_span(
+        name,
+        context=parent,
+        kind=kind,
+        attributes=dict(attributes or {}),
+        links=links,
+        start_time=start,
+    ) as current:
+        try:
+            yield current
+        except Exception as error:
+            # The SDK marks the span as failed; ``error.type`` is ours to add.
+            code = getattr(error, "code", None)
+            failed = code if isinstance(code, str) else type(error).__qualname__
+            current.set_attribute("error.type", failed)
+            raise
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import hashlib
 import json
 import platform
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -133,7 +134,7 @@ def open_case(path: Path) -> Case:
         )
 
 
-def take_blobs(path: Path, wanted: dict[str, BlobRef], folder: Path) -> None:
+def take_blobs(path: Path, wanted: Mapping[str, BlobRef], folder: Path) -> None:
     """Copy the wanted blobs of a case into ``folder``, each checked against its reference.
 
     Raises:

@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from elesh.analysis import ImportanceTracker
-from elesh.analysis.importance.tracker import TrackerCache
 from elesh.bus import Bus
 from elesh.bus.admission import Work, admit, hear
 from elesh.settings import Settings
@@ -80,9 +79,9 @@ async def _bundle(bus: Bus, work: Work) -> CheckpointBundle:
 async def _history(
     bus: Bus, settings: Settings, run_id: str, until: int
 ) -> ImportanceTracker | None:
-    nbytes, kept = int(settings.analysis_cache_size), settings.importance_history_epochs
-    store = bus.history(kept, nbytes)
+    kept = settings.importance_history_epochs
+    store = bus.history(kept, int(settings.analysis_cache_size))
     epochs = [epoch for epoch in await store.epochs(run_id) if epoch <= until]
     if not epochs:
         return None
-    return TrackerCache(nbytes, kept).take(run_id, await store.recall(run_id, epochs))
+    return ImportanceTracker.of_epochs(run_id, await store.recall(run_id, epochs), kept)

@@ -58,7 +58,7 @@ class Selection:
         return (
             self.key in ("", str(work.key))
             and self.run_id in ("", work.run_id)
-            and self.epoch in (None, work.epoch)
+            and self.epoch in (None, work.key.epoch)
         )
 
 
@@ -278,7 +278,7 @@ def _job(
 ) -> Job:
     """What the child is asked, as it was then: the same gaps, breakers and fallbacks."""
     gaps = _gaps(recorded)
-    levels = tuple(level for level in work.levels if level not in gaps)
+    levels = tuple(level for level in work.document.levels if level not in gaps)
     breakers = BreakerStatus.of(recorded) if recorded else {}
     states = [breakers.get(level, BreakerStatus()) for level in levels]
     parts = recorded.parts if recorded else ()

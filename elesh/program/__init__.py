@@ -87,7 +87,10 @@ def verifier(
             return lambda proposal: safety.predicted_only(proposal, settings, *taken[:1])
     from .verifier import NetworkVerifier
 
-    return NetworkVerifier(bundle, settings, seconds, _met(recorded))
+    # By fallback, what a recorded decision met that another run might not.
+    chance = (ROUNDS_TIMEOUT, CALIBRATION_SKIPPED)
+    met = {f.rung: f for f in recorded.fallbacks if f.rung in chance} if recorded else {}
+    return NetworkVerifier(bundle, settings, seconds, met)
 
 
 def preload() -> None:
@@ -98,9 +101,3 @@ def preload() -> None:
 
 def _has_torch() -> bool:
     return find_spec("torch") is not None and find_spec("safetensors") is not None
-
-
-def _met(recorded: StructuralPruningDecision | None) -> dict[str, Fallback]:
-    """By fallback, what a recorded decision met that another run might not."""
-    taken = recorded.fallbacks if recorded else ()
-    return {f.rung: f for f in taken if f.rung in (ROUNDS_TIMEOUT, CALIBRATION_SKIPPED)}

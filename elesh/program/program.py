@@ -138,14 +138,11 @@ def resolve(name: str) -> Callable[..., Any]:
     known = packet.isidentifier() and overload.isidentifier() and library == "aten"
     if known and packet not in _FORBIDDEN:
         function = getattr(getattr(torch.ops.aten, packet, None), overload, None)
-        if isinstance(function, torch._ops.OpOverload) and _computes(function, packet):
-            return function
+        if isinstance(function, torch._ops.OpOverload):
+            is_size = packet in ("sym_size", "sym_numel", "sym_stride")
+            if torch.Tag.core in function.tags or packet in _OTHERS or is_size:
+                return function
     raise InvalidField("program.operator", "an ATen operator that only computes", name[:200])
-
-
-def _computes(function: torch._ops.OpOverload, packet: str) -> bool:
-    is_size = packet in ("sym_size", "sym_numel", "sym_stride")
-    return torch.Tag.core in function.tags or packet in _OTHERS or is_size
 
 
 FORMAT = 1
@@ -263,19 +260,16 @@ class Program:
         parts["gates"] = tuple(GateSlot(*gate) for gate in fields.gates)
         parts["nodes"] = tuple(Node(*node) for node in fields.nodes)
         program = cls(**parts)
-        program._check()
-        return program
-
-    def _check(self) -> None:
-        known = {*self.weights, *self.inputs, *(gate.value for gate in self.gates)}
-        for node in self.nodes:
+        known = {*program.weights, *program.inputs, *(gate.value for gate in program.gates)}
+        for node in program.nodes:
             resolve(node.operator)
             unknown = [name for name in _names_in(node) if name not in known]
             if unknown:
                 raise InvalidField(f"program.{node.name}", "values made before it", unknown[0])
             known.add(node.name)
-        if self.output not in known:
-            raise InvalidField("program.output", "a value of the program", self.output)
+        if program.output not in known:
+            raise InvalidField("program.output", "a value of the program", program.output)
+        return program
 
     def run(
         self,

@@ -71,6 +71,7 @@ class NetworkVerifier:
         self._network: NetworkExport = bundle.network
         self._architecture: PrunedArchitecture = bundle.architecture
         self._parameters, self._said = bundle.parameters, bundle.metadata.accuracy
+        self._shortens = bundle.parameters.failing_gate == "shorten"
         self._settings = settings
         self._seconds = seconds
         self._met = met or {}
@@ -226,10 +227,6 @@ class NetworkVerifier:
         kept = kept if ranking.passed else ()
         gates, figures = search.verdict(kept or proposal.order)
         return Measured(kept, (*labels, *gates, ranking), search.verification(figures, kept))
-
-    @property
-    def _shortens(self) -> bool:
-        return self._parameters.failing_gate == "shorten"
 
 
 @dataclass(frozen=True)

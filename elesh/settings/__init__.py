@@ -124,7 +124,7 @@ class Settings(BaseSettings):
     confidence_threshold: float = Field(default=0.95, ge=0, le=1)
     """Masks of single parameters of less confidence are not made."""
     analysis_cache_size: ByteSize = Field(default=ByteSize(10**9), ge=0)
-    """Of the importance history: kept of one run in Redis, and of all runs where they are shown."""
+    """Of the importance history that is kept of one run in Redis."""
     parallel_analysis_threads: int = Field(default=16, ge=1)
     """The most threads of one analysis; a worker uses ``worker.threads`` up to it."""
     statistical_samples: int = Field(default=10_000, ge=1)

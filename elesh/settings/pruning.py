@@ -115,24 +115,10 @@ class SafetySchedule(Section):
         return self
 
     @property
-    def boundaries(self) -> tuple[tuple[Phase, int], ...]:
-        """Each phase that ends, with its last epoch (epochs count from 1)."""
-        lengths = (
-            (Phase.PREPARATION, self.validation_epochs),
-            (Phase.CONSERVATIVE, self.conservative_epochs),
-            (Phase.MODERATE, self.moderate_epochs),
-            (Phase.AGGRESSIVE, self.aggressive_epochs),
-        )
-        last, ends = 0, []
-        for phase, length in lengths:
-            last += length
-            ends.append((phase, last))
-        return tuple(ends)
-
-    @property
     def total_epochs(self) -> int:
         """Epochs until the last pruning phase has ended."""
-        return self.boundaries[-1][1]
+        pruning = self.conservative_epochs + self.moderate_epochs + self.aggressive_epochs
+        return self.validation_epochs + pruning
 
 
 class RollbackTriggers(Section):

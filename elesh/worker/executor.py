@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from elesh.bus import Bus
 from elesh.bus.admission import Work
-from elesh.observe import get_logger, mark_failed, record_spans, span
+from elesh.observe import get_logger, mark_failed, metrics, record_spans, span
 from elesh.safety import calibrated
 from elesh.settings import Settings
 from elesh.worker.compute.process import ComputeChild
@@ -132,7 +132,7 @@ class AnalysisExecutor:
             Busy: if another analysis takes long here.
         """
         async with self._fetched(work) as folder:
-            job = await self._with_run(self._job("decide", work, work.levels, folder), work)
+            job = await self._with_run(self._job("decide", work, folder), work)
             return await self._result(StructuralPruningDecision, work, job)
 
     async def analyse(
@@ -144,7 +144,7 @@ class AnalysisExecutor:
             ContractError: as :meth:`decide` does.
         """
         async with self._fetched(work, network=False, keep=True) as folder:
-            job = replace(self._job("level", work, (level,), folder), shard=groups)
+            job = replace(self._job("level", work, folder), levels=(level,), shard=groups)
             return await self._result(LevelAnalysis, work, job)
 
     async def join(
@@ -161,7 +161,7 @@ class AnalysisExecutor:
             parts.mkdir(exist_ok=True)
             for number, data in enumerate(analyses):
                 (parts / f"{number}.msgpack").write_bytes(data)
-            job = await self._with_run(self._job("join", work, work.levels, folder), work)
+            job = await self._with_run(self._job("join", work, folder), work)
             gaps = tuple((str(level), reason) for level, reason in missing.items())
             job = replace(job, missing=gaps)
             return await self._result(StructuralPruningDecision, work, job)
@@ -170,7 +170,8 @@ class AnalysisExecutor:
     async def _fetched(
         self, work: Work, *, network: bool = True, keep: bool = False
     ) -> AsyncIterator[Path]:
-        """The folder with the document and the blobs of ``work``.
+        """The folder with the document and the blobs of ``work``; what is there already is not
+        fetched again.
 
         Args:
             network: with the blobs of the network, where networks are run at all.
@@ -183,43 +184,40 @@ class AnalysisExecutor:
             self._forget(other)
         self._used[folder] += 1
         try:
-            await self._fetch(work, folder, network=network and not self._untrusted)
+            if not folder.exists():
+                folder.mkdir(parents=True)
+                (folder / DOCUMENT).write_bytes(encode(work.document))
+            unwanted = frozenset[str]() if network and not self._untrusted else _NETWORK
+            wanted = {
+                name: ref
+                for name, ref in work.blobs.items()
+                if name not in unwanted and not (folder / name).exists()
+            }
+            size = sum(ref.size for ref in wanted.values())
+            with span("fetch blobs", attributes={"elesh.blob_bytes": size}):
+                for name, ref in wanted.items():
+                    await self._bus.blobs.fetch(ref, folder / name)
+            metrics.BLOB_BYTES.add(size)
+            self._reports.step("fetched", work, figures={"bytes": size})
             yield folder
         finally:
             self._used[folder] -= 1
             if not keep:
                 self._forget(folder)
 
-    async def _fetch(self, work: Work, folder: Path, *, network: bool) -> None:
-        """Have the blobs in the folder; what is there already is not fetched again."""
-        if not folder.exists():
-            folder.mkdir(parents=True)
-            (folder / DOCUMENT).write_bytes(encode(work.document))
-        wanted = {
-            name: ref
-            for name, ref in work.blobs.items()
-            if not (folder / name).exists() and (network or name not in _NETWORK)
-        }
-        size = sum(ref.size for ref in wanted.values())
-        with span("fetch blobs", attributes={"elesh.blob_bytes": size}):
-            for name, ref in wanted.items():
-                await self._bus.blobs.fetch(ref, folder / name)
-        self._reports.status.fetched(size)
-        self._reports.step("fetched", work, figures={"bytes": size})
-
     def _forget(self, folder: Path) -> None:
         self._used.pop(folder, None)
         shutil.rmtree(folder, ignore_errors=True)
 
-    def _job(self, kind: Kind, work: Work, levels: Sequence[Level], folder: Path) -> Job:
+    def _job(self, kind: Kind, work: Work, folder: Path) -> Job:
         return Job(
             kind=kind,
             folder=str(folder),
             key=str(work.key),
             settings=self._settings_json,
-            levels=tuple(levels),
+            levels=work.document.levels,
             threads=self._settings.threads,
-            unmeasured=self._untrusted if work.network else "",
+            unmeasured=self._untrusted if _NETWORK & work.blobs.keys() else "",
         )
 
     async def _with_run(self, job: Job, work: Work) -> Job:
@@ -227,7 +225,7 @@ class AnalysisExecutor:
         the run's trainer took back before, and how far its predictions were off."""
         run, runs, admit = work.run_id, self._bus.runs, self._bus.breakers.admit
         views, cuts, probes = await asyncio.gather(
-            asyncio.gather(*(admit(run, level) for level in job.asked_levels)),
+            asyncio.gather(*(admit(run, level) for level in job.levels)),
             runs.taken_back(run),
             runs.calibration_cuts(run),
         )
@@ -255,26 +253,35 @@ class AnalysisExecutor:
             current.set_attribute("elesh.approved", decision.approved_for_application)
             for taken in decision.fallbacks:
                 current.add_event("fallback", {"fallback": taken.rung, "reason": taken.reason})
-        self._reports.analysed(work, decision, _metrics(work, job, decision, reply))
-        await self._remember(work, Path(job.folder) / MEASURED)
-        return result
-
-    async def _remember(self, work: Work, path: Path) -> None:
-        """Keep what was measured in the run's history; losing it costs history, nothing else."""
-        if not path.exists():
-            return
-        kept = await self._history.remember(
-            work.run_id, work.epoch, await asyncio.to_thread(path.read_bytes)
+        units = {
+            part.level: part.statistics.channels_before
+            for part in decision.levels
+            if part.statistics
+        } or {decision.key.level: decision.statistics.channels_before}
+        figures = AnalysisMetrics(
+            duration_seconds=reply.seconds,
+            channels=units.get(Level.CHANNEL, 0),
+            heads=units.get(Level.HEAD, 0),
+            layers=units.get(Level.LAYER, 0),
+            peak_memory_bytes=reply.peak_memory,
+            input_bytes=sum(ref.size for ref in work.blobs.values()),
         )
-        path.unlink()
-        if kept == "conflict":
-            _log.warning("epoch measured twice, the first stays", run=work.run_id, epoch=work.epoch)
+        self._reports.analysed(work, decision, figures)
+        path, run, epoch = Path(job.folder) / MEASURED, work.run_id, work.key.epoch
+        if path.exists():
+            # For the run's history; losing it costs history, nothing else.
+            measured = await asyncio.to_thread(path.read_bytes)
+            kept = await self._history.remember(run, epoch, measured)
+            path.unlink()
+            if kept == "conflict":
+                _log.warning("epoch measured twice, the first stays", run=run, epoch=epoch)
+        return result
 
     async def _climb(self, work: Work, job: Job) -> Reply:
         """The child's answer to ``job``, or to what is left of it on the next fallback."""
         clock = asyncio.get_running_loop().time
         begun, timeout = clock(), work.window
-        level = job.asked_levels[0] if job.kind == "level" else None
+        level = job.levels[0] if job.kind == "level" else None
         while True:
             try:
                 return await self.child.run(job, timeout=timeout)
@@ -311,20 +318,4 @@ def _given_up(job: Job, failure: ChildFailure) -> AnalysisFailed:
         "a result within the window",
         f"{failure}{taken}",
         hint="no fallback of the failure table is left; redrive it once the cause is repaired",
-    )
-
-
-def _metrics(
-    work: Work, job: Job, decision: StructuralPruningDecision, reply: Reply
-) -> AnalysisMetrics:
-    units = {
-        part.level: part.statistics.channels_before for part in decision.levels if part.statistics
-    } or {decision.key.level: decision.statistics.channels_before}
-    return AnalysisMetrics(
-        duration_seconds=reply.seconds,
-        channels=units.get(Level.CHANNEL, 0),
-        heads=units.get(Level.HEAD, 0),
-        layers=units.get(Level.LAYER, 0),
-        peak_memory_bytes=reply.peak_memory,
-        input_bytes=sum(ref.size for ref in work.blobs.values()),
     )

@@ -81,9 +81,7 @@ class Scope:
     """Whether the cut stays within the conservative phase's limit."""
 
     def narrowed(self, document: CheckpointDocument, limit: float) -> CheckpointDocument:
-        """The checkpoint's document with the conservative ``limit``, if there is one."""
-        if not self.conservative:
-            return document
+        """The checkpoint's document with the conservative ``limit``."""
         asked = document.parameters.target_ratio
         target = limit if asked is None else min(asked, limit)
         parameters = document.parameters.model_copy(update={"target_ratio": target})

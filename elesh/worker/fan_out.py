@@ -35,6 +35,7 @@ from leyline import (
     PrunedArchitecture,
     encode,
 )
+from leyline.network.bundle import BLOB_FILES
 from leyline.streams import WORKERS
 
 from .executor import AnalysisExecutor
@@ -140,15 +141,16 @@ class FanOut:
             results = await self._bus.plans.results(plan)
             if len(results) < len(plan.items) and await self._early(delivery, plan):
                 return
-            analyses = {
-                part: await self._analysis(results[part])
-                for part in plan.items
-                if part in results and not results[part].failed
-            }
+            there = [results[part] for part in plan.items if part in results]
+            analyses = [
+                each.analysis if each.blob is None else await self._bus.blobs.get(each.blob)
+                for each in there
+                if not each.failed
+            ]
             missing = _gaps(plan, results)
             if not analyses:
                 raise _nothing(plan, results, missing)
-            decision = await self._executor.join(work, tuple(analyses.values()), missing)
+            decision = await self._executor.join(work, analyses, missing)
         except ContractError as error:
             await self._result_handler.fail(_of_checkpoint(delivery, plan), work, error, served)
             return
@@ -202,9 +204,6 @@ class FanOut:
             return ItemResult(analysis=data)
         return ItemResult(blob=await self._bus.blobs.put(data, "msgpack"))
 
-    async def _analysis(self, result: ItemResult) -> bytes:
-        return result.analysis if result.blob is None else await self._bus.blobs.get(result.blob)
-
 
 def _of_checkpoint(delivery: Delivery, plan: Plan) -> Delivery:
     """The join's entry as the checkpoint that it stands for: what a dead letter keeps of it."""
@@ -257,10 +256,11 @@ def parts_of(work: Work, settings: Settings) -> list[AnalysisItem]:
     ``layers_per_worker`` of its groups.
     """
     items = []
-    for level in work.levels:
+    for level in work.document.levels:
         count = 1
         # What a level is ranked by.
-        blobs = (work.heads if level is Level.HEAD else work.statistics, work.gates)
+        names = ("heads" if level is Level.HEAD else "statistics", "gates")
+        blobs = [work.blobs.get(BLOB_FILES[name]) for name in names]
         size = sum(blob.size for blob in blobs if blob is not None)
         if level is not Level.LAYER and size > SHARD_BYTES:
             groups = len(_names(work.document.architecture, level))

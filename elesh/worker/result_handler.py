@@ -14,9 +14,9 @@ from opentelemetry.trace import SpanKind
 from elesh.bus import Bus, Commit, CommitOutcome, Delivery
 from elesh.bus.admission import Work, read
 from elesh.observe import get_logger, mark_failed, messaging, onward, span
-from elesh.safety import fingerprint_of, grounds, rolled_back_cut, vote_of, votes
+from elesh.safety import fingerprint_of, grounds, levels_of, rolled_back_cut, vote_of, votes
 from elesh.settings import Settings
-from elesh.worker.telemetry.reports import Reports, levels_of
+from elesh.worker.telemetry.reports import Reports
 from leyline import (
     BadSignature,
     Conflict,
@@ -224,7 +224,7 @@ class ResultHandler:
                 decision,
                 onward(delivery.carrier),
                 work.run_id,
-                work.epoch,
+                work.key.epoch,
                 remember=dead_letter is None,
             )
             await self._bus.persistently(
@@ -246,7 +246,7 @@ class ResultHandler:
 
     async def _previous(self, work: Work) -> StructuralPruningDecision | None:
         """The run's latest good decision of this level, of an earlier epoch."""
-        record = await self._bus.latest(work.run_id, work.key.level, before=work.epoch)
+        record = await self._bus.latest(work.run_id, work.key.level, before=work.key.epoch)
         decision = read(record.envelope).message if record else None
         if not isinstance(decision, StructuralPruningDecision) or decision.run_id != work.run_id:
             return None
@@ -255,7 +255,7 @@ class ResultHandler:
     async def _note_failure(self, work: Work, delivery: Delivery, reason: str) -> None:
         event_id = read_envelope(delivery.envelope).event_id
         token = f"{event_id}:{delivery.redriven or ''}:{work.key}"
-        for level in work.levels:
+        for level in work.document.levels:
             change = await self._bus.breakers.failure(work.run_id, level, reason, token=token)
             await self._reports.transition(change)
 

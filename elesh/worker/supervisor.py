@@ -24,10 +24,12 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from opentelemetry.trace import SpanKind, get_current_span
+
 from elesh._process import is_alive
 from elesh.bus import Backoff, Bus, BusUnavailable, Delivery, WorkerState
-from elesh.bus.admission import Admitted, Work, admit, hear
-from elesh.observe import SparseLines, current_span, get_logger, mark_failed, messaging, span_from
+from elesh.bus.admission import Work, admit, hear
+from elesh.observe import SparseLines, get_logger, mark_failed, messaging, span
 from elesh.settings import Settings
 from elesh.worker.telemetry.auditor import auditing
 from elesh.worker.telemetry.monitor import Monitor
@@ -111,7 +113,7 @@ class Worker:
         self._in_flight: set[_InFlight] = set()
         self._moved = asyncio.Event()
         self._order = self._executor.keyed_locks
-        self._claiming, self._serving = bus.backoff(self._draining), bus.backoff(self._draining)
+        self._claiming, self._serving = (Backoff(bus.outage, self._draining) for _ in range(2))
         self._short = Backoff(stop=self._draining)
         self._turn = 0
 
@@ -154,7 +156,11 @@ class Worker:
                 await self._claim((OUTCOMES,), _MANY, 0)
                 await self._until_moved(_PROBE_SECONDS)
             elif capacity > len(self._in_flight):
-                await self._claim(self._streams(), capacity, _BLOCK_SECONDS)
+                # In order of preference; those of new work take turns.
+                self._turn = (self._turn + 1) % 3
+                new = STREAMS[2:]
+                streams = (*STREAMS[:2], *new[self._turn :], *new[: self._turn])
+                await self._claim(streams, capacity, _BLOCK_SECONDS)
             else:
                 await self._until_moved(LONG_SECONDS)
             self._claiming.served()
@@ -184,12 +190,6 @@ class Worker:
         """Wait until an entry ends or draining begins, at most so long."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._moved.wait(), seconds)
-
-    def _streams(self) -> tuple[Stream, ...]:
-        """The streams in order of preference: the new ones take turns."""
-        self._turn = (self._turn + 1) % 3
-        new = STREAMS[2:]
-        return (*STREAMS[:2], *new[self._turn :], *new[: self._turn])
 
     async def _finish(self) -> None:
         """End what was begun; what has not begun within a second is released."""
@@ -257,9 +257,10 @@ class Worker:
             "elesh.exceptions": delivery.history.exceptions,
             "elesh.handovers": delivery.history.handovers,
         }
-        with span_from(
-            delivery.carrier,
+        with span(
             f"process {name}",
+            kind=SpanKind.CONSUMER,
+            carrier=delivery.carrier,
             attributes=attributes,
             redelivered=delivery.deliveries > 1 or delivery.redriven is not None,
         ):
@@ -287,10 +288,21 @@ class Worker:
         heard = hear(delivery, self._bus.guard)
         now, window = await self._bus.clock.now(), self._settings.window_seconds
         asked = admit(heard, window=window, now=now, redriven=delivery.redriven)
-        held.key, lock = _keys_of(asked)
+        # The decision that it belongs to, and what it waits for: its run, the run's outcomes, or
+        # nothing but the like of it.
+        match asked:
+            case Work():
+                held.key, lock = str(asked.key), f"run {asked.run_id}"
+            case AnalysisItem() | JoinItem():
+                held.key = lock = asked.plan
+            case AnalysisRequest():
+                held.key = lock = str(parameter_key(asked))
+            case PruningOutcome():
+                held.key, lock = asked.idempotency_key, _OUTCOMES_OF + asked.run_id
         self._status.began(held.key, delivery.origin)
-        levels = asked.levels if isinstance(asked, Work) else (getattr(asked, "level", ""),)
-        current_span().set_attributes(
+        level = getattr(asked, "level", "")
+        levels = asked.document.levels if isinstance(asked, Work) else (level,)
+        get_current_span().set_attributes(
             {"elesh.key": held.key, "elesh.levels": ",".join(map(str, levels))}
         )
         async with self._order.of(lock):
@@ -346,20 +358,6 @@ class Worker:
         if await self._leases.retry(delivery, reason, pause):
             stream, entry = delivery.origin
             self._reports.entry("retried", stream, entry, "exception", reason)
-
-
-def _keys_of(asked: Admitted) -> tuple[str, str]:
-    """The key of the decision that something belongs to, and of the lock that it waits for: its
-    run's, that of the run's outcomes, or its own."""
-    match asked:
-        case Work():
-            return str(asked.key), f"run {asked.run_id}"
-        case AnalysisItem() | JoinItem():
-            return asked.plan, asked.plan
-        case AnalysisRequest():
-            return (key := str(parameter_key(asked))), key
-        case PruningOutcome():
-            return asked.idempotency_key, _OUTCOMES_OF + asked.run_id
 
 
 async def _end(*tasks: asyncio.Task[Any]) -> None:

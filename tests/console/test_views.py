@@ -112,6 +112,27 @@ def many(count: int) -> History:
     return history
 
 
+def test_what_a_run_lost_is_by_its_own_held_out_figures_and_no_sum_over_its_cuts():
+    ready = examples.MESSAGES["CheckpointReady"]
+    decision = examples.MESSAGES["StructuralPruningDecision"]
+    outcome = examples.MESSAGES["PruningOutcome"]
+    history = History()
+    for number, (epoch, accuracy) in enumerate(((31, 0.9), (36, 0.8), (41, 0.9))):
+        metadata = ready.metadata.model_copy(update={"epoch": epoch, "accuracy": accuracy})
+        key = f"{epoch}:7d78d452c22268b2:ck-{number}:channel"
+        known = {"idempotency_key": key, "run_id": metadata.run_id, "epoch": epoch}
+        cut = {"result": "applied", "accuracy_before": 0.9, "accuracy_after": 0.89}
+        history.take(
+            [Entry(ready.model_copy(update={"metadata": metadata}), "checkpoints", f"{epoch}-0"),
+             Entry(decision.model_copy(update=known), "decisions", f"{epoch}-1"),
+             Entry(outcome.model_copy(update=known | cut), "outcomes", f"{epoch}-2")]
+        )  # fmt: skip
+    gain = run_view(history.runs[ready.metadata.run_id]).gain
+    assert gain is not None
+    assert gain.cuts == 3
+    assert gain.change == 0
+
+
 @pytest.mark.slow
 def test_a_run_is_what_its_trainer_published_and_reported(recorded, history):
     view = run_view(history.runs[recorded.run_id])

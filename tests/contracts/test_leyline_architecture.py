@@ -293,6 +293,23 @@ def test_sizes_of_tensors_are_whole_numbers_within_bounds(shape: list[Any]) -> N
         decoded(lambda plain: plain["tensors"][0].update(shape=shape))
 
 
+def test_a_cut_architecture_is_checked_and_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    architecture, hashed = coupled((4, 3), listed=False), list[str]()
+    compute = ll.PrunedArchitecture.computed_hash
+
+    def counted(one: ll.PrunedArchitecture) -> str:
+        hashed.append(compute(one))
+        return hashed[-1]
+
+    monkeypatch.setattr(ll.PrunedArchitecture, "computed_hash", counted)
+    after = architecture.without({"one": [0]})
+    assert hashed == [after.model_hash]
+    assert ll.decode(ll.PrunedArchitecture, ll.encode(after)) == after
+    torn = after.tensors[1:]
+    with pytest.raises(ll.InvalidField):
+        ll.PrunedArchitecture.build(torn, after.layers, after.groups)
+
+
 def test_a_hash_of_another_structure_is_refused() -> None:
     plain = msgpack.unpackb(ll.encode(examples.ARCHITECTURE)) | {"model_hash": "0" * 16}
     with pytest.raises(ll.IdentityMismatch) as caught:

@@ -19,7 +19,7 @@ import leyline as ll
 from contracts import examples
 from leyline import arrays
 from leyline.arrays import pack_arrays, unpack_arrays
-from leyline.network.bundle import pack_statistics, unpack_statistics
+from leyline.network.bundle import statistics_arrays, unpack_statistics
 
 Arrays = dict[str, npt.NDArray[Any]]
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(
@@ -184,7 +184,7 @@ def test_empty_arrays_between_others_are_no_overlap() -> None:
 
 @pytest.mark.parametrize("item", examples.STATISTICS, ids=lambda item: type(item).__name__)
 def test_damaged_statistics_raise_only_contract_errors(item: Any) -> None:
-    data, chance = pack_statistics([item]), random.Random(7)
+    data, chance = pack_arrays(statistics_arrays([item])), random.Random(7)
     for end in range(len(data)):
         with pytest.raises(ll.ContractError):
             unpack_statistics(type(item), data[:end], "statistics")

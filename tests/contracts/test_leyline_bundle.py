@@ -13,7 +13,7 @@ import pytest
 import leyline as ll
 from contracts import examples
 from leyline.arrays import pack_arrays
-from leyline.network.bundle import pack_statistics
+from leyline.network.bundle import statistics_arrays
 
 CHANNELS, GATES, LAYERS, HEADS = examples.STATISTICS
 
@@ -31,10 +31,7 @@ def bundle(**changes: Any) -> ll.CheckpointBundle:
 
 
 def same(one: ll.CheckpointBundle, other: ll.CheckpointBundle) -> bool:
-    blobs = [
-        (b.document, b.statistics_blob(), b.gates_blob(), b.heads_blob()) for b in (one, other)
-    ]
-    return blobs[0] == blobs[1]
+    return (one.document, one.blobs()) == (other.document, other.blobs())
 
 
 @pytest.mark.parametrize("gates", [{"a": GATES}, {}])
@@ -157,7 +154,7 @@ def test_gates_of_different_numbers_of_samples_are_refused() -> None:
 
 def test_nan_importance_in_a_blob_is_told_with_layer_field_and_place(tmp_path: Path) -> None:
     file = bundle().save(tmp_path) / "statistics.safetensors"
-    data = bytearray(pack_statistics([CHANNELS]))
+    data = bytearray(pack_arrays(statistics_arrays([CHANNELS])))
     place = data.index(CHANNELS.taylor_importance.tobytes())
     data[place + 4 : place + 8] = np.array([np.nan], "<f4").tobytes()
     file.write_bytes(bytes(data))
@@ -195,7 +192,7 @@ def test_layer_statistics_are_saved_and_loaded_and_removed_again(tmp_path: Path)
     saved = with_layers(layered())
     loaded = ll.CheckpointBundle.load(saved.save(tmp_path))
     assert same(loaded, saved)
-    assert loaded.layers_blob() == saved.layers_blob() is not None
+    assert loaded.blobs().get("layers") == saved.blobs().get("layers") is not None
     bundle().save(tmp_path)
     assert ll.CheckpointBundle.load(tmp_path).layers == {}
 
@@ -227,7 +224,7 @@ def test_layer_statistics_out_of_range_are_refused_by_name(field: str, value: fl
 
 def test_a_layers_name_may_hold_slashes_and_dots() -> None:
     item = importance("block/1.conv", 2)
-    data = pack_statistics([item])
+    data = pack_arrays(statistics_arrays([item]))
     assert data == pack_arrays(
         {
             f"block/1.conv/{name}": getattr(item, name)

@@ -139,8 +139,8 @@ class _Siege:
         network = self._bundle.network
         assert network is not None
         self._blobs = {
-            "statistics": self._bundle.statistics_blob(),
-            "gates": self._bundle.gates_blob() or b"",
+            "statistics": self._bundle.blobs()["statistics"],
+            "gates": self._bundle.blobs().get("gates") or b"",
             "program": network.program,
             "weights": network.weights,
             "held_out": network.held_out,

@@ -24,10 +24,10 @@ from opentelemetry.sdk.trace.export import (
     SpanExportResult,
 )
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.trace import set_span_in_context
+from opentelemetry.trace import SpanKind, set_span_in_context
 from rich.console import Console
 
-from elesh.observe import carrier_of, linked_span, onward, record_spans, span, span_from
+from elesh.observe import carrier_of, linked_span, onward, record_spans, span
 from elesh.observe import tracing as tracing_module
 from elesh.observe.spanfile import (
     RecordedSpan,
@@ -75,7 +75,7 @@ def test_what_follows_from_a_message_continues_the_context_that_it_came_with(
     with provided(monkeypatch, exporter):
         with span("create"):
             sent = carrier_of()
-        with span_from(sent, "process", redelivered=True):
+        with span("process", kind=SpanKind.CONSUMER, carrier=sent, redelivered=True):
             assert onward(sent) == sent
             assert onward({}) == carrier_of() != sent
             assert onward({"traceparent": "00-not-a-context"}) == carrier_of()

@@ -186,15 +186,14 @@ def faulty(station: Station, fault: str, when: str = "full", **sections: Any) ->
 
 async def ready(bus: Bus, bundle: CheckpointBundle) -> CheckpointReady:
     """Put the blobs of a bundle and return its event."""
-    gates, layers, heads = bundle.gates_blob(), bundle.layers_blob(), bundle.heads_blob()
+    refs: dict[str, Any] = {}
+    for name, data in bundle.blobs().items():
+        refs[name] = await bus.blobs.put(data)
     return CheckpointReady(
         metadata=bundle.metadata,
         architecture=bundle.architecture,
-        statistics=await bus.blobs.put(bundle.statistics_blob()),
-        gates=None if gates is None else await bus.blobs.put(gates),
-        layers=None if layers is None else await bus.blobs.put(layers),
-        heads=None if heads is None else await bus.blobs.put(heads),
         levels=bundle.levels,
+        **refs,
     )
 
 

@@ -239,7 +239,7 @@ def test_a_decision_that_stood_in_for_corrupt_data_is_replayed_or_says_what_is_g
     async def publish_spoiled(bus: Bus) -> None:
         bundle = checkpoint(61, number=2)
         event = await ready(bus, bundle)
-        short = await bus.blobs.put(bytes(bundle.statistics_blob())[:-30])
+        short = await bus.blobs.put(bytes(bundle.blobs()["statistics"])[:-30])
         await send(bus, CHECKPOINTS, event.model_copy(update={"statistics": short}))
 
     station.on_bus(publish_spoiled)

@@ -112,7 +112,7 @@ async def declared_too_large(bus: Bus, redis: Redis) -> None:
 def with_statistics(change: Callable[[dict[str, np.ndarray]], None]) -> Case:
     async def case(bus: Bus, redis: Redis) -> None:
         event = await ready(bus, checkpoint())
-        arrays, _ = unpack_arrays(checkpoint().statistics_blob())
+        arrays, _ = unpack_arrays(checkpoint().blobs()["statistics"])
         arrays = {name: array.copy() for name, array in arrays.items()}
         change(arrays)
         blob = pack_unchecked(arrays)

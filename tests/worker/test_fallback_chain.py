@@ -79,7 +79,7 @@ def test_over_its_memory_the_analysis_is_channels_only_and_conservative(
 
 async def with_nan(bus: Bus, bundle: CheckpointBundle) -> None:
     """Publish the checkpoint with a NaN in its statistics."""
-    views, _ = unpack_arrays(bundle.statistics_blob())
+    views, _ = unpack_arrays(bundle.blobs()["statistics"])
     arrays = {name: view.copy() for name, view in views.items()}
     put_nan(arrays)
     event = await ready(bus, bundle)

@@ -7,7 +7,7 @@ from station import Station, checkpoint
 from typer.testing import CliRunner
 
 from elesh.analysis import ImportanceTracker
-from elesh.analysis.importance.tracker import TrackerCache, measurements_of
+from elesh.analysis.importance.tracker import measurements_of
 from elesh.bus import Bus
 from elesh.cli import app
 from leyline import CheckpointBundle
@@ -17,7 +17,7 @@ def recalled(station: Station) -> ImportanceTracker:
     async def action(bus: Bus) -> ImportanceTracker:
         store = bus.history(500, 10**9)
         epochs = await store.epochs("run")
-        return TrackerCache(10**9, 500).take("run", await store.recall("run", epochs))
+        return ImportanceTracker.of_epochs("run", await store.recall("run", epochs), 500)
 
     return station.on_bus(action)
 

@@ -8,7 +8,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from leyline.base import Count, Fraction, Message, Name, NonNegative
+from leyline.base import Count, Fraction, Message, Name, NonNegative, is_none
 from leyline.errors import InvalidField
 
 Resource = Literal["parameters", "macs", "memory", "latency"]
@@ -63,10 +63,10 @@ class Budget(Message):
     )
     """Of which network: as it is at the checkpoint, or as it was before the first cut. A budget of
     the original is reached over as many decisions as it takes."""
-    original: NonNegative | None = Field(default=None, exclude_if=lambda amount: amount is None)
+    original: NonNegative | None = Field(default=None, exclude_if=is_none)
     """What the original network takes, in the resource's own unit, where the trainer knows it;
     otherwise reckoned from the original sizes of the groups, without layers that are gone."""
-    latency: LatencyTable | None = Field(default=None, exclude_if=lambda table: table is None)
+    latency: LatencyTable | None = Field(default=None, exclude_if=is_none)
     """The target's measured table; needed for a latency budget."""
 
     @model_validator(mode="after")

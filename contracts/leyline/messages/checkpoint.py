@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -18,6 +19,7 @@ from leyline.base import (
     NonNegative,
     Sha256,
     Text,
+    is_none,
 )
 from leyline.identity import Level
 from leyline.network.architecture import PrunedArchitecture
@@ -39,7 +41,7 @@ class BlobRef(Message):
     codec: Literal["safetensors", "msgpack", "raw"] = "safetensors"
     expires: Moment | None = None
     """From when on the blob may be gone."""
-    sealed: ModelHash | None = Field(default=None, exclude_if=lambda hash: hash is None)
+    sealed: ModelHash | None = Field(default=None, exclude_if=is_none)
     """The architecture that it is encrypted for, where it is; size and digest are of the sealed
     bytes."""
 
@@ -72,18 +74,16 @@ class CheckpointMetadata(Message):
     """Held-out loss that the trainer measured, in nats a sample, if it did."""
     samples: Count = 0
     """Calibration samples behind the statistics."""
-    distinct: Count | None = Field(default=None, exclude_if=lambda count: count is None)
+    distinct: Count | None = Field(default=None, exclude_if=is_none)
     """How many of these differ from each other, where some are copies."""
     labels: Literal["sampled", "true", "none"] = "sampled"
     """Where the second-order statistics' labels came from."""
     seed: Count = 0
     """Seed of the random directions and sampled labels."""
     note: Text = ""
-    held_back: Text = Field(default="", exclude_if=lambda why: not why)
+    held_back: Text = Field(default="", exclude_if=operator.not_)
     """What the trainer did not do for this checkpoint, and why; empty where it did all."""
-    preflight: tuple[PreflightCheck, ...] | None = Field(
-        default=None, exclude_if=lambda checks: checks is None
-    )
+    preflight: tuple[PreflightCheck, ...] | None = Field(default=None, exclude_if=is_none)
     """What the run's preflight found, in the first checkpoint of a run; left out where none was."""
 
 
@@ -98,16 +98,16 @@ class CheckpointReady(Message):
     """Safetensors: ChannelImportanceData of every group."""
     gates: BlobRef | None = None
     """Safetensors: GateStatistics of every group, where the trainer measured them."""
-    layers: BlobRef | None = Field(default=None, exclude_if=lambda ref: ref is None)
+    layers: BlobRef | None = Field(default=None, exclude_if=is_none)
     """Safetensors: LayerStatistics of every block, where measured; left out where not."""
-    heads: BlobRef | None = Field(default=None, exclude_if=lambda ref: ref is None)
+    heads: BlobRef | None = Field(default=None, exclude_if=is_none)
     """Safetensors: HeadImportanceData of every attention layer, where measured; left out where
     not."""
-    program: BlobRef | None = Field(default=None, exclude_if=lambda ref: ref is None)
+    program: BlobRef | None = Field(default=None, exclude_if=is_none)
     """Msgpack: the network as a graph of operators with gates, so that cuts can be measured."""
-    weights: BlobRef | None = Field(default=None, exclude_if=lambda ref: ref is None)
+    weights: BlobRef | None = Field(default=None, exclude_if=is_none)
     """Safetensors: the parameters and buffers of the program, by path."""
-    held_out: BlobRef | None = Field(default=None, exclude_if=lambda ref: ref is None)
+    held_out: BlobRef | None = Field(default=None, exclude_if=is_none)
     """Safetensors: inputs and labels that no statistic was measured on."""
     levels: tuple[Level, ...] = (Level.CHANNEL,)
     """What may be removed."""

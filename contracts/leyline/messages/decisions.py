@@ -23,6 +23,7 @@ from leyline.base import (
     NonNegative,
     Text,
     WireEnum,
+    is_none,
 )
 from leyline.errors import IdentityMismatch, InvalidField
 from leyline.identity import DecisionKey, IdempotencyKey, Level
@@ -177,11 +178,9 @@ class ChannelPruningTarget(Message):
     errors: tuple[NonNegative, ...] = Field(default=(), exclude_if=operator.not_)
     """Standard error of each importance, from the two halves of the samples; left out where
     units were not ranked by output projections."""
-    predicted_loss_rise: Finite | None = Field(default=None, exclude_if=lambda rise: rise is None)
+    predicted_loss_rise: Finite | None = Field(default=None, exclude_if=is_none)
     """Of removing these channels alone, in nats a sample, where gate statistics tell."""
-    predicted_loss_rise_error: NonNegative | None = Field(
-        default=None, exclude_if=lambda error: error is None
-    )
+    predicted_loss_rise_error: NonNegative | None = Field(default=None, exclude_if=is_none)
     """Its standard error over the samples, where known."""
     redundancy_pairs: tuple[Redundancy, ...] = ()
     redundancy_threshold: Finite = 0.95
@@ -227,11 +226,9 @@ class AttentionHeadTarget(Message):
     """What each head that goes was ranked by, in the order of ``head_indices``."""
     errors: tuple[NonNegative, ...] = Field(default=(), exclude_if=operator.not_)
     """Standard error of each cost; left out where heads were not ranked by output projections."""
-    predicted_loss_rise: Finite | None = Field(default=None, exclude_if=lambda rise: rise is None)
+    predicted_loss_rise: Finite | None = Field(default=None, exclude_if=is_none)
     """Of removing these heads alone, in nats a sample, where gate statistics tell."""
-    predicted_loss_rise_error: NonNegative | None = Field(
-        default=None, exclude_if=lambda error: error is None
-    )
+    predicted_loss_rise_error: NonNegative | None = Field(default=None, exclude_if=is_none)
     """Its standard error over the samples, where known."""
     attention_entropy: tuple[NonNegative, ...] = ()
     """Entropy of the attention pattern of every head before the cut, in nats."""
@@ -269,11 +266,9 @@ class LayerPruningTarget(Message):
     skip_strategy: Literal["identity", "residual", "linear_projection", "conv_projection"]
     architecture_impact: Fraction
     """How much the network depends on it; lower is safer."""
-    predicted_loss_rise: Finite | None = Field(default=None, exclude_if=lambda rise: rise is None)
+    predicted_loss_rise: Finite | None = Field(default=None, exclude_if=is_none)
     """Of removing this layer alone, in nats a sample."""
-    predicted_loss_rise_error: NonNegative | None = Field(
-        default=None, exclude_if=lambda error: error is None
-    )
+    predicted_loss_rise_error: NonNegative | None = Field(default=None, exclude_if=is_none)
     """Its standard error over the samples, where known."""
 
 
@@ -340,7 +335,7 @@ class SafetyValidation(Message):
     """0 to 1; reduced by every fallback."""
     measured: bool = False
     """Whether the cut was measured on held-out data or only predicted."""
-    verification: Verification | None = Field(default=None, exclude_if=lambda v: v is None)
+    verification: Verification | None = Field(default=None, exclude_if=is_none)
     """What was measured; left out where the cut was only predicted."""
 
 
@@ -421,9 +416,9 @@ class Reconstructed(Message):
     """Consumers that keep their weights."""
     batch_statistics: bool = Field(default=False, exclude_if=operator.not_)
     """Whether the running statistics of batch normalisations are estimated anew after refitting."""
-    loss: Finite | None = Field(default=None, exclude_if=lambda loss: loss is None)
+    loss: Finite | None = Field(default=None, exclude_if=is_none)
     """Mean loss on the held-out samples with the cut and refitted weights, where measured."""
-    loss_without: Finite | None = Field(default=None, exclude_if=lambda loss: loss is None)
+    loss_without: Finite | None = Field(default=None, exclude_if=is_none)
     """The same with the weights as they were."""
 
 
@@ -458,9 +453,9 @@ class StructuralPruningDecision(Message):
     """What it was joined from, where a level was split or fallbacks were taken on the way;
     otherwise
     left out: every level was analysed as a whole."""
-    reconstruction: Reconstructed | None = Field(default=None, exclude_if=lambda r: r is None)
+    reconstruction: Reconstructed | None = Field(default=None, exclude_if=is_none)
     """How the kept weights are refitted; left out where the checkpoint did not ask for that."""
-    stands_in: DecisionKey | None = Field(default=None, exclude_if=lambda v: v is None)
+    stands_in: DecisionKey | None = Field(default=None, exclude_if=is_none)
     """The earlier decision whose analysis stands in, where this checkpoint's data was corrupt."""
     rolled_back: tuple[RolledBackCut, ...] = Field(default=(), exclude_if=operator.not_)
     """Cuts of this run and these levels that were taken back before; what this decision proposes
@@ -468,7 +463,7 @@ class StructuralPruningDecision(Message):
     would_be: tuple[WouldBeCut, ...] = Field(default=(), exclude_if=operator.not_)
     """In the preparation phase, where the checkpoint carries its network: cuts that were measured
     to calibrate predictions."""
-    loss_factor: LossFactor | None = Field(default=None, exclude_if=lambda v: v is None)
+    loss_factor: LossFactor | None = Field(default=None, exclude_if=is_none)
     """The run's own factor, where it was calibrated; None: the setting's default."""
     settings_hash: Label = ""
     """Which settings decided: the first 16 hex digits of SHA-256 over them."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, TypeVar
+import operator
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -20,28 +21,15 @@ from leyline.base import (
     Name,
     NonNegative,
     Text,
+    is_none,
+    sorted_items,
 )
 from leyline.identity import DecisionKey, Level
 from leyline.work import Attempt
 
 from .decisions import GateResult, Outcome
 
-V = TypeVar("V")
-
-
-def _is_none(value: object) -> bool:
-    return value is None
-
-
-def _is_empty(value: tuple[str, ...]) -> bool:
-    return not value
-
-
-def _sorted(items: dict[str, V]) -> dict[str, V]:
-    return dict(sorted(items.items()))  # equal messages are equal bytes
-
-
-Figures = Annotated[dict[Name, MaybeNaN], Field(max_length=64), AfterValidator(_sorted)]
+Figures = Annotated[dict[Name, MaybeNaN], Field(max_length=64), AfterValidator(sorted_items)]
 """Named figures; NaN means unknown."""
 
 
@@ -138,26 +126,26 @@ class PruningOutcome(Message):
     parameters_before: Count = 0
     parameters_after: Count = 0
     detail: Text = ""
-    accuracy_after: MaybeNaN | None = Field(default=None, exclude_if=_is_none)
+    accuracy_after: MaybeNaN | None = Field(default=None, exclude_if=is_none)
     """Held-out accuracy after the cut: just after it, or at the report that ended its watch."""
-    loss_after: MaybeNaN | None = Field(default=None, exclude_if=_is_none)
+    loss_after: MaybeNaN | None = Field(default=None, exclude_if=is_none)
     """Held-out loss after the cut, in nats a sample."""
-    latency_before: NonNegative | None = Field(default=None, exclude_if=_is_none)
+    latency_before: NonNegative | None = Field(default=None, exclude_if=is_none)
     """Seconds of a call of the network before the cut, with a batch of its calibration on the
     trainer's machine: on a processor those that the calling thread computed."""
-    latency_after: NonNegative | None = Field(default=None, exclude_if=_is_none)
+    latency_after: NonNegative | None = Field(default=None, exclude_if=is_none)
     """The same of the network that is left, just after the cut."""
-    watched: Count | None = Field(default=None, exclude_if=_is_none)
+    watched: Count | None = Field(default=None, exclude_if=is_none)
     """Reports of accuracy that the cut must still stand; until 0 it is monitored."""
-    shortened_to: Fraction | None = Field(default=None, exclude_if=_is_none)
+    shortened_to: Fraction | None = Field(default=None, exclude_if=is_none)
     """The share of the decision's units and layers that went, where all of them cost more at once
     than the trainer allows."""
-    fallbacks: tuple[CutFallback, ...] = Field(default=(), exclude_if=_is_empty)
+    fallbacks: tuple[CutFallback, ...] = Field(default=(), exclude_if=operator.not_)
     """What the cut went without, though the decision or the trainer's settings have it; ``detail``
     says why."""
-    rolled_back_epoch: Epoch | None = Field(default=None, exclude_if=_is_none)
+    rolled_back_epoch: Epoch | None = Field(default=None, exclude_if=is_none)
     """The epoch at which a cut was taken back that had been made before."""
-    undone_with: DecisionKey | None = Field(default=None, exclude_if=_is_none)
+    undone_with: DecisionKey | None = Field(default=None, exclude_if=is_none)
     """The decision whose rollback took this later cut along; it is not to blame itself. Its own key
     where a lost restore point undid it."""
 
@@ -188,11 +176,11 @@ class RecompilationRequest(Message):
     model_hash_after: ModelHash
     reason: Literal["cut", "rollback"] = Field(default="cut", exclude_if=lambda r: r == "cut")
     """Why it changed; after a rollback the earlier form is the present one again."""
-    parameters_before: Count | None = Field(default=None, exclude_if=_is_none)
-    parameters_after: Count | None = Field(default=None, exclude_if=_is_none)
-    macs_before: Count | None = Field(default=None, exclude_if=_is_none)
+    parameters_before: Count | None = Field(default=None, exclude_if=is_none)
+    parameters_after: Count | None = Field(default=None, exclude_if=is_none)
+    macs_before: Count | None = Field(default=None, exclude_if=is_none)
     """Multiply-accumulates of one sample."""
-    macs_after: Count | None = Field(default=None, exclude_if=_is_none)
+    macs_after: Count | None = Field(default=None, exclude_if=is_none)
 
 
 class OperatorAction(Message):
@@ -231,10 +219,10 @@ class DeadLetter(Message):
     worker_id: Name
     """Who gave it up."""
     at: Moment
-    original: Annotated[dict[str, bytes], AfterValidator(_sorted)]
+    original: Annotated[dict[str, bytes], AfterValidator(sorted_items)]
     """The fields of the stream entry as they were."""
     idempotency_key: Label = ""
     traceparent: Annotated[str, AfterValidator(lambda text: text[:512])] = ""
     """W3C trace context of the message, cut: a dead letter is written whatever came."""
-    history: tuple[Attempt, ...] = Field(default=(), exclude_if=lambda history: not history)
+    history: tuple[Attempt, ...] = Field(default=(), exclude_if=operator.not_)
     """Earlier deliveries that did not end it, oldest first, at most the last sixteen."""

@@ -8,11 +8,22 @@ travel as a blob.
 from __future__ import annotations
 
 import math
+import operator
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from leyline.base import Count, Epoch, Finite, Fraction, Message, ModelHash, NonNegative, Text
+from leyline.base import (
+    Count,
+    Epoch,
+    Finite,
+    Fraction,
+    Message,
+    ModelHash,
+    NonNegative,
+    Text,
+    is_none,
+)
 from leyline.errors import InvalidField
 from leyline.identity import DecisionKey, IdempotencyKey, Level, ParameterIdentifier
 
@@ -34,7 +45,7 @@ class ImportanceData(Message):
     sketch_depth: int = Field(ge=1, le=64)
     sketches: BlobRef
     """Safetensors: ``cells`` [depth, width]; format, version, seed and total in the metadata."""
-    samples: BlobRef | None = Field(default=None, exclude_if=lambda ref: ref is None)
+    samples: BlobRef | None = Field(default=None, exclude_if=is_none)
     """Safetensors: ``<identifier>`` [k], exact importance of sampled elements, where kept; which
     elements follows from identifier and number, the same on every rank."""
 
@@ -78,9 +89,9 @@ class AnalysisReport(Message):
     """Bound of the sketches' overestimation, in units of importance."""
     confidence: Fraction
     recommendations: tuple[Text, ...] = ()
-    expected_recall: Fraction | None = Field(default=None, exclude_if=lambda value: value is None)
+    expected_recall: Fraction | None = Field(default=None, exclude_if=is_none)
     """Share of the elements below the threshold that the sketch is expected to show as such."""
-    samples: Count = Field(default=0, exclude_if=lambda count: not count)
+    samples: Count = Field(default=0, exclude_if=operator.not_)
     """Elements whose exact importance the masks were checked against."""
 
 
@@ -94,7 +105,7 @@ class PruningMasks(Message):
     marking_threshold: NonNegative
     """Below which an element is marked."""
     confidence: Fraction
-    packed: BlobRef | None = Field(default=None, exclude_if=lambda ref: ref is None)
+    packed: BlobRef | None = Field(default=None, exclude_if=is_none)
     """The bits of all masks, one after another in the order of ``masks``, where they are too many
     for a message."""
 

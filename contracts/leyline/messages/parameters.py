@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from leyline.base import Fraction, Message, Name, NonNegative
+from leyline.base import Fraction, Message, Name, NonNegative, is_none
 
 from .budget import Budget
 
@@ -41,10 +41,10 @@ class AnalysisParameters(Message):
     still holds above it."""
     ignored_layers: tuple[Name, ...] = ()
     """Groups and layers to leave alone, by name."""
-    redistribute: bool = Field(default=False, exclude_if=lambda asked: not asked)
+    redistribute: bool = Field(default=False, exclude_if=operator.not_)
     """The trainer will re-solve the consumers of what is cut: ``auto`` then ranks channels
     and heads by what the kept ones cannot make up for (``reconstruction``)."""
-    reconstruction: Reconstruction | None = Field(default=None, exclude_if=lambda r: r is None)
+    reconstruction: Reconstruction | None = Field(default=None, exclude_if=is_none)
     """The trainer refits what reads the kept units: predictions, verification and limits are of
     the network after that. Left out: cuts leave the weights as they are."""
     failing_gate: Literal["refuse", "shorten"] = Field(
@@ -52,12 +52,12 @@ class AnalysisParameters(Message):
     )
     """What a gate of the predicted effect does where it fails: refuse the level, or shorten the
     set to the largest that passes."""
-    removed_at_most: Fraction | None = Field(default=None, exclude_if=lambda share: share is None)
+    removed_at_most: Fraction | None = Field(default=None, exclude_if=is_none)
     """Share of the original units that the last phase may have removed, in place of the worker's
     setting; the limits of the other phases go along in proportion."""
     round_to: int = Field(default=1, ge=1, le=1024)
     """Keep a multiple of this many channels in every group."""
-    budget: Budget | None = Field(default=None, exclude_if=lambda budget: budget is None)
+    budget: Budget | None = Field(default=None, exclude_if=is_none)
     """Choose channels and heads so that a resource fits, instead of so many; the schedule's limit
     still holds above it."""
     more_budgets: tuple[Budget, ...] = Field(default=(), exclude_if=operator.not_)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from datetime import timedelta
 from typing import Annotated, ClassVar, Self
 
@@ -16,6 +17,7 @@ from leyline.base import (
     Message,
     ModelHash,
     NonNegative,
+    is_none,
 )
 from leyline.errors import IdentityMismatch
 from leyline.identity import Level, RequestKey, RequestKeyText
@@ -51,16 +53,16 @@ class StructuralAnalysisRequest(Message):
     """Safetensors: ChannelImportanceData of every group."""
     gates: BlobRef | None = None
     """Safetensors: GateStatistics of every group, where measured."""
-    layers: BlobRef | None = Field(default=None, exclude_if=lambda ref: ref is None)
+    layers: BlobRef | None = Field(default=None, exclude_if=is_none)
     """Safetensors: LayerStatistics of every block, where measured; left out where not."""
-    heads: BlobRef | None = Field(default=None, exclude_if=lambda ref: ref is None)
+    heads: BlobRef | None = Field(default=None, exclude_if=is_none)
     """Safetensors: HeadImportanceData of every attention layer, where measured; left out where
     not."""
-    program: BlobRef | None = Field(default=None, exclude_if=lambda ref: ref is None)
+    program: BlobRef | None = Field(default=None, exclude_if=is_none)
     """Msgpack: the network as a graph of operators with gates, so that cuts can be measured."""
-    weights: BlobRef | None = Field(default=None, exclude_if=lambda ref: ref is None)
+    weights: BlobRef | None = Field(default=None, exclude_if=is_none)
     """Safetensors: the parameters and buffers of the program, by path."""
-    held_out: BlobRef | None = Field(default=None, exclude_if=lambda ref: ref is None)
+    held_out: BlobRef | None = Field(default=None, exclude_if=is_none)
     """Safetensors: inputs and labels that no statistic was measured on."""
     levels: tuple[Level, ...] = (Level.CHANNEL,)
     """What may be removed."""
@@ -82,11 +84,11 @@ class AnalysisRequest(Message):
     request_id: Identifier
     epoch: Epoch
     model_hash: ModelHash
-    run_id: Label = Field(default="", exclude_if=lambda name: not name)
+    run_id: Label = Field(default="", exclude_if=operator.not_)
     """The training run that asks, where there is one."""
     importance: BlobRef
     """Encoded ImportanceData."""
-    ranks: tuple[BlobRef, ...] = Field(default=(), exclude_if=lambda refs: not refs)
+    ranks: tuple[BlobRef, ...] = Field(default=(), exclude_if=operator.not_)
     """The same of the other data-parallel ranks; all are merged."""
     marking_threshold: NonNegative = 1e-8
     """Parameters whose importance is surely below it are marked."""

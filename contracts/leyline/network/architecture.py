@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Self, TypeVar
 
@@ -20,7 +20,7 @@ from leyline.base import Count, Message, ModelHash
 from leyline.errors import IdentityMismatch, InvalidField
 from leyline.identity import Level, stable_hash
 
-from .blocks import LayerBlock, blocks_left, groups_left, layers_left
+from .blocks import LayerBlock, groups_left, inside_any
 from .parts import (
     MAX_AXIS,
     GateSite,
@@ -89,18 +89,15 @@ class PrunedArchitecture(Message):
     ) -> PrunedArchitecture:
         """Assemble a descriptor; the hash, and the original counts if not given, are computed."""
         draft = cls.unchecked(tensors, layers, groups, blocks)
-        return cls(
-            model_hash=draft.computed_hash(),
-            tensors=tensors,
-            layers=layers,
-            groups=groups,
-            history=history,
-            blocks=blocks,
-            original_parameters=draft.parameters
-            if original_parameters is None
-            else original_parameters,
-            original_macs=draft.macs if original_macs is None else original_macs,
-        )
+        _check_references(draft)
+        parameters, macs = original_parameters, original_macs
+        found = {
+            "model_hash": draft.computed_hash(),
+            "history": history,
+            "original_parameters": draft.parameters if parameters is None else parameters,
+            "original_macs": draft.macs if macs is None else macs,
+        }
+        return draft.model_copy(update=found)
 
     def computed_hash(self) -> str:
         """Hash over tensors, groups (origins, wiring), blocks: the structure, not the weights."""
@@ -159,13 +156,39 @@ class PrunedArchitecture(Message):
             InvalidField: if a group is unknown or a unit is outside it.
         """
         chosen = {name: frozenset(units) for name, units in removed.items()}
-        cuts = [(self._group_with(name, units), units) for name, units in chosen.items() if units]
-        gone = _gone_indices(cuts)
+        lost: dict[_Axis, set[int]] = {}
+        records = []
+        for name, units in chosen.items():
+            group = self.group.get(name)
+            if group is None and units:
+                raise InvalidField("group", f"one of {sorted(self.group)}", name)
+            if group is None or not units:
+                continue
+            if outside := sorted(unit for unit in units if not 0 <= unit < group.size):
+                raise InvalidField(f"groups.{name}", f"units from 0 to {group.size - 1}", outside)
+            parts: tuple[TensorSlice | GateSite, ...] = (*group.slices, *group.sites, *group.norms)
+            for part in parts:
+                lost.setdefault(_axis(part), set()).update(part.all_of(units))
+            record = PruningRecord(
+                epoch=epoch,
+                idempotency_key=key or "manual",
+                group=group.name,
+                level=group.level,
+                original_indices=tuple(group.origin[unit] for unit in sorted(units)),
+            )
+            records.append(record)
+        gone = {axis: sorted(indices) for axis, indices in lost.items()}
+        tensors = []
+        for tensor in self.tensors:
+            left = (n - len(gone.get((tensor.path, dim), ())) for dim, n in enumerate(tensor.shape))
+            shape = tuple(left)
+            same = shape == tensor.shape
+            tensors.append(tensor if same else tensor.model_copy(update={"shape": shape}))
         return PrunedArchitecture.build(
-            tuple(_shrunk(t, gone) for t in self.tensors),
+            tuple(tensors),
             self.layers,
             tuple(_renumbered(g, chosen.get(g.name, frozenset()), gone) for g in self.groups),
-            history=self.history + tuple(_record(g, units, epoch, key) for g, units in cuts),
+            history=(*self.history, *records),
             blocks=self.blocks,
             original_parameters=self.original_parameters,
             original_macs=self.original_macs,
@@ -181,7 +204,15 @@ class PrunedArchitecture(Message):
         """
         chosen = [self._block(name) for name in dict.fromkeys(names)]
         gone = {path for block in chosen for path in block.tensors}
-        removed = {block.name for block in chosen}
+        replaced = {path for block in chosen for path in block.modules}
+        removed, blocks = {block.name for block in chosen}, []
+        for block in self.blocks:
+            kept = tuple(path for path in block.tensors if path not in gone)
+            if block.name in removed:
+                block = block.model_copy(update={"removed": True})
+            elif not block.removed and kept != block.tensors:  # around a removed one
+                block = block.model_copy(update={"tensors": kept})
+            blocks.append(block)
         records = tuple(
             PruningRecord(
                 epoch=epoch,
@@ -194,10 +225,10 @@ class PrunedArchitecture(Message):
         )
         return PrunedArchitecture.build(
             tuple(t for t in self.tensors if t.path not in gone),
-            layers_left(self.layers, chosen),
-            groups_left(self.groups, chosen),
+            tuple(x for x in self.layers if not inside_any(x.name, replaced)),
+            groups_left(self.groups, gone, replaced),
             history=self.history + records,
-            blocks=blocks_left(self.blocks, removed, gone),
+            blocks=tuple(blocks),
             original_parameters=self.original_parameters,
             original_macs=self.original_macs,
         )
@@ -211,15 +242,6 @@ class PrunedArchitecture(Message):
             raise InvalidField(f"blocks.{name}", "a layer that may be removed", found)
         return block
 
-    def _group_with(self, name: str, units: frozenset[int]) -> PruningGroup:
-        group = self.group.get(name)
-        if group is None:
-            raise InvalidField("group", f"one of {sorted(self.group)}", name)
-        outside = sorted(unit for unit in units if not 0 <= unit < group.size)
-        if outside:
-            raise InvalidField(f"groups.{name}", f"units from 0 to {group.size - 1}", outside)
-        return group
-
 
 _Part = TypeVar("_Part", TensorSlice, GateSite, NormSite)
 _Axis = tuple[str, int]
@@ -229,23 +251,6 @@ _Axis = tuple[str, int]
 def _axis(part: TensorSlice | GateSite) -> _Axis:
     # Tensors and modules never share a name: a tensor's path ends in its attribute.
     return (part.tensor if isinstance(part, TensorSlice) else part.module, part.dim)
-
-
-def _gone_indices(cuts: Iterable[tuple[PruningGroup, frozenset[int]]]) -> dict[_Axis, list[int]]:
-    """The indices that vanish along every axis, sorted."""
-    gone: dict[_Axis, set[int]] = {}
-    for group, units in cuts:
-        parts: tuple[TensorSlice | GateSite, ...] = (*group.slices, *group.sites, *group.norms)
-        for part in parts:
-            gone.setdefault(_axis(part), set()).update(part.all_of(units))
-    return {axis: sorted(indices) for axis, indices in gone.items()}
-
-
-def _shrunk(tensor: TensorDescriptor, gone: Mapping[_Axis, list[int]]) -> TensorDescriptor:
-    shape = tuple(
-        size - len(gone.get((tensor.path, dim), ())) for dim, size in enumerate(tensor.shape)
-    )
-    return tensor if shape == tensor.shape else tensor.model_copy(update={"shape": shape})
 
 
 def _renumbered(
@@ -258,7 +263,13 @@ def _renumbered(
         lost = gone.get(_axis(part))
         if not lost:
             return part
-        _require_whole_units(group, part, units, lost)
+        # Another group on the same axis must not have taken a part of a unit that stays.
+        taken = set(lost)
+        torn = next((index for index in part.all_of(kept) if index in taken), None)
+        if torn is not None:
+            where = f"groups.{group.name}.{'.'.join(map(str, _axis(part)))}"
+            expected = "units that are removed whole"
+            raise InvalidField(where, expected, f"index {torn} taken elsewhere")
         if part.indices is None:
             return part.model_copy(update={"start": part.start - bisect_left(lost, part.start)})
         indices = tuple(i - bisect_left(lost, i) for i in part.all_of(kept))
@@ -274,33 +285,16 @@ def _renumbered(
     )
 
 
-def _require_whole_units(
-    group: PruningGroup, part: TensorSlice | GateSite, units: frozenset[int], lost: list[int]
-) -> None:
-    """Another group on the same axis must not have taken a part of a unit that stays."""
-    taken = set(lost)
-    kept = part.all_of(unit for unit in range(group.size) if unit not in units)
-    torn = next((index for index in kept if index in taken), None)
-    if torn is not None:
-        where = f"groups.{group.name}.{'.'.join(map(str, _axis(part)))}"
-        raise InvalidField(where, "units that are removed whole", f"index {torn} taken elsewhere")
-
-
-def _record(group: PruningGroup, units: frozenset[int], epoch: int, key: str) -> PruningRecord:
-    return PruningRecord(
-        epoch=epoch,
-        idempotency_key=key or "manual",
-        group=group.name,
-        level=group.level,
-        original_indices=tuple(group.origin[unit] for unit in sorted(units)),
-    )
-
-
 def _check_references(architecture: PrunedArchitecture) -> None:
     """Names are unique, every tensor that is named exists, every unit lies inside its axes."""
-    _require_unique("tensors", [t.path for t in architecture.tensors])
-    _require_unique("groups", [g.name for g in architecture.groups])
-    _require_unique("blocks", [b.name for b in architecture.blocks])
+    for field, names in (
+        ("tensors", [t.path for t in architecture.tensors]),
+        ("groups", [g.name for g in architecture.groups]),
+        ("blocks", [b.name for b in architecture.blocks]),
+    ):
+        if len(set(names)) != len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InvalidField(field, "every name once", twice)
     for block in architecture.blocks:
         unknown = [path for path in block.tensors if path not in architecture.tensor]
         if unknown and not block.removed:
@@ -322,12 +316,6 @@ def _check_references(architecture: PrunedArchitecture) -> None:
     for name in ("parameters", "macs"):
         if getattr(architecture, name) >= 2**63:
             raise InvalidField(name, "less than 2**63", getattr(architecture, name))
-
-
-def _require_unique(field: str, names: Sequence[str]) -> None:
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise InvalidField(field, "every name once", twice)
 
 
 def _check_span(where: str, part: Span, units: int, length: int) -> None:

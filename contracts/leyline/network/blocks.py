@@ -14,7 +14,7 @@ from pydantic import Field
 
 from leyline.base import Count, Fraction, Label, Message, Name, Text
 
-from .parts import LayerDescriptor, PruningGroup
+from .parts import PruningGroup
 
 SkipStrategy = Literal["identity", "residual", "linear_projection", "conv_projection"]
 BlockKind = Literal["attention", "conv", "linear", "other"]
@@ -86,35 +86,15 @@ def inside(module: str, outer: str) -> bool:
     return module == outer or module.startswith(f"{outer}.")
 
 
-def layers_left(
-    layers: Collection[LayerDescriptor], blocks: Collection[LayerBlock]
-) -> tuple[LayerDescriptor, ...]:
-    """The leaf layers that are in none of the blocks."""
-    replaced = {path for block in blocks for path in block.modules}
-    return tuple(x for x in layers if not inside_any(x.name, replaced))
-
-
-def blocks_left(
-    blocks: Collection[LayerBlock], removed: Collection[str], gone: Collection[str]
-) -> tuple[LayerBlock, ...]:
-    """The blocks with the removed ones marked, and those around them without the tensors gone."""
-    left = []
-    for block in blocks:
-        kept = tuple(path for path in block.tensors if path not in gone)
-        if block.name in removed:
-            block = block.model_copy(update={"removed": True})
-        elif not block.removed and kept != block.tensors:
-            block = block.model_copy(update={"tensors": kept})
-        left.append(block)
-    return tuple(left)
-
-
 def groups_left(
-    groups: Collection[PruningGroup], blocks: Collection[LayerBlock]
+    groups: Collection[PruningGroup], gone: Collection[str], replaced: Collection[str]
 ) -> tuple[PruningGroup, ...]:
-    """The groups without what lay in the blocks; a group that lay wholly in them is gone."""
-    gone = {path for block in blocks for path in block.tensors}
-    replaced = {path for block in blocks for path in block.modules}
+    """The groups without what lay in removed blocks; a group that lay wholly in them is gone.
+
+    Args:
+        gone: paths of the blocks' tensors.
+        replaced: paths of their modules.
+    """
     left = []
     for group in groups:
         slices = tuple(part for part in group.slices if part.tensor not in gone)

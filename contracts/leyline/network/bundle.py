@@ -85,6 +85,8 @@ NETWORK_FILES = {
     "held_out": "held_out.safetensors",
 }
 """Where a folder has the blobs of a NetworkExport."""
+BLOB_FILES = {name: f"{name}.safetensors" for name in ("statistics", *_OPTIONAL)} | NETWORK_FILES
+"""Where a folder has every blob that a checkpoint may carry."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,10 @@ class CheckpointBundle:
             raise IdentityMismatch(
                 "metadata.model_hash", self.architecture.model_hash, self.metadata.model_hash
             )
-        for name, layer, size in self._sizes():
+        sizes = [(name, x.layer_name, x.size) for name, x in self.channels.items()]
+        sizes += [(name, x.layer_name, x.projections.shape[1]) for name, x in self.gates.items()]
+        sizes += [(name, x.layer_name, x.size) for name, x in self.heads.items()]
+        for name, layer, size in sizes:
             if name != layer:
                 raise InvalidField(f"statistics.{name}.layer_name", name, layer)
             group = self.architecture.group.get(name)
@@ -138,14 +143,6 @@ class CheckpointBundle:
         if len(samples) > 1:
             raise ShapeMismatch("layers", "the same number of samples in every block", samples)
 
-    def _sizes(self) -> Iterable[tuple[str, str, int]]:
-        for name, data in self.channels.items():
-            yield name, data.layer_name, data.size
-        for name, gate in self.gates.items():
-            yield name, gate.layer_name, gate.projections.shape[1]
-        for name, head in self.heads.items():
-            yield name, head.layer_name, head.size
-
     def key(self, level: Level) -> IdempotencyKey:
         """The key of this checkpoint's decision at ``level``."""
         m = self.metadata
@@ -167,21 +164,24 @@ class CheckpointBundle:
             requirements=self.requirements,
         )
 
-    def statistics_blob(self) -> bytes:
-        """Safetensors bytes of all ChannelImportanceData."""
-        return pack_statistics(self.channels.values())
+    def arrays(self) -> dict[str, dict[str, npt.NDArray[Any]]]:
+        """The arrays of each blob: ``statistics`` always, ``gates``, ``layers`` and ``heads`` where
+        there are any."""
+        kinds: dict[str, Mapping[str, _Statistics]] = {
+            "statistics": self.channels,
+            "gates": self.gates,
+            "layers": self.layers,
+            "heads": self.heads,
+        }
+        return {
+            name: statistics_arrays(items.values())
+            for name, items in kinds.items()
+            if items or name not in _OPTIONAL
+        }
 
-    def gates_blob(self) -> bytes | None:
-        """Safetensors bytes of all GateStatistics, or None where there are none."""
-        return pack_statistics(self.gates.values()) if self.gates else None
-
-    def layers_blob(self) -> bytes | None:
-        """Safetensors bytes of all LayerStatistics, or None where there are none."""
-        return pack_statistics(self.layers.values()) if self.layers else None
-
-    def heads_blob(self) -> bytes | None:
-        """Safetensors bytes of all HeadImportanceData, or None where there are none."""
-        return pack_statistics(self.heads.values()) if self.heads else None
+    def blobs(self) -> dict[str, bytes]:
+        """:meth:`arrays` as safetensors bytes, by the names of :meth:`from_blobs`."""
+        return {name: pack_arrays(arrays) for name, arrays in self.arrays().items()}
 
     @classmethod
     def from_blobs(
@@ -212,19 +212,11 @@ class CheckpointBundle:
         """Write the folder, replacing an older bundle in it; returns its path."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        statistics: dict[str, Mapping[str, Any]] = {
-            "statistics": self.channels,
-            "gates": self.gates,
-            "layers": self.layers,
-            "heads": self.heads,
-        }
-        for name, items in statistics.items():
-            file = path / f"{name}.safetensors"
-            if items or name not in _OPTIONAL:
-                _write(file, array_chunks(_tensors(items.values())))
-            else:
-                file.unlink(missing_ok=True)
-        for file_name in NETWORK_FILES.values():
+        arrays = self.arrays()
+        for name, own in arrays.items():
+            _write(path / f"{name}.safetensors", array_chunks(own))
+        gone = [f"{name}.safetensors" for name in _OPTIONAL if name not in arrays]
+        for file_name in (*gone, *NETWORK_FILES.values()):
             (path / file_name).unlink(missing_ok=True)
         if self.network is not None:
             self.network.save(path)
@@ -283,12 +275,8 @@ def _write(path: Path, chunks: Iterable[bytes]) -> None:
 _Statistics = ChannelImportanceData | GateStatistics | LayerStatistics | HeadImportanceData
 
 
-def pack_statistics(items: Iterable[_Statistics]) -> bytes:
-    """One blob with tensors ``<layer_name>/<field>``."""
-    return pack_arrays(_tensors(items))
-
-
-def _tensors(items: Iterable[_Statistics]) -> dict[str, npt.NDArray[Any]]:
+def statistics_arrays(items: Iterable[_Statistics]) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of one blob, as ``<layer_name>/<field>``."""
     arrays: dict[str, npt.NDArray[Any]] = {}
     for item in items:
         for name in type(item).model_fields:

@@ -12,7 +12,7 @@ heads as many as it takes from there, by the same knapsack over the same removal
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from elesh.analysis.candidates import Candidates, multiple_of
@@ -21,7 +21,6 @@ from elesh.analysis.selection.choose import Ranking
 from leyline import (
     Budget,
     CheckpointBundle,
-    InvalidField,
     LayerPruningTarget,
     Level,
     PrunedArchitecture,
@@ -40,7 +39,6 @@ __all__ = [
     "fitted",
     "fitting",
     "out_of_reach",
-    "refuse_shard",
     "share_of",
 ]
 
@@ -247,12 +245,6 @@ def _curves(ranking: Ranking, depths: Mapping[str, int], quota: int) -> dict[str
     return {name: Curve(own, size, multiple) for name, own, size, multiple in parts}
 
 
-def refuse_shard(bundle: CheckpointBundle, shard: Collection[str] | None) -> None:
-    """Raise an InvalidField for a shard of a level that has a budget to fit."""
-    if shard is not None and bundle.parameters.budget is not None:
-        raise InvalidField("shard", "none with a budget: it is fitted over all groups", len(shard))
-
-
 @dataclass(frozen=True)
 class Fitting:
     """The cut that a budget needs."""
@@ -273,7 +265,8 @@ def fitting(
     round_to: int,
     comparable: bool,
 ) -> Fitting:
-    """The part of a cut that brings the budget's resource down to what is asked, or all of it.
+    """The part of a cut that brings the budget's resource down to what is asked, or all of it; only
+    where the request has a budget.
 
     Args:
         targets, order: of all levels, each group's units in the order of their removal.
@@ -285,8 +278,6 @@ def fitting(
         InvalidField: if a latency table is not of this architecture.
     """
     budgets, architecture = all_budgets(bundle), bundle.architecture
-    if not budgets:
-        return Fitting(tuple(targets), tuple(order))
     layers = [t.layer_name for t in targets if isinstance(t, LayerPruningTarget)]
     left = architecture.without_layers(layers) if layers else architecture
     curves = _curves_of(left, order, round_to, comparable)

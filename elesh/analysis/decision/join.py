@@ -117,6 +117,8 @@ def _resolved(bundle: CheckpointBundle, parts: Sequence[LevelDraft], settings: S
     round_to = bundle.parameters.round_to
     if round_to == 1:
         round_to = settings.structured_pruning.channel_analysis.round_to
+    if bundle.parameters.budget is None:
+        return Fitting(targets, order)
     return fitting(bundle, targets, order, round_to=round_to, comparable=comparable)
 
 
@@ -238,7 +240,11 @@ def joined(
     merged = _levels(bundle, settings, levels, evidence.missing)
     verify, measured, draft = evidence.verify, False, None
     if isinstance(verify, Remeasuring):
-        looked_at = _looked_at(levels)
+        # Of levels that came in shards: the groups that these looked at and ranked by projections.
+        looked_at: dict[Level, set[str]] = {}
+        for each in levels:
+            if each.shard and each.draft.statistics.scorer == "output_projection":
+                looked_at.setdefault(each.level, set()).update(each.shard)
         found = in_rounds(bundle, settings, merged, verify, evidence.breakers, looked_at)
         chosen, count = [each.level for each in found], max(each.count for each in found)
         draft, measured = _decided(bundle, chosen, settings, evidence, count)
@@ -270,8 +276,10 @@ def _decided(
         if alone
         else _joint(bundle, levels, settings, evidence)
     )
-    again = safety.proposed_again(draft, evidence.rolled_back)
-    draft = without_rolled_back(draft, again)
+    again: tuple[RolledBackCut, ...] = ()
+    if evidence.rolled_back:
+        again = safety.proposed_again(draft, evidence.rolled_back)
+        draft = without_rolled_back(draft, again)
     draft.loss_factor = evidence.loss_factor
     measured = verify_draft(draft, evidence.verify or predicted, rounds)
     if evidence.rolled_back:
@@ -293,15 +301,6 @@ def _calibrate(draft: Draft, verify: Verifier | None) -> None:
     draft.would_be = found.cuts
     if found.skipped:
         draft.fallbacks += (found.skipped,)
-
-
-def _looked_at(levels: Sequence[LevelDraft]) -> dict[Level, set[str]]:
-    """By level that came in shards: the groups that these looked at and ranked by projections."""
-    names: dict[Level, set[str]] = {}
-    for each in levels:
-        if each.shard and each.draft.statistics.scorer == "output_projection":
-            names.setdefault(each.level, set()).update(each.shard)
-    return names
 
 
 def _levels(
@@ -343,10 +342,11 @@ def _alone(level: LevelDraft, breakers: Mapping[Level, BreakerStatus]) -> Draft:
 def _joint(
     bundle: CheckpointBundle, levels: Sequence[LevelDraft], settings: Settings, evidence: Evidence
 ) -> Draft:
-    gates = {
-        each.level: _own_gates(each, evidence.breakers.get(each.level, BreakerStatus()))
-        for each in levels
-    }
+    gates = {}
+    for each in levels:
+        breaker = safety.breaker_gate(evidence.breakers.get(each.level, BreakerStatus()))
+        own = [g for g in (breaker, *each.draft.gates) if g.name not in _OF_THE_WHOLE]
+        gates[each.level] = named(each.level, own)
     whole, refused = _taken(bundle, levels, settings, gates)
     parts = (
         *(_part(each, refused, whole) for each in levels),
@@ -370,8 +370,9 @@ def _joint(
         spared=tuple(group for each in drafts for group in each.spared),
         levels=parts,
     )
-    own = (gate for part in whole.parts for gate in gates[part.level])
-    draft.judge((*own, *whole.gates), reason="" if whole.parts else "; ".join(map(_why_not, parts)))
+    counted = [gate for part in whole.parts for gate in gates[part.level]]
+    why_not = "" if whole.parts else "; ".join(map(_why_not, parts))
+    draft.judge((*counted, *whole.gates), reason=why_not)
     return draft
 
 
@@ -425,11 +426,6 @@ def _as_much_as_passes(
     count = largest(len(order), lambda count: not joined(count).fault)
     found = joined(count)
     return found if found.parts[-1].draft.order else None
-
-
-def _own_gates(level: LevelDraft, status: BreakerStatus) -> tuple[GateResult, ...]:
-    own = (safety.breaker_gate(status), *level.draft.gates)
-    return named(level.level, [gate for gate in own if gate.name not in _OF_THE_WHOLE])
 
 
 def _part(

@@ -9,15 +9,11 @@ that history survives pruning.
 
 Everything here is exact: units are few (10^3 to 10^6), so every value is kept, in dense arrays of
 float32. Single parameters are not few: for them there is :mod:`elesh.analysis.sketch.count_min`.
-
-:class:`TrackerCache` (the Offline Cache's local half) keeps the trackers of the runs that were
-looked at last, within a size; what is gone is only read again.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -48,7 +44,6 @@ __all__ = [
     "MOMENTUM",
     "Recent",
     "Track",
-    "TrackerCache",
     "WINDOW",
     "channel_metrics",
     "measurements_of",
@@ -87,11 +82,6 @@ class History:
     def epochs(self) -> tuple[int, ...]:
         """Epochs of the rows, rising."""
         return tuple(self._epochs)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the rows."""
-        return self._rows.nbytes
 
     def row(self, epoch: int) -> Floats:
         """[M, C]: the row of an epoch that is there (a view)."""
@@ -263,11 +253,6 @@ class ImportanceTracker:
         self.history = history
         self._groups: dict[_Key, History] = {}
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all rows."""
-        return sum(group.nbytes for group in self._groups.values())
-
     def observe(self, epoch: int, group: PruningGroup, values: Mapping[str, npt.ArrayLike]) -> bool:
         """Take the measurements of a group at an epoch; returns whether the state changed.
 
@@ -319,29 +304,6 @@ class ImportanceTracker:
             for m, metric in enumerate(METRICS[group.level])
         }
 
-    def values(self, group: PruningGroup, metric: str) -> tuple[tuple[int, ...], Floats]:
-        """The epochs of a group's history and the values [epochs, C] of a metric, NaN where a unit
-        was not there.
-
-        Raises:
-            InvalidField: if the group was never observed or its level has no such metric.
-        """
-        known, units = self._known(group), list(group.origin)
-        names = METRICS[group.level]
-        if metric not in names:
-            raise InvalidField("metric", f"one of {', '.join(names)}", metric)
-        return known.epochs, np.stack([row[names.index(metric), units] for row in known.rows()])
-
-    def previous(self, group: PruningGroup, epoch: int) -> tuple[int, dict[str, Floats]] | None:
-        """The newest checkpoint before ``epoch`` that measured all of the group's units, and its
-        values by metric: the fallback where a checkpoint's own are lost. None if there is none."""
-        units = list(group.origin)
-        for before in reversed(self.epochs(group)):
-            row = self._known(group).row(before)[:, units]
-            if before < epoch and not np.isnan(row).any():
-                return before, dict(zip(METRICS[group.level], row, strict=True))
-        return None
-
     def merge(self, other: ImportanceTracker) -> None:
         """Take everything that ``other`` holds, as if it had been observed here.
 
@@ -386,6 +348,18 @@ class ImportanceTracker:
             arrays[f"{_name(key)}/present"] = (~absent[:, 0]).astype(np.float16)
         metadata = {"format": _FORMAT, "version": _VERSION, "history": str(self.history)}
         return pack_arrays(arrays, metadata)
+
+    @classmethod
+    def of_epochs(cls, run_id: str, blobs: Mapping[int, bytes], history: int) -> ImportanceTracker:
+        """The tracker of a run, by what was kept of its epochs (:func:`measurements_of`).
+
+        Raises:
+            ContractError: if a blob is not what it should be, or contradicts another.
+        """
+        tracker = cls(history)
+        for epoch, blob in sorted(blobs.items()):
+            tracker.merge(cls.from_bytes(blob, field=f"history.{run_id}.{epoch}"))
+        return tracker
 
     @classmethod
     def from_bytes(cls, data: bytes | memoryview, *, field: str = "tracker") -> ImportanceTracker:
@@ -502,38 +476,3 @@ def measurements_of(bundle: CheckpointBundle, history: int) -> ImportanceTracker
         if group.level is Level.CHANNEL:
             tracker.observe(bundle.metadata.epoch, group, channel_metrics(data))
     return tracker
-
-
-class TrackerCache:
-    """Trackers by run, at most ``nbytes`` in all (``analysis_cache_size``)."""
-
-    def __init__(self, nbytes: int, history: int) -> None:
-        self._limit, self._history = nbytes, history
-        self._runs: OrderedDict[str, ImportanceTracker] = OrderedDict()
-        self._seen: dict[str, set[int]] = {}
-
-    def missing(self, run_id: str, epochs: list[int]) -> list[int]:
-        """Which of these epochs the cached tracker has not taken in yet."""
-        return [epoch for epoch in epochs if epoch not in self._seen.get(run_id, ())]
-
-    def take(self, run_id: str, blobs: Mapping[int, bytes]) -> ImportanceTracker:
-        """The run's tracker with these epochs taken in; other runs may have to go.
-
-        Raises:
-            ContractError: if a blob is not what it should be, or contradicts what is known.
-        """
-        tracker = self._runs.pop(run_id, None) or ImportanceTracker(self._history)
-        seen = self._seen.setdefault(run_id, set())
-        for epoch, blob in sorted(blobs.items()):
-            tracker.merge(ImportanceTracker.from_bytes(blob, field=f"history.{run_id}.{epoch}"))
-            seen.add(epoch)
-        self._runs[run_id] = tracker
-        while len(self._runs) > 1 and self.nbytes > self._limit:
-            gone, _ = self._runs.popitem(last=False)
-            self._seen.pop(gone, None)
-        return tracker
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all cached trackers."""
-        return sum(tracker.nbytes for tracker in self._runs.values())

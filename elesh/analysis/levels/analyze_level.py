@@ -268,16 +268,34 @@ def judged(
 ) -> LevelDraft:
     """A plan with its figures, gates and verdict."""
     plan = shortened_plan(bundle, settings, plan)
-    cut, error = Cut.of(bundle, plan.targets, plan.scorer), _relative_error(plan)
-    taken = (*fallbacks, *plan.fallbacks)
+    cut, error, predicted = Cut.of(bundle, plan.targets, plan.scorer), RelativeOutputError(), None
+    prediction, mean_square = plan.prediction, plan.output_mean_square
+    if prediction is not None and mean_square > 0:
+        moved, deviation = prediction.output_error, prediction.standard_error
+        random = None if prediction.random is None else prediction.random / mean_square
+        error = RelativeOutputError(moved / mean_square, deviation / mean_square, random)
+        predicted = PredictedDamage(damage=moved, error=deviation, energy=mean_square)
+    taken, allowed = (*fallbacks, *plan.fallbacks), plan.allowed
+    gone = allowed.removed + cut.count
+    counts = {
+        "scorer": plan.scorer,
+        "channels_before": plan.present,
+        "channels_after": plan.present - cut.count,
+        "channels_original": allowed.original,
+        "quota": allowed.quota,
+        "shortfall": plan.shortfall,
+        "phase_limit": allowed.limit,
+        "cumulative_ratio": min(1.0, gone / allowed.original) if allowed.original else 0.0,
+        "samples": plan.samples,
+    }
     draft = Draft(
         bundle,
         settings,
         key or bundle.key(plan.level),
         plan.targets,
         plan.order,
-        cut.statistics(_counts(plan, cut), error),
-        plan.allowed.phase,
+        cut.statistics(counts, error),
+        allowed.phase,
         plan.confidence * FALLBACK_DISCOUNT ** len(taken),
         gates=_gates(bundle, settings, plan, cut, error),
         fallbacks=taken,
@@ -285,26 +303,7 @@ def judged(
         spared=plan.spared,
     )
     draft.judge(reason="" if plan.targets else plan.nothing)
-    return LevelDraft(draft, _predicted(plan))
-
-
-def _relative_error(plan: LevelPlan) -> RelativeOutputError:
-    prediction, mean_square = plan.prediction, plan.output_mean_square
-    if prediction is None or not mean_square > 0:
-        return RelativeOutputError()
-    random = None if prediction.random is None else prediction.random / mean_square
-    return RelativeOutputError(
-        prediction.output_error / mean_square, prediction.standard_error / mean_square, random
-    )
-
-
-def _predicted(plan: LevelPlan) -> PredictedDamage | None:
-    prediction, mean_square = plan.prediction, plan.output_mean_square
-    if prediction is None or not mean_square > 0:
-        return None
-    return PredictedDamage(
-        damage=prediction.output_error, error=prediction.standard_error, energy=mean_square
-    )
+    return LevelDraft(draft, predicted)
 
 
 @stage("gates")
@@ -345,22 +344,6 @@ def budget_gate(use: BudgetUse) -> GateResult:
         limit=use.at_most,
         detail=f"share of the {use.of} {use.resource} that is left; {reached}",
     )
-
-
-def _counts(plan: LevelPlan, cut: Cut) -> dict[str, object]:
-    allowed = plan.allowed
-    gone = allowed.removed + cut.count
-    return {
-        "scorer": plan.scorer,
-        "channels_before": plan.present,
-        "channels_after": plan.present - cut.count,
-        "channels_original": allowed.original,
-        "quota": allowed.quota,
-        "shortfall": plan.shortfall,
-        "phase_limit": allowed.limit,
-        "cumulative_ratio": min(1.0, gone / allowed.original) if allowed.original else 0.0,
-        "samples": plan.samples,
-    }
 
 
 def merge_shards(

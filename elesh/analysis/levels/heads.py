@@ -17,8 +17,10 @@ from elesh.analysis.candidates import Doubles, Floats
 from elesh.analysis.importance.scores import shares, single_removal
 from elesh.analysis.pruning_set.plans import Target
 from elesh.analysis.selection.choose import Scorer
-from elesh.settings import AttentionAnalysis, SafetySchedule, StructuredPruning
+from elesh.analysis.selection.schedule import raised
+from elesh.settings import AttentionAnalysis, StructuredPruning
 from leyline import (
+    AnalysisParameters,
     AttentionHeadTarget,
     CheckpointBundle,
     Fallback,
@@ -29,7 +31,7 @@ from leyline import (
     PruningGroup,
 )
 
-from .units import UnitLevel
+from .units import Limits, UnitLevel
 
 __all__ = ["EARLY", "HEADS", "LATE", "HeadWeights", "Heads", "head_weights_at", "multi_factor"]
 
@@ -103,18 +105,15 @@ class Heads(UnitLevel):
     own_order = "entropy, diversity and gradients"
     redundancy = HeadRedundancy
 
-    def minimum(self, settings: StructuredPruning) -> int:
-        return settings.attention_analysis.min_heads_per_layer
-
-    def threshold(self, settings: StructuredPruning) -> float:
-        return settings.attention_analysis.similarity_threshold
-
-    def safety_margin(self, settings: StructuredPruning) -> float:
-        return settings.attention_analysis.safety_margin
-
-    def schedule(self, schedule: SafetySchedule) -> SafetySchedule:
+    def limits(self, settings: StructuredPruning, asked: AnalysisParameters) -> Limits:
         """Heads come in with the moderate phase (section "Progressive safety schedule")."""
-        return schedule.model_copy(update={"conservative_limit": 0.0})
+        schedule, own = raised(settings.safety_schedule, asked.removed_at_most), settings
+        return Limits(
+            schedule.model_copy(update={"conservative_limit": 0.0}),
+            own.attention_analysis.safety_margin,
+            own.attention_analysis.min_heads_per_layer,
+            own.attention_analysis.similarity_threshold,
+        )
 
     def blind_spots(self, bundle: CheckpointBundle) -> tuple[Fallback, ...]:
         """``no_attention_patterns`` where attention weights could not be seen: redundancy is not

@@ -19,7 +19,7 @@ from elesh.analysis.selection.choose import Choice, Ranking, Selection, rounded_
 from elesh.analysis.selection.removal_order import LogitGapOrder, Order, RemovalOrder, StaticOrder
 from elesh.analysis.spans import stage
 from elesh.safety import BreakerStatus, Entry, Moves, Remeasuring, breaker_gate, rejection
-from elesh.settings import Settings, VerificationSettings
+from elesh.settings import Settings
 from leyline import CheckpointBundle, Fallback, Level
 
 from .analyze_level import UNIT_LEVELS, LevelDraft, judged
@@ -58,11 +58,19 @@ def in_rounds(
         breakers: of the levels; nothing is measured for one that is open.
         groups: by level, those to choose among, where not all were looked at.
     """
-    worth = [
-        _is_worth(each, settings.verification)
-        and breaker_gate(breakers.get(each.level, BreakerStatus())).passed
-        for each in levels
-    ]
+    worth = []
+    for each in levels:
+        # Jointly ranked, large enough, and not refused for what no other choice could mend.
+        own, count = each.draft, len(each.draft.order)
+        failed = {gate.name for gate in own.gates if not gate.passed}
+        worth.append(
+            each.level in UNIT_LEVELS
+            and settings.verification.rounds > 1
+            and own.statistics.scorer == "output_projection"
+            and count > max(1, settings.verification.rounds_from * own.statistics.channels_before)
+            and failed <= _FORETOLD
+            and breaker_gate(breakers.get(each.level, BreakerStatus())).passed
+        )
     try:
         return [
             _again(bundle, settings, each, network, groups.get(each.level))
@@ -98,22 +106,6 @@ def _again(
     if refusal:
         return Rounds(_with_fallback(level, Fallback(rung=REFUSED, reason=refusal)))
     return Rounds(found, choosing.count)
-
-
-def _is_worth(level: LevelDraft, settings: VerificationSettings) -> bool:
-    """Whether its proposal is chosen in rounds: jointly ranked, large enough, and not refused for
-    what no other choice could mend."""
-    draft = level.draft
-    present, count = draft.statistics.channels_before, len(draft.order)
-    failed = {gate.name for gate in draft.gates if not gate.passed}
-    return (
-        level.level in UNIT_LEVELS
-        and settings.rounds > 1
-        and draft.statistics.scorer == "output_projection"
-        and count > 1
-        and count > settings.rounds_from * present
-        and failed <= _FORETOLD
-    )
 
 
 def _with_fallback(level: LevelDraft, fallback: Fallback) -> LevelDraft:

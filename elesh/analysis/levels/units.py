@@ -16,12 +16,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from elesh.analysis.budgets.fitting import all_budgets, fitted, out_of_reach, refuse_shard
+from elesh.analysis.budgets.fitting import all_budgets, fitted, out_of_reach
 from elesh.analysis.candidates import Candidates, Doubles, Floats
 from elesh.analysis.importance.scores import (
     fisher,
@@ -34,7 +34,6 @@ from elesh.analysis.pruning_set.plans import (
     LevelPlan,
     Target,
     empty_plan,
-    redistributes,
     wanted_scorer,
     with_choice,
 )
@@ -74,7 +73,7 @@ from leyline import (
 )
 from leyline.messages.parameters import WantedScorer
 
-__all__ = ["CHANNELS", "Channels", "Ranked", "UnitLevel", "select_channels"]
+__all__ = ["CHANNELS", "Channels", "Limits", "Ranked", "UnitLevel", "select_channels"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,20 @@ class Ranked:
     quota: int = 0
 
 
+class Limits(NamedTuple):
+    """What settings and request say of a level."""
+
+    schedule: SafetySchedule
+    margin: float
+    """Share of a phase's limit that is left unused."""
+    minimum: int
+    """Units that every group keeps."""
+    redundancy: float
+    """The likeness above which units are redundant."""
+    round_to: int = 1
+    """The multiple that every group keeps, beside its own."""
+
+
 class UnitLevel(ABC):
     """One level. It has no state."""
 
@@ -97,16 +110,8 @@ class UnitLevel(ABC):
     """What a target's pairs are."""
 
     @abstractmethod
-    def minimum(self, settings: StructuredPruning) -> int:
-        """Units that every group keeps."""
-
-    @abstractmethod
-    def threshold(self, settings: StructuredPruning) -> float:
-        """The likeness above which units are redundant."""
-
-    @abstractmethod
-    def safety_margin(self, settings: StructuredPruning) -> float:
-        """Share of a phase's limit that is left unused."""
+    def limits(self, settings: StructuredPruning, asked: AnalysisParameters) -> Limits:
+        """Of this level; the request goes before the settings."""
 
     @abstractmethod
     def own_scorer(
@@ -151,14 +156,6 @@ class UnitLevel(ABC):
     def blind_spots(self, bundle: CheckpointBundle) -> tuple[Fallback, ...]:
         """What the statistics do not show, whatever ranks."""
         return ()
-
-    def schedule(self, schedule: SafetySchedule) -> SafetySchedule:
-        """The schedule of this level."""
-        return schedule
-
-    def round_to(self, settings: StructuredPruning, parameters: AnalysisParameters) -> int:
-        """The multiple that every group keeps, beside its own."""
-        return 1
 
     def out_of_reach(self, bundle: CheckpointBundle, settings: Settings, plan: LevelPlan) -> str:
         """Why budgets cannot be reached within the whole schedule; empty where they can."""
@@ -211,25 +208,25 @@ class UnitLevel(ABC):
             InvalidField: if the request ignores a group or layer that does not exist.
         """
         pruning, asked = settings.structured_pruning, bundle.parameters
+        limits = self.limits(pruning, asked)
         allowed = allowance(
             bundle.architecture,
             bundle.metadata.epoch,
-            self.schedule(raised(pruning.safety_schedule, asked.removed_at_most)),
+            limits.schedule,
             shape=pruning.channel_analysis.schedule,
-            margin=self.safety_margin(pruning),
+            margin=limits.margin,
             target=asked.target_ratio,
             level=self.level,
         )
-        used = self.choose_scorer(
-            bundle,
-            scorer or wanted_scorer(bundle, settings),
-            redistribute=redistributes(bundle, settings),
-        )
-        minimum, round_to = self.minimum(pruning), self.round_to(pruning, asked)
+        wanted, redistribute = wanted_scorer(bundle, settings)
+        used = self.choose_scorer(bundle, scorer or wanted, redistribute=redistribute)
+        minimum, round_to = limits.minimum, limits.round_to
         eligible = eligible_groups(
             bundle, used[0], minimum, round_to, level=self.level, shard=shard
         )
         plan = empty_plan(bundle, self.level, allowed, used, eligible, minimum, round_to)
+        if asked.budget is None:
+            return plan
         short = sentence(plan.shortfall, self.out_of_reach(bundle, settings, plan))
         return replace(plan, shortfall=short)
 
@@ -245,7 +242,8 @@ class UnitLevel(ABC):
         threads: int = 1,
     ) -> Ranking:
         """The ranking of ``groups``, of which there is at least one."""
-        candidates = Candidates.of(groups, self.minimum(settings), round_to)
+        limits = self.limits(settings, bundle.parameters)
+        candidates = Candidates.of(groups, limits.minimum, round_to)
         with stage("score"):
             projections = usable_projections(bundle, candidates)
             if scorer in ("output_projection", "reconstruction") and projections is not None:
@@ -257,7 +255,7 @@ class UnitLevel(ABC):
         if scorer == "reconstruction":  # What is alike is predicted: no pairs are needed.
             return Ranking(candidates, scorer, projections, scores, (), threads, bundle.gates)
         likeness = self.likeness(bundle)
-        redundant = pairs_of_groups(candidates, likeness, scores, self.threshold(settings))
+        redundant = pairs_of_groups(candidates, likeness, scores, limits.redundancy)
         return Ranking(candidates, scorer, projections, scores, redundant, threads)
 
     def ranked(
@@ -281,7 +279,9 @@ class UnitLevel(ABC):
                 table is not of this architecture.
         """
         plan = self.prepare(bundle, settings, scorer=scorer, shard=shard)
-        refuse_shard(bundle, shard)
+        if shard is not None and bundle.parameters.budget is not None:
+            expected = "none with a budget: it is fitted over all groups"
+            raise InvalidField("shard", expected, len(shard))
         if not plan.groups or not plan.allowed.quota:
             return Ranked(plan)
         ranking = self.rank(
@@ -293,10 +293,9 @@ class UnitLevel(ABC):
             round_to=plan.round_to,
             threads=threads,
         )
-        budgets = all_budgets(bundle)
-        if not budgets:
+        if bundle.parameters.budget is None:
             return Ranked(plan, ranking, plan.allowed.quota)
-        fit = fitted(bundle, budgets, ranking, plan.allowed.quota)
+        fit = fitted(bundle, all_budgets(bundle), ranking, plan.allowed.quota)
         plan = replace(plan, budget=fit.use, ignored=plan.ignored + fit.ignored)
         if fit.use.of == "original" and not fit.quota and fit.use.left <= fit.use.at_most:
             left = f"{fit.use.left:.4g} of the original {fit.use.resource} are left"
@@ -320,7 +319,7 @@ class UnitLevel(ABC):
         if ranking is None:
             return plan
         choice = decide(ranking, bundle, ranked.quota)
-        threshold = self.threshold(settings.structured_pruning)
+        threshold = self.limits(settings.structured_pruning, bundle.parameters).redundancy
         targets = tuple(self._targets(bundle, plan.groups, ranking, choice, threshold))
         return with_choice(plan, bundle, ranking.candidates, choice, targets)
 
@@ -334,7 +333,8 @@ class UnitLevel(ABC):
     ) -> Iterator[Target]:
         """One target for each group that loses units; costs in their own unit."""
         candidates, selection = ranking.candidates, choice.selection
-        lost, pairs = candidates.by_group(selection.units), pairs_by_group(candidates, selection)
+        lost = candidates.by_group(selection.units)
+        pairs = pairs_by_group(candidates, selection.pairs)
         for number, group in enumerate(groups):
             units = lost.get(group.name)
             if not units:
@@ -345,7 +345,9 @@ class UnitLevel(ABC):
             common = {
                 "layer_name": group.name,
                 "original_indices": tuple(group.origin[unit] for unit in units),
-                "errors": choice.errors_of(places),
+                "errors": tuple(choice.errors[place] * choice.scale for place in places)
+                if choice.errors
+                else (),
                 "redundancy_pairs": tuple(
                     self.redundancy(kept=p.kept, removed=p.removed, similarity=p.similarity)
                     for p in pairs.get(number, ())
@@ -363,18 +365,15 @@ class Channels(UnitLevel):
     level = Level.CHANNEL
     own_order = "the vectors"
 
-    def minimum(self, settings: StructuredPruning) -> int:
-        return settings.channel_analysis.min_channels_per_layer
-
-    def threshold(self, settings: StructuredPruning) -> float:
-        return settings.channel_analysis.redundancy_threshold
-
-    def safety_margin(self, settings: StructuredPruning) -> float:
-        return settings.channel_analysis.safety_margin
-
-    def round_to(self, settings: StructuredPruning, parameters: AnalysisParameters) -> int:
-        asked = parameters.round_to
-        return settings.channel_analysis.round_to if asked == 1 else asked
+    def limits(self, settings: StructuredPruning, asked: AnalysisParameters) -> Limits:
+        own = settings.channel_analysis
+        return Limits(
+            raised(settings.safety_schedule, asked.removed_at_most),
+            own.safety_margin,
+            own.min_channels_per_layer,
+            own.redundancy_threshold,
+            own.round_to if asked.round_to == 1 else asked.round_to,
+        )
 
     def own_scorer(
         self, bundle: CheckpointBundle, wanted: str
@@ -412,14 +411,15 @@ class Channels(UnitLevel):
         if not budgets:
             return ""
         pruning, groups = settings.structured_pruning, list(plan.groups)
-        schedule = raised(pruning.safety_schedule, bundle.parameters.removed_at_most)
-        share = schedule.aggressive_limit * (1 - pruning.channel_analysis.safety_margin)
+        limits = self.limits(pruning, bundle.parameters)
+        last = limits.schedule.aggressive_limit
+        share = last * (1 - limits.margin)
         units = math.floor(share * plan.allowed.original + 1e-6) - plan.allowed.removed
         if Level.HEAD in bundle.levels:
             heads = counted_groups(bundle.architecture, Level.HEAD)
             gone = sum(group.removed for group in heads)
             original = sum(group.original_size for group in heads)
-            units += math.floor(schedule.aggressive_limit * original + 1e-6) - gone
+            units += math.floor(last * original + 1e-6) - gone
             groups += heads
         return out_of_reach(
             bundle.architecture,

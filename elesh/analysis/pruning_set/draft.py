@@ -62,7 +62,6 @@ __all__ = [
     "RelativeOutputError",
     "loss_rise",
     "set_removal",
-    "with_loss_increases",
 ]
 
 
@@ -174,22 +173,6 @@ def _of_layer(data: LayerStatistics) -> LossIncrease:
     if data.removal_rise is None or data.removal_error is None:
         return LossIncrease(float(-data.first_order[0] + 0.5 * data.second_order[0]))
     return LossIncrease(float(data.removal_rise[0]), float(data.removal_error[0]))
-
-
-def with_loss_increases(bundle: CheckpointBundle, targets: Iterable[Target]) -> tuple[Target, ...]:
-    """The targets, each with what removing it alone is predicted to do."""
-    found: list[Target] = []
-    for target in targets:
-        if isinstance(target, LayerPruningTarget):
-            increase = loss_rise(bundle, {}, [target.layer_name])
-        else:
-            increase = loss_rise(bundle, {target.layer_name: target.indices})
-        update = {
-            "predicted_loss_rise": increase.mean if increase else None,
-            "predicted_loss_rise_error": increase.error if increase else None,
-        }
-        found.append(target.model_copy(update=update))
-    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -447,8 +430,16 @@ class Draft:
 
     def frozen(self) -> StructuralPruningDecision:
         """The decision, each target with the loss increase that is predicted for it alone."""
-        metadata = self.bundle.metadata
-        targets = with_loss_increases(self.bundle, self.targets)
+        metadata, targets = self.bundle.metadata, list[Target]()
+        for target in self.targets:
+            whole, name = isinstance(target, LayerPruningTarget), target.layer_name
+            units = {} if isinstance(target, LayerPruningTarget) else {name: target.indices}
+            increase = loss_rise(self.bundle, units, [name] if whole else [])
+            update = {
+                "predicted_loss_rise": increase.mean if increase else None,
+                "predicted_loss_rise_error": increase.error if increase else None,
+            }
+            targets.append(target.model_copy(update=update))
         return StructuralPruningDecision(
             idempotency_key=str(self.key),
             run_id=metadata.run_id,

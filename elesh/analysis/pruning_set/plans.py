@@ -56,8 +56,6 @@ __all__ = [
     "empty_plan",
     "identity_of",
     "merged",
-    "ranked_units",
-    "redistributes",
     "restricted",
     "rounded_to_multiples",
     "wanted_scorer",
@@ -149,6 +147,14 @@ def empty_plan(
     groups = counted_groups(bundle.architecture, level)
     known = bundle.gates.keys() | bundle.channels.keys() | bundle.heads.keys()
     counts = [len(gate.projections) for gate in bundle.gates.values()]
+    nothing = (
+        f"quota 0 ({allowed.removed} of {allowed.original} original {level}s are removed, "
+        f"{allowed.share:.2%} may be at this epoch)"
+    )
+    if not eligible.groups:
+        nothing = f"no group can lose {level}s (see ignored)"
+    elif allowed.quota:
+        nothing = f"no group can lose a whole multiple within quota {allowed.quota}"
     return LevelPlan(
         level=level,
         allowed=allowed,
@@ -156,7 +162,7 @@ def empty_plan(
         confidence=_CONFIDENCE[used],
         fallbacks=fallbacks,
         ignored=eligible.ignored,
-        nothing=_nothing(level, allowed, eligible),
+        nothing=f"nothing to remove: {nothing}",
         minimum=minimum,
         present=sum(group.size for group in groups),
         prunable=len(groups),
@@ -165,17 +171,6 @@ def empty_plan(
         groups=eligible.groups,
         round_to=round_to,
         shortfall=short_of_target(bundle, level, allowed),
-    )
-
-
-def _nothing(level: Level, allowed: Allowance, eligible: Eligible) -> str:
-    if not eligible.groups:
-        return f"nothing to remove: no group can lose {level}s (see ignored)"
-    if allowed.quota:
-        return f"nothing to remove: no group can lose a whole multiple within quota {allowed.quota}"
-    return (
-        f"nothing to remove: quota 0 ({allowed.removed} of {allowed.original} original {level}s "
-        f"are removed, {allowed.share:.2%} may be at this epoch)"
     )
 
 
@@ -191,7 +186,19 @@ def with_choice(
     plan = replace(plan, scorer=choice.scorer or plan.scorer)
 
     def order(selection: Selection) -> tuple[RankedUnit, ...]:
-        return ranked_units(plan.level, candidates, selection.marginal_costs, scale)
+        """Units as they were taken, each with its cost in the targets' own unit."""
+        costs = selection.marginal_costs
+        groups = candidates.group_of[list(costs)].tolist()
+        starts = candidates.starts[groups].tolist()
+        return tuple(
+            RankedUnit(
+                level=plan.level,
+                layer_name=candidates.names[group],
+                index=unit - start,
+                cost=cost * scale,
+            )
+            for (unit, cost), group, start in zip(costs.items(), groups, starts, strict=True)
+        )
 
     max_cost = selection.max_cost * scale if plan.scorer == "output_projection" else None
     return replace(
@@ -207,35 +214,12 @@ def with_choice(
     )
 
 
-def ranked_units(
-    level: Level, candidates: Candidates, marginal_costs: dict[int, float], scale: float
-) -> tuple[RankedUnit, ...]:
-    """Units as they were taken, each with its cost in the targets' own unit."""
-    groups = candidates.group_of[list(marginal_costs)].tolist()
-    starts = candidates.starts[groups].tolist()
-    places = zip(marginal_costs.items(), groups, starts, strict=True)
-    return tuple(
-        RankedUnit(
-            level=level,
-            layer_name=candidates.names[group],
-            index=unit - start,
-            cost=marginal_cost * scale,
-        )
-        for (unit, marginal_cost), group, start in places
-    )
-
-
-def wanted_scorer(bundle: CheckpointBundle, settings: Settings) -> str:
-    """The scorer that request or settings ask for; the request wins unless it says ``auto``."""
-    asked = bundle.parameters.scorer
-    return settings.structured_pruning.channel_analysis.scorer if asked == "auto" else asked
-
-
-def redistributes(bundle: CheckpointBundle, settings: Settings) -> bool:
-    """Whether request or settings say that the consumers of a cut are re-solved."""
-    return (
-        bundle.parameters.redistribute or settings.structured_pruning.channel_analysis.redistribute
-    )
+def wanted_scorer(bundle: CheckpointBundle, settings: Settings) -> tuple[str, bool]:
+    """The scorer that request or settings ask for (the request wins unless it says ``auto``), and
+    whether they say that the consumers of a cut are re-solved."""
+    asked, known = bundle.parameters, settings.structured_pruning.channel_analysis
+    scorer = known.scorer if asked.scorer == "auto" else asked.scorer
+    return scorer, asked.redistribute or known.redistribute
 
 
 Identity = tuple[str, int]

@@ -16,7 +16,7 @@ the samples that chose them, part of it is chance.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -348,10 +348,6 @@ class Choice:
     scorer: Scorer | None = None
     """By what it was chosen, if not as the ranking says."""
 
-    def errors_of(self, units: Sequence[int]) -> tuple[float, ...]:
-        """The standard errors of these places' costs, in their own unit; none if not known."""
-        return tuple(self.errors[unit] * self.scale for unit in units) if self.errors else ()
-
 
 @dataclass(frozen=True)
 class Ranking:
@@ -470,10 +466,10 @@ def usable_projections(bundle: CheckpointBundle, candidates: Candidates) -> Proj
     return Projections.of(gates_of(bundle, level), candidates)
 
 
-def pairs_by_group(candidates: Candidates, selection: Selection) -> dict[int, list[Pair]]:
-    """Redundant pairs of the selection by the number of their group, in its own numbering."""
+def pairs_by_group(candidates: Candidates, pairs: Iterable[Pair]) -> dict[int, list[Pair]]:
+    """Redundant pairs by the number of their group, in its own numbering."""
     found: dict[int, list[Pair]] = {}
-    for pair in selection.pairs:
+    for pair in pairs:
         group = int(candidates.group_of[pair.removed])
         start = int(candidates.starts[group])
         own = Pair(pair.kept - start, pair.removed - start, pair.similarity)
@@ -495,11 +491,17 @@ def kept_near_cut(candidates: Candidates, choice: Choice, group: int) -> tuple[S
         usual = "minimum"
     elif 0 < left < candidates.multiples[group]:
         usual = "rounding"
+    reasons: dict[Reason, frozenset[int]] = {
+        "noise": selection.noise,
+        "representative": selection.kept,
+        "rounding": selection.kept_for_multiple,
+        "redundancy_cost": selection.too_expensive,
+    }
     return tuple(
         SparedUnit(
             index=unit - span.start,
             cost=float(order.costs[unit]) * choice.scale,
-            reason=_reason(selection, unit, usual),
+            reason=next((why for why, units in reasons.items() if unit in units), usual),
         )
         for unit in sorted(near.tolist())
     )
@@ -514,15 +516,3 @@ def groups_near_cut(candidates: Candidates, choice: Choice) -> tuple[SparedGroup
         if group not in losing
     )
     return tuple(SparedGroup(layer_name=name, spared=units) for name, units in found if units)
-
-
-def _reason(selection: Selection, unit: int, usual: Reason) -> Reason:
-    if unit in selection.noise:
-        return "noise"
-    if unit in selection.kept:
-        return "representative"
-    if unit in selection.kept_for_multiple:
-        return "rounding"
-    if unit in selection.too_expensive:
-        return "redundancy_cost"
-    return usual

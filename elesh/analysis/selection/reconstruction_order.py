@@ -88,25 +88,23 @@ class _Consumer:
     A unit of width w owns w inputs that lie side by side; W = C w.
 
     Args:
-        inverse: [W, W], of the second moments of the units.
+        moments: [W, W], second moments of the units.
         slopes: [W, W], second moments of the derivatives at the units.
     """
 
-    def __init__(self, inverse: Doubles, slopes: Doubles, width: int = 1) -> None:
+    def __init__(self, moments: npt.ArrayLike, slopes: Doubles, width: int = 1) -> None:
         self.width = width
+        inner = np.array(moments, dtype=np.float64)
+        strength = RIDGE * float(inner.diagonal().mean())
+        if strength > 0:
+            inner[np.diag_indices(len(inner))] += strength
+            inverse, slopes = _inverse(inner), np.array(slopes, dtype=np.float64)
+        else:  # Silent units: nothing is lost with them.
+            inverse, slopes = np.eye(len(inner)), np.zeros_like(inner)
         self._inverse = _Pending(inverse)
         self._slopes = _Pending(slopes)
         # What every unit has to do with itself, [C, w, w]; of removed units the first is zero.
         self._precision, self._own_slopes = self._blocks(inverse), self._blocks(slopes)
-
-    @classmethod
-    def of(cls, moments: npt.ArrayLike, slopes: npt.ArrayLike, width: int = 1) -> _Consumer:
-        inner = np.array(moments, dtype=np.float64)
-        strength = RIDGE * float(inner.diagonal().mean())
-        if not strength > 0:  # Silent units: nothing is lost with them.
-            return cls(np.eye(len(inner)), np.zeros_like(inner), width)
-        inner[np.diag_indices(len(inner))] += strength
-        return cls(_inverse(inner), np.array(slopes, dtype=np.float64), width)
 
     @property
     def costs(self) -> Doubles:
@@ -170,18 +168,6 @@ def _inverse(matrix: Doubles) -> Doubles:
         return np.asarray(np.linalg.inv(matrix), dtype=np.float64)
     lower = np.tril(inverse)
     return np.ascontiguousarray(lower + np.tril(lower, -1).T)
-
-
-def _consumers(gate: GateStatistics) -> list[_Consumer]:
-    """What every site of the group feeds."""
-    inputs, steady, slopes = gate.input_moments, gate.sample_moments, gate.input_slopes
-    if inputs is None or steady is None or slopes is None:
-        raise ValueError(f"no input moments of {gate.layer_name}")
-    units = gate.projections.shape[1]
-    return [
-        _Consumer.of(moments, residual_slopes(moments, *own), len(moments) // units)
-        for moments, *own in zip(inputs, steady, slopes, strict=True)
-    ]
 
 
 def residual_slopes(
@@ -278,7 +264,16 @@ class ReconstructionOrder(Order):
 
     def _begin(self, group: int) -> None:
         """The group with all its units, less those that are taken."""
-        self._consumers[group] = _consumers(self._gates[group])
+        gate = self._gates[group]
+        units = gate.projections.shape[1]
+        inputs, steady, slopes = gate.input_moments, gate.sample_moments, gate.input_slopes
+        if inputs is None or steady is None or slopes is None:
+            raise ValueError(f"no input moments of {gate.layer_name}")
+        # What every site of the group feeds.
+        self._consumers[group] = [
+            _Consumer(moments, residual_slopes(moments, *own), len(moments) // units)
+            for moments, *own in zip(inputs, steady, slopes, strict=True)
+        ]
         for unit in np.flatnonzero(self.taken[self.candidates.span(group)]).tolist():
             for consumer in self._consumers[group]:
                 consumer.remove(unit)

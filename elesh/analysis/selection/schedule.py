@@ -11,11 +11,12 @@ weighted by stage is in :mod:`elesh.analysis.importance.scores`.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,7 @@ __all__ = [
     "eligible_groups",
     "near_the_cut",
     "phase_at",
+    "phase_ends",
     "raised",
     "sentence",
     "short_of_quota",
@@ -56,12 +58,31 @@ _DECAY = 5.0
 """The exponential schedule covers its way with this many time constants."""
 
 
+class PhaseEnd(NamedTuple):
+    """The end of a phase: its last epoch, and the share that may be gone then."""
+
+    phase: Phase
+    epoch: int
+    limit: float
+
+
+def phase_ends(schedule: SafetySchedule) -> tuple[PhaseEnd, ...]:
+    """Of each phase that ends; epochs count from 1."""
+    phases = (
+        (Phase.PREPARATION, schedule.validation_epochs, 0.0),
+        (Phase.CONSERVATIVE, schedule.conservative_epochs, schedule.conservative_limit),
+        (Phase.MODERATE, schedule.moderate_epochs, schedule.moderate_limit),
+        (Phase.AGGRESSIVE, schedule.aggressive_epochs, schedule.aggressive_limit),
+    )
+    lasts = itertools.accumulate(length for _, length, _ in phases)
+    return tuple(
+        PhaseEnd(phase, last, limit) for (phase, _, limit), last in zip(phases, lasts, strict=True)
+    )
+
+
 def phase_at(epoch: int, schedule: SafetySchedule) -> Phase:
     """The phase that ``epoch`` (counted from 1; 0 is before training) lies in."""
-    for phase, last in schedule.boundaries:
-        if epoch <= last:
-            return phase
-    return Phase.VALIDATION
+    return next((end.phase for end in phase_ends(schedule) if epoch <= end.epoch), Phase.VALIDATION)
 
 
 def curve(shape: Shape, progress: float) -> float:
@@ -117,7 +138,15 @@ def allowance(
     groups = counted_groups(architecture, level)
     original = sum(group.original_size for group in groups)
     removed = sum(group.removed for group in groups)
-    limit, share = _shares(phase, epoch, schedule, shape, margin)
+    limit = share = schedule.aggressive_limit
+    before, start = 0.0, 0
+    for end in phase_ends(schedule):
+        if end.phase is phase:
+            limit = end.limit
+            progress = (epoch - start) / (end.epoch - start) if end.epoch > start else 1.0
+            share = before + (limit - before) * curve(shape, progress)
+        before, start = end.limit, end.epoch
+    share *= 1 - margin
     if target is not None:
         share = min(share, target)
     active = phase not in (Phase.PREPARATION, Phase.VALIDATION)
@@ -143,27 +172,6 @@ def raised(schedule: SafetySchedule, removed_at_most: float | None) -> SafetySch
             "aggressive_limit": removed_at_most,
         }
     )
-
-
-def _shares(
-    phase: Phase, epoch: int, schedule: SafetySchedule, shape: Shape, margin: float
-) -> tuple[float, float]:
-    """The limit of the phase and the share that its curve has reached at ``epoch``."""
-    limits = {
-        Phase.PREPARATION: 0.0,
-        Phase.CONSERVATIVE: schedule.conservative_limit,
-        Phase.MODERATE: schedule.moderate_limit,
-        Phase.AGGRESSIVE: schedule.aggressive_limit,
-        Phase.VALIDATION: schedule.aggressive_limit,
-    }
-    before, start = 0.0, 0
-    for each, last in schedule.boundaries:
-        if each is phase:
-            progress = (epoch - start) / (last - start) if last > start else 1.0
-            share = before + (limits[phase] - before) * curve(shape, progress)
-            return limits[phase], share * (1 - margin)
-        before, start = limits[each], last
-    return limits[phase], limits[phase] * (1 - margin)
 
 
 class Stage(StrEnum):

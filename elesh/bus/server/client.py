@@ -322,7 +322,8 @@ class Gathering:
     def _flush(self) -> None:
         asked, self._asked = self._asked, []
         if len(asked) == 1:
-            _answer(asked[0][2], ALONE)
+            if not asked[0][2].done():
+                asked[0][2].set_result(ALONE)
             return
         for start in range(0, len(asked), _MOST):
             sending = asyncio.create_task(self._exchange(asked[start : start + _MOST]))
@@ -339,16 +340,12 @@ class Gathering:
         except Exception as error:
             answers = [error] * len(asked)
         for (_, _, future), answer in zip(asked, answers, strict=True):
-            _answer(future, answer)
-
-
-def _answer(future: asyncio.Future[Any], answer: Any) -> None:
-    if future.done():  # its task was cancelled
-        return
-    if isinstance(answer, Exception):
-        future.set_exception(answer)
-    else:
-        future.set_result(answer)
+            if future.done():  # its task was cancelled
+                continue
+            if isinstance(answer, Exception):
+                future.set_exception(answer)
+            else:
+                future.set_result(answer)
 
 
 SOCKET_TIMEOUT = 6.0
@@ -370,15 +367,7 @@ class Client(Redis):
     failed: Callable[[], None] = staticmethod(lambda: None)
     """Called whenever a connection failed or another server may have taken over."""
     _gathering: Gathering
-    _locator: Locator | None = None
-
-    @property
-    def server(self) -> tuple[str, int] | None:
-        """Address and port of the server spoken to, a socket's path with port 0; None before."""
-        if path := self.connection_pool.connection_kwargs.get("path"):
-            return str(path), 0
-        place = self._locator.place if self._locator else None
-        return (place.host, place.port) if place else None
+    locator: Locator | None = None
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Send one command; see the module's promises."""
@@ -409,8 +398,8 @@ class Client(Redis):
     async def _moved(self) -> None:
         """Have the next connection ask who is in charge now."""
         self.failed()
-        if self._locator is not None:
-            await self._locator.moved()
+        if self.locator is not None:
+            await self.locator.moved()
         await self.connection_pool.disconnect()
 
 
@@ -448,7 +437,7 @@ def open_client(url: str, partition: str = "main") -> Client:
     except (ValueError, TypeError) as error:
         raise BadAddress(url, error, hint="use redis://host:port/0") from None
     client = cast(Client, Client.from_pool(pool))
-    client.url, client._locator = url, locator
+    client.url, client.locator = url, locator
     client._gathering = Gathering(client, _WATCHDOG)
     return client
 

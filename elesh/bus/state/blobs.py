@@ -151,7 +151,11 @@ class BlobStore:
         self._require_size(f"blob {ref.uri}", ref.size)
         digest, size = hashlib.sha256(), 0
         hashing: asyncio.Task[None] | None = None
-        async with aclosing(self._pieces(ref)) as pieces:
+        scheme, _, place = ref.uri.partition(":")
+        if scheme not in ("redis", "file"):
+            raise InvalidField("blob.uri", "a URI of scheme redis or file", ref.uri)
+        read = self._redis_pieces if scheme == "redis" else self._file_pieces
+        async with aclosing(read(ref, place)) as pieces:
             async for piece in pieces:
                 size += len(piece)
                 if size > ref.size:
@@ -167,16 +171,6 @@ class BlobStore:
             raise _wrong_size(ref, size)
         if digest.hexdigest() != ref.sha256:
             raise DigestMismatch(f"blob {ref.uri}", f"sha256 {ref.sha256}", digest.hexdigest())
-
-    def _pieces(self, ref: BlobRef) -> AsyncGenerator[bytes, None]:
-        """Where a URI's scheme decides who reads it."""
-        scheme, _, place = ref.uri.partition(":")
-        match scheme:
-            case "redis":
-                return self._redis_pieces(ref, place)
-            case "file":
-                return self._file_pieces(ref, place)
-        raise InvalidField("blob.uri", "a URI of scheme redis or file", ref.uri)
 
     async def _redis_pieces(self, ref: BlobRef, digest: str) -> AsyncGenerator[bytes, None]:
         if digest != ref.sha256:

@@ -396,7 +396,9 @@ class BreakerStore:
         """Forget the failures so far and close after a probe. An open breaker stays open: work that
         was admitted before it opened says nothing of recovery."""
         return await self._transition(
-            run_id, level, lambda now_is, _: now_is if now_is.state == "open" else now_is.closed()
+            run_id,
+            level,
+            lambda now_is, _: now_is if now_is.state == "open" else now_is.closed(),
         )
 
     async def reset(self, run_id: str, level: Level, why: str = "") -> BreakerTransition | None:

@@ -15,7 +15,6 @@ of a reaper alone is no silence.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,7 +22,7 @@ from typing import Any, Literal
 from redis.exceptions import ResponseError
 
 from elesh.bus.errors import BusRefuses
-from elesh.bus.scripts import Args, Entry, Keys, Scripts
+from elesh.bus.scripts import Args, Keys, Scripts
 from elesh.bus.server.client import MAX_BLOCK, Client
 from leyline import Priority
 from leyline.streams import REDELIVERIES, STREAMS, Stream
@@ -40,7 +39,6 @@ __all__ = [
     "WORK",
     "last_id",
     "pending_of",
-    "shed_from",
 ]
 
 
@@ -91,13 +89,6 @@ SHED_FROM = {
 """Share of ``stream_length`` that may wait before messages of a priority are shed."""
 
 
-def shed_from(stream: Stream, priority: Priority, length: int) -> int:
-    """The backlog from which a priority is shed of a stream that may hold ``length`` entries; 0
-    for what is never shed."""
-    share = SHED_FROM.get(priority, 0.0) if stream in WORK else 0.0
-    return math.ceil(share * length)
-
-
 Cause = Literal["", "exception", "handover"]
 """Why an entry is requeued; empty for one that was claimed by accident and leaves no trace."""
 _BATCH = 100
@@ -126,45 +117,37 @@ class Groups:
         Waits for the first if need be, at most ``MAX_BLOCK`` seconds whatever is asked for. A group
         that does not exist (yet, or any more) begins at the oldest entry.
         """
+        by_key = {self._keys.stream(stream): stream for stream in streams}
         for _ in range(2):
-            claimed = await self._claim(group, consumer, streams, count, block_seconds)
-            if claimed is not None:
-                return claimed
-            await self._create(group, streams)
+            # A consumer that has just waited without result need not look before waiting again.
+            if consumer not in self._idle or block_seconds <= 0:
+                reply = await self._scripts.run("claim", [*by_key], [group, consumer, count])
+                if reply is None:
+                    await self._create(group, streams)
+                    continue
+                # Lua counts from one.
+                claimed = deliveries_of([(streams[n - 1], entries) for n, entries in reply])
+                if claimed or block_seconds <= 0:
+                    return claimed
+            block = max(1, round(min(block_seconds, MAX_BLOCK) * 1000))
+            ids: Any = dict.fromkeys(by_key, ">")
+            try:
+                found: Any = await self._client.xreadgroup(group, consumer, ids, 1, block)
+            except ResponseError:  # NOGROUP: any other is an outage
+                await self._create(group, streams)
+                continue
+            claimed = deliveries_of((by_key[key.decode()], read) for key, read in pairs_of(found))
+            if claimed:
+                self._idle.discard(consumer)
+            else:
+                self._idle.add(consumer)
+            # A waiting read has its count for each stream: what came at once on two is requeued.
+            for surplus in claimed[count:]:
+                await self.requeue(group, consumer, surplus)
+            return claimed[:count]
         hint = "they are deleted, or the server evicts keys: maxmemory-policy noeviction"
         reason = f"NOGROUP streams lose their group {group} as soon as it is made"
         raise BusRefuses(self._client.url, "NOGROUP", reason, hint=hint)
-
-    async def _claim(
-        self, group: str, consumer: str, streams: Sequence[Stream], count: int, seconds: float
-    ) -> list[Delivery] | None:
-        """As :meth:`claim`; None if a group is missing."""
-        # A consumer that has just waited without result need not look before waiting again.
-        if consumer not in self._idle or seconds <= 0:
-            keys = [self._keys.stream(stream) for stream in streams]
-            reply = await self._scripts.run("claim", keys, [group, consumer, count])
-            if reply is None:
-                return None
-            # Lua counts from one.
-            claimed = deliveries_of([(streams[number - 1], entries) for number, entries in reply])
-            if claimed or seconds <= 0:
-                return claimed
-        by_key = {self._keys.stream(stream): stream for stream in streams}
-        block = max(1, round(min(seconds, MAX_BLOCK) * 1000))
-        ids: Any = dict.fromkeys(by_key, ">")
-        try:
-            found: Any = await self._client.xreadgroup(group, consumer, ids, 1, block)
-        except ResponseError:  # NOGROUP: any other is an outage
-            return None
-        claimed = deliveries_of((by_key[key.decode()], read) for key, read in pairs_of(found))
-        if claimed:
-            self._idle.discard(consumer)
-        else:
-            self._idle.add(consumer)
-        # A waiting read has its count for each stream: what came at once on two is requeued.
-        for surplus in claimed[count:]:
-            await self.requeue(group, consumer, surplus)
-        return claimed[:count]
 
     async def _create(self, group: str, streams: Sequence[Stream]) -> None:
         for stream in streams:
@@ -232,10 +215,6 @@ class Groups:
         """Have the group forget a consumer that ends; one with pending entries stays known."""
         for stream in streams:
             await self._scripts.run("leave", [self._keys.stream(stream)], [group, consumer])
-
-    def entry(self, delivery: Delivery) -> Entry:
-        """A delivery as scripts name it."""
-        return self._keys.stream(delivery.stream), delivery.entry_id
 
 
 def pairs_of(reply: Any) -> list[tuple[bytes, Any]]:

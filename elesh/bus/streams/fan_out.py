@@ -9,7 +9,7 @@ leaves in Redis goes when its decision is committed, else with its time to live.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any
@@ -34,7 +34,6 @@ from leyline import (
 from leyline.errors import brief
 from leyline.streams import WORK
 
-from .consumer_groups import Groups
 from .records import CONTEXT, Delivery, entry_fields
 
 __all__ = ["Plan", "PlanStore", "Planned", "Stored"]
@@ -82,14 +81,6 @@ class Plan:
     deadline: datetime = _LONG_AGO
     """When it is joined whatever parts are there, by the server's clock."""
 
-    @property
-    def facts(self) -> bytes:
-        """What of it is under the signature of the worker that made it; the checkpoint is under
-        its trainer's."""
-        at = round(self.deadline.timestamp() * 1000)
-        facts: bytes = msgpack.packb([self.key, self.fingerprint, self.items, self.origin, at])
-        return facts
-
 
 class PlanStore:
     """The plans of a partition."""
@@ -99,7 +90,6 @@ class PlanStore:
         client: Client,
         scripts: Scripts,
         keys: Keys,
-        groups: Groups,
         guard: Guard,
         clock: ServerClock,
         seconds: int,
@@ -107,7 +97,6 @@ class PlanStore:
         self._client = client
         self._scripts = scripts
         self._keys = keys
-        self._groups = groups
         self._guard = guard
         self._clock = clock
         self._seconds = seconds
@@ -126,9 +115,12 @@ class PlanStore:
     ) -> Planned:
         """Make the checkpoint of ``delivery`` into parts; they have ``window_seconds`` for all."""
         now = await self._clock.now()
-        plan = replace(plan, deadline=now + timedelta(seconds=window_seconds))
+        at = round((now + timedelta(seconds=window_seconds)).timestamp() * 1000)
+        # Under this worker's signature; the checkpoint is under its trainer's.
+        facts: bytes = msgpack.packb([plan.key, plan.fingerprint, plan.items, plan.origin, at])
+        place = self._keys.named("plan", plan.key)
+        signed = self._guard.frame_state(place, facts)
         join = self._framed(JoinItem(plan=plan.key), plan.key, "join", run_id)
-        signed = self._guard.frame_state(self._plan(plan.key), plan.facts)
         fields: list[str | bytes | int] = [
             *("envelope", plan.envelope, "join", join, "total", len(items)),
             *("items", " ".join(plan.items), "origin", plan.origin, "facts", signed),
@@ -140,8 +132,8 @@ class PlanStore:
         for item in items:
             entry = entry_fields(self._framed(item, plan.key, item.name, run_id), plan.carrier)
             args += [len(entry), *entry]
-        known = [self._plan(plan.key), self._keys.named("record", plan.key)]
-        keys = [self._groups.entry(delivery)[0], *known, *self._shared]
+        keys = [self._keys.stream(delivery.stream), place]
+        keys += [self._keys.named("record", plan.key), *self._shared]
         return Planned((await self._scripts.run("plan", keys, args)).decode())
 
     async def load(self, key: str) -> Plan | None:
@@ -151,10 +143,11 @@ class PlanStore:
             Unsigned, BadSignature, NotAuthorized: if it was not made by a key that may decide.
             Malformed: if it is none.
         """
-        stored: Any = await self._client.hgetall(self._plan(key))
+        place = self._keys.named("plan", key)
+        stored: Any = await self._client.hgetall(place)
         if b"envelope" not in stored:
             return None
-        facts = self._guard.state(self._plan(key), stored.get(b"facts", b""))
+        facts = self._guard.state(place, stored.get(b"facts", b""))
         carrier = {
             name: stored.get(name.encode(), b"").decode(errors="replace") for name in CONTEXT
         }
@@ -186,7 +179,7 @@ class PlanStore:
     ) -> Stored:
         """Store a part's result and acknowledge its entry."""
         signed = self._guard.frame_state(self._result(plan, item.name), encode(result))
-        keys = [self._groups.entry(delivery)[0], self._plan(item.plan), self._results(item.plan)]
+        keys = [self._keys.stream(delivery.stream), *self.served_keys(item.plan)]
         args: list[str | bytes | int] = [group, consumer, delivery.entry_id]
         args += [item.plan, item.name, signed]
         verdict = await self._scripts.run("store", [*keys, *self._shared], args)
@@ -199,7 +192,8 @@ class PlanStore:
             Unsigned, BadSignature, NotAuthorized: if one is not by a key that may decide, for this
                 part of this content.
         """
-        stored: Any = await self._client.hmget(self._results(plan.key), list(plan.items))
+        name = self._keys.named("results", plan.key)
+        stored: Any = await self._client.hmget(name, list(plan.items))
         results = {}
         for name, framed in zip(plan.items, stored, strict=True):
             if framed is not None:
@@ -210,21 +204,16 @@ class PlanStore:
     def _result(self, plan: Plan, part: str) -> str:
         """Where a part's result stands, for its signature: the same key may come again with other
         content."""
-        return f"{self._results(plan.key)}#{part}#{plan.fingerprint}"
+        return f"{self._keys.named('results', plan.key)}#{part}#{plan.fingerprint}"
 
     async def join_overdue(self, key: str) -> bool:
         """Queue the join of a plan past its deadline; False if it was queued before."""
-        return bool(await self._scripts.run("overdue", [self._plan(key), *self._shared], [key]))
+        keys = [self._keys.named("plan", key), *self._shared]
+        return bool(await self._scripts.run("overdue", keys, [key]))
 
     def served_keys(self, key: str) -> tuple[str, str]:
         """What a plan leaves in Redis: to be deleted with the step that ends it."""
-        return self._plan(key), self._results(key)
-
-    def _plan(self, key: str) -> str:
-        return self._keys.named("plan", key)
-
-    def _results(self, key: str) -> str:
-        return self._keys.named("results", key)
+        return self._keys.named("plan", key), self._keys.named("results", key)
 
     def _framed(self, message: Message, key: str, name: str, run_id: str) -> bytes:
         event_id = f"work-{stable_hash(key, name)}"

@@ -70,11 +70,6 @@ class History:
     attempts: tuple[Attempt, ...] = ()
     """The last ones, oldest first."""
 
-    @property
-    def counted(self) -> int:
-        """Deliveries that count towards the limit."""
-        return self.crashes + self.exceptions
-
     def __str__(self) -> str:
         counts = (
             (self.crashes, "crash"),
@@ -281,15 +276,14 @@ def deliveries_of(found: Iterable[tuple[Stream, Any]], *, grouped: bool = True) 
     for stream, entries in found:
         for entry_id, fields in entries or ():
             if fields:
-                known = _mapping(fields)
-                count = 1 + History.read(known.get(b"history")).counted if grouped else 0
+                # Scripts return them as a flat list.
+                flat = not isinstance(fields, dict)
+                known = dict(zip(fields[::2], fields[1::2], strict=True)) if flat else fields
+                # Of this group, with those before that count towards the limit.
+                past = History.read(known.get(b"history"))
+                count = 1 + past.crashes + past.exceptions if grouped else 0
                 deliveries.append(Delivery(stream, entry_id.decode(), known, count))
     return deliveries
-
-
-def _mapping(fields: Any) -> dict[bytes, bytes]:
-    """An entry's fields, which scripts return as a flat list."""
-    return fields if isinstance(fields, dict) else dict(zip(fields[::2], fields[1::2], strict=True))
 
 
 def read_dead_letter(delivery: Delivery) -> DeadLetter:

@@ -135,6 +135,8 @@ class EveryEpoch:
         if self._loading is not None:
             self._loading.end()
         self._network, self._exporter = network, Exporter(network)
+        self._not_exported = ""
+        """Why the network could not be exported, as it was last said."""
         device, batch = device_of(network), first_samples(self._calibration[0][0], 2)
         example = map_tensors(lambda x: x.to(device), batch)
         self._recorder = Recorder(
@@ -393,7 +395,10 @@ class EveryEpoch:
                 self.surgeon.architecture, self._held_out, calibration_inputs(self._calibration)
             )
         except ContractError as error:
-            _log.warning("network not published; workers decide by prediction", reason=str(error))
+            if self._not_exported != str(error):  # once, not at every checkpoint
+                self._not_exported = str(error)
+                said = "network not published; workers decide by prediction"
+                _log.warning(said, reason=self._not_exported)
             return None
 
 

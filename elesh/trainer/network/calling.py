@@ -63,23 +63,14 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
     """The model's answer to one batch of inputs."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
-    if _is_one(model, inputs):
-        return model(inputs)
-    return model(*inputs)
-
-
-def _is_one(model: nn.Module, inputs: Any) -> bool:
-    """Whether these inputs are one argument: no plain sequence, or a named tuple that the network
-    does not take as several."""
-    if isinstance(inputs, (Tensor, PackedSequence)) or not isinstance(inputs, Sequence):
-        return True
-    if not hasattr(inputs, "_fields"):
-        return False
-    try:
-        inspect.signature(model.forward).bind(*inputs)
-    except TypeError:
-        return True
-    return False
+    # One argument: no plain sequence, or a named tuple that the network does not take as several.
+    one = isinstance(inputs, (Tensor, PackedSequence)) or not isinstance(inputs, Sequence)
+    if not one and hasattr(inputs, "_fields"):
+        try:
+            inspect.signature(model.forward).bind(*inputs)
+        except TypeError:
+            one = True
+    return model(inputs) if one else model(*inputs)
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -126,26 +117,18 @@ def _mapping(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
 
 def tensors_in(value: Any) -> list[Tensor]:
     """Every tensor in a nest of tuples, lists, mappings and dataclasses, in order."""
-    found: list[Tensor] = []
-    _collect(value, found)
-    return found
-
-
-def _collect(value: Any, found: list[Tensor]) -> None:
+    parts: Iterable[Any] = ()
     if isinstance(value, Tensor):
-        found.append(value)
-    elif isinstance(value, PackedSequence):
-        for part in (value.data, value.sorted_indices, value.unsorted_indices):
-            _collect(part, found)
+        return [value]
+    if isinstance(value, PackedSequence):
+        parts = (value.data, value.sorted_indices, value.unsorted_indices)
     elif isinstance(value, (tuple, list)):
-        for part in value:
-            _collect(part, found)
+        parts = value
     elif isinstance(value, dict) or (not isinstance(value, _PLAIN) and isinstance(value, Mapping)):
-        for part in value.values():
-            _collect(part, found)
+        parts = value.values()
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            _collect(getattr(value, field.name), found)
+        parts = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    return [tensor for part in parts for tensor in tensors_in(part)]
 
 
 def packed_in(value: Any) -> PackedSequence | None:

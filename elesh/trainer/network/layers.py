@@ -223,7 +223,14 @@ def refit(module: nn.Module, by_place: bool = False) -> None:
     """
     commit(module)
     refit_taught(module)
-    _refit_view(module)
+    held = vars(module).get("shape")
+    own = [parameter for parameter in module._parameters.values() if parameter is not None]
+    if isinstance(held, tuple) and len(own) == 1 and own[0].ndim == 1:
+        # The shape that a single vector is viewed in (PoolFormer's scales of layers).
+        wide = [place for place, size in enumerate(held) if size != 1]
+        if len(wide) == 1:
+            sizes = (len(own[0]) if place in wide else 1 for place in range(len(held)))
+            module.shape = tuple(sizes)  # type: ignore[assignment]
     weight = getattr(module, "weight", None)
     if isinstance(module, _NormBase):
         sized = weight if weight is not None else module.running_mean
@@ -245,17 +252,6 @@ def refit(module: nn.Module, by_place: bool = False) -> None:
         module.num_groups = 1 if single else len(weight) // width
     elif isinstance(vars(module).get("normalized_shape"), tuple) and weight.ndim == 1:
         module.normalized_shape = tuple(weight.shape)  # type: ignore[assignment]
-
-
-def _refit_view(module: nn.Module) -> None:
-    """The shape that a module with a single vector views it in (PoolFormer's scales of layers)."""
-    held = vars(module).get("shape")
-    own = [parameter for parameter in module._parameters.values() if parameter is not None]
-    if isinstance(held, tuple) and len(own) == 1 and own[0].ndim == 1:
-        wide = [place for place, size in enumerate(held) if size != 1]
-        if len(wide) == 1:
-            sizes = (len(own[0]) if place in wide else 1 for place in range(len(held)))
-            module.shape = tuple(sizes)  # type: ignore[assignment]
 
 
 def _refit_conv(module: _ConvNd, weight: Tensor, by_place: bool) -> None:

@@ -264,7 +264,8 @@ def _leads_nowhere(thing: Any) -> bool:
 
 def _parts(thing: Any, named: dict[int, dict[str, Any]] | None = None) -> Iterator[Any]:
     """What a container, a function or an object refers to."""
-    sort = _sort_of(thing)
+    kind: Any = type(thing)
+    sort = _sort_of_type(kind)
     if sort == "mapping":
         yield from list(thing.values())
     elif sort in ("list", "set", "tuple", "other container"):
@@ -284,14 +285,9 @@ def _parts(thing: Any, named: dict[int, dict[str, Any]] | None = None) -> Iterat
         yield from list(vars(thing).values())
 
 
-def _sort_of(thing: object) -> str:
-    """What an object is to those who follow references; asked a hundred thousand times."""
-    kind: Any = type(thing)
-    return _sort_of_type(kind)
-
-
 @functools.lru_cache(4096)
 def _sort_of_type(kind: Any) -> str:
+    """What objects of a type are to those who follow references; asked a hundred thousand times."""
     return next((sort for sort, kinds in _SORTS.items() if issubclass(kind, kinds)), "object")
 
 
@@ -346,11 +342,14 @@ def _module(module: nn.Module, seen: dict[int, Any]) -> Iterator[PutBack]:
 
 def _held(thing: Any, seen: dict[int, Any], depth: int) -> Iterator[PutBack]:
     """What puts a container, a tensor or an object back into its present state, with its parts."""
-    if id(thing) in seen or depth > _DEPTH or _is_left_alone(thing):
+    kind: Any = type(thing)
+    # Parameters are known by themselves, too, not only by their type.
+    alone = _type_is_left_alone(kind) or isinstance(thing, nn.Parameter)
+    if alone or id(thing) in seen or depth > _DEPTH:
         return
     seen[id(thing)] = thing
     inside: list[Any] = []
-    sort = _sort_of(thing)
+    sort = _sort_of_type(kind)
     if isinstance(thing, Tensor):
         if thing.layout is torch.strided and not (thing.is_meta or is_lazy(thing)):
             yield _tensor(thing)
@@ -387,14 +386,6 @@ def _emptied(containers: list[Any]) -> None:
     for container in containers:
         if container:
             container.clear()
-
-
-def _is_left_alone(thing: object) -> bool:
-    """Parameters are known by themselves, too, not only by their type."""
-    kind: Any = type(thing)
-    return _type_is_left_alone(kind) or (
-        isinstance(thing, Tensor) and isinstance(thing, nn.Parameter)
-    )
 
 
 @functools.lru_cache(4096)
@@ -466,16 +457,12 @@ def fixed_to_a_shape(model: nn.Module, names: Collection[str]) -> str:
     for name, parameter in model.named_parameters():
         if name in names and any(
             tensor.shape == parameter.shape and id(tensor) not in own
-            for hook in _hooks(parameter)
+            for kind in ("_backward_hooks", "_post_accumulate_grad_hooks")
+            for hook in (getattr(parameter, kind, None) or {}).values()
             for tensor in _tensors_held(hook, _HOOK_DEPTH)
         ):
             return name
     return ""
-
-
-def _hooks(parameter: Tensor) -> Iterator[Any]:
-    for kind in ("_backward_hooks", "_post_accumulate_grad_hooks"):
-        yield from (getattr(parameter, kind, None) or {}).values()
 
 
 def _tensors_held(thing: Any, depth: int) -> Iterator[Tensor]:

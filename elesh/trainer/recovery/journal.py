@@ -164,16 +164,12 @@ class Situation:
         fresh = {**now.unreported, **line.get("outcomes", {})}
         if "reported" in line:
             fresh.pop(line["reported"], None)
-        return replace(now, unreported=fresh)._with_needed_carriers()
-
-    def _with_needed_carriers(self) -> Situation:
-        """Without the contexts of decisions whose last outcome was reported."""
-        pending = (self.begun or {}).get("pending", ())
-        waiting = [line["idempotency_key"] for line in (*pending, *self.unreported.values())]
-        needed = {*waiting, *(cut.key for cut in self.cuts)}
-        if self.carriers.keys() <= needed:
-            return self
-        return replace(self, carriers={k: v for k, v in self.carriers.items() if k in needed})
+        # Contexts of decisions whose last outcome was reported are not needed any more.
+        pending = (now.begun or {}).get("pending", ())
+        waiting = [line["idempotency_key"] for line in (*pending, *fresh.values())]
+        needed = {*waiting, *(cut.key for cut in now.cuts)}
+        carriers = {key: value for key, value in now.carriers.items() if key in needed}
+        return replace(now, unreported=fresh, carriers=carriers)
 
 
 def _whole(line: Line) -> Situation:

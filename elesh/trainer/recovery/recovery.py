@@ -228,7 +228,8 @@ class Recovery:
         """Trace contexts of the decisions that were heard, by key; after a restart of those whose
         outcome is still to be reported."""
         self._keep = keep
-        self._tracked: Tracked | None = None
+        self.tracked: Tracked | None = None
+        """What points are taken of; None before the first of :meth:`resume` and :meth:`track`."""
         self._lock: FolderLock | None = None
         self._points: Points = MemoryPoints()
         if folder is None:
@@ -249,11 +250,6 @@ class Recovery:
     def situation(self) -> Situation:
         """What the journal says."""
         return self._journal.situation
-
-    @property
-    def tracked(self) -> Tracked | None:
-        """What points are taken of; None before the first of :meth:`resume` and :meth:`track`."""
-        return self._tracked
 
     @property
     def unreported(self) -> list[PruningOutcome]:
@@ -331,15 +327,15 @@ class Recovery:
     def track(self, surgeon: Surgeon) -> Tracked:
         """What points are taken of from now on: ``surgeon`` and the parts named before. A process
         that did not resume begins the run anew with this."""
-        if self._tracked is None:
+        if self.tracked is None:
             self._begin_anew(Tracked(surgeon))
-        elif self._tracked.surgeon is not surgeon:
-            self._follow(replace(self._tracked, surgeon=surgeon))
-        assert self._tracked is not None
-        return self._tracked
+        elif self.tracked.surgeon is not surgeon:
+            self._follow(replace(self.tracked, surgeon=surgeon))
+        assert self.tracked is not None
+        return self.tracked
 
     def _follow(self, tracked: Tracked) -> None:
-        self._tracked = tracked
+        self.tracked = tracked
         tracked.surgeon.leave_undo_to_session()
 
     def _begin_anew(self, tracked: Tracked) -> None:
@@ -357,11 +353,11 @@ class Recovery:
     @trainable()
     def save(self, epoch: int) -> bool:
         """Write a restore point of now; False, and a line in the log, if that fails."""
-        if self._tracked is None:
+        if self.tracked is None:
             return False
         self.epoch = epoch
         try:
-            self._journal.write(point=self.put(Snapshot.take(self._tracked, epoch)))
+            self._journal.write(point=self.put(Snapshot.take(self.tracked, epoch)))
         except (ContractError, OSError) as error:
             _log.error("restore point not written", epoch=epoch, reason=str(error))
             return False

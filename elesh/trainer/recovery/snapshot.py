@@ -236,11 +236,17 @@ class Snapshot:
             InvalidField: if a part's state holds what is neither a tensor nor a plain value.
         """
         surgeon = tracked.surgeon
+        accelerators = [device for device in (torch.cuda,) if device.is_available()]
         state = {
             "tensors": _tensors(surgeon.model),
             "optimizer": _optimizer_state(surgeon),
             "parts": {name: _state_of(name, part, surgeon) for name, part in tracked.parts.items()},
-            "random": _random_states(),
+            "random": {
+                "python": random.getstate(),
+                "numpy": np.random.get_state(),
+                "torch": torch.get_rng_state(),
+                "cuda": [state for device in accelerators for state in device.get_rng_state_all()],
+            },
         }
         return cls(surgeon.architecture, copy_tree(state, "training"), epoch)
 
@@ -385,17 +391,6 @@ def _with_joined(saved: Any, present: Any, then: int, now: int) -> Any:
         if lists and (len(value), len(current)) == (then, now):
             state[key] = [*value, *current[then:]]
     return state
-
-
-def _random_states() -> dict[str, Any]:
-    """The states of the global generators of Python, NumPy and PyTorch."""
-    accelerators = [device for device in (torch.cuda,) if device.is_available()]
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": [state for device in accelerators for state in device.get_rng_state_all()],
-    }
 
 
 def _set_random_states(states: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -22,6 +23,7 @@ from opentelemetry.trace import SpanKind
 from elesh._process import is_gone, own_name
 from elesh.bus import (
     DROPPED_TRIES,
+    Backoff,
     Bus,
     BusRefuses,
     BusUnavailable,
@@ -36,7 +38,7 @@ from elesh.bus import (
 )
 from elesh.bus.admission import hear, key_of, read, require_in_time
 from elesh.bus.state.runs import Attempt
-from elesh.observe import SparseLines, get_logger, mark_failed, messaging, span_from
+from elesh.observe import SparseLines, get_logger, mark_failed, messaging, span
 from elesh.settings import Settings
 from leyline import (
     CheckpointBundle,
@@ -45,16 +47,18 @@ from leyline import (
     DeadLetter,
     IdempotencyKey,
     InvalidField,
+    Level,
     Message,
     StructuralAnalysisRequest,
     StructuralPruningDecision,
+    stable_hash,
 )
 from leyline.envelope import TTL, Priority
 from leyline.streams import CHECKPOINTS, DEAD, DECISIONS, REQUESTS, WORK, Stream
 
 from .loop import new_loop
 from .mailbox import Ended, Incoming, Mailbox, Outgoing
-from .publishing import MOST_TIMES, Published, Unanswered, in_attempt, keys_of, with_blobs
+from .publishing import MOST_TIMES, Published, Unanswered, with_blobs
 
 __all__ = ["BusThread"]
 
@@ -97,7 +101,8 @@ class BusThread:
         self._attempt: Attempt | None = None
         self._unanswered = Unanswered()
         self._closing = threading.Event()
-        self._wake: Callable[[], None] = lambda: None
+        self.wake: Callable[[], None] = lambda: None
+        """To be called when something was put into the mailbox."""
         self._thread = threading.Thread(target=self._main, name="elesh-session", daemon=True)
 
     def start(self) -> None:
@@ -111,10 +116,6 @@ class BusThread:
             raise InvalidField("session", "one that was never entered", "a used one", hint=hint)
         self._thread.start()
 
-    def wake(self) -> None:
-        """Something was put into the mailbox."""
-        self._wake()
-
     def close(self, timeout: float) -> None:
         """Send what is queued, for at most ``timeout`` seconds, and end the thread."""
         self._mailbox.close()
@@ -122,7 +123,7 @@ class BusThread:
         if self._thread.ident is None:  # never started
             self._mailbox.miss_all("the session was never entered")
             return
-        self._wake()
+        self.wake()
         self._thread.join(timeout)
         if self._thread.is_alive():
             _log.warning("session closed before its thread ended", seconds=timeout)
@@ -153,7 +154,7 @@ class BusThread:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(rouse)
 
-        self._wake = wake
+        self.wake = wake
         rouse()
         async with contextlib.AsyncExitStack() as stack:
             place = server_url(self._url)
@@ -247,7 +248,9 @@ class BusThread:
         """Send one message, or say why it is missed."""
         name = item.stream.name
         attributes = messaging("send", name, server=bus.server)
-        with span_from(item.carrier, f"send {name}", kind=SpanKind.CLIENT, attributes=attributes):
+        with span(
+            f"send {name}", kind=SpanKind.CLIENT, carrier=item.carrier, attributes=attributes
+        ):
             try:
                 await self._send_when_possible(bus, item, closing)
                 self._sent(item.event_id)
@@ -275,7 +278,7 @@ class BusThread:
             TooLarge: if the bus takes others, but never this one.
             BusUnavailable: if the session closes first.
         """
-        backoff, alone = bus.backoff(closing), 0
+        backoff, alone = Backoff(bus.outage, closing), 0
         while True:
             claimed = False
             try:
@@ -300,10 +303,19 @@ class BusThread:
         message, event_id, keys = item.message, item.event_id, []
         if isinstance(message, CheckpointBundle):
             attempt = self._attempt.number if self._attempt else 0
-            bundle = in_attempt(message, attempt)
-            event_id += f"-{attempt}" if attempt else ""
-            keys = keys_of(bundle, item.request_id)
-            message = await with_blobs(bus, bundle, item.request_id)
+            metadata = message.metadata
+            if attempt:
+                # What was decided for another process's checkpoint is not the answer to this one.
+                event_id += f"-{attempt}"
+                own = "ck-" + stable_hash(metadata.checkpoint_id, str(attempt))
+                metadata = metadata.model_copy(update={"checkpoint_id": own})
+                message = replace(message, metadata=metadata)
+            name = item.request_id or metadata.checkpoint_id
+            # That decisions on it may have.
+            keys = [
+                IdempotencyKey(metadata.epoch, metadata.model_hash, name, level) for level in Level
+            ]
+            message = await with_blobs(bus, message, item.request_id)
         entry = await self._append(bus, item.stream, message, item.epoch, event_id, item.carrier)
         if isinstance(message, CheckpointReady | StructuralAnalysisRequest):
             lives = TTL[Priority.NORMAL].total_seconds() + self._settings.window_seconds
@@ -406,7 +418,12 @@ class BusThread:
                 self._unanswered.ended(published.key)
                 reason = f"no answer within {published.lives:.0f} s"
                 attributes = {"elesh.key": published.key}
-                with span_from(published.carrier, "no answer", attributes=attributes):
+                with span(
+                    "no answer",
+                    kind=SpanKind.CONSUMER,
+                    carrier=published.carrier,
+                    attributes=attributes,
+                ):
                     mark_failed("no_answer", reason)
                 self._mailbox.deliver(Ended(published.key, reason))
             elif not await bus.stands(_stream_of(published), published.entry):

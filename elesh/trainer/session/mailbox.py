@@ -13,9 +13,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from opentelemetry.trace import SpanKind
-
-from elesh.observe import SparseLines, get_logger, mark_failed, span_from
+from elesh.observe import SparseLines, get_logger, mark_failed, span
 from leyline import CheckpointBundle, Message, RequestKey
 from leyline.streams import Stream
 
@@ -158,7 +156,7 @@ class Mailbox:
             self._missed += 1
         attributes = {"elesh.key": item.key} if item.key else None
         name = f"missed {item.stream.name}"
-        with span_from(item.carrier, name, kind=SpanKind.INTERNAL, attributes=attributes):
+        with span(name, carrier=item.carrier, attributes=attributes):
             mark_failed("not_published", reason)
         _lines.warning("not published", stream=item.stream.name, epoch=item.epoch, reason=reason)
         if item.key:

@@ -92,10 +92,6 @@ class MonitoredCuts:
         does without one that was taken back."""
         return self._control > 0 or any(cut.doubted for cut in self.monitored)
 
-    def trigger_of(self, decision: StructuralPruningDecision) -> float:
-        """The drop of accuracy at which this decision is rolled back."""
-        return trigger_of(decision, self._triggers)
-
     @trainable()
     def apply(
         self,
@@ -157,7 +153,7 @@ class MonitoredCuts:
         """Make a cut last and put it under monitoring, or take it back if it cannot be written."""
         recovery, cuts = self._recovery, self._recovery.situation.cuts
         outcome = outcome.model_copy(update={"watched": self._reports})
-        limit = self.trigger_of(decision)
+        limit = trigger_of(decision, self._triggers)
         cut = MadeCut(outcome, before, limit, self._reports, moves=self._moves)
         try:
             point = recovery.put(Snapshot.take(tracked, recovery.epoch))

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 from opentelemetry.trace import Span, SpanKind
 
@@ -28,7 +28,6 @@ from elesh.observe import (
     messaging,
     setup_tracing,
     span,
-    span_from,
 )
 from elesh.settings import Settings
 from elesh.trainer.calibration.recorder import UNNAMED, MeasuredCheckpoint
@@ -52,7 +51,7 @@ from leyline import (
 )
 from leyline.streams import CHECKPOINTS, OUTCOMES, RECOMPILE, REQUESTS, VALIDATION, Stream
 
-from .apply import Evaluation, outcome_of, preserving
+from .apply import Evaluation, outcome_of, preserving, trigger_of
 from .bus_thread import BusThread
 from .mailbox import Ended, Mailbox, Outgoing
 from .monitoring import MonitoredCuts
@@ -84,22 +83,11 @@ class Observers:
     def __init__(self, observers: Sequence[SessionObserver]) -> None:
         self._left = list(observers)
 
-    def on_checkpoint(self, bundle: CheckpointBundle) -> None:
+    def tell(self, event: Literal["on_checkpoint", "on_outcome", "close"], *about: object) -> None:
         """Tell all of them."""
-        self._tell(lambda observer: observer.on_checkpoint(bundle))
-
-    def on_outcome(self, decision: StructuralPruningDecision, outcome: PruningOutcome) -> None:
-        """Tell all of them."""
-        self._tell(lambda observer: observer.on_outcome(decision, outcome))
-
-    def close(self) -> None:
-        """Tell all of them."""
-        self._tell(lambda observer: observer.close())
-
-    def _tell(self, what: Callable[[SessionObserver], None]) -> None:
         for observer in tuple(self._left):
             try:
-                what(observer)
+                getattr(observer, event)(*about)
             except Exception:
                 self._left.remove(observer)
                 _log.exception("observer left out", observer=type(observer).__name__)
@@ -240,7 +228,7 @@ class Session:
             return
         self._bus.close(timeout)
         self._recovery.close()
-        self._observers.close()
+        self._observers.tell("close")
         if self._loading is not None:
             self._loading.end()
 
@@ -272,7 +260,7 @@ class Session:
         self._keep_covariance(bundle)
         metadata = bundle.metadata
         event_id = "ev-" + stable_hash(metadata.run_id, metadata.checkpoint_id)
-        self._observers.on_checkpoint(bundle)
+        self._observers.tell("on_checkpoint", bundle)
         with _creating(CHECKPOINTS):
             return self._queue(CHECKPOINTS, bundle, metadata.epoch, event_id)
 
@@ -394,47 +382,40 @@ class Session:
         if why := self.refused or self._strange(decision):
             _log.warning("decision refused", key=decision.idempotency_key, reason=why)
             return outcome_of(decision, before, before, "refused", why)
+        own = self._covariance
+        given = reconstruct is not None and not callable(reconstruct)
+        if not given and own is not None and own.model_hash == before.model_hash:
+            reconstruct = own  # of the last published checkpoint
         carrier = self._recovery.carriers.get(decision.idempotency_key, {})
         levels = ",".join(level.value for level in decision.taken)
         attributes = {"elesh.key": decision.idempotency_key, "elesh.levels": levels}
-        with span_from(carrier, "apply decision", attributes=attributes) as current:
+        with span(
+            "apply decision", kind=SpanKind.CONSUMER, carrier=carrier, attributes=attributes
+        ) as current:
             outcome = self._cuts.apply(
                 decision,
                 surgeon,
                 evaluate,
-                reconstruct=self._covariance_for(before, reconstruct),
+                reconstruct=reconstruct,
                 redistribute=redistribute,
                 batches=batches,
                 known=known,
             )
             current.set_attribute("elesh.outcome", outcome.result)
-            _mark_unless_applied(outcome)
-            self.report(outcome)
-            limit = self._cuts.trigger_of(decision)
-            self._validated(outcome, limit)
+            triggers = self.settings.structured_pruning.rollback_triggers
+            self._say(outcome, trigger_of(decision, triggers))
             self._changed(outcome, before, surgeon.architecture)
         if outcome.watched:
             self._decided[outcome.idempotency_key] = decision
         else:
             self._recovery.carriers.pop(outcome.idempotency_key, None)
-        self._observers.on_outcome(decision, outcome)
+        self._observers.tell("on_outcome", decision, outcome)
         return outcome
 
     def _keep_covariance(self, bundle: CheckpointBundle) -> None:
         """Cuts decided from this checkpoint are refitted with it."""
         if isinstance(bundle, MeasuredCheckpoint) and bundle.covariance is not None:
             self._covariance = bundle.covariance
-
-    def _covariance_for(
-        self,
-        now: PrunedArchitecture,
-        given: InputCovariance | Callable[[], InputCovariance] | None,
-    ) -> InputCovariance | Callable[[], InputCovariance] | None:
-        """What was given, or that of the last published checkpoint where it is of this network."""
-        found = self._covariance
-        if given is not None and not callable(given):
-            return given
-        return found if found is not None and found.model_hash == now.model_hash else given
 
     def _strange(self, decision: StructuralPruningDecision) -> str:
         """Why a decision is none of this run's, or not any more; empty for one that may be applied.
@@ -484,13 +465,11 @@ class Session:
             # The end of the same story: it goes on in the trace of its checkpoint.
             carrier = self._recovery.carriers.get(key, {})
             attributes = {"elesh.key": key, "elesh.outcome": outcome.result}
-            with span_from(carrier, "watched", attributes=attributes):
-                _mark_unless_applied(outcome)
-                self.report(outcome)
+            with span("watched", kind=SpanKind.CONSUMER, carrier=carrier, attributes=attributes):
+                self._say(outcome, limits[key])
             self._recovery.carriers.pop(key, None)
-            self._validated(outcome, limits[outcome.idempotency_key])
             if decision := self._decided.pop(outcome.idempotency_key, None):
-                self._observers.on_outcome(decision, outcome)
+                self._observers.tell("on_outcome", decision, outcome)
         if outcomes and tracked and before:
             self._changed(outcomes[0], before, tracked.surgeon.architecture)
         return outcomes
@@ -501,8 +480,12 @@ class Session:
         with _creating(OUTCOMES, answers=carrier):
             return self._queue(OUTCOMES, outcome, outcome.epoch, event_id_of(outcome))
 
-    def _validated(self, outcome: PruningOutcome, limit: float) -> None:
-        """Tell Urabrask what was measured."""
+    def _say(self, outcome: PruningOutcome, limit: float) -> None:
+        """Report an outcome, and tell Urabrask what was measured. A decision that the network does
+        not keep is found by the error status of the current span."""
+        if outcome.result != "applied":
+            mark_failed(outcome.result, outcome.detail)
+        self.report(outcome)
         if (validation := validation_of(outcome, limit)) is not None:
             self._queue(VALIDATION, validation, outcome.epoch)
 
@@ -564,12 +547,6 @@ class Session:
             return bundle
         figures = {"accuracy": now.accuracy, "loss": now.loss}
         return replace(bundle, metadata=metadata.model_copy(update=figures))
-
-
-def _mark_unless_applied(outcome: PruningOutcome) -> None:
-    """A decision that the network does not keep is found by the error status of its span."""
-    if outcome.result != "applied":
-        mark_failed(outcome.result, outcome.detail)
 
 
 def _creating(

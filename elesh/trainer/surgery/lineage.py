@@ -57,22 +57,16 @@ def remember(
             nothing is remembered.
     """
     known = lineage_of(model)
-    if original is None:
-        original = _original(known, now)
+    if original is None and not now.history:
+        same = known is not None and known.original.model_hash == now.model_hash
+        original = known.original if known is not None and same else now
+    elif original is None and known is not None:
+        pairs = zip(known.now.history, now.history, strict=False)
+        original = known.original if all(a == b for a, b in pairs) else None
     if original is None:
         vars(model).pop(_ATTRIBUTE, None)
     else:
         vars(model)[_ATTRIBUTE] = Lineage(original, now)
-
-
-def _original(known: Lineage | None, now: PrunedArchitecture) -> PrunedArchitecture | None:
-    if not now.history:
-        same = known is not None and known.original.model_hash == now.model_hash
-        return known.original if known is not None and same else now
-    if known is None:
-        return None
-    pairs = zip(known.now.history, now.history, strict=False)
-    return known.original if all(a == b for a, b in pairs) else None
 
 
 def continued(known: PrunedArchitecture, found: PrunedArchitecture) -> PrunedArchitecture:

@@ -114,7 +114,18 @@ class Masks:
                 module = self._model.get_submodule(path)
                 hook = module.register_forward_pre_hook(_Mask(dim, indices), with_kwargs=True)
                 self._handles.append(hook)
-        self._set_norms(architecture, units)
+        sites: dict[str, NormSite] = {}
+        gone: dict[str, list[int]] = {}
+        for name, chosen in units.items():
+            for norm in architecture.group[name].norms:
+                sites[norm.module] = norm
+                gone.setdefault(norm.module, []).extend(norm.all_of(chosen))
+        for path, indices in gone.items():
+            module, mask = self._model.get_submodule(path), _NormMask(sites[path], indices)
+            if indices and sites[path].kind == "weights":
+                self._handles += replace_weight(module, mask.masked)
+            elif indices:
+                self._handles.append(module.register_forward_pre_hook(mask, with_kwargs=True))
         if self._handles:
             self._uncompiled.__enter__()
 
@@ -136,23 +147,6 @@ class Masks:
             module, hook = self._model.get_submodule(path), _MaskOfParts(dim, indices)
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         self._uncompiled.__enter__()
-
-    def _set_norms(
-        self, architecture: PrunedArchitecture, units: Mapping[str, Collection[int]]
-    ) -> None:
-        sites: dict[str, NormSite] = {}
-        dead: dict[str, list[int]] = {}
-        for name, chosen in units.items():
-            for site in architecture.group[name].norms:
-                sites[site.module] = site
-                dead.setdefault(site.module, []).extend(site.all_of(chosen))
-        for path, indices in dead.items():
-            module, hook = self._model.get_submodule(path), _NormMask(sites[path], indices)
-            if indices and sites[path].kind == "weights":
-                self._handles += replace_weight(module, hook.masked)
-            elif indices:
-                handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-                self._handles.append(handle)
 
     def clear(self) -> None:
         """Take every mask off."""

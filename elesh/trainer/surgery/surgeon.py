@@ -27,7 +27,6 @@ from leyline import (
     ContractError,
     InvalidField,
     PrunedArchitecture,
-    PruningGroup,
     PruningRecord,
 )
 
@@ -88,10 +87,12 @@ class Surgeon:
         model = unwrapped(model)
         require_whole(model)
         require_fit(model, architecture)
-        self._model = model
-        self._architecture = architecture
+        self.model = model
+        self.architecture = architecture
+        """What the network looks like now (masked units are still in it)."""
         self._followed = Followed(model)
-        self._optimizers = self._cuttable(optimizer)
+        self.optimizers = self._cuttable(optimizer)
+        """Those whose state is cut along."""
         self.notes: tuple[str, ...] = ()
         """What has to be said of the last cut: state of optimizers that is begun anew."""
         self._teachers = teachers_in(model)
@@ -110,21 +111,6 @@ class Surgeon:
         remember(model, architecture)
         if optimizer is not None:
             self.require_all_optimizers()
-
-    @property
-    def architecture(self) -> PrunedArchitecture:
-        """What the network looks like now (masked units are still in it)."""
-        return self._architecture
-
-    @property
-    def model(self) -> nn.Module:
-        """The network."""
-        return self._model
-
-    @property
-    def optimizers(self) -> Optimizers:
-        """The optimizers whose state is cut along."""
-        return self._optimizers
 
     @property
     def copies(self) -> tuple[WeightCopy, ...]:
@@ -166,17 +152,17 @@ class Surgeon:
         Raises:
             InvalidField: as when the surgeon is made.
         """
-        self._optimizers = self._cuttable(optimizer)
+        self.optimizers = self._cuttable(optimizer)
         self.require_all_optimizers()
         self._undo_point = None
         self._views_changed()
 
     def _cuttable(self, given: Given) -> Optimizers:
         """The optimizers, if they go on after a cut; what wrappers keep beside them is followed."""
-        tensors = named_tensors(self._model)
+        tensors = named_tensors(self.model)
         optimizers = Optimizers(given, tensors)
         self._followed.add_wrappers(optimizers.wrappers, optimizers.masters.values())
-        cutters = some_cutters(self._architecture, tensors)
+        cutters = some_cutters(self.architecture, tensors)
         require_cuttable(optimizers, tensors, cutters, self._followed.all())
         return optimizers
 
@@ -194,7 +180,7 @@ class Surgeon:
         parameter's shape in the next backward pass.
         """
         found = alive(lambda kind: issubclass(kind, Optimizer) or averages_weights(kind))
-        others = other_optimizers(self._model, self._optimizers.all, stateful=True, among=found)
+        others = other_optimizers(self.model, self.optimizers.all, stateful=True, among=found)
         if others:
             kinds = ", ".join(type(other).__name__ for other in others)
             return (
@@ -202,12 +188,12 @@ class Surgeon:
                 "(optimizer=[first, second]), or delete what is not used"
             )
         try:
-            require_fit(self._model, self._architecture)
+            require_fit(self.model, self.architecture)
         except ContractError as error:
             return f"{error}; after a change of its modules make Recorder and Surgeon anew"
-        prunable = [group for group in self._architecture.groups if group.prunable]
+        prunable = [group for group in self.architecture.groups if group.prunable]
         names = {part.tensor for group in prunable for part in group.slices}
-        if hooked := fixed_to_a_shape(self._model, names):
+        if hooked := fixed_to_a_shape(self.model, names):
             return (
                 f"a gradient hook of {hooked} holds a tensor of its shape, which a cut would not "
                 "reach; let the hook make it of the gradient or of the parameter, as these are then"
@@ -221,7 +207,7 @@ class Surgeon:
         Args:
             among: all that are alive, where the caller has looked.
         """
-        averages = unnamed_averages(self._model, self.copies, among)
+        averages = unnamed_averages(self.model, self.copies, among)
         if averages:
             return (
                 f"an average of the network's weights was not named: {', '.join(averages)}; name "
@@ -235,7 +221,7 @@ class Surgeon:
         Raises:
             InvalidField: naming its kind.
         """
-        others = other_optimizers(self._model, self._optimizers.all)
+        others = other_optimizers(self.model, self.optimizers.all)
         if others:
             kinds = ", ".join(type(other).__name__ for other in others)
             raise InvalidField(
@@ -251,9 +237,9 @@ class Surgeon:
         # Kept in original numbering, which no cut and no undo can shift.
         found: dict[str, tuple[int, ...]] = {}
         for name, originals in self._masked.items():
-            if name not in self._architecture.group:  # It went with a whole layer.
+            if name not in self.architecture.group:  # It went with a whole layer.
                 continue
-            origin = self._architecture.group[name].origin
+            origin = self.architecture.group[name].origin
             units = tuple(unit for unit, number in enumerate(origin) if number in originals)
             if units:
                 found[name] = units
@@ -291,16 +277,14 @@ class Surgeon:
         chosen, masked = self._checked(units), dict(self._masked)
         self._look_again()
         for name, lost in chosen.items():
-            origin = self._architecture.group[name].origin
+            origin = self.architecture.group[name].origin
             masked[name] = masked.get(name, frozenset()) | {origin[unit] for unit in lost}
         self._put_back()
         before, self._masked = self._masked, masked
         if reconstruct is not None:
-            tensors, units = named_tensors(self._model), self.masked
+            tensors, units = named_tensors(self.model), self.masked
             try:
-                solved = reconstructed(
-                    self._model, self._architecture, units, reconstruct, skip=skip
-                )
+                solved = reconstructed(self.model, self.architecture, units, reconstruct, skip=skip)
             except ContractError:
                 self._masked = before
                 raise
@@ -314,7 +298,7 @@ class Surgeon:
         Args:
             solved: new content by path, in present sizes.
         """
-        self._refit(solved, named_tensors(self._model))
+        self._refit(solved, named_tensors(self.model))
 
     def mask_layers(self, names: Iterable[str]) -> None:
         """Multiply the branches of whole blocks by zero until :meth:`unmask`, on top of those that
@@ -324,7 +308,7 @@ class Surgeon:
             InvalidField: if a block does not exist (any more) or may not be removed.
         """
         chosen = frozenset(names)
-        self._architecture.without_layers(sorted(chosen))  # refuses what cannot go
+        self.architecture.without_layers(sorted(chosen))  # refuses what cannot go
         self._masked_layers |= chosen
         self._set_masks()
 
@@ -368,15 +352,15 @@ class Surgeon:
             IdentityMismatch: if the covariance was measured on another structure.
         """
         chosen = self._checked(units)
-        require_fit(self._model, self._architecture)
+        require_fit(self.model, self.architecture)
         self._look_again()
         self._put_back()
-        after = self._architecture.without(chosen, epoch=epoch, key=key)
-        tensors = named_tensors(self._model)
-        cutters = cutters_of(self._architecture, chosen, tensors)
+        after = self.architecture.without(chosen, epoch=epoch, key=key)
+        tensors = named_tensors(self.model)
+        cutters = cutters_of(self.architecture, chosen, tensors)
         given, solved = solved or {}, {}
         if (covariance := reconstruct or redistribute) is not None:
-            solved = reconstructed(self._model, self._architecture, chosen, covariance, skip=skip)
+            solved = reconstructed(self.model, self.architecture, chosen, covariance, skip=skip)
         solved = {**solved, **given}
         data = dict(solved)
         for path, cutter in cutters.items():
@@ -385,13 +369,13 @@ class Surgeon:
         contents = [(tensors[path], new) for path, new in data.items()]
         for copy in self._copied():
             contents += copy.cut(cutters, solved, tensors)
-        states = self._optimizers.cut(cutters, tensors)
+        states = self.optimizers.cut(cutters, tensors)
         self._remember()
         # Everything that can fail is behind us.
         for tensor, new in contents:
             replace_data(tensor, new)
-        self.notes = self._optimizers.put(states)
-        for parameter in self._model.parameters():
+        self.notes = self.optimizers.put(states)
+        for parameter in self.model.parameters():
             parameter.grad = None
         by_place = set[nn.Module]()
         for view in self._views():
@@ -401,7 +385,7 @@ class Surgeon:
                 refit(module, module in by_place)
         for name in chosen:
             for view in self._views():
-                refit_heads(view, self._architecture.group[name], after.group[name])
+                refit_heads(view, self.architecture.group[name], after.group[name])
         self._reach(after)
         return after
 
@@ -423,19 +407,19 @@ class Surgeon:
                 changed then.
         """
         names = list(dict.fromkeys(names))
-        after = self._architecture.without_layers(names, epoch=epoch, key=key)
-        require_fit(self._model, self._architecture)
+        after = self.architecture.without_layers(names, epoch=epoch, key=key)
+        require_fit(self.model, self.architecture)
         self._look_again()
         self._put_back()
         require_layers(self._copied())
         self._remember()
         self._clear_masks()
-        tensors = named_tensors(self._model)
-        blocks = [self._architecture.block[name] for name in names]
+        tensors = named_tensors(self.model)
+        blocks = [self.architecture.block[name] for name in names]
         for view in self._views(teachers=False):  # blocks name what teachers lose
             put_in(view, [stand_in for block in blocks for stand_in in block.stand_ins])
-        gone = tensors.keys() - named_tensors(self._model).keys()
-        self._optimizers.forget([tensors[path] for path in gone])
+        gone = tensors.keys() - named_tensors(self.model).keys()
+        self.optimizers.forget([tensors[path] for path in gone])
         self.notes = ()
         for parameter in tensors.values():
             parameter.grad = None
@@ -453,7 +437,7 @@ class Surgeon:
             raise InvalidField("undo", "a cut to undo", "none", hint=hint)
         point, self._undo_point = self._undo_point, None
         self.bring_back(point)
-        return self._architecture
+        return self.architecture
 
     @contextmanager
     def as_one_cut(self) -> Iterator[None]:
@@ -473,12 +457,12 @@ class Surgeon:
         """A copy of everything that a cut can change, for :meth:`bring_back`."""
         self._look_again()
         return RestorePoint.take(
-            named_tensors(self._model).values(),
+            named_tensors(self.model).values(),
             [copy.tensors() for copy in self._copied()],
             self._skeleton(),
             self._masked,
             self._masked_layers,
-            self._optimizers,
+            self.optimizers,
         )
 
     def bring_back(self, point: RestorePoint) -> None:
@@ -486,9 +470,9 @@ class Surgeon:
         self._put_back()
         self._look_again()
         self._clear_masks()
-        point.bring_back(self._optimizers, lambda: [c.tensors() for c in self._copied()])
-        self._architecture = point.skeleton.architecture
-        remember(self._model, self._architecture)
+        point.bring_back(self.optimizers, lambda: [c.tensors() for c in self._copied()])
+        self.architecture = point.skeleton.architecture
+        remember(self.model, self.architecture)
         self._masked, self._masked_layers = dict(point.masked), point.masked_layers
         self._changed()
 
@@ -504,9 +488,9 @@ class Surgeon:
             if step.layers:
                 self.cut_layers(step.layers, epoch=step.epoch, key=step.key)
             else:
-                units = present(self._architecture, step)
+                units = present(self.architecture, step)
                 self.cut(units, epoch=step.epoch, key=step.key)
-        return self._architecture
+        return self.architecture
 
     def move_to(self, architecture: PrunedArchitecture) -> None:
         """Give the network the structure of ``architecture``, back or forth in its history.
@@ -531,8 +515,8 @@ class Surgeon:
         self.unmask()
         self._look_again()
         skeleton = self._skeletons[max(known)[1]]
-        skeleton.put_in(self._optimizers)
-        found = [named_tensors(self._model), *(copy.tensors() for copy in self._copied())]
+        skeleton.put_in(self.optimizers)
+        found = [named_tensors(self.model), *(copy.tensors() for copy in self._copied())]
         for tensors in found:
             for descriptor in skeleton.architecture.tensors:
                 tensor = tensors.get(descriptor.path)
@@ -541,11 +525,11 @@ class Surgeon:
                         replace_data(tensor, tensor.new_zeros(descriptor.shape))
                     tensor.grad = None
         skeleton.set_sizes()
-        self._architecture = skeleton.architecture
-        remember(self._model, self._architecture)
-        self._optimizers.clear()
+        self.architecture = skeleton.architecture
+        remember(self.model, self.architecture)
+        self.optimizers.clear()
         keeps, self._keeps_point = self._keeps_point, False
-        self.replay(history[len(self._architecture.history) :])
+        self.replay(history[len(self.architecture.history) :])
         self._keeps_point, self._undo_point = keeps, None
         self._changed()
 
@@ -584,8 +568,8 @@ class Surgeon:
 
     def _reach(self, architecture: PrunedArchitecture) -> None:
         """The network has a new structure now."""
-        self._architecture = architecture
-        remember(self._model, architecture)
+        self.architecture = architecture
+        remember(self.model, architecture)
         history = architecture.history
         self._skeletons = [s for s in self._skeletons if s.architecture.history != history]
         self._skeletons.append(self._skeleton())
@@ -595,14 +579,14 @@ class Surgeon:
         """Whatever was made of tensors and modules of before is made anew."""
         torch.clear_autocast_cache()
         compile_anew()
-        rebuild_reducers(self._model)
+        rebuild_reducers(self.model)
         self._set_masks()
 
     def _set_masks(self) -> None:
         """Masks of everything that is masked and still there."""
-        blocks = [self._architecture.block[name] for name in self.masked_layers]
+        blocks = [self.architecture.block[name] for name in self.masked_layers]
         for masks, branches in zip(self._masks, self._branch_masks, strict=True):
-            masks.set(self._architecture, self.masked)
+            masks.set(self.architecture, self.masked)
             branches.set(block for block in blocks if not block.removed)
 
     def _clear_masks(self) -> None:
@@ -612,34 +596,30 @@ class Surgeon:
 
     def _copied(self) -> tuple[WeightCopy, ...]:
         """All second sets of the weights: those followed, and masters that optimizers train."""
-        masters = self._optimizers.masters
+        masters = self.optimizers.masters
         if not masters:
             return self._followed.all()
         return (*self._followed.all(), WeightCopy("optimizer", loose=masters, ordered=True))
 
     def _roots(self) -> list[nn.Module]:
-        return [self._model, *(c.module for c in self._followed.all() if c.module is not None)]
+        return [self.model, *(c.module for c in self._followed.all() if c.module is not None)]
 
     def _views(self, *, teachers: bool = True) -> list[nn.Module]:
         """What answers to the network's module paths: the network, its copies and teachers."""
         copies = [copy for copy in self._followed.all() if copy.module is not None]
         copies += self._teachers if teachers else ()
-        return [self._model, *(cast(nn.Module, copy) for copy in copies)]
+        return [self.model, *(cast(nn.Module, copy) for copy in copies)]
 
     def _skeleton(self) -> Skeleton:
-        return Skeleton.take(self._roots(), self._architecture, self._optimizers)
-
-    def _group(self, name: str) -> PruningGroup:
-        group = self._architecture.group.get(name)
-        if group is None:
-            raise InvalidField("group", f"one of {sorted(self._architecture.group)}", name)
-        return group
+        return Skeleton.take(self._roots(), self.architecture, self.optimizers)
 
     def _checked(self, units: Units) -> dict[str, frozenset[int]]:
         """The units by group, refused if they are not there or may not go."""
         checked: dict[str, frozenset[int]] = {}
         for name, listed in units.items():
-            group, chosen = self._group(name), frozenset(listed)
+            group, chosen = self.architecture.group.get(name), frozenset(listed)
+            if group is None:
+                raise InvalidField("group", f"one of {sorted(self.architecture.group)}", name)
             where, outside = f"groups.{name}", sorted(chosen - set(range(group.size)))
             if outside:
                 raise InvalidField(where, f"units from 0 to {group.size - 1}", outside)

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
 
 from elesh._process import die_with_parent
 from elesh.analysis import Evidence, LevelDraft, draft_level, join, joined
@@ -32,6 +31,7 @@ from leyline import (
     CheckpointBundle,
     CheckpointDocument,
     ContractError,
+    IdempotencyKey,
     Level,
     LevelAnalysis,
     LossFactor,
@@ -83,7 +83,8 @@ def main() -> None:
     sink.flush()
     if sys.argv[3:] == [PRELOAD]:
         _load_torch()
-    while (job := _next_job(source)) is not None:
+    while len(prefix := source.read(PREFIX.size)) == PREFIX.size:
+        job: Job = unpack_body(Job, source.read(*PREFIX.unpack(prefix)))
         sink.write(pack_frame(_answer(job)))
         sink.flush()
 
@@ -93,14 +94,6 @@ def _load_torch() -> None:
         preload()
     except Exception:  # The first job that measures meets it again, and its answer says so.
         traceback.print_exc()
-
-
-def _next_job(source: BinaryIO) -> Job | None:
-    prefix = source.read(PREFIX.size)
-    if len(prefix) < PREFIX.size:
-        return None
-    job: Job = unpack_body(Job, source.read(*PREFIX.unpack(prefix)))
-    return job
 
 
 def _answer(job: Job) -> Reply:
@@ -131,14 +124,14 @@ def _answer(job: Job) -> Reply:
 def _decide(job: Job) -> bytes:
     """All levels of the job and their join."""
     bundle, settings = _input(job)
-    levels = [_analysis(job, bundle, settings, level) for level in job.asked_levels]
+    levels = [_analysis(job, bundle, settings, level) for level in job.levels]
     return encode(joined(bundle, levels, settings, _evidence(job, bundle, settings)))
 
 
 def _level(job: Job) -> bytes:
     """The analysis of the job's one level."""
     bundle, settings = _input(job)
-    (level,) = job.asked_levels
+    (level,) = job.levels
     return encode(_analysis(job, bundle, settings, level).frozen())
 
 
@@ -157,7 +150,7 @@ def _again(job: Job) -> bytes:
     for data in job.parts:
         part = decode(AnalysedPart, data, field="part")
         taken = tuple((each.rung, each.reason) for each in part.fallbacks)
-        own = replace(job, levels=(part.level.value,), shard=part.groups, fallbacks=taken)
+        own = replace(job, levels=(part.level,), shard=part.groups, fallbacks=taken)
         narrow, settings = _input(replace(own, kind="level"))
         analyses.append(_analysis(own, narrow, settings, part.level).frozen())
     return encode(_of_parts(job, analyses))
@@ -197,7 +190,7 @@ def _analysis(job: Job, bundle: CheckpointBundle, settings: Settings, level: Lev
         bundle,
         settings,
         level,
-        key=job.idempotency_key.at(level),
+        key=IdempotencyKey.parse(job.key).at(level),
         threads=job.threads,
         scorer=scope_of(job.fallback_names).scorer or None,
         fallbacks=job.taken_fallbacks,
@@ -215,7 +208,7 @@ def _evidence(job: Job, bundle: CheckpointBundle, settings: Settings) -> Evidenc
     return Evidence(
         breakers={
             level: BreakerStatus(*status)  # type: ignore[arg-type]
-            for level, status in zip(job.asked_levels, job.breakers, strict=True)
+            for level, status in zip(job.levels, job.breakers, strict=True)
         },
         missing=tuple((Level(level), reason) for level, reason in job.missing),
         verify=verifier(bundle, settings, recorded, job.unmeasured) if measures else None,
@@ -233,11 +226,13 @@ def _input(job: Job) -> tuple[CheckpointBundle, Settings]:
     folder, settings = Path(job.folder), _settings(job.settings)
     scope = scope_of(job.fallback_names)
     document = decode(CheckpointDocument, (folder / DOCUMENT).read_bytes(), field="checkpoint")
-    limit = settings.structured_pruning.safety_schedule.conservative_limit
+    if scope.conservative:
+        limit = settings.structured_pruning.safety_schedule.conservative_limit
+        document = scope.narrowed(document, limit)
     names = () if scope.vectors_only else ("gates", "layers", "heads")
     optional = [folder / f"{name}.safetensors" for name in names]
     bundle = CheckpointBundle.from_blobs(
-        scope.narrowed(document, limit),
+        document,
         map_file(folder / "statistics.safetensors"),
         *(map_file(file) if file.exists() else None for file in optional),
         network=None if scope.vectors_only or job.kind == "level" else NetworkExport.load(folder),

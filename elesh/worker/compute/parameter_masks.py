@@ -17,6 +17,7 @@ from elesh.analysis.sketch.parameter_masks import Marking, analyze_parameters
 from leyline import (
     AnalysisRequest,
     BlobRef,
+    IdempotencyKey,
     IdentityMismatch,
     ImportanceData,
     ParameterIdentifier,
@@ -47,7 +48,7 @@ def marked(job: Job) -> bytes:
     parameters, sketch, samples = _merged(folder, 1 + len(request.ranks))
     asked = Marking(request.marking_threshold, request.confidence_threshold)
     masks, report = analyze_parameters(
-        job.idempotency_key, parameters, sketch, samples, asked, threads=job.threads
+        IdempotencyKey.parse(job.key), parameters, sketch, samples, asked, threads=job.threads
     )
     return bytes(msgpack.packb([encode(_packed(masks, folder)), encode(report)]))
 

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Coroutine
 from pathlib import Path
 
 from elesh.observe import get_logger
@@ -136,7 +135,11 @@ class ComputeChild:
                 await self._start()
                 self.busy = True
                 async with asyncio.timeout(timeout):
-                    reply = await self._monitored(self._exchange(job))
+                    assert self._process is not None
+                    assert self._process.stdin is not None
+                    self._process.stdin.write(pack_frame(job))
+                    await self._process.stdin.drain()
+                    reply = await self._monitored_answer()
             except TimeoutError:
                 await self.kill()
                 raise ChildTimeout(f"analysis took longer than {timeout:.3g} s") from None
@@ -159,9 +162,9 @@ class ComputeChild:
                 self._process.kill()
             await self._process.wait()
 
-    async def _monitored(self, exchange: Coroutine[None, None, Reply]) -> Reply:
+    async def _monitored_answer(self) -> Reply:
         """The answer, while the child's resident size is looked at."""
-        answer = asyncio.create_task(exchange)
+        answer = asyncio.create_task(self._read())
         try:
             while not (await asyncio.wait({answer}, timeout=_WATCH_SECONDS))[0]:
                 size = resident(self.pid) if self.pid is not None else None
@@ -171,14 +174,6 @@ class ComputeChild:
         finally:
             answer.cancel()
             await asyncio.gather(answer, return_exceptions=True)
-
-    async def _exchange(self, job: Job) -> Reply:
-        assert self._process is not None
-        writer = self._process.stdin
-        assert writer is not None
-        writer.write(pack_frame(job))
-        await writer.drain()
-        return await self._read()
 
     async def _read(self) -> Reply:
         assert self._process is not None

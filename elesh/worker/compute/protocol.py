@@ -38,7 +38,7 @@ from typing import Any, Literal
 import msgpack
 
 from elesh.worker.spool import SHORTAGE_CODE, Shortage
-from leyline import ContractError, Fallback, IdempotencyKey, Level, errors
+from leyline import ContractError, Fallback, Level, errors
 
 __all__ = [
     "ChildDied",
@@ -99,7 +99,7 @@ class Job:
     folder: str
     key: str
     settings: str
-    levels: tuple[str, ...]
+    levels: tuple[Level, ...]
     breakers: tuple[tuple[str, int, str], ...] = ()
     """State, failures and reason of each level's breaker, as the supervisor saw them."""
     threads: int = 1
@@ -124,11 +124,6 @@ class Job:
     :func:`elesh.program.verifier`) is taken from it."""
 
     @property
-    def asked_levels(self) -> tuple[Level, ...]:
-        """The levels to analyse."""
-        return tuple(map(Level, self.levels))
-
-    @property
     def fallback_names(self) -> tuple[str, ...]:
         """The names of the fallbacks that were taken."""
         return tuple(name for name, _ in self.fallbacks)
@@ -137,11 +132,6 @@ class Job:
     def taken_fallbacks(self) -> tuple[Fallback, ...]:
         """The fallbacks as a decision has them."""
         return tuple(Fallback(rung=rung, reason=reason) for rung, reason in self.fallbacks)
-
-    @property
-    def idempotency_key(self) -> IdempotencyKey:
-        """The parsed key."""
-        return IdempotencyKey.parse(self.key)
 
 
 @dataclass(frozen=True)
@@ -199,9 +189,9 @@ def unpack_body(kind: type[Job] | type[Reply], body: bytes) -> Any:
     if kind is Job:
         pairs = ("breakers", "fallbacks", "missing")
         values |= {name: tuple(map(tuple, values[name])) for name in pairs}
-        plain = ("levels", "shard", "taken_back", "parts")
+        plain = ("shard", "taken_back", "parts")
         values |= {name: tuple(values[name]) for name in plain}
-        return kind(**values)
+        return kind(**values | {"levels": tuple(map(Level, values["levels"]))})
     if values["failed"] is not None:
         values["failed"] = Failed(**values["failed"])
     values["stages"] = tuple(map(tuple, values["stages"]))
@@ -299,7 +289,12 @@ class HeartbeatReader:
         if pid is None:
             return Finding("dead", "the compute child ended; a fresh one is being started")
         now = time.monotonic()
-        state, used = _of_process(pid)
+        # Nothing is known where there is no ``/proc``.
+        state, used = "", 0.0
+        with contextlib.suppress(OSError):
+            # The name may hold spaces and brackets: what counts comes after the last bracket.
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            state, used = fields[0].upper(), (int(fields[11]) + int(fields[12])) / _TICKS
         if pid != self._pid or used > self._used:
             # A fresh child has its time, too: it must load its numerics before its first heartbeat.
             self._pid, self._moved = pid, now
@@ -315,16 +310,6 @@ class HeartbeatReader:
             f"the compute child (pid {pid}) has neither a heartbeat nor used any CPU time for "
             f"{now - self._moved:.0f} s",
         )
-
-
-def _of_process(pid: int) -> tuple[str, float]:
-    """State letter and CPU seconds of a process; nothing known where there is no ``/proc``."""
-    try:
-        # The name may hold spaces and brackets: what counts comes after the last bracket.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return "", 0.0
-    return fields[0].upper(), (int(fields[11]) + int(fields[12])) / _TICKS
 
 
 def limit_data(size: int) -> None:

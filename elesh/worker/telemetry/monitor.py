@@ -317,27 +317,19 @@ class Monitor:
 
     async def _watch(self) -> float:
         """Once a second: how are child and bus?"""
-        before = self._status.condition
-        after = self._condition(self._look())
-        self._status.condition = after
+        found, status = self._look(), self._status
+        before, silent = status.condition, asyncio.get_running_loop().time() - self._heard
+        if status.doing in ("starting", "draining"):
+            why: str = status.doing
+        elif not (why := found.why):
+            away = silent > self._settings.heartbeat_seconds + _PROBE_SECONDS
+            why = "the bus does not serve" if away else status.lacks
+        child = "starting" if status.doing == "starting" else found.child
+        after = status.condition = Condition(child, not why, why)
         if after.why != before.why and before.why != "starting":
             tell = _log.info if after.ready else _log.warning
             tell("ready" if after.ready else "not ready", why=after.why or "-")
         return _PROBE_SECONDS
-
-    def _condition(self, found: Finding) -> Condition:
-        if self._status.doing == "starting":
-            return Condition("starting", False, "starting")
-        if self._status.doing == "draining":
-            return Condition(found.child, False, "draining")
-        if found.why:
-            return Condition(found.child, False, found.why)
-        silent = asyncio.get_running_loop().time() - self._heard
-        if silent > self._settings.heartbeat_seconds + _PROBE_SECONDS:
-            return Condition(found.child, False, "the bus does not serve")
-        if self._status.lacks:
-            return Condition(found.child, False, self._status.lacks)
-        return Condition(found.child, True, "")
 
     async def _heartbeat(self) -> float:
         """Every heartbeat: write to the worker registry."""

@@ -25,7 +25,8 @@ from opentelemetry.trace import SpanKind
 from elesh.bus import Bus, BusUnavailable, CommitOutcome, Delivery, WorkerState
 from elesh.bus.admission import Work, named_key
 from elesh.bus.core import UNTRUSTED
-from elesh.observe import SparseLines, carrier_of, get_logger, messaging, metrics, span_from
+from elesh.observe import SparseLines, carrier_of, get_logger, messaging, metrics, span
+from elesh.safety import levels_of
 from leyline import (
     AnalysisMetrics,
     BreakerTransition,
@@ -48,8 +49,6 @@ __all__ = [
     "Reports",
     "Status",
     "TelemetryBuffer",
-    "levels_of",
-    "reason_of",
     "record_receipts",
 ]
 
@@ -143,18 +142,6 @@ class Status:
         """What it has in flight for the longest time: the key of its decision, and since when."""
         return next(iter(self._in_flight.values()), ("", 0.0))
 
-    def fetched(self, size: int) -> None:
-        """Blobs were read."""
-        metrics.BLOB_BYTES.add(size)
-
-    def analysed(self, level: Level, seconds: float, peak_memory: int) -> None:
-        """The child answered."""
-        self.completed += 1
-        self.seconds.append(seconds)
-        self.peak_memory = max(self.peak_memory, peak_memory)
-        metrics.ANALYSES.add(1, {"level": level.value, "result": "completed"})
-        metrics.ANALYSIS_SECONDS.record(seconds, {"level": level.value})
-
     def gave_up(self, level: Level) -> None:
         """An analysis gave no result."""
         self.failed += 1
@@ -165,7 +152,11 @@ class Status:
         for level in levels_of(decision):
             approved = decision.approved_for_application and level in decision.taken
             verdict = "approved" if approved else "rejected"
-            reason = "none" if approved else reason_of(decision, level)
+            # Else its first gate that failed, or that of the whole decision.
+            failed = [gate.name for gate in decision.safety.gates if not gate.passed]
+            own = [n.partition(".")[2] for n in failed if n.startswith(f"{level.value}.")]
+            own += [n.removeprefix("joint.") for n in failed if n.partition(".")[0] not in _NAMED]
+            reason = "none" if approved else next(iter(own), "nothing_to_remove")
             labels = {"level": level.value, "verdict": verdict, "reason": reason}
             metrics.DECISIONS.add(1, labels)
 
@@ -243,23 +234,9 @@ class Status:
         )
 
 
-def levels_of(decision: StructuralPruningDecision) -> tuple[Level, ...]:
-    """The levels that were asked for."""
-    return tuple(part.level for part in decision.levels) or (decision.key.level,)
-
-
 def _codes(kind: type[ContractError]) -> set[str]:
     """Every class of error that a dead letter can have."""
     return {kind.code}.union(*map(_codes, kind.__subclasses__()))
-
-
-def reason_of(decision: StructuralPruningDecision, level: Level) -> str:
-    """Why a level was rejected, as a label: its first gate that failed, else that of the whole
-    decision, else one fixed word."""
-    failed = [gate.name for gate in decision.safety.gates if not gate.passed]
-    own = [name.partition(".")[2] for name in failed if name.startswith(f"{level.value}.")]
-    whole = [name.removeprefix("joint.") for name in failed if name.partition(".")[0] not in _NAMED]
-    return next(iter([*own, *whole]), "nothing_to_remove")
 
 
 def _saved(outcome: PruningOutcome, decision: StructuralPruningDecision) -> None:
@@ -331,24 +308,26 @@ class TelemetryBuffer:
             await self._wake.wait()
             self._wake.clear()
             while self._waiting:
-                await self._send()
-
-    async def _send(self) -> None:
-        """One round trip; all of it is asked for in one turn of the loop."""
-        batch = [self._waiting.popleft() for _ in range(min(_BATCH, len(self._waiting)))]
-        publishing = (
-            self._bus.publish(
-                event.stream, event.message, source=_SOURCE, priority=Priority.LOW, **event.about
-            )
-            for event in batch
-        )
-        answers = await asyncio.gather(*publishing, return_exceptions=True)
-        failed = [answer for answer in answers if isinstance(answer, Exception)]
-        if dropped := self._dropped:
-            self._dropped = 0
-            self._lines.warning("telemetry dropped", dropped, reason=f"{_MOST} events waited")
-        if failed:
-            self._lines.warning("telemetry missed", len(failed), reason=str(failed[0]))
+                # One round trip: all of it is asked for in one turn of the loop.
+                batch = [self._waiting.popleft() for _ in range(min(_BATCH, len(self._waiting)))]
+                publishing = (
+                    self._bus.publish(
+                        event.stream,
+                        event.message,
+                        source=_SOURCE,
+                        priority=Priority.LOW,
+                        **event.about,
+                    )
+                    for event in batch
+                )
+                answers = await asyncio.gather(*publishing, return_exceptions=True)
+                failed = [answer for answer in answers if isinstance(answer, Exception)]
+                if dropped := self._dropped:
+                    self._dropped = 0
+                    reason = f"{_MOST} events waited"
+                    self._lines.warning("telemetry dropped", dropped, reason=reason)
+                if failed:
+                    self._lines.warning("telemetry missed", len(failed), reason=str(failed[0]))
 
 
 _COMMITTED = {
@@ -400,15 +379,15 @@ class Reports:
             "at": datetime.now(UTC),
             "idempotency_key": str(key or work.key),
             "run_id": work.run_id,
-            "epoch": work.epoch,
+            "epoch": work.key.epoch,
             "metrics": metrics,
             "figures": dict(figures or {}),
             "detail": detail,
         }
-        self.telemetry_buffer.put(TELEMETRY, TelemetryEvent(**values), work.run_id, work.epoch)
+        self.telemetry_buffer.put(TELEMETRY, TelemetryEvent(**values), work.run_id, work.key.epoch)
 
     def analysed(
-        self, work: Work, decision: StructuralPruningDecision, metrics: AnalysisMetrics
+        self, work: Work, decision: StructuralPruningDecision, figures: AnalysisMetrics
     ) -> None:
         """The child answered; fallbacks that the analysis itself took are reported, too.
 
@@ -418,10 +397,13 @@ class Reports:
             own = taken.rung in _ANALYSIS_FALLBACKS and not decision.levels
             if own or taken.rung in _JOIN_FALLBACKS:
                 self.fallback(work, str(decision.key), taken.rung, taken.reason)
-        self.status.analysed(
-            decision.key.level, metrics.duration_seconds, metrics.peak_memory_bytes
-        )
-        self.step("analysed", work, key=decision.key, metrics=metrics)
+        level, status, seconds = decision.key.level.value, self.status, figures.duration_seconds
+        status.completed += 1
+        status.seconds.append(seconds)
+        status.peak_memory = max(status.peak_memory, figures.peak_memory_bytes)
+        metrics.ANALYSES.add(1, {"level": level, "result": "completed"})
+        metrics.ANALYSIS_SECONDS.record(seconds, {"level": level})
+        self.step("analysed", work, key=decision.key, metrics=figures)
 
     def entry(self, step: str, stream: str, entry_id: str, cause: str, detail: str) -> None:
         """An entry went round again."""
@@ -468,7 +450,7 @@ class Reports:
                 outcome=decision.safety.outcome,
                 gates=decision.safety.gates,
             )
-            self.telemetry_buffer.put(VALIDATION, result, work.run_id, work.epoch)
+            self.telemetry_buffer.put(VALIDATION, result, work.run_id, work.key.epoch)
 
     def fallback(self, work: Work, key: str, name: str, reason: str) -> None:
         """A fallback of the failure table was taken."""
@@ -530,7 +512,7 @@ class Reports:
             at=dead_letter.at,
             idempotency_key=dead_letter.idempotency_key,
             run_id=work.run_id if work else "",
-            epoch=work.epoch if work else None,
+            epoch=work.key.epoch if work else None,
             detail=dead_letter.reason,
         )
         self.telemetry_buffer.put(TELEMETRY, event, event.run_id, event.epoch)
@@ -561,10 +543,10 @@ def record_receipts(
         name = delivery.stream.name
         published = int(delivery.entry_id.partition("-")[0]) * 1_000_000
         waited = max(0, now - published) / 1e9
-        with span_from(
-            delivery.carrier,
+        with span(
             f"receive {name}",
             kind=SpanKind.CLIENT,
+            carrier=delivery.carrier,
             attributes=messaging(
                 "receive", name, entry_id=delivery.entry_id, group=WORKERS, server=server
             )

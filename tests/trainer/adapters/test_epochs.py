@@ -15,6 +15,7 @@ from trainer_nets import batches, build
 from elesh.settings import Settings
 from elesh.trainer import Evaluation, Session
 from elesh.trainer.adapters.epochs import EveryEpoch
+from elesh.trainer.export import Exporter
 from leyline import CheckpointBundle, InvalidField, Reconstructed, StructuralPruningDecision
 
 AWAY = "redis://127.0.0.1:1/0"
@@ -173,3 +174,17 @@ def test_a_checkpoint_has_its_accuracy_by_itself() -> None:
     epochs.end_epoch(1)
     accuracy = session.published[0].metadata.accuracy
     assert accuracy == epochs.evaluate().accuracy
+
+
+def test_that_a_network_is_not_published_is_said_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*given: object) -> None:
+        raise InvalidField("program", "a network that can be exported", "another")
+
+    monkeypatch.setattr(Exporter, "export", refused)
+    monkeypatch.setattr(EveryEpoch, "_may_cut", lambda epochs, epoch: True)
+    epochs, _ = running(Kept(), held_out=next(iter(batches(1))))
+    epochs.end_epoch(1)
+    epochs.end_epoch(2)
+    assert caplog.text.count("network not published") == 1

@@ -55,7 +55,7 @@ def test_a_language_model_is_measured_with_its_own_loss_and_sampler() -> None:
         assert np.abs(gate.projections).max() > 0
         assert (gate.second_order >= 0).all()
     _, again = measured(sample_labels=NextTokens(3))
-    assert again.gates_blob() == bundle.gates_blob()
+    assert again.blobs().get("gates") == bundle.blobs().get("gates")
 
 
 def test_without_a_sampler_the_true_tokens_serve_and_the_statistics_say_so() -> None:

@@ -115,8 +115,8 @@ def test_merging_in_steps_is_merging_at_once(
 def test_one_rank_is_itself(recorder: Recorder, data: tuple[Tensor, Tensor]) -> None:
     one = measured(recorder, data, slice(0, 8))
     merged = merge_ranks([one])
-    assert merged.gates_blob() == one.gates_blob()
-    assert merged.layers_blob() == one.layers_blob()
+    assert merged.blobs().get("gates") == one.blobs().get("gates")
+    assert merged.blobs().get("layers") == one.blobs().get("layers")
 
 
 def test_every_field_of_the_statistics_has_its_rule() -> None:

@@ -98,11 +98,11 @@ def test_two_identical_measurements_give_identical_bundles(name: str) -> None:
     model = build(name)
     recorder = Recorder(model, example())
     one, two = (recorder.measure(batches(), epoch=1) for _ in range(2))
-    assert one.statistics_blob() == two.statistics_blob()
-    assert one.gates_blob() == two.gates_blob()
+    assert one.blobs()["statistics"] == two.blobs()["statistics"]
+    assert one.blobs().get("gates") == two.blobs().get("gates")
     assert one.document == two.document
     other = Recorder(model, example(), seed=1).measure(batches(), epoch=1)
-    assert other.gates_blob() != one.gates_blob()
+    assert other.blobs().get("gates") != one.blobs().get("gates")
 
 
 def state_of(model: nn.Module) -> tuple[Any, ...]:
@@ -171,8 +171,8 @@ def test_statistics_do_not_depend_on_how_the_network_is_used(mode: str) -> None:
     model.train(mode == "train").requires_grad_(mode != "frozen")
     with torch.inference_mode(mode == "inference"), torch.set_grad_enabled(mode != "no_grad"):
         bundle = measured(model)
-    assert bundle.gates_blob() == expected.gates_blob()
-    assert bundle.statistics_blob() == expected.statistics_blob()
+    assert bundle.blobs().get("gates") == expected.blobs().get("gates")
+    assert bundle.blobs()["statistics"] == expected.blobs()["statistics"]
 
 
 def test_measuring_under_autocast_comes_close() -> None:
@@ -215,7 +215,7 @@ def test_after_a_cut_the_recorder_takes_the_surgeons_architecture() -> None:
     assert bundle.architecture.original_parameters == original.parameters
     assert bundle.architecture.group["stem"].removed == len(units(original)["stem"])
     known = Recorder(model, example(), architecture=surgeon.architecture)
-    assert known.measure(batches(), epoch=1).gates_blob() == bundle.gates_blob()
+    assert known.measure(batches(), epoch=1).blobs().get("gates") == bundle.blobs().get("gates")
 
 
 def test_metadata_says_what_was_measured() -> None:
@@ -234,7 +234,7 @@ def test_a_bundle_survives_its_folder(tmp_path: Any) -> None:
     bundle = measured(build("Dense"))
     loaded = CheckpointBundle.load(bundle.save(tmp_path / "b"))
     assert loaded.document == bundle.document
-    assert loaded.gates_blob() == bundle.gates_blob()
+    assert loaded.blobs().get("gates") == bundle.blobs().get("gates")
 
 
 def test_a_loss_may_be_a_mean_or_one_number_a_sample() -> None:
@@ -260,7 +260,7 @@ def test_ones_own_sampler_is_used_and_seeded() -> None:
     recorder = Recorder(build("Vgg"), example(), loss=loss, sample_labels=sampler, outputs="values")
     one, two = (recorder.measure(data, epoch=1) for _ in range(2))
     assert one.metadata.labels == "sampled"
-    assert one.gates_blob() == two.gates_blob()
+    assert one.blobs().get("gates") == two.blobs().get("gates")
 
 
 def test_directions_are_centred_for_logits_only() -> None:
