@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from elesh.analysis.budgets.knapsack import resource_model
 from elesh.trainer.network.calling import Inputs, batch_size, call, device_of
+from elesh.trainer.network.layers import channel_axes
 from elesh.trainer.network.state import preserve_state
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import Budget, LatencyTable, LayerLatency, Level, PrunedArchitecture
@@ -152,13 +153,16 @@ def _grid(
     if isinstance(module, _Norms):
         return {(n, 0): _narrowed(module, given, n) for n in _stairs(len(weight), fractions, step)}
     outputs, inside = weight.shape[:2]
-    depthwise = isinstance(module, (nn.Conv1d, nn.Conv2d)) and module.groups > 1
-    if depthwise and (inside != 1 or module.groups != outputs):
+    groups = module.groups if isinstance(module, (nn.Conv1d, nn.Conv2d)) else 1
+    if groups == outputs and inside == 1 < groups:
+        sizes = _stairs(outputs, fractions, step)
+        return {(n, 1): _resized(module, given, 1, 1, n) for n in sizes}
+    if groups > 1 and not channel_axes(module).shares:
         return {(outputs, inside): lambda: module(given)}  # groups tie the two sizes together
     return {
-        (out, into): _resized(module, given, out, out if depthwise else into)
-        for out in _stairs(outputs, fractions, step)
-        for into in ([inside] if depthwise else _stairs(inside, fractions, step))
+        (out * groups, into): _resized(module, given, out, into, groups)
+        for out in _stairs(outputs // groups, fractions, step)
+        for into in _stairs(inside, fractions, step)
     }
 
 
@@ -168,20 +172,24 @@ def _stairs(size: int, fractions: Sequence[float], step: int) -> list[int]:
     return sorted({size, *(n for edge in edges for n in (edge, edge + 1) if n < size)})
 
 
-def _resized(module: nn.Module, given: Tensor, outputs: int, inside: int) -> _Timed:
-    """A copy of ``module`` with fewer outputs and inputs, called on a part of its input."""
-    small = copy.deepcopy(module)
+def _resized(
+    module: nn.Module, given: Tensor, outputs: int, inside: int, groups: int = 1
+) -> _Timed:
+    """A copy of ``module`` with so many groups, and outputs and inputs of each, called on a part of
+    its input."""
+    small, whole = copy.deepcopy(module), getattr(module, "groups", 1)
     axis = -1 if isinstance(module, nn.Linear) else 1
     for name in ("weight", "bias"):
         tensor = getattr(small, name)
         if tensor is None:
             continue
-        part = tensor[:outputs, :inside] if name == "weight" else tensor[:outputs]
+        part = tensor.unflatten(0, (whole, -1))[:groups, :outputs].flatten(0, 1)
+        part = part[:, :inside] if name == "weight" else part
         setattr(small, name, nn.Parameter(part.detach().clone(), requires_grad=False))
     if isinstance(small, (nn.Conv1d, nn.Conv2d)):
-        small.in_channels, small.out_channels = inside, outputs
-        small.groups = inside if small.groups != 1 else 1
-    part = given.narrow(axis, 0, inside).clone()
+        small.in_channels, small.out_channels = inside * groups, outputs * groups
+        small.groups = groups
+    part = given.narrow(axis, 0, inside * groups).clone()
     return lambda: small(part)
 
 

@@ -49,6 +49,17 @@ def test_a_table_has_every_layer_at_sizes_up_to_its_own_and_leaves_the_network_a
     assert cost.total({}) <= table.total_seconds * 1.001
 
 
+def test_grouped_convolutions_are_timed_with_fewer_places_in_every_group() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 48, 3, groups=2), nn.Conv2d(48, 5, 1))
+    inputs = torch.randn(2, 3, 6, 6)
+    architecture = Recorder(model, inputs).architecture
+    table = measure_latency(model, inputs, architecture, rounds=1, seconds=1e-4)
+    grouped = next(layer for layer in table.layers if layer.layer == "1")
+    assert len(grouped.outputs) > 1 < len(grouped.inputs)
+    assert (grouped.outputs[-1], grouped.inputs[-1]) == (48, 32)
+    assert all(size % 2 == 0 for size in grouped.outputs)
+
+
 def test_what_surrounds_the_layers_goes_with_their_outputs_as_smaller_networks_tell() -> None:
     """Totals that are a constant, the layers, and so much an output, are told apart exactly."""
     architecture = Recorder(Net(), torch.randn(2, 3, 8, 8)).architecture

@@ -212,9 +212,7 @@ def test_heads_of_every_family_are_measured_element_by_element(name: str) -> Non
     assert "moments_failure" not in [taken.rung for taken in fallbacks]
 
 
-def test_a_head_with_more_channels_at_one_reader_than_at_another_has_no_input_moments() -> (
-    None
-):
+def test_a_head_with_more_channels_at_one_reader_than_at_another_has_no_input_moments() -> None:
     torch.manual_seed(0)
     recorder = Recorder(Merged(), torch.randn(2, 4, 6))
     (group,) = [g for g in recorder.architecture.groups if g.level is Level.HEAD]

@@ -120,15 +120,15 @@ class Saturated(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.enter, self.out = nn.Linear(4, 8), nn.Linear(1, 3)
+        self.enter, self.out = nn.Linear(4, 8), nn.Linear(9, 3)
         self.hidden = nn.Linear(8, 9, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        level = self.hidden(self.enter(x)).abs().sum(-1, keepdim=True)
-        return self.out(torch.sigmoid(50 * level))
+        return self.out(torch.sigmoid(5e4 * self.hidden(self.enter(x)).abs()))
 
 
 def test_a_mask_counts_where_only_saturation_hides_it() -> None:
+    torch.manual_seed(0)
     architecture = Recorder(Saturated(), torch.randn(6, 4)).architecture
     assert architecture.group["enter"].prunable
     dead = nn.Sequential(nn.Linear(4, 8), nn.Threshold(1e9, 0.0), nn.Linear(8, 3))
