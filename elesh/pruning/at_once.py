@@ -40,6 +40,7 @@ from elesh.trainer.surgery.layer_by_layer import (
     solved_layer_by_layer,
 )
 from elesh.trainer.surgery.lineage import lineage_of
+from elesh.trainer.surgery.output_matching import match_outputs
 from elesh.trainer.surgery.principal_components import turn_streams
 from leyline import (
     Budget,
@@ -119,7 +120,8 @@ def prune(
             abort the process with fewer (see :mod:`elesh.trainer.network.onednn`).
         round_to: groups keep a multiple of so many channels.
         reconstruct: solve the layers that read what is left again, one behind the other, for what
-            they put out before, and re-estimate batch statistics.
+            they put out before, and re-estimate batch statistics; in the end bring all layers
+            nearer to the outputs before, if that is better for validation.
         soften: if the network is surer of the samples than its accuracy warrants, scale its
             outputs down, so that training can go on well; answers stay the same. Not with a loss
             of one's own or ``max_loss_increase``.
@@ -180,6 +182,7 @@ def prune(
             held_back = work.run(rounds)
             if work.turned and not work.has_cut:
                 surgeon.bring_back(given)
+            work.match()
             if soften and loss is None and max_loss_increase is None:
                 work.soften()
         shown.doing("measuring latency")
@@ -327,6 +330,33 @@ class _Work:
         if self.turned:
             self.progress.done(f"turned to its principal components: {', '.join(self.turned)}")
 
+    def match(self) -> None:
+        """The cut network's outputs nearer to those before, if that does it good."""
+        if not self.has_cut or self._outputs is None:
+            return
+        before = self.surgeon.restore_point()
+        if not self._match(self._outputs):
+            return
+        found, refused = self.judge.now()
+        now = self.evaluation
+        if refused or not (found.loss < now.loss or found.accuracy > now.accuracy):
+            self.progress.done("  taken back: neither accuracy nor loss is better")
+            self.surgeon.bring_back(before)
+        else:
+            self.evaluation = found
+
+    def _match(self, outputs: OutputsBefore) -> bool:
+        """Whether that changed anything."""
+        if outputs.answers is None:
+            return False
+        self.progress.doing("matching outputs to those before")
+        found = match_outputs(self.surgeon.model, outputs.inputs, outputs.answers)
+        if found is None or not found.after < found.before:
+            return False
+        what = f"outputs matched to those before: {found.before:.1%} to {found.after:.1%} apart"
+        self.progress.done(what)
+        return True
+
     def soften(self) -> None:
         """The cut network's outputs, no surer of training samples than its accuracy warrants."""
         if not self.has_cut:
@@ -436,6 +466,8 @@ class _Work:
                 reestimate_batch_statistics(surgeon.model, self.batches)
         self.progress.doing(f"{name}: measuring the cut")
         found, refused = self.judge.now()
+        if refused and outputs is not None and self._match(outputs):
+            found, refused = self.judge.now()
         units = sum(map(len, decision.units.values()))
         macs = surgeon.architecture.macs / max(surgeon.architecture.original_macs, 1)
         number = len(self.rounds) + 1

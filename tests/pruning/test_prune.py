@@ -14,9 +14,11 @@ from torch.nn import functional
 from trained import SmallNet, SmallVit, accuracy, batches, digits, trained
 
 import elesh
+from elesh.pruning import at_once
 from elesh.pruning.samples import divided
 from elesh.trainer import Recorder
 from elesh.trainer.network.gates import GateMeter
+from elesh.trainer.surgery.output_matching import Matched
 from leyline import InvalidField, Level
 
 
@@ -113,6 +115,42 @@ def test_heads_go_where_heads_are_asked_for() -> None:
     heads = [g.name for g in report.original.groups if g.level is Level.HEAD]
     assert any(report.removed.get(name) for name in heads)
     assert before - accuracy(model) <= 0.05
+
+
+def test_outputs_that_come_nearer_at_the_cost_of_validation_are_put_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, plain, tried = trained(), trained(), list[int]()
+
+    def harmful(network: nn.Module, inputs: Any, wanted: torch.Tensor) -> Matched:
+        tried.append(len(wanted))
+        network.get_submodule("head").weight.data.neg_()  # type: ignore[operator]
+        return Matched(0.5, 0.1)
+
+    monkeypatch.setattr(at_once, "match_outputs", harmful)
+    prune_quickly(model, {"macs": 0.5}, evaluate=validation(model), soften=False)
+    assert tried == [256]
+    monkeypatch.setattr(at_once, "match_outputs", lambda *args: None)
+    prune_quickly(plain, {"macs": 0.5}, evaluate=validation(plain), soften=False)
+    assert unchanged(model, state_of(plain))
+
+
+def test_a_cut_network_is_brought_nearer_to_its_outputs_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images = digits().validation.images
+    with torch.no_grad():
+        wanted = trained().eval()(images)
+
+    def apart(model: nn.Module) -> tuple[float, float]:
+        with torch.no_grad():
+            return accuracy(model), float((model.eval()(images) - wanted).square().mean())
+
+    model, plain = trained(), trained()
+    prune_quickly(model, {"macs": 0.4}, evaluate=lambda: apart(model), soften=False)
+    monkeypatch.setattr(at_once, "match_outputs", lambda *args: None)
+    prune_quickly(plain, {"macs": 0.4}, evaluate=lambda: apart(plain), soften=False)
+    assert apart(model)[1] < 0.9 * apart(plain)[1]
 
 
 @pytest.mark.slow

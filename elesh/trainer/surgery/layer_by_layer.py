@@ -31,6 +31,7 @@ from elesh.trainer.network.calling import (
     call,
     device_of,
     joined,
+    main_output,
     map_tensors,
     replace_first,
 )
@@ -82,6 +83,8 @@ class OutputsBefore:
     """By layer: the axis of its weight that counts outputs."""
     whole: bool
     """Whether these are all samples that were given, and several."""
+    answers: Tensor | None = None
+    """[S, ...] the network's main output; None where it is large."""
 
     def without(
         self, architecture: PrunedArchitecture, units: Mapping[str, Collection[int]]
@@ -136,10 +139,11 @@ def outputs_before(
                 values[name] = _drawn(_positions_last(module, output), count)
 
             stack.enter_context(_hooked(layers[name].register_forward_hook(keep)))
-        if counts:
-            call(model, inputs)
+        answers = main_output(call(model, inputs)) if counts else None
+    if answers is not None and answers.numel() > _HELD:
+        answers = None
     axes = {name: int(is_transposed_linear(layers[name])) for name in values}
-    return OutputsBefore(inputs, values, counts, axes, _TWO <= given == batch_size(inputs))
+    return OutputsBefore(inputs, values, counts, axes, _TWO <= given == batch_size(inputs), answers)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,134 @@
+"""A cut network brought nearer to the outputs that it had before, by steps of gradient descent.
+
+:mod:`.layer_by_layer` solves the layers that read units, each for itself. What the kept units
+compute stays as it was. Where much goes, few units should compute something else than the same few
+did among many. So here all layers move together, for a few passes over the samples, towards the
+outputs of the network before the cut (Hinton, Vinyals and Dean 2015, section 2.1: squared
+differences of logits). Labels are not looked at.
+
+Promises: nothing but trained parameters changes, and their ``grad`` does not; what does not end
+nearer than it began is put back bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from elesh.trainer.network.calling import Inputs, batch_size, call, main_output, map_tensors
+from elesh.trainer.network.state import preserve_state
+
+__all__ = ["Matched", "match_outputs"]
+
+_PASSES, _BATCH = 4, 32
+_STEP = 0.02
+"""Of the root mean square of a tensor: how far its elements go in a step of the first pass."""
+_FINER, _MUCH_FINER = 2, 8
+"""By how much steps shrink after a pass that came nearer, and after one that did not."""
+_NEAR = 1e-3
+"""Share of the outputs' variance: what is missing less is not worth the passes."""
+_MEAN, _SQUARE, _TINY = 0.9, 0.99, 1e-12
+"""Of Adam (Kingma and Ba 2015); squares are forgotten fast, as there are few steps."""
+
+
+@dataclass(frozen=True)
+class Matched:
+    """How much of the outputs' variance is missing, of 1."""
+
+    before: float
+    after: float
+
+
+def match_outputs(model: nn.Module, inputs: Inputs, wanted: Tensor) -> Matched | None:
+    """Move all trained parameters so that the network's main output comes nearer to what is wanted.
+
+    Args:
+        inputs: samples of training data, on the network's device.
+        wanted: [S, ...] the main output of these samples before a cut.
+
+    Returns:
+        How near it was and is; None where nothing was tried: the outputs have another shape than
+        before or do not vary, or no parameter of 32 bits is trained.
+    """
+    size = batch_size(inputs)
+    trained = [
+        p
+        for p in model.parameters()
+        if p.requires_grad and p.dtype in (torch.float32, torch.float64) and p.numel()
+    ]
+    variance = float((wanted.float() - wanted.float().mean(0)).square().mean())
+    if not trained or len(wanted) != size or not 0 < variance < math.inf:
+        return None
+    with preserve_state(model, 0):
+        first = _missing(model, inputs, wanted, variance)
+        if first is None or not first > _NEAR:
+            return None if first is None else Matched(first, first)
+        nearest, step = first, _STEP
+        descent, best = _Descent(trained), [p.detach().clone() for p in trained]
+        for number in range(_PASSES):
+            order = torch.randperm(size, generator=torch.Generator().manual_seed(number))
+            for rows in torch.split(order.to(wanted.device), _BATCH):
+                output = main_output(call(model, _rows(inputs, rows)))
+                error = mse_loss(output.float(), wanted[rows].float()) / variance
+                descent.step(torch.autograd.grad(error, trained, allow_unused=True), step)
+            missing = _missing(model, inputs, wanted, variance)
+            if missing is not None and missing < nearest:
+                nearest, step = missing, step / _FINER
+                best = [p.detach().clone() for p in trained]
+            else:
+                for parameter, value in zip(trained, best, strict=True):
+                    parameter.data.copy_(value)
+                step, descent = step / _MUCH_FINER, _Descent(trained)
+    return Matched(first, nearest)
+
+
+class _Descent:
+    """Steps of Adam, each tensor's in its own size."""
+
+    def __init__(self, trained: Sequence[Tensor]) -> None:
+        self.trained = trained
+        self.sizes = [float(p.detach().float().square().mean().sqrt()) for p in trained]
+        self.means = [torch.zeros_like(p) for p in trained]
+        self.squares = [torch.zeros_like(p) for p in trained]
+        self.number = 0
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor | None], step: float) -> None:
+        """Go so far, as a share of a tensor's root mean square."""
+        self.number += 1
+        states = zip(self.trained, gradients, self.means, self.squares, self.sizes, strict=True)
+        for parameter, gradient, mean, square, size in states:
+            if gradient is None:
+                continue
+            mean.lerp_(gradient, 1 - _MEAN)
+            square.lerp_(gradient.square(), 1 - _SQUARE)
+            first = mean / (1 - _MEAN**self.number)
+            second = (square / (1 - _SQUARE**self.number)).sqrt()
+            parameter.sub_(step * size * first / (second + _TINY))
+
+
+@torch.no_grad()
+def _missing(model: nn.Module, inputs: Inputs, wanted: Tensor, variance: float) -> float | None:
+    """Share of the outputs' variance; None where they have another shape."""
+    total, every = 0.0, torch.arange(len(wanted), device=wanted.device)
+    for rows in torch.split(every, 8 * _BATCH):
+        output = main_output(call(model, _rows(inputs, rows)))
+        if output.shape != wanted[rows].shape:
+            return None
+        total += len(rows) * float(mse_loss(output.float(), wanted[rows].float()))
+    return total / len(wanted) / variance
+
+
+def _rows(inputs: Inputs, rows: Tensor) -> Inputs:
+    size = batch_size(inputs)
+
+    def chosen(x: Tensor) -> Tensor:
+        return x[rows] if x.ndim and len(x) == size else x
+
+    found: Inputs = map_tensors(chosen, inputs)
+    return found
