@@ -12,6 +12,7 @@ heads as many as it takes from there, by the same knapsack over the same removal
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -38,6 +39,7 @@ __all__ = [
     "fit_all",
     "fitted",
     "fitting",
+    "likely_missed",
     "out_of_reach",
     "share_of",
 ]
@@ -136,6 +138,54 @@ def out_of_reach(
                 f"{least:.3g}: {why}"
             )
     return ""
+
+
+def likely_missed(
+    architecture: PrunedArchitecture,
+    budgets: Sequence[Budget],
+    groups: Sequence[PruningGroup],
+    *,
+    units: int,
+    minimum: int,
+) -> str:
+    """Which budget ``units`` more are too few for where all groups lose alike; empty if none is.
+
+    :func:`out_of_reach` says what no choice of units reaches. What matters to the network decides
+    the choice, not what a unit saves, and on the whole that saves no more than equal shares do.
+    """
+    for budget in budgets:
+        model = resource_model(architecture, budget)
+        whole = amount_of(budget, architecture, model)
+        most = sum(group.size for group in groups)
+        left = [model.total(_alike(groups, count, minimum)) for count in (units, most)]
+        target = budget.at_most * whole * (1 + 1e-9)
+        if left[0] <= target:
+            continue
+        fewest = bisect_left(
+            range(most), True, key=lambda n: model.total(_alike(groups, n, minimum)) <= target
+        )
+        needed = (
+            f"some {fewest} would have to go: raise removed_at_most"
+            if left[1] <= target
+            else f"no more units help: min_channels_per_layer is {minimum}"
+        )
+        return (
+            f"budget {budget.resource} {budget.at_most:g} is unlikely: where groups lose alike, "
+            f"the {units} units that the limit leaves bring it to {left[0] / whole:.3g}; {needed}"
+        )
+    return ""
+
+
+def _alike(groups: Sequence[PruningGroup], units: int, minimum: int) -> dict[str, int]:
+    """So many units, the same share of every group that it can lose."""
+    spare = {g.name: max(g.size - (minimum if g.level is Level.CHANNEL else 1), 0) for g in groups}
+    share = min(units / max(sum(group.size for group in groups), 1), 1.0)
+    return {
+        group.name: min(int(share * group.size), spare[group.name])
+        // group.unit_multiple
+        * group.unit_multiple
+        for group in groups
+    }
 
 
 _REACH = 4

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elesh.analysis.budgets.fitting import out_of_reach
+from elesh.analysis.budgets.fitting import likely_missed, out_of_reach
 from elesh.analysis.selection.choose import gates_of
 from elesh.analysis.selection.reconstruction_order import reconstruction_fault
 from elesh.analysis.selection.schedule import raised
@@ -211,8 +211,10 @@ class EveryEpoch:
             original = known.original if known and first.history else first
             example = self._calibration[0][0]
             self._goals = Goals.of(self._network, example, first, original, self._budget)
-            if why := self._out_of_reach(first):
+            if why := self._missed(first, out_of_reach):
                 _log.warning("the budget will not be reached", reason=why)
+            elif why := self._missed(first, likely_missed):
+                _log.warning("the budget may not be reached", reason=why)
         return self.session.resume(
             surgeon,
             evaluate=self.evaluate,
@@ -221,8 +223,9 @@ class EveryEpoch:
             **parts,
         )
 
-    def _out_of_reach(self, now: PrunedArchitecture) -> str:
-        """Why the schedule's limits do not allow what is asked for; empty where they do."""
+    def _missed(self, now: PrunedArchitecture, judge: Callable[..., str]) -> str:
+        """Why what the schedule's limits leave to remove falls short of the budget, by
+        :func:`out_of_reach` or :func:`likely_missed`; empty where it does not."""
         assert self._goals is not None
         pruning = self.session.settings.structured_pruning
         limit = raised(pruning.safety_schedule, self._removed_at_most).aggressive_limit
@@ -231,7 +234,7 @@ class EveryEpoch:
         count = sum(math.floor(left * g.original_size) - g.removed for g in groups)
         minimum = pruning.channel_analysis.min_channels_per_layer
         budgets = self._goals.budgets(now)
-        return out_of_reach(now, budgets, groups, units=max(count, 0), minimum=minimum)
+        return judge(now, budgets, groups, units=max(count, 0), minimum=minimum)
 
     def budget_so_far(self) -> str:
         """Whether the budget is reached, and if not, what holds it back and what would help; empty
@@ -244,11 +247,12 @@ class EveryEpoch:
         asked = ", ".join(f"{u.resource} {u.asked:.0%}" for u in uses)
         if self._goals.met(now):
             return f"budget reached ({asked}): {left}"
-        if not (why := self._out_of_reach(now)):
+        if not (why := self._missed(now, out_of_reach)):
             why = "the run is not over, or was too short: more epochs, or checkpoints more often"
             if last is not None:
                 why = f"the last decision was {_became(last)}: {last.detail}; train longer between "
                 why += "cuts, or raise the limit that is named"
+            why = "; ".join(filter(None, [why, self._missed(now, likely_missed)]))
         return f"budget not reached ({asked}): {left}; {why}"
 
     def end_epoch(self, epoch: int, known: Evaluation | None = None) -> list[PruningOutcome]:

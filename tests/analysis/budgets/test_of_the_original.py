@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from networks import chain
 
-from elesh.analysis.budgets.fitting import amount_of, fit_all, out_of_reach
+from elesh.analysis.budgets.fitting import amount_of, fit_all, likely_missed, out_of_reach
 from elesh.analysis.budgets.knapsack import Curve, fit_budget, resource_model
 from leyline import Budget
 
@@ -67,3 +67,20 @@ def test_what_the_limits_cannot_reach_is_said_with_what_would_help() -> None:
     assert not out_of_reach(architecture, half, groups, units=30, minimum=1)
     wide = out_of_reach(architecture, half, groups, units=30, minimum=11)
     assert "groups keep their minimum" in wide
+
+
+def test_what_only_the_best_choice_of_units_reaches_is_said_to_be_unlikely() -> None:
+    architecture = chain([12, 40, 40, 12])
+    groups = [g for g in architecture.groups if g.prunable]
+    half = [Budget(resource="macs", at_most=0.5, of="original")]
+    sizes, least = sum(group.size for group in groups), 0
+    while out_of_reach(architecture, half, groups, units=least, minimum=1):
+        least += 1
+    why = likely_missed(architecture, half, groups, units=least, minimum=1)
+    assert f"the {least} units that the limit leaves" in why
+    needed = int(why.split("some ")[1].split()[0])
+    assert least < needed < sizes
+    lost = {g.name: range(int(needed / sizes * g.size)) for g in groups}
+    assert architecture.without(lost).macs <= 0.5 * architecture.macs, "so many are enough"
+    assert not likely_missed(architecture, half, groups, units=needed, minimum=1)
+    assert "no more units help" in likely_missed(architecture, half, groups, units=5, minimum=38)
