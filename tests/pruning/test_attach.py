@@ -201,6 +201,36 @@ def test_a_checkpoint_that_cannot_be_measured_stops_nothing(tmp_path: Path) -> N
     assert [bundle.metadata.epoch for bundle in published] == [2]
 
 
+def test_a_run_resumes_only_what_it_was(tmp_path: Path) -> None:
+    """Another network under the run's id, or another optimizer, is refused; nothing has changed."""
+
+    def begun(kind: Any, width: int) -> tuple[nn.Module, elesh.Pruning]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 2))
+        x = torch.randn(80, 8)
+        return model, elesh.attach(
+            model, kind(model.parameters(), lr=0.1), run_id="same", every=1,
+            calibration=[(x, (x[:, 0] > 0).long())], url="redis://127.0.0.1:1/0",
+            evaluate=lambda: (0.5, 1 + float(model(x).std().detach())), restore_dir=tmp_path,
+        )  # fmt: skip
+
+    _, pruning = begun(torch.optim.AdamW, 16)
+    with pruning:
+        pruning.step(1)
+    for kind, width, said in (
+        (torch.optim.AdamW, 20, r"0\.weight.*\(20, 8\).*\(16, 8\).*another network"),
+        (torch.optim.SGD, 16, "optimizer.*AdamW.*SGD"),
+    ):
+        model, pruning = begun(kind, width)
+        before = [parameter.clone() for parameter in model.parameters()]
+        with pytest.raises(InvalidField, match=said), pruning:
+            pass
+        assert all(map(torch.equal, before, model.parameters()))
+    _, pruning = begun(torch.optim.AdamW, 16)
+    with pruning:
+        assert pruning.done == 1
+
+
 def test_wrong_calls_are_told_what_to_do(tmp_path: Path) -> None:
     model = SmallNet()
     pruning = attached(

@@ -52,14 +52,14 @@ def class_labels(logits: Tensor, labels: Any) -> Tensor:
     if shape[:axis] + shape[axis + 1 :] != found:
         expected = f"the shape of the logits {shape} without their classes"
         raise InvalidField(where, expected, found, hint=hint)
-    labels, classes = labels.long(), shape[axis]
-    counted = labels[labels != IGNORED_LABEL]
+    whole: Tensor = labels.long()
+    classes, counted = shape[axis], whole[whole != IGNORED_LABEL]
     if counted.numel():
         low, high = map(int, counted.aminmax())
         if not 0 <= low <= high < classes:
             expected = f"classes from 0 to {classes - 1}, or {IGNORED_LABEL} where none counts"
             raise InvalidField(where, expected, f"{low} to {high}", hint=_OTHER_IGNORED)
-    return labels
+    return whole
 
 
 _NOT_CLASSES = "where there are no classes: elesh.prune, or a Recorder, with a loss of your own"

@@ -276,13 +276,18 @@ class Snapshot:
         kept, there = sorted(self.state["parts"]), sorted(tracked.parts)
         if kept != there:
             raise InvalidField("restore point.parts", str(kept), there, hint=hint)
-        now = [len(o.param_groups) for o in tracked.surgeon.optimizers.stateful()]
+        optimizers = list(tracked.surgeon.optimizers.stateful())
+        now = [len(o.param_groups) for o in optimizers]
         then = [0] * max(len(now), *(g.get("optimizer", 0) + 1 for g in self.state["optimizer"]), 0)
         for group in self.state["optimizer"]:
             then[group.get("optimizer", 0)] += 1
         # Groups may have joined since, but none may be missing.
         if len(then) > len(now) or any(a > b for a, b in zip(then, now, strict=True)):
             raise InvalidField("restore point.optimizer groups", str(then), now, hint=hint)
+        for group in self.state["optimizer"]:
+            kind = type(optimizers[group.get("optimizer", 0)]).__name__
+            if group.get("kind", kind) != kind:  # older points do not say
+                raise InvalidField("restore point.optimizer", group["kind"], kind, hint=hint)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -297,6 +302,7 @@ def _optimizer_state(surgeon: Surgeon) -> list[dict[str, Any]]:
     return [
         {
             "optimizer": number,
+            "kind": type(optimizer).__name__,
             "settings": {key: value for key, value in group.items() if key != "params"},
             "paths": [paths.get(id(p), "") for p in group["params"]],
             "states": [dict(optimizer.state.get(p) or {}) for p in group["params"]],
@@ -315,7 +321,8 @@ def _set_optimizers(surgeon: Surgeon, groups: list[dict[str, Any]]) -> None:
     for number, optimizer in enumerate(surgeon.optimizers.stateful()):
         saved = [group for group in groups if group.get("optimizer", 0) == number]
         for group, then in zip(optimizer.param_groups, saved, strict=False):
-            for key in group.keys() - then["settings"].keys() - {"params"}:
+            own = {"params", *optimizer.defaults}  # a newer PyTorch's have more
+            for key in group.keys() - then["settings"].keys() - own:
                 del group[key]
             group.update(put_home(then["settings"]))
             if "paths" in then:

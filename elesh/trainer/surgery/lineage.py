@@ -23,7 +23,16 @@ from leyline import (
     PruningRecord,
 )
 
-__all__ = ["Lineage", "Step", "continued", "lineage_of", "remember", "replayed", "steps"]
+__all__ = [
+    "Lineage",
+    "Step",
+    "continued",
+    "lineage_of",
+    "remember",
+    "replayed",
+    "require_same",
+    "steps",
+]
 
 _ATTRIBUTE = "_elesh_lineage"
 
@@ -166,3 +175,24 @@ def replayed(original: PrunedArchitecture, history: Iterable[PruningRecord]) -> 
         else:
             now = now.without(present(now, step), epoch=step.epoch, key=step.key)
     return now
+
+
+def require_same(known: PrunedArchitecture, architecture: PrunedArchitecture) -> None:
+    """Refuse an architecture that is of another network than the ``known`` one, after its cuts.
+
+    Raises:
+        InvalidField: naming the first tensor that differs.
+    """
+    there = replayed(known, architecture.history[len(known.history) :])
+    ours, others = (
+        {each.path: each.shape for each in one.tensors} for one in (there, architecture)
+    )
+    for path in (*ours, *others):
+        if ours.get(path) != others.get(path):
+            raise InvalidField(
+                f"architecture.{path}",
+                f"shape {ours.get(path, 'of no tensor')}, as cuts of this network leave it",
+                str(others.get(path, "no such tensor")),
+                hint="it is of another network: build the network as it was before, or go on "
+                "under another run id",
+            )

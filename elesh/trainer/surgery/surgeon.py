@@ -40,7 +40,7 @@ from .averages import (
     unnamed_averages,
 )
 from .bypass import BranchMasks, put_in
-from .lineage import present, remember, steps
+from .lineage import present, remember, require_same, steps
 from .masks import Masks
 from .optimizer_trial import require_cuttable
 from .optimizers import Given, Optimizers, other_optimizers, rebuild_reducers, require_whole
@@ -512,9 +512,10 @@ class Surgeon:
             first = self._skeletons[0].architecture
             expected = f"a history that begins with the {len(first.history)} cuts made before"
             raise InvalidField("architecture.history", expected, f"{len(history)} other cuts")
+        skeleton = self._skeletons[max(known)[1]]
+        require_same(skeleton.architecture, architecture)
         self.unmask()
         self._look_again()
-        skeleton = self._skeletons[max(known)[1]]
         skeleton.put_in(self.optimizers)
         found = [named_tensors(self.model), *(copy.tensors() for copy in self._copied())]
         for tensors in found:
