@@ -65,7 +65,7 @@ from leyline.streams import AUDIT, DEAD, DECISIONS, STREAMS, Stream
 
 from .errors import BusRefuses, BusUnavailable, Overloaded, RunClaimed
 from .guard import Guard, unframed
-from .scripts import Keys, Scripts
+from .scripts import Keys, Scripts, Shared
 
 __all__ = ["DROPPED_TRIES", "Bus", "never_fits"]
 
@@ -105,26 +105,21 @@ class Bus:
         self._scripts = scripts = Scripts(client)
         self.guard = guard = Guard.of(settings.security, settings.partition)
         self.clock = ServerClock(client)
-        self.groups = Groups(client, scripts, keys)
-        self.plans = PlanStore(
-            client, scripts, keys, guard, self.clock, settings.record_ttl_seconds
-        )
-        self.reaper = Reaper(scripts, keys, self.plans.join_overdue, settings.lease_seconds)
-        self.blobs = BlobStore(client, scripts, keys, guard, settings)
-        limits = breaker or BreakerSettings()
-        self.breakers = BreakerStore(client, scripts, keys, guard, self.clock, limits)
-        self.audit = AuditLog(client, scripts, keys, guard, self.clock)
-        self.dead_letters = DeadLetters(client, scripts, keys, guard, self.clock)
-        self.registry = Registry(client, scripts, keys)
-        self.runs = RunStore(client, scripts, keys, guard, settings.record_ttl_seconds)
+        self._shared = shared = Shared(client, scripts, keys, guard, self.clock)
+        self.groups = Groups(shared)
+        self.plans = PlanStore(shared, settings.record_ttl_seconds)
+        self.reaper = Reaper(shared, self.plans.join_overdue, settings.lease_seconds)
+        self.blobs = BlobStore(shared, settings)
+        self.breakers = BreakerStore(shared, breaker or BreakerSettings())
+        self.audit = AuditLog(shared)
+        self.dead_letters = DeadLetters(shared)
+        self.registry = Registry(shared)
+        self.runs = RunStore(shared, settings.record_ttl_seconds)
         self._remembered: dict[str, float] = {}
 
     def history(self, epochs: int, nbytes: int) -> HistoryStore:
         """The runs' histories, each within so many epochs and bytes."""
-        keep = self.settings.record_ttl_seconds
-        return HistoryStore(
-            self._client, self._scripts, self.keys, self.guard, epochs, nbytes, keep
-        )
+        return HistoryStore(self._shared, epochs, nbytes, self.settings.record_ttl_seconds)
 
     @classmethod
     def open(cls, url: str, settings: BusSettings, breaker: BreakerSettings | None = None) -> Self:

@@ -13,10 +13,11 @@ from typing import Any, Literal, get_args
 
 from redis.exceptions import NoScriptError
 
-from elesh.bus.server.client import Client
+from elesh.bus.guard import Guard
+from elesh.bus.server.client import Client, ServerClock
 from leyline.streams import Stream
 
-__all__ = ["Args", "Keys", "Scripts"]
+__all__ = ["Args", "Keys", "Scripts", "Shared", "Store"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,3 +77,22 @@ class Scripts:
             return await self._client.evalsha_ro(digest, len(keys), *keys, *args)
         except NoScriptError:
             return await self._client.eval_ro(text, len(keys), *keys, *args)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the stores of one connection share."""
+
+    client: Client
+    scripts: Scripts
+    keys: Keys
+    guard: Guard
+    clock: ServerClock
+
+
+class Store:
+    """What a partition keeps of one subject."""
+
+    def __init__(self, shared: Shared) -> None:
+        self._client, self._scripts, self._keys = shared.client, shared.scripts, shared.keys
+        self._guard, self._clock = shared.guard, shared.clock

@@ -17,9 +17,7 @@ from typing import Any
 
 import msgpack
 
-from elesh.bus.guard import Guard
-from elesh.bus.scripts import Keys, Scripts
-from elesh.bus.server.client import Client, ServerClock
+from elesh.bus.scripts import Shared, Store
 from elesh.bus.streams.consumer_groups import pairs_of
 from elesh.bus.streams.records import ENTRY_ID, Delivery, deliveries_of, entry_fields
 from leyline import GENESIS, AuditEntry, AuditEvent, ContractError, EventEnvelope, encode, wrap
@@ -48,16 +46,13 @@ class AuditHead:
     """The digest as it stands there: who goes on has to have seen it."""
 
 
-class AuditLog:
+class AuditLog(Store):
     """The audit log of a partition."""
 
-    def __init__(
-        self, client: Client, scripts: Scripts, keys: Keys, guard: Guard, clock: ServerClock
-    ) -> None:
-        self._client, self._scripts, self._keys, self._guard = client, scripts, keys, guard
-        self._clock = clock
+    def __init__(self, shared: Shared) -> None:
+        super().__init__(shared)
         self._seen: AuditHead | None = None
-        self._head = keys.named("audit", "head")
+        self._head = self._keys.named("audit", "head")
 
     async def head(self) -> AuditHead:
         """Where the chain ends now; one that is not signed, or not as it was, says so."""

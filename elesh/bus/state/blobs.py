@@ -23,9 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from elesh.bus.errors import BusUnavailable
-from elesh.bus.guard import Guard
-from elesh.bus.scripts import Keys, Scripts
-from elesh.bus.server.client import Client
+from elesh.bus.scripts import Shared, Store
 from elesh.settings import BusSettings
 from leyline import BlobRef, DigestMismatch, InvalidField, MissingBlob, TooLarge
 from leyline.errors import brief
@@ -43,13 +41,11 @@ _UNFINISHED = 900
 must not keep it full."""
 
 
-class BlobStore:
+class BlobStore(Store):
     """The blobs of a partition."""
 
-    def __init__(
-        self, client: Client, scripts: Scripts, keys: Keys, guard: Guard, settings: BusSettings
-    ) -> None:
-        self._client, self._scripts, self._names, self._guard = client, scripts, keys, guard
+    def __init__(self, shared: Shared, settings: BusSettings) -> None:
+        super().__init__(shared)
         self._ttl = settings.blob_ttl_seconds
         self._limit = int(settings.max_blob_bytes)
         self._folder = settings.blob_folder
@@ -78,7 +74,7 @@ class BlobStore:
         view = memoryview(data).cast("B")
         self._require_size("blob", view.nbytes)
         digest = await asyncio.to_thread(lambda: hashlib.sha256(view).hexdigest())
-        keys = self._keys(digest, view.nbytes)
+        keys = self._keys_of(digest, view.nbytes)
         expires = datetime.now(UTC) + timedelta(seconds=self._ttl)
         lives = (self._ttl, self._ttl + _CHUNK_GRACE)
         if not await self._scripts.run("touch", keys, lives):
@@ -175,7 +171,7 @@ class BlobStore:
     async def _redis_pieces(self, ref: BlobRef, digest: str) -> AsyncGenerator[bytes, None]:
         if digest != ref.sha256:
             raise InvalidField("blob.uri", f"redis:{ref.sha256}, as its sha256 says", ref.uri)
-        head, *chunks = self._keys(digest, ref.size)
+        head, *chunks = self._keys_of(digest, ref.size)
         size = await self._client.get(head)
         if size is None:
             raise _missing(ref, "no such key")
@@ -213,9 +209,9 @@ class BlobStore:
             raise InvalidField("blob.uri", f"a path inside bus.blob_folder {root}", ref.uri)
         return path
 
-    def _keys(self, digest: str, size: int) -> list[str]:
+    def _keys_of(self, digest: str, size: int) -> list[str]:
         """The head's key, then those of the chunks."""
-        head = self._names.named("blob", digest)
+        head = self._keys.named("blob", digest)
         return [head, *(f"{head}:{number}" for number in range(-(-size // CHUNK)))]
 
 

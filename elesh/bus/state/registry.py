@@ -14,8 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from elesh.bus.scripts import Args, Keys, Scripts
-from elesh.bus.server.client import Client
+from elesh.bus.scripts import Args, Shared, Store
 from leyline.streams import STREAMS, Stream
 
 __all__ = ["Backlog", "Registry", "WorkerState"]
@@ -75,12 +74,12 @@ class Backlog:
     """The longest time since the lease of a pending entry was renewed."""
 
 
-class Registry:
+class Registry(Store):
     """The worker registry of a partition."""
 
-    def __init__(self, client: Client, scripts: Scripts, keys: Keys) -> None:
-        self._client, self._scripts, self._keys = client, scripts, keys
-        self._index = keys.named("workers")
+    def __init__(self, shared: Shared) -> None:
+        super().__init__(shared)
+        self._index = self._keys.named("workers")
         self._token = secrets.token_hex(8)
         """Tells this process from another one whose worker has the same name."""
 

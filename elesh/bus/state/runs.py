@@ -34,9 +34,7 @@ from typing import Any, Literal, TypeVar, cast
 import msgpack
 
 from elesh.bus.errors import BusUnavailable
-from elesh.bus.guard import Guard
-from elesh.bus.scripts import Args, Keys, Scripts
-from elesh.bus.server.client import Client, ServerClock
+from elesh.bus.scripts import Args, Shared, Store
 from elesh.settings import BreakerSettings
 from leyline import (
     BreakerTransition,
@@ -66,7 +64,7 @@ _log = logging.getLogger(__name__)
 Kept = Literal["kept", "known", "conflict", "old"]
 
 
-class HistoryStore:
+class HistoryStore(Store):
     """The histories of a partition.
 
     Args:
@@ -75,17 +73,8 @@ class HistoryStore:
         keep: seconds that a run's history outlives its last epoch.
     """
 
-    def __init__(
-        self,
-        client: Client,
-        scripts: Scripts,
-        keys: Keys,
-        guard: Guard,
-        epochs: int,
-        nbytes: int,
-        keep: int,
-    ) -> None:
-        self._client, self._scripts, self._keys, self._guard = client, scripts, keys, guard
+    def __init__(self, shared: Shared, epochs: int, nbytes: int, keep: int) -> None:
+        super().__init__(shared)
         self._limits = (epochs, nbytes, keep)
 
     async def remember(self, run_id: str, epoch: int, blob: bytes) -> Kept:
@@ -147,17 +136,15 @@ class Attempt:
     """Who had the run in the attempt before, if this call began a new one; else empty."""
 
 
-class RunStore:
+class RunStore(Store):
     """The runs of a partition.
 
     Args:
         keep: seconds that cuts which were taken back are remembered.
     """
 
-    def __init__(
-        self, client: Client, scripts: Scripts, keys: Keys, guard: Guard, keep: int
-    ) -> None:
-        self._client, self._scripts, self._keys, self._guard = client, scripts, keys, guard
+    def __init__(self, shared: Shared, keep: int) -> None:
+        super().__init__(shared)
         self._keep = keep
 
     async def claim(self, run_id: str, token: str, who: str, seconds: float) -> Holder | None:
@@ -344,21 +331,12 @@ class Circuit:
 Step = Callable[[Circuit, int], Circuit]
 
 
-class BreakerStore:
+class BreakerStore(Store):
     """The breakers of a partition."""
 
-    def __init__(
-        self,
-        client: Client,
-        scripts: Scripts,
-        keys: Keys,
-        guard: Guard,
-        clock: ServerClock,
-        settings: BreakerSettings,
-    ) -> None:
-        self._client, self._scripts, self._keys, self._guard = client, scripts, keys, guard
-        self._clock = clock
-        self._index = keys.named("breakers")
+    def __init__(self, shared: Shared, settings: BreakerSettings) -> None:
+        super().__init__(shared)
+        self._index = self._keys.named("breakers")
         self._failures = settings.failures
         self._recovery = max(1, round(settings.recovery_seconds * 1000))
         self._keep = _KEEP_MS + 2 * self._recovery

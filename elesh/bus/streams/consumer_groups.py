@@ -22,7 +22,7 @@ from typing import Any, Literal
 from redis.exceptions import ResponseError
 
 from elesh.bus.errors import BusRefuses
-from elesh.bus.scripts import Args, Keys, Scripts
+from elesh.bus.scripts import Args, Shared, Store
 from elesh.bus.server.client import MAX_BLOCK, Client
 from leyline import Priority
 from leyline.streams import REDELIVERIES, STREAMS, Stream
@@ -94,13 +94,11 @@ Cause = Literal["", "exception", "handover"]
 _BATCH = 100
 
 
-class Groups:
+class Groups(Store):
     """What consumers of a partition do with stream entries."""
 
-    def __init__(self, client: Client, scripts: Scripts, keys: Keys) -> None:
-        self._client = client
-        self._scripts = scripts
-        self._keys = keys
+    def __init__(self, shared: Shared) -> None:
+        super().__init__(shared)
         self._idle: set[str] = set()
 
     async def claim(
@@ -254,7 +252,7 @@ class Reap:
     """Keys of plans whose join was queued by their deadline."""
 
 
-class Reaper:
+class Reaper(Store):
     """The reaper's office, as one connection sees it.
 
     Args:
@@ -263,13 +261,11 @@ class Reaper:
 
     def __init__(
         self,
-        scripts: Scripts,
-        keys: Keys,
+        shared: Shared,
         join_overdue: Callable[[str], Awaitable[bool]],
         lease_seconds: float,
     ) -> None:
-        self._scripts = scripts
-        self._keys = keys
+        super().__init__(shared)
         self._join_overdue = join_overdue
         self._lease = lease_seconds
         self.interval = lease_seconds / 12

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from elesh.bus.guard import Guard
-from elesh.bus.scripts import Keys, Scripts
-from elesh.bus.server.client import Client, ServerClock
+from elesh.bus.scripts import Shared, Store
 from leyline import ContractError, DeadLetter, InvalidField, OperatorAction, encode, wrap
 from leyline.streams import DEAD, OPERATIONS, STREAMS, Stream
 
@@ -48,20 +46,12 @@ class Redriven:
     """False if the dead letter had been redriven before: nothing was published this time."""
 
 
-class DeadLetters:
+class DeadLetters(Store):
     """The dead letters of a partition."""
 
-    def __init__(
-        self,
-        client: Client,
-        scripts: Scripts,
-        keys: Keys,
-        guard: Guard,
-        clock: ServerClock,
-    ) -> None:
-        self._client, self._scripts, self._keys, self._guard = client, scripts, keys, guard
-        self._clock = clock
-        self._marks = keys.named("redriven")
+    def __init__(self, shared: Shared) -> None:
+        super().__init__(shared)
+        self._marks = self._keys.named("redriven")
 
     async def all(self) -> list[DeadLetterEntry]:
         """Every dead letter, oldest first."""

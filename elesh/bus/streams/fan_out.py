@@ -16,9 +16,7 @@ from typing import Any
 
 import msgpack
 
-from elesh.bus.guard import Guard
-from elesh.bus.scripts import Keys, Scripts
-from elesh.bus.server.client import Client, ServerClock
+from elesh.bus.scripts import Shared, Store
 from leyline import (
     AnalysisItem,
     IdentityMismatch,
@@ -82,25 +80,13 @@ class Plan:
     """When it is joined whatever parts are there, by the server's clock."""
 
 
-class PlanStore:
+class PlanStore(Store):
     """The plans of a partition."""
 
-    def __init__(
-        self,
-        client: Client,
-        scripts: Scripts,
-        keys: Keys,
-        guard: Guard,
-        clock: ServerClock,
-        seconds: int,
-    ) -> None:
-        self._client = client
-        self._scripts = scripts
-        self._keys = keys
-        self._guard = guard
-        self._clock = clock
+    def __init__(self, shared: Shared, seconds: int) -> None:
+        super().__init__(shared)
         self._seconds = seconds
-        self._shared = [keys.stream(WORK), keys.named("deadlines")]
+        self._shared = [self._keys.stream(WORK), self._keys.named("deadlines")]
 
     async def plan(
         self,
