@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elesh.analysis import phase_at
 from elesh.analysis.budgets.fitting import likely_missed, out_of_reach
 from elesh.analysis.selection.choose import gates_of
 from elesh.analysis.selection.reconstruction_order import reconstruction_fault
@@ -43,6 +44,7 @@ from leyline import (
     InvalidField,
     Level,
     NetworkExport,
+    Phase,
     PrunedArchitecture,
     PruningOutcome,
     StructuralPruningDecision,
@@ -51,8 +53,9 @@ from leyline import (
 __all__ = ["Batches", "EveryEpoch", "classification"]
 
 _log = get_logger(__name__)
-_LOSS_SAMPLES = 128
-"""Samples whose loss's derivatives are taken where nothing is decided by them."""
+_LOSS_SAMPLES, _LOSS_SAMPLES_TO_RANK = 32, 128
+"""Samples whose loss's derivatives are taken where channels are not ranked by them; more where
+heads or whole layers may go, which are."""
 Batches = Sequence[tuple[Inputs, Any]]
 """(inputs, labels) pairs; inputs are a tensor, a sequence (positional) or a mapping (keywords)."""
 
@@ -380,9 +383,17 @@ class EveryEpoch:
             reconstruct=self._reconstruct,
             batch_statistics=True,
             skip=self.session.settings.trainer.reconstruct_skip,
-            loss_samples=_LOSS_SAMPLES if few else None,
+            loss_samples=self._loss_samples(epoch) if few else None,
             max_samples=count,
         )
+
+    def _loss_samples(self, epoch: int) -> int:
+        schedule, now = self.session.settings.structured_pruning.safety_schedule, self._recorder
+        heads = any(g.prunable and g.level is Level.HEAD for g in now.architecture.groups)
+        layers = any(b.prunable and not b.removed for b in now.architecture.blocks)
+        layers = layers and phase_at(epoch, schedule) is Phase.AGGRESSIVE
+        ranked = (heads and Level.HEAD in self.levels) or (layers and Level.LAYER in self.levels)
+        return _LOSS_SAMPLES_TO_RANK if ranked else _LOSS_SAMPLES
 
     def _may_cut(self, epoch: int) -> bool:
         """Whether something may be cut now, or soon and is measured for that."""

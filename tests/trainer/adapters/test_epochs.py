@@ -12,11 +12,18 @@ from guarded import decide
 from torch import nn
 from trainer_nets import batches, build
 
+import elesh
 from elesh.settings import Settings
-from elesh.trainer import Evaluation, Session
+from elesh.trainer import Evaluation, Recorder, Session
 from elesh.trainer.adapters.epochs import EveryEpoch
 from elesh.trainer.export import Exporter
-from leyline import CheckpointBundle, InvalidField, Reconstructed, StructuralPruningDecision
+from leyline import (
+    CheckpointBundle,
+    InvalidField,
+    Level,
+    Reconstructed,
+    StructuralPruningDecision,
+)
 
 AWAY = "redis://127.0.0.1:1/0"
 
@@ -101,6 +108,66 @@ def test_the_network_is_evaluated_once_for_all_that_happens_at_an_epoch() -> Non
     assert (outcome.result, outcome.accuracy_after) == ("rolled_back", 0.1)
     assert len(calls) == 10, "after a rollback the network is another one"
     assert session.published[4].metadata.loss == calls[9]
+
+
+def test_derivatives_of_more_samples_are_taken_only_where_they_rank_what_may_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    phases = ("validation", "conservative", "moderate", "aggressive")
+    schedule = dict.fromkeys((f"{name}_epochs" for name in phases), 1)
+    settings = Settings.model_validate({"structured_pruning": {"safety_schedule": schedule}})
+    taken: list[int | None] = []
+    measure = Recorder.measure
+
+    def measured(self: Recorder, given: Any, **options: Any) -> Any:
+        taken.append(options["loss_samples"])
+        return measure(self, given, **options)
+
+    monkeypatch.setattr(Recorder, "measure", measured)
+
+    def of(kind: str, *levels: Level) -> list[int | None]:
+        taken.clear()
+        session, network, data = Kept(settings=settings), build(kind), list(batches(2))
+        epochs = EveryEpoch(
+            session, data, data, every=1, levels=levels, held_out=data[0], preflight=False
+        )
+        epochs.begin(network, torch.optim.SGD(network.parameters(), 0.1))
+        for epoch in range(1, 5):
+            epochs.end_epoch(epoch)
+        return list(taken)
+
+    assert of("ResNet", Level.CHANNEL) == [32, 32, 32, 32]
+    assert of("ResNet", *Level) == [32, 32, 32, 128], "whole layers go in the last phase alone"
+
+
+def test_a_checkpoint_that_cuts_is_resumed_from_with_one_restore_point_before_and_one_after(
+    tmp_path: Path,
+) -> None:
+    def begun() -> tuple[Kept, elesh.Pruning]:
+        torch.manual_seed(0)
+        network, data = build("Vgg"), list(batches(2))
+        session = Kept(restore_dir=tmp_path)
+        epochs = EveryEpoch(session, data, data, every=1, preflight=False)
+        epochs._evaluate = lambda *_: Evaluation(0.9, next(_LOSSES))
+        optimizer = torch.optim.SGD(network.parameters(), 0.1)
+        return session, elesh.Pruning(session, epochs, network, optimizer, {})
+
+    def points() -> list[str]:
+        return sorted(path.name for path in tmp_path.glob("run/points/0*"))
+
+    session, pruning = begun()
+    with pruning:
+        before = points()
+        pruning.step(1)
+        assert len(points()) == len(before) + 1
+        session.answers = [decide(pruning.architecture, units=8, groups=1)]
+        (outcome,) = pruning.step(2)
+        assert outcome.result == "applied"
+        assert len(points()) == len(before) + 3
+        cut = pruning.architecture
+    session, again = begun()
+    with again:
+        assert (again.done, again.architecture.model_hash) == (2, cut.model_hash)
 
 
 def test_nothing_is_asked_for_once_the_budget_is_reached() -> None:
