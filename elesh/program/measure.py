@@ -78,6 +78,8 @@ def confined() -> Iterator[None]:
 _PORTION = 256
 _FLOW_SAMPLES = 256
 """Samples whose gradients are followed: the norm needs no more."""
+_STATISTICS = 256
+"""Calibration samples that estimate batch statistics, as many as in the trainer's own check."""
 _SEED = 1
 
 
@@ -236,7 +238,7 @@ class Bench:
         estimate, gates, inputs = Estimate(norms), self.gates(entries), self.calibration()
         largest = 0
         with confined(), torch.no_grad():
-            for rows in self.portions(len(next(iter(inputs.values())))):
+            for rows in self.portions(min(len(next(iter(inputs.values()))), _STATISTICS)):
                 largest = max(largest, len(rows))
                 if len(rows) < 2 or 2 * len(rows) < largest:
                     continue
