@@ -317,15 +317,13 @@ def tied_parts(
     groups: Sequence[PruningGroup], model: nn.Module
 ) -> list[tuple[PruningGroup, tuple[str, ...]]]:
     """The same of equal parts that a module splits the outputs of one layer into, where it keeps
-    the size of a part (Res2Net)."""
-    sized = [group for group in groups if group.level is Level.CHANNEL and splits(model, group)]
-    return _together([[a, *(b for b in sized if _siblings(a, b))] for a in sized])
-
-
-def _siblings(one: PruningGroup, two: PruningGroup) -> bool:
-    """Whether one layer makes both, and they are of one size."""
-    shared = not set(one.layers).isdisjoint(two.layers)
-    return one is not two and shared and one.size == two.size
+    the size of a part or of all (Res2Net, CSPNet)."""
+    parts: dict[tuple[str, int], list[PruningGroup]] = {}
+    for group in groups:
+        for layer in group.layers if group.level is Level.CHANNEL else ():
+            parts.setdefault((layer, group.size), []).append(group)
+    several = [alike for alike in parts.values() if len(alike) > 1]
+    return _together([p for p in several if any(splits(model, one, len(p)) for one in p)])
 
 
 def _together(

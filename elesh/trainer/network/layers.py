@@ -488,8 +488,9 @@ _SHARES = ("num_key_value_groups", "n_rep", "num_queries_per_kv")
 _WIDTHS = ("all_head_size", "inner_dim", "split_size", "attn_dim", "val_attn_dim")
 """Channels of all heads together: BERT, Diffusers and many others, GPT-2, timm and its LeViT."""
 
-_SPLITS = ("width",)
-"""Channels of each part that a layer's outputs are split into (Res2Net)."""
+_SPLITS = ("width", "c", "expand_chs")
+"""Channels of each part that a layer's outputs are split into (Res2Net, YOLO), or of all parts
+together (timm's CSPNet)."""
 
 _STREAMS = ("hidden_dim", "embed_dim")
 """Channels of the stream between the parts of a module (torchvision's ViT reshapes by it)."""
@@ -505,8 +506,8 @@ def refit_heads(model: nn.Module, before: PruningGroup, after: PruningGroup) -> 
     """Set the head counts of the modules around attentions that have lost units, and the widths of
     modules, or of parts of them, around layers that have lost channels."""
     around = vars(model.get_submodule(common_holder(before.layers)))
-    for name in splits(model, before):
-        around[name] = after.size
+    for holder, name, parts in splits(model, before):
+        holder[name] = parts * after.size
     if before.level is not Level.HEAD:
         around |= {name: after.size for name in _STREAMS if around.get(name) == before.size}
         return
@@ -550,10 +551,22 @@ def _configure(module: nn.Module, shared: Sequence[str], old: int, new: int) -> 
         vars(module)[_CONFIGURATION] = own
 
 
-def splits(model: nn.Module, group: PruningGroup) -> list[str]:
-    """Attributes of the module around a group's layers that say how many units the group has."""
-    around = vars(model.get_submodule(common_holder(group.layers)))
-    return [name for name in _SPLITS if around.get(name) == group.size]
+def splits(
+    model: nn.Module, group: PruningGroup, parts: int = 0
+) -> list[tuple[dict[str, Any], str, int]]:
+    """Attributes of the module around a group that say how many units it has, or so many times as
+    many: ``parts``, or as many as one of its layers makes for a unit.
+
+    Returns:
+        the module's attributes, the name of one, and how many times.
+    """
+    made = {f"{layer}.weight" for layer in group.layers}
+    widths = [part.width for part in group.slices if part.tensor in made and part.dim == 0]
+    many = parts or max(widths, default=1)
+    owners = [part.tensor.rpartition(".")[0] for part in group.slices]
+    around = vars(model.get_submodule(common_holder(owners if many > 1 else group.layers)))
+    sizes = {times * group.size: times for times in (1, many)}
+    return [(around, n, sizes[around[n]]) for n in _SPLITS if around.get(n) in sizes]
 
 
 def constants(module: nn.Module) -> dict[str, Tensor]:

@@ -134,3 +134,22 @@ class CrossNative(nn.Module):
         here, there = (f(x).flatten(2).transpose(1, 2) for f in (self.here, self.there))
         mixed, _ = self.attention(here, there, there, need_weights=False)
         return self.out((here + mixed).mean(1))
+
+
+class CrossStage(nn.Module):
+    """Splits what a layer makes in halves, of which one passes by (YOLO, CSPNet)."""
+
+    def __init__(self, *, whole: bool) -> None:
+        super().__init__()
+        self.stem, self.enter = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 18, 1)
+        self.inner, self.leave = nn.Conv2d(9, 9, 3, padding=1), nn.Conv2d(18, 5, 1)
+        self.c = self.expand_chs = 0
+        if whole:
+            self.expand_chs = 18
+        else:
+            self.c = 9
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.enter(self.stem(x)).relu().split(self.c or self.expand_chs // 2, 1)
+        second = second + self.inner(second).relu()
+        return self.leave(torch.cat([first, second], 1)).mean((2, 3))

@@ -4,6 +4,7 @@ for bit, and the network trains on."""
 from __future__ import annotations
 
 import kind_nets
+import pytest
 import torch
 import trainer_nets
 from torch import Tensor, nn
@@ -157,3 +158,16 @@ def test_what_an_attention_reads_in_two_streams_goes_in_both() -> None:
     width, heads = (surgeon.architecture.group[name] for name in prunable(surgeon))
     assert {"here", "there"} <= set(width.layers)
     assert heads.size == 3
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_halves_go_alike_where_a_module_keeps_the_size_of_one_or_of_both(whole: bool) -> None:
+    torch.manual_seed(0)
+    model = kind_nets.CrossStage(whole=whole)
+    surgeon = cut_and_checked(model, IMAGES)
+    sizes = [g.size for g in surgeon.architecture.groups if "enter" in g.layers and g.prunable]
+    assert sizes == [9]
+    surgeon.cut({g.name: [1, 4] for g in surgeon.architecture.groups if "enter" in g.layers})
+    assert (model.c, model.expand_chs) == ((0, 14) if whole else (7, 0))
+    surgeon.undo()
+    assert (model.c, model.expand_chs) == ((0, 18) if whole else (9, 0))
