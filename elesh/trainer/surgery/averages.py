@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from .tensors import Cutter
 __all__ = [
     "ALIKE",
     "Beside",
+    "CopiesSeen",
     "Followed",
     "WeightCopy",
     "all_copies_in",
@@ -154,6 +156,52 @@ def _averages(model: nn.Module, named: set[int], among: Iterable[Any]) -> list[s
                 found.append(kind)
             seen |= tensors
     return found
+
+
+class CopiesSeen:
+    """Copies of a network that the script keeps as plain modules (a teacher that is moved by hand,
+    the best weights so far), told apart by whether they are updated while the network trains."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._digests: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+        self._updated: WeakSet[nn.Module] = WeakSet()
+
+    def updated(self, known: Iterable[WeightCopy], among: Iterable[Any]) -> list[str]:
+        """Kinds of those that have changed since they were first looked at.
+
+        One that an optimizer trains is another network, one that holds still does not have to fit.
+
+        Args:
+            known: what is cut along.
+            among: every module of the network's kind, and every optimizer, that is alive.
+        """
+        among = list(among)
+        named = {id(copy.module) for copy in known} | {id(self._model)}
+        own = {id(tensor) for tensor in named_tensors(self._model).values()}
+        trained = {
+            id(parameter)
+            for optimizer in among
+            if isinstance(optimizer, Optimizer)
+            for group in vars(optimizer).get("param_groups", ())
+            for parameter in group["params"]
+        }
+        shapes, found = _shapes(self._model), list[str]()
+        for each in among:
+            if type(each) is not type(self._model) or id(each) in named:
+                continue
+            tensors = named_tensors(each)
+            held = {id(tensor) for tensor in tensors.values()}
+            if _shapes(each) != shapes or held & (own | trained):
+                continue
+            if likeness(WeightCopy("", each), self._model) <= ALIKE:
+                continue
+            digest = repr([float(tensor.detach().double().sum()) for tensor in tensors.values()])
+            if self._digests.setdefault(each, digest) != digest:
+                self._updated.add(each)
+            if each in self._updated:
+                found.append(type(each).__name__)
+        return found
 
 
 def averages_weights(kind: type) -> bool:

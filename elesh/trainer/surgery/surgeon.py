@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from leyline import (
 from .after_cut import InputCovariance, reconstructed
 from .averages import (
     Beside,
+    CopiesSeen,
     Followed,
     WeightCopy,
     averages_weights,
@@ -90,7 +91,7 @@ class Surgeon:
         self.model = model
         self.architecture = architecture
         """What the network looks like now (masked units are still in it)."""
-        self._followed = Followed(model)
+        self._followed, self._copies_seen = Followed(model), CopiesSeen(model)
         self.optimizers = self._cuttable(optimizer)
         """Those whose state is cut along."""
         self.notes: tuple[str, ...] = ()
@@ -179,7 +180,7 @@ class Surgeon:
         would fail in its next step or update, and a gradient hook that holds a mask of the
         parameter's shape in the next backward pass.
         """
-        found = alive(lambda kind: issubclass(kind, Optimizer) or averages_weights(kind))
+        found = self._alive()
         others = other_optimizers(self.model, self.optimizers.all, stateful=True, among=found)
         if others:
             kinds = ", ".join(type(other).__name__ for other in others)
@@ -198,7 +199,18 @@ class Surgeon:
                 f"a gradient hook of {hooked} holds a tensor of its shape, which a cut would not "
                 "reach; let the hook make it of the gradient or of the parameter, as these are then"
             )
-        return self.unnamed_average(found)
+        updated = self._copies_seen.updated(self.copies, found)
+        if (average := self.unnamed_average(found)) or not updated:
+            return average
+        return (
+            f"a copy of the network that the script updates was not named: {updated[0]}; name it, "
+            "session.resume(surgeon, teacher=copy) or elesh.attach(..., teacher=copy)"
+        )
+
+    def _alive(self) -> list[Any]:
+        """All optimizers, averages and networks of this one's kind."""
+        own = type(self.model)
+        return alive(lambda k: k is own or issubclass(k, Optimizer) or averages_weights(k))
 
     def unnamed_average(self, among: Iterable[object] | None = None) -> str:
         """What to do about an average of the network that the surgeon was not given; empty if
@@ -221,7 +233,9 @@ class Surgeon:
         Raises:
             InvalidField: naming its kind.
         """
-        others = other_optimizers(self.model, self.optimizers.all)
+        found = self._alive()
+        self._copies_seen.updated((), found)  # those that are updated from now on are told apart
+        others = other_optimizers(self.model, self.optimizers.all, among=found)
         if others:
             kinds = ", ".join(type(other).__name__ for other in others)
             raise InvalidField(

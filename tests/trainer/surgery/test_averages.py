@@ -380,3 +380,33 @@ def test_what_a_network_keeps_of_its_weights_in_plain_attributes_follows_it() ->
     snapshot.put_back(tracked)
     assert all(map(torch.equal, kept, model.start.values()))
     assert all(map(torch.equal, kept, model.hidden[0].parameters()))
+
+
+def test_a_copy_that_the_script_updates_is_to_be_named_and_others_are_not(
+    architecture: PrunedArchitecture,
+) -> None:
+    model = build()
+    teacher, best, twin = (copy.deepcopy(model) for _ in range(3))
+    twins = torch.optim.SGD(twin.parameters(), 0.1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    surgeon = Surgeon(model, architecture, optimizer=optimizer)
+
+    def train_both() -> None:
+        for network, steps in ((model, optimizer), (twin, twins)):
+            torch.autograd.backward(functional.cross_entropy(network(X), Y))
+            steps.step()
+
+    def update(teacher: nn.Module) -> None:
+        for ours, theirs in zip(teacher.parameters(), model.parameters(), strict=True):
+            ours.data.lerp_(theirs.detach(), 0.1)
+
+    train_both()
+    assert surgeon.blocked() == ""
+    update(teacher)
+    for _ in range(2):
+        assert "copy of the network that the script updates" in surgeon.blocked()
+    surgeon.follow("teacher", teacher)
+    assert surgeon.blocked() == ""
+    surgeon.cut(CUT)
+    update(teacher)  # fits
+    assert [p.shape for p in best.parameters()] == [p.shape for p in twin.parameters()]
