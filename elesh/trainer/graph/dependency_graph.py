@@ -10,6 +10,7 @@ and layers of which only a part is coupled right.
 from __future__ import annotations
 
 import contextlib
+import heapq
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -362,8 +363,11 @@ class _Table:
             return []
         owners, ports, indices = np.concatenate(self._rows, axis=1)
         width = int(indices.max()) + 1
-        keys = np.unique((owners * len(self._ports) + ports) * width + indices)
-        both, first, counts = np.unique(keys // width, return_index=True, return_counts=True)
+        keys = np.sort((owners * len(self._ports) + ports) * width + indices)
+        keys = keys[np.diff(keys, prepend=-1) > 0]
+        both = keys // width
+        first = np.flatnonzero(np.diff(both, prepend=-1))
+        both, counts = both[first], np.diff(first, append=len(keys))
         rows = np.stack(
             [keys // width // len(self._ports), keys // width % len(self._ports), keys % width]
         )
@@ -402,6 +406,34 @@ class _Side:
 
     offset: int
     seen: npt.NDArray[np.bool_]
+
+
+class _Queue:
+    """Channels that are to be followed from a side of a node, in the order of the forward pass:
+    what comes to a concatenation by many ways is followed on together."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[tuple[Any, Any], list[tuple[Ints, Any]]] = {}
+        self._order: list[tuple[int, int, Any, Any]] = []
+        self._count = 0
+
+    def put(self, node: Any, function: Any, indices: Ints, came: Any) -> None:
+        """``came``: the node that they come from."""
+        waiting = self._waiting.setdefault((node, function), [])
+        waiting.append((indices, came))
+        if len(waiting) == 1:
+            self._count += 1
+            turn = node.grad_fn._sequence_nr(), self._count
+            heapq.heappush(self._order, (*turn, node, function))
+
+    def __iter__(self) -> Iterator[tuple[Any, Any, Ints, Any]]:
+        while self._order:
+            node, function = heapq.heappop(self._order)[2:]
+            waiting = self._waiting.pop((node, function))
+            indices, came = waiting[0]
+            if len(waiting) > 1:
+                indices, came = np.concatenate([one[0] for one in waiting]), None
+            yield node, function, indices, came
 
 
 class _Reach:
@@ -486,13 +518,12 @@ class _Reach:
         return self.sides[key]
 
     def _walk(self) -> None:
-        graph, queue = self._graph, list[tuple[Any, Any, Ints, Any]]()
+        graph, queue = self._graph, _Queue()
         relations = {node: graph.relations.of(node) for node in graph.module2node.values()}
         for node, function, indices in _produced(graph):
             self._side(node, function).seen[indices] = True
-            queue.append((node, function, indices, None))
-        while queue:
-            node, function, indices, came = queue.pop()
+            queue.put(node, function, indices, None)
+        for node, function, indices, came in queue:
             here = self._side(node, function)
             for dependency, relation, forwards in relations[node]:
                 target = dependency.target
@@ -513,7 +544,7 @@ class _Reach:
                 if len(fresh):
                     fresh = fresh if forwards or relation.same else np.unique(fresh)
                     there.seen[fresh] = True
-                    queue.append((target, dependency.handler, fresh, node))
+                    queue.put(target, dependency.handler, fresh, node)
 
     def _join_shared(self) -> None:
         """Connect what lies on the same axis of a weight that several layers share."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from elesh.trainer.network.calling import tensors_in
@@ -121,7 +122,8 @@ def _is_copied_plainly(kind: type) -> bool:
         "__deepcopy__",
         "__new__",
     )
-    same = all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in usual)
+    base = _ConvNd if issubclass(kind, _ConvNd) else nn.Module  # Fills in what old versions lacked.
+    same = all(getattr(kind, name, None) is getattr(base, name, None) for name in usual)
     same = same and not any(vars(base).get("__slots__") for base in kind.__mro__)
     return same and kind not in copyreg.dispatch_table
 
@@ -174,7 +176,7 @@ def _numbers(drawn: Tensor, size: int, seed: int) -> Tensor:
 
 
 def _fan_in(weight: Tensor) -> int:
-    return max(1, weight[0].numel())
+    return max(1, weight.numel() // max(1, len(weight)))
 
 
 def _prepare_buffers(model: nn.Module, dtype: torch.dtype) -> None:

@@ -238,9 +238,12 @@ class TrialCuts:
 
 def _joined(parts: Mapping[str, Mapping[int, Sequence[Ints]]]) -> dict[str, dict[int, Ints]]:
     return {
-        path: {dim: np.concatenate(lists) for dim, lists in axes.items()}
-        for path, axes in parts.items()
+        path: {dim: _whole(lists) for dim, lists in axes.items()} for path, axes in parts.items()
     }
+
+
+def _whole(lists: Sequence[Ints]) -> Ints:
+    return lists[0] if len(lists) == 1 else np.concatenate(lists)
 
 
 class Cut:
