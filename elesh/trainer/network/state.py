@@ -38,7 +38,7 @@ from collections.abc import (
     MutableSet,
 )
 from itertools import chain, tee
-from types import CellType, FunctionType, MethodType, ModuleType, TracebackType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -105,12 +105,7 @@ class Uncompiled:
             self._leave.atexit = False
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None = None,
-        error: BaseException | None = None,
-        trace: TracebackType | None = None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._leave is not None:
             self._leave()
             self._leave = None
