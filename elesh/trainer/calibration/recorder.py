@@ -36,8 +36,8 @@ from elesh.trainer.network.state import preserve_state, unwrapped
 from elesh.trainer.surgery.after_cut import (
     CovarianceMeter,
     InputCovariance,
+    batch_norms,
     consumer_axes,
-    has_batch_statistics,
 )
 from elesh.trainer.surgery.lineage import continued, lineage_of
 from elesh.trainer.surgery.optimizers import require_whole
@@ -256,7 +256,7 @@ class Recorder:
         by_layer = branches.statistics(measurement.samples)
         asked = Reconstruction(
             skip=tuple(skip),
-            batch_statistics=batch_statistics and has_batch_statistics(self._model),
+            batch_statistics=batch_statistics and bool(batch_norms(self._model)),
         )
         parameters = AnalysisParameters(
             redistribute=redistribute,

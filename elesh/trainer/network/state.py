@@ -53,7 +53,6 @@ from .calling import device_of
 __all__ = [
     "Uncompiled",
     "alive",
-    "compile_anew",
     "evaluated",
     "fixed_to_a_shape",
     "preserve_state",
@@ -74,12 +73,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
-
-
-def compile_anew() -> None:
-    """Have everything that was compiled in this process compiled again when it is next called."""
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
 
 
 class Uncompiled:

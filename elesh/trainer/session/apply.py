@@ -23,8 +23,8 @@ from elesh.trainer.network.timing import call_seconds
 from elesh.trainer.recovery.evaluation import Evaluation, checked, failed_check
 from elesh.trainer.surgery.after_cut import (
     InputCovariance,
+    batch_norms,
     estimated_batch_statistics,
-    has_batch_statistics,
     put_batch_statistics,
 )
 from elesh.trainer.surgery.layer_by_layer import OutputsBefore, layer_solutions, outputs_before
@@ -262,8 +262,7 @@ class _Check:
                 self._keep_outputs()
                 surgeon.mask(decision.units, reconstruct=refit.covariance, skip=refit.skip)
                 surgeon.mask_layers(target.layer_name for target in decision.layers)
-                self._solve_layers()
-                before = self._estimate_statistics()
+                before = self._solve_layers()
             now = self._measure("masked", "evaluate masked")
         except Exception as error:
             return self._failed("under the mask", error)
@@ -289,8 +288,9 @@ class _Check:
             except Exception as error:
                 self._not_solved(error)
 
-    def _solve_layers(self) -> None:
-        """Under the mask, solve layers one behind the other for what they put out without it."""
+    def _solve_layers(self) -> dict[str, Tensor]:
+        """Under the mask, solve layers one behind the other for what they put out without it, and
+        give batch normalisations the statistics that they have then; what they had."""
         self._solved, self._statistics = {}, {}
         if self._outputs is not None:
             try:
@@ -300,6 +300,15 @@ class _Check:
             except Exception as error:
                 self._not_solved(error)
             self._surgeon.refit_masked(self._solved)
+        model, batches = self._surgeon.model, self._refit.batches
+        if not batches:
+            self._statistics = {}
+        elif not self._statistics:  # not known from the pass that solved the layers
+            self._statistics = estimated_batch_statistics(model, _first(batches, _STATISTICS))
+        if batches and not self._statistics:
+            reason = "batch statistics not estimated anew: batches are too small"
+            self._fall_back("statistics_not_estimated", reason)
+        return put_batch_statistics(model, self._statistics)
 
     def _not_solved(self, error: Exception) -> None:
         """The cut is refitted by the covariance alone; the network is as it was."""
@@ -316,18 +325,6 @@ class _Check:
             "cut fell back", key=self._decision.idempotency_key, fallback=name, reason=reason
         )
 
-    def _estimate_statistics(self) -> dict[str, Tensor]:
-        """Give batch normalisations the statistics that they have under the mask; what they had."""
-        model, batches = self._surgeon.model, self._refit.batches
-        if not batches:
-            self._statistics = {}
-        elif not self._statistics:  # not known from the pass that solved the layers
-            self._statistics = estimated_batch_statistics(model, _first(batches, _STATISTICS))
-        if batches and not self._statistics:
-            reason = "batch statistics not estimated anew: batches are too small"
-            self._fall_back("statistics_not_estimated", reason)
-        return put_batch_statistics(model, self._statistics)
-
     def _mask_acts(self) -> bool:
         """Whether the evaluation sees a mask at all: of all units but a few, and of every layer."""
         surgeon, now = self._surgeon, self._surgeon.architecture
@@ -341,14 +338,29 @@ class _Check:
             surgeon.unmask()
 
     def cut(self, take_back: Callable[[], object]) -> PruningOutcome | None:
-        """Cut; what does not stand is taken back."""
+        """Cut, as one step to undo; what does not stand is taken back."""
+        decision, surgeon, refit = self._decision, self._surgeon, self._refit
+        layers = [target.layer_name for target in decision.layers]
+        epoch, key = decision.epoch, decision.idempotency_key
         try:
-            with span("cut"):
-                self._notes += _cut(
-                    self._decision, self._surgeon, self._refit, self._statistics, self._solved
-                )
+            with span("cut"), surgeon.as_one_cut():
+                # The cut takes its part of them.
+                put_batch_statistics(surgeon.model, self._statistics)
+                if decision.units or not layers:
+                    surgeon.cut(
+                        decision.units,
+                        epoch=epoch,
+                        key=key,
+                        reconstruct=refit.covariance,
+                        skip=refit.skip,
+                        solved=self._solved,
+                    )
+                    self._notes += surgeon.notes
+                if layers:
+                    surgeon.cut_layers(layers, epoch=epoch, key=key)
+                    self._notes += surgeon.notes
             now = self._measure("after", "evaluate cut")
-            self._more["latency_after"] = call_seconds(self._surgeon.model)
+            self._more["latency_after"] = call_seconds(surgeon.model)
         except BaseException as error:
             take_back()
             if not isinstance(error, Exception):
@@ -371,13 +383,14 @@ class _Check:
 
     def _measure(self, name: str, step: str) -> Evaluation:
         self._samples, model = 0, self._surgeon.model
-        with span(step), model.register_forward_pre_hook(self._count, with_kwargs=True):
+
+        def count(module: nn.Module, args: Any, kwargs: Any) -> None:
+            sizes = [len(x) for x in tensors_in([*args, *kwargs.values()]) if x.ndim]
+            self._samples += max(sizes, default=0)
+
+        with span(step), model.register_forward_pre_hook(count, with_kwargs=True):
             self._figures[name] = now = self._evaluate()
         return now
-
-    def _count(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        sizes = [len(x) for x in tensors_in([*args, *kwargs.values()]) if x.ndim]
-        self._samples += max(sizes, default=0)
 
     def _judge(self, now: Evaluation, when: str) -> PruningOutcome | None:
         reason = failed_check(self._figures["before"].accuracy, now, self._limit)
@@ -476,7 +489,7 @@ class _Refit:
             without = ("statistics_not_estimated",)
         estimated = batches if asked.batch_statistics else ()
         # Layers are solved behind normalisations that take the samples' statistics.
-        samples = estimated if has_batch_statistics(surgeon.model) else batches
+        samples = estimated if batch_norms(surgeon.model) else batches
         return cls(covariance, asked.skip, estimated, samples, "; ".join(said), without)
 
 
@@ -517,32 +530,3 @@ def outcome_of(
 def _to_now(surgeon: Surgeon) -> Callable[[], object]:
     point = surgeon.restore_point()
     return lambda: surgeon.bring_back(point)
-
-
-def _cut(
-    decision: StructuralPruningDecision,
-    surgeon: Surgeon,
-    refit: _Refit,
-    statistics: Mapping[str, Tensor],
-    solved: Mapping[str, Tensor],
-) -> tuple[str, ...]:
-    """Cut, as one step to undo; what has to be said of it."""
-    layers = [target.layer_name for target in decision.layers]
-    epoch, key = decision.epoch, decision.idempotency_key
-    notes: tuple[str, ...] = ()
-    with surgeon.as_one_cut():
-        put_batch_statistics(surgeon.model, statistics)  # The cut takes its part of them.
-        if decision.units or not layers:
-            surgeon.cut(
-                decision.units,
-                epoch=epoch,
-                key=key,
-                reconstruct=refit.covariance,
-                skip=refit.skip,
-                solved=solved,
-            )
-            notes += surgeon.notes
-        if layers:
-            surgeon.cut_layers(layers, epoch=epoch, key=key)
-            notes += surgeon.notes
-    return notes

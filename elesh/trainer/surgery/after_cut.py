@@ -63,7 +63,6 @@ __all__ = [
     "Moments",
     "batch_norms",
     "estimated_batch_statistics",
-    "has_batch_statistics",
     "merged_covariance",
     "put_batch_statistics",
     "reconstructed",
@@ -344,11 +343,6 @@ def reestimate_batch_statistics(model: nn.Module, batches: Iterable[tuple[Any, A
                 norm.running_mean.copy_(mean)  # type: ignore[union-attr]
                 norm.running_var.copy_(variance)  # type: ignore[union-attr]
     return len(norms) if seen else 0
-
-
-def has_batch_statistics(model: nn.Module) -> bool:
-    """Whether there is anything for :func:`reestimate_batch_statistics` to set."""
-    return bool(batch_norms(model))
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:

@@ -6,6 +6,7 @@ is cut with them; after :meth:`Surgeon.undo` everything is bit for bit as before
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -22,7 +23,7 @@ from elesh.trainer.network.layers import (
     refit_heads,
     require_fit,
 )
-from elesh.trainer.network.state import alive, compile_anew, fixed_to_a_shape, unwrapped
+from elesh.trainer.network.state import alive, fixed_to_a_shape, unwrapped
 from leyline import (
     ContractError,
     InvalidField,
@@ -593,7 +594,8 @@ class Surgeon:
     def _changed(self) -> None:
         """Whatever was made of tensors and modules of before is made anew."""
         torch.clear_autocast_cache()
-        compile_anew()
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # everything that was compiled in this process
         rebuild_reducers(self.model)
         self._set_masks()
 
