@@ -61,8 +61,6 @@ of them counts, and all of them would cost more than measuring the checkpoint do
 _ROWS = 8
 """Rows for every coefficient that layers are solved by: a decision takes little, and training goes
 on; ``elesh.prune`` takes twice as many."""
-_FEW = 2
-"""So many validation samples more that are wrong say nothing, however small their number."""
 _LONGEST = 2000
 """Of an error in an outcome, in characters."""
 _log = get_logger(__name__)
@@ -141,8 +139,8 @@ def check_and_cut(
         cut_drop: the drop of accuracy under the mask from which on a decision is too much at once.
             Its cheaper half is then tried, and half of that, three times at most; the first that
             costs no more is cut, and the outcome says what share of the decision that is. A drop
-            of one or two validation samples, or one that no rise of the loss confirms, is not too
-            much. None: the decision is cut whole or not at all.
+            of one validation sample, or one that no rise of the loss confirms, is not too much.
+            None: the decision is cut whole or not at all.
     """
     if blocked := surgeon.blocked():
         present = surgeon.architecture
@@ -214,13 +212,12 @@ class _Check:
         if cut_drop is None or not (excess := self._excess(cut_drop)):
             return first
         for _ in range(_HALVINGS):
-            share /= 2
-            smaller = shortened(whole, self._before, share)
-            if smaller is None and share == 0.5:  # one unit, or one layer: the triggers judge it
+            smaller = shortened(whole, self._before, share / 2)
+            if smaller is None and share == 1 and whole.layers:  # one layer: the triggers judge it
                 return first
             if smaller is None:
                 break
-            self._decision = smaller
+            self._decision, share = smaller, share / 2
             failed = self._masked()
             if "masked" not in self._figures:  # an error
                 return failed
@@ -230,7 +227,9 @@ class _Check:
         self._decision = whole
         if first is not None:
             return first
-        reason = f"{excess} with all of it, and with {share:g} of it more than {cut_drop:g}, too"
+        reason = f"{excess} with all of it"
+        if share < 1:
+            reason += f", and with {share:g} of it more than {cut_drop:g}, too"
         return self.outcome("refused", f"{reason}: smaller, later, or a higher cut_accuracy_drop")
 
     def _excess(self, cut_drop: float) -> str:
@@ -239,7 +238,7 @@ class _Check:
         if now is None or not now.finite:
             return ""
         drop = before.accuracy - now.accuracy
-        allowed = max(cut_drop, _FEW / self._samples if self._samples else 0.0)
+        allowed = max(cut_drop, 1 / self._samples if self._samples else 0.0)
         confirmed = now.loss > before.loss or not (now.loss or before.loss)
         return f"accuracy falls by {drop:.4f}" if drop > allowed + 1e-9 and confirmed else ""
 

@@ -56,13 +56,31 @@ def test_a_drop_that_the_loss_does_not_confirm_is_chance() -> None:
     assert (outcome.result, outcome.shortened_to) == ("applied", None)
 
 
-def test_two_samples_are_not_too_many_however_few_there_are() -> None:
+@pytest.mark.parametrize(("wrong", "shortened_to"), [(1, None), (2, 0.5)])
+def test_one_sample_more_that_is_wrong_is_chance_and_two_of_a_hundred_are_not(
+    wrong: int, shortened_to: float | None
+) -> None:
     run, world = trained()
-    said = told(0.9, 0.885)
+    said = told(0.9, 0.9 - wrong / 100, 0.9 if wrong > 1 else 0.89)
 
     def evaluate() -> Evaluation:
         world.model(example().repeat(50, 1, 1, 1)[:100])
         return said()  # type: ignore[no-any-return]
 
     outcome = run.apply(decide(world.surgeon.architecture), world.surgeon, evaluate)
-    assert (outcome.result, outcome.shortened_to) == ("applied", None)
+    assert (outcome.result, outcome.shortened_to) == ("applied", shortened_to)
+
+
+def test_a_single_unit_that_costs_too_much_stays() -> None:
+    run, world = trained()
+    before, one = world.digest(), decide(world.surgeon.architecture, units=1, groups=1)
+    assert sum(len(target.channel_indices) for target in one.channels) == 1
+    outcome = run.apply(one, world.surgeon, told(0.9, 0.89))
+    assert (outcome.result, outcome.detail.count("with")) == ("refused", 1)
+    assert world.digest() == before
+
+
+def test_a_single_layer_is_judged_by_its_trigger() -> None:
+    run, world = trained()
+    layer = decide(world.surgeon.architecture, units=0, layers=("blocks.2",))
+    assert run.apply(layer, world.surgeon, told(0.9, 0.87)).result == "applied"
