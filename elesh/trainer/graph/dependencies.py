@@ -23,7 +23,7 @@ from elesh.trainer.network.calls import Call, Link
 from elesh.trainer.network.layers import Norm, channel_axes, norm_of
 from elesh.trainer.network.multihead import NATIVE
 
-from .indexing import shape_of, signed
+from .indexing import any_along, shape_of, signed
 
 __all__ = [
     "SOFTMAX",
@@ -319,8 +319,7 @@ def _along(source: Source, gradient: Tensor | None) -> list[Bools]:
         axes = [source.axis % len(shape)]
     if gradient is None:
         return [np.zeros(shape[axis], dtype=np.bool_) for axis in axes]
-    seen = gradient != 0
-    return [seen.movedim(axis, 0).reshape(shape[axis], -1).any(1).cpu().numpy() for axis in axes]
+    return [any_along(gradient, axis).cpu().numpy() for axis in axes]
 
 
 def _among(places: Sequence[int], operands: Sequence[Any]) -> list[int]:

@@ -44,6 +44,7 @@ from elesh.trainer.surgery.surgeon import Surgeon
 from elesh.trainer.surgery.teachers import teachers_in
 from leyline import InvalidField, PrunedArchitecture, PruningGroup
 
+from .indexing import any_along
 from .residual_branches import Trace, behind
 
 __all__ = [
@@ -369,17 +370,10 @@ def traced_gates(passage: Trace, groups: Sequence[PruningGroup]) -> dict[Axis, G
         x, dim = one.given, channel_axes(one.module).site_dim
         if x is None or dim is None or x.is_nested:
             continue
-        acting = _nonzero(x.detach(), dim).cpu().numpy() & (one.made in moved)
+        acting = any_along(x.detach(), dim).cpu().numpy() & (one.made in moved)
         known = found.get((one.name, dim))
         found[one.name, dim] = Gate(x.shape[0], acting if known is None else acting | known.acting)
     return found
-
-
-def _nonzero(x: Tensor, dim: int) -> Tensor:
-    """[channels] whether anything is not zero; ``dim`` holds the channels."""
-    rest = [axis for axis in range(x.ndim) if axis != dim % x.ndim]
-    # Largest values are found ten times as quickly as whether any differs from zero.
-    return (x.abs().amax(rest) if rest and x.numel() else x) != 0
 
 
 def with_acting_masks(

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch_pruning.ops import OPTYPE
 
 from elesh.trainer.network.calls import Link
@@ -421,6 +422,16 @@ def shape_of(function: Any, number: int) -> Sequence[int]:
     if hasattr(function, "variable"):
         return list(function.variable.shape)
     return list(function._input_metadata[number].shape)
+
+
+def any_along(x: Tensor, dim: int) -> Tensor:
+    """[size of the axis ``dim``] bool: whether anything there is not zero."""
+    rest = [axis for axis in range(x.ndim) if axis != dim % x.ndim]
+    if not x.numel():
+        return torch.zeros(x.shape[dim], dtype=torch.bool, device=x.device)
+    # Largest values are found ten times as quickly as whether any differs from zero.
+    found: Tensor = (x.abs().amax(rest) if rest else x) != 0
+    return found
 
 
 def _dim(function: Any, ndim: int) -> int:
