@@ -72,32 +72,33 @@ IGNORED = frozenset(
 _OTHERS = frozenset(
     """
     absolute adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
-    adaptive_max_pool2d adaptive_max_pool3d add_ addbmm addcdiv addcmul addmv
-    affine_grid_generator all alpha_dropout __and__ arange argsort avg_pool1d baddbmm batch_norm
-    bilinear broadcast_tensors broadcast_to bucketize cdist celu celu_ channel_shuffle chunk
-    clamp_ clamp_max clamp_max_ clamp_min clamp_min_ clip complex concat concatenate contiguous
-    conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d copy_
-    cosine_similarity count_nonzero cross cumprod detach detach_ diag diag_embed div_ dot
-    dropout dropout_ einsum elu_ embedding exp_ expand_as feature_dropout fill_ flatten
-    floor_divide frac frobenius_norm gelu_ glu grid_sampler group_norm gru hardshrink
-    hardsigmoid hardsigmoid_ hardswish hardswish_ hardtanh_ heaviside hypot im2col imag
-    index_add index_copy index_fill index_put_ inner instance_norm kron layer_norm leaky_relu_
-    lerp lift_fresh_copy linalg_norm linalg_vector_norm linear log_sigmoid log_softmax logaddexp
-    logcumsumexp logit logsumexp lstm masked_fill masked_fill_ matmul max_pool1d max_pool2d
-    max_pool3d median mish mish_ moveaxis movedim mul_ multiply mv nan_to_num narrow
-    native_channel_shuffle neg_ negative new_full new_ones new_zeros norm nuclear_norm one_hot
-    ones ones_like __or__ outer pad pairwise_distance permute pixel_shuffle pixel_unshuffle
-    polar pow_ prelu real relu_ relu6 relu6_ repeat_interleave reshape reshape_as rms_norm
-    rnn_relu rnn_tanh roll rot90 rsub scaled_dot_product_attention selu selu_ sigmoid_ silu
-    silu_ softmax softplus softshrink special_softmax split split_with_sizes sqrt_
-    square square_ squeeze_ stack std std_mean sub_ subtract swapaxes swapdims t take_along_dim
-    tanh_ tensor_split tensordot threshold threshold_ tile to transpose tril triu true_divide
-    type_as unbind unflatten unfold unsafe_chunk unsafe_split _unsafe_view unsqueeze_
-    upsample_bicubic2d _upsample_bicubic2d_aa upsample_bilinear2d _upsample_bilinear2d_aa
-    upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d
-    _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
-    upsample_trilinear3d var_mean view_as view_as_complex view_as_real _weight_norm where zero_
-    zeros zeros_like
+    adaptive_max_pool2d adaptive_max_pool3d add_ addbmm addcdiv addcmul addmm addmv adjoint
+    affine_grid_generator all alpha_dropout aminmax __and__ arange argsort avg_pool1d baddbmm
+    batch_norm bilinear block_diag broadcast_tensors broadcast_to bucketize cdist celu_ celu
+    chain_matmul channel_shuffle chunk clamp_ clamp_max clamp_max_ clamp_min clamp_min_ clip
+    column_stack complex concat concatenate contiguous conv1d conv2d conv3d conv_transpose1d
+    conv_transpose2d conv_transpose3d copy_ cosine_similarity count_nonzero cross cumprod detach_
+    detach diag diag_embed div_ dot dropout dropout_ dsplit dstack einsum elu_ embedding erfc exp_
+    expand_as feature_dropout fill_ flatten fliplr flipud floor_divide frac frobenius_norm gelu_
+    glu grid_sampler group_norm gru hardshrink hardsigmoid hardsigmoid_ hardswish_ hardswish
+    hardtanh_ heaviside hsplit hstack hypot im2col imag index_add index_copy index_fill index_put_
+    inner instance_norm isfinite isinf kron layer_norm leaky_relu_ lerp lift_fresh_copy
+    linalg_multi_dot linalg_norm linalg_vector_norm linear log_sigmoid log_softmax logaddexp
+    logcumsumexp logit logsumexp lstm masked_fill masked_fill_ matmul matrix_H max_pool1d
+    max_pool2d max_pool3d median meshgrid mH mish mish_ moveaxis movedim mT mul_ multiply mv
+    nan_to_num narrow native_channel_shuffle neg_ negative new_full new_ones new_zeros norm
+    nuclear_norm numpy_T one_hot ones ones_like __or__ outer pad pairwise_distance permute
+    pixel_shuffle pixel_unshuffle polar pow_ prelu real relu_ relu6 relu6_ repeat_interleave
+    reshape reshape_as rms_norm rnn_relu rnn_tanh roll rot90 rsub scaled_dot_product_attention
+    searchsorted selu_ selu sigmoid_ silu_ silu sinc softmax softplus softshrink special_softmax
+    split split_with_sizes sqrt_ square_ square squeeze_ squeeze stack std std_mean sub_ subtract
+    swapaxes swapdims t take_along_dim tanh_ tensor_split tensordot threshold_ threshold tile to
+    trace transpose tril triu true_divide type_as unbind unflatten unfold unsafe_chunk unsafe_split
+    _unsafe_view unsqueeze_ upsample_bicubic2d _upsample_bicubic2d_aa upsample_bilinear2d
+    _upsample_bilinear2d_aa upsample_linear1d upsample_nearest1d upsample_nearest2d
+    upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d
+    _upsample_nearest_exact3d upsample_trilinear3d var_mean view_as view_as_complex view_as_real
+    vsplit vstack _weight_norm where xlogy zero_ zeros zeros_like
     """.split()  # noqa: SIM905
 )
 """Other ATen operators that ``torch.export`` keeps as they are: functions of their arguments alone,

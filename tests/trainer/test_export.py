@@ -102,13 +102,14 @@ class Between(nn.Module):
 @pytest.mark.parametrize(
     "between",
     [
+        lambda x: torch.xlogy(x.mT, x + 1),
         lambda x: functional.adaptive_max_pool2d(x, 3),
         lambda x: functional.interpolate(x, scale_factor=2, mode="bicubic"),
         lambda x: torch.roll(x, (1, 2), (2, 3)),
         lambda x: functional.hardshrink(x),
         lambda x: torch.addcmul(x, x, x, value=0.1),
     ],
-    ids=["adaptive_max_pool2d", "bicubic", "roll", "hardshrink", "addcmul"],
+    ids=["mT and xlogy", "adaptive_max_pool2d", "bicubic", "roll", "hardshrink", "addcmul"],
 )
 @pytest.mark.sampled
 def test_operators_that_are_not_core_ones_are_exported_if_they_only_compute(
