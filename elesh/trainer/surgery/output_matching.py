@@ -28,7 +28,7 @@ __all__ = ["Matched", "match_outputs"]
 _PASSES, _BATCH = 4, 32
 _STEP = 0.02
 """Of the root mean square of a tensor: how far its elements go in a step of the first pass."""
-_FINER, _MUCH_FINER = 2, 8
+_FINER, _MUCH_FINER = 2, 4
 """By how much steps shrink after a pass that came nearer, and after one that did not."""
 _NEAR = 1e-3
 """Share of the outputs' variance: what is missing less is not worth the passes."""
