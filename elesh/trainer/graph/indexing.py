@@ -364,7 +364,7 @@ def _moved(function: Any, axis: int, before: Sequence[int], after: Sequence[int]
     if name.startswith("Permute"):
         order = [signed(dim) % len(before) for dim in function._saved_dims]
         return order.index(axis)
-    if name.startswith("Unsqueeze"):
+    if name.startswith(("Unsqueeze", "Stack")):
         return axis + (axis >= signed(function._saved_dim) % len(after))
     if name.startswith("Transpose"):
         one, two = (signed(d) % len(before) for d in (function._saved_dim0, function._saved_dim1))

@@ -153,3 +153,17 @@ class CrossStage(nn.Module):
         first, second = self.enter(self.stem(x)).relu().split(self.c or self.expand_chs // 2, 1)
         second = second + self.inner(second).relu()
         return self.leave(torch.cat([first, second], 1)).mean((2, 3))
+
+
+class Stacked(nn.Module):
+    """Two branches, and two heads, whose outputs are stacked and averaged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(64, 9), nn.Linear(64, 9)
+        self.heads = nn.ModuleList(nn.Linear(27, 5) for _ in "12")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2)
+        y = torch.stack([self.left(x), self.right(x)]).mean(0).relu().flatten(1)
+        return torch.stack([head(y) for head in self.heads]).mean(0)

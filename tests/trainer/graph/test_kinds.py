@@ -171,3 +171,12 @@ def test_halves_go_alike_where_a_module_keeps_the_size_of_one_or_of_both(whole: 
     assert (model.c, model.expand_chs) == ((0, 14) if whole else (7, 0))
     surgeon.undo()
     assert (model.c, model.expand_chs) == ((0, 18) if whole else (9, 0))
+
+
+def test_what_is_stacked_and_averaged_goes_together() -> None:
+    torch.manual_seed(0)
+    surgeon = cut_and_checked(kind_nets.Stacked(), IMAGES)
+    layers = {group.name: group.layers for group in surgeon.architecture.groups}
+    assert layers["left"] == ("left", "right")
+    assert prunable(surgeon) == ["left"]
+    assert surgeon.architecture.group["heads.0"].reason == "network output"
