@@ -49,8 +49,9 @@ __all__ = [
     "solved_layer_by_layer",
 ]
 
-_RIDGES = (1e-3, 1e-2, 1e-1)
-"""Strengths of the ridge that are tried, as shares of the inputs' mean second moment."""
+_RIDGES = (1e-2, 1e-1)
+"""Strengths of the ridge that are tried, as shares of the inputs' mean second moment; the first
+that does any good is taken."""
 _MOST_INPUTS = 4096
 """Coefficients an output: solving for more takes longer than the passes."""
 _LIVE = 2**27
@@ -496,15 +497,14 @@ class _Sums:
 
 
 def _change(sums: list[_Sums]) -> Tensor | None:
-    """[K, C]: the change of the coefficients, by the ridge that does best on the half that it was
-    not solved on; None where none does any good there."""
+    """[K, C]: the change of the coefficients, by the first ridge that does any good on the half
+    that it was not solved on; None where none does."""
     first, second = sums
     if not first.rows or not second.rows:
         return None
     some, others = first.single(), second.single()
-    gains = {ridge: others.gain(_ridge(some, ridge)) for ridge in _RIDGES}
-    best = max(gains, key=lambda ridge: gains[ridge] if gains[ridge] > 0 else 0.0)
-    if not gains[best] > 0:
+    best = next((ridge for ridge in _RIDGES if others.gain(_ridge(some, ridge)) > 0), None)
+    if best is None:
         return None
     both = _Sums(first.among + second.among, first.across + second.across)
     return _ridge(both, best)
