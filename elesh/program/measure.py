@@ -84,9 +84,11 @@ _SEED = 1
 
 
 def _load_what_is_lazy() -> None:
-    """PyTorch opens some of its files at first use, which it could not while confined."""
-    x = torch.ones(1, 2, requires_grad=True)
-    functional.cross_entropy(x, torch.zeros(1, dtype=torch.long)).backward()  # type: ignore[no-untyped-call]
+    """PyTorch opens some of its files at first use, which it could not while confined. Wherever
+    this is imported: a script may be in ``no_grad``."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+        x = torch.ones(1, 2, requires_grad=True)
+        torch.autograd.backward(functional.cross_entropy(x, torch.zeros(1, dtype=torch.long)))
 
 
 _load_what_is_lazy()

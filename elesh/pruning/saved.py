@@ -12,6 +12,7 @@ changed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -26,9 +27,11 @@ from torch import Tensor, nn
 
 from elesh.trainer.graph.hazards import require_initialised
 from elesh.trainer.network.layers import HEAD_SIZES, SIZES, require_fit
+from elesh.trainer.network.state import trainable
 from elesh.trainer.recovery.files import write_durably
 from elesh.trainer.surgery.bypass import Bypass
 from elesh.trainer.surgery.lineage import lineage_of, remember, replayed
+from elesh.trainer.surgery.optimizers import other_optimizers
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import (
     DigestMismatch,
@@ -137,11 +140,17 @@ def load(folder: str | Path, model: Network) -> Network:
     require_initialised(network)
     _require_same_network(network, saved)
     _require_same_tensors(network, architecture, weights)
-    surgeon = Surgeon(network, saved.original, restore_points=0)
-    surgeon.replay(saved.history)
-    for path, tensor in _tensors(network).items():
-        if path in weights:
-            _fill(tensor, weights[path], saved.strides.get(path))
+    if trained := other_optimizers(network, (), stateful=True):
+        hint = "make the optimizer after elesh.load, or clear its state: it is of other weights"
+        found = f"state in {type(trained[0]).__name__}"
+        raise InvalidField("model", "a network that no optimizer has trained", found, hint=hint)
+    made_to_infer = any(parameter.is_inference() for parameter in network.parameters())
+    with contextlib.nullcontext() if made_to_infer else trainable():
+        surgeon = Surgeon(network, saved.original, restore_points=0)
+        surgeon.replay(saved.history)
+        for path, tensor in _tensors(network).items():
+            if path in weights:
+                _fill(tensor, weights[path].clone(), saved.strides.get(path))
     remember(network, surgeon.architecture, saved.original)
     return model
 

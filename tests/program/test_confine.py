@@ -7,8 +7,9 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 
-from elesh.program.measure import confined
+from elesh.program.measure import _load_what_is_lazy, confined
 
 
 def test_no_file_and_no_socket_can_be_opened_inside(tmp_path: Path) -> None:
@@ -31,3 +32,8 @@ def test_limits_come_back_after_an_error() -> None:
         raise ZeroDivisionError
     with socket.socket() as opened:
         assert opened.fileno() >= 0
+
+
+def test_what_measures_can_be_imported_without_gradients() -> None:
+    with torch.inference_mode(), torch.device("meta"):
+        _load_what_is_lazy()

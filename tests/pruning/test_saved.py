@@ -128,6 +128,45 @@ def test_a_network_without_memory_is_refused_by_name(folder: Path, tmp_path: Pat
             call()
 
 
+def test_a_network_that_is_loaded_in_inference_mode_can_be_trained(folder: Path) -> None:
+    model = DigitsNet()
+    with torch.inference_mode():
+        elesh.load(folder, model)
+        made_inside = elesh.load(folder, DigitsNet()).eval()
+        assert torch.equal(made_inside(_IMAGES), elesh.load(folder, DigitsNet()).eval()(_IMAGES))
+    torch.autograd.backward(model(_IMAGES).sum())
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_network_that_an_optimizer_has_trained_is_not_loaded_into(folder: Path) -> None:
+    """The optimizer's moments are of the weights and shapes before."""
+    model = DigitsNet()
+    optimizer = torch.optim.AdamW(model.parameters())
+    torch.autograd.backward(model(_IMAGES).sum())
+    optimizer.step()
+    before = state_of(model)
+    with pytest.raises(InvalidField, match=r"AdamW; make the optimizer after elesh\.load"):
+        elesh.load(folder, model)
+    assert same(before, state_of(model))
+    optimizer.state.clear()
+    optimizer.zero_grad()
+    torch.autograd.backward(elesh.load(folder, model)(_IMAGES).sum())
+    optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_scripted_and_exported_networks_are_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    x = torch.randn(4, 8)
+    for made, kind in (
+        (torch.jit.script(model), "scripted"),
+        (nn.Sequential(torch.jit.script(model)), "scripted"),
+        (torch.export.export(model, (x,)).module(), "exported"),
+    ):
+        with pytest.raises(InvalidField, match=f"a {kind} one; give the network"):
+            Recorder(made, x)
+
+
 def test_parameters_stay_the_objects_that_an_optimizer_holds(folder: Path) -> None:
     model = DigitsNet()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

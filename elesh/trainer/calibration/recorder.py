@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from elesh.observe import get_logger
 from elesh.trainer.graph.groups import find_architecture
+from elesh.trainer.graph.hazards import require_modules
 from elesh.trainer.network.calling import (
     Inputs,
     batch_size,
@@ -147,6 +148,7 @@ class Recorder:
             raise InvalidField("loss", "a loss function where outputs are values", None)
         model = unwrapped(model)
         require_whole(model)
+        require_modules(model)
         self._model = model
         remember_example(model, example_inputs)
         self._loss, self._sampler = loss or cross_entropy, sample_labels

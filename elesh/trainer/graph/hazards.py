@@ -81,6 +81,22 @@ def require_initialised(model: nn.Module) -> None:
             raise InvalidField(f"model.{name}", "a tensor with values", "a meta tensor", hint=hint)
 
 
+def require_modules(model: nn.Module) -> None:
+    """Refuse a network whose modules are compiled away: none of them can be masked or cut.
+
+    Raises:
+        InvalidField: naming the first of them.
+    """
+    for name, module in model.named_modules():
+        scripted = isinstance(module, torch.jit.ScriptModule)
+        exported = any(kind.__module__.startswith("torch.export") for kind in type(module).__mro__)
+        if scripted or exported:
+            kind = "scripted" if scripted else "exported"
+            where = f"model.{name}" if name else "model"
+            hint = "give the network that it was made of, and script or export the cut one"
+            raise InvalidField(where, "a module of Python", f"a {kind} one", hint=hint)
+
+
 def require_repeatable(model: nn.Module, inputs: Inputs) -> None:
     """Refuse a network that does not run again with the inputs that it ran with.
 
