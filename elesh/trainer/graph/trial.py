@@ -218,7 +218,8 @@ class TrialCuts:
         """By id of a tensor."""
         found: dict[int, list[nn.Module]] = {}
         for module in self._copied.modules():
-            inside = module.parameters() if isinstance(module, nn.MultiheadAttention) else ()
+            sized_by_parts = isinstance(module, (nn.MultiheadAttention, nn.Transformer))
+            inside = module.parameters() if sized_by_parts else ()
             for tensor in (*module._parameters.values(), *module._buffers.values(), *inside):
                 found.setdefault(id(tensor), []).append(module)
         return found

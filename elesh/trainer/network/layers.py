@@ -202,7 +202,7 @@ def _refusal(module: nn.Module) -> str:
 SIZES = (
     "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features",
     "num_parameters", "embedding_dim", "nf", "nx", "num_channels", "num_groups",
-    "normalized_shape", "shape",
+    "normalized_shape", "shape", "d_model",
 )  # fmt: skip
 """The attributes that :func:`refit` sets."""
 
@@ -223,6 +223,11 @@ def refit(module: nn.Module, by_place: bool = False) -> None:
     """
     commit(module)
     refit_taught(module)
+    if isinstance(module, nn.Transformer):  # It checks the width of what it is given.
+        norms = (part for part in module.modules() if isinstance(part, nn.LayerNorm))
+        module.d_model = next(
+            (len(n.weight) for n in norms if n.elementwise_affine), module.d_model
+        )
     held = vars(module).get("shape")
     own = [parameter for parameter in module._parameters.values() if parameter is not None]
     if isinstance(held, tuple) and len(own) == 1 and own[0].ndim == 1:

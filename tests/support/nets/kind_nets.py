@@ -167,3 +167,17 @@ class Stacked(nn.Module):
         x = x.flatten(2)
         y = torch.stack([self.left(x), self.right(x)]).mean(0).relu().flatten(1)
         return torch.stack([head(y) for head in self.heads]).mean(0)
+
+
+class EncoderDecoder(nn.Module):
+    """PyTorch's own transformer, which checks the width of what it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.source, self.target = nn.Linear(3, 12), nn.Linear(3, 12)
+        self.both = nn.Transformer(12, 2, 1, 1, 16, dropout=0.0, batch_first=True)
+        self.out = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).mT
+        return self.out(self.both(self.source(tokens[:, :7]), self.target(tokens[:, 9:14])))

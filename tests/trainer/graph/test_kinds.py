@@ -180,3 +180,16 @@ def test_what_is_stacked_and_averaged_goes_together() -> None:
     assert layers["left"] == ("left", "right")
     assert prunable(surgeon) == ["left"]
     assert surgeon.architecture.group["heads.0"].reason == "network output"
+
+
+def test_the_width_of_pytorchs_own_transformer_can_go() -> None:
+    torch.manual_seed(0)
+    model = kind_nets.EncoderDecoder()
+    surgeon = cut_and_checked(model, IMAGES)
+    assert surgeon.architecture.group["source"].prunable
+    assert model.both.d_model == 12
+    labelled = [(IMAGES, torch.zeros(len(IMAGES), 5, dtype=torch.int64))]
+    measured = Recorder(model, IMAGES).measure(labelled, epoch=0)
+    assert measured.gates["source"].first_order.all()
+    surgeon.cut({"source": [3, 4]})
+    assert model.both.d_model == 10
