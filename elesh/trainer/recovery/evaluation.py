@@ -100,8 +100,9 @@ def expected(before: float, after: float, moves: Sequence[float], limit: float) 
     """What to expect after a cut that took accuracy from ``before`` to ``after``, on the same
     samples.
 
-    The last figure alone may be a lucky one, so that the mean of the last five counts; never below
-    two deviations of the last one, since accuracy that rises leaves its mean behind.
+    The last figure alone may be a lucky one, so that the mean of the last five counts where it is
+    lower; never below two deviations of the last one, since accuracy that rises leaves its mean
+    behind. What a cut gained need not last: new batch statistics follow training again.
 
     Args:
         moves: of accuracy from one epoch to the next before the cut, without what cuts did to it.
@@ -113,8 +114,8 @@ def expected(before: float, after: float, moves: Sequence[float], limit: float) 
     scatter = math.sqrt(falls / (len(moves) + _UNKNOWN))
     last = moves[:-_LEVELS:-1]
     levels = [before - sum(last[:count]) for count in range(len(last) + 1)]
-    level = max(sum(levels) / len(levels), before - 2 * scatter)
-    return Expected(level - (before - after), scatter, len(levels))
+    level = min(before, max(sum(levels) / len(levels), before - 2 * scatter))
+    return Expected(level - max(before - after, 0.0), scatter, len(levels))
 
 
 def event_id_of(outcome: PruningOutcome) -> str:

@@ -285,7 +285,7 @@ def _not_blamed(outcome: PruningOutcome) -> PruningOutcome:
     key in ``undone_with`` says that no accuracy is to blame."""
     if outcome.undone_with is not None:
         return outcome
-    detail = f"{outcome.detail} of which too few epochs are known to blame the cut"
+    detail = f"{outcome.detail}, of which too few epochs are known to blame the cut"
     return outcome.model_copy(update={"undone_with": outcome.idempotency_key, "detail": detail})
 
 

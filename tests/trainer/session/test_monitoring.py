@@ -157,6 +157,16 @@ def test_a_cut_that_does_harm_where_training_is_known_is_blamed() -> None:
     assert (vote_of(outcome), outcome.undone_with) == ("failure", None)
 
 
+def test_what_a_cut_gained_at_once_need_not_last() -> None:
+    run, world = trained()
+    for epoch, accuracy in enumerate(SCATTER, 54):
+        run.watch(epoch, told(accuracy), always=True)
+    made = run.apply(decide(world.surgeon.architecture), world.surgeon, told(0.9, 0.99))
+    assert made.result == "applied"
+    for epoch, accuracy in ((61, 0.872), (62, 0.874)):
+        assert run.watch(epoch, told(accuracy)) == []
+
+
 def test_a_killed_run_still_knows_how_its_training_scattered(tmp_path: Path) -> None:
     run, world = scattering(folder=tmp_path)
     known = run.monitored[0]
