@@ -115,6 +115,11 @@ def _read(
 
 def _pair(batch: Any, number: int) -> Batch:
     if isinstance(batch, Sequence) and len(batch) == 2:
+        for tensor in tensors_in(batch[0]):
+            if tensor.layout is not torch.strided or tensor.is_nested:
+                kind = "nested" if tensor.is_nested else str(tensor.layout)
+                hint = "give dense ones: tensor.to_dense(), or padded samples with a mask"
+                raise InvalidField(f"batches[{number}]", "dense tensors", kind, hint=hint)
         return batch[0], batch[1]
     hint = "for loaders of dictionaries: elesh.trainer.adapters.hugging_face.labelled"
     raise InvalidField(f"batches[{number}]", "a pair (inputs, labels)", batch, hint=hint)

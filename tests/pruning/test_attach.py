@@ -231,6 +231,27 @@ def test_a_run_resumes_only_what_it_was(tmp_path: Path) -> None:
         assert pruning.done == 1
 
 
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        torch.eye(80).to_sparse(),
+        torch.nested.nested_tensor([torch.ones(n) for n in range(1, 81)], layout=torch.jagged),
+    ],
+    ids=["sparse", "nested"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_batches_of_sparse_and_nested_tensors_are_refused_by_name(
+    tmp_path: Path, inputs: Tensor
+) -> None:
+    model = nn.Linear(80, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(InvalidField, match=r"batches\[0\]: expected dense tensors"):
+        elesh.attach(
+            model, optimizer, run_id="layout", evaluate=lambda: (0.5, 1.0), restore_dir=tmp_path,
+            calibration=[(inputs, torch.zeros(80, dtype=torch.long))],
+        )  # fmt: skip
+
+
 def test_wrong_calls_are_told_what_to_do(tmp_path: Path) -> None:
     model = SmallNet()
     pruning = attached(
