@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from elesh.trainer import Recorder
+from elesh.trainer.graph import dependency_graph
 from elesh.trainer.graph.random_copy import random_copy
 
 CALLS = [0]
@@ -71,6 +74,42 @@ def test_a_network_without_faults_is_run_nine_times_whatever_its_depth(depth: in
     assert sum(block.prunable for block in architecture.blocks) == depth
     # Traced; masked, cut and trained; masked and cut; the same of whole layers, with training.
     assert CALLS[0] == 9
+
+
+class Dense(nn.Module):
+    """Every layer reads what all layers before it made, side by side."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6 + 4 * n, 4) for n in range(depth)])
+        self.head = nn.Linear(6 + 4 * depth, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [x]
+        for layer in self.layers:
+            parts.append(layer(torch.cat(parts, 1)).relu())
+        return self.head(torch.cat(parts, 1))
+
+
+def test_a_deeper_dense_network_has_its_channels_followed_as_often_from_each_layer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    followed, plain = [0], dependency_graph._Queue.__iter__
+
+    def counted(queue: dependency_graph._Queue) -> Iterator[Any]:
+        for step in plain(queue):
+            followed[0] += 1
+            yield step
+
+    monkeypatch.setattr(dependency_graph._Queue, "__iter__", counted)
+
+    def steps(depth: int) -> float:
+        followed[0] = 0
+        architecture = Recorder(Dense(depth), torch.randn(3, 6)).architecture
+        assert sum(group.prunable for group in architecture.groups) == depth
+        return followed[0] / depth
+
+    assert steps(24) <= 1.5 * steps(8)
 
 
 class Sized(Deep):
