@@ -120,8 +120,9 @@ def prune(
             abort the process with fewer (see :mod:`elesh.trainer.network.onednn`).
         round_to: groups keep a multiple of so many channels.
         reconstruct: solve the layers that read what is left again, one behind the other, for what
-            they put out before, and re-estimate batch statistics; in the end bring all layers
-            nearer to the outputs before, if that is better for validation.
+            they put out before, and re-estimate batch statistics. Without an ``optimizer`` all
+            layers come nearer to the outputs before in the end, if that is better for validation;
+            where training goes on, that would be more training than was asked for.
         soften: if the network is surer of the samples than its accuracy warrants, scale its
             outputs down, so that training can go on well; answers stay the same. Not with a loss
             of one's own or ``max_loss_increase``.
@@ -347,7 +348,7 @@ class _Work:
 
     def _match(self, outputs: OutputsBefore) -> bool:
         """Whether that changed anything."""
-        if outputs.answers is None:
+        if outputs.answers is None or self.surgeon.optimizers.all:
             return False
         self.progress.doing("matching outputs to those before")
         found = match_outputs(self.surgeon.model, outputs.inputs, outputs.answers)

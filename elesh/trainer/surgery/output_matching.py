@@ -25,7 +25,7 @@ from elesh.trainer.network.state import preserve_state
 
 __all__ = ["Matched", "match_outputs"]
 
-_PASSES, _BATCH = 4, 32
+_PASSES, _BATCH = 2, 32
 _STEP = 0.02
 """Of the root mean square of a tensor: how far its elements go in a step of the first pass."""
 _FINER, _MUCH_FINER = 2, 4
