@@ -139,9 +139,9 @@ def test_outputs_that_come_nearer_at_the_cost_of_validation_are_put_back(
 def test_a_cut_network_is_brought_nearer_to_its_outputs_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    images = digits().validation.images
+    images, given = digits().validation.images, trained()
     with torch.no_grad():
-        wanted = trained().eval()(images)
+        wanted = given.eval()(images)
 
     def apart(model: nn.Module) -> tuple[float, float]:
         with torch.no_grad():
@@ -152,6 +152,16 @@ def test_a_cut_network_is_brought_nearer_to_its_outputs_before(
     monkeypatch.setattr(at_once, "match_outputs", lambda *args: None)
     prune_quickly(plain, {"macs": 0.4}, evaluate=lambda: apart(plain), soften=False)
     assert apart(model)[1] < apart(plain)[1]
+
+
+def test_where_training_goes_on_outputs_are_not_matched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def matched(*args: Any) -> None:
+        raise AssertionError("that was training that nobody asked for")
+
+    monkeypatch.setattr(at_once, "match_outputs", matched)
+    model = trained()
+    report = prune_quickly(model, {"macs": 0.5}, optimizer=torch.optim.SGD(model.parameters(), 0.1))
+    assert report.reached
 
 
 @pytest.mark.slow

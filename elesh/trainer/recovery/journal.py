@@ -65,10 +65,11 @@ class MadeCut:
         before, after = self.outcome.accuracy_before or 0.0, self.outcome.accuracy_after
         return expected(before, before if after is None else after, self.moves, self.limit)
 
-    def falls_short(self, now: Evaluation) -> bool:
-        """Whether these figures alone are too far below those before the cut, or no numbers."""
+    def falls_short(self, now: Evaluation, limits: int = 1) -> bool:
+        """Whether these figures alone are so many limits below those before the cut, or no
+        numbers."""
         before = self.outcome.accuracy_before
-        return before is not None and bool(failed_check(before, now, self.limit))
+        return before is not None and bool(failed_check(before, now, limits * self.limit))
 
     def failure(self, now: Evaluation) -> str:
         """Why the cut has to be taken back; empty if it has not.

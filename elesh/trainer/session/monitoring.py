@@ -38,6 +38,8 @@ _MOVES = 20
 """Of accuracy from epoch to epoch: so many of the last ones say how training scatters."""
 _ENOUGH = 6
 """So many moves say it well enough to blame a cut, and nothing is evaluated for that alone."""
+_RUIN = 10
+"""So many limits are further than a training scatters of which nothing is known."""
 _CONTROL = (
     "after a rollback training is watched without a cut for as long: it was not known yet how far "
     "it scatters by itself"
@@ -226,7 +228,8 @@ class MonitoredCuts:
         gone = [cut for cut in recovery.situation.cuts if cut.before >= point]
         self._moves = gone[0].moves
         self._last = (recovery.epoch, gone[0].outcome.accuracy_before or 0.0)
-        if now.finite and not self.knows_scatter:
+        known = self.knows_scatter or cause.falls_short(now, _RUIN)
+        if now.finite and not known:
             self._control = len(gone[0].reports) + 1
             undone = [_not_blamed(outcome) for outcome in undone]
         left = [cut for cut in recovery.situation.cuts if cut.before < point]

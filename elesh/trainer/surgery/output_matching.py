@@ -26,7 +26,7 @@ from elesh.trainer.network.state import preserve_state
 __all__ = ["Matched", "match_outputs"]
 
 _PASSES, _BATCH = 2, 32
-_STEP = 0.02
+_STEP = 0.04
 """Of the root mean square of a tensor: how far its elements go in a step of the first pass."""
 _FINER, _MUCH_FINER = 2, 4
 """By how much steps shrink after a pass that came nearer, and after one that did not."""
@@ -68,7 +68,7 @@ def match_outputs(model: nn.Module, inputs: Inputs, wanted: Tensor) -> Matched |
         first = _missing(model, inputs, wanted, variance)
         if first is None or not first > _NEAR:
             return None if first is None else Matched(first, first)
-        nearest, step = first, _STEP
+        nearest, step = first, _STEP * math.sqrt(min(first, 1.0))
         descent, best = _Descent(trained), [p.detach().clone() for p in trained]
         for number in range(_PASSES):
             order = torch.randperm(size, generator=torch.Generator().manual_seed(number))

@@ -151,6 +151,15 @@ def test_a_cut_of_a_training_that_is_not_known_yet_is_taken_back_and_not_blamed(
     assert run.watch(65, told(0.82)) == [], "now it is known"
 
 
+def test_a_collapse_is_blamed_on_the_cut_of_a_training_that_is_not_known_yet() -> None:
+    run, world = trained()
+    cut(run, world)
+    (outcome,) = run.watch(61, told(0.5))
+    assert (vote_of(outcome), outcome.undone_with) == ("failure", None)
+    other = decide(world.surgeon.architecture, number=2)
+    assert run.apply(other, world.surgeon, told(0.9)).result == "applied"
+
+
 def test_a_cut_that_does_harm_where_training_is_known_is_blamed() -> None:
     run, _ = scattering()
     (outcome,) = run.watch(61, told(0.7))
