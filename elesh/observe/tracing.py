@@ -126,7 +126,7 @@ def _set_up(service: str, instance: str, settings: ObserveSettings) -> bool:
         sampler=None if given else ParentBasedTraceIdRatio(settings.sample_ratio),
         resource=resource_of(service, instance),
         shutdown_on_exit=False,  # it would wait for half a minute
-        id_generator=_Ids(),
+        id_generator=SystemIds(),
     )
     provider.add_span_processor(WholeTrees([_batched(exporter) for exporter in exporters]))
     trace.set_tracer_provider(provider)
@@ -134,7 +134,7 @@ def _set_up(service: str, instance: str, settings: ObserveSettings) -> bool:
     return True
 
 
-class _Ids(RandomIdGenerator):
+class SystemIds(RandomIdGenerator):
     """Ids from the system: the default takes them from the generator that training seeds."""
 
     def generate_span_id(self) -> int:

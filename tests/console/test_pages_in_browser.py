@@ -114,7 +114,8 @@ def test_a_decision_shows_its_evidence(browser, live):
     removed = browser.find_elements(By.CSS_SELECTOR, "tr.removed")
     assert len(crosses) == len(removed) > 0
     assert "joint" not in text.replace("joint cost", "").replace(":joint", "")
-    assert not browser.find_element(By.CSS_SELECTOR, ".gates").is_displayed(), "passed: folded"
+    folded = browser.find_element(By.CSS_SELECTOR, "details[id^=passed] .gates")
+    assert not folded.is_displayed()
     assert browser.find_elements(By.CSS_SELECTOR, ".dots .whisker"), "error bars"
     assert browser.find_elements(By.CSS_SELECTOR, ".span .bar"), "the trace"
 

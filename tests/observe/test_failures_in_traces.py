@@ -21,7 +21,7 @@ from redis import Redis
 from station import Station, checkpoint
 from trainer_nets import batches, example
 
-from elesh.observe.tracing import WholeTrees
+from elesh.observe.tracing import SystemIds, WholeTrees
 from elesh.settings import Settings
 from elesh.trainer import Evaluation, Recorder, Session
 from leyline import CheckpointBundle, PruningOutcome, StructuralPruningDecision
@@ -41,7 +41,9 @@ FAILURES = {
 def traced(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """This process as a trainer whose spans go to the collector."""
     provider = TracerProvider(
-        resource=Resource.create({"service.name": "elesh-trainer"}), shutdown_on_exit=False
+        resource=Resource.create({"service.name": "elesh-trainer"}),
+        shutdown_on_exit=False,
+        id_generator=SystemIds(),  # what is rolled back has its random state back, too
     )
     exporter = OTLPSpanExporter(endpoint=f"{collector.url}/v1/traces")
     provider.add_span_processor(WholeTrees([SimpleSpanProcessor(exporter)]))

@@ -170,6 +170,18 @@ def _inverse(matrix: Doubles) -> Doubles:
     return np.ascontiguousarray(lower + np.tril(lower, -1).T)
 
 
+def _consumers(gate: GateStatistics) -> list[_Consumer]:
+    """What every site of the group feeds."""
+    inputs, steady, slopes = gate.input_moments, gate.sample_moments, gate.input_slopes
+    if inputs is None or steady is None or slopes is None:
+        raise ValueError(f"no input moments of {gate.layer_name}")
+    units = gate.projections.shape[1]
+    return [
+        _Consumer(moments, residual_slopes(moments, *own), len(moments) // units)
+        for moments, *own in zip(inputs, steady, slopes, strict=True)
+    ]
+
+
 def residual_slopes(
     moments: npt.ArrayLike, sample_moments: npt.ArrayLike, slopes: npt.ArrayLike
 ) -> Doubles:
@@ -264,16 +276,7 @@ class ReconstructionOrder(Order):
 
     def _begin(self, group: int) -> None:
         """The group with all its units, less those that are taken."""
-        gate = self._gates[group]
-        units = gate.projections.shape[1]
-        inputs, steady, slopes = gate.input_moments, gate.sample_moments, gate.input_slopes
-        if inputs is None or steady is None or slopes is None:
-            raise ValueError(f"no input moments of {gate.layer_name}")
-        # What every site of the group feeds.
-        self._consumers[group] = [
-            _Consumer(moments, residual_slopes(moments, *own), len(moments) // units)
-            for moments, *own in zip(inputs, steady, slopes, strict=True)
-        ]
+        self._consumers[group] = _consumers(self._gates[group])
         for unit in np.flatnonzero(self.taken[self.candidates.span(group)]).tolist():
             for consumer in self._consumers[group]:
                 consumer.remove(unit)

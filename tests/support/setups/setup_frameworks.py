@@ -49,7 +49,9 @@ class Answering(Session):
         self.outcomes.append(super().apply(*given, **how))
         return self.outcomes[-1]
 
-    def watch(self, epoch: int, evaluate: Callable[[], Evaluation]) -> list[PruningOutcome]:
+    def watch(
+        self, epoch: int, evaluate: Callable[[], Evaluation], *, always: bool = False
+    ) -> list[PruningOutcome]:
         found = super().watch(epoch, evaluate if epoch != 3 else lambda: Evaluation(0.1, 2.0))
         self.outcomes += found
         return found
