@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.pruning import decision, passes
 from benchmarks.training_run import __main__ as command
 from benchmarks.training_run import overhead
 from benchmarks.training_run.methods import METHODS, lines_of
@@ -70,3 +71,9 @@ def test_a_part_of_the_overhead_counts_what_it_calls_itself_and_once(
         assert Work().outer() == "done"
     Work().outer()
     assert parts.seconds == {"a": 3.0, "b": 5.0}
+
+
+def test_every_part_that_is_timed_by_itself_is_there() -> None:
+    timed = [*decision.PARTS.values(), *passes.PARTS.values()]
+    for owner, name in [*timed, *(pair for pairs in overhead.PARTS.values() for pair in pairs)]:
+        assert callable(getattr(owner, name)), name

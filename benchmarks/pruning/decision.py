@@ -29,6 +29,7 @@ from elesh.trainer import Evaluation, Recorder, Surgeon
 from elesh.trainer.export import Exporter, calibration_inputs
 from elesh.trainer.recovery.recovery import Recovery
 from elesh.trainer.recovery.snapshot import Tracked
+from elesh.trainer.session import apply
 from elesh.trainer.session.apply import _Check
 from elesh.trainer.session.monitoring import MonitoredCuts
 from elesh.trainer.surgery.after_cut import reestimate_batch_statistics
@@ -41,7 +42,7 @@ __all__ = ["PARTS", "measured"]
 PARTS: dict[str, tuple[Any, str]] = {
     "outputs before": (_Check, "_keep_outputs"),
     "layer by layer": (_Check, "_solve_layers"),
-    "batch statistics": (_Check, "_estimate_statistics"),
+    "batch statistics": (apply, "estimated_batch_statistics"),
     "evaluations": (_Check, "_measure"),
     "restore points": (Recovery, "put"),
 }

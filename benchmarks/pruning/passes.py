@@ -46,6 +46,7 @@ PARTS: dict[str, tuple[Any, str]] = {
     "layer by layer": (at_once, "solved_layer_by_layer"),
     "batch statistics": (at_once, "reestimate_batch_statistics"),
     "evaluation": (judging.Validation, "now"),
+    "matching": (at_once, "match_outputs"),
     "softening": (at_once, "soften_outputs"),
     "latency": (at_once, "latencies"),
 }

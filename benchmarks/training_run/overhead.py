@@ -38,6 +38,7 @@ from elesh.trainer import Recorder, Surgeon
 from elesh.trainer.export import Exporter
 from elesh.trainer.recovery.recovery import Recovery
 from elesh.trainer.session import session as sessions
+from elesh.trainer.session import apply
 from elesh.trainer.session.apply import _Check
 
 from .run import Run, scored
@@ -57,7 +58,7 @@ PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "publish": ((sessions.Session, "publish"),),
     "restore points": ((Recovery, "put"), (Recovery, "save")),
     "layer by layer": ((_Check, "_keep_outputs"), (_Check, "_solve_layers")),
-    "batch statistics": ((_Check, "_estimate_statistics"),),
+    "batch statistics": ((apply, "estimated_batch_statistics"),),
     "evaluations": ((_Check, "_measure"), (elesh.Pruning, "evaluate"), (Run, "evaluate")),
     "cut": ((Surgeon, "cut"), (Surgeon, "mask"), (Surgeon, "cut_layers")),
     "the rest": (

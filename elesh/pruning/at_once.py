@@ -120,9 +120,9 @@ def prune(
             abort the process with fewer (see :mod:`elesh.trainer.network.onednn`).
         round_to: groups keep a multiple of so many channels.
         reconstruct: solve the layers that read what is left again, one behind the other, for what
-            they put out before, and re-estimate batch statistics. Without an ``optimizer`` all
-            layers come nearer to the outputs before in the end, if that is better for validation;
-            where training goes on, that would be more training than was asked for.
+            they put out before, and re-estimate batch statistics. In the end all layers come
+            nearer to the outputs before, in two passes without labels, if that is better for
+            validation.
         soften: if the network is surer of the samples than its accuracy warrants, scale its
             outputs down, so that training can go on well; answers stay the same. Not with a loss
             of one's own or ``max_loss_increase``.
@@ -348,7 +348,7 @@ class _Work:
 
     def _match(self, outputs: OutputsBefore) -> bool:
         """Whether that changed anything."""
-        if outputs.answers is None or self.surgeon.optimizers.all:
+        if outputs.answers is None:
             return False
         self.progress.doing("matching outputs to those before")
         found = match_outputs(self.surgeon.model, outputs.inputs, outputs.answers)

@@ -154,16 +154,6 @@ def test_a_cut_network_is_brought_nearer_to_its_outputs_before(
     assert apart(model)[1] < apart(plain)[1]
 
 
-def test_where_training_goes_on_outputs_are_not_matched(monkeypatch: pytest.MonkeyPatch) -> None:
-    def matched(*args: Any) -> None:
-        raise AssertionError("that was training that nobody asked for")
-
-    monkeypatch.setattr(at_once, "match_outputs", matched)
-    model = trained()
-    report = prune_quickly(model, {"macs": 0.5}, optimizer=torch.optim.SGD(model.parameters(), 0.1))
-    assert report.reached
-
-
 @pytest.mark.slow
 def test_what_costs_too_much_is_taken_back_and_said() -> None:
     model = trained()
