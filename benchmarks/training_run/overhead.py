@@ -37,8 +37,8 @@ from elesh.pruning import attached
 from elesh.trainer import Recorder, Surgeon
 from elesh.trainer.export import Exporter
 from elesh.trainer.recovery.recovery import Recovery
-from elesh.trainer.session import session as sessions
 from elesh.trainer.session import apply
+from elesh.trainer.session import session as sessions
 from elesh.trainer.session.apply import _Check
 
 from .run import Run, scored
