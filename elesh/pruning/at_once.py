@@ -39,8 +39,8 @@ from elesh.trainer.surgery.layer_by_layer import (
     outputs_before,
     solved_layer_by_layer,
 )
-from elesh.trainer.surgery.lineage import lineage_of
-from elesh.trainer.surgery.output_matching import match_outputs
+from elesh.trainer.surgery.lineage import original_of
+from elesh.trainer.surgery.output_matching import Matched, match_outputs
 from elesh.trainer.surgery.principal_components import turn_streams
 from leyline import (
     Budget,
@@ -150,7 +150,7 @@ def prune(
         shown.doing("looking at the samples")
         samples = divided(batches, hold_out=evaluate is None)
         shown.doing("finding out what can be removed")
-        known, example = lineage_of(model), _example(model, samples)
+        example = _example(model, samples)
         recorder = Recorder(
             model,
             example,
@@ -161,8 +161,7 @@ def prune(
             seed=seed,
         )
         first = recorder.architecture
-        original = known.original if known and first.history else first
-        goals = Goals.of(model, example, first, original, budget)
+        goals = Goals.of(model, example, first, original_of(model, first), budget)
         limits = Limits(max_accuracy_drop, max_loss_increase)
         judge = _judge(model, samples, evaluate, limits, loss)
         before = copy.deepcopy(model)
@@ -200,7 +199,8 @@ def prune(
         data=judge.data,
         held_back=held_back,
         turned=work.turned if work.has_cut else (),
-        fallbacks=fallbacks,
+        matched=work.matched,
+        fallbacks=(*fallbacks, *work.fallbacks),
         seconds=time.monotonic() - begun,
     )
 
@@ -286,6 +286,10 @@ class _Work:
     spared: list[Spared] = field(default_factory=list)
     turned: tuple[str, ...] = ()
     """Groups whose channels are principal components."""
+    matched: Matched | None = None
+    """How near the outputs are to those before, where they were matched."""
+    fallbacks: list[str] = field(default_factory=list)
+    """What was done with less than was asked for."""
     evaluation: Evaluation = field(init=False)
     """Of the network as it is."""
     labels_known: bool = False
@@ -335,8 +339,13 @@ class _Work:
         """The cut network's outputs nearer to those before, if that does it good."""
         if not self.has_cut or self._outputs is None:
             return
+        if self._outputs.counts and self._outputs.answers is None:
+            self.fallbacks.append("outputs are not matched to those before: too large to keep")
+            _LOGGER.warning(self.fallbacks[-1])
+            return
         before = self.surgeon.restore_point()
-        if not self._match(self._outputs):
+        matched = self._match(self._outputs)
+        if matched is None:
             return
         found, refused = self.judge.now()
         now = self.evaluation
@@ -344,19 +353,19 @@ class _Work:
             self.progress.done("  taken back: neither accuracy nor loss is better")
             self.surgeon.bring_back(before)
         else:
-            self.evaluation = found
+            self.evaluation, self.matched = found, matched
 
-    def _match(self, outputs: OutputsBefore) -> bool:
-        """Whether that changed anything."""
+    def _match(self, outputs: OutputsBefore) -> Matched | None:
+        """How near they came; None if that changed nothing."""
         if outputs.answers is None:
-            return False
+            return None
         self.progress.doing("matching outputs to those before")
         found = match_outputs(self.surgeon.model, outputs.inputs, outputs.answers)
         if found is None or not found.after < found.before:
-            return False
+            return None
         what = f"outputs matched to those before: {found.before:.1%} to {found.after:.1%} apart"
         self.progress.done(what)
-        return True
+        return found
 
     def soften(self) -> None:
         """The cut network's outputs, no surer of training samples than its accuracy warrants."""
@@ -467,7 +476,8 @@ class _Work:
                 reestimate_batch_statistics(surgeon.model, self.batches)
         self.progress.doing(f"{name}: measuring the cut")
         found, refused = self.judge.now()
-        if refused and outputs is not None and self._match(outputs):
+        matched = self._match(outputs) if refused and outputs is not None else None
+        if matched is not None:
             found, refused = self.judge.now()
         units = sum(map(len, decision.units.values()))
         macs = surgeon.architecture.macs / max(surgeon.architecture.original_macs, 1)
@@ -479,6 +489,7 @@ class _Work:
             surgeon.bring_back(before)
         else:
             self.evaluation, self._outputs = found, outputs
+            self.matched = matched or self.matched
         return refused
 
 

@@ -185,7 +185,7 @@ class Pruning:
         Raises:
             InvalidField: outside the ``with`` block, or where ``epoch`` is no whole number.
         """
-        assert self.surgeon is not None  # else outside
+        _ = self.surgeon  # refuses a call outside the block
         epoch = _whole(epoch)
         known = None if evaluation is None else evaluated(evaluation)
         found = self._epochs.end_epoch(epoch, known)
@@ -197,7 +197,7 @@ class Pruning:
 
     def evaluate(self) -> Evaluation:
         """How well the network does now."""
-        assert self.surgeon is not None  # else outside
+        _ = self.surgeon  # refuses a call outside the block
         return self._epochs.evaluate()
 
     def __str__(self) -> str:
@@ -221,5 +221,5 @@ def _whole(epoch: Any) -> int:
     except TypeError:
         number = -1
     if number < 0:
-        raise InvalidField("epoch", "a whole number, counted from 1", epoch)
+        raise InvalidField("epoch", "a whole number, at least 0", epoch)
     return number

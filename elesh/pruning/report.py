@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from elesh.trainer.goals import ResourceUse
+from elesh.trainer.surgery.output_matching import Matched
 from leyline import Level, PrunedArchitecture
 
 __all__ = ["Figures", "PruningReport", "ResourceUse", "Round", "Spared"]
@@ -77,6 +78,9 @@ class PruningReport:
     turned: tuple[str, ...] = ()
     """Groups whose channels are principal components of what they were: no channel of theirs is one
     of the original network's."""
+    matched: Matched | None = None
+    """How much of the outputs' variance was missing before and after all layers were brought nearer
+    to the outputs before, without labels; None where they were not."""
     fallbacks: tuple[str, ...] = ()
     """What was done otherwise than asked for, and why."""
 
@@ -118,6 +122,9 @@ class PruningReport:
         if self.seconds:
             rounds = f"{len(self.rounds)} round" + "s" * (len(self.rounds) != 1)
             lines.append(f"{rounds} in {_time(self.seconds)}")
+        if self.matched is not None:
+            missing = f"{self.matched.before:.1%} to {self.matched.after:.1%} apart"
+            lines.append(f"outputs matched to those before, without labels: {missing}")
         return "\n".join([*lines, *self.fallbacks, *([self.held_back] if self.held_back else [])])
 
     def _summary(self) -> Table:

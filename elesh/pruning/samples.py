@@ -60,9 +60,9 @@ def divided(batches: Iterable[Batch], *, hold_out: bool, most: int = MOST) -> Sa
         InvalidField: if there are too few different samples, or a batch is no pair.
     """
     with preserved(nn.Module(), batches):
-        found, there_are, total = _read(_apart_from_training(batches), most)
+        found, distinct, total = _read(_apart_from_training(batches), most)
     least = 2 * LEAST if hold_out else LEAST
-    count = min(there_are, most)
+    count = min(distinct, most)
     if count < least:
         copies = f" ({total} with copies)" if total > count else ""
         expected = f"at least {least} different samples"
@@ -81,7 +81,7 @@ def divided(batches: Iterable[Batch], *, hold_out: bool, most: int = MOST) -> Sa
         for rows, part in ((kept, calibration), (out, held_out)):
             if rows:
                 part.append((_rows(inputs, rows, size), _rows(labels, rows, size)))
-    return Samples(tuple(calibration), tuple(held_out), count, total - there_are)
+    return Samples(tuple(calibration), tuple(held_out), count, total - distinct)
 
 
 def _apart_from_training(batches: Iterable[Batch]) -> Iterable[Batch]:

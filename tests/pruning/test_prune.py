@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -128,8 +129,9 @@ def test_outputs_that_come_nearer_at_the_cost_of_validation_are_put_back(
         return Matched(0.5, 0.1)
 
     monkeypatch.setattr(at_once, "match_outputs", harmful)
-    prune_quickly(model, {"macs": 0.5}, evaluate=validation(model), soften=False)
+    report = prune_quickly(model, {"macs": 0.5}, evaluate=validation(model), soften=False)
     assert tried == [256]
+    assert report.matched is None
     monkeypatch.setattr(at_once, "match_outputs", lambda *args: None)
     prune_quickly(plain, {"macs": 0.5}, evaluate=validation(plain), soften=False)
     assert unchanged(model, state_of(plain))
@@ -148,10 +150,25 @@ def test_a_cut_network_is_brought_nearer_to_its_outputs_before(
             return accuracy(model), float((model.eval()(images) - wanted).square().mean())
 
     model, plain = trained(), trained()
-    prune_quickly(model, {"macs": 0.4}, evaluate=lambda: apart(model), soften=False)
+    report = prune_quickly(model, {"macs": 0.4}, evaluate=lambda: apart(model), soften=False)
+    assert report.matched is not None
+    assert report.matched.after < report.matched.before
+    assert "outputs matched to those before, without labels" in str(report)
     monkeypatch.setattr(at_once, "match_outputs", lambda *args: None)
     prune_quickly(plain, {"macs": 0.4}, evaluate=lambda: apart(plain), soften=False)
     assert apart(model)[1] < apart(plain)[1]
+
+
+def test_outputs_that_are_too_large_to_be_matched_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = at_once.outputs_before
+
+    def large(*given: Any, **how: Any) -> Any:
+        return dataclasses.replace(kept(*given, **how), answers=None)
+
+    monkeypatch.setattr(at_once, "outputs_before", large)
+    report = prune_quickly(trained(), {"macs": 0.5})
+    assert report.reached
+    assert [said for said in report.fallbacks if "too large" in said]
 
 
 @pytest.mark.slow

@@ -157,12 +157,14 @@ def likely_missed(
         model = resource_model(architecture, budget)
         whole = amount_of(budget, architecture, model)
         most = sum(group.size for group in groups)
-        left = [model.total(_alike(groups, count, minimum)) for count in (units, most)]
+        left = [model.total(_equal_shares(groups, count, minimum)) for count in (units, most)]
         target = budget.at_most * whole * (1 + 1e-9)
         if left[0] <= target:
             continue
         fewest = bisect_left(
-            range(most), True, key=lambda n: model.total(_alike(groups, n, minimum)) <= target
+            range(most),
+            True,
+            key=lambda n: model.total(_equal_shares(groups, n, minimum)) <= target,
         )
         needed = (
             f"some {fewest} would have to go: raise removed_at_most"
@@ -176,7 +178,7 @@ def likely_missed(
     return ""
 
 
-def _alike(groups: Sequence[PruningGroup], units: int, minimum: int) -> dict[str, int]:
+def _equal_shares(groups: Sequence[PruningGroup], units: int, minimum: int) -> dict[str, int]:
     """So many units, the same share of every group that it can lose."""
     spare = {g.name: max(g.size - (minimum if g.level is Level.CHANNEL else 1), 0) for g in groups}
     share = min(units / max(sum(group.size for group in groups), 1), 1.0)

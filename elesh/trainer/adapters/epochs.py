@@ -35,7 +35,7 @@ from elesh.trainer.recovery.evaluation import checked
 from elesh.trainer.session.apply import Evaluation
 from elesh.trainer.session.session import Session
 from elesh.trainer.surgery.after_cut import InputCovariance
-from elesh.trainer.surgery.lineage import lineage_of
+from elesh.trainer.surgery.lineage import original_of
 from elesh.trainer.surgery.surgeon import Surgeon
 from elesh.trainer.time_share import TimeShare
 from leyline import (
@@ -210,9 +210,8 @@ class EveryEpoch:
         limit = self.session.settings.trainer.time_share
         self._time = TimeShare(limit, device=device_of(self._network))
         if self._budget is not None:
-            first, known = surgeon.architecture, lineage_of(self._network)
-            original = known.original if known and first.history else first
-            example = self._calibration[0][0]
+            first, example = surgeon.architecture, self._calibration[0][0]
+            original = original_of(self._network, first)
             self._goals = Goals.of(self._network, example, first, original, self._budget)
             if why := self._missed(first, out_of_reach):
                 _log.warning("the budget will not be reached", reason=why)

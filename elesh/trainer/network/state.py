@@ -421,7 +421,7 @@ def alive(wanted: Callable[[type], bool]) -> list[Any]:
 def _kinds_alive() -> dict[int, type]:
     """The types of all objects, by their ids, as types may hash by Python.
 
-    Nobody may hold all objects while threads can take turns, as they do between two steps of
+    No thread may hold all objects while others can run, as they do between two steps of
     Python: a tuple that another thread is making cannot grow while it is referred to, and that
     thread gets a SystemError. So this is one step, in which the collector runs nothing either.
     """

@@ -68,8 +68,7 @@ class MadeCut:
     def falls_short(self, now: Evaluation, limits: int = 1) -> bool:
         """Whether these figures alone are so many limits below those before the cut, or no
         numbers."""
-        before = self.outcome.accuracy_before
-        return before is not None and bool(failed_check(before, now, limits * self.limit))
+        return not now.finite or self._falls((now.accuracy,), limits)
 
     def failure(self, now: Evaluation) -> str:
         """Why the cut has to be taken back; empty if it has not.

@@ -76,14 +76,17 @@ class SessionObserver(Protocol):
         """The session ends."""
 
 
+_Event = Literal["on_checkpoint", "on_outcome", "close"]
+
+
 class Observers:
     """The observers of one session that have not failed."""
 
     def __init__(self, observers: Sequence[SessionObserver]) -> None:
         self._left = list(observers)
 
-    def tell(self, event: Literal["on_checkpoint", "on_outcome", "close"], *about: object) -> None:
-        """Tell all of them."""
+    def notify(self, event: _Event, *about: object) -> None:
+        """Call the method of this name of all of them."""
         for observer in tuple(self._left):
             try:
                 getattr(observer, event)(*about)
@@ -222,7 +225,7 @@ class Session:
             return
         self._bus.close(timeout)
         self._recovery.close()
-        self._observers.tell("close")
+        self._observers.notify("close")
         if self._loading is not None:
             self._loading.end()
 
@@ -254,7 +257,7 @@ class Session:
         self._keep_covariance(bundle)
         metadata = bundle.metadata
         event_id = "ev-" + stable_hash(metadata.run_id, metadata.checkpoint_id)
-        self._observers.tell("on_checkpoint", bundle)
+        self._observers.notify("on_checkpoint", bundle)
         with _creating(CHECKPOINTS):
             return self._queue(CHECKPOINTS, bundle, metadata.epoch, event_id)
 
@@ -397,13 +400,13 @@ class Session:
             )
             current.set_attribute("elesh.outcome", outcome.result)
             triggers = self.settings.structured_pruning.rollback_triggers
-            self._say(outcome, trigger_of(decision, triggers))
+            self._publish_outcome(outcome, trigger_of(decision, triggers))
             self._changed(outcome, before, surgeon.architecture)
         if outcome.watched:
             self._decided[outcome.idempotency_key] = decision
         else:
             self._recovery.carriers.pop(outcome.idempotency_key, None)
-        self._observers.tell("on_outcome", decision, outcome)
+        self._observers.notify("on_outcome", decision, outcome)
         return outcome
 
     def _keep_covariance(self, bundle: CheckpointBundle) -> None:
@@ -460,10 +463,10 @@ class Session:
             carrier = self._recovery.carriers.get(key, {})
             attributes = {"elesh.key": key, "elesh.outcome": outcome.result}
             with span("watched", kind=SpanKind.CONSUMER, carrier=carrier, attributes=attributes):
-                self._say(outcome, limits[key])
+                self._publish_outcome(outcome, limits[key])
             self._recovery.carriers.pop(key, None)
             if decision := self._decided.pop(outcome.idempotency_key, None):
-                self._observers.tell("on_outcome", decision, outcome)
+                self._observers.notify("on_outcome", decision, outcome)
         if outcomes and tracked and before:
             self._changed(outcomes[0], before, tracked.surgeon.architecture)
         return outcomes
@@ -474,7 +477,7 @@ class Session:
         with _creating(OUTCOMES, answers=carrier):
             return self._queue(OUTCOMES, outcome, outcome.epoch, event_id_of(outcome))
 
-    def _say(self, outcome: PruningOutcome, limit: float) -> None:
+    def _publish_outcome(self, outcome: PruningOutcome, limit: float) -> None:
         """Report an outcome, and tell Urabrask what was measured. A decision that the network does
         not keep is found by the error status of the current span."""
         if outcome.result != "applied":

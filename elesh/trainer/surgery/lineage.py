@@ -28,6 +28,7 @@ __all__ = [
     "Step",
     "continued",
     "lineage_of",
+    "original_of",
     "remember",
     "replayed",
     "require_same",
@@ -76,6 +77,12 @@ def remember(
         vars(model).pop(_ATTRIBUTE, None)
     else:
         vars(model)[_ATTRIBUTE] = Lineage(original, now)
+
+
+def original_of(model: nn.Module, now: PrunedArchitecture) -> PrunedArchitecture:
+    """What a network was before the cuts in the history of what it is ``now``."""
+    known = lineage_of(model)
+    return known.original if known is not None and now.history else now
 
 
 def continued(known: PrunedArchitecture, found: PrunedArchitecture) -> PrunedArchitecture:

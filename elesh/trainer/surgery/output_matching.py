@@ -75,6 +75,8 @@ def match_outputs(model: nn.Module, inputs: Inputs, wanted: Tensor) -> Matched |
             for rows in torch.split(order.to(wanted.device), _BATCH):
                 output = main_output(call(model, _rows(inputs, rows)))
                 error = mse_loss(output.float(), wanted[rows].float()) / variance
+                if not error.requires_grad:
+                    return Matched(first, first)  # No trained parameter makes this output.
                 descent.step(torch.autograd.grad(error, trained, allow_unused=True), step)
             missing = _missing(model, inputs, wanted, variance)
             if missing is not None and missing < nearest:

@@ -392,9 +392,7 @@ class Surgeon:
         self.notes = self.optimizers.put(states)
         for parameter in self.model.parameters():
             parameter.grad = None
-        by_place = set[nn.Module]()
-        for view in self._views():
-            by_place |= cut_by_place(view, after)
+        by_place = set[nn.Module]().union(*(cut_by_place(view, after) for view in self._views()))
         for root in self._roots():
             for module in root.modules():
                 refit(module, module in by_place)

@@ -92,3 +92,8 @@ def test_outputs_that_cannot_or_need_not_be_matched_are_left_alone() -> None:
     assert match_outputs(model, images(1), wanted[:, :2]) is None
     assert match_outputs(model, images(1), torch.zeros_like(wanted)) is None
     assert match_outputs(copy.deepcopy(model).requires_grad_(False), images(1), wanted) is None
+    elsewhere = copy.deepcopy(model).requires_grad_(False)
+    elsewhere.idle.requires_grad_(True)  # type: ignore[union-attr]
+    found = match_outputs(elsewhere, images(1), wanted)
+    assert found is not None
+    assert found.after == found.before
