@@ -298,7 +298,7 @@ def test_pruning_again_counts_from_the_original() -> None:
     prune_quickly(model, {"macs": 0.7})
     report = prune_quickly(model, {"macs": 0.6})
     assert report.reached
-    assert report.architecture.macs <= 0.6 * report.original.original_macs
+    assert 0.5 < report.architecture.macs / report.architecture.original_macs <= 0.6
     assert report.budget[0].reached > 0.5
 
 
