@@ -89,7 +89,7 @@ def test_an_observer_that_fails_is_left_out_and_training_goes_on(
     failing, summaries = Failing(), TensorBoardSummaries(tmp_path)
     observers = Observers([failing, summaries])
     for _ in range(2):
-        observers.tell("on_checkpoint", bundle)
-    observers.tell("close")
+        observers.notify("on_checkpoint", bundle)
+    observers.notify("close")
     assert failing.called == 1
     assert sum(len(event.summary.value) > 0 for event in events(tmp_path)) > 2
