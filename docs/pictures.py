@@ -58,7 +58,11 @@ WAY = (
         "elesh/analysis/levels/analyze_level.py:draft_level",
     ),
     Step("child", "join the levels into one pruning set", "elesh/analysis/decision/join.py:joined"),
-    Step("child", "verify on held-out data, shorten", "elesh/analysis/decision/verified.py:verify"),
+    Step(
+        "child",
+        "verify on held-out data, shorten",
+        "elesh/analysis/pruning_set/draft.py:Draft.verify",
+    ),
     Step(
         "worker",
         "commit: store, publish, acknowledge",

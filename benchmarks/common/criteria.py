@@ -19,7 +19,7 @@ from elesh.analysis.candidates import Candidates
 from elesh.analysis.selection.choose import select
 from elesh.analysis.selection.removal_order import StaticOrder
 from elesh.trainer.calibration.accumulators import GroupTally
-from elesh.trainer.network.gates import GateMeter, axis_of
+from elesh.trainer.network.gates import GateMeter
 from leyline import PruningGroup
 
 __all__ = ["CRITERIA", "Scores", "lowest"]
@@ -42,7 +42,7 @@ def lowest(
 def gate_gradients(subject: Subject) -> Scores:
     """[N, C] by group: the gate gradients of the true-label loss, sample by sample."""
     tallies = [GroupTally(group) for group in subject.groups]
-    axes = {axis_of(site): None for tally in tallies for site in tally.group.sites}
+    axes = {site.axis: None for tally in tallies for site in tally.group.sites}
     rows: dict[str, list[npt.NDArray[np.float64]]] = {t.group.name: [] for t in tallies}
     with GateMeter(subject.model, axes, lambda axis, x: None) as meter:
         for x, y in subject.calibration:

@@ -2,7 +2,7 @@
 
 from elesh.analysis.decision.decide import analyze
 from elesh.analysis.decision.explain import Explanation, TargetExplanation, UnitExplanation, explain
-from elesh.analysis.decision.join import Evidence, join, joined
+from elesh.analysis.decision.join import JoinContext, join, joined
 from elesh.analysis.importance.tracker import ImportanceTracker, Track, channel_metrics
 from elesh.analysis.levels.analyze_level import LevelDraft, analyze_level, draft_level
 from elesh.analysis.levels.units import select_channels
@@ -23,7 +23,7 @@ __all__ = [
     "Allowance",
     "CountMinSketch",
     "ErrorBound",
-    "Evidence",
+    "JoinContext",
     "Explanation",
     "ImportanceTracker",
     "LevelDraft",

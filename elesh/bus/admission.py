@@ -94,13 +94,10 @@ class Heard:
 
     message: Message
     envelope: EventEnvelope
+    run_id: str
+    """The run that it speaks of, by its body where that names one."""
     signer: str = ""
     """Id of the key that signed it; empty where signatures are not required."""
-
-    @property
-    def run_id(self) -> str:
-        """The run that it speaks of, by its body where that names one."""
-        return _run_of(self.message) or self.envelope.training_run_id
 
 
 def hear(delivery: Delivery, guard: Guard) -> Heard:
@@ -134,7 +131,8 @@ def read(data: bytes, stream: Stream | None = None, *, beside: Delivery | None =
     holders = (message, getattr(message, "metadata", None))
     epochs = (getattr(holder, "epoch", None) for holder in holders)
     epoch = next((epoch for epoch in epochs if isinstance(epoch, int)), None)
-    run = _run_of(message)
+    runs = (getattr(holder, "run_id", "") for holder in holders)
+    run = next((run for run in runs if run), "")
     if run and envelope.training_run_id not in ("", run):
         raise IdentityMismatch("envelope.training_run_id", brief(run), envelope.training_run_id)
     if epoch is not None and envelope.epoch not in (None, epoch):
@@ -144,7 +142,7 @@ def read(data: bytes, stream: Stream | None = None, *, beside: Delivery | None =
         if (key.epoch, key.model_hash) != (message.epoch, message.model_hash):
             expected = f"a key of epoch {message.epoch} and architecture {message.model_hash}"
             raise IdentityMismatch("idempotency_key", expected, str(key))
-    return Heard(message, envelope)
+    return Heard(message, envelope, run or envelope.training_run_id)
 
 
 def require_in_time(heard: Heard, now: datetime, redriven: datetime | None = None) -> None:
@@ -215,12 +213,6 @@ def admit(
         type(message).__name__,
         hint="this worker does not serve it",
     )
-
-
-def _run_of(message: Message) -> str:
-    """The run that a message's body names; empty where it names none."""
-    metadata = getattr(message, "metadata", None)
-    return str(getattr(message, "run_id", "") or getattr(metadata, "run_id", "") or "")
 
 
 def key_of(message: CheckpointReady | StructuralAnalysisRequest) -> IdempotencyKey:

@@ -32,7 +32,7 @@ from elesh.trainer.network.calling import (
     replace_inputs,
     through_layers,
 )
-from elesh.trainer.network.gates import Axis, axis_of
+from elesh.trainer.network.gates import Axis
 from elesh.trainer.network.layers import refilled, require_fit
 from elesh.trainer.network.multihead import patched, take_back
 from elesh.trainer.network.standardised import replace_weight
@@ -283,8 +283,8 @@ class _Gated(nn.Module):
         self.model = model
         self._inputs = inputs
         groups = [group for group in architecture.groups if group.prunable]
-        axes = dict.fromkeys(axis_of(site) for group in groups for site in group.sites)
-        self._norms = {axis_of(norm): norm for group in groups for norm in group.norms}
+        axes = dict.fromkeys(site.axis for group in groups for site in group.sites)
+        self._norms = {norm.axis: norm for group in groups for norm in group.norms}
         axes |= dict.fromkeys(self._norms)
         blocks = [block for block in architecture.blocks if block.prunable and not block.removed]
         self._axes: list[Axis] = list(axes)

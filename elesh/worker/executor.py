@@ -287,7 +287,7 @@ class AnalysisExecutor:
                 return await self.child.run(job, timeout=timeout)
             except ChildFailure as failure:
                 mark_failed(type(failure).__qualname__, str(failure))
-                fallback = fallback_for(failure, job.fallback_names, level)
+                fallback = fallback_for(failure, dict(job.fallbacks), level)
                 timeout = time_for(fallback, work.window, clock() - begun)
                 if not fallback or timeout <= 0:
                     raise _given_up(job, failure) from None
@@ -312,7 +312,7 @@ def _untrusted(bus: Bus, settings: Settings) -> str:
 
 
 def _given_up(job: Job, failure: ChildFailure) -> AnalysisFailed:
-    taken = f" after {', '.join(job.fallback_names)}" if job.fallback_names else ""
+    taken = f" after {', '.join(dict(job.fallbacks))}" if job.fallbacks else ""
     return AnalysisFailed(
         f"analysis of {job.key} ({', '.join(job.levels)})",
         "a result within the window",

@@ -210,8 +210,7 @@ def _of_checkpoint(delivery: Delivery, plan: Plan) -> Delivery:
     known = {b"envelope": plan.envelope}
     stream, _, entry = plan.origin.partition("/")
     context = {name.encode(): value.encode() for name, value in plan.carrier.items()}
-    history = {name: value for name, value in delivery.fields.items() if name == b"history"}
-    return replace(delivery, fields=known | context | history, stands_for=(stream, entry))
+    return replace(delivery, fields=known | context, stands_for=(stream, entry))
 
 
 def _nothing(

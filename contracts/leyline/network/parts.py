@@ -93,6 +93,11 @@ class GateSite(Span):
     dim: int = Field(ge=-8, le=7)
     """Axis of its first input; negative ones count from the end."""
 
+    @property
+    def axis(self) -> tuple[str, int]:
+        """Module and axis; sites of several groups may share them."""
+        return self.module, self.dim
+
 
 class NormSite(GateSite):
     """Where units enter a normalisation over channels: masked, it takes its statistics over the

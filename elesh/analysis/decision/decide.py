@@ -22,7 +22,7 @@ from leyline import (
     StructuralPruningDecision,
 )
 
-from .join import Evidence, joined
+from .join import JoinContext, joined
 
 __all__ = ["analyze"]
 
@@ -74,10 +74,10 @@ def analyze(
         )
         for each in asked
     ]
-    evidence = Evidence(
+    context = JoinContext(
         breakers=breakers or {},
         verify=verify,
         rolled_back=taken_back,
         loss_factor=loss_factor,
     )
-    return joined(bundle, levels, settings, evidence)
+    return joined(bundle, levels, settings, context)

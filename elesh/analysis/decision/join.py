@@ -20,8 +20,10 @@ from elesh.analysis.candidates import Doubles
 from elesh.analysis.importance.scores import sample_weights
 from elesh.analysis.levels.analyze_level import LevelDraft, budget_gate, largest, merge_shards
 from elesh.analysis.levels.rounds import in_rounds
-from elesh.analysis.pruning_set.draft import Cut, Draft, RelativeOutputError
+from elesh.analysis.levels.units import select_channels
+from elesh.analysis.pruning_set.draft import Cut, Draft, RelativeOutputError, loss_rise
 from elesh.analysis.pruning_set.plans import Identity, Target, identity_of, merged, restricted
+from elesh.analysis.selection.schedule import counted_groups
 from elesh.analysis.spans import stage
 from elesh.safety import BreakerStatus, Measured, Probing, Proposal, Remeasuring, Verifier
 from elesh.settings import Settings
@@ -40,12 +42,10 @@ from leyline import (
     RankedUnit,
     RolledBackCut,
     StructuralPruningDecision,
+    WouldBeCut,
 )
 
-from .verified import calibration_probe, without_rolled_back
-from .verified import verify as verify_draft
-
-__all__ = ["Evidence", "JointSet", "join", "joined", "named"]
+__all__ = ["JoinContext", "JointSet", "join", "joined", "named"]
 
 
 _JOINT_COSTS = frozenset({"output_projection", "reconstruction", "fisher", "margins"})
@@ -188,7 +188,7 @@ _OF_THE_WHOLE = frozenset({"requirements"})
 
 
 @dataclass(frozen=True)
-class Evidence:
+class JoinContext:
     """What a decision rests on besides the statistics of its checkpoint."""
 
     breakers: Mapping[Level, BreakerStatus] = field(default_factory=dict)
@@ -214,7 +214,7 @@ def join(
     bundle: CheckpointBundle,
     analyses: Sequence[LevelAnalysis],
     settings: Settings | None = None,
-    evidence: Evidence | None = None,
+    context: JoinContext | None = None,
 ) -> StructuralPruningDecision:
     """Decide by the analyses of all levels, made wherever they were.
 
@@ -229,31 +229,36 @@ def join(
     """
     settings = settings or Settings()
     levels = [LevelDraft.of(bundle, settings, analysis) for analysis in analyses]
-    return joined(bundle, levels, settings, evidence or Evidence())
+    return joined(bundle, levels, settings, context or JoinContext())
 
 
 @stage("join")
 def joined(
-    bundle: CheckpointBundle, levels: Sequence[LevelDraft], settings: Settings, evidence: Evidence
+    bundle: CheckpointBundle,
+    levels: Sequence[LevelDraft],
+    settings: Settings,
+    context: JoinContext,
 ) -> StructuralPruningDecision:
     """Decide by levels that are not sent (see :func:`join`)."""
-    merged = _levels(bundle, settings, levels, evidence.missing)
-    verify, measured, draft = evidence.verify, False, None
-    if isinstance(verify, Remeasuring):
-        # Of levels that came in shards: the groups that these looked at and ranked by projections.
+    merged = _levels(bundle, settings, levels, context.missing)
+    verify, chosen, rounds = context.verify, merged, 1
+    joint = [each for each in levels if each.draft.statistics.scorer == "output_projection"]
+    if joint and isinstance(verify, Remeasuring):
+        # Of levels that came in shards: the groups that these looked at.
         looked_at: dict[Level, set[str]] = {}
-        for each in levels:
-            if each.shard and each.draft.statistics.scorer == "output_projection":
+        for each in joint:
+            if each.shard:
                 looked_at.setdefault(each.level, set()).update(each.shard)
-        found = in_rounds(bundle, settings, merged, verify, evidence.breakers, looked_at)
-        chosen, count = [each.level for each in found], max(each.count for each in found)
-        draft, measured = _decided(bundle, chosen, settings, evidence, count)
-    if draft is None or not measured:
+        found = in_rounds(bundle, settings, merged, verify, context.breakers, looked_at)
+        chosen, rounds = [each.level for each in found], max(each.count for each in found)
+    draft, measured = _decided(bundle, chosen, settings, context, rounds)
+    if not measured and chosen is not merged:
         # What cannot be measured in the end is decided as if there were no network.
-        draft, _ = _decided(bundle, merged, settings, evidence)
-    _calibrate(draft, verify)
-    draft.fallbacks += tuple(evidence.fallbacks)
-    draft.parts = tuple(evidence.parts)
+        draft, _ = _decided(bundle, merged, settings, context)
+    if draft.phase is Phase.PREPARATION and isinstance(verify, Probing):
+        _calibrate(draft, verify)
+    draft.fallbacks += tuple(context.fallbacks)
+    draft.parts = tuple(context.parts)
     return draft.frozen()
 
 
@@ -261,7 +266,7 @@ def _decided(
     bundle: CheckpointBundle,
     levels: Sequence[LevelDraft],
     settings: Settings,
-    evidence: Evidence,
+    context: JoinContext,
     rounds: int = 1,
 ) -> tuple[Draft, bool]:
     """The draft after all gates, measurements and refusals; and whether it was measured, if it
@@ -270,37 +275,65 @@ def _decided(
     def predicted(proposal: Proposal) -> Measured:
         return safety.predicted_only(proposal, settings)
 
-    alone = len(levels) + len(evidence.missing) == 1
+    alone = len(levels) + len(context.missing) == 1
     draft = (
-        _alone(levels[0], evidence.breakers)
-        if alone
-        else _joint(bundle, levels, settings, evidence)
+        _alone(levels[0], context.breakers) if alone else _joint(bundle, levels, settings, context)
     )
     again: tuple[RolledBackCut, ...] = ()
-    if evidence.rolled_back:
-        again = safety.proposed_again(draft, evidence.rolled_back)
-        draft = without_rolled_back(draft, again)
-    draft.loss_factor = evidence.loss_factor
-    measured = verify_draft(draft, evidence.verify or predicted, rounds)
-    if evidence.rolled_back:
-        gate = safety.rolled_back_gate(draft, evidence.rolled_back, again)
+    if context.rolled_back:
+        again = safety.proposed_again(draft, context.rolled_back)
+        draft = draft.without_rolled_back(again)
+    draft.loss_factor = context.loss_factor
+    measured = draft.verify(context.verify or predicted, rounds)
+    if context.rolled_back:
+        gate = safety.rolled_back_gate(draft, context.rolled_back, again)
         draft.gates += (gate,)
-        draft.rolled_back = tuple(evidence.rolled_back)
+        draft.rolled_back = tuple(context.rolled_back)
         if not gate.passed:
             draft.refuse(f"{gate.name}: {gate.detail}")
     return draft, measured
 
 
-def _calibrate(draft: Draft, verify: Verifier | None) -> None:
-    """In the preparation phase: measure some cuts to calibrate predictions by."""
-    settings = draft.settings
-    wanted = settings.verification.calibration_measurements > 0
-    if draft.phase is not Phase.PREPARATION or not wanted or not isinstance(verify, Probing):
+_TIMES = (0.5, 1.0, 1.5, 2.0)
+"""Of the share that the aggressive phase may remove."""
+
+
+@stage("calibrate")
+def _calibrate(draft: Draft, network: Probing) -> None:
+    """Calibrate predictions: predict and measure the first channels to go, up to twice as many as
+    may be removed in all. (Small cuts of a network that still trains cost too little to compare.)
+
+    Nothing is measured where the statistics give no predicted loss increase.
+    """
+    bundle, settings = draft.bundle, draft.settings
+    if not settings.verification.calibration_measurements:
         return
-    found = calibration_probe(draft.bundle, settings, verify)
-    draft.would_be = found.cuts
-    if found.skipped:
-        draft.fallbacks += (found.skipped,)
+    limit = settings.structured_pruning.safety_schedule.aggressive_limit
+    total = sum(group.size for group in counted_groups(bundle.architecture, Level.CHANNEL))
+    found: list[WouldBeCut] = []
+    for count in sorted({round(min(1.0, limit * each) * total) for each in _TIMES} - {0}):
+        units = _first_to_go(bundle, settings, count)
+        predicted = loss_rise(bundle, units)
+        if predicted is None:
+            break
+        entries = [(Level.CHANNEL, name, unit) for name, own in units.items() for unit in own]
+        measured = network.loss_rise(entries)
+        if isinstance(measured, Fallback):
+            draft.fallbacks += (measured,)
+            return
+        found.append(WouldBeCut(units=len(entries), predicted=predicted.mean, measured=measured))
+    draft.would_be = tuple(found)
+
+
+def _first_to_go(
+    bundle: CheckpointBundle, settings: Settings, count: int
+) -> dict[str, tuple[int, ...]]:
+    """The channels that would go first; none where the request asks for what is not there."""
+    channels = settings.structured_pruning.channel_analysis
+    try:
+        return select_channels(bundle, count, settings=channels)
+    except InvalidField:  # The analysis of the level says so.
+        return {}
 
 
 def _levels(
@@ -340,17 +373,20 @@ def _alone(level: LevelDraft, breakers: Mapping[Level, BreakerStatus]) -> Draft:
 
 
 def _joint(
-    bundle: CheckpointBundle, levels: Sequence[LevelDraft], settings: Settings, evidence: Evidence
+    bundle: CheckpointBundle,
+    levels: Sequence[LevelDraft],
+    settings: Settings,
+    context: JoinContext,
 ) -> Draft:
     gates = {}
     for each in levels:
-        breaker = safety.breaker_gate(evidence.breakers.get(each.level, BreakerStatus()))
+        breaker = safety.breaker_gate(context.breakers.get(each.level, BreakerStatus()))
         own = [g for g in (breaker, *each.draft.gates) if g.name not in _OF_THE_WHOLE]
         gates[each.level] = named(each.level, own)
     whole, refused = _taken(bundle, levels, settings, gates)
     parts = (
         *(_part(each, refused, whole) for each in levels),
-        *map(_missing_part, evidence.missing),
+        *map(_missing_part, context.missing),
     )
     # A decision that is not approved shows what every level found.
     shown = whole if whole.parts else JointSet.of(bundle, levels, settings)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from typing import TypeVar
@@ -22,6 +22,8 @@ from elesh import safety
 from elesh.analysis.candidates import Doubles, multiple_of
 from elesh.analysis.importance.scores import single_removal
 from elesh.analysis.selection.choose import Reason
+from elesh.analysis.spans import stage
+from elesh.safety import Measured, Proposal, Verifier
 from elesh.settings import Settings
 from leyline import (
     AnalysedPart,
@@ -405,6 +407,83 @@ class Draft:
         first = self.levels[0].level if self.levels else self.key.level
         fewer = sum(u.level is first for u in self.order) - sum(u.level is first for u in kept)
         self.order, self.statistics = kept, self._smaller(fewer)
+
+    def without_rolled_back(self, cuts: Sequence[RolledBackCut]) -> Draft:
+        """The draft without the units of cuts that the trainer rolled back.
+
+        Where nothing else is left it stays as it is, to be refused.
+
+        Args:
+            cuts: those that are proposed again (:func:`elesh.safety.proposed_again`).
+        """
+        gone = {unit for cut in cuts for unit in safety.units_of(cut)}
+        if not gone or not self.approved:
+            return self
+        groups = self.bundle.architecture.group
+
+        def original(unit: RankedUnit) -> tuple[str, int]:
+            name = unit.layer_name
+            return name, -1 if unit.level is Level.LAYER else groups[name].origin[unit.index]
+
+        smaller = replace(self)
+        smaller.keep([unit for unit in self.order if original(unit) not in gone], "rolled_back")
+        return smaller if smaller.order else self
+
+    def verify(self, verifier: Verifier, rounds: int = 1) -> bool:
+        """Shorten it to what ``verifier`` measured as safe, and judge it by the figures.
+
+        A draft that is rejected already is not measured.
+
+        Args:
+            rounds: in how many the order was chosen.
+
+        Returns:
+            Whether the cut was measured, or need not be; False where it could not be.
+        """
+        if not self.approved:
+            self.gates += (safety.predicted_loss(None, 1.0, 0.0),)
+            return True
+        units = {(unit.level, unit.layer_name, unit.index): unit for unit in self.order}
+        proposal = Proposal(
+            order=tuple(units),
+            phase=self.phase,
+            predicted_loss_rise=self.statistics.predicted_loss_rise,
+            rounds=rounds,
+            loss_factor=self.loss_factor,
+        )
+        with stage("verify"):
+            answer = verifier(proposal)
+        kept = frozenset(answer.kept)
+        if len(kept) < len(units):
+            safe = [unit for entry, unit in units.items() if entry in kept]
+            self.keep(safe, "verification")
+        self._judge_measured(answer)
+        return answer.skipped is None
+
+    def _judge_measured(self, answer: Measured) -> None:
+        """Take figures, gates and verdict of what was measured."""
+        found, asked = answer.verification, self.bundle.parameters.reconstruction
+        if found is None:  # Confidence 1 is kept for cuts that were measured.
+            self.confidence *= FALLBACK_DISCOUNT if answer.skipped else 1.0
+        else:
+            self.confidence = 1.0
+            if found.kept:
+                increase = self.statistics.predicted_loss_rise  # of what was kept
+                found = found.model_copy(update={"predicted_loss_rise": increase})
+        self.verification, self.reconstruction = found, answer.reconstruction
+        if asked is not None and answer.reconstruction is None and self.units:
+            # Nothing was measured: the trainer's own check is of the refitted network.
+            self.reconstruction = Reconstructed(
+                applied=True, skip=asked.skip, batch_statistics=asked.batch_statistics
+            )
+        self.gates += answer.gates
+        self.fallbacks += (*((answer.skipped,) if answer.skipped else ()), *answer.fallbacks)
+        self.outcome = Outcome.CONDITIONAL_GO if found is None else Outcome.GO
+        failed = safety.rejection(answer.gates)
+        if not failed and not self.targets:
+            failed = "verification: no part of the cut was measured as safe"
+        if failed:
+            self.refuse(failed)
 
     def _multiple(self, group: PruningGroup) -> int:
         if group.level is not Level.CHANNEL:

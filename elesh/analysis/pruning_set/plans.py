@@ -200,7 +200,9 @@ def with_choice(
             for (unit, cost), group, start in zip(costs.items(), groups, starts, strict=True)
         )
 
-    max_cost = selection.max_cost * scale if plan.scorer == "output_projection" else None
+    max_cost = (
+        selection.removal_order.max_cost * scale if plan.scorer == "output_projection" else None
+    )
     return replace(
         plan,
         targets=tuple(targets),

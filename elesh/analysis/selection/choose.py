@@ -105,11 +105,6 @@ class Selection:
             )
         )
 
-    @property
-    def max_cost(self) -> float:
-        """The highest marginal cost; 0 where nothing was taken."""
-        return self.removal_order.max_cost if len(self.removal_order.units) else 0.0
-
 
 def select(
     make_order: Callable[[], Order], quota: int, redundant: Sequence[Pair] = ()
@@ -482,7 +477,7 @@ def kept_near_cut(candidates: Candidates, choice: Choice, group: int) -> tuple[S
     selection = choice.selection
     order, span = selection.order, candidates.span(group)
     stayed = np.flatnonzero(~order.taken[span]) + span.start
-    close = order.costs[stayed] <= _NEAR * max(selection.max_cost, 0.0)
+    close = order.costs[stayed] <= _NEAR * max(selection.removal_order.max_cost, 0.0)
     near = stayed[close | np.isin(stayed, list(selection.noise))]
     near = near[np.argsort(order.costs[near], kind="stable")][:MAX_NEAR_CUT]
     left = choice.quota - len(selection.units)

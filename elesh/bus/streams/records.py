@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
-from functools import cached_property
 from typing import Any
 
 from pydantic import ValidationError
@@ -113,6 +112,8 @@ class Delivery:
     stands_for: tuple[str, str] | None = None
     """The stream, by its short name, and the entry that it stands for, as a join does for its
     checkpoint."""
+    history: History = field(default_factory=History)
+    """What became of earlier deliveries."""
 
     @property
     def envelope(self) -> bytes:
@@ -152,11 +153,6 @@ class Delivery:
         if _REDRIVEN in self.fields:
             guard.check_redrive(self.fields[_REDRIVEN], self.framed)
         return signer
-
-    @cached_property
-    def history(self) -> History:
-        """What became of earlier deliveries."""
-        return History.read(self.fields.get(b"history"))
 
     @property
     def origin(self) -> tuple[str, str]:
@@ -265,8 +261,8 @@ def entry_fields(
     for name in CONTEXT:
         if carrier.get(name):
             fields += [name, carrier[name]]
-    for field, value in (original or {}).items():
-        fields += [_ORIGINAL + field.encode(), value]
+    for name, content in (original or {}).items():
+        fields += [_ORIGINAL + name.encode(), content]
     return fields
 
 
@@ -282,7 +278,7 @@ def deliveries_of(found: Iterable[tuple[Stream, Any]], *, grouped: bool = True) 
                 # Of this group, with those before that count towards the limit.
                 past = History.read(known.get(b"history"))
                 count = 1 + past.crashes + past.exceptions if grouped else 0
-                deliveries.append(Delivery(stream, entry_id.decode(), known, count))
+                deliveries.append(Delivery(stream, entry_id.decode(), known, count, history=past))
     return deliveries
 
 

@@ -18,7 +18,7 @@ from scipy.special import expit
 from torch import Tensor, nn
 
 from elesh.program.refit import Normalised
-from elesh.trainer.network.gates import Axis, axis_of
+from elesh.trainer.network.gates import Axis
 from elesh.trainer.network.layers import channel_axes, named_tensors
 from elesh.trainer.network.positions import positions_drawn, positions_to_read
 from leyline import (
@@ -217,14 +217,14 @@ class GroupTally:
     @property
     def first_axis(self) -> Axis:
         """The axis of the group's first site."""
-        return axis_of(self.group.sites[0])
+        return self.group.sites[0].axis
 
     def gate(self, sums: Sums, samples: int) -> Doubles:
         """``[N, C]``: the gate gradients of the units, summed over their sites."""
         total = torch.zeros(samples, self.group.size, dtype=torch.float64)
         for site in self.group.sites:
-            if axis_of(site) in sums:
-                units = by_unit(sums[axis_of(site)], site, self.group.size)
+            if site.axis in sums:
+                units = by_unit(sums[site.axis], site, self.group.size)
                 total += units.sum(-1, dtype=torch.float64)
         return total.numpy()
 
@@ -288,7 +288,7 @@ class GroupTally:
 
     def _add_sizes(self, sizes: Sums) -> None:
         for site in self.group.sites:
-            axis = axis_of(site)
+            axis = site.axis
             if axis in sizes:
                 size = by_unit(sizes[axis].double(), site, self.group.size).sum(-1).numpy()
                 self.taylor[axis] = self.taylor[axis] + size if axis in self.taylor else size
@@ -318,7 +318,7 @@ class GroupTally:
         positions = x.numel() // (len(x) * channels)
         share = positions_to_read(positions, channels, of) / positions
         for number, site in enumerate(self.group.sites):
-            if axis_of(site) != axis:
+            if site.axis != axis:
                 continue
             inputs, slopes = (self._by_position(site, values, samples) for values in (x, gradient))
             self.inputs.setdefault(number, InputTally()).see(inputs, slopes, share, of)
@@ -373,7 +373,7 @@ class GroupTally:
             return {}  # The analysis ranks without them, and its decision says so.
         found = [
             self.inputs[number].fields(
-                samples, self._entered(entered, site), axis_of(site) in constants, norms
+                samples, self._entered(entered, site), site.axis in constants, norms
             )
             for number, site in enumerate(sites)
         ]
@@ -387,7 +387,7 @@ class GroupTally:
     def _entered(self, entered: Entered, site: GateSite) -> tuple[int, Doubles, Doubles]:
         """Rows, sums and inner products of what enters at one site."""
         axis, size, by_element = (
-            axis_of(site),
+            site.axis,
             self.group.size,
             self.group.level is not Level.CHANNEL,
         )
@@ -403,10 +403,10 @@ class GroupTally:
         taylor, active, elements = np.zeros(size), np.zeros(size), 0
         gram, rows = self._gram()
         for site in self.group.sites:
-            axis, counted = axes[axis_of(site)], self._reached(axes, site)
+            axis, counted = axes[site.axis], self._reached(axes, site)
             owned = axis.elements * site.width
-            if axis_of(site) in self.taylor:
-                taylor += self.taylor[axis_of(site)] / owned
+            if site.axis in self.taylor:
+                taylor += self.taylor[site.axis] / owned
             active += by_unit(torch.from_numpy(counted), site, size).sum(-1).numpy()
             elements += owned
         return ChannelImportanceData(
@@ -440,7 +440,7 @@ class GroupTally:
 
     def _reached(self, axes: Mapping[Axis, AxisTally], site: GateSite) -> Doubles:
         """How often each channel at a site was active."""
-        active = axes[axis_of(site)].active
+        active = axes[site.axis].active
         if active is None:
             where = f"groups.{self.group.name}.sites"
             raise InvalidField(where, "sites that the batches reach", site.module)

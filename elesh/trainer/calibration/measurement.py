@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from elesh.trainer.network.gates import Axis, axis_of
+from elesh.trainer.network.gates import Axis
 from elesh.trainer.surgery.after_cut import (
     CovarianceSums,
     InputCovariance,
@@ -52,14 +52,14 @@ class Measurement:
         self.samples, self.batch, self.derived = 0, 1, True
         self._groups = [GroupTally(group) for group in architecture.groups if group.prunable]
         self._axes: dict[Axis, AxisTally] = {
-            axis_of(site): AxisTally() for tally in self._groups for site in tally.group.sites
+            site.axis: AxisTally() for tally in self._groups for site in tally.group.sites
         }
         self._entered = CovarianceSums(samples) if inputs else None
         self._reconstruct, self._expected = reconstruct, samples
         self._shared = SharedInputs()
         self._at: dict[Axis, list[GroupTally]] = {}
         for tally in self._groups:
-            for axis in dict.fromkeys(map(axis_of, tally.group.sites)):
+            for axis in dict.fromkeys(site.axis for site in tally.group.sites):
                 self._at.setdefault(axis, []).append(tally)
         self._first: dict[Axis, list[GroupTally]] = {}
         self._patterns: dict[Axis, PatternTally] = {}

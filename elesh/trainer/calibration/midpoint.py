@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from elesh.analysis import select_channels
 from elesh.settings import ChannelAnalysis
-from elesh.trainer.network.gates import Axis, axis_of
+from elesh.trainer.network.gates import Axis
 from leyline import CheckpointBundle, PruningGroup
 
 __all__ = ["LOOK_AHEAD", "first_to_go", "indices_of"]
@@ -42,5 +42,5 @@ def indices_of(
     for group in groups:
         for site in group.sites:
             entering = site.all_of(units.get(group.name, ()))
-            found.setdefault(axis_of(site), set()).update(entering)
+            found.setdefault(site.axis, set()).update(entering)
     return {axis: sorted(indices) for axis, indices in found.items() if indices}

@@ -31,7 +31,7 @@ from elesh.trainer.network.calling import (
     remember_example,
     tensors_in,
 )
-from elesh.trainer.network.gates import GateMeter, axis_of
+from elesh.trainer.network.gates import GateMeter
 from elesh.trainer.network.layers import named_tensors, require_fit
 from elesh.trainer.network.state import preserve_state, unwrapped
 from elesh.trainer.surgery.after_cut import (
@@ -288,7 +288,7 @@ class Recorder:
             return bundle
         tallies, halved = [GroupTally(group) for group in groups], indices_of(groups, units)
         generator = torch.Generator().manual_seed(self._seed)
-        axes = {axis_of(site): None for group in groups for site in group.sites}
+        axes = {site.axis: None for group in groups for site in group.sites}
         with (
             preserve_state(self._model, self._seed),
             GateMeter(self._model, axes, lambda axis, x: None, halved) as meter,

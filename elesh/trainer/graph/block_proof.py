@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from elesh.trainer.network.calling import tensors_in
-from elesh.trainer.surgery.bypass import BranchMasks, Replaced, put_back, put_in
+from elesh.trainer.surgery.bypass import Replaced, put_back, put_in
+from elesh.trainer.surgery.masks import Masks
 from leyline import LayerBlock, PrunedArchitecture
 
 from .dependency_graph import summary
@@ -67,8 +68,8 @@ class _Experiment(Admission):
 
     def _tried(self, names: Sequence[str]) -> str:
         blocks = [self._blocks[name] for name in names]
-        masks = BranchMasks(self._copied)
-        masks.set(blocks)
+        masks = Masks(self._copied)
+        masks.set_blocks(blocks)
         try:
             with torch.no_grad():
                 masked = self._trial.outputs()

@@ -37,7 +37,7 @@ from elesh.trainer.network.calling import (
     tensors_in,
 )
 from elesh.trainer.network.calls import Calls, Link
-from elesh.trainer.network.gates import Axis, GateMeter, axis_of
+from elesh.trainer.network.gates import Axis, GateMeter
 from elesh.trainer.network.layers import channel_axes
 from elesh.trainer.network.state import seed_generators
 from elesh.trainer.surgery.surgeon import Surgeon
@@ -409,7 +409,7 @@ def with_acting_masks(
     mixed = _mixed(inputs, candidates, rows)
     moving = {group.name for group in candidates if _acts(group, gates)}
     untried = [g for g in candidates if g.name not in moving and g.name not in mixed]
-    if any(axis_of(site) not in gates for group in untried for site in group.sites):
+    if any(site.axis not in gates for group in untried for site in group.sites):
         others = _moving(copied, inputs, candidates)
         moving, mixed = moving | others[0], mixed | others[1]
         untried = [g for g in untried if g.name not in moving and g.name not in mixed]
@@ -450,7 +450,7 @@ def _acts(group: PruningGroup, gates: Mapping[Axis, Gate]) -> bool:
     return any(
         bool(gate.acting[site.all_of(range(group.size))].any())
         for site in group.sites
-        if (gate := gates.get(axis_of(site))) is not None
+        if (gate := gates.get(site.axis)) is not None
     )
 
 
@@ -463,7 +463,7 @@ def _mixed(inputs: Inputs, groups: Sequence[PruningGroup], rows: Mapping[Axis, i
         count = rows.get(axis)
         return count is not None and (count % samples != 0 or count == steps != samples)
 
-    return {g.name for g in groups if any(mixes(axis_of(site)) for site in g.sites)}
+    return {g.name for g in groups if any(mixes(site.axis) for site in g.sites)}
 
 
 def _moving(
@@ -477,7 +477,7 @@ def _moving(
     def watch(axis: Axis, x: Tensor) -> None:
         rows[axis] = 0 if x.is_nested else x.shape[0]
 
-    axes = dict.fromkeys(axis_of(site) for group in groups for site in group.sites)
+    axes = dict.fromkeys(site.axis for group in groups for site in group.sites)
     generator = torch.Generator().manual_seed(0)
     try:
         with torch.enable_grad(), GateMeter(copied, axes, watch) as meter:
@@ -494,8 +494,8 @@ def _moving(
         group.name
         for group in groups
         for site in group.sites
-        if axis_of(site) in sums
-        and bool(sums[axis_of(site)][0, sorted(site.all_of(range(group.size)))].any())
+        if site.axis in sums
+        and bool(sums[site.axis][0, sorted(site.all_of(range(group.size)))].any())
     }, _mixed(inputs, groups, rows)
 
 

@@ -15,18 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from leyline import GateSite, InvalidField
+from leyline import InvalidField
 
 from .calling import replace_inputs, through_layers
 from .multihead import patched, take_back
 
 Axis = tuple[str, int]
-"""A module's path and the channel axis of its first input."""
-
-
-def axis_of(site: GateSite) -> Axis:
-    """The axis that a gate site lies on; several groups' sites may share one."""
-    return site.module, site.dim
+"""A module's path and the channel axis of its first input (:attr:`leyline.GateSite.axis`)."""
 
 
 class _Gate(torch.autograd.Function):

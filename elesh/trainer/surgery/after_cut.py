@@ -50,7 +50,7 @@ from elesh.trainer.network.calling import (
     map_tensors,
     replace_inputs,
 )
-from elesh.trainer.network.gates import Axis, axis_of
+from elesh.trainer.network.gates import Axis
 from elesh.trainer.network.layers import channel_axes, named_tensors
 from elesh.trainer.network.positions import positions_drawn, positions_to_read
 from elesh.trainer.network.state import Uncompiled, preserved
@@ -200,7 +200,7 @@ class CovarianceMeter:
 
 def consumer_axes(architecture: PrunedArchitecture, groups: Iterable[str]) -> dict[Axis, None]:
     """The axes on which consumers read units of these groups, each once and in order."""
-    return {axis_of(site): None for name in groups for site in architecture.group[name].sites}
+    return {site.axis: None for name in groups for site in architecture.group[name].sites}
 
 
 def reconstructed(
@@ -234,8 +234,8 @@ def reconstructed(
     groups: dict[Axis, list[PruningGroup]] = {}
     for name, chosen in units.items():
         for site in architecture.group[name].sites if chosen else ():
-            lost.setdefault(axis_of(site), set()).update(site.all_of(chosen))
-            groups.setdefault(axis_of(site), []).append(architecture.group[name])
+            lost.setdefault(site.axis, set()).update(site.all_of(chosen))
+            groups.setdefault(site.axis, []).append(architecture.group[name])
     tensors, found = named_tensors(model), dict[str, Tensor]()
     for axis, indices in lost.items():
         if axis[0] in skip:

@@ -1,4 +1,4 @@
-"""What takes the place of removed modules, and masks that silence whole branches.
+"""What takes the place of removed modules.
 
 Promises: a bypass module has no parameters and answers with its first input, or with zeros of that
 input's shape; putting it in and taking it out again leaves every other module as it was.
@@ -11,11 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from elesh.trainer.network.calling import tensors_in
-from elesh.trainer.network.state import Uncompiled
-from leyline import LayerBlock, StandIn
+from leyline import StandIn
 
 Replaced = tuple[str, nn.Module]
 """A path and the module that was there."""
@@ -90,32 +88,3 @@ def with_first(output: Any, first: Tensor) -> Any:
 def first_of(output: Any) -> Any:
     """The first part of a module's output."""
     return output[0] if isinstance(output, tuple) and output else output
-
-
-class BranchMasks:
-    """Masks that multiply whole branches by zero, set all at once."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._handles: list[RemovableHandle] = []
-        self._uncompiled = Uncompiled(model)
-
-    def set(self, blocks: Iterable[LayerBlock]) -> None:
-        """Silence just these blocks."""
-        self.clear()
-        for block in blocks:
-            module = self._model.get_submodule(block.branch)
-            self._handles.append(module.register_forward_hook(_silence))
-        if self._handles:
-            self._uncompiled.__enter__()
-
-    def clear(self) -> None:
-        """Take every mask off."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._uncompiled.__exit__()
-
-
-def _silence(module: nn.Module, args: Any, output: Any) -> Any:
-    return with_first(output, first_of(output) * 0)

@@ -1,4 +1,5 @@
-"""Masks at gate sites: what a removed unit sent to its consumers is multiplied by zero.
+"""Masks: what a removed unit sent to its consumers is multiplied by zero, and so is the branch of a
+removed layer.
 
 Promises: nothing is added to the ``state_dict``; a mask follows its input to any device and
 dtype; while there is one, compiled networks run uncompiled, as they would not see it; after
@@ -7,7 +8,7 @@ dtype; while there is one, compiled networks run uncompiled, as they would not s
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,9 @@ from elesh.trainer.network.layers import refilled
 from elesh.trainer.network.multihead import patched, take_back
 from elesh.trainer.network.standardised import replace_weight
 from elesh.trainer.network.state import Uncompiled
-from leyline import NormSite, PrunedArchitecture
+from leyline import LayerBlock, NormSite, PrunedArchitecture
+
+from .bypass import first_of, with_first
 
 
 class _Mask:
@@ -91,7 +94,7 @@ class _NormMask(_Mask):
 
 
 class Masks:
-    """The masks of one model, set all at once from the units that are to be silent."""
+    """The masks of one model, set all at once from the units and layers that are to be silent."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -99,13 +102,18 @@ class Masks:
         self._lent: list[nn.Module] = []
         self._uncompiled = Uncompiled(model)
 
-    def set(self, architecture: PrunedArchitecture, units: Mapping[str, Collection[int]]) -> None:
-        """Silence just these units (current numbering), by group name."""
-        self.clear()
+    def set(
+        self,
+        architecture: PrunedArchitecture,
+        units: Mapping[str, Collection[int]],
+        blocks: Iterable[LayerBlock] = (),
+    ) -> None:
+        """Silence just these units (current numbering), by group name, and these blocks."""
+        self.set_blocks(blocks)
         dead: dict[tuple[str, int], list[int]] = {}
         for name, chosen in units.items():
             for site in architecture.group[name].sites:
-                dead.setdefault((site.module, site.dim), []).extend(site.all_of(chosen))
+                dead.setdefault(site.axis, []).extend(site.all_of(chosen))
         paths = {path for (path, _), indices in dead.items() if indices}
         self._lent = patched(self._model, paths)
         self._handles += through_layers(self._model, paths)
@@ -129,6 +137,15 @@ class Masks:
         if self._handles:
             self._uncompiled.__enter__()
 
+    def set_blocks(self, blocks: Iterable[LayerBlock]) -> None:
+        """Silence just these blocks: the branch of each is multiplied by zero."""
+        self.clear()
+        for block in blocks:
+            module = self._model.get_submodule(block.branch)
+            self._handles.append(module.register_forward_hook(_silence))
+        if self._handles:
+            self._uncompiled.__enter__()
+
     def set_parts(
         self, architecture: PrunedArchitecture, parts: Sequence[tuple[str, Collection[int]]]
     ) -> None:
@@ -138,7 +155,7 @@ class Masks:
         dead: dict[tuple[str, int], list[Collection[int]]] = {}
         for number, (name, chosen) in enumerate(parts):
             for site in architecture.group[name].sites:
-                found = dead.setdefault((site.module, site.dim), [()] * len(parts))
+                found = dead.setdefault(site.axis, [()] * len(parts))
                 found[number] = {*found[number], *site.all_of(chosen)}
         paths = {path for path, _ in dead}
         self._lent = patched(self._model, paths)
@@ -155,3 +172,7 @@ class Masks:
         self._handles.clear()
         take_back(self._lent)
         self._uncompiled.__exit__()
+
+
+def _silence(module: nn.Module, args: Any, output: Any) -> Any:
+    return with_first(output, first_of(output) * 0)

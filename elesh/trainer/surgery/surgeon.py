@@ -41,7 +41,7 @@ from .averages import (
     require_layers,
     unnamed_averages,
 )
-from .bypass import BranchMasks, put_in
+from .bypass import put_in
 from .lineage import present, remember, require_same, steps
 from .masks import Masks
 from .optimizer_trial import require_cuttable
@@ -106,7 +106,6 @@ class Surgeon:
         self._skeletons = [self._skeleton()]
         self._masks = [Masks(view) for view in self._views()]
         self._masked: dict[str, frozenset[int]] = {}
-        self._branch_masks = [BranchMasks(view) for view in self._views()]
         self._masked_layers: frozenset[str] = frozenset()
         self._refitted: list[tuple[Tensor, Tensor]] = []
         """Tensors that are refitted under the mask, with what they held before."""
@@ -145,7 +144,6 @@ class Surgeon:
 
     def _views_changed(self) -> None:
         self._masks = [Masks(view) for view in self._views()]
-        self._branch_masks = [BranchMasks(view) for view in self._views()]
         self._skeletons[-1] = self._skeleton()
 
     def train_with(self, optimizer: Given) -> None:
@@ -600,14 +598,13 @@ class Surgeon:
     def _set_masks(self) -> None:
         """Masks of everything that is masked and still there."""
         blocks = [self.architecture.block[name] for name in self.masked_layers]
-        for masks, branches in zip(self._masks, self._branch_masks, strict=True):
-            masks.set(self.architecture, self.masked)
-            branches.set(block for block in blocks if not block.removed)
+        present = [block for block in blocks if not block.removed]
+        for masks in self._masks:
+            masks.set(self.architecture, self.masked, present)
 
     def _clear_masks(self) -> None:
-        for masks, branches in zip(self._masks, self._branch_masks, strict=True):
+        for masks in self._masks:
             masks.clear()
-            branches.clear()
 
     def _copied(self) -> tuple[WeightCopy, ...]:
         """All second sets of the weights: those followed, and masters that optimizers train."""

@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from elesh._process import die_with_parent
-from elesh.analysis import Evidence, LevelDraft, draft_level, join, joined
+from elesh.analysis import JoinContext, LevelDraft, draft_level, join, joined
 from elesh.analysis.importance.tracker import measurements_of
 from elesh.analysis.spans import observed, stage
 from elesh.program import preload, verifier
@@ -125,7 +125,7 @@ def _decide(job: Job) -> bytes:
     """All levels of the job and their join."""
     bundle, settings = _input(job)
     levels = [_analysis(job, bundle, settings, level) for level in job.levels]
-    return encode(joined(bundle, levels, settings, _evidence(job, bundle, settings)))
+    return encode(joined(bundle, levels, settings, _context(job, bundle, settings)))
 
 
 def _level(job: Job) -> bytes:
@@ -159,7 +159,7 @@ def _again(job: Job) -> bytes:
 def _of_parts(job: Job, analyses: list[LevelAnalysis]) -> StructuralPruningDecision:
     """The join, which says what it was made of wherever the levels alone do not tell."""
     bundle, settings = _input(job)
-    evidence = replace(_evidence(job, bundle, settings), fallbacks=job.taken_fallbacks)
+    context = replace(_context(job, bundle, settings), fallbacks=job.taken_fallbacks)
     parts = tuple(
         AnalysedPart(
             level=analysis.level,
@@ -169,8 +169,8 @@ def _of_parts(job: Job, analyses: list[LevelAnalysis]) -> StructuralPruningDecis
         for analysis in sorted(analyses, key=lambda a: (a.level, a.shard))
     )
     if job.fallbacks or any(part.groups or part.fallbacks for part in parts):
-        evidence = replace(evidence, parts=parts)
-    return join(bundle, analyses, settings, evidence)
+        context = replace(context, parts=parts)
+    return join(bundle, analyses, settings, context)
 
 
 _KINDS: dict[Kind, Callable[[Job], bytes]] = {
@@ -192,20 +192,20 @@ def _analysis(job: Job, bundle: CheckpointBundle, settings: Settings, level: Lev
         level,
         key=IdempotencyKey.parse(job.key).at(level),
         threads=job.threads,
-        scorer=scope_of(job.fallback_names).scorer or None,
+        scorer=scope_of(dict(job.fallbacks)).scorer or None,
         fallbacks=job.taken_fallbacks,
         shard=job.shard or None,
     )
 
 
-def _evidence(job: Job, bundle: CheckpointBundle, settings: Settings) -> Evidence:
+def _context(job: Job, bundle: CheckpointBundle, settings: Settings) -> JoinContext:
     """What the job says besides the checkpoint."""
     kind = StructuralPruningDecision
     recorded = decode(kind, job.recorded, field="recorded") if job.recorded else None
     # After a fallback there is no time or memory for measuring; gates are stricter without it.
-    measures = not scope_of(job.fallback_names).scorer
+    measures = not scope_of(dict(job.fallbacks)).scorer
     factor = job.loss_factor
-    return Evidence(
+    return JoinContext(
         breakers={
             level: BreakerStatus(*status)  # type: ignore[arg-type]
             for level, status in zip(job.levels, job.breakers, strict=True)
@@ -224,7 +224,7 @@ def _input(job: Job) -> tuple[CheckpointBundle, Settings]:
     The supervisor has verified sizes and digests.
     """
     folder, settings = Path(job.folder), _settings(job.settings)
-    scope = scope_of(job.fallback_names)
+    scope = scope_of(dict(job.fallbacks))
     document = decode(CheckpointDocument, (folder / DOCUMENT).read_bytes(), field="checkpoint")
     if scope.conservative:
         limit = settings.structured_pruning.safety_schedule.conservative_limit

@@ -105,8 +105,7 @@ class Job:
     threads: int = 1
     fallbacks: tuple[tuple[str, str], ...] = ()
     """Fallbacks of the failure table that led to this job, each with its reason; what they change
-    in
-    the analysis is :func:`elesh.worker.fallback_chain.scope_of`."""
+    in the analysis is :func:`elesh.worker.fallback_chain.scope_of`."""
     shard: tuple[str, ...] = ()
     """The groups that a ``level`` job looks at; empty for all."""
     missing: tuple[tuple[str, str], ...] = ()
@@ -122,11 +121,6 @@ class Job:
     recorded: bytes = b""
     """In a replay, the encoded decision of then: what chance decided (see
     :func:`elesh.program.verifier`) is taken from it."""
-
-    @property
-    def fallback_names(self) -> tuple[str, ...]:
-        """The names of the fallbacks that were taken."""
-        return tuple(name for name, _ in self.fallbacks)
 
     @property
     def taken_fallbacks(self) -> tuple[Fallback, ...]:

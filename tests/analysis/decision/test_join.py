@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from elesh import analyze
-from elesh.analysis import Evidence, analyze_level, join
+from elesh.analysis import JoinContext, analyze_level, join
 from elesh.safety import BreakerStatus, Entry, Measured, Proposal, votes
 from elesh.settings import Settings
 from leyline import (
@@ -102,7 +102,7 @@ def test_an_open_breaker_keeps_its_level_out_and_the_others_decide(
 ) -> None:
     status = BreakerStatus("open", 3, "three in a row")
     decision = join(
-        bundle, analyses(bundle, settings), settings, Evidence(breakers={Level.HEAD: status})
+        bundle, analyses(bundle, settings), settings, JoinContext(breakers={Level.HEAD: status})
     )
     assert decision.approved_for_application
     assert decision.attention_heads == ()
@@ -117,7 +117,7 @@ def test_a_missing_level_is_named_and_the_others_decide(
 ) -> None:
     found = analyses(bundle, settings)[:1]
     missing = [(Level.HEAD, "ran out of time"), (Level.LAYER, "the child died")]
-    decision = join(bundle, found, settings, Evidence(missing=missing))
+    decision = join(bundle, found, settings, JoinContext(missing=missing))
     assert decision.approved_for_application
     assert decision.key.level is Level.JOINT
     parts = {part.level: (part.verdict, part.reason) for part in decision.levels}
@@ -132,7 +132,7 @@ def test_without_any_analysis_there_is_no_decision(
     twice = [analyze_level(bundle, settings, Level.CHANNEL)] * 2
     for found in ([], twice):
         with pytest.raises(InvalidField, match="one analysis a level"):
-            join(bundle, found, settings, Evidence(missing=[(Level.LAYER, "late")]))
+            join(bundle, found, settings, JoinContext(missing=[(Level.LAYER, "late")]))
 
 
 def test_where_no_level_can_go_the_reasons_of_all_are_told(settings: Settings) -> None:
@@ -195,7 +195,7 @@ def test_a_verified_decision_holds_what_was_measured_as_safe(
     bundle: CheckpointBundle, settings: Settings, count: int
 ) -> None:
     asked, verify = keeps(count)
-    decision = join(bundle, analyses(bundle, settings), settings, Evidence(verify=verify))  # type: ignore[arg-type]
+    decision = join(bundle, analyses(bundle, settings), settings, JoinContext(verify=verify))  # type: ignore[arg-type]
     (proposal,) = asked
     kept = {(name, index) for _, name, index in proposal.order[:count]}
     left = {(name, unit) for name, units in decision.units.items() for unit in units}
@@ -223,7 +223,7 @@ def test_channels_alone_are_predicted_alike_with_and_without_a_join() -> None:
     bundle = replace(plain, gates=gates)
     alone = analyze_level(bundle, settings, Level.CHANNEL)
     gone = [(Level.HEAD, "late"), (Level.LAYER, "late")]
-    s = join(bundle, [alone], settings, Evidence(missing=gone)).statistics
+    s = join(bundle, [alone], settings, JoinContext(missing=gone)).statistics
     own = alone.decision.statistics
     assert s.predicted_shift == pytest.approx(own.predicted_shift)
     assert s.predicted_shift_error == pytest.approx(own.predicted_shift_error)
