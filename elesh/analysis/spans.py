@@ -1,8 +1,8 @@
-"""Names for the stages of an analysis, so that a caller can time them; the analysis has no clock.
+"""Names for the spans of an analysis, so that a caller can time them; the analysis has no clock.
 
-``@stage("select")`` on a function, or ``with stage("select"):`` around a few lines, names what is
+``@span("select")`` on a function, or ``with span("select"):`` around a few lines, names what is
 being done. The names go to the observer of :func:`observed`, or nowhere. The compute child observes
-them, and its supervisor makes spans of the times. Results never depend on it.
+them, and its supervisor records them in its trace. Results never depend on it.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
-__all__ = ["Observer", "observed", "stage"]
+__all__ = ["Observer", "observed", "span"]
 
 Observer = Callable[[str], AbstractContextManager[None]]
-"""Called with the name of a stage; what it returns is entered and left around it."""
+"""Called with the name of a span; what it returns is entered and left around it."""
 _observer: ContextVar[Observer | None] = ContextVar("observer", default=None)
 
 
 @contextmanager
-def stage(name: str) -> Iterator[None]:
-    """One stage; they may be nested. Threads that the analysis starts have no stages."""
+def span(name: str) -> Iterator[None]:
+    """One span; they may be nested. Threads that the analysis starts have no spans."""
     observer = _observer.get()
     if observer is None:
         yield
@@ -31,7 +31,7 @@ def stage(name: str) -> Iterator[None]:
 
 @contextmanager
 def observed(observer: Observer) -> Iterator[None]:
-    """Call ``observer`` for every stage inside the block."""
+    """Call ``observer`` for every span inside the block."""
     token = _observer.set(observer)
     try:
         yield

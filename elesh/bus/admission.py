@@ -65,7 +65,7 @@ __all__ = [
 
 SUPPORTED = (Level.CHANNEL, Level.HEAD, Level.LAYER)
 """The levels that this build analyses."""
-_AHEAD = timedelta(minutes=5)
+_CLOCK_TOLERANCE = timedelta(minutes=5)
 """A message may be dated so much later than now: two servers of a failover differ a little."""
 
 
@@ -155,15 +155,15 @@ def require_in_time(heard: Heard, now: datetime, redriven: datetime | None = Non
 
     Raises:
         Expired: if its time to live or its deadline is over.
-        InvalidField: if it is dated ahead of the server's clock.
+        InvalidField: if it is dated later than the server's clock allows.
     """
     envelope = heard.envelope
     begins = redriven or envelope.created_at
-    if begins > now + _AHEAD:
+    if begins > now + _CLOCK_TOLERANCE:
         raise InvalidField(
             "envelope.created_at",
-            f"at most {_AHEAD.total_seconds() / 60:.0f} minutes after {now:%F %T}Z, the server's "
-            "time",
+            f"at most {_CLOCK_TOLERANCE.total_seconds() / 60:.0f} minutes after "
+            f"{now:%F %T}Z, the server's time",
             f"{begins:%F %T}Z",
             hint="the server's clock went back, or another host's was used; "
             "redrive it if its decision still matters",

@@ -101,8 +101,8 @@ class Cut:
     proposed: int
     kept: int
     predicted_loss_rise: float | None
-    worker_loss_rise: float
-    trainer_loss_rise: float | None
+    worker_loss_increase: float
+    trainer_loss_increase: float | None
     worker_accuracy_drop: float
     low: float
     """Of the worker's interval for the drop on as many other samples."""
@@ -129,8 +129,8 @@ class Cut:
             proposed=found.proposed,
             kept=found.kept,
             predicted_loss_rise=predicted,
-            worker_loss_rise=found.loss_rise,
-            trainer_loss_rise=_difference(outcome.loss_masked, outcome.loss_before),
+            worker_loss_increase=found.loss_rise,
+            trainer_loss_increase=_difference(outcome.loss_masked, outcome.loss_before),
             worker_accuracy_drop=found.accuracy_drop,
             low=found.accuracy_drop_interval.low,
             high=found.accuracy_drop_interval.high,
@@ -270,7 +270,7 @@ class Training:
     def _labels(self, epoch: int) -> Tensor:
         """The labels to train on: the right ones, but for the epoch that provokes a rollback."""
         labels, moderate = self.data.train.labels, phase_at(epoch, self._schedule) is Phase.MODERATE
-        if not (self._to_provoke and moderate and self.session.watched):
+        if not (self._to_provoke and moderate and self.session.monitored):
             return labels
         self._to_provoke = False
         self._observer.on_provoked(epoch)
@@ -367,7 +367,7 @@ class Training:
             [(validation.images, validation.labels)], epoch=decision.epoch
         )
         targets: list[Target] = [*decision.channels, *decision.attention_heads, *decision.layers]
-        return RemovedSet.of(bundle, targets, decision.statistics.scorer).loss_rise
+        return RemovedSet.of(bundle, targets, decision.statistics.scorer).loss_increase
 
     def _covariance(self, decision: StructuralPruningDecision) -> InputCovariance:
         """For a decision that comes after another cut or a rollback."""

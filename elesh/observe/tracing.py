@@ -41,7 +41,7 @@ from .logs import get_logger
 from .spanfile import SpanFile
 
 __all__ = [
-    "Stage",
+    "SpanTimes",
     "carrier_of",
     "in_time",
     "is_exported",
@@ -58,8 +58,8 @@ __all__ = [
 ]
 
 Attributes = Mapping[str, str | int | float | bool]
-Stage = tuple[str, int, int, int]
-"""Name, place of its parent among the stages (-1: none), begin and end in ns since 1970."""
+SpanTimes = tuple[str, int, int, int]
+"""Name, place of its parent among the spans (-1: none), begin and end in ns since 1970."""
 _END_SECONDS = 3.0
 _DELAY_MS = 500
 """Spans wait so long for others of their batch; what a killed process had to say is then out."""
@@ -330,11 +330,11 @@ def linked_span(
         yield current
 
 
-def record_spans(stages: Sequence[Stage]) -> None:
+def record_spans(spans: Sequence[SpanTimes]) -> None:
     """Spans under the current one for what another process measured, each under its parent."""
     tracer = trace.get_tracer("elesh")
     made: list[tuple[Context, Span, int]] = []
-    for name, parent, begun, ended in stages:
+    for name, parent, begun, ended in spans:
         context = made[parent][0] if parent >= 0 else None
         own = tracer.start_span(name, context=context, start_time=begun)
         made.append((trace.set_span_in_context(own), own, ended))

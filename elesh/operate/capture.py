@@ -72,8 +72,8 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # not Linux
         return platform.processor() or platform.machine()
-    told = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
-    facts = {name.strip(): value.strip() for name, value in told.items()}
+    stated = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
+    facts = {name.strip(): value.strip() for name, value in stated.items()}
     known = [facts[name] for name in ("model name", "cpu family", "model") if name in facts]
     return " ".join(known) or platform.machine()
 

@@ -55,7 +55,7 @@ class _Predicts:
     def __call__(self, proposal: Proposal) -> Measured:
         return safety.predicted_only(proposal, self.settings, self.skipped)
 
-    def loss_rise(self, entries: Sequence[Entry]) -> Fallback:
+    def loss_increase(self, entries: Sequence[Entry]) -> Fallback:
         return Fallback(rung=CALIBRATION_SKIPPED, reason=self.skipped.reason)
 
 

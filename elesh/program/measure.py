@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from elesh.safety import Entry, Moves
+from elesh.safety import Entry, LogitGaps
 from elesh.safety.measured_gates import Outcomes
 from leyline import (
     GateSite,
@@ -461,7 +461,7 @@ class LogitGapMeter:
                 answers.append(_answers(logits, generator))
         self._places, self._answers = (torch.cat(part) for part in zip(*answers, strict=True))
 
-    def __call__(self, masked: Sequence[Entry], halved: Sequence[Entry] = ()) -> Moves:
+    def __call__(self, masked: Sequence[Entry], halved: Sequence[Entry] = ()) -> LogitGaps:
         """The network with ``masked`` gone and the gates of ``halved`` at one half."""
         gates, margins, moves = self._bench.gates(masked, halved), [], []
         with confined():
@@ -470,7 +470,7 @@ class LogitGapMeter:
                 margins.append(found[0])
                 moves.append(found[1])
         names = [group.name for group in self._groups]
-        return Moves(
+        return LogitGaps(
             np.concatenate(margins),
             {name: np.concatenate([part[n] for part in moves]) for n, name in enumerate(names)},
         )

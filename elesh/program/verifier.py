@@ -16,8 +16,8 @@ from typing import TypeVar
 import torch
 
 from elesh import safety
-from elesh.safety import Entry, Measured, Moves, Proposal
-from elesh.safety.measured_gates import Outcomes, accuracy_drop, class_drop, loss_rise
+from elesh.safety import Entry, LogitGaps, Measured, Proposal
+from elesh.safety.measured_gates import Outcomes, accuracy_drop, class_drop, loss_increase
 from elesh.settings import Settings, VerificationSettings
 from leyline import (
     CheckpointBundle,
@@ -89,13 +89,15 @@ class NetworkVerifier:
             return safety.predicted_only(proposal, self._settings, found)
         return found
 
-    def remeasure(self, masked: Sequence[Entry], halved: Sequence[Entry] = ()) -> Moves | Fallback:
-        """Margins, and what every unit moves them by, with parts masked."""
+    def remeasure(
+        self, masked: Sequence[Entry], halved: Sequence[Entry] = ()
+    ) -> LogitGaps | Fallback:
+        """Logit gaps and their gradients with respect to every gate, with parts masked."""
         if ROUNDS_TIMEOUT in self._met:
             return self._met[ROUNDS_TIMEOUT]
         seconds = _SHARE_OF_ROUNDS * self._seconds
         found = self._tried(
-            lambda: self._moves(masked, halved),
+            lambda: self._logit_gaps(masked, halved),
             Fallback(rung=ROUNDS_TIMEOUT, reason=self._too_slow("choosing in rounds", seconds)),
             ROUNDS_SKIPPED,
         )
@@ -103,7 +105,7 @@ class NetworkVerifier:
         self._remeasured = 0 if isinstance(found, Fallback) else self._remeasured + 1
         return found
 
-    def loss_rise(self, entries: Sequence[Entry]) -> float | Fallback:
+    def loss_increase(self, entries: Sequence[Entry]) -> float | Fallback:
         """What masking ``entries`` does to the loss, in nats a held-out sample."""
         if CALIBRATION_SKIPPED in self._met:
             return self._met[CALIBRATION_SKIPPED]
@@ -161,7 +163,7 @@ class NetworkVerifier:
             )
         return LogitGapMeter(self._bench, self._architecture, inputs)
 
-    def _moves(self, masked: Sequence[Entry], halved: Sequence[Entry]) -> Moves:
+    def _logit_gaps(self, masked: Sequence[Entry], halved: Sequence[Entry]) -> LogitGaps:
         self._until(_SHARE_OF_ROUNDS)
         return self._meter(masked, halved)
 
@@ -233,7 +235,7 @@ class NetworkVerifier:
 class _Figures:
     """What masking some entries did."""
 
-    rise: tuple[float, Interval, float]
+    increase: tuple[float, Interval, float]
     drop: tuple[float, Interval, float]
     flow: float
     number: int
@@ -272,12 +274,12 @@ class _Search:
         settings, after = self.settings, self.bench.measure(entries)
         limits = settings.limits(frozenset(entry[0] for entry in entries), self.proposal.phase)
         pair = self.before.outcomes, after.outcomes
-        rise = loss_rise(*pair, settings.confidence, settings.bootstrap_samples)
+        increase = loss_increase(*pair, settings.confidence, settings.bootstrap_samples)
         drop = accuracy_drop(*pair, settings.confidence, settings.bootstrap_samples)
         worst = class_drop(*pair)
         flow = self.bench.flow_change(self.flow_before, after, entries)
         gates = (
-            safety.measured_loss(rise[0], rise[2], limits.loss_rise),
+            safety.measured_loss(increase[0], increase[2], limits.loss_rise),
             safety.measured_accuracy(drop[0], drop[2], limits.accuracy_drop, self.bench.samples),
             safety.accuracy_retention(
                 pair[0].accuracy, pair[1].accuracy, settings.accuracy_retention
@@ -285,7 +287,7 @@ class _Search:
             safety.class_accuracy(worst, settings.class_accuracy_drop),
             safety.gradient_flow(flow, settings.gradient_flow_change),
         )
-        return gates, _Figures(rise, drop, flow, worst.number, worst.drop)
+        return gates, _Figures(increase, drop, flow, worst.number, worst.drop)
 
     def verification(self, figures: _Figures, kept: tuple[Entry, ...]) -> Verification:
         """The contract's figures."""
@@ -299,8 +301,8 @@ class _Search:
             stopped=stopped,
             loss_before=self.before.outcomes.loss,
             predicted_loss_rise=self.proposal.predicted_loss_rise,
-            loss_rise=figures.rise[0],
-            loss_rise_interval=figures.rise[1],
+            loss_rise=figures.increase[0],
+            loss_rise_interval=figures.increase[1],
             accuracy_before=self.before.outcomes.accuracy,
             accuracy_drop=figures.drop[0],
             accuracy_drop_interval=figures.drop[1],

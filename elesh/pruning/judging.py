@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from elesh.program.measure import judged
-from elesh.safety.measured_gates import Outcomes, accuracy_drop, loss_rise
+from elesh.safety.measured_gates import Outcomes, accuracy_drop, loss_increase
 from elesh.trainer import Evaluation
 from elesh.trainer.calibration.losses import Loss, class_labels
 from elesh.trainer.network.calling import call, device_of, main_output, map_tensors
@@ -147,8 +147,8 @@ class HeldOut:
         drop = -math.inf
         if len(after.correct):
             drop = accuracy_drop(self.outcomes, after, _CONFIDENCE, _DRAWS)[2]
-        rise = loss_rise(self.outcomes, after, _CONFIDENCE, _DRAWS)[2]
-        return _evaluation(after), _fault(self.limits, drop, rise, " (95% bound)")
+        increase = loss_increase(self.outcomes, after, _CONFIDENCE, _DRAWS)[2]
+        return _evaluation(after), _fault(self.limits, drop, increase, " (95% bound)")
 
 
 def _evaluation(found: Outcomes) -> Evaluation:

@@ -45,7 +45,7 @@ from .measured_gates import (
     predicted_only,
     ranking_holds,
 )
-from .verification import Entry, Measured, Moves, Probing, Proposal, Remeasuring, Verifier
+from .verification import Entry, LogitGaps, Measured, Probing, Proposal, Remeasuring, Verifier
 
 __all__ = [
     "ARCHITECTURE_GATES",
@@ -54,7 +54,7 @@ __all__ = [
     "BreakerStatus",
     "Entry",
     "Measured",
-    "Moves",
+    "LogitGaps",
     "Probing",
     "Proposal",
     "Remeasuring",

@@ -236,15 +236,15 @@ def predicted_shift(shift: float | None, error: float | None, limit: float) -> G
 
 
 def requirements(
-    asked: PerformanceRequirements, loss_rise: float | None, parameters_removed: float
+    asked: PerformanceRequirements, loss_increase: float | None, parameters_removed: float
 ) -> GateResult:
     """Passed if the request's own limits hold; a limit on an unknown figure does not hold."""
     faults = []
-    rise = asked.max_predicted_loss_rise
-    if rise is not None and loss_rise is None:
+    limit = asked.max_predicted_loss_rise
+    if limit is not None and loss_increase is None:
         faults.append("max_predicted_loss_rise: the loss rise is not known without gate statistics")
-    elif rise is not None and loss_rise is not None and loss_rise > rise:
-        faults.append(f"max_predicted_loss_rise: {loss_rise:.4g} over {rise:.4g}")
+    elif limit is not None and loss_increase is not None and loss_increase > limit:
+        faults.append(f"max_predicted_loss_rise: {loss_increase:.4g} over {limit:.4g}")
     share = asked.min_parameters_removed
     if share is not None and parameters_removed < share:
         faults.append(f"min_parameters_removed: {parameters_removed:.4g} below {share:.4g}")

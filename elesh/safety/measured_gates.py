@@ -32,7 +32,7 @@ __all__ = [
     "gradient_flow",
     "labels_belong",
     "largest_safe",
-    "loss_rise",
+    "loss_increase",
     "measured_accuracy",
     "measured_loss",
     "predicted_loss",
@@ -80,11 +80,11 @@ class Outcomes:
         return np.asarray(hits * (count / total), np.float64)
 
 
-def loss_rise(
+def loss_increase(
     before: Outcomes, after: Outcomes, confidence: float, draws: int
 ) -> tuple[float, Interval, float]:
-    """Mean rise of the loss, its interval and its one-sided upper bound, by paired bootstrap over
-    samples (Efron and Tibshirani 1993, chapter 16)."""
+    """Mean increase of the loss, its interval and its one-sided upper bound, by paired bootstrap
+    over samples (Efron and Tibshirani 1993, chapter 16)."""
     loss_increases = after.losses - before.losses
     rng = np.random.default_rng(_SEED)
     means = np.concatenate(
@@ -199,14 +199,14 @@ def labels_belong(before: Outcomes, said: float | None) -> GateResult:
     )
 
 
-def measured_loss(rise: float, upper: float, limit: float) -> GateResult:
+def measured_loss(increase: float, upper: float, limit: float) -> GateResult:
     """Passed if the held-out loss rises by at most ``limit`` nats a sample, bound included."""
     return GateResult(
         name="measured_loss",
         passed=upper <= limit,
         measured=upper,
         limit=limit,
-        detail=f"upper bound of the rise in nats a sample; measured {rise:.4g}",
+        detail=f"upper bound of the rise in nats a sample; measured {increase:.4g}",
     )
 
 
@@ -274,24 +274,24 @@ def ranking_holds(kept: int, proposed: int, limit: float) -> GateResult:
 
 
 def predicted_loss(
-    rise: float | None, factor: float, limit: float, source: str = "default"
+    increase: float | None, factor: float, limit: float, source: str = "default"
 ) -> GateResult:
-    """Passed if the predicted loss rise, times what predictions are too low by, is within the
-    limit that a measured rise would have to keep. The stricter gate of cuts not measured.
+    """Passed if the predicted loss increase, times what predictions are too low by, is within the
+    limit that a measured increase would have to keep. The stricter gate of cuts not measured.
 
     Args:
         source: where the factor comes from.
     """
-    if rise is None:
+    if increase is None:
         detail = "not judged: nothing is cut, or no statistics tell the loss rise"
         return GateResult(name="predicted_loss", passed=True, limit=limit, detail=detail)
     return GateResult(
         name="predicted_loss",
-        passed=rise * factor <= limit,
-        measured=rise * factor,
+        passed=increase * factor <= limit,
+        measured=increase * factor,
         limit=limit,
-        detail=f"nothing was measured: predicted rise {rise:.4g} nats a sample, times {factor:g} "
-        f"({source})",
+        detail=f"nothing was measured: predicted rise {increase:.4g} nats a sample, "
+        f"times {factor:g} ({source})",
     )
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from leyline import Fallback, GateResult, Level, LossFactor, Phase, Reconstructed, Verification
 
-__all__ = ["Entry", "Measured", "Moves", "Probing", "Proposal", "Remeasuring", "Verifier"]
+__all__ = ["Entry", "Measured", "LogitGaps", "Probing", "Proposal", "Remeasuring", "Verifier"]
 
 Entry = tuple[Level, str, int]
 """One unit: its level, the group's (or layer's) name, its number in it (0 for a layer)."""
@@ -64,24 +64,26 @@ class Verifier(Protocol):
 
 
 @dataclass(frozen=True)
-class Moves:
+class LogitGaps:
     """How far a masked network is from other answers, on N calibration rows.
 
     A row is a sample, or one position of it where a sample has many answers; the same rows at every
     mask. The answer is that of the whole network, so no labels are needed.
     """
 
-    margins: npt.NDArray[np.float32]
+    values: npt.NDArray[np.float32]
     """[N]: log of the odds against the whole network's answer."""
-    moves: Mapping[str, npt.NDArray[np.float32]]
-    """By group [N, size]: derivatives of the margins with respect to its units' gates."""
+    gradients: Mapping[str, npt.NDArray[np.float32]]
+    """By group [N, size]: derivatives of the gaps with respect to its units' gates."""
 
 
 @runtime_checkable
 class Remeasuring(Protocol):
     """A verifier that can measure gate gradients again on a masked network."""
 
-    def remeasure(self, masked: Sequence[Entry], halved: Sequence[Entry] = ()) -> Moves | Fallback:
+    def remeasure(
+        self, masked: Sequence[Entry], halved: Sequence[Entry] = ()
+    ) -> LogitGaps | Fallback:
         """With ``masked`` gone and the gates of ``halved`` at one half; or why that cannot be
         measured, which then holds for every mask."""
         ...
@@ -91,6 +93,6 @@ class Remeasuring(Protocol):
 class Probing(Protocol):
     """A verifier that can say what masking some units does to the loss, without any gate."""
 
-    def loss_rise(self, entries: Sequence[Entry]) -> float | Fallback:
+    def loss_increase(self, entries: Sequence[Entry]) -> float | Fallback:
         """In nats a held-out sample; or why it cannot be measured, which holds for every mask."""
         ...

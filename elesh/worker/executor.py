@@ -245,7 +245,7 @@ class AnalysisExecutor:
         with span(what, attributes=attributes) as current:
             async with self._held_child(job):
                 reply = await self._climb(work, job)
-            record_spans(reply.stages)
+            record_spans(reply.spans)
             if reply.failed is not None:
                 raise reply.failed.error
             result: R = decode(kind, reply.result, field=f"result of {job.key}")

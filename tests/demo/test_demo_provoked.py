@@ -31,7 +31,7 @@ def test_one_epoch_is_trained_on_wrong_labels_and_said(monkeypatch: pytest.Monke
     training._observer = told  # type: ignore[assignment]
     right = training.data.train.labels
     assert torch.equal(training._labels(70), right)  # nothing is monitored
-    monkeypatch.setattr(Session, "watched", property(lambda self: ("key",)))
+    monkeypatch.setattr(Session, "monitored", property(lambda self: ("key",)))
     assert torch.equal(training._labels(40), right)  # the conservative phase
     assert not (training._labels(70) == right).any()
     assert torch.equal(training._labels(71), right)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from elesh.safety.measured_gates import Outcomes, accuracy_drop, class_drop, loss_rise
+from elesh.safety.measured_gates import Outcomes, accuracy_drop, class_drop, loss_increase
 
 
 def outcomes(losses: np.ndarray, correct: np.ndarray, classes: int = 2) -> Outcomes:
@@ -32,7 +32,7 @@ def test_the_interval_holds_the_next_samples_drop_and_the_mean_rise() -> None:
         _, interval, _ = accuracy_drop(*here, 0.95, 400)
         next_drop = there[0].accuracy - there[1].accuracy
         inside_drop += interval.low - 1e-9 <= next_drop <= interval.high + 1e-9
-        _, rise, _ = loss_rise(*here, 0.95, 400)
+        _, rise, _ = loss_increase(*here, 0.95, 400)
         inside_rise += rise.low <= 0.02 <= rise.high
     assert inside_drop >= 184
     assert inside_rise >= 180
@@ -46,15 +46,18 @@ def test_where_nothing_changed_something_still_may(count: int) -> None:
     assert drop == 0
     assert interval.low < 0 < interval.high
     assert 1 / count < upper < 4 / count
-    rise, _, most = loss_rise(same, same, 0.95, 200)
+    rise, _, most = loss_increase(same, same, 0.95, 200)
     assert rise == most == 0
 
 
 def test_the_same_outcomes_give_the_same_figures() -> None:
     before, after = drawn(np.random.default_rng(1), 100, 0.05, 0.1)
     np.random.seed(5)  # the caller's generator has no part in it
-    first = accuracy_drop(before, after, 0.95, 300), loss_rise(before, after, 0.95, 300)
-    assert (accuracy_drop(before, after, 0.95, 300), loss_rise(before, after, 0.95, 300)) == first
+    first = accuracy_drop(before, after, 0.95, 300), loss_increase(before, after, 0.95, 300)
+    assert (
+        accuracy_drop(before, after, 0.95, 300),
+        loss_increase(before, after, 0.95, 300),
+    ) == first
 
 
 def test_the_class_that_lost_most_is_named_and_small_classes_are_passed_over() -> None:

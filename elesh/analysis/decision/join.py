@@ -21,10 +21,10 @@ from elesh.analysis.importance.scores import sample_weights
 from elesh.analysis.levels.analyze_level import LevelDraft, budget_gate, largest, merge_shards
 from elesh.analysis.levels.rounds import in_rounds
 from elesh.analysis.levels.units import select_channels
-from elesh.analysis.pruning_set.draft import Cut, Draft, RelativeOutputError, loss_rise
+from elesh.analysis.pruning_set.draft import Cut, Draft, RelativeOutputError, loss_increase
 from elesh.analysis.pruning_set.plans import Identity, Target, identity_of, merged, restricted
 from elesh.analysis.selection.schedule import counted_groups
-from elesh.analysis.spans import stage
+from elesh.analysis.spans import span
 from elesh.safety import BreakerStatus, Measured, Probing, Proposal, Remeasuring, Verifier
 from elesh.settings import Settings
 from leyline import (
@@ -80,7 +80,7 @@ class JointSet:
             cut.structure,
             safety.predicted_shift(error.value, error.standard_error, limit),
             *([budget_gate(fit.use)] if fit.use else []),
-            safety.requirements(bundle.requirements, cut.loss_rise, cut.parameters_removed),
+            safety.requirements(bundle.requirements, cut.loss_increase, cut.parameters_removed),
         )
         gates = named(Level.JOINT, gates)
         return cls(tuple(parts), targets, order, cut, error, gates, fit.unneeded)
@@ -232,7 +232,7 @@ def join(
     return joined(bundle, levels, settings, context or JoinContext())
 
 
-@stage("join")
+@span("join")
 def joined(
     bundle: CheckpointBundle,
     levels: Sequence[LevelDraft],
@@ -298,7 +298,7 @@ _TIMES = (0.5, 1.0, 1.5, 2.0)
 """Of the share that the aggressive phase may remove."""
 
 
-@stage("calibrate")
+@span("calibrate")
 def _calibrate(draft: Draft, network: Probing) -> None:
     """Calibrate predictions: predict and measure the first channels to go, up to twice as many as
     may be removed in all. (Small cuts of a network that still trains cost too little to compare.)
@@ -313,11 +313,11 @@ def _calibrate(draft: Draft, network: Probing) -> None:
     found: list[WouldBeCut] = []
     for count in sorted({round(min(1.0, limit * each) * total) for each in _TIMES} - {0}):
         units = _first_to_go(bundle, settings, count)
-        predicted = loss_rise(bundle, units)
+        predicted = loss_increase(bundle, units)
         if predicted is None:
             break
         entries = [(Level.CHANNEL, name, unit) for name, own in units.items() for unit in own]
-        measured = network.loss_rise(entries)
+        measured = network.loss_increase(entries)
         if isinstance(measured, Fallback):
             draft.fallbacks += (measured,)
             return
@@ -403,7 +403,7 @@ def _joint(
         gates=(*(gate for each in levels for gate in gates[each.level]), *shown.gates),
         fallbacks=tuple(dict.fromkeys(f for each in drafts for f in each.fallbacks)),
         ignored=tuple(dict.fromkeys(pair for each in drafts for pair in each.ignored)),
-        spared=tuple(group for each in drafts for group in each.spared),
+        near_cut=tuple(group for each in drafts for group in each.near_cut),
         levels=parts,
     )
     counted = [gate for part in whole.parts for gate in gates[part.level]]

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elesh.analysis.candidates import Bools, Candidates, Doubles, Floats
-from elesh.analysis.spans import stage
+from elesh.analysis.spans import span
 from elesh.settings import ChannelAnalysis
 from leyline import ChannelImportanceData, GateStatistics, Phase
 
@@ -113,10 +113,10 @@ def magnitude(groups: Sequence[ChannelImportanceData]) -> Doubles:
 
 
 def single_removal(gate: GateStatistics) -> Doubles:
-    """[C]: the predicted rise of the loss when one unit alone is removed, in nats.
+    """[C]: the predicted increase of the loss when one unit alone is removed, in nats.
 
     What the trainer predicted, where it did; else to second order: a gate goes from 1 to 0, so the
-    rise is ``-g + h/2``, the gate gradient enters with a minus (ARCHITECTURE, "What we rank by").
+    increase is ``-g + h/2``, and the gate gradient enters with a minus.
     For explanations of single units, not for choosing sets.
     """
     if gate.removal_rise is not None:
@@ -129,8 +129,8 @@ def fisher(gates: Sequence[GateStatistics]) -> Doubles:
     """[C] of all groups side by side: half the Fisher information of each unit's gate, in nats.
 
     ``E[(dL/dgate)^2] / 2`` with labels sampled from the model's own predictions: to second order
-    the rise of the loss where training has converged, as the expected gradient is zero there and
-    the Fisher information is the Hessian (Theis et al. 2018, "Faster gaze prediction with dense
+    the increase of the loss where training has converged, as the expected gradient is zero there
+    and the Fisher information is the Hessian (Theis et al. 2018, "Faster gaze prediction with dense
     networks and Fisher pruning", section 3.2). The gate of a coupled group multiplies all of its
     members, so gradients are summed over them before they are squared (Liu et al. 2021, "Group
     Fisher pruning for practical network compression"). Those papers take the true labels, which
@@ -191,7 +191,7 @@ def redundant_pairs(correlations: Floats, scores: Doubles, threshold: float) -> 
     return tuple(sorted(pairs, key=lambda pair: pair.removed))
 
 
-@stage("redundancy")
+@span("redundancy")
 def pairs_of_groups(
     candidates: Candidates, matrices: Mapping[str, Floats | None], scores: Doubles, threshold: float
 ) -> tuple[Pair, ...]:
@@ -228,7 +228,7 @@ def _with_partner(correlations: Floats, limit: np.float32) -> Bools:
 _BLOCK = 1024
 """Columns copied at a time."""
 _MASKED = 0.25
-"""How much a rise measured under a unit's mask counts beside its column (decision 0065)."""
+"""How much an increase measured under a unit's mask counts beside its column (decision 0065)."""
 _FISHER = 0.15
 """How much the Fisher information of a unit's gate counts beside its column (decision 0086)."""
 _FLOOR = 0.25
@@ -313,7 +313,7 @@ def gains_of(gates: Mapping[str, GateStatistics], weights: Doubles) -> dict[str,
     """[C] by group: what columns are multiplied by when units are chosen.
 
     The square of a column says how far the outputs move, not how much that hurts. What does say
-    so, for each unit alone, is the rise of the loss under its mask where units were masked
+    so, for each unit alone, is the increase of the loss under its mask where units were masked
     (attention heads), else the Fisher information of its gate. A unit's cost becomes the geometric
     mean of both, the latter counting ``_MASKED`` or ``_FISHER``, with the sum of all squares as it
     was, so that costs keep their unit. Nothing counts less than ``_FLOOR`` of the mean in it. Ones

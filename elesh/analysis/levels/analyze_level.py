@@ -35,7 +35,7 @@ from elesh.analysis.pruning_set.plans import (
 )
 from elesh.analysis.selection.choose import Scorer, usable_projections
 from elesh.analysis.selection.schedule import near_the_cut, sentence
-from elesh.analysis.spans import stage
+from elesh.analysis.spans import span
 from elesh.safety import predicted_shift
 from elesh.settings import Settings
 from leyline import (
@@ -300,13 +300,13 @@ def judged(
         gates=_gates(bundle, settings, plan, cut, error),
         fallbacks=taken,
         ignored=plan.ignored,
-        spared=plan.spared,
+        near_cut=plan.near_cut,
     )
     draft.judge(reason="" if plan.targets else plan.nothing)
     return LevelDraft(draft, predicted)
 
 
-@stage("gates")
+@span("gates")
 def _gates(
     bundle: CheckpointBundle,
     settings: Settings,
@@ -329,7 +329,7 @@ def _gates(
         safety.gradient_isolation(architecture, cut.units, cut.layers),
         safety.noise(error.value, error.standard_error, error.random),
         safety.predicted_shift(error.value, error.standard_error, limit),
-        safety.requirements(bundle.requirements, cut.loss_rise, cut.parameters_removed),
+        safety.requirements(bundle.requirements, cut.loss_increase, cut.parameters_removed),
         *([budget_gate(plan.budget)] if plan.budget else []),
     )
 
@@ -388,7 +388,7 @@ def merge_shards(
         ignored=(*ignored, *_left_out(bundle, shards, scorer)),
         targets=targets,
         order=order,
-        spared=tuple(group for shard in alike for group in shard.draft.spared),
+        near_cut=tuple(group for shard in alike for group in shard.draft.near_cut),
         shortfall=_shortfall(plan, shards, len(order)),
         prediction=prediction,
         output_mean_square=mean_square,

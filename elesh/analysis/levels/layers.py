@@ -27,7 +27,7 @@ from elesh.analysis.selection.schedule import (
     short_of_target,
     unwanted_names,
 )
-from elesh.analysis.spans import stage
+from elesh.analysis.spans import span
 from elesh.safety import noise, predicted_shift
 from elesh.settings import LayerAnalysis, Settings
 from leyline import (
@@ -85,18 +85,18 @@ def choose_layers(
         max_shift: of the outputs' mean square.
     """
     measured = sorted(name for name in present if name in bundle.layers)
-    moves = _Moves.of(bundle, measured)
-    if moves is None or bundle.parameters.failing_gate == "refuse":
+    errors = _OutputErrors.of(bundle, measured)
+    if errors is None or bundle.parameters.failing_gate == "refuse":
         names = sorted(ranks, key=lambda name: (ranks[name], name))[:quota]
         picked = LayerChoice(tuple(names), tuple(ranks[name] for name in names))
-        return moves.predicted(picked, names) if moves and names else picked
-    costs = moves.output_errors()
+        return errors.predicted(picked, names) if errors and names else picked
+    costs = errors.output_errors()
     order = sorted(ranks, key=lambda name: (costs[name], ranks[name], name))[:quota]
     whole = None
     for count in range(len(order), 0, -1):
         names = order[:count]
         picked = LayerChoice(tuple(names), tuple(costs[name] for name in names))
-        choice = moves.predicted(picked, list(ranks))
+        choice = errors.predicted(picked, list(ranks))
         if _passes(choice, max_shift):
             return replace(choice, shortfall=_shortfall(len(order) - count, len(order)))
         whole = whole or choice
@@ -123,7 +123,7 @@ def _passes(choice: LayerChoice, max_shift: float) -> bool:
 
 
 @dataclass(frozen=True)
-class _Moves:
+class _OutputErrors:
     """How far the outputs move without each layer: a layer is a group of one unit."""
 
     names: tuple[str, ...]
@@ -132,7 +132,7 @@ class _Moves:
     mean_square: float
 
     @classmethod
-    def of(cls, bundle: CheckpointBundle, names: Sequence[str]) -> _Moves | None:
+    def of(cls, bundle: CheckpointBundle, names: Sequence[str]) -> _OutputErrors | None:
         """Of the layers that were measured; None where there are no two samples."""
         gates = {name: _as_gate(bundle.layers[name]) for name in names}
         if not gates or len(gates[names[0]].projections) < 2:
@@ -271,7 +271,7 @@ def plan_layers(bundle: CheckpointBundle, settings: Settings) -> LevelPlan:
     )
 
 
-@stage("score")
+@span("score")
 def _judged(
     bundle: CheckpointBundle, settings: LayerAnalysis
 ) -> tuple[list[_Layer], dict[str, str]]:

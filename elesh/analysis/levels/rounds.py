@@ -17,8 +17,8 @@ from elesh.analysis.candidates import Bools, Candidates
 from elesh.analysis.importance.scores import output_mean_square, predict
 from elesh.analysis.selection.choose import Choice, Ranking, Selection, rounded_to_multiples
 from elesh.analysis.selection.removal_order import LogitGapOrder, Order, RemovalOrder, StaticOrder
-from elesh.analysis.spans import stage
-from elesh.safety import BreakerStatus, Entry, Moves, Remeasuring, breaker_gate, rejection
+from elesh.analysis.spans import span
+from elesh.safety import BreakerStatus, Entry, LogitGaps, Remeasuring, breaker_gate, rejection
 from elesh.settings import Settings
 from leyline import CheckpointBundle, Fallback, Level
 
@@ -40,7 +40,7 @@ class Rounds:
     count: int = 1
 
 
-@stage("rounds")
+@span("rounds")
 def in_rounds(
     bundle: CheckpointBundle,
     settings: Settings,
@@ -166,10 +166,10 @@ class _InRounds:
         gone = taken.removal_order.units.tolist()
         masked = self._entries(candidates, gone)
         now = self._measured(masked)
-        first = LogitGapOrder(candidates, now.moves, now.margins, gone)
+        first = LogitGapOrder(candidates, now.gradients, now.values, gone)
         look_ahead = first.pick(target - len(gone), _quiet(first)[0]).units.tolist()
         midpoint = self._measured(masked, self._entries(candidates, look_ahead))
-        order = LogitGapOrder(candidates, midpoint.moves, now.margins, gone)
+        order = LogitGapOrder(candidates, midpoint.gradients, now.values, gone)
         quiet, noise = _quiet(order)
         removal_order = order.pick(target - len(gone), quiet)
         removal_order, kept_for_multiple = rounded_to_multiples(
@@ -181,7 +181,7 @@ class _InRounds:
         taken.removal_order = taken.removal_order.then(removal_order)
         return order
 
-    def _measured(self, masked: Sequence[Entry], halved: Sequence[Entry] = ()) -> Moves:
+    def _measured(self, masked: Sequence[Entry], halved: Sequence[Entry] = ()) -> LogitGaps:
         found = self.network.remeasure(masked, halved)
         if isinstance(found, Fallback):
             raise _NotMeasured(found)

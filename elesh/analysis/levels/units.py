@@ -57,7 +57,7 @@ from elesh.analysis.selection.schedule import (
     raised,
     sentence,
 )
-from elesh.analysis.spans import stage
+from elesh.analysis.spans import span
 from elesh.settings import ChannelAnalysis, SafetySchedule, Settings, StructuredPruning
 from leyline import (
     AnalysisParameters,
@@ -244,7 +244,7 @@ class UnitLevel(ABC):
         """The ranking of ``groups``, of which there is at least one."""
         limits = self.limits(settings, bundle.parameters)
         candidates = Candidates.of(groups, limits.minimum, round_to)
-        with stage("score"):
+        with span("score"):
             projections = usable_projections(bundle, candidates)
             if scorer in ("output_projection", "reconstruction") and projections is not None:
                 scores = projections.sums_of_squares

@@ -22,7 +22,7 @@ from elesh import safety
 from elesh.analysis.candidates import Doubles, multiple_of
 from elesh.analysis.importance.scores import single_removal
 from elesh.analysis.selection.choose import Reason
-from elesh.analysis.spans import stage
+from elesh.analysis.spans import span
 from elesh.safety import Measured, Proposal, Verifier
 from elesh.settings import Settings
 from leyline import (
@@ -62,7 +62,7 @@ __all__ = [
     "FALLBACK_DISCOUNT",
     "LossIncrease",
     "RelativeOutputError",
-    "loss_rise",
+    "loss_increase",
     "set_removal",
 ]
 
@@ -75,7 +75,7 @@ the largest of as many normal draws as there are wrong ones, 1.5 of nine, 2.5 of
 def set_removal(
     gates: Mapping[str, GateStatistics], units: Mapping[str, Sequence[int]]
 ) -> tuple[float, float | None]:
-    """The predicted rise of the loss in nats a sample when all these units are removed together.
+    """The predicted increase of the loss, in nats a sample, when these units are removed together.
 
     Where margins are known, the units' moves are added up sample by sample and what their sum does
     to the margins is bent as networks bend it (:func:`_loss_increases`, decision 0084). What
@@ -85,7 +85,7 @@ def set_removal(
     removals, far too low for sets.
 
     Returns:
-        the rise, and its standard error over the samples where margins are known.
+        the increase, and its standard error over the samples where margins are known.
     """
     chosen = [(gates[name], np.asarray(lost, dtype=np.int64)) for name, lost in units.items()]
     alone = [single_removal(gate)[lost] for gate, lost in chosen]
@@ -113,7 +113,7 @@ def set_removal(
 
 
 def _loss_increases(margins: Doubles, shifts: Doubles, unsure: Doubles) -> Doubles:
-    """[N, S]: the rise of each sample's loss for each of S shifts of its margin.
+    """[N, S]: the increase of each sample's loss for each of S shifts of its margin.
 
     - A margin is moved less the further all of them are: what derivatives promise is lost twice
       where it runs through two units that go. If the derivative shrinks with the outputs, as
@@ -151,7 +151,7 @@ class LossIncrease:
     """Standard error over the samples, where known."""
 
 
-def loss_rise(
+def loss_increase(
     bundle: CheckpointBundle, units: Mapping[str, Sequence[int]], layers: Sequence[str] = ()
 ) -> LossIncrease | None:
     """What the units do together (:func:`set_removal`), and each layer on its own besides.
@@ -198,7 +198,7 @@ class Cut:
     before: PrunedArchitecture
     after: PrunedArchitecture | None
     """None where the cut does not hold together (the structure gate says why)."""
-    loss_rise: float | None
+    loss_increase: float | None
     """What the units are predicted to do together, in nats a sample, and each layer on its own.
     None where a unit has no gate statistics, or nothing goes."""
 
@@ -214,8 +214,8 @@ class Cut:
         units = {t.layer_name: t.indices for t in targets if not isinstance(t, LayerPruningTarget)}
         layers = tuple(t.layer_name for t in targets if isinstance(t, LayerPruningTarget))
         structure, after = safety.structure(bundle.architecture, units, layers)
-        rise = loss_rise(bundle, units, layers)
-        mean = rise.mean if rise else None
+        increase = loss_increase(bundle, units, layers)
+        mean = increase.mean if increase else None
         if mean is not None and scorer == "reconstruction":
             mean *= _left_by_reconstruction(bundle, targets, units)
         return cls(units, layers, structure, bundle.architecture, after, mean)
@@ -243,7 +243,7 @@ class Cut:
             "macs_after": after.macs,
             "predicted_shift": error.value,
             "predicted_shift_error": error.standard_error,
-            "predicted_loss_rise": self.loss_rise,
+            "predicted_loss_rise": self.loss_increase,
         }
         return PruningStatistics.model_validate({**counts, **figures})
 
@@ -302,7 +302,7 @@ class Draft:
     """Why it is rejected."""
     fallbacks: tuple[Fallback, ...] = ()
     ignored: tuple[tuple[str, str], ...] = ()
-    spared: tuple[SparedGroup, ...] = ()
+    near_cut: tuple[SparedGroup, ...] = ()
     levels: tuple[LevelPart, ...] = ()
     parts: tuple[AnalysedPart, ...] = ()
     verification: Verification | None = None
@@ -334,7 +334,7 @@ class Draft:
             reason=made.rejection_reason,
             fallbacks=made.fallbacks,
             ignored=made.ignored,
-            spared=made.spared,
+            near_cut=made.spared,
         )
 
     @property
@@ -451,7 +451,7 @@ class Draft:
             rounds=rounds,
             loss_factor=self.loss_factor,
         )
-        with stage("verify"):
+        with span("verify"):
             answer = verifier(proposal)
         kept = frozenset(answer.kept)
         if len(kept) < len(units):
@@ -501,7 +501,7 @@ class Draft:
         update = {
             "parameters_after": after.parameters,
             "macs_after": after.macs,
-            "predicted_loss_rise": cut.loss_rise,
+            "predicted_loss_rise": cut.loss_increase,
             "channels_after": present,
             "cumulative_ratio": (original - present) / original if original else 0.0,
         }
@@ -513,7 +513,7 @@ class Draft:
         for target in self.targets:
             whole, name = isinstance(target, LayerPruningTarget), target.layer_name
             units = {} if isinstance(target, LayerPruningTarget) else {name: target.indices}
-            increase = loss_rise(self.bundle, units, [name] if whole else [])
+            increase = loss_increase(self.bundle, units, [name] if whole else [])
             update = {
                 "predicted_loss_rise": increase.mean if increase else None,
                 "predicted_loss_rise_error": increase.error if increase else None,
@@ -540,7 +540,7 @@ class Draft:
             rejection_reason=self.reason,
             fallbacks=self.fallbacks,
             ignored=self.ignored,
-            spared=self.spared,
+            spared=self.near_cut,
             levels=self.levels,
             parts=self.parts,
             reconstruction=self.reconstruction,

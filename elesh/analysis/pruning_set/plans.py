@@ -108,7 +108,8 @@ class LevelPlan:
     targets: tuple[Target, ...] = ()
     order: tuple[RankedUnit, ...] = ()
     """The units of the targets, in the order in which they were chosen."""
-    spared: tuple[SparedGroup, ...] = ()
+    near_cut: tuple[SparedGroup, ...] = ()
+    """Groups that lose nothing although some of their units were near the cut."""
     shortfall: str = ""
     """What was asked for or allowed and is not removed."""
     folds: tuple[tuple[RankedUnit, ...], ...] = ()
@@ -208,7 +209,7 @@ def with_choice(
         targets=tuple(targets),
         order=order(selection),
         ignored=tuple(near_the_cut(bundle, plan.level, plan.ignored, max_cost)),
-        spared=groups_near_cut(candidates, choice),
+        near_cut=groups_near_cut(candidates, choice),
         shortfall=sentence(plan.shortfall, short_of_quota(choice.quota, selection, plan.level)),
         folds=tuple(map(order, choice.folds)),
         prediction=choice.prediction,

@@ -31,7 +31,7 @@ from elesh.analysis.importance.scores import (
     output_mean_square,
     predict,
 )
-from elesh.analysis.spans import stage
+from elesh.analysis.spans import span
 from leyline import CheckpointBundle, GateStatistics, Level, SparedGroup, SparedUnit
 from leyline.messages.parameters import Scorer
 
@@ -387,7 +387,7 @@ class Ranking:
 
         return select(make_order, quota, self.redundant)
 
-    @stage("select")
+    @span("select")
     def decide(self, bundle: CheckpointBundle, quota: int) -> Choice:
         """Choose up to ``quota`` units and predict what removing them does.
 

@@ -451,14 +451,14 @@ class ServerClock:
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._ahead: float | None = None
+        self._offset: float | None = None
         self._asked = 0.0
         client.failed = self._doubt
         self._asking: asyncio.Task[None] | None = None
 
     async def now(self) -> datetime:
         """The time there."""
-        if self._ahead is None or time.monotonic() - self._asked > _SECONDS:
+        if self._offset is None or time.monotonic() - self._asked > _SECONDS:
             # Tasks that ask at once share one answer, and go on in the same turn of the loop, so
             # that what they send next shares a round trip, too.
             if self._asking is None or self._asking.done():
@@ -472,7 +472,7 @@ class ServerClock:
         seconds, microseconds = await self._client.time()
         self._asked = time.monotonic()
         # The answer was made some time between question and answer.
-        self._ahead = int(seconds) + int(microseconds) / 1e6 - (before + self._asked) / 2
+        self._offset = int(seconds) + int(microseconds) / 1e6 - (before + self._asked) / 2
 
     def _doubt(self) -> None:
         """Ask anew before the next use: it may be another server."""
@@ -480,9 +480,9 @@ class ServerClock:
 
     def latest(self) -> datetime:
         """The time there by the last answer; this host's, before there was any."""
-        if self._ahead is None:
+        if self._offset is None:
             return datetime.now(UTC)
-        return datetime.fromtimestamp(time.monotonic() + self._ahead, UTC)
+        return datetime.fromtimestamp(time.monotonic() + self._offset, UTC)
 
 
 def _ignored(asking: asyncio.Task[None]) -> None:

@@ -1,4 +1,4 @@
-"""What the bus hands out and takes in: deliveries, settlements, records. No Redis in here."""
+"""What the bus hands out and takes in: deliveries, commits, records. No Redis in here."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class GateMeter:
         self._model, self._watch, self._halved = model, watch, halved or {}
         self._axes = list(axes)
         self._handles: list[RemovableHandle] = []
-        self._lent: list[nn.Module] = []
+        self._patched: list[nn.Module] = []
         self._batch = 0
         self._weights: Tensor | None = None
         self._look: Callable[[Axis, Tensor, Tensor], None] | None = None
@@ -71,7 +71,7 @@ class GateMeter:
 
     def __enter__(self) -> GateMeter:
         paths = {path for path, _ in self._axes}
-        self._lent = patched(self._model, paths)
+        self._patched = patched(self._model, paths)
         self._handles += through_layers(self._model, paths)
         for axis in self._axes:
             module = self._model.get_submodule(axis[0])
@@ -83,7 +83,7 @@ class GateMeter:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        take_back(self._lent)
+        take_back(self._patched)
 
     def expect(self, batch: int) -> None:
         """Say how many samples the next forward pass has."""

@@ -96,7 +96,7 @@ class AllRanks:
 
         def lead(session: Session) -> list[PruningOutcome]:
             decisions = session.decisions()
-            if not decisions and not session.watched:
+            if not decisions and not session.monitored:
                 return []
             self._sent = _digest(self._tracked.surgeon)
             judge = functools.partial(self._judge, evaluate)

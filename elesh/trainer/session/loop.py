@@ -28,7 +28,7 @@ class _Loop(asyncio.SelectorEventLoop):
         """As the function of the same name in :mod:`socket`."""
         answer: asyncio.Future[Any] = self.create_future()
 
-        def tell(found: Any, error: Exception | None) -> None:
+        def resolve(found: Any, error: Exception | None) -> None:
             if answer.done():  # the wait was cancelled
                 return
             if error is not None:
@@ -44,7 +44,7 @@ class _Loop(asyncio.SelectorEventLoop):
             except Exception as error:
                 failure = error
             with contextlib.suppress(RuntimeError):  # the loop has ended
-                self.call_soon_threadsafe(tell, found, failure)
+                self.call_soon_threadsafe(resolve, found, failure)
 
         threading.Thread(target=look_up, name="elesh-resolver", daemon=True).start()
         return await answer

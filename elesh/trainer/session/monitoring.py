@@ -41,7 +41,7 @@ _ENOUGH = 6
 _RUIN = 10
 """So many limits are further than a training scatters of which nothing is known."""
 _CONTROL = (
-    "after a rollback training is watched without a cut for as long: it was not known yet how far "
+    "after a rollback training goes on without a cut for as long: it was not known yet how far "
     "it scatters by itself"
 )
 _log = get_logger(__name__)
@@ -66,7 +66,7 @@ class MonitoredCuts:
         self._last: tuple[int, float] | None = None
         """The epoch and the accuracy that the next move begins with."""
         self._control = 0
-        """Reports for which training is watched without a cut, after one that was taken back and
+        """Reports for which training goes on without a cut, after one that was taken back and
         may not have been to blame."""
 
     def _saw(self, accuracy: float | None) -> None:
@@ -295,7 +295,7 @@ def _not_blamed(outcome: PruningOutcome) -> PruningOutcome:
 def _undone(cut: MadeCut, cause: MadeCut, now: Evaluation, epoch: int) -> PruningOutcome:
     """The outcome of a cut that is taken back at ``epoch``, because of itself or an earlier one."""
     reason = cut.failure(now) or f"accuracy {now.accuracy:.4f} is too low for an earlier cut,"
-    reason = f"{reason} within the watch"
+    reason = f"{reason} within the monitoring window"
     if (at_once := cut.outcome.accuracy_after) is not None:
         reason += f"; right after the cut it was {at_once:.4f}"
         reason += f", and training scatters by {cut.scatter:.4f}"

@@ -197,9 +197,12 @@ class Session:
         return self._mailbox.reused
 
     @property
-    def watched(self) -> tuple[str, ...]:
+    def monitored(self) -> tuple[str, ...]:
         """Keys of the decisions whose cuts are monitored, oldest first."""
         return tuple(cut.key for cut in self._cuts.monitored)
+
+    watched = monitored
+    """The name in the version before."""
 
     @property
     def doubted(self) -> bool:
@@ -462,7 +465,7 @@ class Session:
             # The end of the same story: it goes on in the trace of its checkpoint.
             carrier = self._recovery.carriers.get(key, {})
             attributes = {"elesh.key": key, "elesh.outcome": outcome.result}
-            with span("watched", kind=SpanKind.CONSUMER, carrier=carrier, attributes=attributes):
+            with span("monitored", kind=SpanKind.CONSUMER, carrier=carrier, attributes=attributes):
                 self._publish_outcome(outcome, limits[key])
             self._recovery.carriers.pop(key, None)
             if decision := self._decided.pop(outcome.idempotency_key, None):

@@ -99,7 +99,7 @@ class Masks:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._handles: list[RemovableHandle] = []
-        self._lent: list[nn.Module] = []
+        self._patched: list[nn.Module] = []
         self._uncompiled = Uncompiled(model)
 
     def set(
@@ -115,7 +115,7 @@ class Masks:
             for site in architecture.group[name].sites:
                 dead.setdefault(site.axis, []).extend(site.all_of(chosen))
         paths = {path for (path, _), indices in dead.items() if indices}
-        self._lent = patched(self._model, paths)
+        self._patched = patched(self._model, paths)
         self._handles += through_layers(self._model, paths)
         for (path, dim), indices in dead.items():
             if indices:
@@ -158,7 +158,7 @@ class Masks:
                 found = dead.setdefault(site.axis, [()] * len(parts))
                 found[number] = {*found[number], *site.all_of(chosen)}
         paths = {path for path, _ in dead}
-        self._lent = patched(self._model, paths)
+        self._patched = patched(self._model, paths)
         self._handles += through_layers(self._model, paths)
         for (path, dim), indices in dead.items():
             module, hook = self._model.get_submodule(path), _MaskOfParts(dim, indices)
@@ -170,7 +170,7 @@ class Masks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        take_back(self._lent)
+        take_back(self._patched)
         self._uncompiled.__exit__()
 
 

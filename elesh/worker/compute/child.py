@@ -20,7 +20,7 @@ from pathlib import Path
 from elesh._process import die_with_parent
 from elesh.analysis import JoinContext, LevelDraft, draft_level, join, joined
 from elesh.analysis.importance.tracker import measurements_of
-from elesh.analysis.spans import observed, stage
+from elesh.analysis.spans import observed, span
 from elesh.program import preload, verifier
 from elesh.safety import BreakerStatus
 from elesh.settings import Settings
@@ -100,7 +100,7 @@ def _answer(job: Job) -> Reply:
     begun, watch = time.perf_counter(), Stopwatch()
     result, failed = b"", None
     try:
-        with observed(watch.stage):
+        with observed(watch.span):
             result = _KINDS[job.kind](job)
     except ContractError as error:
         failed = Failed(error.code, error.field, error.expected, error.found, contract=True)
@@ -118,7 +118,7 @@ def _answer(job: Job) -> Reply:
             contract=False,
         )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Reply(result, failed, time.perf_counter() - begun, peak, tuple(watch.stages))
+    return Reply(result, failed, time.perf_counter() - begun, peak, tuple(watch.spans))
 
 
 def _decide(job: Job) -> bytes:
@@ -217,7 +217,7 @@ def _context(job: Job, bundle: CheckpointBundle, settings: Settings) -> JoinCont
     )
 
 
-@stage("read")
+@span("read")
 def _input(job: Job) -> tuple[CheckpointBundle, Settings]:
     """The checkpoint of the spool folder, as far as the job's scope goes, and the settings.
 

@@ -3,7 +3,7 @@ memory limit, how it fails, and where it finds files.
 
 Frames are length-prefixed msgpack. Only paths, keys and figures go through the pipe; checkpoints
 lie in a spool folder that the supervisor has filled and verified. Nothing is pickled. A reply has
-the stages of its job, as a :class:`Stopwatch` measured them, for the supervisor to make spans of.
+the spans of its job, as a :class:`Stopwatch` measured them, for the supervisor to record.
 
 The heartbeat (decision 0051): a thread of the child writes the time twice a second into a small
 file that the supervisor maps, whatever the job does. A heartbeat that is missing has three possible
@@ -55,7 +55,7 @@ __all__ = [
     "REQUEST",
     "RankFiles",
     "Reply",
-    "Stage",
+    "SpanTimes",
     "Stopwatch",
     "heartbeat_into",
     "limit_data",
@@ -66,8 +66,8 @@ __all__ = [
 ]
 
 
-Stage = tuple[str, int, int, int]
-"""Name, place of its parent among the stages (-1: none), begin and end in ns since 1970."""
+SpanTimes = tuple[str, int, int, int]
+"""Name, place of its parent among the spans (-1: none), begin and end in ns since 1970."""
 _MOST = 256
 
 Kind = Literal["decide", "level", "join", "again", "parameters"]
@@ -167,7 +167,7 @@ class Reply:
     seconds: float = 0.0
     peak_memory: int = 0
     """Highest resident size of the child so far, in bytes."""
-    stages: tuple[Stage, ...] = ()
+    spans: tuple[SpanTimes, ...] = ()
     """What the child measured of its work."""
 
 
@@ -188,33 +188,33 @@ def unpack_body(kind: type[Job] | type[Reply], body: bytes) -> Any:
         return kind(**values | {"levels": tuple(map(Level, values["levels"]))})
     if values["failed"] is not None:
         values["failed"] = Failed(**values["failed"])
-    values["stages"] = tuple(map(tuple, values["stages"]))
+    values["spans"] = tuple(map(tuple, values["spans"]))
     return kind(**values)
 
 
 class Stopwatch:
-    """Measures the stages of one job; the first 256 are kept."""
+    """Measures the spans of one job; the first 256 are kept."""
 
     def __init__(self) -> None:
-        self.stages: list[Stage] = []
+        self.spans: list[SpanTimes] = []
         """What was measured, parents before their children."""
         self._open: list[int] = []
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Measure one stage; an observer for :func:`elesh.analysis.spans.observed`."""
-        if len(self.stages) >= _MOST:
+    def span(self, name: str) -> Iterator[None]:
+        """Measure one span; an observer for :func:`elesh.analysis.spans.observed`."""
+        if len(self.spans) >= _MOST:
             yield
             return
-        place, parent = len(self.stages), self._open[-1] if self._open else -1
+        place, parent = len(self.spans), self._open[-1] if self._open else -1
         begun = time.time_ns()
-        self.stages.append((name, parent, begun, begun))
+        self.spans.append((name, parent, begun, begun))
         self._open.append(place)
         try:
             yield
         finally:
             self._open.pop()
-            self.stages[place] = (name, parent, begun, max(begun, time.time_ns()))
+            self.spans[place] = (name, parent, begun, max(begun, time.time_ns()))
 
 
 class ChildFailure(Exception):

@@ -327,8 +327,8 @@ class Monitor:
         child = "starting" if status.doing == "starting" else found.child
         after = status.condition = Condition(child, not why, why)
         if after.why != before.why and before.why != "starting":
-            tell = _log.info if after.ready else _log.warning
-            tell("ready" if after.ready else "not ready", why=after.why or "-")
+            log = _log.info if after.ready else _log.warning
+            log("ready" if after.ready else "not ready", why=after.why or "-")
         return _PROBE_SECONDS
 
     async def _heartbeat(self) -> float:

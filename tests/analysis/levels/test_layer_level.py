@@ -14,7 +14,7 @@ from layer_networks import bundle, figures, network, residual
 from elesh import Settings, analyze
 from elesh.analysis import explain
 from elesh.analysis.levels.layers import architecture_impact
-from elesh.analysis.pruning_set.draft import loss_rise
+from elesh.analysis.pruning_set.draft import loss_increase
 from elesh.safety import BreakerStatus
 from leyline import (
     AnalysisParameters,
@@ -359,7 +359,7 @@ def test_a_layers_loss_rise_has_the_error_bar_that_was_measured() -> None:
 def test_the_errors_of_layers_that_go_together_add_in_squares() -> None:
     errors = {"b2": 0.003, "b4": 0.004}
     data = [figures(name, 0.01, removal_rise=0.1, removal_error=e) for name, e in errors.items()]
-    rise = loss_rise(bundle(residual(10), data), {}, list(errors))
+    rise = loss_increase(bundle(residual(10), data), {}, list(errors))
     assert rise is not None
     assert rise.mean == pytest.approx(0.2)
     assert rise.error == pytest.approx(0.005)

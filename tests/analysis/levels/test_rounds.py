@@ -18,7 +18,7 @@ from networks import settings as free_settings
 from elesh.analysis import analyze, explain
 from elesh.analysis.candidates import Candidates
 from elesh.analysis.selection.removal_order import LogitGapOrder
-from elesh.safety import Entry, Measured, Moves, Proposal
+from elesh.safety import Entry, LogitGaps, Measured, Proposal
 from elesh.settings import Settings
 from leyline import (
     AnalysisParameters,
@@ -56,13 +56,15 @@ class Linear:
             for name, gate in self.bundle.gates.items()
         }
 
-    def remeasure(self, masked: Sequence[Entry], halved: Sequence[Entry] = ()) -> Moves | Fallback:
+    def remeasure(
+        self, masked: Sequence[Entry], halved: Sequence[Entry] = ()
+    ) -> LogitGaps | Fallback:
         self.measured += 1
         self.masks.append(masked)
         if self.measured >= self.fails:
             return Fallback(rung="rounds_timeout", reason="test")
         gone = sum((self.moves[name][:, unit] for _, name, unit in masked), np.zeros(ROWS, "f4"))
-        return Moves(self.margins - gone, self.moves)
+        return LogitGaps(self.margins - gone, self.moves)
 
     def __call__(self, proposal: Proposal) -> Measured:
         self.proposals.append(proposal)

@@ -85,7 +85,7 @@ def test_lightning_resumes_from_both_sides_of_a_cut_and_loads_elsewhere(tmp_path
         again = Module()
         ours, _ = fit(tmp_path / "more", again, session, 4, ckpt_path=tmp_path / "saved/last.ckpt")
         assert again.model[0].out_features == 22
-        assert len(session.watched) == 1
+        assert len(session.monitored) == 1
     with Session("other", NOWHERE) as session:
         before = Module()
         fit(tmp_path / "less", before, session, 2, ckpt_path=saved[0])

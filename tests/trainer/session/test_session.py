@@ -317,7 +317,9 @@ def test_labels_that_are_shuffled_after_a_cut_roll_it_back_and_everybody_is_told
         assert (outcome.result, outcome.rolled_back_epoch) == ("rolled_back", 62)
         assert world.digest() == before
     view = station.wait_for(lambda: failures_of(station), "the breaker to count it")
-    assert "within the watch; right after the cut it was" in view.reason, "whether the cut did it"
+    assert "within the monitoring window; right after the cut it was" in view.reason, (
+        "whether the cut did it"
+    )
     applied, rolled_back = station.messages(RECOMPILE)
     assert (applied.reason, rolled_back.reason) == ("cut", "rollback")
     assert applied.model_hash_after == rolled_back.model_hash_before == cut.model_hash
