@@ -102,7 +102,7 @@ class Ours:
         groups = [g for g in bundle.architecture.groups if g.prunable and g.level is Level.HEAD]
         attention = AttentionAnalysis(min_heads_per_layer=self._minimum)
         settings = StructuredPruning(attention_analysis=attention)
-        scorer, _ = HEADS.choose_scorer(bundle, self._scorer, redistribute=self._redistribute)
+        scorer, _ = HEADS.choose_scorer(bundle, self._scorer, reconstructs=self._redistribute)
         ranking = HEADS.rank(bundle, settings, groups, scorer, Phase.MODERATE)
         row = (
             ranking.projections.moved(moved) if moved is not None and ranking.projections else None

@@ -91,8 +91,8 @@ def ranking_scores(bundle: CheckpointBundle, settings: Settings) -> tuple[Scorer
     jointly, which no list of single scores can be compared with.
     """
     channels = settings.structured_pruning.channel_analysis
-    wanted, redistribute = wanted_scorer(bundle, settings)
-    scorer, _ = CHANNELS.choose_scorer(bundle, wanted, redistribute=redistribute)
+    wanted, reconstructs = wanted_scorer(bundle, settings)
+    scorer, _ = CHANNELS.choose_scorer(bundle, wanted, reconstructs=reconstructs)
     groups = [group for group in bundle.architecture.groups if _is_channel(group)]
     if scorer in ("output_projection", "reconstruction"):
         gates = bundle.gates

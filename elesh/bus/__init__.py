@@ -5,7 +5,14 @@ Start reading at :mod:`elesh.bus.core`, then :mod:`.streams.consumer_groups` (le
 :mod:`elesh.bus.server.embedded`.
 """
 
-from elesh.bus.server.client import Backoff, OutageLog, repeatedly, require_address, until_available
+from elesh.bus.server.client import (
+    Backoff,
+    OutageLog,
+    cancelled,
+    repeatedly,
+    require_address,
+    until_available,
+)
 from elesh.bus.server.embedded import EmbeddedServer, embedded_server, server_url
 from elesh.bus.state.audit import AuditHead, AuditLog, audit_envelope
 from elesh.bus.state.blobs import BlobStore
@@ -36,6 +43,7 @@ __all__ = [
     "BusRefuses",
     "OutageLog",
     "never_fits",
+    "cancelled",
     "repeatedly",
     "require_address",
     "AuditHead",

@@ -9,17 +9,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from elesh.operate.fleet_status import FleetStatus
 from elesh.operate.run_history import Run
 
 from .lists import RESULTS
 
-__all__ = ["QUIET", "Problem", "RunRow", "problems", "run_row"]
+__all__ = ["Problem", "RunRow", "problems", "run_row"]
 
-QUIET = timedelta(minutes=2)
-"""A run that was not heard of for so long is quiet."""
 _LATE_SECONDS = 60.0
 _NAMED = 5
 """Problems of one kind that are named; the rest is counted."""

@@ -13,9 +13,8 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
-from elesh.trainer.network.calling import Inputs, batch_size, map_tensors
+from elesh.trainer.network.calling import Inputs, batch_size, map_tensors, timed_call
 from elesh.trainer.network.state import preserve_state
-from elesh.trainer.network.timing import timed_call
 
 __all__ = ["compared"]
 

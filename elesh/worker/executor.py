@@ -112,7 +112,7 @@ class AnalysisExecutor:
 
     @contextlib.asynccontextmanager
     async def _held_child(self, job: Job) -> AsyncIterator[None]:
-        """Have the child for one analysis, on however many fallbacks."""
+        """Hold the child for one analysis, including its fallbacks."""
         self._waiting.add(job.key)
         async with contextlib.AsyncExitStack() as stack:
             try:
@@ -239,7 +239,7 @@ class AnalysisExecutor:
         )
 
     async def _result(self, kind: type[R], work: Work, job: Job) -> R:
-        """What the child answers, however many fallbacks down."""
+        """The child's answer, after as many fallbacks as it takes."""
         what = "join" if job.kind == "join" else f"analyse {', '.join(job.levels)}"
         attributes = {"elesh.key": job.key, "elesh.levels": ",".join(job.levels)}
         with span(what, attributes=attributes) as current:

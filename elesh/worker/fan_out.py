@@ -54,7 +54,7 @@ T = TypeVar("T")
 
 
 class FanOut:
-    """One worker's hand in plans."""
+    """What one worker does with plans: makes them, analyses their parts, joins them."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class FanOut:
             self._result_handler.refuse_poison(delivery)
             groups = groups_of(work.document.architecture, item)
             analysis = await self._executor.analyse(work, item.level, groups)
-            # What took an analysis to have is not lost because the bus cannot serve now.
+            # An analysis is costly: it waits for the bus.
             result = await self._bus.persistently(lambda: self._stored(analysis), stop=self._stop)
         except ContractError as error:
             mark_failed(error.code, str(error))
@@ -206,7 +206,7 @@ class FanOut:
 
 
 def _of_checkpoint(delivery: Delivery, plan: Plan) -> Delivery:
-    """The join's entry as the checkpoint that it stands for: what a dead letter keeps of it."""
+    """The join's entry with the fields of the checkpoint that it stands for, for a dead letter."""
     known = {b"envelope": plan.envelope}
     stream, _, entry = plan.origin.partition("/")
     context = {name.encode(): value.encode() for name, value in plan.carrier.items()}

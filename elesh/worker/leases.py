@@ -70,7 +70,7 @@ class KeyedLocks:
             lock.release()
 
     async def _wait(self, lock: asyncio.Lock) -> None:
-        """Have the lock, without losing the place in its queue between looks."""
+        """Wait for the lock, in the order of its queue."""
         acquiring = asyncio.create_task(lock.acquire())
         try:
             while not (await asyncio.wait({acquiring}, timeout=PATIENCE_SECONDS))[0]:

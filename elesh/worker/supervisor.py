@@ -22,12 +22,11 @@ import signal
 import socket
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
 from opentelemetry.trace import SpanKind, get_current_span
 
 from elesh._process import is_alive
-from elesh.bus import Backoff, Bus, BusUnavailable, Delivery, WorkerState
+from elesh.bus import Backoff, Bus, BusUnavailable, Delivery, WorkerState, cancelled
 from elesh.bus.admission import Work, admit, hear
 from elesh.observe import SparseLines, get_logger, mark_failed, messaging, span
 from elesh.settings import Settings
@@ -57,7 +56,6 @@ _BEGIN_SECONDS = 1.0
 _PROBE_SECONDS = 1.0
 """Between looks for trainers' outcomes while a long analysis is under way."""
 _RETRY_SECONDS, _LONGEST_RETRY = 1.0, 60.0
-_CANCEL_SECONDS = 0.2
 _OUTCOMES_OF = "outcomes of "
 """Of a run: the lock that its outcomes share."""
 _log = get_logger(__name__)
@@ -138,9 +136,9 @@ class Worker:
                     await self._take()
                 await self._finish()
             finally:
-                await _end(*(held.task for held in self._in_flight))
+                await cancelled(*(held.task for held in self._in_flight))
                 await self._leave()
-                await _end(*beside)
+                await cancelled(*beside)
                 self._keeping.close()
             _log.info("drained", worker=self.worker_id)
 
@@ -177,10 +175,10 @@ class Worker:
         drain = asyncio.create_task(self._draining.wait())
         try:
             await asyncio.wait({claiming, drain}, return_when=asyncio.FIRST_COMPLETED)
-            # What comes once draining has begun is released when this worker leaves the group.
+            # Entries that arrive after draining began are released when this worker leaves.
             found = claiming.result() if claiming.done() else []
         finally:
-            await _end(claiming, drain)
+            await cancelled(claiming, drain)
         record_receipts(found, begun, self._bus.server)
         for held in map(_InFlight, found):
             self._in_flight.add(held)
@@ -197,7 +195,7 @@ class Worker:
             await asyncio.wait(tasks, timeout=_BEGIN_SECONDS)
         for held in list(self._in_flight):
             if not self._executor.begun(held.key):
-                await _end(held.task)
+                await cancelled(held.task)
                 with contextlib.suppress(BusUnavailable):
                     await self._release(held.delivery, "draining", "drained before it began")
         await asyncio.gather(*(held.task for held in self._in_flight), return_exceptions=True)
@@ -235,7 +233,7 @@ class Worker:
             self._serving.served()
         except BusUnavailable as error:
             if await self._serving.pause(error):
-                # What was begun is lost, but its lease need not be waited for.
+                # The work is lost, but nobody has to wait for the lease to run out.
                 with contextlib.suppress(BusUnavailable):
                     await self._leases.release(delivery, "the bus could not serve")
         except Exception:
@@ -277,19 +275,19 @@ class Worker:
                 if lacking := shortage_of(error):
                     await self._lack(delivery, lacking)
                     return
-                # Ours, not the message's: it goes round again, and is poison after a few tries.
+                # The fault is ours, not the message's: it is delivered again, a few times at most.
                 _log.exception("entry goes round again", entry=f"{name}/{entry_id}")
                 await self._retry(delivery, error)
 
     async def _admit_run_commit(self, held: _InFlight) -> None:
-        """A run's checkpoints in their order, after the outcomes that came before them, and nothing
-        twice at once."""
+        """Serve one entry. A run's checkpoints are served in their order, after the outcomes that
+        came before them; entries of one key, one at a time."""
         delivery = held.delivery
         heard = hear(delivery, self._bus.guard)
         now, window = await self._bus.clock.now(), self._settings.window_seconds
         asked = admit(heard, window=window, now=now, redriven=delivery.redriven)
-        # The decision that it belongs to, and what it waits for: its run, the run's outcomes, or
-        # nothing but the like of it.
+        # The key of its decision, and the lock that it takes: its run's, that of the run's
+        # outcomes, or the key's.
         match asked:
             case Work():
                 held.key, lock = str(asked.key), f"run {asked.run_id}"
@@ -342,7 +340,7 @@ class Worker:
         await self._result_handler.commit(delivery, work, decision)
 
     async def _lack(self, delivery: Delivery, lacking: str) -> None:
-        """Leave an entry to others, or for later: this worker has no room for it, or for any."""
+        """Release an entry that this worker lacks room for, and take nothing more for a while."""
         pause = self._short.next_pause()
         self._status.lacks, self._status.lacks_until = lacking, time.monotonic() + pause
         _lines.warning("this worker lacks room, entries wait", reason=lacking)
@@ -358,16 +356,6 @@ class Worker:
         if await self._leases.retry(delivery, reason, pause):
             stream, entry = delivery.origin
             self._reports.entry("retried", stream, entry, "exception", reason)
-
-
-async def _end(*tasks: asyncio.Task[Any]) -> None:
-    """Cancel what is not done until it is: a cancellation that meets an answer can get lost
-    (python/cpython#86296)."""
-    while waiting := [task for task in tasks if not task.done()]:
-        for task in waiting:
-            task.cancel()
-        await asyncio.wait(waiting, timeout=_CANCEL_SECONDS)
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def serve(url: str, settings: Settings, worker_id: str = "") -> None:
@@ -405,7 +393,7 @@ async def _serve_on(bus: Bus, settings: Settings, name: str, stop: asyncio.Event
         await asyncio.wait({running}, timeout=settings.worker.drain_seconds)
         if not running.done():
             _log.warning("drain time over; what was begun is released")
-            await _end(running)
+            await cancelled(running)
         elif not running.cancelled() and (error := running.exception()):
             raise error
 

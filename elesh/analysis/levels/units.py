@@ -1,10 +1,10 @@
 """Levels whose groups lose units one by one: what channels and heads have in common, and the
 channel level. What heads have of their own is in :mod:`.heads`.
 
-With gate statistics units go in the joint order of their output projections; where the caller
-redistributes, by what the kept units cannot make up for; without such statistics by a score of
-their own level. :func:`select_channels` chooses to a budget of one's own, without phases, gates or
-a decision, for those who have the network at hand and measure what a cut does.
+With gate statistics units go in the joint order of their output projections; where cuts are
+followed by weight reconstruction, by what the kept units cannot predict; without such statistics by
+a score of their own level. :func:`select_channels` chooses to a budget of one's own, without
+phases, gates or a decision, for those who have the network at hand and measure what a cut does.
 
 Promises: what was asked for and cannot be had is said (fallbacks, ignored groups, units kept near
 the cut); nothing is chosen twice or against a group's minimum, multiple or the quota.
@@ -162,17 +162,17 @@ class UnitLevel(ABC):
         return ""
 
     def choose_scorer(
-        self, bundle: CheckpointBundle, wanted: str, *, redistribute: bool = False
+        self, bundle: CheckpointBundle, wanted: str, *, reconstructs: bool = False
     ) -> tuple[Scorer, tuple[Fallback, ...]]:
         """The scorer that the statistics allow: ``auto`` takes projections where they are there,
-        and ``reconstruction`` with its input moments where the caller redistributes.
+        and ``reconstruction`` where cuts are followed by weight reconstruction.
 
         Each step down from what was wanted is a recorded fallback: ``moments_failure`` without
         input moments, ``gate_failure`` where projections are missing or all zero, and those of
         :meth:`own_scorer`.
         """
         taken = list(self.blind_spots(bundle))
-        if wanted == "reconstruction" or (wanted == "auto" and redistribute):
+        if wanted == "reconstruction" or (wanted == "auto" and reconstructs):
             fault = reconstruction_fault(gates_of(bundle, self.level))
             if not fault:
                 return "reconstruction", tuple(taken)
@@ -218,8 +218,8 @@ class UnitLevel(ABC):
             target=asked.target_ratio,
             level=self.level,
         )
-        wanted, redistribute = wanted_scorer(bundle, settings)
-        used = self.choose_scorer(bundle, scorer or wanted, redistribute=redistribute)
+        wanted, reconstructs = wanted_scorer(bundle, settings)
+        used = self.choose_scorer(bundle, scorer or wanted, reconstructs=reconstructs)
         minimum, round_to = limits.minimum, limits.round_to
         eligible = eligible_groups(
             bundle, used[0], minimum, round_to, level=self.level, shard=shard
@@ -477,7 +477,7 @@ def select_channels(
         raise InvalidField("count", "a number >= 0", count)
     settings = settings or ChannelAnalysis()
     asked = settings.redistribute or bundle.parameters.redistribute
-    used, _ = CHANNELS.choose_scorer(bundle, scorer, redistribute=asked)
+    used, _ = CHANNELS.choose_scorer(bundle, scorer, reconstructs=asked)
     row = None if moved is None else _checked(moved, bundle, used)
     minimum, round_to = settings.min_channels_per_layer, settings.round_to
     groups = eligible_groups(bundle, used, minimum, round_to).groups

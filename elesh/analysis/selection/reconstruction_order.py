@@ -1,4 +1,5 @@
-"""The order under redistribution: what goes is what the units that stay can make up for.
+"""The order for cuts that are followed by weight reconstruction: units go first that the kept ones
+predict best.
 
 Where the consumers of a cut are re-solved, a removed unit is not lost but predicted, and only
 the residual of the prediction moves the outputs. With A the second moments of what enters a
@@ -38,7 +39,7 @@ _BLOCK = 64
 
 
 def reconstruction_fault(gates: Mapping[str, GateStatistics]) -> str:
-    """Why there is no order under redistribution; empty where there is."""
+    """Why there is no such order; empty where there is."""
     if not gates:
         return "no gate statistics"
     without = sorted(name for name, gate in gates.items() if gate.input_moments is None)
@@ -103,7 +104,7 @@ class _Consumer:
             inverse, slopes = np.eye(len(inner)), np.zeros_like(inner)
         self._inverse = _Pending(inverse)
         self._slopes = _Pending(slopes)
-        # What every unit has to do with itself, [C, w, w]; of removed units the first is zero.
+        # The diagonal blocks of both, [C, w, w]; of removed units the first is zero.
         self._precision, self._own_slopes = self._blocks(inverse), self._blocks(slopes)
 
     @property

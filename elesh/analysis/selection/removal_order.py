@@ -1,5 +1,5 @@
-"""In which order units go: by fixed scores, jointly by what they still cost together, or by what
-their going does to the answers.
+"""In which order units go: by fixed scores, by what they cost together, or by what their removal
+does to the answers.
 
 Promises: an order takes the cheapest unit that is allowed, one at a time, never more from a group
 than its capacity; ties break by index after the costs are rounded to 16 significant bits (relative

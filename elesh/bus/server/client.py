@@ -64,6 +64,7 @@ __all__ = [
     "may_have_moved",
     "open_client",
     "refusal",
+    "cancelled",
     "repeatedly",
     "require_address",
     "until_available",
@@ -136,6 +137,7 @@ LONGEST_PAUSE = 60.0
 _SHORTEST_PAUSE = 0.25
 _SHARE = 1 / 3
 """A pause is at most this share of the outage so far: its end is noticed in good time."""
+_CANCEL_SECONDS = 0.2
 _LINE_SECONDS = 60.0
 _log = get_logger(__name__)
 _dice = random.Random()  # of our own: a trainer's generator is not ours to draw from
@@ -287,6 +289,16 @@ async def repeatedly(
             continue
         backoff.served()
         await asyncio.sleep(seconds)
+
+
+async def cancelled(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks until all have ended, whatever they return or raise: a cancellation that meets
+    an answer can get lost (python/cpython#86296)."""
+    while waiting := [task for task in tasks if not task.done()]:
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting, timeout=_CANCEL_SECONDS)
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 ALONE = object()

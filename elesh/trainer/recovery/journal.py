@@ -1,4 +1,4 @@
-"""What was begun and what was done: by it a run that was killed knows where it stands.
+"""The journal of a run: what was begun and what was done, so that a killed run can go on.
 
 Promises: a line counts once it is on disk, and then for good; a line that a kill has torn, and one
 whose digest is not its own, count for nothing. What the lines amount to (:class:`Situation`) is a

@@ -3,23 +3,25 @@ A decision that costs too much at once is shortened under the mask.
 
 Promises: mask and cut compute the same, reconstruction included; whatever fails in between, the
 network is bit for bit what it was, and the outcome says why; a figure that is no finite number is a
-failed check, and figures that a mask does not move are none. Evaluations draw from no random state
-that training draws from.
+failed check; figures that no mask changes are not of this network, and nothing is cut by them.
+Evaluations draw from no random state that training draws from.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from elesh.observe import get_logger, span
 from elesh.settings import RollbackTriggers
-from elesh.trainer.network.calling import batch_size, tensors_in
-from elesh.trainer.network.state import preserved
-from elesh.trainer.network.timing import call_seconds
+from elesh.trainer.network.calling import batch_size, device_of, example_of, tensors_in, timed_call
+from elesh.trainer.network.state import preserve_state, preserved
 from elesh.trainer.recovery.evaluation import Evaluation, checked, failed_check
 from elesh.trainer.surgery.after_cut import (
     InputCovariance,
@@ -162,7 +164,7 @@ def check_and_cut(
 
 
 class _Check:
-    """One decision on its way; each step returns the outcome with which it ends, if it does."""
+    """One decision that is checked; a step returns the outcome if the decision ends there."""
 
     _not_followed = True
 
@@ -196,7 +198,7 @@ class _Check:
         """The network as it is, to compare with; evaluated unless that is known."""
         try:
             now = self._figures["before"] = known or self._measure("before", "evaluate")
-            self._more["latency_before"] = call_seconds(self._surgeon.model)
+            self._more["latency_before"] = _call_seconds(self._surgeon.model)
         except Exception as error:
             return self._failed("before anything was changed", error)
         if not now.finite:
@@ -206,7 +208,7 @@ class _Check:
 
     def masked(self, cut_drop: float | None = None) -> PruningOutcome | None:
         """With the mask on, which is off again on return; as much of the decision as costs little
-        at once. What fails whole and in all its parts fails as a whole."""
+        at once. If every part fails, the outcome is that of the whole."""
         whole, share = self._decision, 1.0
         first = self._masked()
         if cut_drop is None or not (excess := self._excess(cut_drop)):
@@ -359,7 +361,7 @@ class _Check:
                     surgeon.cut_layers(layers, epoch=epoch, key=key)
                     self._notes += surgeon.notes
             now = self._measure("after", "evaluate cut")
-            self._more["latency_after"] = call_seconds(surgeon.model)
+            self._more["latency_after"] = _call_seconds(surgeon.model)
         except BaseException as error:
             take_back()
             if not isinstance(error, Exception):
@@ -524,6 +526,38 @@ def outcome_of(
         detail=detail,
         **fields,
     )
+
+
+_CALLS = 3
+"""Of each rank of several: a call may wait for the others."""
+_SECONDS, _MOST_CALLS = 0.03, 30
+"""Of a process alone: at most so long and so often, as long as it gets quicker by this share."""
+_QUICKER = 0.02
+
+
+def _call_seconds(network: nn.Module) -> float | None:
+    """Seconds of a call in evaluation mode with the batch that the network was measured with: those
+    that the thread computed (others on the machine change them little), on other devices those by
+    the clock. The quickest call counts, until three more are no quicker. None if there is no such
+    batch, or it does not run (any more). Nothing of the network changes."""
+    inputs = example_of(network)
+    if inputs is None:
+        return None
+    try:
+        with preserve_state(network, 0), torch.no_grad():
+            clock = time.thread_time if device_of(network).type == "cpu" else time.perf_counter
+            timed = timed_call(network, inputs, clock)
+            best = timed(_CALLS)
+            if dist.is_available() and dist.is_initialized():
+                return best
+            rounds = min(int(_SECONDS / max(best, 1e-7)), _MOST_CALLS) // _CALLS
+            for _ in range(rounds - 1):
+                before, best = best, min(best, timed(_CALLS))
+                if best > (1 - _QUICKER) * before:
+                    break
+            return best
+    except Exception:  # it is a figure for people: nothing hangs on it
+        return None
 
 
 def _to_now(surgeon: Surgeon) -> Callable[[], object]:

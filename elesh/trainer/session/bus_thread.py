@@ -13,10 +13,9 @@ import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import datetime
-from typing import Any
 
 from opentelemetry.trace import SpanKind
 
@@ -30,6 +29,7 @@ from elesh.bus import (
     Delivery,
     Overloaded,
     RunClaimed,
+    cancelled,
     never_fits,
     repeatedly,
     require_address,
@@ -192,7 +192,7 @@ class BusThread:
             with contextlib.suppress(BusUnavailable):
                 await bus.runs.give_up(self._run_id, self._token)
         finally:
-            await _end(tasks)
+            await cancelled(*tasks)
 
     async def _begin(self, bus: Bus) -> list[tuple[Stream, str]]:
         """Claim the run; the streams to listen to, and from where."""
@@ -379,7 +379,7 @@ class BusThread:
         await repeatedly(f"listening to {stream.name}", step, bus.outage)
 
     def _hear(self, bus: Bus, delivery: Delivery, now: datetime) -> None:
-        """Take in what may be said here, is said in time, and is said to this run."""
+        """Take in a message that is for this run, in time, and signed by whoever may send it."""
         try:
             heard = hear(delivery, bus.guard)
             if heard.run_id != self._run_id or self._mailbox.refused:
@@ -454,12 +454,3 @@ async def _refuses_this(bus: Bus, error: BusUnavailable) -> bool:
     if isinstance(error, BusRefuses):
         return error.code in ("OOM", "ERR")
     return await bus.drops(error)
-
-
-async def _end(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """Cancel until all have ended: a cancellation that meets an answer can get lost
-    (python/cpython#86296)."""
-    while waiting := [task for task in tasks if not task.done()]:
-        for task in waiting:
-            task.cancel()
-        await asyncio.wait(waiting, timeout=0.2)

@@ -1,4 +1,4 @@
-"""What the training thread and the bus's thread leave for each other.
+"""Two queues between the training thread and the bus's thread.
 
 Promises: neither side ever waits for the other; what does not fit, comes too late, or comes from a
 process that has no such thread is refused, counted in ``missed`` and logged with its reason, so

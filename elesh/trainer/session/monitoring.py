@@ -70,7 +70,7 @@ class MonitoredCuts:
         may not have been to blame."""
 
     def _saw(self, accuracy: float | None) -> None:
-        """The accuracy after an epoch, before anything is cut at it."""
+        """Record the accuracy of an epoch, before anything is cut."""
         epoch = self._recovery.epoch
         if accuracy is None or not math.isfinite(accuracy):
             return

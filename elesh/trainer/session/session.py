@@ -413,14 +413,14 @@ class Session:
         return outcome
 
     def _keep_covariance(self, bundle: CheckpointBundle) -> None:
-        """Cuts decided from this checkpoint are refitted with it."""
+        """Keep the covariance that cuts decided from this checkpoint are refitted with."""
         if isinstance(bundle, MeasuredCheckpoint) and bundle.covariance is not None:
             self._covariance = bundle.covariance
 
     def _strange(self, decision: StructuralPruningDecision) -> str:
-        """Why a decision is none of this run's, or not any more; empty for one that may be applied.
+        """Why a decision is not this run's, or was applied before; empty if it may be applied.
 
-        Nothing is said of it on the bus: what became of it there, or elsewhere, stays true.
+        No outcome is published for it: the one that was published before stays true.
         """
         key = decision.key
         if decision.run_id != self.run_id:
@@ -462,7 +462,7 @@ class Session:
         outcomes = self._cuts.watch(epoch, evaluate, always=always)
         for outcome in outcomes:
             key = outcome.idempotency_key
-            # The end of the same story: it goes on in the trace of its checkpoint.
+            # It belongs to the trace of the cut's checkpoint.
             carrier = self._recovery.carriers.get(key, {})
             attributes = {"elesh.key": key, "elesh.outcome": outcome.result}
             with span("monitored", kind=SpanKind.CONSUMER, carrier=carrier, attributes=attributes):

@@ -145,7 +145,8 @@ def _join(job: Job) -> bytes:
 
 
 def _again(job: Job) -> bytes:
-    """The same by analyses that are made here, one after the other, as they were then."""
+    """A recorded decision made again: its parts are analysed here, one after the other, with the
+    fallbacks that were taken then."""
     analyses = []
     for data in job.parts:
         part = decode(AnalysedPart, data, field="part")
@@ -157,7 +158,7 @@ def _again(job: Job) -> bytes:
 
 
 def _of_parts(job: Job, analyses: list[LevelAnalysis]) -> StructuralPruningDecision:
-    """The join, which says what it was made of wherever the levels alone do not tell."""
+    """The decision by these analyses; it lists them where its levels alone do not show them."""
     bundle, settings = _input(job)
     context = replace(_context(job, bundle, settings), fallbacks=job.taken_fallbacks)
     parts = tuple(
@@ -199,7 +200,7 @@ def _analysis(job: Job, bundle: CheckpointBundle, settings: Settings, level: Lev
 
 
 def _context(job: Job, bundle: CheckpointBundle, settings: Settings) -> JoinContext:
-    """What the job says besides the checkpoint."""
+    """What the join needs besides the checkpoint and its analyses."""
     kind = StructuralPruningDecision
     recorded = decode(kind, job.recorded, field="recorded") if job.recorded else None
     # After a fallback there is no time or memory for measuring; gates are stricter without it.

@@ -129,7 +129,7 @@ class Status:
             self.doing = "busy"
 
     def ended(self, origin: tuple[str, str]) -> None:
-        """It has nothing to do with an entry any more."""
+        """It is done with an entry."""
         _, since = self._in_flight.pop(origin, ("", None))
         if since is not None:
             labels = {"messaging.system": "redis", "messaging.destination.name": origin[0]}

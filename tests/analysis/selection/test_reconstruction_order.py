@@ -158,8 +158,8 @@ def test_it_is_used_only_by_those_who_redistribute_and_its_absence_is_said() -> 
     plain = bundle(chain((32, 48)), epoch=120)
     full = with_moments(plain)
     assert CHANNELS.choose_scorer(full, "auto") == ("output_projection", ())
-    assert CHANNELS.choose_scorer(full, "auto", redistribute=True) == ("reconstruction", ())
-    used, fallbacks = CHANNELS.choose_scorer(plain, "auto", redistribute=True)
+    assert CHANNELS.choose_scorer(full, "auto", reconstructs=True) == ("reconstruction", ())
+    used, fallbacks = CHANNELS.choose_scorer(plain, "auto", reconstructs=True)
     assert used == "output_projection"
     assert [fallback.rung for fallback in fallbacks] == ["moments_failure"]
     settings_ = ChannelAnalysis(min_channels_per_layer=4)
@@ -177,8 +177,8 @@ def test_heads_too_go_by_what_the_kept_ones_cannot_make_up_for() -> None:
     }
     full = replace(plain, gates=gates)
     assert HEADS.choose_scorer(full, "auto") == ("output_projection", ())
-    assert HEADS.choose_scorer(full, "auto", redistribute=True) == ("reconstruction", ())
-    used, fallbacks = HEADS.choose_scorer(plain, "auto", redistribute=True)
+    assert HEADS.choose_scorer(full, "auto", reconstructs=True) == ("reconstruction", ())
+    used, fallbacks = HEADS.choose_scorer(plain, "auto", reconstructs=True)
     assert used == "output_projection"
     assert [(fallback.rung, "layer0" in fallback.reason) for fallback in fallbacks] == [
         ("moments_failure", True)

@@ -207,7 +207,7 @@ def test_heads_of_every_family_are_measured_element_by_element(name: str) -> Non
         inputs_of = {group.size * site.width for site in group.sites}
         assert gate.input_means.shape == (len(group.sites), *inputs_of)
         assert all(site.width > 1 for site in group.sites)
-    scorer, fallbacks = HEADS.choose_scorer(bundle, "auto", redistribute=True)
+    scorer, fallbacks = HEADS.choose_scorer(bundle, "auto", reconstructs=True)
     assert scorer == "reconstruction"
     assert "moments_failure" not in [taken.rung for taken in fallbacks]
 
@@ -220,5 +220,5 @@ def test_a_head_with_more_channels_at_one_reader_than_at_another_has_no_input_mo
     assert len({site.width for site in group.sites}) > 1
     bundle = recorder.measure([(torch.randn(8, 4, 6), torch.arange(8) % 3)], epoch=1)
     assert bundle.gates[group.name].input_moments is None
-    _, fallbacks = HEADS.choose_scorer(bundle, "auto", redistribute=True)
+    _, fallbacks = HEADS.choose_scorer(bundle, "auto", reconstructs=True)
     assert any("no input moments" in taken.reason for taken in fallbacks)
