@@ -80,7 +80,7 @@ WAY = (
     ),
     Step(
         "trainer",
-        "watch for some epochs, roll back if it costs",
+        "monitor the cut for some epochs, roll back if accuracy falls",
         "elesh/trainer/session/session.py:Session.watch",
     ),
     Step(

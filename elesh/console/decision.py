@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elesh.analysis import Explanation, UnitExplanation, explain
+from elesh.operate.decision_context import DecisionContext
 from elesh.operate.verdict import gate_parts, removed, result_of, verdict
 from leyline import (
     CheckpointBundle,
@@ -22,8 +23,6 @@ from leyline import (
     PruningOutcome,
     StructuralPruningDecision,
 )
-
-from .reading import DecisionContext
 
 __all__ = [
     "HEATS", "Cell", "Comparison", "DecisionView", "Estimate", "GateRow", "Strip", "UnitRow",

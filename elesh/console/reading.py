@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 
 from elesh.bus import Bus, BusUnavailable, Delivery, moment
-from elesh.bus.admission import Work, admit, hear
+from elesh.bus.admission import Work, hear
 from elesh.observe import Link
-from elesh.observe.spanfile import RecordedSpan, find_trace
+from elesh.observe.spanfile import find_trace
+from elesh.operate.decision_context import DecisionContext, admitted, fetched
 from elesh.operate.fleet_status import FleetStatus, fleet_status_of
 from elesh.operate.replay import recorded_decision
 from elesh.operate.run_history import Entry, History, Run
@@ -28,7 +27,6 @@ from leyline import (
     CheckpointBundle,
     ContractError,
     IdempotencyKey,
-    StructuralPruningDecision,
     TooLarge,
 )
 from leyline.streams import (
@@ -41,7 +39,7 @@ from leyline.streams import (
     Stream,
 )
 
-__all__ = ["DecisionContext", "Reader"]
+__all__ = ["Reader"]
 
 _FOLDED = (CHECKPOINTS, REQUESTS, DECISIONS, OUTCOMES, TELEMETRY)
 _BY_NAME = {stream.name: stream for stream in STREAMS}
@@ -58,17 +56,6 @@ _FOUND_SECONDS = 20.0
 """For how long a decision's trace, or a run that is not in memory, is not looked for again."""
 _FRESH_SECONDS = 0.5
 """For how long what was read last serves other pages, too."""
-
-
-@dataclass(frozen=True)
-class DecisionContext:
-    """What is still there of one decision."""
-
-    decision: StructuralPruningDecision
-    bundle: CheckpointBundle | None
-    missing: str
-    """Why the checkpoint's statistics are not there; empty where they are."""
-    spans: tuple[RecordedSpan, ...]
 
 
 class Reader:
@@ -177,7 +164,7 @@ class Reader:
             return None
         bundle, missing = await self._bundle(key, decision.run_id)
         spans = await asyncio.to_thread(find_trace, str(key))
-        return DecisionContext(decision, bundle, missing, tuple(spans))
+        return DecisionContext(decision, bundle, missing=missing, spans=tuple(spans))
 
     async def audited(self, last: int, count: int) -> list[Link]:
         """``count`` entries of the audit log up to the one numbered ``last``, newest first."""
@@ -271,29 +258,15 @@ class Reader:
             return None
         stream, entry = place
         found = await self.bus.read(_BY_NAME[stream], start=entry, end=entry)
-        return self._admitted(found[0]) if found else None
-
-    def _admitted(self, delivery: Delivery) -> Work | None:
-        window = self._settings.window_seconds
-        try:
-            now = datetime.now(UTC)
-            work = admit(hear(delivery, self.bus.guard), window=window, now=now, redriven=now)
-        except ContractError:
-            return None  # it is among the dead letters
-        return work if isinstance(work, Work) else None
+        return admitted(found[0], self.bus, self._settings) if found else None
 
     async def _fetch(self, work: Work) -> CheckpointBundle:
-        """The statistics alone: program and weights are no business of a page."""
+        """The statistics alone: a page shows neither program nor weights."""
         blobs = {name: ref for name, ref in work.blobs.items() if Path(name).stem in _STATISTICS}
         size = sum(ref.size for ref in blobs.values())
         if size > _LARGEST:
             raise TooLarge("statistics", f"at most {_LARGEST} bytes for the console", size)
-        with tempfile.TemporaryDirectory(prefix="elesh-console-") as name:
-            folder = Path(name)
-            for file, ref in blobs.items():
-                await self.bus.blobs.fetch(ref, folder / file)
-            (folder / "checkpoint.json").write_text(work.document.model_dump_json())
-            return await asyncio.to_thread(CheckpointBundle.load, folder)
+        return await fetched(self.bus, work, blobs)
 
 
 def _bytes(delivery: Delivery) -> bytes:

@@ -6,21 +6,30 @@ the explanation with what the decision says of itself.
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from elesh.analysis import ImportanceTracker
-from elesh.bus import Bus
+from elesh.bus import Bus, Delivery
 from elesh.bus.admission import Work, admit, hear
+from elesh.observe.spanfile import RecordedSpan
 from elesh.settings import Settings
-from leyline import CheckpointBundle, ContractError, IdempotencyKey, StructuralPruningDecision
+from leyline import (
+    BlobRef,
+    CheckpointBundle,
+    ContractError,
+    IdempotencyKey,
+    StructuralPruningDecision,
+)
 from leyline.streams import CHECKPOINTS, REQUESTS
 
 from .replay import recorded_decision
 
-__all__ = ["DecisionContext", "decision_context"]
+__all__ = ["DecisionContext", "admitted", "decision_context", "fetched"]
 
 
 @dataclass(frozen=True)
@@ -29,10 +38,12 @@ class DecisionContext:
 
     decision: StructuralPruningDecision
     bundle: CheckpointBundle | None
-    tracker: ImportanceTracker | None
+    tracker: ImportanceTracker | None = None
     """Of the run's checkpoints up to the decision's own."""
     missing: str = ""
     """Why there is no bundle."""
+    spans: tuple[RecordedSpan, ...] = ()
+    """Of its trace, for those who show it."""
 
 
 async def decision_context(
@@ -47,7 +58,7 @@ async def decision_context(
     if work is None:
         return DecisionContext(decision, None, tracker, "its event has left the stream")
     try:
-        return DecisionContext(decision, await _bundle(bus, work), tracker)
+        return DecisionContext(decision, await fetched(bus, work, work.blobs), tracker)
     except ContractError as error:
         return DecisionContext(decision, None, tracker, str(error))
 
@@ -56,24 +67,31 @@ async def _work(bus: Bus, settings: Settings, key: IdempotencyKey) -> Work | Non
     """The event that asked for the decision, if it is still in a stream."""
     for stream in (CHECKPOINTS, REQUESTS):
         for delivery in await bus.read(stream):
-            try:
-                window, now = settings.window_seconds, datetime.now(UTC)
-                work = admit(hear(delivery, bus.guard), window=window, now=now, redriven=now)
-            except ContractError:
-                continue  # it is among the dead letters
-            if isinstance(work, Work) and key == work.key:
+            work = admitted(delivery, bus, settings)
+            if work is not None and key == work.key:
                 return work
     return None
 
 
-async def _bundle(bus: Bus, work: Work) -> CheckpointBundle:
-    """The checkpoint that ``work`` points at."""
+def admitted(delivery: Delivery, bus: Bus, settings: Settings) -> Work | None:
+    """The checkpoint that an entry asks to analyse, however old it is; None for another, and for
+    one that is among the dead letters."""
+    window, now = settings.window_seconds, datetime.now(UTC)
+    try:
+        work = admit(hear(delivery, bus.guard), window=window, now=now, redriven=now)
+    except ContractError:
+        return None
+    return work if isinstance(work, Work) else None
+
+
+async def fetched(bus: Bus, work: Work, blobs: Mapping[str, BlobRef]) -> CheckpointBundle:
+    """The checkpoint of ``work``, with these of its blobs, by the names of their files."""
     with tempfile.TemporaryDirectory(prefix="elesh-decision-") as name:
         folder = Path(name)
-        for file, ref in work.blobs.items():
+        for file, ref in blobs.items():
             await bus.blobs.fetch(ref, folder / file)
         (folder / "checkpoint.json").write_text(work.document.model_dump_json())
-        return CheckpointBundle.load(folder)
+        return await asyncio.to_thread(CheckpointBundle.load, folder)
 
 
 async def _history(

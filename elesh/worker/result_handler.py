@@ -107,12 +107,14 @@ class ResultHandler:
         # An approved level counts only once the trainer reports on it.
         breakers, key = self._bus.breakers, str(decision.key)
         for level, vote in votes(decision).items():
+            change = None
             if vote == "failure":
                 reason = grounds(decision, level)
                 change = await breakers.failure(work.run_id, level, reason, token=key)
-                await self._reports.transition(change)
             elif vote == "success":
-                await self._reports.transition(await breakers.success(work.run_id, level))
+                change = await breakers.success(work.run_id, level)
+            if change:
+                await self._reports.transition(change)
         if decision.would_be:
             await self._bus.runs.measured_calibration_probe(work.run_id, key, decision.would_be)
 
@@ -194,7 +196,8 @@ class ResultHandler:
                 change = await breakers.failure(outcome.run_id, level, reason, token=token)
             elif vote == "success":
                 change = await breakers.success(outcome.run_id, level)
-            await self._reports.transition(change)
+            if change:
+                await self._reports.transition(change)
         if vote == "failure":
             cut = rolled_back_cut(decision, outcome)
             await self._bus.runs.took_back(outcome.run_id, {fingerprint_of(cut): cut})
@@ -257,7 +260,8 @@ class ResultHandler:
         token = f"{event_id}:{delivery.redriven or ''}:{work.key}"
         for level in work.document.levels:
             change = await self._bus.breakers.failure(work.run_id, level, reason, token=token)
-            await self._reports.transition(change)
+            if change:
+                await self._reports.transition(change)
 
 
 def conflict(work: Work) -> Conflict:

@@ -379,7 +379,7 @@ class Session:
         """
         self._evaluate = evaluate
         before = surgeon.architecture
-        if why := self.refused or self._strange(decision):
+        if why := self._mailbox.refused or self._strange(decision):
             _log.warning("decision refused", key=decision.idempotency_key, reason=why)
             return outcome_of(decision, before, before, "refused", why)
         own = self._covariance

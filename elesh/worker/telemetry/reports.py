@@ -458,10 +458,8 @@ class Reports:
         self.status.fell_back(name)
         self.step("fallback", work, key=IdempotencyKey.parse(key), detail=f"{name}: {reason}")
 
-    async def transition(self, change: BreakerTransition | None) -> None:
-        """A breaker changed its state; None where it did not."""
-        if change is None:
-            return
+    async def transition(self, change: BreakerTransition) -> None:
+        """A breaker changed its state."""
         _log.warning(
             "breaker",
             run=change.run_id,
