@@ -87,8 +87,8 @@ def not_measured(name: str, target: AccuracyTarget, reason: str) -> AccuracyChec
 def ranking_scores(bundle: CheckpointBundle, settings: Settings) -> tuple[Scorer, ByGroup]:
     """What single channels are worth to the scorer in force, for every group with statistics.
 
-    With projections that is the predicted rise of the loss if the one unit goes: sets are ranked
-    jointly, which no list of single scores can be compared with.
+    With projections that is the predicted increase of the loss if the one unit goes: sets are
+    ranked jointly, and a list of single scores cannot be compared with that.
     """
     channels = settings.structured_pruning.channel_analysis
     wanted, reconstructs = wanted_scorer(bundle, settings)

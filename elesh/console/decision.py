@@ -91,7 +91,7 @@ class Strip:
     after: int
     """Units that stay."""
     loss_rise: float | None = None
-    """Predicted rise of the loss if the group alone lost that much, in nats a sample."""
+    """Predicted increase of the loss if the group alone lost that much, in nats a sample."""
     loss_rise_error: float | None = None
 
 

@@ -196,13 +196,13 @@ def size_of(now: PrunedArchitecture, group: str) -> int:
 
 def _by_decision(report: Report) -> Table:
     """What every cut was predicted to cost, and what worker and trainer measured."""
-    title = "Cuts: loss rise (thousandths), accuracy drop; samples not trained on"
+    title = "Cuts: loss increase (thousandths), accuracy drop; samples not trained on"
     table = Table(title=title, title_justify="left", box=SIMPLE)
     table.padding, table.show_edge = 0, False  # so that 80 columns are enough
     table.add_column("epoch", justify="right")
     table.add_column("level", max_width=8)  # one a line
     table.add_column("cut of\nproposed", justify="right")
-    for name in ("rise:\npredicted", "\nworker", "\ntrainer"):
+    for name in ("loss:\npredicted", "\nworker", "\ntrainer"):
         table.add_column(name, justify="right")
     for name in ("drop:\nworker", "on other\nsamples", "\ntrainer"):
         table.add_column(name, justify="right")

@@ -156,7 +156,7 @@ class Report:
     decisions: list[StructuralPruningDecision] = field(default_factory=list)
     outcomes: dict[str, PruningOutcome] = field(default_factory=dict)
     predicted: dict[str, float | None] = field(default_factory=dict)
-    """By key, the rise of the loss of validation samples (:meth:`Training._predicted`)."""
+    """By key, the increase of the loss of validation samples (:meth:`Training._predicted`)."""
     unanswered: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     missed: int = 0

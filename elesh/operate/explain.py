@@ -93,7 +93,7 @@ def _levels(parts: Iterable[LevelPart]) -> Table:
 
 
 def _targets(targets: Iterable[TargetExplanation]) -> Table:
-    figures = ("before", "after", "predicted loss rise")
+    figures = ("before", "after", "predicted loss increase")
     table = compact("group", "level", *figures, figures=figures, title="What goes")
     for target in targets:
         rise, error = target.loss_rise, target.loss_rise_error

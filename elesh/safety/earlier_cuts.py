@@ -357,7 +357,7 @@ VERSION = 1
 _LEAST_NATS = 1e-3
 """Of a prediction: the ratio to a smaller one is noise."""
 _DECILE = -1
-"""The ninth of nine: nine of ten measured rises are below the prediction times it."""
+"""The ninth of nine: nine of ten measured increases are below the prediction times it."""
 _AT_MOST = 2.0
 """Times the default; a run whose predictions are worse than that shows that in its measurements."""
 

@@ -275,7 +275,7 @@ class VerificationSettings(Section):
     )
     """Share of the checkpoint window that measuring may take; what takes longer is not measured."""
     predicted_loss_factor: float = Field(default=2.0, ge=1)
-    """Where nothing could be measured, the predicted loss rise times this must be within the
+    """Where nothing could be measured, the predicted loss increase times this must be within the
     limit: predictions from derivatives may be too low by that much."""
 
     @field_validator("channel", "head", "layer", mode="before")

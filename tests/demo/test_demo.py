@@ -34,7 +34,7 @@ def test_every_cut_was_measured_by_a_worker_and_by_the_trainer(recorded: Recorde
     predicted = [cut["predicted_loss_rise"] for cut in applied]
     assert None not in predicted
     assert any(abs(rise) > 1e-5 for rise in predicted), "nothing to be seen"
-    title = "Cuts: loss rise (thousandths), accuracy drop; samples not trained on"
+    title = "Cuts: loss increase (thousandths), accuracy drop; samples not trained on"
     assert title in recorded.output
 
 

@@ -207,7 +207,7 @@ def test_the_demo_s_cuts_tell_their_level_and_lose_nothing_in_80_columns() -> No
     row = next(line.split() for line in text.splitlines() if "3/5" in line)
     assert row[:3] == [str(decision.epoch), "channel", "3/5"]
     assert "-13.1..12.8%" in row, "80 columns are enough"
-    cuts = text[text.index("Cuts: loss rise") :]
+    cuts = text[text.index("Cuts: loss increase") :]
     assert "…" not in cuts
 
 

@@ -86,7 +86,7 @@ class Verification(Message):
     stay."""
     rounds: Count = 1
     """In how many rounds the units were chosen, each on the network masked so far; 1: at once, from
-    the statistics. Their costs are then marginal rises of the loss in nats."""
+    the statistics. Their costs are then marginal increases of the loss in nats."""
 
 
 class Phase(WireEnum):
@@ -220,7 +220,7 @@ class AttentionHeadTarget(Message):
     redundancy_threshold: Finite = 0.95
     """Cosine similarity above which two heads are redundant."""
     head_importance: tuple[Finite, ...] = ()
-    """Score of every head before the cut: the predicted rise of the loss if it alone went, in
+    """Score of every head before the cut: the predicted increase of the loss if it alone went, in
     nats, or the combined score where heads were ranked by that."""
     costs: tuple[Finite, ...] = Field(default=(), exclude_if=operator.not_)
     """What each head that goes was ranked by, in the order of ``head_indices``."""
@@ -390,13 +390,13 @@ class WouldBeCut(Message):
     units: Count
     """Channels that were masked."""
     predicted: Finite
-    """Predicted loss rise in nats a sample."""
+    """Predicted loss increase in nats a sample."""
     measured: Finite
     """Measured on the held-out samples, in nats a sample."""
 
 
 class LossFactor(Message):
-    """What a predicted loss rise is multiplied by in this run, where nothing can be measured."""
+    """What a run's predicted loss increase is multiplied by, where nothing can be measured."""
 
     version: int = Field(default=1, ge=1)
     """Of the rule that makes it from measurements."""

@@ -156,11 +156,11 @@ class GateStatistics(_ArrayMessage):
     """[C]: mean over samples of the squared gate gradient of the loss with labels sampled from
     the model's own predictions (the Fisher diagonal of the gates)."""
     removal_rise: Array | None = None
-    """[C]: mean over samples of the rise of the true-label loss in nats that is predicted for the
-    removal of this unit alone, where the trainer can tell better than to second order."""
+    """[C]: predicted increase of the true-label loss, in nats, if this unit alone is removed: the
+    mean over samples, where the trainer predicts better than to second order."""
     removal_error: Array | None = None
     """[C]: standard error of ``removal_rise`` over the samples. Only there where units were masked
-    one at a time: on the samples nearest to the border the rise is then measured, not predicted."""
+    one at a time: on the samples nearest to the border it is then measured, not predicted."""
     moves: Array | None = None
     """[M, C], of the first M samples: gate gradients of the margins: the removal of a set moves a
     sample's margin by about minus the sum of its columns. There with ``margins``."""
@@ -260,8 +260,8 @@ class LayerStatistics(_ArrayMessage):
     second_order: Array
     """[1]: mean over samples of the squared gate gradient of the sampled-label loss."""
     removal_rise: Array | None = None
-    """[1]: mean over samples of the rise of the true-label loss in nats that is predicted for the
-    removal of this block alone. There with ``removal_error``, where samples have margins."""
+    """[1]: predicted increase of the true-label loss, in nats, if this block alone is removed: the
+    mean over samples. There with ``removal_error``, where samples have margins."""
     removal_error: Array | None = None
     """[1], >= 0: its standard error over the samples."""
 

@@ -61,7 +61,7 @@ class UnitExplanation:
     """The redundancy partner that stays for it."""
     similarity: float | None = None
     single_removal: float | None = None
-    """Predicted rise of the loss if it alone went, in nats, where the bundle is at hand."""
+    """Predicted increase of the loss if it alone went, in nats, where the bundle is at hand."""
     taylor: float | None = None
     magnitude: float | None = None
     frequency: float | None = None
@@ -83,7 +83,7 @@ class TargetExplanation:
     before: int
     after: int
     loss_rise: float | None
-    """Predicted rise of the loss if it alone lost that much, in nats a sample."""
+    """Predicted increase of the loss if it alone lost that much, in nats a sample."""
     loss_rise_error: float | None
     """Its standard error."""
 
@@ -256,4 +256,4 @@ def _figures(decision: StructuralPruningDecision) -> Iterator[tuple[str, str]]:
         error = f" ± {s.predicted_shift_error:.2g}" if s.predicted_shift_error is not None else ""
         yield "predicted shift", f"{s.predicted_shift:.3g}{error} of the outputs' mean square"
     if s.predicted_loss_rise is not None:
-        yield "predicted loss rise", f"{s.predicted_loss_rise:+.4g} nats a sample"
+        yield "predicted loss increase", f"{s.predicted_loss_rise:+.4g} nats a sample"

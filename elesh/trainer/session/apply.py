@@ -141,7 +141,7 @@ def check_and_cut(
         cut_drop: the drop of accuracy under the mask from which on a decision is too much at once.
             Its cheaper half is then tried, and half of that, three times at most; the first that
             costs no more is cut, and the outcome says what share of the decision that is. A drop
-            of one validation sample, or one that no rise of the loss confirms, is not too much.
+            of one validation sample, or one that no increase of the loss confirms, is not too much.
             None: the decision is cut whole or not at all.
     """
     if blocked := surgeon.blocked():

@@ -57,6 +57,12 @@ def test_a_published_checkpoint_is_decided_and_comes_back_to_its_run(station: St
 
 
 @pytest.mark.slow
+def test_monitored_decisions_have_the_name_of_the_version_before() -> None:
+    with Session("run-names", "redis://127.0.0.1:1/0") as session:
+        assert session.monitored == session.watched == ()
+    assert Session.watched is Session.monitored
+
+
 def test_a_request_is_answered_under_its_own_id(station: Station) -> None:
     station.worker()
     with Session("run", station.url, settings_of(station)) as session:
