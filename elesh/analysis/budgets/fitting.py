@@ -29,7 +29,7 @@ from leyline import (
     RankedUnit,
 )
 
-from .knapsack import Curve, Fit, ResourceModel, fit_budget, resource_model
+from .knapsack import Curve, Fit, ResourceModel, fit_budget, needed, resource_model
 
 __all__ = [
     "Fitted",
@@ -76,25 +76,23 @@ def fit_all(
     """The cheapest cut that meets all budgets, one after another; the last holds what goes.
 
     Args:
-        exact: keep what need not go; if not given, for budgets of the original network.
+        exact: keep what all of them together do not need; if not given, where one is of the
+            original network.
 
     Raises:
         InvalidField: if a latency table is not of this architecture.
     """
     found: list[Fit] = []
+    targets: list[tuple[ResourceModel, float]] = []
     for budget in budgets:
         model = resource_model(architecture, budget)
         target = budget.at_most * amount_of(budget, architecture, model)
-        found.append(
-            fit_budget(
-                model,
-                curves,
-                target,
-                units=units,
-                already=found[-1].lost if found else None,
-                exact=budget.of == "original" if exact is None else exact,
-            )
-        )
+        lost = found[-1].lost if found else None
+        found.append(fit_budget(model, curves, target, units=units, already=lost))
+        targets.append((model, target))
+    if any(budget.of == "original" for budget in budgets) if exact is None else exact:
+        lost = needed(targets, curves, found[-1].lost)
+        found[-1] = replace(found[-1], lost=lost, after=targets[-1][0].total(lost))
     return found
 
 

@@ -27,7 +27,7 @@ import numpy as np
 from elesh.analysis.candidates import Doubles
 from leyline import Budget, InvalidField, LatencyTable, LayerLatency, PrunedArchitecture
 
-__all__ = ["Curve", "Fit", "ResourceModel", "fit_budget", "resource_model"]
+__all__ = ["Curve", "Fit", "ResourceModel", "fit_budget", "needed", "resource_model"]
 
 
 Sizes = Mapping[str, int]
@@ -257,7 +257,6 @@ def fit_budget(
     *,
     units: int | None = None,
     already: Mapping[str, int] | None = None,
-    exact: bool = False,
 ) -> Fit:
     """The cheapest cut that brings the resource down to ``target``, or as near as the groups allow.
 
@@ -266,8 +265,6 @@ def fit_budget(
         target: of the resource, in its own unit.
         units: the most units in all (the schedule's quota); None: no limit.
         already: what groups lose for another budget in any case.
-        exact: keep what a long step took beyond the target: no group then loses a unit, or a
-            multiple, that the target does not need.
     """
     lost: dict[str, int] = dict(already or {})
     before, left = model.total({}), model.total(lost)
@@ -283,8 +280,6 @@ def fit_budget(
         left -= saved
         for other in model.neighbours(name) & curves.keys():
             steps[other] = _best_step(model, other, curves[other], lost)
-    if exact:
-        _keep_unneeded(model, curves, target, lost, already or {})
     idle = tuple(
         name
         for name, curve in sorted(curves.items())
@@ -293,30 +288,34 @@ def fit_budget(
     return Fit(lost, before, model.total(lost), idle)
 
 
-def _keep_unneeded(
-    model: ResourceModel,
+def needed(
+    targets: Sequence[tuple[ResourceModel, float]],
     curves: Mapping[str, Curve],
-    target: float,
-    lost: dict[str, int],
-    already: Mapping[str, int],
-) -> None:
-    """Keep units that the target is met without, the most expensive first."""
-    while model.total(lost) <= target:
+    lost: Mapping[str, int],
+) -> dict[str, int]:
+    """What all targets together need of these losses: a long step goes beyond its target, and what
+    goes for one resource saves another, too. The most expensive units are kept first.
+
+    Args:
+        targets: of each resource, in its own unit; one that is missed is missed by no more then.
+    """
+    found = dict(lost)
+    ceilings = [(model, max(target, model.total(found))) for model, target in targets]
+    while True:
         spare = []
-        for name, gone in lost.items():
-            if name not in curves or gone <= already.get(name, 0):
+        for name, gone in found.items():
+            if not gone or name not in curves:
                 continue
             curve = curves[name]
             first = curve.size % curve.multiple or curve.multiple
-            step = min(gone - already.get(name, 0), first if gone == first else curve.multiple)
-            if model.total({**lost, name: gone - step}) <= target:
+            step = min(gone, first if gone == first else curve.multiple)
+            fewer = {**found, name: gone - step}
+            if all(model.total(fewer) <= ceiling for model, ceiling in ceilings):
                 spare.append((curve.costs[gone - 1], name, step))
         if not spare:
-            return
+            return {name: gone for name, gone in found.items() if gone}
         _, name, step = max(spare)
-        lost[name] -= step
-        if not lost[name]:
-            del lost[name]
+        found[name] -= step
 
 
 _Step = tuple[float, int, float]

@@ -133,6 +133,10 @@ class Situation:
     """Keys of the decisions that were ever begun to be applied, oldest first."""
     carriers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Trace contexts of the decisions whose outcome may still be reported, by key."""
+    moves: tuple[float, ...] = ()
+    """Of accuracy from epoch to epoch, the last ones, without what cuts did to it."""
+    uncut: int = 0
+    """Reports for which training is still watched without a cut, after a rollback."""
 
     @property
     def monitored(self) -> tuple[MadeCut, ...]:
@@ -159,6 +163,8 @@ class Situation:
             now = replace(now, point=line["point"])
         if "done" in line:
             now = replace(now, begun=None)
+        if "uncut" in line:
+            now = replace(now, moves=tuple(line["moves"]), uncut=line["uncut"])
         if "cuts" in line:
             now = replace(now, cuts=tuple(MadeCut.of_line(cut) for cut in line["cuts"]))
         fresh = {**now.unreported, **line.get("outcomes", {})}
@@ -174,7 +180,8 @@ class Situation:
 
 def _whole(line: Line) -> Situation:
     cuts = tuple(MadeCut.of_line(cut) for cut in line["cuts"])
-    return Situation(**{**line, "cuts": cuts, "tried": tuple(line["tried"])})
+    lists = {name: tuple(line.get(name, ())) for name in ("tried", "moves")}
+    return Situation(**{**line, **lists, "cuts": cuts})
 
 
 class Journal:

@@ -227,6 +227,10 @@ class Recovery:
         self.carriers: dict[str, Mapping[str, str]] = {}
         """Trace contexts of the decisions that were heard, by key; after a restart of those whose
         outcome is still to be reported."""
+        self.moves: tuple[float, ...] = ()
+        """Of accuracy from epoch to epoch, by training alone; kept for the run's next process."""
+        self.uncut = 0
+        """Reports for which training is still watched without a cut; kept, too."""
         self._keep = keep
         self.tracked: Tracked | None = None
         """What points are taken of; None before the first of :meth:`resume` and :meth:`track`."""
@@ -240,6 +244,7 @@ class Recovery:
             self._points = FolderPoints(folder / "points")
             self._journal = Journal(folder / "journal.jsonl")
             self.carriers.update(self._journal.situation.carriers)
+            self.moves, self.uncut = self.situation.moves, self.situation.uncut
             self.token = _token(folder / "claim")
         except OSError as error:
             self._release()
@@ -341,6 +346,7 @@ class Recovery:
     def _begin_anew(self, tracked: Tracked) -> None:
         """This process starts the run: what an earlier one left is not of it."""
         numbers, self.epoch = self._points.numbers(), 0
+        self.moves, self.uncut = (), 0
         self._follow(tracked)
         self._journal.write_later(situation=Situation().as_line())
         if numbers and not self._journal.waits:
@@ -357,7 +363,8 @@ class Recovery:
             return False
         self.epoch = epoch
         try:
-            self._journal.write(point=self.put(Snapshot.take(self.tracked, epoch)))
+            point = self.put(Snapshot.take(self.tracked, epoch))
+            self._journal.write(point=point, **self._training())
         except (ContractError, OSError) as error:
             _log.error("restore point not written", epoch=epoch, reason=str(error))
             return False
@@ -430,7 +437,11 @@ class Recovery:
         kept = [cut.as_line() for cut in cuts if cut.left or cut.before >= oldest]
         lines = {event_id_of(o): o.model_dump(mode="json") for o in outcomes}
         write = self._journal.write_later if later else self._journal.write
-        write(done=what, point=point, cuts=kept, outcomes=lines)
+        write(done=what, point=point, cuts=kept, outcomes=lines, **self._training())
+
+    def _training(self) -> Line:
+        """What is known of the training, for a line of the journal."""
+        return {"moves": self.moves, "uncut": self.uncut}
 
     def abandon(self) -> None:
         """What was begun, if anything, is not done: it changed nothing."""
@@ -440,7 +451,8 @@ class Recovery:
     def stood(self, outcomes: Sequence[PruningOutcome], cuts: Iterable[MadeCut]) -> None:
         """Monitored cuts have stood one report more; these outcomes are final."""
         lines = {event_id_of(o): o.model_dump(mode="json") for o in outcomes}
-        self._journal.write_later(cuts=[cut.as_line() for cut in cuts], outcomes=lines)
+        kept = [cut.as_line() for cut in cuts]
+        self._journal.write_later(cuts=kept, outcomes=lines, **self._training())
 
 
 def _token(file: Path) -> str:

@@ -41,8 +41,8 @@ _ENOUGH = 6
 _RUIN = 10
 """So many limits are further than a training scatters of which nothing is known."""
 _CONTROL = (
-    "after a rollback training goes on without a cut for as long: it was not known yet how far "
-    "it scatters by itself"
+    "after a rollback the same epochs come again, and go without a cut: accuracy may fall in them "
+    "by training alone"
 )
 _log = get_logger(__name__)
 
@@ -60,14 +60,8 @@ class MonitoredCuts:
         self._reports, self._mode = settings.trainer.watch_epochs, settings.trainer.rollback
         self._cut_drop = settings.trainer.cut_accuracy_drop
         self._recovery = recovery
-        cuts = recovery.situation.cuts
-        self._moves = cuts[-1].moves if cuts else ()
-        """Of accuracy from one epoch to the next, without what cuts did to it."""
         self._last: tuple[int, float] | None = None
         """The epoch and the accuracy that the next move begins with."""
-        self._control = 0
-        """Reports for which training goes on without a cut, after one that was taken back and
-        may not have been to blame."""
 
     def _saw(self, accuracy: float | None) -> None:
         """Record the accuracy of an epoch, before anything is cut."""
@@ -75,13 +69,14 @@ class MonitoredCuts:
         if accuracy is None or not math.isfinite(accuracy):
             return
         if self._last is not None and epoch > self._last[0]:
-            self._moves = (*self._moves, accuracy - self._last[1])[-_MOVES:]
+            moves = (*self._recovery.moves, accuracy - self._last[1])
+            self._recovery.moves = moves[-_MOVES:]
         self._last = (epoch, accuracy)
 
     @property
     def knows_scatter(self) -> bool:
         """Whether enough is known of how accuracy moves from epoch to epoch."""
-        return len(self._moves) >= _ENOUGH
+        return len(self._recovery.moves) >= _ENOUGH
 
     @property
     def monitored(self) -> tuple[MadeCut, ...]:
@@ -92,7 +87,7 @@ class MonitoredCuts:
     def doubted(self) -> bool:
         """Whether the next report decides on a cut that the last one failed, or shows what training
         does without one that was taken back."""
-        return self._control > 0 or any(cut.doubted for cut in self.monitored)
+        return self._recovery.uncut > 0 or any(cut.doubted for cut in self.monitored)
 
     @trainable()
     def apply(
@@ -114,7 +109,7 @@ class MonitoredCuts:
         refused = refusal(decision, now)
         if refused is not None:
             return refused
-        if self._control:
+        if recovery.uncut:
             return outcome_of(decision, now, now, "refused", _CONTROL)
         pending = outcome_of(decision, now, now, "refused", _INTERRUPTED)
         try:
@@ -156,7 +151,7 @@ class MonitoredCuts:
         recovery, cuts = self._recovery, self._recovery.situation.cuts
         outcome = outcome.model_copy(update={"watched": self._reports})
         limit = trigger_of(decision, self._triggers)
-        cut = MadeCut(outcome, before, limit, self._reports, moves=self._moves)
+        cut = MadeCut(outcome, before, limit, self._reports, moves=recovery.moves)
         try:
             point = recovery.put(Snapshot.take(tracked, recovery.epoch))
             recovery.done("apply", point, [outcome], [*cuts, cut])
@@ -178,8 +173,8 @@ class MonitoredCuts:
         does, the cuts are judged at the next call.
         """
         self._recovery.epoch = epoch
-        tracked, monitored = self._recovery.tracked, self.monitored
-        if tracked is None or not (monitored or always or self._control):
+        tracked, monitored, uncut = self._recovery.tracked, self.monitored, self._recovery.uncut
+        if tracked is None or not (monitored or always or uncut):
             return []
         evaluate = preserving(evaluate, tracked.surgeon.model)
         try:
@@ -187,9 +182,9 @@ class MonitoredCuts:
                 now = evaluate()
             failed = [cut for cut in monitored if cut.failure(now)]
             self._saw(now.accuracy)
-            self._control = max(self._control - 1, 0)
+            self._recovery.uncut = max(uncut - 1, 0)
             if not failed:
-                return self._stood(now) if monitored else []
+                return self._stood(now) if monitored or uncut else []
             with span("roll back", attributes={"elesh.epoch": epoch}):
                 return self._roll_back(tracked, failed, now, evaluate)
         except Exception:
@@ -226,12 +221,12 @@ class MonitoredCuts:
             point = self._go_further(tracked, point, cause, now, evaluate)
         undone = self._undone_by(point, cause, now)  # further back, where a point was damaged
         gone = [cut for cut in recovery.situation.cuts if cut.before >= point]
-        self._moves = gone[0].moves
+        recovery.moves = gone[0].moves
         self._last = (recovery.epoch, gone[0].outcome.accuracy_before or 0.0)
-        known = self.knows_scatter or cause.falls_short(now, _RUIN)
-        if now.finite and not known:
-            self._control = len(gone[0].reports) + 1
-            undone = [_not_blamed(outcome) for outcome in undone]
+        if not cause.falls_short(now, _RUIN):
+            recovery.uncut = len(gone[0].reports) + 1
+            if not self.knows_scatter:
+                undone = [_not_blamed(outcome) for outcome in undone]
         left = [cut for cut in recovery.situation.cuts if cut.before < point]
         recovery.done("rollback", point, undone, left, later=True)
         recovery.drop_after(point)

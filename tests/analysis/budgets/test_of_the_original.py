@@ -7,7 +7,7 @@ import pytest
 from networks import chain
 
 from elesh.analysis.budgets.fitting import amount_of, fit_all, likely_missed, out_of_reach
-from elesh.analysis.budgets.knapsack import Curve, fit_budget, resource_model
+from elesh.analysis.budgets.knapsack import Curve, resource_model
 from leyline import Budget
 
 
@@ -35,7 +35,7 @@ def test_no_group_loses_a_unit_that_the_budget_does_not_need(seed: int, multiple
     budget = Budget(resource="macs", at_most=float(random.uniform(0.4, 0.9)), of="original")
     model = resource_model(architecture, budget)
     target = budget.at_most * architecture.macs
-    fit = fit_budget(model, curves, target, exact=True)
+    (fit,) = fit_all(architecture, [budget], curves)
     assert fit.after <= target
     assert all((12 - count) % multiple == 0 for count in fit.lost.values())
     for name, count in fit.lost.items():
@@ -55,6 +55,31 @@ def test_several_budgets_hold_together() -> None:
     after = architecture.without({name: range(count) for name, count in lost.items()})
     assert after.macs <= 0.8 * architecture.macs
     assert after.parameters <= 0.5 * architecture.parameters
+
+
+@pytest.mark.parametrize("seed", [4, 23, 24, 26, 40, 47])
+def test_no_group_loses_a_unit_that_several_budgets_together_do_not_need(seed: int) -> None:
+    """What goes for the second saves some of the first, too."""
+    random = np.random.default_rng(seed)
+    architecture = chain([12, 40, 12, 30])
+    groups = [group for group in architecture.groups if group.prunable]
+    curves = {g.name: Curve(sorted(random.random() * random.random(10)), g.size) for g in groups}
+    budgets = [
+        Budget(resource=resource, at_most=float(random.uniform(0.6, 0.9)), of="original")
+        for resource in ("macs", "parameters")
+    ]
+    lost = fit_all(architecture, budgets, curves)[-1].lost
+
+    def met(lost: dict[str, int]) -> bool:
+        after = architecture.without({name: range(count) for name, count in lost.items() if count})
+        return all(
+            getattr(after, b.resource) <= b.at_most * getattr(architecture, b.resource)
+            for b in budgets
+        )
+
+    assert met(dict(lost))
+    for name, count in lost.items():
+        assert not met({**lost, name: count - 1}), name
 
 
 def test_what_the_limits_cannot_reach_is_said_with_what_would_help() -> None:

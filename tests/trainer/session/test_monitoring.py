@@ -166,6 +166,37 @@ def test_a_cut_that_does_harm_where_training_is_known_is_blamed() -> None:
     assert (vote_of(outcome), outcome.undone_with) == ("failure", None)
 
 
+def test_epochs_that_come_again_after_a_rollback_pass_without_another_cut() -> None:
+    """Random states came back: one bad epoch would be blamed on the next cut, too."""
+    run, world = scattering()
+    assert run.watch(61, told(0.89)) == []
+    (outcome,) = run.watch(62, told(0.7))
+    assert outcome.undone_with is None
+    other = decide(world.surgeon.architecture, number=2)
+    for epoch, accuracy in ((63, 0.89), (64, 0.7)):
+        waits = run.apply(other, world.surgeon, told(0.9))
+        assert (waits.result, "the same epochs come again" in waits.detail) == ("refused", True)
+        assert run.watch(epoch, told(accuracy)) == []
+    assert run.apply(other, world.surgeon, told(0.7)).result == "applied"
+
+
+def test_a_killed_run_still_waits_for_the_epochs_after_a_rollback(tmp_path: Path) -> None:
+    run, world = trained(tmp_path)
+    cut(run, world)
+    assert run.watch(61, told(0.88)) == []
+    assert run.watch(62, told(0.8))[0].result == "rolled_back"
+    assert run.watch(63, told(0.88)) == []
+    run.save(63)
+    run.close()
+    again, other = Run(tmp_path), World()
+    again.resume(other.tracked)
+    decision = decide(other.surgeon.architecture, number=2)
+    assert again.apply(decision, other.surgeon, told(0.9)).result == "refused"
+    assert again.watch(64, told(0.8)) == []
+    assert again.recovery.moves == run.recovery.moves
+    assert again.apply(decision, other.surgeon, told(0.8)).result == "applied"
+
+
 def test_what_a_cut_gained_at_once_need_not_last() -> None:
     run, world = trained()
     for epoch, accuracy in enumerate(SCATTER, 54):
