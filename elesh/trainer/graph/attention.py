@@ -11,7 +11,7 @@ the proof masks and cuts them like every other group.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,13 +75,16 @@ class Attention:
         )
 
 
-def find_attentions(calls: Sequence[Call], model: nn.Module) -> tuple[Attention, ...]:
+def find_attentions(
+    calls: Sequence[Call], model: nn.Module, buffers: Mapping[str, nn.Parameter]
+) -> tuple[Attention, ...]:
     """The attentions of a traced forward pass, in order of execution.
 
     Args:
         calls: of a pass whose autograd graph is alive.
+        buffers: those that are leaves of it, by path.
     """
-    sources = Sources(calls, model)
+    sources = Sources(calls, model, buffers)
     found: dict[str, Attention] = {}
     for call in calls:
         attention = None

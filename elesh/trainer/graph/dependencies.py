@@ -8,7 +8,7 @@ channels at a time, from there to here only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -98,9 +98,12 @@ class Sources:
 
     Args:
         calls: of a pass whose graph is alive, with all parameters requiring gradients.
+        buffers: those that are leaves of that graph, by path.
     """
 
-    def __init__(self, calls: Sequence[Call], model: nn.Module) -> None:
+    def __init__(
+        self, calls: Sequence[Call], model: nn.Module, buffers: Mapping[str, nn.Parameter]
+    ) -> None:
         self._producers = {
             call.output: call
             for call in calls
@@ -120,6 +123,9 @@ class Sources:
             for name, parameter in module._parameters.items()
             if parameter is not None
         }
+        for full, held in buffers.items():
+            path, _, name = full.rpartition(".")
+            self._owners[id(held)] = path, model.get_submodule(path), name
 
     def behind(self, link: Link) -> Met:
         """What the value that a layer was given was made from: queries and keys first."""

@@ -14,6 +14,7 @@ import heapq
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from elesh.trainer.network.buffers import with_history
 from elesh.trainer.network.calling import Inputs, batch_size, call, tensors_in
 from elesh.trainer.network.calls import Calls, Link
 from elesh.trainer.network.layers import (
@@ -104,6 +106,10 @@ def trace(model: nn.Module, inputs: Inputs, compared: Callable[[Any], Any] | Non
         InvalidField: if the model does not run with these inputs.
     """
     with _out_of_place(model):
+        with with_history(model) as buffers, contextlib.suppress(InvalidField):
+            wiring = _traced(model, inputs, compared, buffers)
+            if not (buffers and wiring.failure):
+                return wiring
         return _traced(model, inputs, compared)
 
 
@@ -121,13 +127,18 @@ def _out_of_place(model: nn.Module) -> Iterator[None]:
             vars(module)["inplace"] = True
 
 
-def _traced(model: nn.Module, inputs: Inputs, compared: Callable[[Any], Any] | None) -> Wiring:
+def _traced(
+    model: nn.Module,
+    inputs: Inputs,
+    compared: Callable[[Any], Any] | None,
+    buffers: Mapping[str, nn.Parameter] = MappingProxyType({}),
+) -> Wiring:
     families, failure = tuple[Family, ...](), ""
     function_calls: Sequence[CallByFunction] = ()
     try:
-        graph = _Graph(model, inputs, compared)
+        graph = _Graph(model, inputs, compared, buffers)
         calls, outputs, function_calls = graph.calls, graph.outputs, graph.function_calls
-        families = tuple(_families(graph, model))
+        families = tuple(_families(graph, model, buffers))
     except Exception as error:  # The graph of others' code: whatever it raises is a reason.
         failure = f"the dependency graph failed: {summary(error)}"
         calls, outputs = _run(model, inputs)
@@ -136,7 +147,8 @@ def _traced(model: nn.Module, inputs: Inputs, compared: Callable[[Any], Any] | N
     layers = calls.layers(batch_size(inputs), weights_used(passage.reached))
     # What a function adds to such a product (biases of queries and values) goes with the heads.
     hidden = {one.call.name for one in function_calls if not one.own_bias}
-    attentions = find_attentions([one for one in calls.made if one.name not in hidden], model)
+    attended = [one for one in calls.made if one.name not in hidden]
+    attentions = find_attentions(attended, model, buffers)
     readers = {one.call.name: one.at for one in function_calls}
     return Wiring(layers, families, attentions, failure, passage, readers)
 
@@ -196,7 +208,11 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
     """The dependency graph without its own maps of channel numbers (see ``indexing``)."""
 
     def __init__(
-        self, model: nn.Module, inputs: Inputs, compared: Callable[[Any], Any] | None = None
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        compared: Callable[[Any], Any] | None,
+        buffers: Mapping[str, nn.Parameter],
     ) -> None:
         super().__init__()
         self._pruners: dict[int, Any] = {}
@@ -215,6 +231,8 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
                 self.register_customized_layer(type(module), taught)
         self._module2name = {module: name for name, module in model.named_modules()}
         self._param_to_name, self.unwrapped_parameters = self._detect_unwrapped_parameters(None)
+        self._param_to_name |= {held: path for path, held in buffers.items()}
+        self.unwrapped_parameters += [(held, held.ndim - 1) for held in buffers.values()]
         self.calls = Calls(model)
         self.function_calls: list[CallByFunction] = []
         self.module2node = self._trace(model, inputs, self._forward, output_transform=traced)
@@ -307,11 +325,11 @@ def _lead_past(graph: _Graph, links: dict[Any, list[Link]]) -> None:
             at.inputs, node.outputs = [*at.inputs, node], [at]
 
 
-def _families(graph: _Graph, model: nn.Module) -> list[Family]:
+def _families(graph: _Graph, model: nn.Module, buffers: Mapping[str, nn.Parameter]) -> list[Family]:
     """Connected components over (port, index) that some layer produces, alike ones together."""
     reach = _Reach(graph)
     labels, whole = reach.labels()
-    ports = _Ports(graph, model, whole)
+    ports = _Ports(graph, model, whole, buffers)
     table = _Table()
     for (node, function), side in reach.sides.items():
         indices = side.seen.nonzero()[0]
@@ -605,10 +623,17 @@ def _produced(graph: _Graph) -> Iterator[tuple[Any, Any, Ints]]:
 class _Ports:
     """Nodes and pruning functions of the graph as ports, each made once."""
 
-    def __init__(self, graph: _Graph, model: nn.Module, whole: Collection[nn.Module]) -> None:
+    def __init__(
+        self,
+        graph: _Graph,
+        model: nn.Module,
+        whole: Collection[nn.Module],
+        buffers: Mapping[str, nn.Parameter],
+    ) -> None:
         self._graph, self._whole = graph, whole
         self.names = self._modules = {module: name for name, module in model.named_modules()}
-        self._parameters = {id(p): name for name, p in model.named_parameters()}
+        held = (*model.named_parameters(), *buffers.items())
+        self._parameters = {id(p): name for name, p in held}
         self._made: dict[tuple[Any, Any], Port | None] = {}
 
     def of(self, node: Any, function: Any) -> Port | None:

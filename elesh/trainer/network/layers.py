@@ -485,13 +485,24 @@ def refilled(x: Tensor, gate: Tensor, dim: int, kind: str, eps: float) -> Tensor
     return (centred * (eps / (variance * lost + eps)).sqrt()).to(x.dtype)
 
 
-_HEADS = ("heads", "num_heads", "n_heads", "n_head", "nhead", "nheads", "num_attention_heads")
-_SHARED = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
+_HEADS = (
+    "heads", "num_heads", "n_heads", "n_head", "nhead", "nheads", "num_attention_heads", "h", "nh",
+    "n_local_heads", "num_q_heads", "num_query_heads", "n_q_heads", "attention_heads",
+)  # fmt: skip
+_SHARED = (
+    "num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads",
+    "n_local_kv_heads", "nkv",
+)  # fmt: skip
 """Key/value heads, where several query heads share one."""
 _SHARES = ("num_key_value_groups", "n_rep", "num_queries_per_kv")
 """How many query heads share one."""
-_WIDTHS = ("all_head_size", "inner_dim", "split_size", "attn_dim", "val_attn_dim")
-"""Channels of all heads together: BERT, Diffusers and many others, GPT-2, timm and its LeViT."""
+_WIDTHS = (
+    "all_head_size", "inner_dim", "split_size", "attn_dim", "val_attn_dim", "d_out", "n_embd",
+    "d_model", "dim", "emb_dim", "hidden_size", "hidden_dim", "n_state",
+)  # fmt: skip
+"""Channels of all heads together: BERT, Diffusers and many others, GPT-2, timm and its LeViT; and
+where queries are as wide as the stream, the names that it has in code written by hand. Not
+``embed_dim``, nor ``embed_size``: scales are made of these after the cut, and parts (CodeGen)."""
 
 _SPLITS = ("width", "c", "expand_chs")
 """Channels of each part that a layer's outputs are split into (Res2Net, YOLO), or of all parts
@@ -513,6 +524,8 @@ def refit_heads(model: nn.Module, before: PruningGroup, after: PruningGroup) -> 
     around = vars(model.get_submodule(common_holder(before.layers)))
     for holder, name, parts in splits(model, before):
         holder[name] = parts * after.size
+    for norm in before.norms:
+        _refit_bare_norm(model.get_submodule(norm.module), norm.width * (before.size - after.size))
     if before.level is not Level.HEAD:
         around |= {name: after.size for name in _STREAMS if around.get(name) == before.size}
         return
@@ -541,6 +554,13 @@ def refit_heads(model: nn.Module, before: PruningGroup, after: PruningGroup) -> 
                 if type(count) is int and count % old == 0 and not known:
                     held[name] = count // old * new
                     done.add((module, name))
+
+
+def _refit_bare_norm(module: nn.Module, lost: int) -> None:
+    """Set the width of a normalisation that has no parameters to read it off."""
+    shape = vars(module).get("normalized_shape")
+    if isinstance(shape, tuple) and not any(p is not None for p in module._parameters.values()):
+        module.normalized_shape = (*shape[:-1], shape[-1] - lost)  # type: ignore[assignment]
 
 
 def _configure(module: nn.Module, shared: Sequence[str], old: int, new: int) -> None:
@@ -613,8 +633,11 @@ def common_holder(layers: Sequence[str]) -> str:
 
 
 def _holders(model: nn.Module, layers: Sequence[str]) -> Iterator[nn.Module]:
-    """The modules from the innermost one that holds all of the layers down to the layers."""
+    """The modules from the innermost one that holds all of the layers, and says what is done with
+    them, down to the layers."""
     top = common_holder(layers)
+    while top and isinstance(model.get_submodule(top), (nn.ModuleList, nn.ModuleDict)):
+        top = top.rpartition(".")[0]
     paths = {top}
     for layer in layers:
         path = layer.rpartition(".")[0]

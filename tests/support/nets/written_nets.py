@@ -1,0 +1,167 @@
+"""Small networks as people write them by hand, and inputs for each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+_WIDTH, _HEADS, _TOKENS = 16, 4, 6
+
+
+class GptAttention(nn.Module):
+    """nanoGPT's: every size follows from the stream's width and two attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c_attn, self.c_proj = nn.Linear(_WIDTH, 3 * _WIDTH), nn.Linear(_WIDTH, _WIDTH)
+        self.n_head, self.n_embd = _HEADS, _WIDTH
+        self.register_buffer("bias", torch.tril(torch.ones(1, 1, _TOKENS, _TOKENS)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.size()
+        shape = batch, tokens, self.n_head, width // self.n_head
+        q, k, v = (t.view(shape).transpose(1, 2) for t in self.c_attn(x).split(self.n_embd, 2))
+        scores = (q @ k.transpose(-2, -1)) / math.sqrt(k.size(-1))
+        weights = scores.masked_fill(self.bias[:, :, :tokens, :tokens] == 0, -math.inf).softmax(-1)
+        made = (weights @ v).transpose(1, 2).contiguous().view(batch, tokens, width)
+        return torch.as_tensor(self.c_proj(made))
+
+
+class ListedAttention(nn.Module):
+    """The annotated transformer's: projections in a list, and its own names of the sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.h, self.d_k = _HEADS, _WIDTH // _HEADS
+        self.linears = nn.ModuleList([nn.Linear(_WIDTH, _WIDTH) for _ in range(4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        sizes = len(x), -1, self.h, self.d_k
+        q, k, v = (linear(x).view(sizes).transpose(1, 2) for linear in self.linears[:3])
+        weights = (q @ k.transpose(-2, -1) / math.sqrt(self.d_k)).softmax(-1)
+        made = (weights @ v).transpose(1, 2).reshape(len(x), -1, self.h * self.d_k)
+        return torch.as_tensor(self.linears[-1](made))
+
+
+class SlopedAttention(nn.Module):
+    """A bias for each head from slopes that it keeps in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_local_heads = _HEADS
+        self.qkv, self.out = nn.Linear(_WIDTH, 3 * _WIDTH), nn.Linear(_WIDTH, _WIDTH)
+        self.register_buffer("slopes", 0.5 ** torch.arange(_HEADS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        fused = self.qkv(x).view(batch, tokens, 3, self.n_local_heads, -1)
+        q, k, v = fused.permute(2, 0, 3, 1, 4)
+        places = torch.arange(tokens)
+        bias = self.slopes[:, None, None] * (places[None] - places[:, None])
+        weights = (q @ k.transpose(-2, -1) + bias).softmax(-1)
+        return torch.as_tensor(self.out((weights @ v).transpose(1, 2).reshape(batch, tokens, -1)))
+
+
+class Block(nn.Module):
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(_WIDTH), nn.LayerNorm(_WIDTH)
+        self.attention, self.wide = attention, nn.Linear(_WIDTH, 24)
+        self.narrow = nn.Linear(24, _WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return torch.as_tensor(x + self.narrow(self.wide(self.norm2(x)).relu()))
+
+
+class Sinusoids(nn.Module):
+    """Positions that are added from a buffer longer than the sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        rates = torch.exp(torch.arange(0, _WIDTH, 2) * (-math.log(1e4) / _WIDTH))
+        angles = torch.arange(9.0)[:, None] * rates
+        positions = torch.stack([angles.sin(), angles.cos()], 2).reshape(1, 9, _WIDTH)
+        self.register_buffer("pe", positions)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.pe[:, : x.size(1)]
+
+
+class Tokens(nn.Module):
+    """A language model of two blocks."""
+
+    def __init__(self, attention: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.embed, self.positions = nn.Embedding(20, _WIDTH), Sinusoids()
+        self.blocks = nn.Sequential(*(Block(attention()) for _ in range(2)))
+        self.head = nn.Linear(_WIDTH, 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.head(self.blocks(self.positions(self.embed(x)))))
+
+
+class Frozen(nn.Module):
+    """A normalisation by statistics that no longer change, as pretrained detectors have it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(width) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = 1, -1, 1, 1
+        scale = self.weight.reshape(shape) * (self.running_var.reshape(shape) + 1e-5).rsqrt()
+        return torch.as_tensor(
+            x * scale + self.bias.reshape(shape) - self.running_mean.reshape(shape) * scale
+        )
+
+
+class Constants(nn.Module):
+    """Buffers along the channels, and one along those of the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.rand(1, 3, 1, 1))
+        self.register_buffer("offset", torch.randn(12, 1, 1))
+        self.register_buffer("chosen", (torch.rand(1, 10, 1, 1) > 0.3).float())
+        self.first, self.norm = nn.Conv2d(3, 12, 3), Frozen(12)
+        self.second, self.head = nn.Conv2d(12, 10, 3), nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.first(x - self.mean) - self.offset).relu()
+        return torch.as_tensor(self.head((self.second(x) * self.chosen).relu().mean((2, 3))))
+
+
+class Modulated(nn.Module):
+    """A normalisation without weights, scaled and shifted by another input (as in DiT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, _WIDTH)
+        self.norm = nn.LayerNorm(_WIDTH, elementwise_affine=False)
+        self.adapt, self.head = nn.Linear(3, 2 * _WIDTH), nn.Linear(_WIDTH, 4)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        scale, shift = self.adapt(condition).chunk(2, dim=1)
+        y = self.norm(self.embed(x)) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+        return torch.as_tensor(self.head(functional.gelu(y)))
+
+
+IMAGES = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+IDS = torch.randint(0, 20, (2, _TOKENS), generator=torch.Generator().manual_seed(0))
+VECTORS = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))
+CONDITIONS = torch.randn(2, 3, generator=torch.Generator().manual_seed(1))
+
+NETS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
+    "gpt": (lambda: Tokens(GptAttention), (IDS,)),
+    "listed": (lambda: Tokens(ListedAttention), (IDS,)),
+    "sloped": (lambda: Tokens(SlopedAttention), (IDS,)),
+    "constants": (Constants, (IMAGES,)),
+    "modulated": (Modulated, (VECTORS, CONDITIONS)),
+}
+"""By name: how it is made, and inputs."""

@@ -1,0 +1,81 @@
+"""Networks as people write them by hand lose all of their width: masking is cutting, counts are
+exact, a cut is undone bit for bit, and the network trains on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import trainer_nets
+import written_nets
+
+from elesh.trainer import Recorder, Surgeon
+from elesh.trainer.network.calling import call
+from leyline import Level
+
+UNITS = {
+    "gpt": {"blocks.0.attention": 4, "blocks.0.wide": 24, "blocks.1.wide": 24},
+    "listed": {
+        "embed": 16, "blocks.0.attention.linears": 4, "blocks.0.wide": 24,
+        "blocks.1.attention.linears": 4, "blocks.1.wide": 24,
+    },
+    "sloped": {
+        "embed": 16, "blocks.0.attention": 4, "blocks.0.wide": 24, "blocks.1.attention": 4,
+        "blocks.1.wide": 24,
+    },
+    "constants": {"first": 12, "second": 10},
+    "modulated": {"adapt": 16},
+}  # fmt: skip
+"""By network: its prunable groups and their sizes."""
+
+
+@pytest.mark.parametrize("name", written_nets.NETS)
+def test_all_of_a_hand_written_network_can_go(name: str) -> None:
+    torch.manual_seed(0)
+    make, inputs = written_nets.NETS[name]
+    model = make().eval()
+    surgeon = Surgeon(model, Recorder(model, inputs).architecture)
+    groups = surgeon.architecture.groups
+    assert {group.name: group.size for group in groups if group.prunable} == UNITS[name]
+    assert {g.reason for g in groups if not g.prunable} <= {"network output"}
+
+    units = trainer_nets.units(surgeon.architecture)
+    before = {path: tensor.clone() for path, tensor in model.state_dict().items()}
+    surgeon.mask(units)
+    masked = call(model, inputs)
+    surgeon.unmask()
+    after = surgeon.cut(units)
+    assert (call(model, inputs) - masked).abs().max() <= 1e-5 * masked.abs().max()
+    assert after.parameters == sum(p.numel() for p in model.parameters())
+    call(model.train(), inputs).square().mean().backward()
+    model.eval()
+
+    surgeon.undo()
+    held = model.state_dict()
+    assert all(torch.equal(before[path], tensor) for path, tensor in held.items())
+    call(model, inputs)  # Its sizes are as before, too.
+
+
+def test_buffers_are_cut_with_the_channels_that_they_lie_along() -> None:
+    torch.manual_seed(0)
+    make, inputs = written_nets.NETS["constants"]
+    model = make().eval()
+    surgeon = Surgeon(model, Recorder(model, inputs).architecture)
+    offset = model.get_buffer("offset").clone()
+    surgeon.cut({"first": [2, 11]})
+    kept = [unit for unit in range(12) if unit not in (2, 11)]
+    assert torch.equal(model.get_buffer("offset"), offset[kept])
+    assert len(model.get_buffer("norm.running_var")) == 10
+    assert model.get_buffer("mean").shape == (1, 3, 1, 1)
+    assert not any(buffer.requires_grad for buffer in model.buffers())
+
+
+def test_where_heads_take_the_width_of_the_stream_a_unit_is_a_share_of_both() -> None:
+    torch.manual_seed(0)
+    make, inputs = written_nets.NETS["gpt"]
+    model = make().eval()
+    surgeon = Surgeon(model, Recorder(model, inputs).architecture)
+    assert surgeon.architecture.group["blocks.0.attention"].level is Level.HEAD
+    surgeon.cut({"blocks.0.attention": [1]})
+    attention = model.get_submodule("blocks.1.attention")
+    assert (attention.n_head, attention.n_embd) == (3, 12)
+    assert call(model, inputs).isfinite().all()
