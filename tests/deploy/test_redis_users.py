@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,18 @@ TAMPERING = [
     ("BITOP", "NOT", AUDIT_LOG, KEY + "x"), ("SORT", KEY + "x", "STORE", AUDIT_LOG),
 ]  # fmt: skip
 """What would shorten, replace or end the audit log; none of it is anybody's."""
+
+
+def ending(key: str, but: Sequence[str] = ()) -> list[tuple[str, ...]]:
+    """What would delete or replace everything at a key, but for some commands."""
+    commands = [
+        ("DEL", key), ("UNLINK", key), ("SET", key, "x"), ("EXPIRE", key, "0"),
+        ("PEXPIRE", key, "0"), ("SUNIONSTORE", key, key), ("ZUNIONSTORE", key, "1", key),
+        ("RENAME", key, KEY + "x"), ("BITOP", "NOT", key, key),
+    ]  # fmt: skip
+    return [each for each in commands if each[0] not in but]
+
+
 FORBIDDEN: dict[str, list[tuple[str, ...]]] = {
     "trainer": [
         ("XADD", KEY + "decisions", "*", "envelope", "x"),
@@ -170,9 +182,12 @@ FORBIDDEN: dict[str, list[tuple[str, ...]]] = {
         ("HSET", KEY + "breaker:run", "state", "closed"),
         ("DEL", KEY + "blob:x"),
         ("XTRIM", KEY + "checkpoints", "MAXLEN", "0"),
+        *ending(KEY + "checkpoints"),
         ("GET", "somebody:else"),
     ],
     "worker": [
+        *(each for name in ("checkpoints", "decisions", "dead") for each in ending(KEY + name)),
+        *ending(KEY + "record:x", but=("EXPIRE", "PEXPIRE")),
         ("XDEL", KEY + "dead", "1-1"),
         ("XGROUP", "DESTROY", KEY + "checkpoints", "elesh-workers"),
         ("GET", "somebody:else"),
@@ -183,6 +198,8 @@ FORBIDDEN: dict[str, list[tuple[str, ...]]] = {
         ("HSET", KEY + "record:x", "fingerprint", "x"),
         ("XREADGROUP", "GROUP", "elesh-workers", "o", "STREAMS", KEY + "checkpoints", ">"),
         ("XTRIM", KEY + "checkpoints", "MAXLEN", "0"),
+        *ending(KEY + "checkpoints"),
+        *ending(KEY + "dead"),
     ],
     "console": [
         ("XADD", KEY + "operations", "*", "envelope", "x"),
