@@ -1,7 +1,8 @@
 """Secrets in texts that people see: what is shown instead is ``***``.
 
 Promises: a password in a URL, in its authority or its query, is never shown, whatever characters it
-has; the rest of the text stays.
+has, and neither is one in a URL that is none: without a scheme, a host, or the right name of its
+option. The rest of the text stays.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from typing import Any
 
 __all__ = ["masked", "masked_line", "masked_repr", "masked_values"]
 
-_IN_AUTHORITY = re.compile(r"(?<=://)([^/@:]*):.*@", re.DOTALL)
-_IN_QUERY = re.compile(r"([?&]\w*password=)[^&\s]*")
+_IN_AUTHORITY = re.compile(r"(?:(?<=://)|^)([^/@:]*):(?!//).*@", re.DOTALL)
+# A password where host and port should be.
+_IN_PLACE_OF_HOST = re.compile(r"(?<=://)([^/@:\[]*):(?!\*\*\*@|\d*(?:[/?#,]|$)).*", re.DOTALL)
+_IN_QUERY = re.compile(r"(?i)([?&]\w*(?:pass|pwd|secret|token)\w*=)[^&\s]*")
 _IN_LINE = re.compile(r"(?<=://)([^/@:\s]*):[^\s\"']*@")
 # What is left after that: a password with blanks or quotes. A port is none.
 _ODD_IN_LINE = re.compile(r"(?<=://)([^/@:\s]*):(?!\*\*\*@|\d+(?:[/?#\s;,'\"]|$))[^@\n]*@")
@@ -22,7 +25,8 @@ _SECRET = re.compile(r"(?i)token|secret|passw|private")
 
 def masked(url: str) -> str:
     """A URL as it may be shown."""
-    return _IN_QUERY.sub(r"\1***", _IN_AUTHORITY.sub(r"\1:***@", url))
+    url = _IN_PLACE_OF_HOST.sub(r"\1:***", _IN_AUTHORITY.sub(r"\1:***@", url))
+    return _IN_QUERY.sub(r"\1***", url)
 
 
 def masked_line(text: str) -> str:

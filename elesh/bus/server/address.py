@@ -94,7 +94,8 @@ def parse(url: str) -> BusAddress:
     """
     scheme, colon, rest = url.partition("://")
     if not colon or scheme not in _SCHEMES:
-        raise ValueError(f"scheme {scheme[:20]!r}: expected one of {', '.join(_SCHEMES)}")
+        found = scheme.partition(":")[0][:20]
+        raise ValueError(f"scheme {found!r}: expected one of {', '.join(_SCHEMES)}")
     kind = scheme.partition("+")[2]
     if scheme == "unix" or kind == "embedded":
         user, place = _local_parts(rest)
@@ -152,7 +153,7 @@ def _local_parts(rest: str) -> tuple[str, str]:
     user, at, path = rest.rpartition("@/")
     if not at:
         raise ValueError(
-            f"path {rest[:40]!r}: expected an absolute one, such as unix:///run/x.sock"
+            f"path {_shown(rest)!r}: expected an absolute one, such as unix:///run/x.sock"
         )
     return user, "/" + path
 
@@ -177,7 +178,7 @@ def _address(text: str, kind: str) -> Address:
     found = _HOST.fullmatch(text)
     expected = "expected host:port, with an address of version 6 in brackets"
     if found is None or (kind and not (found["six"] or found["name"])):
-        raise ValueError(f"address {text!r}: {expected}; {_ENCODE}")
+        raise ValueError(f"address {_shown(text)!r}: {expected}; {_ENCODE}")
     host = unquote(found["six"] or found["name"]) or "localhost"
     if found["six"]:
         try:
@@ -192,6 +193,13 @@ def _address(text: str, kind: str) -> Address:
     if not 0 < port < 65536:
         raise ValueError(f"port {port}: expected 1 to 65535")
     return host, port
+
+
+def _shown(text: str) -> str:
+    """Part of a URL that cannot be read, as far as it is no password."""
+    name, colon, rest = text.rpartition("@")[2].partition(":")
+    known = name.startswith("[") or not rest.strip(":0123456789")
+    return (f"{name}{colon}{rest}" if known else f"{name}:***")[:40]
 
 
 def _place(path: str, kind: str, asked: int | None) -> tuple[str, int]:

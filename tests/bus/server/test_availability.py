@@ -22,6 +22,11 @@ from leyline.streams import OUTCOMES
         ("rediss://user:se:cret@host/0", "rediss://user:***@host/0"),
         ("redis://:se/c@ret@host/0", "redis://:***@host/0"),
         ("redis://host:1/0", "redis://host:1/0"),
+        ("redis://[::1]:6379/0", "redis://[::1]:6379/0"),
+        ("redis+cluster://a:7000,b:7001", "redis+cluster://a:7000,b:7001"),
+        ("redis://user:secret", "redis://user:***"),
+        ("user:secret@host:1", "user:***@host:1"),
+        ("redis://host/0?passwd=secret&db=1", "redis://host/0?passwd=***&db=1"),
         ("unix:///run/x.sock?db=1&password=secret", "unix:///run/x.sock?db=1&password=***"),
     ],
 )
