@@ -19,7 +19,7 @@ from elesh.bus.state.blobs import BlobStore
 from elesh.bus.state.registry import Backlog, Registry, WorkerState
 from elesh.bus.state.runs import BreakerStore, BreakerView, HistoryStore, Holder, RunStore
 from elesh.bus.streams.consumer_groups import SHED_FROM, Reap
-from elesh.bus.streams.dead_letters import DeadLetterEntry, DeadLetters, Redriven
+from elesh.bus.streams.dead_letters import DeadLetterEntry, DeadLetters, Redriven, operator_action
 from elesh.bus.streams.fan_out import Plan, Planned, Stored
 from elesh.bus.streams.records import (
     Commit,
@@ -44,6 +44,7 @@ __all__ = [
     "OutageLog",
     "never_fits",
     "cancelled",
+    "operator_action",
     "repeatedly",
     "require_address",
     "AuditHead",

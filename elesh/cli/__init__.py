@@ -86,6 +86,9 @@ def main() -> None:
     except (SettingsError, ContractError, BusUnavailable) as error:
         complaints.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
         raise SystemExit(1) from None
+    except UnicodeEncodeError as error:  # an argument, as bytes that are none
+        complaints.print(f"[red]error:[/] {escape(error.object)}: expected UTF-8", soft_wrap=True)
+        raise SystemExit(1) from None
     except OSError as error:
         if error.filename is None:
             raise

@@ -26,10 +26,12 @@ from .common import (
     Seed,
     SettingsOption,
     console,
+    fail,
     print_json,
 )
 
 app = typer.Typer()
+_LONGEST_NAME = 128
 
 
 @app.command()
@@ -118,6 +120,8 @@ def worker(
     if end_with_input:
         threading.Thread(target=_drain_at_end_of_input, daemon=True).start()
     setup_logging("json" if json_logs else "plain")
+    if len(name) > _LONGEST_NAME or not name.isprintable():
+        fail(f"--name: expected at most {_LONGEST_NAME} printable characters")
     loaded, known_as = Settings.load(settings), name or worker_name()
 
     async def run() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +24,7 @@ from elesh.bus import Bus, DeadLetterEntry
 from elesh.cli import main
 from elesh.demo.screen import report_tables
 from elesh.demo.training import Cut, Report
+from elesh.operate.actions import operator
 from elesh.operate.diff import changes
 from elesh.operate.events import formatted_events
 from elesh.operate.explain import print_decision
@@ -235,6 +237,9 @@ WRONG = [
     (["trace", "nonsense"], 1, "nothing is recorded here"),
     (["history", "nonsense"], 1, "nonsense"),
     (["replay", "--from", __file__], 1, "elesh capture"),
+    (["history", "run-\udcff"], 1, "expected UTF-8"),
+    (["breaker", "trip", "a:b", "channel"], 1, "a:b"),
+    (["worker", "--name", "x" * 600], 1, "--name"),
 ]
 
 
@@ -259,6 +264,26 @@ def test_a_run_s_breakers_are_tripped_and_reset_together_or_by_level(call: Call)
     call("breaker", "reset", "run-a")
     assert call("breaker", "show", "--json").out == ""
     assert "no such breaker" in call("breaker", "reset", "run-a").out
+
+
+@pytest.mark.parametrize(
+    ("run", "reason"), [("run-b", "x" * 9000), ("run-b", "\udcff"), ("a:b", "by hand")]
+)
+def test_an_action_that_cannot_be_written_down_changes_nothing(
+    call: Call, run: str, reason: str
+) -> None:
+    done = call("breaker", "trip", run, "channel", "--reason", reason)
+    assert (done.code, len(done.err.splitlines())) == (1, 1), done
+    assert call("breaker", "show", "--json").out == ""
+    assert "operator" not in call("events", "--stream", "operations").out
+
+
+def test_an_operator_has_a_name_where_the_user_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found: 10001")
+
+    monkeypatch.setattr("getpass.getuser", nobody)
+    assert operator().startswith(f"uid {os.getuid()}@")
 
 
 @pytest.mark.slow

@@ -10,16 +10,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Literal
+
+from pydantic import ValidationError
 
 from elesh.bus.scripts import Shared, Store
 from leyline import ContractError, DeadLetter, InvalidField, OperatorAction, encode, wrap
+from leyline.network.bundle import first_error
 from leyline.streams import DEAD, OPERATIONS, STREAMS, Stream
 
 from .records import BUS_FIELDS, Delivery, deliveries_of, entry_fields, read_dead_letter
 
-__all__ = ["DeadLetters", "DeadLetterEntry", "Redriven"]
+__all__ = ["DeadLetters", "DeadLetterEntry", "Redriven", "operator_action"]
 
 _ENTRY = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
 
@@ -152,14 +155,7 @@ class DeadLetters(Store):
         reason: str,
         outcome: str,
     ) -> list[str | bytes]:
-        message = OperatorAction(
-            action=action,
-            subject=subject,
-            operator=operator,
-            at=datetime.now(UTC),
-            reason=reason,
-            outcome=outcome,
-        )
+        message = operator_action(action, subject, operator, reason, self._clock.latest(), outcome)
         envelope = encode(wrap(message, source="operator", now=self._clock.latest()))
         return entry_fields(self._guard.frame(OPERATIONS, envelope), {})
 
@@ -172,6 +168,27 @@ class DeadLetters(Store):
             )
         except ContractError as error:
             return DeadLetterEntry(entry.entry_id, None, str(error), mark.decode())
+
+
+def operator_action(
+    action: Literal["redrive", "drop", "breaker_reset", "breaker_trip"],
+    subject: str,
+    operator: str,
+    reason: str,
+    at: datetime,
+    outcome: str = "",
+) -> OperatorAction:
+    """What is published of something that a person does.
+
+    Raises:
+        InvalidField: if who, what or why is too long, or no text.
+    """
+    try:
+        return OperatorAction(
+            action=action, subject=subject, operator=operator, at=at, reason=reason, outcome=outcome
+        )
+    except ValidationError as error:
+        raise first_error(error, action) from None
 
 
 def _served(entry_id: str, name: str) -> Stream:
