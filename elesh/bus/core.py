@@ -141,7 +141,7 @@ class Bus:
         """
         bus = cls.open(url, settings, breaker)
         try:
-            await bus.ping()
+            await bus.clock.now()
         except BaseException:
             await bus.close()
             raise
@@ -183,7 +183,7 @@ class Bus:
 
     async def when_available(self, *, stop: asyncio.Event | None = None) -> bool:
         """Wait until the server answers; False if ``stop`` is set first."""
-        return await until_available(self.ping, stop=stop, log=self.outage) is not None
+        return await until_available(self.clock.now, stop=stop, log=self.outage) is not None
 
     async def persistently(
         self, action: Callable[[], Awaitable[T]], *, stop: asyncio.Event | None = None

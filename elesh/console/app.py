@@ -461,6 +461,7 @@ class Console:
             acting=acting,
             may_act=self._guard.may_act,
             proof=self._guard.proof(cookie) if acting else "",
+            now=self._reader.bus.clock.latest() if self._reader else None,
             **values,
         )
 

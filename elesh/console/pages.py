@@ -46,7 +46,7 @@ def render(template: str, *, link: Callable[[str], str] | None = None, **values:
     """The page; ``link`` gives the address of a decision from its key."""
     page = _environment.get_template(template)
     parts: dict[str, tuple[str, str]] = {}
-    known = {"live": "", "until": None} | values
+    known = {"live": "", "until": None, "now": None} | values
     text = page.render(link=link or (lambda key: f"/decisions/{key}"), _parts=parts, **known)
     return Rendered(text, parts)
 

@@ -89,7 +89,7 @@ class FleetStatus:
 async def fleet_status_of(bus: Bus) -> FleetStatus:
     """Ask the bus, in a handful of commands."""
     return FleetStatus(
-        at=datetime.now(UTC),
+        at=await bus.clock.now(),
         workers=await bus.registry.workers(),
         backlog=await bus.registry.backlog(),
         breakers=await bus.breakers.show(),

@@ -7,7 +7,6 @@ measured says by name what is missing and what to do. Nothing is decided and not
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime
 from importlib.util import find_spec
 
 from elesh.analysis.accuracy import AccuracyCheck, half_split_error, not_measured, sketch_error
@@ -109,7 +108,7 @@ async def publish_checks(
         idempotency_key=str(bundle.decision_key),
         run_id=bundle.metadata.run_id,
         epoch=bundle.metadata.epoch,
-        at=datetime.now(UTC),
+        at=await bus.clock.now(),
         figures=figures,
         detail="; ".join(f"{check.name} {check.verdict}" for check in checks),
     )

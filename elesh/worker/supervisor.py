@@ -179,7 +179,7 @@ class Worker:
             found = claiming.result() if claiming.done() else []
         finally:
             await cancelled(claiming, drain)
-        record_receipts(found, begun, self._bus.server)
+        record_receipts(found, begun, self._bus.clock.latest(), self._bus.server)
         for held in map(_InFlight, found):
             self._in_flight.add(held)
             held.task = asyncio.create_task(self._serve(held))

@@ -16,7 +16,7 @@ import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from importlib.metadata import version
 from typing import Any, Literal, get_args
 
@@ -78,6 +78,7 @@ class Status:
     worker_id: str
     version: str = field(default_factory=lambda: version("elesh"))
     clock: Callable[[], float] = time.time
+    """Seconds since 1970; a worker's are the server's, which whoever looks at it counts from."""
     condition: Condition = field(default_factory=Condition)
     health_url: str = ""
     doing: Doing = "starting"
@@ -359,7 +360,7 @@ class Reports:
     def __init__(self, bus: Bus, worker_id: str) -> None:
         self._bus = bus
         self._worker_id = worker_id
-        self.status = Status(worker_id)
+        self.status = Status(worker_id, clock=lambda: bus.clock.latest().timestamp())
         self.telemetry_buffer = TelemetryBuffer(bus)
 
     def step(
@@ -376,7 +377,7 @@ class Reports:
         values: dict[str, Any] = {
             "step": step,
             "worker_id": self._worker_id,
-            "at": datetime.now(UTC),
+            "at": self._bus.clock.latest(),
             "idempotency_key": str(key or work.key),
             "run_id": work.run_id,
             "epoch": work.key.epoch,
@@ -413,7 +414,7 @@ class Reports:
         event: dict[str, Any] = {
             "step": step,
             "worker_id": self._worker_id,
-            "at": datetime.now(UTC),
+            "at": self._bus.clock.latest(),
             "detail": f"{where}: {cause}: {detail}"[:8192],
         }
         self.telemetry_buffer.put(TELEMETRY, TelemetryEvent(**event), "", None)
@@ -429,7 +430,7 @@ class Reports:
             verdict=verdict,
             reason=decision.rejection_reason or "-",
         )
-        seconds = (datetime.now(UTC) - work.received).total_seconds()
+        seconds = (self._bus.clock.latest() - work.received).total_seconds()
         self.step(
             _COMMITTED[outcome],
             work,
@@ -494,7 +495,7 @@ class Reports:
             reason=str(error)[:8192],
             deliveries=delivery.deliveries,
             worker_id=self._worker_id,
-            at=datetime.now(UTC),
+            at=self._bus.clock.latest(),
             original=delivery.original,
             idempotency_key=str(work.key) if work else _named_key(delivery, error),
             traceparent=delivery.carrier.get("traceparent", ""),
@@ -527,20 +528,24 @@ def _named_key(delivery: Delivery, error: ContractError) -> str:
 
 
 def record_receipts(
-    deliveries: Sequence[Delivery], begun: int, server: tuple[str, int] | None = None
+    deliveries: Sequence[Delivery],
+    begun: int,
+    there: datetime,
+    server: tuple[str, int] | None = None,
 ) -> None:
     """One span an entry, from when it was there and asked for until now.
 
     Args:
         begun: when it was asked for, in nanoseconds since 1970. What the poll waited before the
             entry was published is no part of the entry's story.
-        server: that it came from.
+        there: the time by the server's clock, which the entries' ids are of.
+        server: that they came from.
     """
     now = time.time_ns()
     for delivery in deliveries:
         name = delivery.stream.name
-        published = int(delivery.entry_id.partition("-")[0]) * 1_000_000
-        waited = max(0, now - published) / 1e9
+        published = int(delivery.entry_id.partition("-")[0])
+        waited = max(0.0, there.timestamp() - published / 1000)
         with span(
             f"receive {name}",
             kind=SpanKind.CLIENT,
@@ -549,6 +554,6 @@ def record_receipts(
                 "receive", name, entry_id=delivery.entry_id, group=WORKERS, server=server
             )
             | {"elesh.queued_seconds": waited},
-            start=min(max(begun, published), now),
+            start=min(max(begun, now - round(waited * 1e9)), now),
         ):
             pass
