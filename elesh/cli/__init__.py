@@ -5,6 +5,7 @@ Each module of this package holds one family of commands; here they become one p
 
 from __future__ import annotations
 
+import errno
 from importlib.metadata import version
 from typing import Annotated
 
@@ -39,6 +40,8 @@ _REASONS: dict[type[OSError], str] = {
     FileExistsError: "there is such a file already",
     NotADirectoryError: "expected a folder",
 }
+_OF_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+"""What a full or broken disk answers to whoever writes; standard output has no name."""
 _RUN, _DECIDE, _WATCH, _OPERATE = "Run", "Decide and explain", "Watch", "Operate"
 
 
@@ -90,8 +93,9 @@ def main() -> None:
         complaints.print(f"[red]error:[/] {escape(error.object)}: expected UTF-8", soft_wrap=True)
         raise SystemExit(1) from None
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in _OF_OUTPUT:
             raise
+        place = error.filename or "the output"
         reason = _REASONS.get(type(error), (error.strerror or "").lower())
-        complaints.print(f"[red]error:[/] {escape(f'{error.filename}: {reason}')}", soft_wrap=True)
+        complaints.print(f"[red]error:[/] {escape(f'{place}: {reason}')}", soft_wrap=True)
         raise SystemExit(1) from None

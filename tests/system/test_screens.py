@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -276,6 +277,20 @@ def test_an_action_that_cannot_be_written_down_changes_nothing(
     assert (done.code, len(done.err.splitlines())) == (1, 1), done
     assert call("breaker", "show", "--json").out == ""
     assert "operator" not in call("events", "--stream", "operations").out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
+def test_an_output_that_is_full_is_an_error_of_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "elesh.cli", "plan", "1000000"],
+            stdout=full, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert [line for line in done.stderr.splitlines() if "space" in line] == [
+        "error: the output: no space left on device"
+    ]
+    assert "Traceback" not in done.stderr
 
 
 def test_an_operator_has_a_name_where_the_user_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
