@@ -512,7 +512,7 @@ class Bus:
         return (entries[-1].entry_id if entries else last_id), entries
 
     async def pending(self, group: str, stream: Stream) -> Pending:
-        """What a group has to do in a stream; all of it, if the group does not exist."""
+        """A group's backlog in a stream; the whole stream, if the group does not exist."""
         return await pending_of(self._client, self.keys.stream(stream), group)
 
     # Housekeeping

@@ -142,7 +142,7 @@ class Guard:
         return self._keyring.check(place, content, signature, datetime.now(UTC), may=may), content
 
     def _redrive(self, framed: bytes) -> str:
-        """What a redrive's signature stands for: this entry and no other."""
+        """The place that the signature of a redrive names: this entry."""
         digest = hashlib.sha256(framed).hexdigest()
         return f"{OPERATIONS.key(self._partition)}:redrive:{digest}"
 

@@ -82,7 +82,7 @@ class Console:
         self._reader: Reader | None = None
         self._figures = _figures()
         self._born = secrets.token_hex(8)
-        """Of this process: what another one counted is no version here."""
+        """Of this process; versions that another process counted mean nothing here."""
 
     def routes(self) -> list[Route]:
         """Every page and action."""

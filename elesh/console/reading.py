@@ -227,7 +227,7 @@ class Reader:
                 yield entry
 
     def _read(self, delivery: Delivery) -> Entry | None:
-        """What an entry says, and where; None for one that is not to be believed."""
+        """The message of an entry, and its place; None if its signature or content is not sound."""
         try:
             message = hear(delivery, self.bus.guard).message
         except ContractError:

@@ -293,7 +293,7 @@ def _latency(run: Run, stayed: Sequence[Decided]) -> Latency | None:
     known = [(was, now) for was, now in pairs if was and now]
     if not known or len(known) < len(stayed):
         return None
-    # What the machine did between two cuts is no gain of theirs.
+    # Between two cuts only the machine changed: that is left out.
     share = math.prod(now / was for was, now in known)
     repeats = [abs(math.log(again / now)) for (_, now), (again, _) in pairwise(known)]
     spread = math.expm1(max(repeats)) if repeats else None

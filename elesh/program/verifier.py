@@ -101,7 +101,7 @@ class NetworkVerifier:
             Fallback(rung=ROUNDS_TIMEOUT, reason=self._too_slow("choosing in rounds", seconds)),
             ROUNDS_SKIPPED,
         )
-        # What led nowhere is not counted: a replay of such a decision does not begin it.
+        # A failed measurement is not counted: a replay of such a decision does not repeat it.
         self._remeasured = 0 if isinstance(found, Fallback) else self._remeasured + 1
         return found
 

@@ -355,11 +355,11 @@ def _by_level(decision: StructuralPruningDecision) -> Iterator[tuple[Level, Gate
 
 VERSION = 1
 _LEAST_NATS = 1e-3
-"""Of a prediction: the ratio to a smaller one is noise."""
+"""Predictions below this are left out: the ratio to one is noise."""
 _DECILE = -1
-"""The ninth of nine: nine of ten measured increases are below the prediction times it."""
+"""The last of nine cut points, the ninth decile: nine of ten ratios lie below it."""
 _AT_MOST = 2.0
-"""Times the default; a run whose predictions are worse than that shows that in its measurements."""
+"""A run's factor is at most so many times the default."""
 
 
 def calibrated(cuts: Iterable[WouldBeCut], settings: VerificationSettings) -> LossFactor | None:

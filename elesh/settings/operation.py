@@ -39,7 +39,7 @@ class BusSettings(Section):
     partition: str = Field(default="main", pattern=r"^[A-Za-z0-9_\-]{1,32}$")
     """Trainers and workers meet in one; all its keys have it in their name."""
     lease_seconds: float = Field(default=15.0, gt=0)
-    """How long an entry stays with a worker that is not heard of any more."""
+    """Seconds after which an entry is taken from a worker that does not renew its lease."""
     max_deliveries: int = Field(default=4, ge=1)
     """An entry that was delivered more often without an end becomes a dead letter."""
     blob_ttl_seconds: int = Field(default=7200, ge=60)
@@ -123,9 +123,9 @@ class TrainerSettings(Section):
     measures fewer calibration samples (256 at least) and monitored cuts are judged at checkpoints
     only; what makes a cut safe is done all the same. 0: any, and the same samples in every run."""
     restore_points: int = Field(default=4, ge=2)
-    """How many are kept; more only while cuts under watch need them."""
+    """How many are kept; more only while monitored cuts need them."""
     claim_seconds: float = Field(default=15.0, gt=0)
-    """How long a run stays claimed by a trainer that is not heard of any more."""
+    """Seconds after which a run is free again if its trainer does not renew its claim."""
     reconstruct: bool = True
     """Cuts are followed by refitting what reads the kept units, from the calibration pass."""
     reconstruct_skip: tuple[str, ...] = ()

@@ -254,7 +254,7 @@ class VerificationSettings(Section):
     kept_share: float = retired(
         0.5, "a ranking of which less than half is safe says nothing of the rest", ge=0, le=1
     )
-    """Of the units that a ranking proposed, so many must be safe; else none of it is believed."""
+    """The share of the proposed units that must be measured as safe; with fewer, nothing is cut."""
     confidence: float = Field(default=0.95, gt=0, lt=1)
     """Of the bounds that are compared with the limits, and of the intervals that are stated."""
     bootstrap_samples: int = retired(2000, "the usual number of draws for 95% bounds", ge=100)

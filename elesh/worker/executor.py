@@ -78,7 +78,7 @@ class AnalysisExecutor:
         self._doing = ""
         self.in_flight_limit = InFlightLimit(_MOST_IN_FLIGHT)
         self.keyed_locks = KeyedLocks(lambda: self.in_flight_limit.long)
-        """Of the child, and of whatever else comes in turn."""
+        """Those of the child, of runs, of their outcomes and of decision keys."""
 
     def begun(self, key: str) -> bool:
         """Whether the analysis of ``key`` is under way in the child."""

@@ -107,7 +107,7 @@ class Worker:
         self._leases = Leases(bus, self.worker_id, STREAMS, self._lost)
         self._reaping = ReapingLoop(bus, self.worker_id, STREAMS, self._reports)
         self._status = self._reports.status
-        self._monitor = Monitor(bus, settings.observe, self._status, self._executor.child.look)
+        self._monitor = Monitor(bus, settings.observe, self._status, self._executor.child.probe)
         self._in_flight: set[_InFlight] = set()
         self._moved = asyncio.Event()
         self._order = self._executor.keyed_locks

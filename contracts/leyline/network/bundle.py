@@ -155,7 +155,7 @@ class CheckpointBundle:
 
     @property
     def document(self) -> CheckpointDocument:
-        """What is no array."""
+        """The checkpoint without its arrays."""
         return CheckpointDocument(
             metadata=self.metadata,
             architecture=self.architecture,

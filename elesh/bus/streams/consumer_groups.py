@@ -60,7 +60,7 @@ async def last_id(client: Client, key: str) -> str:
 
 
 async def pending_of(client: Client, key: str, group: str) -> Pending:
-    """What a group has to do in a stream; all of it, if the group does not exist."""
+    """A group's backlog in a stream; the whole stream, if the group does not exist."""
     try:
         groups: Any = await client.xinfo_groups(key)
         known = next((found for found in groups if found["name"] == group.encode()), None)

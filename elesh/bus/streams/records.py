@@ -241,7 +241,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Pending:
-    """What a group has to do in one stream."""
+    """A group's backlog in one stream."""
 
     pending: int
     """Delivered and not yet acknowledged."""

@@ -144,7 +144,7 @@ _UNKNOWN = ChannelAxes()
 
 
 def channel_axes(module: nn.Module) -> ChannelAxes:
-    """What is known of this module; for a type that is not known, nothing."""
+    """The channel axes of this module; none for a type that is not known."""
     taught = _taught(module)
     if taught is not None:
         return taught.axes(module)

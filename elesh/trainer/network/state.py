@@ -134,9 +134,9 @@ _LEFT_ALONE = (
     *(nn.Module, nn.Parameter, torch.optim.Optimizer, Dataset, DataLoader, type, ModuleType),
     *(str, bytes, int, float, complex, type(None), *_GENERATORS),
 )
-"""What is no state of a forward pass, cannot change, or is taken care of elsewhere."""
+"""Not put back: no state of a forward pass, immutable, or put back by other code."""
 _PLAIN = frozenset((str, bytes, int, float, bool, complex, type(None), torch.Tensor, nn.Parameter))
-"""What refers to nothing else."""
+"""Types that refer to nothing else."""
 _LONG, _MANY = 1000, 20_000
 """Longer containers hold data, and what is further away than so many objects is not the model's."""
 _CONSTANT = frozenset((str, bytes, int, float, bool, complex, type(None), nn.Parameter))

@@ -82,7 +82,7 @@ def failed_check(before: float, now: Evaluation, limit: float) -> str:
 
 @dataclass(frozen=True)
 class Expected:
-    """What accuracy is expected after a cut, if the cut does no more than it did at once."""
+    """The accuracy to expect after a cut that costs no more later than it cost at once."""
 
     accuracy: float
     scatter: float

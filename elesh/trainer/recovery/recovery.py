@@ -444,7 +444,7 @@ class Recovery:
         return {"moves": self.moves, "uncut": self.uncut}
 
     def abandon(self) -> None:
-        """What was begun, if anything, is not done: it changed nothing."""
+        """Note that what was begun, if anything, was given up and changed nothing."""
         if self.situation.begun is not None:
             self._journal.write_later(done="nothing")
 

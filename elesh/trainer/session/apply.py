@@ -460,7 +460,7 @@ class _Refit:
     samples: Batches = ()
     """By which layers are solved one behind the other; empty: they are not."""
     said: str = ""
-    """What is not as the decision has it."""
+    """How this differs from what the decision asks for, in words."""
     fallbacks: tuple[CutFallback, ...] = ()
     """The names of what is left out."""
 

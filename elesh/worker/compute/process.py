@@ -70,9 +70,9 @@ class ComputeChild:
         alive = self._process is not None and self._process.returncode is None
         return self._process.pid if alive and self._process else None
 
-    def look(self) -> Finding:
-        """How the child is now, from outside; see :class:`.protocol.HeartbeatReader`."""
-        return self._heartbeat.look(self.pid, busy=self.busy)
+    def probe(self) -> Finding:
+        """The health of the child, from outside; see :class:`.protocol.HeartbeatReader`."""
+        return self._heartbeat.probe(self.pid, busy=self.busy)
 
     async def start(self) -> None:
         """Start the child unless it is alive, and wait until it has loaded its numerics.

@@ -257,7 +257,7 @@ def heartbeat_into(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Finding:
-    """How the child is, and why if it is not well."""
+    """The health of the child, and why it is not well."""
 
     child: Literal["idle", "busy", "wedged", "dead"]
     why: str = ""
@@ -278,8 +278,8 @@ class HeartbeatReader:
         os.close(descriptor)
         self._pid, self._moved, self._used = 0, 0.0, 0.0
 
-    def look(self, pid: int | None, *, busy: bool) -> Finding:
-        """How the child ``pid`` is now; call it every second or so."""
+    def probe(self, pid: int | None, *, busy: bool) -> Finding:
+        """The health of the child ``pid``; call it every second or so."""
         if pid is None:
             return Finding("dead", "the compute child ended; a fresh one is being started")
         now = time.monotonic()

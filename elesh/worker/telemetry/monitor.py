@@ -271,13 +271,13 @@ class Monitor:
     """Watches one worker for as long as :meth:`running` lasts.
 
     Args:
-        look: how the compute child is, from outside.
+        probe: the health of the compute child, seen from outside.
     """
 
     def __init__(
-        self, bus: Bus, settings: ObserveSettings, status: Status, look: Callable[[], Finding]
+        self, bus: Bus, settings: ObserveSettings, status: Status, probe: Callable[[], Finding]
     ) -> None:
-        self._bus, self._settings, self._status, self._look = bus, settings, status, look
+        self._bus, self._settings, self._status, self._probe = bus, settings, status, probe
         self._heard = 0.0
         self._figures = FleetFigures()
 
@@ -316,8 +316,8 @@ class Monitor:
                 await asyncio.to_thread(shutdown_metrics)
 
     async def _watch(self) -> float:
-        """Once a second: how are child and bus?"""
-        found, status = self._look(), self._status
+        """Once a second: probe child and bus."""
+        found, status = self._probe(), self._status
         before, silent = status.condition, asyncio.get_running_loop().time() - self._heard
         if status.doing in ("starting", "draining"):
             why: str = status.doing

@@ -181,19 +181,19 @@ def test_a_child_that_holds_the_interpreter_lock_is_busy_and_not_wedged(
     )  # fmt: skip
     try:
         assert child.stdout.readline() == b"up\n"
-        heartbeat.look(child.pid, busy=True)
+        heartbeat.probe(child.pid, busy=True)
         begun = child.cpu_times().user
         while doing == "compute" and child.cpu_times().user < begun + 1.5:
-            assert heartbeat.look(child.pid, busy=True).child == "busy"
+            assert heartbeat.probe(child.pid, busy=True).child == "busy"
         child.send_signal(signal.SIGSTOP)
         deadline = time.monotonic() + 120
-        while heartbeat.look(child.pid, busy=True).child != "wedged":
+        while heartbeat.probe(child.pid, busy=True).child != "wedged":
             assert time.monotonic() < deadline
-        assert "stopped" in heartbeat.look(child.pid, busy=True).why
+        assert "stopped" in heartbeat.probe(child.pid, busy=True).why
     finally:
         child.kill()
         child.wait()
-    assert heartbeat.look(None, busy=False).child == "dead"
+    assert heartbeat.probe(None, busy=False).child == "dead"
 
 
 @pytest.mark.slow
