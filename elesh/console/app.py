@@ -37,9 +37,9 @@ from elesh.settings import Settings, SettingsError
 from elesh.worker.telemetry.monitor import FleetFigures, register_fleet
 from leyline import ContractError, IdempotencyKey, Level
 
+from .access import COOKIE, OperatorAccess
 from .decision import decision_view
 from .export import checkpoint_rows, comparison, decision_rows, run_facts, to_csv
-from .guard import COOKIE, Guard
 from .lists import RESULTS, Wanted, decisions_of, paged, runs_of
 from .overview import problems, run_row
 from .pages import Rendered, asset, render
@@ -78,7 +78,7 @@ class Console:
     def __init__(self, url: str, settings: Settings) -> None:
         self._url = url
         self._settings = settings
-        self._guard = Guard(_token(settings), settings.console.session_seconds)
+        self._access = OperatorAccess(_token(settings), settings.console.session_seconds)
         self._reader: Reader | None = None
         self._figures = _figures()
         self._born = secrets.token_hex(8)
@@ -348,10 +348,10 @@ class Console:
         form = await _form(request)
         if (refused := await self._stranger(request, form.get("token", ""))) is not None:
             return refused
-        self._guard.end(request.cookies.get(COOKIE, ""))
+        self._access.end(request.cookies.get(COOKIE, ""))
         answer = RedirectResponse(_local(form.get("back", "/")), 303)
         seconds = round(self._settings.console.session_seconds)
-        answer.set_cookie(COOKIE, self._guard.session(), max_age=seconds, httponly=True,
+        answer.set_cookie(COOKIE, self._access.session(), max_age=seconds, httponly=True,
                           samesite="strict", secure=request.url.scheme == "https")  # fmt: skip
         return answer
 
@@ -360,7 +360,7 @@ class Console:
         refused, _ = await self._allowed(request)
         if refused is not None:
             return refused
-        self._guard.end(request.cookies.get(COOKIE, ""))
+        self._access.end(request.cookies.get(COOKIE, ""))
         answer = RedirectResponse("/", 303)
         answer.delete_cookie(COOKIE)
         return answer
@@ -385,12 +385,12 @@ class Console:
     async def _stranger(self, request: Request, token: str) -> Response | None:
         """How a token that is not this console's is refused; None for the right one."""
         address = _address(request)
-        if (seconds := self._guard.waits(address)) > 0:
+        if (seconds := self._access.waits(address)) > 0:
             text = f"too many wrong tokens from {address}: wait {seconds:.0f} s"
             answer = self._refused(request, text, 429)
             answer.headers["Retry-After"] = f"{seconds + 1:.0f}"
             return answer
-        if self._guard.knows(token, address):
+        if self._access.knows(token, address):
             return None
         await asyncio.sleep(0.5)  # guessing is slow; right answers are not
         return self._refused(request, "that is not the token of this console: acting needs it")
@@ -402,7 +402,7 @@ class Console:
         if kind.lower() == "bearer":
             return await self._stranger(request, token), form
         cookie = request.cookies.get(COOKIE, "")
-        if self._guard.proves(cookie, form.get("proof", "")):
+        if self._access.proves(cookie, form.get("proof", "")):
             return None, form
         return self._refused(request, "acting needs the token: sign in first"), form
 
@@ -430,7 +430,7 @@ class Console:
             values: what the template shows.
         """
         until = self._reader.until if self._reader else None
-        acting = self._guard.holds(request.cookies.get(COOKIE, ""))
+        acting = self._access.holds(request.cookies.get(COOKIE, ""))
         text = repr((self._born, version, until, acting)).encode()
         live = hashlib.sha256(text).hexdigest()[:16]
         asked = request.headers.get("elesh-live", "")
@@ -454,13 +454,13 @@ class Console:
 
     def _rendered(self, request: Request, template: str, **values: Any) -> Rendered:
         cookie = request.cookies.get(COOKIE, "")
-        acting = self._guard.holds(cookie)
+        acting = self._access.holds(cookie)
         return render(
             template,
             path=request.url.path,
             acting=acting,
-            may_act=self._guard.may_act,
-            proof=self._guard.proof(cookie) if acting else "",
+            may_act=self._access.may_act,
+            proof=self._access.proof(cookie) if acting else "",
             now=self._reader.bus.clock.latest() if self._reader else None,
             **values,
         )

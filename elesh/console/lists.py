@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 from urllib.parse import urlencode
 
-from elesh.operate.run_history import Decided, History, Run
+from elesh.operate.run_history import Decided, Run, RunHistory
 from leyline import InvalidField, Level
 
 __all__ = ["RESULTS", "Paged", "Wanted", "decisions_of", "paged", "runs_of"]
@@ -109,7 +109,7 @@ def paged(rows: Sequence[T], page: int) -> Paged[T]:
     return Paged(shown, len(rows), page, pages, start + 1 if shown else 0)
 
 
-def runs_of(history: History, wanted: Wanted) -> list[Run]:
+def runs_of(history: RunHistory, wanted: Wanted) -> list[Run]:
     """The runs that are asked for, last heard of first."""
     text = wanted.text.lower()
     found = history.recent()

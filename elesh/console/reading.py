@@ -20,7 +20,7 @@ from elesh.observe.spanfile import find_trace
 from elesh.operate.decision_context import DecisionContext, admitted, fetched
 from elesh.operate.fleet_status import FleetStatus, fleet_status_of
 from elesh.operate.replay import recorded_decision
-from elesh.operate.run_history import Entry, History, Run
+from elesh.operate.run_history import Entry, Run, RunHistory
 from elesh.settings import Settings
 from elesh.worker.telemetry.auditor import audit_links
 from leyline import (
@@ -63,7 +63,7 @@ class Reader:
 
     def __init__(self, bus: Bus, settings: Settings) -> None:
         self.bus = bus
-        self.history = History()
+        self.history = RunHistory()
         self._settings = settings
         self._reading = asyncio.Lock()
         self._newest: dict[str, str] = {}
@@ -90,7 +90,7 @@ class Reader:
         """Read again at the next question, however lately that was done."""
         self._asked_at = self._read_at = float("-inf")
 
-    async def refresh(self) -> History:
+    async def refresh(self) -> RunHistory:
         """The history up to now; what is older than the first look goes on being read."""
         async with self._reading:
             now = asyncio.get_running_loop().time()
@@ -106,7 +106,7 @@ class Reader:
             self._backwards = asyncio.create_task(self._read_backwards())
         return self.history
 
-    async def whole(self) -> History:
+    async def whole(self) -> RunHistory:
         """The history of everything that is remembered, waited for."""
         await self.refresh()
         if self._backwards is not None:
@@ -127,7 +127,7 @@ class Reader:
 
     async def search(self, run_id: str) -> Run | None:
         """One run, from all that is in the streams; only what speaks of it is decoded."""
-        found, name = History(), run_id.encode()
+        found, name = RunHistory(), run_id.encode()
         for stream in _FOLDED[:4]:
             last = ""
             while piece := await self.bus.newest(stream, count=_SEARCHED, before=last):

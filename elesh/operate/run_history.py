@@ -32,7 +32,7 @@ from leyline import (
 
 from .verdict import reasons
 
-__all__ = ["Checkpoint", "Decided", "Entry", "History", "Place", "Run", "Shape", "Width"]
+__all__ = ["Checkpoint", "Decided", "Entry", "RunHistory", "Place", "Run", "Shape", "Width"]
 
 _RUNS = 5000
 _ROWS = 2000
@@ -192,7 +192,7 @@ class Run:
             outcomes.insert(place, outcome)
 
 
-class History:
+class RunHistory:
     """The runs of a partition, by the order in which they were last heard of."""
 
     def __init__(self) -> None:

@@ -12,8 +12,8 @@ from console_server import TOKEN, Answer, Site, serving_console
 
 from contracts import examples
 from elesh.bus import Bus
+from elesh.console.access import COOKIE, OperatorAccess
 from elesh.console.app import console_app
-from elesh.console.guard import COOKIE, Guard
 from elesh.settings import BusSettings, ConsoleSettings, Settings, SettingsError
 from elesh.worker.telemetry.auditor import audit_links, write_audit
 from leyline import DeadLetter, Level, PruningOutcome
@@ -201,25 +201,25 @@ def test_without_a_token_nobody_can_act(redis_url: str, partition: str):
 
 def test_a_session_ends_at_logout_and_after_its_time_whoever_kept_the_cookie():
     now = [0.0]
-    guard = Guard("a" * 20, seconds=10, clock=lambda: now[0])
+    guard = OperatorAccess("a" * 20, seconds=10, clock=lambda: now[0])
     cookie, other = guard.session(), guard.session()
     assert guard.holds(cookie)
     assert guard.proves(cookie, guard.proof(cookie))
     assert not guard.proves(other, guard.proof(cookie))
-    assert not Guard("a" * 20).holds(cookie), "another process knows nothing of it"
+    assert not OperatorAccess("a" * 20).holds(cookie), "another process knows nothing of it"
     guard.end(cookie)
     assert not guard.proves(cookie, guard.proof(cookie))
     now[0] = 9.9
     assert guard.holds(other)
     now[0] = 10
     assert not guard.holds(other)
-    assert not Guard("").holds(Guard("").session())
-    assert not Guard("").knows("")
+    assert not OperatorAccess("").holds(OperatorAccess("").session())
+    assert not OperatorAccess("").knows("")
 
 
 def test_whoever_guesses_has_to_wait_even_with_the_right_token():
     now = [0.0]
-    guard = Guard("a" * 20, clock=lambda: now[0])
+    guard = OperatorAccess("a" * 20, clock=lambda: now[0])
     for number in range(5):
         now[0] = float(number)
         assert not guard.knows(f"{number}", "here")

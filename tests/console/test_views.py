@@ -22,7 +22,7 @@ from elesh.console.pages import ago, hexdump, percent, points
 from elesh.console.reading import Reader
 from elesh.console.runs import _latency, _widths, run_view
 from elesh.operate.fleet_status import FleetStatus
-from elesh.operate.run_history import Entry, History, Shape, Width
+from elesh.operate.run_history import Entry, RunHistory, Shape, Width
 from elesh.settings import Settings
 from leyline import IdempotencyKey, InvalidField, Level
 
@@ -42,7 +42,7 @@ def on_recorded(recorded: Any, action: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def history(recorded) -> History:
+def history(recorded) -> RunHistory:
     return on_recorded(recorded, lambda reader: reader.whole())
 
 
@@ -73,7 +73,7 @@ def fleet(**parts: Any) -> FleetStatus:
     return FleetStatus(at=NOW, **whole)
 
 
-def told(history: History, **parts: Any) -> list[tuple[str, str]]:
+def told(history: RunHistory, **parts: Any) -> list[tuple[str, str]]:
     rows = map(run_row, history.recent())
     return [(each.tone, each.what) for each in problems(fleet(**parts), rows)]
 
@@ -87,9 +87,9 @@ def entries() -> list[Entry]:
     ]
 
 
-def many(count: int) -> History:
+def many(count: int) -> RunHistory:
     """Runs with a checkpoint and a decision each."""
-    history = History()
+    history = RunHistory()
     ready = examples.MESSAGES["CheckpointReady"]
     decision = examples.MESSAGES["StructuralPruningDecision"]
     for number in range(count):
@@ -116,7 +116,7 @@ def test_what_a_run_lost_is_by_its_own_held_out_figures_and_no_sum_over_its_cuts
     ready = examples.MESSAGES["CheckpointReady"]
     decision = examples.MESSAGES["StructuralPruningDecision"]
     outcome = examples.MESSAGES["PruningOutcome"]
-    history = History()
+    history = RunHistory()
     for number, (epoch, accuracy) in enumerate(((31, 0.9), (36, 0.8), (41, 0.9))):
         metadata = ready.metadata.model_copy(update={"epoch": epoch, "accuracy": accuracy})
         key = f"{epoch}:7d78d452c22268b2:ck-{number}:channel"
@@ -155,7 +155,7 @@ def test_a_run_is_what_its_trainer_published_and_reported(recorded, history):
 
 
 def test_pieces_of_a_history_in_any_order_make_the_same_history():
-    whole, pieces = History(), History()
+    whole, pieces = RunHistory(), RunHistory()
     whole.take(entries())
     for each in reversed(entries()):
         pieces.take([each])
@@ -208,26 +208,26 @@ def test_an_export_has_every_row_and_no_formula():
 
 
 def test_nothing_is_said_where_nothing_is_broken():
-    assert told(History()) == []
+    assert told(RunHistory()) == []
 
 
 def test_what_is_broken_is_said():
     breaker = BreakerView("r", Level.CHANNEL, "open", 3, "boom", NOW, admitted=False)
-    assert told(History(), breakers=(breaker,)) == [
+    assert told(RunHistory(), breakers=(breaker,)) == [
         ("bad", "Breaker of r at level channel is open")
     ]
-    assert told(History(), workers=()) == [("bad", "No worker is alive")]
+    assert told(RunHistory(), workers=()) == [("bad", "No worker is alive")]
     wedged = WorkerState(worker_id="w2", ready=False, why="the child is wedged")
-    assert told(History(), workers=(wedged,)) == [("warn", "Worker w2 is not ready")]
+    assert told(RunHistory(), workers=(wedged,)) == [("warn", "Worker w2 is not ready")]
     dead_letter = DeadLetterEntry("1-0", None, "unreadable")
     again = DeadLetterEntry("2-0", None, "unreadable", redriven_as="3-0")
     letters = (again, dead_letter)
-    assert told(History(), dead_letters=letters, dead_total=1) == [("warn", "1 dead letter")]
+    assert told(RunHistory(), dead_letters=letters, dead_total=1) == [("warn", "1 dead letter")]
     late = Backlog(5, 5, 0, 300.0, None)
-    assert told(History(), backlog={"checkpoints": late}) == [
+    assert told(RunHistory(), backlog={"checkpoints": late}) == [
         ("warn", "checkpoints: the oldest entry has waited since 11:55:00 UTC")
     ]
-    history = History()
+    history = RunHistory()
     outcome = examples.MESSAGES["PruningOutcome"].model_copy(update={"result": "rolled_back"})
     history.take([*entries()[:2], Entry(outcome, "outcomes", "1736856000009-0")])
     assert told(history) == [("warn", "digits-7: 1 rolled back")]
@@ -292,7 +292,7 @@ def test_charts_escape_what_they_are_given(history, recorded):
 
 
 def test_a_chart_of_nothing_is_no_error():
-    history = History()
+    history = RunHistory()
     history.take(entries()[1:2])
     assert "no accuracy was published" in timeline(run_view(history.runs["digits-7"]), 400, str)
     assert dots([]) == []

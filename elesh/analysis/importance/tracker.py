@@ -38,7 +38,7 @@ from leyline.arrays import pack_arrays, require_finite, unpack_arrays
 
 __all__ = [
     "Counts",
-    "History",
+    "MetricHistory",
     "ImportanceTracker",
     "METRICS",
     "MOMENTUM",
@@ -64,7 +64,7 @@ class Recent:
     """Population variance."""
 
 
-class History:
+class MetricHistory:
     """At most ``limit`` rows [M, C] float32 of M metrics of C units, the newest epochs kept.
 
     A unit that is not there at a checkpoint is NaN in its row. Rows lie in the order of arrival
@@ -251,7 +251,7 @@ class ImportanceTracker:
         if history < 1:
             raise InvalidField("tracker.history", "at least 1 checkpoint", history)
         self.history = history
-        self._groups: dict[_Key, History] = {}
+        self._groups: dict[_Key, MetricHistory] = {}
 
     def observe(self, epoch: int, group: PruningGroup, values: Mapping[str, npt.ArrayLike]) -> bool:
         """Take the measurements of a group at an epoch; returns whether the state changed.
@@ -270,7 +270,7 @@ class ImportanceTracker:
         key = (group.level, group.name)
         known = self._groups.get(key)
         if known is None:
-            known = History(row.shape[0], row.shape[1], self.history)
+            known = MetricHistory(row.shape[0], row.shape[1], self.history)
         elif known.shape != row.shape:
             raise ShapeMismatch(_name(key), f"{known.shape[1]} original units", group.original_size)
         try:
@@ -325,7 +325,7 @@ class ImportanceTracker:
             except Conflict as error:
                 raise error.inside(_name(key)) from None
         for key, theirs in other._groups.items():
-            mine = self._groups.setdefault(key, History(*theirs.shape, self.history))
+            mine = self._groups.setdefault(key, MetricHistory(*theirs.shape, self.history))
             for epoch in theirs.epochs:
                 mine.add(epoch, theirs.row(epoch))
 
@@ -385,7 +385,7 @@ class ImportanceTracker:
             tracker._groups[key] = _read_history(f"{field}.{_name(key)}", key[0], parts, int(limit))
         return tracker
 
-    def _known(self, group: PruningGroup) -> History:
+    def _known(self, group: PruningGroup) -> MetricHistory:
         known = self._groups.get((group.level, group.name))
         if known is None:
             raise InvalidField(
@@ -424,7 +424,7 @@ def _row(group: PruningGroup, values: Mapping[str, npt.ArrayLike]) -> Floats:
     return row
 
 
-def _read_history(field: str, level: Level, parts: _Arrays, limit: int) -> History:
+def _read_history(field: str, level: Level, parts: _Arrays, limit: int) -> MetricHistory:
     """The history of one group of a blob."""
     if parts.keys() != {"epochs", "values", "present"}:
         raise Malformed(field, "epochs, values and present", sorted(parts))
@@ -440,7 +440,7 @@ def _read_history(field: str, level: Level, parts: _Arrays, limit: int) -> Histo
     if present.shape != (count, units) or not np.isin(present, (0, 1)).all():
         raise ShapeMismatch(f"{field}/present", f"[{count}, {units}] of 0 and 1", _kind(present))
     require_finite(f"{field}/values", values)
-    history = History(metrics, units, limit)
+    history = MetricHistory(metrics, units, limit)
     numbers = _epochs(field, epochs)
     rows = np.where(present[:, None, :] == 1, values + np.float32(0), np.float32(np.nan))
     for epoch, row in zip(numbers, rows, strict=True):

@@ -48,7 +48,7 @@ from leyline import (
 from leyline.streams import DECISIONS, OPERATIONS
 
 __all__ = [
-    "Attempt",
+    "RunAttempt",
     "BreakerStore",
     "BreakerView",
     "HistoryStore",
@@ -127,7 +127,7 @@ class Holder:
 
 
 @dataclass(frozen=True)
-class Attempt:
+class RunAttempt:
     """One process, or one folder of restore points, that has trained under a run's id."""
 
     number: int
@@ -166,7 +166,7 @@ class RunStore(Store):
         if token is not None and holder == who.encode():
             await self._scripts.run("claim_run", [key], [_text(token), "", 0])
 
-    async def attempt(self, run_id: str, token: str, who: str) -> Attempt:
+    async def attempt(self, run_id: str, token: str, who: str) -> RunAttempt:
         """The attempt of the run's holder: that of the last claim if the token is the same, else a
         new one. Remembered as long as decisions are."""
         name = self._keys.named("claim", run_id, "last")  # run ids have no colon
@@ -174,7 +174,7 @@ class RunStore(Store):
         last, before, number = [None if value is None else _text(value) for value in found]
         fresh = last is not None and last != token
         known = int(number) if number and number.isdecimal() else 0
-        attempt = Attempt(known + fresh, before or "unknown" if fresh else "")
+        attempt = RunAttempt(known + fresh, before or "unknown" if fresh else "")
         fields: Any = {"token": token, "who": who, "attempt": str(attempt.number)}
         await self._client.hset(name, mapping=fields)
         await self._client.pexpire(name, self._keep * 1000)

@@ -30,7 +30,7 @@ __all__ = [
     "BUS_FIELDS",
     "CONTEXT",
     "Delivery",
-    "History",
+    "DeliveryHistory",
     "Pending",
     "Record",
     "ENTRY_ID",
@@ -57,7 +57,7 @@ BUS_FIELDS = frozenset({b"origin", b"history", _REDRIVEN})
 
 
 @dataclass(frozen=True)
-class History:
+class DeliveryHistory:
     """Earlier deliveries of an entry that did not end it."""
 
     crashes: int = 0
@@ -78,7 +78,7 @@ class History:
         return ", ".join(f"{count} by {cause}" for count, cause in counts if count)
 
     @classmethod
-    def read(cls, text: bytes | None) -> History:
+    def read(cls, text: bytes | None) -> DeliveryHistory:
         """The history in an entry's field; a text that is none of ours counts as none."""
         try:
             stored = json.loads(text or b"{}")
@@ -112,7 +112,7 @@ class Delivery:
     stands_for: tuple[str, str] | None = None
     """The stream, by its short name, and the entry that it stands for, as a join does for its
     checkpoint."""
-    history: History = field(default_factory=History)
+    history: DeliveryHistory = field(default_factory=DeliveryHistory)
     """What became of earlier deliveries."""
 
     @property
@@ -276,7 +276,7 @@ def deliveries_of(found: Iterable[tuple[Stream, Any]], *, grouped: bool = True) 
                 flat = not isinstance(fields, dict)
                 known = dict(zip(fields[::2], fields[1::2], strict=True)) if flat else fields
                 # Of this group, with those before that count towards the limit.
-                past = History.read(known.get(b"history"))
+                past = DeliveryHistory.read(known.get(b"history"))
                 count = 1 + past.crashes + past.exceptions if grouped else 0
                 deliveries.append(Delivery(stream, entry_id.decode(), known, count, history=past))
     return deliveries

@@ -37,7 +37,7 @@ from elesh.bus import (
     until_available,
 )
 from elesh.bus.admission import hear, key_of, read, require_in_time
-from elesh.bus.state.runs import Attempt
+from elesh.bus.state.runs import RunAttempt
 from elesh.observe import SparseLines, get_logger, mark_failed, messaging, span
 from elesh.settings import Settings
 from leyline import (
@@ -98,7 +98,7 @@ class BusThread:
         self._run_id, self._url, self._settings = run_id, url, settings
         self._mailbox, self._token, self._sent = mailbox, token, sent
         self._who = own_name()
-        self._attempt: Attempt | None = None
+        self._attempt: RunAttempt | None = None
         self._unanswered = Unanswered()
         self._closing = threading.Event()
         self.wake: Callable[[], None] = lambda: None

@@ -16,7 +16,7 @@ from bus_messages import (
     take_over,
 )
 
-from elesh.bus import Bus, Delivery, History, Reap
+from elesh.bus import Bus, Delivery, DeliveryHistory, Reap
 from elesh.settings import BusSettings
 from leyline import Priority
 from leyline.streams import OUTCOMES, REDELIVERIES, TELEMETRY
@@ -216,7 +216,7 @@ def test_a_history_that_is_none_of_ours_counts_as_none(with_bus, text):
         fields = {"envelope": b"x", "history": text, "origin": b"nowhere"}
         await bus._client.xadd(OUTCOMES.key(bus.partition), fields)
         [delivery] = await claim(bus)
-        assert (delivery.deliveries, delivery.history) == (1, History())
+        assert (delivery.deliveries, delivery.history) == (1, DeliveryHistory())
         assert delivery.origin == ("outcomes", delivery.entry_id)
         again = await take_over(bus, delivery)
         assert again.deliveries == 2

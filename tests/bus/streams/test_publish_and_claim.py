@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from bus_messages import GROUP, STREAMS, TRACE, claim, outcome, publish, reap, take_over
 
-from elesh.bus import Bus, History, RunClaimed
+from elesh.bus import Bus, DeliveryHistory, RunClaimed
 from leyline import Malformed, read_envelope, unwrap
 from leyline.streams import CHECKPOINTS, OUTCOMES, REQUESTS, TELEMETRY
 
@@ -130,7 +130,7 @@ def test_what_arrives_on_two_streams_at_once_is_given_back_over_the_count(with_b
         monkeypatch.undo()
         [second] = await claim(bus, "w2")
         assert {first.stream.name, second.origin[0]} == {"checkpoints", "outcomes"}
-        assert (second.deliveries, second.history) == (1, History())
+        assert (second.deliveries, second.history) == (1, DeliveryHistory())
 
     with_bus(scenario)
 

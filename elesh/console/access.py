@@ -15,7 +15,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 
-__all__ = ["COOKIE", "Guard"]
+__all__ = ["COOKIE", "OperatorAccess"]
 
 COOKIE = "elesh_session"
 _MOST_SESSIONS = 1000
@@ -25,8 +25,8 @@ _SECONDS = 60.0
 _MOST_ADDRESSES = 10_000
 
 
-class Guard:
-    """Checks of one console.
+class OperatorAccess:
+    """Who may act on one console.
 
     Args:
         token: what operators know; empty: no action is possible.
