@@ -85,7 +85,7 @@ class Ours:
         bundle = recorder.measure(
             subject.calibration,
             epoch=1,
-            ahead=self._ahead if self._joint else 0,
+            look_ahead=self._ahead if self._joint else 0,
             redistribute=self._redistribute,
         )
         moved = None

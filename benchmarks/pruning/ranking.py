@@ -66,7 +66,7 @@ def mean(rise: ByGroup, part: slice = slice(None)) -> ByGroup:
 
 def our_scores(subject: Subject) -> dict[str, ByGroup]:
     """The scores that come with a checkpoint, by name."""
-    bundle = subject.tools()[0].measure(subject.calibration, epoch=1, ahead=0)
+    bundle = subject.tools()[0].measure(subject.calibration, epoch=1, look_ahead=0)
     names = [group.name for group in subject.groups]
     singles = {name: single_removal(bundle.gates[name]) for name in names}
     if subject.level is Level.HEAD:

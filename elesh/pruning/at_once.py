@@ -413,7 +413,7 @@ class _Work:
                 self.batches,
                 epoch=last,
                 run_id="prune",
-                ahead=0,
+                look_ahead=0,
                 reconstruct=reconstruct,
                 loss_samples=loss_samples,
                 layers=layers,

@@ -98,8 +98,8 @@ class Recorder:
     margin and of a direction among its rivals: all the same statistics follow from them, and
     what a single removal does to the loss beyond second order, too.
     A last forward and backward pass takes the projections of channels at the midpoint of a cut
-    (``ahead``): derivatives at the midpoint of a cut predict its effect better than derivatives
-    of the whole network. Heads are few, and derivatives predict them worst, so each is masked in
+    (``look_ahead``): derivatives there predict its effect better than derivatives of the whole
+    network. Heads are few, and derivatives predict them worst, so each is masked in
     turn, on the samples where that matters most.
     Statistics are taken in evaluation mode (normalisations frozen), so samples do not see each
     other. The first dimension of activations must count samples (or rows that each belong to
@@ -186,7 +186,7 @@ class Recorder:
         loss: float | None = None,
         note: str = "",
         max_samples: int | None = None,
-        ahead: float | None = None,
+        look_ahead: float | None = None,
         reconstruct: bool = True,
         skip: Collection[str] = (),
         batch_statistics: bool = False,
@@ -194,6 +194,7 @@ class Recorder:
         loss_samples: int | None = None,
         layers: bool = True,
         seen: Callable[[Any, Any], None] | None = None,
+        ahead: float | None = None,
     ) -> MeasuredCheckpoint:
         """A checkpoint: architecture, statistics of every prunable group, and metadata.
 
@@ -202,7 +203,7 @@ class Recorder:
             epoch, run_id, step, accuracy, loss, note: for the metadata (held-out figures); a
                 session that publishes it without a run id puts its own.
             max_samples: stop after so many samples.
-            ahead: the share of all channels whose cut the projections look ahead to: they are
+            look_ahead: the share of all channels whose cut the projections speak of: they are
                 taken with the gates of that many channels, the first to go, at one half. 0: at the
                 network as it is, which saves a forward and a backward pass, and all that is
                 needed with ``reconstruct``. Default: a fifth, or 0 with ``reconstruct``.
@@ -220,6 +221,7 @@ class Recorder:
             layers: whether whole layers are measured, too.
             seen: called with what the model returned for each batch, and its labels, before
                 anything is measured of it.
+            ahead: the name of ``look_ahead`` in the version before.
 
         Raises:
             ShapeMismatch: if the network is not what the architecture says.
@@ -228,8 +230,10 @@ class Recorder:
         """
         require_fit(self._model, self._architecture)
         redistribute = redistribute or reconstruct
-        if ahead is None:
-            ahead = 0.0 if reconstruct else LOOK_AHEAD
+        if look_ahead is None:
+            look_ahead = ahead
+        if look_ahead is None:
+            look_ahead = 0.0 if reconstruct else LOOK_AHEAD
         kept: Batches = ()
         architecture = self._architecture
         with preserve_state(self._model, self._seed, batches):
@@ -275,7 +279,7 @@ class Recorder:
             heads=heads,
             covariance=measurement.covariance(architecture.model_hash),
         )
-        return self._midpoint(bundle, kept, ahead) if ahead else bundle
+        return self._midpoint(bundle, kept, look_ahead) if look_ahead else bundle
 
     def _midpoint(
         self, bundle: MeasuredCheckpoint, batches: Batches, share: float

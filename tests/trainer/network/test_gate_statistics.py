@@ -68,10 +68,10 @@ def test_projections_are_the_derivatives_of_random_projections_of_the_outputs(
 ) -> None:
     model = build(name)
     recorder = Recorder(model, example(), seed=5)
-    bundle = recorder.measure(batches(1), epoch=3, ahead=ahead)
+    bundle = recorder.measure(batches(1), epoch=3, look_ahead=ahead)
     exact = copy.deepcopy(model).double()
     groups = [g for g in bundle.architecture.groups if g.prunable and g.level is Level.CHANNEL]
-    here = recorder.measure(batches(1), epoch=3, ahead=0)
+    here = recorder.measure(batches(1), epoch=3, look_ahead=0)
     halved = first_to_go(here, groups, ahead)
     for group in groups:
         keep_halved(exact, group.sites, halved.get(group.name, ()))
