@@ -1,9 +1,10 @@
 """What looking at public networks costs: passes and memory of a Recorder, passes of ``measure``.
 
-    python -m benchmarks.zoo.costs [NAME ...]
+    python -m benchmarks.zoo.costs [--time] [NAME ...]
 
-Every network is one line of JSON at the end of ``costs.jsonl``; the page takes the last one of
-each. Much quicker than :mod:`benchmarks.zoo`, as nothing is cut.
+Every network is one line of JSON at the end of ``costs.jsonl``; the page takes the last figure of
+each kind. Much quicker than :mod:`benchmarks.zoo`, as nothing is cut; with ``--time`` memory, which
+takes longest, is left out.
 """
 
 from __future__ import annotations
@@ -36,8 +37,11 @@ __all__ = ["RESULTS", "examine"]
 RESULTS = Path(__file__).with_name("costs.jsonl")
 
 
-def examine(name: str) -> dict[str, Any]:
+def examine(name: str, memory: bool = True) -> dict[str, Any]:
     """Figures of one network.
+
+    Args:
+        memory: whether that is measured, too.
 
     Returns:
         ``passes``: CPU time of making a Recorder in plain passes, the least of two; ``memory``: the
@@ -58,8 +62,9 @@ def examine(name: str) -> dict[str, Any]:
         row["measure"] = _measuring(recorder, model, inputs, plain)
     except Exception as error:
         row["measure_error"] = f"{type(error).__name__}: {str(error)[:120]}"
-    row["memory"] = _memory(model, inputs, lambda: Recorder(model, inputs))
-    row["plain_memory"] = _memory(model, inputs, lambda: plain_pass(model, inputs))
+    if memory:
+        row["memory"] = _memory(model, inputs, lambda: Recorder(model, inputs))
+        row["plain_memory"] = _memory(model, inputs, lambda: plain_pass(model, inputs))
     return row
 
 
@@ -126,9 +131,10 @@ def main() -> None:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     gc.freeze()
-    for name in sys.argv[1:] or NAMES:
+    names = [name for name in sys.argv[1:] if name != "--time"]
+    for name in names or NAMES:
         try:
-            row = examine(name)
+            row = examine(name, memory="--time" not in sys.argv[1:])
         except Exception as error:
             print(name, f"{type(error).__name__}: {str(error)[:120]}", flush=True)
             continue

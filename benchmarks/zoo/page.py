@@ -20,7 +20,9 @@ _BEGIN = "<!-- measured by python -m benchmarks.zoo; do not edit below -->\n"
 def write(rows: Sequence[dict[str, Any]]) -> None:
     """Put the table at the end of the page."""
     lines = _COSTS.read_text().splitlines() if _COSTS.exists() else []
-    costs = {row["name"]: row for row in map(json.loads, lines)}
+    costs: dict[str, dict[str, Any]] = {}
+    for row in map(json.loads, lines):  # Some rows are of passes alone.
+        costs.setdefault(row["name"], {}).update(row)
     told = ("passes", "memory", "measure")
     rows = [
         row | {k: v for k, v in costs.get(row["name"], {}).items() if k in told} for row in rows

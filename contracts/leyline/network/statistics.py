@@ -70,7 +70,8 @@ class ChannelImportanceData(_ArrayMessage):
                 f"{self.layer_name}/channel_correlations", self.channel_correlations, (count, count)
             )
             require_finite(f"{self.layer_name}/channel_correlations", self.channel_correlations)
-            largest = float(np.abs(self.channel_correlations).max(initial=0))
+            cosines = self.channel_correlations
+            largest = float(max(cosines.max(initial=0), -cosines.min(initial=0)))
             if largest > _LARGEST_COSINE:
                 where = f"{self.layer_name}/channel_correlations"
                 raise InvalidField(where, "cosines from -1 to 1", largest)

@@ -7,7 +7,7 @@ of parts of the samples add up to the tally of all of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -40,8 +40,11 @@ CORRELATED_SAMPLES = 512
 """Samples that correlations are computed from; the cost is quadratic in channels."""
 
 _LARGEST = float(np.finfo(np.float16).max)
+_AT_ONCE = 1 << 15
+"""Numbers of a matrix that are worked on at a time."""
 
 Doubles = npt.NDArray[np.float64]
+Floats = npt.NDArray[np.floating[Any]]
 Sums = Mapping[Axis, Tensor]
 
 
@@ -82,12 +85,12 @@ def inner_products(second: Tensor, site: GateSite, size: int, *, by_element: boo
     """The inner products of the units at a site, from those of all channels of its axis.
 
     Args:
-        second: [C, C].
+        second: [C, C]; as it is where every channel is a unit, else in float64.
         by_element: [W, W] of all their channels; else [size, size], summed over a unit's width.
     """
     if site.width == 1 and site.start == 0 and site.indices is None and size == len(second):
         return second
-    across = by_unit(second, site, size).movedim(0, -1)
+    across = by_unit(second.double(), site, size).movedim(0, -1)
     both = by_unit(across, site, size)  # [size, width, size, width]
     if by_element:
         return both.reshape(size * site.width, size * site.width)
@@ -96,14 +99,16 @@ def inner_products(second: Tensor, site: GateSite, size: int, *, by_element: boo
 
 @dataclass
 class InputTally:
-    """Sums over samples of what enters one consumer, and of the slopes there."""
+    """Sums over samples of what enters one consumer, and of the slopes there. Products of a single
+    call stay in float32: there may be millions of them, and most of the time goes into going
+    through them."""
 
     steady: Doubles | float = 0.0
     """Squares of the means over a sample's positions, as often as it has positions."""
-    summed: Doubles = field(default_factory=lambda: np.zeros(()))
-    """Of the slopes' sums over a sample's positions."""
-    left: Doubles = field(default_factory=lambda: np.zeros(()))
-    """Of their deviations from the mean over the positions."""
+    summed: Floats | None = None
+    """[W, W] of the slopes' sums over a sample's positions."""
+    left: Floats | None = None
+    """[W, W] of their deviations from the mean over the positions; None: nothing."""
     calls: int = 0
 
     def see(self, x: Tensor, gradient: Tensor, share: float, samples: int | None) -> None:
@@ -117,32 +122,34 @@ class InputTally:
         self.steady = self.steady + share * positions * _doubles(x.mean(1).square().sum(0))
         total = gradient.sum(1)
         summed = _squares(total)
-        self.summed = self.summed + summed if self.calls else summed
+        self.summed = _added(self.summed, summed)
         count = positions_to_read(positions, width, samples)
         read = positions_drawn(positions, count, self.calls)
         self.calls += 1
         if positions == 1:  # Its own mean: nothing is left.
-            self.left = self.left if self.left.ndim else np.zeros_like(summed)
-        elif read is None:
+            return
+        if read is None:
             left = _squares(gradient)
-            if self.left.ndim:
-                left += self.left
-            left -= summed / positions
-            self.left = left
+            for some in _rows_at_once(left):
+                steady = np.divide(summed[some], positions, dtype=np.float64)
+                np.subtract(left[some], steady, out=left[some], casting="same_kind")
         else:
             apart = gradient[:, read.to(gradient.device)] - total[:, None] / positions
-            self.left = self.left + _squares(apart) * (positions / len(read))
+            left = _squares(apart) * (positions / len(read))
+        self.left = _added(self.left, left)
 
-    def fields(
+    def put(
         self,
+        into: Mapping[str, Floats],
         samples: int,
-        entered: tuple[int, Doubles, Doubles],
+        entered: tuple[int, Doubles, Floats],
         centred: bool,
         norms: Collection[Normalised] = (),
-    ) -> dict[str, Doubles]:
-        """The fields of one site: ``input_moments`` and so on.
+    ) -> None:
+        """Fill in the fields of one site: ``input_moments`` and so on.
 
         Args:
+            into: where to, by name.
             entered: how many samples times positions; sums over them of what enters, [W], and of
                 its products, [W, W].
             centred: the consumer can take up a constant.
@@ -151,23 +158,22 @@ class InputTally:
         rows, first, second = entered
         raw = first / rows
         means = raw * centred
-        moments = second / rows
-        if centred:
-            moments -= np.outer(means, means)
-        fields = {
-            "input_moments": moments,
-            "input_means": means,
-            "sample_moments": np.asarray(self.steady) / rows - means**2,
-            "input_slopes": self._slopes(samples, np.float64 if norms else np.float32),
-        }
-        return behind_norm(fields, raw, norms) if norms else fields
-
-    def _slopes(self, samples: int, dtype: type[np.floating[Any]]) -> npt.NDArray[Any]:
-        """[2, W, W], rounded at once where nothing more is done with it: W may be thousands."""
-        found = np.empty((2, *self.summed.shape), dtype=dtype)
-        np.divide(self.summed, samples, out=found[0], casting="same_kind")
-        np.divide(self.left, samples, out=found[1], casting="same_kind")
-        return found
+        found = {name: np.empty(part.shape) for name, part in into.items()} if norms else into
+        found["input_means"][:] = means
+        found["sample_moments"][:] = np.asarray(self.steady) / rows - means**2
+        for some in _rows_at_once(second):
+            moments = np.divide(second[some], rows, dtype=np.float64)
+            if centred:
+                moments -= np.outer(means[some], means)
+            found["input_moments"][some] = moments
+        for slopes, sums in zip(found["input_slopes"], (self.summed, self.left), strict=True):
+            if sums is None:
+                slopes[:] = 0
+            else:
+                np.divide(sums, samples, out=slopes, casting="same_kind")
+        if norms:
+            for name, values in behind_norm(found, raw, norms).items():
+                into[name][:] = values
 
 
 def _doubles(values: Tensor) -> Doubles:
@@ -175,10 +181,23 @@ def _doubles(values: Tensor) -> Doubles:
     return found
 
 
-def _squares(values: Tensor) -> Doubles:
+def _squares(values: Tensor) -> npt.NDArray[np.float32]:
     """[W, W]: sums of products over all but the last dimension."""
     rows = values.reshape(-1, values.shape[-1])
-    return _doubles(rows.T @ rows)
+    found: npt.NDArray[np.float32] = (rows.T @ rows).float().cpu().numpy()  # Under autocast, too.
+    return found
+
+
+def _added(past: Floats | None, new: Floats) -> Floats:
+    """The sum, in float64 where there are several summands."""
+    return new if past is None else np.add(past, new, dtype=np.float64)
+
+
+def _rows_at_once(matrix: Floats) -> Iterator[slice]:
+    """Some rows after the others: so many that what is made of them stays in the cache."""
+    step = max(1, _AT_ONCE // max(1, matrix.shape[-1]))
+    for start in range(0, len(matrix), step):
+        yield slice(start, start + step)
 
 
 @dataclass
@@ -371,20 +390,22 @@ class GroupTally:
             return {}
         if self.group.level is not Level.CHANNEL and len({site.width for site in sites}) > 1:
             return {}  # The analysis ranks without them, and its decision says so.
-        found = [
-            self.inputs[number].fields(
-                samples, self._entered(entered, site), site.axis in constants, norms
-            )
-            for number, site in enumerate(sites)
-        ]
-        if len(found) == 1:
-            return {name: single(values)[None] for name, values in found[0].items()}
-        return {
-            name: np.stack([site[name] for site in found], dtype=np.float32, casting="same_kind")
-            for name in found[0]
+        width = self.group.size
+        if self.group.level is not Level.CHANNEL:
+            width *= sites[0].width
+        found = {
+            "input_moments": np.empty((len(sites), width, width), np.float32),
+            "input_means": np.empty((len(sites), width), np.float32),
+            "sample_moments": np.empty((len(sites), width), np.float32),
+            "input_slopes": np.empty((len(sites), 2, width, width), np.float32),
         }
+        for number, site in enumerate(sites):
+            at = {name: values[number] for name, values in found.items()}
+            own, centred = self._entered(entered, site), site.axis in constants
+            self.inputs[number].put(at, samples, own, centred, norms)
+        return found
 
-    def _entered(self, entered: Entered, site: GateSite) -> tuple[int, Doubles, Doubles]:
+    def _entered(self, entered: Entered, site: GateSite) -> tuple[int, Doubles, Floats]:
         """Rows, sums and inner products of what enters at one site."""
         axis, size, by_element = (
             site.axis,
@@ -395,7 +416,7 @@ class GroupTally:
         first = by_unit(entered.first[axis], site, size)
         first = first.flatten() if by_element else first.sum(-1)
         second = inner_products(entered.second[axis], site, size, by_element=by_element)
-        return rows, _doubles(first), _doubles(second)
+        return rows, _doubles(first), second.cpu().numpy()
 
     def channels(self, axes: Mapping[Axis, AxisTally], magnitude: Doubles) -> ChannelImportanceData:
         """The importance vectors of all samples."""
@@ -469,13 +490,16 @@ def magnitudes(model: nn.Module, groups: Iterable[PruningGroup]) -> dict[str, Do
 
 def cosines(gram: Tensor) -> npt.NDArray[np.float32]:
     """Cosine similarities from inner products; a silent channel resembles only itself."""
-    inner = gram.cpu().double().numpy()
-    norms = np.sqrt(np.diag(inner))
+    inner = (gram if gram.dtype == torch.float64 else gram.float()).cpu().numpy()
+    norms = np.sqrt(np.diag(inner).astype(np.float64))
     norms[norms == 0] = 1.0
     cosines = np.empty(inner.shape, dtype=np.float32)
-    np.divide(inner, np.outer(norms, norms), out=cosines, casting="same_kind")
+    for some in _rows_at_once(inner):
+        both = np.outer(norms[some], norms)
+        np.divide(inner[some], both, out=cosines[some], casting="same_kind")
+        np.clip(cosines[some], -1.0, 1.0, out=cosines[some])
     np.fill_diagonal(cosines, np.where(np.isnan(np.diag(cosines)), np.nan, 1.0))
-    return np.clip(cosines, -1.0, 1.0, out=cosines)
+    return cosines
 
 
 def single(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:

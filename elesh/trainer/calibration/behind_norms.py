@@ -16,6 +16,7 @@ no such normalisation keep their moments bit for bit; rms normalisations change 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,14 +27,15 @@ from elesh.program.refit import Normalised, normalised_by
 __all__ = ["behind_norm"]
 
 Doubles = npt.NDArray[np.float64]
+Floats = npt.NDArray[np.floating[Any]]
 _UNKNOWN = 4.0
 """Variance of the added constant, in that of a channel: as the analysis' ridge is a share of the
 mean moment, more would damp what is predicted."""
 
 
 def behind_norm(
-    fields: Mapping[str, Doubles], raw: Doubles, norms: Iterable[Normalised]
-) -> dict[str, Doubles]:
+    fields: Mapping[str, Floats], raw: Doubles, norms: Iterable[Normalised]
+) -> dict[str, Floats]:
     """The fields of one site (``input_moments`` and so on), for where its inputs come from.
 
     Args:

@@ -154,9 +154,10 @@ class Measurement:
         heads = [t for t in self._groups if t.group.level is Level.HEAD]
         if not heads or not heads[0].rated or heads[0].rated != heads[0].derived:
             return
-        rows = most_doubtful(heads[0].logit_gaps_of_all, sum(t.group.size for t in heads))
+        known = heads[0].logit_gaps_of_all
+        rows = most_doubtful(known, sum(t.group.size for t in heads))
         loss_increases = masked_loss_increases(
-            model, architecture, [t.group for t in heads], batches, rows
+            model, architecture, [t.group for t in heads], batches, rows, known[rows]
         )
         for tally in heads:
             tally.measured(rows, loss_increases[tally.group.name])

@@ -33,7 +33,7 @@ from elesh.trainer.network.calling import (
 )
 from elesh.trainer.network.gates import GateMeter
 from elesh.trainer.network.layers import named_tensors, require_fit
-from elesh.trainer.network.state import preserve_state, unwrapped
+from elesh.trainer.network.state import preserve_state, uncollected, unwrapped
 from elesh.trainer.surgery.after_cut import (
     CovarianceMeter,
     InputCovariance,
@@ -243,7 +243,8 @@ class Recorder:
                 architecture, inputs=redistribute, reconstruct=reconstruct, samples=expected
             )
             branches = self._run(measurement, kept, loss_samples, layers, seen)
-            measurement.ablate(self._model, architecture, kept)
+            with uncollected():
+                measurement.ablate(self._model, architecture, kept)
         metadata = CheckpointMetadata(
             run_id=run_id,
             checkpoint_id=checkpoint_id(run_id, epoch, architecture.model_hash),
@@ -258,7 +259,8 @@ class Recorder:
             seed=self._seed,
             note=note,
         )
-        channels, gates, heads = measurement.statistics(self._model)
+        with uncollected():
+            channels, gates, heads = measurement.statistics(self._model)
         by_layer = branches.statistics(measurement.samples)
         asked = Reconstruction(
             skip=tuple(skip),
@@ -393,11 +395,12 @@ class Recorder:
                 branches.expect(samples)
                 derived = loss_samples is None or measurement.samples < loss_samples
                 measurement.expect(samples, derived)
-                with measurement.watching():
-                    output = call(self._model, inputs)
-                if seen is not None:
-                    seen(output, labels)
-                self._passes(meter, branches, measurement, output, labels, generators)
+                with uncollected():
+                    with measurement.watching():
+                        output = call(self._model, inputs)
+                    if seen is not None:
+                        seen(output, labels)
+                    self._passes(meter, branches, measurement, output, labels, generators)
         return branches
 
     def _class_axis(self, values: Tensor, labels: Any) -> int | None:

@@ -11,7 +11,7 @@ the proof masks and cuts them like every other group.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from elesh.trainer.network.layers import channel_axes, common_holder, splits
 from elesh.trainer.network.multihead import NATIVE, native_projections
 from leyline import GateSite, Level, NormSite, PruningGroup, Span, TensorSlice
 
-from .dependencies import SOFTMAX, Met, Source, Sources
+from .dependencies import SOFTMAX, Met, Probe, Source, Sources, attends
 from .indexing import shape_of
 
 Bools = npt.NDArray[np.bool_]
@@ -76,22 +76,26 @@ class Attention:
 
 
 def find_attentions(
-    calls: Sequence[Call], model: nn.Module, buffers: Mapping[str, nn.Parameter]
+    calls: Sequence[Call],
+    model: nn.Module,
+    buffers: Mapping[str, nn.Parameter],
+    functions: Iterable[Any],
 ) -> tuple[Attention, ...]:
     """The attentions of a traced forward pass, in order of execution.
 
     Args:
         calls: of a pass whose autograd graph is alive.
         buffers: those that are leaves of it, by path.
+        functions: of that graph.
     """
+    if not attends(functions):
+        calls = [one for one in calls if type(one.module) is NATIVE]
     sources = Sources(calls, model, buffers)
+    suspects = [_suspect(call, sources) for call in calls]
+    sources.touched(probe for one in suspects if one is not None for probe in one.probes)
     found: dict[str, Attention] = {}
-    for call in calls:
-        attention = None
-        if type(call.module) is NATIVE:
-            attention = _native(call)
-        elif channel_axes(call.module).site_dim is not None and call.inputs:
-            attention = _traced(call, sources)
+    for call, suspect in zip(calls, suspects, strict=True):
+        attention = _native(call) if type(call.module) is NATIVE else _traced(suspect)
         if attention is not None:
             found.setdefault(attention.sites[0].module, attention)
     mixers = {site.module for one in found.values() for site in one.sites[1:]}
@@ -116,8 +120,24 @@ def _native(call: Call) -> Attention | None:
     return Attention(call.name, layers, tuple(spans), (site,), heads)
 
 
-def _traced(call: Call, sources: Sources) -> Attention | None:
-    """Of separate modules, if ``call`` is the output projection of an attention."""
+@dataclass(frozen=True)
+class _Suspect:
+    """What may be the output projection of an attention of separate modules."""
+
+    call: Call
+    inner: int
+    """How many channels it reads."""
+    mixers: tuple[Call, ...]
+    probes: tuple[Probe, ...]
+    """Of its input, then of those of the mixers."""
+
+
+def _suspect(call: Call, sources: Sources) -> _Suspect | None:
+    """``call``, if the shapes behind it are those of an attention."""
+    if channel_axes(call.module).site_dim is None or not call.inputs:
+        return None
+    if type(call.module) is NATIVE:
+        return None
     link = call.inputs[0]
     met = sources.behind(link)
     dim = channel_axes(call.module).site_dim
@@ -133,16 +153,22 @@ def _traced(call: Call, sources: Sources) -> Attention | None:
         blocks = _blocks(met.products, inner, call.positions)
     if blocks < 2 or inner % blocks:
         return None
-    found = [(met.sources, sources.touched(link, dim, blocks, met))]
-    for mixer in mixers:
-        behind = sources.behind(mixer.inputs[0])
-        found.append((behind.sources, sources.touched(mixer.inputs[0], -1, blocks, behind)))
-    touched = [pair for _, pairs in found for pair in pairs]
+    asked = [(link, dim), *((mixer.inputs[0], -1) for mixer in mixers)]
+    probes = tuple(Probe(of, axis, blocks, sources.behind(of)) for of, axis in asked)
+    return _Suspect(call, inner, mixers, tuple(one for one in probes if one.met.sources))
+
+
+def _traced(suspect: _Suspect | None) -> Attention | None:
+    """Of separate modules, whose probes were answered."""
+    if suspect is None or not suspect.probes:
+        return None
+    blocks = suspect.probes[0].blocks
+    touched = [pair for probe in suspect.probes for pair in probe.touched]
     units = _units(blocks, touched)
     if len(units) < 2:
         return None
-    met_sources = [source for several, _ in found for source in several]
-    return _assembled(call, inner // blocks, units, touched, met_sources, mixers)
+    met = [source for probe in suspect.probes for source in probe.met.sources]
+    return _assembled(suspect.call, suspect.inner // blocks, units, touched, met, suspect.mixers)
 
 
 def _mixers(met: Met, sources: Sources) -> tuple[Call, ...]:
@@ -221,7 +247,7 @@ def _assembled(
             places.setdefault(tensor, []).append(np.stack(rows))
         layers += [source.layer] if source.layer else []
         if (norm := source.norm) is not None:
-            normed = dict(span_of(np.stack(rows)))
+            normed = span_fields(np.stack(rows))
             kind, dim, eps = norm.kind, norm.dim, norm.eps
             norms.append(NormSite(module=source.normed_by, dim=dim, kind=kind, eps=eps, **normed))
     if not layers:
@@ -229,10 +255,10 @@ def _assembled(
     sites: list[GateSite] = []
     for reader, size in ((call, width), *((mixer, 1) for mixer in mixers)):
         read = np.array(units)[:, :, None] * size + np.arange(size)
-        axes, span = channel_axes(reader.module), span_of(read.reshape(len(units), -1))
+        axes, span = channel_axes(reader.module), span_fields(read.reshape(len(units), -1))
         for attribute, dim in axes.inputs:
             places[f"{reader.name}.{attribute}", dim] = [read.reshape(len(units), -1)]
-        sites.append(GateSite(module=reader.name, dim=axes.site_dim or 0, **dict(span)))
+        sites.append(GateSite(module=reader.name, dim=axes.site_dim or 0, **span))
     names = tuple(dict.fromkeys(layers))
     near = [name for name in names if common_holder([name, call.name])]
     holder = common_holder((*(near or names), call.name)) or call.name
@@ -377,7 +403,7 @@ def _in_shares(groups: Sequence[PruningGroup], units: int) -> PruningGroup:
             known[norm.module, norm.dim] = norm
 
     def span(rows: list[Ints]) -> dict[str, Any]:
-        return dict(span_of(np.concatenate(rows, axis=1)))
+        return span_fields(np.concatenate(rows, axis=1))
 
     return PruningGroup(
         name=groups[0].name,
@@ -398,8 +424,13 @@ def _rows(part: Span, group: PruningGroup, units: int) -> Ints:
 
 def span_of(units: Ints) -> Span:
     """The span of indices [units, width]; compact where regular."""
+    return Span(**span_fields(units))
+
+
+def span_fields(units: Ints) -> dict[str, Any]:
+    """The fields of :func:`span_of`."""
     listed, width = units.reshape(-1), units.shape[1]
     start = int(listed[0])
-    if bool((listed == np.arange(start, start + len(listed))).all()):
-        return Span(start=start, width=width)
-    return Span(width=width, indices=tuple(listed.tolist()))
+    if bool((np.diff(listed) == 1).all()):
+        return {"start": start, "width": width}
+    return {"width": width, "indices": tuple(listed.tolist())}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,10 @@ __all__ = [
     "SOFTMAX",
     "CallByFunction",
     "Met",
+    "Probe",
     "Source",
     "Sources",
+    "attends",
     "calls_by_functions",
     "in_order",
     "weights_used",
@@ -57,6 +60,8 @@ _MOVES = (
 """Operations between a parameter and the product that it is a factor of."""
 
 
+_FEW = 16
+"""Gradients of a share of one in so many of the parameters' numbers are few."""
 _FLAT = ("Relu", "Hard", "Threshold", "Clamp")
 """Activations that let no gradient through in places."""
 SOFTMAX = ("SoftmaxBackward0", "SafeSoftmaxBackward0")
@@ -81,6 +86,23 @@ class Source:
     normed_by: str = ""
     """The module that does."""
 
+    @property
+    def start(self) -> Any:
+        """What its gradient is asked of."""
+        return self.parameter if self.edge is None else GradientEdge(*self.edge)
+
+    @property
+    def key(self) -> Any:
+        """The same for all that is found of it."""
+        return self.edge or id(self.parameter)
+
+    @property
+    def numbers(self) -> int:
+        """That its gradient has."""
+        if self.edge is None:
+            return 0 if self.parameter is None else self.parameter.numel()
+        return math.prod(shape_of(*self.edge))
+
 
 @dataclass
 class Met:
@@ -91,6 +113,62 @@ class Met:
     flat: list[Any] = field(default_factory=list)
     """Activations that are flat in places."""
     sources: list[Source] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Probe:
+    """Asks what blocks of a value depend on: in principle, so that activations let gradients
+    through where they are flat, and a softmax that is nearly one-hot."""
+
+    link: Link
+    """The value."""
+    dim: int
+    """The axis of its channels, which are divided evenly."""
+    blocks: int
+    met: Met
+    """What was met behind it: some sources, at least."""
+    touched: list[tuple[Source, Bools]] = field(default_factory=list)
+    """[blocks, channels] of every source: whether a block depends on them. Sources that all blocks
+    depend on alike are left out; ``tensors`` of parameters are narrowed to the axis along which
+    blocks differ."""
+
+    @cached_property
+    def numbers(self) -> int:
+        """That the gradients of all sources have."""
+        return sum(source.numbers for source in self.met.sources)
+
+    def drawn(self) -> Tensor:
+        """A random gradient of the value."""
+        kind, generator = self.link[0]._input_metadata[self.link[1]], torch.Generator()
+        shape = list(shape_of(*self.link))
+        drawn = torch.randn(shape, generator=generator.manual_seed(0))
+        return drawn.to(kind.device, kind.dtype)
+
+    def of_block(self, block: int, drawn: Tensor) -> Tensor:
+        """The same with zeros but for one block."""
+        width = drawn.shape[self.dim] // self.blocks
+        found, window = torch.zeros_like(drawn), slice(block * width, (block + 1) * width)
+        found.movedim(self.dim, -1)[..., window] = drawn.movedim(self.dim, -1)[..., window]
+        return found
+
+
+@dataclass
+class _Round:
+    """Probes that go backward together."""
+
+    probes: list[Probe] = field(default_factory=list)
+    _sources: set[Any] = field(default_factory=set)
+    _numbers: int = 0
+
+    def takes(self, probe: Probe, most: int) -> bool:
+        """Whether this shares no source with the others, and all ask for ``most`` numbers."""
+        fits = self._numbers + probe.numbers <= most
+        return fits and self._sources.isdisjoint(source.key for source in probe.met.sources)
+
+    def add(self, probe: Probe) -> None:
+        self.probes.append(probe)
+        self._sources.update(source.key for source in probe.met.sources)
+        self._numbers += probe.numbers
 
 
 class Sources:
@@ -233,38 +311,28 @@ class Sources:
         own = [(f"{path}.{name}".lstrip("."), dim) for dim in range(parameter.ndim)]
         return Source(layer, tuple(own), parameter=parameter, scored=scored)
 
-    def touched(self, link: Link, dim: int, blocks: int, met: Met) -> list[tuple[Source, Bools]]:
-        """[blocks, channels] of every source: whether a block of what ``link`` made, its channels
-        along ``dim`` divided evenly, depends on them: in principle, so that activations let
-        gradients through where they are flat, and a softmax that is nearly one-hot.
+    def touched(self, probes: Iterable[Probe]) -> None:
+        """Fill in what each of the probes touches. Those that share no source go backward together,
+        as far as the gradients of all these are few: between what they ask about and their sources,
+        they share nothing."""
+        parameters = (module._parameters.get(name) for _, module, name in self._owners.values())
+        most = sum(one.numel() for one in parameters if one is not None) // _FEW
+        rounds: list[_Round] = []
+        for probe in probes:
+            at = next((one for one in rounds if one.takes(probe, most)), None)
+            if at is None:
+                at = _Round()
+                rounds.append(at)
+            at.add(probe)
+        for one in rounds:
+            for probe, seen in zip(one.probes, _gone_backward(one.probes), strict=True):
+                probe.touched = self._told_apart(probe.met.sources, seen)
 
-        Sources that all blocks depend on alike are left out; ``tensors`` of parameters are narrowed
-        to the axis along which blocks differ.
-        """
-        sources = met.sources
-        inputs: list[Any] = [
-            GradientEdge(*source.edge) if source.edge is not None else source.parameter
-            for source in sources
-        ]
-        shape, kind = shape_of(*link), link[0]._input_metadata[link[1]]
-        generator = torch.Generator().manual_seed(0)
-        drawn = torch.randn(list(shape), generator=generator).to(kind.device, kind.dtype)
-        width, seen = shape[dim] // blocks, list[list[list[Bools]]]()
-        stops = [
-            source.edge[0].register_prehook(lambda gradients: (None,) * len(gradients))
-            for source in sources
-            if source.edge is not None
-        ]
-        stops += [one.register_hook(_unsaturated(one)) for one in (*met.products, *met.flat)]
-        for block in range(blocks):
-            cotangent, window = torch.zeros_like(drawn), slice(block * width, (block + 1) * width)
-            cotangent.movedim(dim, -1)[..., window] = drawn.movedim(dim, -1)[..., window]
-            gradients = torch.autograd.grad(
-                [GradientEdge(*link)], inputs, [cotangent], retain_graph=True, allow_unused=True
-            )
-            seen.append([_along(*pair) for pair in zip(sources, gradients, strict=True)])
-        for stop in stops:
-            stop.remove()
+    def _told_apart(
+        self, sources: Sequence[Source], seen: Sequence[Sequence[list[Bools]]]
+    ) -> list[tuple[Source, Bools]]:
+        """[blocks, channels] of the sources that blocks depend on in different ways, each along the
+        axis that tells them best."""
         found = list[tuple[Source, Bools]]()
         known = set[TensorAxis]()
         for number, source in enumerate(sources):
@@ -290,6 +358,40 @@ class Sources:
         held = module._parameters | module._buffers
         own = [(f"{path}.{one}", dim) for one, dim in axes.outputs if held.get(one) is not None]
         return replace(source, tensors=tuple(own))
+
+
+def _gone_backward(probes: Sequence[Probe]) -> list[list[list[list[Bools]]]]:
+    """By probe, block and source: which channels have a gradient (:func:`_along`)."""
+    sources = [source for probe in probes for source in probe.met.sources]
+    stops = [
+        source.edge[0].register_prehook(lambda gradients: (None,) * len(gradients))
+        for source in sources
+        if source.edge is not None
+    ]
+    functions = dict.fromkeys(f for p in probes for f in (*p.met.products, *p.met.flat))
+    stops += [function.register_hook(_unsaturated(function)) for function in functions]
+    drawn = [probe.drawn() for probe in probes]
+    seen: list[list[list[list[Bools]]]] = [[] for _ in probes]
+    try:
+        for block in range(max(probe.blocks for probe in probes)):
+            asked = [number for number, probe in enumerate(probes) if block < probe.blocks]
+            inputs = [source.start for n in asked for source in probes[n].met.sources]
+            gradients = iter(
+                torch.autograd.grad(
+                    [GradientEdge(*probes[number].link) for number in asked],
+                    inputs,
+                    [probes[number].of_block(block, drawn[number]) for number in asked],
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+            )
+            for number in asked:
+                own = probes[number].met.sources
+                seen[number].append([_along(source, next(gradients)) for source in own])
+    finally:
+        for stop in stops:
+            stop.remove()
+    return seen
 
 
 def _unsaturated(function: Any) -> Callable[..., Any]:
@@ -340,6 +442,16 @@ def _weight(function: Any) -> Tensor | None:
         function = function.next_functions[0][0]
     found: Tensor | None = None if function is None else function.variable
     return found if found is not None and found.ndim > 1 else None
+
+
+def attends(functions: Iterable[Any]) -> bool:
+    """Whether one of these functions of an autograd graph is a softmax or a fused attention."""
+    return any(map(_weighs, functions))
+
+
+def _weighs(function: Any) -> bool:
+    name = function.name()
+    return name in SOFTMAX or name.startswith("ScaledDotProduct")
 
 
 def weights_used(functions: Iterable[Any]) -> dict[int, int]:

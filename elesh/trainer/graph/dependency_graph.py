@@ -148,7 +148,7 @@ def _traced(
     # What a function adds to such a product (biases of queries and values) goes with the heads.
     hidden = {one.call.name for one in function_calls if not one.own_bias}
     attended = [one for one in calls.made if one.name not in hidden]
-    attentions = find_attentions(attended, model, buffers)
+    attentions = find_attentions(attended, model, buffers, passage.reached)
     readers = {one.call.name: one.at for one in function_calls}
     return Wiring(layers, families, attentions, failure, passage, readers)
 

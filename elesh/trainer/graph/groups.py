@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from elesh.trainer.network.calling import Inputs, example_copy, seen_called
 from elesh.trainer.network.layers import ChannelAxes, channel_axes, describe_tensors, named_tensors
-from elesh.trainer.network.state import evaluated, preserve_state
+from elesh.trainer.network.state import evaluated, preserve_state, uncollected
 from elesh.trainer.network.traversal import standing_still
 from leyline import (
     GateSite,
@@ -31,7 +31,7 @@ from leyline import (
     TensorSlice,
 )
 
-from .attention import Attention, Ints, span_of
+from .attention import Attention, Ints, span_fields
 from .block_proof import with_blocks
 from .dependency_graph import Family, Port, Wiring, trace
 from .hazards import (
@@ -72,6 +72,16 @@ def find_architecture(
         if name not in dict(model.named_modules()):
             raise InvalidField("ignored_layers", "the name of a module of the model", name)
     require_initialised(model)
+    with uncollected():
+        return _found(model, example_inputs, ignored_layers, compared)
+
+
+def _found(
+    model: nn.Module,
+    example_inputs: Inputs,
+    ignored_layers: Collection[str],
+    compared: Callable[[Any], Any] | None,
+) -> PrunedArchitecture:
     precision = _precision(model)
     copied = random_copy(model, precision)
     inputs = example_copy(example_inputs, precision)
@@ -370,12 +380,12 @@ def _group(
     norms: list[NormSite] = []
     size = len(next(iter(family.values())))
     for port, indices in family.items():
-        span = span_of(indices)
+        span = span_fields(indices)
         for path, dim in tensors.axes(port):
             own = _placed(indices, port, tensors.named[path].shape[dim])
             if own is not None:
-                part = TensorSlice(tensor=path, dim=dim, **dict(span_of(own)))
-                slices.setdefault((path, dim), part)
+                placed = span if own is indices else span_fields(own)
+                slices.setdefault((path, dim), TensorSlice(tensor=path, dim=dim, **placed))
             else:
                 reason = reason or f"its channels could not be followed to {port.name}"
         if port.norm is not None:
@@ -383,13 +393,13 @@ def _group(
             normed = span
             if kind == "weights":  # As they lie in the weight.
                 own = _placed(indices, port, tensors.named[f"{port.name}.weight"].shape[dim])
-                normed = span if own is None else span_of(own)
-            norms.append(NormSite(module=port.name, dim=dim, kind=kind, eps=eps, **dict(normed)))
+                normed = span if own is None else span_fields(own)
+            norms.append(NormSite(module=port.name, dim=dim, kind=kind, eps=eps, **normed))
         if _reads(port) and port.module is not None:
             dim_of_input = channel_axes(port.module).site_dim
             reader = readers.get(port.name, port.name)
             if dim_of_input is not None and reader:
-                sites.append(GateSite(module=reader, dim=dim_of_input, **dict(span)))
+                sites.append(GateSite(module=reader, dim=dim_of_input, **span))
             elif not reader:
                 user = f"a function multiplies by the weight of {port.name}"
                 reason = reason or f"{user}: there is nowhere to mask what it reads"

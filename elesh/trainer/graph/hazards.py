@@ -117,17 +117,13 @@ def trainable_example(model: nn.Module, inputs: Inputs) -> tuple[Inputs | None, 
     parameters that its outputs depend on then, and those of modules that were called."""
     for example in (inputs, doubled(inputs)):
         with contextlib.suppress(Exception):  # Whatever the user's network raises.
-            return example, train_once(model, example)
+            return example, _reached_in_training(model, example)
     return None, set()
 
 
-def train_once(model: nn.Module, inputs: Inputs) -> set[str]:
-    """Forward in training mode, seeded; the parameters that the outputs depend on, and those of
-    modules that were called. That what the backward pass needs is still there is seen without it:
-    it is run itself only where the network has functions of its own in it, or if that fails. The
-    model is left in evaluation mode."""
-    seed_generators(device_of(model), 0)
-    model.train()
+def _reached_in_training(model: nn.Module, inputs: Inputs) -> set[str]:
+    """See :func:`train_once`; the parameters that the outputs depend on, and those of modules that
+    were called."""
     called, handles = set[nn.Module](), list[RemovableHandle]()
 
     def note(module: nn.Module, args: Any) -> None:
@@ -135,15 +131,27 @@ def train_once(model: nn.Module, inputs: Inputs) -> set[str]:
 
     handles += [module.register_forward_pre_hook(note) for module in model.modules()]
     try:
-        with torch.enable_grad():
-            outputs = [t for t in tensors_in(call(model, inputs)) if t.requires_grad]
-            fed = _fed(model, outputs)
+        fed = train_once(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
-        model.eval()
     names = {module: name for name, module in model.named_modules()}
-    return reached_by(model, fed, {names[module] for module in called}) if outputs else set()
+    return set() if fed is None else reached_by(model, fed, {names[module] for module in called})
+
+
+def train_once(model: nn.Module, inputs: Inputs) -> set[int] | None:
+    """Forward in training mode, seeded; the ids of the parameters that the outputs depend on, None
+    if these have no history. That what the backward pass needs is still there is seen without it:
+    it is run itself only where the network has functions of its own in it, or if that fails. The
+    model is left in evaluation mode."""
+    seed_generators(device_of(model), 0)
+    model.train()
+    try:
+        with torch.enable_grad():
+            outputs = [t for t in tensors_in(call(model, inputs)) if t.requires_grad]
+            return _fed(model, outputs) if outputs else None
+    finally:
+        model.eval()
 
 
 def _fed(model: nn.Module, outputs: Sequence[Tensor]) -> set[int]:

@@ -33,6 +33,8 @@ _WINDOWS = 16
 _DRAWN = 32_749, 65_521, 131_071, 262_139
 """So many numbers are drawn, the least that does; longer pools repeat them. Primes: no two rows are
 alike."""
+_HELD_BY_ALL = frozenset(vars(nn.Module()))
+"""Attributes of every module."""
 _ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, type, torch.dtype))
 """Types of values that a copy shares with what it is a copy of."""
 
@@ -49,14 +51,26 @@ def random_copy(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modu
     pool = _Pool(dtype, parameters)
     try:
         with torch.inference_mode(False):
-            for tensor in _computed(model):
-                made[id(tensor)] = tensor.detach().clone()
             made |= {id(parameter): pool.parameter(parameter) for parameter in parameters}
-            copied: nn.Module = _copied(model, dict(made))
+            copied = _with_computed(model, made)
             _prepare_buffers(copied, dtype)
     except Exception as error:
         found = next(_uncopied(model, made), "") or summary(error)
         raise InvalidField("model", "a model that copy.deepcopy can copy", found) from error
+    return copied
+
+
+def _with_computed(model: nn.Module, made: dict[int, Any]) -> nn.Module:
+    """The copy; tensors with a history, which few hold and nothing copies, without theirs."""
+    copied: nn.Module
+    try:
+        copied = _copied(model, dict(made))
+    except RuntimeError:
+        computed = list(_computed(model))
+        if not computed:
+            raise
+        made |= {id(tensor): tensor.detach().clone() for tensor in computed}
+        copied = _copied(model, dict(made))
     return copied
 
 
@@ -86,7 +100,13 @@ def _copied(module: nn.Module, known: dict[int, Any]) -> Any:
     state: dict[str, Any] = module.__getstate__()  # type: ignore[no-untyped-call]
     held = vars(made)
     for name, value in state.items():  # Not what was compiled of it.
-        held[name] = value if type(value) in _ATOMS else _copied_value(value, known)
+        sort = type(value)
+        if sort in _ATOMS:
+            held[name] = value
+        elif name in _HELD_BY_ALL and not value and sort in (dict, OrderedDict):
+            held[name] = sort()  # Hooks that are not there.
+        else:
+            held[name] = _copied_value(value, known)
     return made
 
 
@@ -160,7 +180,7 @@ class _Pool:
         if known is None:
             known = _numbers(self._drawn, self._sizes[key], fan_in).mul_((2 / fan_in) ** 0.5)
             known = self._numbers[key] = known.to(like.device)
-        return nn.Parameter(known[start : start + like.numel()].view(like.shape))
+        return nn.Parameter(known.narrow(0, start, like.numel()).view(like.shape))
 
 
 def _numbers(drawn: Tensor, size: int, seed: int) -> Tensor:

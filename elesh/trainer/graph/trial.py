@@ -188,9 +188,7 @@ class TrialCuts:
             refit(module, module in self._by_place)
         for name, gone in units.items():
             group = self.architecture.group[name]
-            taken = set(gone)
-            left = tuple(o for u, o in enumerate(group.origin) if u not in taken)
-            refit_heads(self._copied, group, group.model_copy(update={"origin": left}))
+            refit_heads(self._copied, group, group.size - len(set(gone)))
 
     def _touched(self, paths: Collection[str]) -> list[nn.Module]:
         """The modules that hold these tensors, or one under another name."""

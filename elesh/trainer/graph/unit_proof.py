@@ -148,10 +148,10 @@ class _Experiment(Admission):
 
     def tied_heads(self) -> list[Together]:
         """Heads and widths of which neither can go without the other, as groups of equal shares."""
+        if all(fault.differs for fault in self._faults(self._names)):
+            return []
         names = {name for _, members in tied(self._groups) for name in members}
         heads, widths = ([n for n in self._named(level) if n in names] for level in _BOTH)
-        if not names or all(fault.differs for fault in self._faults(self._names)):
-            return []
         alone = self._suspected(heads) | self._suspected(widths)
         return self._together(tied(self._groups, alone))
 

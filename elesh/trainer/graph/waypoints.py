@@ -17,6 +17,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -264,7 +265,12 @@ def narrowed(tensor: Tensor, lost: Mapping[int, Ints]) -> Tensor:
 
 
 def _left(size: int, lost: Ints) -> Tensor:
-    """The indices but for those that are lost."""
+    """The indices but for those that are lost; many tensors lose the same."""
+    return _without(size, np.asarray(lost, dtype=np.int64).tobytes())
+
+
+@lru_cache(256)
+def _without(size: int, lost: bytes) -> Tensor:
     left = np.ones(size, dtype=np.bool_)
-    left[lost] = False
+    left[np.frombuffer(lost, dtype=np.int64)] = False
     return torch.from_numpy(left.nonzero()[0])

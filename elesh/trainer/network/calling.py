@@ -249,6 +249,8 @@ def replace_first(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A module's arguments with ``function`` applied to its first input (for pre-hooks), wherever
     that is given (queries that are keys and values, too)."""
+    if len(args) == 1 and not kwargs:
+        return (function(args[0]),), kwargs
     first = args[0] if args else next(iter(kwargs.values()))
     made = function(first)
     replaced = tuple(made if x is first else x for x in args)

@@ -110,7 +110,10 @@ def teach_layer(
 
 
 def _taught(module: nn.Module) -> _Kind | None:
-    return next((kind for kind in reversed(_TAUGHT) if kind.matches(module)), None)
+    for kind in reversed(_TAUGHT):  # Asked thousands of times while a network is traced.
+        if kind.matches(module):
+            return kind
+    return None
 
 
 def is_taught(module: nn.Module) -> bool:
@@ -518,22 +521,22 @@ HEAD_SIZES = (*_HEADS, *_SHARED, *_SHARES, *_WIDTHS, *_SPLITS, *_STREAMS, _CONFI
 """The attributes that :func:`refit_heads` sets."""
 
 
-def refit_heads(model: nn.Module, before: PruningGroup, after: PruningGroup) -> None:
-    """Set the head counts of the modules around attentions that have lost units, and the widths of
-    modules, or of parts of them, around layers that have lost channels."""
+def refit_heads(model: nn.Module, before: PruningGroup, left: int) -> None:
+    """Set the head counts of the modules around attentions that have so many units left, and the
+    widths of modules, or of parts of them, around layers that have lost channels."""
     around = vars(model.get_submodule(common_holder(before.layers)))
     for holder, name, parts in splits(model, before):
-        holder[name] = parts * after.size
+        holder[name] = parts * left
     for norm in before.norms:
-        _refit_bare_norm(model.get_submodule(norm.module), norm.width * (before.size - after.size))
+        _refit_bare_norm(model.get_submodule(norm.module), norm.width * (before.size - left))
     if before.level is not Level.HEAD:
-        around |= {name: after.size for name in _STREAMS if around.get(name) == before.size}
+        around |= {name: left for name in _STREAMS if around.get(name) == before.size}
         return
     done = set[tuple[nn.Module, str]]()
     attentions = _attentions(before.layers, tuple(site.module for site in before.sites))
     for site in before.sites:
         layers = attentions[site.module]
-        old, new, width = before.size, after.size, site.width
+        old, new, width = before.size, left, site.width
         shares = _made(before, layers) <= width  # One key/value head for all stays as it is.
         changes: list[tuple[Sequence[str], int, int]]
         changes = [(_SHARES, old, new)] if shares else [(_SHARED, old, new)]

@@ -59,6 +59,7 @@ __all__ = [
     "preserved",
     "seed_generators",
     "trainable",
+    "uncollected",
     "unwrapped",
 ]
 
@@ -209,6 +210,20 @@ def preserved(model: nn.Module, *others: Any) -> Iterator[None]:
             np.random.set_state(legacy)
             for put_back in restore:
                 put_back()
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """No search for garbage in cycles: it would go through all that the process holds, again and
+    again, where objects are made by the ten thousand and let go by their counts."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @contextlib.contextmanager

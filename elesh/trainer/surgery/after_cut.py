@@ -119,8 +119,8 @@ Moments = InputCovariance
 @dataclass
 class CovarianceSums:
     """Sums over samples and positions, from which a covariance is made; products in float32 within
-    a call, sums in float64 over calls. Of large maps some positions are looked at
-    (:mod:`elesh.trainer.network.positions`)."""
+    a call (and as long as there was one), sums in float64 over calls. Of large maps some positions
+    are looked at (:mod:`elesh.trainer.network.positions`)."""
 
     samples: int | None = None
     """How many there will be, where that is known."""
@@ -139,19 +139,24 @@ class CovarianceSums:
             read = positions_drawn(positions, count, past)
             last = last if read is None else last[:, read.to(last.device)]
         rows = last.reshape(-1, last.shape[-1]).float()
-        first, second = rows.sum(0).double().cpu(), (rows.T @ rows).double().cpu()
+        first, second = rows.sum(0).double().cpu(), (rows.T @ rows).float().cpu()
         self.rows[axis] = past + len(rows)
         self.first[axis] = self.first[axis] + first if past else first
-        self.second[axis] = self.second[axis] + second if past else second
+        self.second[axis] = self.second[axis].double() + second if past else second
 
     def mean(self, model_hash: str) -> InputCovariance:
         """The covariance of everything seen."""
         return InputCovariance(
             model_hash,
             {axis: first / self.rows[axis] for axis, first in self.first.items()},
-            {axis: second / self.rows[axis] for axis, second in self.second.items()},
+            {axis: _mean(second, self.rows[axis]) for axis, second in self.second.items()},
             dict(self.rows),
         )
+
+
+def _mean(summed: Tensor, rows: int) -> Tensor:
+    """In float64, with no more than one new tensor: there are many, and most are large."""
+    return summed / rows if summed.dtype == torch.float64 else summed.double().div_(rows)
 
 
 @dataclass

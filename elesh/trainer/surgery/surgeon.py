@@ -396,7 +396,7 @@ class Surgeon:
                 refit(module, module in by_place)
         for name in chosen:
             for view in self._views():
-                refit_heads(view, self.architecture.group[name], after.group[name])
+                refit_heads(view, self.architecture.group[name], after.group[name].size)
         self._reach(after)
         return after
 

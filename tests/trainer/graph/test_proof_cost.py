@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from elesh.trainer import Recorder
 from elesh.trainer.graph import dependency_graph
+from elesh.trainer.graph.dependencies import Sources
 from elesh.trainer.graph.random_copy import random_copy
+from leyline import InvalidField, Level
 
 CALLS = [0]
 
@@ -74,6 +77,30 @@ def test_a_network_without_faults_is_run_nine_times_whatever_its_depth(depth: in
     assert sum(block.prunable for block in architecture.blocks) == depth
     # Traced; masked, cut and trained; masked and cut; the same of whole layers, with training.
     assert CALLS[0] == 9
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_no_garbage_is_searched_for_meanwhile_and_afterwards_as_before(collecting: bool) -> None:
+    seen: list[bool] = []
+
+    class Watched(Deep):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(gc.isenabled())
+            if x.shape[1] != 8:
+                raise ValueError("too wide")
+            return super().forward(x)
+
+    try:
+        (gc.enable if collecting else gc.disable)()
+        Recorder(Watched(2, Free), torch.randn(4, 8))
+        assert gc.isenabled() is collecting
+        with pytest.raises(InvalidField, match="too wide"):
+            Recorder(Watched(2, Free), torch.randn(4, 9))
+        assert gc.isenabled() is collecting
+    finally:
+        gc.enable()
+    assert seen
+    assert not any(seen)
 
 
 class Dense(nn.Module):
@@ -213,3 +240,70 @@ def test_what_cannot_be_copied_is_named() -> None:
     with pytest.raises(Exception, match=r"0\.handle"):
         Recorder(model, torch.randn(2, 4))
     model[0].handle.close()
+
+
+class Attending(nn.Module):
+    """Several attentions, one after the other."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Attention() for _ in range(depth)])
+        self.head = nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(x.mean(1))
+
+
+class Attention(nn.Module):
+    """Four heads of 16 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(64, 64) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (*x.shape[:2], -1, 16)
+        q, k, v = (f(x).view(shape).transpose(1, 2) for f in (self.query, self.key, self.value))
+        mixed = (q @ k.transpose(-1, -2) / 4).softmax(-1) @ v
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("depth", [1, 6])
+def test_what_heads_depend_on_is_asked_of_all_attentions_at_once(
+    depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    grad = torch.autograd.grad
+
+    def counted(outputs: Any, *args: Any, **others: Any) -> Any:
+        asked.append(len(outputs))
+        return grad(outputs, *args, **others)
+
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    heads = [
+        group
+        for group in Recorder(Attending(depth), torch.randn(2, 2, 64)).architecture.groups
+        if group.level is Level.HEAD
+    ]
+    assert [(group.size, group.prunable) for group in heads] == [(4, True)] * depth
+    assert asked.count(depth) >= 4  # Once a head, for all of them.
+    assert len(asked) <= 6
+
+
+def test_heads_are_looked_for_only_where_something_is_a_softmax(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    walked: list[Any] = []
+    behind = Sources.behind
+
+    def noted(sources: Sources, link: Any) -> Any:
+        walked.append(link)
+        return behind(sources, link)
+
+    monkeypatch.setattr(Sources, "behind", noted)
+    Recorder(nn.Sequential(nn.Linear(6, 8), Deep(3, Free)), torch.randn(4, 6))
+    assert not walked
+    Recorder(Attending(1), torch.randn(2, 2, 64))
+    assert walked

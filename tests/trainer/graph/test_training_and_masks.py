@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from elesh.trainer import Recorder
-from elesh.trainer.graph.hazards import train_once
+from elesh.trainer.graph.hazards import train_once, trainable_example
 from leyline import PrunedArchitecture
 
 
@@ -41,7 +41,9 @@ def test_what_training_reaches_is_read_off_the_graph() -> None:
     model, backwards = Step(torch.relu), list[Any]()
     model.unused = nn.Linear(3, 3)
     model.first.weight.register_hook(backwards.append)
-    reached = train_once(model, torch.randn(4, 5))
+    example = torch.randn(4, 5)
+    found, reached = trainable_example(model, example)
+    assert found is example
     assert reached == {"first.weight", "first.bias", "last.weight", "last.bias"}
     assert not backwards
     assert not model.training
