@@ -41,6 +41,7 @@ _TITLES = {
     "clusters": "a generated table",
     "resnet": "ResNet-20, MNIST",
     "vit": "ViT, MNIST",
+    "vit-stem": "ViT with a stem of convolutions, MNIST",
     "gpt": "GPT, characters",
     "gpt-parameters": "GPT, characters, by parameters",
 }
@@ -246,7 +247,7 @@ def against_ours(found: Mapping[tuple[str, float], list[Line]]) -> list[str]:
 
 def told_loss(found: tuple[float, float]) -> str:
     """Without an error where there is one seed."""
-    return f"{found[0]:.4f} ±{found[1]:.4f}" if found[1] else f"{found[0]:.4f}"
+    return f"{found[0]:z.4f} ±{found[1]:.4f}" if found[1] else f"{found[0]:z.4f}"
 
 
 def figures(runs: Sequence[Line], whole: Sequence[Line]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from sklearn.datasets import load_digits, make_classification
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
-from .nets import Gpt, ResNet, Tabular, Vit
+from .nets import ConvolutionVit, Gpt, ResNet, Tabular, Vit
 
 __all__ = ["Options", "Split", "TASKS", "Task"]
 
@@ -80,6 +81,10 @@ def mnist(options: Options, seed: int, data: Path | None, kind: str) -> Task:
     splits = _split(x, torch.from_numpy(labels.astype(np.int64)), options.samples, seed)
     if kind == "resnet":
         return Task(kind, ResNet, options.width or 16, *splits, rate=4e-3)
+    if kind == "vit-stem":
+        depth = options.depth or 2
+        build = partial(ConvolutionVit, depth=depth)
+        return Task(kind, build, options.width or 48, *splits, rate=3e-3)
     depth = options.depth or 4
     return Task(
         kind, lambda w: Vit(w, depth, options.pixels), options.width or 64, *splits, rate=2e-3
@@ -142,6 +147,7 @@ TASKS: dict[str, Callable[[Options, int, Path | None, str], Task]] = {
     "clusters": tabular,
     "resnet": mnist,
     "vit": mnist,
+    "vit-stem": mnist,
     "gpt": gpt,
     "gpt-parameters": gpt,
 }
