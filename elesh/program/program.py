@@ -430,7 +430,8 @@ def read_held_out(
     """Inputs by name, and labels.
 
     Args:
-        distinct: take every input once: copies prove nothing.
+        distinct: take every input once: copies prove nothing. Labels of one class are then left to
+            the gate ``labels``.
     """
     tensors = _tensors(data, "held_out")
     labels = tensors.get("labels")
@@ -441,7 +442,7 @@ def read_held_out(
     if len(labels) < MIN_SAMPLES:
         raise InvalidField("held_out.labels", f"at least {MIN_SAMPLES} samples", len(labels))
     known = labels[labels != IGNORED_LABEL]
-    if len(known) == 0 or bool((known == known[0]).all()):
+    if len(known) == 0 or (not distinct and bool((known == known[0]).all())):
         found = f"only class {int(known[0])}" if len(known) else "no label at all"
         raise InvalidField("held_out.labels", "at least two classes", found)
     inputs = dict(_inputs(tensors, "inputs", program, len(labels)))

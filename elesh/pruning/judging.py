@@ -229,6 +229,9 @@ def require_labels_fit(found: Outcomes, evaluation: Evaluation | None) -> None:
     where, count = "batches: labels", len(found.labels)
     if not count:
         raise InvalidField(where, "at least one that is not ignored", "none")
+    if (only := found.labels.min()) == found.labels.max():
+        hint = "data that is sorted by class? shuffle it, then take some hundred samples"
+        raise InvalidField(where, "at least two classes", f"only class {only}", hint=hint)
     accuracy = found.accuracy
     chance = float(np.bincount(found.labels).max()) / count
     error = math.sqrt(max(accuracy * (1 - accuracy), 1 / count) / count)

@@ -177,7 +177,8 @@ def labels_belong(before: Outcomes, said: float | None) -> GateResult:
 
     Chance is the accuracy of the network's own answers on labels drawn at random (the expected
     agreement of Cohen 1960); the allowance is three standard errors, for what was said twice
-    their square and two points, as it may be of other samples and an epoch old.
+    their square and two points, as it may be of other samples and an epoch old. Labels of one class
+    never pass: a network that always answers it would seem perfect.
     """
     count, accuracy = len(before.losses), before.accuracy
     labels, answers = np.bincount(before.labels), np.bincount(before.answers)
@@ -190,6 +191,8 @@ def labels_belong(before: Outcomes, said: float | None) -> GateResult:
         expected = said - 3 * error - 0.02
         if expected > least:
             least, why = expected, f"held-out accuracy of the uncut network; said was {said:.4g}"
+    if before.labels.min() == before.labels.max():
+        least, why = 1.0, f"all held-out labels are class {before.labels[0]}, which tells nothing"
     return GateResult(
         name="labels",
         passed=accuracy > least,

@@ -254,6 +254,21 @@ def test_what_cannot_be_measured_is_named_and_the_stricter_gate_stands_in(
     assert decision.safety.outcome is not Outcome.GO
 
 
+def test_nothing_is_approved_on_labels_of_one_class() -> None:
+    """Nor by prediction: what would always answer that class looks perfect."""
+    trained = proved_networks.perceptron()
+    network = trained.bundle.network
+    assert network is not None
+    bundle = replace(trained.at(70), network=spoiled("one class", network))
+    parameters = bundle.parameters.model_copy(update={"failing_gate": "shorten"})
+    decision = decide(replace(bundle, parameters=parameters))
+    assert not decision.approved_for_application
+    assert decision.units == {}
+    assert "labels: " in decision.rejection_reason
+    assert "all held-out labels are class 0" in decision.rejection_reason
+    assert SKIPPED not in {taken.rung for taken in decision.fallbacks}
+
+
 def test_too_slow_for_the_window_is_named_and_replayed_as_it_was() -> None:
     bundle = proved_networks.perceptron().at(70)
     hurried = SETTINGS.model_copy(

@@ -13,7 +13,7 @@ from station import PATIENCE
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
-from trained import SmallNet, batches, digits
+from trained import SmallNet, SmallVit, batches, digits
 
 import elesh
 from elesh.demo import local_fleet
@@ -158,6 +158,24 @@ def test_labels_that_are_no_classes_are_refused_before_training(
         url="redis://127.0.0.1:1/0",
     )  # fmt: skip
     with pytest.raises(InvalidField, match=rf"calibration\[\d+\].*{said}"), pruning:
+        pass
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize("kind", [SmallNet, SmallVit])
+def test_labels_of_one_class_are_refused_before_training(
+    tmp_path: Path, kind: type[nn.Module], held_out: bool
+) -> None:
+    """Data that is sorted by class: the first some hundred samples are alike."""
+    model = kind()
+    sevens = [(x, torch.full_like(y, 7)) for x, y in batches()]
+    pruning = elesh.attach(
+        model, torch.optim.SGD(model.parameters()), run_id="labels", evaluate=validation(model),
+        calibration=batches() if held_out else sevens, held_out=sevens[0] if held_out else None,
+        restore_dir=tmp_path, url="redis://127.0.0.1:1/0",
+    )  # fmt: skip
+    name = "held_out" if held_out else "calibration"
+    with pytest.raises(InvalidField, match=rf"{name}: labels.*two classes.*only class 7"), pruning:
         pass
 
 

@@ -31,3 +31,12 @@ def test_always_the_most_frequent_class_is_not_better_than_chance() -> None:
     labels = (np.arange(1000) < 100).astype(np.int64)
     gate = labels_belong(outcomes(np.zeros(1000, np.int64), labels), None)
     assert (gate.passed, gate.measured) == (False, 0.9)
+
+
+def test_labels_of_one_class_tell_nothing() -> None:
+    """However right the network is, and whatever the trainer said."""
+    labels = np.full(400, 3)
+    for said in (None, 0.9, 1.0):
+        gate = labels_belong(outcomes(labels, labels), said)
+        assert not gate.passed
+        assert "all held-out labels are class 3" in gate.detail

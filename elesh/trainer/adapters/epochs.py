@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -151,20 +151,31 @@ class EveryEpoch:
         return self.surgeon
 
     def _require_classes(self) -> None:
-        """That labels are classes of the network's outputs, as measuring takes them."""
-        device = device_of(self._network)
+        """That labels are classes of the network's outputs, as measuring takes them, and not all of
+        them one class: any cut may then look harmless."""
         with preserve_state(self._network, 0), torch.no_grad():
-            for number, (inputs, labels) in enumerate(self._calibration):
-                some, samples = first_samples(inputs, 2), batch_size(inputs)
-                moved = map_tensors(lambda x: x.to(device), some)
-                logits = main_output(call(self._network, moved))
-                if logits.ndim:  # those of the first sample stand for all
-                    rows = len(logits) * samples // batch_size(some)
-                    logits = logits[:1].expand(rows, *logits.shape[1:])
-                try:
-                    class_labels(logits, labels)
-                except InvalidField as error:
-                    raise error.inside(f"calibration[{number}]") from None
+            known = [
+                self._classes(f"calibration[{number}]", *batch)
+                for number, batch in enumerate(self._calibration)
+            ]
+            _require_several("calibration", set().union(*known))
+            if self._held_out is not None:
+                _require_several("held_out", self._classes("held_out", *self._held_out))
+
+    def _classes(self, name: str, inputs: Inputs, labels: Any) -> set[int]:
+        """The classes of a batch."""
+        device, some = device_of(self._network), first_samples(inputs, 2)
+        logits = main_output(call(self._network, map_tensors(lambda x: x.to(device), some)))
+        if logits.ndim:  # those of the first sample stand for all
+            rows = len(logits) * batch_size(inputs) // batch_size(some)
+            logits = logits[:1].expand(rows, *logits.shape[1:])
+        try:
+            found = class_labels(logits, labels)
+        except InvalidField as error:
+            raise error.inside(name) from None
+        if found.is_floating_point():  # shares of every class
+            found = found.argmax(class_axis(logits, found))
+        return set(found[found >= 0].tolist())
 
     def relabel(self, change: Callable[[Inputs, Any], tuple[Inputs, Any]]) -> None:
         """Change inputs and labels of every batch, as the network's own loss does, so that a
@@ -414,6 +425,13 @@ class EveryEpoch:
                 said = "network not published; workers decide by prediction"
                 _log.warning(said, reason=self._not_exported)
             return None
+
+
+def _require_several(name: str, classes: Collection[int]) -> None:
+    if len(classes) < 2:
+        found = f"only class {next(iter(classes))}" if classes else "no label that counts"
+        hint = "data that is sorted by class? shuffle it, then take some hundred samples"
+        raise InvalidField(f"{name}: labels", "at least two classes", found, hint=hint)
 
 
 def _became(outcome: PruningOutcome) -> str:
