@@ -36,7 +36,7 @@ from elesh.bus import (
     server_url,
     until_available,
 )
-from elesh.bus.admission import hear, key_of, read, require_in_time
+from elesh.bus.admission import fingerprint, hear, key_of, read, require_in_time
 from elesh.bus.state.runs import RunAttempt
 from elesh.observe import SparseLines, get_logger, mark_failed, messaging, span
 from elesh.settings import Settings
@@ -316,6 +316,7 @@ class BusThread:
                 IdempotencyKey(metadata.epoch, metadata.model_hash, name, level) for level in Level
             ]
             message = await with_blobs(bus, message, item.request_id)
+            self._unanswered.require_same(str(key_of(message)), fingerprint(message))
         entry = await self._append(bus, item.stream, message, item.epoch, event_id, item.carrier)
         if isinstance(message, CheckpointReady | StructuralAnalysisRequest):
             lives = TTL[Priority.NORMAL].total_seconds() + self._settings.window_seconds

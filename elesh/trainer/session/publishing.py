@@ -3,7 +3,7 @@ published and has no answer yet.
 
 Promises: an answer that was lost (a failover, a stream that was deleted or trimmed) is found in the
 record of its key; a message that was lost is published again; one without an answer in its time
-ends with that reason. Each ends once.
+ends with that reason. Each ends once. Other content under a key that was published is refused.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from elesh.bus import Bus
 from leyline import (
     CheckpointBundle,
     CheckpointReady,
+    Conflict,
     RequestKey,
     StructuralAnalysisRequest,
 )
@@ -94,6 +95,23 @@ class Unanswered:
         self._clock = clock
         self._waiting: dict[str, Published] = {}
         self._decided: dict[str, None] = {}
+        self._contents: dict[str, str] = {}
+
+    def require_same(self, key: str, content: str) -> None:
+        """Refuse what the bus would take for a message that is there already.
+
+        Args:
+            content: fingerprint of what is to be published under ``key``.
+
+        Raises:
+            Conflict: if other content was published under it.
+        """
+        if self._contents.setdefault(key, content) != content:
+            hint = "give other content another key: another epoch, or another request id"
+            found = f"content {content[:16]}"
+            raise Conflict("idempotency_key", f"what {key} was published with", found, hint=hint)
+        while len(self._contents) > 2 * _MOST:
+            del self._contents[next(iter(self._contents))]
 
     def add(self, published: Published) -> None:
         """A message is on the bus from now on."""

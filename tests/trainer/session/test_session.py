@@ -75,6 +75,20 @@ def test_a_request_is_answered_under_its_own_id(station: Station) -> None:
     assert isinstance(message, StructuralAnalysisRequest)
 
 
+def test_other_content_under_a_published_key_is_a_named_conflict(station: Station) -> None:
+    bundle = checkpoint()
+    other = replace(bundle, metadata=bundle.metadata.model_copy(update={"accuracy": 0.25}))
+    with Session("run", station.url, settings_of(station)) as session:
+        for each in (bundle, bundle, other):  # the same twice is one request
+            assert session.request(each, "rq-7")
+        assert session.wait(PATIENCE)
+        ((key, reason),) = session.failed.items()
+    assert (session.missed, len(station.messages(REQUESTS))) == (1, 1)
+    assert key.split(":")[2] == "rq-7"
+    assert "idempotency_key" in reason
+    assert "another request id" in reason
+
+
 @pytest.mark.slow
 def test_decisions_of_other_runs_are_not_seen(station: Station) -> None:
     station.worker()
