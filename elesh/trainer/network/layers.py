@@ -301,10 +301,15 @@ def describe_tensors(model: nn.Module) -> tuple[TensorDescriptor, ...]:
     )
 
 
-def require_fit(model: nn.Module, architecture: PrunedArchitecture) -> None:
+def require_fit(
+    model: nn.Module, architecture: PrunedArchitecture, *, joined: bool = False
+) -> None:
     """Refuse an architecture that does not describe this model as it is now.
 
     Buffers that no group has a part in may come, go and change their shape (memory banks, caches).
+
+    Args:
+        joined: whether there may be other parameters beside those described.
 
     Raises:
         ShapeMismatch: naming the first tensor that is missing, unknown or of another shape.
@@ -322,7 +327,7 @@ def require_fit(model: nn.Module, architecture: PrunedArchitecture) -> None:
                 "no such tensor" if shape is None else f"shape {shape}",
                 hint=hint,
             )
-    parameters = dict(model.named_parameters())
+    parameters = {} if joined else dict(model.named_parameters())
     for path, shape in ((path, shape) for path, shape in found.items() if path in parameters):
         raise ShapeMismatch(f"model.{path}", "no such tensor", f"shape {shape}", hint=hint)
 

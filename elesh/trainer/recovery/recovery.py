@@ -39,6 +39,7 @@ from leyline import (
 from .evaluation import event_id_of
 from .files import FolderLock, private_folder, sync_folder, write_durably, write_private
 from .journal import Journal, Line, MadeCut, Situation
+from .latecomers import Latecomers
 from .snapshot import Snapshot, Tracked, pack_tree, unpack_tree
 
 __all__ = ["FolderPoints", "MemoryPoints", "Points", "Recovery"]
@@ -377,10 +378,14 @@ class Recovery:
             self.drop_after(self.situation.point)  # what was written and never became the present
         return self._points.put(snapshot)
 
-    def restore(self, goal: int, tracked: Tracked) -> tuple[int, int]:
+    def restore(self, goal: int, tracked: Tracked, *, here: bool = False) -> tuple[int, int]:
         """Put back the newest point up to ``goal`` that can be read; its number and its epoch.
 
+        Args:
+            here: it was taken in this process, and optimizers and averages may be others since.
+
         Raises:
+            ShapeMismatch: if the network was changed without its surgeon.
             InvalidField: if there is none, or it is of another network or of other parts.
         """
         numbers = self._points.numbers()
@@ -390,7 +395,10 @@ class Recovery:
             except ContractError as error:
                 _log.error("restore point passed over", point=point, reason=str(error))
                 continue
-            snapshot.put_back(tracked)
+            known = snapshot.state["parts"].keys()
+            late = Latecomers.of(tracked.surgeon, snapshot.architecture, known)
+            snapshot.put_back(tracked, here=here)
+            late.begin_anew()
             return point, snapshot.epoch
         hint = "remove the folder to begin anew"
         raise InvalidField("restore points", f"a sound one up to {goal}", numbers, hint=hint)

@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from elesh.observe import get_logger
 from elesh.trainer.surgery.averages import Beside
 from elesh.trainer.surgery.surgeon import Surgeon
 from elesh.trainer.surgery.tensors import replace_data
@@ -36,6 +37,7 @@ __all__ = ["Snapshot", "Stateful", "Tracked", "copy_tree", "pack_tree", "put_hom
 _TUPLE, _TENSOR, _COUNTER, _INTEGER, _ARRAY, _SET, _FROZEN, _DTYPE, _DEVICE = range(9)
 _PLAIN = (bool, float, str, bytes, type(None))
 _INT64 = range(-(2**63), 2**63)
+_log = get_logger(__name__)
 
 
 def copy_tree(
@@ -250,14 +252,18 @@ class Snapshot:
         }
         return cls(surgeon.architecture, copy_tree(state, "training"), epoch)
 
-    def put_back(self, tracked: Tracked) -> None:
+    def put_back(self, tracked: Tracked, *, here: bool = False) -> None:
         """Make this the present again; masks are taken off and gradients dropped.
+
+        Args:
+            here: it was taken in this process: where the surgeon was given other optimizers since,
+                these begin their state anew.
 
         Raises:
             InvalidField: if the parts are not those of the snapshot, or the network does not
                 descend from the same original. Nothing has been changed then.
         """
-        self._require_same_parts(tracked)
+        others = self._require_same_parts(tracked, here=here)
         surgeon = tracked.surgeon
         surgeon.move_to(self.architecture)
         tensors = _tensors(surgeon.model)
@@ -266,16 +272,28 @@ class Snapshot:
                 raise InvalidField(f"restore point.{path}", "a tensor of the network", "none")
             _fill(tensors[path], saved)
         groups = (len(self.state["optimizer"]), len(list(surgeon.optimizers.groups())))
-        _set_optimizers(surgeon, self.state["optimizer"])
+        if not others:
+            _set_optimizers(surgeon, self.state["optimizer"])
         for name, part in tracked.parts.items():
             _set_state(name, part, surgeon, put_home(self.state["parts"][name]), groups)
         _set_random_states(self.state["random"])
 
-    def _require_same_parts(self, tracked: Tracked) -> None:
+    def _require_same_parts(self, tracked: Tracked, *, here: bool) -> bool:
+        """Refuse other parts and optimizers; whether the latter are others, given ``here``."""
         hint = "resume with what the restore point was taken of"
         kept, there = sorted(self.state["parts"]), sorted(tracked.parts)
         if kept != there:
             raise InvalidField("restore point.parts", str(kept), there, hint=hint)
+        fault = self._other_optimizers(tracked)
+        if fault and not here:
+            raise InvalidField(*fault, hint=hint)
+        if fault:
+            place, then, now = fault
+            _log.warning("optimizers begin their state anew", place=place, then=then, now=str(now))
+        return bool(fault)
+
+    def _other_optimizers(self, tracked: Tracked) -> tuple[str, str, Any] | None:
+        """In what the optimizers are others: the place, what was there and what is."""
         optimizers = list(tracked.surgeon.optimizers.stateful())
         now = [len(o.param_groups) for o in optimizers]
         then = [0] * max(len(now), *(g.get("optimizer", 0) + 1 for g in self.state["optimizer"]), 0)
@@ -283,11 +301,12 @@ class Snapshot:
             then[group.get("optimizer", 0)] += 1
         # Groups may have joined since, but none may be missing.
         if len(then) > len(now) or any(a > b for a, b in zip(then, now, strict=True)):
-            raise InvalidField("restore point.optimizer groups", str(then), now, hint=hint)
+            return "restore point.optimizer groups", str(then), now
         for group in self.state["optimizer"]:
             kind = type(optimizers[group.get("optimizer", 0)]).__name__
             if group.get("kind", kind) != kind:  # older points do not say
-                raise InvalidField("restore point.optimizer", group["kind"], kind, hint=hint)
+                return "restore point.optimizer", group["kind"], kind
+        return None
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -236,7 +236,7 @@ class MonitoredCuts:
     def _go_back(self, tracked: Tracked, goal: int, cause: MadeCut, now: Evaluation) -> int:
         """Announce a rollback and put a restore point back; its number."""
         self._recovery.begin("rollback", self._undone_by(goal, cause, now), goal=goal)
-        return self._recovery.restore(goal, tracked)[0]
+        return self._recovery.restore(goal, tracked, here=True)[0]
 
     def _go_further(
         self, tracked: Tracked, point: int, cause: MadeCut, now: Evaluation, evaluate: Evaluate
@@ -251,7 +251,7 @@ class MonitoredCuts:
                 _log.exception("not rolled back any further", point=point)
                 break
         # Evaluating may have drawn random numbers.
-        return self._recovery.restore(point, tracked)[0]
+        return self._recovery.restore(point, tracked, here=True)[0]
 
     def _undone_by(self, goal: int, cause: MadeCut, now: Evaluation) -> list[PruningOutcome]:
         """The outcomes of the cuts that are taken back with going back to ``goal``."""

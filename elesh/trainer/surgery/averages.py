@@ -126,8 +126,9 @@ def all_copies_in(name: str, holder: Any, model: nn.Module) -> list[WeightCopy]:
 
 def unnamed_averages(
     model: nn.Module, known: Iterable[WeightCopy], among: Iterable[Any] | None = None
-) -> list[str]:
-    """Kinds of averages of this network, alive anywhere in this process, that were not named.
+) -> list[WeightCopy]:
+    """Averages of this network, by their kinds, alive anywhere in this process, that were not
+    named.
 
     A cut would not reach them, and their next update would fail. An average of another network of
     the same structure is distinguished by its weights.
@@ -143,17 +144,17 @@ def unnamed_averages(
     return _averages(model, named, alive(averages_weights))
 
 
-def _averages(model: nn.Module, named: set[int], among: Iterable[Any]) -> list[str]:
+def _averages(model: nn.Module, named: set[int], among: Iterable[Any]) -> list[WeightCopy]:
     averages = [each for each in among if averages_weights(type(each))]
     if not averages:
         return []
-    network, seen, found = _Network(model), set(named), list[str]()
+    network, seen, found = _Network(model), set(named), list[WeightCopy]()
     for each in averages:
         kind = type(each).__name__
         for copy in _search(kind, each, network, set(), _DEPTH):
             tensors = {id(tensor) for tensor in copy.tensors().values()}
             if not tensors & seen and likeness(copy, model) > ALIKE:
-                found.append(kind)
+                found.append(copy)
             seen |= tensors
     return found
 

@@ -34,6 +34,7 @@ __all__ = [
     "FRAMEWORKS",
     "Given",
     "Optimizers",
+    "begin_others_anew",
     "optimizers_in",
     "other_optimizers",
     "rebuild_reducers",
@@ -70,7 +71,8 @@ class Optimizers:
 
     Raises:
         InvalidField: if something given is, and holds, no optimizer; if its state lies on several
-            processes; or if none holds a parameter of the network.
+            processes, or in one tensor for several parameters; or if none holds a parameter of the
+            network.
     """
 
     def __init__(self, given: Given, tensors: Mapping[str, Tensor]) -> None:
@@ -79,6 +81,7 @@ class Optimizers:
         """As the user steps them."""
         for optimizer in self.all:
             _require_whole(optimizer)
+            _require_apart(optimizer)
         self.masters = masters_of(self.all, tensors)
         """Copies of parameters that are trained in their place, by the parameters' paths."""
         trained = {path for path, t in tensors.items() if t.requires_grad}
@@ -171,14 +174,16 @@ class Optimizers:
     def refresh(self) -> None:
         """Let optimizers that remember the number of their parameters count again."""
         for optimizer in self.all:
-            if isinstance(optimizer, torch.optim.LBFGS):
-                vars(optimizer).update(
-                    _numel_cache=None, _params=optimizer.param_groups[0]["params"]
-                )
+            _count_again(optimizer)
 
     def _holds(self, tensors: Mapping[str, Tensor]) -> bool:
         held = {id(p) for group in self.groups() for p in group["params"]}
         return bool(self.masters) or any(id(tensor) in held for tensor in tensors.values())
+
+
+def _count_again(optimizer: Optimizer) -> None:
+    if isinstance(optimizer, torch.optim.LBFGS):
+        vars(optimizer).update(_numel_cache=None, _params=optimizer.param_groups[0]["params"])
 
 
 def optimizers_in(given: Given) -> tuple[Optimizer, ...]:
@@ -227,6 +232,24 @@ def other_optimizers(
         return []
     gc.collect()  # what is only waiting to be collected trains nothing
     return others(alive(_optimizes))
+
+
+def begin_others_anew(model: nn.Module, given: Iterable[Optimizer]) -> list[str]:
+    """Drop the state that optimizers which are not among those given keep of parameters that have
+    other shapes now, so that their next step does not fail; their kinds."""
+    found = list[str]()
+    for other in other_optimizers(model, given, stateful=True):
+        strange = [
+            parameter
+            for parameter, state in other.state.items()
+            if not all(_follows(tensor, parameter) for tensor in _tensors(state))
+        ]
+        for parameter in strange:
+            del other.state[parameter]
+        if strange:
+            _count_again(other)
+            found.append(type(other).__name__)
+    return found
 
 
 def _optimizes(kind: type) -> bool:
@@ -307,6 +330,27 @@ def _require_whole(optimizer: Optimizer) -> None:
             "ZeroRedundancyOptimizer, whose state lies on several",
             hint="train with the optimizer that it wraps",
         )
+
+
+def _require_apart(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that keeps one flat tensor for several parameters beside its state: after
+    a cut, each would be given the moments of its neighbours."""
+    groups = [group["params"] for group in optimizer.param_groups]
+    together = [*groups, [parameter for group in groups for parameter in group]]
+    several = {sum(p.numel() for p in each) for each in together if len(each) > 1}
+    own = {key: value for key, value in vars(optimizer).items() if key not in _OF_OPTIMIZERS}
+    for held in (own, *({**group, "params": ()} for group in optimizer.param_groups)):
+        for name, value in held.items():
+            if isinstance(value, Tensor) and value.ndim == 1 and value.numel() in several:
+                raise InvalidField(
+                    "optimizer",
+                    "state of each parameter by itself (optimizer.state[parameter])",
+                    f"{type(optimizer).__name__}: {name!r} is one tensor for several parameters",
+                    hint="a cut cannot tell which part of it is whose; use optimizer.state",
+                )
+
+
+_OF_OPTIMIZERS = ("param_groups", "state", "defaults")
 
 
 def _foreign_keys(optimizer: Optimizer) -> dict[str, bool]:

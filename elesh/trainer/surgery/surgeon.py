@@ -45,7 +45,14 @@ from .bypass import put_in
 from .lineage import present, remember, require_same, steps
 from .masks import Masks
 from .optimizer_trial import require_cuttable
-from .optimizers import Given, Optimizers, other_optimizers, rebuild_reducers, require_whole
+from .optimizers import (
+    Given,
+    Optimizers,
+    begin_others_anew,
+    other_optimizers,
+    rebuild_reducers,
+    require_whole,
+)
 from .teachers import teachers_in
 from .tensors import RestorePoint, Skeleton, cutters_of, laid_out, replace_data, some_cutters
 
@@ -220,8 +227,9 @@ class Surgeon:
         """
         averages = unnamed_averages(self.model, self.copies, among)
         if averages:
+            kinds = ", ".join(average.name for average in averages)
             return (
-                f"an average of the network's weights was not named: {', '.join(averages)}; name "
+                f"an average of the network's weights was not named: {kinds}; name "
                 "it, session.resume(surgeon, ema=average) or surgeon.follow('ema', average)"
             )
         return ""
@@ -543,6 +551,8 @@ class Surgeon:
         keeps, self._keeps_point = self._keeps_point, False
         self.replay(history[len(self.architecture.history) :])
         self._keeps_point, self._undo_point = keeps, None
+        for kind in begin_others_anew(self.model, self.optimizers.all):
+            _log.warning("an optimizer that was not named begins its state anew", optimizer=kind)
         self._changed()
 
     @property

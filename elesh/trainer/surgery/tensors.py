@@ -18,6 +18,8 @@ from elesh.trainer.network.layers import HEAD_SIZES, SIZES, constants, refit_tau
 from elesh.trainer.network.multihead import commit
 from leyline import PrunedArchitecture
 
+from .bypass import Bypass
+
 if TYPE_CHECKING:
     from .optimizers import Optimizers
 
@@ -133,12 +135,14 @@ class Skeleton:
         )
 
     def put_in(self, optimizers: Optimizers) -> None:
-        """Make modules and trained parameters what they were; tensors are to follow.
+        """Make removed modules and trained parameters what they were; tensors are to follow.
 
-        Parameters that have joined the optimizers since stay in their groups.
+        Modules that others have put in since, and parameters that have joined the optimizers, stay.
         """
         for module, children in self.modules:
-            module._modules.update(children)
+            for name, child in children.items():
+                if isinstance(child, Bypass) or isinstance(module._modules.get(name), Bypass):
+                    module._modules[name] = child
         known = {id(parameter) for parameters in self.trained for parameter in parameters}
         for group, parameters in zip(optimizers.groups(), self.trained, strict=False):
             joined = [p for p in group["params"] if id(p) not in known]
@@ -148,13 +152,18 @@ class Skeleton:
     def set_sizes(self) -> None:
         """Set size attributes, once the tensors have their shapes."""
         for module, sizes in self.sizes:
-            vars(module).update(sizes)
-            commit(module)
-            refit_taught(module)
+            take_sizes(module, sizes)
         for module, buffers in self.constants:
             for name, old in buffers.items():
                 now = module._buffers[name]
                 module._buffers[name] = old if now is None else old.to(now.device)
+
+
+def take_sizes(module: nn.Module, sizes: Mapping[str, Any]) -> None:
+    """Give a module size attributes, and what follows from them and from its tensors."""
+    vars(module).update({name: sizes[name] for name in _SIZES if name in sizes})
+    commit(module)
+    refit_taught(module)
 
 
 @dataclass(frozen=True)

@@ -366,8 +366,8 @@ def test_a_disk_that_fills_up_within_a_rollback_leaves_the_run_rolled_back(
     run.apply(decide(world.surgeon.architecture), world.surgeon, told(0.9))
     restore = Recovery.restore
 
-    def restored_and_full(*args: Any) -> tuple[int, int]:
-        found = restore(*args)
+    def restored_and_full(*args: Any, **how: Any) -> tuple[int, int]:
+        found = restore(*args, **how)
         disk.full = True
         return found
 

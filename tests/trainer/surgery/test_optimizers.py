@@ -423,3 +423,23 @@ def test_what_is_no_optimizer_is_refused(architecture: PrunedArchitecture) -> No
 def collected() -> Iterator[None]:
     yield
     gc.collect()
+
+
+class Flat(Optimizer):
+    """Momentum of all parameters of a group in one tensor."""
+
+    def __init__(self, parameters: Any, inside: bool) -> None:
+        super().__init__(parameters, {"lr": 0.01})
+        sizes = [p.numel() for group in self.param_groups for p in group["params"]]
+        holder = self.param_groups[0] if inside else vars(self)
+        holder["momentum"] = torch.zeros(sum(sizes))
+        self.sizes = sizes
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["in the group", "beside it"])
+def test_one_tensor_for_several_parameters_is_refused_since_a_cut_would_mix_them_up(
+    architecture: PrunedArchitecture, inside: bool
+) -> None:
+    model = build()
+    with pytest.raises(InvalidField, match="'momentum' is one tensor for several parameters"):
+        Surgeon(model, architecture, optimizer=Flat(model.parameters(), inside))

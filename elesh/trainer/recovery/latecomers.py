@@ -1,0 +1,96 @@
+"""What came to a network since a restore point of it was taken, and what becomes of it when the
+point is put back.
+
+Promises: a network whose tensors are not those that its surgeon knows is not gone back with, and
+nothing of it changes; averages that the point has nothing of, named since or not at all, get the
+network's structure and begin anew with its weights. Optimizers of that kind begin their state anew
+(:func:`~elesh.trainer.surgery.optimizers.begin_others_anew`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from torch import nn
+
+from elesh.observe import get_logger
+from elesh.trainer.network.layers import constants, named_tensors, require_fit
+from elesh.trainer.network.state import fixed_to_a_shape
+from elesh.trainer.surgery.averages import WeightCopy, unnamed_averages
+from elesh.trainer.surgery.bypass import Bypass
+from elesh.trainer.surgery.surgeon import Surgeon
+from elesh.trainer.surgery.tensors import replace_data, take_sizes
+from leyline import InvalidField, PrunedArchitecture
+
+__all__ = ["Latecomers"]
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Latecomers:
+    """The averages of a network that a restore point has nothing of."""
+
+    model: nn.Module
+    averages: tuple[WeightCopy, ...]
+
+    @classmethod
+    def of(cls, surgeon: Surgeon, there: PrunedArchitecture, known: Collection[str]) -> Latecomers:
+        """Look for them, before anything changes.
+
+        Args:
+            there: the architecture of the restore point.
+            known: the names of what it has.
+
+        Raises:
+            ShapeMismatch: if tensors of the network are gone or have other shapes.
+            InvalidField: if a gradient hook would not fit any more.
+        """
+        model, now = surgeon.model, surgeon.architecture
+        require_fit(model, now, joined=True)
+        shapes = {tensor.path: tensor.shape for tensor in there.tensors}
+        moving = {t.path for t in now.tensors if shapes.get(t.path) != t.shape}
+        if hooked := fixed_to_a_shape(model, moving):
+            raise InvalidField(
+                f"model.{hooked}",
+                "gradient hooks that fit any shape",
+                "one that holds a tensor of its shape",
+                hint="let the hook make it of the gradient or of the parameter, or remove it",
+            )
+        if there.model_hash == now.model_hash:  # what the script keeps fits as it is
+            return cls(model, ())
+        late = [each for each in surgeon.copies if each.name not in known]
+        return cls(model, (*late, *unnamed_averages(model, surgeon.copies)))
+
+    def begin_anew(self) -> None:
+        """Make them copies of the network as it is."""
+        tensors = named_tensors(self.model)
+        for average in self.averages:
+            if average.module is not None:
+                _shape_like(average.module, self.model.get_submodule(average.prefix))
+            for path, tensor in average.tensors().items():
+                replace_data(tensor, tensors[path].detach().to(tensor, copy=True))
+            if average.module is not None:
+                _size_like(average.module, self.model.get_submodule(average.prefix))
+            _log.warning("an average begins anew with the network's weights", average=average.name)
+
+
+def _shape_like(module: nn.Module, like: nn.Module) -> None:
+    """Bring removed modules back where ``like`` has them."""
+    for name, child in like.named_children():
+        own = module._modules.get(name)
+        if isinstance(own, Bypass) and not isinstance(child, Bypass):
+            module._modules[name] = copy.deepcopy(child)
+        elif own is not None:
+            _shape_like(own, child)
+
+
+def _size_like(module: nn.Module, like: nn.Module) -> None:
+    """Give all parts the sizes and constants of those of ``like``."""
+    for path, theirs in like.named_modules():
+        own = module.get_submodule(path)
+        take_sizes(own, vars(theirs))
+        for name, constant in constants(theirs).items():
+            own._buffers[name] = constant.clone()

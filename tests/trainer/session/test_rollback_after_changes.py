@@ -1,0 +1,184 @@
+"""A cut is rolled back though optimizers, averages or modules came to the network since."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from guarded import Run, decide, told
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from elesh.trainer import Recorder, Surgeon
+from elesh.trainer.recovery.snapshot import Tracked
+
+X, Y = torch.randn(24, 6, generator=torch.Generator().manual_seed(5)), torch.arange(24) % 3
+
+
+class Net(nn.Module):
+    """A branch that can go, between layers that can lose channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.act = nn.Linear(6, 10), nn.Linear(10, 10), nn.ReLU()
+        self.norm, self.last = nn.BatchNorm1d(10), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        return self.last(self.act(self.norm(x + self.inner(x))))
+
+
+@dataclass
+class Script:
+    model: Net
+    surgeon: Surgeon
+    run: Run
+    optimizer: torch.optim.Optimizer
+
+    def train(self) -> None:
+        for _ in range(2):
+            self.optimizer.zero_grad()
+            nn.functional.cross_entropy(self.model(X), Y).backward()
+            self.optimizer.step()
+
+    def outputs(self, model: nn.Module | None = None) -> Tensor:
+        was = self.model.training
+        model = model or self.model
+        with torch.no_grad():
+            found: Tensor = model.eval()(X)
+        model.train(was)
+        return found
+
+    def rolled_back(self) -> list[str]:
+        return [outcome.result for outcome in self.run.watch(61, told(0.1))]
+
+
+def cut_once(layers: tuple[str, ...] = ()) -> tuple[Script, Tensor]:
+    """A script that has made a cut, and what its network answered before."""
+    torch.manual_seed(2)
+    model = Net()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    surgeon = Surgeon(model, Recorder(model, X[:4]).architecture, optimizer=optimizer)
+    script = Script(model, surgeon, Run(), optimizer)
+    script.run.resume(Tracked(surgeon))
+    script.train()
+    before = script.outputs()
+    assert not layers or layers[0] in surgeon.architecture.block
+    outcome = script.run.apply(decide(surgeon.architecture, layers=layers), surgeon, told(0.9))
+    assert outcome.result == "applied", outcome.detail
+    script.train()
+    return script, before
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("layers", [(), ("inner",)])
+def test_an_average_made_after_the_cut_begins_anew_with_the_weights_of_before(
+    named: bool, layers: tuple[str, ...]
+) -> None:
+    script, before = cut_once(layers)
+    average = AveragedModel(script.model, use_buffers=True)
+    if named:
+        script.surgeon.follow("ema", average)
+    script.train()
+    average.update_parameters(script.model)
+    assert script.rolled_back() == ["rolled_back"]
+    assert torch.equal(script.outputs(), before)
+    assert torch.equal(script.outputs(average.module), before)
+    assert average.module.norm.num_features == 10
+    script.train()
+    average.update_parameters(script.model)
+
+
+def test_an_optimizer_made_after_the_cut_goes_on_after_its_rollback(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    script, before = cut_once()
+    script.optimizer = torch.optim.SGD(script.model.parameters(), 0.01, momentum=0.9)
+    script.train()
+    with caplog.at_level(logging.WARNING):
+        assert script.rolled_back() == ["rolled_back"]
+    assert "an optimizer that was not named begins its state anew" in caplog.text
+    assert torch.equal(script.outputs(), before)
+    script.train()
+    assert not torch.equal(script.outputs(), before)
+
+
+def test_another_optimizer_that_the_surgeon_was_given_begins_its_state_anew() -> None:
+    script, before = cut_once()
+    script.optimizer = torch.optim.SGD(script.model.parameters(), 0.01, momentum=0.9)
+    script.surgeon.train_with(script.optimizer)
+    script.train()
+    assert script.rolled_back() == ["rolled_back"]
+    assert torch.equal(script.outputs(), before)
+    assert not script.optimizer.state
+    script.train()
+
+
+def test_modules_without_tensors_that_the_script_put_in_since_stay() -> None:
+    script, _ = cut_once()
+    script.model.act = nn.Sequential(nn.GELU(), nn.Dropout(0.1))
+    assert script.rolled_back() == ["rolled_back"]
+    assert type(script.model.act) is nn.Sequential
+    assert script.model.first.out_features == 10
+    script.train()
+
+
+def wrapped(model: Net) -> None:
+    model.last = nn.Sequential(model.last, nn.Identity())
+
+
+def wider(model: Net) -> None:
+    model.last = nn.Linear(model.last.in_features, 5)
+
+
+def computed(model: Net) -> None:
+    nn.utils.parametrizations.weight_norm(model.first)
+
+
+def hooked(model: Net) -> None:
+    mask = torch.ones_like(model.first.weight)
+    model.first.weight.register_hook(lambda gradient: gradient * mask)
+
+
+@pytest.mark.parametrize("change", [wrapped, wider, computed, hooked])
+def test_a_network_that_was_changed_since_is_left_as_it_is_and_the_log_says_why(
+    change: Callable[[Net], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    script, _ = cut_once()
+    change(script.model)
+    state = copy.deepcopy(script.model.state_dict())
+    with caplog.at_level(logging.ERROR):
+        assert script.rolled_back() == []
+    assert "monitored cuts not judged" in caplog.text
+    assert "model.last" in caplog.text or "model.first.weight" in caplog.text
+    assert all(torch.equal(state[path], now) for path, now in script.model.state_dict().items())
+    assert script.outputs().shape[0] == len(X)
+    nn.functional.cross_entropy(script.model(X), Y).backward()
+
+
+def test_a_run_that_resumes_the_structure_it_has_leaves_averages_of_the_script_alone(
+    tmp_path: Path,
+) -> None:
+    def built() -> tuple[Net, Surgeon, AveragedModel]:
+        torch.manual_seed(2)
+        model = Net()
+        return model, Surgeon(model, Recorder(model, X[:4]).architecture), AveragedModel(model)
+
+    model, surgeon, _ = built()
+    (run := Run(tmp_path)).resume(Tracked(surgeon))
+    with torch.no_grad():
+        model.last.weight += 1
+    run.save(7)
+    run.close()
+    model, surgeon, average = built()
+    kept = average.module.last.weight.clone()
+    again = Run(tmp_path)
+    assert again.resume(Tracked(surgeon)) == 7
+    assert not torch.equal(model.last.weight, kept)
+    assert torch.equal(average.module.last.weight, kept)
+    again.close()
