@@ -115,6 +115,22 @@ def _move(surgeon: Surgeon, there: PrunedArchitecture) -> bool:
     return True
 
 
+def _warn_of_empty(surgeon: Surgeon, before: PrunedArchitecture, state: Mapping[str, Any]) -> None:
+    """Say which parameters have another size than before and no content in what is loaded: files
+    of weights are loaded one by one, and scripts load some of the weights."""
+    model, here = surgeon.model, {tensor.path: tensor.shape for tensor in before.tensors}
+    moved = {
+        tensor.path
+        for tensor in surgeon.architecture.tensors
+        if tensor.kind != "buffer" and here.get(tensor.path) != tensor.shape
+    }
+    every = dict(model.named_parameters(remove_duplicate=False))
+    filled = {id(every[path]) for path in state.keys() & every.keys()}
+    if empty := [path for path in sorted(moved & every.keys()) if id(every[path]) not in filled]:
+        what = "parameters have the sizes of before the cuts and no content until it is loaded, too"
+        _log.warning(what, parameters=", ".join(empty))
+
+
 class Loading:
     """A hook that brings a surgeon's network to the structure of every ``state_dict`` it loads.
 
@@ -154,7 +170,10 @@ class Loading:
         for architecture in had:  # the largest first
             if all(_has(state, tensor) for tensor in architecture.tensors):
                 return _move(self.surgeon, architecture)
-        return bring(self.surgeon, None)
+        before = self.surgeon.architecture
+        changed = bring(self.surgeon, None)
+        _warn_of_empty(self.surgeon, before, state)
+        return changed
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Loading:
         return self

@@ -383,14 +383,10 @@ class _Check:
         return outcome.model_copy(update={**self._more, "fallbacks": self._fallbacks})
 
     def _measure(self, name: str, step: str) -> Evaluation:
-        self._samples, model = 0, self._surgeon.model
-
-        def count(module: nn.Module, args: Any, kwargs: Any) -> None:
-            sizes = [len(x) for x in tensors_in([*args, *kwargs.values()]) if x.ndim]
-            self._samples += max(sizes, default=0)
-
-        with span(step), model.register_forward_pre_hook(count, with_kwargs=True):
+        samples, model = _Samples(), self._surgeon.model
+        with span(step), model.register_forward_pre_hook(samples, with_kwargs=True):
             self._figures[name] = now = self._evaluate()
+        self._samples = samples.count
         return now
 
     def _judge(self, now: Evaluation, when: str) -> PruningOutcome | None:
@@ -402,6 +398,23 @@ class _Check:
         key = self._decision.idempotency_key
         _log.exception("decision refused, an error came up", key=key, when=when, reason=reason)
         return self.outcome("refused", f"{when}: {reason}")
+
+
+class _Samples:
+    """A hook that counts the samples a network is called with, and those that copies of it made
+    meanwhile are; scripts pickle the network, too, and such a one counts for itself."""
+
+    _not_followed = True
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        sizes = [len(x) for x in tensors_in([*args, *kwargs.values()]) if x.ndim]
+        self.count += max(sizes, default=0)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Samples:
+        return self
 
 
 def _first(batches: Batches, samples: int) -> Batches:

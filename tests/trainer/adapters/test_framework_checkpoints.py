@@ -3,6 +3,7 @@ after a cut brings the network, its averages and its optimizers to that architec
 
 from __future__ import annotations
 
+import logging
 from itertools import count
 from typing import Any
 
@@ -130,6 +131,28 @@ def test_best_weights_that_a_script_kept_are_loaded_whatever_was_cut_since(
             assert surgeon.architecture.parameters == sum(p.numel() for p in model.parameters())
             assert all(torch.equal(t, best[name]) for name, t in model.named_parameters())
             assert all(map(torch.equal, model.parameters(), average.module.parameters()))
+
+
+def test_loading_some_of_the_weights_of_before_a_cut_says_which_others_are_empty(
+    architecture: PrunedArchitecture, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build()
+    surgeon = Surgeon(model, architecture)
+    loading = Loading(surgeon)
+    kept, answers = {name: t.clone() for name, t in model.state_dict().items()}, model(X)
+    first = {name: t for name, t in kept.items() if name.startswith("0.")}
+    surgeon.cut({"0": [3, 7]})
+    with caplog.at_level(logging.WARNING):
+        model.load_state_dict(first, strict=False)
+    (said,) = [record for record in caplog.records if "no content" in record.getMessage()]
+    assert "2.weight" in str(vars(said))
+    assert "0.weight" not in str(vars(said))
+    caplog.clear()
+    rest = {name: t for name, t in kept.items() if name not in first}
+    model.load_state_dict(rest, strict=False)
+    assert not caplog.records
+    assert torch.equal(model(X), answers)
+    loading.end()
 
 
 def test_a_checkpoint_of_other_channels_is_told_apart_though_shapes_are_alike(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from guarded import Run, World, decide, outputs
+from trainer_nets import example
 
 from elesh.trainer import Evaluation, apply_decision
 from elesh.trainer.network.calling import _EXAMPLES
@@ -47,6 +49,23 @@ def test_no_cut_stands_whose_figures_are_no_numbers(bad: Evaluation, good: int) 
     assert "nan" in outcome.detail or "inf" in outcome.detail
     assert world.digest() == before
     assert torch.equal(outputs(world), answers)
+
+
+def test_an_evaluation_may_pickle_the_network_that_it_judges(tmp_path: Path) -> None:
+    """As scripts do that keep the best one whole."""
+    run, world = Run(), World()
+    run.resume(world.tracked)
+    calls = count(1)
+
+    def evaluate() -> Evaluation:
+        torch.save(world.model, tmp_path / "best.pt")
+        best = torch.load(tmp_path / "best.pt", weights_only=False)
+        assert torch.equal(best(example()), world.model(example()))
+        return Evaluation(0.9, 0.1 + next(calls) * 1e-9)
+
+    outcome = run.apply(decide(world.original), world.surgeon, evaluate)
+    assert outcome.result == "applied", outcome.detail
+    assert torch.load(tmp_path / "best.pt", weights_only=False)(example()).isfinite().all()
 
 
 def test_a_cut_says_what_a_call_took_before_and_after_it_and_changes_nothing_by_asking() -> None:
