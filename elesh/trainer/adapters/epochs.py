@@ -289,8 +289,10 @@ class EveryEpoch:
         unknown = checkpoint and not (self._time.over or self.session.knows_scatter)
         always = self._given is not None or unknown
         found = self.session.watch(epoch, self._noted, always=always)
-        if any(outcome.result == "rolled_back" for outcome in found):
+        if undone := [outcome for outcome in found if outcome.result == "rolled_back"]:
             self._known = None  # that was of the network before
+            own = (o for o in undone if o.undone_with in (None, o.idempotency_key))
+            self._held_back = next(own, undone[0])
         for decision in decisions:
             found.append(self._apply(decision, self.surgeon))
         if checkpoint:

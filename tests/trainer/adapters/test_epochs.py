@@ -189,7 +189,7 @@ def test_what_holds_a_budget_back_is_said_with_what_would_help() -> None:
     epochs, _ = running(session, budget={"macs": 0.1})
     assert "raise removed_at_most" in epochs.budget_so_far(), "a fifth of the units is too little"
 
-    epochs, _ = running(session, budget={"macs": 0.9}, removed_at_most=0.9)
+    epochs, _ = running(session, budget={"macs": 0.6}, removed_at_most=0.9)
     assert "100.0% of the macs left; the run is not over" in epochs.budget_so_far()
     surgeon, right = epochs.surgeon, iter([0.9, 0.5, 0.5, 0.5, 0.5])
     assert surgeon is not None
@@ -197,6 +197,16 @@ def test_what_holds_a_budget_back_is_said_with_what_would_help() -> None:
     session.answers = [decide(surgeon.architecture, units=8, groups=1)]
     epochs.end_epoch(2)
     assert "the last decision was rolled back: accuracy 0.9000 fell to" in epochs.budget_so_far()
+
+    epochs._evaluate = lambda *_: Evaluation(0.9, next(_LOSSES))
+    session.answers = [decide(surgeon.architecture, units=8, groups=1, number=2)]
+    assert [outcome.result for outcome in epochs.end_epoch(3)] == ["applied"]
+    assert "the run is not over" in epochs.budget_so_far()
+    epochs._evaluate = lambda *_: Evaluation(0.6, next(_LOSSES))
+    assert [outcome.result for outcome in epochs.end_epoch(4)] == ["rolled_back"]
+    said = epochs.budget_so_far()
+    assert "the last decision was rolled back: accuracy 0.9000 fell to 0.6000" in said
+    assert "right after the cut it was 0.9000" in said
 
     epochs, _ = running(session, budget={"macs": 1.0})
     assert epochs.budget_so_far().startswith("budget reached (macs 100%)")
