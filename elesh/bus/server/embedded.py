@@ -271,10 +271,10 @@ class EmbeddedServer:
         return binary
 
     def _last_words(self) -> str:
-        try:
-            return (self.folder / "server.log").read_text(errors="replace").strip()[-300:]
-        except OSError:
-            return "the server ended at once"
+        words = ""
+        with contextlib.suppress(OSError):
+            words = (self.folder / "server.log").read_text(errors="replace").strip()[-300:]
+        return words or "the server ended at once and wrote no log: is the disk full?"
 
     def _failed(self, reason: str, *, hint: str = "") -> BusUnavailable:
         log = self.folder / "server.log"

@@ -193,3 +193,15 @@ def test_a_url_goes_before_the_environment_and_that_before_the_embedded_server(
     assert (tmp_path / "redis" / "server.json").exists()
     with embedded_server(tmp_path) as url, Redis.from_url(url) as client:
         assert client.ping()
+
+
+def test_a_server_that_ends_without_a_word_is_an_error_with_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = EmbeddedServer(tmp_path)
+    mute = tmp_path / "mute"  # as on a full disk: its log is there, and empty
+    mute.write_text(f"#!/bin/sh\n: > '{server.folder}/server.log'\nexit 1\n")
+    mute.chmod(0o700)
+    monkeypatch.setattr(server, "_binary", lambda: mute)
+    with pytest.raises(BusUnavailable, match="ended at once and wrote no log"):
+        server.start()
