@@ -189,7 +189,8 @@ class _Taught(tp.function.BasePruningFunc):  # type: ignore[misc]
         raise NotImplementedError
 
     def get_out_channels(self, layer: nn.Module) -> int:
-        attribute, dim = channel_axes(layer).outputs[0]
+        axes = channel_axes(layer)
+        attribute, dim = (axes.outputs or axes.inputs)[0]
         return int(getattr(layer, attribute).shape[dim])
 
     def get_in_channels(self, layer: nn.Module) -> int:
@@ -254,6 +255,7 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
         self, module2node: Any, output: Any, gradfn2module: Any, reused: Any, visited: Any
     ) -> Any:
         gradfn2module |= {one.call.output: one.call.module for one in self.function_calls}
+        gradfn2module |= {made: one.module for one in self.calls.made for made in one.others}
         return super()._trace_computational_graph(
             module2node, output, gradfn2module, reused, visited
         )
@@ -265,9 +267,9 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
 
     def channels(self, node: Any, function: Any) -> int:
         """How many channels one side of a node can have at most."""
-        pruner = self.get_pruner_of_module(node.module)
-        if isinstance(node.module, nn.Module) and channel_axes(node.module).produces:
-            inward = function == pruner.prune_in_channels
+        pruner, axes = self.get_pruner_of_module(node.module), _axes_of(node)
+        inward = function == pruner.prune_in_channels
+        if axes.produces or (axes.inputs and inward):
             count = pruner.get_in_channels if inward else pruner.get_out_channels
             return int(count(node.module))
         return self.relations.channels(node)
@@ -284,7 +286,7 @@ def _bridge(graph: _Graph, calls: Calls) -> dict[Any, list[Link]]:
     """
     nodes = {node.grad_fn: node for node in graph.module2node.values()}
     made = [one for one in calls.made if one.module in graph.module2node]
-    nodes |= {one.output: graph.module2node[one.module] for one in made}
+    nodes |= {f: graph.module2node[one.module] for one in made for f in (one.output, *one.others)}
     graph.by_function = nodes
     links: dict[Any, list[Link]] = {}
     for one in made:
@@ -416,6 +418,7 @@ class _Table:
 
 _RESHAPED = "its channels could not be followed through a reshape"
 _SUMMED = "a product that is no layer's sums over its channels"
+_PADDED = "code adds it, in a number of its own, to channels that are added to it"
 
 
 @dataclass
@@ -543,6 +546,8 @@ class _Reach:
             queue.put(node, function, indices, None)
         for node, function, indices, came in queue:
             here = self._side(node, function)
+            if len(padded := np.intersect1d(graph.relations.padded(node), indices)):
+                self.lost.append((padded + here.offset, node, _PADDED))
             for dependency, relation, forwards in relations[node]:
                 target = dependency.target
                 if not dependency.is_triggered_by(function):
@@ -634,6 +639,7 @@ class _Ports:
         self.names = self._modules = {module: name for name, module in model.named_modules()}
         held = (*model.named_parameters(), *buffers.items())
         self._parameters = {id(p): name for name, p in held}
+        self._packed = {one.module for one in graph.calls.made if one.packed}
         self._made: dict[tuple[Any, Any], Port | None] = {}
 
     def of(self, node: Any, function: Any) -> Port | None:
@@ -657,6 +663,9 @@ class _Ports:
             return None
         pruner = self._graph.get_pruner_of_module(thing)
         inward = function == pruner.prune_in_channels != pruner.prune_out_channels
+        if inward and thing in self._packed:
+            refusal = f"{self._modules[thing]} reads a packed sequence, whose rows are no samples"
+            return Port(self._modules[thing], "in", refusal=refusal)
         if inward and thing in self._whole:  # Its inputs go with its outputs: nothing to mask.
             return Port(self._modules[thing], "in")
         norm = standardised(thing) if inward and channel_axes(thing).inputs else None

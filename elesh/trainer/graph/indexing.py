@@ -85,6 +85,25 @@ class Relation:
         return inside
 
 
+@dataclass(frozen=True, eq=False)
+class Table(Relation):
+    """Any other relation: pairs of a producer's and a consumer's channels."""
+
+    pairs: Pairs = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
+    single, same = False, False
+
+    def forwards(self, channels: Ints) -> Pairs:
+        return self._of(channels, *self.pairs)
+
+    def backwards(self, channels: Ints) -> Pairs:
+        return self._of(channels, *reversed(self.pairs))
+
+    @staticmethod
+    def _of(channels: Ints, here: Ints, there: Ints) -> Pairs:
+        met = np.isin(here, channels)
+        return here[met], there[met]
+
+
 class Relations:
     """The relations of a dependency graph's edges, one for each of a node's dependencies."""
 
@@ -133,6 +152,17 @@ class Relations:
             return False
         width = self._width(node)
         return width is not None and width < 1
+
+    def padded(self, node: Any) -> Ints:
+        """The channels of what a node makes that it makes itself, of a number."""
+        before, axis = self._input_shape(node), self._axis(node)
+        if not node.grad_fn.name().startswith(_PADS) or before is None or axis is None:
+            return np.zeros(0, dtype=np.int64)
+        first, channels = (
+            _padding(node.grad_fn, axis, len(before))[0],
+            np.arange(self._made(node)[axis]),
+        )
+        return channels[(channels < first) | (channels >= first + before[axis])]
 
     def lies_along(self, node: Any, from_end: int, size: int) -> bool | None:
         """Whether what an operation makes, element by element, has its channels, so many, on an
@@ -186,6 +216,8 @@ class Relations:
         elif consumer.type == OPTYPE.RESHAPE:
             width = max(1, int(self._width(consumer) or 1))
             repeats, period = self._turns(consumer)
+        elif (moved := self._rearranged(consumer, start, stop, step)) is not None:
+            return moved
         elif consumer.type in (OPTYPE.ELEMENTWISE, OPTYPE.EXPAND):
             passed = (self.channels(producer) if stop is None else stop) - start
             if (passed == 1) != (self.channels(consumer) == 1):
@@ -195,6 +227,31 @@ class Relations:
         if summed or self._crosses(producer, consumer, link):
             stop = start
         return Relation(start, stop, step, width, offset, repeats, period, summed)
+
+    def _rearranged(self, node: Any, start: int, stop: int | None, step: int) -> Relation | None:
+        """How an operation puts the channels that it gets together, in another order or between
+        others; None if it does not."""
+        function, axis, before = node.grad_fn, self._input_axis(node), self._input_shape(node)
+        if axis is None or before is None or not function.name().startswith(_REARRANGED):
+            return None
+        size, name, places = before[axis], function.name(), np.arange(before[axis])
+        came = start + places * step
+        if name.startswith(_PADS):
+            first, last = _padding(function, axis, len(before))
+            here = Relation(start, stop, step) if first == last == 0 else None
+            return here or Table(pairs=_inside(came, places + first, size + first + last))
+        if name.startswith("Glu"):
+            halved = _dim(function, len(before)) == axis
+            return Table(pairs=(came, places % (size // 2))) if halved else None
+        if axis != (1 if name.startswith("ChannelShuffle") else len(before) - 3):
+            return None
+        if name.startswith("PixelUnshuffle"):
+            return Relation(start, stop, step, width=function._saved_downscale_factor**2)
+        if name.startswith("PixelShuffle"):
+            return Table(pairs=(came, places // function._saved_upscale_factor**2))
+        many = function._saved_groups  # As many have to stay in each group: one of each goes.
+        made = (places % (size // many) * many)[:, None] + np.arange(many)
+        return Table(pairs=(np.repeat(came, many), made.reshape(-1)))
 
     def _crosses(self, producer: Any, consumer: Any, link: Link) -> bool:
         """Whether the producer's channels lie on another axis than the consumer's: they are
@@ -331,6 +388,9 @@ class Relations:
 
 
 _PRODUCTS = ("BmmBackward0", "MmBackward0")
+_PADS = "ConstantPad"
+_REARRANGED = (_PADS, "Glu", "PixelShuffle", "PixelUnshuffle", "ChannelShuffle")
+"""Operations by which channels change their numbers, though it is the same axis."""
 
 
 def _own_axis(node: Any) -> int | None:
@@ -353,7 +413,9 @@ def _own_axis(node: Any) -> int | None:
 
 
 def _moved(function: Any, axis: int, before: Sequence[int], after: Sequence[int]) -> int | None:
-    """Where an operation puts the channel axis of its input."""
+    """Where an operation puts the channel axis of its input; None where it has no such axis."""
+    if axis >= len(before) == len(after):  # It was taken from another input, with more of them.
+        return None
     if (
         len(after) == len(before)
         and list(after) == list(before)
@@ -432,6 +494,18 @@ def any_along(x: Tensor, dim: int) -> Tensor:
     # Largest values are found ten times as quickly as whether any differs from zero.
     found: Tensor = (x.abs().amax(rest) if rest else x) != 0
     return found
+
+
+def _inside(came: Ints, made: Ints, size: int) -> Pairs:
+    """Pairs of which the second is one of so many channels."""
+    kept = (made >= 0) & (made < size)
+    return came[kept], made[kept]
+
+
+def _padding(function: Any, axis: int, ndim: int) -> tuple[int, int]:
+    """How many are put before and behind what lies along an axis; negative where it is cropped."""
+    sizes, place = [signed(size) for size in function._saved_pad], 2 * (ndim - 1 - axis)
+    return (sizes[place], sizes[place + 1]) if place < len(sizes) else (0, 0)
 
 
 def _dim(function: Any, ndim: int) -> int:

@@ -248,11 +248,12 @@ def replace_first(
     args: tuple[Any, ...], kwargs: dict[str, Any], function: Callable[[Tensor], Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A module's arguments with ``function`` applied to its first input (for pre-hooks), wherever
-    that is given (queries that are keys and values, too)."""
-    if len(args) == 1 and not kwargs:
-        return (function(args[0]),), kwargs
+    that is given (queries that are keys and values, too); of a packed sequence, to its rows."""
     first = args[0] if args else next(iter(kwargs.values()))
-    made = function(first)
+    packed = isinstance(first, PackedSequence)
+    made = first._replace(data=function(first.data)) if packed else function(first)
+    if len(args) == 1 and not kwargs:
+        return (made,), kwargs
     replaced = tuple(made if x is first else x for x in args)
     return replaced, {name: made if x is first else x for name, x in kwargs.items()}
 

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from leyline import LayerDescriptor
 
 from .calling import tensors_in
-from .layers import channel_axes, is_transposed_linear
+from .layers import channel_axes, is_recurrent, is_transposed_linear
 
 Link = tuple[Any, int]
 """A tensor as autograd knows it: the function that made it and the number of its output."""
@@ -43,6 +44,10 @@ class Call:
     """How many others it returns behind that."""
     given: Tensor | None
     """Its first tensor input, of layers that mix channels."""
+    others: tuple[Any, ...] = ()
+    """The functions that made its other outputs, of recurrent layers (their last states)."""
+    packed: bool = False
+    """Whether what came in was a packed sequence."""
 
 
 class Calls:
@@ -57,7 +62,7 @@ class Calls:
         }
         self._handles: list[RemovableHandle] = []
         self._clock = 0
-        self._open: list[tuple[str, int, list[Tensor], list[Link | None]]] = []
+        self._open: list[tuple[str, int, list[Tensor], list[Link | None], bool]] = []
         self.made: list[Call] = []
 
     def __enter__(self) -> Calls:
@@ -110,9 +115,10 @@ class Calls:
     def _enter(self, name: str) -> Callable[..., None]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             self._clock += 1
-            came = tensors_in([*args, *kwargs.values()])
+            given = *args, *kwargs.values()
+            came, packed = tensors_in(given), any(isinstance(x, PackedSequence) for x in given)
             # Now: what works in place changes the history of its input.
-            self._open.append((name, self._clock, came, [_link(x) for x in came]))
+            self._open.append((name, self._clock, came, [_link(x) for x in came], packed))
 
         return enter
 
@@ -121,8 +127,10 @@ class Calls:
             self._clock += 1
             while self._open and self._open[-1][0] != name:
                 self._open.pop()  # It raised, and its caller went on.
-            _, entered, came, links = self._open.pop()
+            _, entered, came, links, packed = self._open.pop()
             left = tensors_in(output)
+            recurrent = is_recurrent(module)
+            links = links[:1] if recurrent else links  # Not the states.
             first = output[0] if isinstance(output, tuple) and output else output
             self.made.append(
                 Call(
@@ -137,10 +145,16 @@ class Calls:
                     _link(first) if isinstance(first, Tensor) else None,
                     len(output) - 1 if isinstance(output, tuple) else 0,
                     came[0] if came and name in self._mixing else None,
+                    _made_by(left[1:]) if recurrent else (),
+                    packed,
                 )
             )
 
         return leave
+
+
+def _made_by(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    return tuple(t.grad_fn for t in tensors if t.grad_fn is not None)
 
 
 def _link(tensor: Tensor) -> Link | None:

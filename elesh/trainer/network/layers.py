@@ -197,15 +197,13 @@ def _refusal(module: nn.Module) -> str:
         return f"{kind} normalises over several axes, of which these channels are one"
     if isinstance(module, nn.MultiheadAttention):
         return "MultiheadAttention projects these channels one by one, or adds keys of its own"
-    if isinstance(module, nn.RNNBase):
-        return f"{kind} is recurrent in these channels"
     return ""
 
 
 SIZES = (
     "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features",
     "num_parameters", "embedding_dim", "nf", "nx", "num_channels", "num_groups",
-    "normalized_shape", "shape", "d_model",
+    "normalized_shape", "shape", "d_model", "input_size",
 )  # fmt: skip
 """The attributes that :func:`refit` sets."""
 
@@ -351,6 +349,23 @@ def _standardised_axes(module: _ConvNd) -> ChannelAxes:
     return replace(axes, outputs=(*axes.outputs, ("gain", 0)))
 
 
+def _recurrent_axes(module: nn.Module) -> ChannelAxes:
+    """What comes in; its states stay."""
+    first = ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse")
+    return ChannelAxes(inputs=tuple((n, 1) for n in first if n in module._parameters), site_dim=-1)
+
+
+def _refit_recurrent(module: Any) -> None:
+    ((name, _), *_) = _recurrent_axes(module).inputs
+    module.input_size = getattr(module, name).shape[1]
+
+
+def is_recurrent(module: nn.Module) -> bool:
+    """Whether this is one of PyTorch's recurrent layers, or a cell of one."""
+    return isinstance(module, (nn.RNNBase, nn.RNNCellBase))
+
+
+teach_layer(is_recurrent, _recurrent_axes, _refit_recurrent)
 teach_layer(is_transposed_linear, _transposed_axes, _refit_transposed)
 teach_layer(_is_standardised, _standardised_axes)
 

@@ -152,6 +152,63 @@ class Modulated(nn.Module):
         return torch.as_tensor(self.head(functional.gelu(y)))
 
 
+class Gated(nn.Module):
+    """Half of a layer's outputs gate the other half."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv1d(7, 24, 1), nn.Conv1d(12, 20, 3, padding=1)
+        self.glu, self.head = nn.GLU(1), nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(self.glu(self.first(x)))
+        return torch.as_tensor(self.head(functional.glu(y, 1).mean(2)))
+
+
+class Recurrent(nn.Module):
+    """What reads sequences, step by step or all at once; of one the last state is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.embed = nn.Conv1d(5, 12, 3, padding=1), nn.Linear(12, 40)
+        self.gru = nn.GRU(40, 6, batch_first=True, bidirectional=True)
+        self.lstm = nn.LSTM(40, 6, num_layers=2, batch_first=True)
+        self.cell, self.head = nn.LSTMCell(40, 6), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(self.conv(x.transpose(1, 2)).relu().transpose(1, 2))
+        _, last = self.gru(x)
+        states, _ = self.lstm(x)
+        h = c = x.new_zeros(len(x), 6)
+        for step in range(2):
+            h, c = self.cell(x[:, step], (h, c))
+        return torch.as_tensor(self.head(torch.cat([last[0], last[1], states[:, -1], h], 1)))
+
+
+class Padded(nn.Module):
+    """Shortcuts without weights: every second place, and zeros for the channels that are new."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.wide = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 20, 3, 2, padding=1)
+        self.inner, self.head = nn.Conv2d(20, 14, 3), nn.Linear(14, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        shortcut = functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 5, 3))
+        x = (self.wide(x) + shortcut).relu()
+        return torch.as_tensor(self.head(self.inner(x).relu().mean((2, 3))))
+
+
+def upscaled() -> nn.Module:
+    """Channels become places, and places channels; some are shuffled."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.PixelUnshuffle(2),
+        nn.Conv2d(64, 32, 3, padding=1), nn.PixelShuffle(2), nn.Conv2d(8, 24, 3, padding=1),
+        nn.ChannelShuffle(3), nn.ReLU(), nn.Conv2d(24, 3, 1),
+    )  # fmt: skip
+
+
 IMAGES = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 IDS = torch.randint(0, 20, (2, _TOKENS), generator=torch.Generator().manual_seed(0))
 VECTORS = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))
@@ -163,5 +220,9 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "sloped": (lambda: Tokens(SlopedAttention), (IDS,)),
     "constants": (Constants, (IMAGES,)),
     "modulated": (Modulated, (VECTORS, CONDITIONS)),
+    "gated": (Gated, (VECTORS,)),
+    "recurrent": (Recurrent, (VECTORS,)),
+    "padded": (Padded, (IMAGES,)),
+    "upscaled": (upscaled, (IMAGES,)),
 }
 """By name: how it is made, and inputs."""

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 from trainer_nets import NETS, ResNet, architecture_of, build, example
 
 from elesh.trainer import Recorder, Surgeon
@@ -323,16 +324,18 @@ def test_a_transformer_of_torch_has_its_width_hidden_units_and_heads_pruned() ->
 
 
 def test_other_peoples_operations_are_refused_with_a_reason() -> None:
-    class Recurrent(nn.Module):
+    class Packing(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.enter, self.lstm = nn.Linear(4, 8), nn.LSTM(8, 6, batch_first=True)
-            self.gru, self.fc = nn.GRU(6, 5, batch_first=True), nn.Linear(5, 3)
+            self.fc = nn.Linear(6, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.fc(self.gru(self.lstm(torch.relu(self.enter(x)))[0])[0][:, -1])
+            entered = torch.relu(self.enter(x))
+            packed = pack_padded_sequence(entered, torch.tensor([7, 5]), batch_first=True)
+            return self.fc(self.lstm(packed)[1][0][-1])
 
-    assert "recurrent" in reason(find(Recurrent(), torch.randn(2, 7, 4)), "enter")
+    assert "packed sequence" in reason(find(Packing(), torch.randn(2, 7, 4)), "enter")
     normed = nn.Sequential(
         nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 1)), nn.Conv2d(8, 2, 1)
     )
