@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -78,6 +80,9 @@ from .midpoint import LOOK_AHEAD, first_to_go, indices_of
 _log = get_logger(__name__)
 UNNAMED = "run"
 """The run of a measurement that names none."""
+_PIECE = 16
+"""A batch is divided into pieces of no fewer samples; random directions are then those that the
+whole batch would have."""
 
 
 @dataclass(frozen=True)
@@ -214,10 +219,11 @@ class Recorder:
             batch_statistics: those of batch normalisations are estimated anew after refitting:
                 ``session.apply(..., batches=batches)`` does that.
             redistribute: only rank for a trainer that refits, as in the version before.
-            loss_samples: only the batches that begin among so many samples have the loss's
-                derivatives taken, two of the three backward passes; what is made from these
-                (first and second order, margins, the masking of heads) is of them alone. The order
-                for ``reconstruct`` reads none of it. Default: all.
+            loss_samples: only the first so many samples have the loss's derivatives taken, two of
+                the three backward passes, and those that come in one batch with them where that
+                is not much larger or cannot be divided; what is made from these (first and second
+                order, margins, the masking of heads) is of them alone. The order for
+                ``reconstruct`` reads none of it. Default: all.
             layers: whether whole layers are measured, too.
             seen: called with what the model returned for each batch, and its labels, before
                 anything is measured of it.
@@ -237,7 +243,7 @@ class Recorder:
         kept: Batches = ()
         architecture = self._architecture
         with preserve_state(self._model, self._seed, batches):
-            kept = list(self._limited(batches, max_samples))
+            kept = list(self._limited(batches, max_samples, apart=loss_samples))
             expected = sum(batch_size(inputs) for inputs, _ in kept)
             measurement = Measurement(
                 architecture, inputs=redistribute, reconstruct=reconstruct, samples=expected
@@ -355,25 +361,34 @@ class Recorder:
         return torch.cat(rows).numpy() if rows else np.zeros(0)
 
     def _limited(
-        self, batches: Iterable[tuple[Inputs, Any]], limit: int | None
+        self,
+        batches: Iterable[tuple[Inputs, Any]],
+        limit: int | None,
+        apart: int | None = None,
     ) -> Iterator[tuple[Inputs, Any]]:
-        """Batches on the model's device, up to so many samples."""
+        """Batches on the model's device, up to so many samples. A batch that goes on beyond the
+        first samples that are ``apart`` is divided there."""
         device, seen = device_of(self._model), 0
         for inputs, labels in batches:
             size = batch_size(inputs)
             left = size if limit is None else min(size, limit - seen)
             if left <= 0:
                 return
+            ends = [left]
             if packed_in(inputs) is not None:
-                left = size  # It cannot be shortened.
+                ends = [size]  # It cannot be shortened.
+            elif apart is not None and _PIECE <= apart - seen <= left - _PIECE:
+                ends = [apart - seen, left]
 
-            def taken(tensor: Tensor, size: int = size, left: int = left) -> Tensor:
+            def taken(tensor: Tensor, begin: int, end: int, size: int = size) -> Tensor:
                 whole = tensor.ndim == 0 or tensor.shape[0] != size
-                part = (tensor if whole else tensor[:left]).detach().to(device)
+                part = (tensor if whole else tensor[begin:end]).detach().to(device)
                 return part.clone() if part.is_inference() else part
 
-            seen += left
-            yield map_tensors(taken, inputs), map_tensors(taken, labels)
+            for begin, end in pairwise([0, *ends]):
+                own = partial(taken, begin=begin, end=end)
+                yield map_tensors(own, inputs), map_tensors(own, labels)
+            seen += ends[-1]
 
     def _run(
         self,
@@ -475,13 +490,12 @@ def _distinct(batches: Batches, samples: int) -> int | None:
     seen: set[bytes] = set()
     for inputs, _ in batches:
         size = batch_size(inputs)
-        rows = [x.cpu() for x in tensors_in(inputs) if x.ndim and len(x) == size]
+        given = [x.cpu() for x in tensors_in(inputs) if x.ndim and len(x) == size]
+        rows = [x.reshape(size, -1).contiguous().view(torch.uint8).numpy() for x in given]
         for number in range(size):
             digest = hashlib.blake2b(digest_size=16)
             for row in rows:
-                digest.update(
-                    row[number].reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
-                )
+                digest.update(row[number])
             seen.add(digest.digest())
     return None if len(seen) == samples else len(seen)
 

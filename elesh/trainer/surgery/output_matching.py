@@ -7,7 +7,7 @@ outputs of the network before the cut (Hinton, Vinyals and Dean 2015, section 2.
 differences of logits). Labels are not looked at.
 
 Promises: nothing but trained parameters changes, and their ``grad`` does not; what does not end
-nearer than it began is put back bit for bit.
+nearer than it began, on the samples that it is judged by, is put back bit for bit.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from elesh.trainer.network.state import preserve_state
 __all__ = ["Matched", "match_outputs"]
 
 _PASSES, _BATCH = 2, 32
+_JUDGED = 256
+"""Samples, spread over all, by which it is judged whether a pass came nearer."""
 _STEP = 0.04
 """Of the root mean square of a tensor: how far its elements go in a step of the first pass."""
 _FINER, _MUCH_FINER = 2, 4
@@ -38,7 +40,7 @@ _MEAN, _SQUARE, _TINY = 0.9, 0.99, 1e-12
 
 @dataclass(frozen=True)
 class Matched:
-    """How much of the outputs' variance is missing, of 1."""
+    """How much of the outputs' variance is missing, of 1, on the samples that it was judged by."""
 
     before: float
     after: float
@@ -117,13 +119,12 @@ class _Descent:
 @torch.no_grad()
 def _missing(model: nn.Module, inputs: Inputs, wanted: Tensor, variance: float) -> float | None:
     """Share of the outputs' variance; None where they have another shape."""
-    total, every = 0.0, torch.arange(len(wanted), device=wanted.device)
-    for rows in torch.split(every, 8 * _BATCH):
-        output = main_output(call(model, _rows(inputs, rows)))
-        if output.shape != wanted[rows].shape:
-            return None
-        total += len(rows) * float(mse_loss(output.float(), wanted[rows].float()))
-    return total / len(wanted) / variance
+    every = -(-len(wanted) // _JUDGED)
+    rows = torch.arange(0, len(wanted), every, device=wanted.device)
+    output = main_output(call(model, _rows(inputs, rows)))
+    if output.shape != wanted[rows].shape:
+        return None
+    return float(mse_loss(output.float(), wanted[rows].float())) / variance
 
 
 def _rows(inputs: Inputs, rows: Tensor) -> Inputs:

@@ -190,6 +190,33 @@ def test_the_order_reads_nothing_of_what_few_samples_derivatives_leave_out() -> 
         np.testing.assert_array_equal(few.gates[name].second_order, first.second_order)
 
 
+def test_only_the_samples_asked_for_have_the_losss_derivatives_however_large_batches_are() -> None:
+    torch.manual_seed(4)
+    model, x = Convolved().eval(), torch.randn(72, 2, 6, 6)
+    labels = torch.randint(2, (72,))
+    batches = [(x[:40], labels[:40]), (x[40:], labels[40:])]
+    recorder = Recorder(model, x[:2])
+    whole = recorder.measure(batches, epoch=1)
+    few = recorder.measure(batches, epoch=1, loss_samples=16)
+    first = recorder.measure([(x[:16], labels[:16])], epoch=1)
+    assert few.metadata.samples == 72
+    for name, gate in few.gates.items():
+        assert gate.margins is not None
+        assert gate.moves is not None
+        assert len(gate.margins) == len(gate.moves) == 16
+        for field in ("margins", "first_order", "second_order"):
+            np.testing.assert_allclose(
+                getattr(gate, field), getattr(first.gates[name], field), rtol=1e-4, atol=1e-6
+            )
+        for field in ("projections", *INPUT_FIELDS):
+            np.testing.assert_allclose(
+                getattr(gate, field), getattr(whole.gates[name], field), rtol=1e-3, atol=1e-5
+            )
+    for gate in recorder.measure(batches, epoch=1, loss_samples=30).gates.values():
+        assert gate.margins is not None
+        assert len(gate.margins) == 40  # 10 by themselves are too few
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.sampled
 def test_heads_of_every_family_are_measured_element_by_element(name: str) -> None:

@@ -97,3 +97,18 @@ def test_outputs_that_cannot_or_need_not_be_matched_are_left_alone() -> None:
     found = match_outputs(elsewhere, images(1), wanted)
     assert found is not None
     assert found.after == found.before
+
+
+def test_it_is_trained_on_all_samples_and_judged_by_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, model = networks()
+    with torch.no_grad():
+        wanted = teacher(images(1))["logits"]
+    seen = {True: 0, False: 0}
+
+    def counted(network: nn.Module, inputs: Any) -> Any:
+        seen[torch.is_grad_enabled()] += len(inputs)
+        return network(inputs)
+
+    monkeypatch.setattr(output_matching, "call", counted)
+    match_outputs(model, images(1), wanted)
+    assert seen == {True: 2 * 512, False: 3 * 256}
