@@ -14,7 +14,9 @@ __all__ = ["masked", "masked_line", "masked_repr", "masked_values"]
 
 _IN_AUTHORITY = re.compile(r"(?:(?<=://)|^)([^/@:]*):(?!//).*@", re.DOTALL)
 # A password where host and port should be.
-_IN_PLACE_OF_HOST = re.compile(r"(?<=://)([^/@:\[]*):(?!\*\*\*@|\d*(?:[/?#,]|$)).*", re.DOTALL)
+_IN_PLACE_OF_HOST = re.compile(
+    r"(?<=://)((?:[^/@:\[,]*:\d*,)*[^/@:\[,]*):(?!\*\*\*@|\d*(?:[/?#,]|$)).*", re.DOTALL
+)
 _IN_QUERY = re.compile(r"(?i)([?&]\w*(?:pass|pwd|secret|token)\w*=)[^&\s]*")
 _IN_LINE = re.compile(r"(?<=://)([^/@:\s]*):[^\s\"']*@")
 # What is left after that: a password with blanks or quotes. A port is none.
