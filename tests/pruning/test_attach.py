@@ -144,6 +144,8 @@ class Noisy(Dataset[tuple[Tensor, int]]):
         (lambda y: y.tolist(), "a tensor of classes, found list"),
         (lambda y: y[:-1], "without their classes"),
         (lambda y: y[:, None], "without their classes"),
+        (lambda y: functional.one_hot(y, 10) * 2.0, "shares of them that add up to one"),
+        (lambda y: functional.one_hot(y, 10) - 0.5, "shares of them that add up to one"),
     ],
 )
 def test_labels_that_are_no_classes_are_refused_before_training(
@@ -158,6 +160,19 @@ def test_labels_that_are_no_classes_are_refused_before_training(
         url="redis://127.0.0.1:1/0",
     )  # fmt: skip
     with pytest.raises(InvalidField, match=rf"calibration\[\d+\].*{said}"), pruning:
+        pass
+
+
+def test_one_output_a_sample_is_refused_before_training(tmp_path: Path) -> None:
+    """A number to predict, or the odds of one of two classes: its cross-entropy is always zero."""
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1))
+    given = [(torch.rand(32, 4), torch.rand(32, 1)) for _ in range(2)]
+    pruning = elesh.attach(
+        model, torch.optim.SGD(model.parameters()), run_id="labels", calibration=given,
+        evaluate=lambda: elesh.Evaluation(0.5, 1.0), restore_dir=tmp_path,
+        url="redis://127.0.0.1:1/0",
+    )  # fmt: skip
+    with pytest.raises(InvalidField, match=r"two classes, found .*1\).*loss of your own"), pruning:
         pass
 
 

@@ -23,12 +23,26 @@ Sampler = Callable[[Any], Any]
 
 
 def class_axis(logits: Tensor, labels: Any) -> int:
-    """Where the classes are: the last axis, or axis 1 where the labels' shape says so."""
+    """Where the classes are: the last axis, or axis 1 where the labels say so: classes by their
+    shape, shares of every class by adding up to one there."""
     if logits.ndim > 2 and isinstance(labels, Tensor):
         shape = logits.shape
         if labels.shape == shape[:1] + shape[2:] and labels.shape != shape[:-1]:
             return 1
+        if labels.shape == shape and not _are_shares(labels, -1) and _are_shares(labels, 1):
+            return 1
     return logits.ndim - 1
+
+
+def _are_shares(labels: Tensor, axis: int) -> bool:
+    """Whether these numbers add up to one along an axis, or to nothing where no class counts."""
+    sums = labels.float().sum(axis)
+    off = torch.minimum(sums.abs(), (sums - 1).abs())
+    return bool((labels >= 0).all()) and bool((off < _ROUNDED).all())
+
+
+_ROUNDED = 0.02
+"""How far shares may be from one: they may come in half precision, one for each of many classes."""
 
 
 def class_labels(logits: Tensor, labels: Any) -> Tensor:
@@ -44,7 +58,12 @@ def class_labels(logits: Tensor, labels: Any) -> Tensor:
     if not isinstance(labels, Tensor):
         raise InvalidField(where, "a tensor of classes", type(labels).__name__, hint=hint)
     axis, found = class_axis(logits, labels), tuple(labels.shape)
+    if shape[axis] < 2:
+        raise InvalidField("outputs", "logits of at least two classes", shape, hint=hint)
     if labels.is_floating_point() and found == shape:
+        if not _are_shares(labels, axis):
+            expected = "classes, or shares of them that add up to one"
+            raise InvalidField(where, expected, "numbers that do not", hint=hint)
         return labels
     if labels.is_floating_point() or labels.is_complex():
         expected = f"classes as integers, or their shares in the shape of the logits {shape}"
@@ -75,6 +94,8 @@ def cross_entropy(output: Any, labels: Any) -> Tensor:
     """Of logits; summed over samples and, for sequences and images, over their positions."""
     logits = main_output(output).float()
     classes = class_axis(logits, labels)
+    if labels.is_floating_point():  # shares of every class
+        labels = labels.movedim(classes, 1)
     return functional.cross_entropy(logits.movedim(classes, 1), labels, reduction="sum").reshape(1)
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 from trainer_nets import NETS, activations, batches, build, example, measured, same, units
 
 from elesh.trainer import Recorder, Surgeon
-from elesh.trainer.calibration.losses import directions
+from elesh.trainer.calibration.losses import class_axis, cross_entropy, directions
 from leyline import CheckpointBundle, InvalidField, Level, NotFinite, ShapeMismatch, checkpoint_id
 
 SITES = ["Vgg", "ResNet", "Dense", "Mobile", "Vit", "Shared", "Unet", "Gated"]
@@ -285,6 +285,19 @@ def test_sequences_and_images_of_classes_are_measured() -> None:
     pixels = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
     images = [(torch.randn(5, 3, 6, 6), torch.randint(0, 4, (5, 6, 6)))]
     assert Recorder(pixels, images[0][0]).measure(images, epoch=1).channels["0"].size == 8
+
+
+def test_shares_of_classes_lie_where_they_add_up_to_one() -> None:
+    """Of an image, as PyTorch's cross-entropy has them, as classes are measured."""
+    shape, generator = (3, 5, 4, 6), torch.Generator().manual_seed(0)
+    logits, classes = torch.zeros(shape), torch.randint(5, (3, 4, 6), generator=generator)
+    shares = functional.one_hot(classes, 5).float()
+    assert class_axis(logits, classes) == 1
+    assert class_axis(logits, shares.movedim(-1, 1)) == 1
+    assert class_axis(logits.movedim(1, -1), shares) == 3
+    for axis in (1, 3):
+        loss = cross_entropy(logits.movedim(1, axis), shares.movedim(-1, axis))
+        assert torch.allclose(loss, torch.tensor(3 * 4 * 6 * math.log(5)))
 
 
 def test_rows_that_belong_to_one_sample_are_put_together() -> None:
