@@ -1,6 +1,6 @@
 """A decision's page as plain data: the verdict, the cut, what spoke for it, and what came of it.
 
-Promises: pure functions of what was recorded; every target and every unit that was spared near the
+Promises: pure functions of what was recorded; every target and every unit that was kept near the
 cut has its reason; what is no longer there is said, never guessed.
 """
 
@@ -97,7 +97,7 @@ class Strip:
 
 @dataclass(frozen=True)
 class UnitRow:
-    """A unit that goes or was spared, with what it alone would cost."""
+    """A unit that goes or was kept near the cut, with what it alone would cost."""
 
     explanation: UnitExplanation
     alone: float | None
@@ -304,7 +304,7 @@ def _heats(known: dict[str, Doubles]) -> dict[str, npt.NDArray[np.int64]]:
 
 
 def _units(explanation: Explanation, bundle: CheckpointBundle | None) -> Iterator[UnitRow]:
-    """Rows by group: what goes, then what was spared, each by rising score."""
+    """Rows by group: what goes, then what was kept near the cut, each by rising score."""
     scores = {
         name: _importance(bundle, name) if bundle else (None, None)
         for name in {row.group for row in explanation.units}

@@ -63,11 +63,11 @@ class Browser(Chrome):
         asked: dict[str, Any] = {"format": kind, "captureBeyondViewport": True}
         if kind == "webp":
             asked["quality"] = 70
-        if height:
-            size = "return [innerWidth, document.documentElement.scrollHeight]"
-            width, whole = self.execute_script(size)
-            asked["clip"] = {"x": 0, "y": 0, "width": width, "height": min(height, whole),
-                             "scale": 1}  # fmt: skip
+        # Chrome itself, asked for all of a page that is just laid out anew, may find no width.
+        size = "return [innerWidth, document.documentElement.scrollHeight]"
+        width, whole = self.execute_script(size)
+        asked["clip"] = {"x": 0, "y": 0, "width": width, "height": min(height or whole, whole),
+                         "scale": 1}  # fmt: skip
         shot = self.execute_cdp_cmd("Page.captureScreenshot", asked)
         path.write_bytes(base64.b64decode(shot["data"]))
         return path

@@ -19,10 +19,10 @@
     return `${Math.max(0, Math.round(seconds))} s ago`;
   };
   // Times are the bus server's, and so is what they are counted from: this machine's clock may differ.
-  let ahead = 0;
-  const setClock = (main) => { if (main.dataset.now) ahead = Date.parse(main.dataset.now) - Date.now(); };
+  let offset = 0;
+  const setClock = (main) => { if (main.dataset.now) offset = Date.parse(main.dataset.now) - Date.now(); };
   const tellAges = () => document.querySelectorAll("main time[datetime]").forEach((each) => {
-    const seconds = (Date.now() + ahead - Date.parse(each.dateTime)) / 1000;
+    const seconds = (Date.now() + offset - Date.parse(each.dateTime)) / 1000;
     each.title = each.title || `${each.textContent} UTC`;
     each.classList.toggle("quiet", seconds > QUIET);
     const text = age(seconds);
