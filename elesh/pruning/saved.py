@@ -26,7 +26,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from elesh.trainer.graph.hazards import require_initialised
-from elesh.trainer.network.layers import HEAD_SIZES, SIZES, require_fit
+from elesh.trainer.network.layers import require_fit
+from elesh.trainer.network.sizes import HEAD_SIZES, SIZES
 from elesh.trainer.network.state import trainable
 from elesh.trainer.recovery.files import write_durably
 from elesh.trainer.surgery.bypass import Bypass

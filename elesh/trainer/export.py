@@ -33,9 +33,9 @@ from elesh.trainer.network.calling import (
     through_layers,
 )
 from elesh.trainer.network.gates import Axis
-from elesh.trainer.network.layers import refilled, require_fit
+from elesh.trainer.network.layers import require_fit
 from elesh.trainer.network.multihead import patched, take_back
-from elesh.trainer.network.standardised import replace_weight
+from elesh.trainer.network.norms import refilled, replace_weight
 from elesh.trainer.network.state import preserve_state, unwrapped
 from elesh.trainer.surgery.bypass import first_of, with_first
 from leyline import ContractError, InvalidField, NetworkExport, Phase, PrunedArchitecture

@@ -20,8 +20,9 @@ import numpy.typing as npt
 from torch import nn
 
 from elesh.trainer.network.calls import Call
-from elesh.trainer.network.layers import channel_axes, common_holder, splits
+from elesh.trainer.network.layers import channel_axes
 from elesh.trainer.network.multihead import NATIVE, native_projections
+from elesh.trainer.network.sizes import common_holder, splits
 from leyline import GateSite, Level, NormSite, PruningGroup, Span, TensorSlice
 
 from .dependencies import SOFTMAX, Met, Probe, Source, Sources, attends

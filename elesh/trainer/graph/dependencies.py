@@ -21,8 +21,9 @@ from torch.autograd.graph import GradientEdge
 from torch.nn.modules.conv import _ConvNd
 
 from elesh.trainer.network.calls import Call, Link
-from elesh.trainer.network.layers import Norm, channel_axes, norm_of
+from elesh.trainer.network.layers import channel_axes
 from elesh.trainer.network.multihead import NATIVE
+from elesh.trainer.network.norms import Norm, norm_of
 
 from .indexing import any_along, shape_of, signed
 

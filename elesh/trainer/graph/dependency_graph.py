@@ -28,16 +28,8 @@ from torch.nn.modules.conv import _ConvNd
 from elesh.trainer.network.buffers import with_history
 from elesh.trainer.network.calling import Inputs, batch_size, call, tensors_in
 from elesh.trainer.network.calls import Calls, Link
-from elesh.trainer.network.layers import (
-    FEWEST_PLACES,
-    ChannelAxes,
-    Norm,
-    channel_axes,
-    eps_of,
-    is_taught,
-    norm_of,
-)
-from elesh.trainer.network.standardised import standardised
+from elesh.trainer.network.layers import FEWEST_PLACES, ChannelAxes, channel_axes, is_taught
+from elesh.trainer.network.norms import Norm, eps_of, norm_of, standardised
 from leyline import InvalidField, LayerDescriptor
 
 from .attention import Attention, find_attentions

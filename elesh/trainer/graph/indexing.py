@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch_pruning.ops import OPTYPE
 
 from elesh.trainer.network.calls import Link
-from elesh.trainer.network.layers import channel_axes, norm_of
+from elesh.trainer.network.layers import channel_axes
+from elesh.trainer.network.norms import norm_of
 
 Ints = npt.NDArray[np.int64]
 Pairs = tuple[Ints, Ints]

@@ -16,13 +16,12 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from elesh.trainer.network.calling import Inputs, call, device_of, tensors_in
-from elesh.trainer.network.layers import (
+from elesh.trainer.network.layers import channel_axes, named_tensors
+from elesh.trainer.network.sizes import (
     HEAD_SIZES,
     SIZES,
-    channel_axes,
     constants,
     cut_by_place,
-    named_tensors,
     refit,
     refit_heads,
 )

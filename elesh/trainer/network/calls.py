@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from leyline import LayerDescriptor
 
 from .calling import tensors_in
-from .layers import channel_axes, is_recurrent, is_transposed_linear
+from .layers import channel_axes
+from .taught import is_recurrent, is_transposed_linear
 
 Link = tuple[Any, int]
 """A tensor as autograd knows it: the function that made it and the number of its output."""

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from elesh.observe import get_logger
-from elesh.trainer.network.layers import constants, named_tensors, require_fit
+from elesh.trainer.network.layers import named_tensors, require_fit
+from elesh.trainer.network.sizes import constants
 from elesh.trainer.network.state import fixed_to_a_shape
 from elesh.trainer.surgery.averages import WeightCopy, unnamed_averages
 from elesh.trainer.surgery.bypass import Bypass

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from elesh.trainer.network.calling import replace_inputs, through_layers
-from elesh.trainer.network.layers import refilled
 from elesh.trainer.network.multihead import patched, take_back
-from elesh.trainer.network.standardised import replace_weight
+from elesh.trainer.network.norms import refilled, replace_weight
 from elesh.trainer.network.state import Uncompiled
 from leyline import LayerBlock, NormSite, PrunedArchitecture
 

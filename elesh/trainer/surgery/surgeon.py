@@ -16,13 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from elesh.observe import get_logger
-from elesh.trainer.network.layers import (
-    cut_by_place,
-    named_tensors,
-    refit,
-    refit_heads,
-    require_fit,
-)
+from elesh.trainer.network.layers import named_tensors, require_fit
+from elesh.trainer.network.sizes import cut_by_place, refit, refit_heads
 from elesh.trainer.network.state import alive, fixed_to_a_shape, unwrapped
 from leyline import (
     ContractError,

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from elesh.trainer.network.layers import HEAD_SIZES, SIZES, constants, refit_taught
+from elesh.trainer.network.layers import refit_taught
 from elesh.trainer.network.multihead import commit
+from elesh.trainer.network.sizes import HEAD_SIZES, SIZES, constants
 from leyline import PrunedArchitecture
 
 from .bypass import Bypass

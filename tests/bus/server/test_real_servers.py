@@ -285,7 +285,7 @@ def test_the_bus_follows_a_failover_of_sentinel(tmp_path: Path) -> None:
 
 
 def _replicated(server: Server) -> bool:
-    """Whether a replica holds all that was written so far; WAIT counts this client's writes only."""
+    """Whether a replica holds all written so far; WAIT counts only what this client wrote."""
     with server.client() as redis:
         redis.set("written-last", 1)
         return redis.wait(1, 1000) == 1

@@ -10,7 +10,7 @@ import trainer_nets
 from torch import Tensor, nn
 
 from elesh.trainer import Recorder, Surgeon
-from elesh.trainer.network.standardised import standardised
+from elesh.trainer.network.norms import standardised
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

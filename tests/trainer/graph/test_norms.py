@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from elesh.trainer import Recorder, Surgeon
-from elesh.trainer.network.layers import norm_of, refilled
+from elesh.trainer.network.norms import norm_of, refilled
 
 
 class OwnRmsNorm(nn.Module):

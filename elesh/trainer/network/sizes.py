@@ -1,0 +1,276 @@
+"""The attributes in which modules keep the sizes of their tensors and their numbers of heads.
+
+Promises: after a cut :func:`refit` sets ``out_channels`` and its relatives from the shapes of the
+tensors, and :func:`refit_heads` the numbers of heads.
+
+Attention modules keep their numbers of heads beside their weights, under names of their own; after
+a cut they must say the same as the shapes. An attribute is set only where its name is one of these
+*and* its value was the number of heads (key/value heads, channels of all heads): a name alone
+proves nothing. What is missing here is not cut wrongly: without the right number the module does
+not run, or does not compute what the masked one does, and the proof refuses the group.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from leyline import Level, PrunedArchitecture, PruningGroup
+
+from .layers import refit_taught
+from .multihead import commit
+
+__all__ = [
+    "HEAD_SIZES",
+    "SIZES",
+    "common_holder",
+    "constants",
+    "cut_by_place",
+    "refit",
+    "refit_heads",
+    "splits",
+]
+
+SIZES = (
+    "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features",
+    "num_parameters", "embedding_dim", "nf", "nx", "num_channels", "num_groups",
+    "normalized_shape", "shape", "d_model", "input_size",
+)  # fmt: skip
+"""The attributes that :func:`refit` sets."""
+
+
+def cut_by_place(model: nn.Module, architecture: PrunedArchitecture) -> set[nn.Module]:
+    """The grouped convolutions that lose the same places of every group, not whole groups."""
+    tensors = [p.tensor for group in architecture.groups for p in group.slices if p.dim == 1]
+    owners = (path.rpartition(".") for path in dict.fromkeys(tensors))
+    found = (model.get_submodule(owner) for owner, _, name in owners if name == "weight")
+    return {module for module in found if isinstance(module, _ConvNd) and module.groups > 1}
+
+
+def refit(module: nn.Module, by_place: bool = False) -> None:
+    """Set the module's size attributes to what its tensors' shapes say.
+
+    Args:
+        by_place: whether it is one of :func:`cut_by_place`.
+    """
+    commit(module)
+    refit_taught(module)
+    if isinstance(module, nn.Transformer):  # It checks the width of what it is given.
+        norms = (part for part in module.modules() if isinstance(part, nn.LayerNorm))
+        module.d_model = next(
+            (len(n.weight) for n in norms if n.elementwise_affine), module.d_model
+        )
+    held = vars(module).get("shape")
+    own = [parameter for parameter in module._parameters.values() if parameter is not None]
+    if isinstance(held, tuple) and len(own) == 1 and own[0].ndim == 1:
+        # The shape that a single vector is viewed in (PoolFormer's scales of layers).
+        wide = [place for place, size in enumerate(held) if size != 1]
+        if len(wide) == 1:
+            sizes = (len(own[0]) if place in wide else 1 for place in range(len(held)))
+            module.shape = tuple(sizes)  # type: ignore[assignment]
+    weight = getattr(module, "weight", None)
+    if isinstance(module, _NormBase):
+        sized = weight if weight is not None else module.running_mean
+        if sized is not None:
+            module.num_features = sized.shape[0]
+    elif not isinstance(weight, Tensor):
+        return
+    elif isinstance(module, _ConvNd):
+        _refit_conv(module, weight, by_place)
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = weight.shape[1]
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = weight.numel()
+    elif isinstance(module, nn.GroupNorm):
+        width, single = module.num_channels // module.num_groups, module.num_groups == 1
+        module.num_channels = len(weight)
+        module.num_groups = 1 if single else len(weight) // width
+    elif isinstance(vars(module).get("normalized_shape"), tuple) and weight.ndim == 1:
+        module.normalized_shape = tuple(weight.shape)  # type: ignore[assignment]
+
+
+def _refit_conv(module: _ConvNd, weight: Tensor, by_place: bool) -> None:
+    if by_place:
+        whole, shared = weight.shape[0], weight.shape[1] * module.groups
+        transposed = isinstance(module, _ConvTransposeNd)
+        module.in_channels, module.out_channels = (whole, shared) if transposed else (shared, whole)
+    elif module.groups > 1:
+        made = module.out_channels // module.groups
+        module.groups = max(1, weight.shape[0] // made)
+        module.out_channels = weight.shape[0]
+        module.in_channels = weight.shape[1] * module.groups
+    elif isinstance(module, _ConvTransposeNd):
+        module.in_channels, module.out_channels = weight.shape[:2]
+    else:
+        module.out_channels, module.in_channels = weight.shape[:2]
+
+
+_HEADS = (
+    "heads", "num_heads", "n_heads", "n_head", "nhead", "nheads", "num_attention_heads", "h", "nh",
+    "n_local_heads", "num_q_heads", "num_query_heads", "n_q_heads", "attention_heads",
+)  # fmt: skip
+_SHARED = (
+    "num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads",
+    "n_local_kv_heads", "nkv",
+)  # fmt: skip
+"""Key/value heads, where several query heads share one."""
+_SHARES = ("num_key_value_groups", "n_rep", "num_queries_per_kv")
+"""How many query heads share one."""
+_WIDTHS = (
+    "all_head_size", "inner_dim", "split_size", "attn_dim", "val_attn_dim", "d_out", "n_embd",
+    "d_model", "dim", "emb_dim", "hidden_size", "hidden_dim", "n_state",
+)  # fmt: skip
+"""Channels of all heads together: BERT, Diffusers and many others, GPT-2, timm and its LeViT; and
+where queries are as wide as the stream, the names that it has in code written by hand. Not
+``embed_dim``, nor ``embed_size``: scales are made of these after the cut, and parts (CodeGen)."""
+
+_SPLITS = ("width", "c", "expand_chs")
+"""Channels of each part that a layer's outputs are split into (Res2Net, YOLO), or of all parts
+together (timm's CSPNet)."""
+
+_STREAMS = ("hidden_dim", "embed_dim")
+"""Channels of the stream between the parts of a module (torchvision's ViT reshapes by it)."""
+
+_CONFIGURATION = "config"
+"""Where modules without a number of their own read it (Phi-3); each gets a copy then."""
+
+HEAD_SIZES = (*_HEADS, *_SHARED, *_SHARES, *_WIDTHS, *_SPLITS, *_STREAMS, _CONFIGURATION)
+"""The attributes that :func:`refit_heads` sets."""
+
+
+def refit_heads(model: nn.Module, before: PruningGroup, left: int) -> None:
+    """Set the head counts of the modules around attentions that have so many units left, and the
+    widths of modules, or of parts of them, around layers that have lost channels."""
+    around = vars(model.get_submodule(common_holder(before.layers)))
+    for holder, name, parts in splits(model, before):
+        holder[name] = parts * left
+    for norm in before.norms:
+        _refit_bare_norm(model.get_submodule(norm.module), norm.width * (before.size - left))
+    if before.level is not Level.HEAD:
+        around |= {name: left for name in _STREAMS if around.get(name) == before.size}
+        return
+    done = set[tuple[nn.Module, str]]()
+    attentions = _attentions(before.layers, tuple(site.module for site in before.sites))
+    for site in before.sites:
+        layers = attentions[site.module]
+        old, new, width = before.size, left, site.width
+        shares = _made(before, layers) <= width  # One key/value head for all stays as it is.
+        changes: list[tuple[Sequence[str], int, int]]
+        changes = [(_SHARES, old, new)] if shares else [(_SHARED, old, new)]
+        changes.append((_WIDTHS, old * width, new * width))
+        for module in _holders(model, [*layers, site.module]):
+            held = vars(module)
+            for names, was, becomes in changes:
+                fitting = [n for n in names if held.get(n) == was and (module, n) not in done]
+                done.update((module, name) for name in fitting)
+                held |= dict.fromkeys(fitting, becomes)
+            for name, buffer in constants(module).items():
+                if len(buffer) == old * width:
+                    module._buffers[name] = buffer[: new * width].clone()
+            if not any(name in held for name in _HEADS):
+                _configure(module, _SHARED if not shares else (), old, new)
+            for name in _HEADS:  # Each unit has so many query heads.
+                count, known = held.get(name), (module, name) in done
+                if type(count) is int and count % old == 0 and not known:
+                    held[name] = count // old * new
+                    done.add((module, name))
+
+
+def _refit_bare_norm(module: nn.Module, lost: int) -> None:
+    """Set the width of a normalisation that has no parameters to read it off."""
+    shape = vars(module).get("normalized_shape")
+    if isinstance(shape, tuple) and not any(p is not None for p in module._parameters.values()):
+        module.normalized_shape = (*shape[:-1], shape[-1] - lost)  # type: ignore[assignment]
+
+
+def _configure(module: nn.Module, shared: Sequence[str], old: int, new: int) -> None:
+    """Give a module a configuration of its own in which the numbers of heads are right."""
+    known = vars(module).get(_CONFIGURATION)
+    held = getattr(known, "__dict__", {})
+    counts = {n: held[n] for n in (*_HEADS, *shared) if type(held.get(n)) is int}
+    counts = {n: count for n, count in counts.items() if count % old == 0}
+    if counts:
+        own = copy.copy(known)
+        for name, count in counts.items():
+            vars(own)[name] = count // old * new
+        vars(module)[_CONFIGURATION] = own
+
+
+def splits(
+    model: nn.Module, group: PruningGroup, parts: int = 0
+) -> list[tuple[dict[str, Any], str, int]]:
+    """Attributes of the module around a group that say how many units it has, or so many times as
+    many: ``parts``, or as many as one of its layers makes for a unit.
+
+    Returns:
+        the module's attributes, the name of one, and how many times.
+    """
+    made = {f"{layer}.weight" for layer in group.layers}
+    widths = [part.width for part in group.slices if part.tensor in made and part.dim == 0]
+    many = parts or max(widths, default=1)
+    owners = [part.tensor.rpartition(".")[0] for part in group.slices]
+    around = vars(model.get_submodule(common_holder(owners if many > 1 else group.layers)))
+    sizes = {times * group.size: times for times in (1, many)}
+    return [(around, n, sizes[around[n]]) for n in _SPLITS if around.get(n) in sizes]
+
+
+def constants(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers of one number for every channel, the same for all, that no ``state_dict`` holds (the
+    bias that BEiT's keys do not have)."""
+    return {
+        name: held
+        for name in module._non_persistent_buffers_set
+        if (held := module._buffers.get(name)) is not None
+        and held.ndim == 1
+        and bool((held == held[:1]).all())
+    }
+
+
+@lru_cache(1024)
+def _attentions(layers: tuple[str, ...], outputs: tuple[str, ...]) -> Mapping[str, tuple[str, ...]]:
+    """The layers of each attention, by its output projection, where several make up a group."""
+    found: dict[str, tuple[str, ...]] = dict.fromkeys(outputs, ())
+    for layer in layers:
+        near = max(outputs, key=lambda output: len(common_holder([layer, output])))
+        found[near] += (layer,)
+    return found
+
+
+def _made(group: PruningGroup, layers: Sequence[str]) -> int:
+    """How many channels these layers make for a unit."""
+    widths = {part.tensor: part.width for part in group.slices}
+    return sum(widths.get(f"{layer}.weight", widths.get(layer, 0)) for layer in layers)
+
+
+def common_holder(layers: Sequence[str]) -> str:
+    """The innermost module that holds all of these layers; empty for the model itself."""
+    same = []
+    for parts in zip(*(layer.split(".")[:-1] for layer in layers), strict=False):
+        if len(set(parts)) > 1:
+            break
+        same.append(parts[0])
+    return ".".join(same)
+
+
+def _holders(model: nn.Module, layers: Sequence[str]) -> Iterator[nn.Module]:
+    """The modules from the innermost one that holds all of the layers, and says what is done with
+    them, down to the layers."""
+    top = common_holder(layers)
+    while top and isinstance(model.get_submodule(top), (nn.ModuleList, nn.ModuleDict)):
+        top = top.rpartition(".")[0]
+    paths = {top}
+    for layer in layers:
+        path = layer.rpartition(".")[0]
+        while path != top:
+            paths.add(path)
+            path = path.rpartition(".")[0]
+    for path in sorted(paths):
+        yield model.get_submodule(path)

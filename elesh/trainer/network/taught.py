@@ -1,0 +1,62 @@
+"""The kinds of layers that Elesh teaches itself, as a user teaches others: recurrent layers, the
+linear layers of GPT-2, convolutions with standardised weights and a gain.
+
+Promises: they are known as soon as any module of this folder is imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from .layers import ChannelAxes, conv_axes, teach_layer
+
+__all__ = ["is_recurrent", "is_transposed_linear"]
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether this is the linear layer of GPT-2 in Transformers, whose weight is [in, out]."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+_TRANSPOSED = ChannelAxes((("weight", 1), ("bias", 0)), (("weight", 0),), -1, True)
+
+
+def _refit_transposed(module: Any) -> None:
+    module.nx, module.nf = module.weight.shape
+
+
+def _is_standardised(module: nn.Module) -> bool:
+    """Whether this is a convolution with standardised weights, scaled by a gain for each output."""
+    gain = module._parameters.get("gain") if isinstance(module, _ConvNd) else None
+    return gain is not None and gain.numel() == gain.shape[0] > 1
+
+
+def _standardised_axes(module: _ConvNd) -> ChannelAxes:
+    axes = conv_axes(module)
+    return replace(axes, outputs=(*axes.outputs, ("gain", 0)))
+
+
+def _recurrent_axes(module: nn.Module) -> ChannelAxes:
+    """What comes in; its states stay."""
+    first = ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse")
+    return ChannelAxes(inputs=tuple((n, 1) for n in first if n in module._parameters), site_dim=-1)
+
+
+def _refit_recurrent(module: Any) -> None:
+    ((name, _), *_) = _recurrent_axes(module).inputs
+    module.input_size = getattr(module, name).shape[1]
+
+
+def is_recurrent(module: nn.Module) -> bool:
+    """Whether this is one of PyTorch's recurrent layers, or a cell of one."""
+    return isinstance(module, (nn.RNNBase, nn.RNNCellBase))
+
+
+teach_layer(is_recurrent, _recurrent_axes, _refit_recurrent)
+teach_layer(is_transposed_linear, lambda module: _TRANSPOSED, _refit_transposed)
+teach_layer(_is_standardised, _standardised_axes)
