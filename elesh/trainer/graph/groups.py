@@ -32,8 +32,6 @@ from leyline import (
 )
 
 from .attention import Attention, Ints, span_fields
-from .block_proof import with_blocks
-from .dependency_graph import Family, Port, Wiring, trace
 from .hazards import (
     reached_by,
     require_initialised,
@@ -43,11 +41,13 @@ from .hazards import (
     without_hazards,
     without_mixed,
 )
+from .proof.blocks import with_blocks
+from .proof.trial import Trial
+from .proof.units import without_refuted
 from .random_copy import random_copy
 from .residual_blocks import find_blocks
 from .residual_branches import parameters_behind
-from .trial import Trial
-from .unit_proof import without_refuted
+from .wiring import Family, Port, Wiring, trace
 
 
 def find_architecture(

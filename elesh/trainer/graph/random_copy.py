@@ -20,10 +20,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from elesh.trainer.network.calling import tensors_in
+from elesh.trainer.network.calling import summary, tensors_in
 from leyline import InvalidField
-
-from .dependency_graph import summary
 
 __all__ = ["random_copy"]
 

@@ -381,3 +381,15 @@ class _Calling(TorchFunctionMode):
     def _layer(self, input: Any, weight: Any, bias: Any = None) -> nn.Linear | None:
         layer = self._layers.get(id(weight))
         return layer if layer not in _CALLED and layer is not None and bias is layer.bias else None
+
+
+def described(inputs: Inputs) -> str:
+    """The tensors of a batch: shape, dtype and device."""
+    kinds = [f"{list(x.shape)} {x.dtype} on {x.device}" for x in tensors_in(inputs)]
+    return ", ".join(kinds).replace("torch.", "") or "no tensor"
+
+
+def summary(error: BaseException) -> str:
+    """An exception in one line."""
+    kind, lines = type(error).__name__, str(error).strip().splitlines()
+    return f"{kind}: {lines[0][:200]}" if lines else kind

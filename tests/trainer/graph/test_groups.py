@@ -380,7 +380,7 @@ def test_a_network_that_the_graph_cannot_follow_still_has_an_architecture(
     def broken(*_: object) -> None:
         raise IndexError("list index out of range")
 
-    monkeypatch.setattr("elesh.trainer.graph.dependency_graph._families", broken)
+    monkeypatch.setattr("elesh.trainer.graph.wiring._families", broken)
     model = build("Vgg")
     architecture = find(model)
     assert architecture.parameters == sum(p.numel() for p in model.parameters())

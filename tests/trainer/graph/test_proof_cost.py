@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from elesh.trainer import Recorder
-from elesh.trainer.graph import dependency_graph
+from elesh.trainer.graph import reach
 from elesh.trainer.graph.dependencies import Sources
 from elesh.trainer.graph.random_copy import random_copy
 from leyline import InvalidField, Level
@@ -121,14 +121,14 @@ class Dense(nn.Module):
 def test_a_deeper_dense_network_has_its_channels_followed_as_often_from_each_layer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    followed, plain = [0], dependency_graph._Queue.__iter__
+    followed, plain = [0], reach._Queue.__iter__
 
-    def counted(queue: dependency_graph._Queue) -> Iterator[Any]:
+    def counted(queue: reach._Queue) -> Iterator[Any]:
         for step in plain(queue):
             followed[0] += 1
             yield step
 
-    monkeypatch.setattr(dependency_graph._Queue, "__iter__", counted)
+    monkeypatch.setattr(reach._Queue, "__iter__", counted)
 
     def steps(depth: int) -> float:
         followed[0] = 0

@@ -1,7 +1,7 @@
 """A network to try masks and cuts on: quickly put on, and taken back bit for bit.
 
-Promises: what a trial masks and cuts is what :class:`~.masks.Masks` and a Surgeon would; only the
-tensors that shrink are copied, and nothing of the architecture is built anew.
+Promises: what a trial masks and cuts is what Masks and a Surgeon would; only the tensors that
+shrink are copied, and nothing of the architecture is built anew.
 """
 
 from __future__ import annotations
@@ -15,6 +15,12 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
+from elesh.trainer.graph.hazards import (
+    read_in_training,
+    require_repeatable,
+    train_once,
+    trainable_example,
+)
 from elesh.trainer.network.calling import Inputs, call, device_of, tensors_in
 from elesh.trainer.network.layers import channel_axes, named_tensors
 from elesh.trainer.network.sizes import (
@@ -30,7 +36,6 @@ from elesh.trainer.surgery.masks import Masks
 from elesh.trainer.surgery.tensors import point_to
 from leyline import PrunedArchitecture, Span
 
-from .hazards import read_in_training, require_repeatable, train_once, trainable_example
 from .waypoints import narrowed
 
 __all__ = ["Trial", "TrialCuts", "Units"]

@@ -12,15 +12,14 @@ from typing import Any
 
 import torch
 
-from elesh.trainer.network.calling import tensors_in
+from elesh.trainer.graph.residual_branches import parameters_behind
+from elesh.trainer.network.calling import summary, tensors_in
 from elesh.trainer.surgery.bypass import Replaced, put_back, put_in
 from elesh.trainer.surgery.masks import Masks
 from leyline import LayerBlock, PrunedArchitecture
 
-from .dependency_graph import summary
-from .residual_branches import parameters_behind
 from .trial import Trial
-from .unit_proof import Admission
+from .units import Admission
 from .waypoints import Guards, Waypoints, apart
 
 

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from elesh.trainer.graph.attention import tied, tied_parts
+from elesh.trainer.network.calling import summary
 from leyline import Level, PrunedArchitecture, PruningGroup
 
-from .attention import tied, tied_parts
-from .dependency_graph import summary
 from .trial import Cut, Trial, TrialCuts, Units
 from .waypoints import Fault, Guards, Waypoints, apart
 
