@@ -42,9 +42,9 @@ from elesh.trainer.surgery.after_cut import (
     batch_norms,
     consumer_axes,
 )
+from elesh.trainer.surgery.averages import teachers_in, with_teachers
 from elesh.trainer.surgery.lineage import continued, lineage_of
 from elesh.trainer.surgery.optimizers import require_whole
-from elesh.trainer.surgery.teachers import teachers_in, with_teachers
 from leyline import (
     AnalysisParameters,
     CheckpointBundle,

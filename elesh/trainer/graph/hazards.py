@@ -40,8 +40,8 @@ from elesh.trainer.network.calls import Calls, Link
 from elesh.trainer.network.gates import Axis, GateMeter
 from elesh.trainer.network.layers import channel_axes
 from elesh.trainer.network.state import seed_generators
+from elesh.trainer.surgery.averages import teachers_in
 from elesh.trainer.surgery.surgeon import Surgeon
-from elesh.trainer.surgery.teachers import teachers_in
 from leyline import InvalidField, PrunedArchitecture, PruningGroup
 
 from .indexing import any_along

@@ -7,17 +7,21 @@ structure is a plain list of tensors cannot lose whole layers, which is refused 
 Copies are found again where a holder has made new tensors since, as many averages do in every
 update; what a wrapper of optimizers keeps beside them (the slow weights of Lookahead), or the
 network in plain attributes (the weights it began with), is followed without being named.
+
+A teacher may be part of the network, beside its student (BYOL, MoCo, DINO): a frozen part that has
+the tensors of a trained part, and weights like its, loses what that part loses; what is removed of
+the student names the teacher's tensors too, so that counts, histories and restore points speak of
+both.
 """
 
 from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -25,20 +29,29 @@ from torch.optim import Optimizer
 
 from elesh.trainer.network.layers import named_tensors
 from elesh.trainer.network.state import alive
-from leyline import InvalidField
+from leyline import (
+    GateSite,
+    InvalidField,
+    LayerBlock,
+    PrunedArchitecture,
+    PruningGroup,
+    TensorSlice,
+)
 
 from .tensors import Cutter
 
 __all__ = [
     "ALIKE",
     "Beside",
-    "CopiesSeen",
     "Followed",
     "WeightCopy",
     "all_copies_in",
     "averages_weights",
     "copies_in",
+    "shapes_of",
+    "teachers_in",
     "unnamed_averages",
+    "with_teachers",
 ]
 
 
@@ -159,52 +172,6 @@ def _averages(model: nn.Module, named: set[int], among: Iterable[Any]) -> list[W
     return found
 
 
-class CopiesSeen:
-    """Copies of a network that the script keeps as plain modules (a teacher that is moved by hand,
-    the best weights so far), told apart by whether they are updated while the network trains."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._digests: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
-        self._updated: WeakSet[nn.Module] = WeakSet()
-
-    def updated(self, known: Iterable[WeightCopy], among: Iterable[Any]) -> list[str]:
-        """Kinds of those that have changed since they were first looked at.
-
-        One that an optimizer trains is another network, one that holds still does not have to fit.
-
-        Args:
-            known: what is cut along.
-            among: every module of the network's kind, and every optimizer, that is alive.
-        """
-        among = list(among)
-        named = {id(copy.module) for copy in known} | {id(self._model)}
-        own = {id(tensor) for tensor in named_tensors(self._model).values()}
-        trained = {
-            id(parameter)
-            for optimizer in among
-            if isinstance(optimizer, Optimizer)
-            for group in vars(optimizer).get("param_groups", ())
-            for parameter in group["params"]
-        }
-        shapes, found = _shapes(self._model), list[str]()
-        for each in among:
-            if type(each) is not type(self._model) or id(each) in named:
-                continue
-            tensors = named_tensors(each)
-            held = {id(tensor) for tensor in tensors.values()}
-            if _shapes(each) != shapes or held & (own | trained):
-                continue
-            if likeness(WeightCopy("", each), self._model) <= ALIKE:
-                continue
-            digest = repr([float(tensor.detach().double().sum()) for tensor in tensors.values()])
-            if self._digests.setdefault(each, digest) != digest:
-                self._updated.add(each)
-            if each in self._updated:
-                found.append(type(each).__name__)
-        return found
-
-
 def averages_weights(kind: type) -> bool:
     """Whether a class looks like one that averages weights."""
     return bool(_KIND.search(kind.__name__)) and not issubclass(kind, type)
@@ -256,7 +223,7 @@ class _Network:
         self.parts: dict[_Shapes, list[str]] = {}
         for path, module in model.named_modules():
             if not path or module._modules:
-                self.parts.setdefault(_shapes(module), []).append(path)
+                self.parts.setdefault(shapes_of(module), []).append(path)
         self.orders = _orders(self.tensors)
 
     @cached_property
@@ -288,7 +255,8 @@ _Sizes = tuple[tuple[int, ...], ...]
 _Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
-def _shapes(module: nn.Module) -> _Shapes:
+def shapes_of(module: nn.Module) -> _Shapes:
+    """The tensors of a module: paths and shapes, in order."""
     return tuple((path, tuple(tensor.shape)) for path, tensor in named_tensors(module).items())
 
 
@@ -326,7 +294,7 @@ def _parts(holder: Any) -> list[Any]:
 
 def _module_copy(name: str, module: nn.Module, network: _Network) -> WeightCopy | None:
     """The module as a copy of the network, or of that part of it that has its tensors."""
-    shapes = _shapes(module)
+    shapes = shapes_of(module)
     paths = network.parts.get(shapes, []) if shapes else []
     theirs = {id(tensor) for tensor in named_tensors(module).values()}
     if not paths or any(id(tensor) in theirs for tensor in network.tensors.values()):
@@ -487,3 +455,82 @@ def _inside(holder: Any) -> Any:
 
 def _objects(copies: Iterable[WeightCopy]) -> list[int]:
     return [id(tensor) for copy in copies for tensor in copy.tensors().values()]
+
+
+def teachers_in(model: nn.Module) -> tuple[WeightCopy, ...]:
+    """The frozen parts of a network that copy a trained part; the outermost ones."""
+    if all(parameter.requires_grad for parameter in model.parameters()):
+        return ()
+    parts = [(path, module) for path, module in model.named_modules() if path]
+    trained = [(path, module) for path, module in parts if _all(module, requires_grad=True)]
+    found: list[WeightCopy] = []
+    for path, module in parts:
+        inside = any(path.startswith(f"{teacher.name}.") for teacher in found)
+        if inside or not module._modules or not _all(module, requires_grad=False):
+            continue
+        shapes = shapes_of(module)
+        for student, other in trained:
+            if type(other) is type(module) and shapes_of(other) == shapes:
+                copy = WeightCopy(path, module, student)
+                if likeness(copy, model) > ALIKE:
+                    found.append(copy)
+                    break
+    return tuple(found)
+
+
+def with_teachers(
+    architecture: PrunedArchitecture, teachers: Iterable[WeightCopy]
+) -> PrunedArchitecture:
+    """The architecture in which groups and blocks of students take their teachers' along."""
+    for teacher in teachers:
+        groups = {group.name: group for group in architecture.groups}
+        blocks = {block.name: block for block in architecture.blocks}
+        moved = _renaming(teacher)
+        followed = {moved(name) for name in (*groups, *blocks) if moved(name) != name}
+        architecture = PrunedArchitecture.build(
+            architecture.tensors,
+            architecture.layers,
+            tuple(_joined(g, groups, moved) for g in groups.values() if g.name not in followed),
+            blocks=tuple(_along(b, moved) for b in blocks.values() if b.name not in followed),
+        )
+    return architecture
+
+
+def _renaming(teacher: WeightCopy) -> Callable[[str], str]:
+    start, there = f"{teacher.prefix}.", f"{teacher.name}."
+
+    def moved(name: str) -> str:
+        return there + name[len(start) :] if name.startswith(start) else name
+
+    return moved
+
+
+def _joined(
+    group: PruningGroup, groups: Mapping[str, PruningGroup], moved: Callable[[str], str]
+) -> PruningGroup:
+    """A student's group with the teacher's tensors, and with its sites where it is run."""
+    slices: list[TensorSlice] = list(group.slices)
+    for part in group.slices:
+        other = part.model_copy(update={"tensor": moved(part.tensor)})
+        if other not in slices:
+            slices.append(other)
+    other_group = groups.get(moved(group.name))
+    sites: list[GateSite] = list(group.sites)
+    if other_group is not None and other_group is not group:
+        sites += [site for site in other_group.sites if site not in sites]
+    return group.model_copy(update={"slices": tuple(slices), "sites": tuple(sites)})
+
+
+def _along(block: LayerBlock, moved: Callable[[str], str]) -> LayerBlock:
+    stand_ins = list(block.stand_ins)
+    for part in block.stand_ins:
+        other = part.model_copy(update={"module": moved(part.module)})
+        if other not in stand_ins:
+            stand_ins.append(other)
+    tensors = dict.fromkeys([*block.tensors, *map(moved, block.tensors)])
+    return block.model_copy(update={"stand_ins": tuple(stand_ins), "tensors": tuple(tensors)})
+
+
+def _all(module: nn.Module, *, requires_grad: bool) -> bool:
+    flags = [parameter.requires_grad for parameter in module.parameters()]
+    return bool(flags) and all(flag is requires_grad for flag in flags)

@@ -9,16 +9,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from elesh.observe import get_logger
 from elesh.trainer.network.layers import named_tensors, require_fit
 from elesh.trainer.network.sizes import cut_by_place, refit, refit_heads
-from elesh.trainer.network.state import alive, fixed_to_a_shape, unwrapped
+from elesh.trainer.network.state import unwrapped
 from leyline import (
     ContractError,
     InvalidField,
@@ -29,12 +28,10 @@ from leyline import (
 from .after_cut import InputCovariance, reconstructed
 from .averages import (
     Beside,
-    CopiesSeen,
     Followed,
     WeightCopy,
-    averages_weights,
     require_layers,
-    unnamed_averages,
+    teachers_in,
 )
 from .bypass import put_in
 from .lineage import present, remember, require_same, steps
@@ -44,12 +41,11 @@ from .optimizers import (
     Given,
     Optimizers,
     begin_others_anew,
-    other_optimizers,
     rebuild_reducers,
     require_whole,
 )
-from .teachers import teachers_in
 from .tensors import RestorePoint, Skeleton, cutters_of, laid_out, replace_data, some_cutters
+from .unnamed import Unnamed, unnamed_average
 
 _log = get_logger(__name__)
 Units = Mapping[str, Iterable[int]]
@@ -94,7 +90,7 @@ class Surgeon:
         self.model = model
         self.architecture = architecture
         """What the network looks like now (masked units are still in it)."""
-        self._followed, self._copies_seen = Followed(model), CopiesSeen(model)
+        self._followed, self._unnamed = Followed(model), Unnamed(model)
         self.optimizers = self._cuttable(optimizer)
         """Those whose state is cut along."""
         self.notes: tuple[str, ...] = ()
@@ -113,7 +109,7 @@ class Surgeon:
         """Tensors that are refitted under the mask, with what they held before."""
         remember(model, architecture)
         if optimizer is not None:
-            self.require_all_optimizers()
+            self._unnamed.require_all_optimizers(self.optimizers.all)
 
     @property
     def copies(self) -> tuple[WeightCopy, ...]:
@@ -155,7 +151,7 @@ class Surgeon:
             InvalidField: as when the surgeon is made.
         """
         self.optimizers = self._cuttable(optimizer)
-        self.require_all_optimizers()
+        self._unnamed.require_all_optimizers(self.optimizers.all)
         self._undo_point = None
         self._views_changed()
 
@@ -174,78 +170,13 @@ class Surgeon:
         return self._followed.unnamed()
 
     def blocked(self) -> str:
-        """Why nothing may be cut now; empty if it may.
+        """Why nothing may be cut now; empty if it may."""
+        return self._unnamed.blocks(self.architecture, self.optimizers.all, self.copies)
 
-        Modules that were put in since (adapters) are not in the architecture. An optimizer that has
-        state of the network's parameters, or an average of them, that the surgeon was not given,
-        would fail in its next step or update, and a gradient hook that holds a mask of the
-        parameter's shape in the next backward pass.
-        """
-        found = self._alive()
-        others = other_optimizers(self.model, self.optimizers.all, stateful=True, among=found)
-        if others:
-            kinds = ", ".join(type(other).__name__ for other in others)
-            return (
-                f"an optimizer of the network was not named: {kinds}; give the Surgeon all of them "
-                "(optimizer=[first, second]), or delete what is not used"
-            )
-        try:
-            require_fit(self.model, self.architecture)
-        except ContractError as error:
-            return f"{error}; after a change of its modules make Recorder and Surgeon anew"
-        prunable = [group for group in self.architecture.groups if group.prunable]
-        names = {part.tensor for group in prunable for part in group.slices}
-        if hooked := fixed_to_a_shape(self.model, names):
-            return (
-                f"a gradient hook of {hooked} holds a tensor of its shape, which a cut would not "
-                "reach; let the hook make it of the gradient or of the parameter, as these are then"
-            )
-        updated = self._copies_seen.updated(self.copies, found)
-        if (average := self.unnamed_average(found)) or not updated:
-            return average
-        return (
-            f"a copy of the network that the script updates was not named: {updated[0]}; name it, "
-            "session.resume(surgeon, teacher=copy) or elesh.attach(..., teacher=copy)"
-        )
-
-    def _alive(self) -> list[Any]:
-        """All optimizers, averages and networks of this one's kind."""
-        own = type(self.model)
-        return alive(lambda k: k is own or issubclass(k, Optimizer) or averages_weights(k))
-
-    def unnamed_average(self, among: Iterable[object] | None = None) -> str:
+    def unnamed_average(self) -> str:
         """What to do about an average of the network that the surgeon was not given; empty if
-        there is none. Nothing is cut until it is done.
-
-        Args:
-            among: all that are alive, where the caller has looked.
-        """
-        averages = unnamed_averages(self.model, self.copies, among)
-        if averages:
-            kinds = ", ".join(average.name for average in averages)
-            return (
-                f"an average of the network's weights was not named: {kinds}; name "
-                "it, session.resume(surgeon, ema=average) or surgeon.follow('ema', average)"
-            )
-        return ""
-
-    def require_all_optimizers(self) -> None:
-        """Refuse to go on beside an optimizer of the network that was not named.
-
-        Raises:
-            InvalidField: naming its kind.
-        """
-        found = self._alive()
-        self._copies_seen.updated((), found)  # those that are updated from now on are told apart
-        others = other_optimizers(self.model, self.optimizers.all, among=found)
-        if others:
-            kinds = ", ".join(type(other).__name__ for other in others)
-            raise InvalidField(
-                "optimizer",
-                "every optimizer that holds parameters of the network",
-                f"another one is alive: {kinds}",
-                hint="give all of them, optimizer=[first, second], or delete what is not used",
-            )
+        there is none. Nothing is cut until it is done."""
+        return unnamed_average(self.model, self.copies)
 
     @property
     def masked(self) -> dict[str, tuple[int, ...]]:
