@@ -292,14 +292,15 @@ def _work(
     )
 
 
-_VOLATILE = frozenset({"uri", "expires", "created_at", "timeout"})
+_VOLATILE = frozenset({"uri", "expires", "created_at", "timeout", "preflight"})
 
 
 def fingerprint(message: Message) -> str:
     """SHA-256 over what a message asks for, whatever its publisher and its blobs' addresses.
 
-    Blobs count by digest, not by address; times do not count. Two publishers of one checkpoint
-    agree on it; a key that comes again with other content does not.
+    Blobs count by digest, not by address; times do not count, nor does what a preflight found and
+    how long it took: a run that is killed and begins anew has another. Two publishers of one
+    checkpoint agree on it; a key that comes again with other content does not.
     """
     stripped = _stripped(message.model_dump(mode="json"))
     return hashlib.sha256(repr(stripped).encode()).hexdigest()

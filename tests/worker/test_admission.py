@@ -7,8 +7,16 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from contracts.examples import MESSAGES
-from elesh.bus.admission import Work, admit, read
-from leyline import Expired, Message, StructuralAnalysisRequest, encode, wrap
+from elesh.bus.admission import Work, admit, fingerprint, read
+from leyline import (
+    CheckpointReady,
+    Expired,
+    Message,
+    PreflightCheck,
+    StructuralAnalysisRequest,
+    encode,
+    wrap,
+)
 
 NOW = datetime(2025, 1, 14, 12, tzinfo=UTC)
 MINUTE = timedelta(minutes=1)
@@ -58,3 +66,17 @@ def test_a_request_has_the_shorter_of_its_own_time_and_the_workers_window() -> N
     assert admitted(short, NOW, window=60).window == 7
     assert admitted(short, NOW, window=5).window == 5
     assert admitted(ready, NOW, window=60).window == 60
+
+
+def test_a_run_that_begins_anew_publishes_the_same_content_whatever_its_preflight_took() -> None:
+    ready = BOTH[0]
+    assert isinstance(ready, CheckpointReady)
+
+    def of(accuracy: float, *seconds: float) -> str:
+        checks = tuple(PreflightCheck(name="mask", result="ok", seconds=each) for each in seconds)
+        told = {"preflight": checks or None, "accuracy": accuracy}
+        metadata = ready.metadata.model_copy(update=told)
+        return fingerprint(ready.model_copy(update={"metadata": metadata}))
+
+    assert of(0.5, 0.1) == of(0.5, 0.2) == of(0.5)
+    assert of(0.5, 0.1) != of(0.6, 0.1)
