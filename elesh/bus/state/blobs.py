@@ -5,13 +5,15 @@ does not keep its reference's promise never reaches the caller, and no half file
 A reference only gives access to what its scheme allows:
 
 - ``redis:<sha256>``: pieces of 4 MB in the partition, content addressed, with a time to live
-  (one large string would stop every other client while it is copied);
+  (one large string would stop every other client while it is copied); one that was found damaged
+  is stored anew by the next who puts it;
 - ``file:<path>``: a file inside ``BusSettings.blob_folder``, and only there.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import io
 import os
@@ -77,12 +79,13 @@ class BlobStore(Store):
         keys = self._keys_of(digest, view.nbytes)
         expires = datetime.now(UTC) + timedelta(seconds=self._ttl)
         lives = (self._ttl, self._ttl + _CHUNK_GRACE)
-        if not await self._scripts.run("touch", keys, lives):
+        whole = (*lives, view.nbytes)
+        if not await self._scripts.run("touch", keys, whole):
             for number, key in enumerate(keys[1:]):
                 piece = view[number * CHUNK : (number + 1) * CHUNK]
                 await self._client.set(key, piece, ex=min(_UNFINISHED, lives[1]))
             await self._client.set(keys[0], view.nbytes, ex=min(_UNFINISHED, lives[0]))
-            if not await self._scripts.run("touch", keys, lives):
+            if not await self._scripts.run("touch", keys, whole):
                 hint = "set maxmemory-policy noeviction, or see to its speed"
                 lost = "a piece of a blob vanished before all were stored"
                 raise BusUnavailable(self._client.url, lost, hint=hint)
@@ -163,10 +166,19 @@ class BlobStore(Store):
                 yield piece
         if hashing is not None:
             await hashing
+        if size == ref.size and digest.hexdigest() == ref.sha256:
+            return
+        if scheme == "redis":
+            await self._give_up(ref)
         if size != ref.size:
             raise _wrong_size(ref, size)
-        if digest.hexdigest() != ref.sha256:
-            raise DigestMismatch(f"blob {ref.uri}", f"sha256 {ref.sha256}", digest.hexdigest())
+        raise DigestMismatch(f"blob {ref.uri}", f"sha256 {ref.sha256}", digest.hexdigest())
+
+    async def _give_up(self, ref: BlobRef) -> None:
+        """Take the head off a blob whose pieces are not what its key says, so that the next one who
+        puts it stores it anew. Who may only read leaves it to others."""
+        with contextlib.suppress(BusUnavailable):
+            await self._client.expire(self._keys_of(ref.sha256, 0)[0], 0)
 
     async def _redis_pieces(self, ref: BlobRef, digest: str) -> AsyncGenerator[bytes, None]:
         if digest != ref.sha256:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+from unittest.mock import ANY
 
 import pytest
 from hypothesis import given, settings
@@ -69,6 +70,32 @@ def test_a_put_completes_what_lost_a_piece(with_bus):
         ref = await bus.blobs.put(LARGE)
         await bus._client.delete(chunk_key(bus, ref, 1))
         await bus.blobs.put(LARGE)
+        assert await bus.blobs.get(ref) == LARGE
+        await lie_about_size(bus, ref)
+        await bus.blobs.put(LARGE)
+        assert await bus.blobs.get(ref) == LARGE
+
+    with_bus(scenario)
+
+
+@pytest.mark.parametrize("damaged", [b"x" * CHUNK, b"x" * (CHUNK - 1)], ids=["other", "shorter"])
+def test_a_blob_that_was_found_damaged_is_stored_anew_by_the_next_put(with_bus, damaged):
+    async def scenario(bus: Bus) -> None:
+        ref = await bus.blobs.put(LARGE)
+        await bus._client.set(chunk_key(bus, ref, 1), damaged, ex=100)
+        with pytest.raises(DigestMismatch):
+            await bus.blobs.get(ref)
+        assert await bus.blobs.put(LARGE) == ref.model_copy(update={"expires": ANY})
+        assert await bus.blobs.get(ref) == LARGE
+
+    with_bus(scenario)
+
+
+def test_a_reference_of_another_size_takes_nothing_from_a_sound_blob(with_bus):
+    async def scenario(bus: Bus) -> None:
+        ref = await bus.blobs.put(LARGE)
+        with pytest.raises(DigestMismatch):
+            await bus.blobs.get(ref.model_copy(update={"size": ref.size - 1}))
         assert await bus.blobs.get(ref) == LARGE
 
     with_bus(scenario)
