@@ -184,9 +184,11 @@ class AnalysisExecutor:
             self._forget(other)
         self._used[folder] += 1
         try:
-            if not folder.exists():
-                folder.mkdir(parents=True)
-                (folder / DOCUMENT).write_bytes(encode(work.document))
+            if not (folder / DOCUMENT).exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                draft = folder / f"{DOCUMENT}.partial"  # a full disk takes half of it
+                draft.write_bytes(encode(work.document))
+                draft.replace(folder / DOCUMENT)
             unwanted = frozenset[str]() if network and not self._untrusted else _NETWORK
             wanted = {
                 name: ref

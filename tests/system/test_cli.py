@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 from command import elesh
+from pydantic import ValidationError
 from station import Station, checkpoint
 
 from elesh import analyze
+from leyline import Level
 
 
 def test_analyze_of_a_saved_checkpoint_prints_the_library_s_decision(tmp_path: Path) -> None:
@@ -56,6 +58,18 @@ def test_breakers_are_tripped_shown_and_reset_by_hand(redis_url: str, partition:
     assert "run-b" in run("show")
     run("reset")
     assert "run-b" not in run("show")
+
+
+def test_a_breaker_that_cannot_be_reset_keeps_no_other_open(station: Station) -> None:
+    with pytest.raises(ValidationError):  # raised once it is written, as other clients may do
+        station.on_bus(lambda bus: bus.breakers.trip("a run", Level.CHANNEL, "x"))
+    station.on_bus(lambda bus: bus.breakers.trip("run-b", Level.CHANNEL, "x"))
+    environment = {"ELESH_REDIS_URL": station.url, "ELESH_BUS__PARTITION": station.partition}
+    done = elesh("breaker", "reset", environment=environment)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "breaker of a run at level channel: run: " in done.stderr
+    assert "run-b at level channel: closed" in done.stdout
+    assert [view.run_id for view in station.on_bus(lambda bus: bus.breakers.show())] == ["a run"]
 
 
 def test_the_design_document_s_settings_pass_the_check_and_wrong_ones_name_line_and_key(

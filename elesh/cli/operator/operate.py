@@ -20,7 +20,7 @@ from elesh.cli.common import (
 from elesh.observe.terminal import escape
 from elesh.operate.actions import BREAKERS, operator, reset_breaker, trip_breaker
 from elesh.settings import Settings
-from leyline import Level
+from leyline import ContractError, Level
 
 app = typer.Typer()
 breaker = typer.Typer(no_args_is_help=True, help="Circuit breakers, one a run and level.")
@@ -52,23 +52,30 @@ def breaker_reset(
     redis: RedisOption = "",
     settings: SettingsOption = None,
 ) -> None:
-    """Close breakers and forget their failures."""
+    """Close breakers and forget their failures. One that cannot be closed keeps no other open."""
 
-    async def reset(bus: Bus, _: Settings) -> list[tuple[str, Level]]:
-        chosen = [
-            (view.run_id, view.level)
-            for view in await bus.breakers.show()
-            if run in ("", view.run_id) and level in (None, view.level)
-        ]
-        for each in chosen:
-            await reset_breaker(bus, *each, operator(), reason)
-        return chosen
+    async def reset(bus: Bus, _: Settings) -> list[tuple[str, Level, str]]:
+        found = []
+        for view in await bus.breakers.show():
+            if run in ("", view.run_id) and level in (None, view.level):
+                why = ""
+                try:
+                    await reset_breaker(bus, view.run_id, view.level, operator(), reason)
+                except ContractError as error:
+                    why = str(error)
+                found.append((view.run_id, view.level, why))
+        return found
 
-    closed = on_bus(redis, settings, reset)
-    for name, which in closed:
-        console.print(f"breaker of {escape(name)} at level {which.value}: closed")
-    if not closed:
+    found = on_bus(redis, settings, reset)
+    for name, which, why in found:
+        if not why:
+            console.print(f"breaker of {escape(name)} at level {which.value}: closed")
+    if not found:
         console.print("no such breaker has counted a failure")
+    if left := [
+        f"breaker of {name} at level {which.value}: {why}" for name, which, why in found if why
+    ]:
+        fail("; ".join(left))
 
 
 @breaker.command("trip")

@@ -197,7 +197,12 @@ def optimizers_in(given: Given) -> tuple[Optimizer, ...]:
         inside = list(wrapped(one, _DEPTH))
         if not inside:
             expected = "a torch optimizer, several, or a wrapper of one"
-            raise InvalidField("optimizer", expected, type(one).__name__)
+            hint = (
+                "derive yours from torch.optim.Optimizer and keep what belongs to a parameter in "
+                "self.state[parameter], where a cut finds it; one that keeps nothing of a step to "
+                "the next is torch.optim.SGD"
+            )
+            raise InvalidField("optimizer", expected, type(one).__name__, hint=hint)
         found |= {id(optimizer): optimizer for optimizer in inside}
     return tuple(found.values())
 

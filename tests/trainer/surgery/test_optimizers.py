@@ -414,8 +414,10 @@ def test_optimizers_of_other_networks_are_no_concern(architecture: PrunedArchite
         Surgeon(model, architecture, optimizer=theirs)
 
 
-def test_what_is_no_optimizer_is_refused(architecture: PrunedArchitecture) -> None:
-    with pytest.raises(InvalidField, match="a torch optimizer, several, or a wrapper"):
+def test_what_is_no_optimizer_is_refused_with_what_to_make_of_it(
+    architecture: PrunedArchitecture,
+) -> None:
+    with pytest.raises(InvalidField, match=r"torch\.optim\.Optimizer and keep .* self\.state"):
         Surgeon(build(), architecture, optimizer=object())
 
 
