@@ -15,6 +15,7 @@ import socket
 import time
 import weakref
 from pathlib import Path
+from typing import IO
 
 from elesh.observe import get_logger
 from leyline import InvalidField
@@ -22,6 +23,7 @@ from leyline import InvalidField
 __all__ = [
     "FolderInUse",
     "FolderLock",
+    "is_at",
     "open_private",
     "private_folder",
     "sync_folder",
@@ -53,6 +55,14 @@ def open_private(path: Path, flags: int, *, shared: bool = False) -> int:
         with contextlib.suppress(OSError):
             os.fchmod(descriptor, _FILE)
     return descriptor
+
+
+def is_at(path: Path, file: IO[bytes]) -> bool:
+    """Whether an open file is the one that a path names: it may have been deleted since."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def write_private(path: Path, data: bytes, *, shared: bool = False) -> None:
@@ -97,7 +107,8 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path, wait_seconds: float = 0.0) -> None:
-        self._file = os.fdopen(open_private(folder / "lock", os.O_RDWR), "r+b", buffering=0)
+        self._path = folder / "lock"
+        self._file = os.fdopen(open_private(self._path, os.O_RDWR), "r+b", buffering=0)
         try:
             self._acquire(folder, wait_seconds)
         except BaseException:
@@ -107,6 +118,11 @@ class FolderLock:
         with contextlib.suppress(OSError):  # the name is for people; a full disk may lack it
             self._file.truncate(0)
             self._file.write(_myself().encode())
+
+    @property
+    def stands(self) -> bool:
+        """Whether the folder still has the file that is locked."""
+        return is_at(self._path, self._file)
 
     def _acquire(self, folder: Path, wait_seconds: float) -> None:
         deadline, said = time.monotonic() + wait_seconds, False

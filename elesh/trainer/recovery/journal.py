@@ -22,7 +22,7 @@ from elesh.observe import get_logger
 from leyline import PruningOutcome
 
 from .evaluation import Evaluation, Expected, expected, failed_check
-from .files import open_private, write_durably
+from .files import is_at, open_private, write_durably
 
 __all__ = ["Journal", "Line", "MadeCut", "Situation"]
 
@@ -203,6 +203,7 @@ class Journal:
         self._lock = threading.Lock()
         self._waiting: list[bytes] = []
         self._file: IO[bytes] | None = None
+        self._path = file
         if file is None:
             return
         lines, damaged = _read(file)
@@ -223,6 +224,9 @@ class Journal:
             _log.warning("journal not shortened", file=file, reason=str(error))
             if not file.exists():
                 self._waiting.append(start)
+        self._open_at_end(file)
+
+    def _open_at_end(self, file: Path) -> None:
         self._file = os.fdopen(open_private(file, os.O_RDWR), "r+b", buffering=0)
         self._end = _end_of_lines(self._file.read())
 
@@ -265,8 +269,14 @@ class Journal:
             self._file = None
 
     def _append(self, data: bytes) -> None:
-        if self._file is None:
+        if self._file is None or self._path is None:
             return
+        if not is_at(self._path, self._file):  # deleted since: what the lines were is written again
+            begun, whole = self._file, _bytes({"situation": self.situation.as_line()})
+            write_durably(self._path, whole)
+            self._waiting.clear()
+            self._open_at_end(self._path)
+            begun.close()
         data = b"".join([*self._waiting, data])
         # Also cuts off what a kill or a full disk left of a line: it must not spoil the next one.
         self._file.truncate(self._end)

@@ -42,7 +42,7 @@ from .journal import Journal, Line, MadeCut, Situation
 from .latecomers import Latecomers
 from .snapshot import Snapshot, Tracked, pack_tree, unpack_tree
 
-__all__ = ["FolderPoints", "MemoryPoints", "Points", "Recovery"]
+__all__ = ["FolderPoints", "MemoryPoints", "NoRestorePoint", "Points", "Recovery"]
 
 
 _FORMAT = 2
@@ -50,6 +50,10 @@ _TENSORS, _STATE, _ARCHITECTURE = "tensors.safetensors", "state.msgpack", "archi
 _MANIFEST = "point.json"
 _NUMBER, _LEFTOVER = re.compile(r"[0-9]{8,}"), re.compile(r"\.[0-9]{8,}")
 _log = get_logger(__name__)
+
+
+class NoRestorePoint(InvalidField):
+    """None that can be read is left to go back to."""
 
 
 class Points(Protocol):
@@ -131,6 +135,7 @@ class FolderPoints:
         number = self._last + 1
         draft = self._folder / f".{number:08d}"
         try:
+            private_folder(self._folder)  # it may have been deleted since
             shutil.rmtree(draft, ignore_errors=True)
             private_folder(draft)
             for name, data in parts.items():
@@ -178,7 +183,10 @@ class FolderPoints:
 
     def _named(self, name: re.Pattern[str]) -> Iterable[Path]:
         """The folders with such a name; anything else there is not ours."""
-        return [p for p in self._folder.iterdir() if name.fullmatch(p.name) and p.is_dir()]
+        try:
+            return [p for p in self._folder.iterdir() if name.fullmatch(p.name) and p.is_dir()]
+        except FileNotFoundError:  # deleted since: the next point makes it anew
+            return []
 
     def _is_point(self, path: Path) -> bool:
         return path == self._path(int(path.name)) and (path / _MANIFEST).is_file()
@@ -235,6 +243,7 @@ class Recovery:
         self._keep = keep
         self.tracked: Tracked | None = None
         """What points are taken of; None before the first of :meth:`resume` and :meth:`track`."""
+        self._folder = folder
         self._lock: FolderLock | None = None
         self._points: Points = MemoryPoints()
         if folder is None:
@@ -251,6 +260,22 @@ class Recovery:
             self._release()
             hint = "free the disk or choose another folder"
             raise InvalidField("restore_dir", "a usable folder", str(error), hint=hint) from None
+
+    def _hold_folder(self) -> None:
+        """Make the folder anew where it was deleted since, and lock it: others may have it.
+
+        Raises:
+            FolderInUse: if one has.
+            OSError: if it cannot be made.
+        """
+        if self._folder is None or self._lock is None or self._lock.stands:
+            return
+        lock = FolderLock(private_folder(self._folder))
+        self._release()
+        self._lock = lock
+        what = "the folder of restore points was deleted and is made anew: earlier cuts stay"
+        _log.warning(what, folder=self._folder)
+        write_durably(self._folder / "claim", self.token.encode())
 
     @property
     def situation(self) -> Situation:
@@ -374,6 +399,7 @@ class Recovery:
 
     def put(self, snapshot: Snapshot) -> int:
         """Write a point. It is the present only once the journal says so."""
+        self._hold_folder()
         if self.situation.point is not None:
             self.drop_after(self.situation.point)  # what was written and never became the present
         return self._points.put(snapshot)
@@ -386,7 +412,8 @@ class Recovery:
 
         Raises:
             ShapeMismatch: if the network was changed without its surgeon.
-            InvalidField: if there is none, or it is of another network or of other parts.
+            NoRestorePoint: if there is none.
+            InvalidField: if it is of another network or of other parts.
         """
         numbers = self._points.numbers()
         for point in reversed([number for number in numbers if number <= goal]):
@@ -401,7 +428,7 @@ class Recovery:
             late.begin_anew()
             return point, snapshot.epoch
         hint = "remove the folder to begin anew"
-        raise InvalidField("restore points", f"a sound one up to {goal}", numbers, hint=hint)
+        raise NoRestorePoint("restore points", f"a sound one up to {goal}", numbers, hint=hint)
 
     def older_than(self, point: int) -> int | None:
         """The number of the newest point before this one."""
@@ -421,6 +448,7 @@ class Recovery:
 
     def begin(self, what: str, pending: Sequence[PruningOutcome], **place: int) -> None:
         """Say what is about to be done, and its outcomes if it is interrupted."""
+        self._hold_folder()
         lines = [outcome.model_dump(mode="json") for outcome in pending]
         keys = [outcome.idempotency_key for outcome in pending]
         known = {key: dict(self.carriers[key]) for key in keys if self.carriers.get(key)}

@@ -15,7 +15,7 @@ from elesh.observe import get_logger, span
 from elesh.settings import Settings
 from elesh.trainer.network.state import trainable
 from elesh.trainer.recovery.journal import MadeCut
-from elesh.trainer.recovery.recovery import Recovery
+from elesh.trainer.recovery.recovery import NoRestorePoint, Recovery
 from elesh.trainer.recovery.snapshot import Snapshot, Tracked
 from elesh.trainer.surgery.after_cut import InputCovariance
 from elesh.trainer.surgery.surgeon import Surgeon
@@ -44,6 +44,7 @@ _CONTROL = (
     "after a rollback the same epochs come again, and go without a cut: accuracy may fall in them "
     "by training alone"
 )
+_LOST = "and no restore point of before the cut is left to go back to"
 _log = get_logger(__name__)
 
 
@@ -186,25 +187,32 @@ class MonitoredCuts:
             if not failed:
                 return self._stood(now) if monitored or uncut else []
             with span("roll back", attributes={"elesh.epoch": epoch}):
-                return self._roll_back(tracked, failed, now, evaluate)
+                try:
+                    return self._roll_back(tracked, failed, now, evaluate)
+                except NoRestorePoint:
+                    self._recovery.abandon()
+                    return self._stood(now)
         except Exception:
             _log.exception("monitored cuts not judged, will be tried again", epoch=epoch)
             self._recovery.abandon()
             return []
 
     def _stood(self, now: Evaluation) -> list[PruningOutcome]:
-        """One report more; what became of the cuts that have stood all."""
+        """One report more; what became of the cuts that have stood all, or cannot be taken back."""
         before = self._recovery.situation.cuts
         cuts = [cut.stood(now) if cut.left else cut for cut in before]
+        lost = {cut.key: f"{why} {_LOST}" for cut in self.monitored if (why := cut.failure(now))}
         for cut in cuts:
-            if cut.doubted and cut.left:
+            if cut.key in lost:
+                _log.error("monitored cut cannot be taken back", key=cut.key, reason=lost[cut.key])
+            elif cut.doubted and cut.left:
                 fall = f"{(cut.outcome.accuracy_before or 0) - now.accuracy:.4f}"
                 said = f"{fall}, limit {cut.limit:g}; training scatters by {cut.scatter:.4f}"
                 _log.warning(
                     "monitored cut in doubt, the next report decides", key=cut.key, drop=said
                 )
         ended = [c for c, was in zip(cuts, before, strict=True) if was.left and not c.left]
-        kept = [_kept(cut, now) for cut in ended]
+        kept = [_kept(cut, now, lost.get(cut.key, "")) for cut in ended]
         self._recovery.stood(kept, cuts)
         self._recovery.thin_out()
         return kept
@@ -267,13 +275,15 @@ def _unwritten(
     return outcome_of(decision, now, now, "refused", detail)
 
 
-def _kept(cut: MadeCut, now: Evaluation) -> PruningOutcome:
-    """The outcome of a cut that has stood its monitoring window."""
+def _kept(cut: MadeCut, now: Evaluation, reason: str = "") -> PruningOutcome:
+    """The outcome of a cut that has stood its monitoring window, or cannot be taken back for a
+    ``reason``."""
     figures: dict[str, Any] = {"accuracy_after": now.accuracy, "loss_after": now.loss, "watched": 0}
-    if cut.doubted:
+    if cut.doubted and not reason:
         reason = f"accuracy fell by more than {cut.limit:g}, but no further than training scatters "
         reason += f"by itself ({cut.scatter:.4f} from epoch to epoch)"
         _log.warning("monitored cut kept in doubt", key=cut.key, reason=reason)
+    if reason:
         figures["detail"] = "; ".join(filter(None, [cut.outcome.detail, reason]))
     return cut.outcome.model_copy(update=figures)
 

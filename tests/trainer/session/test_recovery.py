@@ -308,6 +308,69 @@ def test_everything_written_is_the_owners_alone(tmp_path: Path) -> None:
     assert stat.S_IMODE((folder / "journal.jsonl").stat().st_mode) == 0o600
 
 
+# A folder that is deleted while the run goes on
+
+
+@pytest.mark.parametrize("gone", ["", "points", "journal.jsonl"], ids=lambda name: name or "all")
+def test_what_was_deleted_of_the_folder_is_made_anew_and_the_run_goes_on(
+    tmp_path: Path, gone: str
+) -> None:
+    folder = tmp_path / "run"
+    run, world, _ = trained(folder, 2)
+    made = run.apply(decide(world.surgeon.architecture), world.surgeon, told(0.9))
+    victim = folder / gone
+    shutil.rmtree(victim) if victim.is_dir() else victim.unlink()
+    assert run.save(3)
+    more = run.apply(decide(world.surgeon.architecture, number=2), world.surgeon, told(0.9))
+    assert (made.result, more.result) == ("applied", "applied")
+    stands = world.digest()
+    with pytest.raises(FolderInUse):
+        FolderLock(folder)
+    token = run.recovery.token
+    run.close()
+    assert {stat.S_IMODE(path.stat().st_mode) & 0o077 for path in [folder, *folder.rglob("*")]} == {
+        0
+    }
+    run, world, epoch = resumed(folder)
+    assert (epoch, world.digest(), run.recovery.token) == (3, stands, token)
+    assert [cut.key for cut in run.monitored] == [made.idempotency_key, more.idempotency_key]
+    assert run.unreported == [made, more]
+
+
+def test_a_folder_that_another_process_made_after_ours_was_deleted_is_not_written_to(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "run"
+    run, world, _ = trained(folder, 2)
+    shutil.rmtree(folder)
+    folder.mkdir()
+    theirs = FolderLock(folder)
+    before = world.digest()
+    assert not run.save(3)
+    outcome = run.apply(decide(world.surgeon.architecture), world.surgeon, told(0.9))
+    assert (outcome.result, world.digest()) == ("refused", before)
+    assert "in use by process" in outcome.detail
+    assert not list(folder.rglob("*.safetensors"))
+    theirs.release()
+    assert run.save(4)
+
+
+def test_a_harmful_cut_without_a_point_to_go_back_to_is_told_of_and_ends_its_monitoring(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "run"
+    run, world, _ = trained(folder, 2, watch_epochs=1)
+    run.apply(decide(world.surgeon.architecture), world.surgeon, told(0.9))
+    after = world.digest()
+    shutil.rmtree(folder)
+    found = [outcome for epoch in (3, 4) for outcome in run.watch(epoch, told(0.2))]
+    assert ([outcome.result for outcome in found], world.digest()) == (["applied"], after)
+    assert "accuracy 0.9000 fell to 0.2000" in found[0].detail
+    assert "no restore point of before the cut is left" in found[0].detail
+    assert run.monitored == ()
+    assert run.save(5)
+
+
 # A full disk
 
 
