@@ -20,7 +20,7 @@ import numpy.typing as npt
 from torch import nn
 
 from elesh.trainer.network.calls import Call
-from elesh.trainer.network.layers import channel_axes
+from elesh.trainer.network.layers import channel_axes, held
 from elesh.trainer.network.multihead import NATIVE, native_projections
 from elesh.trainer.network.sizes import common_holder, splits
 from leyline import GateSite, Level, NormSite, PruningGroup, Span, TensorSlice
@@ -144,9 +144,10 @@ def _suspect(call: Call, sources: Sources) -> _Suspect | None:
     dim = channel_axes(call.module).site_dim
     assert dim is not None
     attribute, axis = channel_axes(call.module).inputs[0]
-    inner = int(getattr(call.module, attribute).shape[axis])
-    if shape_of(*link)[dim] != inner:
+    weight = held(call.module, attribute)
+    if weight is None or shape_of(*link)[dim] != weight.shape[axis]:
         return None
+    inner = int(weight.shape[axis])
     mixers = () if met.products else _mixers(met, sources)
     if mixers:
         blocks = shape_of(*mixers[0].inputs[0])[-1]

@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge
 from torch.nn.modules.conv import _ConvNd
 
 from elesh.trainer.network.calls import Call, Link
-from elesh.trainer.network.layers import channel_axes
+from elesh.trainer.network.layers import channel_axes, held
 from elesh.trainer.network.multihead import NATIVE
 from elesh.trainer.network.norms import Norm, norm_of
 
@@ -46,7 +46,7 @@ TensorAxis = tuple[str, int]
 _WEIGHTS = {"AddmmBackward0": (0, 2), "MmBackward0": (0, 1), "ConvolutionBackward0": (1, 2)}
 """Products, and which of their operands are walked through if one of them is a parameter."""
 _FACTORS = {
-    "AddmmBackward0": (1, 2), "MmBackward0": (0, 1), "BmmBackward0": (1,),
+    "AddmmBackward0": (1, 2), "MmBackward0": (0, 1), "BmmBackward0": (0, 1),
     "ConvolutionBackward0": (1,),
 }  # fmt: skip
 """Products, and which of their operands may be weights."""
@@ -57,6 +57,7 @@ _LINEAR = {
 _CARRIES = ("View", "UnsafeView", "Permute", "Transpose", "Roll", "ConstantPad", "Clone", "Reshape")
 _MOVES = (
     "TBackward", "Transpose", "View", "Permute", "UnsafeView", "ToCopy", "Squeeze", "Unsqueeze",
+    "Clone", "ReshapeAlias",
 )  # fmt: skip
 """Operations between a parameter and the product that it is a factor of."""
 
@@ -202,9 +203,9 @@ class Sources:
             for name, parameter in module._parameters.items()
             if parameter is not None
         }
-        for full, held in buffers.items():
+        for full, buffer in buffers.items():
             path, _, name = full.rpartition(".")
-            self._owners[id(held)] = path, model.get_submodule(path), name
+            self._owners[id(buffer)] = path, model.get_submodule(path), name
 
     def behind(self, link: Link) -> Met:
         """What the value that a layer was given was made from: queries and keys first."""
@@ -287,8 +288,8 @@ class Sources:
 
     def _of_call(self, call: Call, scored: bool, norm: Call | None) -> Source:
         axes = channel_axes(call.module)
-        held = call.module._parameters | call.module._buffers
-        own = [(f"{call.name}.{n}", dim) for n, dim in axes.outputs if held.get(n) is not None]
+        pairs = ((n, dim) for n, dim in axes.outputs if held(call.module, n) is not None)
+        own = [(f"{call.name}.{n}", dim) for n, dim in pairs]
         axis = axes.site_dim
         if axis is None:
             axis = 1 if isinstance(call.module, _ConvNd) else -1
@@ -356,8 +357,7 @@ class Sources:
         if (name, axis) not in axes.outputs:
             return replace(source, layer="", tensors=source.tensors[axis : axis + 1])
         path = source.tensors[0][0].rpartition(".")[0]
-        held = module._parameters | module._buffers
-        own = [(f"{path}.{one}", dim) for one, dim in axes.outputs if held.get(one) is not None]
+        own = [(f"{path}.{one}", dim) for one, dim in axes.outputs if held(module, one) is not None]
         return replace(source, tensors=tuple(own))
 
 
@@ -466,8 +466,11 @@ def weights_used(functions: Iterable[Any]) -> dict[int, int]:
             weight = None if operand is None else _weight(operand)
             if weight is not None:
                 shape = shape_of(function, 0)
-                outputs = shape[1 if name.startswith("Conv") else -1]
+                left = _FACTORS[name] == (place, place + 1)
+                outputs = shape[1 if name.startswith("Conv") else -2 if left else -1]
                 used = math.prod(shape) // max(1, outputs)
+                if name.startswith("Bmm"):  # Each of the batch has a part of the weight.
+                    used //= max(1, shape[0])
                 positions[id(weight)] = positions.get(id(weight), 0) + used
     return positions
 

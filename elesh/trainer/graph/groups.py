@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from elesh.trainer.network.calling import Inputs, example_copy, seen_called
-from elesh.trainer.network.layers import ChannelAxes, channel_axes, describe_tensors, named_tensors
+from elesh.trainer.network.kinds.weight_norms import computed_by
+from elesh.trainer.network.layers import (
+    channel_axes,
+    describe_tensors,
+    held,
+    named_tensors,
+)
 from elesh.trainer.network.state import evaluated, preserve_state, uncollected
 from elesh.trainer.network.traversal import standing_still
 from leyline import (
@@ -41,6 +47,7 @@ from .hazards import (
     without_hazards,
     without_mixed,
 )
+from .leftovers import with_the_rest
 from .proof.blocks import with_blocks
 from .proof.trial import Trial
 from .proof.units import without_refuted
@@ -104,6 +111,7 @@ def _proved(
     themselves and the ids of the parameters that the outputs depend on."""
     wiring = trace(copied, inputs, compared)
     groups = _with_heads(_groups(wiring, copied, ignored), wiring, copied, ignored)
+    groups = with_the_rest(groups, wiring, copied)
     passage, layers = wiring.passage, wiring.layers
     seen_called(one.module for one in passage.passes if one.name not in wiring.readers)
     blocks = find_blocks(passage, copied, layers, ignored)
@@ -265,11 +273,10 @@ def _lone_families(layers: Iterable[LayerDescriptor], model: nn.Module) -> Itera
     modules = dict(model.named_modules())
     for layer in layers:
         module = modules.get(layer.name)
-        axes = channel_axes(module) if module is not None else ChannelAxes()
-        if axes.produces:
+        if module is not None and (axes := channel_axes(module)).produces:
             attribute, dim = axes.outputs[0]
-            count = getattr(module, attribute).shape[dim]
-            yield {Port(layer.name, "out", module): np.arange(count)[:, None]}
+            if (weight := held(module, attribute)) is not None:
+                yield {Port(layer.name, "out", module): np.arange(weight.shape[dim])[:, None]}
 
 
 def _tied_tensors(model: nn.Module, called: Collection[str]) -> dict[int, int]:
@@ -298,8 +305,8 @@ def _refusal(ports: Sequence[Port], ignored: Collection[str], tied: Mapping[int,
         if port.module is None:
             continue
         axes = channel_axes(port.module)
-        if axes.produces and axes.outputs[0][0] not in port.module._parameters:
-            return f"the weight of {port.name} is computed (parametrised)"
+        if axes.produces and held(port.module, axes.outputs[0][0]) is None:
+            return f"the weight of {port.name} is {computed_by(port.module)}"
     if shared := _torn(ports, tied):
         return f"{shared} shares its weight with another layer"
     if not any(_reads(port) for port in ports):
@@ -315,21 +322,14 @@ def _torn(ports: Sequence[Port], tied: Mapping[int, int]) -> str:
             continue
         own = channel_axes(port.module)
         for attribute, dim in own.inputs if port.side == "in" else own.outputs:
-            parameter = port.module._parameters.get(attribute)
+            parameter = held(port.module, attribute)
             if parameter is not None and id(parameter) in tied:
                 axes.setdefault(id(parameter), set()).add((port.name, dim))
-    for number, held in axes.items():
-        dims = {dim for _, dim in held}
-        if len(dims) > 1 or len(held) < tied[number]:
-            return min(held)[0]
+    for number, places in axes.items():
+        dims = {dim for _, dim in places}
+        if len(dims) > 1 or len(places) < tied[number]:
+            return min(places)[0]
     return ""
-
-
-def _held(module: nn.Module, attribute: str) -> Tensor | None:
-    """A tensor of a module, or of a part of it."""
-    part, _, name = attribute.rpartition(".")
-    owner = module.get_submodule(part)
-    return (owner._parameters | owner._buffers).get(name)
 
 
 def _reads(port: Port) -> bool:
@@ -367,8 +367,8 @@ class _Tensors:
             return []
         axes = channel_axes(port.module)
         pairs = axes.inputs if port.side == "in" else axes.outputs
-        held = [(_held(port.module, attribute), dim) for attribute, dim in pairs]
-        found = [(self.paths.get(id(tensor)), dim) for tensor, dim in held]
+        own = [(held(port.module, attribute), dim) for attribute, dim in pairs]
+        found = [(self.paths.get(id(tensor)), dim) for tensor, dim in own]
         return [(path, dim) for path, dim in found if path is not None]
 
 

@@ -38,7 +38,8 @@ from elesh.trainer.network.calling import (
 )
 from elesh.trainer.network.calls import Calls, Link
 from elesh.trainer.network.gates import Axis, GateMeter
-from elesh.trainer.network.layers import channel_axes
+from elesh.trainer.network.kinds.weight_norms import owner_of
+from elesh.trainer.network.layers import channel_axes, held
 from elesh.trainer.network.state import seed_generators
 from elesh.trainer.surgery.averages import teachers_in
 from elesh.trainer.surgery.surgeon import Surgeon
@@ -272,7 +273,7 @@ def without_hazards(
         widths = {
             tensors[part.tensor].shape[part.dim]
             for part in group.slices
-            if part.tensor in tensors and part.tensor.rpartition(".")[0] in group.layers
+            if part.tensor in tensors and owner_of(part.tensor)[0] in group.layers
         }
         for layer, width, flattened in unreached:
             if any(width == own or (flattened and width % own == 0) for own in widths):
@@ -339,8 +340,8 @@ def _widths(module: nn.Module) -> Iterator[int]:
     """How many channels a layer may read."""
     axes = channel_axes(module)
     for attribute, dim in axes.inputs or axes.outputs:
-        weight = getattr(module, attribute, None)
-        if isinstance(weight, Tensor) and not isinstance(module, nn.Embedding):
+        weight = held(module, attribute)
+        if weight is not None and not isinstance(module, nn.Embedding):
             yield weight.shape[dim]
     for name in ("input_size", "embed_dim", "kdim", "vdim", "num_channels"):
         if isinstance(size := getattr(module, name, None), int):

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from leyline import LayerDescriptor
 
 from .calling import tensors_in
+from .kinds.weight_norms import weight_of
 from .layers import channel_axes
 from .taught import is_recurrent, is_transposed_linear
 
@@ -93,7 +94,7 @@ class Calls:
         called = tuple(
             descriptor
             for name, used in positions.items()
-            if any(held is not None for held in modules[name]._parameters.values())
+            if ".parametrizations." not in f".{name}." and _owns_any(modules[name])
             for descriptor in _descriptors(name, modules[name], used // samples, paths)
         )
         return called + tuple(self._by_functions(called, samples, used))
@@ -171,6 +172,8 @@ def _positions(module: nn.Module, came: list[Tensor], left: list[Tensor]) -> int
         return left[0].numel() // module.out_features
     if is_transposed_linear(module):
         return left[0].numel() // left[0].shape[-1]
+    if is_recurrent(module):  # Every step multiplies by what reads its input and by what its state.
+        return came[0].numel() // came[0].shape[-1]
     return left[0].numel() // module.embed_dim if isinstance(module, nn.MultiheadAttention) else 0
 
 
@@ -179,8 +182,16 @@ def _descriptors(
 ) -> Iterator[LayerDescriptor]:
     """One descriptor, or one for each projection of an attention module."""
     kind = type(module).__name__.lower()
-    weight = module._parameters.get("weight")
-    if isinstance(module, nn.MultiheadAttention):
+    weight = weight_of(module)
+    if is_recurrent(module):
+        yield LayerDescriptor(name=name, kind=kind)
+        for own, parameter in module._parameters.items():
+            if own.startswith("weight") and parameter is not None:
+                path = paths[id(parameter)]
+                yield LayerDescriptor(
+                    name=f"{name}.{own}", kind=kind, weight=path, positions=positions
+                )
+    elif isinstance(module, nn.MultiheadAttention):
         # Its projections are not called as modules; products of queries and keys are not counted.
         for path, parameter in module.named_parameters():
             if parameter.ndim == 2:
@@ -194,6 +205,12 @@ def _descriptors(
         yield LayerDescriptor(name=name, kind=kind, weight=paths[id(weight)], positions=positions)
     else:
         yield LayerDescriptor(name=name, kind=kind)
+
+
+def _owns_any(module: nn.Module) -> bool:
+    """Whether a module has parameters of its own, or a weight that is computed from some."""
+    own = any(held is not None for held in module._parameters.values())
+    return own or weight_of(module) is not None
 
 
 def _multiplies(module: nn.Module) -> bool:

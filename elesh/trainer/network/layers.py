@@ -104,7 +104,7 @@ FEWEST_PLACES = 8
 units, as one of them is a small part of the width then; whole groups are otherwise."""
 _CONVOLUTION = ChannelAxes((("weight", 0), ("bias", 0)), (("weight", 1),), 1, True)
 _TRANSPOSED = ChannelAxes((("weight", 1), ("bias", 0)), (("weight", 0),), 1, True)
-_LINEAR = ChannelAxes((("weight", 0), ("bias", 0)), (("weight", 1),), -1, True)
+LINEAR = ChannelAxes((("weight", 0), ("bias", 0)), (("weight", 1),), -1, True)
 _EMBEDDING = ChannelAxes((("weight", 1),), produces=True)
 _PACKED = ChannelAxes(
     (("in_proj_weight", 1), ("out_proj.weight", 0), ("out_proj.bias", 0)), site_dim=-1
@@ -121,7 +121,7 @@ def channel_axes(module: nn.Module) -> ChannelAxes:
     if isinstance(module, _ConvNd):
         return conv_axes(module)
     if isinstance(module, nn.Linear):
-        return _LINEAR
+        return LINEAR
     if isinstance(module, nn.Embedding):
         return _EMBEDDING
     if isinstance(module, _NormBase):
@@ -160,6 +160,13 @@ def _refusal(module: nn.Module) -> str:
     if isinstance(module, nn.MultiheadAttention):
         return "MultiheadAttention projects these channels one by one, or adds keys of its own"
     return ""
+
+
+def held(module: nn.Module, attribute: str) -> Tensor | None:
+    """A tensor of a module, or of a part of it (with a dot)."""
+    part, _, name = attribute.rpartition(".")
+    owner = module.get_submodule(part)
+    return (owner._parameters | owner._buffers).get(name)
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

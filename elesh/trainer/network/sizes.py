@@ -23,6 +23,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from leyline import Level, PrunedArchitecture, PruningGroup
 
+from .kinds.weight_norms import owner_of
 from .layers import refit_taught
 from .multihead import commit
 
@@ -48,8 +49,8 @@ SIZES = (
 def cut_by_place(model: nn.Module, architecture: PrunedArchitecture) -> set[nn.Module]:
     """The grouped convolutions that lose the same places of every group, not whole groups."""
     tensors = [p.tensor for group in architecture.groups for p in group.slices if p.dim == 1]
-    owners = (path.rpartition(".") for path in dict.fromkeys(tensors))
-    found = (model.get_submodule(owner) for owner, _, name in owners if name == "weight")
+    owners = dict.fromkeys(map(owner_of, tensors))
+    found = (model.get_submodule(owner) for owner, name in owners if name == "weight")
     return {module for module in found if isinstance(module, _ConvNd) and module.groups > 1}
 
 

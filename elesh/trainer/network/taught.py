@@ -1,5 +1,5 @@
 """The kinds of layers that Elesh teaches itself, as a user teaches others: recurrent layers, the
-linear layers of GPT-2, convolutions with standardised weights and a gain.
+linear layers of GPT-2, convolutions with standardised weights and a gain, weight normalisation.
 
 Promises: they are known as soon as any module of this folder is imported.
 """
@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from .layers import ChannelAxes, conv_axes, teach_layer
+from .kinds.weight_norms import recompute, weight_norm_of
+from .layers import LINEAR, ChannelAxes, conv_axes, teach_layer
 
 __all__ = ["is_recurrent", "is_transposed_linear"]
 
@@ -57,6 +58,25 @@ def is_recurrent(module: nn.Module) -> bool:
     return isinstance(module, (nn.RNNBase, nn.RNNCellBase))
 
 
+def _has_normed_weight(module: nn.Module) -> bool:
+    """Whether this is a linear layer or a convolution whose weight is a direction times a gain."""
+    return isinstance(module, (nn.Linear, _ConvNd)) and weight_norm_of(module) is not None
+
+
+def _normed_axes(module: nn.Module) -> ChannelAxes:
+    norm = weight_norm_of(module)
+    axes = conv_axes(module) if isinstance(module, _ConvNd) else LINEAR
+    assert norm is not None
+
+    def held(pairs: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:
+        normed = [norm.direction, norm.gain]
+        found = ((n, d) for name, d in pairs for n in (normed if name == "weight" else [name]))
+        return tuple((name, dim) for name, dim in found if name != norm.gain or dim == norm.dim)
+
+    return replace(axes, outputs=held(axes.outputs), inputs=held(axes.inputs))
+
+
 teach_layer(is_recurrent, _recurrent_axes, _refit_recurrent)
 teach_layer(is_transposed_linear, lambda module: _TRANSPOSED, _refit_transposed)
 teach_layer(_is_standardised, _standardised_axes)
+teach_layer(_has_normed_weight, _normed_axes, recompute)

@@ -51,6 +51,7 @@ from elesh.trainer.network.calling import (
     replace_inputs,
 )
 from elesh.trainer.network.gates import Axis
+from elesh.trainer.network.kinds.weight_norms import weight_norm_of
 from elesh.trainer.network.layers import channel_axes, named_tensors
 from elesh.trainer.network.positions import positions_drawn, positions_to_read
 from elesh.trainer.network.state import Uncompiled, preserved
@@ -298,7 +299,9 @@ def takes_constant(module: nn.Module) -> bool:
 
 def refitted_axis(module: nn.Module) -> tuple[str, int] | None:
     """The tensor, and its axis, that a consumer's inputs are multiplied by; None if it is no one
-    linear map of them."""
+    linear map of them, or its weight is computed."""
+    if weight_norm_of(module) is not None:
+        return None
     if isinstance(module, _ConvNd) and module.groups > 1:
         return None if isinstance(module, _ConvTransposeNd) else ("weight", 1)
     inputs = channel_axes(module).inputs

@@ -326,6 +326,8 @@ def _solvable(model: nn.Module, architecture: PrunedArchitecture) -> dict[str, A
 
 
 def _is_linear(module: nn.Module) -> bool:
+    if "weight" not in module._parameters:  # It is computed.
+        return False
     if type(module) is nn.Linear or is_transposed_linear(module):
         return True
     if type(module) is not nn.Conv1d and type(module) is not nn.Conv2d:

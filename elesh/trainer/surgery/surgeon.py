@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from elesh.observe import get_logger
+from elesh.trainer.network.kinds.weight_norms import gains_after
 from elesh.trainer.network.layers import named_tensors, require_fit
 from elesh.trainer.network.sizes import cut_by_place, refit, refit_heads
 from elesh.trainer.network.state import unwrapped
@@ -44,7 +45,15 @@ from .optimizers import (
     rebuild_reducers,
     require_whole,
 )
-from .tensors import RestorePoint, Skeleton, cutters_of, laid_out, replace_data, some_cutters
+from .tensors import (
+    RestorePoint,
+    Skeleton,
+    cutters_of,
+    indices_lost,
+    laid_out,
+    replace_data,
+    some_cutters,
+)
 from .unnamed import Unnamed, unnamed_average
 
 _log = get_logger(__name__)
@@ -309,6 +318,8 @@ class Surgeon:
         if (covariance := reconstruct or redistribute) is not None:
             solved = reconstructed(self.model, self.architecture, chosen, covariance, skip=skip)
         solved = {**solved, **given}
+        lost = indices_lost(self.architecture, chosen)
+        solved |= gains_after(self.model, {**tensors, **solved}, lost)
         data = dict(solved)
         for path, cutter in cutters.items():
             kept = cutter(data.get(path, tensors[path].detach()))

@@ -69,11 +69,6 @@ def cutters_of(
     tensors: Mapping[str, Tensor],
 ) -> dict[str, Cutter]:
     """For every tensor that shrinks, the function that takes the removed indices out."""
-    gone: dict[str, dict[int, set[int]]] = {}
-    for name, chosen in units.items():
-        for part in architecture.group[name].slices:
-            axes = gone.setdefault(part.tensor, {})
-            axes.setdefault(part.dim, set()).update(part.all_of(chosen))
 
     def cutter(shape: tuple[int, ...], axes: Mapping[int, set[int]]) -> Cutter:
         kept = {
@@ -90,7 +85,20 @@ def cutters_of(
 
         return cut
 
+    gone = indices_lost(architecture, units)
     return {path: cutter(tuple(tensors[path].shape), axes) for path, axes in gone.items()}
+
+
+def indices_lost(
+    architecture: PrunedArchitecture, units: Mapping[str, Collection[int]]
+) -> dict[str, dict[int, set[int]]]:
+    """By tensor and axis, the indices that these units take along."""
+    gone: dict[str, dict[int, set[int]]] = {}
+    for name, chosen in units.items():
+        for part in architecture.group[name].slices:
+            axes = gone.setdefault(part.tensor, {})
+            axes.setdefault(part.dim, set()).update(part.all_of(chosen))
+    return gone
 
 
 def some_cutters(

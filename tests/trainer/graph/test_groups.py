@@ -337,9 +337,9 @@ def test_other_peoples_operations_are_refused_with_a_reason() -> None:
 
     assert "packed sequence" in reason(find(Packing(), torch.randn(2, 7, 4)), "enter")
     normed = nn.Sequential(
-        nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 1)), nn.Conv2d(8, 2, 1)
+        nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 8, 1)), nn.Conv2d(8, 2, 1)
     )
-    assert "parametrised" in reason(find(normed), "0")
+    assert "parametrisation (SpectralNorm)" in reason(find(normed), "0")
     several = nn.Sequential(nn.Conv2d(3, 8, 1), nn.LayerNorm([8, 6, 6]), nn.Conv2d(8, 2, 1))
     assert "LayerNorm" in reason(find(several, torch.randn(2, 3, 6, 6)), "0")
 

@@ -6,35 +6,13 @@ from __future__ import annotations
 import kind_nets
 import pytest
 import torch
-import trainer_nets
-from torch import Tensor, nn
+from cut_check import cut_and_checked, prunable
+from torch import nn
 
 from elesh.trainer import Recorder, Surgeon
 from elesh.trainer.network.norms import standardised
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-def cut_and_checked(model: nn.Module, x: Tensor) -> Surgeon:
-    """Some units of every group that may go were masked, cut, and undone."""
-    model.eval()
-    surgeon = Surgeon(model, Recorder(model, x).architecture)
-    units, before = trainer_nets.units(surgeon.architecture), model.state_dict()
-    before = {name: tensor.clone() for name, tensor in before.items()}
-    surgeon.mask(units)
-    masked = model(x)
-    surgeon.unmask()
-    after = surgeon.cut(units)
-    assert (model(x) - masked).abs().max() <= 1e-5 * masked.abs().max()
-    assert after.parameters == sum(p.numel() for p in model.parameters())
-    model.train()(x).square().mean().backward()
-    surgeon.undo()
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    return surgeon
-
-
-def prunable(surgeon: Surgeon) -> list[str]:
-    return [group.name for group in surgeon.architecture.groups if group.prunable]
 
 
 def test_inputs_of_convolutions_with_standardised_weights_can_go() -> None:

@@ -22,6 +22,7 @@ from elesh.trainer.graph.hazards import (
     trainable_example,
 )
 from elesh.trainer.network.calling import Inputs, call, device_of, tensors_in
+from elesh.trainer.network.kinds.weight_norms import gains_after, weight_norm_of
 from elesh.trainer.network.layers import channel_axes, named_tensors
 from elesh.trainer.network.sizes import (
     HEAD_SIZES,
@@ -182,8 +183,10 @@ class TrialCuts:
     def put(self, paths: Collection[str], units: Units) -> None:
         """Give these tensors, and the modules that hold them, the sizes that ``units`` leave."""
         lost = self.lost(units)
-        for path in paths:
-            point_to(self.tensors[path], narrowed(self.whole[path], lost.get(path, {})))
+        gains = gains_after(self._copied, self.whole, lost) if self._normed else {}
+        for path in {*paths, *self._normed, *gains}:
+            whole = gains.get(path, self.whole[path])
+            point_to(self.tensors[path], narrowed(whole, lost.get(path, {})))
         for module, sizes in self._sizes.items():
             vars(module).update(sizes)
         for module, buffers in self._constants.items():
@@ -199,6 +202,12 @@ class TrialCuts:
         holders = self._holders
         found = (module for path in paths for module in holders[id(self.tensors[path])])
         return list(dict.fromkeys(found))
+
+    @cached_property
+    def _normed(self) -> set[str]:
+        """The gains of weights that are normalised: they make up for what directions lose."""
+        norms = ((path, weight_norm_of(one)) for path, one in self._copied.named_modules())
+        return {f"{path}.{norm.gain}".lstrip(".") for path, norm in norms if norm is not None}
 
     @cached_property
     def _by_place(self) -> set[nn.Module]:
@@ -221,7 +230,7 @@ class TrialCuts:
         found: dict[int, list[nn.Module]] = {}
         for module in self._copied.modules():
             sized_by_parts = isinstance(module, (nn.MultiheadAttention, nn.Transformer))
-            inside = module.parameters() if sized_by_parts else ()
+            inside = module.parameters() if sized_by_parts or weight_norm_of(module) else ()
             for tensor in (*module._parameters.values(), *module._buffers.values(), *inside):
                 found.setdefault(id(tensor), []).append(module)
         return found

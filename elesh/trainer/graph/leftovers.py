@@ -1,0 +1,95 @@
+"""What no group of channels or heads has, as groups that are left alone with their reasons.
+
+Promises: every weight that a pass multiplies by is in some group, and so are the states of
+recurrent layers: no width of a network stays without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from elesh.trainer.network.kinds.weight_norms import owner_of
+from elesh.trainer.network.layers import channel_axes, named_tensors
+from elesh.trainer.network.taught import is_recurrent
+from leyline import Level, PruningGroup, TensorSlice
+
+from .attention import span_fields
+from .wiring import Wiring
+
+__all__ = ["with_the_rest"]
+
+
+def with_the_rest(
+    groups: Sequence[PruningGroup], wiring: Wiring, model: nn.Module
+) -> tuple[PruningGroup, ...]:
+    """The groups, and behind them those of what none of them has."""
+    return (*groups, *_states(wiring, model), *_weights(groups, wiring, model))
+
+
+def _states(wiring: Wiring, model: nn.Module) -> Iterator[PruningGroup]:
+    """The states of recurrent layers: each feeds all others, one step later."""
+    for layer in wiring.layers:
+        module = model.get_submodule(layer.name) if layer.name in wiring.called else None
+        if module is None or not is_recurrent(module):
+            continue
+        size = int(module.hidden_size)  # type: ignore[arg-type]
+        kind = type(module).__name__
+        yield _left(
+            f"{layer.name}.states",
+            layer.name,
+            size,
+            [
+                TensorSlice(tensor=f"{layer.name}.{name}", dim=0, **_every(size, len(held)))
+                for name, held in module._parameters.items()
+                if held is not None and name.startswith(("weight_ih", "bias_ih"))
+            ],
+            f"each state of {layer.name} ({kind}) is read by all of them a step later, inside it",
+        )
+
+
+def _every(size: int, rows: int) -> dict[str, Any]:
+    """The fields of a span: the same place of every gate."""
+    return span_fields(np.arange(size)[:, None] + np.arange(0, rows, size)[None])
+
+
+def _weights(
+    groups: Sequence[PruningGroup], wiring: Wiring, model: nn.Module
+) -> Iterator[PruningGroup]:
+    """Weights that something multiplies by, and whose outputs are in no group."""
+    tensors, modules = named_tensors(model), dict(model.named_modules())
+    told = [group for group in groups if group.prunable or group.level is Level.HEAD]
+    known = {(part.tensor, part.dim) for group in told for part in group.slices}
+    for layer in wiring.layers:
+        owner, _ = owner_of(layer.weight)
+        weight, module = tensors.get(layer.weight), modules.get(owner)
+        if weight is None or module is None or is_recurrent(module):
+            continue
+        dim = 0 if weight.ndim < 3 else weight.ndim - 1
+        if channel_axes(module).produces or (layer.weight, dim) in known:
+            continue
+        if isinstance(module, nn.MultiheadAttention) or owner.endswith(".out_proj"):
+            reason = f"{owner} is no attention whose heads could be told"
+        else:
+            reason = f"{layer.weight} is multiplied by outside of a layer that Elesh knows"
+        size = int(weight.shape[dim])
+        part = TensorSlice(tensor=layer.weight, dim=dim)
+        yield _left(layer.name, layer.name, size, [part], reason)
+
+
+def _left(
+    name: str, layer: str, size: int, slices: Sequence[TensorSlice], reason: str
+) -> PruningGroup:
+    return PruningGroup(
+        name=name,
+        layers=(layer,),
+        original_size=size,
+        origin=tuple(range(size)),
+        slices=tuple(slices),
+        sites=(),
+        prunable=False,
+        reason=reason,
+    )

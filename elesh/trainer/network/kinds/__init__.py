@@ -1,0 +1,1 @@
+"""Layers whose weights are computed, or lie together in one tensor."""

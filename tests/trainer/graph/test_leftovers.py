@@ -1,0 +1,94 @@
+"""No width stays without a word, and products of recurrent layers and of functions are counted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cut_check import counted_macs
+from torch import Tensor, nn
+
+from elesh.trainer import Recorder
+
+STEPS = torch.randn(2, 6, 10, generator=torch.Generator().manual_seed(0))
+
+
+class Recurrent(nn.Module):
+    """[B, T, 10] to [B, T, 3]."""
+
+    def __init__(self, inner: nn.RNNBase, width: int) -> None:
+        super().__init__()
+        self.enter, self.inner, self.leave = nn.Linear(10, 8), inner, nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.leave(self.inner(self.enter(x))[0])
+        return made
+
+
+class Cells(nn.Module):
+    """[B, T, 10] to [B, 3]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.leave = nn.GRUCell(10, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x.new_zeros(len(x), 7)
+        for step in x.unbind(1):
+            state = self.inner(step, state)
+        made: Tensor = self.leave(state)
+        return made
+
+
+def _layers() -> dict[str, nn.Module]:
+    several = {"num_layers": 2, "bidirectional": True, "batch_first": True}
+    return {
+        "gru": Recurrent(nn.GRU(8, 6, **several), 12),
+        "rnn": Recurrent(nn.RNN(8, 6, batch_first=True), 6),
+        "cells": Cells(),
+    }
+
+
+@pytest.mark.parametrize("name", ["gru", "rnn", "cells"])
+def test_products_of_recurrent_layers_are_counted_and_their_states_have_a_reason(name: str) -> None:
+    model = _layers()[name].eval()
+    architecture = Recorder(model, STEPS).architecture
+    assert architecture.macs == counted_macs(model, STEPS)
+    states = architecture.group["inner.states"]
+    assert "read by all of them a step later" in states.reason
+    parts = {part.tensor: part.width for part in states.slices}
+    assert parts[min(n for n in parts if "weight" in n)] == {"gru": 3, "rnn": 1, "cells": 3}[name]
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+def test_products_of_an_lstm_are_those_of_its_steps() -> None:
+    inner = nn.LSTM(8, 6, num_layers=2, proj_size=4, batch_first=True)
+    architecture = Recorder(Recurrent(inner, 4), STEPS).architecture
+    steps = sum(p.numel() for n, p in inner.named_parameters() if "weight" in n)
+    assert architecture.macs == 6 * (10 * 8 + steps + 4 * 3)
+
+
+class Mixture(nn.Module):
+    """Experts whose weights lie in one tensor and are all used, [B, T, 10] to [B, T, 3]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.router = nn.Linear(10, 8), nn.Linear(8, 4)
+        self.up = nn.Parameter(torch.randn(4, 8, 12) * 0.3)
+        self.down = nn.Parameter(torch.randn(4, 12, 3) * 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        inner = torch.relu(torch.einsum("btd,edh->bteh", x, self.up))
+        each = torch.einsum("bteh,eho->bteo", inner, self.down)
+        return (each * self.router(x).softmax(-1).unsqueeze(-1)).sum(2)
+
+
+def test_weights_that_functions_multiply_by_are_counted_and_listed() -> None:
+    torch.manual_seed(0)
+    model = Mixture().eval()
+    architecture = Recorder(model, STEPS).architecture
+    assert architecture.macs == counted_macs(model, STEPS)
+    for name, size in {"up": 12, "down": 3}.items():
+        group = architecture.group[name]
+        assert group.size == size
+        assert f"{name} is multiplied by" in group.reason
