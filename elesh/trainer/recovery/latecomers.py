@@ -2,8 +2,9 @@
 point is put back.
 
 Promises: a network whose tensors are not those that its surgeon knows is not gone back with, and
-nothing of it changes; averages that the point has nothing of, named since or not at all, get the
-network's structure and begin anew with its weights. Optimizers of that kind begin their state anew
+nothing of it changes; averages, and copies that the script updates, that the point has nothing of,
+named since or not at all, get the network's structure and begin anew with its weights. Optimizers
+of that kind begin their state anew
 (:func:`~elesh.trainer.surgery.optimizers.begin_others_anew`).
 """
 
@@ -63,7 +64,9 @@ class Latecomers:
         if there.model_hash == now.model_hash:  # what the script keeps fits as it is
             return cls(model, ())
         late = [each for each in surgeon.copies if each.name not in known]
-        return cls(model, (*late, *unnamed_averages(model, surgeon.copies)))
+        late += unnamed_averages(model, surgeon.copies)
+        late += [WeightCopy(type(each).__name__, each) for each in surgeon.updated_copies(late)]
+        return cls(model, tuple(late))
 
     def begin_anew(self) -> None:
         """Make them copies of the network as it is."""

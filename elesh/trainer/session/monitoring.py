@@ -181,6 +181,8 @@ class MonitoredCuts:
         try:
             with span("evaluate monitored cuts"):
                 now = evaluate()
+            if monitored:  # a rollback brings those along that are updated from now on
+                tracked.surgeon.updated_copies()
             failed = [cut for cut in monitored if cut.failure(now)]
             self._saw(now.accuracy)
             self._recovery.uncut = max(uncut - 1, 0)

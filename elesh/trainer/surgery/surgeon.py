@@ -187,6 +187,12 @@ class Surgeon:
         there is none. Nothing is cut until it is done."""
         return unnamed_average(self.model, self.copies)
 
+    def updated_copies(self, known: Iterable[WeightCopy] = ()) -> list[nn.Module]:
+        """Copies of the network, kept by the script as plain modules and neither named nor
+        ``known``, that were updated since they were looked at first; looking takes a tenth of a
+        second."""
+        return self._unnamed.updated_copies((*self.copies, *known))
+
     @property
     def masked(self) -> dict[str, tuple[int, ...]]:
         """The masked units by group, in current numbering."""

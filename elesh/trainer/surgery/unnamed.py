@@ -100,9 +100,18 @@ class Unnamed:
         if (average := unnamed_average(self._model, copies, found)) or not updated:
             return average
         return (
-            f"a copy of the network that the script updates was not named: {updated[0]}; name it, "
-            "session.resume(surgeon, teacher=copy) or elesh.attach(..., teacher=copy)"
+            f"a copy of the network that the script updates was not named: {_kinds(updated[:1])}; "
+            "name it, session.resume(surgeon, teacher=copy) or elesh.attach(..., teacher=copy)"
         )
+
+    def updated_copies(self, copies: Iterable[WeightCopy]) -> list[nn.Module]:
+        """Copies of the network, kept as plain modules, that have changed since they were first
+        looked at, by this or another method.
+
+        Args:
+            copies: what is cut along.
+        """
+        return self._updated_copies(copies, self._alive())
 
     def require_all_optimizers(self, optimizers: Iterable[Optimizer]) -> None:
         """Refuse to go on beside an optimizer of the network that is not among those given.
@@ -125,8 +134,8 @@ class Unnamed:
         own = type(self._model)
         return alive(lambda k: k is own or issubclass(k, Optimizer) or averages_weights(k))
 
-    def _updated_copies(self, known: Iterable[WeightCopy], among: list[Any]) -> list[str]:
-        """Kinds of the copies that have changed since they were first looked at.
+    def _updated_copies(self, known: Iterable[WeightCopy], among: list[Any]) -> list[nn.Module]:
+        """Copies that have changed since they were first looked at.
 
         One that an optimizer trains is another network, one that holds still does not have to fit.
 
@@ -134,8 +143,8 @@ class Unnamed:
             known: what is cut along.
             among: every module of the network's kind, and every optimizer, that is alive.
         """
-        named = {id(copy.module) for copy in known} | {id(self._model)}
         own = {id(tensor) for tensor in named_tensors(self._model).values()}
+        own |= {id(tensor) for copy in known for tensor in copy.tensors().values()}
         trained = {
             id(parameter)
             for optimizer in among
@@ -143,9 +152,9 @@ class Unnamed:
             for group in vars(optimizer).get("param_groups", ())
             for parameter in group["params"]
         }
-        shapes, found = shapes_of(self._model), list[str]()
+        shapes, found = shapes_of(self._model), list[nn.Module]()
         for each in among:
-            if type(each) is not type(self._model) or id(each) in named:
+            if type(each) is not type(self._model):
                 continue
             tensors = named_tensors(each)
             held = {id(tensor) for tensor in tensors.values()}
@@ -157,9 +166,9 @@ class Unnamed:
             if self._digests.setdefault(each, digest) != digest:
                 self._updated.add(each)
             if each in self._updated:
-                found.append(type(each).__name__)
+                found.append(each)
         return found
 
 
-def _kinds(optimizers: Iterable[Optimizer]) -> str:
-    return ", ".join(type(each).__name__ for each in optimizers)
+def _kinds(found: Iterable[Any]) -> str:
+    return ", ".join(type(each).__name__ for each in found)

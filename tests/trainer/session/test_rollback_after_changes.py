@@ -94,6 +94,29 @@ def test_an_average_made_after_the_cut_begins_anew_with_the_weights_of_before(
     average.update_parameters(script.model)
 
 
+@pytest.mark.parametrize("layers", [(), ("inner",)])
+def test_a_teacher_copied_after_the_cut_and_moved_by_hand_is_brought_along_and_one_at_rest_stays(
+    layers: tuple[str, ...],
+) -> None:
+    script, before = cut_once(layers)
+    teacher, best = copy.deepcopy(script.model), copy.deepcopy(script.model)
+
+    def move_teacher() -> None:
+        script.train()
+        for theirs, ours in zip(teacher.parameters(), script.model.parameters(), strict=True):
+            theirs.data.lerp_(ours.data, 0.1)
+
+    move_teacher()
+    kept = script.outputs(best)
+    assert script.run.watch(60, told(0.9)) == []
+    move_teacher()
+    assert script.rolled_back() == ["rolled_back"]
+    assert torch.equal(script.outputs(), before)
+    assert torch.equal(script.outputs(teacher), before)
+    assert torch.equal(script.outputs(best), kept)
+    move_teacher()
+
+
 def test_an_optimizer_made_after_the_cut_goes_on_after_its_rollback(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
