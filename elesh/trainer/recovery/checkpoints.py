@@ -131,8 +131,56 @@ def _warn_of_empty(surgeon: Surgeon, before: PrunedArchitecture, state: Mapping[
         _log.warning(what, parameters=", ".join(empty))
 
 
+class _Left:
+    """What a structure that a load left had beside its weights, for scripts that load others (an
+    average, the best so far) for an evaluation only, and then their own again."""
+
+    def __init__(self, surgeon: Surgeon) -> None:
+        optimizers, copies = surgeon.optimizers, _beside(surgeon)
+        self._architecture = surgeon.architecture.model_hash
+        self._states = [(each, dict(each.state)) for each in optimizers.stateful()]
+        self._copies = [{path: t.detach().clone() for path, t in each.items()} for each in copies]
+        self._loaded: dict[str, float] = {}
+
+    def loads(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        """Remember what the network is given in its place."""
+        for path, tensor in model.named_parameters():
+            if isinstance(state.get(path), Tensor):
+                self._loaded[path] = _sum(state[path].to(tensor))
+
+    def untrained(self, model: nn.Module) -> bool:
+        """Whether nothing was trained since."""
+        if any(optimizer.state for optimizer, _ in self._states):
+            return False
+        now = dict(model.named_parameters())
+        return all(path in now and _sum(now[path]) == was for path, was in self._loaded.items())
+
+    def put_back(self, surgeon: Surgeon) -> None:
+        """Give optimizers and copies what they had, if the network has this structure again."""
+        if surgeon.architecture.model_hash != self._architecture:
+            return
+        for optimizer, states in self._states:
+            optimizer.state.update(states)
+        surgeon.optimizers.refresh()
+        for copy, kept in zip(_beside(surgeon), self._copies, strict=True):
+            for path, tensor in copy.items():
+                tensor.data.copy_(kept[path])
+
+
+def _beside(surgeon: Surgeon) -> list[dict[str, Tensor]]:
+    """The tensors of averages and other copies, and of single precision masters, by path."""
+    return [*(copy.tensors() for copy in surgeon.copies), dict(surgeon.optimizers.masters)]
+
+
+def _sum(tensor: Tensor) -> float:
+    return float(tensor.detach().double().sum())
+
+
 class Loading:
     """A hook that brings a surgeon's network to the structure of every ``state_dict`` it loads.
+
+    Optimizers and averages begin anew then; they have again what they had once the network is
+    given back the structure that it was trained in, and was not trained meanwhile.
 
     Args:
         surgeon: who changes the structure.
@@ -140,6 +188,7 @@ class Loading:
 
     def __init__(self, surgeon: Surgeon) -> None:
         self.surgeon = surgeon
+        self._left: _Left | None = None
         model: Any = surgeon.model  # the method has no types
         self._handle = model.register_load_state_dict_pre_hook(self)
 
@@ -153,14 +202,21 @@ class Loading:
         if module is not self.surgeon.model:  # a copy of it, which the surgeon moves along
             return
         here = {path[len(prefix) :]: t for path, t in state.items() if path.startswith(prefix)}
+        if packed is None and _fits(here, named_tensors(module)):
+            return
+        leaves, came = _Left(self.surgeon), self._left
+        untrained = came is not None and came.untrained(module)
         if packed is not None:
             changed = bring(self.surgeon, packed)
-        elif _fits(here, named_tensors(module)):
-            return
         else:
             changed = self._bring_to_what_fits(here)
-        if changed:
-            self.surgeon.fill_copies(here)
+        if not changed:
+            return
+        self.surgeon.fill_copies(here)
+        if came is not None and untrained:
+            came.put_back(self.surgeon)
+        leaves.loads(module, here)
+        self._left = leaves
 
     def _bring_to_what_fits(self, state: Mapping[str, Any]) -> bool:
         """A state that says nothing of its architecture, as scripts keep their best weights, has

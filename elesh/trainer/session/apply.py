@@ -31,7 +31,13 @@ from elesh.trainer.surgery.after_cut import (
 )
 from elesh.trainer.surgery.layer_by_layer import OutputsBefore, layer_solutions, outputs_before
 from elesh.trainer.surgery.surgeon import Surgeon
-from leyline import CutFallback, PrunedArchitecture, PruningOutcome, StructuralPruningDecision
+from leyline import (
+    CutFallback,
+    InvalidField,
+    PrunedArchitecture,
+    PruningOutcome,
+    StructuralPruningDecision,
+)
 
 from .carry_over import carried_over, shortened
 
@@ -54,6 +60,11 @@ _UNMOVED = (
     "accuracy and loss under the mask are bit for bit those without, and so they are with almost "
     "all masked: evaluate does not run the network that the surgeon has (but a copy of it, or what "
     "was compiled or exported of it); have it call surgeon.model"
+)
+_OF_BEFORE = "one that was given weights of another structure (of before the cut) meanwhile"
+_NAME_IT = (
+    "name what evaluate loads into the network, an average or the best weights, and it is cut "
+    "along: session.resume(surgeon, ema=average) or elesh.attach(..., ema=average)"
 )
 _HALVINGS = 3
 """A decision that costs too much at once is halved so many times."""
@@ -383,10 +394,12 @@ class _Check:
         return outcome.model_copy(update={**self._more, "fallbacks": self._fallbacks})
 
     def _measure(self, name: str, step: str) -> Evaluation:
-        samples, model = _Samples(), self._surgeon.model
+        samples, model = _Samples(self._surgeon), self._surgeon.model
         with span(step), model.register_forward_pre_hook(samples, with_kwargs=True):
-            self._figures[name] = now = self._evaluate()
-        self._samples = samples.count
+            now = self._evaluate()
+        if samples.of_before:
+            raise InvalidField("evaluate", "the network as it is", _OF_BEFORE, hint=_NAME_IT)
+        self._figures[name], self._samples = now, samples.count
         return now
 
     def _judge(self, now: Evaluation, when: str) -> PruningOutcome | None:
@@ -406,12 +419,21 @@ class _Samples:
 
     _not_followed = True
 
-    def __init__(self) -> None:
+    def __init__(self, surgeon: Surgeon) -> None:
+        self._surgeon: Surgeon | None = surgeon
+        self._hash = surgeon.architecture.model_hash
         self.count = 0
+        self.of_before = False
+        """Whether it was called in another structure than it had."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._surgeon is not None:
+            self.of_before |= self._surgeon.architecture.model_hash != self._hash
         sizes = [len(x) for x in tensors_in([*args, *kwargs.values()]) if x.ndim]
         self.count += max(sizes, default=0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_surgeon": None}  # a pickled network has none
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Samples:
         return self

@@ -4,6 +4,7 @@ after a cut brings the network, its averages and its optimizers to that architec
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable
 from itertools import count
 from typing import Any
 
@@ -131,6 +132,85 @@ def test_best_weights_that_a_script_kept_are_loaded_whatever_was_cut_since(
             assert surgeon.architecture.parameters == sum(p.numel() for p in model.parameters())
             assert all(torch.equal(t, best[name]) for name, t in model.named_parameters())
             assert all(map(torch.equal, model.parameters(), average.module.parameters()))
+
+
+Makes = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+@pytest.mark.parametrize(
+    "optimizes",
+    [
+        lambda p: torch.optim.Adam(p, 1e-2),
+        lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
+        lambda p: torch.optim.LBFGS(p, 0.1, max_iter=3),
+    ],
+    ids=["adam", "sgd", "lbfgs"],
+)
+@pytest.mark.parametrize("trains", [False, True])
+def test_weights_of_before_a_cut_that_are_loaded_to_look_at_leave_training_as_it_was(
+    architecture: PrunedArchitecture, optimizes: Makes, trains: bool
+) -> None:
+    """A script that evaluates its best weights, or an average, in the network itself."""
+
+    def trained(swaps: bool) -> list[Tensor]:
+        model = build()
+        optimizer = optimizes(model.parameters())
+        surgeon, average = Surgeon(model, architecture, optimizer=optimizer), AveragedModel(model)
+        surgeon.follow("ema", average)
+        loading = Loading(surgeon)
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            found = functional.cross_entropy(model(X), Y)
+            found.backward()
+            return found
+
+        def train() -> None:
+            optimizer.step(lambda: float(loss().detach()))
+            average.update_parameters(model)
+
+        best = {name: t.clone() for name, t in model.state_dict().items()}
+        for gone in ([3, 7], [0]):
+            train()
+            surgeon.cut({"0": gone})
+        train()
+        if swaps:
+            own = {name: t.clone() for name, t in model.state_dict().items()}
+            model.load_state_dict(best)
+            if trains:
+                train()
+            model.load_state_dict(own)
+        train()
+        loading.end()
+        return [*model.parameters(), *average.parameters()]
+
+    alike = map(torch.equal, trained(swaps=True), trained(swaps=False))
+    assert all(alike) != trains, "an optimizer that trained another structure begins anew"
+
+
+def test_an_evaluation_of_weights_of_before_the_cut_refuses_it_and_says_what_to_name(
+    architecture: PrunedArchitecture,
+) -> None:
+    model = build()
+    surgeon = Surgeon(model, architecture)
+    average = {name: t.clone() for name, t in model.state_dict().items()}
+
+    def evaluate() -> Evaluation:
+        own = {name: t.clone() for name, t in model.state_dict().items()}
+        model.load_state_dict(average)
+        found = classification(model, [(X, Y)])
+        model.load_state_dict(own)
+        return Evaluation(0.9, found.loss)
+
+    with CutsOnce("run", NOWHERE) as session:
+        session.resume(surgeon, preflight=False)
+        session.publish(Recorder(model, X[:4]).measure([(X, Y)], epoch=100, run_id="run"))
+        before = [p.detach().clone() for p in model.parameters()]
+        (decision,) = session.decisions()
+        outcome = session.apply(decision, surgeon, evaluate)
+    assert outcome.result == "refused"
+    assert "elesh.attach(..., ema=average)" in outcome.detail
+    assert all(map(torch.equal, model.parameters(), before))
 
 
 def test_loading_some_of_the_weights_of_before_a_cut_says_which_others_are_empty(
