@@ -289,7 +289,8 @@ def normalisations(model: nn.Module, groups: Iterable[PruningGroup], size: int) 
 
 def takes_constant(module: nn.Module) -> bool:
     """Whether a constant input of this consumer is the same as a larger bias, everywhere."""
-    if getattr(module, "bias", None) is None or isinstance(module, _ConvTransposeNd):
+    bias = getattr(module, "bias", None)  # recurrent layers have a flag of this name
+    if not isinstance(bias, Tensor) or isinstance(module, _ConvTransposeNd):
         return False
     if isinstance(module, _ConvNd):
         padded = module.padding == "same" or (module.padding != "valid" and any(module.padding))

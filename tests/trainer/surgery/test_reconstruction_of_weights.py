@@ -338,3 +338,37 @@ def test_a_consumer_that_is_to_be_skipped_keeps_its_weights() -> None:
     assert torch.equal(model.consumer.weight, weight)
     surgeon.cut({"first": [3]}, reconstruct=covariance, skip=["consumer"])
     assert torch.equal(model.consumer.weight, weight[:, [0, 1, 2, 4, 5]])
+
+
+class Recurrent(nn.Module):
+    """Channel 3 of the first layer is twice channel 1, and a recurrent layer reads it."""
+
+    def __init__(self, kind: type[nn.RNNBase], bias: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 6)
+        self.reads = kind(6, 5, batch_first=True, bias=bias)  # type: ignore[call-arg, arg-type]
+        self.fc = nn.Linear(5, 4)
+        with torch.no_grad():
+            self.first.weight[3] = 2 * self.first.weight[1]
+            self.first.bias[3] = 2 * self.first.bias[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.reads(torch.relu(self.first(x)))[0].mean(1))
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_recurrent_layer_that_reads_what_is_cut_is_refitted(
+    kind: type[nn.RNNBase], bias: bool
+) -> None:
+    torch.manual_seed(1)
+    model, x = Recurrent(kind, bias), torch.randn(64, 5, 3)
+    recorder = Recorder(model, x)
+    covariance = recorder.moments([(x, torch.zeros(64, dtype=torch.long))], ["first"])
+    before, surgeon = model(x), Surgeon(model, recorder.architecture)
+    surgeon.mask({"first": [3]}, reconstruct=covariance)
+    assert torch.allclose(model(x), before, atol=1e-2 * float(before.std()))
+    surgeon.unmask()
+    assert torch.equal(model(x), before)
+    surgeon.cut({"first": [3]}, reconstruct=covariance)
+    assert torch.allclose(model(x), before, atol=1e-2 * float(before.std()))
