@@ -35,7 +35,7 @@ _DROPPED, _WIDTH = 0.3, 48
 """Wide enough for a processor to spend its time in what a cut removes: with 24 channels, most of a
 call is what PyTorch needs for an operator, however narrow."""
 _CALLED = (1, 32, 256)
-"""Samples in a call whose time is told: one alone is mostly such overhead, which goes with whole
+"""Samples in a call whose time is shown: one alone is mostly such overhead, which goes with whole
 layers only."""
 
 

@@ -203,7 +203,7 @@ class Pruning:
     def __str__(self) -> str:
         """What is left of the network in a line, and in another how far a budget was reached."""
         now = self.architecture
-        # A cut is told of twice, when it is made and when it has stood its monitoring or not.
+        # A cut is reported twice: when it is made, and when its monitoring window ends.
         became = Counter({o.idempotency_key: o.result for o in self.outcomes}.values())
         parameters = now.parameters / max(now.original_parameters, 1)
         macs = now.macs / max(now.original_macs, 1)

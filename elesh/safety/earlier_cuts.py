@@ -294,7 +294,7 @@ def levels_of(decision: StructuralPruningDecision) -> tuple[Level, ...]:
 
 
 def votes(decision: StructuralPruningDecision) -> dict[Level, Vote]:
-    """What a decision tells the breaker of each of its levels.
+    """What a decision counts as for the breaker of each of its levels.
 
     Broken statistics, a cut that does not hold together, and one of which no part was measured as
     safe are a failure; a careful no (quota, phase, noise, predicted shift, requirements) is a
@@ -333,7 +333,7 @@ def grounds(decision: StructuralPruningDecision, level: Level) -> str:
 
 
 def vote_of(outcome: PruningOutcome) -> Vote:
-    """What a trainer's outcome tells the breakers of the levels that it cut.
+    """What a trainer's outcome counts as for the breakers of the levels that it cut.
 
     A rollback is a failure, unless the cut only went along with an earlier one; a cut that was made
     is a success once nothing is left of its watch.

@@ -170,7 +170,7 @@ def _rows(target: _Target, bundle: CheckpointBundle | None) -> Iterator[UnitExpl
 
 
 def _head_scores(target: AttentionHeadTarget) -> tuple[float, ...]:
-    """What the heads that go were ranked by; older decisions tell their importance only."""
+    """What the heads that go were ranked by; older decisions hold their importance only."""
     if target.costs:
         return target.costs
     known = target.head_importance or (math.nan,) * target.heads_before

@@ -1,7 +1,7 @@
 -- Put before other scripts: who owns a pending entry, the clock, how a message is appended, and how
 -- an entry is requeued.
 
--- A server takes nothing back of a script that fails half way. So what may be refused (a right that
+-- A server takes nothing back of a script that fails in its middle. So what may be refused (a right that
 -- is missing, a key of another type) is found before the first change, or is the first change.
 
 -- An error unless the user may do what follows: what was published beforehand would be there twice.

@@ -65,7 +65,7 @@ class DeliveryHistory:
     exceptions: int = 0
     """Failures that the worker outlived."""
     handovers: int = 0
-    """Given back by a worker that was drained before it began: no delivery that counts."""
+    """Requeued by a worker that was drained before it began: no delivery that counts."""
     attempts: tuple[Attempt, ...] = ()
     """The last ones, oldest first."""
 

@@ -556,9 +556,9 @@ def _holder(link: Link, path: str, calls: Sequence[Call]) -> str:
     return ""
 
 
-def in_order(calls: Sequence[Call], lent: Sequence[Call]) -> list[Call]:
+def in_order(calls: Sequence[Call], by_functions: Sequence[Call]) -> list[Call]:
     """Both, those by functions where they came in the pass."""
-    found, rest = list[Call](), sorted(lent, key=lambda one: one.entered)
+    found, rest = list[Call](), sorted(by_functions, key=lambda one: one.entered)
     for one in calls:
         while rest and one.output is not None and one.output._sequence_nr() > rest[0].entered:
             found.append(rest.pop(0))
