@@ -223,7 +223,7 @@ def blobs(count: int) -> dict[int, bytes]:
     found = {}
     for epoch in range(1, count + 1):
         metadata = bundle.metadata.model_copy(update={"epoch": epoch})
-        found[epoch] = measurements_of(replace(bundle, metadata=metadata), 500).to_bytes()
+        found[epoch] = measurements_of(replace(bundle, metadata=metadata), 500)
     return found
 
 

@@ -25,6 +25,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import IO, Any, Literal
 
@@ -89,14 +90,15 @@ class _Formatter(logging.Formatter):
         return masked_line(line)
 
 
+@dataclass(frozen=True)
 class _Event:
     """What is logged: other formatters than ours write it with ``str``."""
 
-    def __init__(self, message: str, fields: Mapping[str, Any]) -> None:
-        self.message, self._fields = message, fields
+    message: str
+    fields: Mapping[str, Any]
 
     def __str__(self) -> str:
-        tail = "".join(f" {key}={value}" for key, value in self._fields.items())
+        tail = "".join(f" {key}={value}" for key, value in self.fields.items())
         return masked_line(printable(f"{self.message}{tail}"))
 
 

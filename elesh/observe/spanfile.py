@@ -179,16 +179,18 @@ def _values(span: ReadableSpan) -> dict[str, Any]:
         "failed": "" if span.status.is_ok else (span.status.description or "failed"),
         "attributes": dict(span.attributes or {}),
         "events": [
-            {"name": e.name, "at": e.timestamp, "attributes": _brief(e.attributes or {})}
-            for e in span.events
+            {
+                "name": event.name,
+                "at": event.timestamp,
+                # The stack of an exception is in the log.
+                "attributes": {
+                    k: v for k, v in (event.attributes or {}).items() if k != "exception.stacktrace"
+                },
+            }
+            for event in span.events
         ],
         "links": [format(link.context.trace_id, "032x") for link in span.links],
     }
-
-
-def _brief(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """An event's attributes without the stack of an exception, which the log has."""
-    return {k: v for k, v in attributes.items() if k != "exception.stacktrace"}
 
 
 def _read(line: str) -> RecordedSpan | None:

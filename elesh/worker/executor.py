@@ -289,7 +289,9 @@ class AnalysisExecutor:
                 return await self.child.run(job, timeout=timeout)
             except ChildFailure as failure:
                 mark_failed(type(failure).__qualname__, str(failure))
-                fallback = fallback_for(failure, dict(job.fallbacks), level)
+                # Of several levels each takes its own fallbacks, as a part.
+                several = job.kind == "decide" and len(job.levels) > 1
+                fallback = "" if several else fallback_for(failure, dict(job.fallbacks), level)
                 timeout = time_for(fallback, work.window, clock() - begun)
                 if not fallback or timeout <= 0:
                     raise _given_up(job, failure) from None

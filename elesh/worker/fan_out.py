@@ -1,11 +1,12 @@
 """Fan-out and join: a checkpoint as parts that any worker of the fleet takes.
 
 The promises of planning, storing and joining are the bus's (:mod:`elesh.bus.streams.fan_out`); here
-is what a worker makes parts of, and what it does with one. A level is split only where its
-statistics are large, since what one shard takes no longer depends on what another gives up
-(decision 0026); the layer level is never split. A level that fails for good is stored as a failure:
-the join goes on without it, and its reason stands in the decision. Only if no level is there at
-all, the checkpoint itself is a dead letter.
+is what a worker makes parts of, and what it does with one. A checkpoint of several levels becomes
+parts where it is large, and where they were tried in one job and one of them failed. A level is
+split only where its statistics are large, since what one shard takes no longer depends on what
+another gives up (decision 0026); the layer level is never split. A level that fails for good is
+stored as a failure: the join goes on without it, and its reason stands in the decision. Only if no
+level is there at all, the checkpoint itself is a dead letter.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from .executor import AnalysisExecutor
 from .fallback_chain import CORRUPT
 from .result_handler import ResultHandler, conflict
 
-__all__ = ["FanOut", "groups_of", "level_of", "parts_of"]
+__all__ = ["FanOut", "fits_one_job", "groups_of", "level_of", "parts_of"]
 
 _INLINE = 256 << 10
 """Analyses up to so many bytes stand in the plan's record; larger ones are blobs."""
@@ -246,6 +247,14 @@ def _gaps(plan: Plan, results: Mapping[str, ItemResult]) -> dict[Level, str]:
 _MOST = 4096
 SHARD_BYTES = 1 << 30
 """Of statistics: smaller levels are not worth splitting."""
+ONE_JOB_BYTES = 64 << 20
+"""Of all blobs: the levels of a smaller checkpoint are decided in one job, since the way of its
+parts over the bus takes longer than their analysis."""
+
+
+def fits_one_job(work: Work) -> bool:
+    """Whether one worker decides on all levels of ``work``, unless one of them fails."""
+    return sum(blob.size for blob in work.blobs.values()) <= ONE_JOB_BYTES
 
 
 def parts_of(work: Work, settings: Settings) -> list[AnalysisItem]:

@@ -33,11 +33,18 @@ from elesh.settings import Settings
 from elesh.worker.telemetry.auditor import auditing
 from elesh.worker.telemetry.monitor import Monitor
 from elesh.worker.telemetry.reports import Reports, record_receipts
-from leyline import AnalysisItem, AnalysisRequest, ContractError, JoinItem, PruningOutcome
+from leyline import (
+    AnalysisItem,
+    AnalysisRequest,
+    ContractError,
+    JoinItem,
+    PruningOutcome,
+    StructuralPruningDecision,
+)
 from leyline.streams import CHECKPOINTS, OUTCOMES, REDELIVERIES, REQUESTS, WORK, WORKERS, Stream
 
 from .executor import AnalysisExecutor
-from .fan_out import FanOut, parts_of
+from .fan_out import FanOut, fits_one_job, parts_of
 from .leases import LONG_SECONDS, Busy, Leases, ReapingLoop
 from .parameter_executor import ParameterExecutor, parameter_key
 from .result_handler import ResultHandler
@@ -322,16 +329,30 @@ class Worker:
                         delivery, asked, heard.envelope.event_id
                     )
 
+    async def _in_one_job(self, work: Work) -> StructuralPruningDecision | None:
+        """The decision on several levels; None if one of them failed. Parts tell which then, and
+        the others decide without it."""
+        try:
+            return await self._executor.decide(work)
+        except ContractError as error:
+            _log.warning("in parts, for one job failed", key=str(work.key), reason=str(error))
+            return None
+
     async def _decide(self, delivery: Delivery, work: Work) -> None:
         self._result_handler.refuse_poison(delivery)
         self._reports.step("received", work, figures={"deliveries": delivery.deliveries})
+        parts = parts_of(work, self._settings)
+        decision: StructuralPruningDecision | None = None
         try:
             if await self._result_handler.is_decided(delivery, work):
                 return
-            if len(parts := parts_of(work, self._settings)) > 1:
+            if len(parts) == 1:
+                decision = await self._executor.decide(work)
+            elif fits_one_job(work):
+                decision = await self._in_one_job(work)
+            if decision is None:
                 await self._fan_out.plan(delivery, work, parts)
                 return
-            decision = await self._executor.decide(work)
         except ContractError as error:
             await self._result_handler.fail(delivery, work, error)
             return

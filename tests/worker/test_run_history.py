@@ -25,7 +25,7 @@ def recalled(station: Station) -> ImportanceTracker:
 def expected(bundles: list[CheckpointBundle]) -> bytes:
     tracker = ImportanceTracker(500)
     for bundle in bundles:
-        tracker.merge(measurements_of(bundle, 500))
+        tracker.merge(ImportanceTracker.from_bytes(measurements_of(bundle, 500)))
     return tracker.to_bytes()
 
 

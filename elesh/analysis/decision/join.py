@@ -63,6 +63,8 @@ class JointSet:
     error: RelativeOutputError
     gates: tuple[GateResult, ...]
     """Of the joint set: structure, predicted shift, budget, requirements."""
+    fault: str
+    """Why the levels cannot go together; empty if they can."""
     needless: frozenset[Identity]
     """Units that the budget is met without."""
 
@@ -83,12 +85,8 @@ class JointSet:
             safety.requirements(bundle.requirements, cut.loss_increase, cut.parameters_removed),
         )
         gates = named(Level.JOINT, gates)
-        return cls(tuple(parts), targets, order, cut, error, gates, fit.unneeded)
-
-    @property
-    def fault(self) -> str:
-        """Why the levels cannot go together; empty if they can."""
-        return safety.rejection(self.gates[:-1])
+        fault = safety.rejection(gates[:-1])
+        return cls(tuple(parts), targets, order, cut, error, gates, fault, fit.unneeded)
 
 
 def named(level: Level, gates: Sequence[GateResult]) -> tuple[GateResult, ...]:

@@ -14,7 +14,7 @@ float32. Single parameters are not few: for them there is :mod:`elesh.analysis.s
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -336,18 +336,8 @@ class ImportanceTracker:
         by rising epoch and original unit, ``present`` [n, C] float16 (1 where the unit was there;
         values are 0 elsewhere).
         """
-        arrays: _Arrays = {}
-        for key, group in self._groups.items():
-            rows = np.stack(list(group.rows()))
-            absent = np.isnan(rows)
-            rows[absent] = 0
-            arrays[f"{_name(key)}/epochs"] = np.array(
-                [divmod(epoch, _SPLIT) for epoch in group.epochs], np.float32
-            )
-            arrays[f"{_name(key)}/values"] = rows
-            arrays[f"{_name(key)}/present"] = (~absent[:, 0]).astype(np.float16)
-        metadata = {"format": _FORMAT, "version": _VERSION, "history": str(self.history)}
-        return pack_arrays(arrays, metadata)
+        rows = {key: (own.epochs, np.stack(list(own.rows()))) for key, own in self._groups.items()}
+        return _packed(rows, self.history)
 
     @classmethod
     def of_epochs(cls, run_id: str, blobs: Mapping[int, bytes], history: int) -> ImportanceTracker:
@@ -464,15 +454,34 @@ def _kind(array: npt.NDArray[Any]) -> str:
     return f"{array.shape} {array.dtype}"
 
 
-def measurements_of(bundle: CheckpointBundle, history: int) -> ImportanceTracker:
-    """A tracker that has observed this one checkpoint: what the history keeps of it.
+def measurements_of(bundle: CheckpointBundle, history: int) -> bytes:
+    """What the history keeps of this one checkpoint: what a tracker that has observed it alone
+    writes (:meth:`ImportanceTracker.to_bytes`).
 
     Channel groups with the three metrics of their statistics; other levels carry theirs in their
     own decisions.
+
+    Raises:
+        InvalidField, ShapeMismatch, NotFinite: as :meth:`ImportanceTracker.observe`.
     """
-    tracker = ImportanceTracker(history)
-    for name, data in bundle.channels.items():
-        group = bundle.architecture.group[name]
-        if group.level is Level.CHANNEL:
-            tracker.observe(bundle.metadata.epoch, group, channel_metrics(data))
-    return tracker
+    groups = {name: bundle.architecture.group[name] for name in bundle.channels}
+    rows = {
+        (Level.CHANNEL, name): ([bundle.metadata.epoch], _row(group, channel_metrics(data))[None])
+        for (name, group), data in zip(groups.items(), bundle.channels.values(), strict=True)
+        if group.level is Level.CHANNEL
+    }
+    return _packed(rows, history)
+
+
+def _packed(groups: Mapping[_Key, tuple[Sequence[int], Floats]], history: int) -> bytes:
+    """The epochs of groups, and their rows [n, M, original size] with NaN for units that are gone,
+    as safetensors."""
+    arrays: _Arrays = {}
+    for key, (epochs, rows) in groups.items():
+        absent = np.isnan(rows)
+        parts = np.array([divmod(epoch, _SPLIT) for epoch in epochs], np.float32)
+        arrays[f"{_name(key)}/epochs"] = parts
+        arrays[f"{_name(key)}/values"] = np.where(absent, np.float32(0), rows)
+        arrays[f"{_name(key)}/present"] = (~absent[:, 0]).astype(np.float16)
+    metadata = {"format": _FORMAT, "version": _VERSION, "history": str(history)}
+    return pack_arrays(arrays, metadata)

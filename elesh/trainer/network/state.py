@@ -427,28 +427,23 @@ def alive(wanted: Callable[[type], bool]) -> list[Any]:
     """Every object whose type is ``wanted``. Types are asked once each: a process has a million
     objects and a few thousand types. One pass takes a tenth of a second: who looks for several
     kinds asks for all of them at once."""
-    kinds = {number: kind for number, kind in _kinds_alive().items() if wanted(kind)}
-    # An object of a Python class refers to it.
-    found = gc.get_referrers(*kinds.values()) if kinds else []
-    return [each for each in found if id(type(each)) in kinds]
-
-
-def _kinds_alive() -> dict[int, type]:
-    """The types of all objects, by their ids, as types may hash by Python.
-
-    No thread may hold all objects while others can run, as they do between two steps of
-    Python: a tuple that another thread is making cannot grow while it is referred to, and that
-    thread gets a SystemError. So this is one step, in which the collector runs nothing either.
-    """
+    # No thread may hold all objects while others can run, as they do between two steps of Python: a
+    # tuple that another thread is making cannot grow while it is referred to, and that thread gets
+    # a SystemError. So types are listed in one step, in which the collector runs nothing either; by
+    # their ids, as types may hash by Python.
     collects = gc.isenabled()
     gc.disable()
     try:
         everything = chain.from_iterable(map(operator.call, (gc.get_objects,)))
         types, same = tee(map(type, everything))
-        return dict(zip(map(id, types), same, strict=True))
+        every = dict(zip(map(id, types), same, strict=True))
     finally:
         if collects:
             gc.enable()
+    kinds = {number: kind for number, kind in every.items() if wanted(kind)}
+    # An object of a Python class refers to it.
+    found = gc.get_referrers(*kinds.values()) if kinds else []
+    return [each for each in found if id(type(each)) in kinds]
 
 
 _HOOK_DEPTH = 3

@@ -76,7 +76,8 @@ class Mailbox:
         """Set once the bus has answered."""
         self._out: queue.Queue[Outgoing] = queue.Queue(_ITEMS)
         self._in: queue.SimpleQueue[Incoming | Ended] = queue.SimpleQueue()
-        self._arrived = threading.Event()
+        self.arrived = threading.Event()
+        """Set while something has come that was not :meth:`received` yet."""
         self._bundles = threading.BoundedSemaphore(_BUNDLES)  # bundles are large
         self._count = threading.Lock()
         self._missed = 0
@@ -116,17 +117,13 @@ class Mailbox:
 
     def received(self) -> list[Incoming | Ended]:
         """What has come since the last call, in its order."""
-        self._arrived.clear()
+        self.arrived.clear()
         found: list[Incoming | Ended] = []
         while True:
             try:
                 found.append(self._in.get_nowait())
             except queue.Empty:
                 return found
-
-    def wait(self, timeout: float) -> bool:
-        """Wait until something has come that was not :meth:`received` yet."""
-        return self._arrived.wait(timeout)
 
     # The bus's side
 
@@ -148,7 +145,7 @@ class Mailbox:
     def deliver(self, item: Incoming | Ended) -> None:
         """Leave a message, or the news that there will be none, for the training thread."""
         self._in.put(item)
-        self._arrived.set()
+        self.arrived.set()
 
     def miss(self, item: Outgoing, reason: str) -> bool:
         """Count and log an item that is not sent, and mark it in its trace; False."""

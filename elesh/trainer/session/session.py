@@ -284,7 +284,7 @@ class Session:
 
     def wait(self, timeout: float) -> bool:
         """Wait until something has come, for tools and tests; training has no need to."""
-        return bool(self._decisions) or self._mailbox.wait(timeout)
+        return bool(self._decisions) or self._mailbox.arrived.wait(timeout)
 
     def resume(
         self,
@@ -481,8 +481,8 @@ class Session:
             return self._queue(OUTCOMES, outcome, outcome.epoch, event_id_of(outcome))
 
     def _publish_outcome(self, outcome: PruningOutcome, limit: float) -> None:
-        """Report an outcome, and tell Urabrask what was measured. A decision that the network does
-        not keep is found by the error status of the current span."""
+        """Report an outcome, and publish what was measured, for Urabrask. A decision that the
+        network does not keep is found by the error status of the current span."""
         if outcome.result != "applied":
             mark_failed(outcome.result, outcome.detail)
         self.report(outcome)

@@ -107,8 +107,12 @@ class Masks:
         units: Mapping[str, Collection[int]],
         blocks: Iterable[LayerBlock] = (),
     ) -> None:
-        """Silence just these units (current numbering), by group name, and these blocks."""
-        self.set_blocks(blocks)
+        """Silence just these units (current numbering), by group name, and these blocks: the
+        branch of each is multiplied by zero."""
+        self.clear()
+        for block in blocks:
+            module = self._model.get_submodule(block.branch)
+            self._handles.append(module.register_forward_hook(_silence))
         dead: dict[tuple[str, int], list[int]] = {}
         for name, chosen in units.items():
             for site in architecture.group[name].sites:
@@ -133,15 +137,6 @@ class Masks:
                 self._handles += replace_weight(module, mask.masked)
             elif indices:
                 self._handles.append(module.register_forward_pre_hook(mask, with_kwargs=True))
-        if self._handles:
-            self._uncompiled.__enter__()
-
-    def set_blocks(self, blocks: Iterable[LayerBlock]) -> None:
-        """Silence just these blocks: the branch of each is multiplied by zero."""
-        self.clear()
-        for block in blocks:
-            module = self._model.get_submodule(block.branch)
-            self._handles.append(module.register_forward_hook(_silence))
         if self._handles:
             self._uncompiled.__enter__()
 

@@ -550,7 +550,7 @@ class Surgeon:
 
     def _set_masks(self) -> None:
         """Masks of everything that is masked and still there."""
-        blocks = [self.architecture.block[name] for name in self.masked_layers]
+        blocks = [self.architecture.block[name] for name in sorted(self._masked_layers)]
         present = [block for block in blocks if not block.removed]
         for masks in self._masks:
             masks.set(self.architecture, self.masked, present)

@@ -186,7 +186,7 @@ _KINDS: dict[Kind, Callable[[Job], bytes]] = {
 def _analysis(job: Job, bundle: CheckpointBundle, settings: Settings, level: Level) -> LevelDraft:
     if level is Level.CHANNEL:
         measured = measurements_of(bundle, settings.importance_history_epochs)
-        (Path(job.folder) / MEASURED).write_bytes(measured.to_bytes())
+        (Path(job.folder) / MEASURED).write_bytes(measured)
     return draft_level(
         bundle,
         settings,

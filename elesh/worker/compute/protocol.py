@@ -31,7 +31,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -192,13 +192,13 @@ def unpack_body(kind: type[Job] | type[Reply], body: bytes) -> Any:
     return kind(**values)
 
 
+@dataclass
 class Stopwatch:
     """Measures the spans of one job; the first 256 are kept."""
 
-    def __init__(self) -> None:
-        self.spans: list[SpanTimes] = []
-        """What was measured, parents before their children."""
-        self._open: list[int] = []
+    spans: list[SpanTimes] = field(default_factory=list)
+    """What was measured, parents before their children."""
+    _open: list[int] = field(default_factory=list)
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:

@@ -161,12 +161,6 @@ class Status:
             labels = {"level": level.value, "verdict": verdict, "reason": reason}
             metrics.DECISIONS.add(1, labels)
 
-    def fell_back(self, name: str) -> None:
-        """A fallback of the failure table was taken."""
-        self.fallbacks += 1
-        # "rung": the label of the version before.
-        metrics.FALLBACKS.add(1, {"fallback": name, "rung": name})
-
     def redelivered(self, cause: str) -> None:
         """An entry went round again."""
         metrics.REDELIVERIES.add(1, {"cause": cause})
@@ -456,7 +450,9 @@ class Reports:
     def fallback(self, work: Work, key: str, name: str, reason: str) -> None:
         """A fallback of the failure table was taken."""
         _log.warning("fallback", key=key, fallback=name, reason=reason)
-        self.status.fell_back(name)
+        self.status.fallbacks += 1
+        # "rung": the label of the version before.
+        metrics.FALLBACKS.add(1, {"fallback": name, "rung": name})
         self.step("fallback", work, key=IdempotencyKey.parse(key), detail=f"{name}: {reason}")
 
     async def transition(self, change: BreakerTransition) -> None:

@@ -283,7 +283,7 @@ def test_measurements_that_do_not_fit_are_refused_by_name(
 
 
 BLOBS = {
-    epoch: measurements_of(bundle(chain((20, 24)), epoch=epoch, seed=epoch), 500).to_bytes()
+    epoch: measurements_of(bundle(chain((20, 24)), epoch=epoch, seed=epoch), 500)
     for epoch in range(1, 7)
 }
 

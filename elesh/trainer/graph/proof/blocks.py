@@ -36,7 +36,7 @@ def with_blocks(
             effect.
         fed: ids of the parameters that the outputs depend on.
     """
-    experiment = _Experiment(trial, blocks, fed)
+    experiment = _Experiment(trial, architecture, blocks, fed)
     experiment.admit([block.name for block in blocks if block.prunable])
     reasons = experiment.reasons
     marked = tuple(
@@ -53,8 +53,15 @@ def with_blocks(
 class _Experiment(Admission):
     """Admits blocks."""
 
-    def __init__(self, trial: Trial, blocks: Sequence[LayerBlock], fed: Collection[int]) -> None:
+    def __init__(
+        self,
+        trial: Trial,
+        architecture: PrunedArchitecture,
+        blocks: Sequence[LayerBlock],
+        fed: Collection[int],
+    ) -> None:
         super().__init__()
+        self._architecture = architecture
         self._copied, self._trial = trial.copied, trial
         self._blocks = {block.name: block for block in blocks}
         named = trial.copied.named_parameters()
@@ -68,7 +75,7 @@ class _Experiment(Admission):
     def _tried(self, names: Sequence[str]) -> str:
         blocks = [self._blocks[name] for name in names]
         masks = Masks(self._copied)
-        masks.set_blocks(blocks)
+        masks.set(self._architecture, {}, blocks)
         try:
             with torch.no_grad():
                 masked = self._trial.outputs()
