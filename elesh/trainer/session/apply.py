@@ -394,7 +394,8 @@ class _Check:
         return outcome.model_copy(update={**self._more, "fallbacks": self._fallbacks})
 
     def _measure(self, name: str, step: str) -> Evaluation:
-        samples, model = _Samples(self._surgeon), self._surgeon.model
+        model = self._surgeon.model
+        samples = _Samples(model)
         with span(step), model.register_forward_pre_hook(samples, with_kwargs=True):
             now = self._evaluate()
         if samples.of_before:
@@ -419,24 +420,23 @@ class _Samples:
 
     _not_followed = True
 
-    def __init__(self, surgeon: Surgeon) -> None:
-        self._surgeon: Surgeon | None = surgeon
-        self._hash = surgeon.architecture.model_hash
+    def __init__(self, model: nn.Module) -> None:
+        self._shapes = _shapes(model)
         self.count = 0
         self.of_before = False
-        """Whether it was called in another structure than it had."""
+        """Whether it was called with parameters of other shapes than it had."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._surgeon is not None:
-            self.of_before |= self._surgeon.architecture.model_hash != self._hash
+        self.of_before |= _shapes(module) != self._shapes
         sizes = [len(x) for x in tensors_in([*args, *kwargs.values()]) if x.ndim]
         self.count += max(sizes, default=0)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_surgeon": None}  # a pickled network has none
-
     def __deepcopy__(self, memo: dict[int, Any]) -> _Samples:
         return self
+
+
+def _shapes(model: nn.Module) -> list[tuple[int, ...]]:
+    return [tuple(parameter.shape) for parameter in model.parameters()]
 
 
 def _first(batches: Batches, samples: int) -> Batches:

@@ -4,7 +4,7 @@ after a cut brings the network, its averages and its optimizers to that architec
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import count
 from typing import Any
 
@@ -188,18 +188,26 @@ def test_weights_of_before_a_cut_that_are_loaded_to_look_at_leave_training_as_it
     assert all(alike) != trains, "an optimizer that trained another structure begins anew"
 
 
+@pytest.mark.parametrize("loads", [True, False], ids=["load_state_dict", "data"])
 def test_an_evaluation_of_weights_of_before_the_cut_refuses_it_and_says_what_to_name(
-    architecture: PrunedArchitecture,
+    architecture: PrunedArchitecture, loads: bool
 ) -> None:
     model = build()
     surgeon = Surgeon(model, architecture)
     average = {name: t.clone() for name, t in model.state_dict().items()}
 
+    def give(weights: Mapping[str, Tensor]) -> None:
+        if loads:
+            model.load_state_dict(weights)
+        else:
+            for name, parameter in model.named_parameters():
+                parameter.data = weights[name]
+
     def evaluate() -> Evaluation:
         own = {name: t.clone() for name, t in model.state_dict().items()}
-        model.load_state_dict(average)
+        give(average)
         found = classification(model, [(X, Y)])
-        model.load_state_dict(own)
+        give(own)
         return Evaluation(0.9, found.loss)
 
     with CutsOnce("run", NOWHERE) as session:
