@@ -121,6 +121,8 @@ def _transformers(name: str) -> tuple[nn.Module, Any]:
         "pair": {"input_ids": ids, "decoder_input_ids": ids},
         "image": {"pixel_values": torch.randn(2, 3, 64, 64)},
         "waves": {"input_values": torch.randn(2, 4000)},
+        "mel": {"spectrogram": torch.randn(2, 8, 16)},
+        "series": {"past_values": torch.randn(2, 32, 3)},
         "spectrum": {"input_features": torch.randn(2, 16, 64), "decoder_input_ids": ids},
     }
     return made, inputs[kind]

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from elesh.trainer.network.calling import Inputs, example_copy, seen_called
+from elesh.trainer.network.calling import Inputs, example_copy, packed_in, seen_called
+from elesh.trainer.network.kinds.experts import is_experts, width_multiple
 from elesh.trainer.network.kinds.weight_norms import computed_by
 from elesh.trainer.network.layers import (
     channel_axes,
@@ -24,6 +25,7 @@ from elesh.trainer.network.layers import (
     held,
     named_tensors,
 )
+from elesh.trainer.network.rows import remember_picking
 from elesh.trainer.network.state import evaluated, preserve_state, uncollected
 from elesh.trainer.network.traversal import standing_still
 from leyline import (
@@ -45,7 +47,6 @@ from .hazards import (
     traced_gates,
     with_acting_masks,
     without_hazards,
-    without_mixed,
 )
 from .leftovers import with_the_rest
 from .proof.blocks import with_blocks
@@ -54,6 +55,8 @@ from .proof.units import without_refuted
 from .random_copy import random_copy
 from .residual_blocks import find_blocks
 from .residual_branches import parameters_behind
+from .rows_read import followed, picking_in, without_mixed
+from .siblings import enclosed_in
 from .wiring import Family, Port, Wiring, trace
 
 
@@ -119,16 +122,28 @@ def _proved(
     reached = reached_by(copied, fed, wiring.called)
     trial = Trial(copied, inputs, compared)
     groups = without_hazards(
-        groups, model, copied, reached, trial.in_training, trial.read_in_training
+        groups,
+        model,
+        copied,
+        reached,
+        trial.in_training,
+        trial.read_in_training,
+        enclosed_in(passage, groups),
     )
     gates = traced_gates(passage, groups)
-    groups = without_mixed(groups, inputs, gates)
+    picking = picking_in(passage.reached)
+    rows = {axis: gate.rows for axis, gate in gates.items()}
+    if picking and packed_in(inputs) is None:
+        rows |= followed(copied, inputs, groups)
+    groups = without_mixed(groups, inputs, rows)
+    remember_picking(model, picking)
+    remember_picking(copied, picking)
     del wiring, passage  # and with them the autograd graph
     architecture = PrunedArchitecture.unchecked(describe_tensors(model), layers, groups)
     if not any(group.prunable for group in groups):
         require_repeatable(copied, inputs)
     proved = without_refuted(trial, architecture)
-    return with_acting_masks(copied, inputs, proved, gates), trial, blocks, fed
+    return with_acting_masks(copied, inputs, proved, gates, rows), trial, blocks, fed
 
 
 def _precision(model: nn.Module) -> torch.dtype:
@@ -403,8 +418,12 @@ def _group(
             elif not reader:
                 user = f"a function multiplies by the weight of {port.name}"
                 reason = reason or f"{user}: there is nowhere to mask what it reads"
+    mixtures = (p.module for p in family if p.module is not None and is_experts(p.module))
+    multiple = max((width_multiple(module) for module in mixtures), default=1)
     if size == 1:
         reason = reason or "it has a single unit"
+    elif multiple > 1 and (size % multiple or size == multiple):
+        reason = reason or f"experts want a multiple of {multiple} units, and it has {size}"
     return PruningGroup(
         name=name,
         layers=tuple(port.name for port in _producers(family)),
@@ -415,4 +434,5 @@ def _group(
         norms=tuple(norms),
         prunable=not reason,
         reason=reason,
+        unit_multiple=multiple,
     )

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
@@ -28,11 +26,9 @@ from torch.utils.hooks import RemovableHandle
 from elesh.observe import get_logger
 from elesh.trainer.network.calling import (
     Inputs,
-    batch_size,
     call,
     device_of,
     doubled,
-    packed_in,
     replace_inputs,
     tensors_in,
 )
@@ -46,10 +42,12 @@ from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import InvalidField, PrunedArchitecture, PruningGroup
 
 from .indexing import any_along
+from .leftovers import of_unreached
 from .residual_branches import Trace, behind
+from .rows_read import MIXED, Gate, mixed_in, refused
+from .siblings import beside
 
 __all__ = [
-    "Gate",
     "reached_by",
     "read_in_training",
     "require_initialised",
@@ -64,7 +62,6 @@ __all__ = [
 _log = get_logger(__name__)
 
 _NO_EFFECT = "masking it changes no output, so a cut cannot be judged under a mask"
-_MIXED = "its consumers read rows that samples do not share evenly (a packed sequence's steps)"
 
 
 def require_initialised(model: nn.Module) -> None:
@@ -245,6 +242,7 @@ def without_hazards(
     reached: Collection[str],
     in_training: Callable[[], set[str]],
     read: Callable[[Collection[str]], Mapping[str, str]],
+    enclosed: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[PruningGroup, ...]:
     """The groups, those that must be left alone marked with a reason.
 
@@ -254,6 +252,8 @@ def without_hazards(
         reached: its parameters that outputs depend on, and those of modules that were called.
         in_training: asks for the same of training mode, if anything was not reached.
         read: asks which layers are read by some that only training reaches.
+        enclosed: by group, the module that its channels do not leave: they are not read by parts
+            of modules beside that one.
     """
     tensors = dict(traced.named_parameters())
     followed = tuple(f"{teacher.name}." for teacher in teachers_in(model))
@@ -276,15 +276,19 @@ def without_hazards(
             if part.tensor in tensors and owner_of(part.tensor)[0] in group.layers
         }
         for layer, width, flattened in unreached:
+            if beside(layer, enclosed.get(group.name, "")):
+                continue
             if any(width == own or (flattened and width % own == 0) for own in widths):
-                return f"{layer} may read it, which the example inputs do not reach"
+                unseen = "which the example inputs do not reach; some with more samples may"
+                return f"{layer} may read it, {unseen}"
         return ""
 
     found = [reason(group) if group.prunable else "" for group in groups]
-    return tuple(
+    marked = tuple(
         group.model_copy(update={"prunable": False, "reason": why}) if why else group
         for group, why in zip(groups, found, strict=True)
     )
+    return (*marked, *of_unreached(dict.fromkeys(name for name, _, _ in unreached), traced))
 
 
 def _in_shared_memory(model: nn.Module) -> Mapping[str, str]:
@@ -350,18 +354,6 @@ def _widths(module: nn.Module) -> Iterator[int]:
         yield int(shape[-1])
 
 
-@dataclass(frozen=True)
-class Gate:
-    """What the traced pass showed of the input of a consumer."""
-
-    rows: int
-    """The size of its first axis."""
-    acting: npt.NDArray[np.bool_]
-    """[channels] whether a mask there moves an output, to first order: the channel is not zero
-    throughout, and the outputs have a gradient with respect to what the consumer made (its weights
-    are random)."""
-
-
 def traced_gates(passage: Trace, groups: Sequence[PruningGroup]) -> dict[Axis, Gate]:
     """What the traced pass shows of masks, by one backward pass that leaves out all weights."""
     shrinking = {layer for group in groups if group.prunable for layer in group.layers}
@@ -406,53 +398,33 @@ def with_acting_masks(
     inputs: Inputs,
     architecture: PrunedArchitecture,
     gates: Mapping[Axis, Gate],
+    rows: Mapping[Axis, int],
 ) -> PrunedArchitecture:
     """The architecture with every group whose mask has no effect marked.
 
     Args:
         copied: a copy of the network in evaluation mode with random weights.
         gates: what is known of them already.
+        rows: of what enters consumers, as far as is known.
     """
     candidates = [group for group in architecture.groups if group.prunable]
-    rows = {axis: gate.rows for axis, gate in gates.items()}
-    mixed = _mixed(inputs, candidates, rows)
+    mixed = mixed_in(inputs, candidates, rows)
     moving = {group.name for group in candidates if _acts(group, gates)}
     untried = [g for g in candidates if g.name not in moving and g.name not in mixed]
     if any(site.axis not in gates for group in untried for site in group.sites):
-        others = _moving(copied, inputs, candidates)
+        others = _moving(copied, inputs, candidates, rows)
         moving, mixed = moving | others[0], mixed | others[1]
         untried = [g for g in untried if g.name not in moving and g.name not in mixed]
     if untried:  # A sigmoid that is saturated may be so no more where less comes in.
         with _quiet(copied, untried):
-            moving |= _moving(copied, inputs, candidates)[0]
+            moving |= _moving(copied, inputs, candidates, rows)[0]
         untried = [g for g in untried if g.name not in moving]
     reasons = dict.fromkeys(_silent(copied, inputs, architecture, untried), _NO_EFFECT)
-    reasons |= dict.fromkeys(mixed, _MIXED)
+    reasons |= dict.fromkeys(mixed, MIXED)
     if not reasons:
         return architecture
-    groups = _refused(architecture.groups, reasons)
+    groups = refused(architecture.groups, reasons)
     return PrunedArchitecture.build(architecture.tensors, architecture.layers, groups)
-
-
-def without_mixed(
-    groups: Sequence[PruningGroup], inputs: Inputs, gates: Mapping[Axis, Gate]
-) -> tuple[PruningGroup, ...]:
-    """The groups, those of which a consumer reads rows that samples do not share evenly marked, as
-    far as is known without a pass."""
-    rows = {axis: gate.rows for axis, gate in gates.items()}
-    candidates = [group for group in groups if group.prunable]
-    return _refused(groups, dict.fromkeys(_mixed(inputs, candidates, rows), _MIXED))
-
-
-def _refused(
-    groups: Iterable[PruningGroup], reasons: Mapping[str, str]
-) -> tuple[PruningGroup, ...]:
-    return tuple(
-        group.model_copy(update={"prunable": False, "reason": reasons[group.name]})
-        if group.name in reasons
-        else group
-        for group in groups
-    )
 
 
 def _acts(group: PruningGroup, gates: Mapping[Axis, Gate]) -> bool:
@@ -463,20 +435,11 @@ def _acts(group: PruningGroup, gates: Mapping[Axis, Gate]) -> bool:
     )
 
 
-def _mixed(inputs: Inputs, groups: Sequence[PruningGroup], rows: Mapping[Axis, int]) -> set[str]:
-    """Those of the groups of which a consumer reads rows that samples do not share evenly."""
-    packed, samples = packed_in(inputs), batch_size(inputs)
-    steps = 0 if packed is None else packed.data.shape[0]
-
-    def mixes(axis: Axis) -> bool:
-        count = rows.get(axis)
-        return count is not None and (count % samples != 0 or count == steps != samples)
-
-    return {g.name for g in groups if any(mixes(site.axis) for site in g.sites)}
-
-
 def _moving(
-    copied: nn.Module, inputs: Inputs, groups: Sequence[PruningGroup]
+    copied: nn.Module,
+    inputs: Inputs,
+    groups: Sequence[PruningGroup],
+    known: Mapping[Axis, int],
 ) -> tuple[set[str], set[str]]:
     """Those of the groups along whose gates the outputs have a gradient: not all of those that have
     an effect, but at the cost of one pass; and those of which a consumer reads rows that the
@@ -505,7 +468,7 @@ def _moving(
         for site in group.sites
         if site.axis in sums
         and bool(sums[site.axis][0, sorted(site.all_of(range(group.size)))].any())
-    }, _mixed(inputs, groups, rows)
+    }, mixed_in(inputs, groups, {**rows, **known})
 
 
 @contextlib.contextmanager

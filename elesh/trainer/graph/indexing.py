@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch_pruning.ops import OPTYPE
 
 from elesh.trainer.network.calls import Link
+from elesh.trainer.network.kinds.experts import is_experts
 from elesh.trainer.network.layers import channel_axes
 from elesh.trainer.network.norms import norm_of
 
@@ -221,11 +222,14 @@ class Relations:
             return moved
         elif consumer.type in (OPTYPE.ELEMENTWISE, OPTYPE.EXPAND):
             passed = (self.channels(producer) if stop is None else stop) - start
-            if (passed == 1) != (self.channels(consumer) == 1):
+            if (passed == 1) != (self.channels(consumer) == 1) or self._spreads(
+                producer, consumer, link
+            ):
                 # One for all channels (an attention map, a mean over channels): no coupling.
                 stop = start
+        weighs = slot > 0 and isinstance(consumer.module, nn.Module) and is_experts(consumer.module)
         summed = self._is_summed(producer, consumer)
-        if summed or self._crosses(producer, consumer, link):
+        if weighs or summed or self._crosses(producer, consumer, link):
             stop = start
         return Relation(start, stop, step, width, offset, repeats, period, summed)
 
@@ -257,9 +261,11 @@ class Relations:
     def _crosses(self, producer: Any, consumer: Any, link: Link) -> bool:
         """Whether the producer's channels lie on another axis than the consumer's: they are
         positions to it (tokens that are mixed on a transposed map)."""
-        here, came = self._axis(producer), self._shape(link)
+        here, came, function = self._axis(producer), self._shape(link), consumer.grad_fn
         if here is None or here >= len(came):
             return False
+        if function.name().startswith("IndexBackward"):  # By numbers: some channels at a position.
+            return _indexed(function._saved_indices, here) is None
         if self._own_axis(consumer) is not None:
             own = channel_axes(consumer.module).site_dim
             return own is not None and own % len(came) != here
@@ -267,7 +273,17 @@ class Relations:
         if consumer.type != OPTYPE.ELEMENTWISE or there is None or len(consumer.inputs) < 2:
             return False  # Of a single input, the operation may move its axes.
         made = self._made(consumer)
+        if function.name().startswith("Stack"):
+            return bool(_moved(function, here, came, made) != there)
         return bool(there - len(made) != here - len(came))
+
+    def _spreads(self, producer: Any, consumer: Any, link: Link) -> bool:
+        """Whether what has no channels any more is the same for all channels of the consumer."""
+        there, came, made = self._axis(consumer), self._shape(link), self._made(consumer)
+        if there is None or self._axis(producer) is not None or made[there] == 1:
+            return False
+        place = there - len(made)
+        return len(came) < -place or came[place] == 1
 
     def _taken(self, producer: Any, link: Link) -> tuple[int, int | None, int]:
         """Which of the producer's channels this consumer gets: (start, stop, step)."""
@@ -424,6 +440,8 @@ def _moved(function: Any, axis: int, before: Sequence[int], after: Sequence[int]
     ):
         return axis
     name = function.name()
+    if name.startswith("IndexBackward"):
+        return _indexed(function._saved_indices, axis)
     if name.startswith("Permute"):
         order = [signed(dim) % len(before) for dim in function._saved_dims]
         return order.index(axis)
@@ -439,6 +457,23 @@ def _moved(function: Any, axis: int, before: Sequence[int], after: Sequence[int]
         # Reduced or selected axes: those behind the channels do not move them.
         return axis if after[: axis + 1] == before[: axis + 1] else max(axis - gone, 0)
     return axis
+
+
+def _indexed(indices: Sequence[Tensor | None], axis: int) -> int | None:
+    """Where the axis of channels is once others were picked from by numbers; None if it was."""
+    spread: list[int | None] = []  # By axis of what is picked from: how many axes its numbers have.
+    for index in indices:
+        marks = index is not None and index.dtype == torch.bool
+        spread += (
+            [1] * index.ndim if marks and index is not None else [getattr(index, "ndim", None)]
+        )
+    picked = [place for place, ndim in enumerate(spread) if ndim is not None]
+    if axis in picked or not picked:
+        return None if picked else axis
+    made = max(ndim for ndim in spread if ndim is not None)
+    apart = picked[-1] - picked[0] >= len(picked)  # Then the axes that are made come first.
+    first = 0 if apart else picked[0]
+    return axis + made * (first <= axis) - sum(place < axis for place in picked)
 
 
 def _place(before: Sequence[int], axis: int, after: Sequence[int]) -> int | None:

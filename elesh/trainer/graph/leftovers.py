@@ -1,4 +1,4 @@
-"""What no group of channels or heads has, as groups that are left alone with their reasons.
+"""What no layer's channels and no heads are: hidden units of experts, and what is left alone.
 
 Promises: every weight that a pass multiplies by is in some group, and so are the states of
 recurrent layers: no width of a network stays without a word.
@@ -6,28 +6,66 @@ recurrent layers: no width of a network stays without a word.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from torch import nn
 
+from elesh.trainer.network.kinds.experts import (
+    hidden_units,
+    is_experts,
+    is_router,
+    up_of,
+    width_multiple,
+)
 from elesh.trainer.network.kinds.weight_norms import owner_of
-from elesh.trainer.network.layers import channel_axes, named_tensors
+from elesh.trainer.network.layers import channel_axes, held, named_tensors
 from elesh.trainer.network.taught import is_recurrent
-from leyline import Level, PruningGroup, TensorSlice
+from leyline import GateSite, Level, PruningGroup, TensorSlice
 
 from .attention import span_fields
 from .wiring import Wiring
 
-__all__ = ["with_the_rest"]
+__all__ = ["of_unreached", "with_the_rest"]
 
 
 def with_the_rest(
     groups: Sequence[PruningGroup], wiring: Wiring, model: nn.Module
 ) -> tuple[PruningGroup, ...]:
     """The groups, and behind them those of what none of them has."""
-    return (*groups, *_states(wiring, model), *_weights(groups, wiring, model))
+    units, states = _experts(wiring, model), _states(wiring, model)
+    return (*groups, *units, *states, *_weights(groups, wiring, model))
+
+
+def _experts(wiring: Wiring, model: nn.Module) -> Iterator[PruningGroup]:
+    """The hidden units of experts in one tensor: the same of all experts go together."""
+    for layer in wiring.layers:
+        module = model.get_submodule(layer.name) if layer.name in wiring.called else None
+        if module is None or not is_experts(module):
+            continue
+        parts, gate = hidden_units(module)
+        site = f"{layer.name}.{gate}"
+        reason = "" if gate and site in wiring.called else f"nothing in {layer.name} can be masked"
+        size, multiple = len(parts[0][2]), width_multiple(module)
+        if size % multiple or size == multiple:
+            reason = (
+                reason or f"its products want a multiple of {multiple} units, and it has {size}"
+            )
+        yield PruningGroup(
+            name=f"{layer.name}.{up_of(module)}",
+            layers=(layer.name,),
+            original_size=size,
+            origin=tuple(range(size)),
+            slices=tuple(
+                TensorSlice(tensor=f"{layer.name}.{name}", dim=dim, **span_fields(indices))
+                for name, dim, indices in parts
+            ),
+            sites=() if reason else (GateSite(module=site, dim=-1),),
+            prunable=not reason,
+            reason=reason,
+            unit_multiple=multiple,
+        )
 
 
 def _states(wiring: Wiring, model: nn.Module) -> Iterator[PruningGroup]:
@@ -43,9 +81,9 @@ def _states(wiring: Wiring, model: nn.Module) -> Iterator[PruningGroup]:
             layer.name,
             size,
             [
-                TensorSlice(tensor=f"{layer.name}.{name}", dim=0, **_every(size, len(held)))
-                for name, held in module._parameters.items()
-                if held is not None and name.startswith(("weight_ih", "bias_ih"))
+                TensorSlice(tensor=f"{layer.name}.{name}", dim=0, **_every(size, len(own)))
+                for name, own in module._parameters.items()
+                if own is not None and name.startswith(("weight_ih", "bias_ih"))
             ],
             f"each state of {layer.name} ({kind}) is read by all of them a step later, inside it",
         )
@@ -73,11 +111,27 @@ def _weights(
             continue
         if isinstance(module, nn.MultiheadAttention) or owner.endswith(".out_proj"):
             reason = f"{owner} is no attention whose heads could be told"
+        elif is_router(module):
+            reason = f"{owner} chooses experts by its outputs"
         else:
             reason = f"{layer.weight} is multiplied by outside of a layer that Elesh knows"
         size = int(weight.shape[dim])
         part = TensorSlice(tensor=layer.weight, dim=dim)
         yield _left(layer.name, layer.name, size, [part], reason)
+
+
+def of_unreached(names: Iterable[str], model: nn.Module) -> Iterator[PruningGroup]:
+    """The outputs of layers that the example inputs do not reach."""
+    paths = {id(tensor): path for path, tensor in named_tensors(model).items()}
+    for name in names:
+        module = model.get_submodule(name)
+        axes = channel_axes(module)
+        weight = held(module, axes.outputs[0][0]) if axes.produces else None
+        if weight is not None:
+            dim = axes.outputs[0][1]
+            part = TensorSlice(tensor=paths[id(weight)], dim=dim)
+            reason = "the example inputs do not reach it; some with more samples or positions may"
+            yield _left(name, name, int(weight.shape[dim]), [part], reason)
 
 
 def _left(

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from leyline import LayerDescriptor
 
 from .calling import tensors_in
+from .kinds.experts import is_experts, up_of
 from .kinds.weight_norms import weight_of
 from .layers import channel_axes
 from .taught import is_recurrent, is_transposed_linear
@@ -95,7 +96,7 @@ class Calls:
             descriptor
             for name, used in positions.items()
             if ".parametrizations." not in f".{name}." and _owns_any(modules[name])
-            for descriptor in _descriptors(name, modules[name], used // samples, paths)
+            for descriptor in _descriptors(name, modules[name], round(used / samples), paths)
         )
         return called + tuple(self._by_functions(called, samples, used))
 
@@ -106,7 +107,7 @@ class Calls:
         known = {layer.weight for layer in called if layer.weight}
         names = {layer.name for layer in called}
         for path, parameter in self._model.named_parameters():
-            positions = used.get(id(parameter), 0) // samples
+            positions = round(used.get(id(parameter), 0) / samples)
             if not positions or path in known:
                 continue
             owner, _, attribute = path.rpartition(".")
@@ -172,6 +173,11 @@ def _positions(module: nn.Module, came: list[Tensor], left: list[Tensor]) -> int
         return left[0].numel() // module.out_features
     if is_transposed_linear(module):
         return left[0].numel() // left[0].shape[-1]
+    if is_experts(module):  # As many as if each token's experts were spread evenly over all.
+        chosen = next((x.numel() for x in came if not x.is_floating_point()), 0)
+        down = module._parameters["down_proj"]
+        assert down is not None
+        return round(chosen / len(down))
     if is_recurrent(module):  # Every step multiplies by what reads its input and by what its state.
         return came[0].numel() // came[0].shape[-1]
     return left[0].numel() // module.embed_dim if isinstance(module, nn.MultiheadAttention) else 0
@@ -191,6 +197,11 @@ def _descriptors(
                 yield LayerDescriptor(
                     name=f"{name}.{own}", kind=kind, weight=path, positions=positions
                 )
+    elif is_experts(module):
+        for own in ("down_proj", up_of(module)):
+            path = paths[id(module._parameters[own])]
+            title = name if own == "down_proj" else f"{name}.{own}"
+            yield LayerDescriptor(name=title, kind=kind, weight=path, positions=positions)
     elif isinstance(module, nn.MultiheadAttention):
         # Its projections are not called as modules; products of queries and keys are not counted.
         for path, parameter in module.named_parameters():

@@ -19,6 +19,7 @@ from leyline import InvalidField
 
 from .calling import replace_inputs, through_layers
 from .multihead import patched, take_back
+from .rows import Rows, picks_rows, spread
 
 Axis = tuple[str, int]
 """A module's path and the channel axis of its first input (:attr:`leyline.GateSite.axis`)."""
@@ -62,6 +63,7 @@ class GateMeter:
         self._handles: list[RemovableHandle] = []
         self._patched: list[nn.Module] = []
         self._batch = 0
+        self._rows: Rows | None = None
         self._weights: Tensor | None = None
         self._look: Callable[[Axis, Tensor, Tensor], None] | None = None
         self._sums: dict[Axis, Tensor] = {}
@@ -73,6 +75,9 @@ class GateMeter:
         paths = {path for path, _ in self._axes}
         self._patched = patched(self._model, paths)
         self._handles += through_layers(self._model, paths)
+        if picks_rows(self._model):
+            self._rows = Rows(self._model, lambda: self._batch)
+            self._handles += self._rows.put_on()
         for axis in self._axes:
             module = self._model.get_submodule(axis[0])
             hook = module.register_forward_pre_hook(self._gate(axis), with_kwargs=True)
@@ -116,13 +121,22 @@ class GateMeter:
     def _gate(self, axis: Axis) -> Callable[..., Any]:
         halved = self._halved.get(axis)
 
-        def reader(x: Tensor, gradient: Tensor) -> None:
-            self._read(axis, x, gradient)
-
         def opened(x: Tensor) -> Tensor:
+            owners = None if self._rows is None else self._rows.of(x)
+
+            def reader(x: Tensor, gradient: Tensor) -> None:
+                if owners is not None:
+                    x, gradient = (
+                        spread(t, owners.to(t.device), self._batch) for t in (x, gradient)
+                    )
+                if x.numel():
+                    self._read(axis, x, gradient)
+
             with torch.no_grad():
                 self._watch(axis, x)
             passed: Tensor = _Gate.apply(x, self.anchor, reader)  # type: ignore[no-untyped-call]
+            if self._rows is not None:
+                self._rows.same(passed, x)
             return passed if halved is None else passed * _levels(halved, passed, axis[1])
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -23,6 +23,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from leyline import Level, PrunedArchitecture, PruningGroup
 
+from .kinds.experts import is_experts
 from .kinds.weight_norms import owner_of
 from .layers import refit_taught
 from .multihead import commit
@@ -140,6 +141,9 @@ together (timm's CSPNet)."""
 _STREAMS = ("hidden_dim", "embed_dim")
 """Channels of the stream between the parts of a module (torchvision's ViT reshapes by it)."""
 
+_AROUND = ("hidden_dim", "hidden_size", "input_size")
+"""Channels of the stream around experts, by which the module that holds them reshapes."""
+
 _CONFIGURATION = "config"
 """Where modules without a number of their own read it (Phi-3); each gets a copy then."""
 
@@ -157,6 +161,9 @@ def refit_heads(model: nn.Module, before: PruningGroup, left: int) -> None:
         _refit_bare_norm(model.get_submodule(norm.module), norm.width * (before.size - left))
     if before.level is not Level.HEAD:
         around |= {name: left for name in _STREAMS if around.get(name) == before.size}
+        for module in _around_experts(model, before.layers):
+            block = vars(module)
+            block |= {name: left for name in _AROUND if block.get(name) == before.size}
         return
     done = set[tuple[nn.Module, str]]()
     attentions = _attentions(before.layers, tuple(site.module for site in before.sites))
@@ -183,6 +190,15 @@ def refit_heads(model: nn.Module, before: PruningGroup, left: int) -> None:
                 if type(count) is int and count % old == 0 and not known:
                     held[name] = count // old * new
                     done.add((module, name))
+
+
+def _around_experts(model: nn.Module, layers: Sequence[str]) -> Iterator[nn.Module]:
+    """The modules that hold those of the layers that are experts in one tensor."""
+    for layer in layers:
+        holder = model.get_submodule(layer.rpartition(".")[0])
+        module = holder._modules.get(layer.rpartition(".")[2])
+        if module is not None and is_experts(module):
+            yield holder
 
 
 def _refit_bare_norm(module: nn.Module, lost: int) -> None:

@@ -1,5 +1,6 @@
 """The kinds of layers that Elesh teaches itself, as a user teaches others: recurrent layers, the
-linear layers of GPT-2, convolutions with standardised weights and a gain, weight normalisation.
+linear layers of GPT-2, convolutions with standardised weights and a gain, weight normalisation,
+experts in one tensor.
 
 Promises: they are known as soon as any module of this folder is imported.
 """
@@ -12,6 +13,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from .kinds.experts import is_experts, is_router, reads_and_makes, refit_experts
 from .kinds.weight_norms import recompute, weight_norm_of
 from .layers import LINEAR, ChannelAxes, conv_axes, teach_layer
 
@@ -76,7 +78,16 @@ def _normed_axes(module: nn.Module) -> ChannelAxes:
     return replace(axes, outputs=held(axes.outputs), inputs=held(axes.inputs))
 
 
+def _experts_axes(module: nn.Module) -> ChannelAxes:
+    inputs, outputs = reads_and_makes(module)
+    return ChannelAxes(outputs, inputs, site_dim=-1, produces=True)
+
+
+_ROUTER = ChannelAxes(inputs=(("weight", 1),), site_dim=-1)
+
 teach_layer(is_recurrent, _recurrent_axes, _refit_recurrent)
 teach_layer(is_transposed_linear, lambda module: _TRANSPOSED, _refit_transposed)
 teach_layer(_is_standardised, _standardised_axes)
 teach_layer(_has_normed_weight, _normed_axes, recompute)
+teach_layer(is_experts, _experts_axes, refit_experts)
+teach_layer(is_router, lambda module: _ROUTER, refit_experts)

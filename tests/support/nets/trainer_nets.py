@@ -238,11 +238,12 @@ def architecture_of(name: str) -> PrunedArchitecture:
 def units(architecture: PrunedArchitecture, seed: int = 0) -> dict[str, list[int]]:
     """Some units of every group that may be pruned."""
     rng = random.Random(seed)
-    return {
-        g.name: sorted(rng.sample(range(g.size), rng.randrange(1, g.size)))
-        for g in architecture.groups
-        if g.prunable
-    }
+    found = dict[str, list[int]]()
+    for g in architecture.groups:
+        if g.prunable:
+            count = max(1, rng.randrange(1, g.size) // g.unit_multiple) * g.unit_multiple
+            found[g.name] = sorted(rng.sample(range(g.size), count))
+    return found
 
 
 def close(a: Tensor, b: Tensor) -> bool:

@@ -132,7 +132,7 @@ class _Experiment(Admission):
         counts = [{g.name: int(rng.integers(1, g.size)) for g in groups}]
         counts.append({g.name: max(1, g.size - _stays(g)) for g in groups})
         self._trials = [
-            {g.name: rng.permutation(g.size)[: count[g.name]].tolist() for g in groups}
+            {g.name: rng.permutation(g.size)[: _fitting(g, count[g.name])].tolist() for g in groups}
             for count in counts
         ]
         self._around = {group.name: _around(group) for group in groups}
@@ -332,6 +332,12 @@ class _Blame:
     """Whether values differ there; otherwise the module failed."""
     last: str = ""
     """The layer that was called last before it failed."""
+
+
+def _fitting(group: PruningGroup, count: int) -> int:
+    """About so many units, so that a number is left that may be."""
+    multiple = group.unit_multiple
+    return group.size - max(multiple, (group.size - count) // multiple * multiple)
 
 
 def _stays(group: PruningGroup) -> int:
