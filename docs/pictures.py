@@ -49,7 +49,7 @@ WAY = (
     Step(
         "worker",
         "run in one job; plan parts of a large one",
-        "elesh/worker/supervisor.py:Worker._decide",
+        "elesh/worker/supervisor.py:Worker._in_one_job",
     ),
     Step(
         "worker",

@@ -43,7 +43,7 @@ from .executor import AnalysisExecutor
 from .fallback_chain import CORRUPT
 from .result_handler import ResultHandler, conflict
 
-__all__ = ["FanOut", "fits_one_job", "groups_of", "level_of", "parts_of"]
+__all__ = ["FanOut", "groups_of", "level_of", "parts_of"]
 
 _INLINE = 256 << 10
 """Analyses up to so many bytes stand in the plan's record; larger ones are blobs."""
@@ -247,14 +247,6 @@ def _gaps(plan: Plan, results: Mapping[str, ItemResult]) -> dict[Level, str]:
 _MOST = 4096
 SHARD_BYTES = 1 << 30
 """Of statistics: smaller levels are not worth splitting."""
-ONE_JOB_BYTES = 64 << 20
-"""Of all blobs: the levels of a smaller checkpoint are decided in one job, since the way of its
-parts over the bus takes longer than their analysis."""
-
-
-def fits_one_job(work: Work) -> bool:
-    """Whether one worker decides on all levels of ``work``, unless one of them fails."""
-    return sum(blob.size for blob in work.blobs.values()) <= ONE_JOB_BYTES
 
 
 def parts_of(work: Work, settings: Settings) -> list[AnalysisItem]:

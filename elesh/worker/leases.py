@@ -216,11 +216,7 @@ class ReapingLoop:
         self._reports = reports
         self._next_trim: float | None = None
 
-    async def keep(self) -> None:
-        """Offer, and reap whenever it is this worker's turn, until cancelled."""
-        await repeatedly("reaping", self._pass, self._bus.outage)
-
-    async def _pass(self) -> float:
+    async def step(self) -> float:
         """Offer; seconds until the next time. Now and then, shorten the streams below what every
         group has done."""
         reap = await self._bus.reaper.reap(WORKERS, self._worker_id, self._streams)

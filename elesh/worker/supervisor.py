@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from opentelemetry.trace import SpanKind, get_current_span
 
 from elesh._process import is_alive
-from elesh.bus import Backoff, Bus, BusUnavailable, Delivery, WorkerState, cancelled
+from elesh.bus import Backoff, Bus, BusUnavailable, Delivery, WorkerState, cancelled, repeatedly
 from elesh.bus.admission import Work, admit, hear
 from elesh.observe import SparseLines, get_logger, mark_failed, messaging, span
 from elesh.settings import Settings
@@ -44,7 +44,7 @@ from leyline import (
 from leyline.streams import CHECKPOINTS, OUTCOMES, REDELIVERIES, REQUESTS, WORK, WORKERS, Stream
 
 from .executor import AnalysisExecutor
-from .fan_out import FanOut, fits_one_job, parts_of
+from .fan_out import FanOut, parts_of
 from .leases import LONG_SECONDS, Busy, Leases, ReapingLoop
 from .parameter_executor import ParameterExecutor, parameter_key
 from .result_handler import ResultHandler
@@ -55,6 +55,9 @@ __all__ = ["GROUP", "STREAMS", "Worker", "serve"]
 GROUP = WORKERS
 STREAMS = (REDELIVERIES, WORK, OUTCOMES, REQUESTS, CHECKPOINTS)
 """What was begun goes before what is new; outcomes and new work take turns."""
+ONE_JOB_BYTES = 64 << 20
+"""Of all blobs: the levels of a smaller checkpoint are decided in one job, since the way of its
+parts over the bus takes longer than their analysis."""
 _BLOCK_SECONDS = 5.0
 _MANY = 16
 """Outcomes that are taken at once beside a long analysis."""
@@ -133,7 +136,10 @@ class Worker:
         async with self._monitor.running(), self._reports.telemetry_buffer.open():
             beside = [
                 asyncio.create_task(keeping)
-                for keeping in (self._leases.keep(), self._reaping.keep())
+                for keeping in (
+                    self._leases.keep(),
+                    repeatedly("reaping", self._reaping.step, self._bus.outage),
+                )
             ]
             try:
                 await self._executor.start()
@@ -329,29 +335,15 @@ class Worker:
                         delivery, asked, heard.envelope.event_id
                     )
 
-    async def _in_one_job(self, work: Work) -> StructuralPruningDecision | None:
-        """The decision on several levels; None if one of them failed. Parts tell which then, and
-        the others decide without it."""
-        try:
-            return await self._executor.decide(work)
-        except ContractError as error:
-            _log.warning("in parts, for one job failed", key=str(work.key), reason=str(error))
-            return None
-
     async def _decide(self, delivery: Delivery, work: Work) -> None:
         self._result_handler.refuse_poison(delivery)
         self._reports.step("received", work, figures={"deliveries": delivery.deliveries})
-        parts = parts_of(work, self._settings)
-        decision: StructuralPruningDecision | None = None
         try:
             if await self._result_handler.is_decided(delivery, work):
                 return
-            if len(parts) == 1:
-                decision = await self._executor.decide(work)
-            elif fits_one_job(work):
-                decision = await self._in_one_job(work)
+            decision = await self._in_one_job(work)
             if decision is None:
-                await self._fan_out.plan(delivery, work, parts)
+                await self._fan_out.plan(delivery, work, parts_of(work, self._settings))
                 return
         except ContractError as error:
             await self._result_handler.fail(delivery, work, error)
@@ -359,6 +351,20 @@ class Worker:
         self._short.served()
         self._status.lacks, self._status.lacks_until = "", 0.0
         await self._result_handler.commit(delivery, work, decision)
+
+    async def _in_one_job(self, work: Work) -> StructuralPruningDecision | None:
+        """The decision on all levels; None where they have to go in parts: of large checkpoints,
+        and where one of several levels failed. Parts tell which then, and the others decide."""
+        large = sum(blob.size for blob in work.blobs.values()) > ONE_JOB_BYTES
+        if large and len(parts_of(work, self._settings)) > 1:
+            return None
+        try:
+            return await self._executor.decide(work)
+        except ContractError as error:
+            if len(work.document.levels) == 1:
+                raise
+            _log.warning("in parts, for one job failed", key=str(work.key), reason=str(error))
+            return None
 
     async def _lack(self, delivery: Delivery, lacking: str) -> None:
         """Release an entry that this worker lacks room for, and take nothing more for a while."""

@@ -24,7 +24,7 @@ from elesh.settings import Settings
 from leyline import CheckpointBundle, ContractError, Level
 from leyline.streams import CHECKPOINTS, DEAD, STREAMS
 
-PARTS = {"fan_out.ONE_JOB_BYTES": 0}
+PARTS = {"supervisor.ONE_JOB_BYTES": 0}
 """Every checkpoint of several levels is as good as a large one."""
 
 

@@ -15,7 +15,7 @@ from leyline import CheckpointBundle, Level, encode, read_envelope, unwrap
 from leyline.streams import DEAD, WORK
 
 LEVELS = (Level.CHANNEL, Level.LAYER)
-PARTS = {"fan_out.ONE_JOB_BYTES": 0}
+PARTS = {"supervisor.ONE_JOB_BYTES": 0}
 """Every checkpoint of several levels is as good as a large one."""
 
 

@@ -37,9 +37,10 @@ from collections.abc import (
     MutableSequence,
     MutableSet,
 )
+from dataclasses import dataclass
 from itertools import chain, tee
 from types import CellType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -76,6 +77,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
+@dataclass(eq=False)
 class Uncompiled:
     """While any of these is entered, compiled networks run uncompiled in this process.
 
@@ -83,19 +85,17 @@ class Uncompiled:
     is never left ends with its network: a masked network that is gone stops no compiler.
     """
 
-    _entered = 0
-    _stance: Any = None
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._leave: weakref.finalize[[], nn.Module] | None = None
+    model: nn.Module
+    _leave: weakref.finalize[[], nn.Module] | None = None
+    _entered: ClassVar[int] = 0
+    _stance: ClassVar[Any] = None
 
     def __enter__(self) -> Uncompiled:
         if self._leave is None and "torch._dynamo" in sys.modules:
             if not Uncompiled._entered:
                 Uncompiled._stance = torch.compiler.set_stance("force_eager")
             Uncompiled._entered += 1
-            self._leave = weakref.finalize(self._model, Uncompiled._one_left)
+            self._leave = weakref.finalize(self.model, Uncompiled._one_left)
             self._leave.atexit = False
         return self
 

@@ -35,7 +35,7 @@ def test_levels_and_join_are_one_tree_under_the_trainer_s_context(station: Stati
     with collecting() as collector:
         worker = station.worker(
             {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url},
-            constants={"fan_out.ONE_JOB_BYTES": 0},
+            constants={"supervisor.ONE_JOB_BYTES": 0},
         )
         child = worker.child
         child.suspend()
