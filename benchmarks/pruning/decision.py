@@ -5,8 +5,9 @@
 The ResNet-50 of :mod:`.passes`, its made-up images, and as many validation samples as calibration
 samples. A checkpoint is measured, exported and analysed here; the decision then takes the way that
 it takes in ``session.apply``: restore points, mask, layers solved one behind the other, evaluation,
-cut, evaluation. A plain pass over the calibration samples is timed just before, in CPU time; all
-figures are in such passes. The analysis is not the training thread's and does not count.
+cut, evaluation. As many of the samples are measured as a run measures that is within its share of
+time. A plain pass over all calibration samples is timed just before, in CPU time; all figures are
+in such passes. The analysis is not the training thread's and does not count.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from elesh.analysis import analyze
 from elesh.safety import Measured
 from elesh.settings import Settings
 from elesh.trainer import Evaluation, Recorder, Surgeon
+from elesh.trainer.calibration.recorder import enough_samples
 from elesh.trainer.export import Exporter, calibration_inputs
 from elesh.trainer.recovery.recovery import Recovery
 from elesh.trainer.recovery.snapshot import Tracked
@@ -106,7 +108,11 @@ def measured(width: int, pixels: int, samples: int, batch: int, left: float) -> 
         "measuring": keep(
             "bundle",
             lambda: recorder.measure(
-                batches, epoch=120, batch_statistics=True, loss_samples=_LOSS_SAMPLES
+                batches,
+                epoch=120,
+                batch_statistics=True,
+                loss_samples=_LOSS_SAMPLES,
+                max_samples=enough_samples(recorder.architecture),
             ),
         ),
         "export": keep("", export),

@@ -30,6 +30,7 @@ from elesh.safety import Measured, Proposal
 from elesh.settings import Settings
 from elesh.trainer import Evaluation, MeasuredCheckpoint, Recorder, Surgeon
 from elesh.trainer.calibration.losses import Loss
+from elesh.trainer.calibration.recorder import enough_samples
 from elesh.trainer.goals import Goals
 from elesh.trainer.network.calling import batch_size, device_of, map_tensors
 from elesh.trainer.network.onednn import SAFE_CHANNELS, narrowing_is_unsafe
@@ -51,7 +52,7 @@ from leyline import (
     StructuralPruningDecision,
 )
 
-from .judging import Evaluate, HeldOut, Judge, Limits, Seen, Validation, require_labels_fit
+from .judging import Evaluate, HeldOut, Judge, Limits, Validation, outcomes, require_labels_fit
 from .latency import compared as latencies
 from .progress import Progress
 from .report import Figures, PruningReport, Round, Spared, spared_of
@@ -65,7 +66,7 @@ _ATTEMPTS = 3
 _EXTRA = 2
 """Rounds that may follow the planned ones to reach what these have left."""
 _LOSS_SAMPLES, _LOSS_SAMPLES_OF_LAYERS = 32, 128
-"""The order for reconstruction is of all samples; what only describes single units is of the first
+"""The order for reconstruction is of more samples; what only describes single units is of the first
 ones. Whole layers are ranked by the loss."""
 
 
@@ -176,7 +177,6 @@ def prune(
             work = _Work(
                 recorder, surgeon, judge, goals, samples.calibration, asked, settings, shown
             )
-            work.labels_known = loss is not None or evaluate is None
             if turn and optimizer is None and Level.CHANNEL in asked:
                 work.turn(example, compared)
             held_back = work.run(rounds)
@@ -223,15 +223,18 @@ def _judge(
     limits: Limits,
     loss: Loss | None,
 ) -> Judge:
-    """The judge. Without ``evaluate``, labels are then known to belong to their inputs; with it,
-    that is seen when the samples are first measured."""
+    """The judge. Labels of classes are then known to belong to their inputs."""
     if evaluate is None:
         held_out = HeldOut(model, samples.held_out, limits, loss)
         if loss is None:
             require_labels_fit(held_out.outcomes, None)
             held_out.require_enough()
         return held_out
-    return Validation(model, evaluate, limits)
+    validation = Validation(model, evaluate, limits)
+    if loss is None:
+        found = outcomes(model, samples.calibration, None)
+        require_labels_fit(found, validation.before)
+    return validation
 
 
 def _figures(found: Evaluation, now: PrunedArchitecture, took: Mapping[int, float]) -> Figures:
@@ -292,8 +295,6 @@ class _Work:
     """What was done with less than was asked for."""
     evaluation: Evaluation = field(init=False)
     """Of the network as it is."""
-    labels_known: bool = False
-    """Whether labels are known to belong to their inputs."""
     _whole: bool = False
     """Whether all statistics are of all samples."""
     _outputs: OutputsBefore | None = None
@@ -406,9 +407,7 @@ class _Work:
         few = reconstruct and not self._whole
         some = _LOSS_SAMPLES_OF_LAYERS if layers else _LOSS_SAMPLES
 
-        seen = Seen()
-
-        def measured(loss_samples: int | None) -> CheckpointBundle:
+        def measured(loss_samples: int | None, samples: int | None = None) -> CheckpointBundle:
             return self.recorder.measure(
                 self.batches,
                 epoch=last,
@@ -416,14 +415,12 @@ class _Work:
                 look_ahead=0,
                 reconstruct=reconstruct,
                 loss_samples=loss_samples,
+                max_samples=samples,
                 layers=layers,
-                seen=None if self.labels_known else seen.add,
             )
 
-        bundle = measured(some if few else None)
-        if not self.labels_known:
-            require_labels_fit(seen.outcomes, self.judge.before)
-            self.labels_known = True
+        enough = enough_samples(self.surgeon.architecture)
+        bundle = measured(some, enough) if few else measured(None)
         ranked = [gates for level in self.levels if (gates := gates_of(bundle, level))]
         if few and any(map(reconstruction_fault, ranked)):  # They are ranked by other statistics.
             self._whole = True

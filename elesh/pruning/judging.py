@@ -31,9 +31,9 @@ __all__ = [
     "HeldOut",
     "Judge",
     "Limits",
-    "Seen",
     "Validation",
     "evaluated",
+    "outcomes",
     "require_labels_fit",
 ]
 

@@ -12,10 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["LEAST_SAMPLES", "TimeShare"]
-
-LEAST_SAMPLES = 256
-"""So many calibration samples are measured on however little time there is."""
+__all__ = ["TimeShare"]
 
 
 class TimeShare:
@@ -68,13 +65,13 @@ class TimeShare:
         yield
         self._each = (self._clock() - begun) / max(samples, 1)
 
-    def samples(self, there_are: int) -> int:
+    def samples(self, there_are: int, least: int) -> int:
         """How many calibration samples there is time for: all of them, a half, a quarter and so on,
-        but no fewer than ``LEAST_SAMPLES``. All before the first of them was measured."""
+        but no fewer than ``least``. All before the first of them was measured."""
         if self._limit <= 0 or self._each is None:
             return there_are
         left = self._limit * self.trained - self.taken
         count = there_are
-        while count > LEAST_SAMPLES and count * self._each > left:
-            count = max(count // 2, LEAST_SAMPLES)
+        while count > least and count * self._each > left:
+            count = max(count // 2, least)
         return count

@@ -18,6 +18,7 @@ import elesh
 from elesh.pruning import at_once
 from elesh.pruning.samples import divided
 from elesh.trainer import Recorder
+from elesh.trainer.calibration.recorder import enough_samples
 from elesh.trainer.network.gates import GateMeter
 from elesh.trainer.surgery.output_matching import Matched
 from leyline import InvalidField, Level
@@ -367,7 +368,7 @@ def test_progress_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     ("levels", "derived"), [(("channel", "head"), 32), (("channel", "layer"), 128)]
 )
-def test_a_round_takes_one_backward_pass_of_the_samples(
+def test_a_round_takes_one_backward_pass_of_as_many_samples_as_order_the_units(
     levels: tuple[str, ...], derived: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And two more of the first ones: units are described by them, layers ranked."""
@@ -383,7 +384,8 @@ def test_a_round_takes_one_backward_pass_of_the_samples(
     measured = divided(batches(), hold_out=True).calibration
     few = math.ceil(derived / len(measured[0][1]))
     assert few < len(measured)
-    samples, batch = sum(len(labels) for _, labels in measured), len(measured[0][1])
+    batch, samples = len(measured[0][1]), enough_samples(report.original)
+    assert samples < sum(len(labels) for _, labels in measured)
     assert samples < sum(passes) <= samples + 2 * min(few * batch, derived + 16)
 
 

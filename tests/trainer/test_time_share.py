@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elesh.trainer.time_share import LEAST_SAMPLES, TimeShare
+from elesh.trainer.time_share import TimeShare
 
 
 class Clock:
@@ -31,16 +31,16 @@ def test_time_is_the_trainings_or_eleshs() -> None:
 def test_fewer_samples_are_measured_where_time_is_short_but_never_fewer_than_the_least() -> None:
     clock = Clock()
     share = TimeShare(0.1, clock)
-    assert share.samples(1024) == 1024  # nothing is known yet
+    assert share.samples(1024, 256) == 1024  # nothing is known yet
     with share.measuring(1024):
         clock.now += 1.024
     clock.now = 1.024 + 20
-    assert share.samples(1024) == 1024
+    assert share.samples(1024, 256) == 1024
     clock.now = 6
-    assert share.samples(1024) == 512
+    assert share.samples(1024, 256) == 512
     clock.now = 1.1
-    assert share.samples(1024) == LEAST_SAMPLES
-    assert share.samples(100) == 100
+    assert share.samples(1024, 256) == 256
+    assert share.samples(100, 256) == 100
 
 
 def test_no_limit_takes_all() -> None:
@@ -48,4 +48,4 @@ def test_no_limit_takes_all() -> None:
     share = TimeShare(0, clock)
     with share.taking(), share.measuring(1024):
         clock.now = 100
-    assert (share.over, share.samples(1024)) == (False, 1024)
+    assert (share.over, share.samples(1024, 256)) == (False, 1024)

@@ -17,7 +17,7 @@ from elesh.analysis.selection.reconstruction_order import reconstruction_fault
 from elesh.analysis.selection.schedule import raised
 from elesh.observe import get_logger
 from elesh.trainer.calibration.losses import class_axis, class_labels
-from elesh.trainer.calibration.recorder import MeasuredCheckpoint, Recorder
+from elesh.trainer.calibration.recorder import MeasuredCheckpoint, Recorder, enough_samples
 from elesh.trainer.export import Exporter, calibration_inputs, is_worth_exporting
 from elesh.trainer.goals import Goals
 from elesh.trainer.network.calling import (
@@ -56,6 +56,9 @@ _log = get_logger(__name__)
 _LOSS_SAMPLES, _LOSS_SAMPLES_TO_RANK = 32, 128
 """Samples whose loss's derivatives are taken where channels are not ranked by them; more where
 heads or whole layers may go, which are."""
+_LEAST, _LEAST_TO_ORDER = 256, 128
+"""So many samples are measured on however little time there is; fewer where they put units into an
+order alone, and say nothing of the loss."""
 Batches = Sequence[tuple[Inputs, Any]]
 """(inputs, labels) pairs; inputs are a tensor, a sequence (positional) or a mapping (keywords)."""
 
@@ -366,22 +369,30 @@ class EveryEpoch:
                 samples do, unless units are ranked by them.
         """
         few = few and self._reconstruct and not self._all_derived
-        there_are = sum(batch_size(inputs) for inputs, _ in self._calibration)
-        count = self._time.samples(there_are)
+        enough, least = self._samples(few)
+        count = self._time.samples(enough, least)
         with self._time.measuring(count):
             bundle = self._measure(epoch, known, few, count)
         ranked = [gates for level in self.levels if (gates := gates_of(bundle, level))]
         if few and any(map(reconstruction_fault, ranked)):
             self._all_derived = True
             return self._measured(epoch, known, few=False)
-        if count == there_are:
+        if count == enough:
             return bundle
         share = self.session.settings.trainer.time_share
-        said = f"measured on {count} of {there_are} calibration samples: Elesh has taken more than "
+        said = f"measured on {count} of {enough} calibration samples: Elesh has taken more than "
         said += f"{share:.0%} of the training's time (trainer.time_share)"
         _log.info("measured on fewer samples", epoch=epoch, reason=said)
         metadata = bundle.metadata.model_copy(update={"held_back": said})
         return replace(bundle, metadata=metadata)
+
+    def _samples(self, few: bool) -> tuple[int, int]:
+        """On how many samples a checkpoint is measured, and on how many at least."""
+        there_are = sum(batch_size(inputs) for inputs, _ in self._calibration)
+        if not few:
+            return there_are, _LEAST
+        now = self._recorder.architecture
+        return min(there_are, enough_samples(now)), enough_samples(now, at_least=_LEAST_TO_ORDER)
 
     def _measure(
         self, epoch: int, known: Evaluation | None, few: bool, count: int

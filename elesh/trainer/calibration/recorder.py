@@ -198,7 +198,6 @@ class Recorder:
         redistribute: bool = False,
         loss_samples: int | None = None,
         layers: bool = True,
-        seen: Callable[[Any, Any], None] | None = None,
         ahead: float | None = None,
     ) -> MeasuredCheckpoint:
         """A checkpoint: architecture, statistics of every prunable group, and metadata.
@@ -225,8 +224,6 @@ class Recorder:
                 order, margins, the masking of heads) is of them alone. The order for
                 ``reconstruct`` reads none of it. Default: all.
             layers: whether whole layers are measured, too.
-            seen: called with what the model returned for each batch, and its labels, before
-                anything is measured of it.
             ahead: the name of ``look_ahead`` in the version before.
 
         Raises:
@@ -248,7 +245,7 @@ class Recorder:
             measurement = Measurement(
                 architecture, inputs=redistribute, reconstruct=reconstruct, samples=expected
             )
-            branches = self._run(measurement, kept, loss_samples, layers, seen)
+            branches = self._run(measurement, kept, loss_samples, layers)
             with uncollected():
                 measurement.ablate(self._model, architecture, kept)
         metadata = CheckpointMetadata(
@@ -396,7 +393,6 @@ class Recorder:
         batches: Iterable[tuple[Inputs, Any]],
         loss_samples: int | None,
         layers: bool,
-        seen: Callable[[Any, Any], None] | None,
     ) -> BranchMeter:
         # Two streams, so that the directions are those of ``project`` whatever labels are drawn.
         generators = tuple(torch.Generator().manual_seed(self._seed + i * 2**32) for i in (0, 1))
@@ -413,8 +409,6 @@ class Recorder:
                 with uncollected():
                     with measurement.watching():
                         output = call(self._model, inputs)
-                    if seen is not None:
-                        seen(output, labels)
                     self._passes(meter, branches, measurement, output, labels, generators)
         return branches
 
@@ -470,6 +464,13 @@ class Recorder:
         branches.read("sampled")
         sampled, _ = meter.backward(total(self._loss(output, drawn), samples), keep=False)
         measurement.add(projections, true, sizes, sampled)
+
+
+def enough_samples(architecture: PrunedArchitecture, at_least: int = 256) -> int:
+    """So many samples put units into the order for reconstruction as well as more do: as many as
+    the widest group has units, whose slopes are taken together, but no fewer than these."""
+    widths = (group.size for group in architecture.groups if group.prunable)
+    return max(at_least, *widths, 0)
 
 
 def _cut_before(model: nn.Module) -> PrunedArchitecture | None:

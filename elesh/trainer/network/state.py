@@ -30,7 +30,6 @@ from collections import OrderedDict, deque
 from collections.abc import (
     Callable,
     Collection,
-    Iterable,
     Iterator,
     Mapping,
     MutableMapping,
@@ -38,7 +37,6 @@ from collections.abc import (
     MutableSet,
 )
 from dataclasses import dataclass
-from itertools import chain, tee
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, ClassVar
 
@@ -346,22 +344,20 @@ def _module(module: nn.Module, seen: dict[int, Any]) -> Iterator[PutBack]:
 def _held(thing: Any, seen: dict[int, Any], depth: int) -> Iterator[PutBack]:
     """What puts a container, a tensor or an object back into its present state, with its parts."""
     kind: Any = type(thing)
-    # Parameters are known by themselves, too, not only by their type.
-    alone = _type_is_left_alone(kind) or isinstance(thing, nn.Parameter)
-    if alone or id(thing) in seen or depth > _DEPTH:
+    if id(thing) in seen or depth > _DEPTH or _type_is_left_alone(kind):
         return
     seen[id(thing)] = thing
     inside: list[Any] = []
     sort = _sort_of_type(kind)
-    if isinstance(thing, Tensor):
-        if thing.layout is torch.strided and not (thing.is_meta or is_lazy(thing)):
+    if sort == "nothing":
+        if isinstance(thing, np.ndarray):
+            yield functools.partial(np.copyto, thing, thing.copy())
+        # Parameters are known by themselves, too, not only by their type.
+        elif isinstance(thing, Tensor) and not isinstance(thing, nn.Parameter) and _is_dense(thing):
             yield _tensor(thing)
-    elif isinstance(thing, np.ndarray):
-        yield functools.partial(np.copyto, thing, thing.copy())
     elif sort == "mapping":
-        items = list(thing.items())
-        yield functools.partial(_refill, thing, items)
-        inside = [value for _, value in items]
+        names, inside = list(thing), list(thing.values())
+        yield functools.partial(_refill_mapping, thing, names, inside)
     elif sort == "list":
         inside = list(thing)
         yield functools.partial(_refill, thing, inside)
@@ -381,8 +377,19 @@ def _held(thing: Any, seen: dict[int, Any], depth: int) -> Iterator[PutBack]:
     if empty:
         yield functools.partial(_emptied, empty)
     for part in inside if len(inside) <= _LONG else ():
-        if type(part) not in _CONSTANT and not (type(part) in _BARE and not part):
+        if not _never_changes(part) and not (type(part) in _BARE and not part):
             yield from _held(part, seen, depth + 1)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not (tensor.is_meta or is_lazy(tensor))
+
+
+def _never_changes(thing: Any) -> bool:
+    kind = type(thing)
+    if kind is tuple:  # kernel sizes, strides and so on, half of all that layers hold
+        return all(type(part) in _CONSTANT for part in thing)
+    return kind in _CONSTANT
 
 
 def _emptied(containers: list[Any]) -> None:
@@ -411,37 +418,34 @@ def _tensor(tensor: Tensor) -> PutBack:
 
 
 def _refill(thing: Any, items: list[Any]) -> None:
-    """Have a container hold these very items (of a mapping: pairs) again; one that does is not
-    touched."""
-    if isinstance(thing, MutableMapping):
-        held: Iterable[Any] = chain(thing, thing.values())
-        same: Iterable[Any] = chain((name for name, _ in items), (value for _, value in items))
-    else:
-        held, same = thing, items
-    if len(thing) != len(items) or not all(map(operator.is_, held, same)):
+    """Have a list or a set hold these very items again; one that does is not touched."""
+    if len(thing) != len(items) or not all(map(operator.is_, thing, items)):
         thing.clear()
         (thing.extend if hasattr(thing, "extend") else thing.update)(items)
 
 
+def _refill_mapping(thing: Any, names: list[Any], values: list[Any]) -> None:
+    """The same of a mapping, by its names and values in order."""
+    same = len(thing) == len(names) and all(map(operator.is_, thing, names))
+    if not same or not all(map(operator.is_, thing.values(), values)):
+        thing.clear()
+        thing.update(zip(names, values, strict=True))
+
+
 def alive(wanted: Callable[[type], bool]) -> list[Any]:
     """Every object whose type is ``wanted``. Types are asked once each: a process has a million
-    objects and a few thousand types. One pass takes a tenth of a second: who looks for several
+    objects and ten thousand types. One pass takes a twentieth of a second: who looks for several
     kinds asks for all of them at once."""
-    # No thread may hold all objects while others can run, as they do between two steps of Python: a
-    # tuple that another thread is making cannot grow while it is referred to, and that thread gets
-    # a SystemError. So types are listed in one step, in which the collector runs nothing either; by
-    # their ids, as types may hash by Python.
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        everything = chain.from_iterable(map(operator.call, (gc.get_objects,)))
-        types, same = tee(map(type, everything))
-        every = dict(zip(map(id, types), same, strict=True))
-    finally:
-        if collects:
-            gc.enable()
+    every: dict[int, type] = {}  # by their ids, as types may hash by Python
+    waiting: list[type] = [object]
+    while waiting:
+        kind = waiting.pop()
+        if id(kind) not in every:
+            every[id(kind)] = kind
+            waiting += type.__subclasses__(kind)
     kinds = {number: kind for number, kind in every.items() if wanted(kind)}
-    # An object of a Python class refers to it.
+    # An object of a Python class refers to it. No list of all objects is made: a tuple that another
+    # thread is making cannot grow while anybody refers to it, and that thread gets a SystemError.
     found = gc.get_referrers(*kinds.values()) if kinds else []
     return [each for each in found if id(type(each)) in kinds]
 

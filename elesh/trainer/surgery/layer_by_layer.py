@@ -63,6 +63,8 @@ _ROWS, _FEW = (16, 8, 4, 2), 1024
 many."""
 _BLOCK = 128
 """Columns of the normal equations that are multiplied at a time."""
+_NOTHING = 1e-5
+"""Of the largest output: what is missing less is rounding."""
 _TWO = 2
 """Samples by which shapes are found out."""
 _CHUNK = 2**20
@@ -433,14 +435,21 @@ def _solved(
     of_sample = torch.arange(len(x), device=x.device) // max(1, len(x) // samples)
     count, rows_of = _rows(module, x, positions)
     step = max(1, max(_CHUNK // flat.shape[1], _FEW) // count)
-    sums = [_Sums.empty(flat.shape[1] + (bias is not None), len(flat)) for _ in range(2)]
-    for half in (0, 1):
-        for own in torch.split((of_sample % 2 == half).nonzero().flatten(), step):
-            rows = rows_of(own).flatten(0, 1)
-            missing = wanted[own].flatten(0, 1).float() - rows @ flat.T
-            if bias is not None:
-                missing -= bias.detach().float()
-            sums[half].see(rows, missing)
+    halves = [torch.split((of_sample % 2 == half).nonzero().flatten(), step) for half in (0, 1)]
+
+    def seen(own: Tensor) -> tuple[Tensor, Tensor]:
+        """The inputs of some samples, and what the outputs lack."""
+        rows = rows_of(own).flatten(0, 1)
+        missing = wanted[own].flatten(0, 1).float() - rows @ flat.T
+        return rows, missing if bias is None else missing.sub_(bias.detach().float())
+
+    nothing = _NOTHING * float(wanted.abs().max()) if wanted.numel() else 0.0
+    if all(bool((seen(own)[1].abs() <= nothing).all()) for half in halves for own in half):
+        return None  # Nothing before it has changed.
+    sums = [_Sums.empty(flat.shape[1] + (bias is not None), len(flat)) for _ in halves]
+    for half, parts in zip(sums, halves, strict=True):
+        for own in parts:
+            half.see(*seen(own))
     change = _change(sums)
     if change is None:
         return None

@@ -42,6 +42,8 @@ _ATTRIBUTE = "_elesh_lineage"
 class Lineage:
     """The two ends of a network's cuts."""
 
+    _not_followed = True
+
     original: PrunedArchitecture
     """Before the first cut."""
     now: PrunedArchitecture

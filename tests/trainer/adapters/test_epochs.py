@@ -17,6 +17,7 @@ from elesh.settings import Settings
 from elesh.trainer import Evaluation, Recorder, Session
 from elesh.trainer.adapters.epochs import EveryEpoch
 from elesh.trainer.export import Exporter
+from elesh.trainer.time_share import TimeShare
 from leyline import (
     CheckpointBundle,
     InvalidField,
@@ -138,6 +139,33 @@ def test_derivatives_of_more_samples_are_taken_only_where_they_rank_what_may_go(
 
     assert of("ResNet", Level.CHANNEL) == [32, 32, 32, 32]
     assert of("ResNet", *Level) == [32, 32, 32, 128], "whole layers go in the last phase alone"
+
+
+def test_as_many_samples_are_measured_as_the_widest_group_has_units_unless_the_loss_is_predicted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def samples(session: Session, width: int, held_out: bool = True) -> int:
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3))
+        data = [(torch.randn(100, 4), torch.arange(100) % 3) for _ in range(6)]
+        given = data[0] if held_out else None
+        epochs = EveryEpoch(session, data, data, every=1, held_out=given, preflight=False)
+        epochs.begin(network, torch.optim.SGD(network.parameters(), 0.1))
+        for epoch in (1, 2):
+            epochs.end_epoch(epoch)
+        return int(session.published[-1].metadata.samples)  # type: ignore[attr-defined]
+
+    phases = dict.fromkeys(("conservative_epochs", "moderate_epochs", "aggressive_epochs"), 4)
+    schedule = {"structured_pruning": {"safety_schedule": {"validation_epochs": 0, **phases}}}
+    free = Settings.model_validate({**schedule, "trainer": {"time_share": 0}})
+    assert samples(Kept(settings=free), 64) == 256
+    assert samples(Kept(settings=free), 300) == 300
+    assert samples(Kept(settings=free), 64, held_out=False) == 600
+    monkeypatch.setattr(TimeShare, "trained", 0.0)
+    late = Settings.model_validate({**schedule, "trainer": {"time_share": 0.1}})
+    assert samples(Kept(settings=late), 64) == 128
+    assert samples(Kept(settings=late), 200) == 200
+    assert samples(Kept(settings=late), 64, held_out=False) == 256
 
 
 def test_a_checkpoint_that_cuts_is_resumed_from_with_one_restore_point_before_and_one_after(

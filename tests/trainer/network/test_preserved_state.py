@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from elesh.trainer import Recorder
+from elesh.trainer import Recorder, Surgeon
+from elesh.trainer.network import state
 from elesh.trainer.network.state import alive, preserve_state, preserved
+from elesh.trainer.surgery.lineage import lineage_of
 from leyline import InvalidField
 
 _OF_THE_FILE = random.Random(3)
@@ -174,6 +176,27 @@ def test_a_lazy_layer_is_refused_by_name() -> None:
     model = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 2))
     with pytest.raises(InvalidField, match=r"0\.weight"):
         Recorder(model, torch.randn(2, 4))
+
+
+def test_descriptors_of_what_a_network_was_are_not_gone_through(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are thousands, never change, and every evaluation of a cut would pay for them."""
+    model, visited = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), list[object]()
+    parts = state._parts
+
+    def counted(thing: object, *named: Any) -> Any:
+        visited.append(thing)
+        return parts(thing, *named)
+
+    monkeypatch.setattr(state, "_parts", counted)
+    with preserved(model):
+        before = len(visited)
+    Surgeon(model, Recorder(model, torch.randn(2, 4)).architecture)
+    assert lineage_of(model) is not None
+    visited.clear()
+    with preserved(model):
+        assert len(visited) <= before + 1, "the record itself"
 
 
 def test_looking_for_objects_disturbs_no_other_thread() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from trainer_nets import NETS, batches, build, example, same, units
 
 from elesh.trainer import Recorder, Surgeon
+from elesh.trainer.surgery import layer_by_layer
 from elesh.trainer.surgery.after_cut import reestimate_batch_statistics
 from elesh.trainer.surgery.layer_by_layer import outputs_before, solved_layer_by_layer
 
@@ -97,6 +98,26 @@ def test_a_network_that_lost_nothing_stays_as_it_is() -> None:
     architecture = Recorder(model, example()).architecture
     before = outputs_before(model, architecture, [(inputs(), None)])
     assert solved_layer_by_layer(model, before) == ()
+
+
+def test_nothing_is_summed_up_for_layers_that_hear_what_they_heard_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    model, widths = Shifted().eval(), list[int]()
+    see = layer_by_layer._Sums.see
+
+    def seen(sums: layer_by_layer._Sums, rows: Tensor, missing: Tensor) -> None:
+        widths.append(rows.shape[1])
+        see(sums, rows, missing)
+
+    architecture = Recorder(model, example()).architecture
+    before, lost = outputs_before(model, architecture, [(inputs(), None)]), {"second": [1]}
+    assert set(before.values) == {"second", "fc"}
+    Surgeon(model, architecture).cut(lost)
+    monkeypatch.setattr(layer_by_layer._Sums, "see", seen)
+    assert solved_layer_by_layer(model, before.without(architecture, lost)) == ("fc",)
+    assert set(widths) == {3}, "what enters fc now"
 
 
 def test_what_only_fits_the_samples_it_was_solved_on_is_not_kept() -> None:
