@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.support.wait import WebDriverWait
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or ""
 DRIVER = shutil.which("chromedriver") or ""
@@ -27,6 +28,12 @@ Theme = Literal["light", "dark"]
 
 class Browser(Chrome):
     """Chromium with what the tests ask of a page."""
+
+    def get(self, url: str) -> None:
+        """Open a page and wait until it is whole; on a loaded machine the driver returns before."""
+        super().get(url)
+        whole = "return document.readyState === 'complete' && document.body !== null"
+        WebDriverWait(self, 300).until(lambda _: self.execute_script(whole))
 
     def begin_anew(self) -> None:
         """Leave the page that is open, connected, and forget what it logged."""
