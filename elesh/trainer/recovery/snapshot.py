@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from elesh.observe import get_logger
 from elesh.trainer.surgery.averages import Beside
@@ -306,6 +307,20 @@ class Snapshot:
             kind = type(optimizers[group.get("optimizer", 0)]).__name__
             if group.get("kind", kind) != kind:  # older points do not say
                 return "restore point.optimizer", group["kind"], kind
+        return self._others_beside(tracked, optimizers)
+
+    def _others_beside(
+        self, tracked: Tracked, optimizers: Sequence[Optimizer]
+    ) -> tuple[str, str, Any] | None:
+        """As :meth:`_other_optimizers`, of the parameters that are not the network's."""
+        network = {**_tensors(tracked.surgeon.model), **tracked.surgeon.optimizers.masters}
+        for number, optimizer in enumerate(optimizers):
+            saved = [g for g in self.state["optimizer"] if g.get("optimizer", 0) == number]
+            for group, then in zip(optimizer.param_groups, saved, strict=False):
+                was = [tuple(tensor.shape) for tensor in then.get("beside", ())]
+                now = [tuple(tensor.shape) for tensor in _beside(group, network)]
+                if was != now[: len(was)]:  # some may have joined since
+                    return "restore point.parameters beside the network's", str(was), now
         return None
 
 
@@ -315,7 +330,8 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _optimizer_state(surgeon: Surgeon) -> list[dict[str, Any]]:
-    """The groups with their settings, the paths of their parameters, and the state of each."""
+    """The groups with their settings, the paths of their parameters, and the state of each; of
+    parameters beside the network's (a loss's, another network's) the content, too."""
     tensors = {**_tensors(surgeon.model), **surgeon.optimizers.masters}
     paths = {id(tensor): path for path, tensor in tensors.items()}
     return [
@@ -325,6 +341,7 @@ def _optimizer_state(surgeon: Surgeon) -> list[dict[str, Any]]:
             "settings": {key: value for key, value in group.items() if key != "params"},
             "paths": [paths.get(id(p), "") for p in group["params"]],
             "states": [dict(optimizer.state.get(p) or {}) for p in group["params"]],
+            "beside": [p for p in group["params"] if id(p) not in paths],
         }
         for number, optimizer in enumerate(surgeon.optimizers.stateful())
         for group in optimizer.param_groups
@@ -349,7 +366,17 @@ def _set_optimizers(surgeon: Surgeon, groups: list[dict[str, Any]]) -> None:
             for parameter, state in zip(group["params"], then["states"], strict=False):
                 if state:
                     optimizer.state[parameter] = put_home(state)
+            for parameter, content in zip(
+                _beside(group, tensors), then.get("beside", ()), strict=False
+            ):
+                _fill(parameter, content)
     surgeon.optimizers.refresh()
+
+
+def _beside(group: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """The parameters of a group that are not among these tensors."""
+    numbers = {id(tensor) for tensor in tensors.values()}
+    return [parameter for parameter in group["params"] if id(parameter) not in numbers]
 
 
 def _parameters(

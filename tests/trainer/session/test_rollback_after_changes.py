@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from elesh.trainer import Recorder, Surgeon
 from elesh.trainer.recovery.snapshot import Tracked
+from leyline import InvalidField
 
 X, Y = torch.randn(24, 6, generator=torch.Generator().manual_seed(5)), torch.arange(24) % 3
 
@@ -205,3 +206,56 @@ def test_a_run_that_resumes_the_structure_it_has_leaves_averages_of_the_script_a
     assert not torch.equal(model.last.weight, kept)
     assert torch.equal(average.module.last.weight, kept)
     again.close()
+
+
+def beside(width: int = 3) -> tuple[Net, nn.Linear, Surgeon, Callable[[], None]]:
+    """A network that is trained together with another one, which nobody named."""
+    torch.manual_seed(2)
+    model, other = Net(), nn.Linear(6, width)
+    optimizer = torch.optim.Adam([*other.parameters(), *model.parameters()], 1e-2)
+    surgeon = Surgeon(model, Recorder(model, X[:4]).architecture, optimizer=optimizer)
+
+    def train() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(X) + other(X), Y).backward()
+        optimizer.step()
+
+    return model, other, surgeon, train
+
+
+def test_what_an_optimizer_trains_beside_the_network_goes_back_and_comes_back_with_it(
+    tmp_path: Path,
+) -> None:
+    _, other, surgeon, train = beside()
+    (run := Run(tmp_path)).resume(Tracked(surgeon))
+    train()
+    before = other.weight.detach().clone()
+    run.apply(decide(surgeon.architecture), surgeon, told(0.9))
+    train()
+    assert [o.result for o in run.watch(61, told(0.1))] == ["rolled_back"]
+    assert torch.equal(other.weight, before)
+    train()
+    assert run.save(62)
+    train()
+    run.close()
+    _, again, surgeon, train = beside()
+    (resumed := Run(tmp_path)).resume(Tracked(surgeon))
+    assert not torch.equal(again.weight, other.weight)
+    train()
+    assert torch.equal(again.weight, other.weight)
+    resumed.close()
+
+
+def test_a_run_whose_optimizer_trains_something_else_beside_the_network_is_refused_by_shape(
+    tmp_path: Path,
+) -> None:
+    _, _, surgeon, train = beside()
+    (run := Run(tmp_path)).resume(Tracked(surgeon))
+    train()
+    run.save(1)
+    run.close()
+    model, _, surgeon, _ = beside(width=1)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InvalidField, match=r"beside the network's.*\(3, 6\).*\(1, 6\)"):
+        Run(tmp_path).resume(Tracked(surgeon))
+    assert all(torch.equal(before[path], now) for path, now in model.state_dict().items())
