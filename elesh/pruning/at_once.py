@@ -56,7 +56,7 @@ from .judging import Evaluate, HeldOut, Judge, Limits, Validation, outcomes, req
 from .latency import compared as latencies
 from .progress import Progress
 from .report import Figures, PruningReport, Round, Spared, spared_of
-from .samples import Batch, Samples, divided
+from .samples import Batch, Samples, divided, require_no_copies
 
 __all__ = ["prune"]
 
@@ -150,6 +150,7 @@ def prune(
     with shown:
         shown.doing("looking at the samples")
         samples = divided(batches, hold_out=evaluate is None)
+        require_no_copies(model, samples)
         shown.doing("finding out what can be removed")
         example = _example(model, samples)
         recorder = Recorder(

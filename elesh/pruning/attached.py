@@ -21,12 +21,13 @@ from elesh.settings import Settings
 from elesh.trainer import Evaluation, Session, Surgeon
 from elesh.trainer.adapters.epochs import EveryEpoch
 from elesh.trainer.network.calling import joined
+from elesh.trainer.network.state import unwrapped
 from elesh.trainer.recovery.snapshot import Stateful
 from elesh.trainer.session.session import SessionObserver
 from leyline import InvalidField, Level, PrunedArchitecture, PruningOutcome
 
 from .judging import Evaluate, evaluated
-from .samples import Batch, divided
+from .samples import Batch, divided, require_no_copies
 
 __all__ = ["Pruning", "attach"]
 
@@ -96,9 +97,11 @@ def attach(
         observers: called with checkpoints and outcomes (``TensorBoardSummaries``).
 
     Raises:
-        InvalidField: if samples are too few, or a level is unknown. Nothing has been changed then.
+        InvalidField: if samples are too few, or a few with noise on them, or a level is unknown.
+            Nothing has been changed then.
     """
     samples = divided(calibration, hold_out=held_out is None)
+    require_no_copies(unwrapped(model), samples)
     session = Session(run_id, url, settings, restore_dir=restore_dir, observers=observers)
     epochs = EveryEpoch(
         session,
@@ -147,7 +150,7 @@ class Pruning:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if said := self._epochs.budget_so_far():
+        if said := self._epochs.so_far():
             _log.info("run ends", reason=said)
         self.session.close()
 
@@ -201,7 +204,8 @@ class Pruning:
         return self._epochs.evaluate()
 
     def __str__(self) -> str:
-        """What is left of the network in a line, and in another how far a budget was reached."""
+        """What is left of the network in a line, and in another how far a budget was reached, or
+        the limit without one, and what held it back."""
         now = self.architecture
         # A cut is reported twice: when it is made, and when its monitoring window ends.
         became = Counter({o.idempotency_key: o.result for o in self.outcomes}.values())
@@ -211,7 +215,7 @@ class Pruning:
             f"{became['applied']} cuts applied, {became['rolled_back']} rolled back; "
             f"{parameters:.1%} of the parameters and {macs:.1%} of the MACs are left"
         )
-        return "\n".join([line, *filter(None, [self._epochs.budget_so_far()])])
+        return "\n".join([line, *filter(None, [self._epochs.so_far()])])
 
 
 def _whole(epoch: Any) -> int:

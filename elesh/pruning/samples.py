@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +18,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from elesh.trainer.network.calling import Inputs, batch_size, map_tensors, tensors_in
+from elesh.trainer.network.calling import (
+    Inputs,
+    batch_size,
+    call,
+    device_of,
+    main_output,
+    map_tensors,
+    tensors_in,
+)
 from elesh.trainer.network.calling import Pair as Batch
-from elesh.trainer.network.state import preserved
+from elesh.trainer.network.state import preserve_state, preserved
 from leyline import InvalidField
 
-__all__ = ["LEAST", "MOST", "Batch", "Samples", "divided"]
+__all__ = ["LEAST", "MOST", "Batch", "Samples", "divided", "require_no_copies"]
 
 LEAST = 32
 """So many different samples are needed to measure anything, and as many again to hold out."""
@@ -138,21 +147,88 @@ def _known(inputs: Inputs, row: int, size: int, seen: set[bytes]) -> bool:
     return known
 
 
-def _apart(found: Sequence[tuple[Inputs, int, Sequence[int]]], enough: int) -> int:
-    """How many samples lie apart from each other, counted up to ``enough``.
+def require_no_copies(model: nn.Module, samples: Samples) -> None:
+    """That samples are not a few with noise on them, however much, as far as that can be seen: they
+    fall into fewer heaps than the network tells classes apart, every heap apart from the others
+    and of one label.
 
-    What numbers do not tell (tokens, samples of different shapes) counts as apart.
+    Raises:
+        InvalidField: if they do.
+    """
+    batches = (*samples.calibration, *samples.held_out)
+    labels = [labels for _, labels in batches]
+    numbers = _numbers([(inputs, batch_size(inputs), None) for inputs, _ in batches])
+    if numbers is None or not all(isinstance(x, Tensor) and x.ndim == 1 for x in labels):
+        return
+    with preserve_state(model, 0), torch.no_grad():
+        device = device_of(model)
+        logits = main_output(call(model, map_tensors(lambda x: x.to(device), batches[0][0])))
+    known = torch.cat([x.cpu() for x in labels])
+    if logits.ndim != 2 or known.is_floating_point() or len(known) != len(numbers):
+        return
+    if len(set(known.tolist())) < logits.shape[1] and (heaps := _heaps(numbers, known)):
+        found = f"{len(numbers)} that are {heaps} with noise on them, or classes that are missing"
+        hint = "samples of all classes, as they come? shuffled before some hundred are taken?"
+        expected = f"samples of more than {heaps} of {logits.shape[1]} classes"
+        raise InvalidField("batches", expected, found, hint=hint)
+
+
+def _heaps(numbers: Tensor, labels: Tensor) -> int:
+    """Into how few heaps samples fall, each of one label, and its samples nearer to each other than
+    half of how far heaps lie apart; 0 where they do not."""
+    far = torch.cdist(numbers, numbers)
+    nearest, link = far[0].clone(), torch.zeros(len(far), dtype=torch.long)
+    inside = torch.zeros(len(far), dtype=torch.bool)
+    inside[0] = True
+    edges = list[tuple[float, int, int]]()
+    for _ in range(len(far) - 1):  # the shortest tree that holds all samples (Prim)
+        new = int(nearest.masked_fill(inside, math.inf).argmin())
+        edges.append((float(nearest[new]), int(link[new]), new))
+        inside[new] = True
+        nearer = far[new] < nearest
+        link[nearer], nearest = new, torch.minimum(nearest, far[new])
+    edges.sort()
+    for count in range(2, LEAST):  # without its longest branches it falls into heaps
+        heap = _components(len(far), edges[: len(far) - count])
+        same = heap[:, None] == heap[None]
+        pure = not bool((same & (labels[:, None] != labels[None])).any())
+        if pure and float(far[same].mean()) < float(far[~same].mean()) / 2:
+            return count
+    return 0
+
+
+def _components(count: int, edges: Sequence[tuple[float, int, int]]) -> Tensor:
+    """[count] the number of the component that each node is in."""
+    found = torch.arange(count)
+    for _, a, b in edges:
+        found[found == found[b]] = int(found[a])
+    return found
+
+
+def _numbers(found: Sequence[tuple[Inputs, int, Sequence[int] | None]]) -> Tensor | None:
+    """[N, D] some of the numbers of every sample; None where numbers do not tell samples apart
+    (tokens), or samples are of different shapes.
+
+    Args:
+        found: inputs, samples in them, and the rows that count; None: all.
     """
     parts = list[Tensor]()
     for inputs, size, rows in found:
         own = [x for x in tensors_in(inputs) if x.ndim and len(x) == size]
         if not own or not all(x.is_floating_point() for x in own):
-            return enough
-        flat = torch.cat([x[list(rows)].detach().flatten(1).float().cpu() for x in own], 1)
+            return None
+        chosen = list(range(size) if rows is None else rows)
+        flat = torch.cat([x[chosen].detach().flatten(1).float().cpu() for x in own], 1)
         parts.append(flat[:, :: max(1, flat.shape[1] // _POSITIONS)])
-    if len({part.shape[1] for part in parts}) > 1:
+    return None if len({part.shape[1] for part in parts}) > 1 else torch.cat(parts)
+
+
+def _apart(found: Sequence[tuple[Inputs, int, Sequence[int]]], enough: int) -> int:
+    """How many samples lie apart from each other, counted up to ``enough``; what numbers do not
+    tell counts as apart."""
+    samples = _numbers(found)
+    if samples is None:
         return enough
-    samples = torch.cat(parts)
     samples -= samples.mean(0)
     drawn = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))
     some = samples[drawn[:256]]

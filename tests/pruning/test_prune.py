@@ -16,7 +16,7 @@ from trained import SmallNet, SmallVit, accuracy, batches, digits, trained
 
 import elesh
 from elesh.pruning import at_once
-from elesh.pruning.samples import divided
+from elesh.pruning.samples import divided, require_no_copies
 from elesh.trainer import Recorder
 from elesh.trainer.calibration.recorder import enough_samples
 from elesh.trainer.network.gates import GateMeter
@@ -226,6 +226,32 @@ def test_a_little_noise_does_not_make_many_samples_of_a_few() -> None:
     tokens = torch.randint(9, (100, 7), generator=torch.Generator().manual_seed(0))
     batch = ({"tokens": tokens, "seen": torch.ones(100, 7)}, tokens)
     assert divided([batch], hold_out=True).different > 90
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.1, 0.3])
+def test_two_samples_with_noise_on_them_are_not_many(noise: float) -> None:
+    """However many they are made, they say nothing of other samples; real data passes."""
+    data, generator = digits().train, torch.Generator().manual_seed(1)
+    pair = [0, int((data.labels != data.labels[0]).nonzero()[0])]
+    rows = torch.tensor(pair * 128)
+    images, labels = data.images[rows], data.labels[rows]
+    images = images + noise * data.images.std() * torch.randn(images.shape, generator=generator)
+    few = divided([(images, labels)], hold_out=True)
+    with pytest.raises(InvalidField, match="2 with noise on them"):
+        require_no_copies(trained(), few)
+    require_no_copies(trained(), divided(batches(), hold_out=True))
+
+
+@pytest.mark.parametrize("classes", [3, 10])
+def test_data_that_lies_in_a_heap_for_each_class_is_no_copies(classes: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres, labels = 9 * torch.randn(classes, 6, generator=generator), torch.arange(300) % classes
+    points = centres[labels] + torch.randn(300, 6, generator=generator)
+    model = nn.Linear(6, classes)
+    require_no_copies(model, divided([(points, labels)], hold_out=True))
+    missing = labels < 2
+    with pytest.raises(InvalidField, match="classes that are missing"):
+        require_no_copies(model, divided([(points[missing], labels[missing])], hold_out=False))
 
 
 def test_labels_that_do_not_agree_with_evaluate_are_refused() -> None:

@@ -11,6 +11,7 @@ heads as many as it takes from there, by the same knapsack over the same removal
 
 from __future__ import annotations
 
+import itertools
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -135,7 +136,29 @@ def out_of_reach(
                 f"budget {budget.resource} {budget.at_most:g} is out of reach, at best about "
                 f"{least:.3g}: {why}"
             )
-    return ""
+    orders = itertools.permutations(budgets)
+    if len(budgets) < 2 or any(_met_together(architecture, o, curves, units) for o in orders):
+        return ""
+    asked = " and ".join(f"{budget.resource} {budget.at_most:g}" for budget in budgets)
+    return (
+        f"budgets {asked} are each within reach, and no way was found to meet all of them by the "
+        f"{units} units that the limit leaves to remove: raise removed_at_most"
+    )
+
+
+def _met_together(
+    architecture: PrunedArchitecture,
+    budgets: Sequence[Budget],
+    curves: Mapping[str, Curve],
+    units: int,
+) -> bool:
+    """Whether one cut meets all budgets, where each is fitted on top of those before it."""
+    lost = fit_all(architecture, budgets, curves, units, exact=False)[-1].lost
+    return all(
+        share_of(budget, architecture, resource_model(architecture, budget).total(lost))
+        <= budget.at_most * (1 + 1e-9)
+        for budget in budgets
+    )
 
 
 def likely_missed(

@@ -16,6 +16,7 @@ from elesh.analysis.selection.choose import gates_of
 from elesh.analysis.selection.reconstruction_order import reconstruction_fault
 from elesh.analysis.selection.schedule import raised
 from elesh.observe import get_logger
+from elesh.settings import StructuredPruning
 from elesh.trainer.calibration.losses import class_axis, class_labels
 from elesh.trainer.calibration.recorder import MeasuredCheckpoint, Recorder, enough_samples
 from elesh.trainer.export import Exporter, calibration_inputs, is_worth_exporting
@@ -46,6 +47,7 @@ from leyline import (
     NetworkExport,
     Phase,
     PrunedArchitecture,
+    PruningGroup,
     PruningOutcome,
     StructuralPruningDecision,
 )
@@ -243,33 +245,68 @@ class EveryEpoch:
         """Why what the schedule's limits leave to remove falls short of the budget, by
         :func:`out_of_reach` or :func:`likely_missed`; empty where it does not."""
         assert self._goals is not None
-        pruning = self.session.settings.structured_pruning
-        limit = raised(pruning.safety_schedule, self._removed_at_most).aggressive_limit
-        groups = [g for g in now.groups if g.prunable and g.level in self.levels]
-        left = limit * (1 - pruning.channel_analysis.safety_margin)
-        count = sum(math.floor(left * g.original_size) - g.removed for g in groups)
-        minimum = pruning.channel_analysis.min_channels_per_layer
+        groups = self._groups(now)
+        count = sum(math.floor(self._most * g.original_size) - g.removed for g in groups)
+        minimum = self._pruning.channel_analysis.min_channels_per_layer
         budgets = self._goals.budgets(now)
         return judge(now, budgets, groups, units=max(count, 0), minimum=minimum)
 
-    def budget_so_far(self) -> str:
-        """Whether the budget is reached, and if not, what holds it back and what would help; empty
-        without one."""
-        if self._goals is None or self.surgeon is None:
+    def _groups(self, now: PrunedArchitecture) -> list[PruningGroup]:
+        """Those that may lose units."""
+        return [g for g in now.groups if g.prunable and g.level in self.levels]
+
+    @property
+    def _pruning(self) -> StructuredPruning:
+        return self.session.settings.structured_pruning
+
+    @property
+    def _limit(self) -> float:
+        """The share of the original units that may be gone in the end."""
+        return raised(self._pruning.safety_schedule, self._removed_at_most).aggressive_limit
+
+    @property
+    def _most(self) -> float:
+        """The same without the margin that is left unused."""
+        return self._limit * (1 - self._pruning.channel_analysis.safety_margin)
+
+    def so_far(self) -> str:
+        """Whether the budget is reached, or without one how much of what the limit allows is gone;
+        and if not, what holds it back and what would help."""
+        if self.surgeon is None:
             return ""
-        now, last = self.surgeon.architecture, self._held_back
+        now = self.surgeon.architecture
+        if self._goals is None:
+            return self._removed_so_far(now)
         uses = self._goals.uses(now)
         left = ", ".join(f"{u.reached:.1%} of the {u.resource} left" for u in uses)
         asked = ", ".join(f"{u.resource} {u.asked:.0%}" for u in uses)
         if self._goals.met(now):
             return f"budget reached ({asked}): {left}"
         if not (why := self._missed(now, out_of_reach)):
-            why = "the run is not over, or was too short: more epochs, or checkpoints more often"
-            if last is not None:
-                why = f"the last decision was {_became(last)}: {last.detail}; train longer between "
-                why += "cuts, or raise the limit that is named"
-            why = "; ".join(filter(None, [why, self._missed(now, likely_missed)]))
+            why = "; ".join(filter(None, [self._not_yet(), self._missed(now, likely_missed)]))
         return f"budget not reached ({asked}): {left}; {why}"
+
+    def _removed_so_far(self, now: PrunedArchitecture) -> str:
+        groups = self._groups(now)
+        gone, whole = sum(g.removed for g in groups), sum(g.original_size for g in groups)
+        limit, margin = self._limit, self._pruning.channel_analysis.safety_margin
+        said = f"{gone} of {whole} units removed ({gone / max(whole, 1):.1%}), at most {limit:.0%} "
+        said += f"may be, of which safety_margin leaves {margin:.0%} unused" if margin else "may be"
+        least = self._pruning.channel_analysis.min_channels_per_layer
+        spare = sum(g.size - (least if g.level is Level.CHANNEL else 1) for g in groups)
+        if gone >= math.floor(self._most * whole) - len(groups):
+            return said
+        if spare <= 0:
+            return f"{said}; groups keep their minimum (min_channels_per_layer is {least})"
+        return f"{said}; {self._not_yet()}"
+
+    def _not_yet(self) -> str:
+        """Why no more has gone, as far as the last decision says."""
+        if self._held_back is None:
+            return "the run is not over, or was too short: more epochs, or checkpoints more often"
+        became, why = _became(self._held_back), self._held_back.detail
+        hint = "train longer between cuts, or raise the limit that is named"
+        return f"the last decision was {became}: {why}; {hint}"
 
     def end_epoch(self, epoch: int, known: Evaluation | None = None) -> list[PruningOutcome]:
         """After an epoch (counted from 1) has been trained; what became of decisions at it.
@@ -289,7 +326,7 @@ class EveryEpoch:
         if self._time.over and not needed:
             self.session.reach(epoch, self._noted)
             return []
-        unknown = checkpoint and not (self._time.over or self.session.knows_scatter)
+        unknown = checkpoint and not self.session.knows_scatter  # it keeps cuts from being blamed
         always = self._given is not None or unknown
         found = self.session.watch(epoch, self._noted, always=always)
         if undone := [outcome for outcome in found if outcome.result == "rolled_back"]:
@@ -316,6 +353,7 @@ class EveryEpoch:
             self.evaluate,
             reconstruct=measured,
             batches=self._calibration,
+            held_out=() if self._held_out is None else (self._held_out,),
             known=self._known,
         )
         self._held_back = outcome if _became(outcome) else None

@@ -4,6 +4,7 @@ trainer's side reports of a change. Pure.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,10 +23,14 @@ from leyline import (
 __all__ = [
     "Evaluation",
     "Expected",
+    "LikelyDrop",
     "checked",
     "event_id_of",
+    "excess",
     "expected",
     "failed_check",
+    "failed_loss",
+    "likely_drop",
     "recompilation",
     "validation_of",
 ]
@@ -34,8 +39,12 @@ _LEVELS = 5
 """Figures before a cut whose mean is what it is compared with."""
 _UNKNOWN = 2
 """As much as so many known moves counts what is presumed of a training that is not known yet."""
-_ERRORS = 3.0
+_BLIND = 0.004
+"""Of accuracy, that a loss may not show: a cut makes answers less sure, too."""
+_ERRORS = 3.5
 """Standard errors beyond which a fall is no chance."""
+_FEW = 1.5
+"""Of few figures that a scatter is found from so many times as much is asked, as by Student's t."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,69 @@ def failed_check(before: float, now: Evaluation, limit: float) -> str:
     return ""
 
 
+def failed_loss(before: Evaluation, now: Evaluation, limit: float) -> str:
+    """Why the loss says that ``now`` is not good enough, whatever accuracy says; empty if it is.
+
+    An accuracy that is constant, saturated or made up sees no harm. The caller's loss may have any
+    unit, so that it has to more than double as well.
+
+    Args:
+        limit: nats a sample.
+    """
+    if before.loss < 0 or not now.loss > max(2 * before.loss, before.loss + limit):
+        return ""
+    rose = f"loss {before.loss:.4g} rose to {now.loss:.4g}"
+    return f"{rose}, more than twice and by more than {limit:g},"
+
+
+@dataclass(frozen=True)
+class LikelyDrop:
+    """How much accuracy a cut costs on other samples of the same kind, as far as it is known."""
+
+    all_told: float
+    by_loss: float
+    """What the loss alone says; 0 where none is measured."""
+
+
+def likely_drop(before: Evaluation, now: Evaluation, samples: int) -> LikelyDrop:
+    """The drop of accuracy from ``before`` to ``now``, told from accuracy and loss.
+
+    Of few samples the accuracy moves by whole ones, and by chance; their loss is finer. Where it
+    rises by a share, so do errors on the whole; and a right answer that becomes a wrong one has a
+    loss of at least ln 2. Both estimates count by their precision: that of accuracy is the chance
+    that as many answers changed, that of the loss half of itself and .4 points.
+
+    Args:
+        samples: that both were measured on; 0 where nobody knows, as where no loss is measured:
+            accuracy alone is then asked.
+    """
+    drop, increase = before.accuracy - now.accuracy, max(now.loss - before.loss, 0.0)
+    if not samples or not before.loss > 0:
+        return LikelyDrop(drop, 0.0)
+    errors = max(1 - before.accuracy, 0.5 / samples)
+    said = min(errors * increase / before.loss, increase / math.log(2))
+    chance = (2 * max(abs(drop), said) + 1 / samples) / samples
+    doubt = (said / 2 + _BLIND) ** 2
+    return LikelyDrop((drop * doubt + said * chance) / (doubt + chance), said)
+
+
+def excess(before: Evaluation, now: Evaluation, samples: int, limit: float) -> str:
+    """Why a cut costs more accuracy at once than ``limit``; empty if it does not.
+
+    One sample more that is wrong is chance where the loss says no more, and where nobody knows how
+    many there are, a drop without a rise of the loss is.
+    """
+    drop, likely = before.accuracy - now.accuracy, likely_drop(before, now, samples)
+    one = samples and drop <= 1 / samples + 1e-9 and likely.by_loss <= limit
+    confirmed = samples or now.loss > before.loss or not (now.loss or before.loss)
+    if one or not confirmed or likely.all_told <= limit + 1e-9:
+        return ""
+    if drop > limit:
+        return f"accuracy falls by {drop:.4f}"
+    rise = f"accuracy falls by {drop:.4f} and the loss rises from {before.loss:.4g} to "
+    return f"{rise}{now.loss:.4g}, which comes to {likely.all_told:.4f} of accuracy"
+
+
 @dataclass(frozen=True)
 class Expected:
     """The accuracy to expect after a cut that costs no more later than it cost at once."""
@@ -88,15 +160,27 @@ class Expected:
     scatter: float
     """Standard deviation of accuracy from epoch to epoch, by training alone."""
     figures: int
-    """That it was found from, the last one before the cut among them."""
+    """That the accuracy was found from, the last one before the cut among them."""
+    known: int
+    """Moves and reports that the scatter was found from."""
 
     def fell(self, reports: Sequence[float]) -> bool:
-        """Whether the mean of these reports is further below than training scatters."""
+        """Whether the mean of these reports is further below than training scatters. A scatter
+        that was found from few figures is itself not known well, which asks for more."""
         error = self.scatter * math.sqrt(1 / self.figures + 1 / len(reports))
-        return self.accuracy - sum(reports) / len(reports) > _ERRORS * error
+        errors = _ERRORS * (1 + _FEW / (self.known + _UNKNOWN))
+        return self.accuracy - sum(reports) / len(reports) > errors * error
 
 
-def expected(before: float, after: float, moves: Sequence[float], limit: float) -> Expected:
+def expected(
+    before: float,
+    after: float,
+    moves: Sequence[float],
+    limit: float,
+    *,
+    reports: Sequence[float] = (),
+    samples: int = 0,
+) -> Expected:
     """What to expect after a cut that took accuracy from ``before`` to ``after``, on the same
     samples.
 
@@ -104,18 +188,34 @@ def expected(before: float, after: float, moves: Sequence[float], limit: float) 
     lower; never below two deviations of the last one, since accuracy that rises leaves its mean
     behind. What a cut gained need not last: new batch statistics follow training again.
 
+    Training's scatter is found from falls, as rises are learning, too; from how moves differ from
+    one to the next, which learning hardly does, where that says more; and from how reports since
+    the cut, three or more, differ among each other. As two moves more counts what is presumed of a
+    training of which nothing is known: a third of the limit, or by how much two networks that are
+    right alike often differ by chance on so few samples.
+
     Args:
         moves: of accuracy from one epoch to the next before the cut, without what cuts did to it.
-            Only falls say how training scatters: rises are learning, too. Of a training of which
-            nothing is known, a third of the limit is presumed.
         limit: the drop of accuracy that is too much.
+        reports: accuracies since the cut.
+        samples: that accuracy is of; 0 where nobody knows.
     """
-    falls = sum(min(move, 0.0) ** 2 for move in moves) + _UNKNOWN * (limit / 3) ** 2
-    scatter = math.sqrt(falls / (len(moves) + _UNKNOWN))
+    presumed = (limit / 3) ** 2
+    if samples:
+        presumed = max(presumed, before * (1 - before) / (2 * samples))
+    falls = sum(min(move, 0.0) ** 2 for move in moves)
+    turns = [(b - a) ** 2 for a, b in itertools.pairwise(moves)]
+    squares = max(falls, len(moves) * sum(turns) / (6 * len(turns)) if len(turns) > 1 else 0.0)
+    known = len(moves)
+    if len(reports) > 2:  # two may differ as the cut does harm
+        mean = sum(reports) / len(reports)
+        squares += sum((report - mean) ** 2 for report in reports)
+        known += len(reports) - 1
+    scatter = math.sqrt((squares + _UNKNOWN * presumed) / (known + _UNKNOWN))
     last = moves[:-_LEVELS:-1]
     levels = [before - sum(last[:count]) for count in range(len(last) + 1)]
     level = min(before, max(sum(levels) / len(levels), before - 2 * scatter))
-    return Expected(level - max(before - after, 0.0), scatter, len(levels))
+    return Expected(level - max(before - after, 0.0), scatter, len(levels), known)
 
 
 def event_id_of(outcome: PruningOutcome) -> str:

@@ -28,6 +28,8 @@ __all__ = ["Journal", "Line", "MadeCut", "Situation"]
 
 Line = Mapping[str, Any]
 _DIGEST = 16
+_SINGLE = 5
+"""So many limits below is a single report that takes a cut back: one is no verdict on less."""
 _log = get_logger(__name__)
 
 
@@ -49,6 +51,10 @@ class MadeCut:
     """Of accuracy from epoch to epoch before the cut."""
     reports: tuple[float, ...] = ()
     """Accuracies of now, one for each report since the cut."""
+    losses: tuple[float, ...] = ()
+    """Losses of the same reports."""
+    samples: int = 0
+    """That accuracy is of; 0 where nobody knows."""
 
     @property
     def key(self) -> str:
@@ -57,13 +63,15 @@ class MadeCut:
 
     @property
     def scatter(self) -> float:
-        """Standard deviation of accuracy from epoch to epoch, as it was known at the cut."""
-        return self._expected.scatter
+        """Standard deviation of accuracy from epoch to epoch, as far as it is known."""
+        return self._expected(self.reports).scatter
 
-    @property
-    def _expected(self) -> Expected:
+    def _expected(self, reports: Sequence[float]) -> Expected:
         before, after = self.outcome.accuracy_before or 0.0, self.outcome.accuracy_after
-        return expected(before, before if after is None else after, self.moves, self.limit)
+        after = before if after is None else after
+        return expected(
+            before, after, self.moves, self.limit, reports=reports, samples=self.samples
+        )
 
     def falls_short(self, now: Evaluation, limits: int = 1) -> bool:
         """Whether these figures alone are so many limits below those before the cut, or no
@@ -74,15 +82,18 @@ class MadeCut:
         """Why the cut has to be taken back; empty if it has not.
 
         Accuracy must have fallen by more than the limit since before the cut, and further than
-        training scatters by itself since right after it: by the mean of the last two reports or by
-        that of all, or by the last one, where that is below twice the limit.
+        training scatters by itself since right after it: by the mean of all reports, or by the last
+        one where that is five limits below. And the loss, where one is measured, must have risen: a
+        fall without that is of few samples, by chance.
         """
         if not now.finite:
             return failed_check(self.outcome.accuracy_before or 0.0, now, self.limit)
-        reports = (*self.reports, now.accuracy)
-        for count in sorted({1, 2, len(reports)}):
+        reports, losses = (*self.reports, now.accuracy), (*self.losses, now.loss)
+        known = self._expected(reports)
+        for count in sorted({1, len(reports)}):
             tail = reports[-count:]
-            if self._falls(tail, 2 if len(tail) == 1 else 1) and self._expected.fell(tail):
+            limits = _SINGLE if len(tail) == 1 else 1
+            if self._falls(tail, limits) and known.fell(tail) and self._rose(losses[-count:]):
                 of = f" in the mean of {count} reports" if len(tail) > 1 else ""
                 return (
                     f"accuracy {self.outcome.accuracy_before:.4f} fell to "
@@ -93,11 +104,16 @@ class MadeCut:
     def stood(self, now: Evaluation) -> MadeCut:
         """After one report more. One below the limit that training's scatter explains leaves the
         next ones to decide, for as many more as there were to stand."""
-        reports = (*self.reports, now.accuracy)
+        reports, losses = (*self.reports, now.accuracy), (*self.losses, now.loss)
         doubted = self.falls_short(now) or self._falls(reports)
         over = len(reports) >= 2 * (self.outcome.watched or 0)
         left = (0 if over else self.left) if doubted else self.left - 1
-        return replace(self, reports=reports, doubted=doubted, left=left)
+        return replace(self, reports=reports, losses=losses, doubted=doubted, left=left)
+
+    def _rose(self, losses: Sequence[float]) -> bool:
+        """Whether the mean loss is above that before the cut, or none is measured."""
+        before = self.outcome.loss_before
+        return not before or not losses or sum(losses) / len(losses) > before
 
     def _falls(self, reports: Sequence[float], limits: int = 1) -> bool:
         before = self.outcome.accuracy_before
@@ -111,7 +127,7 @@ class MadeCut:
     @classmethod
     def of_line(cls, line: Line) -> MadeCut:
         """From the journal."""
-        lists = {name: tuple(line.get(name, ())) for name in ("moves", "reports")}
+        lists = {name: tuple(line.get(name, ())) for name in ("moves", "reports", "losses")}
         outcome = PruningOutcome.model_validate(line["outcome"])
         return cls(**{**line, **lists, "outcome": outcome})
 

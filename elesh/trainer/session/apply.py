@@ -9,20 +9,24 @@ Evaluations draw from no random state that training draws from.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from elesh.observe import get_logger, span
-from elesh.settings import RollbackTriggers
-from elesh.trainer.network.calling import batch_size, device_of, example_of, tensors_in, timed_call
-from elesh.trainer.network.state import preserve_state, preserved
-from elesh.trainer.recovery.evaluation import Evaluation, checked, failed_check
+from elesh.settings import RollbackTriggers, VerificationSettings
+from elesh.trainer.latency import call_seconds
+from elesh.trainer.network.calling import batch_size, tensors_in
+from elesh.trainer.network.state import preserved
+from elesh.trainer.recovery.evaluation import (
+    Evaluation,
+    checked,
+    excess,
+    failed_check,
+    failed_loss,
+)
 from elesh.trainer.surgery.after_cut import (
     InputCovariance,
     batch_norms,
@@ -40,6 +44,7 @@ from leyline import (
 )
 
 from .carry_over import carried_over, shortened
+from .own_samples import OwnSamples
 
 __all__ = [
     "Evaluation",
@@ -88,6 +93,7 @@ def apply_decision(
     reconstruct: InputCovariance | Callable[[], InputCovariance] | None = None,
     redistribute: Callable[[], InputCovariance] | None = None,
     batches: Batches = (),
+    held_out: Batches = (),
     take_back: Callable[[], object] | None = None,
 ) -> PruningOutcome:
     """Mask what the decision names, evaluate, and cut only if accuracy holds; evaluate again.
@@ -97,8 +103,10 @@ def apply_decision(
     approved, or of which nothing is left, changes nothing; nor does one that the surgeon refuses
     (an optimizer or an average of the network that it was not given, state that cannot be kept), or
     whose mask, cut or evaluation raises an error: the outcome is ``refused`` with the reason. A
-    drop of accuracy beyond the trigger (of several levels, the strictest), or a loss that is no
-    finite number, takes the mask off, or the cut back: the network is then bit for bit what it was.
+    drop of accuracy beyond the trigger (of several levels, the strictest), a loss that is no
+    finite number, and one that rises by more than a worker would let it (that of ``evaluate`` has
+    to double as well: its unit may be any) take the mask off, or the cut back: the network is then
+    bit for bit what it was.
     Where the figures under the mask are bit for bit those without, ``evaluate`` is called once more
     with nearly everything masked: if that changes nothing either, it does not run this network (but
     a copy, or what was compiled or exported of it), and the outcome is ``refused``.
@@ -113,6 +121,8 @@ def apply_decision(
         batches: (inputs, labels) pairs of calibration samples: where the decision says so, the
             running statistics of batch normalisations are estimated anew by them after refitting,
             under the mask and in the cut. Empty: they stay, and the outcome says so.
+        held_out: the same of other samples: their loss is looked at beside ``evaluate``. Empty:
+            that of the first calibration samples.
         take_back: takes a cut back; by default the surgeon does, from a copy that is kept until
             this call returns.
 
@@ -128,6 +138,7 @@ def apply_decision(
         reconstruct=reconstruct,
         redistribute=redistribute,
         batches=batches,
+        held_out=held_out,
         take_back=take_back,
     )
 
@@ -141,9 +152,12 @@ def check_and_cut(
     reconstruct: InputCovariance | Callable[[], InputCovariance] | None = None,
     redistribute: Callable[[], InputCovariance] | None = None,
     batches: Batches = (),
+    held_out: Batches = (),
     take_back: Callable[[], object] | None = None,
     now: Evaluation | None = None,
     cut_drop: float | None = None,
+    limits: VerificationSettings | None = None,
+    shown: Callable[[int], object] | None = None,
 ) -> PruningOutcome:
     """As :func:`apply_decision`, of a decision that :func:`refusal` lets pass.
 
@@ -151,27 +165,38 @@ def check_and_cut(
         now: what ``evaluate`` said of the network as it is, where it was called a moment ago.
         cut_drop: the drop of accuracy under the mask from which on a decision is too much at once.
             Its cheaper half is then tried, and half of that, three times at most; the first that
-            costs no more is cut, and the outcome says what share of the decision that is. A drop
-            of one validation sample, or one that no increase of the loss confirms, is not too much.
-            None: the decision is cut whole or not at all.
+            costs no more is cut, and the outcome says what share of the decision that is. What
+            it costs is told from accuracy and loss together (:func:`excess`); a drop of one
+            validation sample is not too much where the loss says no more. None, or 1: the decision
+            is cut whole or not at all.
+        limits: what the loss may rise by.
+        shown: told how many samples ``evaluate`` has shown the network.
     """
     if blocked := surgeon.blocked():
         present = surgeon.architecture
         return outcome_of(decision, present, present, "refused", blocked)
     decision, said = present_form(decision, surgeon.architecture)
     limit = trigger_of(decision, triggers)
+    allowed = (limits or VerificationSettings()).limits(
+        frozenset(decision.taken), decision.safety.phase
+    )
+    samples = _first(held_out or batches, _STATISTICS)
+    own = OwnSamples(surgeon.model, samples, allowed.loss_rise)
     refit = _Refit.of(decision, surgeon, reconstruct, redistribute, batches)
     notes = tuple(part for part in (said, refit.said) if part)
     if refit.fallbacks:
         key = decision.idempotency_key
         _log.warning("cut fell back", key=key, fallback=refit.fallbacks[0], reason=refit.said)
-    check = _Check(decision, surgeon, evaluate, limit, refit, notes)
-    return (
+    check = _Check(decision, surgeon, evaluate, (limit, allowed.loss_rise), own, refit, notes)
+    outcome = (
         check.plain(now)
         or check.masked(cut_drop)
         or check.cut(take_back or _to_now(surgeon))
         or check.outcome("applied")
     )
+    if shown is not None:
+        shown(check.samples)
+    return outcome
 
 
 class _Check:
@@ -184,20 +209,24 @@ class _Check:
         decision: StructuralPruningDecision,
         surgeon: Surgeon,
         evaluate: Evaluate,
-        limit: float,
+        limits: tuple[float, float],
+        own: OwnSamples,
         refit: _Refit,
         notes: tuple[str, ...],
     ) -> None:
-        self._decision, self._surgeon, self._limit = decision, surgeon, limit
+        self._decision, self._surgeon, self._own = decision, surgeon, own
+        self._limit, self._loss_limit = limits
         self._evaluate = preserving(evaluate, surgeon.model)
         self._before = surgeon.architecture
         self._figures: dict[str, Evaluation] = {}
         self._more: dict[str, float | None] = {}
         """Fields of the outcome of a cut that was made."""
-        self._samples = 0
+        self.samples = 0
         """That the last evaluation showed the network."""
         self._refit, self._notes = refit, notes
         self._fallbacks: tuple[CutFallback, ...] = refit.fallbacks
+        self._own_rose = ""
+        """Why the loss of Elesh's own samples says that the mask costs too much."""
         self._statistics: Mapping[str, Tensor] = {}
         """Of batch normalisations, as they are after the cut, in present sizes."""
         self._outputs: OutputsBefore | None = None
@@ -209,7 +238,8 @@ class _Check:
         """The network as it is, to compare with; evaluated unless that is known."""
         try:
             now = self._figures["before"] = known or self._measure("before", "evaluate")
-            self._more["latency_before"] = _call_seconds(self._surgeon.model)
+            self._own.before()
+            self._more["latency_before"] = call_seconds(self._surgeon.model)
         except Exception as error:
             return self._failed("before anything was changed", error)
         if not now.finite:
@@ -222,7 +252,7 @@ class _Check:
         at once. If every part fails, the outcome is that of the whole."""
         whole, share = self._decision, 1.0
         first = self._masked()
-        if cut_drop is None or not (excess := self._excess(cut_drop)):
+        if cut_drop is None or cut_drop >= 1 or not (too_much := self._excess(cut_drop)):
             return first
         for _ in range(_HALVINGS):
             smaller = shortened(whole, self._before, share / 2)
@@ -235,12 +265,12 @@ class _Check:
             if "masked" not in self._figures:  # an error
                 return failed
             if not self._excess(cut_drop):
-                self._say_shortened(whole, excess)
+                self._say_shortened(whole, too_much)
                 return failed
         self._decision = whole
         if first is not None:
             return first
-        reason = f"{excess} with all of it"
+        reason = f"{too_much} with all of it"
         if share < 1:
             reason += f", and with {share:g} of it more than {cut_drop:g}, too"
         return self.outcome("refused", f"{reason}: smaller, later, or a higher cut_accuracy_drop")
@@ -250,10 +280,13 @@ class _Check:
         before, now = self._figures["before"], self._figures.get("masked")
         if now is None or not now.finite:
             return ""
-        drop = before.accuracy - now.accuracy
-        allowed = max(cut_drop, 1 / self._samples if self._samples else 0.0)
-        confirmed = now.loss > before.loss or not (now.loss or before.loss)
-        return f"accuracy falls by {drop:.4f}" if drop > allowed + 1e-9 and confirmed else ""
+        if worse := self._loss_rose(now):
+            return worse.removesuffix(",")
+        return excess(before, now, self.samples, cut_drop)
+
+    def _loss_rose(self, now: Evaluation) -> str:
+        """Why the loss says that the mask costs too much; empty if it does not."""
+        return failed_loss(self._figures["before"], now, self._loss_limit) or self._own_rose
 
     def _say_shortened(self, whole: StructuralPruningDecision, why: str) -> None:
         """A shortened decision: a field of the outcome, a line in the log, words in the detail."""
@@ -266,6 +299,7 @@ class _Check:
     def _masked(self) -> PruningOutcome | None:
         """With the mask on; the figures of an earlier mask are forgotten."""
         self._figures.pop("masked", None)
+        self._own_rose = ""
         surgeon, decision = self._surgeon, self._decision
         before: dict[str, Tensor] = {}
         try:
@@ -276,6 +310,7 @@ class _Check:
                 surgeon.mask_layers(target.layer_name for target in decision.layers)
                 before = self._solve_layers()
             now = self._measure("masked", "evaluate masked")
+            self._own_rose = self._own.rose()
         except Exception as error:
             return self._failed("under the mask", error)
         finally:
@@ -372,7 +407,7 @@ class _Check:
                     surgeon.cut_layers(layers, epoch=epoch, key=key)
                     self._notes += surgeon.notes
             now = self._measure("after", "evaluate cut")
-            self._more["latency_after"] = _call_seconds(surgeon.model)
+            self._more["latency_after"] = call_seconds(surgeon.model)
         except BaseException as error:
             take_back()
             if not isinstance(error, Exception):
@@ -400,11 +435,12 @@ class _Check:
             now = self._evaluate()
         if samples.of_before:
             raise InvalidField("evaluate", "the network as it is", _OF_BEFORE, hint=_NAME_IT)
-        self._figures[name], self._samples = now, samples.count
+        self._figures[name], self.samples = now, samples.count
         return now
 
     def _judge(self, now: Evaluation, when: str) -> PruningOutcome | None:
         reason = failed_check(self._figures["before"].accuracy, now, self._limit)
+        reason = reason or self._loss_rose(now)
         return self.outcome("rolled_back", f"{reason} {when}") if reason else None
 
     def _failed(self, when: str, error: Exception) -> PruningOutcome:
@@ -561,38 +597,6 @@ def outcome_of(
         detail=detail,
         **fields,
     )
-
-
-_CALLS = 3
-"""Of each rank of several: a call may wait for the others."""
-_SECONDS, _MOST_CALLS = 0.03, 30
-"""Of a process alone: at most so long and so often, as long as it gets quicker by this share."""
-_QUICKER = 0.02
-
-
-def _call_seconds(network: nn.Module) -> float | None:
-    """Seconds of a call in evaluation mode with the batch that the network was measured with: those
-    that the thread computed (others on the machine change them little), on other devices those by
-    the clock. The quickest call counts, until three more are no quicker. None if there is no such
-    batch, or it does not run (any more). Nothing of the network changes."""
-    inputs = example_of(network)
-    if inputs is None:
-        return None
-    try:
-        with preserve_state(network, 0), torch.no_grad():
-            clock = time.thread_time if device_of(network).type == "cpu" else time.perf_counter
-            timed = timed_call(network, inputs, clock)
-            best = timed(_CALLS)
-            if dist.is_available() and dist.is_initialized():
-                return best
-            rounds = min(int(_SECONDS / max(best, 1e-7)), _MOST_CALLS) // _CALLS
-            for _ in range(rounds - 1):
-                before, best = best, min(best, timed(_CALLS))
-                if best > (1 - _QUICKER) * before:
-                    break
-            return best
-    except Exception:  # it is a figure for people: nothing hangs on it
-        return None
 
 
 def _to_now(surgeon: Surgeon) -> Callable[[], object]:

@@ -60,6 +60,7 @@ class MonitoredCuts:
         self._triggers = settings.structured_pruning.rollback_triggers
         self._reports, self._mode = settings.trainer.watch_epochs, settings.trainer.rollback
         self._cut_drop = settings.trainer.cut_accuracy_drop
+        self._limits = settings.verification
         self._recovery = recovery
         self._last: tuple[int, float] | None = None
         """The epoch and the accuracy that the next move begins with."""
@@ -100,6 +101,7 @@ class MonitoredCuts:
         reconstruct: InputCovariance | Callable[[], InputCovariance] | None = None,
         redistribute: Callable[[], InputCovariance] | None = None,
         batches: Sequence[tuple[Any, Any]] = (),
+        held_out: Sequence[tuple[Any, Any]] = (),
         known: Evaluation | None = None,
     ) -> PruningOutcome:
         """As :func:`apply_decision`, with a restore point before and after.
@@ -120,6 +122,7 @@ class MonitoredCuts:
             recovery.begin("apply", [pending], point=before)
         except (ContractError, OSError) as error:
             return _unwritten(decision, now, error)
+        shown = [0]
         outcome = check_and_cut(
             decision,
             surgeon,
@@ -128,38 +131,50 @@ class MonitoredCuts:
             reconstruct=reconstruct,
             redistribute=redistribute,
             batches=batches,
+            held_out=held_out,
             take_back=lambda: snapshot.put_back(tracked),
             now=known,
             cut_drop=self._cut_drop,
+            limits=self._limits,
+            shown=shown.append,
         )
         self._saw(outcome.accuracy_before)
         if outcome.result == "applied":
-            outcome = self._commit(decision, outcome, snapshot, tracked, before)
+            cut = self._monitored(decision, outcome, before, shown[-1])
+            outcome = self._commit(decision, cut, snapshot, tracked)
         else:
             recovery.done("apply", before, [outcome], recovery.situation.cuts, later=True)
         recovery.thin_out()
         return outcome
 
-    def _commit(
+    def _monitored(
         self,
         decision: StructuralPruningDecision,
         outcome: PruningOutcome,
+        before: int,
+        samples: int,
+    ) -> MadeCut:
+        """A cut that was made, as it will be monitored."""
+        outcome = outcome.model_copy(update={"watched": self._reports})
+        limit, moves = trigger_of(decision, self._triggers), self._recovery.moves
+        return MadeCut(outcome, before, limit, self._reports, moves=moves, samples=samples)
+
+    def _commit(
+        self,
+        decision: StructuralPruningDecision,
+        cut: MadeCut,
         snapshot: Snapshot,
         tracked: Tracked,
-        before: int,
     ) -> PruningOutcome:
         """Make a cut last and put it under monitoring, or take it back if it cannot be written."""
-        recovery, cuts = self._recovery, self._recovery.situation.cuts
-        outcome = outcome.model_copy(update={"watched": self._reports})
-        limit = trigger_of(decision, self._triggers)
-        cut = MadeCut(outcome, before, limit, self._reports, moves=recovery.moves)
+        recovery, cuts, outcome = self._recovery, self._recovery.situation.cuts, cut.outcome
         try:
             point = recovery.put(Snapshot.take(tracked, recovery.epoch))
             recovery.done("apply", point, [outcome], [*cuts, cut])
         except (ContractError, OSError) as error:
             snapshot.put_back(tracked)
             outcome = _unwritten(decision, snapshot.architecture, error)
-            recovery.done("apply", before, [outcome], cuts, later=True)
+            recovery.done("apply", cut.before, [outcome], cuts, later=True)
         else:
             self._last = (recovery.epoch, outcome.accuracy_after or 0.0)
         return outcome

@@ -359,6 +359,7 @@ class Session:
         reconstruct: InputCovariance | Callable[[], InputCovariance] | None = None,
         redistribute: Callable[[], InputCovariance] | None = None,
         batches: Sequence[tuple[Any, Any]] = (),
+        held_out: Sequence[tuple[Any, Any]] = (),
         known: Evaluation | None = None,
     ) -> PruningOutcome:
         """Restore point, mask, evaluate, cut or take back (see :func:`apply_decision`); publish
@@ -374,6 +375,7 @@ class Session:
                 one is of another network, as after a restart or another cut.
             batches: (inputs, labels) pairs of calibration samples, for
                 ``recorder.measure(..., batch_statistics=True)``.
+            held_out: the same of other samples, whose loss is looked at beside ``evaluate``.
             known: what ``evaluate`` said of the network as it is, where :meth:`watch` has just
                 called it: it is not called for that again.
         """
@@ -399,6 +401,7 @@ class Session:
                 reconstruct=reconstruct,
                 redistribute=redistribute,
                 batches=batches,
+                held_out=held_out,
                 known=known,
             )
             current.set_attribute("elesh.outcome", outcome.result)

@@ -94,6 +94,26 @@ def test_what_the_limits_cannot_reach_is_said_with_what_would_help() -> None:
     assert "groups keep their minimum" in wide
 
 
+def test_budgets_that_each_but_not_all_together_are_within_reach_are_said() -> None:
+    """Convolutions take the multiply-accumulates, the classifier the parameters."""
+    architecture = chain([4, 60, 60, 4, 16], classes=400)
+    groups = [g for g in architecture.groups if g.prunable]
+    both = [Budget(resource=r, at_most=0.6, of="original") for r in ("macs", "parameters")]
+
+    def least(budgets: list[Budget]) -> int:
+        return next(
+            n
+            for n in range(100)
+            if not out_of_reach(architecture, budgets, groups, units=n, minimum=1)
+        )
+
+    alone = max(least([budget]) for budget in both)
+    why = out_of_reach(architecture, both, groups, units=alone, minimum=1)
+    assert "macs 0.6 and parameters 0.6 are each within reach" in why
+    assert "raise removed_at_most" in why
+    assert least(both) > alone
+
+
 def test_what_only_the_best_choice_of_units_reaches_is_said_to_be_unlikely() -> None:
     architecture = chain([12, 40, 40, 12])
     groups = [g for g in architecture.groups if g.prunable]

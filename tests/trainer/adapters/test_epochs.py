@@ -208,37 +208,61 @@ def test_nothing_is_asked_for_once_the_budget_is_reached() -> None:
 def test_what_holds_a_budget_back_is_said_with_what_would_help() -> None:
     session = Kept()
     epochs, _ = running(session, budget={"macs": 0.5})
-    assert "min_channels_per_layer is 16" in epochs.budget_so_far()
+    assert "min_channels_per_layer is 16" in epochs.so_far()
 
     small = Settings.model_validate(
         {"structured_pruning": {"channel_analysis": {"min_channels_per_layer": 2}}}
     )
     session = Kept(settings=small)
     epochs, _ = running(session, budget={"macs": 0.1})
-    assert "raise removed_at_most" in epochs.budget_so_far(), "a fifth of the units is too little"
+    assert "raise removed_at_most" in epochs.so_far(), "a fifth of the units is too little"
 
     epochs, _ = running(session, budget={"macs": 0.6}, removed_at_most=0.9)
-    assert "100.0% of the macs left; the run is not over" in epochs.budget_so_far()
+    assert "100.0% of the macs left; the run is not over" in epochs.so_far()
     surgeon, right = epochs.surgeon, iter([0.9, 0.5, 0.5, 0.5, 0.5])
     assert surgeon is not None
     epochs._evaluate = lambda *_: Evaluation(next(right, 0.9), next(_LOSSES))
     session.answers = [decide(surgeon.architecture, units=8, groups=1)]
     epochs.end_epoch(2)
-    assert "the last decision was rolled back: accuracy 0.9000 fell to" in epochs.budget_so_far()
+    assert "the last decision was rolled back: accuracy 0.9000 fell to" in epochs.so_far()
 
     epochs._evaluate = lambda *_: Evaluation(0.9, next(_LOSSES))
     session.answers = [decide(surgeon.architecture, units=8, groups=1, number=2)]
     assert [outcome.result for outcome in epochs.end_epoch(3)] == ["applied"]
-    assert "the run is not over" in epochs.budget_so_far()
+    assert "the run is not over" in epochs.so_far()
     epochs._evaluate = lambda *_: Evaluation(0.6, next(_LOSSES))
     assert [outcome.result for outcome in epochs.end_epoch(4)] == ["rolled_back"]
-    said = epochs.budget_so_far()
+    said = epochs.so_far()
     assert "the last decision was rolled back: accuracy 0.9000 fell to 0.6000" in said
     assert "right after the cut it was 0.9000" in said
 
     epochs, _ = running(session, budget={"macs": 1.0})
-    assert epochs.budget_so_far().startswith("budget reached (macs 100%)")
-    assert running(session)[0].budget_so_far() == ""
+    assert epochs.so_far().startswith("budget reached (macs 100%)")
+
+
+def test_without_a_budget_it_is_said_how_much_of_what_may_go_is_gone_and_why_not_more() -> None:
+    session = Kept()
+    epochs, _ = running(session, removed_at_most=0.4)
+    said = epochs.so_far()
+    assert "(0.0%), at most 40% may be, of which safety_margin leaves 10% unused" in said
+    assert "min_channels_per_layer is 16" in said
+
+    small = Settings.model_validate(
+        {"structured_pruning": {"channel_analysis": {"min_channels_per_layer": 2}}}
+    )
+    session = Kept(settings=small)
+    epochs, _ = running(session, removed_at_most=0.4)
+    assert "the run is not over" in epochs.so_far()
+    surgeon, right = epochs.surgeon, iter([0.9, 0.5, 0.5, 0.5, 0.5])
+    assert surgeon is not None
+    epochs._evaluate = lambda *_: Evaluation(next(right, 0.9), next(_LOSSES))
+    session.answers = [decide(surgeon.architecture, units=8, groups=1)]
+    epochs.end_epoch(2)
+    assert "the last decision was rolled back: accuracy 0.9000 fell to" in epochs.so_far()
+    epochs._evaluate = lambda *_: Evaluation(0.9, next(_LOSSES))
+    session.answers = [decide(surgeon.architecture, units=8, groups=1, number=2)]
+    assert [outcome.result for outcome in epochs.end_epoch(3)] == ["applied"]
+    assert "8 of " in epochs.so_far()
 
 
 def test_a_budget_that_nobody_knows_is_refused_before_training() -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from guarded import Run, World, decide, outputs, told
 
 from elesh.safety import vote_of
 from elesh.trainer import Evaluation, apply_decision
-from elesh.trainer.recovery.evaluation import event_id_of
+from elesh.trainer.recovery.evaluation import event_id_of, expected
 from elesh.trainer.recovery.files import FolderInUse
 from elesh.trainer.recovery.recovery import FolderPoints
 from elesh.trainer.recovery.snapshot import Snapshot, Tracked
@@ -46,6 +47,7 @@ def test_a_cut_that_loses_accuracy_within_its_watch_is_rolled_back_bit_for_bit(
     tmp_path: Path, on_disk: bool
 ) -> None:
     run, world = trained(tmp_path if on_disk else None)
+    calm(run)
     before, answers = world.digest(), outputs(world)
     made = cut(run, world)
     assert (made.watched, made.accuracy_after) == (3, 0.9)
@@ -63,6 +65,7 @@ def test_a_cut_that_loses_accuracy_within_its_watch_is_rolled_back_bit_for_bit(
 
 def test_a_report_that_is_little_below_the_limit_leaves_the_next_one_to_decide() -> None:
     run, world = trained(watch_epochs=2)
+    calm(run)
     cut(run, world)
     assert run.watch(61, told(0.87)) == []
     assert (run.cuts.doubted, run.monitored[0].left) == (True, 2)
@@ -102,6 +105,30 @@ def test_a_cut_that_does_harm_is_taken_back_however_training_scatters() -> None:
     assert outcome.result == "rolled_back"
     assert "training scatters by 0.0" in outcome.detail
     assert world.surgeon.architecture is world.original
+
+
+def test_a_fall_that_the_loss_does_not_confirm_is_chance() -> None:
+    run, world = trained()
+    calm(run)
+    cut(run, world)
+    found = [run.watch(61 + n, lambda: Evaluation(0.86, 0.05)) for n in range(6)]
+    (outcome,) = [outcome for outcomes in found for outcome in outcomes]
+    assert (outcome.result, outcome.watched) == ("applied", 0)
+
+
+@pytest.mark.parametrize(("samples", "kept"), [(100, True), (10_000, False)])
+def test_of_few_validation_samples_accuracy_scatters_more(samples: int, kept: bool) -> None:
+    """Six of a hundred more that are wrong are chance, six hundred of ten thousand are not."""
+    after = expected(0.9, 0.9, (), 0.02, samples=samples)
+    assert after.fell([0.84, 0.84]) is not kept
+
+
+def test_a_training_that_still_learns_scatters_as_much_as_one_that_does_not() -> None:
+    noise = (0.0, 0.02, -0.02, 0.02, -0.01, 0.02, -0.02, 0.01)
+    for slope in (0.0, 0.03):
+        level = [0.5 + slope * n + x for n, x in enumerate(noise)]
+        moves = [b - a for a, b in pairwise(level)]
+        assert 0.01 < expected(0.8, 0.8, moves, 0.02).scatter < 0.03
 
 
 def test_a_collapse_is_taken_back_at_its_first_report_however_training_scatters() -> None:

@@ -1,0 +1,91 @@
+"""What a cut does to the loss of samples that Elesh has itself: a second witness beside the
+caller's ``evaluate``, whose accuracy may be constant, saturated or made up.
+
+Promises: the network is left as it was, random states included; a rise that chance explains is
+none; labels that are no classes of the network's outputs say nothing, and nothing is made of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from elesh.observe import span
+from elesh.program.program import IGNORED_LABEL
+from elesh.trainer.calibration.losses import class_axis, class_labels
+from elesh.trainer.network.calling import call, device_of, main_output, map_tensors
+from elesh.trainer.network.state import preserve_state
+from leyline import InvalidField
+
+__all__ = ["OwnSamples"]
+
+_ERRORS = 2.0
+"""Standard errors of the mean rise, over samples, by which it is more than chance."""
+
+
+class OwnSamples:
+    """The cross-entropy of some samples, before a cut and under its mask.
+
+    Args:
+        batches: (inputs, labels) pairs; labels are classes or shares of them.
+        limit: by which it may rise, in nats a label.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[tuple[Any, Any]], limit: float) -> None:
+        self._model, self._batches, self._limit = model, batches, limit
+        self._before: Tensor | None = None
+
+    def before(self) -> None:
+        """Measure the network as it is."""
+        self._before = self._losses()
+
+    def rose(self) -> str:
+        """Why the network, as it is now, is not good enough; empty if it is."""
+        if self._before is None:
+            return ""
+        now = self._losses()
+        if now is None or not bool(torch.isfinite(now).all()):
+            return "outputs on Elesh's own samples are not finite,"
+        rises = now - self._before
+        count, mean = len(rises), float(rises.mean())
+        error = float(rises.std()) / math.sqrt(count) if count > 1 else math.inf
+        if not mean - _ERRORS * error > 0 or mean <= self._limit:
+            return ""
+        was = float(self._before.mean())
+        return (
+            f"loss of {count} of Elesh's own samples {was:.4g} rose to {was + mean:.4g}, more than "
+            f"{self._limit:g},"
+        )
+
+    def _losses(self) -> Tensor | None:
+        """[N] float64, of samples with a label that counts; None where labels are no classes."""
+        device, parts = device_of(self._model), list[Tensor]()
+        with span("own samples"), preserve_state(self._model, 0), torch.no_grad():
+            for inputs, labels in self._batches:
+                output = call(self._model, map_tensors(lambda x: x.to(device), inputs))
+                try:
+                    parts.append(_each(main_output(output).float(), labels))
+                except InvalidField:
+                    return None
+        found = torch.cat(parts) if parts else torch.zeros(0)
+        return found if len(found) else None
+
+
+def _each(logits: Tensor, labels: Any) -> Tensor:
+    """[N] the mean cross-entropy of a sample's labels that count."""
+    labels = class_labels(logits, labels.to(logits.device) if hasattr(labels, "to") else labels)
+    axis = class_axis(logits, labels)
+    shares = labels.is_floating_point()
+    counts = labels.sum(axis) > 0 if shares else labels != IGNORED_LABEL
+    target = labels.to(logits.dtype).movedim(axis, 1) if shares else labels
+    losses = functional.cross_entropy(logits.movedim(axis, 1), target, reduction="none")
+    losses, counts = losses.reshape(len(losses), -1), counts.reshape(len(losses), -1)
+    known = counts.any(1)
+    means: Tensor = (losses * counts).sum(1)[known] / counts.sum(1)[known]
+    means = means.double().cpu()
+    return means
