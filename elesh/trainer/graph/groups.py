@@ -50,9 +50,9 @@ from .hazards import (
 )
 from .leftovers import with_the_rest
 from .proof.blocks import with_blocks
+from .proof.random_copy import random_copy
 from .proof.trial import Trial
 from .proof.units import without_refuted
-from .random_copy import random_copy
 from .residual_blocks import find_blocks
 from .residual_branches import parameters_behind
 from .rows_read import followed, picking_in, without_mixed

@@ -35,9 +35,9 @@ from elesh.trainer.network.calling import (
     map_tensors,
     replace_first,
 )
+from elesh.trainer.network.kinds.taught import is_transposed_linear
 from elesh.trainer.network.positions import positions_drawn
 from elesh.trainer.network.state import Uncompiled, evaluated, preserved
-from elesh.trainer.network.taught import is_transposed_linear
 from elesh.trainer.surgery.after_cut import batch_norms, put_batch_statistics
 from leyline import PrunedArchitecture
 

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from elesh.trainer.network.calling import Inputs, call, device_of, map_tensors, tensors_in
+from elesh.trainer.network.kinds.taught import is_transposed_linear
 from elesh.trainer.network.state import Uncompiled, evaluated, preserved
-from elesh.trainer.network.taught import is_transposed_linear
 from leyline import Level, NormSite, PrunedArchitecture, PruningGroup, TensorSlice
 
 __all__ = ["turn_streams"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from elesh.trainer import Recorder
 from elesh.trainer.graph import reach
 from elesh.trainer.graph.dependencies import Sources
-from elesh.trainer.graph.random_copy import random_copy
+from elesh.trainer.graph.proof.random_copy import random_copy
 from leyline import InvalidField, Level
 
 CALLS = [0]

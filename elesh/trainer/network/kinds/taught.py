@@ -13,9 +13,10 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from .kinds.experts import is_experts, is_router, reads_and_makes, refit_experts
-from .kinds.weight_norms import recompute, weight_norm_of
-from .layers import LINEAR, ChannelAxes, conv_axes, teach_layer
+from elesh.trainer.network.layers import LINEAR, ChannelAxes, conv_axes, teach_layer
+
+from .experts import is_experts, is_router, reads_and_makes, refit_experts
+from .weight_norms import recompute, weight_norm_of
 
 __all__ = ["is_recurrent", "is_transposed_linear"]
 
