@@ -150,7 +150,8 @@ def prune(
     with shown:
         shown.doing("looking at the samples")
         samples = divided(batches, hold_out=evaluate is None)
-        require_no_copies(model, samples)
+        if loss is None:  # with one of the caller's own, outputs need not be classes
+            require_no_copies(model, samples)
         shown.doing("finding out what can be removed")
         example = _example(model, samples)
         recorder = Recorder(

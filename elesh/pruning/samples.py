@@ -166,10 +166,14 @@ def require_no_copies(model: nn.Module, samples: Samples) -> None:
     known = torch.cat([x.cpu() for x in labels])
     if logits.ndim != 2 or known.is_floating_point() or len(known) != len(numbers):
         return
-    if len(set(known.tolist())) < logits.shape[1] and (heaps := _heaps(numbers, known)):
+    classes = logits.shape[1]
+    if len(set(known.tolist())) < classes and 0 < (heaps := _heaps(numbers, known)) < classes:
         found = f"{len(numbers)} that are {heaps} with noise on them, or classes that are missing"
-        hint = "samples of all classes, as they come? shuffled before some hundred are taken?"
-        expected = f"samples of more than {heaps} of {logits.shape[1]} classes"
+        hint = (
+            "samples of all classes, as they come? shuffled before some hundred are taken? if "
+            "there are no more classes, give the network's head as many outputs as there are"
+        )
+        expected = f"samples of more than {heaps} of {classes} classes"
         raise InvalidField("batches", expected, found, hint=hint)
 
 

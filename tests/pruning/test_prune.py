@@ -254,6 +254,17 @@ def test_data_that_lies_in_a_heap_for_each_class_is_no_copies(classes: int) -> N
         require_no_copies(model, divided([(points[missing], labels[missing])], hold_out=False))
 
 
+def test_more_heaps_than_classes_are_no_copies() -> None:
+    """Features of yes and no make heaps by themselves, of whatever classes there are."""
+    generator = torch.Generator().manual_seed(0)
+    answers = torch.randint(2, (300, 3), generator=generator).float()
+    points = answers + 0.05 * torch.randn(300, 3, generator=generator)
+    samples = divided([(points, answers[:, 0].long())], hold_out=True)
+    require_no_copies(nn.Linear(3, 3), samples)
+    with pytest.raises(InvalidField, match="head as many outputs"):
+        require_no_copies(nn.Linear(3, 12), samples)
+
+
 def test_labels_that_do_not_agree_with_evaluate_are_refused() -> None:
     model = trained()
     wrong = []

@@ -2,7 +2,8 @@
 caller's ``evaluate``, whose accuracy may be constant, saturated or made up.
 
 Promises: the network is left as it was, random states included; a rise that chance explains is
-none; labels that are no classes of the network's outputs say nothing, and nothing is made of them.
+none; labels that are no classes of the network's outputs, as its answers show as well, say nothing,
+and nothing is made of them.
 """
 
 from __future__ import annotations
@@ -39,10 +40,17 @@ class OwnSamples:
     def __init__(self, model: nn.Module, batches: Sequence[tuple[Any, Any]], limit: float) -> None:
         self._model, self._batches, self._limit = model, batches, limit
         self._before: Tensor | None = None
+        self._even_odds = 0.0
+        """The loss of a network that finds all classes as likely."""
 
     def before(self) -> None:
-        """Measure the network as it is."""
-        self._before = self._losses()
+        """Measure the network as it is. Outputs that are no logits (an embedding, trained by
+        another loss) mostly have a cross-entropy above that of even odds, which says nothing."""
+        found = self._losses()
+        if found is None or not bool(torch.isfinite(found).all()):
+            return
+        if float(found.median()) < self._even_odds:
+            self._before = found
 
     def rose(self) -> str:
         """Why the network, as it is now, is not good enough; empty if it is."""
@@ -69,9 +77,11 @@ class OwnSamples:
             for inputs, labels in self._batches:
                 output = call(self._model, map_tensors(lambda x: x.to(device), inputs))
                 try:
-                    parts.append(_each(main_output(output).float(), labels))
+                    logits = main_output(output).float()
+                    parts.append(_each(logits, labels))
                 except InvalidField:
                     return None
+                self._even_odds = math.log(logits.shape[class_axis(logits, labels)])
         found = torch.cat(parts) if parts else torch.zeros(0)
         return found if len(found) else None
 

@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,7 @@ __all__ = [
     "all_copies_in",
     "averages_weights",
     "copies_in",
+    "kept_by_others",
     "shapes_of",
     "teachers_in",
     "unnamed_averages",
@@ -144,17 +146,24 @@ def unnamed_averages(
     named.
 
     A cut would not reach them, and their next update would fail. An average of another network of
-    the same structure is distinguished by its weights.
+    the same structure is distinguished by its weights, and by who follows it.
 
     Args:
         among: all that are alive, where the caller has looked.
     """
     named = {id(tensor) for copy in known for tensor in copy.tensors().values()}
-    named |= {id(tensor) for tensor in named_tensors(model).values()}
+    named |= {id(tensor) for tensor in named_tensors(model).values()} | kept_by_others(model)
     if not _averages(model, named, alive(averages_weights) if among is None else among):
         return []
     gc.collect()  # what is only waiting to be collected averages nothing
     return _averages(model, named, alive(averages_weights))
+
+
+def kept_by_others(model: nn.Module) -> set[int]:
+    """The tensors, by identity, of other networks that are cut in this process and of their copies:
+    another run may have begun with the same weights, and this one must leave it alone."""
+    others = [each for each in _FOLLOWED if each.model is not model]
+    return {number for each in others for number in each.all_now()}
 
 
 def _averages(model: nn.Module, named: set[int], among: Iterable[Any]) -> list[WeightCopy]:
@@ -384,8 +393,9 @@ class Followed:
     """The copies of one network."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self.model = model
         self._kept: dict[str, tuple[Any, tuple[WeightCopy, ...]]] = {}
+        _FOLLOWED.add(self)
         own = {id(part) for part in (*model.modules(), *model.parameters(), *model.buffers())}
         for path, module in model.named_modules():
             held = Beside(module)
@@ -396,13 +406,20 @@ class Followed:
         """As they were last found."""
         return tuple(copy for _, copies in self._kept.values() for copy in copies)
 
+    def all_now(self) -> set[int]:
+        """The tensors of the network and of what its holders have now, by identity."""
+        found = {id(tensor) for tensor in named_tensors(self.model).values()}
+        for name, (holder, _) in self._kept.items():
+            found.update(_objects(all_copies_in(name, _inside(holder), self.model)))
+        return found
+
     def unnamed(self) -> dict[str, Beside]:
         """Who keeps some without having been named: wrappers of optimizers, modules."""
         return {n: holder for n, (holder, _) in self._kept.items() if isinstance(holder, Beside)}
 
     def add(self, name: str, holder: Any) -> bool:
         """Look for the copies that ``holder`` keeps; whether anything is other than before."""
-        found = copies_in(name, _inside(holder), self._model)
+        found = copies_in(name, _inside(holder), self.model)
         _, before = self._kept.pop(name, (None, ()))
         if found:
             self._kept[name] = (holder, found)
@@ -429,10 +446,14 @@ class Followed:
         """Find the tensors that holders have now; whether any is another object than before."""
         changed = False
         for name, (holder, before) in self._kept.items():
-            now = tuple(all_copies_in(name, _inside(holder), self._model))
+            now = tuple(all_copies_in(name, _inside(holder), self.model))
             if len(now) == len(before) and _objects(now) != _objects(before):
                 self._kept[name], changed = (holder, now), True
         return changed
+
+
+_FOLLOWED: WeakSet[Followed] = WeakSet()
+"""Of all networks that are cut in this process."""
 
 
 def _holds_tensors(part: Any, own: set[int], depth: int = 2) -> bool:

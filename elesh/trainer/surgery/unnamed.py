@@ -22,6 +22,7 @@ from .averages import (
     ALIKE,
     WeightCopy,
     averages_weights,
+    kept_by_others,
     likeness,
     shapes_of,
     unnamed_averages,
@@ -145,6 +146,7 @@ class Unnamed:
         """
         own = {id(tensor) for tensor in named_tensors(self._model).values()}
         own |= {id(tensor) for copy in known for tensor in copy.tensors().values()}
+        own |= kept_by_others(self._model)
         trained = {
             id(parameter)
             for optimizer in among

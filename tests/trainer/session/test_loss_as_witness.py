@@ -77,6 +77,20 @@ def test_labels_that_are_no_classes_are_no_witness() -> None:
     assert own.rose() == ""
 
 
+def test_outputs_that_are_no_logits_are_no_witness() -> None:
+    """An embedding of classes is trained by another loss; of labels that a network cannot give the
+    loss is infinite."""
+    rows, labels = torch.arange(64), torch.arange(64) % 4
+    embedded = 9 * torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    for logits in (embedded, torch.eye(4)[labels.roll(1)].log()):
+        model = Logits(logits)
+        own = OwnSamples(model, [(rows, labels)], 0.05)
+        own.before()
+        with torch.no_grad():
+            model.weight.mul_(1.5)
+        assert own.rose() == ""
+
+
 def test_own_samples_leave_the_network_and_random_states_as_they_were() -> None:
     model = trained().train()
     state, drawn = torch.get_rng_state(), {k: v.clone() for k, v in model.state_dict().items()}

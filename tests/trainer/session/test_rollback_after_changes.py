@@ -118,6 +118,25 @@ def test_a_teacher_copied_after_the_cut_and_moved_by_hand_is_brought_along_and_o
     move_teacher()
 
 
+def test_what_another_run_in_this_process_keeps_is_left_alone() -> None:
+    """It may have begun with the same weights, and have lost the same."""
+    (script, before), (other, _) = cut_once(), cut_once()
+    average, teacher = AveragedModel(other.model), copy.deepcopy(other.model)
+    other.surgeon.follow("ema", average)
+    other.surgeon.follow("teacher", teacher)
+    assert script.surgeon.blocked() == ""
+    other.train()
+    average.update_parameters(other.model)
+    for theirs, ours in zip(teacher.parameters(), other.model.parameters(), strict=True):
+        theirs.data.lerp_(ours.data, 0.1)
+    assert script.surgeon.blocked() == ""
+    kept = [other.outputs(each) for each in (average.module, teacher, other.model)]
+    assert script.rolled_back() == ["rolled_back"]
+    assert torch.equal(script.outputs(), before)
+    for each, outputs in zip((average.module, teacher, other.model), kept, strict=True):
+        assert torch.equal(other.outputs(each), outputs)
+
+
 def test_an_optimizer_made_after_the_cut_goes_on_after_its_rollback(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
