@@ -299,6 +299,7 @@ def test_a_predicted_rise_that_measuring_might_allow_is_refused_unmeasured() -> 
         assert gate.passed is passes
 
 
+@pytest.mark.slow
 def test_batch_statistics_that_lag_behind_training_are_no_change_of_a_cut() -> None:
     trained = copy.deepcopy(proved_networks.convolutions())
     for module in trained.model.modules():

@@ -450,6 +450,7 @@ def test_a_residual_stream_is_turned_without_an_optimizer_only() -> None:
     assert report.turned == ()
 
 
+@pytest.mark.slow
 def test_a_turned_network_is_as_it_was_where_nothing_could_be_cut() -> None:
     model = trained(SmallVit)
     before = state_of(model)
