@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from elesh.bus import Bus
+from elesh.bus import Bus, BusUnavailable
 from elesh.bus.admission import Work
 from elesh.observe import get_logger, mark_failed, metrics, record_spans, span
 from elesh.safety import calibrated
@@ -131,8 +131,10 @@ class AnalysisExecutor:
             ContractError: if blobs or statistics are not sound, or the analysis failed for good.
             Busy: if another analysis takes long here.
         """
-        async with self._fetched(work) as folder:
-            job = await self._with_run(self._job("decide", work, folder), work)
+        async with (
+            self._fetched(work) as folder,
+            self._with_run(self._job("decide", work, folder), work) as job,
+        ):
             return await self._result(StructuralPruningDecision, work, job)
 
     async def analyse(
@@ -161,10 +163,10 @@ class AnalysisExecutor:
             parts.mkdir(exist_ok=True)
             for number, data in enumerate(analyses):
                 (parts / f"{number}.msgpack").write_bytes(data)
-            job = await self._with_run(self._job("join", work, folder), work)
             gaps = tuple((str(level), reason) for level, reason in missing.items())
-            job = replace(job, missing=gaps)
-            return await self._result(StructuralPruningDecision, work, job)
+            job = replace(self._job("join", work, folder), missing=gaps)
+            async with self._with_run(job, work) as job:
+                return await self._result(StructuralPruningDecision, work, job)
 
     @contextlib.asynccontextmanager
     async def _fetched(
@@ -222,9 +224,11 @@ class AnalysisExecutor:
             unmeasured=self._untrusted if _NETWORK & work.blobs.keys() else "",
         )
 
-    async def _with_run(self, job: Job, work: Work) -> Job:
+    @contextlib.asynccontextmanager
+    async def _with_run(self, job: Job, work: Work) -> AsyncIterator[Job]:
         """The job with the state of its levels' breakers, which admit at most one probe, with what
-        the run's trainer took back before, and how far its predictions were off."""
+        the run's trainer took back before, and how far its predictions were off. A probe that led
+        to no decision is given back: parts, or another worker, may have it at once."""
         run, runs, admit = work.run_id, self._bus.runs, self._bus.breakers.admit
         views, cuts, probes = await asyncio.gather(
             asyncio.gather(*(admit(run, level) for level in job.levels)),
@@ -233,12 +237,19 @@ class AnalysisExecutor:
         )
         states = [(v.state if v.admitted else "open", v.failures, v.reason) for v in views]
         factor = calibrated(probes, self._settings.verification)
-        return replace(
-            job,
-            breakers=tuple(states),
-            taken_back=tuple(map(encode, cuts)),
-            loss_factor=encode(factor) if factor else b"",
-        )
+        try:
+            yield replace(
+                job,
+                breakers=tuple(states),
+                taken_back=tuple(map(encode, cuts)),
+                loss_factor=encode(factor) if factor else b"",
+            )
+        except Exception:
+            with contextlib.suppress(BusUnavailable):
+                for view in views:
+                    if view.probe:
+                        await self._bus.breakers.give_back(run, view.level)
+            raise
 
     async def _result(self, kind: type[R], work: Work, job: Job) -> R:
         """The child's answer, after as many fallbacks as it takes."""

@@ -341,7 +341,7 @@ class Worker:
         try:
             if await self._result_handler.is_decided(delivery, work):
                 return
-            decision = await self._in_one_job(work)
+            decision = await self._in_one_job(delivery, work)
             if decision is None:
                 await self._fan_out.plan(delivery, work, parts_of(work, self._settings))
                 return
@@ -352,11 +352,13 @@ class Worker:
         self._status.lacks, self._status.lacks_until = "", 0.0
         await self._result_handler.commit(delivery, work, decision)
 
-    async def _in_one_job(self, work: Work) -> StructuralPruningDecision | None:
+    async def _in_one_job(self, delivery: Delivery, work: Work) -> StructuralPruningDecision | None:
         """The decision on all levels; None where they have to go in parts: of large checkpoints,
-        and where one of several levels failed. Parts tell which then, and the others decide."""
+        and where one of several levels failed, or stopped the worker that tried before. Parts tell
+        which then, and the others decide."""
         large = sum(blob.size for blob in work.blobs.values()) > ONE_JOB_BYTES
-        if large and len(parts_of(work, self._settings)) > 1:
+        tried = delivery.deliveries > 1
+        if (large or tried) and len(parts_of(work, self._settings)) > 1:
             return None
         try:
             return await self._executor.decide(work)

@@ -74,6 +74,33 @@ def test_levels_that_one_job_cannot_decide_become_parts_and_each_falls_back_by_i
 
 
 @pytest.mark.slow
+def test_a_level_that_kills_every_worker_that_takes_it_leaves_the_others_to_decide(
+    station: Station,
+) -> None:
+    for _ in range(4):  # the checkpoint kills one, the part two; the last one joins
+        faulty(station, "worker", "level:layer", bus={"lease_seconds": 0.5, "max_deliveries": 2})
+    station.publish(two_levels())
+    (decision,) = station.wait_decisions(1)
+    parts = {part.level: part for part in decision.levels}
+    assert parts[Level.LAYER].verdict == "missing"
+    assert parts[Level.CHANNEL].verdict != "missing"
+    assert not station.read(DEAD)
+
+
+def test_a_breakers_probe_that_led_to_no_decision_in_one_job_is_there_for_the_parts(
+    station: Station,
+) -> None:
+    faulty(station, "crash", "full", breaker={"recovery_seconds": 0.001})
+    bundle = two_levels()
+    run = bundle.metadata.run_id
+    station.on_bus(lambda bus: bus.breakers.trip(run, Level.CHANNEL, "by hand"))
+    station.publish(bundle)
+    (decision,) = station.wait_decisions(1)
+    assert len(station.telemetry("planned")) == 1
+    assert "breaker" not in str(decision.levels)
+
+
+@pytest.mark.slow
 def test_a_level_with_large_statistics_is_split_by_groups_of_layers_and_joined_under_one_quota(
     station: Station,
 ) -> None:

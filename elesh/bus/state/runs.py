@@ -349,7 +349,8 @@ class BreakerStore(Store):
     async def admit(self, run_id: str, level: Level) -> BreakerView:
         """Ask to go ahead; ``admitted`` is the answer, ``probe`` if it is the one trial.
 
-        A worker that is admitted reports :meth:`success` or :meth:`failure`.
+        A worker that is admitted reports :meth:`success` or :meth:`failure`, or that its probe led
+        to no decision: :meth:`give_back`.
         """
         before, after, _ = await self._change(
             run_id, level, lambda now_is, now: now_is.probed(now, self._recovery)
@@ -357,6 +358,16 @@ class BreakerStore(Store):
         view = _view(run_id, level, after)
         probe = before != after
         return replace(view, admitted=view.admitted or probe, probe=probe)
+
+    async def give_back(self, run_id: str, level: Level) -> None:
+        """A probe led to no decision: who asks next has one."""
+        await self._change(
+            run_id,
+            level,
+            lambda now_is, _: (
+                replace(now_is, probe_until=0) if now_is.state == "half_open" else now_is
+            ),
+        )
 
     async def failure(
         self, run_id: str, level: Level, reason: str, *, token: str = ""
