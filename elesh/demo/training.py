@@ -26,7 +26,8 @@ from elesh.pruning.latency import compared
 from elesh.settings import SafetySchedule, Settings
 from elesh.trainer import Evaluation, Recorder, Session, Surgeon
 from elesh.trainer.export import Exporter, calibration_inputs, is_worth_exporting
-from elesh.trainer.session.apply import present_form, refusal
+from elesh.trainer.session.apply import refusal
+from elesh.trainer.session.carry_over import present_form
 from elesh.trainer.surgery.after_cut import InputCovariance
 from leyline import (
     CheckpointBundle,

@@ -56,14 +56,13 @@ class EleshCallback(Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Optimizers are there now, and a checkpoint was loaded."""
-        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         with _alone(pl_module):
             self.epochs.begin(
                 _network_of(pl_module, self._network),
                 trainer.optimizers,
                 processes=trainer.world_size,
-                scheduler=schedulers[0] if schedulers else None,
                 epoch=trainer.current_epoch,
+                **_schedulers(trainer),
                 **_averages(trainer, self.epochs),
             )
 
@@ -132,6 +131,13 @@ def _network_of(module: Any, name: str) -> nn.Module:
         expected = f"an attribute that is a network, one of {parts}"
         raise InvalidField("network", expected, name, hint=hint)
     return found
+
+
+def _schedulers(trainer: Any) -> dict[str, Any]:
+    """Every scheduler, by the name that restore points have for it."""
+    found = [config.scheduler for config in trainer.lr_scheduler_configs]
+    names = ["scheduler", *(f"scheduler_{number}" for number in range(2, len(found) + 1))]
+    return dict(zip(names, found, strict=False))
 
 
 def _averages(trainer: Any, epochs: EveryEpoch) -> dict[str, nn.Module]:

@@ -40,6 +40,10 @@ CORRELATED_SAMPLES = 512
 """Samples that correlations are computed from; the cost is quadratic in channels."""
 
 _LARGEST = float(np.finfo(np.float16).max)
+_UNREACHED = (
+    "nothing is known of it: measure on more samples, or on some that it reads; an expert that its "
+    "router has stopped choosing is reached again by a loss that balances experts, or taken out"
+)
 _AT_ONCE = 1 << 15
 """Numbers of a matrix that are worked on at a time."""
 
@@ -461,10 +465,10 @@ class GroupTally:
 
     def _reached(self, axes: Mapping[Axis, AxisTally], site: GateSite) -> Doubles:
         """How often each channel at a site was active."""
-        active = axes[site.axis].active
-        if active is None:
+        active, elements = axes[site.axis].active, axes[site.axis].elements
+        if active is None or not elements:  # never called, or with no rows
             where = f"groups.{self.group.name}.sites"
-            raise InvalidField(where, "sites that the batches reach", site.module)
+            raise InvalidField(where, "sites that the batches reach", site.module, hint=_UNREACHED)
         return active
 
 

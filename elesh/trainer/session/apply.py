@@ -43,7 +43,7 @@ from leyline import (
     StructuralPruningDecision,
 )
 
-from .carry_over import carried_over, shortened
+from .carry_over import carried_over, present_form, shortened
 from .own_samples import OwnSamples
 
 __all__ = [
@@ -52,7 +52,6 @@ __all__ = [
     "check_and_cut",
     "failed_check",
     "outcome_of",
-    "present_form",
     "preserving",
     "refusal",
     "trigger_of",
@@ -506,18 +505,6 @@ def refusal(decision: StructuralPruningDecision, now: PrunedArchitecture) -> Pru
         stale += "which has lost at least as much"
         return outcome_of(decision, now, now, "refused", stale)
     return None
-
-
-def present_form(
-    decision: StructuralPruningDecision, now: PrunedArchitecture
-) -> tuple[StructuralPruningDecision, str]:
-    """The decision in the numbering of ``now``, and what there is to say of that."""
-    if decision.model_hash == now.model_hash:
-        return decision, ""
-    carried = carried_over(decision, now)
-    assert carried is not None, "refused before"
-    was, left = (sum(map(len, each.units.values())) for each in (decision, carried))
-    return carried, f"carried over from architecture {decision.model_hash}: {left} of {was} units"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from leyline import (
     StructuralPruningDecision,
 )
 
-__all__ = ["carried_over", "shortened"]
+__all__ = ["carried_over", "present_form", "shortened"]
 
 _ALIGNED = ("original_indices", "importance", "costs", "errors")
 Target = ChannelPruningTarget | AttentionHeadTarget
@@ -53,6 +53,18 @@ def carried_over(
         if not _without_most_expensive(places, now):
             return None  # What is left are whole layers, and they are too much.
     return _of(decision, places, layers, now)
+
+
+def present_form(
+    decision: StructuralPruningDecision, now: PrunedArchitecture
+) -> tuple[StructuralPruningDecision, str]:
+    """The decision in the numbering of ``now``, and what there is to say of that."""
+    if decision.model_hash == now.model_hash:
+        return decision, ""
+    carried = carried_over(decision, now)
+    assert carried is not None, "refused before"
+    was, left = (sum(map(len, each.units.values())) for each in (decision, carried))
+    return carried, f"carried over from architecture {decision.model_hash}: {left} of {was} units"
 
 
 def shortened(

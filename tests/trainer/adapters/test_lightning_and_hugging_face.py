@@ -37,6 +37,7 @@ def fit(
     epochs: int,
     *others: Any,
     ckpt_path: Path | None = None,
+    judged: dict[str, Any] | None = None,
     **saving: Any,
 ) -> tuple[EveryEpoch, Any]:
     from pytorch_lightning import Trainer
@@ -45,7 +46,7 @@ def fit(
 
     from elesh.trainer.adapters.lightning import EleshCallback
 
-    ours = every(session)
+    ours = every(session, **(judged or {}))
     saver = ModelCheckpoint(
         dirpath=folder, save_last=True, save_top_k=-1, filename="{epoch}", **saving
     )
@@ -136,6 +137,39 @@ def test_a_lightning_module_may_be_the_network_and_have_several_optimizers(
         fit(tmp_path, module, session, 3, save_weights_only=True)
     assert module.first.out_features == 22
     assert KEY in torch.load(tmp_path / "last.ckpt", weights_only=False)
+
+
+@pytest.mark.usefixtures("lightning")
+def test_every_scheduler_goes_back_with_a_rollback(tmp_path: Path) -> None:
+    from lightning_modules import ItselfTheNetwork
+
+    class Cuts(CutsOnce):
+        layer = "first"
+
+    class Scheduled(ItselfTheNetwork):  # type: ignore[misc]
+        def configure_optimizers(self) -> Any:
+            optimizers = super().configure_optimizers()
+            return optimizers, [torch.optim.lr_scheduler.StepLR(each, 2) for each in optimizers]
+
+        def on_train_epoch_end(self) -> None:
+            for scheduler in self.lr_schedulers():
+                scheduler.step()
+
+    after_the_cut: list[Evaluation] = []
+
+    def evaluate(network: Any, batches: Any) -> Evaluation:
+        if network.first.out_features == 24:
+            return Evaluation(0.9, next(LOSSES))
+        after_the_cut.append(Evaluation(0.3 if after_the_cut else 0.9, 0.1 + len(after_the_cut)))
+        return after_the_cut[-1]
+
+    module = Scheduled()
+    with Cuts("case", NOWHERE, restore_dir=tmp_path / "restore") as session:
+        _, trainer = fit(tmp_path, module, session, 4, judged={"evaluate": evaluate})
+    assert module.first.out_features == 24
+    assert len(after_the_cut) > 1
+    first, second = (config.scheduler.last_epoch for config in trainer.lr_scheduler_configs)
+    assert first == second
 
 
 # Hugging Face

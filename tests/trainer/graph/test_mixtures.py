@@ -61,6 +61,19 @@ def test_experts_that_the_example_does_not_reach_hold_up_the_width_and_no_other_
     assert "which the example inputs do not reach" in surgeon.architecture.group["enter"].reason
 
 
+@pytest.mark.parametrize("kind", mixtures.MIXTURES.values())
+def test_an_expert_that_no_sample_reaches_any_more_is_named_when_it_is_measured(
+    kind: type[nn.Module],
+) -> None:
+    model = built(kind)
+    recorder = Recorder(model, TOKENS)
+    with torch.no_grad():
+        model.mixture.router.bias[3] = -50.0  # type: ignore[union-attr, index, operator]
+    labelled = [(TOKENS.repeat(12, 1, 1), torch.randint(5, (24, 8)))]
+    with pytest.raises(InvalidField, match=r"found mixture\.experts\.3\.up; .*more samples"):
+        recorder.measure(labelled, epoch=0)
+
+
 class Showing(nn.Module):
     """An expert that hands out what it is made of beside its output."""
 
