@@ -75,14 +75,17 @@ class Guard:
         """The content of an entry's ``envelope`` field; the plain envelope where nothing signs."""
         return self.frame_state(stream.key(self._partition), envelope)
 
-    def check(self, stream: Stream, framed: bytes) -> str:
+    def check(self, stream: Stream, framed: bytes, at: datetime | None = None) -> str:
         """The id of the key that signed an entry; empty where entries may be unsigned.
+
+        Args:
+            at: when the key had to be valid; now, if None.
 
         Raises:
             Unsigned, BadSignature, NotAuthorized: as :meth:`Keyring.check`.
             Malformed: if the frame is cut short.
         """
-        return self._checked(stream.key(self._partition), framed, (stream.name,))[0]
+        return self._checked(stream.key(self._partition), framed, (stream.name,), at)[0]
 
     def frame_redrive(self, at: str, framed: bytes) -> bytes:
         """The content of the field that says when an operator sent ``framed`` again."""
@@ -134,12 +137,15 @@ class Guard:
         """
         return unseal(data, self._blob_keys, architecture, field=field)
 
-    def _checked(self, place: str, framed: bytes, may: Collection[str]) -> tuple[str, bytes]:
+    def _checked(
+        self, place: str, framed: bytes, may: Collection[str], at: datetime | None = None
+    ) -> tuple[str, bytes]:
         """The signer, empty where there need be none, and the content."""
         signature, content = _parts(framed)
         if self._keyring is None:
             return "", content
-        return self._keyring.check(place, content, signature, datetime.now(UTC), may=may), content
+        at = at or datetime.now(UTC)
+        return self._keyring.check(place, content, signature, at, may=may), content
 
     def _redrive(self, framed: bytes) -> str:
         """The place that the signature of a redrive names: this entry."""

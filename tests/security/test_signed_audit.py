@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
+import yaml
 
 from contracts import examples
 from elesh.bus import Bus, audit_envelope
 from elesh.observe import AuditFile, sound, verify
+from elesh.security import new_key
+from elesh.settings import BusSettings
 from elesh.worker.telemetry.auditor import audit_links, extend_file, write_audit
 from leyline import GENESIS, AuditEntry, encode, wrap
 from leyline.streams import AUDIT, DECISIONS
 
+T = TypeVar("T")
 DECISION = examples.MESSAGES["StructuralPruningDecision"]
 
 
@@ -45,6 +53,45 @@ async def rewrite(bus: Bus, after: int) -> None:
         number, digest = entry.number, entry.digest
         await bus._client.xadd(key, {"envelope": encode(audit_envelope(entry))})
     await bus._client.hset(f"{key}:head", mapping={"number": number, "digest": digest})
+
+
+def test_entries_hold_whose_key_was_valid_when_they_were_written(
+    redis_url: str, partition: str, tmp_path: Path
+) -> None:
+    old, new = (new_key("hmac-sha256", name) for name in ("old", "new"))
+
+    def as_auditor(keys: dict[str, Any], scenario: Callable[[Bus], Awaitable[T]]) -> T:
+        file = tmp_path / "ring.yaml"
+        file.write_text(yaml.safe_dump(keys))
+
+        async def connected() -> T:
+            settings = BusSettings(partition=partition, security={"keyring": str(file)})
+            bus = await Bus.connect(redis_url, settings)
+            try:
+                return await scenario(bus)
+            finally:
+                await bus.close()
+
+        return asyncio.run(connected())
+
+    async def record(bus: Bus) -> datetime:
+        await decide(bus)
+        await write_audit(bus)
+        newest = [link.entry async for link in audit_links(bus)][-1]
+        assert newest is not None
+        return newest.event.at
+
+    def rotated(until: datetime) -> dict[str, Any]:
+        return {"sign_with": "new", "keys": [old | {"not_after": until}, new]}
+
+    before = as_auditor({"sign_with": "old", "keys": [old]}, record)
+    as_auditor({"sign_with": "old", "keys": [old]}, record)
+    as_auditor({"sign_with": "new", "keys": [old, new]}, record)
+    after = datetime.now(UTC)
+    assert as_auditor(rotated(after), proven) == ([], "1 to 3")
+    faults, trusted = as_auditor(rotated(before), proven)
+    assert len(faults) == 1, "written by a key that was no longer valid"
+    assert trusted == "1, 3"
 
 
 def test_a_genuine_log_holds(signed):
