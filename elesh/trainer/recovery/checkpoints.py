@@ -136,10 +136,10 @@ class _Left:
     average, the best so far) for an evaluation only, and then their own again."""
 
     def __init__(self, surgeon: Surgeon) -> None:
-        optimizers, copies = surgeon.optimizers, _beside(surgeon)
+        optimizers = surgeon.optimizers
         self._architecture = surgeon.architecture.model_hash
         self._states = [(each, dict(each.state)) for each in optimizers.stateful()]
-        self._copies = [{path: t.detach().clone() for path, t in each.items()} for each in copies]
+        self._copies = {place: t.detach().clone() for place, t in _beside(surgeon).items()}
         self._loaded: dict[str, float] = {}
 
     def loads(self, model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -162,14 +162,20 @@ class _Left:
         for optimizer, states in self._states:
             optimizer.state.update(states)
         surgeon.optimizers.refresh()
-        for copy, kept in zip(_beside(surgeon), self._copies, strict=True):
-            for path, tensor in copy.items():
-                tensor.data.copy_(kept[path])
+        for place, tensor in _beside(surgeon).items():
+            if place in self._copies:  # others came meanwhile
+                tensor.data.copy_(self._copies[place])
 
 
-def _beside(surgeon: Surgeon) -> list[dict[str, Tensor]]:
-    """The tensors of averages and other copies, and of single precision masters, by path."""
-    return [*(copy.tensors() for copy in surgeon.copies), dict(surgeon.optimizers.masters)]
+def _beside(surgeon: Surgeon) -> dict[tuple[str, int, str], Tensor]:
+    """The tensors of averages and other copies, and of single precision masters: by who keeps them,
+    the number of the copy there, and the path."""
+    found = {("masters", -1, path): tensor for path, tensor in surgeon.optimizers.masters.items()}
+    copies = surgeon.copies
+    for name in dict.fromkeys(copy.name for copy in copies):
+        for number, copy in enumerate(copy for copy in copies if copy.name == name):
+            found.update({(name, number, path): t for path, t in copy.tensors().items()})
+    return found
 
 
 def _sum(tensor: Tensor) -> float:

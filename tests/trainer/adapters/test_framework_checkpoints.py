@@ -188,6 +188,30 @@ def test_weights_of_before_a_cut_that_are_loaded_to_look_at_leave_training_as_it
     assert all(alike) != trains, "an optimizer that trained another structure begins anew"
 
 
+def test_an_average_that_came_while_other_weights_were_looked_at_follows_the_network(
+    architecture: PrunedArchitecture,
+) -> None:
+    model = build()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    surgeon, average = Surgeon(model, architecture, optimizer=optimizer), AveragedModel(model)
+    surgeon.follow("ema", average)
+    loading = Loading(surgeon)
+    best = {name: t.clone() for name, t in model.state_dict().items()}
+    surgeon.cut({"0": [3, 7]})
+    functional.cross_entropy(model(X), Y).backward()
+    optimizer.step()
+    kept = average.module[0].weight.clone()
+    own = {name: t.clone() for name, t in model.state_dict().items()}
+    model.load_state_dict(best)
+    late = AveragedModel(model)
+    surgeon.follow("late", late)
+    model.load_state_dict(own)
+    loading.end()
+    assert torch.equal(average.module[0].weight, kept)
+    assert torch.equal(late.module[0].weight, model[0].weight)
+    assert len(optimizer.state) == 4
+
+
 @pytest.mark.parametrize("loads", [True, False], ids=["load_state_dict", "data"])
 def test_an_evaluation_of_weights_of_before_the_cut_refuses_it_and_says_what_to_name(
     architecture: PrunedArchitecture, loads: bool
