@@ -151,7 +151,8 @@ class Surgeon:
 
     def _views_changed(self) -> None:
         self._masks = [Masks(view) for view in self._views()]
-        self._skeletons[-1] = self._skeleton()
+        present = [each.history for each in self.architectures].index(self.architecture.history)
+        self._skeletons[present] = self._skeleton()  # not the last one after a load of before a cut
 
     def train_with(self, optimizer: Given) -> None:
         """Have other optimizers from now on: a framework makes them late.
