@@ -87,6 +87,15 @@ class Guard:
         """
         return self._checked(stream.key(self._partition), framed, (stream.name,), at)[0]
 
+    def require_believed(self, *streams: Stream) -> None:
+        """Refuse to be a party whose own keyring does not believe what it writes there.
+
+        Raises:
+            Unsigned, BadSignature, NotAuthorized: as :meth:`check`.
+        """
+        for stream in streams:
+            self.check(stream, self.frame(stream, b""))
+
     def frame_redrive(self, at: str, framed: bytes) -> bytes:
         """The content of the field that says when an operator sent ``framed`` again."""
         return self.frame_state(self._redrive(framed), at.encode())

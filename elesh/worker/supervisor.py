@@ -41,7 +41,16 @@ from leyline import (
     PruningOutcome,
     StructuralPruningDecision,
 )
-from leyline.streams import CHECKPOINTS, OUTCOMES, REDELIVERIES, REQUESTS, WORK, WORKERS, Stream
+from leyline.streams import (
+    CHECKPOINTS,
+    DECISIONS,
+    OUTCOMES,
+    REDELIVERIES,
+    REQUESTS,
+    WORK,
+    WORKERS,
+    Stream,
+)
 
 from .executor import AnalysisExecutor
 from .fan_out import FanOut, parts_of
@@ -393,6 +402,7 @@ async def serve(url: str, settings: Settings, worker_id: str = "") -> None:
 
     Raises:
         BadAddress: if ``url`` names no bus.
+        Unsigned, BadSignature, NotAuthorized: if nobody would believe this worker's decisions.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -403,6 +413,7 @@ async def serve(url: str, settings: Settings, worker_id: str = "") -> None:
     if bus is None:
         return
     try:
+        bus.guard.require_believed(DECISIONS, WORK)
         name = await _own_name(bus, worker_id or worker_name(), settings, stop)
         if name:
             await _serve_on(bus, settings, name, stop)

@@ -16,13 +16,16 @@ from station import Station, checkpoint, ready
 from elesh.bus import Bus, unframed
 from elesh.bus.guard import Guard
 from elesh.security import new_key
-from elesh.settings import BusSettings
+from elesh.settings import BusSettings, Settings
 from elesh.trainer.session.publishing import with_blobs
+from elesh.worker import serve
 from leyline import (
     CheckpointReady,
     DeadLetter,
+    NotAuthorized,
     PruningOutcome,
     Unreadable,
+    Unsigned,
     encode,
     read_envelope,
     unwrap,
@@ -239,3 +242,19 @@ def test_sealed_checkpoints_are_decided_as_plain_ones_and_unreadable_without_the
             await bus.blobs.get(event.statistics)
 
     station.on_bus(read_plain)
+
+
+@pytest.mark.parametrize("signer", ["trainer", "operator", "nobody"])
+def test_a_worker_that_nobody_would_believe_does_not_start_and_leaves_checkpoints_to_others(
+    station: Station, keyrings: Callable[[str], str], signer: str, tmp_path: Path
+) -> None:
+    ring = yaml.safe_load(Path(keyrings("trainer")).read_text())
+    ring["sign_with"] = "" if signer == "nobody" else signer
+    file = tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump(ring))
+    security = {"keyring": str(file), "require_signatures": True}
+    settings = Settings.model_validate(
+        {"bus": {"partition": station.partition, "security": security}}
+    )
+    with pytest.raises((NotAuthorized, Unsigned), match="signature"):
+        asyncio.run(serve(station.url, settings))
