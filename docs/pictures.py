@@ -46,11 +46,7 @@ WAY = (
     Step("bus", "append the event once for its id", "elesh/bus/core.py:Bus.publish"),
     Step("worker", "claim entries, renew leases", "elesh/worker/leases.py:Leases.claim"),
     Step("worker", "admit: bytes to sound work, or a dead letter", "elesh/bus/admission.py:admit"),
-    Step(
-        "worker",
-        "run in one job; plan parts of a large one",
-        "elesh/worker/supervisor.py:Worker._in_one_job",
-    ),
+    Step("worker", "one level: run; several: plan parts", "elesh/worker/fan_out.py:FanOut.plan"),
     Step(
         "worker",
         "fetch blobs, ask the child, fall back",

@@ -228,7 +228,7 @@ class AnalysisExecutor:
     async def _with_run(self, job: Job, work: Work) -> AsyncIterator[Job]:
         """The job with the state of its levels' breakers, which admit at most one probe, with what
         the run's trainer took back before, and how far its predictions were off. A probe that led
-        to no decision is given back: parts, or another worker, may have it at once."""
+        to no decision is given back: another worker may have it at once."""
         run, runs, admit = work.run_id, self._bus.runs, self._bus.breakers.admit
         views, cuts, probes = await asyncio.gather(
             asyncio.gather(*(admit(run, level) for level in job.levels)),
@@ -300,9 +300,7 @@ class AnalysisExecutor:
                 return await self.child.run(job, timeout=timeout)
             except ChildFailure as failure:
                 mark_failed(type(failure).__qualname__, str(failure))
-                # Of several levels each takes its own fallbacks, as a part.
-                several = job.kind == "decide" and len(job.levels) > 1
-                fallback = "" if several else fallback_for(failure, dict(job.fallbacks), level)
+                fallback = fallback_for(failure, dict(job.fallbacks), level)
                 timeout = time_for(fallback, work.window, clock() - begun)
                 if not fallback or timeout <= 0:
                     raise _given_up(job, failure) from None

@@ -1,12 +1,11 @@
 """Fan-out and join: a checkpoint as parts that any worker of the fleet takes.
 
 The promises of planning, storing and joining are the bus's (:mod:`elesh.bus.streams.fan_out`); here
-is what a worker makes parts of, and what it does with one. A checkpoint of several levels becomes
-parts where it is large, and where they were tried in one job and one of them failed. A level is
-split only where its statistics are large, since what one shard takes no longer depends on what
-another gives up (decision 0026); the layer level is never split. A level that fails for good is
-stored as a failure: the join goes on without it, and its reason stands in the decision. Only if no
-level is there at all, the checkpoint itself is a dead letter.
+is what a worker makes parts of, and what it does with one. A level is split only where its
+statistics are large, since what one shard takes no longer depends on what another gives up
+(decision 0026); the layer level is never split. A level that fails for good is stored as a failure:
+the join goes on without it, and its reason stands in the decision. Only if no level is there at
+all, the checkpoint itself is a dead letter.
 """
 
 from __future__ import annotations

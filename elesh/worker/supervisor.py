@@ -33,14 +33,7 @@ from elesh.settings import Settings
 from elesh.worker.telemetry.auditor import auditing
 from elesh.worker.telemetry.monitor import Monitor
 from elesh.worker.telemetry.reports import Reports, record_receipts
-from leyline import (
-    AnalysisItem,
-    AnalysisRequest,
-    ContractError,
-    JoinItem,
-    PruningOutcome,
-    StructuralPruningDecision,
-)
+from leyline import AnalysisItem, AnalysisRequest, ContractError, JoinItem, PruningOutcome
 from leyline.streams import (
     CHECKPOINTS,
     DECISIONS,
@@ -64,9 +57,6 @@ __all__ = ["GROUP", "STREAMS", "Worker", "serve"]
 GROUP = WORKERS
 STREAMS = (REDELIVERIES, WORK, OUTCOMES, REQUESTS, CHECKPOINTS)
 """What was begun goes before what is new; outcomes and new work take turns."""
-ONE_JOB_BYTES = 64 << 20
-"""Of all blobs: the levels of a smaller checkpoint are decided in one job, since the way of its
-parts over the bus takes longer than their analysis."""
 _BLOCK_SECONDS = 5.0
 _MANY = 16
 """Outcomes that are taken at once beside a long analysis."""
@@ -350,32 +340,16 @@ class Worker:
         try:
             if await self._result_handler.is_decided(delivery, work):
                 return
-            decision = await self._in_one_job(delivery, work)
-            if decision is None:
-                await self._fan_out.plan(delivery, work, parts_of(work, self._settings))
+            if len(parts := parts_of(work, self._settings)) > 1:
+                await self._fan_out.plan(delivery, work, parts)
                 return
+            decision = await self._executor.decide(work)
         except ContractError as error:
             await self._result_handler.fail(delivery, work, error)
             return
         self._short.served()
         self._status.lacks, self._status.lacks_until = "", 0.0
         await self._result_handler.commit(delivery, work, decision)
-
-    async def _in_one_job(self, delivery: Delivery, work: Work) -> StructuralPruningDecision | None:
-        """The decision on all levels; None where they have to go in parts: of large checkpoints,
-        and where one of several levels failed, or stopped the worker that tried before. Parts tell
-        which then, and the others decide."""
-        large = sum(blob.size for blob in work.blobs.values()) > ONE_JOB_BYTES
-        tried = delivery.deliveries > 1
-        if (large or tried) and len(parts_of(work, self._settings)) > 1:
-            return None
-        try:
-            return await self._executor.decide(work)
-        except ContractError as error:
-            if len(work.document.levels) == 1:
-                raise
-            _log.warning("in parts, for one job failed", key=str(work.key), reason=str(error))
-            return None
 
     async def _lack(self, delivery: Delivery, lacking: str) -> None:
         """Release an entry that this worker lacks room for, and take nothing more for a while."""

@@ -151,26 +151,19 @@ def _kill_one_at_work(station: Station, demo: subprocess.Popen[bytes]) -> None:
     station.wait_for(on_its_way, "the run to be on its way", PATIENCE)
     if demo.poll() is not None:
         return
-    states = station.on_bus(lambda bus: bus.registry.workers())
-    workers = {state.pid: psutil.Process(state.pid) for state in states}
-    children = {pid: worker.children()[0] for pid, worker in workers.items()}
-    for child in children.values():
-        child.suspend()  # what is taken from now on is not finished
+    first = station.on_bus(lambda bus: bus.registry.workers())[0]
+    worker = psutil.Process(first.pid)
+    worker.children()[0].suspend()  # what it takes from now on, it does not finish
 
-    def at_work() -> list[int]:
-        # The child is stopped: an entry that was held for so long cannot have been committed; and
-        # what was to be said of it so far would be out, since batches of spans wait half a second.
-        return [
-            state.pid
-            for state in station.on_bus(lambda bus: bus.registry.workers())
-            if state.key and state.child == "wedged" and time.time() - state.since > 3
-        ]
+    def at_work() -> bool:
+        states = station.on_bus(lambda bus: bus.registry.workers())
+        # Its child is stopped: an entry that it has held for so long, it cannot have settled; and
+        # what it had to say of it so far would be out, since batches of spans wait half a second.
+        (state,) = [state for state in states if state.pid == worker.pid]
+        return bool(state.key) and state.child == "wedged" and time.time() - state.since > 3
 
-    killed = station.wait_for(at_work, "a worker to be at work", PATIENCE)[0]
-    workers[killed].kill()
-    for pid, child in children.items():
-        if pid != killed:
-            child.resume()
+    station.wait_for(at_work, "the worker to be at work", PATIENCE)
+    worker.kill()
 
 
 def _main() -> None:

@@ -24,9 +24,6 @@ from elesh.settings import Settings
 from leyline import CheckpointBundle, ContractError, Level
 from leyline.streams import CHECKPOINTS, DEAD, STREAMS
 
-PARTS = {"supervisor.ONE_JOB_BYTES": 0}
-"""Every checkpoint of several levels is as good as a large one."""
-
 
 def replayed(station: Station, settings: Settings, selection: Selection) -> list[Replayed]:
     async def run(bus: Bus) -> list[Replayed]:
@@ -210,12 +207,8 @@ def case_file(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("fault", "split", "bundle"),
     [
-        (
-            "exit",
-            {"layers_per_worker": 1, "constants": PARTS | {"fan_out.SHARD_BYTES": 1}},
-            checkpoint(),
-        ),
-        ("memory:9000000000", {"constants": PARTS}, joint()),
+        ("exit", {"layers_per_worker": 1, "constants": {"fan_out.SHARD_BYTES": 1}}, checkpoint()),
+        ("memory:9000000000", {}, joint()),
     ],
 )
 @pytest.mark.slow

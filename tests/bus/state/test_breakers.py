@@ -149,6 +149,17 @@ def test_a_prober_that_died_is_replaced_once_when_its_lease_is_over(with_bus):
     with_bus(scenario)
 
 
+def test_a_probe_that_led_to_no_decision_is_had_by_who_asks_next(with_bus):
+    async def scenario(bus: Bus) -> None:
+        await half_open(bus)
+        assert not (await bus.breakers.admit("run", CHANNEL)).admitted
+        await bus.breakers.give_back("run", CHANNEL)
+        views = await asyncio.gather(*(bus.breakers.admit("run", CHANNEL) for _ in range(20)))
+        assert sum(view.probe for view in views) == 1
+
+    with_bus(scenario)
+
+
 def test_looking_admits_nobody(with_bus):
     async def scenario(bus: Bus) -> None:
         await fail(bus)

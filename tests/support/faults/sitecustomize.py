@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,6 @@ _FAULTS = {
     "hold": _hold,
     "crash": lambda _: os.abort(),
     "exit": lambda _: os._exit(3),
-    "worker": lambda _: os.kill(os.getppid(), signal.SIGKILL),
     "memory": _memory,
     "shared": _shared,
     "raise": _raise,

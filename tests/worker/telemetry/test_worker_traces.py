@@ -33,10 +33,7 @@ def names_of(collector: Collector) -> list[str]:
 
 def test_levels_and_join_are_one_tree_under_the_trainer_s_context(station: Station) -> None:
     with collecting() as collector:
-        worker = station.worker(
-            {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url},
-            constants={"supervisor.ONE_JOB_BYTES": 0},
-        )
+        worker = station.worker({"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url})
         child = worker.child
         child.suspend()
         publish_traced(station)
