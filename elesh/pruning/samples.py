@@ -149,8 +149,8 @@ def _known(inputs: Inputs, row: int, size: int, seen: set[bytes]) -> bool:
 
 def require_no_copies(model: nn.Module, samples: Samples) -> None:
     """That samples are not a few with noise on them, however much, as far as that can be seen: they
-    fall into fewer heaps than the network tells classes apart, every heap apart from the others
-    and of one label.
+    fall into fewer clusters than the network tells classes apart, every cluster apart from the
+    others and of one label.
 
     Raises:
         InvalidField: if they do.
@@ -167,19 +167,21 @@ def require_no_copies(model: nn.Module, samples: Samples) -> None:
     if logits.ndim != 2 or known.is_floating_point() or len(known) != len(numbers):
         return
     classes = logits.shape[1]
-    if len(set(known.tolist())) < classes and 0 < (heaps := _heaps(numbers, known)) < classes:
-        found = f"{len(numbers)} that are {heaps} with noise on them, or classes that are missing"
+    if len(set(known.tolist())) < classes and 0 < (clusters := _clusters(numbers, known)) < classes:
+        found = (
+            f"{len(numbers)} that are {clusters} with noise on them, or classes that are missing"
+        )
         hint = (
             "samples of all classes, as they come? shuffled before some hundred are taken? if "
             "there are no more classes, give the network's head as many outputs as there are"
         )
-        expected = f"samples of more than {heaps} of {classes} classes"
+        expected = f"samples of more than {clusters} of {classes} classes"
         raise InvalidField("batches", expected, found, hint=hint)
 
 
-def _heaps(numbers: Tensor, labels: Tensor) -> int:
-    """Into how few heaps samples fall, each of one label, and its samples nearer to each other than
-    half of how far heaps lie apart; 0 where they do not."""
+def _clusters(numbers: Tensor, labels: Tensor) -> int:
+    """Into how few clusters samples fall, each of one label, and its samples nearer to each other
+    than half of how far clusters lie apart (single linkage); 0 where they do not."""
     far = torch.cdist(numbers, numbers)
     nearest, link = far[0].clone(), torch.zeros(len(far), dtype=torch.long)
     inside = torch.zeros(len(far), dtype=torch.bool)
@@ -192,9 +194,9 @@ def _heaps(numbers: Tensor, labels: Tensor) -> int:
         nearer = far[new] < nearest
         link[nearer], nearest = new, torch.minimum(nearest, far[new])
     edges.sort()
-    for count in range(2, LEAST):  # without its longest branches it falls into heaps
-        heap = _components(len(far), edges[: len(far) - count])
-        same = heap[:, None] == heap[None]
+    for count in range(2, LEAST):  # without its longest branches it falls into clusters
+        cluster = _components(len(far), edges[: len(far) - count])
+        same = cluster[:, None] == cluster[None]
         pure = not bool((same & (labels[:, None] != labels[None])).any())
         if pure and float(far[same].mean()) < float(far[~same].mean()) / 2:
             return count

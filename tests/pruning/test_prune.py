@@ -243,7 +243,7 @@ def test_two_samples_with_noise_on_them_are_not_many(noise: float) -> None:
 
 
 @pytest.mark.parametrize("classes", [3, 10])
-def test_data_that_lies_in_a_heap_for_each_class_is_no_copies(classes: int) -> None:
+def test_data_that_lies_in_a_cluster_for_each_class_is_no_copies(classes: int) -> None:
     generator = torch.Generator().manual_seed(0)
     centres, labels = 9 * torch.randn(classes, 6, generator=generator), torch.arange(300) % classes
     points = centres[labels] + torch.randn(300, 6, generator=generator)
@@ -254,8 +254,8 @@ def test_data_that_lies_in_a_heap_for_each_class_is_no_copies(classes: int) -> N
         require_no_copies(model, divided([(points[missing], labels[missing])], hold_out=False))
 
 
-def test_more_heaps_than_classes_are_no_copies() -> None:
-    """Features of yes and no make heaps by themselves, of whatever classes there are."""
+def test_more_clusters_than_classes_are_no_copies() -> None:
+    """Features of yes and no make clusters by themselves, of whatever classes there are."""
     generator = torch.Generator().manual_seed(0)
     answers = torch.randint(2, (300, 3), generator=generator).float()
     points = answers + 0.05 * torch.randn(300, 3, generator=generator)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +14,21 @@ from redis.asyncio import Redis
 from station import Station, checkpoint
 from test_bad_input import put_nan, with_statistics
 
+from contracts.examples import MESSAGES
 from elesh.bus import Bus
-from leyline import BreakerTransition, Level, Outcome, PruningOutcome, StructuralPruningDecision
+from elesh.bus.admission import Work, admit, read
+from elesh.settings import Settings
+from elesh.worker.executor import AnalysisExecutor
+from elesh.worker.leases import Busy
+from leyline import (
+    BreakerTransition,
+    Level,
+    Outcome,
+    PruningOutcome,
+    StructuralPruningDecision,
+    encode,
+    wrap,
+)
 from leyline.streams import DEAD, OUTCOMES, TELEMETRY, WORKERS
 
 
@@ -40,6 +57,51 @@ def test_after_three_failed_analyses_the_fourth_checkpoint_is_rejected_by_the_op
     assert decision.channels, "analyses go on as telemetry"
     changes = [m for m in station.messages(TELEMETRY) if isinstance(m, BreakerTransition)]
     assert [(c.before, c.after) for c in changes] == [("closed", "open")]
+
+
+@pytest.mark.parametrize("failure", [Busy("another analysis takes long"), None])
+def test_the_probe_of_an_analysis_that_led_to_no_decision_is_given_back(
+    tmp_path: Path, failure: Exception | None
+) -> None:
+    now = datetime(2025, 1, 14, 12, tzinfo=UTC)
+    envelope = encode(wrap(MESSAGES["CheckpointReady"], source="test", now=now))
+    work = admit(read(envelope), window=60, now=now)
+    assert isinstance(work, Work)
+    given_back = []
+
+    async def admitted(run: str, level: Level) -> Any:
+        return SimpleNamespace(
+            admitted=True, probe=True, state="half_open", failures=3, reason="", level=level
+        )
+
+    async def give_back(run: str, level: Level) -> None:
+        given_back.append((run, level))
+
+    async def known(*_: Any) -> list[Any]:
+        return []
+
+    bus: Any = SimpleNamespace(
+        guard=SimpleNamespace(requires_signatures=True),
+        history=lambda *_: None,
+        breakers=SimpleNamespace(admit=admitted, give_back=give_back),
+        runs=SimpleNamespace(taken_back=known, calibration_cuts=known),
+    )
+    reports: Any = SimpleNamespace(step=None)
+    executor = AnalysisExecutor(bus, Settings(), reports, tmp_path)
+    job = executor._job("decide", work, tmp_path)
+
+    async def scenario() -> None:
+        async with executor._with_run(job, work):
+            if failure is not None:
+                raise failure
+
+    if failure is None:
+        asyncio.run(scenario())
+        assert given_back == []
+        return
+    with pytest.raises(Busy):
+        asyncio.run(scenario())
+    assert given_back == [(work.run_id, Level(level)) for level in job.levels]
 
 
 @pytest.mark.slow

@@ -39,8 +39,8 @@ _LEVELS = 5
 """Figures before a cut whose mean is what it is compared with."""
 _UNKNOWN = 2
 """As much as so many known moves counts what is presumed of a training that is not known yet."""
-_BLIND = 0.004
-"""Of accuracy, that a loss may not show: a cut makes answers less sure, too."""
+_LOSS_DOUBT = 0.004
+"""Of accuracy, by which what the loss says may be off: a cut makes answers less sure, too."""
 _ERRORS = 3.5
 """Standard errors beyond which a fall is no chance."""
 _FEW = 1.5
@@ -108,18 +108,20 @@ def failed_loss(before: Evaluation, now: Evaluation, limit: float) -> str:
 class LikelyDrop:
     """How much accuracy a cut costs on other samples of the same kind, as far as it is known."""
 
-    all_told: float
+    combined: float
+    """Accuracy and loss, each weighted by its precision."""
     by_loss: float
-    """What the loss alone says; 0 where none is measured."""
+    """By the loss alone; 0 where none is measured."""
 
 
 def likely_drop(before: Evaluation, now: Evaluation, samples: int) -> LikelyDrop:
-    """The drop of accuracy from ``before`` to ``now``, told from accuracy and loss.
+    """The drop of accuracy from ``before`` to ``now``, estimated from accuracy and loss.
 
     Of few samples the accuracy moves by whole ones, and by chance; their loss is finer. Where it
     rises by a share, so do errors on the whole; and a right answer that becomes a wrong one has a
-    loss of at least ln 2. Both estimates count by their precision: that of accuracy is the chance
-    that as many answers changed, that of the loss half of itself and .4 points.
+    loss of at least ln 2. The two estimates are weighted by the inverse of their variances: that of
+    accuracy is the variance of as many changed answers, that of the loss is set to the square of
+    half the estimate and .4 points.
 
     Args:
         samples: that both were measured on; 0 where nobody knows, as where no loss is measured:
@@ -129,10 +131,11 @@ def likely_drop(before: Evaluation, now: Evaluation, samples: int) -> LikelyDrop
     if not samples or not before.loss > 0:
         return LikelyDrop(drop, 0.0)
     errors = max(1 - before.accuracy, 0.5 / samples)
-    said = min(errors * increase / before.loss, increase / math.log(2))
-    chance = (2 * max(abs(drop), said) + 1 / samples) / samples
-    doubt = (said / 2 + _BLIND) ** 2
-    return LikelyDrop((drop * doubt + said * chance) / (doubt + chance), said)
+    by_loss = min(errors * increase / before.loss, increase / math.log(2))
+    variance = (2 * max(abs(drop), by_loss) + 1 / samples) / samples
+    loss_variance = (by_loss / 2 + _LOSS_DOUBT) ** 2
+    combined = (drop * loss_variance + by_loss * variance) / (loss_variance + variance)
+    return LikelyDrop(combined, by_loss)
 
 
 def excess(before: Evaluation, now: Evaluation, samples: int, limit: float) -> str:
@@ -144,12 +147,12 @@ def excess(before: Evaluation, now: Evaluation, samples: int, limit: float) -> s
     drop, likely = before.accuracy - now.accuracy, likely_drop(before, now, samples)
     one = samples and drop <= 1 / samples + 1e-9 and likely.by_loss <= limit
     confirmed = samples or now.loss > before.loss or not (now.loss or before.loss)
-    if one or not confirmed or likely.all_told <= limit + 1e-9:
+    if one or not confirmed or likely.combined <= limit + 1e-9:
         return ""
     if drop > limit:
         return f"accuracy falls by {drop:.4f}"
     rise = f"accuracy falls by {drop:.4f} and the loss rises from {before.loss:.4g} to "
-    return f"{rise}{now.loss:.4g}, which comes to {likely.all_told:.4f} of accuracy"
+    return f"{rise}{now.loss:.4g}, which comes to {likely.combined:.4f} of accuracy"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from trainer_nets import batches, build
 
 import elesh
 from elesh.settings import Settings
-from elesh.trainer import Evaluation, Recorder, Session
+from elesh.trainer import Evaluation, Recorder, Session, Surgeon
 from elesh.trainer.adapters.epochs import EveryEpoch
 from elesh.trainer.export import Exporter
 from elesh.trainer.time_share import TimeShare
@@ -205,6 +205,17 @@ def test_nothing_is_asked_for_once_the_budget_is_reached() -> None:
     assert session.published == []
 
 
+def rolled_back(epochs: EveryEpoch, session: Kept) -> Surgeon:
+    """The surgeon, after a decision that its check rolled back in epoch 2, which is said."""
+    surgeon, right = epochs.surgeon, iter([0.9, 0.5, 0.5, 0.5, 0.5])
+    assert surgeon is not None
+    epochs._evaluate = lambda *_: Evaluation(next(right, 0.9), next(_LOSSES))
+    session.answers = [decide(surgeon.architecture, units=8, groups=1)]
+    epochs.end_epoch(2)
+    assert "the last decision was rolled back: accuracy 0.9000 fell to" in epochs.so_far()
+    return surgeon
+
+
 def test_what_holds_a_budget_back_is_said_with_what_would_help() -> None:
     session = Kept()
     epochs, _ = running(session, budget={"macs": 0.5})
@@ -219,12 +230,7 @@ def test_what_holds_a_budget_back_is_said_with_what_would_help() -> None:
 
     epochs, _ = running(session, budget={"macs": 0.6}, removed_at_most=0.9)
     assert "100.0% of the macs left; the run is not over" in epochs.so_far()
-    surgeon, right = epochs.surgeon, iter([0.9, 0.5, 0.5, 0.5, 0.5])
-    assert surgeon is not None
-    epochs._evaluate = lambda *_: Evaluation(next(right, 0.9), next(_LOSSES))
-    session.answers = [decide(surgeon.architecture, units=8, groups=1)]
-    epochs.end_epoch(2)
-    assert "the last decision was rolled back: accuracy 0.9000 fell to" in epochs.so_far()
+    surgeon = rolled_back(epochs, session)
 
     epochs._evaluate = lambda *_: Evaluation(0.9, next(_LOSSES))
     session.answers = [decide(surgeon.architecture, units=8, groups=1, number=2)]
@@ -253,12 +259,7 @@ def test_without_a_budget_it_is_said_how_much_of_what_may_go_is_gone_and_why_not
     session = Kept(settings=small)
     epochs, _ = running(session, removed_at_most=0.4)
     assert "the run is not over" in epochs.so_far()
-    surgeon, right = epochs.surgeon, iter([0.9, 0.5, 0.5, 0.5, 0.5])
-    assert surgeon is not None
-    epochs._evaluate = lambda *_: Evaluation(next(right, 0.9), next(_LOSSES))
-    session.answers = [decide(surgeon.architecture, units=8, groups=1)]
-    epochs.end_epoch(2)
-    assert "the last decision was rolled back: accuracy 0.9000 fell to" in epochs.so_far()
+    surgeon = rolled_back(epochs, session)
     epochs._evaluate = lambda *_: Evaluation(0.9, next(_LOSSES))
     session.answers = [decide(surgeon.architecture, units=8, groups=1, number=2)]
     assert [outcome.result for outcome in epochs.end_epoch(3)] == ["applied"]

@@ -146,7 +146,7 @@ def test_a_loss_fails_that_more_than_doubles_and_rises_by_more_than_the_limit(
 
 
 def drop(before: Evaluation, now: Evaluation, samples: int) -> float:
-    return likely_drop(before, now, samples).all_told
+    return likely_drop(before, now, samples).combined
 
 
 def test_of_few_samples_the_loss_says_what_a_cut_costs_and_of_many_the_accuracy() -> None:
