@@ -7,7 +7,8 @@ traced in the trainer, the worker's supervisor and its compute child: every func
 leyline that is called between ``publish`` and the end of ``apply`` counts once. What the clock
 calls meanwhile (heartbeats, renewals, the audit's copy) is another thing each time: what counts is
 called in every one of several runs. Comprehensions and lambdas count with the function that holds
-them.
+them. What a compute child calls from when the network runs in it is counted apart, too: that is the
+measuring of cuts, which a checkpoint without a network does not pass.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,16 +43,22 @@ def main() -> None:
     if given.train:
         _train(Path(os.environ["ELESH_TRACED"]))
         return
-    functions = set.intersection(*(_traced() for _ in range(given.runs)))
+    runs = [_traced() for _ in range(given.runs)]
+    whole = set.intersection(*(before | network for before, network in runs))
+    without = set.intersection(*(before for before, _ in runs))
     if given.list:
-        for file, function in sorted(functions):
-            print(f"{file}\t{function}")
-    files = Counter(file for file, _ in functions)
-    print(f"{len(files)} files, {len(functions)} functions")
+        for file, function in sorted(whole):
+            print(f"{file}\t{function}\t{'' if (file, function) in without else 'network'}")
+    print(f"until the network runs in the compute child: {_counted(without)}")
+    print(f"with the measuring of cuts: {_counted(whole)}")
 
 
-def _traced() -> set[Function]:
-    """What one training with its worker calls."""
+def _counted(functions: set[Function]) -> str:
+    return f"{len({file for file, _ in functions})} files, {len(functions)} functions"
+
+
+def _traced() -> tuple[set[Function], set[Function]]:
+    """What one training with its worker calls, and what of it once the network has run."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "switch").write_text("0")
@@ -67,18 +73,18 @@ def _traced() -> set[Function]:
         return _called(folder)
 
 
-def _called(folder: Path) -> set[Function]:
-    found = set[Function]()
+def _called(folder: Path) -> tuple[set[Function], set[Function]]:
+    found = set[Function](), set[Function]()
     for calls in folder.glob("*.calls"):
-        for line in calls.read_text().splitlines():
-            file, _, name = line.split("\t")
+        for line in calls.read_text().rstrip("\0").splitlines():
+            file, when, name = line.split("\t")
             parts = Path(file).parts
             root = next(
                 n
                 for n, part in enumerate(parts)
                 if part in PACKAGES and parts[n - 1] not in PACKAGES
             )
-            found.add(("/".join(parts[root:]), name.split(".<locals>")[0]))
+            found[when == "network"].add(("/".join(parts[root:]), name.split(".<locals>")[0]))
     return found
 
 
