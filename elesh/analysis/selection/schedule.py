@@ -306,6 +306,9 @@ def unwanted_names(bundle: CheckpointBundle) -> frozenset[str]:
     return unwanted
 
 
+_UNMEASURED = "no gate statistics: perhaps no sample reached one of its consumers"
+
+
 def _why_not(
     bundle: CheckpointBundle, group: PruningGroup, scorer: str, unwanted: frozenset[str]
 ) -> str:
@@ -316,7 +319,7 @@ def _why_not(
     if mixed_owners(bundle.architecture, group):
         return "couples host and seed tensors (gradient isolation)"
     if scorer in ("output_projection", "reconstruction", "fisher"):
-        return "" if group.name in bundle.gates else "no gate statistics"
+        return "" if group.name in bundle.gates else _UNMEASURED
     vectors = bundle.heads if group.level is Level.HEAD else bundle.channels
     return "" if group.name in vectors else f"no {group.level} statistics"
 

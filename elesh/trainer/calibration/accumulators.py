@@ -26,7 +26,6 @@ from leyline import (
     GateSite,
     GateStatistics,
     HeadImportanceData,
-    InvalidField,
     Level,
     PruningGroup,
 )
@@ -40,10 +39,6 @@ CORRELATED_SAMPLES = 512
 """Samples that correlations are computed from; the cost is quadratic in channels."""
 
 _LARGEST = float(np.finfo(np.float16).max)
-_UNREACHED = (
-    "nothing is known of it: measure on more samples, or on some that it reads; an expert that its "
-    "router has stopped choosing is reached again by a loss that balances experts, or taken out"
-)
 _AT_ONCE = 1 << 15
 """Numbers of a matrix that are worked on at a time."""
 
@@ -428,11 +423,11 @@ class GroupTally:
         taylor, active, elements = np.zeros(size), np.zeros(size), 0
         gram, rows = self._gram()
         for site in self.group.sites:
-            axis, counted = axes[site.axis], self._reached(axes, site)
+            axis = axes[site.axis]
             owned = axis.elements * site.width
             if site.axis in self.taylor:
                 taylor += self.taylor[site.axis] / owned
-            active += by_unit(torch.from_numpy(counted), site, size).sum(-1).numpy()
+            active += by_unit(torch.from_numpy(axis.active), site, size).sum(-1).numpy()
             elements += owned
         return ChannelImportanceData(
             layer_name=self.group.name,
@@ -452,24 +447,18 @@ class GroupTally:
         gram = gram if self.gram is None else gram + self.gram.double().cpu()
         return gram, rows * site.width + self.gram_rows
 
-    def heads(
-        self, axes: Mapping[Axis, AxisTally], patterns: Mapping[str, Any]
-    ) -> HeadImportanceData:
+    def heads(self, patterns: Mapping[str, Any]) -> HeadImportanceData:
         """The head statistics of all samples, with the fields of the attention patterns."""
-        self._reached(axes, self.group.sites[0])
         return HeadImportanceData(
             layer_name=self.group.name,
             gradient_sensitivity=single(self.sensitivity / max(self.derived, 1)),
             **patterns,
         )
 
-    def _reached(self, axes: Mapping[Axis, AxisTally], site: GateSite) -> Doubles:
-        """How often each channel at a site was active."""
-        active, elements = axes[site.axis].active, axes[site.axis].elements
-        if active is None or not elements:  # never called, or with no rows
-            where = f"groups.{self.group.name}.sites"
-            raise InvalidField(where, "sites that the batches reach", site.module, hint=_UNREACHED)
-        return active
+    def unreached(self, axes: Mapping[Axis, AxisTally]) -> str:
+        """The first consumer that was never called, or with no rows; empty if there is none."""
+        sites = self.group.sites
+        return next((site.module for site in sites if not axes[site.axis].elements), "")
 
 
 def magnitudes(model: nn.Module, groups: Iterable[PruningGroup]) -> dict[str, Doubles]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from elesh.observe import get_logger
 from elesh.trainer.network.gates import Axis
 from elesh.trainer.surgery.after_cut import (
     CovarianceSums,
@@ -30,6 +31,12 @@ from .head_ablation import Batches, masked_loss_increases, most_doubtful
 from .shared_inputs import SharedInputs
 
 __all__ = ["Measurement"]
+
+_log = get_logger(__name__)
+_UNREACHED = (
+    "measure on more samples, or on some that they read; an expert that its router has stopped "
+    "choosing is reached again by a loss that balances experts"
+)
 
 
 class Measurement:
@@ -167,10 +174,12 @@ class Measurement:
     ) -> tuple[
         dict[str, ChannelImportanceData], dict[str, GateStatistics], dict[str, HeadImportanceData]
     ]:
-        """The statistics by group: of channels, of all gates, of heads."""
+        """The statistics by group: of channels, of all gates, of heads. Groups with a consumer that
+        no sample reaches have none, and so are left alone by what is decided from them."""
         if not self.samples:
             raise InvalidField("batches", "at least one sample", 0)
-        channel_tallies = [t for t in self._groups if t.group.level is not Level.HEAD]
+        reached = self._reached()
+        channel_tallies = [t for t in reached if t.group.level is not Level.HEAD]
         norms = magnitudes(model, (tally.group for tally in channel_tallies))
         channels = {
             t.group.name: t.channels(self._axes, norms[t.group.name]) for t in channel_tallies
@@ -183,11 +192,27 @@ class Measurement:
                 constants,
                 normalisations(model, [t.group], t.group.size),
             )
-            for t in self._groups
+            for t in reached
         }
         heads = {
-            t.group.name: t.heads(self._axes, self._patterns[t.first_axis].fields())
-            for t in self._groups
+            t.group.name: t.heads(self._patterns[t.first_axis].fields())
+            for t in reached
             if t.group.level is Level.HEAD
         }
         return channels, gates, heads
+
+    def _reached(self) -> list[GroupTally]:
+        """The groups all of whose consumers were called with something."""
+        unreached = {tally.group.name: tally.unreached(self._axes) for tally in self._groups}
+        left = {name: consumer for name, consumer in unreached.items() if consumer}
+        if left:
+            _log.warning(
+                "no sample reaches some consumers: what they read is left alone this time",
+                consumers=sorted(set(left.values()))[:20],
+                groups=len(left),
+                hint=_UNREACHED,
+            )
+        if len(left) == len(self._groups) > 0:
+            first = next(iter(left.values()))
+            raise InvalidField("batches", "samples that reach a consumer", first, hint=_UNREACHED)
+        return [tally for tally in self._groups if not unreached[tally.group.name]]

@@ -75,7 +75,7 @@ def merge_ranks(bundles: Sequence[CheckpointBundle]) -> CheckpointBundle:
     So is the input covariance that measured checkpoints keep, where every rank has one.
 
     Raises:
-        InvalidField: if there is no bundle, or ranks measured different groups or fields.
+        InvalidField: if there is no bundle, or ranks measured different layers or fields.
         IdentityMismatch: if ranks measured different networks or took labels differently.
     """
     if not bundles:
@@ -87,7 +87,9 @@ def merge_ranks(bundles: Sequence[CheckpointBundle]) -> CheckpointBundle:
     metadata = first.metadata.model_copy(update={"samples": sum(samples)})
 
     def merged(of: Callable[[CheckpointBundle], Mapping[str, _M]]) -> dict[str, _M]:
-        return {name: _merged([of(b)[name] for b in bundles], samples) for name in of(first)}
+        # What some rank's samples did not reach is left alone.
+        shared = [name for name in of(first) if all(name in of(b) for b in bundles)]
+        return {name: _merged([of(b)[name] for b in bundles], samples) for name in shared}
 
     together = replace(
         first,
@@ -109,10 +111,9 @@ def _require_alike(first: CheckpointBundle, other: CheckpointBundle) -> None:
         ours, theirs = getattr(first.metadata, field), getattr(other.metadata, field)
         if ours != theirs:
             raise IdentityMismatch(f"metadata.{field}", str(ours), str(theirs))
-    for field in ("channels", "gates", "layers", "heads"):
-        ours, theirs = set(getattr(first, field)), set(getattr(other, field))
-        if ours != theirs:
-            raise InvalidField(field, "the same groups on every rank", sorted(ours ^ theirs))
+    if set(first.layers) != set(other.layers):
+        differ = sorted(set(first.layers) ^ set(other.layers))
+        raise InvalidField("layers", "the same layers on every rank", differ)
 
 
 def _merged(items: Sequence[_M], samples: Sequence[int]) -> _M:

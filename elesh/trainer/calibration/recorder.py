@@ -229,7 +229,9 @@ class Recorder:
         Raises:
             ShapeMismatch: if the network is not what the architecture says.
             NotFinite: if outputs or statistics hold NaN or infinity, naming group and field.
-            InvalidField: if there is no sample, or a group's consumers were never called.
+            InvalidField: if there is no sample, or none reaches a consumer. A group of which some
+                consumer is not reached (an expert that is never chosen) has no statistics: it is
+                left alone.
         """
         require_fit(self._model, self._architecture)
         redistribute = redistribute or reconstruct
@@ -291,7 +293,8 @@ class Recorder:
     ) -> MeasuredCheckpoint:
         """The bundle with projections of channels at the midpoint of a cut of this
         share of them."""
-        groups = [g for g in self._architecture.groups if g.prunable and g.level is Level.CHANNEL]
+        groups = [self._architecture.group[name] for name in bundle.channels]
+        groups = [g for g in groups if g.level is Level.CHANNEL]
         units = first_to_go(bundle, groups, share)
         if not units:
             return bundle

@@ -92,16 +92,18 @@ def merged_covariance(parts: Sequence[InputCovariance]) -> InputCovariance:
 
     Raises:
         IdentityMismatch: if they are of different networks.
-        InvalidField: if one covers other consumers than the first, or does not know its rows.
+        InvalidField: if one does not know its rows.
     """
     first = parts[0]
     for other in parts[1:]:
         if other.model_hash != first.model_hash:
             raise IdentityMismatch("covariance.model_hash", first.model_hash, other.model_hash)
-        if other.rows.keys() != first.rows.keys() or not all(other.rows.values()):
+        if not all(other.rows.values()) or not other.rows:
             found = sorted(f"{path}[{dim}]" for path, dim in other.rows)
-            raise InvalidField("covariance", "the consumers of the first rank", found)
-    rows = {axis: sum(part.rows[axis] for part in parts) for axis in first.rows}
+            raise InvalidField("covariance", "known numbers of rows", found)
+    # A consumer that no sample of some rank reached is not refitted: what it reads stays.
+    shared = [axis for axis in first.rows if all(axis in part.rows for part in parts)]
+    rows = {axis: sum(part.rows[axis] for part in parts) for axis in shared}
 
     def mean(of: Callable[[InputCovariance], Mapping[Axis, Tensor]]) -> dict[Axis, Tensor]:
         return {
@@ -146,12 +148,13 @@ class CovarianceSums:
         self.second[axis] = self.second[axis].double() + second if past else second
 
     def mean(self, model_hash: str) -> InputCovariance:
-        """The covariance of everything seen."""
+        """The covariance of everything seen; of a consumer that was given no row, there is none."""
+        seen = {axis: rows for axis, rows in self.rows.items() if rows}
         return InputCovariance(
             model_hash,
-            {axis: first / self.rows[axis] for axis, first in self.first.items()},
-            {axis: _mean(second, self.rows[axis]) for axis, second in self.second.items()},
-            dict(self.rows),
+            {axis: self.first[axis] / rows for axis, rows in seen.items()},
+            {axis: _mean(self.second[axis], rows) for axis, rows in seen.items()},
+            seen,
         )
 
 

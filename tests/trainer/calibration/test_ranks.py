@@ -132,8 +132,18 @@ def test_ranks_that_do_not_belong_together_are_refused_by_name(
     later = replace(one, metadata=one.metadata.model_copy(update={"epoch": 4}))
     with pytest.raises(IdentityMismatch, match=r"metadata\.epoch"):
         merge_ranks([one, later])
-    poorer = replace(one, gates=dict(list(one.gates.items())[1:]))
-    with pytest.raises(InvalidField, match=r"gates.*same groups"):
+    poorer = replace(one, layers=dict(list(one.layers.items())[1:]))
+    with pytest.raises(InvalidField, match=r"layers.*same layers"):
         merge_ranks([one, poorer])
     with pytest.raises(InvalidField, match="at least one"):
         merge_ranks([])
+
+
+def test_what_the_samples_of_one_rank_do_not_reach_is_left_alone(
+    recorder: Recorder, data: tuple[Tensor, Tensor]
+) -> None:
+    one = measured(recorder, data, slice(0, 8))
+    name = next(iter(one.gates))
+    fewer = {key: gate for key, gate in one.gates.items() if key != name}
+    merged = merge_ranks([one, replace(one, gates=fewer)])
+    assert merged.gates.keys() == fewer.keys()

@@ -341,7 +341,9 @@ def test_statistics_that_are_not_finite_name_group_and_field() -> None:
         Recorder(build("Vgg"), example(), loss=loss).measure(batches(), epoch=1)
 
 
-def test_consumers_that_are_never_called_are_named() -> None:
+def test_what_consumers_read_that_are_never_called_has_no_statistics_and_they_are_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     class Fickle(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -355,5 +357,6 @@ def test_consumers_that_are_never_called_are_named() -> None:
     model = Fickle()
     recorder = Recorder(model, torch.randn(2, 3))
     model.skip = True
-    with pytest.raises(InvalidField, match=r"groups\.one.*two"):
-        recorder.measure([(torch.randn(2, 3), torch.zeros(2, dtype=torch.long))], epoch=1)
+    bundle = recorder.measure([(torch.randn(2, 3), torch.zeros(2, dtype=torch.long))], epoch=1)
+    assert bundle.gates.keys() == bundle.channels.keys() == {"two"}
+    assert "consumers=['two']" in caplog.text

@@ -62,16 +62,41 @@ def test_experts_that_the_example_does_not_reach_hold_up_the_width_and_no_other_
 
 
 @pytest.mark.parametrize("kind", mixtures.MIXTURES.values())
-def test_an_expert_that_no_sample_reaches_any_more_is_named_when_it_is_measured(
+def test_an_expert_that_no_sample_reaches_any_more_is_left_alone_and_the_others_are_measured(
     kind: type[nn.Module],
 ) -> None:
     model = built(kind)
     recorder = Recorder(model, TOKENS)
+    prunable = {group.name for group in recorder.architecture.groups if group.prunable}
     with torch.no_grad():
         model.mixture.router.bias[3] = -50.0  # type: ignore[union-attr, index, operator]
     labelled = [(TOKENS.repeat(12, 1, 1), torch.randint(5, (24, 8)))]
-    with pytest.raises(InvalidField, match=r"found mixture\.experts\.3\.up; .*more samples"):
-        recorder.measure(labelled, epoch=0)
+    bundle = recorder.measure(labelled, epoch=0)
+    # The width around all is what the unreached one reads, too.
+    assert prunable - bundle.gates.keys() == {"enter", "mixture.experts.3.up"}
+    assert bundle.covariance is not None
+    assert all(values.isfinite().all() for values in bundle.covariance.means.values())
+
+
+def test_where_no_sample_reaches_any_consumer_it_is_said_so() -> None:
+    model = nn.Sequential(nn.Linear(10, 8), nn.ReLU(), Unless(nn.Linear(8, 5)))
+    recorder = Recorder(model, TOKENS)
+    model[2].closed = True
+    with pytest.raises(InvalidField, match=r"samples that reach a consumer, found 2\.layer"):
+        recorder.measure([(TOKENS, torch.randint(5, (2, 8)))], epoch=0)
+
+
+class Unless(nn.Module):
+    """A layer that can be gone around."""
+
+    closed = False
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., :5] if self.closed else self.layer(x)
 
 
 class Showing(nn.Module):
