@@ -35,7 +35,7 @@ from rich.table import Table
 from benchmarks.pruning.layers import checkpoint
 from elesh.bus import Bus, embedded_server
 from elesh.settings import BusSettings
-from elesh.trainer.session.publishing import with_blobs
+from elesh.trainer.session.bus_thread import with_blobs
 from leyline import Level
 from leyline.streams import CHECKPOINTS, DECISIONS
 

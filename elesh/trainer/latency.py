@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from elesh.analysis.budgets.knapsack import resource_model
@@ -29,15 +28,13 @@ from elesh.trainer.network.calling import (
     batch_size,
     call,
     device_of,
-    example_of,
-    timed_call,
 )
 from elesh.trainer.network.layers import channel_axes
 from elesh.trainer.network.state import preserve_state
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import Budget, LatencyTable, LayerLatency, Level, PrunedArchitecture
 
-__all__ = ["call_seconds", "channel_step", "measure_latency", "with_surroundings"]
+__all__ = ["channel_step", "measure_latency", "with_surroundings"]
 
 FRACTIONS = (0.25, 0.5, 0.625, 0.75, 0.875, 1.0)
 """Sizes that are measured, as shares of the present size."""
@@ -334,35 +331,3 @@ def _surrounded(row: LayerLatency, each: float) -> LayerLatency:
     """The row with so many seconds more an output."""
     more = np.repeat(np.asarray(row.outputs, np.float64) * each, len(row.inputs) or 1)
     return row.model_copy(update={"seconds": tuple((np.asarray(row.seconds) + more).tolist())})
-
-
-_CALLS = 3
-"""Of each rank of several: a call may wait for the others."""
-_SECONDS, _MOST_CALLS = 0.03, 30
-"""Of a process alone: at most so long and so often, as long as it gets quicker by this share."""
-_QUICKER = 0.02
-
-
-def call_seconds(network: nn.Module) -> float | None:
-    """Seconds of a call in evaluation mode with the batch that the network was measured with: those
-    that the thread computed (others on the machine change them little), on other devices those by
-    the clock. The quickest call counts, until three more are no quicker. None if there is no such
-    batch, or it does not run (any more). Nothing of the network changes."""
-    inputs = example_of(network)
-    if inputs is None:
-        return None
-    try:
-        with preserve_state(network, 0), torch.no_grad():
-            clock = time.thread_time if device_of(network).type == "cpu" else time.perf_counter
-            timed = timed_call(network, inputs, clock)
-            best = timed(_CALLS)
-            if dist.is_available() and dist.is_initialized():
-                return best
-            rounds = min(int(_SECONDS / max(best, 1e-7)), _MOST_CALLS) // _CALLS
-            for _ in range(rounds - 1):
-                before, best = best, min(best, timed(_CALLS))
-                if best > (1 - _QUICKER) * before:
-                    break
-            return best
-    except Exception:  # it is a figure for people: nothing hangs on it
-        return None

@@ -17,7 +17,7 @@ from elesh.bus import Bus, unframed
 from elesh.bus.guard import Guard
 from elesh.security import new_key
 from elesh.settings import BusSettings, Settings
-from elesh.trainer.session.publishing import with_blobs
+from elesh.trainer.session.bus_thread import with_blobs
 from elesh.worker import serve
 from leyline import (
     CheckpointReady,

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from elesh.observe import get_logger, span
 from elesh.settings import RollbackTriggers, VerificationSettings
-from elesh.trainer.latency import call_seconds
 from elesh.trainer.network.calling import batch_size, tensors_in
 from elesh.trainer.network.state import preserved
 from elesh.trainer.recovery.evaluation import (
@@ -44,7 +43,7 @@ from leyline import (
 )
 
 from .carry_over import carried_over, present_form, shortened
-from .own_samples import OwnSamples
+from .own_figures import OwnSamples, call_seconds
 
 __all__ = [
     "Evaluation",
@@ -129,7 +128,9 @@ def apply_decision(
         The outcome, with accuracy and loss before, under the mask and after the cut, where they
         were measured.
     """
-    return refusal(decision, surgeon.architecture) or check_and_cut(
+    if refused := refusal(decision, surgeon.architecture):
+        return refused
+    outcome, _ = check_and_cut(
         decision,
         surgeon,
         evaluate,
@@ -140,6 +141,7 @@ def apply_decision(
         held_out=held_out,
         take_back=take_back,
     )
+    return outcome
 
 
 def check_and_cut(
@@ -156,8 +158,7 @@ def check_and_cut(
     now: Evaluation | None = None,
     cut_drop: float | None = None,
     limits: VerificationSettings | None = None,
-    shown: Callable[[int], object] | None = None,
-) -> PruningOutcome:
+) -> tuple[PruningOutcome, int]:
     """As :func:`apply_decision`, of a decision that :func:`refusal` lets pass.
 
     Args:
@@ -169,12 +170,16 @@ def check_and_cut(
             validation sample is not too much where the loss says no more. None, or 1: the decision
             is cut whole or not at all.
         limits: what the loss may rise by.
-        shown: told how many samples ``evaluate`` has shown the network.
+
+    Returns:
+        The outcome, and how many samples the last call of ``evaluate`` showed the network; 0 where
+        it was not called.
     """
+    present, said = surgeon.architecture, ""
     if blocked := surgeon.blocked():
-        present = surgeon.architecture
-        return outcome_of(decision, present, present, "refused", blocked)
-    decision, said = present_form(decision, surgeon.architecture)
+        return outcome_of(decision, present, present, "refused", blocked), 0
+    if decision.model_hash != present.model_hash:
+        decision, said = present_form(decision, present)
     limit = trigger_of(decision, triggers)
     allowed = (limits or VerificationSettings()).limits(
         frozenset(decision.taken), decision.safety.phase
@@ -193,9 +198,7 @@ def check_and_cut(
         or check.cut(take_back or _to_now(surgeon))
         or check.outcome("applied")
     )
-    if shown is not None:
-        shown(check.samples)
-    return outcome
+    return outcome, check.samples
 
 
 class _Check:
@@ -279,13 +282,9 @@ class _Check:
         before, now = self._figures["before"], self._figures.get("masked")
         if now is None or not now.finite:
             return ""
-        if worse := self._loss_rose(now):
+        if worse := failed_loss(before, now, self._loss_limit) or self._own_rose:
             return worse.removesuffix(",")
         return excess(before, now, self.samples, cut_drop)
-
-    def _loss_rose(self, now: Evaluation) -> str:
-        """Why the loss says that the mask costs too much; empty if it does not."""
-        return failed_loss(self._figures["before"], now, self._loss_limit) or self._own_rose
 
     def _say_shortened(self, whole: StructuralPruningDecision, why: str) -> None:
         """A shortened decision: a field of the outcome, a line in the log, words in the detail."""
@@ -438,8 +437,9 @@ class _Check:
         return now
 
     def _judge(self, now: Evaluation, when: str) -> PruningOutcome | None:
-        reason = failed_check(self._figures["before"].accuracy, now, self._limit)
-        reason = reason or self._loss_rose(now)
+        before = self._figures["before"]
+        reason = failed_check(before.accuracy, now, self._limit)
+        reason = reason or failed_loss(before, now, self._loss_limit) or self._own_rose
         return self.outcome("rolled_back", f"{reason} {when}") if reason else None
 
     def _failed(self, when: str, error: Exception) -> PruningOutcome:

@@ -5,6 +5,7 @@ never waits for it. It waits for a bus that is away or refuses, however long, an
 back; only :meth:`BusThread.close` ends the thread. Only the trainer that holds the run's claim
 sends and receives; the claim is renewed here, and the server checks it with every message.
 Everything published ends in the mailbox: with its decision, its dead letter, or without an answer.
+A name server that does not answer keeps no process from ending.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import datetime
+from typing import Any, Literal
 
 from opentelemetry.trace import SpanKind
 
@@ -49,18 +52,18 @@ from leyline import (
     InvalidField,
     Level,
     Message,
+    RequestKey,
     StructuralAnalysisRequest,
     StructuralPruningDecision,
     stable_hash,
 )
 from leyline.envelope import TTL, Priority
+from leyline.network.bundle import NETWORK_FILES
 from leyline.streams import CHECKPOINTS, DEAD, DECISIONS, REQUESTS, WORK, Stream
 
-from .loop import new_loop
-from .mailbox import Ended, Incoming, Mailbox, Outgoing
-from .publishing import MOST_TIMES, Published, Unanswered, with_blobs
+from .mailbox import MOST_TIMES, Ended, Incoming, Mailbox, Outgoing, Published, Unanswered
 
-__all__ = ["BusThread"]
+__all__ = ["BusThread", "new_loop", "with_blobs"]
 
 _SOURCE = "kasmina"
 _LISTEN_SECONDS = 2.0
@@ -455,3 +458,80 @@ async def _refuses_this(bus: Bus, error: BusUnavailable) -> bool:
     if isinstance(error, BusRefuses):
         return error.code in ("OOM", "ERR")
     return await bus.drops(error)
+
+
+async def with_blobs(
+    bus: Bus, bundle: CheckpointBundle, request_id: str
+) -> CheckpointReady | StructuralAnalysisRequest:
+    """Put the blobs and return the event or request that points at them."""
+    architecture, metadata = bundle.architecture.model_hash, bundle.metadata
+    blobs = bundle.blobs()
+    if bundle.network is not None:
+        blobs |= {name: getattr(bundle.network, name) for name in NETWORK_FILES}
+    refs: dict[str, Any] = {}
+    for name, data in blobs.items():
+        codec: Literal["msgpack", "safetensors"]
+        codec = "msgpack" if name == "program" else "safetensors"
+        refs[name] = await bus.blobs.put(data, codec, architecture=architecture)
+    if not request_id:
+        return CheckpointReady(
+            metadata=metadata,
+            architecture=bundle.architecture,
+            levels=bundle.levels,
+            parameters=bundle.parameters,
+            **refs,
+        )
+    return StructuralAnalysisRequest(
+        request_id=request_id,
+        idempotency_key=str(RequestKey(metadata.epoch, metadata.model_hash, request_id)),
+        current_architecture=bundle.architecture,
+        parameters=bundle.parameters,
+        requirements=bundle.requirements,
+        metadata=metadata,
+        levels=bundle.levels,
+        **refs,
+    )
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """Looks names up on daemon threads: those of the default executor are waited for when the loop
+    and the process end, however long the system's resolver takes."""
+
+    async def getaddrinfo(
+        self,
+        host: Any,
+        port: Any,
+        *,
+        family: int = 0,
+        type: int = 0,
+        proto: int = 0,
+        flags: int = 0,
+    ) -> Any:
+        """As the function of the same name in :mod:`socket`."""
+        answer: asyncio.Future[Any] = self.create_future()
+
+        def resolve(found: Any, error: Exception | None) -> None:
+            if answer.done():  # the wait was cancelled
+                return
+            if error is not None:
+                answer.set_exception(error)
+            else:
+                answer.set_result(found)
+
+        def look_up() -> None:
+            found: Any = None
+            failure: Exception | None = None
+            try:
+                found = socket.getaddrinfo(host, port, family, type, proto, flags)
+            except Exception as error:
+                failure = error
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self.call_soon_threadsafe(resolve, found, failure)
+
+        threading.Thread(target=look_up, name="elesh-resolver", daemon=True).start()
+        return await answer
+
+
+def new_loop() -> asyncio.AbstractEventLoop:
+    """A loop for :class:`asyncio.Runner`."""
+    return _Loop()

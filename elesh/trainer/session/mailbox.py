@@ -1,8 +1,12 @@
-"""Two queues between the training thread and the bus's thread.
+"""What waits in a trainer: two queues between the training thread and the bus's thread, and what
+was published and has no answer yet.
 
 Promises: neither side ever waits for the other; what does not fit, comes too late, or comes from a
 process that has no such thread is refused, counted in ``missed`` and logged with its reason, so
-that :meth:`Mailbox.post` says the truth. It knows nothing of the bus, nor of the network.
+that :meth:`Mailbox.post` says the truth. An answer that was lost (a failover, a stream that was
+deleted or trimmed) is found in the record of its key; a message that was lost is published again;
+one without an answer in its time ends with that reason. Each ends once. Other content under a key
+that was published is refused. Nothing here talks to the bus, nor to the network.
 """
 
 from __future__ import annotations
@@ -10,14 +14,22 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from elesh.observe import SparseLines, get_logger, mark_failed, span
-from leyline import CheckpointBundle, Message, RequestKey
+from leyline import (
+    CheckpointBundle,
+    CheckpointReady,
+    Conflict,
+    Message,
+    RequestKey,
+    StructuralAnalysisRequest,
+)
 from leyline.streams import Stream
 
-__all__ = ["Ended", "Incoming", "Mailbox", "Outgoing"]
+__all__ = ["MOST_TIMES", "Ended", "Incoming", "Mailbox", "Outgoing", "Published", "Unanswered"]
 
 _ITEMS, _BUNDLES = 64, 8
 _FORKED = "this process was forked from the one that has the session: open one of its own here"
@@ -168,3 +180,101 @@ class Mailbox:
         """Count and log everything that is queued."""
         while (item := self.take()) is not None:
             self.miss(item, reason)
+
+
+_FIRST_SECONDS, _LONGEST_SECONDS = 10.0, 120.0
+"""Between looks for one answer: the first comes soon, the others ever later."""
+_MOST = 512
+MOST_TIMES = 3
+"""Times that a message which vanished is published again."""
+
+
+@dataclass(eq=False)
+class Published:
+    """A message on the bus."""
+
+    key: str
+    """Of the decision that it leads to."""
+    message: CheckpointReady | StructuralAnalysisRequest
+    epoch: int
+    event_id: str
+    entry: str
+    """Where it stands on its stream."""
+    lives: float
+    """Seconds in which it is answered, or never."""
+    carrier: Mapping[str, str] = field(default_factory=dict)
+    """The context of the trace that it was created in."""
+    at: float = 0.0
+    next_look: float = 0.0
+    pause: float = _FIRST_SECONDS
+    again: int = 0
+    """Times that it was published again."""
+
+
+class Unanswered:
+    """The messages of one run, by key."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._waiting: dict[str, Published] = {}
+        self._decided: dict[str, None] = {}
+        self._contents: dict[str, str] = {}
+
+    def require_same(self, key: str, content: str) -> None:
+        """Refuse what the bus would take for a message that is there already.
+
+        Args:
+            content: fingerprint of what is to be published under ``key``.
+
+        Raises:
+            Conflict: if other content was published under it.
+        """
+        if self._contents.setdefault(key, content) != content:
+            hint = "give other content another key: another epoch, or another request id"
+            found = f"content {content[:16]}"
+            raise Conflict("idempotency_key", f"what {key} was published with", found, hint=hint)
+        while len(self._contents) > 2 * _MOST:
+            del self._contents[next(iter(self._contents))]
+
+    def add(self, published: Published) -> None:
+        """A message is on the bus from now on."""
+        now = self._clock()
+        if not published.at:
+            published.at = now
+        published.next_look = now + published.pause
+        if published.key not in self._decided:
+            self._waiting[published.key] = published
+        while len(self._waiting) > _MOST:
+            del self._waiting[next(iter(self._waiting))]
+
+    def decided(self, key: str) -> bool:
+        """Its decision was heard; whether for the first time."""
+        self._waiting.pop(key, None)
+        if key in self._decided:
+            return False
+        self._decided[key] = None
+        while len(self._decided) > 2 * _MOST:
+            del self._decided[next(iter(self._decided))]
+        return True
+
+    def ended(self, key: str) -> None:
+        """It will have no decision."""
+        self._waiting.pop(key, None)
+
+    def due(self) -> list[Published]:
+        """Those to look for now; each is looked for again later."""
+        now = self._clock()
+        found = [each for each in self._waiting.values() if each.next_look <= now]
+        for each in found:
+            each.pause = min(2 * each.pause, _LONGEST_SECONDS)
+            each.next_look = now + each.pause
+        return found
+
+    def hurry(self) -> None:
+        """The bus was away: look for all of them soon."""
+        for each in self._waiting.values():
+            each.pause, each.next_look = _FIRST_SECONDS, self._clock()
+
+    def is_over(self, published: Published) -> bool:
+        """Whether its time is over."""
+        return self._clock() - published.at > published.lives

@@ -122,8 +122,7 @@ class MonitoredCuts:
             recovery.begin("apply", [pending], point=before)
         except (ContractError, OSError) as error:
             return _unwritten(decision, now, error)
-        shown = [0]
-        outcome = check_and_cut(
+        outcome, samples = check_and_cut(
             decision,
             surgeon,
             evaluate,
@@ -136,28 +135,19 @@ class MonitoredCuts:
             now=known,
             cut_drop=self._cut_drop,
             limits=self._limits,
-            shown=shown.append,
         )
         self._saw(outcome.accuracy_before)
         if outcome.result == "applied":
-            cut = self._monitored(decision, outcome, before, shown[-1])
+            outcome = outcome.model_copy(update={"watched": self._reports})
+            limit = trigger_of(decision, self._triggers)
+            cut = MadeCut(
+                outcome, before, limit, self._reports, moves=recovery.moves, samples=samples
+            )
             outcome = self._commit(decision, cut, snapshot, tracked)
         else:
             recovery.done("apply", before, [outcome], recovery.situation.cuts, later=True)
         recovery.thin_out()
         return outcome
-
-    def _monitored(
-        self,
-        decision: StructuralPruningDecision,
-        outcome: PruningOutcome,
-        before: int,
-        samples: int,
-    ) -> MadeCut:
-        """A cut that was made, as it will be monitored."""
-        outcome = outcome.model_copy(update={"watched": self._reports})
-        limit, moves = trigger_of(decision, self._triggers), self._recovery.moves
-        return MadeCut(outcome, before, limit, self._reports, moves=moves, samples=samples)
 
     def _commit(
         self,

@@ -252,12 +252,10 @@ class Session:
         Raises:
             InvalidField: if it was measured for another run: its answer would not be heard here.
         """
-        bundle = self._of_this_run(bundle)
-        bundle = self._with_accuracy(bundle)
+        bundle = self._with_accuracy(self._of_this_run(bundle))
         if self._preflight is not None:  # In the run's first checkpoint only.
             metadata = bundle.metadata.model_copy(update={"preflight": self._preflight})
             bundle, self._preflight = replace(bundle, metadata=metadata), None
-        self._keep_covariance(bundle)
         metadata = bundle.metadata
         event_id = "ev-" + stable_hash(metadata.run_id, metadata.checkpoint_id)
         self._observers.notify("on_checkpoint", bundle)
@@ -270,7 +268,6 @@ class Session:
         The decision's key holds ``request_id`` where that of a checkpoint holds its own id; the
         bundle's levels, parameters and requirements are asked for.
         """
-        self._keep_covariance(bundle)
         bundle = self._of_this_run(bundle)
         event_id = "rq-" + stable_hash(bundle.metadata.run_id, request_id)
         with _creating(REQUESTS):
@@ -415,11 +412,6 @@ class Session:
         self._observers.notify("on_outcome", decision, outcome)
         return outcome
 
-    def _keep_covariance(self, bundle: CheckpointBundle) -> None:
-        """Keep the covariance that cuts decided from this checkpoint are refitted with."""
-        if isinstance(bundle, MeasuredCheckpoint) and bundle.covariance is not None:
-            self._covariance = bundle.covariance
-
     def _strange(self, decision: StructuralPruningDecision) -> str:
         """Why a decision is not this run's, or was applied before; empty if it may be applied.
 
@@ -527,12 +519,16 @@ class Session:
                 self._decisions.append(item.message)
 
     def _of_this_run(self, bundle: CheckpointBundle) -> CheckpointBundle:
+        """The bundle under this run's id; the covariance that cuts decided from it are refitted
+        with is kept."""
         found = bundle.metadata
-        if found.run_id == self.run_id:
-            return bundle
-        if found.run_id != UNNAMED:
+        if found.run_id not in (self.run_id, UNNAMED):
             hint = "recorder.measure(batches, epoch=epoch, run_id=session.run_id)"
             raise InvalidField("checkpoint.run_id", self.run_id, found.run_id, hint=hint)
+        if isinstance(bundle, MeasuredCheckpoint) and bundle.covariance is not None:
+            self._covariance = bundle.covariance
+        if found.run_id == self.run_id:
+            return bundle
         name = checkpoint_id(self.run_id, found.epoch, found.model_hash)
         metadata = found.model_copy(update={"run_id": self.run_id, "checkpoint_id": name})
         return replace(bundle, metadata=metadata)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from elesh.trainer.session.loop import new_loop
+from elesh.trainer.session.bus_thread import new_loop
 
 
 def test_a_look_up_that_hangs_is_not_waited_for_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

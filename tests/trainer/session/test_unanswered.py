@@ -9,8 +9,7 @@ import pytest
 
 from elesh.bus import BadAddress
 from elesh.trainer import Session
-from elesh.trainer.session.mailbox import Ended, Mailbox, Outgoing
-from elesh.trainer.session.publishing import Published, Unanswered
+from elesh.trainer.session.mailbox import Ended, Mailbox, Outgoing, Published, Unanswered
 from leyline.streams import OUTCOMES
 
 

@@ -1,5 +1,5 @@
-"""What a cut does to the loss of samples that Elesh has itself: a second witness beside the
-caller's ``evaluate``, whose accuracy may be constant, saturated or made up.
+"""What Elesh itself measures of a network around a cut, beside the caller's ``evaluate``, whose
+accuracy may be constant, saturated or made up: the loss of its own samples, and the time of a call.
 
 Promises: the network is left as it was, random states included; a rise that chance explains is
 none; labels that are no classes of the network's outputs, as its answers show as well, say nothing,
@@ -9,21 +9,30 @@ and nothing is made of them.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
 from elesh.observe import span
 from elesh.program.program import IGNORED_LABEL
 from elesh.trainer.calibration.losses import class_axis, class_labels
-from elesh.trainer.network.calling import call, device_of, main_output, map_tensors
+from elesh.trainer.network.calling import (
+    call,
+    device_of,
+    example_of,
+    main_output,
+    map_tensors,
+    timed_call,
+)
 from elesh.trainer.network.state import preserve_state
 from leyline import InvalidField
 
-__all__ = ["OwnSamples"]
+__all__ = ["OwnSamples", "call_seconds"]
 
 _ERRORS = 2.0
 """Standard errors of the mean rise, over samples, by which it is more than chance."""
@@ -99,3 +108,35 @@ def _each(logits: Tensor, labels: Any) -> Tensor:
     means: Tensor = (losses * counts).sum(1)[known] / counts.sum(1)[known]
     means = means.double().cpu()
     return means
+
+
+_CALLS = 3
+"""Of each rank of several: a call may wait for the others."""
+_SECONDS, _MOST_CALLS = 0.03, 30
+"""Of a process alone: at most so long and so often, as long as it gets quicker by this share."""
+_QUICKER = 0.02
+
+
+def call_seconds(network: nn.Module) -> float | None:
+    """Seconds of a call in evaluation mode with the batch that the network was measured with: those
+    that the thread computed (others on the machine change them little), on other devices those by
+    the clock. The quickest call counts, until three more are no quicker. None if there is no such
+    batch, or it does not run (any more). Nothing of the network changes."""
+    inputs = example_of(network)
+    if inputs is None:
+        return None
+    try:
+        with preserve_state(network, 0), torch.no_grad():
+            clock = time.thread_time if device_of(network).type == "cpu" else time.perf_counter
+            timed = timed_call(network, inputs, clock)
+            best = timed(_CALLS)
+            if dist.is_available() and dist.is_initialized():
+                return best
+            rounds = min(int(_SECONDS / max(best, 1e-7)), _MOST_CALLS) // _CALLS
+            for _ in range(rounds - 1):
+                before, best = best, min(best, timed(_CALLS))
+                if best > (1 - _QUICKER) * before:
+                    break
+            return best
+    except Exception:  # it is a figure for people: nothing hangs on it
+        return None
