@@ -26,8 +26,8 @@ from elesh.observe import linked_span
 from elesh.safety import BreakerStatus
 from elesh.settings import Settings
 from elesh.worker.compute.process import ComputeChild
-from elesh.worker.compute.protocol import DOCUMENT, ChildFailure, Job
-from elesh.worker.fallback_chain import REPLAYED, is_corruption, stand_in
+from elesh.worker.compute.protocol import DOCUMENT, REPLAYED, ChildFailure, Job
+from elesh.worker.fallback_chain import is_corruption, stand_in
 from leyline import ContractError, IdempotencyKey, Level, StructuralPruningDecision, decode, encode
 from leyline.streams import CHECKPOINTS, REQUESTS
 

@@ -302,7 +302,7 @@ class VerificationSettings(Section):
         """The strictest limits of the levels that a cut is made of."""
         found = [getattr(self, level).of(phase) for level in sorted(levels)]
         factor = self.limit_factor or 1.0
-        return CutLimits(
+        return CutLimits.model_construct(  # of limits that were validated
             accuracy_drop=min(1.0, factor * min((x.accuracy_drop for x in found), default=0.0)),
             loss_rise=factor * min((x.loss_rise for x in found), default=0.0),
         )

@@ -1,8 +1,8 @@
 """The fallback chain of the design document: which fallback answers which failure.
 
 Pure. A fallback that was taken is a :class:`leyline.Fallback` of the decision, and what it changes
-in an analysis follows from its name alone (:func:`scope_of`), so that a replay of the decision
-takes the same one.
+in an analysis follows from its name alone (:attr:`.compute.protocol.Job.scope`), so that a replay of
+the decision takes the same one.
 
 ========================  =====================================================================
 fallback                      what it does
@@ -19,10 +19,16 @@ fallback                      what it does
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Literal
 
-from elesh.worker.compute.protocol import ChildDied, ChildFailure, ChildOverMemory, ChildTimeout
+from elesh.worker.compute.protocol import (
+    CRASH,
+    MEMORY,
+    TIMEOUT,
+    ChildDied,
+    ChildFailure,
+    ChildOverMemory,
+    ChildTimeout,
+)
 from leyline import (
     CheckpointDocument,
     ContractError,
@@ -40,20 +46,12 @@ from leyline import (
 
 __all__ = [
     "CORRUPTION",
-    "REPLAYED",
-    "Scope",
     "is_corruption",
     "fallback_for",
-    "scope_of",
     "stand_in",
     "time_for",
 ]
 
-Scorer = Literal["", "multi_metric", "magnitude"]
-
-TIMEOUT = "analysis_timeout"
-CRASH = "worker_crash"
-MEMORY = "memory_overflow"
 CORRUPTION = "data_corruption"
 
 _FALLBACKS: Mapping[type[ChildFailure], str] = {
@@ -61,42 +59,10 @@ _FALLBACKS: Mapping[type[ChildFailure], str] = {
     ChildDied: CRASH,
     ChildOverMemory: MEMORY,
 }
-REPLAYED = frozenset(_FALLBACKS.values())
-"""The fallbacks that a replay takes from the record; the analysis takes the others by itself."""
 CORRUPT: tuple[type[ContractError], ...] = (DigestMismatch, Malformed, NotFinite, ShapeMismatch)
 """What says that a checkpoint's data is broken."""
 _EXTRA = 0.25
 """Basic scoring after a timeout may take this share of the window, on top of it."""
-
-
-@dataclass(frozen=True)
-class Scope:
-    """What is left of an analysis after the fallbacks that were taken."""
-
-    scorer: Scorer = ""
-    """Overrides the scorer of request and settings."""
-    vectors_only: bool = False
-    """Whether only the three vectors are loaded, and only channels analysed."""
-    conservative: bool = False
-    """Whether the cut stays within the conservative phase's limit."""
-
-    def narrowed(self, document: CheckpointDocument, limit: float) -> CheckpointDocument:
-        """The checkpoint's document with the conservative ``limit``."""
-        asked = document.parameters.target_ratio
-        target = limit if asked is None else min(asked, limit)
-        parameters = document.parameters.model_copy(update={"target_ratio": target})
-        return document.model_copy(update={"parameters": parameters})
-
-
-def scope_of(names: Iterable[str]) -> Scope:
-    """The scope that the named fallbacks leave."""
-    taken = set(names)
-    over_memory = MEMORY in taken
-    return Scope(
-        scorer="multi_metric" if over_memory or TIMEOUT in taken else "",
-        vectors_only=over_memory,
-        conservative=over_memory,
-    )
 
 
 def fallback_for(failure: ChildFailure, taken: Iterable[str], level: Level | None) -> str:

@@ -24,7 +24,6 @@ from elesh.analysis.spans import observed, span
 from elesh.program import preload, verifier
 from elesh.safety import BreakerStatus
 from elesh.settings import Settings
-from elesh.worker.fallback_chain import REPLAYED, scope_of
 from elesh.worker.spool import SHORTAGE_CODE, shortage_of
 from leyline import (
     AnalysedPart,
@@ -51,6 +50,7 @@ from .protocol import (
     MEMORY_CODE,
     PREFIX,
     PRELOAD,
+    REPLAYED,
     Failed,
     Job,
     Kind,
@@ -193,7 +193,7 @@ def _analysis(job: Job, bundle: CheckpointBundle, settings: Settings, level: Lev
         level,
         key=IdempotencyKey.parse(job.key).at(level),
         threads=job.threads,
-        scorer=scope_of(dict(job.fallbacks)).scorer or None,
+        scorer=job.scope.scorer or None,
         fallbacks=job.taken_fallbacks,
         shard=job.shard or None,
     )
@@ -204,7 +204,7 @@ def _context(job: Job, bundle: CheckpointBundle, settings: Settings) -> JoinCont
     kind = StructuralPruningDecision
     recorded = decode(kind, job.recorded, field="recorded") if job.recorded else None
     # After a fallback there is no time or memory for measuring; gates are stricter without it.
-    measures = not scope_of(dict(job.fallbacks)).scorer
+    measures = not job.scope.scorer
     factor = job.loss_factor
     return JoinContext(
         breakers={
@@ -225,7 +225,7 @@ def _input(job: Job) -> tuple[CheckpointBundle, Settings]:
     The supervisor has verified sizes and digests.
     """
     folder, settings = Path(job.folder), _settings(job.settings)
-    scope = scope_of(dict(job.fallbacks))
+    scope = job.scope
     document = decode(CheckpointDocument, (folder / DOCUMENT).read_bytes(), field="checkpoint")
     if scope.conservative:
         limit = settings.structured_pruning.safety_schedule.conservative_limit

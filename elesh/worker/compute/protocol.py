@@ -38,7 +38,7 @@ from typing import Any, Literal
 import msgpack
 
 from elesh.worker.spool import SHORTAGE_CODE, Shortage
-from leyline import ContractError, Fallback, Level, errors
+from leyline import CheckpointDocument, ContractError, Fallback, Level, errors
 
 __all__ = [
     "ChildDied",
@@ -85,6 +85,33 @@ MEMORY_CODE = "memory"
 """``Failed.code`` of a job that ran out of memory."""
 
 
+TIMEOUT = "analysis_timeout"
+CRASH = "worker_crash"
+MEMORY = "memory_overflow"
+REPLAYED = frozenset({TIMEOUT, CRASH, MEMORY})
+"""The fallbacks that a replay takes from the record; the analysis takes the others by itself."""
+Scorer = Literal["", "multi_metric", "magnitude"]
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What is left of an analysis after the fallbacks that were taken."""
+
+    scorer: Scorer = ""
+    """Overrides the scorer of request and settings."""
+    vectors_only: bool = False
+    """Whether only the three vectors are loaded, and only channels analysed."""
+    conservative: bool = False
+    """Whether the cut stays within the conservative phase's limit."""
+
+    def narrowed(self, document: CheckpointDocument, limit: float) -> CheckpointDocument:
+        """The checkpoint's document with the conservative ``limit``."""
+        asked = document.parameters.target_ratio
+        target = limit if asked is None else min(asked, limit)
+        parameters = document.parameters.model_copy(update={"target_ratio": target})
+        return document.model_copy(update={"parameters": parameters})
+
+
 @dataclass(frozen=True)
 class Job:
     """What to do with one checkpoint.
@@ -105,7 +132,7 @@ class Job:
     threads: int = 1
     fallbacks: tuple[tuple[str, str], ...] = ()
     """Fallbacks of the failure table that led to this job, each with its reason; what they change
-    in the analysis is :func:`elesh.worker.fallback_chain.scope_of`."""
+    in the analysis is :attr:`scope`."""
     shard: tuple[str, ...] = ()
     """The groups that a ``level`` job looks at; empty for all."""
     missing: tuple[tuple[str, str], ...] = ()
@@ -121,6 +148,17 @@ class Job:
     recorded: bytes = b""
     """In a replay, the encoded decision of then: what chance decided (see
     :func:`elesh.program.verifier`) is taken from it."""
+
+    @property
+    def scope(self) -> Scope:
+        """The scope that the fallbacks leave."""
+        taken = dict(self.fallbacks)
+        over_memory = MEMORY in taken
+        return Scope(
+            scorer="multi_metric" if over_memory or TIMEOUT in taken else "",
+            vectors_only=over_memory,
+            conservative=over_memory,
+        )
 
     @property
     def taken_fallbacks(self) -> tuple[Fallback, ...]:
