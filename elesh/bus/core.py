@@ -319,8 +319,7 @@ class Bus:
         stored: Any = await self._client.hgetall(name)
         if b"envelope" not in stored:
             return None
-        self.guard.check(DECISIONS, stored[b"envelope"])
-        envelope = unframed(stored[b"envelope"])
+        envelope = self.guard.check(DECISIONS, stored[b"envelope"]).content
         if (found := read_envelope(envelope).correlation_id) != str(key):
             raise IdentityMismatch(f"record of {key}", str(key), found)
         outcomes = (field for field in stored if field.startswith(_OUTCOME))
@@ -343,7 +342,7 @@ class Bus:
     def _is_recorded(self, name: str, field: bytes, framed: bytes) -> bool:
         """Whether a signer that may decide recorded this outcome."""
         try:
-            return bool(self.guard.state(f"{name}:{field.decode()}", framed))
+            return bool(self.guard.check(f"{name}:{field.decode()}", framed).content)
         except (ContractError, UnicodeDecodeError):
             return False
 
@@ -351,7 +350,7 @@ class Bus:
         """Keep that an outcome of a decision was taken in, for as long as the decision's record."""
         name = self.keys.named("record", str(key))
         field = _OUTCOME.decode() + event_id
-        await self._client.hset(name, field, self.guard.frame_state(f"{name}:{field}", b"1"))
+        await self._client.hset(name, field, self.guard.frame(f"{name}:{field}", b"1"))
         # Its record may have ended at this very moment.
         await self._client.expire(name, self.settings.record_ttl_seconds, nx=True)
 

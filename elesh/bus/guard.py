@@ -15,7 +15,7 @@ import struct
 from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from elesh.security import Keyring, seal, unseal
 from elesh.settings import SettingsError
@@ -23,10 +23,18 @@ from elesh.settings.operation import SecuritySettings
 from leyline import Malformed
 from leyline.streams import DECISIONS, OPERATIONS, Stream
 
-__all__ = ["Guard", "unframed"]
+__all__ = ["Checked", "Guard", "unframed"]
 
 _MAGIC = b"\xc1ELSIG1"
 _LENGTH = struct.Struct(">H")
+
+
+class Checked(NamedTuple):
+    """What a signature was checked of."""
+
+    signer: str
+    """Id of the key; empty where there need be none."""
+    content: bytes
 
 
 class Guard:
@@ -69,23 +77,51 @@ class Guard:
         ring = Keyring.load(Path(settings.keyring), required=settings.require_signatures)
         return cls(ring, settings.blob_key, partition)
 
-    # Entries
+    def frame(self, where: Stream | str, content: bytes) -> bytes:
+        """What is written at a place: an entry's envelope on a stream, or something that a decision
+        will be built from, at a Redis key, with the field's name where it is a hash. It is the
+        plain content where nothing signs."""
+        signature = self._keyring.sign(self._place(where), content) if self._keyring else b""
+        if not signature:
+            return content
+        return _MAGIC + _LENGTH.pack(len(signature)) + signature + content
 
-    def frame(self, stream: Stream, envelope: bytes) -> bytes:
-        """The content of an entry's ``envelope`` field; the plain envelope where nothing signs."""
-        return self.frame_state(stream.key(self._partition), envelope)
-
-    def check(self, stream: Stream, framed: bytes, at: datetime | None = None) -> str:
-        """The id of the key that signed an entry; empty where entries may be unsigned.
+    def check(
+        self,
+        where: Stream | str,
+        framed: bytes,
+        *,
+        may: Collection[Stream] | None = None,
+        at: datetime | None = None,
+    ) -> Checked:
+        """What stands at a place, and who signed it.
 
         Args:
+            may: what the signer's key has to have a right to; None: to write on the stream, or to
+                decide, for what decisions are built from.
             at: when the key had to be valid; now, if None.
 
         Raises:
             Unsigned, BadSignature, NotAuthorized: as :meth:`Keyring.check`.
             Malformed: if the frame is cut short.
         """
-        return self._checked(stream.key(self._partition), framed, (stream.name,), at)[0]
+        signature, content = _parts(framed)
+        if self._keyring is None:
+            return Checked("", content)
+        rights = may or ((where,) if isinstance(where, Stream) else (DECISIONS,))
+        signer = self._keyring.check(
+            self._place(where),
+            content,
+            signature,
+            at or datetime.now(UTC),
+            may=[stream.name for stream in rights],
+        )
+        return Checked(signer, content)
+
+    def redrive_of(self, framed: bytes) -> str:
+        """The place of an operator's word that the entry ``framed`` was sent again: this entry."""
+        digest = hashlib.sha256(framed).hexdigest()
+        return f"{OPERATIONS.key(self._partition)}:redrive:{digest}"
 
     def require_believed(self, *streams: Stream) -> None:
         """Refuse to be a party whose own keyring does not believe what it writes there.
@@ -96,31 +132,8 @@ class Guard:
         for stream in streams:
             self.check(stream, self.frame(stream, b""))
 
-    def frame_redrive(self, at: str, framed: bytes) -> bytes:
-        """The content of the field that says when an operator sent ``framed`` again."""
-        return self.frame_state(self._redrive(framed), at.encode())
-
-    def check_redrive(self, field: bytes, framed: bytes) -> str:
-        """As :meth:`check`, for that field: an operator's key, and this very entry."""
-        return self._checked(self._redrive(framed), field, (OPERATIONS.name,))[0]
-
-    # State
-
-    def frame_state(self, place: str, content: bytes) -> bytes:
-        """Something that a decision will be built from, as it is kept at ``place``: a Redis key,
-        with the field's name where it is a hash."""
-        signature = self._keyring.sign(place, content) if self._keyring else b""
-        if not signature:
-            return content
-        return _MAGIC + _LENGTH.pack(len(signature)) + signature + content
-
-    def state(self, place: str, framed: bytes, *, may: Collection[Stream] = (DECISIONS,)) -> bytes:
-        """What is kept at ``place``, by a key that may do what is built from it: decide.
-
-        Raises:
-            Unsigned, BadSignature, NotAuthorized, Malformed: as :meth:`check`.
-        """
-        return self._checked(place, framed, [stream.name for stream in may])[1]
+    def _place(self, where: Stream | str) -> str:
+        return where.key(self._partition) if isinstance(where, Stream) else where
 
     # Blobs
 
@@ -145,21 +158,6 @@ class Guard:
             Unreadable: if no key here opens it, or it is not what was sealed.
         """
         return unseal(data, self._blob_keys, architecture, field=field)
-
-    def _checked(
-        self, place: str, framed: bytes, may: Collection[str], at: datetime | None = None
-    ) -> tuple[str, bytes]:
-        """The signer, empty where there need be none, and the content."""
-        signature, content = _parts(framed)
-        if self._keyring is None:
-            return "", content
-        at = at or datetime.now(UTC)
-        return self._keyring.check(place, content, signature, at, may=may), content
-
-    def _redrive(self, framed: bytes) -> str:
-        """The place that the signature of a redrive names: this entry."""
-        digest = hashlib.sha256(framed).hexdigest()
-        return f"{OPERATIONS.key(self._partition)}:redrive:{digest}"
 
 
 def unframed(framed: bytes) -> bytes:

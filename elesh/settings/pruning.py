@@ -215,11 +215,6 @@ class PhaseLimits(Section):
     aggressive: CutLimits
     """In the aggressive phase."""
 
-    def of(self, phase: Phase) -> CutLimits:
-        """The limits of a phase; in phases that do not prune, the strictest."""
-        found: CutLimits = getattr(self, phase, self.conservative)
-        return found
-
 
 _STEPS = ((0.02, 0.05), (0.03, 0.08), (0.05, 0.12), (0.08, 0.15), (0.12, 0.20))
 """Accuracy drop, and loss increase in nats, from the strictest step on (FACTS, "Selection")."""
@@ -300,7 +295,9 @@ class VerificationSettings(Section):
 
     def limits(self, levels: frozenset[Level], phase: Phase) -> CutLimits:
         """The strictest limits of the levels that a cut is made of."""
-        found = [getattr(self, level).of(phase) for level in sorted(levels)]
+        own: list[PhaseLimits] = [getattr(self, level) for level in sorted(levels)]
+        # In phases that do not prune, the strictest.
+        found: list[CutLimits] = [getattr(limits, phase, limits.conservative) for limits in own]
         factor = self.limit_factor or 1.0
         return CutLimits.model_construct(  # of limits that were validated
             accuracy_drop=min(1.0, factor * min((x.accuracy_drop for x in found), default=0.0)),

@@ -1,8 +1,8 @@
 """The fallback chain of the design document: which fallback answers which failure.
 
 Pure. A fallback that was taken is a :class:`leyline.Fallback` of the decision, and what it changes
-in an analysis follows from its name alone (:attr:`.compute.protocol.Job.scope`), so that a replay of
-the decision takes the same one.
+in an analysis follows from its name alone (:attr:`.compute.protocol.Job.scope`): a replay of the
+decision takes the same one.
 
 ========================  =====================================================================
 fallback                      what it does

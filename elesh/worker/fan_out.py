@@ -30,7 +30,6 @@ from leyline import (
     ItemResult,
     JoinItem,
     Level,
-    LevelAnalysis,
     MissingBlob,
     PrunedArchitecture,
     encode,
@@ -110,9 +109,13 @@ class FanOut:
         try:
             self._result_handler.refuse_poison(delivery)
             groups = groups_of(work.document.architecture, item)
-            analysis = await self._executor.analyse(work, item.level, groups)
-            # An analysis is costly: it waits for the bus.
-            result = await self._bus.persistently(lambda: self._stored(analysis), stop=self._stop)
+            data = encode(await self._executor.analyse(work, item.level, groups))
+            if len(data) <= _INLINE:
+                result = ItemResult(analysis=data)
+            else:  # An analysis is costly: it waits for the bus.
+                blobs, stop = self._bus.blobs, self._stop
+                blob = await self._bus.persistently(lambda: blobs.put(data, "msgpack"), stop=stop)
+                result = ItemResult(blob=blob)
         except ContractError as error:
             mark_failed(error.code, str(error))
             result = ItemResult(failed=str(error)[:8192], code=error.code)
@@ -197,12 +200,6 @@ class FanOut:
         raise MissingBlob(
             f"plan {key}", "the plan's record", "no such key", hint="publish the checkpoint again"
         )
-
-    async def _stored(self, analysis: LevelAnalysis) -> ItemResult:
-        data = encode(analysis)
-        if len(data) <= _INLINE:
-            return ItemResult(analysis=data)
-        return ItemResult(blob=await self._bus.blobs.put(data, "msgpack"))
 
 
 def _of_checkpoint(delivery: Delivery, plan: Plan) -> Delivery:

@@ -105,7 +105,7 @@ def test_signed_work_is_decided_and_the_decision_is_signed(
     (delivery,) = station.read(DECISIONS)
     settings = BusSettings(security={"keyring": keyrings("trainer")}).security
     guard = Guard.of(settings, station.partition)
-    assert guard.check(DECISIONS, delivery.framed) == "worker"
+    assert guard.check(DECISIONS, delivery.framed).signer == "worker"
     assert unframed(delivery.framed) == delivery.envelope != delivery.framed
 
 
@@ -186,7 +186,7 @@ def test_only_an_operator_can_send_an_old_entry_again(
     assert dead_letter.error_code == "expired"
 
     async def replayed(bus: Bus) -> None:
-        word = bus.guard.frame_redrive("1893456000000", framed)
+        word = bus.guard.frame(bus.guard.redrive_of(framed), b"1893456000000")
         async with Redis.from_url(station.url) as redis:
             for redriven in (b"1893456000000", word):
                 fields: Any = {"envelope": framed, "redriven": redriven}

@@ -73,7 +73,7 @@ class AuditLog(Store):
     def _doubt(self, head: AuditHead, signed: bytes) -> str:
         """Why a head is not to be believed."""
         try:
-            if self._guard.state(self._head, signed, may=(AUDIT,)) != _facts(head):
+            if self._guard.check(self._head, signed, may=(AUDIT,)).content != _facts(head):
                 return "is not as it was written" if signed else ""
         except ContractError as error:
             return str(error)
@@ -116,7 +116,7 @@ class AuditLog(Store):
         self, head: AuditHead, entries: Sequence[AuditEntry], cursors: Mapping[str, str]
     ) -> bool:
         last = (entries[-1].number, entries[-1].digest) if entries else (head.number, head.digest)
-        signed = self._guard.frame_state(self._head, _facts(AuditHead(*last, cursors)))
+        signed = self._guard.frame(self._head, _facts(AuditHead(*last, cursors)))
         fields: list[str | bytes] = [_SIGNED, signed]
         for name, at in cursors.items():
             fields += [_CURSOR + name, at]

@@ -80,7 +80,7 @@ class HistoryStore(Store):
     async def remember(self, run_id: str, epoch: int, blob: bytes) -> Kept:
         """Keep an epoch's measurements; ``conflict`` if the epoch holds others, which stay."""
         key = self._keys.named("history", run_id)
-        signed = self._guard.frame_state(_place(key, str(epoch)), blob)
+        signed = self._guard.frame(_place(key, str(epoch)), blob)
         args: Args = [epoch, signed, *self._limits]
         answer = (await self._scripts.run("remember", [key], args)).decode()
         # Another worker's signature of the same measurements is no other measurement.
@@ -104,7 +104,7 @@ class HistoryStore(Store):
         for epoch, signed in zip(epochs, blobs, strict=True):
             if signed is not None:
                 try:
-                    found[epoch] = self._guard.state(_place(key, str(epoch)), signed)
+                    found[epoch] = self._guard.check(_place(key, str(epoch)), signed).content
                 except ContractError as error:
                     _log.warning("measurements passed over: %s, epoch %d: %s", run_id, epoch, error)
         return found
@@ -184,9 +184,7 @@ class RunStore(Store):
         """Remember cuts that a trainer took back, by the fingerprints of their units."""
         key = self._keys.named("rolled-back", run_id)
         for name, cut in cuts.items():
-            await self._client.hset(
-                key, name, self._guard.frame_state(_place(key, name), encode(cut))
-            )
+            await self._client.hset(key, name, self._guard.frame(_place(key, name), encode(cut)))
         await self._client.expire(key, self._keep)
 
     async def taken_back(self, run_id: str) -> list[RolledBackCut]:
@@ -203,7 +201,7 @@ class RunStore(Store):
         """Remember what the decision ``key`` measured to calibrate by."""
         name = self._keys.named("would-be", run_id)
         data = msgpack.packb([encode(cut) for cut in cuts])
-        await self._client.hset(name, key, self._guard.frame_state(_place(name, key), data))
+        await self._client.hset(name, key, self._guard.frame(_place(name, key), data))
         await self._client.expire(name, self._keep)
 
     async def calibration_cuts(self, run_id: str) -> list[WouldBeCut]:
@@ -219,7 +217,7 @@ class RunStore(Store):
         for name, framed in sorted(stored.items()):
             try:
                 place = _place(key, name.decode(errors="replace"))
-                found.append(read(self._guard.state(place, framed)))
+                found.append(read(self._guard.check(place, framed).content))
             except (ContractError, ValueError, TypeError) as error:
                 _log.warning("state passed over: %s: %s", key, error)
         return found
@@ -457,14 +455,14 @@ class BreakerStore(Store):
         if not stored:
             return stored, Circuit()
         try:
-            data = self._guard.state(key, stored, may=(DECISIONS, OPERATIONS))
+            data = self._guard.check(key, stored, may=(DECISIONS, OPERATIONS)).content
             return stored, Circuit.decode(data)
         except (ContractError, ValueError, TypeError) as error:
             return stored, Circuit(state="open", reason=f"its state is not to be believed: {error}")
 
     async def _write(self, run_id: str, level: Level, stored: bytes, circuit: Circuit) -> bool:
         key, data = self._keys.named("breaker", run_id, level), circuit.encode()
-        signed = self._guard.frame_state(key, data) if data else b""
+        signed = self._guard.frame(key, data) if data else b""
         listed = circuit.state != "closed" or circuit.failures > 0
         name = f"{run_id}:{level}"
         args: Args = [stored, signed, name, int(listed), self._keep]

@@ -114,7 +114,9 @@ class DeadLetters(Store):
         # Its time to live counts from now: an operator waits for it.
         at = f"{(await self._clock.now()).timestamp() * 1000:.0f}"
         original = dead_letter.message.original
-        redriven = self._guard.frame_redrive(at, original.get("envelope", b""))
+        redriven = self._guard.frame(
+            self._guard.redrive_of(original.get("envelope", b"")), at.encode()
+        )
         keys = (
             self._keys.stream(DEAD),
             self._marks,

@@ -105,7 +105,7 @@ class PlanStore(Store):
         # Under this worker's signature; the checkpoint is under its trainer's.
         facts: bytes = msgpack.packb([plan.key, plan.fingerprint, plan.items, plan.origin, at])
         place = self._keys.named("plan", plan.key)
-        signed = self._guard.frame_state(place, facts)
+        signed = self._guard.frame(place, facts)
         join = self._framed(JoinItem(plan=plan.key), plan.key, "join", run_id)
         fields: list[str | bytes | int] = [
             *("envelope", plan.envelope, "join", join, "total", len(items)),
@@ -133,7 +133,7 @@ class PlanStore(Store):
         stored: Any = await self._client.hgetall(place)
         if b"envelope" not in stored:
             return None
-        facts = self._guard.state(place, stored.get(b"facts", b""))
+        facts = self._guard.check(place, stored.get(b"facts", b"")).content
         carrier = {
             name: stored.get(name.encode(), b"").decode(errors="replace") for name in CONTEXT
         }
@@ -164,7 +164,7 @@ class PlanStore(Store):
         result: ItemResult,
     ) -> Stored:
         """Store a part's result and acknowledge its entry."""
-        signed = self._guard.frame_state(self._result(plan, item.name), encode(result))
+        signed = self._guard.frame(self._result(plan, item.name), encode(result))
         keys = [self._keys.stream(delivery.stream), *self.served_keys(item.plan)]
         args: list[str | bytes | int] = [group, consumer, delivery.entry_id]
         args += [item.plan, item.name, signed]
@@ -183,7 +183,7 @@ class PlanStore(Store):
         results = {}
         for name, framed in zip(plan.items, stored, strict=True):
             if framed is not None:
-                data = self._guard.state(self._result(plan, name), framed)
+                data = self._guard.check(self._result(plan, name), framed).content
                 results[name] = decode(ItemResult, data, field=f"result {name} of {plan.key}")
         return results
 

@@ -24,7 +24,7 @@ from leyline import (
     unwrap,
 )
 from leyline.errors import UnknownType, brief
-from leyline.streams import REDELIVERIES, STREAMS, Stream
+from leyline.streams import OPERATIONS, REDELIVERIES, STREAMS, Stream
 
 __all__ = [
     "BUS_FIELDS",
@@ -149,9 +149,10 @@ class Delivery:
         if self.stream is REDELIVERIES and self.published_on is REDELIVERIES:
             wanted = "stream and entry that it was published as"
             raise InvalidField("origin", wanted, self.fields.get(b"origin", b"none"))
-        signer = guard.check(self.published_on, self.framed)
+        signer = guard.check(self.published_on, self.framed).signer
         if _REDRIVEN in self.fields:
-            guard.check_redrive(self.fields[_REDRIVEN], self.framed)
+            place = guard.redrive_of(self.framed)
+            guard.check(place, self.fields[_REDRIVEN], may=(OPERATIONS,))
         return signer
 
     @property

@@ -124,7 +124,7 @@ def _link(bus: Bus, delivery: Delivery) -> Link:
         return Link(place, None, "was changed: its envelope is not the one it was written with")
     try:
         # By a key that was valid then: a log outlives its keys, and the signed end covers it.
-        bus.guard.check(AUDIT, delivery.framed, entry.event.at)
+        bus.guard.check(AUDIT, delivery.framed, at=entry.event.at)
     except ContractError as error:
         doubt = str(error)
     return Link(place, entry, doubt=doubt)
