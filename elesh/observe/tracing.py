@@ -48,7 +48,6 @@ __all__ = [
     "linked_span",
     "mark_failed",
     "messaging",
-    "onward",
     "quiet_exporters",
     "record_spans",
     "resource_of",
@@ -346,21 +345,19 @@ def _link(context: Context, attributes: Attributes) -> Link:
     return Link(trace.get_current_span(context).get_span_context(), dict(attributes))
 
 
-def carrier_of() -> dict[str, str]:
-    """The current context as message fields; empty where nothing is traced."""
-    fields: dict[str, str] = {}
-    propagate.inject(fields)
-    return fields
+def carrier_of(cause: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The current context as message fields; empty where nothing is traced.
 
-
-def onward(carrier: Mapping[str, str]) -> dict[str, str]:
-    """The context that a message came with, for those that follow from it; else the current one.
-
-    It is parsed and written anew, since it comes unchecked.
+    Args:
+        cause: the context of a message that the new one follows from: it goes on, where there is
+            one. It is parsed and written anew, since it comes unchecked.
     """
     fields: dict[str, str] = {}
-    propagate.inject(fields, propagate.extract(dict(carrier)))
-    return fields or carrier_of()
+    if cause:
+        propagate.inject(fields, propagate.extract(dict(cause)))
+    if not fields:
+        propagate.inject(fields)
+    return fields
 
 
 Operation = Literal["create", "send", "receive", "process", "settle"]

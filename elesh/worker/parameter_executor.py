@@ -16,7 +16,7 @@ import msgpack
 
 from elesh.bus import Bus, Commit, CommitOutcome, Delivery
 from elesh.bus.admission import fingerprint
-from elesh.observe import get_logger, onward, span
+from elesh.observe import carrier_of, get_logger, span
 from elesh.settings import Settings
 from elesh.worker.compute.protocol import MASKS, REQUEST, ChildFailure, Job, rank_files
 from leyline import (
@@ -136,7 +136,7 @@ class ParameterExecutor:
             DECISIONS,
             report,
             source=_SOURCE,
-            carrier=onward(delivery.carrier),
+            carrier=carrier_of(delivery.carrier),
             run_id=request.run_id,
             epoch=request.epoch,
             event_id=f"report-{stable_hash(report.idempotency_key)}",
@@ -151,7 +151,7 @@ class ParameterExecutor:
         masks: PruningMasks,
     ) -> None:
         result = Commit(
-            key, content, masks, onward(delivery.carrier), request.run_id, request.epoch
+            key, content, masks, carrier_of(delivery.carrier), request.run_id, request.epoch
         )
         committed = await self._bus.commit(WORKERS, self._worker_id, delivery, result)
         marked = sum(mask.marked for mask in masks.masks)

@@ -13,7 +13,7 @@ from opentelemetry.trace import SpanKind
 
 from elesh.bus import Bus, Commit, CommitOutcome, Delivery
 from elesh.bus.admission import Work, read
-from elesh.observe import get_logger, mark_failed, messaging, onward, span
+from elesh.observe import carrier_of, get_logger, mark_failed, messaging, span
 from elesh.safety import fingerprint_of, grounds, levels_of, rolled_back_cut, vote_of, votes
 from elesh.settings import Settings
 from elesh.worker.telemetry.reports import Reports
@@ -151,7 +151,7 @@ class ResultHandler:
         """Move an entry to the dead letters."""
         mark_failed(error.code, str(error))
         dead_letter = self._reports.dead_letter(delivery, error, work)
-        carrier = onward(delivery.carrier)
+        carrier = carrier_of(delivery.carrier)
         if await self._bus.dead_letter(
             WORKERS, self._worker_id, delivery, dead_letter, carrier, served
         ):
@@ -225,7 +225,7 @@ class ResultHandler:
                 decision.key,
                 work.fingerprint,
                 decision,
-                onward(delivery.carrier),
+                carrier_of(delivery.carrier),
                 work.run_id,
                 work.key.epoch,
                 remember=dead_letter is None,
