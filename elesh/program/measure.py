@@ -354,7 +354,9 @@ class Bench:
         Directions of different samples are independent, so the expected square of the sum is the
         sum over samples of the squared gradients.
         """
-        paths = [path for path in self._trained if path in self._weights]
+        floats = ("float16", "bfloat16", "float32", "float64")
+        parameters = [t for t in self._architecture.tensors if t.kind == "parameter"]
+        paths = [t.path for t in parameters if t.dtype in floats and t.path in self._weights]
         totals = {path: torch.zeros_like(self._weights[path]) for path in paths}
         generator = torch.Generator().manual_seed(_SEED)
         leaves = [self._weights[path].requires_grad_() for path in paths]
@@ -370,16 +372,6 @@ class Bench:
             for leaf in leaves:
                 leaf.requires_grad_(False)
         return totals
-
-    @property
-    def _trained(self) -> list[str]:
-        """Paths of the parameters that can have gradients."""
-        floats = ("float16", "bfloat16", "float32", "float64")
-        return [
-            t.path
-            for t in self._architecture.tensors
-            if t.kind == "parameter" and t.dtype in floats
-        ]
 
 
 def _added(past: tuple[Tensor, Tensor, int] | None, x: Tensor) -> tuple[Tensor, Tensor, int]:

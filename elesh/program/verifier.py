@@ -16,15 +16,14 @@ from typing import TypeVar
 import torch
 
 from elesh import safety
-from elesh.safety import Entry, LogitGaps, Measured, Proposal
-from elesh.safety.measured_gates import Outcomes, accuracy_drop, class_drop, loss_increase
+from elesh.safety import Entry, Harm, LogitGaps, Measured, Proposal
+from elesh.safety.measured_gates import Outcomes
 from elesh.settings import Settings, VerificationSettings
 from leyline import (
     CheckpointBundle,
     ContractError,
     Fallback,
     GateResult,
-    Interval,
     InvalidField,
     NetworkExport,
     PrunedArchitecture,
@@ -80,11 +79,7 @@ class NetworkVerifier:
 
     def __call__(self, proposal: Proposal) -> Measured:
         """The largest safe part of ``proposal``."""
-        found = self._tried(
-            lambda: self._measured(proposal),
-            Fallback(rung=TIMEOUT, reason=self._too_slow("measuring", self._seconds)),
-            SKIPPED,
-        )
+        found = self._tried(lambda: self._measured(proposal), "measuring", 1, TIMEOUT, SKIPPED)
         if isinstance(found, Fallback):
             return safety.predicted_only(proposal, self._settings, found)
         return found
@@ -95,10 +90,11 @@ class NetworkVerifier:
         """Logit gaps and their gradients with respect to every gate, with parts masked."""
         if ROUNDS_TIMEOUT in self._met:
             return self._met[ROUNDS_TIMEOUT]
-        seconds = _SHARE_OF_ROUNDS * self._seconds
         found = self._tried(
             lambda: self._logit_gaps(masked, halved),
-            Fallback(rung=ROUNDS_TIMEOUT, reason=self._too_slow("choosing in rounds", seconds)),
+            "choosing in rounds",
+            _SHARE_OF_ROUNDS,
+            ROUNDS_TIMEOUT,
             ROUNDS_SKIPPED,
         )
         # A failed measurement is not counted: a replay of such a decision does not repeat it.
@@ -109,22 +105,32 @@ class NetworkVerifier:
         """What masking ``entries`` does to the loss, in nats a held-out sample."""
         if CALIBRATION_SKIPPED in self._met:
             return self._met[CALIBRATION_SKIPPED]
-        slow = self._too_slow("measuring calibration probes", self._seconds)
         return self._tried(
             lambda: self._until(1).outcomes(entries).loss - self._whole.loss,
-            Fallback(rung=CALIBRATION_SKIPPED, reason=slow),
+            "measuring calibration probes",
+            1,
+            CALIBRATION_SKIPPED,
             CALIBRATION_SKIPPED,
         )
 
-    def _tried(self, work: Callable[[], T], too_slow: Fallback, otherwise: str) -> T | Fallback:
-        """What ``work`` returns, or why it cannot be done."""
+    def _tried(
+        self, work: Callable[[], T], what: str, share: float, too_slow: str, otherwise: str
+    ) -> T | Fallback:
+        """What ``work`` returns, or why it cannot be done.
+
+        Args:
+            what: is done, in words.
+            share: of the verifier's seconds that it may take.
+            too_slow, otherwise: the fallbacks where it takes longer, or cannot be done at all.
+        """
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # sums must not depend on the machine
         self._begun = time.monotonic() if self._begun is None else self._begun
         try:
             return work()
         except TooSlow:
-            return too_slow
+            otherwise = too_slow
+            reason = f"{what} takes longer than {share * self._seconds:g} s of the window"
         except ContractError as error:
             reason = str(error)
         except DOES_NOT_RUN as error:
@@ -133,10 +139,6 @@ class NetworkVerifier:
         finally:
             torch.set_num_threads(threads)
         return Fallback(rung=otherwise, reason=reason[:8192])
-
-    @staticmethod
-    def _too_slow(what: str, seconds: float) -> str:
-        return f"{what} takes longer than {seconds:g} s of the window"
 
     def _until(self, share: float) -> Bench:
         """The network; measuring stops when this share of the time has passed."""
@@ -231,17 +233,6 @@ class NetworkVerifier:
         return Measured(kept, (*labels, *gates, ranking), search.verification(figures, kept))
 
 
-@dataclass(frozen=True)
-class _Figures:
-    """What masking some entries did."""
-
-    increase: tuple[float, Interval, float]
-    drop: tuple[float, Interval, float]
-    flow: float
-    number: int
-    class_drop: float
-
-
 @dataclass
 class _Search:
     """Measures parts of one proposal, each once."""
@@ -251,9 +242,7 @@ class _Search:
     settings: VerificationSettings
     remeasured: int
     """How often the network was measured while its units were chosen."""
-    seen: dict[tuple[Entry, ...], tuple[tuple[GateResult, ...], _Figures]] = field(
-        default_factory=dict
-    )
+    seen: dict[tuple[Entry, ...], tuple[tuple[GateResult, ...], Harm]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.before: Measurement = self.bench.measure(())
@@ -263,33 +252,20 @@ class _Search:
         """Whether all gates pass with ``entries`` masked."""
         return all(gate.passed for gate in self.verdict(entries)[0])
 
-    def verdict(self, entries: tuple[Entry, ...]) -> tuple[tuple[GateResult, ...], _Figures]:
+    def verdict(self, entries: tuple[Entry, ...]) -> tuple[tuple[GateResult, ...], Harm]:
         """Gates and figures with ``entries`` masked."""
         key = tuple(sorted(entries))
         if key not in self.seen:
-            self.seen[key] = self._verdict(key)
+            after = self.bench.measure(key)
+            flow = self.bench.flow_change(self.flow_before, after, key)
+            levels = frozenset(entry[0] for entry in key)
+            limits = self.settings.limits(levels, self.proposal.phase)
+            self.seen[key] = safety.harm(
+                self.before.outcomes, after.outcomes, flow, limits, self.settings
+            )
         return self.seen[key]
 
-    def _verdict(self, entries: tuple[Entry, ...]) -> tuple[tuple[GateResult, ...], _Figures]:
-        settings, after = self.settings, self.bench.measure(entries)
-        limits = settings.limits(frozenset(entry[0] for entry in entries), self.proposal.phase)
-        pair = self.before.outcomes, after.outcomes
-        increase = loss_increase(*pair, settings.confidence, settings.bootstrap_samples)
-        drop = accuracy_drop(*pair, settings.confidence, settings.bootstrap_samples)
-        worst = class_drop(*pair)
-        flow = self.bench.flow_change(self.flow_before, after, entries)
-        gates = (
-            safety.measured_loss(increase[0], increase[2], limits.loss_rise),
-            safety.measured_accuracy(drop[0], drop[2], limits.accuracy_drop, self.bench.samples),
-            safety.accuracy_retention(
-                pair[0].accuracy, pair[1].accuracy, settings.accuracy_retention
-            ),
-            safety.class_accuracy(worst, settings.class_accuracy_drop),
-            safety.gradient_flow(flow, settings.gradient_flow_change),
-        )
-        return gates, _Figures(increase, drop, flow, worst.number, worst.drop)
-
-    def verification(self, figures: _Figures, kept: tuple[Entry, ...]) -> Verification:
+    def verification(self, figures: Harm, kept: tuple[Entry, ...]) -> Verification:
         """The contract's figures."""
         left = len(self.proposal.order) - len(kept)
         stopped = self._failed(self.proposal.order) if left else ""
@@ -307,8 +283,8 @@ class _Search:
             accuracy_drop=figures.drop[0],
             accuracy_drop_interval=figures.drop[1],
             confidence=self.settings.confidence,
-            class_accuracy_drop=figures.class_drop,
-            worst_class=figures.number,
+            class_accuracy_drop=figures.worst.drop,
+            worst_class=figures.worst.number,
             gradient_flow_change=figures.flow,
             rounds=self.proposal.rounds,
         )

@@ -16,25 +16,22 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from elesh.settings import Settings
+from elesh.settings import CutLimits, Settings, VerificationSettings
 from leyline import Fallback, GateResult, Interval, Level
 
 from .verification import Entry, Measured, Proposal
 
 __all__ = [
     "ClassDrop",
+    "Harm",
     "MEASURED_GATES",
     "Outcomes",
     "accuracy_drop",
-    "accuracy_retention",
-    "class_accuracy",
     "class_drop",
-    "gradient_flow",
+    "harm",
     "labels_belong",
     "largest_safe",
     "loss_increase",
-    "measured_accuracy",
-    "measured_loss",
     "predicted_loss",
     "predicted_only",
     "ranking_holds",
@@ -96,7 +93,8 @@ def loss_increase(
             for _ in range(-(-draws // 100))
         ]
     ) / len(loss_increases)
-    return float(loss_increases.mean()), _interval(means, confidence), _upper(means, confidence)
+    upper = float(np.quantile(means, confidence))
+    return float(loss_increases.mean()), _interval(means, confidence), upper
 
 
 def accuracy_drop(
@@ -118,7 +116,8 @@ def accuracy_drop(
     others = np.stack([rng.multinomial(len(drops), row) for row in weights])
     next_drops = others @ values / len(drops)
     drop = before.accuracy - after.accuracy
-    return drop, _interval(next_drops, confidence), _upper(weights @ values, confidence)
+    upper = float(np.quantile(weights @ values, confidence))
+    return drop, _interval(next_drops, confidence), upper
 
 
 @dataclass(frozen=True)
@@ -153,10 +152,6 @@ def _interval(values: Doubles, confidence: float) -> Interval:
     low = np.quantile(values, tail, method="lower")
     high = np.quantile(values, 1 - tail, method="higher")
     return Interval(low=float(low), high=float(high))
-
-
-def _upper(values: Doubles, confidence: float) -> float:
-    return float(np.quantile(values, confidence))
 
 
 MEASURED_GATES = frozenset(
@@ -202,63 +197,80 @@ def labels_belong(before: Outcomes, said: float | None) -> GateResult:
     )
 
 
-def measured_loss(increase: float, upper: float, limit: float) -> GateResult:
-    """Passed if the held-out loss rises by at most ``limit`` nats a sample, bound included."""
-    return GateResult(
-        name="measured_loss",
-        passed=upper <= limit,
-        measured=upper,
-        limit=limit,
-        detail=f"upper bound of the rise in nats a sample; measured {increase:.4g}",
-    )
+@dataclass(frozen=True)
+class Harm:
+    """What a cut did on held-out data."""
+
+    increase: tuple[float, Interval, float]
+    """Of the loss: as :func:`loss_increase`."""
+    drop: tuple[float, Interval, float]
+    """Of accuracy: as :func:`accuracy_drop`."""
+    worst: ClassDrop
+    flow: float
+    """Relative change of the gradients' norm in the parameters that stay."""
 
 
-def measured_accuracy(drop: float, upper: float, limit: float, samples: int) -> GateResult:
-    """Passed if the held-out accuracy falls by at most ``limit``, bound included.
+def harm(
+    before: Outcomes,
+    after: Outcomes,
+    flow: float,
+    limits: CutLimits,
+    settings: VerificationSettings,
+) -> tuple[tuple[GateResult, ...], Harm]:
+    """The gates of what was measured, and the figures behind them.
 
-    On few samples the bound cannot get below some 2 / samples, whatever the cut.
+    Loss and accuracy are judged by their upper bounds; on few samples that of accuracy cannot get
+    below some 2 / samples, whatever the cut. One standard error of the worst class's drop is
+    allowed for.
+
+    Args:
+        flow: by which share the norm of the gradients changed.
+        limits: of the cut's levels in its phase.
     """
-    return GateResult(
-        name="measured_accuracy",
-        passed=upper <= limit,
-        measured=upper,
-        limit=limit,
-        detail=f"upper bound of the drop; measured {drop:.4g} on {samples} held-out samples",
+    confidence, draws = settings.confidence, settings.bootstrap_samples
+    increase = loss_increase(before, after, confidence, draws)
+    drop = accuracy_drop(before, after, confidence, draws)
+    worst, left = class_drop(before, after), before.accuracy
+    share, within = after.accuracy / left if left > 0 else 1.0, worst.drop - worst.error
+    gates = (
+        GateResult(
+            name="measured_loss",
+            passed=increase[2] <= limits.loss_rise,
+            measured=increase[2],
+            limit=limits.loss_rise,
+            detail=f"upper bound of the rise in nats a sample; measured {increase[0]:.4g}",
+        ),
+        GateResult(
+            name="measured_accuracy",
+            passed=drop[2] <= limits.accuracy_drop,
+            measured=drop[2],
+            limit=limits.accuracy_drop,
+            detail=f"upper bound of the drop; measured {drop[0]:.4g} on {len(before.losses)} "
+            "held-out samples",
+        ),
+        GateResult(
+            name="accuracy_retention",
+            passed=share >= settings.accuracy_retention,
+            measured=share,
+            limit=settings.accuracy_retention,
+            detail="accuracy after the cut as a share of that before",
+        ),
+        GateResult(
+            name="class_accuracy",
+            passed=within <= settings.class_accuracy_drop,
+            measured=within,
+            limit=settings.class_accuracy_drop,
+            detail=f"class {worst.number} loses {worst.drop:.4g}; one standard error less counts",
+        ),
+        GateResult(
+            name="gradient_flow",
+            passed=flow <= settings.gradient_flow_change,
+            measured=flow,
+            limit=settings.gradient_flow_change,
+            detail="relative change of the gradients' norm in the parameters that stay",
+        ),
     )
-
-
-def accuracy_retention(before: float, after: float, limit: float) -> GateResult:
-    """Passed if at least the share ``limit`` of the accuracy is left."""
-    share = after / before if before > 0 else 1.0
-    return GateResult(
-        name="accuracy_retention",
-        passed=share >= limit,
-        measured=share,
-        limit=limit,
-        detail="accuracy after the cut as a share of that before",
-    )
-
-
-def class_accuracy(worst: ClassDrop, limit: float) -> GateResult:
-    """Passed if no class loses more than ``limit`` of its accuracy, beyond one standard error."""
-    return GateResult(
-        name="class_accuracy",
-        passed=worst.drop - worst.error <= limit,
-        measured=worst.drop - worst.error,
-        limit=limit,
-        detail=f"class {worst.number} loses {worst.drop:.4g}; one standard error less counts",
-    )
-
-
-def gradient_flow(change: float, limit: float) -> GateResult:
-    """Passed if the gradients of the outputs keep their norm in the parameters that stay."""
-    return GateResult(
-        name="gradient_flow",
-        passed=change <= limit,
-        measured=change,
-        limit=limit,
-        detail="relative change of the gradients' norm in the parameters that stay",
-    )
+    return gates, Harm(increase, drop, worst, flow)
 
 
 def ranking_holds(kept: int, proposed: int, limit: float) -> GateResult:
