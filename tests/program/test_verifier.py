@@ -127,7 +127,8 @@ def test_an_inverted_ranking_never_costs_more_than_the_limit(network: str, epoch
     trained = getattr(proved_networks, network)()
     decision = decided(network, epoch, wrong=True)
     assert decision.safety.verification is not None
-    limit = SETTINGS.verification.channel.of(decision.safety.phase).accuracy_drop
+    limits = SETTINGS.verification.limits(frozenset({Level.CHANNEL}), decision.safety.phase)
+    limit = limits.accuracy_drop
     assert trained.accuracy - masked_accuracy(trained, decision) <= limit
 
 
