@@ -32,17 +32,15 @@ from elesh.bus.streams.records import (
     read_dead_letter,
 )
 
-from .core import DROPPED_TRIES, Bus, never_fits
+from .core import Bus
 from .errors import BadAddress, BusRefuses, BusUnavailable, Overloaded, RunClaimed, masked
 from .guard import Guard, unframed
 
 __all__ = [
-    "DROPPED_TRIES",
     "Backoff",
     "BadAddress",
     "BusRefuses",
     "OutageLog",
-    "never_fits",
     "cancelled",
     "operator_action",
     "repeatedly",

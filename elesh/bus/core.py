@@ -67,12 +67,12 @@ from .errors import BusRefuses, BusUnavailable, Overloaded, RunClaimed
 from .guard import Guard, unframed
 from .scripts import Keys, Scripts, Shared
 
-__all__ = ["DROPPED_TRIES", "Bus", "never_fits"]
+__all__ = ["Bus"]
 
 T = TypeVar("T")
 
 _SOURCE = "elesh"
-DROPPED_TRIES = 5
+_DROPPED_TRIES = 5
 """So often a message is sent to a server that closes the connection on it but answers others."""
 UNTRUSTED = frozenset({"unsigned", "bad_signature", "not_authorized", "malformed"})
 """Codes of dead letters whose original's own statements are not used."""
@@ -186,24 +186,42 @@ class Bus:
         return await until_available(self.clock.now, stop=stop, log=self.outage) is not None
 
     async def persistently(
-        self, action: Callable[[], Awaitable[T]], *, stop: asyncio.Event | None = None
+        self,
+        action: Callable[[], Awaitable[T]],
+        *,
+        stop: asyncio.Event | None = None,
+        final: tuple[type[BusUnavailable], ...] = (),
+        drops: Callable[[BusUnavailable], Awaitable[bool]] | None = None,
     ) -> T:
         """What ``action`` returns once the bus serves it.
 
+        Args:
+            final: what is not waited for.
+            drops: whether an error says that the server takes others, but not this one; as
+                :meth:`drops` if not given.
+
         Raises:
-            BusUnavailable: if ``stop`` is set before.
-            TooLarge: if the connection ends whenever this is sent, while the server answers
-                everything else: it will never take it.
+            BusUnavailable: if ``stop`` is set before, or if it is ``final``.
+            TooLarge: if the server drops this a few times, while it answers everything else: it
+                will never take it.
         """
         backoff, dropped = Backoff(self.outage, stop), 0
         while True:
             try:
                 answer = await action()
+            except final:
+                backoff.served()
+                raise
             except BusUnavailable as error:
-                dropped += await self.drops(error)
-                if dropped >= DROPPED_TRIES:
+                dropped += await (drops or self.drops)(error)
+                if dropped >= _DROPPED_TRIES:
                     backoff.served()
-                    raise never_fits(error) from error
+                    raise TooLarge(
+                        "message",
+                        "one that the server takes",
+                        f"refused {_DROPPED_TRIES} times while the server took others: {error}",
+                        hint="see its maxmemory, proto-max-bulk-len and client-query-buffer-limit",
+                    ) from error
                 if not await backoff.pause(error):
                     raise
             else:
@@ -527,16 +545,6 @@ class Bus:
         args = [self.stream_length, _SILENCE_MS, *capped]
         removed = await self._scripts.run("tidy", keys, args)
         return {stream.name: count for stream, count in zip(_TRIMMED, removed, strict=True)}
-
-
-def never_fits(error: BusUnavailable) -> TooLarge:
-    """What is said of a message that a server never takes."""
-    return TooLarge(
-        "message",
-        "one that the server takes",
-        f"refused {DROPPED_TRIES} times while the server took others: {error}",
-        hint="see its maxmemory, proto-max-bulk-len and client-query-buffer-limit",
-    )
 
 
 def _run_of(dead_letter: DeadLetter) -> tuple[str, int | None]:

@@ -257,7 +257,7 @@ class AnalysisExecutor:
         attributes = {"elesh.key": job.key, "elesh.levels": ",".join(job.levels)}
         with span(what, attributes=attributes) as current:
             async with self._held_child(job):
-                reply = await self._climb(work, job)
+                reply = await self._run_with_fallbacks(work, job)
             record_spans(reply.spans)
             if reply.failed is not None:
                 raise reply.failed.error
@@ -290,7 +290,7 @@ class AnalysisExecutor:
                 _log.warning("epoch measured twice, the first stays", run=run, epoch=epoch)
         return result
 
-    async def _climb(self, work: Work, job: Job) -> Reply:
+    async def _run_with_fallbacks(self, work: Work, job: Job) -> Reply:
         """The child's answer to ``job``, or to what is left of it on the next fallback."""
         clock = asyncio.get_running_loop().time
         begun, timeout = clock(), work.window

@@ -96,7 +96,7 @@ class FanOut:
             run_id=work.run_id,
         )
         if planned is Planned.CONFLICT:
-            raise conflict(work)
+            raise conflict(work.key, work.fingerprint)
         step = "planned" if planned is Planned.PLANNED else str(planned)
         self._reports.step(step, work, detail=", ".join(plan.items))
 

@@ -23,8 +23,6 @@ from leyline import (
     AnalysisFailed,
     AnalysisReport,
     AnalysisRequest,
-    BlobRef,
-    Conflict,
     IdempotencyKey,
     IdentityMismatch,
     ImportanceData,
@@ -37,6 +35,7 @@ from leyline import (
 from leyline.streams import DECISIONS, WORKERS
 
 from .executor import AnalysisExecutor
+from .result_handler import conflict
 
 __all__ = ["ParameterExecutor", "parameter_key"]
 
@@ -72,7 +71,8 @@ class ParameterExecutor:
         content = fingerprint(request)
         record = await self._bus.record(key)
         if record is not None:
-            _require_same(key, content, record.fingerprint)
+            if record.fingerprint != content:
+                raise conflict(key, content)
             await self._bus.acknowledge(WORKERS, self._worker_id, delivery)
             return
         folder = self._spool / content[:32]
@@ -122,12 +122,9 @@ class ParameterExecutor:
         parts: Sequence[bytes] = msgpack.unpackb(reply.result)
         masks = decode(PruningMasks, parts[0], field=f"masks of {key}")
         if masks.packed is not None:
-            blob = await self._put(folder / MASKS)
+            blob = await self._bus.blobs.put((folder / MASKS).read_bytes(), "raw")
             masks = masks.model_copy(update={"packed": blob})
         return masks, decode(AnalysisReport, parts[1], field=f"report of {key}")
-
-    async def _put(self, path: Path) -> BlobRef:
-        return await self._bus.blobs.put(path.read_bytes(), "raw")
 
     async def _publish(
         self, delivery: Delivery, request: AnalysisRequest, report: AnalysisReport
@@ -157,7 +154,7 @@ class ParameterExecutor:
         marked = sum(mask.marked for mask in masks.masks)
         _log.info(f"masks {committed}", key=str(key), marked=marked, confidence=masks.confidence)
         if committed is CommitOutcome.CONFLICT:
-            raise _conflict(key, content)
+            raise conflict(key, content)
 
 
 def _require_of(request: AnalysisRequest, importance: ImportanceData, number: int) -> None:
@@ -169,17 +166,3 @@ def _require_of(request: AnalysisRequest, importance: ImportanceData, number: in
             f"epoch {request.epoch}, model {request.model_hash}",
             f"epoch {importance.epoch}, model {importance.model_hash}",
         )
-
-
-def _require_same(key: IdempotencyKey, content: str, stored: str) -> None:
-    if stored != content:
-        raise _conflict(key, content)
-
-
-def _conflict(key: IdempotencyKey, content: str) -> Conflict:
-    return Conflict(
-        "idempotency_key",
-        f"the content that {key} was decided for",
-        f"content {content[:16]}",
-        hint="give other content another key",
-    )

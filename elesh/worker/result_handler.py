@@ -83,7 +83,7 @@ class ResultHandler:
         if record is None:
             return False
         if record.fingerprint != work.fingerprint:
-            raise conflict(work)
+            raise conflict(work.key, work.fingerprint)
         await self._bus.acknowledge(WORKERS, self._worker_id, delivery, served)
         self._reports.step("duplicate", work)
         return True
@@ -244,7 +244,7 @@ class ResultHandler:
             )
         self._reports.commit_outcome(work, decision, committed)
         if committed is CommitOutcome.CONFLICT:
-            raise conflict(work)
+            raise conflict(work.key, work.fingerprint)
         return committed
 
     async def _previous(self, work: Work) -> StructuralPruningDecision | None:
@@ -264,11 +264,11 @@ class ResultHandler:
                 await self._reports.transition(change)
 
 
-def conflict(work: Work) -> Conflict:
-    """The key of ``work`` belongs to other content."""
+def conflict(key: IdempotencyKey, fingerprint: str) -> Conflict:
+    """The key belongs to other content than that of this fingerprint."""
     return Conflict(
         "idempotency_key",
-        f"the content that {work.key} was decided for",
-        f"content {work.fingerprint[:16]}",
+        f"the content that {key} was decided for",
+        f"content {fingerprint[:16]}",
         hint="give other content another key",
     )

@@ -24,8 +24,6 @@ from opentelemetry.trace import SpanKind
 
 from elesh._process import is_gone, own_name
 from elesh.bus import (
-    DROPPED_TRIES,
-    Backoff,
     Bus,
     BusRefuses,
     BusUnavailable,
@@ -33,7 +31,6 @@ from elesh.bus import (
     Overloaded,
     RunClaimed,
     cancelled,
-    never_fits,
     repeatedly,
     require_address,
     server_url,
@@ -249,13 +246,30 @@ class BusThread:
 
     async def _send(self, bus: Bus, item: Outgoing, closing: asyncio.Event) -> None:
         """Send one message, or say why it is missed."""
-        name = item.stream.name
+        name, claimed = item.stream.name, False
         attributes = messaging("send", name, server=bus.server)
+
+        async def send() -> None:
+            nonlocal claimed
+            claimed = False
+            if not (claimed := await self._claim(bus)):
+                raise RunClaimed(self._url, self._run_id, "another trainer")
+            await self._publish(bus, item)
+
+        async def drops(error: BusUnavailable) -> bool:
+            """Whether a server that takes small messages does not take this one."""
+            if not claimed:
+                return False
+            if isinstance(error, BusRefuses):
+                return error.code in ("OOM", "ERR")
+            return await bus.drops(error)
+
         with span(
             f"send {name}", kind=SpanKind.CLIENT, carrier=item.carrier, attributes=attributes
         ):
             try:
-                await self._send_when_possible(bus, item, closing)
+                own = (RunClaimed, Overloaded)  # it refuses just this one
+                await bus.persistently(send, stop=closing, final=own, drops=drops)
                 self._sent(item.event_id)
             except RunClaimed:
                 with contextlib.suppress(BusUnavailable):
@@ -272,35 +286,6 @@ class BusThread:
     def _miss(self, item: Outgoing, kind: str, reason: str) -> None:
         mark_failed(kind, reason)
         self._mailbox.miss(item, reason)
-
-    async def _send_when_possible(self, bus: Bus, item: Outgoing, closing: asyncio.Event) -> None:
-        """Try until the bus serves.
-
-        Raises:
-            RunClaimed, Overloaded: if the bus refuses this one.
-            TooLarge: if the bus takes others, but never this one.
-            BusUnavailable: if the session closes first.
-        """
-        backoff, alone = Backoff(bus.outage, closing), 0
-        while True:
-            claimed = False
-            try:
-                if not (claimed := await self._claim(bus)):
-                    raise RunClaimed(self._url, self._run_id, "another trainer")
-                await self._publish(bus, item)
-            except (RunClaimed, Overloaded):
-                backoff.served()
-                raise
-            except BusUnavailable as error:
-                alone += claimed and await _refuses_this(bus, error)
-                if alone >= DROPPED_TRIES:
-                    backoff.served()
-                    raise never_fits(error) from error
-                if not await backoff.pause(error):
-                    raise
-            else:
-                backoff.served()
-                return
 
     async def _publish(self, bus: Bus, item: Outgoing) -> None:
         message, event_id, keys = item.message, item.event_id, []
@@ -451,13 +436,6 @@ class BusThread:
 
 def _stream_of(published: Published) -> Stream:
     return CHECKPOINTS if isinstance(published.message, CheckpointReady) else REQUESTS
-
-
-async def _refuses_this(bus: Bus, error: BusUnavailable) -> bool:
-    """Whether a server that takes small messages does not take one because of what it holds."""
-    if isinstance(error, BusRefuses):
-        return error.code in ("OOM", "ERR")
-    return await bus.drops(error)
 
 
 async def with_blobs(
