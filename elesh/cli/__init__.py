@@ -16,9 +16,8 @@ from elesh.observe.terminal import escape
 from elesh.settings import SettingsError
 from leyline import ContractError
 
-from . import config, decisions, history, keys, profile, replays, run, validate
+from . import audit, dead, decide, operate, run, watch
 from .common import complaints
-from .operator import audit, console, dead, events, observe, operate
 
 __all__ = ["app", "main"]
 
@@ -55,19 +54,13 @@ def _mount(family: typer.Typer, panel: str) -> None:
 
 
 _mount(run.app, _RUN)
-_mount(profile.app, _RUN)
-_mount(decisions.app, _DECIDE)
-_mount(replays.app, _DECIDE)
-_mount(history.app, _DECIDE)
-_mount(validate.app, _DECIDE)
-_mount(observe.app, _WATCH)
-_mount(events.app, _WATCH)
-_mount(console.app, _WATCH)
+_mount(decide.app, _DECIDE)
+_mount(watch.app, _WATCH)
 _mount(operate.app, _OPERATE)
 app.add_typer(dead.dead, name="dead", rich_help_panel=_OPERATE)
 app.add_typer(audit.audit, name="audit", rich_help_panel=_OPERATE)
-app.add_typer(keys.keys, name="keys", rich_help_panel=_OPERATE)
-app.add_typer(config.config, name="config", rich_help_panel=_OPERATE)
+app.add_typer(operate.keys, name="keys", rich_help_panel=_OPERATE)
+app.add_typer(operate.config, name="config", rich_help_panel=_OPERATE)
 
 
 @app.callback()

@@ -8,7 +8,13 @@ from typing import Annotated
 import typer
 
 from elesh.bus import Bus, DeadLetterEntry, Redriven
-from elesh.cli.common import (
+from elesh.observe.logs import moment
+from elesh.observe.terminal import escape
+from elesh.operate.actions import operator
+from elesh.settings import Settings
+from leyline import DeadLetter
+
+from .common import (
     AsJson,
     JsonLines,
     RedisOption,
@@ -18,11 +24,6 @@ from elesh.cli.common import (
     on_bus,
     print_json,
 )
-from elesh.observe.logs import moment
-from elesh.observe.terminal import escape
-from elesh.operate.actions import operator
-from elesh.settings import Settings
-from leyline import DeadLetter
 
 dead = typer.Typer(no_args_is_help=True, help="Messages that could not be served.")
 _SHOWN_BYTES = 64

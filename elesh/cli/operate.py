@@ -1,14 +1,27 @@
-"""Commands for operators of a fleet: breakers."""
+"""Commands for operators of a fleet: circuit breakers, keys of the keyring, and settings."""
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
+import yaml
 
 from elesh.bus import Bus
-from elesh.cli.common import (
+from elesh.observe.terminal import escape
+from elesh.operate.actions import BREAKERS, operator, reset_breaker, trip_breaker
+from elesh.security import KEY_ID, Keyring, new_key
+from elesh.settings import Settings
+from elesh.settings.advice import advisory
+from elesh.settings.masking import masked_values
+from leyline import ContractError, Level
+
+from .common import (
     JsonLines,
     RedisOption,
     SettingsOption,
@@ -17,10 +30,6 @@ from elesh.cli.common import (
     on_bus,
     print_json,
 )
-from elesh.observe.terminal import escape
-from elesh.operate.actions import BREAKERS, operator, reset_breaker, trip_breaker
-from elesh.settings import Settings
-from leyline import ContractError, Level
 
 app = typer.Typer()
 breaker = typer.Typer(no_args_is_help=True, help="Circuit breakers, one a run and level.")
@@ -100,3 +109,65 @@ def breaker_trip(
     on_bus(redis, settings, trip)
     for each in chosen:
         console.print(f"breaker of {escape(run)} at level {each.value}: open ({escape(reason)})")
+
+
+keys = typer.Typer(no_args_is_help=True, help="Keys that sign what goes over the bus.")
+
+
+class Kind(StrEnum):
+    """Kinds of keys."""
+
+    HMAC = "hmac-sha256"
+    ED25519 = "ed25519"
+
+
+@keys.command("new")
+def keys_new(
+    name: Annotated[str, typer.Argument(help="The key's id, for example trainer-2026.")],
+    kind: Annotated[
+        Kind, typer.Option(help="Shared secret, or a pair whose private half stays with one.")
+    ] = Kind.ED25519,
+) -> None:
+    """Print a fresh key as an entry of a keyring file; its secret is shown this once."""
+    if not re.fullmatch(KEY_ID, name):
+        fail(f"{name or 'an empty name'}: expected letters, digits, _, . and -, at most 64")
+    entry = new_key("ed25519" if kind is Kind.ED25519 else "hmac-sha256", name)
+    console.print(yaml.safe_dump([entry], sort_keys=False), end="", markup=False, soft_wrap=True)
+
+
+@keys.command("check")
+def keys_check(file: Annotated[Path, typer.Argument(help="A keyring file.")]) -> None:
+    """Say whether a keyring can be used, which key signs, and what each may do."""
+    ring = Keyring.load(file)
+    for key in ring.keys:
+        signs = "signs" if key.id == ring.sign_with else "is believed"
+        until = f" until {key.not_after:%F %T %Z}" if key.not_after else ""
+        streams = "every stream" if "*" in key.may else ", ".join(sorted(key.may))
+        console.print(f"{key.id} ({key.kind}) {signs}{until} on {streams}", soft_wrap=True)
+
+
+config = typer.Typer(no_args_is_help=True, help="Settings: what is in force, and what can be.")
+
+
+@config.command("show")
+def config_show(settings: SettingsOption = None) -> None:
+    """Print every setting in force: file, environment and defaults together; secrets masked."""
+    print_json(masked_values(Settings.load(settings).model_dump(mode="json")))
+
+
+@config.command("check")
+def config_check(file: Annotated[Path, typer.Argument(help="A settings file.")]) -> None:
+    """Say whether a settings file can be used; every complaint names line and key.
+
+    Keys that change nothing as the others stand are advisory, and named.
+    """
+    settings = Settings.load(file)
+    console.print(f"{file}: ok", soft_wrap=True)
+    for key, reason in advisory(settings):
+        console.print(f"{file}: advisory: {key}: {escape(reason)}", soft_wrap=True)
+
+
+@config.command("schema")
+def config_schema() -> None:
+    """Print the JSON Schema of the settings."""
+    console.print_json(json.dumps(Settings.model_json_schema()))

@@ -12,7 +12,13 @@ from typing import Annotated, get_args
 import typer
 
 from elesh.bus import Bus
-from elesh.cli.common import (
+from elesh.observe import AuditFile, Fault, Link, line_of, sound, verify
+from elesh.observe.logs import moment, printable
+from elesh.observe.terminal import escape
+from elesh.settings import Settings
+from leyline import AuditEntry, AuditEvent
+
+from .common import (
     AsJson,
     JsonLines,
     RedisOption,
@@ -23,11 +29,6 @@ from elesh.cli.common import (
     print_json,
     working,
 )
-from elesh.observe import AuditFile, Fault, Link, line_of, sound, verify
-from elesh.observe.logs import moment, printable
-from elesh.observe.terminal import escape
-from elesh.settings import Settings
-from leyline import AuditEntry, AuditEvent
 
 audit = typer.Typer(no_args_is_help=True, help="The audit log: a chain of what was done.")
 

@@ -1,1 +1,0 @@
-"""Commands for operators of a fleet: breakers, dead letters, events, audit, console."""
