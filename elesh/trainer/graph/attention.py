@@ -152,7 +152,7 @@ def _suspect(call: Call, sources: Sources) -> _Suspect | None:
     if mixers:
         blocks = shape_of(*mixers[0].inputs[0])[-1]
     else:
-        blocks = _blocks(met.products, inner, call.positions)
+        blocks = _blocks(met, inner, call.positions, shape_of(*link)[0])
     if blocks < 2 or inner % blocks:
         return None
     asked = [(link, dim), *((mixer.inputs[0], -1) for mixer in mixers)]
@@ -197,12 +197,14 @@ def _mixers(met: Met, sources: Sources) -> tuple[Call, ...]:
             return tuple(found)
 
 
-def _blocks(products: Sequence[Any], inner: int, positions: int) -> int:
+def _blocks(met: Met, inner: int, positions: int, samples: int) -> int:
     """Into how many blocks the channels are divided to see what they depend on: as many as there
     are heads, or more (blocks of one head share its queries)."""
     most = 1
-    for product in products:
-        if product.name().startswith("ScaledDotProduct"):
+    for product in met.products or met.bilinear:
+        if product in met.bilinear:
+            guesses = [shape_of(product, 0)[0] // samples]
+        elif product.name().startswith("ScaledDotProduct"):
             width = int(product._saved_value.shape[-1])
             guesses = [inner // width if width else 1]
         else:

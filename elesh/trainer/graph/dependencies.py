@@ -66,6 +66,7 @@ _FEW = 16
 """Gradients of a share of one in so many of the parameters' numbers are few."""
 _FLAT = ("Relu", "Hard", "Threshold", "Clamp")
 """Activations that let no gradient through in places."""
+_BILINEAR = "BmmBackward0"
 SOFTMAX = ("SoftmaxBackward0", "SafeSoftmaxBackward0")
 
 
@@ -112,6 +113,8 @@ class Met:
 
     products: list[Any] = field(default_factory=list)
     """Softmax and fused attention functions."""
+    bilinear: list[Any] = field(default_factory=list)
+    """Products of many matrices, none of them a weight: linear attentions are made of these."""
     flat: list[Any] = field(default_factory=list)
     """Activations that are flat in places."""
     sources: list[Source] = field(default_factory=list)
@@ -263,6 +266,8 @@ class Sources:
         if name.startswith(_FLAT):
             met.flat.append(function)
         operands = [source for source, _ in function.next_functions]
+        if name == _BILINEAR and not any(_weight(one) is not None for one in operands):
+            met.bilinear.append(function)
         walked = _WEIGHTS.get(name)
         if walked and any(
             _weight(operands[place]) is not None for place in _among(walked, operands)
@@ -446,13 +451,14 @@ def _weight(function: Any) -> Tensor | None:
 
 
 def attends(functions: Iterable[Any]) -> bool:
-    """Whether one of these functions of an autograd graph is a softmax or a fused attention."""
+    """Whether one of these functions of an autograd graph is a softmax or a fused attention, or
+    multiplies many matrices (linear attention)."""
     return any(map(_weighs, functions))
 
 
 def _weighs(function: Any) -> bool:
     name = function.name()
-    return name in SOFTMAX or name.startswith("ScaledDotProduct")
+    return name in (*SOFTMAX, _BILINEAR) or name.startswith("ScaledDotProduct")
 
 
 def weights_used(functions: Iterable[Any]) -> dict[int, int]:

@@ -22,7 +22,7 @@ from torch_pruning.ops import OPTYPE
 
 from elesh.trainer.network.calls import Link
 from elesh.trainer.network.kinds.experts import is_experts
-from elesh.trainer.network.layers import channel_axes
+from elesh.trainer.network.layers import channel_axes, normalises_maps
 from elesh.trainer.network.norms import norm_of
 
 Ints = npt.NDArray[np.int64]
@@ -153,7 +153,24 @@ class Relations:
         if node.type != OPTYPE.RESHAPE:
             return False
         width = self._width(node)
-        return width is not None and width < 1
+        return width is not None and width < 1 and not self._makes_maps(node)
+
+    def _makes_maps(self, node: Any) -> bool:
+        """Whether a reshape lays [N, C * H * W] out as maps [N, C, H, W] for the layers that come
+        next: all positions of a map are one of their channels."""
+        before, made = self._input_shape(node), self._made(node)
+        if node.type != OPTYPE.RESHAPE or before is None or len(before) != 2 or len(made) < 3:
+            return False
+        if made[0] != before[0]:
+            return False
+        waiting, axes = list(node.outputs), set[int | None]()
+        while waiting:
+            reader = waiting.pop()
+            own = self._own_axis(reader)
+            if own is None:
+                waiting += reader.outputs
+            axes.add(own)
+        return axes - {None} == {1}
 
     def padded(self, node: Any) -> Ints:
         """The channels of what a node makes that it makes itself, of a number."""
@@ -216,6 +233,10 @@ class Relations:
             offset, size = self._window(consumer, slot)
             stop = size if stop is None else stop
         elif consumer.type == OPTYPE.RESHAPE:
+            if self._makes_maps(consumer):
+                places = np.arange(self._input_shape(consumer)[1])  # type: ignore[index]
+                pairs = start + places * step, places * self._made(consumer)[1] // len(places)
+                return Table(pairs=pairs)
             width = max(1, int(self._width(consumer) or 1))
             repeats, period = self._turns(consumer)
         elif (moved := self._rearranged(consumer, start, stop, step)) is not None:
@@ -227,6 +248,9 @@ class Relations:
             ):
                 # One for all channels (an attention map, a mean over channels): no coupling.
                 stop = start
+        product = consumer.grad_fn.name() in _PRODUCTS and consumer not in self._bridged
+        if product and self._axis(producer) is None:
+            stop = start  # A matrix without channels (attention weights) mixes positions.
         weighs = slot > 0 and isinstance(consumer.module, nn.Module) and is_experts(consumer.module)
         summed = self._is_summed(producer, consumer)
         if weighs or summed or self._crosses(producer, consumer, link):
@@ -415,6 +439,8 @@ def _own_axis(node: Any) -> int | None:
     module = node.module
     if not isinstance(module, nn.Module):
         return None
+    if normalises_maps(module):
+        return 1
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         shape, size = tuple(shape_of(node.grad_fn, 0)), module.normalized_shape[-1]
         if len(shape) < 3 or (shape[-1] == size and shape[1] != size):

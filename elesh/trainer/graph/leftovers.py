@@ -83,7 +83,7 @@ def _states(wiring: Wiring, model: nn.Module) -> Iterator[PruningGroup]:
             [
                 TensorSlice(tensor=f"{layer.name}.{name}", dim=0, **_every(size, len(own)))
                 for name, own in module._parameters.items()
-                if own is not None and name.startswith(("weight_ih", "bias_ih"))
+                if own is not None and not name.startswith("weight_hr")
             ],
             f"each state of {layer.name} ({kind}) is read by all of them a step later, inside it",
         )

@@ -18,6 +18,7 @@ import dataclasses
 import inspect
 import itertools
 import time
+import traceback
 from collections.abc import (
     Callable,
     Collection,
@@ -27,6 +28,7 @@ from collections.abc import (
     Sequence,
     ValuesView,
 )
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -393,3 +395,13 @@ def summary(error: BaseException) -> str:
     """An exception in one line."""
     kind, lines = type(error).__name__, str(error).strip().splitlines()
     return f"{kind}: {lines[0][:200]}" if lines else kind
+
+
+def raised_in(error: BaseException) -> str:
+    """The line of the network's own code that an exception came from, as far as it has one."""
+    others = [str(Path(torch.__file__).parent), str(Path(__file__).parents[2])]
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [one for one in frames if not one.filename.startswith((*others, "<"))]
+    if not own or not own[-1].line:
+        return ""
+    return f" in {Path(own[-1].filename).name}, line {own[-1].lineno}: {own[-1].line[:80]}"

@@ -128,6 +128,8 @@ def channel_axes(module: nn.Module) -> ChannelAxes:
         return _STATISTICS
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and len(module.normalized_shape) == 1:
         return _SCALES
+    if normalises_maps(module):
+        return _SCALES
     if isinstance(module, nn.GroupNorm):
         return replace(_SCALES, blocks=module.num_groups if module.num_groups > 1 else 0)
     if isinstance(module, nn.PReLU):
@@ -151,6 +153,11 @@ def conv_axes(module: _ConvNd) -> ChannelAxes:
         # A whole group goes with the channels that it reads and those that it makes.
         return replace(_DEPTHWISE, blocks=module.groups)
     return _TRANSPOSED if transposed else _CONVOLUTION
+
+
+def normalises_maps(module: nn.Module) -> bool:
+    """Whether this is a layer normalisation over [C, H, W], whose channels come first."""
+    return type(module) is nn.LayerNorm and len(module.normalized_shape) == 3
 
 
 def _refusal(module: nn.Module) -> str:

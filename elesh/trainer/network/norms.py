@@ -27,6 +27,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.hooks import RemovableHandle
 
+from .layers import normalises_maps
+
 __all__ = ["Norm", "eps_of", "norm_of", "refilled", "replace_weight", "standardised"]
 
 _EPS = ("eps", "variance_epsilon", "epsilon")
@@ -52,6 +54,8 @@ def norm_of(module: nn.Module, shape: tuple[int, ...]) -> Norm | None:
     """
     eps = eps_of(module)
     plain = type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward)
+    if normalises_maps(module):
+        return Norm("map", 1, eps) if eps and len(shape) == 4 else None
     if plain and isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         if len(module.normalized_shape) != 1:
             return None

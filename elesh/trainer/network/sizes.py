@@ -13,6 +13,7 @@ not run, or does not compute what the masked one does, and the proof refuses the
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -25,7 +26,7 @@ from leyline import Level, PrunedArchitecture, PruningGroup
 
 from .kinds.experts import is_experts
 from .kinds.weight_norms import owner_of
-from .layers import refit_taught
+from .layers import normalises_maps, refit_taught
 from .multihead import commit
 
 __all__ = [
@@ -95,7 +96,7 @@ def refit(module: nn.Module, by_place: bool = False) -> None:
         width, single = module.num_channels // module.num_groups, module.num_groups == 1
         module.num_channels = len(weight)
         module.num_groups = 1 if single else len(weight) // width
-    elif isinstance(vars(module).get("normalized_shape"), tuple) and weight.ndim == 1:
+    elif isinstance(vars(module).get("normalized_shape"), tuple):
         module.normalized_shape = tuple(weight.shape)  # type: ignore[assignment]
 
 
@@ -144,10 +145,30 @@ _STREAMS = ("hidden_dim", "embed_dim")
 _AROUND = ("hidden_dim", "hidden_size", "input_size")
 """Channels of the stream around experts, by which the module that holds them reshapes."""
 
+_MAPS = (
+    "channels", "init_channels", "n_channels", "hidden_channels", "latent_channels", "hidden",
+    "filters", "num_filters", "n_filters", "base", "ngf", "ndf", "nf",
+)  # fmt: skip
+"""Channels of the maps that a module lays the outputs of a linear layer out in (generators,
+decoders), beside the names above."""
+
+_UNFLATTENED = "unflattened_size"
+"""The same of ``nn.Unflatten``: channels and positions."""
+
 _CONFIGURATION = "config"
 """Where modules without a number of their own read it (Phi-3); each gets a copy then."""
 
-HEAD_SIZES = (*_HEADS, *_SHARED, *_SHARES, *_WIDTHS, *_SPLITS, *_STREAMS, _CONFIGURATION)
+HEAD_SIZES = (
+    *_HEADS,
+    *_SHARED,
+    *_SHARES,
+    *_WIDTHS,
+    *_SPLITS,
+    *_STREAMS,
+    *_MAPS,
+    _UNFLATTENED,
+    _CONFIGURATION,
+)
 """The attributes that :func:`refit_heads` sets."""
 
 
@@ -161,6 +182,7 @@ def refit_heads(model: nn.Module, before: PruningGroup, left: int) -> None:
         _refit_bare_norm(model.get_submodule(norm.module), norm.width * (before.size - left))
     if before.level is not Level.HEAD:
         around |= {name: left for name in _STREAMS if around.get(name) == before.size}
+        _refit_maps(model, before, left)
         for module in _around_experts(model, before.layers):
             block = vars(module)
             block |= {name: left for name in _AROUND if block.get(name) == before.size}
@@ -192,6 +214,25 @@ def refit_heads(model: nn.Module, before: PruningGroup, left: int) -> None:
                     done.add((module, name))
 
 
+def _refit_maps(model: nn.Module, before: PruningGroup, left: int) -> None:
+    """Set how many maps the outputs of linear layers are laid out in."""
+    names = (*_MAPS, *_WIDTHS, *_STREAMS)
+    for part in before.slices:
+        layer = part.tensor.rpartition(".")[0]
+        if part.width == 1 or part.dim != 0 or layer not in before.layers:
+            continue
+        readers = [layer, *(site.module for site in before.sites)]
+        for module in _holders(model, readers):
+            held = vars(module)
+            held |= {name: left for name in names if held.get(name) == before.size}
+        for module in model.get_submodule(common_holder(readers)).modules():
+            sizes = vars(module).get(_UNFLATTENED)
+            if isinstance(module, nn.Unflatten) and sizes is not None:
+                maps, *positions = sizes
+                if maps == before.size and math.prod(positions) == part.width:
+                    module.unflattened_size = (left, *positions)
+
+
 def _around_experts(model: nn.Module, layers: Sequence[str]) -> Iterator[nn.Module]:
     """The modules that hold those of the layers that are experts in one tensor."""
     for layer in layers:
@@ -205,7 +246,9 @@ def _refit_bare_norm(module: nn.Module, lost: int) -> None:
     """Set the width of a normalisation that has no parameters to read it off."""
     shape = vars(module).get("normalized_shape")
     if isinstance(shape, tuple) and not any(p is not None for p in module._parameters.values()):
-        module.normalized_shape = (*shape[:-1], shape[-1] - lost)  # type: ignore[assignment]
+        maps = normalises_maps(module)
+        sizes = (shape[0] - lost, *shape[1:]) if maps else (*shape[:-1], shape[-1] - lost)
+        module.normalized_shape = sizes  # type: ignore[assignment]
 
 
 def _configure(module: nn.Module, shared: Sequence[str], old: int, new: int) -> None:

@@ -209,6 +209,56 @@ def upscaled() -> nn.Module:
     )  # fmt: skip
 
 
+class Decoder(nn.Module):
+    """What a linear layer makes is laid out as maps, as many as the module says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels = 10
+        self.wide = nn.Sequential(nn.Linear(3, 10 * 16), nn.BatchNorm1d(10 * 16), nn.ReLU())
+        self.up = nn.Sequential(
+            nn.Upsample(scale_factor=2), nn.Conv2d(10, 6, 3, padding=1), nn.BatchNorm2d(6),
+            nn.ReLU(), nn.ConvTranspose2d(6, 3, 4, 2, 1),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.wide(x).view(-1, self.channels, 4, 4)
+        return torch.as_tensor(self.up(maps))
+
+
+def unflattened() -> nn.Module:
+    """The same in one sequence, and normalised over whole maps."""
+    return nn.Sequential(
+        nn.Linear(3, 14), nn.ReLU(), nn.Linear(14, 12 * 16), nn.Unflatten(1, (12, 4, 4)),
+        nn.LayerNorm([12, 4, 4]), nn.ReLU(), nn.ConvTranspose2d(12, 8, 4, 2, 1),
+        nn.LayerNorm([8, 8, 8], elementwise_affine=False), nn.GELU(), nn.Conv2d(8, 3, 1),
+    )  # fmt: skip
+
+
+class LinearAttention(nn.Module):
+    """Heads without a softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = _HEADS
+        self.enter, self.leave = nn.Linear(5, _WIDTH), nn.Linear(_WIDTH, 3)
+        self.q, self.k, self.v, self.o = (nn.Linear(_WIDTH, _WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        made = (f(x).unflatten(-1, (self.heads, -1)) for f in (self.q, self.k, self.v))
+        q, k, v = (one.transpose(1, 2) for one in made)
+        q, k = functional.elu(q) + 1, functional.elu(k) + 1
+        kept = torch.einsum("bhnd,bhne->bhde", k, v)
+        level = torch.einsum("bhnd,bhd->bhn", q, k.sum(2))
+        mixed = torch.einsum("bhnd,bhde,bhn->bhne", q, kept, 1 / level)
+        return torch.as_tensor(self.leave(x + self.o(mixed.transpose(1, 2).flatten(2))))
+
+
+def bag() -> nn.Module:
+    return nn.Sequential(nn.EmbeddingBag(20, 12), nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 3))
+
+
 IMAGES = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 IDS = torch.randint(0, 20, (2, _TOKENS), generator=torch.Generator().manual_seed(0))
 VECTORS = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))
@@ -224,5 +274,9 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "recurrent": (Recurrent, (VECTORS,)),
     "padded": (Padded, (IMAGES,)),
     "upscaled": (upscaled, (IMAGES,)),
+    "decoder": (Decoder, (CONDITIONS,)),
+    "unflattened": (unflattened, (CONDITIONS,)),
+    "linear attention": (LinearAttention, (VECTORS,)),
+    "bag": (bag, (IDS,)),
 }
 """By name: how it is made, and inputs."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 import trainer_nets
 import written_nets
+from torch import Tensor, nn
 
 from elesh.trainer import Recorder, Surgeon
 from elesh.trainer.network.calling import call
@@ -28,6 +29,10 @@ UNITS = {
     "recurrent": {"conv": 12, "embed": 40},
     "padded": {"stem": 12, "inner": 14},
     "upscaled": {"0": 16, "3": 8, "5": 8},
+    "decoder": {"wide.0": 10, "up.1": 6},
+    "unflattened": {"0": 14, "2": 12, "6": 8},
+    "linear attention": {"enter": 16, "o": 4},
+    "bag": {"0": 12, "1": 10},
 }  # fmt: skip
 """By network: its prunable groups and their sizes."""
 
@@ -86,3 +91,21 @@ def test_where_heads_take_the_width_of_the_stream_a_unit_is_a_share_of_both() ->
     attention = model.get_submodule("blocks.1.attention")
     assert (attention.n_head, attention.n_embd) == (3, 12)
     assert call(model, inputs).isfinite().all()
+
+
+class FixedMaps(nn.Module):
+    """The number of maps stands in the code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.up = nn.Linear(3, 10 * 16), nn.ConvTranspose2d(10, 3, 4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.up(self.wide(x).view(-1, 10, 4, 4)))
+
+
+def test_a_reason_names_the_line_of_code_that_stands_in_the_way() -> None:
+    group = Recorder(FixedMaps().eval(), torch.randn(2, 3)).architecture.group["wide"]
+    assert not group.prunable
+    assert "in test_hand_written.py, line" in group.reason
+    assert "return torch.as_tensor(self.up(self.wide(x).view(-1, 10, 4, 4)))" in group.reason

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from elesh.trainer.graph.residual_branches import parameters_behind
-from elesh.trainer.network.calling import summary, tensors_in
+from elesh.trainer.network.calling import raised_in, summary, tensors_in
 from elesh.trainer.surgery.bypass import Replaced, put_back, put_in
 from elesh.trainer.surgery.masks import Masks
 from leyline import LayerBlock, PrunedArchitecture
@@ -137,4 +137,4 @@ class _Experiment(Admission):
 
 
 def _fails(error: Exception) -> str:
-    return f"the network does not run without it: {summary(error)}"
+    return f"the network does not run without it{raised_in(error)}: {summary(error)}"

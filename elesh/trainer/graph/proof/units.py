@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from elesh.trainer.graph.attention import tied, tied_parts
-from elesh.trainer.network.calling import summary
+from elesh.trainer.network.calling import raised_in, summary
 from leyline import Level, PrunedArchitecture, PruningGroup
 
 from .trial import Cut, Trial, TrialCuts, Units
@@ -533,8 +533,8 @@ def _outwards(path: str) -> Collection[str]:
 
 def _breaks(error: Exception) -> str:
     return (
-        "the network does not run without some of its channels (a size written into the "
-        f"code, or channels reshaped into heads): {summary(error)}"
+        "the network does not run without some of its channels (a size written into the code, "
+        f"or channels reshaped into heads){raised_in(error)}: {summary(error)}"
     )
 
 

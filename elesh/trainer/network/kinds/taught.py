@@ -34,6 +34,13 @@ def _refit_transposed(module: Any) -> None:
     module.nx, module.nf = module.weight.shape
 
 
+_BAG = ChannelAxes((("weight", 1),), produces=True)
+
+
+def _refit_bag(module: Any) -> None:
+    module.embedding_dim = module.weight.shape[1]
+
+
 def _is_standardised(module: nn.Module) -> bool:
     """Whether this is a convolution with standardised weights, scaled by a gain for each output."""
     gain = module._parameters.get("gain") if isinstance(module, _ConvNd) else None
@@ -86,6 +93,7 @@ def _experts_axes(module: nn.Module) -> ChannelAxes:
 
 _ROUTER = ChannelAxes(inputs=(("weight", 1),), site_dim=-1)
 
+teach_layer(nn.EmbeddingBag, lambda module: _BAG, _refit_bag)
 teach_layer(is_recurrent, _recurrent_axes, _refit_recurrent)
 teach_layer(is_transposed_linear, lambda module: _TRANSPOSED, _refit_transposed)
 teach_layer(_is_standardised, _standardised_axes)
