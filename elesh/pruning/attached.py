@@ -133,8 +133,8 @@ class Pruning:
     ) -> None:
         self.session = session
         """The line to the bus, for those who want the parts."""
-        self._epochs, self._model, self._optimizer = epochs, model, optimizer
-        self._parts = parts
+        self._epochs = epochs
+        self._given: tuple[nn.Module, Any, Mapping[str, Any]] = (model, optimizer, parts)
         self.done = 0
         """The epoch that an earlier process of the run had reached; 0 for a new run."""
         self.outcomes: list[PruningOutcome] = []
@@ -143,7 +143,9 @@ class Pruning:
     def __enter__(self) -> Self:
         self.session.__enter__()
         try:
-            self.done = self._epochs.begin(self._model, self._optimizer, **self._parts)
+            model, optimizer, parts = self._given
+            self.done = self._epochs.begin(model, optimizer, **parts)
+            self._given = (model, None, {})  # who makes another optimizer afterwards has one only
         except BaseException:
             self.session.close()
             raise

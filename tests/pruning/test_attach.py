@@ -124,6 +124,32 @@ def test_a_loader_of_calibration_is_left_as_it_was(tmp_path: Path, workers: int)
     assert all(map(torch.equal, epochs(attach), epochs(lambda loader: None)))
 
 
+def test_a_cell_that_is_run_again_makes_its_optimizer_anew(tmp_path: Path) -> None:
+    """As in a notebook, where names of the run before are there until they are given again."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+    samples = [(torch.randn(100, 8), torch.randint(0, 2, (100,))) for _ in range(4)]
+    cell: dict[str, Any] = {}
+
+    def evaluate() -> tuple[float, float]:
+        return 0.5, float(model(samples[0][0]).detach().square().mean())
+
+    for number in range(3):
+        cell["optimizer"] = torch.optim.AdamW(model.parameters(), 1e-3)
+        cell["scheduler"] = torch.optim.lr_scheduler.StepLR(cell["optimizer"], 1)
+        cell["pruning"] = elesh.attach(
+            model, cell["optimizer"], scheduler=cell["scheduler"], run_id=f"run-{number}",
+            calibration=samples, evaluate=evaluate, restore_dir=tmp_path, url="redis://127.0.0.1:1/0",
+        )  # fmt: skip
+        with cell["pruning"] as pruning:
+            assert pruning.done == 0
+            cell["pruning"].surgeon.cut({"0": [0]})
+            pruning.step(1)
+        del pruning
+        assert "applied" in str(cell["pruning"])
+    assert isinstance(model[0], nn.Linear)
+    assert model[0].out_features == 13
+
+
 class Noisy(Dataset[tuple[Tensor, int]]):
     """Samples with noise of the global generator."""
 

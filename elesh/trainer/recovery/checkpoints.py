@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from elesh.observe import get_logger
 from elesh.trainer.network.layers import named_tensors
 from elesh.trainer.surgery.lineage import Lineage, lineage_of, replayed
+from elesh.trainer.surgery.optimizers import Optimizers
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import InvalidField, Malformed, PrunedArchitecture, PruningRecord, TensorDescriptor
 
@@ -189,14 +190,24 @@ class Loading:
     given back the structure that it was trained in, and was not trained meanwhile.
 
     Args:
-        surgeon: who changes the structure.
+        surgeon: who changes the structure; an earlier one of the same network changes nothing any
+            more, and lets its optimizers go.
     """
 
     def __init__(self, surgeon: Surgeon) -> None:
         self.surgeon = surgeon
         self._left: _Left | None = None
+        for earlier in _loadings(surgeon.model):
+            earlier.end()
+            if earlier.surgeon is not surgeon:
+                earlier.surgeon.optimizers = Optimizers(None, {})
         model: Any = surgeon.model  # the method has no types
         self._handle = model.register_load_state_dict_pre_hook(self)
+
+    @staticmethod
+    def is_followed(surgeon: Surgeon) -> bool:
+        """Whether there is a hook for this surgeon already."""
+        return any(each.surgeon is surgeon for each in _loadings(surgeon.model))
 
     def end(self) -> None:
         """Take the hook off."""
@@ -242,6 +253,11 @@ class Loading:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Nothing, ()  # a pickled network has no surgeon
+
+
+def _loadings(model: nn.Module) -> list[Loading]:
+    hooks = [getattr(each, "hook", each) for each in model._load_state_dict_pre_hooks.values()]
+    return [each for each in hooks if isinstance(each, Loading)]
 
 
 class _Nothing:

@@ -65,7 +65,7 @@ class Latecomers:
             return cls(model, ())
         late = [each for each in surgeon.copies if each.name not in known]
         late += unnamed_averages(model, surgeon.copies)
-        late += [WeightCopy(type(each).__name__, each) for each in surgeon.updated_copies(late)]
+        late += surgeon.updated_copies(late)
         return cls(model, tuple(late))
 
     def begin_anew(self) -> None:

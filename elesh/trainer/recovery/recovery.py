@@ -293,7 +293,8 @@ class Recovery:
             self._journal.write_later(reported=event_id)
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Let go of the folder, of the network and of what is kept beside it."""
+        self.tracked = None
         self._journal.close()
         self._release()
 

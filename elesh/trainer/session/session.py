@@ -323,7 +323,7 @@ class Session:
         named = {"scheduler": scheduler, "scaler": scaler, **parts}
         held = {name: part for name, part in named.items() if part is not None}
         epoch = self._recovery.resume(Tracked(surgeon, held), here)
-        if self._loading is None:
+        if not Loading.is_followed(surgeon):
             self._loading = Loading(surgeon)
         if preflight and not epoch and here is None:
             self._try_all(surgeon, evaluate, held)

@@ -32,6 +32,7 @@ __all__ = [
     "remember",
     "replayed",
     "require_same",
+    "stages",
     "steps",
 ]
 
@@ -177,13 +178,22 @@ def replayed(original: PrunedArchitecture, history: Iterable[PruningRecord]) -> 
     Raises:
         InvalidField: if a record names what is not there (any more).
     """
+    *_, last = stages(original, history)
+    return last
+
+
+def stages(
+    original: PrunedArchitecture, history: Iterable[PruningRecord]
+) -> Iterator[PrunedArchitecture]:
+    """The architecture before a history of cuts and after each of them."""
     now = original
+    yield now
     for step in steps(history):
         if step.layers:
             now = now.without_layers(step.layers, epoch=step.epoch, key=step.key)
         else:
             now = now.without(present(now, step), epoch=step.epoch, key=step.key)
-    return now
+        yield now
 
 
 def require_same(known: PrunedArchitecture, architecture: PrunedArchitecture) -> None:

@@ -10,14 +10,19 @@ single precision masters of the parameters are cut like these.
 A network whose parameters are sharded over processes is refused; after a cut, every
 DistributedDataParallel around the network averages its gradients again, without being made anew by
 the user and without a word between the processes.
+
+State of before a cut is not loaded into an optimizer of the network after it, nor the other way
+round: PyTorch compares no shapes there, and fused steps would read past the end of moments.
 """
 
 from __future__ import annotations
 
 import gc
+import math
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed
@@ -25,9 +30,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from elesh.trainer.network.layers import named_tensors
 from elesh.trainer.network.state import alive
-from leyline import InvalidField
+from leyline import InvalidField, PrunedArchitecture
 
+from .lineage import lineage_of, stages
 from .tensors import Cutter
 
 __all__ = [
@@ -35,6 +42,7 @@ __all__ = [
     "Given",
     "Optimizers",
     "begin_others_anew",
+    "check_what_they_load",
     "optimizers_in",
     "other_optimizers",
     "rebuild_reducers",
@@ -207,6 +215,75 @@ def optimizers_in(given: Given) -> tuple[Optimizer, ...]:
     return tuple(found.values())
 
 
+class HasBeen(Protocol):
+    """Who knows what a network has looked like: a surgeon."""
+
+    model: nn.Module
+
+    @property
+    def architectures(self) -> tuple[PrunedArchitecture, ...]:
+        """All of them."""
+
+
+def check_what_they_load(optimizers: Optimizers, surgeon: HasBeen) -> None:
+    """Have ``load_state_dict`` of these optimizers refuse state that is of another structure of the
+    network, as it was before a cut or after one, with InvalidField."""
+    for optimizer in optimizers.all:
+        hooks = vars(optimizer).get("_optimizer_load_state_dict_pre_hooks")
+        if hooks is None:  # a wrapper that never called __init__; what it wraps has its own
+            continue
+        for number in [n for n, hook in hooks.items() if isinstance(hook, _FitsNow)]:
+            del hooks[number]  # of another surgeon
+        optimizer.register_load_state_dict_pre_hook(_FitsNow(surgeon, optimizers.masters))
+
+
+class _FitsNow:
+    """A hook of one optimizer, which keeps neither network nor surgeon alive."""
+
+    def __init__(self, surgeon: HasBeen, masters: Mapping[str, Tensor]) -> None:
+        self._model, self._surgeon = weakref.ref(surgeon.model), weakref.ref(surgeon)
+        self._masters = masters
+
+    def __call__(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+        model, surgeon = self._model(), self._surgeon()
+        lineage = None if model is None else lineage_of(model)
+        if model is None or lineage is None:
+            return
+        known = (
+            *stages(lineage.original, lineage.now.history),
+            *(surgeon.architectures if surgeon else ()),
+        )
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        numbers = [number for group in state["param_groups"] for number in group["params"]]
+        if len(held) != len(numbers):
+            if any(block.removed for each in known for block in each.blocks):
+                found = f"that of {len(numbers)} parameters"
+                raise _of_another_structure(f"{len(held)} parameters", found)
+            return
+        tensors = (*named_tensors(model).items(), *self._masters.items())
+        paths = {id(tensor): path for path, tensor in tensors}
+        total = sum(parameter.numel() for parameter in held)
+        for number, parameter in zip(numbers, held, strict=True):
+            path, loaded = paths.get(id(parameter), ""), _tensors(state["state"].get(number, {}))
+            strange = [tensor for tensor in loaded if not _follows(tensor, parameter.shape)]
+            for each in known if strange else ():
+                shapes = {tensor.path: tensor.shape for tensor in each.tensors}
+                flat = sum(math.prod(shapes.get(paths.get(id(p), ""), p.shape)) for p in held)
+                there = shapes.get(path, ())
+                if any(_follows(t, there) or t.shape == (flat,) != (total,) for t in strange):
+                    ours = f"{path} {tuple(parameter.shape)}"
+                    raise _of_another_structure(ours, f"that of {path} {there}")
+
+
+def _of_another_structure(expected: str, found: str) -> InvalidField:
+    hint = (
+        "load the network's weights of the same checkpoint before its optimizers' state: they "
+        "bring an attached network to their structure; or go on from Elesh's restore points"
+    )
+    expected = f"state of the network as it is now, of {expected}"
+    return InvalidField("optimizer.load_state_dict", expected, found, hint=hint)
+
+
 def other_optimizers(
     model: nn.Module,
     given: Iterable[Optimizer],
@@ -247,7 +324,7 @@ def begin_others_anew(model: nn.Module, given: Iterable[Optimizer]) -> list[str]
         strange = [
             parameter
             for parameter, state in other.state.items()
-            if not all(_follows(tensor, parameter) for tensor in _tensors(state))
+            if not all(_follows(tensor, parameter.shape) for tensor in _tensors(state))
         ]
         for parameter in strange:
             del other.state[parameter]
@@ -368,19 +445,19 @@ def _foreign_keys(optimizer: Optimizer) -> dict[str, bool]:
         if not isinstance(parameter, Tensor):
             continue
         for key, value in state.items():
-            strange = [t for t in _tensors(value) if not _follows(t, parameter)]
+            strange = [t for t in _tensors(value) if not _follows(t, parameter.shape)]
             if strange:
                 flat = any(t.ndim == 1 and t.numel() == total > 1 for t in strange)
                 found[key] = found.get(key, False) or flat
     return found
 
 
-def _follows(value: Tensor, parameter: Tensor) -> bool:
-    """Whether it has one number, the parameter's shape, or that with axes summed away to 1."""
-    if value.numel() == 1 or value.shape == parameter.shape:
+def _follows(value: Tensor, shape: Sequence[int]) -> bool:
+    """Whether it has one number, a parameter's shape, or that with axes summed away to 1."""
+    if value.numel() == 1:
         return True
-    sizes = zip(value.shape, parameter.shape, strict=False)
-    return value.ndim == parameter.ndim and all(ours in (1, size) for ours, size in sizes)
+    sizes = zip(value.shape, shape, strict=False)
+    return value.ndim == len(shape) and all(ours in (1, size) for ours, size in sizes)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -42,6 +42,7 @@ from .optimizers import (
     Given,
     Optimizers,
     begin_others_anew,
+    check_what_they_load,
     rebuild_reducers,
     require_whole,
 )
@@ -106,8 +107,7 @@ class Surgeon:
         """What has to be said of the last cut: state of optimizers that is begun anew."""
         self._teachers = teachers_in(model)
         if restore_points > 1:
-            what = "a surgeon keeps one restore point; a session keeps trainer.restore_points"
-            _log.warning(what, asked=restore_points)
+            _log.warning("a surgeon keeps one restore point; a session more", asked=restore_points)
         self._keeps_point = restore_points > 0
         self._undo_point: RestorePoint | None = None
         self._skeletons = [self._skeleton()]
@@ -172,6 +172,7 @@ class Surgeon:
         self._followed.add_wrappers(optimizers.wrappers, optimizers.masters.values())
         cutters = some_cutters(self.architecture, tensors)
         require_cuttable(optimizers, tensors, cutters, self._followed.all())
+        check_what_they_load(optimizers, self)
         return optimizers
 
     @property
@@ -188,10 +189,10 @@ class Surgeon:
         there is none. Nothing is cut until it is done."""
         return unnamed_average(self.model, self.copies)
 
-    def updated_copies(self, known: Iterable[WeightCopy] = ()) -> list[nn.Module]:
-        """Copies of the network, kept by the script as plain modules and neither named nor
-        ``known``, that were updated since they were looked at first; looking takes a tenth of a
-        second."""
+    def updated_copies(self, known: Iterable[WeightCopy] = ()) -> list[WeightCopy]:
+        """Copies of the network, kept by the script as plain modules or tensors and neither named
+        nor ``known``, that were updated since they were looked at first; looking takes a tenth of
+        a second."""
         return self._unnamed.updated_copies((*self.copies, *known))
 
     @property
@@ -203,8 +204,7 @@ class Surgeon:
             if name not in self.architecture.group:  # It went with a whole layer.
                 continue
             origin = self.architecture.group[name].origin
-            units = tuple(unit for unit, number in enumerate(origin) if number in originals)
-            if units:
+            if units := tuple(u for u, number in enumerate(origin) if number in originals):
                 found[name] = units
         return found
 

@@ -7,11 +7,13 @@ one of them would fail afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import gc
+import weakref
+from collections import Counter
+from collections.abc import Collection, Iterable
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from elesh.trainer.network.layers import named_tensors, require_fit
@@ -22,6 +24,7 @@ from .averages import (
     ALIKE,
     WeightCopy,
     averages_weights,
+    copies_in,
     kept_by_others,
     likeness,
     shapes_of,
@@ -54,14 +57,16 @@ def unnamed_average(
 class Unnamed:
     """What one network's surgeon was not given.
 
-    Copies that the script keeps as plain modules (a teacher that is moved by hand, the best weights
-    so far) are told apart by whether they are updated while the network trains.
+    Copies that the script keeps as plain modules, or as tensors in a dictionary or list (a teacher
+    or an average that is moved by hand, the best weights so far), are told apart by whether they
+    are updated in place while the network trains.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._digests: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
-        self._updated: WeakSet[nn.Module] = WeakSet()
+        self._digests: dict[int, tuple[weakref.ref[Any], str]] = {}
+        """Of every copy as it was looked at first, by a tensor of it."""
+        self._updated: set[int] = set()
 
     def blocks(
         self,
@@ -101,13 +106,13 @@ class Unnamed:
         if (average := unnamed_average(self._model, copies, found)) or not updated:
             return average
         return (
-            f"a copy of the network that the script updates was not named: {_kinds(updated[:1])}; "
+            f"a copy of the network that the script updates was not named: {updated[0].name}; "
             "name it, session.resume(surgeon, teacher=copy) or elesh.attach(..., teacher=copy)"
         )
 
-    def updated_copies(self, copies: Iterable[WeightCopy]) -> list[nn.Module]:
-        """Copies of the network, kept as plain modules, that have changed since they were first
-        looked at, by this or another method.
+    def updated_copies(self, copies: Iterable[WeightCopy]) -> list[WeightCopy]:
+        """Copies of the network that have changed since they were first looked at, by this or
+        another method.
 
         Args:
             copies: what is cut along.
@@ -131,45 +136,82 @@ class Unnamed:
             )
 
     def _alive(self) -> list[Any]:
-        """All optimizers, averages and networks of this one's kind."""
+        """All optimizers, averages, tensors and networks of this one's kind."""
         own = type(self._model)
-        return alive(lambda k: k is own or issubclass(k, Optimizer) or averages_weights(k))
+        kinds = (Optimizer, Tensor)
+        return alive(lambda k: k is own or issubclass(k, kinds) or averages_weights(k))
 
-    def _updated_copies(self, known: Iterable[WeightCopy], among: list[Any]) -> list[nn.Module]:
+    def _updated_copies(self, known: Iterable[WeightCopy], among: list[Any]) -> list[WeightCopy]:
         """Copies that have changed since they were first looked at.
 
         One that an optimizer trains is another network, one that holds still does not have to fit.
 
         Args:
             known: what is cut along.
-            among: every module of the network's kind, and every optimizer, that is alive.
+            among: every module of the network's kind, every optimizer and every tensor alive.
         """
         own = {id(tensor) for tensor in named_tensors(self._model).values()}
         own |= {id(tensor) for copy in known for tensor in copy.tensors().values()}
-        own |= kept_by_others(self._model)
-        trained = {
-            id(parameter)
-            for optimizer in among
-            if isinstance(optimizer, Optimizer)
-            for group in vars(optimizer).get("param_groups", ())
-            for parameter in group["params"]
-        }
-        shapes, found = shapes_of(self._model), list[nn.Module]()
+        own |= kept_by_others(self._model) | _of_optimizers(among)
+        shapes, found = shapes_of(self._model), list[WeightCopy]()
         for each in among:
-            if type(each) is not type(self._model):
-                continue
-            tensors = named_tensors(each)
-            held = {id(tensor) for tensor in tensors.values()}
-            if shapes_of(each) != shapes or held & (own | trained):
-                continue
-            if likeness(WeightCopy("", each), self._model) <= ALIKE:
-                continue
-            digest = repr([float(tensor.detach().double().sum()) for tensor in tensors.values()])
-            if self._digests.setdefault(each, digest) != digest:
-                self._updated.add(each)
-            if each in self._updated:
-                found.append(each)
+            if type(each) is type(self._model) and shapes_of(each) == shapes:
+                found.append(WeightCopy(type(each).__name__, each))
+        found += self._in_containers(own, among)
+        return [copy for copy in found if self._is_updated(copy, own)]
+
+    def _in_containers(self, own: Collection[int], among: list[Any]) -> list[WeightCopy]:
+        """Dictionaries and lists with a second set of the weights."""
+        trained = [tuple(p.shape) for p in self._model.parameters() if p.requires_grad]
+        shapes = set(trained)
+        others = [
+            (shape, each)
+            for each in among
+            if isinstance(each, Tensor)
+            and id(each) not in own
+            and each.grad_fn is None
+            and (shape := tuple(each.shape)) in shapes
+        ]
+        counts = Counter(shape for shape, _ in others)
+        if not shapes or not shapes <= counts.keys():
+            return []
+        rarest = min(shapes, key=lambda shape: counts[shape])
+        held = gc.get_referrers(*(each for shape, each in others if shape == rarest))
+        found = list[WeightCopy]()
+        for holder in held:
+            if isinstance(holder, (dict, list)) and len(trained) <= len(holder) <= 9 * len(trained):
+                found += copies_in(type(holder).__name__, holder, self._model)
         return found
+
+    def _is_updated(self, copy: WeightCopy, own: Collection[int]) -> bool:
+        tensors = list(copy.tensors().values())
+        if any(id(tensor) in own for tensor in tensors) or likeness(copy, self._model) <= ALIKE:
+            return False
+        first, number = tensors[0], id(tensors[0])
+        digest = repr([float(tensor.detach().double().sum()) for tensor in tensors])
+        seen, was = self._digests.get(number, (None, digest))
+        if seen is None or seen() is not first:  # another tensor had this number before
+            self._digests[number] = (weakref.ref(first), digest)
+            self._updated.discard(number)
+        elif was != digest:
+            self._updated.add(number)
+        return number in self._updated
+
+
+def _of_optimizers(among: Iterable[Any]) -> set[int]:
+    """What optimizers train, its gradients, and what they keep of it."""
+    found = set[int]()
+    for optimizer in among:
+        if isinstance(optimizer, Optimizer) and hasattr(optimizer, "param_groups"):
+            trained = [p for group in optimizer.param_groups for p in group["params"]]
+            found.update(id(p) for p in trained)
+            found.update(id(p.grad) for p in trained if p.grad is not None)
+            found.update(id(t) for s in optimizer.state.values() for t in _values(s))
+    return found
+
+
+def _values(state: Any) -> Iterable[Any]:
+    return state.values() if isinstance(state, dict) else ()
 
 
 def _kinds(found: Iterable[Any]) -> str:

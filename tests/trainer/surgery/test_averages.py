@@ -410,3 +410,42 @@ def test_a_copy_that_the_script_updates_is_to_be_named_and_others_are_not(
     surgeon.cut(CUT)
     update(teacher)  # fits
     assert [p.shape for p in best.parameters()] == [p.shape for p in twin.parameters()]
+
+
+@pytest.mark.parametrize("kind", [dict, list])
+def test_tensors_that_the_script_averages_by_hand_are_to_be_named_and_best_weights_are_not(
+    kind: type, architecture: PrunedArchitecture
+) -> None:
+    model = build()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+
+    def now() -> Any:
+        copied = {path: p.detach().clone() for path, p in model.named_parameters()}
+        return copied if kind is dict else list(copied.values())
+
+    def tensors(kept: Any) -> list[Tensor]:
+        return list(kept.values()) if kind is dict else kept
+
+    def train() -> None:
+        torch.autograd.backward(functional.cross_entropy(model(X), Y))
+        optimizer.step()
+
+    surgeon = Surgeon(model, architecture, optimizer=optimizer)
+    best = []
+    for _ in range(3):  # made anew every time
+        train()
+        best = [now()]
+        assert surgeon.blocked() == ""
+    average = now()
+    for _ in range(2):
+        train()
+        surgeon.updated_copies()
+        for ours, theirs in zip(tensors(average), model.parameters(), strict=True):
+            ours.lerp_(theirs.detach(), 0.1)
+    assert f"the script updates was not named: {kind.__name__}" in surgeon.blocked()
+    surgeon.follow("ema", average)
+    assert surgeon.blocked() == ""
+    surgeon.cut(CUT)
+    for ours, theirs in zip(tensors(average), model.parameters(), strict=True):
+        ours.lerp_(theirs.detach(), 0.1)  # fits
+    assert [t.shape for t in tensors(best[0])] == [p.shape for p in build().parameters()]

@@ -445,3 +445,71 @@ def test_one_tensor_for_several_parameters_is_refused_since_a_cut_would_mix_them
     model = build()
     with pytest.raises(InvalidField, match="'momentum' is one tensor for several parameters"):
         Surgeon(model, architecture, optimizer=Flat(model.parameters(), inside))
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("Lookahead", "Shampoo")])
+@pytest.mark.sampled
+def test_state_of_another_structure_is_not_loaded_into_an_optimizer(
+    kind: str, architecture: PrunedArchitecture
+) -> None:
+    """PyTorch compares no shapes, and fused kernels would read past the end of the moments."""
+    model = build()
+    optimizers = KINDS[kind](model)
+    train(model, optimizers)
+    surgeon = Surgeon(model, architecture, optimizer=optimizers)
+    whole = [copy.deepcopy(each.state_dict()) for each in optimizers]
+    surgeon.cut({"0": [1, 5, 6]})
+    train(model, optimizers)
+    cut = [copy.deepcopy(each.state_dict()) for each in optimizers]
+    for each, state in zip(optimizers, cut, strict=True):
+        each.load_state_dict(state)
+    assert refused(optimizers, whole)
+    train(model, optimizers)
+    surgeon.undo()
+    assert refused(optimizers, cut)
+    for each, state in zip(optimizers, whole, strict=True):
+        each.load_state_dict(state)
+    del surgeon
+    gc.collect()
+    train(model, optimizers)
+
+
+def test_state_of_before_a_layer_was_removed_is_not_loaded_into_an_optimizer() -> None:
+    model = Residual()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    train(model, [optimizer])
+    surgeon = Surgeon(model, Recorder(model, X[:4]).architecture, optimizer=optimizer)
+    whole = copy.deepcopy(optimizer.state_dict())
+    surgeon.cut_layers(["blocks.1"])
+    assert refused([optimizer], [whole])
+    train(model, [optimizer])
+
+
+def refused(optimizers: list[Optimizer], states: list[dict[str, Any]]) -> int:
+    """How many refuse to load their state."""
+    count = 0
+    for each, state in zip(optimizers, states, strict=True):
+        try:
+            each.load_state_dict(state)
+        except InvalidField:
+            count += 1
+    return count
+
+
+class Residual(nn.Module):
+    """Three residual blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16)) for _ in range(3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(x)
+        answer: Tensor = self.last(x)
+        return answer
