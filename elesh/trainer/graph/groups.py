@@ -7,6 +7,7 @@ layer is in a group; a group that is not proved to be removable says why.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -219,13 +220,20 @@ def _with_heads(
         rest = {g.name: _rest(g, attention, axes) for g in inside}
         kept = [one for g in kept if (one := rest.get(g.name, g)) is not None]
         names = {group.name for group in (*kept, *heads)}
-        name = attention.name if attention.name not in names else attention.sites[0].module
+        name = next(one for one in _names(attention) if one not in names)
         if any(wiring.readers.get(s.module, s.module) != s.module for s in attention.sites):
             outputs = ", ".join(site.module for site in attention.sites)
             unmasked = f"a function multiplies by the weight of {outputs}: nowhere to mask heads"
             attention = replace(attention, reason=attention.reason or unmasked)
         heads.append(attention.group(name, _head_refusal(attention, tensors, ignored, tied)))
     return (*kept, *heads)
+
+
+def _names(attention: Attention) -> Iterator[str]:
+    """What the group of its heads may be called, the best name first."""
+    output = attention.sites[0].module
+    yield from (attention.name, output)
+    yield from (f"{output}#{number}" for number in itertools.count(2))
 
 
 def _coupled(group: PruningGroup, attention: Attention, axes: Collection[tuple[str, int]]) -> bool:

@@ -48,9 +48,10 @@ class Norm:
 def norm_of(module: nn.Module, shape: tuple[int, ...]) -> Norm | None:
     """How this module normalises an input of that shape over one axis; None if it does not.
 
-    Layer and RMS normalisations of PyTorch are known; of modules that have "norm" in their type's
-    name, it is tried out: the answer must not depend on the scale of what comes in, and must mix
-    what lies along one axis only; or be what came in, scaled by its global response.
+    Layer and RMS normalisations of PyTorch are known; modules that have "norm" in their type's
+    name, or something that they add to a variance (``eps``), are tried out: the answer must not
+    depend on the scale of what comes in, and must mix what lies along one axis only; or be what
+    came in, scaled by its global response.
     """
     eps = eps_of(module)
     plain = type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward)
@@ -64,7 +65,7 @@ def norm_of(module: nn.Module, shape: tuple[int, ...]) -> Norm | None:
         return Norm("layer", -1, eps) if eps else None
     if isinstance(module, nn.GroupNorm) and module.num_groups == 1 and eps and len(shape) > 2:
         return Norm("map", 1, eps)
-    named = "norm" in type(module).__name__.lower()
+    named = "norm" in type(module).__name__.lower() or eps > 0
     if isinstance(module, (_NormBase, nn.GroupNorm)) or not (named or _derived(module)):
         return None
     if any(True for _ in module.children()) or not 2 <= len(shape) <= 5:

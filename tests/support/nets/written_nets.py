@@ -255,6 +255,51 @@ class LinearAttention(nn.Module):
         return torch.as_tensor(self.leave(x + self.o(mixed.transpose(1, 2).flatten(2))))
 
 
+class Rms(nn.Module):
+    """A normalisation by another name."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+class FoldedHeads(nn.Module):
+    """Heads are samples, and the scale of scores follows from the width of the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = _HEADS
+        self.enter, self.norm, self.leave = nn.Linear(5, _WIDTH), Rms(_WIDTH), nn.Linear(_WIDTH, 3)
+        self.qkv, self.out = nn.Conv1d(_WIDTH, 3 * _WIDTH, 1), nn.Conv1d(_WIDTH, _WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        n, t, c = x.shape
+        made = self.qkv(self.norm(x).transpose(1, 2))
+        q, k, v = made.reshape(n * self.heads, -1, t).chunk(3, 1)
+        scores = torch.einsum("bct,bcs->bts", q, k) * (c // self.heads) ** -0.5
+        mixed = torch.einsum("bts,bcs->bct", scores.softmax(-1), v).reshape(n, -1, t)
+        return torch.as_tensor(self.leave(x + self.out(mixed).transpose(1, 2)))
+
+
+class SplitAttention(nn.Module):
+    """Two maps, weighed by a softmax: no attention with heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Conv2d(3, 16, 3), nn.Conv2d(8, 6, 1)
+        self.weigh, self.out = nn.Conv2d(6, 16, 1), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.wide(x).relu().unflatten(1, (2, 8))
+        level = self.weigh(self.narrow(maps.sum(1).mean((2, 3), keepdim=True)).relu())
+        weights = level.unflatten(1, (2, 8)).softmax(1)
+        return torch.as_tensor(self.out((maps * weights).sum(1).mean((2, 3))))
+
+
 def bag() -> nn.Module:
     return nn.Sequential(nn.EmbeddingBag(20, 12), nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 3))
 
@@ -278,5 +323,6 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "unflattened": (unflattened, (CONDITIONS,)),
     "linear attention": (LinearAttention, (VECTORS,)),
     "bag": (bag, (IDS,)),
+    "folded heads": (FoldedHeads, (VECTORS,)),
 }
 """By name: how it is made, and inputs."""

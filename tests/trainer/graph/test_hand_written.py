@@ -33,6 +33,7 @@ UNITS = {
     "unflattened": {"0": 14, "2": 12, "6": 8},
     "linear attention": {"enter": 16, "o": 4},
     "bag": {"0": 12, "1": 10},
+    "folded heads": {"out": 4},
 }  # fmt: skip
 """By network: its prunable groups and their sizes."""
 
@@ -91,6 +92,13 @@ def test_where_heads_take_the_width_of_the_stream_a_unit_is_a_share_of_both() ->
     attention = model.get_submodule("blocks.1.attention")
     assert (attention.n_head, attention.n_embd) == (3, 12)
     assert call(model, inputs).isfinite().all()
+
+
+def test_every_group_of_a_network_has_a_name_of_its_own() -> None:
+    model = written_nets.SplitAttention().eval()
+    architecture = Recorder(model, written_nets.IMAGES).architecture
+    assert architecture.group["narrow"].prunable
+    assert len(architecture.group) == len(architecture.groups)
 
 
 class FixedMaps(nn.Module):

@@ -148,11 +148,13 @@ class _Experiment(Admission):
 
     def tied_heads(self) -> list[Together]:
         """Heads and widths of which neither can go without the other, as groups of equal shares."""
-        if all(fault.differs for fault in self._faults(self._names)):
+        heads = set(self._named(Level.HEAD))
+        faults = self._faults(self._names)
+        if all(fault.differs and heads.isdisjoint(fault.blamed) for fault in faults):
             return []
         names = {name for _, members in tied(self._groups) for name in members}
-        heads, widths = ([n for n in self._named(level) if n in names] for level in _BOTH)
-        alone = self._suspected(heads) | self._suspected(widths)
+        parts = ([n for n in self._named(level) if n in names] for level in _BOTH)
+        alone = set[str]().union(*map(self._suspected, parts))
         return self._together(tied(self._groups, alone))
 
     def tied_parts(self) -> list[Together]:
