@@ -93,7 +93,7 @@ def explain(
     if Path(what).is_dir():
         analyze(Path(what), settings, as_json=as_json)
         return
-    from elesh.operate.decision_context import decision_context
+    from elesh.operate.replay import decision_context
     from leyline import IdempotencyKey
 
     key = IdempotencyKey.parse(what)

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from elesh.analysis import Explanation, UnitExplanation, explain
-from elesh.operate.decision_context import DecisionContext
-from elesh.operate.verdict import gate_parts, removed, result_of, verdict
+from elesh.operate.explain import gate_parts, removed, result_of, verdict
+from elesh.operate.replay import DecisionContext
 from leyline import (
     CheckpointBundle,
     GateResult,

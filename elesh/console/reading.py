@@ -17,9 +17,8 @@ from elesh.bus import Bus, BusUnavailable, Delivery, moment
 from elesh.bus.admission import Work, hear
 from elesh.observe import Link
 from elesh.observe.spanfile import find_trace
-from elesh.operate.decision_context import DecisionContext, admitted, fetched
 from elesh.operate.fleet_status import FleetStatus, fleet_status_of
-from elesh.operate.replay import recorded_decision
+from elesh.operate.replay import DecisionContext, admitted, fetched, recorded_decision
 from elesh.operate.run_history import Entry, Run, RunHistory
 from elesh.settings import Settings
 from elesh.worker.telemetry.auditor import audit_links

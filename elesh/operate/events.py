@@ -34,7 +34,7 @@ from leyline import (
 )
 from leyline.streams import Stream
 
-from .verdict import reasons, removed
+from .explain import reasons, removed
 
 __all__ = ["FormattedEvent", "format_event", "formatted_events"]
 

@@ -19,8 +19,8 @@ from elesh.observe.terminal import escape
 from leyline import ContractError, StructuralPruningDecision
 from leyline.streams import DEAD, DECISIONS, STREAMS
 
+from .explain import reasons, removed
 from .tables import compact
-from .verdict import reasons, removed
 
 __all__ = ["FleetStatus", "fleet_status", "fleet_status_of"]
 

@@ -6,42 +6,66 @@ changed are named, and what the decision does differently. The analysis runs in 
 it did then, so a checkpoint that harms its process does so there. What chance decided is taken
 from the record: levels that were missing, shards, fallbacks of the failure table of each
 part, and the earlier decision that stands in for corrupt data.
-"""
+
+What a recorded decision rested on, for people who ask why, is read as far as it is still there: a
+checkpoint whose blobs have expired, or a run without a history, leaves the explanation with what
+the decision says of itself. Two decisions, or two sets of settings, are compared side by side: what
+differs, and what that means."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import math
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from elesh.analysis import ImportanceTracker
 from elesh.bus import Bus, Delivery
 from elesh.bus.admission import Heard, Work, admit, hear, read
 from elesh.observe import linked_span
+from elesh.observe.spanfile import RecordedSpan
 from elesh.safety import BreakerStatus
 from elesh.settings import Settings
 from elesh.worker.compute.process import ComputeChild
 from elesh.worker.compute.protocol import DOCUMENT, REPLAYED, ChildFailure, Job
 from elesh.worker.fallback_chain import is_corruption, stand_in
-from leyline import ContractError, IdempotencyKey, Level, StructuralPruningDecision, decode, encode
+from leyline import (
+    BlobRef,
+    CheckpointBundle,
+    ContractError,
+    IdempotencyKey,
+    Level,
+    StructuralPruningDecision,
+    decode,
+    encode,
+)
 from leyline.streams import CHECKPOINTS, REQUESTS
 
 from .capture import Case, open_case, save_case, take_blobs, versions
-from .diff import Change, changes, moved, rounded
 
 __all__ = [
+    "Change",
+    "DecisionContext",
     "Replayed",
     "Selection",
+    "admitted",
     "capture",
+    "changes",
     "count_selected",
+    "decision_context",
+    "fetched",
+    "moved",
     "recorded_decision",
     "replay",
     "replay_case",
+    "rounded",
 ]
 
 
@@ -310,3 +334,185 @@ def _gaps(recorded: StructuralPruningDecision | None) -> dict[Level, str]:
     """The levels that the recorded decision had to do without, each with the reason."""
     parts = recorded.levels if recorded else ()
     return {part.level: part.reason for part in parts if part.verdict == "missing"}
+
+
+@dataclass(frozen=True)
+class DecisionContext:
+    """A decision and what is left of its input."""
+
+    decision: StructuralPruningDecision
+    bundle: CheckpointBundle | None
+    tracker: ImportanceTracker | None = None
+    """Of the run's checkpoints up to the decision's own."""
+    missing: str = ""
+    """Why there is no bundle."""
+    spans: tuple[RecordedSpan, ...] = ()
+    """Of its trace, for those who show it."""
+
+
+async def decision_context(
+    bus: Bus, settings: Settings, key: IdempotencyKey
+) -> DecisionContext | None:
+    """The context of the decision that was published for ``key``; None if there is none."""
+    decision = await recorded_decision(bus, key)
+    if decision is None:
+        return None
+    tracker = await _history(bus, settings, decision.run_id, decision.epoch)
+    work = await _work(bus, settings, key)
+    if work is None:
+        return DecisionContext(decision, None, tracker, "its event has left the stream")
+    try:
+        return DecisionContext(decision, await fetched(bus, work, work.blobs), tracker)
+    except ContractError as error:
+        return DecisionContext(decision, None, tracker, str(error))
+
+
+async def _work(bus: Bus, settings: Settings, key: IdempotencyKey) -> Work | None:
+    """The event that asked for the decision, if it is still in a stream."""
+    for stream in (CHECKPOINTS, REQUESTS):
+        for delivery in await bus.read(stream):
+            work = admitted(delivery, bus, settings)
+            if work is not None and key == work.key:
+                return work
+    return None
+
+
+def admitted(delivery: Delivery, bus: Bus, settings: Settings) -> Work | None:
+    """The checkpoint that an entry asks to analyse, however old it is; None for another, and for
+    one that is among the dead letters."""
+    window, now = settings.window_seconds, datetime.now(UTC)
+    try:
+        work = admit(hear(delivery, bus.guard), window=window, now=now, redriven=now)
+    except ContractError:
+        return None
+    return work if isinstance(work, Work) else None
+
+
+async def fetched(bus: Bus, work: Work, blobs: Mapping[str, BlobRef]) -> CheckpointBundle:
+    """The checkpoint of ``work``, with these of its blobs, by the names of their files."""
+    with tempfile.TemporaryDirectory(prefix="elesh-decision-") as name:
+        folder = Path(name)
+        for file, ref in blobs.items():
+            await bus.blobs.fetch(ref, folder / file)
+        (folder / "checkpoint.json").write_text(work.document.model_dump_json())
+        return await asyncio.to_thread(CheckpointBundle.load, folder)
+
+
+async def _history(
+    bus: Bus, settings: Settings, run_id: str, until: int
+) -> ImportanceTracker | None:
+    kept = settings.importance_history_epochs
+    store = bus.history(kept, int(settings.analysis_cache_size))
+    epochs = [epoch for epoch in await store.epochs(run_id) if epoch <= until]
+    if not epochs:
+        return None
+    return ImportanceTracker.of_epochs(run_id, await store.recall(run_id, epochs), kept)
+
+
+_SHOWN = 160
+"""Characters of a value that are shown of a difference."""
+_ROUNDING = 1e-5
+"""What float32 sums of another order may differ by: of a figure, or of 1 where it is smaller, since
+figures near zero are differences of larger ones."""
+
+
+class Change(NamedTuple):
+    """One value that differs: the path to it, what it was, what it is."""
+
+    path: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.path}: {_brief(self.before)} -> {_brief(self.after)}"
+
+
+def changes(before: Any, after: Any, path: str = "") -> Iterator[Change]:
+    """Every difference of two JSON-like values. Lists of things with names (gates, targets) are
+    compared name by name; others of other length are one difference."""
+    named_before, named_after = _by_name(before), _by_name(after)
+    if named_before is not None and named_after is not None:
+        old, new = list(named_before), list(named_after)
+        if old != new and set(old) == set(new):
+            yield Change(f"{path} (order)", old, new)
+        for name in named_before | named_after:
+            inside = f"{path}[{name}]"
+            yield from changes(named_before.get(name), named_after.get(name), inside)
+        return
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name in sorted(before.keys() | after.keys()):
+            inside = f"{path}.{name}" if path else str(name)
+            yield from changes(before.get(name), after.get(name), inside)
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for index, (old, new) in enumerate(zip(before, after, strict=True)):
+            yield from changes(old, new, f"{path}[{index}]")
+    elif before != after:
+        yield Change(path, before, after)
+
+
+def rounded(change: Change) -> bool:
+    """Whether only rounding differs: two figures that another kind of processor, which adds up in
+    another order, may both have measured."""
+    before, after = change.before, change.after
+    if not (isinstance(before, float) and isinstance(after, float)):
+        return False
+    return math.isclose(before, after, rel_tol=_ROUNDING, abs_tol=_ROUNDING)
+
+
+def _by_name(value: Any) -> dict[str, Any] | None:
+    """The members of a list by their names, in its order; None if not all have one of their own."""
+    if not isinstance(value, list):
+        return None
+    named = {
+        str(item.get("name", item.get("layer_name"))): item
+        for item in value
+        if isinstance(item, dict) and ("name" in item or "layer_name" in item)
+    }
+    return named if len(named) == len(value) else None
+
+
+def _brief(value: Any) -> str:
+    """A value on one line of which the start is enough to see what it is."""
+    text = "none" if value is None else str(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 4]} ..."
+
+
+def moved(before: StructuralPruningDecision, after: StructuralPruningDecision) -> list[str]:
+    """What two decisions on one checkpoint do differently, in words: verdict, units, gates."""
+    lines = []
+    if (old := _verdict(before)) != (new := _verdict(after)):
+        lines.append(f"was {old}, is {new}")
+    lines += _units(before.units, after.units)
+    lines += _layers(before, after)
+    gates = {gate.name: gate.passed for gate in before.safety.gates}
+    for gate in after.safety.gates:
+        if gates.get(gate.name, gate.passed) != gate.passed:
+            lines.append(f"gate {gate.name}: now {'passed' if gate.passed else 'failed'}")
+    return lines
+
+
+def _verdict(decision: StructuralPruningDecision) -> str:
+    if decision.approved_for_application:
+        return "approved"
+    return f"rejected ({decision.rejection_reason})"
+
+
+def _units(before: Mapping[str, Sequence[int]], after: Mapping[str, Sequence[int]]) -> list[str]:
+    lines = []
+    for name in sorted(before.keys() | after.keys()):
+        old, new = set(before.get(name, ())), set(after.get(name, ()))
+        gone = [
+            f"{what} {', '.join(map(str, sorted(units)))}"
+            for what, units in (("also", new - old), ("no longer", old - new))
+            if units
+        ]
+        if gone:
+            lines.append(f"{name}: removes {'; '.join(gone)}")
+    return lines
+
+
+def _layers(before: StructuralPruningDecision, after: StructuralPruningDecision) -> list[str]:
+    old, new = ({target.layer_name for target in d.layers} for d in (before, after))
+    return [f"layer {name} goes" for name in sorted(new - old)] + [
+        f"layer {name} stays" for name in sorted(old - new)
+    ]

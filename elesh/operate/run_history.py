@@ -30,7 +30,7 @@ from leyline import (
     StructuralPruningDecision,
 )
 
-from .verdict import reasons
+from .explain import reasons
 
 __all__ = ["Checkpoint", "Decided", "Entry", "RunHistory", "Place", "Run", "Shape", "Width"]
 

@@ -272,7 +272,7 @@ def test_predicted_stands_beside_measured(applied):
 
 
 def test_a_decision_whose_statistics_are_gone_says_so(recorded, applied, redis_url):
-    from elesh.operate.decision_context import DecisionContext
+    from elesh.operate.replay import DecisionContext
 
     view = decision_view(DecisionContext(applied.decision, None, missing="expired"))
     assert (view.strips, view.missing) == ((), "expired")

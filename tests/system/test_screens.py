@@ -26,10 +26,10 @@ from elesh.cli import main
 from elesh.demo.screen import report_tables
 from elesh.demo.training import Cut, Report
 from elesh.operate.actions import operator
-from elesh.operate.diff import changes
 from elesh.operate.events import formatted_events
 from elesh.operate.explain import print_decision
 from elesh.operate.fleet_status import fleet_status, fleet_status_of
+from elesh.operate.replay import changes
 from elesh.trainer import Evaluation
 from leyline import DeadLetter, Level, PruningOutcome, TelemetryEvent, Verification
 from leyline.streams import DEAD, OUTCOMES, STREAMS, TELEMETRY
