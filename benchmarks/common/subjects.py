@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common.nets import NETS
-from elesh.demo.data import Digits
+from elesh.demo.network import Digits
 from elesh.trainer import Recorder, Surgeon
 from leyline import Level, PrunedArchitecture, PruningGroup
 

@@ -306,7 +306,7 @@ def measure(url: str, idle_seconds: float) -> dict[str, Any]:
 async def report_of(url: str, run_id: str) -> dict[str, float]:
     """Seconds and bytes of the report of the oldest run."""
     from elesh.bus import Bus
-    from elesh.console.report import report_html
+    from elesh.console.export import report_html
     from elesh.settings import Settings
 
     settings = Settings()

@@ -22,8 +22,7 @@ from torch import nn
 from benchmarks.common.report import show, write
 from elesh import Settings, analyze
 from elesh.analysis.budgets.knapsack import resource_model
-from elesh.demo.data import Digits
-from elesh.demo.network import DigitsNet
+from elesh.demo.network import Digits, DigitsNet
 from elesh.trainer import Recorder, Surgeon
 from elesh.trainer.latency import measure_latency
 from leyline import AnalysisParameters, Budget

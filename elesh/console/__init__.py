@@ -6,6 +6,6 @@ view models (:mod:`.overview`, :mod:`.decision`, plain data, no markup), and pag
 """
 
 from .app import console_app, serve_console
-from .report import write_report
+from .export import write_report
 
 __all__ = ["console_app", "serve_console", "write_report"]

@@ -40,8 +40,7 @@ from leyline import ContractError, IdempotencyKey, Level
 from .access import COOKIE, OperatorAccess
 from .decision import decision_view
 from .export import checkpoint_rows, comparison, decision_rows, run_facts, to_csv
-from .lists import RESULTS, Wanted, decisions_of, paged, runs_of
-from .overview import problems, run_row
+from .lists import RESULTS, Wanted, decisions_of, paged, problems, run_row, runs_of
 from .pages import Rendered, asset, render
 from .reading import Reader
 from .runs import RunView, decision_row, run_view

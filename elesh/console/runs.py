@@ -17,7 +17,7 @@ from itertools import pairwise
 from elesh.operate.run_history import Checkpoint, Decided, Run, Width
 from leyline import Level, PruningOutcome
 
-from .overview import results_of
+from .lists import results_of
 
 __all__ = ["Band", "DecisionRow", "Gain", "HeldBack", "Mark", "RunView", "decision_row", "run_view"]
 

@@ -1,8 +1,8 @@
 """The demo and the simulated trainer: a real network learns real handwritten digits under Elesh."""
 
 from .budget import run_budget
-from .data import Digits, Split
 from .fleet import local_fleet
+from .network import Digits, Split
 from .run import Demo, run_demo, run_trainer
 
 __all__ = ["Demo", "Digits", "Split", "local_fleet", "run_budget", "run_demo", "run_trainer"]

@@ -22,8 +22,7 @@ import elesh
 from elesh.pruning.latency import compared
 from elesh.pruning.report import Figures
 
-from .data import Digits
-from .network import DigitsNet
+from .network import Digits, DigitsNet
 from .training import evaluate
 
 __all__ = ["run_budget"]

@@ -23,8 +23,7 @@ from elesh.settings import Settings
 from elesh.trainer import Session
 from leyline import Level
 
-from .beside import console_beside
-from .fleet import fleet
+from .fleet import console_beside, fleet
 from .screen import Screen, report_tables, size_of
 from .training import Report, Training, total_channels
 

@@ -38,8 +38,7 @@ from leyline import (
     StructuralPruningDecision,
 )
 
-from .data import Digits, Split
-from .network import DigitsNet
+from .network import Digits, DigitsNet, Split
 
 __all__ = ["EpochFigures", "Observer", "Report", "Training", "total_channels"]
 

@@ -16,8 +16,7 @@ from elesh.bus import Backlog, BreakerView, Bus, DeadLetterEntry, WorkerState
 from elesh.console.charts import dots, gate_bar, intervals, strip, timeline
 from elesh.console.decision import HEATS, Comparison, DecisionView, Estimate, decision_view
 from elesh.console.export import checkpoint_rows, decision_rows, run_facts, to_csv
-from elesh.console.lists import Wanted, decisions_of, paged, runs_of
-from elesh.console.overview import problems, run_row
+from elesh.console.lists import Wanted, decisions_of, paged, problems, run_row, runs_of
 from elesh.console.pages import ago, hexdump, percent, points
 from elesh.console.reading import Reader
 from elesh.console.runs import _latency, _widths, run_view

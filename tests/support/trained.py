@@ -11,8 +11,7 @@ from shared import once
 from torch import Tensor, nn
 from torch.nn import functional
 
-from elesh.demo.data import Digits
-from elesh.demo.network import TransformerBlock
+from elesh.demo.network import Digits, TransformerBlock
 
 __all__ = ["SmallNet", "SmallVit", "accuracy", "batches", "digits", "trained"]
 
