@@ -8,8 +8,6 @@ from typing import Any
 
 import leyline as ll
 
-__all__ = ["asyncapi"]
-
 _CONTENT_TYPE = "application/msgpack"
 _DESCRIPTION = (
     "What crosses the bus between a training run and its analysis workers: Redis Streams, one set "

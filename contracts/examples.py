@@ -14,8 +14,6 @@ import numpy as np
 
 import leyline as ll
 
-__all__ = ["ARCHITECTURE", "ENVELOPE", "KEY", "MESSAGES", "METADATA", "STATISTICS"]
-
 _AT = datetime(2025, 1, 14, 12, 0, 0, 250_000, tzinfo=UTC)
 _TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 

@@ -25,8 +25,6 @@ from contracts.reference import reference
 from leyline.arrays import pack_arrays
 from leyline.network.bundle import statistics_arrays
 
-__all__ = ["generated", "main", "schema"]
-
 _ROOT = Path(__file__).resolve().parent.parent
 _WHOLE_FOLDERS = ("contracts/schemas", "contracts/vectors")
 

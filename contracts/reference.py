@@ -13,8 +13,6 @@ from pydantic.fields import FieldInfo
 import leyline as ll
 from leyline import arrays, base, codec
 
-__all__ = ["reference"]
-
 _PATTERNS = {
     get_args(base.Identifier)[1].pattern: "identifier",
     get_args(base.ModelHash)[1].pattern: "16 hex digits",

@@ -31,17 +31,6 @@ from leyline import CheckpointBundle, Level, PruningGroup, stable_hash
 
 from .candidates import Doubles
 
-__all__ = [
-    "AccuracyCheck",
-    "ByGroup",
-    "agreement",
-    "half_split_error",
-    "not_measured",
-    "ranking_scores",
-    "redundancy",
-    "sketch_error",
-]
-
 ByGroup = Mapping[str, Doubles]
 """[C] by group: one value a unit, higher is more important."""
 Verdict = Literal["passed", "missed", "out of reach", "not measured"]

@@ -17,8 +17,6 @@ import numpy.typing as npt
 
 from leyline import PruningGroup
 
-__all__ = ["Bools", "Candidates", "Doubles", "Floats", "Ints", "floor_of", "multiple_of"]
-
 Doubles = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]

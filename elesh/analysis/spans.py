@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
-__all__ = ["Observer", "observed", "span"]
-
 Observer = Callable[[str], AbstractContextManager[None]]
 """Called with the name of a span; what it returns is entered and left around it."""
 _observer: ContextVar[Observer | None] = ContextVar("observer", default=None)

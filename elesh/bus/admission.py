@@ -49,20 +49,6 @@ from leyline.streams import Stream
 
 from .guard import Guard
 
-__all__ = [
-    "SUPPORTED",
-    "Admitted",
-    "Heard",
-    "Work",
-    "admit",
-    "fingerprint",
-    "hear",
-    "key_of",
-    "named_key",
-    "read",
-    "require_in_time",
-]
-
 SUPPORTED = (Level.CHANNEL, Level.HEAD, Level.LAYER)
 """The levels that this build analyses."""
 _CLOCK_TOLERANCE = timedelta(minutes=5)

@@ -67,8 +67,6 @@ from .errors import BusRefuses, BusUnavailable, Overloaded, RunClaimed
 from .guard import Guard, unframed
 from .scripts import Keys, Scripts, Shared
 
-__all__ = ["Bus"]
-
 T = TypeVar("T")
 
 _SOURCE = "elesh"

@@ -23,8 +23,6 @@ from elesh.settings.operation import SecuritySettings
 from leyline import Malformed
 from leyline.streams import DECISIONS, OPERATIONS, Stream
 
-__all__ = ["Checked", "Guard", "unframed"]
-
 _MAGIC = b"\xc1ELSIG1"
 _LENGTH = struct.Struct(">H")
 

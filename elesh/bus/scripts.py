@@ -17,8 +17,6 @@ from elesh.bus.guard import Guard
 from elesh.bus.server.client import Client, ServerClock
 from leyline.streams import Stream
 
-__all__ = ["Args", "Keys", "Scripts", "Shared", "Store"]
-
 
 @dataclass(frozen=True, slots=True)
 class Keys:

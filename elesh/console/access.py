@@ -15,8 +15,6 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 
-__all__ = ["COOKIE", "OperatorAccess"]
-
 COOKIE = "elesh_session"
 _MOST_SESSIONS = 1000
 _WRONG = 5

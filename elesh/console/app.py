@@ -45,8 +45,6 @@ from .pages import Rendered, asset, render
 from .reading import Reader
 from .runs import RunView, decision_row, run_view
 
-__all__ = ["console_app", "serve_console"]
-
 _LONGEST_FORM = 8192
 _SHORTEST_TOKEN = 16
 _POLICY = (

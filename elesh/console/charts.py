@@ -17,8 +17,6 @@ from elesh.operate.run_history import Width
 from .decision import Comparison, Strip, UnitRow
 from .runs import Band, Mark, RunView
 
-__all__ = ["dots", "gate_bar", "intervals", "strip", "timeline", "waterfall", "width_bar"]
-
 _Scale = Callable[[float], float]
 
 

@@ -24,11 +24,6 @@ from leyline import (
     StructuralPruningDecision,
 )
 
-__all__ = [
-    "HEATS", "Cell", "Comparison", "DecisionView", "Estimate", "GateRow", "Strip", "UnitRow",
-    "decision_view",
-]  # fmt: skip
-
 HEATS = 9
 """Steps of the heat scale."""
 Doubles = npt.NDArray[np.float64]

@@ -34,16 +34,6 @@ from .pages import asset, render
 from .reading import Reader
 from .runs import RunView, decision_row, run_view
 
-__all__ = [
-    "checkpoint_rows",
-    "comparison",
-    "decision_rows",
-    "report_html",
-    "run_facts",
-    "to_csv",
-    "write_report",
-]
-
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 

@@ -17,19 +17,6 @@ from elesh.operate.fleet_status import FleetStatus
 from elesh.operate.run_history import Decided, Run, RunHistory
 from leyline import InvalidField, Level
 
-__all__ = [
-    "Paged",
-    "Problem",
-    "RESULTS",
-    "RunRow",
-    "Wanted",
-    "decisions_of",
-    "paged",
-    "problems",
-    "run_row",
-    "runs_of",
-]
-
 RESULTS = ("applied", "rolled_back", "refused", "approved", "rejected")
 """What can have become of a decision; ``approved``: the trainer has not answered yet."""
 _ROWS = 50

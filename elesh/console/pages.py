@@ -22,8 +22,6 @@ from elesh.observe.logs import iso, moment, printable
 
 from . import charts
 
-__all__ = ["Rendered", "asset", "render"]
-
 _NONE = "\N{EN DASH}"
 _HEX_ROWS = 16
 

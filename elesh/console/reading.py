@@ -38,8 +38,6 @@ from leyline.streams import (
     Stream,
 )
 
-__all__ = ["Reader"]
-
 _FOLDED = (CHECKPOINTS, REQUESTS, DECISIONS, OUTCOMES, TELEMETRY)
 _BY_NAME = {stream.name: stream for stream in STREAMS}
 _STATISTICS = ("statistics", "gates", "layers", "heads")

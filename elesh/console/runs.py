@@ -19,8 +19,6 @@ from leyline import Level, PruningOutcome
 
 from .lists import results_of
 
-__all__ = ["Band", "DecisionRow", "Gain", "HeldBack", "Mark", "RunView", "decision_row", "run_view"]
-
 _MARKS = 400
 _DIGITS = re.compile(r"[0-9a-f]{16}|[0-9][0-9.,e+-]*")
 _KINDS = 6

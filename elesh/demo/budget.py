@@ -25,8 +25,6 @@ from elesh.pruning.report import Figures
 from .network import Digits, DigitsNet
 from .training import evaluate
 
-__all__ = ["run_budget"]
-
 _EPOCHS = 12
 _BATCH, _RATE, _SECOND_RATE = 128, 0.1, 0.03
 _STEPS = 2

@@ -21,8 +21,6 @@ from elesh.bus import embedded_server
 from elesh.observe.terminal import escape
 from elesh.settings import Settings
 
-__all__ = ["FleetError", "console_beside", "fleet", "local_fleet"]
-
 _START_SECONDS = 60.0
 _STOP_SECONDS = 20.0
 

@@ -15,8 +15,6 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-__all__ = ["Digits", "DigitsNet", "Split"]
-
 
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions beside an identity path (He et al. 2016), or a 1x1 one that strides.

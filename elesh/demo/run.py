@@ -27,8 +27,6 @@ from .fleet import console_beside, fleet
 from .screen import Screen, report_tables, size_of
 from .training import Report, Training, total_channels
 
-__all__ = ["Demo", "run_demo", "run_trainer"]
-
 _CHECKPOINTS = 12
 _ANSWER_SECONDS = 180.0
 """So long a demo waits once for answers that do not come."""

@@ -22,8 +22,6 @@ from leyline import (
 
 from .training import EpochFigures, Report, total_channels
 
-__all__ = ["Screen", "report_tables", "size_of"]
-
 _INDENT = 14
 """Columns that an outcome takes before its text."""
 _COLOURS = {"applied": "green", "rolled_back": "red", "refused": "yellow", "rejected": "dim"}

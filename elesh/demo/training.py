@@ -40,8 +40,6 @@ from leyline import (
 
 from .network import Digits, DigitsNet, Split
 
-__all__ = ["EpochFigures", "Observer", "Report", "Training", "total_channels"]
-
 _BATCH, _BATCH_OF_LONG_RUNS = 128, 256
 _LONG = 60
 """From so many epochs on, larger batches do: networks as small as this one pay by the step."""

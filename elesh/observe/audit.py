@@ -34,9 +34,6 @@ from leyline import (
     encode,
 )
 
-__all__ = ["AuditFile", "Fault", "Link", "audit_event", "line_of", "read_line", "sound", "verify"]
-
-
 _LINE = re.compile(rb'(?P<body>\{.*),"digest":"(?P<digest>[0-9a-f]{64})"\}\n')
 
 

@@ -33,9 +33,6 @@ from opentelemetry import trace
 
 from elesh.settings.masking import masked_line
 
-__all__ = ["LINES", "SparseLines", "get_logger", "iso", "moment", "printable", "setup_logging"]
-
-
 # C0, DEL, C1, marks and overrides of direction, line and paragraph separators, lone surrogates.
 _OTHERS = "\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff"
 _ONE_LINE = re.compile(f"[\x00-\x1f{_OTHERS}]")

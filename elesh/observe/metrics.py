@@ -19,27 +19,6 @@ from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetr
 from .logs import get_logger
 from .tracing import in_time, is_exported, quiet_exporters, resource_of
 
-__all__ = [
-    "ANALYSES",
-    "ANALYSIS_SECONDS",
-    "BLOB_BYTES",
-    "DEAD_LETTERS",
-    "DECISIONS",
-    "FALLBACKS",
-    "OUTCOMES",
-    "PROCESS_SECONDS",
-    "REDELIVERIES",
-    "REMOVED_UNITS",
-    "Reading",
-    "SAVED_MACS",
-    "SAVED_PARAMETERS",
-    "TRAINER_FALLBACKS",
-    "gauge",
-    "p95",
-    "setup_metrics",
-    "shutdown_metrics",
-]
-
 _BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60, 120, 180, 240, 300, 600)
 _meter = metrics.get_meter("elesh")
 _log = get_logger(__name__)

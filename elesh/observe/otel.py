@@ -10,8 +10,6 @@ import importlib
 import os
 from importlib.metadata import entry_points
 
-__all__ = ["leave_out"]
-
 _LIBRARIES = ("opentelemetry.propagate", "opentelemetry.sdk.trace", "opentelemetry.sdk.metrics")
 _GROUPS = {
     "OTEL_PYTHON_TRACER_PROVIDER": "opentelemetry_tracer_provider",

@@ -30,17 +30,6 @@ from elesh._process import state_folder
 from .logs import get_logger, printable
 from .terminal import escape
 
-__all__ = [
-    "REPLAYS",
-    "RecordedSpan",
-    "SpanFile",
-    "find_trace",
-    "print_trace",
-    "read_spans",
-    "tree_rows",
-]
-
-
 REPLAYS = "elesh-replay"
 """The service that replays are recorded under."""
 _LEAST_OF_ID = 8

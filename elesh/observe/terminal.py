@@ -16,8 +16,6 @@ from rich.segment import Segment
 
 from .logs import LINES, printable
 
-__all__ = ["Terminal", "escape"]
-
 
 def escape(text: object) -> str:
     """A stranger's text for one line of a :class:`Terminal`'s markup."""

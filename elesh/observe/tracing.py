@@ -40,22 +40,6 @@ from elesh.settings import ObserveSettings, SettingsError
 from .logs import get_logger
 from .spanfile import SpanFile
 
-__all__ = [
-    "SpanTimes",
-    "carrier_of",
-    "in_time",
-    "is_exported",
-    "linked_span",
-    "mark_failed",
-    "messaging",
-    "quiet_exporters",
-    "record_spans",
-    "resource_of",
-    "setup_tracing",
-    "shutdown_tracing",
-    "span",
-]
-
 Attributes = Mapping[str, str | int | float | bool]
 SpanTimes = tuple[str, int, int, int]
 """Name, place of its parent among the spans (-1: none), begin and end in ns since 1970."""

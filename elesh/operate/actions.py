@@ -20,8 +20,6 @@ from leyline.base import Identifier
 from leyline.network.bundle import first_error
 from leyline.streams import OPERATIONS, TELEMETRY
 
-__all__ = ["BREAKERS", "operator", "reset_breaker", "trip_breaker"]
-
 BREAKERS = (Level.CHANNEL, Level.HEAD, Level.LAYER)
 """The levels that have a breaker: decisions of several levels ask that of each."""
 _RUN_ID: TypeAdapter[str] = TypeAdapter(Identifier)

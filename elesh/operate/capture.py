@@ -32,8 +32,6 @@ from leyline import (
     encode,
 )
 
-__all__ = ["Case", "open_case", "save_case", "take_blobs", "versions"]
-
 _FORMAT = 1
 _MEMBERS = 64
 _TEXT = 4 << 20

@@ -36,8 +36,6 @@ from leyline.streams import Stream
 
 from .explain import reasons, removed
 
-__all__ = ["FormattedEvent", "format_event", "formatted_events"]
-
 _ANYBODY = Guard()
 
 

@@ -26,18 +26,6 @@ from leyline import (
 
 from .tables import compact
 
-__all__ = [
-    "breaker_table",
-    "gate_parts",
-    "print_decision",
-    "reasons",
-    "removed",
-    "result_of",
-    "savings",
-    "summary",
-    "verdict",
-]
-
 _BRIEF_UNITS, _MOST_UNITS = 8, 300
 _BRIEF_REASONS = 3
 

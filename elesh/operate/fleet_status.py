@@ -22,8 +22,6 @@ from leyline.streams import DEAD, DECISIONS, STREAMS
 from .explain import reasons, removed
 from .tables import compact
 
-__all__ = ["FleetStatus", "fleet_status", "fleet_status_of"]
-
 _LAST = 5
 _COLOURS = {"idle": "green", "busy": "cyan", "draining": "yellow", "starting": "yellow"}
 _CHILD = {"wedged": "red", "dead": "red"}

@@ -50,24 +50,6 @@ from leyline.streams import CHECKPOINTS, REQUESTS
 
 from .capture import Case, open_case, save_case, take_blobs, versions
 
-__all__ = [
-    "Change",
-    "DecisionContext",
-    "Replayed",
-    "Selection",
-    "admitted",
-    "capture",
-    "changes",
-    "count_selected",
-    "decision_context",
-    "fetched",
-    "moved",
-    "recorded_decision",
-    "replay",
-    "replay_case",
-    "rounded",
-]
-
 
 @dataclass(frozen=True)
 class Selection:

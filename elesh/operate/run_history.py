@@ -32,8 +32,6 @@ from leyline import (
 
 from .explain import reasons
 
-__all__ = ["Checkpoint", "Decided", "Entry", "RunHistory", "Place", "Run", "Shape", "Width"]
-
 _RUNS = 5000
 _ROWS = 2000
 _TRANSITIONS = 100

@@ -19,8 +19,6 @@ from importlib.resources import files
 from elesh.bus import Bus
 from elesh.settings import BusSettings
 
-__all__ = ["Costs", "Load", "Size", "costs", "server_cores", "size", "size_report"]
-
 FULL = 0.5
 """Share of its one core that a server is given to do: beyond it waits grow."""
 BUSY = 0.7

@@ -10,8 +10,6 @@ from collections.abc import Collection
 
 from rich.table import Table
 
-__all__ = ["compact"]
-
 
 def compact(
     *columns: str, figures: Collection[str] = (), whole: Collection[str] = (), title: str = ""

@@ -15,8 +15,6 @@ from elesh.settings import AccuracyTargets, Settings
 from leyline import CheckpointBundle, ContractError, TelemetryEvent
 from leyline.streams import TELEMETRY
 
-__all__ = ["publish_checks", "validate"]
-
 _WITHOUT_NETWORK = (
     "the checkpoint carries no network: export one with elesh.trainer.export.Exporter and save the "
     "bundle with it (docs/verification.md)"

@@ -30,14 +30,6 @@ from leyline import CheckpointBundle, Level, NetworkExport, PruningGroup
 from .measure import Bench
 from .program import MIN_SAMPLES
 
-__all__ = [
-    "Progress",
-    "gradient_flow_check",
-    "ranking_check",
-    "redundancy_check",
-    "replaceability",
-]
-
 Progress = Callable[[int, int], None]
 """Called with how many of how many measurements are done."""
 

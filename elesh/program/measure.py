@@ -53,9 +53,6 @@ from .program import (
 )
 from .refit import BatchNorm, Estimate, Refit, batch_norms
 
-__all__ = ["Bench", "LogitGapMeter", "Measurement", "TooSlow", "confined", "judged"]
-
-
 _NOTHING = (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC)
 
 

@@ -38,26 +38,6 @@ from leyline import InvalidField, Malformed, NotFinite, PrunedArchitecture, Shap
 from leyline.network.bundle import first_error
 from leyline.network.parts import MAX_AXIS
 
-__all__ = [
-    "DOES_NOT_RUN",
-    "FORMAT",
-    "GateSlot",
-    "IGNORED",
-    "IGNORED_LABEL",
-    "MIN_SAMPLES",
-    "Node",
-    "Program",
-    "decoded",
-    "encoded",
-    "name_of",
-    "read_calibration",
-    "read_held_out",
-    "read_weights",
-    "require_gates",
-    "resolve",
-]
-
-
 IGNORED = frozenset(
     {
         "aten._assert_tensor_metadata.default",

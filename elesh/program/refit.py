@@ -29,22 +29,6 @@ from leyline import Level, NormSite, PrunedArchitecture
 
 from .program import Node, Program
 
-__all__ = [
-    "BatchNorm",
-    "Consumer",
-    "Estimate",
-    "Normalised",
-    "Predictor",
-    "RIDGE",
-    "Refit",
-    "batch_norms",
-    "consumer_of",
-    "normalised_by",
-    "predict_lost",
-    "without_inputs",
-]
-
-
 RIDGE = 1e-4
 """Least ridge strength, as a share of the kept channels' mean second moment."""
 _FEW_ROWS, _FEW_RIDGE = 2, 1e-2

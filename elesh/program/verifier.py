@@ -43,8 +43,6 @@ from . import (
 from .measure import Bench, LogitGapMeter, Measurement, TooSlow
 from .program import DOES_NOT_RUN
 
-__all__ = ["NetworkVerifier"]
-
 _SHARE_OF_ROUNDS = 0.5
 T = TypeVar("T")
 

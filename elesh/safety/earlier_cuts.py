@@ -41,26 +41,6 @@ from leyline.messages.parameters import Scorer
 from .gates import rejection
 from .measured_gates import MEASURED_GATES
 
-__all__ = [
-    "ARCHITECTURE_GATES",
-    "BreakerStatus",
-    "Proposed",
-    "ROLLED_BACK",
-    "Vote",
-    "breaker_gate",
-    "calibrated",
-    "fingerprint_of",
-    "grounds",
-    "levels_of",
-    "proposed_again",
-    "rolled_back_cut",
-    "rolled_back_gate",
-    "units_of",
-    "vote_of",
-    "votes",
-]
-
-
 ROLLED_BACK = "rolled_back"
 """The name of the gate."""
 _TOLERANCE = 0.1

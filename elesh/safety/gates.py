@@ -20,23 +20,6 @@ from leyline import (
     PruningGroup,
 )
 
-__all__ = [
-    "MIN_SAMPLES",
-    "cumulative_limit",
-    "gradient_isolation",
-    "minimum_layers",
-    "minimum_units",
-    "mixed_owners",
-    "noise",
-    "phase_gate",
-    "predicted_shift",
-    "rejection",
-    "requirements",
-    "statistics_sound",
-    "structure",
-    "verdict",
-]
-
 MIN_SAMPLES = 32
 """Fewer calibration samples than this rank by chance."""
 

@@ -21,23 +21,6 @@ from leyline import Fallback, GateResult, Interval, Level
 
 from .verification import Entry, Measured, Proposal
 
-__all__ = [
-    "ClassDrop",
-    "Harm",
-    "MEASURED_GATES",
-    "Outcomes",
-    "accuracy_drop",
-    "class_drop",
-    "harm",
-    "labels_belong",
-    "largest_safe",
-    "loss_increase",
-    "predicted_loss",
-    "predicted_only",
-    "ranking_holds",
-]
-
-
 Doubles = npt.NDArray[np.float64]
 _SEED = 20250114
 _MIN_IN_CLASS = 10

@@ -15,8 +15,6 @@ import numpy.typing as npt
 
 from leyline import Fallback, GateResult, Level, LossFactor, Phase, Reconstructed, Verification
 
-__all__ = ["Entry", "Measured", "LogitGaps", "Probing", "Proposal", "Remeasuring", "Verifier"]
-
 Entry = tuple[Level, str, int]
 """One unit: its level, the group's (or layer's) name, its number in it (0 for a layer)."""
 

@@ -38,8 +38,6 @@ from elesh.settings import SettingsError
 from leyline import BadSignature, NotAuthorized, Unsigned
 from leyline.errors import brief
 
-__all__ = ["KEY_ID", "Key", "Keyring", "new_key"]
-
 KEY_ID = r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$"
 """What a key may be called."""
 

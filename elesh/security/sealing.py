@@ -25,8 +25,6 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from leyline import Unreadable
 from leyline.errors import brief
 
-__all__ = ["is_sealed", "seal", "unseal"]
-
 PIECE = 4 << 20
 TAG = 16
 _MAGIC = b"ELS1"

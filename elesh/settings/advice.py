@@ -16,7 +16,6 @@ from ._base import why_retired
 if TYPE_CHECKING:
     from . import Settings
 
-__all__ = ["CONSTANTS", "advisory", "retired_keys", "without_constants"]
 
 CONSTANTS = {
     "bus.stream_length": "streams are trimmed as they are read; where one fills, add workers",

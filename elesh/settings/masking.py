@@ -10,8 +10,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-__all__ = ["masked", "masked_line", "masked_repr", "masked_values"]
-
 _IN_AUTHORITY = re.compile(r"(?:(?<=://)|^)([^/@:]*):(?!//).*@", re.DOTALL)
 # A password where host and port should be.
 _IN_PLACE_OF_HOST = re.compile(

@@ -43,8 +43,6 @@ from leyline import ContractError, InvalidField, NetworkExport, Phase, PrunedArc
 from .quick_trace import quick_trace
 from .refitting import Expected, refitted
 
-__all__ = ["Exporter", "calibration_inputs", "held_out_blob", "is_worth_exporting"]
-
 _log = get_logger(__name__)
 _EXAMPLES = 2
 """Samples that are traced; one would be taken for a constant by ``torch.export``."""

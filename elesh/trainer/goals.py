@@ -16,8 +16,6 @@ from leyline.messages.budget import Resource
 
 from .latency import measure_latency
 
-__all__ = ["Goals", "ResourceUse"]
-
 
 @dataclass(frozen=True)
 class ResourceUse:

@@ -34,8 +34,6 @@ from elesh.trainer.network.state import preserve_state
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import Budget, LatencyTable, LayerLatency, Level, PrunedArchitecture
 
-__all__ = ["channel_step", "measure_latency", "with_surroundings"]
-
 FRACTIONS = (0.25, 0.5, 0.625, 0.75, 0.875, 1.0)
 """Sizes that are measured, as shares of the present size."""
 _VECTOR_BYTES = {"AVX512": 64, "AVX2": 32}

@@ -23,8 +23,6 @@ from leyline import ContractError, InvalidField
 
 from .refitting import Expected, Slot, alike
 
-__all__ = ["quick_trace"]
-
 Call = Callable[[list[Tensor], dict[str, Tensor]], Tensor]
 _PRIMES = (11, 13, 17, 19, 23, 29, 31)
 """Numbers of samples; small ones are sizes of kernels."""

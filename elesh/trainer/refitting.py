@@ -18,8 +18,6 @@ from torch import Tensor
 from elesh.program.program import DOES_NOT_RUN, GateSlot, Node, Program, decoded, resolve
 from leyline import ContractError, PrunedArchitecture
 
-__all__ = ["Expected", "Slot", "alike", "refitted"]
-
 Slot = tuple[str, int | None, int]
 """Module, axis (None: a branch) and width of a gate."""
 Expected = Callable[[int], tuple[dict[str, Tensor], list[Tensor], Tensor]]

@@ -16,8 +16,6 @@ from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 
 from leyline import InvalidField, ShapeMismatch
 
-__all__ = ["as_semi_structured", "as_sparse", "two_of_four"]
-
 _GROUP, _KEPT = 4, 2
 _DTYPES = (torch.float16, torch.bfloat16, torch.int8, torch.float32)
 

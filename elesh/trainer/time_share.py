@@ -12,8 +12,6 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["TimeShare"]
-
 
 class TimeShare:
     """Counts the training's time and Elesh's from :meth:`begin` on.

@@ -40,15 +40,6 @@ from leyline import (
 from leyline.arrays import pack_arrays
 from leyline.streams import REQUESTS
 
-__all__ = [
-    "ParameterImportance",
-    "ParameterTracker",
-    "apply_masks",
-    "ask_for_masks",
-    "identifiers",
-    "kept_elements",
-]
-
 
 def identifiers(model: nn.Module) -> tuple[ParameterIdentifier, ...]:
     """The identities of all trained parameters, in ``named_parameters`` order."""

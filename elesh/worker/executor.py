@@ -46,8 +46,6 @@ from leyline.network.bundle import NETWORK_FILES
 from .fallback_chain import fallback_for, time_for
 from .leases import InFlightLimit, KeyedLocks
 
-__all__ = ["AnalysisExecutor"]
-
 _log = get_logger(__name__)
 PRELOAD = True
 """The compute child loads torch, where it is installed, as soon as it has started: 185 MB of idle

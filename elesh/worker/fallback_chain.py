@@ -44,14 +44,6 @@ from leyline import (
     StructuralPruningDecision,
 )
 
-__all__ = [
-    "CORRUPTION",
-    "is_corruption",
-    "fallback_for",
-    "stand_in",
-    "time_for",
-]
-
 CORRUPTION = "data_corruption"
 
 _FALLBACKS: Mapping[type[ChildFailure], str] = {

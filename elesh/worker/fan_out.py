@@ -41,8 +41,6 @@ from .executor import AnalysisExecutor
 from .fallback_chain import CORRUPT
 from .result_handler import ResultHandler, conflict
 
-__all__ = ["FanOut", "groups_of", "level_of", "parts_of"]
-
 _INLINE = 256 << 10
 """Analyses up to so many bytes stand in the plan's record; larger ones are blobs."""
 _LATE = "no result within the window"

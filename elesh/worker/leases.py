@@ -26,9 +26,6 @@ from elesh.observe import get_logger
 from elesh.worker.telemetry.reports import Reports
 from leyline.streams import WORKERS, Stream
 
-__all__ = ["Busy", "InFlightLimit", "KeyedLocks", "LONG_SECONDS", "Leases", "ReapingLoop"]
-
-
 PATIENCE_SECONDS = 1.0
 LONG_SECONDS = 0.25
 """An analysis that takes longer is long: beside it nothing more is taken for the child."""

@@ -37,8 +37,6 @@ from leyline.streams import DECISIONS, WORKERS
 from .executor import AnalysisExecutor
 from .result_handler import conflict
 
-__all__ = ["ParameterExecutor", "parameter_key"]
-
 _SOURCE = "elesh"
 _log = get_logger(__name__)
 

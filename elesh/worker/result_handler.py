@@ -37,8 +37,6 @@ from leyline.streams import WORKERS
 
 from .fallback_chain import CORRUPTION, is_corruption, stand_in
 
-__all__ = ["ResultHandler"]
-
 _log = get_logger(__name__)
 
 

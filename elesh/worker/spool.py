@@ -21,9 +21,6 @@ from pathlib import Path
 
 from elesh.settings import SettingsError
 
-__all__ = ["SHORTAGE_CODE", "Shortage", "shortage_of", "spool"]
-
-
 _PREFIX = "elesh-worker-"
 _LOCK = "lock"
 _UNLOCKED_SECONDS = 86_400.0

@@ -52,8 +52,6 @@ from .parameter_executor import ParameterExecutor, parameter_key
 from .result_handler import ResultHandler
 from .spool import shortage_of, spool
 
-__all__ = ["GROUP", "STREAMS", "Worker", "serve"]
-
 GROUP = WORKERS
 STREAMS = (REDELIVERIES, WORK, OUTCOMES, REQUESTS, CHECKPOINTS)
 """What was begun goes before what is new; outcomes and new work take turns."""

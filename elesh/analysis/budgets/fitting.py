@@ -32,19 +32,6 @@ from leyline import (
 
 from .knapsack import Curve, Fit, ResourceModel, fit_budget, needed, resource_model
 
-__all__ = [
-    "Fitted",
-    "Fitting",
-    "all_budgets",
-    "amount_of",
-    "fit_all",
-    "fitted",
-    "fitting",
-    "likely_missed",
-    "out_of_reach",
-    "share_of",
-]
-
 
 def all_budgets(bundle: CheckpointBundle) -> tuple[Budget, ...]:
     """The budgets that the request has, in its order."""

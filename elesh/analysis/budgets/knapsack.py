@@ -27,9 +27,6 @@ import numpy as np
 from elesh.analysis.candidates import Doubles
 from leyline import Budget, InvalidField, LatencyTable, LayerLatency, PrunedArchitecture
 
-__all__ = ["Curve", "Fit", "ResourceModel", "fit_budget", "needed", "resource_model"]
-
-
 Sizes = Mapping[str, int]
 """Units kept by group; groups that are not named keep all."""
 

@@ -24,8 +24,6 @@ from leyline import (
 
 from .join import JoinContext, joined
 
-__all__ = ["analyze"]
-
 
 def analyze(
     bundle: CheckpointBundle,

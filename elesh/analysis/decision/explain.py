@@ -25,8 +25,6 @@ from leyline import (
     StructuralPruningDecision,
 )
 
-__all__ = ["Explanation", "TargetExplanation", "UnitExplanation", "explain"]
-
 _Target = ChannelPruningTarget | AttentionHeadTarget
 
 _REASONS = {

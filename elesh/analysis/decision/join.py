@@ -45,9 +45,6 @@ from leyline import (
     WouldBeCut,
 )
 
-__all__ = ["JoinContext", "JointSet", "join", "joined", "named"]
-
-
 _JOINT_COSTS = frozenset({"output_projection", "reconstruction", "fisher", "margins"})
 """Scorers whose costs are of one kind whatever the level."""
 

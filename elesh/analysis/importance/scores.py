@@ -30,28 +30,6 @@ from elesh.analysis.spans import span
 from elesh.settings import ChannelAnalysis
 from leyline import ChannelImportanceData, GateStatistics, Phase
 
-__all__ = [
-    "EARLY",
-    "LATE",
-    "MID",
-    "Pair",
-    "Prediction",
-    "Projections",
-    "Weights",
-    "fisher",
-    "gains_of",
-    "magnitude",
-    "multi_metric",
-    "output_mean_square",
-    "pairs_of_groups",
-    "predict",
-    "redundant_pairs",
-    "sample_weights",
-    "shares",
-    "single_removal",
-    "weights_at",
-]
-
 
 class Weights(NamedTuple):
     """How much each metric counts in the mix; they sum to 1."""

@@ -36,20 +36,6 @@ from leyline import (
 )
 from leyline.arrays import pack_arrays, require_finite, unpack_arrays
 
-__all__ = [
-    "Counts",
-    "MetricHistory",
-    "ImportanceTracker",
-    "METRICS",
-    "MOMENTUM",
-    "Recent",
-    "Track",
-    "WINDOW",
-    "channel_metrics",
-    "measurements_of",
-]
-
-
 Counts = npt.NDArray[np.int64]
 
 

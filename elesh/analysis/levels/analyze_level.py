@@ -54,18 +54,6 @@ from .heads import HEADS
 from .layers import plan_layers
 from .units import CHANNELS, Ranked, UnitLevel
 
-__all__ = [
-    "LevelDraft",
-    "UNIT_LEVELS",
-    "analyze_level",
-    "budget_gate",
-    "draft_level",
-    "judged",
-    "largest",
-    "merge_shards",
-    "shortened_plan",
-]
-
 
 def largest(count: int, passes: Callable[[int], bool]) -> int:
     """The longest beginning that passes, of ``count`` units that do not, found by halving."""

@@ -33,8 +33,6 @@ from leyline import (
 
 from .units import Limits, UnitLevel
 
-__all__ = ["EARLY", "HEADS", "LATE", "HeadWeights", "Heads", "head_weights_at", "multi_factor"]
-
 
 class HeadWeights(NamedTuple):
     """How much each factor counts in the mix; they sum to 1."""

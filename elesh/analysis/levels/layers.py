@@ -44,16 +44,6 @@ from leyline import (
 )
 from leyline.network.blocks import inside_any
 
-__all__ = [
-    "LayerChoice",
-    "architecture_impact",
-    "choose_layers",
-    "failed_conditions",
-    "first_to_go",
-    "plan_layers",
-    "rank",
-]
-
 
 @dataclass(frozen=True)
 class LayerChoice:

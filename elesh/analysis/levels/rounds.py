@@ -24,8 +24,6 @@ from leyline import CheckpointBundle, Fallback, Level
 
 from .analyze_level import UNIT_LEVELS, LevelDraft, judged
 
-__all__ = ["REFUSED", "Rounds", "in_rounds"]
-
 REFUSED = "rounds_refused"
 """The fallback of the failure table: what rounds chose does not pass the gates, or is nothing."""
 _FORETOLD = frozenset({"predicted_shift", "noise"})

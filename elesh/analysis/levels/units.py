@@ -73,8 +73,6 @@ from leyline import (
 )
 from leyline.messages.parameters import WantedScorer
 
-__all__ = ["CHANNELS", "Channels", "Limits", "Ranked", "UnitLevel", "select_channels"]
-
 
 @dataclass(frozen=True)
 class Ranked:

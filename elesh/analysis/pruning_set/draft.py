@@ -56,17 +56,6 @@ from leyline import (
 
 from .plans import Target, restricted, rounded_to_multiples
 
-__all__ = [
-    "Cut",
-    "Draft",
-    "FALLBACK_DISCOUNT",
-    "LossIncrease",
-    "RelativeOutputError",
-    "loss_increase",
-    "set_removal",
-]
-
-
 _RIVALS = 2.5
 """By how many standard deviations a wide scatter lifts the best of the wrong answers: the mean of
 the largest of as many normal draws as there are wrong ones, 1.5 of nine, 2.5 of a hundred."""

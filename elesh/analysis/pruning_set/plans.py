@@ -48,21 +48,6 @@ from leyline import (
     SparedUnit,
 )
 
-__all__ = [
-    "BudgetUse",
-    "Identity",
-    "LevelPlan",
-    "Target",
-    "empty_plan",
-    "identity_of",
-    "merged",
-    "restricted",
-    "rounded_to_multiples",
-    "wanted_scorer",
-    "with_choice",
-]
-
-
 Target = ChannelPruningTarget | AttentionHeadTarget | LayerPruningTarget
 
 

@@ -30,8 +30,6 @@ from leyline import GateStatistics
 
 from .removal_order import Order, RemovalOrder, Units, rounded
 
-__all__ = ["ReconstructionOrder", "reconstruction_fault", "residual_slopes"]
-
 RIDGE = 1e-4
 """As a share of the mean second moment: what the trainer's re-solving uses."""
 _BLOCK = 64

@@ -28,18 +28,6 @@ from threadpoolctl import ThreadpoolController
 
 from elesh.analysis.candidates import Bools, Candidates, Doubles, Floats, Ints
 
-__all__ = [
-    "JointOrder",
-    "LogitGapOrder",
-    "Order",
-    "PooledOrder",
-    "RemovalOrder",
-    "StaticOrder",
-    "cheapest_first",
-    "rounded",
-]
-
-
 _POOL = 1024
 """Units resolved among themselves exactly; a net with no more of them is resolved exactly."""
 _STEP = 32

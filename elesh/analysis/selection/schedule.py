@@ -29,29 +29,6 @@ from leyline.arrays import require_finite
 
 from .choose import Selection
 
-__all__ = [
-    "Allowance",
-    "BASE",
-    "Eligible",
-    "FLOOR",
-    "SafetyLevel",
-    "Stage",
-    "adaptive_threshold",
-    "allowance",
-    "curve",
-    "eligible_groups",
-    "near_the_cut",
-    "phase_at",
-    "phase_ends",
-    "raised",
-    "sentence",
-    "short_of_quota",
-    "short_of_target",
-    "stage_at",
-    "unwanted_names",
-]
-
-
 Shape = Literal["polynomial", "linear", "exponential"]
 
 _DECAY = 5.0

@@ -27,8 +27,6 @@ from elesh.analysis.candidates import Doubles, Floats, Ints
 from leyline import InvalidField, Malformed, NotFinite, ShapeMismatch, TooLarge, UnsupportedVersion
 from leyline.arrays import pack_arrays, require_finite, unpack_arrays
 
-__all__ = ["CountMinSketch", "ErrorBound", "element_keys", "splitmix64"]
-
 Keys = npt.NDArray[np.uint64]
 
 MAX_BYTES = 500_000_000

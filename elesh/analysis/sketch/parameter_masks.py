@@ -33,8 +33,6 @@ from leyline import (
 
 from .count_min import CountMinSketch, element_keys, splitmix64
 
-__all__ = ["Marking", "allotted", "analyze_parameters", "sampled_indices"]
-
 Bits = npt.NDArray[np.uint8]
 Samples = Mapping[str, Doubles]
 """Exact importance [k] of the sampled elements of each tensor, by its identifier."""

@@ -40,9 +40,6 @@ from redis.exceptions import ConnectionError, RedisError
 
 from .embedded import Place, place_of
 
-__all__ = ["Address", "BusAddress", "Locator", "open_pool", "parse"]
-
-
 Address = tuple[str, int]
 _SCHEMES = (
     "redis", "rediss", "unix",

@@ -49,28 +49,6 @@ from elesh.observe import get_logger
 
 from .address import Locator, open_pool, parse
 
-__all__ = [
-    "ALONE",
-    "Backoff",
-    "Client",
-    "Gathering",
-    "LONGEST_PAUSE",
-    "MAX_BLOCK",
-    "OutageLog",
-    "SOCKET_TIMEOUT",
-    "ServerClock",
-    "code_of",
-    "is_expected",
-    "may_have_moved",
-    "open_client",
-    "refusal",
-    "cancelled",
-    "repeatedly",
-    "require_address",
-    "until_available",
-]
-
-
 _EXPECTED = {
     "NOSCRIPT": frozenset({"EVALSHA", "EVALSHA_RO"}),
     "NOGROUP": frozenset({"XREADGROUP", "XPENDING", "XINFO"}),

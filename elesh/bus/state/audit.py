@@ -23,8 +23,6 @@ from elesh.bus.streams.records import ENTRY_ID, Delivery, deliveries_of, entry_f
 from leyline import GENESIS, AuditEntry, AuditEvent, ContractError, EventEnvelope, encode, wrap
 from leyline.streams import AUDIT, DEAD, DECISIONS, OPERATIONS, OUTCOMES, TELEMETRY, Stream
 
-__all__ = ["COPIED", "AuditHead", "AuditLog", "audit_envelope"]
-
 COPIED: tuple[Stream, ...] = (DECISIONS, OUTCOMES, TELEMETRY, DEAD, OPERATIONS)
 """The streams whose messages become entries."""
 _BATCH = 100

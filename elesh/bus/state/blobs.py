@@ -30,8 +30,6 @@ from elesh.settings import BusSettings
 from leyline import BlobRef, DigestMismatch, InvalidField, MissingBlob, TooLarge
 from leyline.errors import brief
 
-__all__ = ["CHUNK", "BlobStore"]
-
 CHUNK = 4 << 20
 """Bytes in one piece."""
 _READ = 1 << 20

@@ -17,8 +17,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from elesh.bus.scripts import Args, Shared, Store
 from leyline.streams import STREAMS, Stream
 
-__all__ = ["Backlog", "Registry", "WorkerState"]
-
 Doing = Literal["starting", "idle", "busy", "draining"]
 ChildState = Literal["starting", "idle", "busy", "wedged", "dead"]
 

@@ -47,18 +47,6 @@ from leyline import (
 )
 from leyline.streams import DECISIONS, OPERATIONS
 
-__all__ = [
-    "RunAttempt",
-    "BreakerStore",
-    "BreakerView",
-    "HistoryStore",
-    "Holder",
-    "Kept",
-    "RunStore",
-    "State",
-]
-
-
 _log = logging.getLogger(__name__)
 
 Kept = Literal["kept", "known", "conflict", "old"]

@@ -29,18 +29,6 @@ from leyline.streams import REDELIVERIES, STREAMS, Stream
 
 from .records import Delivery, Pending, deliveries_of
 
-__all__ = [
-    "Cause",
-    "Groups",
-    "Reap",
-    "Reaper",
-    "SHED_FROM",
-    "Taken",
-    "WORK",
-    "last_id",
-    "pending_of",
-]
-
 
 def _is_absent(error: ResponseError) -> bool:
     """Whether stream or group do not exist (yet, or any more)."""

@@ -22,8 +22,6 @@ from leyline.streams import DEAD, OPERATIONS, STREAMS, Stream
 
 from .records import BUS_FIELDS, Delivery, deliveries_of, entry_fields, read_dead_letter
 
-__all__ = ["DeadLetters", "DeadLetterEntry", "Redriven", "operator_action"]
-
 _ENTRY = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
 
 

@@ -34,8 +34,6 @@ from leyline.streams import WORK
 
 from .records import CONTEXT, Delivery, entry_fields
 
-__all__ = ["Plan", "PlanStore", "Planned", "Stored"]
-
 _SOURCE = "elesh"
 _LONG_AGO = datetime.fromtimestamp(0, UTC)
 

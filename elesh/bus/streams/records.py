@@ -26,22 +26,6 @@ from leyline import (
 from leyline.errors import UnknownType, brief
 from leyline.streams import OPERATIONS, REDELIVERIES, STREAMS, Stream
 
-__all__ = [
-    "BUS_FIELDS",
-    "CONTEXT",
-    "Delivery",
-    "DeliveryHistory",
-    "Pending",
-    "Record",
-    "ENTRY_ID",
-    "CommitOutcome",
-    "Commit",
-    "deliveries_of",
-    "entry_fields",
-    "moment",
-    "read_dead_letter",
-]
-
 _ENVELOPE = b"envelope"
 _LATEST = datetime(9999, 1, 1, tzinfo=UTC)
 _BY_NAME = {stream.name: stream for stream in STREAMS}

@@ -23,8 +23,6 @@ from elesh.trainer.surgery.optimizers import Optimizers
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import InvalidField, Malformed, PrunedArchitecture, PruningRecord, TensorDescriptor
 
-__all__ = ["KEY", "Loading", "bring", "cut_like", "pack", "unpack"]
-
 KEY = "elesh.architecture"
 """The name under which a checkpoint holds it."""
 

@@ -20,21 +20,6 @@ from leyline import (
     stable_hash,
 )
 
-__all__ = [
-    "Evaluation",
-    "Expected",
-    "LikelyDrop",
-    "checked",
-    "event_id_of",
-    "excess",
-    "expected",
-    "failed_check",
-    "failed_loss",
-    "likely_drop",
-    "recompilation",
-    "validation_of",
-]
-
 _LEVELS = 5
 """Figures before a cut whose mean is what it is compared with."""
 _UNKNOWN = 2

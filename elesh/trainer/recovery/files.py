@@ -20,17 +20,6 @@ from typing import IO
 from elesh.observe import get_logger
 from leyline import InvalidField
 
-__all__ = [
-    "FolderInUse",
-    "FolderLock",
-    "is_at",
-    "open_private",
-    "private_folder",
-    "sync_folder",
-    "write_durably",
-    "write_private",
-]
-
 _FILE, _FOLDER = 0o600, 0o700
 _POLL_SECONDS = 0.05
 _BUSY = (errno.EAGAIN, errno.EACCES)

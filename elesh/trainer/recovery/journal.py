@@ -24,8 +24,6 @@ from leyline import PruningOutcome
 from .evaluation import Evaluation, Expected, expected, failed_check
 from .files import is_at, open_private, write_durably
 
-__all__ = ["Journal", "Line", "MadeCut", "Situation"]
-
 Line = Mapping[str, Any]
 _DIGEST = 16
 _SINGLE = 5

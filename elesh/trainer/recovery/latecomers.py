@@ -26,8 +26,6 @@ from elesh.trainer.surgery.surgeon import Surgeon
 from elesh.trainer.surgery.tensors import replace_data, take_sizes
 from leyline import InvalidField, PrunedArchitecture
 
-__all__ = ["Latecomers"]
-
 _log = get_logger(__name__)
 
 

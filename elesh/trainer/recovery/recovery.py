@@ -42,9 +42,6 @@ from .journal import Journal, Line, MadeCut, Situation
 from .latecomers import Latecomers
 from .snapshot import Snapshot, Tracked, pack_tree, unpack_tree
 
-__all__ = ["FolderPoints", "MemoryPoints", "NoRestorePoint", "Points", "Recovery"]
-
-
 _FORMAT = 2
 _TENSORS, _STATE, _ARCHITECTURE = "tensors.safetensors", "state.msgpack", "architecture.json"
 _MANIFEST = "point.json"

@@ -32,9 +32,6 @@ from elesh.trainer.surgery.tensors import replace_data
 from leyline import InvalidField, Malformed, PrunedArchitecture
 from leyline.errors import brief
 
-__all__ = ["Snapshot", "Stateful", "Tracked", "copy_tree", "pack_tree", "put_home", "unpack_tree"]
-
-
 _TUPLE, _TENSOR, _COUNTER, _INTEGER, _ARRAY, _SET, _FROZEN, _DTYPE, _DEVICE = range(9)
 _PLAIN = (bool, float, str, bytes, type(None))
 _INT64 = range(-(2**63), 2**63)

@@ -28,8 +28,6 @@ from leyline import CheckpointBundle, InvalidField, PrunedArchitecture, PruningO
 from .apply import Evaluation
 from .session import Session
 
-__all__ = ["AllRanks"]
-
 Evaluate = Callable[[], Evaluation]
 _Message = dict[str, Any]
 _log = get_logger(__name__)

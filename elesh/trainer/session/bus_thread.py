@@ -60,8 +60,6 @@ from leyline.streams import CHECKPOINTS, DEAD, DECISIONS, REQUESTS, WORK, Stream
 
 from .mailbox import MOST_TIMES, Ended, Incoming, Mailbox, Outgoing, Published, Unanswered
 
-__all__ = ["BusThread", "new_loop", "with_blobs"]
-
 _SOURCE = "kasmina"
 _LISTEN_SECONDS = 2.0
 """A read waits so long: there may be thousands of trainers."""

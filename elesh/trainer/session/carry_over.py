@@ -20,8 +20,6 @@ from leyline import (
     StructuralPruningDecision,
 )
 
-__all__ = ["carried_over", "present_form", "shortened"]
-
 _ALIGNED = ("original_indices", "importance", "costs", "errors")
 Target = ChannelPruningTarget | AttentionHeadTarget
 

@@ -29,8 +29,6 @@ from leyline import (
 )
 from leyline.streams import Stream
 
-__all__ = ["MOST_TIMES", "Ended", "Incoming", "Mailbox", "Outgoing", "Published", "Unanswered"]
-
 _ITEMS, _BUNDLES = 64, 8
 _FORKED = "this process was forked from the one that has the session: open one of its own here"
 _lines = SparseLines(get_logger(__name__))

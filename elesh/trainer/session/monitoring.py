@@ -30,8 +30,6 @@ from .apply import (
     trigger_of,
 )
 
-__all__ = ["MonitoredCuts"]
-
 Evaluate = Callable[[], Evaluation]
 _INTERRUPTED = "interrupted: the trainer ended while it was applied"
 _MOVES = 20

@@ -32,8 +32,6 @@ from elesh.trainer.network.calling import (
 from elesh.trainer.network.state import preserve_state
 from leyline import InvalidField
 
-__all__ = ["OwnSamples", "call_seconds"]
-
 _ERRORS = 2.0
 """Standard errors of the mean rise, over samples, by which it is more than chance."""
 

@@ -28,8 +28,6 @@ from leyline import InvalidField, Level, PreflightCheck
 
 from .apply import Evaluate, preserving
 
-__all__ = ["preflight", "require_passed", "table"]
-
 Report = tuple[PreflightCheck, ...]
 _COLUMNS = 80
 _INDENTED = textwrap.TextWrapper(_COLUMNS, initial_indent=" " * 6, subsequent_indent=" " * 6)

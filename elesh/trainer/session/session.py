@@ -57,9 +57,6 @@ from .monitoring import MonitoredCuts
 from .preflight import preflight as try_all
 from .preflight import require_passed, table
 
-__all__ = ["Observers", "Session", "SessionObserver"]
-
-
 _log = get_logger(__name__)
 
 

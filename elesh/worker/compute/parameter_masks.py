@@ -31,8 +31,6 @@ from leyline.network.bundle import map_file
 
 from .protocol import MASKS, REQUEST, Job, rank_files
 
-__all__ = ["marked"]
-
 _INLINE = 4 << 20
 """Bytes of masks that still go into a message."""
 

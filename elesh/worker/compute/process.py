@@ -32,8 +32,6 @@ from .protocol import (
     unpack_body,
 )
 
-__all__ = ["ComputeChild"]
-
 _WATCH_SECONDS = 0.1
 _AGAIN_SECONDS, _LONGEST_PAUSE = 1.0, 60.0
 _START_SECONDS = 60.0

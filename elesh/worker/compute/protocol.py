@@ -40,32 +40,6 @@ import msgpack
 from elesh.worker.spool import SHORTAGE_CODE, Shortage
 from leyline import CheckpointDocument, ContractError, Fallback, Level, errors
 
-__all__ = [
-    "ChildDied",
-    "ChildFailure",
-    "ChildOverMemory",
-    "ChildTimeout",
-    "Failed",
-    "Finding",
-    "HeartbeatReader",
-    "Job",
-    "Kind",
-    "MASKS",
-    "MEMORY_CODE",
-    "REQUEST",
-    "RankFiles",
-    "Reply",
-    "SpanTimes",
-    "Stopwatch",
-    "heartbeat_into",
-    "limit_data",
-    "pack_frame",
-    "rank_files",
-    "resident",
-    "unpack_body",
-]
-
-
 SpanTimes = tuple[str, int, int, int]
 """Name, place of its parent among the spans (-1: none), begin and end in ns since 1970."""
 _MOST = 256

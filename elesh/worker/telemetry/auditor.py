@@ -22,8 +22,6 @@ from elesh.settings import AuditSettings
 from leyline import AuditEntry, AuditEvent, BreakerTransition, ContractError, UnknownType, encode
 from leyline.streams import AUDIT, DEAD, DECISIONS, OPERATIONS, TELEMETRY, Stream
 
-__all__ = ["audit_links", "auditing", "extend_file", "write_audit"]
-
 _BATCH = 500
 SECONDS = 5.0
 """Between two looks at what is new: nothing waits for an entry."""

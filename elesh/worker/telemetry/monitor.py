@@ -42,17 +42,6 @@ from leyline.streams import DEAD, STREAMS
 
 from .reports import Condition, Status
 
-__all__ = [
-    "FleetFigures",
-    "Monitor",
-    "application",
-    "listening",
-    "register_fleet",
-    "register_worker",
-    "serving",
-]
-
-
 _STATES: tuple[State, ...] = ("half_open", "open")
 _BREAKER_LEVELS = (Level.CHANNEL, Level.HEAD, Level.LAYER)
 _LOOKED_AT = frozenset({stream.name for stream in STREAMS if stream.group} | {DEAD.name})

@@ -44,15 +44,6 @@ from leyline import (
 )
 from leyline.streams import TELEMETRY, VALIDATION, WORKERS, Stream
 
-__all__ = [
-    "Condition",
-    "Reports",
-    "Status",
-    "TelemetryBuffer",
-    "record_receipts",
-]
-
-
 _NAMED = frozenset(level.value for level in Level) - {Level.JOINT.value}
 
 _RECENT = 1000
