@@ -1,4 +1,4 @@
-"""Small things about processes and their places that more than one part of the house needs."""
+"""What several packages need to know of processes: their names, their folders, their parents."""
 
 from __future__ import annotations
 

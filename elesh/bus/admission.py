@@ -87,7 +87,7 @@ class Heard:
 
 
 def hear(delivery: Delivery, guard: Guard) -> Heard:
-    """What a stream entry says, once it is known who says so and that it belongs there.
+    """The message of a stream entry, after its signature and its place were checked.
 
     Raises:
         Unsigned, BadSignature, NotAuthorized: if no signer that ``guard`` knows may write it.
@@ -169,7 +169,7 @@ def require_in_time(heard: Heard, now: datetime, redriven: datetime | None = Non
 def admit(
     heard: Heard, *, window: float, now: datetime, redriven: datetime | None = None
 ) -> Admitted:
-    """What a worker is asked for, or hears of.
+    """The message as something that a worker serves.
 
     An outcome, and a part of what was admitted before, is served however late it comes.
 
@@ -205,7 +205,7 @@ def key_of(message: CheckpointReady | StructuralAnalysisRequest) -> IdempotencyK
     """The key of the decision that a checkpoint or a request leads to.
 
     Raises:
-        ContractError: if a request's key is none.
+        ContractError: if a request's key is malformed.
     """
     if isinstance(message, CheckpointReady):
         about = message.metadata

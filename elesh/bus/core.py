@@ -167,7 +167,7 @@ class Bus:
 
     @property
     def server(self) -> tuple[str, int] | None:
-        """Address and port of the server spoken to, a socket's path with port 0; None before."""
+        """Address and port of the server, a socket's path with port 0; None before a connection."""
         if path := self._client.connection_pool.connection_kwargs.get("path"):
             return str(path), 0
         locator = self._client.locator
@@ -176,7 +176,7 @@ class Bus:
 
     @property
     def asks_password(self) -> bool:
-        """Whether one has to be known to come here: this connection names one."""
+        """Whether the server asks for a password: this connection gives one."""
         return bool(self._client.connection_pool.connection_kwargs.get("password"))
 
     async def when_available(self, *, stop: asyncio.Event | None = None) -> bool:
@@ -227,7 +227,7 @@ class Bus:
                 return answer
 
     async def drops(self, error: BusUnavailable) -> bool:
-        """Whether ``error`` was the end of a connection to a server that answers otherwise."""
+        """Whether the server ended the connection on this command, but answers others."""
         if isinstance(error, BusRefuses):
             return False
         try:
@@ -546,7 +546,7 @@ class Bus:
 
 
 def _run_of(dead_letter: DeadLetter) -> tuple[str, int | None]:
-    """Run and epoch of the message in a dead letter: its trainer is to hear of it."""
+    """Run and epoch of the message in a dead letter, by which its trainer hears of it."""
     # A key stands in it only where the message was admitted: then what was malformed is its data.
     if dead_letter.error_code in UNTRUSTED and not dead_letter.idempotency_key:
         return "", None

@@ -1,5 +1,4 @@
-"""What stands between the bus and those who may write to it: signed entries, signed state, sealed
-blobs.
+"""Signatures and encryption of what is on the bus: signed entries, signed state, sealed blobs.
 
 Promises: with a keyring, everything that this process publishes or keeps on the bus to decide from
 is signed, for the place where it stands, and nothing that comes is parsed before its signature was
@@ -31,7 +30,7 @@ class Checked(NamedTuple):
     """What a signature was checked of."""
 
     signer: str
-    """Id of the key; empty where there need be none."""
+    """Id of the key; empty where signatures are not required."""
     content: bytes
 
 
@@ -117,12 +116,12 @@ class Guard:
         return Checked(signer, content)
 
     def redrive_of(self, framed: bytes) -> str:
-        """The place of an operator's word that the entry ``framed`` was sent again: this entry."""
+        """The place that an operator's redrive of the entry ``framed`` is signed for."""
         digest = hashlib.sha256(framed).hexdigest()
         return f"{OPERATIONS.key(self._partition)}:redrive:{digest}"
 
     def require_believed(self, *streams: Stream) -> None:
-        """Refuse to be a party whose own keyring does not believe what it writes there.
+        """Check that this process's own keyring accepts what it will write on these streams.
 
         Raises:
             Unsigned, BadSignature, NotAuthorized: as :meth:`check`.
@@ -142,7 +141,7 @@ class Guard:
 
     @property
     def requires_signatures(self) -> bool:
-        """Whether nothing comes in that no key of the keyring has signed."""
+        """Whether what is unsigned is refused."""
         return self._keyring is not None and self._keyring.required
 
     def seal(self, data: bytes | memoryview, architecture: str) -> bytes:
@@ -159,7 +158,7 @@ class Guard:
 
 
 def unframed(framed: bytes) -> bytes:
-    """The content of a frame, unchecked; what is plain is its own.
+    """The content of a frame, unchecked; plain content as it is.
 
     Raises:
         Malformed: if the frame is cut short.

@@ -40,7 +40,7 @@ _REASONS: dict[type[OSError], str] = {
     NotADirectoryError: "expected a folder",
 }
 _OF_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-"""What a full or broken disk answers to whoever writes; standard output has no name."""
+"""Errors of a full or broken disk: they name no file where standard output is one."""
 _RUN, _DECIDE, _WATCH, _OPERATE = "Run", "Decide and explain", "Watch", "Operate"
 
 
@@ -82,7 +82,7 @@ def main() -> None:
     except (SettingsError, ContractError, BusUnavailable) as error:
         complaints.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
         raise SystemExit(1) from None
-    except UnicodeEncodeError as error:  # an argument, as bytes that are none
+    except UnicodeEncodeError as error:  # an argument whose bytes are not UTF-8
         complaints.print(f"[red]error:[/] {escape(error.object)}: expected UTF-8", soft_wrap=True)
         raise SystemExit(1) from None
     except OSError as error:

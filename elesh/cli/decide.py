@@ -223,7 +223,7 @@ def print_replayed(item: Replayed, *, diff: bool) -> None:
 def _reasons(item: Replayed) -> list[str]:
     """Why a decision differs, and what that means."""
     if item.settings is None:
-        lines = ["decided by other settings, which are not kept any more"]
+        lines = ["decided by other settings, which are no longer kept"]
     else:
         lines = [f"setting {change}" for change in item.settings]
     old, new = item.recorded, item.decision

@@ -343,7 +343,7 @@ class Console:
     async def login(self, request: Request) -> Response:
         """Begin a session with the token."""
         form = await _form(request)
-        if (refused := await self._stranger(request, form.get("token", ""))) is not None:
+        if (refused := await self._unless_known(request, form.get("token", ""))) is not None:
             return refused
         self._access.end(request.cookies.get(COOKIE, ""))
         answer = RedirectResponse(_local(form.get("back", "/")), 303)
@@ -379,7 +379,7 @@ class Console:
 
         return _safe(page)
 
-    async def _stranger(self, request: Request, token: str) -> Response | None:
+    async def _unless_known(self, request: Request, token: str) -> Response | None:
         """How a token that is not this console's is refused; None for the right one."""
         address = _address(request)
         if (seconds := self._access.waits(address)) > 0:
@@ -397,7 +397,7 @@ class Console:
         form = await _form(request)
         kind, _, token = request.headers.get("authorization", "").partition(" ")
         if kind.lower() == "bearer":
-            return await self._stranger(request, token), form
+            return await self._unless_known(request, token), form
         cookie = request.cookies.get(COOKIE, "")
         if self._access.proves(cookie, form.get("proof", "")):
             return None, form
@@ -526,7 +526,7 @@ def _listening(host: str, port: int) -> socket.socket:
 
 
 def _safe(page: Page) -> Page:
-    """A page that says what is wrong instead of a stack: the bus is away, or a name is none."""
+    """A page that says what is wrong instead of a stack: the bus is away, or a name is unknown."""
 
     async def served(request: Request) -> Response:
         try:
@@ -557,7 +557,7 @@ async def _form(request: Request) -> dict[str, str]:
 
 
 def _address(request: Request) -> str:
-    """Who asks."""
+    """The client's address."""
     return request.client.host if request.client else "unknown"
 
 

@@ -43,7 +43,7 @@ class Wanted:
         """What a query string asks for.
 
         Raises:
-            InvalidField: if a field is none of the choices, or no number.
+            InvalidField: if a field is not one of the choices, or not a number.
         """
         wanted = cls(
             text=query.get("text", "").strip()[:200],

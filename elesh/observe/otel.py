@@ -1,4 +1,4 @@
-"""OpenTelemetry's libraries, whatever its environment variables say.
+"""Loads OpenTelemetry's libraries, whatever its environment variables say.
 
 They raise while they are imported, or at every span, if a variable names what is not installed or
 is no number. Here that is one line in the log, the variable is left out, and the default holds.

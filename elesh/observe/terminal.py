@@ -1,4 +1,4 @@
-"""A terminal for text of strangers: control characters are shown, never carried out.
+"""A terminal for untrusted text: control characters are shown, never carried out.
 
 Promises: whatever is printed, no escape sequence and no control character of a message, a log line
 or an error reaches the terminal. Text that is given to :func:`escape` can neither begin a new line
@@ -18,7 +18,7 @@ from .logs import LINES, printable
 
 
 def escape(text: object) -> str:
-    """A stranger's text for one line of a :class:`Terminal`'s markup."""
+    """Untrusted text for one line of a :class:`Terminal`'s markup."""
     return markup.escape(printable(str(text)))
 
 

@@ -45,7 +45,7 @@ SpanTimes = tuple[str, int, int, int]
 """Name, place of its parent among the spans (-1: none), begin and end in ns since 1970."""
 _END_SECONDS = 3.0
 _DELAY_MS = 500
-"""Spans wait so long for others of their batch; what a killed process had to say is then out."""
+"""A batch of spans is exported after so long: a process that is killed later has sent its spans."""
 _MAX_TREE = 4096
 _LEAST_SECONDS = 0.1
 _ends = float("-inf")
@@ -72,7 +72,7 @@ def _is_disabled() -> bool:
 
 
 def resource_of(service: str, instance: str) -> Resource:
-    """Who speaks: ``OTEL_SERVICE_NAME`` and ``OTEL_RESOURCE_ATTRIBUTES`` go over our names."""
+    """The resource of a process; ``OTEL_SERVICE_NAME``, ``OTEL_RESOURCE_ATTRIBUTES`` override it."""
     name = os.environ.get("OTEL_SERVICE_NAME") or service
     return Resource.create(
         {

@@ -26,7 +26,7 @@ _RUN_ID: TypeAdapter[str] = TypeAdapter(Identifier)
 
 
 def operator() -> str:
-    """Who sits at this machine: user and host. In a container the user may have no name."""
+    """The operator's name: user and host. In a container the user may have no name."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):

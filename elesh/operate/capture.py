@@ -48,7 +48,7 @@ class Case:
     envelope: bytes
     decision: StructuralPruningDecision | None
     settings: dict[str, Any] | None
-    """What decided, without what has no part in decisions; None if it is not known any more."""
+    """What decided, without what has no part in decisions; None if it is no longer known."""
     versions: dict[str, str] = field(default_factory=dict)
     """Of Python, the processor and the packages that took part, where the capture was made."""
 
@@ -108,7 +108,7 @@ def open_case(path: Path) -> Case:
     """The case of a file.
 
     Raises:
-        Malformed, TooLarge, UnsupportedVersion: if it is none, or breaks a limit.
+        Malformed, TooLarge, UnsupportedVersion: if it is not a captured case, or breaks a limit.
         FileNotFoundError: if there is no such file.
     """
     with _archive(path) as archive:

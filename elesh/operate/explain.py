@@ -209,7 +209,7 @@ def reasons(decision: StructuralPruningDecision) -> str:
 
 
 def removed(decision: StructuralPruningDecision) -> str:
-    """What it removes, by level: ``30 channels and 2 heads``."""
+    """What a decision removes, by level: ``30 channels and 2 heads``."""
     counts = {
         "channel": sum(len(target.channel_indices) for target in decision.channels),
         "head": sum(len(target.head_indices) for target in decision.attention_heads),

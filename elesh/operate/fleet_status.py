@@ -148,7 +148,7 @@ def _workers(seen: FleetStatus) -> RenderableType:
 
 
 def _streams(seen: FleetStatus) -> RenderableType:
-    """Those that hold anything."""
+    """The streams that hold anything."""
     figures = ("entries", "waiting", "pending", "oldest", "lease")
     table = compact("stream", *figures, figures=figures, title="Streams")
     for stream in STREAMS:

@@ -76,7 +76,7 @@ class Replayed:
     decision: StructuralPruningDecision | None
     recorded: StructuralPruningDecision | None
     settings: tuple[Change, ...] | None = ()
-    """Settings that are not those that decided; None if these are not known any more."""
+    """Settings that are not those that decided; None if those are no longer known."""
     error: str = ""
     """Why there is no decision now."""
     differences: tuple[Change, ...] = field(init=False, default=())

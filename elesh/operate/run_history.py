@@ -264,7 +264,7 @@ class RunHistory:
         entry: Entry,
     ) -> None:
         run = self._run(metadata.run_id, entry)
-        with contextlib.suppress(ContractError):  # a request whose key is none is a dead letter
+        with contextlib.suppress(ContractError):  # a request with a malformed key is a dead letter
             run.places[str(key_of(asked))] = entry.stream, entry.entry_id
         known = run.checkpoints.get(metadata.epoch)
         if known is not None and known.order >= entry.order:

@@ -180,7 +180,7 @@ class Bench:
             self._weights = as_it_is
 
     def outcomes(self, entries: Sequence[Entry]) -> Outcomes:
-        """The same without the gradients: a third of the time."""
+        """As :meth:`measure`, without the gradients: a third of the time."""
         with self._refitted(entries):
             return self._outcomes(entries)
 
@@ -219,7 +219,7 @@ class Bench:
 
     @contextlib.contextmanager
     def _refitted(self, entries: Sequence[Entry]) -> Iterator[None]:
-        """With the weights as they are once ``entries`` are gone."""
+        """Inside, the weights are those of the network without ``entries``."""
         whole = self._weights
         if self.refit is not None and entries:
             self._weights = {**whole, **self.refit.of(entries)}

@@ -99,7 +99,7 @@ def name_of(target: Any) -> str:
     """The name of a graph node's target, for example ``aten.linear.default``.
 
     Raises:
-        InvalidField: if it is none that a program may hold.
+        InvalidField: if a program may not hold it.
     """
     name = _NAMES.get(id(target)) or str(target)
     resolve(name)
@@ -110,7 +110,7 @@ def resolve(name: str) -> Callable[..., Any]:
     """The function that an operator's name stands for.
 
     Raises:
-        InvalidField: if it is none that a program may hold.
+        InvalidField: if a program may not hold it.
     """
     if name in _PYTHON:
         return _PYTHON[name]

@@ -61,7 +61,7 @@ class Normalised:
     square 1 and, behind a layer normalisation, of mean 0 at every position.
 
     One of them less, and the others change: mean and variance are then taken over those that stay.
-    What they say of the lost one by having mean 0 together they do not say any more.
+    What their joint mean of 0 says of the lost one is lost with it.
     """
 
     kind: Literal["layer", "rms"]
@@ -171,7 +171,7 @@ def _predict_normalised(
     share: float,
     norm: Normalised,
 ) -> Predictor:
-    """Of what all channels were beyond what the kept ones are after the cut, from the latter."""
+    """Predict, from the kept channels as they are after the cut, what all channels lost by it."""
     linear, shift = norm.after(means, squares, kept)
     left = linear @ means + shift
     if constant:

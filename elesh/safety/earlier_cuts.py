@@ -88,7 +88,7 @@ class _Score(NamedTuple):
 
 
 def rolled_back_cut(decision: StructuralPruningDecision, outcome: PruningOutcome) -> RolledBackCut:
-    """What is remembered of a decision whose cut (or mask) the trainer took back."""
+    """The record of a cut (or mask) that the trainer took back."""
     scores = _scores(decision)
     groups: dict[str, list[int]] = {}
     for name, unit in scores:

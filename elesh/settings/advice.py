@@ -35,7 +35,7 @@ def advisory(settings: Settings) -> tuple[tuple[str, str], ...]:
 
 
 def retired_keys(section: BaseModel, path: str = "") -> Iterator[tuple[str, str]]:
-    """Retired keys that are given, each with the reason why it is no setting any more."""
+    """Retired keys that are given, each with the reason why it is not a setting now."""
     for name in sorted(section.model_fields_set):
         reason, value = why_retired(type(section).model_fields[name]), getattr(section, name)
         if reason:

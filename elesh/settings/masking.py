@@ -1,8 +1,8 @@
 """Secrets in texts that people see: what is shown instead is ``***``.
 
 Promises: a password in a URL, in its authority or its query, is never shown, whatever characters it
-has, and neither is one in a URL that is none: without a scheme, a host, or the right name of its
-option. The rest of the text stays.
+has; nor is one in a malformed URL, which lacks a scheme, a host, or the right name of its option.
+The rest of the text stays.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _IN_PLACE_OF_HOST = re.compile(
 )
 _IN_QUERY = re.compile(r"(?i)([?&]\w*(?:pass|pwd|secret|token)\w*=)[^&\s]*")
 _IN_LINE = re.compile(r"(?<=://)([^/@:\s]*):[^\s\"']*@")
-# What is left after that: a password with blanks or quotes. A port is none.
+# What is left after that: a password with blanks or quotes. A port is no password.
 _ODD_IN_LINE = re.compile(r"(?<=://)([^/@:\s]*):(?!\*\*\*@|\d+(?:[/?#\s;,'\"]|$))[^@\n]*@")
 _SECRET = re.compile(r"(?i)token|secret|passw|private")
 """Names of keys whose values are not shown."""

@@ -211,7 +211,7 @@ def _of_checkpoint(delivery: Delivery, plan: Plan) -> Delivery:
 def _nothing(
     plan: Plan, results: Mapping[str, ItemResult], missing: Mapping[Level, str]
 ) -> ContractError:
-    """Why no level has an analysis: the data, if it is corrupt for all of them."""
+    """The error where no level has an analysis: corrupt data, if all of them say so."""
     gaps = "; ".join(f"{level}: {reason}" for level, reason in missing.items())
     codes = {results[part].code if part in results else "" for part in plan.items}
     for kind in CORRUPT:

@@ -34,7 +34,7 @@ _WEIGHT = 0.2
 
 
 class Busy(Exception):
-    """What went before takes long: another worker may be sooner."""
+    """An earlier analysis takes long here: another worker may serve the entry sooner."""
 
 
 class KeyedLocks:
@@ -94,7 +94,7 @@ class InFlightLimit:
 
     @contextlib.contextmanager
     def analysing(self) -> Iterator[None]:
-        """Around an analysis."""
+        """Measure how long an analysis takes."""
         self._since = begun = self._clock()
         try:
             yield
@@ -202,7 +202,7 @@ _log = get_logger(__name__)
 
 
 class ReapingLoop:
-    """One worker's offer to reap."""
+    """One worker's part in reaping: it offers itself, and the bus lets one reap at a time."""
 
     def __init__(
         self, bus: Bus, worker_id: str, streams: Sequence[Stream], reports: Reports
@@ -214,8 +214,8 @@ class ReapingLoop:
         self._next_trim: float | None = None
 
     async def step(self) -> float:
-        """Offer; seconds until the next time. Now and then, shorten the streams below what every
-        group has done."""
+        """Offer to reap; seconds until the next offer. Now and then, shorten the streams below
+        what every group has done."""
         reap = await self._bus.reaper.reap(WORKERS, self._worker_id, self._streams)
         for taken in reap.taken:
             self._reports.entry(

@@ -156,7 +156,7 @@ class ParameterExecutor:
 
 
 def _require_of(request: AnalysisRequest, importance: ImportanceData, number: int) -> None:
-    """The importance is of the request's checkpoint."""
+    """Refuse importance of another checkpoint than the request's."""
     asked = (request.epoch, request.model_hash)
     if (importance.epoch, importance.model_hash) != asked:
         raise IdentityMismatch(

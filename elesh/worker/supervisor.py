@@ -129,7 +129,7 @@ class Worker:
         self._moved.set()
 
     async def run(self) -> None:
-        """Serve until drained, and say meanwhile how it goes."""
+        """Serve until drained; report health and telemetry meanwhile."""
         async with self._monitor.running(), self._reports.telemetry_buffer.open():
             beside = [
                 asyncio.create_task(keeping)

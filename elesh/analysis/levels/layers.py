@@ -123,7 +123,7 @@ class _OutputErrors:
 
     @classmethod
     def of(cls, bundle: CheckpointBundle, names: Sequence[str]) -> _OutputErrors | None:
-        """Of the layers that were measured; None where there are no two samples."""
+        """The output errors of the measured layers; None with fewer than two samples."""
         gates = {name: _as_gate(bundle.layers[name]) for name in names}
         if not gates or len(gates[names[0]].projections) < 2:
             return None
@@ -135,7 +135,7 @@ class _OutputErrors:
         return cls(tuple(names), Projections.of(gates, candidates), candidates, mean_square)
 
     def output_errors(self) -> dict[str, float]:
-        """By layer, alone."""
+        """The output error of removing each layer alone, by layer."""
         squares = self._squares(self.projections.columns) * self.projections.unit**2
         count = self.projections.columns.shape[1]
         return dict(zip(self.names, (squares / count).tolist(), strict=True))

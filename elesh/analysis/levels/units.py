@@ -109,7 +109,7 @@ class UnitLevel(ABC):
 
     @abstractmethod
     def limits(self, settings: StructuredPruning, asked: AnalysisParameters) -> Limits:
-        """Of this level; the request goes before the settings."""
+        """The limits of this level; the request goes before the settings."""
 
     @abstractmethod
     def own_scorer(

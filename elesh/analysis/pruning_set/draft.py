@@ -133,7 +133,7 @@ def _loss_increases(margins: Doubles, shifts: Doubles, unsure: Doubles) -> Doubl
 
 @dataclass(frozen=True)
 class LossIncrease:
-    """In nats a sample."""
+    """The predicted increase of the loss, in nats a sample."""
 
     mean: float
     error: float | None = None

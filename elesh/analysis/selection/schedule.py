@@ -44,7 +44,7 @@ class PhaseEnd(NamedTuple):
 
 
 def phase_ends(schedule: SafetySchedule) -> tuple[PhaseEnd, ...]:
-    """Of each phase that ends; epochs count from 1."""
+    """The end of each phase that ends; epochs count from 1."""
     phases = (
         (Phase.PREPARATION, schedule.validation_epochs, 0.0),
         (Phase.CONSERVATIVE, schedule.conservative_epochs, schedule.conservative_limit),

@@ -87,7 +87,7 @@ def parse(url: str) -> BusAddress:
     """The parts of a bus URL.
 
     Raises:
-        ValueError: if it is none of the module's grammar, naming what is wrong.
+        ValueError: if it does not follow the module's grammar, naming what is wrong.
     """
     scheme, colon, rest = url.partition("://")
     if not colon or scheme not in _SCHEMES:
@@ -193,7 +193,7 @@ def _address(text: str, kind: str) -> Address:
 
 
 def _shown(text: str) -> str:
-    """Part of a URL that cannot be read, as far as it is no password."""
+    """A malformed URL as it may be shown: without its password."""
     name, colon, rest = text.rpartition("@")[2].partition(":")
     known = name.startswith("[") or not rest.strip(":0123456789")
     return (f"{name}{colon}{rest}" if known else f"{name}:***")[:40]
@@ -274,7 +274,7 @@ class Locator(Protocol):
         """The address, and its password if it is not the URL's."""
 
     async def moved(self) -> None:
-        """A server refused since it is not in charge any more."""
+        """A server refused a command because it is no longer the primary."""
 
     def instead(self, place: Place) -> Place | None:
         """Where to go instead of a place that does not answer."""
@@ -290,7 +290,7 @@ def open_pool(
         settings: keywords of every connection, for example timeouts.
 
     Raises:
-        ValueError: if the URL is none of the grammar (:mod:`.address`), naming what is wrong.
+        ValueError: if the URL does not follow the grammar (:mod:`.address`), naming what is wrong.
     """
     address = parse(url)
     keywords: dict[str, Any] = {**settings, **address.options, "db": address.database}

@@ -123,7 +123,7 @@ T = TypeVar("T")
 
 
 class OutageLog:
-    """What is said of one bus that cannot serve, by all who use it."""
+    """Logs the outages of one bus, once for all its users."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -149,7 +149,7 @@ class OutageLog:
             )
 
     def served(self, who: object) -> None:
-        """``who`` was served, or waits no more."""
+        """``who`` was served, or no longer waits."""
         if self._failing.pop(who, None) is None or self._failing or self._since is None:
             return
         if self._said:
@@ -288,7 +288,7 @@ Asked = tuple[tuple[Any, ...], Mapping[str, Any], asyncio.Future[Any]]
 
 
 class Gathering:
-    """What the tasks of one loop ask of one client.
+    """Sends what the tasks of a loop ask of one client in one turn in one round trip.
 
     Args:
         seconds: to wait at most for the answers of a round trip.
@@ -409,7 +409,7 @@ def open_client(url: str, partition: str = "main") -> Client:
     """A client of ``url`` for one partition; nothing is sent yet.
 
     Raises:
-        BadAddress: if the URL is none of a bus (see :mod:`elesh.bus.server.address`).
+        BadAddress: if the URL does not name a bus (see :mod:`elesh.bus.server.address`).
     """
     try:
         pool, locator = open_pool(

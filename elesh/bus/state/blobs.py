@@ -122,7 +122,7 @@ class BlobStore(Store):
             MissingBlob: if it expired, was never put, or lacks a piece.
             DigestMismatch: if size or content are not what ``ref`` promises.
             TooLarge: if ``ref`` promises more than ``max_blob_bytes``; nothing is read then.
-            InvalidField: if the URI is none that this store may read.
+            InvalidField: if this store may not read the URI.
             Unreadable: if it is sealed and no key here opens it for its architecture.
         """
         # Grows in place and is handed out as it is: the blob is in memory once.

@@ -101,7 +101,7 @@ class Registry(Store):
         await self.heartbeat(state, seconds=seconds)
 
     async def forget(self, worker_id: str) -> None:
-        """A worker ended in order; one that another one took the name of leaves it that."""
+        """Forget a worker that ended in order, unless another one has taken over its name."""
         (token,) = await self._client.hmget(self._keys.named("worker", worker_id), ["token"])
         if token in (None, self._token.encode()):
             await self._client.zrem(self._index, worker_id)

@@ -143,7 +143,7 @@ class RunStore(Store):
         return Holder(_text(held[0]), held[1] / 1000) if held else None
 
     async def give_up(self, run_id: str, token: str) -> None:
-        """End a claim of one's own."""
+        """End the claim of this token."""
         await self._scripts.run("claim_run", [self._keys.named("claim", run_id)], [token, "", 0])
 
     async def end_claim(self, run_id: str, who: str) -> None:
@@ -199,7 +199,7 @@ class RunStore(Store):
 
     async def _believed(self, key: str, read: Callable[[bytes], T]) -> list[T]:
         """The values of a hash in the order of their names. Those without the signature of a key
-        that may decide, or that are none, count as absent, and are named in the log."""
+        that may decide, or that cannot be read, count as absent, and are named in the log."""
         stored: Any = await self._client.hgetall(key)
         found = []
         for name, framed in sorted(stored.items()):
@@ -212,7 +212,7 @@ class RunStore(Store):
 
 
 def _probes(data: bytes) -> list[WouldBeCut]:
-    """What one decision measured to calibrate by."""
+    """The calibration probes of one decision, decoded."""
     return [decode(WouldBeCut, cut, field="calibration probe") for cut in msgpack.unpackb(data)]
 
 
@@ -265,15 +265,15 @@ class Circuit:
     """What an operator said who opened it; it stays until the breaker closes."""
 
     def opened(self, now: int) -> Circuit:
-        """It as it opens."""
+        """The circuit, opened."""
         return replace(self, state="open", opened_at=now, probe_until=0)
 
     def closed(self) -> Circuit:
-        """It as it closes; which failures were counted is not forgotten."""
+        """The circuit, closed; it still knows which failures were counted."""
         return Circuit(counted=self.counted)
 
     def probed(self, now: int, recovery: int) -> Circuit:
-        """It as it gives out a probe, if it may."""
+        """The circuit after it gave out a probe, if one is due."""
         rested = self.state == "open" and now >= self.opened_at + recovery
         deserted = self.state == "half_open" and now >= self.probe_until
         if rested or deserted:
@@ -281,7 +281,7 @@ class Circuit:
         return self
 
     def failed(self, now: int, limit: int, reason: str, token: str) -> Circuit:
-        """It after a failure; a known token does not count again."""
+        """The circuit after a failure; a known token does not count again."""
         name = hashlib.sha256(token.encode()).hexdigest()[:16] if token else ""
         known = bool(name) and name in self.counted
         counted = (*self.counted, name)[-_COUNTED:] if name and not known else self.counted
@@ -295,7 +295,7 @@ class Circuit:
         return failed
 
     def encode(self) -> bytes:
-        """Its bytes; none for one that has nothing to remember."""
+        """The circuit as bytes; empty if it has nothing to remember."""
         values = list(vars(self).values())
         if not self.by_hand:
             del values[-1]  # as workers of before know it
@@ -304,10 +304,10 @@ class Circuit:
 
     @classmethod
     def decode(cls, data: bytes) -> Circuit:
-        """Of its bytes.
+        """The circuit of such bytes.
 
         Raises:
-            ValueError, TypeError: if they are none.
+            ValueError, TypeError: if they are not those of a breaker.
         """
         state, failures, reason, opened_at, probe_until, counted, *rest = msgpack.unpackb(data)
         by_hand = str(rest[0]) if rest else ""
@@ -346,7 +346,7 @@ class BreakerStore(Store):
         return replace(view, admitted=view.admitted or probe, probe=probe)
 
     async def give_back(self, run_id: str, level: Level) -> None:
-        """A probe led to no decision: who asks next has one."""
+        """Return a probe that led to no decision: the next caller gets one."""
         await self._change(
             run_id,
             level,

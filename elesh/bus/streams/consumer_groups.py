@@ -241,7 +241,7 @@ class Reap:
 
 
 class Reaper(Store):
-    """The reaper's office, as one connection sees it.
+    """Takes entries over from dead workers, while this worker holds the reaper's lease.
 
     Args:
         join_overdue: queues the join of a plan past its deadline; False if it was queued before.

@@ -125,7 +125,7 @@ class PlanStore(Store):
 
         Raises:
             Unsigned, BadSignature, NotAuthorized: if it was not made by a key that may decide.
-            Malformed: if it is none.
+            Malformed: if it is not a plan.
         """
         place = self._keys.named("plan", key)
         stored: Any = await self._client.hgetall(place)
@@ -196,7 +196,7 @@ class PlanStore(Store):
         return bool(await self._scripts.run("overdue", keys, [key]))
 
     def served_keys(self, key: str) -> tuple[str, str]:
-        """What a plan leaves in Redis: to be deleted with the step that ends it."""
+        """The keys of a plan and its results, to be deleted with the step that ends it."""
         return self._keys.named("plan", key), self._keys.named("results", key)
 
     def _framed(self, message: Message, key: str, name: str, run_id: str) -> bytes:

@@ -63,7 +63,7 @@ class DeliveryHistory:
 
     @classmethod
     def read(cls, text: bytes | None) -> DeliveryHistory:
-        """The history in an entry's field; a text that is none of ours counts as none."""
+        """The history in an entry's field; a text that is not the bus's counts as no history."""
         try:
             stored = json.loads(text or b"{}")
             attempts = [

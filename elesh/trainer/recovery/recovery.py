@@ -368,7 +368,7 @@ class Recovery:
         tracked.surgeon.leave_undo_to_session()
 
     def _begin_anew(self, tracked: Tracked) -> None:
-        """This process starts the run: what an earlier one left is not of it."""
+        """Start the run in this process; restore points of an earlier one are removed."""
         numbers, self.epoch = self._points.numbers(), 0
         self.moves, self.uncut = (), 0
         self._follow(tracked)

@@ -218,7 +218,7 @@ def _figures(evaluate: Evaluate) -> tuple[float, float]:
 
 
 def _digest(surgeon: Surgeon) -> str:
-    """Of structure and weights: whether the others lack something."""
+    """Digest of structure and weights, which tells whether the ranks agree."""
     found = hashlib.sha256(surgeon.architecture.model_hash.encode())
     tensors = [*surgeon.model.parameters(), *surgeon.model.buffers()]
     for tensor in tensors:

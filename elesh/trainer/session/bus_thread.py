@@ -104,7 +104,7 @@ class BusThread:
         self._thread = threading.Thread(target=self._main, name="elesh-session", daemon=True)
 
     def start(self) -> None:
-        """Begin to talk, once.
+        """Start the thread, once.
 
         Raises:
             InvalidField: if it has begun before.
@@ -366,7 +366,7 @@ class BusThread:
         await repeatedly(f"listening to {stream.name}", step, bus.outage)
 
     def _hear(self, bus: Bus, delivery: Delivery, now: datetime) -> None:
-        """Take in a message that is for this run, in time, and signed by whoever may send it."""
+        """Take in a message that is for this run, in time, and signed by a key that may send it."""
         try:
             heard = hear(delivery, bus.guard)
             if heard.run_id != self._run_id or self._mailbox.refused:
@@ -418,7 +418,8 @@ class BusThread:
         return _LOOK_SECONDS
 
     async def _publish_again(self, bus: Bus, published: Published) -> None:
-        """Its entry is gone without a decision: the stream was deleted, or the server fell back."""
+        """Publish a message again whose entry is gone without a decision: the stream was deleted,
+        or the server lost its last writes."""
         if published.again >= MOST_TIMES:
             return
         published.again += 1

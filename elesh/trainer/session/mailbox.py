@@ -246,7 +246,7 @@ class Unanswered:
             del self._waiting[next(iter(self._waiting))]
 
     def decided(self, key: str) -> bool:
-        """Its decision was heard; whether for the first time."""
+        """Record that a decision arrived; False if it had arrived before."""
         self._waiting.pop(key, None)
         if key in self._decided:
             return False
@@ -256,11 +256,11 @@ class Unanswered:
         return True
 
     def ended(self, key: str) -> None:
-        """It will have no decision."""
+        """Record that a message will have no decision."""
         self._waiting.pop(key, None)
 
     def due(self) -> list[Published]:
-        """Those to look for now; each is looked for again later."""
+        """The messages to look for now; each is looked for again later."""
         now = self._clock()
         found = [each for each in self._waiting.values() if each.next_look <= now]
         for each in found:

@@ -375,7 +375,7 @@ class Session:
         """
         self._evaluate = evaluate
         before = surgeon.architecture
-        if why := self._mailbox.refused or self._strange(decision):
+        if why := self._mailbox.refused or self._refusal(decision):
             _log.warning("decision refused", key=decision.idempotency_key, reason=why)
             return outcome_of(decision, before, before, "refused", why)
         own = self._covariance
@@ -409,7 +409,7 @@ class Session:
         self._observers.notify("on_outcome", decision, outcome)
         return outcome
 
-    def _strange(self, decision: StructuralPruningDecision) -> str:
+    def _refusal(self, decision: StructuralPruningDecision) -> str:
         """Why a decision is not this run's, or was applied before; empty if it may be applied.
 
         No outcome is published for it: the one that was published before stays true.

@@ -187,7 +187,7 @@ class ComputeChild:
 
 
 async def _pass_on(process: Process) -> None:
-    """What a child writes on standard error, as lines of our log: it never waits for a reader."""
+    """Log what a child writes on standard error, so that it never waits for a reader."""
     assert process.stderr is not None
     while text := await process.stderr.read(_MOST_TEXT):
         for line in text.decode(errors="backslashreplace").splitlines():

@@ -69,7 +69,7 @@ class Status:
     worker_id: str
     version: str = field(default_factory=lambda: version("elesh"))
     clock: Callable[[], float] = time.time
-    """Seconds since 1970; a worker's are the server's, which whoever looks at it counts from."""
+    """Seconds since 1970. A worker takes the server's time, so that readers can compare it."""
     condition: Condition = field(default_factory=Condition)
     health_url: str = ""
     doing: Doing = "starting"
@@ -131,7 +131,7 @@ class Status:
 
     @property
     def longest(self) -> tuple[str, float]:
-        """What it has in flight for the longest time: the key of its decision, and since when."""
+        """The entry that is longest in flight: the key of its decision, and since when."""
         return next(iter(self._in_flight.values()), ("", 0.0))
 
     def gave_up(self, level: Level) -> None:
@@ -407,7 +407,7 @@ class Reports:
     def commit_outcome(
         self, work: Work, decision: StructuralPruningDecision, outcome: CommitOutcome
     ) -> None:
-        """What became of a decision in the store; a committed one is Urabrask's business too."""
+        """Report what became of a decision in the store; a committed one to Urabrask, too."""
         verdict = "approved" if decision.approved_for_application else "rejected"
         _log.info(
             "decision " + _COMMITTED[outcome],
