@@ -36,6 +36,7 @@ from leyline.messages.decisions import (
 )
 from leyline.messages.events import (
     AnalysisMetrics,
+    Attempt,
     BreakerTransition,
     CutFallback,
     DeadLetter,
@@ -108,8 +109,7 @@ from .identity import (
     decided_level,
     stable_hash,
 )
-from .streams import MESSAGES, STREAMS, Stream
-from .work import AnalysisItem, Attempt, ItemResult, JoinItem
+from .streams import MESSAGES, STREAMS, AnalysisItem, ItemResult, JoinItem, Stream
 
 __all__ = [
     "AnalysisFailed",

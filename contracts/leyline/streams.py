@@ -1,12 +1,21 @@
-"""The streams of the bus: which messages each carries and who reads them."""
+"""The streams of the bus: which messages each carries and who reads them; and the messages of the
+one that only workers write and read, the parts of a checkpoint.
+
+Any worker may take a part; the join decides by all of them. The checkpoint itself stands once, in
+the plan's record, not in every part.
+"""
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from pydantic import Field
 
 from leyline.messages.audit import AuditEntry
-from leyline.messages.checkpoint import CheckpointReady
-from leyline.messages.decisions import StructuralPruningDecision
+from leyline.messages.checkpoint import BlobRef, CheckpointReady
+from leyline.messages.decisions import Fallback, StructuralPruningDecision
 from leyline.messages.events import (
     BreakerTransition,
     DeadLetter,
@@ -19,8 +28,51 @@ from leyline.messages.events import (
 from leyline.messages.legacy import AnalysisReport, ImportanceData, MaskApplication, PruningMasks
 from leyline.messages.requests import AnalysisRequest, StructuralAnalysisRequest
 
-from .base import Message
-from .work import AnalysisItem, JoinItem
+from .base import Label, Message, Text
+from .identity import DecisionKey, Level
+
+
+class AnalysisItem(Message):
+    """One part of a planned checkpoint: a level, or a group of layers of one."""
+
+    contract_of: ClassVar[str] = "Elesh to Elesh"
+
+    plan: DecisionKey
+    """Key of the decision that the parts lead to."""
+    level: Level
+    shard: Annotated[int, Field(ge=0, lt=4096)] = 0
+    """Which of the level's groups of layers."""
+    shards: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Into how many groups of layers the level is split."""
+
+    @property
+    def name(self) -> str:
+        """Names the part within its plan."""
+        return f"{self.level}.{self.shard}" if self.shards > 1 else str(self.level)
+
+
+class JoinItem(Message):
+    """All parts are there, or the deadline is over: join what there is and decide."""
+
+    contract_of: ClassVar[str] = "Elesh to Elesh"
+
+    plan: DecisionKey
+
+
+class ItemResult(Message):
+    """What became of one part; kept in the plan's record until the join."""
+
+    analysis: bytes = b""
+    """The encoded LevelAnalysis, where it is small."""
+    blob: BlobRef | None = None
+    """Claim check of the same, where it is large."""
+    failed: Text = ""
+    """Why there is none: the join goes on without and names the gap."""
+    code: Label = Field(default="", exclude_if=operator.not_)
+    """The class of that error."""
+    fallbacks: tuple[Fallback, ...] = ()
+    """Fallbacks of the failure table that were taken on the way to no analysis."""
+
 
 WORKERS = "elesh-workers"
 """The consumer group of the analysis workers."""

@@ -81,7 +81,8 @@ class _Formatter(logging.Formatter):
         if context.is_valid:
             # Enough for elesh trace to find it.
             fields["trace"] = fields.pop("trace_id")[:8]
-        line = printable(f"{at[11:23]} {record.levelname.lower():7} {_Event(message, fields)}")
+        tail = "".join(f" {key}={value}" for key, value in fields.items())
+        line = printable(f"{at[11:23]} {record.levelname.lower():7} {message}{tail}")
         if failed:
             line = f"{line} exception={printable(failed, lines=True)}"
         return masked_line(line)

@@ -72,7 +72,7 @@ def _is_disabled() -> bool:
 
 
 def resource_of(service: str, instance: str) -> Resource:
-    """The resource of a process; ``OTEL_SERVICE_NAME``, ``OTEL_RESOURCE_ATTRIBUTES`` override it."""
+    """The resource of a process; OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES override it."""
     name = os.environ.get("OTEL_SERVICE_NAME") or service
     return Resource.create(
         {

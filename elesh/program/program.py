@@ -272,8 +272,7 @@ class Program:
         values: dict[str, Any] = {name: weights[path] for name, path in self.weights.items()}
         values |= {name: inputs[key] for name, key in self.inputs.items()}
         values |= {slot.value: gate for slot, gate in zip(self.gates, gates, strict=True)}
-        last = self._last_use
-        for number, (node, function) in enumerate(self._calls):
+        for node, function, needless in self._steps:
             args = [decoded(value, values) for value in node.args]
             kwargs = {key: decoded(value, values) for key, value in node.kwargs.items()}
             if instead is not None:
@@ -281,7 +280,7 @@ class Program:
             values[node.name] = function(*args, **kwargs)
             if watched is not None and node.name in watched:
                 watched[node.name] = values[node.name]
-            for name in last.get(number, ()):
+            for name in needless:
                 del values[name]
         output = values[self.output]
         if not isinstance(output, Tensor) or not output.is_floating_point():
@@ -303,12 +302,8 @@ class Program:
         raise InvalidField(f"program.{slot.value}", "a gate that multiplies a value", slot.module)
 
     @cached_property
-    def _calls(self) -> tuple[tuple[Node, Callable[..., Any]], ...]:
-        return tuple((node, resolve(node.operator)) for node in self.nodes)
-
-    @cached_property
-    def _last_use(self) -> dict[int, list[str]]:
-        """Names of values by the number of the node after which they are not needed."""
+    def _steps(self) -> tuple[tuple[Node, Callable[..., Any], Sequence[str]], ...]:
+        """Every node, its function, and the values that nothing needs after it."""
         last: dict[str, int] = {}
         for number, node in enumerate(self.nodes):
             for name in (node.name, *_names_in(node)):
@@ -317,7 +312,10 @@ class Program:
         freed: dict[int, list[str]] = {}
         for name, number in last.items():
             freed.setdefault(number, []).append(name)
-        return freed
+        return tuple(
+            (node, resolve(node.operator), freed.get(number, ()))
+            for number, node in enumerate(self.nodes)
+        )
 
 
 def encoded(value: Any) -> Any:

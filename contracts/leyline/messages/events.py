@@ -25,7 +25,6 @@ from leyline.base import (
     sorted_items,
 )
 from leyline.identity import DecisionKey, Level
-from leyline.work import Attempt
 
 from .decisions import GateResult, Outcome
 
@@ -197,6 +196,17 @@ class OperatorAction(Message):
     reason: Text = ""
     outcome: Text = ""
     """What came of it, for example the entry that a dead letter was redriven as."""
+
+
+class Attempt(Message):
+    """One delivery of an entry that did not end it."""
+
+    cause: Literal["crash", "exception", "handover"]
+    """``crash``: the lease ran out; ``exception``: the worker failed and went on; ``handover``: the
+    worker was drained before it began (not counted as a delivery)."""
+    worker_id: Name
+    at: Moment
+    detail: Label = ""
 
 
 class DeadLetter(Message):
