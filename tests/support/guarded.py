@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from elesh.trainer.network.onednn import clear_of_onednn
 from elesh.trainer.recovery.journal import MadeCut
 from elesh.trainer.recovery.recovery import Recovery
 from elesh.trainer.recovery.snapshot import Snapshot, Tracked, pack_tree
+from elesh.trainer.session.apply import RefitData
 from elesh.trainer.session.monitoring import MonitoredCuts
 from leyline import (
     ChannelPruningTarget,
@@ -196,8 +198,18 @@ class Run:
         self.recovery = Recovery(folder, settings.trainer.restore_points)
         self.cuts = MonitoredCuts(settings, self.recovery)
         self.resume, self.save = self.recovery.resume, self.recovery.save
-        self.apply, self.watch = self.cuts.apply, self.cuts.watch
+        self.watch = self.cuts.watch
         self.reported, self.close = self.recovery.reported, self.recovery.close
+
+    def apply(
+        self,
+        decision: StructuralPruningDecision,
+        surgeon: Surgeon,
+        evaluate: Callable[[], Evaluation],
+        known: Evaluation | None = None,
+        **data: Any,
+    ) -> PruningOutcome:
+        return self.cuts.apply(decision, surgeon, evaluate, RefitData(**data), known)
 
     @property
     def monitored(self) -> tuple[MadeCut, ...]:

@@ -47,6 +47,7 @@ from .own_figures import OwnSamples, call_seconds
 
 __all__ = [
     "Evaluation",
+    "RefitData",
     "apply_decision",
     "check_and_cut",
     "failed_check",
@@ -130,30 +131,29 @@ def apply_decision(
     """
     if refused := refusal(decision, surgeon.architecture):
         return refused
-    outcome, _ = check_and_cut(
-        decision,
-        surgeon,
-        evaluate,
-        triggers or RollbackTriggers(),
-        reconstruct=reconstruct,
-        redistribute=redistribute,
-        batches=batches,
-        held_out=held_out,
-        take_back=take_back,
-    )
+    data = RefitData(reconstruct, redistribute, batches, held_out)
+    limits = triggers or RollbackTriggers()
+    outcome, _ = check_and_cut(decision, surgeon, evaluate, data, limits, take_back=take_back)
     return outcome
+
+
+@dataclass(frozen=True)
+class RefitData:
+    """What a cut is refitted and judged by; see :func:`apply_decision`."""
+
+    reconstruct: InputCovariance | Callable[[], InputCovariance] | None = None
+    redistribute: Callable[[], InputCovariance] | None = None
+    batches: Batches = ()
+    held_out: Batches = ()
 
 
 def check_and_cut(
     decision: StructuralPruningDecision,
     surgeon: Surgeon,
     evaluate: Evaluate,
+    data: RefitData,
     triggers: RollbackTriggers,
     *,
-    reconstruct: InputCovariance | Callable[[], InputCovariance] | None = None,
-    redistribute: Callable[[], InputCovariance] | None = None,
-    batches: Batches = (),
-    held_out: Batches = (),
     take_back: Callable[[], object] | None = None,
     now: Evaluation | None = None,
     cut_drop: float | None = None,
@@ -184,9 +184,9 @@ def check_and_cut(
     allowed = (limits or VerificationSettings()).limits(
         frozenset(decision.taken), decision.safety.phase
     )
-    samples = _first(held_out or batches, _STATISTICS)
-    own = OwnSamples(surgeon.model, samples, allowed.loss_rise)
-    refit = _Refit.of(decision, surgeon, reconstruct, redistribute, batches)
+    shown = _first(data.held_out or data.batches, _STATISTICS)
+    own = OwnSamples(surgeon.model, shown, allowed.loss_rise)
+    refit = _Refit.of(decision, surgeon, data)
     notes = tuple(part for part in (said, refit.said) if part)
     if refit.fallbacks:
         key = decision.idempotency_key
@@ -523,17 +523,11 @@ class _Refit:
     """The names of what is left out."""
 
     @classmethod
-    def of(
-        cls,
-        decision: StructuralPruningDecision,
-        surgeon: Surgeon,
-        covariance: InputCovariance | Callable[[], InputCovariance] | None,
-        redistribute: Callable[[], InputCovariance] | None,
-        batches: Batches,
-    ) -> _Refit:
+    def of(cls, decision: StructuralPruningDecision, surgeon: Surgeon, data: RefitData) -> _Refit:
         asked, said = decision.reconstruction, list[str]()
-        if redistribute is not None and decision.units:
-            return cls(redistribute(), asked.skip if asked else ())
+        covariance, batches = data.reconstruct, data.batches
+        if data.redistribute is not None and decision.units:
+            return cls(data.redistribute(), asked.skip if asked else ())
         if asked is None or not asked.applied or not decision.units:
             return cls()
         if callable(covariance):

@@ -17,12 +17,12 @@ from elesh.trainer.network.state import trainable
 from elesh.trainer.recovery.journal import MadeCut
 from elesh.trainer.recovery.recovery import NoRestorePoint, Recovery
 from elesh.trainer.recovery.snapshot import Snapshot, Tracked
-from elesh.trainer.surgery.after_cut import InputCovariance
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import ContractError, PrunedArchitecture, PruningOutcome, StructuralPruningDecision
 
 from .apply import (
     Evaluation,
+    RefitData,
     check_and_cut,
     outcome_of,
     preserving,
@@ -95,11 +95,7 @@ class MonitoredCuts:
         decision: StructuralPruningDecision,
         surgeon: Surgeon,
         evaluate: Evaluate,
-        *,
-        reconstruct: InputCovariance | Callable[[], InputCovariance] | None = None,
-        redistribute: Callable[[], InputCovariance] | None = None,
-        batches: Sequence[tuple[Any, Any]] = (),
-        held_out: Sequence[tuple[Any, Any]] = (),
+        data: RefitData,
         known: Evaluation | None = None,
     ) -> PruningOutcome:
         """As :func:`apply_decision`, with a restore point before and after.
@@ -120,15 +116,12 @@ class MonitoredCuts:
             recovery.begin("apply", [pending], point=before)
         except (ContractError, OSError) as error:
             return _unwritten(decision, now, error)
-        outcome, samples = check_and_cut(
+        outcome, shown = check_and_cut(
             decision,
             surgeon,
             evaluate,
+            data,
             self._triggers,
-            reconstruct=reconstruct,
-            redistribute=redistribute,
-            batches=batches,
-            held_out=held_out,
             take_back=lambda: snapshot.put_back(tracked),
             now=known,
             cut_drop=self._cut_drop,
@@ -139,7 +132,7 @@ class MonitoredCuts:
             outcome = outcome.model_copy(update={"watched": self._reports})
             limit = trigger_of(decision, self._triggers)
             cut = MadeCut(
-                outcome, before, limit, self._reports, moves=recovery.moves, samples=samples
+                outcome, before, limit, self._reports, moves=recovery.moves, samples=shown
             )
             outcome = self._commit(decision, cut, snapshot, tracked)
         else:

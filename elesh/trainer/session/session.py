@@ -50,7 +50,7 @@ from leyline import (
 )
 from leyline.streams import CHECKPOINTS, OUTCOMES, RECOMPILE, REQUESTS, VALIDATION, Stream
 
-from .apply import Evaluation, outcome_of, preserving, trigger_of
+from .apply import Evaluation, RefitData, outcome_of, preserving, trigger_of
 from .bus_thread import BusThread
 from .mailbox import Ended, Mailbox, Outgoing
 from .monitoring import MonitoredCuts
@@ -388,16 +388,8 @@ class Session:
         with span(
             "apply decision", kind=SpanKind.CONSUMER, carrier=carrier, attributes=attributes
         ) as current:
-            outcome = self._cuts.apply(
-                decision,
-                surgeon,
-                evaluate,
-                reconstruct=reconstruct,
-                redistribute=redistribute,
-                batches=batches,
-                held_out=held_out,
-                known=known,
-            )
+            data = RefitData(reconstruct, redistribute, batches, held_out)
+            outcome = self._cuts.apply(decision, surgeon, evaluate, data, known)
             current.set_attribute("elesh.outcome", outcome.result)
             triggers = self.settings.structured_pruning.rollback_triggers
             self._publish_outcome(outcome, trigger_of(decision, triggers))
