@@ -186,14 +186,16 @@ class FanOut:
         left = (plan.deadline - await self._bus.clock.now()).total_seconds()
         if left <= _TOLERANCE:
             return False
-        _log.warning("join came too early, waits for its deadline", plan=plan.key, seconds=left)
+        _log.warning(
+            "join came before its parts, waits for the deadline", plan=plan.key, seconds=left
+        )
         await self._bus.groups.requeue(WORKERS, self._worker_id, delivery, delay_seconds=left)
         return True
 
     async def _end_late(self, delivery: Delivery, key: str) -> None:
         if await self._bus.record(IdempotencyKey.parse(key)):
             await self._bus.acknowledge(WORKERS, self._worker_id, delivery)
-            _log.info("part came after the decision", plan=key)
+            _log.info("part of a checkpoint that is decided already", plan=key)
             return
         raise MissingBlob(
             f"plan {key}", "the plan's record", "no such key", hint="publish the checkpoint again"
@@ -227,7 +229,7 @@ def _gaps(plan: Plan, results: Mapping[str, ItemResult]) -> dict[Level, str]:
     for part in plan.items:
         reason = results[part].failed if part in results else _LATE
         if reason:
-            _log.warning("joined without", plan=plan.key, part=part, reason=reason)
+            _log.warning("joined without a part", plan=plan.key, part=part, reason=reason)
             reasons[level_of(part)].append(reason)
         else:
             there.add(level_of(part))

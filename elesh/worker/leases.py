@@ -222,7 +222,7 @@ class ReapingLoop:
                 "reclaimed", taken.stream, taken.entry_id, "crash", f"of {taken.owner}"
             )
         for plan in reap.overdue:
-            _log.warning("deadline over, joining what is there", key=plan)
+            _log.warning("plan past its deadline, its parts so far are joined", key=plan)
         if not reap.held:
             return _apart(reap.wait_seconds)
         now = asyncio.get_running_loop().time()

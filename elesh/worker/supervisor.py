@@ -175,7 +175,7 @@ class Worker:
         except BusUnavailable as error:
             await self._claiming.pause(error)
         except Exception as error:
-            _lines.warning("nothing claimed", reason=f"{type(error).__name__}: {error}")
+            _lines.warning("claiming failed", reason=f"{type(error).__name__}: {error}")
             await self._claiming.pause(error)
 
     async def _claim(self, streams: tuple[Stream, ...], count: int, seconds: float) -> None:
@@ -231,7 +231,7 @@ class Worker:
         await self._executor.stop()
         with contextlib.suppress(BusUnavailable):
             if given := await self._leases.leave():
-                _log.warning("released", worker=self.worker_id, entries=given)
+                _log.warning("entries released", worker=self.worker_id, entries=given)
                 for _ in range(given):
                     self._status.redelivered("handover")
 
@@ -247,7 +247,7 @@ class Worker:
                 with contextlib.suppress(BusUnavailable):
                     await self._leases.release(delivery, "the bus could not serve")
         except Exception:
-            _log.exception("entry is left to its lease", entry="/".join(delivery.origin))
+            _log.exception("entry failed, its lease runs out", entry="/".join(delivery.origin))
         finally:
             self._status.ended(delivery.origin)
             self._leases.drop(delivery)
@@ -353,7 +353,7 @@ class Worker:
         """Release an entry that this worker lacks room for, and take nothing more for a while."""
         pause = self._short.next_pause()
         self._status.lacks, self._status.lacks_until = lacking, time.monotonic() + pause
-        _lines.warning("this worker lacks room, entries wait", reason=lacking)
+        _lines.warning("this worker lacks resources, entries wait", reason=lacking)
         if await self._leases.release(delivery, f"no room there: {lacking}", pause):
             stream, entry = delivery.origin
             self._reports.entry("handed_over", stream, entry, "handover", lacking)
@@ -404,7 +404,7 @@ async def _serve_on(bus: Bus, settings: Settings, name: str, stop: asyncio.Event
         worker.drain()
         await asyncio.wait({running}, timeout=settings.worker.drain_seconds)
         if not running.done():
-            _log.warning("drain time over; what was begun is released")
+            _log.warning("drain time over, unfinished entries are released")
             await cancelled(running)
         elif not running.cancelled() and (error := running.exception()):
             raise error
@@ -422,7 +422,7 @@ async def _own_name(bus: Bus, name: str, settings: Settings, stop: asyncio.Event
         await registry.take_over(state, seconds=seconds)  # it was killed
         return name
     own, other = f"{name}-{secrets.token_hex(2)}", f"{taken.host}:{taken.pid}"
-    _log.warning("a living worker has this name", name=name, other=other, own=own)
+    _log.warning("worker name is taken by a living worker", name=name, other=other, own=own)
     return own
 
 

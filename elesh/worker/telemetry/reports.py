@@ -313,7 +313,9 @@ class TelemetryBuffer:
                     reason = f"{_MOST} events waited"
                     self._lines.warning("telemetry dropped", dropped, reason=reason)
                 if failed:
-                    self._lines.warning("telemetry missed", len(failed), reason=str(failed[0]))
+                    self._lines.warning(
+                        "telemetry not published", len(failed), reason=str(failed[0])
+                    )
 
 
 _COMMITTED = {
@@ -467,7 +469,7 @@ class Reports:
                 run_id=change.run_id,
             )
         except BusUnavailable as error:
-            _log.warning("transition missed", reason=str(error))
+            _log.warning("breaker transition not published", reason=str(error))
 
     def dead_letter(
         self, delivery: Delivery, error: ContractError, work: Work | None
