@@ -41,8 +41,7 @@ class Kept(Session):
         self.answers: list[StructuralPruningDecision] = []
 
     def publish(self, bundle: CheckpointBundle) -> bool:
-        self._keep_covariance(bundle)
-        self.published.append(self._with_accuracy(bundle))
+        self.published.append(self._with_accuracy(self._of_this_run(bundle)))
         return True
 
     def decisions(self) -> list[StructuralPruningDecision]:
