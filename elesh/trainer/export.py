@@ -33,6 +33,7 @@ from elesh.trainer.network.calling import (
     through_layers,
 )
 from elesh.trainer.network.gates import Axis
+from elesh.trainer.network.kinds.recurrent import without_states
 from elesh.trainer.network.layers import require_fit
 from elesh.trainer.network.multihead import patched, take_back
 from elesh.trainer.network.norms import refilled, replace_weight
@@ -302,8 +303,10 @@ class _Gated(nn.Module):
             module = self.model.get_submodule(path)
             hook = self._before(number)
             handles = [module.register_forward_pre_hook(hook, with_kwargs=True)]
-            if self._of_weight(number):
+            if self._kind(number) == "weights":
                 handles += replace_weight(module, partial(self._weight, number))
+            if self._kind(number) == "states":
+                handles += without_states(module, partial(self._states, number))
             for handle in handles:
                 self._handles.callback(handle.remove)
         for number, path in enumerate(self._branches, start=len(self._axes)):
@@ -392,15 +395,26 @@ class _Gated(nn.Module):
     def _passed(self, number: int, x: Tensor) -> Tensor:
         """What enters a consumer, or a normalisation that sees the kept channels only."""
         norm = self._norms.get(self._axes[number])
+        if self._kind(number) == "states" and not self._gates:
+            module: Any = self.model.get_submodule(self._axes[number][0])
+            samples = x.shape[0 if module.batch_first else 1]
+            self._shapes[number] = (module.hidden_size, samples)
+            return x
         if norm is None or not self._gates:
             return self._times(number, x)
-        if norm.kind == "weights":
+        if norm.kind in ("weights", "states"):
             return x
         return refilled(x, self._gate(number, x), norm.dim, norm.kind, norm.eps)
 
-    def _of_weight(self, number: int) -> bool:
+    def _kind(self, number: int) -> str:
+        """How what enters at an axis is normalised; empty where it is not."""
         norm = self._norms.get(self._axes[number])
-        return norm is not None and norm.kind == "weights"
+        return "" if norm is None else norm.kind
+
+    def _states(self, number: int) -> Tensor:
+        """The gates of a recurrent layer's states: those of the first sample, as of all."""
+        module: Any = self.model.get_submodule(self._axes[number][0])
+        return self._gates[number][0] if self._gates else torch.ones(module.hidden_size)
 
     def _weight(self, number: int, weight: Tensor) -> Tensor:
         """A weight that is standardised over the inputs of the first sample, as of all."""

@@ -78,6 +78,30 @@ def check(model: nn.Module, inputs: Any, example: Any) -> None:
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
 
 
+class Steps(nn.Module):
+    """[B, T, 10] to [B, 5]."""
+
+    def __init__(self, inner: nn.RNNBase, width: int) -> None:
+        super().__init__()
+        self.enter, self.inner, self.leave = nn.Linear(10, 8), inner, nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.leave(self.inner(self.enter(x))[0][:, -1]))
+
+
+@pytest.mark.parametrize(
+    ("inner", "width"),
+    [
+        (nn.LSTM(8, 6, 2, bidirectional=True, batch_first=True), 12),
+        (nn.GRU(8, 6, batch_first=True), 6),
+    ],
+)
+def test_states_of_recurrent_layers_are_silent_in_the_exported_network_too(
+    inner: nn.RNNBase, width: int
+) -> None:
+    check(Steps(inner, width), torch.randn(5, 7, 10), torch.randn(2, 7, 10))
+
+
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.sampled
 def test_the_exported_network_is_the_network_plain_and_masked(name: str) -> None:

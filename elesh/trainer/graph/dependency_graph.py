@@ -35,6 +35,8 @@ class _Taught(tp.function.BasePruningFunc):  # type: ignore[misc]
 
     def get_out_channels(self, layer: nn.Module) -> int:
         axes = channel_axes(layer)
+        if axes.period:
+            return axes.period * axes.shares
         attribute, dim = (axes.outputs or axes.inputs)[0]
         return int(getattr(layer, attribute).shape[dim])
 

@@ -299,7 +299,9 @@ def _lone_families(layers: Iterable[LayerDescriptor], model: nn.Module) -> Itera
         if module is not None and (axes := channel_axes(module)).produces:
             attribute, dim = axes.outputs[0]
             if (weight := held(module, attribute)) is not None:
-                yield {Port(layer.name, "out", module): np.arange(weight.shape[dim])[:, None]}
+                units = np.arange(axes.period or weight.shape[dim])[:, None]
+                copies = np.arange(axes.shares if axes.period else 1) * axes.period
+                yield {Port(layer.name, "out", module): units + copies}
 
 
 def _tied_tensors(model: nn.Module, called: Collection[str]) -> dict[int, int]:
@@ -366,6 +368,11 @@ def _reads(port: Port) -> bool:
 def _placed(indices: Ints, port: Port, size: int) -> Ints | None:
     """Where channels [units, width] lie on an axis of that size; None if beyond it. On one that all
     shares of them have in common: their places, if each is there in all shares."""
+    axes = channel_axes(port.module) if port.module is not None and port.side == "out" else None
+    if axes is not None and axes.period:
+        places = indices % axes.period
+        same = bool((places == places[:, :1]).all()) and indices.shape[1] == axes.shares
+        return places[:, :1] + np.arange(0, size, axes.period) if same else None
     if int(indices.max()) < size:
         return indices
     shares = channel_axes(port.module).shares if port.module is not None else 0
@@ -414,6 +421,9 @@ def _group(
         if port.norm is not None:
             kind, dim, eps = port.norm.kind, port.norm.dim, port.norm.eps
             normed = span
+            if kind == "states":
+                own = _placed(indices, port, channel_axes(port.module).period)  # type: ignore[arg-type]
+                normed = span if own is None else span_fields(own)
             if kind == "weights":  # As they lie in the weight.
                 own = _placed(indices, port, tensors.named[f"{port.name}.weight"].shape[dim])
                 normed = span if own is None else span_fields(own)

@@ -301,8 +301,15 @@ def _in_shared_memory(model: nn.Module) -> Mapping[str, str]:
         name: names[number - 1]
         for names in places.values()
         for number, name in enumerate(names)
-        if len(names) > 1
+        if len(names) > 1 and not _of_one_recurrent_layer(model, names)
     }
+
+
+def _of_one_recurrent_layer(model: nn.Module, names: Sequence[str]) -> bool:
+    """Whether these are the weights of one recurrent layer, which it lays into one memory on a GPU
+    (``flatten_parameters``) and gives up as soon as one of them is elsewhere."""
+    owners = {name.rpartition(".")[0] for name in names}
+    return len(owners) == 1 and isinstance(model.get_submodule(owners.pop()), nn.RNNBase)
 
 
 def _unreached(

@@ -311,6 +311,8 @@ class Relations:
 
     def _taken(self, producer: Any, link: Link) -> tuple[int, int | None, int]:
         """Which of the producer's channels this consumer gets: (start, stop, step)."""
+        if isinstance(producer.module, nn.RNNBase):  # Its last states are of one direction each.
+            return 0, self._shape(link)[-1], 1
         if producer.type not in (OPTYPE.SPLIT, OPTYPE.SLICE) or not producer.inputs:
             return 0, None, 1
         function, axis = producer.grad_fn, self._axis(producer)

@@ -72,7 +72,7 @@ def _states(wiring: Wiring, model: nn.Module) -> Iterator[PruningGroup]:
     """The states of recurrent layers: each feeds all others, one step later."""
     for layer in wiring.layers:
         module = model.get_submodule(layer.name) if layer.name in wiring.called else None
-        if module is None or not is_recurrent(module):
+        if module is None or not is_recurrent(module) or channel_axes(module).produces:
             continue
         size = int(module.hidden_size)  # type: ignore[arg-type]
         kind = type(module).__name__

@@ -152,8 +152,7 @@ class Reach:
         for (node, function), side in self.sides.items():
             if not isinstance(node.module, nn.Module):
                 continue
-            axes, pruner = channel_axes(node.module), self._graph.get_pruner_of_module(node.module)
-            inward = function == pruner.prune_in_channels != pruner.prune_out_channels
+            axes, inward = channel_axes(node.module), self._is_input(node, function)
             for attribute, dim in axes.inputs if inward else axes.outputs:
                 held = node.module._parameters.get(attribute)
                 if held is not None and held.shape[dim] == len(side.seen):
@@ -163,12 +162,19 @@ class Reach:
                 both = (first.seen & other.seen).nonzero()[0]
                 self._edges.append(np.stack([both + first.offset, both + other.offset]))
 
+    def _is_input(self, node: Any, function: Any) -> bool:
+        """Whether this is the side of a layer's inputs, where they are not its outputs."""
+        pruner = self._graph.get_pruner_of_module(node.module)
+        return bool(function == pruner.prune_in_channels != pruner.prune_out_channels)
+
     def _joins(self, whole: Collection[nn.Module]) -> Iterator[Ints]:
         """Connections of what layers can only lose together: the channels of a block of their own,
         on both sides; or, on one side, the same places of all shares."""
         first: dict[tuple[nn.Module, int], int] = {}
-        for (node, _), side in self.sides.items():
+        for (node, function), side in self.sides.items():
             axes, indices = axes_of(node), side.seen.nonzero()[0]
+            if axes.period and self._is_input(node, function):
+                continue
             if by_place := bool(axes.shares) and node.module not in whole:
                 numbers = indices % max(1, len(side.seen) // axes.shares)
             elif axes.blocks:

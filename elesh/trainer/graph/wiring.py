@@ -29,6 +29,7 @@ from elesh.trainer.network.calling import (
     tensors_in,
 )
 from elesh.trainer.network.calls import Calls
+from elesh.trainer.network.kinds.recurrent import has_states
 from elesh.trainer.network.layers import channel_axes
 from elesh.trainer.network.norms import Norm, eps_of, norm_of, standardised
 from leyline import InvalidField, LayerDescriptor
@@ -298,6 +299,7 @@ class _Ports:
         held = (*model.named_parameters(), *buffers.items())
         self._parameters = {id(p): name for name, p in held}
         self._packed = {one.module for one in graph.calls.made if one.packed}
+        self._started = {one.module for one in graph.calls.made if one.started}
         self._made: dict[tuple[Any, Any], Port | None] = {}
 
     def of(self, node: Any, function: Any) -> Port | None:
@@ -326,5 +328,10 @@ class _Ports:
             return Port(self._modules[thing], "in", refusal=refusal)
         if inward and thing in self._whole:  # Its inputs go with its outputs: nothing to mask.
             return Port(self._modules[thing], "in")
+        if not inward and has_states(thing):
+            why = f"the first states of {self._modules[thing]} are given to it"
+            started = thing in self._started
+            states = Norm("states", -2, 0.0)
+            return Port(self._modules[thing], "out", thing, None, why if started else "", states)
         norm = standardised(thing) if inward and channel_axes(thing).inputs else None
         return Port(self._modules[thing], "in" if inward else "out", module=thing, norm=norm)

@@ -51,6 +51,8 @@ class Call:
     """The functions that made its other outputs, of recurrent layers (their last states)."""
     packed: bool = False
     """Whether what came in was a packed sequence."""
+    started: bool = False
+    """Whether a recurrent layer was given first states that are not all zero."""
 
 
 class Calls:
@@ -150,10 +152,16 @@ class Calls:
                     came[0] if came and name in self._mixing else None,
                     _made_by(left[1:]) if recurrent else (),
                     packed,
+                    recurrent and any(map(_tells, came[1:])),
                 )
             )
 
         return leave
+
+
+def _tells(state: Tensor) -> bool:
+    """Whether a first state is more than zeros."""
+    return state.is_floating_point() and (state.requires_grad or bool(state.any()))
 
 
 def _made_by(tensors: Sequence[Tensor]) -> tuple[Any, ...]:

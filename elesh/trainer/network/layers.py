@@ -43,6 +43,9 @@ class ChannelAxes:
     """Into how many equal shares the channels of either side fall, so that the same places of all
     go together; an axis of the weight that all have in common counts places. 0: none. With
     ``blocks``: either the one or the other."""
+    period: int = 0
+    """If not 0: how many places of its outputs there are, each of which every axis of the outputs
+    holds once in so many entries (the gates of a recurrent layer, one behind the other)."""
 
 
 @dataclass(frozen=True)

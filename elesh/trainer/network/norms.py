@@ -38,7 +38,7 @@ _EPS = ("eps", "variance_epsilon", "epsilon")
 class Norm:
     """How a module normalises."""
 
-    kind: Literal["layer", "rms", "response", "map", "weights"]
+    kind: Literal["layer", "rms", "response", "map", "weights", "states"]
     dim: int
     """The axis of its input that the channels lie on; -1, or 1 behind the samples. Of weights that
     are standardised row by row: of these, counted from the end."""

@@ -43,7 +43,7 @@ __all__ = [
 SIZES = (
     "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features",
     "num_parameters", "embedding_dim", "nf", "nx", "num_channels", "num_groups",
-    "normalized_shape", "shape", "d_model", "input_size",
+    "normalized_shape", "shape", "d_model", "input_size", "hidden_size",
 )  # fmt: skip
 """The attributes that :func:`refit` sets."""
 
@@ -217,6 +217,10 @@ def refit_heads(model: nn.Module, before: PruningGroup, left: int) -> None:
 def _refit_maps(model: nn.Module, before: PruningGroup, left: int) -> None:
     """Set how many maps the outputs of linear layers are laid out in."""
     names = (*_MAPS, *_WIDTHS, *_STREAMS)
+    for layer in before.layers:  # First states are made of as many.
+        if isinstance(model.get_submodule(layer), nn.RNNBase):
+            held = vars(model.get_submodule(layer.rpartition(".")[0]))
+            held |= {name: left for name in names if held.get(name) == before.size}
     for part in before.slices:
         layer = part.tensor.rpartition(".")[0]
         if part.width == 1 or part.dim != 0 or layer not in before.layers:

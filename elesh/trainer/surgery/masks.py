@@ -9,6 +9,7 @@ dtype; while there is one, compiled networks run uncompiled, as they would not s
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from elesh.trainer.network.calling import replace_inputs, through_layers
+from elesh.trainer.network.kinds.recurrent import without_states
 from elesh.trainer.network.multihead import patched, take_back
 from elesh.trainer.network.norms import refilled, replace_weight
 from elesh.trainer.network.state import Uncompiled
@@ -133,7 +135,9 @@ class Masks:
                 gone.setdefault(norm.module, []).extend(norm.all_of(chosen))
         for path, indices in gone.items():
             module, mask = self._model.get_submodule(path), _NormMask(sites[path], indices)
-            if indices and sites[path].kind == "weights":
+            if indices and sites[path].kind == "states":
+                self._handles += without_states(module, partial(_kept, module, frozenset(indices)))
+            elif indices and sites[path].kind == "weights":
                 self._handles += replace_weight(module, mask.masked)
             elif indices:
                 self._handles.append(module.register_forward_pre_hook(mask, with_kwargs=True))
@@ -166,6 +170,11 @@ class Masks:
         self._handles.clear()
         take_back(self._patched)
         self._uncompiled.__exit__()
+
+
+def _kept(module: Any, dead: Collection[int]) -> Tensor:
+    """[H]: which states of a recurrent layer stay."""
+    return torch.tensor([float(unit not in dead) for unit in range(module.hidden_size)])
 
 
 def _silence(module: nn.Module, args: Any, output: Any) -> Any:

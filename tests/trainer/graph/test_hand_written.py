@@ -26,7 +26,7 @@ UNITS = {
     "constants": {"first": 12, "second": 10},
     "modulated": {"adapt": 16},
     "gated": {"first": 12, "second": 10},
-    "recurrent": {"conv": 12, "embed": 40},
+    "recurrent": {"conv": 12, "embed": 40, "gru": 6, "lstm": 6},
     "padded": {"stem": 12, "inner": 14},
     "upscaled": {"0": 16, "3": 8, "5": 8},
     "decoder": {"wide.0": 10, "up.1": 6},

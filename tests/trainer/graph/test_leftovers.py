@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cut_check import counted_macs
+from cut_check import counted_macs, cut_and_checked
 from torch import Tensor, nn
 
 from elesh.trainer import Recorder
@@ -49,14 +49,67 @@ def _layers() -> dict[str, nn.Module]:
 
 
 @pytest.mark.parametrize("name", ["gru", "rnn", "cells"])
-def test_products_of_recurrent_layers_are_counted_and_their_states_have_a_reason(name: str) -> None:
+def test_products_of_recurrent_layers_are_counted(name: str) -> None:
     model = _layers()[name].eval()
-    architecture = Recorder(model, STEPS).architecture
-    assert architecture.macs == counted_macs(model, STEPS)
-    states = architecture.group["inner.states"]
+    assert Recorder(model, STEPS).architecture.macs == counted_macs(model, STEPS)
+
+
+def test_states_of_cells_have_a_reason() -> None:
+    states = Recorder(Cells().eval(), STEPS).architecture.group["inner.states"]
     assert "read by all of them a step later" in states.reason
-    parts = {part.tensor: part.width for part in states.slices}
-    assert parts[min(n for n in parts if "weight" in n)] == {"gru": 3, "rnn": 1, "cells": 3}[name]
+    parts = {(part.tensor, part.dim): part.width for part in states.slices}
+    assert parts == {(f"inner.{w}_{s}", 0): 3 for w in ("weight", "bias") for s in ("ih", "hh")}
+
+
+@pytest.mark.parametrize(("name", "parts"), [("gru", 3), ("rnn", 1)])
+def test_states_of_recurrent_layers_go_from_all_layers_and_directions(
+    name: str, parts: int
+) -> None:
+    model = _layers()[name]
+    surgeon = cut_and_checked(model, STEPS)
+    group = surgeon.architecture.group["inner"]
+    assert group.prunable
+    assert group.size == 6
+    inner = model.inner
+    assert isinstance(inner, nn.RNNBase)
+    surgeon.cut({"inner": [0, 4]})
+    assert inner.hidden_size == 4
+    assert inner.weight_hh_l0.shape == (4 * parts, 4)
+    if inner.bidirectional:  # The second layer reads both directions of the first.
+        assert inner.weight_ih_l1_reverse.shape == (4 * parts, 8)
+    assert surgeon.architecture.macs == counted_macs(model, STEPS)
+
+
+def test_a_recurrent_layer_whose_weights_lie_in_one_memory_can_go() -> None:
+    model = Recurrent(nn.GRU(8, 6, batch_first=True), 6)
+    weights = list(model.inner.parameters())
+    whole = torch.cat([weight.detach().flatten() for weight in weights])
+    for weight, part in zip(weights, whole.split([w.numel() for w in weights]), strict=True):
+        weight.data = part.view_as(weight)
+    group = cut_and_checked(model, STEPS).architecture.group["inner"]
+    assert group.prunable
+
+
+class Started(Recurrent):
+    """First states are zeros, or made of the first step."""
+
+    def __init__(self, learned: bool) -> None:
+        super().__init__(nn.GRU(8, 6, batch_first=True), 6)
+        self.hidden_size, self.first = 6, nn.Linear(8, 6) if learned else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        first = torch.zeros(1, len(x), self.hidden_size)
+        if self.first is not None:
+            first = self.first(x[:, 0])[None]
+        made: Tensor = self.leave(self.inner(x, first)[0])
+        return made
+
+
+def test_states_that_begin_with_anything_but_zeros_stay() -> None:
+    assert cut_and_checked(Started(False), STEPS).architecture.group["inner"].prunable
+    group = cut_and_checked(Started(True), STEPS).architecture.group["inner"]
+    assert group.reason == "the first states of inner are given to it"
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections")

@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from elesh.trainer.network.layers import LINEAR, ChannelAxes, conv_axes, teach_layer
 
 from .experts import is_experts, is_router, reads_and_makes, refit_experts
+from .recurrent import is_recurrent, recurrent_axes, refit_recurrent
 from .weight_norms import recompute, weight_norm_of
 
 __all__ = ["is_recurrent", "is_transposed_linear"]
@@ -52,22 +53,6 @@ def _standardised_axes(module: _ConvNd) -> ChannelAxes:
     return replace(axes, outputs=(*axes.outputs, ("gain", 0)))
 
 
-def _recurrent_axes(module: nn.Module) -> ChannelAxes:
-    """What comes in; its states stay."""
-    first = ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse")
-    return ChannelAxes(inputs=tuple((n, 1) for n in first if n in module._parameters), site_dim=-1)
-
-
-def _refit_recurrent(module: Any) -> None:
-    ((name, _), *_) = _recurrent_axes(module).inputs
-    module.input_size = getattr(module, name).shape[1]
-
-
-def is_recurrent(module: nn.Module) -> bool:
-    """Whether this is one of PyTorch's recurrent layers, or a cell of one."""
-    return isinstance(module, (nn.RNNBase, nn.RNNCellBase))
-
-
 def _has_normed_weight(module: nn.Module) -> bool:
     """Whether this is a linear layer or a convolution whose weight is a direction times a gain."""
     return isinstance(module, (nn.Linear, _ConvNd)) and weight_norm_of(module) is not None
@@ -94,7 +79,7 @@ def _experts_axes(module: nn.Module) -> ChannelAxes:
 _ROUTER = ChannelAxes(inputs=(("weight", 1),), site_dim=-1)
 
 teach_layer(nn.EmbeddingBag, lambda module: _BAG, _refit_bag)
-teach_layer(is_recurrent, _recurrent_axes, _refit_recurrent)
+teach_layer(is_recurrent, recurrent_axes, refit_recurrent)
 teach_layer(is_transposed_linear, lambda module: _TRANSPOSED, _refit_transposed)
 teach_layer(_is_standardised, _standardised_axes)
 teach_layer(_has_normed_weight, _normed_axes, recompute)
