@@ -170,8 +170,10 @@ class Pruning:
         return self.surgeon.architecture
 
     def epochs(self, count: int) -> Iterator[int]:
-        """The epochs that are still to be trained, up to ``count`` of the whole run, from 1."""
+        """The epochs that are still to be trained, up to ``count`` of the whole run, from 1. The
+        last one publishes no checkpoint: its answer would come too late."""
         assert self.surgeon is not None
+        self._epochs.last = count
         return iter(range(self.done + 1, count + 1))
 
     def step(

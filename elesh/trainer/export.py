@@ -324,11 +324,12 @@ class _Gated(nn.Module):
         Raises:
             InvalidField: if a place of a gate was not passed by any signal.
         """
-        small, large = self._seen(2), self._seen(3)
-        self._layout = [
-            _Layout.of(place, small.get(n, ()), large.get(n, ()), dim)
-            for n, (place, dim) in enumerate(self._places)
-        ]
+        if not self._layout:
+            small, large = self._seen(2), self._seen(3)
+            self._layout = [
+                _Layout.of(place, small.get(n, ()), large.get(n, ()), dim)
+                for n, (place, dim) in enumerate(self._places)
+            ]
         device = device_of(self.model)
         gates = [torch.ones(samples, layout.size, device=device) for layout in self._layout]
         return self._inputs_of(samples), gates

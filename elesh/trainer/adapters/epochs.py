@@ -107,6 +107,8 @@ class EveryEpoch:
         preflight: bool = True,
     ) -> None:
         self.session, self.every, self.levels = session, every, tuple(levels)
+        self.last: int | None = None
+        """The epoch that training ends with, where that is known."""
         self.surgeon: Surgeon | None = None
         """Set by :meth:`begin`; its architecture is what the network looks like."""
         self._calibration, self._validation, self._held_out = calibration, validation, held_out
@@ -321,26 +323,43 @@ class EveryEpoch:
 
     def _end_epoch(self, epoch: int) -> list[PruningOutcome]:
         assert self.surgeon is not None, "begin comes first"
-        decisions, checkpoint = self.session.decisions(), epoch % self.every == 0
-        needed = decisions or checkpoint or self.session.doubted
-        if self._time.over and not needed:
-            self.session.reach(epoch, self._noted)
-            return []
-        unknown = checkpoint and not self.session.knows_scatter  # it keeps cuts from being blamed
-        always = self._given is not None or unknown
-        found = self.session.watch(epoch, self._noted, always=always)
+        decisions, checkpoint = self.session.decisions(), self._asks(epoch)
+        found = self._judge(epoch, decisions, checkpoint)
         if undone := [outcome for outcome in found if outcome.result == "rolled_back"]:
             self._known = None  # that was of the network before
             own = (o for o in undone if o.undone_with in (None, o.idempotency_key))
             self._held_back = next(own, undone[0])
         for decision in decisions:
             found.append(self._apply(decision, self.surgeon))
-        if checkpoint:
+        if checkpoint and self._budget_met(self.surgeon):
+            _log.info("budget reached, nothing more is asked for", epoch=epoch)
+        elif checkpoint:
             try:
                 self._checkpoint(epoch)
             except Exception as error:
                 _log.exception("checkpoint not published", epoch=epoch, reason=str(error))
         return found
+
+    def _asks(self, epoch: int) -> bool:
+        """Whether a checkpoint is due: no answer to one of the last epoch could be applied."""
+        return epoch % self.every == 0 and epoch != self.last
+
+    def _judge(
+        self, epoch: int, decisions: Sequence[StructuralPruningDecision], checkpoint: bool
+    ) -> list[PruningOutcome]:
+        """Judge the monitored cuts, or put that off while time is short and nothing hangs on it."""
+        assert self.surgeon is not None
+        due = epoch % self.every == 0 or epoch == self.last or self.session.doubted
+        if self._time.over and not due and not any(d.approved_for_application for d in decisions):
+            self.session.reach(epoch, self._noted)
+            return []
+        # How training scatters keeps cuts from being blamed; nothing is cut beyond the budget.
+        unknown = checkpoint and not self.session.knows_scatter
+        always = self._given is not None or (unknown and not self._budget_met(self.surgeon))
+        return self.session.watch(epoch, self._noted, always=always)
+
+    def _budget_met(self, surgeon: Surgeon) -> bool:
+        return self._goals is not None and self._goals.met(surgeon.architecture)
 
     def _apply(self, decision: StructuralPruningDecision, surgeon: Surgeon) -> PruningOutcome:
         def measured() -> InputCovariance:
@@ -382,9 +401,6 @@ class EveryEpoch:
 
     def _checkpoint(self, epoch: int) -> None:
         assert self.surgeon is not None
-        if self._goals is not None and self._goals.met(self.surgeon.architecture):
-            _log.info("budget reached, nothing more is asked for", epoch=epoch)
-            return
         self._recorder.architecture = self.surgeon.architecture
         known = self._known if self._known and self._known.finite else None
         with self.session.checkpoint(epoch):

@@ -29,6 +29,7 @@ from elesh.trainer.recovery.evaluation import (
 from elesh.trainer.surgery.after_cut import (
     InputCovariance,
     batch_norms,
+    consumer_axes,
     estimated_batch_statistics,
     put_batch_statistics,
 )
@@ -329,9 +330,17 @@ class _Check:
         if self._refit.samples and self._outputs is None:
             try:
                 samples = _first(self._refit.samples, _STATISTICS)
-                self._outputs = outputs_before(model, now, samples, rows=_ROWS)
+                changing = self._changing()
+                self._outputs = outputs_before(model, now, samples, rows=_ROWS, changing=changing)
             except Exception as error:
                 self._not_solved(error)
+
+    def _changing(self) -> set[str] | None:
+        """The modules that the mask and its refitting act on; None where that may be any."""
+        decision, now = self._decision, self._before
+        if decision.layers or any(now.group[name].norms for name in decision.units):
+            return None
+        return {path for path, _ in consumer_axes(now, decision.units)}
 
     def _solve_layers(self) -> dict[str, Tensor]:
         """Under the mask, solve layers one behind the other for what they put out without it, and

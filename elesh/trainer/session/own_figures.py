@@ -110,7 +110,7 @@ def _each(logits: Tensor, labels: Any) -> Tensor:
 
 _CALLS = 3
 """Of each rank of several: a call may wait for the others."""
-_SECONDS, _MOST_CALLS = 0.03, 30
+_SECONDS, _MOST_CALLS = 0.015, 30
 """Of a process alone: at most so long and so often, as long as it gets quicker by this share."""
 _QUICKER = 0.02
 

@@ -24,7 +24,7 @@ from elesh.trainer.network.state import preserve_state, seed_generators
 from elesh.trainer.recovery.snapshot import Snapshot, Tracked, pack_tree, unpack_tree
 from elesh.trainer.surgery.optimizer_trial import copied_optimizers
 from elesh.trainer.surgery.surgeon import Surgeon
-from leyline import InvalidField, Level, PreflightCheck
+from leyline import InvalidField, Level, PreflightCheck, PrunedArchitecture
 
 from .apply import Evaluate, preserving
 
@@ -177,8 +177,8 @@ class _Subject:
                 raise _Skipped("none is prunable")
             if self._inputs is None:
                 raise _Skipped("no example inputs are known")
-            with self._copied() as tracked, preserve_state(tracked.surgeon.model, 0):
-                surgeon = tracked.surgeon
+            surgeon = self._copied().surgeon
+            with preserve_state(surgeon.model, 0):
                 example, _ = trainable_example(surgeon.model, self._inputs)
                 if example is None:
                     raise _Skipped("the network does not run in training mode with the example")
@@ -223,18 +223,18 @@ class _Subject:
 
     def _restores(self) -> str:
         units, layers = self._some()
-        with self._copied() as tracked:
-            surgeon = tracked.surgeon
-            with preserve_state(surgeon.model, 0):
-                self._fill_optimizers(surgeon)
-                before = Snapshot.take(tracked)
-                packed = pack_tree(before.state)
-                if units:
-                    surgeon.cut(units)
-                if layers:
-                    surgeon.cut_layers(layers)
-                Snapshot(before.architecture, unpack_tree(*packed)).put_back(tracked)
-                after = pack_tree(Snapshot.take(tracked).state)
+        tracked = self._copied()
+        surgeon = tracked.surgeon
+        with preserve_state(surgeon.model, 0):
+            self._fill_optimizers(surgeon)
+            before = Snapshot.take(tracked)
+            packed = pack_tree(before.state)
+            if units:
+                surgeon.cut(units)
+            if layers:
+                surgeon.cut_layers(layers)
+            Snapshot(before.architecture, unpack_tree(*packed)).put_back(tracked)
+            after = pack_tree(Snapshot.take(tracked).state)
         if after != packed:
             raise InvalidField("restore points", "the state that was saved", "another state")
         return ", ".join(["network", *surgeon.optimizers.names, *self._parts])
@@ -246,38 +246,30 @@ class _Subject:
             if example is not None:
                 _step(surgeon, example)
 
-    def _copied(self) -> _Copied:
-        return _Copied(self._surgeon, self._parts)
-
-
-class _OfCopies(Surgeon):
-    """Of a network that was made a moment ago: nothing else can train it yet."""
-
-    def require_all_optimizers(self) -> None:
-        """There are no others."""
-
-
-class _Copied:
-    """Network, optimizers and parts, copied together; the copies end with the block."""
-
-    def __init__(self, surgeon: Surgeon, parts: Mapping[str, Any]) -> None:
-        self._surgeon, self._parts = surgeon, parts
-
-    def __enter__(self) -> Tracked:
+    def _copied(self) -> Tracked:
+        """Network, optimizers and parts, copied together."""
         memo: dict[int, Any] = {}
         try:
             with torch.inference_mode(False):
                 model = copy.deepcopy(self._surgeon.model, memo)
                 optimizers = copied_optimizers(self._surgeon.optimizers, memo)
                 parts = copy.deepcopy(dict(self._parts), memo)
-                now = self._surgeon.architecture
-                surgeon = _OfCopies(model, now, optimizer=optimizers or None, restore_points=0)
+                surgeon = _OfCopy(model, self._surgeon.architecture, optimizers)
                 return Tracked(surgeon, parts)
         except Exception as error:
             raise _Skipped(f"something of it cannot be copied: {error}"[:300]) from error
 
-    def __exit__(self, *error: object) -> None:
-        pass
+
+class _OfCopy(Surgeon):
+    """Of a network that was made a moment ago: nothing else can train it yet, and nobody looks."""
+
+    def __init__(
+        self, model: nn.Module, architecture: PrunedArchitecture, optimizers: list[Any]
+    ) -> None:
+        super().__init__(model, architecture, restore_points=0)
+        if optimizers:
+            self.optimizers = self._cuttable(optimizers)
+            self._views_changed()
 
 
 def _step(surgeon: Surgeon, example: Inputs) -> None:

@@ -20,7 +20,7 @@ import gc
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 from weakref import WeakSet
 
@@ -183,7 +183,13 @@ def _averages(model: nn.Module, named: set[int], among: Iterable[Any]) -> list[W
 
 def averages_weights(kind: type) -> bool:
     """Whether a class looks like one that averages weights."""
-    return bool(_KIND.search(kind.__name__)) and not issubclass(kind, type)
+    return _named_like_an_average(kind.__name__) and not issubclass(kind, type)
+
+
+@lru_cache(1 << 15)
+def _named_like_an_average(name: str) -> bool:
+    """Asked of every class in the process, at every cut."""
+    return bool(_KIND.search(name))
 
 
 _KIND = re.compile(r"EMA|Ema(?![a-z])|AveragedModel|MovingAverage|WeightAverag|SWA")

@@ -88,6 +88,9 @@ class OutputsBefore:
     """Whether these are all samples that were given, and several."""
     answers: Tensor | None = None
     """[S, ...] the network's main output; None where it is large."""
+    changing: frozenset[str] | None = None
+    """The only layers whose inputs or weights a cut changes by itself: those that are called before
+    the first of them are as they were, and not looked at. None: any may be."""
 
     def without(
         self, architecture: PrunedArchitecture, units: Mapping[str, Collection[int]]
@@ -116,6 +119,7 @@ def outputs_before(
     batches: Sequence[tuple[Inputs, Any]],
     *,
     rows: int = _ROWS[0],
+    changing: Collection[str] | None = None,
 ) -> OutputsBefore:
     """The outputs of every layer that reads units, and can be solved for them.
 
@@ -123,6 +127,8 @@ def outputs_before(
         batches: (inputs, labels) pairs. So many samples are taken as fit into memory side by side,
             of batches of the shape of the first.
         rows: for every coefficient, where so many fit.
+        changing: the paths of all modules whose inputs or weights the cut changes by itself; layers
+            that are called before the first of them are left out. None: no layer is.
     """
     device = device_of(model)
     inputs = map_tensors(lambda x: x.to(device), joined(batches)[0])
@@ -134,19 +140,41 @@ def outputs_before(
         live = max((shape.live for shape in shapes.values()), default=1)
         inputs = _first(inputs, max(_TWO, _LIVE // live))
         counts = _counts(shapes, batch_size(inputs), rows)
+        first = _First.of(changing, counts)
         for name, count in counts.items():
 
             def keep(
                 module: nn.Module, args: Any, output: Any, name: str = name, count: int = count
             ) -> None:
-                values[name] = _drawn(_positions_last(module, output), count)
+                if first.reached(name):
+                    values[name] = _drawn(_positions_last(module, output), count)
 
             stack.enter_context(_hooked(layers[name].register_forward_hook(keep)))
         answers = main_output(call(model, inputs)) if counts else None
     if answers is not None and answers.numel() > _HELD:
         answers = None
     axes = {name: int(is_transposed_linear(layers[name])) for name in values}
-    return OutputsBefore(inputs, values, counts, axes, _TWO <= given == batch_size(inputs), answers)
+    whole = _TWO <= given == batch_size(inputs)
+    return OutputsBefore(inputs, values, counts, axes, whole, answers, first.changing)
+
+
+@dataclass
+class _First:
+    """Whether a pass has come to the first layer that a cut changes by itself."""
+
+    changing: frozenset[str] | None
+    _reached: bool = False
+
+    @classmethod
+    def of(cls, changing: Collection[str] | None, seen: Collection[str]) -> _First:
+        """Of layers that are all ``seen`` in the pass; else every layer counts."""
+        known = changing is not None and set(changing) <= set(seen)
+        return cls(frozenset(changing or ()) if known else None)
+
+    def reached(self, name: str) -> bool:
+        """A layer is called; whether it is one of them, or comes after one."""
+        self._reached = self._reached or self.changing is None or name in self.changing
+        return self._reached
 
 
 @dataclass(frozen=True)
@@ -246,16 +274,17 @@ def layer_solutions(
     layers: dict[str, Any] = dict(model.named_modules())
     found, samples = dict[str, Tensor](), batch_size(before.inputs)
     norms = batch_norms(model) if before.whole else {}
+    solvable = {
+        name: wanted
+        for name, wanted in before.values.items()
+        if name not in skip and _has_outputs(layers.get(name), wanted)
+    }
+    first = _First.of(before.changing, solvable)
     with _watching(model) as stack:
         for norm in norms.values():
             norm.reset_running_stats()
             norm.momentum = None
-        for name, wanted in before.values.items():
-            layer = layers.get(name)
-            if layer is None or not _is_linear(layer) or len(_weight(layer)) != wanted.shape[-1]:
-                continue  # A whole layer went, and something else stands in its place.
-            if name in skip:
-                continue
+        for name, wanted in solvable.items():
 
             def hook(
                 module: nn.Module,
@@ -266,6 +295,8 @@ def layer_solutions(
                 count: int = before.counts[name],
             ) -> Any:
                 def solve(x: Tensor) -> Tensor:
+                    if not first.reached(name):
+                        return x
                     solution = _solved(module, x, wanted, samples, count) or {}
                     for attribute, value in solution.items():
                         found[f"{name}.{attribute}"] = value
@@ -276,7 +307,8 @@ def layer_solutions(
 
                 return replace_first(args, kwargs, solve)
 
-            stack.enter_context(_hooked(layer.register_forward_pre_hook(hook, with_kwargs=True)))
+            handle = layers[name].register_forward_pre_hook(hook, with_kwargs=True)
+            stack.enter_context(_hooked(handle))
         call(model, before.inputs)
         statistics = {
             f"{path}.{name}" if path else name: getattr(norm, name).clone()
@@ -287,6 +319,11 @@ def layer_solutions(
             for name in ("running_mean", "running_var")
         }
     return Solutions(found, statistics)
+
+
+def _has_outputs(layer: Any, wanted: Tensor) -> bool:
+    """Whether it makes what is wanted; a whole layer may have gone, with something else instead."""
+    return layer is not None and _is_linear(layer) and len(_weight(layer)) == wanted.shape[-1]
 
 
 @contextmanager

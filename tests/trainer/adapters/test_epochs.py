@@ -215,6 +215,43 @@ def rolled_back(epochs: EveryEpoch, session: Kept) -> Surgeon:
     return surgeon
 
 
+def test_the_last_epoch_judges_what_is_monitored_and_asks_for_nothing() -> None:
+    session = Kept()
+    epochs, _ = running(session)
+    assert epochs.surgeon is not None
+    session.answers = [decide(epochs.surgeon.architecture, units=8, groups=1)]
+    epochs._evaluate = lambda *_: Evaluation(0.9, next(_LOSSES))
+    epochs.last, limits = 2, epochs._time._limit
+    epochs._time._limit = 1e-9  # beyond its share of time
+    (outcome,) = epochs.end_epoch(1)
+    assert (outcome.result, len(session.published)) == ("applied", 1)
+    epochs._time._limit = limits
+    epochs._evaluate = lambda *_: Evaluation(0.1, next(_LOSSES))
+    (outcome,) = epochs.end_epoch(2)
+    assert (outcome.result, len(session.published)) == ("rolled_back", 1)
+
+
+def test_a_decision_that_was_rejected_is_reported_and_nothing_is_evaluated_for_it() -> None:
+    session = Kept()
+    epochs, _ = running(session)
+    assert epochs.surgeon is not None
+    epochs.every, calls = 5, []
+    epochs._time._limit = 1e-9
+
+    def evaluate(*_: object) -> Evaluation:
+        calls.append(1)
+        return Evaluation(0.9, next(_LOSSES))
+
+    epochs._evaluate = evaluate
+    session.answers = [decide(epochs.surgeon.architecture, units=8, groups=1)]
+    epochs.end_epoch(1)
+    assert len(calls) == 3
+    rejected = decide(epochs.surgeon.architecture, units=8, groups=1, number=2)
+    session.answers = [rejected.model_copy(update={"approved_for_application": False})]
+    (outcome,) = epochs.end_epoch(2)
+    assert (outcome.result, len(calls)) == ("rejected", 3)
+
+
 def test_what_holds_a_budget_back_is_said_with_what_would_help() -> None:
     session = Kept()
     epochs, _ = running(session, budget={"macs": 0.5})

@@ -12,7 +12,7 @@ from trainer_nets import NETS, batches, build, example, same, units
 
 from elesh.trainer import Recorder, Surgeon
 from elesh.trainer.surgery import layer_by_layer
-from elesh.trainer.surgery.after_cut import reestimate_batch_statistics
+from elesh.trainer.surgery.after_cut import consumer_axes, reestimate_batch_statistics
 from elesh.trainer.surgery.layer_by_layer import outputs_before, solved_layer_by_layer
 
 
@@ -91,6 +91,31 @@ def test_only_layers_that_read_units_change(name: str) -> None:
             assert same(tensor, tensors[path]), path
     assert same(torch.get_rng_state(), state)
     assert [module.training for module in model.modules()] == modes
+
+
+def test_layers_before_all_that_changes_are_left_out_and_the_solutions_are_the_same() -> None:
+    model = build("ResNet").eval()
+    recorder = Recorder(model, example())
+    architecture = recorder.architecture
+    last = [group for group in architecture.groups if group.prunable][-1]
+    lost = {last.name: range(last.size // 2)}
+    changing = {path for path, _ in consumer_axes(architecture, lost)}
+    moments = recorder.moments(batches(12), lost)
+    every = outputs_before(model, architecture, [(inputs(), None)])
+    fewer = outputs_before(model, architecture, [(inputs(), None)], changing=changing)
+    assert fewer.changing == changing
+    assert changing <= fewer.values.keys() < every.values.keys()
+    surgeon = Surgeon(model, architecture)
+    surgeon.mask(lost, reconstruct=moments)
+    found = [layer_by_layer.layer_solutions(model, before) for before in (every, fewer)]
+    assert found[0].parameters
+    assert found[0].parameters.keys() == found[1].parameters.keys()
+    for path, value in found[0].parameters.items():
+        assert same(value, found[1].parameters[path]), path
+    skipped = layer_by_layer.layer_solutions(model, fewer, skip=changing)
+    assert not any(path.rpartition(".")[0] in changing for path in skipped.parameters)
+    unknown = outputs_before(model, architecture, [(inputs(), None)], changing={"elsewhere"})
+    assert (unknown.changing, unknown.values.keys()) == (None, every.values.keys())
 
 
 def test_a_network_that_lost_nothing_stays_as_it_is() -> None:
