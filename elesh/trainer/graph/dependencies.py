@@ -37,6 +37,7 @@ __all__ = [
     "attends",
     "calls_by_functions",
     "in_order",
+    "leaf_of",
     "weights_used",
 ]
 
@@ -60,6 +61,7 @@ _MOVES = (
     "Clone", "ReshapeAlias",
 )  # fmt: skip
 """Operations between a parameter and the product that it is a factor of."""
+SPREADS = (*_MOVES, "Expand")
 
 
 _FEW = 16
@@ -440,13 +442,18 @@ def _among(places: Sequence[int], operands: Sequence[Any]) -> list[int]:
     return [place for place in places if place < len(operands)]
 
 
-def _weight(function: Any) -> Tensor | None:
-    """The parameter with several axes that this is, moved about at most."""
+def leaf_of(function: Any, moves: tuple[str, ...] = _MOVES) -> Tensor | None:
+    """The parameter that this is, moved about at most."""
     while function is not None and not hasattr(function, "variable"):
-        if not function.name().startswith(_MOVES):
+        if not function.name().startswith(moves):
             return None
         function = function.next_functions[0][0]
-    found: Tensor | None = None if function is None else function.variable
+    return None if function is None else function.variable
+
+
+def _weight(function: Any) -> Tensor | None:
+    """The same of a parameter with several axes."""
+    found = leaf_of(function)
     return found if found is not None and found.ndim > 1 else None
 
 

@@ -49,7 +49,7 @@ from .hazards import (
     with_acting_masks,
     without_hazards,
 )
-from .leftovers import with_the_rest
+from .leftovers import with_the_rest, with_vectors_of_training
 from .proof.blocks import with_blocks
 from .proof.random_copy import random_copy
 from .proof.trial import Trial
@@ -122,6 +122,7 @@ def _proved(
     fed = parameters_behind(passage.roots)
     reached = reached_by(copied, fed, wiring.called)
     trial = Trial(copied, inputs, compared)
+    groups = with_vectors_of_training(groups, copied, fed, trial.met_in_training)
     groups = without_hazards(
         groups,
         model,

@@ -32,7 +32,7 @@ from elesh.trainer.network.calling import (
     replace_inputs,
     tensors_in,
 )
-from elesh.trainer.network.calls import Calls, Link
+from elesh.trainer.network.calls import Call, Calls, Link
 from elesh.trainer.network.gates import Axis, GateMeter
 from elesh.trainer.network.kinds.weight_norms import owner_of
 from elesh.trainer.network.layers import channel_axes, held
@@ -41,6 +41,7 @@ from elesh.trainer.surgery.averages import teachers_in
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import InvalidField, PrunedArchitecture, PruningGroup
 
+from .dependencies import SPREADS, leaf_of
 from .indexing import any_along
 from .leftovers import of_unreached
 from .residual_branches import Trace, behind
@@ -48,6 +49,7 @@ from .rows_read import MIXED, Gate, mixed_in, refused
 from .siblings import beside
 
 __all__ = [
+    "met_in_training",
     "reached_by",
     "read_in_training",
     "require_initialised",
@@ -199,25 +201,59 @@ def _saved(kind: Any) -> tuple[str, ...]:
 def read_in_training(model: nn.Module, inputs: Inputs, layers: Collection[str]) -> dict[str, str]:
     """By layer that makes channels: which of ``layers`` reads these in training mode, with nothing
     between that makes others. The model is left in evaluation mode."""
+    calls, _ = _calls_in_training(model, inputs)
+    makers = {one.output: one.name for one in calls if channel_axes(one.module).produces}
+    found: dict[str, str] = {}
+    for one in calls:
+        if one.name in layers:
+            for made in _nearest([link[0] for link in one.inputs], makers):
+                found.setdefault(makers[made], one.name)
+    return found
+
+
+def _nearest(starts: Sequence[Any], makers: Collection[Any]) -> list[Any]:
+    """Which of ``makers`` these functions come from, with none of the others between."""
+    stack, seen = list(starts), dict[Any, None]()
+    while stack:
+        function = stack.pop()
+        if function is not None and function not in seen:
+            seen[function] = None
+            if function not in makers:
+                stack += [before for before, _ in function.next_functions]
+    return [function for function in seen if function in makers]
+
+
+def met_in_training(model: nn.Module, inputs: Inputs, vectors: Mapping[str, int]) -> dict[str, str]:
+    """By path of a parameter: the layer among whose channels training puts it, by an operation of
+    both. The model is left in evaluation mode."""
+    calls, roots = _calls_in_training(model, inputs)
+    made = [one for one in calls if channel_axes(one.module).produces and one.output is not None]
+    makers = {one.output: one.name for one in made}
+    # What is written over a view (a linear layer's output, of sequences) has what it is a view of
+    # in its history, and not the view.
+    views = [one for one in made if "View" in one.output.name()]
+    makers |= {one.output.next_functions[0][0]: one.name for one in views}
+    paths = {id(parameter): path for path, parameter in model.named_parameters() if path in vectors}
+    found: dict[str, str] = {}
+    for function in behind(roots):
+        operands = [source for source, _ in function.next_functions if source is not None]
+        own = [paths.get(id(leaf_of(source, SPREADS))) for source in operands]
+        others = [one for one, path in zip(operands, own, strict=True) if path is None]
+        nearest = [makers[one] for one in _nearest(others, makers)] if any(own) else []
+        found |= {path: name for path in own if path is not None for name in nearest[:1]}
+    return found
+
+
+def _calls_in_training(model: nn.Module, inputs: Inputs) -> tuple[list[Call], list[Any]]:
+    """What a pass in training mode calls, and the functions that made its outputs."""
     seed_generators(device_of(model), 0)
     model.train()
     try:
         with torch.enable_grad(), Calls(model) as calls:
-            call(model, inputs)
+            outputs = tensors_in(call(model, inputs))
     finally:
         model.eval()
-    makers = {one.output: one.name for one in calls.made if channel_axes(one.module).produces}
-    found: dict[str, str] = {}
-    for one in calls.made:
-        stack, seen = [link[0] for link in one.inputs] if one.name in layers else [], set[Any]()
-        while stack:
-            function = stack.pop()
-            if function in makers:
-                found.setdefault(makers[function], one.name)
-            elif function is not None and function not in seen:
-                seen.add(function)
-                stack += [before for before, _ in function.next_functions]
-    return found
+    return calls.made, [one.grad_fn for one in outputs if one.grad_fn is not None]
 
 
 def reached_by(model: nn.Module, fed: Collection[int], called: Collection[str]) -> set[str]:

@@ -6,7 +6,7 @@ recurrent layers: no width of a network stays without a word.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -118,6 +118,41 @@ def _weights(
         size = int(weight.shape[dim])
         part = TensorSlice(tensor=layer.weight, dim=dim)
         yield _left(layer.name, layer.name, size, [part], reason)
+
+
+def with_vectors_of_training(
+    groups: Sequence[PruningGroup],
+    model: nn.Module,
+    fed: Collection[int],
+    met: Callable[[Mapping[str, int]], Mapping[str, str]],
+) -> tuple[PruningGroup, ...]:
+    """The groups, with vectors that only training puts among their channels (what stands for masked
+    steps or patches), which have to lose the same.
+
+    Args:
+        fed: ids of the parameters that the outputs depend on.
+        met: from such vectors, by path with the axis they lie on, to the layers that make what they
+            are put among.
+    """
+    vectors = {
+        path: wide[0]
+        for path, parameter in model.named_parameters()
+        if id(parameter) not in fed
+        if len(wide := [axis for axis, size in enumerate(parameter.shape) if size > 1]) == 1
+        if not channel_axes(model.get_submodule(path.rpartition(".")[0])).outputs
+    }
+    tensors = named_tensors(model)
+    found = list(groups)
+    for path, layer in (met(vectors) if vectors else {}).items():
+        attribute, dim = channel_axes(model.get_submodule(layer)).outputs[0]
+        made = (f"{layer}.{attribute}", dim)
+        for number, group in enumerate(found):
+            part = next((one for one in group.slices if (one.tensor, one.dim) == made), None)
+            if part is None or tensors[path].numel() != tensors[part.tensor].shape[dim]:
+                continue
+            own = part.model_copy(update={"tensor": path, "dim": vectors[path]})
+            found[number] = group.model_copy(update={"slices": (*group.slices, own)})
+    return tuple(found)
 
 
 def of_unreached(names: Iterable[str], model: nn.Module) -> Iterator[PruningGroup]:

@@ -300,6 +300,26 @@ class SplitAttention(nn.Module):
         return torch.as_tensor(self.out((maps * weights).sum(1).mean((2, 3))))
 
 
+class MaskedSteps(nn.Module):
+    """Training puts vectors in the place of some steps, written over them or chosen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.inner, self.leave = nn.Linear(5, 12), nn.Linear(12, 10), nn.Linear(10, 3)
+        self.first = nn.Parameter(torch.randn(12))
+        self.second = nn.Parameter(torch.randn(1, 1, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        if self.training:
+            x[:, ::3] = self.first.to(x.dtype)
+        x = self.inner(x.tanh())
+        if self.training:
+            masked = torch.arange(x.shape[1]) % 2 == 0
+            x = torch.where(masked[:, None], self.second.expand(*x.shape[:2], -1), x)
+        return torch.as_tensor(self.leave(x.relu()))
+
+
 def bag() -> nn.Module:
     return nn.Sequential(nn.EmbeddingBag(20, 12), nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 3))
 
@@ -323,6 +343,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "unflattened": (unflattened, (CONDITIONS,)),
     "linear attention": (LinearAttention, (VECTORS,)),
     "bag": (bag, (IDS,)),
+    "masked steps": (MaskedSteps, (VECTORS,)),
     "folded heads": (FoldedHeads, (VECTORS,)),
 }
 """By name: how it is made, and inputs."""

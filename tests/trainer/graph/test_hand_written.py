@@ -33,6 +33,7 @@ UNITS = {
     "unflattened": {"0": 14, "2": 12, "6": 8},
     "linear attention": {"enter": 16, "o": 4},
     "bag": {"0": 12, "1": 10},
+    "masked steps": {"enter": 12, "inner": 10},
     "folded heads": {"out": 4},
 }  # fmt: skip
 """By network: its prunable groups and their sizes."""

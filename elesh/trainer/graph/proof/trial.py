@@ -16,6 +16,7 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from elesh.trainer.graph.hazards import (
+    met_in_training,
     read_in_training,
     require_repeatable,
     train_once,
@@ -102,6 +103,11 @@ class Trial:
         """See :func:`~.hazards.read_in_training`; nothing may be cut."""
         example = self._found_in_training()[0]
         return {} if example is None else read_in_training(self.copied, example, layers)
+
+    def met_in_training(self, vectors: Mapping[str, int]) -> Mapping[str, str]:
+        """See :func:`~.hazards.met_in_training`; nothing may be cut."""
+        example = self._found_in_training()[0]
+        return {} if example is None else met_in_training(self.copied, example, vectors)
 
     def trained_wrongly(self) -> bool:
         """Whether :meth:`train` ran with inputs that the whole network does not run with: what
