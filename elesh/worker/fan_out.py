@@ -224,15 +224,16 @@ def _nothing(
 
 def _gaps(plan: Plan, results: Mapping[str, ItemResult]) -> dict[Level, str]:
     """The levels without any analysis, each with the reason; those of single shards are logged."""
-    reasons: dict[Level, list[str]] = {level_of(part): [] for part in plan.items}
+    levels = [Level(part.partition(".")[0]) for part in plan.items]
+    reasons: dict[Level, list[str]] = {level: [] for level in levels}
     there = set()
-    for part in plan.items:
+    for part, level in zip(plan.items, levels, strict=True):
         reason = results[part].failed if part in results else _LATE
         if reason:
             _log.warning("joined without a part", plan=plan.key, part=part, reason=reason)
-            reasons[level_of(part)].append(reason)
+            reasons[level].append(reason)
         else:
-            there.add(level_of(part))
+            there.add(level)
     return {
         level: "; ".join(dict.fromkeys(found))[:8192]
         for level, found in reasons.items()
@@ -275,11 +276,6 @@ def groups_of(architecture: PrunedArchitecture, item: AnalysisItem) -> tuple[str
     names = _names(architecture, item.level)
     start, end = (len(names) * edge // item.shards for edge in (item.shard, item.shard + 1))
     return tuple(names[start:end])
-
-
-def level_of(part: str) -> Level:
-    """The level of a part by its name."""
-    return Level(part.partition(".")[0])
 
 
 def _names(architecture: PrunedArchitecture, level: Level) -> list[str]:

@@ -70,10 +70,13 @@ class JointSet:
         cls, bundle: CheckpointBundle, parts: Sequence[LevelDraft], settings: Settings
     ) -> JointSet:
         """All of ``parts``."""
-        fit = _resolved(bundle, parts, settings)
+        # What ranked channels and heads, where that is one thing.
+        used = {p.draft.statistics.scorer for p in parts if p.level is not Level.LAYER}
+        scorer = used.pop() if len(used) == 1 else ""
+        fit = _resolved(bundle, parts, settings, scorer)
         targets, order = fit.targets, fit.order
-        cut = Cut.of(bundle, targets, _scorer(parts))
-        error = _relative_error(bundle, parts, cut)
+        cut = Cut.of(bundle, targets, scorer)
+        error = _relative_error(bundle, parts, cut, scorer)
         limit = settings.structured_pruning.channel_analysis.max_predicted_shift
         gates = (
             cut.structure,
@@ -91,11 +94,13 @@ def named(level: Level, gates: Sequence[GateResult]) -> tuple[GateResult, ...]:
     return tuple(gate.model_copy(update={"name": f"{level}.{gate.name}"}) for gate in gates)
 
 
-def _resolved(bundle: CheckpointBundle, parts: Sequence[LevelDraft], settings: Settings) -> Fitting:
+def _resolved(
+    bundle: CheckpointBundle, parts: Sequence[LevelDraft], settings: Settings, scorer: str
+) -> Fitting:
     """All targets and their order, without the units of groups that go with a whole layer and
     those that a budget is met without."""
     # Channels and heads together where their costs are of one kind; whole layers last.
-    comparable = _scorer(parts) in _JOINT_COSTS
+    comparable = scorer in _JOINT_COSTS
     orders = [p.draft.order for p in parts if p.level is not Level.LAYER]
     order = merged(orders) if comparable else tuple(unit for each in orders for unit in each)
     order += tuple(unit for p in parts if p.level is Level.LAYER for unit in p.draft.order)
@@ -118,7 +123,7 @@ def _resolved(bundle: CheckpointBundle, parts: Sequence[LevelDraft], settings: S
 
 
 def _relative_error(
-    bundle: CheckpointBundle, parts: Sequence[LevelDraft], cut: Cut
+    bundle: CheckpointBundle, parts: Sequence[LevelDraft], cut: Cut, scorer: str
 ) -> RelativeOutputError:
     """The predicted output error of the joint set.
 
@@ -131,7 +136,7 @@ def _relative_error(
     mean_square = max((p.energy for p in found if p), default=0.0)
     if not found or not mean_square or any(p is None for p in found):
         return RelativeOutputError()
-    if _scorer(parts) == "reconstruction" and bundle.parameters.reconstruction is not None:
+    if scorer == "reconstruction" and bundle.parameters.reconstruction is not None:
         # Residuals of different levels are taken for independent, as those of one level are.
         moved = sum(p.damage for p in found if p)
         error = float(np.sqrt(sum(p.error**2 for p in found if p)))
@@ -147,12 +152,6 @@ def _relative_error(
     return RelativeOutputError(
         max(output_error, 0.0) / mean_square, float(np.sqrt(error)) / mean_square
     )
-
-
-def _scorer(parts: Sequence[LevelDraft]) -> str:
-    """What ranked channels and heads, where that is one thing; else nothing."""
-    used = {p.draft.statistics.scorer for p in parts if p.level is not Level.LAYER}
-    return used.pop() if len(used) == 1 else ""
 
 
 def _mean_square(row: Doubles) -> float:
@@ -386,13 +385,21 @@ def _joint(
     # A decision that is not approved shows what every level found.
     shown = whole if whole.parts else JointSet.of(bundle, levels, settings)
     drafts, first = [each.draft for each in levels], levels[0].draft
+    # Units and shares are of the first level, as far as the whole cut takes from it.
+    counts, count = first.statistics, sum(unit.level is first.key.level for unit in shown.order)
+    original = counts.channels_original
+    gone = original - counts.channels_before + count
+    figures = shown.cut.figures(shown.error) | {
+        "channels_after": counts.channels_before - count,
+        "cumulative_ratio": min(1.0, gone / original) if original else 0.0,
+    }
     draft = Draft(
         bundle,
         settings,
         first.key.at(Level.JOINT),
         shown.targets,
         shown.order,
-        shown.cut.statistics(_counts(levels[0], shown), shown.error),
+        counts.model_copy(update=figures),
         first.phase,
         min(part.draft.confidence for part in shown.parts),
         gates=(*(gate for each in levels for gate in gates[each.level]), *shown.gates),
@@ -491,23 +498,3 @@ def _why_not(part: LevelPart) -> str:
 def _missing_part(gap: tuple[Level, str]) -> LevelPart:
     level, reason = gap
     return LevelPart(level=level, verdict="missing", reason=reason[:8192])
-
-
-def _counts(level: LevelDraft, whole: JointSet) -> dict[str, object]:
-    """Units, quota and shares of the first level, as far as the whole cut takes from it."""
-    own = level.draft.statistics
-    count = sum(unit.level is level.level for unit in whole.order)
-    gone = own.channels_original - own.channels_before + count
-    return {
-        "scorer": own.scorer,
-        "channels_before": own.channels_before,
-        "channels_after": own.channels_before - count,
-        "channels_original": own.channels_original,
-        "quota": own.quota,
-        "shortfall": own.shortfall,
-        "phase_limit": own.phase_limit,
-        "cumulative_ratio": min(1.0, gone / own.channels_original)
-        if own.channels_original
-        else 0.0,
-        "samples": own.samples,
-    }

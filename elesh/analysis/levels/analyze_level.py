@@ -47,6 +47,7 @@ from leyline import (
     Level,
     LevelAnalysis,
     PredictedDamage,
+    PruningStatistics,
     RankedUnit,
 )
 
@@ -282,7 +283,7 @@ def judged(
         key or bundle.key(plan.level),
         plan.targets,
         plan.order,
-        cut.statistics(counts, error),
+        PruningStatistics.model_validate({**counts, **cut.figures(error)}),
         allowed.phase,
         plan.confidence * FALLBACK_DISCOUNT ** len(taken),
         gates=_gates(bundle, settings, plan, cut, error),

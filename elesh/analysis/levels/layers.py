@@ -74,6 +74,8 @@ def choose_layers(
         present: all removable layers that are still there.
         max_shift: of the outputs' mean square.
     """
+    if not quota:
+        return LayerChoice((), ())
     measured = sorted(name for name in present if name in bundle.layers)
     errors = _OutputErrors.of(bundle, measured)
     if errors is None or bundle.parameters.failing_gate == "refuse":

@@ -220,12 +220,10 @@ class Cut:
         parameters = self.before.parameters
         return 1 - self.after.parameters / parameters if self.after and parameters else 0.0
 
-    def statistics(
-        self, counts: Mapping[str, object], error: RelativeOutputError
-    ) -> PruningStatistics:
-        """Sizes and predictions of this cut, with ``counts`` for the other fields."""
+    def figures(self, error: RelativeOutputError) -> dict[str, float | None]:
+        """Sizes and predictions of this cut, by the fields of PruningStatistics."""
         before, after = self.before, self.after or self.before
-        figures = {
+        return {
             "parameters_before": before.parameters,
             "parameters_after": after.parameters,
             "macs_before": before.macs,
@@ -234,7 +232,6 @@ class Cut:
             "predicted_shift_error": error.standard_error,
             "predicted_loss_rise": self.loss_increase,
         }
-        return PruningStatistics.model_validate({**counts, **figures})
 
 
 def _left_by_reconstruction(

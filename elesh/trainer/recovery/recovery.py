@@ -244,14 +244,14 @@ class Recovery:
         self._lock: FolderLock | None = None
         self._points: Points = MemoryPoints()
         if folder is None:
-            self._journal = Journal(None)
+            self.journal = Journal(None)
             return
         try:
             self._lock = FolderLock(private_folder(folder), wait_seconds)
             self._points = FolderPoints(folder / "points")
-            self._journal = Journal(folder / "journal.jsonl")
-            self.carriers.update(self._journal.situation.carriers)
-            self.moves, self.uncut = self.situation.moves, self.situation.uncut
+            self.journal = Journal(folder / "journal.jsonl")
+            self.carriers.update(self.journal.situation.carriers)
+            self.moves, self.uncut = self.journal.situation.moves, self.journal.situation.uncut
             self.token = _token(folder / "claim")
         except OSError as error:
             self._release()
@@ -275,24 +275,21 @@ class Recovery:
         write_durably(self._folder / "claim", self.token.encode())
 
     @property
-    def situation(self) -> Situation:
-        """What the journal says."""
-        return self._journal.situation
-
-    @property
     def unreported(self) -> list[PruningOutcome]:
         """Outcomes that are not known to be on the bus."""
-        return [PruningOutcome.model_validate(o) for o in self.situation.unreported.values()]
+        return [
+            PruningOutcome.model_validate(o) for o in self.journal.situation.unreported.values()
+        ]
 
     def reported(self, event_id: str) -> None:
         """An outcome is on the bus. Safe to call from any thread."""
-        if event_id in self.situation.unreported:
-            self._journal.write_later(reported=event_id)
+        if event_id in self.journal.situation.unreported:
+            self.journal.write_later(reported=event_id)
 
     def close(self) -> None:
         """Let go of the folder, of the network and of what is kept beside it."""
         self.tracked = None
-        self._journal.close()
+        self.journal.close()
         self._release()
 
     def _release(self) -> None:
@@ -315,8 +312,8 @@ class Recovery:
         """
         if here is not None:
             return self._go_on(tracked, here)
-        situation, numbers = self.situation, self._points.numbers()
-        lost = not self._journal.whole and bool(numbers)
+        situation, numbers = self.journal.situation, self._points.numbers()
+        lost = not self.journal.whole and bool(numbers)
         if situation.point is None and not lost:
             Snapshot.take(tracked)  # what cannot be kept is refused now, not amid training
             self._begin_anew(tracked)
@@ -341,9 +338,9 @@ class Recovery:
         """The run goes on from the present; cuts that are not in it are monitored no more."""
         snapshot, self.epoch = Snapshot.take(tracked, epoch), epoch
         self._follow(tracked)
-        outcomes = _interrupted(self.situation.begun or {}, tracked.surgeon)
+        outcomes = _interrupted(self.journal.situation.begun or {}, tracked.surgeon)
         made = {record.idempotency_key for record in tracked.surgeon.architecture.history}
-        cuts = [cut for cut in self.situation.cuts if cut.key in made]
+        cuts = [cut for cut in self.journal.situation.cuts if cut.key in made]
         try:
             point = self._points.put(snapshot)
         except OSError as error:
@@ -372,8 +369,8 @@ class Recovery:
         numbers, self.epoch = self._points.numbers(), 0
         self.moves, self.uncut = (), 0
         self._follow(tracked)
-        self._journal.write_later(situation=Situation().as_line())
-        if numbers and not self._journal.waits:
+        self.journal.write_later(situation=Situation().as_line())
+        if numbers and not self.journal.waits:
             what = "run begun anew without resume: restore points of its last process are removed"
             _log.warning(what, points=len(numbers))
             self._points.drop(numbers)
@@ -388,7 +385,7 @@ class Recovery:
         self.epoch = epoch
         try:
             point = self.put(Snapshot.take(self.tracked, epoch))
-            self._journal.write(point=point, **self._training())
+            self.journal.write(point=point, **self._training())
         except (ContractError, OSError) as error:
             _log.error("restore point not written", epoch=epoch, reason=str(error))
             return False
@@ -398,8 +395,10 @@ class Recovery:
     def put(self, snapshot: Snapshot) -> int:
         """Write a point. It is the present only once the journal says so."""
         self._hold_folder()
-        if self.situation.point is not None:
-            self.drop_after(self.situation.point)  # what was written and never became the present
+        if self.journal.situation.point is not None:
+            self.drop_after(
+                self.journal.situation.point
+            )  # what was written and never became the present
         return self._points.put(snapshot)
 
     def restore(self, goal: int, tracked: Tracked, *, here: bool = False) -> tuple[int, int]:
@@ -438,7 +437,7 @@ class Recovery:
 
     def thin_out(self) -> None:
         """Keep as many points as are asked for, and those that monitored cuts need."""
-        situation, numbers = self.situation, self._points.numbers()
+        situation, numbers = self.journal.situation, self._points.numbers()
         needed = {cut.before for cut in situation.monitored} | {situation.point}
         self._points.drop(n for n in numbers[: -self._keep] if n not in needed)
 
@@ -451,7 +450,7 @@ class Recovery:
         keys = [outcome.idempotency_key for outcome in pending]
         known = {key: dict(self.carriers[key]) for key in keys if self.carriers.get(key)}
         more: Line = {"carriers": known} if known else {}
-        self._journal.write(begin=what, pending=lines, **place, **more)
+        self.journal.write(begin=what, pending=lines, **place, **more)
 
     def done(
         self,
@@ -470,7 +469,7 @@ class Recovery:
         oldest = min(self._points.numbers(), default=0)
         kept = [cut.as_line() for cut in cuts if cut.left or cut.before >= oldest]
         lines = {event_id_of(o): o.model_dump(mode="json") for o in outcomes}
-        write = self._journal.write_later if later else self._journal.write
+        write = self.journal.write_later if later else self.journal.write
         write(done=what, point=point, cuts=kept, outcomes=lines, **self._training())
 
     def _training(self) -> Line:
@@ -479,14 +478,14 @@ class Recovery:
 
     def abandon(self) -> None:
         """Note that what was begun, if anything, was given up and changed nothing."""
-        if self.situation.begun is not None:
-            self._journal.write_later(done="nothing")
+        if self.journal.situation.begun is not None:
+            self.journal.write_later(done="nothing")
 
     def stood(self, outcomes: Sequence[PruningOutcome], cuts: Iterable[MadeCut]) -> None:
         """Monitored cuts have stood one report more; these outcomes are final."""
         lines = {event_id_of(o): o.model_dump(mode="json") for o in outcomes}
         kept = [cut.as_line() for cut in cuts]
-        self._journal.write_later(cuts=kept, outcomes=lines, **self._training())
+        self.journal.write_later(cuts=kept, outcomes=lines, **self._training())
 
 
 def _token(file: Path) -> str:

@@ -81,7 +81,7 @@ class MonitoredCuts:
     @property
     def monitored(self) -> tuple[MadeCut, ...]:
         """The cuts in their monitoring window, oldest first."""
-        return self._recovery.situation.monitored
+        return self._recovery.journal.situation.monitored
 
     @property
     def doubted(self) -> bool:
@@ -136,7 +136,7 @@ class MonitoredCuts:
             )
             outcome = self._commit(decision, cut, snapshot, tracked)
         else:
-            recovery.done("apply", before, [outcome], recovery.situation.cuts, later=True)
+            recovery.done("apply", before, [outcome], recovery.journal.situation.cuts, later=True)
         recovery.thin_out()
         return outcome
 
@@ -148,7 +148,7 @@ class MonitoredCuts:
         tracked: Tracked,
     ) -> PruningOutcome:
         """Make a cut last and put it under monitoring, or take it back if it cannot be written."""
-        recovery, cuts, outcome = self._recovery, self._recovery.situation.cuts, cut.outcome
+        recovery, cuts, outcome = self._recovery, self._recovery.journal.situation.cuts, cut.outcome
         try:
             point = recovery.put(Snapshot.take(tracked, recovery.epoch))
             recovery.done("apply", point, [outcome], [*cuts, cut])
@@ -197,7 +197,7 @@ class MonitoredCuts:
 
     def _stood(self, now: Evaluation) -> list[PruningOutcome]:
         """One report more; what became of the cuts that have stood all, or cannot be taken back."""
-        before = self._recovery.situation.cuts
+        before = self._recovery.journal.situation.cuts
         cuts = [cut.stood(now) if cut.left else cut for cut in before]
         lost = {cut.key: f"{why} {_LOST}" for cut in self.monitored if (why := cut.failure(now))}
         for cut in cuts:
@@ -226,14 +226,14 @@ class MonitoredCuts:
         if self._mode == "progressive":
             point = self._go_further(tracked, point, cause, now, evaluate)
         undone = self._undone_by(point, cause, now)  # further back, where a point was damaged
-        gone = [cut for cut in recovery.situation.cuts if cut.before >= point]
+        gone = [cut for cut in recovery.journal.situation.cuts if cut.before >= point]
         recovery.moves = gone[0].moves
         self._last = (recovery.epoch, gone[0].outcome.accuracy_before or 0.0)
         if not cause.falls_short(now, _RUIN):
             recovery.uncut = len(gone[0].reports) + 1
             if not self.knows_scatter:
                 undone = [_not_blamed(outcome) for outcome in undone]
-        left = [cut for cut in recovery.situation.cuts if cut.before < point]
+        left = [cut for cut in recovery.journal.situation.cuts if cut.before < point]
         recovery.done("rollback", point, undone, left, later=True)
         recovery.drop_after(point)
         _log.warning("rolled back", point=point, cuts=len(undone), accuracy=now.accuracy)
@@ -261,7 +261,7 @@ class MonitoredCuts:
 
     def _undone_by(self, goal: int, cause: MadeCut, now: Evaluation) -> list[PruningOutcome]:
         """The outcomes of the cuts that are taken back with going back to ``goal``."""
-        gone = [cut for cut in self._recovery.situation.cuts if cut.before >= goal]
+        gone = [cut for cut in self._recovery.journal.situation.cuts if cut.before >= goal]
         return [_undone(cut, cause, now, self._recovery.epoch) for cut in gone]
 
 

@@ -414,7 +414,7 @@ class Session:
             )
         if (key.epoch, key.model_hash) != (decision.epoch, decision.model_hash):
             return f"its key {key} is of another epoch or architecture than its body"
-        if decision.idempotency_key in self._recovery.situation.tried:
+        if decision.idempotency_key in self._recovery.journal.situation.tried:
             return "it was applied before; a decision is applied once in the life of a run"
         return ""
 
@@ -440,7 +440,7 @@ class Session:
             The final outcomes of the cuts that were decided on; mostly none.
         """
         self._evaluate = evaluate
-        limits = {cut.key: cut.limit for cut in self._recovery.situation.cuts}
+        limits = {cut.key: cut.limit for cut in self._recovery.journal.situation.cuts}
         tracked = self._recovery.tracked
         before = tracked.surgeon.architecture if tracked else None
         outcomes = self._cuts.watch(epoch, evaluate, always=always)

@@ -104,7 +104,7 @@ def test_a_reported_cut_that_is_undone_by_a_damaged_point_is_reported_so(
     made = run.apply(decide(world.surgeon.architecture), world.surgeon, told(0.9))
     assert made.result == "applied"
     for outcome in [made, *run.watch(3, told(0.9))]:
-        run.reported(next(iter(run.recovery.situation.unreported)))
+        run.reported(next(iter(run.recovery.journal.situation.unreported)))
         assert outcome.result == "applied"
     run.close()
     flip(points(tmp_path)[-1] / "tensors.safetensors")
@@ -405,7 +405,7 @@ def test_a_disk_that_is_full_for_a_moment_stops_nothing_for_good(
     assert not run.save(2)
     refused = run.apply(decide(world.surgeon.architecture, number=2), world.surgeon, told(0.9))
     assert (refused.result, world.digest()) == ("refused", after)
-    for event in list(run.recovery.situation.unreported):
+    for event in list(run.recovery.journal.situation.unreported):
         run.reported(event)  # on the bus's thread: must not raise
     assert run.watch(2, told(0.9)) == []
     assert not list((tmp_path / "points").glob(".*")), "halves would fill the disk"
@@ -439,7 +439,7 @@ def test_a_disk_that_fills_up_within_a_rollback_leaves_the_run_rolled_back(
     monkeypatch.undo()
     assert (outcome.result, world.digest()) == ("rolled_back", digests[1])
     assert run.monitored == ()
-    run.recovery._journal._waiting.clear()  # killed: the line never reached the disk
+    run.recovery.journal._waiting.clear()  # killed: the line never reached the disk
     run.close()
     run, world, _ = resumed(tmp_path)
     assert world.digest() == digests[1], "the rollback that was begun is completed"
