@@ -5,7 +5,6 @@ Start reading at :mod:`leyline.streams`, the catalogue of streams and messages.
 """
 
 from leyline.messages.audit import GENESIS, AuditEntry, AuditEvent
-from leyline.messages.budget import Budget, LatencyTable, LayerLatency
 from leyline.messages.checkpoint import BlobRef, CheckpointMetadata, CheckpointReady, PreflightCheck
 from leyline.messages.decisions import (
     AnalysedPart,
@@ -53,7 +52,14 @@ from leyline.messages.legacy import (
     ParameterMask,
     PruningMasks,
 )
-from leyline.messages.parameters import AnalysisParameters, PerformanceRequirements, Reconstruction
+from leyline.messages.parameters import (
+    AnalysisParameters,
+    Budget,
+    LatencyTable,
+    LayerLatency,
+    PerformanceRequirements,
+    Reconstruction,
+)
 from leyline.messages.requests import AnalysisRequest, StructuralAnalysisRequest
 from leyline.network.architecture import PrunedArchitecture
 from leyline.network.blocks import LayerBlock, StandIn

@@ -34,7 +34,14 @@ from .gates import (
 )
 from .measured_gates import (
     MEASURED_GATES,
+    Entry,
     Harm,
+    LogitGaps,
+    Measured,
+    Probing,
+    Proposal,
+    Remeasuring,
+    Verifier,
     harm,
     labels_belong,
     largest_safe,
@@ -42,7 +49,6 @@ from .measured_gates import (
     predicted_only,
     ranking_holds,
 )
-from .verification import Entry, LogitGaps, Measured, Probing, Proposal, Remeasuring, Verifier
 
 __all__ = [
     "ARCHITECTURE_GATES",

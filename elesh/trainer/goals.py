@@ -12,7 +12,7 @@ from torch import nn
 from elesh.analysis.budgets.knapsack import resource_model
 from elesh.trainer.network.calling import Inputs
 from leyline import Budget, InvalidField, LatencyTable, PrunedArchitecture
-from leyline.messages.budget import Resource
+from leyline.messages.parameters import Resource
 
 from .latency import measure_latency
 

@@ -395,10 +395,9 @@ class Recovery:
     def put(self, snapshot: Snapshot) -> int:
         """Write a point. It is the present only once the journal says so."""
         self._hold_folder()
-        if self.journal.situation.point is not None:
-            self.drop_after(
-                self.journal.situation.point
-            )  # what was written and never became the present
+        present = self.journal.situation.point
+        if present is not None:
+            self.drop_after(present)  # what was written and never became the present
         return self._points.put(snapshot)
 
     def restore(self, goal: int, tracked: Tracked, *, here: bool = False) -> tuple[int, int]:
