@@ -191,7 +191,7 @@ def test_every_code_of_a_dead_letter_is_explained() -> None:
 
 def test_every_gate_is_explained() -> None:
     told = first_cells("concepts.md", "**Gates**, of a decision.")
-    code = source("elesh/safety", "elesh/analysis", "elesh/verification", "elesh/worker")
+    code = source("elesh/safety", "elesh/analysis", "elesh/program", "elesh/worker")
     literal = re.compile(r'GateResult\(\s*(?:name=)?f?"([a-z_]+)"')
     for name in set(literal.findall(code)) - {"minimum_"}:
         assert name in told, f"docs/concepts.md: the gate {name} is not in the table"
@@ -220,7 +220,7 @@ def test_every_metric_is_explained() -> None:
 
 def test_every_fallback_is_explained() -> None:
     told = "\n".join(page.read_text() for page in GUIDES)
-    code = source("elesh/worker", "elesh/verification", "elesh/analysis", "elesh/safety")
+    code = source("elesh/worker", "elesh/program", "elesh/analysis", "elesh/safety")
     rungs = set(re.findall(r'rung="([a-z_]+)"', code))
     named = re.findall(r'^(\w+) = "([a-z]+_[a-z_]+)"', code, re.MULTILINE)
     rungs |= {rung for name, rung in named if re.search(rf"rung={name}\b", code)}
