@@ -131,16 +131,14 @@ class Bench:
             )
         self._weights = read_weights(network.weights, self._program, architecture)
         self._inputs, self._labels = read_held_out(network.held_out, self._program, distinct)
-        self._slot = {(slot.module, slot.dim): n for n, slot in enumerate(self._program.gates)}
+        self.samples = len(self._labels)
+        """Held-out samples."""
+        self.slots = {(slot.module, slot.dim): n for n, slot in enumerate(self._program.gates)}
+        """The number of each gate, by module and axis (None for a branch)."""
         self._calibration: dict[str, Tensor] | None = None
         self.refit: Refit | None = None
         """Where set, weights are refitted whenever parts are masked."""
         require_gates(self._program.gates, architecture)
-
-    @property
-    def samples(self) -> int:
-        """Held-out samples."""
-        return len(self._labels)
 
     def calibration(self) -> dict[str, Tensor]:
         """Inputs by name that no cut is judged on; empty if the checkpoint carries none.
@@ -257,7 +255,7 @@ class Bench:
     def products(self, site: GateSite, indices: Sequence[int], rows: Tensor) -> Tensor:
         """[K, K] float64: products of what passes some indices of a site's axis, summed over the
         samples ``rows`` and positions, nothing masked."""
-        name = self._program.gated(self._program.gates[self.slot(site)])
+        name = self._program.gated(self._program.gates[self.slots[site.axis]])
         total = torch.zeros(len(indices), len(indices), dtype=torch.float64)
         with confined(), torch.no_grad():
             for part in torch.split(rows, self._program.batch or _PORTION):
@@ -300,17 +298,13 @@ class Bench:
         for entries, value in ((halved, 0.5), (masked, 0.0)):
             for level, name, unit in entries:
                 if level is Level.LAYER:
-                    gates[self._slot[self._architecture.block[name].branch, None]][:] = value
+                    gates[self.slots[self._architecture.block[name].branch, None]][:] = value
                     continue
                 group = self._architecture.group[name]
                 # Statistics of a normalisation jump with what is kept: halved, it sees all.
                 for site in (*group.sites, *(group.norms if value == 0.0 else ())):
-                    gates[self.slot(site)][list(site.of(unit))] = value
+                    gates[self.slots[site.axis]][list(site.of(unit))] = value
         return gates
-
-    def slot(self, site: GateSite) -> int:
-        """The number of the gate that a site lies on."""
-        return self._slot[site.module, site.dim]
 
     def class_axis(self, outputs: Tensor) -> int:
         """Where the classes lie in ``outputs`` of any number of samples."""
@@ -490,7 +484,7 @@ class LogitGapMeter:
         """[samples, size]: the sum over the places where the units of a group enter."""
         total = torch.zeros(samples, group.size)
         for site in group.sites:
-            slope = slopes[self._bench.slot(site)]
+            slope = slopes[self._bench.slots[site.axis]]
             if slope is not None:
                 owned = slope[:samples, site.all_of(range(group.size))]
                 total += owned.reshape(samples, group.size, -1).sum(2)

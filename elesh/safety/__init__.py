@@ -30,7 +30,6 @@ from .gates import (
     requirements,
     statistics_sound,
     structure,
-    verdict,
 )
 from .measured_gates import (
     MEASURED_GATES,
@@ -91,7 +90,6 @@ __all__ = [
     "units_of",
     "statistics_sound",
     "structure",
-    "verdict",
     "vote_of",
     "votes",
 ]

@@ -13,7 +13,6 @@ from leyline import (
     ContractError,
     GateResult,
     Level,
-    Outcome,
     PerformanceRequirements,
     Phase,
     PrunedArchitecture,
@@ -25,13 +24,6 @@ MIN_SAMPLES = 32
 
 
 _NOT_JUDGED = "not judged: nothing is cut, or there are no output projections"
-
-
-def verdict(gates: Iterable[GateResult], *, measured: bool) -> Outcome:
-    """No-go if any gate failed; a go only for what was measured on held-out data."""
-    if not all(gate.passed for gate in gates):
-        return Outcome.NO_GO
-    return Outcome.GO if measured else Outcome.CONDITIONAL_GO
 
 
 def phase_gate(phase: Phase, level: Level = Level.CHANNEL) -> GateResult:

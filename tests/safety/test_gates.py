@@ -6,9 +6,7 @@ import pytest
 
 from elesh import safety
 from leyline import (
-    GateResult,
     LayerDescriptor,
-    Outcome,
     PerformanceRequirements,
     Phase,
     PrunedArchitecture,
@@ -106,10 +104,3 @@ def test_requirements_name_what_does_not_hold() -> None:
     assert "0.1 below 0.2" in safety.requirements(asked, 0.1, 0.1).detail
     assert not safety.requirements(asked, None, 0.2).passed
     assert safety.requirements(PerformanceRequirements(), None, 0.0).passed
-
-
-def test_the_verdict_is_a_go_only_for_what_was_measured() -> None:
-    good, bad = GateResult(name="x", passed=True), GateResult(name="y", passed=False)
-    assert safety.verdict([good], measured=True) is Outcome.GO
-    assert safety.verdict([good], measured=False) is Outcome.CONDITIONAL_GO
-    assert safety.verdict([good, bad], measured=True) is Outcome.NO_GO

@@ -370,7 +370,9 @@ class Draft:
             if not any(taken.rung == _SAFETY_FAILURE for taken in self.fallbacks):
                 found = safety.rejection(broken)
                 self.fallbacks += (Fallback(rung=_SAFETY_FAILURE, reason=found),)
-        self.outcome = safety.verdict(counted, measured=False)
+        passed = all(gate.passed for gate in counted)
+        # A go is only for what was measured.
+        self.outcome = Outcome.CONDITIONAL_GO if passed else Outcome.NO_GO
         self.reason = (safety.rejection(counted) or reason)[:_LONGEST]
 
     def refuse(self, reason: str) -> None:

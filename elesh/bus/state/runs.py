@@ -68,7 +68,7 @@ class HistoryStore(Store):
     async def remember(self, run_id: str, epoch: int, blob: bytes) -> Kept:
         """Keep an epoch's measurements; ``conflict`` if the epoch holds others, which stay."""
         key = self._keys.named("history", run_id)
-        signed = self._guard.frame(_place(key, str(epoch)), blob)
+        signed = self._guard.frame(f"{key}#{epoch}", blob)
         args: Args = [epoch, signed, *self._limits]
         answer = (await self._scripts.run("remember", [key], args)).decode()
         # Another worker's signature of the same measurements is no other measurement.
@@ -92,7 +92,7 @@ class HistoryStore(Store):
         for epoch, signed in zip(epochs, blobs, strict=True):
             if signed is not None:
                 try:
-                    found[epoch] = self._guard.check(_place(key, str(epoch)), signed).content
+                    found[epoch] = self._guard.check(f"{key}#{epoch}", signed).content
                 except ContractError as error:
                     _log.warning("measurements passed over: %s, epoch %d: %s", run_id, epoch, error)
         return found
@@ -172,7 +172,7 @@ class RunStore(Store):
         """Remember cuts that a trainer took back, by the fingerprints of their units."""
         key = self._keys.named("rolled-back", run_id)
         for name, cut in cuts.items():
-            await self._client.hset(key, name, self._guard.frame(_place(key, name), encode(cut)))
+            await self._client.hset(key, name, self._guard.frame(f"{key}#{name}", encode(cut)))
         await self._client.expire(key, self._keep)
 
     async def taken_back(self, run_id: str) -> list[RolledBackCut]:
@@ -189,7 +189,7 @@ class RunStore(Store):
         """Remember what the decision ``key`` measured to calibrate by."""
         name = self._keys.named("would-be", run_id)
         data = msgpack.packb([encode(cut) for cut in cuts])
-        await self._client.hset(name, key, self._guard.frame(_place(name, key), data))
+        await self._client.hset(name, key, self._guard.frame(f"{name}#{key}", data))
         await self._client.expire(name, self._keep)
 
     async def calibration_cuts(self, run_id: str) -> list[WouldBeCut]:
@@ -204,7 +204,7 @@ class RunStore(Store):
         found = []
         for name, framed in sorted(stored.items()):
             try:
-                place = _place(key, name.decode(errors="replace"))
+                place = f"{key}#{name.decode(errors='replace')}"
                 found.append(read(self._guard.check(place, framed).content))
             except (ContractError, ValueError, TypeError) as error:
                 _log.warning("state passed over: %s: %s", key, error)
@@ -218,11 +218,6 @@ def _probes(data: bytes) -> list[WouldBeCut]:
 
 def _text(stored: bytes) -> str:
     return stored.decode("utf-8", "replace")
-
-
-def _place(key: str, name: str) -> str:
-    """Where a field of a hash stands, for its signature."""
-    return f"{key}#{name}"
 
 
 State = Literal["closed", "open", "half_open"]

@@ -385,7 +385,7 @@ class Recovery:
         self.epoch = epoch
         try:
             point = self.put(Snapshot.take(self.tracked, epoch))
-            self.journal.write(point=point, **self._training())
+            self.journal.write(point=point, moves=self.moves, uncut=self.uncut)
         except (ContractError, OSError) as error:
             _log.error("restore point not written", epoch=epoch, reason=str(error))
             return False
@@ -469,11 +469,7 @@ class Recovery:
         kept = [cut.as_line() for cut in cuts if cut.left or cut.before >= oldest]
         lines = {event_id_of(o): o.model_dump(mode="json") for o in outcomes}
         write = self.journal.write_later if later else self.journal.write
-        write(done=what, point=point, cuts=kept, outcomes=lines, **self._training())
-
-    def _training(self) -> Line:
-        """What is known of the training, for a line of the journal."""
-        return {"moves": self.moves, "uncut": self.uncut}
+        write(done=what, point=point, cuts=kept, outcomes=lines, moves=self.moves, uncut=self.uncut)
 
     def abandon(self) -> None:
         """Note that what was begun, if anything, was given up and changed nothing."""
@@ -484,7 +480,7 @@ class Recovery:
         """Monitored cuts have stood one report more; these outcomes are final."""
         lines = {event_id_of(o): o.model_dump(mode="json") for o in outcomes}
         kept = [cut.as_line() for cut in cuts]
-        self.journal.write_later(cuts=kept, outcomes=lines, **self._training())
+        self.journal.write_later(cuts=kept, outcomes=lines, moves=self.moves, uncut=self.uncut)
 
 
 def _token(file: Path) -> str:
