@@ -392,8 +392,8 @@ class Session:
             outcome = self._cuts.apply(decision, surgeon, evaluate, data, known)
             current.set_attribute("elesh.outcome", outcome.result)
             triggers = self.settings.structured_pruning.rollback_triggers
-            self._publish_outcome(outcome, trigger_of(decision, triggers))
-            self._changed(outcome, before, surgeon.architecture)
+            limit = trigger_of(decision, triggers)
+            self._publish_outcome(outcome, limit, before, surgeon.architecture)
         if outcome.watched:
             self._decided[outcome.idempotency_key] = decision
         else:
@@ -442,7 +442,10 @@ class Session:
         self._evaluate = evaluate
         limits = {cut.key: cut.limit for cut in self._recovery.journal.situation.cuts}
         tracked = self._recovery.tracked
-        before = tracked.surgeon.architecture if tracked else None
+        if tracked is None:  # nothing was cut yet
+            self.reach(epoch, evaluate)
+            return []
+        before = tracked.surgeon.architecture
         outcomes = self._cuts.watch(epoch, evaluate, always=always)
         for outcome in outcomes:
             key = outcome.idempotency_key
@@ -450,12 +453,12 @@ class Session:
             carrier = self._recovery.carriers.get(key, {})
             attributes = {"elesh.key": key, "elesh.outcome": outcome.result}
             with span("monitored", kind=SpanKind.CONSUMER, carrier=carrier, attributes=attributes):
-                self._publish_outcome(outcome, limits[key])
+                now = tracked.surgeon.architecture
+                self._publish_outcome(outcome, limits[key], before, now)
+                before = now
             self._recovery.carriers.pop(key, None)
             if decision := self._decided.pop(outcome.idempotency_key, None):
                 self._observers.notify("on_outcome", decision, outcome)
-        if outcomes and tracked and before:
-            self._changed(outcomes[0], before, tracked.surgeon.architecture)
         return outcomes
 
     def report(self, outcome: PruningOutcome) -> bool:
@@ -464,19 +467,21 @@ class Session:
         with _creating(OUTCOMES, answers=carrier):
             return self._queue(OUTCOMES, outcome, outcome.epoch, event_id_of(outcome))
 
-    def _publish_outcome(self, outcome: PruningOutcome, limit: float) -> None:
-        """Report an outcome, and publish what was measured, for Urabrask. A decision that the
-        network does not keep is found by the error status of the current span."""
+    def _publish_outcome(
+        self,
+        outcome: PruningOutcome,
+        limit: float,
+        before: PrunedArchitecture,
+        after: PrunedArchitecture,
+    ) -> None:
+        """Report an outcome; publish what was measured, for Urabrask, and an architecture that is
+        another now, for Tezzeret. A decision that the network does not keep is found by the error
+        status of the current span."""
         if outcome.result != "applied":
             mark_failed(outcome.result, outcome.detail)
         self.report(outcome)
         if (validation := validation_of(outcome, limit)) is not None:
             self._queue(VALIDATION, validation, outcome.epoch)
-
-    def _changed(
-        self, outcome: PruningOutcome, before: PrunedArchitecture, after: PrunedArchitecture
-    ) -> None:
-        """Tell Tezzeret if the architecture is another now."""
         if before.model_hash != after.model_hash:
             self._queue(RECOMPILE, recompilation(outcome, before, after), outcome.epoch)
 
