@@ -73,6 +73,7 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
             return tensors
 
         self.model, self.verbose = model, False
+        self._mode = model.training
         for module in model.modules():
             if is_taught(module) and not isinstance(module, (nn.Linear, _ConvNd)):
                 taught = _Taught() if channel_axes(module).inputs else _TaughtChannelwise()
@@ -91,6 +92,7 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         self._build_dependency(self.module2node)
 
     def _forward(self, model: nn.Module, inputs: Inputs) -> Any:
+        model.train(self._mode)  # It was put into evaluation mode meanwhile.
         with self.calls:
             output = call(model, inputs)
         roots = [t.grad_fn for t in tensors_in(output) if t.grad_fn is not None]

@@ -49,8 +49,9 @@ from .hazards import (
     with_acting_masks,
     without_hazards,
 )
-from .leftovers import with_the_rest, with_vectors_of_training
+from .leftovers import sites_in_training, with_the_rest, with_vectors_of_training
 from .proof.blocks import with_blocks
+from .proof.in_training import without_refuted_in_training
 from .proof.random_copy import random_copy
 from .proof.trial import Trial
 from .proof.units import without_refuted
@@ -123,6 +124,12 @@ def _proved(
     reached = reached_by(copied, fed, wiring.called)
     trial = Trial(copied, inputs, compared)
     groups = with_vectors_of_training(groups, copied, fed, trial.met_in_training)
+    late = set[str]()
+
+    def grouped(layers: Collection[str]) -> tuple[PruningGroup, ...]:
+        late.update(layers)
+        return _in_training(copied, trial, ignored)
+
     groups = without_hazards(
         groups,
         model,
@@ -130,6 +137,7 @@ def _proved(
         reached,
         trial.in_training,
         trial.read_in_training,
+        grouped,
         enclosed_in(passage, groups),
     )
     gates = traced_gates(passage, groups)
@@ -145,7 +153,22 @@ def _proved(
     if not any(group.prunable for group in groups):
         require_repeatable(copied, inputs)
     proved = without_refuted(trial, architecture)
+    proved = without_refuted_in_training(trial, proved, sites_in_training(groups, late, copied))
     return with_acting_masks(copied, inputs, proved, gates, rows), trial, blocks, fed
+
+
+def _in_training(
+    copied: nn.Module, trial: Trial, ignored: Collection[str]
+) -> tuple[PruningGroup, ...]:
+    """The groups of channels that training mode shows."""
+    example = trial.example_in_training
+    if example is None:
+        return ()
+    copied.train()
+    try:
+        return _groups(trace(copied, example), copied, ignored)
+    finally:
+        copied.eval()
 
 
 def _precision(model: nn.Module) -> torch.dtype:

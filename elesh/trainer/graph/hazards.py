@@ -43,7 +43,7 @@ from leyline import InvalidField, PrunedArchitecture, PruningGroup
 
 from .dependencies import SPREADS, leaf_of
 from .indexing import any_along
-from .leftovers import of_unreached
+from .leftovers import of_training, of_unreached, with_readers_of_training
 from .residual_branches import Trace, behind
 from .rows_read import MIXED, Gate, mixed_in, refused
 from .siblings import beside
@@ -198,16 +198,18 @@ def _saved(kind: Any) -> tuple[str, ...]:
     return tuple(n.removeprefix("_raw") for n in dir(kind) if n.startswith("_raw_saved_"))
 
 
-def read_in_training(model: nn.Module, inputs: Inputs, layers: Collection[str]) -> dict[str, str]:
-    """By layer that makes channels: which of ``layers`` reads these in training mode, with nothing
+def read_in_training(
+    model: nn.Module, inputs: Inputs, layers: Collection[str]
+) -> dict[str, list[str]]:
+    """By layer that makes channels: which of ``layers`` read these in training mode, with nothing
     between that makes others. The model is left in evaluation mode."""
     calls, _ = _calls_in_training(model, inputs)
     makers = {one.output: one.name for one in calls if channel_axes(one.module).produces}
-    found: dict[str, str] = {}
+    found: dict[str, list[str]] = defaultdict(list)
     for one in calls:
         if one.name in layers:
             for made in _nearest([link[0] for link in one.inputs], makers):
-                found.setdefault(makers[made], one.name)
+                found[makers[made]].append(one.name)
     return found
 
 
@@ -277,7 +279,8 @@ def without_hazards(
     traced: nn.Module,
     reached: Collection[str],
     in_training: Callable[[], set[str]],
-    read: Callable[[Collection[str]], Mapping[str, str]],
+    read: Callable[[Collection[str]], Mapping[str, Sequence[str]]],
+    grouped: Callable[[Collection[str]], Sequence[PruningGroup]],
     enclosed: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[PruningGroup, ...]:
     """The groups, those that must be left alone marked with a reason.
@@ -288,6 +291,8 @@ def without_hazards(
         reached: its parameters that outputs depend on, and those of modules that were called.
         in_training: asks for the same of training mode, if anything was not reached.
         read: asks which layers are read by some that only training reaches.
+        grouped: asks for the groups of channels that training mode shows, where only it reaches
+            some layers.
         enclosed: by group, the module that its channels do not leave: they are not read by parts
             of modules beside that one.
     """
@@ -297,15 +302,17 @@ def without_hazards(
         _in_shared_memory(model),
         _unreached(traced, followed, reached, in_training),
     )
+    groups = with_readers_of_training(groups, late, grouped(late)) if late else groups
     readers = read(late) if late else {}
 
     def reason(group: PruningGroup) -> str:
         for part in group.slices:
             if part.tensor in memory:
                 return f"{part.tensor} shares its memory with {memory[part.tensor]}"
-        for layer in group.layers:
-            if layer in readers:
-                return f"{readers[layer]} reads it, which runs in training mode only"
+        owners = {owner_of(part.tensor)[0] for part in group.slices}
+        for reader in (one for layer in group.layers for one in readers.get(layer, ())):
+            if reader not in owners:
+                return f"{reader} reads it, which runs in training mode only"
         widths = {
             tensors[part.tensor].shape[part.dim]
             for part in group.slices
@@ -324,7 +331,8 @@ def without_hazards(
         group.model_copy(update={"prunable": False, "reason": why}) if why else group
         for group, why in zip(groups, found, strict=True)
     )
-    return (*marked, *of_unreached(dict.fromkeys(name for name, _, _ in unreached), traced))
+    unseen = of_unreached(dict.fromkeys(name for name, _, _ in unreached), traced)
+    return (*marked, *unseen, *of_training(marked, late, traced))
 
 
 def _in_shared_memory(model: nn.Module) -> Mapping[str, str]:

@@ -27,7 +27,14 @@ from leyline import GateSite, Level, PruningGroup, TensorSlice
 from .attention import span_fields
 from .wiring import Wiring
 
-__all__ = ["of_unreached", "with_the_rest"]
+__all__ = [
+    "of_training",
+    "of_unreached",
+    "sites_in_training",
+    "with_readers_of_training",
+    "with_the_rest",
+    "with_vectors_of_training",
+]
 
 
 def with_the_rest(
@@ -155,7 +162,64 @@ def with_vectors_of_training(
     return tuple(found)
 
 
-def of_unreached(names: Iterable[str], model: nn.Module) -> Iterator[PruningGroup]:
+def with_readers_of_training(
+    groups: Sequence[PruningGroup], late: Collection[str], trained: Sequence[PruningGroup]
+) -> tuple[PruningGroup, ...]:
+    """The groups, with what layers that only training calls (auxiliary heads) read of them. A mask
+    is not seen there: masks are looked at in evaluation.
+
+    Args:
+        late: names of such layers.
+        trained: the groups of channels that training mode shows.
+    """
+    slices = {group.name: {(p.tensor, p.dim): p for p in group.slices} for group in trained}
+    makers = {(layer, group.size): group for group in trained for layer in group.layers}
+    found = []
+    for group in groups:
+        like = makers.get((group.layers[0], group.size))
+        own = {(part.tensor, part.dim): part for part in group.slices}
+        shown = slices[like.name] if like is not None else {}
+        more = [part for part in shown.values() if owner_of(part.tensor)[0] in late]
+        same = like is not None and like.layers == group.layers and own.items() <= shown.items()
+        if group.prunable and more and same and like is not None:
+            reason = f"{like.reason} (in training mode)" if like.reason else ""
+            update = {"slices": (*group.slices, *more), "prunable": not reason, "reason": reason}
+            group = group.model_copy(update=update)
+        found.append(group)
+    return tuple(found)
+
+
+def sites_in_training(
+    groups: Sequence[PruningGroup], late: Collection[str], model: nn.Module
+) -> dict[str, tuple[GateSite, ...]]:
+    """By group, where its channels enter layers that only training calls."""
+    found: dict[str, tuple[GateSite, ...]] = {}
+    for group in groups:
+        for part in group.slices:
+            owner, name = owner_of(part.tensor)
+            axes = channel_axes(model.get_submodule(owner))
+            if owner in late and (name, part.dim) in axes.inputs and axes.site_dim is not None:
+                span = part.model_dump(include={"start", "width", "indices"})
+                site = GateSite(module=owner, dim=axes.site_dim, **span)
+                found[group.name] = (*found.get(group.name, ()), site)
+    return found
+
+
+def of_training(
+    groups: Sequence[PruningGroup], names: Iterable[str], model: nn.Module
+) -> Iterator[PruningGroup]:
+    """The outputs of layers that only training calls, as far as they are in no group."""
+    known = {(part.tensor, part.dim) for group in groups for part in group.slices}
+    for group in of_unreached(sorted(names), model, "it runs in training mode only"):
+        if known.isdisjoint((part.tensor, part.dim) for part in group.slices):
+            yield group
+
+
+def of_unreached(
+    names: Iterable[str],
+    model: nn.Module,
+    reason: str = "the example inputs do not reach it; some with more samples or positions may",
+) -> Iterator[PruningGroup]:
     """The outputs of layers that the example inputs do not reach."""
     paths = {id(tensor): path for path, tensor in named_tensors(model).items()}
     for name in names:
@@ -163,10 +227,10 @@ def of_unreached(names: Iterable[str], model: nn.Module) -> Iterator[PruningGrou
         axes = channel_axes(module)
         weight = held(module, axes.outputs[0][0]) if axes.produces else None
         if weight is not None:
-            dim = axes.outputs[0][1]
-            part = TensorSlice(tensor=paths[id(weight)], dim=dim)
-            reason = "the example inputs do not reach it; some with more samples or positions may"
-            yield _left(name, name, int(weight.shape[dim]), [part], reason)
+            made = [(held(module, attribute), dim) for attribute, dim in axes.outputs]
+            known = [(paths[id(x)], dim) for x, dim in made if x is not None and id(x) in paths]
+            parts = [TensorSlice(tensor=path, dim=dim) for path, dim in known]
+            yield _left(name, name, int(weight.shape[axes.outputs[0][1]]), parts, reason)
 
 
 def _left(

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from cut_check import cut_and_checked
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from trainer_nets import NETS, ResNet, architecture_of, build, example
@@ -218,20 +219,34 @@ def test_a_size_written_into_the_code_is_found_out_by_the_proof() -> None:
     assert prunable(architecture) == ["two"]
 
 
-def test_a_branch_that_only_training_uses_protects_what_it_reads() -> None:
-    class Auxiliary(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two, self.fc = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1), nn.Linear(6, 2)
-            self.aux = nn.Linear(8, 2)
+class Auxiliary(nn.Module):
+    """A head that only training uses."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = torch.relu(self.one(x))
-            y = self.fc(torch.relu(self.two(x)).mean((2, 3)))
-            return y + self.aux(x.mean((2, 3))) if self.training else y
+    def __init__(self, shuffled: bool) -> None:
+        super().__init__()
+        self.one, self.two, self.fc = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1), nn.Linear(6, 2)
+        self.aux, self.shuffled = nn.Sequential(nn.Dropout(0.1), nn.Linear(8, 2)), shuffled
 
-    architecture = find(Auxiliary())
-    assert "aux reads it, which runs in training mode only" in reason(architecture, "one")
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.one(x))
+        y = self.fc(torch.relu(self.two(x)).mean((2, 3)))
+        x = x.flip(1) if self.shuffled else x
+        return y + self.aux(x.mean((2, 3))) if self.training else y
+
+
+def test_a_branch_that_only_training_uses_loses_the_inputs_that_it_reads() -> None:
+    surgeon = cut_and_checked(Auxiliary(False), example())
+    assert surgeon.architecture.group["aux.1"].reason == "it runs in training mode only"
+    surgeon.cut({"one": [1, 5]})
+    aux = surgeon.model.get_submodule("aux.1")
+    assert isinstance(aux, nn.Linear)
+    assert aux.in_features == 6
+
+
+def test_a_branch_that_only_training_uses_protects_what_it_reads_in_another_order() -> None:
+    architecture = find(Auxiliary(True))
+    assert "masking and cutting differ in training" in reason(architecture, "one")
+    assert "aux.1 reads it" in reason(architecture, "one")
     assert prunable(architecture) == ["two"]
 
 

@@ -99,15 +99,20 @@ class Trial:
         """The parameters that the whole network reaches in training mode; nothing may be cut."""
         return self._found_in_training()[1]
 
-    def read_in_training(self, layers: Collection[str]) -> Mapping[str, str]:
+    def read_in_training(self, layers: Collection[str]) -> Mapping[str, Sequence[str]]:
         """See :func:`~.hazards.read_in_training`; nothing may be cut."""
-        example = self._found_in_training()[0]
+        example = self.example_in_training
         return {} if example is None else read_in_training(self.copied, example, layers)
 
     def met_in_training(self, vectors: Mapping[str, int]) -> Mapping[str, str]:
         """See :func:`~.hazards.met_in_training`; nothing may be cut."""
-        example = self._found_in_training()[0]
+        example = self.example_in_training
         return {} if example is None else met_in_training(self.copied, example, vectors)
+
+    @property
+    def example_in_training(self) -> Inputs | None:
+        """What the whole network runs with in training mode; nothing may be cut."""
+        return self._found_in_training()[0]
 
     def trained_wrongly(self) -> bool:
         """Whether :meth:`train` ran with inputs that the whole network does not run with: what
