@@ -103,7 +103,7 @@ def _set_up(service: str, instance: str, settings: ObserveSettings) -> bool:
     if not exporters:
         return False
     quiet_exporters()
-    # OTEL_TRACES_SAMPLER goes over our setting; the SDK reads it if no sampler is given.
+    # OTEL_TRACES_SAMPLER overrides our setting; the SDK reads it if no sampler is given.
     given = os.environ.get("OTEL_TRACES_SAMPLER")
     provider = TracerProvider(
         sampler=None if given else ParentBasedTraceIdRatio(settings.sample_ratio),

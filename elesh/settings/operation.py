@@ -95,7 +95,7 @@ class ObserveSettings(Section):
     """What is reported of a worker or a trainer: traces, health, heartbeats."""
 
     sample_ratio: float = Field(default=1.0, ge=0, le=1)
-    """Share of checkpoints that are traced; ``OTEL_TRACES_SAMPLER`` goes over it."""
+    """Share of checkpoints that are traced; ``OTEL_TRACES_SAMPLER`` overrides it."""
     trace_file_size: ByteSize = Field(default=ByteSize(16 << 20), ge=0)
     """Bytes of each of the two files that ``elesh trace`` reads; 0: none is kept."""
     heartbeat_seconds: float = Field(default=5.0, gt=0)

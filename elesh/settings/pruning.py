@@ -35,7 +35,7 @@ class ChannelAnalysis(Section):
     """So many channels every group keeps."""
     scorer: WantedScorer = "auto"
     """What channels and heads are ranked by; ``auto``: the best that a checkpoint's statistics
-    allow. A request that names one goes over it."""
+    allow. A request that names one overrides it."""
     redistribute: bool = False
     """Cuts are followed by re-solving the consumers: ``auto`` ranks channels and heads for that."""
     schedule: Literal["polynomial", "linear", "exponential"] = "polynomial"
