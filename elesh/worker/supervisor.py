@@ -350,7 +350,7 @@ class Worker:
         await self._result_handler.commit(delivery, work, decision)
 
     async def _lack(self, delivery: Delivery, lacking: str) -> None:
-        """Release an entry that this worker lacks resources for, and take nothing more for a while."""
+        """Release an entry that this worker lacks resources for, and claim nothing for a while."""
         pause = self._short.next_pause()
         self._status.lacks, self._status.lacks_until = lacking, time.monotonic() + pause
         _lines.warning("this worker lacks resources, entries wait", reason=lacking)

@@ -105,7 +105,7 @@ class ResourceModel:
 
     @cached_property
     def _slopes(self) -> Mapping[str, tuple[_Slope, ...]]:
-        """Of the groups whose units are worth the same each."""
+        """The groups whose units save the same each, with what one saves."""
         found: dict[str, tuple[_Slope, ...]] = {}
         for name, parts in self._by_group.items():
             slopes = [part.slope(name) for part in parts]

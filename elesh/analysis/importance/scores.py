@@ -141,7 +141,7 @@ class Pair:
 
 
 def redundant_pairs(correlations: Floats, scores: Doubles, threshold: float) -> tuple[Pair, ...]:
-    """The stars of channels with cosine similarity above ``threshold``, best channel in the middle.
+    """Pairs of channels with cosine similarity above ``threshold``: each group around its best one.
 
     From the highest score down (ties by index), a channel that was not given up yet is kept, and
     all that are alike to it and neither kept nor given up are given up for it. Opposite channels

@@ -1,4 +1,4 @@
-"""ImportanceTracker: how the importance of channels, heads and layers moves over checkpoints.
+"""ImportanceTracker: how the importance of channels, heads and layers changes over checkpoints.
 
 Promises: the state is a function of the set of measurements that were observed, those of the newest
 500 epochs of every group: late, repeated and reordered ones give the same bytes. Every figure runs

@@ -346,7 +346,7 @@ def _why_not(
     unwanted: frozenset[str],
     architecture: PrunedArchitecture,
 ) -> str:
-    """Why a layer is not even judged."""
+    """Why a layer is not judged by the conditions."""
     if block.removed:
         return "removed before"
     if not block.prunable:

@@ -130,7 +130,7 @@ class UnitLevel(ABC):
 
     @abstractmethod
     def likeness(self, bundle: CheckpointBundle) -> Mapping[str, Floats | None]:
-        """By group [size, size]: how alike its units are, 1 for the same."""
+        """[size, size] by group: the similarity of its units, 1 for the same."""
 
     @abstractmethod
     def target(

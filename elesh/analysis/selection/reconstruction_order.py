@@ -157,7 +157,7 @@ class _Consumer:
 
 
 def _inverse(matrix: Doubles) -> Doubles:
-    """Of a positive definite matrix, by Cholesky: a third of the work of a general one."""
+    """The inverse of a positive definite matrix, by Cholesky: a third of the work of any other."""
     from scipy.linalg import lapack  # only here: a worker that starts need not load it
 
     factor, failed = lapack.dpotrf(matrix, lower=True)
@@ -244,8 +244,8 @@ class ReconstructionOrder(Order):
         return RemovalOrder(np.array(taken, dtype=np.int64), np.array(marginal_costs))
 
     def _cheapest(self, groups: Iterable[int], among: Bools) -> tuple[Ints, Floats]:
-        """By group: the place of its cheapest unit that can be taken, and its cost, rounded;
-        infinity where there is none."""
+        """The place of the cheapest unit of each group that can be taken, and its rounded cost;
+        infinity where none can."""
         places, keys = list[int](), list[np.float32]()
         for group in groups:
             span = self.candidates.span(group)
