@@ -418,6 +418,8 @@ class Relations:
         own = self._own_axis(node)
         if own is not None:
             return own % len(self._made(node))
+        if not self._made(node):
+            return None  # A number: a loss, or a sum over all.
         # What was made first is the stream that branches are added to, whatever their axes.
         first = sorted(node.inputs, key=lambda producer: producer.grad_fn._sequence_nr())
         if node.grad_fn.name() in _PRODUCTS:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import trainer_nets
 import written_nets
+from cut_check import cut_and_checked, prunable
 from torch import Tensor, nn
 
 from elesh.trainer import Recorder, Surgeon
@@ -100,6 +101,23 @@ def test_every_group_of_a_network_has_a_name_of_its_own() -> None:
     architecture = Recorder(model, written_nets.IMAGES).architecture
     assert architecture.group["narrow"].prunable
     assert len(architecture.group) == len(architecture.groups)
+
+
+class WithLoss(nn.Module):
+    """Returns a number beside its outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.answer, self.side = nn.Linear(3, 8), nn.Linear(8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.enter(x).relu()
+        return self.answer(x), x.new_zeros(()) + self.side(x).square().mean()
+
+
+def test_a_network_that_returns_a_number_beside_its_outputs_loses_what_others_lose() -> None:
+    surgeon = cut_and_checked(WithLoss(), torch.randn(4, 3))
+    assert prunable(surgeon) == ["enter"]
 
 
 class FixedMaps(nn.Module):
