@@ -5,9 +5,10 @@
 The ResNet-50 of :mod:`.passes`, its made-up images, and as many validation samples as calibration
 samples. A checkpoint is measured, exported and analysed here; the decision then takes the way that
 it takes in ``session.apply``: restore points, mask, layers solved one behind the other, evaluation,
-cut, evaluation. As many of the samples are measured as a run measures that is within its share of
-time. A plain pass over all calibration samples is timed just before, in CPU time; all figures are
-in such passes. The analysis is not the training thread's and does not count.
+cut, evaluation, and the loss of the held-out samples that the checkpoint carries. As many of the
+samples are measured as a run measures that is within its share of time. A plain pass over all
+calibration samples is timed just before, in CPU time; all figures are in such passes. The analysis
+is not the training thread's and does not count.
 """
 
 from __future__ import annotations
@@ -134,8 +135,7 @@ def measured(width: int, pixels: int, samples: int, batch: int, left: float) -> 
                 decision,
                 surgeon,
                 evaluate,
-                reconstruct=bundle.covariance,
-                batches=batches,
+                apply.RefitData(bundle.covariance, batches=batches, held_out=[proof]),
                 known=found["now"],
             ),
         )

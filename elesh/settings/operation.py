@@ -120,7 +120,7 @@ class TrainerSettings(Section):
     from accuracy and loss together (decision 0103). 1: decisions are cut whole or not at all."""
     time_share: float = Field(default=0.1, ge=0, le=10)
     """Share of the training's time that its thread may give to Elesh. Beyond it a checkpoint
-    measures fewer calibration samples (half of 256, or as many as the widest group has units) and
+    measures fewer calibration samples (128, or as many as the widest group has units) and
     monitored cuts are judged at checkpoints only; what makes a cut safe is done all the same. 0:
     any, and the same samples in every run."""
     restore_points: int = Field(default=4, ge=2)

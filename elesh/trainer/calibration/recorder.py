@@ -53,6 +53,7 @@ from leyline import (
     Level,
     NotFinite,
     PrunedArchitecture,
+    PruningGroup,
     Reconstruction,
     ShapeMismatch,
     checkpoint_id,
@@ -78,6 +79,8 @@ from .measurement import Measurement
 from .midpoint import LOOK_AHEAD, first_to_go, indices_of
 
 _log = get_logger(__name__)
+_ENOUGH = 128
+"""Samples that put the units of small groups into an order."""
 UNNAMED = "run"
 """The run of a measurement that names none."""
 _PIECE = 16
@@ -471,9 +474,18 @@ class Recorder:
 
 def enough_samples(architecture: PrunedArchitecture, at_least: int = 256) -> int:
     """So many samples put units into the order for reconstruction as well as more do: as many as
-    the widest group has units, whose slopes are taken together, but no fewer than these."""
-    widths = (group.size for group in architecture.groups if group.prunable)
-    return max(at_least, *widths, 0)
+    the widest group has units, whose slopes are taken together, but no fewer than 128; twice as
+    many, where that is no more than ``at_least`` (of heads, their elements count)."""
+    groups = [group for group in architecture.groups if group.prunable]
+    widest = max((group.size for group in groups), default=0)
+    across = max((_inputs(group) for group in groups), default=0)
+    return max(_ENOUGH, widest, min(2 * across, at_least))
+
+
+def _inputs(group: PruningGroup) -> int:
+    """Coefficients that the slopes of a group are of."""
+    of_unit = group.sites[0].width if group.level is Level.HEAD and group.sites else 1
+    return group.size * of_unit
 
 
 def _cut_before(model: nn.Module) -> PrunedArchitecture | None:

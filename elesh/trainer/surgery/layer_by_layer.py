@@ -63,8 +63,9 @@ _ROWS, _FEW = (16, 8, 4, 2), 1024
 many."""
 _BLOCK = 128
 """Columns of the normal equations that are multiplied at a time."""
-_NOTHING = 1e-5
-"""Of the largest output: what is missing less is rounding."""
+_NEAR = 5e-5
+"""Of the outputs' variance: less is not solved for. It is .7% of their deviation, and other samples
+hardly come nearer: of eight layers of a ResNet-20 that lacked less, six not at all."""
 _TWO = 2
 """Samples by which shapes are found out."""
 _CHUNK = 2**20
@@ -480,12 +481,13 @@ def _solved(
         missing = wanted[own].flatten(0, 1).float() - rows @ flat.T
         return rows, missing if bias is None else missing.sub_(bias.detach().float())
 
-    nothing = _NOTHING * float(wanted.abs().max()) if wanted.numel() else 0.0
-    if all(bool((seen(own)[1].abs() <= nothing).all()) for half in halves for own in half):
-        return None  # Nothing before it has changed.
+    first = [seen(half[0]) for half in halves]
+    if _near(first, wanted[torch.cat([half[0] for half in halves])]):
+        return None
     sums = [_Sums.empty(flat.shape[1] + (bias is not None), len(flat)) for _ in halves]
-    for half, parts in zip(sums, halves, strict=True):
-        for own in parts:
+    for half, parts, begun in zip(sums, halves, first, strict=True):
+        half.see(*begun)
+        for own in parts[1:]:
             half.see(*seen(own))
     change = _change(sums)
     if change is None:
@@ -494,6 +496,13 @@ def _solved(
     if bias is not None:
         found["bias"] = (bias.detach().double().cpu() + change[-1]).to(bias)
     return found if all(bool(value.isfinite().all()) for value in found.values()) else None
+
+
+def _near(seen: Sequence[tuple[Tensor, Tensor]], wanted: Tensor) -> bool:
+    """Whether outputs lack too little to be worth solving for, as far as the first samples say."""
+    missing = sum(float(lacking.square().sum()) for _, lacking in seen)
+    flat = wanted.flatten(0, 1).float()
+    return missing <= _NEAR * float((flat - flat.mean(0)).square().sum())
 
 
 @dataclass

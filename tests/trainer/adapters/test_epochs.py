@@ -140,7 +140,7 @@ def test_derivatives_of_more_samples_are_taken_only_where_they_rank_what_may_go(
     assert of("ResNet", *Level) == [32, 32, 32, 128], "whole layers go in the last phase alone"
 
 
-def test_as_many_samples_are_measured_as_the_widest_group_has_units_unless_the_loss_is_predicted(
+def test_two_samples_for_every_unit_of_the_widest_group_are_measured_unless_the_loss_is_predicted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def samples(session: Session, width: int, held_out: bool = True) -> int:
@@ -157,7 +157,9 @@ def test_as_many_samples_are_measured_as_the_widest_group_has_units_unless_the_l
     phases = dict.fromkeys(("conservative_epochs", "moderate_epochs", "aggressive_epochs"), 4)
     schedule = {"structured_pruning": {"safety_schedule": {"validation_epochs": 0, **phases}}}
     free = Settings.model_validate({**schedule, "trainer": {"time_share": 0}})
-    assert samples(Kept(settings=free), 64) == 256
+    assert samples(Kept(settings=free), 16) == 128
+    assert samples(Kept(settings=free), 100) == 200
+    assert samples(Kept(settings=free), 200) == 256
     assert samples(Kept(settings=free), 300) == 300
     assert samples(Kept(settings=free), 64, held_out=False) == 600
     monkeypatch.setattr(TimeShare, "trained", 0.0)

@@ -118,6 +118,18 @@ def test_layers_before_all_that_changes_are_left_out_and_the_solutions_are_the_s
     assert (unknown.changing, unknown.values.keys()) == (None, every.values.keys())
 
 
+@pytest.mark.parametrize(("loudness", "solved"), [(1.0, True), (1e-4, False)])
+def test_layers_that_lack_next_to_nothing_are_not_solved(loudness: float, solved: bool) -> None:
+    torch.manual_seed(0)
+    model = Shifted()
+    with torch.no_grad():
+        model.first.weight[1] *= loudness
+    architecture, lost = Recorder(model, example()).architecture, {"first": [1]}
+    before = outputs_before(model, architecture, [(inputs(), None)])
+    Surgeon(model, architecture).cut(lost)
+    assert bool(solved_layer_by_layer(model, before.without(architecture, lost))) is solved
+
+
 def test_a_network_that_lost_nothing_stays_as_it_is() -> None:
     model = build("ResNet")
     architecture = Recorder(model, example()).architecture
