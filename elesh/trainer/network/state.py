@@ -54,7 +54,6 @@ __all__ = [
     "alive",
     "evaluated",
     "fixed_to_a_shape",
-    "instances",
     "preserve_state",
     "preserved",
     "seed_generators",
@@ -449,11 +448,6 @@ def alive(wanted: Callable[[type], bool]) -> list[Any]:
     # thread is making cannot grow while anybody refers to it, and that thread gets a SystemError.
     found = gc.get_referrers(*kinds.values()) if kinds else []
     return [each for each in found if id(type(each)) in kinds]
-
-
-def instances(kind: type) -> list[Any]:
-    """Every object of exactly this type, in half the time of :func:`alive`."""
-    return [each for each in gc.get_referrers(kind) if type(each) is kind]
 
 
 _HOOK_DEPTH = 3

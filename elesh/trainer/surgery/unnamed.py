@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from elesh.trainer.network.layers import named_tensors, require_fit
-from elesh.trainer.network.state import alive, fixed_to_a_shape, instances
+from elesh.trainer.network.state import alive, fixed_to_a_shape
 from leyline import ContractError, InvalidField, PrunedArchitecture
 
 from .averages import (
@@ -117,9 +117,6 @@ class Unnamed:
         Args:
             copies: what is cut along.
         """
-        known = {id(self._model), *(id(copy.module) for copy in copies)}
-        if all(id(each) in known for each in instances(type(self._model))):
-            return []
         return self._updated_copies(copies, self._alive())
 
     def require_all_optimizers(self, optimizers: Iterable[Optimizer]) -> None:
