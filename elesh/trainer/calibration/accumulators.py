@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,8 +53,14 @@ def by_unit(values: Tensor, span: Span, size: int) -> Tensor:
     if span.indices is None:
         chosen = values[..., span.start : span.start + size * span.width]
     else:
-        chosen = values[..., torch.tensor(span.indices, device=values.device)]
+        chosen = values[..., _listed(span.indices).to(values.device)]
     return chosen.reshape(*chosen.shape[:-1], size, span.width)
+
+
+@lru_cache(1024)
+def _listed(indices: tuple[int, ...]) -> Tensor:
+    """[n]: asked again and again for the few that a network has."""
+    return torch.tensor(indices)
 
 
 class Entered(Protocol):

@@ -164,10 +164,11 @@ class Recorder:
         self._centred, self._seed = outputs == "logits", seed
         if architecture is None:
             found = find_architecture(model, example_inputs, ignored_layers, compared)
-            architecture = with_teachers(found, teachers_in(model))
+            self._architecture = with_teachers(found, teachers_in(model))
             if (cut := _cut_before(model)) is not None:
-                architecture = continued(cut, architecture)
-        self.architecture = architecture
+                self.architecture = continued(cut, self._architecture)
+        else:
+            self.architecture = architecture
 
     @property
     def architecture(self) -> PrunedArchitecture:

@@ -11,6 +11,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -138,7 +139,7 @@ def _proved(
         trial.in_training,
         trial.read_in_training,
         grouped,
-        enclosed_in(passage, groups),
+        partial(enclosed_in, passage, groups),
     )
     gates = traced_gates(passage, groups)
     picking = picking_in(passage.reached)

@@ -13,7 +13,6 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -281,7 +280,7 @@ def without_hazards(
     in_training: Callable[[], set[str]],
     read: Callable[[Collection[str]], Mapping[str, Sequence[str]]],
     grouped: Callable[[Collection[str]], Sequence[PruningGroup]],
-    enclosed: Mapping[str, str] = MappingProxyType({}),
+    enclosed: Callable[[], Mapping[str, str]] = dict,
 ) -> tuple[PruningGroup, ...]:
     """The groups, those that must be left alone marked with a reason.
 
@@ -293,8 +292,8 @@ def without_hazards(
         read: asks which layers are read by some that only training reaches.
         grouped: asks for the groups of channels that training mode shows, where only it reaches
             some layers.
-        enclosed: by group, the module that its channels do not leave: they are not read by parts
-            of modules beside that one.
+        enclosed: asks, if anything was not reached, by group for the module that its channels do
+            not leave: they are not read by parts of modules beside that one.
     """
     tensors = dict(traced.named_parameters())
     followed = tuple(f"{teacher.name}." for teacher in teachers_in(model))
@@ -304,6 +303,7 @@ def without_hazards(
     )
     groups = with_readers_of_training(groups, late, grouped(late)) if late else groups
     readers = read(late) if late else {}
+    holders = enclosed() if unreached else {}
 
     def reason(group: PruningGroup) -> str:
         for part in group.slices:
@@ -319,7 +319,7 @@ def without_hazards(
             if part.tensor in tensors and owner_of(part.tensor)[0] in group.layers
         }
         for layer, width, flattened in unreached:
-            if beside(layer, enclosed.get(group.name, "")):
+            if beside(layer, holders.get(group.name, "")):
                 continue
             if any(width == own or (flattened and width % own == 0) for own in widths):
                 unseen = "which the example inputs do not reach; some with more samples may"

@@ -56,7 +56,7 @@ class Relation:
     @cached_property
     def same(self) -> bool:
         """Whether channels keep their numbers, and all get through."""
-        return self == Relation()
+        return self is _PLAIN or self == _PLAIN
 
     def forwards(self, channels: Ints) -> Pairs:
         """Pairs (producer's, consumer's) of the producer's channels."""
@@ -85,6 +85,9 @@ class Relation:
             inside &= p < self.stop
         inside &= (p - self.start) % self.step == 0
         return inside
+
+
+_PLAIN = Relation()
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,6 +258,8 @@ class Relations:
         summed = self._is_summed(producer, consumer)
         if weighs or summed or self._crosses(producer, consumer, link):
             stop = start
+        if (start, stop, step, width, offset, repeats, summed) == (0, None, 1, 1, 0, 1, False):
+            return _PLAIN  # Most are.
         return Relation(start, stop, step, width, offset, repeats, period, summed)
 
     def _rearranged(self, node: Any, start: int, stop: int | None, step: int) -> Relation | None:

@@ -75,7 +75,7 @@ class Reach:
         self.lost: list[tuple[Ints, Any, str]] = []
         """Numbers of channels that are connected to one that does not exist, or to none but mixed,
         the node there, and what happens to them."""
-        self._edges: list[Ints] = []
+        self._edges: list[tuple[Ints, Ints]] = []
         self._count = 0
         self._walk()
         self._join_shared()
@@ -85,10 +85,11 @@ class Reach:
         go although they could lose places."""
         whole = set[nn.Module]()
         while True:
-            none = np.zeros((2, 0), dtype=np.int64)
-            pairs = np.concatenate([*self._edges, *self._joins(whole), none], axis=1)
-            ones = np.ones(pairs.shape[1], dtype=np.int8)
-            matrix = coo_matrix((ones, (pairs[0], pairs[1])), (self._count, self._count))
+            none = np.zeros(0, dtype=np.int64)
+            edges = [*self._edges, *self._joins(whole), (none, none)]
+            one, two = (np.concatenate(side) for side in zip(*edges, strict=True))
+            ones = np.ones(len(one), dtype=np.int8)
+            matrix = coo_matrix((ones, (one, two)), (self._count, self._count))
             labels: Ints = connected_components(matrix, directed=False)[1].astype(np.int64)
             fresh = self._without_places(labels) - whole
             if not fresh:
@@ -123,7 +124,8 @@ class Reach:
             queue.put(node, function, indices, None)
         for node, function, indices, came in queue:
             here = self._side(node, function)
-            if len(padded := np.intersect1d(graph.relations.padded(node), indices)):
+            padded = graph.relations.padded(node)
+            if len(padded) and len(padded := np.intersect1d(padded, indices)):
                 self.lost.append((padded + here.offset, node, _PADDED))
             for dependency, relation, forwards in relations[node]:
                 target = dependency.target
@@ -135,11 +137,13 @@ class Reach:
                     self.lost.append((indices + here.offset, target, _SUMMED))
                 there = self._side(target, dependency.handler)
                 pairs = relation.forwards(indices) if forwards else relation.backwards(indices)
-                inside = pairs[1] < len(there.seen)
-                if not inside.all():
-                    self.lost.append((np.unique(pairs[0][~inside]) + here.offset, node, _RESHAPED))
-                    pairs = pairs[0][inside], pairs[1][inside]
-                self._edges.append(np.stack([pairs[0] + here.offset, pairs[1] + there.offset]))
+                if not (relation.same and len(here.seen) <= len(there.seen)):
+                    inside = pairs[1] < len(there.seen)
+                    if not inside.all():
+                        beyond = np.unique(pairs[0][~inside]) + here.offset
+                        self.lost.append((beyond, node, _RESHAPED))
+                        pairs = pairs[0][inside], pairs[1][inside]
+                self._edges.append((pairs[0] + here.offset, pairs[1] + there.offset))
                 fresh = pairs[1][~there.seen[pairs[1]]]
                 if len(fresh):
                     fresh = fresh if forwards or relation.same else np.unique(fresh)
@@ -160,14 +164,14 @@ class Reach:
         for first, *others in met.values():
             for other in others:
                 both = (first.seen & other.seen).nonzero()[0]
-                self._edges.append(np.stack([both + first.offset, both + other.offset]))
+                self._edges.append((both + first.offset, both + other.offset))
 
     def _is_input(self, node: Any, function: Any) -> bool:
         """Whether this is the side of a layer's inputs, where they are not its outputs."""
         pruner = self._graph.get_pruner_of_module(node.module)
         return bool(function == pruner.prune_in_channels != pruner.prune_out_channels)
 
-    def _joins(self, whole: Collection[nn.Module]) -> Iterator[Ints]:
+    def _joins(self, whole: Collection[nn.Module]) -> Iterator[tuple[Ints, Ints]]:
         """Connections of what layers can only lose together: the channels of a block of their own,
         on both sides; or, on one side, the same places of all shares."""
         first: dict[tuple[nn.Module, int], int] = {}
@@ -186,7 +190,7 @@ class Reach:
             if not by_place:
                 keys = [(node.module, number) for number in found.tolist()]
                 roots = [first.setdefault(key, root) for key, root in zip(keys, roots, strict=True)]
-            yield np.stack([np.array(roots, dtype=np.int64)[which], indices + side.offset])
+            yield np.array(roots, dtype=np.int64)[which], indices + side.offset
 
 
 def _single(one: Any, two: Any) -> bool:

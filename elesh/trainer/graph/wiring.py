@@ -238,18 +238,19 @@ class _Table:
 
     def __init__(self) -> None:
         self._ports: dict[Port, int] = {}
-        self._rows: list[Ints] = []
+        self._rows: list[tuple[Ints, int, Ints]] = []
 
     def add(self, port: Port, owners: Ints, indices: Ints) -> None:
         """The components that the channels of a port belong to."""
         number = self._ports.setdefault(port, len(self._ports))
-        self._rows.append(np.stack([owners, np.full_like(owners, number), indices]))
+        self._rows.append((owners, number, indices))
 
     def families(self) -> list[Family]:
         """Components with equally many channels at the same ports, by port [units, width]."""
         if not self._rows:
             return []
-        owners, ports, indices = np.concatenate(self._rows, axis=1)
+        owners, indices = (np.concatenate([row[n] for row in self._rows]) for n in (0, 2))
+        ports = np.repeat([row[1] for row in self._rows], [len(row[0]) for row in self._rows])
         width = int(indices.max()) + 1
         keys = np.sort((owners * len(self._ports) + ports) * width + indices)
         keys = keys[np.diff(keys, prepend=-1) > 0]

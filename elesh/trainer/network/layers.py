@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,6 +53,8 @@ class ChannelAxes:
 class _Kind:
     """A kind of layer that was taught."""
 
+    among: Callable[[type[nn.Module]], bool]
+    """Whether modules of a type may be of this kind."""
     matches: Callable[[nn.Module], bool]
     axes: Callable[[Any], ChannelAxes]
     refit: Callable[[Any], None] | None
@@ -64,6 +67,7 @@ def teach_layer(
     kind: type[nn.Module] | Callable[[nn.Module], bool],
     axes: Callable[[Any], ChannelAxes],
     refit: Callable[[Any], None] | None = None,
+    among: Callable[[type[nn.Module]], bool] | None = None,
 ) -> None:
     """Teach a kind of layer: which axes of its tensors go with its channels.
 
@@ -75,16 +79,27 @@ def teach_layer(
         axes: from a module to the axes.
         refit: sets the module's own sizes (``out_features`` and the like) from the shapes of its
             tensors; called after every cut and when one is taken back.
+        among: tells the types whose modules the function in ``kind`` is asked about; default: all.
     """
-    matches = (lambda module: isinstance(module, kind)) if isinstance(kind, type) else kind
-    _TAUGHT.append(_Kind(matches, axes, refit))
+    if isinstance(kind, type):
+        wanted: type[nn.Module] = kind
+        _TAUGHT.append(_Kind(lambda one: issubclass(one, wanted), lambda module: True, axes, refit))
+    else:
+        _TAUGHT.append(_Kind(among or (lambda one: True), kind, axes, refit))
 
 
 def _taught(module: nn.Module) -> _Kind | None:
-    for kind in reversed(_TAUGHT):  # Asked thousands of times while a network is traced.
+    own: Any = type(module)
+    for kind in _taught_of(own, len(_TAUGHT)):  # Asked thousands of times while a pass is traced.
         if kind.matches(module):
             return kind
     return None
+
+
+@lru_cache(4096)
+def _taught_of(kind: Any, taught: int) -> tuple[_Kind, ...]:
+    """The kinds, of so many, that modules of a type may be of; those taught last first."""
+    return tuple(one for one in reversed(_TAUGHT) if one.among(kind))
 
 
 def is_taught(module: nn.Module) -> bool:
@@ -121,26 +136,56 @@ def channel_axes(module: nn.Module) -> ChannelAxes:
     taught = _taught(module)
     if taught is not None:
         return taught.axes(module)
-    if isinstance(module, _ConvNd):
-        return conv_axes(module)
-    if isinstance(module, nn.Linear):
+    own: Any = type(module)
+    rule = _rule(own)
+    return rule(module) if callable(rule) else rule
+
+
+@lru_cache(4096)
+def _rule(kind: Any) -> ChannelAxes | Callable[[Any], ChannelAxes]:
+    """The axes of all modules of a type, or what tells those of one."""
+    if issubclass(kind, _ConvNd):
+        return conv_axes
+    if issubclass(kind, nn.Linear):
         return LINEAR
-    if isinstance(module, nn.Embedding):
+    if issubclass(kind, nn.Embedding):
         return _EMBEDDING
-    if isinstance(module, _NormBase):
+    if issubclass(kind, _NormBase):
         return _STATISTICS
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and len(module.normalized_shape) == 1:
+    if issubclass(kind, (nn.LayerNorm, nn.RMSNorm)):
+        return _norm_axes
+    if issubclass(kind, nn.GroupNorm):
+        return _group_norm_axes
+    if issubclass(kind, nn.PReLU):
+        return _prelu_axes
+    if issubclass(kind, nn.MultiheadAttention):
+        return _attention_axes
+    return _UNKNOWN
+
+
+def _norm_axes(module: nn.LayerNorm | nn.RMSNorm) -> ChannelAxes:
+    if len(module.normalized_shape) == 1:
         return _SCALES
     if normalises_maps(module):
         return _SCALES
-    if isinstance(module, nn.GroupNorm):
-        return replace(_SCALES, blocks=module.num_groups if module.num_groups > 1 else 0)
-    if isinstance(module, nn.PReLU):
-        return ChannelAxes((("weight", 0),) if module.num_parameters > 1 else ())
+    kind = type(module).__name__
+    refusal = f"{kind} normalises over several axes, of which these channels are one"
+    return ChannelAxes(refusal=refusal)
+
+
+def _group_norm_axes(module: nn.GroupNorm) -> ChannelAxes:
+    return replace(_SCALES, blocks=module.num_groups if module.num_groups > 1 else 0)
+
+
+def _prelu_axes(module: nn.PReLU) -> ChannelAxes:
+    return ChannelAxes((("weight", 0),) if module.num_parameters > 1 else ())
+
+
+def _attention_axes(module: nn.MultiheadAttention) -> ChannelAxes:
     if type(module) is NATIVE and is_packed(module):
         return _PACKED
-    refusal = _refusal(module)
-    return ChannelAxes(refusal=refusal) if refusal else _UNKNOWN
+    refusal = "MultiheadAttention projects these channels one by one, or adds keys of its own"
+    return ChannelAxes(refusal=refusal)
 
 
 def conv_axes(module: _ConvNd) -> ChannelAxes:
@@ -161,15 +206,6 @@ def conv_axes(module: _ConvNd) -> ChannelAxes:
 def normalises_maps(module: nn.Module) -> bool:
     """Whether this is a layer normalisation over [C, H, W], whose channels come first."""
     return type(module) is nn.LayerNorm and len(module.normalized_shape) == 3
-
-
-def _refusal(module: nn.Module) -> str:
-    kind = type(module).__name__
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        return f"{kind} normalises over several axes, of which these channels are one"
-    if isinstance(module, nn.MultiheadAttention):
-        return "MultiheadAttention projects these channels one by one, or adds keys of its own"
-    return ""
 
 
 def held(module: nn.Module, attribute: str) -> Tensor | None:

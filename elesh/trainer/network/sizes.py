@@ -69,51 +69,50 @@ def refit(module: nn.Module, by_place: bool = False) -> None:
         module.d_model = next(
             (len(n.weight) for n in norms if n.elementwise_affine), module.d_model
         )
-    held = vars(module).get("shape")
-    own = [parameter for parameter in module._parameters.values() if parameter is not None]
-    if isinstance(held, tuple) and len(own) == 1 and own[0].ndim == 1:
+    held = vars(module)  # What is a number is no tensor or part: no need to ask the module.
+    shape = held.get("shape")
+    if isinstance(shape, tuple):
+        own = [parameter for parameter in module._parameters.values() if parameter is not None]
         # The shape that a single vector is viewed in (PoolFormer's scales of layers).
-        wide = [place for place, size in enumerate(held) if size != 1]
-        if len(wide) == 1:
-            sizes = (len(own[0]) if place in wide else 1 for place in range(len(held)))
-            module.shape = tuple(sizes)  # type: ignore[assignment]
-    weight = getattr(module, "weight", None)
+        wide = [place for place, size in enumerate(shape) if size != 1]
+        if len(own) == 1 and own[0].ndim == 1 and len(wide) == 1:
+            sizes = (len(own[0]) if place in wide else 1 for place in range(len(shape)))
+            held["shape"] = tuple(sizes)
+    weight = module._parameters.get("weight")
+    if weight is None:
+        weight = getattr(module, "weight", None)
     if isinstance(module, _NormBase):
         sized = weight if weight is not None else module.running_mean
         if sized is not None:
-            module.num_features = sized.shape[0]
+            held["num_features"] = sized.shape[0]
     elif not isinstance(weight, Tensor):
         return
     elif isinstance(module, _ConvNd):
-        _refit_conv(module, weight, by_place)
+        held |= _conv_sizes(module, weight, by_place)
     elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = weight.shape
+        held["out_features"], held["in_features"] = weight.shape
     elif isinstance(module, nn.Embedding):
-        module.embedding_dim = weight.shape[1]
+        held["embedding_dim"] = weight.shape[1]
     elif isinstance(module, nn.PReLU):
-        module.num_parameters = weight.numel()
+        held["num_parameters"] = weight.numel()
     elif isinstance(module, nn.GroupNorm):
         width, single = module.num_channels // module.num_groups, module.num_groups == 1
-        module.num_channels = len(weight)
-        module.num_groups = 1 if single else len(weight) // width
-    elif isinstance(vars(module).get("normalized_shape"), tuple):
-        module.normalized_shape = tuple(weight.shape)  # type: ignore[assignment]
+        held["num_channels"] = len(weight)
+        held["num_groups"] = 1 if single else len(weight) // width
+    elif isinstance(held.get("normalized_shape"), tuple):
+        held["normalized_shape"] = tuple(weight.shape)
 
 
-def _refit_conv(module: _ConvNd, weight: Tensor, by_place: bool) -> None:
-    if by_place:
-        whole, shared = weight.shape[0], weight.shape[1] * module.groups
-        transposed = isinstance(module, _ConvTransposeNd)
-        module.in_channels, module.out_channels = (whole, shared) if transposed else (shared, whole)
-    elif module.groups > 1:
-        made = module.out_channels // module.groups
-        module.groups = max(1, weight.shape[0] // made)
-        module.out_channels = weight.shape[0]
-        module.in_channels = weight.shape[1] * module.groups
-    elif isinstance(module, _ConvTransposeNd):
-        module.in_channels, module.out_channels = weight.shape[:2]
-    else:
-        module.out_channels, module.in_channels = weight.shape[:2]
+def _conv_sizes(module: _ConvNd, weight: Tensor, by_place: bool) -> dict[str, int]:
+    """The sizes of a convolution whose weight has this shape."""
+    first, second = weight.shape[:2]
+    groups = module.groups
+    if groups > 1 and not by_place:
+        groups = max(1, first // (module.out_channels // groups))
+        return {"groups": groups, "out_channels": first, "in_channels": second * groups}
+    if isinstance(module, _ConvTransposeNd):
+        return {"in_channels": first, "out_channels": second * groups}
+    return {"in_channels": second * groups, "out_channels": first}
 
 
 _HEADS = (

@@ -30,7 +30,7 @@ outputs, keeps the order of the classes for every input, and is never above 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -149,18 +149,28 @@ class CovarianceSums:
 
     def mean(self, model_hash: str) -> InputCovariance:
         """The covariance of everything seen; of a consumer that was given no row, there is none."""
-        seen = {axis: rows for axis, rows in self.rows.items() if rows}
-        return InputCovariance(
-            model_hash,
-            {axis: self.first[axis] / rows for axis, rows in seen.items()},
-            {axis: _mean(self.second[axis], rows) for axis, rows in seen.items()},
-            seen,
-        )
+        rows = {axis: count for axis, count in self.rows.items() if count}
+        means = {axis: self.first[axis] / count for axis, count in rows.items()}
+        sums = {axis: self.second[axis] for axis in rows}
+        return InputCovariance(model_hash, means, _Means(sums, rows), rows)
 
 
-def _mean(summed: Tensor, rows: int) -> Tensor:
-    """In float64, with no more than one new tensor: there are many, and most are large."""
-    return summed / rows if summed.dtype == torch.float64 else summed.double().div_(rows)
+@dataclass(frozen=True)
+class _Means(Mapping[Axis, Tensor]):
+    """Means of sums, in float64, each made when it is asked for: there are many, most are large,
+    and a cut needs those of few consumers."""
+
+    sums: Mapping[Axis, Tensor]
+    rows: Mapping[Axis, int]
+
+    def __getitem__(self, axis: Axis) -> Tensor:
+        return self.sums[axis].to(torch.float64, copy=True).div_(self.rows[axis])
+
+    def __iter__(self) -> Iterator[Axis]:
+        return iter(self.sums)
+
+    def __len__(self) -> int:
+        return len(self.sums)
 
 
 @dataclass

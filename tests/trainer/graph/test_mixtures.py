@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from elesh.trainer import Recorder, Surgeon
 from leyline import InvalidField
 
-TOKENS = torch.randn(2, 8, 10, generator=torch.Generator().manual_seed(0))
+TOKENS = torch.randn(2, 40, 10, generator=torch.Generator().manual_seed(0))
 ALL = {"enter", *(f"mixture.experts.{n}.up" for n in range(4))}
 
 
@@ -70,7 +70,7 @@ def test_an_expert_that_no_sample_reaches_any_more_is_left_alone_and_the_others_
     prunable = {group.name for group in recorder.architecture.groups if group.prunable}
     with torch.no_grad():
         model.mixture.router.bias[3] = -50.0  # type: ignore[union-attr, index, operator]
-    labelled = [(TOKENS.repeat(12, 1, 1), torch.randint(5, (24, 8)))]
+    labelled = [(TOKENS.repeat(12, 1, 1), torch.randint(5, (24, 40)))]
     bundle = recorder.measure(labelled, epoch=0)
     # The width around all is what the unreached one reads, too.
     assert prunable - bundle.gates.keys() == {"enter", "mixture.experts.3.up"}
@@ -83,7 +83,7 @@ def test_where_no_sample_reaches_any_consumer_it_is_said_so() -> None:
     recorder = Recorder(model, TOKENS)
     model[2].closed = True
     with pytest.raises(InvalidField, match=r"samples that reach a consumer, found 2\.layer"):
-        recorder.measure([(TOKENS, torch.randint(5, (2, 8)))], epoch=0)
+        recorder.measure([(TOKENS, torch.randint(5, (2, 40)))], epoch=0)
 
 
 class Unless(nn.Module):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from elesh.trainer import Recorder
 from elesh.trainer.graph import reach
 from elesh.trainer.graph.dependencies import Sources
 from elesh.trainer.graph.proof.random_copy import random_copy
+from elesh.trainer.graph.proof.units import some_of
 from leyline import InvalidField, Level
 
 CALLS = [0]
@@ -222,6 +224,29 @@ def test_the_copy_has_random_weights_and_takes_little_memory() -> None:
     weights = [module.weight for module in copied if isinstance(module, nn.Linear)]
     assert not any(torch.equal(a, b) for a, b in pairwise(weights))
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_layers_with_rows_of_about_one_length_share_their_random_weights() -> None:
+    model = nn.Sequential(*[nn.Linear(200 + 6 * n, 206 + 6 * n) for n in range(24)])
+    copied = random_copy(model)
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in copied.parameters()}
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert sum(s.nbytes() for s in storages.values()) < parameters / 5
+    for layer in copied:
+        assert isinstance(layer, nn.Linear)
+        assert 0.5 < layer.weight.std().item() * (layer.in_features / 2) ** 0.5 < 2
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 8, 100])
+def test_groups_of_one_size_lose_different_numbers_of_units_in_the_first_trial(size: int) -> None:
+    layers = [nn.Linear(3, size), *(nn.Linear(size, size) for _ in range(5)), nn.Linear(size, 3)]
+    groups = Recorder(nn.Sequential(*layers), torch.randn(2, 3)).architecture.groups[:-1]
+    counts = list(some_of(groups, np.random.default_rng(0)).values())
+    assert len(counts) == 6
+    assert all(0 < count < size for count in counts)
+    assert all(count >= size // 3 for count in counts)
+    if size > 2:
+        assert all(one != two for one, two in pairwise(counts))
 
 
 def test_what_modules_keep_of_an_earlier_pass_is_copied_without_its_history() -> None:

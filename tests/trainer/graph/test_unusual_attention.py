@@ -56,7 +56,7 @@ class Normalised(Own):
         made = [f(x) for f in (self.q, self.k, self.v)]
         normed = [f(y.flatten(0, 1)).view_as(y) for f, y in zip(self.norms, made, strict=True)]
         q, k, v = map(self.split, normed)
-        mixed = (q @ k.mT * 1e3).softmax(-1) @ v
+        mixed = (q @ k.mT * 3e2).softmax(-1) @ v
         joined = mixed.transpose(1, 2).reshape(*x.shape[:2], self.val_attn_dim)
         return self.out(nn.functional.hardtanh(joined - 1))
 

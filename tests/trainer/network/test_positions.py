@@ -48,3 +48,16 @@ def test_a_large_map_has_the_second_moments_of_all_its_positions() -> None:
         scale = float(expected.squares[axis].diagonal().mean())
         apart = (found.squares[axis] - expected.squares[axis]).abs().max()
         assert float(apart) < 0.01 * scale
+
+
+def test_second_moments_are_made_in_double_precision_when_they_are_asked_for() -> None:
+    sums, axis, x = CovarianceSums(), ("layer", -1), smooth(8, 0).movedim(1, -1)
+    sums.see(axis, x)
+    found = sums.mean("hash")
+    assert sums.second[axis].dtype == torch.float32  # No copy of them in double precision is kept.
+    rows = x.reshape(-1, x.shape[-1]).double()
+    first = found.squares[axis]
+    torch.testing.assert_close(first, rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
+    first.zero_()
+    assert found.squares[axis].any()
+    assert list(found.squares) == [axis]

@@ -2,13 +2,14 @@
 
 Promises: the network is not changed, and only what is never written is shared; the weights of the
 copy lie in a pool, so that it takes little more memory than its largest tensors: tensors whose
-rows have the same length are windows of the same random numbers.
+rows are about equally long are windows of the same random numbers.
 """
 
 from __future__ import annotations
 
 import copy
 import copyreg
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -25,9 +26,9 @@ from leyline import InvalidField
 
 __all__ = ["random_copy"]
 
-_STEP = 257
+_STEP = 61
 """Windows of a pool begin a multiple of so many numbers apart, so that no two layers are alike."""
-_WINDOWS = 16
+_WINDOWS = 64
 _DRAWN = 32_749, 65_521, 131_071, 262_139
 """So many numbers are drawn, the least that does; longer pools repeat them. Primes: no two rows are
 alike."""
@@ -51,7 +52,8 @@ def random_copy(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modu
         with torch.inference_mode(False):
             made |= {id(parameter): pool.parameter(parameter) for parameter in parameters}
             copied = _with_computed(model, made)
-            _prepare_buffers(copied, dtype)
+            with torch.no_grad():
+                _prepare_buffers(copied, dtype)
     except Exception as error:
         found = next(_uncopied(model, made), "") or summary(error)
         raise InvalidField("model", "a model that copy.deepcopy can copy", found) from error
@@ -151,34 +153,51 @@ class _Pool:
 
     def __init__(self, dtype: torch.dtype, parameters: Iterable[Tensor]) -> None:
         self._dtype = dtype
-        self._sizes: dict[tuple[int, torch.device], int] = {}
-        for one in parameters:
-            if one.is_floating_point() and one.ndim > 1:
-                key = _fan_in(one), one.device
-                self._sizes[key] = max(one.numel() + _WINDOWS * _STEP, self._sizes.get(key, 0))
-        largest = max(self._sizes.values(), default=0)
-        count = next((one for one in _DRAWN if largest <= one), _DRAWN[-1])
         generator = torch.Generator().manual_seed(0)
+        largest: dict[tuple[int, torch.device], Tensor] = {}
+        longest = 0
+        for one in parameters:
+            if one.ndim > 1 and one.is_floating_point():
+                known = largest.setdefault(_kind(one), one)
+                if one.numel() > known.numel():
+                    largest[_kind(one)] = one
+            elif one.is_floating_point():
+                longest = max(longest, one.numel())
+        self._largest = largest
+        sizes = [_size(one) for one in largest.values()]
+        most = max(sizes, default=0)
+        count = next((one for one in _DRAWN if most <= one), _DRAWN[-1])
         self._drawn = torch.randn(count, generator=generator, dtype=dtype)
         self._numbers: dict[tuple[int, torch.device], Tensor] = {}
+        self._small = torch.rand(longest + _WINDOWS * _STEP, generator=generator, dtype=dtype) + 0.5
         self._made = 0
 
     def parameter(self, like: Tensor) -> nn.Parameter:
-        """A parameter of that shape; small ones have numbers of their own."""
+        """A parameter of that shape; positive where it has a single axis."""
         if not like.is_floating_point():
             return nn.Parameter(like.detach().clone(), requires_grad=False)
         self._made += 1
+        start = self._made % _WINDOWS * _STEP
         if like.ndim < 2:
-            generator = torch.Generator().manual_seed(self._made)
-            drawn = torch.rand(like.shape, generator=generator, dtype=self._dtype) + 0.5
-            return nn.Parameter(drawn.to(like.device))
-        fan_in, start = _fan_in(like), self._made % _WINDOWS * _STEP
-        key = fan_in, like.device
+            own = self._small.narrow(0, start, like.numel()).view(like.shape)
+            return nn.Parameter(own.to(like.device))
+        key = _kind(like)
         known = self._numbers.get(key)
         if known is None:
-            known = _numbers(self._drawn, self._sizes[key], fan_in).mul_((2 / fan_in) ** 0.5)
-            known = self._numbers[key] = known.to(like.device)
+            fan_in = _fan_in(self._largest[key])
+            known = _numbers(self._drawn, _size(self._largest[key]), fan_in)
+            known = self._numbers[key] = known.mul_((2 / fan_in) ** 0.5).to(like.device)
         return nn.Parameter(known.narrow(0, start, like.numel()).view(like.shape))
+
+
+def _size(largest: Tensor) -> int:
+    """How many numbers a pool has of whose tensors this is the largest."""
+    return largest.numel() + _WINDOWS * _STEP
+
+
+def _kind(weight: Tensor) -> tuple[int, torch.device]:
+    """Weights of one kind share a pool: the scale of its numbers suits all."""
+    return round(math.log2(_fan_in(weight))), weight.device
 
 
 def _numbers(drawn: Tensor, size: int, seed: int) -> Tensor:
@@ -199,17 +218,15 @@ def _fan_in(weight: Tensor) -> int:
 
 def _prepare_buffers(model: nn.Module, dtype: torch.dtype) -> None:
     """Buffers in ``dtype``; running statistics random."""
+    generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point():
                 module._buffers[name] = buffer.to(dtype)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, _NormBase):
-                for buffer in (module.running_mean, module.running_var):
-                    if buffer is not None:
-                        buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+        if isinstance(module, _NormBase):
+            for buffer in (module.running_mean, module.running_var):
+                if buffer is not None:
+                    buffer.copy_(torch.rand(buffer.shape, generator=generator).add_(0.5))
 
 
 def _uncopied(model: nn.Module, made: dict[int, Any]) -> Iterator[str]:

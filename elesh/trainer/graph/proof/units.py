@@ -126,11 +126,10 @@ class _Experiment(Admission):
         rng = np.random.default_rng(0)
         self._groups = groups = [group for group in architecture.groups if group.prunable]
         self._known: dict[tuple[int, tuple[str, ...]], list[_Blame]] = {}
-        # Numbers at random: equal shares could hide that two groups must stay of equal size. And
-        # nearly all: rounding (of halves, for example) forgives small cuts. A single channel
-        # behind an activation, or a normalisation, may be nothing but rounding, magnified.
-        counts = [{g.name: int(rng.integers(1, g.size)) for g in groups}]
-        counts.append({g.name: max(1, g.size - _stays(g)) for g in groups})
+        # Some: equal shares could hide that two groups must stay of equal size. And nearly all:
+        # rounding (of halves, for example) forgives small cuts. A single channel behind an
+        # activation, or a normalisation, may be nothing but rounding, magnified.
+        counts = [some_of(groups, rng), {g.name: max(1, g.size - _stays(g)) for g in groups}]
         self._trials = [
             {g.name: rng.permutation(g.size)[: _fitting(g, count[g.name])].tolist() for g in groups}
             for count in counts
@@ -340,6 +339,22 @@ def _fitting(group: PruningGroup, count: int) -> int:
     """About so many units, so that a number is left that may be."""
     multiple = group.unit_multiple
     return group.size - max(multiple, (group.size - count) // multiple * multiple)
+
+
+def some_of(groups: Sequence[PruningGroup], rng: np.random.Generator) -> dict[str, int]:
+    """Of each group a number of units at random: another one than of the group of its size before
+    it. A third at least, as what is left takes time and memory; and where there are enough, two
+    stay at least, as a single one would be broadcast."""
+    numbers: dict[int, list[int]] = {}
+    found: dict[str, int] = {}
+    for group in groups:
+        size = group.size
+        if size not in numbers:
+            least, most = max(1, size // 3), size - 1 if size < 5 else size - 2
+            numbers[size] = rng.permutation(np.arange(least, most + 1)).tolist()
+        found[group.name] = count = numbers[size].pop(0)
+        numbers[size].append(count)
+    return found
 
 
 def _stays(group: PruningGroup) -> int:

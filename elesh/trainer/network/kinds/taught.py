@@ -24,7 +24,10 @@ __all__ = ["is_recurrent", "is_transposed_linear"]
 
 def is_transposed_linear(module: nn.Module) -> bool:
     """Whether this is the linear layer of GPT-2 in Transformers, whose weight is [in, out]."""
-    kind = type(module)
+    return _makes_transposed(type(module))
+
+
+def _makes_transposed(kind: type) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
@@ -78,10 +81,25 @@ def _experts_axes(module: nn.Module) -> ChannelAxes:
 
 _ROUTER = ChannelAxes(inputs=(("weight", 1),), site_dim=-1)
 
+
+def _is_conv(kind: type) -> bool:
+    return issubclass(kind, _ConvNd)
+
+
+def _is_plain(kind: type) -> bool:
+    return issubclass(kind, (nn.Linear, _ConvNd))
+
+
+def _is_foreign(kind: type) -> bool:
+    """Whether this is no layer of PyTorch."""
+    return not kind.__module__.startswith("torch.")
+
+
 teach_layer(nn.EmbeddingBag, lambda module: _BAG, _refit_bag)
-teach_layer(is_recurrent, recurrent_axes, refit_recurrent)
-teach_layer(is_transposed_linear, lambda module: _TRANSPOSED, _refit_transposed)
-teach_layer(_is_standardised, _standardised_axes)
-teach_layer(_has_normed_weight, _normed_axes, recompute)
-teach_layer(is_experts, _experts_axes, refit_experts)
-teach_layer(is_router, lambda module: _ROUTER, refit_experts)
+for _recurrent in (nn.RNNBase, nn.RNNCellBase):
+    teach_layer(_recurrent, recurrent_axes, refit_recurrent)
+teach_layer(is_transposed_linear, lambda module: _TRANSPOSED, _refit_transposed, _makes_transposed)
+teach_layer(_is_standardised, _standardised_axes, among=_is_conv)
+teach_layer(_has_normed_weight, _normed_axes, recompute, among=_is_plain)
+teach_layer(is_experts, _experts_axes, refit_experts, among=_is_foreign)
+teach_layer(is_router, lambda module: _ROUTER, refit_experts, among=_is_foreign)
