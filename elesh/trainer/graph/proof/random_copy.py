@@ -47,9 +47,9 @@ def random_copy(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modu
     made: dict[int, Any] = {}
     lazy = (UninitializedBuffer, UninitializedParameter)
     parameters = [one for one in model.parameters() if not isinstance(one, lazy)]
-    pool = _Pool(dtype, parameters)
     try:
         with torch.inference_mode(False):
+            pool = _Pool(dtype, parameters)
             made |= {id(parameter): pool.parameter(parameter) for parameter in parameters}
             copied = _with_computed(model, made)
             with torch.no_grad():
