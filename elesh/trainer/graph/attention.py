@@ -346,17 +346,32 @@ def tied(
     return _together([[g for g in edge if g.name in names] for edge in edges])
 
 
-def tied_parts(
-    groups: Sequence[PruningGroup], model: nn.Module
-) -> list[tuple[PruningGroup, tuple[str, ...]]]:
-    """The same of equal parts that a module splits the outputs of one layer into, where it keeps
-    the size of a part or of all (Res2Net, CSPNet)."""
+def parts_of_one_layer(groups: Sequence[PruningGroup]) -> list[list[PruningGroup]]:
+    """Groups of one size that one layer makes."""
     parts: dict[tuple[str, int], list[PruningGroup]] = {}
     for group in groups:
         for layer in group.layers if group.level is Level.CHANNEL else ():
             parts.setdefault((layer, group.size), []).append(group)
-    several = [alike for alike in parts.values() if len(alike) > 1]
-    return _together([p for p in several if any(splits(model, one, len(p)) for one in p)])
+    return [alike for alike in parts.values() if len(alike) > 1]
+
+
+def tied_parts(
+    groups: Sequence[PruningGroup], model: nn.Module, among: Collection[str]
+) -> list[tuple[PruningGroup, tuple[str, ...]]]:
+    """The same of equal parts that the outputs of one layer are split into, where a module keeps
+    the size of a part or of all (Res2Net, CSPNet), or none can go by itself.
+
+    Args:
+        among: names of those that cannot go by themselves.
+    """
+    return _together(
+        [
+            alike
+            for alike in parts_of_one_layer(groups)
+            if any(splits(model, one, len(alike)) for one in alike)
+            or all(one.name in among for one in alike)
+        ]
+    )
 
 
 def _together(

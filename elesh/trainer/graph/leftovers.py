@@ -31,6 +31,7 @@ __all__ = [
     "of_training",
     "of_unreached",
     "sites_in_training",
+    "with_all_matrices",
     "with_readers_of_training",
     "with_the_rest",
     "with_vectors_of_training",
@@ -213,6 +214,20 @@ def of_training(
     for group in of_unreached(sorted(names), model, "it runs in training mode only"):
         if known.isdisjoint((part.tensor, part.dim) for part in group.slices):
             yield group
+
+
+def with_all_matrices(groups: Sequence[PruningGroup], model: nn.Module) -> tuple[PruningGroup, ...]:
+    """The groups, and one for every parameter of several axes that none of them speaks of."""
+    known = {part.tensor for group in groups for part in group.slices}
+    layers = {layer for group in groups for layer in group.layers}
+    found = []
+    for path, parameter in model.named_parameters():
+        wide = [axis for axis, size in enumerate(parameter.shape) if size > 1]
+        if len(wide) > 1 and path not in known and owner_of(path)[0] not in layers:
+            reason = f"{path} is used by the network's own code, not by a layer that Elesh knows"
+            part = TensorSlice(tensor=path, dim=wide[0])
+            found.append(_left(path, path, parameter.shape[wide[0]], [part], reason))
+    return (*groups, *found)
 
 
 def of_unreached(

@@ -34,6 +34,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
@@ -120,7 +121,7 @@ def _mapping(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Every tensor in a nest of tuples, lists, mappings and dataclasses, in order."""
+    """Every tensor in a nest of tuples, lists, mappings, dataclasses, distributions, in order."""
     parts: Iterable[Any] = ()
     if isinstance(value, Tensor):
         return [value]
@@ -132,6 +133,8 @@ def tensors_in(value: Any) -> list[Tensor]:
         parts = value.values()
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         parts = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    elif isinstance(value, Distribution):
+        parts = vars(value).values()
     return [tensor for part in parts for tensor in tensors_in(part)]
 
 

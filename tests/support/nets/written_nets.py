@@ -320,6 +320,24 @@ class MaskedSteps(nn.Module):
         return torch.as_tensor(self.leave(x.relu()))
 
 
+class Reversible(nn.Module):
+    """Two halves of one layer's outputs, each added to by what is made of the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Conv2d(3, 24, 3), nn.Linear(24, 3)
+        self.f, self.g = (
+            nn.Sequential(nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 12, 3, padding=1))
+            for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.enter(x).chunk(2, 1)
+        a = a + self.f(b)
+        b = b + self.g(a)
+        return torch.as_tensor(self.leave(torch.cat([a, b], 1).mean((2, 3))))
+
+
 def bag() -> nn.Module:
     return nn.Sequential(nn.EmbeddingBag(20, 12), nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 3))
 
@@ -343,6 +361,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "unflattened": (unflattened, (CONDITIONS,)),
     "linear attention": (LinearAttention, (VECTORS,)),
     "bag": (bag, (IDS,)),
+    "reversible": (Reversible, (IMAGES,)),
     "masked steps": (MaskedSteps, (VECTORS,)),
     "folded heads": (FoldedHeads, (VECTORS,)),
 }

@@ -9,6 +9,7 @@ import trainer_nets
 import written_nets
 from cut_check import cut_and_checked, prunable
 from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, Normal
 
 from elesh.trainer import Recorder, Surgeon
 from elesh.trainer.network.calling import call
@@ -34,6 +35,7 @@ UNITS = {
     "unflattened": {"0": 14, "2": 12, "6": 8},
     "linear attention": {"enter": 16, "o": 4},
     "bag": {"0": 12, "1": 10},
+    "reversible": {"enter": 12},
     "masked steps": {"enter": 12, "inner": 10},
     "folded heads": {"out": 4},
 }  # fmt: skip
@@ -118,6 +120,41 @@ class WithLoss(nn.Module):
 def test_a_network_that_returns_a_number_beside_its_outputs_loses_what_others_lose() -> None:
     surgeon = cut_and_checked(WithLoss(), torch.randn(4, 3))
     assert prunable(surgeon) == ["enter"]
+
+
+class Policy(nn.Module):
+    """Returns a distribution, as agents do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.mean, self.width = nn.Linear(3, 8), nn.Linear(8, 2), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Distribution:
+        x = self.body(x).tanh()
+        return Independent(Normal(self.mean(x), nn.functional.softplus(self.width(x))), 1)
+
+
+def test_a_network_that_returns_a_distribution_can_be_cut() -> None:
+    assert prunable(cut_and_checked(Policy(), torch.randn(4, 3))) == ["body"]
+
+
+class Cosines(nn.Module):
+    """Answers are told by their angle to weights that are no layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.weight = nn.Linear(3, 8), nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = nn.functional.normalize(self.weight)
+        return torch.as_tensor(nn.functional.normalize(self.enter(x)) @ rows.T)
+
+
+def test_a_matrix_that_no_layer_has_is_listed_with_a_reason() -> None:
+    group = Recorder(Cosines().eval(), torch.randn(2, 3)).architecture.group["weight"]
+    assert (
+        group.reason == "weight is used by the network's own code, not by a layer that Elesh knows"
+    )
 
 
 class FixedMaps(nn.Module):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elesh.trainer.graph.attention import tied, tied_parts
+from elesh.trainer.graph.attention import parts_of_one_layer, tied, tied_parts
 from elesh.trainer.network.calling import raised_in, summary
 from leyline import Level, PrunedArchitecture, PruningGroup
 
@@ -157,8 +157,13 @@ class _Experiment(Admission):
         return self._together(tied(self._groups, alone))
 
     def tied_parts(self) -> list[Together]:
-        """Equal parts that a module splits a layer's outputs into, as it keeps their size."""
-        return self._together(tied_parts(self._groups, self._trial.copied))
+        """Equal parts that the outputs of one layer are split into (``chunk``)."""
+        names = {group.name for alike in parts_of_one_layer(self._groups) for group in alike}
+        faults = self._faults(self._names) if names else ()
+        if all(fault.differs or names.isdisjoint(fault.blamed) for fault in faults):
+            names = set()
+        alone = self._suspected([name for name in self._names if name in names])
+        return self._together(tied_parts(self._groups, self._trial.copied, alone))
 
     def of(self, architecture: PrunedArchitecture) -> _Experiment:
         """The same with another architecture."""
