@@ -400,8 +400,9 @@ class Refit:
             if consumer is None:
                 continue
             means, squares, rows = self.inputs[module, dim]
-            over_all = self._normalised(norms[module, dim].values(), len(means))
-            norm = normalised_by(means, squares, over_all)
+            norm, sites = None, norms[module, dim].values()
+            if sites:
+                norm = normalised_by(means, squares, self._normalised(sites, len(means)))
             weight = self.weights[consumer.weight]
             bias = None if consumer.bias is None else self.weights[consumer.bias]
             how = consumer.dim, consumer.groups

@@ -234,7 +234,7 @@ class AnalysisExecutor:
             runs.calibration_cuts(run),
         )
         states = [(v.state if v.admitted else "open", v.failures, v.reason) for v in views]
-        factor = calibrated(probes, self._settings.verification)
+        factor = calibrated(probes, self._settings.verification) if probes else None
         try:
             yield replace(
                 job,

@@ -332,7 +332,7 @@ class UnitLevel(ABC):
         """One target for each group that loses units; costs in their own unit."""
         candidates, selection = ranking.candidates, choice.selection
         lost = candidates.by_group(selection.units)
-        pairs = pairs_by_group(candidates, selection.pairs)
+        pairs = pairs_by_group(candidates, selection.pairs) if selection.pairs else {}
         for number, group in enumerate(groups):
             units = lost.get(group.name)
             if not units:

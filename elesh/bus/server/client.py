@@ -202,8 +202,9 @@ class Backoff:
 
     def served(self) -> None:
         """The last try succeeded: the next pause is a short one again."""
-        self._since = None
-        self._log.served(self)
+        if self._since is not None:
+            self._since = None
+            self._log.served(self)
 
 
 async def until_available(

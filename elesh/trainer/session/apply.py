@@ -306,7 +306,8 @@ class _Check:
                 refit = self._refit
                 self._keep_outputs()
                 surgeon.mask(decision.units, reconstruct=refit.covariance, skip=refit.skip)
-                surgeon.mask_layers(target.layer_name for target in decision.layers)
+                if decision.layers:
+                    surgeon.mask_layers(target.layer_name for target in decision.layers)
                 before = self._solve_layers()
             now = self._measure("masked", "evaluate masked")
             self._own_rose = self._own.rose()
