@@ -21,7 +21,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,7 @@ from .program import (
     read_weights,
     require_gates,
 )
-from .refit import BatchNorm, Estimate, Refit, batch_norms
+from .refit import BatchNorm, Estimate, Refit, batch_norms, moved_statistic
 
 _NOTHING = (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC)
 
@@ -76,7 +76,7 @@ _PORTION = 256
 _FLOW_SAMPLES = 256
 """Samples whose gradients are followed: the norm needs no more."""
 _STATISTICS = 256
-"""Calibration samples that estimate batch statistics, as many as in the trainer's own check."""
+"""Calibration samples by which batch statistics move, as many as in the trainer's own check."""
 _SEED = 1
 
 
@@ -138,6 +138,8 @@ class Bench:
         self._calibration: dict[str, Tensor] | None = None
         self.refit: Refit | None = None
         """Where set, weights are refitted whenever parts are masked."""
+        self._before: dict[str, Tensor] = {}
+        """Batch statistics of the calibration inputs, with nothing masked."""
         require_gates(self._program.gates, architecture)
 
     def calibration(self) -> dict[str, Tensor]:
@@ -162,21 +164,6 @@ class Bench:
             with confined():
                 return Measurement(outcomes, self._gradients(self.gates(entries)))
 
-    def before_a_cut(self, whole: Measurement) -> Measurement:
-        """What gradients after a cut are compared with: where a cut estimates batch statistics
-        anew, those of the network with new statistics. Statistics that lag behind training would
-        else count as the cut's doing."""
-        norms = self.refit.norms if self.refit is not None else ()
-        if not norms:
-            return whole
-        as_it_is = self._weights
-        self._weights = {**as_it_is, **self._batch_statistics(norms, ())}
-        try:
-            with confined():
-                return replace(whole, gradients=self._gradients(self.gates(())))
-        finally:
-            self._weights = as_it_is
-
     def outcomes(self, entries: Sequence[Entry]) -> Outcomes:
         """As :meth:`measure`, without the gradients: a third of the time."""
         with self._refitted(entries):
@@ -187,7 +174,7 @@ class Bench:
 
         Args:
             skip: consumers that keep their weights.
-            batch_statistics: those of batch normalisations are estimated anew after that.
+            batch_statistics: those of batch normalisations move along.
 
         Raises:
             ContractError: if there are none.
@@ -219,19 +206,35 @@ class Bench:
     def _refitted(self, entries: Sequence[Entry]) -> Iterator[None]:
         """Inside, the weights are those of the network without ``entries``."""
         whole = self._weights
+        norms = self.refit.norms if self.refit is not None else ()
         if self.refit is not None and entries:
-            self._weights = {**whole, **self.refit.of(entries)}
-            if self.refit.norms and any(level is not Level.LAYER for level, _, _ in entries):
-                self._weights |= self._batch_statistics(self.refit.norms, entries)
+            before = self._statistics(norms, ()) if norms and not self._before else self._before
+            self._before, self._weights = before, {**whole, **self.refit.of(entries)}
+            if norms and any(level is not Level.LAYER for level, _, _ in entries):
+                self._weights |= self._moved_statistics(norms, entries)
         try:
             yield
         finally:
             self._weights = whole
 
-    def _batch_statistics(
+    def _moved_statistics(
         self, norms: tuple[BatchNorm, ...], entries: Sequence[Entry]
     ) -> dict[str, Tensor]:
-        """Running statistics of the network with ``entries`` masked, on its calibration inputs."""
+        """Running statistics with ``entries`` masked: moved as those of the calibration inputs."""
+        after, variances = self._statistics(norms, entries), {norm.variance for norm in norms}
+        moved = {
+            path: moved_statistic(
+                self._weights[path], self._before[path], own, variance=path in variances
+            ).to(self._weights[path].dtype)
+            for path, own in after.items()
+            if path in self._before
+        }
+        return {path: value for path, value in moved.items() if torch.isfinite(value).all()}
+
+    def _statistics(
+        self, norms: tuple[BatchNorm, ...], entries: Sequence[Entry]
+    ) -> dict[str, Tensor]:
+        """Those of the calibration inputs, in the network as it is with ``entries`` masked."""
         estimate, gates, inputs = Estimate(norms), self.gates(entries), self.calibration()
         largest = 0
         with confined(), torch.no_grad():
@@ -241,7 +244,7 @@ class Bench:
                     continue
                 self.run(inputs, rows, gates, instead=estimate.instead())
                 estimate.portions += 1
-        return estimate.means(self._weights)
+        return estimate.means()
 
     def _outcomes(self, entries: Sequence[Entry]) -> Outcomes:
         mask = self.gates(entries)

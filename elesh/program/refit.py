@@ -2,15 +2,15 @@
 
 Ridge least squares say what some inputs of a consumer tell of the others, from their covariance.
 Refitted weights send on almost what was sent before, not just that. Over many layers the small
-differences add up, and batch normalisations keep the statistics of another network: those are
-estimated anew, as the trainer does by a pass over its calibration samples.
+differences add up, and batch normalisations keep the statistics of another network: those are moved
+by what the cut does to the statistics of the calibration samples, as the trainer does.
 
 Promises: float64; the ridge bounds the condition number of what is solved by ``1 + C / RIDGE``; the
 prediction is never worse than zeros on the rows that were measured. Worker and trainer refit by the
 same function, from inputs that the consumers see on the checkpoint's calibration samples; nothing
 of the held-out samples is used; what is no linear map of its inputs keeps its weights. Statistics
-follow the trainer's rule (:mod:`elesh.trainer.surgery.after_cut`): means over portions of what
-normalisations see when they normalise by the portion itself; small portions are left out;
+of samples follow the trainer's rule (:mod:`elesh.trainer.surgery.after_cut`): means over portions
+of what normalisations see when they normalise by the portion itself; small portions are left out;
 statistics that are no finite numbers stay as they were.
 """
 
@@ -293,6 +293,21 @@ def _batch_norm(program: Program, node: Node) -> BatchNorm | None:
     return BatchNorm(node.name, mean, variance)
 
 
+def moved_statistic(running: Tensor, before: Tensor, after: Tensor, *, variance: bool) -> Tensor:
+    """A running statistic after a change, as it was and moved by what the change did to the same
+    samples' own. Some hundred samples know that far better than they know the statistic itself.
+
+    Args:
+        running: [C] means or variances, before the change.
+        before, after: [C] the same of the samples.
+        variance: by what factor it moves, where there was any; else by how much.
+    """
+    if not variance:
+        return running + (after - before)
+    factor = after / before.clamp_min(torch.finfo(before.dtype).tiny)
+    return torch.where(before > 0, running * factor, running + after)
+
+
 @dataclass
 class Estimate:
     """Sums over the portions of one pass."""
@@ -305,14 +320,9 @@ class Estimate:
         """What is to be called in place of each normalisation, by its value's name."""
         return {norm.node: partial(self._normalised, norm) for norm in self.norms}
 
-    def means(self, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The statistics by path, where they are finite, in the dtype of those ``before``."""
-        found = {path: total / max(self.portions, 1) for path, total in self.sums.items()}
-        return {
-            path: value.to(before[path].dtype)
-            for path, value in found.items()
-            if torch.isfinite(value).all()
-        }
+    def means(self) -> dict[str, Tensor]:
+        """The statistics by path."""
+        return {path: total / max(self.portions, 1) for path, total in self.sums.items()}
 
     def _normalised(self, norm: BatchNorm, *args: Any) -> Tensor:
         x, weight, bias, mean, variance = args[:5]
@@ -369,7 +379,7 @@ class Refit:
     Args:
         inputs: by gate (module, axis): means [C], second moments [C, C] and rows of what enters.
         skip: consumers that keep their weights.
-        norms: batch normalisations whose running statistics are estimated anew after refitting.
+        norms: batch normalisations whose running statistics move along with refitting.
     """
 
     program: Program

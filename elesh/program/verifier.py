@@ -244,7 +244,6 @@ class _Search:
 
     def __post_init__(self) -> None:
         self.before: Measurement = self.bench.measure(())
-        self.flow_before = self.bench.before_a_cut(self.before)
 
     def is_safe(self, entries: tuple[Entry, ...]) -> bool:
         """Whether all gates pass with ``entries`` masked."""
@@ -255,7 +254,7 @@ class _Search:
         key = tuple(sorted(entries))
         if key not in self.seen:
             after = self.bench.measure(key)
-            flow = self.bench.flow_change(self.flow_before, after, key)
+            flow = self.bench.flow_change(self.before, after, key)
             levels = frozenset(entry[0] for entry in key)
             limits = self.settings.limits(levels, self.proposal.phase)
             self.seen[key] = safety.harm(

@@ -116,8 +116,9 @@ class TrainerSettings(Section):
     restore points until one validates; ``atomic``: only the newest cut is taken back."""
     cut_accuracy_drop: float = Field(default=0.005, ge=0, le=1)
     """What one cut may cost at once, by the trainer's own evaluation under the mask; a decision
-    that costs more is shortened to its cheaper half, a quarter or an eighth. What it costs is told
-    from accuracy and loss together (decision 0103). 1: decisions are cut whole or not at all."""
+    that may cost more is shortened, to an eighth at the least. What it costs is told from accuracy,
+    loss and how answers move, and two standard errors are added (decision 0104). 1: decisions are
+    cut whole or not at all."""
     time_share: float = Field(default=0.1, ge=0, le=10)
     """Share of the training's time that its thread may give to Elesh. Beyond it a checkpoint
     measures fewer calibration samples (128, or as many as the widest group has units) and

@@ -415,7 +415,7 @@ class Reconstructed(Message):
     skip: tuple[Name, ...] = Field(default=(), exclude_if=operator.not_)
     """Consumers that keep their weights."""
     batch_statistics: bool = Field(default=False, exclude_if=operator.not_)
-    """Whether the running statistics of batch normalisations are estimated anew after refitting."""
+    """Whether the running statistics of batch normalisations move along with refitting."""
     loss: Finite | None = Field(default=None, exclude_if=is_none)
     """Mean loss on the held-out samples with the cut and refitted weights, where measured."""
     loss_without: Finite | None = Field(default=None, exclude_if=is_none)

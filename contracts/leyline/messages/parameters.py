@@ -97,7 +97,7 @@ class Reconstruction(Message):
     skip: tuple[Name, ...] = Field(default=(), exclude_if=operator.not_)
     """Consumers that keep their weights all the same, by path."""
     batch_statistics: bool = Field(default=False, exclude_if=operator.not_)
-    """After that the running statistics of batch normalisations are estimated anew, by a pass over
+    """After that the running statistics of batch normalisations move along, by a pass over
     calibration samples."""
 
 

@@ -31,6 +31,7 @@ from elesh.trainer.network.calling import (
     map_tensors,
 )
 from elesh.trainer.network.state import preserve_state, unwrapped
+from elesh.trainer.recovery.answers import Shown
 from elesh.trainer.recovery.checkpoints import Loading
 from elesh.trainer.recovery.evaluation import checked
 from elesh.trainer.session.apply import Evaluation
@@ -386,8 +387,12 @@ class EveryEpoch:
         """The evaluation, remembered until the epoch ends: training changes the network. What was
         given is of the network before anything is taken back."""
         given, self._given = self._given, None
-        self._known = given or checked(self.evaluate())
-        return self._known
+        if given is None:
+            with Shown.by(self._network) as shown:
+                given = checked(self.evaluate())
+            given = replace(given, answers=shown.answers)
+        self._known = given
+        return given
 
     def evaluate(self) -> Evaluation:
         """How well the network does now; its training flags are left as they are."""

@@ -219,7 +219,7 @@ class Recorder:
                 kept units: units are ranked and verified for that, and the input covariance is
                 kept with the checkpoint (three C x C matrices for every consumer of C channels).
             skip: paths of consumers that keep their weights all the same.
-            batch_statistics: those of batch normalisations are estimated anew after refitting:
+            batch_statistics: those of batch normalisations move along with refitting:
                 ``session.apply(..., batches=batches)`` does that.
             redistribute: only rank for a trainer that refits, as in the version before.
             loss_samples: only the first so many samples have the loss's derivatives taken, two of

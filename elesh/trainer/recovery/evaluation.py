@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from leyline import (
     GateResult,
@@ -20,12 +20,17 @@ from leyline import (
     stable_hash,
 )
 
+from .answers import Answers, moved
+
 _LEVELS = 5
 """Figures before a cut whose mean is what it is compared with."""
 _UNKNOWN = 2
 """As much as so many known moves counts what is presumed of a training that is not known yet."""
-_LOSS_DOUBT = 0.004
-"""Of accuracy, by which what the loss says may be off: a cut makes answers less sure, too."""
+_LOSS_DOUBT, _ANSWERS_DOUBT = 0.004, 0.001
+"""Of accuracy, by which what the loss says may be off, as a cut makes answers less sure, too; and
+by which what answers say may be."""
+_BOUND = 2.0
+"""Standard errors above the likely drop at which its upper bound lies."""
 _ERRORS = 3.5
 """Standard errors beyond which a fall is no chance."""
 _FEW = 1.5
@@ -40,6 +45,8 @@ class Evaluation:
     """Share of right answers, 0 to 1."""
     loss: float
     """Mean loss a sample; 0 where none is measured. NaN and infinity are failed checks."""
+    answers: Answers | None = field(default=None, compare=False, repr=False)
+    """The network's outputs meanwhile, where they were seen."""
 
     def __post_init__(self) -> None:
         for name in ("accuracy", "loss"):  # tensors and NumPy scalars, too
@@ -94,50 +101,83 @@ class LikelyDrop:
     """How much accuracy a cut costs on other samples of the same kind, as far as it is known."""
 
     combined: float
-    """Accuracy and loss, each weighted by its precision."""
-    by_loss: float
+    """By accuracy, loss and answers, each weighted by its precision."""
+    by_loss: float = 0.0
     """By the loss alone; 0 where none is measured."""
+    bound: float | None = None
+    """Two standard errors above it; None where answers were not seen: without
+    them few samples could never show that little is lost."""
 
 
 def likely_drop(before: Evaluation, now: Evaluation, samples: int) -> LikelyDrop:
-    """The drop of accuracy from ``before`` to ``now``, estimated from accuracy and loss.
+    """The drop of accuracy from ``before`` to ``now``, estimated from accuracy, loss and answers.
 
     Of few samples the accuracy moves by whole ones, and by chance; their loss is finer. Where it
     rises by a share, so do errors on the whole; and a right answer that becomes a wrong one has a
-    loss of at least ln 2. The two estimates are weighted by the inverse of their variances: that of
-    accuracy is the variance of as many changed answers, that of the loss is set to the square of
-    half the estimate and .4 points.
+    loss of at least ln 2. Finer still is how far each output moved (:func:`.answers.moved`). The
+    estimates are weighted by the inverse of their variances: that of accuracy is the variance of as
+    many changed answers, those of the others are set to the square of half the estimate and .4 and
+    .1 points; the error of so few samples' answers is known.
 
     Args:
         samples: that both were measured on; 0 where nobody knows, as where no loss is measured:
             accuracy alone is then asked.
     """
     drop, increase = before.accuracy - now.accuracy, max(now.loss - before.loss, 0.0)
-    if not samples or not before.loss > 0:
-        return LikelyDrop(drop, 0.0)
-    errors = max(1 - before.accuracy, 0.5 / samples)
-    by_loss = min(errors * increase / before.loss, increase / math.log(2))
-    variance = (2 * max(abs(drop), by_loss) + 1 / samples) / samples
-    loss_variance = (by_loss / 2 + _LOSS_DOUBT) ** 2
-    combined = (drop * loss_variance + by_loss * variance) / (loss_variance + variance)
-    return LikelyDrop(combined, by_loss)
+    seen = moved(before.answers, now.answers, before.accuracy) if samples else None
+    if not samples or not (before.loss > 0 or seen):
+        return LikelyDrop(drop)
+    by_loss, witnesses = 0.0, list[tuple[float, float]]()
+    if before.loss > 0:
+        errors = max(1 - before.accuracy, 0.5 / samples)
+        by_loss = min(errors * increase / before.loss, increase / math.log(2))
+        witnesses.append((by_loss, (by_loss / 2 + _LOSS_DOUBT) ** 2))
+    if seen is not None:
+        doubt = (seen.drop / 2 + _ANSWERS_DOUBT) ** 2 + seen.error**2
+        witnesses.append((seen.drop, doubt))
+    changed = 2 * max(abs(drop), by_loss) if seen is None else seen.share
+    witnesses.append((drop, (changed + 1 / samples) / samples))
+    precision = sum(1 / variance for _, variance in witnesses)
+    combined = sum(value / variance for value, variance in witnesses) / precision
+    bound = None if seen is None else combined + _BOUND / math.sqrt(precision)
+    return LikelyDrop(combined, by_loss, bound)
 
 
-def excess(before: Evaluation, now: Evaluation, samples: int, limit: float) -> str:
-    """Why a cut costs more accuracy at once than ``limit``; empty if it does not.
+@dataclass(frozen=True)
+class Excess:
+    """By what a cut costs too much at once."""
 
-    One sample more that is wrong is chance where the loss says no more, and where nobody knows how
-    many there are, a drop without a rise of the loss is.
+    why: str = ""
+    """Empty if it does not."""
+    likely: bool = False
+    """Whether that is likely, and not only possible."""
+    within: float | None = None
+    """What share of it would cost no more than the limit, as far as is known."""
+
+
+def excess(before: Evaluation, now: Evaluation, samples: int, limit: float) -> Excess:
+    """Whether a cut costs more accuracy at once than ``limit``.
+
+    Where answers were seen, the upper bound counts. Where they were not, one sample more that is
+    wrong is chance if the loss says no more, and where nobody knows how many there are, so is a
+    drop without a rise of the loss.
     """
     drop, likely = before.accuracy - now.accuracy, likely_drop(before, now, samples)
-    one = samples and drop <= 1 / samples + 1e-9 and likely.by_loss <= limit
-    confirmed = samples or now.loss > before.loss or not (now.loss or before.loss)
-    if one or not confirmed or likely.combined <= limit + 1e-9:
-        return ""
-    if drop > limit:
-        return f"accuracy falls by {drop:.4f}"
-    rise = f"accuracy falls by {drop:.4f} and the loss rises from {before.loss:.4g} to "
-    return f"{rise}{now.loss:.4g}, which comes to {likely.combined:.4f} of accuracy"
+    if likely.bound is None:
+        one = samples and drop <= 1 / samples + 1e-9 and likely.by_loss <= limit
+        confirmed = samples or now.loss > before.loss or not (now.loss or before.loss)
+        if one or not confirmed:
+            return Excess()
+    counts = likely.combined if likely.bound is None else likely.bound
+    if counts <= limit + 1e-9:
+        return Excess()
+    said = f"accuracy falls by {drop:.4f}"
+    if drop <= limit:
+        said += f" and the loss goes from {before.loss:.4g} to {now.loss:.4g}"
+        said += f", which comes to {likely.combined:.4f} of accuracy"
+        said += "" if likely.bound is None else f" by how answers move, at most {counts:.4f}"
+    within = None if likely.bound is None else limit / counts
+    return Excess(said, likely.combined > limit + 1e-9, within)
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from elesh.observe import get_logger, span
 from elesh.settings import RollbackTriggers, VerificationSettings
-from elesh.trainer.network.calling import batch_size, tensors_in
+from elesh.trainer.network.calling import batch_size
 from elesh.trainer.network.state import preserved
+from elesh.trainer.recovery.answers import Shown
 from elesh.trainer.recovery.evaluation import (
     Evaluation,
+    Excess,
     checked,
     excess,
     failed_check,
@@ -71,8 +73,8 @@ _NAME_IT = (
     "name what evaluate loads into the network, an average or the best weights, and it is cut "
     "along: session.resume(surgeon, ema=average) or elesh.attach(..., ema=average)"
 )
-_HALVINGS = 3
-"""A decision that costs too much at once is halved so many times."""
+_LEAST_SHARE = 1 / 8
+"""A decision that costs too much at once is shortened to no less."""
 _STATISTICS = 256
 """Calibration samples that estimate batch statistics and that layers are solved by: every position
 of them counts, and all of them would cost more than measuring the checkpoint does."""
@@ -119,7 +121,7 @@ def apply_decision(
         redistribute: called for the same, whatever the decision says; the name of the version
             before.
         batches: (inputs, labels) pairs of calibration samples: where the decision says so, the
-            running statistics of batch normalisations are estimated anew by them after refitting,
+            running statistics of batch normalisations move by what the cut does to those of them,
             under the mask and in the cut. Empty: they stay, and the outcome says so.
         held_out: the same of other samples: their loss is looked at beside ``evaluate``. Empty:
             that of the first calibration samples.
@@ -254,22 +256,26 @@ class _Check:
         """With the mask on, which is off again on return; as much of the decision as costs little
         at once. If every part fails, the outcome is that of the whole."""
         whole, share = self._decision, 1.0
-        first = self._masked()
-        if cut_drop is None or cut_drop >= 1 or not (too_much := self._excess(cut_drop)):
+        first = failed = self._masked()
+        excess = self._excess(cut_drop)
+        if cut_drop is None or cut_drop >= 1 or "masked" not in self._figures:
             return first
-        for _ in range(_HALVINGS):
-            smaller = shortened(whole, self._before, share / 2)
-            if smaller is None and share == 1 and whole.layers:  # one layer: the triggers judge it
+        too_much = excess.why or (first.detail if first else "")
+        while (failed or excess.why) and share > _LEAST_SHARE:
+            smaller = max(share * min(excess.within or 0.5, 0.5), _LEAST_SHARE)
+            part = shortened(whole, self._before, smaller)
+            if part is None and share == 1 and whole.layers:  # one layer: the triggers judge it
                 return first
-            if smaller is None:
+            if part is None:
                 break
-            self._decision, share = smaller, share / 2
-            failed = self._masked()
+            self._decision, share = part, smaller
+            failed, excess = self._masked(), self._excess(cut_drop)
             if "masked" not in self._figures:  # an error
                 return failed
-            if not self._excess(cut_drop):
+        if not failed and not excess.likely:
+            if share < 1:
                 self._say_shortened(whole, too_much)
-                return failed
+            return None
         self._decision = whole
         if first is not None:
             return first
@@ -278,13 +284,13 @@ class _Check:
             reason += f", and with {share:g} of it more than {cut_drop:g}, too"
         return self.outcome("refused", f"{reason}: smaller, later, or a higher cut_accuracy_drop")
 
-    def _excess(self, cut_drop: float) -> str:
-        """What the mask costs, where that is too much at once; else empty."""
+    def _excess(self, cut_drop: float | None) -> Excess:
+        """What the mask costs, where that is too much at once."""
         before, now = self._figures["before"], self._figures.get("masked")
-        if now is None or not now.finite:
-            return ""
+        if now is None or not now.finite or cut_drop is None:
+            return Excess()
         if worse := failed_loss(before, now, self._loss_limit) or self._own_rose:
-            return worse.removesuffix(",")
+            return Excess(worse.removesuffix(","), likely=True)
         return excess(before, now, self.samples, cut_drop)
 
     def _say_shortened(self, whole: StructuralPruningDecision, why: str) -> None:
@@ -438,12 +444,12 @@ class _Check:
 
     def _measure(self, name: str, step: str) -> Evaluation:
         model = self._surgeon.model
-        samples = _Samples(model)
-        with span(step), model.register_forward_pre_hook(samples, with_kwargs=True):
+        with span(step), Shown.by(model) as shown:
             now = self._evaluate()
-        if samples.of_before:
+        if shown.of_before:
             raise InvalidField("evaluate", "the network as it is", _OF_BEFORE, hint=_NAME_IT)
-        self._figures[name], self.samples = now, samples.count
+        now = self._figures[name] = replace(now, answers=shown.answers)
+        self.samples = shown.count
         return now
 
     def _judge(self, now: Evaluation, when: str) -> PruningOutcome | None:
@@ -457,31 +463,6 @@ class _Check:
         key = self._decision.idempotency_key
         _log.exception("decision refused, an error came up", key=key, when=when, reason=reason)
         return self.outcome("refused", f"{when}: {reason}")
-
-
-class _Samples:
-    """A hook that counts the samples a network is called with, and those that copies of it made
-    meanwhile are; scripts pickle the network, too, and such a one counts for itself."""
-
-    _not_followed = True
-
-    def __init__(self, model: nn.Module) -> None:
-        self._shapes = _shapes(model)
-        self.count = 0
-        self.of_before = False
-        """Whether it was called with parameters of other shapes than it had."""
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.of_before |= _shapes(module) != self._shapes
-        sizes = [len(x) for x in tensors_in([*args, *kwargs.values()]) if x.ndim]
-        self.count += max(sizes, default=0)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Samples:
-        return self
-
-
-def _shapes(model: nn.Module) -> list[tuple[int, ...]]:
-    return [tuple(parameter.shape) for parameter in model.parameters()]
 
 
 def _first(batches: Batches, samples: int) -> Batches:
@@ -524,7 +505,7 @@ class _Refit:
     covariance: InputCovariance | None = None
     skip: tuple[str, ...] = ()
     batches: Batches = ()
-    """By which batch statistics are estimated anew; empty: they stay."""
+    """By which batch statistics move along; empty: they stay."""
     samples: Batches = ()
     """By which layers are solved one behind the other; empty: they are not."""
     said: str = ""

@@ -41,7 +41,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.hooks import RemovableHandle
 
-from elesh.program.refit import RIDGE, Normalised, normalised_by, without_inputs
+from elesh.program.refit import RIDGE, Normalised, moved_statistic, normalised_by, without_inputs
 from elesh.trainer.network.calling import (
     batch_size,
     call,
@@ -63,6 +63,7 @@ __all__ = [
     "InputCovariance",
     "Moments",
     "batch_norms",
+    "batch_statistics",
     "estimated_batch_statistics",
     "merged_covariance",
     "put_batch_statistics",
@@ -381,6 +382,24 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     return {path: norm for path, norm in norms.items() if norm.running_mean is not None}
 
 
+def sampled_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The batch normalisations, of which the next pass's samples will be the statistics."""
+    norms = batch_norms(model)
+    for norm in norms.values():
+        norm.reset_running_stats()
+        norm.momentum = None
+    return norms
+
+
+def statistic_after(path: str, before: tuple[Tensor, Tensor], own: Tensor) -> Tensor | None:
+    """A running statistic after a cut; None where it is not finite, or something else stands in the
+    normalisation's place."""
+    if own.shape != before[1].shape:
+        return None
+    found = moved_statistic(*before, own, variance=path.endswith("running_var"))
+    return found if bool(found.isfinite().all()) else None
+
+
 def estimated_batch_statistics(
     model: nn.Module, batches: Iterable[tuple[Any, Any]]
 ) -> dict[str, Tensor]:
@@ -389,19 +408,24 @@ def estimated_batch_statistics(
     with preserved(model), Uncompiled(model):
         if not reestimate_batch_statistics(model, batches):
             return {}
-        return {path: buffer.clone() for path, buffer in _statistics(model).items()}
+        return batch_statistics(model)
 
 
 def put_batch_statistics(model: nn.Module, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Set running statistics, by path of the buffer; what they were."""
-    buffers = _statistics(model) if statistics else {}
+    buffers = _buffers(model) if statistics else {}
     before = {path: buffers[path].clone() for path in statistics}
     for path, new in statistics.items():
         buffers[path].data.copy_(new)
     return before
 
 
-def _statistics(model: nn.Module) -> dict[str, Tensor]:
+def batch_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the running statistics, by path of the buffer."""
+    return {path: buffer.clone() for path, buffer in _buffers(model).items()}
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{path}.{name}" if path else name: getattr(norm, name)
         for path, norm in batch_norms(model).items()

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,7 +38,12 @@ from elesh.trainer.network.calling import (
 from elesh.trainer.network.kinds.taught import is_transposed_linear
 from elesh.trainer.network.positions import positions_drawn
 from elesh.trainer.network.state import Uncompiled, evaluated, preserved
-from elesh.trainer.surgery.after_cut import batch_norms, put_batch_statistics
+from elesh.trainer.surgery.after_cut import (
+    batch_statistics,
+    put_batch_statistics,
+    sampled_norms,
+    statistic_after,
+)
 from leyline import PrunedArchitecture
 
 __all__ = [
@@ -92,6 +97,9 @@ class OutputsBefore:
     changing: frozenset[str] | None = None
     """The only layers whose inputs or weights a cut changes by itself: those that are called before
     the first of them are as they were, and not looked at. None: any may be."""
+    statistics: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """By path of a buffer of a batch normalisation: its running statistic, and that of the samples.
+    Empty unless these are all that were given."""
 
     def without(
         self, architecture: PrunedArchitecture, units: Mapping[str, Collection[int]]
@@ -111,7 +119,12 @@ class OutputsBefore:
             lost = gone.get((f"{name}.weight", self.axes[name]), set())
             kept = [row for row in range(value.shape[-1]) if row not in lost]
             values[name] = value[..., kept] if lost else value
-        return replace(self, values=values)
+        statistics = {}
+        for path, (running, own) in self.statistics.items():
+            lost = gone.get((path, 0), set())
+            kept = [row for row in range(len(own)) if row not in lost]
+            statistics[path] = (running[kept], own[kept]) if lost else (running, own)
+        return replace(self, values=values, statistics=statistics)
 
 
 def outputs_before(
@@ -136,6 +149,7 @@ def outputs_before(
     layers = _solvable(model, architecture)
     given = sum(batch_size(each) for each, _ in batches)
     values: dict[str, Tensor] = {}
+    running = batch_statistics(model)
     with _watching(model) as stack:
         shapes = _shapes(model, layers, _first(inputs, _TWO))
         live = max((shape.live for shape in shapes.values()), default=1)
@@ -151,12 +165,15 @@ def outputs_before(
                     values[name] = _drawn(_positions_last(module, output), count)
 
             stack.enter_context(_hooked(layers[name].register_forward_hook(keep)))
-        answers = main_output(call(model, inputs)) if counts else None
+        whole = _TWO <= given == batch_size(inputs)
+        norms = sampled_norms(model) if whole else {}
+        answers = main_output(call(model, inputs)) if counts or norms else None
+        own = batch_statistics(model)
     if answers is not None and answers.numel() > _HELD:
         answers = None
     axes = {name: int(is_transposed_linear(layers[name])) for name in values}
-    whole = _TWO <= given == batch_size(inputs)
-    return OutputsBefore(inputs, values, counts, axes, whole, answers, first.changing)
+    statistics = {path: (running[path], own[path]) for path in running if whole}
+    return OutputsBefore(inputs, values, counts, axes, whole, answers, first.changing, statistics)
 
 
 @dataclass
@@ -238,8 +255,9 @@ class Solutions:
     parameters: Mapping[str, Tensor]
     """By path, of layers that were solved."""
     statistics: Mapping[str, Tensor]
-    """Running means and variances of batch normalisations, by path of the buffer: of the samples,
-    in the network with these parameters. Empty unless all samples took part."""
+    """Running means and variances of batch normalisations, by path of the buffer: those of before,
+    moved by what the cut, with these parameters, did to those of the samples. Empty unless all
+    samples took part."""
 
 
 def solved_layer_by_layer(
@@ -274,7 +292,6 @@ def layer_solutions(
     """
     layers: dict[str, Any] = dict(model.named_modules())
     found, samples = dict[str, Tensor](), batch_size(before.inputs)
-    norms = batch_norms(model) if before.whole else {}
     solvable = {
         name: wanted
         for name, wanted in before.values.items()
@@ -282,9 +299,7 @@ def layer_solutions(
     }
     first = _First.of(before.changing, solvable)
     with _watching(model) as stack:
-        for norm in norms.values():
-            norm.reset_running_stats()
-            norm.momentum = None
+        norms = sampled_norms(model) if before.whole else {}
         for name, wanted in solvable.items():
 
             def hook(
@@ -312,12 +327,10 @@ def layer_solutions(
             stack.enter_context(_hooked(handle))
         call(model, before.inputs)
         statistics = {
-            f"{path}.{name}" if path else name: getattr(norm, name).clone()
-            for path, norm in norms.items()
-            if norm.num_batches_tracked
-            and norm.running_mean.isfinite().all()  # type: ignore[union-attr]
-            and norm.running_var.isfinite().all()  # type: ignore[union-attr]
-            for name in ("running_mean", "running_var")
+            path: moved
+            for path, own in batch_statistics(model).items()
+            if path in before.statistics and norms[path.rpartition(".")[0]].num_batches_tracked
+            if (moved := statistic_after(path, before.statistics[path], own)) is not None
         }
     return Solutions(found, statistics)
 

@@ -143,7 +143,7 @@ def shares_are_averaged_and_masks_reach_all(rank: int) -> None:
     (outcome,) = me.ranks.end_epoch(1, evaluate)
     assert outcome.result == "rolled_back"
     assert (outcome.accuracy_before, outcome.accuracy_masked) == (0.95, 0.5)
-    assert not torch.equal(*seen)
+    assert not torch.equal(*seen[:2])
     assert me.model[0].out_features == 24
     assert me.alike()
 

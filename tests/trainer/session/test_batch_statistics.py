@@ -19,7 +19,11 @@ from elesh.settings import Settings
 from elesh.trainer import Evaluation, Recorder, Surgeon, apply_decision
 from elesh.trainer.export import Exporter, calibration_inputs
 from elesh.trainer.session import apply
-from elesh.trainer.surgery.after_cut import reestimate_batch_statistics
+from elesh.trainer.surgery.after_cut import (
+    batch_statistics,
+    put_batch_statistics,
+    reestimate_batch_statistics,
+)
 from elesh.trainer.surgery.layer_by_layer import outputs_before, solved_layer_by_layer
 from leyline import Level, Reconstructed
 
@@ -53,8 +57,8 @@ class _Cut:
 
     def wanted(self, *, estimated: bool = True, solved: bool | None = None) -> nn.Module:
         """The network as plain calls make it: cut, refitted, solved layer by layer by one pass over
-        all samples, whose batch statistics it then has; by one of its own where that is left
-        out."""
+        all samples, as whose its batch statistics then move; they are those of a pass of its own
+        where that is left out."""
         model = copy.deepcopy(self.model)
         architecture = self.recorder.architecture
         before = outputs_before(model, architecture, _DATA)
@@ -142,11 +146,19 @@ def test_a_worker_measures_with_the_statistics_that_the_trainer_will_have() -> N
     entries = [
         (Level.CHANNEL, name, unit) for name, units in case.decision.units.items() for unit in units
     ]
-    model = case.wanted(estimated=False)
+    model, sampled = case.wanted(estimated=False), copy.deepcopy(case.model)
+    running, architecture = batch_statistics(model), case.bundle.architecture
+    reestimate_batch_statistics(sampled, [(inputs, None)])
+    Surgeon(sampled, architecture).cut(case.decision.units)
     losses = {}
     for estimated in (False, True):
         if estimated:
+            own = batch_statistics(sampled)
             reestimate_batch_statistics(model, [(inputs, None)])
+            for path, after in batch_statistics(model).items():
+                by = after / own[path] if path.endswith("var") else after - own[path]
+                moved = running[path] * by if path.endswith("var") else running[path] + by
+                put_batch_statistics(model, {path: moved})
         with torch.no_grad():
             found = cross_entropy(model(held_out[0]), held_out[1], reduction="none")
         bench.refit = bench.refitting((), estimated)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from guarded import Run, World, decide, told
 from trainer_nets import example
 
@@ -68,11 +69,13 @@ def test_a_drop_that_the_loss_does_not_confirm_is_chance() -> None:
 def test_what_few_samples_say_by_chance_is_told_from_what_a_cut_costs(
     masked: Evaluation, shortened_to: float | None
 ) -> None:
+    """Where answers cannot be compared: samples are drawn anew for every evaluation."""
     run, world = trained()
     said = iter((Evaluation(0.9, 0.1), masked, *[Evaluation(0.9, 0.1001)] * 2))
+    samples = iter(torch.rand(4, 100, *example().shape[1:]))
 
     def evaluate() -> Evaluation:
-        world.model(example().repeat(50, 1, 1, 1)[:100])
+        world.model(next(samples))
         return next(said)
 
     outcome = run.apply(decide(world.surgeon.architecture), world.surgeon, evaluate)
