@@ -369,9 +369,10 @@ def merge_shards(
     )
     folds = [within_quota(fold) for fold in zip(*(s.folds for s in alike), strict=False)]
     prediction, mean_square = _prediction(bundle, plan, order, folds)
-    joint = scorer == "output_projection" and order
-    max_cost = max(unit.cost for unit in order) if joint else None
-    ignored = near_the_cut(bundle, plan.level, plan.ignored, max_cost)
+    ignored = plan.ignored
+    if scorer == "output_projection" and order:
+        max_cost = max(unit.cost for unit in order)
+        ignored = tuple(near_the_cut(bundle, plan.level, ignored, max_cost))
     plan = replace(
         plan,
         ignored=(*ignored, *_left_out(bundle, shards, scorer)),

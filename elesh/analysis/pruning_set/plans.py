@@ -186,14 +186,15 @@ def with_choice(
             for (unit, cost), group, start in zip(costs.items(), groups, starts, strict=True)
         )
 
-    max_cost = (
-        selection.removal_order.max_cost * scale if plan.scorer == "output_projection" else None
-    )
+    ignored = plan.ignored
+    if plan.scorer == "output_projection":
+        max_cost = selection.removal_order.max_cost * scale
+        ignored = tuple(near_the_cut(bundle, plan.level, ignored, max_cost))
     return replace(
         plan,
         targets=tuple(targets),
         order=order(selection),
-        ignored=tuple(near_the_cut(bundle, plan.level, plan.ignored, max_cost)),
+        ignored=ignored,
         near_cut=groups_near_cut(candidates, choice),
         shortfall=sentence(plan.shortfall, short_of_quota(choice.quota, selection, plan.level)),
         folds=tuple(map(order, choice.folds)),

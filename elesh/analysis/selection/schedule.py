@@ -331,17 +331,16 @@ def near_the_cut(
     bundle: CheckpointBundle,
     level: Level,
     ignored: Iterable[tuple[str, str]],
-    max_cost: float | None,
+    max_cost: float,
 ) -> Iterator[tuple[str, str]]:
     """The ignored groups; where they were measured, how many of their units would have gone.
 
     Args:
-        max_cost: what the most expensive unit that goes costs, in squared output units; None if
-            units were not ranked by output projections.
+        max_cost: what the most expensive unit that goes costs, in squared output units.
     """
     for name, reason in ignored:
         gate = bundle.gates.get(name)
-        if gate is None or max_cost is None:
+        if gate is None:
             yield name, reason
             continue
         squares = np.einsum("ij,ij->j", gate.projections, gate.projections, dtype=np.float64)
