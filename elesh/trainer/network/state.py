@@ -432,6 +432,12 @@ def _refill_mapping(thing: Any, names: list[Any], values: list[Any]) -> None:
         thing.update(zip(names, values, strict=True))
 
 
+_WITHOUT_OBJECTS: dict[int, tuple[weakref.ref[type], int]] = {}
+"""By the ids of types of which nothing was alive: how many references there were to each."""
+_COUNTED = getattr(sys, "_is_gil_enabled", lambda: True)()
+"""Whether every object counts as a reference to its type at once."""
+
+
 def alive(wanted: Callable[[type], bool]) -> list[Any]:
     """Every object whose type is ``wanted``. Types are asked once each: a process has a million
     objects and ten thousand types. One pass takes a twentieth of a second: who looks for several
@@ -444,10 +450,24 @@ def alive(wanted: Callable[[type], bool]) -> list[Any]:
             every[id(kind)] = kind
             waiting += type.__subclasses__(kind)
     kinds = {number: kind for number, kind in every.items() if wanted(kind)}
+    counts = {number: sys.getrefcount(kind) for number, kind in kinds.items()}
+    looked = {number: kind for number, kind in kinds.items() if not _has_none(kind, counts[number])}
     # An object of a Python class refers to it. No list of all objects is made: a tuple that another
     # thread is making cannot grow while anybody refers to it, and that thread gets a SystemError.
-    found = gc.get_referrers(*kinds.values()) if kinds else []
-    return [each for each in found if id(type(each)) in kinds]
+    referrers = gc.get_referrers(*looked.values()) if looked else []
+    found = [each for each in referrers if id(type(each)) in looked]
+    some = {id(type(each)) for each in found}
+    for number, kind in looked.items():
+        if number not in some:
+            _WITHOUT_OBJECTS[number] = weakref.ref(kind), counts[number]
+    return found
+
+
+def _has_none(kind: type, references: int) -> bool:
+    """Whether nothing of a type is alive, since nothing was and as much refers to the type now: a
+    look takes longer with every type that is looked for."""
+    of, before = _WITHOUT_OBJECTS.get(id(kind), (None, 0))
+    return _COUNTED and of is not None and of() is kind and before == references
 
 
 _HOOK_DEPTH = 3

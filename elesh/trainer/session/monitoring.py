@@ -177,12 +177,13 @@ class MonitoredCuts:
         try:
             with span("evaluate monitored cuts"):
                 now = evaluate()
-            if monitored:  # a rollback brings those along that are updated from now on
-                tracked.surgeon.updated_copies()
             failed = [cut for cut in monitored if cut.failure(now)]
             self._saw(now.accuracy)
             self._recovery.uncut = max(uncut - 1, 0)
             if not failed:
+                if any(cut.stood(now).left for cut in monitored):
+                    # A rollback brings those along that are updated from now on.
+                    tracked.surgeon.updated_copies()
                 return self._stood(now) if monitored or uncut else []
             with span("roll back", attributes={"elesh.epoch": epoch}):
                 try:

@@ -199,6 +199,24 @@ def test_descriptors_of_what_a_network_was_are_not_gone_through(
         assert len(visited) <= before + 1, "the record itself"
 
 
+def test_objects_of_a_class_that_had_none_are_found() -> None:
+    class Rare:
+        pass
+
+    def look() -> list[object]:
+        return alive(lambda kind: kind is Rare)
+
+    assert look() == look() == []
+    first = Rare()
+    assert look() == [first]
+    del first
+    assert look() == look() == []
+    second, third = Rare(), Rare()
+    assert len(look()) == 2
+    del second
+    assert look() == [third]
+
+
 def test_looking_for_objects_disturbs_no_other_thread() -> None:
     """A tuple that a thread is making cannot grow while anybody refers to it (SystemError)."""
     errors: list[BaseException] = []
