@@ -217,13 +217,16 @@ class NetworkVerifier:
     def _searched(self, proposal: Proposal) -> Measured:
         """The largest safe part of the proposal, with the weights as the bench has them."""
         settings = self._settings.verification
-        search = _Search(self._until(1), proposal, settings, self._remeasured)
-        before = search.before.outcomes
-        labels = (safety.labels_belong(before, self._said),) if self._shortens else ()
+        bench = self._until(1)
+        before = bench.measure(())
+        search = _Search(bench, proposal, settings, self._remeasured, before)
+        labels = (safety.labels_belong(before.outcomes, self._said),) if self._shortens else ()
         if not all(gate.passed for gate in labels):  # Then no figure means anything.
             gates, figures = search.verdict(proposal.order)
             return Measured((), (*labels, *gates), search.verification(figures, ()))
-        kept = safety.largest_safe(proposal.order, search.is_safe)
+        kept = safety.largest_safe(
+            proposal.order, lambda part: all(gate.passed for gate in search.verdict(part)[0])
+        )
         least = 0.0 if self._shortens else settings.kept_share
         ranking = safety.ranking_holds(len(kept), len(proposal.order), least)
         kept = kept if ranking.passed else ()
@@ -240,14 +243,9 @@ class _Search:
     settings: VerificationSettings
     remeasured: int
     """How often the network was measured while its units were chosen."""
+    before: Measurement
+    """With nothing masked."""
     seen: dict[tuple[Entry, ...], tuple[tuple[GateResult, ...], Harm]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.before: Measurement = self.bench.measure(())
-
-    def is_safe(self, entries: tuple[Entry, ...]) -> bool:
-        """Whether all gates pass with ``entries`` masked."""
-        return all(gate.passed for gate in self.verdict(entries)[0])
 
     def verdict(self, entries: tuple[Entry, ...]) -> tuple[tuple[GateResult, ...], Harm]:
         """Gates and figures with ``entries`` masked."""
