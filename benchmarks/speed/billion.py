@@ -11,11 +11,13 @@ before loading: with and without the pages of the input files, which are mapped,
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -206,9 +208,16 @@ class Peak:
             self.everything = max(self.everything, everything)
 
 
+@cache
+def _status() -> int:
+    return os.open("/proc/self/status", os.O_RDONLY)
+
+
 def resident() -> tuple[int, int]:
-    """Anonymous and all resident bytes of this process now."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    """Anonymous and all resident bytes of this process now. The file stays open: a worker that
+    runs an exported network may open none meanwhile (:mod:`elesh.program.measure`)."""
+    text = os.pread(_status(), 1 << 16, 0).decode()
+    lines = dict(line.split(":", 1) for line in text.splitlines())
     found = [int(lines[name].split()[0]) * 1024 for name in ("RssAnon", "VmRSS")]
     return found[0], found[1]
 

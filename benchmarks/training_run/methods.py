@@ -36,9 +36,9 @@ def unpruned(run: Run) -> None:
     run.train()
 
 
-def ours(run: Run) -> None:
+def ours(run: Run, *, at_once: bool = False) -> None:
     """``elesh.prune`` at every step, everything by default."""
-    for share in run.steps():
+    for share in run.steps(at_once):
         elesh.prune(
             run.model,
             run.calibration,
@@ -84,9 +84,15 @@ def small(run: Run) -> None:
     run.train()
 
 
-def torch_pruning(run: Run, importance: Callable[[Run], Any], *, uniform: bool = False) -> None:
+def torch_pruning(
+    run: Run,
+    importance: Callable[[Run], Any],
+    *,
+    uniform: bool = False,
+    at_once: bool = False,
+) -> None:
     """torch-pruning's BasePruner, iterative: many small steps until the share is reached."""
-    for share in run.steps():
+    for share in run.steps(at_once):
         heads = {
             layer: module.heads
             for module in run.model.modules()
@@ -137,7 +143,7 @@ def hessian(run: Run) -> Any:
     return tp.importance.GroupHessianImportance()
 
 
-def slimming(run: Run) -> None:
+def slimming(run: Run, *, at_once: bool = False) -> None:
     """Network Slimming (Liu et al. 2017): L1 on the scales of batch normalisations, then those."""
     norms = (nn.BatchNorm1d, nn.BatchNorm2d)
     if not any(isinstance(module, norms) for module in run.model.modules()):
@@ -148,7 +154,7 @@ def slimming(run: Run) -> None:
         return 1e-3 * torch.stack(scales).sum()
 
     run.penalty = l1
-    torch_pruning(run, lambda _: tp.importance.BNScaleImportance())
+    torch_pruning(run, lambda _: tp.importance.BNScaleImportance(), at_once=at_once)
 
 
 def narrowest(run: Run, share: float) -> int:
@@ -165,24 +171,30 @@ def narrowest(run: Run, share: float) -> int:
 METHODS: dict[str, Callable[[Run], None]] = {
     "unpruned": unpruned,
     "ours": ours,
+    "ours, at once": partial(ours, at_once=True),
     "ours, attached": attached,
     "torch-pruning magnitude": partial(torch_pruning, importance=magnitude),
     "torch-pruning Taylor": partial(torch_pruning, importance=taylor),
     "torch-pruning Hessian": partial(torch_pruning, importance=hessian),
     "network slimming": slimming,
     "uniform magnitude": partial(torch_pruning, importance=magnitude, uniform=True),
+    "torch-pruning magnitude, at once": partial(torch_pruning, importance=magnitude, at_once=True),
+    "network slimming, at once": partial(slimming, at_once=True),
     "small from the start": small,
 }
 """By the name in tables."""
 _PARTS: dict[str, tuple[Callable[..., Any], ...]] = {
     "unpruned": (),
     "ours": (ours,),
+    "ours, at once": (ours,),
     "ours, attached": (attached,),
     "torch-pruning magnitude": (torch_pruning, magnitude),
     "torch-pruning Taylor": (torch_pruning, taylor),
     "torch-pruning Hessian": (torch_pruning, hessian),
     "network slimming": (torch_pruning, slimming),
     "uniform magnitude": (torch_pruning, magnitude),
+    "torch-pruning magnitude, at once": (torch_pruning, magnitude),
+    "network slimming, at once": (torch_pruning, slimming),
     "small from the start": (small, narrowest),
 }
 

@@ -18,18 +18,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .methods import METHODS, lines_of
+from .methods import lines_of
 
 __all__ = ["main", "picture", "tables"]
 
 Line = dict[str, Any]
-_COLOURS = dict(
-    zip(
-        [name for name in METHODS if name != "unpruned"],
-        ["#3b82f6", "#06b6d4", "#f97316", "#a855f7", "#14b8a6", "#ca8a04", "#94a3b8", "#ef4444"],
-        strict=True,
-    )
-)
+_COLOURS = {
+    "ours": "#3b82f6",
+    "ours, at once": "#1d4ed8",
+    "ours, attached": "#06b6d4",
+    "torch-pruning magnitude": "#f97316",
+    "torch-pruning Taylor": "#a855f7",
+    "torch-pruning Hessian": "#14b8a6",
+    "network slimming": "#ca8a04",
+    "uniform magnitude": "#94a3b8",
+    "torch-pruning magnitude, at once": "#c2410c",
+    "network slimming, at once": "#854d0e",
+    "small from the start": "#ef4444",
+}
 _INK = "#010203"
 """A colour that nothing else has: it becomes that of the page's text."""
 _STYLE = (
@@ -48,6 +54,7 @@ _TITLES = {
 _BY_LOSS = ("gpt", "gpt-parameters")
 """Tasks of which accuracy says little."""
 _BY_PARAMETERS = ("gpt-parameters",)
+_OURS = ("ours", "ours, at once")
 
 
 def read(path: Path) -> list[Line]:
@@ -187,7 +194,7 @@ def row(method: str, cells: Sequence[Sequence[Line]], whole: Sequence[Line]) -> 
     """Of one method: by share accuracy and how much faster; training time, cuts included, in that
     of the script as it is (``script_seconds``, where that was measured under another load than the
     others), mean over shares; lines of code."""
-    told = [f"| {'**ours**' if method == 'ours' else method} |"]
+    told = [f"| {f'**{method}**' if method in _OURS else method} |"]
     for runs in cells:
         if not runs:
             told.append(" | |")
@@ -204,39 +211,36 @@ def row(method: str, cells: Sequence[Sequence[Line]], whole: Sequence[Line]) -> 
 
 
 def against_ours(found: Mapping[tuple[str, float], list[Line]]) -> list[str]:
-    """What ours and the best other lose on the same seeds, share by share; and who is ahead of
-    ours, or behind it, by more than two standard errors, paired by seed."""
+    """What the better of our two ways and the best other lose on the same seeds, share by share;
+    and who is ahead of ours, or behind it, by more than two standard errors, paired by seed."""
+    whole, lines = found["unpruned", 1.0], []
     said: dict[str, list[str]] = {"ahead of": [], "behind": []}
-    for (method, share), runs in found.items():
-        ours = {run["seed"]: run for run in found.get(("ours", share), ())}
-        pairs = [(run, ours[run["seed"]]) for run in runs if run["seed"] in ours]
-        if method in ("ours", "unpruned") or len(pairs) < 2:
-            continue
-        sign = -1 if runs[0]["task"] in _BY_LOSS else 1
-        name = "loss" if sign < 0 else "accuracy"
-        more, error = mean([sign * (run[name] - own[name]) for run, own in pairs])
-        if abs(more) > 2 * error:
-            side = "ahead of" if more > 0 else "behind"
-            said[side].append(f"{method} at {share:.0%} ({abs(more):.4f} ±{error:.4f})")
-    whole = found["unpruned", 1.0]
-    lines = []
-    for share in sorted((share for name, share in found if name == "ours"), reverse=True):
-        seeds = {run["seed"] for run in found["ours", share]}
-        alike = {
-            name: [run for run in runs if run["seed"] in seeds]
-            for (name, at), runs in found.items()
-            if at == share and name not in ("ours", "unpruned")
+    sign, name = (-1, "loss") if whole[0]["task"] in _BY_LOSS else (1, "accuracy")
+    for share in sorted({share for method, share in found if method in _OURS}, reverse=True):
+        ways = [runs for way in _OURS if (runs := found.get((way, share)))]
+        ours = {run["seed"]: run for run in min(ways, key=lambda runs: lost(runs, whole)[0])}
+        others = {
+            method: alike
+            for (method, at), runs in found.items()
+            if at == share and method not in (*_OURS, "unpruned")
+            if (alike := [run for run in runs if run["seed"] in ours])
         }
-        others = {name: lost(runs, whole) for name, runs in alike.items() if runs}
         if others:
-            best = min(others, key=lambda name: others[name][0])
-            own, theirs = lost(found["ours", share], whole), others[best]
+            best = min(others, key=lambda method: lost(others[method], whole)[0])
+            own, theirs = lost(list(ours.values()), whole), lost(others[best], whole)
             part = f": {own[0] / theirs[0]:.2f} of it" if min(own[0], theirs[0]) > 0 else ""
             lines.append(
-                f"- At {share:.0%} left ours loses {told_loss(own)}, the best other ({best}) "
-                f"{told_loss(theirs)}{part}."
+                f"- At {share:.0%} left {next(iter(ours.values()))['method']} loses "
+                f"{told_loss(own)}, the best other ({best}) {told_loss(theirs)}{part}."
             )
-    if not lines or max(len(found[key]) for key in found if key[0] == "ours") < 2:
+        for method, runs in others.items():
+            if len(runs) > 1:
+                pairs = [sign * (run[name] - ours[run["seed"]][name]) for run in runs]
+                more, error = mean(pairs)
+                if abs(more) > 2 * error:
+                    side = "ahead of" if more > 0 else "behind"
+                    said[side].append(f"{method} at {share:.0%} ({abs(more):.4f} ±{error:.4f})")
+    if not lines or max(len(runs) for (way, _), runs in found.items() if way in _OURS) < 2:
         return lines
     return lines + [
         f"- {side.capitalize()} ours, more than two standard errors, paired by seed: "

@@ -113,12 +113,19 @@ class Run:
             return macs_of(model, self.example) / self.original
         return parameters_of(model) / parameters_of(self.task.build(self.task.width))
 
-    def steps(self) -> Iterator[float]:
-        """Train; at three moments say what share of the resource may be left; train to the end."""
+    def steps(self, at_once: bool = False) -> Iterator[float]:
+        """Train; at three moments say what share of the resource may be left; train to the end.
+
+        Args:
+            at_once: all may go at the first moment, what is left of it at the others; not a third
+                of the way each time.
+        """
         for number, after in enumerate(CUTS, 1):
             self.train(round(after * self.epochs))
+            if at_once and self.left <= self.share:
+                continue
             begun = time.process_time()
-            yield self.share ** (number / len(CUTS))
+            yield self.share if at_once else self.share ** (number / len(CUTS))
             self.cutting += time.process_time() - begun
         self.seconds += self.cutting
         self.train(self.epochs)
