@@ -149,7 +149,7 @@ def prune(
     shown = Progress(progress)
     with shown:
         shown.doing("looking at the samples")
-        samples = divided(batches, hold_out=evaluate is None)
+        samples = divided(batches, hold_out=evaluate is None).taken_by(model)
         if loss is None:  # with one of the caller's own, outputs need not be classes
             require_no_copies(model, samples)
         shown.doing("finding out what can be removed")

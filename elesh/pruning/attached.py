@@ -100,7 +100,7 @@ def attach(
         InvalidField: if samples are too few, or a few with noise on them, or a level is unknown.
             Nothing has been changed then.
     """
-    samples = divided(calibration, hold_out=held_out is None)
+    samples = divided(calibration, hold_out=held_out is None).taken_by(unwrapped(model))
     require_no_copies(unwrapped(model), samples)
     session = Session(run_id, url, settings, restore_dir=restore_dir, observers=observers)
     epochs = EveryEpoch(

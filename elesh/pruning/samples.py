@@ -8,21 +8,25 @@ not taken for many; reading a loader leaves it, and all random states, as they w
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from elesh.trainer.calibration.given import as_taken
 from elesh.trainer.network.calling import (
     Inputs,
     batch_size,
     call,
     device_of,
+    first_samples,
+    joined,
     main_output,
     map_tensors,
     tensors_in,
@@ -42,6 +46,7 @@ _HELD_OUT = 5
 _CLOSE, _POSITIONS = 0.01, 1024
 """Samples are copies but for a little noise if they are nearer to each other than this share of how
 far samples lie apart, by so many of their numbers."""
+_FAR = (2.0, 4.0)
 _ENOUGH = 64
 """Of few samples, rather so many are held out, but never more than half."""
 
@@ -58,6 +63,13 @@ class Samples:
     """How many there are of both."""
     repeated: int
     """How many more came, as copies of these."""
+
+    def taken_by(self, model: nn.Module) -> Samples:
+        """The same in the network's own dtype, where it takes no other."""
+        calibration = tuple(as_taken(model, self.calibration))
+        return replace(
+            self, calibration=calibration, held_out=tuple(as_taken(model, self.held_out))
+        )
 
 
 def divided(batches: Iterable[Batch], *, hold_out: bool, most: int = MOST) -> Samples:
@@ -150,7 +162,8 @@ def _known(inputs: Inputs, row: int, size: int, seen: set[bytes]) -> bool:
 def require_no_copies(model: nn.Module, samples: Samples) -> None:
     """That samples are not a few with noise on them, however much, as far as that can be seen: they
     fall into fewer clusters than the network tells classes apart, every cluster apart from the
-    others and of one label.
+    others and of one label, and far from the samples the network answers with other classes. One
+    that does not has learned no others: its head has more outputs than there are classes.
 
     Raises:
         InvalidField: if they do.
@@ -167,7 +180,12 @@ def require_no_copies(model: nn.Module, samples: Samples) -> None:
     if logits.ndim != 2 or known.is_floating_point() or len(known) != len(numbers):
         return
     classes = logits.shape[1]
-    if len(set(known.tolist())) < classes and 0 < (clusters := _clusters(numbers, known)) < classes:
+    there = set(known.tolist())
+    if (
+        len(there) < classes
+        and 0 < (clusters := _clusters(numbers, known)) < classes
+        and _answers_others(model, batches, there)
+    ):
         found = (
             f"{len(numbers)} that are {clusters} with noise on them, or classes that are missing"
         )
@@ -177,6 +195,28 @@ def require_no_copies(model: nn.Module, samples: Samples) -> None:
         )
         expected = f"samples of more than {clusters} of {classes} classes"
         raise InvalidField("batches", expected, found, hint=hint)
+
+
+def _answers_others(model: nn.Module, batches: Sequence[Batch], classes: set[int]) -> bool:
+    """Whether the network answers with other classes than these where samples are moved by noise
+    of twice and four times what they differ from each other by."""
+    device, draw = device_of(model), torch.Generator().manual_seed(0)
+    joint = map_tensors(lambda x: x.to(device), joined(batches)[0])
+    several = batch_size(joint)
+
+    def moved(x: Tensor, by: float) -> Tensor:
+        if not x.is_floating_point() or not x.ndim or len(x) != several:
+            return x
+        noise = torch.randn(x.shape, generator=draw).to(x)
+        return x + by * x.float().std(0, keepdim=True).to(x.dtype) * noise
+
+    answers = list[Tensor]()
+    with preserve_state(model, 0), torch.no_grad():
+        for by in _FAR:
+            far = map_tensors(functools.partial(moved, by=by), joint)
+            answers.append(main_output(call(model, first_samples(far, _ENOUGH * 4))).argmax(1))
+    others = [answer not in classes for answer in torch.cat(answers).tolist()]
+    return sum(others) > len(others) * _CLOSE
 
 
 def _clusters(numbers: Tensor, labels: Tensor) -> int:

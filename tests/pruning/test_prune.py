@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -252,6 +253,29 @@ def test_data_that_lies_in_a_cluster_for_each_class_is_no_copies(classes: int) -
     missing = labels < 2
     with pytest.raises(InvalidField, match="classes that are missing"):
         require_no_copies(model, divided([(points[missing], labels[missing])], hold_out=False))
+
+
+@pytest.mark.parametrize("outputs", [4, 10])
+def test_a_head_with_more_outputs_than_there_are_classes_makes_no_copies_of_clusters(
+    outputs: int,
+) -> None:
+    """What the network has learned tells them apart: the classes that are missing in a few copied
+    samples are its answers elsewhere."""
+    generator = torch.Generator().manual_seed(0)
+    centres, every = 4 * torch.randn(outputs, 8, generator=generator), torch.arange(400) % outputs
+    points = centres[every] + torch.randn(400, 8, generator=generator)
+    for learned in (3, outputs):  # classes of the training data
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, outputs))
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        known = every < learned
+        for _ in range(100):
+            optimizer.zero_grad()
+            functional.cross_entropy(model(points[known]), every[known]).backward()
+            optimizer.step()
+        few = divided([(points[every < 3], every[every < 3])], hold_out=False)
+        with nullcontext() if learned == 3 else pytest.raises(InvalidField, match="missing"):
+            require_no_copies(model, few)
 
 
 def test_more_clusters_than_classes_are_no_copies() -> None:

@@ -17,6 +17,7 @@ from elesh.analysis.selection.reconstruction_order import reconstruction_fault
 from elesh.analysis.selection.schedule import raised
 from elesh.observe import get_logger
 from elesh.settings import StructuredPruning
+from elesh.trainer.calibration.given import as_taken
 from elesh.trainer.calibration.losses import class_axis, class_labels
 from elesh.trainer.calibration.recorder import MeasuredCheckpoint, Recorder, enough_samples
 from elesh.trainer.export import Exporter, calibration_inputs, is_worth_exporting
@@ -29,6 +30,7 @@ from elesh.trainer.network.calling import (
     first_samples,
     main_output,
     map_tensors,
+    remember_example,
 )
 from elesh.trainer.network.state import preserve_state, unwrapped
 from elesh.trainer.recovery.answers import Shown
@@ -38,6 +40,7 @@ from elesh.trainer.session.apply import Evaluation
 from elesh.trainer.session.session import Session
 from elesh.trainer.surgery.after_cut import InputCovariance
 from elesh.trainer.surgery.lineage import original_of
+from elesh.trainer.surgery.optimizers import begin_others_anew, leave_others
 from elesh.trainer.surgery.surgeon import Surgeon
 from elesh.trainer.time_share import TimeShare
 from leyline import (
@@ -148,8 +151,7 @@ class EveryEpoch:
         self._network, self._exporter = network, Exporter(network)
         self._not_exported = ""
         """Why the network could not be exported, as it was last said."""
-        device, batch = device_of(network), first_samples(self._calibration[0][0], 2)
-        example = map_tensors(lambda x: x.to(device), batch)
+        example = self._take_as_given(network)
         self._recorder = Recorder(
             network, example, ignored_layers=self._ignored, compared=self._compared
         )
@@ -157,6 +159,18 @@ class EveryEpoch:
         self.surgeon = Surgeon(network, self._recorder.architecture, restore_points=0)
         self._loading = Loading(self.surgeon)
         return self.surgeon
+
+    def _take_as_given(self, network: nn.Module) -> Any:
+        """Have batches in the dtype that the network takes; an example of two samples."""
+        self._calibration = as_taken(network, self._calibration)
+        if self._evaluate is classification:
+            self._validation = as_taken(network, self._validation)
+        if self._held_out is not None:
+            self._held_out = as_taken(network, [self._held_out])[0]
+        device, batch = device_of(network), first_samples(self._calibration[0][0], 2)
+        example = map_tensors(lambda x: x.to(device), batch)
+        remember_example(network, example)
+        return example
 
     def _require_classes(self) -> None:
         """That labels are classes of the network's outputs, as measuring takes them, and not all of
@@ -204,6 +218,7 @@ class EveryEpoch:
         *,
         processes: int = 1,
         epoch: int = 0,
+        alone: bool = False,
         **parts: Any,
     ) -> int:
         """Look at the network and go back to where an earlier process of the run stood; the epoch
@@ -214,6 +229,8 @@ class EveryEpoch:
             optimizer: one or several.
             processes: that train together.
             epoch: that the framework has trained up to, by a checkpoint of its own.
+            alone: nothing but these optimizers trains the network from now on; others that are
+                alive are of trainings before.
             parts: what restore points hold beside network and optimizer, averages of the weights
                 among them (:meth:`Session.resume`).
 
@@ -225,6 +242,9 @@ class EveryEpoch:
             hint = "train in one process, or decide on rank 0 and cut alike on every rank"
             raise InvalidField("processes", "one training process", processes, hint=hint)
         surgeon = self.look_at(network)
+        self._take_as_given(surgeon.model)  # frameworks cast a network when training begins
+        if alone:
+            leave_others(surgeon.model, optimizer)
         surgeon.train_with(optimizer)
         limit = self.session.settings.trainer.time_share
         self._time = TimeShare(limit, device=device_of(self._network))
@@ -377,6 +397,8 @@ class EveryEpoch:
             known=self._known,
         )
         self._held_back = outcome if _became(outcome) else None
+        if surgeon.architecture.model_hash != decision.model_hash:
+            begin_others_anew(surgeon.model, surgeon.optimizers.all)  # of trainings before
         if outcome.result == "applied":
             self._known = _evaluation(outcome.accuracy_after, outcome.loss_after)
         elif outcome.accuracy_before is not None:

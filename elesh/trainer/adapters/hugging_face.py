@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,9 @@ class EleshCallback(TrainerCallback):
             kwargs["optimizer"],
             processes=args.world_size,
             scheduler=kwargs.get("lr_scheduler"),
+            scaler=self._scaler(),
             epoch=round(state.epoch or 0),
+            alone=True,
         )
 
     def on_epoch_end(
@@ -94,10 +96,19 @@ class EleshCallback(TrainerCallback):
     def _look_at(self, model: nn.Module) -> None:
         self.epochs.relabel(functools.partial(_as_its_loss_does, model))
         self.epochs.look_at(model)
+        for trainer in self._trainers():
+            self._carry(trainer)
+
+    def _trainers(self) -> Iterator[Any]:
         for trainer in alive(lambda kind: issubclass(kind, Trainer)):
             handler = getattr(trainer, "callback_handler", None)
             if any(each is self for each in getattr(handler, "callbacks", ())):
-                self._carry(trainer)
+                yield trainer
+
+    def _scaler(self) -> Any:
+        """Of gradients in half precision; None in any other."""
+        found = [getattr(trainer, "accelerator", None) for trainer in self._trainers()]
+        return next(filter(None, (getattr(each, "scaler", None) for each in found)), None)
 
     def _carry(self, trainer: Any) -> None:
         """Have ``trainer.save_model`` write the architecture beside the weights, in checkpoints

@@ -62,6 +62,8 @@ class EleshCallback(Callback):  # type: ignore[misc]
                 trainer.optimizers,
                 processes=trainer.world_size,
                 epoch=trainer.current_epoch,
+                alone=True,
+                scaler=getattr(trainer.precision_plugin, "scaler", None),
                 **_schedulers(trainer),
                 **_averages(trainer, self.epochs),
             )
@@ -76,7 +78,9 @@ class EleshCallback(Callback):  # type: ignore[misc]
         for every checkpoint, of weights only too, and before weights are loaded."""
         if getattr(pl_module.on_save_checkpoint, "of_elesh", None) is self:
             return
-        save, load = pl_module.on_save_checkpoint, pl_module.on_load_checkpoint
+        hooks = pl_module.on_save_checkpoint, pl_module.on_load_checkpoint
+        # Without those of a callback of an earlier fit, and its trainer.
+        save, load = (getattr(hook, "of_module", hook) for hook in hooks)
 
         def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
             save(checkpoint)
@@ -94,6 +98,8 @@ class EleshCallback(Callback):  # type: ignore[misc]
                 bring(surgeon, checkpoint.get(KEY))
 
         on_save_checkpoint.of_elesh = self  # type: ignore[attr-defined]
+        on_save_checkpoint.of_module = save  # type: ignore[attr-defined]
+        on_load_checkpoint.of_module = load  # type: ignore[attr-defined]
         pl_module.on_save_checkpoint = on_save_checkpoint
         pl_module.on_load_checkpoint = on_load_checkpoint
 
@@ -123,7 +129,9 @@ def load_from_checkpoint(
 
 def _network_of(module: Any, name: str) -> nn.Module:
     found = getattr(module, name, None) if name else module
-    if found is None and name == "model":
+    own = type(module).forward.__module__  # Lightning's and PyTorch's only say that there is none
+    is_network = not own.startswith(("lightning.", "pytorch_lightning.", "torch."))
+    if found is None and name == "model" and is_network:
         return module  # type: ignore[no-any-return]
     if not isinstance(found, nn.Module):
         parts = [child for child, _ in module.named_children()]

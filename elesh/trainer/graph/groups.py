@@ -186,23 +186,19 @@ def _precision(model: nn.Module) -> torch.dtype:
 
 @contextlib.contextmanager
 def _plain_arithmetic(model: nn.Module) -> Iterator[None]:
-    """No autocast and no TF32 (the proof compares to 1e-4), no way past a transformer's parts."""
+    """No TF32 (the proof compares to 1e-4), no way past a transformer's parts."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32
     fast, default = torch.backends.mha.get_fastpath_enabled(), torch.get_default_dtype()
-    kinds = {parameter.device.type for parameter in model.parameters()} | {"cpu"}
-    with contextlib.ExitStack() as stack:
-        for kind in kinds:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        cudnn.allow_tf32 = matmul.allow_tf32 = False
-        torch.backends.mha.set_fastpath_enabled(False)
-        torch.set_default_dtype(_precision(model))
-        try:
-            yield
-        finally:
-            cudnn.allow_tf32, matmul.allow_tf32 = before
-            torch.backends.mha.set_fastpath_enabled(fast)
-            torch.set_default_dtype(default)
+    cudnn.allow_tf32 = matmul.allow_tf32 = False
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch.set_default_dtype(_precision(model))
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
+        torch.backends.mha.set_fastpath_enabled(fast)
+        torch.set_default_dtype(default)
 
 
 def _groups(wiring: Wiring, model: nn.Module, ignored: Collection[str]) -> tuple[PruningGroup, ...]:

@@ -54,6 +54,7 @@ __all__ = [
     "alive",
     "evaluated",
     "fixed_to_a_shape",
+    "full_precision",
     "preserve_state",
     "preserved",
     "seed_generators",
@@ -158,10 +159,11 @@ def seed_generators(device: torch.device, seed: int) -> None:
 
 @contextlib.contextmanager
 def preserve_state(model: nn.Module, seed: int, *others: Any) -> Iterator[None]:
-    """Evaluation mode with gradients, uncompiled and seeded; all is preserved.
+    """Evaluation mode with gradients, uncompiled, seeded and without autocast; all is preserved.
 
     Gradients are on even inside a caller's ``no_grad`` or ``inference_mode``; parameters' ``grad``
-    is not touched as long as the body uses ``torch.autograd.grad``.
+    is not touched as long as the body uses ``torch.autograd.grad``. Statistics are taken in the
+    network's own precision, whatever a caller's ``autocast`` says.
 
     Args:
         others: whose generators are preserved, too (data loaders).
@@ -170,6 +172,7 @@ def preserve_state(model: nn.Module, seed: int, *others: Any) -> Iterator[None]:
         preserved(model, *others),
         torch.inference_mode(False),
         torch.enable_grad(),
+        full_precision(model),
         Uncompiled(model),
     ):
         seed_generators(device_of(model), seed)
@@ -208,6 +211,16 @@ def preserved(model: nn.Module, *others: Any) -> Iterator[None]:
             np.random.set_state(legacy)
             for put_back in restore:
                 put_back()
+
+
+@contextlib.contextmanager
+def full_precision(model: nn.Module) -> Iterator[None]:
+    """No autocast, neither on the network's devices nor on the processor."""
+    with contextlib.ExitStack() as stack:
+        for kind in {parameter.device.type for parameter in model.parameters()} | {"cpu"}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 @contextlib.contextmanager

@@ -189,7 +189,12 @@ def check_and_cut(
     )
     shown = _first(data.held_out or data.batches, _STATISTICS)
     own = OwnSamples(surgeon.model, shown, allowed.loss_rise)
-    refit = _Refit.of(decision, surgeon, data)
+    try:
+        refit = _Refit.of(decision, surgeon, data)
+    except Exception as error:  # samples that do not reach a layer, too little memory
+        _log.exception("decision refused: not measured anew", key=decision.idempotency_key)
+        reason = f"what the cut is refitted with cannot be measured: {error}"
+        return outcome_of(decision, present, present, "refused", reason), 0
     notes = tuple(part for part in (said, refit.said) if part)
     if refit.fallbacks:
         key = decision.idempotency_key

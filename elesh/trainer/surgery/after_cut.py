@@ -49,12 +49,14 @@ from elesh.trainer.network.calling import (
     main_output,
     map_tensors,
     replace_inputs,
+    through_layers,
 )
 from elesh.trainer.network.gates import Axis
 from elesh.trainer.network.kinds.weight_norms import weight_norm_of
 from elesh.trainer.network.layers import channel_axes, named_tensors
+from elesh.trainer.network.multihead import patched, take_back
 from elesh.trainer.network.positions import positions_drawn, positions_to_read
-from elesh.trainer.network.state import Uncompiled, preserved
+from elesh.trainer.network.state import Uncompiled, full_precision, preserved
 from leyline import IdentityMismatch, InvalidField, PrunedArchitecture, PruningGroup
 
 __all__ = [
@@ -182,8 +184,12 @@ class CovarianceMeter:
     axes: Collection[Axis]
     _sums: CovarianceSums = field(default_factory=CovarianceSums)
     _handles: list[RemovableHandle] = field(default_factory=list)
+    _patched: list[nn.Module] = field(default_factory=list)
 
     def __enter__(self) -> CovarianceMeter:
+        paths = [path for path, _ in self.axes]
+        self._patched = patched(self.model, paths)
+        self._handles += through_layers(self.model, paths)
         for axis in self.axes:
             module = self.model.get_submodule(axis[0])
             self._handles.append(
@@ -195,6 +201,7 @@ class CovarianceMeter:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        take_back(self._patched)
 
     def covariance(self, model_hash: str) -> InputCovariance:
         """Of everything seen.
@@ -352,7 +359,8 @@ def reestimate_batch_statistics(model: nn.Module, batches: Iterable[tuple[Any, A
             largest = max(largest, size)
             if size < 2 or 2 * size < largest:  # A small rest would count as much as the others.
                 continue
-            call(model, map_tensors(lambda x: x.to(device), inputs))
+            with full_precision(model):
+                call(model, map_tensors(lambda x: x.to(device), inputs))
             seen += 1
     finally:
         for module, training in modes:
@@ -491,7 +499,8 @@ def _seen(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> tuple[Any, Te
         model.eval()
         for inputs, wanted in batches:
             calls.clear()
-            output = main_output(call(model, map_tensors(lambda x: x.to(device), inputs)))
+            with full_precision(model):
+                output = main_output(call(model, map_tensors(lambda x: x.to(device), inputs)))
             if not isinstance(wanted, Tensor):
                 return None, torch.zeros(0), torch.zeros(0)
             makers &= {m for m, made in calls.items() if len(made) == 1 and made[0] is output}

@@ -140,7 +140,7 @@ def all_copies_in(name: str, holder: Any, model: nn.Module) -> list[WeightCopy]:
 
 
 def unnamed_averages(
-    model: nn.Module, known: Iterable[WeightCopy], among: Iterable[Any] | None = None
+    model: nn.Module, known: Iterable[WeightCopy], among: list[Any] | None = None
 ) -> list[WeightCopy]:
     """Averages of this network, by their kinds, alive anywhere in this process, that were not
     named.
@@ -149,12 +149,15 @@ def unnamed_averages(
     the same structure is distinguished by its weights, and by who follows it.
 
     Args:
-        among: all that are alive, where the caller has looked.
+        among: all that are alive, where the caller has looked; emptied if there are any, since what
+            is listed is not collected.
     """
     named = {id(tensor) for copy in known for tensor in copy.tensors().values()}
     named |= {id(tensor) for tensor in named_tensors(model).values()} | kept_by_others(model)
     if not _averages(model, named, alive(averages_weights) if among is None else among):
         return []
+    if among is not None:
+        among.clear()
     gc.collect()  # what is only waiting to be collected averages nothing
     return _averages(model, named, alive(averages_weights))
 

@@ -37,7 +37,7 @@ from elesh.trainer.network.calling import (
 )
 from elesh.trainer.network.kinds.taught import is_transposed_linear
 from elesh.trainer.network.positions import positions_drawn
-from elesh.trainer.network.state import Uncompiled, evaluated, preserved
+from elesh.trainer.network.state import Uncompiled, evaluated, full_precision, preserved
 from elesh.trainer.surgery.after_cut import (
     batch_statistics,
     put_batch_statistics,
@@ -344,7 +344,13 @@ def _has_outputs(layer: Any, wanted: Tensor) -> bool:
 def _watching(model: nn.Module) -> Iterator[ExitStack]:
     """For a pass in evaluation mode, batch normalisations by the samples; all but parameters is put
     back."""
-    with preserved(model), torch.no_grad(), Uncompiled(model), ExitStack() as stack:
+    with (
+        preserved(model),
+        torch.no_grad(),
+        full_precision(model),
+        Uncompiled(model),
+        ExitStack() as stack,
+    ):
         evaluated(model)
         for module in model.modules():
             if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):

@@ -23,6 +23,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 import torch.distributed
@@ -42,6 +43,7 @@ __all__ = [
     "Given",
     "Optimizers",
     "begin_others_anew",
+    "leave_others",
     "check_what_they_load",
     "optimizers_in",
     "other_optimizers",
@@ -289,6 +291,7 @@ def other_optimizers(
     given: Iterable[Optimizer],
     *,
     stateful: bool = False,
+    ended: bool = False,
     among: Iterable[Any] | None = None,
 ) -> list[Optimizer]:
     """Optimizers, alive anywhere in this process, that hold parameters of the network and are not
@@ -296,7 +299,8 @@ def other_optimizers(
 
     Args:
         stateful: only those that have state of these parameters.
-        among: all that are alive, where the caller has looked.
+        ended: those of trainings that have ended, too.
+        among: all that are alive, where the caller has looked, and has collected what is garbage.
     """
     mine = {id(parameter) for parameter in model.parameters()}
     known = {id(optimizer.state) for optimizer in given}  # frameworks have views of optimizers
@@ -306,21 +310,35 @@ def other_optimizers(
             each
             for each in found
             if isinstance(each, Optimizer)
+            and (ended or each not in _LEFT)
             and id(getattr(each, "state", None)) not in known
             and any(id(p) in mine for p in _held(each, stateful))
         ]
 
-    if not others(alive(_optimizes) if among is None else among):
-        return []
+    if among is not None or not others(alive(_optimizes)):
+        return others(among or ())
     gc.collect()  # what is only waiting to be collected trains nothing
     return others(alive(_optimizes))
+
+
+_LEFT: WeakSet[Optimizer] = WeakSet()
+"""Of trainings that have ended."""
+
+
+def leave_others(model: nn.Module, given: Given) -> None:
+    """Have all optimizers of the network but those given count as ended: a framework makes its own
+    for every training, and those of the ones before are kept by their trainers."""
+    mine = optimizers_in(given)
+    _LEFT.difference_update(mine)
+    gc.collect()
+    _LEFT.update(other_optimizers(model, mine))
 
 
 def begin_others_anew(model: nn.Module, given: Iterable[Optimizer]) -> list[str]:
     """Drop the state that optimizers which are not among those given keep of parameters that have
     other shapes now, so that their next step does not fail; their kinds."""
     found = list[str]()
-    for other in other_optimizers(model, given, stateful=True):
+    for other in other_optimizers(model, given, stateful=True, ended=True):
         strange = [
             parameter
             for parameter, state in other.state.items()

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from elesh.trainer.network.calling import Inputs, call, device_of, map_tensors, tensors_in
 from elesh.trainer.network.kinds.taught import is_transposed_linear
-from elesh.trainer.network.state import Uncompiled, evaluated, preserved
+from elesh.trainer.network.state import Uncompiled, evaluated, full_precision, preserved
 from leyline import Level, NormSite, PrunedArchitecture, PruningGroup, TensorSlice
 
 __all__ = ["turn_streams"]
@@ -122,7 +122,7 @@ def _turn(
 @contextmanager
 def _watching(model: nn.Module) -> Iterator[ExitStack]:
     """For a pass in evaluation mode; all but parameters is put back, hooks are taken off."""
-    with preserved(model), Uncompiled(model), ExitStack() as stack:
+    with preserved(model), full_precision(model), Uncompiled(model), ExitStack() as stack:
         evaluated(model)
         yield stack
 

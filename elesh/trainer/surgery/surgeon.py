@@ -472,16 +472,16 @@ class Surgeon:
             if skeleton.architecture.history == history[: len(skeleton.architecture.history)]
         ]
         if not known:
-            first = self._skeletons[0].architecture
-            expected = f"a history that begins with the {len(first.history)} cuts made before"
-            raise InvalidField("architecture.history", expected, f"{len(history)} other cuts")
+            made = len(self._skeletons[0].architecture.history)
+            expected = f"a history that begins with the {made} cuts made before"
+            hint = "load it into the network as it is built, before any cut"
+            raise InvalidField("architecture.history", expected, len(history), hint=hint)
         skeleton = self._skeletons[max(known)[1]]
         require_same(skeleton.architecture, architecture)
         self.unmask()
         self._look_again()
         skeleton.put_in(self.optimizers)
-        found = [named_tensors(self.model), *(copy.tensors() for copy in self._copied())]
-        for tensors in found:
+        for tensors in (named_tensors(self.model), *(c.tensors() for c in self._copied())):
             for descriptor in skeleton.architecture.tensors:
                 tensor = tensors.get(descriptor.path)
                 if tensor is not None:

@@ -36,13 +36,13 @@ __all__ = ["Unnamed", "unnamed_average"]
 
 
 def unnamed_average(
-    model: nn.Module, known: Iterable[WeightCopy], among: Iterable[Any] | None = None
+    model: nn.Module, known: Iterable[WeightCopy], among: list[Any] | None = None
 ) -> str:
     """What to do about an average of the network that is not among those known; empty if there is
     none. Nothing is cut until it is done.
 
     Args:
-        among: all that are alive, where the caller has looked.
+        among: all that are alive, where the caller has looked; emptied if there is one.
     """
     averages = unnamed_averages(model, known, among)
     if not averages:
@@ -86,7 +86,7 @@ class Unnamed:
             copies: what is cut along.
         """
         found = self._alive()
-        if others := other_optimizers(self._model, optimizers, stateful=True, among=found):
+        if others := self._other_optimizers(optimizers, found, stateful=True):
             return (
                 f"an optimizer of the network was not named: {_kinds(others)}; give the Surgeon "
                 "all of them (optimizer=[first, second]), or delete what is not used"
@@ -127,13 +127,25 @@ class Unnamed:
         """
         found = self._alive()
         self._updated_copies((), found)  # those that are updated from now on are told apart
-        if others := other_optimizers(self._model, optimizers, among=found):
+        if others := self._other_optimizers(optimizers, found):
             raise InvalidField(
                 "optimizer",
                 "every optimizer that holds parameters of the network",
                 f"another one is alive: {_kinds(others)}",
                 hint="give all of them, optimizer=[first, second], or delete what is not used",
             )
+
+    def _other_optimizers(
+        self, known: Iterable[Optimizer], among: list[Any], *, stateful: bool = False
+    ) -> list[Optimizer]:
+        """Those of the network that are not known, and not only waiting to be collected."""
+        known = tuple(known)
+        if not other_optimizers(self._model, known, stateful=stateful, among=among):
+            return []
+        among.clear()  # it would keep them
+        gc.collect()
+        among += self._alive()
+        return other_optimizers(self._model, known, stateful=stateful, among=among)
 
     def _alive(self) -> list[Any]:
         """All optimizers, averages, tensors and networks of this one's kind."""
@@ -150,6 +162,7 @@ class Unnamed:
             known: what is cut along.
             among: every module of the network's kind, every optimizer and every tensor alive.
         """
+        self._digests = {n: seen for n, seen in self._digests.items() if seen[0]() is not None}
         own = {id(tensor) for tensor in named_tensors(self._model).values()}
         own |= {id(tensor) for copy in known for tensor in copy.tensors().values()}
         own |= kept_by_others(self._model) | _of_optimizers(among)

@@ -38,6 +38,8 @@ def fit(
     *others: Any,
     ckpt_path: Path | None = None,
     judged: dict[str, Any] | None = None,
+    precision: Any = None,
+    plugins: Any = None,
     **saving: Any,
 ) -> tuple[EveryEpoch, Any]:
     from pytorch_lightning import Trainer
@@ -57,6 +59,8 @@ def fit(
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        precision=precision,
+        plugins=plugins,
         callbacks=[EleshCallback(ours), *others, saver],
         default_root_dir=folder,
     )
@@ -137,6 +141,51 @@ def test_a_lightning_module_may_be_the_network_and_have_several_optimizers(
         fit(tmp_path, module, session, 3, save_weights_only=True)
     assert module.first.out_features == 22
     assert KEY in torch.load(tmp_path / "last.ckpt", weights_only=False)
+
+
+@pytest.mark.usefixtures("lightning")
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_a_network_that_lightning_casts_is_given_batches_in_its_own_precision(
+    precision: str, tmp_path: Path
+) -> None:
+    from lightning_modules import Module
+
+    module = Module()
+    with CutsOnce("case", NOWHERE) as session:
+        ours, _ = fit(tmp_path, module, session, 3, judged={"evaluate": None}, precision=precision)
+    assert module.model[0].out_features < 24
+    assert ours.evaluate().finite
+
+
+def test_restore_points_hold_the_scaler_of_half_precision(tmp_path: Path, lightning: Any) -> None:
+    from lightning_modules import Module
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)
+    mixed = lightning.plugins.MixedPrecision("16-mixed", "cpu", scaler)
+    with CutsOnce("case", NOWHERE) as session:
+        fit(tmp_path, Module(), session, 2, plugins=[mixed])
+        assert session._recovery.tracked is not None
+        assert session._recovery.tracked.parts["scaler"] is scaler
+
+
+@pytest.mark.usefixtures("lightning")
+def test_a_module_can_be_fitted_again(tmp_path: Path) -> None:
+    """Its hooks are those of the new callback, and optimizers of an earlier trainer, which may be
+    kept, are not in the way."""
+    from lightning_modules import Module
+
+    module, trainers = Module(), []
+    for number in range(2):
+        with CutsOnce("case", NOWHERE, restore_dir=tmp_path / f"restore{number}") as session:
+            ours, trainer = fit(tmp_path, module, session, 3)
+            assert ours.surgeon is not None
+            assert ours.surgeon.architecture.parameters == sum(
+                p.numel() for p in module.model.parameters()
+            )
+        trainers.append(trainer)
+    assert module.model[0].out_features == 20
+    for optimizer in trainers[0].optimizers:
+        optimizer.step()  # has begun its state anew
 
 
 @pytest.mark.usefixtures("lightning")

@@ -162,6 +162,22 @@ def test_moments_are_those_of_the_consumers_inputs(kind: str) -> None:
     np.testing.assert_allclose(gate.sample_moments[0], steady, **close)
 
 
+def test_moments_are_taken_of_attentions_that_never_call_their_projection() -> None:
+    """And of a network under autocast in its own precision."""
+    model, x = build("native"), inputs("native", 64)
+    recorder = Recorder(model, inputs("native", 4))
+    heads = [g.name for g in recorder.architecture.groups if g.prunable and g.level is Level.HEAD]
+    found = recorder.moments([(x, torch.zeros(64))], heads)
+    measured = recorder.measure([(x, torch.zeros(64, dtype=torch.long))], epoch=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = recorder.moments([(x, torch.zeros(64))], heads)
+    assert found.squares
+    assert measured.covariance is not None
+    for axis, squares in found.squares.items():
+        assert torch.equal(squares, again.squares[axis])
+        np.testing.assert_allclose(squares, measured.covariance.squares[axis], rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["heads", "maps"])
 def test_slopes_that_are_the_same_at_all_positions_are_all_in_the_sum(kind: str) -> None:
     _, _, bundle = measured(kind)

@@ -14,6 +14,7 @@ from trainer_nets import example
 
 from elesh.trainer import Evaluation, apply_decision
 from elesh.trainer.network.calling import _EXAMPLES
+from leyline import Reconstructed
 
 GOOD = Evaluation(0.9, 0.1)
 BAD = [
@@ -49,6 +50,21 @@ def test_no_cut_stands_whose_figures_are_no_numbers(bad: Evaluation, good: int) 
     assert "nan" in outcome.detail or "inf" in outcome.detail
     assert world.digest() == before
     assert torch.equal(outputs(world), answers)
+
+
+def test_a_measurement_that_fails_refuses_the_decision_and_raises_nothing() -> None:
+    run, world = Run(), World()
+    run.resume(world.tracked)
+    before = world.digest()
+
+    def measured() -> Any:
+        raise MemoryError("no room")
+
+    asked = Reconstructed(applied=True)
+    decision = decide(world.original).model_copy(update={"reconstruction": asked})
+    outcome = run.apply(decision, world.surgeon, saying(GOOD), reconstruct=measured)
+    assert (outcome.result, world.digest()) == ("refused", before)
+    assert "no room" in outcome.detail
 
 
 def test_an_evaluation_may_pickle_the_network_that_it_judges(tmp_path: Path) -> None:
