@@ -89,6 +89,7 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         links = _bridge(self, self.calls)
         self.relations = Relations(links)
         _lead_past(self, links)
+        _lead_through(self, links)
         self._build_dependency(self.module2node)
 
     def _forward(self, model: nn.Module, inputs: Inputs) -> Any:
@@ -179,3 +180,32 @@ def _lead_past(graph: DependencyGraph, links: dict[Any, list[Link]]) -> None:
             links[at] = [*(links.get(at) or relations.links(at)), (node.grad_fn, 0)]
             scaled.inputs = [one for one in scaled.inputs if one is not node]
             at.inputs, node.outputs = [*at.inputs, node], [at]
+
+
+def _lead_through(graph: DependencyGraph, links: dict[Any, list[Link]]) -> None:
+    """Connect what a layer reads across its channels (positions that are mixed on a transposed map)
+    to where what it makes meets channels again, which are the same there."""
+    relations = graph.relations
+    for node in list(graph.module2node.values()):
+        if axes_of(node).site_dim is None or len(node.inputs) != 1:
+            continue
+        at, before = node, None
+        while len(at.outputs) == 1 and (at is node or len(at.inputs) == 1):
+            at = at.outputs[0]
+        if len(at.inputs) > 1 and relations.is_across(node):
+            before = _like(node, at, relations)
+        if before is not None and before not in at.inputs and at not in links:
+            links[at] = [*relations.links(at), (before.grad_fn, 0)]
+            at.inputs, before.outputs = [*at.inputs, before], [*before.outputs, at]
+
+
+def _like(node: Any, at: Any, relations: Relations) -> Any:
+    """The nearest node before a layer whose channels lie as those of another node; None if there is
+    none."""
+    while len(node.inputs) == 1 and node is not at:
+        node = node.inputs[0]
+        if relations.lies_like(node, at):
+            return node
+        if axes_of(node).site_dim is not None:
+            return None
+    return None

@@ -50,12 +50,7 @@ from .hazards import (
     with_acting_masks,
     without_hazards,
 )
-from .leftovers import (
-    sites_in_training,
-    with_all_matrices,
-    with_the_rest,
-    with_vectors_of_training,
-)
+from .leftovers import sites_in_training, with_the_rest, with_vectors_of_training
 from .proof.blocks import with_blocks
 from .proof.in_training import without_refuted_in_training
 from .proof.random_copy import random_copy
@@ -146,7 +141,6 @@ def _proved(
         grouped,
         partial(enclosed_in, passage, groups),
     )
-    groups = with_all_matrices(groups, copied)
     gates = traced_gates(passage, groups)
     picking = picking_in(passage.reached)
     rows = {axis: gate.rows for axis, gate in gates.items()}

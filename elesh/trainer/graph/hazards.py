@@ -42,7 +42,7 @@ from leyline import InvalidField, PrunedArchitecture, PruningGroup
 
 from .dependencies import SPREADS, leaf_of
 from .indexing import any_along
-from .leftovers import of_training, of_unreached, with_readers_of_training
+from .leftovers import of_training, of_unreached, with_all_matrices, with_readers_of_training
 from .residual_branches import Trace, behind
 from .rows_read import MIXED, Gate, mixed_in, refused
 from .siblings import beside
@@ -332,7 +332,8 @@ def without_hazards(
         for group, why in zip(groups, found, strict=True)
     )
     unseen = of_unreached(dict.fromkeys(name for name, _, _ in unreached), traced)
-    return (*marked, *unseen, *of_training(marked, late, traced))
+    listed = (*marked, *unseen, *of_training(marked, late, traced))
+    return with_all_matrices(listed, traced, followed)
 
 
 def _in_shared_memory(model: nn.Module) -> Mapping[str, str]:

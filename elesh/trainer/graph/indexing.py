@@ -194,6 +194,18 @@ class Relations:
             return None
         return bool(axis - len(made) == from_end and made[from_end] == size)
 
+    def is_across(self, node: Any) -> bool:
+        """Whether the channels of what a layer reads are positions to it."""
+        links = self._bridged.get(node) or self.links(node)
+        return bool(links) and self._crosses(node.inputs[0], node, links[0])
+
+    def lies_like(self, node: Any, other: Any) -> bool:
+        """Whether two nodes make the same shape, with their channels on the same axis."""
+        axis = self._axis(node)
+        return (
+            axis is not None and axis == self._axis(other) and self._made(node) == self._made(other)
+        )
+
     def parameter_axis(self, node: Any) -> int:
         """The axis of a bare parameter that lies where what it is added to has its channels."""
         shape = node.module.shape

@@ -216,14 +216,18 @@ def of_training(
             yield group
 
 
-def with_all_matrices(groups: Sequence[PruningGroup], model: nn.Module) -> tuple[PruningGroup, ...]:
-    """The groups, and one for every parameter of several axes that none of them speaks of."""
+def with_all_matrices(
+    groups: Sequence[PruningGroup], model: nn.Module, followed: tuple[str, ...]
+) -> tuple[PruningGroup, ...]:
+    """The groups, and one for every parameter of several axes that none of them speaks of; what is
+    ``followed`` (by the beginnings of paths) goes with others."""
     known = {part.tensor for group in groups for part in group.slices}
     layers = {layer for group in groups for layer in group.layers}
     found = []
     for path, parameter in model.named_parameters():
         wide = [axis for axis, size in enumerate(parameter.shape) if size > 1]
-        if len(wide) > 1 and path not in known and owner_of(path)[0] not in layers:
+        told = path in known or path.startswith(followed) or owner_of(path)[0] in layers
+        if len(wide) > 1 and not told:
             reason = f"{path} is used by the network's own code, not by a layer that Elesh knows"
             part = TensorSlice(tensor=path, dim=wide[0])
             found.append(_left(path, path, parameter.shape[wide[0]], [part], reason))

@@ -338,6 +338,20 @@ class Reversible(nn.Module):
         return torch.as_tensor(self.leave(torch.cat([a, b], 1).mean((2, 3))))
 
 
+class GatedPositions(nn.Module):
+    """Half of the channels is multiplied by what mixes the positions of the other half (gMLP)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.norm, self.leave = nn.Linear(5, 24), nn.LayerNorm(12), nn.Linear(12, 3)
+        self.mix = nn.Linear(7, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, v = self.enter(x).relu().chunk(2, -1)
+        v = self.mix(self.norm(v).transpose(1, 2)).transpose(1, 2)
+        return torch.as_tensor(self.leave(u * v))
+
+
 def bag() -> nn.Module:
     return nn.Sequential(nn.EmbeddingBag(20, 12), nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 3))
 
@@ -361,6 +375,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "unflattened": (unflattened, (CONDITIONS,)),
     "linear attention": (LinearAttention, (VECTORS,)),
     "bag": (bag, (IDS,)),
+    "gated positions": (GatedPositions, (VECTORS,)),
     "reversible": (Reversible, (IMAGES,)),
     "masked steps": (MaskedSteps, (VECTORS,)),
     "folded heads": (FoldedHeads, (VECTORS,)),
