@@ -371,13 +371,14 @@ class EveryEpoch:
         """Judge the monitored cuts, or put that off while time is short and nothing hangs on it."""
         assert self.surgeon is not None
         due = epoch % self.every == 0 or epoch == self.last or self.session.doubted
-        if self._time.over and not due and not any(d.approved_for_application for d in decisions):
+        cuts = any(decision.approved_for_application for decision in decisions)
+        if self._time.over and not due and not cuts:
             self.session.reach(epoch, self._noted)
             return []
         # How training scatters keeps cuts from being blamed; nothing is cut beyond the budget.
         unknown = checkpoint and not self.session.knows_scatter
         always = self._given is not None or (unknown and not self._budget_met(self.surgeon))
-        return self.session.watch(epoch, self._noted, always=always)
+        return self.session.watch(epoch, self._noted, always=always, look=not cuts)
 
     def _budget_met(self, surgeon: Surgeon) -> bool:
         return self._goals is not None and self._goals.met(surgeon.architecture)

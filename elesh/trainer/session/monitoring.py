@@ -162,7 +162,7 @@ class MonitoredCuts:
 
     @trainable()
     def watch(
-        self, epoch: int, evaluate: Evaluate, *, always: bool = False
+        self, epoch: int, evaluate: Evaluate, *, always: bool = False, look: bool = True
     ) -> list[PruningOutcome]:
         """Judge the monitored cuts by the accuracy of now; what became of those decided on.
 
@@ -181,7 +181,7 @@ class MonitoredCuts:
             self._saw(now.accuracy)
             self._recovery.uncut = max(uncut - 1, 0)
             if not failed:
-                if any(cut.stood(now).left for cut in monitored):
+                if look and any(cut.stood(now).left for cut in monitored):
                     # A rollback brings those along that are updated from now on.
                     tracked.surgeon.updated_copies()
                 return self._stood(now) if monitored or uncut else []

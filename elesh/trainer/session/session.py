@@ -424,7 +424,12 @@ class Session:
         self._evaluate, self._recovery.epoch = evaluate, epoch
 
     def watch(
-        self, epoch: int, evaluate: Callable[[], Evaluation], *, always: bool = False
+        self,
+        epoch: int,
+        evaluate: Callable[[], Evaluation],
+        *,
+        always: bool = False,
+        look: bool = True,
     ) -> list[PruningOutcome]:
         """Report an epoch's accuracy: monitored cuts stand it, or are rolled back.
 
@@ -435,6 +440,8 @@ class Session:
         Args:
             always: evaluate though nothing is monitored: how accuracy moves from epoch to epoch
                 says whether a later cut is to blame for a fall.
+            look: look for copies of the network that the script has made since the cut, which a
+                rollback has to bring along; :meth:`apply` does it, too, where that follows.
 
         Returns:
             The final outcomes of the cuts that were decided on; mostly none.
@@ -446,7 +453,7 @@ class Session:
             self.reach(epoch, evaluate)
             return []
         before = tracked.surgeon.architecture
-        outcomes = self._cuts.watch(epoch, evaluate, always=always)
+        outcomes = self._cuts.watch(epoch, evaluate, always=always, look=look)
         for outcome in outcomes:
             key = outcome.idempotency_key
             # It belongs to the trace of the cut's checkpoint.

@@ -50,7 +50,12 @@ class Answering(Session):
         return self.outcomes[-1]
 
     def watch(
-        self, epoch: int, evaluate: Callable[[], Evaluation], *, always: bool = False
+        self,
+        epoch: int,
+        evaluate: Callable[[], Evaluation],
+        *,
+        always: bool = False,
+        look: bool = True,
     ) -> list[PruningOutcome]:
         found = super().watch(epoch, evaluate if epoch != 3 else lambda: Evaluation(0.1, 2.0))
         self.outcomes += found

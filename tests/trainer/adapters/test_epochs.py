@@ -17,6 +17,7 @@ from elesh.settings import Settings
 from elesh.trainer import Evaluation, Recorder, Session, Surgeon
 from elesh.trainer.adapters.epochs import EveryEpoch
 from elesh.trainer.export import Exporter
+from elesh.trainer.surgery import unnamed
 from elesh.trainer.time_share import TimeShare
 from leyline import (
     CheckpointBundle,
@@ -252,6 +253,22 @@ def test_a_decision_that_was_rejected_is_reported_and_nothing_is_evaluated_for_i
     session.answers = [rejected.model_copy(update={"approved_for_application": False})]
     (outcome,) = epochs.end_epoch(2)
     assert (outcome.result, len(calls)) == ("rejected", 3)
+
+
+def test_the_process_is_searched_once_at_an_epoch_that_judges_and_cuts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session, searches, alive = Kept(), [], unnamed.alive
+    epochs, _ = running(session)
+    assert epochs.surgeon is not None
+    monkeypatch.setattr(unnamed, "alive", lambda of: (searches.append(1), alive(of))[1])
+    epochs._evaluate = lambda *_: Evaluation(0.9, next(_LOSSES))
+    for number in (1, 2):
+        session.answers = [decide(epochs.surgeon.architecture, units=8, groups=1, number=number)]
+        assert epochs.end_epoch(number)[-1].result == "applied"
+        assert len(searches) == number
+    epochs.end_epoch(3)
+    assert len(searches) == 3
 
 
 def test_what_holds_a_budget_back_is_said_with_what_would_help() -> None:
