@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from elesh.trainer.network.calling import main_output, tensors_in
 
-_ROWS, _ELEMENTS = 4096, 2**22
+_ROWS, _ELEMENTS = 4096, 2**20
 """So many samples' outputs are kept at most, evenly spread over the evaluation, and so many
 numbers of them."""
 _LOOKED_AT = 64
@@ -30,7 +30,7 @@ _OTHERS = 16
 """Every sample is tried with the changes of so many samples."""
 _TEMPERATURES = 1e-3, 1e3
 """Between which outputs are scaled until they are as sure as they are right."""
-_BISECTIONS = 40
+_BISECTIONS = 20
 
 
 @dataclass(frozen=True)
