@@ -75,7 +75,8 @@ class Samples:
 def divided(batches: Iterable[Batch], *, hold_out: bool, most: int = MOST) -> Samples:
     """The batches without copies, and, where that is asked for, a part of them held out.
 
-    Reading ends with the batch that has the last sample needed.
+    Reading ends with the batch that has the last sample needed, or where ``most`` in a row are
+    copies.
 
     Raises:
         InvalidField: if there are too few different samples, or a batch is no pair.
@@ -120,16 +121,17 @@ def _read(
     """Batches (inputs, labels, size, rows of new samples) up to so many different samples; how many
     different ones there were, and how many of all."""
     found: list[tuple[Inputs, Any, int, list[int]]] = []
-    seen, total = set[bytes](), 0
+    seen, total, in_vain = set[bytes](), 0, 0
     for number, batch in enumerate(batches):
         inputs, labels = _pair(batch, number)
         size = batch_size(inputs)
         new = [row for row in range(size) if not _known(inputs, row, size, seen)]
         total += size
+        in_vain = 0 if new else in_vain + size
         if new:
             new = new[: most - sum(len(rows) for *_, rows in found)]
             found.append((inputs, labels, size, new))
-        if len(seen) >= most:
+        if len(seen) >= most or in_vain >= most:  # loaders of training may never end
             break
     return found, len(seen), total
 

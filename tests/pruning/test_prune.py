@@ -213,6 +213,17 @@ def test_copies_do_not_count_as_samples() -> None:
     assert unchanged(model, before)
 
 
+def test_a_loader_that_never_ends_is_read_until_nothing_new_comes() -> None:
+    x, y = torch.randn(100, 4), torch.arange(100) % 2
+
+    def endless() -> Any:
+        while True:
+            rows = torch.randint(0, 100, (32,))
+            yield x[rows], y[rows]
+
+    assert divided(endless(), hold_out=True).different == 100
+
+
 def test_a_little_noise_does_not_make_many_samples_of_a_few() -> None:
     model = trained()
     before = state_of(model)

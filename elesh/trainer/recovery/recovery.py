@@ -240,6 +240,7 @@ class Recovery:
         self._keep = keep
         self.tracked: Tracked | None = None
         """What points are taken of; None before the first of :meth:`resume` and :meth:`track`."""
+        folder = folder.absolute() if folder else None  # the working directory may change
         self._folder = folder
         self._lock: FolderLock | None = None
         self._points: Points = MemoryPoints()

@@ -50,6 +50,18 @@ def flip(file: Path, at: int = -1) -> None:
     file.write_bytes(data)
 
 
+def test_restore_points_stay_where_they_are_when_the_working_directory_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run, _, _ = trained(Path("run"), epochs=1)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run.save(2)
+    assert len(points(tmp_path / "run")) == 2
+    assert not list(Path().iterdir())
+
+
 # Damaged restore points
 
 
