@@ -115,6 +115,8 @@ class InputTally:
     """[W, W] of the slopes' sums over a sample's positions."""
     left: Floats | None = None
     """[W, W] of their deviations from the mean over the positions; None: nothing."""
+    both: Floats | None = None
+    """[2, W, W]: where these two lie, as long as there was a single call."""
     calls: int = 0
 
     def see(self, x: Tensor, gradient: Tensor, share: float, samples: int | None) -> None:
@@ -127,7 +129,9 @@ class InputTally:
         positions, width = gradient.shape[1:]
         self.steady = self.steady + share * positions * _doubles(x.mean(1).square().sum(0))
         total = gradient.sum(1)
-        summed = _squares(total)
+        self.both = None if self.calls else np.empty((2, width, width), np.float32)
+        into = (None, None) if self.both is None else self.both
+        summed = _squares(total, into[0])
         self.summed = _added(self.summed, summed)
         count = positions_to_read(positions, width, samples)
         read = positions_drawn(positions, count, self.calls)
@@ -135,13 +139,14 @@ class InputTally:
         if positions == 1:  # Its own mean: nothing is left.
             return
         if read is None:
-            left = _squares(gradient)
+            left = _squares(gradient, into[1])
             for some in _rows_at_once(left):
                 steady = np.divide(summed[some], positions, dtype=np.float64)
                 np.subtract(left[some], steady, out=left[some], casting="same_kind")
         else:
             apart = gradient[:, read.to(gradient.device)] - total[:, None] / positions
-            left = _squares(apart) * (positions / len(read))
+            left = _squares(apart, into[1])
+            left *= positions / len(read)
         self.left = _added(self.left, left)
 
     def put(
@@ -187,11 +192,18 @@ def _doubles(values: Tensor) -> Doubles:
     return found
 
 
-def _squares(values: Tensor) -> npt.NDArray[np.float32]:
-    """[W, W]: sums of products over all but the last dimension."""
+def _squares(values: Tensor, into: Floats | None = None) -> Floats:
+    """[W, W]: sums of products over all but the last dimension, in float32; ``into`` there."""
     rows = values.reshape(-1, values.shape[-1])
-    found: npt.NDArray[np.float32] = (rows.T @ rows).float().cpu().numpy()  # Under autocast, too.
-    return found
+    if into is None:
+        found: Floats = (rows.T @ rows).float().cpu().numpy()  # Under autocast, too.
+        return found
+    if rows.dtype == torch.float32 and rows.device.type == "cpu":
+        with torch.no_grad():
+            torch.mm(rows.T, rows, out=torch.from_numpy(into))
+    else:
+        into[:] = _squares(values)
+    return into
 
 
 def _added(past: Floats | None, new: Floats) -> Floats:
@@ -390,7 +402,7 @@ class GroupTally:
         norms: Collection[Normalised],
     ) -> dict[str, Any]:
         """The input moments of all sites, where they were measured at each, and a head has as many
-        channels at each: they make up one array."""
+        channels at each: they make up one array. Asked once: their sums are not kept."""
         sites = self.group.sites
         if entered is None or not self.inputs or len(self.inputs) < len(sites):
             return {}
@@ -403,12 +415,16 @@ class GroupTally:
             "input_moments": np.empty((len(sites), width, width), np.float32),
             "input_means": np.empty((len(sites), width), np.float32),
             "sample_moments": np.empty((len(sites), width), np.float32),
-            "input_slopes": np.empty((len(sites), 2, width, width), np.float32),
         }
+        # That of a single site is what its sums lie in: most are so, and large.
+        own = self.inputs[0].both if len(sites) == 1 and not norms else None
+        shape = (len(sites), 2, width, width)
+        found["input_slopes"] = np.empty(shape, np.float32) if own is None else own[None]
         for number, site in enumerate(sites):
             at = {name: values[number] for name, values in found.items()}
-            own, centred = self._entered(entered, site), site.axis in constants
-            self.inputs[number].put(at, samples, own, centred, norms)
+            sums, centred = self._entered(entered, site), site.axis in constants
+            # What it is made of is let go: its memory is the next one's.
+            self.inputs.pop(number).put(at, samples, sums, centred, norms)
         return found
 
     def _entered(self, entered: Entered, site: GateSite) -> tuple[int, Doubles, Floats]:

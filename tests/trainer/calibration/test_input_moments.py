@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from elesh.analysis.candidates import Candidates
 from elesh.analysis.levels.heads import HEADS
 from elesh.analysis.selection.reconstruction_order import ReconstructionOrder
 from elesh.trainer import Recorder, Surgeon
+from elesh.trainer.calibration.accumulators import InputTally
 from elesh.trainer.network.calling import main_output
 from leyline import CheckpointBundle, GateStatistics, Level
 from leyline.network.statistics import INPUT_FIELDS
@@ -265,3 +267,25 @@ def test_a_head_with_more_channels_at_one_reader_than_at_another_has_no_input_mo
     assert bundle.gates[group.name].input_moments is None
     _, fallbacks = HEADS.choose_scorer(bundle, "auto", reconstructs=True)
     assert any("no input moments" in taken.reason for taken in fallbacks)
+
+
+def test_sums_of_one_batch_become_the_slopes_and_are_let_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shared: list[bool] = []
+    put = InputTally.put
+
+    def noted(tally: InputTally, into: Any, *others: Any) -> None:
+        shared.append(tally.both is not None and np.shares_memory(tally.both, into["input_slopes"]))
+        put(tally, into, *others)
+
+    monkeypatch.setattr(InputTally, "put", noted)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    recorder, x = Recorder(model, torch.randn(2, 6)), torch.randn(16, 6)
+    labels = torch.arange(16) % 3
+    whole = recorder.measure([(x, labels)], epoch=0).gates["0"]
+    parts = recorder.measure([(x[:8], labels[:8]), (x[8:], labels[8:])], epoch=0).gates["0"]
+    assert shared == [True, False]
+    for name in ("input_moments", "sample_moments"):
+        np.testing.assert_allclose(getattr(whole, name), getattr(parts, name), rtol=1e-4, atol=1e-6)
