@@ -211,14 +211,16 @@ def row(method: str, cells: Sequence[Sequence[Line]], whole: Sequence[Line]) -> 
 
 
 def against_ours(found: Mapping[tuple[str, float], list[Line]]) -> list[str]:
-    """What the better of our two ways and the best other lose on the same seeds, share by share;
-    and who is ahead of ours, or behind it, by more than two standard errors, paired by seed."""
+    """What the better of our two ways (of more seeds, where that differs) and the best other lose
+    on the same seeds, share by share; and who is ahead of ours, or behind it, by more than two
+    standard errors, paired by seed."""
     whole, lines = found["unpruned", 1.0], []
     said: dict[str, list[str]] = {"ahead of": [], "behind": []}
     sign, name = (-1, "loss") if whole[0]["task"] in _BY_LOSS else (1, "accuracy")
     for share in sorted({share for method, share in found if method in _OURS}, reverse=True):
         ways = [runs for way in _OURS if (runs := found.get((way, share)))]
-        ours = {run["seed"]: run for run in min(ways, key=lambda runs: lost(runs, whole)[0])}
+        better = min(ways, key=lambda runs: (-len(runs), lost(runs, whole)[0]))
+        ours = {run["seed"]: run for run in better}
         others = {
             method: alike
             for (method, at), runs in found.items()
