@@ -27,16 +27,16 @@ _TORCHVISION = [
     "swin3d_t", "swin_t", "swin_v2_t", "vgg11_bn", "vgg16", "vit_b_16", "wide_resnet50_2",
 ]  # fmt: skip
 _TIMM = [
-    "beit_base_patch16_224", "cait_xxs24_224", "coat_tiny", "convit_tiny", "convmixer_768_32",
-    "convnext_tiny", "convnextv2_atto", "crossvit_tiny_240", "cspresnet50",
+    "beit_base_patch16_224", "botnet26t_256", "cait_xxs24_224", "coat_tiny", "convit_tiny",
+    "convmixer_768_32", "convnext_tiny", "convnextv2_atto", "crossvit_tiny_240", "cspresnet50",
     "deit_tiny_patch16_224", "dla34", "edgenext_xx_small", "efficientformer_l1",
     "efficientnet_b0", "efficientvit_b0", "ese_vovnet19b_dw", "fastvit_t8", "gernet_s",
-    "ghostnet_100", "gmlp_s16_224", "hrnet_w18_small", "levit_128s", "mixer_s32_224",
-    "mobilenetv3_large_100", "mobileone_s0", "mobilevit_xxs", "nfnet_l0", "pit_ti_224",
-    "poolformer_s12", "pvt_v2_b0", "regnetx_002", "repvgg_a0", "repvit_m1", "res2net50_26w_4s",
-    "resmlp_12_224", "resnet50", "resnext50_32x4d", "seresnet50", "sequencer2d_s", "starnet_s1",
-    "swin_tiny_patch4_window7_224", "tinynet_e", "twins_svt_small", "vit_tiny_patch16_224",
-    "xcit_nano_12_p16_224",
+    "ghostnet_100", "gmlp_s16_224", "hiera_tiny_224", "hrnet_w18_small", "levit_128s",
+    "mixer_s32_224", "mobilenetv3_large_100", "mobileone_s0", "mobilevit_xxs", "nfnet_l0",
+    "pit_ti_224", "poolformer_s12", "pvt_v2_b0", "regnetx_002", "repvgg_a0", "repvit_m1",
+    "res2net50_26w_4s", "resmlp_12_224", "resnet50", "resnext50_32x4d", "seresnet50",
+    "sequencer2d_s", "starnet_s1", "swin_tiny_patch4_window7_224", "tinynet_e", "twins_svt_small",
+    "vit_tiny_patch16_224", "xcit_nano_12_p16_224",
 ]  # fmt: skip
 
 NAMES = (
@@ -105,10 +105,15 @@ def _timm(name: str) -> tuple[nn.Module, Any]:
         options = {"img_size": 64}
     if name.startswith("swin"):
         options, size = {"img_size": 112}, 112
-    if any(name.startswith(kind) for kind in ("levit", "efficientformer", "twins", "sequencer")):
+    if any(
+        name.startswith(kind)
+        for kind in ("levit", "efficientformer", "twins", "sequencer", "hiera")
+    ):
         size = 224
     if name.startswith("crossvit"):
         size = 240
+    if name.startswith("botnet"):
+        size = 256
     return timm.create_model(name, pretrained=False, **options), _images(size)
 
 

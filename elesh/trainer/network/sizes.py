@@ -128,7 +128,8 @@ _SHARES = ("num_key_value_groups", "n_rep", "num_queries_per_kv")
 """How many query heads share one."""
 _WIDTHS = (
     "all_head_size", "inner_dim", "split_size", "attn_dim", "val_attn_dim", "d_out", "n_embd",
-    "d_model", "dim", "emb_dim", "hidden_size", "hidden_dim", "n_state",
+    "d_model", "dim", "emb_dim", "hidden_size", "hidden_dim", "n_state", "dim_out", "dim_out_qk",
+    "dim_out_v",
 )  # fmt: skip
 """Channels of all heads together: BERT, Diffusers and many others, GPT-2, timm and its LeViT; and
 where queries are as wide as the stream, the names that it has in code written by hand. Not

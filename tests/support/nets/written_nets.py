@@ -352,6 +352,27 @@ class GatedPositions(nn.Module):
         return torch.as_tensor(self.leave(u * v))
 
 
+class MapAttention(nn.Module):
+    """Attention over a map, by widths that the module keeps (BoTNet)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.dim_head_qk, self.dim_head_v = _HEADS, 4, 4
+        self.dim_out_qk = self.dim_out_v = _WIDTH
+        self.enter, self.qkv = nn.Conv2d(3, 10, 3), nn.Conv2d(10, 3 * _WIDTH, 1)
+        self.out = nn.Conv2d(_WIDTH, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x).relu()
+        n, _, height, width = x.shape
+        sizes = [self.dim_out_qk, self.dim_out_qk, self.dim_out_v]
+        q, k, v = self.qkv(x).split(sizes, dim=1)
+        q, k = (y.reshape(n * self.num_heads, self.dim_head_qk, -1) for y in (q, k))
+        v = v.reshape(n * self.num_heads, self.dim_head_v, -1)
+        mixed = v @ (q.transpose(1, 2) @ k).softmax(-1).transpose(1, 2)
+        return torch.as_tensor(self.out(mixed.reshape(n, self.dim_out_v, height, width)))
+
+
 def bag() -> nn.Module:
     return nn.Sequential(nn.EmbeddingBag(20, 12), nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 3))
 
@@ -375,6 +396,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "unflattened": (unflattened, (CONDITIONS,)),
     "linear attention": (LinearAttention, (VECTORS,)),
     "bag": (bag, (IDS,)),
+    "map attention": (MapAttention, (IMAGES,)),
     "gated positions": (GatedPositions, (VECTORS,)),
     "reversible": (Reversible, (IMAGES,)),
     "masked steps": (MaskedSteps, (VECTORS,)),

@@ -35,6 +35,7 @@ UNITS = {
     "unflattened": {"0": 14, "2": 12, "6": 8},
     "linear attention": {"enter": 16, "o": 4},
     "bag": {"0": 12, "1": 10},
+    "map attention": {"enter": 10, "out#2": 4},
     "gated positions": {"enter": 12},
     "reversible": {"enter": 12},
     "masked steps": {"enter": 12, "inner": 10},
