@@ -175,14 +175,13 @@ def test_statistics_do_not_depend_on_how_the_network_is_used(mode: str) -> None:
     assert bundle.blobs()["statistics"] == expected.blobs()["statistics"]
 
 
-def test_measuring_under_autocast_comes_close() -> None:
+def test_measuring_under_autocast_is_measuring_without_it() -> None:
     model = build("ResNet")
     expected = measured(model).gates["blocks.1.conv1"].projections
     with torch.autocast("cpu", torch.bfloat16):
         found = measured(model).gates["blocks.1.conv1"].projections
     assert found.dtype == np.float32
-    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.99
-    assert not np.array_equal(found, expected)
+    assert np.array_equal(found, expected)
 
 
 def test_a_low_precision_model_is_measured_in_single_precision() -> None:
