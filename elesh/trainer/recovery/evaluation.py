@@ -125,6 +125,8 @@ def likely_drop(before: Evaluation, now: Evaluation, samples: int) -> LikelyDrop
     """
     drop, increase = before.accuracy - now.accuracy, max(now.loss - before.loss, 0.0)
     seen = moved(before.answers, now.answers, before.accuracy) if samples else None
+    if seen is not None and abs(drop) > seen.most(samples):
+        seen = None  # That accuracy is of something else: several labels a sample, numbers.
     if not samples or not (before.loss > 0 or seen):
         return LikelyDrop(drop)
     by_loss, witnesses = 0.0, list[tuple[float, float]]()

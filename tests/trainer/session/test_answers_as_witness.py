@@ -97,6 +97,20 @@ def test_of_many_samples_accuracy_decides() -> None:
     assert likely_drop(was, now, 10**6).combined == pytest.approx(0.02, rel=0.05)
 
 
+def test_an_accuracy_that_falls_further_than_answers_move_is_not_of_these_answers() -> None:
+    """As where every sample has several labels, or numbers are foretold."""
+    before, after, _ = drawn(400, 0.02, 3)
+    found = moved(answers(before), answers(after), 0.7)
+    assert found is not None
+    assert 0 < found.share < 0.02
+    was, now = Evaluation(0.7, 0.9, answers(before)), Evaluation(0.67, 0.9, answers(after))
+    assert likely_drop(was, now, 400) == likely_drop(
+        Evaluation(was.accuracy, was.loss), Evaluation(now.accuracy, now.loss), 400
+    )
+    by_chance = Evaluation(0.7 - found.share, 0.9, answers(after))
+    assert likely_drop(was, by_chance, 400).bound is not None
+
+
 class Rows(nn.Module):
     def __init__(self, outputs: int = CLASSES) -> None:
         super().__init__()
