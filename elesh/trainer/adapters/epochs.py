@@ -352,8 +352,11 @@ class EveryEpoch:
             self._held_back = next(own, undone[0])
         for decision in decisions:
             found.append(self._apply(decision, self.surgeon))
-        if checkpoint and self._budget_met(self.surgeon):
+        if epoch == self.last:
+            self.session.ask_nothing()
+        elif checkpoint and self._budget_met(self.surgeon):
             _log.info("budget reached, nothing more is asked for", epoch=epoch)
+            self.session.ask_nothing()
         elif checkpoint:
             try:
                 self._checkpoint(epoch)

@@ -28,8 +28,6 @@ _LOOKED_AT = 64
 """Numbers of every input tensor by which it is known again."""
 _OTHERS = 16
 """Every sample is tried with the changes of so many samples."""
-_ERRORS = 3
-"""Standard errors by which the share of other samples' answers may differ from that of these."""
 _TEMPERATURES = 1e-3, 1e3
 """Between which outputs are scaled until they are as sure as they are right."""
 _BISECTIONS = 20
@@ -130,14 +128,6 @@ class Moved:
     """Its standard error, as these samples are some of many."""
     share: float
     """Of these samples, whose answer is another one."""
-    count: int
-    """These samples."""
-
-    def most(self, samples: int) -> float:
-        """The largest change of accuracy that so many samples, these among them, can show: only
-        where an answer is another one does a sample become right or wrong."""
-        error = math.sqrt((self.share + 1 / self.count) / self.count) if samples > self.count else 0
-        return self.share + _ERRORS * error + 1e-6
 
 
 def moved(before: Answers | None, now: Answers | None, accuracy: float) -> Moved | None:
@@ -166,7 +156,7 @@ def moved(before: Answers | None, now: Answers | None, accuracy: float) -> Moved
     others = [_of(right, (logits + change.roll(step, 0)).argmax(1)).mean() for step in steps]
     drop = (own.mean() + _of(right, first).mean() - sum(others) / len(others)) / 2
     error = float(own.std(correction=0)) / (2 * math.sqrt(count))
-    return Moved(float(drop), error, float((answers != first).double().mean()), count)
+    return Moved(float(drop), error, float((answers != first).double().mean()))
 
 
 def _as_sure(logits: Tensor, before: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ _LOSS_DOUBT, _ANSWERS_DOUBT = 0.004, 0.001
 by which what answers say may be."""
 _BOUND = 2.0
 """Standard errors above the likely drop at which its upper bound lies."""
+_APART = 3.0
+"""Standard errors of accuracy by which answers may tell another drop than it shows."""
 _ERRORS = 3.5
 """Standard errors beyond which a fall is no chance."""
 _FEW = 1.5
@@ -125,7 +127,7 @@ def likely_drop(before: Evaluation, now: Evaluation, samples: int) -> LikelyDrop
     """
     drop, increase = before.accuracy - now.accuracy, max(now.loss - before.loss, 0.0)
     seen = moved(before.answers, now.answers, before.accuracy) if samples else None
-    if seen is not None and abs(drop) > seen.most(samples):
+    if seen is not None and abs(drop - seen.drop) > _APART * _chance(seen.share, samples):
         seen = None  # That accuracy is of something else: several labels a sample, numbers.
     if not samples or not (before.loss > 0 or seen):
         return LikelyDrop(drop)
@@ -138,11 +140,16 @@ def likely_drop(before: Evaluation, now: Evaluation, samples: int) -> LikelyDrop
         doubt = (seen.drop / 2 + _ANSWERS_DOUBT) ** 2 + seen.error**2
         witnesses.append((seen.drop, doubt))
     changed = 2 * max(abs(drop), by_loss) if seen is None else seen.share
-    witnesses.append((drop, (changed + 1 / samples) / samples))
+    witnesses.append((drop, _chance(changed, samples) ** 2))
     precision = sum(1 / variance for _, variance in witnesses)
     combined = sum(value / variance for value, variance in witnesses) / precision
     bound = None if seen is None else combined + _BOUND / math.sqrt(precision)
     return LikelyDrop(combined, by_loss, bound)
+
+
+def _chance(changed: float, samples: int) -> float:
+    """The standard error of a drop of accuracy, where that share of the answers changes."""
+    return math.sqrt((changed + 1 / samples) / samples)
 
 
 @dataclass(frozen=True)

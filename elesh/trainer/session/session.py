@@ -164,6 +164,7 @@ class Session:
         self._decided: dict[str, StructuralPruningDecision] = {}
         self._evaluate: Callable[[], Evaluation] | None = None
         self._preflight: tuple[PreflightCheck, ...] | None = None
+        self._nothing_asked = False
         self._loading: Loading | None = None
         self._covariance: InputCovariance | None = None
         """Of the last checkpoint that was published."""
@@ -249,7 +250,7 @@ class Session:
         Raises:
             InvalidField: if it was measured for another run: its answer would not be heard here.
         """
-        bundle = self._with_accuracy(self._of_this_run(bundle))
+        bundle, self._nothing_asked = self._with_accuracy(self._of_this_run(bundle)), False
         if self._preflight is not None:  # In the run's first checkpoint only.
             metadata = bundle.metadata.model_copy(update={"preflight": self._preflight})
             bundle, self._preflight = replace(bundle, metadata=metadata), None
@@ -277,8 +278,18 @@ class Session:
         return found
 
     def wait(self, timeout: float) -> bool:
-        """Wait until something has come, for tools and tests; training has no need to."""
-        return bool(self._decisions) or self._mailbox.arrived.wait(timeout)
+        """Wait until something has come, for tools and tests; training has no need to. After
+        :meth:`ask_nothing` it returns at once.
+
+        Args:
+            timeout: seconds.
+        """
+        seconds = 0.0 if self._nothing_asked else timeout
+        return bool(self._decisions) or self._mailbox.arrived.wait(seconds)
+
+    def ask_nothing(self) -> None:
+        """No checkpoint is published where one was due: the budget is reached, or training ends."""
+        self._nothing_asked = True
 
     def resume(
         self,

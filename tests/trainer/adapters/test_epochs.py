@@ -232,6 +232,7 @@ def test_the_last_epoch_judges_what_is_monitored_and_asks_for_nothing() -> None:
     epochs._evaluate = lambda *_: Evaluation(0.1, next(_LOSSES))
     (outcome,) = epochs.end_epoch(2)
     assert (outcome.result, len(session.published)) == ("rolled_back", 1)
+    assert not session.wait(3600), "nothing can come: it returns at once"
 
 
 def test_a_decision_that_was_rejected_is_reported_and_nothing_is_evaluated_for_it() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from guarded import trainer_settings
 from test_framework_checkpoints import LOSSES, NOWHERE, CutsOnce, X, Y, every
 from torch import Tensor, nn
 from torch.nn import functional
@@ -150,8 +151,8 @@ def test_a_network_that_lightning_casts_is_given_batches_in_its_own_precision(
 ) -> None:
     from lightning_modules import Module
 
-    module = Module()
-    with CutsOnce("case", NOWHERE) as session:
+    module, whole = Module(), trainer_settings(cut_accuracy_drop=1)
+    with CutsOnce("case", NOWHERE, whole) as session:
         ours, _ = fit(tmp_path, module, session, 3, judged={"evaluate": None}, precision=precision)
     assert module.model[0].out_features < 24
     assert ours.evaluate().finite
