@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from guarded import trainer_settings
 from test_framework_checkpoints import LOSSES, NOWHERE, CutsOnce, X, Y, every
 from torch import Tensor, nn
 from torch.nn import functional
 
+from elesh.settings import Settings
 from elesh.trainer import Evaluation, Session
 from elesh.trainer.adapters.epochs import EveryEpoch
 from elesh.trainer.recovery.checkpoints import KEY
 
 pytestmark = pytest.mark.slow
+_NEVER_BACK = {"rollback_triggers": {"channel_accuracy_drop": 1}}
 
 # Lightning
 
@@ -151,8 +152,9 @@ def test_a_network_that_lightning_casts_is_given_batches_in_its_own_precision(
 ) -> None:
     from lightning_modules import Module
 
-    module, whole = Module(), trainer_settings(cut_accuracy_drop=1)
-    with CutsOnce("case", NOWHERE, whole) as session:
+    module = Module()
+    whole = {"trainer": {"cut_accuracy_drop": 1}, "structured_pruning": _NEVER_BACK}
+    with CutsOnce("case", NOWHERE, Settings.model_validate(whole)) as session:
         ours, _ = fit(tmp_path, module, session, 3, judged={"evaluate": None}, precision=precision)
     assert module.model[0].out_features < 24
     assert ours.evaluate().finite
