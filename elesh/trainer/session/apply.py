@@ -178,11 +178,10 @@ def check_and_cut(
         The outcome, and how many samples the last call of ``evaluate`` showed the network; 0 where
         it was not called.
     """
-    present, said = surgeon.architecture, ""
+    present = surgeon.architecture
     if blocked := surgeon.blocked():
         return outcome_of(decision, present, present, "refused", blocked), 0
-    if decision.model_hash != present.model_hash:
-        decision, said = present_form(decision, present)
+    decision, said = present_form(decision, present)
     limit = trigger_of(decision, triggers)
     allowed = (limits or VerificationSettings()).limits(
         frozenset(decision.taken), decision.safety.phase

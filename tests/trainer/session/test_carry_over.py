@@ -11,7 +11,7 @@ from trainer_nets import batches, build, example, same
 from elesh.analysis import analyze
 from elesh.settings import Settings
 from elesh.trainer import Evaluation, Recorder, Surgeon, apply_decision
-from elesh.trainer.session.carry_over import carried_over
+from elesh.trainer.session.carry_over import carried_over, present_form
 from leyline import StructuralPruningDecision
 
 
@@ -68,3 +68,10 @@ def test_no_more_goes_than_the_decision_said_and_what_is_left_of_nothing_is_stal
     assert outcome.result == "refused"
     assert outcome.detail.startswith("stale")
     assert same(before, dict(model.state_dict()))
+
+
+def test_a_decision_on_the_present_architecture_stays_what_it_is() -> None:
+    """Regression: in a demo it was taken for one that nothing is left of."""
+    recorder = Recorder(build("Vgg"), example())
+    decision = approved(recorder, 0.3)
+    assert present_form(decision, recorder.architecture) == (decision, "")
