@@ -47,6 +47,7 @@ _CLOSE, _POSITIONS = 0.01, 1024
 """Samples are copies but for a little noise if they are nearer to each other than this share of how
 far samples lie apart, by so many of their numbers."""
 _FAR = (2.0, 4.0)
+"""Of how far samples lie apart: noise by which other classes are looked for."""
 _ENOUGH = 64
 """Of few samples, rather so many are held out, but never more than half."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from elesh.observe import get_logger
 from elesh.trainer.network.calling import (
@@ -48,13 +48,9 @@ def as_taken(model: nn.Module, batches: Sequence[Pair]) -> Sequence[Pair]:
 
 def _runs(model: nn.Module, inputs: Inputs) -> bool:
     device = device_of(model)
-
-    def moved(x: Tensor) -> Tensor:
-        return x.to(device)
-
     with preserve_state(model, 0), torch.no_grad():
         try:
-            call(model, map_tensors(moved, inputs))
+            call(model, map_tensors(lambda x: x.to(device), inputs))
         except RuntimeError:  # what PyTorch raises where dtypes do not go together
             return False
     return True

@@ -42,11 +42,11 @@ def carried_over(
         if not (any(units.values()) or layers):
             return None
         try:
-            after = now.without({name: own for name, own in units.items() if own})
-            after = after.without_layers(layers) if layers else after
+            narrower = now.without({name: own for name, own in units.items() if own})
+            after = narrower.without_layers(layers) if layers else narrower
         except ContractError:
             return None
-        if not _goes_too_far(decision, after):
+        if not _goes_too_far(decision, narrower, after):
             break
         if not _without_most_expensive(places, now):
             return None  # What is left are whole layers, and they are too much.
@@ -136,13 +136,20 @@ def _cheapest_first(target: Target, own: list[tuple[int, int]]) -> list[tuple[in
     return sorted(own, key=lambda item: (costs[item[1]] if costs else 0.0, item[1]))
 
 
-def _goes_too_far(decision: StructuralPruningDecision, after: PrunedArchitecture) -> bool:
-    """Whether less would be left than the decision said."""
+def _goes_too_far(
+    decision: StructuralPruningDecision, narrower: PrunedArchitecture, after: PrunedArchitecture
+) -> bool:
+    """Whether less would be left than the decision said.
+
+    Args:
+        narrower: without its units; those that go with a layer are not counted among them.
+        after: without its layers, too.
+    """
     planned = decision.statistics
     if after.parameters < planned.parameters_after or after.macs < planned.macs_after:
         return True
     level = Level.CHANNEL if decision.channels else Level.HEAD
-    groups = [group for group in after.groups if group.level is level and group.prunable]
+    groups = [group for group in narrower.groups if group.level is level and group.prunable]
     first = decision.levels[0].level if decision.levels else decision.key.level
     return first is level and sum(group.size for group in groups) < planned.channels_after
 

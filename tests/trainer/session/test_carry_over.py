@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+from guarded import decide
 from torch import nn
 from trainer_nets import batches, build, example, same
 
@@ -12,7 +13,7 @@ from elesh.analysis import analyze
 from elesh.settings import Settings
 from elesh.trainer import Evaluation, Recorder, Surgeon, apply_decision
 from elesh.trainer.session.carry_over import carried_over, present_form
-from leyline import StructuralPruningDecision
+from leyline import Level, StructuralPruningDecision
 
 
 def approved(recorder: Recorder, share: float) -> StructuralPruningDecision:
@@ -68,6 +69,27 @@ def test_no_more_goes_than_the_decision_said_and_what_is_left_of_nothing_is_stal
     assert outcome.result == "refused"
     assert outcome.detail.startswith("stale")
     assert same(before, dict(model.state_dict()))
+
+
+def test_channels_that_go_with_a_layer_do_not_make_its_decision_stale() -> None:
+    """Regression: those inside of the layer were counted as if more went than was decided."""
+    now = Recorder(build("ResNet"), example()).architecture
+    layer = next(block.name for block in now.blocks if block.prunable)
+    decision = decide(now, units=2, groups=1, layers=(layer,))
+    (target,) = decision.channels
+    channels = sum(g.size for g in now.groups if g.prunable and g.level is Level.CHANNEL)
+    inside = channels - sum(
+        g.size
+        for g in now.without_layers([layer]).groups
+        if g.prunable and g.level is Level.CHANNEL
+    )
+    assert inside > 2
+    counted = decision.statistics.model_copy(update={"channels_after": channels - 2})
+    decision = decision.model_copy(update={"statistics": counted})
+    carried = carried_over(decision, now.without({target.layer_name: [0]}))
+    assert carried is not None
+    assert [t.original_indices for t in carried.channels] == [(1,)]
+    assert [t.layer_name for t in carried.layers] == [layer]
 
 
 def test_a_decision_on_the_present_architecture_stays_what_it_is() -> None:
