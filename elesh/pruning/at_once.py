@@ -52,7 +52,16 @@ from leyline import (
     StructuralPruningDecision,
 )
 
-from .judging import Evaluate, HeldOut, Judge, Limits, Validation, outcomes, require_labels_fit
+from .judging import (
+    Evaluate,
+    HeldOut,
+    Judge,
+    Limits,
+    Validation,
+    outcomes,
+    require_labels_fit,
+    require_no_arguments,
+)
 from .latency import compared as latencies
 from .progress import Progress
 from .report import Figures, PruningReport, Round, Spared, spared_of
@@ -146,6 +155,8 @@ def prune(
     if loss is not None and evaluate is None and max_loss_increase is None:
         expected = "a limit, as nothing says which answers are right"
         raise InvalidField("max_loss_increase", expected, None)
+    if evaluate is not None:
+        require_no_arguments(evaluate)
     shown = Progress(progress)
     with shown:
         shown.doing("looking at the samples")

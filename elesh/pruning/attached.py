@@ -26,7 +26,7 @@ from elesh.trainer.recovery.snapshot import Stateful
 from elesh.trainer.session.session import SessionObserver
 from leyline import InvalidField, Level, PrunedArchitecture, PruningOutcome
 
-from .judging import Evaluate, evaluated
+from .judging import Evaluate, evaluated, require_no_arguments
 from .samples import Batch, divided, require_no_copies
 
 __all__ = ["Pruning", "attach"]
@@ -97,9 +97,10 @@ def attach(
         observers: called with checkpoints and outcomes (``TensorBoardSummaries``).
 
     Raises:
-        InvalidField: if samples are too few, or a few with noise on them, or a level is unknown.
-            Nothing has been changed then.
+        InvalidField: if samples are too few, or a few with noise on them, a level is unknown, or
+            ``evaluate`` cannot be called without arguments. Nothing has been changed then.
     """
+    require_no_arguments(evaluate)
     samples = divided(calibration, hold_out=held_out is None).taken_by(unwrapped(model))
     require_no_copies(unwrapped(model), samples)
     session = Session(run_id, url, settings, restore_dir=restore_dir, observers=observers)

@@ -7,6 +7,7 @@ network is left as it was found (training flags, buffers, random generators).
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ __all__ = [
     "evaluated",
     "outcomes",
     "require_labels_fit",
+    "require_no_arguments",
 ]
 
 Evaluate = Callable[[], Evaluation | tuple[float, float]]
@@ -44,6 +46,21 @@ _ERRORS = 3.0
 """Standard errors beyond which a difference is no chance."""
 _SLACK = 0.05
 """Training samples (augmented, perhaps) need not be exactly as easy as validation data."""
+
+
+def require_no_arguments(evaluate: Evaluate) -> None:
+    """Refuse an ``evaluate`` that cannot be called as it will be.
+
+    Raises:
+        InvalidField: if it has to be given something, such as the network.
+    """
+    try:
+        inspect.signature(evaluate).bind()
+    except TypeError as error:
+        hint = "evaluate=lambda: evaluate(model)"
+        raise InvalidField("evaluate", "to take nothing", error, hint=hint) from None
+    except ValueError:  # Some that are written in C have no signature.
+        pass
 
 
 def evaluated(found: Evaluation | tuple[float, float]) -> Evaluation:

@@ -99,6 +99,24 @@ def test_a_run_is_cut_killed_and_resumed(tmp_path: Path) -> None:
     assert torch.equal(loaded(images), model.eval()(images))
 
 
+def test_an_evaluation_that_must_be_given_something_is_refused_before_anything_begins(
+    tmp_path: Path,
+) -> None:
+    model = SmallNet()
+    optimizer = torch.optim.AdamW(model.parameters(), 4e-3)
+
+    def evaluate(network: nn.Module) -> elesh.Evaluation:
+        raise AssertionError("not called")
+
+    given: dict[str, Any] = {"evaluate": evaluate}
+    with pytest.raises(InvalidField, match="missing a required argument: 'network'"):
+        elesh.attach(
+            model, optimizer, run_id="r", calibration=batches(), restore_dir=tmp_path, **given
+        )
+    with pytest.raises(InvalidField, match="lambda"):
+        elesh.prune(model, batches(), {"macs": 0.5}, **given)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_loader_of_calibration_is_left_as_it_was(tmp_path: Path, workers: int) -> None:
     """Its epochs are those of a training without Elesh: order, base seeds, persistent workers."""

@@ -326,6 +326,8 @@ class EveryEpoch:
     def _not_yet(self) -> str:
         """Why no more has gone, as far as the last decision says."""
         if self._held_back is None:
+            if unanswered := self.session.unanswered:
+                return unanswered
             return "the run is not over, or was too short: more epochs, or checkpoints more often"
         became, why = _became(self._held_back), self._held_back.detail
         hint = "train longer between cuts, or raise the limit that is named"

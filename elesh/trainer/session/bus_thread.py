@@ -415,6 +415,9 @@ class BusThread:
                 self._mailbox.deliver(Ended(published.key, reason))
             elif not await bus.stands(_stream_of(published), published.entry):
                 await self._publish_again(bus, published)
+            elif self._unanswered.nobody_answers(published):
+                hint = "a worker must run on the same bus, start it with: elesh worker"
+                _lines.warning("no answer yet", key=published.key, hint=hint)
         return _LOOK_SECONDS
 
     async def _publish_again(self, bus: Bus, published: Published) -> None:

@@ -183,6 +183,8 @@ class Mailbox:
 _FIRST_SECONDS, _LONGEST_SECONDS = 10.0, 120.0
 """Between looks for one answer: the first comes soon, the others ever later."""
 _MOST = 512
+_SLOW_SECONDS = 30.0
+"""Most analyses are done by then."""
 MOST_TIMES = 3
 """Times that a message which vanished is published again."""
 
@@ -254,6 +256,10 @@ class Unanswered:
         while len(self._decided) > 2 * _MOST:
             del self._decided[next(iter(self._decided))]
         return True
+
+    def nobody_answers(self, published: Published) -> bool:
+        """Whether this one waits for half a minute or more, and no decision has come so far."""
+        return not self._decided and self._clock() - published.at >= _SLOW_SECONDS
 
     def ended(self, key: str) -> None:
         """Record that a message will have no decision."""

@@ -164,7 +164,7 @@ class Session:
         self._decided: dict[str, StructuralPruningDecision] = {}
         self._evaluate: Callable[[], Evaluation] | None = None
         self._preflight: tuple[PreflightCheck, ...] | None = None
-        self._nothing_asked = False
+        self._nothing_asked, self._asked = False, 0
         self._loading: Loading | None = None
         self._covariance: InputCovariance | None = None
         """Of the last checkpoint that was published."""
@@ -181,6 +181,17 @@ class Session:
         published is under its stream's name and the key: ``outcomes: <key>``."""
         self._collect()
         return self._failed
+
+    @property
+    def unanswered(self) -> str:
+        """That checkpoints were published and none was answered, and what to do; empty where one
+        was, or none was published."""
+        if not self._asked or self._heard:
+            return ""
+        said = f"none of {self._asked} checkpoints was answered"
+        if self.failed:
+            return f"{said}: {list(self._failed.values())[-1]}"
+        return f"{said}: a worker must run meanwhile on the same bus, start it with: elesh worker"
 
     @property
     def refused(self) -> str:
@@ -257,6 +268,7 @@ class Session:
         metadata = bundle.metadata
         event_id = "ev-" + stable_hash(metadata.run_id, metadata.checkpoint_id)
         self._observers.notify("on_checkpoint", bundle)
+        self._asked += 1
         with _creating(CHECKPOINTS):
             return self._queue(CHECKPOINTS, bundle, metadata.epoch, event_id)
 

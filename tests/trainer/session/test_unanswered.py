@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 
 import pytest
+from trainer_nets import build, measured
 
 from elesh.bus import BadAddress
 from elesh.trainer import Session
@@ -48,6 +49,20 @@ def test_an_answer_counts_once_whichever_way_it_comes() -> None:
     assert waiting.due() == []
 
 
+def test_that_nobody_answers_is_known_after_half_a_minute_and_until_the_first_decision() -> None:
+    clock = Clock()
+    waiting = Unanswered(clock)
+    first, second = published("a"), published("b")
+    waiting.add(first)
+    waiting.add(second)
+    clock.now = 29.0
+    assert not waiting.nobody_answers(first)
+    clock.now = 31.0
+    assert waiting.nobody_answers(first)
+    waiting.decided("b")
+    assert not waiting.nobody_answers(first), "a slow worker is no missing one"
+
+
 def outgoing() -> Outgoing:
     return Outgoing(OUTCOMES, None, {}, 1)  # type: ignore[arg-type]
 
@@ -65,6 +80,16 @@ def test_a_forked_process_and_a_closed_session_say_that_they_cannot_publish(
     assert mailbox.missed == 2
     mailbox.deliver(Ended("key", "poison: it stopped every worker"))
     assert mailbox.received() == [Ended("key", "poison: it stopped every worker")]
+
+
+def test_a_run_that_no_worker_answered_says_so_and_what_became_of_its_checkpoints() -> None:
+    session = Session("run", "redis://127.0.0.1:1/0")
+    assert session.unanswered == ""
+    session.publish(measured(build("Vgg")))
+    assert "none of 1 checkpoints was answered: a worker must run" in session.unanswered
+    session._mailbox.deliver(Ended("key", "poison: it stopped every worker"))
+    assert session.unanswered.endswith("was answered: poison: it stopped every worker")
+    session.close()
 
 
 def test_a_url_that_names_no_bus_is_refused_before_training_begins() -> None:
