@@ -18,6 +18,7 @@ from typing import Any, Self, TypeVar
 
 from redis.exceptions import RedisError
 
+from elesh.bus.server.address import parse
 from elesh.bus.server.client import (
     MAX_BLOCK,
     Backoff,
@@ -176,8 +177,9 @@ class Bus:
 
     @property
     def asks_password(self) -> bool:
-        """Whether the server asks for a password: this connection gives one."""
-        return bool(self._client.connection_pool.connection_kwargs.get("password"))
+        """Whether the server asks for a password: the URL has one, or it is an embedded server."""
+        address = parse(self._client.url)
+        return bool(address.password) or address.kind == "embedded"
 
     async def when_available(self, *, stop: asyncio.Event | None = None) -> bool:
         """Wait until the server answers; False if ``stop`` is set first."""

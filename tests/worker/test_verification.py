@@ -13,6 +13,7 @@ from proved_networks import inverted
 from servers import Server
 from station import PATIENCE, Station
 
+from elesh.bus import embedded_server
 from elesh.operate.replay import Replayed, Selection, replay
 from elesh.settings import Settings
 from elesh.trainer import Session
@@ -74,6 +75,20 @@ def test_a_program_on_a_bus_without_a_password_is_run_only_if_anybodys_is(
         for worker in station.workers:
             worker.end()
         server.kill()
+
+
+@pytest.mark.slow
+def test_a_worker_of_the_embedded_server_measures_by_default(tmp_path: Path) -> None:
+    """Its URL has no password; its folder, that only the user can read, has one."""
+    with embedded_server(tmp_path):
+        station = Station(f"redis+embedded://{tmp_path}/redis", "own", tmp_path)
+        station.worker(**SECTIONS)
+        try:
+            (decision,) = answers(station, [proved_networks.convolutions().at(119)])
+        finally:
+            station.workers[0].end()
+    assert decision.safety.measured
+    assert not decision.fallbacks
 
 
 @pytest.mark.slow
