@@ -98,6 +98,7 @@ class BusThread:
         self._who = own_name()
         self._attempt: RunAttempt | None = None
         self._unanswered = Unanswered()
+        self._settings_hash, self._settings_differ = settings.analysis_hash, False
         self._closing = threading.Event()
         self.wake: Callable[[], None] = lambda: None
         """To be called when something was put into the mailbox."""
@@ -394,7 +395,20 @@ class BusThread:
         elif isinstance(message, StructuralPruningDecision) and self._unanswered.decided(
             message.idempotency_key  # not one that was heard before, by the other way
         ):
+            self._compare_settings(message)
             self._mailbox.deliver(Incoming(message, carrier))
+
+    def _compare_settings(self, decision: StructuralPruningDecision) -> None:
+        """Warn, once, where the worker has another schedule or other limits than this process."""
+        theirs = decision.settings_hash
+        if self._settings_differ or theirs in ("", self._settings_hash):
+            return
+        self._settings_differ = True
+        _log.warning(
+            "the worker decides by other settings than this trainer has, and its own count",
+            key=decision.idempotency_key,
+            hint="give both the same settings file (ELESH_SETTINGS) and version of Elesh",
+        )
 
     async def _look(self, bus: Bus) -> float:
         """Look on the bus for what became of messages without an answer."""

@@ -63,6 +63,21 @@ def test_monitored_decisions_have_the_name_of_the_version_before() -> None:
     assert Session.watched is Session.monitored
 
 
+@pytest.mark.parametrize(("margin", "differ"), [(0.1, False), (0.3, True)])
+@pytest.mark.slow
+def test_a_worker_that_decides_by_other_settings_than_the_trainer_has_is_noticed_once(
+    station: Station, caplog: pytest.LogCaptureFixture, margin: float, differ: bool
+) -> None:
+    limits = {"max_predicted_shift": 1e9, "safety_margin": margin}
+    station.worker(structured_pruning={"channel_analysis": limits})
+    with Session("run", station.url, settings_of(station)) as session:
+        for request in ("one", "two"):
+            session.request(checkpoint(), request)
+            assert session.wait(PATIENCE)
+            assert len(session.decisions()) == 1
+    assert caplog.text.count("the worker decides by other settings") == differ
+
+
 def test_a_request_is_answered_under_its_own_id(station: Station) -> None:
     station.worker()
     with Session("run", station.url, settings_of(station)) as session:
