@@ -24,7 +24,7 @@ from elesh.analysis.levels.analyze_level import UNIT_LEVELS
 from elesh.analysis.levels.units import CHANNELS
 from elesh.analysis.pruning_set.plans import wanted_scorer
 from elesh.analysis.selection.choose import Scorer, pairs_by_group
-from elesh.analysis.selection.schedule import phase_at
+from elesh.analysis.selection.schedule import as_asked, phase_at
 from elesh.analysis.sketch.count_min import CountMinSketch, element_keys
 from elesh.settings import AccuracyTarget, Settings
 from leyline import CheckpointBundle, Level, PruningGroup, stable_hash
@@ -94,7 +94,11 @@ def ranking_scores(bundle: CheckpointBundle, settings: Settings) -> tuple[Scorer
     if scorer == "magnitude":
         return scorer, {name: magnitude([each]) for name, each in data.items()}
     weights = weights_at(
-        phase_at(bundle.metadata.epoch, settings.structured_pruning.safety_schedule), channels
+        phase_at(
+            bundle.metadata.epoch,
+            as_asked(settings.structured_pruning.safety_schedule, bundle.parameters),
+        ),
+        channels,
     )
     return scorer, {name: multi_metric([each], weights) for name, each in data.items()}
 

@@ -45,7 +45,7 @@ def attach(
     held_out: tuple[Any, Tensor] | None = None,
     budget: Mapping[str, float] | None = None,
     removed_at_most: float | None = None,
-    every: int = 5,
+    every: int | None = None,
     levels: Collection[str] = _LEVELS,
     scheduler: Stateful | None = None,
     scaler: Stateful | None = None,
@@ -82,7 +82,7 @@ def attach(
             whether it was reached, or what held it back.
         removed_at_most: share of the original units that may be gone in the end, in place of the
             schedule's limit.
-        every: epochs between two checkpoints.
+        every: epochs between two checkpoints; by default 5, or a tenth of a shorter run.
         levels: what may go: ``channel`` (and hidden units), ``head``, ``layer``.
         scheduler, scaler, parts: whatever else must come back with a restore point: anything with
             ``state_dict`` and ``load_state_dict``, and torch generators.
@@ -172,9 +172,10 @@ class Pruning:
 
     def epochs(self, count: int) -> Iterator[int]:
         """The epochs that are still to be trained, up to ``count`` of the whole run, from 1. The
-        last one publishes no checkpoint: its answer would come too late."""
+        last one publishes no checkpoint: its answer would come too late. With a budget, the phases
+        of the schedule are those of so many epochs."""
         assert self.surgeon is not None
-        self._epochs.last = count
+        self._epochs.ends_with(count)
         return iter(range(self.done + 1, count + 1))
 
     def step(

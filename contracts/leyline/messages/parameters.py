@@ -125,6 +125,9 @@ class AnalysisParameters(Message):
     removed_at_most: Fraction | None = Field(default=None, exclude_if=is_none)
     """Share of the original units that the last phase may have removed, in place of the worker's
     setting; the limits of the other phases go along in proportion."""
+    phases: tuple[Count, Count, Count, Count] | None = Field(default=None, exclude_if=is_none)
+    """Epochs of the preparation, conservative, moderate and aggressive phase, in place of the
+    worker's setting: of a run that ends before the schedule does."""
     round_to: int = Field(default=1, ge=1, le=1024)
     """Keep a multiple of this many channels in every group."""
     budget: Budget | None = Field(default=None, exclude_if=is_none)

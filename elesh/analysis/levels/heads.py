@@ -17,7 +17,7 @@ from elesh.analysis.candidates import Doubles, Floats
 from elesh.analysis.importance.scores import shares, single_removal
 from elesh.analysis.pruning_set.plans import Target
 from elesh.analysis.selection.choose import Scorer
-from elesh.analysis.selection.schedule import raised
+from elesh.analysis.selection.schedule import as_asked
 from elesh.settings import AttentionAnalysis, StructuredPruning
 from leyline import (
     AnalysisParameters,
@@ -105,7 +105,7 @@ class Heads(UnitLevel):
 
     def limits(self, settings: StructuredPruning, asked: AnalysisParameters) -> Limits:
         """Heads come in with the moderate phase (section "Progressive safety schedule")."""
-        schedule, own = raised(settings.safety_schedule, asked.removed_at_most), settings
+        schedule, own = as_asked(settings.safety_schedule, asked), settings
         return Limits(
             schedule.model_copy(update={"conservative_limit": 0.0}),
             own.attention_analysis.safety_margin,

@@ -22,6 +22,7 @@ from elesh.analysis.importance.scores import Prediction, Projections, output_mea
 from elesh.analysis.pruning_set.plans import LevelPlan
 from elesh.analysis.selection.schedule import (
     Allowance,
+    as_asked,
     phase_at,
     sentence,
     short_of_target,
@@ -217,7 +218,7 @@ def plan_layers(bundle: CheckpointBundle, settings: Settings) -> LevelPlan:
         expected = "a level that can be fitted to it (channel or head)"
         hint = "whole layers go by their five conditions; ask for channels or heads as well"
         raise InvalidField("parameters.budget", expected, "layer alone", hint=hint)
-    phase = phase_at(bundle.metadata.epoch, pruning.safety_schedule)
+    phase = phase_at(bundle.metadata.epoch, as_asked(pruning.safety_schedule, bundle.parameters))
     fit, reasons = _judged(bundle, pruning.layer_analysis)
     removable = [block for block in architecture.blocks if block.prunable]
     present = [block for block in removable if not block.removed]

@@ -52,9 +52,9 @@ from elesh.analysis.selection.choose import (
 from elesh.analysis.selection.reconstruction_order import reconstruction_fault
 from elesh.analysis.selection.schedule import (
     allowance,
+    as_asked,
     counted_groups,
     eligible_groups,
-    raised,
     sentence,
 )
 from elesh.analysis.spans import span
@@ -366,7 +366,7 @@ class Channels(UnitLevel):
     def limits(self, settings: StructuredPruning, asked: AnalysisParameters) -> Limits:
         own = settings.channel_analysis
         return Limits(
-            raised(settings.safety_schedule, asked.removed_at_most),
+            as_asked(settings.safety_schedule, asked),
             own.safety_margin,
             own.min_channels_per_layer,
             own.redundancy_threshold,

@@ -24,13 +24,24 @@ import numpy.typing as npt
 from elesh.analysis.candidates import floor_of
 from elesh.safety import mixed_owners
 from elesh.settings import SafetySchedule
-from leyline import CheckpointBundle, InvalidField, Level, Phase, PrunedArchitecture, PruningGroup
+from leyline import (
+    AnalysisParameters,
+    CheckpointBundle,
+    InvalidField,
+    Level,
+    Phase,
+    PrunedArchitecture,
+    PruningGroup,
+)
 from leyline.arrays import require_finite
 
 from .choose import Selection
 
 Shape = Literal["polynomial", "linear", "exponential"]
 
+_LENGTHS = ("validation_epochs", "conservative_epochs", "moderate_epochs", "aggressive_epochs")
+_TRAINED_ON = 0.9
+"""Share of a short run in which its phases end."""
 _DECAY = 5.0
 """The exponential schedule covers its way with this many time constants."""
 
@@ -132,23 +143,36 @@ def allowance(
     return Allowance(phase, limit, share, original, removed, quota)
 
 
-def raised(schedule: SafetySchedule, removed_at_most: float | None) -> SafetySchedule:
-    """The schedule with another limit of its last phase, the others in proportion.
-
-    Args:
-        removed_at_most: share of the original units; None: the schedule as it is.
-    """
-    if removed_at_most is None:
-        return schedule
-    last = schedule.aggressive_limit
-    scale = removed_at_most / last if last > 0 else 0.0
-    return schedule.model_copy(
-        update={
+def as_asked(schedule: SafetySchedule, asked: AnalysisParameters) -> SafetySchedule:
+    """The schedule with the lengths of phases (``phases``) and the limit of the last one
+    (``removed_at_most``, the others in proportion) that the trainer asks for, where it does."""
+    update: dict[str, float] = {}
+    if asked.phases is not None:
+        update |= zip(_LENGTHS, asked.phases, strict=True)
+    if asked.removed_at_most is not None:
+        last = schedule.aggressive_limit
+        scale = asked.removed_at_most / last if last > 0 else 0.0
+        update |= {
             "conservative_limit": schedule.conservative_limit * scale,
             "moderate_limit": schedule.moderate_limit * scale,
-            "aggressive_limit": removed_at_most,
+            "aggressive_limit": asked.removed_at_most,
         }
-    )
+    return schedule.model_copy(update=update)
+
+
+def phases_within(schedule: SafetySchedule, epochs: int) -> tuple[int, int, int, int] | None:
+    """Lengths of the phases, in proportion, for a run that ends before the schedule does; the last
+    tenth of the run is left to train on.
+
+    Returns:
+        None where the run is long enough, or lengths were set on purpose.
+    """
+    total = schedule.total_epochs
+    if epochs >= total or schedule.model_fields_set.intersection(_LENGTHS):
+        return None
+    ends = [round(end.epoch * epochs * _TRAINED_ON / total) for end in phase_ends(schedule)]
+    first, second, third, fourth = np.diff(ends, prepend=0).tolist()
+    return first, second, third, fourth
 
 
 class Stage(StrEnum):

@@ -14,9 +14,9 @@ from elesh.analysis import phase_at
 from elesh.analysis.budgets.fitting import likely_missed, out_of_reach
 from elesh.analysis.selection.choose import gates_of
 from elesh.analysis.selection.reconstruction_order import reconstruction_fault
-from elesh.analysis.selection.schedule import raised
+from elesh.analysis.selection.schedule import as_asked, phase_ends, phases_within
 from elesh.observe import get_logger
-from elesh.settings import StructuredPruning
+from elesh.settings import SafetySchedule, StructuredPruning
 from elesh.trainer.calibration.given import as_taken
 from elesh.trainer.calibration.losses import class_axis, class_labels
 from elesh.trainer.calibration.recorder import MeasuredCheckpoint, Recorder, enough_samples
@@ -44,6 +44,7 @@ from elesh.trainer.surgery.optimizers import begin_others_anew, leave_others
 from elesh.trainer.surgery.surgeon import Surgeon
 from elesh.trainer.time_share import TimeShare
 from leyline import (
+    AnalysisParameters,
     CheckpointBundle,
     ContractError,
     InvalidField,
@@ -59,6 +60,7 @@ from leyline import (
 __all__ = ["Batches", "EveryEpoch", "classification"]
 
 _log = get_logger(__name__)
+_EVERY = 5
 _LOSS_SAMPLES, _LOSS_SAMPLES_TO_RANK = 32, 128
 """Samples whose loss's derivatives are taken where channels are not ranked by them; more where
 heads or whole layers may go, which are."""
@@ -87,7 +89,7 @@ class EveryEpoch:
             ``trainer.reconstruct`` says.
         removed_at_most: share of the original units that may be gone in the end, in place of the
             schedule's; the limits of the other phases go along in proportion.
-        every: epochs between two checkpoints.
+        every: epochs between two checkpoints; None: 5, or a tenth of a shorter run.
         levels: what may be removed.
         ignored_layers, compared: see :class:`Recorder`.
         preflight: whether a new run begins with one (see :meth:`Session.resume`).
@@ -104,15 +106,19 @@ class EveryEpoch:
         budget: Mapping[str, float] | None = None,
         reconstruct: bool | None = None,
         removed_at_most: float | None = None,
-        every: int = 5,
+        every: int | None = None,
         levels: Sequence[Level] = (Level.CHANNEL,),
         ignored_layers: Sequence[str] = (),
         compared: Callable[[Any], Any] | None = None,
         preflight: bool = True,
     ) -> None:
-        self.session, self.every, self.levels = session, every, tuple(levels)
+        self.session, self.levels = session, tuple(levels)
+        self.every = every or _EVERY
+        self._every_given = every is not None
         self.last: int | None = None
         """The epoch that training ends with, where that is known."""
+        self._asked = AnalysisParameters(removed_at_most=removed_at_most)
+        """Of the schedule, beside what the settings say."""
         self.surgeon: Surgeon | None = None
         """Set by :meth:`begin`; its architecture is what the network looks like."""
         self._calibration, self._validation, self._held_out = calibration, validation, held_out
@@ -124,7 +130,6 @@ class EveryEpoch:
         """What became of the last decision, where not all of it was cut."""
         chosen = session.settings.trainer.reconstruct
         self._reconstruct = chosen if reconstruct is None else reconstruct
-        self._removed_at_most = removed_at_most
         self._loading: Loading | None = None
         self._known: Evaluation | None = None
         """What the network does at this epoch, as far as it has been evaluated."""
@@ -283,9 +288,13 @@ class EveryEpoch:
         return self.session.settings.structured_pruning
 
     @property
+    def _schedule(self) -> SafetySchedule:
+        return as_asked(self._pruning.safety_schedule, self._asked)
+
+    @property
     def _limit(self) -> float:
         """The share of the original units that may be gone in the end."""
-        return raised(self._pruning.safety_schedule, self._removed_at_most).aggressive_limit
+        return self._schedule.aggressive_limit
 
     @property
     def _most(self) -> float:
@@ -330,8 +339,29 @@ class EveryEpoch:
                 return unanswered
             return "the run is not over, or was too short: more epochs, or checkpoints more often"
         became, why = _became(self._held_back), self._held_back.detail
+        if phase_at(self._held_back.epoch, self._schedule) in (Phase.PREPARATION, Phase.VALIDATION):
+            first, *_, last = (end.epoch for end in phase_ends(self._schedule))
+            hint = f"the schedule cuts from epoch {first + 1} to {last}: change safety_schedule"
+            return f"the last decision was {became}: {why}; {hint}"
         hint = "train longer between cuts, or raise the limit that is named"
         return f"the last decision was {became}: {why}; {hint}"
+
+    def ends_with(self, last: int) -> None:
+        """Training ends with epoch ``last``. A run with a budget (or ``removed_at_most``) that is
+        shorter than the schedule has its phases in proportion; the schedule is in force otherwise.
+        """
+        self.last = last
+        if not self._every_given:
+            self.every = min(_EVERY, max(1, last // 10))
+        schedule = self._pruning.safety_schedule
+        phases = phases_within(schedule, last)
+        if phases is not None and (self._budget or self._asked.removed_at_most is not None):
+            self._asked = self._asked.model_copy(update={"phases": phases})
+            _log.info("phases follow the run, which is short", epochs=last, phases=list(phases))
+        elif last <= schedule.validation_epochs:
+            hint = "give a budget, or set structured_pruning.safety_schedule"
+            said = f"the first {schedule.validation_epochs} of the schedule only watch"
+            _log.warning("nothing will be cut in this run", epochs=last, reason=said, hint=hint)
 
     def end_epoch(self, epoch: int, known: Evaluation | None = None) -> list[PruningOutcome]:
         """After an epoch (counted from 1) has been trained; what became of decisions at it.
@@ -444,7 +474,8 @@ class EveryEpoch:
             if self._goals is not None:
                 first, *more = self._goals.budgets(self.surgeon.architecture)
                 asked = asked.model_copy(update={"budget": first, "more_budgets": tuple(more)})
-            asked = asked.model_copy(update={"removed_at_most": self._removed_at_most})
+            own = {"removed_at_most": self._asked.removed_at_most, "phases": self._asked.phases}
+            asked = asked.model_copy(update=own)
             bundle = replace(bundle, levels=self.levels, network=network, parameters=asked)
             self.session.publish(bundle)
 
@@ -498,17 +529,16 @@ class EveryEpoch:
         )
 
     def _loss_samples(self, epoch: int) -> int:
-        schedule, now = self.session.settings.structured_pruning.safety_schedule, self._recorder
+        now = self._recorder
         heads = any(g.prunable and g.level is Level.HEAD for g in now.architecture.groups)
         layers = any(b.prunable and not b.removed for b in now.architecture.blocks)
-        layers = layers and phase_at(epoch, schedule) is Phase.AGGRESSIVE
+        layers = layers and phase_at(epoch, self._schedule) is Phase.AGGRESSIVE
         ranked = (heads and Level.HEAD in self.levels) or (layers and Level.LAYER in self.levels)
         return _LOSS_SAMPLES_TO_RANK if ranked else _LOSS_SAMPLES
 
     def _may_cut(self, epoch: int) -> bool:
         """Whether something may be cut now, or soon and is measured for that."""
-        schedule = self.session.settings.structured_pruning.safety_schedule
-        return is_worth_exporting(epoch, schedule)
+        return is_worth_exporting(epoch, self._schedule)
 
     def _export(self, epoch: int) -> NetworkExport | None:
         """The network for workers to measure on, where they have a use for it."""

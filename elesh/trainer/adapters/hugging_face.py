@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ class EleshCallback(TrainerCallback):
     ) -> None:
         """Model and optimizer are there now, and a checkpoint was loaded."""
         self._look_at(kwargs["model"])
+        self.epochs.ends_with(math.ceil(state.num_train_epochs))
         self.epochs.begin(
             kwargs["model"],
             kwargs["optimizer"],

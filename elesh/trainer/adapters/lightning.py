@@ -56,6 +56,8 @@ class EleshCallback(Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Optimizers are there now, and a checkpoint was loaded."""
+        if (trainer.max_epochs or 0) > 0:
+            self.epochs.ends_with(trainer.max_epochs)
         with _alone(pl_module):
             self.epochs.begin(
                 _network_of(pl_module, self._network),

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from networks import chain
 
 from elesh.analysis import allowance, curve, phase_at
+from elesh.analysis.selection.schedule import as_asked, phases_within
 from elesh.settings import SafetySchedule
-from leyline import Phase
+from leyline import AnalysisParameters, Phase
 
 DEFAULT = SafetySchedule()
 SHAPES = st.sampled_from(["polynomial", "linear", "exponential"])
@@ -33,6 +34,40 @@ SHAPES = st.sampled_from(["polynomial", "linear", "exponential"])
 )
 def test_the_phase_of_an_epoch(epoch: int, phase: Phase) -> None:
     assert phase_at(epoch, DEFAULT) is phase
+
+
+@pytest.mark.parametrize(
+    ("epochs", "phases"),
+    [
+        (120, None),
+        (500, None),
+        (20, (4, 5, 5, 4)),
+        (40, (9, 9, 9, 9)),
+        (4, (1, 1, 1, 1)),
+        (1, None),
+    ],
+)
+def test_a_run_that_is_shorter_than_the_schedule_has_its_phases_in_proportion(
+    epochs: int, phases: tuple[int, ...] | None
+) -> None:
+    found = phases_within(DEFAULT, epochs)
+    if epochs == 1:
+        assert found is not None, "nothing can be cut, and it is said elsewhere"
+        return
+    assert found == phases
+    if found:
+        assert sum(found) <= round(0.9 * epochs), "the rest is left to train on"
+        asked = AnalysisParameters(phases=found, removed_at_most=0.4)
+        shorter = as_asked(DEFAULT, asked)
+        assert shorter.total_epochs == sum(found)
+        assert shorter.conservative_limit == pytest.approx(0.1)
+        assert phase_at(found[0] + 1, shorter) is Phase.CONSERVATIVE
+        assert phase_at(sum(found) + 1, shorter) is Phase.VALIDATION
+
+
+def test_lengths_of_phases_that_were_set_stay_however_short_the_run_is() -> None:
+    assert phases_within(SafetySchedule(aggressive_epochs=400), 20) is None
+    assert phases_within(SafetySchedule(aggressive_limit=0.5), 40) == (9, 9, 9, 9)
 
 
 def test_a_phase_without_epochs_is_skipped() -> None:

@@ -302,6 +302,52 @@ def test_what_holds_a_budget_back_is_said_with_what_would_help() -> None:
     assert epochs.so_far().startswith("budget reached (macs 100%)")
 
 
+def test_phases_follow_a_short_run_where_a_budget_was_given_and_are_said_where_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    session = Kept()
+    epochs, _ = running(session, budget={"macs": 0.5})
+    epochs.ends_with(20)
+    epochs.end_epoch(1)
+    assert session.published[0].parameters.phases == (4, 5, 5, 4)
+    assert session.published[0].network is None, "nothing may be cut yet"
+
+    session = Kept()
+    epochs, _ = running(session)
+    epochs.ends_with(20)
+    epochs.end_epoch(1)
+    assert session.published[0].parameters.phases is None, "the document's schedule"
+    assert "nothing will be cut in this run" in caplog.text
+    epochs.ends_with(31)
+    assert caplog.text.count("nothing will be cut in this run") == 1
+
+
+@pytest.mark.parametrize(("epochs", "every"), [(8, 1), (20, 2), (49, 4), (50, 5), (300, 5)])
+def test_a_short_run_has_a_checkpoint_every_tenth_unless_it_was_said_when(
+    epochs: int, every: int
+) -> None:
+    data = list(batches(2))
+    loop = EveryEpoch(Kept(), data, data)
+    loop.ends_with(epochs)
+    assert loop.every == every
+    loop = EveryEpoch(Kept(), data, data, every=7)
+    loop.ends_with(epochs)
+    assert loop.every == 7
+
+
+def test_a_decision_of_a_phase_without_cuts_says_when_cuts_are_made() -> None:
+    small = {"structured_pruning": {"channel_analysis": {"min_channels_per_layer": 2}}}
+    session = Kept(settings=Settings.model_validate(small))
+    epochs, _ = running(session, removed_at_most=0.4)
+    epochs.ends_with(40)
+    assert epochs.surgeon is not None
+    update = {"approved_for_application": False, "rejection_reason": "channel.phase"}
+    session.answers = [decide(epochs.surgeon.architecture).model_copy(update=update)]  # of epoch 60
+    (outcome,) = epochs.end_epoch(38)
+    assert outcome.result == "rejected"
+    assert "channel.phase; the schedule cuts from epoch 10 to 36" in epochs.so_far()
+
+
 def test_without_a_budget_it_is_said_how_much_of_what_may_go_is_gone_and_why_not_more() -> None:
     session = Kept()
     epochs, _ = running(session, removed_at_most=0.4)
