@@ -8,7 +8,8 @@ same machine: default settings, the schedule's four phases a quarter of the epoc
 checkpoint after every tenth. Each run is a process of its own; the two of a seed follow each other,
 which of them comes first alternates. Server and worker are started before the clock is. What the
 training thread gives to Elesh is timed by part, in processor time where one thread trains; a part
-that is called by another counts once.
+that is called by another counts once. What the epochs themselves take more than those of the script
+as it is, is the worker's part of what the cores share.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def under_elesh(run: Run) -> dict[str, Any]:
     schedule = dict.fromkeys((f"{name}_epochs" for name in _PHASES), quarter)
     block = {"structured_pruning": {"safety_schedule": schedule}}
     one = torch.get_num_threads() == 1  # Then others on the machine count for nothing.
-    parts = Parts(time.thread_time if one else time.perf_counter)
+    parts, trained = Parts(time.thread_time if one else time.perf_counter), 0.0
     with tempfile.TemporaryDirectory() as folder, local_fleet(block) as (url, settings):
         before = _seconds_of_children()
         begun = time.perf_counter(), time.process_time(), time.thread_time()
@@ -138,7 +139,9 @@ def under_elesh(run: Run) -> dict[str, Any]:
             ) as pruning,
         ):
             for epoch in pruning.epochs(run.epochs):
+                started = time.perf_counter()
                 run.epoch(epoch)
+                trained += time.perf_counter() - started
                 pruning.step(epoch)
         wall, cpu = time.perf_counter() - begun[0], time.process_time() - begun[1]
         thread = time.thread_time() - begun[2]
@@ -148,6 +151,7 @@ def under_elesh(run: Run) -> dict[str, Any]:
         "wall": wall,
         "cpu": cpu,
         "thread": thread,
+        "training": trained,
         "children": children,
         "left": run.macs,
         "outcomes": {result: results.count(result) for result in dict.fromkeys(results)},
@@ -222,6 +226,9 @@ def main() -> None:
     rows = [["wall time with over without", bars(ratios)]]
     rows += [["the script, seconds", bars([pair["plain"]["wall"] for pair in pairs], 1)]]
     rows += [[name, bars([x["parts"][name] for x in own], 2)] for name in PARTS]
+    rows += [["the script's own epochs", bars([x["training"] for x in own], 1)]]
+    waits = [x["wall"] - x["training"] - sum(x["parts"].values()) for x in own]
+    rows += [["waits for the disk and for others", bars(waits, 1)]]
     rows += [["server and worker, CPU seconds", bars([x["children"] for x in own], 1)]]
     rows += [["MACs left", bars([x["left"] for x in own])]]
     show(f"{asked.task}, {asked.threads} threads", ["", "seconds"], rows)

@@ -12,10 +12,13 @@ nothing to return, and ``torch.export`` is asked.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from elesh.program.program import DOES_NOT_RUN, IGNORED, GateSlot, Node, Program, encoded, name_of
@@ -67,7 +70,8 @@ def quick_trace(
         return None
     inputs, gates = examples(samples)
     try:
-        traced = make_fx(call, tracing_mode="real", pre_dispatch=True)(gates, inputs)
+        with _one_fake_mode():
+            traced = make_fx(call, tracing_mode="real", pre_dispatch=True)(gates, inputs)
         program, constants = _read(traced, samples, list(inputs), slots, tensors, model_hash)
         for count in _TRIED:
             given, masks, outputs = expected(count)
@@ -76,6 +80,12 @@ def quick_trace(
     except (*DOES_NOT_RUN, ContractError):  # torch.export will say why, if it cannot either
         return None
     return program, constants
+
+
+def _one_fake_mode() -> AbstractContextManager[Any]:
+    """``make_fx`` notes the shape of every value by a mode that it makes anew each time, with the
+    whole stack, unless one is at hand: that is two thirds of what it takes."""
+    return tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True)))
 
 
 def _read(

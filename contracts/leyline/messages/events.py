@@ -97,9 +97,12 @@ class BreakerTransition(Message):
     at: Moment
 
 
-CutFallback = Literal["not_reconstructed", "statistics_not_estimated", "layers_not_solved"]
+CutFallback = Literal[
+    "not_reconstructed", "statistics_not_estimated", "layers_not_solved", "answers_not_compared"
+]
 """What reads the kept units was not refitted; batch statistics stayed; layers were refitted by the
-covariance alone."""
+covariance alone; what the cut costs was told by accuracy and loss alone, and not by how the
+network's answers moved."""
 
 
 class PruningOutcome(Message):

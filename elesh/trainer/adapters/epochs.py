@@ -434,7 +434,7 @@ class EveryEpoch:
         )
         self._held_back = outcome if _became(outcome) else None
         if surgeon.architecture.model_hash != decision.model_hash:
-            begin_others_anew(surgeon.model, surgeon.optimizers.all)  # of trainings before
+            begin_others_anew(surgeon.model, surgeon.optimizers.all, only_ended=True)
         if outcome.result == "applied":
             self._known = _evaluation(outcome.accuracy_after, outcome.loss_after)
         elif outcome.accuracy_before is not None:

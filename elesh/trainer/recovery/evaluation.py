@@ -20,7 +20,7 @@ from leyline import (
     stable_hash,
 )
 
-from .answers import Answers, moved
+from .answers import Answers, Moved, moved
 
 _LEVELS = 5
 """Figures before a cut whose mean is what it is compared with."""
@@ -107,8 +107,10 @@ class LikelyDrop:
     by_loss: float = 0.0
     """By the loss alone; 0 where none is measured."""
     bound: float | None = None
-    """Two standard errors above it; None where answers were not seen: without
+    """Two standard errors above it; None where answers do not count: without
     them few samples could never show that little is lost."""
+    unseen: str = ""
+    """Why answers do not count; empty where they do."""
 
 
 def likely_drop(before: Evaluation, now: Evaluation, samples: int) -> LikelyDrop:
@@ -126,11 +128,9 @@ def likely_drop(before: Evaluation, now: Evaluation, samples: int) -> LikelyDrop
             accuracy alone is then asked.
     """
     drop, increase = before.accuracy - now.accuracy, max(now.loss - before.loss, 0.0)
-    seen = moved(before.answers, now.answers, before.accuracy) if samples else None
-    if seen is not None and abs(drop - seen.drop) > _APART * _chance(seen.share, samples):
-        seen = None  # That accuracy is of something else: several labels a sample, numbers.
+    seen, unseen = _by_answers(before, now, samples)
     if not samples or not (before.loss > 0 or seen):
-        return LikelyDrop(drop)
+        return LikelyDrop(drop, unseen=unseen)
     by_loss, witnesses = 0.0, list[tuple[float, float]]()
     if before.loss > 0:
         errors = max(1 - before.accuracy, 0.5 / samples)
@@ -144,7 +144,24 @@ def likely_drop(before: Evaluation, now: Evaluation, samples: int) -> LikelyDrop
     precision = sum(1 / variance for _, variance in witnesses)
     combined = sum(value / variance for value, variance in witnesses) / precision
     bound = None if seen is None else combined + _BOUND / math.sqrt(precision)
-    return LikelyDrop(combined, by_loss, bound)
+    return LikelyDrop(combined, by_loss, bound, unseen)
+
+
+def _by_answers(before: Evaluation, now: Evaluation, samples: int) -> tuple[Moved | None, str]:
+    """What answers tell of a cut, or why they do not count."""
+    if not samples:
+        return None, "evaluate did not show the network how many samples it has"
+    if before.answers is None:
+        return None, "answers before were not seen, or are not one row of numbers a sample"
+    seen = moved(before.answers, now.answers, before.accuracy)
+    if seen is None:
+        return None, "evaluate shows other samples every time, or in another order"
+    drop = before.accuracy - now.accuracy
+    if abs(drop - seen.drop) > _APART * _chance(seen.share, samples):
+        # That accuracy is of something else: several labels a sample, numbers.
+        said = f"accuracy falls by {drop:.4f} where answers tell {seen.drop:.4f}"
+        return None, f"{said}: it is not the share of samples with the highest output at the label"
+    return seen, ""
 
 
 def _chance(changed: float, samples: int) -> float:
@@ -162,6 +179,8 @@ class Excess:
     """Whether that is likely, and not only possible."""
     within: float | None = None
     """What share of it would cost no more than the limit, as far as is known."""
+    unseen: str = ""
+    """Why answers were not asked, where they were not (:attr:`LikelyDrop.unseen`)."""
 
 
 def excess(before: Evaluation, now: Evaluation, samples: int, limit: float) -> Excess:
@@ -176,17 +195,17 @@ def excess(before: Evaluation, now: Evaluation, samples: int, limit: float) -> E
         one = samples and drop <= 1 / samples + 1e-9 and likely.by_loss <= limit
         confirmed = samples or now.loss > before.loss or not (now.loss or before.loss)
         if one or not confirmed:
-            return Excess()
+            return Excess(unseen=likely.unseen)
     counts = likely.combined if likely.bound is None else likely.bound
     if counts <= limit + 1e-9:
-        return Excess()
+        return Excess(unseen=likely.unseen)
     said = f"accuracy falls by {drop:.4f}"
     if drop <= limit:
         said += f" and the loss goes from {before.loss:.4g} to {now.loss:.4g}"
         said += f", which comes to {likely.combined:.4f} of accuracy"
         said += "" if likely.bound is None else f" by how answers move, at most {counts:.4f}"
     within = None if likely.bound is None else limit / counts
-    return Excess(said, likely.combined > limit + 1e-9, within)
+    return Excess(said, likely.combined > limit + 1e-9, within, likely.unseen)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from elesh.observe import get_logger
 from elesh.trainer.surgery.averages import Beside
 from elesh.trainer.surgery.surgeon import Surgeon
-from elesh.trainer.surgery.tensors import replace_data
+from elesh.trainer.surgery.tensors import from_home, home_of, kept, replace_data
 from leyline import InvalidField, Malformed, PrunedArchitecture
 from leyline.errors import brief
 
@@ -52,7 +52,7 @@ def copy_tree(
         InvalidField: naming the place of a value that is neither a tensor nor plain.
     """
     if isinstance(tree, Tensor):
-        return (copied or _kept)(tree)
+        return (copied or kept)(tree)
     if isinstance(tree, np.ndarray | np.generic):
         return tree.copy()
     if isinstance(tree, bool | None | torch.dtype | torch.device):
@@ -73,19 +73,6 @@ def copy_tree(
         type(tree).__name__,
         hint="a state_dict must hold only what can be written without pickle",
     )
-
-
-def _kept(tensor: Tensor) -> Tensor:
-    home, tensor = tensor.device, tensor.detach()
-    kept = tensor.clone() if home.type == "cpu" else tensor.cpu()
-    kept.home = home  # type: ignore[attr-defined]
-    return kept
-
-
-def home_of(tensor: Tensor) -> torch.device:
-    """The device that a tensor of a copied tree was on."""
-    home: torch.device = getattr(tensor, "home", tensor.device)
-    return home
 
 
 def put_home(tree: Any) -> Any:
@@ -169,8 +156,7 @@ def unpack_tree(body: bytes, tensors: bytes) -> Any:
 def _tensor(tensor: Tensor, strides: list[int] | None, home: str) -> Tensor:
     if strides is not None:
         tensor = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
-    tensor.home = torch.device(home)  # type: ignore[attr-defined]
-    return tensor
+    return from_home(tensor, torch.device(home))
 
 
 def _array(content: list[Any]) -> Any:

@@ -279,6 +279,9 @@ class _Check:
         if not failed and not excess.likely:
             if share < 1:
                 self._say_shortened(whole, too_much)
+            if excess.unseen:
+                reason = f"judged by accuracy and loss alone: {excess.unseen}"
+                self._fall_back("answers_not_compared", reason)
             return None
         self._decision = whole
         if first is not None:

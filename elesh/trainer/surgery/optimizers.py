@@ -334,11 +334,19 @@ def leave_others(model: nn.Module, given: Given) -> None:
     _LEFT.update(other_optimizers(model, mine))
 
 
-def begin_others_anew(model: nn.Module, given: Iterable[Optimizer]) -> list[str]:
+def begin_others_anew(
+    model: nn.Module, given: Iterable[Optimizer], *, only_ended: bool = False
+) -> list[str]:
     """Drop the state that optimizers which are not among those given keep of parameters that have
-    other shapes now, so that their next step does not fail; their kinds."""
+    other shapes now, so that their next step does not fail; their kinds.
+
+    Args:
+        only_ended: look at those of trainings that have ended, and not for others in the process:
+            a cut has just been made, and is none where another one is alive.
+    """
     found = list[str]()
-    for other in other_optimizers(model, given, stateful=True, ended=True):
+    among = list(_LEFT) if only_ended else None
+    for other in other_optimizers(model, given, stateful=True, ended=True, among=among):
         strange = [
             parameter
             for parameter, state in other.state.items()

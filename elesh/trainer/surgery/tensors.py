@@ -55,6 +55,33 @@ def point_to(tensor: Tensor, data: Tensor) -> None:
     tensor.data = data
 
 
+_HOME = "elesh_home"
+"""An attribute of the copies that restore points hold."""
+
+
+def kept(tensor: Tensor) -> Tensor:
+    """A detached copy on the CPU for a restore point, which remembers its device."""
+    home, tensor = tensor.device, tensor.detach()
+    return from_home(tensor.clone() if home.type == "cpu" else tensor.cpu(), home)
+
+
+def from_home(copy: Tensor, home: torch.device) -> Tensor:
+    """The copy, from now on one that is kept of a tensor on this device."""
+    setattr(copy, _HOME, home)
+    return copy
+
+
+def home_of(tensor: Tensor) -> torch.device:
+    """The device that a kept copy is of; a tensor's own where it is none."""
+    home: torch.device = getattr(tensor, _HOME, tensor.device)
+    return home
+
+
+def is_kept(tensor: Tensor) -> bool:
+    """Whether it is a restore point's: what the script keeps is not."""
+    return _HOME in vars(tensor)
+
+
 def laid_out(data: Tensor, like: Tensor) -> Tensor:
     """``data`` with its axes in memory in the order of those of ``like`` (``channels_last``)."""
     strides = like.stride()
@@ -204,8 +231,8 @@ class RestorePoint:
             skeleton,
             dict(masked),
             masked_layers,
-            tuple((tensor, _copied(tensor)) for tensor in tensors),
-            tuple({path: _copied(tensor) for path, tensor in each.items()} for each in copies),
+            tuple((tensor, _kept_here(tensor)) for tensor in tensors),
+            tuple({path: _kept_here(tensor) for path, tensor in each.items()} for each in copies),
             tuple(
                 (optimizer, tuple((p, _copied(state)) for p, state in optimizer.state.items()))
                 for optimizer in optimizers.stateful()
@@ -233,6 +260,11 @@ class RestorePoint:
                 optimizer.state[parameter] = state
         optimizers.refresh()
         self.skeleton.set_sizes()
+
+
+def _kept_here(tensor: Tensor) -> Tensor:
+    """As :func:`kept`, on the tensor's own device."""
+    return from_home(_copied(tensor), tensor.device)
 
 
 def _copied(value: Any) -> Any:

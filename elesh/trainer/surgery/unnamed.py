@@ -31,6 +31,7 @@ from .averages import (
     unnamed_averages,
 )
 from .optimizers import other_optimizers
+from .tensors import is_kept
 
 __all__ = ["Unnamed", "unnamed_average"]
 
@@ -174,7 +175,7 @@ class Unnamed:
         return [copy for copy in found if self._is_updated(copy, own)]
 
     def _in_containers(self, own: Collection[int], among: list[Any]) -> list[WeightCopy]:
-        """Dictionaries and lists with a second set of the weights."""
+        """Dictionaries and lists with a second set of the weights, but for restore points."""
         trained = [tuple(p.shape) for p in self._model.parameters() if p.requires_grad]
         shapes = set(trained)
         others = [
@@ -183,6 +184,7 @@ class Unnamed:
             if isinstance(each, Tensor)
             and id(each) not in own
             and each.grad_fn is None
+            and not is_kept(each)
             and (shape := tuple(each.shape)) in shapes
         ]
         counts = Counter(shape for shape, _ in others)

@@ -45,8 +45,11 @@ class CutsOnce(Session):
 
     layer = "0"
     waiting: list[StructuralPruningDecision] | None = None
+    asked: tuple[int, ...] = ()
+    """Epochs of the checkpoints that were published."""
 
     def publish(self, bundle: CheckpointBundle) -> bool:
+        self.asked += (bundle.metadata.epoch,)
         if self.waiting is None:
             size = bundle.architecture.group[self.layer].size
             target = ChannelPruningTarget(

@@ -81,6 +81,7 @@ def test_lightning_resumes_from_both_sides_of_a_cut_and_loads_elsewhere(tmp_path
     with CutsOnce("case", NOWHERE, restore_dir=tmp_path / "restore") as session:
         ours, trainer = fit(tmp_path / "saved", module, session, 3)
     assert module.model[0].out_features == 22
+    assert session.asked == (1, 2), "of the last epoch nothing can come"
     assert ours.surgeon is not None
     saved = sorted((tmp_path / "saved").glob("epoch*.ckpt"))
     assert len(saved) == 3
@@ -294,6 +295,7 @@ def test_the_hugging_face_trainer_saves_resumes_and_loads_a_cut_network(tmp_path
     with CutsFirst("case", NOWHERE, restore_dir=tmp_path / "restore") as session:
         trainer = train(session, tmp_path / "out", 3, model, gradient_accumulation_steps=3)
     assert model.first.out_features == 22
+    assert session.asked == (1, 2), "of the last epoch nothing can come"
     trainer.save_model(str(tmp_path / "saved"))
     loaded = load(tmp_path / "saved", Network())
     assert torch.equal(loaded(X)["logits"], model(X)["logits"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -105,7 +106,9 @@ def test_an_accuracy_that_moves_otherwise_than_answers_is_not_of_these(
     before, after, _ = drawn(2000, noise, 3)
     was, now = Evaluation(0.7, 0.9, answers(before)), Evaluation(accuracy, 0.9, answers(after))
     without = likely_drop(Evaluation(0.7, 0.9), Evaluation(accuracy, 0.9), 2000)
-    assert likely_drop(was, now, 2000) == without
+    apart = likely_drop(was, now, 2000)
+    assert replace(apart, unseen="") == replace(without, unseen="")
+    assert "accuracy falls by" in apart.unseen
     found = moved(was.answers, now.answers, 0.7)
     assert found is not None
     as_told = Evaluation(0.7 - found.drop, 0.9, answers(after))
@@ -167,3 +170,41 @@ def test_a_cut_that_accuracy_does_not_see_is_shortened_by_what_answers_say() -> 
     assert outcome.accuracy_before == outcome.accuracy_masked
     assert outcome.shortened_to is not None or outcome.result == "refused"
     assert "by how answers move" in outcome.detail
+
+
+@pytest.mark.parametrize(
+    ("shown", "said"),
+    [
+        ("the same", ""),
+        ("other samples", "shows other samples every time"),
+        ("nothing", "did not show the network"),
+        ("given", "answers before were not seen"),
+    ],
+)
+def test_a_cut_that_was_judged_without_answers_says_so(
+    shown: str, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, images, losses = trained(), digits().validation.images[:100], count(0.4, 1e-9)
+    architecture = Recorder(model, images[:2]).architecture
+    surgeon, decision = Surgeon(model, architecture), decide(architecture, units=1, groups=1)
+    turns = count()
+
+    def evaluate() -> Evaluation:
+        if shown != "nothing":
+            model(images.roll(next(turns), 0) if shown == "other samples" else images)
+        return Evaluation(0.9, next(losses))
+
+    outcome, _ = check_and_cut(
+        decision,
+        surgeon,
+        evaluate,
+        RefitData(),
+        RollbackTriggers(),
+        now=Evaluation(0.9, 0.4) if shown == "given" else None,
+        cut_drop=0.5,
+    )
+    assert outcome.result == "applied"
+    assert outcome.fallbacks == (("answers_not_compared",) if said else ())
+    assert said in outcome.detail
+    assert ("judged by accuracy and loss alone" in outcome.detail) is bool(said)
+    assert ("answers_not_compared" in caplog.text) is bool(said)

@@ -449,3 +449,22 @@ def test_tensors_that_the_script_averages_by_hand_are_to_be_named_and_best_weigh
     for ours, theirs in zip(tensors(average), model.parameters(), strict=True):
         ours.lerp_(theirs.detach(), 0.1)  # fits
     assert [t.shape for t in tensors(best[0])] == [p.shape for p in build().parameters()]
+
+
+@pytest.mark.parametrize("kept_by", ["session", "surgeon", "script"])
+def test_restore_points_are_no_copies_that_the_script_updates(
+    kept_by: str, architecture: PrunedArchitecture
+) -> None:
+    model = build()
+    surgeon = Surgeon(model, architecture)
+    copied = {path: tensor.detach().clone() for path, tensor in model.named_parameters()}
+    point = surgeon.restore_point()
+    snapshot = Snapshot.take(Tracked(surgeon))
+    of_surgeon = [saved for _, saved in point.tensors]
+    of_session = list(snapshot.state["tensors"].values())
+    own = {"surgeon": of_surgeon, "session": of_session, "script": list(copied.values())}
+    for _ in range(2):
+        found = surgeon.updated_copies()
+        for tensor in own[kept_by]:
+            tensor.add_(1e-3 * torch.randn_like(tensor))
+    assert bool(found) == (kept_by == "script")
