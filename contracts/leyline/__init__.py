@@ -65,9 +65,11 @@ from leyline.network.architecture import PrunedArchitecture
 from leyline.network.blocks import LayerBlock, StandIn
 from leyline.network.bundle import CheckpointBundle, CheckpointDocument, NetworkExport
 from leyline.network.parts import (
+    ActivationProduct,
     GateSite,
     LayerDescriptor,
     NormSite,
+    ProductCut,
     PruningGroup,
     PruningRecord,
     Span,
@@ -118,6 +120,7 @@ from .identity import (
 from .streams import MESSAGES, STREAMS, AnalysisItem, ItemResult, JoinItem, Stream
 
 __all__ = [
+    "ActivationProduct",
     "AnalysisFailed",
     "AnalysisItem",
     "AnalysisMetrics",
@@ -191,6 +194,7 @@ __all__ = [
     "Priority",
     "PrunedArchitecture",
     "PreflightCheck",
+    "ProductCut",
     "PruningGroup",
     "PruningMasks",
     "PruningOutcome",

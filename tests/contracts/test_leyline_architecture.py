@@ -441,3 +441,53 @@ def test_blocks_count_in_the_hash_and_are_left_out_where_there_are_none() -> Non
     unknown = with_blocks.blocks[0].model_copy(update={"tensors": ("nowhere",)})
     with pytest.raises(ll.InvalidField, match=r"blocks\.block\.tensors"):
         ll.PrunedArchitecture.build(plain.tensors, plain.layers, plain.groups, blocks=(unknown,))
+
+
+def _multiplying() -> ll.PrunedArchitecture:
+    """The layered network, which multiplies activations in a block and outside of it."""
+    plain = _layered()
+    names = [group.name for group in plain.groups]
+    path = f"{plain.block['block'].modules[0]}.scores"
+    inside = ll.ActivationProduct(module=path, shape=(5, plain.group[names[0]].size))
+    cuts = tuple(
+        ll.ProductCut(group=name, dim=dim, width=width)
+        for dim, (name, width) in enumerate(zip(names, (1, 2), strict=True), 1)
+    )
+    sizes = [plain.group[name].size for name in names]
+    outside = ll.ActivationProduct(shape=(3, sizes[0] + 1, 2 * sizes[1]), cuts=cuts)
+    return ll.PrunedArchitecture.build(
+        plain.tensors, plain.layers, plain.groups, blocks=plain.blocks, products=(inside, outside)
+    )
+
+
+def test_products_of_activations_are_counted_and_shrink_with_their_units() -> None:
+    plain, whole = _layered(), _multiplying()
+    one, two = (group.size for group in whole.groups)
+    assert whole.macs == plain.macs + 5 * one + 3 * (one + 1) * 2 * two == whole.original_macs
+    removed = {whole.groups[0].name: [0], whole.groups[1].name: [1]}
+    left = 5 * one + 3 * one * 2 * (two - 1)
+    assert whole.without(removed).macs == plain.without(removed).macs + left
+    without = whole.without_layers(["block"])
+    assert [product.module for product in without.products] == [""]
+    kept = {group.name for group in without.groups}
+    assert {cut.group for cut in without.products[0].cuts} <= kept
+    assert ll.PrunedArchitecture.model_validate(whole.model_dump()) == whole
+    assert whole.model_hash == plain.model_hash
+    assert "products" not in plain.model_dump()
+
+
+def test_products_that_have_no_room_for_their_units_are_refused() -> None:
+    whole = _multiplying()
+    name, size = whole.groups[0].name, whole.groups[0].size
+
+    def refused(shape: tuple[int, ...], group: str, dim: int, told: str) -> None:
+        cut = ll.ProductCut(group=group, dim=dim, width=1)
+        product = ll.ActivationProduct(module="at", shape=shape, cuts=(cut,))
+        with pytest.raises(ll.InvalidField, match=told):
+            ll.PrunedArchitecture.build(
+                whole.tensors, whole.layers, whole.groups, products=(product,)
+            )
+
+    refused((4, size), "nobody", 1, "groups of the architecture")
+    refused((4, size), name, 2, "an axis of")
+    refused((4, size - 1), name, 1, "has room for")

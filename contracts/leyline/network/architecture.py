@@ -23,6 +23,7 @@ from leyline.identity import Level, stable_hash
 from .blocks import LayerBlock, groups_left, inside_any
 from .parts import (
     MAX_AXIS,
+    ActivationProduct,
     GateSite,
     LayerDescriptor,
     NormSite,
@@ -54,6 +55,8 @@ class PrunedArchitecture(Message):
     blocks: tuple[LayerBlock, ...] = Field(default=(), exclude_if=operator.not_)
     """Layers that can be removed whole, and why others cannot; removed ones stay listed. Left out
     of messages where there are none."""
+    products: tuple[ActivationProduct, ...] = Field(default=(), exclude_if=operator.not_)
+    """What is multiplied beside weights. Left out of messages where there is none."""
 
     @classmethod
     def unchecked(
@@ -62,6 +65,7 @@ class PrunedArchitecture(Message):
         layers: tuple[LayerDescriptor, ...],
         groups: tuple[PruningGroup, ...],
         blocks: tuple[LayerBlock, ...] = (),
+        products: tuple[ActivationProduct, ...] = (),
     ) -> PrunedArchitecture:
         """A descriptor to count and try cuts by: not validated, and without its hash."""
         return cls.model_construct(
@@ -73,6 +77,7 @@ class PrunedArchitecture(Message):
             original_macs=0,
             history=(),
             blocks=blocks,
+            products=products,
         )
 
     @classmethod
@@ -84,11 +89,12 @@ class PrunedArchitecture(Message):
         *,
         history: tuple[PruningRecord, ...] = (),
         blocks: tuple[LayerBlock, ...] = (),
+        products: tuple[ActivationProduct, ...] = (),
         original_parameters: int | None = None,
         original_macs: int | None = None,
     ) -> PrunedArchitecture:
         """Assemble a descriptor; the hash, and the original counts if not given, are computed."""
-        draft = cls.unchecked(tensors, layers, groups, blocks)
+        draft = cls.unchecked(tensors, layers, groups, blocks, products)
         _check_references(draft)
         parameters, macs = original_parameters, original_macs
         found = {
@@ -145,7 +151,8 @@ class PrunedArchitecture(Message):
     @property
     def macs(self) -> int:
         """Multiply-accumulates of one sample now."""
-        return sum(self.tensor[x.weight].numel * x.positions for x in self.layers if x.weight)
+        by_weights = sum(self.tensor[x.weight].numel * x.positions for x in self.layers if x.weight)
+        return by_weights + sum(product.macs for product in self.products)
 
     def without(
         self, removed: Mapping[str, Iterable[int]], *, epoch: int = 0, key: str = ""
@@ -177,6 +184,7 @@ class PrunedArchitecture(Message):
                 original_indices=tuple(group.origin[unit] for unit in sorted(units)),
             )
             records.append(record)
+        counts = {name: len(units) for name, units in chosen.items()}
         gone = {axis: sorted(indices) for axis, indices in lost.items()}
         tensors = []
         for tensor in self.tensors:
@@ -190,6 +198,7 @@ class PrunedArchitecture(Message):
             tuple(_renumbered(g, chosen.get(g.name, frozenset()), gone) for g in self.groups),
             history=(*self.history, *records),
             blocks=self.blocks,
+            products=tuple(one.without(counts) for one in self.products),
             original_parameters=self.original_parameters,
             original_macs=self.original_macs,
         )
@@ -223,12 +232,16 @@ class PrunedArchitecture(Message):
             )
             for block in chosen
         )
+        groups = groups_left(self.groups, gone, replaced)
+        left = {group.name for group in groups}
+        products = (p for p in self.products if not inside_any(p.module, replaced))
         return PrunedArchitecture.build(
             tuple(t for t in self.tensors if t.path not in gone),
             tuple(x for x in self.layers if not inside_any(x.name, replaced)),
-            groups_left(self.groups, gone, replaced),
+            groups,
             history=self.history + records,
             blocks=tuple(blocks),
+            products=tuple(product.among(left) for product in products),
             original_parameters=self.original_parameters,
             original_macs=self.original_macs,
         )
@@ -302,6 +315,8 @@ def _check_references(architecture: PrunedArchitecture) -> None:
     for layer in architecture.layers:
         if layer.weight and layer.weight not in architecture.tensor:
             raise InvalidField(f"layers.{layer.name}.weight", "the path of a tensor", layer.weight)
+    for product in architecture.products:
+        _check_product(product, architecture.group)
     for group in architecture.groups:
         for site in (*group.sites, *group.norms):
             _check_span(f"groups.{group.name}.sites.{site.module}", site, group.size, MAX_AXIS)
@@ -316,6 +331,20 @@ def _check_references(architecture: PrunedArchitecture) -> None:
     for name in ("parameters", "macs"):
         if getattr(architecture, name) >= 2**63:
             raise InvalidField(name, "less than 2**63", getattr(architecture, name))
+
+
+def _check_product(product: ActivationProduct, groups: Mapping[str, PruningGroup]) -> None:
+    """Every axis has room for all units that it becomes shorter with."""
+    where = f"products.{product.module}.cuts"
+    left = list(product.shape)
+    for cut in product.cuts:
+        if cut.group not in groups:
+            raise InvalidField(where, "groups of the architecture", cut.group)
+        if cut.dim >= len(left):
+            raise InvalidField(where, f"an axis of {product.shape}", cut.dim)
+        left[cut.dim] -= cut.width * groups[cut.group].size
+    if min(left, default=0) < 0:
+        raise InvalidField(where, f"no more units than {product.shape} has room for", left)
 
 
 def _check_span(where: str, part: Span, units: int, length: int) -> None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from leyline.base import Count, Epoch, Message, Name, NonNegative, Text
+from leyline.base import Count, Epoch, Label, Message, Name, NonNegative, Text
 from leyline.errors import InvalidField
 from leyline.identity import Level, ParameterIdentifier
 
@@ -47,6 +47,50 @@ class LayerDescriptor(Message):
     """Path of the tensor that is multiplied, empty where there is none."""
     positions: Count = 0
     """How often a sample uses the weight: output positions of a convolution, tokens of a linear."""
+
+
+class ProductCut(Message):
+    """An axis of a product of activations that becomes shorter with the units of a group."""
+
+    group: Name
+    dim: int = Field(ge=0, le=7)
+    """Axis of the product's ``shape``."""
+    width: int = Field(ge=1)
+    """By how much it becomes shorter with each unit."""
+
+
+class ActivationProduct(Message):
+    """What a module multiplies without a weight: queries by keys, attention weights by values. Its
+    multiply-accumulates for one sample are the product of its ``shape``."""
+
+    module: Label = ""
+    """The innermost module that was called meanwhile; empty: the network itself."""
+    shape: tuple[Count, ...]
+    """Lengths of the axes that units are a part of, behind the product of all others."""
+    cuts: tuple[ProductCut, ...] = ()
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for one sample."""
+        return math.prod(self.shape)
+
+    def without(self, units: Mapping[str, int]) -> ActivationProduct:
+        """After so many units of each group were removed."""
+        shape = list(self.shape)
+        for cut in self.cuts:
+            shape[cut.dim] -= cut.width * units.get(cut.group, 0)
+        same = tuple(shape) == self.shape
+        return self if same else self.model_copy(update={"shape": tuple(shape)})
+
+    def among(self, groups: Collection[str]) -> ActivationProduct:
+        """Where only these groups are left."""
+        cuts = tuple(cut for cut in self.cuts if cut.group in groups)
+        return self if cuts == self.cuts else self.model_copy(update={"cuts": cuts})
+
+    def renamed(self, names: Mapping[str, str]) -> ActivationProduct:
+        """With other names of groups."""
+        renamed = (c.model_copy(update={"group": names.get(c.group, c.group)}) for c in self.cuts)
+        return self.model_copy(update={"cuts": tuple(renamed)}) if self.cuts else self
 
 
 class Span(Message):

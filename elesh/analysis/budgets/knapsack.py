@@ -164,6 +164,9 @@ def resource_model(architecture: PrunedArchitecture, budget: Budget) -> Resource
             factor = float(tensor.kind == "parameter")
         if factor:
             parts.append(_Part(tensor.shape, cuts.get(tensor.path, ()), factor))
+    for product in architecture.products if budget.resource == "macs" else ():
+        widths = tuple((cut.group, cut.dim, cut.width) for cut in product.cuts)
+        parts.append(_Part(product.shape, widths, 1.0))
     return ResourceModel(tuple(parts))
 
 

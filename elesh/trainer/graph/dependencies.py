@@ -36,6 +36,7 @@ __all__ = [
     "Sources",
     "attends",
     "calls_by_functions",
+    "factors",
     "in_order",
     "leaf_of",
     "weights_used",
@@ -468,24 +469,39 @@ def _weighs(function: Any) -> bool:
     return name in (*SOFTMAX, _BILINEAR) or name.startswith("ScaledDotProduct")
 
 
+def factors(function: Any) -> Iterator[tuple[int, Tensor]]:
+    """The operands of a product that are weights, each with its place."""
+    for place in _FACTORS.get(function.name(), ()):
+        operand = function.next_functions[place][0]
+        weight = None if operand is None else _weight(operand)
+        if weight is not None:
+            yield place, weight
+
+
 def weights_used(functions: Iterable[Any]) -> dict[int, int]:
     """By the id of every parameter that one of these functions of an autograd graph multiplies by:
-    how often, all samples together."""
+    how often, all samples together. Of two parameters, the first one."""
     positions: dict[int, int] = {}
     for function in functions:
-        name = function.name()
-        for place in _FACTORS.get(name, ()):
-            operand = function.next_functions[place][0]
-            weight = None if operand is None else _weight(operand)
-            if weight is not None:
-                shape = shape_of(function, 0)
-                left = _FACTORS[name] == (place, place + 1)
-                outputs = shape[1 if name.startswith("Conv") else -2 if left else -1]
-                used = math.prod(shape) // max(1, outputs)
-                if name.startswith("Bmm"):  # Each of the batch has a part of the weight.
-                    used //= max(1, shape[0])
-                positions[id(weight)] = positions.get(id(weight), 0) + used
+        place, weight = next(factors(function), (0, None))
+        if weight is not None:
+            positions[id(weight)] = positions.get(id(weight), 0) + _used(function, place, weight)
     return positions
+
+
+def _used(function: Any, place: int, weight: Tensor) -> int:
+    """How often a function multiplies by a weight that is one of its operands."""
+    name, shape = function.name(), shape_of(function, 0)
+    if name.startswith("Conv"):
+        if not function._saved_transposed:
+            return math.prod(shape) // max(1, shape[1])
+        given = function.next_functions[0]  # Each of its positions.
+        size = shape_of(*given) if given[0] is not None else function._saved_input.shape
+        return math.prod(size) // max(1, size[1])
+    left = _FACTORS[name] == (place, place + 1)
+    used = math.prod(shape) // max(1, shape[-2 if left else -1])
+    # Each of a batch has a part of the weight.
+    return used // max(1, shape[0]) if name.startswith("Bmm") else used
 
 
 @dataclass(frozen=True)

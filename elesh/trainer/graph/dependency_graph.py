@@ -19,6 +19,7 @@ from elesh.trainer.network.layers import ChannelAxes, channel_axes, is_taught
 
 from .dependencies import CallByFunction, calls_by_functions, in_order
 from .indexing import Relations
+from .proof.products import Products
 from .residual_branches import behind
 
 __all__ = ["DependencyGraph", "axes_of"]
@@ -83,6 +84,7 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         self._param_to_name |= {held: path for path, held in buffers.items()}
         self.unwrapped_parameters += [(held, held.ndim - 1) for held in buffers.values()]
         self.calls = Calls(model)
+        self.products = Products(lambda: self.calls.place)
         self.function_calls: list[CallByFunction] = []
         self.module2node = self._trace(model, inputs, self._forward, output_transform=traced)
         self.by_function: dict[Any, Any] = {}
@@ -94,7 +96,7 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
 
     def _forward(self, model: nn.Module, inputs: Inputs) -> Any:
         model.train(self._mode)  # It was put into evaluation mode meanwhile.
-        with self.calls:
+        with self.calls, self.products:
             output = call(model, inputs)
         roots = [t.grad_fn for t in tensors_in(output) if t.grad_fn is not None]
         self.function_calls = calls_by_functions(self.calls.made, behind(roots), model)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from elesh.trainer.network.calling import Inputs, example_copy, packed_in, seen_called
+from elesh.trainer.network.calling import Inputs, batch_size, example_copy, packed_in, seen_called
 from elesh.trainer.network.kinds.experts import is_experts, width_multiple
 from elesh.trainer.network.kinds.weight_norms import computed_by
 from elesh.trainer.network.layers import (
@@ -53,6 +53,7 @@ from .hazards import (
 from .leftovers import sites_in_training, with_the_rest, with_vectors_of_training
 from .proof.blocks import with_blocks
 from .proof.in_training import without_refuted_in_training
+from .proof.products import Cuts
 from .proof.random_copy import random_copy
 from .proof.trial import Trial
 from .proof.units import without_refuted
@@ -124,6 +125,7 @@ def _proved(
     fed = parameters_behind(passage.roots)
     reached = reached_by(copied, fed, wiring.called)
     trial = Trial(copied, inputs, compared)
+    trial.products = Cuts(wiring.products, wiring.entered, batch_size(inputs))
     groups = with_vectors_of_training(groups, copied, fed, trial.met_in_training)
     late = set[str]()
 

@@ -38,6 +38,7 @@ from .attention import Attention, find_attentions
 from .dependencies import CallByFunction, weights_used
 from .dependency_graph import DependencyGraph
 from .indexing import Ints, shape_of
+from .proof.products import Product, Products, traced_products
 from .reach import Reach
 from .residual_branches import Trace
 
@@ -81,6 +82,10 @@ class Wiring:
     passage: Trace = field(default_factory=lambda: Trace((), ()))
     """The pass itself; while this is kept, so is the autograd graph."""
 
+    products: tuple[Product, ...] = ()
+    """All that was multiplied, in order."""
+    entered: Sequence[str] = ()
+    """The modules that were called, in order of their beginning."""
     readers: Mapping[str, str] = field(default_factory=dict)
     """By layer whose weight a function multiplies by: the module whose first input is the layer's,
     or itself where it can be called instead; empty where there is none."""
@@ -133,10 +138,11 @@ def _traced(
     try:
         graph = DependencyGraph(model, inputs, compared, buffers)
         calls, outputs, function_calls = graph.calls, graph.outputs, graph.function_calls
+        products = graph.products
         families = tuple(_families(graph, model, buffers))
     except Exception as error:  # The graph of others' code: whatever it raises is a reason.
         failure = f"the dependency graph failed: {summary(error)}"
-        calls, outputs = _run(model, inputs)
+        calls, products, outputs = _run(model, inputs)
     made = [(t.grad_fn, t.output_nr) for t in tensors_in(outputs) if t.grad_fn is not None]
     passage = Trace(calls.made, made)
     layers = calls.layers(batch_size(inputs), weights_used(passage.reached))
@@ -145,14 +151,18 @@ def _traced(
     attended = [one for one in calls.made if one.name not in hidden]
     attentions = find_attentions(attended, model, buffers, passage.reached)
     readers = {one.call.name: one.at for one in function_calls}
-    return Wiring(layers, families, attentions, failure, passage, readers)
+    held = (*model.named_parameters(), *buffers.items())
+    multiplied = traced_products(products, calls, {id(p): path for path, p in held})
+    return Wiring(
+        layers, families, attentions, failure, passage, multiplied, calls.entered, readers
+    )
 
 
-def _run(model: nn.Module, inputs: Inputs) -> tuple[Calls, Any]:
-    """The calls of one forward pass, and what the model returned."""
-    with Calls(model) as calls:
+def _run(model: nn.Module, inputs: Inputs) -> tuple[Calls, Products, Any]:
+    """The calls of one forward pass, what it multiplied, and what the model returned."""
+    with Calls(model) as calls, Products(lambda: calls.place) as products:
         try:
-            return calls, call(model, inputs)
+            return calls, products, call(model, inputs)
         except Exception as error:  # Whatever the user's network raises.
             expected = "a batch as the model is called with: arguments, shapes, dtypes, device"
             hint = f"it was called in evaluation mode with {described(inputs)}"

@@ -59,19 +59,26 @@ class Calls:
     """While entered, notes every call of a model's modules, in order."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self._model, self.modules = model, dict(model.named_modules())
         self._mixing = {
             name
-            for name, module in model.named_modules()
+            for name, module in self.modules.items()
             if channel_axes(module).site_dim is not None
         }
         self._handles: list[RemovableHandle] = []
         self._clock = 0
         self._open: list[tuple[str, int, list[Tensor], list[Link | None], bool]] = []
         self.made: list[Call] = []
+        self.entered: list[str] = []
+        """The modules that were called, in order."""
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """The innermost module that is being called, and how many were called up to now."""
+        return self._open[-1][0] if self._open else "", len(self.entered)
 
     def __enter__(self) -> Calls:
-        for name, module in self._model.named_modules():
+        for name, module in self.modules.items():
             if name:
                 enter, leave = self._enter(name), self._leave(name)
                 self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
@@ -86,30 +93,32 @@ class Calls:
         """Descriptors of the modules with parameters of their own, in order of execution.
 
         Args:
-            used: by the id of a parameter, how often it was multiplied, all samples together:
-                where no layer that was called does that, who owns it is a layer, too.
+            used: by the id of a parameter, how often it was multiplied, all samples together, as
+                far as autograd knows: by a layer that was called, by functions, or by both.
         """
         positions: dict[str, int] = {}
         for call in self.made:
             positions[call.name] = positions.get(call.name, 0) + call.positions
-        modules = dict(self._model.named_modules())
         paths = {id(p): path for path, p in self._model.named_parameters()}
+        per_sample = {path: round(used.get(key, 0) / samples) for key, path in paths.items()}
         called = tuple(
             descriptor
-            for name, used in positions.items()
-            if ".parametrizations." not in f".{name}." and _owns_any(modules[name])
-            for descriptor in _descriptors(name, modules[name], round(used / samples), paths)
+            for name, times in positions.items()
+            if ".parametrizations." not in f".{name}." and _owns_any(self.modules[name])
+            for descriptor in _descriptors(
+                name, self.modules[name], round(times / samples), paths, per_sample
+            )
         )
-        return called + tuple(self._by_functions(called, samples, used))
+        return called + tuple(self._by_functions(called, per_sample))
 
     def _by_functions(
-        self, called: Sequence[LayerDescriptor], samples: int, used: Mapping[int, int]
+        self, called: Sequence[LayerDescriptor], used: Mapping[str, int]
     ) -> Iterator[LayerDescriptor]:
         """Layers whose weights others multiply by: their own forward pass is not called."""
         known = {layer.weight for layer in called if layer.weight}
         names = {layer.name for layer in called}
-        for path, parameter in self._model.named_parameters():
-            positions = round(used.get(id(parameter), 0) / samples)
+        for path, _ in self._model.named_parameters():
+            positions = used.get(path, 0)
             if not positions or path in known:
                 continue
             owner, _, attribute = path.rpartition(".")
@@ -120,6 +129,7 @@ class Calls:
     def _enter(self, name: str) -> Callable[..., None]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             self._clock += 1
+            self.entered.append(name)
             given = *args, *kwargs.values()
             came, packed = tensors_in(given), any(isinstance(x, PackedSequence) for x in given)
             # Now: what works in place changes the history of its input.
@@ -192,7 +202,11 @@ def _positions(module: nn.Module, came: list[Tensor], left: list[Tensor]) -> int
 
 
 def _descriptors(
-    name: str, module: nn.Module, positions: int, paths: Mapping[int, str]
+    name: str,
+    module: nn.Module,
+    positions: int,
+    paths: Mapping[int, str],
+    used: Mapping[str, int],
 ) -> Iterator[LayerDescriptor]:
     """One descriptor, or one for each projection of an attention module."""
     kind = type(module).__name__.lower()
@@ -211,17 +225,18 @@ def _descriptors(
             title = name if own == "down_proj" else f"{name}.{own}"
             yield LayerDescriptor(name=title, kind=kind, weight=path, positions=positions)
     elif isinstance(module, nn.MultiheadAttention):
-        # Its projections are not called as modules; products of queries and keys are not counted.
-        for path, parameter in module.named_parameters():
+        # Its projections are not called as modules. One of which parts are used by themselves has
+        # no positions: its products are counted one by one (:mod:`elesh.trainer.graph.proof`).
+        for own, parameter in module.named_parameters():
             if parameter.ndim == 2:
+                path = paths[id(parameter)]
                 yield LayerDescriptor(
-                    name=f"{name}.{path}",
-                    kind=kind,
-                    weight=paths[id(parameter)],
-                    positions=positions,
+                    name=f"{name}.{own}", kind=kind, weight=path, positions=used.get(path, 0)
                 )
     elif weight is not None and _multiplies(module):
-        yield LayerDescriptor(name=name, kind=kind, weight=paths[id(weight)], positions=positions)
+        path = paths[id(weight)]
+        times = max(positions, used.get(path, 0))
+        yield LayerDescriptor(name=name, kind=kind, weight=path, positions=times)
     else:
         yield LayerDescriptor(name=name, kind=kind)
 
@@ -230,6 +245,11 @@ def _owns_any(module: nn.Module) -> bool:
     """Whether a module has parameters of its own, or a weight that is computed from some."""
     own = any(held is not None for held in module._parameters.values())
     return own or weight_of(module) is not None
+
+
+def multiplies(module: nn.Module) -> bool:
+    """Whether what a module multiplies by its weights is counted when it is called."""
+    return _multiplies(module) or is_recurrent(module) or is_experts(module)
 
 
 def _multiplies(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ rows are looked at once, and never again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -95,11 +96,12 @@ class Rows(TorchFunctionMode):
     def of(self, x: Tensor) -> Tensor | None:
         """[rows] the sample of each; None where they are in equal shares, in order."""
         found = self._known.get(x)
-        return None if found is _LOST else found
+        return found if isinstance(found, Tensor) else None
 
     def knows(self, x: Tensor) -> bool:
         """Whether that is known."""
-        return x in self._known and self._known[x] is not _LOST
+        found = self._known.get(x, _LOST)
+        return found is None or isinstance(found, Tensor)
 
     def same(self, made: Tensor, x: Tensor) -> None:
         """Say that rows are those of another tensor."""
@@ -150,7 +152,9 @@ class Rows(TorchFunctionMode):
         elif any(part in name for part in _PUTS):
             self.same(made, args[0])
         else:
-            self._put(made, self._among(name, made, came))
+            owners = self._among(name, made, came)
+            axis = self._moved(made, args[0]) if owners is _LOST and args else None
+            self._put(made, owners if axis is None else _Along(axis) if axis else None)
 
     def _among(self, name: str, made: Tensor, came: Sequence[Tensor]) -> Any:
         """Whose rows an operation on all rows makes."""
@@ -165,6 +169,17 @@ class Rows(TorchFunctionMode):
                     return own.repeat_interleave(len(made) // len(own))
         even = any(self._known[x] is None for x in came)
         return None if even and not uneven and len(made) % self._samples == 0 else _LOST
+
+    def _moved(self, made: Tensor, x: Any) -> int | None:
+        """Which axis of a view has the samples in order (queries, keys and values that are moved to
+        the front, and taken apart there); None where that is not known."""
+        known = self._known.get(x, _LOST) if isinstance(x, Tensor) else _LOST
+        axis = 0 if known is None else known.axis if isinstance(known, _Along) else -1
+        if axis < 0 or made._base is not (x if x._base is None else x._base):
+            return None
+        at = x.shape[axis], x.stride(axis)
+        places = [n for n in range(made.ndim) if (made.shape[n], made.stride(n)) == at]
+        return places[0] if len(places) == 1 else None
 
     def _pick(self, made: Tensor, x: Tensor, index: Any) -> bool:
         """Follow rows that are picked by their numbers; whether they were."""
@@ -188,8 +203,9 @@ class Rows(TorchFunctionMode):
 
     def _owners(self, x: Tensor) -> Tensor | None:
         """The sample of each row of a tensor; None where that is not known."""
-        if x not in self._known or (found := self._known[x]) is _LOST:
+        if not self.knows(x):
             return None
+        found = self._known[x]
         if isinstance(found, Tensor):
             return found
         if len(x) % self._samples:
@@ -201,6 +217,13 @@ class Rows(TorchFunctionMode):
             even = torch.arange(self._samples).repeat_interleave(len(made) // self._samples)
             owners = None if torch.equal(owners, even) else owners
         self._known[made] = owners
+
+
+@dataclass(frozen=True)
+class _Along:
+    """Samples lie in order along this axis."""
+
+    axis: int
 
 
 _LOST = object()

@@ -183,10 +183,43 @@ def preserve_state(model: nn.Module, seed: int, *others: Any) -> Iterator[None]:
 def evaluated(model: nn.Module) -> None:
     """Put a model into evaluation mode, in which all activations have an axis of channels."""
     model.eval()
+    forget_worked_out(model)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
             # It would pack padded batches into nested tensors, which have no channel axis.
             module.use_nested_tensor = False
+
+
+_HELD = ("_parameters", "_buffers", "_modules")
+
+
+def forget_worked_out(model: nn.Module) -> None:
+    """Have modules let go of what they have worked out of their parameters since they were put into
+    evaluation mode (LeViT's biases of positions), as they do when they are put into training; and
+    autocast of the casts that it keeps."""
+    torch.clear_autocast_cache()
+    for module in model.modules():
+        if module.training or type(module).train is nn.Module.train or not _keeps_any(module):
+            continue
+        modes = [(part, part.training) for part in module.modules()]
+        module.train()
+        module.eval()
+        for part, mode in modes:
+            part.training = mode
+
+
+def _keeps_any(module: nn.Module) -> bool:
+    """Whether a module holds tensors that are no parameters, nor buffers."""
+
+    def tensor_in(value: Any) -> bool:
+        if isinstance(value, Mapping):
+            value = tuple(value.values())
+        return isinstance(value, Tensor) or (
+            isinstance(value, (list, tuple)) and any(isinstance(x, Tensor) for x in value)
+        )
+
+    held = vars(module).items()
+    return any(tensor_in(value) for name, value in held if name not in _HELD)
 
 
 @contextlib.contextmanager

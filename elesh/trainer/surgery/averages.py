@@ -516,12 +516,14 @@ def with_teachers(
         groups = {group.name: group for group in architecture.groups}
         blocks = {block.name: block for block in architecture.blocks}
         moved = _renaming(teacher)
-        followed = {moved(name) for name in (*groups, *blocks) if moved(name) != name}
+        leading = {moved(name): name for name in (*groups, *blocks) if moved(name) != name}
+        followed = leading.keys()
         architecture = PrunedArchitecture.build(
             architecture.tensors,
             architecture.layers,
             tuple(_joined(g, groups, moved) for g in groups.values() if g.name not in followed),
             blocks=tuple(_along(b, moved) for b in blocks.values() if b.name not in followed),
+            products=tuple(product.renamed(leading) for product in architecture.products),
         )
     return architecture
 

@@ -118,6 +118,7 @@ def continued(known: PrunedArchitecture, found: PrunedArchitecture) -> PrunedArc
         tuple(map(group, known.groups)),
         history=known.history,
         blocks=tuple(map(block, known.blocks)),
+        products=known.products,
         original_parameters=known.original_parameters,
         original_macs=known.original_macs,
     )

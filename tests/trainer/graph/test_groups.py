@@ -335,7 +335,8 @@ def test_a_transformer_of_torch_has_its_width_hidden_units_and_heads_pruned() ->
         "1.layers.0.self_attn", "1.layers.1.self_attn",
     ]  # fmt: skip
     projections = 2 * (3 * 16 * 16 + 16 * 16) + 2 * 2 * 16 * 32 + 5 * 16 + 16 * 3
-    assert architecture.macs == 6 * projections
+    attended = 2 * (6 * 6 * 16 + 6 * 6 * 16)  # Scores and values, in two layers.
+    assert architecture.macs == 6 * projections + attended
 
 
 def test_other_peoples_operations_are_refused_with_a_reason() -> None:

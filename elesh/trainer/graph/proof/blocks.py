@@ -29,7 +29,8 @@ def with_blocks(
     blocks: tuple[LayerBlock, ...],
     fed: Collection[int],
 ) -> PrunedArchitecture:
-    """The architecture with these blocks, those that fail the proof marked with a reason.
+    """The architecture with these blocks, those that fail the proof marked with a reason, and with
+    all that is multiplied.
 
     Args:
         trial: of a copy of the network in evaluation mode with random weights that all have an
@@ -45,8 +46,9 @@ def with_blocks(
         else b
         for b in blocks
     )
+    layers, products = trial.products.counted(architecture)
     return PrunedArchitecture.build(
-        architecture.tensors, architecture.layers, architecture.groups, blocks=marked
+        architecture.tensors, layers, architecture.groups, blocks=marked, products=products
     )
 
 

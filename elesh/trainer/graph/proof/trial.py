@@ -33,11 +33,12 @@ from elesh.trainer.network.sizes import (
     refit,
     refit_heads,
 )
-from elesh.trainer.network.state import seed_generators
+from elesh.trainer.network.state import forget_worked_out, seed_generators
 from elesh.trainer.surgery.masks import Masks
 from elesh.trainer.surgery.tensors import point_to
 from leyline import PrunedArchitecture, Span
 
+from .products import Cuts
 from .waypoints import narrowed
 
 __all__ = ["Trial", "TrialCuts", "Units"]
@@ -63,10 +64,13 @@ class Trial:
     ) -> None:
         self.copied, self._inputs, self._compared = copied, inputs, compared
         self._in_training: tuple[Inputs | None, set[str]] | None = None
+        self.products = Cuts()
+        """What is multiplied, and what of it is left where units are cut."""
 
     def run(self) -> Any:
         """What the network returns, the random generators seeded."""
-        self.copied.eval()  # Some keep what they have worked out since they were put into it.
+        self.copied.eval()
+        forget_worked_out(self.copied)
         seed_generators(device_of(self.copied), 0)
         return call(self.copied, self._inputs)
 

@@ -8,6 +8,7 @@ the same outputs. The copy has random weights: with the real ones the proof coul
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from elesh.trainer.graph.attention import parts_of_one_layer, tied, tied_parts
 from elesh.trainer.network.calling import raised_in, summary
 from leyline import Level, PrunedArchitecture, PruningGroup
 
+from .products import Products
 from .trial import Cut, Trial, TrialCuts, Units
 from .waypoints import Fault, Guards, Waypoints, apart
 
@@ -313,7 +315,7 @@ class _Experiment(Admission):
     def _found(self, names: Sequence[str]) -> list[_Blame]:
         units = {name: self._trials[self._number][name] for name in names}
         run = _Run(self._trial, self._cuts, units, self._around)
-        run.do(train=self._number == 0)
+        run.do(train=self._number == 0, watched=self._number == len(self._trials) - 1)
         if run.blamed and self._number == 0 and self._trial.trained_wrongly():
             run = _Run(self._trial, self._cuts, units, self._around)
             run.do(train=True)
@@ -413,9 +415,14 @@ class _Run:
         self._cut: Cut | None = None
         self._indices: dict[str, dict[int, Any]] = {"": {}} | cuts.lost_inputs(units)
 
-    def do(self, train: bool) -> None:
-        """Run the network with units masked, then without them."""
+    def do(self, train: bool, watched: bool = False) -> None:
+        """Run the network with units masked, then without them.
+
+        Args:
+            watched: whether what is multiplied then shall be noted.
+        """
         points, copied = self.waypoints, self._trial.copied
+        noted = Products(lambda: (points.last, 0)) if watched else None
         try:
             with self._cuts.masked(self._units):
                 points.remember()
@@ -433,13 +440,17 @@ class _Run:
                 self._cuts.cut(self._units) as self._cut,
                 Guards(copied, guarded, self._amend, points),
             ):
-                outputs = self._compared()
+                with noted if noted and self._trial.products.wanted else contextlib.nullcontext():
+                    outputs = self._compared()
                 points.close()
                 points.forget()
                 if not self.blamed and not points.faults and (difference := apart(masked, outputs)):
                     points.faults.append(Fault("", difference))
                 if train and not self.blamed and not points.faults:
                     self._trial.train()
+                if noted and noted.noted and not self.blamed and not points.faults:
+                    lost = {name: len(set(gone)) for name, gone in self._units.items()}
+                    self._trial.products.add(lost, points.mixing, noted)
         except Exception as error:  # Whatever the user's network raises is the finding.
             # It failed again with its own groups whole: they are no more suspect than others.
             own = [blame for blame in self.blamed if blame.place == self._failing]

@@ -130,7 +130,7 @@ class Waypoints:
         self, treat: Callable[[str, int, Tensor], Tensor], left: Callable[[str, Tensor], Tensor]
     ) -> None:
         self.close()
-        self._calls, self._order = Counter(), []
+        self._calls, self._order, self.last = Counter(), [], ""
 
         def hook_of(name: str) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
