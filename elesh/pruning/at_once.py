@@ -106,8 +106,8 @@ def prune(
 
     Args:
         model: trained; it must be possible to copy it. It may have been cut by Elesh before.
-        batches: (inputs, labels) pairs of training data, about 500 samples in all. Inputs are a
-            tensor, a sequence (positional) or a mapping (keywords).
+        batches: (inputs, labels) pairs of training data, about 500 samples in all, of a table
+            1,000. Inputs are a tensor, a sequence (positional) or a mapping (keywords).
         budget: what may be left of the network as it was before its first cut, by resource:
             ``{"macs": 0.5}``, ``parameters``, ``memory`` (bytes of weights), ``latency`` (of one
             batch, on the network's device), or several.

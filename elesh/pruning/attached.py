@@ -70,7 +70,8 @@ def attach(
     Args:
         model, optimizer: as they are built for a new run, also where an earlier process was killed.
         run_id: names the run; one trainer at a time has it.
-        calibration: (inputs, labels) pairs of training data, about 500 samples, kept for the run.
+        calibration: (inputs, labels) pairs of training data, about 500 samples (1,000 of a table,
+            where a sample is one row), kept for the run.
         evaluate: without arguments, on your own validation data, to an ``elesh.Evaluation`` or
             (accuracy, loss). The trainer's own check of every cut; called where there is one, once
             when a run begins, and at its first checkpoints, to know how training scatters.

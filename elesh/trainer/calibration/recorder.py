@@ -81,6 +81,8 @@ from .midpoint import LOOK_AHEAD, first_to_go, indices_of
 _log = get_logger(__name__)
 _ENOUGH = 128
 """Samples that put the units of small groups into an order."""
+_ROWS = 8
+"""For every unit, where a sample is one row; as many as layers are solved by."""
 UNNAMED = "run"
 """The run of a measurement that names none."""
 _PIECE = 16
@@ -476,11 +478,18 @@ class Recorder:
 def enough_samples(architecture: PrunedArchitecture, at_least: int = 256) -> int:
     """So many samples put units into the order for reconstruction as well as more do: as many as
     the widest group has units, whose slopes are taken together, but no fewer than 128; twice as
-    many, where that is no more than ``at_least`` (of heads, their elements count)."""
+    many, where that is no more than ``at_least`` (of heads, their elements count).
+
+    A sample of a table is one row, where one of an image has as many as positions: what a few
+    hundred rows say of inputs and slopes is chance, and they cost little. Eight are taken for
+    every unit.
+    """
     groups = [group for group in architecture.groups if group.prunable]
     widest = max((group.size for group in groups), default=0)
     across = max((_inputs(group) for group in groups), default=0)
-    return max(_ENOUGH, widest, min(2 * across, at_least))
+    rows_each = max((layer.positions for layer in architecture.layers), default=0)
+    several = _ROWS * across if rows_each == 1 else min(2 * across, at_least)
+    return max(_ENOUGH, widest, several)
 
 
 def _inputs(group: PruningGroup) -> int:

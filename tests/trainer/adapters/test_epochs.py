@@ -141,33 +141,55 @@ def test_derivatives_of_more_samples_are_taken_only_where_they_rank_what_may_go(
     assert of("ResNet", *Level) == [32, 32, 32, 128], "whole layers go in the last phase alone"
 
 
+def samples_measured(session: Session, width: int, positions: int, held_out: bool) -> int:
+    """Of 600 samples with so many positions, at the second checkpoint of a small network."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3))
+    shape = (100, positions)[: 1 if positions == 1 else 2]
+    labels = torch.arange(100 * positions).reshape(shape) % 3
+    data = [(torch.randn(*shape, 4), labels) for _ in range(6)]
+    given = data[0] if held_out else None
+    epochs = EveryEpoch(session, data, data, every=1, held_out=given, preflight=False)
+    epochs.begin(network, torch.optim.SGD(network.parameters(), 0.1))
+    for epoch in (1, 2):
+        epochs.end_epoch(epoch)
+    return int(session.published[-1].metadata.samples)  # type: ignore[attr-defined]
+
+
+def cutting(time_share: float) -> Kept:
+    """A session of a run that cuts from its first epoch on."""
+    phases = dict.fromkeys(("conservative_epochs", "moderate_epochs", "aggressive_epochs"), 4)
+    schedule = {"structured_pruning": {"safety_schedule": {"validation_epochs": 0, **phases}}}
+    return Kept(
+        settings=Settings.model_validate({**schedule, "trainer": {"time_share": time_share}})
+    )
+
+
 def test_two_samples_for_every_unit_of_the_widest_group_are_measured_unless_the_loss_is_predicted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def samples(session: Session, width: int, held_out: bool = True) -> int:
-        torch.manual_seed(0)
-        network = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3))
-        data = [(torch.randn(100, 4), torch.arange(100) % 3) for _ in range(6)]
-        given = data[0] if held_out else None
-        epochs = EveryEpoch(session, data, data, every=1, held_out=given, preflight=False)
-        epochs.begin(network, torch.optim.SGD(network.parameters(), 0.1))
-        for epoch in (1, 2):
-            epochs.end_epoch(epoch)
-        return int(session.published[-1].metadata.samples)  # type: ignore[attr-defined]
+    def samples(time_share: float, width: int, held_out: bool = True) -> int:
+        return samples_measured(cutting(time_share), width, 2, held_out)
 
-    phases = dict.fromkeys(("conservative_epochs", "moderate_epochs", "aggressive_epochs"), 4)
-    schedule = {"structured_pruning": {"safety_schedule": {"validation_epochs": 0, **phases}}}
-    free = Settings.model_validate({**schedule, "trainer": {"time_share": 0}})
-    assert samples(Kept(settings=free), 16) == 128
-    assert samples(Kept(settings=free), 100) == 200
-    assert samples(Kept(settings=free), 200) == 256
-    assert samples(Kept(settings=free), 300) == 300
-    assert samples(Kept(settings=free), 64, held_out=False) == 600
+    assert samples(0, 16) == 128
+    assert samples(0, 100) == 200
+    assert samples(0, 200) == 256
+    assert samples(0, 300) == 300
+    assert samples(0, 64, held_out=False) == 600
     monkeypatch.setattr(TimeShare, "trained", 0.0)
-    late = Settings.model_validate({**schedule, "trainer": {"time_share": 0.1}})
-    assert samples(Kept(settings=late), 64) == 128
-    assert samples(Kept(settings=late), 200) == 200
-    assert samples(Kept(settings=late), 64, held_out=False) == 256
+    assert samples(0.1, 64) == 128
+    assert samples(0.1, 200) == 200
+    assert samples(0.1, 64, held_out=False) == 256
+
+
+def test_of_a_table_eight_rows_for_every_unit_are_measured_however_little_time_there_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert samples_measured(cutting(0), 16, 1, True) == 128
+    assert samples_measured(cutting(0), 60, 1, True) == 480
+    monkeypatch.setattr(TimeShare, "trained", 0.0)
+    assert samples_measured(cutting(0.1), 60, 1, True) == 480
+    assert samples_measured(cutting(0.1), 200, 1, True) == 600
 
 
 def test_a_checkpoint_that_cuts_is_resumed_from_with_one_restore_point_before_and_one_after(
