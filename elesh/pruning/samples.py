@@ -48,6 +48,8 @@ _CLOSE, _POSITIONS = 0.01, 1024
 far samples lie apart, by so many of their numbers."""
 _FAR = (2.0, 4.0)
 """Of how far samples lie apart: noise by which other classes are looked for."""
+_TABLE = 2
+"""Axes of a table's rows."""
 _ENOUGH = 64
 """Of few samples, rather so many are held out, but never more than half."""
 
@@ -73,8 +75,15 @@ class Samples:
         )
 
 
-def divided(batches: Iterable[Batch], *, hold_out: bool, most: int = MOST) -> Samples:
+def divided(
+    batches: Iterable[Batch], *, hold_out: bool, most: int = MOST, measured: int | None = None
+) -> Samples:
     """The batches without copies, and, where that is asked for, a part of them held out.
+
+    Args:
+        hold_out: a fifth of them.
+        measured: so many samples are measured on, unless each is but a row of numbers: of more,
+            as many are held out beside them.
 
     Reading ends with the batch that has the last sample needed, or where ``most`` in a row are
     copies.
@@ -94,6 +103,9 @@ def divided(batches: Iterable[Batch], *, hold_out: bool, most: int = MOST) -> Sa
         copies = f"{apart} ({count} with copies that differ by less than {_CLOSE:.0%})"
         raise InvalidField("batches", f"at least {least} different samples", copies)
     every = max(2, min(_HELD_OUT, count // _ENOUGH)) if hold_out else 0
+    if every and measured is not None and not _are_rows(found[0][0]):
+        spare = max(count / every, min(measured, count - measured))
+        every = min(every, max(2, math.ceil(count / spare)))
     calibration: list[Batch] = []
     held_out: list[Batch] = []
     place = 0
@@ -105,6 +117,11 @@ def divided(batches: Iterable[Batch], *, hold_out: bool, most: int = MOST) -> Sa
             if rows:
                 part.append((_rows(inputs, rows, size), _rows(labels, rows, size)))
     return Samples(tuple(calibration), tuple(held_out), count, total - distinct)
+
+
+def _are_rows(inputs: Inputs) -> bool:
+    """Whether a sample is a row of a table: numbers, one behind the other."""
+    return all(x.is_floating_point() and x.ndim <= _TABLE for x in tensors_in(inputs))
 
 
 def _apart_from_training(batches: Iterable[Batch]) -> Iterable[Batch]:

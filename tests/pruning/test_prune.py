@@ -240,6 +240,25 @@ def test_a_little_noise_does_not_make_many_samples_of_a_few() -> None:
     assert divided([batch], hold_out=True).different > 90
 
 
+@pytest.mark.parametrize(
+    ("count", "shape", "held_out"),
+    [
+        (512, (2, 3), 256),
+        (1024, (2, 3), 256),
+        (400, (2, 3), 134),
+        (300, (2, 3), 75),
+        (512, (6,), 103),
+    ],
+)
+def test_of_more_samples_than_are_measured_as_many_are_held_out_but_of_a_table_s_rows_a_fifth(
+    count: int, shape: tuple[int, ...], held_out: int
+) -> None:
+    inputs = torch.rand(count, *shape, generator=torch.Generator().manual_seed(0))
+    found = divided([(inputs, torch.zeros(count))], hold_out=True, measured=256)
+    assert sum(len(labels) for _, labels in found.held_out) == held_out
+    assert sum(len(labels) for _, labels in found.calibration) == count - held_out
+
+
 @pytest.mark.parametrize("noise", [0.05, 0.1, 0.3])
 def test_two_samples_with_noise_on_them_are_not_many(noise: float) -> None:
     """However many they are made, they say nothing of other samples; real data passes."""
