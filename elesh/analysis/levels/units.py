@@ -218,6 +218,8 @@ class UnitLevel(ABC):
         )
         wanted, reconstructs = wanted_scorer(bundle, settings)
         used = self.choose_scorer(bundle, scorer or wanted, reconstructs=reconstructs)
+        if not counted_groups(bundle.architecture, self.level):
+            used = (used[0], ())  # Nothing is ranked: nothing was fallen back to.
         minimum, round_to = limits.minimum, limits.round_to
         eligible = eligible_groups(
             bundle, used[0], minimum, round_to, level=self.level, shard=shard

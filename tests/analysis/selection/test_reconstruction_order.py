@@ -168,6 +168,19 @@ def test_it_is_used_only_by_those_who_redistribute_and_its_absence_is_said() -> 
     assert sum(map(len, ours.values())) == 20
 
 
+def test_a_network_without_heads_falls_back_to_nothing_for_want_of_their_statistics() -> None:
+    """Regression: every decision on one said so, and was trusted less."""
+    full = replace(
+        with_moments(bundle(chain((32, 48)), epoch=120)),
+        parameters=AnalysisParameters(redistribute=True),
+        levels=(Level.CHANNEL, Level.HEAD),
+    )
+    open_ = Settings(structured_pruning={"channel_analysis": {"max_predicted_shift": 1e9}})
+    decision = analyze(full, open_)
+    assert decision.units
+    assert decision.fallbacks == ()
+
+
 def test_heads_too_go_by_what_the_kept_ones_cannot_make_up_for() -> None:
     """The order over both levels' groups is that of their own blocks."""
     plain = checkpoint(transformer(8, 8))
