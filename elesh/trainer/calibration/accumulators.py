@@ -91,16 +91,26 @@ def inner_products(second: Tensor, site: GateSite, size: int, *, by_element: boo
     """The inner products of the units at a site, from those of all channels of its axis.
 
     Args:
-        second: [C, C]; as it is where every channel is a unit, else in float64.
-        by_element: [W, W] of all their channels; else [size, size], summed over a unit's width.
+        second: [C, C].
+        by_element: [W, W] of all their channels; else [size, size], in float64 summed over a unit's
+            width.
     """
-    if site.width == 1 and site.start == 0 and site.indices is None and size == len(second):
-        return second
-    across = by_unit(second.double(), site, size).movedim(0, -1)
-    both = by_unit(across, site, size)  # [size, width, size, width]
-    if by_element:
-        return both.reshape(size * site.width, size * site.width)
-    return both.diagonal(dim1=1, dim2=3).sum(-1)
+    indices, width = site.indices, site.width
+    if by_element or width == 1:
+        if indices is None:
+            chosen = slice(site.start, site.start + size * width)
+            return second[chosen, chosen]
+        listed = _listed(indices).to(second.device)
+        return second[listed[:, None], listed]
+    found = second.new_zeros((size, size), dtype=torch.float64)
+    for place in range(width):  # Those of different places of two units are not asked for.
+        if indices is None:
+            own = slice(site.start + place, site.start + size * width, width)
+            found += second[own, own]
+        else:
+            listed = _listed(indices[place::width]).to(second.device)
+            found += second[listed[:, None], listed]
+    return found
 
 
 @dataclass
@@ -140,9 +150,7 @@ class InputTally:
             return
         if read is None:
             left = _squares(gradient, into[1])
-            for some in _rows_at_once(left):
-                steady = np.divide(summed[some], positions, dtype=np.float64)
-                np.subtract(left[some], steady, out=left[some], casting="same_kind")
+            torch.from_numpy(left).sub_(torch.from_numpy(summed), alpha=1 / positions)
         else:
             apart = gradient[:, read.to(gradient.device)] - total[:, None] / positions
             left = _squares(apart, into[1])
@@ -172,11 +180,18 @@ class InputTally:
         found = {name: np.empty(part.shape) for name, part in into.items()} if norms else into
         found["input_means"][:] = means
         found["sample_moments"][:] = np.asarray(self.steady) / rows - means**2
-        for some in _rows_at_once(second):
-            moments = np.divide(second[some], rows, dtype=np.float64)
+        if second.dtype == np.float32 and found is into:  # As exact as the sums are.
+            whole = torch.from_numpy(found["input_moments"])
+            torch.div(torch.from_numpy(second), rows, out=whole)
             if centred:
-                moments -= np.outer(means[some], means)
-            found["input_moments"][some] = moments
+                own = torch.from_numpy(means).float()
+                whole.addr_(own, own, alpha=-1)
+        else:
+            for some in _rows_at_once(second):
+                moments = np.divide(second[some], rows, dtype=np.float64)
+                if centred:
+                    moments -= np.outer(means[some], means)
+                found["input_moments"][some] = moments
         for slopes, sums in zip(found["input_slopes"], (self.summed, self.left), strict=True):
             if sums is None:
                 slopes[:] = 0
@@ -506,15 +521,15 @@ def magnitudes(model: nn.Module, groups: Iterable[PruningGroup]) -> dict[str, Do
 
 def cosines(gram: Tensor) -> npt.NDArray[np.float32]:
     """Cosine similarities from inner products; a silent channel resembles only itself."""
-    inner = (gram if gram.dtype == torch.float64 else gram.float()).cpu().numpy()
-    norms = np.sqrt(np.diag(inner).astype(np.float64))
-    norms[norms == 0] = 1.0
-    cosines = np.empty(inner.shape, dtype=np.float32)
-    for some in _rows_at_once(inner):
-        both = np.outer(norms[some], norms)
-        np.divide(inner[some], both, out=cosines[some], casting="same_kind")
-        np.clip(cosines[some], -1.0, 1.0, out=cosines[some])
-    np.fill_diagonal(cosines, np.where(np.isnan(np.diag(cosines)), np.nan, 1.0))
+    inner = gram.detach().cpu()
+    norms = inner.diagonal().double().sqrt()
+    scales = torch.where(norms == 0, 1.0, 1 / norms)
+    if inner.dtype != torch.float64:
+        inner, scales = inner.float(), scales.float()
+    found = (inner * scales).mul_(scales[:, None]).clamp_(-1.0, 1.0).float()
+    own = found.diagonal()
+    own.copy_(torch.where(own.isnan(), own, 1.0))
+    cosines: npt.NDArray[np.float32] = found.numpy()
     return cosines
 
 
