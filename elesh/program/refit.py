@@ -124,9 +124,11 @@ def normalised_by(means: Tensor, squares: Tensor, norms: Iterable[Normalised]) -
         level = float((variances / norm.gain**2).mean())
         if abs(level - 1) > _ALIKE:
             continue
+        if norm.kind == "rms":
+            return norm
         inverse = 1 / norm.gain
-        mean = float(inverse @ (squares - torch.outer(means, means)) @ inverse) / len(inverse) ** 2
-        if norm.kind == "rms" or abs(mean) < _ALIKE**2:
+        mean = float(inverse @ (squares @ inverse) - (inverse @ means) ** 2) / len(inverse) ** 2
+        if abs(mean) < _ALIKE**2:
             return norm
     return None
 

@@ -55,8 +55,15 @@ def behind_norm(
     grown = np.divide(
         diagonal + common.diagonal(), diagonal, out=np.ones_like(diagonal), where=diagonal > 0
     )
-    left = np.eye(len(gain)) - np.outer(gain, 1 / gain) / len(gain)
     found["input_moments"] = moments + common
     found["sample_moments"] = fields["sample_moments"] * grown
-    found["input_slopes"] = left.T @ fields["input_slopes"] @ left
+    found["input_slopes"] = np.stack([_left_over(one, gain) for one in fields["input_slopes"]])
     return found
+
+
+def _left_over(slopes: Floats, gain: Doubles) -> Doubles:
+    """``L' S L`` with L what takes the mean over all u away: ``1 - outer(gain, 1 / gain) / W``."""
+    share = 1 / gain / len(gain)
+    rows = slopes - np.outer(share, gain @ slopes)
+    rows -= np.outer(rows @ gain, share)
+    return rows
