@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ from .ours import plain_pass
 __all__ = ["RESULTS", "examine"]
 
 RESULTS = Path(__file__).with_name("costs.jsonl")
+_TURNS, _FEWEST_TURNS, _SECONDS = 5, 2, 8.0
+"""So often everything is done, but no further turn begins after so many seconds."""
 
 
 def examine(name: str, memory: bool = True) -> dict[str, Any]:
@@ -44,43 +46,54 @@ def examine(name: str, memory: bool = True) -> dict[str, Any]:
         memory: whether that is measured, too.
 
     Returns:
-        ``passes``: CPU time of making a Recorder in plain passes, the least of two; ``memory``: the
+        ``passes``: CPU time of making a Recorder in plain passes; ``memory``: the
         most bytes of tensors that it holds beyond the network, and ``plain_memory`` what a plain
         pass does, as shares of the parameters; ``measure``: CPU time of ``Recorder.measure`` over
         the example.
     """
     model, inputs = build(name)
-    plain = plain_pass(model, inputs)
-    spent = float("inf")
-    for _ in range(2):  # As of plain passes: the least, as others may be at work on the machine.
-        begun = time.process_time()
-        recorder = Recorder(model, inputs)
-        spent = min(spent, time.process_time() - begun)
-    plain = min(plain, plain_pass(model, inputs))
-    row: dict[str, Any] = {"name": name, "passes": spent / plain}
+    recorder = Recorder(model, inputs)
+    works: dict[str, Callable[[], object]] = {"passes": lambda: Recorder(model, inputs)}
+    row: dict[str, Any] = {"name": name}
     try:
-        row["measure"] = _measuring(recorder, model, inputs, plain)
+        if (labels := _labels(model, inputs)) is not None:
+            recorder.measure([(inputs, labels)], epoch=0)
+            works["measure"] = lambda: recorder.measure([(inputs, labels)], epoch=0)
     except Exception as error:
         row["measure_error"] = f"{type(error).__name__}: {str(error)[:120]}"
+    row |= _in_passes(works, lambda: plain_pass(model, inputs))
     if memory:
         row["memory"] = _memory(model, inputs, lambda: Recorder(model, inputs))
         row["plain_memory"] = _memory(model, inputs, lambda: plain_pass(model, inputs))
     return row
 
 
-def _measuring(recorder: Recorder, model: nn.Module, inputs: Any, plain: float) -> float | None:
-    """CPU time of ``measure`` over the example in plain passes; None where it has no logits."""
+def _in_passes(
+    works: Mapping[str, Callable[[], object]], passing: Callable[[], float]
+) -> dict[str, float]:
+    """CPU time of works in plain passes, by name: in turns, the least of each, as others may be at
+    work on the machine."""
+    least = dict.fromkeys(works, float("inf"))
+    plain, begun = float("inf"), time.process_time()
+    for turn in range(_TURNS):
+        if turn >= _FEWEST_TURNS and time.process_time() - begun > _SECONDS:
+            break
+        plain = min(plain, passing())
+        for name, work in works.items():
+            started = time.process_time()
+            work()
+            least[name] = min(least[name], time.process_time() - started)
+    plain = min(plain, passing())
+    return {name: spent / plain for name, spent in least.items()}
+
+
+def _labels(model: nn.Module, inputs: Any) -> Tensor | None:
+    """The classes that the network finds for the example; None where it has no logits."""
     with torch.no_grad():
         logits = main_output(call(model, inputs))
     if not logits.is_floating_point() or logits.ndim < 2:
         return None
-    labels = logits.movedim(1, -1).argmax(-1) if logits.ndim == 4 else logits.argmax(-1)
-    least = float("inf")
-    for _ in range(2):
-        begun = time.process_time()
-        recorder.measure([(inputs, labels)], epoch=0)
-        least = min(least, time.process_time() - begun)
-    return least / plain
+    return logits.movedim(1, -1).argmax(-1) if logits.ndim == 4 else logits.argmax(-1)
 
 
 def _memory(model: nn.Module, inputs: Any, work: Callable[[], object]) -> float:

@@ -396,6 +396,8 @@ class GroupTally:
             constants: axes whose consumers can take up a constant: input moments are about means.
             norms: over all units of the group.
         """
+        if not any(norm.kind == "layer" for norm in norms):
+            norms = ()  # Others change nothing of what is measured.
         rated = self.rated > 0 and self.rated == self.derived
         return GateStatistics(
             layer_name=self.group.name,

@@ -378,18 +378,18 @@ def _together(
     edges: Sequence[Sequence[PruningGroup]],
 ) -> list[tuple[PruningGroup, tuple[str, ...]]]:
     """What is connected, each as one group."""
-    clusters: list[list[PruningGroup]] = []
+    clusters: list[dict[str, PruningGroup]] = []
     for edge in edges:
-        members = list(edge)
-        if len(members) < 2:
+        named = {group.name: group for group in edge}
+        if len(edge) < 2:
             continue
-        for other in [c for c in clusters if any(g in c for g in members)]:
+        for other in [known for known in clusters if not named.keys().isdisjoint(known)]:
             clusters.remove(other)
-            members = [*other, *(g for g in members if g not in other)]
-        clusters.append(members)
+            named = other | named
+        clusters.append(named)
     found = []
-    for members in clusters:
-        members.sort(key=lambda group: group.level is not Level.HEAD)
+    for cluster in clusters:
+        members = sorted(cluster.values(), key=lambda group: group.level is not Level.HEAD)
         units = math.gcd(*(group.size for group in members))
         if units > 1:
             names = tuple(group.name for group in members)

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,10 +18,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from elesh.trainer.network.calling import Inputs, batch_size, example_copy, packed_in, seen_called
+from elesh.trainer.network.calling import (
+    Inputs,
+    batch_size,
+    example_copy,
+    packed_in,
+    pictures_in,
+    seen_called,
+)
+from elesh.trainer.network.gates import Axis
 from elesh.trainer.network.kinds.experts import is_experts, width_multiple
 from elesh.trainer.network.kinds.weight_norms import computed_by
 from elesh.trainer.network.layers import (
+    axes_remembered,
     channel_axes,
     describe_tensors,
     held,
@@ -29,7 +38,7 @@ from elesh.trainer.network.layers import (
 )
 from elesh.trainer.network.rows import remember_picking
 from elesh.trainer.network.state import evaluated, preserve_state, uncollected
-from elesh.trainer.network.traversal import standing_still
+from elesh.trainer.network.traversal import parameters_in, quick_modes, standing_still
 from leyline import (
     GateSite,
     InvalidField,
@@ -59,7 +68,7 @@ from .proof.trial import Trial
 from .proof.units import without_refuted
 from .residual_blocks import find_blocks
 from .residual_branches import parameters_behind
-from .rows_read import followed, picking_in, without_mixed
+from .rows_read import Gate, followed, picking_in, without_mixed
 from .siblings import enclosed_in
 from .wiring import Family, Port, Wiring, trace
 
@@ -101,7 +110,7 @@ def _found(
     inputs = example_copy(example_inputs, precision)
     evaluated(copied)
     # The copy's hooks and replaced methods may refer to the network itself.
-    with preserve_state(model, seed=0), _plain_arithmetic(copied):
+    with preserve_state(model, seed=0), _plain_arithmetic(precision), quick_modes(copied):
         with standing_still(copied):
             proved, trial, blocks, fed = _proved(model, copied, inputs, ignored_layers, compared)
         return with_blocks(trial, proved, blocks, fed)
@@ -116,15 +125,51 @@ def _proved(
 ) -> tuple[PrunedArchitecture, Trial, tuple[LayerBlock, ...], set[int]]:
     """The architecture with its groups proved; for those of its blocks, what tries them, the blocks
     themselves and the ids of the parameters that the outputs depend on."""
+    trial = Trial(copied, inputs, compared)
+    with axes_remembered():
+        traced = _traced(model, trial, inputs, ignored, compared)
+    groups = traced.groups
+    architecture = PrunedArchitecture.unchecked(describe_tensors(model), traced.layers, groups)
+    if not any(group.prunable for group in groups):
+        require_repeatable(copied, inputs)
+    proved = without_refuted(trial, architecture)
+    sites = sites_in_training(groups, traced.late, copied)
+    proved = without_refuted_in_training(trial, proved, sites)
+    proved = with_acting_masks(copied, inputs, proved, traced.gates, traced.rows)
+    return proved, trial, traced.blocks, traced.fed
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """What one pass shows, before anything is proved."""
+
+    layers: tuple[LayerDescriptor, ...]
+    groups: tuple[PruningGroup, ...]
+    blocks: tuple[LayerBlock, ...]
+    fed: set[int]
+    """The ids of the parameters that the outputs depend on."""
+    gates: Mapping[Axis, Gate]
+    rows: Mapping[Axis, int]
+    late: set[str]
+    """Layers that only training reaches."""
+
+
+def _traced(
+    model: nn.Module,
+    trial: Trial,
+    inputs: Inputs,
+    ignored: Collection[str],
+    compared: Callable[[Any], Any] | None,
+) -> _Traced:
+    copied = trial.copied
     wiring = trace(copied, inputs, compared)
     groups = _with_heads(_groups(wiring, copied, ignored), wiring, copied, ignored)
     groups = with_the_rest(groups, wiring, copied)
     passage, layers = wiring.passage, wiring.layers
     seen_called(one.module for one in passage.passes if one.name not in wiring.readers)
     blocks = find_blocks(passage, copied, layers, ignored)
-    fed = parameters_behind(passage.roots)
+    fed = parameters_behind(passage.reached)
     reached = reached_by(copied, fed, wiring.called)
-    trial = Trial(copied, inputs, compared)
     trial.products = Cuts(wiring.products, wiring.entered, batch_size(inputs))
     groups = with_vectors_of_training(groups, copied, fed, trial.met_in_training)
     late = set[str]()
@@ -144,20 +189,15 @@ def _proved(
         partial(enclosed_in, passage, groups),
     )
     gates = traced_gates(passage, groups)
-    picking = picking_in(passage.reached)
+    # Of pictures in a list, a detector's, it picks boxes: which rows are whose is not followed.
+    picking = not pictures_in(inputs) and picking_in(passage.reached)
     rows = {axis: gate.rows for axis, gate in gates.items()}
     if picking and packed_in(inputs) is None:
         rows |= followed(copied, inputs, groups)
     groups = without_mixed(groups, inputs, rows)
     remember_picking(model, picking)
     remember_picking(copied, picking)
-    del wiring, passage  # and with them the autograd graph
-    architecture = PrunedArchitecture.unchecked(describe_tensors(model), layers, groups)
-    if not any(group.prunable for group in groups):
-        require_repeatable(copied, inputs)
-    proved = without_refuted(trial, architecture)
-    proved = without_refuted_in_training(trial, proved, sites_in_training(groups, late, copied))
-    return with_acting_masks(copied, inputs, proved, gates, rows), trial, blocks, fed
+    return _Traced(layers, groups, blocks, fed, gates, rows, late)
 
 
 def _in_training(
@@ -176,19 +216,21 @@ def _in_training(
 
 def _precision(model: nn.Module) -> torch.dtype:
     """What the network is traced and proved in: single, or double where it is."""
-    double = any(p.dtype in (torch.float64, torch.complex128) for p in model.parameters())
+    double = any(
+        p.dtype in (torch.float64, torch.complex128) for p in parameters_in(model).values()
+    )
     return torch.float64 if double else torch.float32
 
 
 @contextlib.contextmanager
-def _plain_arithmetic(model: nn.Module) -> Iterator[None]:
+def _plain_arithmetic(precision: torch.dtype) -> Iterator[None]:
     """No TF32 (the proof compares to 1e-4), no way past a transformer's parts."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32
     fast, default = torch.backends.mha.get_fastpath_enabled(), torch.get_default_dtype()
     cudnn.allow_tf32 = matmul.allow_tf32 = False
     torch.backends.mha.set_fastpath_enabled(False)
-    torch.set_default_dtype(_precision(model))
+    torch.set_default_dtype(precision)
     try:
         yield
     finally:

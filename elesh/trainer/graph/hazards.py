@@ -36,6 +36,7 @@ from elesh.trainer.network.gates import Axis, GateMeter
 from elesh.trainer.network.kinds.weight_norms import owner_of
 from elesh.trainer.network.layers import channel_axes, held
 from elesh.trainer.network.state import seed_generators
+from elesh.trainer.network.traversal import modules_in, parameters_in
 from elesh.trainer.surgery.averages import teachers_in
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import InvalidField, PrunedArchitecture, PruningGroup
@@ -71,7 +72,13 @@ def require_initialised(model: nn.Module) -> None:
     Raises:
         InvalidField: naming the first of them.
     """
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    buffers = (
+        (f"{path}.{name}".lstrip("."), held)
+        for path, module in modules_in(model).items()
+        for name, held in module._buffers.items()
+        if held is not None
+    )
+    for name, tensor in (*parameters_in(model).items(), *buffers):
         if is_lazy(tensor):
             hint = "call the model once before it is given to the recorder"
             raise InvalidField(f"model.{name}", "an initialised tensor", "a lazy one", hint=hint)
@@ -86,7 +93,7 @@ def require_modules(model: nn.Module) -> None:
     Raises:
         InvalidField: naming the first of them.
     """
-    for name, module in model.named_modules():
+    for name, module in modules_in(model).items():
         scripted = isinstance(module, torch.jit.ScriptModule)
         exported = any(kind.__module__.startswith("torch.export") for kind in type(module).__mro__)
         if scripted or exported:
@@ -339,7 +346,7 @@ def without_hazards(
 def _in_shared_memory(model: nn.Module) -> Mapping[str, str]:
     """Parameters that are views of one memory, each with the name of another."""
     places: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters_in(model).items():
         if parameter.layout is torch.strided and not parameter.is_meta and parameter.numel():
             places[parameter.untyped_storage().data_ptr()].append(name)
     return {

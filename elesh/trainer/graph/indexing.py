@@ -379,7 +379,7 @@ class Relations:
     def _axis(self, node: Any) -> int | None:
         """The axis that holds the channels of a node's (first) output; None if not known."""
         # Depth first without recursion: networks are deeper than Python's stack.
-        stack, opened = [node], set()
+        stack, opened = [] if node in self._axes else [node], set()
         while stack:
             top = stack[-1]
             needed = [] if top in opened or self._own_axis(top) is not None else top.inputs
@@ -387,8 +387,8 @@ class Relations:
             opened.add(top)
             if missing:
                 stack.extend(missing)
-            else:
-                self._axes.setdefault(stack.pop(), self._compute(top))
+            elif stack.pop() not in self._axes:
+                self._axes[top] = self._compute(top)
         return self._axes[node]
 
     def _is_summed(self, producer: Any, node: Any) -> bool:

@@ -139,7 +139,8 @@ def _candidate(trace: Trace, held: _Holdings, branch: Branch, dead: set[str]) ->
     else:
         stand_ins = _stand_ins(trace, held, end, dead)
     gone = [stand_in.module for stand_in in stand_ins]
-    tensors = [t for t in held.tensors if any(inside(t, module) for module in gone)]
+    within = tuple(f"{module}." for module in gone)
+    tensors = [path for path in held.tensors if f"{path}.".startswith(within)]
     strategy: SkipStrategy = "identity" if block is not None else "residual"
     if not branch.reads_stream:
         strategy = _projection(trace, held.model, branch)

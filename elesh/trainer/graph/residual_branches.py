@@ -191,9 +191,9 @@ def _bare(module: nn.Module) -> bool:
     return next(module.parameters(), None) is None
 
 
-def parameters_behind(roots: Sequence[Any]) -> set[int]:
-    """The ``id`` of every parameter that what these functions made depends on."""
-    return {id(f.variable) for f in behind(roots) if hasattr(f, "variable")}
+def parameters_behind(functions: Iterable[Any]) -> set[int]:
+    """The ``id`` of every parameter among these functions of an autograd graph."""
+    return {id(f.variable) for f in functions if hasattr(f, "variable")}
 
 
 def behind(starts: Sequence[Any], barriers: Collection[Any] = ()) -> list[Any]:

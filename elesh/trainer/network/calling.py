@@ -168,7 +168,7 @@ def first_samples(inputs: Inputs, count: int) -> Any:
     """The first samples of a batch; packed sequences, which cannot be shortened, and lists of
     pictures as they are."""
     size = batch_size(inputs)
-    if packed_in(inputs) is not None or _pictures(inputs):
+    if packed_in(inputs) is not None or pictures_in(inputs):
         return inputs
     return map_tensors(lambda x: x[:count] if x.ndim and x.shape[0] == size else x, inputs)
 
@@ -176,7 +176,7 @@ def first_samples(inputs: Inputs, count: int) -> Any:
 def doubled(inputs: Inputs) -> Any:
     """A batch with every sample twice; packed sequences and lists of pictures as they are."""
     size = batch_size(inputs)
-    if packed_in(inputs) is not None or _pictures(inputs):
+    if packed_in(inputs) is not None or pictures_in(inputs):
         return inputs
     return map_tensors(lambda x: torch.cat([x, x]) if x.ndim and x.shape[0] == size else x, inputs)
 
@@ -214,7 +214,7 @@ def batch_size(inputs: Inputs) -> int:
     """
     if (packed := packed_in(inputs)) is not None:
         return int(packed.batch_sizes[0])
-    if pictures := _pictures(inputs):
+    if pictures := pictures_in(inputs):
         return pictures
     for tensor in tensors_in(inputs):
         if tensor.is_nested:
@@ -224,7 +224,7 @@ def batch_size(inputs: Inputs) -> int:
     raise InvalidField("inputs", "at least one tensor whose first dimension counts samples", inputs)
 
 
-def _pictures(inputs: Any) -> int:
+def pictures_in(inputs: Any) -> int:
     """How many pictures [channels, height, width] the first argument lists; 0 if it is no list."""
     given = inputs.values() if isinstance(inputs, Mapping) else inputs
     first = next(iter(given), None) if isinstance(given, (tuple, list, ValuesView)) else None

@@ -132,7 +132,8 @@ class GateMeter:
                 if x.numel():
                     self._read(axis, x, gradient)
 
-            with torch.no_grad():
+            # Nor does who follows the network's own functions see those of whoever watches.
+            with torch.no_grad(), torch._C.DisableTorchFunction():
                 self._watch(axis, x)
             passed: Tensor = _Gate.apply(x, self.anchor, reader)  # type: ignore[no-untyped-call]
             if self._rows is not None:

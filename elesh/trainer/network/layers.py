@@ -6,7 +6,9 @@ shrinks with its inputs and with its outputs; kinds of layers that it does not k
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -18,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from leyline import PrunedArchitecture, ShapeMismatch, TensorDescriptor
 
 from .multihead import NATIVE, is_packed
+from .traversal import modules_in, parameters_in
 
 AxisOf = tuple[str, int]
 """An attribute of a module that holds a tensor, and a dimension of it."""
@@ -131,8 +134,31 @@ _PACKED = ChannelAxes(
 _UNKNOWN = ChannelAxes()
 
 
+_REMEMBERED = threading.local()
+
+
+@contextlib.contextmanager
+def axes_remembered() -> Iterator[None]:
+    """While entered, this thread asks for the axes of every module once: no layer may change."""
+    _REMEMBERED.axes = {}
+    try:
+        yield
+    finally:
+        del _REMEMBERED.axes
+
+
 def channel_axes(module: nn.Module) -> ChannelAxes:
     """The channel axes of this module; none for a type that is not known."""
+    known: dict[nn.Module, ChannelAxes] | None = getattr(_REMEMBERED, "axes", None)
+    if known is None:
+        return _channel_axes(module)
+    found = known.get(module)
+    if found is None:
+        found = known[module] = _channel_axes(module)
+    return found
+
+
+def _channel_axes(module: nn.Module) -> ChannelAxes:
     taught = _taught(module)
     if taught is not None:
         return taught.axes(module)
@@ -217,8 +243,8 @@ def held(module: nn.Module, attribute: str) -> Tensor | None:
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by ``state_dict`` path, each tensor once."""
-    tensors: dict[str, Tensor] = dict(model.named_parameters())
-    for prefix, module in model.named_modules():
+    tensors: dict[str, Tensor] = dict(parameters_in(model))
+    for prefix, module in modules_in(model).items():
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 tensors[f"{prefix}.{name}" if prefix else name] = buffer

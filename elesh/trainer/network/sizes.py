@@ -16,6 +16,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor, nn
@@ -316,12 +317,12 @@ def _made(group: PruningGroup, layers: Sequence[str]) -> int:
 
 def common_holder(layers: Sequence[str]) -> str:
     """The innermost module that holds all of these layers; empty for the model itself."""
-    same = []
-    for parts in zip(*(layer.split(".")[:-1] for layer in layers), strict=False):
-        if len(set(parts)) > 1:
-            break
-        same.append(parts[0])
-    return ".".join(same)
+    holders = [layer.split(".")[:-1] for layer in layers]
+    if len(holders) < 2:
+        return ".".join(holders[0]) if holders else ""
+    first, last = min(holders), max(holders)  # What these have in common, all have.
+    pairs = zip(first, last, strict=False)
+    return ".".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _holders(model: nn.Module, layers: Sequence[str]) -> Iterator[nn.Module]:

@@ -48,6 +48,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset
 
 from .calling import device_of
+from .traversal import modules_in, parameters_in
 
 __all__ = [
     "Uncompiled",
@@ -184,7 +185,7 @@ def evaluated(model: nn.Module) -> None:
     """Put a model into evaluation mode, in which all activations have an axis of channels."""
     model.eval()
     forget_worked_out(model)
-    for module in model.modules():
+    for module in modules_in(model).values():
         if isinstance(module, nn.TransformerEncoder):
             # It would pack padded batches into nested tensors, which have no channel axis.
             module.use_nested_tensor = False
@@ -250,7 +251,9 @@ def preserved(model: nn.Module, *others: Any) -> Iterator[None]:
 def full_precision(model: nn.Module) -> Iterator[None]:
     """No autocast, neither on the network's devices nor on the processor."""
     with contextlib.ExitStack() as stack:
-        for kind in {parameter.device.type for parameter in model.parameters()} | {"cpu"}:
+        for kind in {parameter.device.type for parameter in parameters_in(model).values()} | {
+            "cpu"
+        }:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield

@@ -1,4 +1,5 @@
-"""The modules and parameters of a network whose structure stands still, listed once.
+"""The modules and parameters of a network, listed quickly, and once where its structure stands
+still: PyTorch's own generators pass every module through as many frames as it lies deep.
 
 Promises: whoever asks the network is answered as before, other people's code included; afterwards
 nothing is left on it.
@@ -7,20 +8,57 @@ nothing is left on it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 
-__all__ = ["standing_still"]
+__all__ = ["modules_in", "parameters_in", "quick_modes", "standing_still"]
+
+
+def modules_in(model: nn.Module) -> dict[str, nn.Module]:
+    """What ``named_modules`` lists, in its order."""
+    kind: Any = type(model)
+    if "named_modules" in vars(model) or kind.named_modules is not nn.Module.named_modules:
+        return dict(model.named_modules())
+    found: dict[str, nn.Module] = {}
+    seen, stack = set[int](), [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            found[path] = module
+            start = f"{path}." if path else ""
+            parts = reversed(module._modules.items())
+            stack += [(start + name, part) for name, part in parts if part is not None]
+    return found
+
+
+def parameters_in(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What ``named_parameters`` lists, in its order."""
+    kind: Any = type(model)
+    if "named_parameters" in vars(model) or not _is_plain(kind):
+        return dict(model.named_parameters())
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for path, module in modules_in(model).items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), (f"{path}.{name}" if path else name, parameter))
+    return dict(found.values())
+
+
+def _is_plain(kind: Any) -> bool:
+    """Whether a type of modules lists parameters as all do."""
+    names = ("named_parameters", "parameters", "_named_members", "named_modules")
+    return all(getattr(kind, name) is getattr(nn.Module, name) for name in names)
 
 
 @contextlib.contextmanager
 def standing_still(model: nn.Module) -> Iterator[None]:
     """While entered, no module or parameter of ``model`` may come, go or be replaced: traversals
-    from its root, and its modes, take one list that was made before."""
+    from its root take one list that was made before."""
     kind: Any = type(model)
-    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    modules, parameters = modules_in(model), parameters_in(model)
 
     def named_modules(*args: Any, **others: Any) -> Any:
         if args or others:
@@ -36,21 +74,48 @@ def standing_still(model: nn.Module) -> Iterator[None]:
         found = modules.get(target)
         return kind.get_submodule(model, target) if found is None else found
 
-    def train(mode: bool = True) -> nn.Module:
-        for module in modules.values():
-            module.__dict__["training"] = mode
-        return model
-
     answers: list[Any] = [named_modules, named_parameters, get_submodule]
-    answers += [train] if all(map(_has_plain_modes, modules.values())) else []
-    answering = {one.__name__: one for one in answers}
-    answering = {name: one for name, one in answering.items() if name not in vars(model)}
+    answering = {one.__name__: one for one in answers if one.__name__ not in vars(model)}
     vars(model).update(answering)
     try:
         yield
     finally:
         for name in answering:
             del vars(model)[name]
+
+
+@contextlib.contextmanager
+def quick_modes(model: nn.Module) -> Iterator[None]:
+    """While entered, parts in which a mode is nothing but a flag of each module are put into it
+    without a call of each; whoever is put in their place takes none of it."""
+    plain = [part for part in _plain_parts(model) if "train" not in vars(part)]
+    for part in plain:
+        vars(part)["train"] = _put_into_mode(part)
+    try:
+        yield
+    finally:
+        for part in plain:
+            del vars(part)["train"]
+
+
+def _put_into_mode(module: nn.Module) -> Callable[..., nn.Module]:
+    """``module.train``, for one all of whose parts have plain modes."""
+    held = [vars(part) for part in modules_in(module).values()]
+
+    def train(mode: bool = True) -> nn.Module:
+        for attributes in held:
+            attributes["training"] = mode
+        return module
+
+    return train
+
+
+def _plain_parts(module: nn.Module) -> list[nn.Module]:
+    """The largest parts of which no module has more to do when it is put into a mode."""
+    if all(map(_has_plain_modes, modules_in(module).values())):
+        return [module]
+    parts = dict.fromkeys(module.children())
+    return [part for child in parts for part in _plain_parts(child)]
 
 
 def _has_plain_modes(module: nn.Module) -> bool:

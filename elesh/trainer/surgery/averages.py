@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 
 from elesh.trainer.network.layers import named_tensors
 from elesh.trainer.network.state import alive
+from elesh.trainer.network.traversal import parameters_in
 from leyline import (
     GateSite,
     InvalidField,
@@ -489,7 +490,7 @@ def _objects(copies: Iterable[WeightCopy]) -> list[int]:
 
 def teachers_in(model: nn.Module) -> tuple[WeightCopy, ...]:
     """The frozen parts of a network that copy a trained part; the outermost ones."""
-    if all(parameter.requires_grad for parameter in model.parameters()):
+    if all(parameter.requires_grad for parameter in parameters_in(model).values()):
         return ()
     parts = [(path, module) for path, module in model.named_modules() if path]
     trained = [(path, module) for path, module in parts if _all(module, requires_grad=True)]

@@ -33,6 +33,7 @@ from torch.optim import Optimizer
 
 from elesh.trainer.network.layers import named_tensors
 from elesh.trainer.network.state import alive
+from elesh.trainer.network.traversal import modules_in, parameters_in
 from leyline import InvalidField, PrunedArchitecture
 
 from .lineage import lineage_of, stages
@@ -532,13 +533,15 @@ def require_whole(model: nn.Module) -> None:
         "prune before it is sharded: cut the plain network, save it with elesh.save, and call "
         "fully_shard on the cut one; or train with DistributedDataParallel, which can be cut"
     )
-    for path, module in model.named_modules():
+    for path, module in modules_in(model).items():
         if type(module).__name__ == "FullyShardedDataParallel":
             found = f"{path or 'the network'} is a FullyShardedDataParallel"
             raise InvalidField("model", "a network that is whole in this process", found, hint=hint)
-    for path, parameter in model.named_parameters():
+    for path, parameter in parameters_in(model).items():
         kind = type(parameter)
-        sharded = any(base.__name__ in ("DTensor", "FlatParameter") for base in kind.__mro__)
+        sharded = kind is not nn.Parameter and any(
+            base.__name__ in ("DTensor", "FlatParameter") for base in kind.__mro__
+        )
         if sharded or hasattr(parameter, "ds_id"):  # DeepSpeed's ZeRO-3 leaves empty parameters
             found = f"{path} is sharded over processes ({kind.__name__})"
             raise InvalidField("model", "a network that is whole in this process", found, hint=hint)

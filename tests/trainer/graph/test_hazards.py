@@ -134,6 +134,24 @@ def test_a_detector_still_trains_after_a_cut(with_targets: bool) -> None:
     sum(model(images, targets).values()).backward()
 
 
+class Choosing(Detector):
+    """Gives the best boxes of each picture, by their numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.mask
+
+    def forward(self, images: list[Tensor], targets: Any = None) -> Any:
+        boxes = [b.flatten(1).T for b in self.boxes(self.neck(self.body(torch.stack(images))))]
+        return [{"boxes": found[found[:, 0].argsort(descending=True)[:5]]} for found in boxes]
+
+
+def test_a_detector_that_picks_boxes_by_numbers_is_cut() -> None:
+    model = Choosing()
+    recorder = Recorder(model, ([torch.randn(3, 8, 8) for _ in range(2)],))
+    assert prunable(recorder) == ["body", "neck"]
+
+
 def test_parameters_that_share_memory_are_not_torn_apart_and_survive_undo() -> None:
     model = nn.Sequential(
         nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(),

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from elesh.trainer.graph.residual_branches import parameters_behind
+from elesh.trainer.graph.residual_branches import behind, parameters_behind
 from elesh.trainer.network.calling import raised_in, summary, tensors_in
+from elesh.trainer.network.traversal import parameters_in
 from elesh.trainer.surgery.bypass import Replaced, put_back, put_in
 from elesh.trainer.surgery.masks import Masks
 from leyline import LayerBlock, PrunedArchitecture
@@ -133,8 +134,8 @@ class _Experiment(Admission):
     def _starved(self, output: Any) -> list[str]:
         """Which parameters that are left get no gradient any more."""
         roots = [t.grad_fn for t in tensors_in(output) if t.grad_fn is not None]
-        fed = parameters_behind(roots)
-        left = dict(self._copied.named_parameters())
+        fed = parameters_behind(behind(roots))
+        left = parameters_in(self._copied)
         return sorted(path for path in self._fed & left.keys() if id(left[path]) not in fed)
 
 

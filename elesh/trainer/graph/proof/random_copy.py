@@ -22,6 +22,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from elesh.trainer.network.calling import summary, tensors_in
+from elesh.trainer.network.traversal import modules_in, parameters_in
 from leyline import InvalidField
 
 __all__ = ["random_copy"]
@@ -46,7 +47,7 @@ def random_copy(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modu
     """
     made: dict[int, Any] = {}
     lazy = (UninitializedBuffer, UninitializedParameter)
-    parameters = [one for one in model.parameters() if not isinstance(one, lazy)]
+    parameters = [one for one in parameters_in(model).values() if not isinstance(one, lazy)]
     try:
         with torch.inference_mode(False):
             pool = _Pool(dtype, parameters)
@@ -219,7 +220,7 @@ def _fan_in(weight: Tensor) -> int:
 def _prepare_buffers(model: nn.Module, dtype: torch.dtype) -> None:
     """Buffers in ``dtype``; running statistics random."""
     generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
+    for module in modules_in(model).values():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point():
                 module._buffers[name] = buffer.to(dtype)
