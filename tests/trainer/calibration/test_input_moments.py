@@ -17,9 +17,10 @@ from elesh.analysis.candidates import Candidates
 from elesh.analysis.levels.heads import HEADS
 from elesh.analysis.selection.reconstruction_order import ReconstructionOrder
 from elesh.trainer import Recorder, Surgeon
-from elesh.trainer.calibration.accumulators import InputTally
+from elesh.trainer.calibration.accumulators import InputTally, inner_products
+from elesh.trainer.calibration.behind_norms import _left_over
 from elesh.trainer.network.calling import main_output
-from leyline import CheckpointBundle, GateStatistics, Level
+from leyline import CheckpointBundle, GateSite, GateStatistics, Level
 from leyline.network.statistics import INPUT_FIELDS
 
 SAMPLES = 2048
@@ -289,3 +290,27 @@ def test_sums_of_one_batch_become_the_slopes_and_are_let_go(
     assert shared == [True, False]
     for name in ("input_moments", "sample_moments"):
         np.testing.assert_allclose(getattr(whole, name), getattr(parts, name), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("indices", [None, (0, 4, 1, 5, 2, 6)])
+def test_inner_products_of_units_are_summed_over_their_channels(
+    indices: tuple[int, ...] | None,
+) -> None:
+    x = torch.randn(20, 7)
+    site = GateSite(module="reader", dim=1, start=0 if indices else 1, width=2, indices=indices)
+    owned = torch.tensor([site.of(unit) for unit in range(3)])
+    units = x[:, owned].double()  # [rows, unit, width]
+    second = x.T @ x
+    summed = torch.einsum("nuw,nvw->uv", units, units)
+    found = inner_products(second, site, 3, by_element=False)
+    torch.testing.assert_close(found, summed, rtol=1e-5, atol=1e-5)
+    flat = units.flatten(1).float()
+    by_element = inner_products(second, site, 3, by_element=True)
+    torch.testing.assert_close(by_element, flat.T @ flat)
+
+
+def test_what_is_left_of_slopes_behind_a_norm_is_without_the_mean_over_all_channels() -> None:
+    generator = np.random.default_rng(0)
+    slopes, gain = generator.normal(size=(5, 5)), generator.uniform(0.5, 2, size=5)
+    left = np.eye(5) - np.outer(gain, 1 / gain) / 5
+    np.testing.assert_allclose(_left_over(slopes, gain), left.T @ slopes @ left, atol=1e-12)

@@ -1,0 +1,52 @@
+"""Lists of modules and parameters are PyTorch's own, and modes reach every module."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from elesh.trainer.network.traversal import modules_in, parameters_in, quick_modes, standing_still
+
+
+class Keeping(nn.Module):
+    """Does more than to set its flag when it is put into a mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.modes = nn.Sequential(nn.Linear(2, 2), nn.Dropout()), list[bool]()
+
+    def train(self, mode: bool = True) -> Keeping:
+        self.modes.append(mode)
+        return super().train(mode)
+
+
+def _network() -> nn.Sequential:
+    shared = nn.Linear(3, 3)
+    tied = nn.Linear(3, 3)
+    tied.weight = shared.weight
+    parts = nn.ModuleDict({"a": shared, "b": tied, "again": shared})
+    parts.register_module("none", None)
+    return nn.Sequential(nn.Sequential(parts, nn.BatchNorm1d(3)), Keeping(), shared)
+
+
+def test_modules_and_parameters_are_listed_as_pytorch_lists_them() -> None:
+    network = _network()
+    assert list(modules_in(network).items()) == list(network.named_modules())
+    expected = [(path, id(one)) for path, one in network.named_parameters()]
+    assert [(path, id(one)) for path, one in parameters_in(network).items()] == expected
+    with standing_still(network):
+        assert list(modules_in(network).items()) == list(network.named_modules())
+    assert "named_modules" not in vars(network)
+
+
+def test_a_quick_mode_reaches_every_module_and_calls_those_that_do_more() -> None:
+    network = _network()
+    keeping = network[1]
+    assert isinstance(keeping, Keeping)
+    with quick_modes(network):
+        network.eval()
+        assert not any(module.training for module in network.modules())
+        network[0] = nn.Sequential(nn.Dropout())  # Nothing of what it replaces is on it.
+        network.train()
+        assert all(module.training for module in network.modules())
+    assert keeping.modes == [False, True]
+    assert not any("train" in vars(module) for module in network.modules())
