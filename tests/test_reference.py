@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from docs.generate import commands, settings
 from elesh.cli import app
+from elesh.safety import strictest_limits
 from elesh.settings import Settings
 from elesh.settings._base import why_retired
 from elesh.settings.advice import CONSTANTS
@@ -125,8 +126,8 @@ def test_a_key_that_became_a_constant_may_stay_in_the_environment(
 
 def test_one_factor_moves_all_limits() -> None:
     limits = [
-        Settings.load(verification=given).verification.limits(
-            frozenset({Level.HEAD}), Phase.MODERATE
+        strictest_limits(
+            Settings.load(verification=given).verification, {Level.HEAD}, Phase.MODERATE
         )
         for given in ({}, {"limit_factor": 0.5})
     ]

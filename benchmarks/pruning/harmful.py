@@ -28,7 +28,7 @@ from benchmarks.common.subjects import Subject
 from benchmarks.pruning.rounds import checkpoint, settings
 from elesh.analysis import analyze
 from elesh.program import verifier
-from elesh.safety import Entry, Measured, Proposal
+from elesh.safety import Entry, Measured, Proposal, strictest_limits
 from elesh.trainer import MeasuredCheckpoint, Surgeon
 from leyline import CheckpointBundle, Phase
 
@@ -115,7 +115,7 @@ def cases(subject: Subject, shares: Sequence[float]) -> Iterator[tuple[float, li
                 raise RuntimeError(f"not measured: {measured.skipped}")
             interval = said.accuracy_drop_interval
             inside = interval.low <= kept_drop <= interval.high if measured.kept else None
-            limits = chosen.verification.limits(frozenset({level}), Phase.AGGRESSIVE)
+            limits = strictest_limits(chosen.verification, {level}, Phase.AGGRESSIVE)
             found.append(
                 Case(
                     proposal is not plain,

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from elesh.analysis import analyze
-from elesh.program.verifier import NetworkVerifier
+from elesh.program.network_verifier import NetworkVerifier
 from elesh.settings import Settings
 from elesh.trainer import Recorder, Surgeon
 from elesh.trainer.export import Exporter, calibration_inputs

@@ -95,8 +95,9 @@ def hear(delivery: Delivery, guard: Guard) -> Heard:
         IdentityMismatch: if envelope, key and body do not speak of the same.
         ContractError: if it cannot be read.
     """
-    signer = delivery.check(guard)
-    return replace(read(delivery.envelope, delivery.published_on, beside=delivery), signer=signer)
+    checked = delivery.check(guard)
+    heard = read(checked.content, delivery.published_on, beside=delivery)
+    return replace(heard, signer=checked.signer)
 
 
 def read(data: bytes, stream: Stream | None = None, *, beside: Delivery | None = None) -> Heard:

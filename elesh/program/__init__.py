@@ -85,7 +85,7 @@ def verifier(
         taken = [f for f in recorded.fallbacks if f.rung in (SKIPPED, TIMEOUT)]
         if recorded.safety.verification is None and (taken or recorded.approved_for_application):
             return lambda proposal: safety.predicted_only(proposal, settings, *taken[:1])
-    from .verifier import NetworkVerifier
+    from .network_verifier import NetworkVerifier
 
     # By fallback, what a recorded decision met that another run might not.
     chance = (ROUNDS_TIMEOUT, CALIBRATION_SKIPPED)
@@ -96,7 +96,7 @@ def verifier(
 def preload() -> None:
     """Load torch now, if it is here, and not in the first window in which something is measured."""
     if _has_torch():
-        import_module(".verifier", __name__)
+        import_module(".network_verifier", __name__)
 
 
 def _has_torch() -> bool:

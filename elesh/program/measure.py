@@ -272,18 +272,7 @@ class Bench:
         self, before: Measurement, after: Measurement, entries: Sequence[Entry]
     ) -> float:
         """By which share the norm of the gradients changed, in the parameters that stay."""
-        gone = self._tensors_gone(entries)
-        squares = [0.0, 0.0]
-        for path, whole in before.gradients.items():
-            for number, gradient in enumerate((whole, after.gradients[path])):
-                left = gradient.clone()
-                for dim, indices in gone.get(path, ()):
-                    left = left * 0 if dim is None else left.index_fill(dim, indices, 0)
-                squares[number] += float(left.double().square().sum())
-        return abs((squares[1] / squares[0]) ** 0.5 - 1) if squares[0] > 0 else 0.0
-
-    def _tensors_gone(self, entries: Sequence[Entry]) -> dict[str, list[tuple[int | None, Tensor]]]:
-        """By parameter, the indices along a dimension that go, or None for all of it."""
+        # By parameter, the indices along a dimension that go, or None for all of it.
         gone: dict[str, list[tuple[int | None, Tensor]]] = {}
         for level, name, unit in entries:
             if level is Level.LAYER:
@@ -293,7 +282,14 @@ class Bench:
             for part in self._architecture.group[name].slices:
                 indices = torch.tensor(list(part.of(unit)))
                 gone.setdefault(part.tensor, []).append((part.dim, indices))
-        return gone
+        squares = [0.0, 0.0]
+        for path, whole in before.gradients.items():
+            for number, gradient in enumerate((whole, after.gradients[path])):
+                left = gradient.clone()
+                for dim, indices in gone.get(path, ()):
+                    left = left * 0 if dim is None else left.index_fill(dim, indices, 0)
+                squares[number] += float(left.double().square().sum())
+        return abs((squares[1] / squares[0]) ** 0.5 - 1) if squares[0] > 0 else 0.0
 
     def gates(self, masked: Sequence[Entry], halved: Sequence[Entry] = ()) -> list[Tensor]:
         """[size] for every gate: zeros where parts are masked, one half where ``halved``."""

@@ -356,7 +356,12 @@ def consumer_of(program: Program, module: str) -> Consumer | None:
     that enters, so that there is nothing to refit."""
     path = f"{module}.weight"
     names = {name for name, own in program.weights.items() if own == path}
-    found = [node for node in program.nodes if names & set(_values(node))]
+    found = [
+        node
+        for node in program.nodes
+        for part in (*node.args, *node.kwargs.values())
+        if isinstance(part, dict) and part.get("value") in names
+    ]
     if len(found) == 1:
         node = found[0]
         kind = node.operator.split(".")[1]
@@ -455,11 +460,6 @@ def _value(node: Node, place: int) -> str | None:
     if given is None and place == 2:
         given = node.kwargs.get("bias")
     return given.get("value") if isinstance(given, dict) else None
-
-
-def _values(node: Node) -> list[str]:
-    parts = [*node.args, *node.kwargs.values()]
-    return [part["value"] for part in parts if isinstance(part, dict) and "value" in part]
 
 
 def _path(program: Program, node: Node, place: int) -> str | None:

@@ -47,6 +47,7 @@ from .measured_gates import (
     predicted_loss,
     predicted_only,
     ranking_holds,
+    strictest_limits,
 )
 
 __all__ = [
@@ -80,6 +81,7 @@ __all__ = [
     "phase_gate",
     "predicted_loss",
     "predicted_only",
+    "strictest_limits",
     "ranking_holds",
     "predicted_shift",
     "proposed_again",

@@ -12,14 +12,14 @@ two logarithms of the length for each level.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from elesh.settings import CutLimits, Settings, VerificationSettings
+from elesh.settings import CutLimits, PhaseLimits, Settings, VerificationSettings
 from leyline import (
     Fallback,
     GateResult,
@@ -284,6 +284,20 @@ class Harm:
     """Relative change of the gradients' norm in the parameters that stay."""
 
 
+def strictest_limits(
+    settings: VerificationSettings, levels: Iterable[Level], phase: Phase
+) -> CutLimits:
+    """The strictest limits of the levels that a cut is made of."""
+    own: list[PhaseLimits] = [getattr(settings, level) for level in sorted(levels)]
+    # In phases that do not prune, the strictest.
+    found: list[CutLimits] = [getattr(limits, phase, limits.conservative) for limits in own]
+    factor = settings.limit_factor or 1.0
+    return CutLimits.model_construct(  # of limits that were validated
+        accuracy_drop=min(1.0, factor * min((x.accuracy_drop for x in found), default=0.0)),
+        loss_rise=factor * min((x.loss_rise for x in found), default=0.0),
+    )
+
+
 def harm(
     before: Outcomes,
     after: Outcomes,
@@ -393,11 +407,11 @@ def predicted_only(
         skipped: why, where the checkpoint did carry its network.
     """
     limits = settings.verification
-    levels, own = frozenset(entry[0] for entry in proposal.order), proposal.loss_factor
+    levels, own = {entry[0] for entry in proposal.order}, proposal.loss_factor
     gate = predicted_loss(
         proposal.predicted_loss_rise,
         own.factor if own else limits.predicted_loss_factor,
-        limits.limits(levels, proposal.phase).loss_rise,
+        strictest_limits(limits, levels, proposal.phase).loss_rise,
         f"calibrated from {own.measurements} cuts of this run" if own else "default",
     )
     return Measured(proposal.order, (gate,), skipped=skipped)

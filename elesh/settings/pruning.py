@@ -12,7 +12,6 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from leyline import Level, Phase
 from leyline.messages.parameters import WantedScorer
 
 from ._base import Section, require_sum_one, retired
@@ -292,14 +291,3 @@ class VerificationSettings(Section):
     they say of its predictions replaces ``predicted_loss_factor``; 0: nothing is measured."""
     limit_factor: float | None = Field(default=None, gt=0, le=10, exclude_if=lambda x: x is None)
     """All limits on accuracy drop and loss increase times this: under 1 is stricter."""
-
-    def limits(self, levels: frozenset[Level], phase: Phase) -> CutLimits:
-        """The strictest limits of the levels that a cut is made of."""
-        own: list[PhaseLimits] = [getattr(self, level) for level in sorted(levels)]
-        # In phases that do not prune, the strictest.
-        found: list[CutLimits] = [getattr(limits, phase, limits.conservative) for limits in own]
-        factor = self.limit_factor or 1.0
-        return CutLimits.model_construct(  # of limits that were validated
-            accuracy_drop=min(1.0, factor * min((x.accuracy_drop for x in found), default=0.0)),
-            loss_rise=factor * min((x.loss_rise for x in found), default=0.0),
-        )

@@ -64,7 +64,7 @@ class AnalysisExecutor:
         self._reports = reports
         self._spool = spool / "checkpoints"
         self._used: Counter[Path] = Counter()
-        self._settings_json = settings.model_dump_json()
+        self._settings_json, self._threads = settings.model_dump_json(), settings.threads
         self._history = bus.history(
             settings.importance_history_epochs, int(settings.analysis_cache_size)
         )
@@ -218,7 +218,7 @@ class AnalysisExecutor:
             key=str(work.key),
             settings=self._settings_json,
             levels=work.document.levels,
-            threads=self._settings.threads,
+            threads=self._threads,
             unmeasured=self._untrusted if _NETWORK & work.blobs.keys() else "",
         )
 

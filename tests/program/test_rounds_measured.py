@@ -138,7 +138,7 @@ def test_rounds_that_take_too_long_are_named_and_replayed_as_they_were(
 ) -> None:
     bundle = proved_networks.perceptron().bundle
     with monkeypatch.context() as patched:
-        patched.setattr("elesh.program.verifier._SHARE_OF_ROUNDS", 1e-12)
+        patched.setattr("elesh.program.network_verifier._SHARE_OF_ROUNDS", 1e-12)
         decision = decide(bundle)
     (taken,) = decision.fallbacks
     assert taken.rung == ROUNDS_TIMEOUT

@@ -117,7 +117,10 @@ class PrunedArchitecture(Message):
             for g in self.groups
             for part in g.slices
         ]
-        parts += [block.wiring for block in self.blocks]
+        for block in self.blocks:
+            left = ",".join(f"{s.module}={s.kind}{s.extra_outputs}" for s in block.stand_ins)
+            tensors = ",".join(block.tensors)
+            parts.append(f"{block.name}/{block.removed}/{block.branch}/{left}/{tensors}")
         return stable_hash(*parts)
 
     @model_validator(mode="after")

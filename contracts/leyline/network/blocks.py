@@ -61,12 +61,6 @@ class LayerBlock(Message):
     removed: bool = False
 
     @property
-    def wiring(self) -> str:
-        """What the architecture's hash covers of it."""
-        parts = ",".join(f"{s.module}={s.kind}{s.extra_outputs}" for s in self.stand_ins)
-        return f"{self.name}/{self.removed}/{self.branch}/{parts}/{','.join(self.tensors)}"
-
-    @property
     def modules(self) -> tuple[str, ...]:
         """The modules that are replaced; everything inside them goes, too."""
         return tuple(stand_in.module for stand_in in self.stand_ins)

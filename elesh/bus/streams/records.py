@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from elesh.bus.guard import Guard, unframed
+from elesh.bus.guard import Checked, Guard, unframed
 from leyline import (
     Attempt,
     DeadLetter,
@@ -121,9 +121,8 @@ class Delivery:
             )
         return self.fields[_ENVELOPE]
 
-    def check(self, guard: Guard) -> str:
-        """Look at the signatures, before anything is parsed; the id of the key that signed, empty
-        where signatures are not asked for.
+    def check(self, guard: Guard) -> Checked:
+        """The encoded EventEnvelope and who signed it; nothing is parsed before that is checked.
 
         Raises:
             Unsigned, BadSignature, NotAuthorized: if the entry, or an operator's word that it was
@@ -133,11 +132,11 @@ class Delivery:
         if self.stream is REDELIVERIES and self.published_on is REDELIVERIES:
             wanted = "stream and entry that it was published as"
             raise InvalidField("origin", wanted, self.fields.get(b"origin", b"none"))
-        signer = guard.check(self.published_on, self.framed).signer
+        checked = guard.check(self.published_on, self.framed)
         if _REDRIVEN in self.fields:
             place = guard.redrive_of(self.framed)
             guard.check(place, self.fields[_REDRIVEN], may=(OPERATIONS,))
-        return signer
+        return checked
 
     @property
     def origin(self) -> tuple[str, str]:
@@ -172,12 +171,11 @@ class Delivery:
     def redriven(self) -> datetime | None:
         """When an operator sent it again (field ``redriven``, milliseconds since 1970), else None;
         its time to live counts from then."""
-        text = unframed(self.fields.get(_REDRIVEN, b""))
-        return (
-            datetime.fromtimestamp(int(text) / 1000, UTC)
-            if text.isdigit() and len(text) < 15
-            else None
-        )
+        if _REDRIVEN not in self.fields:
+            return None
+        text = unframed(self.fields[_REDRIVEN])
+        known = text.isdigit() and len(text) < 15
+        return datetime.fromtimestamp(int(text) / 1000, UTC) if known else None
 
     @property
     def carrier(self) -> dict[str, str]:

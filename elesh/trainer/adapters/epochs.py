@@ -33,9 +33,9 @@ from elesh.trainer.network.calling import (
     remember_example,
 )
 from elesh.trainer.network.state import preserve_state, unwrapped
-from elesh.trainer.recovery.answers import Shown
 from elesh.trainer.recovery.checkpoints import Loading
 from elesh.trainer.recovery.evaluation import checked
+from elesh.trainer.recovery.witnesses import Shown
 from elesh.trainer.session.apply import Evaluation
 from elesh.trainer.session.session import Session
 from elesh.trainer.surgery.after_cut import InputCovariance

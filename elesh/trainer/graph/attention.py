@@ -25,8 +25,8 @@ from elesh.trainer.network.multihead import NATIVE, native_projections
 from elesh.trainer.network.sizes import common_holder, splits
 from leyline import GateSite, Level, NormSite, PruningGroup, Span, TensorSlice
 
+from .axes import shape_of
 from .dependencies import SOFTMAX, Met, Probe, Source, Sources, attends
-from .indexing import shape_of
 
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]

@@ -25,7 +25,7 @@ from elesh.trainer.network.layers import channel_axes, held
 from elesh.trainer.network.multihead import NATIVE
 from elesh.trainer.network.norms import Norm, norm_of
 
-from .indexing import any_along, shape_of, signed
+from .axes import any_along, shape_of, signed
 
 __all__ = [
     "SOFTMAX",

@@ -18,7 +18,7 @@ from torch_pruning.ops import OPTYPE
 
 from elesh.trainer.network.calling import Inputs, call, tensors_in
 from elesh.trainer.network.calls import Calls, Link
-from elesh.trainer.network.layers import ChannelAxes, channel_axes, is_taught
+from elesh.trainer.network.layers import ChannelAxes, channel_axes, taught_kind
 
 from .dependencies import CallByFunction, calls_by_functions, in_order
 from .indexing import Relations
@@ -80,7 +80,7 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         self.model, self.verbose = model, False
         self._mode = model.training
         for module in model.modules():
-            if is_taught(module) and not isinstance(module, (nn.Linear, _ConvNd)):
+            if taught_kind(module) and not isinstance(module, (nn.Linear, _ConvNd)):
                 taught = _Taught() if channel_axes(module).inputs else _TaughtChannelwise()
                 self.register_customized_layer(type(module), taught)
         self._module2name = {module: name for name, module in model.named_modules()}

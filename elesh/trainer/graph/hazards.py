@@ -41,8 +41,8 @@ from elesh.trainer.surgery.averages import teachers_in
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import InvalidField, PrunedArchitecture, PruningGroup
 
+from .axes import any_along
 from .dependencies import SPREADS, leaf_of
-from .indexing import any_along
 from .leftovers import of_training, of_unreached, with_all_matrices, with_readers_of_training
 from .residual_branches import Trace, behind
 from .rows_read import MIXED, Gate, mixed_in, refused

@@ -8,7 +8,6 @@ from there: from the sizes along the axis that holds the channels, followed from
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,14 +15,26 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch_pruning.ops import OPTYPE
 
 from elesh.trainer.network.calls import Link
 from elesh.trainer.network.kinds.experts import is_experts
 from elesh.trainer.network.layers import channel_axes, normalises_maps
 from elesh.trainer.network.norms import norm_of
+
+from .axes import (
+    begins_at,
+    dim_of,
+    ends_at,
+    indexed_axis,
+    input_links,
+    input_positions,
+    moved_axis,
+    padding,
+    shape_of,
+    signed,
+)
 
 Ints = npt.NDArray[np.int64]
 Pairs = tuple[Ints, Ints]
@@ -181,7 +192,7 @@ class Relations:
         if not node.grad_fn.name().startswith(_PADS) or before is None or axis is None:
             return np.zeros(0, dtype=np.int64)
         first, channels = (
-            _padding(node.grad_fn, axis, len(before))[0],
+            padding(node.grad_fn, axis, len(before))[0],
             np.arange(self._made(node)[axis]),
         )
         return channels[(channels < first) | (channels >= first + before[axis])]
@@ -232,7 +243,7 @@ class Relations:
                 if there is None or node.type != OPTYPE.ELEMENTWISE:
                     return False
                 return bool(there - len(made) == at - len(before))
-            at, before = _moved(node.grad_fn, at, before, made), made
+            at, before = moved_axis(node.grad_fn, at, before, made), made
         return False
 
     def _edge(self, producer: Any, consumer: Any, slot: int) -> Relation:
@@ -283,11 +294,11 @@ class Relations:
         size, name, places = before[axis], function.name(), np.arange(before[axis])
         came = start + places * step
         if name.startswith(_PADS):
-            first, last = _padding(function, axis, len(before))
+            first, last = padding(function, axis, len(before))
             here = Relation(start, stop, step) if first == last == 0 else None
             return here or Table(pairs=_inside(came, places + first, size + first + last))
         if name.startswith("Glu"):
-            halved = _dim(function, len(before)) == axis
+            halved = dim_of(function, len(before)) == axis
             return Table(pairs=(came, places % (size // 2))) if halved else None
         if axis != (1 if name.startswith("ChannelShuffle") else len(before) - 3):
             return None
@@ -306,7 +317,7 @@ class Relations:
         if here is None or here >= len(came):
             return False
         if function.name().startswith("IndexBackward"):  # By numbers: some channels at a position.
-            return _indexed(function._saved_indices, here) is None
+            return indexed_axis(function._saved_indices, here) is None
         if self._own_axis(consumer) is not None:
             own = channel_axes(consumer.module).site_dim
             return own is not None and own % len(came) != here
@@ -315,7 +326,7 @@ class Relations:
             return False  # Of a single input, the operation may move its axes.
         made = self._made(consumer)
         if function.name().startswith("Stack"):
-            return bool(_moved(function, here, came, made) != there)
+            return bool(moved_axis(function, here, came, made) != there)
         return bool(there - len(made) != here - len(came))
 
     def _spreads(self, producer: Any, consumer: Any, link: Link) -> bool:
@@ -333,7 +344,7 @@ class Relations:
         if producer.type not in (OPTYPE.SPLIT, OPTYPE.SLICE) or not producer.inputs:
             return 0, None, 1
         function, axis = producer.grad_fn, self._axis(producer)
-        if axis is None or _dim(function, len(shape_of(function, 0))) != axis:
+        if axis is None or dim_of(function, len(shape_of(function, 0))) != axis:
             return 0, None, 1
         if producer.type == OPTYPE.SLICE:
             size = (self._input_shape(producer) or shape_of(function, 0))[axis]
@@ -348,14 +359,14 @@ class Relations:
         """Where a concatenation puts the channels of one of its inputs, and how many they are."""
         function, axis = node.grad_fn, self._axis(node)
         shape = shape_of(function, 0)
-        if axis is None or _dim(function, len(shape)) != axis:
+        if axis is None or dim_of(function, len(shape)) != axis:
             return 0, None
         parts = function.next_functions
         sizes = [0 if part is None else shape_of(part, number)[axis] for part, number in parts]
         unknown = [i for i, (part, _) in enumerate(parts) if part is None]
         if len(unknown) == 1:  # One constant, or the network's own input.
             sizes[unknown[0]] = shape[axis] - sum(sizes)
-        place = _positions(node)[slot]
+        place = input_positions(node)[slot]
         return sum(sizes[:place]), sizes[place]
 
     def _width(self, node: Any) -> float | None:
@@ -364,16 +375,16 @@ class Relations:
         if before is None or axis is None:
             return None
         after = self._made(node)
-        place = _begins(before, axis, after)
+        place = begins_at(before, axis, after)
         return None if place is None else after[place] / before[axis]
 
     def _turns(self, node: Any) -> tuple[int, int]:
         """How often all channels come one after the other behind a reshape that merges axes before
         theirs into them (neighbouring patches), and how many they are; (1, 0) where it does not."""
         before, axis = self._input_shape(node), self._input_axis(node)
-        if before is None or axis is None or _begins(before, axis, self._made(node)) is not None:
+        if before is None or axis is None or begins_at(before, axis, self._made(node)) is not None:
             return 1, 0
-        place = _ends(before, axis, self._made(node))
+        place = ends_at(before, axis, self._made(node))
         return (1, 0) if place is None else (self._made(node)[place] // before[axis], before[axis])
 
     def _axis(self, node: Any) -> int | None:
@@ -415,7 +426,7 @@ class Relations:
 
     def links(self, node: Any) -> list[Link]:
         if node not in self._behind:
-            self._behind[node] = _links(node)
+            self._behind[node] = input_links(node)
         return self._behind[node]
 
     def _input_shape(self, node: Any) -> Sequence[int] | None:
@@ -446,7 +457,7 @@ class Relations:
         before = self._input_shape(node)
         if axis is None or before is None:
             return None
-        return _moved(node.grad_fn, axis, before, self._made(node))
+        return moved_axis(node.grad_fn, axis, before, self._made(node))
 
 
 _PRODUCTS = ("BmmBackward0", "MmBackward0")
@@ -476,125 +487,7 @@ def _own_axis(node: Any) -> int | None:
     return 1 if axes.outputs else None
 
 
-def _moved(function: Any, axis: int, before: Sequence[int], after: Sequence[int]) -> int | None:
-    """Where an operation puts the channel axis of its input; None where it has no such axis."""
-    if axis >= len(before) == len(after):  # It was taken from another input, with more of them.
-        return None
-    if (
-        len(after) == len(before)
-        and list(after) == list(before)
-        and before.count(before[axis]) == 1
-    ):
-        return axis
-    name = function.name()
-    if name.startswith("IndexBackward"):
-        return _indexed(function._saved_indices, axis)
-    if name.startswith("Permute"):
-        order = [signed(dim) % len(before) for dim in function._saved_dims]
-        return order.index(axis)
-    if name.startswith(("Unsqueeze", "Stack")):
-        return axis + (axis >= signed(function._saved_dim) % len(after))
-    if name.startswith("Transpose"):
-        one, two = (signed(d) % len(before) for d in (function._saved_dim0, function._saved_dim1))
-        return {one: two, two: one}.get(axis, axis)
-    if "View" in name or "Reshape" in name:
-        return _place(before, axis, after)
-    if len(after) < len(before):
-        gone = len(before) - len(after)
-        # Reduced or selected axes: those behind the channels do not move them.
-        return axis if after[: axis + 1] == before[: axis + 1] else max(axis - gone, 0)
-    return axis
-
-
-def _indexed(indices: Sequence[Tensor | None], axis: int) -> int | None:
-    """Where the axis of channels is once others were picked from by numbers; None if it was."""
-    spread: list[int | None] = []  # By axis of what is picked from: how many axes its numbers have.
-    for index in indices:
-        marks = index is not None and index.dtype == torch.bool
-        spread += (
-            [1] * index.ndim if marks and index is not None else [getattr(index, "ndim", None)]
-        )
-    picked = [place for place, ndim in enumerate(spread) if ndim is not None]
-    if axis in picked or not picked:
-        return None if picked else axis
-    made = max(ndim for ndim in spread if ndim is not None)
-    apart = picked[-1] - picked[0] >= len(picked)  # Then the axes that are made come first.
-    first = 0 if apart else picked[0]
-    return axis + made * (first <= axis) - sum(place < axis for place in picked)
-
-
-def _place(before: Sequence[int], axis: int, after: Sequence[int]) -> int | None:
-    """The axis of ``after`` that begins, or else ends, where ``axis`` of ``before`` does."""
-    place = _begins(before, axis, after)
-    return _ends(before, axis, after) if place is None else place
-
-
-def _ends(before: Sequence[int], axis: int, after: Sequence[int]) -> int | None:
-    """The axis of ``after`` that ends where ``axis`` of ``before`` does, and holds all of it."""
-    reach = math.prod(before[: axis + 1])
-    for place, size in enumerate(after):
-        if math.prod(after[: place + 1]) == reach and size > 1:
-            return place if size % before[axis] == 0 else None
-    return None
-
-
-def _begins(before: Sequence[int], axis: int, after: Sequence[int]) -> int | None:
-    """The axis of ``after`` that begins where ``axis`` of ``before`` does."""
-    outer = math.prod(before[:axis])
-    for place, size in enumerate(after):
-        if math.prod(after[:place]) == outer and size > 1:
-            return place
-    return None
-
-
-def _links(node: Any) -> list[Link]:
-    """The edges of autograd behind a node's inputs, in the same order."""
-    return [node.grad_fn.next_functions[i] for i in _positions(node)]
-
-
-def _positions(node: Any) -> list[int]:
-    """Which of the arguments of a node's function are its inputs."""
-    functions = {id(producer.grad_fn) for producer in node.inputs}
-    return [
-        i
-        for i, (part, _) in enumerate(node.grad_fn.next_functions)
-        if part is not None and (id(part) in functions or "AccumulateGrad" not in part.name())
-    ]
-
-
-def shape_of(function: Any, number: int) -> Sequence[int]:
-    """The shape of a function's output."""
-    if hasattr(function, "variable"):
-        return list(function.variable.shape)
-    return list(function._input_metadata[number].shape)
-
-
-def any_along(x: Tensor, dim: int) -> Tensor:
-    """[size of the axis ``dim``] bool: whether anything there is not zero."""
-    rest = [axis for axis in range(x.ndim) if axis != dim % x.ndim]
-    if not x.numel():
-        return torch.zeros(x.shape[dim], dtype=torch.bool, device=x.device)
-    # Largest values are found ten times as quickly as whether any differs from zero.
-    found: Tensor = (x.abs().amax(rest) if rest else x) != 0
-    return found
-
-
 def _inside(came: Ints, made: Ints, size: int) -> Pairs:
     """Pairs of which the second is one of so many channels."""
     kept = (made >= 0) & (made < size)
     return came[kept], made[kept]
-
-
-def _padding(function: Any, axis: int, ndim: int) -> tuple[int, int]:
-    """How many are put before and behind what lies along an axis; negative where it is cropped."""
-    sizes, place = [signed(size) for size in function._saved_pad], 2 * (ndim - 1 - axis)
-    return (sizes[place], sizes[place + 1]) if place < len(sizes) else (0, 0)
-
-
-def _dim(function: Any, ndim: int) -> int:
-    return signed(function._saved_dim) % ndim
-
-
-def signed(dim: int) -> int:
-    """Autograd shows negative dimensions as unsigned numbers."""
-    return dim - 2**64 if dim >= 2**63 else dim

@@ -19,7 +19,7 @@ from elesh.trainer.network.kinds.experts import (
     up_of,
     width_multiple,
 )
-from elesh.trainer.network.kinds.taught import is_recurrent
+from elesh.trainer.network.kinds.recurrent import is_recurrent
 from elesh.trainer.network.kinds.weight_norms import owner_of
 from elesh.trainer.network.layers import channel_axes, held, named_tensors
 from leyline import GateSite, Level, PruningGroup, TensorSlice

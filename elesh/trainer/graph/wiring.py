@@ -35,9 +35,10 @@ from elesh.trainer.network.norms import Norm, eps_of, norm_of, standardised
 from leyline import InvalidField, LayerDescriptor
 
 from .attention import Attention, find_attentions
+from .axes import shape_of
 from .dependencies import CallByFunction, weights_used
 from .dependency_graph import DependencyGraph
-from .indexing import Ints, shape_of
+from .indexing import Ints
 from .proof.products import Product, Products, traced_products
 from .reach import Reach
 from .residual_branches import Trace

@@ -1,3 +1,3 @@
 """How a network is called, which layers it has, and where gates of its units sit."""
 
-from .kinds import taught as taught  # the kinds are known before a layer is asked for its axes
+from . import kinds as kinds  # they are known before a layer is asked for its axes

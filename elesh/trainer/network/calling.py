@@ -249,30 +249,23 @@ def main_output(output: Any) -> Tensor:
     raise InvalidField("outputs", "at least one floating-point tensor", type(output).__name__)
 
 
-def replace_first(
-    args: tuple[Any, ...], kwargs: dict[str, Any], function: Callable[[Tensor], Tensor]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A module's arguments with ``function`` applied to its first input (for pre-hooks), wherever
-    that is given (queries that are keys and values, too); of a packed sequence, to its rows."""
-    first = args[0] if args else next(iter(kwargs.values()))
-    packed = isinstance(first, PackedSequence)
-    made = first._replace(data=function(first.data)) if packed else function(first)
-    if len(args) == 1 and not kwargs:
-        return (made,), kwargs
-    replaced = tuple(made if x is first else x for x in args)
-    return replaced, {name: made if x is first else x for name, x in kwargs.items()}
-
-
 def replace_inputs(
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     function: Callable[[Tensor], Tensor],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same for a module that may read one width in several streams: of an attention, queries,
-    keys and values, each tensor once."""
+    """A module's arguments with ``function`` applied to its input (for pre-hooks), however that is
+    given: to the first, wherever it stands; of a packed sequence to its rows; of an attention to
+    queries, keys and values, each tensor once."""
     if not isinstance(module, nn.MultiheadAttention):
-        return replace_first(args, kwargs, function)
+        first = args[0] if args else next(iter(kwargs.values()))
+        packed = isinstance(first, PackedSequence)
+        new = first._replace(data=function(first.data)) if packed else function(first)
+        if len(args) == 1 and not kwargs:
+            return (new,), kwargs
+        replaced = tuple(new if x is first else x for x in args)
+        return replaced, {name: new if x is first else x for name, x in kwargs.items()}
     names = ("query", "key", "value")[len(args) :]
     streams = [*args[:3], *(kwargs[name] for name in names)]
     made = {number: function(x) for number, x in {id(x): x for x in streams}.items()}

@@ -15,9 +15,9 @@ from leyline import LayerDescriptor
 
 from .calling import tensors_in
 from .kinds.experts import is_experts, up_of
-from .kinds.taught import is_recurrent, is_transposed_linear
+from .kinds.recurrent import is_recurrent
 from .kinds.weight_norms import weight_of
-from .layers import channel_axes
+from .layers import channel_axes, is_transposed_linear
 
 Link = tuple[Any, int]
 """A tensor as autograd knows it: the function that made it and the number of its output."""

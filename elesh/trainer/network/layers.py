@@ -91,7 +91,8 @@ def teach_layer(
         _TAUGHT.append(_Kind(among or (lambda one: True), kind, axes, refit))
 
 
-def _taught(module: nn.Module) -> _Kind | None:
+def taught_kind(module: nn.Module) -> _Kind | None:
+    """What :func:`teach_layer` was told of such modules; None if nothing."""
     own: Any = type(module)
     for kind in _taught_of(own, len(_TAUGHT)):  # Asked thousands of times while a pass is traced.
         if kind.matches(module):
@@ -105,14 +106,9 @@ def _taught_of(kind: Any, taught: int) -> tuple[_Kind, ...]:
     return tuple(one for one in reversed(_TAUGHT) if one.among(kind))
 
 
-def is_taught(module: nn.Module) -> bool:
-    """Whether :func:`teach_layer` was called for such modules."""
-    return _taught(module) is not None
-
-
 def refit_taught(module: nn.Module) -> None:
     """Set the sizes of a module of a kind that was taught."""
-    taught = _taught(module)
+    taught = taught_kind(module)
     if taught is not None and taught.refit is not None:
         taught.refit(module)
 
@@ -159,7 +155,7 @@ def channel_axes(module: nn.Module) -> ChannelAxes:
 
 
 def _channel_axes(module: nn.Module) -> ChannelAxes:
-    taught = _taught(module)
+    taught = taught_kind(module)
     if taught is not None:
         return taught.axes(module)
     own: Any = type(module)
@@ -232,6 +228,24 @@ def conv_axes(module: _ConvNd) -> ChannelAxes:
 def normalises_maps(module: nn.Module) -> bool:
     """Whether this is a layer normalisation over [C, H, W], whose channels come first."""
     return type(module) is nn.LayerNorm and len(module.normalized_shape) == 3
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether this is the linear layer of GPT-2 in Transformers, whose weight is [in, out]."""
+    return _makes_transposed(type(module))
+
+
+def _makes_transposed(kind: type) -> bool:
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def _refit_transposed(module: Any) -> None:
+    module.nx, module.nf = module.weight.shape
+
+
+_IN_OUT = ChannelAxes((("weight", 1), ("bias", 0)), (("weight", 0),), -1, True)
+teach_layer(nn.EmbeddingBag, lambda module: _EMBEDDING)  # :mod:`.sizes` knows its size
+teach_layer(is_transposed_linear, lambda module: _IN_OUT, _refit_transposed, _makes_transposed)
 
 
 def held(module: nn.Module, attribute: str) -> Tensor | None:

@@ -92,7 +92,7 @@ def refit(module: nn.Module, by_place: bool = False) -> None:
         held |= _conv_sizes(module, weight, by_place)
     elif isinstance(module, nn.Linear):
         held["out_features"], held["in_features"] = weight.shape
-    elif isinstance(module, nn.Embedding):
+    elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         held["embedding_dim"] = weight.shape[1]
     elif isinstance(module, nn.PReLU):
         held["num_parameters"] = weight.numel()
@@ -184,9 +184,11 @@ def refit_heads(model: nn.Module, before: PruningGroup, left: int) -> None:
     if before.level is not Level.HEAD:
         around |= {name: left for name in _STREAMS if around.get(name) == before.size}
         _refit_maps(model, before, left)
-        for module in _around_experts(model, before.layers):
-            block = vars(module)
-            block |= {name: left for name in _AROUND if block.get(name) == before.size}
+        for path, _, name in (layer.rpartition(".") for layer in before.layers):
+            module = model.get_submodule(path)._modules.get(name)
+            if module is not None and is_experts(module):  # The block around says it, too.
+                block = vars(model.get_submodule(path))
+                block |= {name: left for name in _AROUND if block.get(name) == before.size}
         return
     done = set[tuple[nn.Module, str]]()
     attentions = _attentions(before.layers, tuple(site.module for site in before.sites))
@@ -236,15 +238,6 @@ def _refit_maps(model: nn.Module, before: PruningGroup, left: int) -> None:
                 maps, *positions = sizes
                 if maps == before.size and math.prod(positions) == part.width:
                     module.unflattened_size = (left, *positions)
-
-
-def _around_experts(model: nn.Module, layers: Sequence[str]) -> Iterator[nn.Module]:
-    """The modules that hold those of the layers that are experts in one tensor."""
-    for layer in layers:
-        holder = model.get_submodule(layer.rpartition(".")[0])
-        module = holder._modules.get(layer.rpartition(".")[2])
-        if module is not None and is_experts(module):
-            yield holder
 
 
 def _refit_bare_norm(module: nn.Module, lost: int) -> None:

@@ -38,7 +38,7 @@ from collections.abc import (
 )
 from dataclasses import dataclass
 from types import CellType, FunctionType, MethodType, ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -59,6 +59,7 @@ __all__ = [
     "preserve_state",
     "preserved",
     "seed_generators",
+    "surely_alive",
     "trainable",
     "uncollected",
     "unwrapped",
@@ -401,8 +402,12 @@ def _held(thing: Any, seen: dict[int, Any], depth: int) -> Iterator[PutBack]:
     if sort == "nothing":
         if isinstance(thing, np.ndarray):
             yield functools.partial(np.copyto, thing, thing.copy())
-        # Parameters are known by themselves, too, not only by their type.
-        elif isinstance(thing, Tensor) and not isinstance(thing, nn.Parameter) and _is_dense(thing):
+        elif (
+            isinstance(thing, Tensor)
+            # Parameters are known by themselves, too, not only by their type.
+            and not (isinstance(thing, nn.Parameter) or thing.is_meta or is_lazy(thing))
+            and thing.layout is torch.strided
+        ):
             yield _tensor(thing)
     elif sort == "mapping":
         names, inside = list(thing), list(thing.values())
@@ -428,10 +433,6 @@ def _held(thing: Any, seen: dict[int, Any], depth: int) -> Iterator[PutBack]:
     for part in inside if len(inside) <= _LONG else ():
         if not _never_changes(part) and not (type(part) in _BARE and not part):
             yield from _held(part, seen, depth + 1)
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not (tensor.is_meta or is_lazy(tensor))
 
 
 def _never_changes(thing: Any) -> bool:
@@ -481,6 +482,7 @@ def _refill_mapping(thing: Any, names: list[Any], values: list[Any]) -> None:
         thing.update(zip(names, values, strict=True))
 
 
+T = TypeVar("T")
 _WITHOUT_OBJECTS: dict[int, tuple[weakref.ref[type], int]] = {}
 """By the ids of types of which nothing was alive: how many references there were to each."""
 _COUNTED = getattr(sys, "_is_gil_enabled", lambda: True)()
@@ -500,7 +502,13 @@ def alive(wanted: Callable[[type], bool]) -> list[Any]:
             waiting += type.__subclasses__(kind)
     kinds = {number: kind for number, kind in every.items() if wanted(kind)}
     counts = {number: sys.getrefcount(kind) for number, kind in kinds.items()}
-    looked = {number: kind for number, kind in kinds.items() if not _has_none(kind, counts[number])}
+    looked = dict[int, type]()
+    for number, kind in kinds.items():
+        # Nothing of it is alive, since nothing was and as much refers to the type now: a new object
+        # would refer to it, too.
+        of, before = _WITHOUT_OBJECTS.get(number, (None, 0))
+        if not (_COUNTED and of is not None and of() is kind and before == counts[number]):
+            looked[number] = kind
     # An object of a Python class refers to it. No list of all objects is made: a tuple that another
     # thread is making cannot grow while anybody refers to it, and that thread gets a SystemError.
     referrers = gc.get_referrers(*looked.values()) if looked else []
@@ -512,11 +520,23 @@ def alive(wanted: Callable[[type], bool]) -> list[Any]:
     return found
 
 
-def _has_none(kind: type, references: int) -> bool:
-    """Whether nothing of a type is alive, since nothing was and as much refers to the type now: a
-    look takes longer with every type that is looked for."""
-    of, before = _WITHOUT_OBJECTS.get(id(kind), (None, 0))
-    return _COUNTED and of is not None and of() is kind and before == references
+def surely_alive(
+    find: Callable[[list[Any]], list[T]], look: Callable[[], list[Any]], among: list[Any] | None
+) -> list[T]:
+    """What there is to find among all that is alive, and not only waiting to be collected.
+
+    Args:
+        look: gives all that is alive.
+        among: what it gave a moment ago, if it was called; what it gives after collecting is put
+            in its place.
+    """
+    among = look() if among is None else among
+    if not find(among):
+        return []
+    among.clear()  # it would keep them
+    gc.collect()
+    among += look()
+    return find(among)
 
 
 _HOOK_DEPTH = 3

@@ -20,7 +20,7 @@ from leyline import (
     stable_hash,
 )
 
-from .answers import Answers, Moved, moved
+from .witnesses import Answers, Moved, moved
 
 _LEVELS = 5
 """Figures before a cut whose mean is what it is compared with."""

@@ -16,10 +16,10 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from elesh.observe import get_logger, span
+from elesh.safety import strictest_limits
 from elesh.settings import RollbackTriggers, VerificationSettings
 from elesh.trainer.network.calling import batch_size
 from elesh.trainer.network.state import preserved
-from elesh.trainer.recovery.answers import Shown
 from elesh.trainer.recovery.evaluation import (
     Evaluation,
     Excess,
@@ -28,6 +28,7 @@ from elesh.trainer.recovery.evaluation import (
     failed_check,
     failed_loss,
 )
+from elesh.trainer.recovery.witnesses import OwnSamples, Shown, call_seconds
 from elesh.trainer.surgery.after_cut import (
     InputCovariance,
     batch_norms,
@@ -46,7 +47,6 @@ from leyline import (
 )
 
 from .carry_over import carried_over, present_form, shortened
-from .own_figures import OwnSamples, call_seconds
 
 __all__ = [
     "Evaluation",
@@ -181,11 +181,12 @@ def check_and_cut(
     present = surgeon.architecture
     if blocked := surgeon.blocked():
         return outcome_of(decision, present, present, "refused", blocked), 0
-    decision, said = present_form(decision, present)
+    said = ""
+    if decision.model_hash != present.model_hash:
+        decision, said = present_form(decision, present)
     limit = trigger_of(decision, triggers)
-    allowed = (limits or VerificationSettings()).limits(
-        frozenset(decision.taken), decision.safety.phase
-    )
+    asked, phase = limits or VerificationSettings(), decision.safety.phase
+    allowed = strictest_limits(asked, decision.taken, phase)
     shown = _first(data.held_out or data.batches, _STATISTICS)
     own = OwnSamples(surgeon.model, shown, allowed.loss_rise)
     try:
@@ -317,18 +318,22 @@ class _Check:
         try:
             with span("mask"):
                 refit = self._refit
-                self._keep_outputs()
+                by_samples = bool(refit.samples or refit.batches)
+                if by_samples:
+                    self._keep_outputs()
                 surgeon.mask(decision.units, reconstruct=refit.covariance, skip=refit.skip)
                 if decision.layers:
                     surgeon.mask_layers(target.layer_name for target in decision.layers)
-                before = self._solve_layers()
+                if by_samples:
+                    before = self._solve_layers()
             now = self._measure("masked", "evaluate masked")
             self._own_rose = self._own.rose()
         except Exception as error:
             return self._failed("under the mask", error)
         finally:
             surgeon.unmask()
-            put_batch_statistics(surgeon.model, before)
+            if before:
+                put_batch_statistics(surgeon.model, before)
         if now == self._figures["before"]:
             try:
                 acts = self._mask_acts()
@@ -412,8 +417,8 @@ class _Check:
         epoch, key = decision.epoch, decision.idempotency_key
         try:
             with span("cut"), surgeon.as_one_cut():
-                # The cut takes its part of them.
-                put_batch_statistics(surgeon.model, self._statistics)
+                if self._statistics:  # The cut takes its part of them.
+                    put_batch_statistics(surgeon.model, self._statistics)
                 if decision.units or not layers:
                     surgeon.cut(
                         decision.units,

@@ -47,7 +47,6 @@ from leyline import (
     DeadLetter,
     IdempotencyKey,
     InvalidField,
-    Level,
     Message,
     RequestKey,
     StructuralAnalysisRequest,
@@ -287,7 +286,7 @@ class BusThread:
         self._mailbox.miss(item, reason)
 
     async def _publish(self, bus: Bus, item: Outgoing) -> None:
-        message, event_id, keys = item.message, item.event_id, []
+        message, event_id = item.message, item.event_id
         if isinstance(message, CheckpointBundle):
             attempt = self._attempt.number if self._attempt else 0
             metadata = message.metadata
@@ -297,22 +296,17 @@ class BusThread:
                 own = "ck-" + stable_hash(metadata.checkpoint_id, str(attempt))
                 metadata = metadata.model_copy(update={"checkpoint_id": own})
                 message = replace(message, metadata=metadata)
-            name = item.request_id or metadata.checkpoint_id
-            # That decisions on it may have.
-            keys = [
-                IdempotencyKey(metadata.epoch, metadata.model_hash, name, level) for level in Level
-            ]
             message = await with_blobs(bus, message, item.request_id)
             self._unanswered.require_same(str(key_of(message)), fingerprint(message))
         entry = await self._append(bus, item.stream, message, item.epoch, event_id, item.carrier)
-        if isinstance(message, CheckpointReady | StructuralAnalysisRequest):
-            lives = TTL[Priority.NORMAL].total_seconds() + self._settings.window_seconds
-            key = str(key_of(message))
-            published = Published(key, message, item.epoch, event_id, entry, lives, item.carrier)
-            self._unanswered.add(published)
-        for each in keys:
-            if await self._hear_record(bus, each, item.carrier):
-                _log.info("decision made before", key=str(each))
+        if not isinstance(message, CheckpointReady | StructuralAnalysisRequest):
+            return
+        key, carrier = key_of(message), item.carrier
+        lives = TTL[Priority.NORMAL].total_seconds() + self._settings.window_seconds
+        published = Published(str(key), message, item.epoch, event_id, entry, lives, carrier)
+        self._unanswered.add(published)
+        if await self._hear_record(bus, key, carrier):
+            _log.info("decision made before", key=str(key))
 
     async def _append(
         self,

@@ -56,9 +56,7 @@ def carried_over(
 def present_form(
     decision: StructuralPruningDecision, now: PrunedArchitecture
 ) -> tuple[StructuralPruningDecision, str]:
-    """The decision in the numbering of ``now``, and what there is to say of that."""
-    if decision.model_hash == now.model_hash:
-        return decision, ""
+    """A decision on another architecture in the numbering of ``now``, and what to say of that."""
     carried = carried_over(decision, now)
     assert carried is not None, "refused before"
     was, left = (sum(map(len, each.units.values())) for each in (decision, carried))

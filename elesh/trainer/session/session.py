@@ -13,12 +13,12 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
-from opentelemetry.trace import Span, SpanKind
+from opentelemetry.trace import SpanKind
 
 from elesh.observe import (
     carrier_of,
@@ -269,8 +269,7 @@ class Session:
         event_id = "ev-" + stable_hash(metadata.run_id, metadata.checkpoint_id)
         self._observers.notify("on_checkpoint", bundle)
         self._asked += 1
-        with _creating(CHECKPOINTS):
-            return self._queue(CHECKPOINTS, bundle, metadata.epoch, event_id)
+        return self._queue(CHECKPOINTS, bundle, metadata.epoch, event_id)
 
     def request(self, bundle: CheckpointBundle, request_id: str) -> bool:
         """Ask for an analysis by name, as a coordinator does (StructuralAnalysisRequest).
@@ -280,8 +279,7 @@ class Session:
         """
         bundle = self._of_this_run(bundle)
         event_id = "rq-" + stable_hash(bundle.metadata.run_id, request_id)
-        with _creating(REQUESTS):
-            return self._queue(REQUESTS, bundle, bundle.metadata.epoch, event_id, request_id)
+        return self._queue(REQUESTS, bundle, bundle.metadata.epoch, event_id, request_id)
 
     def decisions(self) -> list[StructuralPruningDecision]:
         """The decisions that have come since the last call; never waits."""
@@ -494,8 +492,7 @@ class Session:
     def report(self, outcome: PruningOutcome) -> bool:
         """Publish what became of a decision, with a link to it in the trace."""
         carrier = self._recovery.carriers.get(outcome.idempotency_key, {})
-        with _creating(OUTCOMES, answers=carrier):
-            return self._queue(OUTCOMES, outcome, outcome.epoch, event_id_of(outcome))
+        return self._queue(OUTCOMES, outcome, outcome.epoch, event_id_of(outcome), answers=carrier)
 
     def _publish_outcome(
         self,
@@ -522,11 +519,21 @@ class Session:
         epoch: int,
         event_id: str = "",
         request_id: str = "",
+        *,
+        answers: Mapping[str, str] | None = None,
     ) -> bool:
-        item = Outgoing(stream, message, carrier_of(), epoch, event_id, request_id)
-        posted = self._mailbox.post(item)
-        self._bus.wake()
-        return posted
+        """Queue a message under a span that all later steps continue; an answer links to what it
+        answers."""
+        with span(
+            f"create {stream.name}",
+            kind=SpanKind.PRODUCER,
+            attributes=messaging("create", stream.name),
+            answers=answers,
+        ):
+            item = Outgoing(stream, message, carrier_of(), epoch, event_id, request_id)
+            posted = self._mailbox.post(item)
+            self._bus.wake()
+            return posted
 
     def _collect(self) -> None:
         """Take in what has come."""
@@ -570,16 +577,3 @@ class Session:
             return bundle
         figures = {"accuracy": now.accuracy, "loss": now.loss}
         return replace(bundle, metadata=metadata.model_copy(update=figures))
-
-
-def _creating(
-    stream: Stream, *, answers: Mapping[str, str] | None = None
-) -> AbstractContextManager[Span]:
-    """The span under which a message is queued: the context that all later steps continue; an
-    outcome's links to the decision that it ``answers``."""
-    return span(
-        f"create {stream.name}",
-        kind=SpanKind.PRODUCER,
-        attributes=messaging("create", stream.name),
-        answers=answers,
-    )

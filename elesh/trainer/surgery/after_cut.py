@@ -421,7 +421,7 @@ def estimated_batch_statistics(
 
 def put_batch_statistics(model: nn.Module, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Set running statistics, by path of the buffer; what they were."""
-    buffers = _buffers(model) if statistics else {}
+    buffers = _buffers(model)
     before = {path: buffers[path].clone() for path in statistics}
     for path, new in statistics.items():
         buffers[path].data.copy_(new)

@@ -16,11 +16,10 @@ both.
 
 from __future__ import annotations
 
-import gc
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 from weakref import WeakSet
 
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from elesh.trainer.network.layers import named_tensors
-from elesh.trainer.network.state import alive
+from elesh.trainer.network.state import alive, surely_alive
 from elesh.trainer.network.traversal import parameters_in
 from leyline import (
     GateSite,
@@ -155,12 +154,8 @@ def unnamed_averages(
     """
     named = {id(tensor) for copy in known for tensor in copy.tensors().values()}
     named |= {id(tensor) for tensor in named_tensors(model).values()} | kept_by_others(model)
-    if not _averages(model, named, alive(averages_weights) if among is None else among):
-        return []
-    if among is not None:
-        among.clear()
-    gc.collect()  # what is only waiting to be collected averages nothing
-    return _averages(model, named, alive(averages_weights))
+    find = partial(_averages, model, named)
+    return surely_alive(find, partial(alive, averages_weights), among)
 
 
 def kept_by_others(model: nn.Module) -> set[int]:

@@ -33,9 +33,9 @@ from elesh.trainer.network.calling import (
     joined,
     main_output,
     map_tensors,
-    replace_first,
+    replace_inputs,
 )
-from elesh.trainer.network.kinds.taught import is_transposed_linear
+from elesh.trainer.network.layers import is_transposed_linear
 from elesh.trainer.network.positions import positions_drawn
 from elesh.trainer.network.state import Uncompiled, evaluated, full_precision, preserved
 from elesh.trainer.surgery.after_cut import (
@@ -46,6 +46,8 @@ from elesh.trainer.surgery.after_cut import (
 )
 from leyline import PrunedArchitecture
 
+from .normal_equations import NormalEquations, solved_by_halves
+
 __all__ = [
     "OutputsBefore",
     "Solutions",
@@ -54,9 +56,6 @@ __all__ = [
     "solved_layer_by_layer",
 ]
 
-_RIDGES = (1e-2, 1e-1)
-"""Strengths of the ridge that are tried, as shares of the inputs' mean second moment; the first
-that does any good is taken."""
 _MOST_INPUTS = 4096
 """Coefficients an output: solving for more takes longer than the passes."""
 _LIVE = 2**27
@@ -66,8 +65,6 @@ _HELD = 2**28
 _ROWS, _FEW = (16, 8, 4, 2), 1024
 """Rows for every coefficient, as many as fit; of layers with few coefficients as if they had so
 many."""
-_BLOCK = 128
-"""Columns of the normal equations that are multiplied at a time."""
 _NEAR = 5e-5
 """Of the outputs' variance: less is not solved for. It is .7% of their deviation, and other samples
 hardly come nearer: of eight layers of a ResNet-20 that lacked less, six not at all."""
@@ -321,7 +318,7 @@ def layer_solutions(
                         parameter.data.copy_(value)
                     return x
 
-                return replace_first(args, kwargs, solve)
+                return replace_inputs(module, args, kwargs, solve)
 
             handle = layers[name].register_forward_pre_hook(hook, with_kwargs=True)
             stack.enter_context(_hooked(handle))
@@ -503,12 +500,12 @@ def _solved(
     first = [seen(half[0]) for half in halves]
     if _near(first, wanted[torch.cat([half[0] for half in halves])]):
         return None
-    sums = [_Sums.empty(flat.shape[1] + (bias is not None), len(flat)) for _ in halves]
+    sums = [NormalEquations.empty(flat.shape[1] + (bias is not None), len(flat)) for _ in halves]
     for half, parts, begun in zip(sums, halves, first, strict=True):
         half.see(*begun)
         for own in parts[1:]:
             half.see(*seen(own))
-    change = _change(sums)
+    change = solved_by_halves(*sums)
     if change is None:
         return None
     found = {"weight": _unflat(module, flat.double().cpu() + change[: flat.shape[1]].T)}
@@ -522,77 +519,3 @@ def _near(seen: Sequence[tuple[Tensor, Tensor]], wanted: Tensor) -> bool:
     missing = sum(float(lacking.square().sum()) for _, lacking in seen)
     flat = wanted.flatten(0, 1).float()
     return missing <= _NEAR * float((flat - flat.mean(0)).square().sum())
-
-
-@dataclass
-class _Sums:
-    """Normal equations; products in float32 within a chunk, sums in float64."""
-
-    among: Tensor
-    """[K, K]; what lies above the diagonal may be missing."""
-    across: Tensor
-    """[K, C]."""
-    rows: int = 0
-
-    @classmethod
-    def empty(cls, inputs: int, outputs: int) -> _Sums:
-        return cls(
-            torch.zeros(inputs, inputs, dtype=torch.float64),
-            torch.zeros(inputs, outputs, dtype=torch.float64),
-        )
-
-    def see(self, rows: Tensor, missing: Tensor) -> None:
-        """Take in [N, K] inputs and [N, C] of what the outputs lack. Where there is a coefficient
-        more, it is that of a constant input."""
-        inputs = rows.shape[1]
-        for first in range(0, inputs, _BLOCK):  # Of a symmetric matrix one side is enough.
-            own = slice(first, min(first + _BLOCK, inputs))
-            self.among[first:inputs, own] += (rows[:, first:].T @ rows[:, own]).double().cpu()
-        self.across[:inputs] += (rows.T @ missing).double().cpu()
-        if len(self.among) > inputs:
-            totals = rows.sum(0).double().cpu()
-            self.among[-1, :inputs] += totals
-            self.among[-1, -1] += len(rows)
-            self.across[-1] += missing.sum(0).double().cpu()
-        self.rows += len(rows)
-
-    def single(self) -> _Sums:
-        """The same in float32, which is enough to choose by."""
-        return _Sums(self.among.float(), self.across.float(), self.rows)
-
-    def gain(self, change: Tensor) -> float:
-        """How much the squared error falls, by a change of the coefficients."""
-        found = self.whole @ change
-        return float((change * (2 * self.across - found)).sum())
-
-    @property
-    def whole(self) -> Tensor:
-        """[K, K]: both sides of ``among``."""
-        lower = self.among.tril()
-        return lower + lower.tril(-1).T
-
-
-def _change(sums: list[_Sums]) -> Tensor | None:
-    """[K, C]: the change of the coefficients, by the first ridge that does any good on the half
-    that it was not solved on; None where none does."""
-    first, second = sums
-    if not first.rows or not second.rows:
-        return None
-    some, others = first.single(), second.single()
-    best = next((ridge for ridge in _RIDGES if others.gain(_ridge(some, ridge)) > 0), None)
-    if best is None:
-        return None
-    both = _Sums(first.among + second.among, first.across + second.across)
-    return _ridge(both, best)
-
-
-def _ridge(sums: _Sums, ridge: float) -> Tensor:
-    squares = sums.among.diagonal()
-    heard = squares[squares > 0]  # Masked inputs are none: a cut one is solved alike.
-    strength = ridge * float(heard.mean()) if len(heard) else 0.0
-    damped = sums.among.clone()
-    damped.diagonal().add_(max(strength, 1e-30))
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    if failed:
-        return torch.full_like(sums.across, float("nan"))
-    return torch.cholesky_solve(sums.across, factor)

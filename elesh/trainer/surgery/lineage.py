@@ -108,7 +108,8 @@ def continued(known: PrunedArchitecture, found: PrunedArchitecture) -> PrunedArc
         now = found.block.get(one.name)
         if one.removed:
             return one
-        same = now is not None and now.wiring == one.wiring
+        wiring = (one.branch, one.stand_ins, one.tensors)
+        same = now is not None and (now.branch, now.stand_ins, now.tensors) == wiring
         prunable, reason = (now.prunable, now.reason) if now and same else (False, other)
         return one.model_copy(update={"prunable": prunable, "reason": reason})
 

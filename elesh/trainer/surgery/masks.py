@@ -95,13 +95,14 @@ class _NormMask(_Mask):
 
 
 class Masks:
-    """The masks of one model, set all at once from the units and layers that are to be silent."""
+    """The masks of a model, and of copies with the same paths, set all at once from the units and
+    layers that are to be silent."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, *models: nn.Module) -> None:
+        self._models = models
         self._handles: list[RemovableHandle] = []
         self._patched: list[nn.Module] = []
-        self._uncompiled = Uncompiled(model)
+        self._uncompiled = Uncompiled(models[0])
 
     def set(
         self,
@@ -112,35 +113,30 @@ class Masks:
         """Silence just these units (current numbering), by group name, and these blocks: the
         branch of each is multiplied by zero."""
         self.clear()
-        for block in blocks:
-            module = self._model.get_submodule(block.branch)
-            self._handles.append(module.register_forward_hook(_silence))
+        branches = [block.branch for block in blocks]
         dead: dict[tuple[str, int], list[int]] = {}
-        for name, chosen in units.items():
-            for site in architecture.group[name].sites:
-                dead.setdefault(site.axis, []).extend(site.all_of(chosen))
-        paths = {path for (path, _), indices in dead.items() if indices}
-        self._patched = patched(self._model, paths)
-        self._handles += through_layers(self._model, paths)
-        for (path, dim), indices in dead.items():
-            if indices:
-                module = self._model.get_submodule(path)
-                hook = module.register_forward_pre_hook(_Mask(dim, indices), with_kwargs=True)
-                self._handles.append(hook)
         sites: dict[str, NormSite] = {}
         gone: dict[str, list[int]] = {}
         for name, chosen in units.items():
+            for site in architecture.group[name].sites:
+                dead.setdefault(site.axis, []).extend(site.all_of(chosen))
             for norm in architecture.group[name].norms:
                 sites[norm.module] = norm
                 gone.setdefault(norm.module, []).extend(norm.all_of(chosen))
-        for path, indices in gone.items():
-            module, mask = self._model.get_submodule(path), _NormMask(sites[path], indices)
-            if indices and sites[path].kind == "states":
-                self._handles += without_states(module, partial(_kept, module, frozenset(indices)))
-            elif indices and sites[path].kind == "weights":
-                self._handles += replace_weight(module, mask.masked)
-            elif indices:
-                self._handles.append(module.register_forward_pre_hook(mask, with_kwargs=True))
+        for model in self._models:
+            for path in branches:
+                module = model.get_submodule(path)
+                self._handles.append(module.register_forward_hook(_silence))
+            paths = {path for (path, _), indices in dead.items() if indices}
+            self._patched += patched(model, paths)
+            self._handles += through_layers(model, paths)
+            for (path, dim), indices in dead.items():
+                if indices:
+                    module, mask = model.get_submodule(path), _Mask(dim, indices)
+                    self._handles.append(module.register_forward_pre_hook(mask, with_kwargs=True))
+            for path, indices in gone.items():
+                if indices:
+                    self._handles += _norm_masked(model.get_submodule(path), sites[path], indices)
         if self._handles:
             self._uncompiled.__enter__()
 
@@ -156,11 +152,12 @@ class Masks:
                 found = dead.setdefault(site.axis, [()] * len(parts))
                 found[number] = {*found[number], *site.all_of(chosen)}
         paths = {path for path, _ in dead}
-        self._patched = patched(self._model, paths)
-        self._handles += through_layers(self._model, paths)
-        for (path, dim), indices in dead.items():
-            module, hook = self._model.get_submodule(path), _MaskOfParts(dim, indices)
-            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        for model in self._models:
+            self._patched += patched(model, paths)
+            self._handles += through_layers(model, paths)
+            for (path, dim), indices in dead.items():
+                module, mask = model.get_submodule(path), _MaskOfParts(dim, indices)
+                self._handles.append(module.register_forward_pre_hook(mask, with_kwargs=True))
         self._uncompiled.__enter__()
 
     def clear(self) -> None:
@@ -170,6 +167,16 @@ class Masks:
         self._handles.clear()
         take_back(self._patched)
         self._uncompiled.__exit__()
+
+
+def _norm_masked(module: nn.Module, site: NormSite, dead: Collection[int]) -> list[RemovableHandle]:
+    """Mask channels of a normalisation, by what it normalises."""
+    mask = _NormMask(site, dead)
+    if site.kind == "states":
+        return list(without_states(module, partial(_kept, module, frozenset(dead))))
+    if site.kind == "weights":
+        return list(replace_weight(module, mask.masked))
+    return [module.register_forward_pre_hook(mask, with_kwargs=True)]
 
 
 def _kept(module: Any, dead: Collection[int]) -> Tensor:

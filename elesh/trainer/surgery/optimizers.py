@@ -20,8 +20,9 @@ from __future__ import annotations
 import gc
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -32,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from elesh.trainer.network.layers import named_tensors
-from elesh.trainer.network.state import alive
+from elesh.trainer.network.state import alive, surely_alive
 from elesh.trainer.network.traversal import modules_in, parameters_in
 from leyline import InvalidField, PrunedArchitecture
 
@@ -293,7 +294,8 @@ def other_optimizers(
     *,
     stateful: bool = False,
     ended: bool = False,
-    among: Iterable[Any] | None = None,
+    look: Callable[[], list[Any]] | None = None,
+    among: list[Any] | None = None,
 ) -> list[Optimizer]:
     """Optimizers, alive anywhere in this process, that hold parameters of the network and are not
     among those given. A cut would leave their state as it was, and their next step would fail.
@@ -301,7 +303,7 @@ def other_optimizers(
     Args:
         stateful: only those that have state of these parameters.
         ended: those of trainings that have ended, too.
-        among: all that are alive, where the caller has looked, and has collected what is garbage.
+        look, among: of :func:`surely_alive`, where the caller looks for other things as well.
     """
     mine = {id(parameter) for parameter in model.parameters()}
     known = {id(optimizer.state) for optimizer in given}  # frameworks have views of optimizers
@@ -316,10 +318,7 @@ def other_optimizers(
             and any(id(p) in mine for p in _held(each, stateful))
         ]
 
-    if among is not None or not others(alive(_optimizes)):
-        return others(among or ())
-    gc.collect()  # what is only waiting to be collected trains nothing
-    return others(alive(_optimizes))
+    return surely_alive(others, look or partial(alive, _optimizes), among)
 
 
 _LEFT: WeakSet[Optimizer] = WeakSet()

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from elesh.trainer.network.calling import Inputs, call, device_of, map_tensors, tensors_in
-from elesh.trainer.network.kinds.taught import is_transposed_linear
+from elesh.trainer.network.layers import is_transposed_linear
 from elesh.trainer.network.state import Uncompiled, evaluated, full_precision, preserved
 from leyline import Level, NormSite, PrunedArchitecture, PruningGroup, TensorSlice
 

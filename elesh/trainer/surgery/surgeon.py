@@ -52,6 +52,7 @@ from .tensors import (
     cutters_of,
     indices_lost,
     laid_out,
+    removable,
     replace_data,
     some_cutters,
 )
@@ -111,7 +112,7 @@ class Surgeon:
         self._keeps_point = restore_points > 0
         self._undo_point: RestorePoint | None = None
         self._skeletons = [self._skeleton()]
-        self._masks = [Masks(view) for view in self._views()]
+        self._masks = Masks(*self._views())
         self._masked: dict[str, frozenset[int]] = {}
         self._masked_layers: frozenset[str] = frozenset()
         self._refitted: list[tuple[Tensor, Tensor]] = []
@@ -145,12 +146,12 @@ class Surgeon:
         """Find the tensors that averages have now."""
         modules = [copy.module for copy in self._followed.all()]
         if self._followed.look_again() and modules != [c.module for c in self._followed.all()]:
-            self._clear_masks()
+            self._masks.clear()
             self._views_changed()
             self._set_masks()
 
     def _views_changed(self) -> None:
-        self._masks = [Masks(view) for view in self._views()]
+        self._masks = Masks(*self._views())
         present = [each.history for each in self.architectures].index(self.architecture.history)
         self._skeletons[present] = self._skeleton()  # not the last one after a load of before a cut
 
@@ -237,7 +238,7 @@ class Surgeon:
             InvalidField: naming group and unit, if one does not exist or may not be removed.
             IdentityMismatch: if the covariance was measured on another structure.
         """
-        chosen, masked = self._checked(units), dict(self._masked)
+        chosen, masked = removable(self.architecture, units), dict(self._masked)
         self._look_again()
         for name, lost in chosen.items():
             origin = self.architecture.group[name].origin
@@ -280,7 +281,7 @@ class Surgeon:
         self._put_back()
         self._masked = {}
         self._masked_layers = frozenset()
-        self._clear_masks()
+        self._masks.clear()
 
     def cut(
         self,
@@ -314,18 +315,18 @@ class Surgeon:
                 says. Nothing has been changed then.
             IdentityMismatch: if the covariance was measured on another structure.
         """
-        chosen = self._checked(units)
+        chosen = removable(self.architecture, units)
         require_fit(self.model, self.architecture)
         self._look_again()
         self._put_back()
         after = self.architecture.without(chosen, epoch=epoch, key=key)
         tensors = named_tensors(self.model)
-        cutters = cutters_of(self.architecture, chosen, tensors)
+        lost = indices_lost(self.architecture, chosen)
+        cutters = cutters_of(lost, tensors)
         given, solved = solved or {}, {}
         if (covariance := reconstruct or redistribute) is not None:
             solved = reconstructed(self.model, self.architecture, chosen, covariance, skip=skip)
         solved = {**solved, **given}
-        lost = indices_lost(self.architecture, chosen)
         solved |= gains_after(self.model, {**tensors, **solved}, lost)
         data = dict(solved)
         for path, cutter in cutters.items():
@@ -376,7 +377,7 @@ class Surgeon:
         self._put_back()
         require_layers(self._copied())
         self._remember()
-        self._clear_masks()
+        self._masks.clear()
         tensors = named_tensors(self.model)
         blocks = [self.architecture.block[name] for name in names]
         for view in self._views(teachers=False):  # blocks name what teachers lose
@@ -432,7 +433,7 @@ class Surgeon:
         """Make a restore point of this surgeon the present again, bit for bit."""
         self._put_back()
         self._look_again()
-        self._clear_masks()
+        self._masks.clear()
         point.bring_back(self.optimizers, lambda: [c.tensors() for c in self._copied()])
         self.architecture = point.skeleton.architecture
         remember(self.model, self.architecture)
@@ -553,12 +554,7 @@ class Surgeon:
         """Masks of everything that is masked and still there."""
         blocks = [self.architecture.block[name] for name in sorted(self._masked_layers)]
         present = [block for block in blocks if not block.removed]
-        for masks in self._masks:
-            masks.set(self.architecture, self.masked, present)
-
-    def _clear_masks(self) -> None:
-        for masks in self._masks:
-            masks.clear()
+        self._masks.set(self.architecture, self.masked, present)
 
     def _copied(self) -> tuple[WeightCopy, ...]:
         """All second sets of the weights: those followed, and masters that optimizers train."""
@@ -578,23 +574,3 @@ class Surgeon:
 
     def _skeleton(self) -> Skeleton:
         return Skeleton.take(self._roots(), self.architecture, self.optimizers)
-
-    def _checked(self, units: Units) -> dict[str, frozenset[int]]:
-        """The units by group, refused if they are not there or may not go."""
-        checked: dict[str, frozenset[int]] = {}
-        for name, listed in units.items():
-            group, chosen = self.architecture.group.get(name), frozenset(listed)
-            if group is None:
-                raise InvalidField("group", f"one of {sorted(self.architecture.group)}", name)
-            where, outside = f"groups.{name}", sorted(chosen - set(range(group.size)))
-            if outside:
-                raise InvalidField(where, f"units from 0 to {group.size - 1}", outside)
-            if chosen and not group.prunable:
-                raise InvalidField(where, "a prunable group", f"not prunable: {group.reason}")
-            left = group.size - len(chosen)
-            if chosen and (left < 1 or left % group.unit_multiple):
-                expected = f"a multiple of {group.unit_multiple}, at least one, to be left"
-                raise InvalidField(where, expected, f"{left} of {group.size} left")
-            if chosen:
-                checked[name] = chosen
-        return checked

@@ -1,4 +1,4 @@
-"""Replacing the content of tensors, and points in time to go back to.
+"""What a cut takes of which tensors, replacing their content, and points in time to go back to.
 
 Promises: parameters stay the same objects, so that optimizers keep pointing at them; a restore
 point brings modules, weights, buffers, optimizer state, size attributes and masks back bit for bit.
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from elesh.trainer.network.layers import refit_taught
 from elesh.trainer.network.multihead import commit
 from elesh.trainer.network.sizes import HEAD_SIZES, SIZES, constants
-from leyline import PrunedArchitecture
+from leyline import InvalidField, PrunedArchitecture
 
 from .bypass import Bypass
 
@@ -90,12 +90,38 @@ def laid_out(data: Tensor, like: Tensor) -> Tensor:
     return data.permute(order).contiguous().permute(back)
 
 
+def removable(
+    architecture: PrunedArchitecture, units: Mapping[str, Iterable[int]]
+) -> dict[str, frozenset[int]]:
+    """The units by group.
+
+    Raises:
+        InvalidField: if one is not there or may not go, or a group would end at no multiple of its.
+    """
+    checked: dict[str, frozenset[int]] = {}
+    for name, listed in units.items():
+        group, chosen = architecture.group.get(name), frozenset(listed)
+        if group is None:
+            raise InvalidField("group", f"one of {sorted(architecture.group)}", name)
+        where, outside = f"groups.{name}", sorted(chosen - set(range(group.size)))
+        if outside:
+            raise InvalidField(where, f"units from 0 to {group.size - 1}", outside)
+        if chosen and not group.prunable:
+            raise InvalidField(where, "a prunable group", f"not prunable: {group.reason}")
+        left = group.size - len(chosen)
+        if chosen and (left < 1 or left % group.unit_multiple):
+            expected = f"a multiple of {group.unit_multiple}, at least one, to be left"
+            raise InvalidField(where, expected, f"{left} of {group.size} left")
+        if chosen:
+            checked[name] = chosen
+    return checked
+
+
 def cutters_of(
-    architecture: PrunedArchitecture,
-    units: Mapping[str, Collection[int]],
-    tensors: Mapping[str, Tensor],
+    lost: Mapping[str, Mapping[int, set[int]]], tensors: Mapping[str, Tensor]
 ) -> dict[str, Cutter]:
-    """For every tensor that shrinks, the function that takes the removed indices out."""
+    """For every tensor that shrinks (:func:`indices_lost`), the function that takes the removed
+    indices out."""
 
     def cutter(shape: tuple[int, ...], axes: Mapping[int, set[int]]) -> Cutter:
         kept = {
@@ -112,8 +138,7 @@ def cutters_of(
 
         return cut
 
-    gone = indices_lost(architecture, units)
-    return {path: cutter(tuple(tensors[path].shape), axes) for path, axes in gone.items()}
+    return {path: cutter(tuple(tensors[path].shape), axes) for path, axes in lost.items()}
 
 
 def indices_lost(
@@ -134,7 +159,7 @@ def some_cutters(
     """The cutters of a small cut: the first units of three groups."""
     groups = [g for g in architecture.groups if g.prunable and g.size > g.unit_multiple]
     chosen = {group.name: range(group.unit_multiple) for group in groups[:3]}
-    return cutters_of(architecture, chosen, tensors)
+    return cutters_of(indices_lost(architecture, chosen), tensors)
 
 
 @dataclass(frozen=True)

@@ -86,25 +86,27 @@ class Unnamed:
             optimizers: those given.
             copies: what is cut along.
         """
-        found = self._alive()
-        if others := self._other_optimizers(optimizers, found, stateful=True):
+        found, model = self._alive(), self._model
+        if others := other_optimizers(
+            model, optimizers, stateful=True, look=self._alive, among=found
+        ):
             return (
                 f"an optimizer of the network was not named: {_kinds(others)}; give the Surgeon "
                 "all of them (optimizer=[first, second]), or delete what is not used"
             )
         try:
-            require_fit(self._model, architecture)
+            require_fit(model, architecture)
         except ContractError as error:
             return f"{error}; after a change of its modules make Recorder and Surgeon anew"
         prunable = [group for group in architecture.groups if group.prunable]
         names = {part.tensor for group in prunable for part in group.slices}
-        if hooked := fixed_to_a_shape(self._model, names):
+        if hooked := fixed_to_a_shape(model, names):
             return (
                 f"a gradient hook of {hooked} holds a tensor of its shape, which a cut would not "
                 "reach; let the hook make it of the gradient or of the parameter, as these are then"
             )
         updated = self._updated_copies(copies, found)
-        if (average := unnamed_average(self._model, copies, found)) or not updated:
+        if (average := unnamed_average(model, copies, found)) or not updated:
             return average
         return (
             f"a copy of the network that the script updates was not named: {updated[0].name}; "
@@ -128,25 +130,13 @@ class Unnamed:
         """
         found = self._alive()
         self._updated_copies((), found)  # those that are updated from now on are told apart
-        if others := self._other_optimizers(optimizers, found):
+        if others := other_optimizers(self._model, optimizers, look=self._alive, among=found):
             raise InvalidField(
                 "optimizer",
                 "every optimizer that holds parameters of the network",
                 f"another one is alive: {_kinds(others)}",
                 hint="give all of them, optimizer=[first, second], or delete what is not used",
             )
-
-    def _other_optimizers(
-        self, known: Iterable[Optimizer], among: list[Any], *, stateful: bool = False
-    ) -> list[Optimizer]:
-        """Those of the network that are not known, and not only waiting to be collected."""
-        known = tuple(known)
-        if not other_optimizers(self._model, known, stateful=stateful, among=among):
-            return []
-        among.clear()  # it would keep them
-        gc.collect()
-        among += self._alive()
-        return other_optimizers(self._model, known, stateful=stateful, among=among)
 
     def _alive(self) -> list[Any]:
         """All optimizers, averages, tensors and networks of this one's kind."""
@@ -221,12 +211,9 @@ def _of_optimizers(among: Iterable[Any]) -> set[int]:
             trained = [p for group in optimizer.param_groups for p in group["params"]]
             found.update(id(p) for p in trained)
             found.update(id(p.grad) for p in trained if p.grad is not None)
-            found.update(id(t) for s in optimizer.state.values() for t in _values(s))
+            kept = (each for each in optimizer.state.values() if isinstance(each, dict))
+            found.update(id(tensor) for each in kept for tensor in each.values())
     return found
-
-
-def _values(state: Any) -> Iterable[Any]:
-    return state.values() if isinstance(state, dict) else ()
 
 
 def _kinds(found: Iterable[Any]) -> str:

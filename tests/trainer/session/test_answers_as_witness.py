@@ -16,8 +16,8 @@ from trained import digits, trained
 
 from elesh.settings import RollbackTriggers
 from elesh.trainer import Evaluation, Recorder, Surgeon
-from elesh.trainer.recovery.answers import Answers, Shown, moved
 from elesh.trainer.recovery.evaluation import excess, likely_drop
+from elesh.trainer.recovery.witnesses import Answers, Shown, moved
 from elesh.trainer.session.apply import RefitData, check_and_cut
 
 CLASSES = 6

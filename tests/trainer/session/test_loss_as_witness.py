@@ -16,7 +16,7 @@ from trained import accuracy, batches, digits, trained
 
 from elesh.trainer import Evaluation, Recorder, Surgeon, apply_decision
 from elesh.trainer.recovery.evaluation import failed_loss, likely_drop
-from elesh.trainer.session.own_figures import OwnSamples
+from elesh.trainer.recovery.witnesses import OwnSamples
 from leyline import PruningOutcome, StructuralPruningDecision
 
 BEFORE = Evaluation(0.9, 0.4)

@@ -11,9 +11,13 @@ from torch import Tensor, nn
 from trainer_nets import NETS, batches, build, example, same, units
 
 from elesh.trainer import Recorder, Surgeon
-from elesh.trainer.surgery import layer_by_layer
 from elesh.trainer.surgery.after_cut import consumer_axes, reestimate_batch_statistics
-from elesh.trainer.surgery.layer_by_layer import outputs_before, solved_layer_by_layer
+from elesh.trainer.surgery.layer_by_layer import (
+    layer_solutions,
+    outputs_before,
+    solved_layer_by_layer,
+)
+from elesh.trainer.surgery.normal_equations import NormalEquations
 
 
 def inputs(count: int = 12, seed: int = 3) -> Tensor:
@@ -107,12 +111,12 @@ def test_layers_before_all_that_changes_are_left_out_and_the_solutions_are_the_s
     assert changing <= fewer.values.keys() < every.values.keys()
     surgeon = Surgeon(model, architecture)
     surgeon.mask(lost, reconstruct=moments)
-    found = [layer_by_layer.layer_solutions(model, before) for before in (every, fewer)]
+    found = [layer_solutions(model, before) for before in (every, fewer)]
     assert found[0].parameters
     assert found[0].parameters.keys() == found[1].parameters.keys()
     for path, value in found[0].parameters.items():
         assert same(value, found[1].parameters[path]), path
-    skipped = layer_by_layer.layer_solutions(model, fewer, skip=changing)
+    skipped = layer_solutions(model, fewer, skip=changing)
     assert not any(path.rpartition(".")[0] in changing for path in skipped.parameters)
     unknown = outputs_before(model, architecture, [(inputs(), None)], changing={"elsewhere"})
     assert (unknown.changing, unknown.values.keys()) == (None, every.values.keys())
@@ -142,9 +146,9 @@ def test_nothing_is_summed_up_for_layers_that_hear_what_they_heard_before(
 ) -> None:
     torch.manual_seed(0)
     model, widths = Shifted().eval(), list[int]()
-    see = layer_by_layer._Sums.see
+    see = NormalEquations.see
 
-    def seen(sums: layer_by_layer._Sums, rows: Tensor, missing: Tensor) -> None:
+    def seen(sums: NormalEquations, rows: Tensor, missing: Tensor) -> None:
         widths.append(rows.shape[1])
         see(sums, rows, missing)
 
@@ -152,7 +156,7 @@ def test_nothing_is_summed_up_for_layers_that_hear_what_they_heard_before(
     before, lost = outputs_before(model, architecture, [(inputs(), None)]), {"second": [1]}
     assert set(before.values) == {"second", "fc"}
     Surgeon(model, architecture).cut(lost)
-    monkeypatch.setattr(layer_by_layer._Sums, "see", seen)
+    monkeypatch.setattr(NormalEquations, "see", seen)
     assert solved_layer_by_layer(model, before.without(architecture, lost)) == ("fc",)
     assert set(widths) == {3}, "what enters fc now"
 

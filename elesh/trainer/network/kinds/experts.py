@@ -14,20 +14,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from elesh.trainer.network.layers import ChannelAxes, teach_layer
+
 __all__ = [
     "hidden_units",
     "is_experts",
     "is_router",
-    "reads_and_makes",
-    "refit_experts",
     "up_of",
     "width_multiple",
 ]
 
 _HIDDEN = ("intermediate_dim", "intermediate_size", "moe_intermediate_size")
 _WIDTH = ("hidden_dim", "hidden_size", "input_size")
-
-Axis = tuple[str, int]
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -66,14 +64,18 @@ def _is_transposed(module: nn.Module) -> bool:
     return bool(vars(module)["is_transposed"])
 
 
-def reads_and_makes(module: nn.Module) -> tuple[tuple[Axis, ...], tuple[Axis, ...]]:
+def _experts_axes(module: nn.Module) -> ChannelAxes:
     """Where the channels lie that a mixture reads, and those that it makes."""
     transposed = _is_transposed(module)
     made = (("down_proj", 2 if transposed else 1), ("down_proj_bias", 1))
-    return ((up_of(module), 1 if transposed else 2),), made
+    read = ((up_of(module), 1 if transposed else 2),)
+    return ChannelAxes(made, read, site_dim=-1, produces=True)
 
 
-def refit_experts(module: Any) -> None:
+_ROUTER = ChannelAxes(inputs=(("weight", 1),), site_dim=-1)
+
+
+def _refit(module: Any) -> None:
     """Set the sizes of experts, or of a router, from the shapes of their tensors."""
     if is_router(module):
         width, hidden = module.weight.shape[1], None
@@ -119,3 +121,12 @@ def _passes_zero(part: nn.Module | None) -> bool:
     except Exception:  # It takes something else.
         return False
     return isinstance(made, Tensor) and made.shape == (3,) and not made.any()
+
+
+def _is_foreign(kind: type) -> bool:
+    """Whether this is no layer of PyTorch."""
+    return not kind.__module__.startswith("torch.")
+
+
+teach_layer(is_experts, _experts_axes, _refit, among=_is_foreign)
+teach_layer(is_router, lambda module: _ROUTER, _refit, among=_is_foreign)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from elesh.trainer.network.layers import ChannelAxes
+from elesh.trainer.network.layers import ChannelAxes, teach_layer
 
-__all__ = ["has_states", "is_recurrent", "recurrent_axes", "refit_recurrent", "without_states"]
+__all__ = ["has_states", "is_recurrent", "without_states"]
 
 _CANDIDATES = {nn.LSTM: (2, 4), nn.GRU: (2, 3), nn.RNN: (0, 1)}
 """Which of how many parts of the rows makes what is added to the states: ``i, f, g, o`` and
@@ -88,3 +88,7 @@ def without_states(module: Any, gate: Callable[[], Tensor]) -> list[RemovableHan
         module.register_forward_pre_hook(before),
         module.register_forward_hook(after, always_call=True),
     ]
+
+
+for _kind in (nn.RNNBase, nn.RNNCellBase):
+    teach_layer(_kind, recurrent_axes, refit_recurrent)

@@ -1,4 +1,5 @@
-"""Layers whose weight is computed, above all as a direction times a gain (weight normalisation).
+"""Layers whose weight is computed, above all as a direction times a gain (weight normalisation);
+convolutions with standardised weights and a gain.
 
 Promises: both ways of PyTorch to normalise so are known (``nn.utils.parametrizations.weight_norm``
 and the older hook of ``nn.utils.weight_norm``), whichever axis has gains; what a cut leaves of such
@@ -13,7 +14,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,13 +23,14 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm
 
+from elesh.trainer.network.layers import LINEAR, ChannelAxes, conv_axes, teach_layer
+
 __all__ = [
     "WeightNorm",
     "computed_by",
     "gains_after",
     "original_of",
     "owner_of",
-    "recompute",
     "weight_of",
     "weight_norm_of",
 ]
@@ -129,7 +131,7 @@ def _parametrized(module: nn.Module) -> Any:
     return parts["weight"]
 
 
-def recompute(module: nn.Module) -> None:
+def _recompute(module: nn.Module) -> None:
     """Have a layer with the older hook hold the weight that its tensors give now."""
     with torch.no_grad():
         for hook in module._forward_pre_hooks.values():
@@ -169,3 +171,44 @@ def gains_after(
         if bool((nothing := lengths[0] == 0).any()):  # It would be divided by its length.
             found[direction] = torch.where(nothing, 1.0, whole).to(tensors[direction].dtype)
     return found
+
+
+def _has_normed_weight(module: nn.Module) -> bool:
+    """Whether a linear layer's or convolution's weight is a direction times a gain."""
+    return weight_norm_of(module) is not None
+
+
+def _normed_axes(module: nn.Module) -> ChannelAxes:
+    norm = weight_norm_of(module)
+    axes = conv_axes(module) if isinstance(module, _ConvNd) else LINEAR
+    assert norm is not None
+
+    def held(pairs: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:
+        normed = [norm.direction, norm.gain]
+        found = ((n, d) for name, d in pairs for n in (normed if name == "weight" else [name]))
+        return tuple((name, dim) for name, dim in found if name != norm.gain or dim == norm.dim)
+
+    return replace(axes, outputs=held(axes.outputs), inputs=held(axes.inputs))
+
+
+def _is_plain(kind: type) -> bool:
+    return issubclass(kind, (nn.Linear, _ConvNd))
+
+
+def _is_standardised(module: nn.Module) -> bool:
+    """Whether a convolution's weights are standardised, and scaled by a gain for each output."""
+    gain = module._parameters.get("gain")
+    return gain is not None and gain.numel() == gain.shape[0] > 1
+
+
+def _standardised_axes(module: _ConvNd) -> ChannelAxes:
+    axes = conv_axes(module)
+    return replace(axes, outputs=(*axes.outputs, ("gain", 0)))
+
+
+def _is_conv(kind: type) -> bool:
+    return issubclass(kind, _ConvNd)
+
+
+teach_layer(_is_standardised, _standardised_axes, among=_is_conv)
+teach_layer(_has_normed_weight, _normed_axes, _recompute, among=_is_plain)

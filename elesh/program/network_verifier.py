@@ -253,8 +253,8 @@ class _Search:
         if key not in self.seen:
             after = self.bench.measure(key)
             flow = self.bench.flow_change(self.before, after, key)
-            levels = frozenset(entry[0] for entry in key)
-            limits = self.settings.limits(levels, self.proposal.phase)
+            levels = {entry[0] for entry in key}
+            limits = safety.strictest_limits(self.settings, levels, self.proposal.phase)
             self.seen[key] = safety.harm(
                 self.before.outcomes, after.outcomes, flow, limits, self.settings
             )
