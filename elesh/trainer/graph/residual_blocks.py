@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from elesh.trainer.network.calls import Call, Link
 from elesh.trainer.network.layers import named_tensors
+from elesh.trainer.network.sizes import common_parts, outwards
 from leyline import LayerBlock, LayerDescriptor, StandIn
 from leyline.network.blocks import BlockKind, SkipStrategy, inside
 
@@ -60,7 +61,7 @@ class _Holdings:
         for number, (path, module) in enumerate(model.named_modules()):
             self._order[path] = number
             for name, parameter in module._parameters.items():
-                for holder in _outwards(path) if parameter is not None else ():
+                for holder in outwards(path) if parameter is not None else ():
                     self._under.setdefault(holder, {}).setdefault(id(parameter), f"{path}.{name}")
 
     def under(self, path: str) -> set[str]:
@@ -73,14 +74,8 @@ class _Holdings:
 
     def holders(self, dead: Iterable[str]) -> list[str]:
         """The modules around these parameters, in the order of the model's."""
-        found = {holder for path in dead for holder in _outwards(path.rpartition(".")[0])}
+        found = {holder for path in dead for holder in outwards(path.rpartition(".")[0])}
         return sorted(found, key=self._order.__getitem__)
-
-
-def _outwards(path: str) -> list[str]:
-    """A module's path and those of all modules around it, but for the model."""
-    parts = path.split(".") if path else []
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def find_blocks(
@@ -294,7 +289,7 @@ def _parameters(held: _Holdings, functions: Iterable[Any]) -> set[str]:
 
 def _names(candidates: Sequence[_Candidate]) -> list[str]:
     """The module around everything that goes, where that names one candidate only, else the end."""
-    around = [_around([x.module for x in candidate.stand_ins]) for candidate in candidates]
+    around = [".".join(common_parts(x.module for x in one.stand_ins)) for one in candidates]
     times, names = Counter(around), list[str]()
     for name, candidate in zip(around, candidates, strict=True):
         own = name if name and times[name] == 1 else candidate.branch
@@ -303,16 +298,6 @@ def _names(candidates: Sequence[_Candidate]) -> list[str]:
             number += 1
         names.append(unique)
     return names
-
-
-def _around(paths: Sequence[str]) -> str:
-    parts = [path.split(".") for path in paths]
-    common = []
-    for level in zip(*parts, strict=False):
-        if len(set(level)) > 1:
-            break
-        common.append(level[0])
-    return ".".join(common)
 
 
 def _block(name: str, candidate: _Candidate, order: Sequence[str]) -> LayerBlock:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from elesh.trainer.network.sizes import holder_of_group
 from leyline import PruningGroup
 
 from .residual_branches import Trace
@@ -34,23 +35,11 @@ def enclosed_in(passage: Trace, groups: Sequence[PruningGroup]) -> Mapping[str, 
             outputs.setdefault(one.output, set()).add(one.name)
     found: dict[str, str] = {}
     for group in groups:
-        holder = _around(group)
+        holder = holder_of_group(group)
         readers = {site.module for site in group.sites}
         if holder and group.prunable and _encloses(holder, passage, outputs, group, readers):
             found[group.name] = holder
     return found
-
-
-def _around(group: PruningGroup) -> str:
-    """The innermost module that holds all layers and readers of a group."""
-    paths = [part.tensor.split(".")[:-1] for part in group.slices]
-    paths += [site.module.split(".")[:-1] for site in group.sites]
-    same: list[str] = []
-    for level in zip(*paths, strict=False):
-        if len(set(level)) > 1:
-            break
-        same.append(level[0])
-    return ".".join(same)
 
 
 def _encloses(

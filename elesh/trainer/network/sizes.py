@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import takewhile
 from typing import Any
@@ -34,8 +34,11 @@ __all__ = [
     "HEAD_SIZES",
     "SIZES",
     "common_holder",
+    "common_parts",
     "constants",
     "cut_by_place",
+    "holder_of_group",
+    "outwards",
     "refit",
     "refit_heads",
     "splits",
@@ -310,12 +313,29 @@ def _made(group: PruningGroup, layers: Sequence[str]) -> int:
 
 def common_holder(layers: Sequence[str]) -> str:
     """The innermost module that holds all of these layers; empty for the model itself."""
-    holders = [layer.split(".")[:-1] for layer in layers]
-    if len(holders) < 2:
-        return ".".join(holders[0]) if holders else ""
-    first, last = min(holders), max(holders)  # What these have in common, all have.
-    pairs = zip(first, last, strict=False)
-    return ".".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return ".".join(common_parts(layer.rpartition(".")[0] for layer in layers))
+
+
+def holder_of_group(group: PruningGroup) -> str:
+    """The innermost module that holds all tensors of a group and all that read it."""
+    paths = [part.tensor.rpartition(".")[0] for part in group.slices]
+    paths += [site.module.rpartition(".")[0] for site in group.sites]
+    return ".".join(common_parts(paths))
+
+
+def common_parts(paths: Iterable[str]) -> list[str]:
+    """What the paths of several modules begin with."""
+    parts = [path.split(".") for path in paths]
+    if len(parts) < 2:
+        return parts[0] if parts else []
+    pairs = zip(min(parts), max(parts), strict=False)  # What these have in common, all have.
+    return [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+
+
+def outwards(path: str) -> list[str]:
+    """A module's path and those of all modules around it, but for the model."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def _holders(model: nn.Module, layers: Sequence[str]) -> Iterator[nn.Module]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from elesh.trainer.graph.attention import parts_of_one_layer, tied, tied_parts
 from elesh.trainer.network.calling import raised_in, summary
+from elesh.trainer.network.sizes import common_parts, holder_of_group, outwards
 from leyline import Level, PrunedArchitecture, PruningGroup
 
 from .products import Products
@@ -136,7 +137,7 @@ class _Experiment(Admission):
             {g.name: rng.permutation(g.size)[: _fitting(g, count[g.name])].tolist() for g in groups}
             for count in counts
         ]
-        self._around = {group.name: _around(group) for group in groups}
+        self._around = {group.name: holder_of_group(group) for group in groups}
         self._readers: dict[str, set[str]] = {}
         for group in groups:
             for site in group.sites:
@@ -285,7 +286,7 @@ class _Experiment(Admission):
             return met
 
         def shared(head: Sequence[str]) -> int:
-            return max(len(_common([fault.place, self._around[name]])) for name in head)
+            return max(len(common_parts([fault.place, self._around[name]])) for name in head)
 
         most = max(map(shared, heads))
         return [n for n, head in enumerate(heads) if shared(head) == most]
@@ -512,7 +513,7 @@ class _Run:
     def _holders(self, name: str) -> set[str]:
         """The modules that hold layers with anything of a group."""
         places = self._places(name)
-        return {path for place in places for path in _outwards(place.rpartition(".")[0])}
+        return {path for place in places for path in outwards(place.rpartition(".")[0])}
 
     def _places(self, name: str) -> set[str]:
         """The layers with anything of a group."""
@@ -539,29 +540,6 @@ class _Run:
         assert self._cut is not None
         named = self._cuts.architecture.group
         return [(named[name].size, np.array(gone)) for name, gone in self._cut.units.items()]
-
-
-def _around(group: PruningGroup) -> str:
-    """The innermost module that holds all tensors of a group and all that read it."""
-    paths = [*(part.tensor.rpartition(".")[0] for part in group.slices)]
-    paths += [site.module.rpartition(".")[0] for site in group.sites]
-    return ".".join(_common(paths))
-
-
-def _common(paths: Sequence[str]) -> list[str]:
-    """What several paths begin with."""
-    common = []
-    for level in zip(*(path.split(".") for path in paths), strict=False):
-        if len(set(level)) > 1:
-            break
-        common.append(level[0])
-    return common
-
-
-def _outwards(path: str) -> Collection[str]:
-    """A module's path and those of all modules around it, but for the network."""
-    parts = path.split(".") if path else []
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def _breaks(error: Exception) -> str:

@@ -173,11 +173,6 @@ def gains_after(
     return found
 
 
-def _has_normed_weight(module: nn.Module) -> bool:
-    """Whether a linear layer's or convolution's weight is a direction times a gain."""
-    return weight_norm_of(module) is not None
-
-
 def _normed_axes(module: nn.Module) -> ChannelAxes:
     norm = weight_norm_of(module)
     axes = conv_axes(module) if isinstance(module, _ConvNd) else LINEAR
@@ -191,10 +186,6 @@ def _normed_axes(module: nn.Module) -> ChannelAxes:
     return replace(axes, outputs=held(axes.outputs), inputs=held(axes.inputs))
 
 
-def _is_plain(kind: type) -> bool:
-    return issubclass(kind, (nn.Linear, _ConvNd))
-
-
 def _is_standardised(module: nn.Module) -> bool:
     """Whether a convolution's weights are standardised, and scaled by a gain for each output."""
     gain = module._parameters.get("gain")
@@ -206,9 +197,10 @@ def _standardised_axes(module: _ConvNd) -> ChannelAxes:
     return replace(axes, outputs=(*axes.outputs, ("gain", 0)))
 
 
-def _is_conv(kind: type) -> bool:
-    return issubclass(kind, _ConvNd)
-
-
-teach_layer(_is_standardised, _standardised_axes, among=_is_conv)
-teach_layer(_has_normed_weight, _normed_axes, _recompute, among=_is_plain)
+teach_layer(_is_standardised, _standardised_axes, among=lambda kind: issubclass(kind, _ConvNd))
+teach_layer(
+    lambda module: weight_norm_of(module) is not None,
+    _normed_axes,
+    _recompute,
+    among=lambda kind: issubclass(kind, (nn.Linear, _ConvNd)),
+)
