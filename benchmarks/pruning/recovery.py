@@ -47,8 +47,11 @@ class Cut(Run):
             self.model = copy.deepcopy(self.trained)
             self.renew()
 
-    def steps(self) -> Iterator[float]:
-        """Ten shares, one smaller than the other."""
+    def steps(self, at_once: bool = False) -> Iterator[float]:
+        """Ten shares, one smaller than the other; or the last of them."""
+        if at_once:
+            yield self.share
+            return
         for number in range(1, STEPS + 1):
             yield self.share ** (number / STEPS)
 
