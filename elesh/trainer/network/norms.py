@@ -49,9 +49,9 @@ def norm_of(module: nn.Module, shape: tuple[int, ...]) -> Norm | None:
     """How this module normalises an input of that shape over one axis; None if it does not.
 
     Layer and RMS normalisations of PyTorch are known; modules that have "norm" in their type's
-    name, or something that they add to a variance (``eps``), are tried out: the answer must not
-    depend on the scale of what comes in, and must mix what lies along one axis only; or be what
-    came in, scaled by its global response.
+    name, something that they add to a variance (``eps``), or only vectors, are tried out: the
+    answer must not depend on the scale of what comes in, and must mix what lies along one axis
+    only; or be what came in, scaled by its global response.
     """
     eps = eps_of(module)
     plain = type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward)
@@ -65,7 +65,7 @@ def norm_of(module: nn.Module, shape: tuple[int, ...]) -> Norm | None:
         return Norm("layer", -1, eps) if eps else None
     if isinstance(module, nn.GroupNorm) and module.num_groups == 1 and eps and len(shape) > 2:
         return Norm("map", 1, eps)
-    named = "norm" in type(module).__name__.lower() or eps > 0
+    named = "norm" in type(module).__name__.lower() or eps > 0 or _scales(module)
     if isinstance(module, (_NormBase, nn.GroupNorm)) or not (named or _derived(module)):
         return None
     if any(True for _ in module.children()) or not 2 <= len(shape) <= 5:
@@ -81,6 +81,13 @@ def eps_of(module: nn.Module) -> float:
 
 def _derived(module: nn.Module) -> bool:
     return isinstance(module, (nn.LayerNorm, nn.RMSNorm))
+
+
+def _scales(module: nn.Module) -> bool:
+    """Whether somebody's own module holds nothing but vectors, of one length."""
+    held = [parameter for parameter in module._parameters.values() if parameter is not None]
+    own = not type(module).__module__.startswith("torch.")
+    return own and bool(held) and {p.ndim for p in held} == {1} and len({*map(len, held)}) == 1
 
 
 def _tried(module: nn.Module, shape: tuple[int, ...], eps: float) -> Norm | None:

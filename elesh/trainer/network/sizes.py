@@ -17,13 +17,14 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import takewhile
-from typing import Any
+from typing import Any, TypeGuard
 
+import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from leyline import Level, PrunedArchitecture, PruningGroup
+from leyline import Level, PrunedArchitecture, PruningGroup, TensorSlice
 
 from .kinds.experts import is_experts
 from .kinds.weight_norms import owner_of
@@ -159,6 +160,13 @@ decoders), beside the names above."""
 _UNFLATTENED = "unflattened_size"
 """The same of ``nn.Unflatten``: channels and positions."""
 
+_PARTS = (
+    "split_indices", "split_indexes", "split_sizes", "split_dims", "splits", "sections", "sizes",
+    "dims",
+)  # fmt: skip
+"""Lists of how many channels each part has that a layer's outputs are split into (MambaOut,
+InceptionNeXt)."""
+
 _CONFIGURATION = "config"
 """Where modules without a number of their own read it (Phi-3); each gets a copy then."""
 
@@ -171,14 +179,69 @@ HEAD_SIZES = (
     *_STREAMS,
     *_MAPS,
     _UNFLATTENED,
+    *_PARTS,
     _CONFIGURATION,
 )
 """The attributes that :func:`refit_heads` sets."""
 
 
-def refit_heads(model: nn.Module, before: PruningGroup, left: int) -> None:
-    """Set the head counts of the modules around attentions that have so many units left, and the
-    widths of modules, or of parts of them, around layers that have lost channels."""
+def refit_heads(model: nn.Module, cuts: Sequence[tuple[PruningGroup, int]]) -> None:
+    """Set the head counts of the modules around attentions, and the widths of modules, or of parts
+    of them, around layers that have lost channels.
+
+    Args:
+        cuts: groups as they were before, and how many units each has left.
+    """
+    _refit_lists(model, cuts)
+    for before, left in cuts:
+        _refit_around(model, before, left)
+
+
+def _refit_lists(model: nn.Module, cuts: Sequence[tuple[PruningGroup, int]]) -> None:
+    """Set the lists of how many channels there are in each part of what a layer makes."""
+    made: dict[str, list[tuple[TensorSlice, int, int]]] = {}
+    around: dict[str, set[str]] = {}
+    for before, left in cuts:
+        owners = {part.tensor.rpartition(".")[0] for part in before.slices}
+        for part in before.slices if before.level is not Level.HEAD else ():
+            layer, _, name = part.tensor.rpartition(".")
+            if part.dim == 0 and name == "weight" and layer in before.layers:
+                made.setdefault(layer, []).append((part, before.size, left))
+                around.setdefault(layer, set()).update(one.rpartition(".")[0] for one in owners)
+    done = set[tuple[str, str]]()
+    for layer, parts in made.items():
+        gone = sum(part.width * (size - left) for part, size, left in parts)
+        channels = len(model.get_parameter(f"{layer}.weight")) + gone
+        for path in sorted(around[layer]):
+            held = vars(model.get_submodule(path))
+            for name in (n for n in _PARTS if n in held and (path, n) not in done):
+                sizes = held[name]
+                if _are_sizes(sizes) and sum(sizes) == channels:
+                    done.add((path, name))
+                    held[name] = type(sizes)(_left_of(sizes, parts))
+
+
+def _are_sizes(value: object) -> TypeGuard[list[int] | tuple[int, ...]]:
+    listed = isinstance(value, (list, tuple)) and len(value) > 1
+    return listed and all(type(n) is int and n > 0 for n in value)  # type: ignore[attr-defined]
+
+
+def _left_of(sizes: Sequence[int], parts: Sequence[tuple[TensorSlice, int, int]]) -> list[int]:
+    """What is left of each part of a layer's channels, where groups with so many units have others
+    left."""
+    now = np.array(sizes)
+    for part, size, left in parts:
+        places = np.array(part.all_of(range(size))).reshape(size, -1)
+        at = np.searchsorted(np.cumsum(sizes), places, side="right")
+        counts = np.stack([(at == n).sum(1) for n in range(len(sizes))])
+        if bool((counts == counts[:, :1]).all()):  # Alike for all units.
+            now -= counts[:, 0] * (size - left)
+    found: list[int] = now.tolist()
+    return found
+
+
+def _refit_around(model: nn.Module, before: PruningGroup, left: int) -> None:
+    """The same of one group."""
     around = vars(model.get_submodule(common_holder(before.layers)))
     for holder, name, parts in splits(model, before):
         holder[name] = parts * left

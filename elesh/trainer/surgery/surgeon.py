@@ -347,9 +347,9 @@ class Surgeon:
         for root in self._roots():
             for module in root.modules():
                 refit(module, module in by_place)
-        for name in chosen:
-            for view in self._views():
-                refit_heads(view, self.architecture.group[name], after.group[name].size)
+        left = [(self.architecture.group[name], after.group[name].size) for name in chosen]
+        for view in self._views():
+            refit_heads(view, left)
         self._reach(after)
         return after
 

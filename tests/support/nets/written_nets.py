@@ -382,6 +382,51 @@ IDS = torch.randint(0, 20, (2, _TOKENS), generator=torch.Generator().manual_seed
 VECTORS = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))
 CONDITIONS = torch.randn(2, 3, generator=torch.Generator().manual_seed(1))
 
+
+class UnequalParts(nn.Module):
+    """MambaOut's: a gate, channels that pass, and some that a depthwise convolution mixes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.norm, self.wide = nn.Linear(6, 16), nn.LayerNorm(16), nn.Linear(16, 48)
+        self.split_indices = (24, 16, 8)
+        self.conv = nn.Conv1d(8, 8, 3, padding=1, groups=8)
+        self.narrow, self.leave = nn.Linear(24, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        gate, passed, mixed = torch.split(self.wide(self.norm(x)), self.split_indices, -1)
+        mixed = self.conv(mixed.transpose(1, 2)).transpose(1, 2)
+        made = functional.gelu(gate) * torch.cat([passed, mixed], -1)
+        return torch.as_tensor(self.leave((x + self.narrow(made)).mean(1)))
+
+
+class PartsOfTheStream(nn.Module):
+    """InceptionNeXt's: parts of a stream, each mixed in its own way by another module."""
+
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.split_indexes = [10, 3, 3]
+            self.near = nn.Conv1d(3, 3, 3, padding=1, groups=3)
+            self.far = nn.Conv1d(3, 3, 5, padding=2, groups=3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            passed, near, far = torch.split(x, self.split_indexes, dim=1)
+            return torch.cat([passed, self.near(near), self.far(far)], 1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.mixer = nn.Conv1d(6, 16, 1), PartsOfTheStream.Mixer()
+        self.norm, self.wide = nn.BatchNorm1d(16), nn.Conv1d(16, 20, 1)
+        self.narrow, self.leave = nn.Conv1d(20, 16, 1), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        x = x + self.narrow(torch.relu(self.wide(self.norm(self.mixer(x)))))
+        return torch.as_tensor(self.leave(x.mean(-1)))
+
+
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "gpt": (lambda: Tokens(GptAttention), (IDS,)),
     "listed": (lambda: Tokens(ListedAttention), (IDS,)),
@@ -401,5 +446,13 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "reversible": (Reversible, (IMAGES,)),
     "masked steps": (MaskedSteps, (VECTORS,)),
     "folded heads": (FoldedHeads, (VECTORS,)),
+    "unequal parts": (
+        UnequalParts,
+        (torch.randn(3, 7, 6, generator=torch.Generator().manual_seed(0)),),
+    ),
+    "parts of the stream": (
+        PartsOfTheStream,
+        (torch.randn(3, 6, 9, generator=torch.Generator().manual_seed(0)),),
+    ),
 }
 """By name: how it is made, and inputs."""

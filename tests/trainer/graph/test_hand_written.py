@@ -40,6 +40,8 @@ UNITS = {
     "reversible": {"enter": 12},
     "masked steps": {"enter": 12, "inner": 10},
     "folded heads": {"out": 4},
+    "unequal parts": {"enter": 16, "wide": 16, "wide#2": 8},
+    "parts of the stream": {"enter": 10, "enter#2": 3, "enter#3": 3, "wide": 20},
 }  # fmt: skip
 """By network: its prunable groups and their sizes."""
 

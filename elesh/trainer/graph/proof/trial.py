@@ -208,9 +208,9 @@ class TrialCuts:
             module._buffers.update(buffers)
         for module in self._touched({*paths, *lost}):
             refit(module, module in self._by_place)
-        for name, gone in units.items():
-            group = self.architecture.group[name]
-            refit_heads(self._copied, group, group.size - len(set(gone)))
+        groups = self.architecture.group
+        left = [(groups[n], groups[n].size - len(set(gone))) for n, gone in units.items()]
+        refit_heads(self._copied, left)
 
     def _touched(self, paths: Collection[str]) -> list[nn.Module]:
         """The modules that hold these tensors, or one under another name."""

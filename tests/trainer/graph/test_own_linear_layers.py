@@ -1,0 +1,124 @@
+"""Linear layers that people write themselves are cut, measured and refitted as PyTorch's are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cut_check import counted_macs, cut_and_checked, prunable
+from torch import Tensor, nn
+from torch.nn import functional
+
+import elesh
+from elesh.trainer.network.layers import is_taught
+
+
+class Dense(nn.Module):
+    """[out, in], by a function."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = inputs, outputs
+        self.weight = nn.Parameter(torch.randn(outputs, inputs) / inputs**0.5)
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
+class Matrix(nn.Module):
+    """[in, out], by a product; other names."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(inputs, outputs) / inputs**0.5)
+        self.shift = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.kernel + self.shift
+
+
+class Scaled(Matrix):
+    """No linear layer: what it makes is doubled."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Rms(nn.Module):
+    """A normalisation that does not say what it adds, nor has a name that tells."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(width) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.gain
+
+
+class Block(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.enter, self.norm = kind(6, 16), Rms(16)
+        self.wide, self.narrow, self.leave = kind(16, 24), kind(24, 16), kind(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        return self.leave(x + self.narrow(torch.relu(self.wide(self.norm(x)))))
+
+
+@pytest.mark.parametrize("kind", [Dense, Matrix])
+def test_they_lose_their_channels(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = Block(kind).eval(), torch.randn(4, 5, 6)
+    surgeon = cut_and_checked(model, x)
+    assert prunable(surgeon) == ["enter", "wide"]
+    assert surgeon.architecture.macs == counted_macs(model, x)
+    surgeon.cut({"wide": [0, 3]})
+    assert surgeon.architecture.macs == counted_macs(model, x)
+    if isinstance(model.wide, Dense):
+        assert (model.wide.out_features, model.narrow.in_features) == (22, 22)
+
+
+def test_what_computes_something_else_is_none() -> None:
+    assert is_taught(Matrix(4, 3))
+    assert is_taught(Matrix(4, 4))
+    assert not is_taught(Scaled(4, 3))
+    assert not is_taught(nn.Bilinear(3, 3, 2))
+
+
+def test_telling_them_changes_nothing() -> None:
+    layer, state = Dense(5, 4).train(), torch.get_rng_state()
+    before = {key: value.clone() for key, value in vars(layer)["_parameters"].items()}
+    assert is_taught(layer)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert layer.training
+    assert vars(layer).keys() == vars(Dense(5, 4)).keys()
+    assert all(torch.equal(before[key], value) for key, value in layer.named_parameters())
+
+
+@pytest.mark.parametrize("kind", [Dense, Matrix])
+def test_they_are_measured_and_refitted_as_layers_of_pytorch(kind: type[nn.Module]) -> None:
+    def made(kind: type[nn.Module]) -> nn.Module:
+        torch.manual_seed(1)
+        plain, model = Block(nn.Linear), Block(kind)
+        for one, other in ((model.get_submodule(n), m) for n, m in plain.named_children()):
+            if isinstance(other, nn.Linear):
+                own = list(one.parameters())
+                transposed = isinstance(one, Matrix)
+                own[0].data = other.weight.data.T.clone() if transposed else other.weight.data
+                own[1].data = other.bias.data
+            else:
+                one.load_state_dict(other.state_dict())
+        return model.eval()
+
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(96, 6, generator=generator)
+    with torch.no_grad():
+        y = made(nn.Linear)(x).argmax(1)
+    batches = list(zip(x.split(32), y.split(32), strict=True))
+    for one in (kind, nn.Linear):
+        model = made(one)
+        report = elesh.prune(model, batches, {"macs": 0.6})
+        assert report.after.macs <= 0.6 * report.before.macs
+        with torch.no_grad():
+            assert (model(x).argmax(1) == y).float().mean() >= 0.95
