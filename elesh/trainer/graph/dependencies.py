@@ -408,8 +408,10 @@ def _unsaturated(function: Any) -> Callable[..., Any]:
     activation what they would be if these were nowhere flat."""
     mixed = signed(function._saved_dim) if function.name() in SOFTMAX else None
 
-    def hook(came: tuple[Tensor | None, ...], left: tuple[Tensor, ...]) -> Any:
+    def hook(came: tuple[Tensor | None, ...], left: tuple[Tensor | None, ...]) -> Any:
         gradient = left[0]
+        if gradient is None:  # It was stopped before.
+            return None
         if mixed is not None:  # All that it divides by depends on all of these.
             return (gradient + gradient.abs().sum(mixed, keepdim=True),)
         if len(came) == 1:

@@ -195,3 +195,23 @@ def test_a_layer_that_reads_its_heads_in_a_configuration_gets_one_of_its_own() -
     surgeon.cut({"attention.0": [1]})
     counts = [layer.config.num_attention_heads for layer in model.attention]
     assert (counts, Configured.shared.num_attention_heads) == ([3, 4], 4)
+
+
+def test_an_attention_of_fewer_heads_may_stand_between_two_of_more() -> None:
+    """While the last heads of both are asked what they depend on, no gradient reaches it."""
+
+    class Attention(nn.Module):
+        def __init__(self, heads: int) -> None:
+            super().__init__()
+            self.num_heads, self.qkv, self.out = heads, nn.Linear(16, 48), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+            weights = (q @ k.transpose(-1, -2)).softmax(-1)
+            return torch.as_tensor(self.out((weights @ v).transpose(1, 2).flatten(2)))
+
+    torch.manual_seed(0)
+    enter = nn.Linear(5, 800), nn.Linear(800, 16)  # So many parameters that all are asked at once.
+    model = nn.Sequential(*enter, *map(Attention, (4, 2, 4)), nn.Linear(16, 3))
+    loses(model, torch.randn(2, 2, 5), {"2": [0], "3": [1], "4": [2]})
