@@ -31,12 +31,13 @@ _TIMM = [
     "convmixer_768_32", "convnext_tiny", "convnextv2_atto", "crossvit_tiny_240", "cspresnet50",
     "deit_tiny_patch16_224", "dla34", "edgenext_xx_small", "efficientformer_l1",
     "efficientnet_b0", "efficientvit_b0", "ese_vovnet19b_dw", "fastvit_t8", "gernet_s",
-    "ghostnet_100", "gmlp_s16_224", "hiera_tiny_224", "hrnet_w18_small", "levit_128s",
-    "mixer_s32_224", "mobilenetv3_large_100", "mobileone_s0", "mobilevit_xxs", "nfnet_l0",
-    "pit_ti_224", "poolformer_s12", "pvt_v2_b0", "regnetx_002", "repvgg_a0", "repvit_m1",
-    "res2net50_26w_4s", "resmlp_12_224", "resnet50", "resnext50_32x4d", "seresnet50",
-    "sequencer2d_s", "starnet_s1", "swin_tiny_patch4_window7_224", "tinynet_e", "twins_svt_small",
-    "vit_tiny_patch16_224", "xcit_nano_12_p16_224",
+    "ghostnet_100", "gmlp_s16_224", "hiera_tiny_224", "hrnet_w18_small", "inception_next_atto",
+    "levit_128s", "mambaout_femto", "mixer_s32_224", "mobilenetv3_large_100", "mobileone_s0",
+    "mobilevit_xxs", "nfnet_l0", "pit_ti_224", "poolformer_s12", "pvt_v2_b0", "regnetx_002",
+    "repvgg_a0", "repvit_m1", "res2net50_26w_4s", "resmlp_12_224", "resnet50",
+    "resnext50_32x4d", "sequencer2d_s", "seresnet50", "starnet_s1",
+    "swin_tiny_patch4_window7_224", "tinynet_e", "twins_svt_small", "vit_tiny_patch16_224",
+    "xcit_nano_12_p16_224",
 ]  # fmt: skip
 
 NAMES = (

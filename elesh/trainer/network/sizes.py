@@ -28,7 +28,7 @@ from leyline import Level, PrunedArchitecture, PruningGroup, TensorSlice
 
 from .kinds.experts import is_experts
 from .kinds.weight_norms import owner_of
-from .layers import normalises_maps, refit_taught
+from .layers import held, normalises_maps, refit_taught
 from .multihead import commit
 
 __all__ = [
@@ -211,14 +211,15 @@ def _refit_lists(model: nn.Module, cuts: Sequence[tuple[PruningGroup, int]]) -> 
     done = set[tuple[str, str]]()
     for layer, parts in made.items():
         gone = sum(part.width * (size - left) for part, size, left in parts)
-        channels = len(model.get_parameter(f"{layer}.weight")) + gone
+        weight = held(model.get_submodule(layer), "weight")
+        channels = (0 if weight is None else len(weight)) + gone
         for path in sorted(around[layer]):
-            held = vars(model.get_submodule(path))
-            for name in (n for n in _PARTS if n in held and (path, n) not in done):
-                sizes = held[name]
+            module = vars(model.get_submodule(path))
+            for name in (n for n in _PARTS if n in module and (path, n) not in done):
+                sizes = module[name]
                 if _are_sizes(sizes) and sum(sizes) == channels:
                     done.add((path, name))
-                    held[name] = type(sizes)(_left_of(sizes, parts))
+                    module[name] = type(sizes)(_left_of(sizes, parts))
 
 
 def _are_sizes(value: object) -> TypeGuard[list[int] | tuple[int, ...]]:
