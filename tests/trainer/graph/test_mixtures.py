@@ -7,7 +7,7 @@ import mixtures
 import numpy as np
 import pytest
 import torch
-from cut_check import cut_and_checked, prunable
+from cut_check import counted_macs, cut_and_checked, prunable
 from torch import Tensor, nn
 
 from elesh.trainer import Recorder, Surgeon
@@ -166,7 +166,11 @@ def test_experts_in_one_tensor_lose_hidden_units_and_the_width_around_them(way: 
     assert "chooses experts" in group["model.layers.0.mlp.gate.weight"].reason
     router, mixture = 4 * 32, 3 * 32 * 24 * 2
     attention = 2 * 32 * 32 + 2 * 32 * 16
-    assert surgeon.architecture.macs == 16 * (2 * (router + mixture + attention) + 99 * 32)
+    by_weights = 16 * (2 * (router + mixture + attention) + 99 * 32)
+    attended = 2 * 2 * 16 * 16 * 32  # Scores and values, in two layers.
+    assert surgeon.architecture.macs == by_weights + attended
+    if way == "eager":  # PyTorch counts no products that are grouped.
+        assert surgeon.architecture.macs == counted_macs(model, x)
     surgeon.cut({hidden[0]: range(8), "model.embed_tokens": range(8, 16)})
     inner = model.get_submodule(experts[0])
     assert (inner.hidden_dim, inner.intermediate_dim) == (24, 16)

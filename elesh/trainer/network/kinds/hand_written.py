@@ -12,7 +12,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-
 from torch.nn.modules.conv import _ConvNd
 
 from elesh.trainer.network.layers import ChannelAxes, is_transposed_linear, teach_layer
