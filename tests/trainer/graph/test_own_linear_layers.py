@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import elesh
-from elesh.trainer.network.layers import is_taught
+from elesh.trainer.network.kinds.hand_written import is_own_linear
 
 
 class Dense(nn.Module):
@@ -80,16 +80,16 @@ def test_they_lose_their_channels(kind: type[nn.Module]) -> None:
 
 
 def test_what_computes_something_else_is_none() -> None:
-    assert is_taught(Matrix(4, 3))
-    assert is_taught(Matrix(4, 4))
-    assert not is_taught(Scaled(4, 3))
-    assert not is_taught(nn.Bilinear(3, 3, 2))
+    assert is_own_linear(Matrix(4, 3))
+    assert is_own_linear(Matrix(4, 4))
+    assert not is_own_linear(Scaled(4, 3))
+    assert not is_own_linear(nn.Bilinear(3, 3, 2))
 
 
 def test_telling_them_changes_nothing() -> None:
     layer, state = Dense(5, 4).train(), torch.get_rng_state()
     before = {key: value.clone() for key, value in vars(layer)["_parameters"].items()}
-    assert is_taught(layer)
+    assert is_own_linear(layer)
     assert torch.equal(torch.get_rng_state(), state)
     assert layer.training
     assert vars(layer).keys() == vars(Dense(5, 4)).keys()
