@@ -435,10 +435,9 @@ class EveryEpoch:
         self._held_back = outcome if _became(outcome) else None
         if surgeon.architecture.model_hash != decision.model_hash:
             begin_others_anew(surgeon.model, surgeon.optimizers.all, only_ended=True)
-        if outcome.result == "applied":
-            self._known = _evaluation(outcome.accuracy_after, outcome.loss_after)
-        elif outcome.accuracy_before is not None:
-            self._known = _evaluation(outcome.accuracy_before, outcome.loss_before)
+        if outcome.accuracy_before is not None:  # with the answers, for another decision
+            figures = self.session.judged.figures
+            self._known = figures["after" if outcome.result == "applied" else "before"]
         return outcome
 
     def _noted(self) -> Evaluation:
@@ -569,10 +568,6 @@ def _became(outcome: PruningOutcome) -> str:
     if outcome.result != "applied":
         return outcome.result.replace("_", " ")
     return "shortened" if outcome.shortened_to is not None else ""
-
-
-def _evaluation(accuracy: float | None, loss: float | None) -> Evaluation | None:
-    return None if accuracy is None or loss is None else Evaluation(accuracy, loss)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from leyline import (
@@ -58,6 +58,16 @@ class Evaluation:
     def finite(self) -> bool:
         """Whether both figures are numbers that can be compared."""
         return math.isfinite(self.accuracy) and math.isfinite(self.loss)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a cut was judged by."""
+
+    samples: int = 0
+    """That the last call of ``evaluate`` showed the network; 0 where it was not called."""
+    figures: Mapping[str, Evaluation] = field(default_factory=dict)
+    """By ``before``, ``masked`` and ``after`` (the cut), with the network's answers."""
 
 
 def checked(found: object) -> Evaluation:

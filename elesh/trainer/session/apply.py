@@ -23,6 +23,7 @@ from elesh.trainer.network.state import preserved
 from elesh.trainer.recovery.evaluation import (
     Evaluation,
     Excess,
+    Judged,
     checked,
     excess,
     failed_check,
@@ -161,7 +162,7 @@ def check_and_cut(
     now: Evaluation | None = None,
     cut_drop: float | None = None,
     limits: VerificationSettings | None = None,
-) -> tuple[PruningOutcome, int]:
+) -> tuple[PruningOutcome, Judged]:
     """As :func:`apply_decision`, of a decision that :func:`refusal` lets pass.
 
     Args:
@@ -175,12 +176,11 @@ def check_and_cut(
         limits: what the loss may rise by.
 
     Returns:
-        The outcome, and how many samples the last call of ``evaluate`` showed the network; 0 where
-        it was not called.
+        The outcome, and what it was judged by.
     """
     present = surgeon.architecture
     if blocked := surgeon.blocked():
-        return outcome_of(decision, present, present, "refused", blocked), 0
+        return outcome_of(decision, present, present, "refused", blocked), Judged()
     said = ""
     if decision.model_hash != present.model_hash:
         decision, said = present_form(decision, present)
@@ -194,7 +194,7 @@ def check_and_cut(
     except Exception as error:  # samples that do not reach a layer, too little memory
         _log.exception("decision refused: not measured anew", key=decision.idempotency_key)
         reason = f"what the cut is refitted with cannot be measured: {error}"
-        return outcome_of(decision, present, present, "refused", reason), 0
+        return outcome_of(decision, present, present, "refused", reason), Judged()
     notes = tuple(part for part in (said, refit.said) if part)
     if refit.fallbacks:
         key = decision.idempotency_key
@@ -206,7 +206,7 @@ def check_and_cut(
         or check.cut(take_back or _to_now(surgeon))
         or check.outcome("applied")
     )
-    return outcome, check.samples
+    return outcome, check.judged
 
 
 class _Check:
@@ -243,6 +243,11 @@ class _Check:
         """Of layers, before anything is masked."""
         self._solved: Mapping[str, Tensor] = {}
         """Parameters that were solved layer by layer under the mask, in present sizes."""
+
+    @property
+    def judged(self) -> Judged:
+        """The figures so far."""
+        return Judged(self.samples, self._figures)
 
     def plain(self, known: Evaluation | None = None) -> PruningOutcome | None:
         """The network as it is, to compare with; evaluated unless that is known."""

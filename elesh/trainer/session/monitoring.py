@@ -14,6 +14,7 @@ from typing import Any
 from elesh.observe import get_logger, span
 from elesh.settings import Settings
 from elesh.trainer.network.state import trainable
+from elesh.trainer.recovery.evaluation import Judged
 from elesh.trainer.recovery.journal import MadeCut
 from elesh.trainer.recovery.recovery import NoRestorePoint, Recovery
 from elesh.trainer.recovery.snapshot import Snapshot, Tracked
@@ -60,6 +61,8 @@ class MonitoredCuts:
         self._cut_drop = settings.trainer.cut_accuracy_drop
         self._limits = settings.verification
         self._recovery = recovery
+        self.judged = Judged()
+        """What the last decision that was checked was judged by."""
         self._last: tuple[int, float] | None = None
         """The epoch and the accuracy that the next move begins with."""
 
@@ -116,7 +119,7 @@ class MonitoredCuts:
             recovery.begin("apply", [pending], point=before)
         except (ContractError, OSError) as error:
             return _unwritten(decision, now, error)
-        outcome, shown = check_and_cut(
+        outcome, self.judged = check_and_cut(
             decision,
             surgeon,
             evaluate,
@@ -131,6 +134,7 @@ class MonitoredCuts:
         if outcome.result == "applied":
             outcome = outcome.model_copy(update={"watched": self._reports})
             limit = trigger_of(decision, self._triggers)
+            shown = self.judged.samples
             cut = MadeCut(
                 outcome, before, limit, self._reports, moves=recovery.moves, samples=shown
             )

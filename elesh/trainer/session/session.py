@@ -32,7 +32,7 @@ from elesh.settings import Settings
 from elesh.trainer.calibration.recorder import UNNAMED, MeasuredCheckpoint
 from elesh.trainer.network.calling import example_of
 from elesh.trainer.recovery.checkpoints import Loading
-from elesh.trainer.recovery.evaluation import event_id_of, recompilation, validation_of
+from elesh.trainer.recovery.evaluation import Judged, event_id_of, recompilation, validation_of
 from elesh.trainer.recovery.recovery import Recovery
 from elesh.trainer.recovery.snapshot import Stateful, Tracked
 from elesh.trainer.surgery.after_cut import InputCovariance
@@ -217,6 +217,11 @@ class Session:
     def doubted(self) -> bool:
         """Whether the next report decides on a monitored cut that the last one failed by little."""
         return self._cuts.doubted
+
+    @property
+    def judged(self) -> Judged:
+        """What the last decision that was checked was judged by."""
+        return self._cuts.judged
 
     @property
     def knows_scatter(self) -> bool:

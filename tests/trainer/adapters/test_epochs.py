@@ -17,7 +17,7 @@ from elesh.settings import Settings
 from elesh.trainer import Evaluation, Recorder, Session, Surgeon
 from elesh.trainer.adapters.epochs import EveryEpoch
 from elesh.trainer.export import Exporter
-from elesh.trainer.surgery import unnamed
+from elesh.trainer.surgery import optimizers, unnamed
 from elesh.trainer.time_share import TimeShare
 from leyline import (
     CheckpointBundle,
@@ -284,7 +284,8 @@ def test_the_process_is_searched_once_at_an_epoch_that_judges_and_cuts(
     session, searches, alive = Kept(), [], unnamed.alive
     epochs, _ = running(session)
     assert epochs.surgeon is not None
-    monkeypatch.setattr(unnamed, "alive", lambda of: (searches.append(1), alive(of))[1])
+    for module in (unnamed, optimizers):
+        monkeypatch.setattr(module, "alive", lambda of: (searches.append(1), alive(of))[1])
     epochs._evaluate = lambda *_: Evaluation(0.9, next(_LOSSES))
     for number in (1, 2):
         session.answers = [decide(epochs.surgeon.architecture, units=8, groups=1, number=number)]
@@ -292,6 +293,30 @@ def test_the_process_is_searched_once_at_an_epoch_that_judges_and_cuts(
         assert len(searches) == number
     epochs.end_epoch(3)
     assert len(searches) == 3
+
+
+def test_the_second_decision_of_an_epoch_is_judged_by_answers_as_the_first_is() -> None:
+    session = Kept(settings=Settings.model_validate({"trainer": {"cut_accuracy_drop": 0.9}}))
+    epochs, network = running(session)
+    surgeon, images = epochs.surgeon, batches(1)[0][0]
+    assert surgeon is not None
+
+    def evaluate(*_: object) -> Evaluation:
+        network(images)
+        return Evaluation(0.9, next(_LOSSES))
+
+    epochs._evaluate = evaluate
+    first, second = (
+        decide(surgeon.architecture, units=2, groups=count, number=count) for count in (1, 2)
+    )
+    planned = second.statistics.model_copy(update={"channels_after": 0})
+    session.answers = [first, second.model_copy(update={"statistics": planned})]
+    found = epochs.end_epoch(1)
+    assert [outcome.result for outcome in found] == ["applied", "applied"]
+    assert not any("answers_not_compared" in outcome.fallbacks for outcome in found)
+    session.answers = [decide(surgeon.architecture, units=2, groups=1, number=3)]
+    *_, outcome = epochs.end_epoch(2, Evaluation(0.9, 7.0))
+    assert "answers_not_compared" in outcome.fallbacks, "the loop gave a figure and no answers"
 
 
 def test_what_holds_a_budget_back_is_said_with_what_would_help() -> None:
