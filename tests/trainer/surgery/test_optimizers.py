@@ -463,10 +463,11 @@ def test_state_of_another_structure_is_not_loaded_into_an_optimizer(
     cut = [copy.deepcopy(each.state_dict()) for each in optimizers]
     for each, state in zip(optimizers, cut, strict=True):
         each.load_state_dict(state)
-    assert refused(optimizers, whole)
+    shaped = any(state["state"] for state in whole)  # SGD without momentum keeps nothing
+    assert bool(refused(optimizers, whole)) is shaped
     train(model, optimizers)
     surgeon.undo()
-    assert refused(optimizers, cut)
+    assert bool(refused(optimizers, cut)) is shaped
     for each, state in zip(optimizers, whole, strict=True):
         each.load_state_dict(state)
     del surgeon
