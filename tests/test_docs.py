@@ -63,10 +63,16 @@ def test_every_relative_link_and_anchor_leads_somewhere(page: Path) -> None:
             assert anchor in anchors(target), f"{page.name}: {link}: there is no such heading"
 
 
-def test_every_decision_is_in_the_index() -> None:
-    index = (ROOT / "docs/decisions/README.md").read_text()
-    for page in sorted((ROOT / "docs/decisions").glob("[0-9]*.md")):
-        assert f"({page.name})" in index, page.name
+def test_every_decision_has_a_number_of_its_own_and_is_in_the_index() -> None:
+    folder = ROOT / "docs/decisions"
+    index = (folder / "README.md").read_text()
+    found: dict[str, str] = {}
+    for page in sorted(folder.glob("*.md")):
+        for number in re.findall(r"^## (\d{4}) ", page.read_text(), re.MULTILINE):
+            assert number not in found, f"{page.name} and {found[number]} both have {number}"
+            found[number] = page.name
+            assert f"[{number}]({page.name}#{number}-" in index, number
+    assert len(found) > 50
 
 
 @by_page

@@ -13,11 +13,8 @@ Promises, for every message that is read from bytes (msgpack or JSON):
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from functools import partial
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
@@ -37,8 +34,9 @@ from .errors import Malformed
 V = TypeVar("V")
 
 
-is_none: Callable[[object], bool] = partial(operator.is_, None)
-"""For fields that are left out of the bytes while they are None."""
+def is_none(value: object) -> bool:
+    """For fields that are left out of the bytes while they are None."""
+    return value is None
 
 
 def sorted_items(items: dict[str, V]) -> dict[str, V]:

@@ -354,12 +354,13 @@ class EveryEpoch:
         if not self._every_given:
             self.every = min(_EVERY, max(1, last // 10))
         schedule = self._pruning.safety_schedule
-        phases = phases_within(schedule, last)
-        if phases is not None and (self._budget or self._asked.removed_at_most is not None):
-            self._asked = self._asked.model_copy(update={"phases": phases})
-            _log.info("phases follow the run, which is short", epochs=last, phases=list(phases))
+        asks = bool(self._budget) or self._asked.removed_at_most is not None
+        phases = phases_within(schedule, last) if asks else None
+        self._asked = self._asked.model_copy(update={"phases": phases})
+        if phases is not None:
+            _log.info("phases shortened to fit the run", epochs=last, phases=list(phases))
         elif last <= schedule.validation_epochs:
-            hint = "give a budget, or set structured_pruning.safety_schedule"
+            hint = "set structured_pruning.safety_schedule" + ("" if asks else ", or give a budget")
             said = f"the first {schedule.validation_epochs} of the schedule only watch"
             _log.warning("nothing will be cut in this run", epochs=last, reason=said, hint=hint)
 
@@ -437,7 +438,7 @@ class EveryEpoch:
             begin_others_anew(surgeon.model, surgeon.optimizers.all, only_ended=True)
         if outcome.accuracy_before is not None:  # with the answers, for another decision
             figures = self.session.judged.figures
-            self._known = figures["after" if outcome.result == "applied" else "before"]
+            self._known = figures.get("after" if outcome.result == "applied" else "before")
         return outcome
 
     def _noted(self) -> Evaluation:

@@ -59,7 +59,7 @@ __all__ = [
     "preserve_state",
     "preserved",
     "seed_generators",
-    "surely_alive",
+    "alive_after_collecting",
     "trainable",
     "uncollected",
     "unwrapped",
@@ -185,7 +185,7 @@ def preserve_state(model: nn.Module, seed: int, *others: Any) -> Iterator[None]:
 def evaluated(model: nn.Module) -> None:
     """Put a model into evaluation mode, in which all activations have an axis of channels."""
     model.eval()
-    forget_worked_out(model)
+    drop_cached(model)
     for module in modules_in(model).values():
         if isinstance(module, nn.TransformerEncoder):
             # It would pack padded batches into nested tensors, which have no channel axis.
@@ -195,7 +195,7 @@ def evaluated(model: nn.Module) -> None:
 _HELD = ("_parameters", "_buffers", "_modules")
 
 
-def forget_worked_out(model: nn.Module) -> None:
+def drop_cached(model: nn.Module) -> None:
     """Have modules let go of what they have worked out of their parameters since they were put into
     evaluation mode (LeViT's biases of positions), as they do when they are put into training; and
     autocast of the casts that it keeps."""
@@ -520,7 +520,7 @@ def alive(wanted: Callable[[type], bool]) -> list[Any]:
     return found
 
 
-def surely_alive(
+def alive_after_collecting(
     find: Callable[[list[Any]], list[T]], look: Callable[[], list[Any]], among: list[Any] | None
 ) -> list[T]:
     """What there is to find among all that is alive, and not only waiting to be collected.

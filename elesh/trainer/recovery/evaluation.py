@@ -128,7 +128,7 @@ def likely_drop(before: Evaluation, now: Evaluation, samples: int) -> LikelyDrop
 
     Of few samples the accuracy moves by whole ones, and by chance; their loss is finer. Where it
     rises by a share, so do errors on the whole; and a right answer that becomes a wrong one has a
-    loss of at least ln 2. Finer still is how far each output moved (:func:`.answers.moved`). The
+    loss of at least ln 2. Finer still is how far each output moved (:func:`.witnesses.moved`). The
     estimates are weighted by the inverse of their variances: that of accuracy is the variance of as
     many changed answers, those of the others are set to the square of half the estimate and .4 and
     .1 points; the error of so few samples' answers is known.

@@ -181,9 +181,7 @@ def check_and_cut(
     present = surgeon.architecture
     if blocked := surgeon.blocked():
         return outcome_of(decision, present, present, "refused", blocked), Judged()
-    said = ""
-    if decision.model_hash != present.model_hash:
-        decision, said = present_form(decision, present)
+    decision, said = present_form(decision, present)
     limit = trigger_of(decision, triggers)
     asked, phase = limits or VerificationSettings(), decision.safety.phase
     allowed = strictest_limits(asked, decision.taken, phase)

@@ -399,7 +399,7 @@ class BusThread:
             return
         self._settings_differ = True
         _log.warning(
-            "the worker decides by other settings than this trainer has, and its own count",
+            "worker and trainer have different settings: the worker's are in force",
             key=decision.idempotency_key,
             hint="give both the same settings file (ELESH_SETTINGS) and version of Elesh",
         )

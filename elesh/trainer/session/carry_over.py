@@ -56,7 +56,9 @@ def carried_over(
 def present_form(
     decision: StructuralPruningDecision, now: PrunedArchitecture
 ) -> tuple[StructuralPruningDecision, str]:
-    """A decision on another architecture in the numbering of ``now``, and what to say of that."""
+    """The decision in the numbering of ``now``, and what there is to say of that."""
+    if decision.model_hash == now.model_hash:
+        return decision, ""
     carried = carried_over(decision, now)
     assert carried is not None, "refused before"
     was, left = (sum(map(len, each.units.values())) for each in (decision, carried))

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from elesh.trainer.network.layers import named_tensors
-from elesh.trainer.network.state import alive, surely_alive
+from elesh.trainer.network.state import alive, alive_after_collecting
 from elesh.trainer.network.traversal import parameters_in
 from leyline import (
     GateSite,
@@ -155,7 +155,7 @@ def unnamed_averages(
     named = {id(tensor) for copy in known for tensor in copy.tensors().values()}
     named |= {id(tensor) for tensor in named_tensors(model).values()} | kept_by_others(model)
     find = partial(_averages, model, named)
-    return surely_alive(find, partial(alive, averages_weights), among)
+    return alive_after_collecting(find, partial(alive, averages_weights), among)
 
 
 def kept_by_others(model: nn.Module) -> set[int]:

@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from elesh.trainer.network.layers import named_tensors
-from elesh.trainer.network.state import alive, surely_alive
+from elesh.trainer.network.state import alive, alive_after_collecting
 from elesh.trainer.network.traversal import modules_in, parameters_in
 from leyline import InvalidField, PrunedArchitecture
 
@@ -303,7 +303,8 @@ def other_optimizers(
     Args:
         stateful: only those that have state of these parameters.
         ended: those of trainings that have ended, too.
-        look, among: of :func:`surely_alive`, where the caller looks for other things as well.
+        look, among: of :func:`alive_after_collecting`, where the caller looks for other things,
+            too.
     """
     mine = {id(parameter) for parameter in model.parameters()}
     known = {id(optimizer.state) for optimizer in given}  # frameworks have views of optimizers
@@ -318,7 +319,7 @@ def other_optimizers(
             and any(id(p) in mine for p in _held(each, stateful))
         ]
 
-    return surely_alive(others, look or partial(alive, _optimizes), among)
+    return alive_after_collecting(others, look or partial(alive, _optimizes), among)
 
 
 _LEFT: WeakSet[Optimizer] = WeakSet()

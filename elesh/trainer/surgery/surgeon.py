@@ -18,7 +18,7 @@ from elesh.observe import get_logger
 from elesh.trainer.network.kinds.weight_norms import gains_after
 from elesh.trainer.network.layers import named_tensors, require_fit
 from elesh.trainer.network.sizes import cut_by_place, refit, refit_heads
-from elesh.trainer.network.state import forget_worked_out, unwrapped
+from elesh.trainer.network.state import drop_cached, unwrapped
 from leyline import (
     ContractError,
     InvalidField,
@@ -544,7 +544,7 @@ class Surgeon:
 
     def _changed(self) -> None:
         """Whatever was made of tensors and modules of before is made anew."""
-        forget_worked_out(self.model)
+        drop_cached(self.model)
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # everything that was compiled in this process
         rebuild_reducers(self.model)

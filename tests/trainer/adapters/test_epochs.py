@@ -358,6 +358,9 @@ def test_phases_follow_a_short_run_where_a_budget_was_given_and_are_said_where_n
     epochs.end_epoch(1)
     assert session.published[0].parameters.phases == (4, 5, 5, 4)
     assert session.published[0].network is None, "nothing may be cut yet"
+    epochs.ends_with(120)
+    epochs.end_epoch(2)
+    assert session.published[1].parameters.phases is None, "long enough for the schedule"
 
     session = Kept()
     epochs, _ = running(session)

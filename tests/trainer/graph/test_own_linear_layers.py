@@ -96,6 +96,22 @@ def test_telling_them_changes_nothing() -> None:
     assert all(torch.equal(before[key], value) for key, value in layer.named_parameters())
 
 
+class Counting(Dense):
+    """Keeps what it was given, and counts."""
+
+    calls, seen = 0, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls, self.seen = self.calls + 1, x
+        return super().forward(x)
+
+
+def test_what_their_code_notes_on_them_while_they_are_told_is_not_there_afterwards() -> None:
+    layer = Counting(5, 4)
+    assert is_own_linear(layer)
+    assert (layer.calls, layer.seen) == (0, None)
+
+
 @pytest.mark.parametrize("kind", [Dense, Matrix])
 def test_they_are_measured_and_refitted_as_layers_of_pytorch(kind: type[nn.Module]) -> None:
     def made(kind: type[nn.Module]) -> nn.Module:

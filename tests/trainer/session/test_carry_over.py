@@ -12,7 +12,7 @@ from trainer_nets import batches, build, example, same
 from elesh.analysis import analyze
 from elesh.settings import Settings
 from elesh.trainer import Evaluation, Recorder, Surgeon, apply_decision
-from elesh.trainer.session.carry_over import carried_over
+from elesh.trainer.session.carry_over import carried_over, present_form
 from leyline import Level, StructuralPruningDecision
 
 
@@ -97,6 +97,7 @@ def test_a_decision_on_the_present_architecture_stays_what_it_is() -> None:
     model = build("Vgg")
     recorder = Recorder(model, example())
     decision = approved(recorder, 0.3)
+    assert present_form(decision, recorder.architecture) == (decision, "")
     outcome = apply_decision(decision, Surgeon(model, recorder.architecture), good(model))
     assert (outcome.result, "carried over" in outcome.detail) == ("applied", False)
     assert outcome.parameters_after == decision.statistics.parameters_after

@@ -33,7 +33,7 @@ from elesh.trainer.network.sizes import (
     refit,
     refit_heads,
 )
-from elesh.trainer.network.state import forget_worked_out, seed_generators
+from elesh.trainer.network.state import drop_cached, seed_generators
 from elesh.trainer.surgery.masks import Masks
 from elesh.trainer.surgery.tensors import point_to
 from leyline import PrunedArchitecture, Span
@@ -70,7 +70,7 @@ class Trial:
     def run(self) -> Any:
         """What the network returns, the random generators seeded."""
         self.copied.eval()
-        forget_worked_out(self.copied)
+        drop_cached(self.copied)
         seed_generators(device_of(self.copied), 0)
         return call(self.copied, self._inputs)
 

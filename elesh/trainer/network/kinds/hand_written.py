@@ -1,12 +1,13 @@
 """Linear layers that people write themselves: a module with a matrix of its own, and perhaps a
 vector that is added, whatever their names are and whichever way round the matrix lies.
 
-Promises: told by what they compute with random numbers in the place of their parameters, once for
-every module; nothing of the module changes, nor do global random states.
+Promises: told by what a shallow copy computes with random numbers in the place of its parameters,
+once for every module; no attribute of the module changes, nor does PyTorch's random state.
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -74,15 +75,13 @@ def _tried(module: nn.Module) -> _Linear | None:
         return None
     if module._modules or module._buffers or held[matrices[0]].is_meta:
         return None
-    bias = vectors[0] if vectors else ""
-    training, module.training = module.training, False
     try:
+        tried = copy.copy(module)  # Its code may note something on it.
+        tried.training = False
         with torch.no_grad(), torch.random.fork_rng([]):
-            return _computed(module, matrices[0], bias)
+            return _computed(tried, matrices[0], vectors[0] if vectors else "")
     except Exception:  # A module that takes other inputs, or is not complete, is none.
         return None
-    finally:
-        module.training = training
 
 
 def _computed(module: nn.Module, matrix: str, bias: str) -> _Linear | None:
