@@ -169,7 +169,7 @@ def _by_answers(before: Evaluation, now: Evaluation, samples: int) -> tuple[Move
     drop = before.accuracy - now.accuracy
     if abs(drop - seen.drop) > _APART * _chance(seen.share, samples):
         # That accuracy is of something else: several labels a sample, numbers.
-        said = f"accuracy falls by {drop:.4f} where answers tell {seen.drop:.4f}"
+        said = f"a drop of accuracy of {drop:.4f}, by the answers of {seen.drop:.4f}"
         return None, f"{said}: it is not the share of samples with the highest output at the label"
     return seen, ""
 
@@ -211,9 +211,10 @@ def excess(before: Evaluation, now: Evaluation, samples: int, limit: float) -> E
         return Excess(unseen=likely.unseen)
     said = f"accuracy falls by {drop:.4f}"
     if drop <= limit:
-        said += f" and the loss goes from {before.loss:.4g} to {now.loss:.4g}"
-        said += f", which comes to {likely.combined:.4f} of accuracy"
-        said += "" if likely.bound is None else f" by how answers move, at most {counts:.4f}"
+        said = f"accuracy goes from {before.accuracy:.4f} to {now.accuracy:.4f}"
+        said += f" and the loss from {before.loss:.4g} to {now.loss:.4g}"
+        said += f", together a drop of {likely.combined:.4f}"
+        said += "" if likely.bound is None else f" by how answers move, of {counts:.4f} at most"
     within = None if likely.bound is None else limit / counts
     return Excess(said, likely.combined > limit + 1e-9, within, likely.unseen)
 
