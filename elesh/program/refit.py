@@ -73,7 +73,7 @@ class Normalised:
     @classmethod
     def of(
         cls,
-        kind: Literal["layer", "rms", "response", "map", "weights", "states"],
+        kind: Literal["layer", "deviation", "rms", "response", "map", "weights", "states"],
         size: int,
         gain: Tensor | None,
         offset: Tensor | None,

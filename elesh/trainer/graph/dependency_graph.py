@@ -6,6 +6,7 @@ taught count as layers; channel numbers are those of :mod:`.indexing`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -16,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch_pruning.dependency.node import Node
 from torch_pruning.ops import OPTYPE
 
+from elesh.trainer.network.buffers import StaysFollowed
 from elesh.trainer.network.calling import Inputs, call, tensors_in
 from elesh.trainer.network.calls import Calls, Link
 from elesh.trainer.network.layers import ChannelAxes, channel_axes, taught_kind
@@ -90,6 +92,7 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         self.calls = Calls(model)
         self.products = Products(lambda: self.calls.place)
         self.function_calls: list[CallByFunction] = []
+        self._followed = StaysFollowed() if buffers else contextlib.nullcontext()
         self.module2node = self._trace(model, inputs, self._forward, output_transform=traced)
         self.by_function: dict[Any, Any] = {}
         links = _bridge(self, self.calls)
@@ -100,10 +103,16 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
 
     def _forward(self, model: nn.Module, inputs: Inputs) -> Any:
         model.train(self._mode)  # It was put into evaluation mode meanwhile.
-        with self.calls, self.products:
+        with self.calls, self.products, self._followed:
             output = call(model, inputs)
         roots = [t.grad_fn for t in tensors_in(output) if t.grad_fn is not None]
         self.function_calls = calls_by_functions(self.calls.made, behind(roots), model)
+        called = {one.module for one in self.calls.made}
+        self.unwrapped_parameters += [  # Tables of positions that code takes rows of.
+            (module.weight, 1)
+            for module in model.modules()
+            if isinstance(module, nn.Embedding) and module not in called
+        ]
         self.calls.made = in_order(self.calls.made, [one.call for one in self.function_calls])
         return output
 

@@ -31,7 +31,7 @@ from elesh.trainer.network.calling import (
 from elesh.trainer.network.calls import Calls
 from elesh.trainer.network.kinds.recurrent import has_states
 from elesh.trainer.network.layers import channel_axes
-from elesh.trainer.network.norms import Norm, eps_of, norm_of, standardised
+from elesh.trainer.network.norms import Norm, norm_of, standardised
 from leyline import InvalidField, LayerDescriptor
 
 from .attention import Attention, find_attentions
@@ -210,7 +210,8 @@ def _norms(
         shape = tuple(shape_of(*one.inputs[0]))
         held = one.module._parameters.values()
         sizes = (p.shape for p in held if p is not None)
-        like = (type(one.module), shape, eps_of(one.module), *sizes)
+        numbers = (n for n in vars(one.module).values() if isinstance(n, float))
+        like = (type(one.module), shape, *numbers, *sizes)
         if like not in known:
             known[like] = norm_of(one.module, shape)
         norm = known[like]

@@ -7,13 +7,15 @@ the pass shows where each meets the channels; afterwards the modules hold what t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .layers import channel_axes
 
-__all__ = ["with_history"]
+__all__ = ["StaysFollowed", "with_history"]
 
 
 @contextlib.contextmanager
@@ -39,3 +41,34 @@ def with_history(model: nn.Module) -> Iterator[Mapping[str, nn.Parameter]]:
         for module, buffers in before:
             module._buffers.clear()
             module._buffers.update(buffers)
+
+
+class StaysFollowed(TorchFunctionMode):
+    """While entered, code that takes the history away from what it makes of such a buffer alone
+    (``positions[:n].requires_grad_(False)``, ``detach()``) is given that as it is."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        stops = function in _STOPS or function == _DATA
+        if stops and args[0].grad_fn is not None and _of_leaves(args[0].grad_fn):
+            return args[0]
+        return function(*args, **(kwargs or {}))
+
+
+_STOPS = (Tensor.requires_grad_, Tensor.detach)
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+_NEAR = 8
+"""From a buffer to where its history is taken away there are few operations."""
+
+
+def _of_leaves(function: Any) -> bool:
+    """Whether a value was made of one leaf, and nothing else, by few operations."""
+    for _ in range(_NEAR):
+        before = [source for source, _ in function.next_functions if source is not None]
+        if len(before) != 1:
+            return False
+        function = before[0]
+        if hasattr(function, "variable"):
+            return True
+    return False

@@ -32,13 +32,15 @@ from .layers import normalises_maps
 __all__ = ["Norm", "eps_of", "norm_of", "refilled", "replace_weight", "standardised"]
 
 _EPS = ("eps", "variance_epsilon", "epsilon")
+_SHRUNK = 0.8
+"""What is left of a normalised input so small that what is added to its variance shows."""
 
 
 @dataclass(frozen=True)
 class Norm:
     """How a module normalises."""
 
-    kind: Literal["layer", "rms", "response", "map", "weights", "states"]
+    kind: Literal["layer", "deviation", "rms", "response", "map", "weights", "states"]
     dim: int
     """The axis of its input that the channels lie on; -1, or 1 behind the samples. Of weights that
     are standardised row by row: of these, counted from the end."""
@@ -106,10 +108,34 @@ def _tried(module: nn.Module, shape: tuple[int, ...], eps: float) -> Norm | None
         try:
             with torch.no_grad():
                 found = _kind(module, x, dim)
+                how = _added(module, x, dim) if found == "layer" else None
         except Exception:  # A module with other inputs is no normalisation that we know.
             continue
-        if found and (found != "layer" or eps):
-            return Norm(found, dim if dim < 0 or len(shape) > 2 else -1, eps)
+        kind, known = how or (found, eps)
+        if kind and (kind != "layer" or known):
+            return Norm(kind, dim if dim < 0 or len(shape) > 2 else -1, known)
+    return None
+
+
+def _added(
+    module: nn.Module, x: Tensor, dim: int
+) -> tuple[Literal["layer", "deviation"], float] | None:
+    """What is added to the variance, or to the deviation, told by how small inputs shrink."""
+    none, squares = module(x * 0), x.var(dim, unbiased=False)
+    far = torch.linalg.vector_norm(module(x * 2**10) - none, dim=dim)
+    for scale in (2.0**-step for step in range(0, 40, 2)):
+        left = torch.linalg.vector_norm(module(x * scale) - none, dim=dim) / far
+        if float(left.mean()) < _SHRUNK:
+            deviations = x.std(dim) * scale
+            for kind, each in (
+                ("layer", squares * scale**2 * (left**-2 - 1)),
+                ("deviation", deviations * (1 / left - 1)),
+            ):
+                eps = float(each.median())
+                if bool(torch.allclose(each, each.median(), rtol=1e-2, atol=0.0)):
+                    short = float(f"{eps:.1e}")  # As people write it.
+                    return kind, short if abs(short - eps) < 1e-3 * eps else eps  # type: ignore[return-value]
+            return None
     return None
 
 
@@ -152,7 +178,8 @@ def refilled(x: Tensor, gate: Tensor, dim: int, kind: str, eps: float) -> Tensor
 
     RMS: channels whose gate is zero get the root mean square of the kept ones. Layer: the kept
     channels less their mean, scaled so that variance over all channels plus ``eps`` stands to
-    them as their own variance plus ``eps`` does; the others zero. Map: the same over channels and
+    them as their own variance plus ``eps`` does; the others zero. Deviation: likewise of the
+    deviations, with one channel less in the denominator. Map: the same over channels and
     positions together; weights: over each row. Response: the others get, at
     every position, what makes their norm the mean of the kept ones'.
 
@@ -171,9 +198,15 @@ def refilled(x: Tensor, gate: Tensor, dim: int, kind: str, eps: float) -> Tensor
         norms: Tensor = torch.linalg.vector_norm(gate * wide, dim=positions, keepdim=True)
         level = norms.sum(dim, keepdim=True) / (count * math.sqrt(places))
         return (gate * wide + (1 - gate) * level).to(x.dtype)
-    axes, many = (dim, count) if kind == "layer" else ((dim, *positions), count * places)
+    alone = kind in ("layer", "deviation")
+    axes, many = (dim, count) if alone else ((dim, *positions), count * places)
     mean = (gate * wide).sum(axes, keepdim=True) / many
     centred = gate * (wide - mean)
+    if kind == "deviation":
+        total = torch.linalg.vector_norm(centred, dim=dim, keepdim=True)
+        own, whole = total / (count - 1).sqrt(), total / math.sqrt(x.shape[dim] - 1)
+        scaled: Tensor = centred * (eps / (own - whole + eps))
+        return scaled.to(x.dtype)
     variance = (centred * centred).sum(axes, keepdim=True) / many
     lost = (1 - gate).mean(dim, keepdim=True)
     return (centred * (eps / (variance * lost + eps)).sqrt()).to(x.dtype)

@@ -427,9 +427,27 @@ class PartsOfTheStream(nn.Module):
         return torch.as_tensor(self.leave(x.mean(-1)))
 
 
+class Positions(nn.Module):
+    """Adds positions as people write it: of buffers that no gradient shall reach, and rows of a
+    table that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.table = nn.Embedding(50, _WIDTH), nn.Embedding(2 * _TOKENS, _WIDTH)
+        self.register_buffer("waves", torch.rand(1, 2 * _TOKENS, _WIDTH))
+        self.register_buffer("steps", torch.rand(2 * _TOKENS, _WIDTH))
+        self.out = nn.Linear(_WIDTH, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        n = tokens.shape[1]
+        x = self.embed(tokens) + self.waves[:, :n].requires_grad_(False) + self.table.weight[:n]
+        return torch.as_tensor(self.out(torch.relu(x + self.steps[:n].detach())))
+
+
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "gpt": (lambda: Tokens(GptAttention), (IDS,)),
     "listed": (lambda: Tokens(ListedAttention), (IDS,)),
+    "positions": (Positions, (IDS,)),
     "sloped": (lambda: Tokens(SlopedAttention), (IDS,)),
     "constants": (Constants, (IMAGES,)),
     "modulated": (Modulated, (VECTORS, CONDITIONS)),

@@ -25,6 +25,7 @@ UNITS = {
         "embed": 16, "blocks.0.attention": 4, "blocks.0.wide": 24, "blocks.1.attention": 4,
         "blocks.1.wide": 24,
     },
+    "positions": {"embed": 16},
     "constants": {"first": 12, "second": 10},
     "modulated": {"adapt": 16},
     "gated": {"first": 12, "second": 10},

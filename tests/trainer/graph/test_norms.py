@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from elesh.trainer import Recorder, Surgeon
-from elesh.trainer.network.norms import norm_of, refilled
+from elesh.trainer.network.norms import Norm, norm_of, refilled
 
 
 class OwnRmsNorm(nn.Module):
@@ -22,6 +22,30 @@ class OwnRmsNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
         return x * scale * (1 + self.weight)
+
+
+class UnnamedEps(nn.Module):
+    """As small language models write it: what is added to the variance is a number in the code."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.rand(width)), nn.Parameter(torch.rand(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+class ByDeviation(nn.Module):
+    """As the annotated Transformer has it: divided by the unbiased deviation and a bit more."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gain, self.shift = nn.Parameter(torch.rand(width)), nn.Parameter(torch.rand(width))
+        self.eps = 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred, deviation = x - x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
+        return self.gain * centred / (deviation + self.eps) + self.shift
 
 
 class ChannelsFirst(nn.LayerNorm):
@@ -48,7 +72,7 @@ class Decoder(nn.Module):
         return self.out(self.norms[2](x))
 
 
-@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm, OwnRmsNorm])
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm, OwnRmsNorm, UnnamedEps, ByDeviation])
 @pytest.mark.parametrize("gone", [[3], [0, 1, 5, 7, 11]])
 @pytest.mark.sampled
 def test_masking_a_width_is_cutting_it(norm: type[nn.Module], gone: list[int]) -> None:
@@ -74,6 +98,8 @@ def test_masking_a_width_is_cutting_it(norm: type[nn.Module], gone: list[int]) -
 def test_normalisations_are_told_by_what_they_compute() -> None:
     assert norm_of(nn.LayerNorm(8), (2, 5, 8)).kind == "layer"  # type: ignore[union-attr]
     assert norm_of(OwnRmsNorm(8), (2, 5, 8)).kind == "rms"  # type: ignore[union-attr]
+    assert norm_of(UnnamedEps(8), (2, 5, 8)) == Norm("layer", -1, 1e-5)
+    assert norm_of(ByDeviation(8), (2, 5, 8)) == Norm("deviation", -1, 1e-6)
     first = norm_of(ChannelsFirst(8), (2, 8, 4, 4))
     assert first is not None
     assert (first.kind, first.dim) == ("layer", 1)
