@@ -36,6 +36,7 @@ from elesh.trainer.network.calling import (
 from elesh.trainer.network.gates import GateMeter
 from elesh.trainer.network.layers import named_tensors, require_fit
 from elesh.trainer.network.state import preserve_state, uncollected, unwrapped
+from elesh.trainer.network.traversal import listed_once
 from elesh.trainer.surgery.after_cut import (
     CovarianceMeter,
     InputCovariance,
@@ -157,20 +158,21 @@ class Recorder:
         if outputs == "values" and loss is None:
             raise InvalidField("loss", "a loss function where outputs are values", None)
         model = unwrapped(model)
-        require_whole(model)
-        require_modules(model)
         self._model = model
-        remember_example(model, example_inputs)
         self._loss, self._sampler = loss or cross_entropy, sample_labels
         self._samples_labels = loss is None or sample_labels is not None
         self._centred, self._seed = outputs == "logits", seed
-        if architecture is None:
-            found = find_architecture(model, example_inputs, ignored_layers, compared)
-            self._architecture = with_teachers(found, teachers_in(model))
-            if (cut := _cut_before(model)) is not None:
-                self.architecture = continued(cut, self._architecture)
-        else:
-            self.architecture = architecture
+        with listed_once(model):
+            require_whole(model)
+            require_modules(model)
+            remember_example(model, example_inputs)
+            if architecture is None:
+                found = find_architecture(model, example_inputs, ignored_layers, compared)
+                self._architecture = with_teachers(found, teachers_in(model))
+                if (cut := _cut_before(model)) is not None:
+                    self.architecture = continued(cut, self._architecture)
+            else:
+                self.architecture = architecture
 
     @property
     def architecture(self) -> PrunedArchitecture:

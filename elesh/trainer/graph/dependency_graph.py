@@ -21,6 +21,7 @@ from elesh.trainer.network.buffers import StaysFollowed
 from elesh.trainer.network.calling import Inputs, call, tensors_in
 from elesh.trainer.network.calls import Calls, Link
 from elesh.trainer.network.layers import ChannelAxes, channel_axes, taught_kind
+from elesh.trainer.network.saved import Bytes
 
 from .dependencies import CallByFunction, calls_by_functions, in_order
 from .indexing import Relations
@@ -89,8 +90,9 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         self._param_to_name, self.unwrapped_parameters = self._detect_unwrapped_parameters(None)
         self._param_to_name |= {held: path for path, held in buffers.items()}
         self.unwrapped_parameters += [(held, held.ndim - 1) for held in buffers.values()]
-        self.calls = Calls(model)
         self.products = Products(lambda: self.calls.place)
+        self._saving = Bytes(alive_in(model, inputs), self.products)
+        self.calls = Calls(model, self._saving.pack)
         self.function_calls: list[CallByFunction] = []
         self._followed = StaysFollowed() if buffers else contextlib.nullcontext()
         self.module2node = self._trace(model, inputs, self._forward, output_transform=traced)
@@ -103,7 +105,7 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
 
     def _forward(self, model: nn.Module, inputs: Inputs) -> Any:
         model.train(self._mode)  # It was put into evaluation mode meanwhile.
-        with self.calls, self.products, self._followed:
+        with self.calls, self.products, self._saving, self._followed:
             output = call(model, inputs)
         roots = [t.grad_fn for t in tensors_in(output) if t.grad_fn is not None]
         self.function_calls = calls_by_functions(self.calls.made, behind(roots), model)
@@ -182,6 +184,13 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         vars(found).update(_BARE, id=number, offsets=None, _grad_fn=function.name())
         return found
 
+    def release(self) -> None:
+        """Let go of everything. Nodes refer to each other, and so would keep the pass that was
+        traced, with all that was saved for going backward, until garbage is searched for."""
+        for node in self.module2node.values():
+            vars(node).clear()
+        self.__dict__.clear()
+
     def get_pruner_of_module(self, module: Any) -> Any:
         kind = type(module)
         key = kind if kind.__module__ == tp.ops.__name__ else id(module)
@@ -197,6 +206,11 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
             count = pruner.get_in_channels if inward else pruner.get_out_channels
             return int(count(node.module))
         return self.relations.channels(node)
+
+
+def alive_in(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """What is there before and after a pass."""
+    return [*model.parameters(), *model.buffers(), *tensors_in(inputs)]
 
 
 _BARE = vars(nn.Module())

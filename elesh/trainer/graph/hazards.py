@@ -12,13 +12,11 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import GradientEdge
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
@@ -35,6 +33,7 @@ from elesh.trainer.network.calls import Call, Calls, Link
 from elesh.trainer.network.gates import Axis, GateMeter
 from elesh.trainer.network.kinds.weight_norms import owner_of
 from elesh.trainer.network.layers import channel_axes, held
+from elesh.trainer.network.saved import Versions, unpacked
 from elesh.trainer.network.state import seed_generators
 from elesh.trainer.network.traversal import modules_in, parameters_in
 from elesh.trainer.surgery.averages import teachers_in
@@ -44,7 +43,7 @@ from leyline import InvalidField, PrunedArchitecture, PruningGroup
 from .axes import any_along
 from .dependencies import SPREADS, leaf_of
 from .leftovers import of_training, of_unreached, with_all_matrices, with_readers_of_training
-from .residual_branches import Trace, behind
+from .residual_branches import Trace, behind, with_gradients
 from .rows_read import MIXED, Gate, mixed_in, refused
 from .siblings import beside
 
@@ -147,12 +146,28 @@ def _reached_in_training(model: nn.Module, inputs: Inputs) -> set[str]:
 
 def train_once(model: nn.Module, inputs: Inputs) -> set[int] | None:
     """Forward in training mode, seeded; the ids of the parameters that the outputs depend on, None
-    if these have no history. That what the backward pass needs is still there is seen without it:
-    it is run itself only where the network has functions of its own in it, or if that fails. The
-    model is left in evaluation mode."""
+    if these have no history. That what the backward pass needs is still there is seen without
+    keeping it: the network runs again, and backward, only where it has functions of its own in it,
+    or if something is not there. The model is left in evaluation mode."""
     seed_generators(device_of(model), 0)
     model.train()
     try:
+        saved = Versions()
+        try:
+            with torch.enable_grad(), saved:
+                roots = [t.grad_fn for t in tensors_in(call(model, inputs)) if t.requires_grad]
+        except Exception:
+            if not saved.asked:  # The network does not go backward itself.
+                raise
+        else:
+            if not roots:
+                return None
+            functions = behind([function for function in roots if function is not None])
+            own = any(isinstance(function, BackwardCFunction) for function in functions)
+            if not (own or saved.changed):
+                return {id(f.variable) for f in functions if hasattr(f, "variable")}
+            del roots, functions
+        seed_generators(device_of(model), 0)
         with torch.enable_grad():
             outputs = [t for t in tensors_in(call(model, inputs)) if t.requires_grad]
             return _fed(model, outputs) if outputs else None
@@ -161,13 +176,7 @@ def train_once(model: nn.Module, inputs: Inputs) -> set[int] | None:
 
 
 def _fed(model: nn.Module, outputs: Sequence[Tensor]) -> set[int]:
-    """The ids of the parameters that these depend on, if a backward pass from them runs."""
-    functions = behind([t.grad_fn for t in outputs if t.grad_fn is not None])
-    try:
-        if not any(map(_unpacked, functions)):
-            return {id(f.variable) for f in functions if hasattr(f, "variable")}
-    except Exception:  # Let autograd say it, or do what unpacking alone cannot.
-        del functions
+    """The ids of the parameters that a backward pass from these reaches."""
     fed = set[int]()
 
     def note(parameter: Tensor) -> None:
@@ -182,26 +191,6 @@ def _fed(model: nn.Module, outputs: Sequence[Tensor]) -> set[int]:
         for handle in handles:
             handle.remove()
     return fed
-
-
-def _unpacked(function: Any) -> bool:
-    """Whether this is somebody's own function; of others, all that is saved is looked at.
-
-    Raises:
-        RuntimeError: if it was changed in place meanwhile.
-    """
-    if isinstance(function, BackwardCFunction):
-        return True
-    kind: Any = type(function)
-    for name in _saved(kind):
-        getattr(function, name)
-    return False
-
-
-@lru_cache(1024)
-def _saved(kind: Any) -> tuple[str, ...]:
-    """The names of the tensors that functions of this type save."""
-    return tuple(n.removeprefix("_raw") for n in dir(kind) if n.startswith("_raw_saved_"))
 
 
 def read_in_training(
@@ -430,23 +419,16 @@ def traced_gates(passage: Trace, groups: Sequence[PruningGroup]) -> dict[Axis, G
         return torch.randn(shape, generator=generator).to(kind.device, kind.dtype)
 
     try:
-        gradients = torch.autograd.grad(
-            [GradientEdge(*link) for link in starts],
-            [GradientEdge(*link) for link in ends],
-            [drawn(link) for link in starts],
-            allow_unused=True,
-        )
+        moved = with_gradients(starts, [drawn(link) for link in starts], ends)
     except Exception:  # Whatever the user's network raises: the masks are tried, then.
         return {}
-    moved = {
-        link for link, g in zip(ends, gradients, strict=True) if g is not None and bool(g.any())
-    }
     found: dict[Axis, Gate] = {}
     for one in calls:
-        x, dim = one.given, channel_axes(one.module).site_dim
+        dim = channel_axes(one.module).site_dim
+        x = None if one.given is None else unpacked(one.given).detach()
         if x is None or dim is None or x.is_nested:
             continue
-        acting = any_along(x.detach(), dim).cpu().numpy() & (one.made in moved)
+        acting = any_along(x, dim).cpu().numpy() & (one.made in moved)
         known = found.get((one.name, dim))
         found[one.name, dim] = Gate(x.shape[0], acting if known is None else acting | known.acting)
     return found

@@ -7,13 +7,15 @@ stream. Promises: the model is not changed; everything that only the branch lead
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from elesh.trainer.network.calls import Call, Link
 
@@ -206,3 +208,50 @@ def behind(starts: Sequence[Any], barriers: Collection[Any] = ()) -> list[Any]:
             seen.add(node)
             queue += [f for f, _ in node.next_functions if f is not None]
     return list(seen.difference(barriers))
+
+
+def with_gradients(
+    starts: Sequence[Link], drawn: Sequence[Tensor], ends: Sequence[Link]
+) -> set[Link]:
+    """Which of these ends have a gradient that is not zero. Only those of the first ones are ever
+    there together: of the others it is looked at on its way."""
+    numbers: dict[Any, list[int]] = defaultdict(list)
+    for function, number in ends:
+        numbers[function].append(number)
+    found = set[Link]()
+
+    def noting(function: Any) -> Callable[[tuple[Tensor | None, ...]], None]:
+        def note(gradients: tuple[Tensor | None, ...]) -> None:
+            for number in numbers[function]:
+                gradient = gradients[number]
+                if gradient is not None and bool(gradient.any()):
+                    found.add((function, number))
+
+        return note
+
+    later = _behind_others(list(numbers))
+    first = [link for link in ends if link[0] not in later]
+    handles = [function.register_prehook(noting(function)) for function in later]
+    try:
+        gradients = torch.autograd.grad(
+            [GradientEdge(*link) for link in starts],
+            [GradientEdge(*link) for link in first],
+            drawn,
+            allow_unused=True,
+        )
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found | {
+        link for link, g in zip(first, gradients, strict=True) if g is not None and bool(g.any())
+    }
+
+
+def _behind_others(functions: Sequence[Any]) -> list[Any]:
+    """Those of these functions of an autograd graph that depend on others of them."""
+    depends = dict[Any, bool]()
+    among = set(functions)
+    for function in sorted(behind(functions), key=lambda one: one._sequence_nr()):
+        before = [one for one, _ in function.next_functions if one is not None]
+        depends[function] = any(one in among or depends.get(one, False) for one in before)
+    return [function for function in functions if depends[function]]

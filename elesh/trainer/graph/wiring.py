@@ -32,12 +32,13 @@ from elesh.trainer.network.calls import Calls
 from elesh.trainer.network.kinds.recurrent import has_states
 from elesh.trainer.network.layers import channel_axes
 from elesh.trainer.network.norms import Norm, norm_of, standardised
+from elesh.trainer.network.saved import Bytes
 from leyline import InvalidField, LayerDescriptor
 
 from .attention import Attention, find_attentions
 from .axes import shape_of
 from .dependencies import CallByFunction, weights_used
-from .dependency_graph import DependencyGraph
+from .dependency_graph import DependencyGraph, alive_in
 from .indexing import Ints
 from .proof.products import Product, Products, traced_products
 from .reach import Reach
@@ -141,6 +142,7 @@ def _traced(
         calls, outputs, function_calls = graph.calls, graph.outputs, graph.function_calls
         products = graph.products
         families = tuple(_families(graph, model, buffers))
+        graph.release()
     except Exception as error:  # The graph of others' code: whatever it raises is a reason.
         failure = f"the dependency graph failed: {summary(error)}"
         calls, products, outputs = _run(model, inputs)
@@ -161,7 +163,9 @@ def _traced(
 
 def _run(model: nn.Module, inputs: Inputs) -> tuple[Calls, Products, Any]:
     """The calls of one forward pass, what it multiplied, and what the model returned."""
-    with Calls(model) as calls, Products(lambda: calls.place) as products:
+    products = Products(lambda: calls.place)
+    saving = Bytes(alive_in(model, inputs), products)
+    with Calls(model, saving.pack) as calls, products, saving:
         try:
             return calls, products, call(model, inputs)
         except Exception as error:  # Whatever the user's network raises.

@@ -18,6 +18,7 @@ from .kinds.experts import is_experts, up_of
 from .kinds.recurrent import is_recurrent
 from .kinds.weight_norms import weight_of
 from .layers import channel_axes, is_transposed_linear
+from .saved import Packed
 
 Link = tuple[Any, int]
 """A tensor as autograd knows it: the function that made it and the number of its output."""
@@ -45,8 +46,8 @@ class Call:
     """Its first output, if that is a tensor with a history."""
     extra_outputs: int
     """How many others it returns behind that."""
-    given: Tensor | None
-    """Its first tensor input, of layers that mix channels."""
+    given: Packed | None
+    """Its first tensor input, of layers that mix channels, where that is asked for."""
     others: tuple[Any, ...] = ()
     """The functions that made its other outputs, of recurrent layers (their last states)."""
     packed: bool = False
@@ -56,13 +57,17 @@ class Call:
 
 
 class Calls:
-    """While entered, notes every call of a model's modules, in order."""
+    """While entered, notes every call of a model's modules, in order.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model, self.modules = model, dict(model.named_modules())
+    Args:
+        keep: what to keep of what layers that mix channels are given; None: nothing.
+    """
+
+    def __init__(self, model: nn.Module, keep: Callable[[Tensor], Packed] | None = None) -> None:
+        self._model, self.modules, self._keep = model, dict(model.named_modules()), keep
         self._mixing = {
             name
-            for name, module in self.modules.items()
+            for name, module in (self.modules.items() if keep else ())
             if channel_axes(module).site_dim is not None
         }
         self._handles: list[RemovableHandle] = []
@@ -144,6 +149,7 @@ class Calls:
                 self._open.pop()  # It raised, and its caller went on.
             _, entered, came, links, packed = self._open.pop()
             left = tensors_in(output)
+            keep = self._keep if came and name in self._mixing else None
             recurrent = is_recurrent(module)
             links = links[:1] if recurrent else links  # Not the states.
             first = output[0] if isinstance(output, tuple) and output else output
@@ -159,7 +165,7 @@ class Calls:
                     links[0] if links else None,
                     _link(first) if isinstance(first, Tensor) else None,
                     len(output) - 1 if isinstance(output, tuple) else 0,
-                    came[0] if came and name in self._mixing else None,
+                    None if keep is None else keep(came[0]),
                     _made_by(left[1:]) if recurrent else (),
                     packed,
                     recurrent and any(map(_tells, came[1:])),

@@ -200,7 +200,7 @@ def drop_cached(model: nn.Module) -> None:
     evaluation mode (LeViT's biases of positions), as they do when they are put into training; and
     autocast of the casts that it keeps."""
     torch.clear_autocast_cache()
-    for module in model.modules():
+    for module in modules_in(model).values():
         if module.training or type(module).train is nn.Module.train or not _keeps_any(module):
             continue
         modes = [(part, part.training) for part in module.modules()]

@@ -8,16 +8,38 @@ nothing is left on it.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 
-__all__ = ["modules_in", "parameters_in", "quick_modes", "standing_still"]
+__all__ = ["listed_once", "modules_in", "parameters_in", "quick_modes", "standing_still"]
+
+_LISTED = threading.local()
+
+
+@contextlib.contextmanager
+def listed_once(model: nn.Module) -> Iterator[None]:
+    """While entered, no module or parameter of ``model`` may come, go or be replaced: this module's
+    functions, in this thread, list them once. Nothing is put on the model."""
+    before = getattr(_LISTED, "lists", None)
+    _LISTED.lists = model, modules_in(model), parameters_in(model)
+    try:
+        yield
+    finally:
+        _LISTED.lists = before
+
+
+def _listed(model: nn.Module) -> tuple[nn.Module, dict[str, Any], dict[str, Any]] | None:
+    lists = getattr(_LISTED, "lists", None)
+    return lists if lists is not None and lists[0] is model else None
 
 
 def modules_in(model: nn.Module) -> dict[str, nn.Module]:
     """What ``named_modules`` lists, in its order."""
+    if (lists := _listed(model)) is not None:
+        return lists[1]
     kind: Any = type(model)
     if "named_modules" in vars(model) or kind.named_modules is not nn.Module.named_modules:
         return dict(model.named_modules())
@@ -36,6 +58,8 @@ def modules_in(model: nn.Module) -> dict[str, nn.Module]:
 
 def parameters_in(model: nn.Module) -> dict[str, nn.Parameter]:
     """What ``named_parameters`` lists, in its order."""
+    if (lists := _listed(model)) is not None:
+        return lists[2]
     kind: Any = type(model)
     if "named_parameters" in vars(model) or not _is_plain(kind):
         return dict(model.named_parameters())

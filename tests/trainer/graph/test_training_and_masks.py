@@ -59,6 +59,17 @@ def test_functions_of_ones_own_are_run_backwards() -> None:
         train_once(Step(Own.apply), torch.randn(4, 5))
 
 
+def test_a_network_that_goes_backward_itself_trains() -> None:
+    def slope(x: Tensor) -> Tensor:
+        made = x.sigmoid().sum()
+        return torch.autograd.grad(made, x, create_graph=True)[0]
+
+    model = Step(slope)
+    fed = train_once(model, torch.randn(4, 5))
+    assert fed is not None
+    assert id(model.first.weight) in fed
+
+
 class Residual(nn.Module):
     """A residual block."""
 

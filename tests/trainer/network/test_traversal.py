@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
-from elesh.trainer.network.traversal import modules_in, parameters_in, quick_modes, standing_still
+from elesh.trainer.network.traversal import (
+    listed_once,
+    modules_in,
+    parameters_in,
+    quick_modes,
+    standing_still,
+)
 
 
 class Keeping(nn.Module):
@@ -50,3 +56,15 @@ def test_a_quick_mode_reaches_every_module_and_calls_those_that_do_more() -> Non
         assert all(module.training for module in network.modules())
     assert keeping.modes == [False, True]
     assert not any("train" in vars(module) for module in network.modules())
+
+
+def test_what_is_listed_once_is_listed_anew_afterwards_and_other_networks_always() -> None:
+    network, other = _network(), _network()
+    with listed_once(network):
+        assert list(modules_in(network).items()) == list(network.named_modules())
+        assert modules_in(network) is modules_in(network)
+        assert parameters_in(network) is parameters_in(network)
+        assert list(modules_in(other).items()) == list(other.named_modules())
+        assert "named_modules" not in vars(network)
+    network.add_module("more", nn.Linear(3, 3))
+    assert "more.weight" in parameters_in(network)

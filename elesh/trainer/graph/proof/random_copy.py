@@ -45,7 +45,7 @@ def random_copy(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modu
     Raises:
         InvalidField: if the model cannot be copied, naming the attribute that cannot.
     """
-    made: dict[int, Any] = {}
+    made: dict[Any, Any] = {}
     lazy = (UninitializedBuffer, UninitializedParameter)
     parameters = [one for one in parameters_in(model).values() if not isinstance(one, lazy)]
     try:
@@ -61,7 +61,7 @@ def random_copy(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modu
     return copied
 
 
-def _with_computed(model: nn.Module, made: dict[int, Any]) -> nn.Module:
+def _with_computed(model: nn.Module, made: dict[Any, Any]) -> nn.Module:
     """The copy; tensors with a history, which few hold and nothing copies, without theirs."""
     copied: nn.Module
     try:
@@ -90,7 +90,7 @@ def _bare(value: Any) -> bool:
     return type(value) in (dict, OrderedDict, list, set) and not value
 
 
-def _copied(module: nn.Module, known: dict[int, Any]) -> Any:
+def _copied(module: nn.Module, known: dict[Any, Any]) -> Any:
     """What ``copy.deepcopy`` gives, in a third of the time; ``known`` is its memo."""
     if id(module) in known:
         return known[id(module)]
@@ -111,12 +111,19 @@ def _copied(module: nn.Module, known: dict[int, Any]) -> Any:
     return made
 
 
-def _copied_value(value: Any, known: dict[int, Any]) -> Any:
+def _copied_value(value: Any, known: dict[Any, Any]) -> Any:
     kind = type(value)
     if kind in _ATOMS or (kind is tuple and _ATOMS.issuperset(map(type, value))):
         return value
     if id(value) in known:
         return known[id(value)]
+    if kind is Tensor and _is_alone(value):
+        memories = known.setdefault("torch", {})  # As deepcopy knows them.
+        memory = value.untyped_storage()._cdata
+        if memory not in memories:
+            made = known[id(value)] = value.clone()
+            memories[memory] = made.untyped_storage()
+            return made
     if kind in (list, set) and _ATOMS.issuperset(map(type, value)):
         return known.setdefault(id(value), kind(value))
     if kind in (dict, OrderedDict):
@@ -130,6 +137,13 @@ def _copied_value(value: Any, known: dict[int, Any]) -> Any:
             made[name] = _copied_value(part, known)
         return made
     return _copied(value, known) if isinstance(value, nn.Module) else copy.deepcopy(value, known)
+
+
+def _is_alone(tensor: Tensor) -> bool:
+    """Whether a tensor has nothing but numbers, all that lie in its memory."""
+    plain = tensor.layout is torch.strided and tensor.is_leaf and not tensor.requires_grad
+    whole = plain and tensor.is_contiguous() and not (tensor.is_meta or tensor.is_inference())
+    return whole and tensor.nbytes == tensor.untyped_storage().nbytes() and not vars(tensor)
 
 
 @lru_cache(1024)
@@ -230,7 +244,7 @@ def _prepare_buffers(model: nn.Module, dtype: torch.dtype) -> None:
                     buffer.copy_(torch.rand(buffer.shape, generator=generator).add_(0.5))
 
 
-def _uncopied(model: nn.Module, made: dict[int, Any]) -> Iterator[str]:
+def _uncopied(model: nn.Module, made: dict[Any, Any]) -> Iterator[str]:
     """Attributes that cannot be copied."""
     held = ("_parameters", "_buffers", "_modules")
     for path, module in model.named_modules():

@@ -1,0 +1,118 @@
+"""What autograd saves of a forward pass for going backward, in a quarter of the memory or in none.
+
+Promises: a zero stays zero, and a number whose magnitude is between 2^-14 and 57,344 stays within
+an eighth of what it was; larger ones become that, smaller ones may become zero. What lives on
+anyway (weights, buffers, inputs) is kept as it is.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode,
+    _pop_mode_temporarily,
+)
+
+__all__ = ["Bytes", "Packed", "Versions"]
+
+_BYTE = torch.float8_e5m2
+_LARGEST = torch.finfo(_BYTE).max
+_FEWEST = 1024
+"""Of fewer numbers nothing is gained."""
+_DEVICES = ("cpu", "cuda")
+"""That convert to bytes."""
+
+Packed = Tensor | tuple[Tensor, torch.dtype]
+"""A tensor, or its numbers in bytes and what they were in."""
+
+
+class Bytes(saved_tensors_hooks):
+    """While entered, floating-point numbers that are saved are kept in a byte each.
+
+    Args:
+        alive: tensors that are there anyway.
+        watching: a mode that shall not see how they are put into bytes.
+    """
+
+    def __init__(self, alive: Iterable[Tensor], watching: TorchDispatchMode | None = None) -> None:
+        self._alive = {x.untyped_storage().data_ptr() for x in alive if x.layout is torch.strided}
+        self._watching = watching
+        self._known: dict[int, tuple[weakref.ref[Any], dict[Any, Packed]]] = {}
+        super().__init__(self.pack, unpacked)
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._known.clear()  # What lives on is the graph's.
+
+    def pack(self, x: Tensor) -> Packed:
+        """What is kept of a tensor: the same of the same."""
+        if (
+            x.numel() < _FEWEST
+            or not x.is_floating_point()
+            or type(x) is not Tensor
+            or x.layout is not torch.strided
+            or x.is_nested
+            or x.device.type not in _DEVICES
+        ):
+            return x
+        storage = x.untyped_storage()
+        address = storage.data_ptr()
+        if address in self._alive or storage.nbytes() <= x.numel():
+            return x
+        of, packed = self._known.get(address, (None, {}))
+        if of is None or of() is not storage:
+            packed = {}
+            self._known[address] = weakref.ref(storage), packed
+        key = x.storage_offset(), x.shape, x.stride(), x.dtype, x._version
+        if key not in packed:
+            packed[key] = self._in_bytes(x.detach()), x.dtype
+        return packed[key]
+
+    def _in_bytes(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            if self._watching is not None and _get_current_dispatch_mode() is self._watching:
+                with _pop_mode_temporarily():
+                    return x.clamp(-_LARGEST, _LARGEST).to(_BYTE)
+            return x.clamp(-_LARGEST, _LARGEST).to(_BYTE)
+
+
+def unpacked(packed: Packed) -> Tensor:
+    """The tensor that :meth:`Bytes.pack` was given, as far as it was kept."""
+    return packed if isinstance(packed, Tensor) else packed[0].to(packed[1])
+
+
+class Versions(saved_tensors_hooks):
+    """While entered, nothing is saved but whether it is changed later: going backward is not
+    possible, and whether it would be is told by :attr:`changed`."""
+
+    def __init__(self) -> None:
+        self._saved: list[tuple[Tensor, int]] = []
+        self._nothing: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self.asked = False
+        """Whether somebody went backward all the same."""
+        super().__init__(self._pack, self._unpack)
+
+    @property
+    def changed(self) -> bool:
+        """Whether something was changed in place after it was saved."""
+        return any(x._version != version for x, version in self._saved)
+
+    def _pack(self, x: Tensor) -> None:
+        own = x.detach()  # It has the version of what it was made of, which lives on without data.
+        if type(own) is Tensor and own.layout is torch.strided and not own.is_nested:
+            key = own.dtype, own.device
+            if key not in self._nothing:
+                self._nothing[key] = torch.empty(0, dtype=own.dtype, device=own.device)
+            own.data = self._nothing[key]
+        self._saved.append((own, x._version))
+
+    def _unpack(self, packed: None) -> Tensor:
+        self.asked = True
+        raise RuntimeError("nothing was saved for going backward")

@@ -1,0 +1,116 @@
+"""What is kept of a pass for going backward: where numbers are zero, in a quarter of the memory; or
+nothing, and what was changed in place is noticed all the same."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from elesh.trainer.graph import wiring
+from elesh.trainer.network.saved import Bytes, Versions, unpacked
+
+
+def test_bytes_have_zeros_where_numbers_have_them_and_are_near_the_others() -> None:
+    drawn = torch.randn(64, 64)
+    x = (drawn + drawn.sign()) * torch.logspace(-4, 4, 64)
+    x[3, 5:9] = 0
+    packed = Bytes(()).pack(x)
+    assert isinstance(packed, tuple)
+    assert packed[0].element_size() == 1
+    back = unpacked(packed)
+    assert torch.equal(back == 0, x == 0)
+    assert back.dtype == x.dtype
+    assert bool(((back - x).abs() <= x.abs() / 8).all())
+
+
+def test_what_no_byte_can_hold_stays_finite() -> None:
+    x = torch.full((2048,), torch.finfo(torch.float32).min)
+    x[0] = -torch.inf
+    assert bool(unpacked(Bytes(()).pack(x)).isfinite().all())
+
+
+def test_one_tensor_is_put_into_bytes_once_and_another_in_its_place_anew() -> None:
+    kept = Bytes(())
+    x = torch.randn(2048)
+    assert kept.pack(x.detach()) is kept.pack(x)
+    before = kept.pack(x)
+    x.mul_(2)
+    assert kept.pack(x) is not before
+    del x
+    for _ in range(3):  # At the same address, perhaps.
+        other = torch.randn(2048)
+        found = unpacked(kept.pack(other))
+        assert bool(((found - other).abs() <= other.abs() / 8 + 2**-16).all())
+        del other
+
+
+def test_what_lives_on_is_not_copied() -> None:
+    weight, few = torch.randn(64, 64), torch.randn(4)
+    window = weight.view(-1)[64:]
+    kept = Bytes([weight])
+    assert all(kept.pack(one) is one for one in (weight, window, few, torch.arange(4096)))
+
+
+class Kept(nn.Module):
+    """Remembers its hidden activations weakly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 8)
+        self.seen: weakref.ref[Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x).sigmoid()
+        self.seen = weakref.ref(hidden.untyped_storage())  # type: ignore[arg-type]
+        out: Tensor = self.down(hidden)
+        return out
+
+
+def test_a_traced_pass_is_let_go_of_without_searching_for_garbage() -> None:
+    wiring.trace(Kept(), torch.randn(64, 32))  # What is done once keeps its frames.
+    network = Kept()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        found = wiring.trace(network, torch.randn(64, 32))
+        function = weakref.ref(found.passage.passes[-1])
+        assert network.seen is not None
+        assert network.seen() is None
+        assert function() is not None
+        del found
+        assert function() is None
+    finally:
+        if collecting:
+            gc.enable()
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_what_is_changed_in_place_after_it_was_saved_is_noticed(changed: bool) -> None:
+    weight = torch.randn(4, 4, requires_grad=True)
+    saved = Versions()
+    with saved:
+        hidden = (torch.randn(3, 4) @ weight).sigmoid()  # Of which the output is saved,
+        made = hidden @ weight  # and here, what comes in.
+        assert not saved.changed
+        if changed:
+            hidden.mul_(2)
+    assert saved.changed is changed
+    assert not saved.asked
+    with pytest.raises(RuntimeError, match="nothing was saved"):
+        made.sum().backward()
+    assert saved.asked
+
+
+def test_nothing_is_kept_of_what_is_saved() -> None:
+    weight = torch.randn(4, 4, requires_grad=True)
+    with Versions():
+        hidden = torch.randn(3, 4) @ weight
+        kept = weakref.ref(hidden.untyped_storage())
+        made = hidden.sigmoid() @ weight
+    del hidden
+    assert kept() is None
+    assert made.requires_grad
