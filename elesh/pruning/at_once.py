@@ -29,9 +29,10 @@ from elesh.analysis.selection.reconstruction_order import reconstruction_fault
 from elesh.safety import Measured, Proposal
 from elesh.settings import Settings
 from elesh.trainer import Evaluation, MeasuredCheckpoint, Recorder, Surgeon
+from elesh.trainer.arguments import levels_of, require_network, require_share, whole_number
 from elesh.trainer.calibration.losses import Loss
 from elesh.trainer.calibration.recorder import enough_samples
-from elesh.trainer.goals import Goals
+from elesh.trainer.goals import Goals, shares_of
 from elesh.trainer.network.calling import batch_size, device_of, map_tensors
 from elesh.trainer.network.onednn import SAFE_CHANNELS, narrowing_is_unsafe
 from elesh.trainer.surgery.after_cut import reestimate_batch_statistics, soften_outputs
@@ -147,11 +148,23 @@ def prune(
         A report; ``print(report)`` shows it. ``report.reached`` says whether the budget was.
 
     Raises:
-        InvalidField: if a budget or a level is unknown, samples are too few, labels do not belong
-            to the inputs, or the model cannot be copied or followed. Nothing has been changed then.
+        InvalidField: if an argument is not what is said above, samples are too few, labels do not
+            belong to the inputs, or the model cannot be copied or followed. Nothing has been
+            changed then.
     """
     begun = time.monotonic()
-    asked = tuple(Level(level) for level in dict.fromkeys(levels))
+    require_network(model)
+    asked = levels_of(levels)
+    shares_of(budget)
+    expected = "a share of the answers, 0.05 for five points"
+    require_share("max_accuracy_drop", max_accuracy_drop, expected, least=-math.inf)
+    for name, number in {
+        "rounds": rounds,
+        "min_channels": min_channels,
+        "min_heads": min_heads,
+        "round_to": round_to,
+    }.items():
+        whole_number(name, number, least=1)
     if loss is not None and evaluate is None and max_loss_increase is None:
         expected = "a limit, as nothing says which answers are right"
         raise InvalidField("max_loss_increase", expected, None)

@@ -7,7 +7,6 @@ and the next process with the same ``run_id`` goes on from there; no other code 
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,14 +19,15 @@ from elesh.observe import get_logger
 from elesh.settings import Settings
 from elesh.trainer import Evaluation, Session, Surgeon
 from elesh.trainer.adapters.epochs import EveryEpoch
+from elesh.trainer.arguments import levels_of, require_network, whole_number
 from elesh.trainer.network.calling import joined
 from elesh.trainer.network.state import unwrapped
 from elesh.trainer.recovery.snapshot import Stateful
 from elesh.trainer.session.session import SessionObserver
-from leyline import InvalidField, Level, PrunedArchitecture, PruningOutcome
+from leyline import InvalidField, PrunedArchitecture, PruningOutcome
 
 from .judging import Evaluate, evaluated, require_no_arguments
-from .samples import Batch, divided, require_no_copies
+from .samples import Batch, divided, pair, require_no_copies
 
 __all__ = ["Pruning", "attach"]
 
@@ -102,27 +102,35 @@ def attach(
         observers: called with checkpoints and outcomes (``TensorBoardSummaries``).
 
     Raises:
-        InvalidField: if samples are too few, or a few with noise on them, a level is unknown, or
-            ``evaluate`` cannot be called without arguments. Nothing has been changed then.
+        InvalidField: if samples are too few, or a few with noise on them, an argument is not what
+            is said above (a level, a share, a network), or ``evaluate`` cannot be called without
+            arguments. Nothing has been changed then.
     """
+    require_network(model)
     require_no_arguments(evaluate)
+    if held_out is not None:
+        held_out = pair("held_out", held_out)
     samples = divided(calibration, hold_out=held_out is None, measured=_MEASURED)
     samples = samples.taken_by(unwrapped(model))
     require_no_copies(unwrapped(model), samples)
     session = Session(run_id, url, settings, restore_dir=restore_dir, observers=observers)
-    epochs = EveryEpoch(
-        session,
-        samples.calibration,
-        (),
-        held_out=held_out or joined(samples.held_out),
-        evaluate=lambda network, batches: evaluated(evaluate()),
-        budget=budget,
-        removed_at_most=removed_at_most,
-        every=every,
-        levels=[Level(level) for level in levels],
-        ignored_layers=ignored_layers,
-        compared=compared,
-    )
+    try:
+        epochs = EveryEpoch(
+            session,
+            samples.calibration,
+            (),
+            held_out=held_out or joined(samples.held_out),
+            evaluate=lambda network, batches: evaluated(evaluate()),
+            budget=budget,
+            removed_at_most=removed_at_most,
+            every=every,
+            levels=levels_of(levels),
+            ignored_layers=ignored_layers,
+            compared=compared,
+        )
+    except InvalidField:
+        session.close()
+        raise
     held: dict[str, Any] = {"scheduler": scheduler, "scaler": scaler, **parts}
     return Pruning(session, epochs, model, optimizer, held)
 
@@ -201,7 +209,7 @@ class Pruning:
             InvalidField: outside the ``with`` block, or where ``epoch`` is no whole number.
         """
         _ = self.surgeon  # refuses a call outside the block
-        epoch = _whole(epoch)
+        epoch = whole_number("epoch", epoch, least=0)
         known = None if evaluation is None else evaluated(evaluation)
         found = self._epochs.end_epoch(epoch, known)
         cut = any(outcome.watched for outcome in found)  # Then a restore point of now is there.
@@ -228,14 +236,3 @@ class Pruning:
             f"{parameters:.1%} of the parameters and {macs:.1%} of the MACs are left"
         )
         return "\n".join([line, *filter(None, [self._epochs.so_far()])])
-
-
-def _whole(epoch: Any) -> int:
-    """An epoch as a plain number; NumPy and tensors have them, too."""
-    try:
-        number = operator.index(epoch)
-    except TypeError:
-        number = -1
-    if number < 0:
-        raise InvalidField("epoch", "a whole number, at least 0", epoch)
-    return number

@@ -35,7 +35,7 @@ from elesh.trainer.network.calling import Pair as Batch
 from elesh.trainer.network.state import preserve_state, preserved
 from leyline import InvalidField
 
-__all__ = ["LEAST", "MOST", "Batch", "Samples", "divided", "require_no_copies"]
+__all__ = ["LEAST", "MOST", "Batch", "Samples", "divided", "pair", "require_no_copies"]
 
 LEAST = 32
 """So many different samples are needed to measure anything, and as many again to hold out."""
@@ -141,7 +141,7 @@ def _read(
     found: list[tuple[Inputs, Any, int, list[int]]] = []
     seen, total, in_vain = set[bytes](), 0, 0
     for number, batch in enumerate(batches):
-        inputs, labels = _pair(batch, number)
+        inputs, labels = pair(f"batches[{number}]", batch)
         size = batch_size(inputs)
         new = [row for row in range(size) if not _known(inputs, row, size, seen)]
         total += size
@@ -154,16 +154,21 @@ def _read(
     return found, len(seen), total
 
 
-def _pair(batch: Any, number: int) -> Batch:
+def pair(name: str, batch: Any) -> Batch:
+    """A batch as inputs and labels.
+
+    Raises:
+        InvalidField: by ``name``, if it is something else, or its tensors are not dense.
+    """
     if isinstance(batch, Sequence) and len(batch) == 2:
         for tensor in tensors_in(batch[0]):
             if tensor.layout is not torch.strided or tensor.is_nested:
                 kind = "nested" if tensor.is_nested else str(tensor.layout)
                 hint = "give dense ones: tensor.to_dense(), or padded samples with a mask"
-                raise InvalidField(f"batches[{number}]", "dense tensors", kind, hint=hint)
+                raise InvalidField(name, "dense tensors", kind, hint=hint)
         return batch[0], batch[1]
     hint = "for loaders of dictionaries: elesh.trainer.adapters.hugging_face.labelled"
-    raise InvalidField(f"batches[{number}]", "a pair (inputs, labels)", batch, hint=hint)
+    raise InvalidField(name, "a pair (inputs, labels)", batch, hint=hint)
 
 
 def _known(inputs: Inputs, row: int, size: int, seen: set[bytes]) -> bool:

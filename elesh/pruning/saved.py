@@ -25,6 +25,7 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from elesh.trainer.arguments import require_network
 from elesh.trainer.graph.hazards import require_initialised
 from elesh.trainer.network.layers import require_fit
 from elesh.trainer.network.sizes import HEAD_SIZES, SIZES
@@ -88,6 +89,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         tensor.
         ShapeMismatch: if it was changed by other code since.
     """
+    require_network(model)
     model, folder = unwrapped(model), Path(folder)
     require_initialised(model)
     lineage = lineage_of(model)
@@ -132,6 +134,7 @@ def load(folder: str | Path, model: Network) -> Network:
         ShapeMismatch, InvalidField: if it is of another network: the first layer or tensor that
             differs is named. ``model`` has not changed then.
     """
+    require_network(model)
     folder = Path(folder)
     saved, weights = _read(folder)
     architecture = replayed(saved.original, saved.history)

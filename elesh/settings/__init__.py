@@ -192,6 +192,9 @@ class Settings(BaseSettings):
         """
         if isinstance(given, Settings):
             return given
+        if given is not None and not isinstance(given, (str, Path)):
+            expected = "expected Settings or the name of a file; Settings.model_validate({...})"
+            raise SettingsError(f"settings: {expected} makes them, found {type(given).__name__}")
         return cls.load(given or os.environ.get("ELESH_SETTINGS") or None)
 
     @property

@@ -3,9 +3,10 @@ layers where latency is among them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 from torch import nn
 
@@ -14,7 +15,10 @@ from elesh.trainer.network.calling import Inputs
 from leyline import Budget, InvalidField, LatencyTable, PrunedArchitecture
 from leyline.messages.parameters import Resource
 
+from .arguments import require_share
 from .latency import measure_latency
+
+_SHARE = "a share of the original network, above 0 and at most 1"
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,25 @@ class ResourceUse:
     def met(self) -> bool:
         """Whether it is."""
         return self.reached <= self.asked + 1e-9
+
+
+def shares_of(budget: Any) -> dict[Resource, float]:
+    """What is asked for, by resource.
+
+    Raises:
+        InvalidField: if that is nothing, a resource is not known, or a share is not within 0 and 1.
+    """
+    known = get_args(Resource)
+    if not isinstance(budget, Mapping) or not budget:
+        expected = f'a share for at least one of {known}, as in {{"macs": 0.5}}'
+        raise InvalidField("budget", expected, budget)
+    asked: dict[Resource, float] = {}
+    for name, share in budget.items():
+        if name not in known:
+            raise InvalidField("budget", f"one of {known}", name)
+        require_share(f"budget.{name}", share, _SHARE, least=math.ulp(0.0))
+        asked[cast("Resource", name)] = float(share)
+    return asked
 
 
 @dataclass(frozen=True)
@@ -59,17 +82,7 @@ class Goals:
             InvalidField: if there is none, a resource is not known, or a share is not within 0 and
             1.
         """
-        known = get_args(Resource)
-        if not budget:
-            raise InvalidField("budget", f"a share for at least one of {known}", budget)
-        asked: dict[Resource, float] = {}
-        for name, share in budget.items():
-            if name not in known:
-                raise InvalidField("budget", f"one of {known}", name)
-            if not isinstance(share, (int, float)) or not 0 < share <= 1:
-                expected = "a share of the original network, above 0 and at most 1"
-                raise InvalidField(f"budget.{name}", expected, share)
-            asked[cast("Resource", name)] = float(share)
+        asked = shares_of(budget)
         if "latency" in asked and now.history:
             expected = "a network that was not cut before, whose layers can be timed"
             raise InvalidField("budget.latency", expected, f"{len(now.history)} cuts")

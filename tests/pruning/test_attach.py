@@ -17,6 +17,7 @@ from trained import SmallNet, SmallVit, batches, digits
 
 import elesh
 from elesh.demo import local_fleet
+from elesh.trainer.recovery.files import FolderInUse
 from leyline import InvalidField, PruningOutcome, StructuralPruningDecision
 
 SCHEDULE = {
@@ -411,3 +412,45 @@ def test_what_is_compared_is_the_callers_in_a_run_too(tmp_path: Path) -> None:
     pruning = attached(model, torch.optim.SGD(model.parameters(), 0.1), tmp_path, compared=compared)
     assert pruning._epochs.look_at(model).architecture.group["stem"].prunable
     assert ["logits", "twice"] in seen
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"budget": 0.5}, "budget: expected a share"),
+        ({"budget": {"flops": 0.5}}, "budget: expected one of"),
+        ({"levels": ("heads",)}, "levels: expected some of"),
+        ({"removed_at_most": 40}, "removed_at_most: expected a share"),
+        ({"every": 0}, "every: expected a whole number, at least 1, found 0"),
+        ({"held_out": digits().validation.images}, r"held_out: expected a pair \(inputs, labels\)"),
+    ],
+)
+def test_a_wrong_argument_is_told_by_its_name_and_the_next_call_has_the_folder(
+    tmp_path: Path, wrong: dict[str, Any], said: str
+) -> None:
+    model = SmallNet()
+    optimizer = torch.optim.AdamW(model.parameters(), 4e-3)
+    with pytest.raises(InvalidField, match=said):
+        attached(model, optimizer, tmp_path, **wrong)
+    with attached(model, optimizer, tmp_path, url="redis://127.0.0.1:1/0") as pruning:
+        assert pruning.done == 0
+        with pytest.raises(InvalidField, match="epochs: expected a whole number"):
+            pruning.epochs(2.0)  # type: ignore[arg-type]
+
+
+def test_a_cell_that_was_never_entered_gives_way_to_the_one_that_is_run_again(
+    tmp_path: Path,
+) -> None:
+    """Its object still has a name when the call is made again."""
+    model = SmallNet()
+    optimizer = torch.optim.AdamW(model.parameters(), 4e-3)
+    first = attached(model, optimizer, tmp_path, url="redis://127.0.0.1:1/0")
+    second = attached(model, optimizer, tmp_path, url="redis://127.0.0.1:1/0", every=1)
+    with second as pruning:
+        pruning.step(1)
+        with pytest.raises(FolderInUse, match="taken over by a later session"), first:
+            pass
+        with pytest.raises(FolderInUse, match="close the session of this process"):
+            attached(model, optimizer, tmp_path, url="redis://127.0.0.1:1/0")
+    with attached(model, optimizer, tmp_path, url="redis://127.0.0.1:1/0") as pruning:
+        assert pruning.done == 1

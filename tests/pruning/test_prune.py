@@ -513,3 +513,41 @@ def test_a_turned_network_is_as_it_was_where_nothing_could_be_cut() -> None:
     assert report.held_back
     assert report.turned == ()
     assert unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"budget": 0.5}, r"budget: expected a share for at least one.*found 0\.5"),
+        ({"budget": {"macs": True}}, r"budget\.macs: expected a share"),
+        ({"levels": ("channels",)}, r"levels: expected some of .*channel.*found channels"),
+        ({"levels": ("parameter",)}, "levels: expected some of"),
+        ({"levels": ()}, "levels: expected at least one of"),
+        ({"max_accuracy_drop": 5}, r"max_accuracy_drop: .*0\.05 for five points, found 5"),
+        ({"rounds": 0}, "rounds: expected a whole number, at least 1, found 0"),
+        ({"min_channels": 2.5}, "min_channels: expected a whole number"),
+        ({"model": SmallNet}, "model: expected a network"),
+        ({"model": lambda x: x}, "model: expected a network"),
+        ({"model": nn.Sequential(nn.Flatten(), nn.Linear(64, 10))[1]}, "model: .*layers in it"),
+        ({"compared": lambda output: output["logits"]}, "compared: expected from what the model"),
+    ],
+)
+def test_a_slip_of_the_pen_is_told_by_the_argument_s_name(wrong: Any, said: str) -> None:
+    model = trained(SmallNet)
+    before = state_of(model)
+    inputs = batches()
+    if isinstance(wrong.get("model"), nn.Linear):
+        inputs = [(x.flatten(1), y) for x, y in inputs]
+    given = {"model": model, "batches": inputs, "budget": {"macs": 0.5}, "loss": cross_entropies}
+    with pytest.raises(InvalidField, match=said):
+        elesh.prune(**given | {"max_loss_increase": 1.0, "progress": False} | wrong)
+    assert unchanged(model, before)
+
+
+def cross_entropies(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(logits, labels, reduction="none")
+
+
+def test_one_level_may_be_named_by_itself() -> None:
+    report = prune_quickly(trained(), {"macs": 0.9}, levels="channel")
+    assert report.reached

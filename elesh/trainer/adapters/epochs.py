@@ -17,11 +17,12 @@ from elesh.analysis.selection.reconstruction_order import reconstruction_fault
 from elesh.analysis.selection.schedule import as_asked, phase_ends, phases_within
 from elesh.observe import get_logger
 from elesh.settings import SafetySchedule, StructuredPruning
+from elesh.trainer.arguments import levels_of, require_share, whole_number
 from elesh.trainer.calibration.given import as_taken
 from elesh.trainer.calibration.losses import class_axis, class_labels
 from elesh.trainer.calibration.recorder import MeasuredCheckpoint, Recorder, enough_samples
 from elesh.trainer.export import Exporter, calibration_inputs, is_worth_exporting
-from elesh.trainer.goals import Goals
+from elesh.trainer.goals import Goals, shares_of
 from elesh.trainer.network.calling import (
     Inputs,
     batch_size,
@@ -107,16 +108,18 @@ class EveryEpoch:
         reconstruct: bool | None = None,
         removed_at_most: float | None = None,
         every: int | None = None,
-        levels: Sequence[Level] = (Level.CHANNEL,),
+        levels: Collection[str] = (Level.CHANNEL,),
         ignored_layers: Sequence[str] = (),
         compared: Callable[[Any], Any] | None = None,
         preflight: bool = True,
     ) -> None:
-        self.session, self.levels = session, tuple(levels)
-        self.every = every or _EVERY
+        self.session, self.levels = session, levels_of(levels, tuple(Level))
+        self.every = _EVERY if every is None else whole_number("every", every, least=1)
         self._every_given = every is not None
         self.last: int | None = None
         """The epoch that training ends with, where that is known."""
+        if removed_at_most is not None:
+            require_share("removed_at_most", removed_at_most, "a share of the original units")
         self._asked = AnalysisParameters(removed_at_most=removed_at_most)
         """Of the schedule, beside what the settings say."""
         self.surgeon: Surgeon | None = None
@@ -124,7 +127,10 @@ class EveryEpoch:
         self._calibration, self._validation, self._held_out = calibration, validation, held_out
         self._evaluate = evaluate or classification
         self._ignored, self._compared = ignored_layers, compared
-        self._budget, self._preflight = budget, preflight
+        self._budget: Mapping[str, float] | None = budget
+        if budget is not None:
+            shares_of(budget)  # refused before a run begins
+        self._preflight = preflight
         self._goals: Goals | None = None
         self._held_back: PruningOutcome | None = None
         """What became of the last decision, where not all of it was cut."""
@@ -350,7 +356,7 @@ class EveryEpoch:
         """Training ends with epoch ``last``. A run with a budget (or ``removed_at_most``) that is
         shorter than the schedule has its phases in proportion; the schedule is in force otherwise.
         """
-        self.last = last
+        self.last = last = whole_number("epochs", last, least=0)
         if not self._every_given:
             self.every = min(_EVERY, max(1, last // 10))
         schedule = self._pruning.safety_schedule

@@ -116,6 +116,23 @@ def _found(
         return with_blocks(trial, proved, blocks, fed)
 
 
+def _require_comparable(trial: Trial) -> None:
+    """That ``compared`` takes what the network returns, and leaves something to compare.
+
+    Raises:
+        InvalidField: if it does not.
+    """
+    with torch.no_grad():
+        output = trial.run()
+    expected = "from what the model returns to floating-point tensors of it"
+    try:
+        found = trial.compared(output)
+    except Exception as error:
+        raise InvalidField("compared", expected, repr(error)) from error
+    if not found:
+        raise InvalidField("compared", expected, "none")
+
+
 def _proved(
     model: nn.Module,
     copied: nn.Module,
@@ -126,6 +143,8 @@ def _proved(
     """The architecture with its groups proved; for those of its blocks, what tries them, the blocks
     themselves and the ids of the parameters that the outputs depend on."""
     trial = Trial(copied, inputs, compared)
+    if compared is not None:
+        _require_comparable(trial)
     with axes_remembered():
         traced = _traced(model, trial, inputs, ignored, compared)
     groups = traced.groups

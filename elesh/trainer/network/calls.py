@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
-from leyline import LayerDescriptor
+from leyline import InvalidField, LayerDescriptor
 
 from .calling import tensors_in
 from .kinds.experts import is_experts, up_of
@@ -104,6 +104,9 @@ class Calls:
         positions: dict[str, int] = {}
         for call in self.made:
             positions[call.name] = positions.get(call.name, 0) + call.positions
+        if "" in positions and _owns_any(self._model):
+            hint = "put it into a network: torch.nn.Sequential(layer)"
+            raise InvalidField("model", "a network with layers in it", self._model, hint=hint)
         paths = {id(p): path for path, p in self._model.named_parameters()}
         per_sample = {path: round(used.get(key, 0) / samples) for key, path in paths.items()}
         called = tuple(

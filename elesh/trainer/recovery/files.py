@@ -89,14 +89,17 @@ class FolderLock:
     Args:
         folder: must exist; the lock is the file ``lock`` in it, which names its holder.
         wait_seconds: how long to wait for another process to end.
+        gives_way: until :meth:`keep`, another lock of this process takes the folder over: a cell of
+            a notebook is run again, and what it made before was never used.
 
     Raises:
-        FolderInUse: if another process still has it after that.
+        FolderInUse: if another process still has it after that, or this one has it.
         InvalidField: if the file system has no locks.
     """
 
-    def __init__(self, folder: Path, wait_seconds: float = 0.0) -> None:
+    def __init__(self, folder: Path, wait_seconds: float = 0.0, *, gives_way: bool = False) -> None:
         self._path = folder / "lock"
+        self._gives_way, self._taken_over = gives_way, False
         self._file = os.fdopen(open_private(self._path, os.O_RDWR), "r+b", buffering=0)
         try:
             self._acquire(folder, wait_seconds)
@@ -113,16 +116,34 @@ class FolderLock:
         """Whether the folder still has the file that is locked."""
         return is_at(self._path, self._file)
 
+    def keep(self) -> None:
+        """Give way no more.
+
+        Raises:
+            FolderInUse: if another lock of this process has taken the folder over.
+        """
+        if self._taken_over:
+            hint = "use that one, or make this one anew"
+            found = f"taken over by a later session of this process: {self._path.parent}"
+            raise FolderInUse("restore_dir", "a folder of this session", found, hint=hint)
+        self._gives_way = False
+
     def _acquire(self, folder: Path, wait_seconds: float) -> None:
         deadline, said = time.monotonic() + wait_seconds, False
+        for lock in list(_held):
+            if lock._gives_way and is_at(self._path, lock._file):
+                lock.release()
+                lock._taken_over = True
         while not self._try():
             holder = os.pread(self._file.fileno(), 100, 0).decode(errors="replace") or "unknown"
-            if time.monotonic() >= deadline:
+            own = holder == _myself()  # waiting for oneself is in vain
+            if own or time.monotonic() >= deadline:
                 hint = "end that process and the children it left, or choose another run id"
-                if holder == _myself():
+                if own:
                     hint = "close the session of this process that has it, or choose another run id"
                 expected = "a folder that no other process uses"
-                found = f"in use by process {holder}, still after {wait_seconds:g} s: {folder}"
+                waited = "" if own else f", still after {wait_seconds:g} s"
+                found = f"in use by process {holder}{waited}: {folder}"
                 raise FolderInUse("restore_dir", expected, found, hint=hint)
             if not said:
                 what = "restore points are in use, waiting for their process to end"

@@ -248,7 +248,7 @@ class Recovery:
             self.journal = Journal(None)
             return
         try:
-            self._lock = FolderLock(private_folder(folder), wait_seconds)
+            self._lock = FolderLock(private_folder(folder), wait_seconds, gives_way=True)
             self._points = FolderPoints(folder / "points")
             self.journal = Journal(folder / "journal.jsonl")
             self.carriers.update(self.journal.situation.carriers)
@@ -258,6 +258,15 @@ class Recovery:
             self._release()
             hint = "free the disk or choose another folder"
             raise InvalidField("restore_dir", "a usable folder", str(error), hint=hint) from None
+
+    def keep_folder(self) -> None:
+        """From now on no later session of this process takes the folder over.
+
+        Raises:
+            FolderInUse: if one has.
+        """
+        if self._lock is not None:
+            self._lock.keep()
 
     def _hold_folder(self) -> None:
         """Make the folder anew where it was deleted since, and lock it: others may have it.
@@ -311,6 +320,7 @@ class Recovery:
             InvalidField: if the network is not the one of the run, a part's state cannot be kept,
                 or no restore point can be read.
         """
+        self.keep_folder()
         if here is not None:
             return self._go_on(tracked, here)
         situation, numbers = self.journal.situation, self._points.numbers()
@@ -355,6 +365,7 @@ class Recovery:
         """What points are taken of from now on: ``surgeon`` and the parts named before. A process
         that did not resume begins the run anew with this."""
         if self.tracked is None:
+            self.keep_folder()
             self._begin_anew(Tracked(surgeon))
         elif self.tracked.surgeon is not surgeon:
             self._follow(replace(self.tracked, surgeon=surgeon))

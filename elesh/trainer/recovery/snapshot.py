@@ -377,7 +377,9 @@ _MODULE, _COPIES, _NUMBERS = "tensors of the module", "tensors of the copies", "
 
 
 def _require_stateful(name: str, part: object) -> None:
-    if not (hasattr(part, "state_dict") and hasattr(part, "load_state_dict")):
+    if isinstance(part, type) or not (
+        hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
+    ):
         expected = "something with state_dict and load_state_dict, or a copy of the weights"
         raise InvalidField(f"resume.{name}", expected, type(part).__name__)
 

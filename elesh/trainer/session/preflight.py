@@ -95,6 +95,10 @@ def _tried(name: str, check: Callable[[], str]) -> PreflightCheck:
     )
 
 
+_REASONS = 3
+"""Where nothing is prunable, so many of the largest groups say why."""
+
+
 class _Subject:
     """What is tried."""
 
@@ -133,7 +137,9 @@ class _Subject:
         units, layers = self._some()
         names = [*units, *layers]
         if not names:
-            raise _Skipped("nothing is prunable")
+            groups = sorted(self._surgeon.architecture.groups, key=lambda g: g.size, reverse=True)
+            reasons = dict.fromkeys(f"{g.name}: {g.reason}" for g in groups if g.reason)
+            raise _Skipped("; ".join(["nothing is prunable", *list(reasons)[:_REASONS]])[:500])
         surgeon = self._surgeon
         with preserve_state(surgeon.model, 0), torch.no_grad():
             plain = self._outputs(surgeon.model)

@@ -229,6 +229,7 @@ class Session:
         return self._cuts.knows_scatter
 
     def __enter__(self) -> Self:
+        self._recovery.keep_folder()
         setup_tracing("elesh-trainer", self.run_id, self.settings.observe)
         self._bus.start()
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import multiprocessing
 import os
 import shutil
@@ -277,6 +278,8 @@ def test_a_session_of_this_process_that_was_not_closed_is_named(tmp_path: Path) 
     lock = FolderLock(tmp_path)
     with pytest.raises(FolderInUse, match="close the session of this process"):
         FolderLock(tmp_path)
+    with pytest.raises(FolderInUse, match="close the session of this process"):
+        FolderLock(tmp_path, math.inf)  # nobody else can end it: not waited for
     lock.release()
     FolderLock(tmp_path).release()
 
