@@ -31,7 +31,7 @@ from elesh.settings import Settings
 from elesh.trainer import Evaluation, MeasuredCheckpoint, Recorder, Surgeon
 from elesh.trainer.arguments import levels_of, require_network, require_share, whole_number
 from elesh.trainer.calibration.losses import Loss
-from elesh.trainer.calibration.recorder import enough_samples
+from elesh.trainer.calibration.recorder import enough_samples, of_a_table
 from elesh.trainer.goals import Goals, shares_of
 from elesh.trainer.network.calling import batch_size, device_of, map_tensors
 from elesh.trainer.network.onednn import SAFE_CHANNELS, narrowing_is_unsafe
@@ -42,7 +42,12 @@ from elesh.trainer.surgery.layer_by_layer import (
     solved_layer_by_layer,
 )
 from elesh.trainer.surgery.lineage import original_of
-from elesh.trainer.surgery.output_matching import Matched, match_outputs
+from elesh.trainer.surgery.output_matching import (
+    Matched,
+    Wanted,
+    match_outputs,
+    wanted_of_a_table,
+)
 from elesh.trainer.surgery.principal_components import turn_streams
 from leyline import (
     Budget,
@@ -325,6 +330,8 @@ class _Work:
     """Whether all statistics are of all samples."""
     _outputs: OutputsBefore | None = None
     """Of the layers as they were given, as far as they are still there."""
+    _wanted: Wanted | None = None
+    """What the network as it was given puts out."""
 
     def __post_init__(self) -> None:
         self.evaluation = self.judge.before
@@ -366,12 +373,12 @@ class _Work:
         """The cut network's outputs nearer to those before, if that does it good."""
         if not self.has_cut or self._outputs is None:
             return
-        if self._outputs.counts and self._outputs.answers is None:
+        if self._outputs.counts and self._wanted is None:
             self.fallbacks.append("outputs are not matched to those before: too large to keep")
             _LOGGER.warning(self.fallbacks[-1])
             return
         before = self.surgeon.restore_point()
-        matched = self._match(self._outputs)
+        matched = self._match()
         if matched is None:
             return
         found, refused = self.judge.now()
@@ -382,17 +389,25 @@ class _Work:
         else:
             self.evaluation, self.matched = found, matched
 
-    def _match(self, outputs: OutputsBefore) -> Matched | None:
+    def _match(self) -> Matched | None:
         """How near they came; None if that changed nothing."""
-        if outputs.answers is None:
+        if self._wanted is None:
             return None
         self.progress.doing("matching outputs to those before")
-        found = match_outputs(self.surgeon.model, outputs.inputs, outputs.answers)
+        found = match_outputs(self.surgeon.model, self._wanted.inputs, self._wanted.outputs)
         if found is None or not found.after < found.before:
             return None
         what = f"outputs matched to those before: {found.before:.1%} to {found.after:.1%} apart"
         self.progress.done(what)
         return found
+
+    def _wanted_outputs(self, outputs: OutputsBefore) -> Wanted | None:
+        """What the network is to come near to; None where that is too large to keep."""
+        if outputs.answers is None:
+            return None
+        if of_a_table(self.surgeon.architecture):
+            return wanted_of_a_table(self.surgeon.model, outputs.inputs)
+        return Wanted(outputs.inputs, outputs.answers)
 
     def soften(self) -> None:
         """The cut network's outputs, no surer of training samples than its accuracy warrants."""
@@ -487,6 +502,7 @@ class _Work:
         key, whole = f"prune: {name}", surgeon.architecture
         if covariance is not None and self._outputs is None:
             self._outputs = outputs_before(surgeon.model, whole, self.batches)
+            self._wanted = self._wanted_outputs(self._outputs)
         outputs = self._outputs and self._outputs.without(whole, decision.units)
         if decision.units:
             surgeon.cut(decision.units, key=key, reconstruct=covariance)
@@ -499,7 +515,7 @@ class _Work:
                 reestimate_batch_statistics(surgeon.model, self.batches)
         self.progress.doing(f"{name}: measuring the cut")
         found, refused = self.judge.now()
-        matched = self._match(outputs) if refused and outputs is not None else None
+        matched = self._match() if refused and outputs is not None else None
         if matched is not None:
             found, refused = self.judge.now()
         units = sum(map(len, decision.units.values()))

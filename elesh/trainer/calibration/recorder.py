@@ -489,9 +489,13 @@ def enough_samples(architecture: PrunedArchitecture, at_least: int = 256) -> int
     groups = [group for group in architecture.groups if group.prunable]
     widest = max((group.size for group in groups), default=0)
     across = max((_inputs(group) for group in groups), default=0)
-    rows_each = max((layer.positions for layer in architecture.layers), default=0)
-    several = _ROWS * across if rows_each == 1 else min(2 * across, at_least)
+    several = _ROWS * across if of_a_table(architecture) else min(2 * across, at_least)
     return max(_ENOUGH, widest, several)
+
+
+def of_a_table(architecture: PrunedArchitecture) -> bool:
+    """Whether every layer sees one position of a sample."""
+    return max((layer.positions for layer in architecture.layers), default=0) == 1
 
 
 def _inputs(group: PruningGroup) -> int:

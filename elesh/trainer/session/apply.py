@@ -9,8 +9,8 @@ Evaluations draw from no random state that training draws from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from elesh.observe import get_logger, span
 from elesh.safety import strictest_limits
 from elesh.settings import RollbackTriggers, VerificationSettings
-from elesh.trainer.network.calling import batch_size
+from elesh.trainer.calibration.recorder import of_a_table
 from elesh.trainer.network.state import preserved
 from elesh.trainer.recovery.evaluation import (
     Evaluation,
@@ -32,12 +32,12 @@ from elesh.trainer.recovery.evaluation import (
 from elesh.trainer.recovery.witnesses import OwnSamples, Shown, call_seconds
 from elesh.trainer.surgery.after_cut import (
     InputCovariance,
-    batch_norms,
     consumer_axes,
     estimated_batch_statistics,
     put_batch_statistics,
 )
 from elesh.trainer.surgery.layer_by_layer import OutputsBefore, layer_solutions, outputs_before
+from elesh.trainer.surgery.output_matching import Wanted, matched_parameters, wanted_of_a_table
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import (
     CutFallback,
@@ -48,6 +48,7 @@ from leyline import (
 )
 
 from .carry_over import carried_over, present_form, shortened
+from .refit_data import Batches, Refit, RefitData, first_samples
 
 __all__ = [
     "Evaluation",
@@ -62,7 +63,6 @@ __all__ = [
 ]
 
 Evaluate = Callable[[], Evaluation]
-Batches = Sequence[tuple[Any, Any]]
 Result = Literal["applied", "rolled_back", "refused", "rejected"]
 _UNMOVED = (
     "accuracy and loss under the mask are bit for bit those without, and so they are with almost "
@@ -78,7 +78,8 @@ _LEAST_SHARE = 1 / 8
 """A decision that costs too much at once is shortened to no less."""
 _STATISTICS = 256
 """Calibration samples that estimate batch statistics and that layers are solved by: every position
-of them counts, and all of them would cost more than measuring the checkpoint does."""
+of them counts, and all of them would cost more than measuring the checkpoint does. Of a table,
+where a sample is one row, all take part."""
 _ROWS = 8
 """Rows for every coefficient that layers are solved by: a decision takes little, and training goes
 on; ``elesh.prune`` takes twice as many."""
@@ -141,16 +142,6 @@ def apply_decision(
     return outcome
 
 
-@dataclass(frozen=True)
-class RefitData:
-    """What a cut is refitted and judged by; see :func:`apply_decision`."""
-
-    reconstruct: InputCovariance | Callable[[], InputCovariance] | None = None
-    redistribute: Callable[[], InputCovariance] | None = None
-    batches: Batches = ()
-    held_out: Batches = ()
-
-
 def check_and_cut(
     decision: StructuralPruningDecision,
     surgeon: Surgeon,
@@ -185,10 +176,10 @@ def check_and_cut(
     limit = trigger_of(decision, triggers)
     asked, phase = limits or VerificationSettings(), decision.safety.phase
     allowed = strictest_limits(asked, decision.taken, phase)
-    shown = _first(data.held_out or data.batches, _STATISTICS)
+    shown = first_samples(data.held_out or data.batches, _STATISTICS)
     own = OwnSamples(surgeon.model, shown, allowed.loss_rise)
     try:
-        refit = _Refit.of(decision, surgeon, data)
+        refit = Refit.of(decision, surgeon, data)
     except Exception as error:  # samples that do not reach a layer, too little memory
         _log.exception("decision refused: not measured anew", key=decision.idempotency_key)
         reason = f"what the cut is refitted with cannot be measured: {error}"
@@ -219,7 +210,7 @@ class _Check:
         evaluate: Evaluate,
         limits: tuple[float, float],
         own: OwnSamples,
-        refit: _Refit,
+        refit: Refit,
         notes: tuple[str, ...],
     ) -> None:
         self._decision, self._surgeon, self._own = decision, surgeon, own
@@ -239,6 +230,8 @@ class _Check:
         """Of batch normalisations, as they are after the cut, in present sizes."""
         self._outputs: OutputsBefore | None = None
         """Of layers, before anything is masked."""
+        self._wanted: Wanted | None = None
+        """Of a table: the network's outputs, before anything is masked."""
         self._solved: Mapping[str, Tensor] = {}
         """Parameters that were solved layer by layer under the mask, in present sizes."""
 
@@ -351,9 +344,13 @@ class _Check:
         model, now = self._surgeon.model, self._before
         if self._refit.samples and self._outputs is None:
             try:
-                samples = _first(self._refit.samples, _STATISTICS)
+                samples = self._refit.samples
+                if not of_a_table(now):
+                    samples = first_samples(samples, _STATISTICS)
                 changing = self._changing()
                 self._outputs = outputs_before(model, now, samples, rows=_ROWS, changing=changing)
+                if of_a_table(now):
+                    self._wanted = wanted_of_a_table(model, self._outputs.inputs)
             except Exception as error:
                 self._not_solved(error)
 
@@ -380,11 +377,23 @@ class _Check:
         if not batches:
             self._statistics = {}
         elif not self._statistics:  # not known from the pass that solved the layers
-            self._statistics = estimated_batch_statistics(model, _first(batches, _STATISTICS))
+            self._statistics = estimated_batch_statistics(
+                model, first_samples(batches, _STATISTICS)
+            )
         if batches and not self._statistics:
             reason = "batch statistics not estimated anew: batches are too small"
             self._fall_back("statistics_not_estimated", reason)
-        return put_batch_statistics(model, self._statistics)
+        before = put_batch_statistics(model, self._statistics)
+        self._match_outputs()
+        return before
+
+    def _match_outputs(self) -> None:
+        """Of a table, bring the masked network nearer to its outputs before."""
+        if self._outputs is None or self._wanted is None:
+            return
+        found = matched_parameters(self._surgeon.model, self._wanted, skip=self._refit.skip)
+        self._surgeon.refit_masked(found)
+        self._solved = {**self._solved, **found}
 
     def _not_solved(self, error: Exception) -> None:
         """The cut is refitted by the covariance alone; the network is as it was."""
@@ -480,17 +489,6 @@ class _Check:
         return self.outcome("refused", f"{when}: {reason}")
 
 
-def _first(batches: Batches, samples: int) -> Batches:
-    """The first batches, until they have so many samples."""
-    taken: list[tuple[Any, Any]] = []
-    for batch in batches:
-        if samples <= 0:
-            break
-        taken.append(batch)
-        samples -= batch_size(batch[0])
-    return taken
-
-
 def preserving(evaluate: Evaluate, model: nn.Module | None) -> Evaluate:
     """An evaluation that leaves random states, training flags and all that modules hold as they
     were: its own generators, too, where they can be reached."""
@@ -511,45 +509,6 @@ def refusal(decision: StructuralPruningDecision, now: PrunedArchitecture) -> Pru
         stale += "which has lost at least as much"
         return outcome_of(decision, now, now, "refused", stale)
     return None
-
-
-@dataclass(frozen=True)
-class _Refit:
-    """What a cut is refitted with."""
-
-    covariance: InputCovariance | None = None
-    skip: tuple[str, ...] = ()
-    batches: Batches = ()
-    """By which batch statistics move along; empty: they stay."""
-    samples: Batches = ()
-    """By which layers are solved one behind the other; empty: they are not."""
-    said: str = ""
-    """How this differs from what the decision asks for, in words."""
-    fallbacks: tuple[CutFallback, ...] = ()
-    """The names of what is left out."""
-
-    @classmethod
-    def of(cls, decision: StructuralPruningDecision, surgeon: Surgeon, data: RefitData) -> _Refit:
-        asked, said = decision.reconstruction, list[str]()
-        covariance, batches = data.reconstruct, data.batches
-        if data.redistribute is not None and decision.units:
-            return cls(data.redistribute(), asked.skip if asked else ())
-        if asked is None or not asked.applied or not decision.units:
-            return cls()
-        if callable(covariance):
-            covariance = covariance()
-            said.append("input covariance measured anew")
-        if covariance is None or covariance.model_hash != surgeon.architecture.model_hash:
-            reason = "not reconstructed: no input covariance of this network is at hand"
-            return cls(said=reason, fallbacks=("not_reconstructed",))
-        without: tuple[CutFallback, ...] = ()
-        if asked.batch_statistics and not batches:
-            said.append("batch statistics not estimated anew: no calibration batches were given")
-            without = ("statistics_not_estimated",)
-        estimated = batches if asked.batch_statistics else ()
-        # Layers are solved behind normalisations that take the samples' statistics.
-        samples = estimated if batch_norms(surgeon.model) else batches
-        return cls(covariance, asked.skip, estimated, samples, "; ".join(said), without)
 
 
 def trigger_of(decision: StructuralPruningDecision, triggers: RollbackTriggers) -> float:

@@ -13,7 +13,7 @@ nearer than it began, on the samples that it is judged by, is put back bit for b
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,11 +23,14 @@ from torch.nn.functional import mse_loss
 from elesh.trainer.network.calling import Inputs, batch_size, call, main_output, map_tensors
 from elesh.trainer.network.state import preserve_state
 
-__all__ = ["Matched", "match_outputs"]
+__all__ = ["Matched", "Wanted", "match_outputs", "matched_parameters", "wanted_of_a_table"]
 
-_PASSES, _BATCH = 2, 32
+_PASSES, _BATCH, _STEPS = 2, 32, 100
+"""Batches are larger where a pass would have more steps."""
 _JUDGED = 256
 """Samples, spread over all, by which it is judged whether a pass came nearer."""
+_CROSSED, _TAKEN = 7, 0.2
+"""Of a table, how many rows are made of each, and the share of numbers that is another row's."""
 _STEP = 0.04
 """Of the root mean square of a tensor: how far its elements go in a step of the first pass."""
 _FINER, _MUCH_FINER = 2, 4
@@ -46,12 +49,61 @@ class Matched:
     after: float
 
 
-def match_outputs(model: nn.Module, inputs: Inputs, wanted: Tensor) -> Matched | None:
+@dataclass(frozen=True)
+class Wanted:
+    """What a network puts out, for it to come near to that after a cut."""
+
+    inputs: Inputs
+    outputs: Tensor
+    """[S, ...] the main output."""
+
+
+def wanted_of_a_table(model: nn.Module, inputs: Inputs) -> Wanted:
+    """Its outputs in evaluation mode for some rows, and for more of which every number may be
+    that of another row. Too few rows say what a network computes among them, and it can be asked
+    about any."""
+    size, draw = batch_size(inputs), torch.Generator().manual_seed(0)
+
+    def crossed(x: Tensor) -> Tensor:
+        if not (x.ndim and len(x) == size):
+            return x
+        parts = [x]
+        for _ in range(_CROSSED):
+            others = x[torch.randperm(size, generator=draw).to(x.device)]
+            taken = torch.rand(x.shape, generator=draw).to(x.device) < _TAKEN
+            parts.append(torch.where(taken, others, x) if x.is_floating_point() else x)
+        return torch.cat(parts)
+
+    rows: Inputs = map_tensors(crossed, inputs)
+    with preserve_state(model, 0), torch.no_grad():
+        return Wanted(rows, main_output(call(model, rows)))
+
+
+def matched_parameters(
+    model: nn.Module, wanted: Wanted, *, skip: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """What :func:`match_outputs` would give the parameters, by path; nothing is changed."""
+    before = {path: p.detach().clone() for path, p in model.named_parameters()}
+    try:
+        matched = match_outputs(model, wanted.inputs, wanted.outputs, skip=skip)
+        if matched is None or not matched.after < matched.before:
+            return {}
+        now = {path: p.detach().clone() for path, p in model.named_parameters()}
+        return {path: p for path, p in now.items() if not torch.equal(p, before[path])}
+    finally:
+        for path, p in model.named_parameters():
+            p.data.copy_(before[path])
+
+
+def match_outputs(
+    model: nn.Module, inputs: Inputs, wanted: Tensor, *, skip: Collection[str] = ()
+) -> Matched | None:
     """Move all trained parameters so that the network's main output comes nearer to what is wanted.
 
     Args:
         inputs: samples of training data, on the network's device.
         wanted: [S, ...] the main output of these samples before a cut.
+        skip: paths of layers that keep their parameters.
 
     Returns:
         How near it was and is; None where nothing was tried: the outputs have another shape than
@@ -60,12 +112,14 @@ def match_outputs(model: nn.Module, inputs: Inputs, wanted: Tensor) -> Matched |
     size = batch_size(inputs)
     trained = [
         p
-        for p in model.parameters()
+        for path, p in model.named_parameters()
         if p.requires_grad and p.dtype in (torch.float32, torch.float64) and p.numel()
+        if path.rpartition(".")[0] not in skip
     ]
     variance = float((wanted.float() - wanted.float().mean(0)).square().mean())
     if not trained or len(wanted) != size or not 0 < variance < math.inf:
         return None
+    batch = max(_BATCH, size // _STEPS)
     with preserve_state(model, 0):
         first = _missing(model, inputs, wanted, variance)
         if first is None or not first > _NEAR:
@@ -74,7 +128,7 @@ def match_outputs(model: nn.Module, inputs: Inputs, wanted: Tensor) -> Matched |
         descent, best = _Descent(trained), [p.detach().clone() for p in trained]
         for number in range(_PASSES):
             order = torch.randperm(size, generator=torch.Generator().manual_seed(number))
-            for rows in torch.split(order.to(wanted.device), _BATCH):
+            for rows in torch.split(order.to(wanted.device), batch):
                 output = main_output(call(model, _rows(inputs, rows)))
                 error = mse_loss(output.float(), wanted[rows].float()) / variance
                 if not error.requires_grad:
