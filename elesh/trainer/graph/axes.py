@@ -15,7 +15,7 @@ from elesh.trainer.network.calls import Link
 
 def moved_axis(function: Any, axis: int, before: Sequence[int], after: Sequence[int]) -> int | None:
     """Where an operation puts an axis of its input; None where it has no such axis."""
-    if axis >= len(before) == len(after):  # It was taken from another input, with more of them.
+    if axis >= len(before):
         return None
     if (
         len(after) == len(before)

@@ -7,13 +7,14 @@ taught count as layers; channel numbers are those of :mod:`.indexing`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
 from torch_pruning.dependency.node import Node
 from torch_pruning.ops import OPTYPE
 
@@ -59,6 +60,30 @@ class _TaughtChannelwise(_Taught):
     prune_in_channels = _Taught.prune_out_channels
 
 
+class _Results(TorchFunctionMode):
+    """While entered, notes the functions of autograd that made what functions return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._noted: dict[Any, None] = {}
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for one in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(one, Tensor) and one.grad_fn is not None:
+                self._noted[one.grad_fn] = None
+        return made
+
+    def ends_beside(self, functions: Collection[Any]) -> list[Any]:
+        """The last of those that do not lead to these functions: what is not used of the sum that
+        the last of several blocks returns."""
+        beside = [one for one in self._noted if one not in functions]
+        read = {before for one in behind(beside, functions) for before, _ in one.next_functions}
+        return [one for one in beside if one not in read]
+
+
 class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
     """The dependency graph without its own maps of channel numbers (see ``indexing``)."""
 
@@ -90,10 +115,10 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         self._param_to_name, self.unwrapped_parameters = self._detect_unwrapped_parameters(None)
         self._param_to_name |= {held: path for path, held in buffers.items()}
         self.unwrapped_parameters += [(held, held.ndim - 1) for held in buffers.values()]
-        self.products = Products(lambda: self.calls.place)
-        self._saving = Bytes(alive_in(model, inputs), self.products)
-        self.calls = Calls(model, self._saving.pack)
+        self._begin(model, inputs)
         self.function_calls: list[CallByFunction] = []
+        self._dead_ends: list[Any] = []
+        """What was made and is not used: it has to fit all the same."""
         self._followed = StaysFollowed() if buffers else contextlib.nullcontext()
         self.module2node = self._trace(model, inputs, self._forward, output_transform=traced)
         self.by_function: dict[Any, Any] = {}
@@ -103,12 +128,21 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         _lead_through(self, links)
         self._build_dependency(self.module2node)
 
+    def _begin(self, model: nn.Module, inputs: Inputs) -> None:
+        """Nothing is noted of a pass yet."""
+        self.products = Products(lambda: self.calls.place)
+        self._saving = Bytes(alive_in(model, inputs), self.products)
+        self.calls = Calls(model, self._saving.pack)
+
     def _forward(self, model: nn.Module, inputs: Inputs) -> Any:
         model.train(self._mode)  # It was put into evaluation mode meanwhile.
-        with self.calls, self.products, self._saving, self._followed:
-            output = call(model, inputs)
-        roots = [t.grad_fn for t in tensors_in(output) if t.grad_fn is not None]
-        self.function_calls = calls_by_functions(self.calls.made, behind(roots), model)
+        output, functions = self._run(model, inputs, self._followed)
+        if any(one.output is not None and one.output not in functions for one in self.calls.made):
+            self._begin(model, inputs)
+            with _Results() as noted:
+                output, functions = self._run(model, inputs, self._followed)
+            self._dead_ends = noted.ends_beside(functions)
+        self.function_calls = calls_by_functions(self.calls.made, functions, model)
         called = {one.module for one in self.calls.made}
         self.unwrapped_parameters += [  # Tables of positions that code takes rows of.
             (module.weight, 1)
@@ -117,6 +151,13 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         ]
         self.calls.made = in_order(self.calls.made, [one.call for one in self.function_calls])
         return output
+
+    def _run(self, model: nn.Module, inputs: Inputs, mode: Any) -> tuple[Any, set[Any]]:
+        """What the model returns, and the functions of autograd behind it."""
+        with self.calls, self.products, self._saving, mode:
+            output = call(model, inputs)
+        roots = [t.grad_fn for t in tensors_in(output) if t.grad_fn is not None]
+        return output, set(behind(roots))
 
     def _trace_computational_graph(
         self, module2node: Any, output: Any, gradfn2module: Any, reused: Any, visited: Any
@@ -129,12 +170,12 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
             id(held): (number, held) for number, (held, _) in enumerate(self.unwrapped_parameters)
         }
         root = output.grad_fn
-        stack = [root]
+        stack = [root, *self._dead_ends]
 
         def node_of(function: Any) -> Any:
             module = gradfn2module.get(function)
             if module is None:
-                shape = output.shape if function is root else None
+                shape = output.shape if function is root and root in self.finals else None
                 module = gradfn2module[function] = self._operation(function, shape)
             return module2node.get(module) or made(module, function)
 

@@ -262,6 +262,9 @@ def _groups(wiring: Wiring, model: nn.Module, ignored: Collection[str]) -> tuple
     """Units that touch the same axes make up one group, in order of execution."""
     families = [family for family in wiring.families if _producers(family)]
     followed = {port.name for family in families for port in _producers(family)}
+    reached = set(wiring.passage.reached)
+    live = {one.name for one in wiring.passage.passes if one.output in reached}
+    live |= wiring.readers.keys()
     lone = wiring.failure or "no path leads from it to the network's outputs"
     alone = [layer for layer in wiring.layers if layer.name not in followed]
     families += _lone_families(alone, model)
@@ -276,7 +279,8 @@ def _groups(wiring: Wiring, model: nn.Module, ignored: Collection[str]) -> tuple
             name, number = f"{root.name}#{number}", number + 1
         units = family[root][:, 0].argsort(kind="stable")
         ports = sorted(family, key=lambda port: (order.get(port.name, -1), port.name, port.side))
-        reason = _refusal(ports, ignored, tied) if root.name in followed else lone
+        leads = any(port.name in live or port.parameter_dim is not None for port in ports)
+        reason = _refusal(ports, ignored, tied) if root.name in followed and leads else lone
         if root.name not in wiring.called:
             reason = f"the weight of {root.name} is used by a function; the layer is never called"
         sorted_family = {port: family[port][units] for port in ports}

@@ -313,7 +313,7 @@ class Relations:
     def _crosses(self, producer: Any, consumer: Any, link: Link) -> bool:
         """Whether the producer's channels lie on another axis than the consumer's: they are
         positions to it (tokens that are mixed on a transposed map)."""
-        here, came, function = self._axis(producer), self._shape(link), consumer.grad_fn
+        here, came, function = self._axis_at(producer, link), self._shape(link), consumer.grad_fn
         if here is None or here >= len(came):
             return False
         if function.name().startswith("IndexBackward"):  # By numbers: some channels at a position.
@@ -439,8 +439,16 @@ class Relations:
         return self._own[node]
 
     def _input_axis(self, node: Any) -> int | None:
-        axes = [self._axis(producer) for producer in node.inputs]
-        return next((axis for axis in axes if axis is not None), None)
+        links = self._bridged.get(node) or self.links(node)
+        pairs = zip(node.inputs, links, strict=True)
+        axes = (self._axis_at(*pair) for pair in pairs if self._axis(pair[0]) is not None)
+        return next(axes, None)
+
+    def _axis_at(self, producer: Any, link: Link) -> int | None:
+        """The axis of a node's channels in one of its outputs: a layer may be called with one of
+        three axes, then with one of four."""
+        own = self._own_axis(producer)
+        return self._axis(producer) if own is None else own % len(self._shape(link))
 
     def _compute(self, node: Any) -> int | None:
         own = self._own_axis(node)
@@ -452,12 +460,17 @@ class Relations:
         first = sorted(node.inputs, key=lambda producer: producer.grad_fn._sequence_nr())
         if node.grad_fn.name() in _PRODUCTS:
             first = [producer for producer in first if not self._is_summed(producer, node)]
-        axes = [self._axes.get(producer) for producer in first]
-        axis = next((axis for axis in axes if axis is not None), None)
-        before = self._input_shape(node)
-        if axis is None or before is None:
+        led = next((one for one in first if self._axes.get(one) is not None), None)
+        if led is None:
             return None
-        return moved_axis(node.grad_fn, axis, before, self._made(node))
+        link = (self._bridged.get(node) or self.links(node))[node.inputs.index(led)]
+        axis, before, made = self._axis_at(led, link), self._shape(link), self._made(node)
+        if axis is None:
+            return None
+        merged = node.type == OPTYPE.ELEMENTWISE and len(node.inputs) > 1
+        if merged and not node.grad_fn.name().startswith("Stack"):
+            return axis + len(made) - len(before)  # It is spread over the axes before.
+        return moved_axis(node.grad_fn, axis, before, made)
 
 
 _PRODUCTS = ("BmmBackward0", "MmBackward0")

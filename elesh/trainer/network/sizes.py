@@ -123,6 +123,7 @@ def _conv_sizes(module: _ConvNd, weight: Tensor, by_place: bool) -> dict[str, in
 _HEADS = (
     "heads", "num_heads", "n_heads", "n_head", "nhead", "nheads", "num_attention_heads", "h", "nh",
     "n_local_heads", "num_q_heads", "num_query_heads", "n_q_heads", "attention_heads",
+    "num_attn_heads", "attn_heads", "num_head", "nb_heads", "head_num",
 )  # fmt: skip
 _SHARED = (
     "num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads",
@@ -167,7 +168,7 @@ _PARTS = (
 """Lists of how many channels each part has that a layer's outputs are split into (MambaOut,
 InceptionNeXt)."""
 
-_CONFIGURATION = "config"
+_CONFIGURATIONS = ("config", "args", "cfg", "params", "hparams")
 """Where modules without a number of their own read it (Phi-3); each gets a copy then."""
 
 HEAD_SIZES = (
@@ -180,7 +181,7 @@ HEAD_SIZES = (
     *_MAPS,
     _UNFLATTENED,
     *_PARTS,
-    _CONFIGURATION,
+    *_CONFIGURATIONS,
 )
 """The attributes that :func:`refit_heads` sets."""
 
@@ -276,7 +277,7 @@ def _refit_around(model: nn.Module, before: PruningGroup, left: int) -> None:
                 if len(buffer) == old * width:
                     module._buffers[name] = buffer[: new * width].clone()
             if not any(name in held for name in _HEADS):
-                _configure(module, _SHARED if not shares else (), old, new)
+                _configure(module, _SHARED if not shares else (), old, new, width)
             for name in _HEADS:  # Each unit has so many query heads.
                 count, known = held.get(name), (module, name) in done
                 if type(count) is int and count % old == 0 and not known:
@@ -316,17 +317,19 @@ def _refit_bare_norm(module: nn.Module, lost: int) -> None:
         module.normalized_shape = sizes  # type: ignore[assignment]
 
 
-def _configure(module: nn.Module, shared: Sequence[str], old: int, new: int) -> None:
-    """Give a module a configuration of its own in which the numbers of heads are right."""
-    known = vars(module).get(_CONFIGURATION)
-    held = getattr(known, "__dict__", {})
-    counts = {n: held[n] for n in (*_HEADS, *shared) if type(held.get(n)) is int}
-    counts = {n: count for n, count in counts.items() if count % old == 0}
-    if counts:
-        own = copy.copy(known)
-        for name, count in counts.items():
-            vars(own)[name] = count // old * new
-        vars(module)[_CONFIGURATION] = own
+def _configure(module: nn.Module, shared: Sequence[str], old: int, new: int, width: int) -> None:
+    """Give a module a configuration of its own in which the numbers of heads are right, and the
+    channels of all heads, so many each."""
+    for place in _CONFIGURATIONS:
+        known = vars(module).get(place)
+        held = getattr(known, "__dict__", {})
+        counts = {n: held[n] for n in (*_HEADS, *shared) if type(held.get(n)) is int}
+        counts = {n: count // old * new for n, count in counts.items() if count % old == 0}
+        if counts:
+            own = copy.copy(known)
+            widths = {n: new * width for n in _WIDTHS if held.get(n) == old * width}
+            vars(own).update(counts | widths)
+            vars(module)[place] = own
 
 
 def splits(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,21 @@ class ListedAttention(nn.Module):
         weights = (q @ k.transpose(-2, -1) / math.sqrt(self.d_k)).softmax(-1)
         made = (weights @ v).transpose(1, 2).reshape(len(x), -1, self.h * self.d_k)
         return torch.as_tensor(self.linears[-1](made))
+
+
+class ConfiguredAttention(nn.Module):
+    """One that keeps no sizes of its own: they are in what it was made of, under common names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.args = SimpleNamespace(n_embd=_WIDTH, n_head=_HEADS)
+        self.qkv, self.out = nn.Linear(_WIDTH, 3 * _WIDTH), nn.Linear(_WIDTH, _WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(x).split(self.args.n_embd, -1)
+        q, k, v = (t.unflatten(-1, (self.args.n_head, -1)).transpose(1, 2) for t in parts)
+        made = functional.scaled_dot_product_attention(q, k, v)
+        return torch.as_tensor(self.out(made.transpose(1, 2).flatten(2)))
 
 
 class SlopedAttention(nn.Module):
@@ -444,10 +460,68 @@ class Positions(nn.Module):
         return torch.as_tensor(self.out(torch.relu(x + self.steps[:n].detach())))
 
 
+class LatePositions(nn.Module):
+    """Positions of two axes, looked up before the stream of three is normalised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.table = nn.Embedding(50, _WIDTH), nn.Embedding(_TOKENS, _WIDTH)
+        self.norm, self.out = nn.LayerNorm(_WIDTH), nn.Linear(_WIDTH, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        stream, places = self.embed(tokens), self.table(torch.arange(tokens.shape[1]))
+        return torch.as_tensor(self.out(self.norm(self.norm(stream) + places)))
+
+
+class WaveBlock(nn.Module):
+    """What goes on, and what is added up of all blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.on, self.skip = nn.Linear(12, 14), nn.Linear(14, 12), nn.Linear(14, 10)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        inner = torch.tanh(self.inner(x))
+        return x + self.on(inner), self.skip(inner)
+
+
+class UnusedStream(nn.Module):
+    """What the last of several blocks hands on is not used (WaveNet)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.out = nn.Linear(5, 12), nn.Linear(10, 5)
+        self.blocks = nn.ModuleList([WaveBlock() for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, added = self.enter(x), torch.zeros(())
+        for block in self.blocks:
+            x, skip = block(x)
+            added = added + skip
+        return torch.as_tensor(self.out(torch.relu(added)))
+
+
+class TwoRanks(nn.Module):
+    """A layer that is called with values of three axes, and then of four."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.both, self.out = nn.Linear(5, 12), nn.Linear(12, 10), nn.Linear(10, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.enter(x))
+        flat = self.both(x).flatten(0, 1).unflatten(0, x.shape[:2])
+        return torch.as_tensor(self.out(flat + self.both(torch.stack((x, x.sin()), 1)).amax(1)))
+
+
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "gpt": (lambda: Tokens(GptAttention), (IDS,)),
     "listed": (lambda: Tokens(ListedAttention), (IDS,)),
     "positions": (Positions, (IDS,)),
+    "late positions": (LatePositions, (IDS,)),
+    "two ranks": (TwoRanks, (VECTORS,)),
+    "unused stream": (UnusedStream, (VECTORS,)),
+    "configured": (lambda: Tokens(ConfiguredAttention), (IDS,)),
     "sloped": (lambda: Tokens(SlopedAttention), (IDS,)),
     "constants": (Constants, (IMAGES,)),
     "modulated": (Modulated, (VECTORS, CONDITIONS)),

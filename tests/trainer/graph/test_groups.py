@@ -373,8 +373,11 @@ def test_a_layer_that_does_not_reach_the_outputs_is_listed() -> None:
 
     architecture = find(Detached(), torch.randn(2, 4))
     assert "no path" in reason(architecture, "two")
-    # Cutting what it reads would break it, although no output would show.
-    assert "does not run" in reason(architecture, "one")
+    # It loses what it reads with the others that read it: else it would not run.
+    one = architecture.group["one"]
+    assert one.prunable
+    assert ("two.weight", 1) in {(part.tensor, part.dim) for part in one.slices}
+    assert "two" in {site.module for site in one.sites}
 
 
 def test_ignored_layers_and_containers_are_left_alone() -> None:

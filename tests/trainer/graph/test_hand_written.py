@@ -26,6 +26,15 @@ UNITS = {
         "blocks.1.wide": 24,
     },
     "positions": {"embed": 16},
+    "late positions": {"embed": 16},
+    "two ranks": {"both": 10, "enter": 12},
+    "unused stream": {
+        "enter": 12, "blocks.0.inner": 14, "blocks.0.skip": 10, "blocks.1.inner": 14,
+    },
+    "configured": {
+        "embed": 16, "blocks.0.attention": 4, "blocks.0.wide": 24, "blocks.1.attention": 4,
+        "blocks.1.wide": 24,
+    },
     "constants": {"first": 12, "second": 10},
     "modulated": {"adapt": 16},
     "gated": {"first": 12, "second": 10},
