@@ -33,7 +33,7 @@ from elesh.trainer.network.calls import Call, Calls, Link
 from elesh.trainer.network.gates import Axis, GateMeter
 from elesh.trainer.network.kinds.weight_norms import owner_of
 from elesh.trainer.network.layers import channel_axes, held
-from elesh.trainer.network.saved import Versions, unpacked
+from elesh.trainer.network.saved import unpacked, without_saving
 from elesh.trainer.network.state import seed_generators
 from elesh.trainer.network.traversal import modules_in, parameters_in
 from elesh.trainer.surgery.averages import teachers_in
@@ -149,28 +149,23 @@ def train_once(model: nn.Module, inputs: Inputs) -> set[int] | None:
     if these have no history. That what the backward pass needs is still there is seen without
     keeping it: the network runs again, and backward, only where it has functions of its own in it,
     or if something is not there. The model is left in evaluation mode."""
-    seed_generators(device_of(model), 0)
-    model.train()
-    try:
-        saved = Versions()
-        try:
-            with torch.enable_grad(), saved:
-                roots = [t.grad_fn for t in tensors_in(call(model, inputs)) if t.requires_grad]
-        except Exception:
-            if not saved.asked:  # The network does not go backward itself.
-                raise
-        else:
-            if not roots:
-                return None
-            functions = behind([function for function in roots if function is not None])
-            own = any(isinstance(function, BackwardCFunction) for function in functions)
-            if not (own or saved.changed):
-                return {id(f.variable) for f in functions if hasattr(f, "variable")}
-            del roots, functions
+
+    def outputs() -> list[Tensor]:
         seed_generators(device_of(model), 0)
         with torch.enable_grad():
-            outputs = [t for t in tensors_in(call(model, inputs)) if t.requires_grad]
-            return _fed(model, outputs) if outputs else None
+            return [t for t in tensors_in(call(model, inputs)) if t.requires_grad]
+
+    model.train()
+    try:
+        found, saved = without_saving(outputs)
+        functions = behind([t.grad_fn for t in found if t.grad_fn is not None])
+        own = any(isinstance(function, BackwardCFunction) for function in functions)
+        if not found or not (saved is None or own or saved.changed):
+            return {id(f.variable) for f in functions if hasattr(f, "variable")} or None
+        if saved is not None:
+            del found, functions
+            found = outputs()
+        return _fed(model, found)
     finally:
         model.eval()
 

@@ -8,8 +8,8 @@ anyway (weights, buffers, inputs) is kept as it is.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import (
     _pop_mode_temporarily,
 )
 
-__all__ = ["Bytes", "Packed", "Versions"]
+__all__ = ["Bytes", "Packed", "Versions", "unpacked", "without_saving"]
 
 _BYTE = torch.float8_e5m2
 _LARGEST = torch.finfo(_BYTE).max
@@ -88,6 +88,24 @@ def unpacked(packed: Packed) -> Tensor:
     return packed if isinstance(packed, Tensor) else packed[0].to(packed[1])
 
 
+class _NothingThereError(BaseException):
+    """Somebody went backward; no error of a network's own, which others may catch."""
+
+
+T = TypeVar("T")
+
+
+def without_saving(run: Callable[[], T]) -> tuple[T, Versions | None]:
+    """What ``run`` returns, with a history that cannot be gone back, and whether it could be. Where
+    the network goes backward itself meanwhile, it runs again, all is saved, and nothing is told."""
+    saved = Versions()
+    try:
+        with saved:
+            return run(), saved
+    except _NothingThereError:
+        return run(), None
+
+
 class Versions(saved_tensors_hooks):
     """While entered, nothing is saved but whether it is changed later: going backward is not
     possible, and whether it would be is told by :attr:`changed`."""
@@ -95,8 +113,6 @@ class Versions(saved_tensors_hooks):
     def __init__(self) -> None:
         self._saved: list[tuple[Tensor, int]] = []
         self._nothing: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        self.asked = False
-        """Whether somebody went backward all the same."""
         super().__init__(self._pack, self._unpack)
 
     @property
@@ -114,5 +130,4 @@ class Versions(saved_tensors_hooks):
         self._saved.append((own, x._version))
 
     def _unpack(self, packed: None) -> Tensor:
-        self.asked = True
-        raise RuntimeError("nothing was saved for going backward")
+        raise _NothingThereError("nothing was saved for going backward")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from elesh.trainer.graph import wiring
-from elesh.trainer.network.saved import Bytes, Versions, unpacked
+from elesh.trainer.network.saved import Bytes, Versions, unpacked, without_saving
 
 
 def test_bytes_have_zeros_where_numbers_have_them_and_are_near_the_others() -> None:
@@ -99,10 +99,25 @@ def test_what_is_changed_in_place_after_it_was_saved_is_noticed(changed: bool) -
         if changed:
             hidden.mul_(2)
     assert saved.changed is changed
-    assert not saved.asked
-    with pytest.raises(RuntimeError, match="nothing was saved"):
+    with pytest.raises(BaseException, match="nothing was saved"):
         made.sum().backward()
-    assert saved.asked
+
+
+def test_what_goes_backward_itself_runs_again_even_where_it_catches_its_errors() -> None:
+    weight, runs = torch.randn(4, 4, requires_grad=True), list[int]()
+
+    def run() -> Tensor:
+        runs.append(0)
+        hidden = weight.sigmoid()
+        try:
+            return torch.autograd.grad(hidden.sum(), weight)[0]
+        except Exception:
+            return hidden
+
+    found, saved = without_saving(run)
+    assert saved is None
+    assert len(runs) == 2
+    assert torch.allclose(found, weight.sigmoid() * (1 - weight.sigmoid()))
 
 
 def test_nothing_is_kept_of_what_is_saved() -> None:

@@ -14,6 +14,7 @@ import torch
 
 from elesh.trainer.graph.residual_branches import behind, parameters_behind
 from elesh.trainer.network.calling import raised_in, summary, tensors_in
+from elesh.trainer.network.saved import without_saving
 from elesh.trainer.network.traversal import parameters_in
 from elesh.trainer.surgery.bypass import Replaced, put_back, put_in
 from elesh.trainer.surgery.masks import Masks
@@ -85,9 +86,13 @@ class _Experiment(Admission):
         finally:
             masks.clear()
         replaced = {block.name: put_in(self._copied, block.stand_ins) for block in blocks}
-        try:
+
+        def run() -> Any:
             with self._guarded(blocks, replaced):
-                output = self._trial.run()
+                return self._trial.run()
+
+        try:
+            output, _ = without_saving(run)
             if self.failing:
                 return next(iter(self.failing.values()))
             if difference := apart(masked, self._trial.compared(output)):
