@@ -42,6 +42,7 @@ from elesh.trainer.surgery.layer_by_layer import (
     solved_layer_by_layer,
 )
 from elesh.trainer.surgery.lineage import original_of
+from elesh.trainer.surgery.optimizers import other_optimizers
 from elesh.trainer.surgery.output_matching import (
     Matched,
     Wanted,
@@ -203,6 +204,7 @@ def prune(
             min_channels = SAFE_CHANNELS
             fallbacks = (f"every group keeps {SAFE_CHANNELS} channels: PyTorch aborts with fewer",)
             _LOGGER.warning(fallbacks[0])
+        others = other_optimizers(model, (), stateful=True) if optimizer is None else []
         with _whole_or_not_at_all(surgeon) as given:
             settings = _settings(min_channels, min_heads, round_to, reconstruct)
             work = _Work(
@@ -218,6 +220,12 @@ def prune(
                 work.soften()
         shown.doing("measuring latency")
         took = latencies({"before": before, "after": model}, samples.calibration[0][0])
+    if others and work.has_cut:
+        kinds = ", ".join(dict.fromkeys(type(other).__name__ for other in others))
+        what = f"{kinds} still has state of the network as it was before"
+        hint = "make it anew before training goes on, or give optimizer=... so that it is cut along"
+        fallbacks += (f"{what}: {hint}",)
+        _LOGGER.warning(fallbacks[-1])
     now = surgeon.architecture
     return PruningReport(
         before=_figures(judge.before, first, took["before"]),

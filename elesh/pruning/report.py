@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -111,7 +112,7 @@ class PruningReport:
             console.print(table)
         console.print(self._verdict(), highlight=False)
         assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue().rstrip()
+        return _printable(console.file.getvalue().rstrip())
 
     def _verdict(self) -> str:
         lines = [
@@ -173,6 +174,15 @@ class PruningReport:
         for spared in self.spared:
             table.add_row(spared.group, spared.reason)
         return table
+
+
+def _printable(text: str) -> str:
+    """With plain lines where standard output has no others: a report is not lost to a locale."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return text.replace("─", "-")
+    return text
 
 
 def _table(title: str) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -551,3 +552,22 @@ def cross_entropies(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def test_one_level_may_be_named_by_itself() -> None:
     report = prune_quickly(trained(), {"macs": 0.9}, levels="channel")
     assert report.reached
+
+
+def test_an_optimizer_that_was_not_given_is_told_of_in_the_report() -> None:
+    """Its next step would fail on state of the shapes before."""
+    model = trained()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for x, y in batches()[:1]:
+        functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    report = prune_quickly(model, {"macs": 0.9})
+    assert "Adam still has state of the network as it was before" in " ".join(str(report).split())
+
+
+def test_a_report_can_be_printed_where_only_ascii_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = prune_quickly(trained(), {"macs": 0.9})
+    assert "─" in str(report)
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert "----" in str(report)
+    print(report)

@@ -345,12 +345,15 @@ class EveryEpoch:
                 return unanswered
             return "the run is not over, or was too short: more epochs, or checkpoints more often"
         became, why = _became(self._held_back), self._held_back.detail
-        if phase_at(self._held_back.epoch, self._schedule) in (Phase.PREPARATION, Phase.VALIDATION):
+        if not self._cuts_at(self._held_back.epoch):
             first, *_, last = (end.epoch for end in phase_ends(self._schedule))
             hint = f"the schedule cuts from epoch {first + 1} to {last}: change safety_schedule"
             return f"the last decision was {became}: {why}; {hint}"
         hint = "train longer between cuts, or raise the limit that is named"
         return f"the last decision was {became}: {why}; {hint}"
+
+    def _cuts_at(self, epoch: int) -> bool:
+        return phase_at(epoch, self._schedule) not in (Phase.PREPARATION, Phase.VALIDATION)
 
     def ends_with(self, last: int) -> None:
         """Training ends with epoch ``last``. A run with a budget (or ``removed_at_most``) that is
@@ -439,7 +442,9 @@ class EveryEpoch:
             held_out=() if self._held_out is None else (self._held_out,),
             known=self._known,
         )
-        self._held_back = outcome if _became(outcome) else None
+        held = self._held_back
+        if held is None or self._cuts_at(outcome.epoch) or not self._cuts_at(held.epoch):
+            self._held_back = outcome if _became(outcome) else None
         if surgeon.architecture.model_hash != decision.model_hash:
             begin_others_anew(surgeon.model, surgeon.optimizers.all, only_ended=True)
         if outcome.accuracy_before is not None:  # with the answers, for another decision

@@ -240,14 +240,16 @@ class Recovery:
         self._keep = keep
         self.tracked: Tracked | None = None
         """What points are taken of; None before the first of :meth:`resume` and :meth:`track`."""
-        folder = folder.absolute() if folder else None  # the working directory may change
-        self._folder = folder
+        self._folder: Path | None = None
         self._lock: FolderLock | None = None
         self._points: Points = MemoryPoints()
         if folder is None:
             self.journal = Journal(None)
             return
         try:
+            self._folder = folder = (
+                folder.absolute()
+            )  # the working directory may change, or be gone
             self._lock = FolderLock(private_folder(folder), wait_seconds, gives_way=True)
             self._points = FolderPoints(folder / "points")
             self.journal = Journal(folder / "journal.jsonl")

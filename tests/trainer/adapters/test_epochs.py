@@ -398,6 +398,22 @@ def test_a_decision_of_a_phase_without_cuts_says_when_cuts_are_made() -> None:
     assert "channel.phase; the schedule cuts from epoch 10 to 36" in epochs.so_far()
 
 
+def test_what_held_the_budget_back_is_not_that_the_last_epochs_are_without_cuts() -> None:
+    small = {"structured_pruning": {"channel_analysis": {"min_channels_per_layer": 2}}}
+    epochs, _ = running(
+        session := Kept(settings=Settings.model_validate(small)), removed_at_most=0.4
+    )
+    epochs.ends_with(40)
+    assert epochs.surgeon is not None
+    for epoch, gate in ((20, "channel.worst_class"), (38, "channel.phase")):
+        decision = decide(epochs.surgeon.architecture, number=epoch)
+        update = {"approved_for_application": False, "rejection_reason": gate, "epoch": epoch}
+        update["idempotency_key"] = decision.idempotency_key.replace("60:", f"{epoch}:", 1)
+        session.answers = [decision.model_copy(update=update)]
+        assert [outcome.result for outcome in epochs.end_epoch(epoch)] == ["rejected"]
+    assert "channel.worst_class; train longer between cuts" in epochs.so_far()
+
+
 def test_without_a_budget_it_is_said_how_much_of_what_may_go_is_gone_and_why_not_more() -> None:
     session = Kept()
     epochs, _ = running(session, removed_at_most=0.4)

@@ -420,3 +420,14 @@ def test_a_decision_of_another_run_or_that_contradicts_itself_is_refused_and_not
         assert world.digest() == before
         assert session.apply(own, world.surgeon, told(0.9)).result == "applied"
         session.close(0)
+
+
+def test_a_relative_folder_in_a_working_directory_that_is_gone_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(InvalidField, match="restore_dir: expected a usable folder"):
+        Session("run", AWAY, restore_dir="here")
