@@ -25,8 +25,8 @@ from elesh.trainer.network.state import preserve_state
 
 __all__ = ["Matched", "Wanted", "match_outputs", "matched_parameters", "wanted_of_a_table"]
 
-_PASSES, _BATCH, _STEPS = 2, 32, 100
-"""Batches are larger where a pass would have more steps."""
+_PASSES, _BATCH, _STEPS, _FEW_STEPS = 2, 32, 100, 26
+"""Batches are larger where a pass would have more steps; of a run, which goes on, than few."""
 _JUDGED = 256
 """Samples, spread over all, by which it is judged whether a pass came nearer."""
 _CROSSED, _TAKEN = 7, 0.2
@@ -82,10 +82,12 @@ def wanted_of_a_table(model: nn.Module, inputs: Inputs) -> Wanted:
 def matched_parameters(
     model: nn.Module, wanted: Wanted, *, skip: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """What :func:`match_outputs` would give the parameters, by path; nothing is changed."""
+    """What :func:`match_outputs` would give the parameters in few steps, by path; nothing is
+    changed."""
     before = {path: p.detach().clone() for path, p in model.named_parameters()}
     try:
-        matched = match_outputs(model, wanted.inputs, wanted.outputs, skip=skip)
+        given = wanted.inputs, wanted.outputs
+        matched = match_outputs(model, *given, skip=skip, steps=_FEW_STEPS)
         if matched is None or not matched.after < matched.before:
             return {}
         now = {path: p.detach().clone() for path, p in model.named_parameters()}
@@ -96,7 +98,12 @@ def matched_parameters(
 
 
 def match_outputs(
-    model: nn.Module, inputs: Inputs, wanted: Tensor, *, skip: Collection[str] = ()
+    model: nn.Module,
+    inputs: Inputs,
+    wanted: Tensor,
+    *,
+    skip: Collection[str] = (),
+    steps: int = _STEPS,
 ) -> Matched | None:
     """Move all trained parameters so that the network's main output comes nearer to what is wanted.
 
@@ -104,6 +111,7 @@ def match_outputs(
         inputs: samples of training data, on the network's device.
         wanted: [S, ...] the main output of these samples before a cut.
         skip: paths of layers that keep their parameters.
+        steps: that a pass has at most, or one more.
 
     Returns:
         How near it was and is; None where nothing was tried: the outputs have another shape than
@@ -119,7 +127,7 @@ def match_outputs(
     variance = float((wanted.float() - wanted.float().mean(0)).square().mean())
     if not trained or len(wanted) != size or not 0 < variance < math.inf:
         return None
-    batch = max(_BATCH, size // _STEPS)
+    batch = max(_BATCH, size // steps)
     with preserve_state(model, 0):
         first = _missing(model, inputs, wanted, variance)
         if first is None or not first > _NEAR:
