@@ -109,12 +109,17 @@ class Calls:
             raise InvalidField("model", "a network with layers in it", self._model, hint=hint)
         paths = {id(p): path for path, p in self._model.named_parameters()}
         per_sample = {path: round(used.get(key, 0) / samples) for key, path in paths.items()}
+        beside = dict(per_sample)
+        # What functions multiply by weights, beside the layers that have them.
+        for name, times in positions.items():
+            if (weight := weight_of(self.modules[name])) is not None:
+                beside[paths[id(weight)]] -= round(times / samples)
         called = tuple(
             descriptor
             for name, times in positions.items()
             if ".parametrizations." not in f".{name}." and _owns_any(self.modules[name])
             for descriptor in _descriptors(
-                name, self.modules[name], round(times / samples), paths, per_sample
+                name, self.modules[name], round(times / samples), paths, per_sample, beside
             )
         )
         return called + tuple(self._by_functions(called, per_sample))
@@ -216,6 +221,7 @@ def _descriptors(
     positions: int,
     paths: Mapping[int, str],
     used: Mapping[str, int],
+    beside: dict[str, int],
 ) -> Iterator[LayerDescriptor]:
     """One descriptor, or one for each projection of an attention module."""
     kind = type(module).__name__.lower()
@@ -244,7 +250,7 @@ def _descriptors(
                 )
     elif weight is not None and _multiplies(module):
         path = paths[id(weight)]
-        times = max(positions, used.get(path, 0))
+        times = positions + max(0, beside.pop(path, 0))  # Of several, the first layer counts it.
         yield LayerDescriptor(name=name, kind=kind, weight=path, positions=times)
     else:
         yield LayerDescriptor(name=name, kind=kind)

@@ -127,6 +127,43 @@ class Constant(nn.Module):
         return x * angles.cos().mean(1).unsqueeze(-1)
 
 
+class FixedMatrix(nn.Module):
+    """Fourier features: multiplied by what no gradient reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.randn(16, 3))
+        self.leave = nn.Linear(3, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.leave(torch.sin(x @ self.frequencies))
+
+
+class Codebook(nn.Module):
+    """The nearest of several vectors, by products that the outputs do not depend on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes = nn.Embedding(9, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        squares = self.codes.weight.square().sum(1)
+        return x + self.codes((x @ self.codes.weight.T - squares).argmax(-1))
+
+
+class SharedWeight(nn.Module):
+    """Two layers with one weight, and a function that uses it, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.two.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.two(torch.tanh(self.one(x)))
+        return nn.functional.linear(torch.tanh(x), self.one.weight)
+
+
 class NonLocal(nn.Module):
     """Attention of all positions of a map, without heads."""
 
@@ -166,6 +203,8 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "cross-attention": lambda: Stream(Crossed()),
     "encoder": lambda: Stream(nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)),
     "constant angles": lambda: Stream(Constant(), Attention()),
+    "fixed matrix": lambda: Stream(FixedMatrix()),
+    "codebook": lambda: Stream(Codebook()),
     "maps": Maps,
 }
 
@@ -226,3 +265,8 @@ def test_a_head_takes_its_share_of_the_products_along() -> None:
     assert [product.macs for product in architecture.products] == [4 * each]
     by_weights = 7 * 4 * 4 * 16
     assert architecture.macs - architecture.without({heads: [2]}).macs == each + by_weights
+
+
+def test_a_weight_of_two_layers_is_counted_once_for_each_call() -> None:
+    model, x = Stream(SharedWeight()).eval(), torch.randn(2, 7, 6)
+    assert Recorder(model, x).architecture.macs == counted_macs(model, x)

@@ -324,13 +324,18 @@ class Cuts:
             for part in group.slices if group.name in seen.lost else ():
                 holding[part.tensor].append((part.dim, group))
         times: dict[Any, int] = defaultdict(int)
-        by_weight = {layer.weight: layer.positions for layer in found.layers}
+        weights = {layer.weight for layer in found.layers if layer.weight}
+        less: dict[str, int] = defaultdict(int)
+        # By weight: how many of the positions of its layers are among the products.
         for product, sizes in self._paired(seen):
             shape, widths, axes = _shrinking(product, sizes, seen.lost, holding)
-            if product.weight:  # Its layer counts it, unless what it multiplies becomes less, too.
-                if axes.isdisjoint(product.free) or product.weight not in by_weight:
+            if ".parametrizations." in f".{product.module}.":
+                continue  # It makes a weight, whatever the samples are.
+            if product.weight in weights:
+                # Its layer counts it, unless what it multiplies becomes less, too.
+                if axes.isdisjoint(product.free):
                     continue
-                by_weight[product.weight] -= round(
+                less[product.weight] += round(
                     math.prod(product.sizes[n] for n in product.free) / samples
                 )
             times[product.module, shape[1:], widths] += shape[0]
@@ -342,13 +347,13 @@ class Cuts:
             )
             for (module, shape, widths), each in times.items()
         )
-        layers = tuple(
-            layer
-            if (left := max(0, by_weight[layer.weight])) == layer.positions
-            else layer.model_copy(update={"positions": left})
-            for layer in found.layers
-        )
-        return layers, products
+        layers = list[LayerDescriptor]()
+        for layer in found.layers:
+            gone = min(less[layer.weight], layer.positions) if layer.weight in less else 0
+            left = layer.positions - gone
+            layers.append(layer.model_copy(update={"positions": left}) if gone else layer)
+            less[layer.weight] -= gone
+        return tuple(layers), products
 
     def _paired(self, seen: _Seen) -> Iterator[tuple[Product, Sizes]]:
         """Every product that no layer counts by itself, with its sizes in the cut network; its own
