@@ -19,6 +19,7 @@ from leyline import CheckpointBundle, Fallback, StructuralPruningDecision
 
 __all__ = [
     "CALIBRATION_SKIPPED",
+    "GROUPS_TIMEOUT",
     "RECONSTRUCTION_SKIPPED",
     "ROUNDS_SKIPPED",
     "ROUNDS_TIMEOUT",
@@ -43,6 +44,9 @@ RECONSTRUCTION_SKIPPED = "reconstruction_skipped"
 missing calibration data, does not allow to refit."""
 CALIBRATION_SKIPPED = "calibration_skipped"
 """The fallback of the failure table: no calibration probe is measured in the preparation phase."""
+GROUPS_TIMEOUT = "groups_timeout"
+"""The fallback: how groups compare is not measured, as that takes longer than half of what
+measuring may take; the order of the statistics holds."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def verifier(
     from .network_verifier import NetworkVerifier
 
     # By fallback, what a recorded decision met that another run might not.
-    chance = (ROUNDS_TIMEOUT, CALIBRATION_SKIPPED)
+    chance = (ROUNDS_TIMEOUT, CALIBRATION_SKIPPED, GROUPS_TIMEOUT)
     met = {f.rung: f for f in recorded.fallbacks if f.rung in chance} if recorded else {}
     return NetworkVerifier(bundle, settings, seconds, met)
 

@@ -34,6 +34,7 @@ from leyline import (
 
 from . import (
     CALIBRATION_SKIPPED,
+    GROUPS_TIMEOUT,
     RECONSTRUCTION_SKIPPED,
     ROUNDS_SKIPPED,
     ROUNDS_TIMEOUT,
@@ -44,6 +45,7 @@ from .measure import Bench, LogitGapMeter, Measurement, TooSlow
 from .program import DOES_NOT_RUN
 
 _SHARE_OF_ROUNDS = 0.5
+_SHARE_OF_GROUPS = 0.5
 T = TypeVar("T")
 
 
@@ -178,7 +180,7 @@ class NetworkVerifier:
             # The trainer may still refit: its own check is of the network after that.
             reason = f"measured without reconstruction: {error}"[:8192]
             found = self._searched(proposal)
-            fallbacks = (Fallback(rung=RECONSTRUCTION_SKIPPED, reason=reason),)
+            fallbacks = (*found.fallbacks, Fallback(rung=RECONSTRUCTION_SKIPPED, reason=reason))
             outcome = Reconstructed(applied=False, reason=reason, skip=asked.skip)
             return replace(found, reconstruction=outcome, fallbacks=fallbacks)
         if asked.batch_statistics and not bench.refit.norms:
@@ -191,7 +193,7 @@ class NetworkVerifier:
             bench.refit = None
         if not outcome.applied:
             found = self._searched(proposal)
-        return replace(found, reconstruction=outcome, fallbacks=fallbacks)
+        return replace(found, reconstruction=outcome, fallbacks=(*found.fallbacks, *fallbacks))
 
     def _compared(self, entries: tuple[Entry, ...], asked: Reconstruction) -> Reconstructed:
         """Whether refitted weights do better on the held-out samples than those as they were, or
@@ -224,14 +226,37 @@ class NetworkVerifier:
         if not all(gate.passed for gate in labels):  # Then no figure means anything.
             gates, figures = search.verdict(proposal.order)
             return Measured((), (*labels, *gates), search.verification(figures, ()))
-        kept = safety.largest_safe(
-            proposal.order, lambda part: all(gate.passed for gate in search.verdict(part)[0])
-        )
+        order, fallbacks = proposal.order, tuple[Fallback, ...]()
+        if proposal.rounds == 1 and not search.is_safe(order):
+            order, fallbacks = self._by_measured_costs(search)
+        kept = safety.largest_safe(order, search.is_safe)
         least = 0.0 if self._shortens else settings.kept_share
         ranking = safety.ranking_holds(len(kept), len(proposal.order), least)
         kept = kept if ranking.passed else ()
         gates, figures = search.verdict(kept or proposal.order)
-        return Measured(kept, (*labels, *gates, ranking), search.verification(figures, kept))
+        measured = search.verification(figures, kept)
+        return Measured(kept, (*labels, *gates, ranking), measured, fallbacks=fallbacks)
+
+    def _by_measured_costs(self, search: _Search) -> tuple[tuple[Entry, ...], tuple[Fallback, ...]]:
+        """The order of a proposal that is too much as a whole, by what each group's part of it is
+        measured to cost alone; or the proposal's own, and why."""
+        proposal = search.proposal
+        if GROUPS_TIMEOUT in self._met:
+            return proposal.order, (self._met[GROUPS_TIMEOUT],)
+        parts = safety.parts_alone(proposal.order)
+        if len(parts) == 1:
+            return proposal.order, ()
+        self._until(_SHARE_OF_GROUPS)
+        try:
+            found = [(part, search.cost_alone(part)) for part in parts]
+        except TooSlow:
+            seconds = _SHARE_OF_GROUPS * self._seconds
+            reason = f"measuring groups alone takes longer than {seconds:g} s of the window"
+            return proposal.order, (Fallback(rung=GROUPS_TIMEOUT, reason=reason),)
+        finally:
+            self._until(1)
+        search.alone = len(parts)
+        return safety.by_measured_costs(proposal.order, proposal.costs, found), ()
 
 
 @dataclass
@@ -246,6 +271,8 @@ class _Search:
     before: Measurement
     """With nothing masked."""
     seen: dict[tuple[Entry, ...], tuple[tuple[GateResult, ...], Harm]] = field(default_factory=dict)
+    alone: int = 0
+    """Parts that were measured for how they compare, and not judged."""
 
     def verdict(self, entries: tuple[Entry, ...]) -> tuple[tuple[GateResult, ...], Harm]:
         """Gates and figures with ``entries`` masked."""
@@ -260,13 +287,23 @@ class _Search:
             )
         return self.seen[key]
 
+    def cost_alone(self, part: Sequence[Entry]) -> float:
+        """By how much the loss rises with ``part`` masked, in nats a sample, above 0. The standard
+        error counts, too: what seems to cost nothing may do so by chance."""
+        more = self.bench.outcomes(tuple(sorted(part))).losses - self.before.outcomes.losses
+        return max(float(more.mean() + more.std() / len(more) ** 0.5), 1e-9)
+
+    def is_safe(self, entries: tuple[Entry, ...]) -> bool:
+        """Whether ``entries`` pass every gate."""
+        return all(gate.passed for gate in self.verdict(entries)[0])
+
     def verification(self, figures: Harm, kept: tuple[Entry, ...]) -> Verification:
         """The contract's figures."""
         left = len(self.proposal.order) - len(kept)
         stopped = self._failed(self.proposal.order) if left else ""
         return Verification(
             samples=self.bench.samples,
-            measurements=self.remeasured + len(self.seen),
+            measurements=self.remeasured + self.alone + len(self.seen),
             proposed=len(self.proposal.order),
             kept=len(kept),
             stopped=stopped,

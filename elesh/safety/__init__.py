@@ -43,12 +43,12 @@ from .measured_gates import (
     Verifier,
     harm,
     labels_belong,
-    largest_safe,
     predicted_loss,
     predicted_only,
     ranking_holds,
     strictest_limits,
 )
+from .search import by_measured_costs, largest_safe, parts_alone
 
 __all__ = [
     "ARCHITECTURE_GATES",
@@ -65,6 +65,7 @@ __all__ = [
     "Verifier",
     "Vote",
     "breaker_gate",
+    "by_measured_costs",
     "calibrated",
     "cumulative_limit",
     "fingerprint_of",
@@ -78,6 +79,7 @@ __all__ = [
     "minimum_units",
     "mixed_owners",
     "noise",
+    "parts_alone",
     "phase_gate",
     "predicted_loss",
     "predicted_only",

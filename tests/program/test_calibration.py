@@ -148,6 +148,6 @@ def test_the_gate_of_predicted_cuts_states_where_its_factor_comes_from() -> None
     assert calibrated_.measured == pytest.approx(default.measured / 2 * 1.25)
     limit = SETTINGS.verification.channel.conservative.loss_rise
     order = ((Level.CHANNEL, "a", 0),)
-    proposal = Proposal(order, Phase.CONSERVATIVE, limit * 0.7, loss_factor=own)
+    proposal = Proposal(order, (0.0,), Phase.CONSERVATIVE, limit * 0.7, loss_factor=own)
     assert safety.predicted_only(proposal, SETTINGS).gates[0].passed
     assert not safety.predicted_only(replace(proposal, loss_factor=None), SETTINGS).gates[0].passed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from functools import cache
 
@@ -15,8 +16,9 @@ from proved_networks import Trained, inverted
 
 from elesh import program, safety
 from elesh.analysis import analyze
-from elesh.program import SKIPPED, TIMEOUT, verifier
-from elesh.program.measure import Bench
+from elesh.program import GROUPS_TIMEOUT, SKIPPED, TIMEOUT, verifier
+from elesh.program.measure import Bench, TooSlow
+from elesh.program.network_verifier import NetworkVerifier
 from elesh.safety import BreakerStatus, Proposal
 from elesh.trainer import Surgeon
 from elesh.trainer.export import Exporter
@@ -283,6 +285,61 @@ def test_too_slow_for_the_window_is_named_and_replayed_as_it_was() -> None:
     assert again.safety == decision.safety
 
 
+def proposed(bundle: CheckpointBundle, *, first: int) -> Proposal:
+    """Half of every group; the statistics take the units of the group ``first`` for the
+    cheapest of all, a thousand times cheaper than the others."""
+    groups = [group for group in bundle.architecture.groups if group.prunable]
+    costs = {
+        (Level.CHANNEL, group.name, unit): (unit + 1.0) * (1e-3 if number == first else 1.0)
+        for number, group in enumerate(groups)
+        for unit in range(group.size // 2)
+    }
+    order = tuple(sorted(costs, key=costs.__getitem__))
+    return Proposal(order, tuple(map(costs.__getitem__, order)), Phase.AGGRESSIVE)
+
+
+def without_a_group(trained: Trained, number: int) -> Trained:
+    """The network, of which the first half of a group's units is wasted: nothing reads it."""
+    changed = copy.deepcopy(trained)
+    assert isinstance(changed.model, torch.nn.Sequential)
+    linear = [each for each in changed.model if isinstance(each, torch.nn.Linear)]
+    with torch.no_grad():
+        linear[number + 1].weight[:, : linear[number].out_features // 2] = 0
+    architecture = changed.bundle.architecture
+    network = Exporter(changed.model).export(architecture, changed.held_out, changed.held_out[0])
+    return replace(changed, bundle=replace(changed.bundle, network=network))
+
+
+def test_units_that_cost_nothing_go_though_statistics_take_another_group_for_cheaper() -> None:
+    """How groups compare is measured where the whole is too much."""
+    bundle = without_a_group(proved_networks.perceptron(), 1).bundle
+    wasted = [group for group in bundle.architecture.groups if group.prunable][1]
+    found = verifier(bundle, SETTINGS)(proposed(bundle, first=0))
+    assert found.verification is not None
+    assert found.verification.kept < found.verification.proposed
+    kept = {unit for _, name, unit in found.kept if name == wasted.name}
+    assert kept == set(range(wasted.size // 2))
+
+
+def test_groups_that_cannot_be_compared_in_time_are_named_and_replayed_in_the_order_of_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bundle = without_a_group(proved_networks.perceptron(), 1).bundle
+    proposal = proposed(bundle, first=0)
+
+    def slow(search: object, part: object) -> float:
+        raise TooSlow
+
+    with monkeypatch.context() as patched:
+        patched.setattr("elesh.program.network_verifier._Search.cost_alone", slow)
+        found = verifier(bundle, SETTINGS)(proposal)
+    (taken,) = found.fallbacks
+    assert taken.rung == GROUPS_TIMEOUT
+    again = NetworkVerifier(bundle, SETTINGS, math.inf, {GROUPS_TIMEOUT: taken})(proposal)
+    assert again == found
+    assert set(found.kept) == set(proposal.order[: len(found.kept)])
+
+
 def test_a_worker_without_torch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("elesh.program.find_spec", lambda name: None)
     decision = decide(proved_networks.perceptron().at(70))
@@ -295,7 +352,7 @@ def test_a_predicted_rise_that_measuring_might_allow_is_refused_unmeasured() -> 
     order = ((Level.CHANNEL, "a", 0),)
     limit = SETTINGS.verification.channel.conservative.loss_rise
     for rise, passes in ((limit / 2, True), (limit * 0.51, False)):
-        proposal = Proposal(order, Phase.CONSERVATIVE, predicted_loss_rise=rise)
+        proposal = Proposal(order, (0.0,), Phase.CONSERVATIVE, predicted_loss_rise=rise)
         (gate,) = safety.predicted_only(proposal, SETTINGS).gates
         assert gate.passed is passes
 

@@ -434,6 +434,7 @@ class Draft:
         units = {(unit.level, unit.layer_name, unit.index): unit for unit in self.order}
         proposal = Proposal(
             order=tuple(units),
+            costs=tuple(unit.cost for unit in units.values()),
             phase=self.phase,
             predicted_loss_rise=self.statistics.predicted_loss_rise,
             rounds=rounds,

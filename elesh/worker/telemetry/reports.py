@@ -334,6 +334,7 @@ _JOIN_FALLBACKS = frozenset(
         "rounds_timeout",
         "rounds_refused",
         "calibration_skipped",
+        "groups_timeout",
         "reconstruction_skipped",
     }
 )
