@@ -194,8 +194,32 @@ def refit_heads(model: nn.Module, cuts: Sequence[tuple[PruningGroup, int]]) -> N
         cuts: groups as they were before, and how many units each has left.
     """
     _refit_lists(model, cuts)
+    _refit_wrapped(model, cuts)
     for before, left in cuts:
         _refit_around(model, before, left)
+
+
+def _refit_wrapped(model: nn.Module, cuts: Sequence[tuple[PruningGroup, int]]) -> None:
+    """Set how many channels a module says that its only convolution takes and makes, by which it
+    checks what it is given (the up- and downsampling of Diffusers)."""
+    gone: dict[tuple[str, int], int] = {}
+    for before, left in cuts:
+        for part in before.slices:
+            layer, _, name = part.tensor.rpartition(".")
+            if name == "weight" and part.dim in (0, 1):
+                lost = part.width * (before.size - left)
+                gone[layer, part.dim] = gone.get((layer, part.dim), 0) + lost
+    for (layer, dim), lost in gone.items():
+        owner, _, name = layer.rpartition(".")
+        wrapper = model.get_submodule(owner)
+        parts = [child for child, part in wrapper.named_children() if list(part.parameters())]
+        only = model.get_submodule(layer)
+        if parts != [name] or not isinstance(only, _ConvNd) or only.transposed or only.groups > 1:
+            continue
+        left = only.weight.shape[dim]
+        held = vars(wrapper)
+        names = ("out_channels",) if dim == 0 else ("channels", "in_channels")
+        held |= {n: left for n in names if held.get(n) == left + lost}
 
 
 def _refit_lists(model: nn.Module, cuts: Sequence[tuple[PruningGroup, int]]) -> None:

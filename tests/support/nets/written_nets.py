@@ -514,6 +514,35 @@ class TwoRanks(nn.Module):
         return torch.as_tensor(self.out(flat + self.both(torch.stack((x, x.sin()), 1)).amax(1)))
 
 
+class Checked(nn.Module):
+    """A layer that says how many channels it takes, and checks it; the same number comes out."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.channels, self.out_channels = channels, out_channels
+        self.conv = nn.Conv2d(channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1] == self.channels
+        x = self.conv(x)
+        assert x.shape[1] == self.out_channels
+        return x
+
+
+class CheckedMaps(nn.Module):
+    """Of two maps that are concatenated, and of as many channels before and after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(3, 8, 3, padding=1)
+        self.joined, self.even = Checked(14, 10), Checked(10, 10)
+        self.out = nn.Conv2d(10, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.left(x).relu(), self.right(x).relu()], 1)
+        return self.out(self.even(self.joined(x).relu()).relu()).mean((2, 3))
+
+
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "gpt": (lambda: Tokens(GptAttention), (IDS,)),
     "listed": (lambda: Tokens(ListedAttention), (IDS,)),
@@ -533,6 +562,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "unflattened": (unflattened, (CONDITIONS,)),
     "linear attention": (LinearAttention, (VECTORS,)),
     "bag": (bag, (IDS,)),
+    "checked": (CheckedMaps, (IMAGES,)),
     "map attention": (MapAttention, (IMAGES,)),
     "gated positions": (GatedPositions, (VECTORS,)),
     "reversible": (Reversible, (IMAGES,)),

@@ -45,6 +45,7 @@ UNITS = {
     "unflattened": {"0": 14, "2": 12, "6": 8},
     "linear attention": {"enter": 16, "o": 4},
     "bag": {"0": 12, "1": 10},
+    "checked": {"left": 6, "right": 8, "joined.conv": 10, "even.conv": 10},
     "map attention": {"enter": 10, "out#2": 4},
     "gated positions": {"enter": 12},
     "reversible": {"enter": 12},
