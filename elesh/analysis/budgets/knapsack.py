@@ -18,6 +18,7 @@ saves less.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -152,12 +153,14 @@ def resource_model(architecture: PrunedArchitecture, budget: Budget) -> Resource
     """
     if budget.latency is not None:
         return _latency(architecture, budget.latency)
-    positions = {x.weight: x.positions for x in architecture.layers if x.weight}
+    positions: dict[str, int] = defaultdict(int)
+    for layer in architecture.layers if budget.resource == "macs" else ():
+        positions[layer.weight] += layer.positions  # Several may share a weight.
     cuts = _cuts(architecture)
     parts = []
     for tensor in architecture.tensors:
         if budget.resource == "macs":
-            factor = float(positions.get(tensor.path, 0))
+            factor = float(positions[tensor.path])
         elif budget.resource == "memory":
             factor = float(_BYTES.get(tensor.dtype, 4))
         else:

@@ -38,6 +38,17 @@ def test_the_model_counts_what_the_architecture_counts(
     assert saving == model.total({**lost, name: 0}) - model.total(lost)
 
 
+def test_a_weight_of_several_layers_counts_as_often_as_they_multiply_it() -> None:
+    architecture = chain([4, 6, 5])
+    shared = architecture.layers[1].model_copy(update={"name": "again", "positions": 7})
+    architecture = architecture.model_copy(update={"layers": (*architecture.layers, shared)})
+    model = resource_model(architecture, Budget(resource="macs", at_most=0.5))
+    assert model.total({}) == architecture.macs
+    lost = {next(group.name for group in architecture.groups if group.prunable): 1}
+    after = architecture.without({name: range(count) for name, count in lost.items()})
+    assert model.total(lost) == after.macs
+
+
 def best(model, curves, target):  # type: ignore[no-untyped-def]
     """By trying everything: the least damage that fits."""
     found = float("inf")
