@@ -229,7 +229,8 @@ class NetworkVerifier:
         order, fallbacks = proposal.order, tuple[Fallback, ...]()
         if proposal.rounds == 1 and not search.is_safe(order):
             order, fallbacks = self._by_measured_costs(search)
-        kept = safety.largest_safe(order, search.is_safe)
+        safe = set(safety.largest_safe(order, search.is_safe))
+        kept = tuple(entry for entry in proposal.order if entry in safe)
         least = 0.0 if self._shortens else settings.kept_share
         ranking = safety.ranking_holds(len(kept), len(proposal.order), least)
         kept = kept if ranking.passed else ()

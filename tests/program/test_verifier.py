@@ -317,6 +317,8 @@ def test_units_that_cost_nothing_go_though_statistics_take_another_group_for_che
     found = verifier(bundle, SETTINGS)(proposed(bundle, first=0))
     assert found.verification is not None
     assert found.verification.kept < found.verification.proposed
+    order = proposed(bundle, first=0).order
+    assert list(found.kept) == sorted(found.kept, key=order.index)
     kept = {unit for _, name, unit in found.kept if name == wasted.name}
     assert kept == set(range(wasted.size // 2))
 

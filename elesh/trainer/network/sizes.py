@@ -210,16 +210,15 @@ def _refit_wrapped(model: nn.Module, cuts: Sequence[tuple[PruningGroup, int]]) -
                 lost = part.width * (before.size - left)
                 gone[layer, part.dim] = gone.get((layer, part.dim), 0) + lost
     for (layer, dim), lost in gone.items():
-        owner, _, name = layer.rpartition(".")
-        wrapper = model.get_submodule(owner)
-        parts = [child for child, part in wrapper.named_children() if list(part.parameters())]
         only = model.get_submodule(layer)
-        if parts != [name] or not isinstance(only, _ConvNd) or only.transposed or only.groups > 1:
+        if not isinstance(only, _ConvNd) or only.transposed or only.groups > 1:
             continue
-        left = only.weight.shape[dim]
-        held = vars(wrapper)
+        owner, _, name = layer.rpartition(".")
+        wrapper, left = model.get_submodule(owner), only.weight.shape[dim]
         names = ("out_channels",) if dim == 0 else ("channels", "in_channels")
-        held |= {n: left for n in names if held.get(n) == left + lost}
+        said = [n for n in names if vars(wrapper).get(n) == left + lost]
+        if said and [c for c, part in wrapper.named_children() if list(part.parameters())] == [name]:
+            vars(wrapper).update(dict.fromkeys(said, left))
 
 
 def _refit_lists(model: nn.Module, cuts: Sequence[tuple[PruningGroup, int]]) -> None:
