@@ -217,7 +217,9 @@ def _refit_wrapped(model: nn.Module, cuts: Sequence[tuple[PruningGroup, int]]) -
         wrapper, left = model.get_submodule(owner), only.weight.shape[dim]
         names = ("out_channels",) if dim == 0 else ("channels", "in_channels")
         said = [n for n in names if vars(wrapper).get(n) == left + lost]
-        if said and [c for c, part in wrapper.named_children() if list(part.parameters())] == [name]:
+        if said and [c for c, part in wrapper.named_children() if list(part.parameters())] == [
+            name
+        ]:
             vars(wrapper).update(dict.fromkeys(said, left))
 
 
