@@ -33,8 +33,9 @@ from elesh.trainer.arguments import levels_of, require_network, require_share, w
 from elesh.trainer.calibration.losses import Loss
 from elesh.trainer.calibration.recorder import enough_samples, of_a_table
 from elesh.trainer.goals import Goals, shares_of
+from elesh.trainer.network.arithmetic import SAFE_CHANNELS, narrowing_is_unsafe
 from elesh.trainer.network.calling import batch_size, device_of, map_tensors
-from elesh.trainer.network.onednn import SAFE_CHANNELS, narrowing_is_unsafe
+from elesh.trainer.network.traversal import bind_functions
 from elesh.trainer.surgery.after_cut import reestimate_batch_statistics, soften_outputs
 from elesh.trainer.surgery.layer_by_layer import (
     OutputsBefore,
@@ -134,7 +135,7 @@ def prune(
         compared: from what the model returns to what has to be equal under a mask and after a cut,
             where some outputs jump by themselves (see :class:`Recorder`); by default all of it.
         min_channels, min_heads: what every group keeps. At least 8 channels where PyTorch would
-            abort the process with fewer (see :mod:`elesh.trainer.network.onednn`).
+            abort the process with fewer (see :mod:`elesh.trainer.network.arithmetic`).
         round_to: groups keep a multiple of so many channels.
         reconstruct: solve the layers that read what is left again, one behind the other, for what
             they put out before, and re-estimate batch statistics. In the end all layers come
@@ -197,7 +198,9 @@ def prune(
         goals = Goals.of(model, example, first, original_of(model, first), budget)
         limits = Limits(max_accuracy_drop, max_loss_increase)
         judge = _judge(model, samples, evaluate, limits, loss)
-        before = copy.deepcopy(model)
+        copies: dict[int, Any] = {}
+        before = copy.deepcopy(model, copies)
+        bind_functions(before, copies)
         surgeon = Surgeon(model, first, optimizer=optimizer, restore_points=0)
         fallbacks: tuple[str, ...] = ()
         if min_channels < SAFE_CHANNELS and narrowing_is_unsafe(model):

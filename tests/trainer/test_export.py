@@ -89,6 +89,17 @@ class Steps(nn.Module):
         return torch.as_tensor(self.leave(self.inner(self.enter(x))[0][:, -1]))
 
 
+def test_a_network_with_autocast_in_its_forward_pass_is_exported_in_its_own_precision() -> None:
+    model = trainer_nets.build("Vgg").eval()
+    architecture = Recorder(model, trainer_nets.example()).architecture
+    inputs = torch.randn(8, *trainer_nets.example().shape[1:])
+    with torch.no_grad():
+        expected = model(inputs)
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)  # type: ignore[method-assign]
+    exported = Exporter(model).export(architecture, (inputs, torch.zeros(8, dtype=torch.long)))
+    assert torch.allclose(run(exported), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("inner", "width"),
     [

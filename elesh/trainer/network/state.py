@@ -47,15 +47,15 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset
 
+from .arithmetic import full_precision
 from .calling import device_of
-from .traversal import modules_in, parameters_in
+from .traversal import modules_in
 
 __all__ = [
     "Uncompiled",
     "alive",
     "evaluated",
     "fixed_to_a_shape",
-    "full_precision",
     "preserve_state",
     "preserved",
     "seed_generators",
@@ -165,7 +165,7 @@ def preserve_state(model: nn.Module, seed: int, *others: Any) -> Iterator[None]:
 
     Gradients are on even inside a caller's ``no_grad`` or ``inference_mode``; parameters' ``grad``
     is not touched as long as the body uses ``torch.autograd.grad``. Statistics are taken in the
-    network's own precision, whatever a caller's ``autocast`` says.
+    network's own precision, whatever a caller's or the network's ``autocast`` says.
 
     Args:
         others: whose generators are preserved, too (data loaders).
@@ -246,18 +246,6 @@ def preserved(model: nn.Module, *others: Any) -> Iterator[None]:
             np.random.set_state(legacy)
             for put_back in restore:
                 put_back()
-
-
-@contextlib.contextmanager
-def full_precision(model: nn.Module) -> Iterator[None]:
-    """No autocast, neither on the network's devices nor on the processor."""
-    with contextlib.ExitStack() as stack:
-        for kind in {parameter.device.type for parameter in parameters_in(model).values()} | {
-            "cpu"
-        }:
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
 
 
 @contextlib.contextmanager

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -147,3 +149,64 @@ def _has_plain_modes(module: nn.Module) -> bool:
     kind = type(module)
     own = "train" in vars(module) or "eval" in vars(module) or "training" not in vars(module)
     return not own and kind.train is nn.Module.train and kind.eval is nn.Module.eval
+
+
+def bind_functions(copied: nn.Module, copies: Mapping[int, Any]) -> None:
+    """Have functions in place of a copied network's methods call the copy.
+
+    ``copy.deepcopy`` shares functions: a decorated or compiled ``forward`` that was put in place of
+    the class's encloses the network, and would go on computing with its weights.
+
+    Args:
+        copies: by the ``id`` of what was copied (the memo of ``copy.deepcopy``).
+    """
+    for module in modules_in(copied).values():
+        for name, held in list(vars(module).items()):
+            if isinstance(held, FunctionType):
+                vars(module)[name] = _bound(held, copies, {})
+
+
+def _bound(thing: Any, copies: Mapping[int, Any], known: dict[int, Any]) -> Any:
+    """This, or one of its kind that refers to the copies, where it refers to what was copied."""
+    if id(thing) in copies:
+        return copies[id(thing)]
+    if id(thing) not in known:
+        known[id(thing)] = thing  # What refers to itself.
+        known[id(thing)] = _made_anew(thing, partial(_bound, copies=copies, known=known))
+    return known[id(thing)]
+
+
+def _made_anew(thing: Any, bound: Callable[[Any], Any]) -> Any:
+    """One that refers to what ``bound`` gives for what this refers to; this, if it is the same."""
+    if isinstance(thing, MethodType):
+        owner = bound(thing.__self__)
+        return thing if owner is thing.__self__ else MethodType(thing.__func__, owner)
+    if isinstance(thing, partial):
+        func, args = bound(thing.func), list(map(bound, thing.args))
+        keywords = {name: bound(value) for name, value in thing.keywords.items()}
+        return partial(func, *args, **keywords)
+    if not isinstance(thing, FunctionType):
+        return thing
+    if (plain := getattr(thing, "_torchdynamo_orig_callable", None)) is not None:
+        own = bound(plain)
+        return thing if own is plain else own  # A copy is not compiled.
+    defaults = tuple(map(bound, thing.__defaults__ or ()))
+    cells = thing.__closure__ or ()
+    inside = [(bound(_content(cell)), _content(cell)) for cell in cells]
+    pairs = [*inside, *zip(defaults, thing.__defaults__ or (), strict=True)]
+    if all(new is old for new, old in pairs):
+        return thing
+    closure = tuple(
+        cell if new is old else CellType(new)
+        for cell, (new, old) in zip(cells, inside, strict=True)
+    )
+    made = FunctionType(thing.__code__, thing.__globals__, thing.__name__, defaults, closure)
+    made.__kwdefaults__ = thing.__kwdefaults__
+    return made
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # Nothing was put into it yet.
+        return None

@@ -170,7 +170,12 @@ def check_and_cut(
         The outcome, and what it was judged by.
     """
     present = surgeon.architecture
-    if blocked := surgeon.blocked():
+    try:
+        blocked = surgeon.blocked()
+    except Exception as error:  # of whatever else is alive in this process
+        _log.exception("decision refused: not known what it reaches", key=decision.idempotency_key)
+        blocked = f"what else holds the network's tensors cannot be looked at: {error}"
+    if blocked:
         return outcome_of(decision, present, present, "refused", blocked), Judged()
     decision, said = present_form(decision, present)
     limit = trigger_of(decision, triggers)

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from elesh.trainer.graph.hazards import train_once, trainable_example
+from elesh.trainer.network.arithmetic import clear_of_onednn
 from elesh.trainer.network.calling import Inputs, call, device_of, map_tensors, tensors_in
-from elesh.trainer.network.onednn import clear_of_onednn
 from elesh.trainer.network.state import preserve_state, seed_generators
+from elesh.trainer.network.traversal import bind_functions
 from elesh.trainer.recovery.snapshot import Snapshot, Tracked, pack_tree, unpack_tree
 from elesh.trainer.surgery.optimizer_trial import copied_optimizers
 from elesh.trainer.surgery.surgeon import Surgeon
@@ -257,6 +258,7 @@ class _Subject:
         try:
             with torch.inference_mode(False):
                 model = copy.deepcopy(self._surgeon.model, memo)
+                bind_functions(model, memo)
                 optimizers = copied_optimizers(self._surgeon.optimizers, memo)
                 parts = copy.deepcopy(dict(self._parts), memo)
                 surgeon = _OfCopy(model, self._surgeon.architecture, optimizers)

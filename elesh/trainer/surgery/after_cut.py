@@ -42,6 +42,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.hooks import RemovableHandle
 
 from elesh.program.refit import RIDGE, Normalised, moved_statistic, normalised_by, without_inputs
+from elesh.trainer.network.arithmetic import full_precision
 from elesh.trainer.network.calling import (
     batch_size,
     call,
@@ -56,7 +57,7 @@ from elesh.trainer.network.kinds.weight_norms import weight_norm_of
 from elesh.trainer.network.layers import channel_axes, named_tensors
 from elesh.trainer.network.multihead import patched, take_back
 from elesh.trainer.network.positions import positions_drawn, positions_to_read
-from elesh.trainer.network.state import Uncompiled, full_precision, preserved
+from elesh.trainer.network.state import Uncompiled, preserved
 from leyline import IdentityMismatch, InvalidField, PrunedArchitecture, PruningGroup
 
 __all__ = [

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
 from elesh.trainer.network.layers import named_tensors, require_fit
@@ -175,6 +176,7 @@ class Unnamed:
             and id(each) not in own
             and each.grad_fn is None
             and not is_kept(each)
+            and not isinstance(each, FakeTensor)  # the compiler's, of sizes that are not known
             and (shape := tuple(each.shape)) in shapes
         ]
         counts = Counter(shape for shape, _ in others)

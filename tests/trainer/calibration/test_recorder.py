@@ -184,6 +184,16 @@ def test_measuring_under_autocast_is_measuring_without_it() -> None:
     assert np.array_equal(found, expected)
 
 
+def test_a_network_with_autocast_in_its_forward_pass_is_measured_in_its_own_precision() -> None:
+    model = build("ResNet")
+    expected = measured(model).gates["blocks.1.conv1"].projections
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)  # type: ignore[method-assign]
+    assert model(example()).dtype == torch.bfloat16
+    found = measured(model).gates["blocks.1.conv1"].projections
+    assert np.array_equal(found, expected)
+    assert model(example()).dtype == torch.bfloat16
+
+
 def test_a_low_precision_model_is_measured_in_single_precision() -> None:
     model = build("Vgg").bfloat16()
     recorder = Recorder(model, example().bfloat16())

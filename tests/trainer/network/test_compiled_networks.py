@@ -44,12 +44,14 @@ def compiled(model: nn.Sequential, way: str) -> nn.Module:
         model.compile(backend="eager")
     elif way == "part":
         model[2].compile(backend="eager")
+    elif way == "method":
+        model.forward = torch.compile(model.forward, backend="eager")  # type: ignore[method-assign]
     elif way == "step":
         return torch.compile(lambda x: model(x), backend="eager")
     return model
 
 
-@pytest.mark.parametrize("way", ["around", "in place", "part", "step"])
+@pytest.mark.parametrize("way", ["around", "in place", "part", "step", "method"])
 @pytest.mark.sampled
 def test_a_mask_acts_on_a_compiled_network_and_is_what_the_cut_computes(way: str) -> None:
     model, x = network(), torch.randn(5, 6)

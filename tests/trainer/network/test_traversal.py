@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from torch import nn
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
 
 from elesh.trainer.network.traversal import (
+    bind_functions,
     listed_once,
     modules_in,
     parameters_in,
@@ -68,3 +75,30 @@ def test_what_is_listed_once_is_listed_anew_afterwards_and_other_networks_always
         assert "named_modules" not in vars(network)
     network.add_module("more", nn.Linear(3, 3))
     assert "more.weight" in parameters_in(network)
+
+
+def decorated(function: Any) -> Any:
+    @functools.wraps(function)
+    def called(x: Tensor, times: Any = function) -> Any:
+        return (function(x) + times(x)) / 2
+
+    return called
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [decorated, torch.compile, functools.partial, torch.no_grad()],
+    ids=["closure and default", "compiled", "partial", "context"],
+)
+def test_a_function_in_place_of_a_copied_networks_method_calls_the_copy(wrap: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    x, copies = torch.randn(5, 4), dict[int, Any]()
+    with torch.compiler.set_stance("force_eager"):
+        expected = model(x)
+        model.forward = wrap(model.forward)  # type: ignore[method-assign]
+        copied = copy.deepcopy(model, copies)
+        bind_functions(copied, copies)
+        with torch.no_grad():
+            model[0].weight.zero_()
+        assert torch.allclose(copied(x), expected)
+        assert torch.allclose(model(x), model[2](torch.relu(model[0].bias)).expand(5, -1))

@@ -52,6 +52,23 @@ def test_no_cut_stands_whose_figures_are_no_numbers(bad: Evaluation, good: int) 
     assert torch.equal(outputs(world), answers)
 
 
+def test_a_look_at_what_else_is_alive_that_fails_refuses_and_raises_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, world = Run(), World()
+    run.resume(world.tracked)
+    before = world.digest()
+
+    def fails() -> str:
+        raise TypeError("unhashable")
+
+    monkeypatch.setattr(world.surgeon, "blocked", fails)
+    decision = decide(world.original, layers=("blocks.2",))
+    outcome = run.apply(decision, world.surgeon, saying(GOOD))
+    assert (outcome.result, "unhashable" in outcome.detail) == ("refused", True)
+    assert world.digest() == before
+
+
 def test_a_measurement_that_fails_refuses_the_decision_and_raises_nothing() -> None:
     run, world = Run(), World()
     run.resume(world.tracked)

@@ -13,6 +13,8 @@ import torch
 from layer_nets import made, removable
 from test_optimizers import X, Y, architecture, build
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
 from trainer_nets import example
@@ -468,3 +470,15 @@ def test_restore_points_are_no_copies_that_the_script_updates(
         for tensor in own[kept_by]:
             tensor.add_(1e-3 * torch.randn_like(tensor))
     assert bool(found) == (kept_by == "script")
+
+
+def test_tensors_of_unknown_sizes_that_the_compiler_keeps_are_passed_over(
+    architecture: PrunedArchitecture,
+) -> None:
+    """Those are alive once a compiled network has seen batches of two sizes."""
+    model = build()
+    sizes = ShapeEnv()
+    with FakeTensorMode(shape_env=sizes):
+        fake = torch.empty(sizes.create_unbacked_symint(), 4)
+    assert not all(isinstance(size, int) for size in fake.shape)
+    assert Surgeon(model, architecture).blocked() == ""

@@ -22,7 +22,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from elesh.trainer.network.calling import summary, tensors_in
-from elesh.trainer.network.traversal import modules_in, parameters_in
+from elesh.trainer.network.traversal import bind_functions, modules_in, parameters_in
 from leyline import InvalidField
 
 __all__ = ["random_copy"]
@@ -64,14 +64,17 @@ def random_copy(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modu
 def _with_computed(model: nn.Module, made: dict[Any, Any]) -> nn.Module:
     """The copy; tensors with a history, which few hold and nothing copies, without theirs."""
     copied: nn.Module
+    copies = dict(made)
     try:
-        copied = _copied(model, dict(made))
+        copied = _copied(model, copies)
     except RuntimeError:
         computed = list(_computed(model))
         if not computed:
             raise
         made |= {id(tensor): tensor.detach().clone() for tensor in computed}
-        copied = _copied(model, dict(made))
+        copies = dict(made)
+        copied = _copied(model, copies)
+    bind_functions(copied, copies)
     return copied
 
 
