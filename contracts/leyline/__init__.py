@@ -75,6 +75,7 @@ from leyline.network.parts import (
     Span,
     TensorDescriptor,
     TensorSlice,
+    WrittenSize,
 )
 from leyline.network.statistics import (
     ChannelImportanceData,
@@ -230,6 +231,7 @@ __all__ = [
     "UnsupportedVersion",
     "Verification",
     "WireEnum",
+    "WrittenSize",
     "checkpoint_id",
     "decided_level",
     "decode",

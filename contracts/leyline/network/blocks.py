@@ -99,6 +99,7 @@ def groups_left(
             "slices": slices,
             "sites": sites,
             "norms": tuple(s for s in group.norms if not inside_any(s.module, replaced)),
+            "written": tuple(w for w in group.written if not inside_any(w.module, replaced)),
             "layers": tuple(x for x in group.layers if not inside_any(x, replaced)),
         }
         if group.sites and not sites and group.prunable:

@@ -158,6 +158,20 @@ class NormSite(GateSite):
     """What the normalisation adds to the variance, deviation or mean square."""
 
 
+class WrittenSize(Message):
+    """Where a network's own code keeps how many units a group has, ``width`` times: an attribute of
+    a module, or a number that is written in one of its methods. Either becomes smaller by ``width``
+    with each unit; it may count the units of other groups, too."""
+
+    module: Label = ""
+    """Empty: the network itself."""
+    name: Name
+    """The attribute's, or the method's."""
+    number: Count | None = None
+    """As it is written in the method; none where it is an attribute."""
+    width: int = Field(default=1, ge=1)
+
+
 class PruningGroup(Message):
     """Units that can be removed one by one, each with all the tensor slices coupled to it.
 
@@ -180,6 +194,9 @@ class PruningGroup(Message):
     """Where a unit is masked and measured."""
     norms: tuple[NormSite, ...] = Field(default=(), exclude_if=operator.not_)
     """Normalisations over these channels. Left out of messages where there are none."""
+    written: tuple[WrittenSize, ...] = Field(default=(), exclude_if=operator.not_)
+    """Where the network's code keeps their number under no name that is known. Left out of messages
+    where there are none."""
     prunable: bool = True
     """Whether units of it may be removed."""
     reason: Text = ""

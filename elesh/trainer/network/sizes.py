@@ -28,6 +28,7 @@ from leyline import Level, PrunedArchitecture, PruningGroup, TensorSlice
 
 from .kinds.experts import is_experts
 from .kinds.weight_norms import owner_of
+from .kinds.written_sizes import refit_written
 from .layers import held, normalises_maps, refit_taught
 from .multihead import commit
 
@@ -197,6 +198,7 @@ def refit_heads(model: nn.Module, cuts: Sequence[tuple[PruningGroup, int]]) -> N
     _refit_wrapped(model, cuts)
     for before, left in cuts:
         _refit_around(model, before, left)
+        refit_written(model, before, before.size - left)
 
 
 def _refit_wrapped(model: nn.Module, cuts: Sequence[tuple[PruningGroup, int]]) -> None:

@@ -17,13 +17,15 @@ from dataclasses import dataclass
 from torch import nn
 
 from elesh.observe import get_logger
+from elesh.trainer.network.kinds.written_sizes import sizes_of
 from elesh.trainer.network.layers import named_tensors, require_fit
 from elesh.trainer.network.sizes import constants
 from elesh.trainer.network.state import fixed_to_a_shape
 from elesh.trainer.surgery.averages import WeightCopy, unnamed_averages
 from elesh.trainer.surgery.bypass import Bypass
+from elesh.trainer.surgery.lineage import lineage_of
 from elesh.trainer.surgery.surgeon import Surgeon
-from elesh.trainer.surgery.tensors import replace_data, take_sizes
+from elesh.trainer.surgery.tensors import replace_data, size_names, take_sizes
 from leyline import InvalidField, PrunedArchitecture
 
 _log = get_logger(__name__)
@@ -68,14 +70,15 @@ class Latecomers:
 
     def begin_anew(self) -> None:
         """Make them copies of the network as it is."""
-        tensors = named_tensors(self.model)
+        tensors, lineage = named_tensors(self.model), lineage_of(self.model)
+        names = size_names(lineage.now) if lineage is not None else frozenset()
         for average in self.averages:
             if average.module is not None:
                 _shape_like(average.module, self.model.get_submodule(average.prefix))
             for path, tensor in average.tensors().items():
                 replace_data(tensor, tensors[path].detach().to(tensor, copy=True))
             if average.module is not None:
-                _size_like(average.module, self.model.get_submodule(average.prefix))
+                _size_like(average.module, self.model.get_submodule(average.prefix), names)
             _log.warning("an average begins anew with the network's weights", average=average.name)
 
 
@@ -89,10 +92,10 @@ def _shape_like(module: nn.Module, like: nn.Module) -> None:
             _shape_like(own, child)
 
 
-def _size_like(module: nn.Module, like: nn.Module) -> None:
-    """Give all parts the sizes and constants of those of ``like``."""
+def _size_like(module: nn.Module, like: nn.Module, names: Collection[str]) -> None:
+    """Give all parts the constants, and the sizes in attributes of these names, of ``like``."""
     for path, theirs in like.named_modules():
         own = module.get_submodule(path)
-        take_sizes(own, vars(theirs))
+        take_sizes(own, sizes_of(theirs, names))
         for name, constant in constants(theirs).items():
             own._buffers[name] = constant.clone()

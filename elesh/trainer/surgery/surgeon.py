@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from elesh.observe import get_logger
 from elesh.trainer.network.kinds.weight_norms import gains_after
+from elesh.trainer.network.kinds.written_sizes import require_own_methods
 from elesh.trainer.network.layers import named_tensors, require_fit
 from elesh.trainer.network.sizes import cut_by_place, refit, refit_heads
 from elesh.trainer.network.state import drop_cached, unwrapped
@@ -317,6 +318,7 @@ class Surgeon:
         """
         chosen = removable(self.architecture, units)
         require_fit(self.model, self.architecture)
+        require_own_methods(self.model, (self.architecture.group[name] for name in chosen))
         self._look_again()
         self._put_back()
         after = self.architecture.without(chosen, epoch=epoch, key=key)

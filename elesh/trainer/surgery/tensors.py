@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from elesh.trainer.network.kinds.written_sizes import put_sizes, sizes_of, written_names
 from elesh.trainer.network.layers import refit_taught
 from elesh.trainer.network.multihead import commit
 from elesh.trainer.network.sizes import HEAD_SIZES, SIZES, constants
@@ -24,7 +25,7 @@ from .bypass import Bypass
 if TYPE_CHECKING:
     from .optimizers import Optimizers
 
-_SIZES = (*SIZES, *HEAD_SIZES)
+_SIZES = frozenset((*SIZES, *HEAD_SIZES))
 
 Cutter = Callable[[Tensor], Tensor]
 """What a cut makes of one tensor."""
@@ -184,13 +185,11 @@ class Skeleton:
     ) -> Skeleton:
         """The present structure of a network and of its copies."""
         modules = [module for root in roots for module in root.modules()]
+        names = size_names(architecture)
         return cls(
             architecture,
             tuple((module, dict(module._modules)) for module in modules),
-            tuple(
-                (module, {name: vars(module)[name] for name in _SIZES if name in vars(module)})
-                for module in modules
-            ),
+            tuple((module, sizes_of(module, names)) for module in modules),
             tuple((module, found) for module in modules if (found := constants(module))),
             tuple(list(group["params"]) for group in optimizers.groups()),
         )
@@ -220,9 +219,14 @@ class Skeleton:
                 module._buffers[name] = old if now is None else old.to(now.device)
 
 
+def size_names(architecture: PrunedArchitecture) -> frozenset[str]:
+    """The attributes that keep sizes."""
+    return _SIZES | written_names(architecture)
+
+
 def take_sizes(module: nn.Module, sizes: Mapping[str, Any]) -> None:
     """Give a module size attributes, and what follows from them and from its tensors."""
-    vars(module).update({name: sizes[name] for name in _SIZES if name in sizes})
+    put_sizes(module, sizes)
     commit(module)
     refit_taught(module)
 

@@ -173,19 +173,22 @@ def test_a_matrix_that_no_layer_has_is_listed_with_a_reason() -> None:
     )
 
 
+MAPS = 10
+
+
 class FixedMaps(nn.Module):
-    """The number of maps stands in the code."""
+    """The number of maps is kept beside the network's code, where others may ask for it, too."""
 
     def __init__(self) -> None:
         super().__init__()
         self.wide, self.up = nn.Linear(3, 10 * 16), nn.ConvTranspose2d(10, 3, 4, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.as_tensor(self.up(self.wide(x).view(-1, 10, 4, 4)))
+        return torch.as_tensor(self.up(self.wide(x).view(-1, MAPS, 4, 4)))
 
 
 def test_a_reason_names_the_line_of_code_that_stands_in_the_way() -> None:
     group = Recorder(FixedMaps().eval(), torch.randn(2, 3)).architecture.group["wide"]
     assert not group.prunable
     assert "in test_hand_written.py, line" in group.reason
-    assert "return torch.as_tensor(self.up(self.wide(x).view(-1, 10, 4, 4)))" in group.reason
+    assert "return torch.as_tensor(self.up(self.wide(x).view(-1, MAPS, 4, 4)))" in group.reason

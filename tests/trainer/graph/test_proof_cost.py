@@ -21,17 +21,18 @@ from elesh.trainer.graph.proof.units import some_of
 from leyline import InvalidField, Level
 
 CALLS = [0]
+WIDTH = 12
 
 
 class Block(nn.Module):
-    """A residual block with a size written into its code: its channels cannot go."""
+    """A residual block with a size kept beside its code: its channels cannot go."""
 
     def __init__(self) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(self.up(x).view(-1, 12).relu())
+        return x + self.down(self.up(x).view(-1, WIDTH).relu())
 
 
 class Free(Block):
@@ -147,7 +148,7 @@ class Sized(Deep):
     def forward(self, x: Tensor) -> Tensor:
         CALLS[0] += 1
         for block in self.blocks:
-            x = block.down(block.up(x).view(-1, 12).relu())
+            x = block.down(block.up(x).view(-1, WIDTH).relu())
         return self.head(self.free(x).relu())
 
 

@@ -24,18 +24,12 @@ from elesh.trainer.graph.hazards import (
 )
 from elesh.trainer.network.calling import Inputs, call, device_of, tensors_in
 from elesh.trainer.network.kinds.weight_norms import gains_after, weight_norm_of
+from elesh.trainer.network.kinds.written_sizes import put_sizes, sizes_of
 from elesh.trainer.network.layers import channel_axes, named_tensors
-from elesh.trainer.network.sizes import (
-    HEAD_SIZES,
-    SIZES,
-    constants,
-    cut_by_place,
-    refit,
-    refit_heads,
-)
+from elesh.trainer.network.sizes import constants, cut_by_place, refit, refit_heads
 from elesh.trainer.network.state import drop_cached, seed_generators
 from elesh.trainer.surgery.masks import Masks
-from elesh.trainer.surgery.tensors import point_to
+from elesh.trainer.surgery.tensors import point_to, size_names
 from leyline import PrunedArchitecture, Span
 
 from .products import Cuts
@@ -46,7 +40,6 @@ __all__ = ["Trial", "TrialCuts", "Units"]
 Ints = npt.NDArray[np.int64]
 Units = Mapping[str, Sequence[int]]
 """Units by group name."""
-_SIZES = frozenset((*SIZES, *HEAD_SIZES))
 
 
 class Trial:
@@ -203,7 +196,7 @@ class TrialCuts:
             whole = gains.get(path, self.whole[path])
             point_to(self.tensors[path], narrowed(whole, lost.get(path, {})))
         for module, sizes in self._sizes.items():
-            vars(module).update(sizes)
+            put_sizes(module, sizes)
         for module, buffers in self._constants.items():
             module._buffers.update(buffers)
         for module in self._touched({*paths, *lost}):
@@ -256,10 +249,12 @@ class TrialCuts:
 
     @cached_property
     def _sizes(self) -> dict[nn.Module, dict[str, Any]]:
+        names = size_names(self.architecture)
+        written = {size.module for group in self.architecture.groups for size in group.written}
         return {
-            module: {name: vars(module)[name] for name in _SIZES.intersection(vars(module))}
-            for module in self._copied.modules()
-            if not _SIZES.isdisjoint(vars(module))
+            module: sizes
+            for path, module in self._copied.named_modules()
+            if (sizes := sizes_of(module, names)) or path in written
         }
 
 

@@ -26,7 +26,8 @@ from leyline import Level, PrunedArchitecture, PruningGroup
 
 from .products import Products
 from .trial import Cut, Trial, TrialCuts, Units
-from .waypoints import Fault, Guards, Waypoints, apart
+from .waypoints import SHAPES, Fault, Guards, Waypoints, apart
+from .written import unequivocal, written_sizes
 
 _FEW_NORMED, _FEW = 8, 3
 _NOTHING: Mapping[int, Any] = {}
@@ -50,6 +51,8 @@ def without_refuted(trial: Trial, architecture: PrunedArchitecture) -> PrunedArc
         if apart := [pair for pair in together if pair[0].name in experiment.reasons]:
             experiment = experiment.of(_split(experiment.architecture, apart))
             experiment.judge()
+        if (written := experiment.with_written_sizes()) is not None:
+            experiment = written
     return _marked(experiment.architecture, experiment.reasons)
 
 
@@ -73,7 +76,7 @@ def _split(architecture: PrunedArchitecture, together: Sequence[Together]) -> Pr
 
 def _marked(architecture: PrunedArchitecture, reasons: Mapping[str, str]) -> PrunedArchitecture:
     marked = [
-        group.model_copy(update={"prunable": False, "reason": reasons[group.name]})
+        group.model_copy(update={"prunable": False, "reason": reasons[group.name], "written": ()})
         if group.name in reasons
         else group
         for group in architecture.groups
@@ -167,6 +170,28 @@ class _Experiment(Admission):
             names = set()
         alone = self._suspected([name for name in self._names if name in names])
         return self._together(tied_parts(self._groups, self._trial.copied, alone))
+
+    def with_written_sizes(self) -> _Experiment | None:
+        """The same, judged again, where sizes that the network's code keeps under names of its own,
+        or has written into it, are set for groups that were refused; None if none of these may go
+        then."""
+        model, stops = self._trial.copied, list(self.reasons)
+        known, groups, found = self.architecture.group, self.architecture.groups, None
+        ways = {name: written_sizes(self._cuts, model, known[name]) for name in stops}
+        while any(ways[name] for name in stops):
+            sizes = {name: ways[name].pop(0) for name in stops if ways[name]}
+            own = unequivocal(model, known, sizes)
+            groups = tuple(
+                g.model_copy(update={"written": own.get(g.name, g.written)}) for g in groups
+            )
+            if not any(own.values()):
+                continue
+            again = self.of(_with_groups(self.architecture, groups))
+            again.judge()
+            if again.reasons.keys() < set(stops):
+                again.reasons = {name: self.reasons[name] for name in again.reasons}
+                found, stops = again, list(again.reasons)
+        return found
 
     def of(self, architecture: PrunedArchitecture) -> _Experiment:
         """The same with another architecture."""
@@ -551,7 +576,10 @@ def _breaks(error: Exception) -> str:
 
 def _mixes(fault: Fault) -> str:
     at = f" at {fault.place}" if fault.place else ""
-    return (
-        f"masking and cutting differ{at} ({fault.reason}): "
-        "something mixes its channels before a layer consumes them"
+    shaped = fault.reason == SHAPES
+    cause = (
+        "without some of its channels, what is made of them has another shape (a size in the code)"
+        if shaped
+        else "something mixes its channels before a layer consumes them"
     )
+    return f"masking and cutting differ{at} ({fault.reason}): {cause}"

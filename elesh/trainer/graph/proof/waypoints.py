@@ -28,11 +28,12 @@ from torch.utils.hooks import RemovableHandle
 
 from elesh.trainer.network.calling import replace_inputs
 
-__all__ = ["TOLERANCE", "Fault", "Guards", "Waypoints", "apart"]
+__all__ = ["SHAPES", "TOLERANCE", "Fault", "Guards", "Waypoints", "apart"]
 
 Ints = npt.NDArray[np.int64]
 TOLERANCE = 1e-4
 """Allowed difference, as a share of the largest value (single precision)."""
+SHAPES = "the outputs' shapes differ"
 _MOST_STREAMS = 3
 """That a layer reads one width in."""
 
@@ -246,7 +247,7 @@ class Guards:
 def apart(masked: Sequence[Tensor], cut: Sequence[Tensor]) -> str:
     """How two runs' values differ; empty if they do not."""
     if [tensor.shape for tensor in masked] != [tensor.shape for tensor in cut]:
-        return "the outputs' shapes differ"
+        return SHAPES
     for a, b in zip(masked, cut, strict=True):
         if not a.numel():
             continue

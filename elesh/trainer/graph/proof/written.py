@@ -1,0 +1,103 @@
+"""Finds where a network's own code may keep the sizes of groups that it does not run without.
+
+Promises: nothing is changed. What is found is a guess: that masking is cutting with these sizes
+set is for the proof to say.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from elesh.trainer.network.kinds.written_sizes import names_in, numbers_in
+from elesh.trainer.network.sizes import outwards
+from leyline import PruningGroup, WrittenSize
+
+from .trial import TrialCuts
+
+__all__ = ["unequivocal", "written_sizes"]
+
+
+def written_sizes(
+    cuts: TrialCuts, model: nn.Module, group: PruningGroup
+) -> list[tuple[WrittenSize, ...]]:
+    """Attributes that a cut leaves as they are, and numbers in the code around a group, of which
+    each is so many times as many as it has units, or all that its layers make or read: around what
+    makes the units; and, if they are more, around what reads them, too."""
+    makers = set(_around(group.layers))
+    found = _found(cuts, model, group)
+    near = tuple(size for size in found if size.module in makers)
+    return [one for one in (near, tuple(found)) if one and (one is near or one != near)]
+
+
+def unequivocal(
+    model: nn.Module,
+    groups: Mapping[str, PruningGroup],
+    sizes: Mapping[str, tuple[WrittenSize, ...]],
+) -> dict[str, tuple[WrittenSize, ...]]:
+    """By group, the sizes without those that several groups would have for themselves."""
+    claimed = Counter[Any]()
+    for name, own in sizes.items():
+        for size in own:
+            claimed[_place(size)] += size.width * groups[name].size
+    return {
+        name: tuple(size for size in own if claimed[_place(size)] <= _value(model, size))
+        for name, own in sizes.items()
+    }
+
+
+def _place(size: WrittenSize) -> tuple[str, str, int | None]:
+    return size.module, size.name, size.number
+
+
+def _value(model: nn.Module, size: WrittenSize) -> int:
+    held = vars(model.get_submodule(size.module))
+    return int(held[size.name]) if size.number is None else size.number
+
+
+def _found(cuts: TrialCuts, model: nn.Module, group: PruningGroup) -> list[WrittenSize]:
+    widths, found = _widths(cuts, group), list[WrittenSize]()
+    layers = {part.tensor.rpartition(".")[0] for part in group.slices}
+    layers.update(site.module for site in group.sites)
+    modules = {path: model.get_submodule(path) for path in _around(sorted(layers))}
+    own = {path: one for path, one in modules.items() if not _is_pytorchs(one)}
+    asked = set[str]().union(*map(names_in, own.values()))
+    kept = [
+        (path, name, value)
+        for path, module in own.items()
+        for name, value in vars(module).items()
+        if type(value) is int and value in widths and name in asked
+    ]
+    with cuts.cut({group.name: range(group.size // 2)}):
+        same = [(p, n, value) for p, n, value in kept if vars(own[p])[n] == value]
+    for path, name, value in same:
+        found.append(WrittenSize(module=path, name=name, width=widths[value]))
+    for path, module in own.items():
+        for name, number in numbers_in(module):
+            if number in widths:
+                width = widths[number]
+                found.append(WrittenSize(module=path, name=name, number=number, width=width))
+    return found
+
+
+def _widths(cuts: TrialCuts, group: PruningGroup) -> Mapping[int, int]:
+    """Numbers that may count the units of a group, and how often each counts one."""
+    parts = [part for part in group.slices if part.dim < 2]
+    widths = {part.width for part in parts}
+    times = {1, *widths, *(one // two for one in widths for two in widths if one % two == 0)}
+    found = {group.size * n: n for n in sorted(times)}
+    for part in parts:  # Several groups may share an axis.
+        found.setdefault(cuts.whole[part.tensor].shape[part.dim], part.width)
+    return found
+
+
+def _around(layers: Iterable[str]) -> Iterator[str]:
+    """The modules that hold layers, and these, the network first."""
+    yield from dict.fromkeys(["", *(path for one in layers for path in outwards(one))])
+
+
+def _is_pytorchs(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.")

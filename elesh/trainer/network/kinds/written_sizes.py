@@ -1,0 +1,166 @@
+"""Sizes that a network's own code keeps under names of its own, or has written into it.
+
+Promises: an attribute is set like any other; a number in the code of a method is changed for one
+module only, whose class stays as it is, in a function that replaces the method. What is changed so
+is copied and pickled with the module.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+from leyline import InvalidField, PrunedArchitecture, PruningGroup
+
+__all__ = [
+    "names_in",
+    "numbers_in",
+    "put_sizes",
+    "refit_written",
+    "require_own_methods",
+    "sizes_of",
+    "written_names",
+]
+
+_FEWEST = 5
+"""Numbers below this are axes and counts of all kinds."""
+
+
+class OtherNumbers:
+    """Replaces a method of a module: the same code with other numbers in it."""
+
+    def __init__(self, module: nn.Module, name: str, numbers: Mapping[int, int]) -> None:
+        self.module, self.name, self.numbers = module, name, dict(numbers)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        function = vars(self).get("function")
+        if function is None:  # Made anew where it was copied or loaded.
+            function = self.function = _with_numbers(type(self.module), self.name, self.numbers)
+        return function(self.module, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "function"}
+
+
+def refit_written(model: nn.Module, group: PruningGroup, lost: int) -> None:
+    """Make all sizes that are kept of a group smaller by so many units."""
+    for size in group.written:
+        module, gone = model.get_submodule(size.module), size.width * lost
+        held = vars(module)
+        if size.number is None:
+            held[size.name] -= gone
+            continue
+        known = held.get(size.name)
+        numbers = known.numbers if isinstance(known, OtherNumbers) else {}
+        now = numbers.get(size.number, size.number) - gone
+        held[size.name] = OtherNumbers(module, size.name, {**numbers, size.number: now})
+
+
+def require_own_methods(model: nn.Module, groups: Iterable[PruningGroup]) -> None:
+    """Refuse to change numbers in a method that something else has replaced since.
+
+    Raises:
+        InvalidField: naming the method.
+    """
+    for size in (size for group in groups for size in group.written if size.number is not None):
+        held = vars(model.get_submodule(size.module)).get(size.name)
+        if held is not None and not isinstance(held, OtherNumbers):
+            where = ".".join(part for part in ("model", size.module, size.name) if part)
+            expected = f"the module's own method, in which {size.number} is to become less"
+            hint = "cut the network before its methods are replaced or wrapped (mixed precision)"
+            raise InvalidField(where, expected, type(held).__name__, hint=hint)
+
+
+def written_names(architecture: PrunedArchitecture) -> frozenset[str]:
+    """The attributes in which modules keep sizes under names of their own."""
+    kept = (size for group in architecture.groups for size in group.written)
+    return frozenset(size.name for size in kept if size.number is None)
+
+
+def sizes_of(module: nn.Module, names: Collection[str]) -> dict[str, Any]:
+    """A module's attributes of these names, and its methods with other numbers."""
+    held = vars(module).items()
+    return {n: value for n, value in held if n in names or isinstance(value, OtherNumbers)}
+
+
+def put_sizes(module: nn.Module, sizes: Mapping[str, Any]) -> None:
+    """Give a module what :func:`sizes_of` found of it, or of a module like it; of its methods the
+    others have their own numbers again."""
+    held = vars(module)
+    for name in [n for n, value in held.items() if isinstance(value, OtherNumbers)]:
+        del held[name]
+    for name, value in sizes.items():
+        foreign = isinstance(value, OtherNumbers) and value.module is not module
+        held[name] = OtherNumbers(module, name, value.numbers) if foreign else value
+
+
+def numbers_in(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """The names of methods, and the numbers that are written in each."""
+    own: Any = type(module)
+    for name, code in _methods(own).items():
+        if name not in vars(module):
+            yield from ((name, number) for number in dict.fromkeys(_numbers(code)))
+
+
+def names_in(module: nn.Module) -> set[str]:
+    """What a module's methods ask for by name."""
+    own: Any = type(module)
+    return {name for code in _methods(own).values() for name in _names(code)}
+
+
+@lru_cache(1024)
+def _methods(kind: Any) -> dict[str, types.CodeType]:
+    """The code of what a network's author has written of a kind of module, but for how it is made;
+    none of PyTorch's own."""
+    found: dict[str, types.CodeType] = {}
+    for base in kind.__mro__:
+        if not base.__module__.startswith(("torch.", "builtins")):
+            functions = (v for v in vars(base).values() if isinstance(v, types.FunctionType))
+            for function in functions:
+                if function.__name__ == "forward" or not function.__name__.startswith("__"):
+                    found.setdefault(function.__name__, function.__code__)
+    return found
+
+
+def _numbers(code: types.CodeType) -> Iterator[int]:
+    constants = list(code.co_consts)
+    while constants:
+        one = constants.pop()
+        if type(one) is int and one >= _FEWEST:
+            yield one
+        elif isinstance(one, tuple):
+            constants += one
+        elif isinstance(one, types.CodeType):
+            constants += one.co_consts
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for one in code.co_consts:
+        if isinstance(one, types.CodeType):
+            yield from _names(one)
+
+
+def _with_numbers(kind: type, name: str, numbers: Mapping[int, int]) -> types.FunctionType:
+    own: Any = getattr(kind, name)
+    made = types.FunctionType(
+        _replaced(own.__code__, numbers), own.__globals__, name, own.__defaults__, own.__closure__
+    )
+    made.__kwdefaults__ = own.__kwdefaults__
+    return made
+
+
+def _replaced(constant: Any, numbers: Mapping[int, int]) -> Any:
+    """A constant of some code with these numbers replaced by others."""
+    if type(constant) is int:
+        return numbers.get(constant, constant)
+    if type(constant) is tuple:
+        return tuple(_replaced(one, numbers) for one in constant)
+    if isinstance(constant, types.CodeType):
+        inner = tuple(_replaced(one, numbers) for one in constant.co_consts)
+        return constant.replace(co_consts=inner)
+    return constant
