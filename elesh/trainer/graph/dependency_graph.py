@@ -24,6 +24,7 @@ from elesh.trainer.network.calls import Calls, Link
 from elesh.trainer.network.layers import ChannelAxes, channel_axes, taught_kind
 from elesh.trainer.network.saved import Bytes
 
+from .axes import any_along
 from .dependencies import CallByFunction, calls_by_functions, in_order
 from .indexing import Relations
 from .proof.products import Products
@@ -131,8 +132,8 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
     def _begin(self, model: nn.Module, inputs: Inputs) -> None:
         """Nothing is noted of a pass yet."""
         self.products = Products(lambda: self.calls.place)
-        self._saving = Bytes(alive_in(model, inputs), self.products)
-        self.calls = Calls(model, self._saving.pack)
+        self.calls = Calls(model, any_along)
+        self._saving = Bytes(alive_in(model, inputs), self.products, self.calls.is_multiplied)
 
     def _forward(self, model: nn.Module, inputs: Inputs) -> Any:
         model.train(self._mode)  # It was put into evaluation mode meanwhile.

@@ -33,14 +33,13 @@ from elesh.trainer.network.calls import Call, Calls, Link
 from elesh.trainer.network.gates import Axis, GateMeter
 from elesh.trainer.network.kinds.weight_norms import owner_of
 from elesh.trainer.network.layers import channel_axes, held
-from elesh.trainer.network.saved import unpacked, without_saving
+from elesh.trainer.network.saved import without_saving
 from elesh.trainer.network.state import seed_generators
 from elesh.trainer.network.traversal import modules_in, parameters_in
 from elesh.trainer.surgery.averages import teachers_in
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import InvalidField, PrunedArchitecture, PruningGroup
 
-from .axes import any_along
 from .dependencies import SPREADS, leaf_of
 from .leftovers import of_training, of_unreached, with_all_matrices, with_readers_of_training
 from .residual_branches import Trace, behind, with_gradients
@@ -420,12 +419,12 @@ def traced_gates(passage: Trace, groups: Sequence[PruningGroup]) -> dict[Axis, G
     found: dict[Axis, Gate] = {}
     for one in calls:
         dim = channel_axes(one.module).site_dim
-        x = None if one.given is None else unpacked(one.given).detach()
-        if x is None or dim is None or x.is_nested:
+        if one.given is None or dim is None:
             continue
-        acting = any_along(x, dim).cpu().numpy() & (one.made in moved)
+        acting = one.given.acting.cpu().numpy() & (one.made in moved)
         known = found.get((one.name, dim))
-        found[one.name, dim] = Gate(x.shape[0], acting if known is None else acting | known.acting)
+        acting = acting if known is None else acting | known.acting
+        found[one.name, dim] = Gate(one.given.rows, acting)
     return found
 
 

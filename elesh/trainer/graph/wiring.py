@@ -36,7 +36,7 @@ from elesh.trainer.network.saved import Bytes
 from leyline import InvalidField, LayerDescriptor
 
 from .attention import Attention, find_attentions
-from .axes import shape_of
+from .axes import any_along, shape_of
 from .dependencies import CallByFunction, weights_used
 from .dependency_graph import DependencyGraph, alive_in
 from .indexing import Ints
@@ -164,8 +164,9 @@ def _traced(
 def _run(model: nn.Module, inputs: Inputs) -> tuple[Calls, Products, Any]:
     """The calls of one forward pass, what it multiplied, and what the model returned."""
     products = Products(lambda: calls.place)
-    saving = Bytes(alive_in(model, inputs), products)
-    with Calls(model, saving.pack) as calls, products, saving:
+    calls = Calls(model, any_along)
+    saving = Bytes(alive_in(model, inputs), products, calls.is_multiplied)
+    with calls, products, saving:
         try:
             return calls, products, call(model, inputs)
         except Exception as error:  # Whatever the user's network raises.

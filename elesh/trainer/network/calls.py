@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
@@ -18,10 +20,32 @@ from .kinds.experts import is_experts, up_of
 from .kinds.recurrent import is_recurrent
 from .kinds.weight_norms import weight_of
 from .layers import channel_axes, is_transposed_linear
-from .saved import Packed
 
 Link = tuple[Any, int]
 """A tensor as autograd knows it: the function that made it and the number of its output."""
+_ONCE = frozenset(
+    kind.forward
+    for kind in (
+        nn.Linear,
+        nn.Conv1d,
+        nn.Conv2d,
+        nn.Conv3d,
+        nn.ConvTranspose1d,
+        nn.ConvTranspose2d,
+        nn.ConvTranspose3d,
+    )
+)
+"""Forward passes that do nothing with what they are given but multiply it by a weight."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a layer that mixes channels was given."""
+
+    rows: int
+    """The size of its first axis."""
+    acting: Tensor
+    """[channels] bool: which are not zero throughout."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +70,8 @@ class Call:
     """Its first output, if that is a tensor with a history."""
     extra_outputs: int
     """How many others it returns behind that."""
-    given: Packed | None
-    """Its first tensor input, of layers that mix channels, where that is asked for."""
+    given: Given | None
+    """Of layers that mix channels, where that is asked for."""
     others: tuple[Any, ...] = ()
     """The functions that made its other outputs, of recurrent layers (their last states)."""
     packed: bool = False
@@ -60,16 +84,20 @@ class Calls:
     """While entered, notes every call of a model's modules, in order.
 
     Args:
-        keep: what to keep of what layers that mix channels are given; None: nothing.
+        acting: from a tensor and an axis to which channels there are not zero throughout, asked of
+            what layers that mix channels are given; None: nobody asks.
     """
 
-    def __init__(self, model: nn.Module, keep: Callable[[Tensor], Packed] | None = None) -> None:
-        self._model, self.modules, self._keep = model, dict(model.named_modules()), keep
+    def __init__(
+        self, model: nn.Module, acting: Callable[[Tensor, int], Tensor] | None = None
+    ) -> None:
+        self._model, self.modules, self._acting = model, dict(model.named_modules()), acting
         self._mixing = {
-            name
-            for name, module in (self.modules.items() if keep else ())
-            if channel_axes(module).site_dim is not None
+            name: dim
+            for name, module in (self.modules.items() if acting else ())
+            if (dim := channel_axes(module).site_dim) is not None
         }
+        self._plain = {name for name, module in self.modules.items() if _multiplies_once(module)}
         self._handles: list[RemovableHandle] = []
         self._clock = 0
         self._open: list[tuple[str, int, list[Tensor], list[Link | None], bool]] = []
@@ -81,6 +109,14 @@ class Calls:
     def place(self) -> tuple[str, int]:
         """The innermost module that is being called, and how many were called up to now."""
         return self._open[-1][0] if self._open else "", len(self.entered)
+
+    def is_multiplied(self, x: Tensor) -> bool:
+        """Whether this is what the layer that is being called was given, which does nothing with it
+        but multiply by its weights: only their gradients need it."""
+        if not self._open or self._open[-1][0] not in self._plain or not self._open[-1][2]:
+            return False
+        given = self._open[-1][2][0].untyped_storage()
+        return bool(given.data_ptr() == x.untyped_storage().data_ptr())
 
     def __enter__(self) -> Calls:
         for name, module in self.modules.items():
@@ -157,7 +193,6 @@ class Calls:
                 self._open.pop()  # It raised, and its caller went on.
             _, entered, came, links, packed = self._open.pop()
             left = tensors_in(output)
-            keep = self._keep if came and name in self._mixing else None
             recurrent = is_recurrent(module)
             links = links[:1] if recurrent else links  # Not the states.
             first = output[0] if isinstance(output, tuple) and output else output
@@ -173,7 +208,7 @@ class Calls:
                     links[0] if links else None,
                     _link(first) if isinstance(first, Tensor) else None,
                     len(output) - 1 if isinstance(output, tuple) else 0,
-                    None if keep is None else keep(came[0]),
+                    self._given(name, came),
                     _made_by(left[1:]) if recurrent else (),
                     packed,
                     recurrent and any(map(_tells, came[1:])),
@@ -181,6 +216,23 @@ class Calls:
             )
 
         return leave
+
+    def _given(self, name: str, came: Sequence[Tensor]) -> Given | None:
+        if self._acting is None or name not in self._mixing or not came or came[0].is_nested:
+            return None
+        with torch.no_grad():
+            return Given(came[0].shape[0], self._acting(came[0].detach(), self._mixing[name]))
+
+
+def _multiplies_once(module: nn.Module) -> bool:
+    """Whether a layer multiplies what it is given by its weights, or by fixed statistics, and does
+    nothing else with it."""
+    forward = type(module).forward
+    if "forward" in vars(module):
+        return False
+    if forward is _BatchNorm.forward:
+        return not module.training and module.running_mean is not None
+    return forward in _ONCE or is_transposed_linear(module)
 
 
 def _tells(state: Tensor) -> bool:

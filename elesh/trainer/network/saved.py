@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
@@ -39,22 +39,32 @@ class Bytes(saved_tensors_hooks):
     Args:
         alive: tensors that are there anyway.
         watching: a mode that shall not see how they are put into bytes.
+        unread: asked of a tensor that is saved, whether nobody will read its numbers: zeros of its
+            shape are kept.
     """
 
-    def __init__(self, alive: Iterable[Tensor], watching: TorchDispatchMode | None = None) -> None:
+    def __init__(
+        self,
+        alive: Iterable[Tensor],
+        watching: TorchDispatchMode | None = None,
+        unread: Callable[[Tensor], bool] | None = None,
+    ) -> None:
         self._alive = {x.untyped_storage().data_ptr() for x in alive if x.layout is torch.strided}
-        self._watching = watching
+        self._watching, self._unread = watching, unread or _all_are_read
+        self._zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._known: dict[int, tuple[weakref.ref[Any], dict[Any, Packed]]] = {}
         super().__init__(self.pack, unpacked)
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._known.clear()  # What lives on is the graph's.
+        self._known.clear()  # What lives on is the graph's; it shall not live as long as this.
+        self._unread = _all_are_read
 
     def pack(self, x: Tensor) -> Packed:
         """What is kept of a tensor: the same of the same."""
         if (
-            x.numel() < _FEWEST
+            type(x) is nn.Parameter
+            or x.numel() < _FEWEST
             or not x.is_floating_point()
             or type(x) is not Tensor
             or x.layout is not torch.strided
@@ -64,7 +74,11 @@ class Bytes(saved_tensors_hooks):
             return x
         storage = x.untyped_storage()
         address = storage.data_ptr()
-        if address in self._alive or storage.nbytes() <= x.numel():
+        if address in self._alive:
+            return x
+        if self._unread(x):
+            return self._zero(x).expand(x.shape)
+        if storage.nbytes() <= x.numel():
             return x
         of, packed = self._known.get(address, (None, {}))
         if of is None or of() is not storage:
@@ -75,12 +89,22 @@ class Bytes(saved_tensors_hooks):
             packed[key] = self._in_bytes(x.detach()), x.dtype
         return packed[key]
 
+    def _zero(self, like: Tensor) -> Tensor:
+        key = like.dtype, like.device
+        if key not in self._zeros:
+            self._zeros[key] = torch.zeros((), dtype=like.dtype, device=like.device)
+        return self._zeros[key]
+
     def _in_bytes(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             if self._watching is not None and _get_current_dispatch_mode() is self._watching:
                 with _pop_mode_temporarily():
                     return x.clamp(-_LARGEST, _LARGEST).to(_BYTE)
             return x.clamp(-_LARGEST, _LARGEST).to(_BYTE)
+
+
+def _all_are_read(x: Tensor) -> bool:
+    return False
 
 
 def unpacked(packed: Packed) -> Tensor:
@@ -121,6 +145,9 @@ class Versions(saved_tensors_hooks):
         return any(x._version != version for x, version in self._saved)
 
     def _pack(self, x: Tensor) -> None:
+        if type(x) is nn.Parameter:  # It lives on anyway.
+            self._saved.append((x, x._version))
+            return
         own = x.detach()  # It has the version of what it was made of, which lives on without data.
         if type(own) is Tensor and own.layout is torch.strided and not own.is_nested:
             key = own.dtype, own.device

@@ -9,9 +9,12 @@ import weakref
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from elesh.trainer.graph import wiring
-from elesh.trainer.network.saved import Bytes, Versions, unpacked, without_saving
+from elesh.trainer.graph.axes import any_along
+from elesh.trainer.network.calls import Calls
+from elesh.trainer.network.saved import Bytes, Packed, Versions, unpacked, without_saving
 
 
 def test_bytes_have_zeros_where_numbers_have_them_and_are_near_the_others() -> None:
@@ -129,3 +132,39 @@ def test_nothing_is_kept_of_what_is_saved() -> None:
     del hidden
     assert kept() is None
     assert made.requires_grad
+
+
+class Doubling(nn.Linear):
+    """Uses what it is given beside its product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * x)
+
+
+@pytest.mark.parametrize(("kind", "kept"), [(nn.Linear, 0), (Doubling, 3)])
+def test_what_a_layer_only_multiplies_by_its_weight_is_not_kept(
+    kind: type[nn.Linear], kept: int
+) -> None:
+    network = nn.Sequential(nn.Linear(32, 64), nn.Sigmoid(), kind(64, 8))
+    x, packed = torch.randn(64, 32), list[object]()
+    calls = Calls(network, any_along)
+
+    class Noting(Bytes):
+        def pack(self, x: Tensor) -> Packed:
+            found = super().pack(x)
+            packed.append(found)
+            return found
+
+    with calls, Noting([x, *network.parameters()], None, calls.is_multiplied):
+        made = network(x)
+    # The sigmoid's output is there for its own sake.
+    assert sum(isinstance(one, tuple) for one in packed) == 1 + kept
+    edge = calls.made[0].made
+    assert edge is not None
+    found = torch.autograd.grad(made.sum(), GradientEdge(*edge))
+    hidden = network[0](x).detach().requires_grad_()
+    expected = torch.autograd.grad(network[2](network[1](hidden)).sum(), hidden)
+    assert torch.allclose(found[0], expected[0], atol=0.05)
+    given = calls.made[2].given
+    assert given is not None
+    assert (given.rows, given.acting.tolist()) == (64, [True] * 64)
