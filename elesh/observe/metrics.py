@@ -66,7 +66,7 @@ TRAINER_FALLBACKS = _meter.create_counter(
     "elesh.trainer.fallbacks",
     description="What trainers did with less than was asked for, as they reported it: cuts that "
     "were shortened or went without a part of reconstruction, checkpoints measured on fewer "
-    "samples; by name.",
+    "samples, or with the accuracy of an epoch before; by name.",
 )
 DEAD_LETTERS = _meter.create_counter(
     "elesh.dead_letters", description="Messages that could not be served; by code."

@@ -122,8 +122,9 @@ class TrainerSettings(Section):
     time_share: float = Field(default=0.1, ge=0, le=10)
     """Share of the training's time that its thread may give to Elesh. Beyond it a checkpoint
     measures fewer calibration samples (128, or as many as the widest group has units; of a table
-    no fewer than else) and monitored cuts are judged at checkpoints only; what makes a cut safe is
-    done all the same. 0: any, and the same samples in every run."""
+    no fewer than else) and says what was evaluated last since the one before, and monitored cuts
+    are judged at checkpoints or where the next is cut; what makes a cut safe is done all the same.
+    0: any, and the same samples in every run."""
     restore_points: int = Field(default=4, ge=2)
     """How many are kept; more only while monitored cuts need them."""
     claim_seconds: float = Field(default=15.0, gt=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -58,6 +58,8 @@ from leyline import (
     StructuralPruningDecision,
 )
 
+from .classifying import Batches, classification, require_several
+
 __all__ = ["Batches", "EveryEpoch", "classification"]
 
 _log = get_logger(__name__)
@@ -68,8 +70,6 @@ heads or whole layers may go, which are."""
 _LEAST, _LEAST_TO_ORDER = 256, 128
 """So many samples are measured on however little time there is; fewer where they put units into an
 order alone, and say nothing of the loss."""
-Batches = Sequence[tuple[Inputs, Any]]
-"""(inputs, labels) pairs; inputs are a tensor, a sequence (positional) or a mapping (keywords)."""
 
 
 class EveryEpoch:
@@ -141,6 +141,8 @@ class EveryEpoch:
         """What the network does at this epoch, as far as it has been evaluated."""
         self._given: Evaluation | None = None
         """The same, by the training loop itself; until it has been used."""
+        self._lately: tuple[int, Evaluation] | None = None
+        """The last epoch at which it was evaluated, and what it did then."""
         self._relabelled = False
         self._all_derived = False
         """Whether units are ranked by the loss's derivatives, of all samples then."""
@@ -191,9 +193,9 @@ class EveryEpoch:
                 self._classes(f"calibration[{number}]", *batch)
                 for number, batch in enumerate(self._calibration)
             ]
-            _require_several("calibration", set().union(*known))
+            require_several("calibration", set().union(*known))
             if self._held_out is not None:
-                _require_several("held_out", self._classes("held_out", *self._held_out))
+                require_several("held_out", self._classes("held_out", *self._held_out))
 
     def _classes(self, name: str, inputs: Inputs, labels: Any) -> set[int]:
         """The classes of a batch."""
@@ -267,13 +269,14 @@ class EveryEpoch:
                 _log.warning("the budget will not be reached", reason=why)
             elif why := self._missed(first, likely_missed):
                 _log.warning("the budget may not be reached", reason=why)
-        return self.session.resume(
-            surgeon,
-            evaluate=self.evaluate,
-            preflight=self._preflight,
-            here=epoch or None,
-            **parts,
-        )
+        with self._time.taking():
+            return self.session.resume(
+                surgeon,
+                evaluate=self.evaluate,
+                preflight=self._preflight,
+                here=epoch or None,
+                **parts,
+            )
 
     def _missed(self, now: PrunedArchitecture, judge: Callable[..., str]) -> str:
         """Why what the schedule's limits leave to remove falls short of the budget, by
@@ -382,14 +385,17 @@ class EveryEpoch:
         """
         with self._time.taking():
             self._known = self._given = checked(known) if known else None
-            return self._end_epoch(epoch)
+            found = self._end_epoch(epoch)
+            if self._known is not None:
+                self._lately = (epoch, self._known)
+            return found
 
     def _end_epoch(self, epoch: int) -> list[PruningOutcome]:
         assert self.surgeon is not None, "begin comes first"
         decisions, checkpoint = self.session.decisions(), self._asks(epoch)
         found = self._judge(epoch, decisions, checkpoint)
         if undone := [outcome for outcome in found if outcome.result == "rolled_back"]:
-            self._known = None  # that was of the network before
+            self._known = self._lately = None  # that was of the network before
             own = (o for o in undone if o.undone_with in (None, o.idempotency_key))
             self._held_back = next(own, undone[0])
         for decision in decisions:
@@ -415,15 +421,21 @@ class EveryEpoch:
     ) -> list[PruningOutcome]:
         """Judge the monitored cuts, or put that off while time is short and nothing hangs on it."""
         assert self.surgeon is not None
-        due = epoch % self.every == 0 or epoch == self.last or self.session.doubted
+        due = epoch == self.last or self.session.doubted
+        due |= epoch % self.every == 0 and self._known_lately(epoch) is None
         cuts = any(decision.approved_for_application for decision in decisions)
-        if self._time.over and not due and not cuts:
+        if self._time.over and not due and not cuts and self._given is None:
             self.session.reach(epoch, self._noted)
             return []
         # How training scatters keeps cuts from being blamed; nothing is cut beyond the budget.
         unknown = checkpoint and not self.session.knows_scatter
         always = self._given is not None or (unknown and not self._budget_met(self.surgeon))
         return self.session.watch(epoch, self._noted, always=always, look=not cuts)
+
+    def _known_lately(self, epoch: int) -> tuple[int, Evaluation] | None:
+        """When, since the last checkpoint was due, it was evaluated, and what it did then."""
+        lately = self._lately
+        return lately if lately is not None and epoch - lately[0] < self.every else None
 
     def _budget_met(self, surgeon: Surgeon) -> bool:
         return self._goals is not None and self._goals.met(surgeon.architecture)
@@ -476,11 +488,16 @@ class EveryEpoch:
     def _checkpoint(self, epoch: int) -> None:
         assert self.surgeon is not None
         self._recorder.architecture = self.surgeon.architecture
-        known = self._known if self._known and self._known.finite else None
+        known, said = self._known, ""
+        if known is None and self._time.over and (lately := self._known_lately(epoch)):
+            known, said = lately[1], f"accuracy and loss are those of epoch {lately[0]}"
+        known = known if known and known.finite else None
         with self.session.checkpoint(epoch):
             network = self._export(epoch)
             predicted = network is None and self._may_cut(epoch)
             bundle = self._measured(epoch, known, few=not predicted)
+            if said and known:
+                bundle = self._put_off(bundle, said)
             asked = bundle.parameters
             if self._goals is not None:
                 first, *more = self._goals.budgets(self.surgeon.architecture)
@@ -508,12 +525,17 @@ class EveryEpoch:
             return self._measured(epoch, known, few=False)
         if count == enough:
             return bundle
+        return self._put_off(bundle, f"measured on {count} of {enough} calibration samples")
+
+    def _put_off(self, bundle: CheckpointBundle, what: str) -> CheckpointBundle:
+        """Say in a checkpoint, and in the log, what of it was put off."""
         share = self.session.settings.trainer.time_share
-        said = f"measured on {count} of {enough} calibration samples: Elesh has taken more than "
-        said += f"{share:.0%} of the training's time (trainer.time_share)"
-        _log.info("measured on fewer samples", epoch=epoch, reason=said)
-        metadata = bundle.metadata.model_copy(update={"held_back": said})
-        return replace(bundle, metadata=metadata)
+        said = f"{what}: Elesh has taken more than {share:.0%} of the training's time"
+        said += " (trainer.time_share)"
+        found = bundle.metadata
+        _log.info("put off for want of time", epoch=found.epoch, reason=said)
+        said = "; ".join(filter(None, [found.held_back, said]))
+        return replace(bundle, metadata=found.model_copy(update={"held_back": said}))
 
     def _samples(self, few: bool) -> tuple[int, int]:
         """On how many samples a checkpoint is measured, and on how many at least."""
@@ -568,31 +590,8 @@ class EveryEpoch:
             return None
 
 
-def _require_several(name: str, classes: Collection[int]) -> None:
-    if len(classes) < 2:
-        found = f"only class {next(iter(classes))}" if classes else "no label that counts"
-        hint = "data that is sorted by class? shuffle it, then take some hundred samples"
-        raise InvalidField(f"{name}: labels", "at least two classes", found, hint=hint)
-
-
 def _became(outcome: PruningOutcome) -> str:
     """What a decision came to, where not all of it was cut."""
     if outcome.result != "applied":
         return outcome.result.replace("_", " ")
     return "shortened" if outcome.shortened_to is not None else ""
-
-
-@torch.no_grad()
-def classification(network: nn.Module, batches: Iterable[tuple[Inputs, Any]]) -> Evaluation:
-    """Accuracy and mean cross-entropy of logits [N, classes], or of each position of sequences
-    [N, T, classes] and images [N, classes, H, W]; negative labels are not counted."""
-    device, right, loss, count = device_of(network), 0, 0.0, 0
-    for inputs, labels in batches:
-        logits = main_output(call(network, map_tensors(lambda x: x.to(device), inputs))).float()
-        labels = labels.to(device)
-        logits = logits.movedim(class_axis(logits, labels), 1)
-        loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
-        counted = labels >= 0
-        right += int(((logits.argmax(1) == labels) & counted).sum())
-        count += int(counted.sum())
-    return Evaluation(right / max(count, 1), loss / max(count, 1))

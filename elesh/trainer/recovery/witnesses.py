@@ -34,6 +34,7 @@ from elesh.trainer.network.calling import (
     call,
     device_of,
     example_of,
+    first_samples,
     main_output,
     map_tensors,
     tensors_in,
@@ -81,9 +82,12 @@ class Shown:
 
     def __init__(self, model: nn.Module) -> None:
         self._shapes = _shapes(model)
+        self._weights = _looked_at(model)
         self.count = 0
         self.of_before = False
         """Whether it was called with parameters of other shapes than it had."""
+        self.as_it_is = False
+        """Whether it was called, first with the parameters that it had."""
         self._shown: list[Tensor] = []
         self._parts: list[Tensor] = []
         self._every, self._seen = 1, 0
@@ -109,12 +113,16 @@ class Shown:
         return Answers(logits, tuple(self._shown)) if bool(logits.isfinite().all()) else None
 
     def _called(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self.count:
+            own = _looked_at(module)
+            self.as_it_is = len(own) == len(self._weights) and all(
+                map(torch.equal, own, self._weights)
+            )
         self.of_before |= _shapes(module) != self._shapes
         tensors = [x for x in tensors_in([*args, *kwargs.values()]) if x.ndim]
         self.count += max(map(len, tensors), default=0)
         for x in tensors if self._sound else ():
-            flat = x.detach().reshape(-1)
-            self._shown.append(flat[:: max(1, len(flat) // _LOOKED_AT)].cpu())
+            self._shown.append(_some(x))
 
     def _answered(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self._sound:
@@ -137,6 +145,16 @@ class Shown:
 
 def _shapes(model: nn.Module) -> list[tuple[int, ...]]:
     return [tuple(parameter.shape) for parameter in model.parameters()]
+
+
+def _looked_at(model: nn.Module) -> list[Tensor]:
+    return [_some(parameter) for parameter in model.parameters()]
+
+
+def _some(x: Tensor) -> Tensor:
+    """A copy of some numbers of a tensor, by which it is known again."""
+    flat = x.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // _LOOKED_AT)].to("cpu", copy=True)
 
 
 @dataclass(frozen=True)
@@ -204,6 +222,10 @@ def _of(right: Tensor, answers: Tensor) -> Tensor:
 
 _ERRORS = 2.0
 """Standard errors of the mean rise, over samples, by which it is more than chance."""
+_REMEMBERED = 32
+"""Samples by which a network is known to answer as another one does."""
+_ROUNDING = 1e-3
+"""Of the outputs' deviation: what mask and cut may differ by, added up in another order."""
 
 
 class OwnSamples:
@@ -219,6 +241,7 @@ class OwnSamples:
         self._before: Tensor | None = None
         self._even_odds = 0.0
         """The loss of a network that finds all classes as likely."""
+        self._answers: list[Tensor] = []
 
     def before(self) -> None:
         """Measure the network as it is. Outputs that are no logits (an embedding, trained by
@@ -247,6 +270,27 @@ class OwnSamples:
             f"{self._limit:g},"
         )
 
+    def remember(self) -> None:
+        """Keep what the network, as it is now, answers to a few of the samples; nothing where
+        several processes train, each of which would judge by its own."""
+        alone = not (dist.is_available() and dist.is_initialized())
+        self._answers = self._outputs() if alone else []
+
+    def as_remembered(self) -> bool:
+        """Whether it still answers the same, but for rounding."""
+        now, then = self._outputs(), self._answers
+        return bool(then) and len(now) == len(then) and all(map(_same, now, then))
+
+    def _outputs(self) -> list[Tensor]:
+        """What the network answers to a few of the samples; empty where there are none."""
+        device = device_of(self._model)
+        with preserve_state(self._model, 0), torch.no_grad():
+            for inputs, _ in self._batches[:1]:
+                few = first_samples(inputs, _REMEMBERED)
+                output = call(self._model, map_tensors(lambda x: x.to(device), few))
+                return [x.double() for x in tensors_in(output)]
+        return []
+
     def _losses(self) -> Tensor | None:
         """[N] float64, of samples with a label that counts; None where labels are no classes."""
         device, parts = device_of(self._model), list[Tensor]()
@@ -261,6 +305,12 @@ class OwnSamples:
                 self._even_odds = math.log(logits.shape[class_axis(logits, labels)])
         found = torch.cat(parts) if parts else torch.zeros(0)
         return found if len(found) else None
+
+
+def _same(now: Tensor, then: Tensor) -> bool:
+    if now.shape != then.shape:
+        return False
+    return bool((now - then).abs().max() <= _ROUNDING * then.std(correction=0))
 
 
 def _each(logits: Tensor, labels: Any) -> Tensor:

@@ -1,7 +1,8 @@
 """Applying a decision, checked twice: mask, evaluate, then cut and evaluate again, or take it back.
 A decision that costs too much at once is shortened under the mask.
 
-Promises: mask and cut compute the same, reconstruction included; whatever fails in between, the
+Promises: mask and cut compute the same, reconstruction included, and are evaluated both unless they
+answer the same (decision 0128); whatever fails in between, the
 network is bit for bit what it was, and the outcome says why; a figure that is no finite number is a
 failed check; figures that no mask changes are not of this network, and nothing is cut by them.
 Evaluations draw from no random state that training draws from.
@@ -48,7 +49,7 @@ from leyline import (
 )
 
 from .carry_over import carried_over, present_form, shortened
-from .refit_data import Batches, Refit, RefitData, first_samples
+from .refit_data import Batches, Refit, RefitData, first_samples, spread_samples
 
 __all__ = [
     "Evaluation",
@@ -80,6 +81,8 @@ _STATISTICS = 256
 """Calibration samples that estimate batch statistics and that layers are solved by: every position
 of them counts, and all of them would cost more than measuring the checkpoint does. Of a table,
 where a sample is one row, all take part."""
+_WITNESSES = 128
+"""Samples of Elesh's own whose loss is looked at beside ``evaluate``."""
 _ROWS = 8
 """Rows for every coefficient that layers are solved by: a decision takes little, and training goes
 on; ``elesh.prune`` takes twice as many."""
@@ -181,7 +184,7 @@ def check_and_cut(
     limit = trigger_of(decision, triggers)
     asked, phase = limits or VerificationSettings(), decision.safety.phase
     allowed = strictest_limits(asked, decision.taken, phase)
-    shown = first_samples(data.held_out or data.batches, _STATISTICS)
+    shown = spread_samples(data.held_out or first_samples(data.batches, _STATISTICS), _WITNESSES)
     own = OwnSamples(surgeon.model, shown, allowed.loss_rise)
     try:
         refit = Refit.of(decision, surgeon, data)
@@ -227,6 +230,8 @@ class _Check:
         """Fields of the outcome of a cut that was made."""
         self.samples = 0
         """That the last evaluation showed the network."""
+        self._as_it_is = False
+        """Whether it showed them to the network as it was."""
         self._refit, self._notes = refit, notes
         self._fallbacks: tuple[CutFallback, ...] = refit.fallbacks
         self._own_rose = ""
@@ -329,6 +334,8 @@ class _Check:
                     before = self._solve_layers()
             now = self._measure("masked", "evaluate masked")
             self._own_rose = self._own.rose()
+            if self._is_like_others():
+                self._own.remember()
         except Exception as error:
             return self._failed("under the mask", error)
         finally:
@@ -449,7 +456,7 @@ class _Check:
                 if layers:
                     surgeon.cut_layers(layers, epoch=epoch, key=key)
                     self._notes += surgeon.notes
-            now = self._measure("after", "evaluate cut")
+            now = self._as_masked() or self._measure("after", "evaluate cut")
             self._more["latency_after"] = call_seconds(surgeon.model)
         except BaseException as error:
             take_back()
@@ -460,6 +467,24 @@ class _Check:
         if failed is not None:
             take_back()
         return failed
+
+    def _is_like_others(self) -> bool:
+        """Whether ``evaluate`` has run such a network as will be left: each group has lost units
+        before, so that code that counts on a size has met others; it runs this network, as it is,
+        and no copy goes along that it might run, too."""
+        decision, now = self._decision, self._before
+        known = all(now.group[name].removed for name in decision.units)
+        return self._as_it_is and known and not decision.layers and not self._surgeon.copies
+
+    def _as_masked(self) -> Evaluation | None:
+        """What ``evaluate`` said under the mask, where the cut network answers the same."""
+        if not self._is_like_others():
+            return None
+        with span("compare cut"):
+            if not self._own.as_remembered():
+                return None
+        self._figures["after"] = self._figures["masked"]
+        return self._figures["after"]
 
     def outcome(self, result: Result, detail: str = "") -> PruningOutcome:
         """The outcome with the figures so far."""
@@ -478,7 +503,7 @@ class _Check:
         if shown.of_before:
             raise InvalidField("evaluate", "the network as it is", _OF_BEFORE, hint=_NAME_IT)
         now = self._figures[name] = replace(now, answers=shown.answers)
-        self.samples = shown.count
+        self.samples, self._as_it_is = shown.count, shown.as_it_is
         return now
 
     def _judge(self, now: Evaluation, when: str) -> PruningOutcome | None:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from elesh.trainer.network.calling import batch_size
+from torch import Tensor
+
+from elesh.trainer.network.calling import batch_size, map_tensors, packed_in, pictures_in
 from elesh.trainer.surgery.after_cut import InputCovariance, batch_norms
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import CutFallback, StructuralPruningDecision
@@ -72,3 +74,21 @@ def first_samples(batches: Batches, samples: int) -> Batches:
         taken.append(batch)
         samples -= batch_size(batch[0])
     return taken
+
+
+def spread_samples(batches: Batches, samples: int) -> Batches:
+    """So many samples at most, evenly spread over all of them, in as many batches; what cannot be
+    divided is left whole."""
+    every = -(-sum(batch_size(inputs) for inputs, _ in batches) // samples)
+
+    def some(inputs: Any, labels: Any) -> tuple[Any, Any]:
+        size = batch_size(inputs)
+        if packed_in(inputs) is not None or pictures_in(inputs):
+            return inputs, labels
+
+        def rows(x: Tensor) -> Tensor:
+            return x[::every] if x.ndim and len(x) == size else x
+
+        return map_tensors(rows, inputs), map_tensors(rows, labels)
+
+    return [some(*batch) for batch in batches] if every > 1 else batches

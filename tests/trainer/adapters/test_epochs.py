@@ -486,3 +486,35 @@ def test_that_a_network_is_not_published_is_said_once(
     epochs.end_epoch(1)
     epochs.end_epoch(2)
     assert caplog.text.count("network not published") == 1
+
+
+def test_of_one_epoch_ago_is_the_checkpoint_accuracy_where_time_is_over_and_it_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(share: float) -> tuple[list[int], list[CheckpointBundle]]:
+        session, epoch, calls = cutting(share), 0, list[int]()
+        epochs, _ = running(session)
+        epochs.every = 2
+
+        def evaluate(*_: object) -> Evaluation:
+            calls.append(epoch)
+            return Evaluation(0.9, next(_LOSSES))
+
+        epochs._evaluate = evaluate
+        assert epochs.surgeon is not None
+        for epoch in range(1, 7):
+            if epoch == 3:
+                session.answers = [decide(epochs.surgeon.architecture, units=8, groups=1)]
+            epochs.end_epoch(epoch)
+        return calls, session.published
+
+    monkeypatch.setattr(TimeShare, "trained", 0.0)
+    calls, published = run(0.1)
+    assert calls == [2, 3, 3, 3, 6], "at 4 it is known from 3; at 6 that is long ago"
+    second = published[1].metadata
+    assert (second.epoch, second.accuracy) == (4, 0.9)
+    assert "accuracy and loss are those of epoch 3" in second.held_back
+    assert "accuracy" not in published[0].metadata.held_back + published[2].metadata.held_back
+    calls, published = run(0)
+    assert calls == [2, 3, 3, 3, 4, 5, 6]
+    assert not any(bundle.metadata.held_back for bundle in published)
