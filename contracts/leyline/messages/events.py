@@ -98,11 +98,15 @@ class BreakerTransition(Message):
 
 
 CutFallback = Literal[
-    "not_reconstructed", "statistics_not_estimated", "layers_not_solved", "answers_not_compared"
+    "not_reconstructed",
+    "statistics_not_estimated",
+    "layers_not_solved",
+    "outputs_not_matched",
+    "answers_not_compared",
 ]
 """What reads the kept units was not refitted; batch statistics stayed; layers were refitted by the
-covariance alone; what the cut costs was told by accuracy and loss alone, and not by how the
-network's answers moved."""
+covariance alone; a table's outputs were not matched; what the cut costs was told by accuracy and
+loss alone, and not by how the network's answers moved."""
 
 
 class PruningOutcome(Message):

@@ -29,6 +29,8 @@ _UNKNOWN = 2
 _LOSS_DOUBT, _ANSWERS_DOUBT = 0.004, 0.001
 """Of accuracy, by which what the loss says may be off, as a cut makes answers less sure, too; and
 by which what answers say may be."""
+_AIM = 0.9
+"""Of the limit: how near to it a part of a cut is expected to come that is tried next."""
 _BOUND = 2.0
 """Standard errors above the likely drop at which its upper bound lies."""
 _APART = 3.0
@@ -188,7 +190,8 @@ class Excess:
     likely: bool = False
     """Whether that is likely, and not only possible."""
     within: float | None = None
-    """What share of it would cost no more than the limit, as far as is known."""
+    """What share of it, the cheapest first, would cost no more than the limit, as far as is
+    known."""
     unseen: str = ""
     """Why answers were not asked, where they were not (:attr:`LikelyDrop.unseen`)."""
 
@@ -215,8 +218,20 @@ def excess(before: Evaluation, now: Evaluation, samples: int, limit: float) -> E
         said += f" and the loss from {before.loss:.4g} to {now.loss:.4g}"
         said += f", together a drop of {likely.combined:.4f}"
         said += "" if likely.bound is None else f" by how answers move, of {counts:.4f} at most"
-    within = None if likely.bound is None else limit / counts
+    within = None if likely.bound is None else _part_within(likely.combined, likely.bound, limit)
     return Excess(said, likely.combined > limit + 1e-9, within, likely.unseen)
+
+
+def _part_within(drop: float, bound: float, limit: float) -> float:
+    """The share of a cut, cheapest units first, whose bound is :data:`_AIM` of the limit.
+
+    The last unit costs half as much again as the mean, so that a share s costs s to the power of
+    1.5; the error grows with its root, as more answers change.
+    """
+    error, aim = bound - drop, _AIM * limit
+    root = math.sqrt(max(error**2 + 4 * drop * aim, 0.0))  # drop x^2 + error x = aim
+    x = 2 * aim / (error + root) if error + root > 0 else 0.0
+    return min(math.pow(x, 4 / 3), 1.0)
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,8 @@ _NAME_IT = (
     "name what evaluate loads into the network, an average or the best weights, and it is cut "
     "along: session.resume(surgeon, ema=average) or elesh.attach(..., ema=average)"
 )
-_LEAST_SHARE = 1 / 8
-"""A decision that costs too much at once is shortened to no less."""
+_MOST_SHARE, _LEAST_SHARE = 0.9, 1 / 8
+"""A decision that costs too much at once is shortened to no more at first, and to no less."""
 _STATISTICS = 256
 """Calibration samples that estimate batch statistics and that layers are solved by: every position
 of them counts, and all of them would cost more than measuring the checkpoint does. Of a table,
@@ -242,6 +242,7 @@ class _Check:
         """Of layers, before anything is masked."""
         self._wanted: Wanted | None = None
         """Of a table: the network's outputs, before anything is masked."""
+        self._matches = of_a_table(self._before)
         self._solved: Mapping[str, Tensor] = {}
         """Parameters that were solved layer by layer under the mask, in present sizes."""
 
@@ -271,9 +272,10 @@ class _Check:
         excess = self._excess(cut_drop)
         if cut_drop is None or cut_drop >= 1 or "masked" not in self._figures:
             return first
-        too_much = excess.why or (first.detail if first else "")
+        too_much, most = excess.why or (first.detail if first else ""), _MOST_SHARE
         while (failed or excess.why) and share > _LEAST_SHARE:
-            smaller = max(share * min(excess.within or 0.5, 0.5), _LEAST_SHARE)
+            smaller = max(share * min(excess.within or 0.5, most), _LEAST_SHARE)
+            most = 0.5  # what was expected wrongly once is not expected again
             part = shortened(whole, self._before, smaller)
             if part is None and share == 1 and whole.layers:  # one layer: the triggers judge it
                 return first
@@ -361,10 +363,13 @@ class _Check:
                     samples = first_samples(samples, _STATISTICS)
                 changing = self._changing()
                 self._outputs = outputs_before(model, now, samples, rows=_ROWS, changing=changing)
-                if of_a_table(now):
-                    self._wanted = wanted_of_a_table(model, self._outputs.inputs)
             except Exception as error:
                 self._not_solved(error)
+        if self._outputs is not None and self._wanted is None and self._matches:
+            try:
+                self._wanted = wanted_of_a_table(model, self._outputs.inputs)
+            except Exception as error:
+                self._not_matched(error)
 
     def _changing(self) -> set[str] | None:
         """The modules that the mask and its refitting act on; None where that may be any."""
@@ -403,7 +408,10 @@ class _Check:
         """Of a table, bring the masked network nearer to its outputs before."""
         if self._outputs is None or self._wanted is None:
             return
-        found = matched_parameters(self._surgeon.model, self._wanted, skip=self._refit.skip)
+        try:
+            found = matched_parameters(self._surgeon.model, self._wanted, skip=self._refit.skip)
+        except Exception as error:
+            return self._not_matched(error)
         self._surgeon.refit_masked(found)
         self._solved = {**self._solved, **found}
 
@@ -412,6 +420,12 @@ class _Check:
         self._refit, self._outputs = replace(self._refit, samples=()), None
         reason = f"layers not solved one behind the other: {type(error).__name__}: {error}"
         self._fall_back("layers_not_solved", reason[:_LONGEST])
+
+    def _not_matched(self, error: Exception) -> None:
+        """The cut is refitted by its layers alone; the network is as it was."""
+        self._wanted, self._matches = None, False
+        reason = f"outputs not matched: {type(error).__name__}: {error}"
+        self._fall_back("outputs_not_matched", reason[:_LONGEST])
 
     def _fall_back(self, name: CutFallback, reason: str) -> None:
         """The cut goes without something: a field and words of the outcome, a line in the log."""

@@ -122,3 +122,19 @@ def test_layers_that_are_to_keep_their_weights_do() -> None:
     head = copy.deepcopy(case.model[6].state_dict())
     assert case.apply([0.9, 0.9, 0.9], skip=("6",)).result == "applied"
     assert torch.equal(case.model[6].bias, head["bias"])
+
+
+@pytest.mark.parametrize("step", ["matched_parameters", "wanted_of_a_table"])
+def test_what_cannot_be_matched_is_cut_without_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def fails(*args: Any, **given: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    plain = unmatched(monkeypatch, Cut)
+    monkeypatch.setattr(apply, step, fails)
+    case = Cut()
+    outcome = case.apply([0.9, 0.9, 0.9])
+    assert (outcome.result, outcome.fallbacks) == ("applied", ("outputs_not_matched",))
+    assert "outputs not matched: RuntimeError: out of memory" in outcome.detail
+    assert same(dict(plain.model.state_dict()), dict(case.model.state_dict()))
