@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import nn
 
 from elesh.trainer.calibration.losses import class_axis
-from elesh.trainer.network.calling import Inputs, call, device_of, main_output, map_tensors
+from elesh.trainer.network.calling import Pair, call, device_of, main_output, map_tensors
 from elesh.trainer.session.apply import Evaluation
 from leyline import InvalidField
-
-Batches = Sequence[tuple[Inputs, Any]]
-"""(inputs, labels) pairs; inputs are a tensor, a sequence (positional) or a mapping (keywords)."""
 
 
 def require_several(name: str, classes: Collection[int]) -> None:
@@ -30,7 +26,7 @@ def require_several(name: str, classes: Collection[int]) -> None:
 
 
 @torch.no_grad()
-def classification(network: nn.Module, batches: Iterable[tuple[Inputs, Any]]) -> Evaluation:
+def classification(network: nn.Module, batches: Iterable[Pair]) -> Evaluation:
     """Accuracy and mean cross-entropy of logits [N, classes], or of each position of sequences
     [N, T, classes] and images [N, classes, H, W]; negative labels are not counted."""
     device, right, loss, count = device_of(network), 0, 0.0, 0

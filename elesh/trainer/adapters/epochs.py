@@ -24,6 +24,7 @@ from elesh.trainer.calibration.recorder import MeasuredCheckpoint, Recorder, eno
 from elesh.trainer.export import Exporter, calibration_inputs, is_worth_exporting
 from elesh.trainer.goals import Goals, shares_of
 from elesh.trainer.network.calling import (
+    Batches,
     Inputs,
     batch_size,
     call,
@@ -58,9 +59,9 @@ from leyline import (
     StructuralPruningDecision,
 )
 
-from .classifying import Batches, classification, require_several
+from .classifying import classification, require_several
 
-__all__ = ["Batches", "EveryEpoch", "classification"]
+__all__ = ["EveryEpoch", "classification"]
 
 _log = get_logger(__name__)
 _EVERY = 5

@@ -27,12 +27,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from elesh.trainer.network.calling import Inputs
+from elesh.trainer.network.calling import Batches, Inputs
 from elesh.trainer.network.state import alive
 from elesh.trainer.recovery.checkpoints import KEY, cut_like, pack
 from leyline import InvalidField
 
-from .epochs import Batches, EveryEpoch
+from .epochs import EveryEpoch
 
 __all__ = ["EleshCallback", "labelled", "load"]
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from elesh.trainer.network.calling import (
+    Batches,
     Inputs,
     batch_size,
     call,
@@ -29,7 +30,7 @@ from leyline import PrunedArchitecture, PruningGroup
 
 from .losses import margins
 
-__all__ = ["PASSES", "Batches", "masked_loss_increases", "most_doubtful"]
+__all__ = ["PASSES", "masked_loss_increases", "most_doubtful"]
 
 PASSES = 1
 """What masking all heads one at a time may cost together, in forward passes over all samples."""
@@ -38,8 +39,6 @@ _ROWS = 16
 head masked, cost less together than by themselves."""
 _NUMBERS, _TOKENS = 1 << 18, 1 << 10
 """And so many numbers, or tokens, of which each may come out as a whole dictionary."""
-Batches = Sequence[tuple[Inputs, Any]]
-"""Inputs and labels."""
 Doubles = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 

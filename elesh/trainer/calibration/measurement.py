@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from elesh.observe import get_logger
+from elesh.trainer.network.calling import Batches
 from elesh.trainer.network.gates import Axis
 from elesh.trainer.surgery.after_cut import (
     CovarianceSums,
@@ -27,7 +28,7 @@ from leyline import (
 
 from .accumulators import CORRELATED_SAMPLES, AxisTally, GroupTally, Sums, magnitudes
 from .attention_patterns import PATTERN_SAMPLES, AttentionWeights, PatternTally
-from .head_ablation import Batches, masked_loss_increases, most_doubtful
+from .head_ablation import masked_loss_increases, most_doubtful
 from .shared_inputs import SharedInputs
 
 __all__ = ["Measurement"]

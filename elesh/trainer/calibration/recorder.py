@@ -23,6 +23,7 @@ from elesh.observe import get_logger
 from elesh.trainer.graph.groups import find_architecture
 from elesh.trainer.graph.hazards import require_modules
 from elesh.trainer.network.calling import (
+    Batches,
     Inputs,
     batch_size,
     call,
@@ -62,7 +63,6 @@ from leyline import (
 
 from .accumulators import GroupTally
 from .branch_meter import BranchMeter
-from .head_ablation import Batches
 from .losses import (
     Loss,
     Sampler,

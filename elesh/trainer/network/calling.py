@@ -46,9 +46,11 @@ __all__ = ["seen_called", "through_layers"]
 
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
-"""One batch of inputs; the first dimension of every tensor counts samples."""
+"""One batch of inputs, positional or by keyword; the first dimension of every tensor counts
+samples."""
 Pair = tuple[Inputs, Any]
 """Inputs and labels of one batch."""
+Batches = Sequence[Pair]
 
 _PLAIN = (str, bytes, int, float, type(None))
 _EXAMPLES: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
@@ -222,6 +224,35 @@ def batch_size(inputs: Inputs) -> int:
         if tensor.ndim:
             return tensor.shape[0]
     raise InvalidField("inputs", "at least one tensor whose first dimension counts samples", inputs)
+
+
+def first_batches(batches: Batches, samples: int) -> Batches:
+    """The first batches, until they have so many samples."""
+    taken: list[Pair] = []
+    for batch in batches:
+        if samples <= 0:
+            break
+        taken.append(batch)
+        samples -= batch_size(batch[0])
+    return taken
+
+
+def spread_samples(batches: Batches, samples: int) -> Batches:
+    """So many samples at most, evenly spread over all of them, in as many batches; what cannot be
+    divided is left whole."""
+    every = -(-sum(batch_size(inputs) for inputs, _ in batches) // samples)
+
+    def some(inputs: Any, labels: Any) -> tuple[Any, Any]:
+        size = batch_size(inputs)
+        if packed_in(inputs) is not None or pictures_in(inputs):
+            return inputs, labels
+
+        def rows(x: Tensor) -> Tensor:
+            return x[::every] if x.ndim and len(x) == size else x
+
+        return map_tensors(rows, inputs), map_tensors(rows, labels)
+
+    return [some(*batch) for batch in batches] if every > 1 else batches
 
 
 def pictures_in(inputs: Any) -> int:

@@ -146,21 +146,15 @@ def axes_remembered() -> Iterator[None]:
 def channel_axes(module: nn.Module) -> ChannelAxes:
     """The channel axes of this module; none for a type that is not known."""
     known: dict[nn.Module, ChannelAxes] | None = getattr(_REMEMBERED, "axes", None)
-    if known is None:
-        return _channel_axes(module)
-    found = known.get(module)
-    if found is None:
-        found = known[module] = _channel_axes(module)
-    return found
-
-
-def _channel_axes(module: nn.Module) -> ChannelAxes:
-    taught = taught_kind(module)
-    if taught is not None:
-        return taught.axes(module)
+    if known is not None and module in known:
+        return known[module]
     own: Any = type(module)
-    rule = _rule(own)
-    return rule(module) if callable(rule) else rule
+    taught = taught_kind(module)
+    rule = _rule(own) if taught is None else taught.axes
+    axes = rule(module) if callable(rule) else rule
+    if known is not None:
+        known[module] = axes
+    return axes
 
 
 @lru_cache(4096)

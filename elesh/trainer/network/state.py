@@ -287,18 +287,16 @@ def _reachable(model: nn.Module, *others: Any) -> tuple[list[nn.Module], list[An
         seen[id(thing)] = thing
         if isinstance(thing, _GENERATORS):
             generators.append(thing)
-        elif isinstance(thing, nn.Module):
+            continue
+        if isinstance(thing, nn.Module):
             modules.append(thing)
-            code = list(_code(type(thing), kinds, named))
-            queue += [(p, 1) for p in (*vars(thing).values(), *code) if not _leads_nowhere(p)]
+            depth, parts = 0, [*vars(thing).values(), *_code(type(thing), kinds, named)]
         else:
-            queue += [(p, depth + 1) for p in _parts(thing, named) if not _leads_nowhere(p)]
+            parts = list(_parts(thing, named))
+        # Without those that lead nowhere.
+        parts = [p for p in parts if type(p) not in _PLAIN and (type(p) not in _BARE or p)]
+        queue += [(part, depth + 1) for part in parts]
     return modules, generators
-
-
-def _leads_nowhere(thing: Any) -> bool:
-    kind = type(thing)
-    return kind in _PLAIN or (kind in _BARE and not thing)
 
 
 def _parts(thing: Any, named: dict[int, dict[str, Any]] | None = None) -> Iterator[Any]:

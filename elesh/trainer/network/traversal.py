@@ -19,6 +19,8 @@ from torch import nn
 __all__ = ["listed_once", "modules_in", "parameters_in", "quick_modes", "standing_still"]
 
 _LISTED = threading.local()
+_LISTING = ("named_parameters", "parameters", "_named_members", "named_modules")
+"""The methods by which modules list their parameters; types may have their own."""
 
 
 @contextlib.contextmanager
@@ -63,7 +65,8 @@ def parameters_in(model: nn.Module) -> dict[str, nn.Parameter]:
     if (lists := _listed(model)) is not None:
         return lists[2]
     kind: Any = type(model)
-    if "named_parameters" in vars(model) or not _is_plain(kind):
+    plain = all(getattr(kind, name) is getattr(nn.Module, name) for name in _LISTING)
+    if "named_parameters" in vars(model) or not plain:
         return dict(model.named_parameters())
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for path, module in modules_in(model).items():
@@ -71,12 +74,6 @@ def parameters_in(model: nn.Module) -> dict[str, nn.Parameter]:
             if parameter is not None:
                 found.setdefault(id(parameter), (f"{path}.{name}" if path else name, parameter))
     return dict(found.values())
-
-
-def _is_plain(kind: Any) -> bool:
-    """Whether a type of modules lists parameters as all do."""
-    names = ("named_parameters", "parameters", "_named_members", "named_modules")
-    return all(getattr(kind, name) is getattr(nn.Module, name) for name in names)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from elesh.observe import get_logger, span
 from elesh.safety import strictest_limits
 from elesh.settings import RollbackTriggers, VerificationSettings
 from elesh.trainer.calibration.recorder import of_a_table
+from elesh.trainer.network.calling import Batches, first_batches, spread_samples
 from elesh.trainer.network.state import preserved
 from elesh.trainer.recovery.evaluation import (
     Evaluation,
@@ -33,6 +34,8 @@ from elesh.trainer.recovery.evaluation import (
 from elesh.trainer.recovery.witnesses import OwnSamples, Shown, call_seconds
 from elesh.trainer.surgery.after_cut import (
     InputCovariance,
+    Refit,
+    RefitData,
     consumer_axes,
     estimated_batch_statistics,
     put_batch_statistics,
@@ -49,7 +52,6 @@ from leyline import (
 )
 
 from .carry_over import carried_over, present_form, shortened
-from .refit_data import Batches, Refit, RefitData, first_samples, spread_samples
 
 __all__ = [
     "Evaluation",
@@ -184,10 +186,10 @@ def check_and_cut(
     limit = trigger_of(decision, triggers)
     asked, phase = limits or VerificationSettings(), decision.safety.phase
     allowed = strictest_limits(asked, decision.taken, phase)
-    shown = spread_samples(data.held_out or first_samples(data.batches, _STATISTICS), _WITNESSES)
+    shown = spread_samples(data.held_out or first_batches(data.batches, _STATISTICS), _WITNESSES)
     own = OwnSamples(surgeon.model, shown, allowed.loss_rise)
     try:
-        refit = Refit.of(decision, surgeon, data)
+        refit = Refit.of(decision, surgeon.model, present, data)
     except Exception as error:  # samples that do not reach a layer, too little memory
         _log.exception("decision refused: not measured anew", key=decision.idempotency_key)
         reason = f"what the cut is refitted with cannot be measured: {error}"
@@ -203,7 +205,7 @@ def check_and_cut(
         or check.cut(take_back or _to_now(surgeon))
         or check.outcome("applied")
     )
-    return outcome, check.judged
+    return outcome, Judged(check.samples, check.figures)
 
 
 class _Check:
@@ -225,7 +227,8 @@ class _Check:
         self._limit, self._loss_limit = limits
         self._evaluate = preserving(evaluate, surgeon.model)
         self._before = surgeon.architecture
-        self._figures: dict[str, Evaluation] = {}
+        self.figures: dict[str, Evaluation] = {}
+        """So far, by ``before``, ``masked`` and ``after`` (the cut)."""
         self._more: dict[str, float | None] = {}
         """Fields of the outcome of a cut that was made."""
         self.samples = 0
@@ -246,15 +249,10 @@ class _Check:
         self._solved: Mapping[str, Tensor] = {}
         """Parameters that were solved layer by layer under the mask, in present sizes."""
 
-    @property
-    def judged(self) -> Judged:
-        """The figures so far."""
-        return Judged(self.samples, self._figures)
-
     def plain(self, known: Evaluation | None = None) -> PruningOutcome | None:
         """The network as it is, to compare with; evaluated unless that is known."""
         try:
-            now = self._figures["before"] = known or self._measure("before", "evaluate")
+            now = self.figures["before"] = known or self._measure("before", "evaluate")
             self._own.before()
             self._more["latency_before"] = call_seconds(self._surgeon.model)
         except Exception as error:
@@ -270,7 +268,7 @@ class _Check:
         whole, share = self._decision, 1.0
         first = failed = self._masked()
         excess = self._excess(cut_drop)
-        if cut_drop is None or cut_drop >= 1 or "masked" not in self._figures:
+        if cut_drop is None or cut_drop >= 1 or "masked" not in self.figures:
             return first
         too_much, most = excess.why or (first.detail if first else ""), _MOST_SHARE
         while (failed or excess.why) and share > _LEAST_SHARE:
@@ -283,7 +281,7 @@ class _Check:
                 break
             self._decision, share = part, smaller
             failed, excess = self._masked(), self._excess(cut_drop)
-            if "masked" not in self._figures:  # an error
+            if "masked" not in self.figures:  # an error
                 return failed
         if not failed and not excess.likely:
             if share < 1:
@@ -302,7 +300,7 @@ class _Check:
 
     def _excess(self, cut_drop: float | None) -> Excess:
         """What the mask costs, where that is too much at once."""
-        before, now = self._figures["before"], self._figures.get("masked")
+        before, now = self.figures["before"], self.figures.get("masked")
         if now is None or not now.finite or cut_drop is None:
             return Excess()
         if worse := failed_loss(before, now, self._loss_limit) or self._own_rose:
@@ -319,7 +317,7 @@ class _Check:
 
     def _masked(self) -> PruningOutcome | None:
         """With the mask on; the figures of an earlier mask are forgotten."""
-        self._figures.pop("masked", None)
+        self.figures.pop("masked", None)
         self._own_rose = ""
         surgeon, decision = self._surgeon, self._decision
         before: dict[str, Tensor] = {}
@@ -344,7 +342,7 @@ class _Check:
             surgeon.unmask()
             if before:
                 put_batch_statistics(surgeon.model, before)
-        if now == self._figures["before"]:
+        if now == self.figures["before"]:
             try:
                 acts = self._mask_acts()
             except Exception as error:
@@ -360,7 +358,7 @@ class _Check:
             try:
                 samples = self._refit.samples
                 if not of_a_table(now):
-                    samples = first_samples(samples, _STATISTICS)
+                    samples = first_batches(samples, _STATISTICS)
                 changing = self._changing()
                 self._outputs = outputs_before(model, now, samples, rows=_ROWS, changing=changing)
             except Exception as error:
@@ -395,7 +393,7 @@ class _Check:
             self._statistics = {}
         elif not self._statistics:  # not known from the pass that solved the layers
             self._statistics = estimated_batch_statistics(
-                model, first_samples(batches, _STATISTICS)
+                model, first_batches(batches, _STATISTICS)
             )
         if batches and not self._statistics:
             reason = "batch statistics not estimated anew: batches are too small"
@@ -444,7 +442,7 @@ class _Check:
             surgeon.mask(units)
             surgeon.mask_layers(b.name for b in now.blocks if b.prunable and not b.removed)
             with span("evaluate almost all masked"):
-                return self._evaluate() != self._figures["before"]
+                return self._evaluate() != self.figures["before"]
         finally:
             surgeon.unmask()
 
@@ -497,15 +495,15 @@ class _Check:
         with span("compare cut"):
             if not self._own.as_remembered():
                 return None
-        self._figures["after"] = self._figures["masked"]
-        return self._figures["after"]
+        self.figures["after"] = self.figures["masked"]
+        return self.figures["after"]
 
     def outcome(self, result: Result, detail: str = "") -> PruningOutcome:
         """The outcome with the figures so far."""
         before = self._before
         after = self._surgeon.architecture if result == "applied" else before
         detail = detail or "; ".join(dict.fromkeys(self._notes))
-        outcome = outcome_of(self._decision, before, after, result, detail, self._figures)
+        outcome = outcome_of(self._decision, before, after, result, detail, self.figures)
         if result != "applied":
             return outcome
         return outcome.model_copy(update={**self._more, "fallbacks": self._fallbacks})
@@ -516,12 +514,12 @@ class _Check:
             now = self._evaluate()
         if shown.of_before:
             raise InvalidField("evaluate", "the network as it is", _OF_BEFORE, hint=_NAME_IT)
-        now = self._figures[name] = replace(now, answers=shown.answers)
+        now = self.figures[name] = replace(now, answers=shown.answers)
         self.samples, self._as_it_is = shown.count, shown.as_it_is
         return now
 
     def _judge(self, now: Evaluation, when: str) -> PruningOutcome | None:
-        before = self._figures["before"]
+        before = self.figures["before"]
         reason = failed_check(before.accuracy, now, self._limit)
         reason = reason or failed_loss(before, now, self._loss_limit) or self._own_rose
         return self.outcome("rolled_back", f"{reason} {when}") if reason else None

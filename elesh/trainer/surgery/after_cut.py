@@ -44,6 +44,7 @@ from torch.utils.hooks import RemovableHandle
 from elesh.program.refit import RIDGE, Normalised, moved_statistic, normalised_by, without_inputs
 from elesh.trainer.network.arithmetic import full_precision
 from elesh.trainer.network.calling import (
+    Batches,
     batch_size,
     call,
     device_of,
@@ -58,13 +59,22 @@ from elesh.trainer.network.layers import channel_axes, named_tensors
 from elesh.trainer.network.multihead import patched, take_back
 from elesh.trainer.network.positions import positions_drawn, positions_to_read
 from elesh.trainer.network.state import Uncompiled, preserved
-from leyline import IdentityMismatch, InvalidField, PrunedArchitecture, PruningGroup
+from leyline import (
+    CutFallback,
+    IdentityMismatch,
+    InvalidField,
+    PrunedArchitecture,
+    PruningGroup,
+    StructuralPruningDecision,
+)
 
 __all__ = [
     "CovarianceMeter",
     "CovarianceSums",
     "InputCovariance",
     "Moments",
+    "Refit",
+    "RefitData",
     "batch_norms",
     "batch_statistics",
     "estimated_batch_statistics",
@@ -523,3 +533,59 @@ def _seen(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> tuple[Any, Te
     if len(owners) != 1 or any(x.shape[1:] != outputs[0].shape[1:] for x in outputs):
         return None, torch.zeros(0), torch.zeros(0)
     return maker, torch.cat(outputs), torch.cat(labels)
+
+
+@dataclass(frozen=True)
+class RefitData:
+    """What a cut is refitted and judged by; see ``apply_decision``."""
+
+    reconstruct: InputCovariance | Callable[[], InputCovariance] | None = None
+    redistribute: Callable[[], InputCovariance] | None = None
+    batches: Batches = ()
+    held_out: Batches = ()
+
+
+@dataclass(frozen=True)
+class Refit:
+    """What a cut is refitted with."""
+
+    covariance: InputCovariance | None = None
+    skip: tuple[str, ...] = ()
+    batches: Batches = ()
+    """By which batch statistics move along; empty: they stay."""
+    samples: Batches = ()
+    """By which layers are solved one behind the other; empty: they are not."""
+    said: str = ""
+    """How this differs from what the decision asks for, in words."""
+    fallbacks: tuple[CutFallback, ...] = ()
+    """The names of what is left out."""
+
+    @classmethod
+    def of(
+        cls,
+        decision: StructuralPruningDecision,
+        model: nn.Module,
+        now: PrunedArchitecture,
+        data: RefitData,
+    ) -> Refit:
+        """What there is of what a decision asks for, for the network as it is."""
+        asked, said = decision.reconstruction, list[str]()
+        covariance, batches = data.reconstruct, data.batches
+        if data.redistribute is not None and decision.units:
+            return cls(data.redistribute(), asked.skip if asked else ())
+        if asked is None or not asked.applied or not decision.units:
+            return cls()
+        if callable(covariance):
+            covariance = covariance()
+            said.append("input covariance measured anew")
+        if covariance is None or covariance.model_hash != now.model_hash:
+            reason = "not reconstructed: no input covariance of this network is at hand"
+            return cls(said=reason, fallbacks=("not_reconstructed",))
+        without: tuple[CutFallback, ...] = ()
+        if asked.batch_statistics and not batches:
+            said.append("batch statistics not estimated anew: no calibration batches were given")
+            without = ("statistics_not_estimated",)
+        estimated = batches if asked.batch_statistics else ()
+        # Layers are solved behind normalisations that take the samples' statistics.
+        samples = estimated if batch_norms(model) else batches
+        return cls(covariance, asked.skip, estimated, samples, "; ".join(said), without)

@@ -28,10 +28,14 @@ from .bypass import first_of, with_first
 
 
 class _Mask:
-    """A forward pre-hook that multiplies axis ``dim`` of the module's first input."""
+    """A forward pre-hook that multiplies axis ``dim`` of the module's first input.
 
-    def __init__(self, dim: int, dead: Collection[int]) -> None:
-        self.dim = dim
+    Args:
+        norm: of a normalisation over channels, which sees the kept ones only.
+    """
+
+    def __init__(self, dim: int, dead: Collection[int], norm: NormSite | None = None) -> None:
+        self.dim, self._norm = dim, norm
         self.dead = np.fromiter(dead, dtype=np.int64, count=len(dead))
         self._factors: Tensor | None = None
 
@@ -42,10 +46,8 @@ class _Mask:
         if x.is_nested and x.layout is torch.strided:
             # As nn.TransformerEncoder packs padded batches: rows of sequences of their own length.
             return torch.nested.as_nested_tensor([self.masked(row) for row in x.unbind()])
-        return self._applied(x, self._shaped(x))
-
-    def _applied(self, x: Tensor, gate: Tensor) -> Tensor:
-        return x * gate
+        gate, norm = self._shaped(x), self._norm
+        return x * gate if norm is None else refilled(x, gate, self.dim, norm.kind, norm.eps)
 
     def _shaped(self, x: Tensor) -> Tensor:
         """Ones and zeros that broadcast to ``x``."""
@@ -56,8 +58,6 @@ class _Mask:
                 kept[self.dead] = 0
                 factors = torch.from_numpy(kept).to(x.device, x.dtype)
             self._factors = factors
-        if self.dim == -1:
-            return factors
         shape = [1] * x.ndim
         shape[self.dim] = size
         return factors.view(shape)
@@ -79,19 +79,6 @@ class _MaskOfParts:
         shape = [1] * x.ndim
         shape[0], shape[self._dim] = len(x), x.shape[self._dim]
         return x * gate.repeat_interleave(len(x) // len(gate), 0).view(shape)
-
-
-class _NormMask(_Mask):
-    """The same for a normalisation over channels, which sees the kept ones only."""
-
-    def __init__(self, site: NormSite, dead: Collection[int]) -> None:
-        super().__init__(site.dim, dead)
-        self._site = site
-
-    def _applied(self, x: Tensor, gate: Tensor) -> Tensor:
-        shape = [1] * x.ndim
-        shape[self.dim] = gate.numel()
-        return refilled(x, gate.view(shape), self.dim, self._site.kind, self._site.eps)
 
 
 class Masks:
@@ -171,7 +158,7 @@ class Masks:
 
 def _norm_masked(module: nn.Module, site: NormSite, dead: Collection[int]) -> list[RemovableHandle]:
     """Mask channels of a normalisation, by what it normalises."""
-    mask = _NormMask(site, dead)
+    mask = _Mask(site.dim, dead, site)
     if site.kind == "states":
         return list(without_states(module, partial(_kept, module, frozenset(dead))))
     if site.kind == "weights":
